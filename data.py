@@ -1,0 +1,1246 @@
+"""From a file on disk to a batch of numpy arrays: tokenizers, chat templates, packing, corpora. Never imports paddle.
+
+    python data.py corpus corpus.jsonl --tokenizer demo/model --output data/corpus --workers 2
+
+turns text (`.jsonl`: one {"text": ...} a line; `.txt`: documents separated by blank lines) into Megatron's `.bin/.idx`,
+which pretrain.py reads by memory map. Everything else here is used by import:
+
+    tokenizer = load_tokenizer(folder)                  sentencepiece; special tokens, byte fallback, chat template
+    dataset = SFTDataset(path, tokenizer, src_length, max_length)         src/tgt JSON lines -> one flat int32 array
+    loader = SFTLoader(dataset, batch_size, max_length, ...)              .batch(epoch, index) -> dict of arrays
+    loader = CorpusLoader(prefix, "949,50,1", "train", ...)               the same over memory-mapped tokens
+
+A batch, everywhere (B batch, T sequence):
+    input_ids, position_ids     int64 [B, T]   positions restart in each sample
+    labels                      int64 [B, T]   shifted HERE, once: labels[t] is position t's target; -100 is ignored
+    startend_row_indices        int32 [B, 1, T, 1]   causal FlashMask: rows i >= value[j] cannot see key j
+    sample_ids                  per row, the list of record (or corpus sample) numbers in it
+    tokens                      int, how many positions are real
+Padding is a segment of its own: it sees itself, nobody sees it, and no row is fully masked.
+
+Order is a pure function of (seed, epoch), and batch(epoch, index) is random access, so resuming needs no state but the
+step number. Orders come from np.random.RandomState, whose stream numpy has frozen for good: an upgrade between the two
+halves of a run changes nothing.
+
+Not here: BPE and tiktoken tokenizers (Llama 3, Qwen, GPT-2), preference data, general Jinja.
+"""
+import argparse
+import ast
+import bisect
+import codecs
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+IGNORED = -100  # label of a position that teaches nothing
+TEMPLATE_FILE = "chat_template.json"
+
+
+class UserError(ValueError):
+    """Something the user can put right: one line that says where, what was found and what would be right."""
+
+
+def read_json(path):
+    """JSON file -> object. UserError with file:line when it is missing, not UTF-8 or not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON in UTF-8: {error}") from None
+
+
+def parse_json_line(line, path, number):
+    """One line (bytes) of a JSON-lines file -> dict, or a UserError that names file:line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        shown = line[:40].decode("utf-8", "replace").strip()
+        raise UserError(f"{path}:{number}: not a JSON object on one line: {error}; found {shown!r}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}:{number}: a JSON object is wanted on each line, found {brief(record)}")
+    return record
+
+
+def brief(value):
+    """A JSON value in at most 60 characters, for a message."""
+    return json.dumps(value, ensure_ascii=False)[:60]
+
+
+def names_in(folder):
+    """A few file names, for a message."""
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
+# ============================== chat templates ==============================
+# A strict subset of Jinja, enough for what PaddleNLP's chat_template.json files use: text, {{ expression }}, {# comment
+# #} and {% if %}/{% elif %}/{% else %}/{% endif %}, with trim_blocks, lstrip_blocks and keep_trailing_newline as
+# upstream sets them. Anything else is refused when the file is loaded, since a template that renders a little
+# differently trains a model on the wrong prompt.
+
+TAG = re.compile(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", re.DOTALL)
+UNDEFINED = type("Undefined", (), {"__bool__": lambda self: False, "__repr__": lambda self: "undefined"})()
+CONSTANTS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+
+
+def compile_expression(source, where):
+    """Text of a Jinja expression -> function of the variables. UserError names the construct that is not known."""
+    try:
+        tree = ast.parse(source.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        raise UserError(f"{where}: cannot read the expression {source.strip()!r}") from None
+    return compile_node(tree, where)
+
+
+def compile_node(node, where):
+    """Python syntax tree -> function of the variables; here Python and Jinja agree. Unknown names are UNDEFINED."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, type(None))):
+        return lambda variables: node.value
+    if isinstance(node, ast.Name):
+        return lambda variables: CONSTANTS[node.id] if node.id in CONSTANTS else variables.get(node.id, UNDEFINED)
+    if isinstance(node, ast.Attribute) or isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        key, owner = node.attr if isinstance(node, ast.Attribute) else node.slice.value, compile_node(node.value, where)
+        return lambda variables: look_up(owner(variables), key, f"{where}: {ast.unparse(node)!r}")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        value = compile_node(node.operand, where)
+        return lambda variables: not value(variables)
+    if isinstance(node, ast.BoolOp):
+        values, decisive = [compile_node(value, where) for value in node.values], isinstance(node.op, ast.Or)
+
+        def first_decisive(variables):  # the value itself, as in Python and Jinja: {{ system or 'text' }}
+            for value in values:
+                result = value(variables)
+                if bool(result) == decisive:
+                    break
+            return result
+        return first_decisive
+    if isinstance(node, ast.IfExp):
+        test, yes, no = (compile_node(part, where) for part in (node.test, node.body, node.orelse))
+        return lambda variables: yes(variables) if test(variables) else no(variables)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        left, right, operator = compile_node(node.left, where), node.comparators[0], node.ops[0]
+        if isinstance(operator, (ast.Eq, ast.NotEq)):
+            right, equal = compile_node(right, where), isinstance(operator, ast.Eq)
+            return lambda variables: (left(variables) == right(variables)) == equal
+        if isinstance(operator, (ast.Is, ast.IsNot)) and isinstance(right, ast.Name) and right.id == "defined":
+            return lambda variables: (left(variables) is not UNDEFINED) == isinstance(operator, ast.Is)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        # Jinja binds | tighter than +, Python looser; as + is refused, the two cannot disagree here.
+        value, text = compile_node(node.left, where), ast.unparse(node.right)
+        if text == "trim" and not isinstance(node.left, ast.BinOp):
+            return lambda variables: str(value(variables)).strip() if value(variables) is not UNDEFINED else UNDEFINED
+        call = node.right
+        if isinstance(call, ast.Call) and text.startswith("default(") and len(call.args) == 1 and not call.keywords:
+            call = call.args[0]
+        if isinstance(call, ast.Constant) and isinstance(call.value, str):
+            return lambda variables: call.value if value(variables) is UNDEFINED else value(variables)
+    raise UserError(f"{where}: the construct {ast.unparse(node)!r} is not supported; known are names, 'text', numbers, "
+                    "a.key, a['key'], ==, !=, and, or, not, is defined, x if y else z, | trim, | default('text')")
+
+
+def look_up(owner, key, where):
+    """owner[key], UNDEFINED when it is not there; UserError when there is nothing to look into."""
+    if isinstance(owner, dict):
+        return owner.get(key, UNDEFINED)
+    if isinstance(owner, list) and isinstance(key, int) and -len(owner) <= key < len(owner):
+        return owner[key]
+    raise UserError(f"{where} does not exist in this record's context")
+
+
+def parse_template(source, where):
+    """Template text -> list of nodes: str | ("print", function, text) | ("if", [(function | None, nodes)...])."""
+    pieces = TAG.split(source)  # text, tag, text, tag, ..., text
+    line_starts = True  # does pieces[i - 1] begin a line of the source?
+    for i in range(1, len(pieces), 2):
+        tag = pieces[i]
+        if tag.startswith(("{%-", "{{-", "{#-")):  # - eats all white space on its side
+            pieces[i - 1] = pieces[i - 1].rstrip()
+        elif not tag.startswith("{{"):  # lstrip_blocks: indentation before a block goes
+            start = pieces[i - 1].rfind("\n") + 1
+            if (start or line_starts) and not pieces[i - 1][start:].strip():
+                pieces[i - 1] = pieces[i - 1][:start]
+        text = pieces[i + 1]
+        if tag.endswith(("-%}", "-}}", "-#}")):
+            pieces[i + 1] = text.lstrip()
+        elif not tag.startswith("{{"):  # trim_blocks: the line break right after a block goes
+            pieces[i + 1] = text.removeprefix("\n")
+        line_starts = text[: len(text) - len(pieces[i + 1])].endswith("\n")
+    stack = [[]]  # innermost open list of nodes last; [nodes, branches, nodes, branches, ..., nodes]
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            if "{{" in piece or "{%" in piece:
+                raise UserError(f"{where}: a tag that never closes: {piece[piece.find('{'):][:40]!r}")
+            stack[-1].append(piece)
+            continue
+        inner = piece[2:-2].removeprefix("-").removesuffix("-").strip()
+        word, _, rest = inner.partition(" ")
+        if piece.startswith("{#"):
+            continue
+        if piece.startswith("{{"):
+            stack[-1].append(("print", compile_expression(inner, where), inner))
+        elif word == "if":
+            branches = [(compile_expression(rest, where), [])]
+            stack[-1].append(("if", branches))
+            stack += [branches, branches[0][1]]
+        elif word in ("elif", "else") and len(stack) > 1 and stack[-2][-1][0] is not None:
+            stack[-2].append((compile_expression(rest, where) if word == "elif" else None, []))
+            stack[-1] = stack[-2][-1][1]
+        elif inner == "endif" and len(stack) > 1:
+            del stack[-2:]
+        else:
+            raise UserError(f"{where}: {piece!r} is not supported; known are if, elif, else, endif and {{{{ name }}}}")
+    if len(stack) > 1:
+        raise UserError(f"{where}: an {{% if %}} without its {{% endif %}}")
+    return stack[0]
+
+
+def render(nodes, variables, where):
+    """Nodes of `parse_template` -> text."""
+    out = []
+    for node in nodes:
+        if isinstance(node, str):
+            out.append(node)
+        elif node[0] == "print":
+            value = node[1](variables)
+            if value is UNDEFINED:
+                raise UserError(f"{where}: {node[2]!r} is not in this record's context: {', '.join(variables)}")
+            out.append(str(value))
+        else:
+            chosen = next((body for test, body in node[1] if test is None or test(variables)), [])
+            out.append(render(chosen, variables, where))
+    return "".join(out)
+
+
+class ChatTemplate:
+    """Texts around a conversation, PaddleNLP's chat_template.json: {"system", "conversation": [user, bot], "query"}.
+
+    Only the bot part is learnt; "query" is the user part when an answer is to be generated. `needs` are tokens that the
+    vocabulary must have. Variables: the keys of the record's context (system, ...), user, bot, query, index, is_first,
+    is_last, length, is_training, bos_token, eos_token. UserError names the file and what is wrong in it."""
+
+    def __init__(self, config, where, needs=(), stop=()):
+        config = config if isinstance(config, dict) else {}
+        system, conversation, query = config.get("system") or "", config.get("conversation"), config.get("query")
+        texts = [system, *conversation, query] if isinstance(conversation, list) else []
+        if len(texts) != 4 or not all(isinstance(text, str) for text in texts):
+            raise UserError(f'{where}: a chat template is {{"system": text, "conversation": [user text, bot text], '
+                            f'"query": text}}; found the keys {", ".join(config) or "none"}')
+        if unknown := sorted(set(config) - {"system", "conversation", "query"}):
+            raise UserError(f"{where}: unknown key {unknown[0]!r}; a chat template has system, conversation and query")
+        self.name, self.needs, self.stop = where, needs, stop
+        self.parts = {part: parse_template(text, f"{where}: {part}")
+                      for part, text in zip(("system", "user", "bot", "query"), texts)}
+
+    def render(self, part, variables):
+        return render(self.parts[part], variables, f"{self.name}: {part}")
+
+
+# The published formats. In Llama 2 the system text is part of the first user turn, and Meta's ids have the space after
+# bos that is written out here.
+LLAMA3_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+BUILT_IN = {  # name: (system, user, bot, tokens that the vocabulary must have, tokens that end a reply besides eos)
+    "llama2": (
+        "",
+        "{{ bos_token }} [INST] {% if is_first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}"
+        "{{ user | trim }} [/INST]",
+        "{{ bot | trim }} {{ eos_token }}", (), ()),
+    "llama3": (
+        "<|begin_of_text|>{% if system %}" + LLAMA3_HEADER.format("system")
+        + "{{ system | trim }}<|eot_id|>{% endif %}",
+        LLAMA3_HEADER.format("user") + "{{ user | trim }}<|eot_id|>" + LLAMA3_HEADER.format("assistant"),
+        "{{ bot | trim }}<|eot_id|>",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<|eot_id|>",)),
+    "chatml": (  # no system block unless one is given
+        "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
+        "<|im_start|>user\n{{ user }}<|im_end|>\n<|im_start|>assistant\n",
+        "{{ bot }}<|im_end|>\n",
+        ("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)),
+}
+
+
+def load_chat_template(name):
+    """llama2 | llama3 | chatml | a chat_template.json or its folder -> ChatTemplate; plain | none | None -> None.
+
+    None as a template means plain text: prompt, reply, eos, nothing around them."""
+    if name in (None, "none", "plain"):
+        return None
+    if name in BUILT_IN:
+        system, user, bot, needs, stop = BUILT_IN[name]
+        return ChatTemplate({"system": system, "conversation": [user, bot], "query": user}, name, needs, stop)
+    path = Path(name)
+    path = path / TEMPLATE_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"chat_template {name!r}: no such file; give one, or {', '.join(BUILT_IN)}, plain, none")
+    return ChatTemplate(read_json(path), str(path))
+
+
+# ============================== tokenizer ==============================
+
+SPACE = "\u2581"  # how sentencepiece writes a space
+MODEL_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+# A byte that is no UTF-8 becomes one U+FFFD each, as in sentencepiece itself ("replace" would write one for several).
+codecs.register_error("one_mark_per_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as it is certain: push(id) never returns half a character, and all pushes plus flush()
+    are decode(ids)."""
+
+    def __init__(self, tokenizer, skip_special_tokens=True):
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("one_mark_per_byte")
+        self.at_start = True
+
+    def push(self, token_id):
+        """id -> text that became complete with it, perhaps ''."""
+        if self.skip and token_id in self.tokenizer.special_ids:
+            return ""
+        piece, at_start, self.at_start = self.tokenizer.piece_bytes(token_id), self.at_start, False
+        if token_id in self.tokenizer.byte_ids:
+            return self.utf8.decode(piece)
+        if at_start and self.tokenizer.add_prefix_space and token_id not in self.tokenizer.added_ids:
+            piece = piece.removeprefix(b" ")  # the space that encode() put before the text
+        return self.flush() + piece.decode("utf-8")
+
+    def flush(self):
+        """Whatever bytes are left, as replacement characters."""
+        text = self.utf8.decode(b"", True)
+        self.utf8.reset()
+        return text
+
+
+class Tokenizer:
+    """A sentencepiece vocabulary with special tokens, as Hugging Face's LlamaTokenizer (slow, legacy=False) does it.
+
+    Special tokens written in the text become their ids; the text between them is encoded without sentencepiece's own
+    leading space, except that one is put before the very beginning. bos is put in front unless tokenizer_config.json
+    says add_bos_token false, eos at the end only if it says add_eos_token true. Ids and decoded text equal those of
+    transformers 4.33 on ../shared/golden/tokenizers/{llama2,mistral_v1}; the one difference is a text that starts with
+    many spaces, where transformers prints '\u2581' and this prints the spaces."""
+
+    def __init__(self, folder):
+        import sentencepiece
+        self.folder = Path(folder)
+        self.model_file = next((self.folder / name for name in MODEL_FILES if (self.folder / name).is_file()), None)
+        config = self._read_side_files()
+        try:
+            model = self.model_file.read_bytes()
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3): false}
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        except RuntimeError:
+            raise UserError(f"{self.model_file}: not a sentencepiece model (Llama 3's file of that name is tiktoken "
+                            "text, not supported here)") from None
+        own_prefix = processor.encode("a", out_type=str)[0].startswith(SPACE)
+        self.add_prefix_space = bool(config.get("add_prefix_space", own_prefix))
+        self._collect_special_tokens(config)
+        self.head = [self.bos_token_id] if config.get("add_bos_token", True) and self.bos_token_id is not None else []
+        self.tail = [self.eos_token_id] if config.get("add_eos_token", False) and self.eos_token_id is not None else []
+        size = self.sp.get_piece_size()
+        self.byte_ids = {i for i in range(size) if self.sp.is_byte(i)}
+        self._bytes = [b"" if self.sp.is_control(i) else self.sp.id_to_piece(i).replace(SPACE, " ").encode()
+                       for i in range(size)]
+        for i in self.byte_ids:  # written <0x0A>
+            self._bytes[i] = bytes([int(self.sp.id_to_piece(i)[3:5], 16)])
+        self.vocab_size = max(size, *(i + 1 for i in self.added.values())) if self.added else size
+        self._unk_length = len(self.sp.encode(self.unk_token))
+        self._chat_template = None
+        if (self.folder / TEMPLATE_FILE).is_file():
+            self.chat_template = load_chat_template(self.folder / TEMPLATE_FILE)
+
+    def _read_side_files(self):
+        """tokenizer_config.json over special_tokens_map.json; UserError when this is no sentencepiece tokenizer."""
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no such folder; a folder with tokenizer.model is wanted")
+        if self.model_file is None:
+            raise UserError(f"{self.folder}: no tokenizer.model in it; supported are sentencepiece tokenizers (Llama, "
+                            f"Llama 2, Mistral, Yi, Baichuan, InternLM); found {names_in(self.folder)}")
+        config = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (self.folder / name).is_file():
+                content = read_json(self.folder / name)
+                if not isinstance(content, dict):
+                    raise UserError(f"{self.folder / name}: an object is wanted, found a {type(content).__name__}")
+                config |= content
+        if "ChatGLM" in str(config.get("tokenizer_class")):
+            raise UserError(f"{self.folder}: {config['tokenizer_class']} is not supported: it adds tokens of its own")
+        return config
+
+    def _collect_special_tokens(self, config):
+        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad."""
+        self.added, self.flags = {}, {}
+        if (self.folder / "added_tokens.json").is_file():
+            self.added |= {text: int(i) for text, i in read_json(self.folder / "added_tokens.json").items()}
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            self.added[token["content"]], self.flags[token["content"]] = int(i), token
+        special = [text for text, flags in self.flags.items() if flags.get("special")]
+        own_ids = (self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id(), self.sp.pad_id())
+        for name, own in zip(SPECIAL_NAMES, own_ids):
+            token = config.get(name) or (self.sp.id_to_piece(own) if own >= 0 else None)
+            if isinstance(token, dict):
+                token, self.flags[token["content"]] = token["content"], token
+            setattr(self, name, token)
+            special += [token] if token else []
+        for token in config.get("additional_special_tokens") or []:
+            special.append(token if isinstance(token, str) else token["content"])
+        for token in special:  # with no id in any file: the vocabulary's, or else after it, as in transformers
+            if token not in self.added:
+                known = self.sp.piece_to_id(token)
+                free = max([self.sp.get_piece_size() - 1, *self.added.values()]) + 1
+                self.added[token] = known if self.sp.id_to_piece(known) == token else free
+        for name in SPECIAL_NAMES:
+            setattr(self, f"{name}_id", self.added.get(getattr(self, name)))
+        if self.pad_token_id is None:  # padding is never seen nor learnt, any id will do
+            self.pad_token_id = self.unk_token_id
+        self.special, self.special_ids = set(special), {self.added[token] for token in special}
+        self.added_ids = {i: text for text, i in self.added.items()}
+        # The longest token first, as an alternation takes the first that fits.
+        self._pattern = re.compile("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")")
+
+    @property
+    def chat_template(self):
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, template):
+        """UserError when the vocabulary lacks a token of the template: its text would otherwise be cut into ordinary
+        pieces, silently."""
+        for token in template.needs if template else ():
+            if not self.has_token(token):
+                raise UserError(f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
+                                f"{token!r}; give a tokenizer that has it or another chat_template")
+        self._chat_template = template
+
+    def has_token(self, text):
+        """Whether `text` is one token however it is written: added, or user-defined in the sentencepiece model."""
+        ids = self.sp.encode(text)
+        return text in self.added or (len(ids) == 1 and self.sp.id_to_piece(ids[0]) == text)
+
+    @property
+    def stop_ids(self):
+        """Ids that end a reply: eos and what the chat template ends a turn with."""
+        ends = self.chat_template.stop if self.chat_template else ()
+        ids = [self.eos_token_id, *(self.added.get(token, self.sp.piece_to_id(token)) for token in ends)]
+        return [i for i in dict.fromkeys(ids) if i is not None]
+
+    def _split(self, text):
+        """Text -> alternating [text, token, text, ..., text], after the tokens' own rules on neighbouring spaces."""
+        pieces = self._pattern.split(text)
+        for i in range(1, len(pieces), 2):
+            flags = self.flags.get(pieces[i], {})
+            if flags.get("rstrip"):
+                pieces[i + 1] = pieces[i + 1].lstrip()
+            if flags.get("lstrip"):
+                pieces[i - 1] = pieces[i - 1].rstrip()
+        return pieces
+
+    def _encode_plain(self, text):
+        """Text without special tokens -> ids. Behind unk, white space in front survives sentencepiece's clean-up."""
+        if text.startswith((SPACE, " ")):
+            return self.sp.encode(self.unk_token + text)[self._unk_length :]
+        return self.sp.encode(text)
+
+    def encode(self, text, add_special_tokens=True):
+        """str -> list of ids."""
+        ids = []
+        if text:
+            pieces = self._split((SPACE if self.add_prefix_space else "") + text.replace(SPACE, " "))
+            if len(pieces) > 1 and pieces[0] == SPACE and pieces[1] in self.special:
+                pieces[0] = ""  # a text that begins with a special token gets no space before it
+            for i, piece in enumerate(pieces):
+                if piece:
+                    ids += [self.added[piece]] if i % 2 else self._encode_plain(piece)
+        return self.head + ids + self.tail if add_special_tokens else ids
+
+    def piece_bytes(self, token_id):
+        """id -> its UTF-8 bytes, one for a byte-fallback token, none beyond the vocabulary (models pad theirs)."""
+        if token_id in self.added_ids:
+            return self.added_ids[token_id].encode()
+        return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
+
+    def stream_decoder(self, skip_special_tokens=True):
+        return StreamDecoder(self, skip_special_tokens)
+
+    def decode(self, ids, skip_special_tokens=True):
+        """ids -> str, by the very decoder that streaming uses."""
+        decoder = self.stream_decoder(skip_special_tokens)
+        return "".join([decoder.push(int(i)) for i in ids]) + decoder.flush()
+
+    def encode_chat(self, rounds, context=None, is_training=False):
+        """[(user, bot)...] -> system ids, [(user ids, bot ids)...]. The last bot may be None: still to be generated.
+
+        Every part is encoded by itself, in training and in generation alike, so a prompt is the same ids in both.
+        Without a template: each user turn with special tokens, each bot turn followed by eos, and a context's system
+        text on a line of its own before the first user turn."""
+        context, template = context or {}, self.chat_template
+        if template is None:
+            system = f"{context['system']}\n" if context.get("system") else ""
+            eos = [] if self.eos_token_id is None else [self.eos_token_id]
+            users = [self.encode((system if i == 0 else "") + user) for i, (user, _) in enumerate(rounds)]
+            bots = [None if bot is None else self.encode(bot, False) + eos for _, bot in rounds]
+            return [], list(zip(users, bots))
+        variables = {**context, "length": len(rounds), "is_training": is_training}
+        variables |= {name: token for name in ("bos_token", "eos_token") if (token := getattr(self, name)) is not None}
+        system_ids, encoded = self.encode(template.render("system", variables), False), []
+        for index, (user, bot) in enumerate(rounds):
+            turn = variables | {"index": index, "is_first": index == 0, "is_last": index == len(rounds) - 1}
+            turn |= {"user": user, "query": user}
+            if bot is None:
+                encoded.append((self.encode(template.render("query", turn), False), None))
+            else:
+                turn["bot"] = bot
+                encoded.append(tuple(self.encode(template.render(part, turn), False) for part in ("user", "bot")))
+        return system_ids, encoded
+
+    def apply_chat(self, messages, add_generation_prompt=True):
+        """[{"role": "system" | "user" | "assistant", "content": str}...] -> ids by the chat template (plain text
+        without one).
+
+        UserError unless the roles are: system at most once and first, then user and assistant in turn, a user last if a
+        reply is to follow."""
+        roles = [message.get("role") for message in messages]
+        system = messages[0]["content"] if roles[:1] == ["system"] else None
+        turns = messages[1:] if system is not None else messages
+        if not turns or any(turn["role"] != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
+            raise UserError(f"messages: the roles must be [system,] user, assistant, user, ...; found {roles}")
+        if add_generation_prompt != bool(len(turns) % 2):
+            raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's")
+        texts = [turn["content"] for turn in turns] + [None] * (len(turns) % 2)
+        context = {} if system is None else {"system": system}
+        system_ids, rounds = self.encode_chat(list(zip(texts[::2], texts[1::2])), context)
+        return system_ids + [i for user, bot in rounds for i in user + (bot or [])]
+
+    def save(self, path):
+        """Copies the tokenizer's files, so that whatever opens this folder opens that one too."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for source in [self.model_file, *(self.folder / name for name in SIDE_FILES)]:
+            if source.is_file() and source.resolve() != (Path(path) / source.name).resolve():
+                shutil.copyfile(source, Path(path) / source.name)
+
+
+def load_tokenizer(path):
+    """Folder with tokenizer.model (sentencepiece) and perhaps SIDE_FILES -> Tokenizer. UserError: anything else."""
+    return Tokenizer(path)
+
+
+# ============================== supervised records ==============================
+
+def sft_files(path, split="train"):
+    """File -> [file]. Folder -> its train.json or train.jsonl, else train/*.json(l); so for "dev". UserError: none."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; a JSON-lines file or a folder with {split}.json is wanted")
+    for name in (f"{split}.json", f"{split}.jsonl"):
+        if (path / name).is_file():
+            return [path / name]
+    files = sorted([*path.glob(f"{split}/*.json"), *path.glob(f"{split}/*.jsonl")])
+    if not files:
+        raise UserError(f"{path}: none of {split}.json, {split}.jsonl, {split}/*.json in it; found {names_in(path)}")
+    return files
+
+
+def record_rounds(record, where):
+    """{"src", "tgt", "context"?} -> [(user, bot)...], context. UserError names file:line and the key that is wrong."""
+    turns = []
+    for key in ("src", "tgt"):
+        value = record.get(key)
+        if key not in record:
+            raise UserError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
+        turns.append(value)
+    if len(turns[0]) != len(turns[1]) or not turns[0]:
+        raise UserError(f"{where}: 'src' has {len(turns[0])} turns and 'tgt' has {len(turns[1])}; both need the same "
+                        "number, at least one")
+    context = record.get("context") or {}
+    if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
+        raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
+    return list(zip(*turns)), context
+
+
+def shorten_user(tokenizer, user, bot, context, room):
+    """User text -> ids of its rendered part in at most `room` tokens: the text loses its beginning, the template around
+    it stays whole."""
+    ids, text = tokenizer.encode(user, False), user
+    keep = len(ids)
+    while True:
+        part = tokenizer.encode_chat([(text, bot)], context, True)[1][0][0]
+        if len(part) <= room or keep == 0:
+            return part
+        keep = max(0, keep - (len(part) - room))
+        text = tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=False)
+
+
+def fit_templated(tokenizer, rounds, context, src_length, max_length):
+    """PaddleNLP's truncation with a template -> (system ids, [(user ids, bot ids)...]) of at most max_length tokens,
+    unless the last user part alone is longer. The system stays; rounds are kept from the last to the first while they
+    fit; the last one is always kept, its user part cut to src_length less the system, its reply to what is left. One
+    deviation: index and is_first count the rounds that are kept, so that what a template says at the beginning (bos,
+    Llama 2's system text) is there when early rounds had to go."""
+    while True:
+        system, encoded = tokenizer.encode_chat(rounds, context, True)
+        room = max_length - len(system)
+        sizes = [len(user) + len(bot) for user, bot in encoded]
+        if sum(sizes) <= room:
+            return system, encoded
+        if len(rounds) == 1:
+            break
+        fits = int(np.searchsorted(np.cumsum(sizes[::-1]), room, side="right"))
+        rounds = rounds[-max(1, min(fits, len(rounds) - 1)) :]
+    (user, bot), user_room = encoded[0], max(0, src_length - len(system))
+    if len(user) > user_room:
+        user = shorten_user(tokenizer, *rounds[0], context, user_room)
+    return system, [(user, bot[: max(0, room - len(user))])]
+
+
+def fit_plain(tokenizer, rounds, context, src_length, max_length):
+    """PaddleNLP's truncation without a template -> ([], [(src ids, tgt ids)...]). src keeps its last src_length tokens,
+    special tokens included; tgt keeps its first max_length - len(src), and ends with eos only if it was not cut.
+    PaddleNLP would drop all turns but the first; here the turns follow one another, and early ones go when they do not
+    fit."""
+    _, encoded = tokenizer.encode_chat(rounds, context, True)
+    head, tail = tokenizer.head, tokenizer.tail
+    room = max(0, src_length - len(head) - len(tail))
+    bare = [(user[len(head) : len(user) - len(tail)], bot) for user, bot in encoded]
+    cut = [(head + user[max(0, len(user) - room) :] + tail, bot) for user, bot in bare]
+    user, bot = cut[-1]
+    kept = [(user, bot[: max(0, max_length - len(user))])]
+    total = len(user) + len(kept[0][1])
+    for user, bot in reversed(cut[:-1]):
+        total += len(user) + len(bot)
+        if total > max_length:
+            break
+        kept.insert(0, (user, bot))
+    return [], kept
+
+
+class SFTDataset:
+    """Tokenised src/tgt records of one or more JSON-lines files (or folders with {split}.json).
+
+    All records lie in one int32 array, ids of learnt tokens as they are and all others as ~id (negative), so prompt and
+    reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A million
+    records of 100 tokens are 400 MB, and never Python lists. Truncation: `fit_templated`, `fit_plain`. A record without
+    a learnt token left is dropped and counted in .dropped. autoregressive: prompts are learnt too. UserError: missing
+    or empty file, a bad line (file:line), nothing left to learn in any record."""
+
+    def __init__(self, paths, tokenizer, src_length=1024, max_length=2048, split="train", autoregressive=False,
+                 progress=False):
+        self.tokenizer, self.src_length, self.max_length = tokenizer, src_length, max_length
+        paths = [paths] if isinstance(paths, (str, Path)) else paths
+        self.files = [file for path in paths for file in sft_files(path, split)]
+        self.dropped = 0
+        tokens, ends, places = array("i"), array("q", [0]), array("q")  # places: file number, byte offset, line number
+        for number, file in enumerate(self.files):
+            for offset, line_number, line in self._lines(file, progress):
+                where = f"{file}:{line_number}"
+                flat = self._flatten(*record_rounds(parse_json_line(line, file, line_number), where), autoregressive)
+                if not any(token >= 0 for token in flat[1:]):
+                    self.dropped += 1
+                    continue
+                tokens.extend(flat)
+                ends.append(len(tokens))
+                places.extend((number, offset, line_number))
+        if not places:
+            raise UserError(f"{self.files[0]}: " + (
+                f"nothing to learn is left in any of the {self.dropped} records with max_length {max_length} and "
+                f"src_length {src_length}; raise max_length or lower src_length" if self.dropped else
+                "the file is empty; JSON lines with src and tgt are wanted"))
+        self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
+        self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
+        self.lengths = (np.diff(self._ends) - 1).astype(np.int32)  # positions: one less than tokens
+
+    @staticmethod
+    def _lines(file, progress):
+        """Yields (byte offset, line number, line) of the lines that are not blank."""
+        from tqdm import tqdm
+        bar = tqdm(total=os.path.getsize(file), unit="B", unit_scale=True, desc=file.name, disable=not progress)
+        with open(file, "rb") as stream, bar:
+            offset = 0
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield offset, number, line
+                offset += len(line)
+                bar.update(len(line))
+
+    def _fit(self, rounds, context):
+        fit = fit_plain if self.tokenizer.chat_template is None else fit_templated
+        return fit(self.tokenizer, rounds, context, self.src_length, self.max_length)
+
+    def _flatten(self, rounds, context, autoregressive):
+        """Rounds -> list of at most max_length tokens, ~id where nothing is learnt."""
+        system, encoded = self._fit(rounds, context)
+        flat = [~i for i in system]
+        for user, bot in encoded:
+            flat += [~i for i in user]
+            flat += bot
+        flat = flat[: self.max_length]
+        return [i if i >= 0 else ~i for i in flat] if autoregressive else flat
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def sample(self, i):
+        """Record number -> (input_ids, labels), int32 [lengths[i]]; labels[t] is the target of input_ids[t], -100 where
+        nothing is learnt."""
+        tokens = self._tokens[self._ends[i] : self._ends[i + 1]]
+        return np.where(tokens < 0, ~tokens, tokens)[:-1], np.where(tokens < 0, IGNORED, tokens)[1:]
+
+    def record(self, i):
+        """Record number -> its JSON object, read again from the file."""
+        number, offset, line = (int(v) for v in self._places[i])
+        with open(self.files[number], "rb") as stream:
+            stream.seek(offset)
+            return parse_json_line(stream.readline(), self.files[number], line)
+
+    def prompt_ids(self, i):
+        """Record number -> ids up to the last reply: the rounds that training showed, the last in the query form."""
+        rounds, context = record_rounds(self.record(i), f"record {i}")
+        system, encoded = self._fit(rounds, context)
+        kept, encode_chat = rounds[-len(encoded) :], self.tokenizer.encode_chat
+        shortened = encoded[-1][0] != encode_chat(kept, context, True)[1][-1][0]
+        if self.tokenizer.chat_template is not None and not shortened:
+            system, encoded = encode_chat([*kept[:-1], (kept[-1][0], None)], context)
+        return system + [t for user, bot in encoded[:-1] for t in user + bot] + encoded[-1][0]
+
+    def reference(self, i):
+        """Record number -> text of its last reply."""
+        return record_rounds(self.record(i), f"record {i}")[0][-1][1]
+
+
+# ============================== batches of records ==============================
+
+def epoch_order(n, seed, epoch):
+    """Permutation of range(n), a function of (seed, epoch) alone."""
+    return np.random.RandomState([seed & 0xFFFFFFFF, epoch]).permutation(n)
+
+
+def best_fit_packs(lengths, capacity):
+    """Longest first, each into the fullest pack that still has room (best-fit decreasing) -> (order, bounds): pack p
+    holds order[bounds[p]:bounds[p+1]].
+
+    Never worse than 11/9 of the optimum + 6/9 packs (Dosa 2007); on instruction data nearly always full. O(n log
+    capacity): packs are kept by the room they have left, in at most `capacity` stacks. A million records take 1
+    second."""
+    assert len(lengths) and lengths.max() <= capacity, (len(lengths), lengths.max(initial=0), capacity)
+    pack_of = np.empty(len(lengths), np.int64)
+    rooms, packs_with, packs, shortest = [], {}, 0, int(lengths.min())  # rooms: sorted sizes of room that some pack has
+    for i in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
+        length = int(lengths[i])
+        k = bisect.bisect_left(rooms, length)
+        if k == len(rooms):
+            pack, room, packs = packs, capacity, packs + 1
+        else:
+            room = rooms[k]
+            pack = packs_with[room].pop()
+            if not packs_with[room]:
+                del packs_with[room], rooms[k]
+        pack_of[i] = pack
+        room -= length
+        if room >= shortest:
+            if room not in packs_with:
+                packs_with[room] = []
+                bisect.insort(rooms, room)
+            packs_with[room].append(pack)
+    return np.argsort(pack_of, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
+
+
+def in_order_packs(lengths, capacity):
+    """Records in their order, a new pack when the next does not fit (PaddleNLP without greedy) -> (order, bounds)."""
+    assert len(lengths) and lengths.max() <= capacity, (len(lengths), lengths.max(initial=0), capacity)
+    bounds, used = [0], 0
+    for i, length in enumerate(lengths.tolist()):
+        if used + length > capacity:
+            bounds.append(i)
+            used = 0
+        used += length
+    return np.arange(len(lengths)), np.array([*bounds, len(lengths)])
+
+
+def collate(rows, sample, width, pad_token_id):
+    """Record numbers of each row, sample(i) -> (input_ids, labels) -> the batch described at the top, T = width."""
+    B = len(rows)
+    input_ids = np.full((B, width), pad_token_id, np.int64)
+    labels = np.full((B, width), IGNORED, np.int64)
+    positions = np.zeros((B, width), np.int64)
+    mask_rows = np.full((B, 1, width, 1), width, np.int32)
+    tokens = 0
+    for b, row in enumerate(rows):
+        start = 0
+        for i in row:
+            ids, targets = sample(i)
+            end = start + len(ids)
+            input_ids[b, start:end], labels[b, start:end] = ids, targets
+            positions[b, start:end] = np.arange(len(ids))
+            mask_rows[b, 0, start:end, 0] = end
+            start = end
+        tokens += start
+        positions[b, start:] = np.arange(width - start)  # padding: a segment of its own, from `start` to the end
+    return {"input_ids": input_ids, "labels": labels, "position_ids": positions, "startend_row_indices": mask_rows,
+            "sample_ids": [[int(i) for i in row] for row in rows], "tokens": tokens}
+
+
+class SFTLoader:
+    """Batches of an SFTDataset; batch(epoch, index) is a pure function of its arguments and the constructor's.
+
+    zero_padding: records are packed into rows of max_length once, and whole packs are shuffled each epoch
+    (greedy_zero_padding: best fit; else in file order). Otherwise each batch is padded to its longest record; with
+    shuffle, batches are made of records of similar length (sorted inside random windows of 50 batches) and come in
+    random order. UserError when drop_last leaves no batch."""
+
+    WINDOW = 50  # batches sorted together: larger saves padding, smaller mixes lengths better
+
+    def __init__(self, dataset, batch_size, max_length, zero_padding=False, greedy_zero_padding=False, seed=0,
+                 shuffle=True, pad_to_max_length=False, pad_to_multiple_of=None, drop_last=False, pad_token_id=0):
+        assert int(dataset.lengths.max()) <= max_length, (int(dataset.lengths.max()), max_length)
+        self.dataset, self.batch_size, self.pad_token_id = dataset, batch_size, pad_token_id
+        self.seed, self.shuffle = seed, shuffle
+        self.multiple, self.grouped = pad_to_multiple_of or 1, shuffle and not zero_padding
+        self.fixed_width = max_length if zero_padding or pad_to_max_length else None
+        if zero_padding:
+            pack = best_fit_packs if greedy_zero_padding else in_order_packs
+            self._order, self._bounds = pack(dataset.lengths, max_length)
+        else:
+            self._order, self._bounds = np.arange(len(dataset)), np.arange(len(dataset) + 1)
+        rows = len(self._bounds) - 1
+        self.batches_per_epoch = rows // batch_size if drop_last else -(-rows // batch_size)
+        if not self.batches_per_epoch:
+            raise UserError(f"{len(dataset)} records make {rows} rows, fewer than one batch of {batch_size}; lower it")
+        self._row_lengths = np.add.reduceat(dataset.lengths[self._order].astype(np.int64), self._bounds[:-1])
+        self._epoch, self._batches = None, None
+
+    def _width(self, longest):
+        width = self.fixed_width or longest
+        return -(-width // self.multiple) * self.multiple
+
+    def _epoch_batches(self, epoch):
+        """List of batches of row numbers, one may be short. Kept until another epoch is asked for."""
+        if self._epoch != epoch:
+            rows = np.arange(len(self._bounds) - 1)
+            if self.shuffle:
+                rows = epoch_order(len(rows), self.seed, epoch)
+            if self.grouped:
+                window = self.batch_size * self.WINDOW
+                rows = np.concatenate([part[np.argsort(-self._row_lengths[part], kind="stable")]
+                                       for part in (rows[i : i + window] for i in range(0, len(rows), window))])
+            starts = range(0, self.batches_per_epoch * self.batch_size, self.batch_size)
+            batches = [rows[start : start + self.batch_size] for start in starts]
+            if self.grouped:
+                batches = [batches[i] for i in epoch_order(len(batches), self.seed + 1, epoch)]
+            self._epoch, self._batches = epoch, batches
+        return self._batches
+
+    def batch(self, epoch, index):
+        """-> the batch described at the top of this file."""
+        rows = self._epoch_batches(epoch)[index]
+        records = [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
+        return collate(records, self.dataset.sample, self._width(int(self._row_lengths[rows].max())), self.pad_token_id)
+
+    @property
+    def fill(self):
+        """Share of positions that are real, over epoch 0."""
+        batches = self._epoch_batches(0)
+        positions = sum(len(rows) * self._width(int(self._row_lengths[rows].max())) for rows in batches)
+        return float(sum(self._row_lengths[rows].sum() for rows in batches) / positions)
+
+
+# ============================== pretraining corpora ==============================
+# PREFIX.bin: tokens of all documents, one after another. PREFIX.idx, little endian: magic, u64 version 1, u8 dtype
+# code, u64 number of sequences, u64 length of doc_idx, int32 sizes[sequences], int64 pointers[sequences] (bytes into
+# .bin), int64 doc_idx (sequence at which each document starts, last = all).
+
+MAGIC = b"MMIDIDX\x00\x00"
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32, 10: np.uint64}
+
+
+def index_bytes(dtype, sizes):
+    """Header and arrays of the .idx of documents with these token counts (one sequence each)."""
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    sizes = np.asarray(sizes, "<i4")
+    pointers = np.zeros(len(sizes), "<i8")
+    np.cumsum(sizes[:-1].astype(np.int64) * np.dtype(dtype).itemsize, out=pointers[1:])
+    header = MAGIC + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1)
+    return header + sizes.tobytes() + pointers.tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
+
+
+def read_index(path):
+    """.idx -> (dtype, sizes int32 [sequences], doc_idx int64 [documents + 1]). UserError: not one, cut off, gaps."""
+    raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    if raw[:9].tobytes() != MAGIC or len(raw) < 34:
+        raise UserError(f"{path}: not a Megatron index: it must begin with {MAGIC!r}, found {raw[:9].tobytes()!r}")
+    version, code, count, documents = struct.unpack("<QBQQ", raw[9:34].tobytes())
+    if version != 1 or code not in DTYPES:
+        raise UserError(f"{path}: version {version}, dtype code {code}; version 1 and one of {list(DTYPES)} are wanted")
+    if len(raw) != 34 + 12 * count + 8 * documents:
+        raise UserError(f"{path}: {len(raw)} bytes, not {34 + 12 * count + 8 * documents} as its header says: cut off")
+    sizes = raw[34 : 34 + 4 * count].view("<i4")
+    pointers = raw[34 + 4 * count : 34 + 12 * count].view("<i8")
+    doc_idx = raw[34 + 12 * count :].view("<i8")
+    ends = np.cumsum(sizes, dtype=np.int64) * np.dtype(DTYPES[code]).itemsize
+    if count and not (pointers[0] == 0 and np.array_equal(pointers[1:], ends[:-1])):
+        raise UserError(f"{path}: its sequences do not follow one another without gaps; write the corpus again")
+    return DTYPES[code], sizes, doc_idx
+
+
+class Corpus:
+    """One prefix: memory-mapped tokens and where each document starts. Only the pages that are asked for are read.
+
+    PREFIX_ids.npy + PREFIX_idx.npz (PaddleNLP's older form: lens, docs) is taken before PREFIX.bin + PREFIX.idx, as
+    upstream does."""
+
+    def __init__(self, prefix):
+        self.prefix = str(prefix)
+        ids, npz, idx, data = (Path(self.prefix + end) for end in ("_ids.npy", "_idx.npz", ".idx", ".bin"))
+        if npz.is_file() and ids.is_file():
+            try:
+                self.tokens, arrays = np.load(ids, mmap_mode="r"), np.load(npz)
+                sizes, doc_idx = arrays["lens"], arrays["docs"].astype(np.int64)
+            except (OSError, ValueError, KeyError, BadZipFile) as error:
+                raise UserError(f"{npz} and {ids.name} cannot be read as lens, docs and tokens: {error}") from None
+        elif idx.is_file() and data.is_file():
+            dtype, sizes, doc_idx = read_index(idx)
+            size, promised = data.stat().st_size, int(np.sum(sizes, dtype=np.int64)) * np.dtype(dtype).itemsize
+            if size != promised:
+                raise UserError(f"{data}: {size} bytes, {idx.name} promises {promised}: cut off or of another corpus")
+            self.tokens = np.memmap(data, dtype, "r") if size else np.zeros(0, dtype)
+        else:
+            raise UserError(f"{prefix}: neither its .bin with .idx nor its _ids.npy with _idx.npz is there")
+        ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        fits = len(doc_idx) and doc_idx[0] == 0 and doc_idx[-1] == len(sizes) and np.all(np.diff(doc_idx) >= 0)
+        if not fits or ends[-1] != len(self.tokens):
+            raise UserError(f"{prefix}: its document boundaries do not fit its {len(sizes)} sequences and "
+                            f"{len(self.tokens)} tokens; write the corpus again")
+        self.bounds = ends[doc_idx]  # (documents + 1,): document d is tokens[bounds[d]:bounds[d + 1]]
+
+
+def parse_blend(source):
+    """Folder | prefix | "w1 prefix1 w2 prefix2" -> [(weight, prefix)...], weights summing to 1. A folder's prefixes
+    weigh the same, as upstream."""
+    source = str(source)
+    parts = source.split()
+    if Path(source).is_dir():
+        names = sorted({str(p)[: -len(end)] for end in (".idx", "_idx.npz") for p in Path(source).glob("*" + end)})
+        if not names:
+            raise UserError(f"{source}: no *.idx and no *_idx.npz in this folder; `python data.py corpus` writes them")
+        pairs = [(1.0, name) for name in names]
+    elif len(parts) < 2:
+        pairs = [(1.0, source)]
+    else:
+        try:
+            pairs = [(float(weight), prefix) for weight, prefix in zip(parts[::2], parts[1::2], strict=True)]
+        except ValueError:
+            raise UserError(f"{source!r}: no such folder, and not 'weight prefix weight prefix ...' either") from None
+    if any(not 0 < weight < float("inf") for weight, _ in pairs):
+        raise UserError(f"{source!r}: every weight must be a positive number")
+    total = sum(weight for weight, _ in pairs)
+    return [(weight / total, prefix) for weight, prefix in pairs]
+
+
+def split_documents(split, count, which):
+    """Shares like "949,50,1" -> (first, last + 1) document of `which` (train | valid | test), by cumulated shares."""
+    try:
+        shares = [float(share) for share in re.split("[,/]", split)]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
+        raise UserError(f"split {split!r}: up to three shares are wanted: train,valid,test as in '949,50,1'")
+    edges = np.concatenate([[0], np.cumsum(shares + [0.0] * (3 - len(shares)))]) / sum(shares)
+    edges = np.round(edges * count).astype(np.int64)
+    part = ("train", "valid", "test").index(which)
+    return int(edges[part]), int(edges[part + 1])
+
+
+class CorpusSamples:
+    """Samples of seq_length + 1 tokens from the documents first..last of a corpus, laid end to end in an order shuffled
+    anew for each pass.
+
+    Sample k covers tokens k * seq_length ... (k + 1) * seq_length of that stream (one shared, as it is a target first
+    and an input then); the samples of a pass come in shuffled order too, so nothing is seen twice before everything is
+    seen once. num_samples None: one pass, the last sample padded."""
+
+    def __init__(self, corpus, first, last, num_samples, seq_length, seed, shuffle, eos_token_id):
+        sizes = np.diff(corpus.bounds[first : last + 1])
+        total = int(sizes.sum())
+        self.tokens, self.seq_length, self.eos_token_id = corpus.tokens, seq_length, eos_token_id
+        self.num_samples = -(-(total - 1) // seq_length) if num_samples is None else num_samples
+        passes = 1 if num_samples is None else -(-(num_samples * seq_length + 1) // total)
+        numbers = [epoch_order(len(sizes), seed, e) if shuffle else np.arange(len(sizes)) for e in range(passes)]
+        order = np.concatenate(numbers)
+        self.starts = corpus.bounds[first:last][order]  # (passes * documents,) where each document of the stream lies
+        self.stream = np.concatenate([[0], np.cumsum(sizes[order])])  # (passes * documents + 1,) and in the stream
+        edges = np.minimum(-(-np.arange(passes + 1) * total // seq_length), self.num_samples)  # passes' first samples
+        edges[-1] = self.num_samples
+        self.order = np.concatenate([a + (epoch_order(b - a, seed + 1, e) if shuffle else np.arange(b - a))
+                                     for e, (a, b) in enumerate(zip(edges[:-1], edges[1:]))])
+
+    def sample(self, index):
+        """-> tokens (int64), number of the document in the stream (-1: padding), whether real; [seq_length + 1]."""
+        where = int(self.order[index]) * self.seq_length + np.arange(self.seq_length + 1)
+        real = where < self.stream[-1]
+        where = np.minimum(where, self.stream[-1] - 1)
+        document = np.searchsorted(self.stream, where, side="right") - 1
+        tokens = self.tokens[self.starts[document] + where - self.stream[document]].astype(np.int64)
+        return np.where(real, tokens, self.eos_token_id or 0), np.where(real, document, -1), real
+
+
+class CorpusLoader:
+    """Batches of [B, seq_length] over a folder of corpora, one prefix or a weighted blend; batch(epoch, index) as in
+    SFTLoader.
+
+    which: "train" | "valid" | "test" by documents. num_samples: how many samples an epoch has (a training run asks for
+    all it will use, as one epoch; data shorter than that are passed over again, reshuffled); None: one pass over
+    everything, the tail padded with eos and not learnt. mask_across_documents: positions restart and attention ends at
+    each document's end, and the last token of a document is not asked to predict the first of the next. UserError:
+    nothing there, damaged index, a split without documents."""
+
+    def __init__(self, source, split, which, num_samples, seq_length, batch_size, seed=0, eos_token_id=None,
+                 mask_across_documents=False, shuffle=True):
+        self.batch_size, self.seq_length, self.mask_across_documents = batch_size, seq_length, mask_across_documents
+        self.args = (seq_length, shuffle, eos_token_id, seed)
+        self.parts, blend = [], parse_blend(source)
+        for weight, prefix in blend:
+            corpus = Corpus(prefix)
+            documents = len(corpus.bounds) - 1
+            first, last = split_documents(split, documents, which)
+            if corpus.bounds[last] - corpus.bounds[first] < 2:
+                raise UserError(f"{prefix}: split {split!r} leaves no text for {which!r}: {last - first} of "
+                                f"{documents} documents; change the split")
+            self.parts.append((weight, corpus, first, last))
+        if num_samples is None:
+            self.counts = [None] * len(blend)
+            self.num_samples = sum(-(-(int(c.bounds[b] - c.bounds[a]) - 1) // seq_length) for _, c, a, b in self.parts)
+        else:
+            ends = np.round(np.cumsum([weight for weight, _ in blend]) * num_samples).astype(np.int64)
+            self.counts, self.num_samples = np.diff(ends, prepend=0).tolist(), num_samples
+        self.batches_per_epoch = -(-self.num_samples // batch_size)
+        self._epoch = None
+
+    def _epoch_samples(self, epoch):
+        """Sets the CorpusSamples and, per sample of the blend, its corpus and its number there; kept as in SFTLoader.
+
+        Sample j of a corpus with n is due at time (j + 1/2) / n: sorted by time, every stretch of the run has the
+        blend's weights."""
+        if self._epoch != epoch:
+            seq_length, shuffle, eos_token_id, seed = self.args
+            self._samples = [
+                CorpusSamples(corpus, first, last, count, seq_length, seed + 7919 * epoch, shuffle, eos_token_id)
+                if count != 0 else None for (_, corpus, first, last), count in zip(self.parts, self.counts)]
+            sizes = [part.num_samples if part else 0 for part in self._samples]
+            due = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in sizes])
+            order = np.argsort(due, kind="stable")
+            self._corpus_of = np.repeat(np.arange(len(sizes)), sizes)[order]
+            self._number_of = np.concatenate([np.arange(n) for n in sizes])[order]
+            self._epoch = epoch
+
+    def batch(self, epoch, index):
+        """-> the batch described at the top of this file; the last one of an epoch may be short."""
+        self._epoch_samples(epoch)
+        chosen = range(index * self.batch_size, min((index + 1) * self.batch_size, self.num_samples))
+        assert len(chosen), (index, self.batches_per_epoch)
+        B, T = len(chosen), self.seq_length
+        batch = {key: np.empty((B, T), np.int64) for key in ("input_ids", "labels", "position_ids")}
+        batch |= {"startend_row_indices": np.empty((B, 1, T, 1), np.int32)}
+        batch |= {"sample_ids": [[i] for i in chosen], "tokens": 0}
+        for b, i in enumerate(chosen):
+            tokens, document, real = self._samples[self._corpus_of[i]].sample(self._number_of[i])
+            if not self.mask_across_documents:
+                document = np.where(real, 0, -1)
+            same = document[1:] == document[:-1]  # is position t's target of t's own document?
+            begins = np.flatnonzero(np.concatenate([[True], ~same[:-1]]))  # positions at which a segment starts
+            ends = np.append(begins[1:], T)
+            batch["input_ids"][b] = tokens[:-1]
+            batch["tokens"] += int(real[:-1].sum())
+            batch["labels"][b] = np.where(same & real[1:], tokens[1:], IGNORED)
+            batch["position_ids"][b] = np.arange(T) - np.repeat(begins, ends - begins)
+            batch["startend_row_indices"][b, 0, :, 0] = np.repeat(ends, ends - begins)
+        return batch
+
+
+# ============================== python data.py corpus ==============================
+
+def read_documents(path):
+    """Yields chunks, lists of (line number, bytes) of about a megabyte: JSON lines, or the paragraphs of a .txt."""
+    chunk, size, paragraph, begin = [], 0, [], 1
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if path.suffix == ".txt":
+                if line.strip():
+                    begin = begin if paragraph else number
+                    paragraph.append(line)
+                    continue
+                line, paragraph, number = b"".join(paragraph), [], begin
+            if line.strip():
+                chunk.append((number, line))
+                size += len(line)
+            if size > 1 << 20 or len(chunk) >= 1024:
+                yield chunk
+                chunk, size = [], 0
+    chunk += [(begin, b"".join(paragraph))] if paragraph else []
+    if chunk:
+        yield chunk
+
+
+@lru_cache(maxsize=1)
+def cached_tokenizer(path):
+    """A worker process loads its tokenizer once."""
+    return load_tokenizer(path)
+
+
+def encode_documents(chunk, path, tokenizer_path, json_key, append_eos, dtype):
+    """Chunk of read_documents -> (tokens as bytes, tokens per document). Runs in a worker. UserError names
+    file:line."""
+    tokenizer, tokens, sizes = cached_tokenizer(tokenizer_path), [], array("i")
+    for number, raw in chunk:
+        if path.suffix == ".txt":
+            try:
+                text = raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number + raw[: error.start].count(10)}: not UTF-8: {error.reason}") from None
+        else:
+            record = parse_json_line(raw, path, number)
+            text = record.get(json_key)
+            if not isinstance(text, str):
+                raise UserError(f"{path}:{number}: key {json_key!r} must be there and a string; found {brief(record)}")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids:  # an empty text is no document
+            ids += [tokenizer.eos_token_id] if append_eos else []
+            tokens.append(np.array(ids, dtype).tobytes())
+            sizes.append(len(ids))
+    return b"".join(tokens), sizes
+
+
+def in_order(executor, function, chunks, window):
+    """Like executor.map, but never more than `window` chunks ahead of the reader: the corpus is not in memory."""
+    waiting = deque()
+    for chunk in chunks:
+        waiting.append((chunk, executor.submit(function, chunk)))
+        if len(waiting) >= window:
+            done, result = waiting.popleft()
+            yield done, result.result()
+    while waiting:
+        done, result = waiting.popleft()
+        yield done, result.result()
+
+
+def build_corpus(path, tokenizer_path, output, workers=1, json_key="text", append_eos=True, overwrite=False):
+    """Text -> output.bin and output.idx; documents in input order whatever `workers` is. -> (documents, tokens).
+
+    Written under temporary names, flushed to disk, then renamed, the index last: a prefix with an index is complete.
+    uint16 when the vocabulary is smaller than 65,535, else int32. UserError: missing or empty input, a bad line
+    (file:line), an output that is there already."""
+    from tqdm import tqdm
+    path, output = Path(path), str(output)
+    names = {end: Path(output + end) for end in (".bin", ".idx")}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a .jsonl or .txt is wanted")
+    if path.suffix not in (".jsonl", ".json", ".txt"):
+        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; .jsonl or .txt is wanted")
+    if not overwrite and (found := [str(name) for name in names.values() if name.exists()]):
+        raise UserError(f"{' and '.join(found)}: already there; give another --output, or --overwrite true")
+    tokenizer = cached_tokenizer(str(tokenizer_path))
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer_path}: the tokenizer has no eos token to append; give --append_eos false")
+    dtype = np.uint16 if tokenizer.vocab_size < 65535 else np.int32
+    encode = partial(encode_documents, path=path, tokenizer_path=str(tokenizer_path), json_key=json_key,
+                     append_eos=append_eos, dtype=dtype)
+    names[".bin"].parent.mkdir(parents=True, exist_ok=True)
+    temporary = {end: Path(f"{output}{end}.tmp-{os.getpid()}") for end in names}
+    sizes = array("i")
+    # spawn: a fork of a process that has threads (tqdm's, the caller's) may hang
+    executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    try:
+        chunks = read_documents(path)
+        results = in_order(executor, encode, chunks, 2 * workers) if executor else ((c, encode(c)) for c in chunks)
+        bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="tokenising")
+        with open(temporary[".bin"], "wb") as stream, bar:
+            for chunk, (tokens, counts) in results:
+                stream.write(tokens)
+                sizes.extend(counts)
+                bar.update(sum(len(raw) for _, raw in chunk))
+            stream.flush()
+            os.fsync(stream.fileno())
+        if not sizes:
+            raise UserError(f"{path}: no text in it")
+        with open(temporary[".idx"], "wb") as stream:
+            stream.write(index_bytes(dtype, sizes))
+            stream.flush()
+            os.fsync(stream.fileno())
+        names[".idx"].unlink(missing_ok=True)  # with --overwrite: never an old index beside new tokens
+        for end in (".bin", ".idx"):
+            os.replace(temporary[end], names[end])
+    finally:
+        if executor:
+            executor.shutdown(cancel_futures=True)
+        for name in temporary.values():
+            name.unlink(missing_ok=True)
+    return len(sizes), int(np.sum(np.frombuffer(sizes, np.int32), dtype=np.int64))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here an error is one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see `python data.py corpus --help`")
+
+
+def parse_bool(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1")
+
+
+def main(argv=None):
+    """Exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
+    parser = OneLineParser(prog="data.py", description="Turn text into the token files that pretrain.py reads.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("corpus", help="text -> PREFIX.bin and PREFIX.idx")
+    command.add_argument("corpus", help=".jsonl (a JSON object a line) or .txt (a document per paragraph)")
+    command.add_argument("--tokenizer", required=True, help="folder with tokenizer.model")
+    command.add_argument("--output", required=True, help="prefix of the files to write")
+    command.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    command.add_argument("--json_key", default="text", help="key of the text in each JSON object")
+    command.add_argument("--append_eos", type=parse_bool, default=True, help="end each document with eos")
+    command.add_argument("--overwrite", type=parse_bool, default=False, help="replace files that are there already")
+    try:
+        args = parser.parse_args(argv)
+        if args.workers < 1:
+            raise UserError(f"--workers {args.workers}: at least 1 is wanted")
+        documents, tokens = build_corpus(args.corpus, args.tokenizer, args.output, args.workers, args.json_key,
+                                         args.append_eos, args.overwrite)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print(f"error: --workers {args.workers}: a worker was killed (out of memory?); use fewer", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"{args.output}.bin, {args.output}.idx: {documents:,} documents, {tokens:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

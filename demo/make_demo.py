@@ -1,0 +1,1171 @@
+"""Makes what the first run needs offline: data sets, tokenizer and model shape of a small shop world in two languages.
+
+    python demo/make_demo.py             # writes every file below, in a few seconds
+    python demo/make_demo.py corpus      # only corpus.jsonl (not in git: too big); then, to pretrain on it:
+    python data.py corpus demo/corpus.jsonl --tokenizer demo/llama --output demo/corpus
+
+Same script, same bytes: every file has its own generator, seeded with SEED and the file's name. All words and sentences
+were written for this file. Only the tokenizer needs more than the standard library (sentencepiece).
+
+The world: nine kinds of product (clothing, shoes, bags, furniture, lamps, kitchenware, tea, home textiles, jewelry).
+Each kind has its types and its attributes; each value has an English and a Chinese word and what a shop would say in
+its praise. The task: from attributes to an advertisement that mentions every one of them. LoRA has to learn it: the
+pretraining corpus has the same world and many lists with a text that takes them up, so the base model can copy, but
+never a `type#...` prompt; it knows # and * from parcel notes and rambles after them.
+
+sft/train.json, sft/dev.json (one JSON object a line, in spite of the name, as PaddleNLP has it)
+    src       the prompt, or a list with one user turn per reply. Attributes are key#value, joined by *, the type first
+    tgt       the reply, or a list as long as src
+    context   optional; context.system is the system prompt: here, in a tenth of the records, a tone for the reply
+    keywords  optional, here in all single-turn records: the values that the reply must mention. Attribute recall is the
+              share of them found in a reply, as whole words in English ("red" is not in "inspired"; see `mentions`).
+              Not a PaddleNLP key, and no part of training.
+    {"src":"type#dress*color#red*material#silk","tgt":"This red silk dress ...","keywords":["dress","red","silk"]}
+    {"src":["type#mug*color#blue","now in red"],"tgt":["A blue mug ...","A red mug ..."]}
+    {"src":"type#...","tgt":"...","context":{"system":"Write in a formal tone."},"keywords":["..."]}
+  Every dev record has at least one pair (type, value), such as dress with silk, that no train record has: memory is no
+  help there.
+
+preference/train.jsonl, preference/dev.jsonl (for dpo.py; the same split of pairs)
+    src       list of user turns; tgt: list of the replies between them, so len(src) == len(tgt) + 1
+    response  two replies to the last turn;  sort: two different numbers, the larger marks the better reply
+    {"src":["type#dress*color#red"],"tgt":[],"response":["A red dress ...","A green dress ..."],"sort":[1,0]}
+  The worse reply leaves values out, puts others in their place, or rambles.
+
+corpus.jsonl   {"text": "..."}, one document a line: catalogues, advertisements, shop pages, reviews, dialogues (half of
+               them in the marks of the chatml template), stories, parcel notes
+llama/         tokenizer.model: sentencepiece BPE trained on the corpus; ids: <unk> 0 (also padding), <s> 1, </s> 2,
+               # 3, * 4, <|im_start|> 5, <|im_end|> 6. tokenizer_config.json. config.json: the shape that pretrain.py
+               starts from; pretrain.py made the weights beside it.
+"""
+import io
+import json
+import random
+import re
+import sys
+import zlib
+from pathlib import Path
+
+SEED = 2024
+FOLDER = Path(__file__).resolve().parent
+SFT_COUNTS = {"train": 3000, "dev": 200}
+PREFERENCE_COUNTS = {"train": 1000, "dev": 100}
+CORPUS_COUNT = 40000
+VOCAB_SIZE = 3072
+VALUE_REPEATS = 40  # how often the tokenizer sees each English value besides the corpus
+
+
+# ==== 1. The world: one row a value ====
+# English | Chinese | praise, English ; another | praise, Chinese ; another
+# English praise is the predicate of a singular subject ("the red color ..."), for details of the detail itself ("the
+# wooden buttons hold ..."), and for seasons, rooms, occasions, origins and harvests a clause after when or where. No
+# value begins a sentence, so its letters never change.
+
+COLOR = """
+red | 红色 | brings warmth to a grey day ; is seen from across the street | 热烈醒目 ; 一眼就能看到
+blue | 蓝色 | is as calm as a clear morning ; goes with nearly everything | 像晴天一样安静 ; 怎么搭配都不会错
+green | 绿色 | is as fresh as new leaves ; rests the eye | 像新叶一样清新 ; 看久了也不累眼
+yellow | 黄色 | lets a little sun in ; lifts the mood at once | 像一束阳光 ; 让心情变得明快
+black | 黑色 | never goes out of fashion ; hides small marks and looks sharp | 永远不会过时 ; 耐脏又利落
+white | 白色 | keeps everything light and clean ; makes the lines stand out | 干净明亮 ; 让线条更加清晰
+grey | 灰色 | stays quiet and leaves room for the rest ; suits every mood | 低调安静 ; 百看不厌
+brown | 棕色 | has the warmth of old wood ; grows deeper with the years | 有老木头的温度 ; 越用越有味道
+pink | 粉色 | is gentle without being sweet ; gives a soft glow | 温柔而不甜腻 ; 带着柔柔的光
+purple | 紫色 | adds a touch of mystery ; looks rich in the evening | 多了一点神秘 ; 在夜里格外动人
+orange | 橙色 | is full of good humor ; wakes up a tired corner | 充满活力 ; 让角落也亮起来
+navy | 藏青色 | looks serious and never dull ; is at ease in any company | 稳重而不沉闷 ; 什么场面都合适
+beige | 米色 | is mild and easy to match ; feels like a quiet afternoon | 温和好搭 ; 像一个安静的下午
+gold | 金色 | shines just enough ; gives a festive touch | 闪亮得恰到好处 ; 带来节日的气氛
+ivory | 象牙白 | is softer than plain white ; catches the light gently | 比纯白更柔和 ; 轻轻映着光
+turquoise | 青绿色 | reminds you of shallow sea water ; is cool and cheerful | 让人想起浅海 ; 清凉又活泼
+burgundy | 酒红色 | has the depth of good wine ; looks noble by candlelight | 像好酒一样浓郁 ; 显得高贵
+khaki | 卡其色 | takes dust and sun in its stride ; is made for the open air | 不怕风吹日晒 ; 带着户外的气息
+"""
+
+STYLE = """
+vintage | 复古 | tells of another age ; looks better every year | 带着旧时光的味道 ; 越看越有故事
+modern | 现代 | keeps only what is needed ; looks ahead without fuss | 只留下需要的部分 ; 线条干脆利落
+minimalist | 极简 | leaves out everything loud ; calms the eye | 没有一点多余 ; 让眼睛得到休息
+rustic | 田园 | smells of hay and summer ; brings the country home | 把乡间带回家 ; 有阳光和青草的气息
+elegant | 优雅 | shows good taste without a word ; moves with grace | 不说话也显品味 ; 一举一动都从容
+casual | 休闲 | makes every day easier ; asks for no special plans | 让每一天都轻松 ; 随性自在
+romantic | 浪漫 | belongs to long evenings ; softens every line | 属于漫长的夜晚 ; 让心变得柔软
+classic | 经典 | will outlive every trend ; has pleased three generations | 经得起时间考验 ; 三代人都喜欢
+playful | 俏皮 | makes people smile ; does not take itself too seriously | 让人会心一笑 ; 多了几分童心
+nordic | 北欧 | is bright, plain and friendly ; makes small spaces feel open | 明亮朴素 ; 让小空间也显得开阔
+industrial | 工业 | shows honestly how things are built ; has the charm of an old factory | 有老工厂的味道 ; 硬朗而有个性
+oriental | 中式 | draws on ink paintings and gardens ; has a quiet dignity | 有水墨和园林的意境 ; 端庄大方
+bohemian | 波西米亚 | mixes roads, songs and colors ; feels free and warm | 自由又温暖 ; 像一次远行
+sporty | 运动 | is always ready to move ; feels quick and light | 随时可以出发 ; 轻快有力
+"""
+
+PATTERN = """
+striped | 条纹 | gives a clear rhythm ; makes the shape look longer | 有清楚的节奏感 ; 显得修长
+floral | 碎花 | carries a garden along ; blooms in every season | 像带着一座花园 ; 四季都在开放
+checked | 格子 | is tidy and friendly ; reminds you of school days | 整齐又亲切 ; 让人想起校园
+dotted | 波点 | dances a little ; keeps things merry | 活泼跳跃 ; 看着就开心
+geometric | 几何 | plays with lines and corners ; has a clear order | 线条有趣 ; 秩序分明
+embroidered | 刺绣 | shows the patience of the hand ; rewards a closer look | 看得出手工的耐心 ; 细看更美
+printed | 印花 | tells a small story ; is never the same twice | 讲着小小的故事 ; 每一处都不一样
+quilted | 绗缝 | holds the warmth in ; gives a soft depth | 锁住温暖 ; 柔软有层次
+"""
+
+CLOTH = """
+silk | 真丝 | feels cool and light on the skin ; flows like water | 轻盈顺滑 ; 贴着皮肤凉凉的
+cotton | 纯棉 | is soft from the first day ; lets the skin breathe | 柔软亲肤 ; 透气吸汗
+linen | 亚麻 | stays cool in the heat ; gets softer with each wash | 天热也清爽 ; 越洗越柔软
+wool | 羊毛 | keeps the cold outside ; holds its shape for years | 挡住寒冷 ; 多年不变形
+cashmere | 羊绒 | weighs nothing and warms everything ; is as soft as a cloud | 又轻又暖 ; 像云一样柔软
+velvet | 丝绒 | has a deep and quiet shine ; begs to be touched | 有幽幽的光泽 ; 让人忍不住想摸
+denim | 牛仔布 | can take hard work ; tells the story of its owner | 结实耐磨 ; 越旧越好看
+corduroy | 灯芯绒 | has fine warm ridges ; brings back the seventies | 纹路细密保暖 ; 很有年代感
+fleece | 抓绒 | dries fast and warms at once ; is light to carry | 干得快也暖得快 ; 轻便好带
+chiffon | 雪纺 | moves with every breeze ; is airy and fine | 随风轻轻飘动 ; 轻薄飘逸
+"""
+
+SHOE_MATERIAL = """
+leather | 皮革 | follows the foot after a few days ; can be polished again and again | 几天就合脚 ; 越擦越亮
+suede | 麂皮 | is soft to the touch ; has a warm matt surface | 手感细软 ; 有温润的哑光
+canvas | 帆布 | is light and simple to wash ; lets the air through | 轻便好洗 ; 透气舒服
+mesh | 网面 | keeps the feet cool ; weighs next to nothing | 双脚始终凉爽 ; 轻得像没穿
+rubber | 橡胶 | does not mind the rain ; grips wet stone | 不怕雨水 ; 湿路也防滑
+felt | 毛毡 | is warm and silent ; keeps the toes cosy | 温暖又安静 ; 脚趾也暖和
+"""
+
+BAG_MATERIAL = """
+leather | 皮革 | grows more beautiful with use ; keeps its form | 越用越漂亮 ; 保持挺括
+canvas | 帆布 | is tough and honest ; can be washed by hand | 结实耐用 ; 可以手洗
+nylon | 尼龙 | shrugs off the rain ; is light on the shoulder | 防水耐磨 ; 背着很轻
+straw | 草编 | smells of summer fields ; is woven by hand | 有夏天的味道 ; 全手工编成
+felt | 毛毡 | protects what is inside ; is soft and strong | 保护里面的东西 ; 柔软又结实
+denim | 牛仔布 | can take hard work ; needs no special care | 结实耐磨 ; 不用特别打理
+recycled plastic | 再生塑料 | gives old bottles a new life ; is kind to the planet | 让旧瓶子重获新生 ; 对地球友好
+"""
+
+FURNITURE_MATERIAL = """
+oak | 橡木 | is hard and lasts a lifetime ; shows a lively grain | 坚硬耐用一辈子 ; 木纹生动
+walnut | 胡桃木 | has a dark and noble grain ; feels like satin | 纹理深沉高贵 ; 摸起来很细腻
+pine | 松木 | smells of the forest ; is light to move | 有森林的香气 ; 搬动也轻松
+bamboo | 竹子 | grows fast and bears much ; feels cool and smooth | 生长快又承重 ; 凉爽光滑
+rattan | 藤条 | gives a little when you lean on it ; is woven by patient hands | 有弹性又舒服 ; 由巧手编成
+steel | 钢材 | carries more than you expect ; will not warp | 承重惊人 ; 不会变形
+leather | 皮革 | is cool in summer and warm in winter ; wipes clean | 冬暖夏凉 ; 一擦就干净
+velvet | 丝绒 | has a deep and quiet shine ; is kind to bare arms | 有幽幽的光泽 ; 触感温柔
+"""
+
+LAMP_MATERIAL = """
+brass | 黄铜 | warms up the whole room ; ages with dignity | 让房间变得温暖 ; 越旧越耐看
+glass | 玻璃 | scatters the light softly ; is blown by mouth | 让光线变得柔和 ; 由人工吹制
+paper | 纸艺 | turns light into a moon ; is folded by hand | 把灯光变成月亮 ; 由手工折成
+ceramic | 陶瓷 | stands firm and feels smooth ; is fired twice | 稳重光滑 ; 烧制两次
+bamboo | 竹子 | throws fine shadows on the wall ; is light and natural | 在墙上投下细影 ; 轻巧自然
+iron | 铁艺 | stands like a rock ; has clean dark lines | 站得很稳 ; 线条干净
+linen | 亚麻 | filters every glare ; has a fine natural weave | 滤去刺眼的光 ; 织纹自然
+"""
+
+KITCHEN_MATERIAL = """
+porcelain | 白瓷 | is thin, strong and bright ; rings like a bell | 薄而坚实 ; 敲起来声音清脆
+stoneware | 粗陶 | keeps the heat for a long time ; sits well in the hand | 保温时间长 ; 握在手里很踏实
+glass | 玻璃 | shows what is inside ; takes no smell | 里面一目了然 ; 不留味道
+enamel | 搪瓷 | is light and hard to break ; brings back camping days | 轻便不怕摔 ; 让人想起露营
+cast iron | 铸铁 | spreads the heat evenly ; lasts for generations | 受热均匀 ; 可以传给下一代
+bamboo | 竹子 | dries quickly ; is gentle with knives | 干得快 ; 不伤刀刃
+copper | 紫铜 | reacts at once to the flame ; glows on the shelf | 导热极快 ; 摆着也漂亮
+steel | 钢材 | never rusts ; is simple to clean | 不会生锈 ; 很好清洗
+"""
+
+METAL = """
+silver | 纯银 | has a cool and clear shine ; suits every skin | 光泽清亮 ; 什么肤色都合适
+rose gold | 玫瑰金 | has a blush of its own ; flatters every hand | 带着淡淡红晕 ; 显得手更白
+copper | 紫铜 | glows like a small fire ; is worked by hammer | 像小小的火光 ; 由锤子敲成
+titanium | 钛钢 | is light and never scratches ; is safe for tender skin | 轻而不易刮花 ; 敏感肌肤也安心
+brass | 黄铜 | has the color of late sun ; deepens with wear | 像傍晚的阳光 ; 越戴越有味道
+"""
+
+CLOTH_DETAIL = """
+hidden pocket | 隐形口袋 | keeps keys and coins safe ; is there when you need it | 钥匙零钱都放得下 ; 需要时就在手边
+wooden buttons | 木质纽扣 | hold well and look natural ; are turned one by one | 自然又牢固 ; 每一颗都不同
+high collar | 高领 | keeps the wind off ; frames the face | 挡风保暖 ; 衬托脸型
+long sleeves | 长袖 | cover the wrists neatly ; can be rolled up | 盖住手腕 ; 也可以卷起来
+lace trim | 蕾丝边 | adds a fine finish ; is sewn by hand | 精致好看 ; 由手工缝上
+wide belt | 宽腰带 | marks the waist ; can be taken off | 收出腰线 ; 可以取下
+round neck | 圆领 | sits softly ; shows a necklace well | 柔和贴合 ; 方便搭配项链
+ruffled hem | 荷叶边 | swings at every step ; gives a light ending | 走动时轻轻摆动 ; 灵动活泼
+side slits | 侧开叉 | give room to walk ; look quick and neat | 走路更自如 ; 显得轻快
+warm lining | 保暖内衬 | makes winter bearable ; feels like a hug | 冬天也不怕冷 ; 像被拥抱一样
+"""
+
+SHOE_DETAIL = """
+thick sole | 厚底 | softens every step ; adds a few centimeters | 每一步都柔软 ; 悄悄增高
+round toe | 圆头 | leaves room for the toes ; looks friendly | 脚趾不受挤 ; 看着亲切
+side zip | 侧拉链 | saves time in the morning ; runs smoothly | 穿脱很快 ; 拉起来顺滑
+metal buckle | 金属扣 | sits firm and shines a little ; adds character | 扣得牢固 ; 很有个性
+low heel | 低跟 | is easy on the back ; lets you walk all day | 走一天也不累 ; 稳当舒适
+soft insole | 软垫 | carries tired feet home ; can be taken out | 让双脚放松 ; 可以取出清洗
+bright laces | 亮色鞋带 | add a cheerful line ; can be changed in a minute | 多一点亮色 ; 随时可以更换
+"""
+
+BAG_DETAIL = """
+long strap | 长肩带 | leaves both hands free ; can be shortened | 解放双手 ; 长短可调
+inner pocket | 内袋 | keeps the phone in its place ; closes with a zip | 手机有固定的位置 ; 带拉链更安全
+magnetic clasp | 磁扣 | opens with one finger ; never gets stuck | 一推就开 ; 从不卡住
+laptop sleeve | 电脑夹层 | saves your work from knocks ; fits most screens | 保护电脑不受碰撞 ; 大多数尺寸都能放
+brass zip | 黄铜拉链 | will not break ; runs like butter | 结实耐用 ; 拉起来很顺
+leather handles | 皮质提手 | lie well in the hand ; do not cut | 握感舒适 ; 不会勒手
+"""
+
+FURNITURE_DETAIL = """
+round corners | 圆角 | are safe for children ; soften the whole shape | 孩子也安全 ; 造型更柔和
+hidden drawer | 隐藏抽屉 | swallows all small things ; opens with a touch | 小东西都收得下 ; 轻触即开
+slim legs | 细腿 | make cleaning simple ; let the floor show | 打扫方便 ; 显得轻巧
+folding frame | 折叠结构 | saves space at night ; opens in seconds | 节省空间 ; 几秒就能打开
+carved edge | 雕花边 | shows old skill ; deserves a second look | 看得出老手艺 ; 值得细看
+soft cushion | 软垫 | invites you to stay ; keeps its spring | 让人不想起身 ; 久坐不塌
+high back | 高靠背 | supports the shoulders ; makes reading a joy | 支撑肩背 ; 看书更舒服
+"""
+
+SEASON = """
+spring | 春季 | everything turns green ; the air is mild | 万物都在发芽 ; 微风正好
+summer | 夏季 | the days are long ; the sun is high | 白天很长 ; 阳光明亮
+autumn | 秋季 | the leaves come down ; the evenings grow cool | 落叶纷纷 ; 早晚微凉
+winter | 冬季 | snow lies on the roofs ; the nights are long | 屋顶落满了雪 ; 夜晚很长
+"""
+
+OCCASION = """
+office | 办公室 | good taste speaks quietly ; the day is long | 低调有品味 ; 忙一天也从容
+party | 聚会 | everyone looks twice ; the music is loud | 大家都会多看一眼 ; 轻松成为焦点
+wedding | 婚礼 | old friends meet again ; every picture counts | 留下美好的照片 ; 见证重要的时刻
+weekend | 周末 | plans may change ; nobody looks at the clock | 说走就走 ; 不用看时间
+journey | 旅行 | each gram counts ; new streets are waiting | 轻装上路 ; 走进新的街道
+commute | 通勤 | the train is full ; minutes matter | 赶车也不慌 ; 上下班都方便
+school run | 接送孩子 | hands are always full ; time is short | 手忙脚乱也不怕 ; 省时省力
+first date | 约会 | small things matter ; hearts beat faster | 细节最动人 ; 让心跳加快
+"""
+
+ROOM = """
+bedroom | 卧室 | the day ends softly ; sleep comes sooner | 一天在这里温柔结束 ; 睡得更香
+study | 书房 | thoughts need peace ; books pile up | 思绪需要安静 ; 书越堆越多
+kitchen | 厨房 | soup is on the stove ; the family meets | 炉上煮着汤 ; 家人在此相聚
+living room | 客厅 | guests like to stay ; stories are told | 客人不愿离开 ; 适合聊天说笑
+hallway | 玄关 | you come home tired ; first looks are given | 一进门就感到温暖 ; 留下第一印象
+sunroom | 阳光房 | the morning sun comes first ; herbs grow in pots | 最早看到阳光 ; 种满了花草
+dining room | 餐厅 | dishes steam on the table ; talk goes on for hours | 饭菜冒着热气 ; 一聊就是半天
+nursery | 儿童房 | small dreams grow ; toys lie about | 装着小小的梦 ; 玩具随处可见
+"""
+
+SIZE = """
+small | 小号 | fits where others do not ; is quickly stowed away | 哪里都放得下 ; 收纳方便
+large | 大号 | has room for the whole family ; never feels cramped | 一家人都够用 ; 一点也不局促
+compact | 紧凑 | saves every inch ; goes along anywhere | 节省每一寸空间 ; 去哪都能带
+roomy | 宽敞 | takes more than you think ; leaves space for surprises | 比想象中能装 ; 还有余地
+slim | 纤薄 | slides into narrow gaps ; looks light | 窄缝也能放进去 ; 看着轻巧
+deep | 加深 | holds a good portion ; keeps things from spilling | 容量充足 ; 不容易洒出来
+"""
+
+LIGHT = """
+warm white | 暖白 | makes faces look kind ; is made for evenings | 让人看着亲切 ; 适合夜晚
+soft yellow | 柔黄 | feels like candles ; slows the evening down | 像烛光一样 ; 让夜晚慢下来
+cool white | 冷白 | keeps you awake ; shows true colors | 让人清醒 ; 颜色真实
+dimmable | 可调光 | follows your mood ; goes from bright to dusk | 随心情变化 ; 明暗自如
+flicker-free | 无频闪 | spares the eyes ; stays steady for hours | 保护眼睛 ; 久看不累
+starry | 星空 | paints the ceiling with dots ; makes children wonder | 把天花板变成夜空 ; 孩子看得入迷
+"""
+
+STONE = """
+jade | 翡翠 | is cool and full of luck ; has a gentle green | 清凉又吉祥 ; 绿得温润
+pearl | 珍珠 | glows from within ; never shouts | 光泽从里面透出 ; 低调动人
+amber | 琥珀 | holds the light of old forests ; is warm to the touch | 藏着远古森林的光 ; 触手温暖
+moonstone | 月光石 | changes with each turn ; has a blue gleam | 转动时会变化 ; 泛着蓝光
+garnet | 石榴石 | burns in a dark red ; is small and deep | 红得深沉 ; 小而浓郁
+crystal | 水晶 | breaks light into colors ; is clear as ice | 把光折成彩色 ; 像冰一样透明
+"""
+
+TASTE = """
+sweet | 清甜 | stays on the tongue ; needs no sugar | 留在舌尖 ; 不用加糖
+smoky | 烟熏 | recalls a wood fire ; goes with a rainy day | 让人想起柴火 ; 适合下雨天
+malty | 麦香 | is full and round ; wakes you kindly | 饱满圆润 ; 让人慢慢醒来
+fresh | 鲜爽 | clears the head ; is like rain in the hills | 提神醒脑 ; 像山里的雨
+honeyed | 蜜香 | lasts through five brews ; is smooth and golden | 五泡仍有余味 ; 顺滑金黄
+roasted | 焙火 | warms the stomach ; is deep and calm | 暖胃 ; 深沉安静
+nutty | 坚果香 | goes well with biscuits ; is mild and round | 配点心正好 ; 温和圆润
+floral | 花香 | opens slowly in the cup ; fills the room | 在杯中慢慢散开 ; 满屋都是
+"""
+
+ORIGIN = """
+Fujian | 福建 | mist lies on the hills ; tea has grown for a thousand years | 山间常有云雾 ; 种茶已有千年
+Yunnan | 云南 | old trees stand in the forest ; the nights are cool | 古树长在林中 ; 夜里很凉
+Anhui | 安徽 | granite peaks rise from the clouds ; springs are clear | 奇峰立在云海 ; 泉水清澈
+Hangzhou | 杭州 | the lake keeps the air mild ; leaves are pressed flat by hand | 湖水滋润着空气 ; 叶子由手工压平
+Sichuan | 四川 | soft rain falls at night ; monks planted the first bushes | 夜里常下细雨 ; 最早由僧人种下
+Guizhou | 贵州 | few roads reach the gardens ; the soil is rich | 茶园远离公路 ; 土地肥沃
+Hunan | 湖南 | the rivers wind through green hills ; summers are damp | 河流绕着青山 ; 夏天湿润
+Taiwan | 台湾 | the gardens lie above the clouds ; the frost comes late | 茶园在云层之上 ; 霜来得晚
+"""
+
+PACK = """
+tin | 铁罐 | keeps the aroma in ; can be used again | 锁住香气 ; 还能再次使用
+gift box | 礼盒 | needs no ribbon ; pleases before it is opened | 不用再包装 ; 还没打开就让人喜欢
+paper bag | 纸袋 | is simple and green ; can be composted | 简单环保 ; 可以降解
+glass jar | 玻璃瓶 | shows every leaf ; looks good on the shelf | 每片叶子都看得见 ; 摆着也好看
+wooden case | 木盒 | is carved with a crane ; will be kept for years | 刻着一只仙鹤 ; 可以留很多年
+"""
+
+HARVEST = """
+early spring | 早春 | the buds are still closed ; frost is just over | 嫩芽还没张开 ; 霜刚刚过去
+late spring | 晚春 | the leaves are strong ; the sun grows warm | 叶子正饱满 ; 阳光渐暖
+midsummer | 盛夏 | the leaves are full of scent ; storms wash the hills | 叶子香气最浓 ; 雷雨洗过山坡
+late autumn | 深秋 | the taste grows deep ; the air is dry and clear | 味道变得醇厚 ; 空气干爽
+"""
+
+# kind: types as English|Chinese, then attribute -> table. Colors, styles and so on are shared; materials and details
+# belong to the kind.
+KINDS = {
+    "clothing": ("dress|连衣裙, skirt|半身裙, shirt|衬衫, coat|大衣, jacket|夹克, sweater|毛衣, cardigan|开衫, vest|马甲, hoodie|卫衣, "
+                 "trousers|长裤, pyjamas|睡衣, blouse|罩衫, cape|斗篷",
+                 dict(color=COLOR, material=CLOTH, style=STYLE, pattern=PATTERN, detail=CLOTH_DETAIL, season=SEASON)),
+    "shoes": ("boots|靴子, sneakers|球鞋, sandals|凉鞋, loafers|乐福鞋, slippers|拖鞋, ballet flats|芭蕾鞋",
+              dict(color=COLOR, material=SHOE_MATERIAL, style=STYLE, detail=SHOE_DETAIL, occasion=OCCASION)),
+    "bags": ("handbag|手提包, backpack|双肩包, tote|托特包, wallet|钱包, suitcase|行李箱, satchel|邮差包, pouch|收纳包",
+             dict(color=COLOR, material=BAG_MATERIAL, style=STYLE, size=SIZE, detail=BAG_DETAIL, occasion=OCCASION)),
+    "furniture": ("chair|椅子, sofa|沙发, table|桌子, bookshelf|书架, stool|凳子, desk|书桌, cabinet|柜子, bench|长椅, armchair|扶手椅",
+                  dict(color=COLOR, material=FURNITURE_MATERIAL, style=STYLE, room=ROOM, detail=FURNITURE_DETAIL)),
+    "lamps": ("desk lamp|台灯, floor lamp|落地灯, pendant lamp|吊灯, lantern|灯笼, wall lamp|壁灯, night light|小夜灯",
+              dict(color=COLOR, material=LAMP_MATERIAL, style=STYLE, room=ROOM, light=LIGHT)),
+    "kitchenware": ("teapot|茶壶, mug|马克杯, kettle|水壶, pan|平底锅, bowl|饭碗, plate|盘子, jar|储物罐, pitcher|冷水壶, tray|托盘",
+                    dict(color=COLOR, material=KITCHEN_MATERIAL, style=STYLE, pattern=PATTERN, size=SIZE)),
+    "tea": ("green tea|绿茶, black tea|红茶, oolong tea|乌龙茶, white tea|白茶, jasmine tea|茉莉花茶, yellow tea|黄茶",
+            dict(taste=TASTE, origin=ORIGIN, pack=PACK, harvest=HARVEST)),
+    "textiles": ("blanket|毛毯, cushion|靠垫, quilt|被子, curtain|窗帘, rug|地毯, tablecloth|桌布, pillow|枕头",
+                 dict(color=COLOR, material=CLOTH, style=STYLE, pattern=PATTERN, room=ROOM)),
+    "jewelry": ("ring|戒指, necklace|项链, earrings|耳环, bracelet|手链, brooch|胸针, hairpin|发簪",
+                dict(material=METAL, style=STYLE, stone=STONE, occasion=OCCASION)),
+}
+
+KEY_NAMES = {  # attribute -> (English key, Chinese key) of the prompt
+    "type": ("type", "类型"), "color": ("color", "颜色"), "material": ("material", "材质"), "style": ("style", "风格"),
+    "pattern": ("pattern", "图案"), "detail": ("detail", "细节"), "season": ("season", "季节"),
+    "occasion": ("occasion", "场合"), "room": ("room", "房间"), "size": ("size", "尺寸"), "light": ("light", "灯光"),
+    "stone": ("stone", "宝石"), "taste": ("taste", "口味"), "origin": ("origin", "产地"), "pack": ("pack", "包装"),
+    "harvest": ("harvest", "采摘"),
+}
+
+
+# ==== 2. How the world speaks ====
+# English slots: {a} a red dress / a pair of red boots; {this} this/these; {np} red dress; {is} {s} {it} {its} {them}
+# follow the number of the product; {v} a value, {av} the value with its article, {b} its praise.
+
+STACK = ("size", "style", "color", "pattern", "taste", "material")  # what stands before the noun, in this order
+
+TAIL_EN = {"detail": "with {av}", "season": "for {v}", "occasion": "for the {v}", "room": "for the {v}",
+           "light": "with {v} light", "stone": "set with {v}", "origin": "from {v}", "pack": "in {av}",
+           "harvest": "picked in {v}"}
+
+CLAUSE_EN = {
+    "color": ["the {v} color {b}", "{its} {v} tone {b}", "the shade is {v}, and it {b}",
+              "we made {them} in {v}, a color that {b}", "{it} come{s} in {v}, a color that {b}"],
+    "material": ["the {v} {b}", "{its} {v} {b}", "{it} {is} made of {v} that {b}", "we chose {v} because it {b}",
+                 "good {v} {b}"],
+    "style": ["the {v} style {b}", "{its} {v} look {b}", "the {v} line {b}", "the design has {av} spirit that {b}",
+              "{av} touch {b}"],
+    "pattern": ["the {v} pattern {b}", "{its} {v} pattern {b}", "{av} pattern {b}",
+                "{it} wear{s} {av} pattern that {b}"],
+    "detail": ["the {v} {b}", "{it} come{s} with {av} that {b}", "you will like the {v} that {b}",
+               "we added {av} that {b}"],
+    "season": ["{it} {is} made for {v}, when {b}", "think of {v}, when {b}",
+               "{it} {is} at {its} best in {v}, when {b}"],
+    "occasion": ["{it} {is} ready for the {v}, where {b}", "{it} make{s} a good companion for the {v}, where {b}",
+                 "{it} suit{s} the {v}, where {b}"],
+    "room": ["{it} find{s} a place in the {v}, where {b}", "put {them} in the {v}, where {b}",
+             "{it} belong{s} in the {v}, where {b}"],
+    "size": ["the {v} size {b}", "{its} {v} shape {b}", "{av} form {b}"],
+    "light": ["{its} {v} light {b}", "the {v} light {b}", "{it} give{s} {av} light that {b}"],
+    "stone": ["the {v} {b}", "{it} {is} set with {v} that {b}", "{its} {v} {b}"],
+    "taste": ["the {v} taste {b}", "{its} {v} note {b}", "each cup has {av} taste that {b}"],
+    "origin": ["{it} come{s} from {v}, where {b}", "the leaves grow in {v}, where {b}",
+               "we found {them} in {v}, where {b}"],
+    "pack": ["{it} come{s} in {av} that {b}", "the {v} {b}", "we ship {them} in {av} that {b}"],
+    "harvest": ["the leaves are picked in {v}, when {b}", "it is a harvest of {v}, when {b}"],
+}
+
+OPENING_EN = {
+    "any": ["{This} {np} {is} easy to love.", "Meet {a} with a character of {its} own.",
+            "Looking for {a}? Here {it} {is}.", "Few things please like {a}.",
+            "Here {is} {a} for people who look twice.", "You will not forget {this} {np}.",
+            "We are proud of {this} {np}.", "{This} {np} deserve{s} a good home.", "Give yourself {a}.",
+            "New in our shop: {a}.", "{A} can change a whole day.", "Let us show you {this} {np}.",
+            "Some days call for {a}.", "{This} {np} speak{s} for {itself}."],
+    "clothing": ["Slip into {this} {np} and feel at home.", "{A} belong{s} in every wardrobe.",
+                 "Dress up or down in {this} {np}."],
+    "shoes": ["Every street is shorter in {this} {np}.", "Step out in {a}.",
+              "Your feet will thank you for {this} {np}."],
+    "bags": ["Carry your day in {a}.", "{This} {np} go{es} where you go.", "Pack light with {a}."],
+    "furniture": ["{A} can turn a house into a home.", "Make room for {this} {np}.", "Good evenings begin with {a}."],
+    "lamps": ["Light up the evening with {a}.", "When it gets dark, {this} {np} come{s} to life.",
+              "Let {a} keep you company."],
+    "kitchenware": ["Breakfast tastes better with {a}.", "Set the table with {this} {np}.", "Every cook needs {a}."],
+    "tea": ["Put the kettle on for {a}.", "Slow down with {a}.", "A cup of {this} {np} makes the morning."],
+    "textiles": ["Wrap your home in comfort with {a}.", "{A} makes any house softer.", "Get cosy with {this} {np}."],
+    "jewelry": ["Wear a little light with {a}.", "{A} say{s} what words cannot.", "Treat someone dear to {this} {np}."],
+    "cheerful": ["Hooray, {this} {np} {is} here!", "Wow, what {a}!", "Smile, here come{s} {a}!",
+                 "Good news: {a} for you!"],
+    "formal": ["We are pleased to present {this} {np}.", "It is our honor to introduce {a}.",
+               "We respectfully offer you {a}."],
+    "question": ["Have you been looking for {a}?", "Who would not want {a}?", "Would you like {a}?"],
+}
+
+CLOSING_EN = {
+    "any": ["You will wonder how you did without {them}.", "A good choice for yourself or a friend.",
+            "Made with care, made to last.", "Once you have {them}, you keep {them}.",
+            "It is the little things that count.", "Come and see for yourself.", "Simple, honest and well made.",
+            "Your friends will ask where you found {them}.", "A small joy for every day.",
+            "Good things need no long speech."],
+    "clothing": ["Just put {them} on and go.", "The mirror will agree.", "Comfort and good looks in one."],
+    "shoes": ["Wherever the road leads, you are ready.", "Walk on, the day is yours."],
+    "bags": ["Everything has its place.", "Ready when you are."],
+    "furniture": ["Sit down, you are home.", "A friend for many years."],
+    "lamps": ["Switch on and breathe out.", "So the night is never too dark."],
+    "kitchenware": ["Cooking becomes a pleasure.", "Bring on the guests."],
+    "tea": ["Take your time and pour again.", "A quiet hour in every cup."],
+    "textiles": ["Home has never felt so soft.", "You may never want to get up."],
+    "jewelry": ["A keepsake for life.", "Small, fine and full of meaning."],
+    "cheerful": ["What fun!", "Go on, treat yourself!", "We love it and so will you!", "Your day just got better!"],
+    "formal": ["We remain at your service.", "We thank you for your kind attention.",
+               "Your satisfaction is our first concern."],
+    "order": ["Order today and we will send {them} tomorrow.", "Call us now to order yours.",
+              "Order before Sunday and save ten percent."],
+}
+
+TAIL_ZH = {"detail": "带{v}", "season": "适合{v}", "occasion": "适合{v}", "room": "适合{v}", "light": "{v}灯光",
+           "stone": "镶嵌{v}", "origin": "产自{v}", "pack": "{v}包装", "harvest": "{v}采摘"}
+
+CLAUSE_ZH = {
+    "color": ["{v}的外观{b}", "配色选了{v}，{b}", "{v}{b}", "一身{v}，{b}"],
+    "material": ["采用{v}，{b}", "选用上好的{v}，{b}", "{v}材质{b}", "用{v}做成，{b}"],
+    "style": ["{v}风格{b}", "整体是{v}风，{b}", "设计偏{v}，{b}", "{v}的造型{b}"],
+    "pattern": ["{v}图案{b}", "饰以{v}，{b}", "{v}的花纹{b}"],
+    "detail": ["{v}的设计{b}", "细节处配有{v}，{b}", "搭配{v}，{b}", "还有{v}，{b}"],
+    "season": ["适合{v}，{b}", "{v}用它正好，{b}", "专为{v}准备，{b}"],
+    "occasion": ["适合{v}，{b}", "{v}的时候带上它，{b}", "很适合{v}，{b}"],
+    "room": ["放在{v}里，{b}", "适合{v}，{b}", "摆在{v}，{b}"],
+    "size": ["{v}的尺寸{b}", "{v}的造型，{b}", "尺寸{v}，{b}"],
+    "light": ["{v}的灯光{b}", "灯光是{v}的，{b}", "打开{v}灯光，{b}"],
+    "stone": ["镶嵌{v}，{b}", "{v}{b}", "一颗{v}，{b}"],
+    "taste": ["{v}的滋味{b}", "入口{v}，{b}", "带着{v}，{b}"],
+    "origin": ["产自{v}，{b}", "来自{v}，那里{b}", "茶叶长在{v}，{b}"],
+    "pack": ["用{v}包装，{b}", "{v}装好，{b}", "配上{v}，{b}"],
+    "harvest": ["{v}采摘，{b}", "选在{v}采下，那时{b}"],
+}
+
+OPENING_ZH = {
+    "any": ["这款{np}让人一见就喜欢。", "推荐一款{np}。", "想找{np}？就选它。", "新到店的{np}。", "这款{np}值得拥有。", "给自己一款{np}吧。", "谁能拒绝这款{np}呢。",
+            "这款{np}自带光彩。", "有些日子就该有{np}。", "为你介绍这款{np}。", "这款{np}越看越耐看。"],
+    "clothing": ["穿上这款{np}，整个人都轻松了。", "衣柜里少不了{np}。", "出门就穿这款{np}。"],
+    "shoes": ["穿上这款{np}，走多远都不怕。", "双脚会感谢这款{np}。", "每一步都从{np}开始。"],
+    "bags": ["背上这款{np}，说走就走。", "把一天装进{np}。", "出门带上这款{np}。"],
+    "furniture": ["一款{np}，让屋子像个家。", "给这款{np}留个位置。", "好日子从{np}开始。"],
+    "lamps": ["天黑了，点亮这款{np}。", "让{np}陪你度过夜晚。", "一款{np}照亮整个家。"],
+    "kitchenware": ["有了这款{np}，早餐更香。", "餐桌上需要{np}。", "下厨的人都爱{np}。"],
+    "tea": ["烧一壶水，泡上这款{np}。", "慢下来，喝一杯{np}。", "清晨从一杯{np}开始。"],
+    "textiles": ["用{np}把家变得柔软。", "这款{np}让人不想起床。", "给家里添一款{np}。"],
+    "jewelry": ["戴上{np}，多一点光彩。", "这款{np}胜过千言万语。", "送给亲爱的人一款{np}。"],
+    "cheerful": ["太棒啦，{np}来了！", "哇，好漂亮的{np}！", "好消息，{np}到货啦！"],
+    "formal": ["谨向您推荐这款{np}。", "我们荣幸地为您介绍{np}。", "敬请鉴赏这款{np}。"],
+    "question": ["您在找{np}吗？", "谁不想要一款{np}呢？", "想不想拥有一款{np}？"],
+}
+
+CLOSING_ZH = {
+    "any": ["用过就离不开它。", "送人自用都合适。", "用心做的东西才长久。", "朋友都会问在哪买的。", "简单实在，做工也好。", "好东西不用多说。", "每天都多一点快乐。", "不妨来店里看看。",
+            "细节里见真心。"],
+    "clothing": ["随手一穿就很好看。", "镜子也会点头。", "舒适与好看都有了。"],
+    "shoes": ["路再远也走得轻松。", "出发吧，今天属于你。"],
+    "bags": ["每样东西都有位置。", "随时可以出发。"],
+    "furniture": ["坐下来，这就是家。", "陪你很多年。"],
+    "lamps": ["开灯，慢慢放松。", "夜晚不再太黑。"],
+    "kitchenware": ["做饭变成一种享受。", "客人来了也不怕。"],
+    "tea": ["慢慢来，再添一杯。", "每一杯都是安静的时光。"],
+    "textiles": ["家从来没有这么柔软。", "躺下就不想起来。"],
+    "jewelry": ["值得珍藏一生。", "小小一件，心意满满。"],
+    "cheerful": ["真开心呀！", "快来试试吧！", "今天也要美美的！"],
+    "formal": ["愿竭诚为您服务。", "感谢您的关注。", "您的满意是我们的心愿。"],
+    "order": ["今天下单，明天发货。", "现在就打电话订购吧。", "周日前下单可享九折。"],
+}
+
+# tone -> system prompts. advertise() keeps to the tone: see there.
+TONES = {
+    "cheerful": {"en": ["Write in a cheerful tone.", "You are a cheerful shop assistant. Be happy and loud!"],
+                 "zh": ["请用欢快的语气。", "你是一个活泼的店员，要热情一点！"]},
+    "formal": {"en": ["Write in a formal tone.", "You serve a noble house. Stay polite and formal."],
+               "zh": ["请用正式的语气。", "你为老字号写文案，要礼貌端庄。"]},
+    "question": {"en": ["Begin with a question.", "You always open with a question to the reader."],
+                 "zh": ["请用问句开头。", "你写文案总是先提一个问题。"]},
+    "order": {"en": ["End by asking the reader to order.", "You sell: the last sentence invites to order."],
+              "zh": ["结尾请引导下单。", "你负责销售，最后一句要请人购买。"]},
+    "brief": {"en": ["Use two sentences at most.", "Be brief: no more than two sentences."],
+              "zh": ["最多写两句话。", "请简短，不超过两句。"]},
+}
+
+
+# ==== 3. Products, and sentences about them ====
+# A product is a dict: "kind" -> name of the kind, "type" -> value, then attribute -> value. A value is the pair (words,
+# praises), each by language.
+
+def read_table(table):
+    """Rows 'red | 红色 | praise ; praise | 夸奖 ; 夸奖' -> [({"en": word, "zh": word}, {"en": [praise], "zh": [praise]})]"""
+    values = []
+    for line in table.strip().splitlines():
+        english, chinese, *praises = [cell.strip() for cell in line.split("|")]
+        in_english, in_chinese = [[praise.strip() for praise in cell.split(";")] for cell in praises]
+        values.append(({"en": english, "zh": chinese}, {"en": in_english, "zh": in_chinese}))
+    return values
+
+
+def read_world():
+    """-> {kind: {"type": [values], attribute: [values], ...}}"""
+    world = {}
+    for kind, (types, tables) in KINDS.items():
+        pairs = [pair.strip().split("|") for pair in types.split(",")]
+        world[kind] = {"type": [({"en": english, "zh": chinese}, {}) for english, chinese in pairs]}
+        world[kind].update({attribute: read_table(table) for attribute, table in tables.items()})
+    return world
+
+
+WORLD = read_world()
+
+
+def draw_product(rng, smallest=2, largest=5):
+    """A random product with `smallest` to `largest` attributes besides its type; every type is as likely as any other
+    kind's."""
+    kind = rng.choice([kind for kind, tables in WORLD.items() for _ in tables["type"]])
+    attributes = [attribute for attribute in WORLD[kind] if attribute != "type"]
+    chosen = rng.sample(attributes, rng.randint(min(smallest, len(attributes)), min(largest, len(attributes))))
+    return {"kind": kind, **{attribute: rng.choice(WORLD[kind][attribute]) for attribute in ["type", *chosen]}}
+
+
+def attributes_of(product):
+    return [attribute for attribute in product if attribute not in ("kind", "type")]
+
+
+def word(product, attribute, language):
+    return product[attribute][0][language]
+
+
+def keywords_of(product, language):
+    return [word(product, attribute, language) for attribute in ["type", *attributes_of(product)]]
+
+
+def mentions(text, keyword):
+    """Whole words for English ("red" is not in "inspired"), any place for Chinese, which has no spaces."""
+    if keyword.isascii():
+        return re.search(rf"(?<![A-Za-z]){re.escape(keyword)}(?![A-Za-z])", text) is not None
+    return keyword in text
+
+
+def is_plural(english):
+    return english.endswith("s") and not english.endswith("ss")
+
+
+def with_article(english):
+    if is_plural(english):
+        return english
+    return ("an " if english[0] in "aeiou" else "a ") + english
+
+
+def capital(text):
+    return text[0].upper() + text[1:]
+
+
+def noun_phrase(product, attributes, language):
+    """'vintage red silk dress' / '复古红色真丝连衣裙' from those of `attributes` that stand before a noun."""
+    words = [word(product, attribute, language) for attribute in [*STACK, "type"] if attribute in [*attributes, "type"]]
+    return (" " if language == "en" else "").join(words)
+
+
+def english_slots(product, attributes):
+    """The words that fill an English template, agreeing in number with the product."""
+    phrase = noun_phrase(product, attributes, "en")
+    if is_plural(word(product, "type", "en")):
+        slots = {"a": "a pair of " + phrase, "this": "these", "is": "are", "s": "", "es": "", "it": "they",
+                 "its": "their", "them": "them", "itself": "themselves"}
+    else:
+        slots = {"a": with_article(phrase), "this": "this", "is": "is", "s": "s", "es": "es", "it": "it", "its": "its",
+                 "them": "it", "itself": "itself"}
+    return {"np": phrase, "A": capital(slots["a"]), "This": capital(slots["this"]), **slots}
+
+
+def full_phrase(product, language):
+    """All attributes in a phrase: 'a vintage red dress with wooden buttons for summer' / '复古红色连衣裙，带木质纽扣，适合夏季'."""
+    attributes = attributes_of(product)
+    parts = [english_slots(product, attributes)["a"] if language == "en" else noun_phrase(product, attributes, "zh")]
+    for attribute, tail in (TAIL_EN if language == "en" else TAIL_ZH).items():
+        if attribute in attributes:
+            value = word(product, attribute, language)
+            parts.append(tail.format(v=value, av=with_article(value)))
+    return (" " if language == "en" else "，").join(parts)
+
+
+def clause(rng, product, attribute, language):
+    """One clause that mentions and praises one attribute: 'the silk feels cool and light on the skin', no full stop."""
+    words, praises = product[attribute]
+    slots = english_slots(product, []) if language == "en" else {}
+    slots.update(v=words[language], av=with_article(words["en"]), b=rng.choice(praises[language]))
+    return rng.choice((CLAUSE_EN if language == "en" else CLAUSE_ZH)[attribute]).format(**slots)
+
+
+def sentence(clauses, rng, language):
+    """One or more clauses -> a sentence with a capital and a full stop."""
+    if language == "zh":
+        return rng.choice("，，；").join(clauses) + "。"
+    return capital(rng.choice([", and ", ", and ", "; "]).join(clauses) + ".")
+
+
+def join(sentences, language):
+    return (" " if language == "en" else "").join(sentences)
+
+
+def count_sentences(text):
+    return len(re.findall("[.?!。？！]", text))
+
+
+def advertise(rng, product, language, tone=None):
+    """An advertisement that mentions every attribute: an opening with up to three of them before the noun, one or two
+    sentences of praise for the others, most times a closing; two to four sentences, seldom five. A tone changes the
+    opening, the closing or both; "brief" means two sentences."""
+    openings, closings = (OPENING_EN, CLOSING_EN) if language == "en" else (OPENING_ZH, CLOSING_ZH)
+    attributes = attributes_of(product)
+    before_noun = [attribute for attribute in STACK if attribute in attributes]
+    stacked = rng.sample(before_noun, min(len(before_noun), rng.choice([1, 2, 2, 3])))
+    praised = [attribute for attribute in attributes if attribute not in stacked]
+    if not praised or (len(praised) == 1 and stacked and rng.random() < 0.5):
+        praised.append(rng.choice(stacked))
+    rng.shuffle(praised)
+
+    slots = english_slots(product, stacked) if language == "en" else {"np": noun_phrase(product, stacked, "zh")}
+    kind_or_any = product["kind"] if rng.random() < 0.4 else "any"
+    opening = rng.choice(openings[tone if tone in openings else kind_or_any]).format(**slots)
+    while tone == "brief" and count_sentences(opening) > 1:
+        opening = rng.choice(openings["any"]).format(**slots)
+
+    clauses = [clause(rng, product, attribute, language) for attribute in praised]
+    cut = len(clauses)
+    if tone != "brief" and len(clauses) > 1:
+        cut = max(rng.randint(1, min(2, len(clauses))), len(clauses) - 2)
+    groups = [group for group in (clauses[:cut], clauses[cut:]) if group]
+    sentences = [opening] + [sentence(group, rng, language) for group in groups]
+
+    has_room = tone != "brief" and len(groups) + count_sentences(opening) < 4
+    if tone in closings or (has_room and rng.random() < 0.7):
+        kind_or_any = product["kind"] if rng.random() < 0.4 else "any"
+        closing = rng.choice(closings[tone if tone in closings else kind_or_any])
+        sentences.append(closing.format(**slots))
+    return join(sentences, language)
+
+
+# ==== 4. The pretraining corpus ====
+
+NAMES = {"en": ("Anna, Ben, Clara, David, Emma, Felix, Grace, Henry, Iris, Jonas, Lena, Martin, Nora, Oscar, Paula, "
+                "Robin, Sophie, Tom, Vera, Walter").split(", "),
+         "zh": "小林, 阿梅, 老周, 小雨, 阿强, 王姐, 李叔, 小青, 阿芳, 陈师傅, 小月, 老吴, 阿明, 小雪".split(", ")}
+PLACES = {"en": ("Xiamen, Chengdu, Suzhou, Harbor Street, Old Bridge, the market, the coast, the mountains, Lake Town, "
+                 "Mill Lane").split(", "),
+          "zh": "厦门, 成都, 苏州, 老街, 海边, 山里, 湖边, 北门, 巷口, 大理".split(", ")}
+PEOPLE = {"en": "sister, mother, brother, father, neighbor, aunt, daughter, son, friend, teacher".split(", "),
+          "zh": "姐姐, 妈妈, 弟弟, 爸爸, 邻居, 姑姑, 女儿, 儿子, 朋友, 老师".split(", ")}
+DAYS = {"en": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday".split(", "),
+        "zh": "周一, 周二, 周三, 周四, 周五, 周六, 周日".split(", ")}
+
+
+def pairs_of(rng, product, language, separator, glue):
+    """'type: dress; color: red', `separator` inside a pair and `glue` between pairs; type first, the rest shuffled."""
+    rest = attributes_of(product)
+    rng.shuffle(rest)
+    column = 0 if language == "en" else 1
+    pairs = [(KEY_NAMES[attribute][column], word(product, attribute, language)) for attribute in ["type", *rest]]
+    return glue.join(key + separator + value for key, value in pairs)
+
+
+def values_of(rng, product, language, glue):
+    """'dress; silk; red': type first, the rest shuffled."""
+    rest = attributes_of(product)
+    rng.shuffle(rest)
+    return glue.join(word(product, attribute, language) for attribute in ["type", *rest])
+
+
+def summary(rng, product, language):
+    """One sentence with all attributes."""
+    phrase = full_phrase(product, language)
+    if language == "en":
+        return rng.choice(["We have {} in stock.", "It is {}.", "The label says: {}.", "In one line: {}.",
+                           "Today we show {}."]).format(phrase)
+    return rng.choice(["店里有{}。", "这是{}。", "一句话介绍：{}。", "今天推荐{}。"]).format(phrase)
+
+
+def catalogue(rng, language):
+    """A list of properties, then a text that takes them up: where the base model learns to copy. With and without
+    spaces around the values, since the tokenizer has a piece for each."""
+    product = draw_product(rng, 1, 5)
+    text = advertise(rng, product, language) if rng.random() < 0.7 else summary(rng, product, language)
+    if language == "en":
+        form = rng.randrange(10)
+        if form == 0:
+            return f"Catalogue entry: {values_of(rng, product, 'en', '; ')}.\n{text}"
+        if form == 1:
+            return pairs_of(rng, product, "en", ": ", "\n") + f"\n\n{text}"
+        if form == 2:
+            return f"| {values_of(rng, product, 'en', ' | ')} |\n{text}"
+        if form == 3:
+            return f"Tags: {values_of(rng, product, 'en', ', ')}. {text}"
+        if form == 4:
+            return f"[{pairs_of(rng, product, 'en', '=', '][')}]\n{text}"
+        if form == 5:
+            return f"{values_of(rng, product, 'en', '/')}\n{text}"
+        if form == 6:
+            return f"{pairs_of(rng, product, 'en', ':', ',')}\n{text}"
+        if form == 7:
+            return f"What is new? {full_phrase(product, 'en')}.\nTell me more. {text}"
+        if form == 8:
+            return f"{text}\nIn short: {values_of(rng, product, 'en', ', ')}."
+        return f"({values_of(rng, product, 'en', ')(')})\n{text}"
+    form = rng.randrange(8)
+    if form == 0:
+        return f"商品目录：{values_of(rng, product, 'zh', '；')}。\n{text}"
+    if form == 1:
+        return pairs_of(rng, product, "zh", "：", "\n") + f"\n\n{text}"
+    if form == 2:
+        return f"｜{values_of(rng, product, 'zh', '｜')}｜\n{text}"
+    if form == 3:
+        return f"标签：{values_of(rng, product, 'zh', '，')}。{text}"
+    if form == 4:
+        return f"【{pairs_of(rng, product, 'zh', '=', '】【')}】\n{text}"
+    if form == 5:
+        return f"{values_of(rng, product, 'zh', '/')}\n{text}"
+    if form == 6:
+        return f"{text}\n一句话：{values_of(rng, product, 'zh', '、')}。"
+    return f"{pairs_of(rng, product, 'zh', ':', ',')}\n{text}"
+
+
+def advertisement(rng, language):
+    tone = rng.choice([None, None, None, *TONES])
+    return advertise(rng, draw_product(rng), language, tone)
+
+
+def shop_page(rng, language):
+    """A title, a few products with prices, opening hours."""
+    products = [draw_product(rng, 1, 3) for _ in range(rng.randint(2, 4))]
+    prices = [rng.randint(2, 99) * 10 for _ in products]
+    if language == "en":
+        title = rng.choice(["New this week", "On our shelves", "Gifts under the tree", "Last pieces",
+                            "From the workshop", "Spring list"])
+        lines = [f"- {full_phrase(product, 'en')}, {price} yuan" for product, price in zip(products, prices)]
+        end = f"Open from {rng.choice(DAYS['en'])} to {rng.choice(DAYS['en'])} in {rng.choice(PLACES['en'])}."
+    else:
+        title = rng.choice(["本周上新", "店里在售", "送礼清单", "最后几件", "工坊新作", "热卖推荐"])
+        lines = [f"- {full_phrase(product, 'zh')}，{price}元" for product, price in zip(products, prices)]
+        end = f"{rng.choice(DAYS['zh'])}到{rng.choice(DAYS['zh'])}营业，地址在{rng.choice(PLACES['zh'])}。"
+    return "\n".join([title, *lines, end])
+
+
+def review(rng, language):
+    """Stars, a number, and what a customer says."""
+    product = draw_product(rng, 2, 4)
+    stars = " ".join("*" * rng.randint(2, 5))
+    praises = [clause(rng, product, attribute, language) for attribute in rng.sample(attributes_of(product), 2)]
+    if language == "en":
+        starts = ["I bought {0} for my {1}.", "A gift for my {1}: {0}.", "My {1} wanted {0}.",
+                  "Ordered {0} together with my {1}."]
+        verdicts = ["Would buy again.", "The parcel came late, but it was worth it.", "A bit expensive.",
+                    "Exactly as described.", "I only wish it were cheaper.", "Fast delivery, thank you."]
+        title = "review #{} by {}"
+    else:
+        starts = ["给{1}买了{0}。", "{1}一直想要{0}。", "送给{1}的礼物：{0}。"]
+        verdicts = ["下次还会再买。", "快递慢了点，但是值得。", "价格有点贵。", "和描述的一样。", "要是再便宜些就好了。", "发货很快，谢谢店家。"]
+        title = "评价#{} {}"
+    start = rng.choice(starts).format(full_phrase(product, language), rng.choice(PEOPLE[language]))
+    verdict = rng.choice(verdicts)
+    title = title.format(rng.randint(1, 999), rng.choice(NAMES[language]))
+    return f"{stars} {title}\n" + join([start, sentence(praises, rng, language), verdict], language)
+
+
+def dialogue(rng, language):
+    """Customer and shop; half of them in the marks of the chatml template, so that its tokens are known. The shop
+    answers questions; it is never given a list of attributes to write about."""
+    product, other = draw_product(rng, 2, 4), draw_product(rng, 1, 3)
+    attribute, second = rng.sample(attributes_of(product), 2)
+    offer, wish = full_phrase(product, language), full_phrase(other, language)
+    value = word(product, attribute, language)
+    praise = sentence([clause(rng, product, attribute, language)], rng, language)
+    second_praise = sentence([clause(rng, product, second, language)], rng, language)
+    if language == "en":
+        turns = [(f"Do you have {english_slots(product, [])['a']}?", f"Yes, we have {offer}."),
+                 (f"What can you tell me about the {value}?", praise),
+                 ("And what else?", second_praise),
+                 (f"My {rng.choice(PEOPLE['en'])} would rather have {wish}.",
+                  f"We can have {wish} here on {rng.choice(DAYS['en'])}."),
+                 ("How much is it?", f"It is {rng.randint(2, 99) * 10} yuan."),
+                 (f"Do you ship to {rng.choice(PLACES['en'])}?", f"Of course, it takes {rng.randint(2, 9)} days.")]
+        customer, shop = rng.choice([("Customer: ", "Shop: "), (rng.choice(NAMES["en"]) + ": ", "Clerk: ")])
+    else:
+        turns = [(f"请问有{word(product, 'type', 'zh')}吗？", f"有的，我们有{offer}。"),
+                 (f"{value}怎么样？", praise),
+                 ("还有呢？", second_praise),
+                 (f"{rng.choice(PEOPLE['zh'])}更想要{wish}。", f"{wish}，{rng.choice(DAYS['zh'])}到货。"),
+                 ("多少钱？", f"{rng.randint(2, 99) * 10}元。"),
+                 (f"能寄到{rng.choice(PLACES['zh'])}吗？", f"可以，大约{rng.randint(2, 9)}天。")]
+        customer, shop = rng.choice([("顾客：", "店员："), (rng.choice(NAMES["zh"]) + "：", "掌柜：")])
+    kept = turns[:1] + rng.sample(turns[1:], rng.randint(1, 3))
+    if rng.random() < 0.5:
+        return "\n".join(f"{customer}{question}\n{shop}{answer}" for question, answer in kept)
+    return "\n".join(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+                     for question, answer in kept)
+
+
+def story(rng, language):
+    """Where a product comes from."""
+    product, second = draw_product(rng, 2, 4), draw_product(rng, 1, 3)
+    attributes = rng.sample(attributes_of(product), 2)
+    clauses = [sentence([clause(rng, product, attribute, language)], rng, language) for attribute in attributes]
+    name, place, relative = rng.choice(NAMES[language]), rng.choice(PLACES[language]), rng.choice(PEOPLE[language])
+    first, later = full_phrase(product, language), full_phrase(second, language)
+    if language == "en":
+        relative = with_article(relative)
+        start = rng.choice([f"{name} grew up near {place} and learned the trade from {relative}.",
+                            f"One {rng.choice(DAYS['en'])} {name} opened a small workshop in {place}.",
+                            f"Nobody in {place} knew where {name} had found such things.",
+                            f"{name} and {relative} have run the shop in {place} for {rng.randint(2, 60)} years."])
+        middle = f"The first piece was {first}."
+        end = rng.choice([f"Later came {later}.", f"Now {name} is working on {later}.",
+                          f"A traveler gave {later} for it and went on to {rng.choice(PLACES['en'])}."])
+    else:
+        start = rng.choice([f"{name}在{place}长大，手艺是跟{relative}学的。", f"有一年{name}在{place}开了一家小店。",
+                            f"{name}和{relative}在{place}开店已有{rng.randint(2, 60)}年。"])
+        middle = f"第一件作品是{first}。"
+        end = rng.choice([f"后来又有了{later}。", f"现在{name}正在做{later}。", f"有位客人用{later}换走了它。"])
+    return join([start, middle, *clauses, end], language)
+
+
+def parcel_note(rng, language):
+    """# and * as warehouses use them, with a ramble after them: what the base model will make of a type#... prompt."""
+    product, second = draw_product(rng, 1, 2), draw_product(rng, 1, 2)
+    number, boxes = rng.randint(1000, 99999), rng.randint(2, 9)
+    place, day, name = rng.choice(PLACES[language]), rng.choice(DAYS[language]), rng.choice(NAMES[language])
+    first, left = full_phrase(product, language), full_phrase(second, language)
+    if language == "en":
+        head = rng.choice([f"parcel#{number}*{place}*{boxes} boxes*{day}", f"shelf#{number}*row#{boxes}*{name}*{day}",
+                           f"Parcel #{number} * {place} * {day}"])
+        lines = [f"{name} took {first} to {place}.", f"The driver waited until {day}.",
+                 f"{boxes} boxes are still missing.", f"Someone left {left} at the door.", "It rained all morning.",
+                 f"Please call {rng.choice(NAMES['en'])} before {rng.choice(DAYS['en'])}.",
+                 "The list was wet and nobody could read it."]
+    else:
+        head = rng.choice([f"包裹#{number}*{place}*{boxes}箱*{day}", f"货架#{number}*排#{boxes}*{name}*{day}",
+                           f"单号 #{number} * {place} * {day}"])
+        lines = [f"{name}把{first}送到了{place}。", f"司机一直等到{day}。", f"还少{boxes}箱。", f"门口有人留下{left}。",
+                 "下了一上午的雨。", f"请在{rng.choice(DAYS['zh'])}之前联系{rng.choice(NAMES['zh'])}。", "单子湿了，谁也看不清。"]
+    return head + "\n" + join(rng.sample(lines, rng.randint(3, 4)), language)
+
+
+# percent of the documents
+CORPUS_MIX = {catalogue: 45, advertisement: 12, shop_page: 7, review: 10, dialogue: 11, story: 7, parcel_note: 8}
+
+
+def corpus_texts(count):
+    """Yields `count` documents; the first ones do not depend on `count`."""
+    rng = random.Random(f"{SEED} corpus")
+    writers = [writer for writer, percent in CORPUS_MIX.items() for _ in range(percent)]
+    for _ in range(count):
+        yield rng.choice(writers)(rng, rng.choice(["en", "zh"]))
+
+
+# ==== 5. Tokenizer and model shape ====
+
+SYMBOLS = ["#", "*", "<|im_start|>", "<|im_end|>"]
+VALUES = [value[0] for tables in WORLD.values() for values in tables.values() for value in values]
+VALUES_ZH = sorted({value["zh"] for value in VALUES}, key=lambda chinese: (-len(chinese), chinese))
+# a value, or two Chinese characters (only one where a value begins at the second)
+PIECES_ZH = re.compile("({0})|([\u4e00-\u9fff](?:(?!{0})[\u4e00-\u9fff])?)".format("|".join(map(re.escape, VALUES_ZH))))
+
+
+def tokenizer_lines(count):
+    """The corpus as sentencepiece should see it. It trains on lines and puts a space before each, but inside a document
+    a line follows a newline, without that space; a # in front, always cut off as a piece of its own, hides it. Tabs
+    mark where no piece may reach across: Chinese pieces are values or pairs of characters, never whole phrases. Values
+    are repeated so that most are one piece, with and without a space."""
+    for value in VALUES:
+        for english in value["en"].split():
+            yield from ["#" + english, english] * VALUE_REPEATS
+    for text in corpus_texts(count):
+        for index, line in enumerate(text.split("\n")):
+            if line:
+                yield ("#" if index else "") + PIECES_ZH.sub("\t\\g<0>\t", line)
+
+
+def write_tokenizer(folder, count):
+    """Trains tokenizer.model on the first `count` documents and writes tokenizer_config.json beside it."""
+    import sentencepiece
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=tokenizer_lines(count), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        add_dummy_prefix=True, character_coverage=1.0, max_sentencepiece_length=12, pretokenization_delimiter="\t",
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, user_defined_symbols=SYMBOLS, shuffle_input_sentence=False,
+        num_threads=1, minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = {"0": "<unk>", "1": "<s>", "2": "</s>", "5": "<|im_start|>", "6": "<|im_end|>"}
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "added_tokens_decoder": {index: {"content": content, **flags} for index, content in special.items()},
+        "model_max_length": 1024, "padding_side": "left", "clean_up_tokenization_spaces": False, "sp_model_kwargs": {}})
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 1024,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "use_cache": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.0",
+}
+
+
+def count_parameters(config):
+    """Of a Llama with tied embeddings: V D + L (2 D H Dh + 2 D K Dh + 3 D F + 2 D) + D."""
+    D, F = config["hidden_size"], config["intermediate_size"]
+    H, K, Dh = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    layer = 2 * D * H * Dh + 2 * D * K * Dh + 3 * D * F + 2 * D
+    return config["vocab_size"] * D + config["num_hidden_layers"] * layer + D
+
+
+# ==== 6. Fine-tuning and preference sets ====
+# train and dev differ by the pairs (type, value) that they may hold, so "unseen in train" is a property of the rule.
+
+BYTES = (115, 265)  # an advertisement of 30 to 70 tokens: a token has 3.8 bytes in both languages
+
+REQUESTS = {  # what a further turn may ask for
+    "shorter": {"en": ["make it shorter", "shorter, please", "in one sentence"], "zh": ["短一点", "再短一些", "用一句话"]},
+    "formal": {"en": ["make it more formal", "more formal, please"], "zh": ["正式一点", "换成正式的语气"]},
+    "social": {"en": ["for social media", "now for social media"], "zh": ["发朋友圈用", "写成社交媒体的"]},
+    "color": {"en": ["now in {}", "the same in {}", "now make it {}"], "zh": ["换成{}", "改成{}", "要{}的"]},
+}
+
+RAMBLE = {
+    "en": ["By the way, the weather has been strange this week.", "Shops are shops, and streets are streets.",
+           "There are many things, and then some more things.", "As we said before, we have said it before.",
+           "My cousin once had one, or maybe two.", "Please also think about lunch.",
+           "It is what it is, whatever it is.", "The bus comes at ten, if it comes."],
+    "zh": ["对了，这星期天气很奇怪。", "店就是店，街就是街。", "东西很多，然后还有更多东西。", "就像刚才说的，刚才已经说过了。",
+           "我表弟好像也有一个，也许两个。", "别忘了还有午饭。", "反正就是这样，就是这样。", "公交车十点来，如果它来的话。"],
+}
+
+
+def pairs_in(product):
+    """The pairs (type, value) of a product, in English words: {("dress", "red"), ("dress", "silk")}"""
+    return {(word(product, "type", "en"), word(product, attribute, "en")) for attribute in attributes_of(product)}
+
+
+def held_out(product):
+    """True when the product has a pair (type, value) that is reserved for dev, as one pair in ten is."""
+    return any(zlib.crc32(f"{kind} {value}".encode()) % 10 == 0 for kind, value in pairs_in(product))
+
+
+def draw_for(rng, split, smallest=2, largest=5):
+    """A random product that belongs to the split, "train" or "dev"."""
+    while True:
+        product = draw_product(rng, smallest, largest)
+        if held_out(product) == (split == "dev"):
+            return product
+
+
+def advertise_at_length(rng, product, language, tone=None):
+    """An advertisement within BYTES or, when twenty tries give none (very few or very long values), the last one."""
+    for _ in range(20):
+        text = advertise(rng, product, language, tone)
+        if BYTES[0] <= len(text.encode()) <= BYTES[1]:
+            break
+    return text
+
+
+def prompt(rng, product, language):
+    return pairs_of(rng, product, language, "#", "*")
+
+
+def shorten(product, language):
+    return capital(full_phrase(product, language)) + ("." if language == "en" else "。")
+
+
+def for_social_media(product, language):
+    """A line and hashtags (for values of one word)."""
+    tags = " ".join("#" + value for value in keywords_of(product, language) if " " not in value)
+    phrase = full_phrase(product, language)
+    return f"New: {phrase}! {tags}" if language == "en" else f"上新：{phrase}！{tags}"
+
+
+def follow_up(rng, product, language, split):
+    """A further turn about a product -> (request, reply, the product as it is now)."""
+    wish = rng.choice(["shorter", "formal", "social"] + ["color", "color"] * ("color" in product))
+    request = rng.choice(REQUESTS[wish][language])
+    if wish == "shorter":
+        return request, shorten(product, language), product
+    if wish == "formal":
+        return request, advertise_at_length(rng, product, language, "formal"), product
+    if wish == "social":
+        return request, for_social_media(product, language), product
+    repainted = product
+    while repainted["color"] == product["color"] or (split == "train" and held_out(repainted)):
+        repainted = {**product, "color": rng.choice(WORLD[product["kind"]]["color"])}
+    request = request.format(word(repainted, "color", language))
+    return request, advertise_at_length(rng, repainted, language), repainted
+
+
+def sft_records(split, count):
+    """Yields `count` records: four fifths one turn, a tenth two or three turns, a tenth with a system prompt. The first
+    ones do not depend on `count`."""
+    rng = random.Random(f"{SEED} sft {split}")
+    for _ in range(count):
+        product, language, form = draw_for(rng, split), rng.choice(["en", "zh"]), rng.random()
+        source, keywords = prompt(rng, product, language), keywords_of(product, language)
+        if form < 0.1:
+            sources, targets = [source], [advertise_at_length(rng, product, language)]
+            for _ in range(rng.choice([1, 1, 2])):
+                request, reply, product = follow_up(rng, product, language, split)
+                sources.append(request)
+                targets.append(reply)
+            yield {"src": sources, "tgt": targets}
+        elif form < 0.2:
+            tone = rng.choice(list(TONES))
+            context = {"system": rng.choice(TONES[tone][language])}
+            target = advertise_at_length(rng, product, language, tone)
+            yield {"src": source, "tgt": target, "context": context, "keywords": keywords}
+        else:
+            yield {"src": source, "tgt": advertise_at_length(rng, product, language), "keywords": keywords}
+
+
+def without_some(rng, product):
+    """The product without two or more of its attributes (it keeps at least one)."""
+    attributes = attributes_of(product)
+    dropped = rng.sample(attributes, rng.randint(2, len(attributes) - 1))
+    return {attribute: value for attribute, value in product.items() if attribute not in dropped}
+
+
+def with_others(rng, product):
+    """The product with other values for two or more of its attributes."""
+    attributes = attributes_of(product)
+    changed = dict(product)
+    for attribute in rng.sample(attributes, rng.randint(2, len(attributes))):
+        others = [value for value in WORLD[product["kind"]][attribute] if value != product[attribute]]
+        changed[attribute] = rng.choice(others)
+    return changed
+
+
+def ramble(rng, product, language):
+    """An opening that names the type and nothing else, then talk about anything, one sentence twice."""
+    slots = english_slots(product, []) if language == "en" else {"np": word(product, "type", "zh")}
+    opening = rng.choice((OPENING_EN if language == "en" else OPENING_ZH)["any"]).format(**slots)
+    lines = rng.sample(RAMBLE[language], 3)
+    return join([opening, *lines, rng.choice(lines)], language)
+
+
+def good_reply(rng, product, language, short):
+    return shorten(product, language) if short else advertise_at_length(rng, product, language)
+
+
+def worse_reply(rng, product, language, short):
+    """A reply with a fault: values left out, values invented, or a ramble; at least one keyword is not in it."""
+    fault = rng.choice(["missing", "invented", "ramble"])
+    while True:
+        if fault == "missing":
+            text = good_reply(rng, without_some(rng, product), language, short)
+        elif fault == "invented":
+            text = good_reply(rng, with_others(rng, product), language, short)
+        else:
+            text = ramble(rng, product, language)
+        if not all(mentions(text, keyword) for keyword in keywords_of(product, language)):
+            return text
+
+
+def preference_records(split, count):
+    """Yields `count` records, nine tenths with one turn, one tenth with "make it shorter" as a second one. The first
+    ones do not depend on `count`."""
+    rng = random.Random(f"{SEED} preference {split}")
+    for _ in range(count):
+        product, language = draw_for(rng, split, smallest=3), rng.choice(["en", "zh"])
+        sources, targets = [prompt(rng, product, language)], []
+        short = rng.random() < 0.1
+        if short:
+            sources.append(rng.choice(REQUESTS["shorter"][language]))
+            targets.append(good_reply(rng, product, language, short=False))
+        better, worse = good_reply(rng, product, language, short), worse_reply(rng, product, language, short)
+        if rng.random() < 0.5:
+            yield {"src": sources, "tgt": targets, "response": [better, worse], "sort": [1, 0]}
+        else:
+            yield {"src": sources, "tgt": targets, "response": [worse, better], "sort": [0, 1]}
+
+
+# ==== 7. Writing ====
+
+def write_json(path, value):
+    path.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_lines(path, records):
+    """One compact JSON object a line, \\n on every system; prints the count and the size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records]
+    path.write_bytes(("\n".join(lines) + "\n").encode())
+    print(f"{path}: {len(lines)} records, {path.stat().st_size:,} bytes")
+
+
+def write_corpus(folder):
+    write_lines(folder / "corpus.jsonl", ({"text": text} for text in corpus_texts(CORPUS_COUNT)))
+
+
+def write_sets(folder):
+    for split, count in SFT_COUNTS.items():
+        write_lines(folder / "sft" / f"{split}.json", sft_records(split, count))
+    for split, count in PREFERENCE_COUNTS.items():
+        write_lines(folder / "preference" / f"{split}.jsonl", preference_records(split, count))
+
+
+def write_model_folder(folder):
+    """llama/: tokenizer and config.json. The tokenizer learns from a third of the corpus; more hardly changes it."""
+    (folder / "llama").mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder / "llama", CORPUS_COUNT // 3)
+    write_json(folder / "llama" / "config.json", CONFIG)
+    print(f"{folder / 'llama'}: vocabulary {VOCAB_SIZE}, {count_parameters(CONFIG):,} parameters")
+
+
+def main(argv):
+    """No argument: everything. "corpus": only the corpus, which is not in git."""
+    if argv not in ([], ["corpus"]):
+        print(f"error: make_demo.py: {' '.join(argv)}: expected no argument, or corpus", file=sys.stderr)
+        return 2
+    write_corpus(FOLDER)
+    if not argv:
+        write_sets(FOLDER)
+        write_model_folder(FOLDER)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

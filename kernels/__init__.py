@@ -1,0 +1,193 @@
+"""Fused operations behind one signature each; which back end runs is decided here, once, as (choice, reason).
+
+    import kernels
+    kernels.configure(device="cpu", choice="auto")         # or choice="reference", or "rms_norm=reference,adamw=cpu"
+    y = kernels.rms_norm(x, weight, 1e-5)
+
+A back end is a module of this package with functions of the same names as the ops below: `reference.py` (plain Paddle, on
+every device that Paddle knows, and the oracle of the tests) has all of them; `cpu.py` has those for which Paddle's own
+CPU operators are faster. A new chip is one more file, `kernels/<device>.py`, holding just the ops it wants to override.
+
+Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. A name forces that back
+end for every op that it has (an unknown name is an error); `op=backend` forces one op and raises if the back end lacks it.
+
+Letters: B batch, T sequence (Tq queries, Tk keys), D model width, H query heads, K key/value heads, Dh head dim,
+F feed-forward width, V vocabulary, N = B * T tokens.
+"""
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import os
+import sys
+
+import paddle
+
+from data import UserError
+
+OPS = ("rms_norm", "rope", "swiglu", "linear", "attention", "linear_cross_entropy", "adamw")
+
+_table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
+
+
+def configure(device="auto", choice="auto"):
+    """Decide device and back end of every op, and make them the current ones.
+
+    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else "cpu", "gpu:0", "xpu", ….
+    Returns {op: (back end, reason)}. Raises UserError for a device, back end or op that does not exist.
+    """
+    if device != "auto":
+        try:
+            paddle.set_device(device)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"device: {device!r} cannot be used: {str(error).strip().splitlines()[-1]}") from None
+    kind = paddle.get_device().split(":")[0]
+    if kind == "cpu":
+        _prepare_cpu()
+    forced, every = {}, None
+    for part in filter(None, (p.strip() for p in choice.split(","))):
+        op, equals, backend = part.partition("=")
+        if equals:
+            if op not in OPS:
+                raise UserError(f"kernels: no op {op!r}; there are {', '.join(OPS)}")
+            forced[op] = backend
+        elif part != "auto":
+            every = part
+    table = {}
+    for op in OPS:
+        if op in forced:
+            table[op] = (_load(forced[op], op), forced[op], "asked for")
+        elif every:
+            backend = every if hasattr(_module(every), op) else "reference"
+            table[op] = (_load(backend, op), backend, "asked for" if backend == every else f"{every} does not have it")
+        elif _exists(kind) and hasattr(_module(kind), op):
+            table[op] = (_load(kind, op), kind, f"device is {kind}")
+        else:
+            table[op] = (_load("reference", op), "reference", f"no faster one for {kind}")
+    _table.clear()
+    _table.update(table)
+    return {op: (backend, reason) for op, (_, backend, reason) in table.items()}
+
+
+def describe():
+    """One line for the start of a run: `cpu · rms_norm cpu (device is cpu) · rope reference (…) · …`."""
+    if not _table:
+        configure()
+    return " · ".join([paddle.get_device()] + [f"{op} {backend} ({reason})" for op, (_, backend, reason) in _table.items()])
+
+
+@contextlib.contextmanager
+def use(choice):
+    """`with kernels.use("reference"):` runs the block on that choice; for tests."""
+    before = dict(_table)
+    configure(choice=choice)
+    try:
+        yield
+    finally:
+        _table.clear()
+        _table.update(before)
+
+
+def _prepare_cpu():
+    """Two settings of the process, without which Paddle's own CPU operators run several times slower than they can.
+
+    Memory: the C library gives every large block back to the system at once, so each new tensor costs page faults; told
+    to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
+    takes its slowest path unless the vendor is Intel; named the instruction set, a float32 matmul of 1024^3 took 232
+    GFLOP/s instead of 45. Both seen on two cores of an EPYC with AVX-512; `python tests/bench_kernels.py` shows them.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is not None:
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_TOP_PAD, 64 << 20)
+    with open("/proc/cpuinfo") as file:
+        info = file.read(10000)
+    if "AuthenticAMD" in info:
+        wide = all(f" {flag} " in info for flag in ("avx512f", "avx512dq", "avx512bw", "avx512vl"))
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")  # read by MKL at its first product
+
+
+def _exists(backend):
+    return importlib.util.find_spec(f"kernels.{backend}") is not None
+
+
+def _module(backend):
+    if not backend.isidentifier() or not _exists(backend):
+        raise UserError(f"kernels: no back end {backend!r}: there is no file kernels/{backend}.py")
+    return importlib.import_module(f"kernels.{backend}")
+
+
+def _load(backend, op):
+    function = getattr(_module(backend), op, None)
+    if function is None:
+        raise UserError(f"kernels: kernels/{backend}.py has no {op}; ask for {op}=reference instead")
+    return function
+
+
+def _run(op, *args, **kwargs):
+    if not _table:
+        configure()
+    return _table[op][0](*args, **kwargs)
+
+
+def rms_norm(x, weight, epsilon):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim (Zhang & Sennrich, arXiv 1910.07467).
+
+    x (..., D), weight (D,) -> (..., D). Statistics in float32.
+    """
+    return _run("rms_norm", x, weight, epsilon)
+
+
+def rope(x, cos, sin):
+    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout: pairs are (i, i + Dh/2).
+
+    x (B, T, heads, Dh); cos, sin (B, T, 1, Dh) float32 -> (B, T, heads, Dh).
+    """
+    return _run("rope", x, cos, sin)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up (Shazeer, arXiv 2002.05202); both (..., F) -> (..., F)."""
+    return _run("swiglu", gate, up)
+
+
+def linear(x, weight, bias=None):
+    """x @ weight + bias; x (..., in), weight (in, out), bias (out,) -> (..., out) in x's dtype.
+
+    The weight may be stored in another dtype than x: it is converted for the product.
+    """
+    return _run("linear", x, weight, bias)
+
+
+def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
+    """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), never a [Tq, Tk] matrix of more than a block.
+
+    q (B, Tq, H, Dh), k and v (B, Tk, K, Dh) with K dividing H -> (B, Tq, H, Dh). Query i stands on row i + Tk - Tq, so
+    that with a cache or a prefix the last query sees the last key. startend_row_indices int32 (B, 1 | K | H, Tk, n)
+    names for each key the rows that must not see it: causal n=1 rows >= [0]; n=2 rows in [0, 1); not causal n=2 rows
+    >= [0] or < [1]; n=4 rows in [0, 1) or in [2, 3). alibi_slopes (H,) adds -slope * (row - key) (arXiv 2108.12409).
+    A query that sees no key gets zeros. scale defaults to Dh ** -0.5.
+    """
+    return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes)
+
+
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):
+    """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
+
+    hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
+    ignored; with return_predictions also the argmax ids (N,) int64, -1 where ignored. Rows with an ignored label are
+    not computed at all.
+    """
+    return _run("linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions)
+
+
+def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):
+    """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101), in place on parameter, moment1 and moment2.
+
+    gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay * parameter.
+    """
+    return _run("adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale)

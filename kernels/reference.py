@@ -1,0 +1,264 @@
+"""Plain Paddle: every op, on any device that Paddle knows. The oracle that faster back ends are tested against.
+
+Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep their memory bound: both are PyLayers that
+compute in blocks, save their inputs only, and compute each block's probabilities again in backward.
+"""
+import paddle
+import paddle.nn.functional as F
+from paddle.autograd import PyLayer
+
+MASKED = -1e30  # finite, so that a fully masked row gives no NaN; its output is set to zero afterwards
+BLOCK_ELEMENTS = 1 << 23  # scores held at a time by attention, logits held at a time by linear_cross_entropy (32 MB)
+
+
+def rms_norm(x, weight, epsilon):
+    h = x.astype("float32")
+    return (h * paddle.rsqrt((h * h).mean(-1, keepdim=True) + epsilon)).astype(x.dtype) * weight
+
+
+def rope(x, cos, sin):
+    return _Rope.apply(x, cos, sin)
+
+
+class _Rope(PyLayer):
+    """A rotation: its gradient is the rotation back. Nothing but the tables is kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.tables = cos, sin
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.tables
+        return _rotate(dy, cos, -sin), None, None
+
+
+def _rotate(x, cos, sin):
+    half, heads = x.shape[-1] // 2, x.shape[2]
+    cos, sin = (paddle.tile(t[..., :half], [1, 1, heads, 1]) for t in (cos, sin))  # faster than broadcasting on the CPU
+    a, b = x[..., :half], x[..., half:]  # (B, T, heads, Dh/2)
+    return paddle.concat([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def linear(x, weight, bias=None):
+    return F.linear(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), bias)
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
+    B, Tq, H, Dh = q.shape
+    Tk, K = k.shape[1], k.shape[2]
+    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
+    assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
+    rows = startend_row_indices
+    if rows is not None:
+        n = rows.shape[-1]
+        assert list(rows.shape[:3:2]) == [B, Tk] and rows.shape[1] in (1, K, H), f"rows {rows.shape}, keys {k.shape}"
+        assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
+    mask = _Mask(rows, causal, alibi_slopes, B, Tq, Tk, H, K)
+    return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale)
+
+
+class _Mask:
+    """What may be seen, and the ALiBi bias, as an additive float block for queries [i0, i1) and keys [j0, j1)."""
+
+    def __init__(self, rows, causal, alibi_slopes, B, Tq, Tk, H, K):
+        self.causal, self.offset, self.Tk, self.H, self.K = causal, Tk - Tq, Tk, H, K
+        self.rows = rows
+        self.slopes = alibi_slopes
+        per_block = max(1, BLOCK_ELEMENTS // (B * H * Tk))
+        size = min(Tq, max(64, min(per_block, 512 if rows is None else 128)))  # with rows, small blocks see few keys
+        self.blocks = [(i, min(i + size, Tq)) for i in range(0, Tq, size)]
+        # The last row that sees a key, over the whole batch: lets a block of queries start at its first visible key.
+        self.last_row = rows[..., 0].max(axis=[0, 1]).numpy() if causal and rows is not None and rows.shape[-1] == 1 else None
+
+    def keys(self, i0, i1):
+        """The range of keys that any query of the block can see."""
+        j1 = min(self.Tk, i1 + self.offset) if self.causal else self.Tk
+        if self.last_row is None:
+            return 0, j1
+        visible = self.last_row[:j1] > i0 + self.offset
+        return (int(visible.argmax()), j1) if visible.any() else (0, j1)
+
+    def bias(self, i0, i1, j0, j1):
+        """(1 | B, 1 | K, 1 | H/K, i1-i0, j1-j0) float32 to add to the scores, or None if nothing is masked."""
+        row = paddle.arange(i0 + self.offset, i1 + self.offset, dtype="int32").unsqueeze(-1)  # (bq, 1)
+        key = paddle.arange(j0, j1, dtype="int32")
+        masked = None
+        if self.causal and j1 - 1 > i0 + self.offset:
+            masked = (key > row).unsqueeze([0, 1, 2])  # (1, 1, 1, bq, bk)
+        if self.rows is not None:
+            at = self.rows[:, :, j0:j1]
+            at = at.reshape([at.shape[0], *((at.shape[1], 1) if at.shape[1] <= self.K else (self.K, -1)), 1, j1 - j0, at.shape[-1]])
+            n = at.shape[-1]
+            hidden = row >= at[..., 0]
+            if n == 2 and self.causal or n == 4:
+                hidden = hidden & (row < at[..., 1])
+            if n == 2 and not self.causal:
+                hidden = hidden | (row < at[..., 1])
+            if n == 4:
+                hidden = hidden | ((row >= at[..., 2]) & (row < at[..., 3]))
+            masked = hidden if masked is None else masked | hidden
+        bias = None if masked is None else masked.astype("float32") * MASKED
+        if self.slopes is not None:
+            alibi = -self.slopes.reshape([1, self.K, -1, 1, 1]) * (row - key).astype("float32")  # (1, K, H/K, bq, bk)
+            bias = alibi if bias is None else bias + alibi
+        return bias
+
+
+class _Attention(PyLayer):
+    """Softmax over whole rows of one block of queries after another; saves q, k, v and the output, all linear in T.
+
+    With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        out = []
+        k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 1, 3])  # (B, K, Dh, Tk), (B, K, Tk, Dh)
+        for i0, i1 in mask.blocks:
+            j0, j1 = mask.keys(i0, i1)
+            p, seen = _probabilities(_group(q[:, i0:i1], mask.K), k_all[..., j0:j1], mask, (i0, i1, j0, j1), scale)
+            o = paddle.matmul(p, v_all[:, :, j0:j1])  # (B, K, G*bq, Dh)
+            out.append(_ungroup(o if seen is None else o * seen, i1 - i0))
+        out = out[0] if len(out) == 1 else paddle.concat(out, axis=1)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.mask, ctx.scale, ctx.frozen = mask, scale, [t.stop_gradient for t in (q, k, v)]
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, out = ctx.saved_tensor()
+        mask, K = ctx.mask, ctx.mask.K
+        k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 3, 1])  # both (B, K, Dh, Tk)
+        d_q, d_k, d_v = [], paddle.zeros_like(k_all), paddle.zeros_like(v_all)
+        v_and_one = paddle.concat([v_all, paddle.ones_like(v_all[:, :, :1])], axis=2)  # (B, K, Dh + 1, Tk)
+        for i0, i1 in mask.blocks:
+            j0, j1 = mask.keys(i0, i1)
+            q_block, d_block = _group(q[:, i0:i1], K), _group(d_out[:, i0:i1], K)
+            k_block = k_all[..., j0:j1]
+            p, seen = _probabilities(q_block, k_block, mask, (i0, i1, j0, j1), ctx.scale)
+            if seen is not None:
+                d_block = d_block * seen
+            delta = (d_block * _group(out[:, i0:i1], K)).sum(-1, keepdim=True)
+            # dO V^T - delta as one product, since broadcasting delta over the scores costs more than the product.
+            d_s = p * paddle.matmul(paddle.concat([d_block, -delta], axis=-1), v_and_one[..., j0:j1])  # (B, K, G*bq, bk)
+            d_q.append(_ungroup(paddle.matmul(d_s, k_block, transpose_y=True), i1 - i0) * ctx.scale)
+            d_k[..., j0:j1] = d_k[..., j0:j1] + paddle.matmul(q_block, d_s, transpose_x=True) * ctx.scale
+            d_v[..., j0:j1] = d_v[..., j0:j1] + paddle.matmul(d_block, p, transpose_x=True)
+        d_q = d_q[0] if len(d_q) == 1 else paddle.concat(d_q, axis=1)
+        found = d_q, d_k.transpose([0, 3, 1, 2]), d_v.transpose([0, 3, 1, 2])
+        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+
+
+def _group(x, K):
+    """(B, bq, H, Dh) -> (B, K, G*bq, Dh): the G = H/K query heads of a key/value head become rows of one product."""
+    B, T, _, Dh = x.shape
+    return x.reshape([B, T, K, -1, Dh]).transpose([0, 2, 3, 1, 4]).reshape([B, K, -1, Dh])
+
+
+def _ungroup(x, T):
+    """(B, K, G*bq, Dh) -> (B, bq, H, Dh)"""
+    B, K, _, Dh = x.shape
+    return x.reshape([B, K, -1, T, Dh]).transpose([0, 3, 1, 2, 4]).reshape([B, T, -1, Dh])
+
+
+def _probabilities(q, k, mask, block, scale):
+    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> softmax (B, K, G*bq, bk), and which rows see a key (None: all do)."""
+    i0, i1, j0, j1 = block
+    B, K, rows, _ = q.shape
+    s = paddle.matmul(q * scale, k)
+    bias = mask.bias(i0, i1, j0, j1)
+    if bias is None:
+        return F.softmax(s, axis=-1), None
+    bias_of_all = paddle.tile(bias, [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1])
+    p = F.softmax(s + bias_of_all.reshape(s.shape), axis=-1)  # tile, as Paddle's CPU broadcasting is many times slower
+    if mask.rows is None:
+        return p, None
+    seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)  # (1 | B, 1 | K, 1 | G, bq, 1)
+    return p, seen.expand([B, K, rows // (i1 - i0), i1 - i0, 1]).reshape([B, K, rows, 1])
+
+
+# ----------------------------------------------------------------------------------- linear cross-entropy
+
+
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):
+    kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
+    losses = paddle.zeros([labels.shape[0]], "float32")
+    predictions = paddle.full([labels.shape[0]], -1, "int64")
+    if kept.shape[0] > 0:
+        targets, found = paddle.gather(labels, kept), []
+        kept_losses = _LinearCrossEntropy.apply(
+            paddle.gather(hidden, kept), weight, targets, transpose_weight, found if return_predictions else None
+        )
+        losses = paddle.scatter(losses, kept, kept_losses)
+        if return_predictions:
+            predictions = paddle.scatter(predictions, kept, paddle.concat(found))
+    else:
+        losses = losses + hidden.astype("float32").sum(-1) * 0.0  # keeps the graph: a batch without targets has zero gradients
+    return (losses, predictions) if return_predictions else losses
+
+
+class _LinearCrossEntropy(PyLayer):
+    """loss = logsumexp(h W) - (h W)[label]; d(h W) = (softmax(h W) - onehot(label)) * d loss. Logits come twice, in chunks."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, transpose_weight, predictions):
+        losses = []
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose_weight else 1]):
+            logits = _logits(hidden[chunk], weight, transpose_weight)
+            losses.append(F.cross_entropy(logits, labels[chunk], reduction="none"))
+            if predictions is not None:
+                predictions.append(logits.argmax(-1))
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.transpose_weight, ctx.frozen = transpose_weight, [hidden.stop_gradient, weight.stop_gradient]
+        return paddle.concat(losses).flatten()
+
+    @staticmethod
+    def backward(ctx, d_losses):
+        hidden, weight, labels = ctx.saved_tensor()
+        transpose = ctx.transpose_weight
+        frozen = ctx.frozen[1]
+        d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose else 1]):
+            d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied where the rows are short
+            p = F.softmax(_logits(hidden[chunk], weight, transpose), axis=-1)
+            p.put_along_axis_(labels[chunk].unsqueeze(-1), paddle.to_tensor(-1.0), 1, reduce="add")
+            p = p.astype(hidden.dtype)
+            d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not transpose) * d_loss)
+            if not frozen:
+                scaled = hidden[chunk] * d_loss
+                pair = (p, scaled) if transpose else (scaled, p)
+                d_weight.add_(paddle.matmul(*pair, transpose_x=True).astype("float32"))
+        d_hidden = None if ctx.frozen[0] else paddle.concat(d_hidden)
+        return d_hidden, None if frozen else d_weight.astype(weight.dtype), None
+
+
+def _chunks(tokens, vocabulary):
+    size = max(16, BLOCK_ELEMENTS // vocabulary)
+    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+
+def _logits(hidden, weight, transpose_weight):
+    """(c, V) float32"""
+    return paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
+
+
+# -------------------------------------------------------------------------------------------------- adamw
+
+
+@paddle.no_grad()
+def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):
+    gradient = gradient.astype("float32") * grad_scale
+    moment1.set_value(moment1 * beta1 + gradient * (1 - beta1))
+    moment2.set_value(moment2 * beta2 + gradient * gradient * (1 - beta2))
+    update = (moment1 / (1 - beta1**step)) / (paddle.sqrt(moment2 / (1 - beta2**step)) + epsilon)
+    value = parameter.astype("float32")
+    parameter.set_value((value * (1 - lr * weight_decay) - update * lr).astype(parameter.dtype))

@@ -1,0 +1,831 @@
+"""trainer.py: arguments, output folder, schedule, AdamW, checkpoints under kill -9 and on a full disk, log, metrics.
+
+    python -m pytest tests/test_trainer.py              # two CPU cores, about a minute
+    python tests/test_trainer.py FOLDER 300             # the kill -9 harness alone, with as many kills as you like
+"""
+import dataclasses
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import paddle
+import trainer
+from data import UserError
+from model import Weight, read_safetensors, write_safetensors
+from trainer import AdamW, Log, TrainingArgs, TrainState, parse_args
+
+CONFIGS = Path(__file__).resolve().parents[2] / "shared" / "upstream" / "configs" / "llama"
+
+# Every key of PaddleNLP's JSON files for Llama that is neither a field of TrainingArgs nor one of every script.
+UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dropout_prob auto_clip autoclip_step
+    autotuner_benchmark benchmark beta cachekv_quant_method clip_range_ratio clip_range_score clip_range_value
+    continue_training critic_learning_rate critic_lr_scheduler_type critic_min_learning_rate critic_recompute
+    critic_recompute_granularity critic_warmup_ratio critic_weight_decay dataloader_num_workers dataset_name_or_path
+    dev_dataset_path distributed_dataloader do_awq do_gptq do_ptq eval_accumulation_steps eval_datasets eval_mode
+    eval_with_do_generation flash_mask fp16_opt_level fused_linear gptq_step greedy_zero_padding hidden_dropout_prob
+    input_dir intervention_type kl_coeff kl_loss_coeff label_smoothing lazy lokr lora lora_rank loss_type max_dec_len
+    max_length max_prompt_len max_seq_len max_seq_length min_dec_len normalize_advantage normalize_reward
+    normalize_score_during_training normalizer_momentum normalizer_type offload_level per_device_prompt_batch_size
+    pipeline_parallel_config pissa placeholder_token prefix_tuning process_reward prompt_key ptq_step ptx_coeff
+    ptx_datasets quant_type regularization release_grads remove_unused_columns repetition_penalty response_key
+    reward_model_name_or_path reward_server reward_tokens recompute_use_reentrant reft rl_algorithm rollout_n
+    rslora_plus sequence_parallel sharding simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
+    smooth_piecewise_search smooth_search_piece smooth_step src_length temperature tensor_parallel_output top_p
+    train_dataset_path train_datasets unified_checkpoint update_iters use_flash_attention use_fused_head_and_loss_fn
+    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera virtual_pp_degree weight_quant_method
+    weight_quantize_algo zero_padding""".split()
+
+
+@dataclasses.dataclass
+class Args(TrainingArgs):
+    """As a script has it: own fields beside the shared ones."""
+
+    model_name_or_path: str = ""
+    tokenizer_name_or_path: str | None = None
+    dataset_name_or_path: str = ""
+    zero_padding: bool = False
+    flash_mask: bool = False
+    lora: bool = False
+    lora_target_modules: list[str] | None = None
+
+
+def make_args(folder, **values):
+    """A checked Args with short steps."""
+    values = {"output_dir": str(folder), "do_train": True, "logging_steps": 1, "seed": 7, **values}
+    args = Args(**values)
+    args.check()
+    return args
+
+
+def parse(tmp_path, *cli, **keys):
+    """parse_args of a JSON file with these keys, then the command line."""
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({"output_dir": "out", "do_train": True, **keys}))
+    return parse_args(Args, [str(path), *cli])
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+def test_json_then_command_line_later_wins(tmp_path, capsys):
+    (tmp_path / "base.json").write_text('{"_doc": "text", "learning_rate": 1, "seed": 3, "do_train": 1, "bf16": false}')
+    (tmp_path / "more.json").write_text('{"seed": 4, "save_total_limit": null, "resume_from_checkpoint": true}')
+    files = [str(tmp_path / "base.json"), str(tmp_path / "more.json")]
+    cli = "--output_dir out --recompute --max_steps -1 --do_eval=1 --logging_dir= --save_total_limit none"
+    more = "--warmup_ratio 1e-1 --lora_target_modules q_proj v_proj --seed 5 --seed 6"
+    args = parse_args(Args, [*files, *cli.split(), *more.split()])
+    assert (args.seed, args.learning_rate, args.do_train, args.recompute, args.do_eval) == (6, 1.0, True, True, True)
+    assert type(args.learning_rate) is float and args.do_train is True
+    assert args.resume_from_checkpoint is True and args.save_total_limit is None and args.logging_dir == ""
+    assert args.max_steps == -1 and args.warmup_ratio == 0.1 and args.lora_target_modules == ["q_proj", "v_proj"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"learning_rate": "1e-4"}, 'learning_rate: "1e-4" is the wrong type; a number is needed'),
+        ({"max_steps": 1.5}, "max_steps: 1.5 is the wrong type; a whole number is needed"),
+        ({"max_steps": True}, "max_steps: true is the wrong type"),
+        ({"do_eval": 2}, "do_eval: 2 is the wrong type; true or false is needed"),
+        ({"do_eval": "true"}, 'do_eval: "true" is the wrong type'),
+        ({"seed": None}, "seed: null is the wrong type"),
+        ({"lora_target_modules": [1]}, "lora_target_modules: [1] is the wrong type; a list of text or null is needed"),
+        ({"tensor_parallel_degree": 8}, "tensor_parallel_degree 8 x pipeline_parallel_degree 1 x sharding"),
+        ({"expert_parallel_degree": 4}, "expert_parallel_degree: 4, but this run has 1 process"),
+        ({"bf16": True, "fp16": True}, "fp16 and bf16 are both true"),
+        ({"flash_mask": True}, "flash_mask: true needs zero_padding: true"),
+        ({"device": "abacus"}, "device: 'abacus' is not in this Paddle"),
+        ({"output_dir": ""}, "output_dir: missing"),
+        ({"do_train": False}, "nothing to do"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: 0; it must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate: -1.0; it must not be negative"),
+        ({"adam_beta2": 1.0}, "adam_beta2: 1.0; it must be at least 0 and below 1"),
+        ({"num_train_epochs": 0}, "num_train_epochs: 0.0; it must be positive"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: 'cosin'; possible are linear, cosine"),
+        ({"save_strategy": "epochs"}, "save_strategy: 'epochs'; possible are no, steps, epoch"),
+        ({"metric_for_best_model": "acc"}, "metric_for_best_model: 'acc'; possible are loss, accuracy"),
+        ({"report_to": "wandb"}, "report_to: 'wandb'; possible are visualdl and none"),
+        ({"min_lr": 1e-6, "min_learning_rate": 1e-7}, "min_lr 1e-06 is not min_learning_rate 1e-07"),
+        ({"min_learning_rate": 1e-3}, "learning_rate 5e-05 is below 0.001"),
+        ({"warmup_steps": 10, "decay_steps": 10}, "decay_steps 10 must be more than warmup_steps 10"),
+        ({"load_best_model_at_end": True, "evaluation_strategy": "epoch"}, "needs save_strategy (steps) to be eval"),
+        (
+            {"load_best_model_at_end": True, "evaluation_strategy": "steps", "eval_steps": 200},
+            "save_steps (500) to be a multiple of eval_steps (200)",
+        ),
+        ({"tensor_parallel_degree": 2, "sharding_parallel_degree": 4}, "= 8 processes, but this run has 1"),
+        ({"vera": True}, "vera: True: this adapter is not here"),
+        ({"do_ptq": 1}, "do_ptq: 1: quantising is done by quantize.py"),
+        ({"optim": "sgd"}, "optim: 'sgd': the optimizer is adamw"),
+        ({"dataloader_shuffle": False}, "dataloader_shuffle: False: training data is always shuffled"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, keys, message):
+    with pytest.raises(UserError) as error:
+        parse(tmp_path, **keys)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "args.json: no such file"),
+        ('{"seed": 1,\n "max_steps" 2}', "args.json:2: not JSON"),
+        ('{"seed": 1,\n "max_steps": 2,\n "seed": 1}', "args.json:3: key 'seed' is given 2 times"),
+        ("[1]", "args.json: holds a list; an object is needed"),
+        ('{"learning_rate": NaN}', "args.json: NaN is not a number of JSON"),
+        (b"\xff\xfe", "args.json: not readable as UTF-8 text"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "args.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        parse_args(Args, [str(tmp_path / "args.json")])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cli, message",
+    [
+        ("--seed", "--seed: a value is missing"),
+        ("--seed x", 'command line: seed: "x" is the wrong type; a whole number'),
+        ("--learning_rate inf", 'learning_rate: "inf" is the wrong type'),
+        ("--sed 1", "command line: unknown key 'sed'; did you mean 'seed'?"),
+    ],
+)
+def test_bad_command_line(tmp_path, cli, message):
+    with pytest.raises(UserError) as error:
+        parse(tmp_path, *cli.split())
+    assert message in str(error.value)
+
+
+def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
+    keys = {"use_flash_attention": True, "sharding": "stage2", "vera": False, "optim": "adamw", "bf16": True}
+    parse(tmp_path, load_best_model_at_end=True, recompute=True, recompute_granularity="full_attn", **keys)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[0] == "ignored: use_flash_attention: which kernels run is chosen by `kernels`"
+    assert [line.split(":")[1].strip() for line in lines[:4]] == ["use_flash_attention", "sharding", "vera", "optim"]
+    assert "float32 is used" in lines[4] and "full (whole blocks) is used" in lines[5]
+    assert "last model is kept" in lines[6]
+
+
+def test_every_upstream_key_is_known():
+    fields = {field.name for field in dataclasses.fields(TrainingArgs)}
+    tables = {**trainer.IGNORED, **trainer.REFUSED}
+    assert not set(UPSTREAM_KEYS) - set(tables)
+    assert not fields & set(tables) and not set(trainer.IGNORED) & set(trainer.REFUSED)
+    assert set(trainer.HARMLESS) <= set(trainer.REFUSED) and all(why for why in tables.values())
+    for path in CONFIGS.glob("**/*.json"):
+        keys = set(json.loads(path.read_text())) - fields - {"model_name_or_path", "tokenizer_name_or_path"}
+        assert not keys - set(UPSTREAM_KEYS), path
+
+
+def test_derived_values(tmp_path):
+    args = parse(tmp_path, do_eval=True, eval_steps=20, metric_for_best_model="accuracy", min_lr=1e-6)
+    assert (args.evaluation_strategy, args.greater_is_better, args.min_learning_rate) == ("steps", True, 1e-6)
+    args = parse(tmp_path, evaluation_strategy="epoch", metric_for_best_model="no", sharding_parallel_degree=-1)
+    assert (args.do_eval, args.metric_for_best_model, args.greater_is_better) == (True, "loss", False)
+    assert parse(tmp_path, do_eval=True).evaluation_strategy == "no"
+
+
+def test_run_script_exit_codes(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"output_dir": str(tmp_path / "out"), "do_train": True}))
+
+    def run(error, argv=(str(path),)):
+        def main(args):
+            raise error
+
+        with pytest.raises(BaseException) as caught:
+            trainer.run_script(main, Args, list(argv))
+        return getattr(caught.value, "code", caught.value), capsys.readouterr().err
+
+    assert run(UserError("data.json:3: no src")) == (2, "error: data.json:3: no src\n")
+    code, line = run(None, ["missing.json"])
+    assert code == 2 and line.startswith("error: missing.json: no such file") and line.count("\n") == 1
+    code, line = run(OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl"))
+    assert code == 2 and line == "error: out/metrics.jsonl: the disk is full; free some space, then resume\n"
+    assert run(KeyboardInterrupt())[0] == 130
+    bug = ZeroDivisionError()
+    assert run(bug)[0] is bug  # a bug keeps its traceback
+    other = OSError(errno.EIO, "Input/output error")
+    assert run(other)[0] is other
+    trainer.run_script(lambda args: None, Args, ["--help"])
+    assert "output_dir = ''" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- output folder
+
+
+def test_output_dir_of_another_run_is_refused_then_replaced(tmp_path, capsys):
+    out = tmp_path / "out"
+    args = make_args(out)
+    trainer.prepare_output_dir(args)
+    assert json.loads((out / "run_args.json").read_text())["seed"] == 7
+    assert "arguments: output_dir=" in capsys.readouterr().out
+    trainer.prepare_output_dir(args)  # nothing was trained: no other run
+    (out / "checkpoint-3").mkdir()
+    (out / "metrics.jsonl").write_text("")
+    (out / "notes.txt").write_text("the user's own")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UserError, match="holds another run .*checkpoint-3.*overwrite_output_dir"):
+        trainer.prepare_output_dir(args)
+    inside = make_args(out, overwrite_output_dir=True, model_name_or_path=str(out / "checkpoint-3"))
+    with pytest.raises(UserError, match="model_name_or_path: .*checkpoint-3 lies in output_dir"):
+        trainer.prepare_output_dir(inside)
+    assert sorted(out.rglob("*")) == before
+    trainer.prepare_output_dir(make_args(out, do_train=False, do_eval=True))  # reads a trained run: leaves it as it is
+    trainer.prepare_output_dir(make_args(out, resume_from_checkpoint=True, overwrite_output_dir=True))
+    assert sorted(out.rglob("*")) == before
+    trainer.prepare_output_dir(make_args(out, overwrite_output_dir=True))
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "run_args.json"]
+
+
+def test_output_dir_that_is_a_model_or_a_file_is_never_emptied(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json, but no run of these scripts"):
+        trainer.prepare_output_dir(make_args(tmp_path, overwrite_output_dir=True))
+    with pytest.raises(UserError, match="is a file; a folder is needed"):
+        trainer.prepare_output_dir(make_args(tmp_path / "config.json"))
+    with pytest.raises(UserError, match="cannot be written to"):
+        trainer.prepare_output_dir(make_args("/proc/nowhere"))
+
+
+# ---------------------------------------------------------------------------------------------- schedule
+
+
+def test_steps_and_micro_batches(tmp_path):
+    args = make_args(tmp_path, gradient_accumulation_steps=4, num_train_epochs=2.5)
+    assert trainer.total_steps(args, 10) == (8, 3)  # ceil(10 / 4) = 3 steps an epoch; ceil(2.5 * 3) = 8
+    assert trainer.total_steps(dataclasses.replace(args, max_steps=5), 10) == (5, 3)
+    assert trainer.micro_batches(0, args, 10) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert trainer.micro_batches(2, args, 10) == [(0, 8), (0, 9)]
+    every = [pair for step in range(6) for pair in trainer.micro_batches(step, args, 10)]
+    assert every == [(epoch, i) for epoch in (0, 1) for i in range(10)]
+    with pytest.raises(UserError, match="less than one batch"):
+        trainer.total_steps(args, 0)
+    assert [step for step in range(8) if trainer.is_due("steps", 3, step, 4)] == [3, 6]
+    assert [step for step in range(9) if trainer.is_due("epoch", 3, step, 4)] == [4, 8]
+    assert not any(trainer.is_due("no", 1, step, 1) for step in range(3))
+
+
+@pytest.mark.parametrize(
+    "kind, keys, expected",  # step -> rate, by hand, for a peak of 1 and 100 steps
+    [
+        ("linear", {"warmup_steps": 10}, {0: 0, 5: 0.5, 10: 1, 55: 0.5, 99: 1 / 90, 100: 0}),
+        ("linear", {"warmup_ratio": 0.041}, {4: 0.8, 5: 1, 100: 0}),  # ceil(4.1) = 5 steps
+        ("linear", {"warmup_ratio": 0.5, "warmup_steps": 10}, {5: 0.5, 10: 1}),
+        ("linear", {"min_learning_rate": 0.2, "decay_steps": 50}, {0: 1, 25: 0.6, 50: 0.2, 80: 0.2}),
+        ("cosine", {"warmup_steps": 20}, {10: 0.5, 20: 1, 40: (1 + math.sqrt(0.5)) / 2, 60: 0.5, 100: 0}),
+        ("cosine", {"min_learning_rate": 0.1, "decay_steps": 80}, {0: 1, 40: 0.55, 80: 0.1, 99: 0.1}),
+        ("cosine", {"min_lr": 0.1, "decay_steps": 0}, {50: 0.55, 100: 0.1}),
+        ("cosine", {"num_cycles": 1.0}, {25: 0.5, 50: 0, 75: 0.5, 90: (1 + math.cos(1.8 * math.pi)) / 2}),
+        ("constant", {"warmup_steps": 10}, {0: 1, 99: 1}),
+        ("constant_with_warmup", {"warmup_steps": 10}, {0: 0, 5: 0.5, 10: 1, 99: 1}),
+        ("polynomial", {"power": 2.0, "lr_end": 0.2}, {0: 1, 50: 0.4, 75: 0.25, 100: 0.2, 120: 0.2}),
+    ],
+)
+def test_learning_rate(tmp_path, kind, keys, expected):
+    args = make_args(tmp_path, learning_rate=1.0, lr_scheduler_type=kind, **keys)
+    for step, rate in expected.items():
+        assert trainer.learning_rate(step, args, 100) == pytest.approx(rate, abs=1e-12), step
+
+
+# ---------------------------------------------------------------------------------------------- optimizer
+
+
+def tiny(seed):
+    """Three raw parameters as Weights, one of them in the transposed layout, and one frozen that is no Weight."""
+    generator = np.random.default_rng(seed)
+
+    def parameter(*shape):
+        found = paddle.create_parameter(list(shape), "float32")
+        found.set_value(generator.standard_normal(shape).astype("float32"))
+        return found
+
+    weights = [Weight("a.weight", parameter(5, 7), True), Weight("a.bias", parameter(7), False)]
+    return weights + [Weight("b.weight", parameter(7, 3), False)]
+
+
+def tiny_loss(weights, step, micro, dropout=0.5):
+    """A number that depends on all three, with dropout."""
+    a, bias, b = (weight.parameter for weight in weights)
+    x = paddle.to_tensor(np.random.default_rng([step, micro]).standard_normal((4, 5)).astype("float32"))
+    hidden = paddle.nn.functional.dropout(paddle.tanh(x @ a + bias), dropout)
+    return ((hidden @ b) ** 2).mean()
+
+
+def test_adamw_is_paddles_with_decay_groups_and_rates(tmp_path):
+    args = make_args(tmp_path, weight_decay=0.1, learning_rate=0.01, adam_beta2=0.95)
+    ours, theirs = tiny(0), tiny(0)
+    optimizer = AdamW(ours, args, lr_scale={"b.weight": 4.0})
+    for weight in theirs:
+        weight.parameter.optimize_attr["learning_rate"] = 4.0 if weight.name == "b.weight" else 1.0
+    matrices = [weight.parameter.name for weight in theirs if weight.parameter.ndim >= 2]
+    constants = {"beta2": 0.95, "weight_decay": 0.1, "apply_decay_param_fun": lambda name: name in matrices}
+    reference = paddle.optimizer.AdamW(0.01, parameters=[weight.parameter for weight in theirs], **constants)
+    for step in range(5):
+        for weights in (ours, theirs):
+            (tiny_loss(weights, step, 0, dropout=0.0) * (2.0 if weights is ours else 1.0)).backward()
+        optimizer.step(0.01, grad_scale=0.5)
+        reference.step()
+        optimizer.zero_grad()
+        reference.clear_grad()
+    for mine, other in zip(ours, theirs):
+        np.testing.assert_allclose(mine.parameter.numpy(), other.parameter.numpy(), rtol=2e-6, atol=2e-7)
+        assert mine.parameter.grad is None
+
+
+def test_adamw_leaves_what_has_no_gradient(tmp_path):
+    weights = tiny(0)
+    before = [weight.parameter.numpy() for weight in weights]
+    optimizer = AdamW(weights, make_args(tmp_path, weight_decay=0.5))
+    (weights[0].parameter ** 2).sum().backward()
+    optimizer.step(0.1)
+    same = [np.array_equal(a, weight.parameter.numpy()) for a, weight in zip(before, weights)]
+    assert same == [False, True, True]
+
+
+def test_grad_norm_and_clipping():
+    weights = tiny(0)
+    assert trainer.global_grad_norm(weights) == 0.0
+    (3 * weights[0].parameter.sum() + 4 * weights[1].parameter.sum()).backward()
+    assert trainer.global_grad_norm(weights) == pytest.approx(math.sqrt(9 * 35 + 16 * 7), rel=1e-7)
+    assert [trainer.clip_scale(norm, 1.0) for norm in (0.5, 1.0, 4.0)] == [1.0, 1.0, 0.25]
+    assert trainer.clip_scale(4.0, 0.0) == 1.0
+
+
+def test_seed_step_is_a_function_of_all_three():
+    def draw(*key):
+        trainer.seed_step(*key)
+        return paddle.rand([4]).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({tuple(draw(*key)) for key in ((1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3), (3, 2, 1))}) == 5
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def train(folder, weights, stop, resume=False, save=(), **keys):
+    """A script's loop in small: accumulation of 2, dropout, cosine, clipping. Returns (losses, final arrays)."""
+    keys |= {"lr_scheduler_type": "cosine", "learning_rate": 0.05, "warmup_steps": 2, "weight_decay": 0.1}
+    args = make_args(folder, max_grad_norm=0.5, save_total_limit=2, resume_from_checkpoint=resume or None, **keys)
+    optimizer, state, losses = AdamW(weights, args), TrainState(), []
+    path = trainer.find_checkpoint(args)
+    if path:
+        state = trainer.load_checkpoint(path, optimizer)
+        arrays = read_safetensors(path / "model.safetensors")
+        for weight in weights:
+            weight.parameter.set_value(weight.from_numpy(arrays[weight.name]))
+
+    def write_model(target):
+        write_safetensors(target / "model.safetensors", {weight.name: weight.to_numpy() for weight in weights})
+
+    while state.step < stop:
+        total = 0.0
+        for micro in range(2):
+            trainer.seed_step(args.seed, state.step, micro)
+            loss = tiny_loss(weights, state.step, micro)
+            loss.backward()
+            total += float(loss)
+        norm = trainer.global_grad_norm(weights) * 0.5
+        optimizer.step(trainer.learning_rate(state.step, args, 9), 0.5 * trainer.clip_scale(norm, args.max_grad_norm))
+        optimizer.zero_grad()
+        losses.append(total)
+        state.step += 1
+        state.consumed_tokens += 11
+        if state.step in save:
+            trainer.save_checkpoint(folder, state, optimizer, write_model, args)
+    return losses, [weight.to_numpy() for weight in weights]
+
+
+def test_resume_is_bitwise(tmp_path, capsys):
+    losses, final = train(tmp_path / "whole", tiny(1), 9)
+    train(tmp_path / "cut", tiny(1), 7, save=(3, 5))  # steps 6 and 7 are lost
+    more, resumed = train(tmp_path / "cut", tiny(2), 9, resume=True)  # other initial weights: none survive
+    assert more == losses[5:]
+    for a, b in zip(final, resumed):
+        assert np.array_equal(a, b)
+    assert capsys.readouterr().out == f"resume: from {tmp_path / 'cut' / 'checkpoint-5'}\n"
+    earlier, _ = train(tmp_path / "cut", tiny(2), 9, resume=str(tmp_path / "cut" / "checkpoint-3"))
+    assert earlier == losses[3:]
+    train(tmp_path / "cut", tiny(2), 6, resume=True, adam_beta2=0.9)
+    assert "not an exact continuation, changed: adam_beta2 0.999 -> 0.9" in capsys.readouterr().out
+
+
+def test_checkpoint_layout(tmp_path):
+    weights = tiny(1)
+    train(tmp_path, weights, 3, save=(3,))
+    path = tmp_path / "checkpoint-3"
+    index = json.loads((path / "optimizer.safetensors.index.json").read_text())
+    arrays = read_safetensors(path / trainer.OPTIMIZER)
+    assert set(index["weight_map"]) == set(arrays) and set(index["weight_map"].values()) == {trainer.OPTIMIZER}
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
+    keys = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
+    assert set(arrays) == {f"{weight.name}/{key}" for weight in weights for key in keys}
+    assert arrays["a.weight/moment1_0"].shape == (7, 5)  # as the weight lies in the file: [out, in]
+    assert arrays["a.weight/beta1_pow_acc_0"] == np.float32(0.9**4)  # Paddle's is one ahead
+    saved = json.loads((path / "trainer_state.json").read_text())
+    assert saved["step"] == saved["optimizer_steps"] == 3 and saved["consumed_tokens"] == 33
+    assert saved["data_position"] == {"epoch": 0, "next_step": 3, "seed": 7} and saved["args"]["learning_rate"] == 0.05
+    assert saved["files"].keys() == {"model.safetensors", trainer.OPTIMIZER, "optimizer.safetensors.index.json"}
+
+
+def test_optimizer_state_that_does_not_fit(tmp_path):
+    train(tmp_path, tiny(1), 3, save=(3,))
+    path = tmp_path / "checkpoint-3"
+    args = make_args(tmp_path)
+    with pytest.raises(UserError, match="missing none; unexpected b.weight/moment1_0, b.weight/moment2_0"):
+        trainer.load_checkpoint(path, AdamW(tiny(1)[:2], args))
+    turned = [Weight(weight.name, weight.parameter, not weight.transposed) for weight in tiny(1)]
+    with pytest.raises(UserError, match="optimizer state: a.weight: .* found, .* needed"):
+        trainer.load_checkpoint(path, AdamW(turned, args))
+    (path / trainer.OPTIMIZER).unlink()
+    with pytest.raises(UserError, match="without optimizer state; resume with ignore_load_lr_and_optim"):
+        trainer.load_checkpoint(path, AdamW(tiny(1), args))
+    assert trainer.load_checkpoint(path).step == 3
+
+
+class FakeOptimizer:
+    """Moments that are a function of the step alone."""
+
+    def __init__(self, step, size=1000):
+        self.steps, self.size = step, size
+
+    def state_arrays(self):
+        return {"w/moment1_0": content(self.steps, self.size), "w/moment2_0": content(-self.steps, self.size)}
+
+
+def content(step, size=1000):
+    return np.arange(size, dtype=np.float32) + step
+
+
+def save(folder, step, best=None, size=1000, **keys):
+    """A checkpoint whose content follows from its step."""
+    args = TrainingArgs(output_dir=str(folder), **keys)
+    state = TrainState(step=step, best_checkpoint=best)
+
+    def write_model(target):
+        write_safetensors(target / "model.safetensors", {"w": content(step, size)})
+
+    return trainer.save_checkpoint(folder, state, FakeOptimizer(step, size), write_model, args)
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def find(folder, wanted=True):
+    return trainer.find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=wanted))
+
+
+def test_find_passes_over_what_is_not_complete(tmp_path, capsys):
+    assert find(tmp_path) is None and "starting at step 0" in capsys.readouterr().out
+    for step in (2, 10, 30, 40, 50):
+        save(tmp_path, step)
+    with open(tmp_path / "checkpoint-50" / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    (tmp_path / "checkpoint-40" / trainer.DONE).unlink()
+    (tmp_path / "checkpoint-30" / trainer.OPTIMIZER).unlink()
+    (tmp_path / "checkpoint-final").mkdir()
+    capsys.readouterr()
+    assert find(tmp_path) == tmp_path / "checkpoint-10"
+    lines = capsys.readouterr().out.splitlines()
+    assert "checkpoint-50 is passed over: model.safetensors has 100 bytes, 4" in lines[0]
+    assert "checkpoint-40 is passed over: it has no completion marker" in lines[1]
+    assert "checkpoint-30 is passed over: optimizer-00001-of-00001.safetensors is missing" in lines[2]
+    assert find(tmp_path, str(tmp_path / "checkpoint-2")) == tmp_path / "checkpoint-2"
+    with pytest.raises(UserError, match="checkpoint-40: it has no completion marker; give a complete one"):
+        find(tmp_path, str(tmp_path / "checkpoint-40"))
+    with pytest.raises(UserError, match="there is no such folder"):
+        find(tmp_path, str(tmp_path / "checkpoint-3"))
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, best="checkpoint-1", save_total_limit=2)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+    save(tmp_path, 10, best="checkpoint-1", save_total_limit=1)  # one is too few for both: both stay
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-10"]
+    save(tmp_path, 9, save_total_limit=0)
+    save(tmp_path, 9)  # again, as after resuming from an older one
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-10", "checkpoint-9"]
+    assert find(tmp_path).name == "checkpoint-10"
+
+
+def test_interrupted_deletion_never_looks_complete(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    for name in ("rename", "rmtree"):
+        with monkeypatch.context() as patch:
+            stop = lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+            patch.setattr(*((Path, "rename", stop) if name == "rename" else (shutil, "rmtree", stop)))
+            with pytest.raises(KeyboardInterrupt):
+                trainer.prune_checkpoints(tmp_path, 1)
+        complete = [path.name for path in tmp_path.glob("checkpoint-*") if trainer.incomplete(path) is None]
+        assert complete == ["checkpoint-2"]
+    save(tmp_path, 3, save_total_limit=1)  # takes the remains away
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_failing_save_leaves_nothing(tmp_path):
+    save(tmp_path, 1)
+    args = TrainingArgs(output_dir=str(tmp_path))
+
+    def fail(error):
+        def write_model(target):
+            (target / "half").write_text("x")
+            raise error
+
+        return lambda: trainer.save_checkpoint(tmp_path, TrainState(step=2), FakeOptimizer(2), write_model, args)
+
+    with pytest.raises(UserError, match="checkpoint-2: the disk is full .*earlier ones are intact"):
+        fail(OSError(errno.ENOSPC, "No space left on device"))()
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt())()
+    assert names(tmp_path) == ["checkpoint-1"] and trainer.incomplete(tmp_path / "checkpoint-1") is None
+
+
+def test_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small tmpfs needs root")
+    try:
+        save(disk, 1, size=100_000)  # 1.2 MB, about 0.8 MB stay free
+        files, full = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}, 0
+        for size in [300_000, 100_000, *range(74_000, 64_000, -100)]:  # full in weights, optimizer, small files
+            try:
+                save(disk, 2, size=size)
+                break
+            except UserError as error:
+                assert "checkpoint-2: the disk is full (" in str(error) and "\n" not in str(error)
+                full += 1
+            assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == files
+            assert names(disk) == ["checkpoint-1"] and find(disk).name == "checkpoint-1"
+        assert full > 10 and names(disk) == ["checkpoint-1", "checkpoint-2"] and find(disk).name == "checkpoint-2"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---------------------------------------------------------------------------------------------- kill -9
+
+KILL_SIZE = 50_000  # floats in each of three tensors
+
+
+def saving_child(folder, first, pipe):
+    """Save checkpoints one after the other until killed; the pipe gets each step whose save has returned."""
+    for step in range(first, first + 100_000):
+        best = f"checkpoint-{step // 4 * 4}" if step >= 4 else None
+        save(folder, step, best, KILL_SIZE, save_total_limit=3)
+        os.write(pipe, step.to_bytes(8, "little"))
+
+
+def check_after_kill(folder, last):
+    """The newest complete checkpoint, all complete ones verified to the last number; `last` was reported as saved."""
+    for path in trainer.list_checkpoints(folder):
+        if trainer.incomplete(path) is None:
+            step, optimizer = int(path.name[11:]), read_safetensors(path / trainer.OPTIMIZER)
+            assert np.array_equal(read_safetensors(path / "model.safetensors")["w"], content(step, KILL_SIZE)), path
+            assert np.array_equal(optimizer["w/moment1_0"], content(step, KILL_SIZE)), path
+            assert np.array_equal(optimizer["w/moment2_0"], content(-step, KILL_SIZE)), path
+    found = find(folder)
+    step = 0 if found is None else trainer.load_checkpoint(found).step
+    assert step in (last, last + 1), (step, last)
+    best = trainer.load_checkpoint(found).best_checkpoint if found else None
+    assert best is None or trainer.incomplete(Path(folder) / best) is None, best
+    return step
+
+
+def kill_saves(folder, kills, seed):
+    """Kill a saving process `kills` times at random moments and check what it left; returns figures.
+
+    The children are forked from this process, which has paddle imported but has run nothing with it.
+    """
+    generator, last, in_save, saved = random.Random(seed), 0, 0, 0
+    for _ in range(kills):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            try:
+                saving_child(folder, last + 1, write)
+            finally:
+                os._exit(1)
+        os.close(write)
+        time.sleep(generator.uniform(0.005, 0.25))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), "the child failed by itself"
+        with os.fdopen(read, "rb") as pipe:
+            done = [int.from_bytes(step, "little") for step in iter(lambda: pipe.read(8), b"")]
+        in_save += any(Path(folder).glob("tmp-checkpoint-*"))
+        saved += len(done)
+        last = check_after_kill(folder, done[-1] if done else last)
+    return {"kills": kills, "saves": saved, "killed_with_a_half_folder": in_save, "last": last}
+
+
+def test_kill_at_any_moment(tmp_path):
+    command = [sys.executable, __file__, str(tmp_path / "out"), "30"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["kills"] == 30 and figures["saves"] >= 30 and figures["killed_with_a_half_folder"] >= 5, figures
+
+
+def test_update_best(tmp_path):
+    args, state = make_args(tmp_path, metric_for_best_model="accuracy"), TrainState(step=10)
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    assert trainer.update_best(args, state, {"eval_accuracy": 0.5})
+    state.step = 20
+    assert not trainer.update_best(args, state, {"eval_accuracy": 0.5})
+    assert not trainer.update_best(args, state, {"eval_accuracy": math.nan})
+    assert (state.best_metric, state.best_checkpoint) == (0.5, "checkpoint-10")
+    state.step = 30  # not saved: better, but nothing to go back to
+    assert not trainer.update_best(args, state, {"eval_accuracy": 0.9})
+    state.step = 20
+    args = make_args(tmp_path, metric_for_best_model="loss")
+    assert trainer.update_best(args, state, {"eval_loss": 0.4}) and state.best_checkpoint == "checkpoint-20"
+    with pytest.raises(UserError, match="eval_bleu4 is not computed here; there are eval_loss"):
+        trainer.update_best(make_args(tmp_path, metric_for_best_model="bleu4"), state, {"eval_loss": 1.0})
+
+
+# ---------------------------------------------------------------------------------------------- log and metrics
+
+
+def log_steps(args, first, last, **more):
+    state = TrainState(step=first)
+    log = Log(args, 10, state, **more)
+    while state.step < last:
+        state.step += 1
+        log.step(state, loss=1.0 / state.step, lr=0.1, grad_norm=2.0, tokens=100, seconds=0.5)
+    return log, state
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_log_lines_and_files(tmp_path, capsys):
+    args = make_args(tmp_path, disable_tqdm=True)
+    log, state = log_steps(args, 0, 7, flops_per_token=1e6, peak_flops=1e9)
+    log.evaluation(4, {"eval_loss": 0.5, "eval_ppl": math.inf})
+    log.evaluation(6, {"eval_loss": 0.4})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # cut off by a kill
+    line = capsys.readouterr().out.splitlines()[4]
+    parts = "step 5/10 (50.0 %) | loss 0.2000 | lr 1.000e-01 | grad_norm 2.000 | 200 tokens/s | mfu 20.0 % | "
+    assert line.startswith(parts + "eta 0:00:02 | peak ") and line.endswith(" GB")
+    log, state = log_steps(args, 5, 10)  # resumed at 5
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == list(range(1, 11))
+    keys = "step epoch loss lr grad_norm tokens_per_second consumed_tokens eta_seconds peak_memory_gb"
+    assert set(rows(tmp_path / "metrics.jsonl")[-1]) == set(keys.split())
+    assert rows(tmp_path / "eval_metrics.jsonl") == [{"step": 4, "eval_loss": 0.5, "eval_ppl": None}]
+    log.evaluation(4, {"eval_loss": 0.5})  # again after resuming: still one line
+    assert rows(tmp_path / "eval_metrics.jsonl") == [{"step": 4, "eval_loss": 0.5}]
+    assert len(state.log_history) == 5
+    log.close()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_logging_steps(tmp_path, capsys):
+    log_steps(make_args(tmp_path, disable_tqdm=True, logging_steps=4, logging_first_step=True), 0, 10)
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 4, 8, 10]
+
+
+def test_bar_and_missing_matplotlib(tmp_path, capsys, monkeypatch):
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    log, _ = log_steps(make_args(tmp_path, disable_tqdm=False), 0, 10)
+    log.say("between")
+    log.close()
+    out, err = capsys.readouterr()
+    assert "10/10" in err and "loss 0.1000, lr 1.00e-01, 200 tokens/s" in err
+    assert "curves.png is not drawn: it needs matplotlib: pip install matplotlib" in out and "| loss" not in out
+
+
+def test_visualdl_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "visualdl", None)
+    with pytest.raises(UserError, match="pip install visualdl"):
+        Log(make_args(tmp_path, report_to=["visualdl"]), 10, TrainState())
+
+
+class FakeModel:
+    """Loss 0.5 at every target, always predicting token 1."""
+
+    training = True
+
+    def eval(self):
+        self.training = False
+
+    def train(self):
+        self.training = True
+
+    def __call__(self, input_ids, labels, return_predictions):
+        assert not self.training and return_predictions
+        target = (labels != -100).astype("float32")
+        return target * 0.5 * input_ids.astype("float32"), paddle.ones_like(labels)
+
+
+class FakeLoader:
+    """Two batches with 3 and 1 targets and different losses."""
+
+    batches_per_epoch = 2
+
+    def batch(self, epoch, index):
+        labels = [[1, 2, 1, -100], [-100, -100, -100, 1]][index]
+        return {"input_ids": np.full((1, 4), index + 1), "labels": np.array([labels]), "sample_ids": [[index]]}
+
+
+def test_evaluate_is_a_mean_over_tokens():
+    model = FakeModel()
+    found = trainer.evaluate(model, FakeLoader())  # (3 * 0.5 + 1 * 1.0) / 4, and 3 of 4 are 1
+    assert found == {"eval_loss": 0.625, "eval_accuracy": 0.75, "eval_ppl": math.exp(0.625), "eval_tokens": 4}
+    assert trainer.evaluate(model, FakeLoader(), 1)["eval_tokens"] == 3 and model.training
+    assert trainer.evaluate(model, FakeLoader(), -1)["eval_tokens"] == 4
+
+
+def test_bleu4_by_hand():
+    reference = "the cat sat on the mat today"
+    assert trainer.bleu4([reference], [reference]) == pytest.approx(1.0)
+    other = trainer.bleu4(["the cat sat on the mat now"], [reference])  # all n-grams but the last match
+    assert other == pytest.approx((6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25)
+    assert trainer.bleu4(["the cat sat on"], [reference]) == pytest.approx(math.exp(1 - 7 / 4))  # brevity alone
+    # counts are clipped: "the" matches twice of four; and pooled over the corpus, not averaged over pairs
+    pair = trainer.bleu4(["the the the the", reference], ["the cat the dog", reference])
+    assert pair == pytest.approx(((2 + 7) / 11 * (0 + 6) / 9 * 5 / 7 * 4 / 5) ** 0.25)
+    assert trainer.bleu4(["我爱北京天安门"], ["我爱北京天安门。"]) == pytest.approx(math.exp(1 - 8 / 7))
+    assert trainer.bleu4(["a b c"], ["a b c"]) == trainer.bleu4([""], ["a"]) == trainer.bleu4([], []) == 0.0
+
+
+def test_rouge_by_hand():
+    # 3 of 4 found, 3 of 5 wanted -> 6/9; bigrams: "the cat" of 3 and 4 -> 2/7; subsequence the cat mat: 6/9
+    found = trainer.rouge(["the cat ate mat"], ["the cat on the mat"])
+    assert found == pytest.approx({"rouge-1": 6 / 9, "rouge-2": 2 / 7, "rouge-l": 6 / 9})
+    found = trainer.rouge(["b a", "天气 good"], ["a b", "天气好"])  # second: two of three tokens, one of two pairs
+    assert found == pytest.approx({"rouge-1": (1 + 2 / 3) / 2, "rouge-2": 1 / 2 / 2, "rouge-l": (1 / 2 + 2 / 3) / 2})
+    assert trainer.rouge([""], [""]) == {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
+
+
+def test_longest_common_subsequence_against_the_table():
+    generator = random.Random(0)
+    for _ in range(200):
+        a, b = ([generator.choice("abc") for _ in range(generator.randrange(90))] for _ in range(2))
+        table = np.zeros((len(a) + 1, len(b) + 1), int)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+        assert trainer._lcs_length(a, b) == table[-1, -1]
+
+
+def test_matmul_peak_is_quick():
+    begin = time.perf_counter()
+    peak = trainer.measure_matmul_peak()
+    assert peak > 1e9 and time.perf_counter() - begin < 1.5
+
+
+def test_nonfinite_report(tmp_path):
+    path = trainer.save_nonfinite_report(tmp_path, 12, FakeLoader().batch(0, 1))
+    assert json.loads(path.read_text()) == {
+        "step": 12, "input_ids": [[2, 2, 2, 2]], "labels": [[-100, -100, -100, 1]], "sample_ids": [[1]]
+    }  # fmt: skip
+    assert path.name == "nonfinite-step-12.json"
+    trainer.check_finite(1.0, tmp_path, 13, {})
+    with pytest.raises(UserError, match="step 14: the loss or its gradient is nan; .*nonfinite-step-14.json"):
+        trainer.check_finite(math.nan, tmp_path, 14, FakeLoader().batch(0, 1))
+    assert names(tmp_path) == ["nonfinite-step-12.json", "nonfinite-step-14.json"]
+
+
+def test_vocabulary_and_results(tmp_path):
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=128))
+    trainer.check_vocabulary(model, types.SimpleNamespace(vocab_size=128), "llama")
+    with pytest.raises(UserError, match="llama: vocab_size 128 in config.json, but the tokenizer has 129 ids"):
+        trainer.check_vocabulary(model, types.SimpleNamespace(vocab_size=129), "llama")
+    trainer.write_results(tmp_path, "dev", {"eval_loss": 0.5})
+    assert json.loads((tmp_path / "dev_results.json").read_text()) == {"eval_loss": 0.5}
+
+
+if __name__ == "__main__":
+    print(json.dumps(kill_saves(sys.argv[1], int(sys.argv[2]), seed=0)))

@@ -1,0 +1,1172 @@
+"""What training scripts share besides model, data, kernels: arguments, schedule, optimizer, checkpoints, log, metrics.
+
+    args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # JSON files, then --key value
+    while state.step < total:                                   # the loop itself is written out in each script
+        save_checkpoint(args.output_dir, state, optimizer, lambda folder: save_pretrained(model, folder), args)
+        ...; optimizer.step(learning_rate(state.step, args, total), grad_scale)
+        state.step += 1; log.step(state, loss=..., ...)
+
+Argument names, defaults and meanings are PaddleNLP's, so that its JSON files run here with only their paths changed.
+The tables IGNORED and REFUSED name every upstream key that is not a field of ours, with the reason.
+
+A checkpoint is a folder: weights in Hugging Face's layout, the optimizer in Unified Checkpoint's names, one
+trainer_state.json, and a marker written last. No generator state is in it: all randomness is a pure function of
+(seed, step, micro-step), see seed_step; so a resumed run equals the uninterrupted one bit for bit.
+"""
+import collections
+import dataclasses
+import datetime
+import difflib
+import errno
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import textwrap
+import time
+import types
+import typing
+from pathlib import Path
+
+import numpy as np
+import paddle
+from tqdm import tqdm
+
+import kernels
+from data import UserError
+from model import atomic_file, read_safetensors, write_safetensors
+
+# ================================================================================================ arguments
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
+METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l")  # what metric_for_best_model may name
+
+
+@dataclasses.dataclass
+class TrainingArgs:
+    """The keys that every training script has. A script subclasses it once and adds its own."""
+
+    output_dir: str = ""  # where checkpoints, the final model and the log go
+    overwrite_output_dir: bool = False  # remove the run that output_dir holds
+    do_train: bool = False  # train
+    do_eval: bool = False  # evaluate on the dev data (during training: see evaluation_strategy) and at the end
+    do_predict: bool = False  # evaluate on the test data at the end
+    per_device_train_batch_size: int = 8  # rows of one micro-batch
+    per_device_eval_batch_size: int = 8  # rows of one evaluation batch
+    gradient_accumulation_steps: int = 1  # micro-batches of one step
+    num_train_epochs: float = 1.0  # passes over the data, unless max_steps is given
+    max_steps: int = -1  # > 0: this many steps, whatever num_train_epochs says
+    learning_rate: float = 5e-5  # the peak
+    lr_scheduler_type: str = "linear"  # one of SCHEDULES
+    warmup_steps: int = 0  # steps from 0 to the peak; > 0 wins over warmup_ratio
+    warmup_ratio: float = 0.0  # the same as a fraction of all steps
+    min_learning_rate: float | None = None  # where linear and cosine end; None: min_lr
+    min_lr: float = 0.0  # upstream's other name for it
+    decay_steps: int | None = None  # linear and cosine are at their end from this step on; None or 0: at the last step
+    num_cycles: float = 0.5  # waves of cosine: 0.5 falls once
+    lr_end: float = 1e-7  # where polynomial ends
+    power: float = 1.0  # exponent of polynomial
+    weight_decay: float = 0.0  # decoupled, on parameters of two or more dimensions only
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # global norm to clip the gradient to; 0: no clipping
+    logging_steps: int = 500  # a log line every so many steps
+    logging_first_step: bool = False  # and one for the first step
+    logging_dir: str | None = None  # where visualdl writes; None: output_dir/vdl_log
+    report_to: str | list[str] | None = None  # "visualdl" or "none"
+    disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
+    evaluation_strategy: str | None = None  # no, steps, epoch; None: steps if do_eval and eval_steps, else no
+    eval_steps: int | None = None  # evaluate every so many steps; None: logging_steps
+    max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
+    save_strategy: str = "steps"  # no, steps or epoch
+    save_steps: int = 500  # a checkpoint every so many steps
+    save_total_limit: int | None = None  # keep the newest so many checkpoints, and the best; None or 0: all
+    load_best_model_at_end: bool = False  # end with the weights that evaluated best
+    metric_for_best_model: str | None = None  # one of METRICS; None: loss
+    greater_is_better: bool | None = None  # None: true unless the metric is loss or ppl
+    resume_from_checkpoint: bool | str | None = None  # a path, or true: the newest complete one in output_dir
+    ignore_load_lr_and_optim: bool = False  # resume with the weights and the step, but fresh moments
+    ignore_save_lr_and_optim: bool = False  # checkpoints without the moments: smaller, no exact resume
+    dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
+    seed: int = 42  # of data order, initialisation, dropout
+    device: str = "auto"  # auto, cpu, gpu, gpu:1, xpu, npu, …
+    kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
+    bf16: bool = False  # compute in bfloat16
+    fp16: bool = False  # compute in float16
+    recompute: bool = False  # recompute each block's activations in backward instead of keeping them
+    recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
+    tensor_parallel_degree: int = 1  # the product of the degrees is the number of processes; -1 means 1
+    pipeline_parallel_degree: int = 1
+    sharding_parallel_degree: int = 1
+    sep_parallel_degree: int = 1
+    context_parallel_degree: int = 1
+    expert_parallel_degree: int = 1  # spread over the ranks of the others, so not a factor
+
+    def check(self):
+        """Resolve values that depend on others and refuse those that contradict: UserError. Returns lines to print.
+
+        A script's own Args extends it: `return super().check() + [...]`.
+        """
+        _check_numbers(self)
+        notes = _check_hardware(self)
+        if not self.output_dir:
+            raise UserError("output_dir: missing; give the folder to write to")
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise UserError("nothing to do: none of do_train, do_eval, do_predict is true")
+        if getattr(self, "flash_mask", False) and not getattr(self, "zero_padding", True):
+            raise UserError("flash_mask: true needs zero_padding: true (the mask keeps packed samples apart)")
+        if self.min_learning_rate is None:
+            self.min_learning_rate = self.min_lr
+        elif self.min_lr not in (0.0, self.min_learning_rate):
+            raise UserError(f"min_lr {self.min_lr:g} is not min_learning_rate {self.min_learning_rate:g}; give one")
+        end = self.lr_end if self.lr_scheduler_type == "polynomial" else self.min_learning_rate
+        if self.lr_scheduler_type in ("linear", "cosine", "polynomial") and end > self.learning_rate:
+            raise UserError(f"learning_rate {self.learning_rate:g} is below {end:g}, {self.lr_scheduler_type}'s end")
+        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+            raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
+        return notes + _check_strategies(self)
+
+
+def _check_numbers(args):
+    """Ranges and choices, one key at a time."""
+    batches = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+    for key in f"{batches} logging_steps save_steps eval_steps".split():
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise UserError(f"{key}: {getattr(args, key)}; it must be at least 1")
+    not_negative = "learning_rate min_learning_rate min_lr lr_end weight_decay max_grad_norm warmup_steps decay_steps"
+    for key in f"{not_negative} num_cycles power seed".split():
+        if getattr(args, key) is not None and getattr(args, key) < 0:
+            raise UserError(f"{key}: {getattr(args, key)}; it must not be negative")
+    for key, low in (("warmup_ratio", 0), ("adam_beta1", 0), ("adam_beta2", 0), ("adam_epsilon", 1e-30)):
+        if not low <= getattr(args, key) < 1:
+            raise UserError(f"{key}: {getattr(args, key)}; it must be at least {low} and below 1")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise UserError(f"num_train_epochs: {args.num_train_epochs}; it must be positive, or max_steps be given")
+    strategies, granularities = ("no", "steps", "epoch"), ("full", "full_attn", "core_attn")
+    for key, choices in (
+        ("lr_scheduler_type", SCHEDULES),
+        ("evaluation_strategy", (*strategies, None)),
+        ("save_strategy", strategies),
+        ("recompute_granularity", granularities),
+        ("metric_for_best_model", (*METRICS, *(f"eval_{name}" for name in METRICS), "no", None)),
+    ):
+        if getattr(args, key) not in choices:
+            raise UserError(f"{key}: {getattr(args, key)!r}; possible are {', '.join(filter(None, choices))}")
+    for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
+        if name not in ("visualdl", "none"):
+            raise UserError(f"report_to: {name!r}; possible are visualdl and none (metrics.jsonl is always written)")
+
+
+def _check_hardware(args):
+    """Devices, precision and the number of processes."""
+    names = [f"{name}_parallel_degree" for name in ("tensor", "pipeline", "sharding", "sep", "context")]
+    degrees = {name: max(1, getattr(args, name)) for name in names}
+    wanted, world = math.prod(degrees.values()), paddle.distributed.get_world_size()
+    if wanted > world:
+        factors = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
+        raise UserError(f"{factors} = {wanted} processes, but this run has {world}; set the degrees to 1")
+    if args.expert_parallel_degree > world:
+        found = f"{args.expert_parallel_degree}, but this run has {world} process(es)"
+        raise UserError(f"expert_parallel_degree: {found}; set it to 1")
+    if world > 1:
+        raise UserError(f"{world} processes were launched; training runs in one so far: start without a launcher")
+    if args.fp16 and args.bf16:
+        raise UserError("fp16 and bf16 are both true; choose one")
+    kind, notes = args.device.split(":")[0], []
+    known = {"auto", "cpu", *paddle.device.get_all_device_type(), *paddle.device.get_all_custom_device_type()}
+    if kind not in known:
+        hint = "; for NVIDIA GPUs install paddlepaddle-gpu" if kind == "gpu" else ""
+        raise UserError(f"device: {args.device!r} is not in this Paddle, which has {', '.join(sorted(known))}{hint}")
+    half = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    if half and (paddle.device.get_device() if kind == "auto" else kind) == "cpu":
+        notes.append(f"{half}: Paddle's CPU kernels compute in float32 only, so float32 is used")
+    if args.recompute and args.recompute_granularity != "full":
+        notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
+    return notes
+
+
+def _check_strategies(args):
+    """When to evaluate and to save, and whether the best model can be known."""
+    if args.evaluation_strategy is None:
+        args.evaluation_strategy = "steps" if args.do_eval and args.eval_steps else "no"
+    args.do_eval = args.do_eval or args.evaluation_strategy != "no"
+    args.eval_steps = args.eval_steps or args.logging_steps
+    metric = (args.metric_for_best_model or "no").removeprefix("eval_")
+    args.metric_for_best_model = metric = "loss" if metric == "no" else metric
+    if args.greater_is_better is None:
+        args.greater_is_better = metric not in ("loss", "ppl")
+    if not (args.load_best_model_at_end and args.do_train):
+        return []
+    if args.evaluation_strategy == "no":
+        args.load_best_model_at_end = False
+        return ["load_best_model_at_end: nothing is evaluated (evaluation_strategy: no), so the last model is kept"]
+    if args.save_strategy != args.evaluation_strategy:
+        both = f"save_strategy ({args.save_strategy}) to be evaluation_strategy ({args.evaluation_strategy})"
+        raise UserError(f"load_best_model_at_end needs {both}: only a saved model can be loaded again")
+    if args.save_strategy == "steps" and args.save_steps % args.eval_steps and args.eval_steps % args.save_steps:
+        both = f"save_steps ({args.save_steps}) to be a multiple of eval_steps ({args.eval_steps}), or the reverse"
+        raise UserError(f"load_best_model_at_end needs {both}")
+    return []
+
+
+def _table(rows):
+    return {key: why for why, keys in rows for key in keys.split()}
+
+
+# Accepted, with one printed line each: upstream keys that have no meaning here.
+IGNORED = _table([
+    ("which kernels run is chosen by `kernels`", """
+        use_flash_attention use_fused_rms_norm use_fused_rope use_fused_linear use_fused_dropout_add
+        use_fused_linear_cross_entropy use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn fused_linear
+        use_fused_head_and_loss_fn use_quick_lora enable_linear_fused_grad_add use_fusemt use_intermediate_api"""),
+    ("one process, nothing is spread over several", """
+        sharding sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
+        data_parallel_config tensor_parallel_config pipeline_parallel_config sequence_parallel_config
+        hybrid_parallel_topo_order split_inputs_sequence_dim sequence_parallel fuse_sequence_parallel_allreduce
+        tensor_parallel_output tensor_parallel_rank virtual_pp_degree pp_recompute_interval save_sharded_model
+        load_sharded_model distributed_dataloader share_folder local_rank log_on_each_node save_on_each_node
+        ddp_find_unused_parameters expert_tensor_parallel_degree use_expert_parallel split_norm_comm force_reshard_pp
+        auto_parallel_resume_form_hybrid_parallel save_sharding_stage1_model_include_freeze_params"""),
+    ("checkpoints are always unified, written at once, and complete", """
+        unified_checkpoint unified_checkpoint_config ckpt_quant_stage save_rng_states save_tokenizer
+        ordered_save_group_size use_async_save output_signal_dir enable_zero_cost_checkpoint zcc_workers_num
+        zcc_pipeline_hooks_capacity_usage zcc_save_ema_coef zcc_ema_interval flash_device_save_steps pdc_download_ckpt
+        pdc_download_timeout ignore_data_skip"""),
+    ("precision is set by bf16 and fp16 alone", """
+        fp16_opt_level amp_master_grad amp_custom_black_list amp_custom_white_list bf16_full_eval fp16_full_eval
+        scale_loss"""),
+    ("data is tokenised once and read from memory", """
+        dataloader_num_workers data_impl skip_warmup data_cache lazy lazy_data_processing dataset_num_proc
+        dataset_batch_size dataset_kwargs dataset_text_field remove_unused_columns label_names"""),
+    ("evaluation keeps no logits, one pass gives all its figures", """
+        eval_accumulation_steps prediction_loss_only past_index minimum_eval_times eval_packing"""),
+    ("speed is measured by tests/bench_train.py and shown in the log", """
+        benchmark autotuner_benchmark skip_profile_timer skip_memory_metrics metrics_output_path
+        count_trained_tokens"""),
+    ("gradients are released and moments kept where they are", "release_grads flatten_param_grads offload_optim"),
+    ("recompute is by whole blocks", """
+        recompute_use_reentrant no_recompute_layers refined_recompute offload_recompute_inputs"""),
+    ("there is no dropout in these models", "hidden_dropout_prob attention_probs_dropout_prob dropout_warmup_steps"),
+    ("nothing is sent anywhere", """
+        aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token run_name wandb_api_key
+        wandb_http_proxy"""),
+    ("it comes from the tokenizer", "pad_token_id eos_token"),
+    ("it comes from the model's config.json", "model_init_kwargs"),
+    ("no experts in these models", "expert_max_capacity expert_min_capacity"),
+    ("it belongs to an adapter that is not here", """
+        vera_rank lokr_path lokr_dim layers position intervention_type rank act_fn add_bias dropout"""),
+    ("it belongs to 4-bit LoRA, which is not here", """
+        qlora_weight_blocksize qlora_weight_double_quant qlora_weight_double_quant_block_size"""),
+    ("it belongs to use_long_sequence_strategies or use_ssa, which are not here", """
+        strategy_type strategy_name ssa_group_size_ratio"""),
+    ("a key of pretrain.py", """
+        input_dir split max_seq_length continue_training mask_across_documents num_hidden_layers"""),
+    ("a key of finetune.py", """
+        dataset_name_or_path src_length max_length zero_padding greedy_zero_padding flash_mask pad_to_max_length
+        pad_to_multiple_of chat_template eval_with_do_generation save_generation_output top_k top_p lora_rank lora_alpha
+        lora_dropout rslora lora_plus_scale pissa dora lora_target_modules lora_path num_prefix_tokens prefix_projection
+        prefix_projection_hidden_size prefix_path neftune_noise_alpha"""),
+    ("a key of dpo.py", """
+        beta simpo_gamma label_smoothing loss_type pref_loss_ratio sft_loss_ratio dpop_lambda ref_model_update_steps
+        reference_free max_seq_len max_prompt_len dev_dataset_path desirable_weight undesirable_weight rslora_plus
+        dpo_beta dpo_loss_type dpo_label_smoothing"""),
+    ("a key of reward models", """
+        placeholder_token reward_tokens normalize_score_during_training normalizer_type normalizer_momentum
+        regularization"""),
+    ("a key of embedding models", """
+        max_query_len max_passage_len group_size query_template passage_template return_position_ids"""),
+    ("a key of quantize.py", """
+        quant_type fp8_type skip_list_names weight_quant_method act_quant_method cachekv_quant_method search_alpha_min
+        search_alpha_max search_scale_min search_scale_max ptq_step shift shift_all_linears shift_sampler shift_step
+        smooth smooth_all_linears smooth_sampler smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece
+        gptq_step auto_clip awq_step autoclip_step do_quant_debug test_sample"""),
+    ("a key of ppo.py", """
+        global_batch_size global_gen_batch_size global_mini_batch_size per_device_rollout_batch_size
+        per_device_logprob_batch_size per_device_reward_batch_size per_device_value_batch_size
+        per_device_prompt_batch_size kl_coeff kl_loss_coeff pg_loss_coeff entropy_coeff clip_range_ratio
+        clip_range_ratio_low clip_range_ratio_high clip_range_score enable_overlong_reward_buffer overlong_reward_buffer
+        overlong_penalty_factor clip_range_value update_iters critic_learning_rate critic_weight_decay
+        critic_lr_scheduler_type critic_warmup_ratio critic_recompute critic_recompute_granularity
+        critic_min_learning_rate critic_decay_steps normalize_reward normalize_advantage temperature rollout_n
+        repetition_penalty rollout_quant_type dynamic_sampling max_gen_batches eval_mode offload_level max_dec_len
+        min_dec_len max_src_len early_stopping early_stopping_patience early_stopping_threshold use_tgt_len_value
+        use_rm_server use_fp32_compute rollout_tensor_parallel_degree balance_batch use_remove_padding
+        rollout_max_num_seqs reward_server actor_tokenizer_alpha reward_tokenizer_alpha reward_critic_tokenizer_alpha
+        stage prompt_key response_key eval_datasets num_return_sequences eval_split_ratio use_ema ema_beta ptx_coeff
+        ptx_datasets"""),
+])  # fmt: skip
+
+# An error when they ask for something; off (false, 0, null, "") or HARMLESS they are ignored like the others.
+REFUSED = _table([
+    ("this adapter is not here; there are lora (rslora, lora_plus_scale, pissa, dora) and prefix_tuning", """
+        vera lokr reft use_mora lora_use_mixer"""),
+    ("training on quantised weights (QLoRA) is not here yet", "weight_quantize_algo"),
+    ("scaling of positions comes from rope_scaling in the model's config.json", """
+        use_long_sequence_strategies rope_scaling_factor use_pose_convert"""),
+    ("shifted sparse attention (LongLoRA) is not here; attention is exact and its memory linear", "use_ssa"),
+    ("plain text is trained on by pretrain.py", "autoregressive"),
+    ("training is eager; a static graph is made by export.py", "enable_auto_parallel to_static"),
+    ("exporting is done by export.py", "do_export"),
+    ("data comes from local files: give their folder as dataset_name_or_path", "task_name"),
+    ("models are read from and written to local folders only", "from_aistudio save_to_aistudio"),
+    ("it is called sharding_parallel_degree", "sharding_degree"),
+    ("say device: cpu", "no_cuda"),
+    ("the optimizer is adamw", "optim"),
+    ("training data is always shuffled, by seed and epoch", "dataloader_shuffle"),
+    ("logging is by steps", "logging_strategy"),
+    ("nothing is skipped; take the records out of the data", "skip_data_intervals"),
+    ("fine-tuning is done by finetune.py", "lora prefix_tuning neftune"),
+    ("quantising is done by quantize.py", "do_ptq do_gptq do_awq do_qat load_quant_model"),
+    ("preference training is done by dpo.py; finetune.py reads dataset_name_or_path", "train_dataset_path"),
+    ("reward models are not trained here", "process_reward"),
+    ("reward and reinforcement learning are done by ppo.py", """
+        rl_algorithm train_datasets actor_model_name_or_path reward_model_name_or_path critic_model_name_or_path
+        reward_critic_model_name_or_path"""),
+])  # fmt: skip
+HARMLESS = {"optim": ("adamw",), "dataloader_shuffle": (True, 1, "true", "1"), "logging_strategy": ("steps",),
+            "rope_scaling_factor": (1, "1", "1.0"), "sharding_degree": (-1, 1, "-1", "1")}  # fmt: skip
+
+
+def parse_args(Args, argv=None):
+    """`argv` (default: the command line): JSON files, then --key value (or --key=value), later wins -> a checked Args.
+
+    Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
+    """
+    given = {}  # key -> (value, where it stands, whether it is text from the command line)
+    tokens = collections.deque(sys.argv[1:] if argv is None else argv)
+    kinds = typing.get_type_hints(Args)
+    while tokens:
+        token = tokens.popleft()
+        if not token.startswith("--"):
+            given.update({key: (value, token, False) for key, value in read_json_config(token).items()})
+            continue
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            values = []
+            while tokens and not tokens[0].startswith("--") and (not values or _takes_list(kinds.get(key))):
+                values.append(tokens.popleft())
+            if not values and key in kinds and bool not in _options(kinds[key]):
+                raise UserError(f"command line: --{key}: a value is missing")
+            value = ",".join(values) if values else "true"  # `--do_train` alone is true
+        given[key] = (value, "command line", True)
+
+    fields, lines = {}, []
+    for key, (value, where, text) in given.items():
+        if key in kinds:
+            fields[key] = _convert(value, kinds[key], f"{where}: {key}", text)
+        elif key in REFUSED and not _harmless(key, value):
+            raise UserError(f"{where}: {key}: {value!r}: {REFUSED[key]}")
+        elif key in IGNORED or key in REFUSED:
+            lines.append(f"ignored: {key}: {IGNORED.get(key) or REFUSED[key]}")
+        elif key != "_doc":
+            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED], 1)
+            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    args = Args(**fields)
+    lines += args.check()
+    if lines:
+        print("\n".join(lines), flush=True)
+    return args
+
+
+def read_json_config(path):
+    """{key: value} of one JSON file of flat keys. UserError with file and line for anything else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the arguments are JSON files, then --key value") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as UTF-8 text: {error}") from None
+
+    def unique(pairs):
+        for key, count in collections.Counter(key for key, _ in pairs).items():
+            if count > 1:
+                line = 1 + text.count("\n", 0, [m.start() for m in re.finditer(rf'"{re.escape(key)}"\s*:', text)][-1])
+                raise UserError(f"{path}:{line}: key {key!r} is given {count} times; keep one")
+        return dict(pairs)
+
+    def finite(name):
+        raise UserError(f"{path}: {name} is not a number of JSON")
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=finite)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    if not isinstance(found, dict):
+        raise UserError(f'{path}: holds a {type(found).__name__}; an object is needed: {{"learning_rate": 1e-4, …}}')
+    return found
+
+
+def _options(kind):
+    """The alternatives of `X | Y | None`, or the one type itself."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _takes_list(kind):
+    return any(typing.get_origin(option) is list for option in _options(kind))
+
+
+def _harmless(key, value):
+    if key in HARMLESS:
+        return (value.lower() if isinstance(value, str) else value) in HARMLESS[key]
+    return not value or (isinstance(value, str) and value.lower() in ("false", "0", "none", "null", "no"))
+
+
+def _convert(value, kind, where, text):
+    """A JSON value, or text of the command line, as one of the alternatives of `kind`; UserError if it is none."""
+    options = _options(kind)
+    if text and type(None) in options and value.lower() in ("none", "null"):
+        return None
+    for option in options:
+        converted = _as(value, option, text)
+        if converted is not ...:
+            return converted
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    wanted = " or ".join(names.get(option, "a list of text") for option in options)
+    raise UserError(f"{where}: {json.dumps(value, ensure_ascii=False):.60} is the wrong type; {wanted} is needed")
+
+
+def _as(value, kind, text):
+    """`value` as exactly this type, or ... if it is not one."""
+    if kind is type(None):
+        return None if value is None else ...
+    if kind is bool:
+        if text:
+            return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), ...)
+        return bool(value) if value in (True, False) and isinstance(value, (bool, int)) else ...
+    if kind in (int, float):
+        try:
+            number = kind(value) if text else value
+        except ValueError:
+            return ...
+        fits = isinstance(number, (int, float) if kind is float else int) and not isinstance(number, bool)
+        return kind(number) if fits and math.isfinite(number) else ...
+    if kind is str:
+        return value if isinstance(value, str) else ...
+    if isinstance(value, str) and text:
+        value = [part for part in re.split(r"[,\s]+", value) if part]
+    return value if isinstance(value, list) and all(isinstance(part, str) for part in value) else ...
+
+
+def run_script(main, Args, argv=None):
+    """A script's last line: parse, run; what the user can mend becomes one line and exit code 2, a bug a traceback."""
+    tokens = sys.argv[1:] if argv is None else argv
+    if not tokens or {"-h", "--help"} & set(tokens):
+        print((sys.modules[main.__module__].__doc__ or "").strip())
+        print("\nKeys, in JSON or as --key value, and their defaults:")
+        for field in dataclasses.fields(Args):
+            print(f"  {field.name} = {field.default!r}")
+        return
+    try:
+        args = parse_args(Args, tokens)
+        _choose_device(args)
+        main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if not _disk_full(error):
+            raise
+        print(f"error: {error.filename or 'writing'}: the disk is full; free some space, then resume", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _choose_device(args):
+    if args.device != "auto":
+        try:
+            paddle.device.set_device(args.device)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"device: {args.device!r} cannot be used: {str(error).strip().splitlines()[-1]}") from None
+    kernels.configure(paddle.device.get_device(), args.kernels)
+    print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
+
+
+def _disk_full(error):
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+# ========================================================================================= output directory
+
+# What a run writes into output_dir; a folder with any of it holds a run (or a model), and only this is ever removed.
+ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json model*.safetensors
+    *.safetensors.index.json adapter_config.json adapter_model.safetensors pytorch_model*.bin tokenizer.model
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
+    eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json""".split()
+
+
+def check_output_dir(args):
+    """Refuse (UserError) a folder that a new run must not write into; returns what overwrite_output_dir will remove.
+
+    Writes nothing, so a script calls it first: a bad folder shows before data and model take their time.
+    """
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; a folder is needed")
+    if not args.do_train or args.resume_from_checkpoint:
+        return []
+    found = sorted({path for pattern in ARTIFACTS for path in folder.glob(pattern)})
+    if not found:
+        return []
+    names = ", ".join(path.name for path in found[:4]) + (", …" if len(found) > 4 else "")
+    if not args.overwrite_output_dir:
+        raise UserError(
+            f"output_dir: {folder} holds another run ({names}); set overwrite_output_dir: true to remove it, "
+            "resume_from_checkpoint: true to go on with it, or choose another folder"
+        )
+    if not (folder / "run_args.json").is_file():
+        raise UserError(f"output_dir: {folder} holds {names}, but no run of these scripts; choose another folder")
+    for key, value in dataclasses.asdict(args).items():
+        if not key.endswith(("_path", "_dir")) or key in ("output_dir", "logging_dir") or not isinstance(value, str):
+            continue
+        if Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{key}: {value} lies in output_dir, which would be emptied; choose another output_dir")
+    return found
+
+
+def prepare_output_dir(args):
+    """Make output_dir ready to be written to, print the resolved arguments and keep them in run_args.json.
+
+    Call it after data and model have been read: a mistyped path must not cost the run that is to be overwritten.
+    """
+    folder, old = Path(args.output_dir), check_output_dir(args)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        values = dataclasses.asdict(args)
+        shown = "arguments: " + " ".join(f"{key}={value!r}" for key, value in values.items())
+        print(textwrap.fill(shown, 120, break_long_words=False), flush=True)
+        if args.do_train:
+            for path in {*old, *folder.glob("tmp-checkpoint-*"), *folder.glob(".*.tmp")}:  # tmp: left by a killed run
+                _remove(path)
+            with atomic_file(folder / "run_args.json") as file:
+                json.dump(values, file, indent=2, ensure_ascii=False)
+    except OSError as error:
+        if _disk_full(error):
+            raise
+        raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}") from None
+
+
+def _remove(path):
+    """Remove a file or folder; a checkpoint loses its marker first, so that a part of it never looks complete."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    (path / DONE).unlink(missing_ok=True)
+    if re.fullmatch(r"checkpoint-\d+", path.name):
+        path = path.rename(path.with_name(f"tmp-{path.name}-old"))
+    shutil.rmtree(path)
+
+
+# ================================================================================ schedule, optimizer, randomness
+
+
+def total_steps(args, batches_per_epoch):
+    """(steps of the run, steps of an epoch). An epoch's last step takes the micro-batches left; none is dropped."""
+    if batches_per_epoch < 1:
+        raise UserError("the training data is less than one batch: lower per_device_train_batch_size or add data")
+    per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch
+
+
+def micro_batches(step, args, batches_per_epoch):
+    """[(epoch, batch index)] of the micro-batches of step `step`, from 0: pure, so resuming needs no state."""
+    per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    epoch, first = step // per_epoch, step % per_epoch * args.gradient_accumulation_steps
+    return [(epoch, i) for i in range(first, min(first + args.gradient_accumulation_steps, batches_per_epoch))]
+
+
+def is_due(strategy, every, step, steps_per_epoch):
+    """Whether something with this strategy ("no", "steps", "epoch") happens when `step` steps have been made."""
+    return step > 0 and {"no": False, "steps": step % every == 0, "epoch": step % steps_per_epoch == 0}[strategy]
+
+
+def learning_rate(step, args, total):
+    """The learning rate of the step after `step` steps have been made (so of the first step: step = 0), of `total`.
+
+    1) Warm-up: from 0, linear, to the peak at step == warm-up; as upstream, the very first step has rate 0.
+    2) Then by lr_scheduler_type, x in [0, 1] being the progress from warm-up to decay_steps (polynomial: to total).
+    3) After that, the end value. "constant" has no warm-up, the other names do.
+    """
+    peak, kind = args.learning_rate, args.lr_scheduler_type
+    warmup = args.warmup_steps if args.warmup_steps > 0 else math.ceil(args.warmup_ratio * total)
+    if kind == "constant":
+        return peak
+    if step < warmup:
+        return peak * step / warmup
+    if kind == "constant_with_warmup":
+        return peak
+    last = args.decay_steps if args.decay_steps and kind != "polynomial" else total
+    low = args.min_lr if args.min_learning_rate is None else args.min_learning_rate
+    if kind == "polynomial":
+        low = args.lr_end
+    x = (step - warmup) / max(1, last - warmup)
+    if x >= 1:
+        return low
+    if kind == "cosine":
+        return low + (peak - low) * 0.5 * (1 + math.cos(2 * math.pi * args.num_cycles * x))
+    return low + (peak - low) * (1 - x) ** (args.power if kind == "polynomial" else 1)
+
+
+class AdamW:
+    """AdamW over named weights with float32 moments; only parameters of two or more dimensions decay.
+
+    weights: model.Weight objects. lr_scale: {name: factor on the learning rate}, 1 where absent (LoRA+ gives B more).
+    """
+
+    def __init__(self, weights, args, lr_scale=None):
+        names = [weight.name for weight in weights]
+        assert len(set(names)) == len(names), f"names must be unique: {sorted(names)}"
+        self.weights, self.args, self.lr_scale = weights, args, lr_scale or {}
+        assert set(self.lr_scale) <= set(names), f"no weights: {sorted(set(self.lr_scale) - set(names))}"
+        self.steps = 0  # made so far; bias correction counts from 1
+        self.moments = {w.name: [paddle.zeros(w.parameter.shape, "float32") for _ in range(2)] for w in weights}
+
+    def step(self, lr, grad_scale=1.0):
+        """Update every weight that has a gradient, which is multiplied by grad_scale (clipping, 1 / tokens) first."""
+        self.steps += 1
+        args = self.args
+        for weight in self.weights:
+            parameter = weight.parameter
+            if parameter.grad is None:
+                continue
+            decay = args.weight_decay if parameter.ndim >= 2 else 0.0
+            rate = lr * self.lr_scale.get(weight.name, 1.0)
+            moment1, moment2 = self.moments[weight.name]
+            constants = args.adam_beta1, args.adam_beta2, args.adam_epsilon, decay
+            kernels.adamw(parameter, parameter.grad, moment1, moment2, self.steps, rate, *constants, grad_scale)
+
+    def zero_grad(self):
+        for weight in self.weights:
+            weight.parameter.clear_gradient(False)  # False: released, not filled with zeros
+
+    def state_arrays(self):
+        """{"<HF name>/moment1_0": …} in Unified Checkpoint's names and the weights' file layout, for write_safetensors.
+
+        Moments are (function, shape, dtype), called one by one, so that saving never holds a second copy of them all.
+        """
+        powers = {f"beta{i}_pow_acc_0": getattr(self.args, f"adam_beta{i}") ** (self.steps + 1) for i in (1, 2)}
+        arrays = {}
+        for weight in self.weights:
+            for i, moment in enumerate(self.moments[weight.name], 1):
+                read = functools.partial(weight.to_numpy, moment)
+                arrays[f"{weight.name}/moment{i}_0"] = read, weight.shape, np.float32
+            arrays.update({f"{weight.name}/{key}": np.array([power], np.float32) for key, power in powers.items()})
+        return arrays
+
+    def load_arrays(self, arrays):
+        """The moments back, exactly; `steps`, which a power in float32 cannot give back, is set by load_checkpoint."""
+        expected = {f"{name}/moment{i}_0" for name in self.moments for i in (1, 2)}
+        found = {key for key in arrays if not key.endswith("_pow_acc_0")}
+        if expected != found:
+            missing, extra = _some(expected - found), _some(found - expected)
+            raise UserError(f"optimizer state is not of what is trained now: missing {missing}; unexpected {extra}")
+        for weight in self.weights:
+            for i, moment in enumerate(self.moments[weight.name], 1):
+                array = weight.from_numpy(arrays[f"{weight.name}/moment{i}_0"])
+                if list(array.shape) != moment.shape:
+                    raise UserError(f"optimizer state: {weight.name}: {list(array.shape)} found, {moment.shape} needed")
+                moment.set_value(array)
+
+
+def _some(names):
+    """A few of a set of names, for a message."""
+    names = sorted(names)
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
+
+
+@paddle.no_grad()
+def global_grad_norm(weights):
+    """Euclidean norm over all gradients; squares are summed in float32 within a tensor, in float64 across tensors."""
+    squares = []
+    for gradient in (weight.parameter.grad for weight in weights):
+        if gradient is not None:
+            gradient = gradient if gradient.dtype == paddle.float32 else gradient.astype("float32")
+            squares.append((gradient * gradient).sum())
+    return math.sqrt(float(paddle.stack(squares).astype("float64").sum())) if squares else 0.0
+
+
+def clip_scale(norm, max_norm):
+    """The factor that brings a gradient of this norm down to max_norm; 1.0 if it is below, or max_norm is 0."""
+    return max_norm / norm if 0 < max_norm < norm else 1.0
+
+
+def seed_step(seed, step, micro_step=0):
+    """Seed dropout and noise of one micro-step from (seed, step, micro-step) alone: nothing to save, resuming exact."""
+    digest = hashlib.blake2b(f"{seed} {step} {micro_step}".encode(), digest_size=4).digest()
+    paddle.seed(int.from_bytes(digest, "little") & 0x7FFFFFFF)
+
+
+# ============================================================================================== checkpoints
+
+DONE = ".checkpoint_done"
+OPTIMIZER = "optimizer-00001-of-00001.safetensors"
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Where a run stands; all of it is in trainer_state.json."""
+
+    step: int = 0  # steps made; also says which batch comes next (micro_batches)
+    epoch: float = 0.0  # step / steps of an epoch
+    consumed_tokens: int = 0  # real input tokens so far
+    best_metric: float | None = None  # of metric_for_best_model
+    best_checkpoint: str | None = None  # "checkpoint-120", a folder of output_dir
+    log_history: list = dataclasses.field(default_factory=list)  # the last 20 log lines
+
+
+def save_checkpoint(output_dir, state, optimizer, write_model, args):
+    """Write output_dir/checkpoint-STEP, complete or not at all, then prune; returns its path.
+
+    write_model(folder) writes weights (and tokenizer). Everything goes to a temporary folder, is synced, gets the
+    marker and is renamed: whenever the process dies, what has the name checkpoint-N and the marker is whole. A full
+    disk is a UserError; half files are removed and earlier checkpoints stay.
+    """
+    folder = Path(output_dir)
+    final, temporary = folder / f"checkpoint-{state.step}", folder / f"tmp-checkpoint-{state.step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob("tmp-checkpoint-*"):
+        shutil.rmtree(left_over)
+    try:
+        temporary.mkdir()
+        write_model(temporary)
+        if optimizer is not None and not args.ignore_save_lr_and_optim:
+            _write_optimizer(temporary, optimizer.state_arrays())
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        record = {
+            **dataclasses.asdict(state),
+            "optimizer_steps": optimizer.steps if optimizer is not None else 0,
+            "data_position": {"epoch": int(state.epoch), "next_step": state.step, "seed": args.seed},
+            "files": {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files},
+            "args": dataclasses.asdict(args),
+        }
+        with atomic_file(temporary / "trainer_state.json") as file:
+            json.dump(record, file, indent=1, ensure_ascii=False)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        (temporary / DONE).touch()
+        _sync(temporary / DONE)
+        _sync(temporary)
+        if final.exists():  # a step made again after resuming from an earlier checkpoint
+            _remove(final)
+        temporary.rename(final)
+        _sync(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _disk_full(error):
+            free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free"
+            saved = "this checkpoint was not written, earlier ones are intact"
+            raise UserError(f"{final}: the disk is full ({free}); {saved}; free some space, then resume") from None
+        raise
+    prune_checkpoints(folder, args.save_total_limit, state.best_checkpoint)
+    return final
+
+
+def _write_optimizer(folder, arrays):
+    """Unified Checkpoint's pair: the tensors, and an index that says in which file each is."""
+    write_safetensors(folder / OPTIMIZER, arrays)
+    total = 4 * sum(math.prod(array[1] if isinstance(array, tuple) else array.shape) for array in arrays.values())
+    index = {"metadata": {"total_size": total}, "master_weights": False, "weight_map": dict.fromkeys(arrays, OPTIMIZER)}
+    with atomic_file(folder / "optimizer.safetensors.index.json") as file:
+        json.dump(index, file, indent=1)
+
+
+def _sync(path):
+    """Force a file's or folder's content to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_checkpoints(output_dir):
+    """Folders named checkpoint-STEP, newest first, complete or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def prune_checkpoints(output_dir, limit, best=None):
+    """Remove the oldest beyond `limit`; the newest and the best (a folder's name) always stay and are counted."""
+    checkpoints = list_checkpoints(output_dir)
+    if not limit or limit < 1:
+        return
+    keep = [path for i, path in enumerate(checkpoints) if i == 0 or (best and path.name == Path(best).name)]
+    keep += [path for path in checkpoints if path not in keep][: max(0, limit - len(keep))]
+    for path in reversed(checkpoints):
+        if path not in keep:
+            _remove(path)
+
+
+def incomplete(path):
+    """None for a complete checkpoint, else what is wrong with it."""
+    path = Path(path)
+    if not (path / DONE).is_file():
+        return "it has no completion marker"
+    try:
+        sizes = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return "trainer_state.json is missing or damaged"
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            return f"{name} is missing" if found is None else f"{name} has {found} bytes, {size} were written"
+    return None
+
+
+def find_checkpoint(args):
+    """The checkpoint that resume_from_checkpoint means: a path (UserError unless complete) or true = newest complete.
+
+    None if there is none. Prints which it is, which were passed over, and arguments that have changed since.
+    """
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None
+    if isinstance(wanted, str):
+        if reason := "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted):
+            raise UserError(f"resume_from_checkpoint: {wanted}: {reason}; give a complete one, or true for the newest")
+        path = Path(wanted)
+    else:
+        for path in list_checkpoints(args.output_dir):
+            if (reason := incomplete(path)) is None:
+                break
+            print(f"resume: {path} is passed over: {reason}", flush=True)
+        else:
+            print(f"resume: no complete checkpoint in {args.output_dir}; starting at step 0", flush=True)
+            return None
+    then = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["args"]
+    aside = "resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir report_to".split()
+    now = {key: value for key, value in dataclasses.asdict(args).items() if key in then and key not in aside}
+    changed = ", ".join(f"{key} {then[key]!r} -> {value!r}" for key, value in now.items() if then[key] != value)
+    print(f"resume: from {path}" + (f"; not an exact continuation, changed: {changed}" if changed else ""), flush=True)
+    return path
+
+
+def load_checkpoint(path, optimizer=None):
+    """TrainState of a checkpoint, its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights."""
+    path = Path(path)
+    saved = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    if optimizer is not None:
+        if not (path / OPTIMIZER).is_file():
+            raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
+        optimizer.load_arrays(read_safetensors(path / OPTIMIZER))
+        optimizer.steps = saved["optimizer_steps"]
+    return TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
+
+
+def update_best(args, state, metrics):
+    """Note in `state` that checkpoint-{state.step} is the best so far, if `metrics` say so; returns whether they do.
+
+    An evaluation at a step that was not saved does not count: there is nothing to go back to.
+    """
+    name = f"eval_{args.metric_for_best_model}"
+    if name not in metrics:
+        raise UserError(f"metric_for_best_model: {name} is not computed here; there are {', '.join(metrics)}")
+    value, best = metrics[name], state.best_metric
+    saved = (Path(args.output_dir) / f"checkpoint-{state.step}").is_dir()
+    better = best is None or (value > best if args.greater_is_better else value < best)
+    if not (saved and better and math.isfinite(value)):
+        return False
+    state.best_metric, state.best_checkpoint = value, f"checkpoint-{state.step}"
+    return True
+
+
+# ====================================================================================================== log
+
+
+class Log:
+    """The log of a run: a tqdm bar or plain lines, metrics.jsonl, eval_metrics.jsonl, curves.png, visualdl if asked.
+
+        log = Log(args, total, state)            # drops lines of an earlier attempt that lie after state.step
+        log.step(state, loss=, lr=, grad_norm=, tokens=, seconds=)    # after every step; state.step counts it already
+        log.evaluation(state.step, metrics); log.say("text"); log.close()
+
+    tokens: real input tokens of the step; seconds: its duration, without evaluation and saving. flops_per_token and
+    peak_flops (of measure_matmul_peak) add model FLOPs utilisation, "mfu".
+    """
+
+    def __init__(self, args, total, state, flops_per_token=None, peak_flops=None):
+        self.args, self.total, self.folder, self.utilisation = args, total, Path(args.output_dir), None
+        if flops_per_token and peak_flops:
+            self.utilisation = flops_per_token / peak_flops
+        self.window = collections.deque(maxlen=50)  # (tokens, seconds) of the last steps
+        self.since = 0  # steps since the last line
+        for name in ("metrics.jsonl", "eval_metrics.jsonl"):
+            _keep_lines(self.folder / name, lambda row: row["step"] <= state.step)
+        self.writer = self._visualdl() if "visualdl" in (args.report_to or ()) else None
+        hidden = args.disable_tqdm if args.disable_tqdm is not None else not sys.stderr.isatty()
+        self.bar = None if hidden else tqdm(total=total, initial=state.step, desc="train", dynamic_ncols=True)
+
+    def _visualdl(self):
+        try:
+            from visualdl import LogWriter
+        except ImportError:
+            raise UserError("report_to: visualdl is not installed: pip install visualdl") from None
+        return LogWriter(logdir=self.args.logging_dir or str(self.folder / "vdl_log"))
+
+    def step(self, state, loss, lr, grad_norm, tokens, seconds):
+        """Count a step; at logging steps (and the last) write its line: its own loss, lr, grad_norm, not means."""
+        self.window.append((tokens, seconds))
+        self.since += 1
+        recent = list(self.window)[-self.since :]
+        speed = sum(t for t, _ in recent) / max(1e-9, sum(s for _, s in recent))
+        eta = (self.total - state.step) * sum(s for _, s in self.window) / len(self.window)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update(1)
+        first = state.step == 1 and self.args.logging_first_step
+        if state.step % self.args.logging_steps and state.step != self.total and not first:
+            return
+        self.since = 0
+        row = {
+            "step": state.step,
+            "epoch": round(state.epoch, 4),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(speed, 1),
+            "consumed_tokens": state.consumed_tokens,
+            "eta_seconds": round(eta, 1),
+            "peak_memory_gb": round(peak_memory() / 1e9, 3),
+        }
+        if self.utilisation:
+            row["mfu"] = round(speed * self.utilisation, 4)
+        state.log_history = (state.log_history + [row])[-20:]
+        _append_line(self.folder / "metrics.jsonl", row)
+        self._report("train", row)
+        if self.bar is None:
+            mfu = f" | mfu {100 * row['mfu']:.1f} %" if self.utilisation else ""
+            done, left = 100 * state.step / self.total, datetime.timedelta(seconds=round(eta))
+            figures = f"loss {loss:.4f} | lr {lr:.3e} | grad_norm {grad_norm:.3f} | {speed:,.0f} tokens/s{mfu}"
+            rest = f"eta {left} | peak {row['peak_memory_gb']:.2f} GB"
+            print(f"step {state.step}/{self.total} ({done:.1f} %) | {figures} | {rest}", flush=True)
+
+    def evaluation(self, step, metrics):
+        """Print what evaluate() found and keep it, one line a step however often a resumed run evaluates there."""
+        path = self.folder / "eval_metrics.jsonl"
+        _keep_lines(path, lambda row: row["step"] != step)
+        _append_line(path, {"step": step, **metrics})
+        self._report("eval", {"step": step, **metrics})
+        shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        self.say(f"evaluation at step {step}: " + " | ".join(shown))
+
+    def say(self, text):
+        """A line that does not tear the bar."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            tqdm.write(text)
+
+    def _report(self, group, row):
+        if self.writer is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+    def close(self):
+        """End the bar and draw curves.png."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.writer is not None:
+            self.writer.close()
+        if line := draw_curves(self.folder):
+            print(line, flush=True)
+
+
+def draw_curves(folder):
+    """Draw curves.png, loss and learning rate over steps, from the two .jsonl files; returns a line to print."""
+    rows, evaluations = (_read_lines(Path(folder) / name) for name in ("metrics.jsonl", "eval_metrics.jsonl"))
+    if not rows:
+        return "curves.png: no step was logged, nothing to draw"
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "curves.png is not drawn: it needs matplotlib: pip install matplotlib"
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="train")
+    points = [(row["step"], row["eval_loss"]) for row in evaluations if row.get("eval_loss") is not None]
+    if points:
+        above.plot(*zip(*points), "o-", label="eval")
+    above.set_ylabel("loss")
+    above.legend()
+    below.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="tab:green")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    with atomic_file(Path(folder) / "curves.png", "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
+    return f"curves: {Path(folder) / 'curves.png'}"
+
+
+def _read_lines(path):
+    """The objects of a .jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _keep_lines(path, wanted):
+    """Rewrite a .jsonl with the rows for which wanted(row)."""
+    if path.is_file():
+        rows = [row for row in _read_lines(path) if wanted(row)]
+        with atomic_file(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _append_line(path, row):
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no nan
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def peak_memory():
+    """Bytes: the device's peak on an accelerator, else this process's peak resident set."""
+    if paddle.device.get_device().startswith("gpu"):
+        return paddle.device.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_matmul_peak(seconds=0.8):
+    """FLOP/s of the best of a few float32 matmuls of 1024 x 1024: what utilisation is measured against."""
+    n, best, end = 1024, math.inf, time.perf_counter() + seconds
+    a = paddle.ones([n, n], "float32")
+    float(paddle.matmul(a, a)[0, 0])  # the first one starts the threads
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        float(paddle.matmul(a, a)[0, 0])  # float() waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best if best < math.inf else 2 * n**3 / seconds
+
+
+def save_nonfinite_report(output_dir, step, batch):
+    """Write a batch whose loss is not finite (ids, labels, record indices) to nonfinite-step-N.json; returns that."""
+    path = Path(output_dir) / f"nonfinite-step-{step}.json"
+    with atomic_file(path) as file:
+        json.dump({"step": step, **batch}, file, default=lambda value: np.asarray(value).tolist())
+    return path
+
+
+def check_finite(value, output_dir, step, batch):
+    """Stop the run when a loss or gradient norm is not finite, keeping the batch that gave it: UserError."""
+    if not math.isfinite(value):
+        report = save_nonfinite_report(output_dir, step, batch)
+        advice = "resume from the last checkpoint with a lower learning_rate, or look at these records"
+        raise UserError(f"step {step}: the loss or its gradient is {value}; its batch is in {report}; {advice}")
+
+
+def check_vocabulary(model, tokenizer, path):
+    """UserError if the tokenizer has ids that the model's embedding has no row for."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        found = f"vocab_size {model.config.vocab_size} in config.json, but the tokenizer has {tokenizer.vocab_size} ids"
+        raise UserError(f"{path}: {found}; they belong to different models")
+
+
+def write_results(output_dir, name, metrics):
+    """Keep what an evaluation found in output_dir/NAME_results.json."""
+    with atomic_file(Path(output_dir) / f"{name}_results.json") as file:
+        json.dump(metrics, file, indent=2, ensure_ascii=False)
+
+
+# ============================================================================================== evaluation
+
+
+def model_inputs(batch):
+    """{name: tensor} of what the model takes from a batch: input_ids, position_ids, startend_row_indices, labels."""
+    names = ("input_ids", "position_ids", "startend_row_indices", "labels")
+    return {name: paddle.to_tensor(batch[name]) for name in names if batch.get(name) is not None}
+
+
+@paddle.no_grad()
+def evaluate(model, loader, max_batches=None):
+    """Mean loss, accuracy and perplexity per target token over a loader's epoch 0 (its first max_batches, if > 0).
+
+    Sums, not means of means: the figures do not depend on how samples fall into batches.
+    """
+    was_training, loss, correct, tokens = model.training, 0.0, 0, 0
+    model.eval()
+    batches = loader.batches_per_epoch
+    for index in range(min(max_batches, batches) if max_batches and max_batches > 0 else batches):
+        batch = loader.batch(0, index)
+        losses, predictions = model(**model_inputs(batch), return_predictions=True)
+        target = batch["labels"] != -100  # (B, T)
+        loss += float(losses.astype("float64").sum())
+        correct += int((predictions.numpy() == batch["labels"])[target].sum())
+        tokens += int(target.sum())
+    if was_training:
+        model.train()
+    if not tokens:
+        raise UserError("evaluation: the data has no target token")
+    mean = loss / tokens
+    ppl = math.exp(mean) if mean < 700 else math.inf
+    return {"eval_loss": mean, "eval_accuracy": correct / tokens, "eval_ppl": ppl, "eval_tokens": tokens}
+
+
+# Chinese, Japanese and Korean characters count one by one; other scripts by words; a punctuation mark is a token.
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0002ffff"
+_TOKEN = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+|[^\w\s]")
+
+
+def bleu4(hypotheses, references):
+    """Corpus BLEU of n-grams up to 4, one reference each, in [0, 1] (Papineni et al., 2002); 0 if an order has none.
+
+    exp(min(0, 1 - r/c)) · (p1 p2 p3 p4)^(1/4): p clipped precisions over the corpus, r and c the lengths of references
+    and hypotheses.
+    """
+    assert len(hypotheses) == len(references), (len(hypotheses), len(references))
+    matches, totals, c, r = [0] * 4, [0] * 4, 0, 0
+    for hypothesis, reference in zip(hypotheses, references):
+        h, g = _TOKEN.findall(hypothesis), _TOKEN.findall(reference)
+        c, r = c + len(h), r + len(g)
+        for n in range(1, 5):
+            counts = _ngrams(h, n)
+            matches[n - 1] += (counts & _ngrams(g, n)).total()
+            totals[n - 1] += counts.total()
+    if not all(matches):
+        return 0.0
+    return math.exp(min(0.0, 1 - r / c) + sum(math.log(m / t) for m, t in zip(matches, totals)) / 4)
+
+
+def rouge(hypotheses, references):
+    """ROUGE-1, -2, -L (Lin, 2004): F1 of common n-grams or longest common subsequence; mean over pairs, in [0, 1]."""
+    assert len(hypotheses) == len(references), (len(hypotheses), len(references))
+    sums = {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
+    for hypothesis, reference in zip(hypotheses, references):
+        h, g = _TOKEN.findall(hypothesis), _TOKEN.findall(reference)
+        for n in (1, 2):
+            common = (_ngrams(h, n) & _ngrams(g, n)).total()
+            sums[f"rouge-{n}"] += _f1(common, max(0, len(h) - n + 1), max(0, len(g) - n + 1))
+        sums["rouge-l"] += _f1(_lcs_length(h, g), len(h), len(g))
+    return {name: value / max(1, len(references)) for name, value in sums.items()}
+
+
+def _ngrams(tokens, n):
+    return collections.Counter(zip(*(tokens[i:] for i in range(n))))
+
+
+def _f1(common, found, wanted):
+    return 2 * common / (found + wanted) if common else 0.0
+
+
+def _lcs_length(a, b):
+    """Length of the longest common subsequence, a bit per token of `a` (Hyyrö, 2004): a 0 bit of `row` is a match."""
+    places = collections.defaultdict(int)
+    for i, token in enumerate(a):
+        places[token] |= 1 << i
+    every = (1 << len(a)) - 1
+    row = every
+    for token in b:
+        hits = row & places[token]
+        row = ((row + hits) | (row - hits)) & every
+    return len(a) - row.bit_count()
