@@ -233,7 +233,7 @@ class ChatTemplate:
     vocabulary must have. Variables: the keys of the record's context (system, ...), user, bot, query, index, is_first,
     is_last, length, is_training, bos_token, eos_token. UserError names the file and what is wrong in it."""
 
-    def __init__(self, config, where, needs=(), stop=()):
+    def __init__(self, config, where, needs=()):
         config = config if isinstance(config, dict) else {}
         system, conversation, query = config.get("system") or "", config.get("conversation"), config.get("query")
         texts = [system, *conversation, query] if isinstance(conversation, list) else []
@@ -242,9 +242,15 @@ class ChatTemplate:
                             f'"query": text}}; found the keys {", ".join(config) or "none"}')
         if unknown := sorted(set(config) - {"system", "conversation", "query"}):
             raise UserError(f"{where}: unknown key {unknown[0]!r}; a chat template has system, conversation and query")
-        self.name, self.needs, self.stop = where, needs, stop
+        self.name, self.needs, self.config = where, needs, config
         self.parts = {part: parse_template(text, f"{where}: {part}")
                       for part, text in zip(("system", "user", "bot", "query"), texts)}
+
+    @property
+    def turn_end(self):
+        """What the bot part writes after every reply, such as <|im_end|>, without white space around it; perhaps ''."""
+        last = self.parts["bot"][-1]
+        return last.strip() if isinstance(last, str) else ""
 
     def render(self, part, variables):
         return render(self.parts[part], variables, f"{self.name}: {part}")
@@ -253,23 +259,23 @@ class ChatTemplate:
 # The published formats. In Llama 2 the system text is part of the first user turn, and Meta's ids have the space after
 # bos that is written out here.
 LLAMA3_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-BUILT_IN = {  # name: (system, user, bot, tokens that the vocabulary must have, tokens that end a reply besides eos)
+BUILT_IN = {  # name: (system, user, bot, tokens that the vocabulary must have)
     "llama2": (
         "",
         "{{ bos_token }} [INST] {% if is_first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}"
         "{{ user | trim }} [/INST]",
-        "{{ bot | trim }} {{ eos_token }}", (), ()),
+        "{{ bot | trim }} {{ eos_token }}", ()),
     "llama3": (
         "<|begin_of_text|>{% if system %}" + LLAMA3_HEADER.format("system")
         + "{{ system | trim }}<|eot_id|>{% endif %}",
         LLAMA3_HEADER.format("user") + "{{ user | trim }}<|eot_id|>" + LLAMA3_HEADER.format("assistant"),
         "{{ bot | trim }}<|eot_id|>",
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<|eot_id|>",)),
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "chatml": (  # no system block unless one is given
         "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
         "<|im_start|>user\n{{ user }}<|im_end|>\n<|im_start|>assistant\n",
         "{{ bot }}<|im_end|>\n",
-        ("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)),
+        ("<|im_start|>", "<|im_end|>")),
 }
 
 
@@ -280,8 +286,8 @@ def load_chat_template(name):
     if name in (None, "none", "plain"):
         return None
     if name in BUILT_IN:
-        system, user, bot, needs, stop = BUILT_IN[name]
-        return ChatTemplate({"system": system, "conversation": [user, bot], "query": user}, name, needs, stop)
+        system, user, bot, needs = BUILT_IN[name]
+        return ChatTemplate({"system": system, "conversation": [user, bot], "query": user}, name, needs)
     path = Path(name)
     path = path / TEMPLATE_FILE if path.is_dir() else path
     if not path.is_file():
@@ -436,9 +442,10 @@ class Tokenizer:
 
     @property
     def stop_ids(self):
-        """Ids that end a reply: eos and what the chat template ends a turn with."""
-        ends = self.chat_template.stop if self.chat_template else ()
-        ids = [self.eos_token_id, *(self.added.get(token, self.sp.piece_to_id(token)) for token in ends)]
+        """Ids that end a reply: eos, and the token with which the chat template ends a turn."""
+        ids, end = [self.eos_token_id], self.chat_template.turn_end if self.chat_template else ""
+        if end and self.has_token(end):
+            ids.append(self.added.get(end, self.sp.piece_to_id(end)))
         return [i for i in dict.fromkeys(ids) if i is not None]
 
     def _split(self, text):
@@ -529,11 +536,16 @@ class Tokenizer:
         return system_ids + [i for user, bot in rounds for i in user + (bot or [])]
 
     def save(self, path):
-        """Copies the tokenizer's files, so that whatever opens this folder opens that one too."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        for source in [self.model_file, *(self.folder / name for name in SIDE_FILES)]:
-            if source.is_file() and source.resolve() != (Path(path) / source.name).resolve():
-                shutil.copyfile(source, Path(path) / source.name)
+        """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it learnt."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        for source in [self.model_file, *(self.folder / name for name in SIDE_FILES if name != TEMPLATE_FILE)]:
+            if source.is_file() and source.resolve() != (path / source.name).resolve():
+                shutil.copyfile(source, path / source.name)
+        (path / TEMPLATE_FILE).unlink(missing_ok=True)
+        if self.chat_template is not None:
+            text = json.dumps(self.chat_template.config, ensure_ascii=False, indent=2) + "\n"
+            (path / TEMPLATE_FILE).write_text(text, encoding="utf-8")
 
 
 def load_tokenizer(path):

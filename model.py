@@ -800,10 +800,11 @@ class LoRALinear(nn.Layer):
         if not self.enabled:
             return y
         dropped = F.dropout(x, self.dropout, training=self.training) if self.dropout else x
-        update = kernels.linear(kernels.linear(dropped, self.lora_A), self.lora_B) * self.scaling
+        update = kernels.linear(kernels.linear(dropped, self.lora_A) * self.scaling, self.lora_B)
         if self.lora_magnitude_vector is None:
             return y + update
-        norm = (self.base.weight.astype("float32") + self.delta()).detach().norm(axis=0)
+        with paddle.no_grad():
+            norm = (self.base.weight.astype("float32") + self.delta()).norm(axis=0)
         ratio = self.lora_magnitude_vector / norm  # (out,)
         plain = y if dropped is x else self.base(dropped)
         bias = self.base.bias
@@ -1069,6 +1070,20 @@ def _load_lora(model, config, tensors, path, trainable):
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
     _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+
+
+def reload_adapter(model, path):
+    """Overwrite the values of the model's adapter with those that save_adapter wrote of it at another time."""
+    path = Path(path)
+    projection = path / "prefix_projection.safetensors"
+    file = projection if projection.is_file() else path / "adapter_model.safetensors"
+    tensors = read_safetensors(file)
+    for module, layer in lora_layers(model).items():
+        if layer.initial is not None:  # PiSSA is saved as [A A0] [B; -B0]
+            a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
+            rank = layer.lora_A.shape[1]
+            tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
+    _fill(adapter_weights(model), tensors, file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):

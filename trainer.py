@@ -44,7 +44,7 @@ from model import atomic_file, read_safetensors, write_safetensors
 # ================================================================================================ arguments
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
-METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l")  # what metric_for_best_model may name
+METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall")  # what metric_for_best_model may name
 
 
 @dataclasses.dataclass
@@ -953,8 +953,7 @@ class Log:
         _keep_lines(path, lambda row: row["step"] != step)
         _append_line(path, {"step": step, **metrics})
         self._report("eval", {"step": step, **metrics})
-        shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        self.say(f"evaluation at step {step}: " + " | ".join(shown))
+        self.say(f"evaluation at step {step}: {shown(metrics)}")
 
     def say(self, text):
         """A line that does not tear the bar."""
@@ -1071,6 +1070,12 @@ def check_vocabulary(model, tokenizer, path):
     if tokenizer.vocab_size > model.config.vocab_size:
         found = f"vocab_size {model.config.vocab_size} in config.json, but the tokenizer has {tokenizer.vocab_size} ids"
         raise UserError(f"{path}: {found}; they belong to different models")
+
+
+def shown(metrics):
+    """`loss 1.2345 | accuracy 0.6000 | …` for a line of output."""
+    names = ((key.removeprefix("eval_"), value) for key, value in metrics.items())
+    return " | ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in names)
 
 
 def write_results(output_dir, name, metrics):

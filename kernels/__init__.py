@@ -94,7 +94,7 @@ def _prepare_cpu():
     Memory: the C library gives every large block back to the system at once, so each new tensor costs page faults; told
     to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
     takes its slowest path unless the vendor is Intel; named the instruction set, a float32 matmul of 1024^3 took 232
-    GFLOP/s instead of 45. Both seen on two cores of an EPYC with AVX-512; `python tests/bench_kernels.py` shows them.
+    GFLOP/s instead of 45. Both seen on two cores of an EPYC with AVX-512.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,7 +1,8 @@
 """Paddle's own CPU operators, where they run and are faster than the reference.
 
-Measured on two cores with `python tests/bench_kernels.py`: see README. rms_norm: Paddle's fused forward has no CPU
-backward, so it comes with ours; adamw: one pass over parameter, gradient and both moments instead of a dozen.
+rms_norm: Paddle's fused forward has no CPU backward, so it comes with ours; on (2048, 768), forward and backward took 12.5
+ms instead of the reference's 20. adamw: one pass over parameter, gradient and both moments instead of a dozen; on 1.6 M
+values 3.3 ms instead of 6.4 (two cores of an EPYC with AVX-512, busy with other work).
 """
 import paddle
 from paddle import _C_ops

@@ -291,6 +291,20 @@ def test_plain_is_no_template(tokenizer):
     assert ids == tokenizer.encode("red lamp") + tokenizer.encode("ten coins", False) + [tokenizer.eos_token_id]
 
 
+def test_saved_tokenizer_keeps_the_chat_template_in_use(chat_folder, tmp_path):
+    """A model trained with --chat_template chatml is asked in chatml by whoever opens its folder, and stops as it did."""
+    tokenizer = data.load_tokenizer(chat_folder)
+    tokenizer.chat_template = data.load_chat_template("chatml")
+    tokenizer.save(tmp_path)
+    again = data.load_tokenizer(tmp_path)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert again.apply_chat(messages, True) == tokenizer.apply_chat(messages, True)
+    assert again.stop_ids == tokenizer.stop_ids and len(again.stop_ids) == 2
+    again.chat_template = None
+    again.save(tmp_path)
+    assert data.load_tokenizer(tmp_path).chat_template is None
+
+
 def test_missing_special_token_is_named(tokenizer):
     with pytest.raises(UserError) as error:
         tokenizer.chat_template = load_chat_template("chatml")

@@ -1,0 +1,313 @@
+"""Supervised fine-tuning: all weights, LoRA (rsLoRA, LoRA+, PiSSA, DoRA) or prefix tuning.
+
+    python finetune.py configs/llama_lora.json                           # any key again as --key value
+    python finetune.py configs/llama_sft.json --learning_rate 1e-4
+
+Reads src/tgt records (see data.py), learns the replies only, packs them without padding (`zero_padding`). Writes a Hugging
+Face folder, or with LoRA and prefix a PEFT adapter, and ends by answering three dev prompts as before and as after.
+Not here: more than one process.
+"""
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+import trainer
+from data import SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
+from model import (
+    apply_lora,
+    apply_prefix,
+    atomic_file,
+    from_pretrained,
+    generate,
+    load_adapter,
+    load_weights,
+    lora_layers,
+    reload_adapter,
+    save_adapter,
+    save_pretrained,
+    trainable_weights,
+)
+
+
+@dataclasses.dataclass
+class Args(trainer.TrainingArgs):
+    model_name_or_path: str = ""  # Hugging Face folder of the base model
+    tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
+    dataset_name_or_path: str = ""  # folder with train.json, dev.json, test.json (or .jsonl, or folders of them), or one file
+    src_length: int = 1024  # most tokens of a prompt
+    max_length: int = 2048  # most tokens of prompt and reply; of a packed row with zero_padding
+    chat_template: str | None = None  # llama2, llama3, chatml, plain, none or a chat_template.json; None: the tokenizer's own
+    zero_padding: bool = False  # several samples a row, kept apart by FlashMask rows, instead of padding
+    greedy_zero_padding: bool = False  # best fit over the whole data instead of in order
+    flash_mask: bool = False  # upstream's switch; packed rows always have FlashMask rows here
+    pad_to_max_length: bool = False  # pad every batch to max_length
+    pad_to_multiple_of: int | None = None  # pad every batch to a multiple
+    eval_with_do_generation: bool = False  # also answer the dev prompts: BLEU-4, ROUGE, and recall of the records' keywords
+    save_generation_output: bool = False  # keep these answers in generated_output.json
+    max_new_tokens: int = 128  # most tokens of an answer
+    top_k: int = 1  # 1 answers greedily; more samples among the k likeliest
+    top_p: float = 1.0  # below 1: samples among the likeliest whose probabilities sum to it
+    temperature: float = 1.0  # of that sampling
+    neftune: bool = False  # noise on the embeddings while training
+    neftune_noise_alpha: float | None = None  # its size; given alone it switches neftune on; None: 5 with neftune
+    lora: bool = False
+    lora_path: str | None = None  # go on from this adapter
+    lora_rank: int = 8
+    lora_alpha: float = -1  # -1: twice the rank, or 4 with rslora, as upstream
+    lora_dropout: float = 0.0
+    lora_target_modules: str | list[str] | None = None  # names or one regular expression; None: every linear of the blocks
+    rslora: bool = False  # scale by alpha/sqrt(rank)
+    lora_plus_scale: float = 1.0  # LoRA+: learning rate of B over that of A (arXiv 2402.12354)
+    pissa: bool = False  # start from the largest singular values
+    dora: bool = False  # train magnitudes beside directions
+    prefix_tuning: bool = False
+    prefix_path: str | None = None  # go on from this prefix
+    num_prefix_tokens: int = 128
+    prefix_projection: bool = False  # make the prefix by an MLP while training
+    prefix_projection_hidden_size: int | None = None  # its width; None: the model's
+    save_dtype: str = "float32"  # of a fully tuned final model: float32, bfloat16 or float16
+
+    def check(self):
+        for key in ("model_name_or_path", "dataset_name_or_path"):
+            if not getattr(self, key):
+                raise UserError(f"{key}: missing")
+        if self.lora and self.prefix_tuning:
+            raise UserError("lora and prefix_tuning are both true; choose one")
+        for key, needs in (("lora_path", "lora"), ("pissa", "lora"), ("dora", "lora"), ("rslora", "lora"), ("prefix_path", "prefix_tuning")):
+            if getattr(self, key) and not getattr(self, needs):
+                raise UserError(f"{key} needs {needs}: true")
+        if self.pissa and self.dora:
+            raise UserError("pissa and dora are both true; choose one: both redefine the base weight")
+        if self.greedy_zero_padding and not self.zero_padding:
+            raise UserError("greedy_zero_padding: true needs zero_padding: true")
+        if self.src_length >= self.max_length:
+            raise UserError(f"src_length {self.src_length} leaves no room for a reply in max_length {self.max_length}")
+        if self.save_dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"save_dtype: {self.save_dtype!r}; possible are float32, bfloat16, float16")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
+            raise UserError("generation: temperature and max_new_tokens must be positive, top_p in (0, 1], top_k at least 0")
+        if self.neftune_noise_alpha is None:
+            self.neftune_noise_alpha = 5.0 if self.neftune else 0.0
+        if self.lora_alpha == -1:
+            self.lora_alpha = 4.0 if self.rslora else 2.0 * self.lora_rank
+        return super().check()
+
+
+def answer(model, tokenizer, dataset, indices, args):
+    """Replies of the model to the last turn of these records, in their order; prompts of similar length share a batch."""
+    indices, answers = list(indices), {}
+    prompts = {i: dataset.prompt_ids(i) for i in indices}
+    by_length = sorted(indices, key=lambda i: len(prompts[i]))
+    for start in range(0, len(by_length), 32):
+        batch = by_length[start : start + 32]
+        T = max(len(prompts[i]) for i in batch)
+        ids, mask = np.zeros((len(batch), T), np.int64), np.zeros((len(batch), T), np.int64)
+        for row, i in enumerate(batch):  # padded on the left
+            ids[row, T - len(prompts[i]) :] = prompts[i]
+            mask[row, T - len(prompts[i]) :] = 1
+        out = generate(model, ids, args.max_new_tokens, tokenizer.stop_ids, mask, do_sample=args.top_k != 1, temperature=args.temperature,
+                       top_k=args.top_k, top_p=args.top_p, seed=args.seed)[:, T:]  # fmt: skip
+        for row, i in enumerate(batch):
+            ended = np.flatnonzero(np.isin(out[row], tokenizer.stop_ids))
+            answers[i] = tokenizer.decode(out[row, : ended[0] if len(ended) else None].tolist()).strip()
+    return [answers[i] for i in indices]
+
+
+def keyword_recall(answers, records):
+    """Share of the records' keywords that their answers mention (whole words where the keyword is Latin); None without any."""
+    found = wanted = 0
+    for text, record in zip(answers, records):
+        for word in record.get("keywords", ()):
+            latin = word.isascii()
+            pattern = rf"(?<!\w){re.escape(word)}(?!\w)" if latin else re.escape(word)
+            found += bool(re.search(pattern, text, re.IGNORECASE))
+            wanted += 1
+    return found / wanted if wanted else None
+
+
+def generation_metrics(model, tokenizer, dataset, args):
+    """{"eval_bleu4", "eval_rouge-1", …, "eval_keyword_recall" if records have keywords}, and the answers."""
+    indices = range(len(dataset))
+    answers, records = answer(model, tokenizer, dataset, indices, args), [dataset.record(i) for i in indices]
+    references = [dataset.reference(i) for i in indices]
+    metrics = {"eval_bleu4": trainer.bleu4(answers, references)}
+    metrics.update({f"eval_{k}": v for k, v in trainer.rouge(answers, references).items()})
+    if (recall := keyword_recall(answers, records)) is not None:
+        metrics["eval_keyword_recall"] = recall
+    return metrics, answers
+
+
+def adapt(model, args, checkpoint):
+    """Put on what is trained (nothing for full fine-tuning), from a checkpoint, a given adapter, or new."""
+    path = checkpoint or args.lora_path or args.prefix_path
+    if not (args.lora or args.prefix_tuning):
+        if checkpoint:
+            load_weights(model, checkpoint)
+    elif path:
+        load_adapter(model, path, trainable=True)
+        wanted = ("LoRA", args.lora_rank) if args.lora else ("a prefix", args.num_prefix_tokens)
+        found = ("LoRA", model.lora_config["r"]) if lora_layers(model) else ("a prefix", model.prefix.tokens)
+        if found != wanted:
+            raise UserError(f"{path}: holds {found[0]} of {found[1]}, the arguments ask for {wanted[0]} of {wanted[1]}")
+    elif args.lora:
+        apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora, args.pissa, args.lora_target_modules, args.seed)
+    else:
+        apply_prefix(model, args.num_prefix_tokens, args.prefix_projection, args.prefix_projection_hidden_size, args.seed)
+
+
+def main(args):
+    # ====================================================================== 1. tokenizer, data
+    trainer.check_output_dir(args)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+    if args.chat_template is not None:
+        tokenizer.chat_template = load_chat_template(args.chat_template)
+
+    def records(split):
+        return SFTDataset(args.dataset_name_or_path, tokenizer, args.src_length, args.max_length, split, progress=not args.disable_tqdm)
+
+    def loader(dataset, batch_size, train):
+        return SFTLoader(dataset, batch_size, args.max_length, args.zero_padding, args.greedy_zero_padding, args.seed, shuffle=train,
+                         pad_to_max_length=args.pad_to_max_length, pad_to_multiple_of=args.pad_to_multiple_of,
+                         drop_last=train and args.dataloader_drop_last, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+
+    train = dev = test = None
+    if args.do_train:
+        train_records = records("train")
+        train = loader(train_records, args.per_device_train_batch_size, True)
+        print(f"train: {len(train_records):,} records ({train_records.dropped} dropped), {train.batches_per_epoch:,} batches an epoch, "
+              f"{100 * train.fill:.1f} % of positions real")  # fmt: skip
+    if args.do_eval:
+        dev_records = records("dev")
+        dev = loader(dev_records, args.per_device_eval_batch_size, False)
+    if args.do_predict:
+        test_records = records("test")
+        test = loader(test_records, args.per_device_eval_batch_size, False)
+
+    # ====================================================================== 2. model, and its answers before training
+    model = from_pretrained(args.model_name_or_path)
+    model.recompute, model.neftune_noise_alpha = args.recompute, args.neftune_noise_alpha
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.prepare_output_dir(args)
+    shown = [i for i in range(len(dev_records) if dev else 0) if isinstance(dev_records.record(i)["src"], str)][:3]
+    before = answer(model, tokenizer, dev_records, shown, args) if shown and args.do_train else []
+    recall_before = None
+    if args.do_train and dev and args.eval_with_do_generation:
+        recall_before = generation_metrics(model, tokenizer, dev_records, args)[0].get("eval_keyword_recall")
+
+    def write_model(folder, dtype="float32"):
+        if args.lora or args.prefix_tuning:
+            save_adapter(model, folder, args.model_name_or_path)
+        else:
+            save_pretrained(model, folder, dtype)
+        tokenizer.save(folder)
+
+    def evaluate():
+        metrics = trainer.evaluate(model, dev, args.max_evaluate_steps)
+        if args.eval_with_do_generation:
+            generated, answers = generation_metrics(model, tokenizer, dev_records, args)
+            metrics.update(generated)
+            if args.save_generation_output:
+                write_answers(Path(args.output_dir) / "generated_output.json", dev_records, answers)
+        return metrics
+
+    if args.do_train:
+        # ================================================================== 3. adapter, optimizer, resume
+        checkpoint = trainer.find_checkpoint(args)
+        adapt(model, args, checkpoint)
+        weights = trainable_weights(model)
+        trained = sum(int(np.prod(w.shape)) for w in weights)
+        print(f"model: {model.num_parameters():,} parameters, {trained:,} of them trained ({100 * trained / model.num_parameters():.2f} %)")
+        faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
+        optimizer = trainer.AdamW(weights, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
+        total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
+        state = trainer.TrainState()
+        if checkpoint:
+            state = trainer.load_checkpoint(checkpoint, None if args.ignore_load_lr_and_optim else optimizer)
+        log = trainer.Log(args, total, state)
+
+        # ================================================================== 4. training loop (the same in every script)
+        model.train()
+        resumed_step = state.step
+        while True:
+            if state.step > resumed_step and trainer.is_due(args.save_strategy, args.save_steps, state.step, steps_per_epoch):
+                trainer.save_checkpoint(args.output_dir, state, optimizer, write_model, args)
+            if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
+                metrics = evaluate()
+                log.evaluation(state.step, metrics)
+                if args.load_best_model_at_end:
+                    trainer.update_best(args, state, metrics)
+            if state.step >= total:
+                break
+            start = time.perf_counter()
+            batches = [train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)]
+            # The mean is over the target tokens of the whole step: a mean of micro-batch means would weigh short ones more.
+            targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+            loss = 0.0
+            for micro_step, batch in enumerate(batches):
+                trainer.seed_step(args.seed, state.step, micro_step)
+                micro_loss = model(**trainer.model_inputs(batch)).sum() / targets
+                micro_loss.backward()
+                loss += float(micro_loss)
+                trainer.check_finite(loss, args.output_dir, state.step, batch)
+            grad_norm = trainer.global_grad_norm(weights)
+            trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
+            lr = trainer.learning_rate(state.step, args, total)
+            optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
+            optimizer.zero_grad()
+            tokens = sum(batch["tokens"] for batch in batches)
+            state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
+            state.epoch = state.step / steps_per_epoch
+            log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
+        # ================================================================== end of the training loop
+
+        if args.load_best_model_at_end and state.best_checkpoint:
+            log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
+            load_best(model, args, Path(args.output_dir) / state.best_checkpoint)
+        log.close()
+        write_model(args.output_dir, args.save_dtype)
+        print(f"{'adapter' if args.lora or args.prefix_tuning else 'model'}: {args.output_dir}")
+    elif args.lora_path or args.prefix_path:
+        adapt(model, args, None)
+
+    # ====================================================================== 5. evaluation, prediction, before and after
+    if args.do_eval:
+        metrics = evaluate()
+        trainer.write_results(args.output_dir, "dev", metrics)
+        print(f"dev: {trainer.shown(metrics)}")
+        if recall_before is not None:
+            recall = metrics["eval_keyword_recall"]
+            print(f"attributes asked for that the answers mention: before {100 * recall_before:.1f} %, after {100 * recall:.1f} %")
+    if args.do_predict:
+        metrics = trainer.evaluate(model, test, args.max_evaluate_steps)
+        generated, answers = generation_metrics(model, tokenizer, test_records, args)
+        metrics.update(generated)
+        trainer.write_results(args.output_dir, "test", metrics)
+        write_answers(Path(args.output_dir) / "predictions.jsonl", test_records, answers)
+        print(f"test: {trainer.shown(metrics)}")
+    if before:
+        after = answer(model, tokenizer, dev_records, shown, args)
+        for i, old, new in zip(shown, before, after):
+            print(f"\nprompt: {dev_records.record(i)['src']}\nbefore: {old}\nafter:  {new}")
+
+
+def load_best(model, args, checkpoint):
+    """The weights, or the adapter's, of an earlier checkpoint of this run into the model."""
+    if not (args.lora or args.prefix_tuning):
+        load_weights(model, checkpoint)
+    else:
+        reload_adapter(model, checkpoint)
+
+
+def write_answers(path, dataset, answers):
+    """One line a record: its own keys and "output"."""
+    with atomic_file(path) as file:
+        for i, text in enumerate(answers):
+            file.write(json.dumps({**dataset.record(i), "output": text}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    trainer.run_script(main, Args)
