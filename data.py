@@ -686,7 +686,7 @@ class SFTDataset:
     def _lines(file, progress):
         """Yields (byte offset, line number, line) of the lines that are not blank."""
         from tqdm import tqdm
-        bar = tqdm(total=os.path.getsize(file), unit="B", unit_scale=True, desc=file.name, disable=not progress)
+        bar = tqdm(total=os.path.getsize(file), unit="B", unit_scale=True, desc=file.name, disable=not progress or None)
         with open(file, "rb") as stream, bar:
             offset = 0
             for number, line in enumerate(stream, 1):

@@ -94,7 +94,10 @@ class Args(trainer.TrainingArgs):
             self.neftune_noise_alpha = 5.0 if self.neftune else 0.0
         if self.lora_alpha == -1:
             self.lora_alpha = 4.0 if self.rslora else 2.0 * self.lora_rank
-        return super().check()
+        notes = super().check()
+        if self.load_best_model_at_end and self.metric_for_best_model not in ("loss", "accuracy", "ppl") and not self.eval_with_do_generation:
+            raise UserError(f"metric_for_best_model: {self.metric_for_best_model} needs eval_with_do_generation: true")
+        return notes
 
 
 def answer(model, tokenizer, dataset, indices, args):
@@ -191,7 +194,6 @@ def main(args):
     model = from_pretrained(args.model_name_or_path)
     model.recompute, model.neftune_noise_alpha = args.recompute, args.neftune_noise_alpha
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
-    trainer.prepare_output_dir(args)
     shown = [i for i in range(len(dev_records) if dev else 0) if isinstance(dev_records.record(i)["src"], str)][:3]
     before = answer(model, tokenizer, dev_records, shown, args) if shown and args.do_train else []
     recall_before = None
@@ -226,7 +228,8 @@ def main(args):
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
         state = trainer.TrainState()
         if checkpoint:
-            state = trainer.load_checkpoint(checkpoint, None if args.ignore_load_lr_and_optim else optimizer)
+            state = trainer.load_checkpoint(checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir)
+        trainer.prepare_output_dir(args)  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state)
 
         # ================================================================== 4. training loop (the same in every script)
@@ -270,8 +273,10 @@ def main(args):
         log.close()
         write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora or args.prefix_tuning else 'model'}: {args.output_dir}")
-    elif args.lora_path or args.prefix_path:
-        adapt(model, args, None)
+    else:
+        if args.lora_path or args.prefix_path:
+            adapt(model, args, None)
+        trainer.prepare_output_dir(args)
 
     # ====================================================================== 5. evaluation, prediction, before and after
     if args.do_eval:

@@ -81,7 +81,7 @@ def main(args):
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
         state = trainer.TrainState()
         if checkpoint := trainer.find_checkpoint(args):
-            state = trainer.load_checkpoint(checkpoint, None if args.ignore_load_lr_and_optim else optimizer)
+            state = trainer.load_checkpoint(checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir)
             load_weights(model, checkpoint)
         peak = trainer.measure_matmul_peak()
         print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s float32, measured; mfu is a share of it")

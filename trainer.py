@@ -184,8 +184,10 @@ def _check_hardware(args):
         hint = "; for NVIDIA GPUs install paddlepaddle-gpu" if kind == "gpu" else ""
         raise UserError(f"device: {args.device!r} is not in this Paddle, which has {', '.join(sorted(known))}{hint}")
     half = "bf16" if args.bf16 else "fp16" if args.fp16 else None
-    if half and (paddle.device.get_device() if kind == "auto" else kind) == "cpu":
-        notes.append(f"{half}: Paddle's CPU kernels compute in float32 only, so float32 is used")
+    if half:
+        on_cpu = (paddle.device.get_device() if kind == "auto" else kind) == "cpu"
+        why = "Paddle's CPU kernels compute in float32 only" if on_cpu else "half precision is not here yet"
+        notes.append(f"{half}: {why}, so float32 is used")
     if args.recompute and args.recompute_granularity != "full":
         notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
@@ -472,7 +474,7 @@ def run_script(main, Args, argv=None):
     except OSError as error:
         if not _disk_full(error):
             raise
-        print(f"error: {error.filename or 'writing'}: the disk is full; free some space, then resume", file=sys.stderr)
+        print(f"error: {error.filename or args.output_dir}: the disk is full; free some space, then resume", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -499,7 +501,8 @@ def _disk_full(error):
 ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json model*.safetensors
     *.safetensors.index.json adapter_config.json adapter_model.safetensors pytorch_model*.bin tokenizer.model
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
-    eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json""".split()
+    eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
+    prefix_projection.safetensors""".split()
 
 
 def check_output_dir(args):
@@ -848,8 +851,11 @@ def find_checkpoint(args):
     return path
 
 
-def load_checkpoint(path, optimizer=None):
-    """TrainState of a checkpoint, its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights."""
+def load_checkpoint(path, optimizer=None, output_dir=None):
+    """TrainState of a checkpoint, its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights.
+
+    A best checkpoint that is not in output_dir (default: beside `path`) is forgotten: it could not be loaded at the end.
+    """
     path = Path(path)
     saved = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     if optimizer is not None:
@@ -857,7 +863,10 @@ def load_checkpoint(path, optimizer=None):
             raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
         optimizer.load_arrays(read_safetensors(path / OPTIMIZER))
         optimizer.steps = saved["optimizer_steps"]
-    return TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
+    state = TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
+    if state.best_checkpoint and not (Path(output_dir or path.parent) / state.best_checkpoint).is_dir():
+        state.best_metric = state.best_checkpoint = None
+    return state
 
 
 def update_best(args, state, metrics):

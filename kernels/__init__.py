@@ -89,7 +89,9 @@ def use(choice):
 
 
 def _prepare_cpu():
-    """Two settings of the process, without which Paddle's own CPU operators run several times slower than they can.
+    """Three settings of the process, without which Paddle's own CPU operators run several times slower than they can.
+
+    Threads: Paddle starts with one for matmul; take one for each core that this process may run on.
 
     Memory: the C library gives every large block back to the system at once, so each new tensor costs page faults; told
     to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
@@ -98,6 +100,7 @@ def _prepare_cpu():
     """
     if not sys.platform.startswith("linux"):
         return
+    paddle.base.core.set_num_threads(len(os.sched_getaffinity(0)))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3

@@ -1,0 +1,53 @@
+"""The benchmark scripts keep to their contract: one JSON line last, with these keys, on a size that takes no time."""
+import json
+
+import bench_train
+import pytest
+
+TINY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+            vocab_size=64)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEERS", str(tmp_path))  # no models there: the weights are drawn
+    monkeypatch.setitem(bench_train.SHAPES, "B", TINY)
+
+
+def result_of(capsys, *argv):
+    bench_train.main([*argv, "--config", "B"])
+    captured = capsys.readouterr()
+    return json.loads(captured.out.splitlines()[-1]), captured
+
+
+@pytest.mark.parametrize("task", ["train_full", "train_lora"])
+def test_train(task, tiny, capsys):
+    result, _ = result_of(capsys, "--task", task, "--dtype", "bf16", "--batch", "2", "--seq", "16", "--reps", "2")
+    expected = {"peer": "ours", "task": task, "config": "B", "dtype": "bf16", "mode": "", "compute": "fp32",
+                "threads": 2, "weights": "drawn"}  # fmt: skip
+    assert {key: result[key] for key in expected} == expected
+    rate = result["tok_s"]
+    assert rate["n"] == 2 and 0 < rate["min"] <= rate["median"] <= rate["max"]
+    assert result["tokens"] == result["positions"] == 32 and result["steps"] == 1
+    assert result["loss"][1] < result["loss"][0] and result["peak_rss_mb"] > 0
+
+
+def test_sft_counts_only_real_tokens_and_profiles_every_op(tiny, capsys):
+    lengths = bench_train.Samples("B").lengths
+    result, captured = result_of(capsys, "--task", "sft", "--mode", "zero_padding", "--profile", "--reps", "1")
+    assert result["mode"] == "zero_padding" and result["eff_tok_s"]["n"] == 1 and "tok_s" not in result
+    assert result["tokens"] == lengths.sum() and result["positions"] % (2 * 1024) in (0, 1024)
+    assert result["tokens"] / result["positions"] > 0.9
+    for row in ("forward  attention", "backward _Attention", "backward the rest", "adamw", "gradient norm"):
+        assert row in captured.err, captured.err
+
+
+def test_samples_are_the_peers():
+    """Their lengths, ids and targets, so that tokens per second mean the same work."""
+    samples = bench_train.Samples("A")
+    assert len(samples) == 32 and samples.lengths[:6].tolist() == [144, 117, 218, 142, 85, 174]
+    assert samples.ids[0][:4].tolist() == [15147, 16383, 24167, 30415]
+    ids, labels = samples.sample(1)
+    half = len(ids) // 2
+    assert (labels[: half - 1] == -100).all() and labels[-1] == -100
+    assert (labels[half - 1 : -1] == ids[half:]).all()
