@@ -7,6 +7,7 @@ Reads src/tgt records (see data.py), learns the replies only, packs them without
 Face folder, or with LoRA and prefix a PEFT adapter, and ends by answering three dev prompts as before and as after.
 Not here: more than one process.
 """
+
 import dataclasses
 import json
 import re
@@ -37,16 +38,22 @@ from model import (
 class Args(trainer.TrainingArgs):
     model_name_or_path: str = ""  # Hugging Face folder of the base model
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
-    dataset_name_or_path: str = ""  # folder with train.json, dev.json, test.json (or .jsonl, or folders of them), or one file
+    dataset_name_or_path: str = (
+        ""  # folder with train.json, dev.json, test.json (or .jsonl, or folders of them), or one file
+    )
     src_length: int = 1024  # most tokens of a prompt
     max_length: int = 2048  # most tokens of prompt and reply; of a packed row with zero_padding
-    chat_template: str | None = None  # llama2, llama3, chatml, plain, none or a chat_template.json; None: the tokenizer's own
+    chat_template: str | None = (
+        None  # llama2, llama3, chatml, plain, none or a chat_template.json; None: the tokenizer's own
+    )
     zero_padding: bool = False  # several samples a row, kept apart by FlashMask rows, instead of padding
     greedy_zero_padding: bool = False  # best fit over the whole data instead of in order
     flash_mask: bool = False  # upstream's switch; packed rows always have FlashMask rows here
     pad_to_max_length: bool = False  # pad every batch to max_length
     pad_to_multiple_of: int | None = None  # pad every batch to a multiple
-    eval_with_do_generation: bool = False  # also answer the dev prompts: BLEU-4, ROUGE, and recall of the records' keywords
+    eval_with_do_generation: bool = (
+        False  # also answer the dev prompts: BLEU-4, ROUGE, and recall of the records' keywords
+    )
     save_generation_output: bool = False  # keep these answers in generated_output.json
     max_new_tokens: int = 128  # most tokens of an answer
     top_k: int = 1  # 1 answers greedily; more samples among the k likeliest
@@ -59,7 +66,9 @@ class Args(trainer.TrainingArgs):
     lora_rank: int = 8
     lora_alpha: float = -1  # -1: twice the rank, or 4 with rslora, as upstream
     lora_dropout: float = 0.0
-    lora_target_modules: str | list[str] | None = None  # names or one regular expression; None: every linear of the blocks
+    lora_target_modules: str | list[str] | None = (
+        None  # names or one regular expression; None: every linear of the blocks
+    )
     rslora: bool = False  # scale by alpha/sqrt(rank)
     lora_plus_scale: float = 1.0  # LoRA+: learning rate of B over that of A (arXiv 2402.12354)
     pissa: bool = False  # start from the largest singular values
@@ -77,7 +86,13 @@ class Args(trainer.TrainingArgs):
                 raise UserError(f"{key}: missing")
         if self.lora and self.prefix_tuning:
             raise UserError("lora and prefix_tuning are both true; choose one")
-        for key, needs in (("lora_path", "lora"), ("pissa", "lora"), ("dora", "lora"), ("rslora", "lora"), ("prefix_path", "prefix_tuning")):
+        for key, needs in (
+            ("lora_path", "lora"),
+            ("pissa", "lora"),
+            ("dora", "lora"),
+            ("rslora", "lora"),
+            ("prefix_path", "prefix_tuning"),
+        ):
             if getattr(self, key) and not getattr(self, needs):
                 raise UserError(f"{key} needs {needs}: true")
         if self.pissa and self.dora:
@@ -89,13 +104,19 @@ class Args(trainer.TrainingArgs):
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"save_dtype: {self.save_dtype!r}; possible are float32, bfloat16, float16")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
-            raise UserError("generation: temperature and max_new_tokens must be positive, top_p in (0, 1], top_k at least 0")
+            raise UserError(
+                "generation: temperature and max_new_tokens must be positive, top_p in (0, 1], top_k at least 0"
+            )
         if self.neftune_noise_alpha is None:
             self.neftune_noise_alpha = 5.0 if self.neftune else 0.0
         if self.lora_alpha == -1:
             self.lora_alpha = 4.0 if self.rslora else 2.0 * self.lora_rank
         notes = super().check()
-        if self.load_best_model_at_end and self.metric_for_best_model not in ("loss", "accuracy", "ppl") and not self.eval_with_do_generation:
+        if (
+            self.load_best_model_at_end
+            and self.metric_for_best_model not in ("loss", "accuracy", "ppl")
+            and not self.eval_with_do_generation
+        ):
             raise UserError(f"metric_for_best_model: {self.metric_for_best_model} needs eval_with_do_generation: true")
         return notes
 
@@ -157,9 +178,21 @@ def adapt(model, args, checkpoint):
         if found != wanted:
             raise UserError(f"{path}: holds {found[0]} of {found[1]}, the arguments ask for {wanted[0]} of {wanted[1]}")
     elif args.lora:
-        apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.rslora, args.dora, args.pissa, args.lora_target_modules, args.seed)
+        apply_lora(
+            model,
+            args.lora_rank,
+            args.lora_alpha,
+            args.lora_dropout,
+            args.rslora,
+            args.dora,
+            args.pissa,
+            args.lora_target_modules,
+            args.seed,
+        )
     else:
-        apply_prefix(model, args.num_prefix_tokens, args.prefix_projection, args.prefix_projection_hidden_size, args.seed)
+        apply_prefix(
+            model, args.num_prefix_tokens, args.prefix_projection, args.prefix_projection_hidden_size, args.seed
+        )
 
 
 def main(args):
@@ -170,7 +203,14 @@ def main(args):
         tokenizer.chat_template = load_chat_template(args.chat_template)
 
     def records(split):
-        return SFTDataset(args.dataset_name_or_path, tokenizer, args.src_length, args.max_length, split, progress=not args.disable_tqdm)
+        return SFTDataset(
+            args.dataset_name_or_path,
+            tokenizer,
+            args.src_length,
+            args.max_length,
+            split,
+            progress=not args.disable_tqdm,
+        )
 
     def loader(dataset, batch_size, train):
         return SFTLoader(dataset, batch_size, args.max_length, args.zero_padding, args.greedy_zero_padding, args.seed, shuffle=train,
@@ -222,21 +262,29 @@ def main(args):
         adapt(model, args, checkpoint)
         weights = trainable_weights(model)
         trained = sum(int(np.prod(w.shape)) for w in weights)
-        print(f"model: {model.num_parameters():,} parameters, {trained:,} of them trained ({100 * trained / model.num_parameters():.2f} %)")
+        print(
+            f"model: {model.num_parameters():,} parameters, {trained:,} of them trained ({100 * trained / model.num_parameters():.2f} %)"
+        )
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
         optimizer = trainer.AdamW(weights, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
         state = trainer.TrainState()
         if checkpoint:
-            state = trainer.load_checkpoint(checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir)
-        trainer.prepare_output_dir(args)  # only here: an argument that is refused above must not cost the run it would replace
+            state = trainer.load_checkpoint(
+                checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
+            )
+        trainer.prepare_output_dir(
+            args
+        )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state)
 
         # ================================================================== 4. training loop (the same in every script)
         model.train()
         resumed_step = state.step
         while True:
-            if state.step > resumed_step and trainer.is_due(args.save_strategy, args.save_steps, state.step, steps_per_epoch):
+            if state.step > resumed_step and trainer.is_due(
+                args.save_strategy, args.save_steps, state.step, steps_per_epoch
+            ):
                 trainer.save_checkpoint(args.output_dir, state, optimizer, write_model, args)
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
@@ -246,7 +294,9 @@ def main(args):
             if state.step >= total:
                 break
             start = time.perf_counter()
-            batches = [train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)]
+            batches = [
+                train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)
+            ]
             # The mean is over the target tokens of the whole step: a mean of micro-batch means would weigh short ones more.
             targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
             loss = 0.0
@@ -285,7 +335,9 @@ def main(args):
         print(f"dev: {trainer.shown(metrics)}")
         if recall_before is not None:
             recall = metrics["eval_keyword_recall"]
-            print(f"attributes asked for that the answers mention: before {100 * recall_before:.1f} %, after {100 * recall:.1f} %")
+            print(
+                f"attributes asked for that the answers mention: before {100 * recall_before:.1f} %, after {100 * recall:.1f} %"
+            )
     if args.do_predict:
         metrics = trainer.evaluate(model, test, args.max_evaluate_steps)
         generated, answers = generation_metrics(model, tokenizer, test_records, args)

@@ -13,6 +13,7 @@ This file knows nothing of topology or hardware: it reshapes with -1 and calls k
 Letters: B batch, T sequence, D model width, H query heads, K key/value heads, Dh head dim, F feed-forward width,
 V vocabulary, L layers, P prefix tokens, R LoRA rank.
 """
+
 import contextlib
 import dataclasses
 import json
@@ -75,7 +76,9 @@ class ModelConfig:
     def from_dict(source, path="config"):
         family = source.get("model_type")
         if family not in FAMILIES:
-            raise UserError(f"{path}: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+            raise UserError(
+                f"{path}: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+            )
         for key, (plain, why) in CHANGES_THE_MATHS.items():
             if source.get(key, plain) not in (plain, None):
                 raise UserError(f"{path}: {key} = {source[key]!r} is not supported: {why}")
@@ -93,7 +96,9 @@ class ModelConfig:
         K = source.get("num_key_value_heads") or H
         head_dim = source.get("head_dim") or D // H
         if H % K or head_dim % 2 or (source.get("head_dim") is None and D % H):
-            raise UserError(f"{path}: {H} heads over {K} key/value heads and hidden_size {D} do not divide (head_dim {head_dim})")
+            raise UserError(
+                f"{path}: {H} heads over {K} key/value heads and hidden_size {D} do not divide (head_dim {head_dim})"
+            )
         return ModelConfig(
             family=family,
             vocab_size=need("vocab_size"),
@@ -178,7 +183,9 @@ def _rope_parameters(source, path):
     if rope["rope_type"] not in needed:
         raise UserError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(needed)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported: the whole head is rotated")
+        raise UserError(
+            f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported: the whole head is rotated"
+        )
     for key in ("rope_theta", *needed[rope["rope_type"]]):
         if not isinstance(rope.get(key), (int, float)):
             raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
@@ -380,7 +387,15 @@ class CausalLM(nn.Layer):
             self.prefix.fill(cache, B)
         return cache
 
-    def forward(self, input_ids, position_ids=None, startend_row_indices=None, caches=None, labels=None, return_predictions=False):
+    def forward(
+        self,
+        input_ids,
+        position_ids=None,
+        startend_row_indices=None,
+        caches=None,
+        labels=None,
+        return_predictions=False,
+    ):
         """input_ids (B, T) int64 -> logits (B, T, V), or with labels (B, T) -> losses (B, T) float32, 0 where -100.
 
         position_ids (B, T) default to 0…T-1 after what `caches` (a Cache, extended in place) holds; startend_row_indices
@@ -393,7 +408,11 @@ class CausalLM(nn.Layer):
         if labels is None:
             return kernels.linear(x, weight.T if tied else weight)
         found = kernels.linear_cross_entropy(
-            x.reshape([-1, x.shape[-1]]), weight, labels.flatten(), transpose_weight=tied, return_predictions=return_predictions
+            x.reshape([-1, x.shape[-1]]),
+            weight,
+            labels.flatten(),
+            transpose_weight=tied,
+            return_predictions=return_predictions,
         )
         return tuple(f.reshape(labels.shape) for f in found) if return_predictions else found.reshape(labels.shape)
 
@@ -409,7 +428,9 @@ class CausalLM(nn.Layer):
             rows = caches.extend_rows(rows, B, T)
         x = self.embed_tokens(input_ids)
         if self.training and self.neftune_noise_alpha:
-            size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(-1)  # (B, T, 1)
+            size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(
+                -1
+            )  # (B, T, 1)
             x = x + paddle.uniform(x.shape, x.dtype, -1.0, 1.0) * (self.neftune_noise_alpha / size).astype(x.dtype)
         if self.recompute and self.training and x.stop_gradient:
             x.stop_gradient = False  # Paddle's recompute passes gradients to adapters only where an input has one
@@ -441,7 +462,16 @@ class CausalLM(nn.Layer):
 
 # ============================================================================== tensor files on disk
 
-_SAFETENSORS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I8": "<i1", "U8": "<u1"}
+_SAFETENSORS = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F64": "<f8",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "<i1",
+    "U8": "<u1",
+}
 
 
 def from_bfloat16(bits):
@@ -471,7 +501,10 @@ def safetensors_header(path):
     base = 8 + length
     try:
         header.pop("__metadata__", None)
-        entries = {n: (e["dtype"], e["shape"], base + e["data_offsets"][0], base + e["data_offsets"][1]) for n, e in header.items()}
+        entries = {
+            n: (e["dtype"], e["shape"], base + e["data_offsets"][0], base + e["data_offsets"][1])
+            for n, e in header.items()
+        }
         counts = {n: math.prod(shape) for n, (_, shape, _, _) in entries.items()}
     except (AttributeError, TypeError, KeyError, IndexError):
         raise UserError(f"{path}: the safetensors header is damaged") from None
@@ -481,7 +514,9 @@ def safetensors_header(path):
         if end > size:
             raise UserError(f"{path}: truncated: tensor {name} ends at byte {end}, the file has {size}")
         if begin < base or end - begin != counts[name] * np.dtype(_SAFETENSORS[dtype]).itemsize:
-            raise UserError(f"{path}: the safetensors header is damaged: tensor {name}, {dtype} of shape {shape}, has {end - begin} bytes")
+            raise UserError(
+                f"{path}: the safetensors header is damaged: tensor {name}, {dtype} of shape {shape}, has {end - begin} bytes"
+            )
     return entries
 
 
@@ -491,7 +526,9 @@ def read_tensor(path, entry):
     Read, not mapped: a mapped file would count as memory of this process.
     """
     dtype, shape, begin, end = entry
-    array = np.fromfile(path, _SAFETENSORS[dtype], (end - begin) // np.dtype(_SAFETENSORS[dtype]).itemsize, offset=begin)
+    array = np.fromfile(
+        path, _SAFETENSORS[dtype], (end - begin) // np.dtype(_SAFETENSORS[dtype]).itemsize, offset=begin
+    )
     if dtype == "BF16":
         array = from_bfloat16(array)
     elif dtype == "F16":
@@ -584,14 +621,24 @@ class BinFile:
             self.zip = zipfile.ZipFile(path)
             pickles = [n for n in self.zip.namelist() if n.endswith("data.pkl")]
         except zipfile.BadZipFile:
-            raise UserError(f"{path}: not a torch zip file, or a truncated one; save it again with torch >= 1.6") from None
+            raise UserError(
+                f"{path}: not a torch zip file, or a truncated one; save it again with torch >= 1.6"
+            ) from None
         if len(pickles) != 1:
             raise UserError(f"{path}: no data.pkl inside; not a torch checkpoint")
         self.folder = pickles[0][: -len("data.pkl")]
         with self.zip.open(pickles[0]) as file:
             try:
                 loaded = _TensorUnpickler(file, path).load()
-            except (pickle.UnpicklingError, EOFError, AssertionError, AttributeError, TypeError, IndexError, KeyError) as error:
+            except (
+                pickle.UnpicklingError,
+                EOFError,
+                AssertionError,
+                AttributeError,
+                TypeError,
+                IndexError,
+                KeyError,
+            ) as error:
                 raise UserError(f"{path}: refused: not a plain dict of tensors ({type(error).__name__})") from None
         entries = dict(loaded) if isinstance(loaded, dict) else None
         if entries is None or not all(isinstance(v, _BinTensor) for v in entries.values()):
@@ -690,10 +737,15 @@ def set_parameter(parameter, array):
 def _shards(path):
     """{tensor name: (a function that reads it, its shape)} over all weight files of a Hugging Face folder."""
     path = Path(path)
-    for index, single in (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
         if (path / index).is_file():
             try:
-                files = sorted({str(f) for f in json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values()})
+                files = sorted(
+                    {str(f) for f in json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values()}
+                )
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{path / index}: not an index with a weight_map") from None
         elif (path / single).is_file():
@@ -706,7 +758,9 @@ def _shards(path):
                 raise UserError(f"{path / index}: names the file {file}, which is not there")
             if file.endswith(".bin"):
                 bin_file = BinFile(path / file)
-                found.update({n: ((lambda b=bin_file, n=n: b.read(n)), list(e[3])) for n, e in bin_file.entries.items()})
+                found.update(
+                    {n: ((lambda b=bin_file, n=n: b.read(n)), list(e[3])) for n, e in bin_file.entries.items()}
+                )
             else:
                 header = safetensors_header(path / file)
                 found.update({n: ((lambda f=path / file, e=e: read_tensor(f, e)), e[1]) for n, e in header.items()})
@@ -723,7 +777,9 @@ def load_weights(model, path):
     wrong = [f"missing {n}" for n in weights if n not in found]
     wrong += [f"unexpected {n}" for n in found if n not in weights]
     wrong += [
-        f"{n} has shape {list(found[n][1])}, config.json says {w.shape}" for n, w in weights.items() if n in found and list(found[n][1]) != w.shape
+        f"{n} has shape {list(found[n][1])}, config.json says {w.shape}"
+        for n, w in weights.items()
+        if n in found and list(found[n][1]) != w.shape
     ]
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
@@ -926,7 +982,12 @@ class Prefix(nn.Layer):
 
     def __init__(self, config, tokens, projection=False, projection_hidden_size=None):
         super().__init__()
-        self.tokens, self.layers, self.heads, self.head_dim = tokens, config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.tokens, self.layers, self.heads, self.head_dim = (
+            tokens,
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         width = self.heads * self.head_dim
         self.embedding = self.create_parameter([tokens, width if projection else self.layers * 2 * width])
         self.hidden, self.output = None, None
@@ -971,7 +1032,10 @@ def adapter_weights(model):
     weights = []
     for path, layer in lora_layers(model).items():
         stem = f"base_model.model.{path}."
-        weights += [Weight(stem + "lora_A.weight", layer.lora_A, True), Weight(stem + "lora_B.weight", layer.lora_B, True)]
+        weights += [
+            Weight(stem + "lora_A.weight", layer.lora_A, True),
+            Weight(stem + "lora_B.weight", layer.lora_B, True),
+        ]
         if layer.lora_magnitude_vector is not None:
             weights.append(Weight(stem + "lora_magnitude_vector", layer.lora_magnitude_vector, False))
     if model.prefix is not None:
@@ -993,7 +1057,11 @@ def save_adapter(model, path, base_model=None):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {w.name: w.to_numpy() for w in adapter_weights(model)}
-    config = {"base_model_name_or_path": str(base_model) if base_model else None, "task_type": "CAUSAL_LM", "inference_mode": True}
+    config = {
+        "base_model_name_or_path": str(base_model) if base_model else None,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
     if model.prefix is None:
         config.update(peft_type="LORA", bias="none", fan_in_fan_out=False, init_lora_weights=True, **model.lora_config)
         layers = lora_layers(model)
@@ -1016,7 +1084,9 @@ def save_adapter(model, path, base_model=None):
             with paddle.no_grad():
                 tensors = {"prompt_embeddings": prefix.table().numpy()}
     extra = {k: config.pop(k) for k in ("pissa_start_included",) if k in config}
-    write_safetensors(path / "adapter_model.safetensors", tensors, metadata={k: json.dumps(v) for k, v in extra.items()})
+    write_safetensors(
+        path / "adapter_model.safetensors", tensors, metadata={k: json.dumps(v) for k, v in extra.items()}
+    )
     with atomic_file(path / "adapter_config.json") as file:
         json.dump(config, file, indent=2)
 
@@ -1027,14 +1097,19 @@ def load_adapter(model, path, trainable=False):
     config_path, weights_path = path / "adapter_config.json", path / "adapter_model.safetensors"
     for needed in (config_path, weights_path):
         if not needed.is_file():
-            raise UserError(f"{needed}: no such file; an adapter is a folder with adapter_config.json and adapter_model.safetensors")
+            raise UserError(
+                f"{needed}: no such file; an adapter is a folder with adapter_config.json and adapter_model.safetensors"
+            )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{config_path}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{config_path}: must hold a JSON object, found {type(config).__name__}")
-    needed = {"LORA": ("r", "lora_alpha"), "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers")}
+    needed = {
+        "LORA": ("r", "lora_alpha"),
+        "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
+    }
     for key in needed.get(config.get("peft_type"), ()):
         if not isinstance(config.get(key), (int, float)):
             raise UserError(f"{config_path}: {key} must be a number, found {config.get(key)!r}")
@@ -1044,7 +1119,9 @@ def load_adapter(model, path, trainable=False):
     elif config.get("peft_type") == "PREFIX_TUNING":
         _load_prefix(model, config, tensors, config_path, trainable)
     else:
-        raise UserError(f"{config_path}: peft_type {config.get('peft_type')!r} is not supported; LORA and PREFIX_TUNING are")
+        raise UserError(
+            f"{config_path}: peft_type {config.get('peft_type')!r} is not supported; LORA and PREFIX_TUNING are"
+        )
     for weight in adapter_weights(model):
         weight.parameter.stop_gradient = not trainable
     return model
@@ -1056,12 +1133,22 @@ def _load_lora(model, config, tensors, path, trainable):
         if config.get(key):
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias = {config['bias']!r} is not supported; only \"none\"")
-    with_start = trainable and _metadata(path.parent / "adapter_model.safetensors").get("pissa_start_included") == "true"
+        raise UserError(f'{path}: bias = {config["bias"]!r} is not supported; only "none"')
+    with_start = (
+        trainable and _metadata(path.parent / "adapter_model.safetensors").get("pissa_start_included") == "true"
+    )
     rank, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
     if with_start:  # split [A A0] [B; -B0] again, so that training goes on where it was
         rank, alpha = rank // 2, alpha / (math.sqrt(2) if rslora else 2)
-    apply_lora(model, rank, alpha, config.get("lora_dropout") or 0.0, rslora, bool(config.get("use_dora")), targets=config.get("target_modules"))
+    apply_lora(
+        model,
+        rank,
+        alpha,
+        config.get("lora_dropout") or 0.0,
+        rslora,
+        bool(config.get("use_dora")),
+        targets=config.get("target_modules"),
+    )
     if with_start:
         for module, layer in lora_layers(model).items():
             a = tensors[f"base_model.model.{module}.lora_A.weight"].T
@@ -1088,7 +1175,11 @@ def reload_adapter(model, path):
 
 def _load_prefix(model, config, tensors, path, trainable):
     heads, dim = model.config.num_key_value_heads, model.config.num_key_value_heads * model.config.head_dim
-    if (config["num_attention_heads"], config["token_dim"], config["num_layers"]) != (heads, dim, model.config.num_hidden_layers):
+    if (config["num_attention_heads"], config["token_dim"], config["num_layers"]) != (
+        heads,
+        dim,
+        model.config.num_hidden_layers,
+    ):
         raise UserError(
             f"{path}: prefix of {config['num_layers']} layers, {config['num_attention_heads']} heads, width {config['token_dim']}; "
             f"the model has {model.config.num_hidden_layers}, {heads}, {dim}"
@@ -1145,7 +1236,9 @@ def generate(model, input_ids, max_new_tokens=64, eos_token_id=None, attention_m
         head = model.embed_tokens.weight.T if model.lm_head is None else model.lm_head.weight
         logits = kernels.linear(x, head).astype("float32").numpy()  # (B, V)
         if repetition_penalty != 1.0:
-            logits = penalize(logits, ids, np.concatenate([mask, np.ones((B, ids.shape[1] - T), int)], 1), repetition_penalty)
+            logits = penalize(
+                logits, ids, np.concatenate([mask, np.ones((B, ids.shape[1] - T), int)], 1), repetition_penalty
+            )
         next_ids = sample(logits, temperature, top_k, top_p, generator) if do_sample else logits.argmax(-1)
         next_ids = np.where(done, eos[0] if eos.size else 0, next_ids)
         ids, rows = np.concatenate([ids, next_ids[:, None]], 1), None

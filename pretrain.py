@@ -7,6 +7,7 @@ Reads Megatron/PaddleNLP token files by memory map. From scratch, `model_name_or
 tokenizer; with `continue_training` its weights too. Ends with held-out perplexity and writes a Hugging Face folder.
 Not here: more than one process.
 """
+
 import dataclasses
 import math
 import time
@@ -25,14 +26,18 @@ class Args(trainer.TrainingArgs):
     input_dir: str = ""  # a folder of token files, one prefix, or a blend "weight1 prefix1 weight2 prefix2"
     split: str = "949,50,1"  # train, dev and test share of the documents
     max_seq_length: int = 1024  # tokens of one sample; samples run across documents
-    mask_across_documents: bool = False  # a document does not see those before it in the sample, and its positions restart
+    mask_across_documents: bool = (
+        False  # a document does not see those before it in the sample, and its positions restart
+    )
     save_dtype: str = "float32"  # of the final model: float32, bfloat16 or float16
 
     def check(self):
         if not self.model_name_or_path or not self.input_dir:
             raise UserError(f"{'input_dir' if self.model_name_or_path else 'model_name_or_path'}: missing")
         if self.continue_training and self.num_hidden_layers:
-            raise UserError("continue_training keeps the model's layers; num_hidden_layers is for training from scratch")
+            raise UserError(
+                "continue_training keeps the model's layers; num_hidden_layers is for training from scratch"
+            )
         if self.do_train and self.max_steps <= 0:
             raise UserError("max_steps: missing; pretraining needs a number of steps")
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
@@ -81,7 +86,9 @@ def main(args):
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
         state = trainer.TrainState()
         if checkpoint := trainer.find_checkpoint(args):
-            state = trainer.load_checkpoint(checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir)
+            state = trainer.load_checkpoint(
+                checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
+            )
             load_weights(model, checkpoint)
         peak = trainer.measure_matmul_peak()
         print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s float32, measured; mfu is a share of it")
@@ -94,7 +101,9 @@ def main(args):
         model.train()
         resumed_step = state.step
         while True:
-            if state.step > resumed_step and trainer.is_due(args.save_strategy, args.save_steps, state.step, steps_per_epoch):
+            if state.step > resumed_step and trainer.is_due(
+                args.save_strategy, args.save_steps, state.step, steps_per_epoch
+            ):
                 trainer.save_checkpoint(args.output_dir, state, optimizer, write_model, args)
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
@@ -104,7 +113,9 @@ def main(args):
             if state.step >= total:
                 break
             start = time.perf_counter()
-            batches = [train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)]
+            batches = [
+                train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)
+            ]
             # The mean is over the target tokens of the whole step: a mean of micro-batch means would weigh short ones more.
             targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
             loss = 0.0

@@ -14,6 +14,7 @@ end for every op that it has (an unknown name is an error); `op=backend` forces 
 Letters: B batch, T sequence (Tq queries, Tk keys), D model width, H query heads, K key/value heads, Dh head dim,
 F feed-forward width, V vocabulary, N = B * T tokens.
 """
+
 import contextlib
 import ctypes
 import importlib
@@ -73,7 +74,9 @@ def describe():
     """One line for the start of a run: `cpu · rms_norm cpu (device is cpu) · rope reference (…) · …`."""
     if not _table:
         configure()
-    return " · ".join([paddle.get_device()] + [f"{op} {backend} ({reason})" for op, (_, backend, reason) in _table.items()])
+    return " · ".join(
+        [paddle.get_device()] + [f"{op} {backend} ({reason})" for op, (_, backend, reason) in _table.items()]
+    )
 
 
 @contextlib.contextmanager
@@ -193,4 +196,6 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
 
     gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay * parameter.
     """
-    return _run("adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale)
+    return _run(
+        "adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale
+    )

@@ -3,6 +3,7 @@
 Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep their memory bound: both are PyLayers that
 compute in blocks, save their inputs only, and compute each block's probabilities again in backward.
 """
+
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
@@ -77,7 +78,9 @@ class _Mask:
         size = min(Tq, max(64, min(per_block, 512 if rows is None else 128)))  # with rows, small blocks see few keys
         self.blocks = [(i, min(i + size, Tq)) for i in range(0, Tq, size)]
         # The last row that sees a key, over the whole batch: lets a block of queries start at its first visible key.
-        self.last_row = rows[..., 0].max(axis=[0, 1]).numpy() if causal and rows is not None and rows.shape[-1] == 1 else None
+        self.last_row = (
+            rows[..., 0].max(axis=[0, 1]).numpy() if causal and rows is not None and rows.shape[-1] == 1 else None
+        )
 
     def keys(self, i0, i1):
         """The range of keys that any query of the block can see."""
@@ -96,7 +99,9 @@ class _Mask:
             masked = (key > row).unsqueeze([0, 1, 2])  # (1, 1, 1, bq, bk)
         if self.rows is not None:
             at = self.rows[:, :, j0:j1]
-            at = at.reshape([at.shape[0], *((at.shape[1], 1) if at.shape[1] <= self.K else (self.K, -1)), 1, j1 - j0, at.shape[-1]])
+            at = at.reshape(
+                [at.shape[0], *((at.shape[1], 1) if at.shape[1] <= self.K else (self.K, -1)), 1, j1 - j0, at.shape[-1]]
+            )
             n = at.shape[-1]
             hidden = row >= at[..., 0]
             if n == 2 and self.causal or n == 4:
@@ -149,7 +154,9 @@ class _Attention(PyLayer):
                 d_block = d_block * seen
             delta = (d_block * _group(out[:, i0:i1], K)).sum(-1, keepdim=True)
             # dO V^T - delta as one product, since broadcasting delta over the scores costs more than the product.
-            d_s = p * paddle.matmul(paddle.concat([d_block, -delta], axis=-1), v_and_one[..., j0:j1])  # (B, K, G*bq, bk)
+            d_s = p * paddle.matmul(
+                paddle.concat([d_block, -delta], axis=-1), v_and_one[..., j0:j1]
+            )  # (B, K, G*bq, bk)
             d_q.append(_ungroup(paddle.matmul(d_s, k_block, transpose_y=True), i1 - i0) * ctx.scale)
             d_k[..., j0:j1] = d_k[..., j0:j1] + paddle.matmul(q_block, d_s, transpose_x=True) * ctx.scale
             d_v[..., j0:j1] = d_v[..., j0:j1] + paddle.matmul(d_block, p, transpose_x=True)
@@ -202,7 +209,9 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
         if return_predictions:
             predictions = paddle.scatter(predictions, kept, paddle.concat(found))
     else:
-        losses = losses + hidden.astype("float32").sum(-1) * 0.0  # keeps the graph: a batch without targets has zero gradients
+        losses = (
+            losses + hidden.astype("float32").sum(-1) * 0.0
+        )  # keeps the graph: a batch without targets has zero gradients
     return (losses, predictions) if return_predictions else losses
 
 
