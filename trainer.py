@@ -34,10 +34,10 @@ import typing
 from pathlib import Path
 
 import numpy as np
-import paddle
 from tqdm import tqdm
 
-import kernels
+import kernels  # before paddle: it silences what paddle says while it is imported
+import paddle
 from data import UserError
 from model import atomic_file, read_safetensors, write_safetensors
 
@@ -835,6 +835,12 @@ def find_checkpoint(args):
         if reason := "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted):
             raise UserError(f"resume_from_checkpoint: {wanted}: {reason}; give a complete one, or true for the newest")
         path = Path(wanted)
+        newer = [p for p in list_checkpoints(args.output_dir) if int(p.name[11:]) > _step_of(path)]
+        if args.save_total_limit and newer:  # pruning goes by step: what this run saves would be the first to go
+            raise UserError(
+                f"resume_from_checkpoint: {path}: output_dir also holds the later {newer[0].name}, and save_total_limit keeps "
+                "the latest steps; remove it, or go on in another output_dir"
+            )
     else:
         for path in list_checkpoints(args.output_dir):
             if (reason := incomplete(path)) is None:
@@ -849,6 +855,11 @@ def find_checkpoint(args):
     changed = ", ".join(f"{key} {then[key]!r} -> {value!r}" for key, value in now.items() if then[key] != value)
     print(f"resume: from {path}" + (f"; not an exact continuation, changed: {changed}" if changed else ""), flush=True)
     return path
+
+
+def _step_of(checkpoint):
+    """The step that trainer_state.json names."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["step"]
 
 
 def load_checkpoint(path, optimizer=None, output_dir=None):

@@ -21,8 +21,10 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 
-import paddle
+warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle's at import that concerns nobody here
+import paddle  # noqa: E402
 
 from data import UserError
 

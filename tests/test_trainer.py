@@ -426,7 +426,7 @@ def test_resume_is_bitwise(tmp_path, capsys):
     for a, b in zip(final, resumed):
         assert np.array_equal(a, b)
     assert capsys.readouterr().out == f"resume: from {tmp_path / 'cut' / 'checkpoint-5'}\n"
-    earlier, _ = train(tmp_path / "cut", tiny(2), 9, resume=str(tmp_path / "cut" / "checkpoint-3"))
+    earlier, _ = train(tmp_path / "branch", tiny(2), 9, resume=str(tmp_path / "cut" / "checkpoint-3"))
     assert earlier == losses[3:]
     train(tmp_path / "cut", tiny(2), 6, resume=True, adam_beta2=0.9)
     assert "not an exact continuation, changed: adam_beta2 0.999 -> 0.9" in capsys.readouterr().out
@@ -518,6 +518,17 @@ def test_find_passes_over_what_is_not_complete(tmp_path, capsys):
         find(tmp_path, str(tmp_path / "checkpoint-40"))
     with pytest.raises(UserError, match="there is no such folder"):
         find(tmp_path, str(tmp_path / "checkpoint-3"))
+
+
+def test_an_older_checkpoint_beside_newer_ones_is_refused_when_pruning(tmp_path):
+    """What the run saved next would have the lower number, and pruning would remove it first."""
+    for step in (2, 4):
+        save(tmp_path, step)
+    args = TrainingArgs(output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-2"), save_total_limit=1)
+    with pytest.raises(UserError, match="checkpoint-2: output_dir also holds the later checkpoint-4"):
+        trainer.find_checkpoint(args)
+    args.save_total_limit = None
+    assert trainer.find_checkpoint(args) == tmp_path / "checkpoint-2"
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
