@@ -66,9 +66,7 @@ class Args(trainer.TrainingArgs):
     lora_rank: int = 8
     lora_alpha: float = -1  # -1: twice the rank, or 4 with rslora, as upstream
     lora_dropout: float = 0.0
-    lora_target_modules: str | list[str] | None = (
-        None  # names or one regular expression; None: every linear of the blocks
-    )
+    lora_target_modules: str | list[str] | None = None  # names, or one regular expression; None: every linear
     rslora: bool = False  # scale by alpha/sqrt(rank)
     lora_plus_scale: float = 1.0  # LoRA+: learning rate of B over that of A (arXiv 2402.12354)
     pissa: bool = False  # start from the largest singular values
