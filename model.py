@@ -16,6 +16,7 @@ V vocabulary, L layers, P prefix tokens, R LoRA rank.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -55,6 +56,7 @@ class ModelConfig:
     mlp_bias: bool  # on gate, up and down
     tie_word_embeddings: bool
     initializer_range: float
+    quantization: dict | None  # how the linears of the blocks are held as integers: see QUANTIZATIONS; None: floats
     source: dict  # config.json as read: what it says beyond the above is written back unchanged
 
     @staticmethod
@@ -115,6 +117,7 @@ class ModelConfig:
             mlp_bias=bool(source.get("mlp_bias", False)),
             tie_word_embeddings=bool(source.get("tie_word_embeddings", FAMILIES[family].tied_by_default)),
             initializer_range=float(source.get("initializer_range", 0.02)),
+            quantization=_quantization(source, path),
             source=source,
         )
 
@@ -125,6 +128,9 @@ class ModelConfig:
         for key in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):  # what a script may have changed
             source[key] = getattr(self, key)
         source.setdefault("architectures", [FAMILIES[self.family].architecture])
+        source.pop("quantization_config", None)
+        if self.quantization is not None:
+            source["quantization_config"] = self.quantization
         return json.dumps(source, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -139,6 +145,7 @@ class Family:
 _LLAMA_NAMES = (
     ("embed_tokens.weight", "model.embed_tokens.weight", False),
     ("layers.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight", False),
+    ("layers.{i}.attention_norm.bias", "model.layers.{i}.input_layernorm.bias", False),
     *(
         row
         for linear, theirs in (
@@ -151,6 +158,7 @@ _LLAMA_NAMES = (
         )
     ),
     ("layers.{i}.mlp_norm.weight", "model.layers.{i}.post_attention_layernorm.weight", False),
+    ("layers.{i}.mlp_norm.bias", "model.layers.{i}.post_attention_layernorm.bias", False),
     ("norm.weight", "model.norm.weight", False),
     ("lm_head.weight", "lm_head.weight", True),
 )
@@ -163,9 +171,37 @@ IGNORED_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")  # in old checkpoints; re
 CHANGES_THE_MATHS = {  # config.json key: (the value under which this decoder is right, why another is refused)
     "hidden_act": ("silu", "the MLP is SwiGLU"),
     "sliding_window": (None, "attention here has no window"),
-    "quantization_config": (None, "quantized weights cannot be read yet"),
     "partial_rotary_factor": (1.0, "the whole head is rotated"),
 }
+
+
+QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the values that can be read
+    "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
+    "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
+}
+
+
+def _quantization(source, path):
+    """quantization_config, checked; None for a model of floats."""
+    found = source.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method not in QUANTIZATIONS:
+        raise UserError(f"{path}: quant_method {method!r} cannot be read; readable are {', '.join(QUANTIZATIONS)}")
+    for key, allowed in QUANTIZATIONS[method].items():
+        if found.get(key) not in allowed:
+            choices = ", ".join(str(a) for a in allowed if a is not None)
+            raise UserError(f"{path}: quantization_config: {key} = {found.get(key)!r}; readable are {choices}")
+    group = found.get("group_size", -1)
+    if not isinstance(group, int) or group == 0 or group < -1:
+        raise UserError(f"{path}: quantization_config: group_size = {group!r}; it must be -1 or positive")
+    for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"):
+        if found.get(key):
+            raise UserError(
+                f"{path}: quantization_config: {key} = {found[key]!r} is not supported: every linear of the blocks, and only these"
+            )
+    return found
 
 
 def _rope_parameters(source, path):
@@ -244,12 +280,13 @@ def document_lengths(position_ids):
 
     A sample is a run of consecutive positions; packed rows restart at 0, a cached step is a run of one.
     """
-    positions = position_ids.numpy()
-    T = positions.shape[1]
-    last = np.ones(positions.shape, bool)
-    last[:, :-1] = positions[:, 1:] != positions[:, :-1] + 1
-    end = np.minimum.accumulate(np.where(last, np.arange(T), T)[:, ::-1], axis=1)[:, ::-1]
-    return paddle.to_tensor(np.take_along_axis(positions, end, axis=1) + 1)
+    T = position_ids.shape[1]
+    places = paddle.arange(T) + paddle.zeros_like(position_ids)  # (B, T)
+    starts = position_ids - places  # the same all along a run
+    goes_on = paddle.concat([starts[:, 1:] == starts[:, :-1], paddle.zeros_like(starts[:, :1], "bool")], axis=1)
+    ends = paddle.where(goes_on, paddle.full_like(places, 1 << 40), places)
+    ends = paddle.cummin(ends.flip(1), axis=1, dtype="int64")[0].flip(1)  # for each token the place of its run's last
+    return paddle.take_along_axis(position_ids, ends, axis=1) + 1
 
 
 def rope_tables(config, position_ids):
@@ -279,6 +316,7 @@ class Linear(nn.Layer):
 
     def __init__(self, n_in, n_out, bias):
         super().__init__()
+        self.n_in, self.n_out = n_in, n_out
         self.weight = self.create_parameter([n_in, n_out])
         self.bias = self.create_parameter([n_out], is_bias=True) if bias else None
 
@@ -286,14 +324,77 @@ class Linear(nn.Layer):
         return kernels.linear(x, self.weight, self.bias)
 
 
+class QuantLinear(nn.Layer):
+    """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
+
+    scheme "w4" or "w8": weights alone, in groups of group_size input rows (-1: one group). scheme "a8w8": weights by
+    output channel, activations rounded as well, by input_scale if static_input, else token by token.
+    """
+
+    def __init__(self, n_in, n_out, scheme, group_size=-1, bias=False, desc_act=False, static_input=False):
+        super().__init__()
+        self.n_in, self.n_out, self.scheme = n_in, n_out, scheme
+        self.group_size = n_in if group_size == -1 else group_size
+        tensors = {"qweight": ([n_in, n_out], "int8"), "scales": ([n_out], "float32")}
+        if scheme == "a8w8":
+            if static_input:
+                tensors["input_scale"] = ([1], "float32")
+        else:
+            per_word, groups = 32 // int(scheme[1:]), -(-n_in // self.group_size)
+            if n_in % per_word or n_out % per_word:
+                raise UserError(
+                    f"a linear of {n_in} x {n_out} cannot be packed to {scheme[1:]} bits: not multiples of {per_word}"
+                )
+            tensors = {"qweight": ([n_in // per_word, n_out], "int32"), "scales": ([groups, n_out], "float32"),
+                       "qzeros": ([groups, n_out // per_word], "int32"), "g_index": ([n_in], "int32")}  # fmt: skip
+        for name, (shape, dtype) in tensors.items():
+            self.register_buffer(name, paddle.zeros(shape, dtype))
+        for name in {"qzeros", "g_index", "input_scale"} - tensors.keys():
+            setattr(self, name, None)
+        if self.g_index is not None:
+            self.g_index.set_value(paddle.arange(n_in, dtype="int32") // self.group_size)
+        self.in_order = not desc_act and n_in % self.group_size == 0  # groups are runs of input rows: no look-up needed
+        self.bias = self.create_parameter([n_out], is_bias=True) if bias else None
+
+    def _group_of_rows(self):
+        return None if self.in_order else self.g_index
+
+    def forward(self, x):
+        return kernels.quant_linear(
+            x, self.qweight, self.scales, self.bias, self.scheme, self.qzeros, self._group_of_rows(), self.input_scale
+        )
+
+    def dequantized(self):
+        """(in, out) float32: the weight that the integers stand for."""
+        if self.scheme == "a8w8":
+            return self.qweight.astype("float32") * self.scales
+        bits = int(self.scheme[1:])
+        return kernels.dequantize(self.qweight, self.scales, bits, self.qzeros, self._group_of_rows())
+
+    def check(self, path, name):
+        """What was read must be what forward() takes it for."""
+        if self.g_index is None:
+            return
+        groups, last = self.g_index.numpy(), self.scales.shape[0] - 1
+        if groups.min() < 0 or groups.max() > last:
+            raise UserError(f"{path}: {name}.g_idx names group {groups.max()}, {name}.scales has 0 to {last}")
+        if self.in_order and not np.array_equal(groups, np.arange(self.n_in) // self.group_size):
+            raise UserError(f"{path}: {name}.g_idx is not in order, but desc_act is false")
+
+
 class RMSNorm(nn.Layer):
     def __init__(self, width, epsilon):
         super().__init__()
         self.weight = self.create_parameter([width], default_initializer=nn.initializer.Constant(1.0))
+        self.bias = None  # quantize.py's shift moves a constant out of the linears into it
         self.epsilon = epsilon
 
     def forward(self, x):
-        return kernels.rms_norm(x, self.weight, self.epsilon)
+        y = kernels.rms_norm(x, self.weight, self.epsilon)
+        return y if self.bias is None else y + self.bias
+
+    def add_bias(self):
+        self.bias = self.create_parameter(self.weight.shape, is_bias=True)
 
 
 class Cache:
@@ -327,12 +428,17 @@ class Attention(nn.Layer):
         self.v_proj = Linear(D, K * Dh, config.attention_bias)
         self.o_proj = Linear(H * Dh, D, config.attention_bias)
 
-    def forward(self, x, cos, sin, rows, past_k, past_v):
-        """x (B, T, D) -> (B, T, D), and all keys and values (B, past + T, K, Dh)."""
+    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None):
+        """x (B, T, D) -> (B, T, D), and all keys and values (B, past + T, K, Dh).
+
+        attend: a function (q, k, v) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
+        """
         B, T, _ = x.shape
         q = kernels.rope(self.q_proj(x).reshape([B, T, -1, self.head_dim]), cos, sin)  # (B, T, H/tp, Dh)
         k = kernels.rope(self.k_proj(x).reshape([B, T, -1, self.head_dim]), cos, sin)  # (B, T, K/tp, Dh)
         v = self.v_proj(x).reshape([B, T, -1, self.head_dim])
+        if attend is not None:
+            return self.o_proj(attend(q, k, v).reshape([B, T, -1])), None, None
         if past_k is not None:
             k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
         return self.o_proj(kernels.attention(q, k, v, rows).reshape([B, T, -1])), k, v
@@ -358,8 +464,8 @@ class Block(nn.Layer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None):
-        mixed, k, v = self.attention(self.attention_norm(x), cos, sin, rows, past_k, past_v)
+    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None):
+        mixed, k, v = self.attention(self.attention_norm(x), cos, sin, rows, past_k, past_v, attend)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), k, v
 
@@ -417,14 +523,21 @@ class CausalLM(nn.Layer):
         return tuple(f.reshape(labels.shape) for f in found) if return_predictions else found.reshape(labels.shape)
 
     def hidden_states(self, input_ids, position_ids=None, rows=None, caches=None):
-        """(B, T, D) after the final norm; arguments as in forward."""
+        """(B, T, D) after the final norm; arguments as in forward.
+
+        caches may also be any object with attend(layer, q, k, v) -> (B, T, H, Dh) and prefix_tokens, which then keeps
+        keys and values itself (serve.py's pool of blocks); position_ids must be given with it.
+        """
         B, T = input_ids.shape
+        paged = caches is not None and not isinstance(caches, Cache)
+        assert not paged or position_ids is not None, "a paged cache does not know the positions"
         if caches is None and self.prefix is not None:
             caches = self.new_cache(B)
-        past, before = (0, 0) if caches is None else (caches.tokens, caches.prefix_tokens)
+        past = 0 if caches is None or paged else caches.tokens
+        before = 0 if caches is None else caches.prefix_tokens
         if position_ids is None:
             position_ids = (paddle.arange(T) + past - before).unsqueeze(0).expand([B, T])
-        if caches is not None:
+        if caches is not None and not paged:
             rows = caches.extend_rows(rows, B, T)
         x = self.embed_tokens(input_ids)
         if self.training and self.neftune_noise_alpha:
@@ -436,6 +549,9 @@ class CausalLM(nn.Layer):
             x.stop_gradient = False  # Paddle's recompute passes gradients to adapters only where an input has one
         cos, sin = rope_tables(self.config, position_ids + before)
         for i, block in enumerate(self.layers):
+            if paged:
+                x, _, _ = block(x, cos, sin, attend=functools.partial(caches.attend, i))
+                continue
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
             if self.recompute and self.training:
                 x = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, rows, *past)
@@ -672,6 +788,7 @@ class Weight:
     name: str
     parameter: paddle.Tensor
     transposed: bool  # theirs is [out, in], ours [in, out]
+    stored: str = "float32"  # numpy dtype on disk; float32 becomes what the folder is saved in
 
     def to_numpy(self, tensor=None):
         """The parameter, or a tensor of its shape (a moment, a gradient), as numpy in their layout; bfloat16 as float32."""
@@ -690,19 +807,43 @@ class Weight:
         return list(self.parameter.shape)[::-1] if self.transposed else list(self.parameter.shape)
 
 
+# The tensors of a QuantLinear: our name, theirs, dtype on disk. (int8 weights lie as [out, in] there, packed ones as here.)
+_QUANTIZED = (("qweight", "qweight", None), ("scales", "scales", None), ("qzeros", "qzeros", "int32"),
+              ("g_index", "g_idx", "int32"), ("input_scale", "input_scale", "float32"))  # fmt: skip
+
+
 def base_weights(model):
     """[Weight] of the base model in the order of its name table; adapters and prefix are not among them."""
-    found = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
+    found = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
     for ours, theirs, transposed in FAMILIES[model.config.family].names:
         for i in range(model.config.num_hidden_layers) if "{i}" in ours else (0,):
-            if (parameter := found.get(ours.format(i=i))) is not None:
-                weights.append(Weight(theirs.format(i=i), parameter, transposed))
+            path, name = ours.format(i=i), theirs.format(i=i)
+            if (parameter := found.get(path)) is not None:
+                weights.append(Weight(name, parameter, transposed))
+            elif path.removesuffix("weight") + "qweight" in found:
+                weights += _quantized_weights(found, path.removesuffix("weight"), name.removesuffix("weight"))
     return weights
+
+
+def _quantized_weights(found, ours, theirs):
+    packed = found[ours + "qweight"].dtype == paddle.int32
+    dtypes = {"qweight": "int32" if packed else "int8", "scales": "float16" if packed else "float32"}
+    return [Weight(theirs + their_name, found[ours + name], name == "qweight" and not packed, dtype or dtypes[name])
+            for name, their_name, dtype in _QUANTIZED if found.get(ours + name) is not None]  # fmt: skip
 
 
 def trainable_weights(model):
     """[Weight] of all that has a gradient: PEFT's names for adapters and prefix, Hugging Face's for the rest."""
+    if (quantization := model.config.quantization) is not None:
+        if quantization["quant_method"] == "a8w8":
+            raise UserError(
+                "the model is quantized to a8w8: rounded activations have no gradient; train the float model"
+            )
+        if not lora_layers(model) and model.prefix is None:
+            raise UserError(
+                "the model is quantized: its weights are integers; train LoRA or a prefix, or the float model"
+            )
     return [w for w in base_weights(model) + adapter_weights(model) if not w.parameter.stop_gradient]
 
 
@@ -723,9 +864,27 @@ def build(config, dtype="float32"):
     try:
         paddle.set_default_dtype(dtype)
         with paddle.LazyGuard():
-            return CausalLM(config)
+            model = CausalLM(config)
+            if config.quantization is not None:
+                _make_room_for_integers(model, config.quantization)
+            return model
     finally:
         paddle.set_default_dtype(before)
+
+
+def _make_room_for_integers(model, quantization):
+    """Linears of the blocks become QuantLinear; after a shift, norms have biases and so have the linears they feed."""
+    weights_alone, shift = quantization["quant_method"] == "gptq", quantization.get("shift", False)
+    for parent, attribute, layer in linears(model).values():
+        shifted = shift and attribute not in ("o_proj", "down_proj")
+        quantized = QuantLinear(layer.n_in, layer.n_out, f"w{quantization['bits']}" if weights_alone else "a8w8",
+                                quantization.get("group_size", -1), layer.bias is not None or shifted, quantization.get("desc_act", False),
+                                quantization.get("activation") == "per_tensor")  # fmt: skip
+        setattr(parent, attribute, quantized)
+    if shift:
+        for block in model.layers:
+            block.attention_norm.add_bias()
+            block.mlp_norm.add_bias()
 
 
 def set_parameter(parameter, array):
@@ -784,14 +943,38 @@ def load_weights(model, path):
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
     for name, weight in weights.items():
-        set_parameter(weight.parameter, weight.from_numpy(found[name][0]()))
+        array = found[name][0]()
+        if weight.stored.startswith("int") != (array.dtype.kind == "i"):
+            raise UserError(f"{path}: {name} is of {array.dtype}; {weight.stored} is needed")
+        set_parameter(weight.parameter, weight.from_numpy(array))
+    for name, (_, _, layer) in linears(model).items():
+        if isinstance(layer, QuantLinear):
+            layer.check(path, name)
 
 
 def from_pretrained(path, dtype="float32"):
-    """A CausalLM from a Hugging Face folder. Peak memory: the model, its largest tensor, and a constant."""
+    """A CausalLM from a Hugging Face folder. Peak memory: the model, its largest tensor, and a constant.
+
+    From an adapter's folder, the base model that it names (which may be an adapter's folder too) with LoRA merged into
+    it, or with the prefix put on.
+    """
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        return _from_adapter(Path(path), dtype)
     model = build(ModelConfig.from_json(path), dtype)
     load_weights(model, path)
     return model
+
+
+def _from_adapter(path, dtype):
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise UserError(f"{path / 'adapter_config.json'}: not a JSON object") from None
+    if not isinstance(base, str) or not Path(base).is_dir() or Path(base).resolve() == path.resolve():
+        raise UserError(
+            f"{path / 'adapter_config.json'}: base_model_name_or_path: {base!r} is not another folder of a model"
+        )
+    return merge(load_adapter(from_pretrained(base, dtype), path))
 
 
 def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
@@ -800,11 +983,12 @@ def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
     path.mkdir(parents=True, exist_ok=True)
     shards, sizes = [{}], [0]
     for w in base_weights(model):
-        size = int(np.prod(w.shape)) * (4 if dtype == "float32" else 2)
+        width = 2 if w.stored == "float32" and dtype != "float32" else np.dtype(w.stored).itemsize
+        size = int(np.prod(w.shape)) * width
         if sizes[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append({})
             sizes.append(0)
-        shards[-1][w.name] = (w.to_numpy, w.shape, np.float32)
+        shards[-1][w.name] = (w.to_numpy, w.shape, w.stored)
         sizes[-1] += size
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -832,7 +1016,9 @@ class LoRALinear(nn.Layer):
 
     def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dora=False):
         super().__init__()
-        n_in, n_out = base.weight.shape
+        n_in, n_out = base.n_in, base.n_out
+        if dora and isinstance(base, QuantLinear):
+            raise UserError("DoRA needs the base model's float weights; this one is quantized")
         self.base, self.dropout = base, dropout
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.enabled = True
@@ -885,6 +1071,10 @@ class LoRALinear(nn.Layer):
     @paddle.no_grad()
     def merged(self):
         """The base layer with the adapter in its weight."""
+        if isinstance(self.base, QuantLinear):
+            raise UserError(
+                "an adapter cannot be merged into quantized weights; merge it into the float model, then quantize"
+            )
         weight = self.base.weight.astype("float32") + self.delta()
         if self.lora_magnitude_vector is not None:
             weight = weight * (self.lora_magnitude_vector / weight.norm(axis=0))
@@ -922,6 +1112,8 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError(f"lora_rank must be at least 1 and lora_dropout in [0, 1): found {rank} and {dropout}")
     if pissa and dora:
         raise UserError("pissa and dora exclude each other: both redefine what the base weight is")
+    if pissa and model.config.quantization is not None:
+        raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found = linears(model)
     targets = FAMILIES[model.config.family].lora_targets if targets in (None, "all-linear", []) else targets
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
@@ -936,7 +1128,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         parent, attribute, layer = found[path]
         lora = LoRALinear(layer, rank, alpha, dropout, rslora, dora)
         generator = np.random.default_rng([seed, zlib.crc32(path.encode())])  # the start depends on seed and name alone
-        bound = math.sqrt(1 / layer.weight.shape[0])
+        bound = math.sqrt(1 / layer.n_in)
         set_parameter(lora.lora_A, generator.uniform(-bound, bound, lora.lora_A.shape).astype(np.float32))
         if pissa:
             lora.start_pissa()

@@ -48,11 +48,41 @@ METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", 
 
 
 @dataclasses.dataclass
-class TrainingArgs:
-    """The keys that every training script has. A script subclasses it once and adds its own."""
+class ScriptArgs:
+    """The keys that every script has. A script that does not train subclasses it once and adds its own."""
 
-    output_dir: str = ""  # where checkpoints, the final model and the log go
+    output_dir: str = ""  # where the script writes to
     overwrite_output_dir: bool = False  # remove the run that output_dir holds
+    seed: int = 42  # of data order, initialisation, dropout, sampling
+    device: str = "auto"  # auto, cpu, gpu, gpu:1, xpu, npu, …
+    kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
+    bf16: bool = False  # compute in bfloat16
+    fp16: bool = False  # compute in float16
+    disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
+    tensor_parallel_degree: int = 1  # the product of the degrees is the number of processes; -1 means 1
+    pipeline_parallel_degree: int = 1
+    sharding_parallel_degree: int = 1
+    sep_parallel_degree: int = 1
+    context_parallel_degree: int = 1
+    expert_parallel_degree: int = 1  # spread over the ranks of the others, so not a factor
+
+    def check(self):
+        """Resolve values that depend on others and refuse those that contradict: UserError. Returns lines to print.
+
+        A script's own Args extends it: `return super().check() + [...]`.
+        """
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed}; it must not be negative")
+        return _check_hardware(self)
+
+
+@dataclasses.dataclass
+class TrainingArgs(ScriptArgs):
+    """The keys that every training script has. A script subclasses it once and adds its own.
+
+    output_dir receives checkpoints, the final model and the log.
+    """
+
     do_train: bool = False  # train
     do_eval: bool = False  # evaluate on the dev data (during training: see evaluation_strategy) and at the end
     do_predict: bool = False  # evaluate on the test data at the end
@@ -80,7 +110,6 @@ class TrainingArgs:
     logging_first_step: bool = False  # and one for the first step
     logging_dir: str | None = None  # where visualdl writes; None: output_dir/vdl_log
     report_to: str | list[str] | None = None  # "visualdl" or "none"
-    disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
     evaluation_strategy: str | None = None  # no, steps, epoch; None: steps if do_eval and eval_steps, else no
     eval_steps: int | None = None  # evaluate every so many steps; None: logging_steps
     max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
@@ -94,27 +123,12 @@ class TrainingArgs:
     ignore_load_lr_and_optim: bool = False  # resume with the weights and the step, but fresh moments
     ignore_save_lr_and_optim: bool = False  # checkpoints without the moments: smaller, no exact resume
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
-    seed: int = 42  # of data order, initialisation, dropout
-    device: str = "auto"  # auto, cpu, gpu, gpu:1, xpu, npu, …
-    kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
-    bf16: bool = False  # compute in bfloat16
-    fp16: bool = False  # compute in float16
     recompute: bool = False  # recompute each block's activations in backward instead of keeping them
     recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
-    tensor_parallel_degree: int = 1  # the product of the degrees is the number of processes; -1 means 1
-    pipeline_parallel_degree: int = 1
-    sharding_parallel_degree: int = 1
-    sep_parallel_degree: int = 1
-    context_parallel_degree: int = 1
-    expert_parallel_degree: int = 1  # spread over the ranks of the others, so not a factor
 
     def check(self):
-        """Resolve values that depend on others and refuse those that contradict: UserError. Returns lines to print.
-
-        A script's own Args extends it: `return super().check() + [...]`.
-        """
         _check_numbers(self)
-        notes = _check_hardware(self)
+        notes = super().check()
         if not self.output_dir:
             raise UserError("output_dir: missing; give the folder to write to")
         if not (self.do_train or self.do_eval or self.do_predict):
@@ -140,7 +154,7 @@ def _check_numbers(args):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"{key}: {getattr(args, key)}; it must be at least 1")
     not_negative = "learning_rate min_learning_rate min_lr lr_end weight_decay max_grad_norm warmup_steps decay_steps"
-    for key in f"{not_negative} num_cycles power seed".split():
+    for key in f"{not_negative} num_cycles power".split():
         if getattr(args, key) is not None and getattr(args, key) < 0:
             raise UserError(f"{key}: {getattr(args, key)}; it must not be negative")
     for key, low in (("warmup_ratio", 0), ("adam_beta1", 0), ("adam_beta2", 0), ("adam_epsilon", 1e-30)):
@@ -175,7 +189,7 @@ def _check_hardware(args):
         found = f"{args.expert_parallel_degree}, but this run has {world} process(es)"
         raise UserError(f"expert_parallel_degree: {found}; set it to 1")
     if world > 1:
-        raise UserError(f"{world} processes were launched; training runs in one so far: start without a launcher")
+        raise UserError(f"{world} processes were launched; scripts run in one so far: start without a launcher")
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
     kind, notes = args.device.split(":")[0], []
@@ -188,7 +202,7 @@ def _check_hardware(args):
         on_cpu = (paddle.device.get_device() if kind == "auto" else kind) == "cpu"
         why = "Paddle's CPU kernels compute in float32 only" if on_cpu else "half precision is not here yet"
         notes.append(f"{half}: {why}, so float32 is used")
-    if args.recompute and args.recompute_granularity != "full":
+    if getattr(args, "recompute", False) and args.recompute_granularity != "full":
         notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
 
@@ -288,6 +302,12 @@ IGNORED = _table([
         search_alpha_max search_scale_min search_scale_max ptq_step shift shift_all_linears shift_sampler shift_step
         smooth smooth_all_linears smooth_sampler smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece
         gptq_step auto_clip awq_step autoclip_step do_quant_debug test_sample"""),
+    ("serve.py always batches continuously, from a pool of blocks", """
+        inference_model block_attn append_attn dynamic_insert avx_model avx_type avx_cachekv_type output_via_mq
+        total_request_num use_fake_parameter export_precache model_prefix model_type"""),
+    ("a key of serve.py", """
+        min_length max_new_tokens decode_strategy total_max_length block_size batch_size data_file output_file port host
+        base_port flask_port title sub_title api_key"""),
     ("a key of ppo.py", """
         global_batch_size global_gen_batch_size global_mini_batch_size per_device_rollout_batch_size
         per_device_logprob_batch_size per_device_reward_batch_size per_device_value_batch_size
@@ -359,15 +379,18 @@ def parse_args(Args, argv=None):
         given[key] = (value, "command line", True)
 
     fields, lines = {}, []
+    of_training = {field.name for field in dataclasses.fields(TrainingArgs)}
     for key, (value, where, text) in given.items():
         if key in kinds:
             fields[key] = _convert(value, kinds[key], f"{where}: {key}", text)
+        elif key in of_training:
+            lines.append(f"ignored: {key}: nothing is trained here")
         elif key in REFUSED and not _harmless(key, value):
             raise UserError(f"{where}: {key}: {value!r}: {REFUSED[key]}")
         elif key in IGNORED or key in REFUSED:
             lines.append(f"ignored: {key}: {IGNORED.get(key) or REFUSED[key]}")
         elif key != "_doc":
-            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED], 1)
+            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *of_training], 1)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     args = Args(**fields)
     lines += args.check()
@@ -502,7 +525,8 @@ ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json 
     *.safetensors.index.json adapter_config.json adapter_model.safetensors pytorch_model*.bin tokenizer.model
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
     eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
-    prefix_projection.safetensors""".split()
+    prefix_projection.safetensors quant_report.json static_config.json prefill.json prefill.pdiparams decode.json
+    decode.pdiparams static.pdiparams""".split()
 
 
 def check_output_dir(args):
@@ -513,16 +537,17 @@ def check_output_dir(args):
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file; a folder is needed")
-    if not args.do_train or args.resume_from_checkpoint:
+    if not getattr(args, "do_train", True) or getattr(args, "resume_from_checkpoint", None):
         return []
     found = sorted({path for pattern in ARTIFACTS for path in folder.glob(pattern)})
     if not found:
         return []
     names = ", ".join(path.name for path in found[:4]) + (", …" if len(found) > 4 else "")
     if not args.overwrite_output_dir:
+        go_on = "resume_from_checkpoint: true to go on with it, " if hasattr(args, "resume_from_checkpoint") else ""
         raise UserError(
             f"output_dir: {folder} holds another run ({names}); set overwrite_output_dir: true to remove it, "
-            "resume_from_checkpoint: true to go on with it, or choose another folder"
+            f"{go_on}or choose another folder"
         )
     if not (folder / "run_args.json").is_file():
         raise UserError(f"output_dir: {folder} holds {names}, but no run of these scripts; choose another folder")
@@ -545,7 +570,7 @@ def prepare_output_dir(args):
         values = dataclasses.asdict(args)
         shown = "arguments: " + " ".join(f"{key}={value!r}" for key, value in values.items())
         print(textwrap.fill(shown, 120, break_long_words=False), flush=True)
-        if args.do_train:
+        if getattr(args, "do_train", True):
             for path in {*old, *folder.glob("tmp-checkpoint-*"), *folder.glob(".*.tmp")}:  # tmp: left by a killed run
                 _remove(path)
             with atomic_file(folder / "run_args.json") as file:

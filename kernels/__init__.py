@@ -28,7 +28,17 @@ import paddle  # noqa: E402
 
 from data import UserError
 
-OPS = ("rms_norm", "rope", "swiglu", "linear", "attention", "linear_cross_entropy", "adamw")
+OPS = (
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "linear",
+    "quant_linear",
+    "attention",
+    "paged_attention",
+    "linear_cross_entropy",
+    "adamw",
+)
 
 _table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
 
@@ -171,6 +181,25 @@ def linear(x, weight, bias=None):
     return _run("linear", x, weight, bias)
 
 
+def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
+    """x @ W + bias with W held as integers; x (..., in) -> (..., out) in x's dtype.
+
+    scheme "w4", "w8" (weights alone; layout of GPTQ tools): qweight (in * bits/32, out) int32 holds the unsigned codes of
+    32/bits consecutive input rows, lowest bits first; scales (groups, out) float32; qzeros (groups, out * bits/32) int32
+    holds zero points less one, packed along out (None: 2^(bits-1), symmetric); g_index (in,) int32 is the group of each
+    input row (None: equal runs in order). W[i, o] = scales[g[i], o] * (code[i, o] - zero[g[i], o]).
+
+    scheme "a8w8": qweight (in, out) int8, scales (out,) float32; x is rounded to int8 too, with input_scale (1,) for all
+    of it, or with its own largest value / 127 per token where input_scale is None. No gradient with respect to x.
+    """
+    return _run("quant_linear", x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
+
+
+def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
+    """(in, out) float32 weights of packed codes; arguments as in quant_linear. Not a fast path: one implementation."""
+    return importlib.import_module("kernels.reference").dequantize(qweight, scales, bits, qzeros, g_index)
+
+
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
     """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), never a [Tq, Tk] matrix of more than a block.
 
@@ -181,6 +210,16 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     A query that sees no key gets zeros. scale defaults to Dh ** -0.5.
     """
     return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes)
+
+
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None):
+    """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180).
+
+    q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the new
+    tokens in place already; block_tables (S, most blocks) int32, query_lengths and context_lengths (S,), numpy: a
+    sequence's context includes its queries, query j stands at context - query + j -> (N, H, Dh).
+    """
+    return _run("paged_attention", q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale)
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):

@@ -4,6 +4,7 @@ Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep 
 compute in blocks, save their inputs only, and compute each block's probabilities again in backward.
 """
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
@@ -18,7 +19,7 @@ def rms_norm(x, weight, epsilon):
 
 
 def rope(x, cos, sin):
-    return _Rope.apply(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if paddle.in_dynamic_mode() else _rotate(x, cos, sin)
 
 
 class _Rope(PyLayer):
@@ -50,10 +51,53 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), bias)
 
 
+# -------------------------------------------------------------------------------------- quantized linears
+
+
+def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
+    if scheme != "a8w8":
+        return linear(x, dequantize(qweight, scales, int(scheme[1:]), qzeros, g_index).astype(x.dtype), bias)
+    h = x.astype("float32")
+    scale = input_scale
+    if scale is None:
+        scale = h.abs().max(-1, keepdim=True).clip(min=1e-8) / 127.0  # (..., 1)
+    codes = paddle.clip(paddle.round(h / scale), -128.0, 127.0)
+    # Integers in float32: sums are exact up to 2^24, past that they are rounded like any float32 product.
+    y = paddle.matmul(codes, qweight.astype("float32")) * scale * scales
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
+    """(in, out) float32 weights of the packed codes; arguments as in kernels.quant_linear."""
+    codes = _unpack(qweight, bits, axis=1)  # (in, out)
+    if qzeros is None:
+        zeros = paddle.full_like(scales, 2.0 ** (bits - 1))
+    else:
+        zeros = paddle.bitwise_and(_unpack(qzeros, bits, axis=2) + 1, paddle.full([1], 2**bits - 1, "int32"))
+        zeros = zeros.astype("float32")
+    groups, n_out = scales.shape
+    if g_index is not None:
+        scales, zeros = scales.index_select(g_index), zeros.index_select(g_index)  # (in, out)
+        return (codes.astype("float32") - zeros) * scales
+    codes = codes.astype("float32").reshape([groups, -1, n_out])
+    return ((codes - zeros.unsqueeze(1)) * scales.unsqueeze(1)).reshape([-1, n_out])
+
+
+def _unpack(packed, bits, axis):
+    """int32 words, each of 32/bits codes along rows (axis 1) or columns (axis 2) -> int32 codes."""
+    shifts = paddle.arange(0, 32, bits, dtype="int32")
+    shifts = shifts.unsqueeze(-1) if axis == 1 else shifts
+    codes = paddle.bitwise_right_shift(packed.unsqueeze(axis), shifts)  # (rows, 32/bits, cols) or (rows, cols, 32/bits)
+    codes = paddle.bitwise_and(codes, paddle.full([1], 2**bits - 1, "int32"))
+    return codes.reshape([-1, packed.shape[1]] if axis == 1 else [packed.shape[0], -1])
+
+
 # ---------------------------------------------------------------------------------------------- attention
 
 
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
+    if not paddle.in_dynamic_mode():
+        return _traced_attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes)
     B, Tq, H, Dh = q.shape
     Tk, K = k.shape[1], k.shape[2]
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
@@ -193,6 +237,23 @@ def _probabilities(q, k, mask, block, scale):
     return p, seen.expand([B, K, rows // (i1 - i0), i1 - i0, 1]).reshape([B, K, rows, 1])
 
 
+def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes):
+    """The same for a graph that export.py traces: no backward, lengths unknown, so all scores [Tq, Tk] at once."""
+    assert causal and alibi_slopes is None and (rows is None or rows.shape[-1] == 1), "not traceable"
+    B, Tq, H, Dh = q.shape
+    Tk, K = k.shape[1], k.shape[2]
+    q_rows = (q * (Dh**-0.5 if scale is None else scale)).reshape([B, Tq, K, -1, Dh]).transpose([0, 2, 3, 1, 4])
+    k_all, v_all = k.transpose([0, 2, 3, 1]).unsqueeze(2), v.transpose([0, 2, 1, 3]).unsqueeze(2)  # (B, K, 1, …)
+    row = paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1)  # (Tq, 1)
+    masked = (paddle.arange(0, Tk, dtype="int32") > row).unsqueeze([0, 1, 2])  # (1, 1, 1, Tq, Tk)
+    if rows is not None:
+        masked = masked | (row >= rows.reshape([B, -1, 1, 1, Tk]))
+    bias = masked.astype("float32") * MASKED
+    p = F.softmax(paddle.matmul(q_rows, k_all) + bias, axis=-1)  # (B, K, H/K, Tq, Tk)
+    seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)
+    return (paddle.matmul(p, v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([B, Tq, H, Dh])
+
+
 # ----------------------------------------------------------------------------------- linear cross-entropy
 
 
@@ -271,3 +332,49 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
     update = (moment1 / (1 - beta1**step)) / (paddle.sqrt(moment2 / (1 - beta2**step)) + epsilon)
     value = parameter.astype("float32")
     parameter.set_value((value * (1 - lr * weight_decay) - update * lr).astype(parameter.dtype))
+
+
+# ---------------------------------------------------------------------------------------- paged attention
+
+
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None):
+    N, H, Dh = q.shape
+    _, block_size, K, _ = k_cache.shape
+    queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
+    tables = np.asarray(block_tables)
+    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
+    assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
+    assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
+    assert tables.shape[1] * block_size >= contexts.max(), f"{tables.shape[1]} blocks of {block_size} for {contexts}"
+    scale = Dh**-0.5 if scale is None else scale
+    first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
+    parts, order = [], []  # outputs, and the rows of q that they belong to
+    if len(decodes):
+        rows = paddle.gather(q, paddle.to_tensor(first[decodes])) if len(decodes) < N else q
+        parts.append(_paged_decode(rows, k_cache, v_cache, tables[decodes], contexts[decodes], scale))
+        order.append(first[decodes])
+    for s in np.flatnonzero(queries > 1):
+        blocks = paddle.to_tensor(tables[s, : -(-contexts[s] // block_size)])
+        k, v = (paddle.gather(c, blocks).reshape([1, -1, K, Dh])[:, : contexts[s]] for c in (k_cache, v_cache))
+        rows = np.arange(first[s], first[s] + queries[s])
+        parts.append(attention(q[first[s] : first[s] + queries[s]].unsqueeze(0), k, v, scale=scale)[0])
+        order.append(rows)
+    if len(parts) == 1:
+        return parts[0]
+    order = np.concatenate(order)
+    return paddle.gather(paddle.concat(parts), paddle.to_tensor(np.argsort(order)))
+
+
+def _paged_decode(q, k_cache, v_cache, tables, contexts, scale):
+    """One query of each of S sequences, as one product padded to the longest: q (S, H, Dh) -> (S, H, Dh)."""
+    S, H, Dh = q.shape
+    _, block_size, K, _ = k_cache.shape
+    width = -(-int(contexts.max()) // block_size)
+    needed = np.arange(width) * block_size < contexts[:, None]
+    blocks = paddle.to_tensor(np.where(needed, tables[:, :width], tables[:, :1]).reshape(-1))  # padding: any own block
+    k, v = (paddle.gather(c, blocks).reshape([S, width * block_size, K, Dh]) for c in (k_cache, v_cache))
+    scores = paddle.matmul(q.reshape([S, K, H // K, Dh]) * scale, k.transpose([0, 2, 3, 1]))  # (S, K, H/K, keys)
+    hidden = np.where(np.arange(width * block_size) < contexts[:, None], 0.0, MASKED).astype(np.float32)
+    bias = paddle.tile(paddle.to_tensor(hidden).reshape([S, 1, 1, -1]), [1, K, H // K, 1])
+    p = F.softmax(scores + bias, axis=-1)
+    return paddle.matmul(p, v.transpose([0, 2, 1, 3])).reshape([S, H, Dh])

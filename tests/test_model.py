@@ -447,7 +447,7 @@ def test_folders_that_are_not_models(make_folder, tmp_path):
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"sliding_window": 4096}, "sliding_window"),
     ({"hidden_act": "gelu"}, "gelu"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"quantization_config": {"bits": 4}}, "quant_method"),
     ({"hidden_size": "32"}, "hidden_size"),
     ({"num_key_value_heads": 3}, "3"),
     ({"num_hidden_layers": 0}, "num_hidden_layers"),

@@ -1,0 +1,230 @@
+"""QuantLinear and quant_linear: layouts, folders of integers, adapters on top of them; adapter folders opened as models.
+
+    python -m pytest tests/test_integers.py            # CPU, a few seconds
+
+How integers are chosen is quantize.py's matter (test_quantize.py); here random ones are held, written and read.
+"""
+import dataclasses
+import json
+
+import numpy as np
+import paddle
+import pytest
+from test_model import build, gradients, inputs, largest, tensor
+
+import kernels
+import model as M
+from data import UserError
+
+IDS = tensor(inputs()[0])
+SCHEMES = {  # name: quantization_config
+    "w4": {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": "gptq"},
+    "w4_groups": {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": False, "checkpoint_format": "gptq"},
+    "w4_short_group": {"quant_method": "gptq", "bits": 4, "group_size": 20, "sym": False, "desc_act": False},
+    "w8_shuffled": {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": True, "desc_act": True, "checkpoint_format": "gptq"},
+    "a8w8": {"quant_method": "a8w8", "bits": 8, "activation": "per_token"},
+    "a8w8_shift": {"quant_method": "a8w8", "bits": 8, "activation": "per_tensor", "shift": True},
+}  # fmt: skip
+
+
+def fill(layer, seed, weight_of=None):
+    """Random integers for one QuantLinear; returns the (in, out) weight that they stand for, by plain numpy."""
+    rng, (n_in, n_out) = np.random.default_rng(seed), (layer.n_in, layer.n_out)
+    if layer.scheme == "a8w8":
+        codes, scales = rng.integers(-127, 128, (n_in, n_out)), rng.uniform(0.5, 1.5, n_out).astype(np.float32) * 0.002
+        M.set_parameter(layer.qweight, codes.astype(np.int8))
+        M.set_parameter(layer.scales, scales)
+        if layer.input_scale is not None:
+            M.set_parameter(layer.input_scale, np.array([0.05], np.float32))
+        return codes * scales
+    bits, groups = int(layer.scheme[1:]), layer.scales.shape[0]
+    per_word, group = 32 // bits, layer.g_index.numpy()
+    if not layer.in_order and n_in % layer.group_size == 0:
+        group = rng.permutation(group).astype(np.int32)
+    codes, zeros = rng.integers(0, 2**bits, (n_in, n_out)), rng.integers(0, 2**bits, (groups, n_out))
+    scales = (rng.uniform(0.5, 1.5, (groups, n_out)) * 0.5 / 2**bits).astype(np.float16).astype(np.float32)
+    words, zero_words = np.zeros((n_in // per_word, n_out), np.uint32), np.zeros((groups, n_out // per_word), np.uint32)
+    for row in range(n_in):
+        words[row // per_word] |= codes[row].astype(np.uint32) << np.uint32(bits * (row % per_word))
+    for column in range(n_out):
+        stored = (zeros[:, column] - 1) % 2**bits  # zero point 0 wraps around to the largest code
+        zero_words[:, column // per_word] |= stored.astype(np.uint32) << np.uint32(bits * (column % per_word))
+    for name, array in (("qweight", words.view(np.int32)), ("qzeros", zero_words.view(np.int32)), ("scales", scales), ("g_index", group)):
+        M.set_parameter(getattr(layer, name), array)
+    return (codes - zeros[group]) * scales[group]
+
+
+def quantized(scheme, case="gqa", seed=0):
+    """A model of random integers, and the float model that it stands for."""
+    plain = build(case)
+    config = dataclasses.replace(plain.config, quantization=SCHEMES[scheme])
+    model, weights = M.build(config), {}
+    for i, (path, (_, _, layer)) in enumerate(M.linears(model).items()):
+        weights[path] = fill(layer, [seed, i])
+    from_plain = {w.name: w for w in M.base_weights(plain)}
+    for w in M.base_weights(model):
+        if w.name in from_plain and w.parameter.dtype == paddle.float32 and "scales" not in w.name:
+            M.set_parameter(w.parameter, from_plain[w.name].parameter.numpy())
+        elif w.name.endswith("bias"):
+            M.set_parameter(w.parameter, np.random.default_rng(7).standard_normal(w.shape).astype(np.float32) * 0.1)
+    for path, (_, _, layer) in M.linears(plain).items():
+        M.set_parameter(layer.weight, weights[path].astype(np.float32))
+    return model.eval(), plain.eval()
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.startswith("w")])
+@pytest.mark.parametrize("case", ["gqa", "bias_tied"])
+def test_integers_stand_for_their_floats(scheme, case):
+    model, plain = quantized(scheme, case)
+    assert largest(model(IDS).numpy(), plain(IDS).numpy()) < 2e-5
+    for (_, _, ours), (_, _, theirs) in zip(M.linears(model).values(), M.linears(plain).values()):
+        assert largest(ours.dequantized().numpy(), theirs.weight.numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a8w8_rounds_activations_and_weights(static):
+    rng = np.random.default_rng(0)
+    layer = M.QuantLinear(24, 7, "a8w8", bias=True, static_input=static)
+    w, x = fill(layer, 3), rng.standard_normal((2, 5, 24)).astype(np.float32)
+    x[0, 0] = 0.0  # a token of nothing
+    M.set_parameter(layer.bias, rng.standard_normal(7).astype(np.float32))
+    scale = 0.05 if static else np.maximum(np.abs(x).max(-1, keepdims=True), 1e-8).astype(np.float64) / 127
+    codes = np.clip(np.round(x.astype(np.float64) / scale), -128, 127)
+    want = codes * scale @ w + layer.bias.numpy()
+    found = layer(tensor(x)).numpy()
+    near_half = np.abs(np.abs(x / scale) % 1 - 0.5).min(-1) < 1e-4  # where float32 may round the other way
+    assert np.abs(found - want)[~near_half].max() < 1e-5 and near_half.mean() < 0.2
+    assert np.abs(codes).max() == (127 if not static else np.abs(codes).max()) and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_folder_of_integers_comes_back_bit_for_bit(scheme, tmp_path):
+    model, _ = quantized(scheme)
+    M.save_pretrained(model, tmp_path / "q", dtype="bfloat16" if scheme == "w4" else "float32", max_shard_bytes=3000)
+    again = M.from_pretrained(tmp_path / "q").eval()
+    for a, b in zip(M.base_weights(model), M.base_weights(again)):
+        assert a.name == b.name and (scheme == "w4" or np.array_equal(a.to_numpy(), b.to_numpy())), a.name
+    if scheme != "w4":
+        assert np.array_equal(model(IDS).numpy(), again(IDS).numpy())
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"] == SCHEMES[scheme]
+    types = {e[0] for f in (tmp_path / "q").glob("*.safetensors") for n, e in M.safetensors_header(f).items() if "qweight" in n}
+    assert types == ({"I8"} if "a8w8" in scheme else {"I32"})
+
+
+def test_nothing_else_is_said_in_a_plain_config(tmp_path):
+    M.save_pretrained(build(), tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("scheme", ["w4_groups", "w8_shuffled"])
+def test_lora_on_integers_learns_as_on_their_floats(scheme):
+    results = []
+    for model in quantized(scheme):
+        M.apply_lora(model, rank=2, alpha=4.0)
+        for i, weight in enumerate(M.adapter_weights(model)):
+            M.set_parameter(weight.parameter, np.random.default_rng([5, i]).standard_normal(weight.parameter.shape).astype(np.float32) * 0.1)
+        losses = model(IDS, labels=IDS).sum()
+        losses.backward()
+        results.append((float(losses), gradients(model)))
+    (a, a_grads), (b, b_grads) = results
+    assert a == pytest.approx(b, rel=1e-6) and a_grads.keys() == b_grads.keys()
+    for name in a_grads:
+        assert largest(a_grads[name], b_grads[name]) < 1e-4 * max(1.0, np.abs(b_grads[name]).max()), name
+
+
+def test_what_integers_cannot_do_is_said():
+    model, _ = quantized("w4")
+    with pytest.raises(UserError, match="LoRA or a prefix"):
+        M.trainable_weights(model)
+    for option in ({"dora": True}, {"pissa": True}):
+        with pytest.raises(UserError, match="quantized"):
+            M.apply_lora(quantized("w4")[0], rank=2, alpha=2.0, **option)
+    with pytest.raises(UserError, match="merge"):
+        M.merge(M.apply_lora(model, rank=2, alpha=2.0))
+    with pytest.raises(UserError, match="no gradient"):
+        M.trainable_weights(M.apply_lora(quantized("a8w8")[0], rank=2, alpha=2.0))
+    with pytest.raises(UserError, match="multiples of 8"):
+        M.QuantLinear(12, 16, "w4")
+
+
+def test_damaged_folders_of_integers_are_refused_by_name(tmp_path):
+    model, _ = quantized("w4_groups")
+    M.save_pretrained(model, tmp_path)
+    tensors = M.read_safetensors(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj."
+    for change, named in (
+        ({name + "g_idx": tensors[name + "g_idx"][::-1].copy()}, "not in order"),
+        ({name + "g_idx": tensors[name + "g_idx"] + 9}, "names group"),
+        ({name + "qweight": tensors[name + "qweight"].astype(np.float32)}, "int32 is needed"),
+        ({name + "scales": tensors[name + "scales"][:1]}, "shape"),
+    ):
+        M.write_safetensors(tmp_path / "model.safetensors", {**tensors, **change})
+        with pytest.raises(UserError, match=named):
+            M.from_pretrained(tmp_path)
+    for key, value in (("quant_method", "awq"), ("bits", 3), ("checkpoint_format", "gptq_v2"), ("group_size", 0), ("lm_head", True)):
+        with pytest.raises(UserError, match=key):
+            M.ModelConfig.from_dict({**model.config.source, "quantization_config": {**SCHEMES["w4_groups"], key: value}})
+
+
+# ------------------------------------------------------------------------------------ folders of adapters
+
+
+def test_an_adapter_folder_opens_as_its_base_with_it(tmp_path):
+    base = build()
+    M.save_pretrained(base, tmp_path / "base")
+    first = M.apply_lora(build(), rank=2, alpha=4.0)
+    for w in M.adapter_weights(first):
+        M.set_parameter(w.parameter, np.random.default_rng(1).standard_normal(w.parameter.shape).astype(np.float32) * 0.2)
+    M.save_adapter(first, tmp_path / "first", tmp_path / "base")
+    opened = M.from_pretrained(tmp_path / "first")
+    assert not M.lora_layers(opened), "merged"
+    assert 1e-7 < largest(opened(IDS).numpy(), base(IDS).numpy()) and largest(opened(IDS).numpy(), first.eval()(IDS).numpy()) < 1e-4
+    second = M.apply_prefix(opened, tokens=3)
+    M.save_adapter(second, tmp_path / "second", tmp_path / "first")
+    assert largest(M.from_pretrained(tmp_path / "second")(IDS).numpy(), second(IDS).numpy()) < 1e-5
+    (tmp_path / "lost").mkdir()
+    for base_name in (None, "nowhere", str(tmp_path / "lost")):
+        (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base_name}))
+        with pytest.raises(UserError, match="base_model_name_or_path"):
+            M.from_pretrained(tmp_path / "lost")
+
+
+# ------------------------------------------------------------------------- caches that keep keys themselves
+
+
+def test_a_cache_that_attends_by_itself_gives_the_same_logits():
+    """Two sequences flattened to one row, in steps, over a pool of blocks: the door that serve.py's engine uses."""
+    model, ids = build().eval(), inputs()[0]
+    c, size = model.config, 4
+
+    class Pool:
+        prefix_tokens = 0
+
+        def __init__(self):
+            shape = [16, size, c.num_key_value_heads, c.head_dim]
+            self.k, self.v = ([paddle.zeros(shape) for _ in model.layers] for _ in "kv")
+            self.tables = np.array([[3, 9, 1, 4], [8, 2, 7, 0]], np.int32)
+
+        def attend(self, layer, q, k, v):
+            for pool, new in ((self.k[layer], k), (self.v[layer], v)):
+                at = 0
+                for s, (start, stop) in enumerate(self.spans):
+                    for position in range(start, stop):
+                        pool[int(self.tables[s, position // size]), position % size] = new[0, at]
+                        at += 1
+            lengths = [stop - start for start, stop in self.spans]
+            return kernels.paged_attention(q[0], self.k[layer], self.v[layer], self.tables, np.array(lengths), np.array([e for _, e in self.spans])).unsqueeze(0)
+
+    pool, found = Pool(), [[], []]
+    for pool.spans in (((0, 5), (0, 1)), ((5, 6), (1, 8)), ((6, 12), (8, 9))):
+        step = np.concatenate([ids[s, a:b] for s, (a, b) in enumerate(pool.spans)])[None]
+        positions = np.concatenate([np.arange(a, b) for a, b in pool.spans])[None]
+        x = model.hidden_states(tensor(step), tensor(positions), caches=pool)
+        head = model.embed_tokens.weight.T if model.lm_head is None else model.lm_head.weight
+        logits = kernels.linear(x, head)[0].numpy()
+        cut = pool.spans[0][1] - pool.spans[0][0]
+        found[0].append(logits[:cut])
+        found[1].append(logits[cut:])
+    whole = model(tensor(ids)).numpy()
+    assert largest(np.concatenate(found[0]), whole[0, :12]) < 1e-5 and largest(np.concatenate(found[1]), whole[1, :9]) < 1e-5
