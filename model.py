@@ -280,13 +280,12 @@ def document_lengths(position_ids):
 
     A sample is a run of consecutive positions; packed rows restart at 0, a cached step is a run of one.
     """
-    T = position_ids.shape[1]
-    places = paddle.arange(T) + paddle.zeros_like(position_ids)  # (B, T)
+    places = (position_ids * 0 + 1).cumsum(1)  # (B, T)
     starts = position_ids - places  # the same all along a run
-    goes_on = paddle.concat([starts[:, 1:] == starts[:, :-1], paddle.zeros_like(starts[:, :1], "bool")], axis=1)
-    ends = paddle.where(goes_on, paddle.full_like(places, 1 << 40), places)
+    goes_on = paddle.concat([starts[:, 1:] == starts[:, :-1], starts[:, :1] != starts[:, :1]], axis=1)
+    ends = paddle.where(goes_on, places + (1 << 40), places)
     ends = paddle.cummin(ends.flip(1), axis=1, dtype="int64")[0].flip(1)  # for each token the place of its run's last
-    return paddle.take_along_axis(position_ids, ends, axis=1) + 1
+    return starts + ends + 1
 
 
 def rope_tables(config, position_ids):
@@ -433,15 +432,14 @@ class Attention(nn.Layer):
 
         attend: a function (q, k, v) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
         """
-        B, T, _ = x.shape
-        q = kernels.rope(self.q_proj(x).reshape([B, T, -1, self.head_dim]), cos, sin)  # (B, T, H/tp, Dh)
-        k = kernels.rope(self.k_proj(x).reshape([B, T, -1, self.head_dim]), cos, sin)  # (B, T, K/tp, Dh)
-        v = self.v_proj(x).reshape([B, T, -1, self.head_dim])
+        q = kernels.rope(self.q_proj(x).reshape([0, 0, -1, self.head_dim]), cos, sin)  # (B, T, H/tp, Dh); 0 keeps a dim
+        k = kernels.rope(self.k_proj(x).reshape([0, 0, -1, self.head_dim]), cos, sin)  # (B, T, K/tp, Dh)
+        v = self.v_proj(x).reshape([0, 0, -1, self.head_dim])
         if attend is not None:
-            return self.o_proj(attend(q, k, v).reshape([B, T, -1])), None, None
+            return self.o_proj(attend(q, k, v).reshape([0, 0, -1])), None, None
         if past_k is not None:
             k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
-        return self.o_proj(kernels.attention(q, k, v, rows).reshape([B, T, -1])), k, v
+        return self.o_proj(kernels.attention(q, k, v, rows).reshape([0, 0, -1])), k, v
 
 
 class MLP(nn.Layer):
@@ -657,18 +655,16 @@ def read_safetensors(path):
     return {name: read_tensor(path, entry) for name, entry in safetensors_header(path).items()}
 
 
-def write_safetensors(path, tensors, metadata=None, dtype=None):
+def write_safetensors(path, tensors, metadata=None):
     """Write {name: array, or a function that returns it} to `path`, atomically, one tensor in memory at a time.
 
-    With functions, the value is (function, shape, numpy dtype). dtype "bfloat16" or "float16" converts float32 tensors.
+    With functions, the value is (function, shape, dtype); "bfloat16" and "float16" convert what the function returns.
     """
     names = {np.dtype(v): k for k, v in _SAFETENSORS.items() if k != "BF16"}
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, value in tensors.items():
-        shape, kind = (value[1], np.dtype(value[2])) if isinstance(value, tuple) else (value.shape, value.dtype)
-        code = names[kind]
-        if dtype in ("bfloat16", "float16") and code == "F32":
-            code = "BF16" if dtype == "bfloat16" else "F16"
+        shape, kind = value[1:] if isinstance(value, tuple) else (value.shape, value.dtype)
+        code = "BF16" if kind == "bfloat16" else names[np.dtype(kind)]
         size = int(np.prod(shape)) * np.dtype(_SAFETENSORS[code]).itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
@@ -788,7 +784,7 @@ class Weight:
     name: str
     parameter: paddle.Tensor
     transposed: bool  # theirs is [out, in], ours [in, out]
-    stored: str = "float32"  # numpy dtype on disk; float32 becomes what the folder is saved in
+    stored: str | None = None  # dtype on disk; None: the one that the folder is saved in
 
     def to_numpy(self, tensor=None):
         """The parameter, or a tensor of its shape (a moment, a gradient), as numpy in their layout; bfloat16 as float32."""
@@ -944,8 +940,9 @@ def load_weights(model, path):
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
     for name, weight in weights.items():
         array = found[name][0]()
-        if weight.stored.startswith("int") != (array.dtype.kind == "i"):
-            raise UserError(f"{path}: {name} is of {array.dtype}; {weight.stored} is needed")
+        stored = weight.stored or "float32"
+        if stored.startswith("int") != (array.dtype.kind == "i"):
+            raise UserError(f"{path}: {name} is of {array.dtype}; {stored} is needed")
         set_parameter(weight.parameter, weight.from_numpy(array))
     for name, (_, _, layer) in linears(model).items():
         if isinstance(layer, QuantLinear):
@@ -983,18 +980,19 @@ def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
     path.mkdir(parents=True, exist_ok=True)
     shards, sizes = [{}], [0]
     for w in base_weights(model):
-        width = 2 if w.stored == "float32" and dtype != "float32" else np.dtype(w.stored).itemsize
+        stored = w.stored or dtype
+        width = 2 if stored == "bfloat16" else np.dtype(stored).itemsize
         size = int(np.prod(w.shape)) * width
         if sizes[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append({})
             sizes.append(0)
-        shards[-1][w.name] = (w.to_numpy, w.shape, w.stored)
+        shards[-1][w.name] = (w.to_numpy, w.shape, stored)
         sizes[-1] += size
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        write_safetensors(path / name, shard, dtype=dtype)
+        write_safetensors(path / name, shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: f for f, s in zip(names, shards) for n in s}}
         with atomic_file(path / "model.safetensors.index.json") as file:

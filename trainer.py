@@ -526,7 +526,7 @@ ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json 
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
     eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
     prefix_projection.safetensors quant_report.json static_config.json prefill.json prefill.pdiparams decode.json
-    decode.pdiparams static.pdiparams""".split()
+    decode.pdiparams static.pdiparams prefix.safetensors vocab.json merges.txt chat_template.jinja""".split()
 
 
 def check_output_dir(args):
@@ -929,6 +929,7 @@ class Log:
     """The log of a run: a tqdm bar or plain lines, metrics.jsonl, eval_metrics.jsonl, curves.png, visualdl if asked.
 
         log = Log(args, total, state)            # drops lines of an earlier attempt that lie after state.step
+        log.add({"sft_loss": 0.3})               # a micro-batch's part of further figures of the step that is being made
         log.step(state, loss=, lr=, grad_norm=, tokens=, seconds=)    # after every step; state.step counts it already
         log.evaluation(state.step, metrics); log.say("text"); log.close()
 
@@ -942,6 +943,7 @@ class Log:
             self.utilisation = flops_per_token / peak_flops
         self.window = collections.deque(maxlen=50)  # (tokens, seconds) of the last steps
         self.since = 0  # steps since the last line
+        self.figures = {}  # of the step that is being made, see add()
         for name in ("metrics.jsonl", "eval_metrics.jsonl"):
             _keep_lines(self.folder / name, lambda row: row["step"] <= state.step)
         self.writer = self._visualdl() if "visualdl" in (args.report_to or ()) else None
@@ -955,10 +957,16 @@ class Log:
             raise UserError("report_to: visualdl is not installed: pip install visualdl") from None
         return LogWriter(logdir=self.args.logging_dir or str(self.folder / "vdl_log"))
 
+    def add(self, figures):
+        """Further figures for the line of the step that is being made; those of its micro-batches are summed."""
+        for name, value in figures.items():
+            self.figures[name] = self.figures.get(name, 0.0) + value
+
     def step(self, state, loss, lr, grad_norm, tokens, seconds):
         """Count a step; at logging steps (and the last) write its line: its own loss, lr, grad_norm, not means."""
         self.window.append((tokens, seconds))
         self.since += 1
+        added, self.figures = self.figures, {}
         recent = list(self.window)[-self.since :]
         speed = sum(t for t, _ in recent) / max(1e-9, sum(s for _, s in recent))
         eta = (self.total - state.step) * sum(s for _, s in self.window) / len(self.window)
@@ -982,6 +990,7 @@ class Log:
         }
         if self.utilisation:
             row["mfu"] = round(speed * self.utilisation, 4)
+        row.update(added)
         state.log_history = (state.log_history + [row])[-20:]
         _append_line(self.folder / "metrics.jsonl", row)
         self._report("train", row)
@@ -989,7 +998,7 @@ class Log:
             mfu = f" | mfu {100 * row['mfu']:.1f} %" if self.utilisation else ""
             done, left = 100 * state.step / self.total, datetime.timedelta(seconds=round(eta))
             figures = f"loss {loss:.4f} | lr {lr:.3e} | grad_norm {grad_norm:.3f} | {speed:,.0f} tokens/s{mfu}"
-            rest = f"eta {left} | peak {row['peak_memory_gb']:.2f} GB"
+            rest = " | ".join(filter(None, [f"eta {left} | peak {row['peak_memory_gb']:.2f} GB", shown(added)]))
             print(f"step {state.step}/{self.total} ({done:.1f} %) | {figures} | {rest}", flush=True)
 
     def evaluation(self, step, metrics):

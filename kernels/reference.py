@@ -4,6 +4,8 @@ Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep 
 compute in blocks, save their inputs only, and compute each block's probabilities again in backward.
 """
 
+import functools
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -38,7 +40,9 @@ class _Rope(PyLayer):
 
 def _rotate(x, cos, sin):
     half, heads = x.shape[-1] // 2, x.shape[2]
-    cos, sin = (paddle.tile(t[..., :half], [1, 1, heads, 1]) for t in (cos, sin))  # faster than broadcasting on the CPU
+    cos, sin = cos[..., :half], sin[..., :half]
+    if heads > 0:  # not known (-1) in a graph that export.py traces
+        cos, sin = (paddle.tile(t, [1, 1, heads, 1]) for t in (cos, sin))  # faster than broadcasting on the CPU
     a, b = x[..., :half], x[..., half:]  # (B, T, heads, Dh/2)
     return paddle.concat([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -239,19 +243,18 @@ def _probabilities(q, k, mask, block, scale):
 
 def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes):
     """The same for a graph that export.py traces: no backward, lengths unknown, so all scores [Tq, Tk] at once."""
-    assert causal and alibi_slopes is None and (rows is None or rows.shape[-1] == 1), "not traceable"
-    B, Tq, H, Dh = q.shape
-    Tk, K = k.shape[1], k.shape[2]
-    q_rows = (q * (Dh**-0.5 if scale is None else scale)).reshape([B, Tq, K, -1, Dh]).transpose([0, 2, 3, 1, 4])
+    assert causal and alibi_slopes is None and (rows is None or rows.shape[1::2] == [1, 1]), "not traceable"
+    (Tk, K), Tq, Dh = paddle.shape(k)[1:3], paddle.shape(q)[1], q.shape[3]
+    q_rows = (q * (Dh**-0.5 if scale is None else scale)).reshape([0, 0, K, -1, Dh]).transpose([0, 2, 3, 1, 4])
     k_all, v_all = k.transpose([0, 2, 3, 1]).unsqueeze(2), v.transpose([0, 2, 1, 3]).unsqueeze(2)  # (B, K, 1, …)
     row = paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1)  # (Tq, 1)
     masked = (paddle.arange(0, Tk, dtype="int32") > row).unsqueeze([0, 1, 2])  # (1, 1, 1, Tq, Tk)
     if rows is not None:
-        masked = masked | (row >= rows.reshape([B, -1, 1, 1, Tk]))
+        masked = masked | (row >= rows.transpose([0, 1, 3, 2]).unsqueeze(2))  # (B, 1, 1, Tq, Tk)
     bias = masked.astype("float32") * MASKED
     p = F.softmax(paddle.matmul(q_rows, k_all) + bias, axis=-1)  # (B, K, H/K, Tq, Tk)
     seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)
-    return (paddle.matmul(p, v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([B, Tq, H, Dh])
+    return (paddle.matmul(p, v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([0, 0, -1, Dh])
 
 
 # ----------------------------------------------------------------------------------- linear cross-entropy
@@ -347,10 +350,12 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
     assert tables.shape[1] * block_size >= contexts.max(), f"{tables.shape[1]} blocks of {block_size} for {contexts}"
     scale = Dh**-0.5 if scale is None else scale
+    if N == len(queries):
+        return _paged_decode(q, k_cache, v_cache, tables, contexts, scale)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
     parts, order = [], []  # outputs, and the rows of q that they belong to
     if len(decodes):
-        rows = paddle.gather(q, paddle.to_tensor(first[decodes])) if len(decodes) < N else q
+        rows = paddle.gather(q, paddle.to_tensor(first[decodes]))
         parts.append(_paged_decode(rows, k_cache, v_cache, tables[decodes], contexts[decodes], scale))
         order.append(first[decodes])
     for s in np.flatnonzero(queries > 1):
@@ -369,12 +374,27 @@ def _paged_decode(q, k_cache, v_cache, tables, contexts, scale):
     """One query of each of S sequences, as one product padded to the longest: q (S, H, Dh) -> (S, H, Dh)."""
     S, H, Dh = q.shape
     _, block_size, K, _ = k_cache.shape
-    width = -(-int(contexts.max()) // block_size)
-    needed = np.arange(width) * block_size < contexts[:, None]
-    blocks = paddle.to_tensor(np.where(needed, tables[:, :width], tables[:, :1]).reshape(-1))  # padding: any own block
-    k, v = (paddle.gather(c, blocks).reshape([S, width * block_size, K, Dh]) for c in (k_cache, v_cache))
-    scores = paddle.matmul(q.reshape([S, K, H // K, Dh]) * scale, k.transpose([0, 2, 3, 1]))  # (S, K, H/K, keys)
-    hidden = np.where(np.arange(width * block_size) < contexts[:, None], 0.0, MASKED).astype(np.float32)
-    bias = paddle.tile(paddle.to_tensor(hidden).reshape([S, 1, 1, -1]), [1, K, H // K, 1])
-    p = F.softmax(scores + bias, axis=-1)
-    return paddle.matmul(p, v.transpose([0, 2, 1, 3])).reshape([S, H, Dh])
+    rows, bias = _decode_plan(tables.astype(np.int32).tobytes(), contexts.tobytes(), block_size, K, H // K)
+    k, v = (paddle.gather(c.reshape([-1, Dh]), rows).reshape([S, K, -1, Dh]) for c in (k_cache, v_cache))
+    scores = paddle.matmul(q.reshape([S, K, H // K, Dh]) * scale, k, transpose_y=True)  # (S, K, H/K, keys)
+    p = F.softmax(scores if bias is None else scores + bias, axis=-1)
+    return paddle.matmul(p, v).reshape([S, H, Dh])
+
+
+@functools.lru_cache(maxsize=1)
+def _decode_plan(tables, contexts, block_size, K, G):
+    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys), and what to add to scores (S, K, G, keys), or None.
+
+    Row by row of one head each, since a transposed copy of the keys costs far more. The same for all layers of a step:
+    tables (S, blocks) int32 and contexts (S,) int64 come as bytes, which can be compared with the last call's.
+    """
+    contexts = np.frombuffer(contexts, np.int64)
+    tables = np.frombuffer(tables, np.int32).reshape(len(contexts), -1)
+    keys = np.arange(contexts.max())
+    hidden = keys >= contexts[:, None]  # (S, keys)
+    blocks = np.where(hidden, tables[:, :1], tables[:, keys // block_size])  # behind the end any block of its own
+    rows = (blocks * block_size + keys % block_size)[:, None].astype(np.int64) * K + np.arange(K)[:, None]
+    if not hidden.any():
+        return paddle.to_tensor(rows.reshape(-1)), None
+    bias = np.broadcast_to(np.where(hidden, np.float32(MASKED), np.float32(0.0))[:, None, None], (len(contexts), K, G, len(keys)))
+    return paddle.to_tensor(rows.reshape(-1)), paddle.to_tensor(np.ascontiguousarray(bias))

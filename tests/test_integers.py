@@ -26,6 +26,8 @@ SCHEMES = {  # name: quantization_config
     "a8w8_shift": {"quant_method": "a8w8", "bits": 8, "activation": "per_tensor", "shift": True},
 }  # fmt: skip
 
+ROUNDED = ("w4", "a8w8")  # what else is in the folder is saved in bfloat16
+
 
 def fill(layer, seed, weight_of=None):
     """Random integers for one QuantLinear; returns the (in, out) weight that they stand for, by plain numpy."""
@@ -100,16 +102,19 @@ def test_a8w8_rounds_activations_and_weights(static):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_folder_of_integers_comes_back_bit_for_bit(scheme, tmp_path):
     model, _ = quantized(scheme)
-    M.save_pretrained(model, tmp_path / "q", dtype="bfloat16" if scheme == "w4" else "float32", max_shard_bytes=3000)
+    M.save_pretrained(model, tmp_path / "q", dtype="bfloat16" if scheme in ROUNDED else "float32", max_shard_bytes=3000)
     again = M.from_pretrained(tmp_path / "q").eval()
     for a, b in zip(M.base_weights(model), M.base_weights(again)):
-        assert a.name == b.name and (scheme == "w4" or np.array_equal(a.to_numpy(), b.to_numpy())), a.name
-    if scheme != "w4":
+        assert a.name == b.name and (scheme in ROUNDED or np.array_equal(a.to_numpy(), b.to_numpy())), a.name
+    if scheme not in ROUNDED:
         assert np.array_equal(model(IDS).numpy(), again(IDS).numpy())
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["quantization_config"] == SCHEMES[scheme]
-    types = {e[0] for f in (tmp_path / "q").glob("*.safetensors") for n, e in M.safetensors_header(f).items() if "qweight" in n}
-    assert types == ({"I8"} if "a8w8" in scheme else {"I32"})
+    header = [entry for f in (tmp_path / "q").glob("*.safetensors") for entry in M.safetensors_header(f).items()]
+    types = {kind: {e[0] for n, e in header if n.endswith(kind)} for kind in ("qweight", ".scales", "norm.weight")}
+    norms = {"BF16"} if scheme in ROUNDED else {"F32"}
+    of_integers = ({"I8"}, {"F32"}) if "a8w8" in scheme else ({"I32"}, {"F16"})
+    assert tuple(types.values()) == (*of_integers, norms), "scales keep their precision whatever the rest is saved in"
 
 
 def test_nothing_else_is_said_in_a_plain_config(tmp_path):

@@ -1,0 +1,505 @@
+"""Export: a checkpoint becomes a plain Hugging Face folder, or two static graphs that run without this code.
+
+    python export.py configs/llama_hf.json                               # any key again as --key value
+    python export.py configs/llama_static.json --model_name_or_path checkpoints/llama_gptq
+
+In: a Hugging Face folder (safetensors or .bin, whole or in shards), a quantized folder, an adapter's folder (LoRA is merged
+into its base), and another adapter on top by lora_path or prefix_path.
+
+--format hf      config.json, model*.safetensors of at most max_shard_size in save_dtype, tokenizer. Integers of a quantized
+                 model stay integers (save_dtype is for the rest); dequantize: true makes floats of them.
+--format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs), static_config.json,
+                 tokenizer, and prefix.safetensors with a trained prefix: all that serve.py --mode static needs. float32.
+    prefill   input_ids, position_ids (B, T) int64, rows (B, 1, T, 1) int32 -> logits (B, V) of the last position, then
+              keys of every layer and values of every layer (B, T, K, Dh)
+    decode    the same of T new tokens (one, when text is generated), rows (B, 1, C + T, 1), then keys and values
+              (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
+    B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind a
+    prefix, its keys and values are the first C and positions count on from it.
+
+Every export is written aside, loaded again from there and its logits compared with those of the model in memory; only then
+does it take its place in output_dir, the file that marks it complete last. Not here: formats of other programs.
+"""
+
+import dataclasses
+import filecmp
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import kernels  # before paddle: it silences what paddle says while it is imported
+
+# isort: split
+import paddle
+from paddle import nn
+from paddle.static import InputSpec
+
+import trainer
+from data import MODEL_FILES, UserError, load_chat_template, load_tokenizer
+from model import (
+    Cache,
+    Linear,
+    QuantLinear,
+    atomic_file,
+    base_weights,
+    from_bfloat16,
+    from_pretrained,
+    linears,
+    load_adapter,
+    lora_layers,
+    merge,
+    read_safetensors,
+    save_pretrained,
+    set_parameter,
+    to_bfloat16,
+    write_safetensors,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+STATIC_FORMAT = 1  # of static_config.json; serve.py reads this one
+BPE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "merges.txt", "chat_template.json", "chat_template.jinja")  # fmt: skip
+NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden
+
+
+@dataclasses.dataclass
+class Args(trainer.ScriptArgs):
+    model_name_or_path: str = ""  # folder of the model, or of an adapter
+    lora_path: str | None = None  # a LoRA to merge into it
+    prefix_path: str | None = None  # a prefix to put before it; format static only
+    tokenizer_name_or_path: str | None = None  # folder of the tokenizer; None: with the adapter or the model
+    chat_template: str | None = None  # as in finetune.py; None: the tokenizer's own
+    output_path: str | None = None  # upstream's name of output_dir
+    format: str = "hf"  # hf or static
+    save_dtype: str | None = None  # format hf: float32, bfloat16 or float16; None: the one that config.json names
+    dtype: str | None = None  # upstream's name of save_dtype
+    max_shard_size: str = "5GB"  # format hf: most bytes of one file, in B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB
+    dequantize: bool = False  # floats instead of the integers of a quantized model
+
+    def check(self):
+        for ours, theirs in (("output_dir", "output_path"), ("save_dtype", "dtype")):
+            given = getattr(self, theirs)
+            if given and getattr(self, ours) not in ("", None, given):
+                raise UserError(f"{theirs}: {given!r}, but {ours} is {getattr(self, ours)!r}; give one")
+            setattr(self, ours, getattr(self, ours) or given)
+            setattr(self, theirs, None)
+        for key in ("model_name_or_path", "output_dir"):
+            if not getattr(self, key):
+                raise UserError(f"{key}: missing")
+        if self.format not in ("hf", "static"):
+            raise UserError(f"format: {self.format!r}; possible are hf and static")
+        if self.save_dtype not in (None, *DTYPES):
+            raise UserError(f"save_dtype: {self.save_dtype!r}; possible are {', '.join(DTYPES)}")
+        if self.lora_path and self.prefix_path:
+            raise UserError("lora_path and prefix_path are both given; choose one")
+        if self.prefix_path and self.format == "hf":
+            raise UserError("prefix_path: a Hugging Face folder cannot hold a prefix; use format: static")
+        for key in ("model_name_or_path", "lora_path", "prefix_path", "tokenizer_name_or_path"):
+            if getattr(self, key) and not Path(getattr(self, key)).is_dir():
+                raise UserError(f"{key}: {getattr(self, key)}: no such folder")
+        parse_size(self.max_shard_size)
+        notes = super().check()
+        if self.format == "static" and self.save_dtype not in (None, "float32"):
+            notes.append(f"save_dtype: {self.save_dtype}: static graphs compute in float32, so float32 is used")
+        return notes
+
+
+def parse_size(text):
+    """ "200MB" -> bytes; units as transformers has them: KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if found and not (found[3] and not found[2]):
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " "))
+    if size < 1:
+        raise UserError(f'max_shard_size: {text!r} is not a size such as "5GB" or "200MB"')
+    return size
+
+
+# ================================================================================================== what is read
+
+
+def base_folders(path):
+    """The folder of the model, then, for an adapter's folder, the one that it names as its base, and so on."""
+    folders = [Path(path)]
+    while (file := folders[-1] / "adapter_config.json").is_file() and not (folders[-1] / "config.json").is_file():
+        try:
+            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            break  # from_pretrained says what is wrong with it
+        if not isinstance(base, str) or Path(base) in folders:
+            break
+        folders.append(Path(base))
+    return folders
+
+
+def load_model(args, tokenizer):
+    """The model, its adapters merged, its prefix put on; LoRA on integers stays beside them (format static only)."""
+    model = from_pretrained(args.model_name_or_path)
+    if args.dequantize:
+        dequantize(model, args.model_name_or_path)
+    if path := args.lora_path or args.prefix_path:
+        load_adapter(model, path)
+        if bool(lora_layers(model)) != bool(args.lora_path):
+            holds, key = ("LoRA", "lora_path") if args.prefix_path else ("a prefix", "prefix_path")
+            raise UserError(f"{path}: holds {holds}; give it as {key}")
+        if model.config.quantization is None:
+            merge(model)
+        elif args.lora_path and args.format == "hf":
+            raise UserError(
+                f"lora_path: {path}: LoRA cannot be merged into integers; add dequantize: true, or use format: static"
+            )
+    if args.format == "hf" and model.prefix is not None:
+        raise UserError(f"{args.model_name_or_path}: a Hugging Face folder cannot hold its prefix; use format: static")
+    if tokenizer is not None:
+        trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    model.eval()
+    return model
+
+
+def open_tokenizer(args):
+    """(Tokenizer, its folder): the one given, else the adapter's, the model's, or that of the model under the adapter.
+
+    Format hf copies files that data.py cannot read (BPE) as they are: then it is (None, folder).
+    """
+    given = [args.tokenizer_name_or_path] if args.tokenizer_name_or_path else []
+    folders = given or [*filter(None, [args.lora_path, args.prefix_path]), *base_folders(args.model_name_or_path)]
+    for folder in map(Path, folders):
+        if any((folder / name).is_file() for name in MODEL_FILES) or args.format == "static" and given:
+            tokenizer = load_tokenizer(folder)
+            if args.chat_template is not None:
+                tokenizer.chat_template = load_chat_template(args.chat_template)
+            return tokenizer, folder
+        if args.format == "hf" and (folder / "tokenizer.json").is_file():
+            return None, folder
+    raise UserError(f"no tokenizer.model in {', '.join(map(str, folders))}; give tokenizer_name_or_path")
+
+
+def write_tokenizer(tokenizer, source, folder):
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        return
+    for name in BPE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def dequantize(model, path):
+    """Every QuantLinear of the model becomes a Linear of the floats that its integers stand for."""
+    if model.config.quantization is None:
+        raise UserError(f"dequantize: {path} is not quantized")
+    if model.config.quantization.get("shift"):
+        raise UserError(f"dequantize: {path} was shifted: its norms have biases, which a float Llama has not")
+    for parent, attribute, layer in linears(model).values():
+        if isinstance(layer, QuantLinear):
+            plain = Linear(layer.n_in, layer.n_out, layer.bias is not None)
+            plain.weight.set_value(layer.dequantized())
+            if layer.bias is not None:
+                plain.bias.set_value(layer.bias)
+            setattr(parent, attribute, plain)
+    source = {key: value for key, value in model.config.source.items() if key != "quantization_config"}
+    model.config = dataclasses.replace(model.config, quantization=None, source=source)
+
+
+def saved_dtype(args, config):
+    """What format hf stores floats in."""
+    named = args.save_dtype or config.source.get("dtype") or config.source.get("torch_dtype")
+    return named if named in DTYPES else "float32"
+
+
+# ========================================================================================== logits to compare
+
+
+def probe(model):
+    """A ragged batch, padded on the left, with four more tokens to decode: ids (3, T + 4), mask (3, T)."""
+    room = max_model_len(model)
+    if room < 6:
+        raise UserError(f"the model has room for {room} tokens: too few to check an export with")
+    most = min(room, 28)
+    generator, T = np.random.default_rng(0), most - 4
+    mask = np.arange(T) >= T - np.array([[T], [1 + T // 4], [1 + T // 2]])
+    return generator.integers(0, model.config.vocab_size, (3, most)), mask.astype(np.int64)
+
+
+def max_model_len(model):
+    """Tokens of prompt and reply together; dynamic positions go on past the trained ones."""
+    config = model.config
+    factor = config.rope["factor"] if config.rope["rope_type"] == "dynamic" else 1
+    return int(config.max_position_embeddings * factor) - (model.prefix.tokens if model.prefix is not None else 0)
+
+
+@paddle.no_grad()
+def dynamic_logits(model, ids, mask):
+    """(3, 5, V) float32: after the prompt and after each token behind it, as model.generate computes them."""
+    T, positions, cache = mask.shape[1], positions_of(mask), model.new_cache(len(ids))
+    feed = [paddle.to_tensor(array) for array in (ids[:, :T], positions, rows_of(mask))]
+    found = [model(*feed, caches=cache)[:, -1]]
+    for step in range(T, ids.shape[1]):
+        at = positions[:, -1:] + step - T + 1
+        found.append(model(paddle.to_tensor(ids[:, step : step + 1]), paddle.to_tensor(at), caches=cache)[:, -1])
+    return paddle.stack(found, axis=1).astype("float32").numpy()
+
+
+def positions_of(mask):
+    return np.maximum(mask.cumsum(1) - 1, 0)
+
+
+def rows_of(mask):
+    """(B, 1, T, 1) int32: padding is hidden from every row."""
+    return np.where(mask[:, None, :, None] == 1, NEVER, 0).astype(np.int32)
+
+
+def difference(found, expected, tolerance, what):
+    """The largest difference of logits; UserError beyond `tolerance` times the largest logit."""
+    largest, limit = float(np.abs(found - expected).max()), tolerance * float(np.abs(expected).max())
+    if not (math.isfinite(largest) and largest <= limit):
+        raise UserError(
+            f"export refused: {what}: logits differ by {largest:.3g}, at most {limit:.3g} is right; nothing was written"
+        )
+    return largest
+
+
+# ===================================================================================================== format hf
+
+
+def export_hf(tokenizer, folder, args):
+    """Writes a Hugging Face folder and opens it again; returns what to print of the differences."""
+    model = load_model(args, tokenizer[0])
+    ids, mask = probe(model)
+    dtype, exact = saved_dtype(args, model.config), dynamic_logits(model, ids, mask)
+    if dtype != "float32":
+        round_weights(model, dtype)
+    rounded = dynamic_logits(model, ids, mask)
+    rounding = difference(rounded, exact, 0.1, f"save_dtype {dtype} is too coarse for these weights")
+    save_pretrained(model, folder, dtype, parse_size(args.max_shard_size))
+    write_tokenizer(*tokenizer, folder)
+    for source in reversed(base_folders(args.model_name_or_path)):
+        if (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    del model  # one at a time in memory
+    again = from_pretrained(folder).eval()
+    largest = difference(dynamic_logits(again, ids, mask), rounded, 1e-4, "the folder, loaded again")
+    note = "" if dtype == "float32" else f"; {rounding:.3g} from rounding to {dtype}"
+    return f"largest difference of logits {largest:.3g}{note}"
+
+
+def round_weights(model, dtype):
+    """The float weights to what `dtype` can hold, in place: what save_pretrained will write."""
+    for weight in base_weights(model):
+        if weight.stored is None:
+            array = weight.parameter.numpy()
+            with np.errstate(over="ignore"):  # beyond float16: infinite, which the comparison refuses
+                rounded = from_bfloat16(to_bfloat16(array)) if dtype == "bfloat16" else array.astype(np.float16)
+            set_parameter(weight.parameter, rounded.astype(np.float32))
+
+
+# ================================================================================================= format static
+
+
+class _GivenRows(Cache):
+    """A Cache that takes the mask rows of all keys, old and new, as given."""
+
+    def extend_rows(self, rows, B, T):
+        return rows
+
+
+class Prefill(nn.Layer):
+    """The first program: a prompt, without past."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, position_ids, rows):
+        return last_logits(self.model, input_ids, position_ids, rows, _GivenRows(len(self.model.layers)))
+
+
+class Decode(nn.Layer):
+    """The second program: more tokens after the keys and values of those before."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, position_ids, rows, past):
+        cache, layers = _GivenRows(len(self.model.layers)), len(self.model.layers)
+        cache.keys, cache.values = list(past[:layers]), list(past[layers:])
+        return last_logits(self.model, input_ids, position_ids, rows, cache)
+
+
+@paddle.jit.not_to_static  # nothing here depends on values, and rewriting the source as jit does took four times as long
+def last_logits(model, input_ids, position_ids, rows, cache):
+    """[logits (B, V) float32 of the last position, keys of each layer, values of each layer]"""
+    x = model.hidden_states(input_ids, position_ids, rows, cache)[:, -1]  # (B, D)
+    if model.lm_head is None:
+        logits = paddle.matmul(x, model.embed_tokens.weight, transpose_y=True)
+    else:
+        logits = kernels.linear(x, model.lm_head.weight)
+    return [logits.astype("float32"), *cache.keys, *cache.values]
+
+
+def export_static(tokenizer, folder, args):
+    """Writes both programs, one file of weights and static_config.json, runs them; returns what to print."""
+    model = load_model(args, tokenizer[0])
+    ids, mask = probe(model)
+    expected, room, prefix_tokens = dynamic_logits(model, ids, mask), max_model_len(model), 0
+    if model.prefix is not None:
+        prefix_tokens = write_prefix(model, folder / "prefix.safetensors")
+        model.prefix = None  # its keys and values are an input
+    trace(model, folder)
+    write_tokenizer(*tokenizer, folder)
+    config = model.config
+    description = {
+        "format_version": STATIC_FORMAT,
+        "paddle_version": paddle.__version__,
+        "source": str(args.model_name_or_path),
+        "dtype": "float32",
+        "quantization": config.quantization,
+        "family": config.family,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rope_type": config.rope["rope_type"],
+        "max_position_embeddings": config.max_position_embeddings,
+        "max_model_len": room,
+        "prefix_tokens": prefix_tokens,
+        "eos_token_id": tokenizer[0].eos_token_id,
+        "stop_ids": tokenizer[0].stop_ids,
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    }
+    with atomic_file(folder / "static_config.json") as file:
+        json.dump(description, file, indent=2, ensure_ascii=False)
+    # Rounding of activations is a step: where float32 noise crosses one, a8w8 logits jump.
+    a8w8 = config.quantization is not None and config.quantization["quant_method"] == "a8w8"
+    found = static_logits(folder, description, ids, mask)
+    largest = difference(found, expected, 0.02 if a8w8 else 1e-4, "the static programs")
+    return f"largest difference of logits {largest:.3g}"
+
+
+def trace(model, folder):
+    """prefill.json, decode.json and static.pdiparams: both programs have the same weights, so the file is kept once."""
+    config = model.config
+    cache = [InputSpec([None, None, config.num_key_value_heads, config.head_dim], "float32", f"{kind}_{i}")
+             for kind in ("keys", "values") for i in range(config.num_hidden_layers)]  # fmt: skip
+    tokens = [
+        InputSpec([None, None], "int64", "input_ids"),
+        InputSpec([None, None], "int64", "position_ids"),
+        InputSpec([None, 1, None, 1], "int32", "rows"),
+    ]
+    with kernels.use("reference"):  # the ops of other back ends are not all traceable
+        for name, layer, specs in (("prefill", Prefill(model), tokens), ("decode", Decode(model), [*tokens, cache])):
+            layer.eval()
+            program = paddle.jit.to_static(layer, input_spec=specs, full_graph=True)
+            paddle.jit.save(program, str(folder / name))
+    assert filecmp.cmp(folder / "prefill.pdiparams", folder / "decode.pdiparams", shallow=False), "weights differ"
+    (folder / "decode.pdiparams").unlink()
+    (folder / "prefill.pdiparams").rename(folder / "static.pdiparams")
+
+
+@paddle.no_grad()
+def write_prefix(model, path):
+    """The prefix as the keys and values (P, K, Dh) that it begins every cache with; returns P."""
+    cache = model.new_cache(1)
+    write_safetensors(path, {f"{kind}.{i}": array[0].numpy() for kind, arrays in (("keys", cache.keys), ("values", cache.values))
+                             for i, array in enumerate(arrays)})  # fmt: skip
+    return cache.prefix_tokens
+
+
+def static_logits(folder, description, ids, mask):
+    """As dynamic_logits, but by the programs of the folder: prefill, then one decode step after another."""
+    programs = {}
+    for name in ("prefill", "decode"):
+        config = paddle.inference.Config(str(folder / f"{name}.json"), str(folder / "static.pdiparams"))
+        config.disable_gpu()
+        config.disable_mkldnn()
+        config.disable_glog_info()
+        programs[name] = paddle.inference.create_predictor(config)
+
+    def call(name, arrays):
+        program = programs[name]
+        for key, array in zip(program.get_input_names(), arrays, strict=True):
+            program.get_input_handle(key).copy_from_cpu(np.ascontiguousarray(array))
+        program.run()
+        return [program.get_output_handle(key).copy_to_cpu() for key in program.get_output_names()]
+
+    P, T, rows, positions = description["prefix_tokens"], mask.shape[1], rows_of(mask), positions_of(mask)
+    feed = [ids[:, :T], positions + P, rows]
+    if P:
+        prefix = read_safetensors(folder / "prefix.safetensors").values()
+        past = [np.repeat(array[None], len(ids), axis=0) for array in prefix]  # (B, P, K, Dh)
+        rows = np.concatenate([rows_of(np.ones((len(ids), P))), np.where(rows == 0, 0, NEVER).astype(np.int32)], axis=2)
+        outputs = call("decode", [ids[:, :T], positions + P, rows, *past])
+    else:
+        outputs = call("prefill", feed)
+    found = [outputs[0]]
+    for step in range(T, ids.shape[1]):
+        rows = np.concatenate([rows, rows_of(np.ones((len(ids), 1)))], axis=2)
+        at = positions[:, -1:] + P + step - T + 1
+        outputs = call("decode", [ids[:, step : step + 1], at, rows, *outputs[1:]])
+        found.append(outputs[0])
+    return np.stack(found, axis=1)
+
+
+# ========================================================================================================== main
+
+
+def refuse_own_base(args):
+    """An adapter's base in output_dir would be gone once it is overwritten."""
+    target = Path(args.output_dir).resolve()
+    for base in base_folders(args.model_name_or_path)[1:]:
+        if base.resolve().is_relative_to(target):
+            raise UserError(
+                f"output_dir: {args.output_dir} holds {base}, the base of {args.model_name_or_path}; choose another folder"
+            )
+
+
+def move_into_place(temporary, folder):
+    """Every file by renaming it, config.json or static_config.json last: without it the folder is no model."""
+    files = sorted(
+        temporary.iterdir(), key=lambda path: (path.name in ("config.json", "static_config.json"), path.name)
+    )
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    for path in files:
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
+    return [folder / path.name for path in files]
+
+
+def main(args):
+    # ====================================================================== 1. what can be refused at once
+    trainer.check_output_dir(args)
+    refuse_own_base(args)
+    tokenizer, folder = open_tokenizer(args), Path(args.output_dir)
+    is_new, temporary = not folder.exists(), folder / ".unfinished"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}") from None
+
+    # ====================================================================== 2. written aside, loaded again, compared
+    try:
+        compared = {"hf": export_hf, "static": export_static}[args.format](tokenizer, temporary, args)
+
+        # ================================================================== 3. into place
+        trainer.prepare_output_dir(args)
+        files = move_into_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+    for path in files:
+        print(f"  {path.name}: {path.stat().st_size:,} bytes")
+    total = sum(path.stat().st_size for path in files)
+    print(f"export: {folder}, format {args.format}, {len(files)} files, {total:,} bytes; {compared}")
+
+
+if __name__ == "__main__":
+    trainer.run_script(main, Args)

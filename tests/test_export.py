@@ -1,0 +1,496 @@
+"""export.py: Hugging Face folders and static programs, compared with the model they were made of; the runner of serve.py.
+
+python -m pytest tests/test_export.py                                    # CPU, half a minute
+python -m pytest tests/test_export.py --hf-python /path/to/bin/python    # and transformers opens the export
+"""
+
+import dataclasses
+import json
+import shutil
+import struct
+import types
+import zipfile
+
+import numpy as np
+import paddle
+import pytest
+import test_integers
+from conftest import ROOT
+from golden_weights import CASES, draw, shapes
+
+import export
+import model as M
+import trainer
+from data import SFTDataset, UserError, load_tokenizer
+from serve import StaticRunner
+
+DEMO = ROOT / "demo" / "llama"
+SCHEMES = {  # name: quantization_config
+    "w4": {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False, "checkpoint_format": "gptq"},
+    "w8": {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": "gptq"},
+    "a8w8": {"quant_method": "a8w8", "bits": 8, "activation": "per_token"},
+}  # fmt: skip
+
+
+def run(output_dir, **keys):
+    """export.py with these keys; returns the folder."""
+    argv = [f"--{key}={value}" for key, value in {"output_dir": output_dir, **keys}.items()]
+    export.main(trainer.parse_args(export.Args, argv))
+    return output_dir
+
+
+def logits(model, seed=1):
+    ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (2, 20))
+    return model.eval()(paddle.to_tensor(ids)).numpy()
+
+
+def tokenizer_into(folder):
+    load_tokenizer(DEMO).save(folder)
+    return folder
+
+
+def small(tmp_path, case="gqa"):
+    """A golden model with the demo's tokenizer, which export.py wants, and so with its vocabulary."""
+    folder, config = tmp_path / case, {**CASES[case][0], "vocab_size": 3072}
+    folder.mkdir()
+    M.write_safetensors(folder / "model.safetensors", draw(shapes(config)))
+    (folder / "config.json").write_text(json.dumps(config))
+    return tokenizer_into(folder)
+
+
+def write_bin(path, tensors):
+    """pytorch_model.bin as torch writes it, in opcodes: there is no torch here."""
+
+    def text(s):
+        return b"X" + struct.pack("<I", len(s)) + s.encode()
+
+    def numbers(values):
+        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
+
+    items = b""
+    for name, array in tensors.items():
+        where, strides = text(name), [stride // 4 for stride in array.strides]
+        storage = (
+            b"("
+            + text("storage")
+            + b"ctorch\nFloatStorage\n"
+            + where
+            + text("cpu")
+            + numbers([array.size])[1:-1]
+            + b"tQ"
+        )
+        items += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"J\0\0\0\0" + numbers(array.shape)
+        items += numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtRs"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02}" + items + b".")
+        for name, array in tensors.items():
+            file.writestr(f"archive/data/{name}", array.tobytes())
+
+
+def quantized(scheme, folder, source=DEMO):
+    """A model, every linear rounded to nearest; as quantize.py would write it, but by the plainest means."""
+    plain = M.from_pretrained(source)
+    model = M.build(dataclasses.replace(plain.config, quantization=SCHEMES[scheme]))
+    weights = {w.name: w.parameter.numpy() for w in M.base_weights(plain)}
+    for w in M.base_weights(model):
+        if w.name in weights:
+            M.set_parameter(w.parameter, weights[w.name])
+    for path, (_, _, layer) in M.linears(model).items():
+        round_into(layer, weights[path + ".weight"])
+    M.save_pretrained(model, folder)
+    return tokenizer_into(folder)
+
+
+def round_into(layer, weight):
+    """weight (in, out) -> the integers of a QuantLinear."""
+    if layer.scheme == "a8w8":
+        scale = np.abs(weight).max(0) / 127
+        M.set_parameter(layer.qweight, np.round(weight / scale).astype(np.int8))
+        M.set_parameter(layer.scales, scale)
+        return
+    bits, (n_in, n_out) = int(layer.scheme[1:]), weight.shape
+    grouped = weight.reshape(layer.scales.shape[0], -1, n_out)  # (groups, rows, out)
+    half = 2 ** (bits - 1)
+    scale = (np.abs(grouped).max(1) / (half - 0.5)).astype(np.float16).astype(np.float32)
+    codes = np.clip(np.round(grouped / scale[:, None]) + half, 0, 2**bits - 1).reshape(n_in, n_out).astype(np.uint32)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    words = (codes.reshape(-1, len(shifts), n_out) << shifts[:, None]).sum(1, dtype=np.uint32)
+    zeros = np.full((len(scale), n_out // len(shifts)), ((half - 1) << shifts).sum(dtype=np.uint32))
+    for tensor, array in ((layer.qweight, words), (layer.qzeros, zeros)):
+        M.set_parameter(tensor, array.view(np.int32))
+    M.set_parameter(layer.scales, scale)
+
+
+# ============================================================================================= format hf
+
+
+def test_hf_from_shards_and_back(tmp_path, capsys):
+    folder = run(tmp_path / "out", model_name_or_path=DEMO, max_shard_size="2MB", save_dtype="float32")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) == 6 and all((folder / file).stat().st_size < 2.4e6 for file in files)
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
+    np.testing.assert_array_equal(logits(M.from_pretrained(folder)), logits(M.from_pretrained(DEMO)))
+    assert load_tokenizer(folder).encode("hello") == load_tokenizer(DEMO).encode("hello")
+    last = capsys.readouterr().out.splitlines()[-1]
+    total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "run_args.json")
+    assert f"format hf, {len(files) + 4} files, {total:,} bytes; largest difference of logits 0" in last
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left aside
+
+
+@pytest.mark.parametrize("dtype, width", [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+def test_hf_dtypes(tmp_path, capsys, dtype, width):
+    source = small(tmp_path)
+    folder = run(tmp_path / "out", model_name_or_path=source, dtype=dtype)  # upstream's name of the key
+    header = M.safetensors_header(folder / "model.safetensors").values()
+    assert {kind for kind, *_ in header} == {{"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]}
+    exact, found = logits(M.from_pretrained(source)), logits(M.from_pretrained(folder))
+    off = np.abs(found - exact).max()
+    assert (off == 0) == (width == 4) and off < 0.02 * np.abs(exact).max()
+    assert ("from rounding" in capsys.readouterr().out) == (width == 2)
+
+
+def test_hf_from_bin_with_own_head(tmp_path):
+    source = small(tmp_path)
+    before = logits(M.from_pretrained(source))
+    tensors = M.read_safetensors(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    write_bin(source / "pytorch_model.bin", tensors)
+    folder = run(tmp_path / "out", model_name_or_path=source, save_dtype="float32")
+    assert not list(folder.glob("*.bin"))
+    np.testing.assert_array_equal(logits(M.from_pretrained(folder)), before)
+
+
+def lora_folder(tmp_path, base=DEMO, name="lora"):
+    model = M.apply_lora(M.from_pretrained(base), rank=4)
+    for i, layer in enumerate(M.lora_layers(model).values()):
+        generator = np.random.default_rng(i)
+        M.set_parameter(layer.lora_B, generator.standard_normal(layer.lora_B.shape).astype(np.float32) * 0.05)
+    M.save_adapter(model, tmp_path / name, base)
+    return tmp_path / name, logits(model)
+
+
+def test_hf_merges_lora_given_either_way(tmp_path):
+    adapter, expected = lora_folder(tmp_path)
+    assert np.abs(expected - logits(M.from_pretrained(DEMO))).max() > 0.1
+    for name, keys in (
+        ("a", {"model_name_or_path": adapter}),
+        ("b", {"model_name_or_path": DEMO, "lora_path": adapter}),
+    ):
+        folder = run(tmp_path / name, save_dtype="float32", **keys)
+        assert not (folder / "adapter_config.json").exists()
+        np.testing.assert_allclose(logits(M.from_pretrained(folder)), expected, atol=1e-4)
+
+
+def test_hf_of_an_adapter_on_an_adapter(tmp_path):
+    first, _ = lora_folder(tmp_path)
+    second, expected = lora_folder(tmp_path, first, "second")  # as dpo.py after finetune.py: neither has a config.json
+    folder = run(tmp_path / "out", model_name_or_path=second, save_dtype="float32")
+    np.testing.assert_allclose(logits(M.from_pretrained(folder)), expected, atol=1e-4)
+    assert load_tokenizer(folder).vocab_size == 3072  # of the model under both
+
+
+def test_hf_copies_a_tokenizer_that_cannot_be_read_here(tmp_path):
+    source = small(tmp_path)
+    (source / "tokenizer.model").unlink()
+    for name, text in (("tokenizer.json", '{"model": {}}'), ("merges.txt", "a b"), ("generation_config.json", "{}")):
+        (source / name).write_text(text)
+    folder = run(tmp_path / "out", model_name_or_path=source)
+    for name in ("tokenizer.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    with pytest.raises(UserError, match="no tokenizer.model in"):
+        run(tmp_path / "static", model_name_or_path=source, format="static")
+
+
+def test_hf_keeps_integers_or_makes_floats_of_them(tmp_path):
+    source = quantized("w4", tmp_path / "w4")
+    kept = run(tmp_path / "kept", model_name_or_path=source, save_dtype="float16")
+    theirs, ours = (M.read_safetensors(path / "model.safetensors") for path in (source, kept))
+    packed = [name for name in theirs if name.endswith(("qweight", "qzeros", "scales", "g_idx"))]
+    assert len(packed) == 4 * 42 and theirs.keys() == ours.keys()
+    for name in packed:
+        np.testing.assert_array_equal(theirs[name], ours[name])
+    assert M.ModelConfig.from_json(kept).quantization == SCHEMES["w4"]
+    floats = run(tmp_path / "floats", model_name_or_path=source, dequantize="true", save_dtype="float32")
+    assert M.ModelConfig.from_json(floats).quantization is None
+    np.testing.assert_allclose(logits(M.from_pretrained(floats)), logits(M.from_pretrained(source)), atol=1e-4)
+
+
+@pytest.mark.torch
+def test_transformers_opens_the_hf_export(tmp_path, hf_python):
+    adapter, _ = lora_folder(tmp_path)
+    folder = run(tmp_path / "out", model_name_or_path=adapter, save_dtype="bfloat16", max_shard_size="1MB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    ids = np.random.default_rng(3).integers(3, 3072, (2, 20))
+    np.save(tmp_path / "ids.npy", ids)
+    theirs = hf_python(
+        """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
+assert next(model.parameters()).dtype == torch.bfloat16
+with torch.no_grad():
+    arrays = {"logits": model.float()(torch.tensor(np.load(sys.argv[3]))).logits.numpy()}
+""",
+        folder,
+        tmp_path / "ids.npy",
+    )
+    ours = M.from_pretrained(folder).eval()(paddle.to_tensor(ids)).numpy()
+    np.testing.assert_allclose(theirs["logits"], ours, atol=2e-4)
+
+
+# ========================================================================================= format static
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    dataset = SFTDataset(ROOT / "demo" / "sft", load_tokenizer(DEMO), 128, 512, "dev", progress=False)
+    return [dataset.prompt_ids(i) for i in range(50)]
+
+
+def chunk(sequence, start, count):
+    return types.SimpleNamespace(sequence=sequence, start=start, count=count)
+
+
+class Text:
+    """A sequence as the engine has it: virtual tokens of a prefix, the prompt, the reply."""
+
+    def __init__(self, runner, prompt):
+        self.tokens, self.prompt_end = [-1] * runner.virtual + list(prompt), runner.virtual + len(prompt)
+
+
+def greedy_static(runner, prompts, new, stop_ids, at_once=30):
+    """New tokens of each prompt, greedily: at most `at_once` in the batch, the next joins when one has ended."""
+    texts, running = [Text(runner, prompt) for prompt in prompts], []
+    waiting = list(texts)
+    while waiting or running:
+        chunks = [chunk(text, len(text.tokens) - 1, 1) for text in running]
+        while waiting and len(running) < at_once:
+            running.append(waiting.pop(0))
+            chunks.append(chunk(running[-1], runner.virtual, running[-1].prompt_end - runner.virtual))
+        for text, row in zip(list(running), runner.run(chunks)):
+            text.tokens.append(int(row.argmax()))
+            if text.tokens[-1] in stop_ids or len(text.tokens) == text.prompt_end + new:
+                running.remove(text)
+                runner.release(text)
+    assert not runner.records
+    return [text.tokens[text.prompt_end :] for text in texts]
+
+
+def greedy_dynamic(model, prompts, new, stop_ids):
+    out = []
+    for start in range(0, len(prompts), 50):
+        batch = prompts[start : start + 50]
+        T = max(map(len, batch))
+        ids, mask = np.zeros((len(batch), T), np.int64), np.zeros((len(batch), T), np.int64)
+        for row, prompt in enumerate(batch):
+            ids[row, T - len(prompt) :], mask[row, T - len(prompt) :] = prompt, 1
+        for row in M.generate(model, ids, new, stop_ids, mask)[:, T:]:
+            ended = np.flatnonzero(np.isin(row, stop_ids))
+            out.append(row[: ended[0] + 1 if len(ended) else None].tolist())
+    return out
+
+
+@pytest.mark.parametrize("scheme", ["float32", *SCHEMES])
+def test_static_writes_the_same_tokens(tmp_path, prompts, scheme):
+    source = DEMO if scheme == "float32" else quantized(scheme, tmp_path / "source")
+    folder = run(tmp_path / "static", model_name_or_path=source, format="static")
+    runner, model = StaticRunner(folder), M.from_pretrained(source)
+    assert (runner.vocab_size, runner.max_positions, runner.virtual, runner.chunked) == (3072, 1024, 0, False)
+    new, stop_ids = 16 if scheme == "float32" else 8, runner.config["stop_ids"]
+    expected = greedy_dynamic(model, prompts, new, stop_ids)
+    found = greedy_static(runner, prompts, new, stop_ids)
+    assert found == expected and (new == 8 or any(len(tokens) < new for tokens in found))
+
+
+CASES_OF_POSITIONS = ["gqa_linear", "gqa_yarn", "gqa_llama3", "gqa_dynamic", "bias_tied", "headdim", "mistral"]
+
+
+@pytest.mark.parametrize("case", CASES_OF_POSITIONS)
+def test_static_of_every_kind_of_positions(tmp_path, capsys, case):
+    source = small(tmp_path, case)
+    folder = run(tmp_path / "static", model_name_or_path=source, format="static")
+    assert "largest difference of logits" in capsys.readouterr().out.splitlines()[-1]
+    runner, model = StaticRunner(folder), M.from_pretrained(source)
+    assert runner.max_positions == (24 if case == "gqa_dynamic" else 64)  # 8 positions and factor 3
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(3, 3072, n).tolist() for n in (3, 14, 9)]
+    found = greedy_static(runner, prompts, 8, [2])
+    for prompt, reply in zip(prompts, found):  # each alone, as dynamic positions depend on the prompt's length
+        assert [reply] == greedy_dynamic(model, [prompt], 8, [2])
+
+
+def test_static_behind_a_prefix(tmp_path, prompts):
+    model = M.apply_prefix(M.from_pretrained(DEMO), tokens=6)
+    table = np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32)
+    M.set_parameter(model.prefix.embedding, table)
+    M.save_adapter(model, tmp_path / "prefix", DEMO)
+    run(tmp_path / "a", model_name_or_path=tmp_path / "prefix", format="static")
+    folder = run(tmp_path / "b", model_name_or_path=DEMO, prefix_path=tmp_path / "prefix", format="static")
+    assert (tmp_path / "a" / "prefix.safetensors").read_bytes() == (folder / "prefix.safetensors").read_bytes()
+    runner = StaticRunner(folder)
+    assert (runner.virtual, runner.max_positions) == (6, 1024)
+    found = greedy_static(runner, prompts[:8], 6, runner.config["stop_ids"], at_once=3)
+    assert found == greedy_dynamic(model, prompts[:8], 6, runner.config["stop_ids"])
+    assert found != greedy_dynamic(M.from_pretrained(DEMO), prompts[:8], 6, runner.config["stop_ids"])
+
+
+def test_static_runner_cuts_long_prompts_and_takes_any_order(tmp_path, monkeypatch):
+    source = small(tmp_path)
+    runner, model = (
+        StaticRunner(run(tmp_path / "static", model_name_or_path=source, format="static")),
+        M.from_pretrained(source),
+    )
+    monkeypatch.setattr(runner, "piece", 7)
+    monkeypatch.setattr(runner, "BATCH_TOKENS", 12)
+    generator = np.random.default_rng(0)
+    texts = [Text(runner, generator.integers(3, 3072, n).tolist()) for n in (30, 5, 7, 1, 22)]
+
+    def expected(text):
+        return model.eval()(paddle.to_tensor([text.tokens])).numpy()[0, -1]
+
+    logits = runner.run([chunk(text, 0, len(text.tokens)) for text in texts[:4]])
+    for text, row in zip(texts, logits):
+        np.testing.assert_allclose(row, expected(text), atol=1e-4)
+    for order in (
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [3, 1, 4],
+        [1, 3],
+        [4, 0, 2, 1, 3],
+    ):  # 4 joins with its prompt in the third
+        chunks = []
+        for i in order:
+            known = texts[i] in runner.records
+            texts[i].tokens += [int(generator.integers(3, 3072))] if known else []
+            chunks.append(
+                chunk(texts[i], len(texts[i].tokens) - 1, 1) if known else chunk(texts[i], 0, len(texts[i].tokens))
+            )
+        for i, row in zip(order, runner.run(chunks)):
+            np.testing.assert_allclose(row, expected(texts[i]), atol=1e-4)
+    runner.release(texts[0])
+    runner.release(texts[0])
+    assert texts[0] not in runner.records and len(runner.records) == 4
+
+
+def test_static_folder_that_is_not_whole(tmp_path):
+    whole = run(tmp_path / "whole", model_name_or_path=small(tmp_path), format="static")
+    with pytest.raises(UserError, match="no static_config.json"):
+        StaticRunner(DEMO)
+
+    def broken(change):
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        change(folder)
+        with pytest.raises(UserError) as error:
+            StaticRunner(folder)
+        return str(error.value)
+
+    assert "decode.json: is missing" in broken(lambda folder: (folder / "decode.json").unlink())
+    weights = (whole / "static.pdiparams").read_bytes()
+    assert "static.pdiparams: has" in broken(lambda folder: (folder / "static.pdiparams").write_bytes(weights[:-1]))
+    assert "damaged" in broken(lambda folder: (folder / "static_config.json").write_text("{"))
+    text = (whole / "static_config.json").read_text().replace('"format_version": 1', '"format_version": 7')
+    assert "format_version 7" in broken(lambda folder: (folder / "static_config.json").write_text(text))
+
+
+@pytest.mark.parametrize("scheme", test_integers.SCHEMES)
+def test_programs_of_every_layout_of_integers(tmp_path, scheme):
+    model, _ = test_integers.quantized(scheme)
+    ids, mask = export.probe(model)
+    expected = export.dynamic_logits(model, ids, mask)
+    export.trace(model, tmp_path)
+    found = export.static_logits(tmp_path, {"prefix_tokens": 0}, ids, mask)
+    np.testing.assert_allclose(found, expected, atol=(0.02 if "a8w8" in scheme else 1e-4) * np.abs(expected).max())
+
+
+def test_static_with_lora_beside_integers(tmp_path):
+    plain = small(tmp_path)
+    source, (adapter, _) = quantized("w8", tmp_path / "w8", plain), lora_folder(tmp_path, plain)
+    runner = StaticRunner(run(tmp_path / "static", model_name_or_path=source, lora_path=adapter, format="static"))
+    model, text = M.load_adapter(M.from_pretrained(source), adapter).eval(), Text(runner, range(5, 25))
+    expected = model(paddle.to_tensor([text.tokens])).numpy()[:, -1]
+    np.testing.assert_allclose(runner.run([chunk(text, 0, 20)]), expected, atol=1e-3)
+    with pytest.raises(UserError, match="cannot be merged into integers"):
+        run(tmp_path / "hf", model_name_or_path=source, lora_path=adapter)
+
+
+# ============================================================================================= bad input
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"format": "onnx"}, "format: 'onnx'; possible are hf and static"),
+        ({"save_dtype": "int8"}, "save_dtype: 'int8'; possible are"),
+        ({"max_shard_size": "much"}, "max_shard_size: 'much'"),
+        ({"max_shard_size": "0MB"}, "max_shard_size: '0MB'"),
+        ({"model_name_or_path": "no/such"}, "model_name_or_path: no/such: no such folder"),
+        ({"model_name_or_path": ""}, "model_name_or_path: missing"),
+        ({"lora_path": "no/such"}, "lora_path: no/such: no such folder"),
+        ({"lora_path": DEMO, "format": "hf"}, "adapter_config.json: no such file"),
+        ({"prefix_path": DEMO, "format": "hf"}, "cannot hold a prefix"),
+        ({"output_path": "elsewhere"}, "output_path: 'elsewhere', but output_dir is"),
+        ({"dequantize": "true"}, "is not quantized"),
+        ({"model_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model in"),
+        ({"tokenizer_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model in"),
+        ({"save_dtyp": "float16"}, "did you mean 'save_dtype'"),
+    ],
+)
+def test_bad_arguments(tmp_path, keys, words):
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "out", **{"model_name_or_path": DEMO, **keys})
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes():
+    units = {"5GB": 5 * 10**9, "200MB": 2 * 10**8, "1.5 KiB": 1536, "12": 12, "7b": 7, "1gib": 1 << 30}
+    assert {text: export.parse_size(text) for text in units} == units
+
+
+def test_what_is_there_is_not_lost(tmp_path):
+    out = run(tmp_path / "out", model_name_or_path=DEMO)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="overwrite_output_dir"):
+        run(out, model_name_or_path=DEMO)
+    with pytest.raises(UserError, match="lies in output_dir"):
+        run(out, model_name_or_path=out, overwrite_output_dir="true")
+    adapter, _ = lora_folder(tmp_path, out)
+    with pytest.raises(UserError, match="the base of"):
+        run(out, model_name_or_path=adapter, overwrite_output_dir="true")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / ".unfinished").mkdir()  # a killed run left it
+    (out / ".unfinished" / "config.json").write_text("{}")
+    run(out, model_name_or_path=DEMO, overwrite_output_dir="true", format="static")
+    assert not (out / ".unfinished").exists()
+    assert (out / "static_config.json").is_file() and not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("format", ["hf", "static"])
+def test_an_export_that_differs_is_refused(tmp_path, monkeypatch, format):
+    source, real = small(tmp_path), export.save_pretrained if format == "hf" else export.trace
+
+    def damaged(model, *args):
+        """What is written is of a model with one wrong weight."""
+        weight = model.layers[1].mlp.up_proj.weight
+        array = weight.numpy()
+        M.set_parameter(weight, array * 1.5)
+        real(model, *args)
+        M.set_parameter(weight, array)
+
+    monkeypatch.setattr(export, real.__name__, damaged)
+    with pytest.raises(UserError, match="logits differ by"):
+        run(tmp_path / "out", model_name_or_path=source, format=format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gqa"]
+
+
+def test_weights_too_large_for_float16(tmp_path):
+    source = small(tmp_path)
+    tensors = M.read_safetensors(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    M.write_safetensors(source / "model.safetensors", tensors)
+    with pytest.raises(UserError, match="float16 is too coarse"):
+        run(tmp_path / "out", model_name_or_path=source, save_dtype="float16")
+    run(tmp_path / "out", model_name_or_path=source, save_dtype="bfloat16")
