@@ -8,6 +8,8 @@ which pretrain.py reads by memory map. Everything else here is used by import:
     tokenizer = load_tokenizer(folder)                  sentencepiece; special tokens, byte fallback, chat template
     dataset = SFTDataset(path, tokenizer, src_length, max_length)         src/tgt JSON lines -> one flat int32 array
     loader = SFTLoader(dataset, batch_size, max_length, ...)              .batch(epoch, index) -> dict of arrays
+    dataset = PreferenceDataset(path, tokenizer, max_seq_len, ...)        pairs of replies, one better than the other
+    loader = PreferenceLoader(dataset, batch_size, max_seq_len, ...)      the same, several pairs a row
     loader = CorpusLoader(prefix, "949,50,1", "train", ...)               the same over memory-mapped tokens
 
 A batch, everywhere (B batch, T sequence):
@@ -16,13 +18,16 @@ A batch, everywhere (B batch, T sequence):
     startend_row_indices        int32 [B, 1, T, 1]   causal FlashMask: rows i >= value[j] cannot see key j
     sample_ids                  per row, the list of record (or corpus sample) numbers in it
     tokens                      int, how many positions are real
+and of preference pairs (N pairs in the batch, numbered as sample_ids lists them) also
+    reply_ids                   int64 [B, T]   2 n + side (0 chosen, 1 rejected) where pair n has a label, else -1
+    reply_tokens                int64 [N, 2]   labels of the chosen and of the rejected reply
 Padding is a segment of its own: it sees itself, nobody sees it, and no row is fully masked.
 
 Order is a pure function of (seed, epoch), and batch(epoch, index) is random access, so resuming needs no state but the
 step number. Orders come from np.random.RandomState, whose stream numpy has frozen for good: an upgrade between the two
 halves of a run changes nothing.
 
-Not here: BPE and tiktoken tokenizers (Llama 3, Qwen, GPT-2), preference data, general Jinja.
+Not here: BPE and tiktoken tokenizers (Llama 3, Qwen, GPT-2), general Jinja.
 """
 import argparse
 import ast
@@ -571,6 +576,27 @@ def sft_files(path, split="train"):
     return files
 
 
+def numbered_lines(file, progress=False):
+    """Yields (byte offset, line number, line) of the lines that are not blank."""
+    from tqdm import tqdm
+    bar = tqdm(total=os.path.getsize(file), unit="B", unit_scale=True, desc=file.name, disable=not progress or None)
+    with open(file, "rb") as stream, bar:
+        offset = 0
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield offset, number, line
+            offset += len(line)
+            bar.update(len(line))
+
+
+def record_at(files, place):
+    """(file number, byte offset, line number) -> the JSON object that stands there."""
+    number, offset, line = (int(v) for v in place)
+    with open(files[number], "rb") as stream:
+        stream.seek(offset)
+        return parse_json_line(stream.readline(), files[number], line)
+
+
 def record_rounds(record, where):
     """{"src", "tgt", "context"?} -> [(user, bot)...], context. UserError names file:line and the key that is wrong."""
     turns = []
@@ -591,13 +617,13 @@ def record_rounds(record, where):
     return list(zip(*turns)), context
 
 
-def shorten_user(tokenizer, user, bot, context, room):
+def shorten_user(tokenizer, user, bot, context, room, history=()):
     """User text -> ids of its rendered part in at most `room` tokens: the text loses its beginning, the template around
-    it stays whole."""
+    it stays whole. history: the rounds before it."""
     ids, text = tokenizer.encode(user, False), user
     keep = len(ids)
     while True:
-        part = tokenizer.encode_chat([(text, bot)], context, True)[1][0][0]
+        part = tokenizer.encode_chat([*history, (text, bot)], context, True)[1][-1][0]
         if len(part) <= room or keep == 0:
             return part
         keep = max(0, keep - (len(part) - room))
@@ -664,7 +690,7 @@ class SFTDataset:
         self.dropped = 0
         tokens, ends, places = array("i"), array("q", [0]), array("q")  # places: file number, byte offset, line number
         for number, file in enumerate(self.files):
-            for offset, line_number, line in self._lines(file, progress):
+            for offset, line_number, line in numbered_lines(file, progress):
                 where = f"{file}:{line_number}"
                 flat = self._flatten(*record_rounds(parse_json_line(line, file, line_number), where), autoregressive)
                 if not any(token >= 0 for token in flat[1:]):
@@ -681,19 +707,6 @@ class SFTDataset:
         self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
         self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
         self.lengths = (np.diff(self._ends) - 1).astype(np.int32)  # positions: one less than tokens
-
-    @staticmethod
-    def _lines(file, progress):
-        """Yields (byte offset, line number, line) of the lines that are not blank."""
-        from tqdm import tqdm
-        bar = tqdm(total=os.path.getsize(file), unit="B", unit_scale=True, desc=file.name, disable=not progress or None)
-        with open(file, "rb") as stream, bar:
-            offset = 0
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield offset, number, line
-                offset += len(line)
-                bar.update(len(line))
 
     def _fit(self, rounds, context):
         fit = fit_plain if self.tokenizer.chat_template is None else fit_templated
@@ -720,10 +733,7 @@ class SFTDataset:
 
     def record(self, i):
         """Record number -> its JSON object, read again from the file."""
-        number, offset, line = (int(v) for v in self._places[i])
-        with open(self.files[number], "rb") as stream:
-            stream.seek(offset)
-            return parse_json_line(stream.readline(), self.files[number], line)
+        return record_at(self.files, self._places[i])
 
     def prompt_ids(self, i):
         """Record number -> ids up to the last reply: the rounds that training showed, the last in the query form."""
@@ -874,6 +884,186 @@ class SFTLoader:
         batches = self._epoch_batches(0)
         positions = sum(len(rows) * self._width(int(self._row_lengths[rows].max())) for rows in batches)
         return float(sum(self._row_lengths[rows].sum() for rows in batches) / positions)
+
+
+# ============================== preference pairs ==============================
+
+def preference_pair(record, where):
+    """{"src", "tgt"?, "response", "sort", "context"?} -> [(user, bot)... of earlier turns], user, chosen, rejected,
+    context. The reply with the larger sort is the chosen one. UserError names file:line and what is wrong."""
+    for key in ("src", "response", "sort"):
+        if key not in record:
+            raise UserError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
+    turns = []
+    for key in ("src", "tgt"):
+        value = record.get(key) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
+        turns.append(value)
+    users, bots = turns[0] or ([""] if record["src"] == "" else []), turns[1]
+    if len(users) != len(bots) + 1:
+        raise UserError(f"{where}: 'src' has {len(users)} turns and 'tgt' has {len(bots)}; 'tgt' holds the replies to "
+                        "all turns but the last, so it must have one fewer")
+    replies, sort = record["response"], record["sort"]
+    if not isinstance(replies, list) or len(replies) != 2 or not all(isinstance(text, str) for text in replies):
+        single = isinstance(replies, list) and len(replies) == 1
+        raise UserError(f"{where}: 'response' must be a list of two strings, found {brief(replies)}"
+                        + ("; single replies (KTO) are not trained on here" if single else ""))
+    if empty := [i for i, text in enumerate(replies) if not text.strip()]:
+        raise UserError(f"{where}: 'response' number {empty[0] + 1} is empty; both must have text")
+    numbers = isinstance(sort, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in sort)
+    if not numbers or len(sort) != 2:
+        raise UserError(f"{where}: 'sort' must be a list of two numbers, found {brief(sort)}")
+    if sort[0] == sort[1]:
+        raise UserError(f"{where}: 'sort' is {brief(sort)}: equal, so neither reply is the better one; the chosen "
+                        "one's must be larger")
+    context = record.get("context") or {}
+    if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
+        raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
+    chosen, rejected = replies if sort[0] > sort[1] else replies[::-1]
+    return list(zip(users, bots)), users[-1], chosen, rejected, context
+
+
+def fit_pair(tokenizer, history, user, chosen, rejected, context, max_seq_len, max_prompt_len, where):
+    """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take len(prompt) - 1 + len(chosen) +
+    len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
+
+    If the last turn and both replies do not fit, the prompt (system and last turn) loses its beginning down to
+    max_prompt_len; if that is not enough, both replies lose their ends in proportion to their lengths. Earlier turns
+    stand before it, from the newest back, while they fit. As in `fit_templated` a template counts the turns that are
+    kept. A reply that is cut has no end mark."""
+    while True:
+        system, encoded = tokenizer.encode_chat([*history, (user, chosen)], context, True)
+        other = tokenizer.encode_chat([*history, (user, rejected)], context, True)[1][-1]
+        (last, good), bad = encoded[-1], other[1]
+        if last != other[0]:
+            raise UserError(f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, "
+                            "so that two replies cannot share one")
+        room = max_seq_len + 1 - len(system)  # + 1: the prompt's last token is counted with the chosen reply
+        if len(last) + len(good) + len(bad) > room:
+            if len(system) + len(last) > max_prompt_len:
+                last = shorten_user(tokenizer, user, chosen, context, max(0, max_prompt_len - len(system)), history)
+            if len(good) + len(bad) > room - len(last):
+                left = max(0, room - len(last))
+                keep = min(max(1, round(left * len(good) / (len(good) + len(bad)))), left - 1)
+                good, bad = (good[:keep], bad[: left - keep]) if left >= 2 else ([], [])
+        sizes = [len(turn) + len(reply) for turn, reply in encoded[:-1]]
+        room -= len(last) + len(good) + len(bad)
+        if not history or sum(sizes) <= room:
+            return system + [i for turn, reply in encoded[:-1] for i in turn + reply] + last, good, bad
+        fits = int(np.searchsorted(np.cumsum(sizes[::-1]), room, side="right"))
+        history = history[len(history) - fits :]
+
+
+class PreferenceDataset:
+    """Tokenised pairs of replies to one prompt, from a JSON-lines file (or a folder with {split}.json).
+
+    Prompts and replies lie one after another in one int32 array; records are re-read from the file when asked for, as
+    in SFTDataset. Truncation: `fit_pair`. A pair that cannot be learned (no room for a token of each reply, no prompt,
+    the same reply twice) is dropped and counted in .dropped. UserError: missing or empty file, a bad line (file:line),
+    nothing left."""
+
+    def __init__(self, path, tokenizer, max_seq_len=4096, max_prompt_len=2048, split="train", progress=False):
+        self.files, self.dropped = sft_files(path, split), 0
+        tokens, ends, places = array("i"), array("q", [0]), array("q")  # ends: of the prompt, the chosen, the rejected
+        for number, file in enumerate(self.files):
+            for offset, line_number, line in numbered_lines(file, progress):
+                where = f"{file}:{line_number}"
+                pair = preference_pair(parse_json_line(line, file, line_number), where)
+                prompt, chosen, rejected = fit_pair(tokenizer, *pair, max_seq_len, max_prompt_len, where)
+                if not (prompt and chosen and rejected) or chosen == rejected:
+                    self.dropped += 1
+                    continue
+                for part in (prompt, chosen, rejected):
+                    tokens.extend(part)
+                    ends.append(len(tokens))
+                places.extend((number, offset, line_number))
+        if not places:
+            raise UserError(f"{self.files[0]}: " + (
+                f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
+                f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len" if self.dropped else
+                "the file is empty; JSON lines with src, tgt, response and sort are wanted"))
+        self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
+        self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
+        self.lengths = (np.diff(self._ends[::3]) - 1).astype(np.int32)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def pair(self, i):
+        """Pair number -> ids (prompt, chosen, rejected), int32."""
+        begin, *ends = self._ends[3 * i : 3 * i + 4]
+        return tuple(np.split(self._tokens[begin : ends[2]], [ends[0] - begin, ends[1] - begin]))
+
+    def sample(self, i):
+        """Pair number -> input_ids, labels, position_ids, rows, replies; int32 [lengths[i]]. See `pair_sample`."""
+        return pair_sample(*self.pair(i))
+
+    def record(self, i):
+        """Pair number -> its JSON object, read again from the file."""
+        return record_at(self.files, self._places[i])
+
+
+def pair_sample(prompt, chosen, rejected):
+    """Ids of one pair -> input_ids, labels, position_ids, rows, replies as one sequence; int32 [n - 1 + a + b].
+
+        prompt p1 .. pn, chosen c1 .. ca, rejected r1 .. rb
+        input_ids     p1 .. p(n-1)   pn  c1 .. c(a-1)   pn  r1 .. r(b-1)
+        labels        -100 ........  c1  c2 .. ca       r1  r2 .. rb
+        position_ids  0 .... n-2     n-1 n .. n+a-2     n-1 n .. n+b-2
+        rows          end of pair    end of chosen      end of pair        FlashMask: rows from there on do not see it
+        replies       -1             0                  1
+
+    Both replies' first tokens are predicted from the prompt's last one, so each reply has a copy of it that the other
+    does not see. So every token sees what it would see in a sequence of prompt and one reply, at the same positions."""
+    n, a, b = len(prompt) - 1, len(chosen), len(rejected)
+    input_ids = np.concatenate([prompt, chosen[:-1], prompt[-1:], rejected[:-1]]).astype(np.int32)
+    labels = np.concatenate([np.full(n, IGNORED), chosen, rejected]).astype(np.int32)
+    position_ids = np.concatenate([np.arange(n), n + np.arange(a), n + np.arange(b)]).astype(np.int32)
+    rows = np.repeat(np.array([n + a + b, n + a, n + a + b], np.int32), [n, a, b])
+    return input_ids, labels, position_ids, rows, np.repeat(np.array([-1, 0, 1], np.int32), [n, a, b])
+
+
+def collate_pairs(rows, sample, width, pad_token_id):
+    """Pair numbers of each row, sample(i) as `pair_sample` -> the batch described at the top, T = width."""
+    B = len(rows)
+    batch = {"input_ids": np.full((B, width), pad_token_id, np.int64), "labels": np.full((B, width), IGNORED, np.int64),
+             "position_ids": np.zeros((B, width), np.int64), "reply_ids": np.full((B, width), -1, np.int64),
+             "startend_row_indices": np.full((B, 1, width, 1), width, np.int32),
+             "sample_ids": [[int(i) for i in row] for row in rows], "tokens": 0}
+    reply_tokens = []
+    for b, row in enumerate(rows):
+        start = 0
+        for i in row:
+            ids, labels, positions, mask_rows, replies = sample(i)
+            here = np.s_[b, start : start + len(ids)]
+            batch["input_ids"][here], batch["labels"][here], batch["position_ids"][here] = ids, labels, positions
+            batch["startend_row_indices"][b, 0, start : start + len(ids), 0] = start + mask_rows
+            batch["reply_ids"][here] = np.where(replies < 0, -1, 2 * len(reply_tokens) + replies)
+            reply_tokens.append([int((replies == side).sum()) for side in (0, 1)])
+            start += len(ids)
+        batch["tokens"] += start
+        batch["position_ids"][b, start:] = np.arange(width - start)  # padding, as in `collate`
+    return batch | {"reply_tokens": np.array(reply_tokens, np.int64)}
+
+
+class PreferenceLoader(SFTLoader):
+    """Batches of a PreferenceDataset: several pairs a row of at most max_seq_len (greedy_zero_padding: best fit, else
+    in the order of the file), rows padded to the longest of their batch; else as SFTLoader with zero_padding."""
+
+    def __init__(self, dataset, batch_size, max_seq_len, greedy_zero_padding=False, seed=0, shuffle=True,
+                 drop_last=False, pad_token_id=0):
+        super().__init__(dataset, batch_size, max_seq_len, True, greedy_zero_padding, seed, shuffle,
+                         drop_last=drop_last, pad_token_id=pad_token_id)
+        self.fixed_width = None
+
+    def batch(self, epoch, index):
+        """-> the batch described at the top of this file, with reply_ids and reply_tokens."""
+        rows = self._epoch_batches(epoch)[index]
+        pairs = [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
+        width = self._width(int(self._row_lengths[rows].max()))
+        return collate_pairs(pairs, self.dataset.sample, width, self.pad_token_id)
 
 
 # ============================== pretraining corpora ==============================

@@ -99,9 +99,6 @@ class Args(trainer.ScriptArgs):
             raise UserError("lora_path and prefix_path are both given; choose one")
         if self.prefix_path and self.format == "hf":
             raise UserError("prefix_path: a Hugging Face folder cannot hold a prefix; use format: static")
-        for key in ("model_name_or_path", "lora_path", "prefix_path", "tokenizer_name_or_path"):
-            if getattr(self, key) and not Path(getattr(self, key)).is_dir():
-                raise UserError(f"{key}: {getattr(self, key)}: no such folder")
         parse_size(self.max_shard_size)
         notes = super().check()
         if self.format == "static" and self.save_dtype not in (None, "float32"):
@@ -474,6 +471,9 @@ def move_into_place(temporary, folder):
 
 def main(args):
     # ====================================================================== 1. what can be refused at once
+    for key in ("model_name_or_path", "lora_path", "prefix_path", "tokenizer_name_or_path"):
+        if getattr(args, key) and not Path(getattr(args, key)).is_dir():
+            raise UserError(f"{key}: {getattr(args, key)}: no such folder")
     trainer.check_output_dir(args)
     refuse_own_base(args)
     tokenizer, folder = open_tokenizer(args), Path(args.output_dir)

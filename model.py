@@ -352,7 +352,8 @@ class QuantLinear(nn.Layer):
             setattr(self, name, None)
         if self.g_index is not None:
             self.g_index.set_value(paddle.arange(n_in, dtype="int32") // self.group_size)
-        self.in_order = not desc_act and n_in % self.group_size == 0  # groups are runs of input rows: no look-up needed
+        # Groups are runs of input rows, or all rows are one group: no look-up is needed.
+        self.in_order = self.group_size >= n_in or not desc_act and n_in % self.group_size == 0
         self.bias = self.create_parameter([n_out], is_bias=True) if bias else None
 
     def _group_of_rows(self):

@@ -97,6 +97,14 @@ def main(args):
         def evaluate():
             return trainer.evaluate(model, dev, args.max_evaluate_steps)
 
+        def step_size(batches):
+            """What the mean is over: target tokens."""
+            return sum(int((batch["labels"] != -100).sum()) for batch in batches)
+
+        def batch_loss(batch, size):
+            """This micro-batch's part of the step's loss."""
+            return model(**trainer.model_inputs(batch)).sum() / size
+
         # ================================================================== 4. training loop (the same in every script)
         model.train()
         resumed_step = state.step
@@ -116,12 +124,11 @@ def main(args):
             batches = [
                 train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)
             ]
-            # The mean is over the target tokens of the whole step: a mean of micro-batch means would weigh short ones more.
-            targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-            loss = 0.0
+            # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
+            size, loss = step_size(batches), 0.0
             for micro_step, batch in enumerate(batches):
                 trainer.seed_step(args.seed, state.step, micro_step)
-                micro_loss = model(**trainer.model_inputs(batch)).sum() / targets
+                micro_loss = batch_loss(batch, size)
                 micro_loss.backward()
                 loss += float(micro_loss)
                 trainer.check_finite(loss, args.output_dir, state.step, batch)

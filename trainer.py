@@ -290,18 +290,20 @@ IGNORED = _table([
         prefix_projection_hidden_size prefix_path neftune_noise_alpha"""),
     ("a key of dpo.py", """
         beta simpo_gamma label_smoothing loss_type pref_loss_ratio sft_loss_ratio dpop_lambda ref_model_update_steps
-        reference_free max_seq_len max_prompt_len dev_dataset_path desirable_weight undesirable_weight rslora_plus
-        dpo_beta dpo_loss_type dpo_label_smoothing"""),
+        reference_free max_seq_len max_prompt_len dev_dataset_path rslora_plus"""),
     ("a key of reward models", """
         placeholder_token reward_tokens normalize_score_during_training normalizer_type normalizer_momentum
         regularization"""),
     ("a key of embedding models", """
         max_query_len max_passage_len group_size query_template passage_template return_position_ids"""),
     ("a key of quantize.py", """
-        quant_type fp8_type skip_list_names weight_quant_method act_quant_method cachekv_quant_method search_alpha_min
-        search_alpha_max search_scale_min search_scale_max ptq_step shift shift_all_linears shift_sampler shift_step
-        smooth smooth_all_linears smooth_sampler smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece
-        gptq_step auto_clip awq_step autoclip_step do_quant_debug test_sample"""),
+        quant_type skip_list_names weight_quant_method act_quant_method search_alpha_min search_alpha_max
+        search_scale_min search_scale_max ptq_step shift shift_all_linears shift_step smooth smooth_all_linears
+        smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece gptq_step auto_clip"""),
+    ("samples are weighed alike, as they come", "shift_sampler smooth_sampler"),
+    ("it belongs to a way of quantising that is not here (fp8, 8-bit caches, AWQ)", """
+        fp8_type cachekv_quant_method awq_step autoclip_step"""),
+    ("the report of quantize.py is always written", "do_quant_debug test_sample"),
     ("serve.py always batches continuously, from a pool of blocks", """
         inference_model block_attn append_attn dynamic_insert avx_model avx_type avx_cachekv_type output_via_mq
         total_request_num use_fake_parameter export_precache model_prefix model_type"""),
@@ -347,6 +349,8 @@ REFUSED = _table([
     ("quantising is done by quantize.py", "do_ptq do_gptq do_awq do_qat load_quant_model"),
     ("preference training is done by dpo.py; finetune.py reads dataset_name_or_path", "train_dataset_path"),
     ("reward models are not trained here", "process_reward"),
+    ("KTO is not trained here; dpo.py learns from pairs", "desirable_weight undesirable_weight"),
+    ("it is called beta, loss_type or label_smoothing", "dpo_beta dpo_loss_type dpo_label_smoothing"),
     ("reward and reinforcement learning are done by ppo.py", """
         rl_algorithm train_datasets actor_model_name_or_path reward_model_name_or_path critic_model_name_or_path
         reward_critic_model_name_or_path"""),

@@ -3,6 +3,7 @@
     python tests/bench_train.py --task train_full --config A --dtype fp32            # one AdamW step on 4 x 512 ids
     python tests/bench_train.py --task train_lora --config B --dtype fp32            # the same, LoRA rank 8 everywhere
     python tests/bench_train.py --task sft --config B --mode zero_padding --profile  # an epoch of ragged samples
+    python tests/bench_train.py --task dpo --config B                               # an epoch of pairs, and a reference
 
 Models: Llamas of random weights, A (134 M) and B (5 M), read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if
 they are there, else drawn here in the same shape: the speed does not depend on the weights, and `weights` in the result
@@ -12,6 +13,9 @@ padding. --dtype bf16 is accepted, but Paddle has no bfloat16 products on the CP
 Modes of sft, each over the same samples: `padding` (8 samples a batch in the order of the file, padded to the longest),
 `grouped` (the same, 8 of similar length, as finetune.py does without zero_padding), `zero_padding` (best-fit rows of
 1,024, two a batch).
+
+dpo: all weights against a frozen second model that is run at every step, four pairs a step, packed into one row by
+dpo.py's rules; eff_tok_s counts a prompt twice, as a trainer does that has a sequence for each reply.
 """
 import argparse
 import contextlib
@@ -33,9 +37,10 @@ import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 from paddle.autograd import PyLayer  # noqa: E402
 
+import dpo  # noqa: E402
 import kernels  # noqa: E402
 import trainer  # noqa: E402
-from data import IGNORED, SFTLoader  # noqa: E402
+from data import IGNORED, SFTLoader, collate_pairs, pair_sample  # noqa: E402
 from model import ModelConfig, apply_lora, build, from_pretrained, init_weights, trainable_weights  # noqa: E402
 
 SHAPES = {
@@ -77,6 +82,25 @@ class Samples:
         return self.ids[i], next_ids(self.ids[i], len(self.ids[i]) // 2)
 
 
+class Pairs:
+    """Preference pairs that are ids already: 16 for A, 32 for B; lengths are lognormal with mean 90, from 8 to 512."""
+
+    def __init__(self, config):
+        n = 16 if config == "A" else 32
+        mu = np.log(90.0) - 0.8**2 / 2
+        drawn = [np.random.default_rng(seed).lognormal(mu, 0.8, n) for seed in (10, 11, 12)]
+        lengths = np.clip(drawn, 8, 512).astype(int)  # (prompt, chosen, rejected) x pairs
+        generator = np.random.default_rng(2)
+        self.pairs = [tuple(random_ids(config, length, generator) for length in each) for each in zip(*lengths)]
+        self.tokens = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in self.pairs)
+
+    def batch(self, first, count):
+        """`count` pairs as one row without padding."""
+        chosen = range(first, min(first + count, len(self.pairs)))
+        width = sum(len(part) for i in chosen for part in self.pairs[i]) - len(chosen)
+        return collate_pairs([chosen], lambda i: pair_sample(*self.pairs[i]), width, 0)
+
+
 def next_ids(ids, first=0):
     """(..., T) ids -> labels (..., T): the next id wherever that is at position `first` or later."""
     labels = np.full(ids.shape, IGNORED, np.int64)
@@ -95,10 +119,27 @@ def load_model(config):
     return model, "drawn"
 
 
-def training_step(model, weights, optimizer, batch, args):
-    """One optimizer step on a batch, as in finetune.py; returns the mean loss of its targets."""
-    targets = int((batch["labels"] != IGNORED).sum())
-    loss = model(**trainer.model_inputs(batch)).sum() / targets
+def token_loss(model, batch):
+    """The mean loss of a batch's targets."""
+    return model(**trainer.model_inputs(batch)).sum() / int((batch["labels"] != IGNORED).sum())
+
+
+def pair_loss(reference):
+    """function(model, batch): the mean loss of a batch's pairs against this frozen model."""
+    args = dpo.Args(beta=0.1)
+
+    def loss(model, batch):
+        with paddle.no_grad():
+            base = dpo.reply_logps(reference, batch)
+        counts = dpo.pair_counts([batch])
+        return dpo.objective(dpo.reply_logps(model, batch), base, batch["reply_tokens"], counts, args)[0]
+
+    return loss
+
+
+def training_step(model, weights, optimizer, batch, args, loss_of):
+    """One optimizer step on a batch, as in the scripts; returns its loss."""
+    loss = loss_of(model, batch)
     loss.backward()
     clip = args.max_grad_norm
     scale = trainer.clip_scale(trainer.global_grad_norm(weights), clip) if clip else 1.0
@@ -172,6 +213,9 @@ def workload(options):
         loader = SFTLoader(samples, rows, MAX_LENGTH, packed, packed, seed=0, shuffle=options.mode != "padding")
         steps = range(loader.batches_per_epoch)
         return lambda i: (loader.batch(i, index) for index in steps), int(samples.lengths.sum())
+    if options.task == "dpo":
+        pairs, count = Pairs(options.config), options.batch or 4
+        return lambda i: (pairs.batch(first, count) for first in range(0, len(pairs.pairs), count)), pairs.tokens
     ids = random_ids(options.config, (options.batch or 4, options.seq), np.random.default_rng(3))
     batch = {"input_ids": ids, "labels": next_ids(ids)}
     return lambda i: [batch] if i else [batch, batch], ids.size  # two steps of warm-up, as the peers
@@ -179,13 +223,13 @@ def workload(options):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=["train_full", "train_lora", "sft"])
+    parser.add_argument("--task", required=True, choices=["train_full", "train_lora", "sft", "dpo"])
     parser.add_argument("--config", default="A", choices=list(SHAPES))
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     modes = ["", "padding", "grouped", "zero_padding"]
     parser.add_argument("--mode", default="", choices=modes, help="of sft; default padding")
-    parser.add_argument("--reps", type=int, default=3, help="timed steps, or epochs of sft, after a warm-up")
-    parser.add_argument("--batch", type=int, default=0, help="rows of a batch; 0: 4, for sft 8 or 2 packed rows")
+    parser.add_argument("--reps", type=int, default=3, help="timed steps, or epochs of sft and dpo, after a warm-up")
+    parser.add_argument("--batch", type=int, default=0, help="rows or pairs a batch; 0: 4, for sft 8 or 2 packed rows")
     parser.add_argument("--seq", type=int, default=512, help="ids of a row of train_*")
     parser.add_argument("--kernels", default="auto", help="back ends, see kernels/__init__.py")
     parser.add_argument("--profile", action="store_true", help="where the time goes, on stderr")
@@ -207,8 +251,9 @@ def main(argv=None):
         apply_lora(model, rank=8, alpha=16)
     model.train()
     weights = trainable_weights(model)
-    sft = options.task == "sft"
-    decay, clip = (0.0, 1.0) if sft else (0.01, 0.0)  # as the peers' trainers and bare steps have them
+    epochs = options.task in ("sft", "dpo")
+    loss_of = pair_loss(load_model(options.config)[0]) if options.task == "dpo" else token_loss
+    decay, clip = (0.0, 1.0) if epochs else (0.01, 0.0)  # as the peers' trainers and bare steps have them
     args = trainer.TrainingArgs(learning_rate=1e-4, weight_decay=decay, max_grad_norm=clip)
     optimizer = trainer.AdamW(weights, args)
     batches, tokens = workload(options)
@@ -216,9 +261,9 @@ def main(argv=None):
     for i in range(options.reps + 1):
         with profile.clocks(model) if options.profile and i else contextlib.nullcontext():
             start = time.perf_counter()  # making and collating the batches counts
-            found = [training_step(model, weights, optimizer, batch, args) for batch in batches(i)]
+            found = [training_step(model, weights, optimizer, batch, args, loss_of) for batch in batches(i)]
             seconds = time.perf_counter() - start
-        losses.append(statistics.mean(found) if sft else found[0])
+        losses.append(statistics.mean(found) if epochs else found[0])
         name = f"rep {i}" if i else "warm-up"
         print(f"{name}: {len(found)} steps, {seconds:.3f} s, loss {losses[-1]:.5f}", flush=True)
         if i:
@@ -231,7 +276,7 @@ def main(argv=None):
     rate["n"] = len(rates)
     result = {
         "peer": "ours", "task": options.task, "config": options.config, "dtype": options.dtype, "mode": options.mode,
-        "threads": THREADS, "eff_tok_s" if sft else "tok_s": rate,
+        "threads": THREADS, "eff_tok_s" if epochs else "tok_s": rate,
         "compute": "fp32", "weights": source, "tokens": tokens,
         "positions": sum(batch["input_ids"].size for batch in batches(options.reps)), "steps": len(found),
         "trainable": sum(int(np.prod(w.shape)) for w in weights), "loss": [round(losses[0], 5), round(losses[-1], 5)],

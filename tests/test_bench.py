@@ -42,6 +42,15 @@ def test_sft_counts_only_real_tokens_and_profiles_every_op(tiny, capsys):
         assert row in captured.err, captured.err
 
 
+def test_dpo_counts_the_prompt_twice_and_pads_nothing(tiny, capsys):
+    pairs = bench_train.Pairs("B").pairs
+    result, _ = result_of(capsys, "--task", "dpo", "--reps", "1")
+    assert result["tokens"] == sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs) and len(pairs) == 32
+    assert result["positions"] == sum(len(p) - 1 + len(c) + len(r) for p, c, r in pairs) and result["steps"] == 8
+    assert result["eff_tok_s"]["n"] == 1 and "tok_s" not in result
+    assert abs(result["loss"][0] - 0.693) < 0.02 and result["loss"][1] < result["loss"][0]
+
+
 def test_samples_are_the_peers():
     """Their lengths, ids and targets, so that tokens per second mean the same work."""
     samples = bench_train.Samples("A")
@@ -51,3 +60,6 @@ def test_samples_are_the_peers():
     half = len(ids) // 2
     assert (labels[: half - 1] == -100).all() and labels[-1] == -100
     assert (labels[half - 1 : -1] == ids[half:]).all()
+    pairs = bench_train.Pairs("A").pairs
+    assert len(pairs) == 16 and [[len(part) for part in pair] for pair in pairs[:2]] == [[27, 67, 64], [36, 193, 150]]
+    assert pairs[0][0][:4].tolist() == [26804, 8378, 3506, 9558]

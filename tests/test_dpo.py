@@ -1,0 +1,711 @@
+"""dpo.py: pairs as one sequence, losses, reference, and whole runs.
+
+    python -m pytest tests/test_dpo.py                                   # CPU, no torch, about 20 s
+    python -m pytest tests/test_dpo.py --hf-python PYTHON_WITH_TRL       # and TRL's losses computed again over there
+
+tests/golden/dpo_trl.json holds what TRL 1.16 computes for two small models of golden_weights.py; RECIPE made it.
+"""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT, SHARED
+from golden_weights import CASES, draw, shapes
+from test_scripts import (
+    CONFIG,
+    assert_same,
+    crash_after_saving,
+    fails,
+    losses,
+    rows,
+    tensors,
+    tree,
+    write_model,
+    write_records,
+)
+
+import data
+import dpo
+import model as M
+import trainer
+
+DEMO = ROOT / "demo"
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "dpo_trl.json").read_text())
+
+RECIPE = """
+import json, sys, tempfile, types
+sys.path.append(sys.argv[2])
+import torch
+from golden_weights import CASES, draw, shapes
+arrays = {}
+try:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+except ImportError as error:
+    arrays["missing"] = str(error)
+if not arrays:
+    given = json.loads(sys.argv[3])
+
+    def opened(mix):
+        config = CASES["gqa"][1]
+        model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager", pad_token_id=0))
+        first, second = (draw(shapes(config), seed) for seed in (0, 1))
+        model.load_state_dict({key: torch.from_numpy(first[key] + mix * second[key]) for key in first})
+        return model
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    policy, reference = opened(0.0), opened(given["mix"])
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False)
+        data = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}] * 2)
+        trainer = DPOTrainer(policy, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer)
+    rows = [(prompt, pair[side]) for side in (1, 2) for pair in given["pairs"] for prompt in [pair[0]]]
+    width = max(len(prompt) + len(reply) for prompt, reply in rows)
+    ids, mask, reply_mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+    for row, (prompt, reply) in enumerate(rows):
+        ids[row, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+        mask[row, : len(prompt) + len(reply)] = 1
+        reply_mask[row, len(prompt) : len(prompt) + len(reply)] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask, "completion_mask": reply_mask}
+    policy.eval(), reference.eval()
+    watched = policy.model.layers[1].self_attn.q_proj.weight
+    for kind, beta in given["dpo"]:
+        trainer.loss_types, trainer.loss_weights, trainer.beta = [kind], [1.0], beta
+        trainer._metrics["eval"].clear()
+        loss = trainer._compute_loss(trainer.model, inputs, False)
+        policy.zero_grad()
+        loss.backward()
+        arrays[kind + ":loss"], arrays[kind + ":gradient"] = loss.item(), watched.grad.norm().item()
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
+            arrays[kind + ":" + name] = trainer._metrics["eval"][name][0]
+    labels = ids.masked_fill(reply_mask == 0, -100)
+    device = types.SimpleNamespace(device="cpu")
+    for kind, beta, gamma, smoothing in given["cpo"]:
+        policy.zero_grad()
+        logps = CPOTrainer.get_batch_logps(policy(ids, attention_mask=mask).logits, labels, average_log_prob=kind == "simpo")
+        chosen, rejected = logps.chunk(2)
+        options = types.SimpleNamespace(alpha=0.0, loss_type=kind, beta=beta, simpo_gamma=gamma, label_smoothing=smoothing, accelerator=device)
+        loss = CPOTrainer.cpo_loss(options, chosen, rejected)[0].mean()
+        loss.backward()
+        arrays["cpo_" + kind + ":loss"], arrays["cpo_" + kind + ":gradient"] = loss.item(), watched.grad.norm().item()
+    policy.zero_grad()
+    logps = ORPOTrainer.get_batch_logps(policy(ids, attention_mask=mask).logits, labels, average_log_prob=True)
+    loss = -ORPOTrainer.odds_ratio_loss(types.SimpleNamespace(beta=1.0, accelerator=device), *logps.chunk(2))[0].mean()
+    loss.backward()
+    arrays["orpo:loss"], arrays["orpo:gradient"] = loss.item(), watched.grad.norm().item()
+"""
+
+
+def opened(case="gqa", mix=0.0, **changes):
+    """A model of golden_weights.py; mix: how much of another draw is added to its weights."""
+    config = {**CASES[case][1], **changes}
+    first, second = (draw(shapes(config), seed) for seed in (0, 1))
+    found = M.build(M.ModelConfig.from_dict(config))
+    for weight in M.base_weights(found):
+        M.set_parameter(weight.parameter, weight.from_numpy(first[weight.name] + np.float32(mix) * second[weight.name]))
+    return found
+
+
+def collated(pairs, rows, width):
+    """Pairs of ids -> a batch with these rows of pair numbers."""
+    return data.collate_pairs(rows, lambda i: data.pair_sample(*map(np.array, pairs[i])), width, 0)
+
+
+def gradients(model):
+    """{name: array} of all gradients, which are cleared."""
+    found = {}
+    for weight in M.trainable_weights(model):
+        found[weight.name] = weight.parameter.grad.numpy()
+        weight.parameter.clear_gradient(False)
+    return found
+
+
+def random_pairs(*lengths, seed=2):
+    generator = np.random.default_rng(seed)
+    return [tuple(generator.integers(3, 56, n).tolist() for n in each) for each in lengths]
+
+
+# ---------------------------------------------------------------------------------------------- pairs as one sequence
+
+
+def test_one_pair_by_hand():
+    """Prompt 1 2 3, chosen 4 5, rejected 6 7 8, after another pair of prompt 9, chosen 10, rejected 11 12."""
+    batch = collated([([9], [10], [11, 12]), ([1, 2, 3], [4, 5], [6, 7, 8])], [[0, 1]], 11)
+    x = -100
+    assert batch["input_ids"].tolist() == [[9, 9, 11, 1, 2, 3, 4, 3, 6, 7, 0]]
+    assert batch["labels"].tolist() == [[10, 11, 12, x, x, 4, 5, 6, 7, 8, x]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 0, 1, 2, 3, 2, 3, 4, 0]]
+    assert batch["startend_row_indices"][0, 0, :, 0].tolist() == [1, 3, 3, 10, 10, 7, 7, 10, 10, 10, 11]
+    assert batch["reply_ids"].tolist() == [[0, 1, 1, -1, -1, 2, 2, 3, 3, 3, -1]]
+    assert batch["reply_tokens"].tolist() == [[1, 2], [2, 3]] and batch["tokens"] == 10
+    assert batch["sample_ids"] == [[0, 1]]
+    rejected_sees = [j for j in range(11) if j <= 9 < batch["startend_row_indices"][0, 0, j, 0]]
+    assert rejected_sees == [3, 4, 7, 8, 9]  # prompt, its own copy of the prompt's last token, itself
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo", "or"])
+def test_packed_equals_separate_passes(loss_type):
+    """Logps, loss and every gradient of two rows of five pairs against ten sequences, each alone and without a mask."""
+    pairs = random_pairs((6, 5, 9), (1, 7, 3), (11, 2, 4), (3, 1, 1), (8, 6, 2))
+    model, args = opened(), dpo.Args(loss_type=loss_type, beta=0.3, label_smoothing=0.1, sft_loss_ratio=0.5)
+    generator = np.random.default_rng(0)
+    reference = paddle.to_tensor(generator.normal(-15, 3, (5, 2)).astype("float32"))
+    batch = collated(pairs, [[3, 0, 4], [2, 1]], 48)
+    order = np.concatenate(batch["sample_ids"])
+    counts = dpo.pair_counts([batch])
+    assert counts == (5, sum(len(chosen) for _, chosen, _ in pairs))
+
+    packed = dpo.reply_logps(model, batch)
+    loss, figures = dpo.objective(packed, reference, batch["reply_tokens"], counts, args)
+    loss.backward()
+    ours = gradients(model)
+
+    separate = []
+    for i in order:
+        prompt, *replies = pairs[i]
+        for reply in replies:
+            ids = np.array([prompt + reply])
+            labels = np.full_like(ids, -100)
+            labels[0, len(prompt) - 1 : -1] = reply
+            separate.append(-model(paddle.to_tensor(ids), labels=paddle.to_tensor(labels)).sum())
+    separate = paddle.stack(separate).reshape([5, 2])
+    assert np.abs(packed.numpy() - separate.numpy()).max() < 1e-5
+    expected, other = dpo.objective(separate, reference, batch["reply_tokens"], counts, args)
+    expected.backward()
+    theirs = gradients(model)
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    assert figures == pytest.approx(other, abs=1e-5)
+    assert ours.keys() == theirs.keys() and len(ours) > 15
+    for name in ours:
+        assert np.abs(ours[name] - theirs[name]).max() < 1e-5 * max(1, np.abs(theirs[name]).max()), name
+
+
+def test_a_packed_pair_does_not_see_its_neighbours():
+    """Other tokens in the first reply, or in another pair, leave the rest of the row bit for bit as it was."""
+    model, pairs = opened(), random_pairs((6, 5, 9), (4, 7, 3))
+    before = dpo.reply_logps(model, collated(pairs, [[0, 1]], 40)).numpy()
+    prompt, chosen, rejected = pairs[0]
+    after = dpo.reply_logps(model, collated([(prompt, [3] * len(chosen), rejected), pairs[1]], [[0, 1]], 40)).numpy()
+    assert (before != after).tolist() == [[True, False], [False, False]]
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.load_tokenizer(DEMO / "llama")
+
+
+def pair_set(tmp_path, tokenizer, records, max_seq_len=512, max_prompt_len=256):
+    write_records(tmp_path / "pairs" / "train.jsonl", records)
+    return data.PreferenceDataset(tmp_path / "pairs", tokenizer, max_seq_len, max_prompt_len)
+
+
+def record(src="red lamp", tgt=(), response=("a red lamp", "ten coins"), sort=(1, 0), **more):
+    return {"src": src, "tgt": list(tgt) if isinstance(tgt, tuple) else tgt, "response": list(response),
+            "sort": list(sort)} | more  # fmt: skip
+
+
+def test_records_without_a_template(tmp_path, tokenizer):
+    eos, encode = [tokenizer.eos_token_id], tokenizer.encode
+    found = pair_set(tmp_path, tokenizer, [record(), record(src=["red lamp"], sort=(0.1, 0.7)), record(tgt=""),
+                                           record(src=["red lamp", "and why"], tgt=["ten"])])  # fmt: skip
+    prompt, good, bad = encode("red lamp"), encode("a red lamp", False) + eos, encode("ten coins", False) + eos
+    assert [part.tolist() for part in found.pair(0)] == [prompt, good, bad]
+    assert [part.tolist() for part in found.pair(1)] == [prompt, bad, good]
+    assert [part.tolist() for part in found.pair(2)] == [prompt, good, bad]
+    history = prompt + encode("ten", False) + eos
+    assert [part.tolist() for part in found.pair(3)] == [history + encode("and why"), good, bad]
+    assert found.lengths.tolist() == [len(found.sample(i)[0]) for i in range(4)]
+    assert found.record(3)["src"] == ["red lamp", "and why"] and len(found) == 4 and found.dropped == 0
+
+
+def test_records_with_a_template(tmp_path, tokenizer):
+    tokenizer = data.load_tokenizer(DEMO / "llama")
+    tokenizer.chat_template = data.load_chat_template("llama2")
+    given = record(src=["red lamp", "and why"], tgt=["ten"], context={"system": "be brief"})
+    prompt, good, bad = (part.tolist() for part in pair_set(tmp_path, tokenizer, [given]).pair(0))
+    for reply, text in ((good, "a red lamp"), (bad, "ten coins")):
+        system, encoded = tokenizer.encode_chat([("red lamp", "ten"), ("and why", text)], given["context"], True)
+        assert prompt + reply == system + [i for user, bot in encoded for i in user + bot]
+    assert "be brief" in tokenizer.decode(prompt)
+    bad_template = {"conversation": ["{{user}} ({{bot}})", "{{bot}}"], "query": "{{user}}"}
+    tokenizer.chat_template = data.ChatTemplate(bad_template, "odd.json")
+    with pytest.raises(data.UserError, match=r"train.jsonl:1: chat template 'odd.json' puts the reply into the prompt"):
+        pair_set(tmp_path, tokenizer, [given])
+
+
+@pytest.mark.parametrize("template", [None, "llama2"])
+def test_truncation(template, tmp_path):
+    """The prompt from the left, then the replies in proportion; then the newest of the earlier turns that fit."""
+    tokenizer = data.load_tokenizer(DEMO / "llama")
+    tokenizer.chat_template = data.load_chat_template(template)
+    words = "one two three four five six seven eight nine ten".split()
+    old, new, last = (" ".join(f"{word} {n}" for word in words) for n in ("red", "blue", "gold"))
+    given = record(src=[old, new, last], tgt=["ten", "coins"], response=(" ".join(words * 2), " ".join(words)))
+    whole = pair_set(tmp_path, tokenizer, [given]).pair(0)
+    full = len(whole[0]) - 1 + len(whole[1]) + len(whole[2])
+
+    def cut(max_seq_len, max_prompt_len):
+        found = pair_set(tmp_path, tokenizer, [given], max_seq_len, max_prompt_len)
+        assert found.lengths[0] <= max_seq_len
+        return [part.tolist() for part in found.pair(0)]
+
+    assert cut(full, 256) == [part.tolist() for part in whole]
+    prompt, good, bad = cut(full - 1, 256)  # the oldest turn goes; replies stay
+    assert [good, bad] == [part.tolist() for part in whole[1:]]
+    assert "red" not in tokenizer.decode(prompt) and "blue" in tokenizer.decode(prompt)
+    alone = len(cut(len(good) + len(bad) + 60, 256)[0])
+    prompt, good, bad = cut(len(good) + len(bad) + 20, 20)  # the last turn alone is longer than its room
+    assert [good, bad] == [part.tolist() for part in whole[1:]] and len(prompt) <= 20 < alone
+    text = tokenizer.decode(prompt)
+    assert "ten gold" in text and "one gold" not in text and (template is None or "[INST]" in text)
+    prompt, good, bad = cut(60, 20)
+    a, b = len(whole[1]), len(whole[2])
+    assert len(prompt) - 1 + len(good) + len(bad) == 60 and abs(len(good) / len(bad) - a / b) < 0.25
+    assert good == whole[1][: len(good)].tolist() and bad == whole[2][: len(bad)].tolist()
+
+
+def test_pairs_that_cannot_be_learned_are_dropped(tmp_path, tokenizer):
+    long = " ".join(["lamp"] * 60)
+    found = pair_set(tmp_path, tokenizer, [record(), record(response=("same", "same")), record(src=long)], 40, 40)
+    assert len(found) == 1 and found.dropped == 2
+    with pytest.raises(data.UserError, match="none of the 1 pairs can be learned with max_seq_len 40"):
+        pair_set(tmp_path, tokenizer, [record(src=long)], 40, 40)
+
+
+def test_loader_covers_every_pair_once_an_epoch(tokenizer):
+    pairs = data.PreferenceDataset(DEMO / "preference" / "dev.jsonl", tokenizer, 300, 128)
+    for greedy in (False, True):
+        loader = data.PreferenceLoader(pairs, 2, 300, greedy, seed=3)
+        for epoch in (0, 1):
+            batches = [loader.batch(epoch, i) for i in range(loader.batches_per_epoch)]
+            seen = [i for batch in batches for row in batch["sample_ids"] for i in row]
+            assert sorted(seen) == list(range(100)) and loader.fill > 0.8
+            for batch in batches:
+                found = batch["reply_ids"][batch["reply_ids"] >= 0]
+                assert (np.bincount(found).reshape(-1, 2) == batch["reply_tokens"]).all()
+                assert (np.diff(found) >= 0).all() and batch["input_ids"].shape[1] <= 300
+                assert ((batch["reply_ids"] >= 0) == (batch["labels"] != -100)).all()
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+
+def sigma(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def odds(logp):
+    return np.exp(logp) / (1 - np.exp(logp))
+
+
+BY_HAND = {  # of averaged (a) or summed (s) log-probabilities: policy c, r; reference C, R; all float64
+    "sigmoid": lambda c, r, C, R: -0.9 * np.log(sigma(0.4 * (c - r - C + R))) - 0.1 * np.log(1 - sigma(0.4 * (c - r - C + R))),
+    "hinge": lambda c, r, C, R: np.maximum(0, 1 - 0.4 * ((c - C) - (r - R))),
+    "ipo": lambda c, r, C, R: ((c - C) - (r - R) - 1.25) ** 2,
+    "simpo": lambda c, r, C, R: -0.9 * np.log(sigma(0.4 * (c - r) - 0.7)) - 0.1 * np.log(sigma(0.7 - 0.4 * (c - r))),
+    "or": lambda c, r, C, R: -np.log(sigma(np.log(odds(c) / odds(r)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", BY_HAND)
+def test_losses_by_hand(loss_type):
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(1, 9, (50, 2))
+    policy, reference = -tokens * generator.uniform(0.02, 3, (2, 50, 2))
+    args = dpo.Args(
+        loss_type=loss_type, beta=0.4, label_smoothing=0.1, simpo_gamma=0.7, pref_loss_ratio=2.0, sft_loss_ratio=0.3
+    )
+    args.reference_free = loss_type in ("simpo", "or")
+    given = reference * (not args.reference_free)
+    tensors = (paddle.to_tensor(values.astype("float32")) for values in (policy, given))
+    loss, figures = dpo.objective(*tensors, tokens, (50, tokens[:, 0].sum()), args)
+    scale = tokens if loss_type in ("ipo", "simpo", "or") else 1.0
+    (c, r), (C, R) = (policy / scale).T, (given / scale).T
+    preference, sft = BY_HAND[loss_type](c, r, C, R).mean(), -policy[:, 0].sum() / tokens[:, 0].sum()
+    expected = {
+        "dpo_loss": preference, "sft_loss": sft, "logps/chosen": c.mean(), "logps/rejected": r.mean(),
+        "logps/accuracies": (c > r).mean(), "rewards/chosen": 0.4 * (c - C).mean(), "rewards/rejected": 0.4 * (r - R).mean(),
+        "rewards/accuracies": (c - C > r - R).mean(), "rewards/margins": 0.4 * (c - C - r + R).mean(),
+    }  # fmt: skip
+    assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert float(loss) == pytest.approx(2 * preference + 0.3 * sft, rel=1e-5)
+
+
+def test_ties_count_one_half_and_a_certain_reply_is_finite():
+    assert dpo.wins(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]])) == 1.5
+    chosen = paddle.to_tensor([0.0, -40.0])
+    chosen.stop_gradient = False
+    loss = dpo.orpo_loss(chosen, paddle.to_tensor([-0.5, 0.0]))
+    loss.sum().backward()
+    assert np.isfinite(loss.numpy()).all() and np.isfinite(chosen.grad.numpy()).all()
+
+
+def assert_as_trl(found):
+    """Our packed sequence and TRL's separate ones, from ids to loss and gradient, to 1e-5."""
+    given = GOLDEN["given"]
+    policy, reference = opened(), opened(mix=given["mix"])
+    batch = collated(given["pairs"], [[0, 1, 2]], 60)
+    with paddle.no_grad():
+        base = dpo.reply_logps(reference, batch)
+    runs = [(kind, kind, base, dict(beta=beta)) for kind, beta in given["dpo"]]
+    runs += [(f"cpo_{kind}", kind, paddle.zeros_like(base), dict(beta=beta, simpo_gamma=gamma, label_smoothing=smoothing))
+             for kind, beta, gamma, smoothing in given["cpo"]]  # fmt: skip
+    runs.append(("orpo", "or", paddle.zeros_like(base), {}))
+    compared = 0
+    for name, kind, base, options in runs:
+        logps = dpo.reply_logps(policy, batch)
+        loss, figures = dpo.objective(
+            logps, base, batch["reply_tokens"], dpo.pair_counts([batch]), dpo.Args(loss_type=kind, **options)
+        )
+        loss.backward()
+        gradient = gradients(policy)["model.layers.1.self_attn.q_proj.weight"]
+        if kind == "ipo":  # TRL shows summed log-probabilities here, the loss compares means
+            figures |= {"logps/chosen": float(logps[:, 0].mean()), "logps/rejected": float(logps[:, 1].mean())}
+            found = {key: value for key, value in found.items() if not key.startswith("ipo:rewards/")}
+        figures |= {"loss": float(loss), "gradient": float(np.linalg.norm(gradient))}
+        for key in (key for key in found if key.startswith(f"{name}:")):
+            assert figures[key.partition(":")[2]] == pytest.approx(float(found[key]), rel=1e-5, abs=1e-5), key
+            compared += 1
+    assert compared == len(found) == 26
+
+
+def test_losses_are_trls():
+    assert_as_trl(GOLDEN["trl"])
+
+
+@pytest.mark.torch
+def test_losses_are_trls_live(hf_python):
+    found = hf_python(RECIPE, ROOT / "tests", json.dumps(GOLDEN["given"]))
+    if "missing" in found:
+        pytest.skip(f"needs TRL 1.16 over there: {found['missing']}")
+    assert_as_trl({key: value.item() for key, value in found.items()})
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with base/ (model) and pairs/ (20 train, 8 dev). Read only."""
+    world = tmp_path_factory.mktemp("world")
+    write_model(world / "base")
+    for split, count in (("train", 20), ("dev", 8)):
+        lines = (DEMO / "preference" / f"{split}.jsonl").read_text().splitlines()[:count]
+        write_records(world / "pairs" / f"{split}.jsonl", map(json.loads, lines))
+    return world
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
+
+
+def keys_of(world, output_dir, **changes):
+    return {
+        "model_name_or_path": str(world / "base"),
+        "train_dataset_path": str(world / "pairs"),
+        "dev_dataset_path": str(world / "pairs" / "dev.jsonl"),
+        "output_dir": str(output_dir),
+        "do_train": True,
+        "max_steps": 4,
+        "max_seq_len": 400,
+        "max_prompt_len": 96,
+        "max_new_tokens": 3,
+        "learning_rate": 0.005,
+        "lr_scheduler_type": "constant",
+        "beta": 0.5,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    } | changes
+
+
+def run(keys):
+    path = f"{keys['output_dir']}.json"
+    with open(path, "w") as file:
+        json.dump(keys, file)
+    trainer.run_script(dpo.main, dpo.Args, [path])
+
+
+KINDS = {"full": {}, "lora": {"lora": True, "lora_rank": 4}, "dora": {"lora": True, "lora_rank": 4, "dora": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
+    """One step is all pairs, so losses fall; the reference is the model before; what is written is what was evaluated."""
+    out = tmp_path / "out"
+    run(
+        keys_of(
+            world,
+            out,
+            do_eval=True,
+            evaluation_strategy="steps",
+            eval_steps=2,
+            per_device_train_batch_size=20,
+            **KINDS[kind],
+        )
+    )
+    printed, found = capfd.readouterr().out, rows(out)
+    assert [row["dpo_loss"] for row in found] == [row["loss"] for row in found]
+    assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and found[0]["rewards/accuracies"] == 0.5
+    assert found[-1]["loss"] < found[0]["loss"] - 0.05 and found[-1]["rewards/margins"] > 0.1
+    assert "reward: before 50.0 %, after " in printed and "log-probability: before " in printed
+    assert [len(re.findall(rf"^{word}: ", printed, re.M)) for word in ("prompt", "before", "after")] == [3, 3, 3]
+    assert ("reference: log-probabilities of 20 pairs" in printed) == (kind == "full")
+
+    base = M.from_pretrained(world / "base")
+    policy = M.from_pretrained(world / "base" if kind != "full" else out)
+    if kind != "full":
+        M.load_adapter(policy, out)
+    pairs = data.PreferenceDataset(world / "pairs", data.load_tokenizer(out), 400, 96, "dev")
+    loader = data.PreferenceLoader(pairs, 3, 400, shuffle=False)
+    known = dpo.known_logps(base, loader, [(0, i) for i in range(loader.batches_per_epoch)])
+    expected = dpo.evaluate_pairs(policy, loader, known, dpo.Args(beta=0.5))
+    reported = json.loads((out / "dev_results.json").read_text())
+    assert reported == pytest.approx(expected, rel=1e-4, abs=1e-5) and reported["eval_pairs"] == 8
+    assert [json.loads(line)["step"] for line in (out / "eval_metrics.jsonl").read_text().splitlines()] == [2, 4]
+
+
+def test_the_adapter_switched_off_is_the_base_model(world):
+    """The reference of LoRA against another copy of the base, after the adapter has moved; the policy differs."""
+    base, model = M.from_pretrained(world / "base"), M.from_pretrained(world / "base")
+    M.apply_lora(model, 4, 8.0)
+    for layer in M.lora_layers(model).values():
+        M.set_parameter(layer.lora_B, np.full(layer.lora_B.shape, 0.02, np.float32))
+    pairs = data.PreferenceDataset(world / "pairs", data.load_tokenizer(world / "base"), 400, 96)
+    batch = data.PreferenceLoader(pairs, 2, 400).batch(0, 0)
+    reference = dpo.reference_logps(model, batch, None, dpo.Args(lora=True)).numpy()
+    assert reference.tobytes() == dpo.reply_logps(base, batch).numpy().tobytes()
+    assert np.abs(dpo.reply_logps(model, batch).numpy() - reference).max() > 1e-2
+    assert not dpo.reference_logps(model, batch, None, dpo.Args(reference_free=True)).numpy().any()
+
+
+RESUMED = {
+    "full": {"gradient_accumulation_steps": 2, "greedy_zero_padding": True},
+    "lora_plus": KINDS["lora"] | {"rslora_plus": True, "gradient_accumulation_steps": 2, "loss_type": "ipo"},
+    "dora_simpo": KINDS["dora"] | {"loss_type": "simpo", "beta": 2.0},
+    "orpo_recompute": {"loss_type": "orpo", "recompute": True},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_bitwise(name, world, tmp_path):
+    """Stopped in an epoch, against one run without a stop."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = {"max_steps": 9, "max_seq_len": 300, "warmup_steps": 2, "weight_decay": 0.1} | RESUMED[name]
+    run(keys_of(world, whole, **common))
+    common |= {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    with crash_after_saving(4):
+        run(keys_of(world, parts, **common))
+    run(keys_of(world, parts, **common, resume_from_checkpoint=True))
+    assert_same(parts, whole)
+
+
+def test_accumulating_equals_one_batch(world, tmp_path):
+    """The means are over the pairs and the chosen tokens of the whole step, whatever micro-batch they are in."""
+    keys = {"max_seq_len": 300, "max_steps": 2, "loss_type": "orpo", "learning_rate": 3e-4, "sft_loss_ratio": 0.7}
+    run(keys_of(world, tmp_path / "once", per_device_train_batch_size=32, **keys))
+    run(keys_of(world, tmp_path / "apart", gradient_accumulation_steps=32, **keys))
+    for ours, theirs in zip(rows(tmp_path / "apart"), rows(tmp_path / "once")):
+        for key in ("loss", "grad_norm", "sft_loss", "rewards/margins", "logps/chosen"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    ours, theirs = tensors(tmp_path / "apart"), tensors(tmp_path / "once")
+    assert max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours) < 1e-5
+
+
+def test_the_best_is_kept_and_loaded(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    run(keys_of(world, out, do_eval=True, evaluation_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+                load_best_model_at_end=True, save_total_limit=2, **KINDS["lora"]))  # fmt: skip
+    found = [json.loads(line) for line in (out / "eval_metrics.jsonl").read_text().splitlines()]
+    assert [row["eval_accuracy"] for row in found] == [row["eval_rewards/accuracies"] for row in found]
+    best = min(found, key=lambda row: row["eval_loss"])
+    assert f"best: checkpoint-{best['step']}, loss" in capfd.readouterr().out
+    assert json.loads((out / "dev_results.json").read_text())["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-5)
+
+
+def test_evaluation_alone_of_a_saved_adapter(world, tmp_path):
+    run(keys_of(world, tmp_path / "lora", do_eval=True, **KINDS["lora"]))
+    before = tree(tmp_path / "lora")
+    run(
+        keys_of(
+            world, tmp_path / "eval", do_train=False, do_eval=True, lora_path=str(tmp_path / "lora"), **KINDS["lora"]
+        )
+    )
+    found = [json.loads((tmp_path / name / "dev_results.json").read_text()) for name in ("lora", "eval")]
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and tree(tmp_path / "lora") == before
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def put(**changes):
+    return lambda world, keys: keys.update(changes)
+
+
+def lines(*changed):
+    """train.jsonl of a good record and then these."""
+
+    def change(world, keys):
+        text = "\n".join(each if isinstance(each, str) else json.dumps(each) for each in (record(), *changed))
+        (world / "pairs" / "train.jsonl").write_text(text + "\n")
+
+    return change
+
+
+def prefix_model(world, keys):
+    tuned = M.apply_prefix(M.from_pretrained(world / "base"), 4)
+    M.save_adapter(tuned, world / "prefix", world / "base")
+    data.load_tokenizer(world / "base").save(world / "prefix")
+    keys["model_name_or_path"] = str(world / "prefix")
+
+
+def pissa_adapter(world, keys):
+    tuned = M.apply_lora(M.from_pretrained(world / "base"), 4, 8.0, pissa=True)
+    M.save_adapter(tuned, world / "pissa", world / "base")
+    keys.update(lora=True, lora_rank=4, lora_path=str(world / "pissa"))
+
+
+def dynamic_rope(world, keys):
+    path = world / "base" / "config.json"
+    path.write_text(json.dumps(CONFIG | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}))
+    keys["max_seq_len"] = 600
+
+
+BAD = {  # name: (change(world, keys), what the line says)
+    "not_json": (lines("{src: 1}"), r"train\.jsonl:2: not a JSON object"),
+    "missing_response": (lines({"src": "a", "sort": [1, 0]}), r"train\.jsonl:2: key 'response' is missing"),
+    "src_type": (lines(record(src=[1])), r"train\.jsonl:2: 'src' must be a string or a list of strings, found \[1\]"),
+    "tgt_count": (lines(record(tgt=["b"])), r"train\.jsonl:2: 'src' has 1 turns and 'tgt' has 1; .* one fewer"),
+    "no_src": (lines(record(src=[])), r"train\.jsonl:2: 'src' has 0 turns and 'tgt' has 0"),
+    "one_response": (lines(record(response=["b"], sort=[1])), r"train\.jsonl:2: 'response' must be a list of two .*KTO"),
+    "response_type": (lines(record(response=["b", 2])), r"train\.jsonl:2: 'response' must be a list of two strings"),
+    "empty_response": (lines(record(response=["b", " "])), r"train\.jsonl:2: 'response' number 2 is empty"),
+    "equal_sort": (lines(record(sort=[1, 1])), r"train\.jsonl:2: 'sort' is \[1, 1\]: equal"),
+    "sort_count": (lines(record(sort=[1])), r"train\.jsonl:2: 'sort' must be a list of two numbers"),
+    "sort_type": (lines(record(sort=["a", "b"])), r"train\.jsonl:2: 'sort' must be a list of two numbers"),
+    "context": (lines(record(context="x")), r"train\.jsonl:2: 'context' must be an object"),
+    "missing_file": (put(train_dataset_path="nowhere.jsonl"), r"nowhere\.jsonl: no such file or folder"),
+    "no_train_path": (put(train_dataset_path=""), "train_dataset_path: missing"),
+    "no_dev_path": (put(dev_dataset_path="", do_eval=True), "dev_dataset_path: missing"),
+    "too_short": (put(max_seq_len=3), "none of the 20 pairs can be learned with max_seq_len 3"),
+    "no_room": (put(max_seq_len=2), "max_prompt_len 96 and max_seq_len 2: a pair needs"),
+    "loss_type": (put(loss_type="kto_pair"), "loss_type: 'kto_pair' is not here; there are sigmoid, hinge, ipo, simpo, or"),
+    "beta": (put(beta=0), "beta: 0.0; it must be positive"),
+    "smoothing": (put(label_smoothing=0.5), "label_smoothing: 0.5; it must be at least 0 and below 0.5"),
+    "smoothing_of_hinge": (put(label_smoothing=0.1, loss_type="hinge"), "label_smoothing: loss_type hinge has none"),
+    "nothing_to_learn": (put(pref_loss_ratio=0), "pref_loss_ratio and sft_loss_ratio are both 0"),
+    "moving_reference": (put(ref_model_update_steps=10), "ref_model_update_steps: 10: the reference stays"),
+    "pissa": (put(lora=True, pissa=True), "pissa: it changes the base weights"),
+    "pissa_adapter": (pissa_adapter, "pissa: a PiSSA adapter: its base weights are not the reference's"),
+    "adapter_rank": (lambda world, keys: (pissa_adapter(world, keys), keys.update(lora_rank=8)), "holds LoRA of 4, the arguments ask for LoRA of 8"),
+    "dora_alone": (put(dora=True), "dora needs lora: true"),
+    "prefix_tuning": (put(prefix_tuning=True), "prefix_tuning: True: fine-tuning is done by finetune.py"),
+    "prefix_model": (prefix_model, "has a trained prefix"),
+    "dynamic_rope": (dynamic_rope, "max_seq_len: 600: past 512 positions dynamic rope"),
+    "best_by": (
+        put(do_eval=True, evaluation_strategy="steps", save_strategy="steps", load_best_model_at_end=True, metric_for_best_model="ppl"),
+        "metric_for_best_model: ppl is not computed here; loss and accuracy are",
+    ),
+    "do_predict": (put(do_predict=True), "do_predict: there are no test pairs"),
+    "degrees": (put(tensor_parallel_degree=2), "= 2 processes, but this run has 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, world, tmp_path, capfd):
+    """One line, exit code 2; the run that output_dir holds is still whole, although overwrite_output_dir is set."""
+    change, expected = BAD[name]
+    own, out = tmp_path / "world", tmp_path / "out"
+    shutil.copytree(world, own)
+    (out / "checkpoint-3").mkdir(parents=True)
+    for old in ("run_args.json", "adapter_config.json", "metrics.jsonl", "checkpoint-3/model.safetensors"):
+        (out / old).write_text("{}")
+    keys = keys_of(own, out, overwrite_output_dir=True)
+    change(own, keys)
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps(keys))
+    before = tree(tmp_path)
+    line = fails(dpo, [path], capfd)
+    assert re.search(expected, line), line
+    assert tree(tmp_path) == before
+    print(f"{name}\t{line.replace(str(tmp_path), '…')}")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, capfd):
+    keys = keys_of(world, tmp_path / "out", learning_rate=1e38)
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    line = fails(dpo, [tmp_path / "keys.json"], capfd)
+    assert re.search(r"step 1: the loss or its gradient is (nan|-?inf); its batch is in ", line), line
+    assert "reply_ids" in json.loads((tmp_path / "out" / "nonfinite-step-1.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------- configs, repository
+
+UPSTREAM = SHARED / "upstream" / "configs" / "llama"
+UPSTREAM_RUNS = {
+    "dpo_lora_argument.json": True,
+    "dpo_argument.json": False,
+    "simpo_argument.json": False,
+    "flashmask/dpo.json": False,
+}
+
+
+@pytest.mark.parametrize("name", UPSTREAM_RUNS)
+def test_upstream_config(name, world, tmp_path, capfd):
+    """Only paths, lengths and steps are overridden; where it asks for several processes, one line, and then their degrees."""
+    if not UPSTREAM.is_dir():
+        pytest.skip("needs ../shared/upstream, on the machine where the project is developed")
+    ours = keys_of(world, tmp_path / "out", max_steps=2)
+    given = (
+        "model_name_or_path train_dataset_path output_dir max_steps max_seq_len max_prompt_len max_new_tokens".split()
+    )
+    given += ["dev_dataset_path"] * ("flashmask" not in name)
+    argv = [str(UPSTREAM / name), *(part for key in given for part in (f"--{key}", str(ours[key])))]
+    if not UPSTREAM_RUNS[name]:
+        assert "processes, but this run has 1" in fails(dpo, argv, capfd) and not (tmp_path / "out").exists()
+        argv += ["--tensor_parallel_degree", "1"]
+    capfd.readouterr()
+    trainer.run_script(dpo.main, dpo.Args, argv)
+    assert len(losses(tmp_path / "out")) == 2 and "a key of" not in capfd.readouterr().out
+
+
+def test_demo_config_parses():
+    args = trainer.parse_args(dpo.Args, [str(ROOT / "configs" / "llama_dpo.json")])
+    assert args.do_train and args.lora and args.model_name_or_path == "checkpoints/llama_lora"
+    assert (ROOT / args.train_dataset_path).is_file() and (ROOT / args.dev_dataset_path).is_file()
+
+
+def test_the_training_loop_is_the_same_in_every_script():
+    loops = {
+        re.search(r"^ *# =+ 4\. training loop.*?end of the training loop\n", (ROOT / name).read_text(), re.M | re.S)[0]
+        for name in ("finetune.py", "pretrain.py", "dpo.py")
+    }
+    assert len(loops) == 1
+
+
+def test_importing_does_nothing(run_python, tmp_path):
+    script = """import json, os, sys
+import paddle
+def used(*args, **kwargs): raise AssertionError("importing used the device")
+paddle.to_tensor = paddle.seed = paddle.set_device = paddle.device.set_device = used
+os.chdir(sys.argv[1])
+import dpo
+print(json.dumps(os.listdir(".")))"""
+    assert run_python(script, tmp_path) == []

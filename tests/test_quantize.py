@@ -1,0 +1,660 @@
+"""quantize.py: codes and packing, GPTQ, shift and smoothing, the script, and the table of methods on planted outliers.
+
+python -m pytest tests/test_quantize.py            # CPU, under 40 seconds
+python tests/test_quantize.py                      # the whole table (some minutes)
+"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import paddle
+from conftest import ROOT, SHARED
+
+import data
+import kernels
+import model
+import quantize
+import trainer
+
+DEMO = ROOT / "demo"
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 3072,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+
+
+# ---------------------------------------------------------------------------------------------- a tiny world
+
+
+def tiny_model(**changes):
+    tiny = model.build(model.ModelConfig.from_dict({**CONFIG, **changes}))
+    model.init_weights(tiny, seed=1)
+    tiny.eval()
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with base/ (model), lora/ and prefix/ (adapters of it), sft/ (24 train, 6 dev records). Read only."""
+    world = tmp_path_factory.mktemp("world")
+    tokenizer = data.load_tokenizer(DEMO / "llama")
+    model.save_pretrained(tiny_model(), world / "base")
+    tokenizer.save(world / "base")
+    adapted = model.apply_lora(tiny_model(), rank=2)
+    for layer in model.lora_layers(adapted).values():
+        model.set_parameter(layer.lora_B, np.random.RandomState(3).randn(*layer.lora_B.shape).astype(np.float32) * 0.1)
+    model.save_adapter(adapted, world / "lora", world / "base")
+    model.save_adapter(model.apply_prefix(tiny_model(), 4), world / "prefix", world / "base")
+    for name in ("lora", "prefix"):
+        tokenizer.save(world / name)
+    lines = (DEMO / "sft" / "train.json").read_text().splitlines()[:30]
+    (world / "sft").mkdir()
+    (world / "sft" / "train.json").write_text("\n".join(lines[:24]) + "\n")
+    (world / "sft" / "dev.json").write_text("\n".join(lines[24:]) + "\n")
+    return world
+
+
+def keys_of(world, output_dir, **changes):
+    keys = {
+        "model_name_or_path": str(world / "base"),
+        "dataset_name_or_path": str(world / "sft"),
+        "output_dir": str(output_dir),
+        "src_length": 96,
+        "max_length": 224,
+        "per_device_train_batch_size": 2,
+        "gptq_step": 2,
+        "ptq_step": 2,
+        "shift_step": 2,
+        "smooth_step": 2,
+        "search_tokens": 64,
+        "search_alpha_step": 0.3,
+        "disable_tqdm": True,
+    }
+    return keys | changes
+
+
+def run(keys):
+    """The script's run with these keys from a JSON file beside output_dir; SystemExit(2) for what a user can mend."""
+    path = Path(str(keys.get("output_dir") or "run") + ".json")
+    path.write_text(json.dumps(keys))
+    trainer.run_script(quantize.main, quantize.Args, [str(path)])
+
+
+def fails(keys, capfd):
+    """The one line that this run ends with."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(keys)
+    assert stop.value.code == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def make_args(**values):
+    args = quantize.Args(**{"model_name_or_path": "m", "output_dir": "o", "dataset_name_or_path": "d", **values})
+    args.check()
+    return args
+
+
+def layer_problem(n_in=256, n_out=192, tokens=2048, seed=0, rank=40):
+    """Correlated inputs of unequal sizes X (tokens, in) and a weight W (in, out)."""
+    r = np.random.RandomState(seed)
+    mix = r.randn(rank, n_in) * np.exp(r.randn(n_in) * 0.7)
+    x = (r.randn(tokens, rank) @ mix + 0.3 * r.randn(tokens, n_in) * np.exp(r.randn(n_in) * 0.5)).astype(np.float32)
+    return x, (r.randn(n_in, n_out) * 0.05).astype(np.float32)
+
+
+def mean_hessian(x):
+    return x.T.astype(np.float64) @ x / len(x)
+
+
+def gptq(weight, hessian, bits, group_size=-1, sym=True, desc_act=False, percdamp=0.01, search_range=True):
+    """(Codes, damping) by the two steps in one."""
+    plan = quantize.gptq_plan(hessian, desc_act, percdamp)
+    return quantize.gptq(weight, plan, bits, group_size, sym, search_range), plan.damping
+
+
+def logits(net, seed=0, T=20):
+    """(2, T, V) numpy for random ids."""
+    ids = np.random.RandomState(seed).randint(3, net.config.vocab_size, (2, T))
+    with paddle.no_grad():
+        return net(paddle.to_tensor(ids)).numpy()
+
+
+# ---------------------------------------------------------------------------------------------- codes and packing
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(8, 1), (24, 7), (40, 33), (192, 512)])
+def test_packing_is_undone_exactly(bits, shape):
+    codes = np.random.RandomState(0).randint(0, 2**bits, shape).astype(np.uint8)
+    packed = quantize.pack_rows(codes, bits)
+    assert packed.dtype == np.int32 and packed.shape == (shape[0] * bits // 32, shape[1])
+    np.testing.assert_array_equal(quantize.unpack_rows(packed, bits), codes)
+    first_word = sum(int(codes[i, 0]) << (bits * i) for i in range(32 // bits))  # the first row in the lowest bits
+    assert int(packed.view(np.uint32)[0, 0]) == first_word
+
+
+@pytest.mark.parametrize(
+    "bits, group_size, sym", [(4, 32, True), (4, -1, False), (4, 64, False), (8, 32, False), (8, -1, True)]
+)
+def test_the_kernel_reads_the_same_weight_from_the_packed_codes(bits, group_size, sym):
+    weight = np.random.RandomState(1).randn(80, 24).astype(np.float32) + 0.5
+    found = quantize.round_to_nearest(weight, bits, group_size, sym)
+    read = kernels.dequantize(
+        paddle.to_tensor(quantize.pack_rows(found.codes, bits)),
+        paddle.to_tensor(found.scales),
+        bits,
+        paddle.to_tensor(quantize.pack_zeros(found.zeros, bits)),
+        paddle.to_tensor(found.groups),
+    ).numpy()
+    np.testing.assert_array_equal(read, found.weight())
+    np.testing.assert_array_equal(found.scales, found.scales.astype(np.float16).astype(np.float32))
+    half_step = found.scales[found.groups] * (0.5 + 2**bits * 2**-11)  # rounding, and the scale's own to float16
+    clipped = 0.5 * found.scales[found.groups] * sym  # the symmetric grid ends half a step early
+    assert np.all(np.abs(read - weight) <= half_step + clipped + 1e-6)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_grids_of_one_sided_and_empty_groups(sym):
+    for rows in (np.full((8, 2), 3.0), np.full((8, 2), -3.0), np.zeros((8, 2)), np.linspace(1, 2, 16).reshape(8, 2)):
+        scale, zero = quantize.grid(rows.astype(np.float32), 4, sym)
+        assert np.all((zero >= 1) & (zero <= 15)) and np.all(scale > 0)  # zero less one is unsigned in the file
+        codes = quantize.to_codes(rows, scale, zero, 4)
+        assert np.all(np.abs(scale * (codes.astype(int) - zero) - rows) <= 0.51 * scale * (2 if sym else 1))
+
+
+def test_a_weight_too_large_for_float16_scales_is_named(world, tmp_path, capfd):
+    huge = tiny_model()
+    _, _, layer = model.linears(huge)["model.layers.1.mlp.up_proj"]
+    model.set_parameter(layer.weight, layer.weight.numpy() * 1e9)
+    model.save_pretrained(huge, tmp_path / "huge")
+    data.load_tokenizer(DEMO / "llama").save(tmp_path / "huge")
+    keys = keys_of(world, tmp_path / "out", do_ptq=True, quant_type="wint8", dataset_name_or_path="")
+    line = fails(keys | {"model_name_or_path": str(tmp_path / "huge")}, capfd)
+    assert "model.layers.1.mlp.up_proj" in line and "float16" in line
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- GPTQ
+
+
+def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp):
+    """Optimal brain quantization, row after row, the inverse Hessian of the rows left taken anew each time; float64."""
+    n_in = len(weight)
+    hessian = hessian + percdamp * np.mean(np.diag(hessian)) * np.eye(n_in)
+    order = np.argsort(-np.diag(hessian), kind="stable") if desc_act else np.arange(n_in)
+    size, left, result = n_in if group_size == -1 else group_size, weight.copy(), np.empty_like(weight)
+    for place, row in enumerate(order):
+        if place % size == 0:
+            scale, zero = quantize.grid(left[order[place : place + size]], bits, sym)
+        rest = order[place:]
+        inverse = np.linalg.inv(hessian[np.ix_(rest, rest)])
+        result[row] = scale * (quantize.to_codes(left[row], scale, zero, bits).astype(np.float64) - zero)
+        left[rest] -= np.outer(inverse[0] / inverse[0, 0], left[row] - result[row])
+    return result
+
+
+@pytest.mark.parametrize("bits, group_size, sym, desc_act", [(4, -1, True, False), (4, 32, True, False),
+                                                            (4, 32, False, True),
+                                                            (8, 24, False, False), (4, -1, False, True)])  # fmt: skip
+@pytest.mark.parametrize("block", [128, 20])
+def test_gptq_equals_the_plain_algorithm(bits, group_size, sym, desc_act, block, monkeypatch):
+    x, weight = layer_problem(64, 16, 300, rank=20)
+    weight, hessian = weight.astype(np.float64), mean_hessian(x)
+    monkeypatch.setattr(quantize.gptq_solve, "__defaults__", (block,))
+    found, damping = gptq(weight, hessian, bits, group_size, sym, desc_act, 0.01, search_range=False)
+    expected = plain_gptq(weight, hessian, bits, group_size, sym, desc_act, 0.01)
+    np.testing.assert_allclose(found.weight(), expected, rtol=1e-5, atol=1e-7)
+    assert damping == 0.01
+
+
+@pytest.mark.parametrize("bits, group_size", [(4, -1), (4, 64), (4, 32), (8, -1), (8, 128)])
+def test_gptq_beats_round_to_nearest_and_searching_ranges_beats_gptq(bits, group_size):
+    for seed in range(2):
+        x, weight = layer_problem(n_out=64, seed=seed)
+        hessian, errors = mean_hessian(x), []
+        for found in (quantize.round_to_nearest(weight, bits, group_size),
+                      gptq(weight, hessian, bits, group_size, search_range=False)[0],
+                      gptq(weight, hessian, bits, group_size)[0]):  # fmt: skip
+            errors.append(quantize.output_error(weight, found.weight(), hessian))
+            by_inputs = np.linalg.norm(x @ (weight - found.weight())) / np.linalg.norm(x @ weight)
+            assert abs(errors[-1] - by_inputs) < 1e-3 * by_inputs
+        assert errors[1] < 0.5 * errors[0] and errors[2] <= 1.001 * errors[1]
+
+
+# ||X (W - Q)|| / ||X W|| of GPTQModel 7.7.0 (torch 2.13.0, CPU) for layer_problem(), damp_percent 0.01,
+# act_group_aware=False: GPTQ(torch.nn.Linear with W^T, QuantizeConfig(...)), quantizer.configure(perchannel=True),
+# add_batch(X[None], X W), quantize().
+GPTQMODEL = {  # (bits, group_size, sym, desc_act): error
+    (4, -1, True, False): 0.03521998,
+    (4, 64, True, False): 0.03076540,
+    (4, 64, True, True): 0.01025315,
+    (4, 64, False, False): 0.02749759,
+    (4, 64, False, True): 0.00926019,
+    (4, 128, True, True): 0.01121637,
+    (8, 64, True, True): 0.00060836,
+    (8, -1, True, False): 0.00208731,
+}
+
+
+@pytest.mark.parametrize("case", GPTQMODEL)
+def test_the_error_is_at_most_that_of_gptqmodel(case):
+    x, weight = layer_problem()
+    found, _ = gptq(weight, mean_hessian(x), *case, percdamp=0.01)
+    assert quantize.output_error(weight, found.weight(), mean_hessian(x)) <= GPTQMODEL[case]
+
+
+def test_a_hessian_that_is_not_positive_definite_gets_more_damping():
+    x, weight = layer_problem(64, 16, 20)  # fewer tokens than inputs: singular
+    found, damping = gptq(weight, mean_hessian(x), 4, percdamp=0.0)
+    assert damping > 0 and np.isfinite(found.weight()).all()
+    broken = mean_hessian(x) - 0.5 * np.trace(mean_hessian(x)) / 64 * np.eye(64)
+    found, damping = gptq(weight, broken, 4, percdamp=0.01)
+    assert damping in (1.0, 10.0) and np.isfinite(found.weight()).all()
+    factor, damping = quantize.inverse_factor(mean_hessian(x), 0.01)
+    damped = mean_hessian(x) + damping * np.mean(np.diag(mean_hessian(x))) * np.eye(64)
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(64), atol=1e-8)
+    assert np.array_equal(factor, np.triu(factor))
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_dead_inputs_are_rounded_to_nearest(desc_act):
+    x, weight = layer_problem(64, 16, 300)
+    dead = [0, 7, 31, 63]
+    x[:, dead] = 0
+    found, _ = gptq(weight, mean_hessian(x), 8, -1, False, desc_act, search_range=False)
+    step = found.scales[found.groups]
+    assert np.all(np.abs(found.weight() - weight)[dead] <= 0.501 * step[dead])  # nothing was moved onto them
+    everything_dead, _ = gptq(weight, np.zeros((64, 64)), 4, 32)
+    nearest = quantize.round_to_nearest(weight, 4, 32)
+    assert np.abs(everything_dead.weight() - weight).mean() <= np.abs(nearest.weight() - weight).mean()
+
+
+def test_act_order_keeps_the_group_of_each_row():
+    x, weight = layer_problem(96, 16, 500)
+    hessian = mean_hessian(x)
+    found, _ = gptq(weight, hessian, 4, 32, desc_act=True)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    np.testing.assert_array_equal(found.groups[order], np.arange(96) // 32)
+    layer = model.QuantLinear(96, 16, "w4", 32, desc_act=True)
+    for name, array in (("qweight", quantize.pack_rows(found.codes, 4)), ("scales", found.scales),
+                        ("qzeros", quantize.pack_zeros(found.zeros, 4)), ("g_index", found.groups)):  # fmt: skip
+        model.set_parameter(getattr(layer, name), array)
+    np.testing.assert_array_equal(layer.dequantized().numpy(), found.weight())
+    np.testing.assert_allclose(layer(paddle.to_tensor(x)).numpy(), x @ found.weight(), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- shift and smoothing
+
+
+def make_loader(T=96, batch_size=2, zero_padding=True, split="train", source=DEMO / "sft"):
+    records = data.SFTDataset(source, data.load_tokenizer(DEMO / "llama"), min(128, T // 2), T, split)
+    return data.SFTLoader(records, batch_size, T, zero_padding, zero_padding, 42, split == "train")
+
+
+SEARCH = {"smooth_piecewise_search": True, "smooth_search_piece": True, "search_alpha_step": 0.2, "search_tokens": 96}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("keys", [{"shift": True}, {"smooth": True, "smooth_all_linears": True},
+                                  {"shift": True, "smooth": True, "smooth_all_linears": True, **SEARCH}])  # fmt: skip
+def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
+    net = tiny_model(attention_bias=biased, mlp_bias=biased)
+    for layer in (layer for *_, layer in model.linears(net).values() if biased):
+        model.set_parameter(layer.bias, np.random.RandomState(2).randn(layer.n_out).astype(np.float32))
+    before, args = logits(net), make_args(do_ptq=True, **keys)
+    with paddle.no_grad():
+        calibration = quantize.Calibration(net, make_loader(), 2)
+        for index, block in enumerate(net.layers):
+            slots = quantize.slots_of(net, index)
+            firsts = [names[0] for _, names in quantize.GROUPS]
+            observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
+            weights = [slots[name].layer.weight.numpy() for name in firsts]
+            quantize.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args)
+            again = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
+            for old, new in zip(observed, again):  # the statistics were carried along rightly
+                np.testing.assert_allclose(np.min(old.low, 0), np.min(new.low, 0), rtol=1e-3, atol=1e-4)
+                np.testing.assert_allclose(np.concatenate(old.rows), np.concatenate(new.rows), rtol=1e-3, atol=1e-3)
+            changed = [not np.array_equal(w, slots[name].layer.weight.numpy()) for w, name in zip(weights, firsts)]
+            assert changed == [args.smooth, args.smooth_all_linears, args.smooth, args.smooth_all_linears]
+            calibration.advance(block)
+    np.testing.assert_allclose(logits(net), before, rtol=0, atol=1e-4)
+
+
+def test_shift_centers_every_channel_that_a_norm_puts_out():
+    net, args = tiny_model(), make_args(do_ptq=True, shift=True)
+    with paddle.no_grad():
+        calibration, slots = quantize.Calibration(net, make_loader(), 2), quantize.slots_of(net, 0)
+        firsts = [names[0] for _, names in quantize.GROUPS]
+        observed = dict(zip(firsts, calibration.observe(net.layers[0], [slots[name] for name in firsts])))
+        quantize.prepare_block(net.layers[0], slots, observed, net.config, args)
+        low, high = calibration.observe(net.layers[0], [slots["gate_proj"]])[0].extremes(2)
+    np.testing.assert_allclose(low, -high, atol=1e-4)
+
+
+def test_padding_counts_for_nothing():
+    """The same records packed and padded: the same extremes and, up to order, the same Hessian."""
+    net, found = tiny_model(), []
+    for zero_padding in (True, False):
+        loader = make_loader(T=224, batch_size=4, zero_padding=zero_padding, split="dev")
+        with paddle.no_grad():
+            calibration = quantize.Calibration(net, loader, loader.batches_per_epoch)
+            slots = quantize.slots_of(net, 0)
+            found.append(calibration.observe(net.layers[0], [slots["q_proj"], slots["down_proj"]], True))
+    for packed, padded in zip(*found):
+        assert packed.tokens == padded.tokens == int(loader.dataset.lengths.sum())
+        np.testing.assert_allclose(packed.mean_hessian(), padded.mean_hessian(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(packed.extremes(99), padded.extremes(99), rtol=1e-4, atol=1e-4)
+
+
+def test_smoothing_scales_are_the_paper_s():
+    x_max, w_max = np.array([4.0, 100.0, 0.0, 1.0], np.float32), np.array([1.0, 0.01, 1.0, 0.0], np.float32)
+    np.testing.assert_allclose(quantize.smooth_scale(x_max, w_max, 0.5), [2.0, 100.0, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(quantize.smooth_scale(x_max, w_max, 1.0), [4.0, 100.0, 1.0, 1.0], rtol=1e-6)
+
+
+def test_pieces_are_runs_of_sorted_values():
+    r = np.random.RandomState(0)
+    values = np.concatenate([r.rand(50), 10 + r.rand(20), 100 + r.rand(5)])
+    assert np.array_equal(quantize.pieces(values, 3), np.repeat([0, 1, 2], [50, 20, 5]))
+    assert quantize.pieces(np.ones(7), 3).max() == 0
+    for k in (1, 2, 5):
+        found = quantize.pieces(values, k)
+        assert np.all(np.diff(found[np.argsort(values)]) >= 0)
+
+
+# ---------------------------------------------------------------------------------------------- the script
+
+KINDS = {
+    "rtn8": {"do_ptq": True, "quant_type": "weight_only_int8"},
+    "rtn4_groups": {"do_ptq": True, "quant_type": "wint4", "weight_quant_method": "groupwise", "group_size": 32},
+    "gptq4": {"do_gptq": True},
+    "gptq4_act_order": {"do_gptq": True, "group_size": 32, "desc_act": True, "sym": False},
+    "gptq8_groups": {"do_gptq": True, "quant_type": "wint8", "group_size": 64},
+    "a8w8_per_token": {"do_ptq": True, "activation": "per_token"},
+    "a8w8_all": {"do_ptq": True, "shift": True, "smooth": True, "smooth_all_linears": True, **SEARCH},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_what_was_measured(kind, world, tmp_path, monkeypatch, capfd):
+    """The folder opens to the same logits as the model in memory; the report is whole."""
+    kept = []
+    original = quantize.save_pretrained
+    monkeypatch.setattr(quantize, "save_pretrained", lambda net, *rest: (kept.append(net), original(net, *rest)))
+    run(keys_of(world, tmp_path / "out", do_eval=True, **KINDS[kind]))
+    again = model.from_pretrained(tmp_path / "out")
+    again.eval()
+    np.testing.assert_allclose(logits(again), logits(kept[0]), rtol=0, atol=1e-6)
+    assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.linears(again).values())
+    report = json.loads((tmp_path / "out" / "quant_report.json").read_text())
+    assert [row["linear"] for row in report["linears"]] == sorted(
+        model.linears(again), key=lambda p: int(p.split(".")[2])
+    )
+    assert all(0 < row["error"] < 0.5 for row in report["linears"])
+    assert report["bytes_after"] == (tmp_path / "out" / "model.safetensors").stat().st_size < report["bytes_float32"]
+    loader = data.SFTLoader(
+        data.SFTDataset(world / "sft", data.load_tokenizer(tmp_path / "out"), 96, 224, "dev"), 8, 224
+    )
+    assert abs(trainer.evaluate(again, loader)["eval_loss"] - report["dev_after"]["eval_loss"]) < 1e-5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config == report["quantization_config"] and set(config) >= {
+        "quant_method",
+        "bits",
+        "group_size",
+        "sym",
+        "desc_act",
+    }
+    out = capfd.readouterr().out
+    assert "dev perplexity" in out and "weight files" in out
+
+
+def test_a_lora_folder_is_merged_and_quantized_in_one_run(world, tmp_path):
+    run(keys_of(world, tmp_path / "one", model_name_or_path=str(world / "lora"), do_gptq=True, quant_type="wint8"))
+    run(keys_of(world, tmp_path / "two", lora_path=str(world / "lora"), do_gptq=True, quant_type="wint8"))
+    one, two = (model.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    merged = model.from_pretrained(world / "lora")
+    np.testing.assert_array_equal(logits(one), logits(two))
+    base = logits(model.from_pretrained(world / "base"))
+    assert np.abs(logits(one) - logits(merged)).max() < 0.2 * np.abs(base - logits(merged)).max()
+
+
+def test_rounding_needs_no_data(world, tmp_path):
+    run(keys_of(world, tmp_path / "out", dataset_name_or_path="", do_ptq=True, quant_type="wint8"))
+    assert json.loads((tmp_path / "out" / "quant_report.json").read_text())["calibration_tokens"] == 0
+
+
+def test_calibration_takes_quant_json_and_corpora(world, tmp_path, capfd):
+    sft = tmp_path / "sft"
+    sft.mkdir()
+    (sft / "quant.json").write_text((world / "sft" / "dev.json").read_text())
+    run(keys_of(world, tmp_path / "one", dataset_name_or_path=str(sft), do_gptq=True))  # train.json is not there
+    assert "3 batches" not in capfd.readouterr().out
+    keys = keys_of(world, tmp_path / "two", do_gptq=True, do_eval=True, max_length=64, src_length=32)
+    run(keys | {"dataset_name_or_path": str(DEMO / "pretrain" / "corpus"), "max_evaluate_steps": 1})
+    report = json.loads((tmp_path / "two" / "quant_report.json").read_text())
+    assert report["calibration_tokens"] == 2 * 2 * 64 and report["dev_after"]["eval_tokens"] > 0
+
+
+def test_more_damping_is_said_layer_by_layer(world, tmp_path, capfd):
+    keys = keys_of(world, tmp_path / "out", do_gptq=True, percdamp=0.0, gptq_step=1, max_length=40, src_length=20)
+    run(keys | {"per_device_train_batch_size": 1})
+    lines = [line for line in capfd.readouterr().out.splitlines() if "not positive definite" in line]
+    assert any("down_proj" in line for line in lines)
+
+
+def test_a_folder_is_replaced_only_when_told_and_only_by_something_whole(world, tmp_path, capfd, monkeypatch):
+    out = tmp_path / "out"
+    keys = keys_of(world, out, do_ptq=True, quant_type="wint8")
+    run(keys)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "overwrite_output_dir" in fails(keys, capfd)
+
+    def broken(*_):
+        raise data.UserError("model.layers.0: stopped")
+
+    monkeypatch.setattr(quantize, "quantize_model", broken)
+    fails(keys | {"overwrite_output_dir": True}, capfd)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.undo()
+    run(keys | {"overwrite_output_dir": True, "quant_type": "wint4"})
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 4
+
+
+BAD = [
+    ({}, "neither of do_ptq and do_gptq"),
+    ({"do_ptq": True, "do_gptq": True}, "both of do_ptq and do_gptq"),
+    ({"do_ptq": True, "do_awq": True}, "do_awq: "),
+    ({"do_ptq": True, "auto_clip": True}, "auto_clip: "),
+    ({"do_qat": True}, "do_qat: "),
+    ({"do_ptq": True, "shift": True, "shift_all_linears": True}, "shift_all_linears: "),
+    ({"do_ptq": True, "quant_type": "a8w8c8"}, "a8w8c8"),
+    ({"do_ptq": True, "quant_type": "a8w8_fp8"}, "a8w8_fp8"),
+    ({"do_gptq": True, "quant_type": "a8w8"}, "weights alone"),
+    ({"do_gptq": True, "smooth": True}, "needs quant_type: a8w8"),
+    ({"do_ptq": True, "quant_type": "wint4", "group_size": 12}, "group_size: 12"),
+    ({"do_ptq": True, "group_size": 64}, "must be -1"),
+    ({"do_gptq": True, "group_size": 64, "weight_quant_method": "abs_max_channel_wise"}, "contradicts"),
+    ({"do_gptq": True, "percdamp": -1.0}, "percdamp"),
+    ({"do_gptq": True, "gptq_step": 0}, "gptq_step"),
+    ({"do_ptq": True, "act_quant_method": "mse"}, "act_quant_method"),
+    ({"do_ptq": True, "activation": "per_channel"}, "activation"),
+    ({"do_gptq": True, "dataset_name_or_path": ""}, "dataset_name_or_path: missing"),
+    ({"do_gptq": True, "dataset_name_or_path": "/no/such/folder"}, "/no/such/folder"),
+    ({"do_gptq": True, "model_name_or_path": "/no/such/model"}, "/no/such/model"),
+    ({"do_gptq": True, "src_length": 500}, "src_length 500"),
+    ({"do_gptq": True, "grup_size": 64}, "did you mean 'group_size'"),
+]
+
+
+@pytest.mark.parametrize("keys, expected", BAD, ids=[text for _, text in BAD])
+def test_bad_input_is_one_line(keys, expected, world, tmp_path, capfd):
+    assert expected in fails(keys_of(world, tmp_path / "out", **keys), capfd)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_quantized_are_named(world, tmp_path, capfd):
+    run(keys_of(world, tmp_path / "once", do_ptq=True, quant_type="wint8"))
+    keys = keys_of(world, tmp_path / "out", do_gptq=True)
+    assert "quantized already" in fails(keys | {"model_name_or_path": str(tmp_path / "once")}, capfd)
+    assert "prefix" in fails(keys | {"model_name_or_path": str(world / "prefix")}, capfd)
+    odd = tiny_model(intermediate_size=44)
+    model.save_pretrained(odd, tmp_path / "odd")
+    data.load_tokenizer(DEMO / "llama").save(tmp_path / "odd")
+    line = fails(keys | {"model_name_or_path": str(tmp_path / "odd")}, capfd)
+    assert "gate_proj" in line and "44" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_configs_and_upstream_s_configs_run(world, tmp_path):
+    for path in sorted((ROOT / "configs").glob("llama_*.json")):
+        if path.name in ("llama_gptq.json", "llama_ptq.json", "llama_wint8.json"):
+            trainer.parse_args(quantize.Args, [str(path)])
+    upstream = SHARED / "upstream" / "configs" / "llama"
+    if not upstream.is_dir():
+        pytest.skip("PaddleNLP's configs are not on this machine")
+    for name in ("gptq_argument.json", "ptq_argument.json"):
+        changes = keys_of(world, tmp_path / name)
+        flags = [
+            f"--{key}={changes[key]}"
+            for key in ("model_name_or_path", "dataset_name_or_path", "output_dir", "src_length", "max_length")
+        ]
+        flags += ["--gptq_step=1", "--ptq_step=1", "--smooth_step=1", "--search_tokens=32", "--search_alpha_step=0.3"]
+        trainer.run_script(quantize.main, quantize.Args, [str(upstream / name), *flags])
+        assert model.from_pretrained(tmp_path / name).config.quantization["algorithm"] in ("gptq", "smooth_search")
+
+
+# ---------------------------------------------------------------------------------------------- planted outliers
+
+
+@paddle.no_grad()
+def plant(net, loader, factor=50.0, offset=0.0, channels=4):
+    """Give every norm of the blocks a few outlier channels; the function stays.
+
+    The channels' weights in the norm grow by `factor` and the rows of the linears that read them shrink by it. offset
+    moves these channels' outputs off centre as well, by so many times half their range, taken back by biases in the
+    linears: what shift is there for. (RMSNorm has no bias in a plain Llama; norms that have one, and residual streams
+    with channels of a large mean, give such ranges.) Scaling alone smoothing undoes exactly: s at alpha 0.5 grows by
+    the very factor, so what is left is the model without outliers.
+    """
+    calibration = quantize.Calibration(net, loader, 1)
+    for index, block in enumerate(net.layers):
+        slots = quantize.slots_of(net, index)
+        observed = calibration.observe(block, [slots["q_proj"], slots["gate_proj"]])
+        for (norm, names), inputs in zip(quantize.GROUPS[::2], observed):
+            low, high = inputs.extremes(1)
+            chosen = np.argsort(-np.abs(low + high) / (high - low), kind="stable")[:channels]  # the most one-sided
+            scale, moved = np.ones_like(low), np.zeros_like(low)
+            scale[chosen] = 1 / factor
+            moved[chosen] = -offset * factor * (high - low)[chosen] / 2
+            layers = [slots[name].layer for name in names]
+            quantize.smooth(getattr(block, norm), layers, scale)
+            if offset:
+                quantize.shift(getattr(block, norm), layers, moved)
+        calibration.advance(block)
+    return net
+
+
+METHODS = {
+    "naive": {},
+    "smooth": {"smooth": True},
+    "shift": {"shift": True},
+    "shift, smooth": {"shift": True, "smooth": True},
+    "smooth, search": {"smooth": True, **SEARCH},
+    "shift, smooth, search": {"shift": True, "smooth": True, **SEARCH},
+    "the same, all linears": {"shift": True, "smooth": True, "smooth_all_linears": True, **SEARCH},
+}
+
+
+def measure(train, dev, batches, planted=None, eval_batches=None, **keys):
+    """{"ppl", "accuracy", "error" (mean over linears)} of demo/llama, perhaps with planted outliers, quantized."""
+    net = model.from_pretrained(DEMO / "llama")
+    net.eval()
+    if planted:
+        plant(net, train, **planted)
+    error = 0.0
+    if keys:
+        args = make_args(act_quant_method="abs_max", **keys)
+        with paddle.no_grad():
+            calibration = quantize.Calibration(net, train, batches)
+        rows = quantize.quantize_model(net, calibration, args, say=lambda line: None)
+        error = float(np.mean([row["error"] for row in rows]))
+    found = trainer.evaluate(net, dev, eval_batches)
+    return {"ppl": found["eval_ppl"], "accuracy": found["eval_accuracy"], "error": error}
+
+
+SCALED = {"factor": 30.0}
+OFF_CENTRE = {"factor": 30.0, "offset": 50.0}
+
+
+def test_methods_rank_as_they_should_on_planted_outliers():
+    train, dev = make_loader(256, 4), make_loader(256, 4, split="dev")
+
+    def found(planted, method, eval_batches=2, **keys):
+        quick = {"search_scale_max": 1.0, "smooth_search_piece": False, "smooth_k_piece": 2}  # few candidates
+        return measure(train, dev, 1, planted, eval_batches, **({**METHODS[method], "do_ptq": True} | keys | quick))
+
+    whole = measure(train, dev, 0, None, 2)["ppl"]
+    assert abs(measure(train, dev, 0, OFF_CENTRE, 2)["ppl"] / whole - 1) < 1e-3  # the function did stay
+    naive, smooth, best = (found(OFF_CENTRE, m)["ppl"] for m in ("naive", "smooth", "shift, smooth, search"))
+    assert best < smooth < naive, (best, smooth, naive)
+    assert best < 1.01 * whole, (best, whole)
+    naive, smooth, best = (found(SCALED, m, 1)["error"] for m in ("naive", "smooth", "shift, smooth, search"))
+    assert best < smooth < naive, (best, smooth, naive)
+    weights = {"quant_type": "wint4", "group_size": 64}
+    nearest = found(SCALED, "naive", **weights)["ppl"]
+    solved = found(SCALED, "naive", **weights, do_gptq=True, do_ptq=False)["ppl"]
+    assert solved < nearest, (solved, nearest)
+
+
+def table():
+    """The figures of every method, without and with planted outliers, as a Markdown table."""
+    train, dev = make_loader(256, 8), make_loader(256, 8, split="dev")
+    worlds = {"as it is": None, "scaled x 30": SCALED, "scaled x 30 and off centre": OFF_CENTRE}
+    whole = measure(train, dev, 0)
+    print(f"demo/llama, dev of demo/sft: perplexity {whole['ppl']:.4f}, token accuracy {whole['accuracy']:.4f}")
+    print("| method | " + " | ".join(f"{name}: ppl, error %" for name in worlds) + " |\n|---|" + "---|" * len(worlds))
+
+    def line(name, **keys):
+        cells = []
+        for planted in worlds.values():
+            found = measure(train, dev, 2, planted, **keys)
+            cells.append(
+                f"{found['ppl']:.4f} ({100 * (found['ppl'] / whole['ppl'] - 1):+.2f} %), {100 * found['error']:.2f}"
+            )
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+    for activation in ("per_tensor", "per_token"):
+        for name, keys in METHODS.items():
+            line(f"A8W8 {activation}, {name}", do_ptq=True, activation=activation, **keys)
+    for bits in (8, 4):
+        for group_size in (-1, 128, 64, 32) if bits == 4 else (-1,):
+            keys = {"quant_type": f"wint{bits}", "group_size": group_size}
+            line(f"W{bits} groups of {group_size}, round to nearest", do_ptq=True, **keys)
+            line(f"W{bits} groups of {group_size}, GPTQ", do_gptq=True, **keys)
+            line(f"W{bits} groups of {group_size}, GPTQ, act order", do_gptq=True, desc_act=True, **keys)
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stderr(io.StringIO()):
+        table()
