@@ -673,6 +673,19 @@ def fit_plain(tokenizer, rounds, context, src_length, max_length):
     return [], kept
 
 
+def fit_prompt(tokenizer, rounds, context, src_length, max_length):
+    """Ids up to the reply of the last round, which is to be written: the rounds that training would show, truncated as
+    there (a reply given with the last round takes its part of max_length), the last in the template's query form."""
+    template = tokenizer.chat_template
+    fit = fit_plain if template is None else fit_templated
+    system, encoded = fit(tokenizer, rounds, context, src_length, max_length)
+    kept = rounds[-len(encoded) :]
+    shortened = encoded[-1][0] != tokenizer.encode_chat(kept, context, True)[1][-1][0]
+    if template is not None and not shortened:
+        system, encoded = tokenizer.encode_chat([*kept[:-1], (kept[-1][0], None)], context)
+    return system + [t for user, bot in encoded[:-1] for t in user + bot] + encoded[-1][0]
+
+
 class SFTDataset:
     """Tokenised src/tgt records of one or more JSON-lines files (or folders with {split}.json).
 
@@ -738,12 +751,7 @@ class SFTDataset:
     def prompt_ids(self, i):
         """Record number -> ids up to the last reply: the rounds that training showed, the last in the query form."""
         rounds, context = record_rounds(self.record(i), f"record {i}")
-        system, encoded = self._fit(rounds, context)
-        kept, encode_chat = rounds[-len(encoded) :], self.tokenizer.encode_chat
-        shortened = encoded[-1][0] != encode_chat(kept, context, True)[1][-1][0]
-        if self.tokenizer.chat_template is not None and not shortened:
-            system, encoded = encode_chat([*kept[:-1], (kept[-1][0], None)], context)
-        return system + [t for user, bot in encoded[:-1] for t in user + bot] + encoded[-1][0]
+        return fit_prompt(self.tokenizer, rounds, context, self.src_length, self.max_length)
 
     def reference(self, i):
         """Record number -> text of its last reply."""

@@ -295,7 +295,7 @@ def rope_tables(config, position_ids):
     padding nor packing changes the result.
     """
     frequency, scale = rope_frequencies(config)
-    frequency = paddle.to_tensor(frequency)  # (Dh/2,)
+    frequency = kernels.to_tensor(frequency)  # (Dh/2,)
     if config.rope["rope_type"] == "dynamic":
         limit, factor, dim = config.max_position_embeddings, config.rope["factor"], config.head_dim
         length = paddle.clip(document_lengths(position_ids).astype("float32"), min=limit)

@@ -328,7 +328,7 @@ def gptq_plan(hessian, desc_act=False, percdamp=0.01):
     """
     hessian = np.array(hessian, np.float64)
     dead = np.diag(hessian) <= 0
-    hessian[dead, dead] = max(float(np.mean(np.diag(hessian))), np.finfo(np.float64).tiny)
+    hessian[dead, dead] = float(np.mean(np.diag(hessian))) or 1.0
     order = np.argsort(-np.diag(hessian), kind="stable") if desc_act else np.arange(len(hessian))
     return Plan(order, *inverse_factor(hessian[order][:, order], percdamp))
 

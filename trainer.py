@@ -306,7 +306,13 @@ IGNORED = _table([
     ("the report of quantize.py is always written", "do_quant_debug test_sample"),
     ("serve.py always batches continuously, from a pool of blocks", """
         inference_model block_attn append_attn dynamic_insert avx_model avx_type avx_cachekv_type output_via_mq
-        total_request_num use_fake_parameter export_precache model_prefix model_type"""),
+        total_request_num use_fake_parameter export_precache model_prefix model_type return_full_hidden_states
+        mla_use_matrix_absorption"""),
+    ("it belongs to speculative decoding, which is not here", """
+        speculate_max_draft_token_num speculate_max_ngram_size speculate_verify_window speculate_max_candidate_len
+        draft_model_quant_type"""),
+    ("it comes from the folder's own quantization_config", "weightonly_group_size weight_block_size moe_quant_type"),
+    ("a key of export.py", "dtype output_path"),
     ("a key of serve.py", """
         min_length max_new_tokens decode_strategy total_max_length block_size batch_size data_file output_file port host
         base_port flask_port title sub_title api_key"""),
@@ -349,6 +355,8 @@ REFUSED = _table([
     ("quantising is done by quantize.py", "do_ptq do_gptq do_awq do_qat load_quant_model"),
     ("preference training is done by dpo.py; finetune.py reads dataset_name_or_path", "train_dataset_path"),
     ("reward models are not trained here", "process_reward"),
+    ("speculative decoding is not here", "speculate_method draft_model_name_or_path"),
+    ("the cache of keys and values is float32", "cachekv_int8_type"),
     ("KTO is not trained here; dpo.py learns from pairs", "desirable_weight undesirable_weight"),
     ("it is called beta, loss_type or label_smoothing", "dpo_beta dpo_loss_type dpo_label_smoothing"),
     ("reward and reinforcement learning are done by ppo.py", """

@@ -11,6 +11,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 
+from kernels import to_tensor
+
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN; its output is set to zero afterwards
 BLOCK_ELEMENTS = 1 << 23  # scores held at a time by attention, logits held at a time by linear_cross_entropy (32 MB)
 
@@ -355,11 +357,11 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
     parts, order = [], []  # outputs, and the rows of q that they belong to
     if len(decodes):
-        rows = paddle.gather(q, paddle.to_tensor(first[decodes]))
+        rows = paddle.gather(q, to_tensor(first[decodes]))
         parts.append(_paged_decode(rows, k_cache, v_cache, tables[decodes], contexts[decodes], scale))
         order.append(first[decodes])
     for s in np.flatnonzero(queries > 1):
-        blocks = paddle.to_tensor(tables[s, : -(-contexts[s] // block_size)])
+        blocks = to_tensor(tables[s, : -(-contexts[s] // block_size)])
         k, v = (paddle.gather(c, blocks).reshape([1, -1, K, Dh])[:, : contexts[s]] for c in (k_cache, v_cache))
         rows = np.arange(first[s], first[s] + queries[s])
         parts.append(attention(q[first[s] : first[s] + queries[s]].unsqueeze(0), k, v, scale=scale)[0])
@@ -367,7 +369,7 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     if len(parts) == 1:
         return parts[0]
     order = np.concatenate(order)
-    return paddle.gather(paddle.concat(parts), paddle.to_tensor(np.argsort(order)))
+    return paddle.gather(paddle.concat(parts), to_tensor(np.argsort(order)))
 
 
 def _paged_decode(q, k_cache, v_cache, tables, contexts, scale):
@@ -395,6 +397,8 @@ def _decode_plan(tables, contexts, block_size, K, G):
     blocks = np.where(hidden, tables[:, :1], tables[:, keys // block_size])  # behind the end any block of its own
     rows = (blocks * block_size + keys % block_size)[:, None].astype(np.int64) * K + np.arange(K)[:, None]
     if not hidden.any():
-        return paddle.to_tensor(rows.reshape(-1)), None
-    bias = np.broadcast_to(np.where(hidden, np.float32(MASKED), np.float32(0.0))[:, None, None], (len(contexts), K, G, len(keys)))
-    return paddle.to_tensor(rows.reshape(-1)), paddle.to_tensor(np.ascontiguousarray(bias))
+        return to_tensor(rows.reshape(-1)), None
+    bias = np.broadcast_to(
+        np.where(hidden, np.float32(MASKED), np.float32(0.0))[:, None, None], (len(contexts), K, G, len(keys))
+    )
+    return to_tensor(rows.reshape(-1)), to_tensor(np.ascontiguousarray(bias))
