@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import paddle
-import paddle.nn.functional as F
 from tqdm import tqdm
 
-import trainer
+import trainer  # before paddle: it silences what paddle says while it is imported
+import paddle
+import paddle.nn.functional as F
 from data import PreferenceDataset, PreferenceLoader, UserError, load_chat_template, load_tokenizer
 from model import (
     adapter_disabled,

@@ -885,9 +885,11 @@ def _make_room_for_integers(model, quantization):
 
 
 def set_parameter(parameter, array):
-    """Materialise a lazy parameter, or overwrite one, with numpy values in our layout."""
-    tensor = paddle.to_tensor(array)
-    parameter.set_value(tensor if tensor.dtype == parameter.dtype else tensor.astype(parameter.dtype))
+    """Materialise a lazy parameter, or overwrite one, with numpy values in our layout; one copy of them at a time."""
+    if str(parameter.dtype).endswith(f".{array.dtype}"):
+        parameter.set_value(np.ascontiguousarray(array))
+    else:
+        parameter.set_value(paddle.to_tensor(array).astype(parameter.dtype))
 
 
 def _shards(path):

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+import trainer  # before paddle: it silences what paddle says while it is imported
 import paddle
 from paddle import nn
-
-import trainer
 from data import CorpusLoader, SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
 from model import (
     QuantLinear,

@@ -40,10 +40,10 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-import paddle
 from tqdm import tqdm
 
-import kernels
+import kernels  # before paddle: it silences what paddle says while it is imported
+import paddle
 import trainer
 from data import (
     UserError,

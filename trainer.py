@@ -56,7 +56,7 @@ class ScriptArgs:
     seed: int = 42  # of data order, initialisation, dropout, sampling
     device: str = "auto"  # auto, cpu, gpu, gpu:1, xpu, npu, …
     kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
-    bf16: bool = False  # compute in bfloat16
+    bf16: bool = False  # training: products of linears in bfloat16, everything else in float32
     fp16: bool = False  # compute in float16
     disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
     tensor_parallel_degree: int = 1  # the product of the degrees is the number of processes; -1 means 1
@@ -197,11 +197,10 @@ def _check_hardware(args):
     if kind not in known:
         hint = "; for NVIDIA GPUs install paddlepaddle-gpu" if kind == "gpu" else ""
         raise UserError(f"device: {args.device!r} is not in this Paddle, which has {', '.join(sorted(known))}{hint}")
-    half = "bf16" if args.bf16 else "fp16" if args.fp16 else None
-    if half:
-        on_cpu = (paddle.device.get_device() if kind == "auto" else kind) == "cpu"
-        why = "Paddle's CPU kernels compute in float32 only" if on_cpu else "half precision is not here yet"
-        notes.append(f"{half}: {why}, so float32 is used")
+    if args.fp16:
+        notes.append("fp16: float16 is not here, so float32 is used")
+    if args.bf16 and not isinstance(args, TrainingArgs):
+        notes.append("bf16: only training computes in bfloat16, so float32 is used")
     if getattr(args, "recompute", False) and args.recompute_granularity != "full":
         notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
@@ -522,8 +521,13 @@ def _choose_device(args):
             paddle.device.set_device(args.device)
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"device: {args.device!r} cannot be used: {str(error).strip().splitlines()[-1]}") from None
-    kernels.configure(paddle.device.get_device(), args.kernels)
+    train_in_bf16 = args.bf16 and isinstance(args, TrainingArgs)
+    kernels.configure(paddle.device.get_device(), args.kernels, train_in_bf16)
     print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
+    if kernels.bf16:
+        print("bf16: products of linears and of the head in bfloat16; weights, sums and all else in float32")
+    elif train_in_bf16:
+        print(f"bf16: {kernels.bf16_missing()}, so float32 is used")
 
 
 def _disk_full(error):

@@ -6,7 +6,8 @@
 
 A back end is a module of this package with functions of the same names as the ops below: `reference.py` (plain Paddle, on
 every device that Paddle knows, and the oracle of the tests) has all of them; `cpu.py` has those for which Paddle's own
-CPU operators are faster. A new chip is one more file, `kernels/<device>.py`, holding just the ops it wants to override.
+CPU operators, or our own C++ under kernels/cpu/, are faster. A new chip is one more file, `kernels/<device>.py`, holding just
+the ops it wants to override.
 
 Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. A name forces that back
 end for every op that it has (an unknown name is an error); `op=backend` forces one op and raises if the back end lacks it.
@@ -40,13 +41,15 @@ OPS = (
     "adamw",
 )
 
+bf16 = False  # whether products of linears and of the head are made in bfloat16; set by configure()
 _table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
 
 
-def configure(device="auto", choice="auto"):
+def configure(device="auto", choice="auto", use_bf16=False):
     """Decide device and back end of every op, and make them the current ones.
 
-    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else "cpu", "gpu:0", "xpu", ….
+    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else "cpu", "gpu:0", "xpu", …. use_bf16
+    asks for products in bfloat16 where the back end has them: see bf16, and bf16_missing() for why it may stay False.
     Returns {op: (back end, reason)}. Raises UserError for a device, back end or op that does not exist.
     """
     if device != "auto":
@@ -74,12 +77,24 @@ def configure(device="auto", choice="auto"):
             backend = every if hasattr(_module(every), op) else "reference"
             table[op] = (_load(backend, op), backend, "asked for" if backend == every else f"{every} does not have it")
         elif _exists(kind) and hasattr(_module(kind), op):
-            table[op] = (_load(kind, op), kind, f"device is {kind}")
+            why = _missing(kind, op)
+            backend, reason = ("reference", why) if why else (kind, f"device is {kind}")
+            table[op] = (_load(backend, op), backend, reason)
         else:
             table[op] = (_load("reference", op), "reference", f"no faster one for {kind}")
     _table.clear()
     _table.update(table)
+    global bf16
+    bf16 = use_bf16 and bf16_missing() is None
     return {op: (backend, reason) for op, (_, backend, reason) in table.items()}
+
+
+def bf16_missing():
+    """Why products cannot be made in bfloat16 here; None if they can."""
+    kind = paddle.get_device().split(":")[0]
+    if not _exists(kind) or _table["linear"][1] != kind:
+        return f"the linear of {kind} has none yet"
+    return _missing(kind, "bf16")
 
 
 def describe():
@@ -94,13 +109,15 @@ def describe():
 @contextlib.contextmanager
 def use(choice):
     """`with kernels.use("reference"):` runs the block on that choice; for tests."""
-    before = dict(_table)
-    configure(choice=choice)
+    global bf16
+    before, bf16_before = dict(_table), bf16
+    configure(choice=choice, use_bf16=bf16)
     try:
         yield
     finally:
         _table.clear()
         _table.update(before)
+        bf16 = bf16_before
 
 
 def _prepare_cpu():
@@ -143,7 +160,15 @@ def _load(backend, op):
     function = getattr(_module(backend), op, None)
     if function is None:
         raise UserError(f"kernels: kernels/{backend}.py has no {op}; ask for {op}=reference instead")
+    if why := _missing(backend, op):
+        raise UserError(f"kernels: {op} of kernels/{backend}.py cannot run here: {why}; ask for {op}=reference instead")
     return function
+
+
+def _missing(backend, op):
+    """Why a back end's op cannot run on this machine (no compiler, …), as its module says; None if it can."""
+    asked = getattr(_module(backend), "missing", None)
+    return asked and asked(op)
 
 
 def to_tensor(array):

@@ -1,18 +1,205 @@
-"""Paddle's own CPU operators, where they run and are faster than the reference.
+"""Ops for which Paddle's CPU operators are slow: our own C++ (kernels/cpu/*.cc), or another of Paddle's operators.
 
-rms_norm: Paddle's fused forward has no CPU backward, so it comes with ours; on (2048, 768), forward and backward took 12.5
-ms instead of the reference's 20. adamw: one pass over parameter, gradient and both moments instead of a dozen; on 1.6 M
-values 3.3 ms instead of 6.4 (two cores of an EPYC with AVX-512, busy with other work).
+The C++ is built once, on first use, by paddle.utils.cpp_extension, into a cache outside the tree that is named after its
+sources, its flags and Paddle's version. It holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a compiler
+the ops that need it are not there (see missing()), and the reference runs instead.
+
+rms_norm, rope, swiglu: one pass forward, one backward. adamw: Paddle's own, one pass over parameter, gradient and both
+moments instead of a dozen; on 1.6 M values 3.3 ms instead of 6.4 (two cores of an EPYC with AVX-512, busy with other work).
+
+linear, linear_cross_entropy: with kernels.bf16, products in bfloat16 (vdpbf16ps) of float32 tensors that are converted and
+packed inside; else Paddle's own.
+
+attention: tiles of 72 queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v, the output
+and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
 """
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
 
 import paddle
 from paddle import _C_ops
 from paddle.autograd import PyLayer
-from paddle.incubate.nn.functional import fused_rms_norm
+
+import kernels
+from kernels import reference
+
+SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+OF_EXTENSION = ("attention", "rms_norm", "rope", "swiglu", "bf16")  # what needs it: ops, and products in bfloat16
+
+_state = None  # True once the built ops are loaded, or the reason why they cannot be
+
+
+def missing(op):
+    """Why this op, or "bf16", cannot run here, or None. Builds the C++ the first time that it is asked for."""
+    global _state
+    if op not in OF_EXTENSION:
+        return None
+    if _state is None:
+        try:
+            _load()
+            _state = True
+        except (OSError, RuntimeError, ImportError) as error:
+            _state = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if _state is not True:
+        return _state
+    if op == "bf16" and not _has_bfloat16():
+        return "this processor has no bfloat16 instructions (AVX512-BF16)"
+    return None
+
+
+def _has_bfloat16():
+    with open("/proc/cpuinfo") as file:
+        return " avx512_bf16" in file.read(10000)
+
+
+def _load():
+    """Load the built ops from the cache, or build them into it; several processes that start at once build them once."""
+    name, compiler = "kernels_cpu", os.environ.get("CXX", "g++")
+    sources = sorted(SOURCES.iterdir())
+    digest = hashlib.sha256(" ".join([paddle.__version__, sys.version, compiler, *FLAGS]).encode())
+    for source in sources:
+        digest.update(source.name.encode() + source.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-kernels"
+    folder = cache / digest.hexdigest()[:16]
+    library = folder / name / f"{name}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(cache / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").is_file():
+            if shutil.which(compiler) is None:
+                raise OSError(f"no C++ compiler: there is no {compiler}")
+            print("kernels: building the C++ ops for this processor, about half a minute, once …", flush=True)
+            _build(name, [str(s) for s in sources if s.suffix == ".cc"], folder)
+            (folder / "complete").touch()
+            return  # building has loaded it
+    paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(library))
+
+
+def _build(name, sources, folder):
+    """Compile into folder/name/name.so, and name.py beside it, without what Paddle says meanwhile."""
+    from paddle.utils.cpp_extension import load
+
+    logging.disable(logging.INFO)
+    before, os.environ["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS"), "ignore"  # of the process that compiles
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            load(
+                name=name,
+                sources=sources,
+                extra_cxx_cflags=FLAGS,
+                extra_ldflags=["-pthread"],
+                build_directory=str(folder),
+            )
+    finally:
+        logging.disable(logging.NOTSET)
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
+
+
+# ---------------------------------------------------------------------------------------------- products
+
+
+def bf16_matmul(x, y, transpose_x=False, transpose_y=False):
+    """x (M, K) or transposed, y (K, N) or transposed, float32 -> (M, N) float32; products of bfloat16, sums in float32."""
+    return _C_ops._run_custom_op("cpu_bf16_matmul", x.contiguous(), y.contiguous(), transpose_x, transpose_y)[0]
+
+
+def linear(x, weight, bias=None):
+    n_in, n_out = weight.shape
+    wide = min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the faster product saves
+    if not (kernels.bf16 and wide and x.dtype == weight.dtype == paddle.float32 and paddle.in_dynamic_mode()):
+        return reference.linear(x, weight, bias)
+    y = _Bf16Linear.apply(x, weight)
+    return y if bias is None else y + bias
+
+
+class _Bf16Linear(PyLayer):
+    """y = x W; dx = dy W^T, dW = x^T dy."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        ctx.frozen = [x.stop_gradient, weight.stop_gradient]
+        return bf16_matmul(x.reshape([-1, weight.shape[0]]), weight).reshape([*x.shape[:-1], weight.shape[1]])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensor()
+        dy = dy.reshape([-1, weight.shape[1]])
+        dx = None if ctx.frozen[0] else bf16_matmul(dy, weight, transpose_y=True).reshape(x.shape)
+        return dx, None if ctx.frozen[1] else bf16_matmul(x.reshape([-1, weight.shape[0]]), dy, transpose_x=True)
+
+
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):
+    whole = hidden.dtype == weight.dtype == paddle.float32
+    return reference.linear_cross_entropy(hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
+                                          bf16_matmul if kernels.bf16 and whole else paddle.matmul)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
+    if q.dtype != paddle.float32 or not paddle.in_dynamic_mode():
+        return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes)
+    rows = startend_row_indices
+    B, Tq, H, Dh = q.shape
+    Tk, K = k.shape[1], k.shape[2]
+    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
+    assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
+    if rows is not None:
+        n = rows.shape[-1]
+        assert list(rows.shape[:3:2]) == [B, Tk] and rows.shape[1] in (1, K, H), f"rows {rows.shape}, keys {k.shape}"
+        assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
+    how = types.SimpleNamespace(  # a plain object, as a PyLayer would take tensors among its arguments for inputs
+        rows=None if rows is None else rows.astype("int32").contiguous(),
+        slopes=None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous(),
+        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), -1),
+    )
+    return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), how)
+
+
+class _Attention(PyLayer):
+    @staticmethod
+    def forward(ctx, q, k, v, how):
+        out, lse = _C_ops._run_custom_op("cpu_attention", q, k, v, how.rows, how.slopes, *how.rest)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.how, ctx.frozen = how, [t.stop_gradient for t in (q, k, v)]
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, out, lse = ctx.saved_tensor()
+        how = ctx.how
+        found = _C_ops._run_custom_op(
+            "cpu_attention_backward", q, k, v, how.rows, how.slopes, out, lse, d_out.contiguous(), *how.rest
+        )
+        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+
+
+# ------------------------------------------------------------------------------------- norm, rotation, gate
+
+
+def _plain(*tensors):
+    """Whether the C++ takes these: float32 on a dynamic graph."""
+    return paddle.in_dynamic_mode() and all(t.dtype == paddle.float32 for t in tensors)
 
 
 def rms_norm(x, weight, epsilon):
-    return _RMSNorm.apply(x, weight, epsilon)
+    if not _plain(x, weight):
+        return reference.rms_norm(x, weight, epsilon)
+    return _RMSNorm.apply(x.contiguous(), weight, epsilon)
 
 
 class _RMSNorm(PyLayer):
@@ -20,20 +207,58 @@ class _RMSNorm(PyLayer):
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        ctx.save_for_backward(x, weight)
-        ctx.epsilon, ctx.frozen = epsilon, [x.stop_gradient, weight.stop_gradient]
-        y = fused_rms_norm(x, weight, None, epsilon, x.ndim - 1)
-        return y[0] if isinstance(y, (tuple, list)) else y
+        y, r = _C_ops._run_custom_op("cpu_rms_norm", x, weight, epsilon)
+        ctx.save_for_backward(x, weight, r)
+        ctx.frozen = [x.stop_gradient, weight.stop_gradient]
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensor()
-        r = paddle.rsqrt((x * x).mean(-1, keepdim=True) + ctx.epsilon)
-        g = dy * weight
-        gx = g * x
-        dx = r * (g - x * (r * r * gx.mean(-1, keepdim=True)))
-        dw = None if ctx.frozen[1] else (dy * x * r).reshape([-1, weight.shape[0]]).sum(0)
-        return None if ctx.frozen[0] else dx, dw
+        found = _C_ops._run_custom_op("cpu_rms_norm_backward", *ctx.saved_tensor(), dy.contiguous())
+        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+
+
+def rope(x, cos, sin):
+    if not _plain(x, cos, sin):
+        return reference.rope(x, cos, sin)
+    return _Rope.apply(x.contiguous(), cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1]))
+
+
+class _Rope(PyLayer):
+    """A rotation: its gradient is the rotation back. Nothing but the tables is kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.tables = cos.contiguous(), sin.contiguous()
+        return _C_ops._run_custom_op("cpu_rope", x, *ctx.tables, 1.0)[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _C_ops._run_custom_op("cpu_rope", dy.contiguous(), *ctx.tables, -1.0)[0], None, None
+
+
+def swiglu(gate, up):
+    if not _plain(gate, up):
+        return reference.swiglu(gate, up)
+    return _SwiGLU.apply(gate.contiguous(), up.contiguous())
+
+
+class _SwiGLU(PyLayer):
+    """y = g s u with s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        ctx.frozen = [gate.stop_gradient, up.stop_gradient]
+        return _C_ops._run_custom_op("cpu_swiglu", gate, up)[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        found = _C_ops._run_custom_op("cpu_swiglu_backward", *ctx.saved_tensor(), dy.contiguous())
+        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+
+
+# ---------------------------------------------------------------------------------------------- optimizer
 
 
 @paddle.no_grad()

@@ -14,7 +14,8 @@ from paddle.autograd import PyLayer
 from kernels import to_tensor
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN; its output is set to zero afterwards
-BLOCK_ELEMENTS = 1 << 23  # scores held at a time by attention, logits held at a time by linear_cross_entropy (32 MB)
+BLOCK_ELEMENTS = 1 << 23  # scores held at a time by attention (32 MB)
+LOGITS = 1 << 25  # logits held at a time by linear_cross_entropy (128 MB): fewer than 1,000 rows are a slow product
 
 
 def rms_norm(x, weight, epsilon):
@@ -262,14 +263,21 @@ def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes):
 # ----------------------------------------------------------------------------------- linear cross-entropy
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
+                         matmul=paddle.matmul):  # fmt: skip
+    """As kernels.linear_cross_entropy; matmul(x, y, transpose_x, transpose_y) is what its three products are made by."""
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
     predictions = paddle.full([labels.shape[0]], -1, "int64")
     if kept.shape[0] > 0:
         targets, found = paddle.gather(labels, kept), []
         kept_losses = _LinearCrossEntropy.apply(
-            paddle.gather(hidden, kept), weight, targets, transpose_weight, found if return_predictions else None
+            paddle.gather(hidden, kept),
+            weight,
+            targets,
+            transpose_weight,
+            found if return_predictions else None,
+            matmul,
         )
         losses = paddle.scatter(losses, kept, kept_losses)
         if return_predictions:
@@ -285,45 +293,49 @@ class _LinearCrossEntropy(PyLayer):
     """loss = logsumexp(h W) - (h W)[label]; d(h W) = (softmax(h W) - onehot(label)) * d loss. Logits come twice, in chunks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, transpose_weight, predictions):
+    def forward(ctx, hidden, weight, labels, transpose_weight, predictions, matmul):
         losses = []
         for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose_weight else 1]):
-            logits = _logits(hidden[chunk], weight, transpose_weight)
+            logits = _logits(hidden[chunk], weight, transpose_weight, matmul)
             losses.append(F.cross_entropy(logits, labels[chunk], reduction="none"))
             if predictions is not None:
                 predictions.append(logits.argmax(-1))
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.transpose_weight, ctx.frozen = transpose_weight, [hidden.stop_gradient, weight.stop_gradient]
+        ctx.matmul, ctx.transpose_weight, ctx.frozen = (
+            matmul,
+            transpose_weight,
+            [hidden.stop_gradient, weight.stop_gradient],
+        )
         return paddle.concat(losses).flatten()
 
     @staticmethod
     def backward(ctx, d_losses):
         hidden, weight, labels = ctx.saved_tensor()
-        transpose = ctx.transpose_weight
+        matmul, transpose = ctx.matmul, ctx.transpose_weight
         frozen = ctx.frozen[1]
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose else 1]):
             d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied where the rows are short
-            p = F.softmax(_logits(hidden[chunk], weight, transpose), axis=-1)
+            p = F.softmax(_logits(hidden[chunk], weight, transpose, matmul), axis=-1)
             p.put_along_axis_(labels[chunk].unsqueeze(-1), paddle.to_tensor(-1.0), 1, reduce="add")
             p = p.astype(hidden.dtype)
-            d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not transpose) * d_loss)
+            d_hidden.append(matmul(p, weight.astype(hidden.dtype), transpose_y=not transpose) * d_loss)
             if not frozen:
                 scaled = hidden[chunk] * d_loss
                 pair = (p, scaled) if transpose else (scaled, p)
-                d_weight.add_(paddle.matmul(*pair, transpose_x=True).astype("float32"))
+                d_weight.add_(matmul(*pair, transpose_x=True).astype("float32"))
         d_hidden = None if ctx.frozen[0] else paddle.concat(d_hidden)
         return d_hidden, None if frozen else d_weight.astype(weight.dtype), None
 
 
 def _chunks(tokens, vocabulary):
-    size = max(16, BLOCK_ELEMENTS // vocabulary)
+    size = max(16, LOGITS // vocabulary)
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
-def _logits(hidden, weight, transpose_weight):
+def _logits(hidden, weight, transpose_weight, matmul):
     """(c, V) float32"""
-    return paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
+    return matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
 
 
 # -------------------------------------------------------------------------------------------------- adamw

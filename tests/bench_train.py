@@ -8,7 +8,7 @@
 Models: Llamas of random weights, A (134 M) and B (5 M), read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if
 they are there, else drawn here in the same shape: the speed does not depend on the weights, and `weights` in the result
 says which. The last line of the output is one JSON object; tok_s counts the batch's ids, eff_tok_s those that are no
-padding. --dtype bf16 is accepted, but Paddle has no bfloat16 products on the CPU: `compute` says fp32.
+padding. --dtype bf16 makes the products of linears and head in bfloat16; where the processor cannot, `compute` says fp32.
 
 Modes of sft, each over the same samples: `padding` (8 samples a batch in the order of the file, padded to the longest),
 `grouped` (the same, 8 of similar length, as finetune.py does without zero_padding), `zero_padding` (best-fit rows of
@@ -243,7 +243,7 @@ def parse(argv):
 def main(argv=None):
     """Run one task; prints and returns its result."""
     options = parse(argv)
-    kernels.configure("cpu", options.kernels)
+    kernels.configure("cpu", options.kernels, options.dtype == "bf16")
     paddle.base.core.set_num_threads(THREADS)
     print(f"kernels: {kernels.describe()}")
     model, source = load_model(options.config)
@@ -277,7 +277,7 @@ def main(argv=None):
     result = {
         "peer": "ours", "task": options.task, "config": options.config, "dtype": options.dtype, "mode": options.mode,
         "threads": THREADS, "eff_tok_s" if epochs else "tok_s": rate,
-        "compute": "fp32", "weights": source, "tokens": tokens,
+        "compute": "bf16" if kernels.bf16 else "fp32", "weights": source, "tokens": tokens,
         "positions": sum(batch["input_ids"].size for batch in batches(options.reps)), "steps": len(found),
         "trainable": sum(int(np.prod(w.shape)) for w in weights), "loss": [round(losses[0], 5), round(losses[-1], 5)],
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

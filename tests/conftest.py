@@ -65,6 +65,14 @@ def run_python():
     return run
 
 
+@pytest.fixture(autouse=True)
+def float32_again():
+    """A test that computed in bfloat16 leaves float32 to the next."""
+    yield
+    if "kernels" in sys.modules:
+        sys.modules["kernels"].bf16 = False
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """Writes a Hugging Face folder for a case of golden_weights.py; its weights as the goldens have them."""

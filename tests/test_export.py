@@ -19,6 +19,7 @@ from conftest import ROOT
 from golden_weights import CASES, draw, shapes
 
 import export
+import kernels
 import model as M
 import trainer
 from data import SFTDataset, UserError, load_tokenizer
@@ -298,7 +299,8 @@ def test_static_writes_the_same_tokens(tmp_path, prompts, scheme):
     runner, model = StaticRunner(folder), M.from_pretrained(source)
     assert (runner.vocab_size, runner.max_positions, runner.virtual, runner.chunked) == (3072, 1024, 0, False)
     new, stop_ids = 16 if scheme == "float32" else 8, runner.config["stop_ids"]
-    expected = greedy_dynamic(model, prompts, new, stop_ids)
+    with kernels.use("attention=reference"):  # another order of sums would move an a8w8 activation over a rounding step
+        expected = greedy_dynamic(model, prompts, new, stop_ids)
     found = greedy_static(runner, prompts, new, stop_ids)
     assert found == expected and (new == 8 or any(len(tokens) < new for tokens in found))
 

@@ -1,6 +1,6 @@
 """Every op of kernels/ on every back end that has it, forward and backward, against a naive float64 version in numpy.
 
-    python -m pytest tests/test_kernels.py          # CPU, about 20 s
+    python -m pytest tests/test_kernels.py          # CPU, about 20 s, and as much once to build the C++ ops
 
 Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
 """
@@ -14,7 +14,11 @@ import kernels
 import kernels.reference
 from data import UserError
 
-BACKENDS = {op: ["reference"] + [b for b in ("cpu",) if hasattr(kernels._module(b), op)] for op in kernels.OPS}
+cpu = kernels._module("cpu")
+BACKENDS = {
+    op: ["reference"] + [b for b in ("cpu",) if hasattr(kernels._module(b), op) and not kernels._missing(b, op)]
+    for op in kernels.OPS
+}
 
 
 def backends(op):
@@ -67,7 +71,8 @@ def test_configure_chooses_and_gives_reasons(monkeypatch):
     with kernels.use("auto"):
         table = kernels.configure("cpu", "auto")
         assert set(table) == set(kernels.OPS)
-        assert table["rms_norm"] == ("cpu", "device is cpu") and table["adamw"][0] == "cpu"
+        assert table["adamw"] == ("cpu", "device is cpu")
+        assert table["attention"] == (("reference", cpu.missing("attention")) if cpu.missing("attention") else ("cpu", "device is cpu"))
         table = kernels.configure("cpu", "reference")
         assert {backend for backend, _ in table.values()} == {"reference"}
         table = kernels.configure("cpu", "reference, adamw=cpu")
@@ -77,12 +82,14 @@ def test_configure_chooses_and_gives_reasons(monkeypatch):
         assert "rms_norm reference" in kernels.describe() and "adamw cpu" in kernels.describe()
         where = "npu:0"  # a device without a file of its own
         assert {backend for backend, _ in kernels.configure("npu:0", "auto").values()} == {"reference"}
+        if cpu.missing("attention"):
+            return
         table = kernels.configure("npu:0", "cpu")
-        assert table["adamw"] == ("cpu", "asked for") and "does not have it" in table["rope"][1]
+        assert table["adamw"] == ("cpu", "asked for") and "does not have it" in table["quant_linear"][1]
 
 
 @pytest.mark.parametrize("choice, named", [
-    ("fpga", "fpga"), ("rms_norm=fpga", "fpga"), ("rope=cpu", "kernels/cpu.py has no rope"), ("softmax=cpu", "softmax"), ("../model", "../model"), ("=cpu", "op"),
+    ("fpga", "fpga"), ("rms_norm=fpga", "fpga"), ("quant_linear=cpu", "kernels/cpu.py has no quant_linear"), ("softmax=cpu", "softmax"), ("../model", "../model"), ("=cpu", "op"),
 ])  # fmt: skip
 def test_configure_refuses_what_is_not_there(choice, named):
     before = kernels.describe()
@@ -267,6 +274,7 @@ def blocks(request, monkeypatch):
     """Small blocks, so that every sum over blocks is exercised: 64 query rows is the least that the reference takes."""
     if request.param == "blocks":
         monkeypatch.setattr(kernels.reference, "BLOCK_ELEMENTS", 8)
+        monkeypatch.setattr(kernels.reference, "LOGITS", 8)
 
 
 @backends("attention")
@@ -309,7 +317,7 @@ def test_attention_alibi(backend, rows, causal):
 @pytest.mark.parametrize("kind", ["none", "packed", "random", "alibi", "full", "four"])
 def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
     """Several blocks of 64 queries; packed rows let a block skip the keys that no query of it sees."""
-    monkeypatch.setattr(kernels.reference, "BLOCK_ELEMENTS", 8)
+    monkeypatch.setattr(kernels.reference, "LOGITS", 8)
     ends = np.repeat([70, 71, 128, 150, Tk], np.diff([0, 70, 71, 128, 150, Tk]))
     rows = {"packed": np.stack([ends, np.full(Tk, Tk)])[:, None, :, None], "random": random_rows(1, 2, 2, Tk, True), "four": random_rows(4, 1, 2, Tk, False)}.get(kind)
     slopes = 0.5 ** np.arange(1, 5) if kind == "alibi" else None
@@ -352,7 +360,7 @@ def test_attention_test_can_fail():
 def test_attention_of_32768_tokens_stays_under_2_gb(queries, packed, run_python):
     """One head, forward and backward: the [T, T] scores alone would be 4.3 GB. 2,048 queries need as much at a time as all."""
     script = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np, paddle
 import kernels
 kernels.configure()
@@ -361,7 +369,7 @@ q, k, v = (paddle.randn([1, n, 1, 64]) for n in (Tq, T, T))
 q.stop_gradient = k.stop_gradient = v.stop_gradient = False
 rows = paddle.to_tensor((np.arange(T) // 1024 * 1024 + 1024).astype("int32").reshape(1, 1, T, 1)) if packed else None
 (paddle.matmul(q[0, :64, 0], k[0, :64, 0], transpose_y=True)).numpy()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
 before, start = peak(), time.time()
 kernels.attention(q, k, v, rows).sum().backward()
 assert np.isfinite(q.grad.numpy()).all() and np.abs(v.grad.numpy().sum() - Tq * 64) < 0.01 * Tq * 64
@@ -451,14 +459,14 @@ def test_linear_cross_entropy_gradients_against_differences(backend):
 def test_linear_cross_entropy_never_holds_all_logits(run_python):
     """4,096 tokens over 50,000 words: the logits would be 819 MB, and as much again for their gradient."""
     script = """
-import json, resource
+import json
 import paddle, kernels
 kernels.configure()
 h, w = paddle.randn([4096, 32]), paddle.randn([32, 50000])
 h.stop_gradient = w.stop_gradient = False
 labels = paddle.randint(0, 50000, [4096])
 paddle.matmul(h[:8], w).numpy()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
 before = peak()
 kernels.linear_cross_entropy(h, w, labels).mean().backward()
 print(json.dumps(peak() - before))
@@ -508,6 +516,109 @@ def test_adamw_far_into_a_run(backend):
         kernels.adamw(parameter, tensor(g), moment1, moment2, 100_000, 0.01, 0.9, 0.999, 1e-8, 0.1)
     m1, m2 = 0.9 * m1 + 0.1 * g, 0.999 * m2 + 0.001 * g * g
     close(parameter.numpy(), value * (1 - 0.001) - 0.01 * m1 / (np.sqrt(m2 / (1 - 0.999**100_000)) + 1e-8), 2e-6)
+
+
+# ====================================================================================== our own C++ on the CPU
+
+built = pytest.mark.skipif(cpu.missing("attention") is not None, reason=f"no C++ ops: {cpu.missing('attention')}")
+with_bf16 = pytest.mark.skipif(cpu.missing("bf16") is not None, reason=f"no bfloat16: {cpu.missing('bf16')}")
+
+
+def rounded(array):
+    """To bfloat16 and back."""
+    return tensor(array).astype("bfloat16").astype("float32").numpy().astype(np.float64)
+
+
+@with_bf16
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (5, 123, 7), (7, 64, 33), (97, 65, 1030), (100, 200, 600), (33, 2100, 40)])
+@pytest.mark.parametrize("turned", list(itertools.product([False, True], repeat=2)))
+def test_bf16_products_are_exact_but_for_the_operands(M, N, K, turned):
+    a, b = normal((K, M) if turned[0] else (M, K)), normal((N, K) if turned[1] else (K, N), 1)
+    found = cpu.bf16_matmul(tensor(a), tensor(b), *turned).numpy()
+    left, right = (rounded(x).T if t else rounded(x) for x, t in zip((a, b), turned))
+    assert np.abs(found - left @ right).max() < 2e-6 * np.sqrt(K) * 3
+
+
+@pytest.fixture
+def in_bf16():
+    kernels.configure("cpu", use_bf16=True)
+    yield
+    kernels.configure("cpu")
+
+
+@with_bf16
+@pytest.mark.parametrize("shape, n_out", [((40, 64), 32), ((3, 33, 130), 70)])
+def test_linear_in_bf16(in_bf16, shape, n_out):
+    x, weight, upstream = normal(shape), normal((shape[-1], n_out), 1), normal((*shape[:-1], n_out), 2)
+    out, (d_x, d_weight) = run("linear", "cpu", (x, weight), upstream)
+    flat, flat_up = rounded(x).reshape(-1, shape[-1]), rounded(upstream).reshape(-1, n_out)
+    close(out, rounded(x) @ rounded(weight))
+    close(d_x, rounded(upstream) @ rounded(weight).T)
+    close(d_weight, flat.T @ flat_up)
+    assert np.abs(out - x @ weight).max() > 1e-3, "this would be float32"
+    small, _ = run("linear", "cpu", (x.reshape(-1, shape[-1])[:5], weight), upstream.reshape(-1, n_out)[:5])
+    close(small, x.reshape(-1, shape[-1])[:5] @ weight)  # a few rows stay float32
+
+
+@with_bf16
+@pytest.mark.parametrize("transpose", [False, True])
+def test_linear_cross_entropy_in_bf16(in_bf16, transpose):
+    hidden, weight, upstream = normal((70, 48)), normal((48, 90), 1) * 0.3, normal((70,), 2)
+    labels = np.random.default_rng(0).integers(0, 90, 70)
+    losses, d_hidden, d_weight, _ = naive_cross_entropy(rounded(hidden), rounded(weight), labels, upstream)
+    found = lce("cpu", hidden, weight.T.copy() if transpose else weight, labels, upstream, transpose_weight=transpose)
+    close(found[0], losses)
+    close(found[2].numpy(), d_hidden, 1e-2)  # the softmax is rounded as well
+    close(found[3].numpy(), d_weight.T if transpose else d_weight, 1e-2)
+
+
+@built
+@pytest.mark.parametrize("instructions", [0, 1, 2])
+def test_attention_with_every_instruction_set(instructions):
+    q, k, v, d_out = (tensor(normal((2, 90, heads, 20), i)) for i, heads in enumerate((4, 2, 2, 4)))
+    rows = tensor(np.random.default_rng(0).integers(1, 90, (2, 1, 90, 1)), "int32")
+    out, lse = cpu._C_ops._run_custom_op("cpu_attention", q, k, v, rows, None, True, 0.2, instructions)
+    grads = cpu._C_ops._run_custom_op("cpu_attention_backward", q, k, v, rows, None, out, lse, d_out, True, 0.2, instructions)
+    inputs = [tensor(t.numpy()) for t in (q, k, v)]
+    expected = kernels.reference.attention(*inputs, rows, True, 0.2)
+    expected.backward(d_out)
+    close(out.numpy(), expected.numpy())
+    for found, x in zip(grads, inputs):
+        close(found.numpy(), x.grad.numpy())
+
+
+BITS = """
+import hashlib, json, os, sys
+if sys.argv[1] == "1":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numpy as np, kernels, paddle
+kernels.configure("cpu", use_bf16=True)
+x = [paddle.to_tensor(np.random.default_rng(i).standard_normal(s).astype("float32"), stop_gradient=False)
+     for i, s in enumerate([(1, 300, 2, 40), (1, 300, 1, 40), (1, 300, 1, 40), (300, 520), (520, 96)])]
+y = kernels.attention(*x[:3])
+z = kernels.linear(*x[3:])
+(y.sum() + (z * z).sum()).backward()
+print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z] + [t.grad for t in x])).hexdigest()))
+"""
+
+
+@built
+def test_the_same_bits_with_one_thread_and_with_all(run_python):
+    assert run_python(BITS, "1") == run_python(BITS, "all")
+
+
+def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(cpu, "_state", None)
+    try:
+        assert kernels.configure("cpu", use_bf16=True)["attention"] == ("reference", "no C++ compiler: there is no no-such-compiler")
+        assert not kernels.bf16 and "no-such-compiler" in kernels.bf16_missing()
+        with pytest.raises(UserError, match="no-such-compiler.*attention=reference"):
+            kernels.configure("cpu", "attention=cpu")
+    finally:
+        monkeypatch.undo()
+        kernels.configure("cpu")
 
 
 def test_every_op_is_tested_on_every_back_end():

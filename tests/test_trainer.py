@@ -177,7 +177,7 @@ def test_bad_command_line(tmp_path, cli, message):
 
 
 def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
-    keys = {"use_flash_attention": True, "sharding": "stage2", "vera": False, "optim": "adamw", "bf16": True}
+    keys = {"use_flash_attention": True, "sharding": "stage2", "vera": False, "optim": "adamw", "fp16": True}
     parse(tmp_path, load_best_model_at_end=True, recompute=True, recompute_granularity="full_attn", **keys)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7

@@ -1,0 +1,261 @@
+// Attention in tiles with an online softmax (Dao, arXiv 2307.08691) and FlashMask rows (arXiv 2410.01359); see attention.cc.
+// Included once per instruction set after simd.h, inside its namespace.
+
+constexpr long BR = 72, BC = 64;  // queries and keys of a tile: scores (18 KB) and operands stay in the first-level cache
+
+static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
+
+// K or V of one key/value head: rows (Tk, Dp), and transposed in blocks (blocks, Dp, BC); zeros where padded.
+static void pack_rows(const float* x, long T, long stride, long Dh, long Dp, float* out) {
+  for (long t = 0; t < T; t++) {
+    std::memcpy(out + t * Dp, x + t * stride, Dh * sizeof(float));
+    for (long d = Dh; d < Dp; d++) out[t * Dp + d] = 0;
+  }
+}
+static void pack_block_transposed(const float* x, long n, long stride, long Dh, float* out) {
+  for (long d = 0; d < Dh; d++) {
+    for (long j = 0; j < n; j++) out[d * BC + j] = x[j * stride + d];
+    for (long j = n; j < BC; j++) out[d * BC + j] = 0;
+  }
+}
+
+// What a tile of queries [i0, i1) may see of keys [j0, j1): 0 nothing, 1 some, 2 all.
+static int visibility(const Shape& s, const int* rows, const Range* ranges, long i0, long i1, long j0, long j1) {
+  const long r0 = i0 + s.Tk - s.Tq, r1 = i1 + s.Tk - s.Tq;  // rows of the queries
+  int seen = 2;
+  if (s.causal) {
+    if (j0 > r1 - 1) return 0;
+    if (j1 - 1 > r0) seen = 1;
+  }
+  if (!rows) return seen;
+  const Range* at = ranges + (j0 / BC) * s.n;
+  // Hidden rows of key j are [start, stop); the whole tile is hidden if that holds of the latest start and earliest stop.
+  for (int part = 0; part < parts(s); part++) {
+    const Interval of = interval(s, part);
+    const long latest = of.start < 0 ? 0 : at[of.start].most, earliest = of.stop < 0 ? INT_MAX : at[of.stop].least;
+    if (latest <= r0 && r1 <= earliest) return 0;
+    const long first = of.start < 0 ? 0 : at[of.start].least, last = of.stop < 0 ? INT_MAX : at[of.stop].most;
+    if (first < r1 && r0 < last) seen = 1;
+  }
+  return seen;
+}
+
+// Scores of a tile, scaled, with ALiBi, and -inf where masked: S (BR, BC).
+static void scores(const Shape& s, const float* q, const float* kt, const int* rows, float slope, int seen, long i0, long i1, long j0, long j1, float* S) {
+  small_gemm(i1 - i0, BC, s.Dh, q + i0 * s.q_stride, s.q_stride, 1, kt, BC, S, BC, false);
+  const long offset = s.Tk - s.Tq, width = j1 - j0;
+  for (long i = i0; i < i1; i++) {
+    float* row = S + (i - i0) * BC;
+    const long r = i + offset;
+    for (long j = 0; j < BC; j += VL) store(row + j, load(row + j) * s.scale);
+    if (slope != 0)
+      for (long j = 0; j < width; j++) row[j] -= slope * (float)(r - j0 - j);
+    for (long j = width; j < BC; j++) row[j] = -INFINITY;
+    if (seen == 2) continue;
+    if (s.causal)
+      for (long j = std::max(0L, r + 1 - j0); j < width; j++) row[j] = -INFINITY;
+    if (rows)
+      for (int part = 0; part < parts(s); part++) {
+        const Interval of = interval(s, part);
+        for (long j = 0; j < width; j++) {
+          const int* at = rows + (j0 + j) * s.n;
+          const bool hidden = (of.start < 0 || r >= at[of.start]) && (of.stop < 0 || r < at[of.stop]);
+          row[j] = hidden ? -INFINITY : row[j];
+        }
+      }
+  }
+}
+
+// One tile of queries of one head: out (rows of out_stride), lse. Fully masked queries: zeros and lse +inf.
+static void forward_tile(const Shape& s, const float* q, const float* kt, const float* v, const int* rows, const Range* ranges, float slope, long i0, float* out, float* lse) {
+  const long i1 = std::min(i0 + BR, s.Tq), Dp = padded(s.Dh);
+  alignas(64) float S[BR * BC], most[BR], sum[BR];
+  std::vector<float> O((size_t)BR * Dp, 0.0f);
+  for (long i = 0; i < i1 - i0; i++) most[i] = -INFINITY, sum[i] = 0;
+  for (long j0 = 0; j0 < s.Tk; j0 += BC) {
+    const long j1 = std::min(j0 + BC, s.Tk);
+    const int seen = visibility(s, rows, ranges, i0, i1, j0, j1);
+    if (!seen) {
+      if (s.causal && j0 > i1 - 1 + s.Tk - s.Tq) break;
+      continue;
+    }
+    scores(s, q, kt + j0 / BC * Dp * BC, rows, slope, seen, i0, i1, j0, j1, S);
+    for (long i = 0; i < i1 - i0; i++) {
+      float* row = S + i * BC;
+      vf m = load(row);
+      for (long j = VL; j < BC; j += VL) m = vmax(m, load(row + j));
+      const float now = std::max(most[i], hmax(m));
+      if (now == -INFINITY) {
+        std::memset(row, 0, BC * sizeof(float));
+        continue;
+      }
+      vf total = vf{};
+      for (long j = 0; j < BC; j += VL) {
+        const vf p = vexp(load(row + j) - now);
+        store(row + j, p);
+        total += p;
+      }
+      if (now != most[i]) {
+        const float shrink = std::exp(most[i] - now);
+        sum[i] *= shrink;
+        for (long d = 0; d < Dp; d += VL) store(&O[i * Dp + d], load(&O[i * Dp + d]) * shrink);
+        most[i] = now;
+      }
+      sum[i] += hsum(total);
+    }
+    small_gemm(i1 - i0, Dp, j1 - j0, S, BC, 1, v + j0 * Dp, Dp, O.data(), Dp, true);
+  }
+  for (long i = 0; i < i1 - i0; i++) {
+    const float inverse = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
+    for (long d = 0; d < s.Dh; d++) out[(i0 + i) * s.q_stride + d] = O[i * Dp + d] * inverse;
+    lse[i0 + i] = sum[i] > 0 ? most[i] + std::log(sum[i]) : INFINITY;
+  }
+}
+
+// P and dS of a tile from what forward kept. S, dS (BR, BC): probabilities, and the scores' gradient times scale.
+static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long i0, long i1, long j0, long j1, float* S, float* dS) {
+  const int seen = visibility(s, h.rows, h.ranges, i0, i1, j0, j1);
+  if (!seen) return false;
+  const long Dp = padded(s.Dh), block = j0 / BC * Dp * BC;
+  scores(s, h.q, p.kt + block, h.rows, h.slope, seen, i0, i1, j0, j1, S);
+  small_gemm(i1 - i0, BC, s.Dh, h.d_out + i0 * s.q_stride, s.q_stride, 1, p.vt + block, BC, dS, BC, false);
+  for (long i = 0; i < i1 - i0; i++) {
+    const float lse = h.lse[i0 + i], delta = h.delta[i0 + i];
+    for (long j = 0; j < BC; j += VL) {
+      const vf prob = lse == INFINITY ? vf{} : vexp(load(S + i * BC + j) - lse);
+      store(S + i * BC + j, prob);
+      store(dS + i * BC + j, prob * (load(dS + i * BC + j) - delta) * s.scale);
+    }
+  }
+  return true;
+}
+
+// dK and dV of one block of keys, over all queries of the heads that share it; with d_q also their dQ.
+static void backward_keys(const Shape& s, const std::vector<Head>& heads, const Packed& p, long j0, float* d_k, float* d_v, bool with_d_q) {
+  const long j1 = std::min(j0 + BC, s.Tk), Dp = padded(s.Dh), offset = s.Tk - s.Tq;
+  alignas(64) float S[BR * BC], dS[BR * BC];
+  std::vector<float> K((size_t)BC * Dp, 0.0f), V((size_t)BC * Dp, 0.0f);
+  for (const Head& h : heads) {
+    const long first = s.causal ? std::max(0L, j0 - offset) / BR * BR : 0;
+    for (long i0 = first; i0 < s.Tq; i0 += BR) {
+      const long i1 = std::min(i0 + BR, s.Tq);
+      if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS)) continue;
+      small_gemm(j1 - j0, Dp, i1 - i0, S, 1, BC, h.d_out_rows + i0 * Dp, Dp, V.data(), Dp, true);
+      small_gemm(j1 - j0, Dp, i1 - i0, dS, 1, BC, h.q_rows + i0 * Dp, Dp, K.data(), Dp, true);
+      if (with_d_q) small_gemm(i1 - i0, Dp, j1 - j0, dS, BC, 1, p.k + j0 * Dp, Dp, h.d_q_rows + i0 * Dp, Dp, true);
+    }
+  }
+  for (long j = j0; j < j1; j++)
+    for (long d = 0; d < s.Dh; d++) {
+      d_k[j * s.k_stride + d] = K[(j - j0) * Dp + d];
+      d_v[j * s.k_stride + d] = V[(j - j0) * Dp + d];
+    }
+}
+
+// dQ of one tile of queries alone, in the same order of sums as backward_keys.
+static void backward_queries(const Shape& s, const Head& h, const Packed& p, long i0) {
+  const long i1 = std::min(i0 + BR, s.Tq), Dp = padded(s.Dh);
+  alignas(64) float S[BR * BC], dS[BR * BC];
+  for (long j0 = 0; j0 < s.Tk; j0 += BC) {
+    const long j1 = std::min(j0 + BC, s.Tk);
+    if (s.causal && j0 > i1 - 1 + s.Tk - s.Tq) break;
+    if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS)) continue;
+    small_gemm(i1 - i0, Dp, j1 - j0, dS, BC, 1, p.k + j0 * Dp, Dp, h.d_q_rows + i0 * Dp, Dp, true);
+  }
+}
+// ------------------------------------------------------------- whole tensors: packing, and the tasks that threads share
+
+static const int* rows_of(const Shape& s, const int* rows, long b, long h) {
+  const long head = s.row_heads == 1 ? 0 : s.row_heads == s.K ? h / (s.H / s.K) : h;
+  return rows ? rows + (b * s.row_heads + head) * s.Tk * s.n : nullptr;
+}
+static std::vector<Range> ranges_of(const Shape& s, const int* rows) {
+  const long blocks = (s.Tk + BC - 1) / BC;
+  std::vector<Range> found(rows ? s.B * s.row_heads * blocks * s.n : 0);
+  for (long at = 0; at < (rows ? s.B * s.row_heads : 0); at++)
+    for (long j = 0; j < s.Tk; j++)
+      for (long c = 0; c < s.n; c++) {
+        const int x = rows[(at * s.Tk + j) * s.n + c];
+        Range& range = found[(at * blocks + j / BC) * s.n + c];
+        range = j % BC ? Range{std::min(range.least, x), std::max(range.most, x)} : Range{x, x};
+      }
+  return found;
+}
+static const Range* ranges_at(const Shape& s, const std::vector<Range>& ranges, long b, long h) {
+  const long head = s.row_heads == 1 ? 0 : s.row_heads == s.K ? h / (s.H / s.K) : h;
+  return ranges.empty() ? nullptr : ranges.data() + (b * s.row_heads + head) * ((s.Tk + BC - 1) / BC) * s.n;
+}
+
+static void forward(const Shape& s, const float* q, const float* k, const float* v, const int* rows, const float* slopes, float* out, float* lse) {
+  const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K;
+  std::vector<float> kt((size_t)s.B * s.K * blocks * Dp * BC, 0.0f), vp((size_t)s.B * s.K * s.Tk * Dp);
+  const std::vector<Range> ranges = ranges_of(s, rows);
+    parallel(s.B * s.K * blocks, [&](long at) {
+      const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
+      const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
+      pack_block_transposed(k + from, n, s.k_stride, s.Dh, kt.data() + (size_t)at * Dp * BC);
+      pack_rows(v + from, n, s.k_stride, s.Dh, Dp, vp.data() + ((size_t)bk * s.Tk + j0) * Dp);
+    });
+    parallel(s.B * s.H * tiles, [&](long at) {
+      const long b = at / tiles / s.H, h = at / tiles % s.H, bk = b * s.K + h / G, i0 = (tiles - 1 - at % tiles) * BR;
+      const long from = b * s.Tq * s.q_stride + h * s.Dh;
+      forward_tile(s, q + from, kt.data() + (size_t)bk * blocks * Dp * BC, vp.data() + (size_t)bk * s.Tk * Dp, rows_of(s, rows, b, h), ranges_at(s, ranges, b, h),
+                   slopes ? slopes[h] : 0.0f, i0, out + from, lse + (b * s.H + h) * s.Tq);
+    });
+}
+
+static void backward(const Shape& s, const float* q, const float* k, const float* v, const int* rows, const float* slopes, const float* out, const float* lse, const float* d_out,
+                     float* d_q, float* d_k, float* d_v) {
+  const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K;
+  const size_t of_block = Dp * BC, of_q = (size_t)s.Tq * Dp, of_k = (size_t)s.Tk * Dp;
+  std::vector<float> kt(s.B * s.K * blocks * of_block, 0.0f), vt(kt.size(), 0.0f), kp(s.B * s.K * of_k);
+  std::vector<float> qp(s.B * s.H * of_q), dop(qp.size()), dqp(qp.size(), 0.0f), delta(s.B * s.H * s.Tq);
+  const std::vector<Range> ranges = ranges_of(s, rows);
+  std::vector<Head> heads(s.B * s.H);
+  std::vector<Packed> packed(s.B * s.K);
+  for (long bk = 0; bk < s.B * s.K; bk++) packed[bk] = {kt.data() + bk * blocks * of_block, vt.data() + bk * blocks * of_block, kp.data() + bk * of_k, nullptr};
+  for (long bh = 0; bh < s.B * s.H; bh++) {
+    const long b = bh / s.H, h = bh % s.H, from = b * s.Tq * s.q_stride + h * s.Dh;
+    heads[bh] = {q + from, d_out + from, lse + bh * s.Tq, delta.data() + bh * s.Tq, qp.data() + bh * of_q, dop.data() + bh * of_q, dqp.data() + bh * of_q,
+                 rows_of(s, rows, b, h), ranges_at(s, ranges, b, h), slopes ? slopes[h] : 0.0f};
+  }
+  const bool together = s.B * s.K >= 4;  // enough tasks for the threads with one per key/value head; else dQ apart, same sums
+    parallel(s.B * s.K * blocks, [&](long at) {
+      const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
+      const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
+      pack_block_transposed(k + from, n, s.k_stride, s.Dh, kt.data() + at * of_block);
+      pack_block_transposed(v + from, n, s.k_stride, s.Dh, vt.data() + at * of_block);
+      pack_rows(k + from, n, s.k_stride, s.Dh, Dp, kp.data() + bk * of_k + j0 * Dp);
+    });
+    parallel(s.B * s.H, [&](long bh) {
+      const long from = bh / s.H * s.Tq * s.q_stride + bh % s.H * s.Dh;
+      pack_rows(q + from, s.Tq, s.q_stride, s.Dh, Dp, qp.data() + bh * of_q);
+      pack_rows(d_out + from, s.Tq, s.q_stride, s.Dh, Dp, dop.data() + bh * of_q);
+      for (long i = 0; i < s.Tq; i++) {
+        float sum = 0;
+        for (long d = 0; d < s.Dh; d++) sum += d_out[from + i * s.q_stride + d] * out[from + i * s.q_stride + d];
+        delta[bh * s.Tq + i] = sum;
+      }
+    });
+    if (together) {
+      parallel(s.B * s.K, [&](long bk) {
+        const std::vector<Head> group(heads.begin() + bk * G, heads.begin() + (bk + 1) * G);
+        const long to = bk / s.K * s.Tk * s.k_stride + bk % s.K * s.Dh;
+        for (long j = 0; j < blocks; j++) backward_keys(s, group, packed[bk], j * BC, d_k + to, d_v + to, true);
+      });
+    } else {
+      parallel(s.B * s.K * blocks, [&](long at) {
+        const long bk = at / blocks, to = bk / s.K * s.Tk * s.k_stride + bk % s.K * s.Dh;
+        const std::vector<Head> group(heads.begin() + bk * G, heads.begin() + (bk + 1) * G);
+        backward_keys(s, group, packed[bk], at % blocks * BC, d_k + to, d_v + to, false);
+      });
+      parallel(s.B * s.H * tiles, [&](long at) {
+        const long bh = at / tiles;
+        backward_queries(s, heads[bh], packed[bh / s.H * s.K + bh % s.H / G], (tiles - 1 - at % tiles) * BR);
+      });
+    }
+    parallel(s.B * s.H, [&](long bh) {
+      const long to = bh / s.H * s.Tq * s.q_stride + bh % s.H * s.Dh;
+      for (long i = 0; i < s.Tq; i++) std::memcpy(d_q + to + i * s.q_stride, dqp.data() + bh * of_q + i * Dp, s.Dh * sizeof(float));
+    });
+}
