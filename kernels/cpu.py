@@ -10,6 +10,9 @@ moments instead of a dozen; on 1.6 M values 3.3 ms instead of 6.4 (two cores of 
 linear, linear_cross_entropy: with kernels.bf16, products in bfloat16 (vdpbf16ps) of float32 tensors that are converted and
 packed inside; else Paddle's own.
 
+quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more; act order and a8w8
+are the reference's.
+
 attention: tiles of 72 queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v, the output
 and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
 """
@@ -34,7 +37,14 @@ from kernels import reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = ("attention", "rms_norm", "rope", "swiglu", "bf16")  # what needs it: ops, and products in bfloat16
+OF_EXTENSION = (
+    "attention",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "quant_linear",
+    "bf16",
+)  # what needs it: ops, and products in bfloat16
 
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
@@ -107,6 +117,11 @@ def _build(name, sources, folder):
             os.environ["PYTHONWARNINGS"] = before
 
 
+def _plain(*tensors):
+    """Whether the C++ takes these: float32 on a dynamic graph."""
+    return paddle.in_dynamic_mode() and all(t.dtype == paddle.float32 for t in tensors)
+
+
 # ---------------------------------------------------------------------------------------------- products
 
 
@@ -145,6 +160,19 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
     whole = hidden.dtype == weight.dtype == paddle.float32
     return reference.linear_cross_entropy(hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
                                           bf16_matmul if kernels.bf16 and whole else paddle.matmul)  # fmt: skip
+
+
+def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
+    n_in, (groups, n_out) = x.shape[-1], scales.shape if scales.ndim == 2 else (0, 0)
+    layout = scheme != "a8w8" and g_index is None and qzeros is not None and n_in % groups == 0 and n_out % 16 == 0
+    if not (layout and n_in // groups % (32 // int(scheme[1:])) == 0 and _plain(x, scales)):
+        return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
+    how = scales, qzeros, int(scheme[1:]), n_in // groups
+    if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # faster as one product with floats
+        return linear(x, _C_ops._run_custom_op("cpu_dequantize", qweight, *how)[0], bias)
+    y = _C_ops._run_custom_op("cpu_quant_linear", x.reshape([-1, n_in]).contiguous(), qweight, *how)[0]
+    y = y.reshape([*x.shape[:-1], n_out])
+    return y if bias is None else y + bias
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -189,11 +217,6 @@ class _Attention(PyLayer):
 
 
 # ------------------------------------------------------------------------------------- norm, rotation, gate
-
-
-def _plain(*tensors):
-    """Whether the C++ takes these: float32 on a dynamic graph."""
-    return paddle.in_dynamic_mode() and all(t.dtype == paddle.float32 for t in tensors)
 
 
 def rms_norm(x, weight, epsilon):

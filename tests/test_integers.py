@@ -83,6 +83,20 @@ def test_integers_stand_for_their_floats(scheme, case):
         assert largest(ours.dequantized().numpy(), theirs.weight.numpy()) < 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 33])
+@pytest.mark.parametrize("scheme, shape, group", [("w4", (64, 48), -1), ("w4", (96, 160), 32), ("w8", (40, 16), 20), ("w8", (64, 144), -1), ("w4", (64, 24), 64)])
+def test_a_few_rows_equal_the_product_with_unpacked_weights(rows, scheme, shape, group):
+    layer = M.QuantLinear(*shape, scheme, group, bias=True)
+    weight, x = fill(layer, [rows, *shape]), np.random.default_rng(rows).standard_normal((1, rows, shape[0])).astype(np.float32)
+    M.set_parameter(layer.bias, np.arange(shape[1], dtype=np.float32))
+    with paddle.no_grad():
+        found = layer(tensor(x)).numpy()
+        with kernels.use("reference"):
+            slow = layer(tensor(x)).numpy()
+    assert np.abs(found - (x.astype(np.float64) @ weight + np.arange(shape[1]))).max() < 1e-4
+    assert np.abs(found - slow).max() < 1e-4
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_a8w8_rounds_activations_and_weights(static):
     rng = np.random.default_rng(0)

@@ -85,11 +85,11 @@ def test_configure_chooses_and_gives_reasons(monkeypatch):
         if cpu.missing("attention"):
             return
         table = kernels.configure("npu:0", "cpu")
-        assert table["adamw"] == ("cpu", "asked for") and "does not have it" in table["quant_linear"][1]
+        assert table["adamw"] == ("cpu", "asked for") and "does not have it" in table["paged_attention"][1]
 
 
 @pytest.mark.parametrize("choice, named", [
-    ("fpga", "fpga"), ("rms_norm=fpga", "fpga"), ("quant_linear=cpu", "kernels/cpu.py has no quant_linear"), ("softmax=cpu", "softmax"), ("../model", "../model"), ("=cpu", "op"),
+    ("fpga", "fpga"), ("rms_norm=fpga", "fpga"), ("paged_attention=cpu", "kernels/cpu.py has no paged_attention"), ("softmax=cpu", "softmax"), ("../model", "../model"), ("=cpu", "op"),
 ])  # fmt: skip
 def test_configure_refuses_what_is_not_there(choice, named):
     before = kernels.describe()

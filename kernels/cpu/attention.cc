@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "paddle/extension.h"
-#include "level.h"
 #include "threads.h"
 
 struct Shape {
@@ -38,42 +37,8 @@ static inline Interval interval(const Shape& s, int part) {
   return part ? Interval{-1, 1} : Interval{0, -1};
 }
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace wide {
-#define VL 16
-#define NV 4
-#define MR 6
-#include "simd.h"
-#include "attention.h"
-#undef VL
-#undef NV
-#undef MR
-}  // namespace wide
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace middle {
-#define VL 8
-#define NV 2
-#define MR 4
-#include "simd.h"
-#include "attention.h"
-#undef VL
-#undef NV
-#undef MR
-}  // namespace middle
-#pragma GCC pop_options
-namespace narrow {
-#define VL 4
-#define NV 2
-#define MR 4
-#include "simd.h"
-#include "attention.h"
-#undef VL
-#undef NV
-#undef MR
-}  // namespace narrow
+#define BODY "attention.h"
+#include "every_isa.h"
 
 static Shape shape_of(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::optional<paddle::Tensor>& rows, bool causal, float scale) {
   const auto a = q.shape(), b = k.shape();
@@ -90,7 +55,7 @@ std::vector<paddle::Tensor> AttentionForward(const paddle::Tensor& q, const padd
   const int* r = rows ? rows->data<int>() : nullptr;
   const float* a = slopes ? slopes->data<float>() : nullptr;
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  (which == 2 ? wide::forward : which == 1 ? middle::forward : narrow::forward)(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>());
+  PICK(which, forward)(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>());
   return {out, lse};
 }
 
@@ -103,7 +68,7 @@ std::vector<paddle::Tensor> AttentionBackward(const paddle::Tensor& q, const pad
   const int* r = rows ? rows->data<int>() : nullptr;
   const float* a = slopes ? slopes->data<float>() : nullptr;
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  (which == 2 ? wide::backward : which == 1 ? middle::backward : narrow::backward)(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>(),
+  PICK(which, backward)(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>(),
                                                                                   d_out.data<float>(), d_q.data<float>(), d_k.data<float>(), d_v.data<float>());
   return {d_q, d_k, d_v};
 }

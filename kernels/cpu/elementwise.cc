@@ -6,45 +6,8 @@
 #include "paddle/extension.h"
 #include "threads.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace wide {
-#define VL 16
-#define NV 4
-#define MR 6
-#include "simd.h"
-#include "elementwise.h"
-#undef VL
-#undef NV
-#undef MR
-}  // namespace wide
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace middle {
-#define VL 8
-#define NV 2
-#define MR 4
-#include "simd.h"
-#include "elementwise.h"
-#undef VL
-#undef NV
-#undef MR
-}  // namespace middle
-#pragma GCC pop_options
-namespace narrow {
-#define VL 4
-#define NV 2
-#define MR 4
-#include "simd.h"
-#include "elementwise.h"
-#undef VL
-#undef NV
-#undef MR
-}  // namespace narrow
-
-#include "level.h"
-#define PICK(function) (level() == 2 ? wide::function : level() == 1 ? middle::function : narrow::function)
+#define BODY "elementwise.h"
+#include "every_isa.h"
 
 using Tensor = paddle::Tensor;
 using Shape = std::vector<int64_t>;
@@ -61,7 +24,7 @@ std::vector<Tensor> RmsNorm(const Tensor& x, const Tensor& w, float epsilon) {
   const float *X = x.data<float>(), *W = w.data<float>();
   float *Y = y.data<float>(), *R = r.data<float>();
   parallel(tasks(rows, ROWS), [&](long t) {
-    for (long i = t * ROWS; i < std::min(rows, (t + 1) * ROWS); i++) PICK(norm_row)(X + i * D, W, D, epsilon, Y + i * D, R + i);
+    for (long i = t * ROWS; i < std::min(rows, (t + 1) * ROWS); i++) PICK(level(), norm_row)(X + i * D, W, D, epsilon, Y + i * D, R + i);
   });
   return {y, r};
 }
@@ -72,7 +35,7 @@ std::vector<Tensor> RmsNormBackward(const Tensor& x, const Tensor& w, const Tens
   const float *X = x.data<float>(), *W = w.data<float>(), *R = r.data<float>(), *DY = dy.data<float>();
   float* DX = dx.data<float>();
   parallel(parts, [&](long t) {
-    for (long i = t * ROWS; i < std::min(rows, (t + 1) * ROWS); i++) PICK(norm_row_backward)(X + i * D, W, R[i], DY + i * D, D, DX + i * D, sums.data() + t * D);
+    for (long i = t * ROWS; i < std::min(rows, (t + 1) * ROWS); i++) PICK(level(), norm_row_backward)(X + i * D, W, R[i], DY + i * D, D, DX + i * D, sums.data() + t * D);
   });
   float* DW = dw.data<float>();
   for (long t = 0; t < parts; t++)
@@ -87,7 +50,7 @@ std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, 
   const float *X = x.data<float>(), *C = cos.data<float>(), *S = sin.data<float>();
   float* Y = y.data<float>();
   parallel(tasks(tokens, ROWS), [&](long t) {
-    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++) PICK(rotate_token)(X + i * heads * Dh, C + i * Dh, S + i * Dh, heads, Dh, sign, Y + i * heads * Dh);
+    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++) PICK(level(), rotate_token)(X + i * heads * Dh, C + i * Dh, S + i * Dh, heads, Dh, sign, Y + i * heads * Dh);
   });
   return {y};
 }
@@ -97,7 +60,7 @@ std::vector<Tensor> SwiGLU(const Tensor& gate, const Tensor& up) {
   const long n = gate.numel();
   const float *G = gate.data<float>(), *U = up.data<float>();
   float* Y = y.data<float>();
-  parallel(tasks(n, VALUES), [&](long t) { PICK(gate)(G + t * VALUES, U + t * VALUES, std::min(VALUES, n - t * VALUES), Y + t * VALUES); });
+  parallel(tasks(n, VALUES), [&](long t) { PICK(level(), gate)(G + t * VALUES, U + t * VALUES, std::min(VALUES, n - t * VALUES), Y + t * VALUES); });
   return {y};
 }
 std::vector<Tensor> SwiGLUBackward(const Tensor& gate, const Tensor& up, const Tensor& dy) {
@@ -107,7 +70,7 @@ std::vector<Tensor> SwiGLUBackward(const Tensor& gate, const Tensor& up, const T
   float *DG = dg.data<float>(), *DU = du.data<float>();
   parallel(tasks(n, VALUES), [&](long t) {
     const long at = t * VALUES;
-    PICK(gate_backward)(G + at, U + at, DY + at, std::min(VALUES, n - at), DG + at, DU + at);
+    PICK(level(), gate_backward)(G + at, U + at, DY + at, std::min(VALUES, n - at), DG + at, DU + at);
   });
   return {dg, du};
 }
