@@ -17,11 +17,7 @@ attention: tiles of 72 queries by 64 keys, online softmax (Dao, arXiv 2307.08691
 and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
 """
 
-import contextlib
-import fcntl
 import hashlib
-import io
-import logging
 import os
 import shutil
 import sys
@@ -37,14 +33,7 @@ from kernels import reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = (
-    "attention",
-    "rms_norm",
-    "rope",
-    "swiglu",
-    "quant_linear",
-    "bf16",
-)  # what needs it: ops, and products in bfloat16
+OF_EXTENSION = "attention rms_norm rope swiglu quant_linear bf16".split()  # what needs it: ops, products in bfloat16
 
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
@@ -74,6 +63,8 @@ def _has_bfloat16():
 
 def _load():
     """Load the built ops from the cache, or build them into it; several processes that start at once build them once."""
+    import fcntl  # not on every system
+
     name, compiler = "kernels_cpu", os.environ.get("CXX", "g++")
     sources = sorted(SOURCES.iterdir())
     digest = hashlib.sha256(" ".join([paddle.__version__, sys.version, compiler, *FLAGS]).encode())
@@ -96,33 +87,30 @@ def _load():
 
 
 def _build(name, sources, folder):
-    """Compile into folder/name/name.so, and name.py beside it, without what Paddle says meanwhile."""
-    from paddle.utils.cpp_extension import load
+    """Compile into folder/name/name.so; what the compiler and Paddle say goes to folder/build.log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(folder / "build.log", "w") as log:
+        kept = [os.dup(1), os.dup(2)]
+        for stream in (1, 2):  # not only Python's: a process of its own compiles
+            os.dup2(log.fileno(), stream)
+        try:
+            paddle.utils.cpp_extension.load(name=name, sources=sources, extra_cxx_cflags=FLAGS, extra_ldflags=["-pthread"],
+                                            build_directory=str(folder))  # fmt: skip
+        except (RuntimeError, OSError) as error:
+            raise OSError(f"building the C++ ops failed, see {folder / 'build.log'}") from error
+        finally:
+            for stream, before in zip((1, 2), kept):
+                os.dup2(before, stream)
+                os.close(before)
 
-    logging.disable(logging.INFO)
-    before, os.environ["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS"), "ignore"  # of the process that compiles
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            load(
-                name=name,
-                sources=sources,
-                extra_cxx_cflags=FLAGS,
-                extra_ldflags=["-pthread"],
-                build_directory=str(folder),
-            )
-    finally:
-        logging.disable(logging.NOTSET)
-        del os.environ["PYTHONWARNINGS"]
-        if before is not None:
-            os.environ["PYTHONWARNINGS"] = before
+
+# ---------------------------------------------------------------------------------------------- products
 
 
 def _plain(*tensors):
     """Whether the C++ takes these: float32 on a dynamic graph."""
     return paddle.in_dynamic_mode() and all(t.dtype == paddle.float32 for t in tensors)
-
-
-# ---------------------------------------------------------------------------------------------- products
 
 
 def bf16_matmul(x, y, transpose_x=False, transpose_y=False):
