@@ -223,7 +223,8 @@ def grid(rows, bits, sym, shrink=1.0):
 
 def stored_scale(scale):
     """float32 values as float16 keeps them; 1 for a group of zeros, whose codes are all its zero point."""
-    kept = scale.astype(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused below
+        kept = scale.astype(np.float16).astype(np.float32)
     if not np.isfinite(kept).all():
         raise UserError(f"a weight is too large for scales in float16: its scale would be {scale.max():g}")
     return np.where(kept > 0, kept, np.float32(1.0))
