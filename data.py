@@ -496,6 +496,11 @@ class Tokenizer:
         decoder = self.stream_decoder(skip_special_tokens)
         return "".join([decoder.push(int(i)) for i in ids]) + decoder.flush()
 
+    def decode_reply(self, ids):
+        """Generated ids -> the text before the first of stop_ids."""
+        stop = next((at for at, i in enumerate(ids) if int(i) in self.stop_ids), None)
+        return self.decode(ids[:stop]).strip()
+
     def encode_chat(self, rounds, context=None, is_training=False):
         """[(user, bot)...] -> system ids, [(user ids, bot ids)...]. The last bot may be None: still to be generated.
 

@@ -315,8 +315,7 @@ def answer(model, tokenizer, dataset, indices, args):
     for i in indices:
         prompt = dataset.pair(i)[0][None].astype(np.int64)
         out = generate(model, prompt, args.max_new_tokens, tokenizer.stop_ids)[0, prompt.shape[1] :]
-        ended = np.flatnonzero(np.isin(out, tokenizer.stop_ids))
-        answers.append(tokenizer.decode(out[: ended[0] if len(ended) else None].tolist()).strip())
+        answers.append(tokenizer.decode_reply(out))
     return answers
 
 

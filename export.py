@@ -46,6 +46,7 @@ from model import (
     Linear,
     QuantLinear,
     atomic_file,
+    base_folders,
     base_weights,
     from_bfloat16,
     from_pretrained,
@@ -118,20 +119,6 @@ def parse_size(text):
 
 
 # ================================================================================================== what is read
-
-
-def base_folders(path):
-    """The folder of the model, then, for an adapter's folder, the one that it names as its base, and so on."""
-    folders = [Path(path)]
-    while (file := folders[-1] / "adapter_config.json").is_file() and not (folders[-1] / "config.json").is_file():
-        try:
-            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (ValueError, AttributeError):
-            break  # from_pretrained says what is wrong with it
-        if not isinstance(base, str) or Path(base) in folders:
-            break
-        folders.append(Path(base))
-    return folders
 
 
 def load_model(args, tokenizer):

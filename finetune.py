@@ -134,8 +134,7 @@ def answer(model, tokenizer, dataset, indices, args):
         out = generate(model, ids, args.max_new_tokens, tokenizer.stop_ids, mask, do_sample=args.top_k != 1, temperature=args.temperature,
                        top_k=args.top_k, top_p=args.top_p, seed=args.seed)[:, T:]  # fmt: skip
         for row, i in enumerate(batch):
-            ended = np.flatnonzero(np.isin(out[row], tokenizer.stop_ids))
-            answers[i] = tokenizer.decode(out[row, : ended[0] if len(ended) else None].tolist()).strip()
+            answers[i] = tokenizer.decode_reply(out[row])
     return [answers[i] for i in indices]
 
 

@@ -946,7 +946,8 @@ def load_weights(model, path):
         stored = weight.stored or "float32"
         if stored.startswith("int") != (array.dtype.kind == "i"):
             raise UserError(f"{path}: {name} is of {array.dtype}; {stored} is needed")
-        set_parameter(weight.parameter, weight.from_numpy(array))
+        array = weight.from_numpy(array)  # under the same name, so that theirs is gone before ours is copied
+        set_parameter(weight.parameter, array)
     for name, (_, _, layer) in linears(model).items():
         if isinstance(layer, QuantLinear):
             layer.check(path, name)
@@ -958,23 +959,28 @@ def from_pretrained(path, dtype="float32"):
     From an adapter's folder, the base model that it names (which may be an adapter's folder too) with LoRA merged into
     it, or with the prefix put on.
     """
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
-        return _from_adapter(Path(path), dtype)
-    model = build(ModelConfig.from_json(path), dtype)
-    load_weights(model, path)
+    *adapters, base = base_folders(path)
+    model = build(ModelConfig.from_json(base), dtype)
+    load_weights(model, base)
+    for adapter in reversed(adapters):
+        merge(load_adapter(model, adapter))
     return model
 
 
-def _from_adapter(path, dtype):
-    try:
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        raise UserError(f"{path / 'adapter_config.json'}: not a JSON object") from None
-    if not isinstance(base, str) or not Path(base).is_dir() or Path(base).resolve() == path.resolve():
-        raise UserError(
-            f"{path / 'adapter_config.json'}: base_model_name_or_path: {base!r} is not another folder of a model"
-        )
-    return merge(load_adapter(from_pretrained(base, dtype), path))
+def base_folders(path):
+    """[path] of a model's folder; of an adapter's folder, itself, then the folder that it names as its base, and so on."""
+    folders = [Path(path)]
+    while (file := folders[-1] / "adapter_config.json").is_file() and not (folders[-1] / "config.json").is_file():
+        try:
+            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            raise UserError(f"{file}: not a JSON object") from None
+        if not isinstance(base, str) or not Path(base).is_dir():
+            raise UserError(f"{file}: base_model_name_or_path: {base!r} is not a folder of a model")
+        if Path(base).resolve() in [folder.resolve() for folder in folders]:
+            raise UserError(f"{file}: base_model_name_or_path: {base!r} is built on this adapter itself")
+        folders.append(Path(base))
+    return folders
 
 
 def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):

@@ -33,6 +33,7 @@ from data import CorpusLoader, SFTDataset, SFTLoader, UserError, load_chat_templ
 from model import (
     QuantLinear,
     atomic_file,
+    base_folders,
     from_bfloat16,
     from_pretrained,
     linears,
@@ -812,14 +813,14 @@ def rest_dtype(model, args):
     return "bfloat16" if exact else "float32"
 
 
-def weight_bytes(path, follow=True):
-    """Bytes of the weight files of a folder; with follow, of the base too if it is an adapter's."""
-    path = Path(path)
-    size = sum(file.stat().st_size for end in ("*.safetensors", "*.bin") for file in path.glob(end))
-    config = path / "adapter_config.json"
-    if follow and config.is_file() and not (path / "config.json").is_file():
-        size += weight_bytes(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    return size
+def weight_bytes(*folders):
+    """Bytes of the weight files of these folders."""
+    return sum(
+        file.stat().st_size
+        for end in ("*.safetensors", "*.bin")
+        for folder in folders
+        for file in Path(folder).glob(end)
+    )
 
 
 def main(args):
@@ -834,9 +835,12 @@ def main(args):
     calibration_loader, batches, dev = loaders(args, tokenizer)
     model = open_model(args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
-    report = {"bytes_float32": 4 * model.num_parameters(), "bytes_before": weight_bytes(args.model_name_or_path)}
+    report = {
+        "bytes_float32": 4 * model.num_parameters(),
+        "bytes_before": weight_bytes(*base_folders(args.model_name_or_path)),
+    }
     if args.lora_path:
-        report["bytes_before"] += weight_bytes(args.lora_path, follow=False)
+        report["bytes_before"] += weight_bytes(args.lora_path)
     if args.group_size != -1 and (uneven := {l.n_in for *_, l in linears(model).values() if l.n_in % args.group_size}):
         print(f"group_size {args.group_size} does not divide {sorted(uneven)} input rows: their last group is shorter")
 

@@ -15,7 +15,6 @@ import json
 import os
 import pstats
 import resource
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -28,29 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 
+from bench_train import SHAPES, load_model, summary  # noqa: E402
+
 import kernels  # noqa: E402
 import quantize  # noqa: E402
-from model import ModelConfig, QuantLinear, build, from_pretrained, init_weights, linears, set_parameter  # noqa: E402
+from model import QuantLinear, linears, set_parameter  # noqa: E402
 from serve import Engine, measure  # noqa: E402
 
-SHAPES = {
-    "A": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
-              intermediate_size=2048, vocab_size=32000),
-    "B": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-              intermediate_size=688, vocab_size=4096),
-}  # fmt: skip
-COMMON = dict(model_type="llama", max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0)
 SCHEMES = {"": None, "wint8": "w8", "wint4": "w4", "a8w8": "a8w8"}
-
-
-def load_model(config):
-    """(model, where its weights are from)"""
-    folder = Path(os.environ.get("PEERS", "~/.cache/llm-peers")).expanduser() / "models" / config
-    if (folder / "config.json").is_file():
-        return from_pretrained(folder), str(folder)
-    model = build(ModelConfig.from_dict({**COMMON, **SHAPES[config]}))
-    init_weights(model, seed=0)
-    return model, "drawn"
 
 
 @paddle.no_grad()
@@ -85,16 +69,10 @@ def parse(argv):
     parser.add_argument("--profile", action="store_true", help="Python's profile of one more repetition, on stderr")
     options = parser.parse_args(argv)
     if options.dtype == "bf16":
-        parser.error("--dtype bf16: Paddle has no bfloat16 products on the CPU, so there is nothing to time; give fp32")
+        parser.error("--dtype bf16: serving computes in float32, so there is nothing to time; give fp32")
     if min(options.batch, options.prompt, options.reps) < 1 or options.new < 2:
         parser.error("--batch, --prompt and --reps must be at least 1, --new at least 2")
     return options
-
-
-def summary(rates):
-    """{"median", "min", "max", "n"}"""
-    found = {name: round(f(rates), 2) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
-    return {**found, "n": len(rates)}
 
 
 def main(argv=None):

@@ -240,6 +240,12 @@ def parse(argv):
     return options
 
 
+def summary(rates):
+    """{"median", "min", "max", "n"}"""
+    found = {name: round(f(rates), 2) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
+    return {**found, "n": len(rates)}
+
+
 def main(argv=None):
     """Run one task; prints and returns its result."""
     options = parse(argv)
@@ -272,11 +278,9 @@ def main(argv=None):
     assert np.isfinite(losses).all() and losses[-1] < losses[0], f"the loss must fall: {losses}"
     if options.profile:
         profile.print(total)
-    rate = {name: round(f(rates), 2) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
-    rate["n"] = len(rates)
     result = {
         "peer": "ours", "task": options.task, "config": options.config, "dtype": options.dtype, "mode": options.mode,
-        "threads": THREADS, "eff_tok_s" if epochs else "tok_s": rate,
+        "threads": THREADS, "eff_tok_s" if epochs else "tok_s": summary(rates),
         "compute": "bf16" if kernels.bf16 else "fp32", "weights": source, "tokens": tokens,
         "positions": sum(batch["input_ids"].size for batch in batches(options.reps)), "steps": len(found),
         "trainable": sum(int(np.prod(w.shape)) for w in weights), "loss": [round(losses[0], 5), round(losses[-1], 5)],

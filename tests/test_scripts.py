@@ -1,4 +1,4 @@
-"""finetune.py and pretrain.py as a user runs them: every mode, resuming, being killed, wrong input, upstream's configs.
+"""Scripts as a user runs them, finetune.py and pretrain.py above all: every mode, resuming, being killed, wrong input, upstream's configs.
 
     python -m pytest tests/test_scripts.py            # CPU, under a minute; -rP: the tables
     python -m pytest tests/test_scripts.py --slow     # and thirty kills instead of five

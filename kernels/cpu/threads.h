@@ -3,6 +3,7 @@
 // Not OpenMP: GCC's runtime beside the one that Paddle's MKL brings would put two waiting threads on every core.
 #pragma once
 #include <sched.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -19,16 +20,16 @@ class Pool {
   }
   void parallel(long n, const std::function<void(long)>& task) {
     std::unique_lock<std::mutex> one(calls_, std::try_to_lock);
-    if (n < 2 || want_ < 2 || !one) {  // a call from within a task, or from another thread, runs by itself
+    // A call from within a task, from another thread, or in a forked child, which has no workers, runs by itself.
+    if (n < 2 || want_ < 2 || !one || getpid() != owner_) {
       for (long i = 0; i < n; i++) task(i);
       return;
     }
     while ((int)workers_.size() < want_ - 1) {
-      const int index = workers_.size();
-      workers_.emplace_back([this, index] { work(index); });
+      workers_.emplace_back([this] { work(); });
       workers_.back().detach();
     }
-    task_ = &task, n_ = n, next_.store(0), left_.store(want_ - 1), active_ = want_ - 1;
+    task_ = &task, n_ = n, next_.store(0), left_.store(want_ - 1);
     {
       std::lock_guard<std::mutex> lock(sleep_);
       round_.fetch_add(1);
@@ -47,7 +48,7 @@ class Pool {
   void run() {
     for (long i; (i = next_.fetch_add(1)) < n_;) (*task_)(i);
   }
-  void work(int index) {
+  void work() {
     long seen = 0;
     for (;;) {
       for (int spins = 0; round_.load() == seen && spins < 2000; spins++) __builtin_ia32_pause();
@@ -56,7 +57,6 @@ class Pool {
         wake_.wait(lock, [&] { return round_.load() != seen; });
       }
       seen = round_.load();
-      if (index >= active_) continue;
       run();
       left_.fetch_sub(1, std::memory_order_release);
     }
@@ -68,7 +68,8 @@ class Pool {
   std::atomic<int> left_{0};
   const std::function<void(long)>* task_ = nullptr;
   long n_ = 0;
-  int want_, active_ = 0;
+  const pid_t owner_ = getpid();
+  int want_;  // threads, the caller's among them
 };
 
 static inline void parallel(long n, const std::function<void(long)>& task) { Pool::get().parallel(n, task); }
