@@ -34,7 +34,7 @@ from model import (
     QuantLinear,
     atomic_file,
     base_folders,
-    from_bfloat16,
+    base_weights,
     from_pretrained,
     linears,
     load_adapter,
@@ -42,7 +42,6 @@ from model import (
     rope_tables,
     save_pretrained,
     set_parameter,
-    to_bfloat16,
 )
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
@@ -804,12 +803,11 @@ def open_model(args):
     return model
 
 
-def rest_dtype(model, args):
-    """How to store what stays float: bfloat16 if that loses nothing and no int8 scale is among it."""
-    kept = [model.embed_tokens.weight, *(p for name, p in model.named_parameters() if "norm" in name or "bias" in name)]
-    kept += [] if model.lm_head is None else [model.lm_head.weight]
-    arrays = (p.numpy() for p in kept)
-    exact = args.quant_type != "a8w8" and all(np.array_equal(from_bfloat16(to_bfloat16(a)), a) for a in arrays)
+def rest_dtype(model):
+    """How to store what stays float (scales aside, which keep their own): bfloat16 if that loses nothing."""
+    kept = [w.parameter for w in base_weights(model) if w.stored is None]
+    rows = (p[at : at + 4096].numpy() for p in kept for at in range(0, p.shape[0], 4096))  # never a whole embedding
+    exact = not any((array.view(np.uint32) & 0xFFFF).any() for array in rows)  # the bits that bfloat16 has not
     return "bfloat16" if exact else "float32"
 
 
@@ -863,7 +861,7 @@ def main(args):
     after = trainer.evaluate(model, dev, args.max_evaluate_steps) if dev else None
     trainer.prepare_output_dir(args)  # only here: what fails above must not cost the model it would replace
     tokenizer.save(args.output_dir)
-    save_pretrained(model, args.output_dir, rest_dtype(model, args))
+    save_pretrained(model, args.output_dir, rest_dtype(model))
     report |= {"algorithm": args.algorithm, "quantization_config": model.config.quantization,
                "calibration_tokens": tokens, "linears": rows, "seconds": round(seconds, 2),
                "dev_before": before, "dev_after": after,
