@@ -1055,7 +1055,7 @@ def browser():
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if binary is None:
         pytest.skip("needs a headless browser: apt install chromium")
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its helpers outlive it by a moment
         browser = Browser(binary, profile)
         yield browser
         browser.close()
