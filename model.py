@@ -844,6 +844,17 @@ def trainable_weights(model):
     return [w for w in base_weights(model) + adapter_weights(model) if not w.parameter.stop_gradient]
 
 
+def halve_frozen(model):
+    """Keep frozen weights of linears, the head's too, in bfloat16 alone: products in bfloat16 round them so anyway."""
+    for layer in model.sublayers():
+        if isinstance(layer, Linear) and layer.weight.stop_gradient and layer.weight.dtype == paddle.float32:
+            with paddle.LazyGuard():  # no memory until it is set
+                half = layer.create_parameter([layer.n_in, layer.n_out], dtype="bfloat16")
+            half.set_value(layer.weight.astype("bfloat16"))
+            half.stop_gradient = True
+            layer.weight = half
+
+
 def init_weights(model, seed):
     """Normal(0, initializer_range) for matrices, 1 for norms, 0 for biases; each from its own (seed, name) alone."""
     for weight in base_weights(model):
@@ -1045,10 +1056,13 @@ class LoRALinear(nn.Layer):
         return paddle.matmul(self.lora_A, self.lora_B) * self.scaling
 
     def forward(self, x):
-        y = self.base(x)
         if not self.enabled:
-            return y
+            return self.base(x)
         dropped = F.dropout(x, self.dropout, training=self.training) if self.dropout else x
+        if isinstance(self.base, Linear) and self.lora_magnitude_vector is None:
+            more = self.base.bias, None if dropped is x else dropped
+            return kernels.lora_linear(x, self.base.weight, self.lora_A, self.lora_B, self.scaling, *more)
+        y = self.base(x)
         update = kernels.linear(kernels.linear(dropped, self.lora_A) * self.scaling, self.lora_B)
         if self.lora_magnitude_vector is None:
             return y + update

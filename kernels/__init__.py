@@ -34,6 +34,7 @@ OPS = (
     "rope",
     "swiglu",
     "linear",
+    "lora_linear",
     "quant_linear",
     "attention",
     "paged_attention",
@@ -203,12 +204,20 @@ def swiglu(gate, up):
     return _run("swiglu", gate, up)
 
 
-def linear(x, weight, bias=None):
-    """x @ weight + bias; x (..., in), weight (in, out), bias (out,) -> (..., out) in x's dtype.
+def linear(x, weight, bias=None, residual=None):
+    """x @ weight + bias + residual; x (..., in), weight (in, out), bias (out,), residual and result (..., out) in x's dtype.
 
     The weight may be stored in another dtype than x: it is converted for the product.
     """
-    return _run("linear", x, weight, bias)
+    return _run("linear", x, weight, bias, residual)
+
+
+def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+    """x @ weight + bias + scaling * (dropped or x) @ lora_A @ lora_B (Hu et al., arXiv 2106.09685).
+
+    x and dropped (x after dropout) (..., in), weight (in, out), lora_A (in, R), lora_B (R, out) -> (..., out).
+    """
+    return _run("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropped)
 
 
 def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
@@ -252,14 +261,17 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     return _run("paged_attention", q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale)
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
+                         vocabulary=None):  # fmt: skip
     """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
 
     hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
     ignored; with return_predictions also the argmax ids (N,) int64, -1 where ignored. Rows with an ignored label are
     not computed at all.
     """
-    return _run("linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions)
+    return _run(
+        "linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary
+    )
 
 
 def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):

@@ -17,6 +17,7 @@ attention: tiles of 72 queries by 64 keys, online softmax (Dao, arXiv 2307.08691
 and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -33,7 +34,7 @@ from kernels import reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = "attention rms_norm rope swiglu quant_linear bf16".split()  # what needs it: ops, products in bfloat16
+OF_EXTENSION = "attention lora_linear rms_norm rope swiglu quant_linear bf16".split()  # what needs it: ops, products in bfloat16
 
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
@@ -113,41 +114,126 @@ def _plain(*tensors):
     return paddle.in_dynamic_mode() and all(t.dtype == paddle.float32 for t in tensors)
 
 
-def bf16_matmul(x, y, transpose_x=False, transpose_y=False):
-    """x (M, K) or transposed, y (K, N) or transposed, float32 -> (M, N) float32; products of bfloat16, sums in float32."""
-    return _C_ops._run_custom_op("cpu_bf16_matmul", x.contiguous(), y.contiguous(), transpose_x, transpose_y)[0]
+def bf16_matmul(x, y, transpose_x=False, transpose_y=False, bias=None, residual=None):
+    """x (M, K) or transposed, y (K, N) or transposed, float32 or bfloat16 -> x y + bias + residual (M, N) float32.
+
+    Products are of bfloat16, sums in float32.
+    """
+    operands = x.contiguous(), y.contiguous(), bias, residual
+    return _C_ops._run_custom_op("cpu_bf16_matmul", *operands, transpose_x, transpose_y)[0]
 
 
-def linear(x, weight, bias=None):
+def _takes_bf16(x, *weights):
+    """Whether the C++ makes this product in bfloat16: asked for, on a dynamic graph, and x float32."""
+    stored = (paddle.float32, paddle.bfloat16)
+    return kernels.bf16 and paddle.in_dynamic_mode() and x.dtype == paddle.float32 and all(w.dtype in stored for w in weights)
+
+
+def linear(x, weight, bias=None, residual=None):
     n_in, n_out = weight.shape
     wide = min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the faster product saves
-    if not (kernels.bf16 and wide and x.dtype == weight.dtype == paddle.float32 and paddle.in_dynamic_mode()):
-        return reference.linear(x, weight, bias)
-    y = _Bf16Linear.apply(x, weight)
-    return y if bias is None else y + bias
+    if not (wide and _takes_bf16(x, weight)):
+        return reference.linear(x, weight, bias, residual)
+    return _Bf16Linear.apply(x, weight, bias, residual)
 
 
 class _Bf16Linear(PyLayer):
-    """y = x W; dx = dy W^T, dW = x^T dy."""
+    """y = x W + b + residual; dx = dy W^T, dW = x^T dy, db = sum of dy over its rows."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, bias, residual):
         ctx.save_for_backward(x, weight)
-        ctx.frozen = [x.stop_gradient, weight.stop_gradient]
-        return bf16_matmul(x.reshape([-1, weight.shape[0]]), weight).reshape([*x.shape[:-1], weight.shape[1]])
+        ctx.frozen = [t is None or t.stop_gradient for t in (x, weight, bias, residual)]
+        ctx.given = [t is not None for t in (x, weight, bias, residual)]
+        n_in, n_out = weight.shape
+        more = bias, None if residual is None else residual.reshape([-1, n_out]).contiguous()
+        return bf16_matmul(x.reshape([-1, n_in]), weight, False, False, *more).reshape([*x.shape[:-1], n_out])
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensor()
-        dy = dy.reshape([-1, weight.shape[1]])
-        dx = None if ctx.frozen[0] else bf16_matmul(dy, weight, transpose_y=True).reshape(x.shape)
-        return dx, None if ctx.frozen[1] else bf16_matmul(x.reshape([-1, weight.shape[0]]), dy, transpose_x=True)
+        (x, weight), frozen = ctx.saved_tensor(), ctx.frozen
+        n_in, n_out = weight.shape
+        rows = dy.reshape([-1, n_out])
+        found = [
+            None if frozen[0] else bf16_matmul(rows, weight, transpose_y=True).reshape(x.shape),
+            None if frozen[1] else bf16_matmul(x.reshape([-1, n_in]), rows, transpose_x=True),
+            None if frozen[2] else rows.sum(0),
+            None if frozen[3] else dy,
+        ]
+        return tuple(d for d, given in zip(found, ctx.given) if given)
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):
-    whole = hidden.dtype == weight.dtype == paddle.float32
-    return reference.linear_cross_entropy(hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
-                                          bf16_matmul if kernels.bf16 and whole else paddle.matmul)  # fmt: skip
+def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+    n_in, n_out = weight.shape
+    wide = min(x.size // n_in, n_in, n_out) >= 32
+    if not (wide and weight.stop_gradient and (bias is None or bias.stop_gradient) and _takes_bf16(x, weight, lora_A, lora_B)):
+        return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropped)
+    held = types.SimpleNamespace(weight=weight, bias=bias, scaling=float(scaling))  # frozen: no inputs of the PyLayer
+    return _Bf16LoRA.apply(x, dropped, lora_A, lora_B, held)
+
+
+class _Bf16LoRA(PyLayer):
+    """t = s x A, y = [x t] [W; B]; dt = s dy B^T, dx = [dy dt] [W^T; A^T], dA = x^T dt, dB = t^T dy."""
+
+    @staticmethod
+    def forward(ctx, x, dropped, a, b, held):
+        args = x.contiguous(), None if dropped is None else dropped.contiguous(), held.weight, a, b, held.bias
+        y, t = _C_ops._run_custom_op("cpu_bf16_lora", *args, held.scaling)
+        ctx.save_for_backward(x if dropped is None else dropped, t, a, b)
+        ctx.held, ctx.dropped, ctx.frozen = held, dropped is not None, [x.stop_gradient, a.stop_gradient, b.stop_gradient]
+        return y.reshape([*x.shape[:-1], b.shape[1]])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, t, a, b = ctx.saved_tensor()
+        args = dy.contiguous(), x, t, ctx.held.weight, a, b, ctx.held.scaling
+        dx, d_dropped, da, db = _C_ops._run_custom_op("cpu_bf16_lora_backward", *args, not ctx.frozen[0], ctx.dropped)
+        d_inputs = [None if ctx.frozen[0] else dx.reshape(x.shape)]
+        if ctx.dropped:
+            d_inputs.append(None if ctx.frozen[0] else d_dropped.reshape(x.shape))
+        return *d_inputs, None if ctx.frozen[1] else da, None if ctx.frozen[2] else db
+
+
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
+                         vocabulary=None):  # fmt: skip
+    if not _takes_bf16(hidden, weight):
+        return reference.linear_cross_entropy(hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary)  # fmt: skip
+    held = types.SimpleNamespace(turned=transpose_weight, vocabulary=vocabulary, frozen=weight.stop_gradient,
+                                 train=paddle.is_grad_enabled() and not hidden.stop_gradient)  # fmt: skip
+    losses_of = functools.partial(_Bf16CrossEntropy.apply, held=held)
+    return reference.over_targets(losses_of, hidden, weight, labels, ignore_index, return_predictions)
+
+
+class _Bf16CrossEntropy(PyLayer):
+    """loss = logsumexp(h W) - (h W)[label], over the vocabulary in blocks; see gemm.cc.
+
+    With a frozen W the gradient of h, but for the factor d loss of each row, is made together with the loss (an online
+    softmax). Else the logits are made again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, predictions, held):
+        ctx.held, ctx.online = held, held.train and held.frozen
+        labels = labels if held.vocabulary is None else labels - held.vocabulary.start
+        found = _C_ops._run_custom_op("cpu_bf16_cross_entropy", hidden, weight, labels, held.turned, ctx.online)
+        most, total, target, best, acc = found
+        lse, target, best = reference.of_whole_vocabulary(most, total, target, best, held.vocabulary)
+        if predictions is not None:
+            predictions.append(best)
+        kept = (acc, paddle.exp(most - lse)) if ctx.online else (hidden, lse)
+        ctx.save_for_backward(weight, labels, *kept)
+        return lse - target
+
+    @staticmethod
+    def backward(ctx, d_losses):
+        weight, labels, *kept = ctx.saved_tensor()
+        d_losses, turned = d_losses.contiguous(), ctx.held.turned
+        if ctx.online:
+            return _C_ops._run_custom_op("cpu_softmax_part", *kept, weight, labels, d_losses, turned)[0], None, None
+        hidden, lse = kept
+        args = hidden, weight, labels, lse, d_losses, turned, ctx.held.frozen
+        d_hidden, d_weight = _C_ops._run_custom_op("cpu_bf16_cross_entropy_backward", *args)
+        return d_hidden, None if ctx.held.frozen else d_weight, None
 
 
 def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):

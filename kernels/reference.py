@@ -54,8 +54,13 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def linear(x, weight, bias=None):
-    return F.linear(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), bias)
+def linear(x, weight, bias=None, residual=None):
+    y = F.linear(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), bias)
+    return y if residual is None else y + residual
+
+
+def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+    return linear(x, weight, bias) + linear(linear(x if dropped is None else dropped, lora_A) * scaling, lora_B)
 
 
 # -------------------------------------------------------------------------------------- quantized linears
@@ -264,66 +269,71 @@ def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes):
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         matmul=paddle.matmul):  # fmt: skip
-    """As kernels.linear_cross_entropy; matmul(x, y, transpose_x, transpose_y) is what its three products are made by."""
+                         vocabulary=None):  # fmt: skip
+    losses_of = functools.partial(_LinearCrossEntropy.apply, transpose_weight=transpose_weight)
+    return over_targets(losses_of, hidden, weight, labels, ignore_index, return_predictions)
+
+
+def over_targets(losses_of, hidden, weight, labels, ignore_index, return_predictions):
+    """The rows that have a target through losses_of(hidden, weight, labels, list for predictions or None); 0, -1 elsewhere."""
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
     predictions = paddle.full([labels.shape[0]], -1, "int64")
     if kept.shape[0] > 0:
-        targets, found = paddle.gather(labels, kept), []
-        kept_losses = _LinearCrossEntropy.apply(
-            paddle.gather(hidden, kept),
-            weight,
-            targets,
-            transpose_weight,
-            found if return_predictions else None,
-            matmul,
-        )
+        found = [] if return_predictions else None
+        kept_losses = losses_of(paddle.gather(hidden, kept), weight, paddle.gather(labels, kept), found)
         losses = paddle.scatter(losses, kept, kept_losses)
         if return_predictions:
             predictions = paddle.scatter(predictions, kept, paddle.concat(found))
-    else:
-        losses = (
-            losses + hidden.astype("float32").sum(-1) * 0.0
-        )  # keeps the graph: a batch without targets has zero gradients
+    else:  # keeps the graph: a batch without targets has zero gradients
+        losses = losses + hidden.astype("float32").sum(-1) * 0.0
     return (losses, predictions) if return_predictions else losses
+
+
+def of_whole_vocabulary(most, total, target, best, vocabulary):
+    """One shard's largest logit, sum of exp(logit - most), target's logit (0 if elsewhere) and argmax, all (M,) -> the
+    whole vocabulary's log of the sum of exp, target's logit and argmax."""
+    if vocabulary is None:
+        return most + paddle.log(total), target, best
+    largest = vocabulary.all_reduce(most, "max")
+    total = vocabulary.all_reduce(total * paddle.exp(most - largest), "sum")
+    last = paddle.full_like(best, np.iinfo(np.int64).max)
+    best = paddle.where(most == largest, best + vocabulary.start, last)
+    best = -vocabulary.all_reduce(-best, "max")  # the lowest id of those that are equally large
+    return largest + paddle.log(total), vocabulary.all_reduce(target, "sum"), best
 
 
 class _LinearCrossEntropy(PyLayer):
     """loss = logsumexp(h W) - (h W)[label]; d(h W) = (softmax(h W) - onehot(label)) * d loss. Logits come twice, in chunks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, transpose_weight, predictions, matmul):
+    def forward(ctx, hidden, weight, labels, predictions, transpose_weight):
         losses = []
         for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose_weight else 1]):
-            logits = _logits(hidden[chunk], weight, transpose_weight, matmul)
+            logits = _logits(hidden[chunk], weight, transpose_weight)
             losses.append(F.cross_entropy(logits, labels[chunk], reduction="none"))
             if predictions is not None:
                 predictions.append(logits.argmax(-1))
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.matmul, ctx.transpose_weight, ctx.frozen = (
-            matmul,
-            transpose_weight,
-            [hidden.stop_gradient, weight.stop_gradient],
-        )
+        ctx.transpose_weight, ctx.frozen = transpose_weight, [hidden.stop_gradient, weight.stop_gradient]
         return paddle.concat(losses).flatten()
 
     @staticmethod
     def backward(ctx, d_losses):
         hidden, weight, labels = ctx.saved_tensor()
-        matmul, transpose = ctx.matmul, ctx.transpose_weight
+        transpose = ctx.transpose_weight
         frozen = ctx.frozen[1]
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose else 1]):
             d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied where the rows are short
-            p = F.softmax(_logits(hidden[chunk], weight, transpose, matmul), axis=-1)
+            p = F.softmax(_logits(hidden[chunk], weight, transpose), axis=-1)
             p.put_along_axis_(labels[chunk].unsqueeze(-1), paddle.to_tensor(-1.0), 1, reduce="add")
             p = p.astype(hidden.dtype)
-            d_hidden.append(matmul(p, weight.astype(hidden.dtype), transpose_y=not transpose) * d_loss)
+            d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not transpose) * d_loss)
             if not frozen:
                 scaled = hidden[chunk] * d_loss
                 pair = (p, scaled) if transpose else (scaled, p)
-                d_weight.add_(matmul(*pair, transpose_x=True).astype("float32"))
+                d_weight.add_(paddle.matmul(*pair, transpose_x=True).astype("float32"))
         d_hidden = None if ctx.frozen[0] else paddle.concat(d_hidden)
         return d_hidden, None if frozen else d_weight.astype(weight.dtype), None
 
@@ -333,9 +343,9 @@ def _chunks(tokens, vocabulary):
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
-def _logits(hidden, weight, transpose_weight, matmul):
+def _logits(hidden, weight, transpose_weight):
     """(c, V) float32"""
-    return matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
+    return paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
 
 
 # -------------------------------------------------------------------------------------------------- adamw
