@@ -95,10 +95,13 @@ static void pack_rows(const Matrix& x, long r0, long r1, uint32_t* out, long str
 static void pack_panel(const Matrix& x, long c, uint32_t* out) {
   const long count = inner_words(x.rows);
   const Matrix t = x.transposed();
+  if (!x.turned) {
+    for (long w = 0; w < count; w++)
+#pragma GCC unroll 4
+      for (long n = 0; n < NR; n += 16) _mm512_storeu_si512(out + w * NR + n, across(t, c + n, 2 * w));
+    return;
+  }
   for (long n = 0; n < NR; n += 16) {
-    if (!x.turned)
-      for (long w = 0; w < count; w++) _mm512_storeu_si512(out + w * NR + n, across(t, c + n, 2 * w));
-    else
       for (long w = 0; w < count; w += 16)
         turned16(out + w * NR + n, NR, [&](int i) { return along(t, c + n + i, 2 * w); });
   }
