@@ -267,7 +267,7 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     how = types.SimpleNamespace(  # a plain object, as a PyLayer would take tensors among its arguments for inputs
         rows=None if rows is None else rows.astype("int32").contiguous(),
         slopes=None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous(),
-        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), -1),
+        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), 3 if kernels.bf16 else -1),
     )
     return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), how)
 

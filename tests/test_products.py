@@ -6,7 +6,8 @@
 import numpy as np
 import paddle
 import pytest
-from test_kernels import backends, close, cpu, in_bf16, lce, naive_cross_entropy, normal, rounded, run, tensor, with_bf16
+from test_kernels import (backends, close, cpu, in_bf16, lce, naive_cross_entropy, normal, random_rows, rounded, run, tensor,
+                          with_bf16)  # fmt: skip
 
 import kernels
 from model import Linear, LoRALinear, halve_frozen
@@ -168,3 +169,37 @@ def test_gradient_in_bf16_of_a_token_that_is_almost_certain(in_bf16, frozen):
     _, _, d_hidden, _ = lce("cpu", hidden, weight, labels, np.ones(3), frozen=frozen)
     assert np.abs(expected).max() < 1e-3
     assert np.abs(d_hidden.numpy() - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+# =============================================================================================== attention
+
+
+def attend(bf16, arrays, upstream, **kwargs):
+    """out and the gradients of q, k and v."""
+    kernels.configure("cpu", use_bf16=bf16)
+    inputs = [tensor(a) for a in arrays]
+    out = kernels.attention(*inputs, **kwargs)
+    out.backward(tensor(upstream))
+    return [out.numpy(), *(t.grad.numpy() for t in inputs)]
+
+
+@with_bf16
+@pytest.mark.parametrize("B, Tq, Tk, H, K, Dh", [(1, 1, 1, 1, 1, 1), (2, 5, 5, 2, 1, 12), (2, 7, 123, 4, 2, 40), (1, 130, 130, 4, 2, 64),
+                                                 (2, 200, 260, 4, 4, 80), (1, 97, 97, 2, 2, 96), (1, 300, 300, 6, 2, 128), (1, 100, 170, 2, 1, 256)])  # fmt: skip
+@pytest.mark.parametrize("mask", ["causal", "rows", "bidirectional", "alibi"])
+def test_attention_in_bf16(in_bf16, B, Tq, Tk, H, K, Dh, mask):
+    """Against float32 on the same rounded q, k, v and upstream: what is left is the rounding of softmax and of its gradient."""
+    arrays = [rounded(normal(s, i)) for i, s in enumerate([(B, Tq, H, Dh), (B, Tk, K, Dh), (B, Tk, K, Dh)])]
+    upstream = rounded(normal((B, Tq, H, Dh), 3))
+    more = {"causal": mask != "bidirectional"}
+    if mask == "rows":
+        more["startend_row_indices"] = tensor(random_rows(1, 1, B, Tk, True), "int32")
+    if mask == "alibi":
+        more["alibi_slopes"] = tensor(2.0 ** -np.arange(1, H + 1), frozen=True)
+    expected, found = attend(False, arrays, upstream, **more), attend(True, arrays, upstream, **more)
+    for ours, right in zip(found, expected):
+        error, size = np.sqrt(np.mean((ours - right) ** 2)), np.sqrt(np.mean(right**2))
+        assert error < 2**-8 * max(size, 1e-2), f"{error:.2e} of {size:.2e}"
+    if Tk > 1:
+        assert np.abs(found[0] - expected[0]).max() > 1e-5, "this would be float32"
+    assert np.array_equal(found[0] == 0, expected[0] == 0), "a query that sees no key gets zeros"

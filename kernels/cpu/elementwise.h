@@ -1,10 +1,5 @@
 // Norm, rotation and gate in one pass each; see elementwise.cc. Included once per instruction set after simd.h.
 
-static INLINE vf load_part(const float* p, long n) {  // the first n floats, zeros after them
-  vf x = {};
-  std::memcpy(&x, p, n * sizeof(float));
-  return x;
-}
 static INLINE void store_part(float* p, vf x, long n) { std::memcpy(p, &x, n * sizeof(float)); }
 
 static void norm_row(const float* x, const float* w, long D, float epsilon, float* y, float* r) {
