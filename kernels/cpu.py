@@ -241,10 +241,9 @@ class _Norm(PyLayer):
         y, h, mean, r = _op(op, *inputs, epsilon)
         h = x if residual is None else h
         ctx.save_for_backward(*((h, weight, r) if op == "cpu_rms_norm" else (h, weight, mean, r)))
-        ctx.op, ctx.set_grad_of_h = op, residual is not None
+        ctx.op, ctx.given = op, [t is not None for t in (x, residual, weight, bias)]
         ctx.wanted = [t is not None and not t.stop_gradient for t in (x, residual, weight, bias)]
-        ctx.given = [t is not None for t in (x, residual, weight, bias)]
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # the gradient of y or h is None where it has none
         return y if residual is None else (y, h)
 
     @staticmethod
@@ -330,10 +329,8 @@ class _Embedding(PyLayer):
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
                          vocabulary=None):  # fmt: skip
-    if not (_plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16)):
-        layer = reference._LinearCrossEntropy
-    else:
-        layer = _LinearCrossEntropy
+    ours = _plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16)
+    layer = _LinearCrossEntropy if ours else reference._LinearCrossEntropy
     return reference.of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
                                      vocabulary)  # fmt: skip
 
