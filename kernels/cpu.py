@@ -377,6 +377,7 @@ class _LinearCrossEntropy(PyLayer):
                 if not how.frozen[1]:
                     d = _matmul(*((p, h) if turned else (h, p)), transpose_x=True)
                     _op("cpu_put_block", d_weight, d, *((first, 0) if turned else (0, first)), number > 0)
+                del p, d  # before the next block's are made
             d_hidden.append(d_chunk)
         d_hidden = None if how.frozen[0] else paddle.concat(d_hidden)
         return d_hidden, None if how.frozen[1] else d_weight.astype(weight.dtype), None
@@ -394,6 +395,8 @@ def _chunk_of_losses(hidden, weight, labels, how, rows_too):
             more = _matmul(logits, block, transpose_y=not turned)
             rows = more if rows is None else _op("cpu_scaled_add", rows, more, state)[0]
             _C_ops._run_custom_op("cpu_label_rows", of_labels, block, labels, first, turned)
+            del more
+        del logits  # before the next block's are made
     most, total, target, _ = (t.contiguous() for t in state.unbind(-1))
     if vocabulary is None:
         lse = most + paddle.log(total)
@@ -435,7 +438,9 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
     floats = all(t.dtype in (paddle.float32, paddle.bfloat16) for t in (parameter, gradient))
     in_place = all(t.is_contiguous() for t in (parameter, moment1, moment2))
     if not (floats and in_place and moment1.dtype == moment2.dtype == paddle.float32):
-        return reference.adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale)
+        return reference.adamw(
+            parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale
+        )
     constants = [grad_scale, beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step),
                  (1 - beta2**step) ** -0.5, epsilon]  # fmt: skip
     # A leaf that is trained may not be written to, whatever is tracked; its memory under another name may.
