@@ -10,36 +10,37 @@ static INLINE void store_part(float* p, vf x, long n) { std::memcpy(p, &x, n * s
 static INLINE vf get(const float* p, long n) { return n == VL ? load(p) : load_part(p, n); }
 static INLINE void put(float* p, vf x, long n) { n == VL ? store(p, x) : store_part(p, x, n); }
 
-// f(at, how many) for every vector of n values; the last may be short. VL is a constant where f is inlined.
+// f(at, how many, k) for every vector of n values; the last may be short. k is 0, 1, 0, 1, …: of two sums, which to add to, so
+// that additions need not wait for each other.
 template <class F>
 static INLINE void each(long n, F f) {
   long i = 0;
-  for (; i + VL <= n; i += VL) f(i, long(VL));
-  if (i < n) f(i, n - i);
+  for (; i + 2 * VL <= n; i += 2 * VL) f(i, long(VL), 0), f(i + VL, long(VL), 1);
+  for (; i < n; i += VL) f(i, std::min<long>(VL, n - i), 0);
 }
-#define EACH(at, n) [&](long at, long n) __attribute__((always_inline))
+#define EACH(at, n, k) [&](long at, long n, int k) __attribute__((always_inline))
 
 // y = (h - mean) r w + b with h = x + residual; CENTER: LayerNorm, else mean is 0 and b absent: RMSNorm.
 // stats: mean (CENTER alone), r. Values past the end are zeros and would count in a sum around the mean: they are left out.
 template <bool CENTER>
 static void norm_row(const float* x, const float* residual, const float* w, const float* b, long D, float epsilon, float* h, float* y, float* mean, float* r) {
-  vf sum = {}, squares = {};
-  each(D, EACH(d, n) {
+  vf sum[2] = {}, squares[2] = {};
+  each(D, EACH(d, n, k) {
     vf v = get(x + d, n);
     if (residual) v += get(residual + d, n), put(h + d, v, n);
-    if (CENTER) sum += v;
-    else squares += v * v;
+    if (CENTER) sum[k] += v;
+    else squares[k] += v * v;
   });
   if (residual) x = h;
-  const float m = CENTER ? hsum(sum) / D : 0.0f;
+  const float m = CENTER ? hsum(sum[0] + sum[1]) / D : 0.0f;
   float total = 0.0f;
   if (CENTER) {
     long d = 0;
-    for (; d + VL <= D; d += VL) squares += (load(x + d) - m) * (load(x + d) - m);
+    for (; d + VL <= D; d += VL) squares[0] += (load(x + d) - m) * (load(x + d) - m);
     for (; d < D; d++) total += (x[d] - m) * (x[d] - m);
   }
-  const float scale = 1.0f / std::sqrt((total + hsum(squares)) / D + epsilon);
-  each(D, EACH(d, n) {
+  const float scale = 1.0f / std::sqrt((total + hsum(squares[0] + squares[1])) / D + epsilon);
+  each(D, EACH(d, n, k) {
     vf v = (CENTER ? get(x + d, n) - m : get(x + d, n)) * scale * get(w + d, n);
     if (CENTER && b) v += get(b + d, n);
     put(y + d, v, n);
@@ -51,16 +52,16 @@ static void norm_row(const float* x, const float* residual, const float* w, cons
 // With z = (x - mean) r and g = dy w: dx = r (g - mean(g) - z mean(g z)) + dh, written twice if asked for; dw += dy z, db += dy.
 template <bool CENTER>
 static void norm_row_backward(const float* x, const float* w, float m, float r, const float* dy, const float* dh, long D, float* dx, float* again, float* dw, float* db) {
-  vf sum = {}, dot = {};
-  each(D, EACH(d, n) {
+  vf sum[2] = {}, dot[2] = {};
+  each(D, EACH(d, n, k) {
     const vf u = get(dy + d, n), z = (CENTER ? get(x + d, n) - m : get(x + d, n)) * r, g = u * get(w + d, n);
-    dot += g * z;  // past the end g is zero
-    if (CENTER) sum += g;
+    dot[k] += g * z;  // past the end g is zero
+    if (CENTER) sum[k] += g;
     put(dw + d, get(dw + d, n) + u * z, n);
     if (CENTER && db) put(db + d, get(db + d, n) + u, n);
   });
-  const float mean_g = CENTER ? hsum(sum) / D : 0.0f, mean_gz = hsum(dot) / D;
-  each(D, EACH(d, n) {
+  const float mean_g = CENTER ? hsum(sum[0] + sum[1]) / D : 0.0f, mean_gz = hsum(dot[0] + dot[1]) / D;
+  each(D, EACH(d, n, k) {
     const vf z = (CENTER ? get(x + d, n) - m : get(x + d, n)) * r;
     vf v = get(dy + d, n) * get(w + d, n) - z * mean_gz;
     if (CENTER) v -= mean_g;
@@ -125,17 +126,17 @@ static INLINE vf activation(vf g, vf* slope) {
 
 template <int KIND>
 static void gate(const float* g, const float* u, long n, float* y) {
-  each(n, EACH(i, k) {
+  each(n, EACH(i, n, k) {
     vf slope;
-    put(y + i, activation<KIND>(get(g + i, k), &slope) * get(u + i, k), k);
+    put(y + i, activation<KIND>(get(g + i, n), &slope) * get(u + i, n), n);
   });
 }
 template <int KIND>
 static void gate_backward(const float* g, const float* u, const float* dy, long n, float* dg, float* du) {
-  each(n, EACH(i, k) {
+  each(n, EACH(i, n, k) {
     vf slope;
-    const vf d = get(dy + i, k), a = activation<KIND>(get(g + i, k), &slope);
-    put(dg + i, d * get(u + i, k) * slope, k);
-    put(du + i, d * a, k);
+    const vf d = get(dy + i, n), a = activation<KIND>(get(g + i, n), &slope);
+    put(dg + i, d * get(u + i, n) * slope, n);
+    put(du + i, d * a, n);
   });
 }
