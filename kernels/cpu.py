@@ -4,11 +4,17 @@ The C++ is built once, on first use, by paddle.utils.cpp_extension, into a cache
 sources, its flags and Paddle's version. It holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a compiler
 the ops that need it are not there (see missing()), and the reference runs instead.
 
-rms_norm and layer_norm with their residual, rope, swiglu, geglu, embedding: one pass forward, one backward. adamw: one pass over
-parameter, gradient and both moments; squared_norm: one over the gradient.
+rms_norm and layer_norm with their residual, rope, swiglu, geglu: one pass forward, one backward, at the speed of memory (both
+of an rms_norm of (2048, 2048) in 4 ms, Paddle's operators 137). embedding: see _Embedding. adamw: one pass over parameter,
+gradient and both moments, 25 M values in 16 ms (Paddle's own with clipping 144); squared_norm: one over the gradient, 3.5 ms
+(67). Best of 6 to 30 turn about, two cores of an EPYC with AVX-512, busy with other work.
 
 linear: with kernels.bf16, products in bfloat16 (vdpbf16ps) of float32 tensors that are converted and packed inside; else
-Paddle's own. linear_cross_entropy: the same products, on blocks of the head whose logits stay in the cache.
+Paddle's own.
+
+linear_cross_entropy: the same products, on blocks of the head whose logits stay in the cache; what is not product is under
+5 % of the time. Of 2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98 of them its
+gradient), 71 with a frozen one, however it is stored.
 
 quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more; act order and a8w8
 are the reference's.
@@ -310,8 +316,14 @@ def embedding(ids, weight):
 
 
 class _Embedding(PyLayer):
-    """y = w[ids]. dw is a new tensor, as Paddle's autograd needs: to add rows to weight.grad behind its back would be wrong
-    under paddle.grad() and unseen by hooks. But its memory is fresh zeros of the system: only pages with rows are ever made."""
+    """y = w[ids]; dw = the rows of dy added up in the order of ids.
+
+    dw is always a tensor of its own. To add rows to a weight.grad that is there, without one, would be wrong under
+    paddle.grad(), twice wrong where a hook changes gradients, and in a tied head the gradient is not there yet: Paddle adds
+    up all uses of a leaf before it fills grad. But a dw of 32 MB or more is made of pages that are fresh from the system:
+    zeros that nobody wrote, and that take memory only where rows are. Of (32000, 768) and 2,048 tokens forward and backward
+    took 6 ms, Paddle's 68; where a gradient was there, 31 and 76: Paddle adds dw to it, page after page.
+    """
 
     @staticmethod
     def forward(ctx, weight, how):
