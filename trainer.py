@@ -727,13 +727,10 @@ def _some(names):
 
 @paddle.no_grad()
 def global_grad_norm(weights):
-    """Euclidean norm over all gradients; squares are summed in float32 within a tensor, in float64 across tensors."""
-    squares = []
-    for gradient in (weight.parameter.grad for weight in weights):
-        if gradient is not None:
-            gradient = gradient if gradient.dtype == paddle.float32 else gradient.astype("float32")
-            squares.append((gradient * gradient).sum())
-    return math.sqrt(float(paddle.stack(squares).astype("float64").sum())) if squares else 0.0
+    """Euclidean norm over all gradients; squares are summed in float64."""
+    gradients = [weight.parameter.grad for weight in weights]
+    squares = [kernels.squared_norm(gradient) for gradient in gradients if gradient is not None]
+    return math.sqrt(float(paddle.stack(squares).sum())) if squares else 0.0
 
 
 def clip_scale(norm, max_norm):

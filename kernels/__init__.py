@@ -31,8 +31,11 @@ from data import UserError
 
 OPS = (
     "rms_norm",
+    "layer_norm",
     "rope",
     "swiglu",
+    "geglu",
+    "embedding",
     "linear",
     "lora_linear",
     "quant_linear",
@@ -40,6 +43,7 @@ OPS = (
     "paged_attention",
     "linear_cross_entropy",
     "adamw",
+    "squared_norm",
 )
 
 bf16 = False  # whether products of linears and of the head are made in bfloat16; set by configure()
@@ -183,12 +187,20 @@ def _run(op, *args, **kwargs):
     return _table[op][0](*args, **kwargs)
 
 
-def rms_norm(x, weight, epsilon):
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim (Zhang & Sennrich, arXiv 1910.07467).
+def rms_norm(x, weight, epsilon, residual=None):
+    """h / sqrt(mean(h^2) + epsilon) * weight over the last dim, h = x + residual (Zhang & Sennrich, arXiv 1910.07467).
 
-    x (..., D), weight (D,) -> (..., D). Statistics in float32.
+    x, residual (..., D), weight (D,) -> (..., D), or (that, h) with a residual. Statistics in float32.
     """
-    return _run("rms_norm", x, weight, epsilon)
+    return _run("rms_norm", x, weight, epsilon, residual)
+
+
+def layer_norm(x, weight, bias, epsilon, residual=None):
+    """(h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias over the last dim, h = x + residual (Ba et al., arXiv 1607.06450).
+
+    x, residual (..., D), weight, bias (D,) or bias None -> (..., D), or (that, h) with a residual. Statistics in float32.
+    """
+    return _run("layer_norm", x, weight, bias, epsilon, residual)
 
 
 def rope(x, cos, sin):
@@ -202,6 +214,16 @@ def rope(x, cos, sin):
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer, arXiv 2002.05202); both (..., F) -> (..., F)."""
     return _run("swiglu", gate, up)
+
+
+def geglu(gate, up, approximate=True):
+    """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F). gelu(x) = x Phi(x), or approximate by tanh (arXiv 1606.08415)."""
+    return _run("geglu", gate, up, approximate)
+
+
+def embedding(ids, weight):
+    """weight[ids]; ids (...) int64, weight (V, D) -> (..., D). Gradients of equal ids are summed in the order of the ids."""
+    return _run("embedding", ids, weight)
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -267,7 +289,12 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
 
     hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
     ignored; with return_predictions also the argmax ids (N,) int64, -1 where ignored. Rows with an ignored label are
-    not computed at all.
+    not computed at all. Gradients of hidden with a frozen weight are made in forward: two products in place of three.
+
+    vocabulary: several ranks hold V columns each (arXiv 1909.08053, 3). An object with `start`, the id of this rank's first
+    column, and all_reduce(tensor, "max" | "sum") -> tensor over the ranks. labels are ids of the whole vocabulary; losses and
+    predictions come out the same on every rank (the lowest id, of several largest logits), the gradient of hidden is this
+    rank's part, which the caller adds up.
     """
     return _run(
         "linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary
@@ -278,7 +305,13 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101), in place on parameter, moment1 and moment2.
 
     gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay * parameter.
+    parameter and gradient float32, bfloat16 or float16, moments float32: all is computed in float32.
     """
     return _run(
         "adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale
     )
+
+
+def squared_norm(x):
+    """The sum of squares of all values of x, () float64."""
+    return _run("squared_norm", x)
