@@ -4,14 +4,18 @@
 
 Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
 """
+import collections
 import itertools
+import sys
 
 import numpy as np
 import paddle
 import pytest
+from conftest import ROOT
 
 import kernels
 import kernels.reference
+import model
 from data import UserError
 
 cpu = kernels._module("cpu")
@@ -66,6 +70,7 @@ def numeric_gradient(function, array, upstream, epsilon=1e-6):
 
 def test_configure_chooses_and_gives_reasons(monkeypatch):
     where = "cpu"
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "npu:0"])
     monkeypatch.setattr(paddle, "set_device", lambda device: None)
     monkeypatch.setattr(paddle, "get_device", lambda: where)
     with kernels.use("auto"):
@@ -98,12 +103,88 @@ def test_configure_refuses_what_is_not_there(choice, named):
     assert kernels.describe() == before, "a refused choice changes nothing"
 
 
-@pytest.mark.parametrize("device", ["fpga:0", "gpu:99", "npu"])
-def test_configure_refuses_a_device_that_is_not_there(device):
+@pytest.mark.parametrize("device, needs", [
+    ("fpga:0", "a plug-in"), ("gpu:99", "paddlepaddle-gpu"), ("dcu", "paddlepaddle-dcu.*ROCm"), ("xpu", "paddlepaddle-xpu"), ("npu", "paddle-custom-npu"),
+    ("gcu:1", "paddle-custom-gcu"), ("cpu:0", "$"), ("", "a plug-in"),
+])  # fmt: skip
+def test_configure_refuses_a_device_that_is_not_there(device, needs):
     before, where = kernels.describe(), paddle.get_device()
-    with pytest.raises(UserError, match=device):
+    with pytest.raises(UserError, match=f"device: '{device}' is not in this Paddle .*which has cpu.*{needs}") as refused:
         kernels.configure(device)
+    assert "\n" not in str(refused.value)
     assert kernels.describe() == before and paddle.get_device() == where
+
+
+def test_the_names_of_devices(monkeypatch):
+    """With CUDA, with ROCm, which Paddle calls gpu as well, and with plug-ins of one chip and of two."""
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "gpu:0", "gpu:1", "one", "two:0", "two:1"])
+    same = "cpu gpu gpu:0 gpu:1 one one:0 two two:1".split()
+    assert [kernels.check_device(name) for name in same] == same
+    for name in "gpu:2 gpu: gpu:x one:1 two:2 dcu".split():
+        with pytest.raises(UserError, match=f"'{name}' is not in"):
+            kernels.check_device(name)
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "dcu:0", "dcu:1"])
+    monkeypatch.setattr(paddle, "is_compiled_with_rocm", lambda: True)
+    assert [kernels.check_device(name) for name in ("dcu", "dcu:1", "gpu:1")] == ["gpu", "gpu:1", "gpu:1"]
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:1")
+    assert kernels._kind() == "dcu", "CUDA's kernels are not for it"
+
+
+def test_devices_are_asked_of_paddle(monkeypatch):
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle, "is_compiled_with_xpu", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(paddle.device.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(paddle.device, "get_available_custom_device", lambda: ["npu:0"])
+    assert kernels.devices() == ["cpu", "gpu:0", "gpu:1", "xpu:0", "npu:0"]
+    monkeypatch.setattr(paddle, "is_compiled_with_rocm", lambda: True)
+    assert kernels.devices()[1:3] == ["dcu:0", "dcu:1"]
+
+
+def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
+    """Its one op runs in a model's forward, once a block, and every other op is the reference's."""
+    text = (ROOT / "README.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
+    (tmp_path / "pretend_chip.py").write_text("#" + text)
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "pretend_chip:0", "pretend_chip:1"])
+    monkeypatch.setattr(paddle, "set_device", lambda device: None)
+    monkeypatch.setattr(paddle, "get_device", lambda: "pretend_chip:1")
+    ids = np.arange(12).reshape(2, 6)
+    tiny = model.build(model.ModelConfig.from_dict(dict(
+        model_type="llama", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, vocab_size=32,
+    )))  # fmt: skip
+    model.init_weights(tiny, seed=0)
+    calls = collections.Counter()
+
+    def counted(module, op):
+        function = getattr(module, op)
+
+        def run(*args, **kwargs):
+            calls[module.__name__, op] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, op, run)
+
+    try:
+        with kernels.use("reference"):
+            expected = tiny(tensor(ids, "int64")).numpy()
+        chip = kernels._module("pretend_chip")
+        for module, op in [(chip, "swiglu"), (kernels.reference, "swiglu"), (kernels.reference, "rms_norm"), (kernels.reference, "attention")]:
+            counted(module, op)
+        table = kernels.configure("pretend_chip:1")
+        assert table.pop("swiglu") == ("pretend_chip", "device is pretend_chip")
+        assert set(table.values()) == {("reference", "no faster one for pretend_chip")}
+        assert not kernels.bf16 and kernels.bf16_missing() == "the linear of pretend_chip has none yet"
+        close(tiny(tensor(ids, "int64")).numpy(), expected)
+        assert calls == {("kernels.pretend_chip", "swiglu"): 3, ("kernels.reference", "rms_norm"): 7, ("kernels.reference", "attention"): 3}
+        monkeypatch.setattr(chip, "missing", lambda op: "its driver is too old")
+        assert kernels.configure("pretend_chip:1")["swiglu"] == ("reference", "its driver is too old")
+        with pytest.raises(UserError, match="swiglu of kernels/pretend_chip.py cannot run here: its driver is too old; ask for swiglu=reference"):
+            kernels.configure("pretend_chip:1", "swiglu=pretend_chip")
+    finally:
+        monkeypatch.undo()
+        sys.modules.pop("kernels.pretend_chip", None)
+        kernels.configure("cpu")
 
 
 def test_use_restores_the_choice():
