@@ -21,6 +21,7 @@ import hashlib
 import os
 import shutil
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -32,7 +33,7 @@ import kernels
 from kernels import reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 OF_EXTENSION = "attention rms_norm rope swiglu quant_linear bf16".split()  # what needs it: ops, products in bfloat16
 
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
@@ -73,15 +74,18 @@ def _load():
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-kernels"
     folder = cache / digest.hexdigest()[:16]
     library = folder / name / f"{name}.so"
-    folder.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "complete").is_file():
+        if not folder.is_dir():
             if shutil.which(compiler) is None:
                 raise OSError(f"no C++ compiler: there is no {compiler}")
             print("kernels: building the C++ ops for this processor, about half a minute, once …", flush=True)
-            _build(name, [str(s) for s in sources if s.suffix == ".cc"], folder)
-            (folder / "complete").touch()
+            for half_done in cache.glob(f"{folder.name}.*.building"):  # whoever made it was killed, or failed
+                shutil.rmtree(half_done, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".building", dir=cache))
+            _build(name, [str(s) for s in sources if s.suffix == ".cc"], building)
+            building.rename(folder)  # a new name each time: a compiler that outlived its killed parent harms nobody
             return  # building has loaded it
     paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(library))
 

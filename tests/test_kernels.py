@@ -6,7 +6,12 @@ Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a
 """
 import collections
 import itertools
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import paddle
@@ -686,6 +691,68 @@ print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z] + [
 @built
 def test_the_same_bits_with_one_thread_and_with_all(run_python):
     assert run_python(BITS, "1") == run_python(BITS, "all")
+
+
+START = """
+import json, sys
+from pathlib import Path
+import kernels, paddle
+from kernels import cpu
+if sys.argv[1] != "all":
+    cpu.SOURCES = Path(sys.argv[1])
+    cpu._load()
+    found = paddle._C_ops._run_custom_op("the_only_op", paddle.zeros([1]))[0].item()
+else:
+    found = [backend for backend, _ in kernels.configure("cpu").values()].count("cpu")
+print(json.dumps(found))
+"""
+ONE_OP = """
+#include "paddle/phi/api/ext/op_meta_info.h"
+std::vector<paddle::Tensor> Run(const paddle::Tensor& x) { return {x}; }
+PD_BUILD_OP(the_only_op).Inputs({"x"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Run));
+"""
+
+
+def start(cache, sources):
+    """A process of its own group that builds what is not in the cache, and loads it."""
+    return subprocess.Popen([sys.executable, "-c", START, str(sources)], cwd=ROOT, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+
+
+@pytest.fixture(params=["one op", pytest.param("all", marks=pytest.mark.slow)])
+def sources(request, tmp_path):
+    if request.param == "all":
+        return "all"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "op.cc").write_text(ONE_OP)
+    return tmp_path / "one"
+
+
+@built
+def test_processes_that_start_at_once_build_once(sources, tmp_path):
+    processes = [start(tmp_path / "cache", sources) for _ in range(3)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert sum("building the C++ ops" in out for out, _ in outputs) == 1
+    assert len({out.splitlines()[-1] for out, _ in outputs}) == 1, "all have the same ops"
+    (folder,) = [path for path in (tmp_path / "cache" / "paddle-llm-kernels").iterdir() if path.is_dir()]
+    library = folder / "kernels_cpu" / "kernels_cpu.so"
+    built_at = library.stat().st_mtime_ns
+    assert "building" not in start(tmp_path / "cache", sources).communicate(timeout=300)[0] and library.stat().st_mtime_ns == built_at
+
+
+@built
+def test_a_build_that_was_killed_is_made_anew(sources, tmp_path):
+    cache = tmp_path / "cache" / "paddle-llm-kernels"
+    process = start(tmp_path / "cache", sources)
+    while not list(cache.glob("*.building/kernels_cpu/build/**/*")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.communicate()
+    (half_done,) = [path for path in cache.iterdir() if path.is_dir()]
+    out, error = start(tmp_path / "cache", sources).communicate(timeout=300)
+    assert "building the C++ ops" in out and json.loads(out.splitlines()[-1]) == (0.0 if sources != "all" else kernels.describe().count(" cpu (")), error
+    assert not half_done.exists() and len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
 def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused(monkeypatch, tmp_path):

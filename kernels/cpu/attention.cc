@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 struct Shape {

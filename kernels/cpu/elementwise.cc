@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 #define BODY "elementwise.h"

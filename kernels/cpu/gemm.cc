@@ -11,7 +11,7 @@
 #include <memory>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 namespace {
