@@ -34,7 +34,7 @@ from kernels import reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = "attention rms_norm rope swiglu quant_linear bf16".split()  # what needs it: ops, products in bfloat16
+OF_EXTENSION = "attention rms_norm rope swiglu quant_linear bf16 peak".split()  # what needs it: ops, products in bfloat16
 
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
@@ -107,6 +107,12 @@ def _build(name, sources, folder):
             for stream, before in zip((1, 2), kept):
                 os.dup2(before, stream)
                 os.close(before)
+
+
+def peak(memory, what):
+    """What the processor does at best with all threads; what: see cpu/peak.cc. memory (n,) float32 is overwritten."""
+    tasks = 16 * len(os.sched_getaffinity(0))
+    return _C_ops._run_custom_op("cpu_peak", memory, what, tasks)[0].item()
 
 
 # ---------------------------------------------------------------------------------------------- products
