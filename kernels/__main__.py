@@ -9,6 +9,7 @@ over memory that no cache holds, with all the threads that this process may use.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -48,45 +49,74 @@ def in_products_of(kind, function, inputs):
         kernels.bf16 = before
 
 
-def pair(shape, kind, work, function, inputs, wanted=None, names=("backward",), backward_work=None):
-    """The case of function(*inputs), and one for the gradients of each of `wanted`, lists of inputs named by `names`."""
-    yield Case(shape, "forward", kind, work, lambda: in_products_of(kind, function, inputs))
-    for name, chosen in zip(names, wanted or [inputs]):
-        for tensor in inputs:
-            tensor.stop_gradient = not any(tensor is other for other in chosen)
-        out = in_products_of(kind, function, inputs)
-        upstream = values(*out.shape)
+def timed(shape, kind, function, inputs, parts, frozen=()):
+    """Cases of function(*inputs). parts: {name: (work, the indices of the inputs whose gradients are made; None: forward)}.
 
-        def run(out=out, upstream=upstream, chosen=chosen):
-            return paddle.grad(out, chosen, upstream, retain_graph=True)
+    In forward every input is one that is trained, but for the indices in `frozen`.
+    """
+    for part, (work, chosen) in parts.items():
+        trained = [i not in frozen if chosen is None else i in chosen for i in range(len(inputs))]
+        leaves = [tensor.detach() for tensor in inputs]
+        for leaf, is_trained in zip(leaves, trained):
+            leaf.stop_gradient = not is_trained
+        if chosen is None:
+            yield Case(shape, part, kind, work, lambda leaves=leaves: in_products_of(kind, function, leaves))
+            continue
+        out = in_products_of(kind, function, leaves)
+        upstream, wanted = values(*out.shape), [leaves[i] for i in chosen]
+        run = lambda how=(out, wanted, upstream): paddle.grad(*how, retain_graph=True)  # noqa: E731
+        yield Case(shape, part, kind, work, run)
 
-        yield Case(shape, name, kind, backward_work or work, run)
-    for tensor in inputs:
-        tensor.stop_gradient = True
+
+def pointwise(shape, function, inputs, moved):
+    """Cases of an op that memory limits, with the gradients of all inputs; moved: bytes forward and backward."""
+    every = range(len(inputs))
+    return timed(shape, "memory", function, inputs, {"forward": (moved[0], None), "backward": (moved[1], every)})
 
 
 def rms_norm(rows=4096, D=1024):
-    yield from pair(f"{rows} x {D}", "memory", 8 * rows * D, lambda x, weight: kernels.rms_norm(x, weight, 1e-5),
-                    [values(rows, D), values(D)], backward_work=12 * rows * D)  # fmt: skip
+    n = 4 * rows * D
+    function = lambda x, weight: kernels.rms_norm(x, weight, 1e-5)  # noqa: E731
+    yield from pointwise(f"{rows} x {D}", function, [values(rows, D), values(D)], (2 * n, 3 * n))
+
+
+def layer_norm(rows=4096, D=1024):
+    n = 4 * rows * D
+    function = lambda x, weight, bias: kernels.layer_norm(x, weight, bias, 1e-5)  # noqa: E731
+    yield from pointwise(f"{rows} x {D}", function, [values(rows, D), values(D), values(D)], (2 * n, 3 * n))
 
 
 def rope(T=4096, heads=12, Dh=64):
     x, tables = values(1, T, heads, Dh), [values(1, T, 1, Dh) for _ in range(2)]
-    yield from pair(f"{T} x {heads} x {Dh}", "memory", 8 * x.size, lambda x: kernels.rope(x, *tables), [x])
+    yield from pointwise(f"{T} x {heads} x {Dh}", lambda x: kernels.rope(x, *tables), [x], (8 * x.size, 8 * x.size))
 
 
 def swiglu(rows=2048, F=2048):
-    yield from pair(f"{rows} x {F}", "memory", 12 * rows * F, kernels.swiglu, [values(rows, F) for _ in range(2)],
-                    backward_work=20 * rows * F)  # fmt: skip
+    n = 4 * rows * F
+    yield from pointwise(f"{rows} x {F}", kernels.swiglu, [values(rows, F) for _ in range(2)], (3 * n, 5 * n))
+
+
+def geglu(rows=2048, F=2048):
+    n = 4 * rows * F
+    yield from pointwise(f"{rows} x {F}", kernels.geglu, [values(rows, F) for _ in range(2)], (3 * n, 5 * n))
+
+
+def embedding(tokens=4096, V=8000, D=768):
+    ids = paddle.randint(0, V, [tokens])
+    moved = 8 * tokens * D, 4 * (tokens + V) * D
+    yield from pointwise(f"{tokens} of {V} x {D}", lambda weight: kernels.embedding(ids, weight), [values(V, D)], moved)
 
 
 def linear(M=2048, K=768, N=2048, kind="float32", frozen=False):
-    """x (M, K) times weight (K, N); frozen: the weight never has a gradient, so that it may be kept packed."""
-    x, weight = values(M, K), values(K, N) * K**-0.5
-    weight.stop_gradient = frozen
-    wanted, names = ([[x]], ["dx"]) if frozen else ([[x], [weight]], ["dx", "dw"])
+    """x (M, K) times weight (K, N); frozen: a weight without gradient, which a back end may keep in another form."""
+    work = 2.0 * M * K * N
+    if frozen:
+        parts = {"forward": (work, None), "dx": (work, [0])}
+    else:
+        parts = {"forward": (work, None), "dw": (work, [1]), "dx, dw": (2 * work, [0, 1])}
     shape = f"{M} x {K} x {N}" + (", weight frozen" if frozen else "")
-    yield from pair(shape, kind, 2.0 * M * K * N, kernels.linear, [x, weight], wanted, names)
+    inputs = [values(M, K), values(K, N) * K**-0.5]
+    yield from timed(shape, kind, kernels.linear, inputs, parts, frozen=[1] if frozen else [])
 
 
 def quant_linear(rows=1, n_in=4096, n_out=4096, group=128):
@@ -109,8 +139,10 @@ def attention(T=2048, H=12, Dh=64, document=None, kind="float32"):
     rows = paddle.to_tensor(ends) if document else None
     pairs = sum(n * (n + 1) // 2 for n in np.bincount(np.arange(T) // length))
     shape = f"{T} x {H} x {Dh}, causal" + (f", documents of {document}" if document else "")
-    yield from pair(shape, kind, 4.0 * Dh * H * pairs, lambda q, k, v: kernels.attention(q, k, v, rows),
-                    [values(1, T, H, Dh) for _ in range(3)], backward_work=10.0 * Dh * H * pairs)  # fmt: skip
+    work = 4.0 * Dh * H * pairs
+    function = lambda q, k, v: kernels.attention(q, k, v, rows)  # noqa: E731
+    parts = {"forward": (work, None), "backward": (2.5 * work, range(3))}
+    yield from timed(shape, kind, function, [values(1, T, H, Dh) for _ in range(3)], parts)
 
 
 def paged_attention(sequences=8, context=1024, H=12, K=4, Dh=64, block=16):
@@ -123,11 +155,26 @@ def paged_attention(sequences=8, context=1024, H=12, K=4, Dh=64, block=16):
     yield Case(f"{sequences} x {context}, {K} heads x {Dh}", "decode", "memory", 8.0 * pools[0].size, run)
 
 
+def write_cache(tokens=2048, K=4, Dh=64, block=16):
+    k, v = values(tokens, K, Dh), values(tokens, K, Dh)
+    pools = [paddle.zeros([tokens // block, block, K, Dh]) for _ in range(2)]
+    slots = paddle.arange(tokens, dtype="int64")
+    run = lambda: kernels.write_cache(k, v, *pools, slots)  # noqa: E731
+    yield Case(f"{tokens} tokens, {K} heads x {Dh}", "write", "memory", 16.0 * k.size, run)
+
+
+def sample(rows=8, V=32000):
+    logits, uniform = values(rows, V), np.random.default_rng(0).random(rows)
+    how = np.full(rows, 0.8), np.full(rows, 50), np.full(rows, 0.9), uniform  # temperature, top_k, top_p
+    yield Case(f"{rows} x {V}", "draw", "memory", 4.0 * rows * V, lambda: kernels.sample(logits, *how))
+
+
 def linear_cross_entropy(N=512, D=768, V=32000, kind="float32"):
     hidden, weight, labels = values(N, D), values(D, V) * D**-0.5, paddle.randint(0, V, [N])
     work = 2.0 * N * D * V
-    yield from pair(f"{N} x {D} x {V}", kind, work, lambda h, w: kernels.linear_cross_entropy(h, w, labels),
-                    [hidden, weight], backward_work=3 * work)  # fmt: skip # the logits, which are not kept, once more
+    function = lambda hidden, weight: kernels.linear_cross_entropy(hidden, weight, labels)  # noqa: E731
+    parts = {"forward": (work, None), "backward": (3 * work, range(2))}  # backward makes the logits once more
+    yield from timed(f"{N} x {D} x {V}", kind, function, [hidden, weight], parts)
 
 
 def adamw(size=1 << 22):
@@ -137,19 +184,30 @@ def adamw(size=1 << 22):
     yield Case(f"{size / 1e6:.1f} M", "step", "memory", 28.0 * size, run)
 
 
+def squared_norm(size=1 << 22):
+    x = values(size)
+    yield Case(f"{size / 1e6:.1f} M", "forward", "memory", 4.0 * size, lambda: kernels.squared_norm(x))
+
+
 CASES = {  # op -> its cases; every op of kernels.OPS
     "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
     "rope": rope,
     "swiglu": swiglu,
+    "geglu": geglu,
+    "embedding": embedding,
     "linear": linear,
     "quant_linear": quant_linear,
     "attention": attention,
     "paged_attention": paged_attention,
+    "write_cache": write_cache,
+    "sample": sample,
     "linear_cross_entropy": linear_cross_entropy,
     "adamw": adamw,
+    "squared_norm": squared_norm,
 }
 IN_BFLOAT16 = {  # again, with products in bfloat16
-    "linear": [linear, lambda kind: linear(kind=kind, frozen=True)],
+    "linear": [linear, functools.partial(linear, frozen=True)],
     "linear_cross_entropy": [linear_cross_entropy],
 }
 

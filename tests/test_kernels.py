@@ -5,6 +5,8 @@
 Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
 """
 import collections
+import functools
+import inspect
 import itertools
 import json
 import os
@@ -22,6 +24,7 @@ import kernels
 import kernels.reference
 import model
 from data import UserError
+from kernels import __main__ as table
 
 cpu = kernels._module("cpu")
 BACKENDS = {
@@ -190,6 +193,87 @@ def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
         monkeypatch.undo()
         sys.modules.pop("kernels.pretend_chip", None)
         kernels.configure("cpu")
+
+
+# ====================================================================================== python -m kernels
+
+
+def test_every_op_has_a_row_in_the_table():
+    """`python -m kernels` measures each: a new op needs an entry in CASES of kernels/__main__.py."""
+    assert set(kernels.OPS) - set(table.CASES) == set()
+    assert all(callable(getattr(kernels, op)) for op in kernels.OPS)
+
+
+SMALL = {
+    "rows": 3, "D": 8, "T": 6, "heads": 2, "H": 2, "Dh": 4, "F": 8, "M": 40, "K": 32, "N": 33, "n_in": 64, "n_out": 32, "group": 32, "tokens": 8, "V": 16,
+    "size": 9, "sequences": 2, "context": 8, "block": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_the_rows_of_an_op_run_and_count_their_work(op):
+    kernels.configure("cpu")
+    makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in table.IN_BFLOAT16.get(op, ()))]
+    for make in makers:
+        shape = {name: SMALL[name] for name in inspect.signature(make).parameters if name in SMALL}
+        if op == "paged_attention":
+            shape |= {"H": 4, "K": 2}
+        cases = list(make(**shape))
+        assert cases and all(case.work > 0 and case.kind in ("memory", "float32", "bfloat16", "int8") for case in cases)
+        for case in cases:
+            case.run()
+    assert not kernels.bf16, "a row in bfloat16 leaves no trace"
+
+
+def test_products_in_bfloat16_are_what_is_measured(monkeypatch):
+    seen = []
+    monkeypatch.setitem(kernels._table, "linear", (lambda x, weight, bias=None: seen.append(kernels.bf16) or x @ weight, "spy", ""))
+    for kind in ("float32", "bfloat16"):
+        for case in table.linear(40, 32, 33, kind):
+            case.run()
+    assert len(seen) == 6 and not any(seen[:3]) and all(seen[3:])
+
+
+def test_the_work_of_an_attention_is_that_of_the_pairs_that_are_seen():
+    flops = {document: [case.work for case in table.attention(T=10, H=2, Dh=4, document=document)] for document in (None, 4)}
+    assert flops[None] == [4.0 * 2 * 4 * 55, 10.0 * 2 * 4 * 55] and flops[4] == [4.0 * 2 * 4 * 23, 10.0 * 2 * 4 * 23]
+
+
+@pytest.mark.skipif(cpu.missing("peak") is not None, reason="no C++ ops")
+def test_peaks_are_above_what_a_product_reaches():
+    """The loops are really run: one that the compiler shortened gives ten times what the processor can do."""
+    most, _ = table.peaks(5)
+    assert ("bfloat16" in most) == (cpu.missing("bf16") is None)
+    a = tensor(normal((768, 768)))
+    reached = 2 * 768**3 / min(table.turn(lambda: paddle.matmul(a, a)) for _ in range(5))
+    assert 0.5 * reached < most["float32"] < 20 * reached, f"{most['float32']:.3g}, and a product has {reached:.3g}"
+    assert 1e9 < most["memory"] < 2e12
+
+
+def test_the_table_on_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(table, "CASES", {op: lambda: iter([table.Case("3 x 4", "forward", "memory", 1e9, lambda: None)]) for op in kernels.OPS})
+    monkeypatch.setattr(table, "IN_BFLOAT16", {"linear": [lambda kind: iter([table.Case("5 x 6", "forward", kind, 1e9, lambda: None)])]})
+    monkeypatch.setattr(table, "measure", lambda run: 0.01)
+    monkeypatch.setattr(table, "peaks", lambda: ({"memory": 2e11, "bfloat16": 1e12}, "guessed"))
+    try:
+        table.main(["--kernels", "rms_norm=reference"])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"Paddle {paddle.__version__} · cpu · ") and "2 threads" in lines[0] or len(os.sched_getaffinity(0)) != 2
+        assert lines[1] == "peak: memory 200 GB/s · bfloat16 1,000 GFLOP/s (guessed)"
+        at = lines.index("rms_norm: reference (asked for)")
+        assert lines[at + 1].split() == "forward 3 x 4 10.00 ms 100 GB/s 50% of memory".split()
+        if cpu.missing("bf16") is None:
+            assert lines[lines.index("linear: cpu (device is cpu)") + 2].split() == "forward 5 x 6 10.00 ms 100 GFLOP/s 10% of bfloat16".split()
+        monkeypatch.setattr(kernels, "bf16_missing", lambda: "it has none")
+        table.main([])
+        assert capsys.readouterr().out.splitlines()[-1] == "no products in bfloat16: it has none"
+    finally:
+        kernels.configure("cpu")
+
+
+def test_the_command_line_refuses_in_one_line():
+    done = subprocess.run([sys.executable, "-m", "kernels", "--device", "npu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "error: device: 'npu' is not in this Paddle" in done.stderr
 
 
 def test_use_restores_the_choice():
