@@ -742,6 +742,83 @@ def test_linear_cross_entropy_in_bf16(in_bf16, transpose):
     close(found[3].numpy(), d_weight.T if transpose else d_weight, 1e-2)
 
 
+IN_TORCH = """
+import torch
+import torch.nn.functional as F
+given = np.load(sys.argv[2])
+
+def bf16(name):
+    return torch.from_numpy(given[name]).to(torch.bfloat16).requires_grad_()
+
+def run(function, names, upstream):
+    inputs = [bf16(name) for name in names]
+    out = function(*inputs)
+    out.backward(bf16(upstream).detach().reshape(out.shape))
+    return [t.detach().float().numpy() for t in (out, *(i.grad for i in inputs))]
+
+arrays = {}
+for name in sorted({key.split(":")[0] for key in given}):
+    at = lambda key: f"{name}:{key}"
+    if name.startswith("linear "):
+        found = run(lambda x, w: x @ w, [at("x"), at("w")], at("up"))
+    elif name.startswith("attention"):
+        def attend(q, k, v):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        found = run(attend, [at("q"), at("k"), at("v")], at("up"))
+    else:
+        labels = torch.from_numpy(given[at("labels")])
+        found = run(lambda h, w: F.cross_entropy(h @ w, labels, reduction="none"), [at("x"), at("w")], at("up"))
+    arrays |= {f"{name}:{i}": array for i, array in enumerate(found)}
+"""
+
+
+@with_bf16
+@pytest.mark.torch
+def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path):
+    """Against float64: at most 1.5 times the error of torch's bfloat16 op on the same numbers, in the mean and at worst."""
+    given, exact, found = {}, {}, {}
+
+    def case(name, arrays, upstream, function, expected, labels=None):
+        float32 = [a.astype(np.float32) for a in (*arrays, upstream)]
+        given.update({f"{name}:{key}": a for key, a in zip(("x", "w") if len(arrays) == 2 else ("q", "k", "v"), float32)})
+        given[f"{name}:up"] = float32[-1]
+        if labels is not None:
+            given[f"{name}:labels"] = labels
+        *arrays, upstream = (a.astype(np.float64) for a in float32)
+        inputs = [tensor(a) for a in arrays]
+        out = function(*inputs)
+        (out * tensor(upstream, frozen=True)).sum().backward()
+        found[name] = [out.numpy(), *(i.grad.numpy() for i in inputs)]
+        exact[name] = expected(*arrays, upstream)
+
+    for M, K, N in [(1, 1, 1), (5, 123, 7), (33, 130, 70), (97, 1030, 65), (130, 64, 513), (256, 768, 320)]:
+        case(f"linear {M} x {K} x {N}", (normal((M, K)), normal((K, N), 1)), normal((M, N), 2), kernels.linear,
+             lambda x, w, up: [x @ w, up @ w.T, x.T @ up])  # fmt: skip
+    for T, H, K, Dh in [(1, 1, 1, 8), (33, 2, 1, 16), (90, 4, 2, 80), (130, 2, 2, 128)]:
+        seen = np.broadcast_to(np.tril(np.ones((T, T), bool)), (1, H, T, T))
+
+        def naive(q, k, v, up, seen=seen, Dh=Dh):
+            out, gradients = naive_attention(q, k, v, up, seen, Dh**-0.5)
+            return [out, *gradients]
+
+        arrays = normal((1, T, H, Dh)), normal((1, T, K, Dh), 1), normal((1, T, K, Dh), 2)
+        case(f"attention {T} x {H} x {Dh}", arrays, normal((1, T, H, Dh), 3), kernels.attention, naive)
+    for N, D, V in [(5, 123, 17), (70, 48, 90), (130, 256, 1001)]:
+        labels = np.random.default_rng(N).integers(0, V, N)
+        case(f"loss {N} x {D} x {V}", (normal((N, D)), normal((D, V), 1) * D**-0.5), normal((N,), 2),
+             lambda h, w, labels=labels: kernels.linear_cross_entropy(h, w, paddle.to_tensor(labels)),
+             lambda h, w, up, labels=labels: naive_cross_entropy(h, w, labels, up)[:3], labels)  # fmt: skip
+    np.savez(tmp_path / "given.npz", **given)
+    torchs = hf_python(IN_TORCH, tmp_path / "given.npz")
+    for name, arrays in found.items():
+        for i, ours in enumerate(arrays):
+            errors = [[np.sqrt((e**2).mean()), np.abs(e).max()] for e in (a - exact[name][i] for a in (ours, torchs[f"{name}:{i}"]))]
+            print(f"{name:24} {('out', 'gradient 1', 'gradient 2', 'gradient 3')[i]:11} error {errors[0][0]:.2e}, torch's {errors[1][0]:.2e}, "
+                  f"ratio {errors[0][0] / max(errors[1][0], 1e-9):.2f}; at worst {errors[0][1]:.2e}, {errors[1][1]:.2e}")  # fmt: skip
+            assert all(a <= 1.5 * b + 1e-6 for a, b in zip(*errors)), f"{name}, {i}: {errors}"
+
+
 @built
 @pytest.mark.parametrize("instructions", [0, 1, 2])
 def test_attention_with_every_instruction_set(instructions):
