@@ -30,7 +30,7 @@ class Case(NamedTuple):
     part: str  # forward, backward, dx, dw, …
     kind: str  # which peak it is held against: memory, float32, bfloat16, int8
     work: float  # bytes (memory) or operations of a call
-    run: Callable  # without arguments
+    run: Callable  # without arguments; returns what it made or changed
 
 
 # ------------------------------------------------------------------------------------------------- what is timed
@@ -159,7 +159,11 @@ def write_cache(tokens=2048, K=4, Dh=64, block=16):
     k, v = values(tokens, K, Dh), values(tokens, K, Dh)
     pools = [paddle.zeros([tokens // block, block, K, Dh]) for _ in range(2)]
     slots = paddle.arange(tokens, dtype="int64")
-    run = lambda: kernels.write_cache(k, v, *pools, slots)  # noqa: E731
+
+    def run():
+        kernels.write_cache(k, v, *pools, slots)
+        return pools
+
     yield Case(f"{tokens} tokens, {K} heads x {Dh}", "write", "memory", 16.0 * k.size, run)
 
 
@@ -180,7 +184,11 @@ def linear_cross_entropy(N=512, D=768, V=32000, kind="float32"):
 def adamw(size=1 << 22):
     parameter, gradient, moment1, moment2 = (values(size) for _ in range(4))
     moment2 = moment2.abs()
-    run = lambda: kernels.adamw(parameter, gradient, moment1, moment2, 9, 1e-4, 0.9, 0.95, 1e-8, 0.01, 0.5)  # noqa: E731
+
+    def run():
+        kernels.adamw(parameter, gradient, moment1, moment2, 9, 1e-4, 0.9, 0.95, 1e-8, 0.01, 0.5)
+        return parameter, moment1, moment2
+
     yield Case(f"{size / 1e6:.1f} M", "step", "memory", 28.0 * size, run)
 
 

@@ -1,6 +1,6 @@
 """Every op of kernels/ on every back end that has it, forward and backward, against a naive float64 version in numpy.
 
-    python -m pytest tests/test_kernels.py          # CPU, about 20 s, and as much once to build the C++ ops
+    python -m pytest tests/test_kernels.py          # CPU, about 40 s, and 15 once to build the C++ ops; --hf-python: beside torch
 
 Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
 """
@@ -225,6 +225,37 @@ def test_the_rows_of_an_op_run_and_count_their_work(op):
     assert not kernels.bf16, "a row in bfloat16 leaves no trace"
 
 
+BITS_OF_ROWS = """
+import functools, hashlib, inspect, json, os, sys
+if sys.argv[1] == "1":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import paddle, kernels
+from kernels import __main__ as table
+backends, sizes, found = kernels.configure("cpu", use_bf16=True), json.loads(sys.argv[2]), {}
+with_bf16 = table.IN_BFLOAT16 if kernels.bf16 else {}
+for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
+    makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in with_bf16.get(op, ()))]
+    for make in makers + [functools.partial(table.attention, document=70)] * (op == "attention"):
+        paddle.seed(0)
+        for case in make(**{name: sizes[name] for name in inspect.signature(make).parameters if name in sizes and (name, op) != ("K", "paged_attention")}):
+            made = case.run()
+            tensors = made if isinstance(made, (list, tuple)) else [made]
+            found[f"{op}, {case.kind}, {case.part}, {case.shape}"] = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+print(json.dumps(found))
+"""
+SIZES = {  # large enough that each has work for several threads, and no multiple of a tile
+    "rows": 300, "D": 520, "T": 300, "heads": 3, "Dh": 40, "F": 700, "M": 300, "K": 520, "N": 200, "n_in": 256, "n_out": 512, "group": 32, "tokens": 320, "V": 1000,
+    "size": 300_001, "sequences": 3, "context": 80,
+}  # fmt: skip
+
+
+def test_every_kernel_gives_the_same_bits_with_one_thread_and_with_all(run_python):
+    """Forward and backward of each op that runs here in its CPU back end, by the rows of the table."""
+    one, every = (run_python(BITS_OF_ROWS, threads, json.dumps(SIZES)) for threads in ("1", "all"))
+    assert {row.split(",")[0] for row in one} == {op for op, (backend, _) in kernels.configure("cpu").items() if backend == "cpu"}
+    assert [row for row in one if one[row] != every[row]] == []
+
+
 def test_products_in_bfloat16_are_what_is_measured(monkeypatch):
     seen = []
     monkeypatch.setitem(kernels._table, "linear", (lambda x, weight, bias=None: seen.append(kernels.bf16) or x @ weight, "spy", ""))
@@ -288,7 +319,7 @@ def test_use_restores_the_choice():
 
 
 @backends("rms_norm")
-@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (1, 1, 1024), (3, 2, 1, 40)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (1, 1, 1024), (3, 2, 1, 40), (130, 17)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_rms_norm(backend, shape, scale):
     x, weight, upstream, eps = normal(shape) * scale, normal(shape[-1:], 1) + 1, normal(shape, 2), 1e-5
@@ -311,7 +342,7 @@ def test_rms_norm_with_a_frozen_weight(backend):
 
 
 @backends("rope")
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 8), (1, 7, 2, 6)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 8), (1, 7, 2, 6), (1, 123, 1, 80), (1, 65, 3, 256)])
 def test_rope(backend, shape):
     B, T, _, Dh = shape
     x, upstream = normal(shape), normal(shape, 1)
@@ -328,7 +359,7 @@ def test_rope(backend, shape):
 
 
 @backends("swiglu")
-@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (130, 129)])
 def test_swiglu(backend, shape):
     gate, up, upstream = normal(shape) * 5, normal(shape, 1), normal(shape, 2)
     sigmoid = 1 / (1 + np.exp(-gate))
@@ -358,6 +389,57 @@ def test_linear_with_a_weight_stored_in_bfloat16(backend):
         out = kernels.linear(x, weight)
     assert out.dtype == paddle.float32
     close(out.numpy(), x.numpy() @ weight.astype("float32").numpy())
+
+
+# ================================================================================================ quantized
+
+
+def packed(codes, bits, axis):
+    """Unsigned codes (in, out), 32/bits consecutive ones along an axis in a word, lowest bits first, int32."""
+    codes = np.moveaxis(codes, axis, 0).reshape(-1, 32 // bits, codes.shape[1 - axis]).astype(np.uint32)
+    words = sum(codes[:, i] << np.uint32(bits * i) for i in range(32 // bits))
+    return np.moveaxis(words.astype(np.uint32).view(np.int32), 0, axis)
+
+
+@backends("quant_linear")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape, n_out, group", [((1, 8), 16, 8), ((5, 120), 24, 40), ((3, 11, 64), 48, 32), ((2, 256), 160, 64)])
+@pytest.mark.parametrize("how", ["symmetric", "zeros", "act order"])
+def test_quant_linear(backend, bits, shape, n_out, group, how):
+    generator, n_in = np.random.default_rng(bits), shape[-1]
+    codes, zeros = generator.integers(0, 2**bits, (n_in, n_out)), generator.integers(1, 2**bits, (n_in // group, -(-n_out // 8) * 8))
+    scales, x, upstream = generator.uniform(0.5, 1.5, (n_in // group, n_out)).astype(np.float32), normal(shape), normal((*shape[:-1], n_out), 1)
+    of = np.repeat(np.arange(n_in // group), group)
+    if how == "act order":
+        generator.shuffle(of)
+    zero = np.full((n_in // group, n_out), 2 ** (bits - 1)) if how == "symmetric" else zeros[:, :n_out]
+    weight = (codes - zero[of]) * scales[of].astype(np.float64)
+    given = tensor(packed(codes, bits, 0), "int32"), tensor(scales)
+    qzeros = None if how == "symmetric" else tensor(packed(zeros - 1, bits, 1)[:, : n_out * bits // 32], "int32")
+    g_index = tensor(of, "int32") if how == "act order" else None
+    for trained in (True, False):  # with a gradient the product may be another
+        inputs, bias = tensor(x, frozen=not trained), normal((n_out,), 2)
+        with kernels.use(f"quant_linear={backend}"):
+            out = kernels.quant_linear(inputs, *given, tensor(bias, frozen=True), f"w{bits}", qzeros, g_index)
+        close(out.numpy(), x @ weight + bias)
+    inputs = tensor(x)
+    with kernels.use(f"quant_linear={backend}"):
+        (kernels.quant_linear(inputs, *given, None, f"w{bits}", qzeros, g_index) * tensor(upstream, frozen=True)).sum().backward()
+    close(inputs.grad.numpy(), upstream @ weight.T)
+
+
+@backends("quant_linear")
+@pytest.mark.parametrize("shape, n_out", [((1, 1), 1), ((5, 123), 7), ((2, 3, 64), 48)])
+@pytest.mark.parametrize("static", [False, True])
+def test_quant_linear_of_int8_by_int8(backend, shape, n_out, static):
+    generator, x = np.random.default_rng(0), normal(shape).astype(np.float32)
+    codes, scales, bias = generator.integers(-128, 128, (shape[-1], n_out)), generator.uniform(0.5, 1.5, n_out).astype(np.float32), normal((n_out,), 1)
+    step = np.float32(0.02) if static else np.maximum(np.abs(x).max(-1, keepdims=True), 1e-8) / np.float32(127)
+    expected = np.clip(np.round(x / step), -128, 127).astype(np.float64) @ codes * step * scales + bias
+    with kernels.use(f"quant_linear={backend}"):
+        out = kernels.quant_linear(tensor(x, frozen=True), tensor(codes, "int8"), tensor(scales), tensor(bias, frozen=True), "a8w8",
+                                   input_scale=tensor([0.02]) if static else None)  # fmt: skip
+    close(out.numpy(), expected, 3e-6)
 
 
 # ================================================================================================ attention
@@ -492,6 +574,25 @@ def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
     rows = {"packed": np.stack([ends, np.full(Tk, Tk)])[:, None, :, None], "random": random_rows(1, 2, 2, Tk, True), "four": random_rows(4, 1, 2, Tk, False)}.get(kind)
     slopes = 0.5 ** np.arange(1, 5) if kind == "alibi" else None
     check_attention(backend, 2, T, Tk, 4, 2, 4, rows=rows, causal=kind not in ("full", "four"), slopes=slopes)
+
+
+@backends("attention")
+@pytest.mark.parametrize("Dh", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("kind", ["causal", "packed", "full", "alibi"])
+def test_attention_head_dims(backend, Dh, kind):
+    """A tile of queries and of keys each, and some more; two query heads for a key."""
+    T = 77
+    rows = np.repeat([30, T], [30, T - 30]).reshape(1, 1, T, 1) if kind == "packed" else None
+    check_attention(backend, 1, T, T, 2, 1, Dh, rows, kind != "full", slopes=np.array([0.5, 0.02]) if kind == "alibi" else None)
+
+
+@backends("attention")
+@pytest.mark.parametrize("rows", [None, [5, 0], [3, 1], [0, 0]])
+def test_attention_over_one_key(backend, rows):
+    """Its weight is 1 wherever it is seen, so that queries and keys have no gradient."""
+    rows = None if rows is None else np.array(rows).reshape(1, 1, 1, 2)
+    check_attention(backend, 1, 5, 1, 4, 2, 64, rows, causal=False)
+    check_attention(backend, 1, 1, 1, 2, 1, 96, None if rows is None else rows[..., :1], causal=True)
 
 
 @backends("attention")
@@ -931,4 +1032,6 @@ def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused
 
 
 def test_every_op_is_tested_on_every_back_end():
+    texts = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")))
+    assert [op for op in kernels.OPS if f'@backends("{op}")' not in texts and f"kernels.{op}(" not in texts] == []
     assert {(op, b) for op, found in BACKENDS.items() for b in found} >= set(itertools.product(kernels.OPS, ["reference"]))
