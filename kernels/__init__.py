@@ -198,7 +198,7 @@ def _exists(backend):
 
 
 def _module(backend):
-    if not backend.isidentifier() or not _exists(backend):
+    if not backend.isidentifier() or backend.startswith("_") or not _exists(backend):
         raise UserError(f"kernels: no back end {backend!r}: there is no file kernels/{backend}.py")
     return importlib.import_module(f"kernels.{backend}")
 

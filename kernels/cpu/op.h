@@ -2,3 +2,4 @@
 #pragma once
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/ext/tensor_compat.h"
+#include "paddle/phi/api/include/tensor_utils.h"
