@@ -7,7 +7,7 @@
 A back end is a module of this package with functions of the same names as the ops below: `reference.py` (plain Paddle, on
 every device that Paddle knows, and the oracle of the tests) has all of them; `cpu.py` has those for which Paddle's own
 CPU operators, or our own C++ under kernels/cpu/, are faster. A new chip is one more file, `kernels/<device>.py`, holding just
-the ops it wants to override.
+the ops it wants to override and, if it likes, missing(op) -> why one of them cannot run on this machine, or None.
 
 Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. A name forces that back
 end for every op that it has (an unknown name is an error); `op=backend` forces one op and raises if the back end lacks it.
@@ -46,6 +46,15 @@ OPS = (
     "squared_norm",
 )
 
+WHEELS = "https://www.paddlepaddle.org.cn/packages/stable"  # Paddle's own index: what PyPI does not have
+NEEDED = {  # device -> what has to be installed for it, beside the maker's driver
+    "gpu": f"is NVIDIA's: paddlepaddle-gpu instead of paddlepaddle, from {WHEELS}/cu126/",
+    "dcu": f"is Hygon's: paddlepaddle-dcu (Paddle for ROCm) instead of paddlepaddle, from {WHEELS}/dcu/",
+    "xpu": f"is Kunlun's: paddlepaddle-xpu instead of paddlepaddle, from {WHEELS}/xpu-p800/",
+    "npu": f"is Ascend's: the plug-in paddle-custom-npu beside paddlepaddle, from {WHEELS}/npu/",
+    "gcu": f"is Enflame's: the plug-in paddle-custom-gcu beside paddlepaddle, from {WHEELS}/gcu/",
+}
+
 bf16 = False  # whether products of linears and of the head are made in bfloat16; set by configure()
 _table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
 
@@ -53,16 +62,17 @@ _table = {}  # op -> (function, back end, reason); filled by configure(), on fir
 def configure(device="auto", choice="auto", use_bf16=False):
     """Decide device and back end of every op, and make them the current ones.
 
-    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else "cpu", "gpu:0", "xpu", …. use_bf16
+    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else a name as in check_device(). use_bf16
     asks for products in bfloat16 where the back end has them: see bf16, and bf16_missing() for why it may stay False.
     Returns {op: (back end, reason)}. Raises UserError for a device, back end or op that does not exist.
     """
     if device != "auto":
+        name = check_device(device)
         try:
-            paddle.set_device(device)
-        except (ValueError, RuntimeError) as error:
+            paddle.set_device(name)
+        except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"device: {device!r} cannot be used: {str(error).strip().splitlines()[-1]}") from None
-    kind = paddle.get_device().split(":")[0]
+    kind = _kind()
     if kind == "cpu":
         _prepare_cpu()
     forced, every = {}, None
@@ -94,9 +104,46 @@ def configure(device="auto", choice="auto", use_bf16=False):
     return {op: (backend, reason) for op, (_, backend, reason) in table.items()}
 
 
+def devices():
+    """Names of the devices that this Paddle can use here, as check_device() takes them; "cpu" is the first."""
+    found = ["cpu"]
+    if paddle.is_compiled_with_cuda():
+        found += [f"{_gpu()}:{i}" for i in range(paddle.device.cuda.device_count())]
+    if paddle.is_compiled_with_xpu():
+        found += [f"xpu:{i}" for i in range(paddle.device.xpu.device_count())]
+    return found + (paddle.device.get_available_custom_device() or [])
+
+
+def check_device(device):
+    """What Paddle calls this device; UserError, with what is here and what the device would need, if it is not here.
+
+    "cpu"; "gpu" or "gpu:1" (CUDA); "dcu:1" (ROCm, whose devices Paddle calls gpu); "xpu:0"; any other name is a device that
+    one of Paddle's plug-ins brings: "npu", "gcu:1", …. Without a number Paddle takes the process's first.
+    """
+    kind, colon, index = device.partition(":")
+    kind = _gpu() if kind == "gpu" else kind
+    here = [(name.split(":") + ["0"])[:2] for name in devices()]  # the only device of a plug-in has no number
+    kinds = {name for name, _ in here}
+    if kind in kinds and (not colon or kind != "cpu" and [kind, index] in here):
+        return ("gpu" if kind == "dcu" else kind) + colon + index
+    found = f"device: {device!r} is not in this Paddle ({paddle.__version__}), which has {', '.join(devices())}"
+    needed = NEEDED.get(kind, "is no name that Paddle itself has: a plug-in for the chip would bring it")
+    raise UserError(found if kind in kinds else f"{found}; {kind} {needed}")
+
+
+def _gpu():
+    return "dcu" if paddle.is_compiled_with_rocm() else "gpu"
+
+
+def _kind():
+    """The current device's name without its number, which is that of its back end's file."""
+    kind = paddle.get_device().split(":")[0]
+    return _gpu() if kind == "gpu" else kind
+
+
 def bf16_missing():
     """Why products cannot be made in bfloat16 here; None if they can."""
-    kind = paddle.get_device().split(":")[0]
+    kind = _kind()
     if not _exists(kind) or _table["linear"][1] != kind:
         return f"the linear of {kind} has none yet"
     return _missing(kind, "bf16")
@@ -156,7 +203,7 @@ def _exists(backend):
 
 
 def _module(backend):
-    if not backend.isidentifier() or not _exists(backend):
+    if not backend.isidentifier() or backend.startswith("_") or not _exists(backend):
         raise UserError(f"kernels: no back end {backend!r}: there is no file kernels/{backend}.py")
     return importlib.import_module(f"kernels.{backend}")
 

@@ -26,6 +26,7 @@ import hashlib
 import os
 import shutil
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -37,9 +38,9 @@ import kernels
 from kernels import reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 OF_EXTENSION = """attention rms_norm layer_norm rope swiglu geglu embedding lora_linear quant_linear linear_cross_entropy adamw
-    squared_norm bf16""".split()  # what needs it: ops, products in bfloat16
+    squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
 INSTRUCTIONS = -1  # of the ops that can be told: 2 AVX-512, 1 AVX2, 0 SSE2, -1 the best there is (tests set it)
@@ -82,15 +83,18 @@ def _load():
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-kernels"
     folder = cache / digest.hexdigest()[:16]
     library = folder / name / f"{name}.so"
-    folder.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "complete").is_file():
+        if not folder.is_dir():
             if shutil.which(compiler) is None:
                 raise OSError(f"no C++ compiler: there is no {compiler}")
             print("kernels: building the C++ ops for this processor, about half a minute, once …", flush=True)
-            _build(name, [str(s) for s in sources if s.suffix == ".cc"], folder)
-            (folder / "complete").touch()
+            for half_done in cache.glob(f"{folder.name}.*.building"):  # whoever made it was killed, or failed
+                shutil.rmtree(half_done, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".building", dir=cache))
+            _build(name, [str(s) for s in sources if s.suffix == ".cc"], building)
+            building.rename(folder)  # a new name each time: a compiler that outlived its killed parent harms nobody
             return  # building has loaded it
     paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(library))
 
@@ -112,6 +116,12 @@ def _build(name, sources, folder):
             for stream, before in zip((1, 2), kept):
                 os.dup2(before, stream)
                 os.close(before)
+
+
+def peak(memory, what):
+    """What the processor does at best with all threads; what: see cpu/peak.cc. memory (n,) float32 is overwritten."""
+    tasks = 16 * len(os.sched_getaffinity(0))
+    return _C_ops._run_custom_op("cpu_peak", memory, what, tasks)[0].item()
 
 
 # ---------------------------------------------------------------------------------------------- products

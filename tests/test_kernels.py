@@ -1,20 +1,32 @@
 """Every op of kernels/ on every back end that has it, forward and backward, against a naive float64 version in numpy.
 
-    python -m pytest tests/test_kernels.py          # CPU, about 20 s, and as much once to build the C++ ops
+    python -m pytest tests/test_kernels.py          # CPU, about 40 s, and 15 once to build the C++ ops; --hf-python: beside torch
 
 Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
 """
+import collections
+import functools
+import inspect
 import itertools
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import paddle
 import pytest
+from conftest import ROOT
 
 import kernels
 import kernels.reference
+import model
 from data import UserError
+from kernels import __main__ as table
 
 cpu = kernels._module("cpu")
 BACKENDS = {
@@ -79,6 +91,7 @@ def numeric_gradient(function, array, upstream, epsilon=1e-6):
 
 def test_configure_chooses_and_gives_reasons(monkeypatch):
     where = "cpu"
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "npu:0"])
     monkeypatch.setattr(paddle, "set_device", lambda device: None)
     monkeypatch.setattr(paddle, "get_device", lambda: where)
     with kernels.use("auto"):
@@ -111,12 +124,200 @@ def test_configure_refuses_what_is_not_there(choice, named):
     assert kernels.describe() == before, "a refused choice changes nothing"
 
 
-@pytest.mark.parametrize("device", ["fpga:0", "gpu:99", "npu"])
-def test_configure_refuses_a_device_that_is_not_there(device):
+@pytest.mark.parametrize("device, needs", [
+    ("fpga:0", "a plug-in"), ("gpu:99", "paddlepaddle-gpu"), ("dcu", "paddlepaddle-dcu.*ROCm"), ("xpu", "paddlepaddle-xpu"), ("npu", "paddle-custom-npu"),
+    ("gcu:1", "paddle-custom-gcu"), ("cpu:0", "$"), ("", "a plug-in"),
+])  # fmt: skip
+def test_configure_refuses_a_device_that_is_not_there(device, needs):
     before, where = kernels.describe(), paddle.get_device()
-    with pytest.raises(UserError, match=device):
+    with pytest.raises(UserError, match=f"device: '{device}' is not in this Paddle .*which has cpu.*{needs}") as refused:
         kernels.configure(device)
+    assert "\n" not in str(refused.value)
     assert kernels.describe() == before and paddle.get_device() == where
+
+
+def test_the_names_of_devices(monkeypatch):
+    """With CUDA, with ROCm, which Paddle calls gpu as well, and with plug-ins of one chip and of two."""
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "gpu:0", "gpu:1", "one", "two:0", "two:1"])
+    same = "cpu gpu gpu:0 gpu:1 one one:0 two two:1".split()
+    assert [kernels.check_device(name) for name in same] == same
+    for name in "gpu:2 gpu: gpu:x one:1 two:2 dcu".split():
+        with pytest.raises(UserError, match=f"'{name}' is not in"):
+            kernels.check_device(name)
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "dcu:0", "dcu:1"])
+    monkeypatch.setattr(paddle, "is_compiled_with_rocm", lambda: True)
+    assert [kernels.check_device(name) for name in ("dcu", "dcu:1", "gpu:1")] == ["gpu", "gpu:1", "gpu:1"]
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:1")
+    assert kernels._kind() == "dcu", "CUDA's kernels are not for it"
+
+
+def test_devices_are_asked_of_paddle(monkeypatch):
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle, "is_compiled_with_xpu", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(paddle.device.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(paddle.device, "get_available_custom_device", lambda: ["npu:0"])
+    assert kernels.devices() == ["cpu", "gpu:0", "gpu:1", "xpu:0", "npu:0"]
+    monkeypatch.setattr(paddle, "is_compiled_with_rocm", lambda: True)
+    assert kernels.devices()[1:3] == ["dcu:0", "dcu:1"]
+
+
+def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
+    """Its one op runs in a model's forward, once a block, and every other op is the reference's."""
+    text = (ROOT / "README.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
+    (tmp_path / "pretend_chip.py").write_text("#" + text)
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "pretend_chip:0", "pretend_chip:1"])
+    monkeypatch.setattr(paddle, "set_device", lambda device: None)
+    monkeypatch.setattr(paddle, "get_device", lambda: "pretend_chip:1")
+    ids = np.arange(12).reshape(2, 6)
+    tiny = model.build(model.ModelConfig.from_dict(dict(
+        model_type="llama", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, vocab_size=32,
+    )))  # fmt: skip
+    model.init_weights(tiny, seed=0)
+    calls = collections.Counter()
+
+    def counted(module, op):
+        function = getattr(module, op)
+
+        def run(*args, **kwargs):
+            calls[module.__name__, op] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, op, run)
+
+    try:
+        with kernels.use("reference"):
+            expected = tiny(tensor(ids, "int64")).numpy()
+        chip = kernels._module("pretend_chip")
+        for module, op in [(chip, "swiglu"), (kernels.reference, "swiglu"), (kernels.reference, "rms_norm"), (kernels.reference, "attention")]:
+            counted(module, op)
+        table = kernels.configure("pretend_chip:1")
+        assert table.pop("swiglu") == ("pretend_chip", "device is pretend_chip")
+        assert set(table.values()) == {("reference", "no faster one for pretend_chip")}
+        assert not kernels.bf16 and kernels.bf16_missing() == "the linear of pretend_chip has none yet"
+        close(tiny(tensor(ids, "int64")).numpy(), expected)
+        assert calls == {("kernels.pretend_chip", "swiglu"): 3, ("kernels.reference", "rms_norm"): 7, ("kernels.reference", "attention"): 3}
+        monkeypatch.setattr(chip, "missing", lambda op: "its driver is too old")
+        assert kernels.configure("pretend_chip:1")["swiglu"] == ("reference", "its driver is too old")
+        with pytest.raises(UserError, match="swiglu of kernels/pretend_chip.py cannot run here: its driver is too old; ask for swiglu=reference"):
+            kernels.configure("pretend_chip:1", "swiglu=pretend_chip")
+    finally:
+        monkeypatch.undo()
+        sys.modules.pop("kernels.pretend_chip", None)
+        kernels.configure("cpu")
+
+
+# ====================================================================================== python -m kernels
+
+
+def test_every_op_has_a_row_in_the_table():
+    """`python -m kernels` measures each: a new op needs an entry in CASES of kernels/__main__.py."""
+    assert set(kernels.OPS) - set(table.CASES) == set()
+    assert all(callable(getattr(kernels, op)) for op in kernels.OPS)
+
+
+SMALL = {
+    "rows": 3, "D": 8, "T": 6, "heads": 2, "H": 2, "Dh": 4, "F": 8, "M": 40, "K": 32, "N": 33, "n_in": 64, "n_out": 32, "group": 32, "tokens": 8, "V": 16,
+    "size": 9, "sequences": 2, "context": 8, "block": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_the_rows_of_an_op_run_and_count_their_work(op):
+    kernels.configure("cpu")
+    makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in table.IN_BFLOAT16.get(op, ()))]
+    for make in makers:
+        shape = {name: SMALL[name] for name in inspect.signature(make).parameters if name in SMALL}
+        if op == "paged_attention":
+            shape |= {"H": 4, "K": 2}
+        cases = list(make(**shape))
+        assert cases and all(case.work > 0 and case.kind in ("memory", "float32", "bfloat16", "int8") for case in cases)
+        for case in cases:
+            case.run()
+    assert not kernels.bf16, "a row in bfloat16 leaves no trace"
+
+
+BITS_OF_ROWS = """
+import functools, hashlib, inspect, json, os, sys
+if sys.argv[1] == "1":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import paddle, kernels
+from kernels import __main__ as table
+backends, sizes, found = kernels.configure("cpu", use_bf16=True), json.loads(sys.argv[2]), {}
+with_bf16 = table.IN_BFLOAT16 if kernels.bf16 else {}
+for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
+    makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in with_bf16.get(op, ()))]
+    for make in makers + [functools.partial(table.attention, document=70)] * (op == "attention"):
+        paddle.seed(0)
+        for case in make(**{name: sizes[name] for name in inspect.signature(make).parameters if name in sizes and (name, op) != ("K", "paged_attention")}):
+            made = case.run()
+            tensors = made if isinstance(made, (list, tuple)) else [made]
+            found[f"{op}, {case.kind}, {case.part}, {case.shape}"] = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+print(json.dumps(found))
+"""
+SIZES = {  # large enough that each has work for several threads, and no multiple of a tile
+    "rows": 300, "D": 520, "T": 300, "heads": 3, "Dh": 40, "F": 700, "M": 300, "K": 520, "N": 200, "n_in": 256, "n_out": 512, "group": 32, "tokens": 320, "V": 1000,
+    "size": 300_001, "sequences": 3, "context": 80,
+}  # fmt: skip
+
+
+def test_every_kernel_gives_the_same_bits_with_one_thread_and_with_all(run_python):
+    """Forward and backward of each op that runs here in its CPU back end, by the rows of the table."""
+    one, every = (run_python(BITS_OF_ROWS, threads, json.dumps(SIZES)) for threads in ("1", "all"))
+    assert {row.split(",")[0] for row in one} == {op for op, (backend, _) in kernels.configure("cpu").items() if backend == "cpu"}
+    assert [row for row in one if one[row] != every[row]] == []
+
+
+def test_products_in_bfloat16_are_what_is_measured(monkeypatch):
+    seen = []
+    monkeypatch.setitem(kernels._table, "linear", (lambda x, weight, bias=None: seen.append(kernels.bf16) or x @ weight, "spy", ""))
+    for kind in ("float32", "bfloat16"):
+        for case in table.linear(40, 32, 33, kind):
+            case.run()
+    assert len(seen) == 6 and not any(seen[:3]) and all(seen[3:])
+
+
+def test_the_work_of_an_attention_is_that_of_the_pairs_that_are_seen():
+    flops = {document: [case.work for case in table.attention(T=10, H=2, Dh=4, document=document)] for document in (None, 4)}
+    assert flops[None] == [4.0 * 2 * 4 * 55, 10.0 * 2 * 4 * 55] and flops[4] == [4.0 * 2 * 4 * 23, 10.0 * 2 * 4 * 23]
+
+
+@pytest.mark.skipif(cpu.missing("peak") is not None, reason="no C++ ops")
+def test_peaks_are_above_what_a_product_reaches():
+    """The loops are really run: one that the compiler shortened gives ten times what the processor can do."""
+    most, _ = table.peaks(5)
+    assert ("bfloat16" in most) == (cpu.missing("bf16") is None)
+    a = tensor(normal((768, 768)))
+    reached = 2 * 768**3 / min(table.turn(lambda: paddle.matmul(a, a)) for _ in range(5))
+    assert 0.5 * reached < most["float32"] < 20 * reached, f"{most['float32']:.3g}, and a product has {reached:.3g}"
+    assert 1e9 < most["memory"] < 2e12
+
+
+def test_the_table_on_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(table, "CASES", {op: lambda: iter([table.Case("3 x 4", "forward", "memory", 1e9, lambda: None)]) for op in kernels.OPS})
+    monkeypatch.setattr(table, "IN_BFLOAT16", {"linear": [lambda kind: iter([table.Case("5 x 6", "forward", kind, 1e9, lambda: None)])]})
+    monkeypatch.setattr(table, "measure", lambda run: 0.01)
+    monkeypatch.setattr(table, "peaks", lambda: ({"memory": 2e11, "bfloat16": 1e12}, "guessed"))
+    try:
+        table.main(["--kernels", "rms_norm=reference"])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"Paddle {paddle.__version__} · cpu · ") and "2 threads" in lines[0] or len(os.sched_getaffinity(0)) != 2
+        assert lines[1] == "peak: memory 200 GB/s · bfloat16 1,000 GFLOP/s (guessed)"
+        at = lines.index("rms_norm: reference (asked for)")
+        assert lines[at + 1].split() == "forward 3 x 4 10.00 ms 100 GB/s 50% of memory".split()
+        if cpu.missing("bf16") is None:
+            assert lines[lines.index("linear: cpu (device is cpu)") + 2].split() == "forward 5 x 6 10.00 ms 100 GFLOP/s 10% of bfloat16".split()
+        monkeypatch.setattr(kernels, "bf16_missing", lambda: "it has none")
+        table.main([])
+        assert capsys.readouterr().out.splitlines()[-1] == "no products in bfloat16: it has none"
+    finally:
+        kernels.configure("cpu")
+
+
+def test_the_command_line_refuses_in_one_line():
+    done = subprocess.run([sys.executable, "-m", "kernels", "--device", "npu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "error: device: 'npu' is not in this Paddle" in done.stderr
 
 
 def test_use_restores_the_choice():
@@ -131,7 +332,7 @@ def test_use_restores_the_choice():
 
 
 @backends("rms_norm")
-@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (1, 1, 1024), (3, 2, 1, 40)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (1, 1, 1024), (3, 2, 1, 40), (130, 17)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_rms_norm(backend, shape, scale):
     x, weight, upstream, eps = normal(shape) * scale, normal(shape[-1:], 1) + 1, normal(shape, 2), 1e-5
@@ -238,7 +439,7 @@ def test_norms_with_a_residual_of_which_one_output_is_used(backend):
 
 
 @backends("rope")
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 8), (1, 7, 2, 6)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 8), (1, 7, 2, 6), (1, 123, 1, 80), (1, 65, 3, 256)])
 def test_rope(backend, shape):
     B, T, _, Dh = shape
     x, upstream = normal(shape), normal(shape, 1)
@@ -255,7 +456,7 @@ def test_rope(backend, shape):
 
 
 @backends("swiglu")
-@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (130, 129)])
 def test_swiglu(backend, shape):
     gate, up, upstream = normal(shape) * 5, normal(shape, 1), normal(shape, 2)
     sigmoid = 1 / (1 + np.exp(-gate))
@@ -385,6 +586,57 @@ def test_linear_with_a_weight_stored_in_bfloat16(backend):
         out = kernels.linear(x, weight)
     assert out.dtype == paddle.float32
     close(out.numpy(), x.numpy() @ weight.astype("float32").numpy())
+
+
+# ================================================================================================ quantized
+
+
+def packed(codes, bits, axis):
+    """Unsigned codes (in, out), 32/bits consecutive ones along an axis in a word, lowest bits first, int32."""
+    codes = np.moveaxis(codes, axis, 0).reshape(-1, 32 // bits, codes.shape[1 - axis]).astype(np.uint32)
+    words = sum(codes[:, i] << np.uint32(bits * i) for i in range(32 // bits))
+    return np.moveaxis(words.astype(np.uint32).view(np.int32), 0, axis)
+
+
+@backends("quant_linear")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape, n_out, group", [((1, 8), 16, 8), ((5, 120), 24, 40), ((3, 11, 64), 48, 32), ((2, 256), 160, 64)])
+@pytest.mark.parametrize("how", ["symmetric", "zeros", "act order"])
+def test_quant_linear(backend, bits, shape, n_out, group, how):
+    generator, n_in = np.random.default_rng(bits), shape[-1]
+    codes, zeros = generator.integers(0, 2**bits, (n_in, n_out)), generator.integers(1, 2**bits, (n_in // group, -(-n_out // 8) * 8))
+    scales, x, upstream = generator.uniform(0.5, 1.5, (n_in // group, n_out)).astype(np.float32), normal(shape), normal((*shape[:-1], n_out), 1)
+    of = np.repeat(np.arange(n_in // group), group)
+    if how == "act order":
+        generator.shuffle(of)
+    zero = np.full((n_in // group, n_out), 2 ** (bits - 1)) if how == "symmetric" else zeros[:, :n_out]
+    weight = (codes - zero[of]) * scales[of].astype(np.float64)
+    given = tensor(packed(codes, bits, 0), "int32"), tensor(scales)
+    qzeros = None if how == "symmetric" else tensor(packed(zeros - 1, bits, 1)[:, : n_out * bits // 32], "int32")
+    g_index = tensor(of, "int32") if how == "act order" else None
+    for trained in (True, False):  # with a gradient the product may be another
+        inputs, bias = tensor(x, frozen=not trained), normal((n_out,), 2)
+        with kernels.use(f"quant_linear={backend}"):
+            out = kernels.quant_linear(inputs, *given, tensor(bias, frozen=True), f"w{bits}", qzeros, g_index)
+        close(out.numpy(), x @ weight + bias)
+    inputs = tensor(x)
+    with kernels.use(f"quant_linear={backend}"):
+        (kernels.quant_linear(inputs, *given, None, f"w{bits}", qzeros, g_index) * tensor(upstream, frozen=True)).sum().backward()
+    close(inputs.grad.numpy(), upstream @ weight.T)
+
+
+@backends("quant_linear")
+@pytest.mark.parametrize("shape, n_out", [((1, 1), 1), ((5, 123), 7), ((2, 3, 64), 48)])
+@pytest.mark.parametrize("static", [False, True])
+def test_quant_linear_of_int8_by_int8(backend, shape, n_out, static):
+    generator, x = np.random.default_rng(0), normal(shape).astype(np.float32)
+    codes, scales, bias = generator.integers(-128, 128, (shape[-1], n_out)), generator.uniform(0.5, 1.5, n_out).astype(np.float32), normal((n_out,), 1)
+    step = np.float32(0.02) if static else np.maximum(np.abs(x).max(-1, keepdims=True), 1e-8) / np.float32(127)
+    expected = np.clip(np.round(x / step), -128, 127).astype(np.float64) @ codes * step * scales + bias
+    with kernels.use(f"quant_linear={backend}"):
+        out = kernels.quant_linear(tensor(x, frozen=True), tensor(codes, "int8"), tensor(scales), tensor(bias, frozen=True), "a8w8",
+                                   input_scale=tensor([0.02]) if static else None)  # fmt: skip
+    close(out.numpy(), expected, 3e-6)
 
 
 # ================================================================================================ attention
@@ -521,6 +773,25 @@ def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
     rows = {"packed": np.stack([ends, np.full(Tk, Tk)])[:, None, :, None], "random": random_rows(1, 2, 2, Tk, True), "four": random_rows(4, 1, 2, Tk, False)}.get(kind)
     slopes = 0.5 ** np.arange(1, 5) if kind == "alibi" else None
     check_attention(backend, 2, T, Tk, 4, 2, 4, rows=rows, causal=kind not in ("full", "four"), slopes=slopes)
+
+
+@backends("attention")
+@pytest.mark.parametrize("Dh", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("kind", ["causal", "packed", "full", "alibi"])
+def test_attention_head_dims(backend, Dh, kind):
+    """A tile of queries and of keys each, and some more; two query heads for a key."""
+    T = 77
+    rows = np.repeat([30, T], [30, T - 30]).reshape(1, 1, T, 1) if kind == "packed" else None
+    check_attention(backend, 1, T, T, 2, 1, Dh, rows, kind != "full", slopes=np.array([0.5, 0.02]) if kind == "alibi" else None)
+
+
+@backends("attention")
+@pytest.mark.parametrize("rows", [None, [5, 0], [3, 1], [0, 0]])
+def test_attention_over_one_key(backend, rows):
+    """Its weight is 1 wherever it is seen, so that queries and keys have no gradient."""
+    rows = None if rows is None else np.array(rows).reshape(1, 1, 1, 2)
+    check_attention(backend, 1, 5, 1, 4, 2, 64, rows, causal=False)
+    check_attention(backend, 1, 1, 1, 2, 1, 96, None if rows is None else rows[..., :1], causal=True)
 
 
 @backends("attention")
@@ -912,6 +1183,83 @@ def test_linear_cross_entropy_in_bf16_of_words_that_are_all_but_certain(in_bf16)
     assert sure.sum() > 10 and np.abs(found - expected)[sure].max() < 1e-3 * 0.01 + 1e-2 * np.abs(expected[sure]).max()
 
 
+IN_TORCH = """
+import torch
+import torch.nn.functional as F
+given = np.load(sys.argv[2])
+
+def bf16(name):
+    return torch.from_numpy(given[name]).to(torch.bfloat16).requires_grad_()
+
+def run(function, names, upstream):
+    inputs = [bf16(name) for name in names]
+    out = function(*inputs)
+    out.backward(bf16(upstream).detach().reshape(out.shape))
+    return [t.detach().float().numpy() for t in (out, *(i.grad for i in inputs))]
+
+arrays = {}
+for name in sorted({key.split(":")[0] for key in given}):
+    at = lambda key: f"{name}:{key}"
+    if name.startswith("linear "):
+        found = run(lambda x, w: x @ w, [at("x"), at("w")], at("up"))
+    elif name.startswith("attention"):
+        def attend(q, k, v):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        found = run(attend, [at("q"), at("k"), at("v")], at("up"))
+    else:
+        labels = torch.from_numpy(given[at("labels")])
+        found = run(lambda h, w: F.cross_entropy(h @ w, labels, reduction="none"), [at("x"), at("w")], at("up"))
+    arrays |= {f"{name}:{i}": array for i, array in enumerate(found)}
+"""
+
+
+@with_bf16
+@pytest.mark.torch
+def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path):
+    """Against float64: at most 1.5 times the error of torch's bfloat16 op on the same numbers, in the mean and at worst."""
+    given, exact, found = {}, {}, {}
+
+    def case(name, arrays, upstream, function, expected, labels=None):
+        float32 = [a.astype(np.float32) for a in (*arrays, upstream)]
+        given.update({f"{name}:{key}": a for key, a in zip(("x", "w") if len(arrays) == 2 else ("q", "k", "v"), float32)})
+        given[f"{name}:up"] = float32[-1]
+        if labels is not None:
+            given[f"{name}:labels"] = labels
+        *arrays, upstream = (a.astype(np.float64) for a in float32)
+        inputs = [tensor(a) for a in arrays]
+        out = function(*inputs)
+        (out * tensor(upstream, frozen=True)).sum().backward()
+        found[name] = [out.numpy(), *(i.grad.numpy() for i in inputs)]
+        exact[name] = expected(*arrays, upstream)
+
+    for M, K, N in [(1, 1, 1), (5, 123, 7), (33, 130, 70), (97, 1030, 65), (130, 64, 513), (256, 768, 320)]:
+        case(f"linear {M} x {K} x {N}", (normal((M, K)), normal((K, N), 1)), normal((M, N), 2), kernels.linear,
+             lambda x, w, up: [x @ w, up @ w.T, x.T @ up])  # fmt: skip
+    for T, H, K, Dh in [(1, 1, 1, 8), (33, 2, 1, 16), (90, 4, 2, 80), (130, 2, 2, 128)]:
+        seen = np.broadcast_to(np.tril(np.ones((T, T), bool)), (1, H, T, T))
+
+        def naive(q, k, v, up, seen=seen, Dh=Dh):
+            out, gradients = naive_attention(q, k, v, up, seen, Dh**-0.5)
+            return [out, *gradients]
+
+        arrays = normal((1, T, H, Dh)), normal((1, T, K, Dh), 1), normal((1, T, K, Dh), 2)
+        case(f"attention {T} x {H} x {Dh}", arrays, normal((1, T, H, Dh), 3), kernels.attention, naive)
+    for N, D, V in [(5, 123, 17), (70, 48, 90), (130, 256, 1001)]:
+        labels = np.random.default_rng(N).integers(0, V, N)
+        case(f"loss {N} x {D} x {V}", (normal((N, D)), normal((D, V), 1) * D**-0.5), normal((N,), 2),
+             lambda h, w, labels=labels: kernels.linear_cross_entropy(h, w, paddle.to_tensor(labels)),
+             lambda h, w, up, labels=labels: naive_cross_entropy(h, w, labels, up)[:3], labels)  # fmt: skip
+    np.savez(tmp_path / "given.npz", **given)
+    torchs = hf_python(IN_TORCH, tmp_path / "given.npz")
+    for name, arrays in found.items():
+        for i, ours in enumerate(arrays):
+            errors = [[np.sqrt((e**2).mean()), np.abs(e).max()] for e in (a - exact[name][i] for a in (ours, torchs[f"{name}:{i}"]))]
+            print(f"{name:24} {('out', 'gradient 1', 'gradient 2', 'gradient 3')[i]:11} error {errors[0][0]:.2e}, torch's {errors[1][0]:.2e}, "
+                  f"ratio {errors[0][0] / max(errors[1][0], 1e-9):.2f}; at worst {errors[0][1]:.2e}, {errors[1][1]:.2e}")  # fmt: skip
+            assert all(a <= 1.5 * b + 1e-6 for a, b in zip(*errors)), f"{name}, {i}: {errors}"
+
+
 @built
 @pytest.mark.parametrize("instructions", [0, 1, 2])
 def test_attention_with_every_instruction_set(instructions):
@@ -974,6 +1322,68 @@ def test_the_same_bits_with_one_thread_and_with_all(run_python):
     assert run_python(BITS, "1") == run_python(BITS, "all")
 
 
+START = """
+import json, sys
+from pathlib import Path
+import kernels, paddle
+from kernels import cpu
+if sys.argv[1] != "all":
+    cpu.SOURCES = Path(sys.argv[1])
+    cpu._load()
+    found = paddle._C_ops._run_custom_op("the_only_op", paddle.zeros([1]))[0].item()
+else:
+    found = [backend for backend, _ in kernels.configure("cpu").values()].count("cpu")
+print(json.dumps(found))
+"""
+ONE_OP = """
+#include "paddle/phi/api/ext/op_meta_info.h"
+std::vector<paddle::Tensor> Run(const paddle::Tensor& x) { return {x}; }
+PD_BUILD_OP(the_only_op).Inputs({"x"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Run));
+"""
+
+
+def start(cache, sources):
+    """A process of its own group that builds what is not in the cache, and loads it."""
+    return subprocess.Popen([sys.executable, "-c", START, str(sources)], cwd=ROOT, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+
+
+@pytest.fixture(params=["one op", pytest.param("all", marks=pytest.mark.slow)])
+def sources(request, tmp_path):
+    if request.param == "all":
+        return "all"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "op.cc").write_text(ONE_OP)
+    return tmp_path / "one"
+
+
+@built
+def test_processes_that_start_at_once_build_once(sources, tmp_path):
+    processes = [start(tmp_path / "cache", sources) for _ in range(3)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert sum("building the C++ ops" in out for out, _ in outputs) == 1
+    assert len({out.splitlines()[-1] for out, _ in outputs}) == 1, "all have the same ops"
+    (folder,) = [path for path in (tmp_path / "cache" / "paddle-llm-kernels").iterdir() if path.is_dir()]
+    library = folder / "kernels_cpu" / "kernels_cpu.so"
+    built_at = library.stat().st_mtime_ns
+    assert "building" not in start(tmp_path / "cache", sources).communicate(timeout=300)[0] and library.stat().st_mtime_ns == built_at
+
+
+@built
+def test_a_build_that_was_killed_is_made_anew(sources, tmp_path):
+    cache = tmp_path / "cache" / "paddle-llm-kernels"
+    process = start(tmp_path / "cache", sources)
+    while not list(cache.glob("*.building/kernels_cpu/build/**/*")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.communicate()
+    (half_done,) = [path for path in cache.iterdir() if path.is_dir()]
+    out, error = start(tmp_path / "cache", sources).communicate(timeout=300)
+    assert "building the C++ ops" in out and json.loads(out.splitlines()[-1]) == (0.0 if sources != "all" else kernels.describe().count(" cpu (")), error
+    assert not half_done.exists() and len([path for path in cache.iterdir() if path.is_dir()]) == 1
+
+
 def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -989,4 +1399,6 @@ def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused
 
 
 def test_every_op_is_tested_on_every_back_end():
+    texts = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")))
+    assert [op for op in kernels.OPS if f'@backends("{op}")' not in texts and f"kernels.{op}(" not in texts] == []
     assert {(op, b) for op, found in BACKENDS.items() for b in found} >= set(itertools.product(kernels.OPS, ["reference"]))

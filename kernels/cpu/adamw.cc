@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 struct Constants { float grad_scale, beta1, rest1, beta2, rest2, keep, rate, correction, epsilon; };

@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 struct Shape {

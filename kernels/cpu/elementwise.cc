@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 #define BODY "elementwise.h"

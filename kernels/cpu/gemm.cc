@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 using Tensor = paddle::Tensor;

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 // What is known of a row after some columns: the largest logit, the sum of exp(logit - max), the label's logit, and by what

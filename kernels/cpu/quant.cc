@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 struct Packed {
