@@ -91,8 +91,13 @@ void RopeGrad(const C& context, const Maybe& sin, const Maybe& cos, const Maybe&
   rotate<T>(context, d_out, *sin, *cos, positions, neighbours, -1.0f, d_q);
 }
 
+// For its shapes alone: kernels/gpu.py does not use it, see there.
+template <typename T, typename C>
+void WeightOnly(const C&, const DenseTensor&, const DenseTensor&, const Maybe&, const DenseTensor&, const std::string&, const int, const int, DenseTensor*) {}
+
 }  // namespace phi
 
+PD_REGISTER_KERNEL(weight_only_linear, CPU, ALL_LAYOUT, phi::WeightOnly, phi::dtype::float16, phi::dtype::bfloat16) {}
 PD_REGISTER_KERNEL(flash_attn, CPU, ALL_LAYOUT, phi::FlashAttn, phi::dtype::float16, phi::dtype::bfloat16) {}
 PD_REGISTER_KERNEL(flashmask_attention, CPU, ALL_LAYOUT, phi::FlashMask, phi::dtype::float16, phi::dtype::bfloat16) {}
 PD_REGISTER_KERNEL(flashmask_attention_v2, CPU, ALL_LAYOUT, phi::FlashMask2, phi::dtype::float16, phi::dtype::bfloat16) {}
