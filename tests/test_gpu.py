@@ -125,16 +125,17 @@ def test_cores_under_the_sanitizers():
 
 
 def test_the_harness_for_a_gpu_knows_what_is_right(tmp_path):
-    """Its own references and error limits, on small shapes on the CPU; its times mean nothing here."""
-    flags = [f for f in cuda_on_cpu.FLAGS if f not in ("-shared", "-fPIC")]
-    Build("g++", *flags, "-x", "c++", HERE / "cuda_harness.cu", "-o", tmp_path / "harness").wait()
-    done = subprocess.run([tmp_path / "harness", "small"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("all right\n") and done.stdout.count("error") == 22, done.stdout
-    # A wrong reference would be seen.
-    source = (HERE / "cuda_harness.cu").read_text().replace("value * scale * weight)", "value * scale)")
-    (tmp_path / "wrong.cu").write_text(source)
-    Build("g++", *flags, "-x", "c++", tmp_path / "wrong.cu", "-o", tmp_path / "wrong").wait()
-    assert subprocess.run([tmp_path / "wrong", "small"], capture_output=True, text=True).stdout.endswith("WRONG\n")
+    """Its own references and error limits, on small shapes on the CPU (its times mean nothing here); a wrong one is seen."""
+    text = (HERE / "cuda_harness.cu").read_text()
+    (tmp_path / "right.cu").write_text(text)
+    (tmp_path / "wrong.cu").write_text(text.replace("value * scale * weight)", "value * scale)"))
+    flags = [f for f in cuda_on_cpu.FLAGS if f not in ("-shared", "-fPIC", "-O1")]
+    programs = [tmp_path / name for name in ("right", "wrong")]
+    for build in [Build("g++", *flags, "-x", "c++", p.with_suffix(".cu"), "-o", p) for p in programs]:
+        build.wait()
+    right, wrong = (subprocess.run([p, "small"], capture_output=True, text=True) for p in programs)
+    assert right.returncode == 0 and right.stdout.endswith("all right\n") and right.stdout.count(" error ") == 18, right.stdout
+    assert wrong.returncode == 1 and wrong.stdout.count("WRONG") == 3, wrong.stdout  # two lines of rms_norm, and the last
 
 
 def test_cores_give_the_same_bits_in_every_order(cores):
