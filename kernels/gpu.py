@@ -31,8 +31,13 @@ import kernels
 from kernels import build, reference, to_tensor
 
 SOURCES = Path(__file__).with_name("cuda")
-OF_PADDLE = {"attention": "flashmask_attention", "rms_norm": "fused_rms_norm_quant", "rope": "fused_rotary_position_embedding",
-             "swiglu": "swiglu", "adamw": "adamw"}  # fmt: skip
+OF_PADDLE = {  # Paddle's GPU kernels that an op needs, forward and backward
+    "attention": ("flash_attn", "flash_attn_grad", "flashmask_attention", "flashmask_attention_grad"),
+    "rms_norm": ("fused_rms_norm_quant", "fused_rms_norm_quant_grad"),
+    "rope": ("fused_rotary_position_embedding", "fused_rotary_position_embedding_grad"),
+    "swiglu": ("swiglu", "swiglu_grad"),
+    "adamw": ("adamw",),
+}
 OF_EXTENSION = "linear_cross_entropy paged_attention quant_linear".split()
 ROWS = 16  # of x, up to which quant_linear reads packed weights
 LOGITS = 1 << 28  # held at a time by linear_cross_entropy: 512 MB in bfloat16, about 2,000 rows of 128,000 words
@@ -42,16 +47,17 @@ _state = None  # True once our own ops are loaded, or the reason why they cannot
 
 def missing(op):
     """Why this op, or "bf16", cannot run here, or None. Builds the CUDA the first time that it is asked for."""
-    if op in OF_PADDLE and not _registered(OF_PADDLE[op]):
-        return f"this Paddle has no {OF_PADDLE[op]} for GPUs"
+    for kernel in OF_PADDLE.get(op, ()):
+        if not _registered(kernel):
+            return f"this Paddle has no {kernel} for GPUs"
     if op in ("attention", "bf16") and _capability() < 80:
         return f"compute capability 8.0 is needed, this GPU has {_capability() / 10}"
     return _own_missing() if op in OF_EXTENSION else None
 
 
-def _registered(op):
-    """Whether this Paddle has a GPU kernel of an operator."""
-    return any("gpu" in str(key).lower() for key in _all_kernels().get(op, ()))
+def _registered(kernel):
+    """Whether this Paddle has it for GPUs."""
+    return any("gpu" in str(key).lower() for key in _all_kernels().get(kernel, ()))
 
 
 @functools.lru_cache(maxsize=1)

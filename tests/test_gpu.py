@@ -578,12 +578,24 @@ def test_configure_says_in_one_line_that_there_is_no_gpu():
 
 @pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="this Paddle has CUDA")
 def test_what_this_paddle_lacks_has_a_reason(monkeypatch):
-    for op, name in gpu.OF_PADDLE.items():
-        assert gpu.missing(op) == f"this Paddle has no {name} for GPUs"
-    monkeypatch.setattr(gpu, "_all_kernels", lambda: {name: ["{data_type[float]; place[Place(gpu:0)]}"] for name in gpu.OF_PADDLE.values()})
+    for op, names in gpu.OF_PADDLE.items():
+        assert gpu.missing(op) == f"this Paddle has no {names[0]} for GPUs"
+    here = paddle.base.core._get_all_register_op_kernels("phi")
+    for name in ("swiglu", "swiglu_grad", "fused_rms_norm_quant", "adamw"):  # the names are Paddle's: the CPU has these
+        assert name in here
+    there = {name: ["{data_type[float]; place[Place(gpu:0)]}"] for names in gpu.OF_PADDLE.values() for name in names}
+    monkeypatch.setattr(gpu, "_all_kernels", lambda: there)
     monkeypatch.setattr(gpu, "_capability", lambda: 75)
     assert gpu.missing("rms_norm") is None
     assert gpu.missing("attention") == gpu.missing("bf16") == "compute capability 8.0 is needed, this GPU has 7.5"
+    del there["fused_rms_norm_quant_grad"]
+    assert gpu.missing("rms_norm") == "this Paddle has no fused_rms_norm_quant_grad for GPUs"
+
+
+def test_the_names_of_paddles_kernels_are_right():
+    """An operator that Paddle's Python calls is there, whether or not this build has a kernel for it."""
+    for name in {name for names in gpu.OF_PADDLE.values() for name in names}:
+        assert hasattr(paddle._C_ops, name) or hasattr(paddle._C_ops, f"{name}_"), name
 
 
 def test_without_nvcc_the_reference_runs(monkeypatch, tmp_path):
