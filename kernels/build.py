@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import paddle
@@ -35,15 +36,18 @@ def load(name, folder, suffix, compiler, language, announce, **flags):
         digest.update(source.name.encode() + source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-kernels"
     built = cache / digest.hexdigest()[:16]
-    built.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{built.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (built / "complete").is_file():
+        if not built.is_dir():
             if shutil.which(compiler) is None:
                 raise OSError(f"no {language} compiler: there is no {compiler}")
             print(f"kernels: {announce}, once …", flush=True)
-            _build(name, [str(s) for s in sources if s.suffix == suffix], built, language, flags)
-            (built / "complete").touch()
+            for half_done in cache.glob(f"{built.name}.*.building"):  # whoever made it was killed, or failed
+                shutil.rmtree(half_done, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=f"{built.name}.", suffix=".building", dir=cache))
+            _build(name, [str(s) for s in sources if s.suffix == suffix], building, language, flags)
+            building.rename(built)  # a new name each time: a compiler that outlived its killed parent harms nobody
             return  # building has loaded it
     paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(built / name / f"{name}.so"))
 

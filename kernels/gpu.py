@@ -284,6 +284,7 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
     if kept.shape[0] == 0 or not _same(hidden):
         return reference.linear_cross_entropy(*arguments)
     how = types.SimpleNamespace(labels=paddle.gather(labels, kept), transpose=transpose_weight, predictions=[])
+    how.at_once = paddle.is_grad_enabled() and weight.stop_gradient and not hidden.stop_gradient
     kept_losses = _LinearCrossEntropy.apply(paddle.gather(hidden, kept), weight, how)
     losses = paddle.scatter(paddle.zeros([labels.shape[0]], "float32"), kept, kept_losses)
     if not return_predictions:
@@ -292,36 +293,48 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
 
 
 class _LinearCrossEntropy(PyLayer):
-    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss. Logits come twice, in chunks."""
+    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
+
+    Logits come in chunks, and twice; with a frozen weight once, since d h for d loss = 1 can then be made beside the loss.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, how):
-        losses, sums = [], []
+        losses, sums, d_hidden = [], [], []
         for chunk in _chunks(hidden, weight, how.transpose):
-            logits = paddle.matmul(hidden[chunk], weight, transpose_y=how.transpose)
-            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, how.labels[chunk])
+            logits, labels = paddle.matmul(hidden[chunk], weight, transpose_y=how.transpose), how.labels[chunk]
+            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, labels)
             sums.append(lse)
             losses.append(lse - target)
             how.predictions.append(best)
-        ctx.save_for_backward(hidden, weight, paddle.concat(sums))
-        ctx.labels, ctx.transpose, ctx.frozen = how.labels, how.transpose, [hidden.stop_gradient, weight.stop_gradient]
+            if how.at_once:
+                d_hidden.append(_d_hidden(logits, labels, lse, paddle.ones_like(lse), weight, how.transpose)[1])
+        ctx.how, ctx.frozen = how, [hidden.stop_gradient, weight.stop_gradient]
+        ctx.save_for_backward(*([paddle.concat(d_hidden)] if how.at_once else [hidden, weight, paddle.concat(sums)]))
         return paddle.concat(losses)
 
     @staticmethod
     def backward(ctx, d_losses):
+        labels, transpose, (fixed, frozen) = ctx.how.labels, ctx.how.transpose, ctx.frozen
+        if ctx.how.at_once:
+            (d_hidden,) = ctx.saved_tensor()
+            return d_hidden * d_losses.unsqueeze(-1).astype(d_hidden.dtype), None
         hidden, weight, sums = ctx.saved_tensor()
-        transpose, (fixed, frozen) = ctx.transpose, ctx.frozen
-        d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
+        parts, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(hidden, weight, transpose):
             logits = paddle.matmul(hidden[chunk], weight, transpose_y=transpose)
-            rows = ctx.labels[chunk], sums[chunk], d_losses[chunk]
-            (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, *rows)
-            if not fixed:
-                d_hidden.append(paddle.matmul(d, weight, transpose_y=not transpose))
+            d, d_hidden = _d_hidden(logits, labels[chunk], sums[chunk], d_losses[chunk], weight, transpose)
+            parts.append(d_hidden)
             if not frozen:
                 pair = (d, hidden[chunk]) if transpose else (hidden[chunk], d)
                 d_weight.add_(paddle.matmul(*pair, transpose_x=True).astype("float32"))
-        return None if fixed else paddle.concat(d_hidden), None if frozen else d_weight.astype(weight.dtype)
+        return None if fixed else paddle.concat(parts), None if frozen else d_weight.astype(weight.dtype)
+
+
+def _d_hidden(logits, labels, lse, d_losses, weight, transpose):
+    """The gradient of the logits, which it takes the place of, and of what they were made from."""
+    (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, labels, lse, d_losses)
+    return d, paddle.matmul(d, weight, transpose_y=not transpose)
 
 
 def _chunks(hidden, weight, transpose):

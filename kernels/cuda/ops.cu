@@ -1,10 +1,8 @@
 // The cores as Paddle operators: shapes and types are read off the tensors, outputs made, the tensor's stream passed on.
 // Formulas and limits are in the headers; kernels/gpu.py is the only caller and asserts what users could get wrong.
-#ifndef PADDLE_NO_PYTHON
-#define PADDLE_NO_PYTHON  // operators need none of the Python bindings, whose headers ask for all of the CUDA toolkit
-#endif
 #include "cross_entropy.cuh"
-#include "paddle/extension.h"
+#include "paddle/phi/api/ext/op_meta_info.h"  // not all of paddle/extension.h: its Python part wants the CUDA toolkit's libraries
+#include "paddle/phi/api/ext/tensor_compat.h"
 #include "paged_attention.cuh"
 #include "quant.cuh"
 #include "rms_norm.cuh"
