@@ -112,7 +112,9 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     half = _lowered(q, k, v)
     takes = alibi_slopes is None and Dh % 8 == 0 and Dh <= 256 and (rows is None or Tq == Tk)
     if not takes or not _same(*half) or half[0].dtype == paddle.float32:
-        return reference.attention(q, k, v, rows, causal, scale, alibi_slopes)
+        # In float32, which the reference's masks are made in.
+        q32, k32, v32 = (t if t.dtype == paddle.float32 else t.astype("float32") for t in (q, k, v))
+        return reference.attention(q32, k32, v32, rows, causal, scale, alibi_slopes).astype(q.dtype)
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
     if rows is not None:
