@@ -1,7 +1,6 @@
 """Ops for which Paddle's CPU operators are slow: our own C++ (kernels/cpu/*.cc), or another of Paddle's operators.
 
-The C++ is built once, on first use, by paddle.utils.cpp_extension, into a cache outside the tree that is named after its
-sources, its flags and Paddle's version. It holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a compiler
+The C++ is built on first use (build.py); it holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a compiler
 the ops that need it are not there (see missing()), and the reference runs instead.
 
 rms_norm and layer_norm with their residual, rope, swiglu, geglu: one pass forward, one backward, at the speed of memory (both
@@ -12,8 +11,9 @@ gradient and both moments, 25 M values in 16 ms (Paddle's own with clipping 144)
 linear, lora_linear: with kernels.bf16, products in bfloat16 (vdpbf16ps) of tensors that are converted and packed inside, LoRA's
 in one with the base's; else Paddle's own.
 
-linear_cross_entropy: on blocks of the head whose logits stay in the cache, by Paddle's products or, with kernels.bf16, ours. Of 2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98 of them its
-gradient), 71 with a frozen one, however it is stored.
+linear_cross_entropy: on blocks of the head whose logits stay in the cache, by Paddle's products or, with kernels.bf16, ours. Of
+2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98 of them its gradient), 71 with
+a frozen one, however it is stored.
 
 quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more; act order and a8w8
 are the reference's.
@@ -22,11 +22,7 @@ attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, a
 and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
 """
 
-import hashlib
 import os
-import shutil
-import sys
-import tempfile
 import types
 from pathlib import Path
 
@@ -35,7 +31,7 @@ from paddle import _C_ops
 from paddle.autograd import PyLayer
 
 import kernels
-from kernels import reference
+from kernels import build, reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
@@ -54,11 +50,7 @@ def missing(op):
     if op not in OF_EXTENSION:
         return None
     if _state is None:
-        try:
-            _load()
-            _state = True
-        except (OSError, RuntimeError, ImportError) as error:
-            _state = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        _state = build.attempt(_load)
     if _state is not True:
         return _state
     if op == "bf16" and not _has_bfloat16():
@@ -72,50 +64,10 @@ def _has_bfloat16():
 
 
 def _load():
-    """Load the built ops from the cache, or build them into it; several processes that start at once build them once."""
-    import fcntl  # not on every system
-
-    name, compiler = "kernels_cpu", os.environ.get("CXX", "g++")
-    sources = sorted(SOURCES.iterdir())
-    digest = hashlib.sha256(" ".join([paddle.__version__, sys.version, compiler, *FLAGS]).encode())
-    for source in sources:
-        digest.update(source.name.encode() + source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-kernels"
-    folder = cache / digest.hexdigest()[:16]
-    library = folder / name / f"{name}.so"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f"{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            if shutil.which(compiler) is None:
-                raise OSError(f"no C++ compiler: there is no {compiler}")
-            print("kernels: building the C++ ops for this processor, about half a minute, once …", flush=True)
-            for half_done in cache.glob(f"{folder.name}.*.building"):  # whoever made it was killed, or failed
-                shutil.rmtree(half_done, ignore_errors=True)
-            building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".building", dir=cache))
-            _build(name, [str(s) for s in sources if s.suffix == ".cc"], building)
-            building.rename(folder)  # a new name each time: a compiler that outlived its killed parent harms nobody
-            return  # building has loaded it
-    paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(library))
-
-
-def _build(name, sources, folder):
-    """Compile into folder/name/name.so; what the compiler and Paddle say goes to folder/build.log."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with open(folder / "build.log", "w") as log:
-        kept = [os.dup(1), os.dup(2)]
-        for stream in (1, 2):  # not only Python's: a process of its own compiles
-            os.dup2(log.fileno(), stream)
-        try:
-            paddle.utils.cpp_extension.load(name=name, sources=sources, extra_cxx_cflags=FLAGS, extra_ldflags=["-pthread"],
-                                            build_directory=str(folder))  # fmt: skip
-        except (RuntimeError, OSError) as error:
-            raise OSError(f"building the C++ ops failed, see {folder / 'build.log'}") from error
-        finally:
-            for stream, before in zip((1, 2), kept):
-                os.dup2(before, stream)
-                os.close(before)
+    build.load(
+        "kernels_cpu", SOURCES, ".cc", os.environ.get("CXX", "g++"), "C++",
+        "building the C++ ops for this processor, about half a minute", extra_cxx_cflags=FLAGS, extra_ldflags=["-pthread"],
+    )  # fmt: skip
 
 
 def peak(memory, what):
