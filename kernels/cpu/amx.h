@@ -52,12 +52,12 @@ static inline bool amx_int8_ready() {
 #pragma GCC target("amx-tile,amx-bf16,amx-int8")
 
 // Tiles 0 … 3 are C (2 * row of tiles + column of tiles), 4 and 5 A, 6 and 7 B; a size of 0 leaves its tiles unused.
-struct TileShape {
+struct AmxShape {
   long rows[2], columns[2];
-  bool operator!=(const TileShape& o) const { return rows[0] != o.rows[0] || rows[1] != o.rows[1] || columns[0] != o.columns[0] || columns[1] != o.columns[1]; }
+  bool operator!=(const AmxShape& o) const { return rows[0] != o.rows[0] || rows[1] != o.rows[1] || columns[0] != o.columns[0] || columns[1] != o.columns[1]; }
 };
 
-static inline void amx_configure(const TileShape& shape) {
+static inline void amx_configure(const AmxShape& shape) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};  // of a tile's row
@@ -75,15 +75,15 @@ static inline void amx_configure(const TileShape& shape) {
   _tile_loadconfig(&tiles);
 }
 
-enum class Words { bf16, int8 };
+enum class AmxWords { bf16, int8 };
 
 #define AMX_DOT(c, a, b)                                                                           \
   {                                                                                                \
-    if constexpr (WORDS == Words::bf16) { _tile_dpbf16ps(c, a, b); } else { _tile_dpbssd(c, a, b); } \
+    if constexpr (WORDS == AmxWords::bf16) { _tile_dpbf16ps(c, a, b); } else { _tile_dpbssd(c, a, b); } \
   }
 
 // Up to 32 x 32 of C; the last, incomplete 16 rows of B lie in `last`.
-template <Words WORDS, bool TALL, bool BROAD>
+template <AmxWords WORDS, bool TALL, bool BROAD>
 static inline void amx_block(long words, const uint32_t* A, long a_stride, const uint32_t* B, const uint32_t* last, uint32_t* C, long ldc, bool add) {
   if (add) {
     _tile_loadd(0, C, 4 * ldc);
@@ -118,16 +118,16 @@ static inline void amx_block(long words, const uint32_t* A, long a_stride, const
 }
 #undef AMX_DOT
 
-template <Words WORDS>
+template <AmxWords WORDS>
 static inline void amx_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, uint32_t* C, long ldc, long N, bool add) {
   if (M < 1 || N < 1) return;
   alignas(64) uint32_t last[16 * 64] = {};
   std::copy(B + words / 16 * 16 * 64, B + words * 64, last);
-  TileShape now = {};
+  AmxShape now = {};
   for (long n = 0; n < N; n += 32)  // B's half panel stays in the first cache while A's rows pass
     for (long m = 0; m < M; m += 32) {
       const auto part = [](long left) { return std::min(16L, std::max(0L, left)); };
-      const TileShape shape = {{part(M - m), part(M - m - 16)}, {part(N - n), part(N - n - 16)}};
+      const AmxShape shape = {{part(M - m), part(M - m - 16)}, {part(N - n), part(N - n - 16)}};
       if (shape != now) amx_configure(now = shape);
       const auto block = shape.rows[1] ? (shape.columns[1] ? amx_block<WORDS, true, true> : amx_block<WORDS, true, false>)
                                        : (shape.columns[1] ? amx_block<WORDS, false, true> : amx_block<WORDS, false, false>);
@@ -139,10 +139,10 @@ static inline void amx_tiles(long M, long words, const uint32_t* A, long a_strid
 // C[M, N <= 64] (+)= A B of bfloat16 pairs. Denormal numbers count as zero. The tiles are configured and released here, since
 // others in the process use them too.
 static inline void amx_bf16_tiles(long M, long pairs, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc, long N, bool add) {
-  amx_tiles<Words::bf16>(M, pairs, A, a_stride, B, (uint32_t*)C, ldc, N, add);
+  amx_tiles<AmxWords::bf16>(M, pairs, A, a_stride, B, (uint32_t*)C, ldc, N, add);
 }
 // The same of int8 quads, both signed, into int32: exact (modulo 2^32).
 static inline void amx_int8_tiles(long M, long quads, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, long N, bool add) {
-  amx_tiles<Words::int8>(M, quads, A, a_stride, B, (uint32_t*)C, ldc, N, add);
+  amx_tiles<AmxWords::int8>(M, quads, A, a_stride, B, (uint32_t*)C, ldc, N, add);
 }
 #pragma GCC pop_options

@@ -19,6 +19,7 @@ class Pool {
     static Pool* pool = new Pool();  // never destroyed: its threads sleep when the process ends
     return *pool;
   }
+  int threads() const { return want_; }
   void parallel(long n, const std::function<void(long)>& task) {
     std::unique_lock<std::mutex> one(calls_, std::try_to_lock);
     // A call from within a task, from another thread, or in a forked child, which has no workers, runs by itself.
@@ -86,3 +87,4 @@ class Pool {
 };
 
 static inline void parallel(long n, const std::function<void(long)>& task) { Pool::get().parallel(n, task); }
+static inline int threads() { return Pool::get().threads(); }  // integer sums alone may be split by this: float ones by shapes
