@@ -10,8 +10,8 @@ moments instead of a dozen; on 1.6 M values 3.3 ms instead of 6.4 (two cores of 
 linear, linear_cross_entropy: with kernels.bf16, products in bfloat16 (vdpbf16ps) of float32 tensors that are converted and
 packed inside; else Paddle's own.
 
-quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more; act order is the
-reference's. a8w8: int8 products by AMX, AVX512-VNNI or pmaddwd, sums exact; W is read as it is stored, no copy is kept.
+quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more. a8w8: products of int8
+by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored, no packed copy is kept.
 
 attention: tiles of 72 queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v, the output
 and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
@@ -239,16 +239,13 @@ class _Bf16CrossEntropy(PyLayer):
 def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
     if scheme == "a8w8":
         return _int8_linear(x, qweight, scales, bias, input_scale)
-    n_in, (groups, n_out) = x.shape[-1], scales.shape
-    layout = g_index is None and qzeros is not None and n_in % groups == 0 and n_out % 16 == 0
-    if not (layout and n_in // groups % (32 // int(scheme[1:])) == 0 and _plain(x, scales)):
+    floats = [t for t in (x, scales, bias) if t is not None]
+    n_in, bits = x.shape[-1], int(scheme[1:])
+    if not _plain(*floats):
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
-    how = scales, qzeros, int(scheme[1:]), n_in // groups
     if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # faster as one product with floats
-        return linear(x, _C_ops._run_custom_op("cpu_dequantize", qweight, *how)[0], bias)
-    y = _C_ops._run_custom_op("cpu_quant_linear", x.reshape([-1, n_in]).contiguous(), qweight, *how)[0]
-    y = y.reshape([*x.shape[:-1], n_out])
-    return y if bias is None else y + bias
+        return linear(x, _C_ops._run_custom_op("cpu_dequantize", qweight, scales, qzeros, g_index, bits, -1)[0], bias)
+    return _C_ops._run_custom_op("cpu_quant_linear", x.contiguous(), qweight, scales, qzeros, g_index, bias, bits, -1)[0]
 
 
 def _int8_linear(x, weight, scales, bias, input_scale):
