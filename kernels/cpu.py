@@ -241,7 +241,7 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
         return _int8_linear(x, qweight, scales, bias, input_scale)
     floats = [t for t in (x, scales, bias) if t is not None]
     n_in, bits = x.shape[-1], int(scheme[1:])
-    if not _plain(*floats):
+    if not _plain(*floats) or qweight.shape[1] < 4:
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
     if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # faster as one product with floats
         return linear(x, _C_ops._run_custom_op("cpu_dequantize", qweight, scales, qzeros, g_index, bits, -1)[0], bias)

@@ -115,6 +115,16 @@ def draw_packed(bits, n_in, n_out, kind):
     return [paddle.to_tensor(a) for a in arrays], (codes - zeros[g_index]) * scales[g_index], (codes - 2 ** (bits - 1)) * scales[g_index]
 
 
+@pytest.mark.parametrize("n_out", [1, 3, 5, 18, 33, 131])
+def test_widths_that_are_no_whole_words_without_zeros(n_out):
+    """No folder has them, as QuantLinear refuses, but the op takes them."""
+    (qweight, scales, _, _), _, weight = draw_packed(4, 80, n_out + -n_out % 8, "one")
+    x = np.random.default_rng(0).standard_normal((5, 80)).astype(np.float32)
+    with paddle.no_grad():
+        found = kernels.quant_linear(tensor(x), qweight[:, :n_out].contiguous(), scales[:, :n_out].contiguous(), scheme="w4")
+    assert np.abs(found.numpy() - x @ weight[:, :n_out]).max() < 1e-4
+
+
 @pytest.mark.skipif(kernels._missing("cpu", "quant_linear") is not None, reason="no C++ ops")
 @pytest.mark.parametrize("instructions", [0, 1, 2, -1])
 @pytest.mark.parametrize("kind", ["runs", "one", "odd", "short", "words", "shuffled"])

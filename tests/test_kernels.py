@@ -598,7 +598,11 @@ x = [paddle.to_tensor(np.random.default_rng(i).standard_normal(s).astype("float3
 y = kernels.attention(*x[:3])
 z = kernels.linear(*x[3:])
 (y.sum() + (z * z).sum()).backward()
-print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z] + [t.grad for t in x])).hexdigest()))
+draw = lambda low, high, shape, dtype: paddle.to_tensor(np.random.default_rng(9).integers(low, high, shape).astype(dtype))
+rows, scales = x[3].detach()[:20], paddle.ones([1, 300])
+q = [kernels.quant_linear(rows, draw(-128, 128, (520, 300), "int8"), scales[0], scheme="a8w8"),
+     kernels.quant_linear(rows, draw(-2**31, 2**31, (65, 300), "int32"), scales, scheme="w4")]
+print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z, *q] + [t.grad for t in x])).hexdigest()))
 """
 
 

@@ -34,9 +34,9 @@ constexpr long COLUMNS = 128;  // of a task
 static Packed packed(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index, int bits) {
   const Packed w{codes.shape()[0] * (32 / bits), codes.shape()[1], scales.shape()[0], bits, codes.data<int>(), scales.data<float>(),
                  qzeros ? qzeros->data<int>() : nullptr, g_index ? g_index->data<int>() : nullptr};
-  PD_CHECK((bits == 4 || bits == 8) && w.out % (32 / bits) == 0, "4 or 8 bits, whole words of columns");
+  PD_CHECK((bits == 4 || bits == 8) && w.out >= 4, "4 or 8 bits, at least four columns");
   PD_CHECK(w.index || w.in % w.groups == 0, "groups of unequal length need g_index");
-  PD_CHECK(!qzeros || qzeros->numel() == w.groups * w.out / (32 / bits), "sizes of scales and qzeros differ");
+  PD_CHECK(!qzeros || qzeros->numel() * (32 / bits) == w.groups * w.out, "sizes of scales and qzeros differ");
   for (long i = 0; w.index && i < w.in; i++) PD_CHECK(w.index[i] >= 0 && w.index[i] < w.groups, "g_index names a group that is not there");
   return w;
 }

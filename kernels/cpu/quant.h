@@ -60,7 +60,11 @@ static void tile_of_runs(const Columns& t, long column) {
     for (long word = t.runs[r].from; word < t.runs[r].to; word++) {
       vi packed[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) std::memcpy(&packed[n], w.codes + word * w.out + column + n * VL, sizeof(vi));
+      for (int n = 0; n < N; n++) {
+        const int* at = w.codes + word * w.out + column + n * VL;
+        std::memcpy(&packed[n], at, sizeof(vi));
+        __builtin_prefetch(at + 4 * w.out);  // the processor does not guess across pages
+      }
       for (long j = 0; j < per_word; j++) {
         const float* row = t.x + word * per_word + j;
 #pragma GCC unroll 4
