@@ -243,9 +243,10 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     n_in, bits = x.shape[-1], int(scheme[1:])
     if not _plain(*floats) or qweight.shape[1] < 4:
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
+    packed = qweight, scales, qzeros, g_index
     if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # faster as one product with floats
-        return linear(x, _C_ops._run_custom_op("cpu_dequantize", qweight, scales, qzeros, g_index, bits, -1)[0], bias)
-    return _C_ops._run_custom_op("cpu_quant_linear", x.contiguous(), qweight, scales, qzeros, g_index, bias, bits, -1)[0]
+        return linear(x, _C_ops._run_custom_op("cpu_dequantize", *packed, bits, -1)[0], bias)
+    return _C_ops._run_custom_op("cpu_quant_linear", x.contiguous(), *packed, bias, bits, -1)[0]
 
 
 def _int8_linear(x, weight, scales, bias, input_scale):
