@@ -15,8 +15,8 @@ linear_cross_entropy: on blocks of the head whose logits stay in the cache, by P
 2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98 of them its gradient), 71 with
 a frozen one, however it is stored.
 
-quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more; act order and a8w8
-are the reference's.
+quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more. a8w8: products of int8
+by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored, no packed copy is kept.
 
 attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v, the output
 and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
@@ -170,16 +170,23 @@ class _Bf16LoRA(PyLayer):
 
 
 def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
-    n_in, (groups, n_out) = x.shape[-1], scales.shape if scales.ndim == 2 else (0, 0)
-    layout = scheme != "a8w8" and g_index is None and qzeros is not None and n_in % groups == 0 and n_out % 16 == 0
-    if not (layout and n_in // groups % (32 // int(scheme[1:])) == 0 and _plain(x, scales)):
+    if scheme == "a8w8":
+        return _int8_linear(x, qweight, scales, bias, input_scale)
+    floats = [t for t in (x, scales, bias) if t is not None]
+    n_in, bits = x.shape[-1], int(scheme[1:])
+    if not _plain(*floats) or qweight.shape[1] < 4:
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
-    how = scales, qzeros, int(scheme[1:]), n_in // groups
+    packed = qweight, scales, qzeros, g_index
     if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # faster as one product with floats
-        return linear(x, _C_ops._run_custom_op("cpu_dequantize", qweight, *how)[0], bias)
-    y = _C_ops._run_custom_op("cpu_quant_linear", x.reshape([-1, n_in]).contiguous(), qweight, *how)[0]
-    y = y.reshape([*x.shape[:-1], n_out])
-    return y if bias is None else y + bias
+        return linear(x, _C_ops._run_custom_op("cpu_dequantize", *packed, bits, -1)[0], bias)
+    return _C_ops._run_custom_op("cpu_quant_linear", x.contiguous(), *packed, bias, bits, -1)[0]
+
+
+def _int8_linear(x, weight, scales, bias, input_scale):
+    floats = [t for t in (x, scales, bias, input_scale) if t is not None]
+    if not _plain(*floats) or weight.shape[0] >= 1 << 17:  # more products may not fit in 32 bits
+        return reference.quant_linear(x, weight, scales, bias, "a8w8", input_scale=input_scale)
+    return _C_ops._run_custom_op("cpu_int8_linear", x.contiguous(), weight, scales, bias, input_scale, -1)[0]
 
 
 # ---------------------------------------------------------------------------------------------- attention

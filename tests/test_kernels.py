@@ -1313,7 +1313,11 @@ l = [kernels.linear_cross_entropy(e, w, labels, True) for w in (table, table.det
 (y.sum() + (z * z).sum() + n.sum() + l[0].sum() + l[1].sum()).backward()
 norm = kernels.squared_norm(table.grad)
 kernels.adamw(table, table.grad, paddle.zeros_like(table), paddle.zeros_like(table), 1, 0.1, 0.9, 0.99, 1e-8, 0.1)
-print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z, n, *l, norm, table] + [t.grad for t in x])).hexdigest()))
+draw = lambda low, high, shape, dtype: paddle.to_tensor(np.random.default_rng(9).integers(low, high, shape).astype(dtype))
+rows, scales = x[3].detach()[:20], paddle.ones([1, 300])
+q = [kernels.quant_linear(rows, draw(-128, 128, (520, 300), "int8"), scales[0], scheme="a8w8"),
+     kernels.quant_linear(rows, draw(-2**31, 2**31, (65, 300), "int32"), scales, scheme="w4")]
+print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z, n, *l, *q, norm, table] + [t.grad for t in x])).hexdigest()))
 """
 
 
