@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+#include "amx.h"
 #include "op.h"
 #include "threads.h"
 

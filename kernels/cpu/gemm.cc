@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+#include "amx.h"
 #include "op.h"
 #include "threads.h"
 

@@ -1,8 +1,8 @@
 // Products of matrices in bfloat16 with float32 sums: packing, tiles and the loops over blocks; see gemm.cc.
 //
 // Both operands are packed as words of two bfloat16, (k, k + 1) of the inner dimension: A into rows, B into panels of 64 columns.
-// A tile of C is 6 x 64 in registers (vdpbf16ps). Each block of C is made by one thread, its sums in order of k: the same bits
-// whatever the number of threads. Included once, under the target pragma and in the namespace of gemm.cc.
+// A tile of C is 6 x 64 in registers (vdpbf16ps), or 32 x 32 in AMX tiles. Each block of C is made by one thread, its sums in order of k: the same bits
+// whatever the number of threads. Included after amx.h, under a target pragma and in a namespace.
 
 constexpr long NR = 64, MR = 6;            // columns of a panel; rows of a tile
 constexpr long MC = 96, GROUP = 8;         // rows and panels of a block of C: it stays in the second-level cache (192 KB)
@@ -143,9 +143,11 @@ static void tiles_of(long M, long count, const uint32_t* A, long a_stride, const
   for (; m + 2 <= M; m += 2) half_tile<2, V>(count, A + m * a_stride, a_stride, B, C + m * ldc, ldc, N, add);
   if (m < M) half_tile<1, V>(count, A + m * a_stride, a_stride, B, C + m * ldc, ldc, N, add);
 }
-// C (M, N) (+)= A B for M rows of packed A and one panel of packed B, N <= 64.
+// C (M, N) (+)= A B for M <= 96 rows of packed A and one panel of packed B, N <= 64.
 static void tiles(long M, long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc, long N, bool add) {
-  if (N <= 16)
+  if (amx_bf16_ready())
+    amx_bf16_tiles(M, count, A, a_stride, B, C, ldc, N, add);
+  else if (N <= 16)
     tiles_of<1>(M, count, A, a_stride, B, C, ldc, N, add);
   else if (N <= 32)
     tiles_of<2>(M, count, A, a_stride, B, C, ldc, N, add);
