@@ -173,7 +173,7 @@ def use(choice):
 
 
 def _prepare_cpu():
-    """Three settings of the process, without which Paddle's own CPU operators run several times slower than they can.
+    """Four settings of the process, without which Paddle's own CPU operators run several times slower than they can.
 
     Threads: Paddle starts with one for matmul; take one for each core that this process may run on.
 
@@ -181,10 +181,17 @@ def _prepare_cpu():
     to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
     takes its slowest path unless the vendor is Intel; named the instruction set, a float32 matmul of 1024^3 took 232
     GFLOP/s instead of 45. Both seen on two cores of an EPYC with AVX-512.
+
+    OpenMP: MKL's threads wait busily for 0.2 s after each of its products, on the cores that our C++ could use; told to
+    sleep at once, LoRA on 134 M parameters in bfloat16 made 1,090 tokens/s instead of 950, in float32 nothing changed.
     """
     if not sys.platform.startswith("linux"):
         return
     paddle.base.core.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        ctypes.CDLL("libiomp5.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW).kmp_set_blocktime(0)
+    except OSError:  # a Paddle without it
+        pass
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3

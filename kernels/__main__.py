@@ -119,6 +119,15 @@ def linear(M=2048, K=768, N=2048, kind="float32", frozen=False):
     yield from timed(shape, kind, kernels.linear, inputs, parts, frozen=[1] if frozen else [])
 
 
+def lora_linear(M=2048, K=768, N=2048, R=8, kind="float32"):
+    base, adapter = 2.0 * M * K * N, 2.0 * M * R * (K + N)
+    weight = values(K, N) * K**-0.5
+    function = lambda x, a, b: kernels.lora_linear(x, weight, a, b, 2.0)  # noqa: E731
+    parts = {"forward": (base + adapter, None), "backward": (base + 2 * adapter, [0, 1, 2])}
+    inputs = [values(M, K), values(K, R), values(R, N)]
+    yield from timed(f"{M} x {K} x {N}, rank {R}", kind, function, inputs, parts)
+
+
 def quant_linear(rows=1, n_in=4096, n_out=4096, group=128):
     for bits in (4, 8):
         codes = paddle.randint(-(2**31), 2**31 - 1, [n_in * bits // 32, n_out], "int64").astype("int32")
@@ -205,6 +214,7 @@ CASES = {  # op -> its cases; every op of kernels.OPS
     "geglu": geglu,
     "embedding": embedding,
     "linear": linear,
+    "lora_linear": lora_linear,
     "quant_linear": quant_linear,
     "attention": attention,
     "paged_attention": paged_attention,
@@ -216,6 +226,8 @@ CASES = {  # op -> its cases; every op of kernels.OPS
 }
 IN_BFLOAT16 = {  # again, with products in bfloat16
     "linear": [linear, functools.partial(linear, frozen=True)],
+    "lora_linear": [lora_linear],
+    "attention": [attention],
     "linear_cross_entropy": [linear_cross_entropy],
 }
 

@@ -1,6 +1,6 @@
 """Ops for which Paddle's CPU operators are slow: our own C++ (kernels/cpu/*.cc), or another of Paddle's operators.
 
-The C++ is built on first use (build.py); it holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a compiler
+The C++ is built on first use (_build.py); it holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a compiler
 the ops that need it are not there (see missing()), and the reference runs instead.
 
 rms_norm and layer_norm with their residual, rope, swiglu, geglu: one pass forward, one backward, at the speed of memory (both
@@ -31,7 +31,7 @@ from paddle import _C_ops
 from paddle.autograd import PyLayer
 
 import kernels
-from kernels import build, reference
+from kernels import _build, reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
@@ -50,7 +50,7 @@ def missing(op):
     if op not in OF_EXTENSION:
         return None
     if _state is None:
-        _state = build.attempt(_load)
+        _state = _build.attempt(_load)
     if _state is not True:
         return _state
     if op == "bf16" and not _has_bfloat16():
@@ -64,7 +64,7 @@ def _has_bfloat16():
 
 
 def _load():
-    build.load(
+    _build.load(
         "kernels_cpu", SOURCES, ".cc", os.environ.get("CXX", "g++"), "C++",
         "building the C++ ops for this processor, about half a minute", extra_cxx_cflags=FLAGS, extra_ldflags=["-pthread"],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: Paddle's own fused operators first, our CUDA (kernels/cuda) for what they lack, built on first use (build.py).
+"""NVIDIA GPUs: Paddle's own fused operators first, our CUDA (kernels/cuda) for what they lack, built on first use (_build.py).
 
 Paddle's: attention (flashmask_attention), rms_norm (fused_rms_norm), rope (fused_rotary_position_embedding), swiglu, adamw
 (adamw_; master weights are the trainer's matter). Ours: rms_norm with residual, as the gradient of Paddle's has no place for
@@ -28,7 +28,7 @@ from paddle.autograd import PyLayer
 from paddle.incubate.nn import functional as fused
 
 import kernels
-from kernels import build, reference, to_tensor
+from kernels import _build, reference, to_tensor
 
 SOURCES = Path(__file__).with_name("cuda")
 OF_PADDLE = {  # Paddle's GPU kernels that an op needs, forward and backward
@@ -74,12 +74,12 @@ def _capability():
 def _own_missing():
     global _state
     if _state is None:
-        _state = build.attempt(_load)
+        _state = _build.attempt(_load)
     return None if _state is True else _state
 
 
 def _load():
-    build.load(
+    _build.load(
         "kernels_gpu", SOURCES, ".cu", "nvcc", "CUDA", "building the CUDA ops for this GPU, about a minute",
         extra_cuda_cflags=["-O3", "-std=c++17", f"-arch=sm_{_capability()}"],
     )  # fmt: skip

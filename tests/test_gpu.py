@@ -615,7 +615,7 @@ def test_without_nvcc_the_reference_runs(monkeypatch, tmp_path):
 
 def test_a_build_that_fails_names_its_log(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels.build.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(kernels._build.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu, "_capability", lambda: 90)
     monkeypatch.setattr(gpu, "_state", None)
     seen = {}

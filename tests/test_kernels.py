@@ -271,7 +271,7 @@ def test_every_kernel_gives_the_same_bits_with_one_thread_and_with_all(run_pytho
 
 def test_products_in_bfloat16_are_what_is_measured(monkeypatch):
     seen = []
-    monkeypatch.setitem(kernels._table, "linear", (lambda x, weight, bias=None: seen.append(kernels.bf16) or x @ weight, "spy", ""))
+    monkeypatch.setitem(kernels._table, "linear", (lambda x, weight, bias=None, residual=None: seen.append(kernels.bf16) or x @ weight, "spy", ""))
     for kind in ("float32", "bfloat16"):
         for case in table.linear(40, 32, 33, kind):
             case.run()
