@@ -469,11 +469,6 @@ class PagedRunner:
         shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
         self.keys = [paddle.zeros(shape) for _ in range(c.num_hidden_layers)]
         self.values = [paddle.zeros(shape) for _ in range(c.num_hidden_layers)]
-        # The same memory as rows of tokens: scatter_ writes in place, whatever the size of the pool.
-        self.key_rows, self.value_rows = (
-            [t.reshape([-1, *shape[2:]]) for t in pool] for pool in (self.keys, self.values)
-        )
-        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(self.keys, self.key_rows)), "a reshape has copied"
         self.slices = []
         self.adapters = self._load_adapters(adapters or {})
         self.slots = self.tables = self.query_lengths = self.context_lengths = None  # of the step being computed
@@ -531,6 +526,8 @@ class PagedRunner:
             ids += chunk.sequence.tokens[chunk.start : end]
             blocks = chunk.sequence.blocks[: -(-end // size)]
             self.tables[row, : len(blocks)] = blocks
+        for array in (self.tables, self.query_lengths, self.context_lengths):
+            array.flags.writeable = False  # so that the layers after the first know them again
         rows = np.repeat(np.arange(len(chunks)), counts)
         firsts = np.repeat(self.query_lengths.cumsum() - counts, counts)
         positions = np.arange(len(ids)) - firsts + starts[rows]
@@ -547,8 +544,7 @@ class PagedRunner:
 
     def attend(self, layer, q, k, v):
         """q (1, N, H, Dh), k and v (1, N, K, Dh) -> (1, N, H, Dh): keeps k and v, then reads the sequences' blocks."""
-        paddle.scatter_(self.key_rows[layer], self.slots, k[0])
-        paddle.scatter_(self.value_rows[layer], self.slots, v[0])
+        kernels.write_cache(k[0], v[0], self.keys[layer], self.values[layer], self.slots)
         out = kernels.paged_attention(
             q[0], self.keys[layer], self.values[layer], self.tables, self.query_lengths, self.context_lengths
         )
@@ -562,8 +558,7 @@ class PagedRunner:
         at = np.arange(start, prefix.tokens)
         slots = kernels.to_tensor(np.array(sequence.blocks)[at // size] * size + at % size)
         for layer in range(prefix.layers):
-            paddle.scatter_(self.key_rows[layer], slots, table[:, layer, 0].contiguous())
-            paddle.scatter_(self.value_rows[layer], slots, table[:, layer, 1].contiguous())
+            kernels.write_cache(table[:, layer, 0], table[:, layer, 1], self.keys[layer], self.values[layer], slots)
 
     def release(self, sequence):
         """Nothing is kept by sequence: the blocks are the engine's."""
