@@ -440,7 +440,10 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
 
 
 def _put(cache, slots, x):
-    """cache (blocks, block_size, …), x (N, …): row slots[i] becomes x[i]. scatter_ writes in place, whatever the pool's size."""
+    """cache (blocks, block_size, …), x (N, …): row slots[i] becomes x[i], in place, whatever the pool's size."""
     rows = cache.reshape([-1, *cache.shape[2:]])
     assert rows.data_ptr() == cache.data_ptr(), "a reshape has copied"
-    paddle.scatter_(rows, slots, x)
+    if x.dtype == paddle.int8:
+        paddle.index_put_(rows, (slots,), x)  # scatter_ has no int8 on the CPU
+    else:
+        paddle.scatter_(rows, slots, x)
