@@ -38,6 +38,7 @@ OPS = (
     "attention",
     "paged_attention",
     "write_cache",
+    "sample",
     "linear_cross_entropy",
     "adamw",
 )
@@ -276,6 +277,16 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
     caches take round(x * 127 / most) and the scale most / 127, most being the largest absolute value of a token's head.
     """
     _run("write_cache", k, v, k_cache, v_cache, slots, k_scales, v_scales)
+
+
+def sample(logits, temperature, top_k, top_p, uniform):
+    """Choose an id of each row: model.sample says how; here the random number is given, and rows differ in their ways.
+
+    logits (S, V) float32 tensor; per row, as numpy (S,): temperature (0: the likeliest, the first of equals), top_k (0: all),
+    top_p, and uniform in [0, 1), what numpy's Generator.choice would draw -> (S,) int64 tensor, -1 for a row with NaN
+    or whose largest logit is infinite.
+    """
+    return _run("sample", logits, temperature, top_k, top_p, uniform)
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):

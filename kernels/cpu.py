@@ -18,6 +18,8 @@ and one float a query are kept for backward. Sums are in an order that depends o
 
 paged_attention, write_cache: blocks of the pool are read and written where they lie, int8 ones rounded and widened in
 registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows.
+
+sample: float64 as the oracle, sorting only what can be among the likeliest that make up top_p.
 """
 
 import hashlib
@@ -38,7 +40,7 @@ from kernels import reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = "attention paged_attention write_cache rms_norm rope swiglu quant_linear bf16".split()  # what needs it: ops, products in bfloat16
+OF_EXTENSION = "attention paged_attention write_cache sample rms_norm rope swiglu quant_linear bf16".split()  # what needs it: ops, products in bfloat16
 
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
@@ -261,6 +263,13 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
     _C_ops._run_custom_op(
         "cpu_write_cache", k.contiguous(), v.contiguous(), k_cache, v_cache, slots, k_scales, v_scales, -1
     )
+
+
+def sample(logits, temperature, top_k, top_p, uniform):
+    if not _plain(logits):
+        return reference.sample(logits, temperature, top_k, top_p, uniform)
+    how = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
+    return _C_ops._run_custom_op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), how, -1)[0]
 
 
 # ------------------------------------------------------------------------------------- norm, rotation, gate

@@ -447,3 +447,33 @@ def _put(cache, slots, x):
         paddle.index_put_(rows, (slots,), x)  # scatter_ has no int8 on the CPU
     else:
         paddle.scatter_(rows, slots, x)
+
+
+# ------------------------------------------------------------------------------------------------- sample
+
+
+def sample(logits, temperature, top_k, top_p, uniform):
+    import model  # which imports this package
+
+    rows = logits.astype("float32").numpy()
+    found, finite = rows.argmax(-1), np.isfinite(rows.max(-1))
+    found[~finite] = -1
+    for s in np.flatnonzero(finite & (np.asarray(temperature) > 0)):
+        row, ids = rows[s : s + 1], None
+        if 0 < top_k[s] < row.shape[1]:  # only the candidates need be looked at, in the order of their ids
+            ids = np.flatnonzero(row[0] >= np.partition(row[0], -top_k[s])[-top_k[s]])
+            row = row[:, ids]
+        (at,) = model.sample(row, temperature[s], 0, top_p[s], _Drawn(uniform[s]))
+        found[s] = at if ids is None else ids[at]
+    return to_tensor(found.astype(np.int64))
+
+
+class _Drawn:
+    """numpy's Generator.choice for a uniform number that has been drawn already."""
+
+    def __init__(self, uniform):
+        self.uniform = uniform
+
+    def choice(self, n, p):
+        cumulated = p.cumsum()
+        return (cumulated / cumulated[-1]).searchsorted(self.uniform, side="right")

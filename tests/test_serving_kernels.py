@@ -224,6 +224,60 @@ def test_few_rows_are_left_to_others_where_a_gradient_is_wanted_or_the_rows_are_
         assert cpu._few_rows(x.astype("float64"), w, None) is None
 
 
+# ==================================================================================================== sampling
+
+
+def drawn(logits, temperature, top_k, top_p, seeds):
+    """model.sample of each row with a generator of its own; and the uniform numbers that those generators give."""
+    rows = zip(logits, temperature, top_k, top_p, seeds)
+    ids = [M.sample(x[None], t, k, p, np.random.default_rng(seed))[0] if t else x.argmax() for x, t, k, p, seed in rows]
+    return np.array(ids), np.array([np.random.default_rng(seed).random() for seed in seeds])
+
+
+@on_each
+@pytest.mark.parametrize("S, V", [(1, 1), (40, 5), (60, 123), (30, 4096), (3, 32000)])
+@pytest.mark.parametrize("kind", ["spread", "flat", "ties", "banned"])
+def test_sample_draws_what_the_oracle_draws(backend, S, V, kind):
+    g = np.random.default_rng([S, V])
+    logits = g.standard_normal((S, V)).astype(np.float32) * {"spread": 4, "flat": 0.01, "ties": 2, "banned": 3}[kind]
+    if kind == "ties":
+        logits = logits.round()
+    if kind == "banned":
+        logits[:, ::3] = -np.inf
+        logits[:, V // 2] = 0
+    temperature = g.choice([0.0, 0.3, 0.95, 1.0, 2.5], S)
+    top_k, top_p = g.choice([0, 1, 7, 40, V, V + 3], S), g.choice([1e-6, 0.2, 0.7, 0.95, 1.0], S)
+    expected, uniform = drawn(logits, temperature, top_k, top_p, range(100, 100 + S))
+    with kernels.use(f"sample={backend}"):
+        found = kernels.sample(paddle.to_tensor(logits), temperature, top_k, top_p, uniform)
+    assert found.dtype == paddle.int64 and found.numpy().tolist() == expected.tolist()
+    if backend == "cpu":
+        how = kernels.to_tensor(np.array([temperature, top_p, uniform]))
+        for which in (0, 1):
+            again = cpu._C_ops._run_custom_op("cpu_sample", paddle.to_tensor(logits), kernels.to_tensor(top_k.astype(np.int64)), how, which)[0]
+            assert again.numpy().tolist() == expected.tolist()
+
+
+@on_each
+def test_sample_where_masses_meet_top_p_exactly(backend):
+    """Four ids of a quarter each and top_p of a half: two are kept, and a uniform number on an edge takes the next."""
+    logits = paddle.to_tensor(np.array([[1, 0, 1, 1, 1]] * 5, np.float32) * 1e4)
+    uniform = np.array([0.0, 0.49999, 0.5, 0.75, 0.99999])
+    with kernels.use(f"sample={backend}"):
+        for top_p, expected in ((0.5, [0, 0, 2, 2, 2]), (0.25, [0] * 5), (1.0, [0, 2, 3, 4, 4])):
+            assert kernels.sample(logits, np.ones(5), np.zeros(5, int), np.full(5, top_p), uniform).tolist() == expected
+
+
+@on_each
+def test_sample_reports_rows_that_are_not_finite(backend):
+    rows = random((5, 50))
+    rows[0, 3], rows[1, 49], rows[2], rows[3, 7] = np.nan, np.inf, -np.inf, -np.inf
+    for temperature in (0.0, 1.0):
+        with kernels.use(f"sample={backend}"):
+            found = kernels.sample(paddle.to_tensor(rows), np.full(5, temperature), np.zeros(5, int), np.full(5, 0.9), np.full(5, 0.5))
+        assert (found.numpy() < 0).tolist() == [True, True, True, False, False]
+
+
 # ================================================================================================== determinism
 
 BITS = """
@@ -237,6 +291,7 @@ n = lambda *s: paddle.to_tensor(g.standard_normal(s).astype("float32"))
 tables = np.arange(300, dtype=np.int32).reshape(3, 100)
 with paddle.no_grad():
     found = [kernels.paged_attention(n(80, 8, 64), n(300, 16, 2, 64), n(300, 16, 2, 64), tables, np.array([1, 78, 1]), np.array([1600, 500, 3]))]
+    found += [kernels.sample(n(16, 4096), np.full(16, 0.8), np.zeros(16, int), np.full(16, 0.9), g.random(16))]
     found += [kernels.linear(n(m, 300), n(300, 1000)) for m in (1, 16)]
 print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in found)).hexdigest()))
 """
