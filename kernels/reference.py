@@ -456,7 +456,7 @@ def sample(logits, temperature, top_k, top_p, uniform):
     import model  # which imports this package
 
     rows = logits.astype("float32").numpy()
-    found, finite = rows.argmax(-1), np.isfinite(rows.max(-1))
+    found, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
     found[~finite] = -1
     for s in np.flatnonzero(finite & (np.asarray(temperature) > 0)):
         row, ids = rows[s : s + 1], None

@@ -1,7 +1,7 @@
 // From logits to ids: temperature, top_k, top_p and a uniform number each row, as kernels.sample says; rows are shared by threads.
 //
-// Probabilities are float64, as the oracle's. Only what can be among the likeliest that make up top_p is sorted: masses are
-// added up first in buckets of like probability, and of the buckets after the one in which top_p is reached nothing is kept.
+// Probabilities are float64, as the oracle's. For top_p, masses are added up in buckets of like probability; only of the
+// bucket in which top_p is reached the values are sorted: what comes before it is kept, what comes after is not.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -21,7 +21,9 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
   std::vector<float> kept;
   std::vector<long> ids;  // of what is kept, ascending; empty: all
   if (0 < top_k && top_k < V) {
-    kept.assign(x, x + V);
+    const float least = PICK(which, lower_bound_of_kth)(x, V, top_k);
+    for (long i = 0; i < V; i++)
+      if (x[i] >= least) kept.push_back(x[i]);
     std::nth_element(kept.begin(), kept.begin() + (top_k - 1), kept.end(), std::greater<float>());
     const float kth = kept[top_k - 1];
     kept.clear();
@@ -33,24 +35,34 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
   const double sum = PICK(which, exponentials)(x, V, most, temperature, p.data());
   for (double& value : p) value /= sum;
   if (top_p < 1.0) {
-    constexpr long BUCKETS = 512;
-    constexpr double STEP = 16;  // buckets for a factor e
-    const auto bucket = [&](long i) { return std::min(BUCKETS - 1, (long)((most - x[i]) / temperature * STEP)); };
-    std::vector<long> of(V), order;
-    double mass[BUCKETS] = {}, before = 0;
-    for (long i = 0; i < V; i++) mass[of[i] = x[i] == -INFINITY ? BUCKETS - 1 : bucket(i)] += p[i];
-    long last = 0;  // the bucket in which top_p is reached for sure, whatever the order of the sum
-    while (last < BUCKETS - 1 && (before += mass[last]) < top_p + 1e-9) last++;
-    for (long i = 0; i < V; i++)
-      if (of[i] <= last) order.push_back(i);
-    std::stable_sort(order.begin(), order.end(), [&](long a, long b) { return p[a] > p[b]; });
-    size_t count = 0;
-    for (double total = 0; count < order.size(); count++) {
-      total += p[order[count]];
-      if (total - p[order[count]] >= top_p) break;  // the one that crosses top_p is kept
+    constexpr long BUCKETS = 2048;
+    constexpr double STEP = 64;  // buckets for a factor e
+    std::vector<uint16_t> of(V);
+    double mass[BUCKETS] = {}, total = 0;
+    for (long i = 0; i < V; i++) {
+      const double below = (most - x[i]) / temperature * STEP;
+      of[i] = below < BUCKETS - 1 ? (uint16_t)below : BUCKETS - 1;
+      mass[of[i]] += p[i];
     }
-    order.resize(count);
-    std::sort(order.begin(), order.end());
+    // Rounding depends on the order of a sum; a difference of 1e-9 cannot come from it.
+    long first = 0, last;
+    while (first < BUCKETS - 1 && total + mass[first] < top_p - 1e-9) total += mass[first++];
+    double reached = total;
+    for (last = first; last < BUCKETS - 1 && (reached += mass[last]) < top_p + 1e-9;) last++;
+    std::vector<std::pair<double, long>> edge;
+    std::vector<long> order;
+    for (long i = 0; i < V; i++)
+      if (of[i] < first) order.push_back(i);
+      else if (of[i] <= last) edge.push_back({-p[i], i});
+    std::sort(edge.begin(), edge.end());
+    const size_t certain = order.size();
+    for (const auto& [negative, i] : edge) {
+      if (total >= top_p) break;  // the one that crosses top_p is kept
+      order.push_back(i), total -= negative;
+    }
+    const size_t count = order.size();
+    std::sort(order.begin() + certain, order.end());
+    std::inplace_merge(order.begin(), order.begin() + certain, order.end());
     std::vector<double> q(count);
     for (size_t i = 0; i < count; i++) {
       q[i] = p[order[i]];

@@ -2,6 +2,7 @@
 
 typedef double vd __attribute__((vector_size(VL * 4)));
 typedef long long vl __attribute__((vector_size(VL * 4)));
+typedef float vf_half __attribute__((vector_size(VL * 2)));
 
 // exp(x) of x <= 0, 0 below -708: 2^n p(r) with r = x - n ln 2; the error is about one unit of the last place.
 static INLINE vd dexp(vd x) {
@@ -36,15 +37,32 @@ static long largest(const float* x, long V) {
   return std::find(x, x + V, most) - x;
 }
 
-// exp((x - most) / temperature) in float64, and their sum, in order of places modulo the width, on every machine alike.
+// exp((x - most) / temperature) in float64, and their sum.
 static double exponentials(const float* x, long n, double most, double temperature, double* e) {
   constexpr long W = VL / 2;
-  double sum[8] = {};
+  vd sum = {};
   for (long i = 0; i < n; i += W) {
-    vd y = {};
-    for (long l = 0; l < W; l++) y[l] = (double)x[std::min(i + l, n - 1)];
-    y = dexp(y / temperature - most / temperature);
-    for (long l = 0; l < W && i + l < n; l++) e[i + l] = y[l], sum[(i + l) % 8] += y[l];
+    const long width = std::min(W, n - i);
+    vf_half part = vf_half{} - INFINITY;  // which gives zero
+    std::memcpy(&part, x + i, width * sizeof(float));
+    const vd y = dexp(__builtin_convertvector(part, vd) / temperature - most / temperature);
+    std::memcpy(e + i, &y, width * sizeof(double));
+    sum += y;
   }
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  double total = 0;
+  for (long l = 0; l < W; l++) total += sum[l];
+  return total;
+}
+
+// A value that at least k of n reach: the k-th of the largest ones of runs of places; -infinity if there are too few runs.
+static float lower_bound_of_kth(const float* x, long n, long k) {
+  constexpr long RUN = 4 * VL;
+  if (n / RUN < 2 * k) return -INFINITY;
+  std::vector<float> of(n / RUN);
+  for (size_t r = 0; r < of.size(); r++) {
+    const float* at = x + r * RUN;
+    of[r] = hmax(vmax(vmax(load(at), load(at + VL)), vmax(load(at + 2 * VL), load(at + 3 * VL))));
+  }
+  std::nth_element(of.begin(), of.begin() + (k - 1), of.end(), std::greater<float>());
+  return of[k - 1];
 }
