@@ -300,7 +300,11 @@ class _RMSNorm(PyLayer):
 def rope(x, cos, sin):
     if not _plain(x, cos, sin):
         return reference.rope(x, cos, sin)
-    return _Rope.apply(x.contiguous(), cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1]))
+    if cos.shape[:2] != x.shape[:2]:
+        cos, sin = cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1])
+    if x.stop_gradient or not paddle.is_grad_enabled():  # decoding: a PyLayer costs as much as the rotation
+        return _C_ops._run_custom_op("cpu_rope", x.contiguous(), cos.contiguous(), sin.contiguous(), 1.0)[0]
+    return _Rope.apply(x.contiguous(), cos, sin)
 
 
 class _Rope(PyLayer):
