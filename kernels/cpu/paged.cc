@@ -4,6 +4,8 @@
 // Decode (one query): tasks of 256 keys of one key/value head, whose query heads share what is loaded; their partial
 // results are put together in order. Prefill (several): tiles of 64 (query, head) rows against 64 keys at a time, online
 // softmax (Dao, arXiv 2307.08691). What a task computes depends on shapes alone, so threads do not change a bit.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -1,16 +1,23 @@
 // Attention over a paged cache, and writing it; see paged.cc. Included once per instruction set after simd.h.
 
-typedef signed char vb __attribute__((vector_size(VL)));
 
 constexpr long CHUNK = 256;  // keys of a decode task
 constexpr long ROWS = 64;    // (query, head) rows of a prefill task
 constexpr long KEYS = 64;    // keys that a prefill task takes at a time
 
 static INLINE vf widen(const float* p) { return load(p); }
-static INLINE vf widen(const int8_t* p) {
-  vb x;
-  std::memcpy(&x, p, VL);
-  return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+static INLINE vf widen(const int8_t* p) {  // by name: from __builtin_convertvector GCC makes one value after another
+#if VL == 16
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif VL == 8
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  int word;
+  std::memcpy(&word, p, sizeof(word));
+  __m128i x = _mm_cvtsi32_si128(word);
+  x = _mm_unpacklo_epi8(x, x), x = _mm_unpacklo_epi16(x, x);  // each byte four times, of which the highest counts
+  return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(x, 24));
+#endif
 }
 template <class T>
 static INLINE vf widen_part(const T* p, long n) {  // the first n values, zeros after them: what follows may be another's
