@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import trainer  # before paddle: it silences what paddle says while it is imported
+import kernels
 import paddle
 import paddle.nn.functional as F
 from data import PreferenceDataset, PreferenceLoader, UserError, load_chat_template, load_tokenizer
@@ -27,6 +28,7 @@ from model import (
     apply_lora,
     from_pretrained,
     generate,
+    halve_frozen,
     load_adapter,
     load_weights,
     lora_layers,
@@ -409,6 +411,8 @@ def main(args):
             print(f"reference: log-probabilities of {known:,} pairs computed in {time.perf_counter() - start:.1f} s")
         checkpoint = trainer.find_checkpoint(args)
         adapt(model, args, checkpoint)
+        if kernels.bf16:
+            halve_frozen(model)
         weights = trainable_weights(model)
         trained = sum(int(np.prod(w.shape)) for w in weights)
         share = 100 * trained / model.num_parameters()

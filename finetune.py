@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import kernels
 import trainer
 from data import SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
 from model import (
@@ -24,6 +25,7 @@ from model import (
     atomic_file,
     from_pretrained,
     generate,
+    halve_frozen,
     load_adapter,
     load_weights,
     lora_layers,
@@ -257,6 +259,8 @@ def main(args):
         # ================================================================== 3. adapter, optimizer, resume
         checkpoint = trainer.find_checkpoint(args)
         adapt(model, args, checkpoint)
+        if kernels.bf16:
+            halve_frozen(model)
         weights = trainable_weights(model)
         trained = sum(int(np.prod(w.shape)) for w in weights)
         print(

@@ -389,9 +389,12 @@ class RMSNorm(nn.Layer):
         self.bias = None  # quantize.py's shift moves a constant out of the linears into it
         self.epsilon = epsilon
 
-    def forward(self, x):
-        y = kernels.rms_norm(x, self.weight, self.epsilon)
-        return y if self.bias is None else y + self.bias
+    def forward(self, x, residual=None):
+        """The norm of x, or with a residual (the norm of h, h), h = x + residual."""
+        found = kernels.rms_norm(x, self.weight, self.epsilon, residual)
+        if self.bias is None:
+            return found
+        return found + self.bias if residual is None else (found[0] + self.bias, found[1])
 
     def add_bias(self):
         self.bias = self.create_parameter(self.weight.shape, is_bias=True)
@@ -465,8 +468,8 @@ class Block(nn.Layer):
 
     def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None):
         mixed, k, v = self.attention(self.attention_norm(x), cos, sin, rows, past_k, past_v, attend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), k, v
+        y, x = self.mlp_norm(mixed, x)
+        return x + self.mlp(y), k, v
 
     def output(self, x, cos, sin, rows, past_k, past_v):
         """(B, T, D) alone: what is kept of a block whose activations are computed again in backward (arXiv 1604.06174)."""
@@ -538,7 +541,7 @@ class CausalLM(nn.Layer):
             position_ids = (paddle.arange(T) + past - before).unsqueeze(0).expand([B, T])
         if caches is not None and not paged:
             rows = caches.extend_rows(rows, B, T)
-        x = self.embed_tokens(input_ids)
+        x = kernels.embedding(input_ids, self.embed_tokens.weight)
         if self.training and self.neftune_noise_alpha:
             size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(
                 -1
@@ -844,6 +847,17 @@ def trainable_weights(model):
     return [w for w in base_weights(model) + adapter_weights(model) if not w.parameter.stop_gradient]
 
 
+def halve_frozen(model):
+    """Keep frozen weights of linears, the head's too, in bfloat16 alone: products in bfloat16 round them so anyway."""
+    for layer in model.sublayers():
+        if isinstance(layer, Linear) and layer.weight.stop_gradient and layer.weight.dtype == paddle.float32:
+            with paddle.LazyGuard():  # no memory until it is set
+                half = layer.create_parameter([layer.n_in, layer.n_out], dtype="bfloat16")
+            half.set_value(layer.weight.astype("bfloat16"))
+            half.stop_gradient = True
+            layer.weight = half
+
+
 def init_weights(model, seed):
     """Normal(0, initializer_range) for matrices, 1 for norms, 0 for biases; each from its own (seed, name) alone."""
     for weight in base_weights(model):
@@ -1045,10 +1059,13 @@ class LoRALinear(nn.Layer):
         return paddle.matmul(self.lora_A, self.lora_B) * self.scaling
 
     def forward(self, x):
-        y = self.base(x)
         if not self.enabled:
-            return y
+            return self.base(x)
         dropped = F.dropout(x, self.dropout, training=self.training) if self.dropout else x
+        if isinstance(self.base, Linear) and self.lora_magnitude_vector is None:
+            more = self.base.bias, None if dropped is x else dropped
+            return kernels.lora_linear(x, self.base.weight, self.lora_A, self.lora_B, self.scaling, *more)
+        y = self.base(x)
         update = kernels.linear(kernels.linear(dropped, self.lora_A) * self.scaling, self.lora_B)
         if self.lora_magnitude_vector is None:
             return y + update

@@ -630,6 +630,9 @@ class StaticRunner:
         kind, _, index = device.partition(":")
         if kind == "gpu":
             config.enable_use_gpu(256, int(index or 0))
+        elif kind == "xpu":
+            config.enable_xpu()
+            config.set_xpu_device_id(int(index or 0))
         elif kind != "cpu":
             config.enable_custom_device(kind, int(index or 0))
         else:
@@ -1198,7 +1201,7 @@ def build_engine(args):
         tokenizer.chat_template = load_chat_template(args.chat_template)
     adapters = adapter_paths(args.lora_path)
     if args.mode == "static":
-        runner = StaticRunner(path, args.device if args.device != "auto" else paddle.get_device())
+        runner = StaticRunner(path, paddle.get_device())
         length = min(args.total_max_length + runner.virtual, runner.max_positions)
         num_blocks = args.num_blocks or args.batch_size * -(-length // args.block_size)
         return engine_of(runner, tokenizer, num_blocks, None, args), tokenizer

@@ -54,7 +54,7 @@ class ScriptArgs:
     output_dir: str = ""  # where the script writes to
     overwrite_output_dir: bool = False  # remove the run that output_dir holds
     seed: int = 42  # of data order, initialisation, dropout, sampling
-    device: str = "auto"  # auto, cpu, gpu, gpu:1, xpu, npu, …
+    device: str = "auto"  # auto, cpu, gpu, gpu:1, dcu (ROCm), xpu, npu, gcu, or another device of a plug-in of Paddle
     kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
     bf16: bool = False  # training: products of linears in bfloat16, everything else in float32
     fp16: bool = False  # compute in float16
@@ -192,11 +192,9 @@ def _check_hardware(args):
         raise UserError(f"{world} processes were launched; scripts run in one so far: start without a launcher")
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
-    kind, notes = args.device.split(":")[0], []
-    known = {"auto", "cpu", *paddle.device.get_all_device_type(), *paddle.device.get_all_custom_device_type()}
-    if kind not in known:
-        hint = "; for NVIDIA GPUs install paddlepaddle-gpu" if kind == "gpu" else ""
-        raise UserError(f"device: {args.device!r} is not in this Paddle, which has {', '.join(sorted(known))}{hint}")
+    if args.device != "auto":
+        kernels.check_device(args.device)
+    notes = []
     if args.fp16:
         notes.append("fp16: float16 is not here, so float32 is used")
     if args.bf16 and not isinstance(args, TrainingArgs):
@@ -516,13 +514,8 @@ def run_script(main, Args, argv=None):
 
 
 def _choose_device(args):
-    if args.device != "auto":
-        try:
-            paddle.device.set_device(args.device)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"device: {args.device!r} cannot be used: {str(error).strip().splitlines()[-1]}") from None
     train_in_bf16 = args.bf16 and isinstance(args, TrainingArgs)
-    kernels.configure(paddle.device.get_device(), args.kernels, train_in_bf16)
+    kernels.configure(args.device, args.kernels, train_in_bf16)
     print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
     if kernels.bf16:
         print("bf16: products of linears and of the head in bfloat16; weights, sums and all else in float32")
@@ -727,13 +720,10 @@ def _some(names):
 
 @paddle.no_grad()
 def global_grad_norm(weights):
-    """Euclidean norm over all gradients; squares are summed in float32 within a tensor, in float64 across tensors."""
-    squares = []
-    for gradient in (weight.parameter.grad for weight in weights):
-        if gradient is not None:
-            gradient = gradient if gradient.dtype == paddle.float32 else gradient.astype("float32")
-            squares.append((gradient * gradient).sum())
-    return math.sqrt(float(paddle.stack(squares).astype("float64").sum())) if squares else 0.0
+    """Euclidean norm over all gradients; squares are summed in float64."""
+    gradients = [weight.parameter.grad for weight in weights]
+    squares = [kernels.squared_norm(gradient) for gradient in gradients if gradient is not None]
+    return math.sqrt(float(paddle.stack(squares).sum())) if squares else 0.0
 
 
 def clip_scale(norm, max_norm):

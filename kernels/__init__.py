@@ -7,7 +7,7 @@
 A back end is a module of this package with functions of the same names as the ops below: `reference.py` (plain Paddle, on
 every device that Paddle knows, and the oracle of the tests) has all of them; `cpu.py` has those for which Paddle's own
 CPU operators, or our own C++ under kernels/cpu/, are faster. A new chip is one more file, `kernels/<device>.py`, holding just
-the ops it wants to override.
+the ops it wants to override and, if it likes, missing(op) -> why one of them cannot run on this machine, or None.
 
 Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. A name forces that back
 end for every op that it has (an unknown name is an error); `op=backend` forces one op and raises if the back end lacks it.
@@ -31,9 +31,13 @@ from data import UserError
 
 OPS = (
     "rms_norm",
+    "layer_norm",
     "rope",
     "swiglu",
+    "geglu",
+    "embedding",
     "linear",
+    "lora_linear",
     "quant_linear",
     "attention",
     "paged_attention",
@@ -41,7 +45,17 @@ OPS = (
     "sample",
     "linear_cross_entropy",
     "adamw",
+    "squared_norm",
 )
+
+WHEELS = "https://www.paddlepaddle.org.cn/packages/stable"  # Paddle's own index: what PyPI does not have
+NEEDED = {  # device -> what has to be installed for it, beside the maker's driver
+    "gpu": f"is NVIDIA's: paddlepaddle-gpu instead of paddlepaddle, from {WHEELS}/cu126/",
+    "dcu": f"is Hygon's: paddlepaddle-dcu (Paddle for ROCm) instead of paddlepaddle, from {WHEELS}/dcu/",
+    "xpu": f"is Kunlun's: paddlepaddle-xpu instead of paddlepaddle, from {WHEELS}/xpu-p800/",
+    "npu": f"is Ascend's: the plug-in paddle-custom-npu beside paddlepaddle, from {WHEELS}/npu/",
+    "gcu": f"is Enflame's: the plug-in paddle-custom-gcu beside paddlepaddle, from {WHEELS}/gcu/",
+}
 
 bf16 = False  # whether products of linears and of the head are made in bfloat16; set by configure()
 _table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
@@ -50,16 +64,17 @@ _table = {}  # op -> (function, back end, reason); filled by configure(), on fir
 def configure(device="auto", choice="auto", use_bf16=False):
     """Decide device and back end of every op, and make them the current ones.
 
-    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else "cpu", "gpu:0", "xpu", …. use_bf16
+    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else a name as in check_device(). use_bf16
     asks for products in bfloat16 where the back end has them: see bf16, and bf16_missing() for why it may stay False.
     Returns {op: (back end, reason)}. Raises UserError for a device, back end or op that does not exist.
     """
     if device != "auto":
+        name = check_device(device)
         try:
-            paddle.set_device(device)
-        except (ValueError, RuntimeError) as error:
+            paddle.set_device(name)
+        except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"device: {device!r} cannot be used: {str(error).strip().splitlines()[-1]}") from None
-    kind = paddle.get_device().split(":")[0]
+    kind = _kind()
     if kind == "cpu":
         _prepare_cpu()
     forced, every = {}, None
@@ -91,9 +106,46 @@ def configure(device="auto", choice="auto", use_bf16=False):
     return {op: (backend, reason) for op, (_, backend, reason) in table.items()}
 
 
+def devices():
+    """Names of the devices that this Paddle can use here, as check_device() takes them; "cpu" is the first."""
+    found = ["cpu"]
+    if paddle.is_compiled_with_cuda():
+        found += [f"{_gpu()}:{i}" for i in range(paddle.device.cuda.device_count())]
+    if paddle.is_compiled_with_xpu():
+        found += [f"xpu:{i}" for i in range(paddle.device.xpu.device_count())]
+    return found + (paddle.device.get_available_custom_device() or [])
+
+
+def check_device(device):
+    """What Paddle calls this device; UserError, with what is here and what the device would need, if it is not here.
+
+    "cpu"; "gpu" or "gpu:1" (CUDA); "dcu:1" (ROCm, whose devices Paddle calls gpu); "xpu:0"; any other name is a device that
+    one of Paddle's plug-ins brings: "npu", "gcu:1", …. Without a number Paddle takes the process's first.
+    """
+    kind, colon, index = device.partition(":")
+    kind = _gpu() if kind == "gpu" else kind
+    here = [(name.split(":") + ["0"])[:2] for name in devices()]  # the only device of a plug-in has no number
+    kinds = {name for name, _ in here}
+    if kind in kinds and (not colon or kind != "cpu" and [kind, index] in here):
+        return ("gpu" if kind == "dcu" else kind) + colon + index
+    found = f"device: {device!r} is not in this Paddle ({paddle.__version__}), which has {', '.join(devices())}"
+    needed = NEEDED.get(kind, "is no name that Paddle itself has: a plug-in for the chip would bring it")
+    raise UserError(found if kind in kinds else f"{found}; {kind} {needed}")
+
+
+def _gpu():
+    return "dcu" if paddle.is_compiled_with_rocm() else "gpu"
+
+
+def _kind():
+    """The current device's name without its number, which is that of its back end's file."""
+    kind = paddle.get_device().split(":")[0]
+    return _gpu() if kind == "gpu" else kind
+
+
 def bf16_missing():
     """Why products cannot be made in bfloat16 here; None if they can."""
-    kind = paddle.get_device().split(":")[0]
+    kind = _kind()
     if not _exists(kind) or _table["linear"][1] != kind:
         return f"the linear of {kind} has none yet"
     return _missing(kind, "bf16")
@@ -123,7 +175,7 @@ def use(choice):
 
 
 def _prepare_cpu():
-    """Three settings of the process, without which Paddle's own CPU operators run several times slower than they can.
+    """Four settings of the process, without which Paddle's own CPU operators run several times slower than they can.
 
     Threads: Paddle starts with one for matmul; take one for each core that this process may run on.
 
@@ -131,10 +183,17 @@ def _prepare_cpu():
     to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
     takes its slowest path unless the vendor is Intel; named the instruction set, a float32 matmul of 1024^3 took 232
     GFLOP/s instead of 45. Both seen on two cores of an EPYC with AVX-512.
+
+    OpenMP: MKL's threads wait busily for 0.2 s after each of its products, on the cores that our C++ could use; told to
+    sleep at once, LoRA on 134 M parameters in bfloat16 made 1,090 tokens/s instead of 950, in float32 nothing changed.
     """
     if not sys.platform.startswith("linux"):
         return
     paddle.base.core.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        ctypes.CDLL("libiomp5.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW).kmp_set_blocktime(0)
+    except OSError:  # a Paddle without it
+        pass
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -153,7 +212,7 @@ def _exists(backend):
 
 
 def _module(backend):
-    if not backend.isidentifier() or not _exists(backend):
+    if not backend.isidentifier() or backend.startswith("_") or not _exists(backend):
         raise UserError(f"kernels: no back end {backend!r}: there is no file kernels/{backend}.py")
     return importlib.import_module(f"kernels.{backend}")
 
@@ -193,12 +252,20 @@ def _run(op, *args, **kwargs):
     return _table[op][0](*args, **kwargs)
 
 
-def rms_norm(x, weight, epsilon):
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim (Zhang & Sennrich, arXiv 1910.07467).
+def rms_norm(x, weight, epsilon, residual=None):
+    """h / sqrt(mean(h^2) + epsilon) * weight over the last dim, h = x + residual (Zhang & Sennrich, arXiv 1910.07467).
 
-    x (..., D), weight (D,) -> (..., D). Statistics in float32.
+    x, residual (..., D), weight (D,) -> (..., D), or (that, h) with a residual. Statistics in float32.
     """
-    return _run("rms_norm", x, weight, epsilon)
+    return _run("rms_norm", x, weight, epsilon, residual)
+
+
+def layer_norm(x, weight, bias, epsilon, residual=None):
+    """(h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias over the last dim, h = x + residual (Ba et al., arXiv 1607.06450).
+
+    x, residual (..., D), weight, bias (D,) or bias None -> (..., D), or (that, h) with a residual. Statistics in float32.
+    """
+    return _run("layer_norm", x, weight, bias, epsilon, residual)
 
 
 def rope(x, cos, sin):
@@ -214,12 +281,30 @@ def swiglu(gate, up):
     return _run("swiglu", gate, up)
 
 
-def linear(x, weight, bias=None):
-    """x @ weight + bias; x (..., in), weight (in, out), bias (out,) -> (..., out) in x's dtype.
+def geglu(gate, up, approximate=True):
+    """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F). gelu(x) = x Phi(x), or approximate by tanh (arXiv 1606.08415)."""
+    return _run("geglu", gate, up, approximate)
+
+
+def embedding(ids, weight):
+    """weight[ids]; ids (...) int64, weight (V, D) -> (..., D). Gradients of equal ids are summed in the order of the ids."""
+    return _run("embedding", ids, weight)
+
+
+def linear(x, weight, bias=None, residual=None):
+    """x @ weight + bias + residual; x (..., in), weight (in, out), bias (out,), residual and result (..., out) in x's dtype.
 
     The weight may be stored in another dtype than x: it is converted for the product.
     """
-    return _run("linear", x, weight, bias)
+    return _run("linear", x, weight, bias, residual)
+
+
+def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+    """x @ weight + bias + scaling * (dropped or x) @ lora_A @ lora_B (Hu et al., arXiv 2106.09685).
+
+    x and dropped (x after dropout) (..., in), weight (in, out), lora_A (in, R), lora_B (R, out) -> (..., out).
+    """
+    return _run("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropped)
 
 
 def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
@@ -289,21 +374,35 @@ def sample(logits, temperature, top_k, top_p, uniform):
     return _run("sample", logits, temperature, top_k, top_p, uniform)
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False):
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
+                         vocabulary=None):  # fmt: skip
     """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
 
     hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
     ignored; with return_predictions also the argmax ids (N,) int64, -1 where ignored. Rows with an ignored label are
-    not computed at all.
+    not computed at all. Gradients of hidden with a frozen weight are made in forward: two products in place of three.
+
+    vocabulary: several ranks hold V columns each (arXiv 1909.08053, 3). An object with `start`, the id of this rank's first
+    column, and all_reduce(tensor, "max" | "sum") -> tensor over the ranks. labels are ids of the whole vocabulary; losses and
+    predictions come out the same on every rank (the lowest id, of several largest logits), the gradient of hidden is this
+    rank's part, which the caller adds up.
     """
-    return _run("linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions)
+    return _run(
+        "linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary
+    )
 
 
 def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101), in place on parameter, moment1 and moment2.
 
     gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay * parameter.
+    parameter and gradient float32, bfloat16 or float16, moments float32: all is computed in float32.
     """
     return _run(
         "adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale
     )
+
+
+def squared_norm(x):
+    """The sum of squares of all values of x, () float64."""
+    return _run("squared_norm", x)

@@ -5,6 +5,7 @@ compute in blocks, save their inputs only, and compute each block's probabilitie
 """
 
 import functools
+import types
 
 import numpy as np
 import paddle
@@ -18,9 +19,22 @@ BLOCK_ELEMENTS = 1 << 23  # scores held at a time by attention (32 MB)
 LOGITS = 1 << 25  # logits held at a time by linear_cross_entropy (128 MB): fewer than 1,000 rows are a slow product
 
 
-def rms_norm(x, weight, epsilon):
+def rms_norm(x, weight, epsilon, residual=None):
+    if residual is not None:
+        x = x + residual
     h = x.astype("float32")
-    return (h * paddle.rsqrt((h * h).mean(-1, keepdim=True) + epsilon)).astype(x.dtype) * weight
+    y = (h * paddle.rsqrt((h * h).mean(-1, keepdim=True) + epsilon)).astype(x.dtype) * weight
+    return y if residual is None else (y, x)
+
+
+def layer_norm(x, weight, bias, epsilon, residual=None):
+    if residual is not None:
+        x = x + residual
+    h = x.astype("float32")
+    h = h - h.mean(-1, keepdim=True)
+    y = (h * paddle.rsqrt((h * h).mean(-1, keepdim=True) + epsilon)).astype(x.dtype) * weight
+    y = y if bias is None else y + bias
+    return y if residual is None else (y, x)
 
 
 def rope(x, cos, sin):
@@ -54,8 +68,21 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def linear(x, weight, bias=None):
-    return F.linear(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), bias)
+def geglu(gate, up, approximate=True):
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def embedding(ids, weight):
+    return F.embedding(ids, weight)
+
+
+def linear(x, weight, bias=None, residual=None):
+    y = F.linear(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), bias)
+    return y if residual is None else y + residual
+
+
+def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+    return linear(x, weight, bias) + linear(linear(x if dropped is None else dropped, lora_A) * scaling, lora_B)
 
 
 # -------------------------------------------------------------------------------------- quantized linears
@@ -264,24 +291,28 @@ def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes):
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         matmul=paddle.matmul):  # fmt: skip
-    """As kernels.linear_cross_entropy; matmul(x, y, transpose_x, transpose_y) is what its three products are made by."""
+                         vocabulary=None):  # fmt: skip
+    return of_counted_rows(_LinearCrossEntropy, hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
+                           vocabulary)  # fmt: skip
+
+
+def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary):
+    """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
     predictions = paddle.full([labels.shape[0]], -1, "int64")
+    how = types.SimpleNamespace(
+        transpose_weight=transpose_weight,
+        vocabulary=vocabulary,
+        start=0 if vocabulary is None else vocabulary.start,
+        predictions=[] if return_predictions else None,  # the layer adds those of one chunk after another
+        grad=paddle.is_grad_enabled(),  # which is always off within a PyLayer
+    )
     if kept.shape[0] > 0:
-        targets, found = paddle.gather(labels, kept), []
-        kept_losses = _LinearCrossEntropy.apply(
-            paddle.gather(hidden, kept),
-            weight,
-            targets,
-            transpose_weight,
-            found if return_predictions else None,
-            matmul,
-        )
+        kept_losses = layer.apply(paddle.gather(hidden, kept), weight, paddle.gather(labels, kept), how)
         losses = paddle.scatter(losses, kept, kept_losses)
         if return_predictions:
-            predictions = paddle.scatter(predictions, kept, paddle.concat(found))
+            predictions = paddle.scatter(predictions, kept, paddle.concat(how.predictions))
     else:
         losses = (
             losses + hidden.astype("float32").sum(-1) * 0.0
@@ -290,42 +321,99 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
 
 
 class _LinearCrossEntropy(PyLayer):
-    """loss = logsumexp(h W) - (h W)[label]; d(h W) = (softmax(h W) - onehot(label)) * d loss. Logits come twice, in chunks."""
+    """loss = lse - (h W)[label], lse = logsumexp(h W); d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
+
+    Logits come in chunks of tokens. Trained W: four products, as backward makes the logits again. Frozen W: two, as forward
+    also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, transpose_weight, predictions, matmul):
-        losses = []
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose_weight else 1]):
-            logits = _logits(hidden[chunk], weight, transpose_weight, matmul)
-            losses.append(F.cross_entropy(logits, labels[chunk], reduction="none"))
-            if predictions is not None:
-                predictions.append(logits.argmax(-1))
-        ctx.save_for_backward(hidden, weight, labels)
-        ctx.matmul, ctx.transpose_weight, ctx.frozen = (
-            matmul,
-            transpose_weight,
-            [hidden.stop_gradient, weight.stop_gradient],
-        )
-        return paddle.concat(losses).flatten()
+    def forward(ctx, hidden, weight, labels, how):
+        turned = how.transpose_weight
+        how.frozen = [hidden.stop_gradient, weight.stop_gradient]
+        rows_too = how.grad and how.frozen == [False, True]
+        losses, every_lse, rows = [], [], []
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
+            logits = _logits(hidden[chunk], weight, turned)
+            loss, lse, best = _losses(logits, labels[chunk], how)
+            losses.append(loss)
+            every_lse.append(lse)
+            if how.predictions is not None:
+                how.predictions.append(best)
+            if rows_too:
+                p = _softmax_less_onehot(logits, labels[chunk], lse, how).astype(hidden.dtype)
+                rows.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not turned))
+        ctx.how, ctx.rows_too = how, rows_too
+        if rows_too:
+            ctx.save_for_backward(paddle.concat(rows))
+        else:
+            ctx.save_for_backward(hidden, weight, labels, paddle.concat(every_lse))
+        return paddle.concat(losses)
 
     @staticmethod
     def backward(ctx, d_losses):
-        hidden, weight, labels = ctx.saved_tensor()
-        matmul, transpose = ctx.matmul, ctx.transpose_weight
-        frozen = ctx.frozen[1]
+        how, turned = ctx.how, ctx.how.transpose_weight
+        if ctx.rows_too:
+            (rows,) = ctx.saved_tensor()
+            return rows * d_losses.unsqueeze(-1).astype(rows.dtype), None, None
+        hidden, weight, labels, lse = ctx.saved_tensor()
+        frozen = how.frozen[1]
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if transpose else 1]):
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
             d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied where the rows are short
-            p = F.softmax(_logits(hidden[chunk], weight, transpose, matmul), axis=-1)
-            p.put_along_axis_(labels[chunk].unsqueeze(-1), paddle.to_tensor(-1.0), 1, reduce="add")
+            p = _softmax_less_onehot(_logits(hidden[chunk], weight, turned), labels[chunk], lse[chunk], how)
             p = p.astype(hidden.dtype)
-            d_hidden.append(matmul(p, weight.astype(hidden.dtype), transpose_y=not transpose) * d_loss)
+            d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not turned) * d_loss)
             if not frozen:
                 scaled = hidden[chunk] * d_loss
-                pair = (p, scaled) if transpose else (scaled, p)
-                d_weight.add_(matmul(*pair, transpose_x=True).astype("float32"))
-        d_hidden = None if ctx.frozen[0] else paddle.concat(d_hidden)
+                pair = (p, scaled) if turned else (scaled, p)
+                d_weight.add_(paddle.matmul(*pair, transpose_x=True).astype("float32"))
+        d_hidden = None if how.frozen[0] else paddle.concat(d_hidden)
         return d_hidden, None if frozen else d_weight.astype(weight.dtype), None
+
+
+def _losses(logits, labels, how):
+    """losses, logsumexp and largest logits' ids (where asked for), each (c,).
+
+    Not F.cross_entropy: on the CPU (Paddle 3.3.1) it caps losses at 64, and makes a finite one of a logit that is NaN.
+    """
+    at, mine = _place(labels, logits, how)
+    target = paddle.take_along_axis(logits, at, 1).flatten() * mine
+    best = None if how.predictions is None else logits.argmax(-1) + how.start
+    if how.vocabulary is None:
+        lse = paddle.logsumexp(logits, -1)
+    else:
+        most = logits.max(-1)
+        lse, target, best = lse_of_all(most, paddle.exp(logits - most.unsqueeze(-1)).sum(-1), target, best, how)
+    return lse - target, lse, best
+
+
+def _place(labels, logits, how):
+    """Columns of the labels among these logits (c, 1), 0 where they are another rank's; and 1.0 or 0.0 for whether not."""
+    at = labels - how.start
+    mine = (at >= 0) & (at < logits.shape[1])
+    return paddle.where(mine, at, paddle.zeros_like(at)).unsqueeze(-1), mine.astype("float32")
+
+
+def _softmax_less_onehot(logits, labels, lse, how):
+    p = paddle.exp(logits - lse.unsqueeze(-1))
+    at, mine = _place(labels, logits, how)
+    return p.put_along_axis_(at, -mine.unsqueeze(-1), 1, reduce="add")
+
+
+def lse_of_all(most, total, target, best, how):
+    """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are several).
+
+    Here: the largest logit, the sum of exp(logit - largest), the label's logit or 0, the largest's id.
+    """
+    all_reduce = how.vocabulary.all_reduce
+    most_of_all = all_reduce(most.clone(), "max")
+    sums = all_reduce(paddle.stack([total * paddle.exp(most - most_of_all), target]), "sum")
+    if how.predictions is None:
+        best = None
+    else:
+        best = -all_reduce(paddle.where(most == most_of_all, -best, paddle.full_like(best, -(1 << 62))), "max")
+    return most_of_all + paddle.log(sums[0]), sums[1], best
 
 
 def _chunks(tokens, vocabulary):
@@ -333,9 +421,9 @@ def _chunks(tokens, vocabulary):
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
-def _logits(hidden, weight, transpose_weight, matmul):
+def _logits(hidden, weight, transpose_weight):
     """(c, V) float32"""
-    return matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
+    return paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
 
 
 # -------------------------------------------------------------------------------------------------- adamw
@@ -349,6 +437,11 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
     update = (moment1 / (1 - beta1**step)) / (paddle.sqrt(moment2 / (1 - beta2**step)) + epsilon)
     value = parameter.astype("float32")
     parameter.set_value((value * (1 - lr * weight_decay) - update * lr).astype(parameter.dtype))
+
+
+def squared_norm(x):
+    x = x.astype("float32")
+    return paddle.sum(x * x, dtype="float64")
 
 
 # ---------------------------------------------------------------------------------------- paged attention

@@ -41,7 +41,7 @@ import dpo  # noqa: E402
 import kernels  # noqa: E402
 import trainer  # noqa: E402
 from data import IGNORED, SFTLoader, collate_pairs, pair_sample  # noqa: E402
-from model import ModelConfig, apply_lora, build, from_pretrained, init_weights, trainable_weights  # noqa: E402
+from model import ModelConfig, apply_lora, build, from_pretrained, halve_frozen, init_weights, trainable_weights  # noqa: E402
 
 SHAPES = {
     "A": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
@@ -255,6 +255,8 @@ def main(argv=None):
     model, source = load_model(options.config)
     if options.task == "train_lora":
         apply_lora(model, rank=8, alpha=16)
+        if kernels.bf16:
+            halve_frozen(model)
     model.train()
     weights = trainable_weights(model)
     epochs = options.task in ("sft", "dpo")

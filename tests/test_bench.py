@@ -1,6 +1,7 @@
 """The benchmark scripts keep to their contract: one JSON line last, with these keys, on a size that takes no time."""
 import json
 
+import bench_kernels
 import bench_train
 import pytest
 
@@ -65,3 +66,33 @@ def test_samples_are_the_peers():
     pairs = bench_train.Pairs("A").pairs
     assert len(pairs) == 16 and [[len(part) for part in pair] for pair in pairs[:2]] == [[27, 67, 64], [36, 193, 150]]
     assert pairs[0][0][:4].tolist() == [26804, 8378, 3506, 9558]
+
+
+@pytest.mark.parametrize("with_torch", [False, pytest.param(True, marks=pytest.mark.torch)])
+def test_kernels(with_torch, request, capsys, monkeypatch):
+    """Every row is there, with a time of ours and, in the same run, of torch's."""
+    monkeypatch.setattr(bench_kernels, "REST", 0.0)
+    python = request.config.getoption("--hf-python")
+    if with_torch and python is None:
+        pytest.skip("needs --hf-python: a Python with torch")
+    bench_kernels.main(["--small", "--turns", "1", *(["--torch", python] if with_torch else [])])
+    text = capsys.readouterr().out
+    result = json.loads(text.splitlines()[-1])
+    bf16 = kernels.bf16_missing() is None
+    assert result["turns"] == 1 and result["peak"]["memory"] > 0 and ("torch" in result) == with_torch
+    assert [row["part"] for row in result["gemm"]] == ["forward", "dx", "dw", "dx, dw"]
+    assert all(row["fp32, frozen" if row["part"] == "dx" else "fp32"] > 0 for row in result["gemm"])
+    assert all((row["bf16, frozen" if row["part"] == "dx" else "bf16"] > 0) == bf16 for row in result["gemm"] if bf16)
+    full, packed, sparse = result["attention"][:2], result["attention"][2:4], result["attention"][4:]
+    assert [row["packed"] for row in full + packed] == [None, None, 32, 32]
+    assert [row["visible"] for row in sparse] == [1.0, 3 * 32 * 33 / (96 * 97)]
+    names = {row["op"] for row in result["others"]}
+    assert names == {name for name in bench_kernels.OTHERS if bf16 or "bf16" not in name}
+    for row in full + packed + result["others"]:
+        assert row["ours"] > 0 and (row.get("torch", 0) > 0) == with_torch
+
+
+def test_only_one_table(capsys):
+    result = bench_kernels.main(["--small", "--turns", "1", "--only", "gemm"])
+    assert "gemm" in result and not {"attention", "others"} & set(result)
+    assert "attention" not in capsys.readouterr().out

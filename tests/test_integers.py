@@ -97,6 +97,71 @@ def test_a_few_rows_equal_the_product_with_unpacked_weights(rows, scheme, shape,
     assert np.abs(found - slow).max() < 1e-4
 
 
+def draw_packed(bits, n_in, n_out, kind):
+    """qweight, scales, qzeros and g_index of random codes, and the (in, out) weight that they stand for."""
+    rng, group = np.random.default_rng([bits, n_in, n_out]), {"runs": 16, "one": n_in, "odd": 20, "short": 48, "words": 16, "shuffled": 16}[kind]
+    g_index = np.arange(n_in) // group  # "odd": runs end within a word; "short": so is the last run
+    if kind == "words":
+        g_index = rng.permutation(g_index.reshape(-1, 32 // bits)).reshape(-1)
+    if kind == "shuffled":
+        g_index = rng.permutation(g_index)
+    groups, per_word = g_index.max() + 1, 32 // bits
+    codes, zeros = rng.integers(0, 2**bits, (n_in, n_out)), rng.integers(0, 2**bits, (groups, n_out))
+    scales = rng.uniform(0.5, 1.5, (groups, n_out)).astype(np.float32) / 2**bits
+    shifts = bits * np.arange(per_word, dtype=np.uint32)
+    qweight = (codes.reshape(-1, per_word, n_out).astype(np.uint32) << shifts[:, None]).sum(1, dtype=np.uint32)
+    qzeros = (((zeros - 1) % 2**bits).reshape(groups, -1, per_word).astype(np.uint32) << shifts).sum(-1, dtype=np.uint32)
+    arrays = qweight.view(np.int32), scales, qzeros.view(np.int32), g_index.astype(np.int32)
+    return [paddle.to_tensor(a) for a in arrays], (codes - zeros[g_index]) * scales[g_index], (codes - 2 ** (bits - 1)) * scales[g_index]
+
+
+@pytest.mark.parametrize("n_out", [1, 3, 5, 18, 33, 131])
+def test_widths_that_are_no_whole_words_without_zeros(n_out):
+    """No folder has them, as QuantLinear refuses, but the op takes them."""
+    (qweight, scales, _, _), _, weight = draw_packed(4, 80, n_out + -n_out % 8, "one")
+    x = np.random.default_rng(0).standard_normal((5, 80)).astype(np.float32)
+    with paddle.no_grad():
+        found = kernels.quant_linear(tensor(x), qweight[:, :n_out].contiguous(), scales[:, :n_out].contiguous(), scheme="w4")
+    assert np.abs(found.numpy() - x @ weight[:, :n_out]).max() < 1e-4
+
+
+@pytest.mark.skipif(kernels._missing("cpu", "quant_linear") is not None, reason="no C++ ops")
+@pytest.mark.parametrize("instructions", [0, 1, 2, -1])
+@pytest.mark.parametrize("kind", ["runs", "one", "odd", "short", "words", "shuffled"])
+@pytest.mark.parametrize("bits, n_in, n_out", [(4, 80, 8), (4, 160, 200), (8, 80, 4), (8, 160, 268), (8, 240, 132), (4, 240, 688)])
+def test_packed_weights_by_every_instruction_set(bits, n_in, n_out, kind, instructions):
+    """No group, width or order that a folder may have is left to the reference."""
+    (qweight, scales, qzeros, g_index), weight, symmetric = draw_packed(bits, n_in, n_out, kind)
+    bias, run = np.random.default_rng(1).standard_normal(n_out).astype(np.float32), paddle._C_ops._run_custom_op
+    for rows, zeros, order, b in ((1, qzeros, g_index, None), (7, None, g_index, bias), (32, qzeros, None, bias)):
+        if order is None and (kind in ("short", "words", "shuffled") or n_in % scales.shape[0]):
+            continue
+        x, wanted = np.random.default_rng(rows).standard_normal((rows, n_in)).astype(np.float32), weight if zeros is qzeros else symmetric
+        found = run("cpu_quant_linear", tensor(x), qweight, scales, zeros, order, None if b is None else tensor(b), bits, instructions)[0]
+        assert np.abs(found.numpy() - (x @ wanted + (0 if b is None else b))).max() < 1e-5 * np.sqrt(n_in)
+        assert np.abs(run("cpu_dequantize", qweight, scales, zeros, order, bits, instructions)[0].numpy() - wanted).max() < 1e-6
+    g_index[n_in - 1] = 99
+    with pytest.raises(OSError, match="names a group"):
+        run("cpu_quant_linear", tensor(x), qweight, scales, None, g_index, None, bits, instructions)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_folder_of_integers_is_left_to_the_reference(scheme, monkeypatch):
+    if why := kernels._missing("cpu", "quant_linear"):
+        pytest.skip(why)
+    model, _ = quantized(scheme)
+
+    def slow(*args, **kwargs):
+        raise AssertionError("the slow path")
+
+    monkeypatch.setattr(kernels.reference, "quant_linear", slow)
+    monkeypatch.setattr(kernels.reference, "dequantize", slow)
+    kernels.configure("cpu")
+    with paddle.no_grad():
+        model(IDS)
+        model(IDS[:1, :1])
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_a8w8_rounds_activations_and_weights(static):
     rng = np.random.default_rng(0)

@@ -1,14 +1,20 @@
 // Attention with FlashMask rows on the CPU: forward and backward in tiles, memory linear in T, masked tiles skipped.
 //
-// q (B, Tq, H, Dh), k and v (B, Tk, K, Dh), float32; rows int32 (B, 1 | K | H, Tk, n) as kernels.attention describes them.
+// Products in float32 for every instruction set, or in bfloat16. q (B, Tq, H, Dh), k and v (B, Tk, K, Dh), float32; rows int32 (B, 1 | K | H, Tk, n) as kernels.attention describes them.
 // Saved for backward: q, k, v, out and lse (B, H, Tq). The order of every sum depends on shapes alone, not on threads.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "amx.h"
+#include "op.h"
 #include "threads.h"
 
 struct Shape {
@@ -20,14 +26,17 @@ struct Shape {
 };
 struct Range { int least, most; };           // of one column of rows over a block of keys
 struct Interval { int start, stop; };        // columns that name the hidden rows [start, stop); -1: open
-struct Head {                                // what backward needs of one query head
-  const float *q, *d_out, *lse, *delta, *q_rows, *d_out_rows;
-  float* d_q_rows;
-  const int* rows;
-  const Range* ranges;
-  float slope;
+class Room {  // words of 4 bytes, not initialised, aligned to a cache line
+ public:
+  explicit Room(size_t n) : p_(std::aligned_alloc(64, (n * 4 + 64) / 64 * 64)) {}
+  Room(const Room&) = delete;
+  ~Room() { std::free(p_); }
+  template <class T>
+  T* at(size_t i) const { return (T*)p_ + i; }
+
+ private:
+  void* p_;
 };
-struct Packed { const float *kt, *vt, *k, *v; };  // one key/value head: blocks (Dp, BC), rows (Tk, Dp)
 
 static inline int parts(const Shape& s) { return s.n == 4 || (s.n == 2 && !s.causal) ? 2 : 1; }
 static inline Interval interval(const Shape& s, int part) {
@@ -37,8 +46,24 @@ static inline Interval interval(const Shape& s, int part) {
   return part ? Interval{-1, 1} : Interval{0, -1};
 }
 
-#define BODY "attention.h"
+#define BODY "attention_single.h"
 #include "every_isa.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+namespace half {
+#define VL 16
+#define NV 4
+#define MR 6
+#include "simd.h"
+#undef MR
+#include "gemm.h"
+#include "attention_half.h"
+#undef VL
+#undef NV
+}  // namespace half
+#pragma GCC pop_options
+constexpr int HALF = 3;  // of the ops' attribute `instructions`: products in bfloat16; else the most that every_isa.h may take
 
 static Shape shape_of(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::optional<paddle::Tensor>& rows, bool causal, float scale) {
   const auto a = q.shape(), b = k.shape();
@@ -55,7 +80,7 @@ std::vector<paddle::Tensor> AttentionForward(const paddle::Tensor& q, const padd
   const int* r = rows ? rows->data<int>() : nullptr;
   const float* a = slopes ? slopes->data<float>() : nullptr;
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  PICK(which, forward)(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>());
+  (instructions == HALF ? half::forward : PICK(which, forward))(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>());
   return {out, lse};
 }
 
@@ -68,7 +93,7 @@ std::vector<paddle::Tensor> AttentionBackward(const paddle::Tensor& q, const pad
   const int* r = rows ? rows->data<int>() : nullptr;
   const float* a = slopes ? slopes->data<float>() : nullptr;
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  PICK(which, backward)(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>(),
+  (instructions == HALF ? half::backward : PICK(which, backward))(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>(),
                                                                                   d_out.data<float>(), d_q.data<float>(), d_k.data<float>(), d_v.data<float>());
   return {d_q, d_k, d_v};
 }

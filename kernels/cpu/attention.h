@@ -1,23 +1,15 @@
 // Attention in tiles with an online softmax (Dao, arXiv 2307.08691) and FlashMask rows (arXiv 2410.01359); see attention.cc.
-// Included once per instruction set after simd.h, inside its namespace.
+// Included once per instruction set and kind of product, inside a namespace, after attention_single.h or attention_half.h.
 
-constexpr long BR = 72, BC = 64;  // queries and keys of a tile: scores (18 KB) and operands stay in the first-level cache
-
-static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
-
-// K or V of one key/value head: rows (Tk, Dp), and transposed in blocks (blocks, Dp, BC); zeros where padded.
-static void pack_rows(const float* x, long T, long stride, long Dh, long Dp, float* out) {
-  for (long t = 0; t < T; t++) {
-    std::memcpy(out + t * Dp, x + t * stride, Dh * sizeof(float));
-    for (long d = Dh; d < Dp; d++) out[t * Dp + d] = 0;
-  }
-}
-static void pack_block_transposed(const float* x, long n, long stride, long Dh, float* out) {
-  for (long d = 0; d < Dh; d++) {
-    for (long j = 0; j < n; j++) out[d * BC + j] = x[j * stride + d];
-    for (long j = n; j < BC; j++) out[d * BC + j] = 0;
-  }
-}
+struct Head {  // what backward needs of one query head
+  const word *q, *d_out, *q_right, *d_out_right;
+  const float *lse, *delta;
+  float* d_q_rows;
+  const int* rows;
+  const Range* ranges;
+  float slope;
+};
+struct Packed { const word *kt, *vt, *k; };  // one key/value head: blocks as pack_turned and pack_right leave them
 
 // What a tile of queries [i0, i1) may see of keys [j0, j1): 0 nothing, 1 some, 2 all.
 static int visibility(const Shape& s, const int* rows, const Range* ranges, long i0, long i1, long j0, long j1) {
@@ -41,8 +33,8 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
 }
 
 // Scores of a tile, scaled, with ALiBi, and -inf where masked: S (BR, BC).
-static void scores(const Shape& s, const float* q, const float* kt, const int* rows, float slope, int seen, long i0, long i1, long j0, long j1, float* S) {
-  small_gemm(i1 - i0, BC, s.Dh, q + i0 * s.q_stride, s.q_stride, 1, kt, BC, S, BC, false);
+static void scores(const Shape& s, const word* q, const word* kt, const int* rows, float slope, int seen, long i0, long i1, long j0, long j1, float* S) {
+  multiply_turned(i1 - i0, s.Dh, q + i0 * left_width(s.Dh), kt, S);
   const long offset = s.Tk - s.Tq, width = j1 - j0;
   for (long i = i0; i < i1; i++) {
     float* row = S + (i - i0) * BC;
@@ -67,7 +59,7 @@ static void scores(const Shape& s, const float* q, const float* kt, const int* r
 }
 
 // One tile of queries of one head: out (rows of out_stride), lse. Fully masked queries: zeros and lse +inf.
-static void forward_tile(const Shape& s, const float* q, const float* kt, const float* v, const int* rows, const Range* ranges, float slope, long i0, float* out, float* lse) {
+static void forward_tile(const Shape& s, const word* q, const word* kt, const word* v, const int* rows, const Range* ranges, float slope, long i0, float* out, float* lse) {
   const long i1 = std::min(i0 + BR, s.Tq), Dp = padded(s.Dh);
   alignas(64) float S[BR * BC], most[BR], sum[BR];
   std::vector<float> O((size_t)BR * Dp, 0.0f);
@@ -79,7 +71,7 @@ static void forward_tile(const Shape& s, const float* q, const float* kt, const 
       if (s.causal && j0 > i1 - 1 + s.Tk - s.Tq) break;
       continue;
     }
-    scores(s, q, kt + j0 / BC * Dp * BC, rows, slope, seen, i0, i1, j0, j1, S);
+    scores(s, q, kt + j0 / BC * turned_words(s.Dh), rows, slope, seen, i0, i1, j0, j1, S);
     for (long i = 0; i < i1 - i0; i++) {
       float* row = S + i * BC;
       vf m = load(row);
@@ -103,7 +95,7 @@ static void forward_tile(const Shape& s, const float* q, const float* kt, const 
       }
       sum[i] += hsum(total);
     }
-    small_gemm(i1 - i0, Dp, j1 - j0, S, BC, 1, v + j0 * Dp, Dp, O.data(), Dp, true);
+    mix(i1 - i0, j1 - j0, s.Dh, S, v + j0 / BC * right_words(BC, s.Dh), O.data());
   }
   for (long i = 0; i < i1 - i0; i++) {
     const float inverse = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
@@ -116,9 +108,9 @@ static void forward_tile(const Shape& s, const float* q, const float* kt, const 
 static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long i0, long i1, long j0, long j1, float* S, float* dS) {
   const int seen = visibility(s, h.rows, h.ranges, i0, i1, j0, j1);
   if (!seen) return false;
-  const long Dp = padded(s.Dh), block = j0 / BC * Dp * BC;
+  const long block = j0 / BC * turned_words(s.Dh);
   scores(s, h.q, p.kt + block, h.rows, h.slope, seen, i0, i1, j0, j1, S);
-  small_gemm(i1 - i0, BC, s.Dh, h.d_out + i0 * s.q_stride, s.q_stride, 1, p.vt + block, BC, dS, BC, false);
+  multiply_turned(i1 - i0, s.Dh, h.d_out + i0 * left_width(s.Dh), p.vt + block, dS);
   for (long i = 0; i < i1 - i0; i++) {
     const float lse = h.lse[i0 + i], delta = h.delta[i0 + i];
     for (long j = 0; j < BC; j += VL) {
@@ -140,9 +132,10 @@ static void backward_keys(const Shape& s, const std::vector<Head>& heads, const 
     for (long i0 = first; i0 < s.Tq; i0 += BR) {
       const long i1 = std::min(i0 + BR, s.Tq);
       if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS)) continue;
-      small_gemm(j1 - j0, Dp, i1 - i0, S, 1, BC, h.d_out_rows + i0 * Dp, Dp, V.data(), Dp, true);
-      small_gemm(j1 - j0, Dp, i1 - i0, dS, 1, BC, h.q_rows + i0 * Dp, Dp, K.data(), Dp, true);
-      if (with_d_q) small_gemm(i1 - i0, Dp, j1 - j0, dS, BC, 1, p.k + j0 * Dp, Dp, h.d_q_rows + i0 * Dp, Dp, true);
+      const long right = i0 / BR * right_words(BR, s.Dh);
+      mix_turned(i1 - i0, j1 - j0, s.Dh, S, h.d_out_right + right, V.data());
+      mix_turned(i1 - i0, j1 - j0, s.Dh, dS, h.q_right + right, K.data());
+      if (with_d_q) mix(i1 - i0, j1 - j0, s.Dh, dS, p.k + j0 / BC * right_words(BC, s.Dh), h.d_q_rows + i0 * Dp);
     }
   }
   for (long j = j0; j < j1; j++)
@@ -160,7 +153,7 @@ static void backward_queries(const Shape& s, const Head& h, const Packed& p, lon
     const long j1 = std::min(j0 + BC, s.Tk);
     if (s.causal && j0 > i1 - 1 + s.Tk - s.Tq) break;
     if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS)) continue;
-    small_gemm(i1 - i0, Dp, j1 - j0, dS, BC, 1, p.k + j0 * Dp, Dp, h.d_q_rows + i0 * Dp, Dp, true);
+    mix(i1 - i0, j1 - j0, s.Dh, dS, p.k + j0 / BC * right_words(BC, s.Dh), h.d_q_rows + i0 * Dp);
   }
 }
 // ------------------------------------------------------------- whole tensors: packing, and the tasks that threads share
@@ -186,76 +179,94 @@ static const Range* ranges_at(const Shape& s, const std::vector<Range>& ranges, 
   return ranges.empty() ? nullptr : ranges.data() + (b * s.row_heads + head) * ((s.Tk + BC - 1) / BC) * s.n;
 }
 
+// x (T, Dh) with `stride` between rows, in blocks of `block` rows as right operands; the last block has room for as many.
+static void pack_rights(const float* x, long T, long stride, long Dh, long block, word* out) {
+  for (long t = 0; t < T; t += block) pack_right(x + t * stride, std::min(block, T - t), stride, Dh, out + t / block * right_words(block, Dh));
+}
+
 static void forward(const Shape& s, const float* q, const float* k, const float* v, const int* rows, const float* slopes, float* out, float* lse) {
-  const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K;
-  std::vector<float> kt((size_t)s.B * s.K * blocks * Dp * BC, 0.0f), vp((size_t)s.B * s.K * s.Tk * Dp);
+  const long blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K;
+  const size_t of_block = turned_words(s.Dh), of_v = right_words(BC, s.Dh), of_q = (size_t)tiles * BR * left_width(s.Dh);
+  const Room kt(s.B * s.K * blocks * of_block), vp(s.B * s.K * blocks * of_v), qp(s.B * s.H * of_q);
   const std::vector<Range> ranges = ranges_of(s, rows);
-    parallel(s.B * s.K * blocks, [&](long at) {
-      const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
-      const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
-      pack_block_transposed(k + from, n, s.k_stride, s.Dh, kt.data() + (size_t)at * Dp * BC);
-      pack_rows(v + from, n, s.k_stride, s.Dh, Dp, vp.data() + ((size_t)bk * s.Tk + j0) * Dp);
-    });
-    parallel(s.B * s.H * tiles, [&](long at) {
-      const long b = at / tiles / s.H, h = at / tiles % s.H, bk = b * s.K + h / G, i0 = (tiles - 1 - at % tiles) * BR;
-      const long from = b * s.Tq * s.q_stride + h * s.Dh;
-      forward_tile(s, q + from, kt.data() + (size_t)bk * blocks * Dp * BC, vp.data() + (size_t)bk * s.Tk * Dp, rows_of(s, rows, b, h), ranges_at(s, ranges, b, h),
-                   slopes ? slopes[h] : 0.0f, i0, out + from, lse + (b * s.H + h) * s.Tq);
-    });
+  parallel(s.B * s.K * blocks, [&](long at) {
+    const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
+    const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
+    pack_turned(k + from, n, s.k_stride, s.Dh, kt.at<word>(at * of_block));
+    pack_right(v + from, n, s.k_stride, s.Dh, vp.at<word>(at * of_v));
+  });
+  parallel(s.B * s.H * tiles, [&](long at) {
+    const long b = at / tiles / s.H, h = at / tiles % s.H, bk = b * s.K + h / G, i0 = (tiles - 1 - at % tiles) * BR;
+    const long from = b * s.Tq * s.q_stride + h * s.Dh;
+    word* left = qp.at<word>((b * s.H + h) * of_q);
+    pack_left(q + from + i0 * s.q_stride, std::min(BR, s.Tq - i0), s.q_stride, s.Dh, left + i0 * left_width(s.Dh));
+    forward_tile(s, left, kt.at<word>(bk * blocks * of_block), vp.at<word>(bk * blocks * of_v), rows_of(s, rows, b, h), ranges_at(s, ranges, b, h), slopes ? slopes[h] : 0.0f, i0, out + from,
+                 lse + (b * s.H + h) * s.Tq);
+  });
 }
 
 static void backward(const Shape& s, const float* q, const float* k, const float* v, const int* rows, const float* slopes, const float* out, const float* lse, const float* d_out,
                      float* d_q, float* d_k, float* d_v) {
-  const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K;
-  const size_t of_block = Dp * BC, of_q = (size_t)s.Tq * Dp, of_k = (size_t)s.Tk * Dp;
-  std::vector<float> kt(s.B * s.K * blocks * of_block, 0.0f), vt(kt.size(), 0.0f), kp(s.B * s.K * of_k);
-  std::vector<float> qp(s.B * s.H * of_q), dop(qp.size()), dqp(qp.size(), 0.0f), delta(s.B * s.H * s.Tq);
+  const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K, heads_q = s.B * s.H, heads_k = s.B * s.K;
+  const size_t of_block = turned_words(s.Dh), of_k = blocks * right_words(BC, s.Dh), of_q = (size_t)tiles * BR * left_width(s.Dh), of_right = LEFT_IS_RIGHT ? 0 : tiles * right_words(BR, s.Dh);
+  const Room kt(heads_k * blocks * of_block), vt(heads_k * blocks * of_block), kp(heads_k * of_k), qp(heads_q * of_q), dop(heads_q * of_q), q_right(heads_q * of_right), do_right(heads_q * of_right);
+  const Room d_q_rows(heads_q * s.Tq * Dp);
+  std::vector<float> delta(heads_q * s.Tq);
   const std::vector<Range> ranges = ranges_of(s, rows);
-  std::vector<Head> heads(s.B * s.H);
-  std::vector<Packed> packed(s.B * s.K);
-  for (long bk = 0; bk < s.B * s.K; bk++) packed[bk] = {kt.data() + bk * blocks * of_block, vt.data() + bk * blocks * of_block, kp.data() + bk * of_k, nullptr};
-  for (long bh = 0; bh < s.B * s.H; bh++) {
-    const long b = bh / s.H, h = bh % s.H, from = b * s.Tq * s.q_stride + h * s.Dh;
-    heads[bh] = {q + from, d_out + from, lse + bh * s.Tq, delta.data() + bh * s.Tq, qp.data() + bh * of_q, dop.data() + bh * of_q, dqp.data() + bh * of_q,
-                 rows_of(s, rows, b, h), ranges_at(s, ranges, b, h), slopes ? slopes[h] : 0.0f};
+  std::vector<Head> heads(heads_q);
+  std::vector<Packed> packed(heads_k);
+  for (long bk = 0; bk < heads_k; bk++) packed[bk] = {kt.at<word>(bk * blocks * of_block), vt.at<word>(bk * blocks * of_block), kp.at<word>(bk * of_k)};
+  for (long bh = 0; bh < heads_q; bh++) {
+    const Room &q_from = LEFT_IS_RIGHT ? qp : q_right, &do_from = LEFT_IS_RIGHT ? dop : do_right;
+    const size_t of = LEFT_IS_RIGHT ? of_q : of_right;
+    heads[bh] = {qp.at<word>(bh * of_q), dop.at<word>(bh * of_q), q_from.at<word>(bh * of), do_from.at<word>(bh * of), lse + bh * s.Tq, delta.data() + bh * s.Tq,
+                 d_q_rows.at<float>(bh * s.Tq * Dp), rows_of(s, rows, bh / s.H, bh % s.H), ranges_at(s, ranges, bh / s.H, bh % s.H), slopes ? slopes[bh % s.H] : 0.0f};
   }
-  const bool together = s.B * s.K >= 4;  // enough tasks for the threads with one per key/value head; else dQ apart, same sums
-    parallel(s.B * s.K * blocks, [&](long at) {
-      const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
-      const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
-      pack_block_transposed(k + from, n, s.k_stride, s.Dh, kt.data() + at * of_block);
-      pack_block_transposed(v + from, n, s.k_stride, s.Dh, vt.data() + at * of_block);
-      pack_rows(k + from, n, s.k_stride, s.Dh, Dp, kp.data() + bk * of_k + j0 * Dp);
-    });
-    parallel(s.B * s.H, [&](long bh) {
-      const long from = bh / s.H * s.Tq * s.q_stride + bh % s.H * s.Dh;
-      pack_rows(q + from, s.Tq, s.q_stride, s.Dh, Dp, qp.data() + bh * of_q);
-      pack_rows(d_out + from, s.Tq, s.q_stride, s.Dh, Dp, dop.data() + bh * of_q);
-      for (long i = 0; i < s.Tq; i++) {
-        float sum = 0;
-        for (long d = 0; d < s.Dh; d++) sum += d_out[from + i * s.q_stride + d] * out[from + i * s.q_stride + d];
-        delta[bh * s.Tq + i] = sum;
-      }
-    });
-    if (together) {
-      parallel(s.B * s.K, [&](long bk) {
-        const std::vector<Head> group(heads.begin() + bk * G, heads.begin() + (bk + 1) * G);
-        const long to = bk / s.K * s.Tk * s.k_stride + bk % s.K * s.Dh;
-        for (long j = 0; j < blocks; j++) backward_keys(s, group, packed[bk], j * BC, d_k + to, d_v + to, true);
-      });
-    } else {
-      parallel(s.B * s.K * blocks, [&](long at) {
-        const long bk = at / blocks, to = bk / s.K * s.Tk * s.k_stride + bk % s.K * s.Dh;
-        const std::vector<Head> group(heads.begin() + bk * G, heads.begin() + (bk + 1) * G);
-        backward_keys(s, group, packed[bk], at % blocks * BC, d_k + to, d_v + to, false);
-      });
-      parallel(s.B * s.H * tiles, [&](long at) {
-        const long bh = at / tiles;
-        backward_queries(s, heads[bh], packed[bh / s.H * s.K + bh % s.H / G], (tiles - 1 - at % tiles) * BR);
-      });
+  const bool together = heads_k >= 4;  // enough tasks for the threads with one per key/value head; else dQ apart, same sums
+  parallel(heads_k * blocks, [&](long at) {
+    const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
+    const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
+    pack_turned(k + from, n, s.k_stride, s.Dh, kt.at<word>(at * of_block));
+    pack_turned(v + from, n, s.k_stride, s.Dh, vt.at<word>(at * of_block));
+    pack_right(k + from, n, s.k_stride, s.Dh, kp.at<word>(bk * of_k + j0 / BC * right_words(BC, s.Dh)));
+  });
+  parallel(heads_q, [&](long bh) {
+    const long from = bh / s.H * s.Tq * s.q_stride + bh % s.H * s.Dh;
+    pack_left(q + from, s.Tq, s.q_stride, s.Dh, qp.at<word>(bh * of_q));
+    pack_left(d_out + from, s.Tq, s.q_stride, s.Dh, dop.at<word>(bh * of_q));
+    if (!LEFT_IS_RIGHT) {
+      pack_rights(q + from, s.Tq, s.q_stride, s.Dh, BR, q_right.at<word>(bh * of_right));
+      pack_rights(d_out + from, s.Tq, s.q_stride, s.Dh, BR, do_right.at<word>(bh * of_right));
     }
-    parallel(s.B * s.H, [&](long bh) {
-      const long to = bh / s.H * s.Tq * s.q_stride + bh % s.H * s.Dh;
-      for (long i = 0; i < s.Tq; i++) std::memcpy(d_q + to + i * s.q_stride, dqp.data() + bh * of_q + i * Dp, s.Dh * sizeof(float));
+    std::memset(d_q_rows.at<float>(bh * s.Tq * Dp), 0, s.Tq * Dp * sizeof(float));
+    for (long i = 0; i < s.Tq; i++) {
+      const float *a = d_out + from + i * s.q_stride, *b = out + from + i * s.q_stride;
+      vf sum = {};
+      long d = 0;
+      for (; d + VL <= s.Dh; d += VL) sum += as_operand(load(a + d)) * load(b + d);
+      if (d < s.Dh) sum += as_operand(load_part(a + d, s.Dh - d)) * load_part(b + d, s.Dh - d);
+      delta[bh * s.Tq + i] = hsum(sum);
+    }
+  });
+  if (together) {
+    parallel(heads_k, [&](long bk) {
+      const std::vector<Head> group(heads.begin() + bk * G, heads.begin() + (bk + 1) * G);
+      const long to = bk / s.K * s.Tk * s.k_stride + bk % s.K * s.Dh;
+      for (long j = 0; j < blocks; j++) backward_keys(s, group, packed[bk], j * BC, d_k + to, d_v + to, true);
     });
+  } else {
+    parallel(heads_k * blocks, [&](long at) {
+      const long bk = at / blocks, to = bk / s.K * s.Tk * s.k_stride + bk % s.K * s.Dh;
+      const std::vector<Head> group(heads.begin() + bk * G, heads.begin() + (bk + 1) * G);
+      backward_keys(s, group, packed[bk], at % blocks * BC, d_k + to, d_v + to, false);
+    });
+    parallel(heads_q * tiles, [&](long at) {
+      const long bh = at / tiles;
+      backward_queries(s, heads[bh], packed[bh / s.H * s.K + bh % s.H / G], (tiles - 1 - at % tiles) * BR);
+    });
+  }
+  parallel(heads_q, [&](long bh) {
+    const long to = bh / s.H * s.Tq * s.q_stride + bh % s.H * s.Dh;
+    for (long i = 0; i < s.Tq; i++) std::memcpy(d_q + to + i * s.q_stride, d_q_rows.at<float>((bh * s.Tq + i) * Dp), s.Dh * sizeof(float));
+  });
 }

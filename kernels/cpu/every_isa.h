@@ -46,4 +46,5 @@ static inline int level() {
                                                                                                                                           : 0;
   return found;
 }
+static inline int level(int asked) { return asked < 0 ? level() : std::min(asked, level()); }  // -1: the best
 #define PICK(at, function) ((at) == 2 ? wide::function : (at) == 1 ? middle::function : narrow::function)

@@ -1,191 +1,289 @@
-// Products of float32 matrices in bfloat16 with float32 sums (vdpbf16ps), packed and converted inside.
+// Products in bfloat16 (kernels.linear, lora_linear and linear_cross_entropy with kernels.bf16) of float32 or bfloat16 tensors.
 //
-// C = op(A) op(B), each of A and B as it lies or transposed. Blocks of KC of the inner dimension are packed: B into panels of
-// 64 columns of (k, k+1) pairs, A into rows of pairs (or, transposed, into columns). A tile of C is 6 x 64 in registers. Each
-// tile of C is made by one thread, its sums in order of k: the same bits whatever the number of threads.
+// Operands are converted and packed inside, sums and results are float32. LoRA's products are no passes of their own: x A B is
+// done by R more columns of x and rows of W. The cross-entropy goes over the vocabulary in blocks, so that logits stay in the
+// cache; what is kept of a block is at most its softmax in bfloat16, as the operand of the next products.
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "amx.h"
+#include "op.h"
 #include "threads.h"
 
-namespace {
-
-constexpr long KC = 512, MC = 96, NC = 2048, NR = 64, MR = 6;
-
-struct Free { void operator()(void* p) const { std::free(p); } };
-using Buffer = std::unique_ptr<uint32_t, Free>;
-Buffer buffer(size_t words) { return Buffer((uint32_t*)std::aligned_alloc(64, (words * 4 + 63) / 64 * 64)); }
-
-}  // namespace
+using Tensor = paddle::Tensor;
+using Shape = std::vector<int64_t>;
+using Type = paddle::DataType;
+using MaybeTensor = paddle::optional<Tensor>;
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 namespace {
+#define VL 16
+#define NV 4
+#define MR 6
+#include "simd.h"
+#undef MR
+#include "gemm.h"
 
-#define INLINE inline __attribute__((always_inline))
-
-// 16 floats of row k and 16 of row k + 1 -> 16 pairs.
-INLINE __m512i pairs(__m512 even, __m512 odd) {
-  const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)), b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-  return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+Matrix matrix(const Tensor& x, bool turned = false) {  // (…, cols): leading dims are rows
+  const long stride = x.shape().back(), rows = x.numel() / std::max(1L, stride);
+  return {x.data(), turned ? stride : rows, turned ? rows : stride, stride, turned, x.dtype() == Type::BFLOAT16};
 }
-INLINE __mmask16 first(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
-
-// Rows k of x (K, N), consecutive n contiguous -> out[k/2][n], `width` words a row; zeros past N and K.
-void pack_interleaved(const float* x, long stride, long K, long N, uint32_t* out, long width) {
-  for (long k = 0; k < K; k += 2)
-    for (long n = 0; n < width; n += 16) {
-      const __mmask16 keep = first(N - n);
-      const float* at = x + k * stride + n;
-      const __m512 even = _mm512_maskz_loadu_ps(keep, at), odd = _mm512_maskz_loadu_ps(k + 1 < K ? keep : 0, at + stride);
-      _mm512_storeu_si512(out + k / 2 * width + n, pairs(even, odd));
-    }
+Matrix columns(const Matrix& x, long from, long to) { return {x.half ? (const void*)x.bits(0, from) : x.single(0, from), x.rows, to - from, x.stride, x.turned, x.half}; }
+auto panels_of(const Matrix& b) {
+  return [b](long n, uint32_t* out) { pack_panel(b, n, out); };
 }
-
-// Rows of x (rows, K), consecutive k contiguous -> out[row][k/2], `width` words a row; zeros past K.
-void pack_rows(const float* x, long stride, long rows, long K, uint32_t* out, long width) {
-  for (long r = 0; r < rows; r++)
-    for (long k = 0; k < 2 * width; k += 32) {
-      const float* at = x + r * stride + k;
-      const __m512 low = _mm512_maskz_loadu_ps(first(K - k), at), high = _mm512_maskz_loadu_ps(first(K - k - 16), at + 16);
-      _mm512_storeu_si512(out + r * width + k / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
+// Panels of b with those of `more` behind them, along the inner dimension.
+auto panels_of(const Matrix& b, const Matrix& more) {
+  return [b, more](long n, uint32_t* out) { pack_panel(b, n, out), pack_panel(more, n, out + inner_words(b.rows) * NR); };
 }
 
-void transpose16(const uint32_t* in, long in_stride, uint32_t* out, long out_stride) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(in + i * in_stride);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]), a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]), a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+// C = A B (+ bias) (+ residual)
+void matmul(const Matrix& a, const Matrix& b, const float* bias, const float* residual, float* C) {
+  const long count = inner_words(a.cols), N = b.cols;
+  const Words packed = words(up(a.rows, 16) * count);
+  product(pack_all(a, packed.get(), count), N, count, panels_of(b), C, N, false, [=](long m0, long m1, long n0, long n1) {
+    if (bias || residual)
+      for (long m = m0; m < m1; m++)
+        for (long n = n0; n < n1; n++) C[m * N + n] += (bias ? bias[n] : 0.0f) + (residual ? residual[m * N + n] : 0.0f);
+  });
+}
+
+void scale_block(float* C, long ldc, float by, long m0, long m1, long n0, long n1) {
+  for (long m = m0; m < m1; m++)
+    for (long n = n0; n < n1; n++) C[m * ldc + n] *= by;
+}
+
+// t = scaling (dropped or x) A, y = [x t] [W; B] (+ bias)
+void lora(const Matrix& x, const Matrix* dropped, const Matrix& w, const Matrix& a, const Matrix& b, const float* bias, float scaling, float* t, float* y) {
+  const long M = x.rows, N = w.cols, R = a.cols, of_x = inner_words(x.cols), of_t = inner_words(R), stride = of_x + of_t;
+  const Words packed = words(up(M, 16) * stride);
+  Words other;
+  Rows rows = pack_all(x, packed.get(), stride), from = rows;
+  if (dropped) other = words(up(M, 16) * of_x), from = pack_all(*dropped, other.get(), of_x);
+  product(from, R, of_x, panels_of(a), t, R, false, [=](long m0, long m1, long n0, long n1) { scale_block(t, R, scaling, m0, m1, n0, n1); });
+  pack_all(Matrix{t, M, R, R, false, false}, packed.get() + of_x, stride);
+  product(rows, N, stride, panels_of(w, b), y, N, false, [=](long m0, long m1, long n0, long n1) {
+    if (bias)
+      for (long m = m0; m < m1; m++)
+        for (long n = n0; n < n1; n++) y[m * N + n] += bias[n];
+  });
+}
+
+// dt = scaling dy B^T; dx = [dy dt] [W^T; A^T], or, with dropout, dx = dy W^T and d_dropped = dt A^T; dA = (dropped or x)^T dt; dB = t^T dy
+void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Matrix& w, const Matrix& a, const Matrix& b, float scaling, float* dx, float* d_dropped, float* da, float* db) {
+  const long M = dy.rows, N = dy.cols, K = w.rows, R = a.cols, of_y = inner_words(N), of_t = inner_words(R), stride = of_y + of_t;
+  const Words packed = words(up(M, 16) * stride);
+  const Rows rows = pack_all(dy, packed.get(), stride);
+  std::vector<float> sums(M * R), da_turned(R * K);
+  float* dt = sums.data();
+  product(rows, R, of_y, panels_of(b.transposed()), dt, R, false, [=](long m0, long m1, long n0, long n1) { scale_block(dt, R, scaling, m0, m1, n0, n1); });
+  const Matrix turned{dt, R, M, R, true, false};
+  const Rows rows_t = pack_all(turned.transposed(), packed.get() + of_y, stride);
+  if (dx && d_dropped) {
+    product(rows, K, of_y, panels_of(w.transposed()), dx, K, false, nothing);
+    product(rows_t, K, of_t, panels_of(a.transposed()), d_dropped, K, false, nothing);
+  } else if (dx) {
+    product(rows, K, stride, panels_of(w.transposed(), a.transposed()), dx, K, false, nothing);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-    b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88), b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+  const long of_m = inner_words(M);
+  const Words few = words(up(R, 16) * of_m);
+  product(pack_all(turned, few.get(), of_m), K, of_m, panels_of(x), da_turned.data(), K, false, nothing);
+  for (long k = 0; k < K; k++)
+    for (long r = 0; r < R; r++) da[k * R + r] = da_turned[r * K + k];
+  product(pack_all(t.transposed(), few.get(), of_m), N, of_m, panels_of(dy), db, N, false, nothing);
+}
+
+// ------------------------------------------------------------------------------------------- cross-entropy
+
+constexpr long WIDTH = 1024;  // columns of the vocabulary at a time; with 96 rows of float32 logits 384 KB
+
+// Logits of every row for columns [n0, n0 + width), a block of rows at a time: use(m, logits) with zeros up to a multiple of 32.
+template <class Use>
+void logits_of(const Rows& hidden, const Matrix& weight, long n0, long width, long count, uint32_t* panels, Use use) {
+  parallel((width + NR - 1) / NR, [&](long p) { pack_panel(columns(weight, n0, n0 + width), p * NR, panels + p * NR * count); });
+  parallel((hidden.rows + MC - 1) / MC, [&](long block) {
+    static thread_local std::vector<float> room;
+    room.resize(MC * WIDTH);
+    const long m0 = block * MC, m1 = std::min(hidden.rows, m0 + MC);
+    for (long n = 0; n < width; n += GROUP * NR) block_of(hidden, m0, m1, panels + n * count, count, std::min(GROUP * NR, width - n), room.data() + n, WIDTH, false);
+    for (long m = m0; m < m1; m++) use(m, room.data() + (m - m0) * WIDTH);
+  });
+}
+
+void store_half(uint16_t* out, vf x) { _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+uint16_t half_of(float x) { return (uint16_t)_mm256_extract_epi16((__m256i)_mm512_cvtneps_pbh(_mm512_set1_ps(x)), 0); }
+float single_of(uint16_t half) {
+  const uint32_t bits = (uint32_t)half << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+vf part(const float* p, long n, float otherwise) { return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(otherwise), first(n), p); }
+
+struct Seen {  // of one row: largest logit, its column, sum of exp(logit - most), the target's logit (0 if it is not among the columns)
+  float *most, *sum, *target;
+  int64_t* best;
+};
+
+// One row's logits for columns [n0, n0 + width) into what was seen before; exp(logit - most) to `half` if given. Returns by what
+// earlier sums are to be multiplied.
+float see(const Seen& seen, long m, const float* logits, long n0, long width, int64_t label, uint16_t* half) {
+  vf top = splat(-std::numeric_limits<float>::infinity());
+  for (long n = 0; n < width; n += VL) top = vmax(top, part(logits + n, width - n, logits[0]));
+  const float before = seen.most[m], most = std::max(before, hmax(top));
+  if (most > before) {
+    long n = 0;
+    while (logits[n] != most) n++;
+    seen.best[m] = n0 + n;
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    _mm512_storeu_si512(out + i * out_stride, _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88));
-    _mm512_storeu_si512(out + (8 + i) * out_stride, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd));
-    _mm512_storeu_si512(out + (4 + i) * out_stride, _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0x88));
-    _mm512_storeu_si512(out + (12 + i) * out_stride, _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xdd));
+  if (label >= n0 && label < n0 + width) seen.target[m] = logits[label - n0];
+  vf sum = {};
+  for (long n = 0; n < up(width, 32); n += VL) {
+    const vf e = vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - most);
+    sum += e;
+    if (half) store_half(half + n, e);
+  }
+  const float by = std::exp(before - most);
+  seen.most[m] = most, seen.sum[m] = seen.sum[m] * by + hsum(sum);
+  return by;
+}
+
+// What losses are made of, and, if `acc` is given, acc[m] = sum over columns of exp(logit - most) weight^T: the softmax's part of
+// the gradient of hidden, in one go with the logits (an online softmax, as attention's).
+void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const Seen& seen, float* acc) {
+  const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D);
+  const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(acc ? M * WIDTH / 2 : 1);
+  const Rows rows = pack_all(hidden, packed.get(), count);
+  std::fill(seen.most, seen.most + M, -std::numeric_limits<float>::infinity());
+  std::fill(seen.sum, seen.sum + M, 0.0f), std::fill(seen.target, seen.target + M, 0.0f), std::fill(seen.best, seen.best + M, 0);
+  for (long n0 = 0; n0 < V; n0 += WIDTH) {
+    const long width = std::min(WIDTH, V - n0);
+    logits_of(rows, weight, n0, width, count, panels.get(), [&](long m, const float* logits) {
+      uint16_t* half = acc ? (uint16_t*)halves.get() + m * WIDTH : nullptr;
+      const float by = see(seen, m, logits, n0, width, labels[m], half);
+      if (acc && n0 && by != 1.0f) scale_block(acc + m * D, 0, by, 0, 1, 0, D);
+    });
+    if (acc) product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width), panels_of(columns(weight, n0, n0 + width).transposed()), acc, D, n0 > 0, nothing);
   }
 }
 
-// A panel of NR columns of B where consecutive k are contiguous: x (N, K) -> out[k/2][NR].
-void pack_panel_transposed(const float* x, long stride, long K, long N, uint32_t* out) {
-  alignas(64) uint32_t rows[16 * 16];
-  for (long n = 0; n < NR; n += 16)
-    for (long k = 0; k < K; k += 32) {
-      std::fill(rows, rows + 256, 0u);
-      if (N > n) pack_rows(x + n * stride + k, stride, std::min(16L, N - n), K - k, rows, 16);
-      if (k + 32 <= K) {
-        transpose16(rows, 16, out + k / 2 * NR + n, NR);
-      } else {
-        alignas(64) uint32_t turned[16 * 16];
-        transpose16(rows, 16, turned, 16);
-        for (long p = 0; p < (K - k + 1) / 2; p++) std::copy(turned + p * 16, turned + p * 16 + 16, out + (k / 2 + p) * NR + n);
-      }
+// G = d_loss (softmax - onehot) in bfloat16, a block of columns at a time; d_hidden = G weight^T, d_weight = hidden^T G.
+void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const float* lse, const float* d_loss, float* d_hidden, float* d_weight) {
+  const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D), of_m = inner_words(M);
+  const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(M * WIDTH / 2);
+  const Rows rows = pack_all(hidden, packed.get(), count);
+  // The weight lies (V, D), so its gradient is G^T hidden, or (D, V): hidden^T G.
+  const bool trained = d_weight != nullptr;
+  const Words turned = words(!trained ? 1 : weight.turned ? up(WIDTH, 16) * of_m : up(D, 16) * of_m), hidden_panels = words(trained && weight.turned ? up(D, NR) * of_m : 1);
+  Rows hidden_turned{};
+  if (trained && weight.turned)
+    parallel((D + NR - 1) / NR, [&](long p) { pack_panel(hidden, p * NR, hidden_panels.get() + p * NR * of_m); });
+  else if (trained)
+    hidden_turned = pack_all(hidden.transposed(), turned.get(), of_m);
+  for (long n0 = 0; n0 < V; n0 += WIDTH) {
+    const long width = std::min(WIDTH, V - n0);
+    logits_of(rows, weight, n0, width, count, panels.get(), [&](long m, const float* logits) {
+      uint16_t* half = (uint16_t*)halves.get() + m * WIDTH;
+      for (long n = 0; n < up(width, 32); n += VL) store_half(half + n, vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - lse[m]) * d_loss[m]);
+      if (const long n = labels[m] - n0; n >= 0 && n < width) half[n] = half_of((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m]);
+    });
+    product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width), panels_of(columns(weight, n0, n0 + width).transposed()), d_hidden, D, n0 > 0, nothing);
+    const Matrix g{halves.get(), M, width, WIDTH, false, true};
+    if (trained && weight.turned)
+      multiply(pack_all(g.transposed(), turned.get(), of_m), D, of_m, hidden_panels.get(), d_weight + n0 * D, D, false, nothing);
+    else if (trained)
+      product(hidden_turned, width, of_m, panels_of(g), d_weight + n0, V, false, nothing);
+  }
+}
+
+// d_loss[m] (acc[m] factor[m] - weight^T[label]), the second part only for labels that are among the columns. The weight is
+// rounded there as it was in acc: of a probability near 1 their difference is what counts.
+void softmax_gradient(const Matrix& weight, const float* acc, const float* factor, const int64_t* labels, const float* d_loss, long M, float* out) {
+  const long D = weight.rows;
+  parallel((M + MC - 1) / MC, [&](long block) {
+    for (long m = block * MC; m < std::min(M, (block + 1) * MC); m++) {
+      const float by = factor[m] * d_loss[m];
+      for (long d = 0; d < D; d++) out[m * D + d] = acc[m * D + d] * by;
+      if (labels[m] >= 0 && labels[m] < weight.cols)
+        for (long d = 0; d < D; d++) out[m * D + d] -= d_loss[m] * single_of(weight.half ? *weight.bits(d, labels[m]) : half_of(*weight.single(d, labels[m])));
     }
-}
-
-template <int M>
-INLINE void tile(long pairs, const uint32_t* A, long am, long ak, const uint32_t* B, float* C, long ldc, long N, bool add) {
-  __m512 c[M][4];
-  const __mmask16 keep[4] = {first(N), first(N - 16), first(N - 32), first(N - 48)};
-#pragma GCC unroll 6
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) c[m][n] = add ? _mm512_maskz_loadu_ps(keep[n], C + m * ldc + 16 * n) : _mm512_setzero_ps();
-  for (long p = 0; p < pairs; p++) {
-    __m512bh b[4];
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) b[n] = (__m512bh)_mm512_load_si512(B + p * NR + 16 * n);
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++) {
-      const __m512bh a = (__m512bh)_mm512_set1_epi32((int)A[m * am + p * ak]);
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; n++) c[m][n] = _mm512_dpbf16_ps(c[m][n], a, b[n]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) _mm512_mask_storeu_ps(C + m * ldc + 16 * n, keep[n], c[m][n]);
-}
-
-void tiles(long M, long pairs, const uint32_t* A, long am, long ak, const uint32_t* B, float* C, long ldc, long N, bool add) {
-  long m = 0;
-  for (; m + MR <= M; m += MR) tile<MR>(pairs, A + m * am, am, ak, B, C + m * ldc, ldc, N, add);
-  switch (M - m) {
-    case 5: return tile<5>(pairs, A + m * am, am, ak, B, C + m * ldc, ldc, N, add);
-    case 4: return tile<4>(pairs, A + m * am, am, ak, B, C + m * ldc, ldc, N, add);
-    case 3: return tile<3>(pairs, A + m * am, am, ak, B, C + m * ldc, ldc, N, add);
-    case 2: return tile<2>(pairs, A + m * am, am, ak, B, C + m * ldc, ldc, N, add);
-    case 1: return tile<1>(pairs, A + m * am, am, ak, B, C + m * ldc, ldc, N, add);
-  }
-}
-
-void gemm(long M, long N, long K, const float* A, bool a_turned, const float* B, bool b_turned, float* C) {
-  const long lda = a_turned ? M : K, ldb = b_turned ? K : N;
-  const long k_blocks = (K + KC - 1) / KC, kc = ((K + k_blocks - 1) / k_blocks + 31) / 32 * 32;
-  Buffer packed_b = buffer(std::min(NC, (N + NR - 1) / NR * NR) * (kc / 2));
-  for (long n0 = 0; n0 < N; n0 += NC)
-    for (long k0 = 0; k0 < K; k0 += kc) {
-      const long width = std::min(NC, N - n0), depth = std::min(kc, K - k0), words = (depth + 1) / 2, panels = (width + NR - 1) / NR;
-      parallel(panels, [&](long p) {
-        uint32_t* to = packed_b.get() + p * NR * (kc / 2);
-        const long n = n0 + p * NR, left = std::min(NR, N - n);
-        if (b_turned)
-          pack_panel_transposed(B + n * ldb + k0, ldb, depth, left, to);
-        else
-          pack_interleaved(B + k0 * ldb + n, ldb, depth, left, to, NR);
-      });
-      parallel((M + MC - 1) / MC, [&](long block) {
-        const long m0 = block * MC, height = std::min(MC, M - m0);
-        alignas(64) uint32_t packed_a[MC * KC / 2];
-        if (a_turned)
-          pack_interleaved(A + k0 * lda + m0, lda, depth, height, packed_a, MC);
-        else
-          pack_rows(A + m0 * lda + k0, lda, height, depth, packed_a, kc / 2);
-        for (long p = 0; p < panels; p++)
-          tiles(height, words, packed_a, a_turned ? 1 : kc / 2, a_turned ? MC : 1, packed_b.get() + p * NR * (kc / 2), C + m0 * N + n0 + p * NR, N,
-                std::min(NR, width - p * NR), k0 > 0);
-      });
-    }
+  });
 }
 
 }  // namespace
 #pragma GCC pop_options
 
-std::vector<paddle::Tensor> Bf16Matmul(const paddle::Tensor& a, const paddle::Tensor& b, bool a_turned, bool b_turned) {
-  const auto x = a.shape(), y = b.shape();
-  const long M = x[a_turned], K = x[!a_turned], N = y[!b_turned];
-  PD_CHECK(K == y[b_turned], "inner dimensions differ");
-  auto out = paddle::empty({M, N}, a.dtype(), a.place());
-  gemm(M, N, K, a.data<float>(), a_turned, b.data<float>(), b_turned, out.data<float>());
+static Tensor fresh(const Shape& shape, const Tensor& like) { return paddle::empty(shape, Type::FLOAT32, like.place()); }
+static const float* floats(const MaybeTensor& x) { return x ? x->data<float>() : nullptr; }
+
+std::vector<Tensor> Bf16Matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias, const MaybeTensor& residual, bool a_turned, bool b_turned) {
+  const Matrix x = matrix(a, a_turned), y = matrix(b, b_turned);
+  PD_CHECK(x.cols == y.rows, "inner dimensions differ");
+  Tensor out = fresh({x.rows, y.cols}, a);
+  matmul(x, y, floats(bias), floats(residual), out.data<float>());
   return {out};
 }
-static std::vector<std::vector<int64_t>> MatmulShape(const std::vector<int64_t>& a, const std::vector<int64_t>& b, const bool& a_turned, const bool& b_turned) {
-  return {{a[a_turned], b[!b_turned]}};
+
+std::vector<Tensor> Bf16Lora(const Tensor& x, const MaybeTensor& dropped, const Tensor& w, const Tensor& a, const Tensor& b, const MaybeTensor& bias, float scaling) {
+  const Matrix of_x = matrix(x), of_dropped = dropped ? matrix(*dropped) : of_x;
+  Tensor y = fresh({of_x.rows, w.shape()[1]}, x), t = fresh({of_x.rows, a.shape()[1]}, x);
+  lora(of_x, dropped ? &of_dropped : nullptr, matrix(w), matrix(a), matrix(b), floats(bias), scaling, t.data<float>(), y.data<float>());
+  return {y, t};
 }
-static std::vector<paddle::DataType> MatmulType(paddle::DataType a, paddle::DataType b) { return {a}; }
+
+std::vector<Tensor> Bf16LoraBackward(const Tensor& dy, const Tensor& x, const Tensor& t, const Tensor& w, const Tensor& a, const Tensor& b, float scaling, bool want_dx, bool was_dropped) {
+  const Matrix of_x = matrix(x);
+  Tensor dx = fresh({want_dx ? of_x.rows : 0, of_x.cols}, x), d_dropped = fresh({want_dx && was_dropped ? of_x.rows : 0, of_x.cols}, x), da = fresh(a.shape(), a), db = fresh(b.shape(), b);
+  lora_backward(matrix(dy), of_x, matrix(t), matrix(w), matrix(a), matrix(b), scaling, want_dx ? dx.data<float>() : nullptr, want_dx && was_dropped ? d_dropped.data<float>() : nullptr,
+                da.data<float>(), db.data<float>());
+  return {dx, d_dropped, da, db};
+}
+
+std::vector<Tensor> Bf16CrossEntropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels, bool turned, bool want_acc) {
+  const Matrix h = matrix(hidden), w = matrix(weight, turned);
+  Tensor most = fresh({h.rows}, hidden), sum = fresh({h.rows}, hidden), target = fresh({h.rows}, hidden), best = paddle::empty({h.rows}, Type::INT64, hidden.place());
+  Tensor acc = fresh({want_acc ? h.rows : 0, h.cols}, hidden);
+  cross_entropy(h, w, labels.data<int64_t>(), Seen{most.data<float>(), sum.data<float>(), target.data<float>(), best.data<int64_t>()}, want_acc ? acc.data<float>() : nullptr);
+  return {most, sum, target, best, acc};
+}
+
+std::vector<Tensor> Bf16CrossEntropyBackward(const Tensor& hidden, const Tensor& weight, const Tensor& labels, const Tensor& lse, const Tensor& d_loss, bool turned, bool frozen) {
+  const Matrix h = matrix(hidden);
+  Tensor d_hidden = fresh(hidden.shape(), hidden), d_weight = fresh(frozen ? Shape{0, 1} : weight.shape(), weight);
+  cross_entropy_backward(h, matrix(weight, turned), labels.data<int64_t>(), lse.data<float>(), d_loss.data<float>(), d_hidden.data<float>(), frozen ? nullptr : d_weight.data<float>());
+  return {d_hidden, d_weight};
+}
+
+std::vector<Tensor> SoftmaxGradient(const Tensor& acc, const Tensor& factor, const Tensor& weight, const Tensor& labels, const Tensor& d_loss, bool turned) {
+  Tensor out = fresh(acc.shape(), acc);
+  softmax_gradient(matrix(weight, turned), acc.data<float>(), factor.data<float>(), labels.data<int64_t>(), d_loss.data<float>(), acc.shape()[0], out.data<float>());
+  return {out};
+}
 
 PD_BUILD_OP(cpu_bf16_matmul)
-    .Inputs({"a", "b"})
-    .Outputs({"out"})
-    .Attrs({"a_turned: bool", "b_turned: bool"})
-    .SetKernelFn(PD_KERNEL(Bf16Matmul))
-    .SetInferShapeFn(PD_INFER_SHAPE(MatmulShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(MatmulType));
+    .Inputs({"a", "b", paddle::Optional("bias"), paddle::Optional("residual")}).Outputs({"c"}).Attrs({"a_turned: bool", "b_turned: bool"})
+    .SetKernelFn(PD_KERNEL(Bf16Matmul));
+PD_BUILD_OP(cpu_bf16_lora)
+    .Inputs({"x", paddle::Optional("dropped"), "w", "a", "b", paddle::Optional("bias")}).Outputs({"y", "t"}).Attrs({"scaling: float"})
+    .SetKernelFn(PD_KERNEL(Bf16Lora));
+PD_BUILD_OP(cpu_bf16_lora_backward)
+    .Inputs({"dy", "x", "t", "w", "a", "b"}).Outputs({"dx", "d_dropped", "da", "db"}).Attrs({"scaling: float", "want_dx: bool", "was_dropped: bool"})
+    .SetKernelFn(PD_KERNEL(Bf16LoraBackward));
+PD_BUILD_OP(cpu_bf16_cross_entropy)
+    .Inputs({"hidden", "weight", "labels"}).Outputs({"most", "sum", "target", "best", "acc"}).Attrs({"turned: bool", "want_acc: bool"})
+    .SetKernelFn(PD_KERNEL(Bf16CrossEntropy));
+PD_BUILD_OP(cpu_bf16_cross_entropy_backward)
+    .Inputs({"hidden", "weight", "labels", "lse", "d_loss"}).Outputs({"d_hidden", "d_weight"}).Attrs({"turned: bool", "frozen: bool"})
+    .SetKernelFn(PD_KERNEL(Bf16CrossEntropyBackward));
+PD_BUILD_OP(cpu_softmax_part)
+    .Inputs({"acc", "factor", "weight", "labels", "d_loss"}).Outputs({"d_hidden"}).Attrs({"turned: bool"})
+    .SetKernelFn(PD_KERNEL(SoftmaxGradient));

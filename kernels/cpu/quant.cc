@@ -1,79 +1,124 @@
-// y = x W with W packed to 4 or 8 bits (kernels.quant_linear), for the few rows of a decode step, on the CPU; and W unpacked.
+// y = x W + b with W packed to 4 or 8 bits (kernels.quant_linear), for the few rows of a decode step, on the CPU; and W unpacked.
 //
-// The weights are read as they are stored, an eighth or a quarter of float32, and unpacked in registers. Groups are runs of
-// input rows. A group's codes are summed first: y = sum over groups of scale (sum_i x_i code_i - zero sum_i x_i).
+// The weights are read as they are stored, an eighth or a quarter of float32, and unpacked in registers. Where all rows of a
+// word share a group, which is so but for act order, the codes of a run of words are summed before they are scaled:
+// y = sum over runs of scale (sum_i x_i code_i - zero sum_i x_i).
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
-#include "paddle/extension.h"
+#include "op.h"
 #include "threads.h"
 
 struct Packed {
-  long in, out, groups, group;
+  long in, out, groups;
   int bits;
   const int* codes;     // (in * bits / 32, out)
-  const float *scales;  // (groups, out)
-  const float *zeros;   // (groups, out)
+  const float* scales;  // (groups, out)
+  const int* zeros;     // (groups, out * bits / 32), null: 2^(bits - 1)
+  const int* index;     // (in), the group of each row, null: equal runs in order
+  long group_of(long row) const { return index ? index[row] : row / (in / groups); }
 };
+struct Run { long from, to, group; };  // rows of words
 
 #define BODY "quant.h"
 #include "every_isa.h"
 
-static std::vector<float> unpack_zeros(const int* packed, long groups, long out, int bits) {
-  const int per_word = 32 / bits, mask = (1 << bits) - 1;
-  std::vector<float> zeros(groups * out);
-  for (long i = 0; i < groups * out; i++)  // stored less one
-    zeros[i] = (((packed[i / per_word] >> (i % per_word * bits)) & mask) + 1) & mask;
-  return zeros;
-}
+using Shape = std::vector<int64_t>;
+using Type = paddle::DataType;
+using Maybe = paddle::optional<paddle::Tensor>;
+using MaybeShape = paddle::optional<Shape>;
+using MaybeType = paddle::optional<Type>;
+constexpr long COLUMNS = 128;  // of a task
 
-std::vector<paddle::Tensor> QuantLinear(const paddle::Tensor& x, const paddle::Tensor& codes, const paddle::Tensor& scales, const paddle::Tensor& qzeros, int bits, int group) {
-  const long rows = x.shape()[0], in = x.shape()[1], out = codes.shape()[1], groups = scales.shape()[0];
-  auto y = paddle::empty({rows, out}, x.dtype(), x.place());
-  const std::vector<float> zeros = unpack_zeros(qzeros.data<int>(), groups, out, bits);
-  std::vector<float> sums(rows * groups, 0.0f);
-  const float* X = x.data<float>();
-  for (long m = 0; m < rows; m++)
-    for (long i = 0; i < in; i++) sums[m * groups + i / group] += X[m * in + i];
-  const Packed w{in, out, groups, group, bits, codes.data<int>(), scales.data<float>(), zeros.data()};
+static Packed packed(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index, int bits) {
+  const Packed w{codes.shape()[0] * (32 / bits), codes.shape()[1], scales.shape()[0], bits, codes.data<int>(), scales.data<float>(),
+                 qzeros ? qzeros->data<int>() : nullptr, g_index ? g_index->data<int>() : nullptr};
+  PD_CHECK((bits == 4 || bits == 8) && w.out >= 4, "4 or 8 bits, at least four columns");
+  PD_CHECK(w.index || w.in % w.groups == 0, "groups of unequal length need g_index");
+  PD_CHECK(!qzeros || qzeros->numel() * (32 / bits) == w.groups * w.out, "sizes of scales and qzeros differ");
+  for (long i = 0; w.index && i < w.in; i++) PD_CHECK(w.index[i] >= 0 && w.index[i] < w.groups, "g_index names a group that is not there");
+  return w;
+}
+// Runs of words of one group each; none if the rows of some word differ.
+static std::vector<Run> runs_of(const Packed& w) {
+  const long per_word = 32 / w.bits;
+  std::vector<Run> runs;
+  if (const long group = w.in / w.groups; !w.index && group % per_word == 0) {
+    for (long g = 0; g < w.groups; g++) runs.push_back({g * group / per_word, (g + 1) * group / per_word, g});
+    return runs;
+  }
+  for (long word = 0; word < w.in / per_word; word++) {
+    const long g = w.group_of(word * per_word);
+    for (long j = 1; j < per_word; j++)
+      if (w.group_of(word * per_word + j) != g) return {};
+    if (!runs.empty() && runs.back().group == g) runs.back().to++;
+    else runs.push_back({word, word + 1, g});
+  }
+  return runs;
+}
+static int chosen(int instructions, long out) {  // a vector must not be longer than a row
+  return std::min({instructions < 0 ? 2 : instructions, level(), out >= 16 ? 2 : out >= 8 ? 1 : 0});
+}
+static long column_tasks(long out) { return std::max(1L, out / COLUMNS); }
+static long column_end(long t, long out) { return t + 1 == column_tasks(out) ? out : (t + 1) * COLUMNS; }
+
+std::vector<paddle::Tensor> QuantLinear(const paddle::Tensor& x, const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index,
+                                        const Maybe& bias, int bits, int instructions) {
+  Packed w = packed(codes, scales, qzeros, g_index, bits);
+  Shape shape = x.shape();
+  PD_CHECK(shape.back() == w.in, "sizes differ");
+  const long rows = x.numel() / w.in;
+  shape.back() = w.out;
+  auto y = paddle::empty(shape, x.dtype(), x.place());
+  const std::vector<Run> runs = runs_of(w);
+  std::vector<int> index;
+  if (runs.empty() && !w.index) {
+    for (long i = 0; i < w.in; i++) index.push_back((int)w.group_of(i));
+    w.index = index.data();
+  }
+  const int how = chosen(instructions, w.out);
+  std::vector<float> sums(rows * runs.size());
+  const float *X = x.data<float>(), *B = bias ? bias->data<float>() : nullptr;
+  for (long m = 0; m < rows; m++) PICK(how, sum_runs)(w, runs, X + m * w.in, sums.data() + m * runs.size());
   float* Y = y.data<float>();
-  parallel((out + 127) / 128, [&](long t) { PICK(level(), quant_columns)(w, X, sums.data(), rows, t * 128, std::min(out, (t + 1) * 128), Y); });
+  parallel(column_tasks(w.out), [&](long t) { PICK(how, quant_columns)(w, runs, X, sums.data(), B, rows, t * COLUMNS, column_end(t, w.out), Y); });
   return {y};
 }
 
-std::vector<paddle::Tensor> Dequantize(const paddle::Tensor& codes, const paddle::Tensor& scales, const paddle::Tensor& qzeros, int bits, int group) {
-  const long words = codes.shape()[0], per_word = 32 / bits, out = codes.shape()[1], groups = scales.shape()[0];
-  auto y = paddle::empty({words * per_word, out}, scales.dtype(), scales.place());
-  const std::vector<float> zeros = unpack_zeros(qzeros.data<int>(), groups, out, bits);
-  const Packed w{words * per_word, out, groups, group, bits, codes.data<int>(), scales.data<float>(), zeros.data()};
+std::vector<paddle::Tensor> Dequantize(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index, int bits, int instructions) {
+  const Packed w = packed(codes, scales, qzeros, g_index, bits);
+  auto y = paddle::empty({w.in, w.out}, scales.dtype(), scales.place());
+  const int how = chosen(instructions, w.out);
   float* Y = y.data<float>();
-  parallel(words, [&](long word) { PICK(level(), unpack_word_row)(w, word, Y + word * per_word * out); });
+  parallel(column_tasks(w.out), [&](long t) { PICK(how, unpack_columns)(w, t * COLUMNS, column_end(t, w.out), Y); });
   return {y};
 }
 
-static std::vector<std::vector<int64_t>> QuantShape(const std::vector<int64_t>& x, const std::vector<int64_t>& codes, const std::vector<int64_t>& scales, const std::vector<int64_t>& qzeros) {
-  return {{x[0], codes[1]}};
+static std::vector<Shape> QuantShape(const Shape& x, const Shape& codes, const Shape& scales, const MaybeShape& qzeros, const MaybeShape& g_index, const MaybeShape& bias) {
+  Shape y = x;
+  y.back() = codes[1];
+  return {y};
 }
-static std::vector<paddle::DataType> QuantType(paddle::DataType x, paddle::DataType codes, paddle::DataType scales, paddle::DataType qzeros) { return {x}; }
+static std::vector<Type> QuantType(Type x, Type codes, Type scales, const MaybeType& qzeros, const MaybeType& g_index, const MaybeType& bias) { return {x}; }
 
 PD_BUILD_OP(cpu_quant_linear)
-    .Inputs({"x", "codes", "scales", "qzeros"})
+    .Inputs({"x", "codes", "scales", paddle::Optional("qzeros"), paddle::Optional("g_index"), paddle::Optional("bias")})
     .Outputs({"y"})
-    .Attrs({"bits: int", "group: int"})
+    .Attrs({"bits: int", "instructions: int"})
     .SetKernelFn(PD_KERNEL(QuantLinear))
     .SetInferShapeFn(PD_INFER_SHAPE(QuantShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(QuantType));
 
-static std::vector<std::vector<int64_t>> DequantizeShape(const std::vector<int64_t>& codes, const std::vector<int64_t>& scales, const std::vector<int64_t>& qzeros, const int& bits,
-                                                         const int& group) {
+static std::vector<Shape> DequantizeShape(const Shape& codes, const Shape& scales, const MaybeShape& qzeros, const MaybeShape& g_index, const int& bits, const int& instructions) {
   return {{codes[0] * (32 / bits), codes[1]}};
 }
-static std::vector<paddle::DataType> DequantizeType(paddle::DataType codes, paddle::DataType scales, paddle::DataType qzeros) { return {scales}; }
+static std::vector<Type> DequantizeType(Type codes, Type scales, const MaybeType& qzeros, const MaybeType& g_index) { return {scales}; }
 
 PD_BUILD_OP(cpu_dequantize)
-    .Inputs({"codes", "scales", "qzeros"})
+    .Inputs({"codes", "scales", paddle::Optional("qzeros"), paddle::Optional("g_index")})
     .Outputs({"y"})
-    .Attrs({"bits: int", "group: int"})
+    .Attrs({"bits: int", "instructions: int"})
     .SetKernelFn(PD_KERNEL(Dequantize))
     .SetInferShapeFn(PD_INFER_SHAPE(DequantizeShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(DequantizeType));

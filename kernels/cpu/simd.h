@@ -11,6 +11,11 @@ typedef float vf_u __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 static INLINE vf load(const float* p) { return *(const vf_u*)p; }
 static INLINE void store(float* p, vf x) { *(vf_u*)p = x; }
+static INLINE vf load_part(const float* p, long n) {  // the first n < VL floats, zeros after them
+  vf x = {};
+  std::memcpy(&x, p, n * sizeof(float));
+  return x;
+}
 static INLINE vf splat(float x) { return x - vf{}; }
 static INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 

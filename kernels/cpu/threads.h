@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -18,6 +19,7 @@ class Pool {
     static Pool* pool = new Pool();  // never destroyed: its threads sleep when the process ends
     return *pool;
   }
+  int threads() const { return want_; }
   void parallel(long n, const std::function<void(long)>& task) {
     std::unique_lock<std::mutex> one(calls_, std::try_to_lock);
     // A call from within a task, from another thread, or in a forked child, which has no workers, runs by itself.
@@ -29,14 +31,17 @@ class Pool {
       workers_.emplace_back([this] { work(); });
       workers_.back().detach();
     }
-    task_ = &task, n_ = n, next_.store(0), left_.store(want_ - 1);
+    next_.store((round_ << 32) + NONE);  // before n_ changes: a thread that is late must not take a task of the last round
+    task_ = &task, done_.store(0), n_.store(n);
     {
       std::lock_guard<std::mutex> lock(sleep_);
-      round_.fetch_add(1);
+      round_ = (round_ + 1) & NONE;
+      next_.store(round_ << 32);
     }
     wake_.notify_all();
-    run();
-    for (int spins = 0; left_.load(std::memory_order_acquire) > 0; spins++)
+    run(round_);
+    // Tasks that others took are waited for, others that still wake up are not: in a small call that takes longest of all.
+    for (int spins = 0; done_.load() < n; spins++)
       if (spins > 1000) std::this_thread::yield();
   }
 
@@ -45,31 +50,41 @@ class Pool {
     cpu_set_t allowed;
     want_ = sched_getaffinity(0, sizeof(allowed), &allowed) ? 1 : CPU_COUNT(&allowed);
   }
-  void run() {
-    for (long i; (i = next_.fetch_add(1)) < n_;) (*task_)(i);
+  static constexpr uint64_t NONE = 0xFFFFFFFF;
+  // Take tasks of this round until there are none, or the round is over. A thread that is late may read n_ or task_ of a later
+  // round, but then next_ has changed, and it takes nothing.
+  void run(uint64_t round) {
+    for (;;) {
+      uint64_t now = next_.load();
+      const long i = (long)(now & NONE);
+      if (now >> 32 != round || i >= n_.load()) return;
+      if (!next_.compare_exchange_weak(now, now + 1)) continue;
+      (*task_)(i);
+      done_.fetch_add(1);
+    }
   }
   void work() {
-    long seen = 0;
+    uint64_t seen = 0;
     for (;;) {
-      for (int spins = 0; round_.load() == seen && spins < 2000; spins++) __builtin_ia32_pause();
+      for (int spins = 0; next_.load() >> 32 == seen && spins < 2000; spins++) __builtin_ia32_pause();
       {
         std::unique_lock<std::mutex> lock(sleep_);
-        wake_.wait(lock, [&] { return round_.load() != seen; });
+        wake_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
       }
-      seen = round_.load();
-      run();
-      left_.fetch_sub(1, std::memory_order_release);
+      run(seen);
     }
   }
   std::mutex calls_, sleep_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
-  std::atomic<long> next_{0}, round_{0};
-  std::atomic<int> left_{0};
+  uint64_t round_ = 0;             // counts the calls, in 32 bits; changes while both mutexes are held
+  std::atomic<uint64_t> next_{0};  // the round and, in the lower half, its next task
+  std::atomic<long> done_{0}, n_{0};
   const std::function<void(long)>* task_ = nullptr;
-  long n_ = 0;
   const pid_t owner_ = getpid();
   int want_;  // threads, the caller's among them
 };
 
 static inline void parallel(long n, const std::function<void(long)>& task) { Pool::get().parallel(n, task); }
+static inline int threads() { return Pool::get().threads(); }  // integer sums alone may be split by this: float ones by shapes

@@ -1,0 +1,122 @@
+// Cross-entropy of softmax(h W) for kernels/cpu.py, which makes the products: what happens to a block of columns of the logits
+// in one pass, and columns of W copied out and gradients copied in, as blocks that stay in the cache between two products.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "op.h"
+#include "threads.h"
+
+// What is known of a row after some columns: the largest logit, the sum of exp(logit - max), the label's logit, and by what
+// the sum was multiplied when the last columns raised the maximum.
+struct Row { float max, sum, target, factor; };
+
+#define BODY "loss.h"
+#include "every_isa.h"
+
+using Tensor = paddle::Tensor;
+constexpr long ROWS = 8;  // of one task
+static long tasks(long n) { return (n + ROWS - 1) / ROWS; }
+template <class F>
+static void by_rows(long rows, F f) {
+  parallel(tasks(rows), [&](long t) {
+    for (long i = t * ROWS; i < std::min(rows, (t + 1) * ROWS); i++) f(i);
+  });
+}
+
+// logits (N, n), columns first … of the whole; labels (N,); state (N, 4), a Row each; best (N,) the largest logit's column.
+std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Tensor& best, int64_t first, bool begin, bool write, int instructions) {
+  const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
+  float* X = logits.data<float>();
+  Row* S = (Row*)state.data<float>();
+  const int64_t* L = labels.data<int64_t>();
+  int64_t* B = best.data<int64_t>();
+  by_rows(N, [&](long i) {
+    if (begin) S[i] = {-INFINITY, 0.0f, 0.0f, 1.0f}, B[i] = first;
+    PICK(which, see)(X + i * n, n, first, L[i], write, S + i, B + i);
+  });
+  return {};
+}
+
+// logits (N, n) -> (softmax - onehot) * scale, in place, with the logsumexp of whole rows.
+std::vector<Tensor> SoftmaxLessOnehot(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& scale, int64_t first, int instructions) {
+  const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
+  float* X = logits.data<float>();
+  const float *E = lse.data<float>(), *C = scale.data<float>();
+  const int64_t* L = labels.data<int64_t>();
+  by_rows(N, [&](long i) { PICK(which, gradient)(X + i * n, n, E[i], L[i] - first, C[i]); });
+  return {};
+}
+
+// total (N, D) = total * factor of state's rows + more
+std::vector<Tensor> ScaledAdd(Tensor& total, const Tensor& more, const Tensor& state, int instructions) {
+  const long N = total.shape()[0], D = total.shape()[1], which = level(instructions);
+  float* T = total.data<float>();
+  const float* M = more.data<float>();
+  const Row* S = (const Row*)state.data<float>();
+  by_rows(N, [&](long i) { PICK(which, scaled_add)(T + i * D, M + i * D, S[i].factor, D); });
+  return {};
+}
+
+// Rows and columns of a matrix of float32 or bfloat16 as a float32 matrix.
+std::vector<Tensor> Block(const Tensor& whole, int64_t row, int64_t rows, int64_t column, int64_t columns, int instructions) {
+  const long stride = whole.shape()[1], which = level(instructions);
+  const bool is_short = whole.dtype() == paddle::DataType::BFLOAT16;
+  const void* from = whole.data();
+  Tensor out = paddle::empty({rows, columns}, paddle::DataType::FLOAT32, whole.place());
+  float* to = out.data<float>();
+  by_rows(rows, [&](long i) { PICK(which, copy)(from, is_short, (row + i) * stride + column, columns, to + i * columns); });
+  return {out};
+}
+
+// A float32 block into its place in a matrix, or added to what is there.
+std::vector<Tensor> PutBlock(Tensor& whole, const Tensor& block, int64_t row, int64_t column, bool add, int instructions) {
+  const long stride = whole.shape()[1], rows = block.shape()[0], columns = block.shape()[1], which = level(instructions);
+  float* to = whole.data<float>();
+  const float* from = block.data<float>();
+  by_rows(rows, [&](long i) {
+    float* at = to + (row + i) * stride + column;
+    if (add) PICK(which, scaled_add)(at, from + i * columns, 1.0f, columns);
+    else std::copy_n(from + i * columns, columns, at);
+  });
+  return {};
+}
+
+// rows (N, D): where a label lies in a block of W, first … of the whole, its column (turned: its row) of the block.
+std::vector<Tensor> LabelRows(Tensor& rows, const Tensor& block, const Tensor& labels, int64_t first, bool turned) {
+  const long N = rows.shape()[0], D = rows.shape()[1], n = block.shape()[!turned];
+  float* R = rows.data<float>();
+  const float* W = block.data<float>();
+  const int64_t* L = labels.data<int64_t>();
+  by_rows(N, [&](long i) {
+    const long at = L[i] - first;
+    if (at < 0 || at >= n) return;
+    if (turned) std::copy_n(W + at * D, D, R + i * D);
+    else
+      for (long d = 0; d < D; d++) R[i * D + d] = W[d * n + at];
+  });
+  return {};
+}
+
+// Without functions for shapes and dtypes: these run on a dynamic graph alone.
+PD_BUILD_OP(cpu_logits_seen)
+    .Inputs({"logits", "labels", "state", "best"}).Outputs({"logits_out", "state_out", "best_out"})
+    .Attrs({"first: int64_t", "begin: bool", "write: bool", "instructions: int"})
+    .SetInplaceMap({{"logits", "logits_out"}, {"state", "state_out"}, {"best", "best_out"}}).SetKernelFn(PD_KERNEL(See));
+PD_BUILD_OP(cpu_softmax_less_onehot)
+    .Inputs({"logits", "labels", "lse", "scale"}).Outputs({"logits_out"}).Attrs({"first: int64_t", "instructions: int"})
+    .SetInplaceMap({{"logits", "logits_out"}}).SetKernelFn(PD_KERNEL(SoftmaxLessOnehot));
+PD_BUILD_OP(cpu_scaled_add)
+    .Inputs({"total", "more", "state"}).Outputs({"total_out"}).Attrs({"instructions: int"})
+    .SetInplaceMap({{"total", "total_out"}}).SetKernelFn(PD_KERNEL(ScaledAdd));
+PD_BUILD_OP(cpu_block)
+    .Inputs({"whole"}).Outputs({"block"}).Attrs({"row: int64_t", "rows: int64_t", "column: int64_t", "columns: int64_t", "instructions: int"})
+    .SetKernelFn(PD_KERNEL(Block));
+PD_BUILD_OP(cpu_put_block)
+    .Inputs({"whole", "block"}).Outputs({"whole_out"}).Attrs({"row: int64_t", "column: int64_t", "add: bool", "instructions: int"})
+    .SetInplaceMap({{"whole", "whole_out"}}).SetKernelFn(PD_KERNEL(PutBlock));
+PD_BUILD_OP(cpu_label_rows)
+    .Inputs({"rows", "block", "labels"}).Outputs({"rows_out"}).Attrs({"first: int64_t", "turned: bool"})
+    .SetInplaceMap({{"rows", "rows_out"}}).SetKernelFn(PD_KERNEL(LabelRows));
