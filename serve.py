@@ -11,7 +11,8 @@ one base, chosen by each request. `mode: static` runs what export.py wrote with 
 The engine: requests join and leave at every step; a step computes one token of every running sequence and, with what is
 left of `max_num_batched_tokens`, pieces of new prompts. Keys and values lie in a pool of blocks (Kwon et al., arXiv
 2309.06180); identical full blocks are kept once; when the pool runs dry the youngest sequence waits and is computed again.
-Not here: beam search, speculative decoding, a pool of less than float32, more than one process.
+The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory. Not here: beam search, speculative decoding,
+more than one process.
 """
 
 import asyncio
@@ -64,7 +65,6 @@ from model import (
     lora_layers,
     penalize,
     read_safetensors,
-    sample,
 )
 
 # ================================================================== 1. arguments
@@ -93,6 +93,7 @@ class Args(trainer.ScriptArgs):
     block_size: int = 16  # tokens of a block of the pool
     num_blocks: int | None = None  # blocks of the pool; None: what kv_cache_gb holds, but no more than can be in use
     kv_cache_gb: float = 1.0  # memory of the pool
+    cachekv_int8_type: str | None = None  # dynamic: the pool in int8 with a scale a token and head; None: float32
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
     prompt: str | None = None  # answer this and exit
@@ -114,9 +115,10 @@ class Args(trainer.ScriptArgs):
         notes = super().check()
         if not self.model_name_or_path:
             raise UserError("model_name_or_path: missing")
-        for key, choices in (("mode", ("dynamic", "static")), ("decode_strategy", ("sampling", "greedy_search"))):
+        for key, choices in (("mode", ("dynamic", "static")), ("decode_strategy", ("sampling", "greedy_search")),
+                             ("cachekv_int8_type", (None, "dynamic"))):  # fmt: skip
             if getattr(self, key) not in choices:
-                raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(choices)}")
+                raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")
         positive = "max_length total_max_length batch_size block_size max_num_batched_tokens max_queue max_body_bytes"
         for key in f"src_length num_blocks {positive} max_connections".split():
             if getattr(self, key) is not None and getattr(self, key) < 1:
@@ -130,6 +132,8 @@ class Args(trainer.ScriptArgs):
             raise UserError("lora_path and prefix_path are both given; choose one")
         if self.mode == "static" and (self.lora_path or self.prefix_path):
             raise UserError("mode: static has its weights in the graph; export the merged model instead of an adapter")
+        if self.mode == "static" and self.cachekv_int8_type:
+            raise UserError("mode: static keeps keys and values in float32; cachekv_int8_type is for dynamic")
         if sum(map(bool, (self.prompt, self.data_file, self.benchmark))) > 1:
             raise UserError("prompt, data_file and benchmark are different ways to run; give one")
         if self.data_file and not Path(self.data_file).is_file():
@@ -260,7 +264,12 @@ class Sampler:
 
     def choose(self, logits, seen):
         """logits (V,) float32, seen: ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
-        p, raw = self.params, logits
+        (token,) = draw([self], self.adjusted(logits, seen)[None])
+        return token, *self.report(logits, token)
+
+    def adjusted(self, logits, seen):
+        """The same with penalties and bans; logits themselves where there are none."""
+        p = self.params
         if p.repetition_penalty != 1.0:
             logits = penalize(logits[None], np.array([seen]), np.ones((1, len(seen)), np.int64), p.repetition_penalty)[
                 0
@@ -272,24 +281,30 @@ class Sampler:
         if self.stops and self.counts.total() < p.min_tokens:
             logits = logits.copy()
             logits[[i for i in self.stops if i < len(logits)]] = -np.inf
-        token = int(logits.argmax()) if self.greedy else self._draw(logits)
-        self.counts[token] += 1
+        return logits
+
+    def report(self, logits, token):
+        """What is told of the token chosen: (log-probability, likeliest), of the logits as the model gave them, or Nones."""
+        p = self.params
         if p.logprobs is None:
-            return token, None, None
-        x = raw.astype(np.float64)
+            return None, None
+        x = logits.astype(np.float64)
         x -= x.max()
         x -= np.log(np.exp(x).sum())
         best = np.argpartition(-x, min(p.logprobs, len(x) - 1))[: p.logprobs]
         best = best[np.lexsort((best, -x[best]))]
-        return token, float(x[token]), [(int(i), float(x[i])) for i in best]
+        return float(x[token]), [(int(i), float(x[i])) for i in best]
 
-    def _draw(self, logits):
-        """model.sample of one row; with top_k only the candidates are looked at, in the order of their ids as there."""
-        p, V = self.params, len(logits)
-        if not 0 < p.top_k < V:
-            return int(sample(logits[None], p.temperature, 0, p.top_p, self.generator)[0])
-        kept = np.flatnonzero(logits >= np.partition(logits, V - p.top_k)[V - p.top_k])
-        return int(kept[sample(logits[None, kept], p.temperature, 0, p.top_p, self.generator)[0]])
+
+def draw(samplers, logits):
+    """One id for each sampler from its row of logits (S, V) float32; each takes one number of its own stream."""
+    ways = [(0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
+            for s in samplers]  # fmt: skip
+    temperature, top_k, top_p, uniform = zip(*ways)
+    ids = kernels.sample(kernels.to_tensor(logits), temperature, top_k, top_p, uniform).tolist()
+    for sampler, token in zip(samplers, ids):
+        sampler.counts[token] += 1
+    return ids
 
 
 class TextStream:
@@ -460,27 +475,24 @@ class PagedRunner:
 
     chunked = True  # a prompt may come in pieces, and share blocks
 
-    def __init__(self, model, num_blocks, block_size, adapters=None):
+    def __init__(self, model, num_blocks, block_size, adapters=None, int8=False):
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
         self.vocab_size, self.max_positions = c.vocab_size, c.max_position_embeddings
         self.prefix_tokens = 0  # of the text's positions: they are given with the virtual tokens counted
         self.virtual = model.prefix.tokens if model.prefix is not None else 0
         shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
-        self.keys = [paddle.zeros(shape) for _ in range(c.num_hidden_layers)]
-        self.values = [paddle.zeros(shape) for _ in range(c.num_hidden_layers)]
-        # The same memory as rows of tokens: scatter_ writes in place, whatever the size of the pool.
-        self.key_rows, self.value_rows = (
-            [t.reshape([-1, *shape[2:]]) for t in pool] for pool in (self.keys, self.values)
-        )
-        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(self.keys, self.key_rows)), "a reshape has copied"
+        kind, layers = "int8" if int8 else "float32", range(c.num_hidden_layers)
+        self.pools = [(paddle.zeros(shape, kind), paddle.zeros(shape, kind)) for _ in layers]  # keys, values of a layer
+        self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
         self.slices = []
         self.adapters = self._load_adapters(adapters or {})
         self.slots = self.tables = self.query_lengths = self.context_lengths = None  # of the step being computed
 
     @staticmethod
-    def block_bytes(config, block_size):
-        return 2 * 4 * config.num_hidden_layers * block_size * config.num_key_value_heads * config.head_dim
+    def block_bytes(config, block_size, int8=False):
+        of_head = config.head_dim + 4 if int8 else 4 * config.head_dim
+        return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * of_head
 
     def _load_adapters(self, paths):
         """{name: folder} -> names. Their LoRALinears share the one base layer."""
@@ -531,6 +543,8 @@ class PagedRunner:
             ids += chunk.sequence.tokens[chunk.start : end]
             blocks = chunk.sequence.blocks[: -(-end // size)]
             self.tables[row, : len(blocks)] = blocks
+        for array in (self.tables, self.query_lengths, self.context_lengths):
+            array.flags.writeable = False  # so that the layers after the first know them again
         rows = np.repeat(np.arange(len(chunks)), counts)
         firsts = np.repeat(self.query_lengths.cumsum() - counts, counts)
         positions = np.arange(len(ids)) - firsts + starts[rows]
@@ -547,10 +561,10 @@ class PagedRunner:
 
     def attend(self, layer, q, k, v):
         """q (1, N, H, Dh), k and v (1, N, K, Dh) -> (1, N, H, Dh): keeps k and v, then reads the sequences' blocks."""
-        paddle.scatter_(self.key_rows[layer], self.slots, k[0])
-        paddle.scatter_(self.value_rows[layer], self.slots, v[0])
+        pool, scales = self.pools[layer], self.scales[layer]
+        kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)
         out = kernels.paged_attention(
-            q[0], self.keys[layer], self.values[layer], self.tables, self.query_lengths, self.context_lengths
+            q[0], *pool, self.tables, self.query_lengths, self.context_lengths, None, *scales
         )
         return out.unsqueeze(0)
 
@@ -562,8 +576,7 @@ class PagedRunner:
         at = np.arange(start, prefix.tokens)
         slots = kernels.to_tensor(np.array(sequence.blocks)[at // size] * size + at % size)
         for layer in range(prefix.layers):
-            paddle.scatter_(self.key_rows[layer], slots, table[:, layer, 0].contiguous())
-            paddle.scatter_(self.value_rows[layer], slots, table[:, layer, 1].contiguous())
+            kernels.write_cache(table[:, layer, 0], table[:, layer, 1], *self.pools[layer], slots, *self.scales[layer])
 
     def release(self, sequence):
         """Nothing is kept by sequence: the blocks are the engine's."""
@@ -777,9 +790,9 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer=None, num_blocks=256, block_size=16, max_num_seqs=16, max_num_batched_tokens=512,
-                 max_model_len=None, max_queue=256, seed=0, adapters=None):  # fmt: skip
+                 max_model_len=None, max_queue=256, seed=0, adapters=None, int8_cache=False):  # fmt: skip
         paged = isinstance(model, CausalLM)
-        self.runner = runner = PagedRunner(model, num_blocks, block_size, adapters) if paged else model
+        self.runner = runner = PagedRunner(model, num_blocks, block_size, adapters, int8_cache) if paged else model
         self.tokenizer = tokenizer
         self.pool = BlockPool(num_blocks, block_size, reuse=runner.chunked)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
@@ -876,9 +889,9 @@ class Engine:
             self.waiting += self.inbox
             self.inbox.clear()
             aborted, self.to_abort = self.to_abort, set()
+        self.totals["aborted"] += len(aborted)
         for sequence in [s for s in (*self.running, *self.waiting) if s.request.request_id in aborted]:
             self._finish(sequence, "abort")
-        self.totals["aborted"] += len(aborted)
 
     def _schedule(self):
         """The chunks of this step: a token of every running sequence, then pieces of prompts, the oldest first."""
@@ -966,7 +979,8 @@ class Engine:
 
     def _advance(self, chunks, logits):
         """What was computed is kept and, where a sequence is computed to its end, the next token chosen."""
-        best, finite = logits.argmax(-1), np.isfinite(logits.max(-1))
+        best, finite = logits.argmax(-1).tolist(), np.isfinite(logits.max(-1)).tolist()
+        chosen = self._draw(chunks, logits, finite)
         for row, chunk in enumerate(chunks):
             sequence, size = chunk.sequence, self.pool.block_size
             full = sequence.computed // size
@@ -982,10 +996,22 @@ class Engine:
                 print(f"request {sequence.request.request_id}: the logits are not finite", file=sys.stderr, flush=True)
                 self._finish(sequence, "error")
             elif sequence.sampler.plain and sequence.generated >= sequence.sampler.params.min_tokens:
-                self._append(sequence, int(best[row]), None, None)
+                self._append(sequence, best[row], None, None)
             else:
-                seen = sequence.tokens[sequence.virtual :]
-                self._append(sequence, *sequence.sampler.choose(logits[row], seen))
+                self._append(sequence, chosen[row], *sequence.sampler.report(logits[row], chosen[row]))
+
+    def _draw(self, chunks, logits, finite):
+        """{row: id} of the rows that are computed to their end and for which the argmax is not all."""
+        rows = []
+        for row, (s, start, count) in enumerate(chunks):
+            plain = s.sampler.plain and s.generated >= s.sampler.params.min_tokens
+            if start + count == len(s.tokens) and finite[row] and not plain:
+                rows.append(row)
+        if not rows:
+            return {}
+        samplers = [chunks[row].sequence.sampler for row in rows]
+        adjusted = [s.adjusted(logits[row], chunks[row].sequence.tokens[chunks[row].sequence.virtual :]) for row, s in zip(rows, samplers)]
+        return dict(zip(rows, draw(samplers, np.stack(adjusted))))
 
     def _append(self, sequence, token, logprob, top):
         """A new token: is it the last, what text is certain with it?"""
@@ -1190,7 +1216,7 @@ def build_engine(args):
     virtual = model.prefix.tokens if model.prefix is not None else 0
     length = min(args.total_max_length + virtual, model.config.max_position_embeddings)
     wanted = 2 * args.batch_size * -(-length // args.block_size)  # as much again to keep prompts for later ones
-    block = PagedRunner.block_bytes(model.config, args.block_size)
+    block = PagedRunner.block_bytes(model.config, args.block_size, args.cachekv_int8_type is not None)
     num_blocks = args.num_blocks or min(wanted, int(args.kv_cache_gb * 1e9) // block)
     if num_blocks < 1:
         raise UserError(f"kv_cache_gb: {args.kv_cache_gb} holds no block of {block / 1e6:.1f} MB; raise it")
@@ -1199,7 +1225,7 @@ def build_engine(args):
 
 def engine_of(model, tokenizer, num_blocks, adapters, args):
     engine = Engine(model, tokenizer, num_blocks, args.block_size, args.batch_size, args.max_num_batched_tokens,
-                    args.total_max_length, args.max_queue, args.seed, adapters)  # fmt: skip
+                    args.total_max_length, args.max_queue, args.seed, adapters, args.cachekv_int8_type is not None)  # fmt: skip
     print(f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a sequence, "
           f"{args.batch_size} sequences at once" + (f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""), flush=True)  # fmt: skip
     return engine

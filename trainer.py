@@ -353,7 +353,7 @@ REFUSED = _table([
     ("preference training is done by dpo.py; finetune.py reads dataset_name_or_path", "train_dataset_path"),
     ("reward models are not trained here", "process_reward"),
     ("speculative decoding is not here", "speculate_method draft_model_name_or_path"),
-    ("the cache of keys and values is float32", "cachekv_int8_type"),
+    ("the cache of keys and values is serve.py's", "cachekv_int8_type"),
     ("KTO is not trained here; dpo.py learns from pairs", "desirable_weight undesirable_weight"),
     ("it is called beta, loss_type or label_smoothing", "dpo_beta dpo_loss_type dpo_label_smoothing"),
     ("reward and reinforcement learning are done by ppo.py", """

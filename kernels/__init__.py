@@ -41,6 +41,8 @@ OPS = (
     "quant_linear",
     "attention",
     "paged_attention",
+    "write_cache",
+    "sample",
     "linear_cross_entropy",
     "adamw",
     "squared_norm",
@@ -231,7 +233,16 @@ def _missing(backend, op):
 
 
 def to_tensor(array):
-    """A numpy array as a tensor. paddle.to_tensor (3.3.1) keeps 104 bytes of every call for ever, too much for a server."""
+    """A numpy array's copy as a tensor, for hot paths.
+
+    paddle.to_tensor (3.3.1) keeps 104 bytes of every call for ever, too much for a server, and paddle.assign looks at every
+    element in Python (0.85 ms for 3,000 of them). Filling an empty tensor takes 2 µs and keeps nothing.
+    """
+    place = paddle.framework._current_expected_place()
+    if paddle.in_dynamic_mode() and isinstance(place, paddle.CPUPlace):
+        tensor = paddle._C_ops.empty([0], paddle.float32, place)
+        tensor.get_tensor().set(array, place)  # takes over dtype and shape
+        return tensor
     return paddle.assign(array) if array.size <= 1 << 20 else paddle.to_tensor(array)  # assign takes no more than that
 
 
@@ -327,14 +338,40 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes)
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None):
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None):
     """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180).
 
     q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the new
     tokens in place already; block_tables (S, most blocks) int32, query_lengths and context_lengths (S,), numpy: a
-    sequence's context includes its queries, query j stands at context - query + j -> (N, H, Dh).
+    sequence's context includes its queries, query j stands at context - query + j -> (N, H, Dh). Arrays that are not
+    writeable may be taken for the same as in the last call if they are the same objects: of a step's layers, all but the
+    first are spared the look at them.
+
+    Caches may be int8 with k_scales, v_scales (blocks, block_size, K) float32: a value is its code times the scale of its
+    slot and head. No gradients.
     """
-    return _run("paged_attention", q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale)
+    return _run(
+        "paged_attention", q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales, v_scales
+    )
+
+
+def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
+    """Put new keys and values into a pool, in place: token i into slot slots[i] = block * block_size + place in the block.
+
+    k, v (N, K, Dh) float32; caches and scales as in paged_attention; slots (N,) int64 tensor, none of them twice. int8
+    caches take round(x * 127 / most) and the scale most / 127, most being the largest absolute value of a token's head.
+    """
+    _run("write_cache", k, v, k_cache, v_cache, slots, k_scales, v_scales)
+
+
+def sample(logits, temperature, top_k, top_p, uniform):
+    """Choose an id of each row: model.sample says how; here the random number is given, and rows differ in their ways.
+
+    logits (S, V) float32 tensor; per row, as numpy (S,): temperature (0: the likeliest, the first of equals), top_k (0: all),
+    top_p, and uniform in [0, 1), what numpy's Generator.choice would draw -> (S,) int64 tensor, -1 for a row with NaN
+    or whose largest logit is infinite.
+    """
+    return _run("sample", logits, temperature, top_k, top_p, uniform)
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,

@@ -20,12 +20,19 @@ by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored,
 
 attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v, the output
 and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
+
+paged_attention, write_cache: blocks of the pool are read and written where they lie, int8 ones rounded and widened in
+registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows.
+
+sample: float64 as the oracle, sorting only what can be among the likeliest that make up top_p.
 """
 
+import math
 import os
 import types
 from pathlib import Path
 
+import numpy as np
 import paddle
 from paddle import _C_ops
 from paddle.autograd import PyLayer
@@ -35,7 +42,7 @@ from kernels import _build, reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = """attention rms_norm layer_norm rope swiglu geglu embedding lora_linear quant_linear linear_cross_entropy adamw
+OF_EXTENSION = """attention paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu embedding lora_linear quant_linear linear_cross_entropy adamw
     squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
@@ -105,11 +112,26 @@ def _takes_bf16(x, *weights):
 
 
 def linear(x, weight, bias=None, residual=None):
+    if (few := _few_rows(x, weight, bias)) is not None:
+        return few if residual is None else few + residual
     n_in, n_out = weight.shape
     wide = min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the faster product saves
     if not (wide and _takes_bf16(x, weight)):
         return reference.linear(x, weight, bias, residual)
     return _Bf16Linear.apply(x, weight, bias, residual)
+
+
+def _few_rows(x, weight, bias):
+    """x @ weight + bias of at most 32 rows, where no gradient is wanted and the C++ takes them; else None.
+
+    Bound by reading the weight, which may be stored in bfloat16: then half the bytes.
+    """
+    if _state is not True or weight.dtype not in (paddle.float32, paddle.bfloat16) or not _plain(x):
+        return None
+    wanted = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
+    if wanted or math.prod(x.shape[:-1]) > 32 or (bias is not None and bias.dtype != paddle.float32):
+        return None
+    return _C_ops._run_custom_op("cpu_few_rows_linear", x.contiguous(), weight, bias, -1)[0]
 
 
 class _Bf16Linear(PyLayer):
@@ -230,6 +252,52 @@ class _Attention(PyLayer):
         return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
 
 
+# ---------------------------------------------------------------------------------------- paged attention
+
+_paged = None  # (arrays of the last call, tensors made of them)
+
+
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None):
+    cache = paddle.float32 if k_scales is None else paddle.int8
+    if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache):
+        return reference.paged_attention(
+            q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales, v_scales
+        )
+    tables, lengths = _paged_tensors(q, k_cache, (block_tables, query_lengths, context_lengths))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _C_ops._run_custom_op(
+        "cpu_paged_attention", q.contiguous(), k_cache, v_cache, tables, lengths, k_scales, v_scales, scale, -1
+    )[0]
+
+
+def _paged_tensors(q, k_cache, arrays):
+    """Block tables (S, blocks) and lengths (2, S) as int32 tensors: the last ones, if the arrays cannot have changed since."""
+    global _paged
+    if _paged is None or any(a is not b for a, b in zip(_paged[0], arrays)):
+        tables, queries, contexts = (np.ascontiguousarray(a, np.int32) for a in arrays)
+        reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
+        found = kernels.to_tensor(tables), kernels.to_tensor(np.stack([queries, contexts]))
+        if any(getattr(a, "flags", None) is None or a.flags.writeable for a in arrays):
+            return found
+        _paged = arrays, found
+    return _paged[1]
+
+
+def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
+    if not _plain(k, v) or k_cache.dtype != (paddle.float32 if k_scales is None else paddle.int8):
+        return reference.write_cache(k, v, k_cache, v_cache, slots, k_scales, v_scales)
+    _C_ops._run_custom_op(
+        "cpu_write_cache", k.contiguous(), v.contiguous(), k_cache, v_cache, slots, k_scales, v_scales, -1
+    )
+
+
+def sample(logits, temperature, top_k, top_p, uniform):
+    if not _plain(logits):
+        return reference.sample(logits, temperature, top_k, top_p, uniform)
+    how = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
+    return _C_ops._run_custom_op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), how, -1)[0]
+
+
 # ------------------------------------------------------------------------------------- norm, rotation, gate
 
 
@@ -282,7 +350,11 @@ class _Norm(PyLayer):
 def rope(x, cos, sin):
     if not _plain(x, cos, sin):
         return reference.rope(x, cos, sin)
-    return _Rope.apply(x.contiguous(), cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1]))
+    if cos.shape[:2] != x.shape[:2]:
+        cos, sin = cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1])
+    if x.stop_gradient or not paddle.is_grad_enabled():  # decoding: a PyLayer costs as much as the rotation
+        return _C_ops._run_custom_op("cpu_rope", x.contiguous(), cos.contiguous(), sin.contiguous(), 1.0)[0]
+    return _Rope.apply(x.contiguous(), cos, sin)
 
 
 class _Rope(PyLayer):

@@ -97,11 +97,12 @@ def _lowered(*tensors):
     return [t.astype("bfloat16") if kernels.bf16 and t.dtype == paddle.float32 else t for t in tensors]
 
 
-def linear(x, weight, bias=None):
+def linear(x, weight, bias=None, residual=None):
     if not kernels.bf16 or x.dtype != paddle.float32:
-        return reference.linear(x, weight, bias)
+        return reference.linear(x, weight, bias, residual)
     y = paddle.matmul(*_lowered(x, weight)).astype("float32")
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
 
 
 # ---------------------------------------------------------------------------------------------- attention

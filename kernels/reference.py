@@ -447,27 +447,24 @@ def squared_norm(x):
 # ---------------------------------------------------------------------------------------- paged attention
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None):
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None):
     N, H, Dh = q.shape
     _, block_size, K, _ = k_cache.shape
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
     tables = np.asarray(block_tables)
-    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
-    assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
-    assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
-    assert tables.shape[1] * block_size >= contexts.max(), f"{tables.shape[1]} blocks of {block_size} for {contexts}"
-    scale = Dh**-0.5 if scale is None else scale
+    check_paged(q.shape, k_cache.shape, tables, queries, contexts)
+    scale, caches = Dh**-0.5 if scale is None else scale, ((k_cache, k_scales), (v_cache, v_scales))
     if N == len(queries):
-        return _paged_decode(q, k_cache, v_cache, tables, contexts, scale)
+        return _paged_decode(q, caches, tables, contexts, scale)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
     parts, order = [], []  # outputs, and the rows of q that they belong to
     if len(decodes):
         rows = paddle.gather(q, to_tensor(first[decodes]))
-        parts.append(_paged_decode(rows, k_cache, v_cache, tables[decodes], contexts[decodes], scale))
+        parts.append(_paged_decode(rows, caches, tables[decodes], contexts[decodes], scale))
         order.append(first[decodes])
     for s in np.flatnonzero(queries > 1):
         blocks = to_tensor(tables[s, : -(-contexts[s] // block_size)])
-        k, v = (paddle.gather(c, blocks).reshape([1, -1, K, Dh])[:, : contexts[s]] for c in (k_cache, v_cache))
+        k, v = (_gathered(c, scales, blocks).reshape([1, -1, K, Dh])[:, : contexts[s]] for c, scales in caches)
         rows = np.arange(first[s], first[s] + queries[s])
         parts.append(attention(q[first[s] : first[s] + queries[s]].unsqueeze(0), k, v, scale=scale)[0])
         order.append(rows)
@@ -477,12 +474,28 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     return paddle.gather(paddle.concat(parts), to_tensor(np.argsort(order)))
 
 
-def _paged_decode(q, k_cache, v_cache, tables, contexts, scale):
+def check_paged(q_shape, cache_shape, tables, queries, contexts):
+    """Whether what paged_attention was given fits together."""
+    (N, H, _), (_, block_size, K, _) = q_shape, cache_shape
+    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
+    assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
+    assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
+    assert tables.shape[1] * block_size >= contexts.max(), f"{tables.shape[1]} blocks of {block_size} for {contexts}"
+
+
+def _gathered(cache, scales, rows):
+    """Rows of a cache (…, Dh) as floats."""
+    found = paddle.gather(cache, rows)
+    return found if scales is None else found.astype("float32") * paddle.gather(scales, rows).unsqueeze(-1)
+
+
+def _paged_decode(q, caches, tables, contexts, scale):
     """One query of each of S sequences, as one product padded to the longest: q (S, H, Dh) -> (S, H, Dh)."""
     S, H, Dh = q.shape
-    _, block_size, K, _ = k_cache.shape
+    _, block_size, K, _ = caches[0][0].shape
     rows, bias = _decode_plan(tables.astype(np.int32).tobytes(), contexts.tobytes(), block_size, K, H // K)
-    k, v = (paddle.gather(c.reshape([-1, Dh]), rows).reshape([S, K, -1, Dh]) for c in (k_cache, v_cache))
+    flat = ((c.reshape([-1, Dh]), None if scales is None else scales.reshape([-1])) for c, scales in caches)
+    k, v = (_gathered(c, scales, rows).reshape([S, K, -1, Dh]) for c, scales in flat)
     scores = paddle.matmul(q.reshape([S, K, H // K, Dh]) * scale, k, transpose_y=True)  # (S, K, H/K, keys)
     p = F.softmax(scores if bias is None else scores + bias, axis=-1)
     return paddle.matmul(p, v).reshape([S, H, Dh])
@@ -507,3 +520,53 @@ def _decode_plan(tables, contexts, block_size, K, G):
         np.where(hidden, np.float32(MASKED), np.float32(0.0))[:, None, None], (len(contexts), K, G, len(keys))
     )
     return to_tensor(rows.reshape(-1)), to_tensor(np.ascontiguousarray(bias))
+
+
+@paddle.no_grad()
+def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
+    for x, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+        if scales is not None:
+            most = x.abs().max(-1)  # (N, K)
+            _put(scales, slots, most / 127.0)
+            x = paddle.round(x * (127.0 / paddle.clip(most, min=1e-30)).unsqueeze(-1)).astype("int8")
+        _put(cache, slots, x)
+
+
+def _put(cache, slots, x):
+    """cache (blocks, block_size, …), x (N, …): row slots[i] becomes x[i], in place, whatever the pool's size."""
+    rows = cache.reshape([-1, *cache.shape[2:]])
+    assert rows.data_ptr() == cache.data_ptr(), "a reshape has copied"
+    if x.dtype == paddle.int8:
+        paddle.index_put_(rows, (slots,), x)  # scatter_ has no int8 on the CPU
+    else:
+        paddle.scatter_(rows, slots, x)
+
+
+# ------------------------------------------------------------------------------------------------- sample
+
+
+def sample(logits, temperature, top_k, top_p, uniform):
+    import model  # which imports this package
+
+    rows = logits.astype("float32").numpy()
+    found, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
+    found[~finite] = -1
+    for s in np.flatnonzero(finite & (np.asarray(temperature) > 0)):
+        row, ids = rows[s : s + 1], None
+        if 0 < top_k[s] < row.shape[1]:  # only the candidates need be looked at, in the order of their ids
+            ids = np.flatnonzero(row[0] >= np.partition(row[0], -top_k[s])[-top_k[s]])
+            row = row[:, ids]
+        (at,) = model.sample(row, temperature[s], 0, top_p[s], _Drawn(uniform[s]))
+        found[s] = at if ids is None else ids[at]
+    return to_tensor(found.astype(np.int64))
+
+
+class _Drawn:
+    """numpy's Generator.choice for a uniform number that has been drawn already."""
+
+    def __init__(self, uniform):
+        self.uniform = uniform
+
+    def choice(self, n, p):
+        cumulated = p.cumsum()
+        return (cumulated / cumulated[-1]).searchsorted(self.uniform, side="right")

@@ -328,7 +328,8 @@ def test_linear_cross_entropy_at_its_edges(pretend):
     cases.test_linear_cross_entropy_gradients_against_differences("gpu")
     for transpose in (False, True):
         cases.test_linear_cross_entropy_with_a_weight_stored_in_bfloat16("gpu", transpose, None)
-        cases.test_linear_cross_entropy_with_a_frozen_weight("gpu", transpose)
+        for scale in (1.0, 30.0):
+            cases.test_linear_cross_entropy_with_a_frozen_weight("gpu", transpose, scale, None)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 7, 4, 2, 8), (1, 13, 13, 3, 3, 24), (1, 3, 9, 4, 1, 16)])

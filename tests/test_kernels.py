@@ -110,12 +110,15 @@ def test_configure_chooses_and_gives_reasons(monkeypatch):
         assert {backend for backend, _ in kernels.configure("npu:0", "auto").values()} == {"reference"}
         if cpu.missing("attention"):
             return
+        monkeypatch.delattr(cpu, "sample")
         table = kernels.configure("npu:0", "cpu")
-        assert table["linear"] == ("cpu", "asked for") and "does not have it" in table["paged_attention"][1]
+        assert table["linear"] == ("cpu", "asked for") and "does not have it" in table["sample"][1]
+        with pytest.raises(UserError, match="kernels/cpu.py has no sample"):
+            kernels.configure("npu:0", "sample=cpu")
 
 
 @pytest.mark.parametrize("choice, named", [
-    ("fpga", "fpga"), ("rms_norm=fpga", "fpga"), ("paged_attention=cpu", "kernels/cpu.py has no paged_attention"), ("softmax=cpu", "softmax"), ("../model", "../model"), ("=cpu", "op"),
+    ("fpga", "fpga"), ("rms_norm=fpga", "fpga"), ("softmax=cpu", "softmax"), ("../model", "../model"), ("=cpu", "op"),
 ])  # fmt: skip
 def test_configure_refuses_what_is_not_there(choice, named):
     before = kernels.describe()

@@ -1,0 +1,254 @@
+// Attention over a paged cache, and writing it; see paged.cc. Included once per instruction set after simd.h.
+
+
+constexpr long CHUNK = 256;  // keys of a decode task
+constexpr long ROWS = 64;    // (query, head) rows of a prefill task
+constexpr long KEYS = 64;    // keys that a prefill task takes at a time
+
+static INLINE vf widen(const float* p) { return load(p); }
+static INLINE vf widen(const int8_t* p) {  // by name: from __builtin_convertvector GCC makes one value after another
+#if VL == 16
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif VL == 8
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  int word;
+  std::memcpy(&word, p, sizeof(word));
+  __m128i x = _mm_cvtsi32_si128(word);
+  x = _mm_unpacklo_epi8(x, x), x = _mm_unpacklo_epi16(x, x);  // each byte four times, of which the highest counts
+  return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(x, 24));
+#endif
+}
+template <class T>
+static INLINE vf widen_part(const T* p, long n) {  // the first n values, zeros after them: what follows may be another's
+  T x[VL] = {};
+  std::memcpy(x, p, n * sizeof(T));
+  return widen(x);
+}
+template <class T>
+static INLINE vf widen_at(const T* p, long d, long Dh) { return d + VL <= Dh ? widen(p + d) : widen_part(p + d, Dh - d); }
+
+static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
+
+// Lane i of the result is the sum of part[i]: pairs of neighbours are added, log2(VL) times.
+static INLINE vf sums_of(vf (&part)[VL]) {
+  vi even, odd;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+#pragma GCC unroll 4
+  for (int left = VL; left > 1; left /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < left / 2; i++) {
+      const vf a = part[2 * i], b = part[2 * i + 1];
+      part[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    }
+  return part[0];
+}
+
+// sum over keys of p[g][j] v[j] for HEADS heads and N vectors of the head dim, the last one of n values.
+template <int HEADS, int N, class T>
+static INLINE void weigh(const float* p, const T* v, const long* slot, long stride, long width, long n, float* out, long ldo) {
+  vf acc[HEADS][N] = {};
+  for (long j = 0; j < width; j++) {
+    const T* row = v + slot[j] * stride;
+    vf x[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) x[i] = i < N - 1 || n == VL ? widen(row + i * VL) : widen_part(row + i * VL, n);
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) acc[g][i] += p[g * CHUNK + j] * x[i];
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) store(out + g * ldo + i * VL, acc[g][i]);
+}
+template <int HEADS, class T>
+static void weigh_all(const float* p, const T* v, const long* slot, long stride, long width, long Dh, float* out, long ldo) {
+  long d = 0;
+  for (; d + 4 * VL <= Dh; d += 4 * VL) weigh<HEADS, 4>(p, v + d, slot, stride, width, VL, out + d, ldo);
+  for (; d + 2 * VL <= Dh; d += 2 * VL) weigh<HEADS, 2>(p, v + d, slot, stride, width, VL, out + d, ldo);
+  for (; d < Dh; d += VL) weigh<HEADS, 1>(p, v + d, slot, stride, width, std::min((long)VL, Dh - d), out + d, ldo);
+}
+
+// One query of sequence s, keys [j0, j1), all the heads of one key/value head: out (G, padded Dh) not yet divided by sum.
+template <class T>
+static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, float* out, float* most, float* sum) {
+  const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, width = j1 - j0, stride = a.K * Dh;
+  const T *k = (const T*)a.k + kv * Dh, *v = (const T*)a.v + kv * Dh;
+  const float* of_s = a.q + (a.first[s] * a.H + kv * G) * Dh;
+  std::vector<float> room(G * (Dp + CHUNK));
+  float *q = room.data(), *p = q + G * Dp;  // (G, Dp), zeros where padded; (G, CHUNK)
+  for (long g = 0; g < G; g++)
+    for (long d = 0; d < Dh; d++) q[g * Dp + d] = of_s[g * Dh + d] * a.scale;
+  long slot[CHUNK];
+  for (long j = 0; j < width; j++) slot[j] = a.slot(s, j0 + j);
+  for (long j = 0; j < width; j += VL) {
+    const T* row[VL];
+    alignas(64) float scales[VL];
+    for (int i = 0; i < VL; i++) {  // behind the end the last key again
+      const long at = slot[std::min(j + i, width - 1)];
+      row[i] = k + at * stride;
+      scales[i] = a.k_scales ? a.k_scales[at * a.K + kv] : 1.0f;
+    }
+    for (long g = 0; g < G; g++) {
+      vf part[VL] = {};
+      long d = 0;
+      for (; d + VL <= Dh; d += VL) {
+        const vf x = load(q + g * Dp + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++) part[i] += x * widen(row[i] + d);
+      }
+      if (d < Dh) {
+        const vf x = load(q + g * Dp + d);
+        for (int i = 0; i < VL; i++) part[i] += x * widen_part(row[i] + d, Dh - d);
+      }
+      store(p + g * CHUNK + j, sums_of(part) * load(scales));
+    }
+  }
+  const long whole = padded(width);
+  for (long g = 0; g < G; g++) {
+    float* row = p + g * CHUNK;
+    for (long j = width; j < whole; j++) row[j] = -INFINITY;
+    vf m = load(row), total = {};
+    for (long j = VL; j < whole; j += VL) m = vmax(m, load(row + j));
+    most[g] = hmax(m);
+    for (long j = 0; j < whole; j += VL) {
+      const vf x = vexp(load(row + j) - most[g]);
+      store(row + j, x);
+      total += x;
+    }
+    sum[g] = hsum(total);
+    if (a.v_scales)
+      for (long j = 0; j < width; j++) row[j] *= a.v_scales[slot[j] * a.K + kv];
+  }
+  long g = 0;
+  for (; g + 4 <= G; g += 4) weigh_all<4>(p + g * CHUNK, v, slot, stride, width, Dh, out + g * Dp, Dp);
+  for (; g + 2 <= G; g += 2) weigh_all<2>(p + g * CHUNK, v, slot, stride, width, Dh, out + g * Dp, Dp);
+  if (g < G) weigh_all<1>(p + g * CHUNK, v, slot, stride, width, Dh, out + g * Dp, Dp);
+}
+
+// Rows [r0, r0 + ROWS) of (query, head) of one key/value head of sequence s, over all the keys that they see.
+// Scores are kept as (key, row), so that the softmax of many rows is one vector operation a key.
+template <class T>
+static void prefill_tile(const Paged& a, long s, long kv, long r0) {
+  const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, rows = std::min(ROWS, a.queries[s] * G - r0), N = padded(rows), stride = a.K * Dh;
+  const long offset = a.contexts[s] - a.queries[s];
+  std::vector<float> room(ROWS * Dp * 2 + KEYS * Dp * 2 + KEYS * ROWS + 3 * ROWS);
+  float *qt = room.data(), *o = qt + ROWS * Dp, *k = o + ROWS * Dp, *v = k + KEYS * Dp, *p = v + KEYS * Dp, *most = p + KEYS * ROWS, *sum = most + ROWS, *shrink = sum + ROWS;
+  int last[ROWS];  // the last key that a row sees
+  for (long r = 0; r < ROWS; r++) last[r] = offset + (r0 + std::min(r, rows - 1)) / G, most[r] = -INFINITY;
+  for (long r = 0; r < rows; r++) {
+    const float* x = a.q + ((a.first[s] + (r0 + r) / G) * a.H + kv * G + (r0 + r) % G) * Dh;
+    for (long d = 0; d < Dh; d++) qt[d * ROWS + r] = x[d] * a.scale;
+  }
+  for (long j0 = 0; j0 <= last[rows - 1]; j0 += KEYS) {
+    const long width = std::min(KEYS, last[rows - 1] + 1 - j0);
+    for (long j = 0; j < width; j++) {
+      const long at = a.slot(s, j0 + j);
+      const T *kr = (const T*)a.k + at * stride + kv * Dh, *vr = (const T*)a.v + at * stride + kv * Dh;
+      const float ks = a.k_scales ? a.k_scales[at * a.K + kv] : 1.0f, vs = a.v_scales ? a.v_scales[at * a.K + kv] : 1.0f;
+      for (long d = 0; d < Dh; d += VL) store(k + j * Dp + d, widen_at(kr, d, Dh) * ks), store(v + j * Dp + d, widen_at(vr, d, Dh) * vs);
+    }
+    small_gemm(width, N, Dh, k, Dp, 1, qt, ROWS, p, ROWS, false);
+    bool scaled = false;
+    for (long r = 0; r < N; r += VL) {
+      vi sees;
+      std::memcpy(&sees, last + r, sizeof(sees));
+      if (j0 + width - 1 > last[r])
+        for (long j = 0; j < width; j++) store(p + j * ROWS + r, sees >= (int)(j0 + j) ? load(p + j * ROWS + r) : splat(-INFINITY));
+      const vf before = load(most + r);
+      vf m = before, total = {};
+      for (long j = 0; j < width; j++) m = vmax(m, load(p + j * ROWS + r));
+      for (long j = 0; j < width; j++) {
+        const vf x = vexp(load(p + j * ROWS + r) - m);
+        store(p + j * ROWS + r, x);
+        total += x;
+      }
+      const vf less = vexp(before - m);
+      store(most + r, m), store(shrink + r, less), store(sum + r, load(sum + r) * less + total);
+    }
+    for (long r = 0; r < rows; r++) scaled |= shrink[r] != 1.0f;
+    if (scaled)
+      for (long r = 0; r < rows; r++)
+        for (long d = 0; d < Dp; d += VL) store(o + r * Dp + d, load(o + r * Dp + d) * shrink[r]);
+    small_gemm(rows, Dp, width, p, 1, ROWS, v, Dp, o, Dp, true);
+  }
+  for (long r = 0; r < rows; r++) {
+    float* to = a.out + ((a.first[s] + (r0 + r) / G) * a.H + kv * G + (r0 + r) % G) * Dh;
+    const float inverse = 1.0f / sum[r];
+    for (long d = 0; d < Dh; d++) to[d] = o[r * Dp + d] * inverse;
+  }
+}
+
+// The partial results of a sequence's chunks, in their order, become the output of its G heads.
+static void merge(const Paged& a, long s, long kv, long chunks, const float* outs, const float* most, const float* sum) {
+  const long Dp = padded(a.Dh), G = a.H / a.K;
+  for (long g = 0; g < G; g++) {
+    float top = most[g], total = 0;
+    for (long c = 1; c < chunks; c++) top = std::max(top, most[c * G + g]);
+    std::vector<float> o(Dp, 0.0f);
+    for (long c = 0; c < chunks; c++) {
+      const float share = std::exp(most[c * G + g] - top);
+      total += sum[c * G + g] * share;
+      for (long d = 0; d < Dp; d += VL) store(&o[d], load(&o[d]) + load(outs + (c * G + g) * Dp + d) * share);
+    }
+    float* to = a.out + (a.first[s] * a.H + kv * G + g) * a.Dh;
+    for (long d = 0; d < a.Dh; d++) to[d] = o[d] / total;
+  }
+}
+
+struct Task { long s, kv, at, chunk; };  // at: first key of a decode, or first row of a prefill; chunk: place of its result, -1
+
+template <class T>
+static void attend(const Paged& a) {
+  const long G = a.H / a.K, Dp = padded(a.Dh);
+  std::vector<Task> tasks;
+  std::vector<long> places(a.S, 0);  // of the first result of a decode
+  long results = 0;
+  double work = 0;
+  for (long s = 0; s < a.S; s++)
+    if (a.queries[s] > 1)
+      for (long kv = 0; kv < a.K; kv++)
+        for (long r = (a.queries[s] * G - 1) / ROWS * ROWS; r >= 0; r -= ROWS) tasks.push_back({s, kv, r, -1});  // the longest first
+  for (long s = 0; s < a.S; s++) {
+    work += (double)a.queries[s] * a.contexts[s];
+    if (a.queries[s] > 1) continue;
+    places[s] = results;
+    for (long kv = 0; kv < a.K; kv++)
+      for (long j = 0; j < a.contexts[s]; j += CHUNK) tasks.push_back({s, kv, j, results++});
+  }
+  std::vector<float> outs(results * G * Dp), most(results * G), sum(results * G);
+  const auto one = [&](long i) {
+    const Task& t = tasks[i];
+    if (t.chunk < 0) prefill_tile<T>(a, t.s, t.kv, t.at);
+    else decode_chunk<T>(a, t.s, t.kv, t.at, std::min(t.at + CHUNK, (long)a.contexts[t.s]), &outs[t.chunk * G * Dp], &most[t.chunk * G], &sum[t.chunk * G]);
+  };
+  const auto join = [&](long i) {
+    const long s = i / a.K, kv = i % a.K, chunks = (a.contexts[s] + CHUNK - 1) / CHUNK, at = places[s] + kv * chunks;
+    if (a.queries[s] == 1) merge(a, s, kv, chunks, &outs[at * G * Dp], &most[at * G], &sum[at * G]);
+  };
+  if (work * a.H * a.Dh < SMALL)
+    for (size_t i = 0; i < tasks.size(); i++) one(i);
+  else
+    parallel(tasks.size(), one);
+  if (results <= 64 * a.K)
+    for (long i = 0; i < a.S * a.K; i++) join(i);
+  else
+    parallel(a.S * a.K, join);
+}
+static void attend_float(const Paged& a) { attend<float>(a); }
+static void attend_int8(const Paged& a) { attend<int8_t>(a); }
+
+// One head of one token, rounded to int8 with its own scale: largest absolute value / 127.
+static void round_head(const float* x, long Dh, int8_t* out, float* scale) {
+  vf m = {};
+  for (long d = 0; d < Dh; d += VL) {
+    const vf y = widen_at(x, d, Dh);
+    m = vmax(m, vmax(y, -y));
+  }
+  const float most = hmax(m), inverse = most > 0 ? 127.0f / most : 0.0f;
+  *scale = most / 127.0f;
+  for (long d = 0; d < Dh; d++) out[d] = (int8_t)std::nearbyint(x[d] * inverse);
+}

@@ -1,0 +1,105 @@
+// From logits to ids: temperature, top_k, top_p and a uniform number each row, as kernels.sample says; rows are shared by threads.
+//
+// Probabilities are float64, as the oracle's. For top_p, masses are added up in buckets of like probability; only of the
+// bucket in which top_p is reached the values are sorted: what comes before it is kept, what comes after is not.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "op.h"
+#include "threads.h"
+
+#define BODY "sample.h"
+#include "every_isa.h"
+
+static long one_row(const float* x, long V, double temperature, long top_k, double top_p, double uniform, int which) {
+  const long best = PICK(which, largest)(x, V);
+  if (best < 0 || temperature == 0) return best;
+  const double most = x[best];
+  std::vector<float> kept;
+  std::vector<long> ids;  // of what is kept, ascending; empty: all
+  if (0 < top_k && top_k < V) {
+    const float least = PICK(which, lower_bound_of_kth)(x, V, top_k);
+    for (long i = 0; i < V; i++)
+      if (x[i] >= least) kept.push_back(x[i]);
+    std::nth_element(kept.begin(), kept.begin() + (top_k - 1), kept.end(), std::greater<float>());
+    const float kth = kept[top_k - 1];
+    kept.clear();
+    for (long i = 0; i < V; i++)
+      if (x[i] >= kth) kept.push_back(x[i]), ids.push_back(i);
+    x = kept.data(), V = kept.size();
+  }
+  std::vector<double> p(V);
+  const double sum = PICK(which, exponentials)(x, V, most, temperature, p.data());
+  for (double& value : p) value /= sum;
+  if (top_p < 1.0) {
+    constexpr long BUCKETS = 2048;
+    constexpr double STEP = 64;  // buckets for a factor e
+    std::vector<uint16_t> of(V);
+    double mass[BUCKETS] = {}, total = 0;
+    for (long i = 0; i < V; i++) {
+      const double below = (most - x[i]) / temperature * STEP;
+      of[i] = below < BUCKETS - 1 ? (uint16_t)below : BUCKETS - 1;
+      mass[of[i]] += p[i];
+    }
+    // Rounding depends on the order of a sum; a difference of 1e-9 cannot come from it.
+    long first = 0, last;
+    while (first < BUCKETS - 1 && total + mass[first] < top_p - 1e-9) total += mass[first++];
+    double reached = total;
+    for (last = first; last < BUCKETS - 1 && (reached += mass[last]) < top_p + 1e-9;) last++;
+    std::vector<std::pair<double, long>> edge;
+    std::vector<long> order;
+    for (long i = 0; i < V; i++)
+      if (of[i] < first) order.push_back(i);
+      else if (of[i] <= last) edge.push_back({-p[i], i});
+    std::sort(edge.begin(), edge.end());
+    const size_t certain = order.size();
+    for (const auto& [negative, i] : edge) {
+      if (total >= top_p) break;  // the one that crosses top_p is kept
+      order.push_back(i), total -= negative;
+    }
+    const size_t count = order.size();
+    std::sort(order.begin() + certain, order.end());
+    std::inplace_merge(order.begin(), order.begin() + certain, order.end());
+    std::vector<double> q(count);
+    for (size_t i = 0; i < count; i++) {
+      q[i] = p[order[i]];
+      if (!ids.empty()) order[i] = ids[order[i]];
+    }
+    p = std::move(q), ids = std::move(order);
+  }
+  std::partial_sum(p.begin(), p.end(), p.begin());
+  const double whole = p.back();
+  for (double& value : p) value /= whole;
+  const size_t at = std::min<size_t>(std::upper_bound(p.begin(), p.end(), uniform) - p.begin(), p.size() - 1);
+  return ids.empty() ? (long)at : ids[at];
+}
+
+// how: (3, S) float64: temperature, top_p, uniform.
+std::vector<paddle::Tensor> Sample(const paddle::Tensor& logits, const paddle::Tensor& top_k, const paddle::Tensor& how, int instructions) {
+  const long S = logits.shape()[0], V = logits.shape()[1];
+  auto ids = paddle::empty({S}, paddle::DataType::INT64, logits.place());
+  const int which = instructions < 0 ? level() : std::min(instructions, level());
+  const double* h = how.data<double>();
+  const auto row = [&](long s) {
+    ids.data<int64_t>()[s] = one_row(logits.data<float>() + s * V, V, h[s], top_k.data<int64_t>()[s], h[S + s], h[2 * S + s], which);
+  };
+  if (S * V < (1 << 15))
+    for (long s = 0; s < S; s++) row(s);
+  else
+    parallel(S, row);
+  return {ids};
+}
+
+static std::vector<std::vector<int64_t>> SampleShape(const std::vector<int64_t>& logits, const std::vector<int64_t>& top_k, const std::vector<int64_t>& how) { return {{logits[0]}}; }
+static std::vector<paddle::DataType> SampleType(paddle::DataType logits, paddle::DataType top_k, paddle::DataType how) { return {paddle::DataType::INT64}; }
+
+PD_BUILD_OP(cpu_sample)
+    .Inputs({"logits", "top_k", "how"})
+    .Outputs({"ids"})
+    .Attrs({"instructions: int"})
+    .SetKernelFn(PD_KERNEL(Sample))
+    .SetInferShapeFn(PD_INFER_SHAPE(SampleShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(SampleType));

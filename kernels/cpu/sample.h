@@ -1,0 +1,68 @@
+// One row of logits to one id; see sample.cc. Included once per instruction set after simd.h.
+
+typedef double vd __attribute__((vector_size(VL * 4)));
+typedef long long vl __attribute__((vector_size(VL * 4)));
+typedef float vf_half __attribute__((vector_size(VL * 2)));
+
+// exp(x) of x <= 0, 0 below -708: 2^n p(r) with r = x - n ln 2; the error is about one unit of the last place.
+static INLINE vd dexp(vd x) {
+  const vd low = vd{} - 708.0;
+  const vl keep = x > low;
+  x = x > low ? x : low;
+  const vd t = x * 1.4426950408889634 + 6755399441055744.0;  // 1.5 * 2^52: the integer part lands in the low bits
+  const vd n = t - 6755399441055744.0;
+  const vd r = x - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10;
+  vd p = vd{} + 1.0 / 6227020800.0;  // Taylor's series to r^13, |r| <= ln 2 / 2
+  const double rest[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0};
+#pragma GCC unroll 13
+  for (int i = 0; i < 13; i++) p = p * r + rest[i];
+  const vl bits = ((vl)t - 0x4338000000000000LL + 1023) << 52;
+  return (vd)((vl)(p * (vd)bits) & keep);
+}
+
+// The first place of the largest logit; -1 if it, or any logit, is NaN, or it is infinite.
+static long largest(const float* x, long V) {
+  vf m = splat(-INFINITY);
+  vi bad = {};
+  long i = 0;
+  for (; i + VL <= V; i += VL) {
+    const vf y = load(x + i);
+    m = vmax(m, y), bad |= y != y;
+  }
+  float most = hmax(m);
+  int any = 0;
+  for (int l = 0; l < VL; l++) any |= bad[l];
+  for (; i < V; i++) most = std::max(most, x[i]), any |= x[i] != x[i];
+  if (any || !std::isfinite(most)) return -1;
+  return std::find(x, x + V, most) - x;
+}
+
+// exp((x - most) / temperature) in float64, and their sum.
+static double exponentials(const float* x, long n, double most, double temperature, double* e) {
+  constexpr long W = VL / 2;
+  vd sum = {};
+  for (long i = 0; i < n; i += W) {
+    const long width = std::min(W, n - i);
+    vf_half part = vf_half{} - INFINITY;  // which gives zero
+    std::memcpy(&part, x + i, width * sizeof(float));
+    const vd y = dexp(__builtin_convertvector(part, vd) / temperature - most / temperature);
+    std::memcpy(e + i, &y, width * sizeof(double));
+    sum += y;
+  }
+  double total = 0;
+  for (long l = 0; l < W; l++) total += sum[l];
+  return total;
+}
+
+// A value that at least k of n reach: the k-th of the largest ones of runs of places; -infinity if there are too few runs.
+static float lower_bound_of_kth(const float* x, long n, long k) {
+  constexpr long RUN = 4 * VL;
+  if (n / RUN < 2 * k) return -INFINITY;
+  std::vector<float> of(n / RUN);
+  for (size_t r = 0; r < of.size(); r++) {
+    const float* at = x + r * RUN;
+    of[r] = hmax(vmax(vmax(load(at), load(at + VL)), vmax(load(at + 2 * VL), load(at + 3 * VL))));
+  }
+  std::nth_element(of.begin(), of.begin() + (k - 1), of.end(), std::greater<float>());
+  return of[k - 1];
+}
