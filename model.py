@@ -311,7 +311,7 @@ def rope_tables(config, position_ids):
 
 
 class Linear(nn.Layer):
-    """y = x W + b with W (in, out), on kernels.linear."""
+    """y = x W + b (+ residual) with W (in, out), on kernels.linear."""
 
     def __init__(self, n_in, n_out, bias):
         super().__init__()
@@ -319,8 +319,8 @@ class Linear(nn.Layer):
         self.weight = self.create_parameter([n_in, n_out])
         self.bias = self.create_parameter([n_out], is_bias=True) if bias else None
 
-    def forward(self, x):
-        return kernels.linear(x, self.weight, self.bias)
+    def forward(self, x, residual=None):
+        return kernels.linear(x, self.weight, self.bias, residual)
 
 
 class QuantLinear(nn.Layer):
@@ -359,10 +359,11 @@ class QuantLinear(nn.Layer):
     def _group_of_rows(self):
         return None if self.in_order else self.g_index
 
-    def forward(self, x):
-        return kernels.quant_linear(
+    def forward(self, x, residual=None):
+        y = kernels.quant_linear(
             x, self.qweight, self.scales, self.bias, self.scheme, self.qzeros, self._group_of_rows(), self.input_scale
         )
+        return y if residual is None else residual + y
 
     def dequantized(self):
         """(in, out) float32: the weight that the integers stand for."""
@@ -454,8 +455,9 @@ class MLP(nn.Layer):
         self.up_proj = Linear(D, width, config.mlp_bias)
         self.down_proj = Linear(width, D, config.mlp_bias)
 
-    def forward(self, x):
-        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))  # (B, T, F/tp) inside
+    def forward(self, x, residual=None):
+        """x (B, T, D) -> (B, T, D), residual added if given."""
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)), residual)  # (B, T, F/tp) inside
 
 
 class Block(nn.Layer):
@@ -469,7 +471,7 @@ class Block(nn.Layer):
     def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None):
         mixed, k, v = self.attention(self.attention_norm(x), cos, sin, rows, past_k, past_v, attend)
         y, x = self.mlp_norm(mixed, x)
-        return x + self.mlp(y), k, v
+        return self.mlp(y, residual=x), k, v
 
     def output(self, x, cos, sin, rows, past_k, past_v):
         """(B, T, D) alone: what is kept of a block whose activations are computed again in backward (arXiv 1604.06174)."""
@@ -1058,9 +1060,12 @@ class LoRALinear(nn.Layer):
         """(in, out) float32: what the adapter adds to the weight."""
         return paddle.matmul(self.lora_A, self.lora_B) * self.scaling
 
-    def forward(self, x):
-        if not self.enabled:
-            return self.base(x)
+    def forward(self, x, residual=None):
+        y = self.adapted(x) if self.enabled else self.base(x)
+        return y if residual is None else residual + y
+
+    def adapted(self, x):
+        """base(x) and what the adapter adds."""
         dropped = F.dropout(x, self.dropout, training=self.training) if self.dropout else x
         if isinstance(self.base, Linear) and self.lora_magnitude_vector is None:
             more = self.base.bias, None if dropped is x else dropped

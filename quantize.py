@@ -441,10 +441,10 @@ class Recorder(nn.Layer):
         super().__init__()
         self.layer, self.inputs, self.real = layer, inputs, None
 
-    def forward(self, x):
+    def forward(self, x, residual=None):
         flat = x.reshape([-1, x.shape[-1]])
         self.inputs.add(flat if self.real is None else flat.index_select(self.real))
-        return self.layer(x)
+        return self.layer(x, residual)
 
 
 class Calibration:

@@ -457,12 +457,13 @@ class AdapterLinear(paddle.nn.Layer):
         self.base, self.by_name, self.loras = base, dict(loras), paddle.nn.LayerList(loras.values())
         self.slices = slices  # [(adapter name or None, first token, end)], the runner's list, set before each step
 
-    def forward(self, x):
-        """x (1, N, in) -> (1, N, out)"""
+    def forward(self, x, residual=None):
+        """x (1, N, in) -> (1, N, out), residual added if given"""
         layers = [(self.by_name.get(name, self.base), a, b) for name, a, b in self.slices]
         if len(layers) == 1:
-            return layers[0][0](x)
-        return paddle.concat([layer(x[:, a:b]) for layer, a, b in layers], axis=1)
+            return layers[0][0](x, residual)
+        y = paddle.concat([layer(x[:, a:b]) for layer, a, b in layers], axis=1)
+        return y if residual is None else residual + y
 
 
 class PagedRunner:

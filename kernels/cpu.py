@@ -155,7 +155,7 @@ class _Bf16Linear(PyLayer):
             None if frozen[0] else bf16_matmul(rows, weight, transpose_y=True).reshape(x.shape),
             None if frozen[1] else bf16_matmul(x.reshape([-1, n_in]), rows, transpose_x=True),
             None if frozen[2] else rows.sum(0),
-            None if frozen[3] else dy,
+            None if frozen[3] else dy.clone(),  # Paddle adds to a gradient in place
         ]
         return tuple(d for d, given in zip(found, ctx.given) if given)
 
@@ -314,10 +314,12 @@ def layer_norm(x, weight, bias, epsilon, residual=None):
 
 
 def _norm(x, residual, weight, bias, epsilon, op):
-    if residual is None:
-        return _Norm.apply(x.contiguous(), None, weight, bias, epsilon, op)
-    assert x.shape == residual.shape, f"x {x.shape}, residual {residual.shape}"
-    return _Norm.apply(x.contiguous(), residual.contiguous(), weight, bias, epsilon, op)
+    assert residual is None or x.shape == residual.shape, f"x {x.shape}, residual {residual.shape}"
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    if paddle.is_grad_enabled():
+        return _Norm.apply(x, residual, weight, bias, epsilon, op)
+    y, h, *_ = _op(op, x, residual, weight, *(() if op == "cpu_rms_norm" else (bias,)), epsilon)  # decoding: a PyLayer costs more
+    return y if residual is None else (y, h)
 
 
 class _Norm(PyLayer):
@@ -373,13 +375,18 @@ class _Rope(PyLayer):
 def swiglu(gate, up):
     if not _plain(gate, up):
         return reference.swiglu(gate, up)
-    return _Gate.apply(gate.contiguous(), up.contiguous(), 0)
+    return _gate(gate, up, 0)
 
 
 def geglu(gate, up, approximate=True):
     if not _plain(gate, up):
         return reference.geglu(gate, up, approximate)
-    return _Gate.apply(gate.contiguous(), up.contiguous(), 1 if approximate else 2)
+    return _gate(gate, up, 1 if approximate else 2)
+
+
+def _gate(gate, up, kind):
+    gate, up = gate.contiguous(), up.contiguous()
+    return _Gate.apply(gate, up, kind) if paddle.is_grad_enabled() else _op("cpu_gate", gate, up, kind)[0]
 
 
 class _Gate(PyLayer):
