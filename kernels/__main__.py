@@ -108,14 +108,15 @@ def embedding(tokens=4096, V=8000, D=768):
 
 
 def linear(M=2048, K=768, N=2048, kind="float32", frozen=False):
-    """x (M, K) times weight (K, N); frozen: a weight without gradient, which a back end may keep in another form."""
+    """x (M, K) times weight (K, N); frozen: a weight without gradient, stored in bfloat16 where the products are, as training does."""
     work = 2.0 * M * K * N
     if frozen:
         parts = {"forward": (work, None), "dx": (work, [0])}
     else:
         parts = {"forward": (work, None), "dw": (work, [1]), "dx, dw": (2 * work, [0, 1])}
     shape = f"{M} x {K} x {N}" + (", weight frozen" if frozen else "")
-    inputs = [values(M, K), values(K, N) * K**-0.5]
+    weight = values(K, N) * K**-0.5
+    inputs = [values(M, K), weight.astype("bfloat16") if frozen and kind == "bfloat16" else weight]
     yield from timed(shape, kind, kernels.linear, inputs, parts, frozen=[1] if frozen else [])
 
 

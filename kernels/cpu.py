@@ -46,6 +46,7 @@ OF_EXTENSION = """attention paged_attention write_cache sample rms_norm layer_no
     squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
+SMALL = 1 << 18  # values of a weight below which one row is faster by Paddle's product: 12 us instead of 29 of (256, 688)
 INSTRUCTIONS = -1  # of the ops that can be told: 2 AVX-512, 1 AVX2, 0 SSE2, -1 the best there is (tests set it)
 
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
@@ -115,7 +116,7 @@ def linear(x, weight, bias=None, residual=None):
     if (few := _few_rows(x, weight, bias)) is not None:
         return few if residual is None else few + residual
     n_in, n_out = weight.shape
-    wide = min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the faster product saves
+    wide = kernels.bf16 and min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the product saves
     if not (wide and _takes_bf16(x, weight)):
         return reference.linear(x, weight, bias, residual)
     return _Bf16Linear.apply(x, weight, bias, residual)
@@ -129,9 +130,12 @@ def _few_rows(x, weight, bias):
     if _state is not True or weight.dtype not in (paddle.float32, paddle.bfloat16) or not _plain(x):
         return None
     wanted = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
-    if wanted or math.prod(x.shape[:-1]) > 32 or (bias is not None and bias.dtype != paddle.float32):
+    rows = math.prod(x.shape[:-1])
+    if rows == 1 and weight.dtype == paddle.float32 and math.prod(weight.shape) < SMALL:
         return None
-    return _C_ops._run_custom_op("cpu_few_rows_linear", x.contiguous(), weight, bias, -1)[0]
+    if wanted or rows > 32 or (bias is not None and bias.dtype != paddle.float32):
+        return None
+    return _op("cpu_few_rows_linear", x.contiguous(), weight, bias)[0]
 
 
 class _Bf16Linear(PyLayer):
@@ -200,15 +204,15 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
     packed = qweight, scales, qzeros, g_index
     if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # faster as one product with floats
-        return linear(x, _C_ops._run_custom_op("cpu_dequantize", *packed, bits, -1)[0], bias)
-    return _C_ops._run_custom_op("cpu_quant_linear", x.contiguous(), *packed, bias, bits, -1)[0]
+        return linear(x, _op("cpu_dequantize", *packed, bits)[0], bias)
+    return _op("cpu_quant_linear", x.contiguous(), *packed, bias, bits)[0]
 
 
 def _int8_linear(x, weight, scales, bias, input_scale):
     floats = [t for t in (x, scales, bias, input_scale) if t is not None]
     if not _plain(*floats) or weight.shape[0] >= 1 << 17:  # more products may not fit in 32 bits
         return reference.quant_linear(x, weight, scales, bias, "a8w8", input_scale=input_scale)
-    return _C_ops._run_custom_op("cpu_int8_linear", x.contiguous(), weight, scales, bias, input_scale, -1)[0]
+    return _op("cpu_int8_linear", x.contiguous(), weight, scales, bias, input_scale)[0]
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -295,7 +299,7 @@ def sample(logits, temperature, top_k, top_p, uniform):
     if not _plain(logits):
         return reference.sample(logits, temperature, top_k, top_p, uniform)
     how = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
-    return _C_ops._run_custom_op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), how, -1)[0]
+    return _op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), how)[0]
 
 
 # ------------------------------------------------------------------------------------- norm, rotation, gate

@@ -131,20 +131,24 @@ def attention(torch, most, options):
     lengths, document = ((96,), 32) if options.small else (LENGTHS, DOCUMENT)
     H, Dh = (2, 16) if options.small else (HEADS, HEAD_DIM)
     print(f"\nattention, ms: {H} heads x {Dh}; packed: documents of {document}, a dense mask for torch")
-    print(f"{'':22}{'':9}{'ours':>10}{'torch':>10}{'torch bf16':>11}{'over its best':>15}")
+    bf16 = "bfloat16" in most
+    names = ["ours"] + ["ours bf16"] * bf16 + ["torch", "torch bf16"] * bool(torch)
+    print(f"{'':31}" + "".join(f"{name:>11}" for name in names) + f"{'over torch':>11}{'of bf16':>9}" * bool(torch))
     found = []
     for T in lengths:
         for packed in (None, document):
-            runs, _ = ours("attention", T=T, H=H, Dh=Dh, document=packed)
+            kinds = ("float32", "bfloat16") if bf16 else ("float32",)
+            runs = [ours("attention", T=T, H=H, Dh=Dh, document=packed, kind=kind)[0] for kind in kinds]
             for part in ("forward", "backward"):
-                cases = {"ours": runs[part]}
+                cases = {name: run[part] for name, run in zip(("ours", "ours bf16"), runs)}
                 for name, kind in (("torch", "float32"), ("torch bf16", "bfloat16")) if torch else ():
                     cases[name] = torch.case(op="attention", part=part, kind=kind, T=T, H=H, Dh=Dh, document=packed)
                 row = alternate(cases, options.turns)
-                best = min(row["torch"], row["torch bf16"]) / row["ours"] if torch else None
                 label = f"{T} {'packed' if packed else 'full causal'}"
-                print(f"{label:22}{part:9}{milliseconds(row, 'ours')}{milliseconds(row, 'torch')} "
-                      f"{milliseconds(row, 'torch bf16')}" + (f"{best:14.2f}x" if torch else ""), flush=True)  # fmt: skip
+                figures = "".join(f"{1e3 * row[name]:11.2f}" for name in names)
+                if torch:
+                    figures += f"{row['torch'] / row['ours']:10.2f}x{row['torch bf16'] / row.get('ours bf16', row['ours']):8.2f}x"
+                print(f"{label:22}{part:9}{figures}", flush=True)
                 found.append({"T": T, "packed": packed, "part": part, **row})
             if torch:
                 torch.ask(forget=True)
