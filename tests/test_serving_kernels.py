@@ -198,7 +198,8 @@ def test_write_cache_with_every_instruction_set(instructions):
 @built
 @pytest.mark.parametrize("rows, n_in, n_out", [(1, 1, 1), (5, 123, 77), (1, 300, 1000), (3, 64, 48), (16, 129, 400), (32, 70, 770), (7, 65, 16)])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_linear_of_few_rows(rows, n_in, n_out, stored):
+def test_linear_of_few_rows(rows, n_in, n_out, stored, monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL", 0)
     x, w, b = random((rows, n_in)), paddle.to_tensor(random((n_in, n_out), 1)).astype(stored), random((n_out,), 2)
     expected = x.astype(np.float64) @ w.astype("float32").numpy().astype(np.float64) + b
     scale = np.abs(x).astype(np.float64) @ np.abs(w.astype("float32").numpy())
@@ -222,6 +223,8 @@ def test_few_rows_are_left_to_others_where_a_gradient_is_wanted_or_the_rows_are_
     with paddle.no_grad():
         assert cpu._few_rows(paddle.to_tensor(random((33, 8))), w, None) is None
         assert cpu._few_rows(x.astype("float64"), w, None) is None
+        one = x[:1].contiguous()
+        assert cpu._few_rows(one, w, None) is None and cpu._few_rows(one, w.astype("bfloat16"), None) is not None
 
 
 # ==================================================================================================== sampling
