@@ -518,7 +518,7 @@ def _choose_device(args):
     kernels.configure(args.device, args.kernels, train_in_bf16)
     print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
     if kernels.bf16:
-        print("bf16: products of linears and of the head in bfloat16; weights, sums and all else in float32")
+        print("bf16: products of linears, attention and head in bfloat16, and frozen linears stored so; all else in float32")
     elif train_in_bf16:
         print(f"bf16: {kernels.bf16_missing()}, so float32 is used")
 

@@ -49,19 +49,23 @@ def in_products_of(kind, function, inputs):
         kernels.bf16 = before
 
 
-def timed(shape, kind, function, inputs, parts, frozen=()):
+def without_gradients(kind, function, inputs):
+    with paddle.no_grad():
+        return in_products_of(kind, function, inputs)
+
+
+def timed(shape, kind, function, inputs, parts):
     """Cases of function(*inputs). parts: {name: (work, the indices of the inputs whose gradients are made; None: forward)}.
 
-    In forward every input is one that is trained, but for the indices in `frozen`.
+    Forward is that of a run without gradients: a graph that no backward follows would only fill the memory.
     """
     for part, (work, chosen) in parts.items():
-        trained = [i not in frozen if chosen is None else i in chosen for i in range(len(inputs))]
         leaves = [tensor.detach() for tensor in inputs]
-        for leaf, is_trained in zip(leaves, trained):
-            leaf.stop_gradient = not is_trained
         if chosen is None:
-            yield Case(shape, part, kind, work, lambda leaves=leaves: in_products_of(kind, function, leaves))
+            yield Case(shape, part, kind, work, lambda leaves=leaves: without_gradients(kind, function, leaves))
             continue
+        for i in chosen:
+            leaves[i].stop_gradient = False
         out = in_products_of(kind, function, leaves)
         upstream, wanted = values(*out.shape), [leaves[i] for i in chosen]
         run = lambda how=(out, wanted, upstream): paddle.grad(*how, retain_graph=True)  # noqa: E731
@@ -117,7 +121,7 @@ def linear(M=2048, K=768, N=2048, kind="float32", frozen=False):
     shape = f"{M} x {K} x {N}" + (", weight frozen" if frozen else "")
     weight = values(K, N) * K**-0.5
     inputs = [values(M, K), weight.astype("bfloat16") if frozen and kind == "bfloat16" else weight]
-    yield from timed(shape, kind, kernels.linear, inputs, parts, frozen=[1] if frozen else [])
+    yield from timed(shape, kind, kernels.linear, inputs, parts)
 
 
 def lora_linear(M=2048, K=768, N=2048, R=8, kind="float32"):

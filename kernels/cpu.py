@@ -18,8 +18,8 @@ a frozen one, however it is stored.
 quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more. a8w8: products of int8
 by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored, no packed copy is kept.
 
-attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v, the output
-and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
+attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v,
+the output and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
 
 paged_attention, write_cache: blocks of the pool are read and written where they lie, int8 ones rounded and widened in
 registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows.
@@ -42,8 +42,8 @@ from kernels import _build, reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = """attention paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu embedding lora_linear quant_linear linear_cross_entropy adamw
-    squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
+OF_EXTENSION = """attention paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu embedding lora_linear
+    quant_linear linear_cross_entropy adamw squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
 SMALL = 1 << 18  # values of a weight below which one row is faster by Paddle's product: 12 us instead of 29 of (256, 688)
