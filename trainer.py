@@ -56,7 +56,7 @@ class ScriptArgs:
     seed: int = 42  # of data order, initialisation, dropout, sampling
     device: str = "auto"  # auto, cpu, gpu, gpu:1, dcu (ROCm), xpu, npu, gcu, or another device of a plug-in of Paddle
     kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
-    bf16: bool = False  # training: products of linears in bfloat16, everything else in float32
+    bf16: bool = False  # training: products in bfloat16, trained weights and all else in float32
     fp16: bool = False  # compute in float16
     disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
     tensor_parallel_degree: int = 1  # the product of the degrees is the number of processes; -1 means 1

@@ -49,6 +49,8 @@ LOGITS_ROWS = 8192  # … of at most so many tokens
 SMALL = 1 << 18  # values of a weight below which one row is faster by Paddle's product: 12 us instead of 29 of (256, 688)
 INSTRUCTIONS = -1  # of the ops that can be told: 2 AVX-512, 1 AVX2, 0 SSE2, -1 the best there is (tests set it)
 
+IN_BFLOAT16 = 3  # of attention's: products in bfloat16
+
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
 
@@ -221,19 +223,12 @@ def _int8_linear(x, weight, scales, bias, input_scale):
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
     if q.dtype != paddle.float32 or not paddle.in_dynamic_mode():
         return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes)
-    rows = startend_row_indices
-    B, Tq, H, Dh = q.shape
-    Tk, K = k.shape[1], k.shape[2]
-    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
-    assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
-    if rows is not None:
-        n = rows.shape[-1]
-        assert list(rows.shape[:3:2]) == [B, Tk] and rows.shape[1] in (1, K, H), f"rows {rows.shape}, keys {k.shape}"
-        assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
+    rows, Dh = startend_row_indices, q.shape[-1]
+    reference.check_attention(q, k, rows, causal)
     how = types.SimpleNamespace(  # a plain object, as a PyLayer would take tensors among its arguments for inputs
         rows=None if rows is None else rows.astype("int32").contiguous(),
         slopes=None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous(),
-        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), 3 if kernels.bf16 else -1),
+        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), IN_BFLOAT16 if kernels.bf16 else -1),
     )
     return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), how)
 

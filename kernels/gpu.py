@@ -109,20 +109,15 @@ def linear(x, weight, bias=None, residual=None):
 
 
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
-    rows, (B, Tq, H, Dh), (_, Tk, K, _) = startend_row_indices, q.shape, k.shape
+    rows, Tq, Dh, Tk = startend_row_indices, q.shape[1], q.shape[3], k.shape[1]
     half = _lowered(q, k, v)
     takes = alibi_slopes is None and Dh % 8 == 0 and Dh <= 256 and (rows is None or Tq == Tk)
     if not takes or not _same(*half) or half[0].dtype == paddle.float32:
         # In float32, which the reference's masks are made in.
         q32, k32, v32 = (t if t.dtype == paddle.float32 else t.astype("float32") for t in (q, k, v))
         return reference.attention(q32, k32, v32, rows, causal, scale, alibi_slopes).astype(q.dtype)
-    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
-    assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
-    if rows is not None:
-        n = rows.shape[-1]
-        assert list(rows.shape[:3:2]) == [B, Tk] and rows.shape[1] in (1, K, H), f"rows {rows.shape}, keys {k.shape}"
-        assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
-        rows = rows.astype("int32")
+    reference.check_attention(q, k, rows, causal)
+    rows = None if rows is None else rows.astype("int32")
     if scale is not None and scale != Dh**-0.5:
         # Paddle's scale is fixed. Exact for a power of two, else q is rounded once more.
         half[0] = half[0] * (scale * Dh**0.5)

@@ -133,17 +133,21 @@ def _unpack(packed, bits, axis):
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
     if not paddle.in_dynamic_mode():
         return _traced_attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes)
-    B, Tq, H, Dh = q.shape
-    Tk, K = k.shape[1], k.shape[2]
+    check_attention(q, k, startend_row_indices, causal)
+    (B, Tq, H, Dh), (_, Tk, K, _) = q.shape, k.shape
+    mask = _Mask(startend_row_indices, causal, alibi_slopes, B, Tq, Tk, H, K)
+    return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale)
+
+
+def check_attention(q, k, rows, causal):
+    """The shapes of kernels.attention's arguments, for every back end."""
+    (B, Tq, H, _), (_, Tk, K, _) = q.shape, k.shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
-    rows = startend_row_indices
     if rows is not None:
         n = rows.shape[-1]
         assert list(rows.shape[:3:2]) == [B, Tk] and rows.shape[1] in (1, K, H), f"rows {rows.shape}, keys {k.shape}"
         assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
-    mask = _Mask(rows, causal, alibi_slopes, B, Tq, Tk, H, K)
-    return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale)
 
 
 class _Mask:

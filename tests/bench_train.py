@@ -8,7 +8,7 @@
 Models: Llamas of random weights, A (134 M) and B (5 M), read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if
 they are there, else drawn here in the same shape: the speed does not depend on the weights, and `weights` in the result
 says which. The last line of the output is one JSON object; tok_s counts the batch's ids, eff_tok_s those that are no
-padding. --dtype bf16 makes the products of linears and head in bfloat16; where the processor cannot, `compute` says fp32.
+padding. --dtype bf16 makes products in bfloat16; where the processor cannot, `compute` says fp32.
 
 Modes of sft, each over the same samples: `padding` (8 samples a batch in the order of the file, padded to the longest),
 `grouped` (the same, 8 of similar length, as finetune.py does without zero_padding), `zero_padding` (best-fit rows of

@@ -2,16 +2,14 @@
 //
 // One call measures one thing: 0 float32, 1 bfloat16 (vdpbf16ps), 2 int8 (vpdpbusd), 3 bfloat16 by AMX, 4 int8 by AMX, all in
 // operations a second (a multiply-add is two), 5 reading, 6 copying `memory`, in bytes a second. 0 where the processor has it not.
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
 
+#include "amx.h"
 #include "op.h"
 #include "threads.h"
 
@@ -91,13 +89,6 @@ static float tiles_int8(long rounds) {  // 4 chains of 16 x 16 x 64
 }
 #pragma GCC pop_options
 
-static bool has_tiles() {
-  unsigned a, b, c, d = 0;
-  const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;                           // amx-bf16, amx-tile, amx-int8
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) return false;
-  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, tile data: Linux gives it to who asks
-}
-
 std::vector<paddle::Tensor> Peak(const paddle::Tensor& memory, int what, int tasks) {
   float* at = const_cast<float*>(memory.data<float>());  // scratch of the caller's
   const long rounds = what == 3 || what == 4 ? 1 << 14 : 1 << 17, part = memory.numel() / tasks;
@@ -107,8 +98,8 @@ std::vector<paddle::Tensor> Peak(const paddle::Tensor& memory, int what, int tas
   if (what == 0) loop = PICK(level(), multiply_add), work = PICK(level(), work_of_a_round)();
   if (what == 1 && wide && __builtin_cpu_supports("avx512bf16")) loop = dot_bf16, work = 24 * 32 * 2;
   if (what == 2 && wide && __builtin_cpu_supports("avx512vnni")) loop = dot_int8, work = 24 * 64 * 2;
-  if (what == 3 && has_tiles()) loop = tiles_bf16, work = 4 * 16 * 16 * 32 * 2;
-  if (what == 4 && has_tiles()) loop = tiles_int8, work = 4 * 16 * 16 * 64 * 2;
+  if (what == 3 && amx_bf16_ready()) loop = tiles_bf16, work = 4 * 16 * 16 * 32 * 2;
+  if (what == 4 && amx_int8_ready()) loop = tiles_int8, work = 4 * 16 * 16 * 64 * 2;
   work *= rounds;
   if (what >= 5) work = part / (what == 5 ? 1 : 2) * (what == 5 ? 4.0 : 8.0);
   const auto start = std::chrono::steady_clock::now();
