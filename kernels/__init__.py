@@ -268,12 +268,13 @@ def layer_norm(x, weight, bias, epsilon, residual=None):
     return _run("layer_norm", x, weight, bias, epsilon, residual)
 
 
-def rope(x, cos, sin):
-    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout: pairs are (i, i + Dh/2).
+def rope(x, cos, sin, interleaved=False):
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of the first r dims of each head; the others stay as they are.
 
-    x (B, T, heads, Dh); cos, sin (B, T, 1, Dh) float32 -> (B, T, heads, Dh).
+    x (B, T, heads, Dh); cos, sin (B, T, 1, r) float32, r even and at most Dh -> (B, T, heads, Dh). Pair i, of r/2, turns by
+    the angle of column i, which column i + r/2 repeats: it is (i, i + r/2), or, interleaved, (2 i, 2 i + 1).
     """
-    return _run("rope", x, cos, sin)
+    return _run("rope", x, cos, sin, interleaved)
 
 
 def swiglu(gate, up):
@@ -326,19 +327,21 @@ def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
     return importlib.import_module("kernels.reference").dequantize(qweight, scales, bits, qzeros, g_index)
 
 
-def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
+def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
     """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), never a [Tq, Tk] matrix of more than a block.
 
     q (B, Tq, H, Dh), k and v (B, Tk, K, Dh) with K dividing H -> (B, Tq, H, Dh). Query i stands on row i + Tk - Tq, so
     that with a cache or a prefix the last query sees the last key. startend_row_indices int32 (B, 1 | K | H, Tk, n)
     names for each key the rows that must not see it: causal n=1 rows >= [0]; n=2 rows in [0, 1); not causal n=2 rows
-    >= [0] or < [1]; n=4 rows in [0, 1) or in [2, 3). alibi_slopes (H,) adds -slope * (row - key) (arXiv 2108.12409).
-    A query that sees no key gets zeros. scale defaults to Dh ** -0.5.
+    >= [0] or < [1]; n=4 rows in [0, 1) or in [2, 3). softcap makes softcap * tanh(s / softcap) of each scaled product s
+    (Gemma 2, arXiv 2408.00118), after which alibi_slopes (H,) adds -slope * (row - key) (arXiv 2108.12409). A query that
+    sees no key gets zeros. scale defaults to Dh ** -0.5.
     """
-    return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes)
+    return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None):
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
+                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
     """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180).
 
     q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the new
@@ -348,11 +351,11 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     first are spared the look at them.
 
     Caches may be int8 with k_scales, v_scales (blocks, block_size, K) float32: a value is its code times the scale of its
-    slot and head. No gradients.
+    slot and head. With a window a query at p sees the keys above p - window alone; alibi_slopes and softcap are as in
+    attention. No gradients.
     """
-    return _run(
-        "paged_attention", q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales, v_scales
-    )
+    return _run("paged_attention", q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales, v_scales,
+                alibi_slopes, window, softcap)  # fmt: skip
 
 
 def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
@@ -375,7 +378,7 @@ def sample(logits, temperature, top_k, top_p, uniform):
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         vocabulary=None):  # fmt: skip
+                         vocabulary=None, softcap=None):  # fmt: skip
     """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
 
     hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
@@ -386,10 +389,11 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
     column, and all_reduce(tensor, "max" | "sum") -> tensor over the ranks. labels are ids of the whole vocabulary; losses and
     predictions come out the same on every rank (the lowest id, of several largest logits), the gradient of hidden is this
     rank's part, which the caller adds up.
+
+    softcap makes softcap * tanh(l / softcap) of each logit l (Gemma 2, arXiv 2408.00118).
     """
-    return _run(
-        "linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary
-    )
+    return _run("linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary,
+                softcap)  # fmt: skip
 
 
 def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):

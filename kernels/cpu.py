@@ -220,9 +220,9 @@ def _int8_linear(x, weight, scales, bias, input_scale):
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
-    if q.dtype != paddle.float32 or not paddle.in_dynamic_mode():
-        return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes)
+def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
+    if q.dtype != paddle.float32 or not paddle.in_dynamic_mode() or softcap is not None:
+        return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
     rows, Dh = startend_row_indices, q.shape[-1]
     reference.check_attention(q, k, rows, causal)
     how = types.SimpleNamespace(  # a plain object, as a PyLayer would take tensors among its arguments for inputs
@@ -256,25 +256,26 @@ class _Attention(PyLayer):
 _paged = None  # (arrays of the last call, tensors made of them)
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None):
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
+                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
     cache = paddle.float32 if k_scales is None else paddle.int8
-    if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache):
-        return reference.paged_attention(
-            q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales, v_scales
-        )
-    tables, lengths = _paged_tensors(q, k_cache, (block_tables, query_lengths, context_lengths))
+    others = alibi_slopes is not None or window is not None or softcap is not None
+    if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache) or others:
+        return reference.paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales,
+                                         v_scales, alibi_slopes, window, softcap)  # fmt: skip
+    tables, lengths = _paged_tensors(q, k_cache, (block_tables, query_lengths, context_lengths), window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _C_ops._run_custom_op(
         "cpu_paged_attention", q.contiguous(), k_cache, v_cache, tables, lengths, k_scales, v_scales, scale, -1
     )[0]
 
 
-def _paged_tensors(q, k_cache, arrays):
+def _paged_tensors(q, k_cache, arrays, window):
     """Block tables (S, blocks) and lengths (2, S) as int32 tensors: the last ones, if the arrays cannot have changed since."""
     global _paged
     if _paged is None or any(a is not b for a, b in zip(_paged[0], arrays)):
         tables, queries, contexts = (np.ascontiguousarray(a, np.int32) for a in arrays)
-        reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
+        reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts, window)
         found = kernels.to_tensor(tables), kernels.to_tensor(np.stack([queries, contexts]))
         if any(getattr(a, "flags", None) is None or a.flags.writeable for a in arrays):
             return found
@@ -348,9 +349,9 @@ class _Norm(PyLayer):
         return tuple(d if w else None for d, w, is_tensor in zip(found, ctx.wanted, ctx.given) if is_tensor)
 
 
-def rope(x, cos, sin):
-    if not _plain(x, cos, sin):
-        return reference.rope(x, cos, sin)
+def rope(x, cos, sin, interleaved=False):
+    if not _plain(x, cos, sin) or interleaved or cos.shape[-1] != x.shape[-1]:
+        return reference.rope(x, cos, sin, interleaved)
     if cos.shape[:2] != x.shape[:2]:
         cos, sin = cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1])
     if x.stop_gradient or not paddle.is_grad_enabled():  # decoding: a PyLayer costs as much as the rotation
@@ -435,11 +436,11 @@ class _Embedding(PyLayer):
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         vocabulary=None):  # fmt: skip
-    ours = _plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16)
+                         vocabulary=None, softcap=None):  # fmt: skip
+    ours = _plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16) and softcap is None
     layer = (_Bf16CrossEntropy if kernels.bf16 else _LinearCrossEntropy) if ours else reference._LinearCrossEntropy
     return reference.of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
-                                     vocabulary)  # fmt: skip
+                                     vocabulary, softcap)  # fmt: skip
 
 
 class _LinearCrossEntropy(PyLayer):

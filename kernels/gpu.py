@@ -10,10 +10,12 @@ Not used: paddle.nn.quant.weight_only_linear. It knows no zero points, groups of
 codes in an order of its own that only weight_quantize makes, from floats, rounding again: our layouts cannot be converted
 exactly. More than ROWS rows are a product with weights that one pass has dequantized.
 
-The reference runs: attention in float32 (unless kernels.bf16), with ALiBi, with Dh over 256 or no multiple of 8, or with rows
-where Tq != Tk (Paddle counts rows from the first query, we from the first key); act order and a8w8; a part of the vocabulary;
-operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of float32 tensors in bfloat16.
-The cores are tested on the CPU (tests/cuda_on_cpu.h) and timed by tests/cuda_harness.cu; no figure is known yet.
+The reference runs, as no operator has them: attention in float32 (unless kernels.bf16), with ALiBi or a softcap, with Dh over
+256 or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first key);
+paged_attention with ALiBi, a window or a softcap; rope of neighbouring dims; act order and a8w8; a part of the vocabulary, or
+a softcap of the logits; operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of
+float32 tensors in bfloat16. The cores are tested on the CPU (tests/cuda_on_cpu.h) and timed by tests/cuda_harness.cu; no
+figure is known yet.
 """
 
 import functools
@@ -108,14 +110,14 @@ def linear(x, weight, bias=None, residual=None):
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
+def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
     rows, Tq, Dh, Tk = startend_row_indices, q.shape[1], q.shape[3], k.shape[1]
     half = _lowered(q, k, v)
-    takes = alibi_slopes is None and Dh % 8 == 0 and Dh <= 256 and (rows is None or Tq == Tk)
+    takes = alibi_slopes is None and softcap is None and Dh % 8 == 0 and Dh <= 256 and (rows is None or Tq == Tk)
     if not takes or not _same(*half) or half[0].dtype == paddle.float32:
         # In float32, which the reference's masks are made in.
         q32, k32, v32 = (t if t.dtype == paddle.float32 else t.astype("float32") for t in (q, k, v))
-        return reference.attention(q32, k32, v32, rows, causal, scale, alibi_slopes).astype(q.dtype)
+        return reference.attention(q32, k32, v32, rows, causal, scale, alibi_slopes, softcap).astype(q.dtype)
     reference.check_attention(q, k, rows, causal)
     rows = None if rows is None else rows.astype("int32")
     if scale is not None and scale != Dh**-0.5:
@@ -129,16 +131,17 @@ def _flash_attention(q, k, v, rows, causal):
     return F.flashmask_attention(q, k, v, rows, causal=bool(causal))
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None):  # fmt: skip
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
+                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
     N, H, Dh = q.shape
     _, block_size, K, _ = k_cache.shape
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
     tables = np.asarray(block_tables, np.int32)
     scale = Dh**-0.5 if scale is None else float(scale)
-    scales = {} if k_scales is None else {"k_scales": k_scales, "v_scales": v_scales}
-    takes = Dh % 8 == 0 and Dh <= 256 and (k_cache.dtype == paddle.int8 if scales else _same(q, k_cache, v_cache))
-    if not takes or not _same(q):
-        return reference.paged_attention(q, k_cache, v_cache, tables, queries, contexts, scale, **scales)
+    takes = Dh % 8 == 0 and Dh <= 256 and (_same(q, k_cache, v_cache) if k_scales is None else k_cache.dtype == paddle.int8)
+    if not takes or not _same(q) or alibi_slopes is not None or window is not None or softcap is not None:
+        return reference.paged_attention(q, k_cache, v_cache, tables, queries, contexts, scale, k_scales, v_scales, alibi_slopes,
+                                         window, softcap)  # fmt: skip
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
     assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
@@ -222,10 +225,13 @@ class _RMSNormResidual(PyLayer):
         return tuple(None if frozen else d for d, frozen in zip((dx, dx, dw), ctx.frozen))
 
 
-def rope(x, cos, sin):
-    if not _same(x):
-        return reference.rope(x, cos, sin)
-    B, T, _, Dh = x.shape
+def rope(x, cos, sin, interleaved=False):
+    (B, T, _, Dh), turned = x.shape, cos.shape[-1]
+    if not _same(x) or interleaved or turned == 0:
+        return reference.rope(x, cos, sin, interleaved)
+    reference.check_rope(x, cos)
+    if turned < Dh:
+        return paddle.concat([rope(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)
     cos, sin = (t.detach().astype(x.dtype) for t in (cos, sin))  # Paddle's operator wants one type; it sums in float32
     if cos.shape[0] == 1:
         return _fused_rope(x, cos, sin, None)
@@ -273,10 +279,10 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
 # ----------------------------------------------------------------------------------- linear cross-entropy
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False, vocabulary=None):  # fmt: skip
+def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False, vocabulary=None, softcap=None):  # fmt: skip
     arguments = hidden, weight, labels, transpose_weight, ignore_index, return_predictions
-    if vocabulary is not None:
-        return reference.linear_cross_entropy(*arguments, vocabulary=vocabulary)
+    if vocabulary is not None or softcap is not None:
+        return reference.linear_cross_entropy(*arguments, vocabulary, softcap)
     hidden, weight = _lowered(hidden, weight if weight.dtype == hidden.dtype else weight.astype(hidden.dtype))
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     if kept.shape[0] == 0 or not _same(hidden):

@@ -37,31 +37,41 @@ def layer_norm(x, weight, bias, epsilon, residual=None):
     return y if residual is None else (y, x)
 
 
-def rope(x, cos, sin):
-    return _Rope.apply(x, cos, sin) if paddle.in_dynamic_mode() else _rotate(x, cos, sin)
+def rope(x, cos, sin, interleaved=False):
+    check_rope(x, cos)
+    return _Rope.apply(x, cos, sin, interleaved) if paddle.in_dynamic_mode() else _rotate(x, cos, sin, interleaved)
+
+
+def check_rope(x, cos):
+    """The widths of kernels.rope's arguments, for every back end."""
+    assert cos.shape[-1] % 2 == 0 and cos.shape[-1] <= x.shape[-1], f"tables of {cos.shape[-1]} columns for heads of {x.shape[-1]}"
 
 
 class _Rope(PyLayer):
     """A rotation: its gradient is the rotation back. Nothing but the tables is kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.tables = cos, sin
-        return _rotate(x, cos, sin)
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.tables, ctx.interleaved = (cos, sin), interleaved
+        return _rotate(x, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx, dy):
         cos, sin = ctx.tables
-        return _rotate(dy, cos, -sin), None, None
+        return _rotate(dy, cos, -sin, ctx.interleaved), None, None
 
 
-def _rotate(x, cos, sin):
-    half, heads = x.shape[-1] // 2, x.shape[2]
+def _rotate(x, cos, sin, interleaved):
+    turned, heads, Dh = cos.shape[-1], x.shape[2], x.shape[3]
+    half = turned // 2
     cos, sin = cos[..., :half], sin[..., :half]
     if heads > 0:  # not known (-1) in a graph that export.py traces
         cos, sin = (paddle.tile(t, [1, 1, heads, 1]) for t in (cos, sin))  # faster than broadcasting on the CPU
-    a, b = x[..., :half], x[..., half:]  # (B, T, heads, Dh/2)
-    return paddle.concat([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    a, b = (x[..., 0:turned:2], x[..., 1:turned:2]) if interleaved else (x[..., :half], x[..., half:turned])  # (B, T, heads, r/2)
+    pair = a * cos - b * sin, b * cos + a * sin
+    y = paddle.stack(pair, axis=-1).flatten(-2) if interleaved else paddle.concat(pair, axis=-1)
+    y = y.astype(x.dtype)
+    return y if turned == Dh else paddle.concat([y, x[..., turned:]], axis=-1)
 
 
 def swiglu(gate, up):
@@ -130,13 +140,13 @@ def _unpack(packed, bits, axis):
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None):
+def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
     if not paddle.in_dynamic_mode():
-        return _traced_attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes)
+        return _traced_attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
     check_attention(q, k, startend_row_indices, causal)
     (B, Tq, H, Dh), (_, Tk, K, _) = q.shape, k.shape
     mask = _Mask(startend_row_indices, causal, alibi_slopes, B, Tq, Tk, H, K)
-    return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale)
+    return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale, softcap)
 
 
 def check_attention(q, k, rows, causal):
@@ -185,14 +195,7 @@ class _Mask:
             at = at.reshape(
                 [at.shape[0], *((at.shape[1], 1) if at.shape[1] <= self.K else (self.K, -1)), 1, j1 - j0, at.shape[-1]]
             )
-            n = at.shape[-1]
-            hidden = row >= at[..., 0]
-            if n == 2 and self.causal or n == 4:
-                hidden = hidden & (row < at[..., 1])
-            if n == 2 and not self.causal:
-                hidden = hidden | (row < at[..., 1])
-            if n == 4:
-                hidden = hidden | ((row >= at[..., 2]) & (row < at[..., 3]))
+            hidden = _hidden(row, at, self.causal)
             masked = hidden if masked is None else masked | hidden
         bias = None if masked is None else masked.astype("float32") * MASKED
         if self.slopes is not None:
@@ -201,24 +204,39 @@ class _Mask:
         return bias
 
 
+def _hidden(row, at, causal):
+    """Which rows (q, 1) must not see a key, by the columns at (…, 1, keys, n) of its rows: (…, q, keys) bool."""
+    n = at.shape[-1]
+    hidden = row >= at[..., 0]
+    if n == 2 and causal or n == 4:
+        hidden = hidden & (row < at[..., 1])
+    if n == 2 and not causal:
+        hidden = hidden | (row < at[..., 1])
+    if n == 4:
+        hidden = hidden | ((row >= at[..., 2]) & (row < at[..., 3]))
+    return hidden
+
+
 class _Attention(PyLayer):
     """Softmax over whole rows of one block of queries after another; saves q, k, v and the output, all linear in T.
 
-    With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO.
+    With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO. With a softcap
+    dS is multiplied by the slope of what was made of the products, 1 - tanh^2.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, scale):
+    def forward(ctx, q, k, v, mask, scale, softcap):
         out = []
         k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 1, 3])  # (B, K, Dh, Tk), (B, K, Tk, Dh)
         for i0, i1 in mask.blocks:
             j0, j1 = mask.keys(i0, i1)
-            p, seen = _probabilities(_group(q[:, i0:i1], mask.K), k_all[..., j0:j1], mask, (i0, i1, j0, j1), scale)
+            block = i0, i1, j0, j1
+            p, seen, _ = _probabilities(_group(q[:, i0:i1], mask.K), k_all[..., j0:j1], mask, block, scale, softcap)
             o = paddle.matmul(p, v_all[:, :, j0:j1])  # (B, K, G*bq, Dh)
             out.append(_ungroup(o if seen is None else o * seen, i1 - i0))
         out = out[0] if len(out) == 1 else paddle.concat(out, axis=1)
         ctx.save_for_backward(q, k, v, out)
-        ctx.mask, ctx.scale, ctx.frozen = mask, scale, [t.stop_gradient for t in (q, k, v)]
+        ctx.mask, ctx.scale, ctx.softcap, ctx.frozen = mask, scale, softcap, [t.stop_gradient for t in (q, k, v)]
         return out
 
     @staticmethod
@@ -232,7 +250,7 @@ class _Attention(PyLayer):
             j0, j1 = mask.keys(i0, i1)
             q_block, d_block = _group(q[:, i0:i1], K), _group(d_out[:, i0:i1], K)
             k_block = k_all[..., j0:j1]
-            p, seen = _probabilities(q_block, k_block, mask, (i0, i1, j0, j1), ctx.scale)
+            p, seen, slope = _probabilities(q_block, k_block, mask, (i0, i1, j0, j1), ctx.scale, ctx.softcap)
             if seen is not None:
                 d_block = d_block * seen
             delta = (d_block * _group(out[:, i0:i1], K)).sum(-1, keepdim=True)
@@ -240,6 +258,7 @@ class _Attention(PyLayer):
             d_s = p * paddle.matmul(
                 paddle.concat([d_block, -delta], axis=-1), v_and_one[..., j0:j1]
             )  # (B, K, G*bq, bk)
+            d_s = d_s if slope is None else d_s * slope
             d_q.append(_ungroup(paddle.matmul(d_s, k_block, transpose_y=True), i1 - i0) * ctx.scale)
             d_k[..., j0:j1] = d_k[..., j0:j1] + paddle.matmul(q_block, d_s, transpose_x=True) * ctx.scale
             d_v[..., j0:j1] = d_v[..., j0:j1] + paddle.matmul(d_block, p, transpose_x=True)
@@ -260,48 +279,55 @@ def _ungroup(x, T):
     return x.reshape([B, K, -1, T, Dh]).transpose([0, 3, 1, 2, 4]).reshape([B, T, -1, Dh])
 
 
-def _probabilities(q, k, mask, block, scale):
-    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> softmax (B, K, G*bq, bk), and which rows see a key (None: all do)."""
+def _probabilities(q, k, mask, block, scale, softcap):
+    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> softmax (B, K, G*bq, bk), which rows see a key (None: all do), the cap's slope or None."""
     i0, i1, j0, j1 = block
     B, K, rows, _ = q.shape
-    s = paddle.matmul(q * scale, k)
+    s, slope = paddle.matmul(q * scale, k), None
+    if softcap is not None:
+        t = paddle.tanh(s / softcap)
+        s, slope = t * softcap, 1.0 - t * t
     bias = mask.bias(i0, i1, j0, j1)
     if bias is None:
-        return F.softmax(s, axis=-1), None
+        return F.softmax(s, axis=-1), None, slope
     bias_of_all = paddle.tile(bias, [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1])
     p = F.softmax(s + bias_of_all.reshape(s.shape), axis=-1)  # tile, as Paddle's CPU broadcasting is many times slower
     if mask.rows is None:
-        return p, None
+        return p, None, slope
     seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)  # (1 | B, 1 | K, 1 | G, bq, 1)
-    return p, seen.expand([B, K, rows // (i1 - i0), i1 - i0, 1]).reshape([B, K, rows, 1])
+    return p, seen.expand([B, K, rows // (i1 - i0), i1 - i0, 1]).reshape([B, K, rows, 1]), slope
 
 
-def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes):
+def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes, softcap):
     """The same for a graph that export.py traces: no backward, lengths unknown, so all scores [Tq, Tk] at once."""
-    assert causal and alibi_slopes is None and (rows is None or rows.shape[1::2] == [1, 1]), "not traceable"
+    assert rows is None or rows.shape[1] == 1, "rows of a head each are not traceable"
     (Tk, K), Tq, Dh = paddle.shape(k)[1:3], paddle.shape(q)[1], q.shape[3]
     q_rows = (q * (Dh**-0.5 if scale is None else scale)).reshape([0, 0, K, -1, Dh]).transpose([0, 2, 3, 1, 4])
     k_all, v_all = k.transpose([0, 2, 3, 1]).unsqueeze(2), v.transpose([0, 2, 1, 3]).unsqueeze(2)  # (B, K, 1, …)
-    row = paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1)  # (Tq, 1)
-    masked = (paddle.arange(0, Tk, dtype="int32") > row).unsqueeze([0, 1, 2])  # (1, 1, 1, Tq, Tk)
+    row, key = paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1), paddle.arange(0, Tk, dtype="int32")  # (Tq, 1), (Tk,)
+    masked = (key > row if causal else row < 0).unsqueeze([0, 1, 2])  # (1, 1, 1, Tq, Tk | 1)
     if rows is not None:
-        masked = masked | (row >= rows.transpose([0, 1, 3, 2]).unsqueeze(2))  # (B, 1, 1, Tq, Tk)
+        masked = masked | _hidden(row, rows.unsqueeze([2, 3]), causal)  # (B, 1, 1, Tq, Tk)
     bias = masked.astype("float32") * MASKED
-    p = F.softmax(paddle.matmul(q_rows, k_all) + bias, axis=-1)  # (B, K, H/K, Tq, Tk)
+    s = paddle.matmul(q_rows, k_all)  # (B, K, H/K, Tq, Tk)
+    if softcap is not None:
+        s = paddle.tanh(s / softcap) * softcap
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.reshape([1, K, -1, 1, 1]) * (row - key).astype("float32")
     seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)
-    return (paddle.matmul(p, v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([0, 0, -1, Dh])
+    return (paddle.matmul(F.softmax(s + bias, axis=-1), v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([0, 0, -1, Dh])
 
 
 # ----------------------------------------------------------------------------------- linear cross-entropy
 
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         vocabulary=None):  # fmt: skip
+                         vocabulary=None, softcap=None):  # fmt: skip
     return of_counted_rows(_LinearCrossEntropy, hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
-                           vocabulary)  # fmt: skip
+                           vocabulary, softcap)  # fmt: skip
 
 
-def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary):
+def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap):
     """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
@@ -309,6 +335,7 @@ def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_inde
     how = types.SimpleNamespace(
         transpose_weight=transpose_weight,
         vocabulary=vocabulary,
+        softcap=softcap,
         start=0 if vocabulary is None else vocabulary.start,
         predictions=[] if return_predictions else None,  # the layer adds those of one chunk after another
         grad=paddle.is_grad_enabled(),  # which is always off within a PyLayer
@@ -329,7 +356,8 @@ class _LinearCrossEntropy(PyLayer):
     """loss = lse - (h W)[label], lse = logsumexp(h W); d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
 
     Logits come in chunks of tokens. Trained W: four products, as backward makes the logits again. Frozen W: two, as forward
-    also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss.
+    also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss. With a softcap the logits l are
+    softcap * tanh(h W / softcap), and d(h W) has a factor 1 - (l / softcap)^2.
     """
 
     @staticmethod
@@ -339,7 +367,7 @@ class _LinearCrossEntropy(PyLayer):
         rows_too = how.grad and how.frozen == [False, True]
         losses, every_lse, rows = [], [], []
         for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
-            logits = _logits(hidden[chunk], weight, turned)
+            logits = _logits(hidden[chunk], weight, how)
             loss, lse, best = _losses(logits, labels[chunk], how)
             losses.append(loss)
             every_lse.append(lse)
@@ -366,7 +394,7 @@ class _LinearCrossEntropy(PyLayer):
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
             d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied where the rows are short
-            p = _softmax_less_onehot(_logits(hidden[chunk], weight, turned), labels[chunk], lse[chunk], how)
+            p = _softmax_less_onehot(_logits(hidden[chunk], weight, how), labels[chunk], lse[chunk], how)
             p = p.astype(hidden.dtype)
             d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not turned) * d_loss)
             if not frozen:
@@ -403,7 +431,8 @@ def _place(labels, logits, how):
 def _softmax_less_onehot(logits, labels, lse, how):
     p = paddle.exp(logits - lse.unsqueeze(-1))
     at, mine = _place(labels, logits, how)
-    return p.put_along_axis_(at, -mine.unsqueeze(-1), 1, reduce="add")
+    p.put_along_axis_(at, -mine.unsqueeze(-1), 1, reduce="add")
+    return p if how.softcap is None else p * (1.0 - paddle.square(logits / how.softcap))
 
 
 def lse_of_all(most, total, target, best, how):
@@ -426,9 +455,10 @@ def _chunks(tokens, vocabulary):
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
-def _logits(hidden, weight, transpose_weight):
+def _logits(hidden, weight, how):
     """(c, V) float32"""
-    return paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=transpose_weight).astype("float32")
+    logits = paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=how.transpose_weight).astype("float32")
+    return logits if how.softcap is None else paddle.tanh(logits / how.softcap) * how.softcap
 
 
 # -------------------------------------------------------------------------------------------------- adamw
@@ -452,63 +482,82 @@ def squared_norm(x):
 # ---------------------------------------------------------------------------------------- paged attention
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None):
+def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
+                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
     N, H, Dh = q.shape
     _, block_size, K, _ = k_cache.shape
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
     tables = np.asarray(block_tables)
-    check_paged(q.shape, k_cache.shape, tables, queries, contexts)
+    check_paged(q.shape, k_cache.shape, tables, queries, contexts, window)
     scale, caches = Dh**-0.5 if scale is None else scale, ((k_cache, k_scales), (v_cache, v_scales))
+    if q.dtype != paddle.float32:  # which masks and scores are made in
+        return paged_attention(_single(q), k_cache, v_cache, tables, queries, contexts, scale, k_scales, v_scales, alibi_slopes,
+                               window, softcap).astype(q.dtype)  # fmt: skip
     if N == len(queries):
-        return _paged_decode(q, caches, tables, contexts, scale)
+        return _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, softcap)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
     parts, order = [], []  # outputs, and the rows of q that they belong to
     if len(decodes):
         rows = paddle.gather(q, to_tensor(first[decodes]))
-        parts.append(_paged_decode(rows, caches, tables[decodes], contexts[decodes], scale))
+        parts.append(_paged_decode(rows, caches, tables[decodes], contexts[decodes], scale, alibi_slopes, window, softcap))
         order.append(first[decodes])
     for s in np.flatnonzero(queries > 1):
         blocks = to_tensor(tables[s, : -(-contexts[s] // block_size)])
         k, v = (_gathered(c, scales, blocks).reshape([1, -1, K, Dh])[:, : contexts[s]] for c, scales in caches)
-        rows = np.arange(first[s], first[s] + queries[s])
-        parts.append(attention(q[first[s] : first[s] + queries[s]].unsqueeze(0), k, v, scale=scale)[0])
-        order.append(rows)
+        rows = q[first[s] : first[s] + queries[s]].unsqueeze(0)
+        parts.append(attention(rows, k, v, window_rows(contexts[s], window), True, scale, alibi_slopes, softcap)[0])
+        order.append(np.arange(first[s], first[s] + queries[s]))
     if len(parts) == 1:
         return parts[0]
     order = np.concatenate(order)
     return paddle.gather(paddle.concat(parts), to_tensor(np.argsort(order)))
 
 
-def check_paged(q_shape, cache_shape, tables, queries, contexts):
+def window_rows(context, window):
+    """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None without."""
+    return None if window is None else (paddle.arange(context, dtype="int32") + window).reshape([1, 1, -1, 1])
+
+
+def check_paged(q_shape, cache_shape, tables, queries, contexts, window):
     """Whether what paged_attention was given fits together."""
     (N, H, _), (_, block_size, K, _) = q_shape, cache_shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
     assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
     assert tables.shape[1] * block_size >= contexts.max(), f"{tables.shape[1]} blocks of {block_size} for {contexts}"
+    assert window is None or window >= 1, f"a window of {window} keys"
 
 
 def _gathered(cache, scales, rows):
-    """Rows of a cache (…, Dh) as floats."""
-    found = paddle.gather(cache, rows)
-    return found if scales is None else found.astype("float32") * paddle.gather(scales, rows).unsqueeze(-1)
+    """Rows of a cache (…, Dh) in float32."""
+    found = _single(paddle.gather(cache, rows))
+    return found if scales is None else found * paddle.gather(scales, rows).unsqueeze(-1)
 
 
-def _paged_decode(q, caches, tables, contexts, scale):
+def _single(x):
+    return x if x.dtype == paddle.float32 else x.astype("float32")
+
+
+def _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, softcap):
     """One query of each of S sequences, as one product padded to the longest: q (S, H, Dh) -> (S, H, Dh)."""
     S, H, Dh = q.shape
     _, block_size, K, _ = caches[0][0].shape
-    rows, bias = _decode_plan(tables.astype(np.int32).tobytes(), contexts.tobytes(), block_size, K, H // K)
+    rows, bias, distance = _decode_plan(tables.astype(np.int32).tobytes(), contexts.tobytes(), block_size, K, H // K, window)
     flat = ((c.reshape([-1, Dh]), None if scales is None else scales.reshape([-1])) for c, scales in caches)
     k, v = (_gathered(c, scales, rows).reshape([S, K, -1, Dh]) for c, scales in flat)
     scores = paddle.matmul(q.reshape([S, K, H // K, Dh]) * scale, k, transpose_y=True)  # (S, K, H/K, keys)
+    if softcap is not None:
+        scores = paddle.tanh(scores / softcap) * softcap
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.astype("float32").reshape([1, K, -1, 1]) * distance
     p = F.softmax(scores if bias is None else scores + bias, axis=-1)
     return paddle.matmul(p, v).reshape([S, H, Dh])
 
 
-@functools.lru_cache(maxsize=1)
-def _decode_plan(tables, contexts, block_size, K, G):
-    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys), and what to add to scores (S, K, G, keys), or None.
+@functools.lru_cache(maxsize=2)  # layers with a window and without may take turns
+def _decode_plan(tables, contexts, block_size, K, G, window):
+    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys); what to add to scores (S, K, G, keys), or None; and
+    how far before the query each key stands (S, 1, 1, keys).
 
     Row by row of one head each, since a transposed copy of the keys costs far more. The same for all layers of a step:
     tables (S, blocks) int32 and contexts (S,) int64 come as bytes, which can be compared with the last call's.
@@ -519,12 +568,16 @@ def _decode_plan(tables, contexts, block_size, K, G):
     hidden = keys >= contexts[:, None]  # (S, keys)
     blocks = np.where(hidden, tables[:, :1], tables[:, keys // block_size])  # behind the end any block of its own
     rows = (blocks * block_size + keys % block_size)[:, None].astype(np.int64) * K + np.arange(K)[:, None]
+    distance = contexts[:, None] - 1 - keys
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    rows, distance = to_tensor(rows.reshape(-1)), to_tensor(distance.astype(np.float32)[:, None, None])
     if not hidden.any():
-        return to_tensor(rows.reshape(-1)), None
+        return rows, None, distance
     bias = np.broadcast_to(
         np.where(hidden, np.float32(MASKED), np.float32(0.0))[:, None, None], (len(contexts), K, G, len(keys))
     )
-    return to_tensor(rows.reshape(-1)), to_tensor(np.ascontiguousarray(bias))
+    return rows, to_tensor(np.ascontiguousarray(bias)), distance
 
 
 @paddle.no_grad()

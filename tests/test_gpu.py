@@ -293,9 +293,10 @@ def test_rms_norm_is_paddles_where_there_is_no_residual(pretend):
     close(gpu.rms_norm(x, weight, 1e-5).numpy(), reference.rms_norm(x, weight, 1e-5).numpy(), 3e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 8), (3, 7, 2, 6)])
-def test_rope(pretend, shape):
-    cases.test_rope("gpu", shape)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shape, turned", [((1, 1, 1, 2), 2), ((2, 5, 3, 8), 8), ((3, 7, 2, 6), 6), ((2, 5, 3, 12), 4), ((2, 5, 3, 4), 0)])
+def test_rope(pretend, shape, turned, interleaved):
+    cases.test_rope("gpu", shape, turned, interleaved)
 
 
 def test_rope_with_one_table_for_all_sequences(pretend):

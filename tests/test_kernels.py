@@ -441,21 +441,57 @@ def test_norms_with_a_residual_of_which_one_output_is_used(backend):
         close(residual.grad.numpy(), whole.grad.numpy())
 
 
-@backends("rope")
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 8), (1, 7, 2, 6), (1, 123, 1, 80), (1, 65, 3, 256)])
-def test_rope(backend, shape):
-    B, T, _, Dh = shape
-    x, upstream = normal(shape), normal(shape, 1)
-    angle = np.random.default_rng(0).uniform(0, 60, (B, T, 1, Dh // 2))
-    cos, sin = np.cos(angle), np.sin(angle)
-    rotate = lambda a, s: np.concatenate([a[..., : Dh // 2] * cos - a[..., Dh // 2 :] * s, a[..., Dh // 2 :] * cos + a[..., : Dh // 2] * s], -1)  # noqa: E731
-    tables = [tensor(np.concatenate([a, a], -1), frozen=True) for a in (cos, sin)]
+def naive_rope(x, angle, interleaved):
+    """x (B, T, heads, Dh) with its first dims turned by angle (B, T, 1, r/2), one pair after another."""
+    half, y = angle.shape[-1], x.copy()
+    for i in range(half):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+        c, s = np.cos(angle[..., i]), np.sin(angle[..., i])
+        y[..., a], y[..., b] = x[..., a] * c - x[..., b] * s, x[..., b] * c + x[..., a] * s
+    return y
+
+
+def rope(backend, x, angle, interleaved, upstream):
+    """Output, and gradient of sum(output * upstream)."""
+    tables = [tensor(np.concatenate([a, a], -1), frozen=True) for a in (np.cos(angle), np.sin(angle))]
     q = tensor(x)
     with kernels.use(f"rope={backend}"):
-        out = kernels.rope(q, *tables)
+        out = kernels.rope(q, *tables, interleaved)
     (out * tensor(upstream)).sum().backward()
-    close(out.numpy(), rotate(x, sin), 3e-6)
-    close(q.grad.numpy(), rotate(upstream, -sin), 3e-6)
+    return out.numpy(), q.grad.numpy()
+
+
+@backends("rope")
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shape, turned", [
+    ((1, 1, 1, 2), 2), ((2, 5, 3, 8), 8), ((2, 5, 3, 8), 4), ((1, 7, 2, 6), 2), ((1, 123, 1, 80), 80), ((1, 65, 3, 256), 64), ((3, 70, 5, 40), 38),
+    ((2, 9, 7, 120), 60), ((1, 6, 1, 5), 4), ((2, 3, 4, 16), 0),
+])  # fmt: skip
+def test_rope(backend, shape, turned, interleaved):
+    B, T, _, _ = shape
+    x, upstream = normal(shape), normal(shape, 1)
+    angle = np.random.default_rng(0).uniform(0, 60, (B, T, 1, turned // 2))
+    out, gradient = rope(backend, x, angle, interleaved, upstream)
+    close(out, naive_rope(x, angle, interleaved), 3e-6)
+    close(gradient, naive_rope(upstream, -angle, interleaved), 3e-6)
+    assert np.array_equal(out[..., turned:], x[..., turned:].astype(np.float32)), "what is not turned passes bit by bit"
+
+
+@backends("rope")
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_with_a_table_for_all_rows_and_without_a_gradient(backend, interleaved):
+    x, angle = normal((3, 5, 2, 12)), normal((1, 5, 1, 4))
+    tables = [tensor(np.concatenate([a, a], -1), frozen=True) for a in (np.cos(angle), np.sin(angle))]
+    with kernels.use(f"rope={backend}"), paddle.no_grad():
+        close(kernels.rope(tensor(x), *tables, interleaved=interleaved).numpy(), naive_rope(x, np.repeat(angle, 3, 0), interleaved), 3e-6)
+
+
+@backends("rope")
+@pytest.mark.parametrize("columns", [3, 10])
+def test_rope_refuses_tables_of_another_width(backend, columns):
+    table = tensor(np.ones((1, 2, 1, columns)), frozen=True)
+    with kernels.use(f"rope={backend}"), pytest.raises(AssertionError, match=f"tables of {columns} columns for heads of 8"):
+        kernels.rope(tensor(normal((1, 2, 3, 8))), table, table)
 
 
 @backends("swiglu")
@@ -664,13 +700,17 @@ def visible(rows, causal, B, H, Tq, Tk):
     return seen
 
 
-def naive_attention(q, k, v, upstream, seen, scale, slopes=None):
+def naive_attention(q, k, v, upstream, seen, scale, slopes=None, softcap=None):
     """Output and gradients of q, k, v in float64, a whole (Tq, Tk) matrix a head."""
     B, Tq, H, Dh = q.shape
     Tk, group = k.shape[1], H // k.shape[2]
     out, d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b, h in np.ndindex(B, H):
         s = q[b, :, h] @ k[b, :, h // group].T * scale
+        d_cap = 1.0
+        if softcap is not None:
+            s = softcap * np.tanh(s / softcap)
+            d_cap = 1 - (s / softcap) ** 2
         if slopes is not None:
             s = s - slopes[h] * (np.arange(Tq)[:, None] + Tk - Tq - np.arange(Tk))
         s = np.where(seen[b, h], s, -np.inf)
@@ -679,21 +719,21 @@ def naive_attention(q, k, v, upstream, seen, scale, slopes=None):
         p = e / np.maximum(e.sum(-1, keepdims=True), 1e-300)  # rows that see nothing stay zero
         out[b, :, h] = p @ v[b, :, h // group]
         d_p = upstream[b, :, h] @ v[b, :, h // group].T
-        d_s = p * (d_p - (d_p * p).sum(-1, keepdims=True)) * scale
+        d_s = p * (d_p - (d_p * p).sum(-1, keepdims=True)) * d_cap * scale
         d_q[b, :, h] = d_s @ k[b, :, h // group]
         d_k[b, :, h // group] += d_s.T @ q[b, :, h]
         d_v[b, :, h // group] += p.T @ upstream[b, :, h]
     return out, (d_q, d_k, d_v)
 
 
-def check_attention(backend, B, Tq, Tk, H, K, Dh, rows=None, causal=True, scale=None, slopes=None, tolerance=5e-6):
+def check_attention(backend, B, Tq, Tk, H, K, Dh, rows=None, causal=True, scale=None, slopes=None, tolerance=5e-6, softcap=None):
     q, upstream = normal((B, Tq, H, Dh)), normal((B, Tq, H, Dh), 1)
     k, v = normal((B, Tk, K, Dh), 2), normal((B, Tk, K, Dh), 3)
     seen = visible(rows, causal, B, H, Tq, Tk)
-    expected, gradients = naive_attention(q, k, v, upstream, seen, Dh**-0.5 if scale is None else scale, slopes)
+    expected, gradients = naive_attention(q, k, v, upstream, seen, Dh**-0.5 if scale is None else scale, slopes, softcap)
     out, found = run(
         "attention", backend, (q, k, v), upstream, startend_row_indices=None if rows is None else paddle.to_tensor(rows.astype("int32")),
-        causal=causal, scale=scale, alibi_slopes=None if slopes is None else tensor(slopes, frozen=True),
+        causal=causal, scale=scale, alibi_slopes=None if slopes is None else tensor(slopes, frozen=True), softcap=softcap,
     )  # fmt: skip
     close(out, expected, tolerance, "out")
     for name, a, b in zip(("dq", "dk", "dv"), found, gradients):
@@ -767,6 +807,58 @@ def test_attention_alibi(backend, rows, causal):
 
 
 @backends("attention")
+@pytest.mark.parametrize("shape", SHAPES + [(1, 77, 100, 4, 2, 24)])
+@pytest.mark.parametrize("kind", ["causal", "full", "rows", "alibi", "rows and alibi", "prefix"])
+@pytest.mark.parametrize("softcap", [0.3, 50.0])
+def test_attention_with_a_softcap(backend, shape, kind, softcap):
+    """Scores of up to 10: a cap of 0.3 leaves little of them, one of 50 nearly all."""
+    B, _, Tk, H, K, _ = shape
+    rows = {"rows": random_rows(1, 1, B, Tk, True), "rows and alibi": random_rows(2, K, B, Tk, True), "prefix": random_rows(2, 1, B, Tk, False)}.get(kind)
+    slopes = 0.5 ** np.arange(1, H + 1) if "alibi" in kind else None
+    check_attention(backend, *shape, rows=rows, causal=kind not in ("full", "prefix"), scale=1.0, slopes=slopes, softcap=softcap, tolerance=1e-5)
+
+
+@backends("attention")
+def test_attention_with_a_softcap_far_out(backend):
+    """Scores of some thousands times the cap: they are all the cap or its negative, and have no slope."""
+    check_attention(backend, 1, 9, 9, 2, 1, 4, scale=1e6, softcap=30.0, tolerance=1e-4)
+
+
+def prefix_rows(documents, Tk):
+    """Rows (1, 1, Tk, 2 | 4) of a packed batch whose documents each begin with a context that all of the document sees.
+
+    documents: (length, length of the context). The rows that must not see key j of a document [a, b) are all before a, and, if
+    j is behind the context, those before j; and all from b on: with one document n=2 says it, and so it does with several.
+    """
+    rows, a = [], 0
+    for length, context in documents:
+        rows += [(a + length, a if j < context else a + j) for j in range(length)]
+        a += length
+    assert a == Tk
+    return np.array(rows).reshape(1, 1, Tk, 2)
+
+
+@backends("attention")
+@pytest.mark.parametrize("documents, Tq", [
+    ([(13, 5)], 13), ([(13, 5)], 4), ([(13, 5)], 1), ([(9, 9)], 9), ([(7, 0)], 7), ([(40, 11), (1, 0), (90, 70), (26, 3)], 157), ([(40, 11), (117, 70)], 90),
+])  # fmt: skip
+@pytest.mark.parametrize("columns", [2, 4])
+@pytest.mark.parametrize("H, K, Dh", [(4, 2, 8), (3, 1, 24)])
+def test_attention_with_a_prefix_that_is_seen_both_ways(backend, documents, Tq, columns, H, K, Dh):
+    """ChatGLM's mask, alone, packed, and behind a cache; the same rows as two intervals that hide are n=4."""
+    Tk = sum(length for length, _ in documents)
+    rows = prefix_rows(documents, Tk)
+    if columns == 4:
+        rows = np.stack([rows[..., 0], np.full(rows.shape[:3], 2**31 - 1), np.zeros(rows.shape[:3], int), rows[..., 1]], -1)
+    seen = check_attention(backend, 1, Tq, Tk, H, K, Dh, rows=rows, causal=False)
+    of, start = np.repeat(np.arange(len(documents)), [n for n, _ in documents]), np.repeat(np.cumsum([0] + [n for n, _ in documents])[:-1], [n for n, _ in documents])
+    context = start + np.repeat([c for _, c in documents], [n for n, _ in documents])
+    at = np.arange(Tk)
+    expected = (of[:, None] == of) & ((at <= at[:, None]) | (at < context))
+    assert np.array_equal(seen[0, 0], expected[Tk - Tq :])
+
+
+@backends("attention")
 @pytest.mark.parametrize("T, Tk", [(200, 200), (130, 157)])
 @pytest.mark.parametrize("kind", ["none", "packed", "random", "alibi", "full", "four"])
 def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
@@ -779,13 +871,20 @@ def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
 
 
 @backends("attention")
-@pytest.mark.parametrize("Dh", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("Dh", [8, 24, 64, 80, 96, 112, 120, 128, 192, 256, 576])
 @pytest.mark.parametrize("kind", ["causal", "packed", "full", "alibi"])
 def test_attention_head_dims(backend, Dh, kind):
     """A tile of queries and of keys each, and some more; two query heads for a key."""
     T = 77
     rows = np.repeat([30, T], [30, T - 30]).reshape(1, 1, T, 1) if kind == "packed" else None
     check_attention(backend, 1, T, T, 2, 1, Dh, rows, kind != "full", slopes=np.array([0.5, 0.02]) if kind == "alibi" else None)
+
+
+@backends("attention")
+@pytest.mark.parametrize("H, K", [(5, 1), (6, 3), (7, 7), (12, 4), (71, 1)])
+def test_attention_head_counts(backend, H, K):
+    """One key/value head for all, and numbers of heads that are no power of two, as in Falcon, Bloom and Baichuan-13B."""
+    check_attention(backend, 2, 9, 70, H, K, 16, slopes=0.9 ** np.arange(H))
 
 
 @backends("attention")
@@ -856,15 +955,18 @@ print(json.dumps({"peak": peak() - before, "seconds": time.time() - start}))
 # ===================================================================================== linear cross-entropy
 
 
-def naive_cross_entropy(hidden, weight, labels, upstream):
+def naive_cross_entropy(hidden, weight, labels, upstream, softcap=None):
     """losses and gradients in float64; weight (D, V)."""
-    logits = hidden @ weight
+    logits, slope = hidden @ weight, 1.0
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+        slope = 1 - (logits / softcap) ** 2
     kept = labels != -100
     e = np.exp(logits - logits.max(-1, keepdims=True))
     p = e / e.sum(-1, keepdims=True)
     onehot = np.eye(weight.shape[1])[np.where(kept, labels, 0)]
     losses = np.where(kept, -np.log((p * onehot).sum(-1)), 0.0)
-    d_logits = (p - onehot) * (upstream * kept)[:, None]
+    d_logits = (p - onehot) * (upstream * kept)[:, None] * slope
     return losses, d_logits @ weight.T, hidden.T @ d_logits, np.where(kept, logits.argmax(-1), -1)
 
 
@@ -892,6 +994,26 @@ def test_linear_cross_entropy(backend, N, D, V, transpose, ignored, blocks):
     assert np.array_equal(found[1], predictions)
     if (labels != -100).any():
         close(found[2].numpy(), d_hidden)
+        close(found[3].numpy(), d_weight.T if transpose else d_weight)
+
+
+@backends("linear_cross_entropy")
+@pytest.mark.parametrize("N, D, V", [(1, 1, 2), (5, 123, 17), (123, 5, 123), (40, 6, 300)])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_linear_cross_entropy_with_a_softcap(backend, N, D, V, transpose, frozen, softcap, blocks):
+    generator = np.random.default_rng(N)
+    hidden, weight, upstream = normal((N, D)), normal((D, V), 1), normal((N,), 2)
+    labels = np.where(generator.random(N) < 0.3, -100, generator.integers(0, V, N))
+    labels[0] = V - 1
+    losses, d_hidden, d_weight, predictions = naive_cross_entropy(hidden, weight, labels, upstream, softcap)
+    found = lce(backend, hidden, weight.T.copy() if transpose else weight, labels, upstream, frozen, transpose_weight=transpose, softcap=softcap)
+    close(found[0], losses)
+    if softcap > 1:  # what the cap makes equal in float32 it need not in float64
+        assert np.array_equal(found[1], predictions)
+    close(found[2].numpy(), d_hidden)
+    if not frozen:
         close(found[3].numpy(), d_weight.T if transpose else d_weight)
 
 

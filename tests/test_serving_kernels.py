@@ -26,11 +26,12 @@ def random(shape, seed=0):
 # ============================================================================================== paged attention
 
 
-def paged_case(queries, contexts, block_size, H, K, Dh, int8=False, seed=0, spoil=1e4):
+def paged_case(queries, contexts, block_size, H, K, Dh, int8=False, seed=0, spoil=1e4, slopes=None, window=None, softcap=None):
     """(arguments of kernels.paged_attention, naive float64 output (N, H, Dh)) with blocks in any order.
 
     What must not be seen is `spoil`. int8 caches hold random codes; the oracle multiplies them by their scales.
     """
+    unseen = window is not None and spoil
     g = np.random.default_rng([seed, H, Dh, block_size])
     queries, contexts = np.array(queries), np.array(contexts)
     widths = -(-contexts // block_size)
@@ -55,14 +56,24 @@ def paged_case(queries, contexts, block_size, H, K, Dh, int8=False, seed=0, spoi
             else:
                 cache[at] = g.standard_normal((context, K, Dh))
                 kv.append(cache[at].astype(np.float64))
+            if unseen:  # keys that the window of the first query is past
+                past = [x[: max(0, context - count + 1 - window)] for x in at]
+                (of if int8 else cache)[tuple(past)] = spoil
         k, v = (np.repeat(x, H // K, axis=1) for x in kv)  # (context, H, Dh)
         x = np.einsum("qhd,khd->hqk", q[first : first + count].astype(np.float64), k) * Dh**-0.5
-        x[:, np.arange(context) > np.arange(context - count, context)[:, None]] = -np.inf
+        distance = np.arange(context - count, context)[:, None] - np.arange(context)  # (queries, keys)
+        if softcap is not None:
+            x = softcap * np.tanh(x / softcap)
+        if slopes is not None:
+            x -= slopes[:, None, None] * distance
+        x[:, (distance < 0) | (distance >= (window or np.inf))] = -np.inf
         p = np.exp(x - x.max(-1, keepdims=True))
         expected.append(np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v))
         first += count
     tensors = [paddle.to_tensor(x) for x in (q, *caches)]
     extra = {n: paddle.to_tensor(s) for n, s in zip(("k_scales", "v_scales"), scales)} if int8 else {}
+    given = {"alibi_slopes": None if slopes is None else paddle.to_tensor(slopes.astype(np.float32)), "window": window, "softcap": softcap}
+    extra |= {name: value for name, value in given.items() if value is not None}
     return (*tensors, tables, queries, contexts), extra, np.concatenate(expected)
 
 
@@ -82,6 +93,39 @@ def test_paged_attention(backend, int8, case):
     with kernels.use(f"paged_attention={backend}"):
         found = kernels.paged_attention(*arguments, **extra).numpy()
     assert found.shape == expected.shape and np.abs(found - expected).max() < 5e-6 * max(1, np.abs(expected).max())
+
+
+def options(names, H):
+    """Keyword arguments of paged_case: of "alibi", "softcap" and numbers, which are windows."""
+    found = {"slopes": np.float64(0.9 ** np.arange(1, H + 1).astype(np.float32))} if "alibi" in names else {}
+    if "softcap" in names:
+        found["softcap"] = 1.5
+    return found | {"window": int(name) for name in names.split() if name.isdigit()}
+
+
+@on_each
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("names", ["alibi", "softcap", "1", "7", "100", "256", "alibi softcap 60"])
+def test_paged_attention_with_a_bias_a_window_and_a_cap(backend, int8, case, names):
+    arguments, extra, expected = paged_case(*case, int8=int8, **options(names, case[3]))
+    with kernels.use(f"paged_attention={backend}"):
+        found = kernels.paged_attention(*arguments, **extra).numpy()
+    assert found.shape == expected.shape and np.abs(found - expected).max() < 5e-6 * max(1, np.abs(expected).max())
+
+
+@on_each
+def test_paged_attention_with_windows_that_take_turns(backend):
+    """As in Gemma 2, layer by layer, of arrays that the back end may take for the same."""
+    q, k, v, *arrays = paged_case([1, 1, 4], [30, 20, 60], 16, 4, 2, 32)[0]
+    for a in arrays:
+        a.flags.writeable = False
+    with kernels.use(f"paged_attention={backend}"):
+        found = [kernels.paged_attention(q, k, v, *arrays, window=window).numpy() for window in (None, 8, None, 8, 25)]
+    assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
+    assert np.abs(found[0] - found[1]).max() > 0.1 and np.abs(found[1] - found[4]).max() > 0.1
+    with kernels.use(f"paged_attention={backend}"), pytest.raises(AssertionError, match="a window of 0 keys"):
+        kernels.paged_attention(q, k, v, *(a.copy() for a in arrays), window=0)
 
 
 @on_each
