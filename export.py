@@ -318,11 +318,7 @@ class Decode(nn.Layer):
 @paddle.jit.not_to_static  # nothing here depends on values, and rewriting the source as jit does took four times as long
 def last_logits(model, input_ids, position_ids, rows, cache):
     """[logits (B, V) float32 of the last position, keys of each layer, values of each layer]"""
-    x = model.hidden_states(input_ids, position_ids, rows, cache)[:, -1]  # (B, D)
-    if model.lm_head is None:
-        logits = paddle.matmul(x, model.embed_tokens.weight, transpose_y=True)
-    else:
-        logits = kernels.linear(x, model.lm_head.weight)
+    logits = model.logits(model.hidden_states(input_ids, position_ids, rows, cache)[:, -1])  # (B, V)
     return [logits.astype("float32"), *cache.keys, *cache.values]
 
 

@@ -40,7 +40,40 @@ from data import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The sparse MLP of a block: each token goes to top_k of `count` experts, and to a shared one where there is one."""
+
+    count: int  # E
+    top_k: int
+    width: int  # F of one expert
+    shared_width: int = 0  # F of the expert that every token goes to; 0: there is none
+    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid of its own
+    scoring: str = "softmax"  # of the router: "softmax" or "sigmoid"
+    normalise: bool = True  # the chosen experts' weights are made to add up to 1
+    scale: float = 1.0  # of the chosen experts' weights
+    groups: int = 1  # experts are chosen from the best `chosen_groups` of so many groups (arXiv 2405.04434, 2.2.1)
+    chosen_groups: int = 1
+    group_score_of: int = 1  # a group is judged by the sum of its so many best experts
+    choice_bias: bool = False  # a bias that moves the choice alone, not the weights (arXiv 2408.15664)
+    dense_layers: tuple = ()  # layers whose MLP is an ordinary one
+    aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added while training
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): queries and keys through a narrow layer each."""
+
+    q_rank: int | None  # None: queries come straight from the hidden state
+    kv_rank: int
+    nope_dim: int  # dims of a head without position
+    rope_dim: int  # dims of a head with it; the keys' are shared by all heads
+    value_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    """What decides a model. The defaults are Llama's; a family's row in FAMILIES says where it differs."""
+
     family: str  # a key of FAMILIES
     vocab_size: int
     hidden_size: int  # D
@@ -48,16 +81,49 @@ class ModelConfig:
     num_hidden_layers: int  # L
     num_attention_heads: int  # H
     num_key_value_heads: int  # K
-    head_dim: int  # Dh
-    rms_norm_eps: float
+    head_dim: int  # Dh, of queries and keys
     max_position_embeddings: int
-    rope: dict  # {"rope_type", "rope_theta", and what that type needs}
-    attention_bias: bool  # on q, k, v and o
-    mlp_bias: bool  # on gate, up and down
-    tie_word_embeddings: bool
+    norm_eps: float
     initializer_range: float
-    quantization: dict | None  # how the linears of the blocks are held as integers: see QUANTIZATIONS; None: floats
+    rope: dict  # {"rope_type", "rope_theta", and what that type needs}
     source: dict  # config.json as read: what it says beyond the above is written back unchanged
+    quantization: dict | None = None  # how linears of the blocks are held as integers (QUANTIZATIONS); None: floats
+
+    norm: str = "rms"  # "rms" or "layer"
+    norm_offset: float = 0.0  # added to every norm's weight (Gemma: 1)
+    norm_place: str = "before"  # of each half of a block; "after" (with its residual), or "both" (also on what it adds)
+    residual_scale: float | None = None  # the residual is the norm's output times this, in place of its input
+
+    embedding_size: int | None = None  # another width than D: projected in and, for the head, out
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    final_norm: bool = True
+
+    position: str = "rope"  # "rope", "rope_2d" (ChatGLM-6B), "alibi" (arXiv 2108.12409) or "learned"
+    position_offset: int = 0  # rows of the learned table before position 0
+    rotary_dim: int = 0  # of each head; 0: all
+    rope_interleaved: bool = False  # pairs are (2i, 2i+1) in place of (i, i + r/2)
+    logn_length: int | None = None  # past so many tokens queries grow by log(position) to this base; not in training
+
+    attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on o
+    fused_qkv: str | None = None  # q, k, v in one linear: "blocks" q|k|v, or "groups": each key head's queries, k, v
+    qk_norm: bool = False  # an RMSNorm over every head of q and k
+    attention_scale: float | None = None  # None: Dh ** -0.5
+    attention_softcap: float | None = None  # s -> c · tanh(s / c)
+    windows: tuple = ()  # per layer: how many keys a query sees, itself included; None, or no entry: all
+    latent: Latent | None = None
+
+    activation: str = "silu"  # "silu", "gelu", "gelu_tanh" or "relu"
+    gated: bool = True
+    fused_gate_up: bool = False  # gate and up in one linear, gate first
+    mlp_bias: bool = False
+    experts: Experts | None = None
+
+    tie_word_embeddings: bool = False
+    norm_head: bool = False  # the head's columns are divided by their length (Baichuan 2, arXiv 2309.10305)
+    z_loss_weight: float = 0.0  # of the mean squared largest logit, added while training
+    final_softcap: float | None = None  # of the logits
 
     @staticmethod
     def from_json(path):
@@ -76,57 +142,55 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(source, path="config"):
-        family = source.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(
-                f"{path}: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-            )
-        for key, (plain, why) in CHANGES_THE_MATHS.items():
-            if source.get(key, plain) not in (plain, None):
-                raise UserError(f"{path}: {key} = {source[key]!r} is not supported: {why}")
+        family = _family_of(source, path)
+        row = FAMILIES[family]
+        _refuse_other_maths(source, family, path)
 
-        def need(key):
-            if not isinstance(source.get(key), int) or source[key] <= 0:
-                raise UserError(f"{path}: {key} must be a positive integer, found {source.get(key)!r}")
-            return source[key]
+        def number(field, default, kind=int, least=1):
+            key = _key(source, field)
+            value = default if key is None else source[key]
+            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+                what = "a positive integer" if kind is int else "a positive number"
+                raise UserError(f"{path}: {key or SYNONYMS[field][0]} must be {what}, found {value!r}")
+            return value
 
-        for key, kind in (("num_key_value_heads", int), ("head_dim", int), ("max_position_embeddings", int),
-                          ("rms_norm_eps", (int, float)), ("initializer_range", (int, float))):  # fmt: skip
-            if source.get(key) is not None and (not isinstance(source[key], kind) or source[key] < 0):
-                raise UserError(f"{path}: {key} must be a positive number, found {source[key]!r}")
-        D, H = need("hidden_size"), need("num_attention_heads")
-        K = source.get("num_key_value_heads") or H
-        head_dim = source.get("head_dim") or D // H
-        if H % K or head_dim % 2 or (source.get("head_dim") is None and D % H):
+        sizes = {field: number(field, None) for field in ("vocab_size", "hidden_size", "num_hidden_layers")}
+        D, H = sizes["hidden_size"], number("num_attention_heads", None)
+        K = number("num_key_value_heads", H)
+        head_dim = number("head_dim", D // H)
+        if H % K or (D % H and _key(source, "head_dim") is None):
             raise UserError(
                 f"{path}: {H} heads over {K} key/value heads and hidden_size {D} do not divide (head_dim {head_dim})"
             )
-        return ModelConfig(
-            family=family,
-            vocab_size=need("vocab_size"),
-            hidden_size=D,
-            intermediate_size=need("intermediate_size"),
-            num_hidden_layers=need("num_hidden_layers"),
+        fields = dict(
+            **sizes,
+            intermediate_size=number("intermediate_size", 4 * D if row.four_times else None),
             num_attention_heads=H,
             num_key_value_heads=K,
             head_dim=head_dim,
-            rms_norm_eps=float(source.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=int(source.get("max_position_embeddings", 2048)),
+            max_position_embeddings=number("max_position_embeddings", 2048),
+            norm_eps=float(number("norm_eps", row.norm_eps, (int, float), 0)),
+            initializer_range=float(number("initializer_range", 0.02, (int, float), 0)),
             rope=_rope_parameters(source, path),
-            attention_bias=bool(source.get("attention_bias", False)),
-            mlp_bias=bool(source.get("mlp_bias", False)),
-            tie_word_embeddings=bool(source.get("tie_word_embeddings", FAMILIES[family].tied_by_default)),
-            initializer_range=float(source.get("initializer_range", 0.02)),
+            tie_word_embeddings=bool(source.get("tie_word_embeddings", row.tied_by_default)),
             quantization=_quantization(source, path),
-            source=source,
         )
+        try:
+            fields.update(row.traits(source, fields))
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"{path}: a key that {family} needs is missing or of another type: {error}") from None
+        config = ModelConfig(family=family, source=source, **fields)
+        if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
+            raise UserError(f"{path}: rotary positions turn pairs: {config.rotary_dim or config.head_dim} dims are odd")
+        return config
 
     def to_json(self, dtype):
         """The text of config.json, in the dialect it was read in, with the dtype that the weights are saved in."""
         source = dict(self.source)
         source["dtype" if "rope_parameters" in source or "dtype" in source else "torch_dtype"] = dtype
-        for key in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):  # what a script may have changed
-            source[key] = getattr(self, key)
+        for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):  # what a script may have changed
+            if (key := _key(source, field)) is not None:
+                source[key] = getattr(self, field)
         source.setdefault("architectures", [FAMILIES[self.family].architecture])
         source.pop("quantization_config", None)
         if self.quantization is not None:
@@ -134,45 +198,474 @@ class ModelConfig:
         return json.dumps(source, indent=2, ensure_ascii=False) + "\n"
 
 
+SYNONYMS = {  # our field: the keys of config.json that hold it, the first that is there
+    "vocab_size": ("padded_vocab_size", "vocab_size"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_hidden_size", "n_inner"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim", "kv_channels"),
+    "max_position_embeddings": (
+        "max_position_embeddings", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
+    ),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "layer_norm_eps"),
+    "initializer_range": ("initializer_range", "init_std"),
+}  # fmt: skip
+
+
+def _key(source, field):
+    """The key of config.json that holds this field; None: it is not said."""
+    return next((key for key in SYNONYMS[field] if source.get(key) is not None), None)
+
+
+# ============================================================================================== families
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
-    architecture: str  # what transformers calls the class
-    tied_by_default: bool  # tie_word_embeddings when config.json is silent
-    names: tuple  # rows (our name, Hugging Face name, transposed); {i} is the layer
-    lora_targets: tuple  # our names of every linear of the block
+    """One family: how its config.json is read, and what its weights are called."""
+
+    architecture: str  # what its software calls the class
+    names: tuple  # rows of _table(): (our name, theirs, transposed); {i} is the layer, {e} the expert
+    traits: callable = lambda source, fields: {}  # config.json, fields read so far -> fields that differ from Llama's
+    tied_by_default: bool = False  # tie_word_embeddings when config.json is silent
+    norm_eps: float = 1e-6  # when config.json is silent
+    four_times: bool = False  # intermediate_size is 4 D when config.json is silent
+    prefix: str = "model."  # of the names of all but the head; some published files leave it out
+    also_stores_head: bool = False  # a tied head is written to its files as well
+    settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
 
 
-_LLAMA_NAMES = (
-    ("embed_tokens.weight", "model.embed_tokens.weight", False),
-    ("layers.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight", False),
-    ("layers.{i}.attention_norm.bias", "model.layers.{i}.input_layernorm.bias", False),
-    *(
-        row
-        for linear, theirs in (
-            *((f"attention.{x}_proj", f"self_attn.{x}_proj") for x in "qkvo"),
-            *((f"mlp.{x}_proj", f"mlp.{x}_proj") for x in ("gate", "up", "down")),
-        )
-        for row in (
-            (f"layers.{{i}}.{linear}.weight", f"model.layers.{{i}}.{theirs}.weight", True),
-            (f"layers.{{i}}.{linear}.bias", f"model.layers.{{i}}.{theirs}.bias", False),
-        )
-    ),
-    ("layers.{i}.mlp_norm.weight", "model.layers.{i}.post_attention_layernorm.weight", False),
-    ("layers.{i}.mlp_norm.bias", "model.layers.{i}.post_attention_layernorm.bias", False),
-    ("norm.weight", "model.norm.weight", False),
-    ("lm_head.weight", "lm_head.weight", True),
+def _table(text, linears_as_is=False):
+    """Rows from lines "ours theirs" of modules, for weight and bias, or of one parameter where ours ends in "!".
+
+    transposed: theirs is [out, in] as torch.nn.Linear has it, ours [in, out]. linears_as_is: theirs is [in, out] too.
+    """
+    rows = []
+    for line in filter(str.strip, text.splitlines()):
+        ours, theirs = line.split()
+        if ours.endswith("!"):
+            rows.append((ours[:-1], theirs, False))
+            continue
+        linear = ours.endswith(("_proj", "lm_head", "router", "shared_gate", "project_in", "project_out"))
+        transposed = linear and not (linears_as_is and ours.startswith("layers."))
+        rows.append((f"{ours}.weight", f"{theirs}.weight", transposed))
+        rows.append((f"{ours}.bias", f"{theirs}.bias", False))
+    return tuple(rows)
+
+
+_LLAMA_ATTENTION = """
+    embed_tokens                    model.embed_tokens
+    layers.{i}.attention_norm       model.layers.{i}.input_layernorm
+    layers.{i}.attention.q_proj     model.layers.{i}.self_attn.q_proj
+    layers.{i}.attention.k_proj     model.layers.{i}.self_attn.k_proj
+    layers.{i}.attention.v_proj     model.layers.{i}.self_attn.v_proj
+    layers.{i}.attention.o_proj     model.layers.{i}.self_attn.o_proj
+    layers.{i}.attention.q_norm     model.layers.{i}.self_attn.q_norm
+    layers.{i}.attention.k_norm     model.layers.{i}.self_attn.k_norm
+    layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm
+    norm                            model.norm
+    lm_head                         lm_head
+"""
+_LLAMA_MLP = """
+    layers.{i}.mlp.gate_proj        model.layers.{i}.mlp.gate_proj
+    layers.{i}.mlp.up_proj          model.layers.{i}.mlp.up_proj
+    layers.{i}.mlp.down_proj        model.layers.{i}.mlp.down_proj
+"""
+_LLAMA_EXPERTS = """
+    layers.{i}.mlp.router           model.layers.{i}.mlp.gate
+    layers.{i}.mlp.experts.{e}.gate_proj  model.layers.{i}.mlp.experts.{e}.gate_proj
+    layers.{i}.mlp.experts.{e}.up_proj    model.layers.{i}.mlp.experts.{e}.up_proj
+    layers.{i}.mlp.experts.{e}.down_proj  model.layers.{i}.mlp.experts.{e}.down_proj
+"""
+_NAMES_LLAMA = _table(_LLAMA_ATTENTION + _LLAMA_MLP)
+_NAMES_MIXTRAL = _table(_LLAMA_ATTENTION + """
+    layers.{i}.mlp.router           model.layers.{i}.block_sparse_moe.gate
+    layers.{i}.mlp.experts.{e}.gate_proj  model.layers.{i}.block_sparse_moe.experts.{e}.w1
+    layers.{i}.mlp.experts.{e}.up_proj    model.layers.{i}.block_sparse_moe.experts.{e}.w3
+    layers.{i}.mlp.experts.{e}.down_proj  model.layers.{i}.block_sparse_moe.experts.{e}.w2
+""")  # fmt: skip
+_NAMES_QWEN_MOE = _table(_LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_EXPERTS + """
+    layers.{i}.mlp.shared.gate_proj model.layers.{i}.mlp.shared_expert.gate_proj
+    layers.{i}.mlp.shared.up_proj   model.layers.{i}.mlp.shared_expert.up_proj
+    layers.{i}.mlp.shared.down_proj model.layers.{i}.mlp.shared_expert.down_proj
+    layers.{i}.mlp.shared_gate      model.layers.{i}.mlp.shared_expert_gate
+""")  # fmt: skip
+_NAMES_DEEPSEEK = _table(_LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_EXPERTS + """
+    layers.{i}.attention.q_a_proj   model.layers.{i}.self_attn.q_a_proj
+    layers.{i}.attention.q_a_norm   model.layers.{i}.self_attn.q_a_layernorm
+    layers.{i}.attention.q_b_proj   model.layers.{i}.self_attn.q_b_proj
+    layers.{i}.attention.kv_a_proj  model.layers.{i}.self_attn.kv_a_proj_with_mqa
+    layers.{i}.attention.kv_a_norm  model.layers.{i}.self_attn.kv_a_layernorm
+    layers.{i}.attention.kv_b_proj  model.layers.{i}.self_attn.kv_b_proj
+    layers.{i}.mlp.choice_bias!     model.layers.{i}.mlp.gate.e_score_correction_bias
+    layers.{i}.mlp.shared.gate_proj model.layers.{i}.mlp.shared_experts.gate_proj
+    layers.{i}.mlp.shared.up_proj   model.layers.{i}.mlp.shared_experts.up_proj
+    layers.{i}.mlp.shared.down_proj model.layers.{i}.mlp.shared_experts.down_proj
+""")  # fmt: skip
+_NAMES_QWEN = _table("""
+    embed_tokens                    transformer.wte
+    layers.{i}.attention_norm       transformer.h.{i}.ln_1
+    layers.{i}.attention.qkv_proj   transformer.h.{i}.attn.c_attn
+    layers.{i}.attention.o_proj     transformer.h.{i}.attn.c_proj
+    layers.{i}.mlp_norm             transformer.h.{i}.ln_2
+    layers.{i}.mlp.gate_proj        transformer.h.{i}.mlp.w2
+    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.w1
+    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.c_proj
+    norm                            transformer.ln_f
+    lm_head                         lm_head
+""")
+_NAMES_BAICHUAN = _table("""
+    embed_tokens                    model.embed_tokens
+    layers.{i}.attention_norm       model.layers.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   model.layers.{i}.self_attn.W_pack
+    layers.{i}.attention.o_proj     model.layers.{i}.self_attn.o_proj
+    layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm
+    norm                            model.norm
+    lm_head                         lm_head
+""" + _LLAMA_MLP)  # fmt: skip
+_NAMES_CHATGLM = _table("""
+    embed_tokens                    transformer.word_embeddings
+    layers.{i}.attention_norm       transformer.layers.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   transformer.layers.{i}.attention.query_key_value
+    layers.{i}.attention.o_proj     transformer.layers.{i}.attention.dense
+    layers.{i}.mlp_norm             transformer.layers.{i}.post_attention_layernorm
+    layers.{i}.mlp.up_proj          transformer.layers.{i}.mlp.dense_h_to_4h
+    layers.{i}.mlp.down_proj        transformer.layers.{i}.mlp.dense_4h_to_h
+    norm                            transformer.final_layernorm
+    lm_head                         lm_head
+""")
+_NAMES_CHATGLM2 = _table("""
+    embed_tokens                    transformer.embedding.word_embeddings
+    layers.{i}.attention_norm       transformer.encoder.layers.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   transformer.encoder.layers.{i}.self_attention.query_key_value
+    layers.{i}.attention.o_proj     transformer.encoder.layers.{i}.self_attention.dense
+    layers.{i}.mlp_norm             transformer.encoder.layers.{i}.post_attention_layernorm
+    layers.{i}.mlp.gate_up_proj     transformer.encoder.layers.{i}.mlp.dense_h_to_4h
+    layers.{i}.mlp.down_proj        transformer.encoder.layers.{i}.mlp.dense_4h_to_h
+    norm                            transformer.encoder.final_layernorm
+    lm_head                         transformer.output_layer
+""")
+_NAMES_GLM = _table(_LLAMA_ATTENTION + """
+    layers.{i}.attention_post_norm  model.layers.{i}.post_self_attn_layernorm
+    layers.{i}.mlp.gate_up_proj     model.layers.{i}.mlp.gate_up_proj
+    layers.{i}.mlp.down_proj        model.layers.{i}.mlp.down_proj
+    layers.{i}.mlp_post_norm        model.layers.{i}.post_mlp_layernorm
+""")  # fmt: skip
+_NAMES_BLOOM = _table("""
+    embed_tokens                    transformer.word_embeddings
+    embed_norm                      transformer.word_embeddings_layernorm
+    layers.{i}.attention_norm       transformer.h.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   transformer.h.{i}.self_attention.query_key_value
+    layers.{i}.attention.o_proj     transformer.h.{i}.self_attention.dense
+    layers.{i}.mlp_norm             transformer.h.{i}.post_attention_layernorm
+    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.dense_h_to_4h
+    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.dense_4h_to_h
+    norm                            transformer.ln_f
+    lm_head                         lm_head
+""")
+_NAMES_GPT2 = _table("""
+    embed_tokens                    transformer.wte
+    embed_positions                 transformer.wpe
+    layers.{i}.attention_norm       transformer.h.{i}.ln_1
+    layers.{i}.attention.qkv_proj   transformer.h.{i}.attn.c_attn
+    layers.{i}.attention.o_proj     transformer.h.{i}.attn.c_proj
+    layers.{i}.mlp_norm             transformer.h.{i}.ln_2
+    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.c_fc
+    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.c_proj
+    norm                            transformer.ln_f
+    lm_head                         lm_head
+""", linears_as_is=True)  # fmt: skip
+_NAMES_OPT = _table("""
+    embed_tokens                    model.decoder.embed_tokens
+    embed_positions                 model.decoder.embed_positions
+    project_in                      model.decoder.project_in
+    project_out                     model.decoder.project_out
+    layers.{i}.attention_norm       model.decoder.layers.{i}.self_attn_layer_norm
+    layers.{i}.attention.q_proj     model.decoder.layers.{i}.self_attn.q_proj
+    layers.{i}.attention.k_proj     model.decoder.layers.{i}.self_attn.k_proj
+    layers.{i}.attention.v_proj     model.decoder.layers.{i}.self_attn.v_proj
+    layers.{i}.attention.o_proj     model.decoder.layers.{i}.self_attn.out_proj
+    layers.{i}.mlp_norm             model.decoder.layers.{i}.final_layer_norm
+    layers.{i}.mlp.up_proj          model.decoder.layers.{i}.fc1
+    layers.{i}.mlp.down_proj        model.decoder.layers.{i}.fc2
+    norm                            model.decoder.final_layer_norm
+    lm_head                         lm_head
+""")
+_NAMES_INTERNLM2 = _table("""
+    embed_tokens                    model.tok_embeddings
+    layers.{i}.attention_norm       model.layers.{i}.attention_norm
+    layers.{i}.attention.qkv_proj   model.layers.{i}.attention.wqkv
+    layers.{i}.attention.o_proj     model.layers.{i}.attention.wo
+    layers.{i}.mlp_norm             model.layers.{i}.ffn_norm
+    layers.{i}.mlp.gate_proj        model.layers.{i}.feed_forward.w1
+    layers.{i}.mlp.up_proj          model.layers.{i}.feed_forward.w3
+    layers.{i}.mlp.down_proj        model.layers.{i}.feed_forward.w2
+    norm                            model.norm
+    lm_head                         output
+""")
+_NAMES_GEMMA2 = _table(_LLAMA_ATTENTION.replace(
+    "layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp_norm             model.layers.{i}.pre_feedforward_layernorm",
+) + _LLAMA_MLP + """
+    layers.{i}.attention_post_norm  model.layers.{i}.post_attention_layernorm
+    layers.{i}.mlp_post_norm        model.layers.{i}.post_feedforward_layernorm
+""")  # fmt: skip
+IGNORED_WEIGHTS = re.compile(  # in published files: tables that are computed, and masks
+    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.self_attn\.rotary_emb\.(cos|sin)_cached$"
 )
-_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _llama(source, fields):
+    bias = bool(source.get("attention_bias", False))
+    return dict(attention_bias=bias, output_bias=bias, mlp_bias=bool(source.get("mlp_bias", False)))
+
+
+def _windowed(source, fields):
+    window = source.get("sliding_window")
+    return dict(windows=(window,) * fields["num_hidden_layers"]) if window else {}
+
+
+def _mixtral(source, fields):
+    return _windowed(source, fields) | dict(experts=Experts(
+        source["num_local_experts"], source["num_experts_per_tok"], fields["intermediate_size"],
+        aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
+    ))  # fmt: skip
+
+
+def _qwen(source, fields):
+    rope, length = fields["rope"], source.get("seq_length", 8192)
+    rope = {"rope_type": "default", "rope_theta": float(source.get("rotary_emb_base", 10000.0))}
+    if source.get("use_dynamic_ntk", True):
+        rope |= {"rope_type": "qwen_ntk", "original_max_position_embeddings": length}
+    return dict(attention_bias=True, fused_qkv="blocks", intermediate_size=fields["intermediate_size"] // 2, rope=rope,
+                logn_length=length if source.get("use_logn_attn", True) else None)  # fmt: skip
+
+
+def _qwen_moe(source, fields):
+    dense = set(source.get("mlp_only_layers") or ())
+    step = source.get("decoder_sparse_step", 1)
+    dense |= {i for i in range(fields["num_hidden_layers"]) if (i + 1) % step}
+    shared = source.get("shared_expert_intermediate_size") or 0
+    qwen2 = source["model_type"] == "qwen2_moe"
+    return dict(
+        attention_bias=bool(source.get("qkv_bias", True) if qwen2 else source.get("attention_bias", False)),
+        output_bias=False if qwen2 else bool(source.get("attention_bias", False)),
+        qk_norm=not qwen2,
+        experts=Experts(
+            source.get("num_experts") or source["num_local_experts"], source["num_experts_per_tok"],
+            source["moe_intermediate_size"], shared if qwen2 else 0, qwen2, normalise=bool(source.get("norm_topk_prob", False)),
+            dense_layers=tuple(sorted(dense)), aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
+        ),
+    )  # fmt: skip
+
+
+def _baichuan(source, fields):
+    # 13B has no rotary positions and so no max_position_embeddings. Baichuan 2 writes z_loss_weight and has another
+    # vocabulary; its 7B also spells the class as the 13B does.
+    rope = "max_position_embeddings" in source
+    two = ("z_loss_weight" in source or fields["vocab_size"] == 125696
+           or rope and source.get("architectures") == ["BaichuanForCausalLM"])  # fmt: skip
+    return dict(fused_qkv="blocks", position="rope" if rope else "alibi", norm_head=two,
+                z_loss_weight=float(source.get("z_loss_weight") or 0.0))  # fmt: skip
+
+
+def _chatglm(source, fields):
+    # The official code gives every model the residual scale of 28 layers, the depth of the one that was published.
+    return dict(norm="layer", position="rope_2d", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="groups",
+                gated=False, activation="gelu_tanh", residual_scale=math.sqrt(2 * fields["num_hidden_layers"]))  # fmt: skip
+
+
+def _chatglm2(source, fields):
+    multi_query = source.get("multi_query_attention", False)
+    return dict(
+        num_key_value_heads=source["multi_query_group_num"] if multi_query else fields["num_attention_heads"],
+        fused_qkv="blocks" if multi_query else "groups", fused_gate_up=True,
+        rotary_dim=fields["head_dim"] // 2, rope_interleaved=True,
+        rope={"rope_type": "default", "rope_theta": 10000.0 * source.get("rope_ratio", 1)},
+        attention_bias=bool(source.get("add_qkv_bias", False) or source.get("add_bias_linear", False)),
+        output_bias=bool(source.get("add_bias_linear", False)), mlp_bias=bool(source.get("add_bias_linear", False)),
+    )  # fmt: skip
+
+
+def _glm(source, fields):
+    partial = ((source.get("rope_parameters") or {}) | source).get("partial_rotary_factor", 0.5)
+    return dict(attention_bias=bool(source.get("attention_bias", False)), fused_gate_up=True, rope_interleaved=True,
+                rotary_dim=int(fields["head_dim"] * partial),
+                norm_place="both" if source["model_type"] == "glm4" else "before")  # fmt: skip
+
+
+def _bloom(source, fields):
+    return dict(norm="layer", position="alibi", embedding_norm=True, attention_bias=True, output_bias=True, mlp_bias=True,
+                fused_qkv="groups", gated=False, activation="gelu_tanh",
+                residual_scale=1.0 if source.get("apply_residual_connection_post_layernorm") else None)  # fmt: skip
+
+
+def _gpt2(source, fields):
+    activation = source.get("activation_function", "gelu_new")
+    return dict(norm="layer", position="learned", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="blocks",
+                gated=False, activation={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation))  # fmt: skip
+
+
+def _opt(source, fields):
+    before, width = source.get("do_layer_norm_before", True), source.get("word_embed_proj_dim")
+    bias = source.get("enable_bias", True)
+    return dict(norm="layer", norm_place="before" if before else "after", position="learned", position_offset=2,
+                attention_bias=bias, output_bias=bias, mlp_bias=bias, gated=False, activation=source.get("activation_function", "relu"),
+                embedding_size=None if width == fields["hidden_size"] else width,
+                final_norm=before and not source.get("_remove_final_layer_norm", False))  # fmt: skip
+
+
+def _gemma(source, fields):
+    return dict(attention_bias=bool(source.get("attention_bias", False)), output_bias=bool(source.get("attention_bias", False)),
+                norm_offset=1.0, embedding_scale=math.sqrt(fields["hidden_size"]), activation="gelu_tanh")  # fmt: skip
+
+
+def _gemma2(source, fields):
+    window, layers = source.get("sliding_window"), fields["num_hidden_layers"]
+    types = source.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    return _gemma(source, fields) | dict(
+        norm_place="both", attention_scale=float(source.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_softcap=source.get("attn_logit_softcapping"), final_softcap=source.get("final_logit_softcapping"),
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+    )  # fmt: skip
+
+
+def _deepseek(source, fields):
+    v3, rope = source["model_type"] == "deepseek_v3", fields["rope"]
+    latent = Latent(source.get("q_lora_rank"), source["kv_lora_rank"], source["qk_nope_head_dim"],
+                    source["qk_rope_head_dim"], source["v_head_dim"])  # fmt: skip
+    scale = (latent.nope_dim + latent.rope_dim) ** -0.5
+    if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
+        scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    dense = [i for i in range(fields["num_hidden_layers"])
+             if i < source.get("first_k_dense_replace", 0) or i % (source.get("moe_layer_freq") or 1)]  # fmt: skip
+    grouped = v3 or source.get("topk_method") == "group_limited_greedy"
+    experts = Experts(
+        source["n_routed_experts"], source["num_experts_per_tok"], source["moe_intermediate_size"],
+        (source.get("n_shared_experts") or 0) * source["moe_intermediate_size"],
+        scoring="sigmoid" if v3 else "softmax", normalise=bool(v3 and source.get("norm_topk_prob", True)),
+        scale=source.get("routed_scaling_factor", 1.0), groups=source["n_group"] if grouped else 1,
+        chosen_groups=source["topk_group"] if grouped else 1, group_score_of=2 if v3 else 1, choice_bias=v3,
+        dense_layers=tuple(dense), aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.001),
+    )  # fmt: skip
+    bias = bool(source.get("attention_bias", False))
+    return dict(attention_bias=bias, output_bias=bias, num_key_value_heads=fields["num_attention_heads"], latent=latent,
+                head_dim=latent.nope_dim + latent.rope_dim, rotary_dim=latent.rope_dim, attention_scale=scale,
+                rope_interleaved=bool(source.get("rope_interleave", True)), experts=experts)  # fmt: skip
+
+
+def _internlm(source, fields):
+    return dict(attention_bias=bool(source.get("bias", False)), output_bias=bool(source.get("bias", False)))
+
+
+def _internlm2(source, fields):
+    return _internlm(source, fields) | dict(fused_qkv="groups")
+
+
+_SILU = {"hidden_act": ("silu",)}
+_GELU_TANH = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", "gelu"))
+_NO_WINDOW = {"use_sliding_window": (False,), "sliding_window": ...}  # unused then, as max_window_layers is
+_BIAS = {"attention_bias": (True, False)}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", False, _LLAMA_NAMES, _LLAMA_TARGETS),
-    "mistral": Family("MistralForCausalLM", False, _LLAMA_NAMES, _LLAMA_TARGETS),
-}
-IGNORED_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")  # in old checkpoints; recomputed from the config
-CHANGES_THE_MATHS = {  # config.json key: (the value under which this decoder is right, why another is refused)
-    "hidden_act": ("silu", "the MLP is SwiGLU"),
-    "sliding_window": (None, "attention here has no window"),
-    "partial_rotary_factor": (1.0, "the whole head is rotated"),
-}
+    "llama": Family("LlamaForCausalLM", _NAMES_LLAMA, _llama, settings=_SILU | _BIAS | {"mlp_bias": (True, False)}),
+    "mistral": Family("MistralForCausalLM", _NAMES_LLAMA, _windowed, settings=_SILU | {"sliding_window": ...}),
+    "mixtral": Family("MixtralForCausalLM", _NAMES_MIXTRAL, _mixtral, norm_eps=1e-5,
+                      settings=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...}),
+    "qwen": Family("QWenLMHeadModel", _NAMES_QWEN, _qwen, prefix="transformer.",
+                   settings={"no_bias": (True,), "rotary_pct": (1.0, 1), "scale_attn_weights": (True,), "rotary_emb_base": ...,
+                             "use_dynamic_ntk": (True, False), "use_logn_attn": (True, False)}),
+    "qwen2": Family("Qwen2ForCausalLM", _NAMES_LLAMA, lambda source, fields: dict(attention_bias=True), settings=_SILU | _NO_WINDOW),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)}),
+    "qwen3": Family("Qwen3ForCausalLM", _NAMES_LLAMA, lambda source, fields: _llama(source, fields) | dict(qk_norm=True),
+                    settings=_SILU | _NO_WINDOW | _BIAS),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...}),
+    "baichuan": Family("BaichuanForCausalLM", _NAMES_BAICHUAN, _baichuan, settings=_SILU),
+    "chatglm": Family("ChatGLMModel", _NAMES_CHATGLM, _chatglm, True, 1e-5, prefix="transformer.", also_stores_head=True,
+                      settings={"position_encoding_2d": (True,)}),
+    "chatglm2": Family("ChatGLMModel", _NAMES_CHATGLM2, _chatglm2, norm_eps=1e-5, prefix="transformer.",
+                       settings={"apply_residual_connection_post_layernorm": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
+                                 "original_rope": (True,), "apply_query_key_layer_scaling": (True, False), "add_qkv_bias": (True, False),
+                                 "add_bias_linear": (True, False), "rope_ratio": ..., "multi_query_attention": (True, False)}),
+    "glm": Family("GlmForCausalLM", _NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}),
+    "glm4": Family("Glm4ForCausalLM", _NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}),
+    "bloom": Family("BloomForCausalLM", _NAMES_BLOOM, _bloom, True, 1e-5, True, prefix="transformer.",
+                    settings={"apply_residual_connection_post_layernorm": (True, False), "offset_alibi": ...}),
+    "gpt2": Family("GPT2LMHeadModel", _NAMES_GPT2, _gpt2, True, 1e-5, True, prefix="transformer.",
+                   settings={"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"), "scale_attn_weights": (True,),
+                             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "reorder_and_upcast_attn": ...}),
+    "opt": Family("OPTForCausalLM", _NAMES_OPT, _opt, True, 1e-5,
+                  settings={"activation_function": ("relu", "gelu"), "layer_norm_elementwise_affine": (True,)}),
+    "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False)}),
+    "internlm2": Family("InternLM2ForCausalLM", _NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
+    "gemma": Family("GemmaForCausalLM", _NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
+    "gemma2": Family("Gemma2ForCausalLM", _NAMES_GEMMA2, _gemma2, True,
+                     settings=_GELU_TANH | _BIAS | dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+                                                                  "query_pre_attn_scalar"), ...)),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
+                          settings=_SILU | _BIAS | {"topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",),
+                                                    "norm_topk_prob": (False,)}),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
+                          settings=_SILU | _BIAS | {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "rope_interleave": (True, False)}),
+}  # fmt: skip
+
+
+def _family_of(source, path):
+    """The row of FAMILIES for a config.json. ChatGLM-6B and its successors share a model_type and a class name."""
+    family = source.get("model_type")
+    if family == "chatglm" and not any(key in source for key in ("position_encoding_2d", "inner_hidden_size")):
+        family = "chatglm2"
+    elif family == "chatglm2":
+        family = None  # a name of ours, of no config.json
+    if family not in FAMILIES:
+        known = sorted(set(FAMILIES) - {"chatglm2"})
+        raise UserError(
+            f"{path}: model_type {source.get('model_type')!r} is not supported; supported are {', '.join(known)}"
+        )
+    return family
+
+
+# Keys that some family gives a meaning: where a family's `settings` do not list one, only the values here leave its maths alone.
+_NEUTRAL = {
+    "sliding_window": (), "use_sliding_window": (False,), "partial_rotary_factor": (1.0, 1), "rotary_pct": (1.0, 1),
+    "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,), "use_bias": (False,), "bias": (False,),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "query_pre_attn_scalar": (), "use_qk_norm": (False,),
+    "qk_norm": (False,), "qk_layernorm": (False,), "clip_qkv": (), "logit_scale": (1.0, 1), "alibi": (False,),
+    "attention_multiplier": (), "residual_multiplier": (1.0, 1), "embedding_multiplier": (1.0, 1), "logits_scaling": (1.0, 1),
+    "attention_chunk_size": (), "no_rope_layers": (), "parallel_attn": (False,), "use_parallel_residual": (False,),
+    "rope_local_base_freq": (), "use_bidirectional_attention": (False,), "is_encoder_decoder": (False,), "num_local_experts": (),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "router_jitter_noise": (0, 0.0),
+    "apply_residual_connection_post_layernorm": (False,), "pre_seq_len": (), "position_encoding_2d": (False,), "use_mla": (False,),
+    "rope_ratio": (1, 1.0), "use_dynamic_ntk": (False,), "use_logn_attn": (False,), "original_rope": (True,), "swiglu": (True,),
+}  # fmt: skip
+_LIKE_MATHS = re.compile(
+    "scal(e|ing)|multiplier|softcap|window|rope|rotary|alibi|residual|_act$|activation_f|qk_|norm_type|chunk|mup"
+)
+
+
+def _refuse_other_maths(source, family, path):
+    """Every key that would change what the decoder computes is either read here or refused by its name."""
+    settings, rope = FAMILIES[family].settings, source.get("rope_parameters") or source.get("rope_scaling") or {}
+    inside = {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
+    for key, value in (source | inside).items():
+        allowed = settings.get(key, _NEUTRAL.get(key))
+        if allowed is None and key not in _READ_KEYS and _LIKE_MATHS.search(key):
+            allowed = (False, 0, 0.0, 1, 1.0)
+        if allowed is None or allowed is ... or value is None or value in allowed or value in ([], {}):
+            continue
+        right = " or ".join(json.dumps(choice) for choice in allowed) or "no such key"
+        raise UserError(
+            f"{path}: {key} = {json.dumps(value)} is not supported for {family}: it changes the maths; supported is {right}"
+        )
+
+
+_READ_KEYS = {  # keys that read like maths, and are read above or change nothing
+    *(key for keys in SYNONYMS.values() for key in keys),
+    "rope_scaling", "rope_parameters", "rope_theta", "max_window_layers", "routed_scaling_factor", "word_embed_proj_dim",
+    "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "hidden_act", "attention_softmax_in_fp32", "fp32_residual_connection",
+    "masked_softmax_fusion", "slow_but_exact", "_sliding_window_pattern", "use_flash_attn", "scale_attn_weights",
+}  # fmt: skip
 
 
 QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the values that can be read
@@ -218,10 +711,6 @@ def _rope_parameters(source, path):
     }
     if rope["rope_type"] not in needed:
         raise UserError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(needed)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported: the whole head is rotated"
-        )
     for key in ("rope_theta", *needed[rope["rope_type"]]):
         if not isinstance(rope.get(key), (int, float)):
             raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
@@ -231,16 +720,25 @@ def _rope_parameters(source, path):
 # ====================================================================================== rotary positions
 
 
+def yarn_mscale(factor, m):
+    """How much yarn raises the softmax's temperature at a context `factor` times as long (arXiv 2309.00071, Eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+
 def rope_frequencies(config):
-    """(Dh/2,) float32 angular frequencies, and the factor on cos and sin (only yarn's differs from 1).
+    """(r/2,) float32 angular frequencies of the r dims that turn, and the factor on cos and sin (only yarn's differs from 1).
 
     linear: Chen et al., arXiv 2306.15595. yarn: Peng et al., arXiv 2309.00071, Eq. 22-25. llama3: the rule that Meta
     published with Llama 3.1. dynamic is the default up to max_position_embeddings (see rope_tables).
     """
-    rope, dim = config.rope, config.head_dim
+    rope, dim = config.rope, config.rotary_dim or config.head_dim
+    if config.position == "rope_2d":
+        dim //= 2  # a half for each of the two positions
     exponent = np.arange(0, dim, 2, dtype=np.float32) / dim
     frequency = (1.0 / np.float32(rope["rope_theta"]) ** exponent).astype(np.float32)
     kind, factor = rope["rope_type"], rope.get("factor")
+    if config.position == "rope_2d":  # ChatGLM-6B's code rounds its frequencies to half precision when it is built
+        return frequency.astype(np.float16).astype(np.float32), 1.0
     if kind == "linear":
         return frequency / np.float32(factor), 1.0
     if kind == "llama3":
@@ -261,16 +759,12 @@ def rope_frequencies(config):
         low, high = max(low, 0), min(high, dim - 1)
         ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
         scaled = ramp * frequency / factor + (1 - ramp) * frequency
-
-        def mscale(m):
-            return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-
         if rope.get("attention_factor") is not None:
             scale = rope["attention_factor"]
         elif rope.get("mscale") and rope.get("mscale_all_dim"):
-            scale = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+            scale = yarn_mscale(factor, rope["mscale"]) / yarn_mscale(factor, rope["mscale_all_dim"])
         else:
-            scale = mscale(1.0)
+            scale = yarn_mscale(factor, 1.0)
         return scaled.astype(np.float32), float(scale)
     return frequency, 1.0
 
@@ -288,23 +782,82 @@ def document_lengths(position_ids):
     return starts + ends + 1
 
 
-def rope_tables(config, position_ids):
-    """cos and sin, each (B, T, 1, Dh) float32, for position_ids (B, T).
+def rope_tables(config, position_ids, lengths=None):
+    """cos and sin, each (B, T, 1, r) float32 for the r dims of a head that turn; None, None where no position rotates.
 
-    dynamic: past max_position_embeddings the base grows with the length of the token's own sample, so that neither
-    padding nor packing changes the result.
+    position_ids (B, T), or for rope_2d (B, T, 2), whose tables stand one after the other. dynamic: past
+    max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor packing
+    changes the result. qwen_ntk grows in powers of two; lengths (B, 1) are then those that keys were rotated for at first
+    (None: the samples' own).
     """
+    if not config.position.startswith("rope"):
+        return None, None
     frequency, scale = rope_frequencies(config)
-    frequency = kernels.to_tensor(frequency)  # (Dh/2,)
-    if config.rope["rope_type"] == "dynamic":
-        limit, factor, dim = config.max_position_embeddings, config.rope["factor"], config.head_dim
-        length = paddle.clip(document_lengths(position_ids).astype("float32"), min=limit)
-        growth = (factor * length / limit - (factor - 1)) ** (dim / (dim - 2))  # (B, T), 1 within the limit
+    dim, kind = 2 * len(frequency), config.rope["rope_type"]
+    frequency = kernels.to_tensor(frequency)  # (r/2,)
+    if kind in ("dynamic", "qwen_ntk"):
+        if kind == "dynamic":
+            limit, factor = config.max_position_embeddings, config.rope["factor"]
+            length = paddle.clip(document_lengths(position_ids).astype("float32"), min=limit)
+            growth = factor * length / limit - (factor - 1)  # (B, T), 1 within the limit
+        else:
+            limit = config.rope["original_max_position_embeddings"]
+            length = (document_lengths(position_ids) if lengths is None else lengths).astype("float32")
+            doublings = paddle.ceil(paddle.log2(length / limit) + 1)
+            growth = paddle.clip(2.0**doublings - 1, min=1.0)  # (B, T) or (B, 1)
         exponent = paddle.arange(0, dim, 2, dtype="float32") / dim
-        frequency = frequency * growth.unsqueeze(-1) ** -exponent  # (B, T, Dh/2)
-    angle = position_ids.unsqueeze(-1).astype("float32") * frequency
-    angle = paddle.concat([angle, angle], axis=-1).unsqueeze(2)  # (B, T, 1, Dh)
+        frequency = frequency * (growth ** (dim / (dim - 2))).unsqueeze(-1) ** -exponent  # (B, T, r/2)
+    angle = position_ids.unsqueeze(-1).astype("float32") * frequency  # (B, T[, 2], r/2)
+    angle = paddle.concat([angle, angle], axis=-1)
+    angle = (angle if angle.ndim == 3 else angle.flatten(2)).unsqueeze(2)  # (B, T, 1, r)
     return paddle.cos(angle) * scale, paddle.sin(angle) * scale
+
+
+def two_positions(config, input_ids, position_ids, rows):
+    """ChatGLM-6B's positions (B, T, 2) and FlashMask rows (B, 1, T, 2), for whole samples (upstream of Du et al., 2103.10360).
+
+    A sample is a context, whose tokens all see each other, and from <sop> (bos) on an answer, which is causal. The first
+    position counts the context and stays at the mask token's place in the answer; the second is 0, then counts from 1.
+    The mask token is [gMASK] if there is one, else [MASK]. A sample without <sop> is causal and all context. position_ids
+    (B, T) restart at 0 with each sample; rows (B, 1, T, 1) or None are its causal rows.
+    """
+    B, T = input_ids.shape
+    place = paddle.arange(T).unsqueeze(0).expand([B, T])
+    first = paddle.cummax(paddle.where(position_ids == 0, place, paddle.zeros_like(place)), axis=1, dtype="int64")[0]
+    never = paddle.full_like(place, 1 << 40)
+
+    def next_one(found):  # (B, T): the place of the first such token of each token's sample; 1 << 40 if there is none
+        after = paddle.cummin(paddle.where(found, place, never).flip(1), axis=1, dtype="int64")[0].flip(1)
+        at = paddle.take_along_axis(after, first, axis=1)
+        sample = paddle.take_along_axis(first, at.clip(max=T - 1), axis=1)
+        return paddle.where((at < T) & (sample == first), at, never)
+
+    source = config.source
+    vocabulary = source["vocab_size"]
+    start = next_one(input_ids == source.get("bos_token_id", vocabulary - 4))
+    general = next_one(input_ids == source.get("gmask_token_id", vocabulary - 4))
+    mask = paddle.where(general < T, general, next_one(input_ids == source.get("mask_token_id", vocabulary - 4)))
+    mask = paddle.where(mask < T, mask, start)
+    in_answer = place >= start
+    positions = paddle.stack(
+        [
+            paddle.where(in_answer, mask, place) - first,
+            paddle.where(in_answer, place - start + 1, paddle.zeros_like(place)),
+        ],
+        axis=-1,
+    )
+    causal = in_answer | (start >= T)
+    upper = paddle.where(causal, place, first)  # rows before it do not see the key
+    upper = upper.astype("int32").reshape([B, 1, T, 1])
+    if rows is None:
+        rows = paddle.full([B, 1, T, 1], np.iinfo(np.int32).max, "int32")
+    return positions, paddle.concat([rows, upper], axis=-1)
+
+
+def window_rows(rows, B, T, window):
+    """FlashMask rows (B, 1, T, 1) under which a query also sees no key that is `window` or more before it."""
+    end = (paddle.arange(T, dtype="int32") + window).reshape([1, 1, T, 1])
+    return end.expand([B, 1, T, 1]) if rows is None else paddle.minimum(rows, end)
 
 
 # =============================================================================================== decoder
@@ -383,16 +936,22 @@ class QuantLinear(nn.Layer):
             raise UserError(f"{path}: {name}.g_idx is not in order, but desc_act is false")
 
 
-class RMSNorm(nn.Layer):
-    def __init__(self, width, epsilon):
+class Norm(nn.Layer):
+    """RMSNorm (arXiv 1910.07467) or, with kind "layer", LayerNorm; `offset` is added to the weight."""
+
+    def __init__(self, width, epsilon, kind="rms", offset=0.0):
         super().__init__()
-        self.weight = self.create_parameter([width], default_initializer=nn.initializer.Constant(1.0))
-        self.bias = None  # quantize.py's shift moves a constant out of the linears into it
-        self.epsilon = epsilon
+        self.kind, self.epsilon, self.offset = kind, epsilon, offset
+        self.weight = self.create_parameter([width], default_initializer=nn.initializer.Constant(1.0 - offset))
+        # A bias of an RMSNorm: quantize.py's shift moves a constant out of the linears into it.
+        self.bias = self.create_parameter([width], is_bias=True) if kind == "layer" else None
 
     def forward(self, x, residual=None):
         """The norm of x, or with a residual (the norm of h, h), h = x + residual."""
-        found = kernels.rms_norm(x, self.weight, self.epsilon, residual)
+        if self.kind == "layer":
+            return kernels.layer_norm(x, self.weight, self.bias, self.epsilon, residual)
+        weight = self.weight + self.offset if self.offset else self.weight
+        found = kernels.rms_norm(x, weight, self.epsilon, residual)
         if self.bias is None:
             return found
         return found + self.bias if residual is None else (found[0] + self.bias, found[1])
@@ -401,12 +960,18 @@ class RMSNorm(nn.Layer):
         self.bias = self.create_parameter(self.weight.shape, is_bias=True)
 
 
+def _norm(config, width=None):
+    return Norm(width or config.hidden_size, config.norm_eps, config.norm, config.norm_offset)
+
+
 class Cache:
     """Keys and values of the tokens so far, a pair (B, T, K, Dh) a layer, and the mask rows that they came with."""
 
     def __init__(self, layers):
         self.keys, self.values = [None] * layers, [None] * layers
-        self.rows = None  # (B, 1, tokens, 1) int32, once any token had rows
+        self.rows = None  # (B, 1, tokens, 1 or 2) int32, once any token had rows
+        self.last = None  # (B, 2) the last token's two positions, for rope_2d
+        self.lengths = None  # (B, 1) of the samples when they were first seen, for qwen_ntk
         self.tokens = 0
         self.prefix_tokens = 0  # trained prefixes stand before position 0 of the text
 
@@ -416,76 +981,312 @@ class Cache:
         if rows is None and self.rows is None:
             return None
         never = np.iinfo(np.int32).max
-        before = self.rows if self.rows is not None else paddle.full([B, 1, past, 1], never, "int32")
-        new = rows.clip(max=never - past) + past if rows is not None else paddle.full([B, 1, T, 1], never, "int32")
+        columns = (rows if rows is not None else self.rows).shape[-1]
+        before = self.rows if self.rows is not None else self._visible(B, past, columns)
+        new = rows.clip(max=never - past) + past if rows is not None else self._visible(B, T, columns)
         self.rows = paddle.concat([before, new], axis=2)
         return self.rows
 
+    @staticmethod
+    def _visible(B, T, columns):
+        """Rows of keys that every row sees, or with two columns every row."""
+        rows = paddle.full([B, 1, T, 1], np.iinfo(np.int32).max, "int32")
+        return rows if columns == 1 else paddle.concat([rows, paddle.zeros_like(rows)], axis=-1)
+
+
+def alibi_slopes(heads):
+    """(H,) float32: the rate at which each head's attention falls with distance (Press et al., arXiv 2108.12409, 3)."""
+    # Where H is no power of two: the slopes of the one below it, then every other of the next one's.
+    below = 1 << int(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
+    slopes += [2.0 ** (-4 * (2 * i + 1) / below) for i in range(heads - below)]
+    return np.array(slopes, np.float32)
+
 
 class Attention(nn.Layer):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.head_dim = Dh
-        self.q_proj = Linear(D, H * Dh, config.attention_bias)
-        self.k_proj = Linear(D, K * Dh, config.attention_bias)
-        self.v_proj = Linear(D, K * Dh, config.attention_bias)
-        self.o_proj = Linear(H * Dh, D, config.attention_bias)
+        self.config, self.head_dim, self.group = config, Dh, H // K
+        self.window = config.windows[layer] if config.windows else None
+        self.options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+        self.slopes = alibi_slopes(H) if config.position == "alibi" else None
+        self.make_projections(config)
+        self.o_proj = Linear(H * self.value_dim, D, config.output_bias)
 
-    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None):
+    def make_projections(self, config):
+        D, H, K, Dh, bias = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.attention_bias  # fmt: skip
+        self.value_dim = Dh
+        if config.fused_qkv:
+            self.qkv_proj = Linear(D, (H + 2 * K) * Dh, bias)
+        else:
+            self.q_proj = Linear(D, H * Dh, bias)
+            self.k_proj = Linear(D, K * Dh, bias)
+            self.v_proj = Linear(D, K * Dh, bias)
+        self.q_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None):
         """x (B, T, D) -> (B, T, D), and all keys and values (B, past + T, K, Dh).
 
-        attend: a function (q, k, v) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
+        rows: FlashMask rows of all keys, the window among them; one column is causal, two are not. attend: a function
+        (q, k, v, **options) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
+        q_scale (B, T, 1, 1): a factor on every query.
         """
-        q = kernels.rope(self.q_proj(x).reshape([0, 0, -1, self.head_dim]), cos, sin)  # (B, T, H/tp, Dh); 0 keeps a dim
-        k = kernels.rope(self.k_proj(x).reshape([0, 0, -1, self.head_dim]), cos, sin)  # (B, T, K/tp, Dh)
-        v = self.v_proj(x).reshape([0, 0, -1, self.head_dim])
+        q, k, v = self.rotated(x, cos, sin)
+        q = q if q_scale is None else q * q_scale
+        slopes = None if self.slopes is None else kernels.to_tensor(self.slopes)
         if attend is not None:
-            return self.o_proj(attend(q, k, v).reshape([0, 0, -1])), None, None
-        if past_k is not None:
-            k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
-        return self.o_proj(kernels.attention(q, k, v, rows).reshape([0, 0, -1])), k, v
+            mixed, k, v = attend(q, k, v, alibi_slopes=slopes, window=self.window, **self.options), None, None
+        else:
+            if past_k is not None:
+                k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
+            causal = rows is None or rows.shape[-1] == 1
+            mixed = kernels.attention(q, k, v, rows, causal, alibi_slopes=slopes, **self.options)
+        if self.value_dim != self.head_dim:
+            mixed = mixed[..., : self.value_dim]  # values were padded to the width of keys
+        return self.o_proj(mixed.reshape([0, 0, -1])), k, v
+
+    def rotated(self, x, cos, sin):
+        """q (B, T, H/tp, Dh), k and v (B, T, K/tp, Dh), with their positions."""
+        q, k, v = self.split_heads(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cos is None:
+            return q, k, v
+        if self.config.position == "rope_2d":  # each half of a head turns with one of the two positions
+            half = self.head_dim // 2
+            q, k = (
+                paddle.concat(
+                    [
+                        kernels.rope(part[..., :half], cos[..., :half], sin[..., :half]),
+                        kernels.rope(part[..., half:], cos[..., half:], sin[..., half:]),
+                    ],
+                    axis=-1,
+                )
+                for part in (q, k)
+            )
+            return q, k, v
+        interleaved = self.config.rope_interleaved
+        return kernels.rope(q, cos, sin, interleaved), kernels.rope(k, cos, sin, interleaved), v
+
+    def split_heads(self, x):
+        Dh, G = self.head_dim, self.group
+        if self.config.fused_qkv is None:
+            return tuple(p(x).reshape([0, 0, -1, Dh]) for p in (self.q_proj, self.k_proj, self.v_proj))  # 0 keeps a dim
+        qkv = self.qkv_proj(x)  # (B, T, (H + 2K)/tp · Dh)
+        if self.config.fused_qkv == "blocks":
+            K = qkv.shape[-1] // ((G + 2) * Dh)
+            return tuple(t.reshape([0, 0, -1, Dh]) for t in qkv.split([G * K * Dh, K * Dh, K * Dh], axis=-1))
+        q, k, v = qkv.reshape([0, 0, -1, G + 2, Dh]).split([G, 1, 1], axis=3)  # (B, T, K/tp, G | 1 | 1, Dh)
+        return q.reshape([0, 0, -1, Dh]), k.squeeze(3), v.squeeze(3)
+
+
+class LatentAttention(Attention):
+    """Attention whose queries and keys come through narrow layers (see Latent); keys and values are kept in full."""
+
+    def make_projections(self, config):
+        D, H, latent = config.hidden_size, config.num_attention_heads, config.latent
+        self.value_dim = latent.value_dim
+        width = H * (latent.nope_dim + latent.rope_dim)
+        if latent.q_rank:
+            self.q_a_proj = Linear(D, latent.q_rank, config.attention_bias)
+            self.q_a_norm = Norm(latent.q_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(latent.q_rank, width, False)
+        else:
+            self.q_proj = Linear(D, width, False)
+        self.kv_a_proj = Linear(D, latent.kv_rank + latent.rope_dim, config.attention_bias)
+        self.kv_a_norm = Norm(latent.kv_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(latent.kv_rank, H * (latent.nope_dim + latent.value_dim), False)
+
+    def rotated(self, x, cos, sin):
+        latent, interleaved = self.config.latent, self.config.rope_interleaved
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if latent.q_rank else self.q_proj(x)
+        q = q.reshape([0, 0, -1, self.head_dim])  # (B, T, H/tp, nope + rope)
+        q_nope, q_rope = q.split([latent.nope_dim, latent.rope_dim], axis=-1)
+        narrow, k_rope = self.kv_a_proj(x).split([latent.kv_rank, latent.rope_dim], axis=-1)
+        kv = self.kv_b_proj(self.kv_a_norm(narrow)).reshape([0, 0, -1, latent.nope_dim + latent.value_dim])
+        k_nope, v = kv.split([latent.nope_dim, latent.value_dim], axis=-1)
+        q_rope = kernels.rope(q_rope, cos, sin, interleaved)
+        k_rope = kernels.rope(k_rope.unsqueeze(2), cos, sin, interleaved)  # (B, T, 1, rope)
+        k_rope = k_rope.expand([-1, -1, k_nope.shape[2], -1])
+        q, k = paddle.concat([q_nope, q_rope], axis=-1), paddle.concat([k_nope, k_rope], axis=-1)
+        return q, k, _padded(v, self.head_dim)
+
+
+LATENT_NORM_EPS = 1e-6  # whatever config.json says of the other norms
+
+
+def _padded(x, width):
+    """x (…, n) -> (…, width), zeros behind."""
+    more = width - x.shape[-1]
+    return x if more <= 0 else paddle.concat([x, paddle.zeros([*x.shape[:-1], more], x.dtype)], axis=-1)
+
+
+def _activate(x, kind):
+    if kind == "relu":
+        return F.relu(x)
+    return F.silu(x) if kind == "silu" else F.gelu(x, approximate=kind == "gelu_tanh")
 
 
 class MLP(nn.Layer):
-    def __init__(self, config):
+    """down(act(gate) · up) or, not gated, down(act(up)); of `width` in place of the config's."""
+
+    def __init__(self, config, width=None):
         super().__init__()
-        D, width = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(D, width, config.mlp_bias)
-        self.up_proj = Linear(D, width, config.mlp_bias)
+        D, width = config.hidden_size, width or config.intermediate_size
+        self.activation, self.gated = config.activation, config.gated
+        self.gate_proj = self.up_proj = self.gate_up_proj = None
+        if config.fused_gate_up:
+            self.gate_up_proj = Linear(D, 2 * width, config.mlp_bias)
+        else:
+            self.gate_proj = Linear(D, width, config.mlp_bias) if config.gated else None
+            self.up_proj = Linear(D, width, config.mlp_bias)
         self.down_proj = Linear(width, D, config.mlp_bias)
 
     def forward(self, x, residual=None):
         """x (B, T, D) -> (B, T, D), residual added if given."""
-        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)), residual)  # (B, T, F/tp) inside
+        if not self.gated:
+            return self.down_proj(_activate(self.up_proj(x), self.activation), residual)
+        if self.gate_up_proj is not None:
+            gate, up = self.gate_up_proj(x).chunk(2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F/tp)
+        if self.activation == "silu":
+            return self.down_proj(kernels.swiglu(gate, up), residual)
+        return self.down_proj(kernels.geglu(gate, up, self.activation == "gelu_tanh"), residual)
+
+
+class SparseMLP(nn.Layer):
+    """A sum over the top_k experts of each token, weighted by the router, and the shared expert (see Experts)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.how = how = config.experts
+        self.router = Linear(config.hidden_size, how.count, False)
+        self.experts = nn.LayerList([MLP(config, how.width) for _ in range(how.count)])
+        self.shared = MLP(config, how.shared_width) if how.shared_width else None
+        self.shared_gate = Linear(config.hidden_size, 1, False) if how.shared_gate else None
+        if how.choice_bias:
+            self.register_buffer("choice_bias", paddle.zeros([how.count]))
+
+    def forward(self, x, residual=None):
+        """x (B, T, D) -> ((B, T, D), the router's probabilities (B · T, E) float32)"""
+        flat = x.reshape([-1, x.shape[-1]])  # (N, D)
+        weights, chosen, probabilities = self.route(flat)
+        mixed = self.mix(flat, weights, chosen).reshape(x.shape)
+        if self.shared is not None:
+            shared = self.shared(x)
+            mixed = mixed + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)
+        return mixed if residual is None else residual + mixed, probabilities
+
+    def route(self, flat):
+        """(N, D) -> weights (N, k) float32 and ids (N, k) of the chosen experts, probabilities (N, E)."""
+        how = self.how
+        logits = paddle.matmul(flat.astype("float32"), self.router.weight.astype("float32"))
+        scores = F.sigmoid(logits) if how.scoring == "sigmoid" else F.softmax(logits, axis=-1)
+        choice = scores.detach() + self.choice_bias if how.choice_bias else scores.detach()
+        if how.groups > 1:
+            grouped = choice.reshape([-1, how.groups, how.count // how.groups])
+            best = paddle.topk(grouped, how.group_score_of, axis=-1)[0].sum(-1)  # (N, groups)
+            kept = F.one_hot(paddle.topk(best, how.chosen_groups, axis=-1)[1], how.groups).sum(1)  # (N, groups)
+            lost = paddle.full_like(grouped, -math.inf)
+            choice = paddle.where(kept.unsqueeze(-1).expand(grouped.shape) > 0, grouped, lost).reshape([-1, how.count])
+        chosen = paddle.topk(choice, how.top_k, axis=-1)[1]
+        weights = paddle.take_along_axis(scores, chosen, axis=-1)
+        if how.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * how.scale, chosen, scores
+
+    def mix(self, flat, weights, chosen):
+        """Every expert on the tokens that chose it, which stand together after a sort; the sum in the order of choice."""
+        k = chosen.shape[-1]
+        if (
+            not paddle.in_dynamic_mode()
+        ):  # a static graph has no shapes that depend on values: all experts on all tokens
+            share = (F.one_hot(chosen, self.how.count) * weights.unsqueeze(-1)).sum(1)  # (N, E)
+            return sum(expert(flat) * share[:, e : e + 1] for e, expert in enumerate(self.experts))
+        ids = chosen.flatten()  # (N · k,)
+        order = paddle.argsort(ids, stable=True)
+        counts = np.bincount(ids.numpy(), minlength=self.how.count)
+        tokens = paddle.index_select(flat, order // k)
+        parts = paddle.split(tokens, [int(n) for n in counts if n])
+        used = [expert for expert, n in zip(self.experts, counts) if n]
+        mixed = paddle.concat([expert(part) for expert, part in zip(used, parts)])
+        back = paddle.argsort(order)  # where each of a token's choices stands
+        mixed = paddle.index_select(mixed, back).reshape([-1, k, flat.shape[-1]])
+        return (mixed * weights.unsqueeze(-1).astype(mixed.dtype)).sum(1)
+
+
+def load_balancing_loss(probabilities, how):
+    """E · sum over experts of (share of the tokens that chose it) · (its mean probability), arXiv 2101.03961, Eq. 4-6.
+
+    probabilities: (N, E) of each sparse layer; shares and means are over the tokens of all layers together.
+    """
+    p = paddle.concat(probabilities)  # (L · N, E)
+    chosen = F.one_hot(paddle.topk(p.detach(), how.top_k, axis=-1)[1], how.count).sum(1)
+    return (chosen.mean(0) * p.mean(0)).sum() * how.count
 
 
 class Block(nn.Layer):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        sparse = config.experts is not None and layer not in config.experts.dense_layers
+        self.place, self.residual_scale = config.norm_place, config.residual_scale
+        self.attention_norm = _norm(config)
+        self.attention = (LatentAttention if config.latent else Attention)(config, layer)
+        self.mlp_norm = _norm(config)
+        self.mlp = SparseMLP(config) if sparse else MLP(config)
+        self.attention_post_norm = _norm(config) if self.place == "both" else None
+        self.mlp_post_norm = _norm(config) if self.place == "both" else None
 
-    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None):
-        mixed, k, v = self.attention(self.attention_norm(x), cos, sin, rows, past_k, past_v, attend)
+    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None):
+        """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None."""
+
+        def attention(x):
+            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale)
+
+        if self.place == "after":
+            mixed, k, v = attention(x)
+            x = self.attention_norm(x + mixed)
+            return self.mlp_norm(self.mlp(x, residual=x)), k, v, None
+        y = self.attention_norm(x)
+        mixed, k, v = attention(y)
+        if self.residual_scale is not None:
+            y = self.mlp_norm(y * self.residual_scale + mixed)
+            return self.mlp(y, residual=y * self.residual_scale), k, v, None
+        if self.place == "both":
+            y, x = self.mlp_norm(self.attention_post_norm(mixed), x)
+            return x + self.mlp_post_norm(self.mlp(y)), k, v, None
         y, x = self.mlp_norm(mixed, x)
-        return self.mlp(y, residual=x), k, v
+        y, probabilities = (
+            self.mlp(y, residual=x) if isinstance(self.mlp, SparseMLP) else (self.mlp(y, residual=x), None)
+        )
+        return y, k, v, probabilities
 
-    def output(self, x, cos, sin, rows, past_k, past_v):
-        """(B, T, D) alone: what is kept of a block whose activations are computed again in backward (arXiv 1604.06174)."""
-        return self.forward(x, cos, sin, rows, past_k, past_v)[0]
+    def output(self, x, cos, sin, rows, past_k, past_v, q_scale):
+        """What is kept of a block whose activations are computed again in backward (arXiv 1604.06174): no keys and values."""
+        y, _, _, probabilities = self.forward(x, cos, sin, rows, past_k, past_v, None, q_scale)
+        return y if probabilities is None else (y, probabilities)
 
 
 class CausalLM(nn.Layer):
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.LayerList([Block(config) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.config, width = config, config.embedding_size or config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_positions = None
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(
+                config.max_position_embeddings + config.position_offset, config.hidden_size
+            )
+        projected = width != config.hidden_size
+        self.project_in = Linear(width, config.hidden_size, bias=False) if projected else None
+        self.project_out = Linear(config.hidden_size, width, bias=False) if projected else None
+        self.embed_norm = _norm(config) if config.embedding_norm else None
+        self.layers = nn.LayerList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = _norm(config) if config.final_norm else None
+        self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, bias=False)
         self.prefix = None  # set by apply_prefix()
         self.recompute = False  # compute each block's activations again in backward instead of keeping them
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
@@ -510,28 +1311,66 @@ class CausalLM(nn.Layer):
 
         position_ids (B, T) default to 0…T-1 after what `caches` (a Cache, extended in place) holds; startend_row_indices
         (B, 1, T, 1) int32 are FlashMask rows. labels are already shifted: labels[t] is the target of position t.
-        return_predictions: (losses, argmax ids (B, T) int64).
+        return_predictions: (losses, argmax ids (B, T) int64). While training, a family's own additions to the loss (of the
+        router's balance, of large logits), which belong to the batch, are added to every loss that counts.
         """
-        x = self.hidden_states(input_ids, position_ids, startend_row_indices, caches)
-        tied = self.lm_head is None
-        weight = self.embed_tokens.weight if tied else self.lm_head.weight
+        x, probabilities = self.trunk(input_ids, position_ids, startend_row_indices, caches)
         if labels is None:
-            return kernels.linear(x, weight.T if tied else weight)
-        found = kernels.linear_cross_entropy(
-            x.reshape([-1, x.shape[-1]]),
-            weight,
-            labels.flatten(),
-            transpose_weight=tied,
-            return_predictions=return_predictions,
-        )
-        return tuple(f.reshape(labels.shape) for f in found) if return_predictions else found.reshape(labels.shape)
+            return self.logits(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        weight, tied = self.head_weight()
+        flat = x.reshape([-1, x.shape[-1]])
+        found = kernels.linear_cross_entropy(flat, weight, labels.flatten(), transpose_weight=tied,
+                                             return_predictions=return_predictions, softcap=self.config.final_softcap)  # fmt: skip
+        losses = (found[0] if return_predictions else found).reshape(labels.shape)
+        if self.training and (more := self.additions(flat, weight, tied, probabilities)) is not None:
+            losses = losses + more * (labels != -100).astype(losses.dtype)
+        return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
+
+    def additions(self, x, weight, tied, probabilities):
+        """What a family adds to the mean loss of a batch, a scalar; None: nothing."""
+        config, more = self.config, None
+        if probabilities and config.experts.aux_loss_coef:
+            more = load_balancing_loss(probabilities, config.experts) * config.experts.aux_loss_coef
+        if config.z_loss_weight:  # the largest logit is found without gradient, then computed again alone
+            with paddle.no_grad():
+                best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
+                                      for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))])  # fmt: skip
+            largest = (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
+            more = (0.0 if more is None else more) + config.z_loss_weight * largest.square().mean()
+        return more
+
+    def head_weight(self):
+        """The head's weight and whether it lies as (V, D), as a tied one does, in place of (D, V)."""
+        if self.lm_head is None:
+            return self.embed_tokens.weight, True
+        if self.config.norm_head:
+            weight = self.lm_head.weight.astype("float32")
+            return weight / weight.norm(axis=0, keepdim=True).clip(min=1e-12), False
+        return self.lm_head.weight, False
+
+    def logits(self, x):
+        """hidden states (…, D), after the final norm -> (…, V)"""
+        if self.project_out is not None:
+            x = self.project_out(x)
+        weight, tied = self.head_weight()
+        logits = (
+            paddle.matmul(x, weight, transpose_y=True) if tied else kernels.linear(x, weight)
+        )  # weight.T would be a copy
+        cap = self.config.final_softcap
+        return logits if cap is None else paddle.tanh(logits / cap) * cap
 
     def hidden_states(self, input_ids, position_ids=None, rows=None, caches=None):
         """(B, T, D) after the final norm; arguments as in forward.
 
-        caches may also be any object with attend(layer, q, k, v) -> (B, T, H, Dh) and prefix_tokens, which then keeps
-        keys and values itself (serve.py's pool of blocks); position_ids must be given with it.
+        caches may also be any object with attend(layer, q, k, v, **options) -> (B, T, H, Dh) and prefix_tokens, which then
+        keeps keys and values itself (serve.py's pool of blocks); position_ids must be given with it.
         """
+        return self.trunk(input_ids, position_ids, rows, caches)[0]
+
+    def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
+        """hidden_states(), and a list of the probabilities (N, E) of each sparse block's router."""
         B, T = input_ids.shape
         paged = caches is not None and not isinstance(caches, Cache)
         assert not paged or position_ids is not None, "a paged cache does not know the positions"
@@ -541,29 +1380,86 @@ class CausalLM(nn.Layer):
         before = 0 if caches is None else caches.prefix_tokens
         if position_ids is None:
             position_ids = (paddle.arange(T) + past - before).unsqueeze(0).expand([B, T])
+        x = self.embed(input_ids, position_ids, before)
+        if self.config.position == "rope_2d" and position_ids.ndim == 2:
+            position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
         if caches is not None and not paged:
             rows = caches.extend_rows(rows, B, T)
+        cos, sin, q_scale = self._turns(position_ids, before, caches, paged)
+        narrowed = {w: window_rows(rows, B, T if caches is None else caches.tokens, w)
+                    for w in set(self.config.windows) - {None} if not paged}  # fmt: skip
+        probabilities = []
+        for i, block in enumerate(self.layers):
+            if paged:
+                x, *_, routed = block(x, cos, sin, attend=functools.partial(caches.attend, i), q_scale=q_scale)
+                continue
+            seen = narrowed.get(block.attention.window, rows)
+            past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
+            if self.recompute and self.training:
+                found = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, seen, *past, q_scale)
+                x, routed = found if isinstance(found, (tuple, list)) else (found, None)
+            else:
+                x, k, v, routed = block(x, cos, sin, seen, *past, q_scale=q_scale)
+                if caches is not None:
+                    caches.keys[i], caches.values[i] = k, v
+            if routed is not None:
+                probabilities.append(routed)
+        return (x if self.norm is None else self.norm(x)), probabilities
+
+    def embed(self, input_ids, position_ids, before=0):
+        """Ids and positions (B, T) -> (B, T, D), what the first block reads; `before` tokens of a prefix stand in front."""
+        config = self.config
         x = kernels.embedding(input_ids, self.embed_tokens.weight)
         if self.training and self.neftune_noise_alpha:
             size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(
                 -1
             )  # (B, T, 1)
             x = x + paddle.uniform(x.shape, x.dtype, -1.0, 1.0) * (self.neftune_noise_alpha / size).astype(x.dtype)
+        if config.embedding_scale != 1.0:
+            x = x * config.embedding_scale
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.embed_positions is not None:
+            x = x + kernels.embedding(position_ids + before + config.position_offset, self.embed_positions.weight)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         if self.recompute and self.training and x.stop_gradient:
             x.stop_gradient = False  # Paddle's recompute passes gradients to adapters only where an input has one
-        cos, sin = rope_tables(self.config, position_ids + before)
-        for i, block in enumerate(self.layers):
-            if paged:
-                x, _, _ = block(x, cos, sin, attend=functools.partial(caches.attend, i))
-                continue
-            past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
-            if self.recompute and self.training:
-                x = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, rows, *past)
-            else:
-                x, k, v = block(x, cos, sin, rows, *past)
-                if caches is not None:
-                    caches.keys[i], caches.values[i] = k, v
-        return self.norm(x)
+        return x
+
+    def _two_positions(self, input_ids, position_ids, rows, cache):
+        """two_positions(), and for tokens after those that a cache holds: the answer goes on."""
+        if cache is None or cache.last is None:
+            position_ids, rows = two_positions(self.config, input_ids, position_ids, rows)
+        else:
+            B, T = input_ids.shape
+            steps = paddle.stack([paddle.zeros([T], "int64"), paddle.arange(1, T + 1)], axis=-1)
+            position_ids = cache.last.unsqueeze(1) + steps  # (B, T, 2)
+            upper = paddle.arange(T, dtype="int32").reshape([1, 1, T, 1]).expand([B, 1, T, 1])
+            rows = paddle.full([B, 1, T, 1], np.iinfo(np.int32).max, "int32") if rows is None else rows
+            rows = paddle.concat([rows, upper], axis=-1)
+        if cache is not None:
+            cache.last = position_ids[:, -1]
+        return position_ids, rows
+
+    def _turns(self, position_ids, before, cache, paged):
+        """cos, sin, and what queries are multiplied by (B, T, 1, 1), or None."""
+        config, lengths, q_scale = self.config, None, None
+        if config.rope["rope_type"] == "qwen_ntk":
+            if self.training:  # trained at its own length, without stretching
+                config = dataclasses.replace(config, rope={**config.rope, "rope_type": "default"})
+            elif isinstance(cache, Cache):  # keys are kept as they were rotated at first
+                if cache.lengths is None:
+                    cache.lengths = document_lengths(position_ids)[:, -1:] + before
+                lengths = cache.lengths
+        if (
+            config.logn_length is not None and not self.training
+        ):  # Su, "attention from the view of entropy invariance", 2021
+            place = (position_ids + before + 1).astype("float32")
+            q_scale = paddle.clip(paddle.log(place) / math.log(config.logn_length), min=1.0).unsqueeze(-1).unsqueeze(-1)
+        if config.position == "rope_2d":
+            before = 0  # a prefix has no place in the context
+        return *rope_tables(config, position_ids + before, lengths), q_scale
 
     def num_parameters(self):
         return sum(int(np.prod(p.shape)) for p in self.parameters())
@@ -571,13 +1467,22 @@ class CausalLM(nn.Layer):
     def flops_per_token(self, T):
         """Floating-point operations of one token's forward and backward in a causal sequence of T (arXiv 2204.02311, B).
 
-        6 per weight of every linear (the head too; embedding look-ups are free), and 12 · H · Dh · T/2 a layer for attention.
+        6 per weight of every linear that a token passes (the head too; embedding look-ups are free), and 12 · H · Dh · T/2
+        a layer for attention.
         """
         c = self.config
-        block = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
-        block += 3 * c.hidden_size * c.intermediate_size
-        linears = c.num_hidden_layers * block + c.hidden_size * c.vocab_size
-        return 6.0 * linears + 6.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T
+        share = c.experts.top_k / c.experts.count if c.experts else 1.0
+        weights = 0.0
+        for name, layer in self.named_sublayers():
+            if isinstance(layer, (Linear, QuantLinear)) and "prefix." not in name:
+                weights += layer.n_in * layer.n_out * (share if ".experts." in name else 1.0)
+        if self.lm_head is None:
+            weights += c.vocab_size * self.embed_tokens.weight.shape[1]
+        width = c.head_dim if c.latent is None else (c.head_dim + c.latent.value_dim) / 2
+        return 6.0 * weights + 6.0 * c.num_hidden_layers * c.num_attention_heads * width * T
+
+
+Z_LOSS_ROWS = 1024  # tokens whose logits are held at once while the largest is looked for
 
 
 # ============================================================================== tensor files on disk
@@ -818,14 +1723,33 @@ def base_weights(model):
     """[Weight] of the base model in the order of its name table; adapters and prefix are not among them."""
     found = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
-    for ours, theirs, transposed in FAMILIES[model.config.family].names:
-        for i in range(model.config.num_hidden_layers) if "{i}" in ours else (0,):
-            path, name = ours.format(i=i), theirs.format(i=i)
-            if (parameter := found.get(path)) is not None:
-                weights.append(Weight(name, parameter, transposed))
-            elif path.removesuffix("weight") + "qweight" in found:
-                weights += _quantized_weights(found, path.removesuffix("weight"), name.removesuffix("weight"))
+    for path, name, transposed in _names_of(model.config):
+        if (parameter := found.get(path)) is not None:
+            weights.append(Weight(name, parameter, transposed))
+        elif path.removesuffix("weight") + "qweight" in found:
+            weights += _quantized_weights(found, path.removesuffix("weight"), name.removesuffix("weight"))
     return weights
+
+
+def _names_of(config):
+    """The rows of the family's table for every layer and expert; not every name is one of this model."""
+    experts = range(config.experts.count if config.experts else 0)
+    for ours, theirs, transposed in FAMILIES[config.family].names:
+        for i in range(config.num_hidden_layers) if "{i}" in ours else (0,):
+            for e in experts if "{e}" in ours else (0,):
+                yield ours.format(i=i, e=e), theirs.format(i=i, e=e), transposed
+
+
+def _stored_weights(model):
+    """base_weights() as a folder holds them: a tied head too, where the family's files have it."""
+    weights, family = base_weights(model), FAMILIES[model.config.family]
+    if model.lm_head is None and family.also_stores_head:
+        weights.append(Weight(_head_name(model.config), model.embed_tokens.weight, False))
+    return weights
+
+
+def _head_name(config):
+    return next(theirs for ours, theirs, _ in FAMILIES[config.family].names if ours == "lm_head.weight")
 
 
 def _quantized_weights(found, ours, theirs):
@@ -867,7 +1791,9 @@ def init_weights(model, seed):
             generator = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
             array = generator.standard_normal(weight.shape, np.float32) * np.float32(model.config.initializer_range)
         else:
-            array = np.full(weight.shape, 0.0 if weight.name.endswith("bias") else 1.0, np.float32)
+            array = np.full(
+                weight.shape, 0.0 if weight.name.endswith("bias") else 1.0 - model.config.norm_offset, np.float32
+            )
         set_parameter(weight.parameter, weight.from_numpy(array))
 
 
@@ -944,10 +1870,13 @@ def _shards(path):
 
 def load_weights(model, path):
     """Fill the base weights from a Hugging Face folder, tensor by tensor; every mismatch is named in one error."""
-    found = {n: v for n, v in _shards(path).items() if not IGNORED_WEIGHTS.search(n)}
-    weights = {w.name: w for w in base_weights(model)}
+    config, weights = model.config, {w.name: w for w in base_weights(model)}
+    found = {_full_name(n, config): v for n, v in _shards(path).items() if not IGNORED_WEIGHTS.search(n)}
     if model.lm_head is None:
-        found.pop("lm_head.weight", None)  # a tied head may be stored as well
+        found.pop(_head_name(config), None)  # a tied head may be stored as well
+    if config.source.get("num_nextn_predict_layers"):  # DeepSeek-V3's extra layers, for speculation alone
+        extra = re.compile(r"model\.layers\.(\d+)\.")
+        found = {n: v for n, v in found.items() if not (m := extra.match(n)) or int(m[1]) < config.num_hidden_layers}
     wrong = [f"missing {n}" for n in weights if n not in found]
     wrong += [f"unexpected {n}" for n in found if n not in weights]
     wrong += [
@@ -967,6 +1896,17 @@ def load_weights(model, path):
     for name, (_, _, layer) in linears(model).items():
         if isinstance(layer, QuantLinear):
             layer.check(path, name)
+
+
+def _full_name(name, config):
+    """The name with the prefix of the family, which files saved from the class without a head leave out."""
+    prefix = FAMILIES[config.family].prefix
+    plain = name == _head_name(config) or name.startswith(prefix)
+    return (
+        name
+        if plain or prefix == "model." and not name.startswith(("layers.", "embed", "norm", "decoder"))
+        else prefix + name
+    )
 
 
 def from_pretrained(path, dtype="float32"):
@@ -1004,7 +1944,7 @@ def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     shards, sizes = [{}], [0]
-    for w in base_weights(model):
+    for w in _stored_weights(model):
         stored = w.stored or dtype
         width = 2 if stored == "bfloat16" else np.dtype(stored).itemsize
         size = int(np.prod(w.shape)) * width
@@ -1115,13 +2055,11 @@ def linears(model):
     """{Hugging Face module path: (parent layer, attribute, layer)} of every linear of the blocks."""
     layers = dict(model.named_sublayers())
     found = {}
-    for ours, theirs, _ in FAMILIES[model.config.family].names:
-        if not (ours.startswith("layers.") and ours.endswith("_proj.weight")):
-            continue
-        for i in range(model.config.num_hidden_layers):
-            path = ours.format(i=i)[: -len(".weight")]
+    for ours, theirs, _ in _names_of(model.config):
+        path = ours.removesuffix(".weight")
+        if ours.startswith("layers.") and ours.endswith("_proj.weight") and path in layers:
             parent, _, attribute = path.rpartition(".")
-            found[theirs.format(i=i)[: -len(".weight")]] = (layers[parent], attribute, layers[path])
+            found[theirs.removesuffix(".weight")] = (layers[parent], attribute, layers[path])
     return found
 
 
@@ -1144,7 +2082,8 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
     if pissa and model.config.quantization is not None:
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found = linears(model)
-    targets = FAMILIES[model.config.family].lora_targets if targets in (None, "all-linear", []) else targets
+    if targets in (None, "all-linear", []):
+        targets = sorted({path.rpartition(".")[2] for path in found})
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
     chosen = [path for path in found if any(re.fullmatch(p, path) for p in patterns)]
     for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
@@ -1269,6 +2208,11 @@ def adapter_weights(model):
     return weights
 
 
+def _as_is(config):
+    """Whether the family's files hold the linears of the blocks as [in, out], as GPT-2's do."""
+    return not any(t for ours, _, t in FAMILIES[config.family].names if ours.endswith("_proj.weight"))
+
+
 def save_adapter(model, path, base_model=None):
     """adapter_config.json and adapter_model.safetensors, as peft writes them; the config last.
 
@@ -1284,7 +2228,13 @@ def save_adapter(model, path, base_model=None):
         "inference_mode": True,
     }
     if model.prefix is None:
-        config.update(peft_type="LORA", bias="none", fan_in_fan_out=False, init_lora_weights=True, **model.lora_config)
+        config.update(
+            peft_type="LORA",
+            bias="none",
+            fan_in_fan_out=_as_is(model.config),
+            init_lora_weights=True,
+            **model.lora_config,
+        )
         layers = lora_layers(model)
         if any(layer.initial is not None for layer in layers.values()):
             for module, layer in layers.items():
@@ -1454,8 +2404,7 @@ def generate(model, input_ids, max_new_tokens=64, eos_token_id=None, attention_m
     rows, done = None if mask.all() else paddle.to_tensor(rows), np.zeros(B, bool)
     for _ in range(max_new_tokens):
         x = model.hidden_states(paddle.to_tensor(step_ids), paddle.to_tensor(step_positions), rows, cache)[:, -1]
-        head = model.embed_tokens.weight.T if model.lm_head is None else model.lm_head.weight
-        logits = kernels.linear(x, head).astype("float32").numpy()  # (B, V)
+        logits = model.logits(x).astype("float32").numpy()  # (B, V)
         if repetition_penalty != 1.0:
             logits = penalize(
                 logits, ids, np.concatenate([mask, np.ones((B, ids.shape[1] - T), int)], 1), repetition_penalty

@@ -456,7 +456,7 @@ class Calibration:
         for index in range(batches):
             batch = loader.batch(0, index)
             real = None if batch["tokens"] == batch["input_ids"].size else np.flatnonzero(real_positions(batch, loader))
-            x = model.embed_tokens(paddle.to_tensor(batch["input_ids"]))
+            x = model.embed(paddle.to_tensor(batch["input_ids"]), paddle.to_tensor(batch["position_ids"]))
             arrays = batch["position_ids"], batch["startend_row_indices"], real
             self.items.append([x, *(None if a is None else paddle.to_tensor(a) for a in arrays)])
 

@@ -524,11 +524,7 @@ class PagedRunner:
         x = self.model.hidden_states(ids, self.positions, caches=self)[0]  # (N, D)
         if len(chunks) < x.shape[0]:
             x = paddle.gather(x, kernels.to_tensor(self.query_lengths.cumsum() - 1))  # (chunks, D)
-        if self.model.lm_head is None:
-            logits = paddle.matmul(x, self.model.embed_tokens.weight, transpose_y=True)
-        else:
-            logits = kernels.linear(x, self.model.lm_head.weight)
-        logits = logits.astype("float32").numpy()
+        logits = self.model.logits(x).astype("float32").numpy()
         return logits[np.argsort(order)] if self.adapters else logits
 
     def _prepare(self, chunks):
@@ -560,12 +556,15 @@ class PagedRunner:
             first, end = end, end + sum(chunk.count for chunk in group)
             self.slices.append((name, first, end))
 
-    def attend(self, layer, q, k, v):
-        """q (1, N, H, Dh), k and v (1, N, K, Dh) -> (1, N, H, Dh): keeps k and v, then reads the sequences' blocks."""
+    def attend(self, layer, q, k, v, scale=None, **options):
+        """q (1, N, H, Dh), k and v (1, N, K, Dh) -> (1, N, H, Dh): keeps k and v, then reads the sequences' blocks.
+
+        scale and options are those of kernels.paged_attention.
+        """
         pool, scales = self.pools[layer], self.scales[layer]
         kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)
         out = kernels.paged_attention(
-            q[0], *pool, self.tables, self.query_lengths, self.context_lengths, None, *scales
+            q[0], *pool, self.tables, self.query_lengths, self.context_lengths, scale, *scales, **options
         )
         return out.unsqueeze(0)
 
@@ -1011,7 +1010,10 @@ class Engine:
         if not rows:
             return {}
         samplers = [chunks[row].sequence.sampler for row in rows]
-        adjusted = [s.adjusted(logits[row], chunks[row].sequence.tokens[chunks[row].sequence.virtual :]) for row, s in zip(rows, samplers)]
+        adjusted = [
+            s.adjusted(logits[row], chunks[row].sequence.tokens[chunks[row].sequence.virtual :])
+            for row, s in zip(rows, samplers)
+        ]
         return dict(zip(rows, draw(samplers, np.stack(adjusted))))
 
     def _append(self, sequence, token, logprob, top):
