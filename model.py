@@ -787,8 +787,8 @@ def rope_tables(config, position_ids, lengths=None):
 
     position_ids (B, T), or for rope_2d (B, T, 2), whose tables stand one after the other. dynamic: past
     max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor packing
-    changes the result. qwen_ntk grows in powers of two; lengths (B, 1) are then those that keys were rotated for at first
-    (None: the samples' own).
+    changes the result. qwen_ntk grows in powers of two; lengths (B, 1 or T) are then those that keys were rotated for at
+    first (None: the samples' own).
     """
     if not config.position.startswith("rope"):
         return None, None
@@ -839,10 +839,11 @@ def two_positions(config, input_ids, position_ids, rows):
     mask = paddle.where(general < T, general, next_one(input_ids == source.get("mask_token_id", vocabulary - 4)))
     mask = paddle.where(mask < T, mask, start)
     in_answer = place >= start
+    answered = position_ids - (start - first)  # not place - start: two answers may share a context (dpo.py)
     positions = paddle.stack(
         [
-            paddle.where(in_answer, mask, place) - first,
-            paddle.where(in_answer, place - start + 1, paddle.zeros_like(place)),
+            paddle.where(in_answer, mask - first, position_ids),
+            paddle.where(in_answer, answered + 1, paddle.zeros_like(place)),
         ],
         axis=-1,
     )
@@ -994,6 +995,52 @@ class Cache:
         return rows if columns == 1 else paddle.concat([rows, paddle.zeros_like(rows)], axis=-1)
 
 
+class PrefixPlaces:
+    """A prefix before each sample of a row, for attention where distances count (ALiBi, windows).
+
+    A cache has its prefix once, before everything: right for one sample a row, and, where nothing depends on the
+    distance, for packed and left-padded rows too. Here keys and values stand as (prefix, sample), (prefix, sample), …
+    during attention, each pair as it would be alone; rows with fewer samples than others begin with places nobody sees.
+    """
+
+    def __init__(self, position_ids, rows, P):
+        """position_ids (B, T); rows (B, 1, T, 1); a prefix of P tokens."""
+        (B, T), positions, ends = position_ids.shape, position_ids.numpy(), rows.numpy()[:, 0, :, 0].astype(np.int64)
+        seen = ends > np.arange(T)  # padding on the left is not: it begins no sample
+        first = seen & ((positions == 0) | (seen.cumsum(1) == 1))
+        most = int(first.sum(1).max())
+        width = T + P * most
+        places = np.arange(T) + P * (most - first.sum(1, keepdims=True) + first.cumsum(1))  # (B, T) of the text's tokens
+        never = np.iinfo(np.int32).max
+        ends = np.where(ends < T, np.take_along_axis(places, ends.clip(0, T - 1), 1), np.minimum(ends + width - T, never))
+        self.rows = np.zeros((B, 1, width, 1), np.int32)
+        source = np.zeros((B, width), np.int64)  # of each key, among the prefix's P and the text's T
+        for b in range(B):
+            source[b, places[b]], self.rows[b, 0, places[b], 0] = P + np.arange(T), np.where(seen[b], ends[b], 0)
+            for t in np.flatnonzero(first[b]):
+                before = np.s_[places[b, t] - P : places[b, t]]
+                source[b, before], self.rows[b, 0, before, 0] = np.arange(P), ends[b, t]
+        self.B, self.width, self.rows = B, width, paddle.to_tensor(self.rows)
+        self.keys_from = paddle.to_tensor((source + np.arange(B)[:, None] * (P + T)).flatten())
+        self.queries_from = paddle.to_tensor(((source - P).clip(0) + np.arange(B)[:, None] * T).flatten())
+        self.back = paddle.to_tensor((places + np.arange(B)[:, None] * width).flatten())
+
+    def keys(self, prefix, text):
+        """(B, P, K, Dh) and (B, T, K, Dh) -> (B, width, K, Dh)"""
+        return self._take(paddle.concat([prefix, text], axis=1), self.keys_from)
+
+    def queries(self, q):
+        """(B, T, H, Dh) -> (B, width, H, Dh), anything where there is no text."""
+        return self._take(q, self.queries_from)
+
+    def text(self, mixed):
+        """(B, width, H, Dh) -> (B, T, H, Dh)"""
+        return self._take(mixed, self.back)
+
+    def _take(self, x, index):
+        return paddle.index_select(x.flatten(0, 1), index).reshape([self.B, -1, *x.shape[2:]])
+
+
 def alibi_slopes(heads):
     """(H,) float32: the rate at which each head's attention falls with distance (Press et al., arXiv 2108.12409, 3)."""
     # Where H is no power of two: the slopes of the one below it, then every other of the next one's.
@@ -1026,12 +1073,12 @@ class Attention(nn.Layer):
         self.q_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None):
+    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None, spread=None):
         """x (B, T, D) -> (B, T, D), and all keys and values (B, past + T, K, Dh).
 
         rows: FlashMask rows of all keys, the window among them; one column is causal, two are not. attend: a function
         (q, k, v, **options) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
-        q_scale (B, T, 1, 1): a factor on every query.
+        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v.
         """
         q, k, v = self.rotated(x, cos, sin)
         q = q if q_scale is None else q * q_scale
@@ -1039,10 +1086,13 @@ class Attention(nn.Layer):
         if attend is not None:
             mixed, k, v = attend(q, k, v, alibi_slopes=slopes, window=self.window, **self.options), None, None
         else:
-            if past_k is not None:
+            if spread is not None:
+                q, k, v = spread.queries(q), spread.keys(past_k, k), spread.keys(past_v, v)
+            elif past_k is not None:
                 k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
             causal = rows is None or rows.shape[-1] == 1
             mixed = kernels.attention(q, k, v, rows, causal, alibi_slopes=slopes, **self.options)
+            mixed = mixed if spread is None else spread.text(mixed)
         if self.value_dim != self.head_dim:
             mixed = mixed[..., : self.value_dim]  # values were padded to the width of keys
         return self.o_proj(mixed.reshape([0, 0, -1])), k, v
@@ -1218,14 +1268,16 @@ class SparseMLP(nn.Layer):
         return (mixed * weights.unsqueeze(-1).astype(mixed.dtype)).sum(1)
 
 
-def load_balancing_loss(probabilities, how):
+def load_balancing_loss(probabilities, how, real):
     """E · sum over experts of (share of the tokens that chose it) · (its mean probability), arXiv 2101.03961, Eq. 4-6.
 
-    probabilities: (N, E) of each sparse layer; shares and means are over the tokens of all layers together.
+    probabilities: (N, E) of each sparse layer; shares and means are over the tokens of all layers together for which
+    real (N,) is 1.
     """
     p = paddle.concat(probabilities)  # (L · N, E)
+    share = (real / real.sum().clip(min=1.0) / len(probabilities)).tile([len(probabilities)]).unsqueeze(-1)  # adds up to 1
     chosen = F.one_hot(paddle.topk(p.detach(), how.top_k, axis=-1)[1], how.count).sum(1)
-    return (chosen.mean(0) * p.mean(0)).sum() * how.count
+    return ((chosen * share).sum(0) * (p * share).sum(0)).sum() * how.count
 
 
 class Block(nn.Layer):
@@ -1240,11 +1292,11 @@ class Block(nn.Layer):
         self.attention_post_norm = _norm(config) if self.place == "both" else None
         self.mlp_post_norm = _norm(config) if self.place == "both" else None
 
-    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None):
+    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None):
         """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None."""
 
         def attention(x):
-            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale)
+            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread)
 
         if self.place == "after":
             mixed, k, v = attention(x)
@@ -1264,9 +1316,9 @@ class Block(nn.Layer):
         )
         return y, k, v, probabilities
 
-    def output(self, x, cos, sin, rows, past_k, past_v, q_scale):
+    def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
         """What is kept of a block whose activations are computed again in backward (arXiv 1604.06174): no keys and values."""
-        y, _, _, probabilities = self.forward(x, cos, sin, rows, past_k, past_v, None, q_scale)
+        y, _, _, probabilities = self.forward(x, cos, sin, rows, past_k, past_v, None, q_scale, spread)
         return y if probabilities is None else (y, probabilities)
 
 
@@ -1288,6 +1340,7 @@ class CausalLM(nn.Layer):
         self.norm = _norm(config) if config.final_norm else None
         self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, bias=False)
         self.prefix = None  # set by apply_prefix()
+        self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
         self.recompute = False  # compute each block's activations again in backward instead of keeping them
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
 
@@ -1306,13 +1359,15 @@ class CausalLM(nn.Layer):
         caches=None,
         labels=None,
         return_predictions=False,
+        additions=True,
     ):
         """input_ids (B, T) int64 -> logits (B, T, V), or with labels (B, T) -> losses (B, T) float32, 0 where -100.
 
         position_ids (B, T) default to 0…T-1 after what `caches` (a Cache, extended in place) holds; startend_row_indices
         (B, 1, T, 1) int32 are FlashMask rows. labels are already shifted: labels[t] is the target of position t.
         return_predictions: (losses, argmax ids (B, T) int64). While training, a family's own additions to the loss (of the
-        router's balance, of large logits), which belong to the batch, are added to every loss that counts.
+        router's balance, of large logits), which belong to the batch, are added to every loss that counts; additions=False
+        leaves them out, for whoever wants log-probabilities.
         """
         x, probabilities = self.trunk(input_ids, position_ids, startend_row_indices, caches)
         if labels is None:
@@ -1324,21 +1379,28 @@ class CausalLM(nn.Layer):
         found = kernels.linear_cross_entropy(flat, weight, labels.flatten(), transpose_weight=tied,
                                              return_predictions=return_predictions, softcap=self.config.final_softcap)  # fmt: skip
         losses = (found[0] if return_predictions else found).reshape(labels.shape)
-        if self.training and (more := self.additions(flat, weight, tied, probabilities)) is not None:
+        if self.training and additions and (more := self.additions(flat, labels, weight, tied, probabilities)) is not None:
             losses = losses + more * (labels != -100).astype(losses.dtype)
         return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
 
-    def additions(self, x, weight, tied, probabilities):
-        """What a family adds to the mean loss of a batch, a scalar; None: nothing."""
+    def additions(self, x, labels, weight, tied, probabilities):
+        """What a family adds to the mean loss of a batch, a scalar; None: nothing.
+
+        Over the tokens up to the last label of each row: what stands behind it is padding, which would be balanced too.
+        """
         config, more = self.config, None
+        if not config.z_loss_weight and not (probabilities and config.experts.aux_loss_coef):
+            return None
+        real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).flatten().astype("float32")  # (B · T,)
         if probabilities and config.experts.aux_loss_coef:
-            more = load_balancing_loss(probabilities, config.experts) * config.experts.aux_loss_coef
+            more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
         if config.z_loss_weight:  # the largest logit is found without gradient, then computed again alone
             with paddle.no_grad():
                 best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
                                       for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))])  # fmt: skip
             largest = (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
-            more = (0.0 if more is None else more) + config.z_loss_weight * largest.square().mean()
+            mean = (largest.square() * real).sum() / real.sum().clip(min=1.0)
+            more = (0.0 if more is None else more) + config.z_loss_weight * mean
         return more
 
     def head_weight(self):
@@ -1383,7 +1445,12 @@ class CausalLM(nn.Layer):
         x = self.embed(input_ids, position_ids, before)
         if self.config.position == "rope_2d" and position_ids.ndim == 2:
             position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
-        if caches is not None and not paged:
+        spread = None
+        if rows is not None and self.distances_count and not paged and before and past == before:
+            spread = PrefixPlaces(position_ids, rows, before)
+            caches.rows = rows = spread.rows
+            caches.tokens = spread.width
+        elif caches is not None and not paged:
             rows = caches.extend_rows(rows, B, T)
         cos, sin, q_scale = self._turns(position_ids, before, caches, paged)
         narrowed = {w: window_rows(rows, B, T if caches is None else caches.tokens, w)
@@ -1396,10 +1463,10 @@ class CausalLM(nn.Layer):
             seen = narrowed.get(block.attention.window, rows)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
             if self.recompute and self.training:
-                found = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, seen, *past, q_scale)
+                found = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, seen, *past, q_scale, spread)
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, cos, sin, seen, *past, q_scale=q_scale)
+                x, k, v, routed = block(x, cos, sin, seen, *past, q_scale=q_scale, spread=spread)
                 if caches is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
@@ -1449,9 +1516,8 @@ class CausalLM(nn.Layer):
             if self.training:  # trained at its own length, without stretching
                 config = dataclasses.replace(config, rope={**config.rope, "rope_type": "default"})
             elif isinstance(cache, Cache):  # keys are kept as they were rotated at first
-                if cache.lengths is None:
-                    cache.lengths = document_lengths(position_ids)[:, -1:] + before
-                lengths = cache.lengths
+                lengths = document_lengths(position_ids) + before if cache.lengths is None else cache.lengths
+                cache.lengths = lengths[:, -1:]
         if (
             config.logn_length is not None and not self.training
         ):  # Su, "attention from the view of entropy invariance", 2021
