@@ -57,6 +57,9 @@ class Experts:
     choice_bias: bool = False  # a bias that moves the choice alone, not the weights (arXiv 2408.15664)
     dense_layers: tuple = ()  # layers whose MLP is an ordinary one
     aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added while training
+    aux_by_layer: bool = False  # every layer is balanced by itself and the layers' losses are added up, with shares of all
+    # choices; False: all layers' tokens together, with shares of all tokens
+    aux_by_sequence: bool = False  # ... and every sequence by itself (arXiv 2405.04434, 2.2.3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,7 @@ class ModelConfig:
     position_offset: int = 0  # rows of the learned table before position 0
     rotary_dim: int = 0  # of each head; 0: all
     rope_interleaved: bool = False  # pairs are (2i, 2i+1) in place of (i, i + r/2)
+    stored_frequencies: str | None = None  # the name under which the files hold the frequencies of RoPE as well; {i} a layer
     logn_length: int | None = None  # past so many tokens queries grow by log(position) to this base; not in training
 
     attention_bias: bool = False  # on q, k and v
@@ -171,7 +175,7 @@ class ModelConfig:
             max_position_embeddings=number("max_position_embeddings", 2048),
             norm_eps=float(number("norm_eps", row.norm_eps, (int, float), 0)),
             initializer_range=float(number("initializer_range", 0.02, (int, float), 0)),
-            rope=_rope_parameters(source, path),
+            rope=_rope_parameters({"rope_theta": row.rope_theta, **source}, path),
             tie_word_embeddings=bool(source.get("tie_word_embeddings", row.tied_by_default)),
             quantization=_quantization(source, path),
         )
@@ -179,6 +183,8 @@ class ModelConfig:
             fields.update(row.traits(source, fields))
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise UserError(f"{path}: a key that {family} needs is missing or of another type: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         config = ModelConfig(family=family, source=source, **fields)
         if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
             raise UserError(f"{path}: rotary positions turn pairs: {config.rotary_dim or config.head_dim} dims are odd")
@@ -232,6 +238,7 @@ class Family:
     tied_by_default: bool = False  # tie_word_embeddings when config.json is silent
     norm_eps: float = 1e-6  # when config.json is silent
     four_times: bool = False  # intermediate_size is 4 D when config.json is silent
+    rope_theta: float = 10000.0  # when config.json is silent
     prefix: str = "model."  # of the names of all but the head; some published files leave it out
     also_stores_head: bool = False  # a tied head is written to its files as well
     settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
@@ -427,6 +434,10 @@ def _windowed(source, fields):
     return dict(windows=(window,) * fields["num_hidden_layers"]) if window else {}
 
 
+def _mistral(source, fields):
+    return _windowed({"sliding_window": 4096, **source}, fields)  # null is none, no key is the class's own
+
+
 def _mixtral(source, fields):
     return _windowed(source, fields) | dict(experts=Experts(
         source["num_local_experts"], source["num_experts_per_tok"], fields["intermediate_size"],
@@ -447,15 +458,15 @@ def _qwen_moe(source, fields):
     dense = set(source.get("mlp_only_layers") or ())
     step = source.get("decoder_sparse_step", 1)
     dense |= {i for i in range(fields["num_hidden_layers"]) if (i + 1) % step}
-    shared = source.get("shared_expert_intermediate_size") or 0
     qwen2 = source["model_type"] == "qwen2_moe"
+    shared = source["shared_expert_intermediate_size"] or 0 if qwen2 else 0
     return dict(
         attention_bias=bool(source.get("qkv_bias", True) if qwen2 else source.get("attention_bias", False)),
         output_bias=False if qwen2 else bool(source.get("attention_bias", False)),
         qk_norm=not qwen2,
         experts=Experts(
-            source.get("num_experts") or source["num_local_experts"], source["num_experts_per_tok"],
-            source["moe_intermediate_size"], shared if qwen2 else 0, qwen2, normalise=bool(source.get("norm_topk_prob", False)),
+            source.get("num_local_experts") or source["num_experts"], source["num_experts_per_tok"],
+            source["moe_intermediate_size"], shared, qwen2, normalise=bool(source.get("norm_topk_prob", False)),
             dense_layers=tuple(sorted(dense)), aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
         ),
     )  # fmt: skip
@@ -468,22 +479,34 @@ def _baichuan(source, fields):
     two = ("z_loss_weight" in source or fields["vocab_size"] == 125696
            or rope and source.get("architectures") == ["BaichuanForCausalLM"])  # fmt: skip
     return dict(fused_qkv="blocks", position="rope" if rope else "alibi", norm_head=two,
+                stored_frequencies="model.layers.{i}.self_attn.rotary_emb.inv_freq" if rope and not two else None,
                 z_loss_weight=float(source.get("z_loss_weight") or 0.0))  # fmt: skip
 
 
 def _chatglm(source, fields):
     # The official code gives every model the residual scale of 28 layers, the depth of the one that was published.
     return dict(norm="layer", position="rope_2d", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="groups",
-                gated=False, activation="gelu_tanh", residual_scale=math.sqrt(2 * fields["num_hidden_layers"]))  # fmt: skip
+                gated=False, activation="gelu_tanh", residual_scale=math.sqrt(2 * fields["num_hidden_layers"]),
+                stored_frequencies="transformer.layers.{i}.attention.rotary_emb.inv_freq")  # fmt: skip
 
 
 def _chatglm2(source, fields):
-    multi_query = source.get("multi_query_attention", False)
+    multi_query, ratio, name = source.get("multi_query_attention", False), source.get("rope_ratio", 1), str(source.get("_name_or_path"))
+    # chatglm2-6b-32k divides positions by the ratio, chatglm3-6b-32k and later ones multiply the base with theirs (50 or
+    # more): the same keys, told apart by the name and the size of the number.
+    if ratio != 1 and ratio < 50 and "chatglm2" not in name:
+        raise UserError(
+            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3 and later); which, "
+            f"_name_or_path = {name!r} does not say: it must name chatglm2 for the first, rope_ratio be 50 or more for the second"
+        )
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio}
+    if "chatglm2" in name and ratio != 1:
+        rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": ratio}
     return dict(
         num_key_value_heads=source["multi_query_group_num"] if multi_query else fields["num_attention_heads"],
         fused_qkv="blocks" if multi_query else "groups", fused_gate_up=True,
         rotary_dim=fields["head_dim"] // 2, rope_interleaved=True,
-        rope={"rope_type": "default", "rope_theta": 10000.0 * source.get("rope_ratio", 1)},
+        rope=rope, stored_frequencies="transformer.rotary_pos_emb.inv_freq",
         attention_bias=bool(source.get("add_qkv_bias", False) or source.get("add_bias_linear", False)),
         output_bias=bool(source.get("add_bias_linear", False)), mlp_bias=bool(source.get("add_bias_linear", False)),
     )  # fmt: skip
@@ -491,7 +514,7 @@ def _chatglm2(source, fields):
 
 def _glm(source, fields):
     partial = ((source.get("rope_parameters") or {}) | source).get("partial_rotary_factor", 0.5)
-    return dict(attention_bias=bool(source.get("attention_bias", False)), fused_gate_up=True, rope_interleaved=True,
+    return dict(attention_bias=bool(source.get("attention_bias", True)), fused_gate_up=True, rope_interleaved=True,
                 rotary_dim=int(fields["head_dim"] * partial),
                 norm_place="both" if source["model_type"] == "glm4" else "before")  # fmt: skip
 
@@ -523,11 +546,11 @@ def _gemma(source, fields):
 
 
 def _gemma2(source, fields):
-    window, layers = source.get("sliding_window"), fields["num_hidden_layers"]
+    window, layers = source.get("sliding_window", 4096), fields["num_hidden_layers"]
     types = source.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return _gemma(source, fields) | dict(
         norm_place="both", attention_scale=float(source.get("query_pre_attn_scalar", 256)) ** -0.5,
-        attention_softcap=source.get("attn_logit_softcapping"), final_softcap=source.get("final_logit_softcapping"),
+        attention_softcap=source.get("attn_logit_softcapping", 50.0), final_softcap=source.get("final_logit_softcapping", 30.0),
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
     )  # fmt: skip
 
@@ -539,16 +562,16 @@ def _deepseek(source, fields):
     scale = (latent.nope_dim + latent.rope_dim) ** -0.5
     if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
         scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
-    dense = [i for i in range(fields["num_hidden_layers"])
-             if i < source.get("first_k_dense_replace", 0) or i % (source.get("moe_layer_freq") or 1)]  # fmt: skip
+    dense = range(min(source["first_k_dense_replace"], fields["num_hidden_layers"]))
     grouped = v3 or source.get("topk_method") == "group_limited_greedy"
     experts = Experts(
         source["n_routed_experts"], source["num_experts_per_tok"], source["moe_intermediate_size"],
-        (source.get("n_shared_experts") or 0) * source["moe_intermediate_size"],
+        (source["n_shared_experts"] or 0) * source["moe_intermediate_size"],
         scoring="sigmoid" if v3 else "softmax", normalise=bool(v3 and source.get("norm_topk_prob", True)),
         scale=source.get("routed_scaling_factor", 1.0), groups=source["n_group"] if grouped else 1,
         chosen_groups=source["topk_group"] if grouped else 1, group_score_of=2 if v3 else 1, choice_bias=v3,
-        dense_layers=tuple(dense), aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.001),
+        dense_layers=tuple(dense), aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.0), aux_by_layer=True,
+        aux_by_sequence=bool(source.get("seq_aux", True)),
     )  # fmt: skip
     bias = bool(source.get("attention_bias", False))
     return dict(attention_bias=bias, output_bias=bias, num_key_value_heads=fields["num_attention_heads"], latent=latent,
@@ -570,8 +593,8 @@ _NO_WINDOW = {"use_sliding_window": (False,), "sliding_window": ...}  # unused t
 _BIAS = {"attention_bias": (True, False)}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _NAMES_LLAMA, _llama, settings=_SILU | _BIAS | {"mlp_bias": (True, False)}),
-    "mistral": Family("MistralForCausalLM", _NAMES_LLAMA, _windowed, settings=_SILU | {"sliding_window": ...}),
-    "mixtral": Family("MixtralForCausalLM", _NAMES_MIXTRAL, _mixtral, norm_eps=1e-5,
+    "mistral": Family("MistralForCausalLM", _NAMES_LLAMA, _mistral, settings=_SILU | {"sliding_window": ...}),
+    "mixtral": Family("MixtralForCausalLM", _NAMES_MIXTRAL, _mixtral, norm_eps=1e-5, rope_theta=1e6,
                       settings=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...}),
     "qwen": Family("QWenLMHeadModel", _NAMES_QWEN, _qwen, prefix="transformer.",
                    settings={"no_bias": (True,), "rotary_pct": (1.0, 1), "scale_attn_weights": (True,), "rotary_emb_base": ...,
@@ -605,9 +628,10 @@ FAMILIES = {
                                                                   "query_pre_attn_scalar"), ...)),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
                           settings=_SILU | _BIAS | {"topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",),
-                                                    "norm_topk_prob": (False,)}),
+                                                    "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
-                          settings=_SILU | _BIAS | {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "rope_interleave": (True, False)}),
+                          settings=_SILU | _BIAS | {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "rope_interleave": (True, False),
+                                                    "moe_layer_freq": (1,)}),
 }  # fmt: skip
 
 
@@ -1207,6 +1231,17 @@ class MLP(nn.Layer):
         return self.down_proj(kernels.geglu(gate, up, self.activation == "gelu_tanh"), residual)
 
 
+def choose_experts(choice, how):
+    """(N, E) -> (N, k): the ids of the highest, from the best groups where there are groups."""
+    if how.groups > 1:
+        grouped = choice.reshape([-1, how.groups, how.count // how.groups])
+        best = paddle.topk(grouped, how.group_score_of, axis=-1)[0].sum(-1)  # (N, groups)
+        kept = F.one_hot(paddle.topk(best, how.chosen_groups, axis=-1)[1], how.groups).sum(1)  # (N, groups)
+        lost = paddle.full_like(grouped, -math.inf)
+        choice = paddle.where(kept.unsqueeze(-1).expand(grouped.shape) > 0, grouped, lost).reshape([-1, how.count])
+    return paddle.topk(choice, how.top_k, axis=-1)[1]
+
+
 class SparseMLP(nn.Layer):
     """A sum over the top_k experts of each token, weighted by the router, and the shared expert (see Experts)."""
 
@@ -1236,13 +1271,7 @@ class SparseMLP(nn.Layer):
         logits = paddle.matmul(flat.astype("float32"), self.router.weight.astype("float32"))
         scores = F.sigmoid(logits) if how.scoring == "sigmoid" else F.softmax(logits, axis=-1)
         choice = scores.detach() + self.choice_bias if how.choice_bias else scores.detach()
-        if how.groups > 1:
-            grouped = choice.reshape([-1, how.groups, how.count // how.groups])
-            best = paddle.topk(grouped, how.group_score_of, axis=-1)[0].sum(-1)  # (N, groups)
-            kept = F.one_hot(paddle.topk(best, how.chosen_groups, axis=-1)[1], how.groups).sum(1)  # (N, groups)
-            lost = paddle.full_like(grouped, -math.inf)
-            choice = paddle.where(kept.unsqueeze(-1).expand(grouped.shape) > 0, grouped, lost).reshape([-1, how.count])
-        chosen = paddle.topk(choice, how.top_k, axis=-1)[1]
+        chosen = choose_experts(choice, how)
         weights = paddle.take_along_axis(scores, chosen, axis=-1)
         if how.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -1271,13 +1300,19 @@ class SparseMLP(nn.Layer):
 def load_balancing_loss(probabilities, how, real):
     """E · sum over experts of (share of the tokens that chose it) · (its mean probability), arXiv 2101.03961, Eq. 4-6.
 
-    probabilities: (N, E) of each sparse layer; shares and means are over the tokens of all layers together for which
-    real (N,) is 1.
+    probabilities: (B · T, E) of each sparse layer; shares and means are over the tokens of all layers together for which
+    real (B, T) is 1. With how.aux_by_layer over those of one layer, and with aux_by_sequence of one row of it; their losses
+    are averaged over rows and added up over layers, and shares are of all choices.
     """
-    p = paddle.concat(probabilities)  # (L · N, E)
-    share = (real / real.sum().clip(min=1.0) / len(probabilities)).tile([len(probabilities)]).unsqueeze(-1)  # adds up to 1
-    chosen = F.one_hot(paddle.topk(p.detach(), how.top_k, axis=-1)[1], how.count).sum(1)
-    return ((chosen * share).sum(0) * (p * share).sum(0)).sum() * how.count
+    E, rows = how.count, len(real) if how.aux_by_layer and how.aux_by_sequence else 1
+    layers = probabilities if how.aux_by_layer else [paddle.concat(probabilities)]
+    real, total = real.flatten().tile([len(probabilities) // len(layers)]).reshape([rows, -1, 1]), 0.0
+    share = real / real.sum(1, keepdim=True).clip(min=1.0)  # adds up to 1
+    for p in layers:
+        chosen = F.one_hot(choose_experts(p.detach(), how), E).sum(1).reshape([rows, -1, E])
+        p = p.reshape([rows, -1, E])
+        total = total + ((chosen * share).sum(1) * (p * share).sum(1)).sum(-1).mean() * E
+    return total / how.top_k if how.aux_by_layer else total
 
 
 class Block(nn.Layer):
@@ -1393,7 +1428,7 @@ class CausalLM(nn.Layer):
             return None
         real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).flatten().astype("float32")  # (B · T,)
         if probabilities and config.experts.aux_loss_coef:
-            more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
+            more = load_balancing_loss(probabilities, config.experts, real.reshape(labels.shape)) * config.experts.aux_loss_coef
         if config.z_loss_weight:  # the largest logit is found without gradient, then computed again alone
             with paddle.no_grad():
                 best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
@@ -1807,10 +1842,15 @@ def _names_of(config):
 
 
 def _stored_weights(model):
-    """base_weights() as a folder holds them: a tied head too, where the family's files have it."""
-    weights, family = base_weights(model), FAMILIES[model.config.family]
-    if model.lm_head is None and family.also_stores_head:
-        weights.append(Weight(_head_name(model.config), model.embed_tokens.weight, False))
+    """base_weights() as a folder holds them: a tied head and rope's frequencies too, where the family's files have them."""
+    weights, config = base_weights(model), model.config
+    if model.lm_head is None and FAMILIES[config.family].also_stores_head:
+        weights.append(Weight(_head_name(config), model.embed_tokens.weight, False))
+    if (name := config.stored_frequencies) is not None:
+        plain = dataclasses.replace(config, rope={"rope_type": "default", "rope_theta": 10000.0})  # whatever is done to them later
+        frequencies = paddle.to_tensor(rope_frequencies(plain)[0])
+        layers = range(config.num_hidden_layers if "{i}" in name else 1)
+        weights += [Weight(name.format(i=i), frequencies, False) for i in layers]
     return weights
 
 
