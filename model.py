@@ -146,6 +146,7 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(source, path="config"):
+        source = _huggingface_source(source, path)
         family = _family_of(source, path)
         row = FAMILIES[family]
         _refuse_other_maths(source, family, path)
@@ -420,7 +421,7 @@ _NAMES_GEMMA2 = _table(_LLAMA_ATTENTION.replace(
     layers.{i}.mlp_post_norm        model.layers.{i}.post_feedforward_layernorm
 """)  # fmt: skip
 IGNORED_WEIGHTS = re.compile(  # in published files: tables that are computed, and masks
-    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.self_attn\.rotary_emb\.(cos|sin)_cached$"
+    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.rotary_emb\.(cos|sin)_cached$|decoder\.version$"
 )
 
 
@@ -528,14 +529,17 @@ def _bloom(source, fields):
 def _gpt2(source, fields):
     activation = source.get("activation_function", "gelu_new")
     return dict(norm="layer", position="learned", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="blocks",
-                gated=False, activation={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation))  # fmt: skip
+                gated=False, activation=_GELU.get(activation, activation))  # fmt: skip
+
+
+_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def _opt(source, fields):
     before, width = source.get("do_layer_norm_before", True), source.get("word_embed_proj_dim")
     bias = source.get("enable_bias", True)
     return dict(norm="layer", norm_place="before" if before else "after", position="learned", position_offset=2,
-                attention_bias=bias, output_bias=bias, mlp_bias=bias, gated=False, activation=source.get("activation_function", "relu"),
+                attention_bias=bias, output_bias=bias, mlp_bias=bias, gated=False, activation=_GELU.get(source.get("activation_function"), source.get("activation_function", "relu")),
                 embedding_size=None if width == fields["hidden_size"] else width,
                 final_norm=before and not source.get("_remove_final_layer_norm", False))  # fmt: skip
 
@@ -619,7 +623,7 @@ FAMILIES = {
                    settings={"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"), "scale_attn_weights": (True,),
                              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "reorder_and_upcast_attn": ...}),
     "opt": Family("OPTForCausalLM", _NAMES_OPT, _opt, True, 1e-5,
-                  settings={"activation_function": ("relu", "gelu"), "layer_norm_elementwise_affine": (True,)}),
+                  settings={"activation_function": ("relu", "gelu", "gelu_new"), "layer_norm_elementwise_affine": (True,)}),
     "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False)}),
     "internlm2": Family("InternLM2ForCausalLM", _NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
     "gemma": Family("GemmaForCausalLM", _NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
@@ -1786,6 +1790,101 @@ class BinFile:
         return array.astype(np.float32) if storage == "HalfStorage" else array.copy()
 
 
+class _Where(namedtuple("_Where", "offset size")):
+    """Bytes of a file that were passed over."""
+
+
+class _PickledArray:
+    """What a pickle says of a numpy array."""
+
+    def __setstate__(self, state):
+        _, self.shape, self.dtype, self.fortran, self.data = state
+
+
+class _PickledDtype:
+    """What a pickle says of a numpy dtype; its byte order is the little-endian one of every machine here."""
+
+    def __init__(self, code, *_):
+        self.code = code
+
+    def __setstate__(self, state):
+        pass
+
+
+class _PaddleUnpickler(pickle._Unpickler):
+    """Reads what paddle.save() writes of a state dict: arrays, alone or as (name, array). Nothing else is made, none is run.
+
+    Python's own unpickler in Python, as it can pass over the arrays' bytes, which are then read one tensor at a time.
+    """
+
+    allowed = {
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy", "ndarray"): None,
+        ("numpy", "dtype"): _PickledDtype,
+        ("builtins", "tuple"): tuple,
+        ("__builtin__", "tuple"): tuple,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
+    }
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, path):
+        super().__init__(file)
+        self.file, self.path = file, path
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise UserError(f"{self.path}: refused: the pickle asks for {module}.{name}; only arrays are read")
+        return self.allowed[module, name]
+
+    def load_bytes(self, width):
+        size = int.from_bytes(self.read(width), "little")
+        if size < 1 << 16 or self._unframer.current_frame is not None:
+            self.append(self.read(size))
+        else:
+            self.append(_Where(self.file.tell(), size))
+            self.file.seek(size, 1)
+
+    dispatch[pickle.BINBYTES[0]] = lambda self: self.load_bytes(4)
+    dispatch[pickle.BINBYTES8[0]] = lambda self: self.load_bytes(8)
+
+
+def read_pdparams(path):
+    """{name: (a function that reads the tensor, its shape)} of a file of paddle.save(); bfloat16 lies there as uint16."""
+    dtypes = {"f4": "<f4", "f2": "<f2", "f8": "<f8", "u2": "<u2", "i8": "<i8", "i4": "<i4", "i1": "<i1", "u1": "<u1"}
+    with open(path, "rb") as file:
+        try:
+            loaded = _PaddleUnpickler(file, path).load()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged pickle makes of the unpickler's stack
+            raise UserError(f"{path}: not a whole file of paddle.save(): {type(error).__name__} while it was read") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: refused: holds a {type(loaded).__name__}, not a dict of tensors")
+
+    def read(name, array):
+        data, dtype = array.data, dtypes[array.dtype.code]
+        if isinstance(data, _Where):
+            values = np.fromfile(path, dtype, data.size // np.dtype(dtype).itemsize, offset=data.offset)
+        else:
+            values = np.frombuffer(data, dtype)
+        if len(values) != math.prod(array.shape):
+            raise UserError(f"{path}: tensor {name} of shape {list(array.shape)} is truncated: {len(values)} values")
+        values = from_bfloat16(values) if array.dtype.code == "u2" else values.astype("<f4") if array.dtype.code == "f2" else values
+        return values.reshape(array.shape, order="F" if array.fortran else "C")
+
+    found = {}
+    for name, value in loaded.items():
+        if name == "StructuredToParameterName@@":  # a list of Paddle's own names
+            continue
+        array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
+        if not isinstance(array, _PickledArray) or getattr(array.dtype, "code", None) not in dtypes:
+            raise UserError(f"{path}: refused: {name} is not a tensor of {', '.join(dtypes)}")
+        found[name] = (functools.partial(read, name, array), list(array.shape))
+    return found
+
+
 # ================================================================================= weights by their names
 
 
@@ -1820,11 +1919,11 @@ _QUANTIZED = (("qweight", "qweight", None), ("scales", "scales", None), ("qzeros
               ("g_index", "g_idx", "int32"), ("input_scale", "input_scale", "float32"))  # fmt: skip
 
 
-def base_weights(model):
-    """[Weight] of the base model in the order of its name table; adapters and prefix are not among them."""
+def base_weights(model, rows=None):
+    """[Weight] of the base model in the order of its name table, or of other rows; adapters and prefix are not among them."""
     found = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
-    for path, name, transposed in _names_of(model.config):
+    for path, name, transposed in _names_of(model.config, rows):
         if (parameter := found.get(path)) is not None:
             weights.append(Weight(name, parameter, transposed))
         elif path.removesuffix("weight") + "qweight" in found:
@@ -1832,10 +1931,10 @@ def base_weights(model):
     return weights
 
 
-def _names_of(config):
-    """The rows of the family's table for every layer and expert; not every name is one of this model."""
+def _names_of(config, rows=None):
+    """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
     experts = range(config.experts.count if config.experts else 0)
-    for ours, theirs, transposed in FAMILIES[config.family].names:
+    for ours, theirs, transposed in rows or FAMILIES[config.family].names:
         for i in range(config.num_hidden_layers) if "{i}" in ours else (0,):
             for e in experts if "{e}" in ours else (0,):
                 yield ours.format(i=i, e=e), theirs.format(i=i, e=e), transposed
@@ -1946,6 +2045,7 @@ def _shards(path):
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+        ("model_state.pdparams.index.json", "model_state.pdparams"),
     ):
         if (path / index).is_file():
             try:
@@ -1962,7 +2062,9 @@ def _shards(path):
         for file in files:
             if Path(file).name != file or not (path / file).is_file():
                 raise UserError(f"{path / index}: names the file {file}, which is not there")
-            if file.endswith(".bin"):
+            if file.endswith(".pdparams"):
+                found.update(read_pdparams(path / file))
+            elif file.endswith(".bin"):
                 bin_file = BinFile(path / file)
                 found.update(
                     {n: ((lambda b=bin_file, n=n: b.read(n)), list(e[3])) for n, e in bin_file.entries.items()}
@@ -1971,18 +2073,23 @@ def _shards(path):
                 header = safetensors_header(path / file)
                 found.update({n: ((lambda f=path / file, e=e: read_tensor(f, e)), e[1]) for n, e in header.items()})
         return found
-    raise UserError(f"{path}: no model.safetensors, pytorch_model.bin or an index of them")
+    if parts := sorted(path.glob("model_state.*.pdparams")):
+        raise UserError(f"{parts[0]}: a part of a model that was cut up for tensor or pipeline parallelism; merge the parts first")
+    raise UserError(f"{path}: no model.safetensors, pytorch_model.bin, model_state.pdparams or an index of them")
 
 
 def load_weights(model, path):
-    """Fill the base weights from a Hugging Face folder, tensor by tensor; every mismatch is named in one error."""
-    config, weights = model.config, {w.name: w for w in base_weights(model)}
-    found = {_full_name(n, config): v for n, v in _shards(path).items() if not IGNORED_WEIGHTS.search(n)}
-    if model.lm_head is None:
-        found.pop(_head_name(config), None)  # a tied head may be stored as well
-    if config.source.get("num_nextn_predict_layers"):  # DeepSeek-V3's extra layers, for speculation alone
-        extra = re.compile(r"model\.layers\.(\d+)\.")
-        found = {n: v for n, v in found.items() if not (m := extra.match(n)) or int(m[1]) < config.num_hidden_layers}
+    """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
+    one error."""
+    config, found = model.config, _shards(path)
+    theirs = _paddlenlp_names(config)
+    if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
+        weights = base_weights(model, theirs)
+        found = _paddlenlp_parts(found, config, theirs)
+    else:
+        weights = base_weights(model)
+        found = _published_names(found, config, {w.name for w in weights})
+    weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
     wrong += [f"unexpected {n}" for n in found if n not in weights]
     wrong += [
@@ -2004,15 +2111,48 @@ def load_weights(model, path):
             layer.check(path, name)
 
 
-def _full_name(name, config):
-    """The name with the prefix of the family, which files saved from the class without a head leave out."""
-    prefix = FAMILIES[config.family].prefix
-    plain = name == _head_name(config) or name.startswith(prefix)
-    return (
-        name
-        if plain or prefix == "model." and not name.startswith(("layers.", "embed", "norm", "decoder"))
-        else prefix + name
-    )
+def _published_names(found, config, names):
+    """_shards() of a Hugging Face folder under the names of the family's table, without what is not a weight of it.
+
+    Published files leave out the prefix of the names (GPT-2, Bloom), hold a tied head too, tables that are computed, the
+    extra layers of DeepSeek-V3 that only speculate, and all experts of a layer in one tensor (transformers 5, if asked to).
+    """
+    prefix, result = FAMILIES[config.family].prefix, {}
+    for name, value in found.items():
+        if IGNORED_WEIGHTS.search(name):
+            continue
+        if name not in names and prefix + name in names:
+            name = prefix + name
+        if (router := name.replace(".mlp.gate.", ".block_sparse_moe.gate.")) in names:  # Mixtral's, with its experts in one
+            name = router
+        if name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
+            result |= _single_experts(name, value, config)
+        else:
+            result[name] = value
+    if config.tie_word_embeddings:
+        result.pop(_head_name(config), None)
+    if config.source.get("num_nextn_predict_layers"):
+        extra = re.compile(r"model\.layers\.(\d+)\.")
+        result = {n: v for n, v in result.items() if not (m := extra.match(n)) or int(m[1]) < config.num_hidden_layers}
+    return result
+
+
+def _single_experts(name, value, config):
+    """{name of the family's table: (read, shape)} for (E, 2F, D), gate before up, or (E, D, F) of all experts of a layer."""
+    (read, shape), which = value, name.rpartition(".")[2]
+    if len(shape) != 3 or config.experts is None:
+        return {name: value}
+    layer = int(re.search(r"layers\.(\d+)\.", name)[1])
+    read = functools.lru_cache(1)(read)  # the whole is read once for all experts
+    table = {ours: theirs for ours, theirs, _ in FAMILIES[config.family].names}
+    parts = {"down_proj": slice(None)} if which == "down_proj" else {"gate_proj": slice(0, shape[1] // 2), "up_proj": slice(shape[1] // 2, None)}  # fmt: skip
+    result = {}
+    for part, rows in parts.items():
+        for e in range(shape[0]):
+            theirs = table["layers.{i}.mlp.experts.{e}." + part + ".weight"].format(i=layer, e=e)
+            size = [len(range(shape[1])[rows]), shape[2]]
+            result[theirs] = ((lambda e=e, rows=rows: read()[e, rows]), size)
+    return result
 
 
 def from_pretrained(path, dtype="float32"):
@@ -2070,6 +2210,133 @@ def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
             json.dump(index, file, indent=2)
     with atomic_file(path / "config.json") as file:
         file.write(model.config.to_json(dtype))
+
+
+# ========================================================================================= PaddleNLP's names
+
+# Its linears are [in, out] as ours are, its names Hugging Face's behind another prefix, but for GPT and OPT, which are
+# called after Paddle's own transformer layers.
+
+_PADDLENLP_PREFIX = {"gpt2": "gpt", "chatglm": "chatglm.transformer", "chatglm2": "chatglm_v2", "baichuan": "llama"}
+_PADDLENLP_TABLES = {
+    "gpt2": _table("""
+        embed_tokens                gpt.embeddings.word_embeddings
+        embed_positions             gpt.embeddings.position_embeddings
+        layers.{i}.attention_norm   gpt.decoder.layers.{i}.norm1
+        layers.{i}.attention.qkv_proj  gpt.decoder.layers.{i}.self_attn.qkv_proj
+        layers.{i}.attention.o_proj gpt.decoder.layers.{i}.self_attn.out_proj
+        layers.{i}.mlp_norm         gpt.decoder.layers.{i}.norm2
+        layers.{i}.mlp.up_proj      gpt.decoder.layers.{i}.linear1
+        layers.{i}.mlp.down_proj    gpt.decoder.layers.{i}.linear2
+        norm                        gpt.decoder.norm
+    """),
+    "opt": _table("""
+        embed_tokens                opt.embeddings.word_embeddings
+        embed_positions             opt.embeddings.position_embeddings
+        project_in                  opt.embeddings.project_in
+        project_out                 opt.decoder.project_out
+        layers.{i}.attention_norm   opt.decoder.layers.{i}.norm1
+        layers.{i}.attention.q_proj opt.decoder.layers.{i}.self_attn.q_proj
+        layers.{i}.attention.k_proj opt.decoder.layers.{i}.self_attn.k_proj
+        layers.{i}.attention.v_proj opt.decoder.layers.{i}.self_attn.v_proj
+        layers.{i}.attention.o_proj opt.decoder.layers.{i}.self_attn.out_proj
+        layers.{i}.mlp_norm         opt.decoder.layers.{i}.norm2
+        layers.{i}.mlp.up_proj      opt.decoder.layers.{i}.linear1
+        layers.{i}.mlp.down_proj    opt.decoder.layers.{i}.linear2
+        norm                        opt.decoder.final_layer_norm
+    """),
+}  # fmt: skip
+_PADDLENLP_KEYS = {  # model_type: its keys that have another name in Hugging Face's config.json of that family
+    "gpt": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions", "hidden_act": "activation_function", "hidden_activation": "activation_function"},
+    "opt": {"intermediate_size": "ffn_dim", "normalize_before": "do_layer_norm_before", "hidden_act": "activation_function"},
+    "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    "chatglm": {"num_hidden_layers": "num_layers"},
+    "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "max_sequence_length": "seq_length"},
+}  # fmt: skip
+_PADDLENLP_MARKS = {"paddlenlp_version", "fuse_attention_qkv", "fuse_attention_ffn", "tensor_parallel_output", "normalize_before"}
+_PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
+    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|virtual_pp|mp_degree"
+)
+
+
+def _huggingface_source(source, path):
+    """config.json of PaddleNLP in the words of Hugging Face's; any other as it is."""
+    kind = source.get("model_type")
+    if not (_PADDLENLP_MARKS & source.keys() or kind in ("gpt", "chatglm_v2")):
+        return source
+    source = {key: value for key, value in source.items() if not _PADDLENLP_MACHINE.search(key)}
+    if source.pop("use_long_sequence_strategies", False) or not source.pop("normalize_before", True) and kind == "gpt":
+        raise UserError(f"{path}: use_long_sequence_strategies and, for GPT, normalize_before = false are not supported")
+    for theirs, ours in _PADDLENLP_KEYS.get(kind, {}).items():
+        if theirs in source:
+            source[ours] = source.pop(theirs)
+    source["model_type"] = {"gpt": "gpt2", "chatglm_v2": "chatglm"}.get(kind, kind)
+    source.pop("architectures", None)
+    if kind in ("gpt", "opt", "bloom", "chatglm"):
+        source.pop("tie_word_embeddings", None)  # its classes tie them whatever it says
+        if source.get("activation_function") == "gelu":
+            source["activation_function"] = "gelu_new"
+    stretch, factor = source.pop("rope_scaling_type", None), source.pop("rope_scaling_factor", 1.0)
+    if stretch == "ntk":
+        dim = source.get("head_dim") or source["hidden_size"] // source["num_attention_heads"]
+        source["rope_theta"] = source.get("rope_theta", 10000.0) * factor ** (dim / (dim - 2))
+    elif stretch is not None:
+        source["rope_scaling"] = {"type": {"dynamic_ntk": "dynamic"}.get(stretch, stretch), "factor": factor}
+    if kind == "llama" and source.pop("alibi", False):  # Baichuan-13B, which has no class of its own there
+        source |= {"model_type": "baichuan", "model_max_length": source.pop("max_position_embeddings", 4096)}
+    return source
+
+
+def _paddlenlp_names(config):
+    """Rows of PaddleNLP's names for the family; the first is the embedding's."""
+    family = FAMILIES[config.family]
+    if config.family in _PADDLENLP_TABLES:
+        rows = _PADDLENLP_TABLES[config.family]
+    else:
+        prefix = _PADDLENLP_PREFIX.get(config.family, config.family) + "."
+        rows = [(ours, theirs.replace(family.prefix, prefix, 1) if theirs.startswith(family.prefix) else theirs)
+                for ours, theirs, _ in family.names]  # fmt: skip
+    return [(row[0], row[1].replace("W_pack", "qkv_proj"), False) for row in rows]
+
+
+def _paddlenlp_parts(found, config, rows):
+    """_shards() of a PaddleNLP folder, with q, k, v and gate, up joined or apart as the model has them.
+
+    fuse_attention_qkv: each key head's queries, key and value together, GPT's too; fuse_attention_ffn: gate, then up.
+    """
+    K, G, Dh = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    names = {ours: theirs for ours, theirs, _ in rows}
+    result = {n: v for n, v in found.items() if not IGNORED_WEIGHTS.search(n)}
+    if config.tie_word_embeddings:
+        result = {n: v for n, v in result.items() if not n.startswith("lm_head.")}
+
+    def part(value, begin, end, width):  # columns begin to end of every `width`
+        read, shape = value
+        many = shape[-1] // width
+        return (lambda: read().reshape([*shape[:-1], many, width])[..., begin:end].reshape([*shape[:-1], -1])), [*shape[:-1], many * (end - begin)]  # fmt: skip
+
+    for name in list(result):
+        stem, _, kind = name.rpartition(".")
+        stem, _, module = stem.rpartition(".")
+        shape = result[name][1]
+        if module == "qkv_proj" and shape[-1] == K * (G + 2) * Dh:
+            value, width = result.pop(name), (G + 2) * Dh
+            for which, begin, end in (("q", 0, G), ("k", G, G + 1), ("v", G + 1, G + 2)):
+                result[f"{stem}.{which}_proj.{kind}"] = part(value, begin * Dh, end * Dh, width)
+        elif module == "gate_up_fused_proj" and "layers.{i}.mlp.gate_proj.weight" in names:
+            value, width = result.pop(name), shape[-1]
+            for which, begin, end in (("gate", 0, width // 2), ("up", width // 2, width)):
+                theirs = names["layers.{i}.mlp." + which + "_proj.weight"].split(".")[-2]
+                result[f"{stem}.{theirs}.{kind}"] = part(value, begin, end, width)
+    if names.get("layers.{i}.attention.qkv_proj.weight", "").endswith("self_attn.qkv_proj.weight"):
+        for name in [n for n in result if ".self_attn.q_proj." in n]:
+            parts = [result.pop(name.replace(".q_proj.", f".{which}_proj."), None) for which in "qkv"]
+            if None not in parts:
+                shape = [*parts[0][1][:-1], sum(p[1][-1] for p in parts)]
+                result[name.replace(".q_proj.", ".qkv_proj.")] = (
+                    (lambda parts=parts: np.concatenate([read() for read, _ in parts], axis=-1)), shape)  # fmt: skip
+    return result
 
 
 # ========================================================================================= LoRA adapters
