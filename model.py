@@ -1430,15 +1430,15 @@ class CausalLM(nn.Layer):
         config, more = self.config, None
         if not config.z_loss_weight and not (probabilities and config.experts.aux_loss_coef):
             return None
-        real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).flatten().astype("float32")  # (B · T,)
+        real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
         if probabilities and config.experts.aux_loss_coef:
-            more = load_balancing_loss(probabilities, config.experts, real.reshape(labels.shape)) * config.experts.aux_loss_coef
+            more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
         if config.z_loss_weight:  # the largest logit is found without gradient, then computed again alone
             with paddle.no_grad():
                 best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
                                       for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))])  # fmt: skip
             largest = (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
-            mean = (largest.square() * real).sum() / real.sum().clip(min=1.0)
+            mean = (largest.square() * real.flatten()).sum() / real.sum().clip(min=1.0)
             more = (0.0 if more is None else more) + config.z_loss_weight * mean
         return more
 

@@ -84,7 +84,7 @@ CONFIGS = {
                       eos_token_id=SPECIAL["eop"], mask_token_id=SPECIAL["mask"], gmask_token_id=SPECIAL["gmask"], pad_token_id=3),
     "chatglm2": _plain("chatglm", **_CHATGLM2),
     "chatglm3": _plain("chatglm", **_CHATGLM2 | {"num_attention_heads": 4, "multi_query_group_num": 1}),
-    "chatglm2_glm_4_9b": _plain("chatglm", **_CHATGLM2, rope_ratio=5),
+    "chatglm2_glm_4_9b": _plain("chatglm", **_CHATGLM2, rope_ratio=50),
     "chatglm2_mha": _plain("chatglm", **_CHATGLM2 | {"multi_query_attention": False, "num_attention_heads": 3, "kv_channels": 12, "add_bias_linear": True}),
     "glm": _config("glm", head_dim=12, num_attention_heads=3, num_key_value_heads=1, attention_bias=True, partial_rotary_factor=0.5),
     "glm4": _config("glm4", head_dim=8, attention_bias=True, partial_rotary_factor=0.5),

@@ -159,16 +159,22 @@ def test_recompute_gives_the_same_bits(name):
 
 
 def naive_balance(model, ids, positions, rows, kept):
-    """The balancing loss by loops: tokens of all layers where kept (B, T) is true."""
+    """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of each
+    layer and row by itself, with shares of all choices."""
     how, (_, probabilities) = model.config.experts, model.trunk(tensor(ids), tensor(positions), tensor(rows))
-    chosen, mean, tokens = np.zeros(how.count), np.zeros(how.count), 0
-    for layer in probabilities:
-        for p, keep in zip(layer.numpy().astype(np.float64), kept.flatten()):
-            if keep:
-                chosen[np.argsort(-p, kind="stable")[: how.top_k]] += 1
-                mean += p
-                tokens += 1
-    return how.count * (chosen / tokens * mean / tokens).sum()
+    layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.count) for layer in probabilities]
+    together = [[p[b][kept[b]] for p in layers for b in range(len(kept))]]
+    groups = [[p[b][kept[b]]] for p in layers for b in range(len(kept))] if how.aux_by_layer else together
+    total = 0.0
+    for group in groups:
+        chosen, tokens = np.zeros(how.count), np.concatenate(group)
+        for p in tokens:
+            teams = p.reshape(how.groups, -1)
+            allowed = np.argsort(-teams.max(1), kind="stable")[: how.chosen_groups]
+            p = np.where(np.isin(np.arange(how.count) // teams.shape[1], allowed), p, -1.0)
+            chosen[np.argsort(-p, kind="stable")[: how.top_k]] += 1
+        total += how.count * (chosen / len(tokens) * tokens.mean(0)).sum()
+    return total / len(kept) / how.top_k if how.aux_by_layer else total
 
 
 def aux_loss(model, batch):
