@@ -561,7 +561,7 @@ def _gemma2(source, fields):
 
 def _deepseek(source, fields):
     v3, rope = source["model_type"] == "deepseek_v3", fields["rope"]
-    latent = Latent(source.get("q_lora_rank"), source["kv_lora_rank"], source["qk_nope_head_dim"],
+    latent = Latent(source["q_lora_rank"], source["kv_lora_rank"], source["qk_nope_head_dim"],
                     source["qk_rope_head_dim"], source["v_head_dim"])  # fmt: skip
     scale = (latent.nope_dim + latent.rope_dim) ** -0.5
     if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):

@@ -22,12 +22,12 @@ SPECIAL = {"bos": 1, "eos": 2, "pad": 0, "mask": 57, "gmask": 58, "sop": 60, "eo
 
 
 def _config(family, **keys):
-    """Keys that most families share; None takes one away."""
+    """Keys that most families share; None takes one of them away, and is null for any other."""
     common = {"model_type": family, "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
               "hidden_act": "silu", "rope_theta": 500.0, "tie_word_embeddings": False, "initializer_range": 0.05,
               "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}  # fmt: skip
-    return {key: value for key, value in (common | keys).items() if value is not None}
+    return {key: value for key, value in (common | keys).items() if value is not None or key not in common}
 
 
 def _plain(family, **keys):
@@ -103,7 +103,7 @@ CONFIGS = {
                       num_hidden_layers=3, query_pre_attn_scalar=12, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, tie_word_embeddings=True),
     "deepseek_v2": _config("deepseek_v2", **_LATENT, q_lora_rank=14, topk_method="group_limited_greedy", n_group=4, topk_group=2, scoring_func="softmax",
                            norm_topk_prob=False),
-    "deepseek_v2_lite": _config("deepseek_v2", **_LATENT, topk_method="greedy", scoring_func="softmax", norm_topk_prob=False,
+    "deepseek_v2_lite": _config("deepseek_v2", **_LATENT, q_lora_rank=None, topk_method="greedy", scoring_func="softmax", norm_topk_prob=False,
                                 rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
                                               "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1}),
     "deepseek_v3": _config("deepseek_v3", **_LATENT, q_lora_rank=14, topk_method="noaux_tc", n_group=4, topk_group=2, scoring_func="sigmoid",
@@ -123,7 +123,7 @@ STRETCHED = ("qwen_ntk", "llama_dynamic")
 
 def config(name, **changes):
     """The ModelConfig; changes replace keys of config.json (None takes one away)."""
-    source = {key: value for key, value in (CONFIGS[name] | changes).items() if value is not None}
+    source = {key: value for key, value in (CONFIGS[name] | changes).items() if value is not None or key not in changes}
     return M.ModelConfig.from_dict(json.loads(json.dumps(source)), name)
 
 
