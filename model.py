@@ -2266,7 +2266,7 @@ def _huggingface_source(source, path):
     if not (_PADDLENLP_MARKS & source.keys() or kind in ("gpt", "chatglm_v2")):
         return source
     source = {key: value for key, value in source.items() if not _PADDLENLP_MACHINE.search(key)}
-    if source.pop("use_long_sequence_strategies", False) or not source.pop("normalize_before", True) and kind == "gpt":
+    if source.pop("use_long_sequence_strategies", False) or kind == "gpt" and not source.pop("normalize_before", True):
         raise UserError(f"{path}: use_long_sequence_strategies and, for GPT, normalize_before = false are not supported")
     for theirs, ours in _PADDLENLP_KEYS.get(kind, {}).items():
         if theirs in source:

@@ -319,3 +319,273 @@ def test_variants_equal_transformers(hf_python, tmp_path):
             assert all(np.array_equal(a.to_numpy(), b.to_numpy()) for a, b in zip(M.base_weights(model), M.base_weights(again)))
     print(errors)
     assert max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
+
+
+# ============================================================================================ PaddleNLP's files
+
+
+def turned(tensors, *linears):
+    """Linears as Paddle has them: [in, out]."""
+    return {n: a.T if n.endswith(".weight") and any(l in n for l in linears) else a for n, a in tensors.items()}
+
+
+_LLAMA_LINEARS = ("_proj.", "lm_head.", "gate.", "w1.", "w2.", "w3.")
+
+
+def renamed(tensors, *pairs):
+    result = {}
+    for name, array in tensors.items():
+        for a, b in pairs:
+            name = name.replace(a, b, 1)
+        result[name] = array
+    return result
+
+
+def paddle_gpt(tensors):
+    """q, k, v apart, Conv1D's orientation kept, the layers called after paddle.nn.TransformerDecoderLayer."""
+    result = {}
+    for name, array in tensors.items():
+        if ".c_attn." in name:
+            for which, part in zip("qkv", np.split(array, 3, axis=-1)):
+                result[name.replace("attn.c_attn", f"self_attn.{which}_proj")] = part
+        else:
+            result[name] = array
+    return renamed(result, ("transformer.wte", "gpt.embeddings.word_embeddings"), ("transformer.wpe", "gpt.embeddings.position_embeddings"),
+                   ("transformer.ln_f", "gpt.decoder.norm"), ("transformer.h.", "gpt.decoder.layers."), (".ln_1.", ".norm1."),
+                   (".ln_2.", ".norm2."), ("attn.c_proj", "self_attn.out_proj"), ("mlp.c_fc", "linear1"), ("mlp.c_proj", "linear2"))  # fmt: skip
+
+
+def paddle_opt(tensors):
+    tensors = turned(tensors, "_proj.", "fc1.", "fc2.", "project_")
+    tensors = renamed(tensors, ("model.decoder.final_layer_norm", "opt.decoder.FINAL"), ("model.decoder.embed_tokens", "opt.embeddings.word_embeddings"),
+                      ("model.decoder.embed_positions", "opt.embeddings.position_embeddings"), ("model.decoder.project_in", "opt.embeddings.project_in"),
+                      ("model.", "opt."), ("self_attn_layer_norm", "norm1"), ("final_layer_norm", "norm2"), ("FINAL", "final_layer_norm"),
+                      ("fc1", "linear1"), ("fc2", "linear2"))  # fmt: skip
+    return {n.replace("opt.opt.", "opt."): a for n, a in tensors.items()}
+
+
+def paddle_llama(prefix):
+    return lambda tensors: renamed(turned(tensors, *_LLAMA_LINEARS), ("model.", prefix))
+
+
+def fuse_attention(tensors, K, G, Dh):
+    """fuse_attention_qkv: for each key head its queries, its key, its value."""
+    result = dict(tensors)
+    for name in [n for n in tensors if ".q_proj." in n]:
+        q, k, v = (result.pop(name.replace(".q_proj.", f".{which}_proj.")) for which in "qkv")
+        parts = [a.reshape(*a.shape[:-1], K, n * Dh) for a, n in ((q, G), (k, 1), (v, 1))]
+        result[name.replace(".q_proj.", ".qkv_proj.")] = np.concatenate(parts, -1).reshape(*q.shape[:-1], -1)
+    return result
+
+
+def fuse_ffn(tensors, gate, up):
+    result = dict(tensors)
+    for name in [n for n in tensors if f".mlp.{gate}." in n]:
+        parts = [result.pop(name.replace(f".{gate}.", f".{which}.")) for which in (gate, up)]
+        result[name.replace(f".{gate}.", ".gate_up_fused_proj.")] = np.concatenate(parts, -1)
+    return result
+
+
+def paddle_baichuan_13b(tensors):
+    """As Paddle's bucket has it: a Llama with ALiBi."""
+    result = {}
+    for name, array in tensors.items():
+        if "W_pack" in name:
+            for which, part in zip("qkv", np.split(array, 3)):
+                result[name.replace("W_pack", f"{which}_proj")] = part
+        else:
+            result[name] = array
+    return paddle_llama("llama.")(result)
+
+
+_GLM_LINEARS = ("query_key_value.", "dense.", "dense_h_to_4h.", "dense_4h_to_h.", "output_layer.")
+_OPT_CONFIG = {"model_type": "opt", "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 44,
+               "hidden_act": "relu", "max_position_embeddings": 64, "word_embed_proj_dim": 32, "normalize_before": True, "paddlenlp_version": "3.0.0b4",
+               "fuse_attention_qkv": False, "mp_degree": 1, "pad_token_id": 1}  # fmt: skip
+_GPT_CONFIG = {"model_type": "gpt", "architectures": ["GPTForCausalLM"], "vocab_size": V, "hidden_size": 36, "num_hidden_layers": 2,
+               "num_attention_heads": 3, "intermediate_size": 144, "hidden_activation": "gelu", "max_position_embeddings": 64, "type_vocab_size": 16,
+               "normalize_before": True, "tie_word_embeddings": False, "fuse_attention_qkv": False, "use_flash_attention": False,
+               "tensor_parallel_output": True, "paddlenlp_version": "3.0.0b4"}  # fmt: skip
+_CHATGLM2_CONFIG = {"model_type": "chatglm_v2", "num_layers": None, "num_hidden_layers": 2, "padded_vocab_size": V, "seq_length": None,
+                    "max_sequence_length": 64, "architectures": ["ChatGLMv2ForCausalLM"], "paddlenlp_version": "2.8.0"}  # fmt: skip
+_LLAMA_CONFIG = {"paddlenlp_version": "3.0.0b4", "fuse_attention_qkv": False, "fuse_attention_ffn": False, "use_fused_rms_norm": False, "alibi": False,
+                 "rope_scaling_factor": 1.0, "rope_scaling_type": None, "rope_fusion_level": None, "tensor_parallel_degree": 1, "seq_length": 64,
+                 "use_recompute": False, "long_sequence_init_args": {}, "use_long_sequence_strategies": False, "dtype": "float32"}  # fmt: skip
+# config of ours: (its tensors by hand in PaddleNLP's layout, keys of its config.json; a callable makes the whole)
+PADDLENLP = {
+    "llama": ("llama", paddle_llama("llama."), _LLAMA_CONFIG),
+    "llama_tied": ("llama_bias_tied", paddle_llama("llama."), _LLAMA_CONFIG),
+    "llama_qkv": ("llama_mqa", lambda t: fuse_attention(paddle_llama("llama.")(t), 1, 3, 12), _LLAMA_CONFIG | {"fuse_attention_qkv": True}),
+    "llama_ffn": ("llama", lambda t: fuse_ffn(fuse_attention(paddle_llama("llama.")(t), 2, 2, 8), "gate_proj", "up_proj"),
+                  _LLAMA_CONFIG | {"fuse_attention_qkv": True, "fuse_attention_ffn": True}),
+    "llama_alibi": ("baichuan_13b", paddle_baichuan_13b, _LLAMA_CONFIG | {"model_type": "llama", "alibi": True, "model_max_length": None,
+                                                                         "max_position_embeddings": 64, "architectures": ["LlamaForCausalLM"]}),
+    "llama_linear": ("llama_linear", paddle_llama("llama."), _LLAMA_CONFIG | {"rope_scaling": None, "rope_scaling_type": "linear", "rope_scaling_factor": 2.0}),
+    "llama_dynamic": ("llama_dynamic", paddle_llama("llama."), _LLAMA_CONFIG | {"rope_scaling": None, "rope_scaling_type": "dynamic_ntk", "rope_scaling_factor": 3.0}),
+    "mistral": ("mistral", paddle_llama("mistral."), {"paddlenlp_version": "3.0.0b4"}),
+    "mixtral": ("mixtral", paddle_llama("mixtral."), {"paddlenlp_version": "3.0.0b4", "fuse_attention_qkv": False}),
+    "qwen": ("qwen", lambda t: renamed(turned(t, "c_attn.", "c_proj.", "w1.", "w2.", "lm_head."), ("transformer.", "qwen.")), {"paddlenlp_version": "3.0.0b4"}),
+    "qwen_ffn": ("qwen", lambda t: fuse_ffn(renamed(turned(t, "c_attn.", "c_proj.", "w1.", "w2.", "lm_head."), ("transformer.", "qwen.")), "w2", "w1"),
+                 {"fuse_attention_ffn": True}),
+    "qwen2": ("qwen2", paddle_llama("qwen2."), {"paddlenlp_version": "3.0.0b4"}),
+    "qwen2_qkv": ("qwen2", lambda t: fuse_attention(paddle_llama("qwen2.")(t), 3, 2, 6), {"fuse_attention_qkv": True}),
+    "qwen2_moe": ("qwen2_moe", paddle_llama("qwen2_moe."), {"paddlenlp_version": "3.0.0b4"}),
+    "gemma": ("gemma", paddle_llama("gemma."), {"paddlenlp_version": "3.0.0b4"}),
+    "bloom": ("bloom", lambda t: renamed(turned(t, *_GLM_LINEARS), ("transformer.", "bloom.")),
+              {"n_layer": None, "n_head": None, "num_hidden_layers": 2, "num_attention_heads": 4, "paddlenlp_version": "2.8.0"}),
+    "chatglm": ("chatglm", lambda t: renamed({n: a for n, a in turned(t, *_GLM_LINEARS).items() if n != "lm_head.weight"}, ("transformer.", "chatglm.transformer."))
+                | {"lm_head.decoder_weight": t["transformer.word_embeddings.weight"]}, {"num_layers": None, "num_hidden_layers": 2, "paddlenlp_version": "2.8.0"}),
+    "chatglm2": ("chatglm2", lambda t: renamed(turned(t, *_GLM_LINEARS), ("transformer.", "chatglm_v2.")), _CHATGLM2_CONFIG),
+    "gpt": ("gpt2", lambda t: paddle_gpt(t) | {"lm_head.decoder.weight": t["transformer.wte.weight"]}, lambda source: _GPT_CONFIG),
+    "gpt_qkv": ("gpt2", lambda t: fuse_attention(paddle_gpt(t), 3, 1, 12), lambda source: _GPT_CONFIG | {"fuse_attention_qkv": True}),
+    "opt": ("opt", paddle_opt, lambda source: _OPT_CONFIG),
+    "opt_350m": ("opt_350m", paddle_opt, lambda source: _OPT_CONFIG | {"num_hidden_layers": 3, "word_embed_proj_dim": 20, "normalize_before": False}),
+}  # fmt: skip
+
+
+def paddlenlp_folder(folder, case, storage="pdparams"):
+    """(folder as PaddleNLP would have saved it, the Hugging Face folder of the same model)"""
+    name, by_hand, change = PADDLENLP[case]
+    source = write(folder / "hf", name)
+    keys = json.loads((source / "config.json").read_text())
+    keys = change(keys) if callable(change) else {k: v for k, v in (keys | change).items() if v is not None or k not in change}
+    theirs = folder / "paddle"
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps(keys))
+    tensors = {n: np.ascontiguousarray(a) for n, a in by_hand(M.read_safetensors(source / "model.safetensors")).items()}
+    halves = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
+    as_paddle = lambda part: {n: tensor(a) for n, a in part.items()}  # noqa: E731
+    if storage == "pdparams":
+        paddle.save(as_paddle(tensors), str(theirs / "model_state.pdparams"))
+        return theirs, source
+    suffix = "pdparams" if storage == "sharded pdparams" else "safetensors"
+    index, files = {"metadata": {"total_size": 1}, "weight_map": {}}, {"pdparams": "model_state-{}.pdparams", "safetensors": "model-{}.safetensors"}[suffix]
+    for i, part in enumerate(halves):
+        file = files.format(f"{i + 1:05d}-of-00002")
+        index["weight_map"].update(dict.fromkeys(part, file))
+        paddle.save(as_paddle(part), str(theirs / file)) if suffix == "pdparams" else M.write_safetensors(theirs / file, part)
+    (theirs / ("model_state.pdparams.index.json" if suffix == "pdparams" else "model.safetensors.index.json")).write_text(json.dumps(index))
+    return theirs, source
+
+
+@pytest.mark.parametrize("storage", ["pdparams", "sharded pdparams", "safetensors"])
+@pytest.mark.parametrize("case", PADDLENLP)
+def test_folders_of_paddlenlp(case, storage, tmp_path):
+    """The same logits as from Hugging Face's folder; saved, the same files: that is the conversion."""
+    theirs, source = paddlenlp_folder(tmp_path, case, storage)
+    model, expected = M.from_pretrained(theirs), M.from_pretrained(source)
+    difference = largest(logits(model), logits(expected))
+    assert difference == 0
+    M.save_pretrained(model, tmp_path / "converted")
+    assert entries(tmp_path / "converted") == entries(source)
+    again = M.from_pretrained(tmp_path / "converted")
+    assert np.array_equal(logits(again), logits(expected)) and again.config.family == expected.config.family
+    source_keys = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert not [k for k in source_keys if "fuse" in k or "paddle" in k or "parallel" in k]
+
+
+@pytest.mark.torch
+def test_transformers_opens_what_was_converted_from_paddlenlp(hf_python, tmp_path):
+    cases = [case for case, (name, _, _) in PADDLENLP.items() if name in IN_TRANSFORMERS and what_its_class_asks_for(name).get("hidden_size") in (None, CONFIGS[name].get("hidden_size"))]
+    expected = {}
+    for case in cases:
+        theirs, _ = paddlenlp_folder(tmp_path / case, case) if (tmp_path / case).mkdir() is None else None
+        keys = json.loads((theirs / "config.json").read_text())
+        (theirs / "config.json").write_text(json.dumps({"pad_token_id": 0} | keys))
+        model = M.from_pretrained(theirs)
+        M.save_pretrained(model, tmp_path / "ours" / case)
+        expected[case] = logits(model)
+    np.save(tmp_path / "ids.npy", IDS)
+    script = """
+import pathlib, torch, transformers
+arrays = {}
+for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
+    with torch.no_grad():
+        arrays[folder.name] = model(torch.from_numpy(np.load(sys.argv[3]))).logits.numpy()
+"""
+    theirs = hf_python(script, tmp_path / "ours", tmp_path / "ids.npy")
+    errors = {case: largest(theirs[case], expected[case]) for case in cases}
+    print(errors)
+    assert len(errors) > 10 and max(errors.values()) < 1e-4, errors
+
+
+def test_bfloat16_and_pairs_of_paddle_save(tmp_path):
+    """bfloat16 lies there as uint16, a tensor as (name, array), a state dict with a list of Paddle's own names."""
+    layer, rng = paddle.nn.Linear(3, 4), np.random.default_rng(0)
+    half, large = tensor(rng.standard_normal((5, 7)).astype(np.float32)).astype("bfloat16"), rng.standard_normal((300, 200)).astype(np.float32)
+    state = {**layer.state_dict(), "half": half, "large": tensor(large), "f16": tensor(large).astype("float16"), "numpy": large.T, "i64": tensor(np.arange(3))}
+    for protocol in (2, 3, 4):
+        paddle.save(state, str(tmp_path / "a.pdparams"), protocol=protocol)
+        found = M.read_pdparams(tmp_path / "a.pdparams")
+        assert found.keys() == state.keys()
+        assert all(shape == list(state[n].shape) for n, (_, shape) in found.items())
+        arrays = {n: read() for n, (read, _) in found.items()}
+        assert np.array_equal(arrays["half"], half.astype("float32").numpy()) and np.array_equal(arrays["large"], large)
+        assert np.array_equal(arrays["numpy"], large.T) and np.array_equal(arrays["weight"], layer.weight.numpy())
+        assert np.array_equal(arrays["f16"], large.astype(np.float16).astype(np.float32)) and np.array_equal(arrays["i64"], np.arange(3))
+
+
+def test_pdparams_are_read_one_tensor_at_a_time(tmp_path):
+    state = {f"layer.{i}": paddle.ones([512, 1024]) for i in range(8)}  # 2 MB each
+    paddle.save(state, str(tmp_path / "a.pdparams"))
+    tracemalloc.start()
+    found = M.read_pdparams(tmp_path / "a.pdparams")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    for read, _ in found.values():
+        assert read().sum() == 512 * 1024
+    assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    tracemalloc.stop()
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("content, named", [
+    ({"a": Evil()}, "refused: the pickle asks for builtins.print"),
+    ({"a": np.zeros(3), "b": 3}, "b is not a tensor"), ({"a": np.array([{}])}, "a is not a tensor"), ([np.zeros(3)], "holds a list"),
+    ({"a": slice(3)}, "asks for builtins.slice"), ({"a": np.zeros(3, "S3")}, "a is not a tensor"), ({"a": np.float32(3)}, "numpy"),
+    ({"a": (np.zeros(2), np.zeros(2), np.zeros(2))}, "a is not a tensor"),
+])  # fmt: skip
+def test_other_pickles_are_refused(content, named, tmp_path, capfd):
+    for protocol in (2, 4):
+        (tmp_path / "a.pdparams").write_bytes(pickle.dumps(content, protocol).replace(b"__builtin__", b"builtins" if False else b"__builtin__"))
+        with pytest.raises(UserError) as error:
+            M.read_pdparams(tmp_path / "a.pdparams")
+        assert named in str(error.value).replace("__builtin__", "builtins") and "\n" not in str(error.value)
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_damaged_pdparams(tmp_path):
+    paddle.save({"a": paddle.ones([300, 300]), "b": paddle.ones([3])}, str(tmp_path / "a.pdparams"))
+    raw, rng = (tmp_path / "a.pdparams").read_bytes(), np.random.default_rng(0)
+    for cut in (0, 1, 10, 100, 1000, len(raw) - 1):
+        (tmp_path / "b.pdparams").write_bytes(raw[:cut])
+        with pytest.raises(UserError, match="b.pdparams: "):
+            for read, _ in M.read_pdparams(tmp_path / "b.pdparams").values():
+                read()
+    for _ in range(300):
+        broken = bytearray(raw[:200] + raw[-300:])
+        broken[rng.integers(len(broken))] = rng.integers(256)
+        (tmp_path / "b.pdparams").write_bytes(bytes(broken))
+        try:
+            for read, _ in M.read_pdparams(tmp_path / "b.pdparams").values():
+                read()
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_what_of_paddlenlp_is_refused(tmp_path):
+    theirs, _ = paddlenlp_folder(tmp_path, "gpt")
+    keys = json.loads((theirs / "config.json").read_text())
+    for change in ({"normalize_before": False}, {"use_long_sequence_strategies": True}, {"hidden_activation": "swish"}):
+        with pytest.raises(UserError, match=next(iter(change)).replace("hidden_activation", "activation_function")):
+            M.ModelConfig.from_dict(keys | change)
+    (theirs / "model_state.pdparams").rename(theirs / "model_state.tp00.pdparams")
+    with pytest.raises(UserError, match="model_state.tp00.pdparams: a part of a model"):
+        M.from_pretrained(theirs)
+    with pytest.raises(UserError, match="alibi"):
+        config("llama", alibi=True)  # of no PaddleNLP: transformers would not see it
