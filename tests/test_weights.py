@@ -589,3 +589,104 @@ def test_what_of_paddlenlp_is_refused(tmp_path):
         M.from_pretrained(theirs)
     with pytest.raises(UserError, match="alibi"):
         config("llama", alibi=True)  # of no PaddleNLP: transformers would not see it
+
+
+# ============================================================================================ peft's adapters
+
+# peft 0.21 with transformers 5, whose experts are one tensor a layer, turns LoRA of single experts into LoRA of that tensor,
+# by the last part of the names alone: right where all of gate_proj, up_proj, down_proj are experts (Mixtral, Qwen3-MoE); where
+# dense layers or shared experts bear these names too (Qwen2-MoE, DeepSeek), it would leave those out. There, attention alone
+# is compared. Its prefixes have one width for keys and values, which latent attention does not.
+MIXED_EXPERTS = [name for name in MOE if not name.startswith("mixtral")]
+PEFT_BASES = {name: {} for name in IN_TRANSFORMERS} | {"qwen3_moe_all": {"decoder_sparse_step": 1}}
+
+
+def peft_base(case):
+    name = case.removesuffix("_all")
+    return build(name, **what_its_class_asks_for(name) | PEFT_BASES[case])
+
+
+def peft_targets(case, model):
+    """Last parts of the names to adapt; None: all."""
+    if case not in MIXED_EXPERTS:
+        return None
+    return sorted({path.rpartition(".")[2] for path in M.linears(model) if ".self_attn." in path})
+
+
+def moved(model, spread):
+    for i, weight in enumerate(M.adapter_weights(model)):
+        noise = np.random.default_rng([5, i]).standard_normal(weight.parameter.shape).astype(np.float32)
+        M.set_parameter(weight.parameter, noise * np.float32(spread))
+    return model.eval()
+
+
+@pytest.mark.torch
+def test_peft_opens_adapters_of_every_family(hf_python, tmp_path):
+    expected = {}
+    for case in PEFT_BASES:
+        M.save_pretrained(peft_base(case), tmp_path / "base" / case)
+        for kind in ("lora", "prefix"):
+            model = peft_base(case)
+            if kind == "lora":
+                moved(M.apply_lora(model, rank=3, alpha=6.0, targets=peft_targets(case, model)), 0.15)
+            elif case not in LATENT:
+                moved(M.apply_prefix(model, tokens=4), 1.0)
+            else:
+                continue
+            M.save_adapter(model, tmp_path / "ours" / f"{case}-{kind}", base_model=tmp_path / "base" / case)
+            expected[f"{case}-{kind}"] = logits(model)
+    np.save(tmp_path / "ids.npy", IDS)
+    script = """
+import json, pathlib, torch, transformers, peft
+arrays, ids = {}, torch.from_numpy(np.load(sys.argv[3]))
+for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        arrays[folder.name] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+"""
+    theirs = hf_python(script, tmp_path / "ours", tmp_path / "ids.npy")
+    errors = {name: largest(theirs[name], found) for name, found in expected.items()}
+    print(errors)
+    assert errors.keys() == theirs.keys() and max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
+
+
+@pytest.mark.torch
+def test_adapters_of_peft_are_opened_for_every_family(hf_python, tmp_path):
+    targets = {}
+    for case in PEFT_BASES:
+        model = peft_base(case)
+        M.save_pretrained(model, tmp_path / "base" / case)
+        named = M.linears(model)
+        targets[case] = peft_targets(case, model) or sorted({path.rpartition(".")[2] for path in named if ".experts." not in path})
+    np.save(tmp_path / "ids.npy", IDS)
+    script = """
+import json, pathlib, torch, transformers, peft
+arrays, ids, out = {}, torch.from_numpy(np.load(sys.argv[3])), pathlib.Path(sys.argv[4])
+for name, targets in json.loads(sys.argv[5]).items():
+    for kind in ("lora", "prefix"):
+        torch.manual_seed(0)
+        base = transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path(sys.argv[2]) / name, attn_implementation="eager", dtype=torch.float32)
+        if kind == "lora":
+            config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", use_dora=name == "qwen3")
+        elif "deepseek" in name:
+            continue
+        else:
+            config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", prefix_projection=name in ("bloom", "qwen2"), encoder_hidden_size=12)
+        model = peft.get_peft_model(base, config).eval()
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if "lora_A" in key or "lora_B" in key or "prompt" in key:
+                    p.copy_(torch.randn(p.shape) * (0.2 if "lora" in key else 1.0))
+            arrays[name + "-" + kind] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+        model.save_pretrained(out / (name + "-" + kind))
+"""
+    (tmp_path / "theirs").mkdir()
+    theirs, errors = hf_python(script, tmp_path / "base", tmp_path / "ids.npy", tmp_path / "theirs", json.dumps(targets)), {}
+    for name, found in theirs.items():
+        base = M.from_pretrained(tmp_path / "base" / name.rpartition("-")[0])
+        assert largest(logits(base), found) > 0.05, name
+        errors[name] = largest(logits(M.load_adapter(base, tmp_path / "theirs" / name)), found)
+    print(errors)
+    assert len(errors) > 50 and max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
