@@ -182,7 +182,7 @@ class ModelConfig:
         )
         try:
             fields.update(row.traits(source, fields))
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path}: a key that {family} needs is missing or of another type: {error}") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -584,7 +584,14 @@ def _deepseek(source, fields):
 
 
 def _internlm(source, fields):
-    return dict(attention_bias=bool(source.get("bias", False)), output_bias=bool(source.get("bias", False)))
+    rotary, rope = source.get("rotary"), fields["rope"]
+    if rotary is not None:  # {"type": "origin"} or, as Hugging Face's "dynamic", {"type": "dynamic"}
+        rope = {"rope_type": "default", "rope_theta": float(rotary["base"])}
+        if rotary["type"] == "dynamic":
+            rope |= {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
+        elif rotary["type"] != "origin":
+            raise UserError(f"rotary = {json.dumps(rotary)} is not supported; its type must be origin or dynamic")
+    return dict(attention_bias=bool(source.get("bias", False)), output_bias=bool(source.get("bias", False)), rope=rope)
 
 
 def _internlm2(source, fields):
@@ -603,7 +610,8 @@ FAMILIES = {
     "qwen": Family("QWenLMHeadModel", _NAMES_QWEN, _qwen, prefix="transformer.",
                    settings={"no_bias": (True,), "rotary_pct": (1.0, 1), "scale_attn_weights": (True,), "rotary_emb_base": ...,
                              "use_dynamic_ntk": (True, False), "use_logn_attn": (True, False)}),
-    "qwen2": Family("Qwen2ForCausalLM", _NAMES_LLAMA, lambda source, fields: dict(attention_bias=True), settings=_SILU | _NO_WINDOW),
+    "qwen2": Family("Qwen2ForCausalLM", _NAMES_LLAMA, lambda source, fields: dict(attention_bias=True),
+                    settings=_SILU | _NO_WINDOW | {"attention_bias": ...}),  # which its class does not read
     "qwen2_moe": Family("Qwen2MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)}),
     "qwen3": Family("Qwen3ForCausalLM", _NAMES_LLAMA, lambda source, fields: _llama(source, fields) | dict(qk_norm=True),
                     settings=_SILU | _NO_WINDOW | _BIAS),
@@ -624,12 +632,12 @@ FAMILIES = {
                              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "reorder_and_upcast_attn": ...}),
     "opt": Family("OPTForCausalLM", _NAMES_OPT, _opt, True, 1e-5,
                   settings={"activation_function": ("relu", "gelu", "gelu_new"), "layer_norm_elementwise_affine": (True,)}),
-    "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False)}),
+    "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False), "rotary": ...}),
     "internlm2": Family("InternLM2ForCausalLM", _NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
     "gemma": Family("GemmaForCausalLM", _NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
     "gemma2": Family("Gemma2ForCausalLM", _NAMES_GEMMA2, _gemma2, True,
                      settings=_GELU_TANH | _BIAS | dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-                                                                  "query_pre_attn_scalar"), ...)),
+                                                                  "query_pre_attn_scalar", "sliding_window_size"), ...)),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
                           settings=_SILU | _BIAS | {"topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",),
                                                     "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
@@ -646,7 +654,7 @@ def _family_of(source, path):
         family = "chatglm2"
     elif family == "chatglm2":
         family = None  # a name of ours, of no config.json
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = sorted(set(FAMILIES) - {"chatglm2"})
         raise UserError(
             f"{path}: model_type {source.get('model_type')!r} is not supported; supported are {', '.join(known)}"
@@ -674,13 +682,15 @@ _LIKE_MATHS = re.compile(
 
 def _refuse_other_maths(source, family, path):
     """Every key that would change what the decoder computes is either read here or refused by its name."""
-    settings, rope = FAMILIES[family].settings, source.get("rope_parameters") or source.get("rope_scaling") or {}
+    settings, rope = FAMILIES[family].settings, _rope_object(source, path)
     inside = {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
     for key, value in (source | inside).items():
         allowed = settings.get(key, _NEUTRAL.get(key))
         if allowed is None and key not in _READ_KEYS and _LIKE_MATHS.search(key):
             allowed = (False, 0, 0.0, 1, 1.0)
-        if allowed is None or allowed is ... or value is None or value in allowed or value in ([], {}):
+        if allowed is None or allowed is ... or value is None or value in ([], {}):
+            continue
+        if value in allowed and (value is not True or any(choice is True for choice in allowed)):  # 1 is not true here
             continue
         right = " or ".join(json.dumps(choice) for choice in allowed) or "no such key"
         raise UserError(
@@ -725,9 +735,17 @@ def _quantization(source, path):
     return found
 
 
+def _rope_object(source, path):
+    """What config.json says of RoPE in either dialect, {} if nothing."""
+    key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
+    if not isinstance(source.get(key) or {}, dict):
+        raise UserError(f"{path}: {key} must be an object, found {source[key]!r}")
+    return source.get(key) or {}
+
+
 def _rope_parameters(source, path):
     """{"rope_type", "rope_theta", …} from either dialect, checked."""
-    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
+    rope = dict(_rope_object(source, path))
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     rope.setdefault("rope_theta", source.get("rope_theta", 10000.0))
     needed = {
@@ -2262,7 +2280,7 @@ _PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
 
 def _huggingface_source(source, path):
     """config.json of PaddleNLP in the words of Hugging Face's; any other as it is."""
-    kind = source.get("model_type")
+    kind = str(source.get("model_type"))
     if not (_PADDLENLP_MARKS & source.keys() or kind in ("gpt", "chatglm_v2")):
         return source
     source = {key: value for key, value in source.items() if not _PADDLENLP_MACHINE.search(key)}

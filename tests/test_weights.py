@@ -4,10 +4,8 @@ names of checkpoints, and what config.json may say.
     python -m pytest tests/test_weights.py                                          # CPU, about 60 s, neither torch nor peft
     python -m pytest tests/test_weights.py --hf-python /path/to/venv/bin/python     # also: transformers and peft open ours
 """
-import io
 import json
 import pickle
-import shutil
 import tracemalloc
 
 import numpy as np
@@ -16,8 +14,10 @@ import pytest
 from conftest import SHARED
 from families import CONFIGS, LATENT, MOE, V, build, config, write
 from test_model import largest, tensor
+from test_trainer import make_args
 
 import model as M
+import trainer
 from data import UserError
 
 NOT_IN_FAMILIES = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")
@@ -552,7 +552,7 @@ class Evil:
 ])  # fmt: skip
 def test_other_pickles_are_refused(content, named, tmp_path, capfd):
     for protocol in (2, 4):
-        (tmp_path / "a.pdparams").write_bytes(pickle.dumps(content, protocol).replace(b"__builtin__", b"builtins" if False else b"__builtin__"))
+        (tmp_path / "a.pdparams").write_bytes(pickle.dumps(content, protocol))
         with pytest.raises(UserError) as error:
             M.read_pdparams(tmp_path / "a.pdparams")
         assert named in str(error.value).replace("__builtin__", "builtins") and "\n" not in str(error.value)
@@ -690,3 +690,231 @@ for name, targets in json.loads(sys.argv[5]).items():
         errors[name] = largest(logits(M.load_adapter(base, tmp_path / "theirs" / name)), found)
     print(errors)
     assert len(errors) > 50 and max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
+
+
+# ============================================================================================ checkpoints
+
+
+def training(folder, model, stop, resume=False):
+    """Three steps of a script's loop on the model; a checkpoint after the second. Returns the final weights."""
+    args = make_args(folder, resume_from_checkpoint=resume or None, weight_decay=0.1)
+    weights = M.trainable_weights(model)
+    optimizer, state = trainer.AdamW(weights, args), trainer.TrainState()
+    if resume:
+        checkpoint = trainer.find_checkpoint(args)
+        state = trainer.load_checkpoint(checkpoint, optimizer)
+        M.load_weights(model, checkpoint)
+    model.train()
+    while state.step < stop:
+        ids = np.random.default_rng(state.step).integers(3, 50, (2, 9))
+        model(tensor(ids[:, :-1]), labels=tensor(np.ascontiguousarray(ids[:, 1:]))).mean().backward()
+        optimizer.step(0.01)
+        optimizer.zero_grad()
+        state.step += 1
+        if state.step == 2 and not resume:
+            trainer.save_checkpoint(folder, state, optimizer, lambda path: M.save_pretrained(model, path), args)
+    return {w.name: w.to_numpy().copy() for w in M.base_weights(model)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_moments_have_hugging_face_names_and_resume_is_bitwise(name, tmp_path):
+    whole = training(tmp_path, build(name), 3)
+    files = entries(tmp_path / "checkpoint-2")
+    moments = M.read_safetensors(tmp_path / "checkpoint-2" / trainer.OPTIMIZER)
+    model_files = {n: shape for n, (_, shape, _) in entries(tmp_path / "checkpoint-2").items() if "/" not in n}
+    assert len(files) > len(model_files)
+    trained = {key.rpartition("/")[0] for key in moments}
+    assert trained == {w.name for w in M.trainable_weights(build(name))} <= model_files.keys()
+    assert all(list(moments[f"{n}/moment{i}_0"].shape) == model_files[n] for n in trained for i in (1, 2))
+    assert any(np.abs(moments[f"{n}/moment1_0"]).max() > 0 for n in trained)
+    resumed = training(tmp_path, build(name, seed=5), 3, resume=True)
+    assert all(np.array_equal(whole[n], resumed[n]) for n in whole)
+
+
+# ================================================================================== what config.json may say
+
+NOBODYS = {  # keys of other families, with values that change the maths
+    "attention_multiplier": 0.5, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0, "logit_scale": 0.0625,
+    "clip_qkv": 8.0, "use_parallel_residual": True, "parallel_attn": True, "attention_chunk_size": 8192, "no_rope_layers": [1, 1, 0],
+    "use_qk_norm": True, "qk_layernorm": True, "is_encoder_decoder": True, "use_bidirectional_attention": True, "rope_local_base_freq": 1e4,
+    "some_new_rope_thing": 3.0, "use_some_rope_thing": True, "mup_width": 256, "quantization_config": {"quant_method": "awq", "bits": 4},
+    "dual_chunk_attention_config": {"chunk_size": 262144},
+}  # fmt: skip
+ONES_OWN = [  # (config, key, value that is not supported there)
+    *((name, "rope_scaling", {"type": kind, "factor": 2.0}) for name in ("llama", "qwen2", "mistral", "deepseek_v2", "internlm2", "glm")
+      for kind in ("longrope", "su", "mrope", "ntk")),
+    *((name, "rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4}) for name in ("gemma2", "qwen3_moe")),
+    *((name, "hidden_act", "gelu") for name in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "baichuan_7b",
+                                                 "internlm", "internlm2", "glm", "glm4", "deepseek_v2", "deepseek_v3")),
+    *((name, "use_sliding_window", True) for name in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")),
+    *((name, "sliding_window", 8) for name in ("llama", "glm", "internlm2", "gemma", "deepseek_v3", "bloom")),
+    *((name, "alibi", True) for name in ("llama", "qwen2", "bloom", "opt")),
+    *((name, "attention_bias", True) for name in ("mistral", "mixtral", "qwen2_moe", "baichuan_7b")),
+    *((name, "mlp_bias", True) for name in ("mistral", "qwen3", "deepseek_v3", "gemma")),
+    *((name, "partial_rotary_factor", 0.5) for name in ("llama", "qwen3", "gemma")),
+    *((name, "attn_logit_softcapping", 50.0) for name in ("llama", "gemma", "mistral")),
+    *((name, "final_logit_softcapping", 30.0) for name in ("llama", "gemma")),
+    *((name, "query_pre_attn_scalar", 256) for name in ("llama", "gemma")),
+    ("gemma", "hidden_activation", "silu"), ("gemma2", "hidden_activation", "relu"), ("gpt2", "activation_function", "silu"),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True), ("gpt2", "scale_attn_weights", False), ("gpt2", "add_cross_attention", True),
+    ("opt", "activation_function", "silu"), ("opt", "layer_norm_elementwise_affine", False), ("opt", "add_cross_attention", True),
+    ("mixtral", "router_jitter_noise", 0.1), ("deepseek_v2", "norm_topk_prob", True), ("deepseek_v2", "moe_layer_freq", 2),
+    ("deepseek_v2", "topk_method", "noaux_tc"), ("deepseek_v2", "scoring_func", "sigmoid"), ("deepseek_v3", "topk_method", "greedy"),
+    ("deepseek_v3", "scoring_func", "softmax"), ("deepseek_v3", "quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    ("qwen", "no_bias", False), ("qwen", "rotary_pct", 0.5), ("qwen", "scale_attn_weights", False), ("chatglm", "position_encoding_2d", False),
+    ("chatglm", "pre_seq_len", 128), ("chatglm2", "pre_seq_len", 128), ("chatglm2", "original_rope", False), ("chatglm2", "rmsnorm", False),
+    ("chatglm2", "post_layer_norm", False), ("chatglm2", "apply_residual_connection_post_layernorm", True), ("chatglm2", "rope_ratio", 16),
+    ("internlm", "rotary", {"type": "other", "base": 10000}), ("llama", "quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+]  # fmt: skip
+
+
+def refusal(name, **changes):
+    """The message that these keys are refused with."""
+    with pytest.raises(UserError) as error:
+        config(name, **changes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_of_other_families_are_refused_by_name(name):
+    for key, value in NOBODYS.items():
+        message = refusal(name, **{key: value})
+        if key == "quantization_config":
+            assert "quant_method 'awq'" in message
+        else:
+            assert f"{key} = {json.dumps(value)} is not supported for" in message
+    assert config(name, **dict.fromkeys(NOBODYS)) == config(name), "null is as if it were not there"
+
+
+@pytest.mark.parametrize("name, key, value", ONES_OWN, ids=lambda v: str(v)[:30])
+def test_values_that_change_the_maths_are_refused_by_name(name, key, value):
+    message = refusal(name, **{key: value})
+    shown = next(iter(value.values())) if isinstance(value, dict) else json.dumps(value)
+    assert shown in message and (key in message or "rope type" in message or "quant_method" in message), message
+
+
+def test_unknown_model_types_are_named():
+    for kind in ("phi3", "gpt_neox", "ernie4_5", "chatglm2", None, ["llama"]):
+        with pytest.raises(UserError, match="model_type .* is not supported; supported are baichuan, bloom"):
+            M.ModelConfig.from_dict(CONFIGS["llama"] | {"model_type": kind})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_missing_keys_and_values_of_other_types_are_one_line(name):
+    """No key of a config is without effect by being absent or odd other than as one line of an error."""
+    refused = 0
+    for key in CONFIGS[name]:
+        for change in ("gone", None, "x", -1, [], {}, True, 0, 1.5, [1]):
+            source = {k: v for k, v in CONFIGS[name].items() if k != key} | ({} if change == "gone" else {key: change})
+            try:
+                M.ModelConfig.from_dict(source, name)
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and str(error).startswith(name)
+    assert refused > 20
+
+
+COMMON = {"architectures": ["X"], "auto_map": {"AutoConfig": "configuration_x.X"}, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None,
+          "use_cache": True, "transformers_version": "4.44.0", "torch_dtype": "bfloat16", "pretraining_tp": 1, "_name_or_path": "somewhere",
+          "initializer_range": 0.02, "tie_word_embeddings": False, "gradient_checkpointing": False, "tokenizer_class": "X", "use_flash_attn": "auto",
+          "attention_dropout": 0.0, "hidden_dropout": 0.0, "output_attentions": False, "return_dict": True, "torchscript": False}  # fmt: skip
+LLAMA = {"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 32000,
+         "attention_bias": False, "mlp_bias": False}  # fmt: skip
+QWEN2 = {k: v for k, v in LLAMA.items() if "bias" not in k} | {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28,
+         "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "rope_theta": 1e6, "vocab_size": 152064, "use_mrope": False}  # fmt: skip
+GLM_REMOTE = {"add_bias_linear": False, "add_qkv_bias": True, "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
+              "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "classifier_dropout": None, "ffn_hidden_size": 13696, "fp32_residual_connection": False,
+              "hidden_size": 4096, "kv_channels": 128, "layernorm_epsilon": 1e-05, "multi_query_attention": True, "multi_query_group_num": 2,
+              "num_attention_heads": 32, "num_layers": 28, "original_rope": True, "padded_vocab_size": 65024, "post_layer_norm": True, "pre_seq_len": None,
+              "prefix_projection": False, "quantization_bit": 0, "rmsnorm": True, "seq_length": 8192, "vocab_size": 65024}  # fmt: skip
+DEEPSEEK = {k: v for k, v in LLAMA.items() if k != "mlp_bias"} | {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 27,
+            "aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512, "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+            "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_experts_per_tok": 6, "q_lora_rank": None,
+            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": True, "topk_group": 1,
+            "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102400, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"}}  # fmt: skip
+BAICHUAN = {k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling", "rope_theta", "num_key_value_heads")}
+INTERNLM = {k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling", "rope_theta", "num_key_value_heads")}
+ROUTED = {"router_aux_loss_coef": 0.001, "output_router_logits": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_experts_per_tok": 8,
+          "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128}  # fmt: skip
+AS_PUBLISHED = {  # the keys of the published files of each family, with what they say where it is special
+    "llama-2-7b": {"model_type": "llama", **LLAMA},
+    "llama-3.1-8b": {"model_type": "llama", **LLAMA, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "rope_theta": 500000.0,
+                     "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
+    "mistral-7b-v0.1": {"model_type": "mistral", **{k: v for k, v in LLAMA.items() if "bias" not in k}, "sliding_window": 4096, "num_key_value_heads": 8},
+    "mistral-nemo": {"model_type": "mistral", **{k: v for k, v in LLAMA.items() if "bias" not in k}, "sliding_window": None, "head_dim": 128, "hidden_size": 5120, "num_key_value_heads": 8},
+    "mixtral-8x7b": {"model_type": "mixtral", **{k: v for k, v in LLAMA.items() if "bias" not in k}, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+                     "output_router_logits": False, "router_aux_loss_coef": 0.02, "router_jitter_noise": 0.0, "rope_theta": 1e6},
+    "qwen-7b-chat": {"model_type": "qwen", "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 4096,
+                     "intermediate_size": 22016, "kv_channels": 128, "layer_norm_epsilon": 1e-06, "max_position_embeddings": 32768, "no_bias": True, "num_attention_heads": 32,
+                     "num_hidden_layers": 32, "onnx_safe": None, "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 8192, "softmax_in_fp32": False,
+                     "use_cache_quantization": False, "use_cache_kernel": False, "use_dynamic_ntk": True, "use_logn_attn": True, "vocab_size": 151936},
+    "qwen2.5-7b": {"model_type": "qwen2", **QWEN2},
+    "qwen2-57b-a14b": {"model_type": "qwen2_moe", **QWEN2, **ROUTED, "num_experts": 64, "norm_topk_prob": False, "shared_expert_intermediate_size": 20480},
+    "qwen3-8b": {"model_type": "qwen3", **QWEN2, "attention_bias": False, "head_dim": 128, "sliding_window": None, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096},
+    "qwen3-30b-a3b": {"model_type": "qwen3_moe", **QWEN2, **ROUTED, "attention_bias": False, "head_dim": 128, "sliding_window": None, "num_attention_heads": 32, "hidden_size": 2048},
+    "baichuan-7b": {"model_type": "baichuan", **BAICHUAN, "architectures": ["BaiChuanForCausalLM"], "vocab_size": 64000},
+    "baichuan-13b": {"model_type": "baichuan", **{k: v for k, v in BAICHUAN.items() if k != "max_position_embeddings"}, "_from_model_config": True, "model_max_length": 4096,
+                     "num_attention_heads": 40, "hidden_size": 5120, "vocab_size": 64000},
+    "baichuan2-13b": {"model_type": "baichuan", **{k: v for k, v in BAICHUAN.items() if k != "max_position_embeddings"}, "model_max_length": 4096, "z_loss_weight": 0, "vocab_size": 125696,
+                      "num_attention_heads": 40, "hidden_size": 5120},
+    "chatglm-6b": {"model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384, "layernorm_epsilon": 1e-05, "max_sequence_length": 2048, "num_attention_heads": 32,
+                   "num_layers": 28, "position_encoding_2d": True, "vocab_size": 130528, "gmask_token_id": 130001, "mask_token_id": 130000, "pre_seq_len": None,
+                   "prefix_projection": False, "quantization_bit": 0},
+    "chatglm2-6b": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm2-6b"},
+    "chatglm2-6b-32k": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16},
+    "chatglm3-6b-32k": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm3-6b-32k", "rope_ratio": 50},
+    "glm-4-9b-chat": {"model_type": "chatglm", **GLM_REMOTE, "num_layers": 40, "padded_vocab_size": 151552, "rope_ratio": 500, "layernorm_epsilon": 1.5625e-07},
+    "glm-4-9b-hf": {"model_type": "glm", **LLAMA, "attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07, "mlp_bias": False},
+    "glm-4-9b-0414": {"model_type": "glm4", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "attention_bias": False, "head_dim": 128, "partial_rotary_factor": 0.5, "num_key_value_heads": 2},
+    "bloom-560m": {"model_type": "bloom", "apply_residual_connection_post_layernorm": False, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "hidden_size": 1024,
+                   "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True, "n_head": 16, "n_inner": None, "n_layer": 24, "offset_alibi": 100, "seq_length": 2048,
+                   "skip_bias_add": True, "skip_bias_add_qkv": False, "slow_but_exact": False, "unk_token_id": 0, "vocab_size": 250880},
+    "gpt2": {"model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+             "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+             "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257},
+    "opt-350m": {"model_type": "opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu", "do_layer_norm_before": False, "dropout": 0.1,
+                 "ffn_dim": 4096, "hidden_size": 1024, "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "num_attention_heads": 16, "num_hidden_layers": 24,
+                 "prefix": "</s>", "vocab_size": 50272, "word_embed_proj_dim": 512},
+    "internlm-7b": {"model_type": "internlm", **INTERNLM, "bias": True, "vocab_size": 103168, "rotary": {"base": 10000, "type": "dynamic"}},
+    "internlm2.5-7b": {"model_type": "internlm2", **INTERNLM, "bias": False, "num_key_value_heads": 8, "rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attn_implementation": "eager"},
+    "gemma-2b": {"model_type": "gemma", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "num_attention_heads": 8, "num_key_value_heads": 1,
+                 "hidden_size": 2048, "vocab_size": 256000},
+    "gemma-2-9b": {"model_type": "gemma2", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 8,
+                   "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+                   "sliding_window_size": 4096, "num_attention_heads": 16, "hidden_size": 3584},
+    "deepseek-v2-lite": {"model_type": "deepseek_v2", **DEEPSEEK},
+    "deepseek-v3": {"model_type": "deepseek_v3", **DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "n_group": 8, "topk_group": 4,
+                    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "q_lora_rank": 1536, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1,
+                    "routed_scaling_factor": 2.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS_PUBLISHED)
+def test_keys_of_published_files_pass(name):
+    source = COMMON | AS_PUBLISHED[name]
+    if "tie_word_embeddings" not in AS_PUBLISHED[name] and source["model_type"] in ("gpt2", "bloom", "opt", "gemma", "gemma2", "chatglm") and "num_layers" not in source:
+        del source["tie_word_embeddings"]
+    found = M.ModelConfig.from_dict(source)
+    written = json.loads(found.to_json("bfloat16"))
+    assert written | {"torch_dtype": "bfloat16"} == source | {"torch_dtype": "bfloat16"}
+
+
+def test_32k_of_chatglm2_divides_positions_and_of_chatglm3_raises_the_base():
+    two, three = (M.ModelConfig.from_dict(COMMON | AS_PUBLISHED[f"chatglm{n}-6b-32k"]).rope for n in (2, 3))
+    assert two == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 16} and three == {"rope_type": "default", "rope_theta": 500000.0}
+    position = tensor(np.array([[32, 64]]))
+    long = M.rope_tables(config("chatglm2", _name_or_path="THUDM/chatglm2-6b-32k", rope_ratio=16), position)
+    short = M.rope_tables(config("chatglm2"), position // 16)
+    assert all(np.array_equal(a.numpy(), b.numpy()) for a, b in zip(long, short))
+
+
+def test_internlm_s_own_word_for_dynamic():
+    assert config("internlm", rotary={"base": 20000, "type": "dynamic"}).rope == {"rope_type": "dynamic", "rope_theta": 20000.0, "factor": 1.0}
+    assert config("internlm", rotary={"base": 20000, "type": "origin"}).rope == {"rope_type": "default", "rope_theta": 20000.0}
+    position = tensor(np.arange(128)[None])  # twice the 64 of the config: the base grows by 2 ** (8 / 6)
+    cos, _ = M.rope_tables(config("internlm", rotary={"base": 10000, "type": "dynamic"}), position)
+    expected = np.cos(127 * (10000 * 2 ** (8 / 6)) ** (-np.arange(0, 8, 2) / 8))
+    assert largest(cos.numpy()[0, 127, 0, :4], expected) < 1e-4
