@@ -747,6 +747,8 @@ def _rope_parameters(source, path):
     """{"rope_type", "rope_theta", …} from either dialect, checked."""
     rope = dict(_rope_object(source, path))
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+             "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "truncate", "partial_rotary_factor"}  # fmt: skip
     rope.setdefault("rope_theta", source.get("rope_theta", 10000.0))
     needed = {
         "default": (),
@@ -757,6 +759,9 @@ def _rope_parameters(source, path):
     }
     if rope["rope_type"] not in needed:
         raise UserError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(needed)}")
+    for key in rope.keys() - known:
+        if rope[key] is not None:
+            raise UserError(f"{path}: rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])} is not supported: it may change the maths")
     for key in ("rope_theta", *needed[rope["rope_type"]]):
         if not isinstance(rope.get(key), (int, float)):
             raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
@@ -2057,14 +2062,11 @@ def set_parameter(parameter, array):
         parameter.set_value(paddle.to_tensor(array).astype(parameter.dtype))
 
 
-def _shards(path):
-    """{tensor name: (a function that reads it, its shape)} over all weight files of a Hugging Face folder."""
+def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_state.pdparams")):
+    """{tensor name: (a function that reads it, its shape)} over all weight files of a folder, one of `singles` or its parts."""
     path = Path(path)
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-        ("model_state.pdparams.index.json", "model_state.pdparams"),
-    ):
+    for single in singles:
+        index = f"{single}.index.json"
         if (path / index).is_file():
             try:
                 files = sorted(
@@ -2093,7 +2095,7 @@ def _shards(path):
         return found
     if parts := sorted(path.glob("model_state.*.pdparams")):
         raise UserError(f"{parts[0]}: a part of a model that was cut up for tensor or pipeline parallelism; merge the parts first")
-    raise UserError(f"{path}: no model.safetensors, pytorch_model.bin, model_state.pdparams or an index of them")
+    raise UserError(f"{path}: no {', '.join(singles)} or an index of them")
 
 
 def load_weights(model, path):
@@ -2190,11 +2192,11 @@ def from_pretrained(path, dtype="float32"):
 def base_folders(path):
     """[path] of a model's folder; of an adapter's folder, itself, then the folder that it names as its base, and so on."""
     folders = [Path(path)]
-    while (file := folders[-1] / "adapter_config.json").is_file() and not (folders[-1] / "config.json").is_file():
-        try:
-            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (ValueError, AttributeError):
-            raise UserError(f"{file}: not a JSON object") from None
+    while not (folders[-1] / "config.json").is_file():
+        file = next((f for f in (folders[-1] / "adapter_config.json", folders[-1] / "lora_config.json") if f.is_file()), None)
+        if file is None:
+            break
+        base = _json_object(file).get("base_model_name_or_path")
         if not isinstance(base, str) or not Path(base).is_dir():
             raise UserError(f"{file}: base_model_name_or_path: {base!r} is not a folder of a model")
         if Path(base).resolve() in [folder.resolve() for folder in folders]:
@@ -2355,6 +2357,27 @@ def _paddlenlp_parts(found, config, rows):
                 result[name.replace(".q_proj.", ".qkv_proj.")] = (
                     (lambda parts=parts: np.concatenate([read() for read, _ in parts], axis=-1)), shape)  # fmt: skip
     return result
+
+
+def _paddlenlp_lora(model, path):
+    """adapter_config.json and tensors, as peft would have written them, of a LoRA that PaddleNLP saved at `path`."""
+    config, names = _json_object(path / "lora_config.json"), _paddlenlp_names(model.config)
+    for key in ("use_mora", "pissa", "loraga", "lora_use_mixer", "do_qat", "trainable_modules", "trainable_bias", "enable_lora_list"):
+        if config.get(key):
+            raise UserError(f"{path / 'lora_config.json'}: {key} = {json.dumps(config[key])} is not supported")
+    modules = {
+        theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config, names)
+    }
+    places = {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config)}
+    tensors, targets = {}, set()
+    for name, (read, _) in _shards(path, ("lora_model_state.pdparams", "peft_model.safetensors")).items():
+        module, _, which = name.rpartition(".")
+        if module not in modules or which not in ("lora_A", "lora_B"):
+            raise UserError(f"{path}: {name}: the model has no linear of that name, or it lies otherwise in it (q, k, v in one)")
+        targets.add(places[modules[module]])
+        tensors[f"base_model.model.{places[modules[module]]}.{which}.weight"] = read().T
+    return {"peft_type": "LORA", "r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8), "use_rslora": bool(config.get("rslora")),
+            "lora_dropout": config.get("lora_dropout", 0.0), "target_modules": sorted(targets)}, tensors  # fmt: skip
 
 
 # ========================================================================================= LoRA adapters
@@ -2654,20 +2677,18 @@ def save_adapter(model, path, base_model=None):
 
 
 def load_adapter(model, path, trainable=False):
-    """Put the LoRA or prefix saved at `path` (by save_adapter or by peft) onto a plain model."""
+    """Put the LoRA or prefix saved at `path` (by save_adapter, by peft, LoRA by PaddleNLP too) onto a plain model."""
     path = Path(path)
     config_path, weights_path = path / "adapter_config.json", path / "adapter_model.safetensors"
-    for needed in (config_path, weights_path):
-        if not needed.is_file():
-            raise UserError(
-                f"{needed}: no such file; an adapter is a folder with adapter_config.json and adapter_model.safetensors"
-            )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path}: must hold a JSON object, found {type(config).__name__}")
+    if (path / "lora_config.json").is_file() and not config_path.is_file():
+        config, tensors = _paddlenlp_lora(model, path)
+    else:
+        for needed in (config_path, weights_path):
+            if not needed.is_file():
+                raise UserError(
+                    f"{needed}: no such file; an adapter is a folder with adapter_config.json and adapter_model.safetensors"
+                )
+        config, tensors = _json_object(config_path), None
     needed = {
         "LORA": ("r", "lora_alpha"),
         "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
@@ -2675,7 +2696,7 @@ def load_adapter(model, path, trainable=False):
     for key in needed.get(config.get("peft_type"), ()):
         if not isinstance(config.get(key), (int, float)):
             raise UserError(f"{config_path}: {key} must be a number, found {config.get(key)!r}")
-    tensors = read_safetensors(weights_path)
+    tensors = read_safetensors(weights_path) if tensors is None else tensors
     if config.get("peft_type") == "LORA":
         _load_lora(model, config, tensors, config_path, trainable)
     elif config.get("peft_type") == "PREFIX_TUNING":
@@ -2689,6 +2710,17 @@ def load_adapter(model, path, trainable=False):
     return model
 
 
+def _json_object(path):
+    """The object that a JSON file holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a JSON object, found {type(found).__name__}")
+    return found
+
+
 def _load_lora(model, config, tensors, path, trainable):
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules", "trainable_token_indices", "lora_bias",
                 "layer_replication", "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora"):  # fmt: skip
@@ -2697,7 +2729,7 @@ def _load_lora(model, config, tensors, path, trainable):
     if config.get("bias", "none") != "none":
         raise UserError(f'{path}: bias = {config["bias"]!r} is not supported; only "none"')
     with_start = (
-        trainable and _metadata(path.parent / "adapter_model.safetensors").get("pissa_start_included") == "true"
+        trainable and (path.parent / "adapter_model.safetensors").is_file() and _metadata(path.parent / "adapter_model.safetensors").get("pissa_start_included") == "true"
     )
     rank, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
     if with_start:  # split [A A0] [B; -B0] again, so that training goes on where it was
