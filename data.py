@@ -335,15 +335,15 @@ GLM_ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 #   head, tail      tokens before and after every text, in place of bos and eos
 #   parse           special tokens that are recognised in text, if not all; `roles` are those recognised on request
 #   strips          white space around a special token in the text goes
-#   lead            spaces that legacy decoding drops at the beginning
+#   lead            spaces that decoding drops at the beginning, besides those that a sentencepiece model drops itself
 #   gap             where legacy decoding keeps the space before a text that a special token ends: "inside" (not at the
 #                   very beginning) or "always"
 #   bare            special tokens are decoded as the sentencepiece model would, most of them as nothing
 #   blanks          line breaks, tabs and runs of spaces have pieces of their own
-LLAMA = {"add_bos_token": True, "lead": 2, "gap": "inside"}
-BAICHUAN = {"legacy": True, "lead": 1, "gap": "inside"}
-INTERNLM = {"legacy": True, "lead": 1, "gap": "always", "add_bos_token": True, "clean_up_tokenization_spaces": True}
-CHATGLM2 = {"legacy": True, "lead": 1, "pad_token": "<unk>", "tokens": [*GLM_TOKENS, "sop", "eop"],
+LLAMA = {"add_bos_token": True, "add_prefix_space": True, "lead": 1, "gap": "inside"}
+BAICHUAN = {"legacy": True, "gap": "inside"}
+INTERNLM = {"legacy": True, "gap": "always", "add_bos_token": True, "clean_up_tokenization_spaces": True}
+CHATGLM2 = {"legacy": True, "pad_token": "<unk>", "tokens": [*GLM_TOKENS, "sop", "eop"],
             "head": ["[gMASK]", "sop"], "parse": [], "bare": True}  # fmt: skip
 GPT2 = {"words": GPT2_WORDS, **dict.fromkeys(SPECIAL_NAMES[:3], "<|endoftext|>")}
 QWEN = {"words": QWEN_WORDS, "nfc": True, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
@@ -351,7 +351,7 @@ LLAMA3 = {"words": LLAMA3_WORDS, "tokens": LLAMA3_TOKENS, "add_bos_token": True,
           "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}  # fmt: skip
 CLASSES = {
     "sentencepiece": {
-        "LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA, "MistralTokenizer": LLAMA, "GemmaTokenizer": LLAMA,
+        "LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA, "MistralTokenizer": LLAMA, "GemmaTokenizer": {"add_bos_token": True},
         "BaichuanTokenizer": BAICHUAN, "BaiChuanTokenizer": BAICHUAN,
         "InternLMTokenizer": INTERNLM, "InternLM2Tokenizer": INTERNLM,
         "ChatGLMTokenizer": CHATGLM2, "ChatGLMv2Tokenizer": CHATGLM2,
@@ -359,7 +359,7 @@ CLASSES = {
     },
     "ice_text": {
         "ChatGLMTokenizer": {
-            "legacy": True, "lead": 1, "bos_token": "<sop>", "eos_token": "<eop>", "unk_token": "<unk>",
+            "legacy": True, "bos_token": "<sop>", "eos_token": "<eop>", "unk_token": "<unk>",
             "pad_token": "<pad>", "additional_special_tokens": ["[MASK]"], "tail": ["[gMASK]", "<sop>"],
             "bare": True, "strips": True, "blanks": True, "clean_up_tokenization_spaces": True},
     },
@@ -1014,7 +1014,8 @@ class StreamDecoder:
             text = ""
         else:
             keeps_space = not self.after_special and (self.gap == "always" or not self.is_first)
-            text, self.stretch, self.lead = " " * keeps_space + self.stretch + text, "", 1
+            text, self.stretch = " " * keeps_space + self.stretch + text, ""
+            self.lead = self.tokenizer.lead_within
         self.after_special, self.is_first = is_special, False
         return text
 
@@ -1048,9 +1049,12 @@ class Tokenizer:
                     raise UserError(f"{self.folder / SIDE_FILES[0]}: {key}: true is not supported")
             shift = config.get("num_image_tokens", 0) if self.kind == "ice_text" else 0
             self.engine = SentencePieces(path, legacy, row.get("blanks", False), shift)
-            has_prefix = bool(settings.get("add_prefix_space", self.engine.own_prefix))
-            self.add_prefix_space = has_prefix and not legacy
-            self.lead = (self.lead if legacy else 1) if has_prefix else 0
+            if legacy:
+                self.lead_within = int(self.engine.own_prefix)
+                self.lead += self.lead_within
+            else:
+                self.add_prefix_space = bool(settings.get("add_prefix_space"))
+                self.lead = int(self.add_prefix_space)
             self.cleans_up = bool(settings.get("clean_up_tokenization_spaces"))
         elif self.kind == "merges":
             unk = token_text(settings.get("unk_token"), self.folder)
