@@ -310,6 +310,7 @@ def load_chat_template(name):
 # around it: special tokens, bos and eos, chat templates.
 
 SPACE = "\u2581"  # how sentencepiece writes a space
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
 MODEL_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken", "ice_text.model", *SENTENCEPIECE_FILES)
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
@@ -696,7 +697,7 @@ def to_nfc(text):
 def compile_words(pattern, where="the built-in pattern"):
     """Pattern of a tokenizer.json (Oniguruma's dialect) -> compiled. UserError for what the two would read differently."""
     import regex
-    escaped = next((found for found in re.findall(r"\\.", pattern) if re.match(r"\\[^\W_pPsSdDwWrntfvbBux]", found)), None)
+    escaped = next((found for found in re.findall(r"\\.", pattern) if re.match(r"\\[^\W_pPsSdDrntfvux]", found)), None)
     group = re.search(r"\(\?(?!-?i?[:)]|[=!>]|<[=!])..?|--|~~|\|\|", re.sub(r"\\.", "", pattern))
     if escaped or group:
         raise UserError(f"{where}: {escaped or group[0]!r} in the pattern {pattern!r} is not supported")
@@ -980,16 +981,14 @@ class StreamDecoder:
         is_special = token_id in tokenizer.special_ids
         if self.skip and is_special:
             return ""
-        piece, is_added = tokenizer.piece_bytes(token_id), token_id in tokenizer.added_ids
-        if token_id in tokenizer.engine.byte_ids and not is_added:
+        piece = tokenizer.piece_bytes(token_id)
+        if token_id in tokenizer.engine.byte_ids and token_id not in tokenizer.added_ids:
             text, self.lead = self.utf8.decode(piece), 0
         else:
             text = piece.decode("utf-8")
-            if self.lead and text and not (is_added and not tokenizer.bare):
+            if self.lead and text:
                 kept = text[min(self.lead, len(text) - len(text.lstrip(" "))) :]
                 text, self.lead = kept, 0 if kept else self.lead - len(text)
-            elif text:
-                self.lead = 0
             text = self._rest_of_bytes() + text
         if self.gap:
             text = self._between_special(text, is_special)
@@ -1041,6 +1040,7 @@ class Tokenizer:
         row = CLASSES.get(self.kind, {}).get(name, {})
         settings = {**row, **config}
         tokens, legacy = (), bool(settings.get("legacy"))
+        self._white_space = WHITE_SPACE if self.kind == "json" else None
         self.lead, self.gap, self.bare = row.get("lead", 0), row.get("gap") if legacy else None, row.get("bare", False)
         self.add_prefix_space = self.cleans_up = False
         if self.kind in ("sentencepiece", "ice_text"):
@@ -1134,6 +1134,7 @@ class Tokenizer:
         late = {text: self.normalize(text) for text in everything
                 if self.kind == "json" and self.engine.normalizers and self.flags.get(text, {}).get("normalized")}
         self._token_ids = self.added | {found: self.added[text] for text, found in late.items()}
+        self.added_ids |= {self.added[text]: found.replace(SPACE, " ") for text, found in late.items()}
         self._patterns = {}
         for mode, texts in sought.items():
             both = [text for text in texts if text not in late], [late[text] for text in texts if text in late]
@@ -1186,9 +1187,9 @@ class Tokenizer:
         for i in range(1, len(pieces), 2):
             flags = self.flags.get(pieces[i], {})
             if flags.get("rstrip"):
-                pieces[i + 1] = pieces[i + 1].lstrip()
+                pieces[i + 1] = pieces[i + 1].lstrip(self._white_space)
             if flags.get("lstrip"):
-                pieces[i - 1] = pieces[i - 1].rstrip()
+                pieces[i - 1] = pieces[i - 1].rstrip(self._white_space)
         return pieces
 
     def _split(self, text, special_in_text):
@@ -2163,7 +2164,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("corpus", help="text -> PREFIX.bin and PREFIX.idx")
     command.add_argument("corpus", help=".jsonl (a JSON object a line) or .txt (a document per paragraph)")
-    command.add_argument("--tokenizer", required=True, help="folder with tokenizer.model")
+    command.add_argument("--tokenizer", required=True, help="folder with a tokenizer's files")
     command.add_argument("--output", required=True, help="prefix of the files to write")
     command.add_argument("--workers", type=int, default=1, help="processes that tokenise")
     command.add_argument("--json_key", default="text", help="key of the text in each JSON object")

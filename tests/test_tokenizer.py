@@ -103,3 +103,145 @@ def mismatches(tokenizer, golden, modes):
 def test_equals_the_reference(name, tmp_path):
     tokenizer, golden, modes = golden_tokenizer(name, tmp_path)
     assert mismatches(tokenizer, golden, modes) == [] and len(golden["cases"]) == 60
+
+
+# ------------------------------ against the tokenizers library ------------------------------
+# Each row trains a small vocabulary over there with these parts of a tokenizer.json, and answers for every string.
+
+BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+DEEPSEEK_WORDS = [
+    "[\r\n]", "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ]+",
+    "\\s?[!-/:-~！-／：-～‘-‟　-。]+", "\\s+$", "[一-龥ࠀ-一가-퟿]+"]  # fmt: skip
+
+
+def sequence(kind, *parts):
+    return {"type": "Sequence", kind: list(parts)}
+
+
+def split(pattern, behavior="Isolated", invert=False, kind="Regex"):
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+
+
+def bytes_of(use_regex=False, prefix=False):
+    return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": use_regex}
+
+
+def metaspace(scheme, split):
+    return {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": split}
+
+
+def replace(old, new):
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def template(token, number):
+    parts = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    known = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": parts, "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": known}  # fmt: skip
+
+
+SPACES_BACK = [replace("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+PIPELINES = {  # name: normalizer, pre_tokenizer, post_processor, decoder, keys of the model
+    "gpt2": (None, bytes_of(True), bytes_of(), bytes_of(), {}),
+    "prefix space": (None, bytes_of(True, True), None, bytes_of(), {}),
+    "qwen2": ({"type": "NFC"}, sequence("pretokenizers", split(QWEN_WORDS), bytes_of()), bytes_of(), bytes_of(), {}),
+    "llama3": (
+        None, sequence("pretokenizers", split(LLAMA3_WORDS), bytes_of()),
+        sequence("processors", bytes_of(), template("<s>", 1)), bytes_of(), {"ignore_merges": True}),
+    "bloom": (None, sequence("pretokenizers", split(BLOOM_WORDS), bytes_of()), bytes_of(), bytes_of(), {}),
+    "deepseek": (
+        sequence("normalizers"),
+        sequence("pretokenizers", *map(split, DEEPSEEK_WORDS), {"type": "Digits", "individual_digits": True}, bytes_of()),
+        bytes_of(), bytes_of(), {}),
+    "splits": (
+        {"type": "NFKC"},
+        sequence("pretokenizers", split(",", "MergedWithPrevious", kind="String"), split(r"\s+", "MergedWithNext"),
+                 split("[.;]", "Removed"), split(r"\p{L}+|\P{L}+", "Removed", True),
+                 {"type": "Digits", "individual_digits": False}, bytes_of()),
+        None, bytes_of(), {}),
+    "mistral": (
+        None, metaspace("first", False), template("<s>", 1), sequence("decoders", *SPACES_BACK, STRIP),
+        {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}),
+    "llama2": (
+        sequence("normalizers", {"type": "Prepend", "prepend": "\u2581"}, replace(" ", "\u2581")), None,
+        template("<s>", 1), sequence("decoders", *SPACES_BACK, STRIP),
+        {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}),
+    "gemma": (
+        replace(" ", "\u2581"), split(" ", "MergedWithPrevious", kind="String"), template("<s>", 1),
+        sequence("decoders", *SPACES_BACK), {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}),
+    "unknown characters": (
+        {"type": "NFD"}, metaspace("always", True), None, metaspace("always", True),
+        {"fuse_unk": True, "unk_token": "<unk>"}),
+    "each unknown character": ({"type": "NFKD"}, metaspace("never", True), None, metaspace("never", True), {"unk_token": "<unk>"}),
+}  # fmt: skip
+ADDED = [  # content, special, lstrip, rstrip, normalized
+    ("<unk>", True, False, False, False), ("<s>", True, False, False, False), ("</s>", True, False, True, False),
+    ("<|call|>", False, False, False, False), ("<|call|>s", False, True, True, False), ("tool é", False, False, False, True),
+]  # fmt: skip
+THERE = """
+import json, random
+from pathlib import Path
+from tokenizers import Tokenizer, trainers, AddedToken
+folder, arrays = Path(sys.argv[2]), {}
+job = json.loads((folder / "job.json").read_text())
+for name, (normalizer, pre_tokenizer, post_processor, decoder, keys) in job["pipelines"].items():
+    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder,
+            "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    byte_level = "ByteLevel" in json.dumps(pre_tokenizer)
+    pieces = [f"<0x{b:02X}>" for b in range(256)] if keys.get("byte_fallback") else []
+    from tokenizers.pre_tokenizers import ByteLevel
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=[token[0] for token in job["added"][:3]] + pieces,
+                                  initial_alphabet=ByteLevel.alphabet() if byte_level else [], show_progress=False)
+    tokenizer.train_from_iterator(job["corpus"], trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["model"] |= keys
+    spec["post_processor"] = post_processor
+    spec["added_tokens"] = []
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    for content, special, lstrip, rstrip, normalized in job["added"]:
+        token = AddedToken(content, lstrip=lstrip, rstrip=rstrip, normalized=normalized, special=special)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    (folder / name).mkdir()
+    tokenizer.save(str(folder / name / "tokenizer.json"))
+    answers = []
+    for text in job["strings"]:
+        ids, bare = tokenizer.encode(text).ids, tokenizer.encode(text, add_special_tokens=False).ids
+        answers.append([ids, bare, tokenizer.decode(ids, skip_special_tokens=False), tokenizer.decode(ids)])
+    (folder / name / "answers.json").write_text(json.dumps(answers))
+"""
+WORDS = """the lamp's water we'll don't I'M 2023 3.14 1,000,000 人工智能 你好，世界！ Привет мир नमस्ते สวัสดี안녕 Ångström naïve ﬁ ㍿ Ⅷ ½
+été tool_é tool é <s> </s> <|call|> <|call|>s <unk> x86 camelCase snake_case == --> !!! ... 😀👨‍👩‍👧 e\u0301 \u2581 ſt K""".split() + ["tool é"]
+GAPS = [" ", " ", " ", "", "  ", "   ", "\n", "\r\n", "\t", "\n\n ", "\u00a0", "\u3000", "\u2028", "\x85", "\x1c", "\x1f", "\u200b", "\x00"]
+
+
+def odd_strings(count, seed):
+    """Words, white space of every kind and characters from anywhere in Unicode, mixed but for those of Unicode 13
+    and 14 that the library's NFKC does not know."""
+    random_ = random.Random(seed)
+    known = [chr(i) for i in {*range(0x30000)} - {*range(0x10780, 0x107C0), *range(0x1FBF0, 0x1FBFA)} if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    out = ["", " ", "\n", "  \n  x  ", "a" * 300, "\u2581", " \u2581 ", "<s>", " <s>x</s>  y"]
+    while len(out) < count:
+        parts = []
+        for _ in range(random_.randint(1, 12)):
+            kind = random_.random()
+            parts.append(random_.choice(WORDS) if kind < 0.75 else "".join(random_.choices(known, k=random_.randint(1, 4))))
+            parts.append(random_.choice(GAPS))
+        out.append("".join(parts))
+    return out
+
+
+@pytest.mark.torch
+def test_tokenizer_json_equals_the_library(hf_python, tmp_path):
+    job = {"pipelines": PIPELINES, "added": ADDED, "corpus": odd_strings(600, 0), "strings": odd_strings(3000, 1)}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    hf_python(THERE, tmp_path)
+    for name in PIPELINES:
+        tokenizer = load_tokenizer(tmp_path / name)
+        answers = json.loads((tmp_path / name / "answers.json").read_text())
+        for text, (ids, bare, shown, plain) in zip(job["strings"], answers, strict=True):
+            assert (tokenizer.encode(text), tokenizer.encode(text, False)) == (ids, bare), (name, text)
+            assert (tokenizer.decode(ids, False), tokenizer.decode(ids)) == (shown, plain), (name, text)
