@@ -34,6 +34,7 @@ import ast
 import base64
 import bisect
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -45,11 +46,14 @@ from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
-from itertools import chain
+from itertools import chain, groupby
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Callable, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -72,6 +76,16 @@ def read_json(path):
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON in UTF-8: {error}") from None
+
+
+def read_text(path):
+    """File -> str, as it is. UserError when it cannot be read or is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason}") from None
 
 
 def parse_json_line(line, path, number):
@@ -171,9 +185,8 @@ def look_up(owner, key, where):
     raise UserError(f"{where} does not exist in this record's context")
 
 
-def parse_template(source, where):
-    """Template text -> list of nodes: str | ("print", function, text) | ("if", [(function | None, nodes)...])."""
-    pieces = TAG.split(source)  # text, tag, text, tag, ..., text
+def strip_around_tags(pieces):
+    """[text, tag, text, ..., text] with trim_blocks, lstrip_blocks and the tags' own - done to the texts."""
     line_starts = True  # does pieces[i - 1] begin a line of the source?
     for i in range(1, len(pieces), 2):
         tag = pieces[i]
@@ -189,6 +202,12 @@ def parse_template(source, where):
         elif not tag.startswith("{{"):  # trim_blocks: the line break right after a block goes
             pieces[i + 1] = text.removeprefix("\n")
         line_starts = text[: len(text) - len(pieces[i + 1])].endswith("\n")
+    return pieces
+
+
+def parse_template(source, where):
+    """Template text -> list of nodes: str | ("print", function, text) | ("if", [(function | None, nodes)...])."""
+    pieces = strip_around_tags(TAG.split(source))
     stack = [[]]  # innermost open list of nodes last; [nodes, branches, nodes, branches, ..., nodes]
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
@@ -256,52 +275,494 @@ class ChatTemplate:
                       for part, text in zip(("system", "user", "bot", "query"), texts)}
 
     @property
-    def turn_end(self):
-        """What the bot part writes after every reply, such as <|im_end|>, without white space around it; perhaps ''."""
+    def stops(self):
+        """What the bot part writes after every reply, such as <|im_end|>, without white space around it."""
         last = self.parts["bot"][-1]
-        return last.strip() if isinstance(last, str) else ""
+        return [last.strip()] if isinstance(last, str) and last.strip() else []
+
+    def files(self):
+        return {TEMPLATE_FILE: json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"}
 
     def render(self, part, variables):
         return render(self.parts[part], variables, f"{self.name}: {part}")
 
+    def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
+        """[(user, bot)...], the last bot None if it is to be written -> [Piece...]; every part is read by itself."""
+        variables = {**context, "length": len(rounds), "is_training": is_training}
+        variables |= {name: token for name in ("bos_token", "eos_token") if (token := getattr(tokenizer, name)) is not None}
+        out = [Piece(0, "own", self.render("system", variables))]
+        for index, (user, bot) in enumerate(rounds):
+            turn = variables | {"index": index, "is_first": index == 0, "is_last": index == len(rounds) - 1}
+            turn |= {"user": user, "query": user}
+            if bot is None:
+                out.append(Piece(1 + 2 * index, "own", self.render("query", turn)))
+            else:
+                turn["bot"] = bot
+                out.append(Piece(1 + 2 * index, "own", self.render("user", turn)))
+                out.append(Piece(2 + 2 * index, "own", self.render("bot", turn)))
+        return out
 
-# The published formats. In Llama 2 the system text is part of the first user turn, and Meta's ids have the space after
-# bos that is written out here.
-LLAMA3_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-BUILT_IN = {  # name: (system, user, bot, tokens that the vocabulary must have)
-    "llama2": (
-        "",
-        "{{ bos_token }} [INST] {% if is_first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}"
-        "{{ user | trim }} [/INST]",
-        "{{ bot | trim }} {{ eos_token }}", ()),
-    "llama3": (
-        "<|begin_of_text|>{% if system %}" + LLAMA3_HEADER.format("system")
-        + "{{ system | trim }}<|eot_id|>{% endif %}",
-        LLAMA3_HEADER.format("user") + "{{ user | trim }}<|eot_id|>" + LLAMA3_HEADER.format("assistant"),
-        "{{ bot | trim }}<|eot_id|>",
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "chatml": (  # no system block unless one is given
-        "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
-        "<|im_start|>user\n{{ user }}<|im_end|>\n<|im_start|>assistant\n",
-        "{{ bot }}<|im_end|>\n",
-        ("<|im_start|>", "<|im_end|>")),
+
+class Piece(NamedTuple):
+    """A stretch of a conversation on its way to ids."""
+
+    part: int  # 0 the beginning, 1 + 2 k what stands before the reply of round k, 2 + 2 k that reply: it alone is learnt
+    kind: str  # "text": neighbours of this kind are one text, special tokens in it included (so Hugging Face reads a
+    # rendered template); "own": a text by itself; "literal": that, special tokens in it being mere characters; "token"
+    text: str | int  # of a token its text or its id
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family writes a conversation. A str is text around {user}, {bot}, {system}, {bos}, {eos}, {round} (from 0),
+    {number} (from 1) and {date}; a tuple is what the family's code encodes piece by piece: tokens (those in `needs`, or
+    ids) and texts, so that what a user writes can never become a token there.
+
+    `begin`, the system block, then of each round `opener`, `user` and `bot`; `ask` stands before the last reply only.
+    `opener` is the next user's mark, with which the family's models end their replies: it is learnt with the reply before
+    it. A finished conversation is, in training and elsewhere, the prompt of its last question, that reply and `finish`."""
+
+    user: str | tuple
+    bot: str | tuple
+    begin: str | tuple = ""
+    system: str | tuple | None = None  # None: no block for it
+    default: str | None = None  # the system text where none is given; None: no block then
+    merge: tuple | None = None  # (0 or -1, text): the user turn that takes the system text, and how
+    strip: tuple = ()  # whose texts lose the white space around them
+    opener: str | tuple = ""
+    ask: str | tuple = ""
+    alone: str = ""  # instead of `user` in a conversation of one round
+    finish: str | tuple = ""
+    clean: Callable = lambda bot, last: bot  # what is left of a reply
+    history: bool = False  # earlier replies are part of the prompt, never learnt, and the last one is read by itself
+    literal: bool = False  # texts of tuples are "literal", else "own"
+    stops: tuple = ()  # tokens that end a reply besides eos
+    needs: tuple = ()  # tokens that the vocabulary must have
+    name: str = ""
+
+    def files(self):
+        return {TEMPLATE_FILE: json.dumps({"chat_format": self.name}) + "\n"}
+
+    def fill(self, part, spec, fields):
+        """A str or tuple of the format -> [Piece...]."""
+        if isinstance(spec, str):
+            return [Piece(part, "text", spec.format(**fields))] if spec else []
+        kinds = ["token" if item in ("{bos}", "{eos}", *self.needs) or isinstance(item, int) else
+                 "literal" if self.literal else "own" for item in spec]
+        texts = [item if isinstance(item, int) else item.format(**fields) for item in spec]
+        return [Piece(part, kind, text) for kind, text in zip(kinds, texts) if text != ""]
+
+    def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
+        """As ChatTemplate.pieces. UserError for a system text where the family has no place for one."""
+        system, last = context.get("system"), len(rounds) - 1
+        if system is not None and self.system is None and self.merge is None:
+            raise UserError(f"messages: chat format {self.name!r} has no system message; put its text into the user's")
+        text = self.default if system is None else system
+        fields = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or "", "date": f"{datetime.now():%d %b %Y}"}
+        fields["system"] = text.strip() if text and "system" in self.strip else text
+        out = self.fill(0, self.begin, fields)
+        if self.system is not None and text is not None:
+            out += self.fill(0, self.system, fields)
+        for k, (user, bot) in enumerate(rounds):
+            if self.merge and system is not None and k == self.merge[0] % len(rounds):
+                user = self.merge[1].format(user=user, **fields)
+            fields |= {"round": k, "number": k + 1, "user": user.strip() if "user" in self.strip else user}
+            out += self.fill(2 * k or 1, self.opener, fields)
+            out += self.fill(1 + 2 * k, self.alone if self.alone and not last else self.user, fields)
+            if k == last:
+                out += self.fill(1 + 2 * k, self.ask, fields)
+            if bot is not None:
+                reply = self.clean(bot, k == last)
+                fields["bot"] = reply.strip() if "bot" in self.strip else reply
+                if self.history and k == last:
+                    out.append(Piece(2 + 2 * k, "own", fields["bot"]))
+                else:
+                    out += self.fill(2 + 2 * k + self.history, self.bot, fields)
+                if k == last:
+                    out += self.fill(2 + 2 * k, self.finish, fields)
+        return out
+
+
+def after_thoughts(bot, last):
+    """DeepSeek's models see earlier replies without their reasoning; the last one stays as it was given."""
+    return bot if last else bot.split("</think>")[-1]
+
+
+def deepseek_r1_reply(bot, last):
+    """The prompt has written <think> and a line break already; a reply without reasoning ends it at once."""
+    if not last:
+        return after_thoughts(bot, last)
+    return bot.removeprefix("<think>\n") if "</think>" in bot else "\n</think>\n\n" + bot
+
+
+def qwen3_reply(bot, last, thinking=True):
+    """Qwen3's template: the last reply with its reasoning, be it empty, all others without."""
+    thoughts, end, text = bot.rpartition("</think>")
+    text = text.lstrip("\n") if end else bot
+    if not last:
+        return text
+    thoughts = bot.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n") if end else ""
+    if not thinking and not thoughts:
+        return text.lstrip("\n")  # the prompt has the empty reasoning already
+    return f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
+
+
+LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
+LLAMA3_DATE = "Cutting Knowledge Date: December 2023\nToday Date: {}\n\n"
+CHATML = ChatFormat("<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", "{bot}<|im_end|>\n",
+                    system="<|im_start|>system\n{system}<|im_end|>\n", stops=("<|im_end|>",),
+                    needs=("<|im_start|>", "<|im_end|>"))
+LLAMA2 = ChatFormat("{bos} [INST] {user} [/INST]", " {bot} {eos}", strip=("user", "bot"),
+                    merge=(0, "<<SYS>>\n{system}\n<</SYS>>\n\n{user}"))
+LLAMA3_FORMAT = ChatFormat(
+    LLAMA3.format("user") + "{user}<|eot_id|>" + LLAMA3.format("assistant"), "{bot}<|eot_id|>",
+    begin="<|begin_of_text|>", system=LLAMA3.format("system") + "{system}<|eot_id|>", strip=("system", "user", "bot"),
+    stops=("<|eot_id|>",), needs=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+MISTRAL = ChatFormat(" [INST] {user} [/INST]", " {bot}{eos}", begin="{bos}", merge=(0, "{system}\n\n{user}"))
+GEMMA = ChatFormat("<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n", "{bot}<end_of_turn>\n",
+                   begin="{bos}", strip=("user", "bot"), stops=("<end_of_turn>",),
+                   needs=("<start_of_turn>", "<end_of_turn>"))
+DEEPSEEK3 = ChatFormat("<｜User｜>{user}<｜Assistant｜>", "{bot}<｜end▁of▁sentence｜>", begin="{bos}", system="{system}",
+                       clean=after_thoughts, needs=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"))
+GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+
+# From the families' own code (goldens) or published templates. "-hf": as Hugging Face's template of that family has it,
+# where that differs from the family's own code by a space or by the name of bos.
+FORMATS = {
+    "llama2": LLAMA2,  # Meta's ids: a space after bos
+    "llama2-hf": replace(LLAMA2, user="{bos}[INST] {user} [/INST]"),
+    "llama3": LLAMA3_FORMAT,
+    "llama3-hf": replace(LLAMA3_FORMAT, begin="{bos}", needs=()),
+    "llama3.1": replace(LLAMA3_FORMAT, begin="{bos}", default="", system=LLAMA3.format("system")
+                        + LLAMA3_DATE.format("26 Jul 2024") + "{system}<|eot_id|>"),
+    "llama3.2": replace(LLAMA3_FORMAT, begin="{bos}", default="", system=LLAMA3.format("system")
+                        + LLAMA3_DATE.format("{date}") + "{system}<|eot_id|>"),
+    "mistral-v1": MISTRAL,
+    "mistral-v3": replace(MISTRAL, user="[INST] {user}[/INST]", merge=(-1, "{system}\n\n{user}"), strip=("bot",),
+                          needs=("[INST]", "[/INST]")),
+    "mistral-hf": replace(MISTRAL, user="[INST] {user} [/INST]", bot="{bot}{eos}", merge=None),  # 7B v0.2, 8x7B
+    "mistral-v0.1-hf": replace(MISTRAL, user="[INST] {user} [/INST]", bot="{bot}{eos} ", merge=None),
+    "mixtral": MISTRAL,
+    "chatml": CHATML,  # also Yi and Qwen3 2507 Instruct
+    "yi-1.5": replace(CHATML, system="{system}"),
+    "qwen": ChatFormat(  # the first Qwen: each text by itself
+        ("<|im_start|>", "user", "\n", "{user}", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"),
+        ("{bot}", "<|im_end|>", "\n"), system=("<|im_start|>", "system", "\n", "{system}", "<|im_end|>", "\n"),
+        default="", literal=True, stops=("<|im_end|>",), needs=CHATML.needs),
+    "qwen1.5": replace(CHATML, default="You are a helpful assistant"),
+    "qwen2": replace(CHATML, default="You are a helpful assistant."),
+    "qwen2.5": replace(CHATML, default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "qwen3": replace(CHATML, clean=qwen3_reply),
+    "qwen3-no-thinking": replace(CHATML, clean=partial(qwen3_reply, thinking=False), ask="<think>\n\n</think>\n\n"),
+    "baichuan2": ChatFormat((195, "{user}", 196), ("{bot}",), system=("{system}",), finish=("{eos}",)),
+    "chatglm": ChatFormat("[Round {round}]\n问：{user}\n答：", "{bot}\n", alone="{user}", ask=("[gMASK]", "<sop>"),
+                          history=True, finish=("{eos}",), needs=("[gMASK]", "<sop>")),
+    "chatglm2": ChatFormat("[Round {number}]\n\n问：{user}\n\n答：", "{bot}\n\n", begin=("[gMASK]", "sop"),
+                           history=True, finish=("{eos}",), needs=("[gMASK]", "sop")),
+    "chatglm3": ChatFormat(
+        ("\n", "{user}", "<|assistant|>"), ("\n", "{bot}"), begin=("[gMASK]", "sop"), opener=("<|user|>",),
+        system=("<|system|>", "\n", "{system}"), finish=("{eos}",), stops=("<|user|>", "<|observation|>"),
+        needs=("[gMASK]", "sop", *GLM_ROLES)),
+    "glm-4": ChatFormat(
+        "\n{user}<|assistant|>", "\n{bot}", begin="[gMASK]<sop>", opener="<|user|>", system="<|system|>\n{system}",
+        finish="<|user|>", stops=("<|user|>", "<|observation|>"), needs=("[gMASK]", "<sop>", *GLM_ROLES)),
+    "internlm": ChatFormat("<|User|>:{user}<eoh>\n<|Bot|>:", "{bot}<eoa>\n", begin=("{bos}",), stops=("<eoa>",),
+                           needs=("<eoh>", "<eoa>")),
+    "internlm2": replace(CHATML, begin="{bos}", finish="{eos}"),
+    "gemma": GEMMA,
+    "gemma-hf": replace(GEMMA, begin=""),  # the template of the first Gemma left bos to the tokenizer
+    "deepseek-v2": ChatFormat("User: {user}\n\nAssistant:", " {bot}{eos}", begin="{bos}", system="{system}\n\n"),
+    "deepseek-v3": DEEPSEEK3,
+    "deepseek-r1": replace(DEEPSEEK3, ask="<think>\n", clean=deepseek_r1_reply),
 }
+FORMATS = {name: replace(chat_format, name=name) for name, chat_format in FORMATS.items()}
+
+
+# ------------------------------ templates in Jinja, as Hugging Face's tokenizers have them ------------------------------
+
+JINJA_FILE = "chat_template.jinja"
+JINJA_TAG = re.compile(r"""(\{#.*?\#}|\{([{%])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"])*?[}%]\})""", re.DOTALL)
+JINJA_WORD = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\w+|\S""", re.DOTALL)
+RECOGNISED = {}  # signature of a published template -> the format above that writes the same
+
+
+def signature(source):
+    """Jinja template -> hash of its meaning: texts as they stand after white-space control, the words of each tag with
+    string literals read; comments, spaces in tags and the kind of quotes do not count."""
+    pieces = strip_around_tags([piece for i, piece in enumerate(JINJA_TAG.split(source.removesuffix("\n"))) if i % 3 < 2])
+    words = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            words += ["text", piece] if piece else []
+        elif not piece.startswith("{#"):
+            inner = piece[2:-2].removeprefix("-").removesuffix("-")
+            for word in [piece[:2], *JINJA_WORD.findall(inner)]:
+                if word[0] in "'\"" and len(word) > 1:
+                    word = "'" + word[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+                words.append(word)
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=16)
+def compile_jinja(source, where):
+    """Template text -> a jinja2 template in a sandbox, with what transformers gives to one; None without jinja2.
+    UserError when it is not Jinja."""
+    try:
+        import jinja2
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return None
+    if tuple(int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]) < (3, 1, 6):
+        return None  # known ways out of the sandbox; a template is somebody else's program
+
+    class Generation(Extension):  # {% generation %} marks replies for trainers; it writes nothing
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda text: datetime.now().strftime(text)}
+    try:
+        return env.from_string(source)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{where}: not a Jinja template: {one_line(error)}") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+class JinjaTemplate:
+    """A template of a Hugging Face tokenizer. jinja2 renders it if it is installed; without it, a published template is
+    recognised by its text and the format of FORMATS that writes the same takes its place. Any other is refused when a
+    conversation comes, not when the tokenizer is loaded."""
+
+    needs = ()
+
+    def __init__(self, source, where):
+        if not isinstance(source, str):
+            raise UserError(f"{where}: chat_template must be a text, found {brief(source)}")
+        self.source, self.name = source, where
+        self.known = FORMATS.get(RECOGNISED.get(signature(source)))
+
+    @property
+    def stops(self):
+        """What the template writes after a reply, without white space around it."""
+        if self.known:
+            return list(self.known.stops)
+        if compile_jinja(self.source, self.name) is None:
+            return []
+        try:
+            user, bot = {"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}
+            prompt, whole = self.render([user], None, True), self.render([user, bot], None, False)
+        except UserError:
+            return []
+        end = whole.removeprefix(prompt).partition("reply")[2].strip() if whole.startswith(prompt) else ""
+        return [end] if end else []
+
+    def files(self):
+        return {JINJA_FILE: self.source}
+
+    def render(self, messages, tokenizer, add_generation_prompt):
+        """Messages -> text. UserError when the template refuses them or fails."""
+        template = compile_jinja(self.source, self.name)
+        names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad")]
+        tokens = {name: token for name in names if (token := getattr(tokenizer, name, None)) is not None}
+        try:
+            return template.render(messages=messages, tools=None, documents=None,
+                                   add_generation_prompt=add_generation_prompt, **tokens)
+        except Exception as error:  # somebody else's program: it may fail in any way
+            raise UserError(f"messages: {self.name} refuses this conversation: {one_line(error)}") from None
+
+    def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
+        """As ChatTemplate.pieces; replies are found by rendering every beginning of the conversation. UserError when
+        jinja2 is missing and the template is none of those known, or when `split` and one beginning, rendered, is not
+        the beginning of the next."""
+        known = self.known
+        if compile_jinja(self.source, self.name) is None:
+            if known is None:
+                raise UserError(f"{self.name}: this chat template is none of those known here; pip install 'jinja2>=3.1.6'"
+                                f", or give chat_template: {', '.join(FORMATS)}, plain")
+            return known.pieces(rounds, context, tokenizer)
+        messages = [{"role": "system", "content": context["system"]}] if context.get("system") is not None else []
+        texts, last = [""], len(rounds) - 1  # what stands up to the end of each part
+        for k, (user, bot) in enumerate(rounds):
+            messages.append({"role": "user", "content": user})
+            if split or k == last:
+                texts.append(self.render(messages, tokenizer, True))
+            if bot is not None:
+                messages.append({"role": "assistant", "content": bot})
+                if split or k == last:
+                    texts.append(self.render(messages, tokenizer, False))
+        prompt = texts[-1] if rounds[last][1] is None else texts[-2]
+        if known:
+            if not all(isinstance(spec, str) for spec in (known.user, known.begin)):
+                return known.pieces(rounds, context, tokenizer)  # a family whose code encodes pieces, whatever is rendered
+            same = known.pieces([*rounds[:-1], (rounds[last][0], None)], context, tokenizer)
+            if "".join(piece.text for piece in same) == prompt:
+                return known.pieces(rounds, context, tokenizer)
+        out = []
+        for part, (before, text) in enumerate(zip(texts, texts[1:]), 1):
+            if not text.startswith(before):
+                raise UserError(f"{self.name}: what this template writes of the first {part // 2} rounds is not how it "
+                                "begins the conversation, so replies cannot be told apart; train on single rounds, or "
+                                f"give chat_template: {', '.join(FORMATS)}, plain")
+            out.append(Piece(part, "text", text[len(before) :]))
+        if rounds[last][1] is not None and not out[-1].text.rstrip().endswith(tuple(tokenizer.special)):
+            out.append(Piece(out[-1].part, "token", tokenizer.eos_token))  # a reply must end
+        return out
 
 
 def load_chat_template(name):
-    """llama2 | llama3 | chatml | a chat_template.json or its folder -> ChatTemplate; plain | none | None -> None.
+    """A name of FORMATS | a chat_template.json or .jinja or the folder of one -> ChatTemplate, ChatFormat or
+    JinjaTemplate; plain | none | None -> None.
 
     None as a template means plain text: prompt, reply, eos, nothing around them."""
     if name in (None, "none", "plain"):
         return None
-    if name in BUILT_IN:
-        system, user, bot, needs = BUILT_IN[name]
-        return ChatTemplate({"system": system, "conversation": [user, bot], "query": user}, name, needs)
+    if name in FORMATS:
+        return FORMATS[name]
     path = Path(name)
+    if path.is_dir() and (template := folder_template(path)):
+        return template
     path = path / TEMPLATE_FILE if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"chat_template {name!r}: no such file; give one, or {', '.join(BUILT_IN)}, plain, none")
-    return ChatTemplate(read_json(path), str(path))
+        raise UserError(f"chat_template {str(name)!r}: no such file; give one, or {', '.join(FORMATS)}, plain, none")
+    if path.suffix == ".jinja":
+        return JinjaTemplate(read_text(path), str(path))
+    config = read_json(path)
+    if isinstance(config, dict) and set(config) == {"chat_template"}:
+        return JinjaTemplate(config["chat_template"], str(path))
+    if isinstance(config, dict) and set(config) == {"chat_format"}:
+        if config["chat_format"] not in FORMATS:
+            raise UserError(f"{path}: no chat format {brief(config['chat_format'])}; known are {', '.join(FORMATS)}")
+        return FORMATS[config["chat_format"]]
+    return ChatTemplate(config, str(path))
+
+
+def folder_template(folder):
+    """The chat template that a tokenizer's folder holds, or None: chat_template.json, chat_template.jinja, or the key of
+    that name in tokenizer_config.json (of several the one named default)."""
+    for name in (TEMPLATE_FILE, JINJA_FILE):
+        if (folder / name).is_file():
+            return load_chat_template(folder / name)
+    path = folder / "tokenizer_config.json"
+    source = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(source, list):
+        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+        source = named.get("default")
+        if source is None:
+            raise UserError(f"{path}: none of the chat templates {', '.join(map(str, named))} is named default")
+    return None if source is None else JinjaTemplate(source, f"{path}: chat_template")
+
+
+def save_chat_template(template, folder):
+    """Writes the template (None: none) into a folder that holds a copy of a tokenizer's files, and takes out any other."""
+    files = {} if template is None else template.files()
+    for name in {TEMPLATE_FILE, JINJA_FILE} - set(files):
+        (folder / name).unlink(missing_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.get("chat_template") is not None and config["chat_template"] != files.get(JINJA_FILE):
+        text = json.dumps({key: value for key, value in config.items() if key != "chat_template"}, ensure_ascii=False, indent=2)
+        path.unlink()  # it may be a hard link, or read-only like its original
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+# ------------------------------ conversations to ids ------------------------------
+
+def encode_pieces(tokenizer, pieces, parts):
+    """[Piece...] -> list of `parts` lists of ids."""
+    out = [[] for _ in range(parts)]
+    for kind, run in groupby(pieces, key=lambda piece: piece.kind):
+        if kind == "text":
+            for part, ids in encode_run(partial(tokenizer.encode, add_special_tokens=False), list(run), tokenizer):
+                out[part] += ids
+            continue
+        for piece in run:
+            out[piece.part] += ([token_id(tokenizer, piece.text)] if kind == "token" else
+                                tokenizer.encode(piece.text, False) if kind == "own" else
+                                tokenizer.encode(piece.text, False, parse_special=False))
+    return out
+
+
+def encode_run(encode, run, tokenizer):
+    """Neighbouring "text" pieces, read as one text, -> [(part, ids)...], cut where the parts change. A cut that would
+    fall into a token is made in the text instead: a reply is learnt as it would be generated, after its prompt's ids."""
+    ends = [i for i in range(1, len(run)) if run[i].part != run[i - 1].part]
+    for i in ends:  # a special token parts the text before it from the text behind: so no beginning is read twice
+        if starts_with_special(run[i].text, tokenizer):
+            return encode_run(encode, run[:i], tokenizer) + encode_run(encode, run[i:], tokenizer)
+    whole, done, out = encode("".join(piece.text for piece in run)), 0, []
+    for start, end in zip([0, *ends], ends):
+        head = encode("".join(piece.text for piece in run[:end]))
+        out.append((run[start].part, head[done:]))
+        done = len(head)
+        if whole[:done] != head:
+            return out + encode_run(partial(encode_behind, encode), run[end:], tokenizer)
+    return [*out, (run[-1].part, whole[done:])]
+
+
+def encode_behind(encode, text):
+    """Ids of a text that stands behind another: without the space that sentencepiece puts before a beginning."""
+    line = encode("\n")
+    if encode("\na") == line + encode("a"):
+        return encode(text)
+    ids = encode("\n" + text)
+    return ids[len(line) :] if ids[: len(line)] == line else encode(text)
+
+
+def starts_with_special(text, tokenizer):
+    return any(text.startswith(token) and not tokenizer.flags.get(token, {}).get("lstrip") for token in tokenizer.special)
+
+
+def token_id(tokenizer, token):
+    """Text of one token, or already its id -> its id."""
+    if isinstance(token, int):
+        return token
+    if token in tokenizer.added:
+        return tokenizer.added[token]
+    return tokenizer.encode(token, False)[-1]
+
+
+def check_messages(messages, add_generation_prompt):
+    """[{"role": "system" | "user" | "assistant", "content": str}...] -> context, [(user, bot or None)...]. UserError: one
+    line that says which message is wrong."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"messages: a list of at least one message is wanted, found {brief(messages)}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f'messages[{i}]: an object with the role "system", "user" or "assistant" is wanted, found '
+                            f"{brief(message)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"messages[{i}]: content must be a string, found {brief(message.get('content'))}")
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise UserError(f"messages[{roles.index('system', 1)}]: a system message can only be the first")
+    turns = messages[roles[0] == "system" :]
+    for i, turn in enumerate(turns, len(messages) - len(turns)):
+        wanted = ("user", "assistant")[(i + len(turns) - len(messages)) % 2]
+        if turn["role"] != wanted:
+            raise UserError(f"messages[{i}]: the roles must be [system,] user, assistant, user, ...; wanted is {wanted!r} "
+                            f"here, found {turn['role']!r}")
+    if not turns or add_generation_prompt != (turns[-1]["role"] == "user"):
+        raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's; found "
+                        + (repr(roles[-1])))
+    texts = [turn["content"] for turn in turns] + [None] * (len(turns) % 2)
+    context = {"system": messages[0]["content"]} if roles[0] == "system" else {}
+    return context, list(zip(texts[::2], texts[1::2]))
 
 
 # ============================== tokenizer ==============================
@@ -1071,8 +1532,7 @@ class Tokenizer:
         self.special_ids |= {*self.head, *self.tail}
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
         self._chat_template = None
-        if (self.folder / TEMPLATE_FILE).is_file():
-            self.chat_template = load_chat_template(self.folder / TEMPLATE_FILE)
+        self.chat_template = folder_template(self.folder)
 
     def _read_side_files(self):
         """tokenizer_config.json over special_tokens_map.json, {} without them."""
@@ -1170,10 +1630,9 @@ class Tokenizer:
 
     @property
     def stop_ids(self):
-        """Ids that end a reply: eos, and the token with which the chat template ends a turn."""
-        ids, end = [self.eos_token_id], self.chat_template.turn_end if self.chat_template else ""
-        if end and self.has_token(end):
-            ids.append(self.token_id(end))
+        """Ids that end a reply: eos, and the tokens with which the chat template ends a turn."""
+        ends = self.chat_template.stops if self.chat_template else []
+        ids = [self.eos_token_id, *(self.token_id(end) for end in ends if self.has_token(end))]
         return [i for i in dict.fromkeys(ids) if i is not None]
 
     def normalize(self, text):
@@ -1238,9 +1697,9 @@ class Tokenizer:
     def encode_chat(self, rounds, context=None, is_training=False):
         """[(user, bot)...] -> system ids, [(user ids, bot ids)...]. The last bot may be None: still to be generated.
 
-        Every part is encoded by itself, in training and in generation alike, so a prompt is the same ids in both.
-        Without a template: each user turn with special tokens, each bot turn followed by eos, and a context's system
-        text on a line of its own before the first user turn."""
+        A prompt is the same ids in training and in generation, whatever reply follows it. Without a template: each user
+        turn with special tokens, each bot turn followed by eos, and a context's system text on a line of its own before
+        the first user turn."""
         context, template = context or {}, self.chat_template
         if template is None:
             system = f"{context['system']}\n" if context.get("system") else ""
@@ -1248,18 +1707,10 @@ class Tokenizer:
             users = [self.encode((system if i == 0 else "") + user) for i, (user, _) in enumerate(rounds)]
             bots = [None if bot is None else self.encode(bot, False) + eos for _, bot in rounds]
             return [], list(zip(users, bots))
-        variables = {**context, "length": len(rounds), "is_training": is_training}
-        variables |= {name: token for name in ("bos_token", "eos_token") if (token := getattr(self, name)) is not None}
-        system_ids, encoded = self.encode(template.render("system", variables), False), []
-        for index, (user, bot) in enumerate(rounds):
-            turn = variables | {"index": index, "is_first": index == 0, "is_last": index == len(rounds) - 1}
-            turn |= {"user": user, "query": user}
-            if bot is None:
-                encoded.append((self.encode(template.render("query", turn), False), None))
-            else:
-                turn["bot"] = bot
-                encoded.append(tuple(self.encode(template.render(part, turn), False) for part in ("user", "bot")))
-        return system_ids, encoded
+        pieces = template.pieces(rounds, context, self, is_training)
+        system_ids, *turns = encode_pieces(self, pieces, 1 + 2 * len(rounds))
+        bots = [None if bot is None else ids for (_, bot), ids in zip(rounds, turns[1::2])]
+        return system_ids, list(zip(turns[::2], bots))
 
     def apply_chat(self, messages, add_generation_prompt=True):
         """[{"role": "system" | "user" | "assistant", "content": str}...] -> ids by the chat template (plain text
@@ -1267,17 +1718,14 @@ class Tokenizer:
 
         UserError unless the roles are: system at most once and first, then user and assistant in turn, a user last if a
         reply is to follow."""
-        roles = [message.get("role") for message in messages]
-        system = messages[0]["content"] if roles[:1] == ["system"] else None
-        turns = messages[1:] if system is not None else messages
-        if not turns or any(turn["role"] != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
-            raise UserError(f"messages: the roles must be [system,] user, assistant, user, ...; found {roles}")
-        if add_generation_prompt != bool(len(turns) % 2):
-            raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's")
-        texts = [turn["content"] for turn in turns] + [None] * (len(turns) % 2)
-        context = {} if system is None else {"system": system}
-        system_ids, rounds = self.encode_chat(list(zip(texts[::2], texts[1::2])), context)
-        return system_ids + [i for user, bot in rounds for i in user + (bot or [])]
+        context, rounds = check_messages(messages, add_generation_prompt)
+        if self.chat_template is None:
+            _, encoded = self.encode_chat(rounds, context)
+            return [i for user, bot in encoded for i in user + (bot or [])]
+        pieces = self.chat_template.pieces(rounds, context, self, split=False)
+        last = 2 * len(rounds)  # only the last reply is cut off: earlier ones are read in one with what is around them
+        prompt, reply = encode_pieces(self, [piece._replace(part=int(piece.part == last)) for piece in pieces], 2)
+        return prompt + reply
 
     def save(self, path):
         """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it learnt."""
@@ -1286,10 +1734,7 @@ class Tokenizer:
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
             if source.is_file() and source.resolve() != (path / source.name).resolve():
                 shutil.copyfile(source, path / source.name)
-        (path / TEMPLATE_FILE).unlink(missing_ok=True)
-        if self.chat_template is not None:
-            text = json.dumps(self.chat_template.config, ensure_ascii=False, indent=2) + "\n"
-            (path / TEMPLATE_FILE).write_text(text, encoding="utf-8")
+        save_chat_template(self.chat_template, path)
 
 
 def load_tokenizer(path):

@@ -403,7 +403,7 @@ def test_template_file_errors(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_chat_template("llama4")
     for wrong in (
-        {"chat_template": "x"},
+        {"chat_template": 1},
         {"conversation": ["a"], "query": "q"},
         {"conversation": ["a", "b"]},
         [],
