@@ -46,6 +46,7 @@ from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
@@ -318,7 +319,8 @@ class ChatFormat:
     {number} (from 1) and {date}; a tuple is what the family's code encodes piece by piece: tokens (those in `needs`, or
     ids) and texts, so that what a user writes can never become a token there.
 
-    `begin`, the system block, then of each round `opener`, `user` and `bot`; `ask` stands before the last reply only.
+    `begin`, the system block, then of each round `opener`, `user`, `header` and `bot`; `ask` stands before the last reply
+    only.
     `opener` is the next user's mark, with which the family's models end their replies: it is learnt with the reply before
     it. A finished conversation is, in training and elsewhere, the prompt of its last question, that reply and `finish`."""
 
@@ -330,12 +332,15 @@ class ChatFormat:
     merge: tuple | None = None  # (0 or -1, text): the user turn that takes the system text, and how
     strip: tuple = ()  # whose texts lose the white space around them
     opener: str | tuple = ""
+    header: str | tuple = ""
     ask: str | tuple = ""
     alone: str = ""  # instead of `user` in a conversation of one round
     finish: str | tuple = ""
     clean: Callable = lambda bot, last: bot  # what is left of a reply
     history: bool = False  # earlier replies are part of the prompt, never learnt, and the last one is read by itself
     literal: bool = False  # texts of tuples are "literal", else "own"
+    not_user: tuple = ()  # beginning and end of user texts that the family reads as something else: refused
+    skip_empty: bool = False  # nothing is written of an empty text, its role neither
     stops: tuple = ()  # tokens that end a reply besides eos
     needs: tuple = ()  # tokens that the vocabulary must have
     name: str = ""
@@ -361,17 +366,23 @@ class ChatFormat:
         fields = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or "", "date": f"{datetime.now():%d %b %Y}"}
         fields["system"] = text.strip() if text and "system" in self.strip else text
         out = self.fill(0, self.begin, fields)
-        if self.system is not None and text is not None:
+        if self.system is not None and (text or text == "" and not self.skip_empty):
             out += self.fill(0, self.system, fields)
         for k, (user, bot) in enumerate(rounds):
+            if self.not_user and user.startswith(self.not_user[0]) and user.endswith(self.not_user[1]):
+                raise UserError(f"messages: chat format {self.name!r} takes a user's text from {self.not_user[0]} to "
+                                f"{self.not_user[1]} for a tool's answer; tools are not known here")
             if self.merge and system is not None and k == self.merge[0] % len(rounds):
-                user = self.merge[1].format(user=user, **fields)
+                user = self.merge[1].format(**fields | {"user": user})
             fields |= {"round": k, "number": k + 1, "user": user.strip() if "user" in self.strip else user}
-            out += self.fill(2 * k or 1, self.opener, fields)
-            out += self.fill(1 + 2 * k, self.alone if self.alone and not last else self.user, fields)
+            if user or not self.skip_empty:
+                out += self.fill(2 * k or 1, self.opener, fields)
+                out += self.fill(1 + 2 * k, self.alone if self.alone and not last else self.user, fields)
+            if k == last or bot or not self.skip_empty:
+                out += self.fill(1 + 2 * k, self.header, fields)
             if k == last:
                 out += self.fill(1 + 2 * k, self.ask, fields)
-            if bot is not None:
+            if k == last and bot is not None or bot or bot == "" and not self.skip_empty:
                 reply = self.clean(bot, k == last)
                 fields["bot"] = reply.strip() if "bot" in self.strip else reply
                 if self.history and k == last:
@@ -423,7 +434,8 @@ GEMMA = ChatFormat("<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>mod
                    begin="{bos}", strip=("user", "bot"), stops=("<end_of_turn>",),
                    needs=("<start_of_turn>", "<end_of_turn>"))
 DEEPSEEK3 = ChatFormat("<｜User｜>{user}<｜Assistant｜>", "{bot}<｜end▁of▁sentence｜>", begin="{bos}", system="{system}",
-                       clean=after_thoughts, needs=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"))
+                       clean=after_thoughts, stops=("<｜end▁of▁sentence｜>",),
+                       needs=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"))
 GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 # From the families' own code (goldens) or published templates. "-hf": as Hugging Face's template of that family has it,
@@ -452,8 +464,9 @@ FORMATS = {
     "qwen1.5": replace(CHATML, default="You are a helpful assistant"),
     "qwen2": replace(CHATML, default="You are a helpful assistant."),
     "qwen2.5": replace(CHATML, default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "qwen3": replace(CHATML, clean=qwen3_reply),
-    "qwen3-no-thinking": replace(CHATML, clean=partial(qwen3_reply, thinking=False), ask="<think>\n\n</think>\n\n"),
+    "qwen3": replace(CHATML, clean=qwen3_reply, not_user=("<tool_response>", "</tool_response>")),
+    "qwen3-no-thinking": replace(CHATML, clean=partial(qwen3_reply, thinking=False), ask="<think>\n\n</think>\n\n",
+                                 not_user=("<tool_response>", "</tool_response>")),
     "baichuan2": ChatFormat((195, "{user}", 196), ("{bot}",), system=("{system}",), finish=("{eos}",)),
     "chatglm": ChatFormat("[Round {round}]\n问：{user}\n答：", "{bot}\n", alone="{user}", ask=("[gMASK]", "<sop>"),
                           history=True, finish=("{eos}",), needs=("[gMASK]", "<sop>")),
@@ -464,8 +477,9 @@ FORMATS = {
         system=("<|system|>", "\n", "{system}"), finish=("{eos}",), stops=("<|user|>", "<|observation|>"),
         needs=("[gMASK]", "sop", *GLM_ROLES)),
     "glm-4": ChatFormat(
-        "\n{user}<|assistant|>", "\n{bot}", begin="[gMASK]<sop>", opener="<|user|>", system="<|system|>\n{system}",
-        finish="<|user|>", stops=("<|user|>", "<|observation|>"), needs=("[gMASK]", "<sop>", *GLM_ROLES)),
+        "\n{user}", "\n{bot}", begin="[gMASK]<sop>", system="<|system|>\n{system}", opener="<|user|>",
+        header="<|assistant|>", finish="<|user|>", skip_empty=True, stops=("<|user|>", "<|observation|>"),
+        needs=("[gMASK]", "<sop>", *GLM_ROLES)),
     "internlm": ChatFormat("<|User|>:{user}<eoh>\n<|Bot|>:", "{bot}<eoa>\n", begin=("{bos}",), stops=("<eoa>",),
                            needs=("<eoh>", "<eoa>")),
     "internlm2": replace(CHATML, begin="{bos}", finish="{eos}"),
@@ -483,7 +497,40 @@ FORMATS = {name: replace(chat_format, name=name) for name, chat_format in FORMAT
 JINJA_FILE = "chat_template.jinja"
 JINJA_TAG = re.compile(r"""(\{#.*?\#}|\{([{%])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"])*?[}%]\})""", re.DOTALL)
 JINJA_WORD = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\w+|\S""", re.DOTALL)
-RECOGNISED = {}  # signature of a published template -> the format above that writes the same
+RECOGNISED = {  # signature of a published template -> the format above that writes the same
+    "8cebae4383b5f5ef": "llama2-hf",
+    "887ebf6518a49f5e": "llama2-hf",
+    "a91e8117b8273304": "llama3-hf",
+    "18effb7f647917ce": "llama3-hf",
+    "fbaeb982512c0172": "llama3.1",
+    "f494a82fa92d92e4": "llama3.2",
+    "1cc3bd28400671d8": "mistral-v1",
+    "50dffd348e62e746": "mistral-v3",
+    "9446e1d0ef52f78e": "mistral-hf",
+    "e6884210125c6ba0": "mistral-v0.1-hf",
+    "f97ff78f9ac4d9b3": "chatml",
+    "005fb62f163011c6": "chatml",
+    "f63ab8eecfb6e093": "chatml",
+    "656f0e8a822ff73a": "yi-1.5",
+    "2516ffda360ef345": "qwen1.5",
+    "b1ce672fd41319a5": "qwen1.5",
+    "9678456d5a9c6c90": "qwen2",
+    "47c15d407362786f": "qwen2",
+    "2e431a3fbc4dad49": "qwen2",
+    "3417ce61dccf006f": "qwen2.5",
+    "a248a94b02877bfb": "qwen3",
+    "39c3d73f51aa0e27": "qwen3",
+    "be7a7d38d7fb95be": "chatglm3",
+    "0a4a31787cd1c5ca": "glm-4",
+    "45dee6961672d54d": "glm-4",
+    "c3d0baece2c3d32e": "internlm2",
+    "e09a969b2804875b": "gemma",
+    "2707abe460ff9ef3": "gemma-hf",
+    "5b8cb85e36980483": "deepseek-v2",
+    "12c6f41d7752aa7c": "deepseek-v3",
+    "69286192c8cb85d7": "deepseek-v3",
+    "be062348adb7aa4f": "deepseek-r1",
+}
 
 
 def signature(source):
@@ -608,11 +655,12 @@ class JinjaTemplate:
         if known:
             if not all(isinstance(spec, str) for spec in (known.user, known.begin)):
                 return known.pieces(rounds, context, tokenizer)  # a family whose code encodes pieces, whatever is rendered
-            same = known.pieces([*rounds[:-1], (rounds[last][0], None)], context, tokenizer)
-            if "".join(piece.text for piece in same) == prompt:
-                return known.pieces(rounds, context, tokenizer)
+            with suppress(UserError):
+                same = known.pieces([*rounds[:-1], (rounds[last][0], None)], context, tokenizer)
+                if "".join(piece.text for piece in same) == prompt:
+                    return known.pieces(rounds, context, tokenizer)
         out = []
-        for part, (before, text) in enumerate(zip(texts, texts[1:]), 1):
+        for part, (before, text) in enumerate(zip(texts, texts[1:]), 1 if split else 1 + 2 * last):
             if not text.startswith(before):
                 raise UserError(f"{self.name}: what this template writes of the first {part // 2} rounds is not how it "
                                 "begins the conversation, so replies cannot be told apart; train on single rounds, or "
@@ -688,7 +736,7 @@ def encode_pieces(tokenizer, pieces, parts):
     out = [[] for _ in range(parts)]
     for kind, run in groupby(pieces, key=lambda piece: piece.kind):
         if kind == "text":
-            for part, ids in encode_run(partial(tokenizer.encode, add_special_tokens=False), list(run), tokenizer):
+            for part, ids in encode_run(tokenizer, list(run)):
                 out[part] += ids
             continue
         for piece in run:
@@ -698,30 +746,34 @@ def encode_pieces(tokenizer, pieces, parts):
     return out
 
 
-def encode_run(encode, run, tokenizer):
+def encode_run(tokenizer, run, behind=False):
     """Neighbouring "text" pieces, read as one text, -> [(part, ids)...], cut where the parts change. A cut that would
-    fall into a token is made in the text instead: a reply is learnt as it would be generated, after its prompt's ids."""
+    fall into a token is made in the text instead: a reply is learnt as it would be generated, after its prompt's ids.
+    behind: the text does not begin here."""
     ends = [i for i in range(1, len(run)) if run[i].part != run[i - 1].part]
     for i in ends:  # a special token parts the text before it from the text behind: so no beginning is read twice
         if starts_with_special(run[i].text, tokenizer):
-            return encode_run(encode, run[:i], tokenizer) + encode_run(encode, run[i:], tokenizer)
+            return encode_run(tokenizer, run[:i], behind) + encode_run(tokenizer, run[i:], behind)
+    encode = partial(encode_behind, tokenizer) if behind else partial(tokenizer.encode, add_special_tokens=False)
     whole, done, out = encode("".join(piece.text for piece in run)), 0, []
     for start, end in zip([0, *ends], ends):
         head = encode("".join(piece.text for piece in run[:end]))
+        if head[:done] != whole[:done]:
+            return out + encode_run(tokenizer, run[start:], behind=True)
         out.append((run[start].part, head[done:]))
         done = len(head)
         if whole[:done] != head:
-            return out + encode_run(partial(encode_behind, encode), run[end:], tokenizer)
+            return out + encode_run(tokenizer, run[end:], behind=True)
     return [*out, (run[-1].part, whole[done:])]
 
 
-def encode_behind(encode, text):
+def encode_behind(tokenizer, text):
     """Ids of a text that stands behind another: without the space that sentencepiece puts before a beginning."""
-    line = encode("\n")
-    if encode("\na") == line + encode("a"):
-        return encode(text)
-    ids = encode("\n" + text)
-    return ids[len(line) :] if ids[: len(line)] == line else encode(text)
+    line, ids = tokenizer.encode("\n", False), tokenizer.encode(text, False)
+    if tokenizer.encode("\na", False) == line + tokenizer.encode("a", False):
+        return ids
+    both = tokenizer.encode("\n" + text, False)
+    return both[len(line) :] if both[: len(line)] == line else ids
 
 
 def starts_with_special(text, tokenizer):
