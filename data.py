@@ -740,9 +740,10 @@ def encode_pieces(tokenizer, pieces, parts):
                 out[part] += ids
             continue
         for piece in run:
-            out[piece.part] += ([token_id(tokenizer, piece.text)] if kind == "token" else
-                                tokenizer.encode(piece.text, False) if kind == "own" else
-                                tokenizer.encode(piece.text, False, parse_special=False))
+            if kind == "token":
+                out[piece.part].append(piece.text if isinstance(piece.text, int) else tokenizer.token_id(piece.text))
+            else:
+                out[piece.part] += tokenizer.encode(piece.text, False, False if kind == "literal" else None)
     return out
 
 
@@ -778,15 +779,6 @@ def encode_behind(tokenizer, text):
 
 def starts_with_special(text, tokenizer):
     return any(text.startswith(token) and not tokenizer.flags.get(token, {}).get("lstrip") for token in tokenizer.special)
-
-
-def token_id(tokenizer, token):
-    """Text of one token, or already its id -> its id."""
-    if isinstance(token, int):
-        return token
-    if token in tokenizer.added:
-        return tokenizer.added[token]
-    return tokenizer.encode(token, False)[-1]
 
 
 def check_messages(messages, add_generation_prompt):

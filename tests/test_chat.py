@@ -46,9 +46,12 @@ class SmallTokenizer(data.Tokenizer):
     def has_token(self, text):
         return text in self.added
 
-    def encode(self, text, add_special_tokens=True, parse_special=True):
+    def token_id(self, text):
+        return self.added.get(text)
+
+    def encode(self, text, add_special_tokens=True, special_in_text=None):
         ids = []
-        for i, piece in enumerate(self.pattern.split(text) if parse_special else [text]):
+        for i, piece in enumerate([text] if special_in_text is False else self.pattern.split(text)):
             if i % 2:
                 ids.append(self.added[piece])
                 continue
