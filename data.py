@@ -27,7 +27,8 @@ Order is a pure function of (seed, epoch), and batch(epoch, index) is random acc
 step number. Orders come from np.random.RandomState, whose stream numpy has frozen for good: an upgrade between the two
 halves of a run changes nothing.
 
-Not here: Unigram and WordPiece in tokenizer.json, general Jinja.
+Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without it
+those of RECOGNISED are known).
 """
 import argparse
 import ast
@@ -47,9 +48,9 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import chain, groupby
 from multiprocessing import get_context
@@ -258,11 +259,11 @@ def render(nodes, variables, where):
 class ChatTemplate:
     """Texts around a conversation, PaddleNLP's chat_template.json: {"system", "conversation": [user, bot], "query"}.
 
-    Only the bot part is learnt; "query" is the user part when an answer is to be generated. `needs` are tokens that the
-    vocabulary must have. Variables: the keys of the record's context (system, ...), user, bot, query, index, is_first,
-    is_last, length, is_training, bos_token, eos_token. UserError names the file and what is wrong in it."""
+    Only the bot part is learnt; "query" is the user part when an answer is to be generated. Variables: the keys of the
+    record's context (system, ...), user, bot, query, index, is_first, is_last, length, is_training, bos_token and
+    eos_token. UserError names the file and what is wrong in it."""
 
-    def __init__(self, config, where, needs=()):
+    def __init__(self, config, where):
         config = config if isinstance(config, dict) else {}
         system, conversation, query = config.get("system") or "", config.get("conversation"), config.get("query")
         texts = [system, *conversation, query] if isinstance(conversation, list) else []
@@ -271,7 +272,7 @@ class ChatTemplate:
                             f'"query": text}}; found the keys {", ".join(config) or "none"}')
         if unknown := sorted(set(config) - {"system", "conversation", "query"}):
             raise UserError(f"{where}: unknown key {unknown[0]!r}; a chat template has system, conversation and query")
-        self.name, self.needs, self.config = where, needs, config
+        self.name, self.config = where, config
         self.parts = {part: parse_template(text, f"{where}: {part}")
                       for part, text in zip(("system", "user", "bot", "query"), texts)}
 
@@ -280,6 +281,9 @@ class ChatTemplate:
         """What the bot part writes after every reply, such as <|im_end|>, without white space around it."""
         last = self.parts["bot"][-1]
         return [last.strip()] if isinstance(last, str) and last.strip() else []
+
+    def missing(self, tokenizer):
+        return None  # it names no tokens
 
     def files(self):
         return {TEMPLATE_FILE: json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"}
@@ -290,7 +294,8 @@ class ChatTemplate:
     def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
         """[(user, bot)...], the last bot None if it is to be written -> [Piece...]; every part is read by itself."""
         variables = {**context, "length": len(rounds), "is_training": is_training}
-        variables |= {name: token for name in ("bos_token", "eos_token") if (token := getattr(tokenizer, name)) is not None}
+        tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        variables |= {name: token for name, token in tokens.items() if token is not None}
         out = [Piece(0, "own", self.render("system", variables))]
         for index, (user, bot) in enumerate(rounds):
             turn = variables | {"index": index, "is_first": index == 0, "is_last": index == len(rounds) - 1}
@@ -307,9 +312,10 @@ class ChatTemplate:
 class Piece(NamedTuple):
     """A stretch of a conversation on its way to ids."""
 
-    part: int  # 0 the beginning, 1 + 2 k what stands before the reply of round k, 2 + 2 k that reply: it alone is learnt
-    kind: str  # "text": neighbours of this kind are one text, special tokens in it included (so Hugging Face reads a
-    # rendered template); "own": a text by itself; "literal": that, special tokens in it being mere characters; "token"
+    part: int  # 0: the beginning, 1 + 2 k: what stands before the reply of round k, 2 + 2 k: that reply, which is learnt
+    # "text": neighbours of this kind are one text, special tokens in it included (so Hugging Face reads what a template
+    # rendered); "own": a text by itself; "literal": that, special tokens in it being mere characters; "token": one token
+    kind: str
     text: str | int  # of a token its text or its id
 
 
@@ -319,10 +325,10 @@ class ChatFormat:
     {number} (from 1) and {date}; a tuple is what the family's code encodes piece by piece: tokens (those in `needs`, or
     ids) and texts, so that what a user writes can never become a token there.
 
-    `begin`, the system block, then of each round `opener`, `user`, `header` and `bot`; `ask` stands before the last reply
-    only.
-    `opener` is the next user's mark, with which the family's models end their replies: it is learnt with the reply before
-    it. A finished conversation is, in training and elsewhere, the prompt of its last question, that reply and `finish`."""
+    `begin`, the system block, then of each round `opener`, `user`, `header` and `bot`; `ask` stands before the last
+    reply only. `opener` is the next user's mark, with which the family's models end their replies: it is learnt with the
+    reply before it. A finished conversation is, in training and elsewhere, the prompt of its last question, that reply
+    and `finish`."""
 
     user: str | tuple
     bot: str | tuple
@@ -348,13 +354,20 @@ class ChatFormat:
     def files(self):
         return {TEMPLATE_FILE: json.dumps({"chat_format": self.name}) + "\n"}
 
-    def fill(self, part, spec, fields):
+    def missing(self, tokenizer):
+        """The first token that the vocabulary lacks, or that does not become one where the format writes it as text."""
+        texts = [getattr(self, field.name) for field in fields(self)]
+        written = "".join(text for text in texts if isinstance(text, str))
+        return next((token for token in self.needs if (not tokenizer.has_token(token) if token in written else
+                                                       tokenizer.token_id(token) is None)), None)
+
+    def fill(self, part, spec, values):
         """A str or tuple of the format -> [Piece...]."""
         if isinstance(spec, str):
-            return [Piece(part, "text", spec.format(**fields))] if spec else []
+            return [Piece(part, "text", spec.format(**values))] if spec else []
         kinds = ["token" if item in ("{bos}", "{eos}", *self.needs) or isinstance(item, int) else
                  "literal" if self.literal else "own" for item in spec]
-        texts = [item if isinstance(item, int) else item.format(**fields) for item in spec]
+        texts = [item if isinstance(item, int) else item.format(**values) for item in spec]
         return [Piece(part, kind, text) for kind, text in zip(kinds, texts) if text != ""]
 
     def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
@@ -363,34 +376,34 @@ class ChatFormat:
         if system is not None and self.system is None and self.merge is None:
             raise UserError(f"messages: chat format {self.name!r} has no system message; put its text into the user's")
         text = self.default if system is None else system
-        fields = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or "", "date": f"{datetime.now():%d %b %Y}"}
-        fields["system"] = text.strip() if text and "system" in self.strip else text
-        out = self.fill(0, self.begin, fields)
+        values = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or "",
+                  "date": f"{datetime.now():%d %b %Y}", "system": text.strip() if text and "system" in self.strip else text}
+        out = self.fill(0, self.begin, values)
         if self.system is not None and (text or text == "" and not self.skip_empty):
-            out += self.fill(0, self.system, fields)
+            out += self.fill(0, self.system, values)
         for k, (user, bot) in enumerate(rounds):
             if self.not_user and user.startswith(self.not_user[0]) and user.endswith(self.not_user[1]):
                 raise UserError(f"messages: chat format {self.name!r} takes a user's text from {self.not_user[0]} to "
                                 f"{self.not_user[1]} for a tool's answer; tools are not known here")
             if self.merge and system is not None and k == self.merge[0] % len(rounds):
-                user = self.merge[1].format(**fields | {"user": user})
-            fields |= {"round": k, "number": k + 1, "user": user.strip() if "user" in self.strip else user}
+                user = self.merge[1].format(**values | {"user": user})
+            values |= {"round": k, "number": k + 1, "user": user.strip() if "user" in self.strip else user}
             if user or not self.skip_empty:
-                out += self.fill(2 * k or 1, self.opener, fields)
-                out += self.fill(1 + 2 * k, self.alone if self.alone and not last else self.user, fields)
+                out += self.fill(2 * k or 1, self.opener, values)
+                out += self.fill(1 + 2 * k, self.alone if self.alone and not last else self.user, values)
             if k == last or bot or not self.skip_empty:
-                out += self.fill(1 + 2 * k, self.header, fields)
+                out += self.fill(1 + 2 * k, self.header, values)
             if k == last:
-                out += self.fill(1 + 2 * k, self.ask, fields)
+                out += self.fill(1 + 2 * k, self.ask, values)
             if k == last and bot is not None or bot or bot == "" and not self.skip_empty:
                 reply = self.clean(bot, k == last)
-                fields["bot"] = reply.strip() if "bot" in self.strip else reply
+                values["bot"] = reply.strip() if "bot" in self.strip else reply
                 if self.history and k == last:
-                    out.append(Piece(2 + 2 * k, "own", fields["bot"]))
+                    out.append(Piece(2 + 2 * k, "own", values["bot"]))
                 else:
-                    out += self.fill(2 + 2 * k + self.history, self.bot, fields)
+                    out += self.fill(2 + 2 * k + self.history, self.bot, values)
                 if k == last:
-                    out += self.fill(2 + 2 * k, self.finish, fields)
+                    out += self.fill(2 + 2 * k, self.finish, values)
         return out
 
 
@@ -492,7 +505,7 @@ FORMATS = {
 FORMATS = {name: replace(chat_format, name=name) for name, chat_format in FORMATS.items()}
 
 
-# ------------------------------ templates in Jinja, as Hugging Face's tokenizers have them ------------------------------
+# ------------------------------ templates of Hugging Face tokenizers ------------------------------
 
 JINJA_FILE = "chat_template.jinja"
 JINJA_TAG = re.compile(r"""(\{#.*?\#}|\{([{%])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"])*?[}%]\})""", re.DOTALL)
@@ -536,7 +549,8 @@ RECOGNISED = {  # signature of a published template -> the format above that wri
 def signature(source):
     """Jinja template -> hash of its meaning: texts as they stand after white-space control, the words of each tag with
     string literals read; comments, spaces in tags and the kind of quotes do not count."""
-    pieces = strip_around_tags([piece for i, piece in enumerate(JINJA_TAG.split(source.removesuffix("\n"))) if i % 3 < 2])
+    found = JINJA_TAG.split(source.removesuffix("\n"))  # text, tag, its second character, text, ...
+    pieces = strip_around_tags([piece for i, piece in enumerate(found) if i % 3 < 2])
     words = []
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
@@ -594,15 +608,13 @@ class JinjaTemplate:
     recognised by its text and the format of FORMATS that writes the same takes its place. Any other is refused when a
     conversation comes, not when the tokenizer is loaded."""
 
-    needs = ()
-
     def __init__(self, source, where):
         if not isinstance(source, str):
             raise UserError(f"{where}: chat_template must be a text, found {brief(source)}")
         self.source, self.name = source, where
         self.known = FORMATS.get(RECOGNISED.get(signature(source)))
 
-    @property
+    @cached_property
     def stops(self):
         """What the template writes after a reply, without white space around it."""
         if self.known:
@@ -616,6 +628,9 @@ class JinjaTemplate:
             return []
         end = whole.removeprefix(prompt).partition("reply")[2].strip() if whole.startswith(prompt) else ""
         return [end] if end else []
+
+    def missing(self, tokenizer):
+        return None  # as in transformers: what is no token of the vocabulary is ordinary text
 
     def files(self):
         return {JINJA_FILE: self.source}
@@ -635,38 +650,34 @@ class JinjaTemplate:
         """As ChatTemplate.pieces; replies are found by rendering every beginning of the conversation. UserError when
         jinja2 is missing and the template is none of those known, or when `split` and one beginning, rendered, is not
         the beginning of the next."""
-        known = self.known
-        if compile_jinja(self.source, self.name) is None:
-            if known is None:
-                raise UserError(f"{self.name}: this chat template is none of those known here; pip install 'jinja2>=3.1.6'"
-                                f", or give chat_template: {', '.join(FORMATS)}, plain")
-            return known.pieces(rounds, context, tokenizer)
+        missing = compile_jinja(self.source, self.name) is None
+        if self.known and (missing or any(isinstance(spec, tuple) for spec in (self.known.user, self.known.begin))):
+            return self.known.pieces(rounds, context, tokenizer)  # a tuple: the family's own code renders nothing
+        if missing:
+            raise UserError(f"{self.name}: this chat template is none of those known here; pip install 'jinja2>=3.1.6', "
+                            f"or give chat_template: {', '.join(FORMATS)}, plain")
         messages = [{"role": "system", "content": context["system"]}] if context.get("system") is not None else []
-        texts, last = [""], len(rounds) - 1  # what stands up to the end of each part
-        for k, (user, bot) in enumerate(rounds):
-            messages.append({"role": "user", "content": user})
-            if split or k == last:
-                texts.append(self.render(messages, tokenizer, True))
-            if bot is not None:
-                messages.append({"role": "assistant", "content": bot})
-                if split or k == last:
-                    texts.append(self.render(messages, tokenizer, False))
-        prompt = texts[-1] if rounds[last][1] is None else texts[-2]
-        if known:
-            if not all(isinstance(spec, str) for spec in (known.user, known.begin)):
-                return known.pieces(rounds, context, tokenizer)  # a family whose code encodes pieces, whatever is rendered
+        for user, bot in rounds:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": bot}]
+        size, first, reply = len(messages), len(messages) - 2 * len(rounds), rounds[-1][1]
+        prompt = self.render(messages[:-1], tokenizer, True)
+        if self.known:
             with suppress(UserError):
-                same = known.pieces([*rounds[:-1], (rounds[last][0], None)], context, tokenizer)
+                same = self.known.pieces([*rounds[:-1], (rounds[-1][0], None)], context, tokenizer)
                 if "".join(piece.text for piece in same) == prompt:
-                    return known.pieces(rounds, context, tokenizer)
+                    return self.known.pieces(rounds, context, tokenizer)
+        ends = range(first + 1, size - 1) if split else ()  # of every part before the last prompt, by messages
+        texts = ["", *(self.render(messages[:end], tokenizer, (end - first) % 2 == 1) for end in ends), prompt]
+        if reply is not None:
+            texts.append(self.render(messages, tokenizer, False))
         out = []
-        for part, (before, text) in enumerate(zip(texts, texts[1:]), 1 if split else 1 + 2 * last):
+        for part, (before, text) in enumerate(zip(texts, texts[1:]), 1 if split else size - first - 1):
             if not text.startswith(before):
                 raise UserError(f"{self.name}: what this template writes of the first {part // 2} rounds is not how it "
                                 "begins the conversation, so replies cannot be told apart; train on single rounds, or "
                                 f"give chat_template: {', '.join(FORMATS)}, plain")
             out.append(Piece(part, "text", text[len(before) :]))
-        if rounds[last][1] is not None and not out[-1].text.rstrip().endswith(tuple(tokenizer.special)):
+        if reply is not None and not out[-1].text.rstrip().endswith(tuple(tokenizer.special)):
             out.append(Piece(out[-1].part, "token", tokenizer.eos_token))  # a reply must end
         return out
 
@@ -715,7 +726,7 @@ def folder_template(folder):
 
 
 def save_chat_template(template, folder):
-    """Writes the template (None: none) into a folder that holds a copy of a tokenizer's files, and takes out any other."""
+    """Writes the template (None: none) into a folder that holds a copy of a tokenizer's files; takes out any other."""
     files = {} if template is None else template.files()
     for name in {TEMPLATE_FILE, JINJA_FILE} - set(files):
         (folder / name).unlink(missing_ok=True)
@@ -724,9 +735,9 @@ def save_chat_template(template, folder):
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     if config.get("chat_template") is not None and config["chat_template"] != files.get(JINJA_FILE):
-        text = json.dumps({key: value for key, value in config.items() if key != "chat_template"}, ensure_ascii=False, indent=2)
-        path.unlink()  # it may be a hard link, or read-only like its original
-        path.write_text(text + "\n", encoding="utf-8")
+        del config["chat_template"]
+        path.unlink()  # it may be read-only, like its original
+        path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------ conversations to ids ------------------------------
@@ -748,9 +759,9 @@ def encode_pieces(tokenizer, pieces, parts):
 
 
 def encode_run(tokenizer, run, behind=False):
-    """Neighbouring "text" pieces, read as one text, -> [(part, ids)...], cut where the parts change. A cut that would
-    fall into a token is made in the text instead: a reply is learnt as it would be generated, after its prompt's ids.
-    behind: the text does not begin here."""
+    """Neighbouring "text" pieces, read as one text, -> [(part, ids)...], cut where the parts change. A token across a cut
+    goes to the part behind it, but for a reply: there the text is cut, as a reply is learnt the way it would be
+    generated, after its prompt's ids. behind: the text does not begin here."""
     ends = [i for i in range(1, len(run)) if run[i].part != run[i - 1].part]
     for i in ends:  # a special token parts the text before it from the text behind: so no beginning is read twice
         if starts_with_special(run[i].text, tokenizer):
@@ -761,10 +772,11 @@ def encode_run(tokenizer, run, behind=False):
         head = encode("".join(piece.text for piece in run[:end]))
         if head[:done] != whole[:done]:
             return out + encode_run(tokenizer, run[start:], behind=True)
-        out.append((run[start].part, head[done:]))
-        done = len(head)
-        if whole[:done] != head:
-            return out + encode_run(tokenizer, run[end:], behind=True)
+        same = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole)))
+        if same < len(head) and run[end].part % 2 == 0:
+            return [*out, (run[start].part, head[done:])] + encode_run(tokenizer, run[end:], behind=True)
+        out.append((run[start].part, whole[done:same]))
+        done = same
     return [*out, (run[-1].part, whole[done:])]
 
 
@@ -778,12 +790,13 @@ def encode_behind(tokenizer, text):
 
 
 def starts_with_special(text, tokenizer):
-    return any(text.startswith(token) and not tokenizer.flags.get(token, {}).get("lstrip") for token in tokenizer.special)
+    starts = (token for token in tokenizer.special if text.startswith(token))
+    return any(not tokenizer.flags.get(token, {}).get("lstrip") for token in starts)
 
 
 def check_messages(messages, add_generation_prompt):
-    """[{"role": "system" | "user" | "assistant", "content": str}...] -> context, [(user, bot or None)...]. UserError: one
-    line that says which message is wrong."""
+    """[{"role": "system" | "user" | "assistant", "content": str}...] -> context, [(user, bot or None)...]. UserError:
+    one line that says which message is wrong."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"messages: a list of at least one message is wanted, found {brief(messages)}")
     for i, message in enumerate(messages):
@@ -799,11 +812,11 @@ def check_messages(messages, add_generation_prompt):
     for i, turn in enumerate(turns, len(messages) - len(turns)):
         wanted = ("user", "assistant")[(i + len(turns) - len(messages)) % 2]
         if turn["role"] != wanted:
-            raise UserError(f"messages[{i}]: the roles must be [system,] user, assistant, user, ...; wanted is {wanted!r} "
-                            f"here, found {turn['role']!r}")
+            raise UserError(f"messages[{i}]: the roles must be [system,] user, assistant, user, ...; found "
+                            f"{turn['role']!r} where {wanted!r} is wanted")
     if not turns or add_generation_prompt != (turns[-1]["role"] == "user"):
-        raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's; found "
-                        + (repr(roles[-1])))
+        raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's; "
+                        f"found {roles[-1]!r}")
     texts = [turn["content"] for turn in turns] + [None] * (len(turns) % 2)
     context = {"system": messages[0]["content"]} if roles[0] == "system" else {}
     return context, list(zip(texts[::2], texts[1::2]))
@@ -1658,10 +1671,9 @@ class Tokenizer:
     def chat_template(self, template):
         """UserError when the vocabulary lacks a token of the template: its text would otherwise be cut into ordinary
         pieces, silently."""
-        for token in template.needs if template else ():
-            if not self.has_token(token):
-                raise UserError(f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
-                                f"{token!r}; give a tokenizer that has it or another chat_template")
+        if template is not None and (token := template.missing(self)):
+            raise UserError(f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
+                            f"{token!r}; give a tokenizer that has it or another chat_template")
         self._chat_template = template
 
     def token_id(self, text):
@@ -1768,8 +1780,8 @@ class Tokenizer:
             return [i for user, bot in encoded for i in user + (bot or [])]
         pieces = self.chat_template.pieces(rounds, context, self, split=False)
         last = 2 * len(rounds)  # only the last reply is cut off: earlier ones are read in one with what is around them
-        prompt, reply = encode_pieces(self, [piece._replace(part=int(piece.part == last)) for piece in pieces], 2)
-        return prompt + reply
+        pieces = [piece._replace(part=2 if piece.part == last else 1) for piece in pieces]
+        return sum(encode_pieces(self, pieces, 3), [])
 
     def save(self, path):
         """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it learnt."""

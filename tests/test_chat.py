@@ -237,7 +237,9 @@ def test_llama32_has_todays_date():
     import datetime
 
     today = datetime.datetime.now().strftime("%d %b %Y")
-    assert f"Today Date: {today}\n\n<|eot_id|>" in FORMATS["llama3.2"].pieces([("a", None)], {}, SmallTokenizer())[1].text
+    assert (
+        f"Today Date: {today}\n\n<|eot_id|>" in FORMATS["llama3.2"].pieces([("a", None)], {}, SmallTokenizer())[1].text
+    )
 
 
 def test_thoughts():
@@ -247,8 +249,12 @@ def test_thoughts():
     def text(name):
         return "".join(p.text for p in FORMATS[name].pieces(rounds, {}, SmallTokenizer()))
 
-    assert "assistant\nb<|im_end|>" in text("qwen3") and "assistant\n<think>\nso\n</think>\n\nd<|im_end|>" in text("qwen3")
-    assert "hm" not in text("deepseek-v3") and text("deepseek-v3").endswith("<think>\nso\n</think>\n\nd<｜end▁of▁sentence｜>")
+    assert "assistant\nb<|im_end|>" in text("qwen3") and "assistant\n<think>\nso\n</think>\n\nd<|im_end|>" in text(
+        "qwen3"
+    )
+    assert "hm" not in text("deepseek-v3") and text("deepseek-v3").endswith(
+        "<think>\nso\n</think>\n\nd<｜end▁of▁sentence｜>"
+    )
     assert text("deepseek-r1").endswith("<｜Assistant｜><think>\nso\n</think>\n\nd<｜end▁of▁sentence｜>")
     rounds[1] = ("c", "d")
     assert text("qwen3-no-thinking").endswith("assistant\n<think>\n\n</think>\n\nd<|im_end|>\n")
@@ -295,7 +301,12 @@ def test_golden_chats(tmp_path, folder, file, name, config):
         messages = chat.get("messages")
         if messages is None:
             turns = [*chat["history"], [chat["query"], None]]
-            messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn) if text]
+            messages = [
+                {"role": role, "content": text}
+                for turn in turns
+                for role, text in zip(("user", "assistant"), turn)
+                if text
+            ]
         generate = messages[-1]["role"] == "user"
         ids = tokenizer.apply_chat(messages, generate)
         if not generate and ids[-1] == tokenizer.eos_token_id:
@@ -340,10 +351,15 @@ def test_only_replies_are_learnt(tmp_path, name, dummy):
 @pytest.mark.parametrize("name", FORMATS)
 def test_pairs_share_their_prompt(tmp_path, name):
     tokenizer = small(name)
-    record = {"src": ["red lamp", "blue chair"], "tgt": ["ten coins"], "response": ["\nquiet water", "loud"], "sort": [1, 0]}
+    record = {
+        "src": ["red lamp", "blue chair"],
+        "tgt": ["ten coins"],
+        "response": ["\nquiet water", "loud"],
+        "sort": [1, 0],
+    }
     dataset = PreferenceDataset(write_lines(tmp_path / "train.json", [record]), tokenizer, 256, 128)
-    (ids, labels, *_), prompt = dataset.sample(0), tokenizer.apply_chat(CHAT[1:4], True)
-    assert ids[: len(prompt)].tolist() == prompt
+    prompt = tokenizer.apply_chat(CHAT[1:4], True)
+    assert dataset.sample(0)[0][: len(prompt)].tolist() == prompt
 
 
 def test_a_reply_that_would_melt_into_its_prompt():
@@ -357,10 +373,15 @@ def test_a_reply_that_would_melt_into_its_prompt():
         assert tokenizer.decode(bot, False) == rounds[k][1] + "<|im_end|>\n"
         assert tokenizer.decode(user, False).endswith("assistant\n")
     assert encoded[0][0] == tokenizer.encode_chat([("a", None)], {})[1][0][0]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\nb"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "\nb"},
+        {"role": "user", "content": "c"},
+    ]
     text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat(messages) == tokenizer.encode(text, False)
-    assert len(tokenizer.apply_chat(messages)) < len(sum((u + b for u, b in encoded[:1]), []) + tokenizer.encode_chat([("c", None)])[1][0][0])
+    trained = tokenizer.encode_chat([rounds[0], ("c", None)], {})[1]
+    assert len(tokenizer.apply_chat(messages)) == len([*trained[0][0], *trained[0][1], *trained[1][0]]) - 1
 
 
 @pytest.mark.parametrize("name", ["chatglm3", "qwen", "glm-4", "baichuan2", "qwen3", "chatglm2", "mistral-v3"])
@@ -448,9 +469,15 @@ def test_a_published_template_is_recognised(monkeypatch, folder, name):
     assert template.known is FORMATS[name]
     rounds = [("red lamp", "ten coins"), ("blue chair", None)]
     for context in ({}, {"system": "be kind"}):
-        assert template.pieces(rounds, context, SmallTokenizer()) == FORMATS[name].pieces(rounds, context, SmallTokenizer())
+        assert template.pieces(rounds, context, SmallTokenizer()) == FORMATS[name].pieces(
+            rounds, context, SmallTokenizer()
+        )
     one = template.source
-    for same in (one.replace("{%- if", "{%-   if "), one + "\n", one.replace("'<|im_start|>system\n'", "'<|im_start|>system\\n'")):
+    for same in (
+        one.replace("{%- if", "{%-   if "),
+        one + "\n",
+        one.replace("'<|im_start|>system\n'", "'<|im_start|>system\\n'"),
+    ):
         assert data.signature(same) == data.signature(one)
     others = [one + "x", one.replace("INST] ", "INST]", 1), one.replace("helpful", "helpless"), one.replace("['role']", "['Role']", 1),
               one.replace("content", "text", 1), one.replace("is defined", "is none", 1)]  # fmt: skip
@@ -473,7 +500,11 @@ def test_an_unknown_template_without_jinja2(monkeypatch, tmp_path):
     assert tokenizer.stop_ids == [tokenizer.eos_token_id]
     with pytest.raises(UserError) as error:
         tokenizer.apply_chat([USER])
-    assert "pip install 'jinja2" in message(error) and "chat_template.jinja" in message(error) and "qwen2" in message(error)
+    assert (
+        "pip install 'jinja2" in message(error)
+        and "chat_template.jinja" in message(error)
+        and "qwen2" in message(error)
+    )
 
 
 def test_jinja2_renders_what_is_not_known(tmp_path):
@@ -529,7 +560,9 @@ def test_jinja2_and_the_known_format_agree():
     assert [tokenizer.decode(bot, False) for _, bot in encoded] == ["b<|im_end|>\n", "d<|im_end|>\n"]
     ids = tokenizer.apply_chat(CHAT[:4])
     assert tokenizer.decode(ids, False) == PROMPTS["qwen2"][0]
-    broken = types.SimpleNamespace(pieces=lambda *args: [data.Piece(0, "text", "something else")], user="", begin="", stops=())
+    broken = types.SimpleNamespace(
+        pieces=lambda *args: [data.Piece(0, "text", "something else")], user="", begin="", stops=()
+    )
     tokenizer.chat_template.known = broken  # a format that writes something else is not used
     assert tokenizer.apply_chat(CHAT[:4]) == ids
 
@@ -537,7 +570,9 @@ def test_jinja2_and_the_known_format_agree():
 def test_where_a_template_is_found(tmp_path):
     assert data.folder_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SHORT}]}))
+    config.write_text(
+        json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SHORT}]})
+    )
     assert data.folder_template(tmp_path).source == SHORT
     config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}]}))
     with pytest.raises(UserError, match="named default"):
@@ -563,10 +598,15 @@ def test_saving_leaves_one_template(tmp_path):
     config.write_text(json.dumps({"chat_template": SHORT, "bos_token": "<s>"}))
     template = data.folder_template(tmp_path)
     data.save_chat_template(template, tmp_path)  # the folder's own: as transformers has it, old and new
-    assert files() == ["chat_template.jinja", "tokenizer_config.json"] and data.folder_template(tmp_path).source == SHORT
+    assert (
+        files() == ["chat_template.jinja", "tokenizer_config.json"] and data.folder_template(tmp_path).source == SHORT
+    )
     assert json.loads(config.read_bytes())["chat_template"] == SHORT
     data.save_chat_template(FORMATS["chatglm3"], tmp_path)
-    assert files() == ["chat_template.json", "tokenizer_config.json"] and data.folder_template(tmp_path) is FORMATS["chatglm3"]
+    assert (
+        files() == ["chat_template.json", "tokenizer_config.json"]
+        and data.folder_template(tmp_path) is FORMATS["chatglm3"]
+    )
     assert json.loads(config.read_bytes()) == {"bos_token": "<s>"}
     data.save_chat_template(None, tmp_path)
     assert files() == ["tokenizer_config.json"] and data.folder_template(tmp_path) is None
@@ -605,7 +645,23 @@ def test_known_templates_write_what_transformers_renders(hf_python, tmp_path, mo
         pytest.skip(f"{TEMPLATES} is not beside this repository")
     without_jinja(monkeypatch)
     draw = random.Random(0)
-    words = ["hello", " ", "\n", "  two", "é汉字", "<think>", "</think>", "<|im_end|>", "{x}", "{{ y }}", "%", "[INST]", "<s>", "\t", "'\""]
+    words = [
+        "hello",
+        " ",
+        "\n",
+        "  two",
+        "é汉字",
+        "<think>",
+        "</think>",
+        "<|im_end|>",
+        "{x}",
+        "{{ y }}",
+        "%",
+        "[INST]",
+        "<s>",
+        "\t",
+        "'\"",
+    ]
     text = lambda: "".join(draw.choice(words) for _ in range(draw.randint(0, 6)))  # noqa: E731
     chats = []
     for _ in range(300):
