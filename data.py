@@ -677,7 +677,8 @@ class JinjaTemplate:
                                 "begins the conversation, so replies cannot be told apart; train on single rounds, or "
                                 f"give chat_template: {', '.join(FORMATS)}, plain")
             out.append(Piece(part, "text", text[len(before) :]))
-        if reply is not None and not out[-1].text.rstrip().endswith(tuple(tokenizer.special)):
+        ended = reply is None or out[-1].text.rstrip().endswith(tuple(tokenizer.special))
+        if not ended and tokenizer.eos_token is not None:
             out.append(Piece(out[-1].part, "token", tokenizer.eos_token))  # a reply must end
         return out
 
