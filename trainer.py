@@ -535,7 +535,8 @@ ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json 
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
     eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
     prefix_projection.safetensors quant_report.json static_config.json prefill.json prefill.pdiparams decode.json
-    decode.pdiparams static.pdiparams prefix.safetensors vocab.json merges.txt chat_template.jinja""".split()
+    decode.pdiparams static.pdiparams prefix.safetensors vocab.json merges.txt *.tiktoken ice_text.model
+    sentencepiece.bpe.model chat_template.jinja""".split()
 
 
 def check_output_dir(args):
