@@ -221,14 +221,14 @@ def _int8_linear(x, weight, scales, bias, input_scale):
 
 
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
-    if q.dtype != paddle.float32 or not paddle.in_dynamic_mode() or softcap is not None:
+    if q.dtype != paddle.float32 or not paddle.in_dynamic_mode():
         return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
     rows, Dh = startend_row_indices, q.shape[-1]
     reference.check_attention(q, k, rows, causal)
     how = types.SimpleNamespace(  # a plain object, as a PyLayer would take tensors among its arguments for inputs
         rows=None if rows is None else rows.astype("int32").contiguous(),
         slopes=None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous(),
-        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), IN_BFLOAT16 if kernels.bf16 else -1),
+        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), float(softcap or 0), IN_BFLOAT16 if kernels.bf16 else INSTRUCTIONS),
     )
     return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), how)
 
@@ -259,15 +259,14 @@ _paged = None  # (arrays of the last call, tensors made of them)
 def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
                     alibi_slopes=None, window=None, softcap=None):  # fmt: skip
     cache = paddle.float32 if k_scales is None else paddle.int8
-    others = alibi_slopes is not None or window is not None or softcap is not None
-    if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache) or others:
+    if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache):
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales,
                                          v_scales, alibi_slopes, window, softcap)  # fmt: skip
     tables, lengths = _paged_tensors(q, k_cache, (block_tables, query_lengths, context_lengths), window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _C_ops._run_custom_op(
-        "cpu_paged_attention", q.contiguous(), k_cache, v_cache, tables, lengths, k_scales, v_scales, scale, -1
-    )[0]
+    slopes = None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous()
+    more = k_scales, v_scales, slopes, scale, window or 0, float(softcap or 0)
+    return _op("cpu_paged_attention", q.contiguous(), k_cache, v_cache, tables, lengths, *more)[0]
 
 
 def _paged_tensors(q, k_cache, arrays, window):
@@ -286,9 +285,7 @@ def _paged_tensors(q, k_cache, arrays, window):
 def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
     if not _plain(k, v) or k_cache.dtype != (paddle.float32 if k_scales is None else paddle.int8):
         return reference.write_cache(k, v, k_cache, v_cache, slots, k_scales, v_scales)
-    _C_ops._run_custom_op(
-        "cpu_write_cache", k.contiguous(), v.contiguous(), k_cache, v_cache, slots, k_scales, v_scales, -1
-    )
+    _op("cpu_write_cache", k.contiguous(), v.contiguous(), k_cache, v_cache, slots, k_scales, v_scales)
 
 
 def sample(logits, temperature, top_k, top_p, uniform):
@@ -350,26 +347,27 @@ class _Norm(PyLayer):
 
 
 def rope(x, cos, sin, interleaved=False):
-    if not _plain(x, cos, sin) or interleaved or cos.shape[-1] != x.shape[-1]:
+    if not _plain(x, cos, sin):
         return reference.rope(x, cos, sin, interleaved)
+    reference.check_rope(x, cos)
     if cos.shape[:2] != x.shape[:2]:
         cos, sin = cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1])
     if x.stop_gradient or not paddle.is_grad_enabled():  # decoding: a PyLayer costs as much as the rotation
-        return _C_ops._run_custom_op("cpu_rope", x.contiguous(), cos.contiguous(), sin.contiguous(), 1.0)[0]
-    return _Rope.apply(x.contiguous(), cos, sin)
+        return _op("cpu_rope", x.contiguous(), cos.contiguous(), sin.contiguous(), 1.0, interleaved)[0]
+    return _Rope.apply(x.contiguous(), cos, sin, interleaved)
 
 
 class _Rope(PyLayer):
     """A rotation: its gradient is the rotation back. Nothing but the tables is kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.tables = cos.contiguous(), sin.contiguous()
-        return _C_ops._run_custom_op("cpu_rope", x, *ctx.tables, 1.0)[0]
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.tables, ctx.interleaved = (cos.contiguous(), sin.contiguous()), interleaved
+        return _op("cpu_rope", x, *ctx.tables, 1.0, interleaved)[0]
 
     @staticmethod
     def backward(ctx, dy):
-        return _C_ops._run_custom_op("cpu_rope", dy.contiguous(), *ctx.tables, -1.0)[0], None, None
+        return _op("cpu_rope", dy.contiguous(), *ctx.tables, -1.0, ctx.interleaved)[0], None, None
 
 
 def swiglu(gate, up):
@@ -437,7 +435,7 @@ class _Embedding(PyLayer):
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
                          vocabulary=None, softcap=None):  # fmt: skip
-    ours = _plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16) and softcap is None
+    ours = _plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16)
     layer = (_Bf16CrossEntropy if kernels.bf16 else _LinearCrossEntropy) if ours else reference._LinearCrossEntropy
     return reference.of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
                                      vocabulary, softcap)  # fmt: skip
@@ -449,7 +447,8 @@ class _LinearCrossEntropy(PyLayer):
     Logits are made in blocks of columns of W, small enough to stay in the cache from one product to the next; maximum and sum
     go on from block to block. Trained W: four products, as backward makes the logits again. Frozen W: two, as forward also
     makes the rows (p - onehot) W^T, of which backward needs the multiple d loss: sums of exp(logit - max so far) W^T,
-    shrunk when the maximum grows (Milakov & Gimelshein, arXiv 1805.02867).
+    shrunk when the maximum grows (Milakov & Gimelshein, arXiv 1805.02867). With a softcap the logits l are those of
+    softcap * tanh(h W / softcap), and each p - onehot has a factor 1 - (l / softcap)^2.
     """
 
     @staticmethod
@@ -478,7 +477,7 @@ class _LinearCrossEntropy(PyLayer):
             h, d_chunk = hidden[c], None
             for first, block in _blocks_of(weight, turned, h.shape[0]):
                 p = paddle.matmul(h, block, transpose_y=turned)
-                _op("cpu_softmax_less_onehot", p, labels[c], lse[c], d_losses[c].contiguous(), how.start + first)
+                _op("cpu_softmax_less_onehot", p, labels[c], lse[c], d_losses[c].contiguous(), how.start + first, float(how.softcap or 0))
                 if not how.frozen[0]:
                     d = paddle.matmul(p, block, transpose_y=not turned)
                     d_chunk = d if d_chunk is None else d_chunk.add_(d)
@@ -498,7 +497,7 @@ def _chunk_of_losses(hidden, weight, labels, how, rows_too):
     rows, of_labels = None, paddle.zeros_like(hidden) if rows_too else None
     for first, block in _blocks_of(weight, turned, c):
         logits, first = paddle.matmul(hidden, block, transpose_y=turned), how.start + first
-        _op("cpu_logits_seen", logits, labels, state, best, first, first == how.start, rows_too)
+        _op("cpu_logits_seen", logits, labels, state, best, first, first == how.start, rows_too, float(how.softcap or 0))
         if rows_too:
             more = paddle.matmul(logits, block, transpose_y=not turned)
             rows = more if rows is None else _op("cpu_scaled_add", rows, more, state)[0]
@@ -513,6 +512,8 @@ def _chunk_of_losses(hidden, weight, labels, how, rows_too):
         lse, target, predictions = reference.lse_of_all(most, total, target, best, how)
         share = paddle.exp(most - lse)
     if rows_too:
+        if how.softcap is not None:
+            of_labels = of_labels * (1.0 - paddle.square(target / how.softcap)).unsqueeze(-1)
         rows = rows * share.unsqueeze(-1) - of_labels
     return lse - target, lse, rows, predictions
 
@@ -534,7 +535,7 @@ def _blocks_of(weight, turned, tokens):
 
 
 class _Bf16CrossEntropy(PyLayer):
-    """loss = logsumexp(h W) - (h W)[label], over the vocabulary in blocks; see gemm.cc.
+    """loss = logsumexp(l) - l[label], l = h W or softcap * tanh(h W / softcap), over the vocabulary in blocks; see gemm.cc.
 
     With a frozen W the gradient of h, but for the factor d loss of each row, is made together with the loss (an online
     softmax). Else the logits are made again in backward.
@@ -544,8 +545,9 @@ class _Bf16CrossEntropy(PyLayer):
     def forward(ctx, hidden, weight, labels, how):
         how.frozen = [hidden.stop_gradient, weight.stop_gradient]
         ctx.how, ctx.online = how, how.grad and how.frozen == [False, True]
-        labels, turned = labels - how.start if how.start else labels, how.transpose_weight
-        found = _C_ops._run_custom_op("cpu_bf16_cross_entropy", hidden, weight, labels, turned, ctx.online)
+        labels = labels - how.start if how.start else labels
+        how.rest = how.transpose_weight, float(how.softcap or 0)
+        found = _C_ops._run_custom_op("cpu_bf16_cross_entropy", hidden, weight, labels, *how.rest, ctx.online)
         most, total, target, best, acc = found
         if how.vocabulary is None:
             lse = most + paddle.log(total)
@@ -553,20 +555,21 @@ class _Bf16CrossEntropy(PyLayer):
             lse, target, best = reference.lse_of_all(most, total, target, best + how.start, how)
         if how.predictions is not None:
             how.predictions.append(best)
-        kept = (acc, paddle.exp(most - lse)) if ctx.online else (hidden, lse)
+        kept = (target, acc, paddle.exp(most - lse)) if ctx.online else (hidden, lse)
         ctx.save_for_backward(weight, labels, *kept)
         return lse - target
 
     @staticmethod
     def backward(ctx, d_losses):
         weight, labels, *kept = ctx.saved_tensor()
-        d_losses, turned = d_losses.contiguous(), ctx.how.transpose_weight
+        d_losses, how = d_losses.contiguous(), ctx.how
         if ctx.online:
-            return _C_ops._run_custom_op("cpu_softmax_part", *kept, weight, labels, d_losses, turned)[0], None, None
+            target, acc, factor = kept
+            return _C_ops._run_custom_op("cpu_softmax_part", acc, factor, weight, labels, target, d_losses, *how.rest)[0], None, None
         hidden, lse = kept
-        args = hidden, weight, labels, lse, d_losses, turned, ctx.how.frozen[1]
+        args = hidden, weight, labels, lse, d_losses, *how.rest, how.frozen[1]
         found = _C_ops._run_custom_op("cpu_bf16_cross_entropy_backward", *args)
-        return *(None if frozen else d for frozen, d in zip(ctx.how.frozen, found)), None
+        return *(None if frozen else d for frozen, d in zip(how.frozen, found)), None
 
 
 # ---------------------------------------------------------------------------------------------- optimizer

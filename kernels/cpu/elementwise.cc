@@ -71,14 +71,15 @@ std::vector<Tensor> LayerNormBackward(const Tensor& x, const Tensor& w, const Te
   return norm_backward<true>(x, w, mean, r, dy, dh, again, instructions);
 }
 
-std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign) {
+std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign, bool neighbours, int instructions) {
   const auto shape = x.shape();
-  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3];
+  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3], turned = cos.shape()[3], which = level(instructions);
   Tensor y = like(x);
   const float *X = x.data<float>(), *C = cos.data<float>(), *S = sin.data<float>();
   float* Y = y.data<float>();
+  const auto rotate = neighbours ? PICK(which, rotate_token<true>) : PICK(which, rotate_token<false>);
   parallel(tasks(tokens, ROWS), [&](long t) {
-    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++) PICK(level(), rotate_token)(X + i * heads * Dh, C + i * Dh, S + i * Dh, heads, Dh, sign, Y + i * heads * Dh);
+    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++) rotate(X + i * heads * Dh, C + i * turned, S + i * turned, heads, Dh, turned, sign, Y + i * heads * Dh);
   });
   return {y};
 }
@@ -165,5 +166,5 @@ PD_BUILD_OP(cpu_gate_backward)
 PD_BUILD_OP(cpu_embedding).Inputs({"ids", "w"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Embedding));
 PD_BUILD_OP(cpu_embedding_backward).Inputs({"ids", "w", "dy"}).Outputs({"dw"}).SetKernelFn(PD_KERNEL(EmbeddingBackward));
 PD_BUILD_OP(cpu_rope)
-    .Inputs({"x", "cos", "sin"}).Outputs({"y"}).Attrs({"sign: float"})
+    .Inputs({"x", "cos", "sin"}).Outputs({"y"}).Attrs({"sign: float", "neighbours: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(Rope)).SetInferShapeFn(PD_INFER_SHAPE(RopeShape)).SetInferDtypeFn(PD_INFER_DTYPE(RopeType));

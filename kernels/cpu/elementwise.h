@@ -67,15 +67,19 @@ static void norm_row_backward(const float* x, const float* w, float m, float r, 
   });
 }
 
-// heads x Dh values of one token; pairs are (i, i + Dh/2); sign -1 turns back
-static void rotate_token(const float* __restrict x, const float* cos, const float* sin, long heads, long Dh, float sign, float* __restrict y) {
-  const long half = Dh / 2;
-  for (long h = 0; h < heads; h++, x += Dh, y += Dh)
+// heads x Dh values of one token, of whose first `turned` dims pairs are (i, i + turned/2), or (2 i, 2 i + 1); sign -1 turns back
+template <bool NEIGHBOURS>
+static void rotate_token(const float* __restrict x, const float* cos, const float* sin, long heads, long Dh, long turned, float sign, float* __restrict y) {
+  const long half = turned / 2;
+  for (long h = 0; h < heads; h++, x += Dh, y += Dh) {
     for (long i = 0; i < half; i++) {
-      const float c = cos[i], s = sign * sin[i], a = x[i], b = x[i + half];
-      y[i] = a * c - b * s;
-      y[i + half] = b * c + a * s;
+      const long p = NEIGHBOURS ? 2 * i : i, q = NEIGHBOURS ? 2 * i + 1 : i + half;
+      const float c = cos[i], s = sign * sin[i], a = x[p], b = x[q];
+      y[p] = a * c - b * s;
+      y[q] = b * c + a * s;
     }
+    std::copy(x + turned, x + Dh, y + turned);
+  }
 }
 
 static INLINE vf sigmoid(vf x) {
