@@ -82,6 +82,10 @@ def geglu(gate, up, approximate=True):
     return F.gelu(gate, approximate=approximate) * up
 
 
+def gelu(x, approximate=True):
+    return F.gelu(x, approximate=approximate)
+
+
 def embedding(ids, weight):
     return F.embedding(ids, weight)
 

@@ -524,6 +524,20 @@ def test_geglu(backend, shape, approximate, scale):
     close(d_gate, upstream * slope, 2e-6)
 
 
+@backends("gelu")
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (130, 129)])
+@pytest.mark.parametrize("approximate", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_gelu(backend, shape, approximate, scale):
+    x, one, upstream = normal(shape) * scale, np.ones(shape), normal(shape, 1)
+    out, (gradient,) = run("gelu", backend, (x,), upstream, approximate=approximate)
+    close(out, naive_geglu(x, one, approximate), 1e-6)
+    slope = (naive_geglu(x + 1e-6, one, approximate) - naive_geglu(x - 1e-6, one, approximate)) / 2e-6
+    close(gradient, upstream * slope, 4e-6)
+    with kernels.use(f"gelu={backend}"), paddle.no_grad():
+        assert np.array_equal(kernels.gelu(tensor(x), approximate).numpy(), out)
+
+
 @backends("geglu")
 @pytest.mark.parametrize("approximate", [True, False])
 def test_geglu_far_out(backend, approximate):
@@ -1074,17 +1088,18 @@ def test_linear_cross_entropy_with_a_weight_stored_in_bfloat16(backend, transpos
 
 
 @backends("linear_cross_entropy")
-def test_linear_cross_entropy_of_logits_that_are_no_numbers(backend):
-    """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count."""
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_linear_cross_entropy_of_logits_that_are_no_numbers(backend, softcap):
+    """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count, or are as low as a softcap lets them."""
     weight = normal((1, 200))
-    loss = lambda w: lce(backend, np.ones((1, 1)), w, np.array([3]), np.ones(1))[0][0]  # noqa: E731
+    loss = lambda w: lce(backend, np.ones((1, 1)), w, np.array([3]), np.ones(1), softcap=softcap)[0][0]  # noqa: E731
     for column in (0, 3, 150, 199):
         broken = weight.copy()
         broken[0, column] = np.nan
         assert np.isnan(loss(broken)), column
     hidden = weight.copy()
     hidden[0, 100:] = -np.inf
-    close(loss(hidden), loss(weight[:, :100]))
+    close(loss(hidden), loss(weight[:, :100]))  # e^-30 of a word is nothing either
 
 
 class Shard:
@@ -1410,12 +1425,15 @@ def test_fused_ops_with_every_instruction_set(instructions, monkeypatch):
     test_swiglu("cpu", (5, 123))
     test_geglu("cpu", (5, 123), True, 5.0)
     test_geglu("cpu", (5, 123), False, 5.0)
+    test_gelu("cpu", (5, 123), True, 5.0)
+    test_gelu("cpu", (5, 123), False, 5.0)
     test_linear_cross_entropy("cpu", 70, 8, 123, True, 0.4, None)
     test_linear_cross_entropy_with_a_frozen_weight("cpu", False, 30.0, None)
     for frozen in (False, True):
         test_linear_cross_entropy_with_a_softcap("cpu", 40, 6, 300, True, frozen, 0.5, None)
     test_linear_cross_entropy_with_a_weight_stored_in_bfloat16("cpu", True, None)
-    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu")
+    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu", None)
+    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu", 30.0)
     for kinds in itertools.product(["float32", "bfloat16"], repeat=2):
         test_adamw_of_bfloat16("cpu", *kinds)
     test_squared_norm("cpu", (5, 123), "bfloat16")

@@ -123,11 +123,12 @@ static INLINE vf activation(vf g, vf* slope) {
   return g * phi;
 }
 
-template <int KIND>
+template <int KIND>  // u may be null: 1
 static void gate(const float* g, const float* u, long n, float* y) {
   each(n, EACH(i, n, k) {
     vf slope;
-    put(y + i, activation<KIND>(get(g + i, n), &slope) * get(u + i, n), n);
+    const vf a = activation<KIND>(get(g + i, n), &slope);
+    put(y + i, u ? a * get(u + i, n) : a, n);
   });
 }
 template <int KIND>
@@ -135,7 +136,7 @@ static void gate_backward(const float* g, const float* u, const float* dy, long 
   each(n, EACH(i, n, k) {
     vf slope;
     const vf d = get(dy + i, n), a = activation<KIND>(get(g + i, n), &slope);
-    put(dg + i, d * get(u + i, n) * slope, n);
-    put(du + i, d * a, n);
+    put(dg + i, u ? d * get(u + i, n) * slope : d * slope, n);
+    if (u) put(du + i, d * a, n);
   });
 }
