@@ -20,10 +20,12 @@ quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, 
 by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored, no packed copy is kept.
 
 attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v,
-the output and one float a query are kept for backward. Sums are in an order that depends on shapes alone.
+the output and one float a query are kept for backward, where a softcap's tanh is made again as the scores are. Sums are in an
+order that depends on shapes alone.
 
 paged_attention, write_cache: blocks of the pool are read and written where they lie, int8 ones rounded and widened in
-registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows.
+registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows; what a window
+hides is not read.
 
 sample: float64 as the oracle, sorting only what can be among the likeliest that make up top_p.
 """
@@ -225,7 +227,7 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     if q.dtype != paddle.float32 or not paddle.in_dynamic_mode():
         return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
     rows, Dh = startend_row_indices, q.shape[-1]
-    reference.check_attention(q, k, rows, causal)
+    reference.check_attention(q, k, rows, causal, softcap)
     how = types.SimpleNamespace(  # a plain object, as a PyLayer would take tensors among its arguments for inputs
         rows=None if rows is None else rows.astype("int32").contiguous(),
         slopes=None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous(),
@@ -263,19 +265,20 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache):
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales,
                                          v_scales, alibi_slopes, window, softcap)  # fmt: skip
-    tables, lengths = _paged_tensors(q, k_cache, (block_tables, query_lengths, context_lengths), window)
+    tables, lengths = _paged_tensors(q, k_cache, (block_tables, query_lengths, context_lengths))
+    reference.check_scores(softcap, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     slopes = None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous()
     more = k_scales, v_scales, slopes, scale, window or 0, float(softcap or 0)
     return _op("cpu_paged_attention", q.contiguous(), k_cache, v_cache, tables, lengths, *more)[0]
 
 
-def _paged_tensors(q, k_cache, arrays, window):
+def _paged_tensors(q, k_cache, arrays):
     """Block tables (S, blocks) and lengths (2, S) as int32 tensors: the last ones, if the arrays cannot have changed since."""
     global _paged
     if _paged is None or any(a is not b for a, b in zip(_paged[0], arrays)):
         tables, queries, contexts = (np.ascontiguousarray(a, np.int32) for a in arrays)
-        reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts, window)
+        reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
         found = kernels.to_tensor(tables), kernels.to_tensor(np.stack([queries, contexts]))
         if any(getattr(a, "flags", None) is None or a.flags.writeable for a in arrays):
             return found

@@ -118,7 +118,7 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
         # In float32, which the reference's masks are made in.
         q32, k32, v32 = (t if t.dtype == paddle.float32 else t.astype("float32") for t in (q, k, v))
         return reference.attention(q32, k32, v32, rows, causal, scale, alibi_slopes, softcap).astype(q.dtype)
-    reference.check_attention(q, k, rows, causal)
+    reference.check_attention(q, k, rows, causal, softcap)
     rows = None if rows is None else rows.astype("int32")
     if scale is not None and scale != Dh**-0.5:
         # Paddle's scale is fixed. Exact for a power of two, else q is rounded once more.
@@ -144,7 +144,8 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
         return reference.paged_attention(
             q, k_cache, v_cache, tables, queries, contexts, scale, k_scales, v_scales, *scores
         )
-    reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts, window)
+    reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
+    reference.check_scores(softcap, window)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
     parts, order = [], []  # outputs, and the rows of q that they belong to
     if len(decodes):
@@ -287,6 +288,7 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
     arguments = hidden, weight, labels, transpose_weight, ignore_index, return_predictions
     if vocabulary is not None:
         return reference.linear_cross_entropy(*arguments, vocabulary, softcap)
+    reference.check_scores(softcap)
     hidden, weight = _lowered(hidden, weight if weight.dtype == hidden.dtype else weight.astype(hidden.dtype))
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     if kept.shape[0] == 0 or not _same(hidden):

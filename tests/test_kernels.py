@@ -838,6 +838,15 @@ def test_attention_with_a_softcap_far_out(backend):
     check_attention(backend, 1, 9, 9, 2, 1, 4, scale=1e6, softcap=30.0, tolerance=1e-4)
 
 
+@backends("linear_cross_entropy")
+def test_a_softcap_of_zero_is_refused(backend):
+    with kernels.use(f"attention={backend}, linear_cross_entropy={backend}"):
+        with pytest.raises(AssertionError, match="a softcap of 0.0"):
+            kernels.attention(*[tensor(normal((1, 2, 1, 4)))] * 3, softcap=0.0)
+        with pytest.raises(AssertionError, match="a softcap of 0"):
+            kernels.linear_cross_entropy(tensor(normal((2, 3))), tensor(normal((3, 4))), paddle.to_tensor([1, 2]), softcap=0)
+
+
 def prefix_rows(documents, Tk):
     """Rows (1, 1, Tk, 2 | 4) of a packed batch whose documents each begin with a context that all of the document sees.
 

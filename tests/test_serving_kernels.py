@@ -126,8 +126,10 @@ def test_paged_attention_with_windows_that_take_turns(backend):
         found = [kernels.paged_attention(q, k, v, *arrays, window=window).numpy() for window in (None, 8, None, 8, 25)]
     assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
     assert np.abs(found[0] - found[1]).max() > 0.1 and np.abs(found[1] - found[4]).max() > 0.1
-    with kernels.use(f"paged_attention={backend}"), pytest.raises(AssertionError, match="a window of 0 keys"):
-        kernels.paged_attention(q, k, v, *(a.copy() for a in arrays), window=0)
+    with kernels.use(f"paged_attention={backend}"):
+        for wrong, says in (({"window": 0}, "a window of 0 keys"), ({"softcap": 0.0}, "a softcap of 0.0")):
+            with pytest.raises(AssertionError, match=says):
+                kernels.paged_attention(q, k, v, *arrays, **wrong)
 
 
 @on_each
