@@ -1126,7 +1126,7 @@ def _padded(x, width):
 def _activate(x, kind):
     if kind == "relu":
         return F.relu(x)
-    return F.silu(x) if kind == "silu" else F.gelu(x, approximate=kind == "gelu_tanh")
+    return F.silu(x) if kind == "silu" else kernels.gelu(x, kind == "gelu_tanh")
 
 
 class MLP(nn.Layer):
