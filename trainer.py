@@ -39,7 +39,7 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
-from model import atomic_file, read_safetensors, write_safetensors
+from model import ModelConfig, atomic_file, base_weights, build, linears, lora_paths, read_safetensors, write_safetensors
 
 # ================================================================================================ arguments
 
@@ -74,6 +74,13 @@ class ScriptArgs:
         if self.seed < 0:
             raise UserError(f"seed: {self.seed}; it must not be negative")
         return _check_hardware(self)
+
+    def check_model(self):
+        """UserError, before a run begins, for a model or tokenizer that is not here: what to download, and to where."""
+        for key in ("model_name_or_path", "tokenizer_name_or_path"):
+            path = getattr(self, key, None)
+            if path and not Path(path).exists():
+                raise UserError(not_here(key, path))
 
 
 @dataclasses.dataclass
@@ -125,6 +132,9 @@ class TrainingArgs(ScriptArgs):
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
     recompute: bool = False  # recompute each block's activations in backward instead of keeping them
     recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
+    sharding: str | None = None  # stage1, stage2 or stage3, and offload: so far for dry_run alone
+    sequence_parallel: bool = False  # likewise
+    dry_run: bool = False  # print shapes, parameters, FLOPs and memory a rank of the model, and end: no data is needed
 
     def check(self):
         _check_numbers(self)
@@ -145,6 +155,15 @@ class TrainingArgs(ScriptArgs):
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
         return notes + _check_strategies(self)
+
+    def check_dry_run(self):
+        """check() of a run that only counts: what names data, output or steps may be missing, and processes too."""
+        _check_numbers(self)
+        if not self.model_name_or_path:
+            raise UserError("model_name_or_path: missing")
+        if getattr(self, "lora", False) and getattr(self, "prefix_tuning", False):
+            raise UserError("lora and prefix_tuning are both true; choose one")
+        return []
 
 
 def _check_numbers(args):
@@ -199,6 +218,9 @@ def _check_hardware(args):
         notes.append("fp16: float16 is not here, so float32 is used")
     if args.bf16 and not isinstance(args, TrainingArgs):
         notes.append("bf16: only training computes in bfloat16, so float32 is used")
+    for key in ("sharding", "sequence_parallel"):
+        if getattr(args, key, None):
+            notes.append(f"ignored: {key}: one process, nothing is spread over several")
     if getattr(args, "recompute", False) and args.recompute_granularity != "full":
         notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
@@ -239,9 +261,9 @@ IGNORED = _table([
         use_fused_linear_cross_entropy use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn fused_linear
         use_fused_head_and_loss_fn use_quick_lora enable_linear_fused_grad_add use_fusemt use_intermediate_api"""),
     ("one process, nothing is spread over several", """
-        sharding sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
+        sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
         data_parallel_config tensor_parallel_config pipeline_parallel_config sequence_parallel_config
-        hybrid_parallel_topo_order split_inputs_sequence_dim sequence_parallel fuse_sequence_parallel_allreduce
+        hybrid_parallel_topo_order split_inputs_sequence_dim fuse_sequence_parallel_allreduce
         tensor_parallel_output tensor_parallel_rank virtual_pp_degree pp_recompute_interval save_sharded_model
         load_sharded_model distributed_dataloader share_folder local_rank log_on_each_node save_on_each_node
         ddp_find_unused_parameters expert_tensor_parallel_degree use_expert_parallel split_norm_comm force_reshard_pp
@@ -402,7 +424,7 @@ def parse_args(Args, argv=None):
             near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *of_training], 1)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     args = Args(**fields)
-    lines += args.check()
+    lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
     if lines:
         print("\n".join(lines), flush=True)
     return args
@@ -498,6 +520,10 @@ def run_script(main, Args, argv=None):
         return
     try:
         args = parse_args(Args, tokens)
+        if getattr(args, "dry_run", False):
+            print(dry_run(args), flush=True)
+            return
+        args.check_model()
         _choose_device(args)
         main(args)
     except UserError as error:
@@ -525,6 +551,283 @@ def _choose_device(args):
 
 def _disk_full(error):
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+# ================================================================================ presets, and runs that only count
+
+CATALOGUE = Path(__file__).resolve().parent / "configs" / "catalogue.json"
+
+
+@functools.cache
+def presets():
+    """{name: {"repo", "licence", "parameters", "config"}} of configs/catalogue.json.
+
+    A preset with "like" is another checkpoint of that one's shape: what it does not say itself is the other's.
+    """
+    found = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+    for name, preset in found.items():
+        base = found.get(preset.get("like"), {})
+        found[name] = {**base, **preset, "config": {**base.get("config", {}), **preset.get("config", {})}}
+    return found
+
+
+def find_preset(name):
+    """(name, preset) by the preset's name or its repository on Hugging Face, in any case; None if there is none."""
+    wanted = str(name).lower().rstrip("/")
+    return next((item for item in presets().items() if wanted in (item[0], (item[1]["repo"] or "").lower())), None)
+
+
+def not_here(key, path):
+    """The line that says what to download, and to where, for a model's name that is no folder; or the nearest names."""
+    if (found := find_preset(path)) is None:
+        names = {name.lower(): name for name in [*presets(), *(p["repo"] for p in presets().values() if p["repo"])]}
+        near = [names[name] for name in difflib.get_close_matches(str(path).lower(), names, 3)]
+        line = f"{key}: {path}: no such folder, and no preset of configs/{CATALOGUE.name}"
+        return line + (f"; nearest: {', '.join(near)}" if near else "")
+    name, preset = found
+    if preset["repo"] is None:
+        return f"{key}: {name} has no published weights: pretrain.py makes them, with a tokenizer's folder as tokenizer_name_or_path"
+    files = "config.json, *.safetensors and the tokenizer's files"
+    if key.startswith("tokenizer"):
+        files = "the tokenizer's files"
+    else:
+        files += f", {2 * preset['parameters'] / 1e9:,.1f} GB with 16 bits a weight"
+    return f"{key}: {path} is not here: download {preset['repo']} from Hugging Face ({files}) into the folder {path}, or give the folder that holds it"
+
+
+def model_config(path):
+    """ModelConfig of a folder, or of a preset of the catalogue."""
+    if Path(path).exists() or (found := find_preset(path)) is None:
+        return ModelConfig.from_json(path)
+    return ModelConfig.from_dict(dict(found[1]["config"]), f"{CATALOGUE.name}: {found[0]}")
+
+
+def dry_run(args):
+    """The text of a run that only counts: shapes, parameters, FLOPs a token, memory a rank. No weight takes memory."""
+    name, found = args.model_name_or_path, find_preset(args.model_name_or_path)
+    if not Path(name).exists():
+        if found is None:
+            raise UserError(not_here("model_name_or_path", name))
+        name = found[0] + (f" ({found[1]['repo']})" if found[1]["repo"] else "")
+    config = model_config(args.model_name_or_path)
+    if layers := getattr(args, "num_hidden_layers", None):
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+    T = next(getattr(args, key) for key in ("max_seq_length", "max_length", "max_seq_len") if hasattr(args, key))
+    model = build(config)
+    table, total, active, experts, share = _shapes(model)
+    degrees = Degrees.of(args, config, experts, T)
+    flops = model.flops_per_token(T)
+    lines = [f"{name}: {config.family}, {config.num_hidden_layers} layers", *table, ""]
+    lines.append(f"parameters: {total:,}" + (f", {active:,} of them at work on a token" if experts else ""))
+    if (adapter := _adapter_sizes(args, model, degrees)) is not None:
+        trained = sum(whole for _, _, whole in adapter)
+        lines.append(f"trained: {trained:,} ({100 * trained / total:.4f} % of the parameters)")
+    lines.append(f"FLOPs a token, forward and backward, in sequences of {T:,}: {flops:.4g}")
+    return "\n".join([*lines, "", *_memory(args, model, adapter, degrees, T, share)])
+
+
+def _shapes(model):
+    """(lines of a table of weights, layers and experts folded; parameters; those at work on a token; experts of a layer; share at work)."""
+    folded, total, experts = {}, 0, 0
+    for weight in base_weights(model):
+        parts = re.split(r"\.(\d+)\.", weight.name)  # name, layer, name, and with experts: expert, name
+        expert = parts[3] if len(parts) > 3 else None
+        pattern = ".{e}.".join([".{i}.".join(parts[0:3:2]), *parts[4:]])
+        row = folded.setdefault((pattern, tuple(weight.shape)), [set(), 0])
+        row[0].update(map(int, parts[1:2]))
+        row[1] += 1
+        experts = max(experts, int(expert or -1) + 1)
+        total += math.prod(weight.shape)
+    chosen = model.config.source.get("num_experts_per_tok", 0)
+    routed = sum(count * math.prod(shape) for (name, shape), (_, count) in folded.items() if "{e}" in name)
+    width = max(len(name) for name, _ in folded)
+    lines = [f"{'weight':{width}}  {'shape':>16}  {'layers':>7}  {'experts':>7}  {'parameters':>17}"]
+    for (name, shape), (layers, count) in folded.items():
+        size, where = " x ".join(map(str, shape)), f"{min(layers)}-{max(layers)}" if layers else ""
+        each = f"{count // len(layers)}" if "{e}" in name else ""
+        lines.append(f"{name:{width}}  {size:>16}  {where:>7}  {each:>7}  {count * math.prod(shape):>17,}")
+    share = chosen / experts if experts else 1.0
+    return lines, total, total - routed + round(routed * share), experts, share
+
+
+# How tensor parallelism cuts a linear, by the last part of our names: its outputs, its inputs, or the vocabulary.
+BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
+BY_INPUTS = ("o_proj", "down_proj")
+BY_VOCABULARY = ("embed_tokens", "lm_head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Degrees:
+    """How many ways a run is cut, and along what."""
+
+    tensor: int
+    pipeline: int
+    sharding: int
+    sep: int
+    context: int
+    expert: int
+    stage: int  # of sharding; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
+    offload: bool  # moments and master weights lie in the host's memory
+    sequence_parallel: bool
+
+    @staticmethod
+    def of(args, config, experts, T):
+        """From the arguments; UserError with all that does not divide in one line."""
+        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
+        ways = {name: max(1, getattr(args, f"{name}_parallel_degree")) for name in names}
+        words = re.findall(r"[^\s,]+", args.sharding or "")
+        for word in words:
+            if word not in ("stage1", "stage2", "stage3", "offload"):
+                raise UserError(f"sharding: {word!r}; possible are stage1, stage2, stage3, and offload beside one of them")
+        stage = max([int(word[-1]) for word in words if word != "offload"], default=0)
+        stage = stage or int(ways["sharding"] > 1)
+        wrong = []
+        for name, what, size in (
+            ("tensor", "attention heads", config.num_attention_heads),
+            ("tensor", "the MLP's width", config.intermediate_size),
+            ("sep", "attention heads", config.num_attention_heads),
+            ("sep", "the sequence", T),
+            ("context", "the sequence", T),
+            *([("expert", "experts", experts)] if experts else []),
+        ):
+            if size % ways[name]:
+                wrong.append(f"{name}_parallel_degree {ways[name]} does not divide {what} ({size:,})")
+        heads, tensor = config.num_key_value_heads, ways["tensor"]
+        if heads % tensor and tensor % heads:
+            wrong.append(f"tensor_parallel_degree {tensor} neither divides the key/value heads ({heads}) nor is a multiple")
+        if ways["pipeline"] > config.num_hidden_layers:
+            wrong.append(f"pipeline_parallel_degree {ways['pipeline']} is more than layers ({config.num_hidden_layers})")
+        if ways["sep"] > 1 and ways["context"] > 1:
+            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
+        if stage > 1 and ways["pipeline"] > 1:
+            wrong.append(f"sharding stage{stage} and pipeline_parallel_degree exclude each other: use stage1")
+        ranks = math.prod(ways.values()) // ways["expert"]
+        if ways["expert"] > 1 and not experts or ranks % ways["expert"]:
+            wrong.append(f"expert_parallel_degree {ways['expert']} is for the {experts} experts and {ranks} ranks there are")
+        if wrong:
+            raise UserError("; ".join(wrong))
+        return Degrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=args.sequence_parallel)
+
+    def cut(self, name, config):
+        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours)."""
+        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        ways = self.expert if ".experts." in name else 1
+        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
+            return ways * min(self.tensor, config.num_key_value_heads)
+        if layer in BY_VOCABULARY:
+            return self.tensor if config.vocab_size % self.tensor == 0 else 1
+        inputs = layer in BY_INPUTS and not name.endswith(".bias")
+        return ways * (self.tensor if layer in BY_OUTPUTS or inputs else 1)
+
+
+def _adapter_sizes(args, model, degrees):
+    """[(layer or None, numbers a rank, numbers in all)] of what LoRA or prefix tuning trains; None for all weights."""
+    config, sizes = model.config, []
+    if getattr(args, "lora", False):
+        rank, found = args.lora_rank, linears(model)
+        for path in lora_paths(model, args.lora_target_modules):
+            layer, name = found[path][2], found[path][1]
+            ways = degrees.cut("." + name, config)
+            a, b = rank * layer.n_in, (rank + int(getattr(args, "dora", False))) * layer.n_out
+            mine = a / ways + b if name in BY_INPUTS else a + b / ways
+            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), mine, a + b))
+    elif getattr(args, "prefix_tuning", False):
+        width, inner = config.num_key_value_heads * config.head_dim, args.prefix_projection_hidden_size or config.hidden_size
+        each = args.num_prefix_tokens * 2 * width
+        if not args.prefix_projection:
+            ways = min(degrees.tensor, config.num_key_value_heads)
+            return [(i, each / ways, each) for i in range(config.num_hidden_layers)]
+        table = config.num_hidden_layers * 2 * width
+        whole = args.num_prefix_tokens * width + (width + 1) * inner + (inner + 1) * table
+        sizes.append((None, whole, whole))
+    else:
+        return None
+    return sizes
+
+
+# Bytes a number. In bf16 as accelerators keep it: weights and activations in bfloat16 beside float32 masters.
+FLOAT32 = {"weights": 4, "gradients": 4, "moments": 8, "master weights": 0, "activations": 4}
+BFLOAT16 = {"weights": 2, "gradients": 4, "moments": 8, "master weights": 4, "activations": 2}
+
+
+def _memory(args, model, adapter, degrees, T, share):
+    """Lines: the bytes that the fullest rank keeps, by what they are for.
+
+    Activations are what backward needs of a block: the outputs of its linears and norms, and what the last linears of
+    attention and MLP read; with recompute each block's input and one block's activations. A pipeline's stage keeps
+    those of as many micro-batches as stages follow it, itself counted (1F1B, arXiv 2104.04473).
+    """
+    config, L = model.config, model.config.num_hidden_layers
+    tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
+    bytes_of = BFLOAT16 if args.bf16 else FLOAT32
+    numbers, kept = [0.0] * L, [_activations(block, config, degrees, share) for block in model.layers]
+    first = last = 0.0
+    for name, parameter in model.named_parameters():
+        mine = math.prod(parameter.shape) / degrees.cut(name, config)
+        if name.startswith("layers."):
+            numbers[int(name.split(".")[1])] += mine
+        elif name.startswith("embed"):
+            first += mine
+        else:
+            last += mine
+    if model.lm_head is None and degrees.pipeline > 1:
+        last += first  # a tied head is the embedding once more
+    stages, start = [], 0
+    for stage in range(degrees.pipeline):
+        end = start + L // degrees.pipeline + (stage < L % degrees.pipeline)
+        held = sum(numbers[start:end]) + (first if stage == 0 else 0) + (last if end == L else 0)
+        trained = held
+        if adapter is not None:
+            trained = sum(mine for layer, mine, _ in adapter if layer is None or start <= layer < end)
+        flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
+        width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
+        whole = flights * sum(kept[start:end])
+        again = flights * (end - start) * width + max(kept[start:end])
+        stages.append(_bytes(bytes_of, degrees, held, trained, adapter is not None, whole * tokens, again * tokens))
+        start = end
+    way = "with recompute" if args.recompute else "without recompute"
+    fullest = max(stages, key=lambda stage: sum(stage[0].values()) + stage[1][way])
+    names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
+    ways = ", ".join(f"{name} {getattr(degrees, name)}" for name in names if getattr(degrees, name) > 1)
+    ways += f", sharding stage{degrees.stage}" if degrees.stage and degrees.sharding > 1 else ""
+    kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
+    lines = [f"memory of the fullest rank in GB (1e9 bytes), {ways or 'one process'}, {kind}, "
+             f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch:"]  # fmt: skip
+    lines += [f"  {name:<30}{value / 1e9:>14,.3f}" for name, value in fullest[0].items()]
+    for name, value in fullest[1].items():
+        lines.append(f"  {'activations ' + name:<30}{value / 1e9:>14,.3f}")
+    for name, value in fullest[1].items():
+        lines.append(f"  {'in all ' + name:<30}{(sum(fullest[0].values()) + value) / 1e9:>14,.3f}")
+    return lines
+
+
+def _bytes(bytes_of, degrees, held, trained, adapter, whole, again):
+    """({part: bytes}, {with or without recompute: bytes of activations}) of a rank that holds so many numbers."""
+    of_adapter = FLOAT32 if adapter else bytes_of  # adapters are float32 throughout
+    shares = {"weights": 3, "gradients": 2, "moments": 1, "master weights": 1}  # the stage from which it is sharded
+    parts = {"weights": held * bytes_of["weights"] + (trained * of_adapter["weights"] if adapter else 0)}
+    parts.update({name: trained * of_adapter[name] for name in ("gradients", "moments", "master weights")})
+    for name, stage in shares.items():
+        parts[name] /= degrees.sharding if degrees.stage >= stage else 1
+        if degrees.offload and stage == 1:
+            parts[name] = 0.0
+    size = bytes_of["activations"]
+    return parts, {"without recompute": whole * size, "with recompute": again * size}
+
+
+def _activations(block, config, degrees, share):
+    """Numbers that backward needs of one token in this block, on one rank; share: experts at work / experts."""
+    D, numbers = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1), 0.0
+    for name, layer in block.named_sublayers():
+        part, routed = name.rpartition(".")[2], share if ".experts." in f".{name}" else 1
+        ways = degrees.cut(f".{part}", config)
+        if hasattr(layer, "epsilon"):  # a norm: of the whole width, of a part of it, or of each head
+            width = layer.weight.shape[0]
+            heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}.get(part)
+            numbers += width * heads / min(degrees.tensor, heads) if heads else D if width == config.hidden_size else width
+        elif hasattr(layer, "n_out"):
+            numbers += routed * (layer.n_in / ways + D if part in BY_INPUTS else layer.n_out / ways)
+    return numbers
 
 
 # ========================================================================================= output directory
