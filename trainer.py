@@ -414,6 +414,8 @@ def parse_args(Args, argv=None):
     for key, (value, where, text) in given.items():
         if key in kinds:
             fields[key] = _convert(value, kinds[key], f"{where}: {key}", text)
+        elif key == "dry_run" and not _harmless(key, value):
+            raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py count alone; this script does not train")
         elif key in of_training:
             lines.append(f"ignored: {key}: nothing is trained here")
         elif key in REFUSED and not _harmless(key, value):
@@ -755,7 +757,8 @@ def _memory(args, model, adapter, degrees, T, share):
 
     Activations are what backward needs of a block: the outputs of its linears and norms, and what the last linears of
     attention and MLP read; with recompute each block's input and one block's activations. A pipeline's stage keeps
-    those of as many micro-batches as stages follow it, itself counted (1F1B, arXiv 2104.04473).
+    those of as many micro-batches as stages follow it, itself counted (1F1B, arXiv 2104.04473). Temporary tensors of a
+    few ops and the blocks of logits (128 MB) come on top.
     """
     config, L = model.config, model.config.num_hidden_layers
     tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
@@ -781,8 +784,9 @@ def _memory(args, model, adapter, degrees, T, share):
             trained = sum(mine for layer, mine, _ in adapter if layer is None or start <= layer < end)
         flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
         width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
-        whole = flights * sum(kept[start:end])
-        again = flights * (end - start) * width + max(kept[start:end])
+        ends = (stage == 0) + (end == L), 2 * (end == L)  # what is embedded; what the last norm reads and gives
+        whole = flights * (sum(kept[start:end]) + ends[0] * width)
+        again = flights * (end - start + ends[1]) * width + max(kept[start:end])
         stages.append(_bytes(bytes_of, degrees, held, trained, adapter is not None, whole * tokens, again * tokens))
         start = end
     way = "with recompute" if args.recompute else "without recompute"
@@ -791,14 +795,13 @@ def _memory(args, model, adapter, degrees, T, share):
     ways = ", ".join(f"{name} {getattr(degrees, name)}" for name in names if getattr(degrees, name) > 1)
     ways += f", sharding stage{degrees.stage}" if degrees.stage and degrees.sharding > 1 else ""
     kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
-    lines = [f"memory of the fullest rank in GB (1e9 bytes), {ways or 'one process'}, {kind}, "
+    rows, fixed = dict(fullest[0]), sum(fullest[0].values())
+    rows.update({f"activations {name}": value for name, value in fullest[1].items()})
+    rows.update({f"in all {name}": fixed + value for name, value in fullest[1].items()})
+    unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
+    lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes), {ways or 'one process'}, {kind}, "
              f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch:"]  # fmt: skip
-    lines += [f"  {name:<30}{value / 1e9:>14,.3f}" for name, value in fullest[0].items()]
-    for name, value in fullest[1].items():
-        lines.append(f"  {'activations ' + name:<30}{value / 1e9:>14,.3f}")
-    for name, value in fullest[1].items():
-        lines.append(f"  {'in all ' + name:<30}{(sum(fullest[0].values()) + value) / 1e9:>14,.3f}")
-    return lines
+    return lines + [f"  {name:<30}{value / size:>14,.3f}" for name, value in rows.items()]
 
 
 def _bytes(bytes_of, degrees, held, trained, adapter, whole, again):
