@@ -2071,7 +2071,8 @@ def lora_layers(model):
 def lora_paths(model, targets=None):
     """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
     found = linears(model)
-    targets = FAMILIES[model.config.family].lora_targets if targets in (None, "all-linear", []) else targets
+    if targets in (None, "all-linear", []):
+        return list(found)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
     for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
         if not any(re.fullmatch(pattern, path) for path in found):
@@ -2093,10 +2094,9 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("pissa and dora exclude each other: both redefine what the base weight is")
     if pissa and model.config.quantization is not None:
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
-    found = linears(model)
+    found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
         targets = sorted({path.rpartition(".")[2] for path in found})
-    chosen = lora_paths(model, targets)
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:

@@ -616,20 +616,20 @@ def dry_run(args):
         config = dataclasses.replace(config, num_hidden_layers=layers)
     T = next(getattr(args, key) for key in ("max_seq_length", "max_length", "max_seq_len") if hasattr(args, key))
     model = build(config)
-    table, total, active, experts, share = _shapes(model)
+    table, total, active, experts = _shapes(model)
     degrees = Degrees.of(args, config, experts, T)
     flops = model.flops_per_token(T)
     lines = [f"{name}: {config.family}, {config.num_hidden_layers} layers", *table, ""]
     lines.append(f"parameters: {total:,}" + (f", {active:,} of them at work on a token" if experts else ""))
     if (adapter := _adapter_sizes(args, model, degrees)) is not None:
-        trained = sum(whole for _, _, whole in adapter)
+        trained = sum(size[1] for size in adapter)
         lines.append(f"trained: {trained:,} ({100 * trained / total:.4f} % of the parameters)")
     lines.append(f"FLOPs a token, forward and backward, in sequences of {T:,}: {flops:.4g}")
-    return "\n".join([*lines, "", *_memory(args, model, adapter, degrees, T, share)])
+    return "\n".join([*lines, "", *_memory(args, model, adapter, degrees, T)])
 
 
 def _shapes(model):
-    """(lines of a table of weights, layers and experts folded; parameters; those at work on a token; experts of a layer; share at work)."""
+    """(lines of a table of weights, layers and experts folded; parameters; those at work on a token; experts of a layer)."""
     folded, total, experts = {}, 0, 0
     for weight in base_weights(model):
         parts = re.split(r"\.(\d+)\.", weight.name)  # name, layer, name, and with experts: expert, name
@@ -640,7 +640,6 @@ def _shapes(model):
         row[1] += 1
         experts = max(experts, int(expert or -1) + 1)
         total += math.prod(weight.shape)
-    chosen = model.config.source.get("num_experts_per_tok", 0)
     routed = sum(count * math.prod(shape) for (name, shape), (_, count) in folded.items() if "{e}" in name)
     width = max(len(name) for name, _ in folded)
     lines = [f"{'weight':{width}}  {'shape':>16}  {'layers':>7}  {'experts':>7}  {'parameters':>17}"]
@@ -648,12 +647,12 @@ def _shapes(model):
         size, where = " x ".join(map(str, shape)), f"{min(layers)}-{max(layers)}" if layers else ""
         each = f"{count // len(layers)}" if "{e}" in name else ""
         lines.append(f"{name:{width}}  {size:>16}  {where:>7}  {each:>7}  {count * math.prod(shape):>17,}")
-    share = chosen / experts if experts else 1.0
-    return lines, total, total - routed + round(routed * share), experts, share
+    chosen = model.config.experts.top_k if experts else 0
+    return lines, total, total - routed + (routed * chosen // experts if experts else 0), experts
 
 
 # How tensor parallelism cuts a linear, by the last part of our names: its outputs, its inputs, or the vocabulary.
-BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
+BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj")
 BY_INPUTS = ("o_proj", "down_proj")
 BY_VOCABULARY = ("embed_tokens", "lm_head")
 
@@ -684,9 +683,10 @@ class Degrees:
         stage = max([int(word[-1]) for word in words if word != "offload"], default=0)
         stage = stage or int(ways["sharding"] > 1)
         wrong = []
+        inner = config.experts.width if experts and ways["expert"] == 1 else config.intermediate_size
         for name, what, size in (
             ("tensor", "attention heads", config.num_attention_heads),
-            ("tensor", "the MLP's width", config.intermediate_size),
+            ("tensor", "the MLP's width", inner),
             ("sep", "attention heads", config.num_attention_heads),
             ("sep", "the sequence", T),
             ("context", "the sequence", T),
@@ -703,132 +703,171 @@ class Degrees:
             wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
         if stage > 1 and ways["pipeline"] > 1:
             wrong.append(f"sharding stage{stage} and pipeline_parallel_degree exclude each other: use stage1")
-        ranks = math.prod(ways.values()) // ways["expert"]
+        ranks = math.prod(ways.values()) // ways["expert"] // ways["pipeline"]
         if ways["expert"] > 1 and not experts or ranks % ways["expert"]:
-            wrong.append(f"expert_parallel_degree {ways['expert']} is for the {experts} experts and {ranks} ranks there are")
+            wrong.append(f"expert_parallel_degree {ways['expert']} is for {experts} experts on {ranks} ranks of a stage")
         if wrong:
             raise UserError("; ".join(wrong))
         return Degrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=args.sequence_parallel)
 
+    def __str__(self):
+        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
+        ways = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
+        ways += [f"sharding stage{self.stage}"] if self.stage and self.sharding > 1 else []
+        return ", ".join(ways) or "one process"
+
+    @property
+    def ranks(self):
+        """Of one stage of the pipeline."""
+        return self.tensor * self.sharding * self.sep * self.context
+
     def cut(self, name, config):
         """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours)."""
         layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-        ways = self.expert if ".experts." in name else 1
+        H, K = config.num_attention_heads, config.num_key_value_heads
         if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
-            return ways * min(self.tensor, config.num_key_value_heads)
+            return min(self.tensor, K)
+        if layer == "qkv_proj":
+            return (H + 2 * K) / (H / self.tensor + 2 * K / min(self.tensor, K))
         if layer in BY_VOCABULARY:
             return self.tensor if config.vocab_size % self.tensor == 0 else 1
-        inputs = layer in BY_INPUTS and not name.endswith(".bias")
-        return ways * (self.tensor if layer in BY_OUTPUTS or inputs else 1)
+        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
+        ways = self.tensor if cut else 1
+        return min(ways * self.expert, self.ranks) if ".experts." in name else ways
+
+    def shared(self, name, config):
+        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
+        return min(self.sharding, self.ranks // self.cut(name, config)) if ".experts." in name else self.sharding
 
 
 def _adapter_sizes(args, model, degrees):
-    """[(layer or None, numbers a rank, numbers in all)] of what LoRA or prefix tuning trains; None for all weights."""
+    """[(layer or None, numbers in all, on a rank, there when sharded)] of what an adapter trains; None for all weights."""
     config, sizes = model.config, []
     if getattr(args, "lora", False):
-        rank, found = args.lora_rank, linears(model)
+        found = linears(model)
         for path in lora_paths(model, args.lora_target_modules):
-            layer, name = found[path][2], found[path][1]
-            ways = degrees.cut("." + name, config)
-            a, b = rank * layer.n_in, (rank + int(getattr(args, "dora", False))) * layer.n_out
-            mine = a / ways + b if name in BY_INPUTS else a + b / ways
-            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), mine, a + b))
-    elif getattr(args, "prefix_tuning", False):
-        width, inner = config.num_key_value_heads * config.head_dim, args.prefix_projection_hidden_size or config.hidden_size
-        each = args.num_prefix_tokens * 2 * width
-        if not args.prefix_projection:
-            ways = min(degrees.tensor, config.num_key_value_heads)
-            return [(i, each / ways, each) for i in range(config.num_hidden_layers)]
-        table = config.num_hidden_layers * 2 * width
-        whole = args.num_prefix_tokens * width + (width + 1) * inner + (inner + 1) * table
-        sizes.append((None, whole, whole))
-    else:
+            _, name, layer = found[path]
+            name = (".experts." if ".experts." in path else ".") + name
+            a, b = args.lora_rank * layer.n_in, (args.lora_rank + int(args.dora)) * layer.n_out
+            ways = degrees.cut(name, config)  # of the base: its cut side's matrix is cut with it, the other is whole
+            mine = a / ways + b if name.rpartition(".")[2] in BY_INPUTS else a + b / ways
+            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.shared(name, config)))
+        return sizes
+    if not getattr(args, "prefix_tuning", False):
         return None
-    return sizes
+    width, layers = config.num_key_value_heads * config.head_dim, config.num_hidden_layers
+    if args.prefix_projection:
+        inner = args.prefix_projection_hidden_size or config.hidden_size
+        whole = args.num_prefix_tokens * width + (width + 1) * inner + (inner + 1) * layers * 2 * width
+        return [(None, whole, whole, whole / degrees.sharding)]
+    whole = args.num_prefix_tokens * 2 * width
+    mine = whole / min(degrees.tensor, config.num_key_value_heads)
+    return [(layer, whole, mine, mine / degrees.sharding) for layer in range(layers)]
 
 
 # Bytes a number. In bf16 as accelerators keep it: weights and activations in bfloat16 beside float32 masters.
 FLOAT32 = {"weights": 4, "gradients": 4, "moments": 8, "master weights": 0, "activations": 4}
 BFLOAT16 = {"weights": 2, "gradients": 4, "moments": 8, "master weights": 4, "activations": 2}
+SHARDED_FROM = {"weights": 3, "gradients": 2, "moments": 1, "master weights": 1}  # the stage of sharding
 
 
-def _memory(args, model, adapter, degrees, T, share):
-    """Lines: the bytes that the fullest rank keeps, by what they are for.
-
-    Activations are what backward needs of a block: the outputs of its linears and norms, and what the last linears of
-    attention and MLP read; with recompute each block's input and one block's activations. A pipeline's stage keeps
-    those of as many micro-batches as stages follow it, itself counted (1F1B, arXiv 2104.04473). Temporary tensors of a
-    few ops and the blocks of logits (128 MB) come on top.
-    """
-    config, L = model.config, model.config.num_hidden_layers
-    tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
-    bytes_of = BFLOAT16 if args.bf16 else FLOAT32
-    numbers, kept = [0.0] * L, [_activations(block, config, degrees, share) for block in model.layers]
-    first = last = 0.0
-    for name, parameter in model.named_parameters():
-        mine = math.prod(parameter.shape) / degrees.cut(name, config)
-        if name.startswith("layers."):
-            numbers[int(name.split(".")[1])] += mine
-        elif name.startswith("embed"):
-            first += mine
-        else:
-            last += mine
-    if model.lm_head is None and degrees.pipeline > 1:
-        last += first  # a tied head is the embedding once more
+def _memory(args, model, adapter, degrees, T):
+    """Lines: the bytes that the fullest rank keeps, by what they are for."""
+    bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pipeline
+    layers, first, last = _numbers(model, degrees)
+    kept = [_activations(block, model.config, degrees) for block in model.layers]
     stages, start = [], 0
-    for stage in range(degrees.pipeline):
-        end = start + L // degrees.pipeline + (stage < L % degrees.pipeline)
-        held = sum(numbers[start:end]) + (first if stage == 0 else 0) + (last if end == L else 0)
-        trained = held
+    for stage in range(pipeline):
+        end = start + L // pipeline + (stage < L % pipeline)
+        held = layers[start:end].sum(0) + (first if stage == 0 else 0) + (last if end == L else 0)
+        mine = None
         if adapter is not None:
-            trained = sum(mine for layer, mine, _ in adapter if layer is None or start <= layer < end)
-        flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
-        width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
-        ends = (stage == 0) + (end == L), 2 * (end == L)  # what is embedded; what the last norm reads and gives
-        whole = flights * (sum(kept[start:end]) + ends[0] * width)
-        again = flights * (end - start + ends[1]) * width + max(kept[start:end])
-        stages.append(_bytes(bytes_of, degrees, held, trained, adapter is not None, whole * tokens, again * tokens))
+            mine = sum(np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
+        rows = _bytes(bytes_of, degrees, held, mine)
+        whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], stage, end == L)
+        tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
+        head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
+        head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
+        for way, numbers in (("without recompute", whole), ("with recompute", again)):
+            rows[f"activations {way}"] = (numbers * tokens + head) * bytes_of["activations"]
+        for way in ("without recompute", "with recompute"):
+            rows[f"in all {way}"] = sum(rows[part] for part in (*SHARDED_FROM, f"activations {way}"))
+        stages.append(rows)
         start = end
-    way = "with recompute" if args.recompute else "without recompute"
-    fullest = max(stages, key=lambda stage: sum(stage[0].values()) + stage[1][way])
-    names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
-    ways = ", ".join(f"{name} {getattr(degrees, name)}" for name in names if getattr(degrees, name) > 1)
-    ways += f", sharding stage{degrees.stage}" if degrees.stage and degrees.sharding > 1 else ""
-    kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
-    rows, fixed = dict(fullest[0]), sum(fullest[0].values())
-    rows.update({f"activations {name}": value for name, value in fullest[1].items()})
-    rows.update({f"in all {name}": fixed + value for name, value in fullest[1].items()})
+    rows = max(stages, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
     unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
-    lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes), {ways or 'one process'}, {kind}, "
+    kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
+    lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes), {degrees}, {kind}, "
              f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch:"]  # fmt: skip
     return lines + [f"  {name:<30}{value / size:>14,.3f}" for name, value in rows.items()]
 
 
-def _bytes(bytes_of, degrees, held, trained, adapter, whole, again):
-    """({part: bytes}, {with or without recompute: bytes of activations}) of a rank that holds so many numbers."""
-    of_adapter = FLOAT32 if adapter else bytes_of  # adapters are float32 throughout
-    shares = {"weights": 3, "gradients": 2, "moments": 1, "master weights": 1}  # the stage from which it is sharded
-    parts = {"weights": held * bytes_of["weights"] + (trained * of_adapter["weights"] if adapter else 0)}
-    parts.update({name: trained * of_adapter[name] for name in ("gradients", "moments", "master weights")})
-    for name, stage in shares.items():
-        parts[name] /= degrees.sharding if degrees.stage >= stage else 1
+def _numbers(model, degrees):
+    """How many numbers a rank holds of the weights, [whole, when sharded]: of each layer (L, 2), before, after them."""
+    layers, first, last = np.zeros([model.config.num_hidden_layers, 2]), np.zeros(2), np.zeros(2)
+    for name, parameter in model.named_parameters():
+        mine = math.prod(parameter.shape) / degrees.cut(name, model.config)
+        mine = np.array([mine, mine / degrees.shared(name, model.config)])
+        if name.startswith("layers."):
+            layers[int(name.split(".")[1])] += mine
+        elif name.startswith(("embed", "project_in")):
+            first += mine
+        else:
+            last += mine
+        if name == "embed_tokens.weight" and model.lm_head is None and degrees.pipeline > 1:
+            last += mine  # a tied head is the embedding once more
+    return layers, first, last
+
+
+def _bytes(bytes_of, degrees, held, adapter):
+    """{part: bytes} of a rank that holds so many numbers, [whole, when sharded]; adapter: those of it, in float32, or None."""
+    of_trained, trained = (bytes_of, held) if adapter is None else (FLOAT32, adapter)
+    parts = {}
+    for part, stage in SHARDED_FROM.items():
+        which = int(degrees.stage >= stage)
+        parts[part] = float(trained[which] * of_trained[part])
+        if part == "weights" and adapter is not None:
+            parts[part] += float(held[which] * bytes_of[part])
         if degrees.offload and stage == 1:
-            parts[name] = 0.0
-    size = bytes_of["activations"]
-    return parts, {"without recompute": whole * size, "with recompute": again * size}
+            parts[part] = 0.0
+    return parts
 
 
-def _activations(block, config, degrees, share):
-    """Numbers that backward needs of one token in this block, on one rank; share: experts at work / experts."""
-    D, numbers = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1), 0.0
+def _kept_by_stage(args, config, degrees, kept, stage, is_last):
+    """Activations of a token in a pipeline's stage, without and with recompute; kept: those of each of its blocks.
+
+    With recompute each block's input and one block's activations. A stage keeps those of as many micro-batches as
+    stages follow it, itself counted (1F1B, arXiv 2104.04473).
+    """
+    flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
+    width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
+    embedded, normed = int(stage == 0), 2 * int(is_last)  # the first block's input; what the last norm reads and gives
+    whole = flights * (sum(kept) + (embedded + normed / 2) * width)
+    return whole, flights * (len(kept) + normed) * width + max(kept)
+
+
+def _activations(block, config, degrees):
+    """Numbers that backward needs of one token in this block, on one rank.
+
+    They are the outputs of its linears and norms, and what the last linears of attention and MLP read. Temporary
+    tensors of an op, and blocks of logits (128 MB), come on top.
+    """
+    D, share = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1), 1.0
+    numbers = 0.0 if config.residual_scale is None else D  # the scaled residual
+    if hasattr(block.mlp, "experts"):  # each chosen expert's copy of the token, and the experts' sum
+        share = config.experts.top_k / config.experts.count
+        numbers += (config.experts.top_k + 1) * D
     for name, layer in block.named_sublayers():
-        part, routed = name.rpartition(".")[2], share if ".experts." in f".{name}" else 1
+        part, routed = name.rpartition(".")[2], share if ".experts." in name else 1.0
         ways = degrees.cut(f".{part}", config)
         if hasattr(layer, "epsilon"):  # a norm: of the whole width, of a part of it, or of each head
             width = layer.weight.shape[0]
             heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}.get(part)
-            numbers += width * heads / min(degrees.tensor, heads) if heads else D if width == config.hidden_size else width
-        elif hasattr(layer, "n_out"):
+            if heads:
+                numbers += width * heads / min(degrees.tensor, heads)
+            else:
+                numbers += D if width == config.hidden_size else width
+        elif hasattr(layer, "n_out") and not (part == "up_proj" and config.activation == "relu"):  # relu keeps its result
             numbers += routed * (layer.n_in / ways + D if part in BY_INPUTS else layer.n_out / ways)
     return numbers
 
