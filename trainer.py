@@ -1,4 +1,4 @@
-"""What training scripts share besides model, data, kernels: arguments, schedule, optimizer, checkpoints, log, metrics.
+"""What scripts share besides model, data, kernels: arguments, presets, schedule, optimizer, checkpoints, log, metrics.
 
     args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # JSON files, then --key value
     while state.step < total:                                   # the loop itself is written out in each script
@@ -612,6 +612,8 @@ def dry_run(args):
             raise UserError(not_here("model_name_or_path", name))
         name = found[0] + (f" ({found[1]['repo']})" if found[1]["repo"] else "")
     config = model_config(args.model_name_or_path)
+    if config.quantization is not None:
+        raise UserError(f"{args.model_name_or_path}: is quantized; a dry run counts models of floats")
     if layers := getattr(args, "num_hidden_layers", None):
         config = dataclasses.replace(config, num_hidden_layers=layers)
     T = next(getattr(args, key) for key in ("max_seq_length", "max_length", "max_seq_len") if hasattr(args, key))
@@ -713,7 +715,8 @@ class Degrees:
     def __str__(self):
         names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
         ways = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
-        ways += [f"sharding stage{self.stage}"] if self.stage and self.sharding > 1 else []
+        if self.sharding > 1:
+            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
         return ", ".join(ways) or "one process"
 
     @property
@@ -782,7 +785,8 @@ def _memory(args, model, adapter, degrees, T):
         held = layers[start:end].sum(0) + (first if stage == 0 else 0) + (last if end == L else 0)
         mine = None
         if adapter is not None:
-            mine = sum(np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
+            sizes = (np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
+            mine = sum(sizes, np.zeros(2))
         rows = _bytes(bytes_of, degrees, held, mine)
         whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], stage, end == L)
         tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
@@ -797,8 +801,8 @@ def _memory(args, model, adapter, degrees, T):
     rows = max(stages, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
     unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
     kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
-    lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes), {degrees}, {kind}, "
-             f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch:"]  # fmt: skip
+    lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes): {degrees}; {kind}; "
+             f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch"]  # fmt: skip
     return lines + [f"  {name:<30}{value / size:>14,.3f}" for name, value in rows.items()]
 
 

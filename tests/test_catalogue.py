@@ -141,6 +141,12 @@ def test_parameters_are_those_published(name):
         assert abs(parameters / (float(number) * {"b": 1e9, "m": 1e6}[unit]) - 1) < 0.03
 
 
+def test_readme_says_how_many():
+    text = (ROOT / "README.md").read_text()
+    assert f"shapes of {len(OWN)} open models" in text and f"and {len(PRESETS) - len(OWN)} further checkpoints" in text
+    assert f"parameters: {PRESETS['llama-3.1-405b']['parameters']:,}" in text
+
+
 def test_few_counts_are_not_known_exactly():
     unknown = set(OWN) - set(PUBLISHED)
     assert not set(PUBLISHED) - set(OWN)
@@ -153,7 +159,12 @@ def test_few_counts_are_not_known_exactly():
     }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+MANY_LAYERS = ("deepseek-v2", "qwen3-235b-a22b", "qwen3-coder-480b-a35b")  # built in 5 seconds each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MANY_LAYERS else []) for name in PRESETS]
+)
 def test_the_decoder_has_as_many_parameters(name):
     """What model.py builds of every preset has the catalogue's count."""
     config = model.ModelConfig.from_dict(PRESETS[name]["config"], name)
@@ -293,7 +304,9 @@ MEASURED = """llama-2-7b mistral-7b-v0.1 mixtral-8x7b qwen-7b qwen2-7b qwen3-8b 
     deepseek-v2-lite deepseek-v2 deepseek-v3""".split()
 
 
-@pytest.mark.parametrize("name, recompute", [*((name, False) for name in MEASURED), ("llama-2-7b", True), ("deepseek-v3", True)])
+@pytest.mark.parametrize(
+    "name, recompute", [*((name, False) for name in MEASURED), ("llama-2-7b", True), ("deepseek-v3", True)]
+)
 def test_the_memory_is_that_of_a_run(name, recompute, tmp_path):
     """Weights, gradients and moments to the byte, activations within 4 %, of a small model of the family that really trains."""
     if paddle.device.get_device() != "cpu":
@@ -329,7 +342,13 @@ def test_the_memory_is_that_of_a_run(name, recompute, tmp_path):
         assert size / 1e9 == pytest.approx(said[part], rel=2e-3), part
     wanted = said["activations " + ("with recompute" if recompute else "without recompute")]
     if recompute:  # one block's activations come and go in backward
-        wanted -= max(trainer._activations(block, net.config, trainer.Degrees(1, 1, 1, 1, 1, 1, 0, False, False)) for block in net.layers) * 4096e-9
+        wanted -= (
+            max(
+                trainer._activations(block, net.config, trainer.Degrees(1, 1, 1, 1, 1, 1, 0, False, False))
+                for block in net.layers
+            )
+            * 4096e-9
+        )
     assert activations / 1e9 == pytest.approx(wanted, rel=0.2 if recompute else 0.04)
 
 
@@ -503,7 +522,7 @@ def test_configs_train_a_tiny_model(path, small_world, tmp_path, monkeypatch):
     model.save_pretrained(net, folder)
     data.load_tokenizer(ROOT / "demo" / "llama").save(folder)
     flags = {"model_name_or_path": folder, "tokenizer_name_or_path": ROOT / "demo" / "llama", "output_dir": tmp_path / "out", "max_steps": 2,
-             "gradient_accumulation_steps": 1, "disable_tqdm": "true", "max_evaluate_steps": 1}  # fmt: skip
+             "gradient_accumulation_steps": 1, "logging_steps": 1, "disable_tqdm": "true", "max_evaluate_steps": 1}  # fmt: skip
     if script is pretrain:
         flags |= {"input_dir": small_world / "corpus", "max_seq_length": 48, "split": "80,10,10"}
     else:
