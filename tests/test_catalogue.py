@@ -558,3 +558,27 @@ def test_a_preset_from_scratch(small_world, tmp_path, monkeypatch, capsys):
     assert (written.family, written.hidden_size, written.vocab_size) == ("llama", 32, 3072)
     assert "from scratch" in capsys.readouterr().out
     assert "tiny-llama is not here: download" in fails(pretrain, [*argv, "--overwrite_output_dir", "true"], capsys)
+
+
+THEIRS = (
+    "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe bloom gpt2 opt gemma gemma2 deepseek_v2 deepseek_v3".split()
+)
+
+
+@pytest.mark.torch
+def test_transformers_builds_as_many_parameters(hf_python, tmp_path):
+    """The catalogue's configs mean the same to transformers: its models, built without memory, have as many parameters."""
+    configs = {name: PRESETS[name]["config"] for name in OWN if PRESETS[name]["config"]["model_type"] in THEIRS}
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    script = """
+import json, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+arrays = {}
+for name, config in json.load(open(sys.argv[2])).items():
+    config = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(config)
+    arrays[name] = np.int64(sum(p.numel() for p in net.parameters()) + sum(b.numel() for n, b in net.named_buffers() if n.endswith("correction_bias")))
+"""
+    found = hf_python(script, tmp_path / "configs.json")
+    assert {name: int(found[name]) for name in configs} == {name: PRESETS[name]["parameters"] for name in configs}
