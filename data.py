@@ -52,8 +52,9 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from heapq import heapify, heappop, heappush
-from itertools import chain, groupby
+from itertools import chain, groupby, starmap
 from multiprocessing import get_context
+from operator import add
 from pathlib import Path
 from typing import Callable, NamedTuple
 from zipfile import BadZipFile
@@ -903,8 +904,8 @@ MODEL_TYPES = {
 # Their own software has no use for a tokenizer.json, even if one lies beside the file that it reads.
 SLOW_CLASSES = ("BaichuanTokenizer", "BaiChuanTokenizer", "InternLMTokenizer", "ChatGLMTokenizer", "ChatGLM4Tokenizer",
                 "QWenTokenizer")  # fmt: skip
-# These put bos and eos as add_bos_token and add_eos_token say, whatever tokenizer.json's post_processor.
-BOS_BY_CONFIG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+# These put bos before a text unless add_bos_token is false, whatever tokenizer.json's post_processor says.
+BOS_BY_CONFIG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLM2Tokenizer")
 
 # A byte that is no UTF-8 becomes one U+FFFD each, as in sentencepiece itself ("replace" would write one for several).
 codecs.register_error("one_mark_per_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
@@ -1158,11 +1159,11 @@ def merge_ranks(merges, vocab, where):
         number = next(n for n, pair in enumerate(merges) if ranks[pair] != n)
         raise UserError(f"{where(ranks[merges[number]])}: the merge {' '.join(merges[number])!r} has a rank already, "
                         f"that of {where(number)}")
-    for number, (left, right) in enumerate(merges):
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            missing = next(symbol for symbol in (left, right, left + right) if symbol not in vocab)
-            raise UserError(f"{where(number)}: the merge {left + ' ' + right!r} names {missing!r}, which is not in the "
-                            "vocabulary")
+    if not all(map(vocab.__contains__, chain(chain.from_iterable(merges), starmap(add, merges)))):
+        number, missing = next((number, symbol) for number, (left, right) in enumerate(merges)
+                               for symbol in (left, right, left + right) if symbol not in vocab)  # fmt: skip
+        raise UserError(f"{where(number)}: the merge {' '.join(merges[number])!r} names {missing!r}, which is not in the "
+                        "vocabulary")
     return ranks
 
 
@@ -1434,9 +1435,9 @@ def read_tokenizer_json(path):
         raise UserError(f"{where}.unk_token: {brief(unk)} is not in the vocabulary")
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair if isinstance(pair, list) else ())
               for pair in model["merges"]]  # fmt: skip
-    for number, pair in enumerate(merges):
-        if len(pair) != 2 or not all(isinstance(symbol, str) and symbol for symbol in pair):
-            raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
+    if {*map(len, merges)} - {2} or {*map(type, chain.from_iterable(merges))} - {str}:
+        number = next(n for n, pair in enumerate(merges) if len(pair) != 2 or {*map(type, pair)} != {str})
+        raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
     ranks = merge_ranks(merges, vocab, lambda number: f"{where}.merges[{number}]")
     steps, byte_level = json_steps(parts["pre_tokenizer"])
     decodes_bytes, lead = json_decoder(parts["decoder"], f"{path}: decoder")
@@ -1583,10 +1584,11 @@ class Tokenizer:
         else:
             self.engine, tokens, self.head, self.tail, self.lead = read_tokenizer_json(path)
         self._collect_special_tokens(settings, row, tokens)
-        if self.kind != "json" or name in BOS_BY_CONFIG:
-            adds_bos = settings.get("add_bos_token", name in BOS_BY_CONFIG)
+        says_so = [settings.get(key) for key in ("add_bos_token", "add_eos_token")]
+        if self.kind != "json" or name in BOS_BY_CONFIG or says_so != [None, None]:
+            adds_bos, adds_eos = name in BOS_BY_CONFIG if says_so[0] is None else says_so[0], says_so[1]
             self.head = self._ids_around(row.get("head", [self.bos_token] if adds_bos else []))
-            self.tail = self._ids_around(row.get("tail", [self.eos_token] if settings.get("add_eos_token") else []))
+            self.tail = self._ids_around(row.get("tail", [self.eos_token] if adds_eos else []))
         self.special_ids |= {*self.head, *self.tail}
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
         self._chat_template = None
