@@ -872,7 +872,8 @@ LLAMA3 = {"words": LLAMA3_WORDS, "tokens": LLAMA3_TOKENS, "add_bos_token": True,
           "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}  # fmt: skip
 CLASSES = {
     "sentencepiece": {
-        "LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA, "MistralTokenizer": LLAMA, "GemmaTokenizer": {"add_bos_token": True},
+        "LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA, "MistralTokenizer": LLAMA,
+        "GemmaTokenizer": {"add_bos_token": True},
         "BaichuanTokenizer": BAICHUAN, "BaiChuanTokenizer": BAICHUAN,
         "InternLMTokenizer": INTERNLM, "InternLM2Tokenizer": INTERNLM,
         "ChatGLMTokenizer": CHATGLM2, "ChatGLMv2Tokenizer": CHATGLM2,
@@ -1414,8 +1415,8 @@ def json_decoder(parts, where):
                 or kind == "Metaspace" and values["replacement"] != SPACE):  # fmt: skip
             raise UserError(f"{at}: this {kind} is not supported here: {brief(values)}")
     if not {"Replace", "Metaspace"} & set(kinds):
-        raise UserError(f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is wanted; "
-                        f"found {', '.join(kinds) or 'null'}")
+        raise UserError(f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is "
+                        f"wanted; found {', '.join(kinds) or 'null'}")
     return False, lead
 
 
@@ -1478,7 +1479,8 @@ def token_text(token, folder):
     """A token of a side file, text or {"content": text, ...} -> text; None for null."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
-        raise UserError(f"{folder}: a token in {SIDE_FILES[0]} or {SIDE_FILES[1]} is text or has a content; found {brief(token)}")
+        raise UserError(f"{folder}: a token in {SIDE_FILES[0]} or {SIDE_FILES[1]} is text or has a content; found "
+                        f"{brief(token)}")
     return text
 
 
@@ -1550,8 +1552,12 @@ class StreamDecoder:
 class Tokenizer:
     """What is around an engine: special tokens, bos and eos, decoding, chat templates.
 
-    Special tokens written in a text become their ids, the text between them is the engine's. Ids and decoded text equal
-    those of the family's reference software; what that is, and the deviations, are in tests/test_tokenizer.py."""
+    Special tokens written in a text become their ids, the text between them is the engine's. A folder is read as
+    transformers would (tokenizer.json first), and ids and text equal its own, or those of the family's own code:
+    tests/test_tokenizer.py. What differs: bytes that are no UTF-8 are one U+FFFD each wherever there is byte fallback, as
+    in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
+    sentencepiece models alone, as in transformers 5; Llama 3's own library cuts a text every 400,000 characters, and
+    runs of letters or blanks every 25,000, this does not."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -1568,6 +1574,8 @@ class Tokenizer:
                 if config.get(key):
                     raise UserError(f"{self.folder / SIDE_FILES[0]}: {key}: true is not supported")
             shift = config.get("num_image_tokens", 0) if self.kind == "ice_text" else 0
+            if type(shift) is not int or shift < 0:
+                raise UserError(f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is wanted, found {brief(shift)}")
             self.engine = SentencePieces(path, legacy, row.get("blanks", False), shift)
             if legacy:
                 self.lead_within = int(self.engine.own_prefix)
@@ -1607,31 +1615,40 @@ class Tokenizer:
                 config |= content
         return config
 
+    def _side_tokens(self, settings):
+        """added_tokens_decoder {id: token} and added_tokens.json {text: id} -> [(text, id, flags)...]."""
+        path = self.folder / "added_tokens.json"
+        decoder, listed = settings.get("added_tokens_decoder") or {}, read_json(path) if path.is_file() else {}
+        for where, ids in ((f"{self.folder / SIDE_FILES[0]}: added_tokens_decoder", decoder), (path, listed)):
+            if not isinstance(ids, dict) or not all(str(i).isdecimal() for i in (ids if ids is decoder else ids.values())):
+                raise UserError(f"{where}: an object of tokens and their ids is wanted, found {brief(ids)}")
+        named = [(token_text(token, self.folder), int(i), token if isinstance(token, dict) else {})
+                 for i, token in decoder.items()]  # fmt: skip
+        return [*named, *((text, int(i), {}) for text, i in listed.items())]
+
     def _collect_special_tokens(self, settings, row, tokens):
-        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad."""
+        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two files
+        that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is right."""
         self.added, self.flags = {}, {}
-        for token in tokens:
-            self.added[token["content"]], self.flags[token["content"]] = token["id"], token
-        if (self.folder / "added_tokens.json").is_file():
-            self.added |= {text: int(i) for text, i in read_json(self.folder / "added_tokens.json").items()}
-        for i, token in (settings.get("added_tokens_decoder") or {}).items():
-            text = token_text(token, self.folder)
-            self.added[text], self.flags[text] = int(i), token
+        for text, i, flags in [*((token["content"], token["id"], token) for token in tokens), *self._side_tokens(settings)]:
+            self.added.setdefault(text, i)
+            self.flags.setdefault(text, flags)
         special = [text for text, flags in self.flags.items() if flags.get("special")]
         taken = set(self.added.values())
         for i, text in enumerate(row.get("tokens", ()), self.engine.size):
             special.append(text)
             if text not in self.added and i not in taken:
                 self.added[text] = i
-        for name, own in zip(SPECIAL_NAMES, self.engine.own_special_tokens()):
-            token = settings.get(name) or own
-            if isinstance(token, dict):
-                self.flags[token_text(token, self.folder)] = token
-            setattr(self, name, token_text(token, self.folder))
-            special += [token_text(token, self.folder)] if token else []
-        extra = settings.get("extra_special_tokens") or {}  # a list since transformers 5
-        for token in [*(settings.get("additional_special_tokens") or []), *(extra.values() if isinstance(extra, dict) else extra)]:
-            special.append(token_text(token, self.folder))
+        extra = settings.get("extra_special_tokens") or []  # transformers 5's name for the other list
+        extra = [*(extra.values() if isinstance(extra, dict) else extra), *(settings.get("additional_special_tokens") or [])]
+        named = [settings.get(name) or own for name, own in zip(SPECIAL_NAMES, self.engine.own_special_tokens())]
+        for name, token in [*zip(SPECIAL_NAMES, named), *((None, token) for token in extra)]:
+            text = token_text(token, self.folder)
+            if name:
+                setattr(self, name, text)
+            if text:
+                special.append(text)
+                self.flags.setdefault(text, token if isinstance(token, dict) else {})
         for token in special:  # with no id in any file: the vocabulary's, or else after it, as in transformers
             if token not in self.added:
                 free = max([self.engine.size - 1, *self.added.values()]) + 1
@@ -1648,13 +1665,14 @@ class Tokenizer:
 
     def _prepare_split(self, row):
         """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalisation, after it)}."""
-        everything = list(self.added)
+        everything = [text for text in self.added if text]
         sought = {None: row.get("parse", everything), True: row.get("roles", everything),
                   False: [text for text in everything if text not in self.special]}  # fmt: skip
         late = {text: self.normalize(text) for text in everything
                 if self.kind == "json" and self.engine.normalizers and self.flags.get(text, {}).get("normalized")}
         self._token_ids = self.added | {found: self.added[text] for text, found in late.items()}
         self.added_ids |= {self.added[text]: found.replace(SPACE, " ") for text, found in late.items()}
+        self.flags |= {found: self.flags[text] for text, found in late.items()}
         self._patterns = {}
         for mode, texts in sought.items():
             both = [text for text in texts if text not in late], [late[text] for text in texts if text in late]
@@ -1663,7 +1681,8 @@ class Tokenizer:
     def _ids_around(self, tokens):
         ids = [self.token_id(token) for token in tokens if token is not None]
         if None in ids:
-            raise UserError(f"{self.folder}: the vocabulary lacks {tokens[ids.index(None)]!r}, which stands around every text")
+            raise UserError(f"{self.folder}: the vocabulary lacks {tokens[ids.index(None)]!r}, which stands around every "
+                            "text")
         return ids
 
     @property

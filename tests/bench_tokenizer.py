@@ -22,7 +22,12 @@ from test_tokenizer import CASES, REPO, golden_tokenizer, mismatches
 def texts():
     """(English, code), a megabyte or so each."""
     told = [json.loads(line) for line in open(REPO / "demo" / "sft" / "train.json", encoding="utf-8")]
-    turns = [text for record in told for key in ("src", "tgt") for text in ([record[key]] if isinstance(record[key], str) else record[key])]
+    turns = [
+        text
+        for record in told
+        for key in ("src", "tgt")
+        for text in ([record[key]] if isinstance(record[key], str) else record[key])
+    ]
     english = "\n".join([*turns, (REPO / "LICENSE").read_text(), (REPO / "README.md").read_text(encoding="utf-8")])
     code = "".join(path.read_text(encoding="utf-8") for path in sorted(REPO.glob("**/*.py")))
     return (english * (1 + 1_000_000 // len(english)))[:1_000_000], code[:1_000_000]

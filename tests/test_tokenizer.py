@@ -157,7 +157,11 @@ def test_every_special_id_is_the_reference_s(tmp_path):
         for text, i in known.items():
             assert tokenizer.token_id(renamed.get(text, text)) == i, (name, text)
         assert tokenizer.vocab_size == golden.get("len", golden.get("n_words"))
-        for key, ours in (("eos", tokenizer.eos_token_id), ("bos", tokenizer.bos_token_id), ("pad", tokenizer.pad_token_id)):
+        for key, ours in (
+            ("eos", tokenizer.eos_token_id),
+            ("bos", tokenizer.bos_token_id),
+            ("pad", tokenizer.pad_token_id),
+        ):
             assert ours == golden.get(key, ours) or golden[key] is None
     batch = json.loads((GOLDEN / "chatglm1_synthetic" / "batch.json").read_text())
     tokenizer = load_tokenizer(tmp_path / "chatglm1")
@@ -234,7 +238,9 @@ def write_folder(folder, small, kind, config=None):
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "merges":
         (folder / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": len(vocab)}))
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+        (folder / "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+        )
     elif kind == "json":
         model = {"type": "BPE", "vocab": vocab, "merges": [list(pair) for pair in merges]}
         spec = json_file(model, None, bytes_of(True), None, bytes_of())
@@ -396,7 +402,9 @@ def test_chatglm2_and_3(tmp_path):
     text = "people say <|user|> sop"
     assert three.encode(text) == three.head + three.engine.sp.encode(text)  # nothing in the text is special...
     assert three.encode(text, True, True).count(three.token_id("<|user|>")) == 1  # ...unless asked for
-    assert two.decode(two.encode("the lamp"), False) == "the lamp" and three.decode(three.encode("the lamp")) == "the lamp"
+    assert (
+        two.decode(two.encode("the lamp"), False) == "the lamp" and three.decode(three.encode("the lamp")) == "the lamp"
+    )
     assert three.decode(three.encode("the lamp"), False) == "[gMASK]sop the lamp"
 
 
@@ -406,7 +414,9 @@ def test_chatglm_6b(tmp_path):
     options = {"user_defined_symbols": blanks + special, "pad_id": 3}
     config = {"tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 20}
     old = load_tokenizer(write_sentencepiece(tmp_path / "old", "ice_text.model", config, **options))
-    new = load_tokenizer(write_sentencepiece(tmp_path / "new", "ice_text.model", config | {"num_image_tokens": 0}, **options))
+    new = load_tokenizer(
+        write_sentencepiece(tmp_path / "new", "ice_text.model", config | {"num_image_tokens": 0}, **options)
+    )
     text = "def f(x):\n\treturn  x" + " " * 85 + "y"
     ids = new.encode(text, False)
     assert old.encode(text, False) == [i + 20 for i in ids] and old.decode([3]) == "<image_3>"
@@ -431,7 +441,9 @@ def test_legacy_puts_a_space_after_special_tokens(tmp_path):
 def test_broken_bytes_are_decoded_as_sentencepiece_does(tmp_path):
     tokenizer, random_ = load_tokenizer(write_sentencepiece(tmp_path, config={"legacy": True})), random.Random(12)
     for _ in range(300):
-        ids = random_.choices(range(3, tokenizer.engine.size), k=12) + random_.choices(sorted(tokenizer.engine.byte_ids), k=5)
+        ids = random_.choices(range(3, tokenizer.engine.size), k=12) + random_.choices(
+            sorted(tokenizer.engine.byte_ids), k=5
+        )
         want = tokenizer.engine.sp.decode(ids)
         assert tokenizer.decode(ids) in (want, want.removeprefix(" "))  # transformers drops one more
 
@@ -517,9 +529,16 @@ def test_damaged_files(small, tmp_path):
         (folder / "qwen.tiktoken").write_text("\n".join([*good[:3], line, *good[4:]]))
         assert message in refused(folder)
     folder = write_folder(tmp_path / "class", small, "merges", {"tokenizer_class": "RobertaTokenizer"})
-    assert "tokenizer_class 'RobertaTokenizer' is not supported for vocab.json; known are GPT2Tokenizer" in refused(folder)
+    assert "tokenizer_class 'RobertaTokenizer' is not supported for vocab.json; known are GPT2Tokenizer" in refused(
+        folder
+    )
     folder = write_folder(tmp_path / "token", small, "merges", {"eos_token": 5})
     assert "a token in tokenizer_config.json or special_tokens_map.json is text" in refused(folder)
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {"content": "y"}}}')
+    assert "added_tokens_decoder: an object of tokens and their ids is wanted" in refused(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "added_tokens.json").write_text('{"x": "y"}')
+    assert "added_tokens.json: an object of tokens and their ids is wanted" in refused(folder)
     (folder / "tokenizer_config.json").write_text("[]")
     assert "tokenizer_config.json: an object is wanted, found a list" in refused(folder)
 
@@ -605,22 +624,50 @@ for name, (normalizer, pre_tokenizer, post_processor, decoder, keys) in job["pip
         answers.append([ids, bare, tokenizer.decode(ids, skip_special_tokens=False), tokenizer.decode(ids)])
     (folder / name / "answers.json").write_text(json.dumps(answers))
 """
-WORDS = """the lamp's water we'll don't I'M 2023 3.14 1,000,000 人工智能 你好，世界！ Привет мир नमस्ते สวัสดี안녕 Ångström naïve ﬁ ㍿ Ⅷ ½
-été tool_é tool é <s> </s> <|call|> <|call|>s <unk> x86 camelCase snake_case == --> !!! ... 😀👨‍👩‍👧 e\u0301 \u2581 ſt K""".split() + ["tool é"]
-GAPS = [" ", " ", " ", "", "  ", "   ", "\n", "\r\n", "\t", "\n\n ", "\u00a0", "\u3000", "\u2028", "\x85", "\x1c", "\x1f", "\u200b", "\x00"]
+WORDS = (
+    """the lamp's water we'll don't I'M 2023 3.14 1,000,000 人工智能 你好，世界！ Привет мир नमस्ते สวัสดี안녕 Ångström naïve ﬁ ㍿ Ⅷ ½
+été tool_é tool é <s> </s> <|call|> <|call|>s <unk> x86 camelCase snake_case == --> !!! ... 😀👨‍👩‍👧 e\u0301 \u2581 ſt K""".split()
+    + ["tool é"]
+)
+GAPS = [
+    " ",
+    " ",
+    " ",
+    "",
+    "  ",
+    "   ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\n\n ",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\x85",
+    "\x1c",
+    "\x1f",
+    "\u200b",
+    "\x00",
+]
 
 
 def odd_strings(count, seed):
     """Words, white space of every kind and characters from anywhere in Unicode, mixed but for those of Unicode 13
     and 14 that the library's NFKC does not know."""
     random_ = random.Random(seed)
-    known = [chr(i) for i in {*range(0x30000)} - {*range(0x10780, 0x107C0), *range(0x1FBF0, 0x1FBFA)} if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    known = [
+        chr(i)
+        for i in {*range(0x30000)} - {*range(0x10780, 0x107C0), *range(0x1FBF0, 0x1FBFA)}
+        if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")
+    ]
     out = ["", " ", "\n", "  \n  x  ", "a" * 300, "\u2581", " \u2581 ", "<s>", " <s>x</s>  y"]
     while len(out) < count:
         parts = []
         for _ in range(random_.randint(1, 12)):
             kind = random_.random()
-            parts.append(random_.choice(WORDS) if kind < 0.75 else "".join(random_.choices(known, k=random_.randint(1, 4))))
+            parts.append(
+                random_.choice(WORDS) if kind < 0.75 else "".join(random_.choices(known, k=random_.randint(1, 4)))
+            )
             parts.append(random_.choice(GAPS))
         out.append("".join(parts))
     return out
