@@ -684,3 +684,45 @@ def test_tokenizer_json_equals_the_library(hf_python, tmp_path):
         for text, (ids, bare, shown, plain) in zip(job["strings"], answers, strict=True):
             assert (tokenizer.encode(text), tokenizer.encode(text, False)) == (ids, bare), (name, text)
             assert (tokenizer.decode(ids, False), tokenizer.decode(ids)) == (shown, plain), (name, text)
+
+
+REAL_VOCABULARIES = {  # folder: tokenizer_config.json where the golden has none
+    "gpt2": {"tokenizer_class": "GPT2Tokenizer"},
+    "opt": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>",
+            "pad_token": "<pad>", "add_bos_token": True},
+    "qwen2": None,
+    "mistral_v3": None,
+}  # fmt: skip
+
+
+@pytest.mark.torch
+def test_real_vocabularies_equal_transformers(hf_python, tmp_path):
+    strings = odd_strings(2000, 13)
+    (tmp_path / "strings.json").write_text(json.dumps(strings))
+    for name, config in REAL_VOCABULARIES.items():
+        if not (GOLDEN / name).is_dir():
+            pytest.skip(f"{GOLDEN / name} is not beside this repository")
+        (tmp_path / name).mkdir()
+        for path in (GOLDEN / name).iterdir():
+            os.symlink(path, tmp_path / name / path.name)
+        if config:
+            (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+    script = """
+import json
+from pathlib import Path
+from transformers import AutoTokenizer
+folder, arrays = Path(sys.argv[2]), {}
+strings = json.loads((folder / "strings.json").read_text())
+for name in sys.argv[3:]:
+    tokenizer, answers = AutoTokenizer.from_pretrained(folder / name), []
+    for text in strings:
+        ids, bare = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
+        answers.append([ids, bare, tokenizer.decode(bare, skip_special_tokens=False)])
+    (folder / f"{name}.json").write_text(json.dumps(answers))
+"""
+    hf_python(script, tmp_path, *REAL_VOCABULARIES)
+    for name in REAL_VOCABULARIES:
+        tokenizer = load_tokenizer(tmp_path / name)
+        for text, want in zip(strings, json.loads((tmp_path / f"{name}.json").read_text()), strict=True):
+            bare = tokenizer.encode(text, False)
+            assert [tokenizer.encode(text), bare, tokenizer.decode(bare, False)] == want, (name, text)
