@@ -900,8 +900,10 @@ CLASSES = {
 }  # fmt: skip
 # The class where tokenizer_config.json names none, by config.json's model_type and the kind of file.
 MODEL_TYPES = {
-    "gpt2": "GPT2Tokenizer", "opt": "OPTTokenizer", "qwen2": "Qwen2Tokenizer", "qwen": "QWenTokenizer",
-    "baichuan": "BaichuanTokenizer", "internlm": "InternLMTokenizer", "internlm2": "InternLM2Tokenizer"}  # fmt: skip
+    "gpt2": "GPT2Tokenizer", "opt": "OPTTokenizer", "qwen": "QWenTokenizer",
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    "baichuan": "BaichuanTokenizer", "internlm": "InternLMTokenizer", "internlm2": "InternLM2Tokenizer",
+    **dict.fromkeys(("gemma", "gemma2"), "GemmaTokenizer")}  # fmt: skip
 # Their own software has no use for a tokenizer.json, even if one lies beside the file that it reads.
 SLOW_CLASSES = ("BaichuanTokenizer", "BaiChuanTokenizer", "InternLMTokenizer", "ChatGLMTokenizer", "ChatGLM4Tokenizer",
                 "QWenTokenizer")  # fmt: skip
@@ -1116,7 +1118,7 @@ def tokenizer_class(folder, config):
         kind, file = "merges", "vocab.json"
         with open(folder / file, "rb") as opened:
             begins_as_opt = re.match(rb'\s*{\s*"<s>"\s*:\s*0\b', opened.read(64))
-        default = MODEL_TYPES.get(model_type, "OPTTokenizer" if begins_as_opt else "GPT2Tokenizer")
+        default = MODEL_TYPES.get(model_type, model_type) or ("OPTTokenizer" if begins_as_opt else "GPT2Tokenizer")
     elif file := next((file for file in SENTENCEPIECE_FILES if file in present), None):
         with open(folder / file, "rb") as opened:
             is_text = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.read(4096))

@@ -532,6 +532,11 @@ def test_damaged_files(small, tmp_path):
     assert "tokenizer_class 'RobertaTokenizer' is not supported for vocab.json; known are GPT2Tokenizer" in refused(
         folder
     )
+    folder = write_folder(tmp_path / "model type", small, "merges")
+    (folder / "config.json").write_text('{"model_type": "bloom"}')
+    assert "tokenizer_class 'bloom' is not supported for vocab.json" in refused(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    assert load_tokenizer(folder).encode("e\u0301") == load_tokenizer(folder).encode("\u00e9")  # Qwen's NFC
     folder = write_folder(tmp_path / "token", small, "merges", {"eos_token": 5})
     assert "a token in tokenizer_config.json or special_tokens_map.json is text" in refused(folder)
     (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {"content": "y"}}}')
