@@ -52,8 +52,9 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from heapq import heapify, heappop, heappush
-from itertools import chain, groupby
+from itertools import chain, groupby, starmap
 from multiprocessing import get_context
+from operator import add
 from pathlib import Path
 from typing import Callable, NamedTuple
 from zipfile import BadZipFile
@@ -871,7 +872,8 @@ LLAMA3 = {"words": LLAMA3_WORDS, "tokens": LLAMA3_TOKENS, "add_bos_token": True,
           "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}  # fmt: skip
 CLASSES = {
     "sentencepiece": {
-        "LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA, "MistralTokenizer": LLAMA, "GemmaTokenizer": {"add_bos_token": True},
+        "LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA, "MistralTokenizer": LLAMA,
+        "GemmaTokenizer": {"add_bos_token": True},
         "BaichuanTokenizer": BAICHUAN, "BaiChuanTokenizer": BAICHUAN,
         "InternLMTokenizer": INTERNLM, "InternLM2Tokenizer": INTERNLM,
         "ChatGLMTokenizer": CHATGLM2, "ChatGLMv2Tokenizer": CHATGLM2,
@@ -898,13 +900,15 @@ CLASSES = {
 }  # fmt: skip
 # The class where tokenizer_config.json names none, by config.json's model_type and the kind of file.
 MODEL_TYPES = {
-    "gpt2": "GPT2Tokenizer", "opt": "OPTTokenizer", "qwen2": "Qwen2Tokenizer", "qwen": "QWenTokenizer",
-    "baichuan": "BaichuanTokenizer", "internlm": "InternLMTokenizer", "internlm2": "InternLM2Tokenizer"}  # fmt: skip
+    "gpt2": "GPT2Tokenizer", "opt": "OPTTokenizer", "qwen": "QWenTokenizer",
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    "baichuan": "BaichuanTokenizer", "internlm": "InternLMTokenizer", "internlm2": "InternLM2Tokenizer",
+    **dict.fromkeys(("gemma", "gemma2"), "GemmaTokenizer")}  # fmt: skip
 # Their own software has no use for a tokenizer.json, even if one lies beside the file that it reads.
 SLOW_CLASSES = ("BaichuanTokenizer", "BaiChuanTokenizer", "InternLMTokenizer", "ChatGLMTokenizer", "ChatGLM4Tokenizer",
                 "QWenTokenizer")  # fmt: skip
-# These put bos and eos as add_bos_token and add_eos_token say, whatever tokenizer.json's post_processor.
-BOS_BY_CONFIG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+# These put bos before a text unless add_bos_token is false, whatever tokenizer.json's post_processor says.
+BOS_BY_CONFIG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLM2Tokenizer")
 
 # A byte that is no UTF-8 becomes one U+FFFD each, as in sentencepiece itself ("replace" would write one for several).
 codecs.register_error("one_mark_per_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
@@ -1114,7 +1118,7 @@ def tokenizer_class(folder, config):
         kind, file = "merges", "vocab.json"
         with open(folder / file, "rb") as opened:
             begins_as_opt = re.match(rb'\s*{\s*"<s>"\s*:\s*0\b', opened.read(64))
-        default = MODEL_TYPES.get(model_type, "OPTTokenizer" if begins_as_opt else "GPT2Tokenizer")
+        default = MODEL_TYPES.get(model_type, model_type) or ("OPTTokenizer" if begins_as_opt else "GPT2Tokenizer")
     elif file := next((file for file in SENTENCEPIECE_FILES if file in present), None):
         with open(folder / file, "rb") as opened:
             is_text = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.read(4096))
@@ -1158,11 +1162,11 @@ def merge_ranks(merges, vocab, where):
         number = next(n for n, pair in enumerate(merges) if ranks[pair] != n)
         raise UserError(f"{where(ranks[merges[number]])}: the merge {' '.join(merges[number])!r} has a rank already, "
                         f"that of {where(number)}")
-    for number, (left, right) in enumerate(merges):
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            missing = next(symbol for symbol in (left, right, left + right) if symbol not in vocab)
-            raise UserError(f"{where(number)}: the merge {left + ' ' + right!r} names {missing!r}, which is not in the "
-                            "vocabulary")
+    if not all(map(vocab.__contains__, chain(chain.from_iterable(merges), starmap(add, merges)))):
+        number, missing = next((number, symbol) for number, (left, right) in enumerate(merges)
+                               for symbol in (left, right, left + right) if symbol not in vocab)  # fmt: skip
+        raise UserError(f"{where(number)}: the merge {' '.join(merges[number])!r} names {missing!r}, which is not in the "
+                        "vocabulary")
     return ranks
 
 
@@ -1413,8 +1417,8 @@ def json_decoder(parts, where):
                 or kind == "Metaspace" and values["replacement"] != SPACE):  # fmt: skip
             raise UserError(f"{at}: this {kind} is not supported here: {brief(values)}")
     if not {"Replace", "Metaspace"} & set(kinds):
-        raise UserError(f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is wanted; "
-                        f"found {', '.join(kinds) or 'null'}")
+        raise UserError(f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is "
+                        f"wanted; found {', '.join(kinds) or 'null'}")
     return False, lead
 
 
@@ -1434,9 +1438,9 @@ def read_tokenizer_json(path):
         raise UserError(f"{where}.unk_token: {brief(unk)} is not in the vocabulary")
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair if isinstance(pair, list) else ())
               for pair in model["merges"]]  # fmt: skip
-    for number, pair in enumerate(merges):
-        if len(pair) != 2 or not all(isinstance(symbol, str) and symbol for symbol in pair):
-            raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
+    if {*map(len, merges)} - {2} or {*map(type, chain.from_iterable(merges))} - {str}:
+        number = next(n for n, pair in enumerate(merges) if len(pair) != 2 or {*map(type, pair)} != {str})
+        raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
     ranks = merge_ranks(merges, vocab, lambda number: f"{where}.merges[{number}]")
     steps, byte_level = json_steps(parts["pre_tokenizer"])
     decodes_bytes, lead = json_decoder(parts["decoder"], f"{path}: decoder")
@@ -1477,7 +1481,8 @@ def token_text(token, folder):
     """A token of a side file, text or {"content": text, ...} -> text; None for null."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
-        raise UserError(f"{folder}: a token in {SIDE_FILES[0]} or {SIDE_FILES[1]} is text or has a content; found {brief(token)}")
+        raise UserError(f"{folder}: a token in {SIDE_FILES[0]} or {SIDE_FILES[1]} is text or has a content; found "
+                        f"{brief(token)}")
     return text
 
 
@@ -1549,8 +1554,12 @@ class StreamDecoder:
 class Tokenizer:
     """What is around an engine: special tokens, bos and eos, decoding, chat templates.
 
-    Special tokens written in a text become their ids, the text between them is the engine's. Ids and decoded text equal
-    those of the family's reference software; what that is, and the deviations, are in tests/test_tokenizer.py."""
+    Special tokens written in a text become their ids, the text between them is the engine's. A folder is read as
+    transformers would (tokenizer.json first), and ids and text equal its own, or those of the family's own code:
+    tests/test_tokenizer.py. What differs: bytes that are no UTF-8 are one U+FFFD each wherever there is byte fallback, as
+    in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
+    sentencepiece models alone, as in transformers 5; Llama 3's own library cuts a text every 400,000 characters, and
+    runs of letters or blanks every 25,000, this does not."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -1567,6 +1576,8 @@ class Tokenizer:
                 if config.get(key):
                     raise UserError(f"{self.folder / SIDE_FILES[0]}: {key}: true is not supported")
             shift = config.get("num_image_tokens", 0) if self.kind == "ice_text" else 0
+            if type(shift) is not int or shift < 0:
+                raise UserError(f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is wanted, found {brief(shift)}")
             self.engine = SentencePieces(path, legacy, row.get("blanks", False), shift)
             if legacy:
                 self.lead_within = int(self.engine.own_prefix)
@@ -1583,10 +1594,11 @@ class Tokenizer:
         else:
             self.engine, tokens, self.head, self.tail, self.lead = read_tokenizer_json(path)
         self._collect_special_tokens(settings, row, tokens)
-        if self.kind != "json" or name in BOS_BY_CONFIG:
-            adds_bos = settings.get("add_bos_token", name in BOS_BY_CONFIG)
+        says_so = [settings.get(key) for key in ("add_bos_token", "add_eos_token")]
+        if self.kind != "json" or name in BOS_BY_CONFIG or says_so != [None, None]:
+            adds_bos, adds_eos = name in BOS_BY_CONFIG if says_so[0] is None else says_so[0], says_so[1]
             self.head = self._ids_around(row.get("head", [self.bos_token] if adds_bos else []))
-            self.tail = self._ids_around(row.get("tail", [self.eos_token] if settings.get("add_eos_token") else []))
+            self.tail = self._ids_around(row.get("tail", [self.eos_token] if adds_eos else []))
         self.special_ids |= {*self.head, *self.tail}
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
         self._chat_template = None
@@ -1605,31 +1617,40 @@ class Tokenizer:
                 config |= content
         return config
 
+    def _side_tokens(self, settings):
+        """added_tokens_decoder {id: token} and added_tokens.json {text: id} -> [(text, id, flags)...]."""
+        path = self.folder / "added_tokens.json"
+        decoder, listed = settings.get("added_tokens_decoder") or {}, read_json(path) if path.is_file() else {}
+        for where, ids in ((f"{self.folder / SIDE_FILES[0]}: added_tokens_decoder", decoder), (path, listed)):
+            if not isinstance(ids, dict) or not all(str(i).isdecimal() for i in (ids if ids is decoder else ids.values())):
+                raise UserError(f"{where}: an object of tokens and their ids is wanted, found {brief(ids)}")
+        named = [(token_text(token, self.folder), int(i), token if isinstance(token, dict) else {})
+                 for i, token in decoder.items()]  # fmt: skip
+        return [*named, *((text, int(i), {}) for text, i in listed.items())]
+
     def _collect_special_tokens(self, settings, row, tokens):
-        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad."""
+        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two files
+        that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is right."""
         self.added, self.flags = {}, {}
-        for token in tokens:
-            self.added[token["content"]], self.flags[token["content"]] = token["id"], token
-        if (self.folder / "added_tokens.json").is_file():
-            self.added |= {text: int(i) for text, i in read_json(self.folder / "added_tokens.json").items()}
-        for i, token in (settings.get("added_tokens_decoder") or {}).items():
-            text = token_text(token, self.folder)
-            self.added[text], self.flags[text] = int(i), token
+        for text, i, flags in [*((token["content"], token["id"], token) for token in tokens), *self._side_tokens(settings)]:
+            self.added.setdefault(text, i)
+            self.flags.setdefault(text, flags)
         special = [text for text, flags in self.flags.items() if flags.get("special")]
         taken = set(self.added.values())
         for i, text in enumerate(row.get("tokens", ()), self.engine.size):
             special.append(text)
             if text not in self.added and i not in taken:
                 self.added[text] = i
-        for name, own in zip(SPECIAL_NAMES, self.engine.own_special_tokens()):
-            token = settings.get(name) or own
-            if isinstance(token, dict):
-                self.flags[token_text(token, self.folder)] = token
-            setattr(self, name, token_text(token, self.folder))
-            special += [token_text(token, self.folder)] if token else []
-        extra = settings.get("extra_special_tokens") or {}  # a list since transformers 5
-        for token in [*(settings.get("additional_special_tokens") or []), *(extra.values() if isinstance(extra, dict) else extra)]:
-            special.append(token_text(token, self.folder))
+        extra = settings.get("extra_special_tokens") or []  # transformers 5's name for the other list
+        extra = [*(extra.values() if isinstance(extra, dict) else extra), *(settings.get("additional_special_tokens") or [])]
+        named = [settings.get(name) or own for name, own in zip(SPECIAL_NAMES, self.engine.own_special_tokens())]
+        for name, token in [*zip(SPECIAL_NAMES, named), *((None, token) for token in extra)]:
+            text = token_text(token, self.folder)
+            if name:
+                setattr(self, name, text)
+            if text:
+                special.append(text)
+                self.flags.setdefault(text, token if isinstance(token, dict) else {})
         for token in special:  # with no id in any file: the vocabulary's, or else after it, as in transformers
             if token not in self.added:
                 free = max([self.engine.size - 1, *self.added.values()]) + 1
@@ -1646,13 +1667,14 @@ class Tokenizer:
 
     def _prepare_split(self, row):
         """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalisation, after it)}."""
-        everything = list(self.added)
+        everything = [text for text in self.added if text]
         sought = {None: row.get("parse", everything), True: row.get("roles", everything),
                   False: [text for text in everything if text not in self.special]}  # fmt: skip
         late = {text: self.normalize(text) for text in everything
                 if self.kind == "json" and self.engine.normalizers and self.flags.get(text, {}).get("normalized")}
         self._token_ids = self.added | {found: self.added[text] for text, found in late.items()}
         self.added_ids |= {self.added[text]: found.replace(SPACE, " ") for text, found in late.items()}
+        self.flags |= {found: self.flags[text] for text, found in late.items()}
         self._patterns = {}
         for mode, texts in sought.items():
             both = [text for text in texts if text not in late], [late[text] for text in texts if text in late]
@@ -1661,7 +1683,8 @@ class Tokenizer:
     def _ids_around(self, tokens):
         ids = [self.token_id(token) for token in tokens if token is not None]
         if None in ids:
-            raise UserError(f"{self.folder}: the vocabulary lacks {tokens[ids.index(None)]!r}, which stands around every text")
+            raise UserError(f"{self.folder}: the vocabulary lacks {tokens[ids.index(None)]!r}, which stands around every "
+                            "text")
         return ids
 
     @property

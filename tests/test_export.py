@@ -194,9 +194,22 @@ def test_hf_of_an_adapter_on_an_adapter(tmp_path):
 def test_hf_keeps_every_file_of_a_tokenizer(tmp_path):
     source = small(tmp_path)
     (source / "tokenizer.model").unlink()
-    parts = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}, "post_processor": None, "decoder": {"type": "ByteLevel"}}
-    tokenizer = {**parts, "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}
-    for name, text in (("tokenizer.json", json.dumps(tokenizer)), ("merges.txt", "a b\n"), ("generation_config.json", "{}")):
+    parts = {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel"},
+    }
+    tokenizer = {
+        **parts,
+        "added_tokens": [],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+    }
+    for name, text in (
+        ("tokenizer.json", json.dumps(tokenizer)),
+        ("merges.txt", "a b\n"),
+        ("generation_config.json", "{}"),
+    ):
         (source / name).write_text(text)
     folder = run(tmp_path / "out", model_name_or_path=source)
     for name in ("tokenizer.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
