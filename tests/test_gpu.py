@@ -329,7 +329,8 @@ def test_linear_cross_entropy(pretend, monkeypatch, size, N, D, V, transpose, ig
 
 def test_linear_cross_entropy_at_its_edges(pretend):
     cases.test_linear_cross_entropy_with_every_label_ignored("gpu")
-    cases.test_linear_cross_entropy_gradients_against_differences("gpu")
+    for softcap in (None, 0.6):
+        cases.test_linear_cross_entropy_gradients_against_differences("gpu", softcap)
     for transpose in (False, True):
         cases.test_linear_cross_entropy_with_a_weight_stored_in_bfloat16("gpu", transpose, None)
         for scale in (1.0, 30.0):

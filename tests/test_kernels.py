@@ -926,17 +926,55 @@ def test_attention_with_large_scores(backend):
 
 
 @backends("attention")
-def test_attention_gradients_against_differences(backend):
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_attention_gradients_against_differences(backend, softcap):
     """The oracle above is our own formula: here numbers alone."""
     q, k, v, upstream = (normal((1, 4, 2, 3), s) for s in range(4))
     k, v = k[:, :, :1], v[:, :, :1]
     rows = np.array([3, 4, 4, 4]).reshape(1, 1, 4, 1)
     seen = visible(rows, True, 1, 2, 4, 4)
     arrays = [q, k, v]
-    _, found = run("attention", backend, arrays, upstream, startend_row_indices=paddle.to_tensor(rows.astype("int32")))
+    _, found = run("attention", backend, arrays, upstream, startend_row_indices=paddle.to_tensor(rows.astype("int32")), softcap=softcap)
     for i in range(3):
-        function = lambda a, i=i: naive_attention(*arrays[:i], a, *arrays[i + 1 :], upstream, seen, 3**-0.5)[0]  # noqa: E731
+        function = lambda a, i=i: naive_attention(*arrays[:i], a, *arrays[i + 1 :], upstream, seen, 3**-0.5, softcap=softcap)[0]  # noqa: E731
         close(found[i], numeric_gradient(function, arrays[i], upstream), 2e-6)
+
+
+class Traced(paddle.nn.Layer):
+    """kernels.rope, then kernels.attention, for a graph of any B, Tq and Tk."""
+
+    def __init__(self, interleaved, **options):
+        super().__init__()
+        self.interleaved, self.options = interleaved, options
+
+    def forward(self, q, k, v, cos, sin, rows=None):
+        return turned_and_attended(q, k, v, cos, sin, rows, self.interleaved, self.options)
+
+
+@paddle.jit.not_to_static
+def turned_and_attended(q, k, v, cos, sin, rows, interleaved, options):
+    slopes = options["alibi_slopes"]  # numpy, which becomes a constant of the graph
+    options = options | {"alibi_slopes": None if slopes is None else kernels.to_tensor(slopes)}
+    return kernels.attention(kernels.rope(q, cos, sin, interleaved), k, v, rows, **options)
+
+
+@pytest.mark.parametrize("n, causal", [(0, True), (0, False), (1, True), (2, True), (2, False), (4, False)])
+@pytest.mark.parametrize("alibi, softcap", [(False, None), (True, 0.7)])
+def test_attention_and_rope_in_an_exported_graph(n, causal, alibi, softcap, tmp_path):
+    B, Tq, Tk, H, K, Dh, turned = 2, 5, 9, 4, 2, 8, 6
+    q, k, v, angle = normal((B, Tq, H, Dh)), normal((B, Tk, K, Dh), 1), normal((B, Tk, K, Dh), 2), normal((B, Tq, 1, turned // 2), 3)
+    slopes = 0.5 ** np.arange(H) if alibi else None
+    net = Traced(n % 2 == 0, causal=causal, softcap=softcap, alibi_slopes=slopes.astype("float32") if alibi else None)
+    shapes = [(H, Dh), (K, Dh), (K, Dh), (1, turned), (1, turned)]
+    specs = [paddle.static.InputSpec([None, None, *shape], "float32") for shape in shapes] + [paddle.static.InputSpec([None, 1, None, n], "int32")] * (n > 0)
+    with kernels.use("reference"):  # as export.py does
+        paddle.jit.save(paddle.jit.to_static(net, input_spec=specs, full_graph=True), str(tmp_path / "net"))
+    rows = random_rows(n, 1, B, Tk, causal) if n else None
+    given = [tensor(a, frozen=True) for a in (q, k, v, *(np.concatenate([t, t], -1) for t in (np.cos(angle), np.sin(angle))))]
+    found = paddle.jit.load(str(tmp_path / "net"))(*given, *([tensor(rows, "int32")] if n else []))
+    seen = visible(rows, causal, B, H, Tq, Tk)
+    expected, _ = naive_attention(naive_rope(q, angle, n % 2 == 0), k, v, np.zeros_like(q), seen, Dh**-0.5, slopes, softcap)
+    close(found.numpy(), expected, 5e-6)
 
 
 def test_attention_test_can_fail():
@@ -1168,11 +1206,12 @@ def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose,
 
 
 @backends("linear_cross_entropy")
-def test_linear_cross_entropy_gradients_against_differences(backend):
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_linear_cross_entropy_gradients_against_differences(backend, softcap):
     hidden, weight, labels, upstream = normal((3, 2)), normal((2, 5), 1), np.array([1, -100, 4]), normal((3,), 2)
-    found = lce(backend, hidden, weight, labels, upstream)
-    close(found[2].numpy(), numeric_gradient(lambda h: naive_cross_entropy(h, weight, labels, upstream)[0], hidden, upstream), 2e-6)
-    close(found[3].numpy(), numeric_gradient(lambda w: naive_cross_entropy(hidden, w, labels, upstream)[0], weight, upstream), 2e-6)
+    found = lce(backend, hidden, weight, labels, upstream, softcap=softcap)
+    close(found[2].numpy(), numeric_gradient(lambda h: naive_cross_entropy(h, weight, labels, upstream, softcap)[0], hidden, upstream), 2e-6)
+    close(found[3].numpy(), numeric_gradient(lambda w: naive_cross_entropy(hidden, w, labels, upstream, softcap)[0], weight, upstream), 2e-6)
 
 
 def test_linear_cross_entropy_never_holds_all_logits(run_python):
