@@ -5,7 +5,7 @@
 turns text (`.jsonl`: one {"text": ...} a line; `.txt`: documents separated by blank lines) into Megatron's `.bin/.idx`,
 which pretrain.py reads by memory map. Everything else here is used by import:
 
-    tokenizer = load_tokenizer(folder)                  sentencepiece; special tokens, byte fallback, chat template
+    tokenizer = load_tokenizer(folder)                  sentencepiece, byte pairs; special tokens, chat template
     dataset = SFTDataset(path, tokenizer, src_length, max_length)         src/tgt JSON lines -> one flat int32 array
     loader = SFTLoader(dataset, batch_size, max_length, ...)              .batch(epoch, index) -> dict of arrays
     dataset = PreferenceDataset(path, tokenizer, max_seq_len, ...)        pairs of replies, one better than the other
@@ -27,25 +27,36 @@ Order is a pure function of (seed, epoch), and batch(epoch, index) is random acc
 step number. Orders come from np.random.RandomState, whose stream numpy has frozen for good: an upgrade between the two
 halves of a run changes nothing.
 
-Not here: BPE and tiktoken tokenizers (Llama 3, Qwen, GPT-2), general Jinja.
+Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without it
+those of RECOGNISED are known).
 """
 import argparse
 import ast
+import base64
 import bisect
 import codecs
+import hashlib
 import json
 import os
 import re
 import shutil
 import struct
 import sys
+import unicodedata
 from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from functools import cached_property, lru_cache, partial
+from heapq import heapify, heappop, heappush
+from itertools import chain, groupby, starmap
 from multiprocessing import get_context
+from operator import add
 from pathlib import Path
+from typing import Callable, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -68,6 +79,16 @@ def read_json(path):
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON in UTF-8: {error}") from None
+
+
+def read_text(path):
+    """File -> str, as it is. UserError when it cannot be read or is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason}") from None
 
 
 def parse_json_line(line, path, number):
@@ -167,9 +188,8 @@ def look_up(owner, key, where):
     raise UserError(f"{where} does not exist in this record's context")
 
 
-def parse_template(source, where):
-    """Template text -> list of nodes: str | ("print", function, text) | ("if", [(function | None, nodes)...])."""
-    pieces = TAG.split(source)  # text, tag, text, tag, ..., text
+def strip_around_tags(pieces):
+    """[text, tag, text, ..., text] with trim_blocks, lstrip_blocks and the tags' own - done to the texts."""
     line_starts = True  # does pieces[i - 1] begin a line of the source?
     for i in range(1, len(pieces), 2):
         tag = pieces[i]
@@ -185,6 +205,12 @@ def parse_template(source, where):
         elif not tag.startswith("{{"):  # trim_blocks: the line break right after a block goes
             pieces[i + 1] = text.removeprefix("\n")
         line_starts = text[: len(text) - len(pieces[i + 1])].endswith("\n")
+    return pieces
+
+
+def parse_template(source, where):
+    """Template text -> list of nodes: str | ("print", function, text) | ("if", [(function | None, nodes)...])."""
+    pieces = strip_around_tags(TAG.split(source))
     stack = [[]]  # innermost open list of nodes last; [nodes, branches, nodes, branches, ..., nodes]
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
@@ -234,11 +260,11 @@ def render(nodes, variables, where):
 class ChatTemplate:
     """Texts around a conversation, PaddleNLP's chat_template.json: {"system", "conversation": [user, bot], "query"}.
 
-    Only the bot part is learnt; "query" is the user part when an answer is to be generated. `needs` are tokens that the
-    vocabulary must have. Variables: the keys of the record's context (system, ...), user, bot, query, index, is_first,
-    is_last, length, is_training, bos_token, eos_token. UserError names the file and what is wrong in it."""
+    Only the bot part is learnt; "query" is the user part when an answer is to be generated. Variables: the keys of the
+    record's context (system, ...), user, bot, query, index, is_first, is_last, length, is_training, bos_token and
+    eos_token. UserError names the file and what is wrong in it."""
 
-    def __init__(self, config, where, needs=()):
+    def __init__(self, config, where):
         config = config if isinstance(config, dict) else {}
         system, conversation, query = config.get("system") or "", config.get("conversation"), config.get("query")
         texts = [system, *conversation, query] if isinstance(conversation, list) else []
@@ -247,68 +273,1217 @@ class ChatTemplate:
                             f'"query": text}}; found the keys {", ".join(config) or "none"}')
         if unknown := sorted(set(config) - {"system", "conversation", "query"}):
             raise UserError(f"{where}: unknown key {unknown[0]!r}; a chat template has system, conversation and query")
-        self.name, self.needs, self.config = where, needs, config
+        self.name, self.config = where, config
         self.parts = {part: parse_template(text, f"{where}: {part}")
                       for part, text in zip(("system", "user", "bot", "query"), texts)}
 
     @property
-    def turn_end(self):
-        """What the bot part writes after every reply, such as <|im_end|>, without white space around it; perhaps ''."""
+    def stops(self):
+        """What the bot part writes after every reply, such as <|im_end|>, without white space around it."""
         last = self.parts["bot"][-1]
-        return last.strip() if isinstance(last, str) else ""
+        return [last.strip()] if isinstance(last, str) and last.strip() else []
+
+    def missing(self, tokenizer):
+        return None  # it names no tokens
+
+    def files(self):
+        return {TEMPLATE_FILE: json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"}
 
     def render(self, part, variables):
         return render(self.parts[part], variables, f"{self.name}: {part}")
 
+    def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
+        """[(user, bot)...], the last bot None if it is to be written -> [Piece...]; every part is read by itself."""
+        variables = {**context, "length": len(rounds), "is_training": is_training}
+        tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        variables |= {name: token for name, token in tokens.items() if token is not None}
+        out = [Piece(0, "own", self.render("system", variables))]
+        for index, (user, bot) in enumerate(rounds):
+            turn = variables | {"index": index, "is_first": index == 0, "is_last": index == len(rounds) - 1}
+            turn |= {"user": user, "query": user}
+            if bot is None:
+                out.append(Piece(1 + 2 * index, "own", self.render("query", turn)))
+            else:
+                turn["bot"] = bot
+                out.append(Piece(1 + 2 * index, "own", self.render("user", turn)))
+                out.append(Piece(2 + 2 * index, "own", self.render("bot", turn)))
+        return out
 
-# The published formats. In Llama 2 the system text is part of the first user turn, and Meta's ids have the space after
-# bos that is written out here.
-LLAMA3_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-BUILT_IN = {  # name: (system, user, bot, tokens that the vocabulary must have)
-    "llama2": (
-        "",
-        "{{ bos_token }} [INST] {% if is_first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}"
-        "{{ user | trim }} [/INST]",
-        "{{ bot | trim }} {{ eos_token }}", ()),
-    "llama3": (
-        "<|begin_of_text|>{% if system %}" + LLAMA3_HEADER.format("system")
-        + "{{ system | trim }}<|eot_id|>{% endif %}",
-        LLAMA3_HEADER.format("user") + "{{ user | trim }}<|eot_id|>" + LLAMA3_HEADER.format("assistant"),
-        "{{ bot | trim }}<|eot_id|>",
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "chatml": (  # no system block unless one is given
-        "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
-        "<|im_start|>user\n{{ user }}<|im_end|>\n<|im_start|>assistant\n",
-        "{{ bot }}<|im_end|>\n",
-        ("<|im_start|>", "<|im_end|>")),
+
+class Piece(NamedTuple):
+    """A stretch of a conversation on its way to ids."""
+
+    part: int  # 0: the beginning, 1 + 2 k: what stands before the reply of round k, 2 + 2 k: that reply, which is learnt
+    # "text": neighbours of this kind are one text, special tokens in it included (so Hugging Face reads what a template
+    # rendered); "own": a text by itself; "literal": that, special tokens in it being mere characters; "token": one token
+    kind: str
+    text: str | int  # of a token its text or its id
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family writes a conversation. A str is text around {user}, {bot}, {system}, {bos}, {eos}, {round} (from 0),
+    {number} (from 1) and {date}; a tuple is what the family's code encodes piece by piece: tokens (those in `needs`, or
+    ids) and texts, so that what a user writes can never become a token there.
+
+    `begin`, the system block, then of each round `opener`, `user`, `header` and `bot`; `ask` stands before the last
+    reply only. `opener` is the next user's mark, with which the family's models end their replies: it is learnt with the
+    reply before it. A finished conversation is, in training and elsewhere, the prompt of its last question, that reply
+    and `finish`."""
+
+    user: str | tuple
+    bot: str | tuple
+    begin: str | tuple = ""
+    system: str | tuple | None = None  # None: no block for it
+    default: str | None = None  # the system text where none is given; None: no block then
+    merge: tuple | None = None  # (0 or -1, text): the user turn that takes the system text, and how
+    strip: tuple = ()  # whose texts lose the white space around them
+    opener: str | tuple = ""
+    header: str | tuple = ""
+    ask: str | tuple = ""
+    alone: str = ""  # instead of `user` in a conversation of one round
+    finish: str | tuple = ""
+    clean: Callable = lambda bot, last: bot  # what is left of a reply
+    history: bool = False  # earlier replies are part of the prompt, never learnt, and the last one is read by itself
+    literal: bool = False  # texts of tuples are "literal", else "own"
+    not_user: tuple = ()  # beginning and end of user texts that the family reads as something else: refused
+    skip_empty: bool = False  # nothing is written of an empty text, its role neither
+    stops: tuple = ()  # tokens that end a reply besides eos
+    needs: tuple = ()  # tokens that the vocabulary must have
+    name: str = ""
+
+    def files(self):
+        return {TEMPLATE_FILE: json.dumps({"chat_format": self.name}) + "\n"}
+
+    def missing(self, tokenizer):
+        """The first token that the vocabulary lacks, or that does not become one where the format writes it as text."""
+        texts = [getattr(self, field.name) for field in fields(self)]
+        written = "".join(text for text in texts if isinstance(text, str))
+        return next((token for token in self.needs if (not tokenizer.has_token(token) if token in written else
+                                                       tokenizer.token_id(token) is None)), None)
+
+    def fill(self, part, spec, values):
+        """A str or tuple of the format -> [Piece...]."""
+        if isinstance(spec, str):
+            return [Piece(part, "text", spec.format(**values))] if spec else []
+        kinds = ["token" if item in ("{bos}", "{eos}", *self.needs) or isinstance(item, int) else
+                 "literal" if self.literal else "own" for item in spec]
+        texts = [item if isinstance(item, int) else item.format(**values) for item in spec]
+        return [Piece(part, kind, text) for kind, text in zip(kinds, texts) if text != ""]
+
+    def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
+        """As ChatTemplate.pieces. UserError for a system text where the family has no place for one."""
+        system, last = context.get("system"), len(rounds) - 1
+        if system is not None and self.system is None and self.merge is None:
+            raise UserError(f"messages: chat format {self.name!r} has no system message; put its text into the user's")
+        text = self.default if system is None else system
+        values = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or "",
+                  "date": f"{datetime.now():%d %b %Y}", "system": text.strip() if text and "system" in self.strip else text}
+        out = self.fill(0, self.begin, values)
+        if self.system is not None and (text or text == "" and not self.skip_empty):
+            out += self.fill(0, self.system, values)
+        for k, (user, bot) in enumerate(rounds):
+            if self.not_user and user.startswith(self.not_user[0]) and user.endswith(self.not_user[1]):
+                raise UserError(f"messages: chat format {self.name!r} takes a user's text from {self.not_user[0]} to "
+                                f"{self.not_user[1]} for a tool's answer; tools are not known here")
+            if self.merge and system is not None and k == self.merge[0] % len(rounds):
+                user = self.merge[1].format(**values | {"user": user})
+            values |= {"round": k, "number": k + 1, "user": user.strip() if "user" in self.strip else user}
+            if user or not self.skip_empty:
+                out += self.fill(2 * k or 1, self.opener, values)
+                out += self.fill(1 + 2 * k, self.alone if self.alone and not last else self.user, values)
+            if k == last or bot or not self.skip_empty:
+                out += self.fill(1 + 2 * k, self.header, values)
+            if k == last:
+                out += self.fill(1 + 2 * k, self.ask, values)
+            if k == last and bot is not None or bot or bot == "" and not self.skip_empty:
+                reply = self.clean(bot, k == last)
+                values["bot"] = reply.strip() if "bot" in self.strip else reply
+                if self.history and k == last:
+                    out.append(Piece(2 + 2 * k, "own", values["bot"]))
+                else:
+                    out += self.fill(2 + 2 * k + self.history, self.bot, values)
+                if k == last:
+                    out += self.fill(2 + 2 * k, self.finish, values)
+        return out
+
+
+def after_thoughts(bot, last):
+    """DeepSeek's models see earlier replies without their reasoning; the last one stays as it was given."""
+    return bot if last else bot.split("</think>")[-1]
+
+
+def deepseek_r1_reply(bot, last):
+    """The prompt has written <think> and a line break already; a reply without reasoning ends it at once."""
+    if not last:
+        return after_thoughts(bot, last)
+    return bot.removeprefix("<think>\n") if "</think>" in bot else "\n</think>\n\n" + bot
+
+
+def qwen3_reply(bot, last, thinking=True):
+    """Qwen3's template: the last reply with its reasoning, be it empty, all others without."""
+    thoughts, end, text = bot.rpartition("</think>")
+    text = text.lstrip("\n") if end else bot
+    if not last:
+        return text
+    thoughts = bot.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n") if end else ""
+    if not thinking and not thoughts:
+        return text.lstrip("\n")  # the prompt has the empty reasoning already
+    return f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
+
+
+LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
+LLAMA3_DATE = "Cutting Knowledge Date: December 2023\nToday Date: {}\n\n"
+CHATML = ChatFormat("<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", "{bot}<|im_end|>\n",
+                    system="<|im_start|>system\n{system}<|im_end|>\n", stops=("<|im_end|>",),
+                    needs=("<|im_start|>", "<|im_end|>"))
+LLAMA2 = ChatFormat("{bos} [INST] {user} [/INST]", " {bot} {eos}", strip=("user", "bot"),
+                    merge=(0, "<<SYS>>\n{system}\n<</SYS>>\n\n{user}"))
+LLAMA3_FORMAT = ChatFormat(
+    LLAMA3.format("user") + "{user}<|eot_id|>" + LLAMA3.format("assistant"), "{bot}<|eot_id|>",
+    begin="<|begin_of_text|>", system=LLAMA3.format("system") + "{system}<|eot_id|>", strip=("system", "user", "bot"),
+    stops=("<|eot_id|>",), needs=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+MISTRAL = ChatFormat(" [INST] {user} [/INST]", " {bot}{eos}", begin="{bos}", merge=(0, "{system}\n\n{user}"))
+GEMMA = ChatFormat("<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n", "{bot}<end_of_turn>\n",
+                   begin="{bos}", strip=("user", "bot"), stops=("<end_of_turn>",),
+                   needs=("<start_of_turn>", "<end_of_turn>"))
+DEEPSEEK3 = ChatFormat("<｜User｜>{user}<｜Assistant｜>", "{bot}<｜end▁of▁sentence｜>", begin="{bos}", system="{system}",
+                       clean=after_thoughts, stops=("<｜end▁of▁sentence｜>",),
+                       needs=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"))
+GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+
+# From the families' own code (goldens) or published templates. "-hf": as Hugging Face's template of that family has it,
+# where that differs from the family's own code by a space or by the name of bos.
+FORMATS = {
+    "llama2": LLAMA2,  # Meta's ids: a space after bos
+    "llama2-hf": replace(LLAMA2, user="{bos}[INST] {user} [/INST]"),
+    "llama3": LLAMA3_FORMAT,
+    "llama3-hf": replace(LLAMA3_FORMAT, begin="{bos}", needs=()),
+    "llama3.1": replace(LLAMA3_FORMAT, begin="{bos}", default="", system=LLAMA3.format("system")
+                        + LLAMA3_DATE.format("26 Jul 2024") + "{system}<|eot_id|>"),
+    "llama3.2": replace(LLAMA3_FORMAT, begin="{bos}", default="", system=LLAMA3.format("system")
+                        + LLAMA3_DATE.format("{date}") + "{system}<|eot_id|>"),
+    "mistral-v1": MISTRAL,
+    "mistral-v3": replace(MISTRAL, user="[INST] {user}[/INST]", merge=(-1, "{system}\n\n{user}"), strip=("bot",),
+                          needs=("[INST]", "[/INST]")),
+    "mistral-hf": replace(MISTRAL, user="[INST] {user} [/INST]", bot="{bot}{eos}", merge=None),  # 7B v0.2, 8x7B
+    "mistral-v0.1-hf": replace(MISTRAL, user="[INST] {user} [/INST]", bot="{bot}{eos} ", merge=None),
+    "mixtral": MISTRAL,
+    "chatml": CHATML,  # also Yi and Qwen3 2507 Instruct
+    "yi-1.5": replace(CHATML, system="{system}"),
+    "qwen": ChatFormat(  # the first Qwen: each text by itself
+        ("<|im_start|>", "user", "\n", "{user}", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"),
+        ("{bot}", "<|im_end|>", "\n"), system=("<|im_start|>", "system", "\n", "{system}", "<|im_end|>", "\n"),
+        default="", literal=True, stops=("<|im_end|>",), needs=CHATML.needs),
+    "qwen1.5": replace(CHATML, default="You are a helpful assistant"),
+    "qwen2": replace(CHATML, default="You are a helpful assistant."),
+    "qwen2.5": replace(CHATML, default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "qwen3": replace(CHATML, clean=qwen3_reply, not_user=("<tool_response>", "</tool_response>")),
+    "qwen3-no-thinking": replace(CHATML, clean=partial(qwen3_reply, thinking=False), ask="<think>\n\n</think>\n\n",
+                                 not_user=("<tool_response>", "</tool_response>")),
+    "baichuan2": ChatFormat((195, "{user}", 196), ("{bot}",), system=("{system}",), finish=("{eos}",)),
+    "chatglm": ChatFormat("[Round {round}]\n问：{user}\n答：", "{bot}\n", alone="{user}", ask=("[gMASK]", "<sop>"),
+                          history=True, finish=("{eos}",), needs=("[gMASK]", "<sop>")),
+    "chatglm2": ChatFormat("[Round {number}]\n\n问：{user}\n\n答：", "{bot}\n\n", begin=("[gMASK]", "sop"),
+                           history=True, finish=("{eos}",), needs=("[gMASK]", "sop")),
+    "chatglm3": ChatFormat(
+        ("\n", "{user}", "<|assistant|>"), ("\n", "{bot}"), begin=("[gMASK]", "sop"), opener=("<|user|>",),
+        system=("<|system|>", "\n", "{system}"), finish=("{eos}",), stops=("<|user|>", "<|observation|>"),
+        needs=("[gMASK]", "sop", *GLM_ROLES)),
+    "glm-4": ChatFormat(
+        "\n{user}", "\n{bot}", begin="[gMASK]<sop>", system="<|system|>\n{system}", opener="<|user|>",
+        header="<|assistant|>", finish="<|user|>", skip_empty=True, stops=("<|user|>", "<|observation|>"),
+        needs=("[gMASK]", "<sop>", *GLM_ROLES)),
+    "internlm": ChatFormat("<|User|>:{user}<eoh>\n<|Bot|>:", "{bot}<eoa>\n", begin=("{bos}",), stops=("<eoa>",),
+                           needs=("<eoh>", "<eoa>")),
+    "internlm2": replace(CHATML, begin="{bos}", finish="{eos}"),
+    "gemma": GEMMA,
+    "gemma-hf": replace(GEMMA, begin=""),  # the template of the first Gemma left bos to the tokenizer
+    "deepseek-v2": ChatFormat("User: {user}\n\nAssistant:", " {bot}{eos}", begin="{bos}", system="{system}\n\n"),
+    "deepseek-v3": DEEPSEEK3,
+    "deepseek-r1": replace(DEEPSEEK3, ask="<think>\n", clean=deepseek_r1_reply),
+}
+FORMATS = {name: replace(chat_format, name=name) for name, chat_format in FORMATS.items()}
+
+
+# ------------------------------ templates of Hugging Face tokenizers ------------------------------
+
+JINJA_FILE = "chat_template.jinja"
+JINJA_TAG = re.compile(r"""(\{#.*?\#}|\{([{%])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"])*?[}%]\})""", re.DOTALL)
+JINJA_WORD = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\w+|\S""", re.DOTALL)
+RECOGNISED = {  # signature of a published template -> the format above that writes the same
+    "8cebae4383b5f5ef": "llama2-hf",
+    "887ebf6518a49f5e": "llama2-hf",
+    "a91e8117b8273304": "llama3-hf",
+    "18effb7f647917ce": "llama3-hf",
+    "fbaeb982512c0172": "llama3.1",
+    "f494a82fa92d92e4": "llama3.2",
+    "1cc3bd28400671d8": "mistral-v1",
+    "50dffd348e62e746": "mistral-v3",
+    "9446e1d0ef52f78e": "mistral-hf",
+    "e6884210125c6ba0": "mistral-v0.1-hf",
+    "f97ff78f9ac4d9b3": "chatml",
+    "005fb62f163011c6": "chatml",
+    "f63ab8eecfb6e093": "chatml",
+    "656f0e8a822ff73a": "yi-1.5",
+    "2516ffda360ef345": "qwen1.5",
+    "b1ce672fd41319a5": "qwen1.5",
+    "9678456d5a9c6c90": "qwen2",
+    "47c15d407362786f": "qwen2",
+    "2e431a3fbc4dad49": "qwen2",
+    "3417ce61dccf006f": "qwen2.5",
+    "a248a94b02877bfb": "qwen3",
+    "39c3d73f51aa0e27": "qwen3",
+    "be7a7d38d7fb95be": "chatglm3",
+    "0a4a31787cd1c5ca": "glm-4",
+    "45dee6961672d54d": "glm-4",
+    "c3d0baece2c3d32e": "internlm2",
+    "e09a969b2804875b": "gemma",
+    "2707abe460ff9ef3": "gemma-hf",
+    "5b8cb85e36980483": "deepseek-v2",
+    "12c6f41d7752aa7c": "deepseek-v3",
+    "69286192c8cb85d7": "deepseek-v3",
+    "be062348adb7aa4f": "deepseek-r1",
 }
 
 
+def signature(source):
+    """Jinja template -> hash of its meaning: texts as they stand after white-space control, the words of each tag with
+    string literals read; comments, spaces in tags and the kind of quotes do not count."""
+    found = JINJA_TAG.split(source.removesuffix("\n"))  # text, tag, its second character, text, ...
+    pieces = strip_around_tags([piece for i, piece in enumerate(found) if i % 3 < 2])
+    words = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            words += ["text", piece] if piece else []
+        elif not piece.startswith("{#"):
+            inner = piece[2:-2].removeprefix("-").removesuffix("-")
+            for word in [piece[:2], *JINJA_WORD.findall(inner)]:
+                if word[0] in "'\"" and len(word) > 1:
+                    word = "'" + word[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+                words.append(word)
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=16)
+def compile_jinja(source, where):
+    """Template text -> a jinja2 template in a sandbox, with what transformers gives to one; None without jinja2.
+    UserError when it is not Jinja."""
+    try:
+        import jinja2
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return None
+    if tuple(int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]) < (3, 1, 6):
+        return None  # known ways out of the sandbox; a template is somebody else's program
+
+    class Generation(Extension):  # {% generation %} marks replies for trainers; it writes nothing
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda text: datetime.now().strftime(text)}
+    try:
+        return env.from_string(source)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{where}: not a Jinja template: {one_line(error)}") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+class JinjaTemplate:
+    """A template of a Hugging Face tokenizer. jinja2 renders it if it is installed; without it, a published template is
+    recognised by its text and the format of FORMATS that writes the same takes its place. Any other is refused when a
+    conversation comes, not when the tokenizer is loaded."""
+
+    def __init__(self, source, where):
+        if not isinstance(source, str):
+            raise UserError(f"{where}: chat_template must be a text, found {brief(source)}")
+        self.source, self.name = source, where
+        self.known = FORMATS.get(RECOGNISED.get(signature(source)))
+
+    @cached_property
+    def stops(self):
+        """What the template writes after a reply, without white space around it."""
+        if self.known:
+            return list(self.known.stops)
+        if compile_jinja(self.source, self.name) is None:
+            return []
+        try:
+            user, bot = {"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}
+            prompt, whole = self.render([user], None, True), self.render([user, bot], None, False)
+        except UserError:
+            return []
+        end = whole.removeprefix(prompt).partition("reply")[2].strip() if whole.startswith(prompt) else ""
+        return [end] if end else []
+
+    def missing(self, tokenizer):
+        return None  # as in transformers: what is no token of the vocabulary is ordinary text
+
+    def files(self):
+        return {JINJA_FILE: self.source}
+
+    def render(self, messages, tokenizer, add_generation_prompt):
+        """Messages -> text. UserError when the template refuses them or fails."""
+        template = compile_jinja(self.source, self.name)
+        names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad")]
+        tokens = {name: token for name in names if (token := getattr(tokenizer, name, None)) is not None}
+        try:
+            return template.render(messages=messages, tools=None, documents=None,
+                                   add_generation_prompt=add_generation_prompt, **tokens)
+        except Exception as error:  # somebody else's program: it may fail in any way
+            raise UserError(f"messages: {self.name} refuses this conversation: {one_line(error)}") from None
+
+    def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
+        """As ChatTemplate.pieces; replies are found by rendering every beginning of the conversation. UserError when
+        jinja2 is missing and the template is none of those known, or when `split` and one beginning, rendered, is not
+        the beginning of the next."""
+        missing = compile_jinja(self.source, self.name) is None
+        if self.known and (missing or any(isinstance(spec, tuple) for spec in (self.known.user, self.known.begin))):
+            return self.known.pieces(rounds, context, tokenizer)  # a tuple: the family's own code renders nothing
+        if missing:
+            raise UserError(f"{self.name}: this chat template is none of those known here; pip install 'jinja2>=3.1.6', "
+                            f"or give chat_template: {', '.join(FORMATS)}, plain")
+        messages = [{"role": "system", "content": context["system"]}] if context.get("system") is not None else []
+        for user, bot in rounds:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": bot}]
+        size, first, reply = len(messages), len(messages) - 2 * len(rounds), rounds[-1][1]
+        prompt = self.render(messages[:-1], tokenizer, True)
+        if self.known:
+            with suppress(UserError):
+                same = self.known.pieces([*rounds[:-1], (rounds[-1][0], None)], context, tokenizer)
+                if "".join(piece.text for piece in same) == prompt:
+                    return self.known.pieces(rounds, context, tokenizer)
+        ends = range(first + 1, size - 1) if split else ()  # of every part before the last prompt, by messages
+        texts = ["", *(self.render(messages[:end], tokenizer, (end - first) % 2 == 1) for end in ends), prompt]
+        if reply is not None:
+            texts.append(self.render(messages, tokenizer, False))
+        out = []
+        for part, (before, text) in enumerate(zip(texts, texts[1:]), 1 if split else size - first - 1):
+            if not text.startswith(before):
+                raise UserError(f"{self.name}: what this template writes of the first {part // 2} rounds is not how it "
+                                "begins the conversation, so replies cannot be told apart; train on single rounds, or "
+                                f"give chat_template: {', '.join(FORMATS)}, plain")
+            out.append(Piece(part, "text", text[len(before) :]))
+        ended = reply is None or out[-1].text.rstrip().endswith(tuple(tokenizer.special))
+        if not ended and tokenizer.eos_token is not None:
+            out.append(Piece(out[-1].part, "token", tokenizer.eos_token))  # a reply must end
+        return out
+
+
 def load_chat_template(name):
-    """llama2 | llama3 | chatml | a chat_template.json or its folder -> ChatTemplate; plain | none | None -> None.
+    """A name of FORMATS | a chat_template.json or .jinja or the folder of one -> ChatTemplate, ChatFormat or
+    JinjaTemplate; plain | none | None -> None.
 
     None as a template means plain text: prompt, reply, eos, nothing around them."""
     if name in (None, "none", "plain"):
         return None
-    if name in BUILT_IN:
-        system, user, bot, needs = BUILT_IN[name]
-        return ChatTemplate({"system": system, "conversation": [user, bot], "query": user}, name, needs)
+    if name in FORMATS:
+        return FORMATS[name]
     path = Path(name)
+    if path.is_dir() and (template := folder_template(path)):
+        return template
     path = path / TEMPLATE_FILE if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"chat_template {name!r}: no such file; give one, or {', '.join(BUILT_IN)}, plain, none")
-    return ChatTemplate(read_json(path), str(path))
+        raise UserError(f"chat_template {str(name)!r}: no such file; give one, or {', '.join(FORMATS)}, plain, none")
+    if path.suffix == ".jinja":
+        return JinjaTemplate(read_text(path), str(path))
+    config = read_json(path)
+    if isinstance(config, dict) and set(config) == {"chat_template"}:
+        return JinjaTemplate(config["chat_template"], str(path))
+    if isinstance(config, dict) and set(config) == {"chat_format"}:
+        if config["chat_format"] not in FORMATS:
+            raise UserError(f"{path}: no chat format {brief(config['chat_format'])}; known are {', '.join(FORMATS)}")
+        return FORMATS[config["chat_format"]]
+    return ChatTemplate(config, str(path))
+
+
+def folder_template(folder):
+    """The chat template that a tokenizer's folder holds, or None: chat_template.json, chat_template.jinja, or the key of
+    that name in tokenizer_config.json (of several the one named default)."""
+    for name in (TEMPLATE_FILE, JINJA_FILE):
+        if (folder / name).is_file():
+            return load_chat_template(folder / name)
+    path = folder / "tokenizer_config.json"
+    source = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(source, list):
+        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+        source = named.get("default")
+        if source is None:
+            raise UserError(f"{path}: none of the chat templates {', '.join(map(str, named))} is named default")
+    return None if source is None else JinjaTemplate(source, f"{path}: chat_template")
+
+
+def save_chat_template(template, folder):
+    """Writes the template (None: none) into a folder that holds a copy of a tokenizer's files; takes out any other."""
+    files = {} if template is None else template.files()
+    for name in {TEMPLATE_FILE, JINJA_FILE} - set(files):
+        (folder / name).unlink(missing_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.get("chat_template") is not None and config["chat_template"] != files.get(JINJA_FILE):
+        del config["chat_template"]
+        path.unlink()  # it may be read-only, like its original
+        path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------ conversations to ids ------------------------------
+
+def encode_pieces(tokenizer, pieces, parts):
+    """[Piece...] -> list of `parts` lists of ids."""
+    out = [[] for _ in range(parts)]
+    for kind, run in groupby(pieces, key=lambda piece: piece.kind):
+        if kind == "text":
+            for part, ids in encode_run(tokenizer, list(run)):
+                out[part] += ids
+            continue
+        for piece in run:
+            if kind == "token":
+                out[piece.part].append(piece.text if isinstance(piece.text, int) else tokenizer.token_id(piece.text))
+            else:
+                out[piece.part] += tokenizer.encode(piece.text, False, False if kind == "literal" else None)
+    return out
+
+
+def encode_run(tokenizer, run, behind=False):
+    """Neighbouring "text" pieces, read as one text, -> [(part, ids)...], cut where the parts change. A token across a cut
+    goes to the part behind it, but for a reply: there the text is cut, as a reply is learnt the way it would be
+    generated, after its prompt's ids. behind: the text does not begin here."""
+    ends = [i for i in range(1, len(run)) if run[i].part != run[i - 1].part]
+    for i in ends:  # a special token parts the text before it from the text behind: so no beginning is read twice
+        if starts_with_special(run[i].text, tokenizer):
+            return encode_run(tokenizer, run[:i], behind) + encode_run(tokenizer, run[i:], behind)
+    encode = partial(encode_behind, tokenizer) if behind else partial(tokenizer.encode, add_special_tokens=False)
+    whole, done, out = encode("".join(piece.text for piece in run)), 0, []
+    for start, end in zip([0, *ends], ends):
+        head = encode("".join(piece.text for piece in run[:end]))
+        if head[:done] != whole[:done]:
+            return out + encode_run(tokenizer, run[start:], behind=True)
+        same = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole)))
+        if same < len(head) and run[end].part % 2 == 0:
+            return [*out, (run[start].part, head[done:])] + encode_run(tokenizer, run[end:], behind=True)
+        out.append((run[start].part, whole[done:same]))
+        done = same
+    return [*out, (run[-1].part, whole[done:])]
+
+
+def encode_behind(tokenizer, text):
+    """Ids of a text that stands behind another: without the space that sentencepiece puts before a beginning."""
+    line, ids = tokenizer.encode("\n", False), tokenizer.encode(text, False)
+    if tokenizer.encode("\na", False) == line + tokenizer.encode("a", False):
+        return ids
+    both = tokenizer.encode("\n" + text, False)
+    return both[len(line) :] if both[: len(line)] == line else ids
+
+
+def starts_with_special(text, tokenizer):
+    starts = (token for token in tokenizer.special if text.startswith(token))
+    return any(not tokenizer.flags.get(token, {}).get("lstrip") for token in starts)
+
+
+def check_messages(messages, add_generation_prompt):
+    """[{"role": "system" | "user" | "assistant", "content": str}...] -> context, [(user, bot or None)...]. UserError:
+    one line that says which message is wrong."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"messages: a list of at least one message is wanted, found {brief(messages)}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f'messages[{i}]: an object with the role "system", "user" or "assistant" is wanted, found '
+                            f"{brief(message)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"messages[{i}]: content must be a string, found {brief(message.get('content'))}")
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise UserError(f"messages[{roles.index('system', 1)}]: a system message can only be the first")
+    turns = messages[roles[0] == "system" :]
+    for i, turn in enumerate(turns, len(messages) - len(turns)):
+        wanted = ("user", "assistant")[(i + len(turns) - len(messages)) % 2]
+        if turn["role"] != wanted:
+            raise UserError(f"messages[{i}]: the roles must be [system,] user, assistant, user, ...; found "
+                            f"{turn['role']!r} where {wanted!r} is wanted")
+    if not turns or add_generation_prompt != (turns[-1]["role"] == "user"):
+        raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's; "
+                        f"found {roles[-1]!r}")
+    texts = [turn["content"] for turn in turns] + [None] * (len(turns) % 2)
+    context = {"system": messages[0]["content"]} if roles[0] == "system" else {}
+    return context, list(zip(texts[::2], texts[1::2]))
 
 
 # ============================== tokenizer ==============================
+# A family's tokenizer is data: the files of its folder and a row of CLASSES. Two engines turn text into ids:
+# SentencePieces (the C++ library) and BPE (ours); readers make one from the files; Tokenizer, the door, adds what stands
+# around it: special tokens, bos and eos, chat templates.
 
 SPACE = "\u2581"  # how sentencepiece writes a space
-MODEL_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
+MODEL_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "qwen.tiktoken", "ice_text.model", *SENTENCEPIECE_FILES)
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+")  # fmt: skip
+QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")  # each digit by itself
+LLAMA3_TOKENS = (
+    "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|> "
+    "<|finetune_right_pad_id|> <|step_id|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> <|python_tag|> "
+    "<|image|>").split() + [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]  # fmt: skip
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+GLM_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]"]
+GLM_ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
+# Kind of file -> tokenizer_class (less "Fast") -> what the class does. Keys as in tokenizer_config.json are defaults
+# that this file overrides. The others are the class's own code:
+#   words, nfc      the pattern that cuts text into words; text is brought to Unicode's NFC first
+#   tokens          special tokens numbered on from the vocabulary's end
+#   head, tail      tokens before and after every text, in place of bos and eos
+#   parse           special tokens that are recognised in text, if not all; `roles` are those recognised on request
+#   strips          white space around a special token in the text goes
+#   lead            spaces that decoding drops at the beginning, besides those that a sentencepiece model drops itself
+#   gap             where legacy decoding keeps the space before a text that a special token ends: "inside" (not at the
+#                   very beginning) or "always"
+#   bare            special tokens are decoded as the sentencepiece model would, most of them as nothing
+#   blanks          line breaks, tabs and runs of spaces have pieces of their own
+LLAMA = {"add_bos_token": True, "add_prefix_space": True, "lead": 1, "gap": "inside"}
+BAICHUAN = {"legacy": True, "gap": "inside"}
+INTERNLM = {"legacy": True, "gap": "always", "add_bos_token": True, "clean_up_tokenization_spaces": True}
+CHATGLM2 = {"legacy": True, "pad_token": "<unk>", "tokens": [*GLM_TOKENS, "sop", "eop"],
+            "head": ["[gMASK]", "sop"], "parse": [], "bare": True}  # fmt: skip
+GPT2 = {"words": GPT2_WORDS, **dict.fromkeys(SPECIAL_NAMES[:3], "<|endoftext|>")}
+QWEN = {"words": QWEN_WORDS, "nfc": True, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+LLAMA3 = {"words": LLAMA3_WORDS, "tokens": LLAMA3_TOKENS, "add_bos_token": True, "bos_token": "<|begin_of_text|>",
+          "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}  # fmt: skip
+CLASSES = {
+    "sentencepiece": {
+        "LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA, "MistralTokenizer": LLAMA,
+        "GemmaTokenizer": {"add_bos_token": True},
+        "BaichuanTokenizer": BAICHUAN, "BaiChuanTokenizer": BAICHUAN,
+        "InternLMTokenizer": INTERNLM, "InternLM2Tokenizer": INTERNLM,
+        "ChatGLMTokenizer": CHATGLM2, "ChatGLMv2Tokenizer": CHATGLM2,
+        "ChatGLM3Tokenizer": {**CHATGLM2, "tokens": CHATGLM2["tokens"] + GLM_ROLES, "roles": GLM_ROLES, "bare": False},
+    },
+    "ice_text": {
+        "ChatGLMTokenizer": {
+            "legacy": True, "bos_token": "<sop>", "eos_token": "<eop>", "unk_token": "<unk>",
+            "pad_token": "<pad>", "additional_special_tokens": ["[MASK]"], "tail": ["[gMASK]", "<sop>"],
+            "bare": True, "strips": True, "blanks": True, "clean_up_tokenization_spaces": True},
+    },
+    "merges": {
+        "GPT2Tokenizer": GPT2, "GPTTokenizer": GPT2, "Qwen2Tokenizer": QWEN,
+        "OPTTokenizer": {**GPT2, **dict.fromkeys(SPECIAL_NAMES[:3], "</s>"), "pad_token": "<pad>",
+                         "add_bos_token": True},
+    },
+    "tiktoken": {
+        "QWenTokenizer": {**QWEN, "tokens": QWEN_TOKENS},
+        "Llama3Tokenizer": LLAMA3, "LlamaTokenizer": LLAMA3, "PreTrainedTokenizer": LLAMA3,
+        "ChatGLM4Tokenizer": {
+            "words": LLAMA3_WORDS, "tokens": ["<|endoftext|>", *GLM_TOKENS, "<sop>", "<eop>", *GLM_ROLES],
+            "head": ["[gMASK]", "<sop>"], "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    },
+}  # fmt: skip
+# The class where tokenizer_config.json names none, by config.json's model_type and the kind of file.
+MODEL_TYPES = {
+    "gpt2": "GPT2Tokenizer", "opt": "OPTTokenizer", "qwen": "QWenTokenizer",
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    "baichuan": "BaichuanTokenizer", "internlm": "InternLMTokenizer", "internlm2": "InternLM2Tokenizer",
+    **dict.fromkeys(("gemma", "gemma2"), "GemmaTokenizer")}  # fmt: skip
+# Their own software has no use for a tokenizer.json, even if one lies beside the file that it reads.
+SLOW_CLASSES = ("BaichuanTokenizer", "BaiChuanTokenizer", "InternLMTokenizer", "ChatGLMTokenizer", "ChatGLM4Tokenizer",
+                "QWenTokenizer")  # fmt: skip
+# These put bos before a text unless add_bos_token is false, whatever tokenizer.json's post_processor says.
+BOS_BY_CONFIG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLM2Tokenizer")
+
 # A byte that is no UTF-8 becomes one U+FFFD each, as in sentencepiece itself ("replace" would write one for several).
 codecs.register_error("one_mark_per_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+
+# ---- Engines: a stretch of text without special tokens -> ids; an id -> its bytes ----
+
+
+class SentencePieces:
+    """A model of the sentencepiece library. `shift` ids before its own are ChatGLM-6B's images.
+
+    legacy: every stretch gets the model's own leading space. Otherwise none does: Tokenizer puts one before the very
+    beginning of a text, and spaces that begin a stretch are kept."""
+
+    normalizers, errors = (), "one_mark_per_byte"
+
+    def __init__(self, path, legacy=False, blanks=False, shift=0):
+        import sentencepiece
+        self.legacy, self.blanks, self.shift = legacy, blanks, shift
+        try:
+            model = path.read_bytes()
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.own_prefix = self.sp.encode("a", out_type=str)[0].startswith(SPACE)
+            if not legacy:
+                # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3): false}
+                self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        except RuntimeError:
+            raise UserError(f"{path}: neither a sentencepiece model nor tiktoken text (base64, a space, the rank)") from None
+        count = self.sp.get_piece_size()
+        self.size, self.byte_ids = shift + count, {shift + i for i in range(count) if self.sp.is_byte(i)}
+        self._bytes = [f"<image_{i}>".encode() for i in range(shift)] + [self._decoded(i) for i in range(count)]
+        self._unk = self.sp.id_to_piece(max(self.sp.unk_id(), 0))
+        self._unk_length = len(self.sp.encode(self._unk))
+
+    def _decoded(self, i):
+        """Piece number -> its bytes; control pieces have none, unk is a visible mark, as the library decodes them."""
+        text = self.sp.id_to_piece(i)
+        if self.sp.is_byte(i):  # written <0x0A>
+            return bytes([int(text[3:5], 16)])
+        if self.sp.is_control(i) or self.sp.is_unknown(i):
+            return b"" if self.sp.is_control(i) else " \u2047 ".encode()
+        if self.blanks:
+            text = {"<n>": "\n", "<|tab|>": "\t"}.get(text, text)
+            text = re.sub(r"^<\|blank_(\d+)\|>$", lambda match: " " * int(match[1]), text)
+        return text.replace(SPACE, " ").encode()
+
+    def own_special_tokens(self):
+        """[bos, eos, unk, pad] of the model itself, None where it has none."""
+        ids = self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id(), self.sp.pad_id()
+        return [self.sp.id_to_piece(i) if i >= 0 else None for i in ids]
+
+    def id_of(self, piece):
+        """Piece -> id, None if the vocabulary lacks it."""
+        i = self.sp.piece_to_id(piece)
+        return self.shift + i if self.sp.id_to_piece(i) == piece else None
+
+    def piece_bytes(self, token_id):
+        return self._bytes[token_id] if 0 <= token_id < self.size else b""
+
+    def encode(self, text, at_start):
+        if self.blanks:
+            text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+            text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
+        if not self.legacy and text.startswith((SPACE, " ")):  # behind unk, these survive sentencepiece's clean-up
+            return self.sp.encode(self._unk + text)[self._unk_length :]
+        ids = self.sp.encode(text)
+        return [self.shift + i for i in ids] if self.shift else ids
+
+
+# GPT-2 writes the 256 bytes as characters that can be seen: printable Latin-1 as itself, the others from U+0100 on.
+_seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_CHARS = {b: chr(b) for b in _seen} | {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(_seen)))}
+CHAR_BYTES = {char: b for b, char in BYTE_CHARS.items()}
+
+
+class WordCache(dict):
+    """cache[word] = function(word), called once a word. Emptied when full, and long words are not kept: its memory is
+    bounded whatever is encoded."""
+
+    WORDS, LETTERS = 1 << 17, 64
+
+    def __init__(self, function):
+        self.function = function
+
+    def __missing__(self, word):
+        value = self.function(word)
+        if len(word) <= self.LETTERS:
+            if len(self) >= self.WORDS:
+                self.clear()
+            self[word] = value
+        return value
+
+
+class BPE:
+    """Byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909), over bytes (GPT-2) or over characters.
+
+    A text is cut into words by `steps`, functions (list of str, at_start) -> list of str. A word begins as its bytes
+    (byte_level; symbols are written in BYTE_CHARS) or its characters; then the two neighbours of lowest rank are joined,
+    the leftmost first, until no two have a rank. ranks: {(left, right): rank}; None ranks a pair by the id of what it
+    makes, as tiktoken does. whole_words: a word of the vocabulary is its id, whatever the ranks say. A character that
+    the vocabulary lacks is its bytes <0x00>... (byte_fallback), else unk (once for a run of them: fuse_unk), else
+    nothing. normalizers are functions str -> str that Tokenizer applies before."""
+
+    def __init__(self, vocab, ranks, steps, normalizers=(), byte_level=True, whole_words=False, unk=None, fuse_unk=False,
+                 byte_fallback=False):  # fmt: skip
+        self.vocab, self.byte_level, self.whole_words, self.normalizers = vocab, byte_level, whole_words, normalizers
+        self.unk, self.fuse_unk, self.byte_fallback = unk, fuse_unk, byte_fallback
+        self.rank = (lambda pair: vocab.get(pair[0] + pair[1])) if ranks is None else ranks.get
+        self.steps = list(steps)
+        if not (byte_level or whole_words) and SPACE in vocab and not any(
+            right[0] == SPACE != left[-1] for left, right in ranks
+        ):  # no pair reaches over the beginning of a word: a text may be cut there, and words can be remembered
+            self.steps.append(split_step(f"{SPACE}*[^{SPACE}]+|{SPACE}+"))
+        self.size = max(vocab.values(), default=-1) + 1
+        self.symbols = [None] * self.size
+        for symbol, i in vocab.items():
+            self.symbols[i] = symbol
+        is_byte = re.compile("<0x[0-9A-F]{2}>").fullmatch
+        self.byte_ids = range(self.size) if byte_level else {i for s, i in vocab.items() if byte_fallback and is_byte(s)}
+        self.errors = "replace" if byte_level else "one_mark_per_byte"
+        self._ids_of_word = WordCache(self._encode_word)
+
+    def own_special_tokens(self):
+        return [None, None, self.unk, None]
+
+    def id_of(self, symbol):
+        return self.vocab.get(symbol)
+
+    def piece_bytes(self, token_id):
+        symbol = self.symbols[token_id] if 0 <= token_id < self.size else None
+        if symbol is None:
+            return b""
+        if self.byte_level:
+            known = all(char in CHAR_BYTES for char in symbol)  # others stand for themselves
+            return bytes([CHAR_BYTES[char] for char in symbol]) if known else symbol.encode()
+        return bytes([int(symbol[3:5], 16)]) if token_id in self.byte_ids else symbol.replace(SPACE, " ").encode()
+
+    def encode(self, text, at_start):
+        words = [text]
+        for step in self.steps:
+            words = step(words, at_start)
+        return list(chain.from_iterable(map(self._ids_of_word.__getitem__, words)))
+
+    def _encode_word(self, word):
+        if self.byte_level:
+            word = word.encode().decode("latin-1").translate(BYTE_CHARS)
+        if self.whole_words and word in self.vocab:
+            return [self.vocab[word]]
+        symbols = list(word)
+        if not all(map(self.vocab.__contains__, symbols)):
+            symbols = self._without_unknown(symbols)
+        return [self.vocab[symbol] for symbol in self._joined(symbols)]
+
+    def _without_unknown(self, characters):
+        out = []
+        for char in characters:
+            as_bytes = [f"<0x{b:02X}>" for b in char.encode()] if self.byte_fallback else [char]
+            if char in self.vocab:
+                out.append(char)
+            elif all(map(self.vocab.__contains__, as_bytes)):
+                out += as_bytes
+            elif self.unk is not None and not (self.fuse_unk and out[-1:] == [self.unk]):
+                out.append(self.unk)
+        return out
+
+    def _joined(self, symbols):
+        """Symbols of a word -> those after all merges. A heap of (rank, place): O(n log n), however long the word."""
+        count, rank = len(symbols), self.rank
+        after, before = [*range(1, count + 1)], [*range(-1, count - 1)]  # places of the neighbours that are still there
+        ranks = map(rank, zip(symbols, symbols[1:]))
+        heap = [(r, place) for place, r in enumerate(ranks) if r is not None]
+        heapify(heap)
+        while heap:
+            r, left = heappop(heap)
+            right = after[left]
+            if symbols[left] is None or right == count or rank((symbols[left], symbols[right])) != r:
+                continue  # one of the two was joined with another meanwhile
+            symbols[left] += symbols[right]
+            symbols[right] = None
+            beyond, previous = after[right], before[left]
+            after[left] = beyond
+            if beyond < count:
+                before[beyond] = left
+                if (r := rank((symbols[left], symbols[beyond]))) is not None:
+                    heappush(heap, (r, left))
+            if previous >= 0 and (r := rank((symbols[previous], symbols[left]))) is not None:
+                heappush(heap, (r, previous))
+        return [symbol for symbol in symbols if symbol is not None]
+
+
+# ---- Readers: a folder's files -> an engine ----
+
+
+def tokenizer_class(folder, config):
+    """(kind of file, the file, class) that a folder is read by: as transformers chooses, which prefers tokenizer.json,
+    but for the classes that only ever read their own file. UserError when nothing fits."""
+    name = (config.get("tokenizer_class") or "").removesuffix("Fast")
+    about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    model_type, origin = about.get("model_type"), f"{config.get('name_or_path')} {about.get('_name_or_path')}"
+    present = [file for file in MODEL_FILES if (folder / file).is_file()]
+    if present[:1] == ["tokenizer.json"] and (name not in SLOW_CLASSES or len(present) == 1):
+        return "json", folder / present[0], name
+    if "ice_text.model" in present:
+        kind, file, default = "ice_text", "ice_text.model", "ChatGLMTokenizer"
+    elif "qwen.tiktoken" in present:
+        kind, file, default = "tiktoken", "qwen.tiktoken", "QWenTokenizer"
+    elif "vocab.json" in present and "merges.txt" in present:
+        kind, file = "merges", "vocab.json"
+        with open(folder / file, "rb") as opened:
+            begins_as_opt = re.match(rb'\s*{\s*"<s>"\s*:\s*0\b', opened.read(64))
+        default = MODEL_TYPES.get(model_type, model_type) or ("OPTTokenizer" if begins_as_opt else "GPT2Tokenizer")
+    elif file := next((file for file in SENTENCEPIECE_FILES if file in present), None):
+        with open(folder / file, "rb") as opened:
+            is_text = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.read(4096))
+        kind, default = ("tiktoken", "Llama3Tokenizer") if is_text else ("sentencepiece", "LlamaTokenizer")
+        if model_type == "chatglm":
+            default = "ChatGLM4Tokenizer" if is_text else "ChatGLMTokenizer"
+        elif not is_text:
+            default = MODEL_TYPES.get(model_type, default)
+    else:
+        raise UserError(f"{folder}: no tokenizer.model, tokenizer.json, vocab.json with merges.txt, qwen.tiktoken or "
+                        f"ice_text.model in it; found {names_in(folder)}")
+    name = name or default
+    if kind == "sentencepiece" and name.startswith("ChatGLM") and "chatglm3" in origin:
+        name = "ChatGLM3Tokenizer"  # chatglm2 and 3 share a class name and the vocabulary, not the special tokens
+    if name not in CLASSES[kind]:
+        raise UserError(f"{folder}: tokenizer_class {name!r} is not supported for {file}; known are "
+                        f"{', '.join(CLASSES[kind])}")
+    return kind, folder / file, name
+
+
+def check_vocabulary_ids(vocab, where):
+    """UserError unless vocab is {symbol: id}, each id once."""
+    if not isinstance(vocab, dict) or not vocab:
+        raise UserError(f"{where}: an object of symbols and their ids is wanted, found {brief(vocab)}")
+    ids = vocab.values()
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and len(set(ids)) == len(vocab):
+        return
+    seen = {}
+    for symbol, i in vocab.items():
+        if type(i) is not int or i < 0:
+            raise UserError(f"{where}: the id of {symbol!r} must be a number from 0 on, found {brief(i)}")
+        if seen.setdefault(i, symbol) is not symbol:
+            raise UserError(f"{where}: the id {i} is given twice, to {seen[i]!r} and to {symbol!r}")
+
+
+def merge_ranks(merges, vocab, where):
+    """[(left, right)...] in order of rank -> {(left, right): rank}. UserError from `where(rank)` for one that repeats or
+    names a symbol that is not in the vocabulary."""
+    ranks = dict(zip(merges, range(len(merges))))
+    if len(ranks) != len(merges):
+        number = next(n for n, pair in enumerate(merges) if ranks[pair] != n)
+        raise UserError(f"{where(ranks[merges[number]])}: the merge {' '.join(merges[number])!r} has a rank already, "
+                        f"that of {where(number)}")
+    if not all(map(vocab.__contains__, chain(chain.from_iterable(merges), starmap(add, merges)))):
+        number, missing = next((number, symbol) for number, (left, right) in enumerate(merges)
+                               for symbol in (left, right, left + right) if symbol not in vocab)  # fmt: skip
+        raise UserError(f"{where(number)}: the merge {' '.join(merges[number])!r} names {missing!r}, which is not in the "
+                        "vocabulary")
+    return ranks
+
+
+def read_merges(path, row, add_prefix_space, unk):
+    """vocab.json with merges.txt beside it -> BPE over bytes."""
+    vocab, merges_path = read_json(path), path.with_name("merges.txt")
+    check_vocabulary_ids(vocab, path)
+    try:
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{merges_path}: not UTF-8 at byte {error.start}") from None
+    first = 1 if lines[0].startswith("#version") else 0
+    last = len(lines) - 1 if not lines[-1] else len(lines)  # the file ends with a line break
+    merges = [tuple(line.rstrip("\r").split(" ")) for line in lines[first:last]]
+    for number, pair in enumerate(merges):
+        if len(pair) != 2 or not (pair[0] and pair[1]):
+            raise UserError(f"{merges_path}:{first + number + 1}: two symbols with one space between them are wanted, "
+                            f"found {lines[first + number]!r}")
+    ranks = merge_ranks(merges, vocab, lambda number: f"{merges_path}:{first + number + 1}")
+    steps = [*([prefix_step] if add_prefix_space else []), split_step(row["words"])]
+    return BPE(vocab, ranks, steps, [to_nfc] if row.get("nfc") else [], unk=unk if unk in vocab else None)
+
+
+def read_tiktoken(path, row):
+    """Lines of base64, a space and the rank, which is the id -> BPE over bytes."""
+    vocab, seen = {}, {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text, rank = line.split()
+            symbol, rank = base64.b64decode(text, validate=True).decode("latin-1").translate(BYTE_CHARS), int(rank)
+        except ValueError:
+            shown = line[:40].decode("utf-8", "replace")
+            raise UserError(f"{path}:{number}: base64, a space and a rank are wanted, found {shown!r}") from None
+        if rank < 0 or seen.setdefault(rank, number) != number:
+            found = f"the rank {rank} is that of line {seen[rank]} too" if rank >= 0 else f"the rank {rank} is below 0"
+            raise UserError(f"{path}:{number}: {found}")
+        if symbol in vocab:
+            raise UserError(f"{path}:{number}: these bytes have the rank {vocab[symbol]} already")
+        vocab[symbol] = rank
+    if missing := [b for b, char in BYTE_CHARS.items() if char not in vocab]:
+        raise UserError(f"{path}: no line for the byte {missing[0]:#04x}; a tiktoken vocabulary has all 256")
+    return BPE(vocab, None, [split_step(row["words"])], [to_nfc] if row.get("nfc") else [], whole_words=True)
+
+
+def to_nfc(text):
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def compile_words(pattern, where="the built-in pattern"):
+    """Pattern of a tokenizer.json (Oniguruma's dialect) -> compiled. UserError for what the two would read differently."""
+    import regex
+    escaped = next((found for found in re.findall(r"\\.", pattern) if re.match(r"\\[^\W_pPsSdDrntfvux]", found)), None)
+    group = re.search(r"\(\?(?!-?i?[:)]|[=!>]|<[=!])..?|--|~~|\|\|", re.sub(r"\\.", "", pattern))
+    if escaped or group:
+        raise UserError(f"{where}: {escaped or group[0]!r} in the pattern {pattern!r} is not supported")
+    # Tried at every blank of a long run, \s+$ would take quadratic time; it can only match from the run's beginning.
+    pattern = re.sub(r"^\\s\+\$$", r"(?<!\\s)\\s+$", pattern)
+    try:
+        return regex.compile(pattern, regex.VERSION1 | regex.MULTILINE)  # nested sets; ^ and $ are a line's, as there
+    except regex.error as error:
+        raise UserError(f"{where}: cannot read the pattern {pattern!r}: {error}") from None
+
+
+def split_step(pattern, behavior="Isolated", invert=False, where="the built-in pattern"):
+    """Step that cuts each piece at the pattern's matches. Isolated: matches and what lies between are pieces; Removed:
+    only what lies between; MergedWithPrevious, MergedWithNext: a match stays with what is before or after it."""
+    compiled = compile_words(pattern, where)
+    findall = compiled.findall if not compiled.groups else lambda text: [match[0] for match in compiled.finditer(text)]
+
+    def cut(text):
+        at, marked = 0, []  # [piece, whether it is a match]
+        for match in compiled.finditer(text):
+            marked += [[text[at : match.start()], invert], [match[0], not invert]]
+            at = match.end()
+        marked = [mark for mark in [*marked, [text[at:], invert]] if mark[0]]
+        if behavior == "Isolated":
+            return [piece for piece, _ in marked]
+        if behavior == "Removed":
+            return [piece for piece, is_match in marked if not is_match]
+        forwards = behavior == "MergedWithPrevious"
+        out, after_match = [], False
+        for piece, is_match in marked if forwards else reversed(marked):
+            if is_match and not after_match and out:
+                out[-1] = out[-1] + piece if forwards else piece + out[-1]
+            else:
+                out.append(piece)
+            after_match = is_match
+        return out if forwards else out[::-1]
+
+    def step(texts, at_start):
+        out = []
+        for text in texts:
+            found = findall(text) if behavior == "Isolated" else ()
+            out += found if sum(map(len, found)) == len(text) else cut(text)  # no gaps: the usual case, and fast
+        return out
+    return step
+
+
+def prefix_step(texts, at_start):
+    return [text if text.startswith(" ") else f" {text}" for text in texts]
+
+
+def metaspace_step(replacement, scheme, split):
+    """Step that writes spaces as `replacement` and puts one before every piece (always), that at the text's beginning
+    (first) or none (never); with split, each begins a new piece."""
+    words = split_step(f"{re.escape(replacement)}[^{re.escape(replacement)}]*|[^{re.escape(replacement)}]+")
+
+    def step(texts, at_start):
+        texts = [text.replace(" ", replacement) for text in texts]
+        for n, text in enumerate(texts):
+            if not text.startswith(replacement) and (scheme == "always" or scheme == "first" and at_start and n == 0):
+                texts[n] = replacement + text
+        return words(texts, at_start) if split else texts
+    return step
+
+
+# What may stand in a tokenizer.json: part -> type -> its keys, with the default or, where one must be given, the type.
+JSON_PARTS = {
+    "normalizer": {
+        "NFC": {}, "NFD": {}, "NFKC": {}, "NFKD": {}, "Prepend": {"prepend": str},
+        "Replace": {"pattern": dict, "content": str}, "Sequence": {"normalizers": list}},
+    "pre_tokenizer": {
+        "ByteLevel": {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "Split": {"pattern": dict, "behavior": str, "invert": False}, "Digits": {"individual_digits": False},
+        "Metaspace": {"replacement": SPACE, "add_prefix_space": True, "prepend_scheme": "always", "split": True,
+                      "str_rep": SPACE}, "Sequence": {"pretokenizers": list}},
+    "post_processor": {
+        "ByteLevel": {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "TemplateProcessing": {"single": list, "pair": [], "special_tokens": dict}, "Sequence": {"processors": list}},
+    "decoder": {
+        "ByteLevel": {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "Metaspace": {"replacement": SPACE, "add_prefix_space": True, "prepend_scheme": "always", "split": True,
+                      "str_rep": SPACE},
+        "Replace": {"pattern": dict, "content": str}, "ByteFallback": {}, "Fuse": {},
+        "Strip": {"content": str, "start": 0, "stop": 0}, "Sequence": {"decoders": list}},
+    "model": {
+        "BPE": {"vocab": dict, "merges": list, "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}},
+}  # fmt: skip
+
+
+def json_parts(spec, part, where):
+    """A component of tokenizer.json -> [(where, type, its keys)...], sequences laid flat, [] for null. UserError for a
+    type or key that is not in JSON_PARTS."""
+    if spec is None:
+        return []
+    known, kind = JSON_PARTS[part], spec.get("type") if isinstance(spec, dict) else None
+    if kind is None and part == "model" and isinstance(spec, dict) and "merges" in spec:
+        kind = "BPE"  # files of 2020 do not say
+    if kind not in known:
+        raise UserError(f"{where}: {brief(kind or spec)} is not supported; known are {', '.join(known)}")
+    values = known[kind] | {key: value for key, value in spec.items() if key != "type"}
+    if unknown := sorted(set(values) - set(known[kind])):
+        raise UserError(f"{where}: unknown key {unknown[0]!r} of {kind}; known are {', '.join(known[kind]) or 'none'}")
+    for key, default in known[kind].items():
+        wanted = default if isinstance(default, type) else type(default)
+        if default is not None and not isinstance(values[key], wanted):
+            found = "nothing" if values[key] is default else brief(values[key])
+            raise UserError(f"{where}.{key}: a {wanted.__name__} is wanted, found {found}")
+    if kind != "Sequence":
+        return [(where, kind, values)]
+    ((key, inner),) = values.items()
+    return [found for n, one in enumerate(inner) for found in json_parts(one, part, f"{where}.{key}[{n}]")]
+
+
+def pattern_text(pattern, where):
+    """{"String": text} or {"Regex": text} -> a pattern."""
+    (kind, text), *more = pattern.items() or [(None, None)]
+    if more or kind not in ("String", "Regex") or not isinstance(text, str):
+        raise UserError(f'{where}.pattern: {{"String": text}} or {{"Regex": text}} is wanted, found {brief(pattern)}')
+    return re.escape(text) if kind == "String" else text
+
+
+def json_normalizer(where, kind, values):
+    """-> function str -> str."""
+    if kind == "Prepend":
+        return lambda text: values["prepend"] + text if text else text
+    if kind == "Replace":
+        compiled, content = compile_words(pattern_text(values["pattern"], where), where), values["content"]
+        return lambda text: compiled.sub(lambda match: content, text)
+    return to_nfc if kind == "NFC" else partial(unicodedata.normalize, kind)
+
+
+def json_steps(parts):
+    """Parts of a pre_tokenizer -> (steps, whether the last of them was ByteLevel)."""
+    steps = []
+    for n, (where, kind, values) in enumerate(parts):
+        if kind == "ByteLevel":
+            if n + 1 < len(parts):
+                raise UserError(f"{where}: ByteLevel must come last; {parts[n + 1][1]} follows")
+            steps += [prefix_step] if values["add_prefix_space"] else []
+            steps += [split_step(GPT2_WORDS)] if values["use_regex"] else []
+        elif kind == "Metaspace":
+            scheme = values["prepend_scheme"] if values["add_prefix_space"] else "never"
+            if scheme not in ("always", "first", "never"):
+                raise UserError(f"{where}.prepend_scheme: always, first or never is wanted, found {brief(scheme)}")
+            steps.append(metaspace_step(values["replacement"], scheme, values["split"]))
+        elif kind == "Digits":
+            steps.append(split_step(r"\p{N}" if values["individual_digits"] else r"\p{N}+"))
+        elif values["behavior"] not in ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext"):
+            raise UserError(f"{where}.behavior: {brief(values['behavior'])} is not supported; known are Isolated, Removed, "
+                            "MergedWithPrevious, MergedWithNext")
+        else:
+            pattern = pattern_text(values["pattern"], where)
+            steps.append(split_step(pattern, values["behavior"], values["invert"], where))
+    return steps, bool(parts) and parts[-1][1] == "ByteLevel"
+
+
+def json_around(parts):
+    """Parts of a post_processor -> (ids before a text, ids after it)."""
+    head, tail = [], []
+    for where, kind, values in parts:
+        if kind == "ByteLevel":
+            continue  # moves offsets, which nobody here asks for
+        side = None
+        for n, item in enumerate(values["single"]):
+            what, about = next(iter(item.items())) if isinstance(item, dict) and item else (None, None)
+            token = about.get("id") if isinstance(about, dict) else None
+            if what == "Sequence" and token == "A" and side is None:
+                side = tail
+                continue
+            entry = values["special_tokens"].get(token) if what == "SpecialToken" else None
+            ids = entry.get("ids") if isinstance(entry, dict) else None
+            if not isinstance(ids, list):
+                raise UserError(f"{where}.single[{n}]: a SpecialToken of special_tokens or, once, the Sequence A is wanted, "
+                                f"found {brief(item)}")
+            (head if side is None else tail).extend(ids)
+        if side is None:
+            raise UserError(f"{where}.single: it has no Sequence A, the text itself")
+    return head, tail
+
+
+def json_decoder(parts, where):
+    """Parts of a decoder -> (whether it is ByteLevel, how many leading spaces it drops)."""
+    kinds = [kind for _, kind, _ in parts]
+    if kinds == ["ByteLevel"]:
+        return True, 0
+    lead = 0
+    for at, kind, values in parts:
+        if kind == "Metaspace":
+            lead = int(values["add_prefix_space"] and values["prepend_scheme"] != "never")
+        elif kind == "Strip":
+            lead = values["start"]
+        if (kind == "ByteLevel" or kind == "Replace" and (values["pattern"], values["content"]) != ({"String": SPACE}, " ")
+                or kind == "Strip" and (values["content"], values["stop"]) != (" ", 0)
+                or kind == "Metaspace" and values["replacement"] != SPACE):  # fmt: skip
+            raise UserError(f"{at}: this {kind} is not supported here: {brief(values)}")
+    if not {"Replace", "Metaspace"} & set(kinds):
+        raise UserError(f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is "
+                        f"wanted; found {', '.join(kinds) or 'null'}")
+    return False, lead
+
+
+def read_tokenizer_json(path):
+    """tokenizer.json -> (BPE, its added tokens, ids before a text, ids after it, leading spaces that decoding drops)."""
+    spec = read_json(path)
+    if not isinstance(spec, dict) or not spec.get("model"):
+        raise UserError(f"{path}: an object with a model is wanted, found {brief(spec)}")
+    parts = {name: json_parts(spec.get(name), name, f"{path}: {name}") for name in JSON_PARTS}
+    where, _, model = parts["model"][0]
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[key]:
+            raise UserError(f"{where}.{key}: {brief(model[key])} is not supported")
+    vocab, unk = model["vocab"], model["unk_token"]
+    check_vocabulary_ids(vocab, f"{where}.vocab")
+    if unk is not None and (not isinstance(unk, str) or unk not in vocab):
+        raise UserError(f"{where}.unk_token: {brief(unk)} is not in the vocabulary")
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair if isinstance(pair, list) else ())
+              for pair in model["merges"]]  # fmt: skip
+    if {*map(len, merges)} - {2} or {*map(type, chain.from_iterable(merges))} - {str}:
+        number = next(n for n, pair in enumerate(merges) if len(pair) != 2 or {*map(type, pair)} != {str})
+        raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
+    ranks = merge_ranks(merges, vocab, lambda number: f"{where}.merges[{number}]")
+    steps, byte_level = json_steps(parts["pre_tokenizer"])
+    decodes_bytes, lead = json_decoder(parts["decoder"], f"{path}: decoder")
+    if byte_level != decodes_bytes:
+        raise UserError(f"{path}: pre_tokenizer and decoder must both be ByteLevel or both not; one is, the other is not")
+    added = spec.get("added_tokens") or []
+    for n, token in enumerate(added):
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
+            raise UserError(f"{path}: added_tokens[{n}]: an object with content and id is wanted, found {brief(token)}")
+        if token.get("single_word"):
+            raise UserError(f"{path}: added_tokens[{n}]: single_word of {token['content']!r} is not supported")
+    engine = BPE(vocab, ranks, steps, [json_normalizer(*part) for part in parts["normalizer"]], byte_level,
+                 model["ignore_merges"], unk, model["fuse_unk"], model["byte_fallback"])  # fmt: skip
+    return engine, added, *json_around(parts["post_processor"]), lead
+
+
+# ---- The door ----
+
+
+def any_of(words):
+    """Words -> a pattern that matches the longest of them at a place, as quickly for a thousand as for two."""
+    prefix = os.path.commonprefix(words)
+    rests, branches = {word[len(prefix) :] for word in words}, {}
+    for rest in sorted(rests - {""}):
+        branches.setdefault(rest[0], []).append(rest)
+    tail = "|".join(map(any_of, branches.values()))
+    return re.escape(prefix) + (f"(?:{tail})" + "?" * ("" in rests) if tail else "")
+
+
+def clean_up(text):
+    """transformers' clean_up_tokenization_spaces: no space before punctuation and English contractions."""
+    for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(found, found.strip())
+    return text
+
+
+def token_text(token, folder):
+    """A token of a side file, text or {"content": text, ...} -> text; None for null."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(text, str):
+        raise UserError(f"{folder}: a token in {SIDE_FILES[0]} or {SIDE_FILES[1]} is text or has a content; found "
+                        f"{brief(token)}")
+    return text
 
 
 class StreamDecoder:
@@ -317,73 +1492,122 @@ class StreamDecoder:
 
     def __init__(self, tokenizer, skip_special_tokens=True):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("one_mark_per_byte")
-        self.at_start = True
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.engine.errors)
+        self.lead = tokenizer.lead  # spaces at the beginning that are still to be dropped
+        self.gap = None if skip_special_tokens else tokenizer.gap
+        self.stretch = ""  # with a gap: text since the last special token
+        self.after_special, self.is_first = False, True
+        self.unclean = ""
 
     def push(self, token_id):
         """id -> text that became complete with it, perhaps ''."""
-        if self.skip and token_id in self.tokenizer.special_ids:
+        tokenizer = self.tokenizer
+        is_special = token_id in tokenizer.special_ids
+        if self.skip and is_special:
             return ""
-        piece, at_start, self.at_start = self.tokenizer.piece_bytes(token_id), self.at_start, False
-        if token_id in self.tokenizer.byte_ids:
-            return self.utf8.decode(piece)
-        if at_start and self.tokenizer.add_prefix_space and token_id not in self.tokenizer.added_ids:
-            piece = piece.removeprefix(b" ")  # the space that encode() put before the text
-        return self.flush() + piece.decode("utf-8")
+        piece = tokenizer.piece_bytes(token_id)
+        if token_id in tokenizer.engine.byte_ids and token_id not in tokenizer.added_ids:
+            text, self.lead = self.utf8.decode(piece), 0
+        else:
+            text = piece.decode("utf-8")
+            if self.lead and text:
+                kept = text[min(self.lead, len(text) - len(text.lstrip(" "))) :]
+                text, self.lead = kept, 0 if kept else self.lead - len(text)
+            text = self._rest_of_bytes() + text
+        if self.gap:
+            text = self._between_special(text, is_special)
+        return self._cleaned(text) if tokenizer.cleans_up else text
 
     def flush(self):
-        """Whatever bytes are left, as replacement characters."""
+        """Whatever is left; incomplete bytes become replacement characters."""
+        text = self.stretch + self._rest_of_bytes()
+        self.stretch = ""
+        return self._cleaned(text, True) if self.tokenizer.cleans_up else text
+
+    def _rest_of_bytes(self):
         text = self.utf8.decode(b"", True)
         self.utf8.reset()
         return text
 
+    def _between_special(self, text, is_special):
+        """Holds the text of a stretch back until it is known whether a special token ends it: only then the space that
+        was put before the stretch is kept."""
+        if not is_special:
+            self.stretch += text
+            text = ""
+        else:
+            keeps_space = not self.after_special and (self.gap == "always" or not self.is_first)
+            text, self.stretch = " " * keeps_space + self.stretch + text, ""
+            self.lead = self.tokenizer.lead_within
+        self.after_special, self.is_first = is_special, False
+        return text
+
+    def _cleaned(self, text, is_last=False):
+        """Text that clean_up can no longer change: all replaced texts begin with a space, and what they have before
+        their last character ends in one of " 'nvr"."""
+        self.unclean += text
+        ready = self.unclean if is_last else self.unclean.rstrip(" 'nvr")
+        self.unclean = self.unclean[len(ready) :]
+        return clean_up(ready)
+
 
 class Tokenizer:
-    """A sentencepiece vocabulary with special tokens, as Hugging Face's LlamaTokenizer (slow, legacy=False) does it.
+    """What is around an engine: special tokens, bos and eos, decoding, chat templates.
 
-    Special tokens written in the text become their ids; the text between them is encoded without sentencepiece's own
-    leading space, except that one is put before the very beginning. bos is put in front unless tokenizer_config.json
-    says add_bos_token false, eos at the end only if it says add_eos_token true. Ids and decoded text equal those of
-    transformers 4.33 on ../shared/golden/tokenizers/{llama2,mistral_v1}; the one difference is a text that starts with
-    many spaces, where transformers prints '\u2581' and this prints the spaces."""
+    Special tokens written in a text become their ids, the text between them is the engine's. A folder is read as
+    transformers would (tokenizer.json first), and ids and text equal its own, or those of the family's own code:
+    tests/test_tokenizer.py. What differs: bytes that are no UTF-8 are one U+FFFD each wherever there is byte fallback, as
+    in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
+    sentencepiece models alone, as in transformers 5; Llama 3's own library cuts a text every 400,000 characters, and
+    runs of letters or blanks every 25,000, this does not."""
 
     def __init__(self, folder):
-        import sentencepiece
         self.folder = Path(folder)
-        self.model_file = next((self.folder / name for name in MODEL_FILES if (self.folder / name).is_file()), None)
         config = self._read_side_files()
-        try:
-            model = self.model_file.read_bytes()
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3): false}
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
-        except RuntimeError:
-            raise UserError(f"{self.model_file}: not a sentencepiece model (Llama 3's file of that name is tiktoken "
-                            "text, not supported here)") from None
-        own_prefix = processor.encode("a", out_type=str)[0].startswith(SPACE)
-        self.add_prefix_space = bool(config.get("add_prefix_space", own_prefix))
-        self._collect_special_tokens(config)
-        self.head = [self.bos_token_id] if config.get("add_bos_token", True) and self.bos_token_id is not None else []
-        self.tail = [self.eos_token_id] if config.get("add_eos_token", False) and self.eos_token_id is not None else []
-        size = self.sp.get_piece_size()
-        self.byte_ids = {i for i in range(size) if self.sp.is_byte(i)}
-        self._bytes = [b"" if self.sp.is_control(i) else self.sp.id_to_piece(i).replace(SPACE, " ").encode()
-                       for i in range(size)]
-        for i in self.byte_ids:  # written <0x0A>
-            self._bytes[i] = bytes([int(self.sp.id_to_piece(i)[3:5], 16)])
-        self.vocab_size = max(size, *(i + 1 for i in self.added.values())) if self.added else size
-        self._unk_length = len(self.sp.encode(self.unk_token))
+        self.kind, path, name = tokenizer_class(self.folder, config)
+        row = CLASSES.get(self.kind, {}).get(name, {})
+        settings = {**row, **config}
+        tokens, legacy = (), bool(settings.get("legacy"))
+        self._white_space = WHITE_SPACE if self.kind == "json" else None
+        self.lead, self.gap, self.bare = row.get("lead", 0), row.get("gap") if legacy else None, row.get("bare", False)
+        self.add_prefix_space = self.cleans_up = False
+        if self.kind in ("sentencepiece", "ice_text"):
+            for key in ("remove_space", "do_lower_case"):
+                if config.get(key):
+                    raise UserError(f"{self.folder / SIDE_FILES[0]}: {key}: true is not supported")
+            shift = config.get("num_image_tokens", 0) if self.kind == "ice_text" else 0
+            if type(shift) is not int or shift < 0:
+                raise UserError(f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is wanted, found {brief(shift)}")
+            self.engine = SentencePieces(path, legacy, row.get("blanks", False), shift)
+            if legacy:
+                self.lead_within = int(self.engine.own_prefix)
+                self.lead += self.lead_within
+            else:
+                self.add_prefix_space = bool(settings.get("add_prefix_space"))
+                self.lead = int(self.add_prefix_space)
+            self.cleans_up = bool(settings.get("clean_up_tokenization_spaces"))
+        elif self.kind == "merges":
+            unk = token_text(settings.get("unk_token"), self.folder)
+            self.engine = read_merges(path, row, settings.get("add_prefix_space"), unk)
+        elif self.kind == "tiktoken":
+            self.engine = read_tiktoken(path, row)
+        else:
+            self.engine, tokens, self.head, self.tail, self.lead = read_tokenizer_json(path)
+        self._collect_special_tokens(settings, row, tokens)
+        says_so = [settings.get(key) for key in ("add_bos_token", "add_eos_token")]
+        if self.kind != "json" or name in BOS_BY_CONFIG or says_so != [None, None]:
+            adds_bos, adds_eos = name in BOS_BY_CONFIG if says_so[0] is None else says_so[0], says_so[1]
+            self.head = self._ids_around(row.get("head", [self.bos_token] if adds_bos else []))
+            self.tail = self._ids_around(row.get("tail", [self.eos_token] if adds_eos else []))
+        self.special_ids |= {*self.head, *self.tail}
+        self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
         self._chat_template = None
-        if (self.folder / TEMPLATE_FILE).is_file():
-            self.chat_template = load_chat_template(self.folder / TEMPLATE_FILE)
+        self.chat_template = folder_template(self.folder)
 
     def _read_side_files(self):
-        """tokenizer_config.json over special_tokens_map.json; UserError when this is no sentencepiece tokenizer."""
+        """tokenizer_config.json over special_tokens_map.json, {} without them."""
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder; a folder with tokenizer.model is wanted")
-        if self.model_file is None:
-            raise UserError(f"{self.folder}: no tokenizer.model in it; supported are sentencepiece tokenizers (Llama, "
-                            f"Llama 2, Mistral, Yi, Baichuan, InternLM); found {names_in(self.folder)}")
+            raise UserError(f"{self.folder}: no such folder; a folder with a tokenizer's files is wanted")
         config = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (self.folder / name).is_file():
@@ -391,40 +1615,77 @@ class Tokenizer:
                 if not isinstance(content, dict):
                     raise UserError(f"{self.folder / name}: an object is wanted, found a {type(content).__name__}")
                 config |= content
-        if "ChatGLM" in str(config.get("tokenizer_class")):
-            raise UserError(f"{self.folder}: {config['tokenizer_class']} is not supported: it adds tokens of its own")
         return config
 
-    def _collect_special_tokens(self, config):
-        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad."""
+    def _side_tokens(self, settings):
+        """added_tokens_decoder {id: token} and added_tokens.json {text: id} -> [(text, id, flags)...]."""
+        path = self.folder / "added_tokens.json"
+        decoder, listed = settings.get("added_tokens_decoder") or {}, read_json(path) if path.is_file() else {}
+        for where, ids in ((f"{self.folder / SIDE_FILES[0]}: added_tokens_decoder", decoder), (path, listed)):
+            if not isinstance(ids, dict) or not all(str(i).isdecimal() for i in (ids if ids is decoder else ids.values())):
+                raise UserError(f"{where}: an object of tokens and their ids is wanted, found {brief(ids)}")
+        named = [(token_text(token, self.folder), int(i), token if isinstance(token, dict) else {})
+                 for i, token in decoder.items()]  # fmt: skip
+        return [*named, *((text, int(i), {}) for text, i in listed.items())]
+
+    def _collect_special_tokens(self, settings, row, tokens):
+        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two files
+        that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is right."""
         self.added, self.flags = {}, {}
-        if (self.folder / "added_tokens.json").is_file():
-            self.added |= {text: int(i) for text, i in read_json(self.folder / "added_tokens.json").items()}
-        for i, token in config.get("added_tokens_decoder", {}).items():
-            self.added[token["content"]], self.flags[token["content"]] = int(i), token
+        for text, i, flags in [*((token["content"], token["id"], token) for token in tokens), *self._side_tokens(settings)]:
+            self.added.setdefault(text, i)
+            self.flags.setdefault(text, flags)
         special = [text for text, flags in self.flags.items() if flags.get("special")]
-        own_ids = (self.sp.bos_id(), self.sp.eos_id(), self.sp.unk_id(), self.sp.pad_id())
-        for name, own in zip(SPECIAL_NAMES, own_ids):
-            token = config.get(name) or (self.sp.id_to_piece(own) if own >= 0 else None)
-            if isinstance(token, dict):
-                token, self.flags[token["content"]] = token["content"], token
-            setattr(self, name, token)
-            special += [token] if token else []
-        for token in config.get("additional_special_tokens") or []:
-            special.append(token if isinstance(token, str) else token["content"])
+        taken = set(self.added.values())
+        for i, text in enumerate(row.get("tokens", ()), self.engine.size):
+            special.append(text)
+            if text not in self.added and i not in taken:
+                self.added[text] = i
+        extra = settings.get("extra_special_tokens") or []  # transformers 5's name for the other list
+        extra = [*(extra.values() if isinstance(extra, dict) else extra), *(settings.get("additional_special_tokens") or [])]
+        named = [settings.get(name) or own for name, own in zip(SPECIAL_NAMES, self.engine.own_special_tokens())]
+        for name, token in [*zip(SPECIAL_NAMES, named), *((None, token) for token in extra)]:
+            text = token_text(token, self.folder)
+            if name:
+                setattr(self, name, text)
+            if text:
+                special.append(text)
+                self.flags.setdefault(text, token if isinstance(token, dict) else {})
         for token in special:  # with no id in any file: the vocabulary's, or else after it, as in transformers
             if token not in self.added:
-                known = self.sp.piece_to_id(token)
-                free = max([self.sp.get_piece_size() - 1, *self.added.values()]) + 1
-                self.added[token] = known if self.sp.id_to_piece(known) == token else free
+                free = max([self.engine.size - 1, *self.added.values()]) + 1
+                self.added[token] = free if self.engine.id_of(token) is None else self.engine.id_of(token)
         for name in SPECIAL_NAMES:
             setattr(self, f"{name}_id", self.added.get(getattr(self, name)))
         if self.pad_token_id is None:  # padding is never seen nor learnt, any id will do
-            self.pad_token_id = self.unk_token_id
+            self.pad_token_id = next((i for i in (self.unk_token_id, self.eos_token_id) if i is not None), 0)
         self.special, self.special_ids = set(special), {self.added[token] for token in special}
         self.added_ids = {i: text for text, i in self.added.items()}
-        # The longest token first, as an alternation takes the first that fits.
-        self._pattern = re.compile("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")")
+        if row.get("strips"):
+            self.flags = {text: {"lstrip": True, "rstrip": True} | self.flags.get(text, {}) for text in self.added}
+        self._prepare_split(row)
+
+    def _prepare_split(self, row):
+        """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalisation, after it)}."""
+        everything = [text for text in self.added if text]
+        sought = {None: row.get("parse", everything), True: row.get("roles", everything),
+                  False: [text for text in everything if text not in self.special]}  # fmt: skip
+        late = {text: self.normalize(text) for text in everything
+                if self.kind == "json" and self.engine.normalizers and self.flags.get(text, {}).get("normalized")}
+        self._token_ids = self.added | {found: self.added[text] for text, found in late.items()}
+        self.added_ids |= {self.added[text]: found.replace(SPACE, " ") for text, found in late.items()}
+        self.flags |= {found: self.flags[text] for text, found in late.items()}
+        self._patterns = {}
+        for mode, texts in sought.items():
+            both = [text for text in texts if text not in late], [late[text] for text in texts if text in late]
+            self._patterns[mode] = [re.compile(f"({any_of(words)})") if words else None for words in both]
+
+    def _ids_around(self, tokens):
+        ids = [self.token_id(token) for token in tokens if token is not None]
+        if None in ids:
+            raise UserError(f"{self.folder}: the vocabulary lacks {tokens[ids.index(None)]!r}, which stands around every "
+                            "text")
+        return ids
 
     @property
     def chat_template(self):
@@ -434,59 +1695,71 @@ class Tokenizer:
     def chat_template(self, template):
         """UserError when the vocabulary lacks a token of the template: its text would otherwise be cut into ordinary
         pieces, silently."""
-        for token in template.needs if template else ():
-            if not self.has_token(token):
-                raise UserError(f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
-                                f"{token!r}; give a tokenizer that has it or another chat_template")
+        if template is not None and (token := template.missing(self)):
+            raise UserError(f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
+                            f"{token!r}; give a tokenizer that has it or another chat_template")
         self._chat_template = template
 
+    def token_id(self, text):
+        """The id of a token by its text, special or of the vocabulary; None if there is none."""
+        return self.added.get(text, self.engine.id_of(text))
+
     def has_token(self, text):
-        """Whether `text` is one token however it is written: added, or user-defined in the sentencepiece model."""
-        ids = self.sp.encode(text)
-        return text in self.added or (len(ids) == 1 and self.sp.id_to_piece(ids[0]) == text)
+        """Whether `text` becomes one token however it is written: added, or user-defined in the sentencepiece model."""
+        return text in self.added or self.engine.encode(text, False) == [self.engine.id_of(text)]
 
     @property
     def stop_ids(self):
-        """Ids that end a reply: eos, and the token with which the chat template ends a turn."""
-        ids, end = [self.eos_token_id], self.chat_template.turn_end if self.chat_template else ""
-        if end and self.has_token(end):
-            ids.append(self.added.get(end, self.sp.piece_to_id(end)))
+        """Ids that end a reply: eos, and the tokens with which the chat template ends a turn."""
+        ends = self.chat_template.stops if self.chat_template else []
+        ids = [self.eos_token_id, *(self.token_id(end) for end in ends if self.has_token(end))]
         return [i for i in dict.fromkeys(ids) if i is not None]
 
-    def _split(self, text):
+    def normalize(self, text):
+        for normalizer in self.engine.normalizers:
+            text = normalizer(text)
+        return text
+
+    def _cut(self, text, pattern):
         """Text -> alternating [text, token, text, ..., text], after the tokens' own rules on neighbouring spaces."""
-        pieces = self._pattern.split(text)
+        pieces = pattern.split(text) if pattern else [text]
         for i in range(1, len(pieces), 2):
             flags = self.flags.get(pieces[i], {})
             if flags.get("rstrip"):
-                pieces[i + 1] = pieces[i + 1].lstrip()
+                pieces[i + 1] = pieces[i + 1].lstrip(self._white_space)
             if flags.get("lstrip"):
-                pieces[i - 1] = pieces[i - 1].rstrip()
+                pieces[i - 1] = pieces[i - 1].rstrip(self._white_space)
         return pieces
 
-    def _encode_plain(self, text):
-        """Text without special tokens -> ids. Behind unk, white space in front survives sentencepiece's clean-up."""
-        if text.startswith((SPACE, " ")):
-            return self.sp.encode(self.unk_token + text)[self._unk_length :]
-        return self.sp.encode(text)
+    def _split(self, text, special_in_text):
+        """The same of normalised text; tokens marked "normalized" are looked for in what the others leave."""
+        before, after = self._patterns[special_in_text]
+        pieces = self._cut(text, before)
+        if self.engine.normalizers:
+            pieces = [part for i, piece in enumerate(pieces)
+                      for part in ([piece] if i % 2 else self._cut(self.normalize(piece), after))]  # fmt: skip
+        return pieces
 
-    def encode(self, text, add_special_tokens=True):
-        """str -> list of ids."""
+    def encode(self, text, add_special_tokens=True, special_in_text=None):
+        """str -> list of ids. special_in_text: True takes special tokens that are written in the text as such, False as
+        ordinary text, None as the family does. A prompt and its reply as one sequence are encode(prompt) +
+        encode(reply, False) + [eos], for ChatGLM-6B's pair form too."""
         ids = []
         if text:
-            pieces = self._split((SPACE if self.add_prefix_space else "") + text.replace(SPACE, " "))
-            if len(pieces) > 1 and pieces[0] == SPACE and pieces[1] in self.special:
+            prefix = self.add_prefix_space
+            pieces = self._split(SPACE + text.replace(SPACE, " ") if prefix else text, special_in_text)
+            if prefix and len(pieces) > 1 and pieces[0] == SPACE and pieces[1] in self.special:
                 pieces[0] = ""  # a text that begins with a special token gets no space before it
             for i, piece in enumerate(pieces):
                 if piece:
-                    ids += [self.added[piece]] if i % 2 else self._encode_plain(piece)
+                    ids += [self._token_ids[piece]] if i % 2 else self.engine.encode(piece, i == 0)
         return self.head + ids + self.tail if add_special_tokens else ids
 
     def piece_bytes(self, token_id):
         """id -> its UTF-8 bytes, one for a byte-fallback token, none beyond the vocabulary (models pad theirs)."""
-        if token_id in self.added_ids:
+        if token_id in self.added_ids and not self.bare:
             return self.added_ids[token_id].encode()
-        return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
+        return self.engine.piece_bytes(token_id)
 
     def stream_decoder(self, skip_special_tokens=True):
         return StreamDecoder(self, skip_special_tokens)
@@ -504,9 +1777,9 @@ class Tokenizer:
     def encode_chat(self, rounds, context=None, is_training=False):
         """[(user, bot)...] -> system ids, [(user ids, bot ids)...]. The last bot may be None: still to be generated.
 
-        Every part is encoded by itself, in training and in generation alike, so a prompt is the same ids in both.
-        Without a template: each user turn with special tokens, each bot turn followed by eos, and a context's system
-        text on a line of its own before the first user turn."""
+        A prompt is the same ids in training and in generation, whatever reply follows it. Without a template: each user
+        turn with special tokens, each bot turn followed by eos, and a context's system text on a line of its own before
+        the first user turn."""
         context, template = context or {}, self.chat_template
         if template is None:
             system = f"{context['system']}\n" if context.get("system") else ""
@@ -514,18 +1787,10 @@ class Tokenizer:
             users = [self.encode((system if i == 0 else "") + user) for i, (user, _) in enumerate(rounds)]
             bots = [None if bot is None else self.encode(bot, False) + eos for _, bot in rounds]
             return [], list(zip(users, bots))
-        variables = {**context, "length": len(rounds), "is_training": is_training}
-        variables |= {name: token for name in ("bos_token", "eos_token") if (token := getattr(self, name)) is not None}
-        system_ids, encoded = self.encode(template.render("system", variables), False), []
-        for index, (user, bot) in enumerate(rounds):
-            turn = variables | {"index": index, "is_first": index == 0, "is_last": index == len(rounds) - 1}
-            turn |= {"user": user, "query": user}
-            if bot is None:
-                encoded.append((self.encode(template.render("query", turn), False), None))
-            else:
-                turn["bot"] = bot
-                encoded.append(tuple(self.encode(template.render(part, turn), False) for part in ("user", "bot")))
-        return system_ids, encoded
+        pieces = template.pieces(rounds, context, self, is_training)
+        system_ids, *turns = encode_pieces(self, pieces, 1 + 2 * len(rounds))
+        bots = [None if bot is None else ids for (_, bot), ids in zip(rounds, turns[1::2])]
+        return system_ids, list(zip(turns[::2], bots))
 
     def apply_chat(self, messages, add_generation_prompt=True):
         """[{"role": "system" | "user" | "assistant", "content": str}...] -> ids by the chat template (plain text
@@ -533,33 +1798,27 @@ class Tokenizer:
 
         UserError unless the roles are: system at most once and first, then user and assistant in turn, a user last if a
         reply is to follow."""
-        roles = [message.get("role") for message in messages]
-        system = messages[0]["content"] if roles[:1] == ["system"] else None
-        turns = messages[1:] if system is not None else messages
-        if not turns or any(turn["role"] != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
-            raise UserError(f"messages: the roles must be [system,] user, assistant, user, ...; found {roles}")
-        if add_generation_prompt != bool(len(turns) % 2):
-            raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's")
-        texts = [turn["content"] for turn in turns] + [None] * (len(turns) % 2)
-        context = {} if system is None else {"system": system}
-        system_ids, rounds = self.encode_chat(list(zip(texts[::2], texts[1::2])), context)
-        return system_ids + [i for user, bot in rounds for i in user + (bot or [])]
+        context, rounds = check_messages(messages, add_generation_prompt)
+        if self.chat_template is None:
+            _, encoded = self.encode_chat(rounds, context)
+            return [i for user, bot in encoded for i in user + (bot or [])]
+        pieces = self.chat_template.pieces(rounds, context, self, split=False)
+        last = 2 * len(rounds)  # only the last reply is cut off: earlier ones are read in one with what is around them
+        pieces = [piece._replace(part=2 if piece.part == last else 1) for piece in pieces]
+        return sum(encode_pieces(self, pieces, 3), [])
 
     def save(self, path):
         """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it learnt."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        for source in [self.model_file, *(self.folder / name for name in SIDE_FILES if name != TEMPLATE_FILE)]:
+        for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
             if source.is_file() and source.resolve() != (path / source.name).resolve():
                 shutil.copyfile(source, path / source.name)
-        (path / TEMPLATE_FILE).unlink(missing_ok=True)
-        if self.chat_template is not None:
-            text = json.dumps(self.chat_template.config, ensure_ascii=False, indent=2) + "\n"
-            (path / TEMPLATE_FILE).write_text(text, encoding="utf-8")
+        save_chat_template(self.chat_template, path)
 
 
 def load_tokenizer(path):
-    """Folder with tokenizer.model (sentencepiece) and perhaps SIDE_FILES -> Tokenizer. UserError: anything else."""
+    """Folder with MODEL_FILES and perhaps SIDE_FILES -> Tokenizer. UserError for what CLASSES and JSON_PARTS lack."""
     return Tokenizer(path)
 
 
@@ -1430,7 +2689,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("corpus", help="text -> PREFIX.bin and PREFIX.idx")
     command.add_argument("corpus", help=".jsonl (a JSON object a line) or .txt (a document per paragraph)")
-    command.add_argument("--tokenizer", required=True, help="folder with tokenizer.model")
+    command.add_argument("--tokenizer", required=True, help="folder with a tokenizer's files")
     command.add_argument("--output", required=True, help="prefix of the files to write")
     command.add_argument("--workers", type=int, default=1, help="processes that tokenise")
     command.add_argument("--json_key", default="text", help="key of the text in each JSON object")

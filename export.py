@@ -63,8 +63,6 @@ from model import (
 
 DTYPES = ("float32", "bfloat16", "float16")
 STATIC_FORMAT = 1  # of static_config.json; serve.py reads this one
-BPE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-             "merges.txt", "chat_template.json", "chat_template.jinja")  # fmt: skip
 NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden
 
 
@@ -139,17 +137,13 @@ def load_model(args, tokenizer):
             )
     if args.format == "hf" and model.prefix is not None:
         raise UserError(f"{args.model_name_or_path}: a Hugging Face folder cannot hold its prefix; use format: static")
-    if tokenizer is not None:
-        trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     model.eval()
     return model
 
 
 def open_tokenizer(args):
-    """(Tokenizer, its folder): the one given, else the adapter's, the model's, or that of the model under the adapter.
-
-    Format hf copies files that data.py cannot read (BPE) as they are: then it is (None, folder).
-    """
+    """The Tokenizer given, else the adapter's, the model's, or that of the model under the adapter."""
     given = [args.tokenizer_name_or_path] if args.tokenizer_name_or_path else []
     folders = given or [*filter(None, [args.lora_path, args.prefix_path]), *base_folders(args.model_name_or_path)]
     for folder in map(Path, folders):
@@ -157,19 +151,9 @@ def open_tokenizer(args):
             tokenizer = load_tokenizer(folder)
             if args.chat_template is not None:
                 tokenizer.chat_template = load_chat_template(args.chat_template)
-            return tokenizer, folder
-        if args.format == "hf" and (folder / "tokenizer.json").is_file():
-            return None, folder
-    raise UserError(f"no tokenizer.model in {', '.join(map(str, folders))}; give tokenizer_name_or_path")
-
-
-def write_tokenizer(tokenizer, source, folder):
-    if tokenizer is not None:
-        tokenizer.save(folder)
-        return
-    for name in BPE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            return tokenizer
+    where = ", ".join(map(str, folders))
+    raise UserError(f"no tokenizer.model, tokenizer.json or other vocabulary in {where}; give tokenizer_name_or_path")
 
 
 def dequantize(model, path):
@@ -252,7 +236,7 @@ def difference(found, expected, tolerance, what):
 
 def export_hf(tokenizer, folder, args):
     """Writes a Hugging Face folder and opens it again; returns what to print of the differences."""
-    model = load_model(args, tokenizer[0])
+    model = load_model(args, tokenizer)
     ids, mask = probe(model)
     dtype, exact = saved_dtype(args, model.config), dynamic_logits(model, ids, mask)
     if dtype != "float32":
@@ -260,7 +244,7 @@ def export_hf(tokenizer, folder, args):
     rounded = dynamic_logits(model, ids, mask)
     rounding = difference(rounded, exact, 0.1, f"save_dtype {dtype} is too coarse for these weights")
     save_pretrained(model, folder, dtype, parse_size(args.max_shard_size))
-    write_tokenizer(*tokenizer, folder)
+    tokenizer.save(folder)
     for source in reversed(base_folders(args.model_name_or_path)):
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
@@ -324,14 +308,14 @@ def last_logits(model, input_ids, position_ids, rows, cache):
 
 def export_static(tokenizer, folder, args):
     """Writes both programs, one file of weights and static_config.json, runs them; returns what to print."""
-    model = load_model(args, tokenizer[0])
+    model = load_model(args, tokenizer)
     ids, mask = probe(model)
     expected, room, prefix_tokens = dynamic_logits(model, ids, mask), max_model_len(model), 0
     if model.prefix is not None:
         prefix_tokens = write_prefix(model, folder / "prefix.safetensors")
         model.prefix = None  # its keys and values are an input
     trace(model, folder)
-    write_tokenizer(*tokenizer, folder)
+    tokenizer.save(folder)
     config = model.config
     description = {
         "format_version": STATIC_FORMAT,
@@ -348,8 +332,8 @@ def export_static(tokenizer, folder, args):
         "max_position_embeddings": config.max_position_embeddings,
         "max_model_len": room,
         "prefix_tokens": prefix_tokens,
-        "eos_token_id": tokenizer[0].eos_token_id,
-        "stop_ids": tokenizer[0].stop_ids,
+        "eos_token_id": tokenizer.eos_token_id,
+        "stop_ids": tokenizer.stop_ids,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
     with atomic_file(folder / "static_config.json") as file:

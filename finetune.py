@@ -46,7 +46,7 @@ class Args(trainer.TrainingArgs):
     src_length: int = 1024  # most tokens of a prompt
     max_length: int = 2048  # most tokens of prompt and reply; of a packed row with zero_padding
     chat_template: str | None = (
-        None  # llama2, llama3, chatml, plain, none or a chat_template.json; None: the tokenizer's own
+        None  # a name of data.FORMATS, plain, none, a chat_template.json or .jinja; None: the tokenizer's own
     )
     zero_padding: bool = False  # several samples a row, kept apart by FlashMask rows, instead of padding
     greedy_zero_padding: bool = False  # best fit over the whole data instead of in order

@@ -1227,7 +1227,7 @@ def _padded(x, width):
 def _activate(x, kind):
     if kind == "relu":
         return F.relu(x)
-    return F.silu(x) if kind == "silu" else F.gelu(x, approximate=kind == "gelu_tanh")
+    return F.silu(x) if kind == "silu" else kernels.gelu(x, kind == "gelu_tanh")
 
 
 class MLP(nn.Layer):
@@ -2482,6 +2482,19 @@ def lora_layers(model):
     return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
+def lora_paths(model, targets=None):
+    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
+    found = linears(model)
+    if targets in (None, "all-linear", []):
+        return list(found)
+    patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
+    for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
+        if not any(re.fullmatch(pattern, path) for path in found):
+            names = sorted({path.rpartition(".")[2] for path in found})
+            raise UserError(f"lora_target_modules: {target!r} matches no linear layer; there are {', '.join(names)}")
+    return [path for path in found if any(re.fullmatch(p, path) for p in patterns)]
+
+
 def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False, pissa=False, targets=None, seed=0):
     """Freeze the model and put a LoRALinear around every linear named in `targets` (default: all of the blocks).
 
@@ -2495,15 +2508,9 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("pissa and dora exclude each other: both redefine what the base weight is")
     if pissa and model.config.quantization is not None:
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
-    found = linears(model)
+    found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
         targets = sorted({path.rpartition(".")[2] for path in found})
-    patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
-    chosen = [path for path in found if any(re.fullmatch(p, path) for p in patterns)]
-    for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
-        if not any(re.fullmatch(pattern, path) for path in found):
-            names = sorted({path.rpartition(".")[2] for path in found})
-            raise UserError(f"lora_target_modules: {target!r} matches no linear layer; there are {', '.join(names)}")
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:

@@ -4,7 +4,8 @@
     python pretrain.py configs/llama_pretrain.json                                      # any key again as --key value
 
 Reads Megatron/PaddleNLP token files by memory map. From scratch, `model_name_or_path` is a folder with config.json and the
-tokenizer; with `continue_training` its weights too. Ends with held-out perplexity and writes a Hugging Face folder.
+tokenizer, or a name of configs/catalogue.json; with `continue_training` its weights too. `--dry_run true` counts alone:
+shapes, parameters, FLOPs, memory a rank; neither data nor weights are needed. Ends with held-out perplexity and writes a Hugging Face folder.
 Not here: more than one process.
 """
 
@@ -14,12 +15,12 @@ import time
 
 import trainer
 from data import CorpusLoader, UserError, load_tokenizer
-from model import ModelConfig, build, from_pretrained, init_weights, load_weights, save_pretrained, trainable_weights
+from model import build, from_pretrained, init_weights, load_weights, save_pretrained, trainable_weights
 
 
 @dataclasses.dataclass
 class Args(trainer.TrainingArgs):
-    model_name_or_path: str = ""  # folder with config.json (and weights, to continue training)
+    model_name_or_path: str = ""  # folder with config.json (and weights, to continue training); from scratch, a preset too
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
     continue_training: bool = False  # start from the weights in model_name_or_path
     num_hidden_layers: int | None = None  # another depth than config.json says, from scratch only
@@ -44,6 +45,13 @@ class Args(trainer.TrainingArgs):
             raise UserError(f"save_dtype: {self.save_dtype!r}; possible are float32, bfloat16, float16")
         return super().check()
 
+    def check_model(self):
+        """A preset gives the configuration of a run from scratch, if the tokenizer is elsewhere."""
+        scratch = self.do_train and not self.continue_training
+        if scratch and self.tokenizer_name_or_path and trainer.find_preset(self.model_name_or_path):
+            return dataclasses.replace(self, model_name_or_path=self.tokenizer_name_or_path).check_model()
+        return super().check_model()
+
 
 def main(args):
     # ====================================================================== 1. tokenizer, data
@@ -62,7 +70,7 @@ def main(args):
     if args.continue_training or not args.do_train:
         model = from_pretrained(args.model_name_or_path)
     else:
-        config = ModelConfig.from_json(args.model_name_or_path)
+        config = trainer.model_config(args.model_name_or_path)
         config = dataclasses.replace(
             config,
             num_hidden_layers=args.num_hidden_layers or config.num_hidden_layers,

@@ -78,7 +78,7 @@ class Args(trainer.ScriptArgs):
     prefix_path: str | None = None  # folder of a trained prefix
     mode: str = "dynamic"  # dynamic: model.py and a pool of blocks; static: the graph that export.py wrote
     chat_template: str | None = (
-        None  # llama2, llama3, chatml, plain, none or a chat_template.json; None: the model's own
+        None  # a name of data.FORMATS, plain, none, a chat_template.json or .jinja; None: the model's own
     )
     src_length: int | None = None  # most tokens of a prompt; None: total_max_length - max_length
     max_length: int = 1024  # most new tokens of a reply

@@ -1,4 +1,4 @@
-"""What training scripts share besides model, data, kernels: arguments, schedule, optimizer, checkpoints, log, metrics.
+"""What scripts share besides model, data, kernels: arguments, presets, schedule, optimizer, checkpoints, log, metrics.
 
     args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # JSON files, then --key value
     while state.step < total:                                   # the loop itself is written out in each script
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
-from model import atomic_file, read_safetensors, write_safetensors
+from model import ModelConfig, atomic_file, base_weights, build, linears, lora_paths, read_safetensors, write_safetensors
 
 # ================================================================================================ arguments
 
@@ -74,6 +74,13 @@ class ScriptArgs:
         if self.seed < 0:
             raise UserError(f"seed: {self.seed}; it must not be negative")
         return _check_hardware(self)
+
+    def check_model(self):
+        """UserError, before a run begins, for a model or tokenizer that is not here: what to download, and to where."""
+        for key in ("model_name_or_path", "tokenizer_name_or_path"):
+            path = getattr(self, key, None)
+            if path and not Path(path).exists():
+                raise UserError(not_here(key, path))
 
 
 @dataclasses.dataclass
@@ -125,6 +132,9 @@ class TrainingArgs(ScriptArgs):
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
     recompute: bool = False  # recompute each block's activations in backward instead of keeping them
     recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
+    sharding: str | None = None  # stage1, stage2 or stage3, and offload: so far for dry_run alone
+    sequence_parallel: bool = False  # likewise
+    dry_run: bool = False  # print shapes, parameters, FLOPs and memory a rank of the model, and end: no data is needed
 
     def check(self):
         _check_numbers(self)
@@ -145,6 +155,15 @@ class TrainingArgs(ScriptArgs):
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
         return notes + _check_strategies(self)
+
+    def check_dry_run(self):
+        """check() of a run that only counts: what names data, output or steps may be missing, and processes too."""
+        _check_numbers(self)
+        if not self.model_name_or_path:
+            raise UserError("model_name_or_path: missing")
+        if getattr(self, "lora", False) and getattr(self, "prefix_tuning", False):
+            raise UserError("lora and prefix_tuning are both true; choose one")
+        return []
 
 
 def _check_numbers(args):
@@ -199,6 +218,9 @@ def _check_hardware(args):
         notes.append("fp16: float16 is not here, so float32 is used")
     if args.bf16 and not isinstance(args, TrainingArgs):
         notes.append("bf16: only training computes in bfloat16, so float32 is used")
+    for key in ("sharding", "sequence_parallel"):
+        if getattr(args, key, None):
+            notes.append(f"ignored: {key}: one process, nothing is spread over several")
     if getattr(args, "recompute", False) and args.recompute_granularity != "full":
         notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
@@ -239,9 +261,9 @@ IGNORED = _table([
         use_fused_linear_cross_entropy use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn fused_linear
         use_fused_head_and_loss_fn use_quick_lora enable_linear_fused_grad_add use_fusemt use_intermediate_api"""),
     ("one process, nothing is spread over several", """
-        sharding sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
+        sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
         data_parallel_config tensor_parallel_config pipeline_parallel_config sequence_parallel_config
-        hybrid_parallel_topo_order split_inputs_sequence_dim sequence_parallel fuse_sequence_parallel_allreduce
+        hybrid_parallel_topo_order split_inputs_sequence_dim fuse_sequence_parallel_allreduce
         tensor_parallel_output tensor_parallel_rank virtual_pp_degree pp_recompute_interval save_sharded_model
         load_sharded_model distributed_dataloader share_folder local_rank log_on_each_node save_on_each_node
         ddp_find_unused_parameters expert_tensor_parallel_degree use_expert_parallel split_norm_comm force_reshard_pp
@@ -392,6 +414,8 @@ def parse_args(Args, argv=None):
     for key, (value, where, text) in given.items():
         if key in kinds:
             fields[key] = _convert(value, kinds[key], f"{where}: {key}", text)
+        elif key == "dry_run" and not _harmless(key, value):
+            raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py count alone; this script does not train")
         elif key in of_training:
             lines.append(f"ignored: {key}: nothing is trained here")
         elif key in REFUSED and not _harmless(key, value):
@@ -402,7 +426,7 @@ def parse_args(Args, argv=None):
             near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *of_training], 1)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     args = Args(**fields)
-    lines += args.check()
+    lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
     if lines:
         print("\n".join(lines), flush=True)
     return args
@@ -498,6 +522,10 @@ def run_script(main, Args, argv=None):
         return
     try:
         args = parse_args(Args, tokens)
+        if getattr(args, "dry_run", False):
+            print(dry_run(args), flush=True)
+            return
+        args.check_model()
         _choose_device(args)
         main(args)
     except UserError as error:
@@ -527,6 +555,327 @@ def _disk_full(error):
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+# ================================================================================ presets, and runs that only count
+
+CATALOGUE = Path(__file__).resolve().parent / "configs" / "catalogue.json"
+
+
+@functools.cache
+def presets():
+    """{name: {"repo", "licence", "parameters", "config"}} of configs/catalogue.json.
+
+    A preset with "like" is another checkpoint of that one's shape: what it does not say itself is the other's.
+    """
+    found = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+    for name, preset in found.items():
+        base = found.get(preset.get("like"), {})
+        found[name] = {**base, **preset, "config": {**base.get("config", {}), **preset.get("config", {})}}
+    return found
+
+
+def find_preset(name):
+    """(name, preset) by the preset's name or its repository on Hugging Face, in any case; None if there is none."""
+    wanted = str(name).lower().rstrip("/")
+    return next((item for item in presets().items() if wanted in (item[0], (item[1]["repo"] or "").lower())), None)
+
+
+def not_here(key, path):
+    """The line that says what to download, and to where, for a model's name that is no folder; or the nearest names."""
+    if (found := find_preset(path)) is None:
+        names = {name.lower(): name for name in [*presets(), *(p["repo"] for p in presets().values() if p["repo"])]}
+        near = [names[name] for name in difflib.get_close_matches(str(path).lower(), names, 3)]
+        line = f"{key}: {path}: no such folder, and no preset of configs/{CATALOGUE.name}"
+        return line + (f"; nearest: {', '.join(near)}" if near else "")
+    name, preset = found
+    if preset["repo"] is None:
+        return f"{key}: {name} has no published weights: pretrain.py makes them, with a tokenizer's folder as tokenizer_name_or_path"
+    files = "config.json, *.safetensors and the tokenizer's files"
+    if key.startswith("tokenizer"):
+        files = "the tokenizer's files"
+    else:
+        files += f", {2 * preset['parameters'] / 1e9:,.1f} GB with 16 bits a weight"
+    return f"{key}: {path} is not here: download {preset['repo']} from Hugging Face ({files}) into the folder {path}, or give the folder that holds it"
+
+
+def model_config(path):
+    """ModelConfig of a folder, or of a preset of the catalogue."""
+    if Path(path).exists() or (found := find_preset(path)) is None:
+        return ModelConfig.from_json(path)
+    return ModelConfig.from_dict(dict(found[1]["config"]), f"{CATALOGUE.name}: {found[0]}")
+
+
+def dry_run(args):
+    """The text of a run that only counts: shapes, parameters, FLOPs a token, memory a rank. No weight takes memory."""
+    name, found = args.model_name_or_path, find_preset(args.model_name_or_path)
+    if not Path(name).exists():
+        if found is None:
+            raise UserError(not_here("model_name_or_path", name))
+        name = found[0] + (f" ({found[1]['repo']})" if found[1]["repo"] else "")
+    config = model_config(args.model_name_or_path)
+    if config.quantization is not None:
+        raise UserError(f"{args.model_name_or_path}: is quantized; a dry run counts models of floats")
+    if layers := getattr(args, "num_hidden_layers", None):
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+    T = next(getattr(args, key) for key in ("max_seq_length", "max_length", "max_seq_len") if hasattr(args, key))
+    model = build(config)
+    table, total, active, experts = _shapes(model)
+    degrees = Degrees.of(args, config, experts, T)
+    flops = model.flops_per_token(T)
+    lines = [f"{name}: {config.family}, {config.num_hidden_layers} layers", *table, ""]
+    lines.append(f"parameters: {total:,}" + (f", {active:,} of them at work on a token" if experts else ""))
+    if (adapter := _adapter_sizes(args, model, degrees)) is not None:
+        trained = sum(size[1] for size in adapter)
+        lines.append(f"trained: {trained:,} ({100 * trained / total:.4f} % of the parameters)")
+    lines.append(f"FLOPs a token, forward and backward, in sequences of {T:,}: {flops:.4g}")
+    return "\n".join([*lines, "", *_memory(args, model, adapter, degrees, T)])
+
+
+def _shapes(model):
+    """(lines of a table of weights, layers and experts folded; parameters; those at work on a token; experts of a layer)."""
+    folded, total, experts = {}, 0, 0
+    for weight in base_weights(model):
+        parts = re.split(r"\.(\d+)\.", weight.name)  # name, layer, name, and with experts: expert, name
+        expert = parts[3] if len(parts) > 3 else None
+        pattern = ".{e}.".join([".{i}.".join(parts[0:3:2]), *parts[4:]])
+        row = folded.setdefault((pattern, tuple(weight.shape)), [set(), 0])
+        row[0].update(map(int, parts[1:2]))
+        row[1] += 1
+        experts = max(experts, int(expert or -1) + 1)
+        total += math.prod(weight.shape)
+    routed = sum(count * math.prod(shape) for (name, shape), (_, count) in folded.items() if "{e}" in name)
+    width = max(len(name) for name, _ in folded)
+    lines = [f"{'weight':{width}}  {'shape':>16}  {'layers':>7}  {'experts':>7}  {'parameters':>17}"]
+    for (name, shape), (layers, count) in folded.items():
+        size, where = " x ".join(map(str, shape)), f"{min(layers)}-{max(layers)}" if layers else ""
+        each = f"{count // len(layers)}" if "{e}" in name else ""
+        lines.append(f"{name:{width}}  {size:>16}  {where:>7}  {each:>7}  {count * math.prod(shape):>17,}")
+    chosen = model.config.experts.top_k if experts else 0
+    return lines, total, total - routed + (routed * chosen // experts if experts else 0), experts
+
+
+# How tensor parallelism cuts a linear, by the last part of our names: its outputs, its inputs, or the vocabulary.
+BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj")
+BY_INPUTS = ("o_proj", "down_proj")
+BY_VOCABULARY = ("embed_tokens", "lm_head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Degrees:
+    """How many ways a run is cut, and along what."""
+
+    tensor: int
+    pipeline: int
+    sharding: int
+    sep: int
+    context: int
+    expert: int
+    stage: int  # of sharding; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
+    offload: bool  # moments and master weights lie in the host's memory
+    sequence_parallel: bool
+
+    @staticmethod
+    def of(args, config, experts, T):
+        """From the arguments; UserError with all that does not divide in one line."""
+        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
+        ways = {name: max(1, getattr(args, f"{name}_parallel_degree")) for name in names}
+        words = re.findall(r"[^\s,]+", args.sharding or "")
+        for word in words:
+            if word not in ("stage1", "stage2", "stage3", "offload"):
+                raise UserError(f"sharding: {word!r}; possible are stage1, stage2, stage3, and offload beside one of them")
+        stage = max([int(word[-1]) for word in words if word != "offload"], default=0)
+        stage = stage or int(ways["sharding"] > 1)
+        wrong = []
+        inner = config.experts.width if experts and ways["expert"] == 1 else config.intermediate_size
+        for name, what, size in (
+            ("tensor", "attention heads", config.num_attention_heads),
+            ("tensor", "the MLP's width", inner),
+            ("sep", "attention heads", config.num_attention_heads),
+            ("sep", "the sequence", T),
+            ("context", "the sequence", T),
+            *([("expert", "experts", experts)] if experts else []),
+        ):
+            if size % ways[name]:
+                wrong.append(f"{name}_parallel_degree {ways[name]} does not divide {what} ({size:,})")
+        heads, tensor = config.num_key_value_heads, ways["tensor"]
+        if heads % tensor and tensor % heads:
+            wrong.append(f"tensor_parallel_degree {tensor} neither divides the key/value heads ({heads}) nor is a multiple")
+        if ways["pipeline"] > config.num_hidden_layers:
+            wrong.append(f"pipeline_parallel_degree {ways['pipeline']} is more than layers ({config.num_hidden_layers})")
+        if ways["sep"] > 1 and ways["context"] > 1:
+            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
+        if stage > 1 and ways["pipeline"] > 1:
+            wrong.append(f"sharding stage{stage} and pipeline_parallel_degree exclude each other: use stage1")
+        ranks = math.prod(ways.values()) // ways["expert"] // ways["pipeline"]
+        if ways["expert"] > 1 and not experts or ranks % ways["expert"]:
+            wrong.append(f"expert_parallel_degree {ways['expert']} is for {experts} experts on {ranks} ranks of a stage")
+        if wrong:
+            raise UserError("; ".join(wrong))
+        return Degrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=args.sequence_parallel)
+
+    def __str__(self):
+        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
+        ways = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
+        if self.sharding > 1:
+            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
+        return ", ".join(ways) or "one process"
+
+    @property
+    def ranks(self):
+        """Of one stage of the pipeline."""
+        return self.tensor * self.sharding * self.sep * self.context
+
+    def cut(self, name, config):
+        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours)."""
+        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
+            return min(self.tensor, K)
+        if layer == "qkv_proj":
+            return (H + 2 * K) / (H / self.tensor + 2 * K / min(self.tensor, K))
+        if layer in BY_VOCABULARY:
+            return self.tensor if config.vocab_size % self.tensor == 0 else 1
+        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
+        ways = self.tensor if cut else 1
+        return min(ways * self.expert, self.ranks) if ".experts." in name else ways
+
+    def shared(self, name, config):
+        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
+        return min(self.sharding, self.ranks // self.cut(name, config)) if ".experts." in name else self.sharding
+
+
+def _adapter_sizes(args, model, degrees):
+    """[(layer or None, numbers in all, on a rank, there when sharded)] of what an adapter trains; None for all weights."""
+    config, sizes = model.config, []
+    if getattr(args, "lora", False):
+        found = linears(model)
+        for path in lora_paths(model, args.lora_target_modules):
+            _, name, layer = found[path]
+            name = (".experts." if ".experts." in path else ".") + name
+            a, b = args.lora_rank * layer.n_in, (args.lora_rank + int(args.dora)) * layer.n_out
+            ways = degrees.cut(name, config)  # of the base: its cut side's matrix is cut with it, the other is whole
+            mine = a / ways + b if name.rpartition(".")[2] in BY_INPUTS else a + b / ways
+            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.shared(name, config)))
+        return sizes
+    if not getattr(args, "prefix_tuning", False):
+        return None
+    width, layers = config.num_key_value_heads * config.head_dim, config.num_hidden_layers
+    if args.prefix_projection:
+        inner = args.prefix_projection_hidden_size or config.hidden_size
+        whole = args.num_prefix_tokens * width + (width + 1) * inner + (inner + 1) * layers * 2 * width
+        return [(None, whole, whole, whole / degrees.sharding)]
+    whole = args.num_prefix_tokens * 2 * width
+    mine = whole / min(degrees.tensor, config.num_key_value_heads)
+    return [(layer, whole, mine, mine / degrees.sharding) for layer in range(layers)]
+
+
+# Bytes a number. In bf16 as accelerators keep it: weights and activations in bfloat16 beside float32 masters.
+FLOAT32 = {"weights": 4, "gradients": 4, "moments": 8, "master weights": 0, "activations": 4}
+BFLOAT16 = {"weights": 2, "gradients": 4, "moments": 8, "master weights": 4, "activations": 2}
+SHARDED_FROM = {"weights": 3, "gradients": 2, "moments": 1, "master weights": 1}  # the stage of sharding
+
+
+def _memory(args, model, adapter, degrees, T):
+    """Lines: the bytes that the fullest rank keeps, by what they are for."""
+    bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pipeline
+    layers, first, last = _numbers(model, degrees)
+    kept = [_activations(block, model.config, degrees) for block in model.layers]
+    stages, start = [], 0
+    for stage in range(pipeline):
+        end = start + L // pipeline + (stage < L % pipeline)
+        held = layers[start:end].sum(0) + (first if stage == 0 else 0) + (last if end == L else 0)
+        mine = None
+        if adapter is not None:
+            sizes = (np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
+            mine = sum(sizes, np.zeros(2))
+        rows = _bytes(bytes_of, degrees, held, mine)
+        whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], stage, end == L)
+        tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
+        head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
+        head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
+        for way, numbers in (("without recompute", whole), ("with recompute", again)):
+            rows[f"activations {way}"] = (numbers * tokens + head) * bytes_of["activations"]
+        for way in ("without recompute", "with recompute"):
+            rows[f"in all {way}"] = sum(rows[part] for part in (*SHARDED_FROM, f"activations {way}"))
+        stages.append(rows)
+        start = end
+    rows = max(stages, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
+    unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
+    kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
+    lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes): {degrees}; {kind}; "
+             f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch"]  # fmt: skip
+    return lines + [f"  {name:<30}{value / size:>14,.3f}" for name, value in rows.items()]
+
+
+def _numbers(model, degrees):
+    """How many numbers a rank holds of the weights, [whole, when sharded]: of each layer (L, 2), before, after them."""
+    layers, first, last = np.zeros([model.config.num_hidden_layers, 2]), np.zeros(2), np.zeros(2)
+    for name, parameter in model.named_parameters():
+        mine = math.prod(parameter.shape) / degrees.cut(name, model.config)
+        mine = np.array([mine, mine / degrees.shared(name, model.config)])
+        if name.startswith("layers."):
+            layers[int(name.split(".")[1])] += mine
+        elif name.startswith(("embed", "project_in")):
+            first += mine
+        else:
+            last += mine
+        if name == "embed_tokens.weight" and model.lm_head is None and degrees.pipeline > 1:
+            last += mine  # a tied head is the embedding once more
+    return layers, first, last
+
+
+def _bytes(bytes_of, degrees, held, adapter):
+    """{part: bytes} of a rank that holds so many numbers, [whole, when sharded]; adapter: those of it, in float32, or None."""
+    of_trained, trained = (bytes_of, held) if adapter is None else (FLOAT32, adapter)
+    parts = {}
+    for part, stage in SHARDED_FROM.items():
+        which = int(degrees.stage >= stage)
+        parts[part] = float(trained[which] * of_trained[part])
+        if part == "weights" and adapter is not None:
+            parts[part] += float(held[which] * bytes_of[part])
+        if degrees.offload and stage == 1:
+            parts[part] = 0.0
+    return parts
+
+
+def _kept_by_stage(args, config, degrees, kept, stage, is_last):
+    """Activations of a token in a pipeline's stage, without and with recompute; kept: those of each of its blocks.
+
+    With recompute each block's input and one block's activations. A stage keeps those of as many micro-batches as
+    stages follow it, itself counted (1F1B, arXiv 2104.04473).
+    """
+    flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
+    width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
+    embedded, normed = int(stage == 0), 2 * int(is_last)  # the first block's input; what the last norm reads and gives
+    whole = flights * (sum(kept) + (embedded + normed / 2) * width)
+    return whole, flights * (len(kept) + normed) * width + max(kept)
+
+
+def _activations(block, config, degrees):
+    """Numbers that backward needs of one token in this block, on one rank.
+
+    They are the outputs of its linears and norms, and what the last linears of attention and MLP read. Temporary
+    tensors of an op, and blocks of logits (128 MB), come on top.
+    """
+    D, share = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1), 1.0
+    numbers = 0.0 if config.residual_scale is None else D  # the scaled residual
+    if hasattr(block.mlp, "experts"):  # each chosen expert's copy of the token, and the experts' sum
+        share = config.experts.top_k / config.experts.count
+        numbers += (config.experts.top_k + 1) * D
+    for name, layer in block.named_sublayers():
+        part, routed = name.rpartition(".")[2], share if ".experts." in name else 1.0
+        ways = degrees.cut(f".{part}", config)
+        if hasattr(layer, "epsilon"):  # a norm: of the whole width, of a part of it, or of each head
+            width = layer.weight.shape[0]
+            heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}.get(part)
+            if heads:
+                numbers += width * heads / min(degrees.tensor, heads)
+            else:
+                numbers += D if width == config.hidden_size else width
+        elif hasattr(layer, "n_out") and not (part == "up_proj" and config.activation == "relu"):  # relu keeps its result
+            numbers += routed * (layer.n_in / ways + D if part in BY_INPUTS else layer.n_out / ways)
+    return numbers
+
+
 # ========================================================================================= output directory
 
 # What a run writes into output_dir; a folder with any of it holds a run (or a model), and only this is ever removed.
@@ -535,7 +884,8 @@ ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json 
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
     eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
     prefix_projection.safetensors quant_report.json static_config.json prefill.json prefill.pdiparams decode.json
-    decode.pdiparams static.pdiparams prefix.safetensors vocab.json merges.txt chat_template.jinja""".split()
+    decode.pdiparams static.pdiparams prefix.safetensors vocab.json merges.txt *.tiktoken ice_text.model
+    sentencepiece.bpe.model chat_template.jinja""".split()
 
 
 def check_output_dir(args):

@@ -35,6 +35,7 @@ OPS = (
     "rope",
     "swiglu",
     "geglu",
+    "gelu",
     "embedding",
     "linear",
     "lora_linear",
@@ -285,6 +286,11 @@ def swiglu(gate, up):
 def geglu(gate, up, approximate=True):
     """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F). gelu(x) = x Phi(x), or approximate by tanh (arXiv 1606.08415)."""
     return _run("geglu", gate, up, approximate)
+
+
+def gelu(x, approximate=True):
+    """gelu(x) as in geglu, of an MLP that has no gate: (..., F) -> (..., F)."""
+    return _run("gelu", x, approximate)
 
 
 def embedding(ids, weight):

@@ -105,6 +105,11 @@ def geglu(rows=2048, F=2048):
     yield from pointwise(f"{rows} x {F}", kernels.geglu, [values(rows, F) for _ in range(2)], (3 * n, 5 * n))
 
 
+def gelu(rows=2048, F=2048):
+    n = 4 * rows * F
+    yield from pointwise(f"{rows} x {F}", kernels.gelu, [values(rows, F)], (2 * n, 3 * n))
+
+
 def embedding(tokens=4096, V=8000, D=768):
     ids = paddle.randint(0, V, [tokens])
     moved = 8 * tokens * D, 4 * (tokens + V) * D
@@ -217,6 +222,7 @@ CASES = {  # op -> its cases; every op of kernels.OPS
     "rope": rope,
     "swiglu": swiglu,
     "geglu": geglu,
+    "gelu": gelu,
     "embedding": embedding,
     "linear": linear,
     "lora_linear": lora_linear,

@@ -10,12 +10,11 @@ Not used: paddle.nn.quant.weight_only_linear. It knows no zero points, groups of
 codes in an order of its own that only weight_quantize makes, from floats, rounding again: our layouts cannot be converted
 exactly. More than ROWS rows are a product with weights that one pass has dequantized.
 
-The reference runs, as no operator has them: attention in float32 (unless kernels.bf16), with ALiBi or a softcap, with Dh over
-256 or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first key);
-paged_attention with ALiBi, a window or a softcap; rope of neighbouring dims; act order and a8w8; a part of the vocabulary, or
-a softcap of the logits; operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of
-float32 tensors in bfloat16. The cores are tested on the CPU (tests/cuda_on_cpu.h) and timed by tests/cuda_harness.cu; no
-figure is known yet.
+The reference runs, as no operator has it: attention in float32 (unless kernels.bf16), with ALiBi or a softcap, with Dh over 256
+or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first key), a prompt
+behind a cache with a window among them; rope of neighbouring dims; gelu; act order and a8w8; a part of the vocabulary;
+operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of float32 tensors in bfloat16.
+The cores are tested on the CPU (tests/cuda_on_cpu.h) and timed by tests/cuda_harness.cu; no figure is known yet.
 """
 
 import functools
@@ -42,6 +41,7 @@ OF_PADDLE = {  # Paddle's GPU kernels that an op needs, forward and backward
 }
 OF_EXTENSION = "linear_cross_entropy paged_attention quant_linear".split()
 ROWS = 16  # of x, up to which quant_linear reads packed weights
+EVERY_KEY = 2**31 - 1  # the CUDA's window for none
 LOGITS = 1 << 28  # held at a time by linear_cross_entropy: 512 MB in bfloat16, about 2,000 rows of 128,000 words
 
 _state = None  # True once our own ops are loaded, or the reason why they cannot be
@@ -118,7 +118,7 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
         # In float32, which the reference's masks are made in.
         q32, k32, v32 = (t if t.dtype == paddle.float32 else t.astype("float32") for t in (q, k, v))
         return reference.attention(q32, k32, v32, rows, causal, scale, alibi_slopes, softcap).astype(q.dtype)
-    reference.check_attention(q, k, rows, causal)
+    reference.check_attention(q, k, rows, causal, softcap)
     rows = None if rows is None else rows.astype("int32")
     if scale is not None and scale != Dh**-0.5:
         # Paddle's scale is fixed. Exact for a power of two, else q is rounded once more.
@@ -138,20 +138,20 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
     tables = np.asarray(block_tables, np.int32)
     scale = Dh**-0.5 if scale is None else float(scale)
-    takes = Dh % 8 == 0 and Dh <= 256 and (_same(q, k_cache, v_cache) if k_scales is None else k_cache.dtype == paddle.int8)
-    if not takes or not _same(q) or alibi_slopes is not None or window is not None or softcap is not None:
-        return reference.paged_attention(q, k_cache, v_cache, tables, queries, contexts, scale, k_scales, v_scales, alibi_slopes,
-                                         window, softcap)  # fmt: skip
-    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
-    assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
-    assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
-    assert tables.shape[1] * block_size >= contexts.max(), f"{tables.shape[1]} blocks of {block_size} for {contexts}"
+    scores = alibi_slopes, window, softcap  # how they differ from products
+    cache = _same(q, k_cache, v_cache) if k_scales is None else k_cache.dtype == paddle.int8
+    if not (_same(q) and cache and Dh % 8 == 0 and Dh <= 256):
+        return reference.paged_attention(
+            q, k_cache, v_cache, tables, queries, contexts, scale, k_scales, v_scales, *scores
+        )
+    reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
+    reference.check_scores(softcap, window)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
     parts, order = [], []  # outputs, and the rows of q that they belong to
     if len(decodes):
         rows = q if len(decodes) == N else paddle.gather(q, to_tensor(first[decodes]))
         pool = k_cache, v_cache, tables[decodes], contexts[decodes]
-        parts.append(_paged_decode(rows, *pool, scale, k_scales, v_scales))
+        parts.append(_paged_decode(rows, *pool, scale, k_scales, v_scales, *scores))
         order.append(first[decodes])
     for s in np.flatnonzero(queries > 1):
         blocks = to_tensor(tables[s, : -(-contexts[s] // block_size)])
@@ -159,9 +159,9 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
             _gathered(cache, blocks, of, q.dtype)[:, : contexts[s]]
             for cache, of in ((k_cache, k_scales), (v_cache, v_scales))
         )
-        rows = np.arange(first[s], first[s] + queries[s])
-        parts.append(attention(q[first[s] : first[s] + queries[s]].unsqueeze(0), k, v, scale=scale)[0])
-        order.append(rows)
+        rows, hidden = q[first[s] : first[s] + queries[s]].unsqueeze(0), reference.window_rows(contexts[s], window)
+        parts.append(attention(rows, k, v, hidden, True, scale, alibi_slopes, softcap)[0])
+        order.append(np.arange(first[s], first[s] + queries[s]))
     if len(parts) == 1:
         return parts[0]
     return paddle.gather(paddle.concat(parts), to_tensor(np.argsort(np.concatenate(order))))
@@ -175,11 +175,16 @@ def _gathered(cache, blocks, scales, dtype):
     return values.reshape([1, -1, *cache.shape[2:]])
 
 
-def _paged_decode(q, k_cache, v_cache, tables, contexts, scale, k_scales, v_scales):
+def _paged_decode(q, k_cache, v_cache, tables, contexts, scale, k_scales, v_scales, alibi_slopes, window, softcap):
     """One query of each of S sequences: q (S, H, Dh) -> (S, H, Dh)."""
     plan = _on_device(tables.tobytes(), contexts.astype(np.int32).tobytes(), len(contexts), paddle.get_device())
+    slopes = None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous()
     longest = int(contexts.max())
-    return _C_ops._run_custom_op("gpu_paged_decode", q.contiguous(), k_cache, v_cache, *plan, k_scales, v_scales, scale, longest)[0]  # fmt: skip
+    window = EVERY_KEY if window is None or window >= longest else window
+    rest = slopes, scale, min(longest, window), window, float(softcap or 0)
+    return _C_ops._run_custom_op(
+        "gpu_paged_decode", q.contiguous(), k_cache, v_cache, *plan, k_scales, v_scales, *rest
+    )[0]
 
 
 @functools.lru_cache(maxsize=1)
@@ -281,13 +286,15 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
 
 def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False, vocabulary=None, softcap=None):  # fmt: skip
     arguments = hidden, weight, labels, transpose_weight, ignore_index, return_predictions
-    if vocabulary is not None or softcap is not None:
+    if vocabulary is not None:
         return reference.linear_cross_entropy(*arguments, vocabulary, softcap)
+    reference.check_scores(softcap)
     hidden, weight = _lowered(hidden, weight if weight.dtype == hidden.dtype else weight.astype(hidden.dtype))
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     if kept.shape[0] == 0 or not _same(hidden):
-        return reference.linear_cross_entropy(*arguments)
+        return reference.linear_cross_entropy(*arguments, softcap=softcap)
     how = types.SimpleNamespace(labels=paddle.gather(labels, kept), transpose=transpose_weight, predictions=[])
+    how.softcap = float(softcap or 0)
     how.at_once = paddle.is_grad_enabled() and weight.stop_gradient and not hidden.stop_gradient
     kept_losses = _LinearCrossEntropy.apply(paddle.gather(hidden, kept), weight, how)
     losses = paddle.scatter(paddle.zeros([labels.shape[0]], "float32"), kept, kept_losses)
@@ -297,7 +304,7 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
 
 
 class _LinearCrossEntropy(PyLayer):
-    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
+    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss; with a softcap see cross_entropy.cuh.
 
     Logits come in chunks, and twice; with a frozen weight once, since d h for d loss = 1 can then be made beside the loss.
     """
@@ -307,27 +314,27 @@ class _LinearCrossEntropy(PyLayer):
         losses, sums, d_hidden = [], [], []
         for chunk in _chunks(hidden, weight, how.transpose):
             logits, labels = paddle.matmul(hidden[chunk], weight, transpose_y=how.transpose), how.labels[chunk]
-            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, labels)
+            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, labels, how.softcap)
             sums.append(lse)
             losses.append(lse - target)
             how.predictions.append(best)
             if how.at_once:
-                d_hidden.append(_d_hidden(logits, labels, lse, paddle.ones_like(lse), weight, how.transpose)[1])
+                d_hidden.append(_d_hidden(logits, labels, lse, paddle.ones_like(lse), weight, how)[1])
         ctx.how, ctx.frozen = how, [hidden.stop_gradient, weight.stop_gradient]
         ctx.save_for_backward(*([paddle.concat(d_hidden)] if how.at_once else [hidden, weight, paddle.concat(sums)]))
         return paddle.concat(losses)
 
     @staticmethod
     def backward(ctx, d_losses):
-        labels, transpose, (fixed, frozen) = ctx.how.labels, ctx.how.transpose, ctx.frozen
-        if ctx.how.at_once:
+        how, labels, transpose, (fixed, frozen) = ctx.how, ctx.how.labels, ctx.how.transpose, ctx.frozen
+        if how.at_once:
             (d_hidden,) = ctx.saved_tensor()
             return d_hidden * d_losses.unsqueeze(-1).astype(d_hidden.dtype), None
         hidden, weight, sums = ctx.saved_tensor()
         parts, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(hidden, weight, transpose):
             logits = paddle.matmul(hidden[chunk], weight, transpose_y=transpose)
-            d, d_hidden = _d_hidden(logits, labels[chunk], sums[chunk], d_losses[chunk], weight, transpose)
+            d, d_hidden = _d_hidden(logits, labels[chunk], sums[chunk], d_losses[chunk], weight, how)
             parts.append(d_hidden)
             if not frozen:
                 pair = (d, hidden[chunk]) if transpose else (hidden[chunk], d)
@@ -335,10 +342,10 @@ class _LinearCrossEntropy(PyLayer):
         return None if fixed else paddle.concat(parts), None if frozen else d_weight.astype(weight.dtype)
 
 
-def _d_hidden(logits, labels, lse, d_losses, weight, transpose):
+def _d_hidden(logits, labels, lse, d_losses, weight, how):
     """The gradient of the logits, which it takes the place of, and of what they were made from."""
-    (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, labels, lse, d_losses)
-    return d, paddle.matmul(d, weight, transpose_y=not transpose)
+    (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, labels, lse, d_losses, how.softcap)
+    return d, paddle.matmul(d, weight, transpose_y=not how.transpose)
 
 
 def _chunks(hidden, weight, transpose):

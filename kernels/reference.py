@@ -82,6 +82,10 @@ def geglu(gate, up, approximate=True):
     return F.gelu(gate, approximate=approximate) * up
 
 
+def gelu(x, approximate=True):
+    return F.gelu(x, approximate=approximate)
+
+
 def embedding(ids, weight):
     return F.embedding(ids, weight)
 
@@ -143,21 +147,28 @@ def _unpack(packed, bits, axis):
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
     if not paddle.in_dynamic_mode():
         return _traced_attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
-    check_attention(q, k, startend_row_indices, causal)
+    check_attention(q, k, startend_row_indices, causal, softcap)
     (B, Tq, H, Dh), (_, Tk, K, _) = q.shape, k.shape
     mask = _Mask(startend_row_indices, causal, alibi_slopes, B, Tq, Tk, H, K)
     return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale, softcap)
 
 
-def check_attention(q, k, rows, causal):
-    """The shapes of kernels.attention's arguments, for every back end."""
+def check_attention(q, k, rows, causal, softcap):
+    """The shapes of kernels.attention's arguments and its softcap, for every back end."""
     (B, Tq, H, _), (_, Tk, K, _) = q.shape, k.shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
+    check_scores(softcap)
     if rows is not None:
         n = rows.shape[-1]
         assert list(rows.shape[:3:2]) == [B, Tk] and rows.shape[1] in (1, K, H), f"rows {rows.shape}, keys {k.shape}"
         assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
+
+
+def check_scores(softcap, window=None):
+    """What a score may be made to: 0 is not the same as None."""
+    assert softcap is None or softcap > 0, f"a softcap of {softcap}"
+    assert window is None or window >= 1, f"a window of {window} keys"
 
 
 class _Mask:
@@ -329,6 +340,7 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
 
 def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap):
     """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
+    check_scores(softcap)
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
     predictions = paddle.full([labels.shape[0]], -1, "int64")
@@ -488,7 +500,8 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     _, block_size, K, _ = k_cache.shape
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
     tables = np.asarray(block_tables)
-    check_paged(q.shape, k_cache.shape, tables, queries, contexts, window)
+    check_paged(q.shape, k_cache.shape, tables, queries, contexts)
+    check_scores(softcap, window)
     scale, caches = Dh**-0.5 if scale is None else scale, ((k_cache, k_scales), (v_cache, v_scales))
     if q.dtype != paddle.float32:  # which masks and scores are made in
         return paged_attention(_single(q), k_cache, v_cache, tables, queries, contexts, scale, k_scales, v_scales, alibi_slopes,
@@ -518,14 +531,13 @@ def window_rows(context, window):
     return None if window is None else (paddle.arange(context, dtype="int32") + window).reshape([1, 1, -1, 1])
 
 
-def check_paged(q_shape, cache_shape, tables, queries, contexts, window):
+def check_paged(q_shape, cache_shape, tables, queries, contexts):
     """Whether what paged_attention was given fits together."""
     (N, H, _), (_, block_size, K, _) = q_shape, cache_shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
     assert (contexts >= queries).all(), f"context_lengths {contexts} must count the queries {queries} too"
     assert tables.shape[1] * block_size >= contexts.max(), f"{tables.shape[1]} blocks of {block_size} for {contexts}"
-    assert window is None or window >= 1, f"a window of {window} keys"
 
 
 def _gathered(cache, scales, rows):

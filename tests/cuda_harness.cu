@@ -105,7 +105,7 @@ static void cross_entropy(long rows, long V) {
   Device<T> logits(rows * V, normals<T>());
   Device<int64_t> labels(rows, [&](size_t i) { return (int64_t)(i * 7919 % V); }), best(rows);
   Device<float> lse(rows), target(rows), d(rows, [](size_t i) { return 1.0f + i % 3; });
-  auto forward = [&] { must(launch_cross_entropy(logits.at, labels.at, rows, V, lse.at, target.at, best.at, dtype_of<T>(), 0), "cross_entropy"); };
+  auto forward = [&] { must(launch_cross_entropy(logits.at, labels.at, rows, V, 0.0f, lse.at, target.at, best.at, dtype_of<T>(), 0), "cross_entropy"); };
   forward();
   lse.down(), target.down();
   Error loss, gradient;
@@ -119,7 +119,7 @@ static void cross_entropy(long rows, long V) {
     loss.add(lse.host[row] - target.host[row], expected.back() - host_double(logits.host[row * V + labels.host[row]]));
   }
   const std::vector<T> before = logits.host;
-  auto backward = [&] { must(launch_softmax_gradient(logits.at, labels.at, lse.at, d.at, rows, V, dtype_of<T>(), 0), "softmax's gradient"); };
+  auto backward = [&] { must(launch_softmax_gradient(logits.at, labels.at, lse.at, d.at, rows, V, 0.0f, dtype_of<T>(), 0), "softmax's gradient"); };
   backward();
   logits.down();
   for (long row = 0; row < rows; row += step)
@@ -177,7 +177,7 @@ static void paged_attention(int S, int H, int K, int Dh, int context, int block_
   Device<float> partial((size_t)S * H * splits * (Dh + 2));
   const float scale = 1.0f / std::sqrt((float)Dh);
   auto run = [&] {
-    must(launch_paged_attention(q.at, k.at, v.at, int8 ? ks.at : nullptr, int8 ? vs.at : nullptr, tables.at, contexts.at, S, H, K, Dh, block_size, most, context, splits, scale, out.at, partial.at,
+    must(launch_paged_attention(q.at, k.at, v.at, int8 ? ks.at : nullptr, int8 ? vs.at : nullptr, tables.at, contexts.at, S, H, K, Dh, block_size, most, context, splits, scale, nullptr, INT_MAX, 0.0f, out.at, partial.at,
                                 dtype_of<T>(), 0), "paged attention");
   };
   run();

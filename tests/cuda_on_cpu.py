@@ -102,24 +102,27 @@ def close(found, expected, dtype="float32", noise=2e-6, what=""):
 # -------------------------------------------------------------------------------------------------------- cases
 
 
-def cross_entropy(cores, rows, V, dtype, spread=1.0):
+def cross_entropy(cores, rows, V, dtype, spread=1.0, cap=0.0):
     logits, d_losses = stored(normal((rows, V)) * spread, dtype), normal((rows,), 1).astype(np.float32)
     labels = np.random.default_rng(rows).integers(0, V, rows)
     if rows > 2:
         labels[1] = -1  # another rank's
     if V > 3:
         logits[0, 3] = logits[0, V - 1] = stored([9 * spread], dtype)[0]  # equal largest: the first counts
-    l = wide(logits)
+    l, slope = wide(logits), 1.0
+    if cap:
+        l = cap * np.tanh(l / cap)
+        slope = 1 - (l / cap) ** 2
     lse, target, best = blank((rows,), "float32"), blank((rows,), "float32"), blank((rows,), "int64")
-    cores.call("launch_cross_entropy", logits, labels, rows, V, lse, target, best, TYPES.index(dtype), None)
+    cores.call("launch_cross_entropy", logits, labels, rows, V, cap, lse, target, best, TYPES.index(dtype), None)
     top = l.max(-1, keepdims=True)
     expected = np.log(np.exp(l - top).sum(-1)) + top[:, 0]
     close(lse, expected, what="lse")
     close(target, np.where(labels >= 0, l[np.arange(rows), np.maximum(labels, 0)], 0.0), what="target")
-    assert np.array_equal(best, l.argmax(-1)), "argmax"
-    cores.call("launch_softmax_gradient", logits, labels, lse, d_losses, rows, V, TYPES.index(dtype), None)
+    assert np.array_equal(best, wide(logits).argmax(-1)), "argmax"
+    cores.call("launch_softmax_gradient", logits, labels, lse, d_losses, rows, V, cap, TYPES.index(dtype), None)
     onehot = (np.arange(V) == labels[:, None]).astype(float)
-    close(logits, (np.exp(l - expected[:, None]) - onehot) * d_losses[:, None], dtype, what="gradient")
+    close(logits, (np.exp(l - expected[:, None]) - onehot) * d_losses[:, None] * slope, dtype, what="gradient")
 
 
 def rms_norm(cores, rows, D, dtype, residual, epsilon=1e-5):
@@ -144,7 +147,7 @@ def rms_norm(cores, rows, D, dtype, residual, epsilon=1e-5):
     close(dw, (wide(dy) * wide(h) * scale).sum(0), dtype, noise=5e-6, what="dw")
 
 
-def paged_attention(cores, contexts, H, K, Dh, block_size, dtype, int8=False, splits=None):
+def paged_attention(cores, contexts, H, K, Dh, block_size, dtype, int8=False, splits=None, alibi=False, window=2**31 - 1, cap=0.0):
     S, generator = len(contexts), np.random.default_rng(Dh)
     contexts = np.asarray(contexts, np.int32)
     needed = -(-contexts // block_size)
@@ -152,6 +155,7 @@ def paged_attention(cores, contexts, H, K, Dh, block_size, dtype, int8=False, sp
     tables, free = np.full((S, most), 2**30, np.int32), generator.permutation(blocks)  # an entry that is not used leads astray
     for s, n in enumerate(needed):
         tables[s, :n], free = free[:n], free[n:]
+    slopes = (0.9 ** np.arange(1, H + 1)).astype(np.float32) if alibi else None
     q, pool, scales = stored(normal((S, H, Dh)), dtype), (blocks, block_size, K, Dh), [None, None]
     if int8:
         caches = [generator.integers(-128, 128, pool).astype(np.int8) for _ in "kv"]
@@ -166,13 +170,18 @@ def paged_attention(cores, contexts, H, K, Dh, block_size, dtype, int8=False, sp
             continue
         k, v = (c[tables[s, : needed[s]]].reshape(-1, K, Dh)[:n].repeat(H // K, 1) for c in (k_all, v_all))  # (n, H, Dh)
         score = np.einsum("hd,nhd->hn", wide(q)[s], k) * Dh**-0.5
+        score = cap * np.tanh(score / cap) if cap else score
+        score = score - slopes[:, None] * (n - 1 - np.arange(n)) if alibi else score
+        score[:, : max(0, n - window)] = -np.inf
         p = np.exp(score - score.max(-1, keepdims=True))
         expected[s] = np.einsum("hn,nhd->hd", p / p.sum(-1, keepdims=True), v)
-    longest = max(1, int(contexts.max()))
+    for s, n in enumerate(contexts):
+        tables[s, : max(0, n - window) // block_size] = 2**30  # no more needed
+    longest = max(1, min(int(contexts.max()), window))
     splits = splits or cores.call("paged_attention_splits", S, H, K, longest)
     out, partial = blank((S, H, Dh), dtype), blank((S, H, splits, Dh + 2), "float32")
     cores.call("launch_paged_attention", q, *caches, *scales, tables, contexts, S, H, K, Dh, block_size, most, longest, splits, Dh**-0.5,
-               out, partial, TYPES.index(dtype), None)  # fmt: skip
+               slopes, window, cap, out, partial, TYPES.index(dtype), None)  # fmt: skip
     close(out, expected, dtype, noise=5e-6, what="out")
 
 
@@ -210,12 +219,17 @@ def case(function, *arguments, **keywords):
 CASES = dict(
     [case(cross_entropy, rows, V, dtype) for rows, V in [(1, 1), (5, 123), (3, 8), (4, 2048), (3, 10240), (2, 4099)] for dtype in TYPES]
     + [case(cross_entropy, 3, 200, "float32", spread=60.0), case(cross_entropy, 3, 264, "bfloat16", spread=60.0)]
+    + [case(cross_entropy, rows, V, dtype, cap=30.0) for rows, V in [(5, 123), (4, 2048)] for dtype in TYPES]
+    + [case(cross_entropy, 3, 264, "float32", spread=60.0, cap=30.0)]
     + [case(rms_norm, rows, D, dtype, residual) for rows, D in [(1, 1), (5, 123), (3, 64), (270, 40)] for dtype in TYPES for residual in (False, True)]
     + [case(rms_norm, 2, D, dtype, True) for D, dtype in [(1500, "float32"), (3072, "bfloat16"), (4096, "float32"), (8192, "bfloat16"), (2050, "float16")]]
     + [case(paged_attention, [1, 37, 200], H, K, Dh, 16, dtype)
        for H, K, Dh, dtype in [(1, 1, 8, "float32"), (4, 2, 64, "bfloat16"), (6, 2, 80, "float32"), (8, 1, 96, "float16"), (9, 1, 128, "bfloat16"), (2, 2, 256, "float32")]]
     + [case(paged_attention, [5, 150, 0, 33], 4, 2, 64, 7, dtype, int8=True, splits=splits) for dtype in TYPES for splits in (1, 3)]
     + [case(paged_attention, [300, 129], 4, 1, 40, 32, "float32", splits=splits) for splits in (None, 5)]
+    + [case(paged_attention, [300, 20, 0, 90], H, K, 64, 16, dtype, int8=dtype == "float16", splits=splits, alibi=alibi, window=window, cap=cap)
+       for H, K, dtype in [(4, 4, "float32"), (14, 2, "bfloat16"), (5, 1, "float16")] for splits in (None, 3)
+       for alibi, window, cap in [(True, 2**31 - 1, 0.0), (False, 33, 0.0), (False, 200, 1.5), (True, 1, 5.0)]]
     + [case(quant_linear, rows, n_in, n_out, bits, group, dtype)
        for rows, n_in, n_out, bits, group in [(1, 8, 8, 4, 8), (1, 1152, 136, 4, 128), (3, 640, 24, 4, 32), (9, 200, 264, 4, 40), (1, 520, 132, 8, 104), (6, 36, 4, 8, 12)]
        for dtype in TYPES]

@@ -175,7 +175,7 @@ def test_added_tokens(tmp_path, folder):
 def test_user_defined_symbols(chat_folder):
     tokenizer = load_tokenizer(chat_folder)
     ids = tokenizer.encode("<|im_start|>red", False)
-    assert "<|im_start|>" in [tokenizer.sp.id_to_piece(i) for i in ids] and tokenizer.decode(ids) == "<|im_start|>red"
+    assert "<|im_start|>" in [tokenizer.engine.sp.id_to_piece(i) for i in ids] and tokenizer.decode(ids) == "<|im_start|>red"
 
 
 def test_stream_never_emits_half_a_character(tokenizer):
@@ -195,19 +195,19 @@ def test_stream_never_emits_half_a_character(tokenizer):
 
 
 def test_decode_agrees_with_sentencepiece_on_broken_bytes(tokenizer):
-    bytes_ = [i for i in range(tokenizer.sp.get_piece_size()) if tokenizer.sp.is_byte(i)]
+    bytes_ = [i for i in range(tokenizer.engine.sp.get_piece_size()) if tokenizer.engine.sp.is_byte(i)]
     random = np.random.RandomState(1)
     for _ in range(100):
         ids = random.choice(bytes_, 7).tolist()
-        assert tokenizer.decode(ids) == tokenizer.sp.decode(ids)
+        assert tokenizer.decode(ids) == tokenizer.engine.sp.decode(ids)
 
 
-def test_folder_without_a_sentencepiece_model(tmp_path):
+def test_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError) as error:
         load_tokenizer(tmp_path)
-    assert "no tokenizer.model" in one_line(error) and "supported are sentencepiece" in str(error.value)
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    with pytest.raises(UserError, match="not a sentencepiece model"):
+    assert "no tokenizer.model, tokenizer.json, vocab.json with merges.txt" in one_line(error)
+    (tmp_path / "tokenizer.model").write_text("not a model")
+    with pytest.raises(UserError, match="neither a sentencepiece model nor tiktoken text"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
@@ -253,7 +253,7 @@ def test_llama2_ids_are_those_of_the_published_tokenizer():
         [{"role": "user", "content": "Hello world"}, {"role": "assistant", "content": "Hello world"}], False
     )
     # Meta encodes "[INST] prompt [/INST] answer " as one string
-    assert ids == [1] + tokenizer.sp.encode("\u2581[INST] Hello world [/INST] Hello world ") + [2]
+    assert ids == [1] + tokenizer.engine.sp.encode("\u2581[INST] Hello world [/INST] Hello world ") + [2]
     assert ids[:4] == [1, 518, 25580, 29962]
 
 
@@ -275,7 +275,7 @@ def test_llama3_and_chatml_formats(chat_folder):
         + "blue chair<|eot_id|>"
         + header("assistant")
     )
-    assert tokenizer.stop_ids == [tokenizer.eos_token_id, tokenizer.sp.piece_to_id("<|eot_id|>")]
+    assert tokenizer.stop_ids == [tokenizer.eos_token_id, tokenizer.engine.sp.piece_to_id("<|eot_id|>")]
     assert tight(template_text(tokenizer, load_chat_template("chatml"), CHAT)) == (
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nred lamp<|im_end|>\n"
         "<|im_start|>assistant\nten coins<|im_end|>\n"
@@ -403,7 +403,7 @@ def test_template_file_errors(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_chat_template("llama4")
     for wrong in (
-        {"chat_template": "x"},
+        {"chat_template": 1},
         {"conversation": ["a"], "query": "q"},
         {"conversation": ["a", "b"]},
         [],

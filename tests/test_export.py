@@ -191,15 +191,31 @@ def test_hf_of_an_adapter_on_an_adapter(tmp_path):
     assert load_tokenizer(folder).vocab_size == 3072  # of the model under both
 
 
-def test_hf_copies_a_tokenizer_that_cannot_be_read_here(tmp_path):
+def test_hf_keeps_every_file_of_a_tokenizer(tmp_path):
     source = small(tmp_path)
     (source / "tokenizer.model").unlink()
-    for name, text in (("tokenizer.json", '{"model": {}}'), ("merges.txt", "a b"), ("generation_config.json", "{}")):
+    parts = {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel"},
+    }
+    tokenizer = {
+        **parts,
+        "added_tokens": [],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+    }
+    for name, text in (
+        ("tokenizer.json", json.dumps(tokenizer)),
+        ("merges.txt", "a b\n"),
+        ("generation_config.json", "{}"),
+    ):
         (source / name).write_text(text)
     folder = run(tmp_path / "out", model_name_or_path=source)
     for name in ("tokenizer.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
-    with pytest.raises(UserError, match="no tokenizer.model in"):
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer.model, tokenizer.json"):
         run(tmp_path / "static", model_name_or_path=source, format="static")
 
 
@@ -435,8 +451,8 @@ def test_static_with_lora_beside_integers(tmp_path):
         ({"prefix_path": DEMO, "format": "hf"}, "cannot hold a prefix"),
         ({"output_path": "elsewhere"}, "output_path: 'elsewhere', but output_dir is"),
         ({"dequantize": "true"}, "is not quantized"),
-        ({"model_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model in"),
-        ({"tokenizer_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model in"),
+        ({"model_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model, tokenizer.json"),
+        ({"tokenizer_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model, tokenizer.json"),
         ({"save_dtyp": "float16"}, "did you mean 'save_dtype'"),
     ],
 )

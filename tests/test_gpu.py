@@ -153,7 +153,8 @@ def test_cores_give_the_same_bits_in_every_order(cores):
 @pytest.mark.parametrize("call", [
     ("launch_rms_norm", None, None, None, 1, 9000, 1e-5, None, None, None, 0, None),
     ("launch_rms_norm", None, None, None, 1, 8, 1e-5, None, None, None, 3, None),
-    ("launch_paged_attention", *[None] * 7, 1, 1, 1, 20, 16, 1, 16, 1, 0.1, None, None, 0, None),
+    ("launch_paged_attention", *[None] * 7, 1, 1, 1, 20, 16, 1, 16, 1, 0.1, None, 16, 0.0, None, None, 0, None),
+    ("launch_paged_attention", *[None] * 7, 1, 1, 1, 16, 16, 1, 16, 1, 0.1, None, 0, 0.0, None, None, 0, None),
     ("launch_quant_linear", *[None] * 5, 1, 16, 12, 4, 16, None, None, 0, None),
     ("launch_quant_linear", *[None] * 5, 1, 16, 16, 2, 16, None, None, 0, None),
 ])  # fmt: skip
@@ -322,11 +323,14 @@ def test_adamw(pretend, decay, grad_scale):
 def test_linear_cross_entropy(pretend, monkeypatch, size, N, D, V, transpose, ignored):
     monkeypatch.setattr(gpu, "LOGITS", 8 if size == "chunks" else 1 << 20)
     cases.test_linear_cross_entropy("gpu", N, D, V, transpose, ignored, None)
+    for frozen, softcap in itertools.product((False, True), (0.5, 30.0)):
+        cases.test_linear_cross_entropy_with_a_softcap("gpu", N, D, V, transpose, frozen, softcap, None)
 
 
 def test_linear_cross_entropy_at_its_edges(pretend):
     cases.test_linear_cross_entropy_with_every_label_ignored("gpu")
-    cases.test_linear_cross_entropy_gradients_against_differences("gpu")
+    for softcap in (None, 0.6):
+        cases.test_linear_cross_entropy_gradients_against_differences("gpu", softcap)
     for transpose in (False, True):
         cases.test_linear_cross_entropy_with_a_weight_stored_in_bfloat16("gpu", transpose, None)
         for scale in (1.0, 30.0):
@@ -357,14 +361,15 @@ def test_attention_asks_the_reference_for_what_flash_attention_lacks(pretend, mo
     rows = paddle.full([1, 1, 6, 1], 9, "int32")
     gpu.attention(*[make(8, "float32")] * 3)
     gpu.attention(*[make(8)] * 3, alibi_slopes=paddle.ones([2]))
+    gpu.attention(*[make(8)] * 3, softcap=30.0)
     gpu.attention(*[make(20)] * 3)
     gpu.attention(*[make(264)] * 3)
     gpu.attention(make(8), make(8, T=6), make(8, T=6), rows)
-    assert len(asked) == 5
+    assert len(asked) == 6
     gpu.attention(make(8), make(8, T=6), make(8, T=6))
     kernels.bf16 = True
     assert gpu.attention(*[make(8, "float32")] * 3).dtype == paddle.float32
-    assert len(asked) == 5, "with kernels.bf16 float32 goes in as bfloat16 and comes out again"
+    assert len(asked) == 6, "with kernels.bf16 float32 goes in as bfloat16 and comes out again"
 
 
 def pool(S, contexts, K, Dh, block_size=4):
@@ -389,10 +394,19 @@ def test_paged_attention(pretend, queries, contexts, int8):
     else:
         scales, floats = [None, None], [tensor(normal(shape, i), frozen=True) for i in (2, 3)]
         caches = floats
-    expected = reference.paged_attention(q, *floats, tables, queries, contexts)
-    close(gpu.paged_attention(q, *caches, tables, queries, contexts, None, *scales).numpy(), expected.numpy(), 5e-6)
-    expected = reference.paged_attention(q, *floats, tables, queries, contexts, 0.7)
-    close(gpu.paged_attention(q, *caches, tables, queries, contexts, 0.7, *scales).numpy(), expected.numpy(), 5e-6)
+    slopes = tensor([0.5, 0.25, 0.1, 0.0], frozen=True)
+    for more in ({}, {"scale": 0.7}, {"alibi_slopes": slopes}, {"window": 3}, {"softcap": 0.5}, {"alibi_slopes": slopes, "window": 7, "softcap": 2.0}):
+        expected = reference.paged_attention(q, *floats, tables, queries, contexts, **more)
+        found = gpu.paged_attention(q, *caches, tables, queries, contexts, k_scales=scales[0], v_scales=scales[1], **more)
+        close(found.numpy(), expected.numpy(), 5e-6)
+        if not int8:  # in two bytes: by the kernel, and, with no multiple of 8, by the reference
+            for cut in (Dh, 12):
+                given = [t[..., :cut].contiguous() for t in (q, *caches)]
+                halves = [t.astype("bfloat16") for t in given]
+                expected = reference.paged_attention(*(t.astype("float32") for t in halves), tables, queries, contexts, **more)
+                found = gpu.paged_attention(*halves, tables, queries, contexts, **more)
+                assert found.dtype == paddle.bfloat16
+                close(found.astype("float32").numpy(), expected.numpy(), 2e-2)
 
 
 @pytest.mark.parametrize("scheme", ["w4", "w8"])
@@ -477,12 +491,12 @@ with paddle.static.program_guard(paddle.static.Program()):
             return codes, scale, quant.weight_only_linear(a([-1, 128]), codes, None, scale, algo, 80, group)
         infer(f"weight_only {algo}", both)
     run = _C_ops._run_custom_op
-    infer("our cross_entropy", lambda: run("gpu_cross_entropy", a([-1, 1000]), a([-1], "int64")))
-    infer("our softmax", lambda: run("gpu_softmax_backward", a([-1, 1000]), a([-1], "int64"), a([-1], "float32"), a([-1], "float32")))
+    infer("our cross_entropy", lambda: run("gpu_cross_entropy", a([-1, 1000]), a([-1], "int64"), 0.0))
+    infer("our softmax", lambda: run("gpu_softmax_backward", a([-1, 1000]), a([-1], "int64"), a([-1], "float32"), a([-1], "float32"), 30.0))
     infer("our rms_norm", lambda: run("gpu_rms_norm_residual", a([2, 5, 64]), a([2, 5, 64]), a([64]), 1e-5))
     infer("our rms_norm backward", lambda: run("gpu_rms_norm_residual_backward", a([2, 5, 64]), a([64]), a([10], "float32"), a([2, 5, 64]), a([2, 5, 64])))
     cache, scales = a([-1, 16, 2, 64], "int8"), a([-1, 16, 2], "float32")
-    infer("our paged_decode", lambda: run("gpu_paged_decode", a([-1, 8, 64]), cache, cache, a([-1, -1], "int32"), a([-1], "int32"), scales, scales, 0.125, 99))
+    infer("our paged_decode", lambda: run("gpu_paged_decode", a([-1, 8, 64]), cache, cache, a([-1, -1], "int32"), a([-1], "int32"), scales, scales, a([8], "float32"), 0.125, 99, 99, 0.0))
     infer("our quant_linear", lambda: run("gpu_quant_linear", a([-1, 128]), a([16, 256], "int32"), a([1, 256], "float32"), None, None, 4, 128))
     infer("our dequantize", lambda: run("gpu_dequantize", a([1]), a([16, 256], "int32"), a([1, 256], "float32"), a([1, 32], "int32"), 4, 128))
 print(json.dumps(found))

@@ -292,7 +292,7 @@ def test_a_cache_that_attends_by_itself_gives_the_same_logits():
             self.k, self.v = ([paddle.zeros(shape) for _ in model.layers] for _ in "kv")
             self.tables = np.array([[3, 9, 1, 4], [8, 2, 7, 0]], np.int32)
 
-        def attend(self, layer, q, k, v):
+        def attend(self, layer, q, k, v, **options):
             for pool, new in ((self.k[layer], k), (self.v[layer], v)):
                 at = 0
                 for s, (start, stop) in enumerate(self.spans):
@@ -300,7 +300,8 @@ def test_a_cache_that_attends_by_itself_gives_the_same_logits():
                         pool[int(self.tables[s, position // size]), position % size] = new[0, at]
                         at += 1
             lengths = [stop - start for start, stop in self.spans]
-            return kernels.paged_attention(q[0], self.k[layer], self.v[layer], self.tables, np.array(lengths), np.array([e for _, e in self.spans])).unsqueeze(0)
+            contexts = np.array([stop for _, stop in self.spans])
+            return kernels.paged_attention(q[0], self.k[layer], self.v[layer], self.tables, np.array(lengths), contexts, **options).unsqueeze(0)
 
     pool, found = Pool(), [[], []]
     for pool.spans in (((0, 5), (0, 1)), ((5, 6), (1, 8)), ((6, 12), (8, 9))):

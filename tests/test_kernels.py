@@ -524,6 +524,20 @@ def test_geglu(backend, shape, approximate, scale):
     close(d_gate, upstream * slope, 2e-6)
 
 
+@backends("gelu")
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 7), (130, 129)])
+@pytest.mark.parametrize("approximate", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_gelu(backend, shape, approximate, scale):
+    x, one, upstream = normal(shape) * scale, np.ones(shape), normal(shape, 1)
+    out, (gradient,) = run("gelu", backend, (x,), upstream, approximate=approximate)
+    close(out, naive_geglu(x, one, approximate), 1e-6)
+    slope = (naive_geglu(x + 1e-6, one, approximate) - naive_geglu(x - 1e-6, one, approximate)) / 2e-6
+    close(gradient, upstream * slope, 4e-6)
+    with kernels.use(f"gelu={backend}"), paddle.no_grad():
+        assert np.array_equal(kernels.gelu(tensor(x), approximate).numpy(), out)
+
+
 @backends("geglu")
 @pytest.mark.parametrize("approximate", [True, False])
 def test_geglu_far_out(backend, approximate):
@@ -824,6 +838,15 @@ def test_attention_with_a_softcap_far_out(backend):
     check_attention(backend, 1, 9, 9, 2, 1, 4, scale=1e6, softcap=30.0, tolerance=1e-4)
 
 
+@backends("linear_cross_entropy")
+def test_a_softcap_of_zero_is_refused(backend):
+    with kernels.use(f"attention={backend}, linear_cross_entropy={backend}"):
+        with pytest.raises(AssertionError, match="a softcap of 0.0"):
+            kernels.attention(*[tensor(normal((1, 2, 1, 4)))] * 3, softcap=0.0)
+        with pytest.raises(AssertionError, match="a softcap of 0"):
+            kernels.linear_cross_entropy(tensor(normal((2, 3))), tensor(normal((3, 4))), paddle.to_tensor([1, 2]), softcap=0)
+
+
 def prefix_rows(documents, Tk):
     """Rows (1, 1, Tk, 2 | 4) of a packed batch whose documents each begin with a context that all of the document sees.
 
@@ -903,17 +926,55 @@ def test_attention_with_large_scores(backend):
 
 
 @backends("attention")
-def test_attention_gradients_against_differences(backend):
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_attention_gradients_against_differences(backend, softcap):
     """The oracle above is our own formula: here numbers alone."""
     q, k, v, upstream = (normal((1, 4, 2, 3), s) for s in range(4))
     k, v = k[:, :, :1], v[:, :, :1]
     rows = np.array([3, 4, 4, 4]).reshape(1, 1, 4, 1)
     seen = visible(rows, True, 1, 2, 4, 4)
     arrays = [q, k, v]
-    _, found = run("attention", backend, arrays, upstream, startend_row_indices=paddle.to_tensor(rows.astype("int32")))
+    _, found = run("attention", backend, arrays, upstream, startend_row_indices=paddle.to_tensor(rows.astype("int32")), softcap=softcap)
     for i in range(3):
-        function = lambda a, i=i: naive_attention(*arrays[:i], a, *arrays[i + 1 :], upstream, seen, 3**-0.5)[0]  # noqa: E731
+        function = lambda a, i=i: naive_attention(*arrays[:i], a, *arrays[i + 1 :], upstream, seen, 3**-0.5, softcap=softcap)[0]  # noqa: E731
         close(found[i], numeric_gradient(function, arrays[i], upstream), 2e-6)
+
+
+class Traced(paddle.nn.Layer):
+    """kernels.rope, then kernels.attention, for a graph of any B, Tq and Tk."""
+
+    def __init__(self, interleaved, **options):
+        super().__init__()
+        self.interleaved, self.options = interleaved, options
+
+    def forward(self, q, k, v, cos, sin, rows=None):
+        return turned_and_attended(q, k, v, cos, sin, rows, self.interleaved, self.options)
+
+
+@paddle.jit.not_to_static
+def turned_and_attended(q, k, v, cos, sin, rows, interleaved, options):
+    slopes = options["alibi_slopes"]  # numpy, which becomes a constant of the graph
+    options = options | {"alibi_slopes": None if slopes is None else kernels.to_tensor(slopes)}
+    return kernels.attention(kernels.rope(q, cos, sin, interleaved), k, v, rows, **options)
+
+
+@pytest.mark.parametrize("n, causal", [(0, True), (0, False), (1, True), (2, True), (2, False), (4, False)])
+@pytest.mark.parametrize("alibi, softcap", [(False, None), (True, 0.7)])
+def test_attention_and_rope_in_an_exported_graph(n, causal, alibi, softcap, tmp_path):
+    B, Tq, Tk, H, K, Dh, turned = 2, 5, 9, 4, 2, 8, 6
+    q, k, v, angle = normal((B, Tq, H, Dh)), normal((B, Tk, K, Dh), 1), normal((B, Tk, K, Dh), 2), normal((B, Tq, 1, turned // 2), 3)
+    slopes = 0.5 ** np.arange(H) if alibi else None
+    net = Traced(n % 2 == 0, causal=causal, softcap=softcap, alibi_slopes=slopes.astype("float32") if alibi else None)
+    shapes = [(H, Dh), (K, Dh), (K, Dh), (1, turned), (1, turned)]
+    specs = [paddle.static.InputSpec([None, None, *shape], "float32") for shape in shapes] + [paddle.static.InputSpec([None, 1, None, n], "int32")] * (n > 0)
+    with kernels.use("reference"):  # as export.py does
+        paddle.jit.save(paddle.jit.to_static(net, input_spec=specs, full_graph=True), str(tmp_path / "net"))
+    rows = random_rows(n, 1, B, Tk, causal) if n else None
+    given = [tensor(a, frozen=True) for a in (q, k, v, *(np.concatenate([t, t], -1) for t in (np.cos(angle), np.sin(angle))))]
+    found = paddle.jit.load(str(tmp_path / "net"))(*given, *([tensor(rows, "int32")] if n else []))
+    seen = visible(rows, causal, B, H, Tq, Tk)
+    expected, _ = naive_attention(naive_rope(q, angle, n % 2 == 0), k, v, np.zeros_like(q), seen, Dh**-0.5, slopes, softcap)
+    close(found.numpy(), expected, 5e-6)
 
 
 def test_attention_test_can_fail():
@@ -1074,17 +1135,18 @@ def test_linear_cross_entropy_with_a_weight_stored_in_bfloat16(backend, transpos
 
 
 @backends("linear_cross_entropy")
-def test_linear_cross_entropy_of_logits_that_are_no_numbers(backend):
-    """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count."""
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_linear_cross_entropy_of_logits_that_are_no_numbers(backend, softcap):
+    """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count, or are as low as a softcap lets them."""
     weight = normal((1, 200))
-    loss = lambda w: lce(backend, np.ones((1, 1)), w, np.array([3]), np.ones(1))[0][0]  # noqa: E731
+    loss = lambda w: lce(backend, np.ones((1, 1)), w, np.array([3]), np.ones(1), softcap=softcap)[0][0]  # noqa: E731
     for column in (0, 3, 150, 199):
         broken = weight.copy()
         broken[0, column] = np.nan
         assert np.isnan(loss(broken)), column
     hidden = weight.copy()
     hidden[0, 100:] = -np.inf
-    close(loss(hidden), loss(weight[:, :100]))
+    close(loss(hidden), loss(weight[:, :100]))  # e^-30 of a word is nothing either
 
 
 class Shard:
@@ -1104,12 +1166,13 @@ class Shard:
 @backends("linear_cross_entropy")
 @pytest.mark.parametrize("ends", [(0, 150, 300), (0, 1, 130, 300)])
 @pytest.mark.parametrize("transpose, frozen", list(itertools.product([False, True], repeat=2)))
-def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose, frozen, blocks):
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose, frozen, softcap, blocks):
     hidden, weight, upstream = normal((40, 6)), normal((6, 300), 1), normal((40,), 2)
     weight[:, 200] = weight[:, 5]  # so that largest logits come twice
     hidden[3], hidden[4] = weight[:, 5] * 3, weight[:, 5] * 4
     labels = np.where(np.arange(40) % 5 == 2, -100, np.arange(40) * 7)
-    losses, d_hidden, d_weight, predictions = naive_cross_entropy(hidden, weight, labels, upstream)
+    losses, d_hidden, d_weight, predictions = naive_cross_entropy(hidden, weight, labels, upstream, softcap)
     count = len(ends) - 1
     shared, found = {"values": [None] * count, "barrier": threading.Barrier(count, timeout=60)}, [None] * count
     ids = paddle.to_tensor(labels)
@@ -1119,7 +1182,9 @@ def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose,
         inputs.append((tensor(hidden), tensor(part.T.copy() if transpose else part, frozen=frozen)))
 
     def rank(i):
-        found[i] = kernels.linear_cross_entropy(*inputs[i], ids, transpose, return_predictions=True, vocabulary=Shard(ends[i], i, shared))
+        found[i] = kernels.linear_cross_entropy(
+            *inputs[i], ids, transpose, return_predictions=True, vocabulary=Shard(ends[i], i, shared), softcap=softcap
+        )  # fmt: skip
 
     with kernels.use(f"linear_cross_entropy={backend}"):
         threads = [threading.Thread(target=rank, args=(i,)) for i in range(count)]
@@ -1141,11 +1206,12 @@ def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose,
 
 
 @backends("linear_cross_entropy")
-def test_linear_cross_entropy_gradients_against_differences(backend):
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_linear_cross_entropy_gradients_against_differences(backend, softcap):
     hidden, weight, labels, upstream = normal((3, 2)), normal((2, 5), 1), np.array([1, -100, 4]), normal((3,), 2)
-    found = lce(backend, hidden, weight, labels, upstream)
-    close(found[2].numpy(), numeric_gradient(lambda h: naive_cross_entropy(h, weight, labels, upstream)[0], hidden, upstream), 2e-6)
-    close(found[3].numpy(), numeric_gradient(lambda w: naive_cross_entropy(hidden, w, labels, upstream)[0], weight, upstream), 2e-6)
+    found = lce(backend, hidden, weight, labels, upstream, softcap=softcap)
+    close(found[2].numpy(), numeric_gradient(lambda h: naive_cross_entropy(h, weight, labels, upstream, softcap)[0], hidden, upstream), 2e-6)
+    close(found[3].numpy(), numeric_gradient(lambda w: naive_cross_entropy(hidden, w, labels, upstream, softcap)[0], weight, upstream), 2e-6)
 
 
 def test_linear_cross_entropy_never_holds_all_logits(run_python):
@@ -1387,17 +1453,12 @@ def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path)
 
 @built
 @pytest.mark.parametrize("instructions", [0, 1, 2])
-def test_attention_with_every_instruction_set(instructions):
-    q, k, v, d_out = (tensor(normal((2, 90, heads, 20), i)) for i, heads in enumerate((4, 2, 2, 4)))
-    rows = tensor(np.random.default_rng(0).integers(1, 90, (2, 1, 90, 1)), "int32")
-    out, lse = cpu._C_ops._run_custom_op("cpu_attention", q, k, v, rows, None, True, 0.2, instructions)
-    grads = cpu._C_ops._run_custom_op("cpu_attention_backward", q, k, v, rows, None, out, lse, d_out, True, 0.2, instructions)
-    inputs = [tensor(t.numpy()) for t in (q, k, v)]
-    expected = kernels.reference.attention(*inputs, rows, True, 0.2)
-    expected.backward(d_out)
-    close(out.numpy(), expected.numpy())
-    for found, x in zip(grads, inputs):
-        close(found.numpy(), x.grad.numpy())
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_with_every_instruction_set(instructions, softcap, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTIONS", instructions)
+    rows = np.random.default_rng(0).integers(1, 90, (2, 1, 90, 1))
+    check_attention("cpu", 2, 90, 90, 4, 2, 20, rows, scale=0.2, softcap=softcap)
+    check_attention("cpu", 2, 90, 90, 4, 2, 20, rows, scale=0.2, slopes=0.5 ** np.arange(4), softcap=softcap)
 
 
 @built
@@ -1407,13 +1468,20 @@ def test_fused_ops_with_every_instruction_set(instructions, monkeypatch):
     test_rms_norm("cpu", (5, 123), 1.0)
     test_rms_norm_with_a_residual("cpu", (5, 123))
     test_layer_norm("cpu", (5, 123), 0.0, True)
+    for interleaved in (False, True):
+        test_rope("cpu", (3, 70, 5, 40), 38, interleaved)
     test_swiglu("cpu", (5, 123))
     test_geglu("cpu", (5, 123), True, 5.0)
     test_geglu("cpu", (5, 123), False, 5.0)
+    test_gelu("cpu", (5, 123), True, 5.0)
+    test_gelu("cpu", (5, 123), False, 5.0)
     test_linear_cross_entropy("cpu", 70, 8, 123, True, 0.4, None)
     test_linear_cross_entropy_with_a_frozen_weight("cpu", False, 30.0, None)
+    for frozen in (False, True):
+        test_linear_cross_entropy_with_a_softcap("cpu", 40, 6, 300, True, frozen, 0.5, None)
     test_linear_cross_entropy_with_a_weight_stored_in_bfloat16("cpu", True, None)
-    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu")
+    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu", None)
+    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu", 30.0)
     for kinds in itertools.product(["float32", "bfloat16"], repeat=2):
         test_adamw_of_bfloat16("cpu", *kinds)
     test_squared_norm("cpu", (5, 123), "bfloat16")
@@ -1428,14 +1496,15 @@ import numpy as np, kernels, paddle
 kernels.configure("cpu", use_bf16=True)
 x = [paddle.to_tensor(np.random.default_rng(i).standard_normal(s).astype("float32"), stop_gradient=False)
      for i, s in enumerate([(1, 300, 2, 40), (1, 300, 1, 40), (1, 300, 1, 40), (300, 520), (520, 96), (20000, 64), (520,), (520,)])]
-y = kernels.attention(*x[:3])
+y = kernels.attention(*x[:3]) + kernels.attention(*x[:3], softcap=2.0, alibi_slopes=paddle.ones([2]))
+y = y + kernels.rope(y, *(t[:, :, :1, :24].detach() for t in x[1:3]), interleaved=True)
 z = kernels.linear(*x[3:5])
 table, labels = x[5], paddle.arange(0, 600, 2)
 e = kernels.embedding(labels % 7, table)
 n, h = kernels.rms_norm(x[3], x[6], 1e-5, x[3] * 2)
 n = kernels.layer_norm(n, x[6], x[7], 1e-5) + kernels.geglu(n, h)
-l = [kernels.linear_cross_entropy(e, w, labels, True) for w in (table, table.detach())]
-(y.sum() + (z * z).sum() + n.sum() + l[0].sum() + l[1].sum()).backward()
+l = [kernels.linear_cross_entropy(e, w, labels, True, softcap=cap) for w in (table, table.detach()) for cap in (None, 3.0)]
+(y.sum() + (z * z).sum() + n.sum() + sum(losses.sum() for losses in l)).backward()
 norm = kernels.squared_norm(table.grad)
 kernels.adamw(table, table.grad, paddle.zeros_like(table), paddle.zeros_like(table), 1, 0.1, 0.9, 0.99, 1e-8, 0.1)
 draw = lambda low, high, shape, dtype: paddle.to_tensor(np.random.default_rng(9).integers(low, high, shape).astype(dtype))

@@ -963,11 +963,11 @@ SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora"
              "wint8": quantize, "hf": export, "static": export, "serve": serve}  # fmt: skip
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda path: path.name)
 def test_configs_parse(path):
-    args = trainer.parse_args(SCRIPT_OF[path.stem.partition("_")[2]].Args, [str(path)])
-    model_folder = Path(args.model_name_or_path)
-    assert model_folder.parts[0] == "checkpoints" or (ROOT / model_folder / "config.json").is_file()
+    args = trainer.parse_args(SCRIPT_OF[path.stem.rpartition("_")[2]].Args, [str(path)])
+    model_folder, preset = Path(args.model_name_or_path), args.model_name_or_path in trainer.presets()
+    assert model_folder.parts[0] == "checkpoints" or (ROOT / model_folder / "config.json").is_file() or preset
     assert args.output_dir == "" or Path(args.output_dir).parts[0] == "checkpoints"
 
 

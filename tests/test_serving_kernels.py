@@ -4,6 +4,8 @@
 
 Oracles: naive float64 attention of each sequence, and model.sample. Letters as in kernels/__init__.py; S sequences.
 """
+import itertools
+
 import numpy as np
 import paddle
 import pytest
@@ -124,8 +126,10 @@ def test_paged_attention_with_windows_that_take_turns(backend):
         found = [kernels.paged_attention(q, k, v, *arrays, window=window).numpy() for window in (None, 8, None, 8, 25)]
     assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
     assert np.abs(found[0] - found[1]).max() > 0.1 and np.abs(found[1] - found[4]).max() > 0.1
-    with kernels.use(f"paged_attention={backend}"), pytest.raises(AssertionError, match="a window of 0 keys"):
-        kernels.paged_attention(q, k, v, *(a.copy() for a in arrays), window=0)
+    with kernels.use(f"paged_attention={backend}"):
+        for wrong, says in (({"window": 0}, "a window of 0 keys"), ({"softcap": 0.0}, "a softcap of 0.0")):
+            with pytest.raises(AssertionError, match=says):
+                kernels.paged_attention(q, k, v, *arrays, **wrong)
 
 
 @on_each
@@ -140,19 +144,19 @@ def test_paged_attention_with_large_scores(backend):
 @with_each_set
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("Dh", [64, 20, 7])
-def test_paged_attention_with_every_instruction_set(instructions, int8, Dh):
-    (q, k, v, tables, queries, contexts), extra, expected = paged_case([1, 90, 1, 3], [520, 100, 7, 80], 16, 14, 2, Dh, int8)
-    lengths = kernels.to_tensor(np.stack([queries, contexts]).astype(np.int32))
-    found = cpu._C_ops._run_custom_op("cpu_paged_attention", q, k, v, kernels.to_tensor(tables), lengths, *(extra.values() or (None, None)), Dh**-0.5, instructions)[0]
-    assert np.abs(found.numpy() - expected).max() < 5e-6
+@pytest.mark.parametrize("names", ["", "alibi softcap 60"])
+def test_paged_attention_with_every_instruction_set(instructions, int8, Dh, names, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTIONS", instructions)
+    arguments, extra, expected = paged_case([1, 90, 1, 3], [520, 100, 7, 80], 16, 14, 2, Dh, int8, **options(names, 14))
+    assert np.abs(kernels.paged_attention(*arguments, **extra).numpy() - expected).max() < 5e-6
 
 
 @on_each
 def test_paged_attention_sees_nothing_beyond_its_contexts(backend):
     """Not even NaN in the rest of a block, in other heads' neighbours, or in blocks of others."""
-    for int8 in (False, True):
+    for int8, names in itertools.product((False, True), ("", "4", "alibi 21 softcap")):
         for case in (([1, 1], [33, 5], 16, 4, 2, 20), ([20, 1], [33, 5], 16, 4, 2, 20)):
-            arguments, extra, expected = paged_case(*case, int8=int8, spoil=np.nan)
+            arguments, extra, expected = paged_case(*case, int8=int8, spoil=np.nan, **options(names, 4))
             if backend == "reference":
                 continue  # reads a sequence's own last block to its end and multiplies by zero
             found = kernels.paged_attention(*arguments, **extra).numpy()
@@ -337,7 +341,9 @@ g = np.random.default_rng(0)
 n = lambda *s: paddle.to_tensor(g.standard_normal(s).astype("float32"))
 tables = np.arange(300, dtype=np.int32).reshape(3, 100)
 with paddle.no_grad():
-    found = [kernels.paged_attention(n(80, 8, 64), n(300, 16, 2, 64), n(300, 16, 2, 64), tables, np.array([1, 78, 1]), np.array([1600, 500, 3]))]
+    lengths = np.array([1, 78, 1]), np.array([1600, 500, 3])
+    found = [kernels.paged_attention(n(80, 8, 64), n(300, 16, 2, 64), n(300, 16, 2, 64), tables, *lengths, **more)
+             for more in ({}, {"alibi_slopes": n(8).abs(), "window": 700, "softcap": 2.0})]
     found += [kernels.sample(n(16, 4096), np.full(16, 0.8), np.zeros(16, int), np.full(16, 0.9), g.random(16))]
     found += [kernels.linear(n(m, 300), n(300, 1000)) for m in (1, 16)]
 print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in found)).hexdigest()))

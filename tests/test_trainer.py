@@ -42,7 +42,7 @@ UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dro
     pipeline_parallel_config pissa placeholder_token prefix_tuning process_reward prompt_key ptq_step ptx_coeff
     ptx_datasets quant_type regularization release_grads remove_unused_columns repetition_penalty response_key
     reward_model_name_or_path reward_server reward_tokens recompute_use_reentrant reft rl_algorithm rollout_n
-    rslora_plus sequence_parallel sharding simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
+    rslora_plus simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
     smooth_piecewise_search smooth_search_piece smooth_step src_length temperature tensor_parallel_output top_p
     train_dataset_path train_datasets unified_checkpoint update_iters use_flash_attention use_fused_head_and_loss_fn
     use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera virtual_pp_degree weight_quant_method
@@ -182,8 +182,8 @@ def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert lines[0] == "ignored: use_flash_attention: which kernels run is chosen by `kernels`"
-    assert [line.split(":")[1].strip() for line in lines[:4]] == ["use_flash_attention", "sharding", "vera", "optim"]
-    assert "float32 is used" in lines[4] and "full (whole blocks) is used" in lines[5]
+    assert [line.split(":")[1].strip() for line in lines[:3]] == ["use_flash_attention", "vera", "optim"]
+    assert "float32 is used" in lines[3] and lines[4].startswith("ignored: sharding: one process") and "full (whole blocks) is used" in lines[5]
     assert "last model is kept" in lines[6]
 
 

@@ -32,14 +32,23 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
   return seen;
 }
 
-// Scores of a tile, scaled, with ALiBi, and -inf where masked: S (BR, BC).
-static void scores(const Shape& s, const word* q, const word* kt, const int* rows, float slope, int seen, long i0, long i1, long j0, long j1, float* S) {
+// Scores of a tile, scaled, with softcap and ALiBi, and -inf where masked: S (BR, BC). bend, if given: the cap's slope, 1 - tanh^2.
+static void scores(const Shape& s, const word* q, const word* kt, const int* rows, float slope, int seen, long i0, long i1, long j0, long j1, float* S, float* bend = nullptr) {
   multiply_turned(i1 - i0, s.Dh, q + i0 * left_width(s.Dh), kt, S);
   const long offset = s.Tk - s.Tq, width = j1 - j0;
+  const float before_cap = s.softcap ? s.scale / s.softcap : 0.0f;
   for (long i = i0; i < i1; i++) {
     float* row = S + (i - i0) * BC;
     const long r = i + offset;
-    for (long j = 0; j < BC; j += VL) store(row + j, load(row + j) * s.scale);
+    if (!s.softcap) {
+      for (long j = 0; j < BC; j += VL) store(row + j, load(row + j) * s.scale);
+    } else {
+      for (long j = 0; j < BC; j += VL) {
+        const vf t = vtanh(load(row + j) * before_cap);
+        store(row + j, t * s.softcap);
+        if (bend) store(bend + (i - i0) * BC + j, 1.0f - t * t);
+      }
+    }
     if (slope != 0)
       for (long j = 0; j < width; j++) row[j] -= slope * (float)(r - j0 - j);
     for (long j = width; j < BC; j++) row[j] = -INFINITY;
@@ -104,12 +113,13 @@ static void forward_tile(const Shape& s, const word* q, const word* kt, const wo
   }
 }
 
-// P and dS of a tile from what forward kept. S, dS (BR, BC): probabilities, and the scores' gradient times scale.
-static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long i0, long i1, long j0, long j1, float* S, float* dS) {
+// P and dS of a tile from what forward kept. S, dS (BR, BC): probabilities, and the products' gradient times scale; bend: room for
+// as many with a softcap, else null.
+static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long i0, long i1, long j0, long j1, float* S, float* dS, float* bend) {
   const int seen = visibility(s, h.rows, h.ranges, i0, i1, j0, j1);
   if (!seen) return false;
   const long block = j0 / BC * turned_words(s.Dh);
-  scores(s, h.q, p.kt + block, h.rows, h.slope, seen, i0, i1, j0, j1, S);
+  scores(s, h.q, p.kt + block, h.rows, h.slope, seen, i0, i1, j0, j1, S, bend);
   multiply_turned(i1 - i0, s.Dh, h.d_out + i0 * left_width(s.Dh), p.vt + block, dS);
   for (long i = 0; i < i1 - i0; i++) {
     const float lse = h.lse[i0 + i], delta = h.delta[i0 + i];
@@ -118,6 +128,8 @@ static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long
       store(S + i * BC + j, prob);
       store(dS + i * BC + j, prob * (load(dS + i * BC + j) - delta) * s.scale);
     }
+    if (bend)
+      for (long j = 0; j < BC; j += VL) store(dS + i * BC + j, load(dS + i * BC + j) * load(bend + i * BC + j));
   }
   return true;
 }
@@ -126,12 +138,12 @@ static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long
 static void backward_keys(const Shape& s, const std::vector<Head>& heads, const Packed& p, long j0, float* d_k, float* d_v, bool with_d_q) {
   const long j1 = std::min(j0 + BC, s.Tk), Dp = padded(s.Dh), offset = s.Tk - s.Tq;
   alignas(64) float S[BR * BC], dS[BR * BC];
-  std::vector<float> K((size_t)BC * Dp, 0.0f), V((size_t)BC * Dp, 0.0f);
+  std::vector<float> K((size_t)BC * Dp, 0.0f), V((size_t)BC * Dp, 0.0f), bend(s.softcap ? BR * BC : 0);
   for (const Head& h : heads) {
     const long first = s.causal ? std::max(0L, j0 - offset) / BR * BR : 0;
     for (long i0 = first; i0 < s.Tq; i0 += BR) {
       const long i1 = std::min(i0 + BR, s.Tq);
-      if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS)) continue;
+      if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? bend.data() : nullptr)) continue;
       const long right = i0 / BR * right_words(BR, s.Dh);
       mix_turned(i1 - i0, j1 - j0, s.Dh, S, h.d_out_right + right, V.data());
       mix_turned(i1 - i0, j1 - j0, s.Dh, dS, h.q_right + right, K.data());
@@ -149,10 +161,11 @@ static void backward_keys(const Shape& s, const std::vector<Head>& heads, const 
 static void backward_queries(const Shape& s, const Head& h, const Packed& p, long i0) {
   const long i1 = std::min(i0 + BR, s.Tq), Dp = padded(s.Dh);
   alignas(64) float S[BR * BC], dS[BR * BC];
+  std::vector<float> bend(s.softcap ? BR * BC : 0);
   for (long j0 = 0; j0 < s.Tk; j0 += BC) {
     const long j1 = std::min(j0 + BC, s.Tk);
     if (s.causal && j0 > i1 - 1 + s.Tk - s.Tq) break;
-    if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS)) continue;
+    if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? bend.data() : nullptr)) continue;
     mix(i1 - i0, j1 - j0, s.Dh, dS, p.k + j0 / BC * right_words(BC, s.Dh), h.d_q_rows + i0 * Dp);
   }
 }

@@ -71,14 +71,15 @@ std::vector<Tensor> LayerNormBackward(const Tensor& x, const Tensor& w, const Te
   return norm_backward<true>(x, w, mean, r, dy, dh, again, instructions);
 }
 
-std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign) {
+std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign, bool neighbours, int instructions) {
   const auto shape = x.shape();
-  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3];
+  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3], turned = cos.shape()[3], which = level(instructions);
   Tensor y = like(x);
   const float *X = x.data<float>(), *C = cos.data<float>(), *S = sin.data<float>();
   float* Y = y.data<float>();
+  const auto rotate = neighbours ? PICK(which, rotate_token<true>) : PICK(which, rotate_token<false>);
   parallel(tasks(tokens, ROWS), [&](long t) {
-    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++) PICK(level(), rotate_token)(X + i * heads * Dh, C + i * Dh, S + i * Dh, heads, Dh, sign, Y + i * heads * Dh);
+    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++) rotate(X + i * heads * Dh, C + i * turned, S + i * turned, heads, Dh, turned, sign, Y + i * heads * Dh);
   });
   return {y};
 }
@@ -87,25 +88,26 @@ std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, 
 #define BY_KIND(function) \
   (kind == 0 ? PICK(which, function<0>) : kind == 1 ? PICK(which, function<1>) : PICK(which, function<2>))
 
-std::vector<Tensor> Gate(const Tensor& gate, const Tensor& up, int kind, int instructions) {
+// y = a(gate) up, or a(gate) alone.
+std::vector<Tensor> Gate(const Tensor& gate, const Optional& up, int kind, int instructions) {
   Tensor y = like(gate);
   const long n = gate.numel(), which = level(instructions);
-  const float *G = gate.data<float>(), *U = up.data<float>();
+  const float *G = gate.data<float>(), *U = up ? up->data<float>() : nullptr;
   float* Y = y.data<float>();
   parallel(tasks(n, VALUES), [&](long t) {
     const long at = t * VALUES;
-    BY_KIND(gate)(G + at, U + at, std::min(VALUES, n - at), Y + at);
+    BY_KIND(gate)(G + at, U ? U + at : U, std::min(VALUES, n - at), Y + at);
   });
   return {y};
 }
-std::vector<Tensor> GateBackward(const Tensor& gate, const Tensor& up, const Tensor& dy, int kind, int instructions) {
-  Tensor dg = like(gate), du = like(gate);
+std::vector<Tensor> GateBackward(const Tensor& gate, const Optional& up, const Tensor& dy, int kind, int instructions) {
+  Tensor dg = like(gate), du = up ? like(gate) : nothing(gate);
   const long n = gate.numel(), which = level(instructions);
-  const float *G = gate.data<float>(), *U = up.data<float>(), *DY = dy.data<float>();
+  const float *G = gate.data<float>(), *U = up ? up->data<float>() : nullptr, *DY = dy.data<float>();
   float *DG = dg.data<float>(), *DU = du.data<float>();
   parallel(tasks(n, VALUES), [&](long t) {
     const long at = t * VALUES;
-    BY_KIND(gate_backward)(G + at, U + at, DY + at, std::min(VALUES, n - at), DG + at, DU + at);
+    BY_KIND(gate_backward)(G + at, U ? U + at : U, DY + at, std::min(VALUES, n - at), DG + at, U ? DU + at : DU);
   });
   return {dg, du};
 }
@@ -159,11 +161,11 @@ PD_BUILD_OP(cpu_layer_norm_backward)
     .Inputs({"x", "w", "mean", "r", "dy", paddle::Optional("dh")}).Outputs({"dx", "again", "dw", "db"}).Attrs({"twice: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(LayerNormBackward));
 PD_BUILD_OP(cpu_gate)
-    .Inputs({"gate", "up"}).Outputs({"y"}).Attrs({"kind: int", "instructions: int"}).SetKernelFn(PD_KERNEL(Gate));
+    .Inputs({"gate", paddle::Optional("up")}).Outputs({"y"}).Attrs({"kind: int", "instructions: int"}).SetKernelFn(PD_KERNEL(Gate));
 PD_BUILD_OP(cpu_gate_backward)
-    .Inputs({"gate", "up", "dy"}).Outputs({"dg", "du"}).Attrs({"kind: int", "instructions: int"}).SetKernelFn(PD_KERNEL(GateBackward));
+    .Inputs({"gate", paddle::Optional("up"), "dy"}).Outputs({"dg", "du"}).Attrs({"kind: int", "instructions: int"}).SetKernelFn(PD_KERNEL(GateBackward));
 PD_BUILD_OP(cpu_embedding).Inputs({"ids", "w"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Embedding));
 PD_BUILD_OP(cpu_embedding_backward).Inputs({"ids", "w", "dy"}).Outputs({"dw"}).SetKernelFn(PD_KERNEL(EmbeddingBackward));
 PD_BUILD_OP(cpu_rope)
-    .Inputs({"x", "cos", "sin"}).Outputs({"y"}).Attrs({"sign: float"})
+    .Inputs({"x", "cos", "sin"}).Outputs({"y"}).Attrs({"sign: float", "neighbours: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(Rope)).SetInferShapeFn(PD_INFER_SHAPE(RopeShape)).SetInferDtypeFn(PD_INFER_DTYPE(RopeType));

@@ -67,15 +67,19 @@ static void norm_row_backward(const float* x, const float* w, float m, float r, 
   });
 }
 
-// heads x Dh values of one token; pairs are (i, i + Dh/2); sign -1 turns back
-static void rotate_token(const float* __restrict x, const float* cos, const float* sin, long heads, long Dh, float sign, float* __restrict y) {
-  const long half = Dh / 2;
-  for (long h = 0; h < heads; h++, x += Dh, y += Dh)
+// heads x Dh values of one token, of whose first `turned` dims pairs are (i, i + turned/2), or (2 i, 2 i + 1); sign -1 turns back
+template <bool NEIGHBOURS>
+static void rotate_token(const float* __restrict x, const float* cos, const float* sin, long heads, long Dh, long turned, float sign, float* __restrict y) {
+  const long half = turned / 2;
+  for (long h = 0; h < heads; h++, x += Dh, y += Dh) {
     for (long i = 0; i < half; i++) {
-      const float c = cos[i], s = sign * sin[i], a = x[i], b = x[i + half];
-      y[i] = a * c - b * s;
-      y[i + half] = b * c + a * s;
+      const long p = NEIGHBOURS ? 2 * i : i, q = NEIGHBOURS ? 2 * i + 1 : i + half;
+      const float c = cos[i], s = sign * sin[i], a = x[p], b = x[q];
+      y[p] = a * c - b * s;
+      y[q] = b * c + a * s;
     }
+    std::copy(x + turned, x + Dh, y + turned);
+  }
 }
 
 static INLINE vf sigmoid(vf x) {
@@ -119,11 +123,12 @@ static INLINE vf activation(vf g, vf* slope) {
   return g * phi;
 }
 
-template <int KIND>
+template <int KIND>  // u may be null: 1
 static void gate(const float* g, const float* u, long n, float* y) {
   each(n, EACH(i, n, k) {
     vf slope;
-    put(y + i, activation<KIND>(get(g + i, n), &slope) * get(u + i, n), n);
+    const vf a = activation<KIND>(get(g + i, n), &slope);
+    put(y + i, u ? a * get(u + i, n) : a, n);
   });
 }
 template <int KIND>
@@ -131,7 +136,7 @@ static void gate_backward(const float* g, const float* u, const float* dy, long 
   each(n, EACH(i, n, k) {
     vf slope;
     const vf d = get(dy + i, n), a = activation<KIND>(get(g + i, n), &slope);
-    put(dg + i, d * get(u + i, n) * slope, n);
-    put(du + i, d * a, n);
+    put(dg + i, u ? d * get(u + i, n) * slope : d * slope, n);
+    if (u) put(du + i, d * a, n);
   });
 }

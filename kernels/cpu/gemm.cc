@@ -107,15 +107,21 @@ void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Mat
 constexpr long WIDTH = 1024;  // columns of the vocabulary at a time; with 96 rows of float32 logits 384 KB
 
 // Logits of every row for columns [n0, n0 + width), a block of rows at a time: use(m, logits) with zeros up to a multiple of 32.
+// With a softcap, other than 0, they are softcap * tanh(logit / softcap).
 template <class Use>
-void logits_of(const Rows& hidden, const Matrix& weight, long n0, long width, long count, uint32_t* panels, Use use) {
+void logits_of(const Rows& hidden, const Matrix& weight, long n0, long width, long count, float softcap, uint32_t* panels, Use use) {
   parallel((width + NR - 1) / NR, [&](long p) { pack_panel(columns(weight, n0, n0 + width), p * NR, panels + p * NR * count); });
   parallel((hidden.rows + MC - 1) / MC, [&](long block) {
     static thread_local std::vector<float> room;
     room.resize(MC * WIDTH);
     const long m0 = block * MC, m1 = std::min(hidden.rows, m0 + MC);
     for (long n = 0; n < width; n += GROUP * NR) block_of(hidden, m0, m1, panels + n * count, count, std::min(GROUP * NR, width - n), room.data() + n, WIDTH, false);
-    for (long m = m0; m < m1; m++) use(m, room.data() + (m - m0) * WIDTH);
+    for (long m = m0; m < m1; m++) {
+      float* logits = room.data() + (m - m0) * WIDTH;
+      if (softcap)
+        for (long n = 0; n < up(width, 32); n += VL) store(logits + n, vtanh(load(logits + n) * (1.0f / softcap)) * softcap);
+      use(m, logits);
+    }
   });
 }
 
@@ -127,6 +133,13 @@ float single_of(uint16_t half) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+// g times the softcap's slope at a logit that it made; g without one.
+vf bent(vf g, vf logit, float softcap) {
+  if (!softcap) return g;
+  const vf t = logit * (1.0f / softcap);
+  return g * (1.0f - t * t);
+}
+float bent(float g, float logit, float softcap) { return bent(splat(g), splat(logit), softcap)[0]; }
 vf part(const float* p, long n, float otherwise) { return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(otherwise), first(n), p); }
 
 struct Seen {  // of one row: largest logit, its column, sum of exp(logit - most), the target's logit (0 if it is not among the columns)
@@ -134,9 +147,9 @@ struct Seen {  // of one row: largest logit, its column, sum of exp(logit - most
   int64_t* best;
 };
 
-// One row's logits for columns [n0, n0 + width) into what was seen before; exp(logit - most) to `half` if given. Returns by what
-// earlier sums are to be multiplied.
-float see(const Seen& seen, long m, const float* logits, long n0, long width, int64_t label, uint16_t* half) {
+// One row's logits for columns [n0, n0 + width) into what was seen before; exp(logit - most), bent, to `half` if given. Returns by
+// what earlier sums are to be multiplied.
+float see(const Seen& seen, long m, const float* logits, long n0, long width, int64_t label, float softcap, uint16_t* half) {
   vf top = splat(-std::numeric_limits<float>::infinity());
   for (long n = 0; n < width; n += VL) top = vmax(top, part(logits + n, width - n, logits[0]));
   const float before = seen.most[m], most = std::max(before, hmax(top));
@@ -150,16 +163,16 @@ float see(const Seen& seen, long m, const float* logits, long n0, long width, in
   for (long n = 0; n < up(width, 32); n += VL) {
     const vf e = vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - most);
     sum += e;
-    if (half) store_half(half + n, e);
+    if (half) store_half(half + n, bent(e, part(logits + n, width - n, 0.0f), softcap));
   }
   const float by = std::exp(before - most);
   seen.most[m] = most, seen.sum[m] = seen.sum[m] * by + hsum(sum);
   return by;
 }
 
-// What losses are made of, and, if `acc` is given, acc[m] = sum over columns of exp(logit - most) weight^T: the softmax's part of
-// the gradient of hidden, in one go with the logits (an online softmax, as attention's).
-void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const Seen& seen, float* acc) {
+// What losses are made of, and, if `acc` is given, acc[m] = sum over columns of exp(logit - most), bent, weight^T: the softmax's
+// part of the gradient of hidden, in one go with the logits (an online softmax, as attention's).
+void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, float softcap, const Seen& seen, float* acc) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D);
   const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(acc ? M * WIDTH / 2 : 1);
   const Rows rows = pack_all(hidden, packed.get(), count);
@@ -167,17 +180,18 @@ void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* la
   std::fill(seen.sum, seen.sum + M, 0.0f), std::fill(seen.target, seen.target + M, 0.0f), std::fill(seen.best, seen.best + M, 0);
   for (long n0 = 0; n0 < V; n0 += WIDTH) {
     const long width = std::min(WIDTH, V - n0);
-    logits_of(rows, weight, n0, width, count, panels.get(), [&](long m, const float* logits) {
+    logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
       uint16_t* half = acc ? (uint16_t*)halves.get() + m * WIDTH : nullptr;
-      const float by = see(seen, m, logits, n0, width, labels[m], half);
+      const float by = see(seen, m, logits, n0, width, labels[m], softcap, half);
       if (acc && n0 && by != 1.0f) scale_block(acc + m * D, 0, by, 0, 1, 0, D);
     });
     if (acc) product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width), panels_of(columns(weight, n0, n0 + width).transposed()), acc, D, n0 > 0, nothing);
   }
 }
 
-// G = d_loss (softmax - onehot) in bfloat16, a block of columns at a time; d_hidden = G weight^T, d_weight = hidden^T G.
-void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const float* lse, const float* d_loss, float* d_hidden, float* d_weight) {
+// G = d_loss (softmax - onehot), bent, in bfloat16, a block of columns at a time; d_hidden = G weight^T, d_weight = hidden^T G.
+void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const float* lse, const float* d_loss, float softcap, float* d_hidden,
+                            float* d_weight) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D), of_m = inner_words(M);
   const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(M * WIDTH / 2);
   const Rows rows = pack_all(hidden, packed.get(), count);
@@ -191,10 +205,11 @@ void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const in
     hidden_turned = pack_all(hidden.transposed(), turned.get(), of_m);
   for (long n0 = 0; n0 < V; n0 += WIDTH) {
     const long width = std::min(WIDTH, V - n0);
-    logits_of(rows, weight, n0, width, count, panels.get(), [&](long m, const float* logits) {
+    logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
       uint16_t* half = (uint16_t*)halves.get() + m * WIDTH;
-      for (long n = 0; n < up(width, 32); n += VL) store_half(half + n, vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - lse[m]) * d_loss[m]);
-      if (const long n = labels[m] - n0; n >= 0 && n < width) half[n] = half_of((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m]);
+      for (long n = 0; n < up(width, 32); n += VL)
+        store_half(half + n, bent(vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - lse[m]) * d_loss[m], part(logits + n, width - n, 0.0f), softcap));
+      if (const long n = labels[m] - n0; n >= 0 && n < width) half[n] = half_of(bent((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m], logits[n], softcap));
     });
     product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width), panels_of(columns(weight, n0, n0 + width).transposed()), d_hidden, D, n0 > 0, nothing);
     const Matrix g{halves.get(), M, width, WIDTH, false, true};
@@ -205,16 +220,17 @@ void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const in
   }
 }
 
-// d_loss[m] (acc[m] factor[m] - weight^T[label]), the second part only for labels that are among the columns. The weight is
-// rounded there as it was in acc: of a probability near 1 their difference is what counts.
-void softmax_gradient(const Matrix& weight, const float* acc, const float* factor, const int64_t* labels, const float* d_loss, long M, float* out) {
+// d_loss[m] (acc[m] factor[m] - weight^T[label]), the second part, bent, only for labels that are among the columns, whose logit is
+// target[m]. Weight and slope are rounded there as they were in acc: of a probability near 1 their difference is what counts.
+void softmax_gradient(const Matrix& weight, const float* acc, const float* factor, const int64_t* labels, const float* target, const float* d_loss, float softcap, long M, float* out) {
   const long D = weight.rows;
   parallel((M + MC - 1) / MC, [&](long block) {
     for (long m = block * MC; m < std::min(M, (block + 1) * MC); m++) {
       const float by = factor[m] * d_loss[m];
       for (long d = 0; d < D; d++) out[m * D + d] = acc[m * D + d] * by;
+      const float pull = d_loss[m] * (softcap ? single_of(half_of(bent(1.0f, target[m], softcap))) : 1.0f);
       if (labels[m] >= 0 && labels[m] < weight.cols)
-        for (long d = 0; d < D; d++) out[m * D + d] -= d_loss[m] * single_of(weight.half ? *weight.bits(d, labels[m]) : half_of(*weight.single(d, labels[m])));
+        for (long d = 0; d < D; d++) out[m * D + d] -= pull * single_of(weight.half ? *weight.bits(d, labels[m]) : half_of(*weight.single(d, labels[m])));
     }
   });
 }
@@ -248,24 +264,28 @@ std::vector<Tensor> Bf16LoraBackward(const Tensor& dy, const Tensor& x, const Te
   return {dx, d_dropped, da, db};
 }
 
-std::vector<Tensor> Bf16CrossEntropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels, bool turned, bool want_acc) {
+std::vector<Tensor> Bf16CrossEntropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels, bool turned, float softcap, bool want_acc) {
   const Matrix h = matrix(hidden), w = matrix(weight, turned);
   Tensor most = fresh({h.rows}, hidden), sum = fresh({h.rows}, hidden), target = fresh({h.rows}, hidden), best = paddle::empty({h.rows}, Type::INT64, hidden.place());
   Tensor acc = fresh({want_acc ? h.rows : 0, h.cols}, hidden);
-  cross_entropy(h, w, labels.data<int64_t>(), Seen{most.data<float>(), sum.data<float>(), target.data<float>(), best.data<int64_t>()}, want_acc ? acc.data<float>() : nullptr);
+  cross_entropy(h, w, labels.data<int64_t>(), softcap, Seen{most.data<float>(), sum.data<float>(), target.data<float>(), best.data<int64_t>()}, want_acc ? acc.data<float>() : nullptr);
   return {most, sum, target, best, acc};
 }
 
-std::vector<Tensor> Bf16CrossEntropyBackward(const Tensor& hidden, const Tensor& weight, const Tensor& labels, const Tensor& lse, const Tensor& d_loss, bool turned, bool frozen) {
+std::vector<Tensor> Bf16CrossEntropyBackward(const Tensor& hidden, const Tensor& weight, const Tensor& labels, const Tensor& lse, const Tensor& d_loss, bool turned, float softcap,
+                                             bool frozen) {
   const Matrix h = matrix(hidden);
   Tensor d_hidden = fresh(hidden.shape(), hidden), d_weight = fresh(frozen ? Shape{0, 1} : weight.shape(), weight);
-  cross_entropy_backward(h, matrix(weight, turned), labels.data<int64_t>(), lse.data<float>(), d_loss.data<float>(), d_hidden.data<float>(), frozen ? nullptr : d_weight.data<float>());
+  cross_entropy_backward(h, matrix(weight, turned), labels.data<int64_t>(), lse.data<float>(), d_loss.data<float>(), softcap, d_hidden.data<float>(),
+                         frozen ? nullptr : d_weight.data<float>());
   return {d_hidden, d_weight};
 }
 
-std::vector<Tensor> SoftmaxGradient(const Tensor& acc, const Tensor& factor, const Tensor& weight, const Tensor& labels, const Tensor& d_loss, bool turned) {
+std::vector<Tensor> SoftmaxGradient(const Tensor& acc, const Tensor& factor, const Tensor& weight, const Tensor& labels, const Tensor& target, const Tensor& d_loss, bool turned,
+                                    float softcap) {
   Tensor out = fresh(acc.shape(), acc);
-  softmax_gradient(matrix(weight, turned), acc.data<float>(), factor.data<float>(), labels.data<int64_t>(), d_loss.data<float>(), acc.shape()[0], out.data<float>());
+  softmax_gradient(matrix(weight, turned), acc.data<float>(), factor.data<float>(), labels.data<int64_t>(), target.data<float>(), d_loss.data<float>(), softcap, acc.shape()[0],
+                   out.data<float>());
   return {out};
 }
 
@@ -279,11 +299,11 @@ PD_BUILD_OP(cpu_bf16_lora_backward)
     .Inputs({"dy", "x", "t", "w", "a", "b"}).Outputs({"dx", "d_dropped", "da", "db"}).Attrs({"scaling: float", "want_dx: bool", "was_dropped: bool"})
     .SetKernelFn(PD_KERNEL(Bf16LoraBackward));
 PD_BUILD_OP(cpu_bf16_cross_entropy)
-    .Inputs({"hidden", "weight", "labels"}).Outputs({"most", "sum", "target", "best", "acc"}).Attrs({"turned: bool", "want_acc: bool"})
+    .Inputs({"hidden", "weight", "labels"}).Outputs({"most", "sum", "target", "best", "acc"}).Attrs({"turned: bool", "softcap: float", "want_acc: bool"})
     .SetKernelFn(PD_KERNEL(Bf16CrossEntropy));
 PD_BUILD_OP(cpu_bf16_cross_entropy_backward)
-    .Inputs({"hidden", "weight", "labels", "lse", "d_loss"}).Outputs({"d_hidden", "d_weight"}).Attrs({"turned: bool", "frozen: bool"})
+    .Inputs({"hidden", "weight", "labels", "lse", "d_loss"}).Outputs({"d_hidden", "d_weight"}).Attrs({"turned: bool", "softcap: float", "frozen: bool"})
     .SetKernelFn(PD_KERNEL(Bf16CrossEntropyBackward));
 PD_BUILD_OP(cpu_softmax_part)
-    .Inputs({"acc", "factor", "weight", "labels", "d_loss"}).Outputs({"d_hidden"}).Attrs({"turned: bool"})
+    .Inputs({"acc", "factor", "weight", "labels", "target", "d_loss"}).Outputs({"d_hidden"}).Attrs({"turned: bool", "softcap: float"})
     .SetKernelFn(PD_KERNEL(SoftmaxGradient));

@@ -26,27 +26,30 @@ static void by_rows(long rows, F f) {
   });
 }
 
-// logits (N, n), columns first … of the whole; labels (N,); state (N, 4), a Row each; best (N,) the largest logit's column.
-std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Tensor& best, int64_t first, bool begin, bool write, int instructions) {
+// logits (N, n), columns first … of the whole; labels (N,); state (N, 4), a Row each; best (N,) the largest logit's column. They are
+// softened first unless softcap is 0.
+std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Tensor& best, int64_t first, bool begin, bool write, float softcap, int instructions) {
   const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
   float* X = logits.data<float>();
   Row* S = (Row*)state.data<float>();
   const int64_t* L = labels.data<int64_t>();
   int64_t* B = best.data<int64_t>();
+  const auto row = softcap ? PICK(which, see<true>) : PICK(which, see<false>);
   by_rows(N, [&](long i) {
     if (begin) S[i] = {-INFINITY, 0.0f, 0.0f, 1.0f}, B[i] = first;
-    PICK(which, see)(X + i * n, n, first, L[i], write, S + i, B + i);
+    row(X + i * n, n, first, L[i], write, softcap, S + i, B + i);
   });
   return {};
 }
 
-// logits (N, n) -> (softmax - onehot) * scale, in place, with the logsumexp of whole rows.
-std::vector<Tensor> SoftmaxLessOnehot(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& scale, int64_t first, int instructions) {
+// logits (N, n) -> (softmax - onehot) * scale * the softcap's slope, in place, with the logsumexp of whole rows.
+std::vector<Tensor> SoftmaxLessOnehot(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& scale, int64_t first, float softcap, int instructions) {
   const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
   float* X = logits.data<float>();
   const float *E = lse.data<float>(), *C = scale.data<float>();
   const int64_t* L = labels.data<int64_t>();
-  by_rows(N, [&](long i) { PICK(which, gradient)(X + i * n, n, E[i], L[i] - first, C[i]); });
+  const auto row = softcap ? PICK(which, gradient<true>) : PICK(which, gradient<false>);
+  by_rows(N, [&](long i) { row(X + i * n, n, E[i], L[i] - first, C[i], softcap); });
   return {};
 }
 
@@ -103,10 +106,10 @@ std::vector<Tensor> LabelRows(Tensor& rows, const Tensor& block, const Tensor& l
 // Without functions for shapes and dtypes: these run on a dynamic graph alone.
 PD_BUILD_OP(cpu_logits_seen)
     .Inputs({"logits", "labels", "state", "best"}).Outputs({"logits_out", "state_out", "best_out"})
-    .Attrs({"first: int64_t", "begin: bool", "write: bool", "instructions: int"})
+    .Attrs({"first: int64_t", "begin: bool", "write: bool", "softcap: float", "instructions: int"})
     .SetInplaceMap({{"logits", "logits_out"}, {"state", "state_out"}, {"best", "best_out"}}).SetKernelFn(PD_KERNEL(See));
 PD_BUILD_OP(cpu_softmax_less_onehot)
-    .Inputs({"logits", "labels", "lse", "scale"}).Outputs({"logits_out"}).Attrs({"first: int64_t", "instructions: int"})
+    .Inputs({"logits", "labels", "lse", "scale"}).Outputs({"logits_out"}).Attrs({"first: int64_t", "softcap: float", "instructions: int"})
     .SetInplaceMap({{"logits", "logits_out"}}).SetKernelFn(PD_KERNEL(SoftmaxLessOnehot));
 PD_BUILD_OP(cpu_scaled_add)
     .Inputs({"total", "more", "state"}).Outputs({"total_out"}).Attrs({"instructions: int"})

@@ -8,8 +8,25 @@ static INLINE vf some(const float* p, long n, float rest) {  // the first n floa
 }
 static INLINE vf exp_or_nan(vf x) { return x == x ? vexp(x) : x; }  // vexp makes 0 of what is not a number
 
-// Columns first … first + n - 1. with `write`, exp(logit - max) in place of them.
-static void see(float* x, long n, long first, long label, bool write, Row* row, int64_t* best) {
+// x = cap tanh(x / cap)
+static void soften(float* x, long n, float cap) {
+  const float by = 1.0f / cap;
+  long i = 0;
+  for (; i + VL <= n; i += VL) store(x + i, vtanh(load(x + i) * by) * cap);
+  if (i < n) {
+    const vf t = vtanh(some(x + i, n - i, 0.0f) * by) * cap;
+    std::memcpy(x + i, &t, (n - i) * sizeof(float));
+  }
+}
+// g times the slope of soften, by what it made of x.
+template <bool CAP>
+static INLINE vf bent(vf g, vf softened, float by) { return CAP ? g * (1.0f - (softened * by) * (softened * by)) : g; }
+
+// Columns first … first + n - 1, softened where CAP. With `write`, exp(logit - max), bent, in place of them.
+template <bool CAP>
+static void see(float* x, long n, long first, long label, bool write, float cap, Row* row, int64_t* best) {
+  if (CAP) soften(x, n, cap);
+  const float by = 1.0f / cap;
   constexpr float LEAST = -INFINITY;
   vf tops[4] = {splat(LEAST), splat(LEAST), splat(LEAST), splat(LEAST)};
   long i = 0;
@@ -32,28 +49,37 @@ static void see(float* x, long n, long first, long label, bool write, Row* row, 
   i = 0;
   for (; i + 2 * VL <= n; i += 2 * VL)
     for (int k = 0; k < 2; k++) {
-      const vf e = exp_or_nan(load(x + i + k * VL) - max);
+      const vf l = load(x + i + k * VL), e = exp_or_nan(l - max);
       sums[k] += e;
-      if (write) store(x + i + k * VL, e);
+      if (write) store(x + i + k * VL, bent<CAP>(e, l, by));
     }
   for (; i < n; i += VL) {
     const long left = std::min<long>(VL, n - i);
-    const vf e = exp_or_nan(some(x + i, left, -INFINITY) - max);
+    const vf l = some(x + i, left, -INFINITY), e = exp_or_nan(l - max);
     sums[0] += e;
-    if (write) std::memcpy(x + i, &e, left * sizeof(float));
+    const vf written = bent<CAP>(e, l, by);
+    if (write) std::memcpy(x + i, &written, left * sizeof(float));
   }
   row->sum += hsum(sums[0] + sums[1]);
 }
 
-// x = (exp(x - lse) - onehot(label)) * scale; a label outside of 0 … n - 1 is another block's.
-static void gradient(float* x, long n, float lse, long label, float scale) {
+// x = (exp(l - lse) - onehot(label)) * scale, bent, l being x, softened where CAP; a label outside of 0 … n - 1 is another block's.
+template <bool CAP>
+static void gradient(float* x, long n, float lse, long label, float scale, float cap) {
+  if (CAP) soften(x, n, cap);
+  const float by = 1.0f / cap;
+  const bool mine = label >= 0 && label < n;
+  const float less = mine ? bent<CAP>(splat(scale), splat(x[label]), by)[0] : 0.0f;
   long i = 0;
-  for (; i + VL <= n; i += VL) store(x + i, exp_or_nan(load(x + i) - lse) * scale);
+  for (; i + VL <= n; i += VL) {
+    const vf l = load(x + i);
+    store(x + i, bent<CAP>(exp_or_nan(l - lse) * scale, l, by));
+  }
   if (i < n) {
-    const vf p = exp_or_nan(some(x + i, n - i, 0.0f) - lse) * scale;
+    const vf l = some(x + i, n - i, 0.0f), p = bent<CAP>(exp_or_nan(l - lse) * scale, l, by);
     std::memcpy(x + i, &p, (n - i) * sizeof(float));
   }
-  if (label >= 0 && label < n) x[label] -= scale;
+  if (mine) x[label] -= less;
 }
 
 static void scaled_add(float* total, const float* more, float factor, long n) {

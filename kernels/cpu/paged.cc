@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -23,6 +24,10 @@ struct Paged {
   const int *tables, *queries, *contexts;
   const long* first;                    // row of q of each sequence's first query
   float* out;
+  const float* slopes;  // (H,) of ALiBi, or null
+  long window;          // a query at p sees keys above p - window: INT_MAX without
+  float softcap;        // 0 without
+  long seen_from(long s, long query) const { return std::max(0L, contexts[s] - queries[s] + query + 1 - window); }
   long slot(long s, long j) const { return (long)tables[s * width + j / block_size] * block_size + j % block_size; }
 };
 constexpr double SMALL = 1 << 18;  // multiplications below which waking another thread costs more than it saves
@@ -31,17 +36,19 @@ constexpr double SMALL = 1 << 18;  // multiplications below which waking another
 #include "every_isa.h"
 
 std::vector<paddle::Tensor> PagedAttention(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v, const paddle::Tensor& tables, const paddle::Tensor& lengths,
-                                           const paddle::optional<paddle::Tensor>& k_scales, const paddle::optional<paddle::Tensor>& v_scales, float scale, int instructions) {
+                                           const paddle::optional<paddle::Tensor>& k_scales, const paddle::optional<paddle::Tensor>& v_scales, const paddle::optional<paddle::Tensor>& slopes,
+                                           float scale, int window, float softcap, int instructions) {
   const auto of_q = q.shape(), of_k = k.shape();
   auto out = paddle::empty(of_q, q.dtype(), q.place());
   Paged a{tables.shape()[0], of_q[1], of_k[2], of_q[2], of_k[1], tables.shape()[1], scale, q.data<float>(), k.data(), v.data(), nullptr, nullptr,
-          tables.data<int>(), lengths.data<int>(), lengths.data<int>() + tables.shape()[0], nullptr, out.data<float>()};
+          tables.data<int>(), lengths.data<int>(), lengths.data<int>() + tables.shape()[0], nullptr, out.data<float>(),
+          slopes ? slopes->data<float>() : nullptr, window ? window : INT_MAX, softcap};
   if (k_scales) a.k_scales = k_scales->data<float>(), a.v_scales = v_scales->data<float>();
   std::vector<long> first(a.S, 0);
   for (long s = 1; s < a.S; s++) first[s] = first[s - 1] + a.queries[s - 1];
   a.first = first.data();
   for (long s = 0; s < a.S; s++)
-    for (long b = 0; b * a.block_size < a.contexts[s]; b++)
+    for (long b = a.seen_from(s, 0) / a.block_size; b * a.block_size < a.contexts[s]; b++)
       PD_CHECK(a.tables[s * a.width + b] >= 0 && a.tables[s * a.width + b] < of_k[0], "block ", a.tables[s * a.width + b], " of sequence ", s, " is not one of ", of_k[0]);
   const int which = instructions < 0 ? level() : std::min(instructions, level());
   if (a.k_scales) PICK(which, attend_int8)(a);
@@ -51,18 +58,19 @@ std::vector<paddle::Tensor> PagedAttention(const paddle::Tensor& q, const paddle
 
 static std::vector<std::vector<int64_t>> PagedShape(const std::vector<int64_t>& q, const std::vector<int64_t>& k, const std::vector<int64_t>& v, const std::vector<int64_t>& tables,
                                                     const std::vector<int64_t>& lengths, const paddle::optional<std::vector<int64_t>>& k_scales,
-                                                    const paddle::optional<std::vector<int64_t>>& v_scales) {
+                                                    const paddle::optional<std::vector<int64_t>>& v_scales, const paddle::optional<std::vector<int64_t>>& slopes) {
   return {q};
 }
 static std::vector<paddle::DataType> PagedType(paddle::DataType q, paddle::DataType k, paddle::DataType v, paddle::DataType tables, paddle::DataType lengths,
-                                               const paddle::optional<paddle::DataType>& k_scales, const paddle::optional<paddle::DataType>& v_scales) {
+                                               const paddle::optional<paddle::DataType>& k_scales, const paddle::optional<paddle::DataType>& v_scales,
+                                               const paddle::optional<paddle::DataType>& slopes) {
   return {q};
 }
 
 PD_BUILD_OP(cpu_paged_attention)
-    .Inputs({"q", "k", "v", "tables", "lengths", paddle::Optional("k_scales"), paddle::Optional("v_scales")})
+    .Inputs({"q", "k", "v", "tables", "lengths", paddle::Optional("k_scales"), paddle::Optional("v_scales"), paddle::Optional("slopes")})
     .Outputs({"out"})
-    .Attrs({"scale: float", "instructions: int"})
+    .Attrs({"scale: float", "window: int", "softcap: float", "instructions: int"})
     .SetKernelFn(PD_KERNEL(PagedAttention))
     .SetInferShapeFn(PD_INFER_SHAPE(PagedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(PagedType));

@@ -110,6 +110,12 @@ static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, floa
   const long whole = padded(width);
   for (long g = 0; g < G; g++) {
     float* row = p + g * CHUNK;
+    if (a.softcap)
+      for (long j = 0; j < whole; j += VL) store(row + j, vtanh(load(row + j) * (1.0f / a.softcap)) * a.softcap);
+    if (a.slopes) {
+      const float slope = a.slopes[kv * G + g];
+      for (long j = 0; j < width; j++) row[j] -= slope * (float)(a.contexts[s] - 1 - j0 - j);
+    }
     for (long j = width; j < whole; j++) row[j] = -INFINITY;
     vf m = load(row), total = {};
     for (long j = VL; j < whole; j += VL) m = vmax(m, load(row + j));
@@ -135,15 +141,16 @@ template <class T>
 static void prefill_tile(const Paged& a, long s, long kv, long r0) {
   const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, rows = std::min(ROWS, a.queries[s] * G - r0), N = padded(rows), stride = a.K * Dh;
   const long offset = a.contexts[s] - a.queries[s];
-  std::vector<float> room(ROWS * Dp * 2 + KEYS * Dp * 2 + KEYS * ROWS + 3 * ROWS);
-  float *qt = room.data(), *o = qt + ROWS * Dp, *k = o + ROWS * Dp, *v = k + KEYS * Dp, *p = v + KEYS * Dp, *most = p + KEYS * ROWS, *sum = most + ROWS, *shrink = sum + ROWS;
+  std::vector<float> room(ROWS * Dp * 2 + KEYS * Dp * 2 + KEYS * ROWS + 4 * ROWS);
+  float *qt = room.data(), *o = qt + ROWS * Dp, *k = o + ROWS * Dp, *v = k + KEYS * Dp, *p = v + KEYS * Dp, *most = p + KEYS * ROWS, *sum = most + ROWS, *shrink = sum + ROWS, *slope = shrink + ROWS;
   int last[ROWS];  // the last key that a row sees
   for (long r = 0; r < ROWS; r++) last[r] = offset + (r0 + std::min(r, rows - 1)) / G, most[r] = -INFINITY;
   for (long r = 0; r < rows; r++) {
+    slope[r] = a.slopes ? a.slopes[kv * G + (r0 + r) % G] : 0.0f;
     const float* x = a.q + ((a.first[s] + (r0 + r) / G) * a.H + kv * G + (r0 + r) % G) * Dh;
     for (long d = 0; d < Dh; d++) qt[d * ROWS + r] = x[d] * a.scale;
   }
-  for (long j0 = 0; j0 <= last[rows - 1]; j0 += KEYS) {
+  for (long j0 = a.seen_from(s, r0 / G); j0 <= last[rows - 1]; j0 += KEYS) {
     const long width = std::min(KEYS, last[rows - 1] + 1 - j0);
     for (long j = 0; j < width; j++) {
       const long at = a.slot(s, j0 + j);
@@ -156,6 +163,12 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
     for (long r = 0; r < N; r += VL) {
       vi sees;
       std::memcpy(&sees, last + r, sizeof(sees));
+      if (a.softcap)
+        for (long j = 0; j < width; j++) store(p + j * ROWS + r, vtanh(load(p + j * ROWS + r) * (1.0f / a.softcap)) * a.softcap);
+      if (a.slopes)
+        for (long j = 0; j < width; j++) store(p + j * ROWS + r, load(p + j * ROWS + r) - load(slope + r) * __builtin_convertvector(sees - (int)(j0 + j), vf));
+      if (last[r + VL - 1] - a.window >= j0)
+        for (long j = 0; j < width; j++) store(p + j * ROWS + r, sees - (int)a.window < (int)(j0 + j) ? load(p + j * ROWS + r) : splat(-INFINITY));
       if (j0 + width - 1 > last[r])
         for (long j = 0; j < width; j++) store(p + j * ROWS + r, sees >= (int)(j0 + j) ? load(p + j * ROWS + r) : splat(-INFINITY));
       const vf before = load(most + r);
@@ -213,11 +226,11 @@ static void attend(const Paged& a) {
       for (long kv = 0; kv < a.K; kv++)
         for (long r = (a.queries[s] * G - 1) / ROWS * ROWS; r >= 0; r -= ROWS) tasks.push_back({s, kv, r, -1});  // the longest first
   for (long s = 0; s < a.S; s++) {
-    work += (double)a.queries[s] * a.contexts[s];
+    work += (double)a.queries[s] * (a.contexts[s] - a.seen_from(s, 0));
     if (a.queries[s] > 1) continue;
     places[s] = results;
     for (long kv = 0; kv < a.K; kv++)
-      for (long j = 0; j < a.contexts[s]; j += CHUNK) tasks.push_back({s, kv, j, results++});
+      for (long j = a.seen_from(s, 0); j < a.contexts[s]; j += CHUNK) tasks.push_back({s, kv, j, results++});
   }
   std::vector<float> outs(results * G * Dp), most(results * G), sum(results * G);
   const auto one = [&](long i) {
@@ -226,7 +239,7 @@ static void attend(const Paged& a) {
     else decode_chunk<T>(a, t.s, t.kv, t.at, std::min(t.at + CHUNK, (long)a.contexts[t.s]), &outs[t.chunk * G * Dp], &most[t.chunk * G], &sum[t.chunk * G]);
   };
   const auto join = [&](long i) {
-    const long s = i / a.K, kv = i % a.K, chunks = (a.contexts[s] + CHUNK - 1) / CHUNK, at = places[s] + kv * chunks;
+    const long s = i / a.K, kv = i % a.K, chunks = (a.contexts[s] - a.seen_from(s, 0) + CHUNK - 1) / CHUNK, at = places[s] + kv * chunks;
     if (a.queries[s] == 1) merge(a, s, kv, chunks, &outs[at * G * Dp], &most[at * G], &sum[at * G]);
   };
   if (work * a.H * a.Dh < SMALL)

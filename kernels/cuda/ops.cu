@@ -31,15 +31,15 @@ static const T* maybe(const Optional& x) { return x ? x->data<T>() : nullptr; }
 
 // ---------------------------------------------------------------------------------------------- cross-entropy
 
-std::vector<Tensor> CrossEntropy(const Tensor& logits, const Tensor& labels) {
+std::vector<Tensor> CrossEntropy(const Tensor& logits, const Tensor& labels, float softcap) {
   const int64_t rows = logits.shape()[0];
   Tensor lse = floats({rows}, logits), target = floats({rows}, logits), best = make({rows}, Type::INT64, logits);
-  check(launch_cross_entropy(logits.data(), labels.data<int64_t>(), rows, logits.shape()[1], lse.data<float>(), target.data<float>(), best.data<int64_t>(), type_of(logits), STREAM(logits)),
+  check(launch_cross_entropy(logits.data(), labels.data<int64_t>(), rows, logits.shape()[1], softcap, lse.data<float>(), target.data<float>(), best.data<int64_t>(), type_of(logits), STREAM(logits)),
         "cross-entropy");
   return {lse, target, best};
 }
-void SoftmaxGradient(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& d_losses) {
-  check(launch_softmax_gradient(logits.data(), labels.data<int64_t>(), lse.data<float>(), d_losses.data<float>(), logits.shape()[0], logits.shape()[1], type_of(logits), STREAM(logits)),
+void SoftmaxGradient(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& d_losses, float softcap) {
+  check(launch_softmax_gradient(logits.data(), labels.data<int64_t>(), lse.data<float>(), d_losses.data<float>(), logits.shape()[0], logits.shape()[1], softcap, type_of(logits), STREAM(logits)),
         "softmax's gradient");
 }
 static std::vector<Shape> CrossEntropyShape(const Shape& logits, const Shape& labels) { return {{logits[0]}, {logits[0]}, {logits[0]}}; }
@@ -48,10 +48,10 @@ static std::vector<Shape> GradientShape(const Shape& logits, const Shape& labels
 static std::vector<Type> GradientType(Type logits, Type labels, Type lse, Type d_losses) { return {logits}; }
 
 PD_BUILD_OP(gpu_cross_entropy)
-    .Inputs({"logits", "labels"}).Outputs({"lse", "target", "best"})
+    .Inputs({"logits", "labels"}).Outputs({"lse", "target", "best"}).Attrs({"softcap: float"})
     .SetKernelFn(PD_KERNEL(CrossEntropy)).SetInferShapeFn(PD_INFER_SHAPE(CrossEntropyShape)).SetInferDtypeFn(PD_INFER_DTYPE(CrossEntropyType));
 PD_BUILD_OP(gpu_softmax_backward)  // Paddle takes a name with _grad in it for the gradient of another operator
-    .Inputs({"logits", "labels", "lse", "d_losses"}).Outputs({"d_logits"}).SetInplaceMap({{"logits", "d_logits"}})
+    .Inputs({"logits", "labels", "lse", "d_losses"}).Outputs({"d_logits"}).Attrs({"softcap: float"}).SetInplaceMap({{"logits", "d_logits"}})
     .SetKernelFn(PD_KERNEL(SoftmaxGradient)).SetInferShapeFn(PD_INFER_SHAPE(GradientShape)).SetInferDtypeFn(PD_INFER_DTYPE(GradientType));
 
 // ------------------------------------------------------------------------------------- rms_norm with residual
@@ -87,23 +87,27 @@ PD_BUILD_OP(gpu_rms_norm_residual_backward)
 // ------------------------------------------------------------------------------------------- paged attention
 
 std::vector<Tensor> PagedDecode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& tables, const Tensor& contexts, const Optional& k_scales, const Optional& v_scales,
-                                float scale, int longest) {
+                                const Optional& slopes, float scale, int longest, int window, float softcap) {
   const Shape shape = q.shape(), pool = k_cache.shape();  // (S, H, Dh), (blocks, block_size, K, Dh)
   const int S = shape[0], H = shape[1], Dh = shape[2], K = pool[2], splits = paged_attention_splits(S, H, K, longest);
   Tensor out = make(shape, q.dtype(), q), partial = floats({splits > 1 ? (int64_t)S * H * splits * (Dh + 2) : 1}, q);
   check(launch_paged_attention(q.data(), k_cache.data(), v_cache.data(), maybe<float>(k_scales), maybe<float>(v_scales), tables.data<int>(), contexts.data<int>(), S, H, K, Dh, pool[1],
-                               tables.shape()[1], longest, splits, scale, out.data(), partial.data<float>(), type_of(q), STREAM(q)),
+                               tables.shape()[1], longest, splits, scale, maybe<float>(slopes), window, softcap, out.data(), partial.data<float>(), type_of(q), STREAM(q)),
         "paged attention");
   return {out};
 }
 static std::vector<Shape> DecodeShape(const Shape& q, const Shape& k, const Shape& v, const Shape& tables, const Shape& contexts, const paddle::optional<Shape>& ks,
-                                      const paddle::optional<Shape>& vs) {
+                                      const paddle::optional<Shape>& vs, const paddle::optional<Shape>& slopes) {
   return {q};
 }
-static std::vector<Type> DecodeType(Type q, Type k, Type v, Type tables, Type contexts, const paddle::optional<Type>& ks, const paddle::optional<Type>& vs) { return {q}; }
+static std::vector<Type> DecodeType(Type q, Type k, Type v, Type tables, Type contexts, const paddle::optional<Type>& ks, const paddle::optional<Type>& vs,
+                                    const paddle::optional<Type>& slopes) {
+  return {q};
+}
 
 PD_BUILD_OP(gpu_paged_decode)
-    .Inputs({"q", "k_cache", "v_cache", "tables", "contexts", paddle::Optional("k_scales"), paddle::Optional("v_scales")}).Outputs({"out"}).Attrs({"scale: float", "longest: int"})
+    .Inputs({"q", "k_cache", "v_cache", "tables", "contexts", paddle::Optional("k_scales"), paddle::Optional("v_scales"), paddle::Optional("slopes")}).Outputs({"out"})
+    .Attrs({"scale: float", "longest: int", "window: int", "softcap: float"})
     .SetKernelFn(PD_KERNEL(PagedDecode)).SetInferShapeFn(PD_INFER_SHAPE(DecodeShape)).SetInferDtypeFn(PD_INFER_DTYPE(DecodeType));
 
 // ------------------------------------------------------------------------------------------ quantized linears
