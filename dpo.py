@@ -242,7 +242,7 @@ def wins(values):
 
 def reply_logps(model, batch):
     """(N, 2) float32: summed log-probabilities of the chosen and the rejected reply of each of the batch's N pairs."""
-    losses = model(**trainer.model_inputs(batch)).flatten()  # (B * T,), never the logits of a whole sequence
+    losses = model(**trainer.model_inputs(batch), additions=False).flatten()  # (B * T,), never a sequence's logits
     reply_ids = batch["reply_ids"].flatten()
     kept = np.flatnonzero(reply_ids >= 0)
     sums = paddle.geometric.segment_sum(

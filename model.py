@@ -57,6 +57,9 @@ class Experts:
     choice_bias: bool = False  # a bias that moves the choice alone, not the weights (arXiv 2408.15664)
     dense_layers: tuple = ()  # layers whose MLP is an ordinary one
     aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added while training
+    aux_by_layer: bool = False  # every layer is balanced by itself and the layers' losses are added up, with shares of all
+    # choices; False: all layers' tokens together, with shares of all tokens
+    aux_by_sequence: bool = False  # ... and every sequence by itself (arXiv 2405.04434, 2.2.3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,7 @@ class ModelConfig:
     position_offset: int = 0  # rows of the learned table before position 0
     rotary_dim: int = 0  # of each head; 0: all
     rope_interleaved: bool = False  # pairs are (2i, 2i+1) in place of (i, i + r/2)
+    stored_frequencies: str | None = None  # the name under which the files hold the frequencies of RoPE as well; {i} a layer
     logn_length: int | None = None  # past so many tokens queries grow by log(position) to this base; not in training
 
     attention_bias: bool = False  # on q, k and v
@@ -142,6 +146,7 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(source, path="config"):
+        source = _huggingface_source(source, path)
         family = _family_of(source, path)
         row = FAMILIES[family]
         _refuse_other_maths(source, family, path)
@@ -171,14 +176,16 @@ class ModelConfig:
             max_position_embeddings=number("max_position_embeddings", 2048),
             norm_eps=float(number("norm_eps", row.norm_eps, (int, float), 0)),
             initializer_range=float(number("initializer_range", 0.02, (int, float), 0)),
-            rope=_rope_parameters(source, path),
+            rope=_rope_parameters({"rope_theta": row.rope_theta, **source}, path),
             tie_word_embeddings=bool(source.get("tie_word_embeddings", row.tied_by_default)),
             quantization=_quantization(source, path),
         )
         try:
             fields.update(row.traits(source, fields))
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path}: a key that {family} needs is missing or of another type: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         config = ModelConfig(family=family, source=source, **fields)
         if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
             raise UserError(f"{path}: rotary positions turn pairs: {config.rotary_dim or config.head_dim} dims are odd")
@@ -232,6 +239,7 @@ class Family:
     tied_by_default: bool = False  # tie_word_embeddings when config.json is silent
     norm_eps: float = 1e-6  # when config.json is silent
     four_times: bool = False  # intermediate_size is 4 D when config.json is silent
+    rope_theta: float = 10000.0  # when config.json is silent
     prefix: str = "model."  # of the names of all but the head; some published files leave it out
     also_stores_head: bool = False  # a tied head is written to its files as well
     settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
@@ -413,7 +421,7 @@ _NAMES_GEMMA2 = _table(_LLAMA_ATTENTION.replace(
     layers.{i}.mlp_post_norm        model.layers.{i}.post_feedforward_layernorm
 """)  # fmt: skip
 IGNORED_WEIGHTS = re.compile(  # in published files: tables that are computed, and masks
-    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.self_attn\.rotary_emb\.(cos|sin)_cached$"
+    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.rotary_emb\.(cos|sin)_cached$|decoder\.version$"
 )
 
 
@@ -425,6 +433,10 @@ def _llama(source, fields):
 def _windowed(source, fields):
     window = source.get("sliding_window")
     return dict(windows=(window,) * fields["num_hidden_layers"]) if window else {}
+
+
+def _mistral(source, fields):
+    return _windowed({"sliding_window": 4096, **source}, fields)  # null is none, no key is the class's own
 
 
 def _mixtral(source, fields):
@@ -447,15 +459,15 @@ def _qwen_moe(source, fields):
     dense = set(source.get("mlp_only_layers") or ())
     step = source.get("decoder_sparse_step", 1)
     dense |= {i for i in range(fields["num_hidden_layers"]) if (i + 1) % step}
-    shared = source.get("shared_expert_intermediate_size") or 0
     qwen2 = source["model_type"] == "qwen2_moe"
+    shared = source["shared_expert_intermediate_size"] or 0 if qwen2 else 0
     return dict(
         attention_bias=bool(source.get("qkv_bias", True) if qwen2 else source.get("attention_bias", False)),
         output_bias=False if qwen2 else bool(source.get("attention_bias", False)),
         qk_norm=not qwen2,
         experts=Experts(
-            source.get("num_experts") or source["num_local_experts"], source["num_experts_per_tok"],
-            source["moe_intermediate_size"], shared if qwen2 else 0, qwen2, normalise=bool(source.get("norm_topk_prob", False)),
+            source.get("num_local_experts") or source["num_experts"], source["num_experts_per_tok"],
+            source["moe_intermediate_size"], shared, qwen2, normalise=bool(source.get("norm_topk_prob", False)),
             dense_layers=tuple(sorted(dense)), aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
         ),
     )  # fmt: skip
@@ -468,22 +480,34 @@ def _baichuan(source, fields):
     two = ("z_loss_weight" in source or fields["vocab_size"] == 125696
            or rope and source.get("architectures") == ["BaichuanForCausalLM"])  # fmt: skip
     return dict(fused_qkv="blocks", position="rope" if rope else "alibi", norm_head=two,
+                stored_frequencies="model.layers.{i}.self_attn.rotary_emb.inv_freq" if rope and not two else None,
                 z_loss_weight=float(source.get("z_loss_weight") or 0.0))  # fmt: skip
 
 
 def _chatglm(source, fields):
     # The official code gives every model the residual scale of 28 layers, the depth of the one that was published.
     return dict(norm="layer", position="rope_2d", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="groups",
-                gated=False, activation="gelu_tanh", residual_scale=math.sqrt(2 * fields["num_hidden_layers"]))  # fmt: skip
+                gated=False, activation="gelu_tanh", residual_scale=math.sqrt(2 * fields["num_hidden_layers"]),
+                stored_frequencies="transformer.layers.{i}.attention.rotary_emb.inv_freq")  # fmt: skip
 
 
 def _chatglm2(source, fields):
-    multi_query = source.get("multi_query_attention", False)
+    multi_query, ratio, name = source.get("multi_query_attention", False), source.get("rope_ratio", 1), str(source.get("_name_or_path"))
+    # chatglm2-6b-32k divides positions by the ratio, chatglm3-6b-32k and later ones multiply the base with theirs (50 or
+    # more): the same keys, told apart by the name and the size of the number.
+    if ratio != 1 and ratio < 50 and "chatglm2" not in name:
+        raise UserError(
+            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3 and later); which, "
+            f"_name_or_path = {name!r} does not say: it must name chatglm2 for the first, rope_ratio be 50 or more for the second"
+        )
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio}
+    if "chatglm2" in name and ratio != 1:
+        rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": ratio}
     return dict(
         num_key_value_heads=source["multi_query_group_num"] if multi_query else fields["num_attention_heads"],
         fused_qkv="blocks" if multi_query else "groups", fused_gate_up=True,
         rotary_dim=fields["head_dim"] // 2, rope_interleaved=True,
-        rope={"rope_type": "default", "rope_theta": 10000.0 * source.get("rope_ratio", 1)},
+        rope=rope, stored_frequencies="transformer.rotary_pos_emb.inv_freq",
         attention_bias=bool(source.get("add_qkv_bias", False) or source.get("add_bias_linear", False)),
         output_bias=bool(source.get("add_bias_linear", False)), mlp_bias=bool(source.get("add_bias_linear", False)),
     )  # fmt: skip
@@ -491,7 +515,7 @@ def _chatglm2(source, fields):
 
 def _glm(source, fields):
     partial = ((source.get("rope_parameters") or {}) | source).get("partial_rotary_factor", 0.5)
-    return dict(attention_bias=bool(source.get("attention_bias", False)), fused_gate_up=True, rope_interleaved=True,
+    return dict(attention_bias=bool(source.get("attention_bias", True)), fused_gate_up=True, rope_interleaved=True,
                 rotary_dim=int(fields["head_dim"] * partial),
                 norm_place="both" if source["model_type"] == "glm4" else "before")  # fmt: skip
 
@@ -505,14 +529,17 @@ def _bloom(source, fields):
 def _gpt2(source, fields):
     activation = source.get("activation_function", "gelu_new")
     return dict(norm="layer", position="learned", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="blocks",
-                gated=False, activation={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation))  # fmt: skip
+                gated=False, activation=_GELU.get(activation, activation))  # fmt: skip
+
+
+_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def _opt(source, fields):
     before, width = source.get("do_layer_norm_before", True), source.get("word_embed_proj_dim")
     bias = source.get("enable_bias", True)
     return dict(norm="layer", norm_place="before" if before else "after", position="learned", position_offset=2,
-                attention_bias=bias, output_bias=bias, mlp_bias=bias, gated=False, activation=source.get("activation_function", "relu"),
+                attention_bias=bias, output_bias=bias, mlp_bias=bias, gated=False, activation=_GELU.get(source.get("activation_function"), source.get("activation_function", "relu")),
                 embedding_size=None if width == fields["hidden_size"] else width,
                 final_norm=before and not source.get("_remove_final_layer_norm", False))  # fmt: skip
 
@@ -523,32 +550,32 @@ def _gemma(source, fields):
 
 
 def _gemma2(source, fields):
-    window, layers = source.get("sliding_window"), fields["num_hidden_layers"]
+    window, layers = source.get("sliding_window", 4096), fields["num_hidden_layers"]
     types = source.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return _gemma(source, fields) | dict(
         norm_place="both", attention_scale=float(source.get("query_pre_attn_scalar", 256)) ** -0.5,
-        attention_softcap=source.get("attn_logit_softcapping"), final_softcap=source.get("final_logit_softcapping"),
+        attention_softcap=source.get("attn_logit_softcapping", 50.0), final_softcap=source.get("final_logit_softcapping", 30.0),
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
     )  # fmt: skip
 
 
 def _deepseek(source, fields):
     v3, rope = source["model_type"] == "deepseek_v3", fields["rope"]
-    latent = Latent(source.get("q_lora_rank"), source["kv_lora_rank"], source["qk_nope_head_dim"],
+    latent = Latent(source["q_lora_rank"], source["kv_lora_rank"], source["qk_nope_head_dim"],
                     source["qk_rope_head_dim"], source["v_head_dim"])  # fmt: skip
     scale = (latent.nope_dim + latent.rope_dim) ** -0.5
     if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
         scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
-    dense = [i for i in range(fields["num_hidden_layers"])
-             if i < source.get("first_k_dense_replace", 0) or i % (source.get("moe_layer_freq") or 1)]  # fmt: skip
+    dense = range(min(source["first_k_dense_replace"], fields["num_hidden_layers"]))
     grouped = v3 or source.get("topk_method") == "group_limited_greedy"
     experts = Experts(
         source["n_routed_experts"], source["num_experts_per_tok"], source["moe_intermediate_size"],
-        (source.get("n_shared_experts") or 0) * source["moe_intermediate_size"],
+        (source["n_shared_experts"] or 0) * source["moe_intermediate_size"],
         scoring="sigmoid" if v3 else "softmax", normalise=bool(v3 and source.get("norm_topk_prob", True)),
         scale=source.get("routed_scaling_factor", 1.0), groups=source["n_group"] if grouped else 1,
         chosen_groups=source["topk_group"] if grouped else 1, group_score_of=2 if v3 else 1, choice_bias=v3,
-        dense_layers=tuple(dense), aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.001),
+        dense_layers=tuple(dense), aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.0), aux_by_layer=True,
+        aux_by_sequence=bool(source.get("seq_aux", True)),
     )  # fmt: skip
     bias = bool(source.get("attention_bias", False))
     return dict(attention_bias=bias, output_bias=bias, num_key_value_heads=fields["num_attention_heads"], latent=latent,
@@ -557,7 +584,14 @@ def _deepseek(source, fields):
 
 
 def _internlm(source, fields):
-    return dict(attention_bias=bool(source.get("bias", False)), output_bias=bool(source.get("bias", False)))
+    rotary, rope = source.get("rotary"), fields["rope"]
+    if rotary is not None:  # {"type": "origin"} or, as Hugging Face's "dynamic", {"type": "dynamic"}
+        rope = {"rope_type": "default", "rope_theta": float(rotary["base"])}
+        if rotary["type"] == "dynamic":
+            rope |= {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
+        elif rotary["type"] != "origin":
+            raise UserError(f"rotary = {json.dumps(rotary)} is not supported; its type must be origin or dynamic")
+    return dict(attention_bias=bool(source.get("bias", False)), output_bias=bool(source.get("bias", False)), rope=rope)
 
 
 def _internlm2(source, fields):
@@ -570,13 +604,14 @@ _NO_WINDOW = {"use_sliding_window": (False,), "sliding_window": ...}  # unused t
 _BIAS = {"attention_bias": (True, False)}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _NAMES_LLAMA, _llama, settings=_SILU | _BIAS | {"mlp_bias": (True, False)}),
-    "mistral": Family("MistralForCausalLM", _NAMES_LLAMA, _windowed, settings=_SILU | {"sliding_window": ...}),
-    "mixtral": Family("MixtralForCausalLM", _NAMES_MIXTRAL, _mixtral, norm_eps=1e-5,
+    "mistral": Family("MistralForCausalLM", _NAMES_LLAMA, _mistral, settings=_SILU | {"sliding_window": ...}),
+    "mixtral": Family("MixtralForCausalLM", _NAMES_MIXTRAL, _mixtral, norm_eps=1e-5, rope_theta=1e6,
                       settings=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...}),
     "qwen": Family("QWenLMHeadModel", _NAMES_QWEN, _qwen, prefix="transformer.",
                    settings={"no_bias": (True,), "rotary_pct": (1.0, 1), "scale_attn_weights": (True,), "rotary_emb_base": ...,
                              "use_dynamic_ntk": (True, False), "use_logn_attn": (True, False)}),
-    "qwen2": Family("Qwen2ForCausalLM", _NAMES_LLAMA, lambda source, fields: dict(attention_bias=True), settings=_SILU | _NO_WINDOW),
+    "qwen2": Family("Qwen2ForCausalLM", _NAMES_LLAMA, lambda source, fields: dict(attention_bias=True),
+                    settings=_SILU | _NO_WINDOW | {"attention_bias": ...}),  # which its class does not read
     "qwen2_moe": Family("Qwen2MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)}),
     "qwen3": Family("Qwen3ForCausalLM", _NAMES_LLAMA, lambda source, fields: _llama(source, fields) | dict(qk_norm=True),
                     settings=_SILU | _NO_WINDOW | _BIAS),
@@ -596,18 +631,19 @@ FAMILIES = {
                    settings={"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"), "scale_attn_weights": (True,),
                              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "reorder_and_upcast_attn": ...}),
     "opt": Family("OPTForCausalLM", _NAMES_OPT, _opt, True, 1e-5,
-                  settings={"activation_function": ("relu", "gelu"), "layer_norm_elementwise_affine": (True,)}),
-    "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False)}),
+                  settings={"activation_function": ("relu", "gelu", "gelu_new"), "layer_norm_elementwise_affine": (True,)}),
+    "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False), "rotary": ...}),
     "internlm2": Family("InternLM2ForCausalLM", _NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
     "gemma": Family("GemmaForCausalLM", _NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
     "gemma2": Family("Gemma2ForCausalLM", _NAMES_GEMMA2, _gemma2, True,
                      settings=_GELU_TANH | _BIAS | dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-                                                                  "query_pre_attn_scalar"), ...)),
+                                                                  "query_pre_attn_scalar", "sliding_window_size"), ...)),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
                           settings=_SILU | _BIAS | {"topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",),
-                                                    "norm_topk_prob": (False,)}),
+                                                    "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
-                          settings=_SILU | _BIAS | {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "rope_interleave": (True, False)}),
+                          settings=_SILU | _BIAS | {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "rope_interleave": (True, False),
+                                                    "moe_layer_freq": (1,)}),
 }  # fmt: skip
 
 
@@ -618,7 +654,7 @@ def _family_of(source, path):
         family = "chatglm2"
     elif family == "chatglm2":
         family = None  # a name of ours, of no config.json
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = sorted(set(FAMILIES) - {"chatglm2"})
         raise UserError(
             f"{path}: model_type {source.get('model_type')!r} is not supported; supported are {', '.join(known)}"
@@ -646,13 +682,15 @@ _LIKE_MATHS = re.compile(
 
 def _refuse_other_maths(source, family, path):
     """Every key that would change what the decoder computes is either read here or refused by its name."""
-    settings, rope = FAMILIES[family].settings, source.get("rope_parameters") or source.get("rope_scaling") or {}
+    settings, rope = FAMILIES[family].settings, _rope_object(source, path)
     inside = {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
     for key, value in (source | inside).items():
         allowed = settings.get(key, _NEUTRAL.get(key))
         if allowed is None and key not in _READ_KEYS and _LIKE_MATHS.search(key):
             allowed = (False, 0, 0.0, 1, 1.0)
-        if allowed is None or allowed is ... or value is None or value in allowed or value in ([], {}):
+        if allowed is None or allowed is ... or value is None or value in ([], {}):
+            continue
+        if value in allowed and (value is not True or any(choice is True for choice in allowed)):  # 1 is not true here
             continue
         right = " or ".join(json.dumps(choice) for choice in allowed) or "no such key"
         raise UserError(
@@ -697,10 +735,20 @@ def _quantization(source, path):
     return found
 
 
+def _rope_object(source, path):
+    """What config.json says of RoPE in either dialect, {} if nothing."""
+    key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
+    if not isinstance(source.get(key) or {}, dict):
+        raise UserError(f"{path}: {key} must be an object, found {source[key]!r}")
+    return source.get(key) or {}
+
+
 def _rope_parameters(source, path):
     """{"rope_type", "rope_theta", …} from either dialect, checked."""
-    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
+    rope = dict(_rope_object(source, path))
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+             "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "truncate", "partial_rotary_factor"}  # fmt: skip
     rope.setdefault("rope_theta", source.get("rope_theta", 10000.0))
     needed = {
         "default": (),
@@ -711,6 +759,9 @@ def _rope_parameters(source, path):
     }
     if rope["rope_type"] not in needed:
         raise UserError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(needed)}")
+    for key in rope.keys() - known:
+        if rope[key] is not None:
+            raise UserError(f"{path}: rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])} is not supported: it may change the maths")
     for key in ("rope_theta", *needed[rope["rope_type"]]):
         if not isinstance(rope.get(key), (int, float)):
             raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
@@ -787,8 +838,8 @@ def rope_tables(config, position_ids, lengths=None):
 
     position_ids (B, T), or for rope_2d (B, T, 2), whose tables stand one after the other. dynamic: past
     max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor packing
-    changes the result. qwen_ntk grows in powers of two; lengths (B, 1) are then those that keys were rotated for at first
-    (None: the samples' own).
+    changes the result. qwen_ntk grows in powers of two; lengths (B, 1 or T) are then those that keys were rotated for at
+    first (None: the samples' own).
     """
     if not config.position.startswith("rope"):
         return None, None
@@ -839,10 +890,11 @@ def two_positions(config, input_ids, position_ids, rows):
     mask = paddle.where(general < T, general, next_one(input_ids == source.get("mask_token_id", vocabulary - 4)))
     mask = paddle.where(mask < T, mask, start)
     in_answer = place >= start
+    answered = position_ids - (start - first)  # not place - start: two answers may share a context (dpo.py)
     positions = paddle.stack(
         [
-            paddle.where(in_answer, mask, place) - first,
-            paddle.where(in_answer, place - start + 1, paddle.zeros_like(place)),
+            paddle.where(in_answer, mask - first, position_ids),
+            paddle.where(in_answer, answered + 1, paddle.zeros_like(place)),
         ],
         axis=-1,
     )
@@ -994,6 +1046,52 @@ class Cache:
         return rows if columns == 1 else paddle.concat([rows, paddle.zeros_like(rows)], axis=-1)
 
 
+class PrefixPlaces:
+    """A prefix before each sample of a row, for attention where distances count (ALiBi, windows).
+
+    A cache has its prefix once, before everything: right for one sample a row, and, where nothing depends on the
+    distance, for packed and left-padded rows too. Here keys and values stand as (prefix, sample), (prefix, sample), …
+    during attention, each pair as it would be alone; rows with fewer samples than others begin with places nobody sees.
+    """
+
+    def __init__(self, position_ids, rows, P):
+        """position_ids (B, T); rows (B, 1, T, 1); a prefix of P tokens."""
+        (B, T), positions, ends = position_ids.shape, position_ids.numpy(), rows.numpy()[:, 0, :, 0].astype(np.int64)
+        seen = ends > np.arange(T)  # padding on the left is not: it begins no sample
+        first = seen & ((positions == 0) | (seen.cumsum(1) == 1))
+        most = int(first.sum(1).max())
+        width = T + P * most
+        places = np.arange(T) + P * (most - first.sum(1, keepdims=True) + first.cumsum(1))  # (B, T) of the text's tokens
+        never = np.iinfo(np.int32).max
+        ends = np.where(ends < T, np.take_along_axis(places, ends.clip(0, T - 1), 1), np.minimum(ends + width - T, never))
+        self.rows = np.zeros((B, 1, width, 1), np.int32)
+        source = np.zeros((B, width), np.int64)  # of each key, among the prefix's P and the text's T
+        for b in range(B):
+            source[b, places[b]], self.rows[b, 0, places[b], 0] = P + np.arange(T), np.where(seen[b], ends[b], 0)
+            for t in np.flatnonzero(first[b]):
+                before = np.s_[places[b, t] - P : places[b, t]]
+                source[b, before], self.rows[b, 0, before, 0] = np.arange(P), ends[b, t]
+        self.B, self.width, self.rows = B, width, paddle.to_tensor(self.rows)
+        self.keys_from = paddle.to_tensor((source + np.arange(B)[:, None] * (P + T)).flatten())
+        self.queries_from = paddle.to_tensor(((source - P).clip(0) + np.arange(B)[:, None] * T).flatten())
+        self.back = paddle.to_tensor((places + np.arange(B)[:, None] * width).flatten())
+
+    def keys(self, prefix, text):
+        """(B, P, K, Dh) and (B, T, K, Dh) -> (B, width, K, Dh)"""
+        return self._take(paddle.concat([prefix, text], axis=1), self.keys_from)
+
+    def queries(self, q):
+        """(B, T, H, Dh) -> (B, width, H, Dh), anything where there is no text."""
+        return self._take(q, self.queries_from)
+
+    def text(self, mixed):
+        """(B, width, H, Dh) -> (B, T, H, Dh)"""
+        return self._take(mixed, self.back)
+
+    def _take(self, x, index):
+        return paddle.index_select(x.flatten(0, 1), index).reshape([self.B, -1, *x.shape[2:]])
+
+
 def alibi_slopes(heads):
     """(H,) float32: the rate at which each head's attention falls with distance (Press et al., arXiv 2108.12409, 3)."""
     # Where H is no power of two: the slopes of the one below it, then every other of the next one's.
@@ -1026,12 +1124,12 @@ class Attention(nn.Layer):
         self.q_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None):
+    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None, spread=None):
         """x (B, T, D) -> (B, T, D), and all keys and values (B, past + T, K, Dh).
 
         rows: FlashMask rows of all keys, the window among them; one column is causal, two are not. attend: a function
         (q, k, v, **options) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
-        q_scale (B, T, 1, 1): a factor on every query.
+        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v.
         """
         q, k, v = self.rotated(x, cos, sin)
         q = q if q_scale is None else q * q_scale
@@ -1039,10 +1137,13 @@ class Attention(nn.Layer):
         if attend is not None:
             mixed, k, v = attend(q, k, v, alibi_slopes=slopes, window=self.window, **self.options), None, None
         else:
-            if past_k is not None:
+            if spread is not None:
+                q, k, v = spread.queries(q), spread.keys(past_k, k), spread.keys(past_v, v)
+            elif past_k is not None:
                 k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
             causal = rows is None or rows.shape[-1] == 1
             mixed = kernels.attention(q, k, v, rows, causal, alibi_slopes=slopes, **self.options)
+            mixed = mixed if spread is None else spread.text(mixed)
         if self.value_dim != self.head_dim:
             mixed = mixed[..., : self.value_dim]  # values were padded to the width of keys
         return self.o_proj(mixed.reshape([0, 0, -1])), k, v
@@ -1157,6 +1258,17 @@ class MLP(nn.Layer):
         return self.down_proj(kernels.geglu(gate, up, self.activation == "gelu_tanh"), residual)
 
 
+def choose_experts(choice, how):
+    """(N, E) -> (N, k): the ids of the highest, from the best groups where there are groups."""
+    if how.groups > 1:
+        grouped = choice.reshape([-1, how.groups, how.count // how.groups])
+        best = paddle.topk(grouped, how.group_score_of, axis=-1)[0].sum(-1)  # (N, groups)
+        kept = F.one_hot(paddle.topk(best, how.chosen_groups, axis=-1)[1], how.groups).sum(1)  # (N, groups)
+        lost = paddle.full_like(grouped, -math.inf)
+        choice = paddle.where(kept.unsqueeze(-1).expand(grouped.shape) > 0, grouped, lost).reshape([-1, how.count])
+    return paddle.topk(choice, how.top_k, axis=-1)[1]
+
+
 class SparseMLP(nn.Layer):
     """A sum over the top_k experts of each token, weighted by the router, and the shared expert (see Experts)."""
 
@@ -1186,13 +1298,7 @@ class SparseMLP(nn.Layer):
         logits = paddle.matmul(flat.astype("float32"), self.router.weight.astype("float32"))
         scores = F.sigmoid(logits) if how.scoring == "sigmoid" else F.softmax(logits, axis=-1)
         choice = scores.detach() + self.choice_bias if how.choice_bias else scores.detach()
-        if how.groups > 1:
-            grouped = choice.reshape([-1, how.groups, how.count // how.groups])
-            best = paddle.topk(grouped, how.group_score_of, axis=-1)[0].sum(-1)  # (N, groups)
-            kept = F.one_hot(paddle.topk(best, how.chosen_groups, axis=-1)[1], how.groups).sum(1)  # (N, groups)
-            lost = paddle.full_like(grouped, -math.inf)
-            choice = paddle.where(kept.unsqueeze(-1).expand(grouped.shape) > 0, grouped, lost).reshape([-1, how.count])
-        chosen = paddle.topk(choice, how.top_k, axis=-1)[1]
+        chosen = choose_experts(choice, how)
         weights = paddle.take_along_axis(scores, chosen, axis=-1)
         if how.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -1218,14 +1324,22 @@ class SparseMLP(nn.Layer):
         return (mixed * weights.unsqueeze(-1).astype(mixed.dtype)).sum(1)
 
 
-def load_balancing_loss(probabilities, how):
+def load_balancing_loss(probabilities, how, real):
     """E · sum over experts of (share of the tokens that chose it) · (its mean probability), arXiv 2101.03961, Eq. 4-6.
 
-    probabilities: (N, E) of each sparse layer; shares and means are over the tokens of all layers together.
+    probabilities: (B · T, E) of each sparse layer; shares and means are over the tokens of all layers together for which
+    real (B, T) is 1. With how.aux_by_layer over those of one layer, and with aux_by_sequence of one row of it; their losses
+    are averaged over rows and added up over layers, and shares are of all choices.
     """
-    p = paddle.concat(probabilities)  # (L · N, E)
-    chosen = F.one_hot(paddle.topk(p.detach(), how.top_k, axis=-1)[1], how.count).sum(1)
-    return (chosen.mean(0) * p.mean(0)).sum() * how.count
+    E, rows = how.count, len(real) if how.aux_by_layer and how.aux_by_sequence else 1
+    layers = probabilities if how.aux_by_layer else [paddle.concat(probabilities)]
+    real, total = real.flatten().tile([len(probabilities) // len(layers)]).reshape([rows, -1, 1]), 0.0
+    share = real / real.sum(1, keepdim=True).clip(min=1.0)  # adds up to 1
+    for p in layers:
+        chosen = F.one_hot(choose_experts(p.detach(), how), E).sum(1).reshape([rows, -1, E])
+        p = p.reshape([rows, -1, E])
+        total = total + ((chosen * share).sum(1) * (p * share).sum(1)).sum(-1).mean() * E
+    return total / how.top_k if how.aux_by_layer else total
 
 
 class Block(nn.Layer):
@@ -1240,11 +1354,11 @@ class Block(nn.Layer):
         self.attention_post_norm = _norm(config) if self.place == "both" else None
         self.mlp_post_norm = _norm(config) if self.place == "both" else None
 
-    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None):
+    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None):
         """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None."""
 
         def attention(x):
-            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale)
+            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread)
 
         if self.place == "after":
             mixed, k, v = attention(x)
@@ -1264,9 +1378,9 @@ class Block(nn.Layer):
         )
         return y, k, v, probabilities
 
-    def output(self, x, cos, sin, rows, past_k, past_v, q_scale):
+    def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
         """What is kept of a block whose activations are computed again in backward (arXiv 1604.06174): no keys and values."""
-        y, _, _, probabilities = self.forward(x, cos, sin, rows, past_k, past_v, None, q_scale)
+        y, _, _, probabilities = self.forward(x, cos, sin, rows, past_k, past_v, None, q_scale, spread)
         return y if probabilities is None else (y, probabilities)
 
 
@@ -1288,6 +1402,7 @@ class CausalLM(nn.Layer):
         self.norm = _norm(config) if config.final_norm else None
         self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, bias=False)
         self.prefix = None  # set by apply_prefix()
+        self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
         self.recompute = False  # compute each block's activations again in backward instead of keeping them
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
 
@@ -1306,13 +1421,15 @@ class CausalLM(nn.Layer):
         caches=None,
         labels=None,
         return_predictions=False,
+        additions=True,
     ):
         """input_ids (B, T) int64 -> logits (B, T, V), or with labels (B, T) -> losses (B, T) float32, 0 where -100.
 
         position_ids (B, T) default to 0…T-1 after what `caches` (a Cache, extended in place) holds; startend_row_indices
         (B, 1, T, 1) int32 are FlashMask rows. labels are already shifted: labels[t] is the target of position t.
         return_predictions: (losses, argmax ids (B, T) int64). While training, a family's own additions to the loss (of the
-        router's balance, of large logits), which belong to the batch, are added to every loss that counts.
+        router's balance, of large logits), which belong to the batch, are added to every loss that counts; additions=False
+        leaves them out, for whoever wants log-probabilities.
         """
         x, probabilities = self.trunk(input_ids, position_ids, startend_row_indices, caches)
         if labels is None:
@@ -1324,21 +1441,28 @@ class CausalLM(nn.Layer):
         found = kernels.linear_cross_entropy(flat, weight, labels.flatten(), transpose_weight=tied,
                                              return_predictions=return_predictions, softcap=self.config.final_softcap)  # fmt: skip
         losses = (found[0] if return_predictions else found).reshape(labels.shape)
-        if self.training and (more := self.additions(flat, weight, tied, probabilities)) is not None:
+        if self.training and additions and (more := self.additions(flat, labels, weight, tied, probabilities)) is not None:
             losses = losses + more * (labels != -100).astype(losses.dtype)
         return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
 
-    def additions(self, x, weight, tied, probabilities):
-        """What a family adds to the mean loss of a batch, a scalar; None: nothing."""
+    def additions(self, x, labels, weight, tied, probabilities):
+        """What a family adds to the mean loss of a batch, a scalar; None: nothing.
+
+        Over the tokens up to the last label of each row: what stands behind it is padding, which would be balanced too.
+        """
         config, more = self.config, None
+        if not config.z_loss_weight and not (probabilities and config.experts.aux_loss_coef):
+            return None
+        real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
         if probabilities and config.experts.aux_loss_coef:
-            more = load_balancing_loss(probabilities, config.experts) * config.experts.aux_loss_coef
+            more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
         if config.z_loss_weight:  # the largest logit is found without gradient, then computed again alone
             with paddle.no_grad():
                 best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
                                       for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))])  # fmt: skip
             largest = (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
-            more = (0.0 if more is None else more) + config.z_loss_weight * largest.square().mean()
+            mean = (largest.square() * real.flatten()).sum() / real.sum().clip(min=1.0)
+            more = (0.0 if more is None else more) + config.z_loss_weight * mean
         return more
 
     def head_weight(self):
@@ -1383,7 +1507,12 @@ class CausalLM(nn.Layer):
         x = self.embed(input_ids, position_ids, before)
         if self.config.position == "rope_2d" and position_ids.ndim == 2:
             position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
-        if caches is not None and not paged:
+        spread = None
+        if rows is not None and self.distances_count and not paged and before and past == before:
+            spread = PrefixPlaces(position_ids, rows, before)
+            caches.rows = rows = spread.rows
+            caches.tokens = spread.width
+        elif caches is not None and not paged:
             rows = caches.extend_rows(rows, B, T)
         cos, sin, q_scale = self._turns(position_ids, before, caches, paged)
         narrowed = {w: window_rows(rows, B, T if caches is None else caches.tokens, w)
@@ -1396,10 +1525,10 @@ class CausalLM(nn.Layer):
             seen = narrowed.get(block.attention.window, rows)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
             if self.recompute and self.training:
-                found = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, seen, *past, q_scale)
+                found = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, seen, *past, q_scale, spread)
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, cos, sin, seen, *past, q_scale=q_scale)
+                x, k, v, routed = block(x, cos, sin, seen, *past, q_scale=q_scale, spread=spread)
                 if caches is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
@@ -1449,9 +1578,8 @@ class CausalLM(nn.Layer):
             if self.training:  # trained at its own length, without stretching
                 config = dataclasses.replace(config, rope={**config.rope, "rope_type": "default"})
             elif isinstance(cache, Cache):  # keys are kept as they were rotated at first
-                if cache.lengths is None:
-                    cache.lengths = document_lengths(position_ids)[:, -1:] + before
-                lengths = cache.lengths
+                lengths = document_lengths(position_ids) + before if cache.lengths is None else cache.lengths
+                cache.lengths = lengths[:, -1:]
         if (
             config.logn_length is not None and not self.training
         ):  # Su, "attention from the view of entropy invariance", 2021
@@ -1685,6 +1813,101 @@ class BinFile:
         return array.astype(np.float32) if storage == "HalfStorage" else array.copy()
 
 
+class _Where(namedtuple("_Where", "offset size")):
+    """Bytes of a file that were passed over."""
+
+
+class _PickledArray:
+    """What a pickle says of a numpy array."""
+
+    def __setstate__(self, state):
+        _, self.shape, self.dtype, self.fortran, self.data = state
+
+
+class _PickledDtype:
+    """What a pickle says of a numpy dtype; its byte order is the little-endian one of every machine here."""
+
+    def __init__(self, code, *_):
+        self.code = code
+
+    def __setstate__(self, state):
+        pass
+
+
+class _PaddleUnpickler(pickle._Unpickler):
+    """Reads what paddle.save() writes of a state dict: arrays, alone or as (name, array). Nothing else is made, none is run.
+
+    Python's own unpickler in Python, as it can pass over the arrays' bytes, which are then read one tensor at a time.
+    """
+
+    allowed = {
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy", "ndarray"): None,
+        ("numpy", "dtype"): _PickledDtype,
+        ("builtins", "tuple"): tuple,
+        ("__builtin__", "tuple"): tuple,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
+    }
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, path):
+        super().__init__(file)
+        self.file, self.path = file, path
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise UserError(f"{self.path}: refused: the pickle asks for {module}.{name}; only arrays are read")
+        return self.allowed[module, name]
+
+    def load_bytes(self, width):
+        size = int.from_bytes(self.read(width), "little")
+        if size < 1 << 16 or self._unframer.current_frame is not None:
+            self.append(self.read(size))
+        else:
+            self.append(_Where(self.file.tell(), size))
+            self.file.seek(size, 1)
+
+    dispatch[pickle.BINBYTES[0]] = lambda self: self.load_bytes(4)
+    dispatch[pickle.BINBYTES8[0]] = lambda self: self.load_bytes(8)
+
+
+def read_pdparams(path):
+    """{name: (a function that reads the tensor, its shape)} of a file of paddle.save(); bfloat16 lies there as uint16."""
+    dtypes = {"f4": "<f4", "f2": "<f2", "f8": "<f8", "u2": "<u2", "i8": "<i8", "i4": "<i4", "i1": "<i1", "u1": "<u1"}
+    with open(path, "rb") as file:
+        try:
+            loaded = _PaddleUnpickler(file, path).load()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged pickle makes of the unpickler's stack
+            raise UserError(f"{path}: not a whole file of paddle.save(): {type(error).__name__} while it was read") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: refused: holds a {type(loaded).__name__}, not a dict of tensors")
+
+    def read(name, array):
+        data, dtype = array.data, dtypes[array.dtype.code]
+        if isinstance(data, _Where):
+            values = np.fromfile(path, dtype, data.size // np.dtype(dtype).itemsize, offset=data.offset)
+        else:
+            values = np.frombuffer(data, dtype)
+        if len(values) != math.prod(array.shape):
+            raise UserError(f"{path}: tensor {name} of shape {list(array.shape)} is truncated: {len(values)} values")
+        values = from_bfloat16(values) if array.dtype.code == "u2" else values.astype("<f4") if array.dtype.code == "f2" else values
+        return values.reshape(array.shape, order="F" if array.fortran else "C")
+
+    found = {}
+    for name, value in loaded.items():
+        if name == "StructuredToParameterName@@":  # a list of Paddle's own names
+            continue
+        array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
+        if not isinstance(array, _PickledArray) or getattr(array.dtype, "code", None) not in dtypes:
+            raise UserError(f"{path}: refused: {name} is not a tensor of {', '.join(dtypes)}")
+        found[name] = (functools.partial(read, name, array), list(array.shape))
+    return found
+
+
 # ================================================================================= weights by their names
 
 
@@ -1719,11 +1942,11 @@ _QUANTIZED = (("qweight", "qweight", None), ("scales", "scales", None), ("qzeros
               ("g_index", "g_idx", "int32"), ("input_scale", "input_scale", "float32"))  # fmt: skip
 
 
-def base_weights(model):
-    """[Weight] of the base model in the order of its name table; adapters and prefix are not among them."""
+def base_weights(model, rows=None):
+    """[Weight] of the base model in the order of its name table, or of other rows; adapters and prefix are not among them."""
     found = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
-    for path, name, transposed in _names_of(model.config):
+    for path, name, transposed in _names_of(model.config, rows):
         if (parameter := found.get(path)) is not None:
             weights.append(Weight(name, parameter, transposed))
         elif path.removesuffix("weight") + "qweight" in found:
@@ -1731,20 +1954,25 @@ def base_weights(model):
     return weights
 
 
-def _names_of(config):
-    """The rows of the family's table for every layer and expert; not every name is one of this model."""
+def _names_of(config, rows=None):
+    """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
     experts = range(config.experts.count if config.experts else 0)
-    for ours, theirs, transposed in FAMILIES[config.family].names:
+    for ours, theirs, transposed in rows or FAMILIES[config.family].names:
         for i in range(config.num_hidden_layers) if "{i}" in ours else (0,):
             for e in experts if "{e}" in ours else (0,):
                 yield ours.format(i=i, e=e), theirs.format(i=i, e=e), transposed
 
 
 def _stored_weights(model):
-    """base_weights() as a folder holds them: a tied head too, where the family's files have it."""
-    weights, family = base_weights(model), FAMILIES[model.config.family]
-    if model.lm_head is None and family.also_stores_head:
-        weights.append(Weight(_head_name(model.config), model.embed_tokens.weight, False))
+    """base_weights() as a folder holds them: a tied head and rope's frequencies too, where the family's files have them."""
+    weights, config = base_weights(model), model.config
+    if model.lm_head is None and FAMILIES[config.family].also_stores_head:
+        weights.append(Weight(_head_name(config), model.embed_tokens.weight, False))
+    if (name := config.stored_frequencies) is not None:
+        plain = dataclasses.replace(config, rope={"rope_type": "default", "rope_theta": 10000.0})  # whatever is done to them later
+        frequencies = paddle.to_tensor(rope_frequencies(plain)[0])
+        layers = range(config.num_hidden_layers if "{i}" in name else 1)
+        weights += [Weight(name.format(i=i), frequencies, False) for i in layers]
     return weights
 
 
@@ -1834,13 +2062,11 @@ def set_parameter(parameter, array):
         parameter.set_value(paddle.to_tensor(array).astype(parameter.dtype))
 
 
-def _shards(path):
-    """{tensor name: (a function that reads it, its shape)} over all weight files of a Hugging Face folder."""
+def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_state.pdparams")):
+    """{tensor name: (a function that reads it, its shape)} over all weight files of a folder, one of `singles` or its parts."""
     path = Path(path)
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
+    for single in singles:
+        index = f"{single}.index.json"
         if (path / index).is_file():
             try:
                 files = sorted(
@@ -1856,7 +2082,9 @@ def _shards(path):
         for file in files:
             if Path(file).name != file or not (path / file).is_file():
                 raise UserError(f"{path / index}: names the file {file}, which is not there")
-            if file.endswith(".bin"):
+            if file.endswith(".pdparams"):
+                found.update(read_pdparams(path / file))
+            elif file.endswith(".bin"):
                 bin_file = BinFile(path / file)
                 found.update(
                     {n: ((lambda b=bin_file, n=n: b.read(n)), list(e[3])) for n, e in bin_file.entries.items()}
@@ -1865,18 +2093,23 @@ def _shards(path):
                 header = safetensors_header(path / file)
                 found.update({n: ((lambda f=path / file, e=e: read_tensor(f, e)), e[1]) for n, e in header.items()})
         return found
-    raise UserError(f"{path}: no model.safetensors, pytorch_model.bin or an index of them")
+    if parts := sorted(path.glob("model_state.*.pdparams")):
+        raise UserError(f"{parts[0]}: a part of a model that was cut up for tensor or pipeline parallelism; merge the parts first")
+    raise UserError(f"{path}: no {', '.join(singles)} or an index of them")
 
 
 def load_weights(model, path):
-    """Fill the base weights from a Hugging Face folder, tensor by tensor; every mismatch is named in one error."""
-    config, weights = model.config, {w.name: w for w in base_weights(model)}
-    found = {_full_name(n, config): v for n, v in _shards(path).items() if not IGNORED_WEIGHTS.search(n)}
-    if model.lm_head is None:
-        found.pop(_head_name(config), None)  # a tied head may be stored as well
-    if config.source.get("num_nextn_predict_layers"):  # DeepSeek-V3's extra layers, for speculation alone
-        extra = re.compile(r"model\.layers\.(\d+)\.")
-        found = {n: v for n, v in found.items() if not (m := extra.match(n)) or int(m[1]) < config.num_hidden_layers}
+    """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
+    one error."""
+    config, found = model.config, _shards(path)
+    theirs = _paddlenlp_names(config)
+    if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
+        weights = base_weights(model, theirs)
+        found = _paddlenlp_parts(found, config, theirs)
+    else:
+        weights = base_weights(model)
+        found = _published_names(found, config, {w.name for w in weights})
+    weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
     wrong += [f"unexpected {n}" for n in found if n not in weights]
     wrong += [
@@ -1898,15 +2131,48 @@ def load_weights(model, path):
             layer.check(path, name)
 
 
-def _full_name(name, config):
-    """The name with the prefix of the family, which files saved from the class without a head leave out."""
-    prefix = FAMILIES[config.family].prefix
-    plain = name == _head_name(config) or name.startswith(prefix)
-    return (
-        name
-        if plain or prefix == "model." and not name.startswith(("layers.", "embed", "norm", "decoder"))
-        else prefix + name
-    )
+def _published_names(found, config, names):
+    """_shards() of a Hugging Face folder under the names of the family's table, without what is not a weight of it.
+
+    Published files leave out the prefix of the names (GPT-2, Bloom), hold a tied head too, tables that are computed, the
+    extra layers of DeepSeek-V3 that only speculate, and all experts of a layer in one tensor (transformers 5, if asked to).
+    """
+    prefix, result = FAMILIES[config.family].prefix, {}
+    for name, value in found.items():
+        if IGNORED_WEIGHTS.search(name):
+            continue
+        if name not in names and prefix + name in names:
+            name = prefix + name
+        if (router := name.replace(".mlp.gate.", ".block_sparse_moe.gate.")) in names:  # Mixtral's, with its experts in one
+            name = router
+        if name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
+            result |= _single_experts(name, value, config)
+        else:
+            result[name] = value
+    if config.tie_word_embeddings:
+        result.pop(_head_name(config), None)
+    if config.source.get("num_nextn_predict_layers"):
+        extra = re.compile(r"model\.layers\.(\d+)\.")
+        result = {n: v for n, v in result.items() if not (m := extra.match(n)) or int(m[1]) < config.num_hidden_layers}
+    return result
+
+
+def _single_experts(name, value, config):
+    """{name of the family's table: (read, shape)} for (E, 2F, D), gate before up, or (E, D, F) of all experts of a layer."""
+    (read, shape), which = value, name.rpartition(".")[2]
+    if len(shape) != 3 or config.experts is None:
+        return {name: value}
+    layer = int(re.search(r"layers\.(\d+)\.", name)[1])
+    read = functools.lru_cache(1)(read)  # the whole is read once for all experts
+    table = {ours: theirs for ours, theirs, _ in FAMILIES[config.family].names}
+    parts = {"down_proj": slice(None)} if which == "down_proj" else {"gate_proj": slice(0, shape[1] // 2), "up_proj": slice(shape[1] // 2, None)}  # fmt: skip
+    result = {}
+    for part, rows in parts.items():
+        for e in range(shape[0]):
+            theirs = table["layers.{i}.mlp.experts.{e}." + part + ".weight"].format(i=layer, e=e)
+            size = [len(range(shape[1])[rows]), shape[2]]
+            result[theirs] = ((lambda e=e, rows=rows: read()[e, rows]), size)
+    return result
 
 
 def from_pretrained(path, dtype="float32"):
@@ -1926,11 +2192,11 @@ def from_pretrained(path, dtype="float32"):
 def base_folders(path):
     """[path] of a model's folder; of an adapter's folder, itself, then the folder that it names as its base, and so on."""
     folders = [Path(path)]
-    while (file := folders[-1] / "adapter_config.json").is_file() and not (folders[-1] / "config.json").is_file():
-        try:
-            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (ValueError, AttributeError):
-            raise UserError(f"{file}: not a JSON object") from None
+    while not (folders[-1] / "config.json").is_file():
+        file = next((f for f in (folders[-1] / "adapter_config.json", folders[-1] / "lora_config.json") if f.is_file()), None)
+        if file is None:
+            break
+        base = _json_object(file).get("base_model_name_or_path")
         if not isinstance(base, str) or not Path(base).is_dir():
             raise UserError(f"{file}: base_model_name_or_path: {base!r} is not a folder of a model")
         if Path(base).resolve() in [folder.resolve() for folder in folders]:
@@ -1964,6 +2230,154 @@ def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
             json.dump(index, file, indent=2)
     with atomic_file(path / "config.json") as file:
         file.write(model.config.to_json(dtype))
+
+
+# ========================================================================================= PaddleNLP's names
+
+# Its linears are [in, out] as ours are, its names Hugging Face's behind another prefix, but for GPT and OPT, which are
+# called after Paddle's own transformer layers.
+
+_PADDLENLP_PREFIX = {"gpt2": "gpt", "chatglm": "chatglm.transformer", "chatglm2": "chatglm_v2", "baichuan": "llama"}
+_PADDLENLP_TABLES = {
+    "gpt2": _table("""
+        embed_tokens                gpt.embeddings.word_embeddings
+        embed_positions             gpt.embeddings.position_embeddings
+        layers.{i}.attention_norm   gpt.decoder.layers.{i}.norm1
+        layers.{i}.attention.qkv_proj  gpt.decoder.layers.{i}.self_attn.qkv_proj
+        layers.{i}.attention.o_proj gpt.decoder.layers.{i}.self_attn.out_proj
+        layers.{i}.mlp_norm         gpt.decoder.layers.{i}.norm2
+        layers.{i}.mlp.up_proj      gpt.decoder.layers.{i}.linear1
+        layers.{i}.mlp.down_proj    gpt.decoder.layers.{i}.linear2
+        norm                        gpt.decoder.norm
+    """),
+    "opt": _table("""
+        embed_tokens                opt.embeddings.word_embeddings
+        embed_positions             opt.embeddings.position_embeddings
+        project_in                  opt.embeddings.project_in
+        project_out                 opt.decoder.project_out
+        layers.{i}.attention_norm   opt.decoder.layers.{i}.norm1
+        layers.{i}.attention.q_proj opt.decoder.layers.{i}.self_attn.q_proj
+        layers.{i}.attention.k_proj opt.decoder.layers.{i}.self_attn.k_proj
+        layers.{i}.attention.v_proj opt.decoder.layers.{i}.self_attn.v_proj
+        layers.{i}.attention.o_proj opt.decoder.layers.{i}.self_attn.out_proj
+        layers.{i}.mlp_norm         opt.decoder.layers.{i}.norm2
+        layers.{i}.mlp.up_proj      opt.decoder.layers.{i}.linear1
+        layers.{i}.mlp.down_proj    opt.decoder.layers.{i}.linear2
+        norm                        opt.decoder.final_layer_norm
+    """),
+}  # fmt: skip
+_PADDLENLP_KEYS = {  # model_type: its keys that have another name in Hugging Face's config.json of that family
+    "gpt": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions", "hidden_act": "activation_function", "hidden_activation": "activation_function"},
+    "opt": {"intermediate_size": "ffn_dim", "normalize_before": "do_layer_norm_before", "hidden_act": "activation_function"},
+    "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    "chatglm": {"num_hidden_layers": "num_layers"},
+    "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "max_sequence_length": "seq_length"},
+}  # fmt: skip
+_PADDLENLP_MARKS = {"paddlenlp_version", "fuse_attention_qkv", "fuse_attention_ffn", "tensor_parallel_output", "normalize_before"}
+_PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
+    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|virtual_pp|mp_degree"
+)
+
+
+def _huggingface_source(source, path):
+    """config.json of PaddleNLP in the words of Hugging Face's; any other as it is."""
+    kind = str(source.get("model_type"))
+    if not (_PADDLENLP_MARKS & source.keys() or kind in ("gpt", "chatglm_v2")):
+        return source
+    source = {key: value for key, value in source.items() if not _PADDLENLP_MACHINE.search(key)}
+    if source.pop("use_long_sequence_strategies", False) or kind == "gpt" and not source.pop("normalize_before", True):
+        raise UserError(f"{path}: use_long_sequence_strategies and, for GPT, normalize_before = false are not supported")
+    for theirs, ours in _PADDLENLP_KEYS.get(kind, {}).items():
+        if theirs in source:
+            source[ours] = source.pop(theirs)
+    source["model_type"] = {"gpt": "gpt2", "chatglm_v2": "chatglm"}.get(kind, kind)
+    source.pop("architectures", None)
+    if kind in ("gpt", "opt", "bloom", "chatglm"):
+        source.pop("tie_word_embeddings", None)  # its classes tie them whatever it says
+        if source.get("activation_function") == "gelu":
+            source["activation_function"] = "gelu_new"
+    stretch, factor = source.pop("rope_scaling_type", None), source.pop("rope_scaling_factor", 1.0)
+    if stretch == "ntk":
+        dim = source.get("head_dim") or source["hidden_size"] // source["num_attention_heads"]
+        source["rope_theta"] = source.get("rope_theta", 10000.0) * factor ** (dim / (dim - 2))
+    elif stretch is not None:
+        source["rope_scaling"] = {"type": {"dynamic_ntk": "dynamic"}.get(stretch, stretch), "factor": factor}
+    if kind == "llama" and source.pop("alibi", False):  # Baichuan-13B, which has no class of its own there
+        source |= {"model_type": "baichuan", "model_max_length": source.pop("max_position_embeddings", 4096)}
+    return source
+
+
+def _paddlenlp_names(config):
+    """Rows of PaddleNLP's names for the family; the first is the embedding's."""
+    family = FAMILIES[config.family]
+    if config.family in _PADDLENLP_TABLES:
+        rows = _PADDLENLP_TABLES[config.family]
+    else:
+        prefix = _PADDLENLP_PREFIX.get(config.family, config.family) + "."
+        rows = [(ours, theirs.replace(family.prefix, prefix, 1) if theirs.startswith(family.prefix) else theirs)
+                for ours, theirs, _ in family.names]  # fmt: skip
+    return [(row[0], row[1].replace("W_pack", "qkv_proj"), False) for row in rows]
+
+
+def _paddlenlp_parts(found, config, rows):
+    """_shards() of a PaddleNLP folder, with q, k, v and gate, up joined or apart as the model has them.
+
+    fuse_attention_qkv: each key head's queries, key and value together, GPT's too; fuse_attention_ffn: gate, then up.
+    """
+    K, G, Dh = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    names = {ours: theirs for ours, theirs, _ in rows}
+    result = {n: v for n, v in found.items() if not IGNORED_WEIGHTS.search(n)}
+    if config.tie_word_embeddings:
+        result = {n: v for n, v in result.items() if not n.startswith("lm_head.")}
+
+    def part(value, begin, end, width):  # columns begin to end of every `width`
+        read, shape = value
+        many = shape[-1] // width
+        return (lambda: read().reshape([*shape[:-1], many, width])[..., begin:end].reshape([*shape[:-1], -1])), [*shape[:-1], many * (end - begin)]  # fmt: skip
+
+    for name in list(result):
+        stem, _, kind = name.rpartition(".")
+        stem, _, module = stem.rpartition(".")
+        shape = result[name][1]
+        if module == "qkv_proj" and shape[-1] == K * (G + 2) * Dh:
+            value, width = result.pop(name), (G + 2) * Dh
+            for which, begin, end in (("q", 0, G), ("k", G, G + 1), ("v", G + 1, G + 2)):
+                result[f"{stem}.{which}_proj.{kind}"] = part(value, begin * Dh, end * Dh, width)
+        elif module == "gate_up_fused_proj" and "layers.{i}.mlp.gate_proj.weight" in names:
+            value, width = result.pop(name), shape[-1]
+            for which, begin, end in (("gate", 0, width // 2), ("up", width // 2, width)):
+                theirs = names["layers.{i}.mlp." + which + "_proj.weight"].split(".")[-2]
+                result[f"{stem}.{theirs}.{kind}"] = part(value, begin, end, width)
+    if names.get("layers.{i}.attention.qkv_proj.weight", "").endswith("self_attn.qkv_proj.weight"):
+        for name in [n for n in result if ".self_attn.q_proj." in n]:
+            parts = [result.pop(name.replace(".q_proj.", f".{which}_proj."), None) for which in "qkv"]
+            if None not in parts:
+                shape = [*parts[0][1][:-1], sum(p[1][-1] for p in parts)]
+                result[name.replace(".q_proj.", ".qkv_proj.")] = (
+                    (lambda parts=parts: np.concatenate([read() for read, _ in parts], axis=-1)), shape)  # fmt: skip
+    return result
+
+
+def _paddlenlp_lora(model, path):
+    """adapter_config.json and tensors, as peft would have written them, of a LoRA that PaddleNLP saved at `path`."""
+    config, names = _json_object(path / "lora_config.json"), _paddlenlp_names(model.config)
+    for key in ("use_mora", "pissa", "loraga", "lora_use_mixer", "do_qat", "trainable_modules", "trainable_bias", "enable_lora_list"):
+        if config.get(key):
+            raise UserError(f"{path / 'lora_config.json'}: {key} = {json.dumps(config[key])} is not supported")
+    modules = {
+        theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config, names)
+    }
+    places = {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config)}
+    tensors, targets = {}, set()
+    for name, (read, _) in _shards(path, ("lora_model_state.pdparams", "peft_model.safetensors")).items():
+        module, _, which = name.rpartition(".")
+        if module not in modules or which not in ("lora_A", "lora_B"):
+            raise UserError(f"{path}: {name}: the model has no linear of that name, or it lies otherwise in it (q, k, v in one)")
+        targets.add(places[modules[module]])
+        tensors[f"base_model.model.{places[modules[module]]}.{which}.weight"] = read().T
+    return {"peft_type": "LORA", "r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8), "use_rslora": bool(config.get("rslora")),
+            "lora_dropout": config.get("lora_dropout", 0.0), "target_modules": sorted(targets)}, tensors  # fmt: skip
 
 
 # ========================================================================================= LoRA adapters
@@ -2270,20 +2684,18 @@ def save_adapter(model, path, base_model=None):
 
 
 def load_adapter(model, path, trainable=False):
-    """Put the LoRA or prefix saved at `path` (by save_adapter or by peft) onto a plain model."""
+    """Put the LoRA or prefix saved at `path` (by save_adapter, by peft, LoRA by PaddleNLP too) onto a plain model."""
     path = Path(path)
     config_path, weights_path = path / "adapter_config.json", path / "adapter_model.safetensors"
-    for needed in (config_path, weights_path):
-        if not needed.is_file():
-            raise UserError(
-                f"{needed}: no such file; an adapter is a folder with adapter_config.json and adapter_model.safetensors"
-            )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path}: must hold a JSON object, found {type(config).__name__}")
+    if (path / "lora_config.json").is_file() and not config_path.is_file():
+        config, tensors = _paddlenlp_lora(model, path)
+    else:
+        for needed in (config_path, weights_path):
+            if not needed.is_file():
+                raise UserError(
+                    f"{needed}: no such file; an adapter is a folder with adapter_config.json and adapter_model.safetensors"
+                )
+        config, tensors = _json_object(config_path), None
     needed = {
         "LORA": ("r", "lora_alpha"),
         "PREFIX_TUNING": ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
@@ -2291,7 +2703,7 @@ def load_adapter(model, path, trainable=False):
     for key in needed.get(config.get("peft_type"), ()):
         if not isinstance(config.get(key), (int, float)):
             raise UserError(f"{config_path}: {key} must be a number, found {config.get(key)!r}")
-    tensors = read_safetensors(weights_path)
+    tensors = read_safetensors(weights_path) if tensors is None else tensors
     if config.get("peft_type") == "LORA":
         _load_lora(model, config, tensors, config_path, trainable)
     elif config.get("peft_type") == "PREFIX_TUNING":
@@ -2305,6 +2717,17 @@ def load_adapter(model, path, trainable=False):
     return model
 
 
+def _json_object(path):
+    """The object that a JSON file holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a JSON object, found {type(found).__name__}")
+    return found
+
+
 def _load_lora(model, config, tensors, path, trainable):
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules", "trainable_token_indices", "lora_bias",
                 "layer_replication", "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora"):  # fmt: skip
@@ -2313,7 +2736,7 @@ def _load_lora(model, config, tensors, path, trainable):
     if config.get("bias", "none") != "none":
         raise UserError(f'{path}: bias = {config["bias"]!r} is not supported; only "none"')
     with_start = (
-        trainable and _metadata(path.parent / "adapter_model.safetensors").get("pissa_start_included") == "true"
+        trainable and (path.parent / "adapter_model.safetensors").is_file() and _metadata(path.parent / "adapter_model.safetensors").get("pissa_start_included") == "true"
     )
     rank, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
     if with_start:  # split [A A0] [B; -B0] again, so that training goes on where it was

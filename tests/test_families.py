@@ -1,0 +1,315 @@
+"""Every family of tests/families.py: goldens, masks and positions, adapters, experts, generation, and the scripts on them.
+
+    python -m pytest tests/test_families.py                  # CPU, about a minute; goldens too if ../shared lies beside
+    python -m pytest tests/test_families.py --slow           # every script on every family
+    python -m pytest tests/test_families.py --hf-python PY   # also: transformers computes the same on the same weights
+
+What a sample computes may not depend on how it came into a batch: packed with others, padded left or right, or alone.
+"""
+import json
+
+import families
+import numpy as np
+import paddle
+import pytest
+from families import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, V, build
+from test_model import gradients, largest, left_padding, packed_batch, tensor, zero_grad
+
+import dpo
+import kernels
+import model as M
+import trainer
+from data import UserError, collate_pairs, pair_sample
+
+LENGTHS = ((9, 1, 14, 5), (17, 12), (30,), (1,))
+
+
+def make_samples(name, lengths=LENGTHS, seed=1):
+    """Packs of (ids, labels): a third of each sample is a prompt; ChatGLM-6B's ends with its mask token and <sop>."""
+    generator = np.random.default_rng(seed)
+    packs = []
+    for row in lengths:
+        pack = []
+        for n in row:
+            ids, target = generator.integers(3, 50, n), generator.integers(3, 50, n)
+            prompt = n // 3
+            target[:prompt] = -100
+            if name in TWO_POSITIONS and prompt > 1:
+                ids[prompt - 1], ids[prompt] = SPECIAL["gmask" if n % 2 else "mask"], SPECIAL["sop"]
+            pack.append((ids, target))
+        packs.append(pack)
+    return packs
+
+
+def batches(packs, layout):
+    """[(ids, labels, positions, rows)] of these samples; and where each sample is: [(batch, row, first, end)]."""
+    samples = [sample for pack in packs for sample in pack]
+    if layout == "packed":
+        T, where = 32, []
+        for b, pack in enumerate(packs):
+            ends = np.cumsum([len(ids) for ids, _ in pack])
+            where += [(0, b, end - len(ids), end) for end, (ids, _) in zip(ends, pack)]
+        return [packed_batch(packs, T)], where
+    if layout == "alone":
+        found = [(ids[None], labels[None], None, None) for ids, labels in samples]
+        return found, [(i, 0, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
+    T = max(len(ids) for ids, _ in samples) + 2
+    if layout == "right":
+        return [packed_batch([[sample] for sample in samples], T)], [(0, i, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
+    ids, labels, mask = np.zeros((len(samples), T), np.int64), np.full((len(samples), T), -100), np.zeros((len(samples), T), np.int64)
+    for i, (sample, target) in enumerate(samples):
+        ids[i, T - len(sample) :], labels[i, T - len(sample) :], mask[i, T - len(sample) :] = sample, target, 1
+    return [(ids, labels, *left_padding(mask))], [(0, i, T - len(ids), T) for i, (ids, _) in enumerate(samples)]
+
+
+def losses_and_gradients(model, packs, layout):
+    """[losses of each sample], {name: gradient of their mean}."""
+    zero_grad(model)
+    found, where = batches(packs, layout)
+    total, losses = sum(int((labels != -100).sum()) for pack in packs for _, labels in pack), []
+    for ids, labels, positions, rows in found:
+        optional = [None if a is None else tensor(a) for a in (positions, rows)]
+        loss = model(tensor(ids), *optional, labels=tensor(labels))
+        losses.append(loss.numpy())
+        (loss.sum() / total).backward()
+    return [losses[i][b, first:end] for i, b, first, end in where], gradients(model)
+
+
+def assert_layouts_agree(model, packs, layouts=("packed", "left", "right")):
+    expected, expected_gradients = losses_and_gradients(model, packs, "alone")
+    scale = max(np.abs(g).max() for g in expected_gradients.values())
+    for layout in layouts:
+        losses, found = losses_and_gradients(model, packs, layout)
+        for i, (a, b) in enumerate(zip(losses, expected)):
+            assert largest(a, b) < 2e-5 * max(1.0, np.abs(b).max()), (layout, i, largest(a, b))
+        for key in expected_gradients:
+            assert largest(found[key], expected_gradients[key]) < 2e-5 * scale, (layout, key, largest(found[key], expected_gradients[key]), scale)
+    return expected_gradients
+
+
+# ==================================================================================== packing, padding, one by one
+
+
+def test_every_family_is_here():
+    assert {families.family(name) for name in NAMES} == set(M.FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_padded_and_single_samples_agree(name):
+    model = build(name)
+    found = assert_layouts_agree(model, make_samples(name))
+    silent = [key for key, g in found.items() if not np.abs(g).max()]
+    assert not silent or name in MOE, f"no gradient: {silent}"
+
+
+@pytest.mark.parametrize("kind", ["plain", "projection"])
+@pytest.mark.parametrize("name", NAMES)
+def test_prefix_packed_padded_and_single_samples_agree(name, kind):
+    model = prefixed(name, kind == "projection")
+    found = assert_layouts_agree(model, make_samples(name))
+    assert all(np.abs(g).max() > 0 for g in found.values())
+
+
+def prefixed(name, projection=False, tokens=3):
+    """With a prefix whose every value has been moved."""
+    model = M.apply_prefix(build(name), tokens, projection, 20 if projection else None)
+    for i, w in enumerate(M.adapter_weights(model)):
+        M.set_parameter(w.parameter, np.random.default_rng([7, i]).standard_normal(w.parameter.shape).astype(np.float32))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ALIBI + ("mistral", "gemma2"))
+def test_distances_to_a_prefix_are_those_of_a_single_sample(name, monkeypatch):
+    """The check above can fail: with one prefix before the whole row, later samples would see it from too far."""
+    model, packs = prefixed(name), make_samples(name)
+    assert model.distances_count
+    expected = losses_and_gradients(model, packs, "alone")[0]
+    monkeypatch.setattr(model, "distances_count", False)
+    assert max(largest(a, b) for a, b in zip(losses_and_gradients(model, packs, "packed")[0], expected)) > 1e-3
+
+
+def samples_of(name, n=2, T=12, seed=5):
+    """(B, T) ids, one prompt a row (ChatGLM-6B: the whole of it a context that ends with <sop>), and shifted labels."""
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(3, 50, (n, T))
+    if name in TWO_POSITIONS:
+        ids[:, -2:] = SPECIAL["gmask"], SPECIAL["sop"]
+    labels = generator.integers(3, 50, (n, T))
+    labels[:, : T // 3] = -100
+    return ids, labels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recompute_gives_the_same_bits(name):
+    """In training mode, with the family's own additions to the loss."""
+    found = []
+    for recompute in (False, True):
+        model = build(name)
+        model.train()
+        model.recompute = recompute
+        ids, labels, positions, rows = packed_batch(make_samples(name), 32)
+        losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels))
+        losses.sum().backward()
+        found.append((losses.numpy(), gradients(model)))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert all(np.array_equal(found[0][1][key], found[1][1][key]) for key in found[0][1])
+
+
+# =========================================================================================================== experts
+
+
+def naive_balance(model, ids, positions, rows, kept):
+    """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of each
+    layer and row by itself, with shares of all choices."""
+    how, (_, probabilities) = model.config.experts, model.trunk(tensor(ids), tensor(positions), tensor(rows))
+    layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.count) for layer in probabilities]
+    together = [[p[b][kept[b]] for p in layers for b in range(len(kept))]]
+    groups = [[p[b][kept[b]]] for p in layers for b in range(len(kept))] if how.aux_by_layer else together
+    total = 0.0
+    for group in groups:
+        chosen, tokens = np.zeros(how.count), np.concatenate(group)
+        for p in tokens:
+            teams = p.reshape(how.groups, -1)
+            allowed = np.argsort(-teams.max(1), kind="stable")[: how.chosen_groups]
+            p = np.where(np.isin(np.arange(how.count) // teams.shape[1], allowed), p, -1.0)
+            chosen[np.argsort(-p, kind="stable")[: how.top_k]] += 1
+        total += how.count * (chosen / len(tokens) * tokens.mean(0)).sum()
+    return total / len(kept) / how.top_k if how.aux_by_layer else total
+
+
+def aux_loss(model, batch):
+    """What training adds to every loss that counts."""
+    ids, labels, positions, rows = (tensor(a) for a in batch)
+    model.train()
+    more = (model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, additions=False)).numpy()
+    model.eval()
+    counted = more[batch[1] != -100]
+    assert np.abs(more[batch[1] == -100]).max(initial=0) == 0 and np.ptp(counted) < 1e-6
+    return counted.mean()
+
+
+@pytest.mark.parametrize("name", [name for name in MOE if name != "deepseek_v3"])
+def test_balancing_loss_counts_no_padding(name):
+    model = build(name)
+    packs, coefficient = make_samples(name), model.config.experts.aux_loss_coef
+    assert coefficient > 0
+    for T in (32, 57):
+        ids, labels, positions, rows = packed_batch(packs, T)
+        lengths = [sum(len(s) for s, _ in pack) for pack in packs]
+        kept = np.arange(T) < np.array(lengths)[:, None]
+        expected = coefficient * naive_balance(model, ids, positions, rows, kept)
+        assert aux_loss(model, (ids, labels, positions, rows)) == pytest.approx(expected, rel=1e-3), T
+    model.train()
+    for ways in (True, False):
+        zero_grad(model)
+        losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), additions=ways)
+        losses.sum().backward()
+        router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
+        how = model.config.experts  # one expert a token whose weight is made 1: only the balance moves the router
+        assert router and all((np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalise) for g in router.values())
+        if not ways:
+            assert any(largest(g, with_it[key]) > 1e-5 for key, g in router.items()), "the balance moves the router"
+        with_it = router
+
+
+def test_deepseek_v3_has_no_balancing_loss():
+    assert build("deepseek_v3").config.experts.aux_loss_coef == 0
+
+
+def test_micro_batches_weigh_the_balance_by_their_tokens():
+    """As trainer.py accumulates: the sum of micro-batch losses over the step's target tokens."""
+    model, packs = build("mixtral"), make_samples("mixtral")
+    parts = [packed_batch([pack], 32) for pack in packs]
+    counts = [int((part[1] != -100).sum()) for part in parts]
+    model.train()
+    whole = sum(float(model(*(tensor(part[i]) for i in (0, 2, 3)), labels=tensor(part[1])).sum()) for part in parts)
+    model.eval()
+    plain = sum(float(model(*(tensor(part[i]) for i in (0, 2, 3)), labels=tensor(part[1])).sum()) for part in parts)
+    weighted = sum(count * aux_loss(model, part) for count, part in zip(counts, parts))
+    assert whole - plain == pytest.approx(weighted, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts_without_tokens_and_with_all_of_them(name):
+    """Every expert's share computed densely is the oracle; one expert takes all, most take none."""
+    model = build(name)
+    for layer in model.layers:
+        if isinstance(layer.mlp, M.SparseMLP) and layer.mlp.how.choice_bias:
+            layer.mlp.choice_bias.set_value(paddle.linspace(0, 9, layer.mlp.how.count))
+    ids = np.full((2, 7), 11)
+    for text in (ids, ids[:1, :1], samples_of(name, 1, 1)[0], samples_of(name, 3, 5)[0]):
+        for layer in model.layers:
+            if not isinstance(layer.mlp, M.SparseMLP):
+                continue
+            x = paddle.to_tensor(np.random.default_rng(text.size).standard_normal([*text.shape, model.config.hidden_size]).astype("float32"))
+            x = x if text.size != ids.size else x[:1, :1].expand(x.shape)  # all the same token: the same experts
+            flat = x.reshape([-1, x.shape[-1]])
+            weights, chosen, _ = layer.mlp.route(flat)
+            expected = np.zeros(flat.shape, np.float64)
+            for n in range(len(flat)):
+                for w, e in zip(weights[n].numpy(), chosen[n].numpy()):
+                    expected[n] += w * layer.mlp.experts[int(e)](flat[n : n + 1]).numpy()[0]
+            assert largest(layer.mlp.mix(flat, weights, chosen).numpy(), expected) < 1e-5
+    model.train()
+    model(tensor(ids), labels=tensor(ids)).sum().backward()
+    weights = M.trainable_weights(model)
+    assert any(w.parameter.grad is None for w in weights), "nobody chose these experts"
+    assert np.isfinite(trainer.global_grad_norm(weights))
+
+
+# ========================================================================================================== generate
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_generation_equals_whole_forwards(name):
+    """Greedy, with left-padded rows beside; where a length stretches all positions, only row by row."""
+    model, new = build(name), 9
+    ids, _ = samples_of(name, 3, 8)
+    out = M.generate(model, ids, new)
+    if name not in STRETCHED:
+        text = ids
+        for _ in range(new):
+            text = np.concatenate([text, model(tensor(text)).numpy()[:, -1].argmax(-1)[:, None]], 1)
+        assert np.array_equal(out, text)
+    mask = np.ones((3, 13), np.int64)
+    padded = np.zeros((3, 13), np.int64)
+    for row, pad in enumerate((5, 7, 10)):
+        mask[row, :pad], padded[row, pad:] = 0, ids[row, pad - 5 :]
+    found = M.generate(model, padded, new, attention_mask=mask)[:, 13:]
+    for row, pad in enumerate((0, 2, 5)):
+        assert np.array_equal(found[row], M.generate(model, ids[row : row + 1, pad:], new)[0, 8 - pad :]), row
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefix_generation(name):
+    """Cached == whole forwards, and left-padded rows == rows alone, behind a trained prefix."""
+    model, new = prefixed(name), 7
+    ids, _ = samples_of(name, 3, 8)
+    if name not in STRETCHED:
+        out, text = M.generate(model, ids, new), ids
+        for _ in range(new):
+            text = np.concatenate([text, model(tensor(text)).numpy()[:, -1].argmax(-1)[:, None]], 1)
+        assert np.array_equal(out, text)
+    mask, padded = np.ones((3, 13), np.int64), np.zeros((3, 13), np.int64)
+    for row, pad in enumerate((5, 7, 10)):
+        mask[row, :pad], padded[row, pad:] = 0, ids[row, pad - 5 :]
+    found = M.generate(model, padded, new, attention_mask=mask)[:, 13:]
+    for row, pad in enumerate((0, 2, 5)):
+        assert np.array_equal(found[row], M.generate(model, ids[row : row + 1, pad:], new)[0, 8 - pad :]), row
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_in_pieces_through_the_cache(name):
+    """Logits of the pieces 1, 5, 1, 3 (ChatGLM-6B: its context first) are those of the whole."""
+    model = build(name)
+    ids, _ = samples_of(name, 2, 10)
+    ends = (1, 6, 7, 10)
+    if name in TWO_POSITIONS:
+        ids[:, 4:6], ids[:, 8:] = (SPECIAL["gmask"], SPECIAL["sop"]), 9
+        ends = (6, 7, 10)
+    if name in STRETCHED:
+        ends = (10,)
+    cache, parts = model.new_cache(2), []
+    for start, end in zip((0, *ends), ends):
+        parts.append(model(tensor(ids[:, start:end]), caches=cache).numpy())
+    assert largest(np.concatenate(parts, 1), model(tensor(ids)).numpy()) < 2e-5
