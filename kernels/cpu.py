@@ -122,9 +122,31 @@ def linear(x, weight, bias=None, residual=None):
         return few if residual is None else few + residual
     n_in, n_out = weight.shape
     wide = kernels.bf16 and min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the product saves
-    if not (wide and _takes_bf16(x, weight)):
+    if wide and _takes_bf16(x, weight):
+        return _Bf16Linear.apply(x, weight, bias, residual)
+    if bias is None or bias.stop_gradient or not paddle.is_grad_enabled() or not paddle.in_dynamic_mode():
         return reference.linear(x, weight, bias, residual)
-    return _Bf16Linear.apply(x, weight, bias, residual)
+    y = _AddBias.apply(reference.linear(x, weight), bias)
+    return y if residual is None else residual + y
+
+
+def _sum_of_rows(x):
+    """(N, n) -> (n,). As a product: 0.1 ms for (2048, 1024), where Paddle's sum takes 27 ms and the gradient of its add 35."""
+    return paddle.matmul(paddle.ones([1, x.shape[0]], x.dtype), x).reshape([-1])
+
+
+class _AddBias(PyLayer):
+    """y = x + b; db = sum of dy over its rows."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.frozen, ctx.dtype = x.stop_gradient, bias.dtype
+        return x + bias.astype(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        db = _sum_of_rows(dy.reshape([-1, dy.shape[-1]])).astype(ctx.dtype)
+        return None if ctx.frozen else dy.clone(), db  # Paddle adds to a gradient in place
 
 
 def _few_rows(x, weight, bias):
@@ -163,7 +185,7 @@ class _Bf16Linear(PyLayer):
         found = [
             None if frozen[0] else bf16_matmul(rows, weight, transpose_y=True).reshape(x.shape),
             None if frozen[1] else bf16_matmul(x.reshape([-1, n_in]), rows, transpose_x=True),
-            None if frozen[2] else rows.sum(0),
+            None if frozen[2] else _sum_of_rows(rows),
             None if frozen[3] else dy.clone(),  # Paddle adds to a gradient in place
         ]
         return tuple(d for d, given in zip(found, ctx.given) if given)
