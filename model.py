@@ -1,6 +1,6 @@
 """One decoder, the weight names of its families, LoRA and prefix tuning, and a naive generate().
 
-    model = from_pretrained("path/to/llama")            # any Hugging Face folder of a family listed in FAMILIES
+    model = from_pretrained("path/to/llama")            # any Hugging Face folder of a family in FAMILIES, or PaddleNLP's
     logits = model(input_ids)                            # (B, T) int64 -> (B, T, V)
     losses = model(input_ids, labels=labels)             # (B, T) float32 per token, without ever holding the logits
     save_pretrained(model, "out")                        # Hugging Face layout again
@@ -493,12 +493,12 @@ def _chatglm(source, fields):
 
 def _chatglm2(source, fields):
     multi_query, ratio, name = source.get("multi_query_attention", False), source.get("rope_ratio", 1), str(source.get("_name_or_path"))
-    # chatglm2-6b-32k divides positions by the ratio, chatglm3-6b-32k and later ones multiply the base with theirs (50 or
-    # more): the same keys, told apart by the name and the size of the number.
-    if ratio != 1 and ratio < 50 and "chatglm2" not in name:
+    # chatglm2-6b-32k divides positions by the ratio, ChatGLM3 and GLM-4 multiply the base with theirs (50 or more): the same
+    # keys, told apart by the name, or the size of the number.
+    if ratio != 1 and ratio < 50 and not re.search("chatglm[23]|glm-4", name):
         raise UserError(
-            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3 and later); which, "
-            f"_name_or_path = {name!r} does not say: it must name chatglm2 for the first, rope_ratio be 50 or more for the second"
+            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3, GLM-4): _name_or_path = "
+            f"{name!r} must name the model, chatglm2, chatglm3 or glm-4"
         )
     rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio}
     if "chatglm2" in name and ratio != 1:
