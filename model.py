@@ -1,6 +1,6 @@
 """One decoder, the weight names of its families, LoRA and prefix tuning, and a naive generate().
 
-    model = from_pretrained("path/to/llama")            # any Hugging Face folder of a family listed in FAMILIES
+    model = from_pretrained("path/to/llama")            # any Hugging Face folder of a family in FAMILIES, or PaddleNLP's
     logits = model(input_ids)                            # (B, T) int64 -> (B, T, V)
     losses = model(input_ids, labels=labels)             # (B, T) float32 per token, without ever holding the logits
     save_pretrained(model, "out")                        # Hugging Face layout again
@@ -57,8 +57,9 @@ class Experts:
     choice_bias: bool = False  # a bias that moves the choice alone, not the weights (arXiv 2408.15664)
     dense_layers: tuple = ()  # layers whose MLP is an ordinary one
     aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added while training
-    aux_by_layer: bool = False  # every layer is balanced by itself and the layers' losses are added up, with shares of all
-    # choices; False: all layers' tokens together, with shares of all tokens
+    # Each layer is balanced by itself, with shares of all choices, and the layers' losses are added up; False: the tokens
+    # of all layers together, with shares of all tokens.
+    aux_by_layer: bool = False
     aux_by_sequence: bool = False  # ... and every sequence by itself (arXiv 2405.04434, 2.2.3)
 
 
@@ -106,7 +107,7 @@ class ModelConfig:
     position_offset: int = 0  # rows of the learned table before position 0
     rotary_dim: int = 0  # of each head; 0: all
     rope_interleaved: bool = False  # pairs are (2i, 2i+1) in place of (i, i + r/2)
-    stored_frequencies: str | None = None  # the name under which the files hold the frequencies of RoPE as well; {i} a layer
+    stored_frequencies: str | None = None  # name of RoPE's frequencies, where the files hold them too; {i}: the layer
     logn_length: int | None = None  # past so many tokens queries grow by log(position) to this base; not in training
 
     attention_bias: bool = False  # on q, k and v
@@ -492,13 +493,14 @@ def _chatglm(source, fields):
 
 
 def _chatglm2(source, fields):
-    multi_query, ratio, name = source.get("multi_query_attention", False), source.get("rope_ratio", 1), str(source.get("_name_or_path"))
-    # chatglm2-6b-32k divides positions by the ratio, chatglm3-6b-32k and later ones multiply the base with theirs (50 or
-    # more): the same keys, told apart by the name and the size of the number.
-    if ratio != 1 and ratio < 50 and "chatglm2" not in name:
+    multi_query, name = source.get("multi_query_attention", False), str(source.get("_name_or_path"))
+    ratio = source.get("rope_ratio", 1)
+    # chatglm2-6b-32k divides positions by the ratio, ChatGLM3 and GLM-4 multiply the base with theirs (50 or more): the same
+    # keys, told apart by the name, or the size of the number.
+    if ratio != 1 and ratio < 50 and not re.search("chatglm[23]|glm-4", name):
         raise UserError(
-            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3 and later); which, "
-            f"_name_or_path = {name!r} does not say: it must name chatglm2 for the first, rope_ratio be 50 or more for the second"
+            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3, GLM-4): _name_or_path = "
+            f"{name!r} must name the model, chatglm2, chatglm3 or glm-4"
         )
     rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio}
     if "chatglm2" in name and ratio != 1:
@@ -761,7 +763,8 @@ def _rope_parameters(source, path):
         raise UserError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(needed)}")
     for key in rope.keys() - known:
         if rope[key] is not None:
-            raise UserError(f"{path}: rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])} is not supported: it may change the maths")
+            found = f"rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])}"
+            raise UserError(f"{path}: {found} is not supported: it may change the maths")
     for key in ("rope_theta", *needed[rope["rope_type"]]):
         if not isinstance(rope.get(key), (int, float)):
             raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
@@ -1882,7 +1885,8 @@ def read_pdparams(path):
         except UserError:
             raise
         except Exception as error:  # whatever a damaged pickle makes of the unpickler's stack
-            raise UserError(f"{path}: not a whole file of paddle.save(): {type(error).__name__} while it was read") from None
+            what = type(error).__name__
+            raise UserError(f"{path}: not a whole file of paddle.save(): {what} while it was read") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: refused: holds a {type(loaded).__name__}, not a dict of tensors")
 
@@ -1894,7 +1898,10 @@ def read_pdparams(path):
             values = np.frombuffer(data, dtype)
         if len(values) != math.prod(array.shape):
             raise UserError(f"{path}: tensor {name} of shape {list(array.shape)} is truncated: {len(values)} values")
-        values = from_bfloat16(values) if array.dtype.code == "u2" else values.astype("<f4") if array.dtype.code == "f2" else values
+        if array.dtype.code == "u2":
+            values = from_bfloat16(values)
+        elif array.dtype.code == "f2":
+            values = values.astype("<f4")
         return values.reshape(array.shape, order="F" if array.fortran else "C")
 
     found = {}
@@ -1969,7 +1976,8 @@ def _stored_weights(model):
     if model.lm_head is None and FAMILIES[config.family].also_stores_head:
         weights.append(Weight(_head_name(config), model.embed_tokens.weight, False))
     if (name := config.stored_frequencies) is not None:
-        plain = dataclasses.replace(config, rope={"rope_type": "default", "rope_theta": 10000.0})  # whatever is done to them later
+        # They are stored as they would be without any stretching.
+        plain = dataclasses.replace(config, rope={"rope_type": "default", "rope_theta": 10000.0})
         frequencies = paddle.to_tensor(rope_frequencies(plain)[0])
         layers = range(config.num_hidden_layers if "{i}" in name else 1)
         weights += [Weight(name.format(i=i), frequencies, False) for i in layers]
@@ -2094,7 +2102,7 @@ def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_stat
                 found.update({n: ((lambda f=path / file, e=e: read_tensor(f, e)), e[1]) for n, e in header.items()})
         return found
     if parts := sorted(path.glob("model_state.*.pdparams")):
-        raise UserError(f"{parts[0]}: a part of a model that was cut up for tensor or pipeline parallelism; merge the parts first")
+        raise UserError(f"{parts[0]}: a part of a model cut up for tensor or pipeline parallelism: merge them first")
     raise UserError(f"{path}: no {', '.join(singles)} or an index of them")
 
 
@@ -2143,7 +2151,8 @@ def _published_names(found, config, names):
             continue
         if name not in names and prefix + name in names:
             name = prefix + name
-        if (router := name.replace(".mlp.gate.", ".block_sparse_moe.gate.")) in names:  # Mixtral's, with its experts in one
+        router = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+        if router in names:  # Mixtral's is called so beside experts that are one tensor
             name = router
         if name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
             result |= _single_experts(name, value, config)
@@ -2193,8 +2202,8 @@ def base_folders(path):
     """[path] of a model's folder; of an adapter's folder, itself, then the folder that it names as its base, and so on."""
     folders = [Path(path)]
     while not (folders[-1] / "config.json").is_file():
-        file = next((f for f in (folders[-1] / "adapter_config.json", folders[-1] / "lora_config.json") if f.is_file()), None)
-        if file is None:
+        files = [folders[-1] / name for name in ("adapter_config.json", "lora_config.json")]  # peft's, PaddleNLP's
+        if (file := next(filter(Path.is_file, files), None)) is None:
             break
         base = _json_object(file).get("base_model_name_or_path")
         if not isinstance(base, str) or not Path(base).is_dir():
@@ -2274,7 +2283,7 @@ _PADDLENLP_KEYS = {  # model_type: its keys that have another name in Hugging Fa
     "chatglm": {"num_hidden_layers": "num_layers"},
     "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "max_sequence_length": "seq_length"},
 }  # fmt: skip
-_PADDLENLP_MARKS = {"paddlenlp_version", "fuse_attention_qkv", "fuse_attention_ffn", "tensor_parallel_output", "normalize_before"}
+_PADDLENLP_MARKS = {"paddlenlp_version", "fuse_attention_qkv", "fuse_attention_ffn", "tensor_parallel_output", "normalize_before"}  # fmt: skip
 _PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
     "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|virtual_pp|mp_degree"
 )
@@ -2287,7 +2296,8 @@ def _huggingface_source(source, path):
         return source
     source = {key: value for key, value in source.items() if not _PADDLENLP_MACHINE.search(key)}
     if source.pop("use_long_sequence_strategies", False) or kind == "gpt" and not source.pop("normalize_before", True):
-        raise UserError(f"{path}: use_long_sequence_strategies and, for GPT, normalize_before = false are not supported")
+        refused = "use_long_sequence_strategies = true and, for GPT, normalize_before = false"
+        raise UserError(f"{path}: {refused} are not supported")
     for theirs, ours in _PADDLENLP_KEYS.get(kind, {}).items():
         if theirs in source:
             source[ours] = source.pop(theirs)
@@ -2362,20 +2372,20 @@ def _paddlenlp_parts(found, config, rows):
 def _paddlenlp_lora(model, path):
     """adapter_config.json and tensors, as peft would have written them, of a LoRA that PaddleNLP saved at `path`."""
     config, names = _json_object(path / "lora_config.json"), _paddlenlp_names(model.config)
-    for key in ("use_mora", "pissa", "loraga", "lora_use_mixer", "do_qat", "trainable_modules", "trainable_bias", "enable_lora_list"):
+    for key in ("use_mora", "pissa", "loraga", "lora_use_mixer", "do_qat", "trainable_modules", "trainable_bias", "enable_lora_list"):  # fmt: skip
         if config.get(key):
             raise UserError(f"{path / 'lora_config.json'}: {key} = {json.dumps(config[key])} is not supported")
-    modules = {
-        theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config, names)
-    }
-    places = {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config)}
+    modules = {theirs: ours for ours, theirs, _ in _names_of(model.config, names)}
+    places = {ours: theirs.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config)}
     tensors, targets = {}, set()
     for name, (read, _) in _shards(path, ("lora_model_state.pdparams", "peft_model.safetensors")).items():
         module, _, which = name.rpartition(".")
-        if module not in modules or which not in ("lora_A", "lora_B"):
-            raise UserError(f"{path}: {name}: the model has no linear of that name, or it lies otherwise in it (q, k, v in one)")
-        targets.add(places[modules[module]])
-        tensors[f"base_model.model.{places[modules[module]]}.{which}.weight"] = read().T
+        ours = modules.get(f"{module}.weight")
+        if ours is None or which not in ("lora_A", "lora_B"):
+            why = "the model has no linear of that name, or q, k and v in one where this has them apart"
+            raise UserError(f"{path}: {name}: {why}")
+        targets.add(places[ours])
+        tensors[f"base_model.model.{places[ours]}.{which}.weight"] = read().T
     return {"peft_type": "LORA", "r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8), "use_rslora": bool(config.get("rslora")),
             "lora_dropout": config.get("lora_dropout", 0.0), "target_modules": sorted(targets)}, tensors  # fmt: skip
 
@@ -2735,9 +2745,8 @@ def _load_lora(model, config, tensors, path, trainable):
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported")
     if config.get("bias", "none") != "none":
         raise UserError(f'{path}: bias = {config["bias"]!r} is not supported; only "none"')
-    with_start = (
-        trainable and (path.parent / "adapter_model.safetensors").is_file() and _metadata(path.parent / "adapter_model.safetensors").get("pissa_start_included") == "true"
-    )
+    weights = path.parent / "adapter_model.safetensors"
+    with_start = trainable and weights.is_file() and _metadata(weights).get("pissa_start_included") == "true"
     rank, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
     if with_start:  # split [A A0] [B; -B0] again, so that training goes on where it was
         rank, alpha = rank // 2, alpha / (math.sqrt(2) if rslora else 2)

@@ -200,7 +200,7 @@ def test_transformers_opens_every_family(hf_python, tmp_path):
 import pathlib, torch, transformers
 arrays = {}
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
     with torch.no_grad():
         arrays[folder.name] = model(torch.from_numpy(np.load(sys.argv[3]))).logits.numpy()
@@ -490,7 +490,8 @@ def test_transformers_opens_what_was_converted_from_paddlenlp(hf_python, tmp_pat
     cases = [case for case, (name, _, _) in PADDLENLP.items() if name in IN_TRANSFORMERS and what_its_class_asks_for(name).get("hidden_size") in (None, CONFIGS[name].get("hidden_size"))]
     expected = {}
     for case in cases:
-        theirs, _ = paddlenlp_folder(tmp_path / case, case) if (tmp_path / case).mkdir() is None else None
+        (tmp_path / case).mkdir()
+        theirs, _ = paddlenlp_folder(tmp_path / case, case)
         keys = json.loads((theirs / "config.json").read_text())
         (theirs / "config.json").write_text(json.dumps({"pad_token_id": 0} | keys))
         model = M.from_pretrained(theirs)
@@ -501,7 +502,7 @@ def test_transformers_opens_what_was_converted_from_paddlenlp(hf_python, tmp_pat
 import pathlib, torch, transformers
 arrays = {}
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
     with torch.no_grad():
         arrays[folder.name] = model(torch.from_numpy(np.load(sys.argv[3]))).logits.numpy()
@@ -687,7 +688,7 @@ import json, pathlib, torch, transformers, peft
 arrays, ids = {}, torch.from_numpy(np.load(sys.argv[3]))
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, folder).eval()
     with torch.no_grad():
         arrays[folder.name] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
@@ -713,7 +714,7 @@ arrays, ids, out = {}, torch.from_numpy(np.load(sys.argv[3])), pathlib.Path(sys.
 for name, targets in json.loads(sys.argv[5]).items():
     for kind in ("lora", "prefix"):
         torch.manual_seed(0)
-        base = transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path(sys.argv[2]) / name, attn_implementation="eager", dtype=torch.float32)
+        base = transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path(sys.argv[2]) / name, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
         if kind == "lora":
             config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", use_dora=name == "qwen3")
         elif "deepseek" in name:
@@ -951,6 +952,7 @@ def test_keys_of_published_files_pass(name):
 
 
 def test_32k_of_chatglm2_divides_positions_and_of_chatglm3_raises_the_base():
+    assert config("chatglm2", _name_or_path="glm-4-9b", rope_ratio=5).rope["rope_theta"] == 50000.0
     two, three = (M.ModelConfig.from_dict(COMMON | AS_PUBLISHED[f"chatglm{n}-6b-32k"]).rope for n in (2, 3))
     assert two == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 16} and three == {"rope_type": "default", "rope_theta": 500000.0}
     position = tensor(np.array([[32, 64]]))
