@@ -24,6 +24,12 @@ from data import UserError, collate_pairs, pair_sample
 LENGTHS = ((9, 1, 14, 5), (17, 12), (30,), (1,))
 
 
+def each_with(kinds):
+    """(name, kind) of every family and kind: one kind a family by default, in turn, the rest with --slow."""
+    return [pytest.param(name, kind, marks=[] if (i - k) % len(kinds) == 0 else [pytest.mark.slow])
+            for i, name in enumerate(NAMES) for k, kind in enumerate(kinds)]  # fmt: skip
+
+
 def make_samples(name, lengths=LENGTHS, seed=1):
     """Packs of (ids, labels): a third of each sample is a prompt; ChatGLM-6B's ends with its mask token and <sop>."""
     generator = np.random.default_rng(seed)
@@ -102,8 +108,7 @@ def test_packed_padded_and_single_samples_agree(name):
     assert not silent or name in MOE, f"no gradient: {silent}"
 
 
-@pytest.mark.parametrize("kind", ["plain", "projection"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, kind", each_with(("plain", "projection")))
 def test_prefix_packed_padded_and_single_samples_agree(name, kind):
     model = prefixed(name, kind == "projection")
     found = assert_layouts_agree(model, make_samples(name))
@@ -313,3 +318,128 @@ def test_a_text_in_pieces_through_the_cache(name):
     for start, end in zip((0, *ends), ends):
         parts.append(model(tensor(ids[:, start:end]), caches=cache).numpy())
     assert largest(np.concatenate(parts, 1), model(tensor(ids)).numpy()) < 2e-5
+
+
+# ================================================================================================ preference pairs
+
+
+def pair_batch(name, seed=3, window=64):
+    """Two rows of pairs as data.py packs them, and [(prompt, chosen, rejected)]."""
+    generator, pairs = np.random.default_rng(seed), []
+    for n, a, b in ((9, 4, 6), (5, 1, 3), (12, 7, 2)):
+        prompt, chosen, rejected = (generator.integers(3, 50, size) for size in (n, a, b))
+        if name in TWO_POSITIONS:
+            prompt[-2:] = SPECIAL["gmask"], SPECIAL["sop"]
+        pairs.append((prompt, chosen, rejected))
+    return collate_pairs([[0, 1], [2]], lambda i: pair_sample(*pairs[i]), 40, 0), pairs
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ALIBI, *STRETCHED)])
+def test_pairs_that_share_a_prompt_are_as_two_samples(name):
+    """Policy in training mode against sums over single samples in eval mode; gradients too."""
+    model = build(name) if name not in families.WINDOWED else build(name, sliding_window=40)
+    batch, pairs = pair_batch(name)
+    model.train()
+    found = dpo.reply_logps(model, batch)
+    (found * tensor(np.arange(1.0, 7.0, dtype="float32").reshape(3, 2))).sum().backward()
+    shared = gradients(model)
+    zero_grad(model)
+    model.eval()
+    for n, (prompt, *replies) in enumerate(pairs):
+        for side, reply in enumerate(replies):
+            ids = np.concatenate([prompt, reply])
+            labels = np.where(np.arange(len(ids) - 1) < len(prompt) - 1, -100, ids[1:])
+            logp = -model(tensor(ids[None, :-1]), labels=tensor(labels[None])).sum()
+            assert float(logp) == pytest.approx(float(found[n, side]), abs=3e-5)
+            (logp * float(2 * n + side + 1)).backward()
+    scale = max(np.abs(g).max() for g in shared.values())
+    assert all(largest(g, shared[key]) < 2e-5 * scale for key, g in gradients(model).items())
+
+
+@pytest.mark.parametrize("name, words", [("bloom", "ALiBi"), ("baichuan_13b", "ALiBi"), ("qwen_ntk", "at most 8"), ("llama_dynamic", "at most 8"),
+                                         ("mistral", "at most 5"), ("gemma2", "at most 4")])  # fmt: skip
+def test_pairs_that_cannot_share_a_prompt_are_refused(name, words):
+    with pytest.raises(UserError, match=words):
+        dpo.check_model(build(name), dpo.Args(model_name_or_path=name, max_seq_len=40))
+
+
+# ======================================================================================================== adapters
+
+LORA = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "pissa": {"pissa": True}}
+
+
+def moved(model, seed=5):
+    """Every value of the adapter moved, as training would."""
+    for i, w in enumerate(M.adapter_weights(model)):
+        noise = np.random.default_rng([seed, i]).standard_normal(w.parameter.shape).astype(np.float32)
+        M.set_parameter(w.parameter, w.parameter.numpy() + noise * np.float32(0.05))
+    return model
+
+
+def lora_targets(name):
+    """The linears that an adapter of everything must reach: all of the blocks but routers and gates."""
+    model = build(name)
+    rest = ("router", "shared_gate")
+    return {path for path, layer in model.named_sublayers() if isinstance(layer, M.Linear) and path.startswith("layers.")
+            and path.rpartition(".")[2] not in rest}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, kind", each_with(tuple(LORA)))
+def test_lora_of_every_linear(name, kind, tmp_path):
+    base, (ids, labels) = build(name), samples_of(name)
+    before = base(tensor(ids)).numpy()
+    model = M.apply_lora(build(name), rank=2, alpha=3.0, **LORA[kind])
+    model.eval()
+    assert {path for path, layer in model.named_sublayers() if isinstance(layer, M.LoRALinear)} == lora_targets(name)
+    assert largest(model(tensor(ids)).numpy(), before) < 2e-5, "it starts as the base"
+    moved(model)
+    adapted = model(tensor(ids)).numpy()
+    assert largest(adapted, before) > 0.02
+    model.train()
+    model(tensor(ids), labels=tensor(labels)).sum().backward()
+    used = {key for key, g in gradients(model).items() if np.abs(g).max() > 0}
+    assert {w.name for w in M.adapter_weights(model)} - used <= {w.name for w in M.adapter_weights(model) if ".experts." in w.name}
+    model.eval()
+    M.save_adapter(model, tmp_path / "adapter")
+    again = M.load_adapter(build(name), tmp_path / "adapter")
+    again.eval()
+    assert largest(again(tensor(ids)).numpy(), adapted) < 2e-5
+    merged = M.merge(model)
+    assert not M.lora_layers(merged) and largest(merged(tensor(ids)).numpy(), adapted) < 3e-5
+    M.save_pretrained(merged, tmp_path / "merged")
+    assert largest(M.from_pretrained(tmp_path / "merged")(tensor(ids)).numpy(), adapted) < 3e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefix_round_trip(name, tmp_path):
+    ids, _ = samples_of(name)
+    for projection in (False, True):
+        model, folder = prefixed(name, projection), tmp_path / str(projection)
+        M.save_adapter(model, folder)
+        again = M.load_adapter(build(name), folder)
+        again.eval()
+        assert largest(again(tensor(ids)).numpy(), model(tensor(ids)).numpy()) < 1e-5
+        going_on = M.load_adapter(build(name), folder, trainable=True)
+        assert {w.name for w in M.trainable_weights(going_on)} == {w.name for w in M.adapter_weights(model)}
+
+
+@pytest.mark.parametrize("name, kind", each_with(("full", "lora", "prefix")))
+def test_a_few_steps_lower_the_loss(name, kind):
+    """The trainer's own optimizer, on one packed batch, in training mode."""
+    model = build(name)
+    if kind == "lora":
+        M.apply_lora(model, rank=4, alpha=8.0)
+    elif kind == "prefix":
+        M.apply_prefix(model, 4)
+    ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
+    model.train()
+    args = trainer.TrainingArgs(output_dir="x")
+    weights = M.trainable_weights(model)
+    optimizer, losses = trainer.AdamW(weights, args), []
+    for _ in range(5):
+        loss = model(ids, positions, rows, labels=labels).sum() / float((labels != -100).sum())
+        losses.append(float(loss))
+        loss.backward()
+        optimizer.step({"full": 0.003, "lora": 0.01, "prefix": 0.05}[kind])
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - (0.01 if kind == "prefix" else 0.1), losses
