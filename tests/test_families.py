@@ -12,7 +12,9 @@ import families
 import numpy as np
 import paddle
 import pytest
+from conftest import ROOT
 from families import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, V, build
+from make_families_golden import STEPS, record
 from test_model import gradients, largest, left_padding, packed_batch, tensor, zero_grad
 
 import dpo
@@ -443,3 +445,103 @@ def test_a_few_steps_lower_the_loss(name, kind):
         optimizer.step({"full": 0.003, "lora": 0.01, "prefix": 0.05}[kind])
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - (0.01 if kind == "prefix" else 0.1), losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_training_step(name):
+    """LoRA over frozen weights kept in bfloat16 alone: near float32, gradients finite and of every adapter that is used."""
+    ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
+    found = []
+    for half in (False, True):
+        model = moved(M.apply_lora(build(name), rank=2, alpha=3.0))
+        model.train()
+        if half:
+            kernels.configure(use_bf16=True)  # float32 again after each test, see conftest.py
+            if not kernels.bf16:
+                pytest.skip(f"no bfloat16 here: {kernels.bf16_missing()}")
+            M.halve_frozen(model)
+            assert {p.dtype for n, p in model.named_parameters() if n.endswith("base.weight")} == {paddle.bfloat16}
+        losses = model(ids, positions, rows, labels=labels)
+        losses.sum().backward()
+        found.append((losses.numpy(), gradients(model)))
+    (a, ga), (b, gb) = found
+    assert 0 < np.abs(a - b).mean() < 0.05 * np.abs(a).mean()
+    norms = [np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gs.values())) for gs in (ga, gb)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1) if name not in MOE else np.isfinite(norms[1])  # another expert, another path
+
+
+def test_positions_beyond_a_learned_table():
+    """The table's last row is reached, behind a prefix too; one more is an error, not another row."""
+    for name in families.LEARNED:
+        for model, room in ((build(name), 64), (prefixed(name), 61)):
+            ids = np.random.default_rng(0).integers(3, 50, (1, room))
+            whole = model(tensor(ids)).numpy()
+            assert largest(model(tensor(ids[:, : room - 1])).numpy(), whole[:, :-1]) < 2e-5
+            with pytest.raises((OSError, ValueError, IndexError), match="64|out of range|table"):
+                model(tensor(np.concatenate([ids, ids[:, :1]], 1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smallest_shapes(name):
+    """B = 1 and T = 1: forward, loss and generation, behind a prefix too."""
+    for model in (build(name), prefixed(name)):
+        ids = np.array([[7]])
+        losses = model(tensor(ids), labels=tensor(ids + 1))
+        losses.sum().backward()
+        assert float(losses.sum()) == pytest.approx(float(paddle.nn.functional.cross_entropy(model(tensor(ids))[0], tensor([8]))), rel=1e-4)
+        assert M.generate(model, ids, 3).shape == (1, 4)
+
+
+# ========================================================================================================= goldens
+
+RECORDED = ROOT / "tests" / "golden" / "families.npz"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_what_was_recorded(name):
+    """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a regression."""
+    recorded, found = np.load(RECORDED), record(name)
+    for key, value in found.items():
+        assert value.dtype.kind in "fi"
+        if value.dtype.kind == "i":
+            assert np.array_equal(value, recorded[f"{name}/{key}"]), key
+        else:
+            expected = recorded[f"{name}/{key}"]
+            assert largest(value, expected) < 1e-4 * max(1.0, np.abs(expected).max()), key
+
+
+@pytest.mark.torch
+def test_recorded_numbers_equal_transformers(hf_python, tmp_path):
+    """Logits, loss, gradient norms and tokens of all families that transformers has, on these very weights."""
+    theirs_too = [name for name in NAMES if not name.startswith(("qwen_", "baichuan", "chatglm", "internlm")) and name != "qwen"]
+    for name in theirs_too:
+        families.write(tmp_path / "models" / name, name)
+        np.savez(tmp_path / "models" / name / "inputs.npz", **dict(zip(("ids", "labels"), samples_of(name))), steps=STEPS)
+    found = hf_python(TRANSFORMERS, tmp_path / "models")
+    for name in theirs_too:
+        mine = record(name, every_logit=True)
+        for key in ("logits", "loss", "norms", "generated"):
+            if key == "norms":  # experts are one tensor over there
+                ours, other = np.linalg.norm(mine[key]), np.linalg.norm(found[f"{name}/{key}"])
+                assert ours == pytest.approx(other, rel=1e-4), name
+            else:
+                assert largest(mine[key], found[f"{name}/{key}"]) < (1 if key == "generated" else 1e-4), (name, key)
+
+
+TRANSFORMERS = """
+import pathlib, torch, transformers
+arrays = {}
+for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+    given = np.load(folder / "inputs.npz")
+    make = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
+    model, ids, labels = make(), torch.from_numpy(given["ids"]), torch.from_numpy(given["labels"])
+    logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    loss.backward()
+    norms = np.array([float(p.grad.norm()) for p in model.parameters() if p.grad is not None])
+    model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+    steps = int(given["steps"])
+    out = make().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, eos_token_id=None)
+    for key, value in dict(logits=logits.detach().numpy(), loss=np.float32(loss.item()), norms=norms, generated=out.numpy()).items():
+        arrays[f"{folder.name}/{key}"] = value
+"""
