@@ -6,16 +6,27 @@
 
 What a sample computes may not depend on how it came into a batch: packed with others, padded left or right, or alone.
 """
-import json
+import math
 
 import families
 import numpy as np
 import paddle
 import pytest
 from conftest import ROOT
-from families import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, V, build
+from families import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, build
+from family_cells import (
+    GOLDEN,
+    GOLDENS,
+    assert_layouts_agree,
+    compare_with_golden,
+    golden_files,
+    golden_model,
+    golden_tokens,
+    losses_and_gradients,
+    make_samples,
+)
 from make_families_golden import STEPS, record
-from test_model import gradients, largest, left_padding, packed_batch, tensor, zero_grad
+from test_model import gradients, largest, mean_loss, packed_batch, tensor, zero_grad
 
 import dpo
 import kernels
@@ -23,76 +34,10 @@ import model as M
 import trainer
 from data import UserError, collate_pairs, pair_sample
 
-LENGTHS = ((9, 1, 14, 5), (17, 12), (30,), (1,))
-
-
 def each_with(kinds):
     """(name, kind) of every family and kind: one kind a family by default, in turn, the rest with --slow."""
     return [pytest.param(name, kind, marks=[] if (i - k) % len(kinds) == 0 else [pytest.mark.slow])
             for i, name in enumerate(NAMES) for k, kind in enumerate(kinds)]  # fmt: skip
-
-
-def make_samples(name, lengths=LENGTHS, seed=1):
-    """Packs of (ids, labels): a third of each sample is a prompt; ChatGLM-6B's ends with its mask token and <sop>."""
-    generator = np.random.default_rng(seed)
-    packs = []
-    for row in lengths:
-        pack = []
-        for n in row:
-            ids, target = generator.integers(3, 50, n), generator.integers(3, 50, n)
-            prompt = n // 3
-            target[:prompt] = -100
-            if name in TWO_POSITIONS and prompt > 1:
-                ids[prompt - 1], ids[prompt] = SPECIAL["gmask" if n % 2 else "mask"], SPECIAL["sop"]
-            pack.append((ids, target))
-        packs.append(pack)
-    return packs
-
-
-def batches(packs, layout):
-    """[(ids, labels, positions, rows)] of these samples; and where each sample is: [(batch, row, first, end)]."""
-    samples = [sample for pack in packs for sample in pack]
-    if layout == "packed":
-        T, where = 32, []
-        for b, pack in enumerate(packs):
-            ends = np.cumsum([len(ids) for ids, _ in pack])
-            where += [(0, b, end - len(ids), end) for end, (ids, _) in zip(ends, pack)]
-        return [packed_batch(packs, T)], where
-    if layout == "alone":
-        found = [(ids[None], labels[None], None, None) for ids, labels in samples]
-        return found, [(i, 0, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
-    T = max(len(ids) for ids, _ in samples) + 2
-    if layout == "right":
-        return [packed_batch([[sample] for sample in samples], T)], [(0, i, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
-    ids, labels, mask = np.zeros((len(samples), T), np.int64), np.full((len(samples), T), -100), np.zeros((len(samples), T), np.int64)
-    for i, (sample, target) in enumerate(samples):
-        ids[i, T - len(sample) :], labels[i, T - len(sample) :], mask[i, T - len(sample) :] = sample, target, 1
-    return [(ids, labels, *left_padding(mask))], [(0, i, T - len(ids), T) for i, (ids, _) in enumerate(samples)]
-
-
-def losses_and_gradients(model, packs, layout):
-    """[losses of each sample], {name: gradient of their mean}."""
-    zero_grad(model)
-    found, where = batches(packs, layout)
-    total, losses = sum(int((labels != -100).sum()) for pack in packs for _, labels in pack), []
-    for ids, labels, positions, rows in found:
-        optional = [None if a is None else tensor(a) for a in (positions, rows)]
-        loss = model(tensor(ids), *optional, labels=tensor(labels))
-        losses.append(loss.numpy())
-        (loss.sum() / total).backward()
-    return [losses[i][b, first:end] for i, b, first, end in where], gradients(model)
-
-
-def assert_layouts_agree(model, packs, layouts=("packed", "left", "right")):
-    expected, expected_gradients = losses_and_gradients(model, packs, "alone")
-    scale = max(np.abs(g).max() for g in expected_gradients.values())
-    for layout in layouts:
-        losses, found = losses_and_gradients(model, packs, layout)
-        for i, (a, b) in enumerate(zip(losses, expected)):
-            assert largest(a, b) < 2e-5 * max(1.0, np.abs(b).max()), (layout, i, largest(a, b))
-        for key in expected_gradients:
-            assert largest(found[key], expected_gradients[key]) < 2e-5 * scale, (layout, key, largest(found[key], expected_gradients[key]), scale)
-    return expected_gradients
 
 
 # ==================================================================================== packing, padding, one by one
@@ -508,6 +453,99 @@ def test_equals_what_was_recorded(name):
         else:
             expected = recorded[f"{name}/{key}"]
             assert largest(value, expected) < 1e-4 * max(1.0, np.abs(expected).max()), key
+
+
+with_goldens = pytest.mark.skipif(not GOLDENS, reason="no ../shared/golden beside the repository")
+
+
+@with_goldens
+@pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
+def test_goldens_of_their_own_software(folder):
+    found = compare_with_golden(folder)
+    limits = {"logits": 1e-4, "hidden": 1e-5, "loss": 1e-5, "norm": 1e-4, "gradients": 1e-4, "padded": 1e-4}
+    assert found.keys() == limits.keys() and all(found[key] < limit for key, limit in limits.items()), found
+
+
+@with_goldens
+@pytest.mark.parametrize("dialect", ["config.json", "config_v4.json"])
+@pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
+def test_golden_tokens(folder, dialect):
+    if not (folder / dialect).is_file():
+        pytest.skip("one dialect only: it was written before transformers 5")
+    assert golden_tokens(folder, dialect)
+
+
+@with_goldens
+@pytest.mark.parametrize("name", ["baichuan2-7b", "baichuan2-13b"])
+def test_golden_z_loss(name):
+    """Of all shifted positions, those whose label is ignored among them."""
+    folder = GOLDEN / "models" / name
+    oracle, notes = golden_files(folder)
+    labels = np.concatenate([oracle["labels"][:, 1:], np.full((2, 1), -100)], 1).astype(np.int64)
+    model = golden_model(folder, z_loss_weight=0.01)
+    model.train()
+    loss = mean_loss(model(tensor(oracle["input_ids"].astype(np.int64)), labels=tensor(labels)), labels)
+    assert float(loss) == pytest.approx(notes["loss_z_loss_weight_0.01"], rel=1e-6)
+
+
+@with_goldens
+@pytest.mark.parametrize("name", ["baichuan-13b", "baichuan-13b-6heads", "baichuan2-13b"])
+def test_golden_beyond_the_length_of_alibi(name):
+    oracle, _ = golden_files(GOLDEN / "models" / name)
+    found = golden_model(GOLDEN / "models" / name)(tensor(oracle["long_input_ids"].astype(np.int64))).numpy()[:, -4:]
+    assert largest(found, oracle["long_logits_last"]) < 1e-4
+
+
+@with_goldens
+def test_golden_residual_scale_of_chatglm():
+    """Three layers as the official code has them, which gives every model the scale of 28."""
+    folder = GOLDEN / "models" / "chatglm-6b-3l"
+    model, (oracle, _) = golden_model(folder), golden_files(folder)
+    for block in model.layers:
+        block.residual_scale = math.sqrt(2 * 28)
+    assert largest(model(tensor(oracle["input_ids"].astype(np.int64))).numpy(), oracle["logits_alpha28"]) < 1e-4
+
+
+@with_goldens
+def test_golden_lengths_of_qwen():
+    """NTK and logn: each alone, neither, every length around a step, decoding with the base of the prefill, training."""
+    folder = GOLDEN / "models" / "qwen-7b-ntk-logn"
+    oracle, notes = golden_files(folder)
+    ids = oracle["input_ids"].astype(np.int64)
+    for key, switches in (("logn_only", (False, True)), ("ntk_only", (True, False)), ("both_off", (False, False))):
+        model = golden_model(folder, use_dynamic_ntk=switches[0], use_logn_attn=switches[1])
+        assert largest(model(tensor(ids)).numpy(), oracle[f"logits_{key}"]) < 1e-4, key
+    model = golden_model(folder)
+    for length in (12, 16, 17, 24, 31, 32, 33, 40):
+        found = model(tensor(ids[:, :length])).numpy()[:, -1]
+        assert largest(found, oracle[f"logits_last_len{length}"]) < 1e-4, length
+    for suffix in ("", "_short"):
+        prompt, wanted = oracle[f"gen_prompt{suffix}"].astype(np.int64), oracle[f"gen_ids{suffix}"].astype(np.int64)
+        for row in range(2):
+            cache, start = model.new_cache(1), prompt.shape[1]
+            steps = [model(tensor(prompt[row : row + 1]), caches=cache).numpy()[0, -1]]
+            steps += [model(tensor(wanted[row : row + 1, at : at + 1]), caches=cache).numpy()[0, -1] for at in range(start, wanted.shape[1] - 1)]
+            assert largest(np.stack(steps), oracle[f"gen_step_logits{suffix}"][row]) < 1e-4, suffix
+            assert np.array_equal(M.generate(model, prompt[row : row + 1], 12)[0], wanted[row])
+    model.train()
+    labels = np.concatenate([oracle["labels"][:, 1:], np.full((2, 1), -100)], 1).astype(np.int64)
+    assert largest(model(tensor(ids)).numpy(), oracle["logits_trainmode"]) < 1e-4
+    assert float(mean_loss(model(tensor(ids), labels=tensor(labels)), labels)) == pytest.approx(notes["loss_trainmode"], rel=1e-6)
+
+
+@with_goldens
+@pytest.mark.parametrize("name", ["chatglm-6b-3l", "chatglm-6b-28l"])
+def test_golden_masks_and_positions_of_chatglm(name):
+    """FlashMask rows and positions, made of the ids alone, say what the official code's dense mask and ids say."""
+    oracle, _ = golden_files(GOLDEN / "models" / name)
+    ids = oracle["input_ids"].astype(np.int64)
+    T = ids.shape[1]
+    places = np.broadcast_to(np.arange(T), ids.shape)
+    positions, rows = M.two_positions(golden_model(GOLDEN / "models" / name).config, tensor(ids), tensor(places), None)
+    assert np.array_equal(positions.numpy().transpose(0, 2, 1), oracle["position_ids"])
+    row, rows = np.arange(T)[:, None], rows.numpy()[:, 0, None]  # (B, 1, keys, 2)
+    hidden = (row >= rows[..., 0]) | (row < rows[..., 1])
+    assert np.array_equal(hidden, oracle["attention_mask"][:, 0].astype(bool))
 
 
 @pytest.mark.torch
