@@ -27,7 +27,7 @@ import trainer
 LENGTHS = ((9, 1, 14, 5), (17, 12), (30,), (1,))
 
 
-def make_samples(name, lengths=LENGTHS, seed=1):
+def make_samples(name, lengths=LENGTHS, seed=1, special=SPECIAL):
     """Packs of (ids, labels): a third of each sample is a prompt; ChatGLM-6B's ends with its mask token and <sop>."""
     generator = np.random.default_rng(seed)
     packs = []
@@ -38,7 +38,7 @@ def make_samples(name, lengths=LENGTHS, seed=1):
             prompt = n // 3
             target[:prompt] = -100
             if name in TWO_POSITIONS and prompt > 1:
-                ids[prompt - 1], ids[prompt] = SPECIAL["gmask" if n % 2 else "mask"], SPECIAL["sop"]
+                ids[prompt - 1], ids[prompt] = special["gmask" if n % 2 else "mask"], special["sop"]
             pack.append((ids, target))
         packs.append(pack)
     return packs
@@ -213,3 +213,117 @@ def golden_tokens(folder, dialect="config.json"):
         found = M.generate(model, ids, 20, attention_mask=mask)
         right &= np.array_equal(found[:, -20:], wanted[:, -20:])
     return right
+
+
+# ========================================================================================================= scripts
+
+COLOURS = ("red", "blue", "green", "grey", "black", "white")
+THINGS = ("shirt", "coat", "lamp", "sofa", "shoe", "scarf", "bag")
+
+
+def make_world(folder):
+    """A folder with tokenizer.model (48 pieces), records of train and dev, and corpus.bin with its index."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [(f"{colour} {thing}", f"a {colour} {thing} to love.") for colour in COLOURS for thing in THINGS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text for pair in pairs for text in pair]), model_prefix=str(folder / "tokenizer"), vocab_size=48,
+        model_type="bpe", minloglevel=2, unk_id=0, bos_id=1, eos_id=2, hard_vocab_limit=False)  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    for split, part in (("train", pairs[:36]), ("dev", pairs[36:])):
+        (folder / "sft").mkdir(exist_ok=True)
+        (folder / "sft" / f"{split}.json").write_text("".join(json.dumps({"src": a, "tgt": b}) + "\n" for a, b in pairs if (a, b) in part))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": b}) + "\n" for _, b in pairs * 4))
+    data.main(["corpus", str(folder / "corpus.jsonl"), "--tokenizer", str(folder), "--output", str(folder / "corpus")])
+    return folder
+
+
+def give_tokenizer(folder, world):
+    """The world's tokenizer into a model's folder; for ChatGLM-6B with its special ids, and prompts that end with them."""
+    config = M.ModelConfig.from_json(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(world / name, folder / name)
+    if config.position != "rope_2d":
+        return
+    ids = {"[MASK]": "mask_token_id", "[gMASK]": "gmask_token_id", "<sop>": "bos_token_id", "<eop>": "eos_token_id"}
+    added = {str(config.source[key]): {"content": text, "special": True} for text, key in ids.items()}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "eos_token": "<eop>", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = {"system": "", "conversation": ["{{ user }}[gMASK]<sop>", "{{ bot }}<eop>"], "query": "{{ query }}[gMASK]<sop>"}
+    (folder / "chat_template.json").write_text(json.dumps(template))
+
+
+@contextlib.contextmanager
+def quick():
+    """Drawing and measuring take longer than the runs themselves."""
+    before = trainer.draw_curves, trainer.measure_matmul_peak
+    trainer.draw_curves, trainer.measure_matmul_peak = (lambda folder: None), (lambda: 1e11)
+    try:
+        yield
+    finally:
+        trainer.draw_curves, trainer.measure_matmul_peak = before
+
+
+def run_script(script, keys):
+    path = Path(keys["output_dir"] + ".json")
+    path.write_text(json.dumps(keys))
+    with quick():
+        trainer.run_script(script.main, script.Args, [str(path)])
+
+
+TUNINGS = {"sft": ({}, 0.005), "lora": ({"lora": True, "lora_rank": 4}, 0.02), "prefix": ({"prefix_tuning": True, "num_prefix_tokens": 4}, 0.1)}
+
+
+def tune(folder, world, out, kind):
+    """finetune.py with packed rows, stopped after 4 of 8 steps and resumed; the loss falls; the result opens and answers."""
+    kind_keys, rate = TUNINGS[kind]
+    keys = {"model_name_or_path": str(folder), "dataset_name_or_path": str(world / "sft"), "output_dir": str(out), "do_train": True, "do_eval": True,
+            "src_length": 20, "max_length": 44, "zero_padding": True, "flash_mask": True, "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2, "max_new_tokens": 4, "learning_rate": rate, "lr_scheduler_type": "constant", "logging_steps": 1,
+            "save_strategy": "steps", "save_steps": 4, "evaluation_strategy": "no", "disable_tqdm": True, **kind_keys}  # fmt: skip
+    run_script(finetune, {**keys, "max_steps": 4})
+    run_script(finetune, {**keys, "max_steps": 8, "resume_from_checkpoint": True})
+    results = json.loads((out / "dev_results.json").read_text())
+    model = M.from_pretrained(folder if kind == "prefix" else out)
+    if kind == "prefix":
+        M.load_adapter(model, out)
+        model.eval()
+    tokenizer, tuned = data.load_tokenizer(out), [row["loss"] for row in log_rows(out)]
+    train, dev = (finetune.SFTDataset(str(world / "sft"), tokenizer, 20, 44, split) for split in ("train", "dev"))
+    assert len(tuned) == 8 and np.isfinite(tuned).all(), tuned
+    before, after = loss_on(M.from_pretrained(folder), train), loss_on(model, train)
+    assert after < before - (0.001 if kind == "prefix" else 0.1), (before, after)
+    assert abs(loss_on(model, dev) - results["eval_loss"]) < 1e-4
+    prompt = np.asarray(dev.prompt_ids(0), np.int64)[None]
+    assert M.generate(model, prompt, 4).shape == (1, prompt.shape[1] + 4)
+
+
+def pretrain_and_go_on(folder, world, out):
+    """pretrain.py from scratch on the configuration, stopped and resumed likewise."""
+    keys = {"model_name_or_path": str(folder), "input_dir": str(world / "corpus"), "output_dir": str(out), "do_train": True, "do_eval": True,
+            "split": "90,10,0", "max_seq_length": 40, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "learning_rate": 0.01,
+            "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "steps", "save_steps": 4, "evaluation_strategy": "no",
+            "max_evaluate_steps": 1, "disable_tqdm": True}  # fmt: skip
+    run_script(pretrain, {**keys, "max_steps": 4})
+    run_script(pretrain, {**keys, "max_steps": 8, "resume_from_checkpoint": True})
+    losses = [row["loss"] for row in log_rows(out)]
+    assert len(losses) == 8 and np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.05, losses
+    model = M.from_pretrained(out)
+    ids = np.array([[5, 6, 7, 8]])
+    assert np.isfinite(model(tensor(ids)).numpy()).all() and M.generate(model, ids, 3).shape == (1, 7)
+
+
+def log_rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_on(model, dataset):
+    """Mean loss of the target tokens, every sample alone and with default positions."""
+    total, tokens = 0.0, 0
+    with paddle.no_grad():
+        for i in range(len(dataset)):
+            ids, labels = (tensor(part[None].astype(np.int64)) for part in dataset.sample(i))
+            total += float(model(ids, labels=labels).sum())
+            tokens += int((labels != -100).sum())
+    return total / tokens

@@ -9,6 +9,7 @@ What a sample computes may not depend on how it came into a batch: packed with o
 import math
 
 import families
+import family_table
 import numpy as np
 import paddle
 import pytest
@@ -19,15 +20,20 @@ from family_cells import (
     GOLDENS,
     assert_layouts_agree,
     compare_with_golden,
+    give_tokenizer,
     golden_files,
     golden_model,
     golden_tokens,
     losses_and_gradients,
     make_samples,
+    make_world,
+    pretrain_and_go_on,
+    tune,
 )
 from make_families_golden import STEPS, record
 from test_model import gradients, largest, mean_loss, packed_batch, tensor, zero_grad
 
+import data
 import dpo
 import kernels
 import model as M
@@ -152,16 +158,16 @@ def test_balancing_loss_counts_no_padding(name):
         expected = coefficient * naive_balance(model, ids, positions, rows, kept)
         assert aux_loss(model, (ids, labels, positions, rows)) == pytest.approx(expected, rel=1e-3), T
     model.train()
+    how, with_it = model.config.experts, {}
     for ways in (True, False):
         zero_grad(model)
         losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), additions=ways)
         losses.sum().backward()
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
-        how = model.config.experts  # one expert a token whose weight is made 1: only the balance moves the router
+        # One expert a token, whose weight is made 1: only the balance moves the router.
         assert router and all((np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalise) for g in router.values())
-        if not ways:
-            assert any(largest(g, with_it[key]) > 1e-5 for key, g in router.items()), "the balance moves the router"
-        with_it = router
+        assert all(largest(g, with_it[key]) > 1e-5 for key, g in router.items() if with_it), "the balance moves the router"
+        with_it |= router
 
 
 def test_deepseek_v3_has_no_balancing_loss():
@@ -583,3 +589,67 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     for key, value in dict(logits=logits.detach().numpy(), loss=np.float32(loss.item()), norms=norms, generated=out.numpy()).items():
         arrays[f"{folder.name}/{key}"] = value
 """
+
+
+# ========================================================================================================= scripts
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("name, kind", each_with(("sft", "lora", "prefix", "pretrain")))
+def test_scripts(name, kind, world, tmp_path):
+    """finetune.py with packed rows and pretrain.py: stopped, resumed, evaluated, saved, opened again."""
+    folder = families.write(tmp_path / "base", name)
+    give_tokenizer(folder, world)
+    if kind == "pretrain":
+        pretrain_and_go_on(folder, world, tmp_path / "out")
+    else:
+        tune(folder, world, tmp_path / "out", kind)
+
+
+def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path):
+    """What finetune.py packs: every context ends with [gMASK] <sop>, sees itself whole, and the answer is causal."""
+    folder = families.write(tmp_path / "base", "chatglm")
+    give_tokenizer(folder, world)
+    dataset = data.SFTDataset(str(world / "sft"), data.load_tokenizer(folder), 20, 44, "train")
+    batch = data.SFTLoader(dataset, 2, 44, zero_padding=True, shuffle=False).batch(0, 0)
+    ids, labels, places = batch["input_ids"], batch["labels"], batch["position_ids"]
+    config = M.ModelConfig.from_json(folder)
+    positions, rows = M.two_positions(config, tensor(ids), tensor(places), tensor(batch["startend_row_indices"]))
+    positions, rows = positions.numpy(), rows.numpy()[:, 0]
+    for b in range(len(ids)):
+        starts = [t for t in range(44) if places[b, t] == 0]
+        for start, end in zip(starts, [*starts[1:], 44]):
+            found = np.flatnonzero(ids[b, start:end] == SPECIAL["sop"])
+            if not len(found):
+                assert (labels[b, start:end] == -100).all(), "padding alone has no <sop>"
+                continue
+            sop = start + found[0]
+            assert ids[b, sop - 1] == SPECIAL["gmask"] and labels[b, sop] != -100 and (labels[b, start:sop] == -100).all()
+            assert (rows[b, start:sop, 1] == start).all() and (rows[b, sop:end, 1] == np.arange(sop, end)).all()
+            assert (rows[b, start:end, 0] == end).all()
+            assert positions[b, start:end].tolist() == [*([t, 0] for t in range(sop - start)), *([sop - 1 - start, t + 1] for t in range(end - sop))]
+            assert labels[b, start:end][-1] == SPECIAL["eop"]
+
+
+def test_the_table_in_readme_names_every_family():
+    """family_table.py writes it from a run of every cell."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index(family_table.BEGIN) : text.index(family_table.END)]
+    rows = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(M.FAMILIES)
+    assert all(line.count("✓") == len(family_table.CELLS) for line in rows.values()), "a cell that failed"
+
+
+@with_goldens
+def test_a_cell_that_fails_has_no_mark(monkeypatch, capsys):
+    def fails(folder, work):
+        assert folder.name != "opt_350m_style"
+
+    numbers = dict.fromkeys(("logits", "loss", "norm"), 1.25e-6)
+    monkeypatch.setattr(family_table, "CELLS", {"load": lambda folder, work: numbers, "save": fails, "SFT": lambda folder, work: None})
+    assert family_table.table(["opt"]).splitlines()[-1] == "| `opt` | OPT, 350m too (2) | ✓ |   | ✓ | 1.2e-6 | 1.2e-6 | 1.2e-6 |"
+    assert "opt_350m_style: save: AssertionError" in capsys.readouterr().err
