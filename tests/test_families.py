@@ -629,7 +629,7 @@ def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
     for name in IN_TRANSFORMERS:
         families.write(tmp_path / "models" / name / "base", name)
         fused = name in MOE and not name.startswith("mixtral")
-        targets = r".*\.self_attn\..*" if fused else None
+        targets = r".*\.self_attn\..*_proj(_with_mqa)?" if fused else None
         made = {"lora": lambda: moved(M.apply_lora(build(name), rank=2, alpha=3.0, targets=targets)), "prefix": lambda: prefixed(name)}
         for kind in made if name not in families.LATENT else ["lora"]:
             model = made[kind]()
