@@ -350,11 +350,23 @@ def check_model(model, args):
         raise UserError(f"{args.model_name_or_path}: is quantized; align the model before quantize.py")
     if model.prefix is not None:
         raise UserError(f"{args.model_name_or_path}: has a trained prefix, which preference training would lose")
-    limit = model.config.max_position_embeddings
-    if model.config.rope["rope_type"] == "dynamic" and args.max_seq_len > limit:
+    config, kind = model.config, model.config.rope["rope_type"]
+    if config.position == "alibi":
+        raise UserError(
+            f"{args.model_name_or_path}: {config.family} with ALiBi: it counts the tokens between a reply and its prompt, "
+            "and the second of two replies that share a prompt has the first one's between; preference training of it is not here"
+        )
+    limit = {"dynamic": config.max_position_embeddings, "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings")}.get(kind)
+    if limit and args.max_seq_len > limit:
         raise UserError(
             f"max_seq_len: {args.max_seq_len}: past {limit} positions dynamic rope turns a prompt by the length of its "
             f"reply, so that two replies cannot share one; at most {limit}"
+        )
+    window = min((w for w in config.windows if w), default=args.max_seq_len)
+    if args.max_seq_len > window:
+        raise UserError(
+            f"max_seq_len: {args.max_seq_len}: a query of {config.family} sees {window} tokens back, so that the second of "
+            f"two replies to a prompt would see less of it than the first; at most {window}"
         )
 
 
@@ -383,6 +395,8 @@ def main(args):
     model.recompute = args.recompute
     check_model(model, args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_positions(model, args.model_name_or_path, max_seq_len=args.max_seq_len,
+                            max_prompt_len_and_max_new_tokens=args.max_prompt_len + args.max_new_tokens)  # fmt: skip
     dev_known = train_known = before = None
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     if dev and not args.reference_free:

@@ -2185,7 +2185,7 @@ def _single_experts(name, value, config):
 
 
 def from_pretrained(path, dtype="float32"):
-    """A CausalLM from a Hugging Face folder. Peak memory: the model, its largest tensor, and a constant.
+    """A CausalLM in eval mode from a Hugging Face folder. Peak memory: the model, its largest tensor, and a constant.
 
     From an adapter's folder, the base model that it names (which may be an adapter's folder too) with LoRA merged into
     it, or with the prefix put on.
@@ -2195,6 +2195,7 @@ def from_pretrained(path, dtype="float32"):
     load_weights(model, base)
     for adapter in reversed(adapters):
         merge(load_adapter(model, adapter))
+    model.eval()
     return model
 
 

@@ -26,7 +26,7 @@ def _config(family, **keys):
     common = {"model_type": family, "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
               "hidden_act": "silu", "rope_theta": 500.0, "tie_word_embeddings": False, "initializer_range": 0.05,
-              "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}  # fmt: skip
+              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}  # fmt: skip
     return {key: value for key, value in (common | keys).items() if value is not None or key not in common}
 
 
@@ -53,16 +53,16 @@ _OPT = dict(ffn_dim=44, max_position_embeddings=64, activation_function="relu", 
 
 CONFIGS = {
     "llama": _config("llama"),
-    "llama_mqa": _config("llama", num_attention_heads=3, num_key_value_heads=1, head_dim=12, hidden_size=20),
+    "llama_mqa": _config("llama", num_attention_heads=3, num_key_value_heads=1, head_dim=12, hidden_size=24),
     "llama_bias_tied": _config("llama", num_attention_heads=8, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama_llama3": _config("llama", rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                                    "original_max_position_embeddings": 16}),
     "llama_yarn": _config("llama", rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
     "llama_dynamic": _config("llama", rope_scaling={"type": "dynamic", "factor": 3.0}, max_position_embeddings=8, rope_theta=100.0),
     "llama_linear": _config("llama", rope_scaling={"type": "linear", "factor": 2.0}),
-    "mistral": _config("mistral", num_attention_heads=6, num_key_value_heads=2, head_dim=8, sliding_window=5),
+    "mistral": _config("mistral", hidden_size=36, num_attention_heads=6, num_key_value_heads=2, head_dim=8, sliding_window=5),
     "mistral_full": _config("mistral", sliding_window=None),
-    "mixtral": _config("mixtral", num_attention_heads=6, num_key_value_heads=3, head_dim=8, num_local_experts=5, num_experts_per_tok=2,
+    "mixtral": _config("mixtral", hidden_size=30, num_attention_heads=6, num_key_value_heads=3, head_dim=8, num_local_experts=5, num_experts_per_tok=2,
                        router_aux_loss_coef=0.02, sliding_window=None, intermediate_size=24),
     "mixtral_window": _config("mixtral", num_local_experts=3, num_experts_per_tok=1, router_aux_loss_coef=0.02, sliding_window=4, intermediate_size=24),
     "qwen": _plain("qwen", **_QWEN, seq_length=64, use_dynamic_ntk=False, use_logn_attn=False),
@@ -71,7 +71,7 @@ CONFIGS = {
                      sliding_window=32, max_window_layers=2),
     "qwen2_moe": _config("qwen2_moe", **_MOE, num_hidden_layers=3, mlp_only_layers=[0], shared_expert_intermediate_size=20, norm_topk_prob=False,
                          use_sliding_window=False),
-    "qwen3": _config("qwen3", num_attention_heads=3, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True),
+    "qwen3": _config("qwen3", hidden_size=24, num_attention_heads=3, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True),
     "qwen3_moe": _config("qwen3_moe", **_MOE | {"num_experts": 7, "num_experts_per_tok": 3}, head_dim=10, num_hidden_layers=3, decoder_sparse_step=2,
                          norm_topk_prob=True, mlp_only_layers=[]),
     "baichuan_7b": _config("baichuan", **_BAICHUAN | {"architectures": ["BaiChuanForCausalLM"]}),
@@ -86,7 +86,7 @@ CONFIGS = {
     "chatglm3": _plain("chatglm", **_CHATGLM2 | {"num_attention_heads": 4, "multi_query_group_num": 1}),
     "chatglm2_glm_4_9b": _plain("chatglm", **_CHATGLM2, rope_ratio=50),
     "chatglm2_mha": _plain("chatglm", **_CHATGLM2 | {"multi_query_attention": False, "num_attention_heads": 3, "kv_channels": 12, "add_bias_linear": True}),
-    "glm": _config("glm", head_dim=12, num_attention_heads=3, num_key_value_heads=1, attention_bias=True, partial_rotary_factor=0.5),
+    "glm": _config("glm", hidden_size=24, head_dim=12, num_attention_heads=3, num_key_value_heads=1, attention_bias=True, partial_rotary_factor=0.5),
     "glm4": _config("glm4", head_dim=8, attention_bias=True, partial_rotary_factor=0.5),
     "bloom": _plain("bloom", **_BLOOM, n_head=4),
     "bloom_7heads": _plain("bloom", **_BLOOM | {"hidden_size": 42}, n_head=7),
@@ -97,7 +97,7 @@ CONFIGS = {
     "opt_350m": _plain("opt", **_OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}, num_hidden_layers=3),
     "internlm": _config("internlm", num_key_value_heads=None, bias=True),
     "internlm2": _config("internlm2", num_attention_heads=6, num_key_value_heads=2, hidden_size=48, bias=False),
-    "gemma": _config("gemma", num_attention_heads=3, num_key_value_heads=1, head_dim=12, hidden_act=None, hidden_activation="gelu_pytorch_tanh",
+    "gemma": _config("gemma", hidden_size=24, num_attention_heads=3, num_key_value_heads=1, head_dim=12, hidden_act=None, hidden_activation="gelu_pytorch_tanh",
                      tie_word_embeddings=True),
     "gemma2": _config("gemma2", num_attention_heads=4, head_dim=10, hidden_act=None, hidden_activation="gelu_pytorch_tanh", sliding_window=4,
                       num_hidden_layers=3, query_pre_attn_scalar=12, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, tie_word_embeddings=True),

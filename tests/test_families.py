@@ -6,85 +6,47 @@
 
 What a sample computes may not depend on how it came into a batch: packed with others, padded left or right, or alone.
 """
-import json
+import math
+import re
 
 import families
+import family_table
 import numpy as np
 import paddle
 import pytest
-from families import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, V, build
-from test_model import gradients, largest, left_padding, packed_batch, tensor, zero_grad
+from conftest import ROOT
+from families import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, build
+from family_cells import (
+    GOLDEN,
+    GOLDENS,
+    assert_layouts_agree,
+    compare_with_golden,
+    give_tokenizer,
+    golden_files,
+    golden_model,
+    golden_tokens,
+    losses_and_gradients,
+    make_samples,
+    make_world,
+    pretrain_and_go_on,
+    run_script,
+    tune,
+)
+from make_families_golden import STEPS, record
+from test_model import gradients, largest, left_padding, mean_loss, packed_batch, tensor, zero_grad
 
+import data
 import dpo
+import finetune
 import kernels
 import model as M
 import trainer
 from data import UserError, collate_pairs, pair_sample
 
-LENGTHS = ((9, 1, 14, 5), (17, 12), (30,), (1,))
-
-
-def make_samples(name, lengths=LENGTHS, seed=1):
-    """Packs of (ids, labels): a third of each sample is a prompt; ChatGLM-6B's ends with its mask token and <sop>."""
-    generator = np.random.default_rng(seed)
-    packs = []
-    for row in lengths:
-        pack = []
-        for n in row:
-            ids, target = generator.integers(3, 50, n), generator.integers(3, 50, n)
-            prompt = n // 3
-            target[:prompt] = -100
-            if name in TWO_POSITIONS and prompt > 1:
-                ids[prompt - 1], ids[prompt] = SPECIAL["gmask" if n % 2 else "mask"], SPECIAL["sop"]
-            pack.append((ids, target))
-        packs.append(pack)
-    return packs
-
-
-def batches(packs, layout):
-    """[(ids, labels, positions, rows)] of these samples; and where each sample is: [(batch, row, first, end)]."""
-    samples = [sample for pack in packs for sample in pack]
-    if layout == "packed":
-        T, where = 32, []
-        for b, pack in enumerate(packs):
-            ends = np.cumsum([len(ids) for ids, _ in pack])
-            where += [(0, b, end - len(ids), end) for end, (ids, _) in zip(ends, pack)]
-        return [packed_batch(packs, T)], where
-    if layout == "alone":
-        found = [(ids[None], labels[None], None, None) for ids, labels in samples]
-        return found, [(i, 0, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
-    T = max(len(ids) for ids, _ in samples) + 2
-    if layout == "right":
-        return [packed_batch([[sample] for sample in samples], T)], [(0, i, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
-    ids, labels, mask = np.zeros((len(samples), T), np.int64), np.full((len(samples), T), -100), np.zeros((len(samples), T), np.int64)
-    for i, (sample, target) in enumerate(samples):
-        ids[i, T - len(sample) :], labels[i, T - len(sample) :], mask[i, T - len(sample) :] = sample, target, 1
-    return [(ids, labels, *left_padding(mask))], [(0, i, T - len(ids), T) for i, (ids, _) in enumerate(samples)]
-
-
-def losses_and_gradients(model, packs, layout):
-    """[losses of each sample], {name: gradient of their mean}."""
-    zero_grad(model)
-    found, where = batches(packs, layout)
-    total, losses = sum(int((labels != -100).sum()) for pack in packs for _, labels in pack), []
-    for ids, labels, positions, rows in found:
-        optional = [None if a is None else tensor(a) for a in (positions, rows)]
-        loss = model(tensor(ids), *optional, labels=tensor(labels))
-        losses.append(loss.numpy())
-        (loss.sum() / total).backward()
-    return [losses[i][b, first:end] for i, b, first, end in where], gradients(model)
-
-
-def assert_layouts_agree(model, packs, layouts=("packed", "left", "right")):
-    expected, expected_gradients = losses_and_gradients(model, packs, "alone")
-    scale = max(np.abs(g).max() for g in expected_gradients.values())
-    for layout in layouts:
-        losses, found = losses_and_gradients(model, packs, layout)
-        for i, (a, b) in enumerate(zip(losses, expected)):
-            assert largest(a, b) < 2e-5 * max(1.0, np.abs(b).max()), (layout, i, largest(a, b))
-        for key in expected_gradients:
-            assert largest(found[key], expected_gradients[key]) < 2e-5 * scale, (layout, key, largest(found[key], expected_gradients[key]), scale)
-    return expected_gradients
+def each_with(kinds):
+    """(name, kind) of every family and kind: one kind a family by default, in turn, the rest with --slow."""
+    return [pytest.param(name, kind, marks=[] if (i - k) % len(kinds) == 0 else [pytest.mark.slow])
+            for i, name in enumerate(NAMES) for k, kind in enumerate(kinds)]  # fmt: skip
 
 
 # ==================================================================================== packing, padding, one by one
@@ -102,8 +64,7 @@ def test_packed_padded_and_single_samples_agree(name):
     assert not silent or name in MOE, f"no gradient: {silent}"
 
 
-@pytest.mark.parametrize("kind", ["plain", "projection"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, kind", each_with(("plain", "projection")))
 def test_prefix_packed_padded_and_single_samples_agree(name, kind):
     model = prefixed(name, kind == "projection")
     found = assert_layouts_agree(model, make_samples(name))
@@ -200,16 +161,16 @@ def test_balancing_loss_counts_no_padding(name):
         expected = coefficient * naive_balance(model, ids, positions, rows, kept)
         assert aux_loss(model, (ids, labels, positions, rows)) == pytest.approx(expected, rel=1e-3), T
     model.train()
+    how, with_it = model.config.experts, {}
     for ways in (True, False):
         zero_grad(model)
         losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), additions=ways)
         losses.sum().backward()
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
-        how = model.config.experts  # one expert a token whose weight is made 1: only the balance moves the router
+        # One expert a token, whose weight is made 1: only the balance moves the router.
         assert router and all((np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalise) for g in router.values())
-        if not ways:
-            assert any(largest(g, with_it[key]) > 1e-5 for key, g in router.items()), "the balance moves the router"
-        with_it = router
+        assert all(largest(g, with_it[key]) > 1e-5 for key, g in router.items() if with_it), "the balance moves the router"
+        with_it |= router
 
 
 def test_deepseek_v3_has_no_balancing_loss():
@@ -313,3 +274,459 @@ def test_a_text_in_pieces_through_the_cache(name):
     for start, end in zip((0, *ends), ends):
         parts.append(model(tensor(ids[:, start:end]), caches=cache).numpy())
     assert largest(np.concatenate(parts, 1), model(tensor(ids)).numpy()) < 2e-5
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STRETCHED])
+def test_padded_rows_in_pieces_through_the_cache(name):
+    """Left-padded rows behind a prefix; the first piece comes with rows, the second with rows of its own, the third without."""
+    model, (ids, _) = prefixed(name), samples_of(name, 2, 10)
+    if name in TWO_POSITIONS:
+        ids[:, 4:6], ids[:, 8:] = (SPECIAL["gmask"], SPECIAL["sop"]), 9
+    mask = np.ones((2, 13), np.int64)
+    mask[0, :3], mask[1, :3] = 0, 0
+    mask[1, :5] = 0
+    padded = np.concatenate([np.zeros((2, 3), np.int64), ids], 1)
+    positions, rows = left_padding(mask)
+    whole = model(tensor(padded), tensor(positions), tensor(rows)).numpy()
+    cache, parts = model.new_cache(2), []
+    for start, end, with_rows in ((0, 9, True), (9, 11, True), (11, 13, False)):
+        given = np.full((2, 1, end - start, 1), np.iinfo(np.int32).max, np.int32) if start else rows[:, :, :end]
+        parts.append(model(tensor(padded[:, start:end]), tensor(positions[:, start:end]), tensor(given) if with_rows else None, cache).numpy())
+    found = np.concatenate(parts, 1)
+    assert largest(found[mask == 1], whole[mask == 1]) < 2e-5
+    for row, pad in ((0, 3), (1, 5)):
+        assert largest(whole[row, pad:], model(tensor(padded[row : row + 1, pad:])).numpy()[0]) < 2e-5
+
+
+# ================================================================================================ preference pairs
+
+
+def pair_batch(name, seed=3, window=64):
+    """Two rows of pairs as data.py packs them, and [(prompt, chosen, rejected)]."""
+    generator, pairs = np.random.default_rng(seed), []
+    for n, a, b in ((9, 4, 6), (5, 1, 3), (12, 7, 2)):
+        prompt, chosen, rejected = (generator.integers(3, 50, size) for size in (n, a, b))
+        if name in TWO_POSITIONS:
+            prompt[-2:] = SPECIAL["gmask"], SPECIAL["sop"]
+        pairs.append((prompt, chosen, rejected))
+    return collate_pairs([[0, 1], [2]], lambda i: pair_sample(*pairs[i]), 40, 0), pairs
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ALIBI, *STRETCHED)])
+def test_pairs_that_share_a_prompt_are_as_two_samples(name):
+    """Policy in training mode against sums over single samples in eval mode; gradients too."""
+    model = build(name) if name not in families.WINDOWED else build(name, sliding_window=40)
+    batch, pairs = pair_batch(name)
+    model.train()
+    found = dpo.reply_logps(model, batch)
+    (found * tensor(np.arange(1.0, 7.0, dtype="float32").reshape(3, 2))).sum().backward()
+    shared = gradients(model)
+    zero_grad(model)
+    model.eval()
+    for n, (prompt, *replies) in enumerate(pairs):
+        for side, reply in enumerate(replies):
+            ids = np.concatenate([prompt, reply])
+            labels = np.where(np.arange(len(ids) - 1) < len(prompt) - 1, -100, ids[1:])
+            logp = -model(tensor(ids[None, :-1]), labels=tensor(labels[None])).sum()
+            assert float(logp) == pytest.approx(float(found[n, side]), abs=3e-5)
+            (logp * float(2 * n + side + 1)).backward()
+    scale = max(np.abs(g).max() for g in shared.values())
+    assert all(largest(g, shared[key]) < 2e-5 * scale for key, g in gradients(model).items())
+
+
+@pytest.mark.parametrize("name, words", [("bloom", "ALiBi"), ("baichuan_13b", "ALiBi"), ("qwen_ntk", "at most 8"), ("llama_dynamic", "at most 8"),
+                                         ("mistral", "at most 5"), ("gemma2", "at most 4")])  # fmt: skip
+def test_pairs_that_cannot_share_a_prompt_are_refused(name, words):
+    with pytest.raises(UserError, match=words):
+        dpo.check_model(build(name), dpo.Args(model_name_or_path=name, max_seq_len=40))
+
+
+# ======================================================================================================== adapters
+
+LORA = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "pissa": {"pissa": True}}
+
+
+def moved(model, seed=5):
+    """Every value of the adapter moved, as training would."""
+    for i, w in enumerate(M.adapter_weights(model)):
+        noise = np.random.default_rng([seed, i]).standard_normal(w.parameter.shape).astype(np.float32)
+        M.set_parameter(w.parameter, w.parameter.numpy() + noise * np.float32(0.05))
+    return model
+
+
+def lora_targets(name):
+    """The linears that an adapter of everything must reach: all of the blocks but routers and gates."""
+    model = build(name)
+    rest = ("router", "shared_gate")
+    return {path for path, layer in model.named_sublayers() if isinstance(layer, M.Linear) and path.startswith("layers.")
+            and path.rpartition(".")[2] not in rest}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, kind", each_with(tuple(LORA)))
+def test_lora_of_every_linear(name, kind, tmp_path):
+    base, (ids, labels) = build(name), samples_of(name)
+    before = base(tensor(ids)).numpy()
+    model = M.apply_lora(build(name), rank=2, alpha=3.0, **LORA[kind])
+    model.eval()
+    assert {path for path, layer in model.named_sublayers() if isinstance(layer, M.LoRALinear)} == lora_targets(name)
+    assert largest(model(tensor(ids)).numpy(), before) < 2e-5, "it starts as the base"
+    moved(model)
+    adapted = model(tensor(ids)).numpy()
+    assert largest(adapted, before) > 0.02
+    model.train()
+    model(tensor(ids), labels=tensor(labels)).sum().backward()
+    used = {key for key, g in gradients(model).items() if np.abs(g).max() > 0}
+    assert {w.name for w in M.adapter_weights(model)} - used <= {w.name for w in M.adapter_weights(model) if ".experts." in w.name}
+    model.eval()
+    M.save_adapter(model, tmp_path / "adapter")
+    again = M.load_adapter(build(name), tmp_path / "adapter")
+    again.eval()
+    assert largest(again(tensor(ids)).numpy(), adapted) < 2e-5
+    merged = M.merge(model)
+    assert not M.lora_layers(merged) and largest(merged(tensor(ids)).numpy(), adapted) < 3e-5
+    M.save_pretrained(merged, tmp_path / "merged")
+    assert largest(M.from_pretrained(tmp_path / "merged")(tensor(ids)).numpy(), adapted) < 3e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefix_round_trip(name, tmp_path):
+    ids, _ = samples_of(name)
+    for projection in (False, True):
+        model, folder = prefixed(name, projection), tmp_path / str(projection)
+        M.save_adapter(model, folder)
+        again = M.load_adapter(build(name), folder)
+        again.eval()
+        assert largest(again(tensor(ids)).numpy(), model(tensor(ids)).numpy()) < 1e-5
+        going_on = M.load_adapter(build(name), folder, trainable=True)
+        assert {w.name for w in M.trainable_weights(going_on)} == {w.name for w in M.adapter_weights(model)}
+
+
+@pytest.mark.parametrize("name, kind", each_with(("full", "lora", "prefix")))
+def test_a_few_steps_lower_the_loss(name, kind):
+    """The trainer's own optimizer, on one packed batch, in training mode."""
+    model = build(name)
+    if kind == "lora":
+        M.apply_lora(model, rank=4, alpha=8.0)
+    elif kind == "prefix":
+        M.apply_prefix(model, 4)
+    ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
+    model.train()
+    args = trainer.TrainingArgs(output_dir="x")
+    weights = M.trainable_weights(model)
+    optimizer, losses = trainer.AdamW(weights, args), []
+    for _ in range(5):
+        loss = model(ids, positions, rows, labels=labels).sum() / float((labels != -100).sum())
+        losses.append(float(loss))
+        loss.backward()
+        optimizer.step({"full": 0.003, "lora": 0.01, "prefix": 0.05}[kind])
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - (0.01 if kind == "prefix" else 0.1), losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_training_step(name):
+    """LoRA over frozen weights kept in bfloat16 alone: near float32, gradients finite and of every adapter that is used."""
+    ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
+    found = []
+    for half in (False, True):
+        model = moved(M.apply_lora(build(name), rank=2, alpha=3.0))
+        model.train()
+        if half:
+            kernels.configure(use_bf16=True)  # float32 again after each test, see conftest.py
+            if not kernels.bf16:
+                pytest.skip(f"no bfloat16 here: {kernels.bf16_missing()}")
+            M.halve_frozen(model)
+            assert {p.dtype for n, p in model.named_parameters() if n.endswith("base.weight")} == {paddle.bfloat16}
+        losses = model(ids, positions, rows, labels=labels)
+        losses.sum().backward()
+        found.append((losses.numpy(), gradients(model)))
+    (a, ga), (b, gb) = found
+    assert 0 < np.abs(a - b).mean() < 0.05 * np.abs(a).mean()
+    norms = [np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gs.values())) for gs in (ga, gb)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1) if name not in MOE else np.isfinite(norms[1])  # another expert, another path
+
+
+def test_positions_beyond_a_learned_table():
+    """The table's last row is reached, behind a prefix too; one more is an error, not another row."""
+    for name in families.LEARNED:
+        for model, room in ((build(name), 64), (prefixed(name), 61)):
+            ids = np.random.default_rng(0).integers(3, 50, (1, room))
+            whole = model(tensor(ids)).numpy()
+            assert largest(model(tensor(ids[:, : room - 1])).numpy(), whole[:, :-1]) < 2e-5
+            with pytest.raises((OSError, ValueError, IndexError), match="64|out of range|table"):
+                model(tensor(np.concatenate([ids, ids[:, :1]], 1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smallest_shapes(name):
+    """B = 1 and T = 1: forward, loss and generation, behind a prefix too."""
+    for model in (build(name), prefixed(name)):
+        ids = np.array([[7]])
+        losses = model(tensor(ids), labels=tensor(ids + 1))
+        losses.sum().backward()
+        assert float(losses.sum()) == pytest.approx(float(paddle.nn.functional.cross_entropy(model(tensor(ids))[0], tensor([8]))), rel=1e-4)
+        assert M.generate(model, ids, 3).shape == (1, 4)
+
+
+# ========================================================================================================= goldens
+
+RECORDED = ROOT / "tests" / "golden" / "families.npz"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_what_was_recorded(name):
+    """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a regression."""
+    recorded, found = np.load(RECORDED), record(name)
+    for key, value in found.items():
+        assert value.dtype.kind in "fi"
+        if value.dtype.kind == "i":
+            assert np.array_equal(value, recorded[f"{name}/{key}"]), key
+        else:
+            expected = recorded[f"{name}/{key}"]
+            assert largest(value, expected) < 1e-4 * max(1.0, np.abs(expected).max()), key
+
+
+with_goldens = pytest.mark.skipif(not GOLDENS, reason="no ../shared/golden beside the repository")
+
+
+@with_goldens
+@pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
+def test_goldens_of_their_own_software(folder):
+    found = compare_with_golden(folder)
+    limits = {"logits": 1e-4, "hidden": 1e-5, "loss": 1e-5, "norm": 1e-4, "gradients": 1e-4, "padded": 1e-4}
+    assert found.keys() == limits.keys() and all(found[key] < limit for key, limit in limits.items()), found
+
+
+@with_goldens
+@pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
+def test_golden_tokens(folder):
+    assert golden_tokens(folder)
+    if (folder / "config_v4.json").is_file():  # the dialect of transformers 4 says the same
+        ours = [M.ModelConfig.from_json(folder / dialect) for dialect in ("config.json", "config_v4.json")]
+        same = [{key: value for key, value in vars(config).items() if key not in ("source", "rope")} for config in ours]
+        assert same[0] == same[1]
+        assert all(np.array_equal(*(M.rope_frequencies(config)[k] for config in ours)) for k in (0, 1))
+        assert ours[0].rope["rope_type"] == ours[1].rope["rope_type"]
+
+
+@with_goldens
+@pytest.mark.parametrize("name", ["baichuan2-7b", "baichuan2-13b"])
+def test_golden_z_loss(name):
+    """Of all shifted positions, those whose label is ignored among them."""
+    folder = GOLDEN / "models" / name
+    oracle, notes = golden_files(folder)
+    labels = np.concatenate([oracle["labels"][:, 1:], np.full((2, 1), -100)], 1).astype(np.int64)
+    model = golden_model(folder, z_loss_weight=0.01)
+    model.train()
+    loss = mean_loss(model(tensor(oracle["input_ids"].astype(np.int64)), labels=tensor(labels)), labels)
+    assert float(loss) == pytest.approx(notes["loss_z_loss_weight_0.01"], rel=1e-6)
+
+
+@with_goldens
+@pytest.mark.parametrize("name", ["baichuan-13b", "baichuan-13b-6heads", "baichuan2-13b"])
+def test_golden_beyond_the_length_of_alibi(name):
+    oracle, _ = golden_files(GOLDEN / "models" / name)
+    found = golden_model(GOLDEN / "models" / name)(tensor(oracle["long_input_ids"].astype(np.int64))).numpy()[:, -4:]
+    assert largest(found, oracle["long_logits_last"]) < 1e-4
+
+
+@with_goldens
+def test_golden_residual_scale_of_chatglm():
+    """Three layers as the official code has them, which gives every model the scale of 28."""
+    folder = GOLDEN / "models" / "chatglm-6b-3l"
+    model, (oracle, _) = golden_model(folder), golden_files(folder)
+    for block in model.layers:
+        block.residual_scale = math.sqrt(2 * 28)
+    assert largest(model(tensor(oracle["input_ids"].astype(np.int64))).numpy(), oracle["logits_alpha28"]) < 1e-4
+
+
+@with_goldens
+def test_golden_lengths_of_qwen():
+    """NTK and logn: each alone, neither, every length around a step, decoding with the base of the prefill, training."""
+    folder = GOLDEN / "models" / "qwen-7b-ntk-logn"
+    oracle, notes = golden_files(folder)
+    ids = oracle["input_ids"].astype(np.int64)
+    for key, switches in (("logn_only", (False, True)), ("ntk_only", (True, False)), ("both_off", (False, False))):
+        model = golden_model(folder, use_dynamic_ntk=switches[0], use_logn_attn=switches[1])
+        assert largest(model(tensor(ids)).numpy(), oracle[f"logits_{key}"]) < 1e-4, key
+    model = golden_model(folder)
+    for length in (12, 16, 17, 24, 31, 32, 33, 40):
+        found = model(tensor(ids[:, :length])).numpy()[:, -1]
+        assert largest(found, oracle[f"logits_last_len{length}"]) < 1e-4, length
+    for suffix in ("", "_short"):
+        prompt, wanted = oracle[f"gen_prompt{suffix}"].astype(np.int64), oracle[f"gen_ids{suffix}"].astype(np.int64)
+        for row in range(2):
+            cache, start = model.new_cache(1), prompt.shape[1]
+            steps = [model(tensor(prompt[row : row + 1]), caches=cache).numpy()[0, -1]]
+            steps += [model(tensor(wanted[row : row + 1, at : at + 1]), caches=cache).numpy()[0, -1] for at in range(start, wanted.shape[1] - 1)]
+            assert largest(np.stack(steps), oracle[f"gen_step_logits{suffix}"][row]) < 1e-4, suffix
+            assert np.array_equal(M.generate(model, prompt[row : row + 1], 12)[0], wanted[row])
+    model.train()
+    labels = np.concatenate([oracle["labels"][:, 1:], np.full((2, 1), -100)], 1).astype(np.int64)
+    assert largest(model(tensor(ids)).numpy(), oracle["logits_trainmode"]) < 1e-4
+    assert float(mean_loss(model(tensor(ids), labels=tensor(labels)), labels)) == pytest.approx(notes["loss_trainmode"], rel=1e-6)
+
+
+@with_goldens
+@pytest.mark.parametrize("name", ["chatglm-6b-3l", "chatglm-6b-28l"])
+def test_golden_masks_and_positions_of_chatglm(name):
+    """FlashMask rows and positions, made of the ids alone, say what the official code's dense mask and ids say."""
+    oracle, _ = golden_files(GOLDEN / "models" / name)
+    ids = oracle["input_ids"].astype(np.int64)
+    T = ids.shape[1]
+    places = np.broadcast_to(np.arange(T), ids.shape)
+    positions, rows = M.two_positions(golden_model(GOLDEN / "models" / name).config, tensor(ids), tensor(places), None)
+    assert np.array_equal(positions.numpy().transpose(0, 2, 1), oracle["position_ids"])
+    row, rows = np.arange(T)[:, None], rows.numpy()[:, 0, None]  # (B, 1, keys, 2)
+    hidden = (row >= rows[..., 0]) | (row < rows[..., 1])
+    assert np.array_equal(hidden, oracle["attention_mask"][:, 0].astype(bool))
+
+
+IN_TRANSFORMERS = tuple(name for name in NAMES if not name.startswith(("qwen_", "baichuan", "chatglm", "internlm")) and name != "qwen")
+
+
+@pytest.mark.torch
+def test_recorded_numbers_equal_transformers(hf_python, tmp_path):
+    """Logits, loss, gradient norms and tokens of all families that transformers has, on these very weights."""
+    for name in IN_TRANSFORMERS:
+        families.write(tmp_path / "models" / name, name)
+        np.savez(tmp_path / "models" / name / "inputs.npz", **dict(zip(("ids", "labels"), samples_of(name))), steps=STEPS)
+    found = hf_python(TRANSFORMERS, tmp_path / "models")
+    for name in IN_TRANSFORMERS:
+        mine = record(name, every_logit=True)
+        for key in ("logits", "loss", "norms", "generated"):
+            if key == "norms":  # experts are one tensor over there
+                ours, other = np.linalg.norm(mine[key]), np.linalg.norm(found[f"{name}/{key}"])
+                assert ours == pytest.approx(other, rel=1e-4), name
+            else:
+                assert largest(mine[key], found[f"{name}/{key}"]) < (1 if key == "generated" else 1e-4), (name, key)
+
+
+TRANSFORMERS = """
+import pathlib, torch, transformers
+arrays = {}
+for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+    given = np.load(folder / "inputs.npz")
+    make = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
+    model, ids, labels = make(), torch.from_numpy(given["ids"]), torch.from_numpy(given["labels"])
+    logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    loss.backward()
+    norms = np.array([float(p.grad.norm()) for p in model.parameters() if p.grad is not None])
+    model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+    steps = int(given["steps"])
+    out = make().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, eos_token_id=None)
+    for key, value in dict(logits=logits.detach().numpy(), loss=np.float32(loss.item()), norms=norms, generated=out.numpy()).items():
+        arrays[f"{folder.name}/{key}"] = value
+"""
+
+
+@pytest.mark.torch
+def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
+    """Prefix and LoRA. Two exceptions, both over there: peft knows no prefix whose keys and values differ in width (MLA), and
+    transformers 5 holds the experts of these families as one tensor each, on which peft finds no linears."""
+    expected = {}
+    for name in IN_TRANSFORMERS:
+        families.write(tmp_path / "models" / name / "base", name)
+        fused = name in MOE and not name.startswith("mixtral")
+        targets = r".*\.self_attn\..*_proj(_with_mqa)?" if fused else None
+        made = {"lora": lambda: moved(M.apply_lora(build(name), rank=2, alpha=3.0, targets=targets)), "prefix": lambda: prefixed(name)}
+        for kind in made if name not in families.LATENT else ["lora"]:
+            model = made[kind]()
+            model.eval()
+            M.save_adapter(model, tmp_path / "models" / name / kind, base_model=tmp_path / "models" / name / "base")
+            expected[f"{name}/{kind}"] = model(tensor(samples_of(name)[0])).numpy()
+    np.save(tmp_path / "ids.npy", samples_of("llama")[0])
+    found = hf_python(PEFT, tmp_path / "models", tmp_path / "ids.npy")
+    assert found.keys() == expected.keys()
+    errors = {key: largest(found[key], value) for key, value in expected.items()}
+    assert max(errors.values()) < 2e-5, errors
+
+
+PEFT = """
+import pathlib, torch, transformers, peft
+arrays, ids = {}, torch.from_numpy(np.load(sys.argv[3]))
+for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+    for kind in ("lora", "prefix"):
+        if (folder / kind).is_dir():
+            base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
+            model = peft.PeftModel.from_pretrained(base, folder / kind).eval()
+            with torch.no_grad():
+                arrays[f"{folder.name}/{kind}"] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+"""
+
+
+# ========================================================================================================= scripts
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("name, kind", each_with(("sft", "lora", "prefix", "pretrain")))
+def test_scripts(name, kind, world, tmp_path):
+    """finetune.py with packed rows and pretrain.py: stopped, resumed, evaluated, saved, opened again."""
+    folder = families.write(tmp_path / "base", name)
+    give_tokenizer(folder, world)
+    if kind == "pretrain":
+        pretrain_and_go_on(folder, world, tmp_path / "out")
+    else:
+        tune(folder, world, tmp_path / "out", kind)
+
+
+@pytest.mark.parametrize("keys, words", [({"max_length": 65}, "max_length asks for 65"), ({"max_length": 61, "prefix_tuning": True, "num_prefix_tokens": 4}, "asks for 65"),
+                                         ({"max_length": 60, "src_length": 50, "max_new_tokens": 15}, "src_length . max_new_tokens asks for 65")])  # fmt: skip
+def test_lengths_beyond_a_learned_table_are_refused(keys, words, world, tmp_path, capsys):
+    folder = families.write(tmp_path / "base", "gpt2")
+    give_tokenizer(folder, world)
+    given = {"model_name_or_path": str(folder), "dataset_name_or_path": str(world / "sft"), "output_dir": str(tmp_path / "out"), "do_train": True,
+             "src_length": 20, "max_new_tokens": 4, "disable_tqdm": True, **keys}  # fmt: skip
+    with pytest.raises(SystemExit):
+        run_script(finetune, given)
+    assert re.search(f"base: has learned 64 positions; .*{words}", capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path):
+    """What finetune.py packs: every context ends with [gMASK] <sop>, sees itself whole, and the answer is causal."""
+    folder = families.write(tmp_path / "base", "chatglm")
+    give_tokenizer(folder, world)
+    dataset = data.SFTDataset(str(world / "sft"), data.load_tokenizer(folder), 20, 44, "train")
+    batch = data.SFTLoader(dataset, 2, 44, zero_padding=True, shuffle=False).batch(0, 0)
+    ids, labels, places = batch["input_ids"], batch["labels"], batch["position_ids"]
+    config = M.ModelConfig.from_json(folder)
+    positions, rows = M.two_positions(config, tensor(ids), tensor(places), tensor(batch["startend_row_indices"]))
+    positions, rows = positions.numpy(), rows.numpy()[:, 0]
+    for b in range(len(ids)):
+        starts = [t for t in range(44) if places[b, t] == 0]
+        for start, end in zip(starts, [*starts[1:], 44]):
+            found = np.flatnonzero(ids[b, start:end] == SPECIAL["sop"])
+            if not len(found):
+                assert (labels[b, start:end] == -100).all(), "padding alone has no <sop>"
+                continue
+            sop = start + found[0]
+            assert ids[b, sop - 1] == SPECIAL["gmask"] and labels[b, sop] != -100 and (labels[b, start:sop] == -100).all()
+            assert (rows[b, start:sop, 1] == start).all() and (rows[b, sop:end, 1] == np.arange(sop, end)).all()
+            assert (rows[b, start:end, 0] == end).all()
+            assert positions[b, start:end].tolist() == [*([t, 0] for t in range(sop - start)), *([sop - 1 - start, t + 1] for t in range(end - sop))]
+            assert labels[b, start:end][-1] == SPECIAL["eop"]
+
+
+def test_the_table_in_readme_names_every_family():
+    """family_table.py writes it from a run of every cell."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index(family_table.BEGIN) : text.index(family_table.END)]
+    rows = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(M.FAMILIES)
+    assert all(line.count("✓") == len(family_table.CELLS) for line in rows.values()), "a cell that failed"
+
+
+@with_goldens
+def test_a_cell_that_fails_has_no_mark(monkeypatch, capsys):
+    def fails(folder, work):
+        assert folder.name != "opt_350m_style"
+
+    numbers = dict.fromkeys(("logits", "loss", "norm"), 2e-6)
+    monkeypatch.setattr(family_table, "CELLS", {"load": lambda folder, work: numbers, "save": fails, "SFT": lambda folder, work: None})
+    assert family_table.table(["opt"]).splitlines()[-1] == "| `opt` | OPT, 350m too (2) | ✓ |   | ✓ | 2.0e-6 | 2.0e-6 | 2.0e-6 |"
+    assert "opt_350m_style: save: AssertionError" in capsys.readouterr().err
