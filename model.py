@@ -129,6 +129,14 @@ class ModelConfig:
     z_loss_weight: float = 0.0  # of the mean squared largest logit, added while training
     final_softcap: float | None = None  # of the logits
 
+    @property
+    def most_tokens(self):
+        """Tokens of the longest sequence: as many as there are positions, more where rope stretches them; ALiBi has no end."""
+        if self.position == "alibi":
+            return 1 << 30
+        factor = self.rope["factor"] if self.rope["rope_type"] == "dynamic" else 1
+        return int(self.max_position_embeddings * factor)
+
     @staticmethod
     def from_json(path):
         """config.json of transformers 4 (rope_theta, rope_scaling, torch_dtype) or 5 (rope_parameters, dtype)."""
@@ -838,8 +846,8 @@ def rope_tables(config, position_ids, lengths=None):
 
     position_ids (B, T), or for rope_2d (B, T, 2), whose tables stand one after the other. dynamic: past
     max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor packing
-    changes the result. qwen_ntk grows in powers of two; lengths (B, 1 or T) are then those that keys were rotated for at
-    first (None: the samples' own).
+    changes the result. qwen_ntk grows in powers of two. lengths (B, T) or (B, 1) are those that each token is rotated for
+    (None: the samples' own), see turning_lengths().
     """
     if not config.position.startswith("rope"):
         return None, None
@@ -847,13 +855,12 @@ def rope_tables(config, position_ids, lengths=None):
     dim, kind = 2 * len(frequency), config.rope["rope_type"]
     frequency = kernels.to_tensor(frequency)  # (r/2,)
     if kind in ("dynamic", "qwen_ntk"):
+        length = (document_lengths(position_ids) if lengths is None else lengths).astype("float32")
         if kind == "dynamic":
             limit, factor = config.max_position_embeddings, config.rope["factor"]
-            length = paddle.clip(document_lengths(position_ids).astype("float32"), min=limit)
-            growth = factor * length / limit - (factor - 1)  # (B, T), 1 within the limit
+            growth = factor * paddle.clip(length, min=limit) / limit - (factor - 1)  # (B, T), 1 within the limit
         else:
             limit = config.rope["original_max_position_embeddings"]
-            length = (document_lengths(position_ids) if lengths is None else lengths).astype("float32")
             doublings = paddle.ceil(paddle.log2(length / limit) + 1)
             growth = paddle.clip(2.0**doublings - 1, min=1.0)  # (B, T) or (B, 1)
         exponent = paddle.arange(0, dim, 2, dtype="float32") / dim
@@ -862,6 +869,17 @@ def rope_tables(config, position_ids, lengths=None):
     angle = paddle.concat([angle, angle], axis=-1)
     angle = (angle if angle.ndim == 3 else angle.flatten(2)).unsqueeze(2)  # (B, T, 1, r)
     return paddle.cos(angle) * scale, paddle.sin(angle) * scale
+
+
+def turning_lengths(config, prompt, positions):
+    """(n,) int64 lengths for rope_tables() of tokens at `positions` (n,) of a text that began with `prompt` tokens.
+
+    None where rope does not depend on them. What is cached stays as it was rotated: a prompt for its own length, a token
+    after it for the length then (dynamic), or still for the prompt's (qwen_ntk).
+    """
+    if config.rope["rope_type"] == "qwen_ntk":
+        return np.full(len(positions), prompt, np.int64)
+    return np.maximum(positions + 1, prompt) if config.rope["rope_type"] == "dynamic" else None
 
 
 def two_positions(config, input_ids, position_ids, rows):
@@ -907,8 +925,11 @@ def two_positions(config, input_ids, position_ids, rows):
 
 
 def window_rows(rows, B, T, window):
-    """FlashMask rows (B, 1, T, 1) under which a query also sees no key that is `window` or more before it."""
-    end = (paddle.arange(T, dtype="int32") + window).reshape([1, 1, T, 1])
+    """FlashMask rows (B, 1, T, 1) under which a query also sees no key that is `window` or more before it; rows, if given,
+    are of all T keys."""
+    if rows is not None:
+        T = rows.shape[2] if paddle.in_dynamic_mode() else paddle.shape(rows)[2]  # -1 while a graph is traced
+    end = (paddle.arange(T, dtype="int32") + window).reshape([1, 1, -1, 1])
     return end.expand([B, 1, T, 1]) if rows is None else paddle.minimum(rows, end)
 
 
@@ -1023,7 +1044,7 @@ class Cache:
         self.keys, self.values = [None] * layers, [None] * layers
         self.rows = None  # (B, 1, tokens, 1 or 2) int32, once any token had rows
         self.last = None  # (B, 2) the last token's two positions, for rope_2d
-        self.lengths = None  # (B, 1) of the samples when they were first seen, for qwen_ntk
+        self.lengths = None  # (B, 1) of the samples when they were first seen, for qwen_ntk; see turning_lengths()
         self.tokens = 0
         self.prefix_tokens = 0  # trained prefixes stand before position 0 of the text
 
@@ -1384,6 +1405,14 @@ class Block(nn.Layer):
         return y if probabilities is None else (y, probabilities)
 
 
+class Shared(namedtuple("Shared", "cos sin q_scale rows narrowed spread")):
+    """What all blocks of a pass read: rotary tables, a factor on queries, FlashMask rows, {window: rows}, PrefixPlaces or
+    None."""
+
+    def rows_of(self, block):
+        return self.narrowed.get(block.attention.window, self.rows)
+
+
 class CausalLM(nn.Layer):
     def __init__(self, config):
         super().__init__()
@@ -1488,52 +1517,59 @@ class CausalLM(nn.Layer):
     def hidden_states(self, input_ids, position_ids=None, rows=None, caches=None):
         """(B, T, D) after the final norm; arguments as in forward.
 
-        caches may also be any object with attend(layer, q, k, v, **options) -> (B, T, H, Dh) and prefix_tokens, which then
-        keeps keys and values itself (serve.py's pool of blocks); position_ids must be given with it.
+        caches may also be any object with attend(layer, q, k, v, **options) -> (B, T, H, Dh), prefix_tokens and lengths
+        (see turning_lengths()), which then keeps keys and values itself (serve.py's pool of blocks); position_ids, for
+        rope_2d (B, T, 2), must be given with it.
         """
         return self.trunk(input_ids, position_ids, rows, caches)[0]
 
     def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
         """hidden_states(), and a list of the probabilities (N, E) of each sparse block's router."""
-        B, T = input_ids.shape
         paged = caches is not None and not isinstance(caches, Cache)
         assert not paged or position_ids is not None, "a paged cache does not know the positions"
         if caches is None and self.prefix is not None:
-            caches = self.new_cache(B)
-        past = 0 if caches is None or paged else caches.tokens
-        before = 0 if caches is None else caches.prefix_tokens
-        if position_ids is None:
-            position_ids = (paddle.arange(T) + past - before).unsqueeze(0).expand([B, T])
-        x = self.embed(input_ids, position_ids, before)
-        if self.config.position == "rope_2d" and position_ids.ndim == 2:
-            position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
-        spread = None
-        if rows is not None and self.distances_count and not paged and before and past == before:
-            spread = PrefixPlaces(position_ids, rows, before)
-            caches.rows = rows = spread.rows
-            caches.tokens = spread.width
-        elif caches is not None and not paged:
-            rows = caches.extend_rows(rows, B, T)
-        cos, sin, q_scale = self._turns(position_ids, before, caches, paged)
-        narrowed = {w: window_rows(rows, B, T if caches is None else caches.tokens, w)
-                    for w in set(self.config.windows) - {None} if not paged}  # fmt: skip
-        probabilities = []
+            caches = self.new_cache(input_ids.shape[0])
+        x, shared = self.prepare(input_ids, position_ids, rows, caches)
+        turns, probabilities = (shared.cos, shared.sin), []
         for i, block in enumerate(self.layers):
             if paged:
-                x, *_, routed = block(x, cos, sin, attend=functools.partial(caches.attend, i), q_scale=q_scale)
+                x, *_, routed = block(x, *turns, attend=functools.partial(caches.attend, i), q_scale=shared.q_scale)
                 continue
-            seen = narrowed.get(block.attention.window, rows)
+            seen = shared.rows_of(block)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
             if self.recompute and self.training:
-                found = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, seen, *past, q_scale, spread)
+                found = paddle.distributed.fleet.utils.recompute(
+                    block.output, x, *turns, seen, *past, shared.q_scale, shared.spread
+                )
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, cos, sin, seen, *past, q_scale=q_scale, spread=spread)
+                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread)
                 if caches is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
         return (x if self.norm is None else self.norm(x)), probabilities
+
+    def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
+        """What the first block reads (B, T, D), and Shared; arguments as in hidden_states()."""
+        B, T = input_ids.shape
+        kept = isinstance(caches, Cache)
+        before = 0 if caches is None else caches.prefix_tokens
+        if position_ids is None:
+            position_ids = (paddle.arange(T) + (caches.tokens if kept else 0) - before).unsqueeze(0).expand([B, T])
+        x = self.embed(input_ids, position_ids, before)
+        if self.config.position == "rope_2d" and position_ids.ndim == 2:
+            position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
+        spread = None
+        if rows is not None and self.distances_count and kept and before and caches.tokens == before:
+            spread = PrefixPlaces(position_ids, rows, before)
+            caches.rows, caches.tokens, rows = spread.rows, spread.width, spread.rows
+        elif kept:
+            rows = caches.extend_rows(rows, B, T)
+        cos, sin, q_scale = self._turns(position_ids, before, caches)
+        narrowed = {w: window_rows(rows, B, caches.tokens if kept else T, w)
+                    for w in set(self.config.windows) - {None} if kept or caches is None}  # fmt: skip
+        return x, Shared(cos, sin, q_scale, rows, narrowed, spread)
 
     def embed(self, input_ids, position_ids, before=0):
         """Ids and positions (B, T) -> (B, T, D), what the first block reads; `before` tokens of a prefix stand in front."""
@@ -1571,14 +1607,14 @@ class CausalLM(nn.Layer):
             cache.last = position_ids[:, -1]
         return position_ids, rows
 
-    def _turns(self, position_ids, before, cache, paged):
+    def _turns(self, position_ids, before, cache):
         """cos, sin, and what queries are multiplied by (B, T, 1, 1), or None."""
-        config, lengths, q_scale = self.config, None, None
+        config, lengths, q_scale = self.config, None if cache is None else cache.lengths, None
         if config.rope["rope_type"] == "qwen_ntk":
             if self.training:  # trained at its own length, without stretching
                 config = dataclasses.replace(config, rope={**config.rope, "rope_type": "default"})
             elif isinstance(cache, Cache):  # keys are kept as they were rotated at first
-                lengths = document_lengths(position_ids) + before if cache.lengths is None else cache.lengths
+                lengths = document_lengths(position_ids) + before if lengths is None else lengths
                 cache.lengths = lengths[:, -1:]
         if (
             config.logn_length is not None and not self.training
