@@ -882,6 +882,13 @@ def turning_lengths(config, prompt, positions):
     return np.maximum(positions + 1, prompt) if config.rope["rope_type"] == "dynamic" else None
 
 
+def stretch(config, prompt):
+    """What turning_lengths() of a prompt of so many tokens make of it: prompts of equal numbers are turned alike."""
+    if config.rope["rope_type"] == "qwen_ntk":
+        return ((prompt - 1) // config.rope["original_max_position_embeddings"]).bit_length()  # doublings
+    return max(prompt, config.max_position_embeddings) if config.rope["rope_type"] == "dynamic" else 0
+
+
 def two_positions(config, input_ids, position_ids, rows):
     """ChatGLM-6B's positions (B, T, 2) and FlashMask rows (B, 1, T, 2), for whole samples (upstream of Du et al., 2103.10360).
 
@@ -922,6 +929,16 @@ def two_positions(config, input_ids, position_ids, rows):
     if rows is None:
         rows = paddle.full([B, 1, T, 1], np.iinfo(np.int32).max, "int32")
     return positions, paddle.concat([rows, upper], axis=-1)
+
+
+def two_positions_of(config, tokens, prompt):
+    """Positions (n, 2) int64 and FlashMask rows (1, 1, n, 2) int32, numpy, of one text: a prompt of so many tokens, and its
+    reply, which is causal and whose second position counts on."""
+    ids, more = paddle.to_tensor([tokens[:prompt]]), np.arange(len(tokens) - prompt)
+    positions, rows = (found[0].numpy() for found in two_positions(config, ids, paddle.arange(prompt).unsqueeze(0), None))
+    steps = positions[-1] + np.stack([np.zeros_like(more), more + 1], axis=-1)
+    causal = np.stack([np.full_like(more, np.iinfo(np.int32).max), prompt + more], axis=-1).astype(np.int32)
+    return np.concatenate([positions, steps]), np.concatenate([rows, causal[None]], axis=1)[None]
 
 
 def window_rows(rows, B, T, window):

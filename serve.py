@@ -65,6 +65,9 @@ from model import (
     lora_layers,
     penalize,
     read_safetensors,
+    stretch,
+    turning_lengths,
+    two_positions_of,
 )
 
 # ================================================================== 1. arguments
@@ -448,6 +451,8 @@ class Chunk(NamedTuple):
 
 # ================================================================== 6. the model on a pool of blocks
 
+NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden; 0 (of one column): hidden from all
+
 
 class AdapterLinear(paddle.nn.Layer):
     """A linear and LoRAs around it: each applied to its own slice of the step's tokens."""
@@ -470,16 +475,18 @@ class PagedRunner:
     """Computes chunks with model.py and keeps their keys and values in blocks.
 
     run(chunks) -> (chunks, V) float32 numpy: the logits after each chunk's last token. The tokens of all chunks are one
-    row of the model; only attention knows sequences, through attend(). Positions never reach max_position_embeddings (see
-    Engine), so that chunks which happen to continue each other's positions mean nothing even to dynamic rope.
-    """
+    row of the model; only attention knows sequences, through attend(). A token is rotated as model.generate does it, for the
+    length of its prompt and, with dynamic rope, of the reply up to it; so are those that are computed again.
 
-    chunked = True  # a prompt may come in pieces, and share blocks
+    With two positions (rope_2d) the tokens of a prompt see those behind them as well: it must come whole, and its blocks
+    are like no other prompt's.
+    """
 
     def __init__(self, model, num_blocks, block_size, adapters=None, int8=False):
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
-        self.vocab_size, self.max_positions = c.vocab_size, c.max_position_embeddings
+        self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.most_tokens
+        self.chunked = c.position != "rope_2d"  # a prompt may come in pieces, and share blocks
         self.prefix_tokens = 0  # of the text's positions: they are given with the virtual tokens counted
         self.virtual = model.prefix.tokens if model.prefix is not None else 0
         shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
@@ -488,12 +495,18 @@ class PagedRunner:
         self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
         self.slices = []
         self.adapters = self._load_adapters(adapters or {})
-        self.slots = self.tables = self.query_lengths = self.context_lengths = None  # of the step being computed
+        self.slots = self.tables = self.query_lengths = self.context_lengths = self.lengths = None  # of the step being computed
+        self.wholes = []  # prompts of the step whose attention is not causal: (first, end, slots, rows)
+        self.last_positions = {}  # sequence -> (2,) of its prompt's last token, for rope_2d
 
     @staticmethod
     def block_bytes(config, block_size, int8=False):
         of_head = config.head_dim + 4 if int8 else 4 * config.head_dim
         return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * of_head
+
+    def root(self, prompt):
+        """What keys and values depend on besides the tokens, where a prompt has so many."""
+        return stretch(self.config, prompt)
 
     def _load_adapters(self, paths):
         """{name: folder} -> names. Their LoRALinears share the one base layer."""
@@ -546,8 +559,31 @@ class PagedRunner:
         firsts = np.repeat(self.query_lengths.cumsum() - counts, counts)
         positions = np.arange(len(ids)) - firsts + starts[rows]
         self.slots = kernels.to_tensor(self.tables[rows, positions // size].astype(np.int64) * size + positions % size)
+        lengths = [turning_lengths(self.config, c.sequence.prompt_end, np.arange(c.start, c.start + c.count)) for c in chunks]
+        self.lengths = None if lengths[0] is None else kernels.to_tensor(np.concatenate(lengths)[None])
+        if not self.chunked:
+            positions = self._two_positions(chunks)  # (N, 2)
         self.positions = kernels.to_tensor(positions[None])
         return kernels.to_tensor(np.array([ids], np.int64))
+
+    def _two_positions(self, chunks):
+        """(N, 2) of all tokens; `wholes` are the prompts among the chunks, with the replies that they had before."""
+        self.wholes, found, end = [], [], 0
+        for row, (sequence, start, count) in enumerate(chunks):
+            end += count
+            if start > self.virtual:
+                step = start - sequence.prompt_end + 1
+                found.append(self.last_positions[sequence] + np.array([[0, step]]))
+                continue
+            prompt, context = sequence.prompt_end - self.virtual, np.arange(self.virtual + count)
+            positions, rows = two_positions_of(self.config, sequence.tokens[self.virtual :], prompt)
+            self.last_positions[sequence] = positions[prompt - 1]
+            rows = rows + np.minimum(self.virtual, NEVER - rows)  # behind the prefix, which every row sees
+            rows = np.concatenate([np.broadcast_to(np.array([NEVER, 0], np.int32), (1, 1, self.virtual, 2)), rows], axis=2)
+            slots = self.tables[row, context // self.block_size].astype(np.int64) * self.block_size + context % self.block_size
+            self.wholes.append((end - count, end, kernels.to_tensor(slots), kernels.to_tensor(rows)))
+            found.append(positions)
+        return np.concatenate(found)
 
     def _set_slices(self, chunks):
         self.slices.clear()
@@ -563,10 +599,32 @@ class PagedRunner:
         """
         pool, scales = self.pools[layer], self.scales[layer]
         kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)
+        if self.wholes:
+            return self._attend_two_ways(q, pool, scales, scale, options)
         out = kernels.paged_attention(
             q[0], *pool, self.tables, self.query_lengths, self.context_lengths, scale, *scales, **options
         )
         return out.unsqueeze(0)
+
+    def _attend_two_ways(self, q, pool, scales, scale, options):
+        """attend() of a step with whole prompts, each by itself under its mask, and with tokens of replies."""
+        parts, order, steps = [], [], np.ones(q.shape[1], bool)
+        flat = [part.reshape([-1, *part.shape[2:]]) for part in pool]  # (slots, K, Dh)
+        for first, end, slots, rows in self.wholes:
+            k, v = (paddle.gather(part, slots) for part in flat)
+            if scales[0] is not None:
+                k, v = (x.astype("float32") * paddle.gather(s.reshape([-1, s.shape[2]]), slots).unsqueeze(-1) for x, s in zip((k, v), scales))
+            more = {key: value for key, value in options.items() if key != "window"}  # which no such model has
+            parts.append(kernels.attention(q[:, first:end], k.unsqueeze(0), v.unsqueeze(0), rows, False, scale, **more)[0])
+            order.append(np.arange(first, end))
+            steps[first:end] = False
+        if steps.any():
+            at = np.flatnonzero(steps)
+            chosen = np.isin(self.query_lengths.cumsum() - self.query_lengths, at)  # the chunks of one token each
+            of_chunks = (array[chosen] for array in (self.tables, self.query_lengths, self.context_lengths))
+            parts.append(kernels.paged_attention(paddle.gather(q[0], kernels.to_tensor(at)), *pool, *of_chunks, scale, *scales, **options))
+            order.append(at)
+        return paddle.gather(paddle.concat(parts), kernels.to_tensor(np.argsort(np.concatenate(order)))).unsqueeze(0)
 
     @paddle.no_grad()
     def fill_prefix(self, sequence, start):
@@ -579,7 +637,8 @@ class PagedRunner:
             kernels.write_cache(table[:, layer, 0], table[:, layer, 1], *self.pools[layer], slots, *self.scales[layer])
 
     def release(self, sequence):
-        """Nothing is kept by sequence: the blocks are the engine's."""
+        """The blocks are the engine's."""
+        self.last_positions.pop(sequence, None)
 
 
 # ================================================================== 7. the model as an exported graph
@@ -786,7 +845,8 @@ class Engine:
 
     generate() and stream() block; submit() and abort() may be called from any thread, with start() and shutdown() for
     the thread that then calls step(). model: a CausalLM, or a runner such as StaticRunner: anything with PagedRunner's
-    run, fill_prefix, release, chunked, adapters, virtual, vocab_size and max_positions. adapters: {name: folder of a LoRA}.
+    run, fill_prefix, release, chunked (and then root), adapters, virtual, vocab_size and max_positions. adapters: {name:
+    folder of a LoRA}.
     """
 
     def __init__(self, model, tokenizer=None, num_blocks=256, block_size=16, max_num_seqs=16, max_num_batched_tokens=512,
@@ -844,7 +904,8 @@ class Engine:
             self.live[request.request_id] = params.n
             seed = int(self.seeds.integers(1 << 62)) if params.seed is None else params.seed
             # What the cached keys and values depend on besides the tokens, as the root of the chain of blocks.
-            root, leader = hashlib.blake2b((request.adapter or "").encode(), digest_size=16).digest(), None
+            root = f"{self.runner.root(len(prompt) + self.runner.virtual)} {request.adapter or ''}" if self.pool.reuse else ""
+            root, leader = hashlib.blake2b(root.encode(), digest_size=16).digest(), None
             for index in range(params.n):
                 sampler = Sampler(params, index, self.stop_ids, seed)
                 text = TextStream(self.tokenizer, params.stop)
@@ -1217,7 +1278,7 @@ def build_engine(args):
         if model.prefix is None:
             raise UserError(f"prefix_path: {args.prefix_path} holds a LoRA; give it as lora_path")
     virtual = model.prefix.tokens if model.prefix is not None else 0
-    length = min(args.total_max_length + virtual, model.config.max_position_embeddings)
+    length = min(args.total_max_length + virtual, model.config.most_tokens)
     wanted = 2 * args.batch_size * -(-length // args.block_size)  # as much again to keep prompts for later ones
     block = PagedRunner.block_bytes(model.config, args.block_size, args.cachekv_int8_type is not None)
     num_blocks = args.num_blocks or min(wanted, int(args.kv_cache_gb * 1e9) // block)
