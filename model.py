@@ -945,7 +945,7 @@ def window_rows(rows, B, T, window):
     """FlashMask rows (B, 1, T, 1) under which a query also sees no key that is `window` or more before it; rows, if given,
     are of all T keys."""
     if rows is not None:
-        T = rows.shape[2] if paddle.in_dynamic_mode() else paddle.shape(rows)[2]  # -1 while a graph is traced
+        T = _shape(rows)[2]
     end = (paddle.arange(T, dtype="int32") + window).reshape([1, 1, -1, 1])
     return end.expand([B, 1, T, 1]) if rows is None else paddle.minimum(rows, end)
 
@@ -1248,7 +1248,7 @@ class LatentAttention(Attention):
         k_nope, v = kv.split([latent.nope_dim, latent.value_dim], axis=-1)
         q_rope = kernels.rope(q_rope, cos, sin, interleaved)
         k_rope = kernels.rope(k_rope.unsqueeze(2), cos, sin, interleaved)  # (B, T, 1, rope)
-        k_rope = k_rope.expand([-1, -1, k_nope.shape[2], -1])
+        k_rope = k_rope.expand([-1, -1, _shape(k_nope)[2], -1])
         q, k = paddle.concat([q_nope, q_rope], axis=-1), paddle.concat([k_nope, k_rope], axis=-1)
         return q, k, _padded(v, self.head_dim)
 
@@ -1259,7 +1259,12 @@ LATENT_NORM_EPS = 1e-6  # whatever config.json says of the other norms
 def _padded(x, width):
     """x (…, n) -> (…, width), zeros behind."""
     more = width - x.shape[-1]
-    return x if more <= 0 else paddle.concat([x, paddle.zeros([*x.shape[:-1], more], x.dtype)], axis=-1)
+    return x if more <= 0 else F.pad(x, [0, 0] * (x.ndim - 1) + [0, more])
+
+
+def _shape(x):
+    """x.shape, also while a graph is traced, where it is -1 in part."""
+    return x.shape if paddle.in_dynamic_mode() else paddle.shape(x)
 
 
 def _activate(x, kind):
@@ -1324,7 +1329,7 @@ class SparseMLP(nn.Layer):
         """x (B, T, D) -> ((B, T, D), the router's probabilities (B · T, E) float32)"""
         flat = x.reshape([-1, x.shape[-1]])  # (N, D)
         weights, chosen, probabilities = self.route(flat)
-        mixed = self.mix(flat, weights, chosen).reshape(x.shape)
+        mixed = self.mix(flat, weights, chosen).reshape(_shape(x))
         if self.shared is not None:
             shared = self.shared(x)
             mixed = mixed + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)

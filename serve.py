@@ -59,6 +59,7 @@ from data import (
 from model import (
     CausalLM,
     LoRALinear,
+    ModelConfig,
     from_pretrained,
     linears,
     load_adapter,
@@ -643,7 +644,7 @@ class PagedRunner:
 
 # ================================================================== 7. the model as an exported graph
 
-STATIC_FORMAT = 1  # of static_config.json, as export.py writes it
+STATIC_FORMAT = 2  # of static_config.json, as export.py writes it
 
 
 class StaticRunner:
@@ -664,7 +665,6 @@ class StaticRunner:
 
     CHUNK = 512  # tokens of one piece of a long prompt
     BATCH_TOKENS = 4096  # tokens of one batch of prompts, padding included
-    NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden; 0: a padded key, hidden from all
     chunked = False  # a prompt must come whole
     adapters = ()  # what LoRA there was is in the programs' weights
 
@@ -674,11 +674,13 @@ class StaticRunner:
         self.virtual = self.config["prefix_tokens"]  # positions of a trained prefix, before the text's
         self.max_positions = self.config["max_model_len"] + self.virtual
         self.heads = self.config["num_key_value_heads"], self.config["head_dim"]
-        # dynamic positions depend on the length of the whole prompt, which a piece of it does not know
-        self.piece = self.max_positions if self.config["rope_type"] == "dynamic" else self.CHUNK
+        self.model_config = ModelConfig.from_dict(self.config["model_config"], self.folder / "static_config.json")
+        self.two = self.model_config.position == "rope_2d"
+        self.piece = self.max_positions if self.two else self.CHUNK  # two positions: a prompt's tokens see those behind them
         self.prefill_program = self._load("prefill.json", device)
         self.decode_program = self._load("decode.json", device)
         self.records = {}  # sequence -> (caches, its row in them, its tokens)
+        self.last_positions = {}  # sequence -> (2,) of its prompt's last token, where there are two
         self.prefix = None
         if self.virtual:
             tensors = read_safetensors(self.folder / "prefix.safetensors")  # {"keys.0": (P, K, Dh), …}
@@ -731,6 +733,7 @@ class StaticRunner:
     def release(self, sequence):
         """Forget the keys and values of a sequence; one that is not known is no error."""
         self.records.pop(sequence, None)
+        self.last_positions.pop(sequence, None)
 
     def prefill(self, sequences, prompts):
         """Whole prompts, lists of ids -> (S, V) float32 of their last tokens; prompts of like length share a batch."""
@@ -742,36 +745,39 @@ class StaticRunner:
             batch = waiting[: 1 if alone else max(1, self.BATCH_TOKENS // T)]
             waiting = waiting[len(batch) :]
             if alone:
-                logits[batch], caches = self._prefill_one(prompts[batch[0]])
+                logits[batch], caches = self._prefill_one(sequences[batch[0]], prompts[batch[0]])
             else:
-                logits[batch], caches = self._prefill_batch([prompts[i] for i in batch])
+                logits[batch], caches = self._prefill_batch([sequences[i] for i in batch], [prompts[i] for i in batch])
             for row, i in enumerate(batch):
                 self.records[sequences[i]] = (caches, row, len(prompts[i]) + self.virtual)
         return logits
 
-    def _prefill_batch(self, prompts):
+    def _prefill_batch(self, sequences, prompts):
         """Prompts padded on the left -> (B, V), caches."""
         B, T = len(prompts), max(map(len, prompts))
         ids, lengths = np.zeros((B, T), np.int64), np.array([len(prompt) for prompt in prompts])
         for row, prompt in enumerate(prompts):
             ids[row, T - len(prompt) :] = prompt
-        positions = np.maximum(np.arange(T) - (T - lengths[:, None]), 0)
-        return self._call(self.prefill_program, [ids, positions, self._rows(lengths, T)])
+        at = np.maximum(np.arange(T) - (T - lengths[:, None]), 0)
+        places = at, self._rows(lengths, T)
+        if self.two:
+            places = self._two_positions(sequences, prompts, T)
+        return self._call(self.prefill_program, [], ids, *places, self._lengths(sequences, at))
 
-    def _prefill_one(self, prompt):
+    def _prefill_one(self, sequence, prompt):
         """One prompt, after the prefix if there is one, piece by piece -> (1, V), caches."""
-        caches, start, logits = None, 0, None
+        caches, start, logits = [], 0, None
         if self.prefix is not None:
             caches = [array[None] for array in self.prefix]  # (1, P, K, Dh)
         while start < len(prompt):
             ids = np.array([prompt[start : start + self.piece]], np.int64)  # (1, T)
             before = start + self.virtual
-            positions, total = before + np.arange(ids.shape[1])[None], before + ids.shape[1]
-            feed = [ids, positions, self._rows(np.array([total]), total)]
-            if caches is None:
-                logits, caches = self._call(self.prefill_program, feed)
-            else:
-                logits, caches = self._call(self.decode_program, [*feed, *caches])
+            at, total = before + np.arange(ids.shape[1])[None], before + ids.shape[1]
+            places = at, self._rows(np.array([total]), total)
+            if self.two:
+                places = self._two_positions([sequence], [prompt], len(prompt))
+            program = self.decode_program if caches else self.prefill_program
+            logits, caches = self._call(program, caches, ids, *places, self._lengths([sequence], at))
             start += ids.shape[1]
         return logits, caches
 
@@ -779,12 +785,34 @@ class StaticRunner:
         """One more token of each sequence -> (S, V) float32."""
         lengths = np.array([self.records[sequence][2] for sequence in sequences])
         caches = self._gather(sequences, lengths)
-        rows = self._rows(lengths + 1, caches[0].shape[1] + 1)
         ids, positions = np.array(tokens, np.int64)[:, None], lengths[:, None]  # (B, 1): the prefix has positions too
-        logits, caches = self._call(self.decode_program, [ids, positions, rows, *caches])
+        rows = self._rows(lengths + 1, caches[0].shape[1] + 1)
+        places = positions, rows
+        if self.two:
+            steps = [[0, n - sequence.prompt_end + 1] for n, sequence in zip(lengths, sequences)]
+            places = np.stack([self.last_positions[s] for s in sequences])[:, None] + np.array(steps)[:, None]
+            places = places, np.concatenate([rows, np.zeros_like(rows)], axis=-1)
+        logits, caches = self._call(self.decode_program, caches, ids, *places, self._lengths(sequences, positions))
         for row, sequence in enumerate(sequences):
             self.records[sequence] = (caches, row, int(lengths[row]) + 1)
         return logits
+
+    def _lengths(self, sequences, positions):
+        """(B, T): the lengths of turning_lengths() for tokens at these positions (B, T); None where rope takes none."""
+        found = [turning_lengths(self.model_config, s.prompt_end, at) for s, at in zip(sequences, positions)]
+        return None if found[0] is None else np.stack(found)
+
+    def _two_positions(self, sequences, texts, T):
+        """Positions (B, T, 2) and rows (B, 1, virtual + T, 2) of whole texts padded on the left, behind the prefix."""
+        positions, before = np.zeros((len(texts), T, 2), np.int64), self.virtual
+        rows = np.zeros((len(texts), 1, before + T, 2), np.int32)
+        rows[:, :, :before, 0] = NEVER
+        for i, (sequence, text) in enumerate(zip(sequences, texts)):
+            prompt, first = sequence.prompt_end - before, T - len(text)
+            positions[i, first:], own = two_positions_of(self.model_config, text, prompt)
+            self.last_positions[sequence] = positions[i, first + prompt - 1]
+            rows[i, :, before + first :] = own[0] + np.minimum(before + first, NEVER - own[0])
+        return positions, rows
 
     def _gather(self, sequences, lengths):
         """The caches of these sequences as one batch, padded on the left: what the last step gave, if it still fits."""
@@ -806,12 +834,14 @@ class StaticRunner:
     def _rows(self, lengths, T):
         """(B, 1, T, 1) int32 FlashMask rows: the last `length` keys of each row may be seen, the padding may not."""
         padded = np.arange(T) < T - lengths[:, None]
-        return np.where(padded, 0, self.NEVER).astype(np.int32)[:, None, :, None]
+        return np.where(padded, 0, NEVER).astype(np.int32)[:, None, :, None]
 
-    def _call(self, program, arrays):
-        """Inputs in the program's order -> (B, V) float32 and the caches, keys of all layers before values."""
-        for name, array in zip(program.get_input_names(), arrays, strict=True):
-            program.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(array))
+    def _call(self, program, caches, ids, positions, rows, lengths):
+        """(B, V) float32 and the caches, keys of all layers before values. A program takes of the inputs what it has names for."""
+        arrays = {"input_ids": ids, "position_ids": positions, "rows": rows, "lengths": lengths}
+        arrays |= dict(zip((f"{kind}_{i}" for kind in ("keys", "values") for i in range(self.layers)), caches))
+        for name in program.get_input_names():
+            program.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(arrays[name]))
         program.run()
         logits, *caches = (program.get_output_handle(name).copy_to_cpu() for name in program.get_output_names())
         return logits, caches

@@ -409,7 +409,7 @@ def test_static_folder_that_is_not_whole(tmp_path):
     weights = (whole / "static.pdiparams").read_bytes()
     assert "static.pdiparams: has" in broken(lambda folder: (folder / "static.pdiparams").write_bytes(weights[:-1]))
     assert "damaged" in broken(lambda folder: (folder / "static_config.json").write_text("{"))
-    text = (whole / "static_config.json").read_text().replace('"format_version": 1', '"format_version": 7')
+    text = (whole / "static_config.json").read_text().replace('"format_version": 2', '"format_version": 7')
     assert "format_version 7" in broken(lambda folder: (folder / "static_config.json").write_text(text))
 
 
@@ -419,7 +419,7 @@ def test_programs_of_every_layout_of_integers(tmp_path, scheme):
     ids, mask = export.probe(model)
     expected = export.dynamic_logits(model, ids, mask)
     export.trace(model, tmp_path)
-    found = export.static_logits(tmp_path, {"prefix_tokens": 0}, ids, mask)
+    found = export.static_logits(tmp_path, model.config, 0, ids, mask)
     np.testing.assert_allclose(found, expected, atol=(0.02 if "a8w8" in scheme else 1e-4) * np.abs(expected).max())
 
 
