@@ -2099,17 +2099,40 @@ def build(config, dtype="float32"):
 
 def _make_room_for_integers(model, quantization):
     """Linears of the blocks become QuantLinear; after a shift, norms have biases and so have the linears they feed."""
-    weights_alone, shift = quantization["quant_method"] == "gptq", quantization.get("shift", False)
+    weights_alone, shifted = quantization["quant_method"] == "gptq", set()  # ids of linears
+    for block in model.layers if quantization.get("shift") else ():
+        layers = dict(block.named_sublayers())
+        for norm, names in shifted_norms(block).items():
+            shifted |= {id(layers[name]) for name in names}
+            if layers[norm].bias is None:
+                layers[norm].add_bias()
     for parent, attribute, layer in linears(model).values():
-        shifted = shift and attribute not in ("o_proj", "down_proj")
         quantized = QuantLinear(layer.n_in, layer.n_out, f"w{quantization['bits']}" if weights_alone else "a8w8",
-                                quantization.get("group_size", -1), layer.bias is not None or shifted, quantization.get("desc_act", False),
-                                quantization.get("activation") == "per_tensor")  # fmt: skip
+                                quantization.get("group_size", -1), layer.bias is not None or id(layer) in shifted,
+                                quantization.get("desc_act", False), quantization.get("activation") == "per_tensor")  # fmt: skip
         setattr(parent, attribute, quantized)
-    if shift:
-        for block in model.layers:
-            block.attention_norm.add_bias()
-            block.mlp_norm.add_bias()
+
+
+_READERS = {  # a norm of a block: the names of all layers that read it
+    "attention_norm": r"attention\.(q|k|v|qkv|q_a|kv_a)_proj",
+    "attention.q_a_norm": r"attention\.q_b_proj",
+    "attention.kv_a_norm": r"attention\.kv_b_proj",
+    "mlp_norm": r"mlp\.(.*\.)?(gate_proj|up_proj|gate_up_proj|router|shared_gate)",
+}
+
+
+def norm_readers(block):
+    """{norm: [layer, …]} by their names in a block of floats: norms that feed these layers alone, and no residual."""
+    layers = [name for name, layer in block.named_sublayers() if isinstance(layer, Linear)]
+    found = {norm: [name for name in layers if re.fullmatch(pattern, name)] for norm, pattern in _READERS.items()}
+    if block.place == "after" or block.residual_scale is not None:
+        del found["attention_norm"], found["mlp_norm"]
+    return {norm: names for norm, names in found.items() if names}
+
+
+def shifted_norms(block):
+    """Those of norm_readers() whose output can be moved by a constant: a router has no bias to take it."""
+    return {norm: names for norm, names in norm_readers(block).items() if all(n.endswith("_proj") for n in names)}
 
 
 def set_parameter(parameter, array):

@@ -315,6 +315,10 @@ def make_loader(T=96, batch_size=2, zero_padding=True, split="train", source=DEM
 SEARCH = {"smooth_piecewise_search": True, "smooth_search_piece": True, "search_alpha_step": 0.2, "search_tokens": 96}
 
 
+def groups(net, block):
+    return [group for stage in quantize.stages_of(block, net.config) for group in stage]
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("keys", [{"shift": True}, {"smooth": True, "smooth_all_linears": True},
                                   {"shift": True, "smooth": True, "smooth_all_linears": True, **SEARCH}])  # fmt: skip
@@ -327,7 +331,7 @@ def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
         calibration = quantize.Calibration(net, make_loader(), 2)
         for index, block in enumerate(net.layers):
             slots = quantize.slots_of(net, index)
-            firsts = [names[0] for _, names in quantize.GROUPS]
+            firsts = [group.names[0] for group in groups(net, block)]
             observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
             weights = [slots[name].layer.weight.numpy() for name in firsts]
             quantize.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args)
@@ -345,10 +349,10 @@ def test_shift_centers_every_channel_that_a_norm_puts_out():
     net, args = tiny_model(), make_args(do_ptq=True, shift=True)
     with paddle.no_grad():
         calibration, slots = quantize.Calibration(net, make_loader(), 2), quantize.slots_of(net, 0)
-        firsts = [names[0] for _, names in quantize.GROUPS]
+        firsts = [group.names[0] for group in groups(net, net.layers[0])]
         observed = dict(zip(firsts, calibration.observe(net.layers[0], [slots[name] for name in firsts])))
         quantize.prepare_block(net.layers[0], slots, observed, net.config, args)
-        low, high = calibration.observe(net.layers[0], [slots["gate_proj"]])[0].extremes(2)
+        low, high = calibration.observe(net.layers[0], [slots["mlp.gate_proj"]])[0].extremes(2)
     np.testing.assert_allclose(low, -high, atol=1e-4)
 
 
@@ -360,7 +364,7 @@ def test_padding_counts_for_nothing():
         with paddle.no_grad():
             calibration = quantize.Calibration(net, loader, loader.batches_per_epoch)
             slots = quantize.slots_of(net, 0)
-            found.append(calibration.observe(net.layers[0], [slots["q_proj"], slots["down_proj"]], True))
+            found.append(calibration.observe(net.layers[0], [slots["attention.q_proj"], slots["mlp.down_proj"]], True))
     for packed, padded in zip(*found):
         assert packed.tokens == padded.tokens == int(loader.dataset.lengths.sum())
         np.testing.assert_allclose(packed.mean_hessian(), padded.mean_hessian(), rtol=1e-3, atol=1e-4)
@@ -560,17 +564,17 @@ def plant(net, loader, factor=50.0, offset=0.0, channels=4):
     calibration = quantize.Calibration(net, loader, 1)
     for index, block in enumerate(net.layers):
         slots = quantize.slots_of(net, index)
-        observed = calibration.observe(block, [slots["q_proj"], slots["gate_proj"]])
-        for (norm, names), inputs in zip(quantize.GROUPS[::2], observed):
+        observed = calibration.observe(block, [slots["attention.q_proj"], slots["mlp.gate_proj"]])
+        for group, inputs in zip(groups(net, block)[::2], observed):
             low, high = inputs.extremes(1)
             chosen = np.argsort(-np.abs(low + high) / (high - low), kind="stable")[:channels]  # the most one-sided
             scale, moved = np.ones_like(low), np.zeros_like(low)
             scale[chosen] = 1 / factor
             moved[chosen] = -offset * factor * (high - low)[chosen] / 2
-            layers = [slots[name].layer for name in names]
-            quantize.smooth(getattr(block, norm), layers, scale)
+            layers, norm = [slots[name].layer for name in group.names], getattr(block, group.source)
+            quantize.smooth(norm, layers, scale)
             if offset:
-                quantize.shift(getattr(block, norm), layers, moved)
+                quantize.shift(norm, layers, moved)
         calibration.advance(block)
     return net
 
