@@ -21,6 +21,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import http
@@ -60,6 +61,7 @@ from model import (
     CausalLM,
     LoRALinear,
     ModelConfig,
+    SparseMLP,
     from_pretrained,
     linears,
     load_adapter,
@@ -524,8 +526,20 @@ class PagedRunner:
         for module, (parent, attribute, base) in linears(self.model).items():
             if module in found:
                 setattr(parent, attribute, AdapterLinear(base, found[module], self.slices))
+        for mlp in self.model.sublayers():
+            if isinstance(mlp, SparseMLP) and any(isinstance(layer, AdapterLinear) for layer in mlp.experts.sublayers()):
+                mlp.mix = functools.partial(self._mix_slices, mlp)
         self.model.eval()
         return list(paths)
+
+    def _mix_slices(self, mlp, *routed):
+        """SparseMLP.mix, one adapter's tokens after another's: inside, tokens stand in the order of their experts."""
+        slices, mixed = list(self.slices), []
+        for name, first, end in slices:
+            self.slices[:] = [(name, first, end)]
+            mixed.append(SparseMLP.mix(mlp, *(x[first:end] for x in routed)))
+        self.slices[:] = slices
+        return paddle.concat(mixed)
 
     @paddle.no_grad()
     def run(self, chunks):
