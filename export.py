@@ -17,7 +17,8 @@ into its base), and another adapter on top by lora_path or prefix_path.
     B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind a
     prefix, its keys and values are the first C and positions count on from it. With ALiBi there are no position_ids. Where
     rope stretches with the length of a text there are also lengths (B, T) int64 (see model.turning_lengths). ChatGLM-6B's
-    position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them.
+    position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them. A graph cannot choose what to
+    compute by values: every expert of a sparse MLP works on every token.
 
 Every export is written aside, loaded again from there and its logits compared with those of the model in memory; only then
 does it take its place in output_dir, the file that marks it complete last. Not here: formats of other programs.

@@ -500,6 +500,7 @@ class PagedRunner:
         self.adapters = self._load_adapters(adapters or {})
         self.slots = self.tables = self.query_lengths = self.context_lengths = self.lengths = None  # of the step being computed
         self.wholes = []  # prompts of the step whose attention is not causal: (first, end, slots, rows)
+        self.others = self.order = None  # the step's other tokens with their tables and lengths; where each token's output is
         self.last_positions = {}  # sequence -> (2,) of its prompt's last token, for rope_2d
 
     @staticmethod
@@ -598,6 +599,15 @@ class PagedRunner:
             slots = self.tables[row, context // self.block_size].astype(np.int64) * self.block_size + context % self.block_size
             self.wholes.append((end - count, end, kernels.to_tensor(slots), kernels.to_tensor(rows)))
             found.append(positions)
+        whole = np.array([chunk.start == self.virtual for chunk in chunks])
+        at, firsts = np.arange(end), self.query_lengths.cumsum() - self.query_lengths
+        order = np.concatenate([at[first:stop] for first, stop, *_ in self.wholes] + [firsts[~whole]])
+        self.order, self.others = kernels.to_tensor(order.argsort()), None
+        if not whole.all():
+            arrays = [array[~whole] for array in (self.tables, self.query_lengths, self.context_lengths)]
+            for array in arrays:
+                array.flags.writeable = False
+            self.others = kernels.to_tensor(firsts[~whole]), *arrays
         return np.concatenate(found)
 
     def _set_slices(self, chunks):
@@ -623,23 +633,17 @@ class PagedRunner:
 
     def _attend_two_ways(self, q, pool, scales, scale, options):
         """attend() of a step with whole prompts, each by itself under its mask, and with tokens of replies."""
-        parts, order, steps = [], [], np.ones(q.shape[1], bool)
-        flat = [part.reshape([-1, *part.shape[2:]]) for part in pool]  # (slots, K, Dh)
+        parts, flat = [], [part.reshape([-1, *part.shape[2:]]) for part in pool]  # (slots, K, Dh)
         for first, end, slots, rows in self.wholes:
             k, v = (paddle.gather(part, slots) for part in flat)
             if scales[0] is not None:
                 k, v = (x.astype("float32") * paddle.gather(s.reshape([-1, s.shape[2]]), slots).unsqueeze(-1) for x, s in zip((k, v), scales))
             more = {key: value for key, value in options.items() if key != "window"}  # which no such model has
             parts.append(kernels.attention(q[:, first:end], k.unsqueeze(0), v.unsqueeze(0), rows, False, scale, **more)[0])
-            order.append(np.arange(first, end))
-            steps[first:end] = False
-        if steps.any():
-            at = np.flatnonzero(steps)
-            chosen = np.isin(self.query_lengths.cumsum() - self.query_lengths, at)  # the chunks of one token each
-            of_chunks = (array[chosen] for array in (self.tables, self.query_lengths, self.context_lengths))
-            parts.append(kernels.paged_attention(paddle.gather(q[0], kernels.to_tensor(at)), *pool, *of_chunks, scale, *scales, **options))
-            order.append(at)
-        return paddle.gather(paddle.concat(parts), kernels.to_tensor(np.argsort(np.concatenate(order)))).unsqueeze(0)
+        if self.others is not None:
+            at, *lengths = self.others
+            parts.append(kernels.paged_attention(paddle.gather(q[0], at), *pool, *lengths, scale, *scales, **options))
+        return paddle.gather(paddle.concat(parts), self.order).unsqueeze(0)
 
     @paddle.no_grad()
     def fill_prefix(self, sequence, start):

@@ -376,6 +376,28 @@ def test_every_family_in_both_formats(tmp_path, capsys, name):
         assert [reply] == greedy_dynamic(model, [text], 8, [])
 
 
+def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
+    for name in ("bloom", "llama"):
+        (tmp_path / name).mkdir()
+        config = families.config(name, vocab_size=3072)
+        model = M.build(dataclasses.replace(config, quantization={**SCHEMES["a8w8"], "shift": True}))
+        plain = {w.name: w for w in M.base_weights(families.fill(M.build(config)))}
+        for w in M.base_weights(model):  # of the biases that a shift adds, none is 0
+            if w.stored is None:
+                array = plain[w.name].parameter.numpy() if w.name in plain else np.full(w.parameter.shape, 0.1, np.float32)
+                M.set_parameter(w.parameter, array)
+        for path, (_, _, layer) in M.linears(model).items():
+            round_into(layer, plain[path + ".weight"].parameter.numpy())
+        M.save_pretrained(model, tmp_path / name)
+        tokenizer_into(tmp_path / name)
+    folder = run(tmp_path / "floats", model_name_or_path=tmp_path / "bloom", dequantize=True)
+    again = M.from_pretrained(folder)
+    assert again.config.quantization is None and all(isinstance(layer, M.Linear) for *_, layer in M.linears(again).values())
+    with pytest.raises(UserError, match="was shifted: .* have no place in a float llama"):
+        run(tmp_path / "none", model_name_or_path=tmp_path / "llama", dequantize=True)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "mistral", "deepseek_v2_lite"])
 def test_static_goes_on_as_it_began(tmp_path, name):
     """Behind a prefix, in pieces, and computed again with part of the reply, as the engine does after it made room."""

@@ -428,7 +428,7 @@ def demo_logits(int8, replies, spoil=lambda runner: None):
     """(tokens, V): of replies that are given, so that runs can be compared; spoil(runner) comes after each prompt."""
     runner, found = serve.PagedRunner(M.from_pretrained(DEMO), 64, 16, int8=int8), []
     for prompt, reply in replies:
-        sequence = types.SimpleNamespace(tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt))
+        sequence = types.SimpleNamespace(tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt), prompt_end=len(prompt))
         found.append(runner.run([serve.Chunk(sequence, 0, len(prompt))]))
         spoil(runner)
         found += [runner.run([serve.Chunk(sequence, at, 1)]) for at in range(len(prompt), len(sequence.tokens) - 1)]
