@@ -177,8 +177,8 @@ def dequantize(model, path):
     model.config = dataclasses.replace(model.config, quantization=None, source=source)
     plain = {weight.name for weight in base_weights(build(model.config))}
     if added := [weight.name for weight in base_weights(model) if weight.name not in plain]:
-        more = f"{path} was shifted: {added[0]} and {len(added) - 1} more have no place in a float {model.config.family}"
-        raise UserError(f"dequantize: {more}")
+        places = f"{added[0]} and {len(added) - 1} more have no place in a float {model.config.family}"
+        raise UserError(f"dequantize: {path} was shifted: {places}")
 
 
 def saved_dtype(args, config):
@@ -368,11 +368,13 @@ def trace(model, folder):
         InputSpec([None, 1, None, 2 if two else 1], "int32", "rows"),
     ]
     stretched = turning_lengths(config, 1, np.zeros(1)) is not None
-    places = [] if config.position == "alibi" else [InputSpec([None, None, 2] if two else [None, None], "int64", "position_ids")]
+    places = [InputSpec([None, None, 2] if two else [None, None], "int64", "position_ids")]
+    places = [] if config.position == "alibi" else places  # which jit would refuse as an input that nothing reads
     places += [InputSpec([None, None], "int64", "lengths")] if stretched else []
     with kernels.use("reference"):  # the ops of other back ends are not all traceable
-        for name, layer, specs in (("prefill", Prefill(model), [*tokens, *places]), ("decode", Decode(model), [*tokens, cache, *places])):
+        for name, layer, past in (("prefill", Prefill(model), []), ("decode", Decode(model), [cache])):
             layer.eval()
+            specs = [*tokens, *past, *places]
             program = paddle.jit.to_static(layer, input_spec=specs, full_graph=True)
             paddle.jit.save(program, str(folder / name))
     assert filecmp.cmp(folder / "prefill.pdiparams", folder / "decode.pdiparams", shallow=False), "weights differ"
@@ -414,17 +416,19 @@ def static_logits(folder, config, P, ids, mask):
         return None if found[0] is None else np.stack(found)
 
     B, T = mask.shape
-    at, rows, visible = positions_of(mask), rows_of(mask), np.full((B, 1, 1, 1), NEVER, np.int32)  # the last: a key to all
-    positions = at + P
+    at, rows = positions_of(mask), rows_of(mask)
+    visible, positions = np.full((B, 1, 1, 1), NEVER, np.int32), at + P  # visible: the row of a key to all
     if config.position == "rope_2d":
         causal = paddle.to_tensor(rows)
-        positions, rows = (x.numpy() for x in two_positions(config, paddle.to_tensor(ids[:, :T]), paddle.to_tensor(at), causal))
+        found = two_positions(config, paddle.to_tensor(ids[:, :T]), paddle.to_tensor(at), causal)
+        positions, rows = (x.numpy() for x in found)
         visible = np.concatenate([visible, np.zeros_like(visible)], axis=-1)
     past = []
     if P:
         past = [np.repeat(array[None], B, axis=0) for array in read_safetensors(folder / "prefix.safetensors").values()]
         rows = np.concatenate([visible] * P + [rows + np.minimum(P, NEVER - rows) * (rows != 0)], axis=2)
-    outputs = call("decode" if P else "prefill", past, input_ids=ids[:, :T], rows=rows, position_ids=positions, lengths=lengths(at))
+    first = "decode" if P else "prefill"
+    outputs = call(first, past, input_ids=ids[:, :T], rows=rows, position_ids=positions, lengths=lengths(at))
     found, step = [outputs[0]], positions[:, -1:]
     for place in range(T, ids.shape[1]):
         at, rows = at[:, -1:] + 1, np.concatenate([rows, visible], axis=2)

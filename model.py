@@ -935,7 +935,8 @@ def two_positions_of(config, tokens, prompt):
     """Positions (n, 2) int64 and FlashMask rows (1, 1, n, 2) int32, numpy, of one text: a prompt of so many tokens, and its
     reply, which is causal and whose second position counts on."""
     ids, more = paddle.to_tensor([tokens[:prompt]]), np.arange(len(tokens) - prompt)
-    positions, rows = (found[0].numpy() for found in two_positions(config, ids, paddle.arange(prompt).unsqueeze(0), None))
+    found = two_positions(config, ids, paddle.arange(prompt).unsqueeze(0), None)
+    positions, rows = (x[0].numpy() for x in found)
     steps = positions[-1] + np.stack([np.zeros_like(more), more + 1], axis=-1)
     causal = np.stack([np.full_like(more, np.iinfo(np.int32).max), prompt + more], axis=-1).astype(np.int32)
     return np.concatenate([positions, steps]), np.concatenate([rows, causal[None]], axis=1)[None]

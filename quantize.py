@@ -22,6 +22,7 @@ Not here: AWQ, AutoClip, fp8, key/value caches in 8 bits, quantization-aware tra
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -483,8 +484,10 @@ class Calibration:
         every: experts that are given all tokens besides, for Recorders in them.
         """
         for number, (x, shared, real) in enumerate(self.items):
+            turns, rows = (shared.cos, shared.sin), shared.rows_of(block)
+            output = functools.partial(block, x, *turns, rows, q_scale=shared.q_scale)
             with real_experts(block.mlp, real, every):
-                yield number, real, lambda: block(x, shared.cos, shared.sin, shared.rows_of(block), q_scale=shared.q_scale)[0]  # noqa: B023  called before the next turn
+                yield number, real, lambda: output()[0]  # noqa: B023  called before the next turn
 
     def observe(self, block, slots, keep_hessian=False, keep_rows=0):
         """[Inputs] of the linears in `slots`, by running the block once over all batches.
@@ -527,10 +530,12 @@ def real_experts(mlp, real, every=()):
         return
 
     def mix(flat, weights, chosen):
-        tokens, *routed = (flat, weights, chosen) if real is None else (t.index_select(real) for t in (flat, weights, chosen))
+        routed = flat, weights, chosen
+        if real is not None:
+            routed = [x.index_select(real) for x in routed]
         for expert in every:
-            expert(tokens)
-        mixed = SparseMLP.mix(mlp, tokens, *routed)
+            expert(routed[0])
+        mixed = SparseMLP.mix(mlp, *routed)
         return mixed if real is None else paddle.scatter(paddle.zeros_like(flat), real, mixed)
 
     mlp.mix = mix
@@ -583,14 +588,16 @@ class Group(NamedTuple):
 def stages_of(block, config):
     """[[Group, …], …] in the order in which they run; the groups of a stage do not wait for one another."""
     layers, readers = dict(block.named_sublayers()), norm_readers(block)
-    present = [name for name, layer in layers.items() if isinstance(layer, (Linear, QuantLinear)) and name.endswith("_proj")]
+    present = [n for n, layer in layers.items() if isinstance(layer, (Linear, QuantLinear)) and n.endswith("_proj")]
 
     def reading(norm, prefix, *attributes):
         names = tuple(name for name in (prefix + attribute for attribute in attributes) if name in present)
         return Group(names, norm, fixed="" if norm in readers else "the residual reads the norm, too")
 
-    attention = [reading("attention_norm", "attention.", "q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj", "qkv_proj")]
-    inner = [reading(f"attention.{a}_a_norm", "attention.", f"{a}_b_proj") for a in ("q", "kv") if f"attention.{a}_a_norm" in layers]
+    names = ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj", "qkv_proj")
+    attention = [reading("attention_norm", "attention.", *names)]
+    inner = [reading(f"attention.{a}_a_norm", "attention.", f"{a}_b_proj") for a in ("q", "kv")]
+    inner = [group for group in inner if group.names]  # of latent attention
     first, second = [], []
     for up in (name for name in present if name.endswith("up_proj")):
         prefix = up[: up.rindex(".") + 1]
@@ -758,7 +765,8 @@ def prepare_block(block, slots, inputs, config, args):
             for part in seen:
                 part.transform((low + high) / 2, np.ones_like(low))
         elif args.shift and group.of_norm:
-            left_out.append(f"shift: not before {kind}: {group.fixed or 'a router reads the norm, and has no bias to take the constant'}")
+            why = group.fixed or "a router reads the norm, and has no bias to take the constant"
+            left_out.append(f"shift: not before {kind}: {why}")
         if not args.smooth or not (group.of_norm or args.smooth_all_linears):
             continue
         if group.fixed:
@@ -1038,7 +1046,7 @@ def summary(report, args):
         changes = {}
         for key, name in (("eval_ppl", "perplexity"), ("eval_accuracy", "token accuracy")):
             before, after = report["dev_before"][key], report["dev_after"][key]
-            changes[key] = 100 * (after / max(before, 1e-9) - 1)
+            changes[key] = 100 * (after / before - 1) if before else 0.0
             print(f"dev {name}: {before:.4f} -> {after:.4f} ({changes[key]:+.2f} %)")
         if (loss := changes["eval_ppl"]) >= 1:
             print(f"NOTE: {report['algorithm']} {args.quant_type} costs {loss:.2f} % of perplexity on dev, 1 % or more")

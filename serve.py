@@ -498,9 +498,10 @@ class PagedRunner:
         self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
         self.slices = []
         self.adapters = self._load_adapters(adapters or {})
-        self.slots = self.tables = self.query_lengths = self.context_lengths = self.lengths = None  # of the step being computed
-        self.wholes = []  # prompts of the step whose attention is not causal: (first, end, slots, rows)
-        self.others = self.order = None  # the step's other tokens with their tables and lengths; where each token's output is
+        # Of the step being computed:
+        self.slots = self.tables = self.query_lengths = self.context_lengths = self.lengths = None
+        self.wholes = []  # prompts whose attention is not causal: (first, end, slots, rows)
+        self.others = self.order = None  # the other tokens with their tables and lengths; where each token's output is
         self.last_positions = {}  # sequence -> (2,) of its prompt's last token, for rope_2d
 
     @staticmethod
@@ -528,7 +529,8 @@ class PagedRunner:
             if module in found:
                 setattr(parent, attribute, AdapterLinear(base, found[module], self.slices))
         for mlp in self.model.sublayers():
-            if isinstance(mlp, SparseMLP) and any(isinstance(layer, AdapterLinear) for layer in mlp.experts.sublayers()):
+            layers = mlp.experts.sublayers() if isinstance(mlp, SparseMLP) else ()
+            if any(isinstance(layer, AdapterLinear) for layer in layers):
                 mlp.mix = functools.partial(self._mix_slices, mlp)
         self.model.eval()
         return list(paths)
@@ -575,7 +577,8 @@ class PagedRunner:
         firsts = np.repeat(self.query_lengths.cumsum() - counts, counts)
         positions = np.arange(len(ids)) - firsts + starts[rows]
         self.slots = kernels.to_tensor(self.tables[rows, positions // size].astype(np.int64) * size + positions % size)
-        lengths = [turning_lengths(self.config, c.sequence.prompt_end, np.arange(c.start, c.start + c.count)) for c in chunks]
+        ends = [chunk.sequence.prompt_end for chunk in chunks]
+        lengths = [turning_lengths(self.config, end, positions[rows == row]) for row, end in enumerate(ends)]
         self.lengths = None if lengths[0] is None else kernels.to_tensor(np.concatenate(lengths)[None])
         if not self.chunked:
             positions = self._two_positions(chunks)  # (N, 2)
@@ -594,9 +597,10 @@ class PagedRunner:
             prompt, context = sequence.prompt_end - self.virtual, np.arange(self.virtual + count)
             positions, rows = two_positions_of(self.config, sequence.tokens[self.virtual :], prompt)
             self.last_positions[sequence] = positions[prompt - 1]
-            rows = rows + np.minimum(self.virtual, NEVER - rows)  # behind the prefix, which every row sees
-            rows = np.concatenate([np.broadcast_to(np.array([NEVER, 0], np.int32), (1, 1, self.virtual, 2)), rows], axis=2)
-            slots = self.tables[row, context // self.block_size].astype(np.int64) * self.block_size + context % self.block_size
+            seen = np.broadcast_to(np.array([NEVER, 0], np.int32), (1, 1, self.virtual, 2))  # the prefix, by every row
+            rows = np.concatenate([seen, rows + np.minimum(self.virtual, NEVER - rows)], axis=2)
+            blocks = self.tables[row, context // self.block_size].astype(np.int64)
+            slots = blocks * self.block_size + context % self.block_size
             self.wholes.append((end - count, end, kernels.to_tensor(slots), kernels.to_tensor(rows)))
             found.append(positions)
         whole = np.array([chunk.start == self.virtual for chunk in chunks])
@@ -637,9 +641,11 @@ class PagedRunner:
         for first, end, slots, rows in self.wholes:
             k, v = (paddle.gather(part, slots) for part in flat)
             if scales[0] is not None:
-                k, v = (x.astype("float32") * paddle.gather(s.reshape([-1, s.shape[2]]), slots).unsqueeze(-1) for x, s in zip((k, v), scales))
+                of_slots = (paddle.gather(s.reshape([-1, s.shape[2]]), slots).unsqueeze(-1) for s in scales)
+                k, v = (x.astype("float32") * s for x, s in zip((k, v), of_slots))
             more = {key: value for key, value in options.items() if key != "window"}  # which no such model has
-            parts.append(kernels.attention(q[:, first:end], k.unsqueeze(0), v.unsqueeze(0), rows, False, scale, **more)[0])
+            found = kernels.attention(q[:, first:end], k.unsqueeze(0), v.unsqueeze(0), rows, False, scale, **more)
+            parts.append(found[0])
         if self.others is not None:
             at, *lengths = self.others
             parts.append(kernels.paged_attention(paddle.gather(q[0], at), *pool, *lengths, scale, *scales, **options))
@@ -694,7 +700,7 @@ class StaticRunner:
         self.heads = self.config["num_key_value_heads"], self.config["head_dim"]
         self.model_config = ModelConfig.from_dict(self.config["model_config"], self.folder / "static_config.json")
         self.two = self.model_config.position == "rope_2d"
-        self.piece = self.max_positions if self.two else self.CHUNK  # two positions: a prompt's tokens see those behind them
+        self.piece = self.max_positions if self.two else self.CHUNK  # there a prompt's tokens see those behind them
         self.prefill_program = self._load("prefill.json", device)
         self.decode_program = self._load("decode.json", device)
         self.records = {}  # sequence -> (caches, its row in them, its tokens)
@@ -952,8 +958,8 @@ class Engine:
             self.live[request.request_id] = params.n
             seed = int(self.seeds.integers(1 << 62)) if params.seed is None else params.seed
             # What the cached keys and values depend on besides the tokens, as the root of the chain of blocks.
-            root = f"{self.runner.root(len(prompt) + self.runner.virtual)} {request.adapter or ''}" if self.pool.reuse else ""
-            root, leader = hashlib.blake2b(root.encode(), digest_size=16).digest(), None
+            turned = self.runner.root(len(prompt) + self.runner.virtual) if self.pool.reuse else 0
+            root, leader = hashlib.blake2b(f"{turned} {request.adapter or ''}".encode(), digest_size=16).digest(), None
             for index in range(params.n):
                 sampler = Sampler(params, index, self.stop_ids, seed)
                 text = TextStream(self.tokenizer, params.stop)

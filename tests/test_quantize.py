@@ -407,7 +407,11 @@ def test_shift_and_smoothing_leave_every_family_as_it_is(name):
     """All that is done before rounding, on every linear that can take it; what cannot is named."""
     net = families.build(name)
     keys = {"search_scale_max": 1.0, "smooth_k_piece": 2, **SEARCH} if name in ("deepseek_v2", "gemma2") else {}
-    before, args, lines = logits_of_texts(net), make_args(do_ptq=True, shift=True, smooth=True, smooth_all_linears=True, **keys), set()
+    before, args, lines = (
+        logits_of_texts(net),
+        make_args(do_ptq=True, shift=True, smooth=True, smooth_all_linears=True, **keys),
+        set(),
+    )
     with paddle.no_grad():
         calibration = quantize.Calibration(net, Texts(net), 2)
         assert calibration.tokens == 89
@@ -453,7 +457,9 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
         if args.do_gptq:
             assert all(found < nearest for found, nearest in errors), errors
         found = logits_of_texts(net)
-        error = np.median(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))  # routers may flip a few
+        error = np.median(
+            np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+        )  # routers may flip a few
         assert error < most, (keys, error)
         model.save_pretrained(net, tmp_path / args.algorithm)
         again = model.from_pretrained(tmp_path / args.algorithm).eval()
@@ -471,7 +477,10 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
 def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
     net = families.build("mixtral_window")
     for block in net.layers:
-        model.set_parameter(block.mlp.router.weight, block.mlp.router.weight.numpy() * np.array([1, 1, 0], np.float32) - np.array([0, 0, 1e3], np.float32))
+        model.set_parameter(
+            block.mlp.router.weight,
+            block.mlp.router.weight.numpy() * np.array([1, 1, 0], np.float32) - np.array([0, 0, 1e3], np.float32),
+        )
     block = net.layers[0]
     model.set_parameter(block.mlp_norm.weight, np.abs(block.mlp_norm.weight.numpy()))
     with paddle.no_grad():
@@ -485,7 +494,9 @@ def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
         block.mlp.route = never  # to experts 0 and 1
         found = dict(zip(names, calibration.observe(block, [slots[name] for name in names], True, 64)))
     tokens = {name: inputs.tokens for name, inputs in found.items()}
-    assert tokens[names[0]] + tokens[names[2]] == 89 and tokens[names[0]] == tokens[names[1]] and 0 < tokens[names[0]] < 89
+    assert (
+        tokens[names[0]] + tokens[names[2]] == 89 and tokens[names[0]] == tokens[names[1]] and 0 < tokens[names[0]] < 89
+    )
     assert tokens[names[4]] == tokens[names[5]] == 89
     together = found[names[0]].hessian + found[names[2]].hessian  # each token once: padding counts for nothing
     np.testing.assert_allclose(found[names[4]].hessian, together, rtol=1e-4, atol=1e-4)
