@@ -393,7 +393,13 @@ def write_prefix(model, path):
 
 def static_logits(folder, config, P, ids, mask):
     """As dynamic_logits, but by the programs of the folder, behind P tokens of a prefix: prefill, then one decode step
-    after another. config: the ModelConfig."""
+    after another. config: the ModelConfig.
+
+    Behind a prefix each row by itself, as padding between it and a text would change their distance.
+    """
+    if P and len(ids) > 1:
+        texts = [(row[part.argmax() :][None], part[part.argmax() :][None]) for row, part in zip(ids, mask)]
+        return np.concatenate([static_logits(folder, config, P, *text) for text in texts])
     programs = {}
     for name in ("prefill", "decode"):
         settings = paddle.inference.Config(str(folder / f"{name}.json"), str(folder / "static.pdiparams"))
