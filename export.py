@@ -10,12 +10,15 @@ into its base), and another adapter on top by lora_path or prefix_path.
                  model stay integers (save_dtype is for the rest); dequantize: true makes floats of them.
 --format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs), static_config.json,
                  tokenizer, and prefix.safetensors with a trained prefix: all that serve.py --mode static needs. float32.
-    prefill   input_ids, position_ids (B, T) int64, rows (B, 1, T, 1) int32 -> logits (B, V) of the last position, then
-              keys of every layer and values of every layer (B, T, K, Dh)
-    decode    the same of T new tokens (one, when text is generated), rows (B, 1, C + T, 1), then keys and values
+    prefill   input_ids (B, T) int64, rows (B, 1, T, 1) int32, position_ids (B, T) int64 -> logits (B, V) of the last
+              position, then keys of every layer and values of every layer (B, T, K, Dh)
+    decode    the same of T new tokens (one, when text is generated), rows (B, 1, C + T, 1), and keys_0… and values_0…
               (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
     B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind a
-    prefix, its keys and values are the first C and positions count on from it.
+    prefix, its keys and values are the first C and positions count on from it. With ALiBi there are no position_ids. Where
+    rope stretches with the length of a text there are also lengths (B, T) int64 (see model.turning_lengths). ChatGLM-6B's
+    position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them. A graph cannot choose what to
+    compute by values: every expert of a sparse MLP works on every token.
 
 Every export is written aside, loaded again from there and its logits compared with those of the model in memory; only then
 does it take its place in output_dir, the file that marks it complete last. Not here: formats of other programs.
@@ -48,6 +51,7 @@ from model import (
     atomic_file,
     base_folders,
     base_weights,
+    build,
     from_bfloat16,
     from_pretrained,
     linears,
@@ -58,11 +62,13 @@ from model import (
     save_pretrained,
     set_parameter,
     to_bfloat16,
+    turning_lengths,
+    two_positions,
     write_safetensors,
 )
 
 DTYPES = ("float32", "bfloat16", "float16")
-STATIC_FORMAT = 1  # of static_config.json; serve.py reads this one
+STATIC_FORMAT = 2  # of static_config.json; serve.py reads this one
 NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden
 
 
@@ -160,8 +166,6 @@ def dequantize(model, path):
     """Every QuantLinear of the model becomes a Linear of the floats that its integers stand for."""
     if model.config.quantization is None:
         raise UserError(f"dequantize: {path} is not quantized")
-    if model.config.quantization.get("shift"):
-        raise UserError(f"dequantize: {path} was shifted: its norms have biases, which a float Llama has not")
     for parent, attribute, layer in linears(model).values():
         if isinstance(layer, QuantLinear):
             plain = Linear(layer.n_in, layer.n_out, layer.bias is not None)
@@ -171,6 +175,10 @@ def dequantize(model, path):
             setattr(parent, attribute, plain)
     source = {key: value for key, value in model.config.source.items() if key != "quantization_config"}
     model.config = dataclasses.replace(model.config, quantization=None, source=source)
+    plain = {weight.name for weight in base_weights(build(model.config))}
+    if added := [weight.name for weight in base_weights(model) if weight.name not in plain]:
+        places = f"{added[0]} and {len(added) - 1} more have no place in a float {model.config.family}"
+        raise UserError(f"dequantize: {path} was shifted: {places}")
 
 
 def saved_dtype(args, config):
@@ -190,14 +198,16 @@ def probe(model):
     most = min(room, 28)
     generator, T = np.random.default_rng(0), most - 4
     mask = np.arange(T) >= T - np.array([[T], [1 + T // 4], [1 + T // 2]])
-    return generator.integers(0, model.config.vocab_size, (3, most)), mask.astype(np.int64)
+    ids, source = generator.integers(0, model.config.vocab_size, (3, most)), model.config.source
+    if model.config.position == "rope_2d":  # a prompt is a context, the mask token, <sop>
+        for column, key in ((T - 2, "gmask_token_id"), (T - 1, "bos_token_id")):
+            ids[:, column] = source.get(key, ids[0, column])
+    return ids, mask.astype(np.int64)
 
 
 def max_model_len(model):
-    """Tokens of prompt and reply together; dynamic positions go on past the trained ones."""
-    config = model.config
-    factor = config.rope["factor"] if config.rope["rope_type"] == "dynamic" else 1
-    return int(config.max_position_embeddings * factor) - (model.prefix.tokens if model.prefix is not None else 0)
+    """Tokens of prompt and reply together."""
+    return model.config.most_tokens - (model.prefix.tokens if model.prefix is not None else 0)
 
 
 @paddle.no_grad()
@@ -282,8 +292,9 @@ class Prefill(nn.Layer):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, position_ids, rows):
-        return last_logits(self.model, input_ids, position_ids, rows, _GivenRows(len(self.model.layers)))
+    def forward(self, input_ids, rows, position_ids=None, lengths=None):
+        cache = _GivenRows(len(self.model.layers))
+        return last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
 
 
 class Decode(nn.Layer):
@@ -293,15 +304,17 @@ class Decode(nn.Layer):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, position_ids, rows, past):
+    def forward(self, input_ids, rows, past, position_ids=None, lengths=None):
         cache, layers = _GivenRows(len(self.model.layers)), len(self.model.layers)
         cache.keys, cache.values = list(past[:layers]), list(past[layers:])
-        return last_logits(self.model, input_ids, position_ids, rows, cache)
+        return last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
 
 
 @paddle.jit.not_to_static  # nothing here depends on values, and rewriting the source as jit does took four times as long
-def last_logits(model, input_ids, position_ids, rows, cache):
+def last_logits(model, input_ids, rows, position_ids, lengths, cache):
     """[logits (B, V) float32 of the last position, keys of each layer, values of each layer]"""
+    cache.lengths = lengths
+    position_ids = input_ids if position_ids is None else position_ids  # ALiBi reads none of them
     logits = model.logits(model.hidden_states(input_ids, position_ids, rows, cache)[:, -1])  # (B, V)
     return [logits.astype("float32"), *cache.keys, *cache.values]
 
@@ -328,8 +341,7 @@ def export_static(tokenizer, folder, args):
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
-        "rope_type": config.rope["rope_type"],
-        "max_position_embeddings": config.max_position_embeddings,
+        "model_config": {key: value for key, value in config.source.items() if key != "quantization_config"},
         "max_model_len": room,
         "prefix_tokens": prefix_tokens,
         "eos_token_id": tokenizer.eos_token_id,
@@ -340,7 +352,7 @@ def export_static(tokenizer, folder, args):
         json.dump(description, file, indent=2, ensure_ascii=False)
     # Rounding of activations is a step: where float32 noise crosses one, a8w8 logits jump.
     a8w8 = config.quantization is not None and config.quantization["quant_method"] == "a8w8"
-    found = static_logits(folder, description, ids, mask)
+    found = static_logits(folder, config, prefix_tokens, ids, mask)
     largest = difference(found, expected, 0.02 if a8w8 else 1e-4, "the static programs")
     return f"largest difference of logits {largest:.3g}"
 
@@ -350,14 +362,19 @@ def trace(model, folder):
     config = model.config
     cache = [InputSpec([None, None, config.num_key_value_heads, config.head_dim], "float32", f"{kind}_{i}")
              for kind in ("keys", "values") for i in range(config.num_hidden_layers)]  # fmt: skip
+    two = config.position == "rope_2d"
     tokens = [
         InputSpec([None, None], "int64", "input_ids"),
-        InputSpec([None, None], "int64", "position_ids"),
-        InputSpec([None, 1, None, 1], "int32", "rows"),
+        InputSpec([None, 1, None, 2 if two else 1], "int32", "rows"),
     ]
+    stretched = turning_lengths(config, 1, np.zeros(1)) is not None
+    places = [InputSpec([None, None, 2] if two else [None, None], "int64", "position_ids")]
+    places = [] if config.position == "alibi" else places  # which jit would refuse as an input that nothing reads
+    places += [InputSpec([None, None], "int64", "lengths")] if stretched else []
     with kernels.use("reference"):  # the ops of other back ends are not all traceable
-        for name, layer, specs in (("prefill", Prefill(model), tokens), ("decode", Decode(model), [*tokens, cache])):
+        for name, layer, past in (("prefill", Prefill(model), []), ("decode", Decode(model), [cache])):
             layer.eval()
+            specs = [*tokens, *past, *places]
             program = paddle.jit.to_static(layer, input_spec=specs, full_graph=True)
             paddle.jit.save(program, str(folder / name))
     assert filecmp.cmp(folder / "prefill.pdiparams", folder / "decode.pdiparams", shallow=False), "weights differ"
@@ -374,37 +391,56 @@ def write_prefix(model, path):
     return cache.prefix_tokens
 
 
-def static_logits(folder, description, ids, mask):
-    """As dynamic_logits, but by the programs of the folder: prefill, then one decode step after another."""
+def static_logits(folder, config, P, ids, mask):
+    """As dynamic_logits, but by the programs of the folder, behind P tokens of a prefix: prefill, then one decode step
+    after another. config: the ModelConfig.
+
+    Behind a prefix each row by itself, as padding between it and a text would change their distance.
+    """
+    if P and len(ids) > 1:
+        texts = [(row[part.argmax() :][None], part[part.argmax() :][None]) for row, part in zip(ids, mask)]
+        return np.concatenate([static_logits(folder, config, P, *text) for text in texts])
     programs = {}
     for name in ("prefill", "decode"):
-        config = paddle.inference.Config(str(folder / f"{name}.json"), str(folder / "static.pdiparams"))
-        config.disable_gpu()
-        config.disable_mkldnn()
-        config.disable_glog_info()
-        programs[name] = paddle.inference.create_predictor(config)
+        settings = paddle.inference.Config(str(folder / f"{name}.json"), str(folder / "static.pdiparams"))
+        settings.disable_gpu()
+        settings.disable_mkldnn()
+        settings.disable_glog_info()
+        programs[name] = paddle.inference.create_predictor(settings)
 
-    def call(name, arrays):
-        program = programs[name]
-        for key, array in zip(program.get_input_names(), arrays, strict=True):
-            program.get_input_handle(key).copy_from_cpu(np.ascontiguousarray(array))
+    def call(name, past, **arrays):
+        program, layers = programs[name], config.num_hidden_layers
+        arrays |= dict(zip((f"{kind}_{i}" for kind in ("keys", "values") for i in range(layers)), past))
+        for key in program.get_input_names():
+            program.get_input_handle(key).copy_from_cpu(np.ascontiguousarray(arrays[key]))
         program.run()
         return [program.get_output_handle(key).copy_to_cpu() for key in program.get_output_names()]
 
-    P, T, rows, positions = description["prefix_tokens"], mask.shape[1], rows_of(mask), positions_of(mask)
-    feed = [ids[:, :T], positions + P, rows]
+    def lengths(at):
+        """(B, T) of tokens at these positions (B, T) of the text; or None"""
+        found = [turning_lengths(config, P + n, row + P) for n, row in zip(mask.sum(1), at)]
+        return None if found[0] is None else np.stack(found)
+
+    B, T = mask.shape
+    at, rows = positions_of(mask), rows_of(mask)
+    visible, positions = np.full((B, 1, 1, 1), NEVER, np.int32), at + P  # visible: the row of a key to all
+    if config.position == "rope_2d":
+        causal = paddle.to_tensor(rows)
+        found = two_positions(config, paddle.to_tensor(ids[:, :T]), paddle.to_tensor(at), causal)
+        positions, rows = (x.numpy() for x in found)
+        visible = np.concatenate([visible, np.zeros_like(visible)], axis=-1)
+    past = []
     if P:
-        prefix = read_safetensors(folder / "prefix.safetensors").values()
-        past = [np.repeat(array[None], len(ids), axis=0) for array in prefix]  # (B, P, K, Dh)
-        rows = np.concatenate([rows_of(np.ones((len(ids), P))), np.where(rows == 0, 0, NEVER).astype(np.int32)], axis=2)
-        outputs = call("decode", [ids[:, :T], positions + P, rows, *past])
-    else:
-        outputs = call("prefill", feed)
-    found = [outputs[0]]
-    for step in range(T, ids.shape[1]):
-        rows = np.concatenate([rows, rows_of(np.ones((len(ids), 1)))], axis=2)
-        at = positions[:, -1:] + P + step - T + 1
-        outputs = call("decode", [ids[:, step : step + 1], at, rows, *outputs[1:]])
+        past = [np.repeat(array[None], B, axis=0) for array in read_safetensors(folder / "prefix.safetensors").values()]
+        rows = np.concatenate([visible] * P + [rows + np.minimum(P, NEVER - rows) * (rows != 0)], axis=2)
+    first = "decode" if P else "prefill"
+    outputs = call(first, past, input_ids=ids[:, :T], rows=rows, position_ids=positions, lengths=lengths(at))
+    found, step = [outputs[0]], positions[:, -1:]
+    for place in range(T, ids.shape[1]):
+        at, rows = at[:, -1:] + 1, np.concatenate([rows, visible], axis=2)
+        step = step + (np.array([0, 1]) if config.position == "rope_2d" else 1)
+        new = ids[:, place : place + 1]
+        outputs = call("decode", outputs[1:], input_ids=new, rows=rows, position_ids=step, lengths=lengths(at))
         found.append(outputs[0])
     return np.stack(found, axis=1)
 

@@ -130,6 +130,14 @@ class ModelConfig:
     z_loss_weight: float = 0.0  # of the mean squared largest logit, added while training
     final_softcap: float | None = None  # of the logits
 
+    @property
+    def most_tokens(self):
+        """Tokens of the longest sequence: as many as there are positions, more where rope stretches them; ALiBi has no end."""
+        if self.position == "alibi":
+            return 1 << 30
+        factor = self.rope["factor"] if self.rope["rope_type"] == "dynamic" else 1
+        return int(self.max_position_embeddings * factor)
+
     @staticmethod
     def from_json(path):
         """config.json of transformers 4 (rope_theta, rope_scaling, torch_dtype) or 5 (rope_parameters, dtype)."""
@@ -841,8 +849,8 @@ def rope_tables(config, position_ids, lengths=None):
 
     position_ids (B, T), or for rope_2d (B, T, 2), whose tables stand one after the other. dynamic: past
     max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor packing
-    changes the result. qwen_ntk grows in powers of two; lengths (B, 1 or T) are then those that keys were rotated for at
-    first (None: the samples' own).
+    changes the result. qwen_ntk grows in powers of two. lengths (B, T) or (B, 1) are those that each token is rotated for
+    (None: the samples' own), see turning_lengths().
     """
     if not config.position.startswith("rope"):
         return None, None
@@ -850,13 +858,12 @@ def rope_tables(config, position_ids, lengths=None):
     dim, kind = 2 * len(frequency), config.rope["rope_type"]
     frequency = kernels.to_tensor(frequency)  # (r/2,)
     if kind in ("dynamic", "qwen_ntk"):
+        length = (document_lengths(position_ids) if lengths is None else lengths).astype("float32")
         if kind == "dynamic":
             limit, factor = config.max_position_embeddings, config.rope["factor"]
-            length = paddle.clip(document_lengths(position_ids).astype("float32"), min=limit)
-            growth = factor * length / limit - (factor - 1)  # (B, T), 1 within the limit
+            growth = factor * paddle.clip(length, min=limit) / limit - (factor - 1)  # (B, T), 1 within the limit
         else:
             limit = config.rope["original_max_position_embeddings"]
-            length = (document_lengths(position_ids) if lengths is None else lengths).astype("float32")
             doublings = paddle.ceil(paddle.log2(length / limit) + 1)
             growth = paddle.clip(2.0**doublings - 1, min=1.0)  # (B, T) or (B, 1)
         exponent = paddle.arange(0, dim, 2, dtype="float32") / dim
@@ -865,6 +872,24 @@ def rope_tables(config, position_ids, lengths=None):
     angle = paddle.concat([angle, angle], axis=-1)
     angle = (angle if angle.ndim == 3 else angle.flatten(2)).unsqueeze(2)  # (B, T, 1, r)
     return paddle.cos(angle) * scale, paddle.sin(angle) * scale
+
+
+def turning_lengths(config, prompt, positions):
+    """(n,) int64 lengths for rope_tables() of tokens at `positions` (n,) of a text that began with `prompt` tokens.
+
+    None where rope does not depend on them. What is cached stays as it was rotated: a prompt for its own length, a token
+    after it for the length then (dynamic), or still for the prompt's (qwen_ntk).
+    """
+    if config.rope["rope_type"] == "qwen_ntk":
+        return np.full(len(positions), prompt, np.int64)
+    return np.maximum(positions + 1, prompt) if config.rope["rope_type"] == "dynamic" else None
+
+
+def stretch(config, prompt):
+    """What turning_lengths() of a prompt of so many tokens make of it: prompts of equal numbers are turned alike."""
+    if config.rope["rope_type"] == "qwen_ntk":
+        return ((prompt - 1) // config.rope["original_max_position_embeddings"]).bit_length()  # doublings
+    return max(prompt, config.max_position_embeddings) if config.rope["rope_type"] == "dynamic" else 0
 
 
 def two_positions(config, input_ids, position_ids, rows):
@@ -909,9 +934,23 @@ def two_positions(config, input_ids, position_ids, rows):
     return positions, paddle.concat([rows, upper], axis=-1)
 
 
+def two_positions_of(config, tokens, prompt):
+    """Positions (n, 2) int64 and FlashMask rows (1, 1, n, 2) int32, numpy, of one text: a prompt of so many tokens, and its
+    reply, which is causal and whose second position counts on."""
+    ids, more = paddle.to_tensor([tokens[:prompt]]), np.arange(len(tokens) - prompt)
+    found = two_positions(config, ids, paddle.arange(prompt).unsqueeze(0), None)
+    positions, rows = (x[0].numpy() for x in found)
+    steps = positions[-1] + np.stack([np.zeros_like(more), more + 1], axis=-1)
+    causal = np.stack([np.full_like(more, np.iinfo(np.int32).max), prompt + more], axis=-1).astype(np.int32)
+    return np.concatenate([positions, steps]), np.concatenate([rows, causal[None]], axis=1)[None]
+
+
 def window_rows(rows, B, T, window):
-    """FlashMask rows (B, 1, T, 1) under which a query also sees no key that is `window` or more before it."""
-    end = (paddle.arange(T, dtype="int32") + window).reshape([1, 1, T, 1])
+    """FlashMask rows (B, 1, T, 1) under which a query also sees no key that is `window` or more before it; rows, if given,
+    are of all T keys."""
+    if rows is not None:
+        T = _shape(rows)[2]
+    end = (paddle.arange(T, dtype="int32") + window).reshape([1, 1, -1, 1])
     return end.expand([B, 1, T, 1]) if rows is None else paddle.minimum(rows, end)
 
 
@@ -1026,7 +1065,7 @@ class Cache:
         self.keys, self.values = [None] * layers, [None] * layers
         self.rows = None  # (B, 1, tokens, 1 or 2) int32, once any token had rows
         self.last = None  # (B, 2) the last token's two positions, for rope_2d
-        self.lengths = None  # (B, 1) of the samples when they were first seen, for qwen_ntk
+        self.lengths = None  # (B, 1) of the samples when they were first seen, for qwen_ntk; see turning_lengths()
         self.tokens = 0
         self.prefix_tokens = 0  # trained prefixes stand before position 0 of the text
 
@@ -1213,7 +1252,7 @@ class LatentAttention(Attention):
         k_nope, v = kv.split([latent.nope_dim, latent.value_dim], axis=-1)
         q_rope = kernels.rope(q_rope, cos, sin, interleaved)
         k_rope = kernels.rope(k_rope.unsqueeze(2), cos, sin, interleaved)  # (B, T, 1, rope)
-        k_rope = k_rope.expand([-1, -1, k_nope.shape[2], -1])
+        k_rope = k_rope.expand([-1, -1, _shape(k_nope)[2], -1])
         q, k = paddle.concat([q_nope, q_rope], axis=-1), paddle.concat([k_nope, k_rope], axis=-1)
         return q, k, _padded(v, self.head_dim)
 
@@ -1224,7 +1263,12 @@ LATENT_NORM_EPS = 1e-6  # whatever config.json says of the other norms
 def _padded(x, width):
     """x (…, n) -> (…, width), zeros behind."""
     more = width - x.shape[-1]
-    return x if more <= 0 else paddle.concat([x, paddle.zeros([*x.shape[:-1], more], x.dtype)], axis=-1)
+    return x if more <= 0 else F.pad(x, [0, 0] * (x.ndim - 1) + [0, more])
+
+
+def _shape(x):
+    """x.shape, also while a graph is traced, where it is -1 in part."""
+    return x.shape if paddle.in_dynamic_mode() else paddle.shape(x)
 
 
 def _activate(x, kind):
@@ -1289,7 +1333,7 @@ class SparseMLP(nn.Layer):
         """x (B, T, D) -> ((B, T, D), the router's probabilities (B · T, E) float32)"""
         flat = x.reshape([-1, x.shape[-1]])  # (N, D)
         weights, chosen, probabilities = self.route(flat)
-        mixed = self.mix(flat, weights, chosen).reshape(x.shape)
+        mixed = self.mix(flat, weights, chosen).reshape(_shape(x))
         if self.shared is not None:
             shared = self.shared(x)
             mixed = mixed + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)
@@ -1385,6 +1429,14 @@ class Block(nn.Layer):
         """What is kept of a block whose activations are computed again in backward (arXiv 1604.06174): no keys and values."""
         y, _, _, probabilities = self.forward(x, cos, sin, rows, past_k, past_v, None, q_scale, spread)
         return y if probabilities is None else (y, probabilities)
+
+
+class Shared(namedtuple("Shared", "cos sin q_scale rows narrowed spread")):
+    """What all blocks of a pass read: rotary tables, a factor on queries, FlashMask rows, {window: rows}, PrefixPlaces or
+    None."""
+
+    def rows_of(self, block):
+        return self.narrowed.get(block.attention.window, self.rows)
 
 
 class CausalLM(nn.Layer):
@@ -1491,52 +1543,59 @@ class CausalLM(nn.Layer):
     def hidden_states(self, input_ids, position_ids=None, rows=None, caches=None):
         """(B, T, D) after the final norm; arguments as in forward.
 
-        caches may also be any object with attend(layer, q, k, v, **options) -> (B, T, H, Dh) and prefix_tokens, which then
-        keeps keys and values itself (serve.py's pool of blocks); position_ids must be given with it.
+        caches may also be any object with attend(layer, q, k, v, **options) -> (B, T, H, Dh), prefix_tokens and lengths
+        (see turning_lengths()), which then keeps keys and values itself (serve.py's pool of blocks); position_ids, for
+        rope_2d (B, T, 2), must be given with it.
         """
         return self.trunk(input_ids, position_ids, rows, caches)[0]
 
     def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
         """hidden_states(), and a list of the probabilities (N, E) of each sparse block's router."""
-        B, T = input_ids.shape
         paged = caches is not None and not isinstance(caches, Cache)
         assert not paged or position_ids is not None, "a paged cache does not know the positions"
         if caches is None and self.prefix is not None:
-            caches = self.new_cache(B)
-        past = 0 if caches is None or paged else caches.tokens
-        before = 0 if caches is None else caches.prefix_tokens
-        if position_ids is None:
-            position_ids = (paddle.arange(T) + past - before).unsqueeze(0).expand([B, T])
-        x = self.embed(input_ids, position_ids, before)
-        if self.config.position == "rope_2d" and position_ids.ndim == 2:
-            position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
-        spread = None
-        if rows is not None and self.distances_count and not paged and before and past == before:
-            spread = PrefixPlaces(position_ids, rows, before)
-            caches.rows = rows = spread.rows
-            caches.tokens = spread.width
-        elif caches is not None and not paged:
-            rows = caches.extend_rows(rows, B, T)
-        cos, sin, q_scale = self._turns(position_ids, before, caches, paged)
-        narrowed = {w: window_rows(rows, B, T if caches is None else caches.tokens, w)
-                    for w in set(self.config.windows) - {None} if not paged}  # fmt: skip
-        probabilities = []
+            caches = self.new_cache(input_ids.shape[0])
+        x, shared = self.prepare(input_ids, position_ids, rows, caches)
+        turns, probabilities = (shared.cos, shared.sin), []
         for i, block in enumerate(self.layers):
             if paged:
-                x, *_, routed = block(x, cos, sin, attend=functools.partial(caches.attend, i), q_scale=q_scale)
+                x, *_, routed = block(x, *turns, attend=functools.partial(caches.attend, i), q_scale=shared.q_scale)
                 continue
-            seen = narrowed.get(block.attention.window, rows)
+            seen = shared.rows_of(block)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
             if self.recompute and self.training:
-                found = paddle.distributed.fleet.utils.recompute(block.output, x, cos, sin, seen, *past, q_scale, spread)
+                found = paddle.distributed.fleet.utils.recompute(
+                    block.output, x, *turns, seen, *past, shared.q_scale, shared.spread
+                )
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, cos, sin, seen, *past, q_scale=q_scale, spread=spread)
+                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread)
                 if caches is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
         return (x if self.norm is None else self.norm(x)), probabilities
+
+    def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
+        """What the first block reads (B, T, D), and Shared; arguments as in hidden_states()."""
+        B, T = input_ids.shape
+        kept = isinstance(caches, Cache)
+        before = 0 if caches is None else caches.prefix_tokens
+        if position_ids is None:
+            position_ids = (paddle.arange(T) + (caches.tokens if kept else 0) - before).unsqueeze(0).expand([B, T])
+        x = self.embed(input_ids, position_ids, before)
+        if self.config.position == "rope_2d" and position_ids.ndim == 2:
+            position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
+        spread = None
+        if rows is not None and self.distances_count and kept and before and caches.tokens == before:
+            spread = PrefixPlaces(position_ids, rows, before)
+            caches.rows, caches.tokens, rows = spread.rows, spread.width, spread.rows
+        elif kept:
+            rows = caches.extend_rows(rows, B, T)
+        cos, sin, q_scale = self._turns(position_ids, before, caches)
+        narrowed = {w: window_rows(rows, B, caches.tokens if kept else T, w)
+                    for w in set(self.config.windows) - {None} if kept or caches is None}  # fmt: skip
+        return x, Shared(cos, sin, q_scale, rows, narrowed, spread)
 
     def embed(self, input_ids, position_ids, before=0):
         """Ids and positions (B, T) -> (B, T, D), what the first block reads; `before` tokens of a prefix stand in front."""
@@ -1574,14 +1633,14 @@ class CausalLM(nn.Layer):
             cache.last = position_ids[:, -1]
         return position_ids, rows
 
-    def _turns(self, position_ids, before, cache, paged):
+    def _turns(self, position_ids, before, cache):
         """cos, sin, and what queries are multiplied by (B, T, 1, 1), or None."""
-        config, lengths, q_scale = self.config, None, None
+        config, lengths, q_scale = self.config, None if cache is None else cache.lengths, None
         if config.rope["rope_type"] == "qwen_ntk":
             if self.training:  # trained at its own length, without stretching
                 config = dataclasses.replace(config, rope={**config.rope, "rope_type": "default"})
             elif isinstance(cache, Cache):  # keys are kept as they were rotated at first
-                lengths = document_lengths(position_ids) + before if cache.lengths is None else cache.lengths
+                lengths = document_lengths(position_ids) + before if lengths is None else lengths
                 cache.lengths = lengths[:, -1:]
         if (
             config.logn_length is not None and not self.training
@@ -2049,17 +2108,40 @@ def build(config, dtype="float32"):
 
 def _make_room_for_integers(model, quantization):
     """Linears of the blocks become QuantLinear; after a shift, norms have biases and so have the linears they feed."""
-    weights_alone, shift = quantization["quant_method"] == "gptq", quantization.get("shift", False)
+    weights_alone, shifted = quantization["quant_method"] == "gptq", set()  # ids of linears
+    for block in model.layers if quantization.get("shift") else ():
+        layers = dict(block.named_sublayers())
+        for norm, names in shifted_norms(block).items():
+            shifted |= {id(layers[name]) for name in names}
+            if layers[norm].bias is None:
+                layers[norm].add_bias()
     for parent, attribute, layer in linears(model).values():
-        shifted = shift and attribute not in ("o_proj", "down_proj")
         quantized = QuantLinear(layer.n_in, layer.n_out, f"w{quantization['bits']}" if weights_alone else "a8w8",
-                                quantization.get("group_size", -1), layer.bias is not None or shifted, quantization.get("desc_act", False),
-                                quantization.get("activation") == "per_tensor")  # fmt: skip
+                                quantization.get("group_size", -1), layer.bias is not None or id(layer) in shifted,
+                                quantization.get("desc_act", False), quantization.get("activation") == "per_tensor")  # fmt: skip
         setattr(parent, attribute, quantized)
-    if shift:
-        for block in model.layers:
-            block.attention_norm.add_bias()
-            block.mlp_norm.add_bias()
+
+
+_READERS = {  # a norm of a block: the names of all layers that read it
+    "attention_norm": r"attention\.(q|k|v|qkv|q_a|kv_a)_proj",
+    "attention.q_a_norm": r"attention\.q_b_proj",
+    "attention.kv_a_norm": r"attention\.kv_b_proj",
+    "mlp_norm": r"mlp\.(.*\.)?(gate_proj|up_proj|gate_up_proj|router|shared_gate)",
+}
+
+
+def norm_readers(block):
+    """{norm: [layer, …]} by their names in a block of floats: norms that feed these layers alone, and no residual."""
+    layers = [name for name, layer in block.named_sublayers() if isinstance(layer, Linear)]
+    found = {norm: [name for name in layers if re.fullmatch(pattern, name)] for norm, pattern in _READERS.items()}
+    if block.place == "after" or block.residual_scale is not None:
+        del found["attention_norm"], found["mlp_norm"]
+    return {norm: names for norm, names in found.items() if names}
+
+
+def shifted_norms(block):
+    """Those of norm_readers() whose output can be moved by a constant: a router has no bias to take it."""
+    return {norm: names for norm, names in norm_readers(block).items() if all(n.endswith("_proj") for n in names)}
 
 
 def set_parameter(parameter, array):

@@ -8,15 +8,21 @@ it is there, else train.json; or a corpus prefix). Writes a folder of real integ
 report: error and seconds of each linear, dev perplexity and accuracy before and after, bytes. Embeddings, norms and the
 head stay floats.
 
-One pass over the model, block by block: a block's linears see what the quantized blocks before it put out. Memory: the
-model, whose float weights go as their integers come, and beside it the hidden states of the calibration tokens (tokens
-· D floats, one array for all blocks), for one group of linears that share an input the Hessian (n_in^2 float64, thrice
-while it is solved), and one batch in flight. Tokens: gptq_step or ptq_step · per_device_train_batch_size · max_length.
+One pass over the model, block by block: a block's linears see what the quantized blocks before it put out; an expert's,
+the tokens that were sent to it. Memory: the model, whose float weights go as their integers come, and beside it the hidden
+states of the calibration tokens (tokens · D floats, one array for all blocks) with their rotary tables, for one group of
+linears that share an input the Hessian (n_in^2 float64, thrice while it is solved; of experts, as many as HESSIAN_BYTES
+hold), and one batch in flight. Tokens: gptq_step or ptq_step · per_device_train_batch_size · max_length.
+
+Shift and smoothing go where a factor or a constant can pass without changing the function; where it cannot in a family (a
+residual that reads the norm, gelu before down_proj, a router without bias), a line says what is left out.
 
 Not here: AWQ, AutoClip, fp8, key/value caches in 8 bits, quantization-aware training.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,7 +37,9 @@ import paddle
 from paddle import nn
 from data import CorpusLoader, SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
 from model import (
+    Linear,
     QuantLinear,
+    SparseMLP,
     atomic_file,
     base_folders,
     base_weights,
@@ -39,9 +47,10 @@ from model import (
     linears,
     load_adapter,
     merge,
-    rope_tables,
+    norm_readers,
     save_pretrained,
     set_parameter,
+    shifted_norms,
 )
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
@@ -437,13 +446,17 @@ class Inputs:
 class Recorder(nn.Layer):
     """A linear whose inputs are looked at on their way."""
 
-    def __init__(self, layer, inputs):
+    def __init__(self, slot, inputs):
         super().__init__()
-        self.layer, self.inputs, self.real = layer, inputs, None
+        self.slot, self.layer, self.inputs = slot, slot.layer, inputs
+        self.real, self.active = None, True
 
     def forward(self, x, residual=None):
-        flat = x.reshape([-1, x.shape[-1]])
-        self.inputs.add(flat if self.real is None else flat.index_select(self.real))
+        if self.active:
+            flat = x.reshape([-1, x.shape[-1]])
+            # A routed expert gets real tokens alone, see real_experts().
+            whole = self.real is None or self.slot.routed
+            self.inputs.add(flat if whole else flat.index_select(self.real))
         return self.layer(x, residual)
 
 
@@ -451,31 +464,45 @@ class Calibration:
     """The hidden states of the calibration tokens before the block in hand."""
 
     def __init__(self, model, loader, batches):
-        self.items = []  # a batch: [x (B, T, D), position_ids (B, T), FlashMask rows, places of real tokens or None]
-        self.config = model.config
+        self.items = []  # a batch: [x (B, T, D), model.Shared, places of real tokens or None]
+        model.eval()
         for index in range(batches):
             batch = loader.batch(0, index)
             real = None if batch["tokens"] == batch["input_ids"].size else np.flatnonzero(real_positions(batch, loader))
-            x = model.embed(paddle.to_tensor(batch["input_ids"]), paddle.to_tensor(batch["position_ids"]))
-            arrays = batch["position_ids"], batch["startend_row_indices"], real
-            self.items.append([x, *(None if a is None else paddle.to_tensor(a) for a in arrays)])
+            keys = ("input_ids", "position_ids", "startend_row_indices")
+            arrays = (None if a is None else paddle.to_tensor(a) for a in (*(batch[key] for key in keys), real))
+            *arrays, real = arrays
+            self.items.append([*model.prepare(*arrays), real])
 
-    def run(self, block):
-        """Yields (batch number, places of real tokens, block's output) of each batch, which runs when called."""
-        for number, (x, position_ids, rows, real) in enumerate(self.items):
-            cos, sin = rope_tables(self.config, position_ids)
-            yield number, real, lambda: block(x, cos, sin, rows)[0]  # noqa: B023  called before the next turn
+    @property
+    def tokens(self):
+        return sum(int(x.shape[0] * x.shape[1] if real is None else real.shape[0]) for x, _, real in self.items)
+
+    def run(self, block, every=()):
+        """Yields (batch number, places of real tokens, block's output) of each batch, which runs when called.
+
+        every: experts that are given all tokens besides, for Recorders in them.
+        """
+        for number, (x, shared, real) in enumerate(self.items):
+            turns, rows = (shared.cos, shared.sin), shared.rows_of(block)
+            output = functools.partial(block, x, *turns, rows, q_scale=shared.q_scale)
+            with real_experts(block.mlp, real, every):
+                yield number, real, lambda: output()[0]  # noqa: B023  called before the next turn
 
     def observe(self, block, slots, keep_hessian=False, keep_rows=0):
-        """[Inputs] of the linears in `slots`, by running the block once over all batches."""
+        """[Inputs] of the linears in `slots`, by running the block once over all batches.
+
+        An expert to which no token was sent is shown all of them in a second run: it may well get some of other texts.
+        """
         per_batch = -(-keep_rows // max(1, len(self.items)))
-        recorders = [Recorder(s.layer, Inputs(s.layer.n_in, keep_hessian, per_batch)) for s in slots]
+        recorders = [Recorder(s, Inputs(s.layer.n_in, keep_hessian, per_batch)) for s in slots]
         for slot, recorder in zip(slots, recorders):
             setattr(slot.parent, slot.attribute, recorder)
-        for _, real, output in self.run(block):
+        self._record(block, recorders)
+        if idle := [r for r in recorders if r.slot.routed and not r.inputs.tokens and self.items]:
             for recorder in recorders:
-                recorder.real = real
-            output()
+                recorder.active = recorder in idle
+            self._record(block, idle, {id(r.slot.parent): r.slot.parent for r in idle}.values())
         for slot, recorder in zip(slots, recorders):
             setattr(slot.parent, slot.attribute, recorder.layer)
         for slot, recorder in zip(slots, recorders):
@@ -483,10 +510,39 @@ class Calibration:
                 raise UserError(f"{slot.path}: its inputs are not finite on the calibration data; is the model sound?")
         return [recorder.inputs for recorder in recorders]
 
+    def _record(self, block, recorders, every=()):
+        for _, real, output in self.run(block, every):
+            for recorder in recorders:
+                recorder.real = real
+            output()
+
     def advance(self, block):
         """Replace the hidden states by the block's outputs."""
         for number, _, output in self.run(block):
             self.items[number][0] = output()
+
+
+@contextlib.contextmanager
+def real_experts(mlp, real, every=()):
+    """Inside, the experts of a SparseMLP get the tokens at `real` (n,) alone (None: all), and those in `every` all of these."""
+    if not isinstance(mlp, SparseMLP) or real is None and not every:
+        yield
+        return
+
+    def mix(flat, weights, chosen):
+        routed = flat, weights, chosen
+        if real is not None:
+            routed = [x.index_select(real) for x in routed]
+        for expert in every:
+            expert(routed[0])
+        mixed = SparseMLP.mix(mlp, *routed)
+        return mixed if real is None else paddle.scatter(paddle.zeros_like(flat), real, mixed)
+
+    mlp.mix = mix
+    try:
+        yield
+    finally:
+        del mlp.mix
 
 
 def real_positions(batch, loader):
@@ -501,21 +557,69 @@ class Slot(NamedTuple):
     path: str  # Hugging Face's
     parent: nn.Layer
     attribute: str
+    routed: bool = False  # of an expert that only some tokens are sent to
 
     @property
     def layer(self):
         return getattr(self.parent, self.attribute)
 
 
-# Linears that share an input, in the order in which they run, and what makes that input.
-GROUPS = (("attention_norm", ("q_proj", "k_proj", "v_proj")), ("v_proj", ("o_proj",)),
-          ("mlp_norm", ("gate_proj", "up_proj")), ("up_proj", ("down_proj",)))  # fmt: skip
-
-
 def slots_of(model, index):
-    """{attribute: Slot} of block `index`."""
-    inside = f".layers.{index}."
-    return {a: Slot(path, parent, a) for path, (parent, a, _) in linears(model).items() if inside in path}
+    """{name inside the block: Slot} of block `index`."""
+    names = {id(layer): name for name, layer in model.layers[index].named_sublayers()}
+    return {names[id(layer)]: Slot(path, parent, attribute, ".experts." in names[id(layer)])
+            for path, (parent, attribute, layer) in linears(model).items() if id(layer) in names}  # fmt: skip
+
+
+class Group(NamedTuple):
+    """Linears of a block that share an input."""
+
+    names: tuple  # inside the block, in the order in which they run
+    source: str  # the norm or linear that makes the input, channel by channel; a norm may feed several groups
+    columns: np.ndarray | None = None  # of a linear source: which of its outputs become the inputs; None: all, in order
+    heads: tuple = (1, 1)  # each of so many runs of these outputs is read so many times over
+    fixed: str = ""  # why the source cannot be scaled
+
+    @property
+    def of_norm(self):
+        return self.source.endswith("norm")
+
+
+def stages_of(block, config):
+    """[[Group, …], …] in the order in which they run; the groups of a stage do not wait for one another."""
+    layers, readers = dict(block.named_sublayers()), norm_readers(block)
+    present = [n for n, layer in layers.items() if isinstance(layer, (Linear, QuantLinear)) and n.endswith("_proj")]
+
+    def reading(norm, prefix, *attributes):
+        names = tuple(name for name in (prefix + attribute for attribute in attributes) if name in present)
+        return Group(names, norm, fixed="" if norm in readers else "the residual reads the norm, too")
+
+    names = ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj", "qkv_proj")
+    attention = [reading("attention_norm", "attention.", *names)]
+    inner = [reading(f"attention.{a}_a_norm", "attention.", f"{a}_b_proj") for a in ("q", "kv")]
+    inner = [group for group in inner if group.names]  # of latent attention
+    first, second = [], []
+    for up in (name for name in present if name.endswith("up_proj")):
+        prefix = up[: up.rindex(".") + 1]
+        first.append(reading("mlp_norm", prefix, "gate_proj", "up_proj", "gate_up_proj"))
+        mlp, width = layers[prefix[:-1]], layers[prefix + "down_proj"].n_in
+        passes = mlp.gated or mlp.activation == "relu"  # relu(x / s) = relu(x) / s
+        second.append(Group((prefix + "down_proj",), up, np.arange(width) + width * up.endswith("gate_up_proj"),
+                            fixed="" if passes else f"{mlp.activation} lies between, which no factor passes"))  # fmt: skip
+    return [stage for stage in (attention, inner, [values_group(present, config)], first, second) if stage]
+
+
+def values_group(present, config):
+    """The group of o_proj, whose inputs are means of the values that one linear puts out beside other things."""
+    H, K, Dh, latent = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.latent
+    if latent is not None:  # each head's keys, then its values
+        wide = np.arange(H * (latent.nope_dim + latent.value_dim)).reshape(H, -1)
+        return Group(("attention.o_proj",), "attention.kv_b_proj", wide[:, latent.nope_dim :].reshape(-1), (H, 1))
+    if "attention.v_proj" in present:
+        return Group(("attention.o_proj",), "attention.v_proj", None, (K, H // K))
+    wide = np.arange((H + 2 * K) * Dh)
+    columns = wide[(H + K) * Dh :] if config.fused_qkv == "blocks" else wide.reshape(K, -1, Dh)[:, -1].reshape(-1)
+    return Group(("attention.o_proj",), "attention.qkv_proj", columns, (K, H // K))
 
 
 # ======================================================================== shift and smoothing: the function stays
@@ -537,20 +641,24 @@ def shift(norm, layers, z):
             set_parameter(layer.bias, layer.bias.numpy() + moved)
 
 
-def smooth(source, layers, scale, source_scale=None):
+def smooth(source, layers, scale, source_scale=None, columns=None):
     """Divide what `source` puts out by scale (n,) and multiply the rows of the linears that read it (Xiao et al.,
     2211.10438).
 
-    source: a norm (its weight and bias) or the linear whose outputs become these inputs channel by channel (its columns
-    and bias): up_proj before down_proj, whose inputs are silu(gate) · up, and v_proj before o_proj, whose inputs are
-    means of v's rows. There a key/value head feeds several heads: source_scale has its own (K · Dh,), repeated in
+    source: a norm (its weight and bias) or the linear whose outputs (those in `columns`, or all) become these inputs
+    channel by channel: up_proj before down_proj, whose inputs are act(gate) · up, and v_proj before o_proj, whose inputs
+    are means of v's rows. There a key/value head feeds several heads: source_scale has its own (K · Dh,), repeated in
     scale.
     """
     source_scale = scale if source_scale is None else source_scale
-    assert source.weight.shape[-1] == len(source_scale) and all(layer.n_in == len(scale) for layer in layers)
-    set_parameter(source.weight, source.weight.numpy() / source_scale)
+    divisor = np.ones(source.weight.shape[-1], np.float32)
+    assert len(divisor) == len(source_scale) or columns is not None and len(columns) == len(source_scale)
+    assert all(layer.n_in == len(scale) for layer in layers)
+    divisor[slice(None) if columns is None else columns] = source_scale
+    offset = np.float32(getattr(source, "offset", 0.0))  # what a norm adds to its weight
+    set_parameter(source.weight, (source.weight.numpy() + offset) / divisor - offset)
     if source.bias is not None:
-        set_parameter(source.bias, source.bias.numpy() / source_scale)
+        set_parameter(source.bias, source.bias.numpy() / divisor)
     for layer in layers:
         set_parameter(layer.weight, layer.weight.numpy() * scale[:, None])
 
@@ -593,24 +701,28 @@ def pieces(values, k):
         centers = means
 
 
-def piecewise_search(inputs, weight, x_max, w_max, args):
+def piecewise_search(parts, x_max, w_max, args):
     """Smoothing factors (n,) whose error on the kept rows is least, and that error: ||Q(X/s) Q(s W) - X W||^2 / ||X
     W||^2.
 
-    Channels are split into pieces by x_max. Piece by piece, factors s(alpha) and constants are tried for its channels,
-    the others staying as chosen so far, at first as plain smoothing has them, and the best is kept. So the result is
-    never worse, on these rows, than plain smoothing; starting from 1 would judge the small pieces while the large ones
-    still spoil every scale. With smooth_search_piece for 1 … smooth_k_piece pieces, keeping the best.
+    parts: [(Inputs, weight (n, out))], summed over; several where experts read one norm. Channels are split into pieces
+    by x_max. Piece by piece, factors s(alpha) and constants are tried for its channels, the others staying as chosen so
+    far, at first as plain smoothing has them, and the best is kept. So the result is never worse, on these rows, than
+    plain smoothing; starting from 1 would judge the small pieces while the large ones still spoil every scale. With
+    smooth_search_piece for 1 … smooth_k_piece pieces, keeping the best.
     """
-    rows = np.concatenate(inputs.rows)
-    wanted = rows @ weight
-    total = max(float(np.square(wanted, dtype=np.float64).sum()), 1e-30)
+    parts = [(inputs, np.concatenate(inputs.rows), weight) for inputs, weight in parts]
+    wanted = [rows @ weight for _, rows, weight in parts]
+    total = max(sum(float(np.square(w, dtype=np.float64).sum()) for w in wanted), 1e-30)
 
     def error(scale):
-        static = input_scale(inputs, args.act_quant_method, scale) if args.activation == "per_tensor" else None
-        codes, scales = int8_weight(weight * scale[:, None])
-        found = (int8_rows(rows / scale, static) @ codes.astype(np.float32)) * scales
-        return float(np.square(found - wanted, dtype=np.float64).sum()) / total
+        left = 0.0
+        for (inputs, rows, weight), right in zip(parts, wanted):
+            static = input_scale(inputs, args.act_quant_method, scale) if args.activation == "per_tensor" else None
+            codes, scales = int8_weight(weight * scale[:, None])
+            found = (int8_rows(rows / scale, static) @ codes.astype(np.float32)) * scales
+            left += float(np.square(found - right, dtype=np.float64).sum())
+        return left / total
 
     steps = np.arange(args.search_alpha_min, args.search_alpha_max + args.search_alpha_step / 2, args.search_alpha_step)
     candidates = [smooth_scale(x_max, w_max, alpha) for alpha in steps]
@@ -631,32 +743,62 @@ def piecewise_search(inputs, weight, x_max, w_max, args):
     return best_scale, least
 
 
+SEARCHED = 8  # of many experts that read one norm, how many the search judges by: those with the most tokens
+
+
 def prepare_block(block, slots, inputs, config, args):
-    """Shift and smooth the linears of a block, and `inputs` {first linear of a group: Inputs} with them."""
-    heads, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    for source, names in GROUPS:
-        layers, of_norm, seen = [slots[name].layer for name in names], source.endswith("norm"), inputs[names[0]]
-        one = np.ones(layers[0].n_in, np.float32)
-        if args.shift and of_norm:
-            low, high = seen.extremes(args.shift_step)
-            shift(getattr(block, source), layers, (low + high) / 2)
-            seen.transform((low + high) / 2, one)
-        if not args.smooth or not (of_norm or args.smooth_all_linears):
+    """Shift and smooth the linears of a block, and `inputs` {first linear of a group: Inputs} with them.
+
+    Returns lines that say what was left out, and why.
+    """
+    layers, readers, shiftable = dict(block.named_sublayers()), norm_readers(block), shifted_norms(block)
+    by_source, left_out = {}, []
+    for group in (group for stage in stages_of(block, config) for group in stage):
+        by_source.setdefault(group.source if group.of_norm else group.names, []).append(group)
+    for groups in by_source.values():
+        group, seen = groups[0], [inputs[g.names[0]] for g in groups]
+        source, kind = layers[group.source], group.names[0].rpartition(".")[2]
+        linears_of = [[slots[name].layer for name in g.names] for g in groups]
+        if args.shift and group.of_norm and group.source in shiftable:
+            low, high = extremes(seen, args.shift_step)
+            shift(source, [layer for part in linears_of for layer in part], (low + high) / 2)
+            for part in seen:
+                part.transform((low + high) / 2, np.ones_like(low))
+        elif args.shift and group.of_norm:
+            why = group.fixed or "a router reads the norm, and has no bias to take the constant"
+            left_out.append(f"shift: not before {kind}: {why}")
+        if not args.smooth or not (group.of_norm or args.smooth_all_linears):
             continue
-        weight = np.concatenate([layer.weight.numpy() for layer in layers], axis=1)  # each output has its own scale
-        low, high = seen.extremes(args.smooth_step)
-        x_max, w_max = np.maximum(np.abs(low), np.abs(high)), np.abs(weight).max(1)
-        shared = names == ("o_proj",)  # the heads of a group read the same channels of v: one factor for them
-        if shared:
-            x_max, w_max = (v.reshape(heads, groups, -1).max(1, keepdims=True) for v in (x_max, w_max))
-            x_max, w_max = (np.repeat(v, groups, axis=1).reshape(-1) for v in (x_max, w_max))
+        if group.fixed:
+            left_out.append(f"smooth: not before {kind}: {group.fixed}")
+            continue
+        low, high = extremes(seen, args.smooth_step)
+        x_max = np.maximum(np.abs(low), np.abs(high))
+        w_max = np.max([np.abs(layer.weight.numpy()).max(1) for part in linears_of for layer in part], axis=0)
+        heads, times = group.heads  # the heads of a group read the same channels of v: one factor for them
+        if times > 1:
+            x_max, w_max = (v.reshape(heads, times, -1).max(1, keepdims=True) for v in (x_max, w_max))
+            x_max, w_max = (np.repeat(v, times, axis=1).reshape(-1) for v in (x_max, w_max))
         if args.smooth_piecewise_search:
-            scale, _ = piecewise_search(seen, weight, x_max, w_max, args)
+            most = sorted(range(len(seen)), key=lambda i: -seen[i].tokens)[:SEARCHED]
+            weights = [np.concatenate([layer.weight.numpy() for layer in linears_of[i]], axis=1) for i in most]
+            scale, _ = piecewise_search([(seen[i], weight) for i, weight in zip(most, weights)], x_max, w_max, args)
         else:
             scale = smooth_scale(x_max, w_max, args.smooth_alpha)
-        own = scale.reshape(heads, groups, -1)[:, 0].reshape(-1) if shared else scale
-        smooth(getattr(block, source) if of_norm else slots[source].layer, layers, scale, own)
-        seen.transform(0 * one, scale)
+        own = scale.reshape(heads, times, -1)[:, 0].reshape(-1)
+        readers_of = [layer for part in linears_of for layer in part]
+        if group.of_norm:  # a router too, which stays as it is
+            readers_of += [layers[name] for name in readers[group.source] if name not in slots]
+        smooth(source, readers_of, scale, own, group.columns)
+        for part in seen:
+            part.transform(np.zeros_like(scale), scale)
+    return left_out
+
+
+def extremes(seen, batches):
+    """(n,) least and largest of the first `batches` batches of several Inputs."""
+    lows, highs = zip(*(inputs.extremes(batches) for inputs in seen))
+    return np.min(lows, 0), np.max(highs, 0)
 
 
 # ======================================================================== quantizing the model
@@ -701,6 +843,22 @@ def replace(slot, new, tensors):
     setattr(slot.parent, slot.attribute, new)
 
 
+HESSIAN_BYTES = 1 << 30  # of the Hessians that are summed up in one run over the calibration data
+
+
+def portions(stage, slots):
+    """The groups of a stage in lists whose Hessians fit HESSIAN_BYTES, or of one group."""
+    found, room = [], 0
+    for group in stage:
+        size = 8 * slots[group.names[0]].layer.n_in ** 2
+        if size > room:
+            found.append([])
+            room = HESSIAN_BYTES
+        found[-1].append(group)
+        room -= size
+    return found
+
+
 @paddle.no_grad()
 def quantize_model(model, calibration, args, say=print):
     """Quantize the linears of all blocks in place, one pass; returns the report's rows, printing each.
@@ -710,7 +868,7 @@ def quantize_model(model, calibration, args, say=print):
     factors from one linear to another.
     """
     model.eval()
-    report = []
+    report, told = [], set()
 
     def row(slot, error, damping, seconds):
         report.append({"linear": slot.path, "shape": [slot.layer.n_in, slot.layer.n_out], "error": error,
@@ -723,24 +881,31 @@ def quantize_model(model, calibration, args, say=print):
         say(f"{slot.path:<42} {shape:>12}  error {100 * error:8.4f} %  {seconds:6.2f} s{more}")
 
     for index, block in enumerate(model.layers):
-        slots, start = slots_of(model, index), time.perf_counter()
+        slots, stages, start = slots_of(model, index), stages_of(block, model.config), time.perf_counter()
         if args.quant_type == "a8w8":
-            firsts = [names[0] for _, names in GROUPS]
+            firsts = [group.names[0] for stage in stages for group in stage]
             observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=args.search_tokens)
             inputs = dict(zip(firsts, observed))
-            prepare_block(block, slots, inputs, model.config, args)
-        for _, names in GROUPS:
+            for line in prepare_block(block, slots, inputs, model.config, args):
+                if line not in told:
+                    say(line)
+                told.add(line)
+        for groups in (part for stage in stages for part in portions(stage, slots)):
             if args.quant_type != "a8w8":
-                hessian = calibration.observe(block, [slots[names[0]]], keep_hessian=True)[0].mean_hessian()
-                plan = gptq_plan(hessian, args.desc_act, args.percdamp) if args.do_gptq else None
-            for name in names:  # the time of what linears share is in the first one's row
-                if args.quant_type == "a8w8":
-                    error, damping = weights_and_activations(slots[name], inputs[names[0]], args), None
-                else:
-                    error, damping = weight_only(slots[name], hessian, plan, args), plan and plan.damping
-                now = time.perf_counter()
-                row(slots[name], error, damping, now - start)
-                start = now
+                firsts = [slots[group.names[0]] for group in groups]
+                hessians = [seen.mean_hessian() for seen in calibration.observe(block, firsts, keep_hessian=True)]
+            for place, group in enumerate(groups):
+                if args.quant_type != "a8w8":
+                    hessian = hessians[place]
+                    plan = gptq_plan(hessian, args.desc_act, args.percdamp) if args.do_gptq else None
+                for name in group.names:  # the time of what linears share is in the first one's row
+                    if args.quant_type == "a8w8":
+                        error, damping = weights_and_activations(slots[name], inputs[group.names[0]], args), None
+                    else:
+                        error, damping = weight_only(slots[name], hessian, plan, args), plan and plan.damping
+                    now = time.perf_counter()
+                    row(slots[name], error, damping, now - start)
+                    start = now
         calibration.advance(block)
     model.config = dataclasses.replace(model.config, quantization=quantization_config(args))
     return report
@@ -851,7 +1016,7 @@ def main(args):
     start = time.perf_counter()
     with paddle.no_grad():
         calibration = Calibration(model, calibration_loader, batches)
-    tokens = sum(int(x.shape[0] * x.shape[1] if real is None else real.shape[0]) for x, _, _, real in calibration.items)
+    tokens = calibration.tokens
     print(f"{args.algorithm}, {args.quant_type}: {tokens:,} calibration tokens in {batches} batches", flush=True)
     rows = quantize_model(model, calibration, args)
     del calibration
@@ -881,7 +1046,7 @@ def summary(report, args):
         changes = {}
         for key, name in (("eval_ppl", "perplexity"), ("eval_accuracy", "token accuracy")):
             before, after = report["dev_before"][key], report["dev_after"][key]
-            changes[key] = 100 * (after / max(before, 1e-9) - 1)
+            changes[key] = 100 * (after / before - 1) if before else 0.0
             print(f"dev {name}: {before:.4f} -> {after:.4f} ({changes[key]:+.2f} %)")
         if (loss := changes["eval_ppl"]) >= 1:
             print(f"NOTE: {report['algorithm']} {args.quant_type} costs {loss:.2f} % of perplexity on dev, 1 % or more")

@@ -21,6 +21,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import http
@@ -59,12 +60,17 @@ from data import (
 from model import (
     CausalLM,
     LoRALinear,
+    ModelConfig,
+    SparseMLP,
     from_pretrained,
     linears,
     load_adapter,
     lora_layers,
     penalize,
     read_safetensors,
+    stretch,
+    turning_lengths,
+    two_positions_of,
 )
 
 # ================================================================== 1. arguments
@@ -448,6 +454,8 @@ class Chunk(NamedTuple):
 
 # ================================================================== 6. the model on a pool of blocks
 
+NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden; 0 (of one column): hidden from all
+
 
 class AdapterLinear(paddle.nn.Layer):
     """A linear and LoRAs around it: each applied to its own slice of the step's tokens."""
@@ -470,16 +478,18 @@ class PagedRunner:
     """Computes chunks with model.py and keeps their keys and values in blocks.
 
     run(chunks) -> (chunks, V) float32 numpy: the logits after each chunk's last token. The tokens of all chunks are one
-    row of the model; only attention knows sequences, through attend(). Positions never reach max_position_embeddings (see
-    Engine), so that chunks which happen to continue each other's positions mean nothing even to dynamic rope.
-    """
+    row of the model; only attention knows sequences, through attend(). A token is rotated as model.generate does it, for the
+    length of its prompt and, with dynamic rope, of the reply up to it; so are those that are computed again.
 
-    chunked = True  # a prompt may come in pieces, and share blocks
+    With two positions (rope_2d) the tokens of a prompt see those behind them as well: it must come whole, and its blocks
+    are like no other prompt's.
+    """
 
     def __init__(self, model, num_blocks, block_size, adapters=None, int8=False):
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
-        self.vocab_size, self.max_positions = c.vocab_size, c.max_position_embeddings
+        self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.most_tokens
+        self.chunked = c.position != "rope_2d"  # a prompt may come in pieces, and share blocks
         self.prefix_tokens = 0  # of the text's positions: they are given with the virtual tokens counted
         self.virtual = model.prefix.tokens if model.prefix is not None else 0
         shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
@@ -488,12 +498,20 @@ class PagedRunner:
         self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
         self.slices = []
         self.adapters = self._load_adapters(adapters or {})
-        self.slots = self.tables = self.query_lengths = self.context_lengths = None  # of the step being computed
+        # Of the step being computed:
+        self.slots = self.tables = self.query_lengths = self.context_lengths = self.lengths = None
+        self.wholes = []  # prompts whose attention is not causal: (first, end, slots, rows)
+        self.others = self.order = None  # the other tokens with their tables and lengths; where each token's output is
+        self.last_positions = {}  # sequence -> (2,) of its prompt's last token, for rope_2d
 
     @staticmethod
     def block_bytes(config, block_size, int8=False):
         of_head = config.head_dim + 4 if int8 else 4 * config.head_dim
         return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * of_head
+
+    def root(self, prompt):
+        """What keys and values depend on besides the tokens, where a prompt has so many."""
+        return stretch(self.config, prompt)
 
     def _load_adapters(self, paths):
         """{name: folder} -> names. Their LoRALinears share the one base layer."""
@@ -510,8 +528,21 @@ class PagedRunner:
         for module, (parent, attribute, base) in linears(self.model).items():
             if module in found:
                 setattr(parent, attribute, AdapterLinear(base, found[module], self.slices))
+        for mlp in self.model.sublayers():
+            layers = mlp.experts.sublayers() if isinstance(mlp, SparseMLP) else ()
+            if any(isinstance(layer, AdapterLinear) for layer in layers):
+                mlp.mix = functools.partial(self._mix_slices, mlp)
         self.model.eval()
         return list(paths)
+
+    def _mix_slices(self, mlp, *routed):
+        """SparseMLP.mix, one adapter's tokens after another's: inside, tokens stand in the order of their experts."""
+        slices, mixed = list(self.slices), []
+        for name, first, end in slices:
+            self.slices[:] = [(name, first, end)]
+            mixed.append(SparseMLP.mix(mlp, *(x[first:end] for x in routed)))
+        self.slices[:] = slices
+        return paddle.concat(mixed)
 
     @paddle.no_grad()
     def run(self, chunks):
@@ -546,8 +577,42 @@ class PagedRunner:
         firsts = np.repeat(self.query_lengths.cumsum() - counts, counts)
         positions = np.arange(len(ids)) - firsts + starts[rows]
         self.slots = kernels.to_tensor(self.tables[rows, positions // size].astype(np.int64) * size + positions % size)
+        ends = [chunk.sequence.prompt_end for chunk in chunks]
+        lengths = [turning_lengths(self.config, end, positions[rows == row]) for row, end in enumerate(ends)]
+        self.lengths = None if lengths[0] is None else kernels.to_tensor(np.concatenate(lengths)[None])
+        if not self.chunked:
+            positions = self._two_positions(chunks)  # (N, 2)
         self.positions = kernels.to_tensor(positions[None])
         return kernels.to_tensor(np.array([ids], np.int64))
+
+    def _two_positions(self, chunks):
+        """(N, 2) of all tokens; `wholes` are the prompts among the chunks, with the replies that they had before."""
+        self.wholes, found, end = [], [], 0
+        for row, (sequence, start, count) in enumerate(chunks):
+            end += count
+            if start > self.virtual:
+                step = start - sequence.prompt_end + 1
+                found.append(self.last_positions[sequence] + np.array([[0, step]]))
+                continue
+            prompt, context = sequence.prompt_end - self.virtual, np.arange(self.virtual + count)
+            positions, rows = two_positions_of(self.config, sequence.tokens[self.virtual :], prompt)
+            self.last_positions[sequence] = positions[prompt - 1]
+            seen = np.broadcast_to(np.array([NEVER, 0], np.int32), (1, 1, self.virtual, 2))  # the prefix, by every row
+            rows = np.concatenate([seen, rows + np.minimum(self.virtual, NEVER - rows)], axis=2)
+            blocks = self.tables[row, context // self.block_size].astype(np.int64)
+            slots = blocks * self.block_size + context % self.block_size
+            self.wholes.append((end - count, end, kernels.to_tensor(slots), kernels.to_tensor(rows)))
+            found.append(positions)
+        whole = np.array([chunk.start == self.virtual for chunk in chunks])
+        at, firsts = np.arange(end), self.query_lengths.cumsum() - self.query_lengths
+        order = np.concatenate([at[first:stop] for first, stop, *_ in self.wholes] + [firsts[~whole]])
+        self.order, self.others = kernels.to_tensor(order.argsort()), None
+        if not whole.all():
+            arrays = [array[~whole] for array in (self.tables, self.query_lengths, self.context_lengths)]
+            for array in arrays:
+                array.flags.writeable = False
+            self.others = kernels.to_tensor(firsts[~whole]), *arrays
+        return np.concatenate(found)
 
     def _set_slices(self, chunks):
         self.slices.clear()
@@ -563,10 +628,28 @@ class PagedRunner:
         """
         pool, scales = self.pools[layer], self.scales[layer]
         kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)
+        if self.wholes:
+            return self._attend_two_ways(q, pool, scales, scale, options)
         out = kernels.paged_attention(
             q[0], *pool, self.tables, self.query_lengths, self.context_lengths, scale, *scales, **options
         )
         return out.unsqueeze(0)
+
+    def _attend_two_ways(self, q, pool, scales, scale, options):
+        """attend() of a step with whole prompts, each by itself under its mask, and with tokens of replies."""
+        parts, flat = [], [part.reshape([-1, *part.shape[2:]]) for part in pool]  # (slots, K, Dh)
+        for first, end, slots, rows in self.wholes:
+            k, v = (paddle.gather(part, slots) for part in flat)
+            if scales[0] is not None:
+                of_slots = (paddle.gather(s.reshape([-1, s.shape[2]]), slots).unsqueeze(-1) for s in scales)
+                k, v = (x.astype("float32") * s for x, s in zip((k, v), of_slots))
+            more = {key: value for key, value in options.items() if key != "window"}  # which no such model has
+            found = kernels.attention(q[:, first:end], k.unsqueeze(0), v.unsqueeze(0), rows, False, scale, **more)
+            parts.append(found[0])
+        if self.others is not None:
+            at, *lengths = self.others
+            parts.append(kernels.paged_attention(paddle.gather(q[0], at), *pool, *lengths, scale, *scales, **options))
+        return paddle.gather(paddle.concat(parts), self.order).unsqueeze(0)
 
     @paddle.no_grad()
     def fill_prefix(self, sequence, start):
@@ -579,12 +662,13 @@ class PagedRunner:
             kernels.write_cache(table[:, layer, 0], table[:, layer, 1], *self.pools[layer], slots, *self.scales[layer])
 
     def release(self, sequence):
-        """Nothing is kept by sequence: the blocks are the engine's."""
+        """The blocks are the engine's."""
+        self.last_positions.pop(sequence, None)
 
 
 # ================================================================== 7. the model as an exported graph
 
-STATIC_FORMAT = 1  # of static_config.json, as export.py writes it
+STATIC_FORMAT = 2  # of static_config.json, as export.py writes it
 
 
 class StaticRunner:
@@ -605,7 +689,6 @@ class StaticRunner:
 
     CHUNK = 512  # tokens of one piece of a long prompt
     BATCH_TOKENS = 4096  # tokens of one batch of prompts, padding included
-    NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden; 0: a padded key, hidden from all
     chunked = False  # a prompt must come whole
     adapters = ()  # what LoRA there was is in the programs' weights
 
@@ -615,11 +698,13 @@ class StaticRunner:
         self.virtual = self.config["prefix_tokens"]  # positions of a trained prefix, before the text's
         self.max_positions = self.config["max_model_len"] + self.virtual
         self.heads = self.config["num_key_value_heads"], self.config["head_dim"]
-        # dynamic positions depend on the length of the whole prompt, which a piece of it does not know
-        self.piece = self.max_positions if self.config["rope_type"] == "dynamic" else self.CHUNK
+        self.model_config = ModelConfig.from_dict(self.config["model_config"], self.folder / "static_config.json")
+        self.two = self.model_config.position == "rope_2d"
+        self.piece = self.max_positions if self.two else self.CHUNK  # there a prompt's tokens see those behind them
         self.prefill_program = self._load("prefill.json", device)
         self.decode_program = self._load("decode.json", device)
         self.records = {}  # sequence -> (caches, its row in them, its tokens)
+        self.last_positions = {}  # sequence -> (2,) of its prompt's last token, where there are two
         self.prefix = None
         if self.virtual:
             tensors = read_safetensors(self.folder / "prefix.safetensors")  # {"keys.0": (P, K, Dh), …}
@@ -672,6 +757,7 @@ class StaticRunner:
     def release(self, sequence):
         """Forget the keys and values of a sequence; one that is not known is no error."""
         self.records.pop(sequence, None)
+        self.last_positions.pop(sequence, None)
 
     def prefill(self, sequences, prompts):
         """Whole prompts, lists of ids -> (S, V) float32 of their last tokens; prompts of like length share a batch."""
@@ -683,36 +769,39 @@ class StaticRunner:
             batch = waiting[: 1 if alone else max(1, self.BATCH_TOKENS // T)]
             waiting = waiting[len(batch) :]
             if alone:
-                logits[batch], caches = self._prefill_one(prompts[batch[0]])
+                logits[batch], caches = self._prefill_one(sequences[batch[0]], prompts[batch[0]])
             else:
-                logits[batch], caches = self._prefill_batch([prompts[i] for i in batch])
+                logits[batch], caches = self._prefill_batch([sequences[i] for i in batch], [prompts[i] for i in batch])
             for row, i in enumerate(batch):
                 self.records[sequences[i]] = (caches, row, len(prompts[i]) + self.virtual)
         return logits
 
-    def _prefill_batch(self, prompts):
+    def _prefill_batch(self, sequences, prompts):
         """Prompts padded on the left -> (B, V), caches."""
         B, T = len(prompts), max(map(len, prompts))
         ids, lengths = np.zeros((B, T), np.int64), np.array([len(prompt) for prompt in prompts])
         for row, prompt in enumerate(prompts):
             ids[row, T - len(prompt) :] = prompt
-        positions = np.maximum(np.arange(T) - (T - lengths[:, None]), 0)
-        return self._call(self.prefill_program, [ids, positions, self._rows(lengths, T)])
+        at = np.maximum(np.arange(T) - (T - lengths[:, None]), 0)
+        places = at, self._rows(lengths, T)
+        if self.two:
+            places = self._two_positions(sequences, prompts, T)
+        return self._call(self.prefill_program, [], ids, *places, self._lengths(sequences, at))
 
-    def _prefill_one(self, prompt):
+    def _prefill_one(self, sequence, prompt):
         """One prompt, after the prefix if there is one, piece by piece -> (1, V), caches."""
-        caches, start, logits = None, 0, None
+        caches, start, logits = [], 0, None
         if self.prefix is not None:
             caches = [array[None] for array in self.prefix]  # (1, P, K, Dh)
         while start < len(prompt):
             ids = np.array([prompt[start : start + self.piece]], np.int64)  # (1, T)
             before = start + self.virtual
-            positions, total = before + np.arange(ids.shape[1])[None], before + ids.shape[1]
-            feed = [ids, positions, self._rows(np.array([total]), total)]
-            if caches is None:
-                logits, caches = self._call(self.prefill_program, feed)
-            else:
-                logits, caches = self._call(self.decode_program, [*feed, *caches])
+            at, total = before + np.arange(ids.shape[1])[None], before + ids.shape[1]
+            places = at, self._rows(np.array([total]), total)
+            if self.two:
+                places = self._two_positions([sequence], [prompt], len(prompt))
+            program = self.decode_program if caches else self.prefill_program
+            logits, caches = self._call(program, caches, ids, *places, self._lengths([sequence], at))
             start += ids.shape[1]
         return logits, caches
 
@@ -720,12 +809,34 @@ class StaticRunner:
         """One more token of each sequence -> (S, V) float32."""
         lengths = np.array([self.records[sequence][2] for sequence in sequences])
         caches = self._gather(sequences, lengths)
-        rows = self._rows(lengths + 1, caches[0].shape[1] + 1)
         ids, positions = np.array(tokens, np.int64)[:, None], lengths[:, None]  # (B, 1): the prefix has positions too
-        logits, caches = self._call(self.decode_program, [ids, positions, rows, *caches])
+        rows = self._rows(lengths + 1, caches[0].shape[1] + 1)
+        places = positions, rows
+        if self.two:
+            steps = [[0, n - sequence.prompt_end + 1] for n, sequence in zip(lengths, sequences)]
+            places = np.stack([self.last_positions[s] for s in sequences])[:, None] + np.array(steps)[:, None]
+            places = places, np.concatenate([rows, np.zeros_like(rows)], axis=-1)
+        logits, caches = self._call(self.decode_program, caches, ids, *places, self._lengths(sequences, positions))
         for row, sequence in enumerate(sequences):
             self.records[sequence] = (caches, row, int(lengths[row]) + 1)
         return logits
+
+    def _lengths(self, sequences, positions):
+        """(B, T): the lengths of turning_lengths() for tokens at these positions (B, T); None where rope takes none."""
+        found = [turning_lengths(self.model_config, s.prompt_end, at) for s, at in zip(sequences, positions)]
+        return None if found[0] is None else np.stack(found)
+
+    def _two_positions(self, sequences, texts, T):
+        """Positions (B, T, 2) and rows (B, 1, virtual + T, 2) of whole texts padded on the left, behind the prefix."""
+        positions, before = np.zeros((len(texts), T, 2), np.int64), self.virtual
+        rows = np.zeros((len(texts), 1, before + T, 2), np.int32)
+        rows[:, :, :before, 0] = NEVER
+        for i, (sequence, text) in enumerate(zip(sequences, texts)):
+            prompt, first = sequence.prompt_end - before, T - len(text)
+            positions[i, first:], own = two_positions_of(self.model_config, text, prompt)
+            self.last_positions[sequence] = positions[i, first + prompt - 1]
+            rows[i, :, before + first :] = own[0] + np.minimum(before + first, NEVER - own[0])
+        return positions, rows
 
     def _gather(self, sequences, lengths):
         """The caches of these sequences as one batch, padded on the left: what the last step gave, if it still fits."""
@@ -747,12 +858,14 @@ class StaticRunner:
     def _rows(self, lengths, T):
         """(B, 1, T, 1) int32 FlashMask rows: the last `length` keys of each row may be seen, the padding may not."""
         padded = np.arange(T) < T - lengths[:, None]
-        return np.where(padded, 0, self.NEVER).astype(np.int32)[:, None, :, None]
+        return np.where(padded, 0, NEVER).astype(np.int32)[:, None, :, None]
 
-    def _call(self, program, arrays):
-        """Inputs in the program's order -> (B, V) float32 and the caches, keys of all layers before values."""
-        for name, array in zip(program.get_input_names(), arrays, strict=True):
-            program.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(array))
+    def _call(self, program, caches, ids, positions, rows, lengths):
+        """(B, V) float32 and the caches, keys of all layers before values. A program takes of the inputs what it has names for."""
+        arrays = {"input_ids": ids, "position_ids": positions, "rows": rows, "lengths": lengths}
+        arrays |= dict(zip((f"{kind}_{i}" for kind in ("keys", "values") for i in range(self.layers)), caches))
+        for name in program.get_input_names():
+            program.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(arrays[name]))
         program.run()
         logits, *caches = (program.get_output_handle(name).copy_to_cpu() for name in program.get_output_names())
         return logits, caches
@@ -786,7 +899,8 @@ class Engine:
 
     generate() and stream() block; submit() and abort() may be called from any thread, with start() and shutdown() for
     the thread that then calls step(). model: a CausalLM, or a runner such as StaticRunner: anything with PagedRunner's
-    run, fill_prefix, release, chunked, adapters, virtual, vocab_size and max_positions. adapters: {name: folder of a LoRA}.
+    run, fill_prefix, release, chunked (and then root), adapters, virtual, vocab_size and max_positions. adapters: {name:
+    folder of a LoRA}.
     """
 
     def __init__(self, model, tokenizer=None, num_blocks=256, block_size=16, max_num_seqs=16, max_num_batched_tokens=512,
@@ -844,7 +958,8 @@ class Engine:
             self.live[request.request_id] = params.n
             seed = int(self.seeds.integers(1 << 62)) if params.seed is None else params.seed
             # What the cached keys and values depend on besides the tokens, as the root of the chain of blocks.
-            root, leader = hashlib.blake2b((request.adapter or "").encode(), digest_size=16).digest(), None
+            turned = self.runner.root(len(prompt) + self.runner.virtual) if self.pool.reuse else 0
+            root, leader = hashlib.blake2b(f"{turned} {request.adapter or ''}".encode(), digest_size=16).digest(), None
             for index in range(params.n):
                 sampler = Sampler(params, index, self.stop_ids, seed)
                 text = TextStream(self.tokenizer, params.stop)
@@ -1217,7 +1332,7 @@ def build_engine(args):
         if model.prefix is None:
             raise UserError(f"prefix_path: {args.prefix_path} holds a LoRA; give it as lora_path")
     virtual = model.prefix.tokens if model.prefix is not None else 0
-    length = min(args.total_max_length + virtual, model.config.max_position_embeddings)
+    length = min(args.total_max_length + virtual, model.config.most_tokens)
     wanted = 2 * args.batch_size * -(-length // args.block_size)  # as much again to keep prompts for later ones
     block = PagedRunner.block_bytes(model.config, args.block_size, args.cachekv_int8_type is not None)
     num_blocks = args.num_blocks or min(wanted, int(args.kv_cache_gb * 1e9) // block)

@@ -19,6 +19,7 @@ from conftest import ROOT
 from golden_weights import CASES, draw, shapes
 
 import export
+import families
 import kernels
 import model as M
 import trainer
@@ -338,6 +339,87 @@ def test_static_of_every_kind_of_positions(tmp_path, capsys, case):
         assert [reply] == greedy_dynamic(model, [prompt], 8, [2])
 
 
+# ------------------------------------------------------------------------------------------ every family
+
+
+def of_family(tmp_path, name):
+    """A folder of a tiny model with the demo's tokenizer, and so with its vocabulary."""
+    key = "padded_vocab_size" if "padded_vocab_size" in families.CONFIGS[name] else "vocab_size"
+    return tokenizer_into(families.write(tmp_path / name, name, **{key: 3072}))
+
+
+def texts_of(config, lengths=(3, 14, 9), seed=0):
+    """Prompts of random ids; with two positions, a context, [gMASK] and <sop>, and one without."""
+    generator = np.random.default_rng(seed)
+    texts = [generator.integers(70, 3072, n).tolist() for n in lengths]
+    for text in texts[1:] if config.position == "rope_2d" else ():
+        text[-3:] = config.source["gmask_token_id"], config.source["bos_token_id"], text[-1]
+    return texts
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_in_both_formats(tmp_path, capsys, name):
+    """A Hugging Face folder with the same tensors, and static programs that write the same tokens in any company."""
+    source = of_family(tmp_path, name)
+    folder = run(tmp_path / "hf", model_name_or_path=source)
+    assert M.read_safetensors(folder / "model.safetensors").keys() == M.read_safetensors(source / "model.safetensors").keys()
+    for key, tensor in M.read_safetensors(source / "model.safetensors").items():
+        np.testing.assert_array_equal(M.read_safetensors(folder / "model.safetensors")[key], tensor)
+    assert json.loads((folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    folder = run(tmp_path / "static", model_name_or_path=source, format="static")
+    assert "largest difference of logits" in capsys.readouterr().out.splitlines()[-1]
+    runner, model = StaticRunner(folder), M.from_pretrained(source).eval()
+    assert runner.max_positions == model.config.most_tokens == (1 << 30 if name in families.ALIBI else 24 if name == "llama_dynamic" else 64)
+    texts = texts_of(model.config)
+    found = greedy_static(runner, texts, 8, [])
+    for text, reply in zip(texts, found):
+        assert [reply] == greedy_dynamic(model, [text], 8, [])
+
+
+def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
+    for name in ("bloom", "llama"):
+        (tmp_path / name).mkdir()
+        config = families.config(name, vocab_size=3072)
+        model = M.build(dataclasses.replace(config, quantization={**SCHEMES["a8w8"], "shift": True}))
+        plain = {w.name: w for w in M.base_weights(families.fill(M.build(config)))}
+        for w in M.base_weights(model):  # of the biases that a shift adds, none is 0
+            if w.stored is None:
+                array = plain[w.name].parameter.numpy() if w.name in plain else np.full(w.parameter.shape, 0.1, np.float32)
+                M.set_parameter(w.parameter, array)
+        for path, (_, _, layer) in M.linears(model).items():
+            round_into(layer, plain[path + ".weight"].parameter.numpy())
+        M.save_pretrained(model, tmp_path / name)
+        tokenizer_into(tmp_path / name)
+    folder = run(tmp_path / "floats", model_name_or_path=tmp_path / "bloom", dequantize=True)
+    again = M.from_pretrained(folder)
+    assert again.config.quantization is None and all(isinstance(layer, M.Linear) for *_, layer in M.linears(again).values())
+    with pytest.raises(UserError, match="was shifted: .* have no place in a float llama"):
+        run(tmp_path / "none", model_name_or_path=tmp_path / "llama", dequantize=True)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "mistral", "deepseek_v2_lite"])
+def test_static_goes_on_as_it_began(tmp_path, name):
+    """Behind a prefix, in pieces, and computed again with part of the reply, as the engine does after it made room."""
+    source = of_family(tmp_path, name)
+    model = M.apply_prefix(M.from_pretrained(source), tokens=5)
+    M.set_parameter(model.prefix.embedding, np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32))
+    M.save_adapter(model, tmp_path / "prefix", source)
+    runner = StaticRunner(run(tmp_path / "static", model_name_or_path=source, prefix_path=tmp_path / "prefix", format="static"))
+    assert runner.virtual == 5
+    runner.piece = runner.piece if name == "chatglm" else 4
+    texts, model = texts_of(model.config, (4, 9)), model.eval()
+    expected = [greedy_dynamic(model, [text], 7, [])[0] for text in texts]
+    assert greedy_static(runner, texts, 7, []) == expected
+    for text, reply in zip(texts, expected):
+        again = Text(runner, text)
+        again.tokens += reply[:3]
+        logits = runner.run([chunk(again, 5, len(again.tokens) - 5)])
+        assert logits.argmax() == reply[3]
+        again.tokens.append(reply[3])
+        assert runner.run([chunk(again, len(again.tokens) - 1, 1)]).argmax() == reply[4]
+
+
 def test_static_behind_a_prefix(tmp_path, prompts):
     model = M.apply_prefix(M.from_pretrained(DEMO), tokens=6)
     table = np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32)
@@ -409,7 +491,7 @@ def test_static_folder_that_is_not_whole(tmp_path):
     weights = (whole / "static.pdiparams").read_bytes()
     assert "static.pdiparams: has" in broken(lambda folder: (folder / "static.pdiparams").write_bytes(weights[:-1]))
     assert "damaged" in broken(lambda folder: (folder / "static_config.json").write_text("{"))
-    text = (whole / "static_config.json").read_text().replace('"format_version": 1', '"format_version": 7')
+    text = (whole / "static_config.json").read_text().replace('"format_version": 2', '"format_version": 7')
     assert "format_version 7" in broken(lambda folder: (folder / "static_config.json").write_text(text))
 
 
@@ -419,7 +501,7 @@ def test_programs_of_every_layout_of_integers(tmp_path, scheme):
     ids, mask = export.probe(model)
     expected = export.dynamic_logits(model, ids, mask)
     export.trace(model, tmp_path)
-    found = export.static_logits(tmp_path, {"prefix_tokens": 0}, ids, mask)
+    found = export.static_logits(tmp_path, model.config, 0, ids, mask)
     np.testing.assert_allclose(found, expected, atol=(0.02 if "a8w8" in scheme else 1e-4) * np.abs(expected).max())
 
 

@@ -285,7 +285,7 @@ def test_a_cache_that_attends_by_itself_gives_the_same_logits():
     c, size = model.config, 4
 
     class Pool:
-        prefix_tokens = 0
+        prefix_tokens, lengths = 0, None
 
         def __init__(self):
             shape = [16, size, c.num_key_value_heads, c.head_dim]

@@ -20,7 +20,9 @@ from conftest import ROOT, SHARED
 import data
 import kernels
 import model
+import families
 import quantize
+import serve
 import trainer
 
 DEMO = ROOT / "demo"
@@ -315,6 +317,10 @@ def make_loader(T=96, batch_size=2, zero_padding=True, split="train", source=DEM
 SEARCH = {"smooth_piecewise_search": True, "smooth_search_piece": True, "search_alpha_step": 0.2, "search_tokens": 96}
 
 
+def groups(net, block):
+    return [group for stage in quantize.stages_of(block, net.config) for group in stage]
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("keys", [{"shift": True}, {"smooth": True, "smooth_all_linears": True},
                                   {"shift": True, "smooth": True, "smooth_all_linears": True, **SEARCH}])  # fmt: skip
@@ -327,7 +333,7 @@ def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
         calibration = quantize.Calibration(net, make_loader(), 2)
         for index, block in enumerate(net.layers):
             slots = quantize.slots_of(net, index)
-            firsts = [names[0] for _, names in quantize.GROUPS]
+            firsts = [group.names[0] for group in groups(net, block)]
             observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
             weights = [slots[name].layer.weight.numpy() for name in firsts]
             quantize.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args)
@@ -341,14 +347,169 @@ def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
     np.testing.assert_allclose(logits(net), before, rtol=0, atol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------ every family
+
+_WIDE = {"head_dim": 16}
+_LATENT = {"hidden_size": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16,
+           "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+PACKABLE = {  # changes that make every linear's sizes multiples of 8, as eight 4-bit codes share a word
+    "llama_mqa": _WIDE | {"hidden_size": 24}, "qwen2": _WIDE | {"hidden_size": 48}, "qwen2_moe": {"shared_expert_intermediate_size": 24},
+    "qwen3": _WIDE, "qwen3_moe": _WIDE, "glm": _WIDE, "gemma": _WIDE, "gemma2": _WIDE, "gpt2": {"n_embd": 48},
+    "chatglm2_mha": {"kv_channels": 16}, "bloom_7heads": {"hidden_size": 56}, "opt": {"ffn_dim": 40}, "opt_350m": {"ffn_dim": 40},
+    "deepseek_v2": _LATENT | {"q_lora_rank": 24}, "deepseek_v2_lite": _LATENT, "deepseek_v3": _LATENT | {"q_lora_rank": 24},
+}  # fmt: skip
+
+
+class Texts:
+    """What Calibration takes of a loader: two batches of random texts, rows padded and packed."""
+
+    rows = [[[0, 1], [2]], [[3], [4, 5], [6]]]  # texts of each row of each batch
+
+    def __init__(self, net, seed=0):
+        generator, source = np.random.default_rng(seed), net.config.source
+        self.texts = [generator.integers(3, 55, n) for n in (9, 14, 17, 24, 5, 12, 8)]
+        if net.config.position == "rope_2d":
+            for text in self.texts:
+                text[2:4] = source["gmask_token_id"], source["bos_token_id"]
+        self.dataset = type("Dataset", (), {"lengths": np.array([len(text) for text in self.texts])})
+
+    def batch(self, epoch, index):
+        return data.collate(self.rows[index], lambda i: (self.texts[i], self.texts[i]), 26, 0)
+
+
+@paddle.no_grad()
+def logits_of_texts(net):
+    """(tokens, V) of the real tokens of the batches."""
+    found, loader = [], Texts(net)
+    for index in range(2):
+        batch = loader.batch(0, index)
+        arrays = (paddle.to_tensor(batch[key]) for key in ("input_ids", "position_ids", "startend_row_indices"))
+        found.append(net(*arrays).numpy()[quantize.real_positions(batch, loader)])
+    return np.concatenate(found)
+
+
+RESIDUAL = "the residual reads the norm, too"
+NO_BIAS = "a router reads the norm, and has no bias to take the constant"
+LEFT_OUT = {  # name: the lines that say what is not done
+    "opt_350m": {f"{way}: not before {name}: {RESIDUAL}" for way in ("shift", "smooth") for name in ("q_proj", "up_proj")},
+    "chatglm": {f"{way}: not before {name}: {RESIDUAL}" for way in ("shift", "smooth") for name in ("qkv_proj", "up_proj")}
+    | {"smooth: not before down_proj: gelu_tanh lies between, which no factor passes"},
+    "bloom": {"smooth: not before down_proj: gelu_tanh lies between, which no factor passes"},
+    "mixtral": {f"shift: not before gate_proj: {NO_BIAS}"},
+    "opt": set(), "llama": set(), "gemma2": set(), "chatglm2": set(), "internlm2": set(), "glm4": set(),
+}  # fmt: skip
+LEFT_OUT |= {"bloom_7heads": LEFT_OUT["bloom"], "gpt2": LEFT_OUT["bloom"], "deepseek_v3": LEFT_OUT["mixtral"],
+             "bloom_post": {line.replace("q_proj", "qkv_proj") for line in LEFT_OUT["opt_350m"]} | LEFT_OUT["bloom"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_shift_and_smoothing_leave_every_family_as_it_is(name):
+    """All that is done before rounding, on every linear that can take it; what cannot is named."""
+    net = families.build(name)
+    keys = {"search_scale_max": 1.0, "smooth_k_piece": 2, **SEARCH} if name in ("deepseek_v2", "gemma2") else {}
+    before, args, lines = (
+        logits_of_texts(net),
+        make_args(do_ptq=True, shift=True, smooth=True, smooth_all_linears=True, **keys),
+        set(),
+    )
+    with paddle.no_grad():
+        calibration = quantize.Calibration(net, Texts(net), 2)
+        assert calibration.tokens == 89
+        for index, block in enumerate(net.layers):
+            slots, found = quantize.slots_of(net, index), groups(net, block)
+            assert sorted(n for group in found for n in group.names) == sorted(slots)  # every linear is in one group
+            firsts = [group.names[0] for group in found]
+            observed = calibration.observe(block, [slots[first] for first in firsts], keep_rows=96)
+            weights = [slots[first].layer.weight.numpy() for first in firsts]
+            lines |= set(quantize.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args))
+            again = calibration.observe(block, [slots[first] for first in firsts], keep_rows=96)
+            for old, new in zip(observed, again):  # the statistics were carried along rightly
+                np.testing.assert_allclose(np.min(old.low, 0), np.min(new.low, 0), rtol=1e-3, atol=1e-3)
+            changed = [not np.array_equal(w, slots[first].layer.weight.numpy()) for w, first in zip(weights, firsts)]
+            sources = {group.source for group in found if not group.fixed}
+            assert changed == [not group.fixed or group.names[0] in sources for group in found]
+            calibration.advance(block)
+    assert lines == LEFT_OUT.get(name, lines) and (lines or name not in families.MOE)
+    np.testing.assert_allclose(logits_of_texts(net), before, rtol=0, atol=2e-5 * np.abs(before).max() + 1e-4)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_is_quantized(name, tmp_path, monkeypatch):
+    """Round to nearest, GPTQ (each linear better than to nearest), a8w8: written, opened again, the same logits and tokens."""
+    plain = families.build(name, **PACKABLE.get(name, {}))
+    wanted, errors = logits_of_texts(plain), []
+
+    def of_both(slot, hessian, plan, args, original=quantize.weight_only):
+        weight = slot.layer.weight.numpy()
+        nearest = quantize.round_to_nearest(weight, args.bits, args.group_size, args.sym).weight()
+        errors.append((original(slot, hessian, plan, args), quantize.output_error(weight, nearest, hessian)))
+        return errors[-1][0]
+
+    monkeypatch.setattr(quantize, "weight_only", of_both)
+    for keys, most in (({"do_ptq": True, "quant_type": "wint8"}, 0.03), ({"do_gptq": True}, 0.5),
+                       ({"do_ptq": True, "activation": "per_token", "shift": True, "smooth": True}, 0.05)):  # fmt: skip
+        net, args = families.build(name, **PACKABLE.get(name, {})), make_args(**keys)
+        errors.clear()
+        with paddle.no_grad():
+            rows = quantize.quantize_model(net, quantize.Calibration(net, Texts(net), 2), args, say=lambda line: None)
+        assert sorted(row["linear"] for row in rows) == sorted(model.linears(net))
+        assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.linears(net).values())
+        if args.do_gptq:
+            assert all(found < nearest for found, nearest in errors), errors
+        found = logits_of_texts(net)
+        error = np.median(
+            np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+        )  # routers may flip a few
+        assert error < most, (keys, error)
+        model.save_pretrained(net, tmp_path / args.algorithm)
+        again = model.from_pretrained(tmp_path / args.algorithm).eval()
+        np.testing.assert_allclose(logits_of_texts(again), found, rtol=0, atol=1e-5)
+        prompts = [text.tolist() for text in Texts(net, 1).texts[:3]]
+        engine = serve.Engine(again, num_blocks=40, block_size=8)
+        params = serve.SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+        replies = [c.token_ids for (c,) in engine.generate([serve.Request(prompt, params) for prompt in prompts])]
+        assert [len(reply) for reply in replies] == [min(5, engine.max_model_len - len(prompt)) for prompt in prompts]
+        if args.quant_type != "a8w8":  # whose steps another order of sums may cross
+            for prompt, reply in zip(prompts, replies):
+                assert reply == model.generate(again, np.array([prompt]), len(reply))[0, len(prompt) :].tolist()
+
+
+def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
+    net = families.build("mixtral_window")
+    for block in net.layers:
+        model.set_parameter(
+            block.mlp.router.weight,
+            block.mlp.router.weight.numpy() * np.array([1, 1, 0], np.float32) - np.array([0, 0, 1e3], np.float32),
+        )
+    block = net.layers[0]
+    model.set_parameter(block.mlp_norm.weight, np.abs(block.mlp_norm.weight.numpy()))
+    with paddle.no_grad():
+        calibration, slots = quantize.Calibration(net, Texts(net), 2), quantize.slots_of(net, 0)
+        names = [f"mlp.experts.{e}.{proj}" for e in range(3) for proj in ("gate_proj", "down_proj")]
+
+        def never(flat, route=model.SparseMLP.route):
+            weights, chosen, probabilities = route(block.mlp, flat)
+            return weights, chosen * 0 + (flat[:, :1] > 0).astype("int64"), probabilities
+
+        block.mlp.route = never  # to experts 0 and 1
+        found = dict(zip(names, calibration.observe(block, [slots[name] for name in names], True, 64)))
+    tokens = {name: inputs.tokens for name, inputs in found.items()}
+    assert (
+        tokens[names[0]] + tokens[names[2]] == 89 and tokens[names[0]] == tokens[names[1]] and 0 < tokens[names[0]] < 89
+    )
+    assert tokens[names[4]] == tokens[names[5]] == 89
+    together = found[names[0]].hessian + found[names[2]].hessian  # each token once: padding counts for nothing
+    np.testing.assert_allclose(found[names[4]].hessian, together, rtol=1e-4, atol=1e-4)
+
+
 def test_shift_centers_every_channel_that_a_norm_puts_out():
     net, args = tiny_model(), make_args(do_ptq=True, shift=True)
     with paddle.no_grad():
         calibration, slots = quantize.Calibration(net, make_loader(), 2), quantize.slots_of(net, 0)
-        firsts = [names[0] for _, names in quantize.GROUPS]
+        firsts = [group.names[0] for group in groups(net, net.layers[0])]
         observed = dict(zip(firsts, calibration.observe(net.layers[0], [slots[name] for name in firsts])))
         quantize.prepare_block(net.layers[0], slots, observed, net.config, args)
-        low, high = calibration.observe(net.layers[0], [slots["gate_proj"]])[0].extremes(2)
+        low, high = calibration.observe(net.layers[0], [slots["mlp.gate_proj"]])[0].extremes(2)
     np.testing.assert_allclose(low, -high, atol=1e-4)
 
 
@@ -360,7 +521,7 @@ def test_padding_counts_for_nothing():
         with paddle.no_grad():
             calibration = quantize.Calibration(net, loader, loader.batches_per_epoch)
             slots = quantize.slots_of(net, 0)
-            found.append(calibration.observe(net.layers[0], [slots["q_proj"], slots["down_proj"]], True))
+            found.append(calibration.observe(net.layers[0], [slots["attention.q_proj"], slots["mlp.down_proj"]], True))
     for packed, padded in zip(*found):
         assert packed.tokens == padded.tokens == int(loader.dataset.lengths.sum())
         np.testing.assert_allclose(packed.mean_hessian(), padded.mean_hessian(), rtol=1e-3, atol=1e-4)
@@ -560,17 +721,17 @@ def plant(net, loader, factor=50.0, offset=0.0, channels=4):
     calibration = quantize.Calibration(net, loader, 1)
     for index, block in enumerate(net.layers):
         slots = quantize.slots_of(net, index)
-        observed = calibration.observe(block, [slots["q_proj"], slots["gate_proj"]])
-        for (norm, names), inputs in zip(quantize.GROUPS[::2], observed):
+        observed = calibration.observe(block, [slots["attention.q_proj"], slots["mlp.gate_proj"]])
+        for group, inputs in zip(groups(net, block)[::2], observed):
             low, high = inputs.extremes(1)
             chosen = np.argsort(-np.abs(low + high) / (high - low), kind="stable")[:channels]  # the most one-sided
             scale, moved = np.ones_like(low), np.zeros_like(low)
             scale[chosen] = 1 / factor
             moved[chosen] = -offset * factor * (high - low)[chosen] / 2
-            layers = [slots[name].layer for name in names]
-            quantize.smooth(getattr(block, norm), layers, scale)
+            layers, norm = [slots[name].layer for name in group.names], getattr(block, group.source)
+            quantize.smooth(norm, layers, scale)
             if offset:
-                quantize.shift(getattr(block, norm), layers, moved)
+                quantize.shift(norm, layers, moved)
         calibration.advance(block)
     return net
 

@@ -16,7 +16,10 @@ import numpy as np
 import paddle
 import pytest
 
+from conftest import SHARED
+
 import data
+import families
 import kernels
 import model as M
 import serve
@@ -173,6 +176,134 @@ def test_requests_join_and_leave_at_any_step():
     all_given_back(engine)
 
 
+# ================================================================================================== every family
+
+
+GOLDENS = sorted(path.parent for kind in ("hf/*/oracle.npz", "models/*/golden.npz") for path in (SHARED / "golden").glob(kind))
+NOT_FAMILIES = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")  # goldens of architectures that are refused by name
+LIMITS = ({}, {"max_num_batched_tokens": 5, "max_num_seqs": 4, "block_size": 3}, {"block_size": 4, "num_blocks": 16})
+
+
+def family_prompts(config, lengths, seed=0):
+    """Random ids; with two positions also a [gMASK] and a <sop>, the latter last, in the middle or not at all."""
+    generator, source = np.random.default_rng(seed), config.source
+    texts = [generator.integers(3, 55, n).tolist() for n in lengths]
+    for i, text in enumerate(texts if config.position == "rope_2d" else ()):
+        if i % 3 != 2 and len(text) > 2:
+            at = len(text) if i % 3 == 0 else len(text) // 2 + 1
+            text[at - 2 : at] = source["gmask_token_id"], source["bos_token_id"]
+    return texts
+
+
+def served(model, texts, new, limits, repeats=2, **more):
+    """Replies of the engine, the same from its cache a second time; with the engine."""
+    engine = Engine(model, **{"num_blocks": 80, "block_size": 16, **limits}, **more)
+    found = [run(engine, [Request(text, greedy(new)) for text in texts]) for _ in range(repeats)]
+    assert found[0] == found[-1]
+    all_given_back(engine)
+    return [replies[0] for replies in found[0]], engine
+
+
+@pytest.mark.parametrize("folder", GOLDENS or [None], ids=lambda folder: folder and folder.name)
+def test_goldens_are_generated_in_any_company(folder):
+    """The reference's own greedy tokens, beside prompts of other lengths."""
+    if folder is None:
+        pytest.skip("needs ../shared/golden, which is not here")
+    if folder.name in NOT_FAMILIES:
+        with pytest.raises(UserError, match="model_type '.*' is not supported"):
+            M.from_pretrained(folder)
+        return
+    model, oracle_npz = M.from_pretrained(folder).eval(), folder / "oracle.npz"
+    golden = np.load(oracle_npz if oracle_npz.is_file() else folder / "golden.npz")
+    prompts, replies = golden["gen_prompt"], golden["gen_out" if oracle_npz.is_file() else "gen_ids"]
+    T = prompts.shape[1]
+    replies = replies[:, T:] if np.array_equal(replies[:, :T], prompts) else replies
+    others = [golden["input_ids"][0, :n].tolist() for n in (3, 7)]
+    for limits in LIMITS:
+        found, engine = served(model, [*prompts.tolist(), *others], replies.shape[1], limits)
+        room = engine.max_model_len - T  # 8 positions and factor 2 are few for dynamic rope
+        assert found[: len(prompts)] == replies[:, :room].tolist() and (room >= replies.shape[1] or "dynamic" in folder.name)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_in_chunks_with_reuse_and_preemption(name):
+    model = families.build(name)
+    texts = family_prompts(model.config, (3, 14, 9, 1, 17, 6))
+    expected = [oracle(model, text, min(10, model.config.most_tokens - len(text))) for text in texts]
+    for limits in LIMITS:
+        found, engine = served(model, texts, 10, limits)
+        assert found == expected, limits
+        assert engine.totals["preemptions"] > 0 or "num_blocks" not in limits
+        assert (engine.totals["cached_tokens"] > 0) == engine.runner.chunked or limits.get("block_size", 16) > 4
+    loud = dataclasses.replace(greedy(1), logprobs=0)
+    exact, rounded = (Engine(model, num_blocks=20, max_num_batched_tokens=6, int8_cache=int8).generate([Request(texts[1], loud)]) for int8 in (False, True))
+    assert abs(exact[0][0].logprobs[0][0] - rounded[0][0].logprobs[0][0]) < 0.1
+
+
+@pytest.mark.parametrize("name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "gemma2", "glm", "mixtral_window", "deepseek_v3"])
+def test_every_kind_of_positions_behind_a_prefix_and_with_adapters(name, tmp_path):
+    model = M.apply_prefix(families.build(name), 5)
+    M.set_parameter(model.prefix.embedding, np.random.default_rng(5).standard_normal(model.prefix.embedding.shape).astype(np.float32))
+    texts = family_prompts(model.config, (4, 11, 9), seed=2)
+    expected = [oracle(model.eval(), text, min(8, model.config.most_tokens - 5 - len(text))) for text in texts]
+    for limits in ({}, {"max_num_batched_tokens": 6, "max_num_seqs": 3, "block_size": 3}, {"block_size": 3, "num_blocks": 10}):
+        found, engine = served(model, texts, 8, limits)
+        assert found == expected
+    assert engine.totals["preemptions"] > 0
+    paths = {}
+    for seed in range(2):
+        adapted = M.apply_lora(families.build(name), rank=2, seed=seed)
+        for i, layer in enumerate(M.lora_layers(adapted).values()):
+            M.set_parameter(layer.lora_B, np.random.default_rng([seed, i]).standard_normal(layer.lora_B.shape).astype(np.float32) * 0.2)
+        paths[f"lora{seed}"] = M.save_adapter(adapted, tmp_path / f"lora{seed}") or tmp_path / f"lora{seed}"
+    engine, wanted = Engine(families.build(name), num_blocks=60, block_size=4, adapters=paths), []
+    asked = [(text, adapter) for text in texts for adapter in (None, "lora0", "lora1")]
+    for text, adapter in asked:
+        one = families.build(name) if adapter is None else M.load_adapter(families.build(name), paths[adapter])
+        wanted.append([oracle(one.eval(), text, min(6, model.config.most_tokens - len(text)))])
+    assert run(engine, [Request(text, greedy(6), adapter) for text, adapter in asked]) == wanted
+    assert len({tuple(replies[0]) for replies in wanted}) > len(texts)
+
+
+def test_blocks_are_shared_only_where_positions_are_turned_alike():
+    """Qwen's base grows in powers of two of the prompt's length over 8, dynamic rope's with every token past 8."""
+    for name, most in (("qwen_ntk", [0, 8, 0, 16, 0]), ("llama_dynamic", [0, 4, 0, 0, 0]), ("llama", [0, 8, 8, 16, 20])):
+        model, cached = families.build(name), []
+        text = family_prompts(model.config, [40])[0]
+        engine = Engine(model, num_blocks=60, block_size=4)
+        for prompt in (text[:10], text[:9], text[:17], text[:20], text[:33]) if most[1] == 8 else (text[:7], text[:8], text[:10], text[:11], text[:12]):
+            room = min(4, model.config.most_tokens - len(prompt))
+            (completion,) = engine.generate([Request(prompt, greedy(4))])[0]
+            assert completion.token_ids == oracle(model, prompt, room)
+            cached.append(completion.cached_tokens)
+        assert cached == most, name
+
+
+def test_alibi_goes_on_past_the_trained_length_and_tables_do_not():
+    for name in ("bloom", "baichuan_13b"):
+        model = families.build(name)
+        text = family_prompts(model.config, [90])[0]
+        found, engine = served(model, [text, text[:70]], 6, {"num_blocks": 40, "block_size": 8, "max_num_batched_tokens": 50})
+        assert found == [oracle(model, text, 6), oracle(model, text[:70], 6)] and engine.max_model_len == 40 * 8
+    engine = Engine(families.build("opt"), num_blocks=40, block_size=8)
+    with pytest.raises(PromptTooLong, match="at most 63 fit"):
+        engine.submit(Request(text, greedy()), print)
+    full = family_prompts(engine.runner.config, [60])[0]
+    assert len(run(engine, [Request(full, greedy(20))])[0][0]) == 4  # 64 positions, and no more
+
+
+def test_replies_to_a_prompt_that_sees_itself_both_ways():
+    model = families.build("chatglm")
+    (text,) = family_prompts(model.config, [12])
+    engine = Engine(model, num_blocks=40, block_size=4)
+    replies = engine.generate([Request(text, dataclasses.replace(greedy(8), n=3))])[0]
+    assert [c.token_ids for c in replies] == [oracle(model, text, 8)] * 3
+    longer = [*text[:8], *text]
+    assert run(engine, [Request(longer, greedy(8))]) == [[oracle(model, longer, 8)]] and not engine.totals["cached_tokens"]
+    all_given_back(engine)
+    assert not engine.runner.last_positions
+
+
 # ==================================================================================== prefix reuse, blocks, preemption
 
 
@@ -297,7 +428,7 @@ def demo_logits(int8, replies, spoil=lambda runner: None):
     """(tokens, V): of replies that are given, so that runs can be compared; spoil(runner) comes after each prompt."""
     runner, found = serve.PagedRunner(M.from_pretrained(DEMO), 64, 16, int8=int8), []
     for prompt, reply in replies:
-        sequence = types.SimpleNamespace(tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt))
+        sequence = types.SimpleNamespace(tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt), prompt_end=len(prompt))
         found.append(runner.run([serve.Chunk(sequence, 0, len(prompt))]))
         spoil(runner)
         found += [runner.run([serve.Chunk(sequence, at, 1)]) for at in range(len(prompt), len(sequence.tokens) - 1)]
