@@ -1,17 +1,26 @@
-"""One decoder, the weight names of its families, LoRA and prefix tuning, and a naive generate().
+"""One decoder that is every family, their weight names, LoRA and prefix tuning, and a naive generate().
 
-    model = from_pretrained("path/to/llama")            # any Hugging Face folder of a family in FAMILIES, or PaddleNLP's
+    model = from_pretrained("path/to/a/model")           # a Hugging Face or PaddleNLP folder of a family in FAMILIES
     logits = model(input_ids)                            # (B, T) int64 -> (B, T, V)
     losses = model(input_ids, labels=labels)             # (B, T) float32 per token, without ever holding the logits
-    save_pretrained(model, "out")                        # Hugging Face layout again
+    save_pretrained(model, "out")                        # Hugging Face layout again, of the same family
 
-Architecture: pre-norm RMSNorm · rotary positions in the half-split layout, with linear, dynamic, yarn and llama3 scaling ·
-grouped-query attention that takes FlashMask rows · SwiGLU · tied or own head · biases where the config says so.
+A family is a row of FAMILIES: how its config.json is read into the traits of a ModelConfig, and a table of weight names.
+The decoder asks for traits, never for a family:
+RMSNorm or LayerNorm before, after or around each half of a block, the residual around either · positions by rotation
+(of all or some dims, halves or neighbours, in two dimensions; linear, dynamic, yarn, llama3 scaling), by ALiBi or learned ·
+grouped-query attention that takes FlashMask rows, with windows, soft caps and norms of heads, or through latents (MLA) · q, k, v
+in one linear or three, as the family's files have them, so that names, adapters and moments are one to one · MLPs with or
+without gate, dense or of routed and shared experts · tied, own or normalised head.
+
+Sections, each readable by itself: config, families, rotary positions, decoder | tensor files on disk, weights by their
+names, PaddleNLP's names | LoRA adapters, prefix tuning, adapters on disk | generate.
 
 This file knows nothing of topology or hardware: it reshapes with -1 and calls kernels.*. Labels come already shifted.
+There is no dropout in the decoder, whatever config.json says: only LoRA has its own.
 
 Letters: B batch, T sequence, D model width, H query heads, K key/value heads, Dh head dim, F feed-forward width,
-V vocabulary, L layers, P prefix tokens, R LoRA rank.
+V vocabulary, E experts, L layers, N tokens of a batch, P prefix tokens, R LoRA rank, r dims of a head that turn.
 """
 
 import contextlib
@@ -1103,9 +1112,13 @@ class PrefixPlaces:
         first = seen & ((positions == 0) | (seen.cumsum(1) == 1))
         most = int(first.sum(1).max())
         width = T + P * most
-        places = np.arange(T) + P * (most - first.sum(1, keepdims=True) + first.cumsum(1))  # (B, T) of the text's tokens
+        places = np.arange(T) + P * (
+            most - first.sum(1, keepdims=True) + first.cumsum(1)
+        )  # (B, T) of the text's tokens
         never = np.iinfo(np.int32).max
-        ends = np.where(ends < T, np.take_along_axis(places, ends.clip(0, T - 1), 1), np.minimum(ends + width - T, never))
+        ends = np.where(
+            ends < T, np.take_along_axis(places, ends.clip(0, T - 1), 1), np.minimum(ends + width - T, never)
+        )
         self.rows = np.zeros((B, 1, width, 1), np.int32)
         source = np.zeros((B, width), np.int64)  # of each key, among the prefix's P and the text's T
         for b in range(B):
@@ -1496,7 +1509,11 @@ class CausalLM(nn.Layer):
         found = kernels.linear_cross_entropy(flat, weight, labels.flatten(), transpose_weight=tied,
                                              return_predictions=return_predictions, softcap=self.config.final_softcap)  # fmt: skip
         losses = (found[0] if return_predictions else found).reshape(labels.shape)
-        if self.training and additions and (more := self.additions(flat, labels, weight, tied, probabilities)) is not None:
+        if (
+            self.training
+            and additions
+            and (more := self.additions(flat, labels, weight, tied, probabilities)) is not None
+        ):
             losses = losses + more * (labels != -100).astype(losses.dtype)
         return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
 
