@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def pytest_addoption(parser):
     parser.addoption("--hf-python", default=None, help="a Python with torch, transformers and peft, for tests marked torch")
+    parser.addoption("--chat-templates", default=None, help="a folder of published chat templates, for the test that renders them")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
