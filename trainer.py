@@ -589,7 +589,7 @@ def not_here(key, path):
     name, preset = found
     if preset["repo"] is None:
         return f"{key}: {name} has no published weights: pretrain.py makes them, with a tokenizer's folder as tokenizer_name_or_path"
-    files = "config.json, *.safetensors and the tokenizer's files"
+    files = "config.json, *.safetensors or *.bin, and the tokenizer's files"
     if key.startswith("tokenizer"):
         files = "the tokenizer's files"
     else:

@@ -354,7 +354,7 @@ _LATENT = {"hidden_size": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_ro
            "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 PACKABLE = {  # changes that make every linear's sizes multiples of 8, as eight 4-bit codes share a word
     "llama_mqa": _WIDE | {"hidden_size": 24}, "qwen2": _WIDE | {"hidden_size": 48}, "qwen2_moe": {"shared_expert_intermediate_size": 24},
-    "qwen3": _WIDE, "qwen3_moe": _WIDE, "glm": _WIDE, "gemma": _WIDE, "gemma2": _WIDE, "gpt2": {"n_embd": 48},
+    "mistral": {"hidden_size": 40}, "mixtral": {"hidden_size": 32}, "qwen3": _WIDE, "qwen3_moe": _WIDE, "glm": _WIDE, "gemma": _WIDE, "gemma2": _WIDE, "gpt2": {"n_embd": 48},
     "chatglm2_mha": {"kv_channels": 16}, "bloom_7heads": {"hidden_size": 56}, "opt": {"ffn_dim": 40}, "opt_350m": {"ffn_dim": 40},
     "deepseek_v2": _LATENT | {"q_lora_rank": 24}, "deepseek_v2_lite": _LATENT, "deepseek_v3": _LATENT | {"q_lora_rank": 24},
 }  # fmt: skip
