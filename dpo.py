@@ -395,8 +395,8 @@ def main(args):
     model.recompute = args.recompute
     check_model(model, args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
-    trainer.check_positions(model, args.model_name_or_path, max_seq_len=args.max_seq_len,
-                            max_prompt_len_and_max_new_tokens=args.max_prompt_len + args.max_new_tokens)  # fmt: skip
+    needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": args.max_prompt_len + args.max_new_tokens}
+    trainer.check_positions(model, args.model_name_or_path, needed)
     dev_known = train_known = before = None
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     if dev and not args.reference_free:

@@ -234,8 +234,9 @@ def main(args):
     model.recompute, model.neftune_noise_alpha = args.recompute, args.neftune_noise_alpha
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     before_text = args.num_prefix_tokens if args.prefix_tuning else 0
-    trainer.check_positions(model, args.model_name_or_path, max_length=args.max_length + before_text,
-                            src_length_and_max_new_tokens=args.src_length + args.max_new_tokens + before_text)  # fmt: skip
+    needed = {"max_length": args.max_length, "src_length + max_new_tokens": args.src_length + args.max_new_tokens}
+    needed = {key: tokens + before_text for key, tokens in needed.items()}
+    trainer.check_positions(model, args.model_name_or_path, needed)
     shown = [i for i in range(len(dev_records) if dev else 0) if isinstance(dev_records.record(i)["src"], str)][:3]
     before = answer(model, tokenizer, dev_records, shown, args) if shown and args.do_train else []
     recall_before = None

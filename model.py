@@ -260,6 +260,8 @@ class Family:
     rope_theta: float = 10000.0  # when config.json is silent
     prefix: str = "model."  # of the names of all but the head; some published files leave it out
     also_stores_head: bool = False  # a tied head is written to its files as well
+    model_type: str | None = None  # in config.json, where it is not the row's own name
+    told_by: tuple = ()  # keys of config.json, any of which tells the family from another of its model_type
     settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
 
 
@@ -637,8 +639,8 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...}),
     "baichuan": Family("BaichuanForCausalLM", _NAMES_BAICHUAN, _baichuan, settings=_SILU),
     "chatglm": Family("ChatGLMModel", _NAMES_CHATGLM, _chatglm, True, 1e-5, prefix="transformer.", also_stores_head=True,
-                      settings={"position_encoding_2d": (True,)}),
-    "chatglm2": Family("ChatGLMModel", _NAMES_CHATGLM2, _chatglm2, norm_eps=1e-5, prefix="transformer.",
+                      told_by=("position_encoding_2d", "inner_hidden_size"), settings={"position_encoding_2d": (True,)}),
+    "chatglm2": Family("ChatGLMModel", _NAMES_CHATGLM2, _chatglm2, norm_eps=1e-5, prefix="transformer.", model_type="chatglm",
                        settings={"apply_residual_connection_post_layernorm": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
                                  "original_rope": (True,), "apply_query_key_layer_scaling": (True, False), "add_qkv_bias": (True, False),
                                  "add_bias_linear": (True, False), "rope_ratio": ..., "multi_query_attention": (True, False)}),
@@ -667,17 +669,14 @@ FAMILIES = {
 
 
 def _family_of(source, path):
-    """The row of FAMILIES for a config.json. ChatGLM-6B and its successors share a model_type and a class name."""
-    family = source.get("model_type")
-    if family == "chatglm" and not any(key in source for key in ("position_encoding_2d", "inner_hidden_size")):
-        family = "chatglm2"
-    elif family == "chatglm2":
-        family = None  # a name of ours, of no config.json
-    if not isinstance(family, str) or family not in FAMILIES:
-        known = sorted(set(FAMILIES) - {"chatglm2"})
-        raise UserError(
-            f"{path}: model_type {source.get('model_type')!r} is not supported; supported are {', '.join(known)}"
-        )
+    """The row of FAMILIES for a config.json, by its model_type and, where rows share one, by the keys that tell them apart."""
+    kind, types = source.get("model_type"), {name: row.model_type or name for name, row in FAMILIES.items()}
+    rows = [(name, FAMILIES[name].told_by) for name, model_type in types.items() if model_type == kind]
+    told = [name for name, keys in rows if source.keys() & set(keys)]
+    family = next(iter(told or [name for name, keys in rows if not keys]), None)
+    if family is None:
+        known = ", ".join(sorted(set(types.values())))
+        raise UserError(f"{path}: model_type {kind!r} is not supported; supported are {known}")
     return family
 
 
@@ -1112,9 +1111,8 @@ class PrefixPlaces:
         first = seen & ((positions == 0) | (seen.cumsum(1) == 1))
         most = int(first.sum(1).max())
         width = T + P * most
-        places = np.arange(T) + P * (
-            most - first.sum(1, keepdims=True) + first.cumsum(1)
-        )  # (B, T) of the text's tokens
+        prefixes = most - first.sum(1, keepdims=True) + first.cumsum(1)  # that stand before each token of the text
+        places = np.arange(T) + P * prefixes  # (B, T)
         never = np.iinfo(np.int32).max
         ends = np.where(
             ends < T, np.take_along_axis(places, ends.clip(0, T - 1), 1), np.minimum(ends + width - T, never)

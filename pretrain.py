@@ -80,7 +80,7 @@ def main(args):
         init_weights(model, args.seed)
     model.recompute = args.recompute
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
-    trainer.check_positions(model, args.model_name_or_path, max_seq_length=args.max_seq_length)
+    trainer.check_positions(model, args.model_name_or_path, {"max_seq_length": args.max_seq_length})
     trainer.prepare_output_dir(args)
     print(f"model: {model.num_parameters():,} parameters, {'continued' if args.continue_training else 'from scratch'}")
 

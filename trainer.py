@@ -1482,12 +1482,12 @@ def check_vocabulary(model, tokenizer, path):
         raise UserError(f"{path}: {found}; they belong to different models")
 
 
-def check_positions(model, path, **needed):
-    """UserError if what some keys ask for, in tokens, goes past the end of the model's table of learned positions."""
+def check_positions(model, path, needed):
+    """UserError if what keys ask for, {their names: tokens}, goes past the end of the model's table of learned positions."""
     limit = model.config.max_position_embeddings
     key, tokens = max(needed.items(), key=lambda item: item[1])
     if model.config.position == "learned" and tokens > limit:
-        raise UserError(f"{path}: has learned {limit} positions; {key.replace('_and_', ' + ')} asks for {tokens}; lower it")
+        raise UserError(f"{path}: has learned {limit} positions; {key} asks for {tokens}; lower it")
 
 
 def shown(metrics):

@@ -221,36 +221,17 @@ def test_experts_without_tokens_and_with_all_of_them(name):
 # ========================================================================================================== generate
 
 
+@pytest.mark.parametrize("new, behind_prefix", [(9, False), (7, True)], ids=["plain", "prefix"])
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_generation_equals_whole_forwards(name):
-    """Greedy, with left-padded rows beside; where a length stretches all positions, only row by row."""
-    model, new = build(name), 9
+def test_cached_generation_equals_whole_forwards(name, new, behind_prefix):
+    """Greedy, and left-padded rows == rows alone; where a length stretches all positions, only the latter."""
+    model = prefixed(name) if behind_prefix else build(name)
     ids, _ = samples_of(name, 3, 8)
-    out = M.generate(model, ids, new)
     if name not in STRETCHED:
         text = ids
         for _ in range(new):
             text = np.concatenate([text, model(tensor(text)).numpy()[:, -1].argmax(-1)[:, None]], 1)
-        assert np.array_equal(out, text)
-    mask = np.ones((3, 13), np.int64)
-    padded = np.zeros((3, 13), np.int64)
-    for row, pad in enumerate((5, 7, 10)):
-        mask[row, :pad], padded[row, pad:] = 0, ids[row, pad - 5 :]
-    found = M.generate(model, padded, new, attention_mask=mask)[:, 13:]
-    for row, pad in enumerate((0, 2, 5)):
-        assert np.array_equal(found[row], M.generate(model, ids[row : row + 1, pad:], new)[0, 8 - pad :]), row
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_prefix_generation(name):
-    """Cached == whole forwards, and left-padded rows == rows alone, behind a trained prefix."""
-    model, new = prefixed(name), 7
-    ids, _ = samples_of(name, 3, 8)
-    if name not in STRETCHED:
-        out, text = M.generate(model, ids, new), ids
-        for _ in range(new):
-            text = np.concatenate([text, model(tensor(text)).numpy()[:, -1].argmax(-1)[:, None]], 1)
-        assert np.array_equal(out, text)
+        assert np.array_equal(M.generate(model, ids, new), text)
     mask, padded = np.ones((3, 13), np.int64), np.zeros((3, 13), np.int64)
     for row, pad in enumerate((5, 7, 10)):
         mask[row, :pad], padded[row, pad:] = 0, ids[row, pad - 5 :]

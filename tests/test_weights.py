@@ -190,13 +190,7 @@ def what_its_class_asks_for(name):
     return {"pad_token_id": CONFIGS[name].get("pad_token_id", 0)} | more
 
 
-@pytest.mark.torch
-def test_transformers_opens_every_family(hf_python, tmp_path):
-    models = {name: build(name, **what_its_class_asks_for(name)) for name in IN_TRANSFORMERS}
-    for i, (name, model) in enumerate(models.items()):
-        M.save_pretrained(model, tmp_path / "ours" / name, max_shard_bytes=8_000 if i % 2 else 5 << 30)
-    np.save(tmp_path / "ids.npy", IDS)
-    script = """
+OPENS_ALL = """
 import pathlib, torch, transformers
 arrays = {}
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
@@ -204,8 +198,16 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
     with torch.no_grad():
         arrays[folder.name] = model(torch.from_numpy(np.load(sys.argv[3]))).logits.numpy()
-"""
-    theirs = hf_python(script, tmp_path / "ours", tmp_path / "ids.npy")
+"""  # the logits of every model of a folder, by its name
+
+
+@pytest.mark.torch
+def test_transformers_opens_every_family(hf_python, tmp_path):
+    models = {name: build(name, **what_its_class_asks_for(name)) for name in IN_TRANSFORMERS}
+    for i, (name, model) in enumerate(models.items()):
+        M.save_pretrained(model, tmp_path / "ours" / name, max_shard_bytes=8_000 if i % 2 else 5 << 30)
+    np.save(tmp_path / "ids.npy", IDS)
+    theirs = hf_python(OPENS_ALL, tmp_path / "ours", tmp_path / "ids.npy")
     assert theirs.keys() == models.keys()
     errors = {name: largest(theirs[name], logits(model)) for name, model in models.items()}
     print(errors)
@@ -498,16 +500,7 @@ def test_transformers_opens_what_was_converted_from_paddlenlp(hf_python, tmp_pat
         M.save_pretrained(model, tmp_path / "ours" / case)
         expected[case] = logits(model)
     np.save(tmp_path / "ids.npy", IDS)
-    script = """
-import pathlib, torch, transformers
-arrays = {}
-for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
-    with torch.no_grad():
-        arrays[folder.name] = model(torch.from_numpy(np.load(sys.argv[3]))).logits.numpy()
-"""
-    theirs = hf_python(script, tmp_path / "ours", tmp_path / "ids.npy")
+    theirs = hf_python(OPENS_ALL, tmp_path / "ours", tmp_path / "ids.npy")
     errors = {case: largest(theirs[case], expected[case]) for case in cases}
     print(errors)
     assert len(errors) > 10 and max(errors.values()) < 1e-4, errors
