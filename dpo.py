@@ -316,7 +316,8 @@ def answer(model, tokenizer, dataset, indices, args):
     answers = []
     for i in indices:
         prompt = dataset.pair(i)[0][None].astype(np.int64)
-        out = generate(model, prompt, args.max_new_tokens, tokenizer.stop_ids)[0, prompt.shape[1] :]
+        room = max(0, model.config.most_tokens - prompt.shape[1])  # a pair that fits may have a long prompt
+        out = generate(model, prompt, min(args.max_new_tokens, room), tokenizer.stop_ids)[0, prompt.shape[1] :]
         answers.append(tokenizer.decode_reply(out))
     return answers
 

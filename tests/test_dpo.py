@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import types
 
 import numpy as np
 import paddle
@@ -709,3 +710,16 @@ os.chdir(sys.argv[1])
 import dpo
 print(json.dumps(os.listdir(".")))"""
     assert run_python(script, tmp_path) == []
+
+
+def test_answers_end_with_the_table_of_positions():
+    """A learned table has an end; a prompt longer than max_prompt_len is kept where its pair fits."""
+    import families
+
+    model = families.build("gpt2").eval()
+    limit = model.config.max_position_embeddings
+    prompt = np.arange(limit - 3) % model.config.vocab_size
+    tokenizer = types.SimpleNamespace(stop_ids=[], decode_reply=list)
+    dataset = types.SimpleNamespace(pair=lambda i: [prompt])
+    (reply,) = dpo.answer(model, tokenizer, dataset, [0], types.SimpleNamespace(max_new_tokens=9))
+    assert len(reply) == 3
