@@ -12,12 +12,14 @@ Not here: KTO, a reference that moves, more than one process.
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+import parallel
 import trainer  # before paddle: it silences what paddle says while it is imported
 import kernels
 import paddle
@@ -26,7 +28,6 @@ from data import PreferenceDataset, PreferenceLoader, UserError, load_chat_templ
 from model import (
     adapter_disabled,
     apply_lora,
-    from_pretrained,
     generate,
     halve_frozen,
     load_adapter,
@@ -39,6 +40,8 @@ from model import (
 )
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "or", "orpo")
+FIGURES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/accuracies",
+           "logps/chosen", "logps/rejected", "dpo_loss", "sft_loss")  # fmt: skip
 AVERAGED = ("ipo", "simpo", "or")  # these compare log-probabilities per token, the others those of whole replies
 
 
@@ -200,8 +203,8 @@ def preference_losses(policy, reference, args):
 
 def pair_counts(batches):
     """(pairs, tokens of their chosen replies) of some batches: what the means of a step or an evaluation are over."""
-    tokens = np.concatenate([batch["reply_tokens"][:, 0] for batch in batches])
-    return len(tokens), int(tokens.sum())
+    tokens = [batch["reply_tokens"][:, 0] for batch in batches if not batch.get("company")]
+    return sum(map(len, tokens)), int(sum(part.sum() for part in tokens))
 
 
 def objective(policy, reference, reply_tokens, counts, args):
@@ -218,17 +221,9 @@ def objective(policy, reference, reply_tokens, counts, args):
         policy, reference = policy / tokens, reference / tokens
     preference = preference_losses(policy, reference, args).sum() / pairs
     logps, rewards = policy.numpy(), args.beta * (policy - reference).numpy()
-    figures = {
-        "rewards/accuracies": wins(rewards) / pairs,
-        "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).sum()) / pairs,
-        "rewards/chosen": float(rewards[:, 0].sum()) / pairs,
-        "rewards/rejected": float(rewards[:, 1].sum()) / pairs,
-        "logps/accuracies": wins(logps) / pairs,
-        "logps/chosen": float(logps[:, 0].sum()) / pairs,
-        "logps/rejected": float(logps[:, 1].sum()) / pairs,
-        "dpo_loss": float(preference),
-        "sft_loss": float(sft),
-    }
+    sums = [wins(rewards), (rewards[:, 0] - rewards[:, 1]).sum(), rewards[:, 0].sum(), rewards[:, 1].sum(),
+            wins(logps), logps[:, 0].sum(), logps[:, 1].sum()]  # fmt: skip
+    figures = dict(zip(FIGURES, [*(float(value) / pairs for value in sums), float(preference), float(sft)]))
     return args.pref_loss_ratio * preference + args.sft_loss_ratio * sft, figures
 
 
@@ -292,22 +287,24 @@ def evaluated(loader, args):
 
 
 @paddle.no_grad()
-def evaluate_pairs(model, loader, known, args):
+def evaluate_pairs(model, loader, known, args, topology=parallel.SINGLE):
     """{"eval_loss", "eval_rewards/accuracies", …, "eval_pairs"}: means over the pairs of the `evaluated` batches.
 
     eval_accuracy is eval_rewards/accuracies under the name that metric_for_best_model knows.
     """
     was_training, batches = model.training, evaluated(loader, args)
     model.eval()
-    counts, loss, sums = pair_counts(loader.batch(*where) for where in batches), 0.0, {}
-    for where in batches:
+    counts, loss, sums = pair_counts(loader.batch(*where) for where in batches), 0.0, dict.fromkeys(FIGURES, 0.0)
+    for where, counted in trainer.share_of(batches, topology):
         batch = loader.batch(*where)
         reference = reference_logps(model, batch, known, args)
         part, figures = objective(reply_logps(model, batch), reference, batch["reply_tokens"], counts, args)
-        loss += float(part)
-        sums = {f"eval_{name}": sums.get(f"eval_{name}", 0.0) + value for name, value in figures.items()}
+        if counted:
+            loss += float(part)
+            sums = {name: sums[name] + value for name, value in figures.items()}
     if was_training:
         model.train()
+    loss, sums = topology.total(loss), {f"eval_{name}": value for name, value in topology.total(sums).items()}
     return {"eval_loss": loss, "eval_accuracy": sums["eval_rewards/accuracies"], **sums, "eval_pairs": counts[0]}
 
 
@@ -372,7 +369,8 @@ def check_model(model, args):
 
 
 def main(args):
-    # ====================================================================== 1. tokenizer, data
+    # ====================================================================== 1. place on the grid, tokenizer, data
+    topology = parallel.start(args)
     trainer.check_output_dir(args)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
     if args.chat_template is not None:
@@ -392,7 +390,7 @@ def main(args):
     dev = loader(args.dev_dataset_path, "dev", args.per_device_eval_batch_size) if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
-    model = from_pretrained(args.model_name_or_path)
+    model = parallel.from_pretrained(args.model_name_or_path, topology)
     model.recompute = args.recompute
     check_model(model, args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
@@ -412,44 +410,45 @@ def main(args):
         tokenizer.save(folder)
 
     def evaluate():
-        return evaluate_pairs(model, dev, dev_known, args)
+        return evaluate_pairs(model, dev, dev_known, args, topology)
 
     if args.do_train:
         # ================================================================== 3. reference, adapter, optimizer, resume
         before = evaluate() if dev else None
-        total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
+        total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         if not args.lora and not args.reference_free:
             start, micro = time.perf_counter(), train.batches_per_epoch
-            seen = [batch for step in range(total) for batch in trainer.micro_batches(step, args, micro)]
+            seen = [batch for step in range(total) for batch in trainer.micro_batches(step, args, micro, topology.data_size)]
             train_known = known_logps(model, train, seen, progress)
             known = int((~np.isnan(train_known[:, 0])).sum())
             print(f"reference: log-probabilities of {known:,} pairs computed in {time.perf_counter() - start:.1f} s")
         checkpoint = trainer.find_checkpoint(args)
         adapt(model, args, checkpoint)
+        parallel.cut_adapters(model, topology)
         if kernels.bf16:
             halve_frozen(model)
         weights = trainable_weights(model)
+        shards = parallel.Shards(model, weights, topology)
         trained = sum(int(np.prod(w.shape)) for w in weights)
         share = 100 * trained / model.num_parameters()
         print(f"model: {model.num_parameters():,} parameters, {trained:,} of them trained ({share:.2f} %)")
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
-        optimizer = trainer.AdamW(weights, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
+        optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
         state = trainer.TrainState()
         if checkpoint:
             state = trainer.load_checkpoint(
                 checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
             )
-        trainer.prepare_output_dir(
-            args
-        )  # only here: an argument that is refused above must not cost the run it would replace
-        log = trainer.Log(args, total, state)
+        trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace
+        log = trainer.Log(args, total, state, topology=topology, figures=FIGURES)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
         def batch_loss(batch, size):
             """This micro-batch's part of the step's loss."""
             reference = reference_logps(model, batch, train_known, args)
             part, figures = objective(reply_logps(model, batch), reference, batch["reply_tokens"], size, args)
-            log.add(figures)
+            if not batch.get("company"):
+                log.add(figures)
             return part
 
         # ================================================================== 4. training loop (the same in every script)
@@ -468,23 +467,21 @@ def main(args):
             if state.step >= total:
                 break
             start = time.perf_counter()
-            batches = [
-                train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)
-            ]
+            batches = trainer.step_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = step_size(batches), 0.0
-            for micro_step, batch in enumerate(batches):
-                trainer.seed_step(args.seed, state.step, micro_step)
-                micro_loss = batch_loss(batch, size)
-                micro_loss.backward()
-                loss += float(micro_loss)
+            size, loss = topology.total(step_size(batches)), 0.0
+            seed = functools.partial(trainer.seed_step, args.seed, state.step)
+            for part, batch in parallel.micro_steps(model, batches, functools.partial(batch_loss, size=size), seed):
+                loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            grad_norm = trainer.global_grad_norm(weights)
+            loss = topology.total(loss, stages=True)
+            grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
+            shards.gather_weights()
             optimizer.zero_grad()
-            tokens = sum(batch["tokens"] for batch in batches)
+            tokens = topology.total(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
@@ -500,12 +497,12 @@ def main(args):
     else:
         if args.lora_path:
             adapt(model, args, None)
-        trainer.prepare_output_dir(args)
+        trainer.prepare_output_dir(args, topology)
 
     # ====================================================================== 5. evaluation, before and after
     if args.do_eval:
         metrics = evaluate()
-        trainer.write_results(args.output_dir, "dev", metrics)
+        trainer.write_results(args.output_dir, "dev", metrics, topology)
         print(f"dev: {trainer.shown(metrics)}")
         if before:
             print("share of dev pairs where the chosen reply has the larger ...")

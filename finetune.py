@@ -9,6 +9,7 @@ Not here: more than one process.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import time
@@ -17,13 +18,13 @@ from pathlib import Path
 import numpy as np
 
 import kernels
+import parallel
 import trainer
 from data import SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
 from model import (
     apply_lora,
     apply_prefix,
     atomic_file,
-    from_pretrained,
     generate,
     halve_frozen,
     load_adapter,
@@ -195,7 +196,8 @@ def adapt(model, args, checkpoint):
 
 
 def main(args):
-    # ====================================================================== 1. tokenizer, data
+    # ====================================================================== 1. place on the grid, tokenizer, data
+    topology = parallel.start(args)
     trainer.check_output_dir(args)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
     if args.chat_template is not None:
@@ -230,7 +232,7 @@ def main(args):
         test = loader(test_records, args.per_device_eval_batch_size, False)
 
     # ====================================================================== 2. model, and its answers before training
-    model = from_pretrained(args.model_name_or_path)
+    model = parallel.from_pretrained(args.model_name_or_path, topology)
     model.recompute, model.neftune_noise_alpha = args.recompute, args.neftune_noise_alpha
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     before_text = args.num_prefix_tokens if args.prefix_tuning else 0
@@ -251,7 +253,7 @@ def main(args):
         tokenizer.save(folder)
 
     def evaluate():
-        metrics = trainer.evaluate(model, dev, args.max_evaluate_steps)
+        metrics = trainer.evaluate(model, dev, args.max_evaluate_steps, topology)
         if args.eval_with_do_generation:
             generated, answers = generation_metrics(model, tokenizer, dev_records, args)
             metrics.update(generated)
@@ -263,25 +265,25 @@ def main(args):
         # ================================================================== 3. adapter, optimizer, resume
         checkpoint = trainer.find_checkpoint(args)
         adapt(model, args, checkpoint)
+        parallel.cut_adapters(model, topology)
         if kernels.bf16:
             halve_frozen(model)
         weights = trainable_weights(model)
+        shards = parallel.Shards(model, weights, topology)
         trained = sum(int(np.prod(w.shape)) for w in weights)
         print(
             f"model: {model.num_parameters():,} parameters, {trained:,} of them trained ({100 * trained / model.num_parameters():.2f} %)"
         )
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
-        optimizer = trainer.AdamW(weights, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
-        total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
+        optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
+        total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         state = trainer.TrainState()
         if checkpoint:
             state = trainer.load_checkpoint(
                 checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
             )
-        trainer.prepare_output_dir(
-            args
-        )  # only here: an argument that is refused above must not cost the run it would replace
-        log = trainer.Log(args, total, state)
+        trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace
+        log = trainer.Log(args, total, state, topology=topology)
 
         def step_size(batches):
             """What the mean is over: target tokens."""
@@ -307,23 +309,21 @@ def main(args):
             if state.step >= total:
                 break
             start = time.perf_counter()
-            batches = [
-                train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)
-            ]
+            batches = trainer.step_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = step_size(batches), 0.0
-            for micro_step, batch in enumerate(batches):
-                trainer.seed_step(args.seed, state.step, micro_step)
-                micro_loss = batch_loss(batch, size)
-                micro_loss.backward()
-                loss += float(micro_loss)
+            size, loss = topology.total(step_size(batches)), 0.0
+            seed = functools.partial(trainer.seed_step, args.seed, state.step)
+            for part, batch in parallel.micro_steps(model, batches, functools.partial(batch_loss, size=size), seed):
+                loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            grad_norm = trainer.global_grad_norm(weights)
+            loss = topology.total(loss, stages=True)
+            grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
+            shards.gather_weights()
             optimizer.zero_grad()
-            tokens = sum(batch["tokens"] for batch in batches)
+            tokens = topology.total(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
@@ -338,12 +338,12 @@ def main(args):
     else:
         if args.lora_path or args.prefix_path:
             adapt(model, args, None)
-        trainer.prepare_output_dir(args)
+        trainer.prepare_output_dir(args, topology)
 
     # ====================================================================== 5. evaluation, prediction, before and after
     if args.do_eval:
         metrics = evaluate()
-        trainer.write_results(args.output_dir, "dev", metrics)
+        trainer.write_results(args.output_dir, "dev", metrics, topology)
         print(f"dev: {trainer.shown(metrics)}")
         if recall_before is not None:
             recall = metrics["eval_keyword_recall"]
@@ -351,10 +351,10 @@ def main(args):
                 f"attributes asked for that the answers mention: before {100 * recall_before:.1f} %, after {100 * recall:.1f} %"
             )
     if args.do_predict:
-        metrics = trainer.evaluate(model, test, args.max_evaluate_steps)
+        metrics = trainer.evaluate(model, test, args.max_evaluate_steps, topology)
         generated, answers = generation_metrics(model, tokenizer, test_records, args)
         metrics.update(generated)
-        trainer.write_results(args.output_dir, "test", metrics)
+        trainer.write_results(args.output_dir, "test", metrics, topology)
         write_answers(Path(args.output_dir) / "predictions.jsonl", test_records, answers)
         print(f"test: {trainer.shown(metrics)}")
     if before:

@@ -977,6 +977,14 @@ class Linear(nn.Layer):
     def forward(self, x, residual=None):
         return kernels.linear(x, self.weight, self.bias, residual)
 
+    def product(self, x, bias=None):
+        """x W, and a bias if one is given."""
+        return kernels.linear(x, self.weight, bias)
+
+    def norms(self, weight):
+        """(out,) the lengths of the columns of a weight (in, out) in this one's place."""
+        return weight.norm(axis=0)
+
 
 class QuantLinear(nn.Layer):
     """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
@@ -1015,10 +1023,14 @@ class QuantLinear(nn.Layer):
         return None if self.in_order else self.g_index
 
     def forward(self, x, residual=None):
-        y = kernels.quant_linear(
-            x, self.qweight, self.scales, self.bias, self.scheme, self.qzeros, self._group_of_rows(), self.input_scale
-        )
+        y = self.product(x, self.bias)
         return y if residual is None else residual + y
+
+    def product(self, x, bias=None):
+        """x W, and a bias if one is given."""
+        return kernels.quant_linear(
+            x, self.qweight, self.scales, bias, self.scheme, self.qzeros, self._group_of_rows(), self.input_scale
+        )
 
     def dequantized(self):
         """(in, out) float32: the weight that the integers stand for."""
@@ -1342,13 +1354,18 @@ class SparseMLP(nn.Layer):
 
     def forward(self, x, residual=None):
         """x (B, T, D) -> ((B, T, D), the router's probabilities (B · T, E) float32)"""
+        mixed, probabilities = self.mixture(x)
+        return mixed if residual is None else residual + mixed, probabilities
+
+    def mixture(self, x):
+        """What forward() gives, without a residual."""
         flat = x.reshape([-1, x.shape[-1]])  # (N, D)
         weights, chosen, probabilities = self.route(flat)
         mixed = self.mix(flat, weights, chosen).reshape(_shape(x))
         if self.shared is not None:
             shared = self.shared(x)
             mixed = mixed + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)
-        return mixed if residual is None else residual + mixed, probabilities
+        return mixed, probabilities
 
     def route(self, flat):
         """(N, D) -> weights (N, k) float32 and ids (N, k) of the chosen experts, probabilities (N, E)."""
@@ -1469,6 +1486,7 @@ class CausalLM(nn.Layer):
         self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, bias=False)
         self.prefix = None  # set by apply_prefix()
         self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
+        self.elsewhere = frozenset()  # names of weights that other processes hold
         self.recompute = False  # compute each block's activations again in backward instead of keeping them
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
 
@@ -1500,12 +1518,15 @@ class CausalLM(nn.Layer):
         x, probabilities = self.trunk(input_ids, position_ids, startend_row_indices, caches)
         if labels is None:
             return self.logits(x)
+        return self.losses(x, probabilities, labels, return_predictions, additions)
+
+    def losses(self, x, probabilities, labels, return_predictions=False, additions=True):
+        """What forward() gives for labels, from trunk()'s hidden states (B, T, D) and probabilities."""
         if self.project_out is not None:
             x = self.project_out(x)
         weight, tied = self.head_weight()
         flat = x.reshape([-1, x.shape[-1]])
-        found = kernels.linear_cross_entropy(flat, weight, labels.flatten(), transpose_weight=tied,
-                                             return_predictions=return_predictions, softcap=self.config.final_softcap)  # fmt: skip
+        found = self.cross_entropy(flat, weight, labels.flatten(), tied, return_predictions)
         losses = (found[0] if return_predictions else found).reshape(labels.shape)
         if (
             self.training
@@ -1514,6 +1535,11 @@ class CausalLM(nn.Layer):
         ):
             losses = losses + more * (labels != -100).astype(losses.dtype)
         return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
+
+    def cross_entropy(self, x, weight, labels, tied, return_predictions):
+        """x (N, D) and labels (N,) -> losses (N,), and argmax ids (N,) if asked for."""
+        return kernels.linear_cross_entropy(x, weight, labels, transpose_weight=tied, return_predictions=return_predictions,
+                                            softcap=self.config.final_softcap)  # fmt: skip
 
     def additions(self, x, labels, weight, tied, probabilities):
         """What a family adds to the mean loss of a batch, a scalar; None: nothing.
@@ -1526,14 +1552,18 @@ class CausalLM(nn.Layer):
         real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
         if probabilities and config.experts.aux_loss_coef:
             more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
-        if config.z_loss_weight:  # the largest logit is found without gradient, then computed again alone
-            with paddle.no_grad():
-                best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
-                                      for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))])  # fmt: skip
-            largest = (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
+        if config.z_loss_weight:
+            largest = self.largest_logits(x, weight, tied)
             mean = (largest.square() * real.flatten()).sum() / real.sum().clip(min=1.0)
             more = (0.0 if more is None else more) + config.z_loss_weight * mean
         return more
+
+    def largest_logits(self, x, weight, tied):
+        """x (N, D) -> each row's largest logit (N,): found without gradient, then computed again alone."""
+        with paddle.no_grad():
+            best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
+                                  for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))])  # fmt: skip
+        return (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
 
     def head_weight(self):
         """The head's weight and whether it lies as (V, D), as a tied one does, in place of (D, V)."""
@@ -1615,22 +1645,30 @@ class CausalLM(nn.Layer):
     def embed(self, input_ids, position_ids, before=0):
         """Ids and positions (B, T) -> (B, T, D), what the first block reads; `before` tokens of a prefix stand in front."""
         config = self.config
-        x = kernels.embedding(input_ids, self.embed_tokens.weight)
+        x = self.look_up(input_ids)
         if self.training and self.neftune_noise_alpha:
-            size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(
-                -1
-            )  # (B, T, 1)
-            x = x + paddle.uniform(x.shape, x.dtype, -1.0, 1.0) * (self.neftune_noise_alpha / size).astype(x.dtype)
+            size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(-1)  # (B, T, 1)
+            noise = paddle.uniform([*input_ids.shape, x.shape[-1]], x.dtype, -1.0, 1.0)
+            x = x + self.kept(noise * (self.neftune_noise_alpha / size).astype(x.dtype))
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale
         if self.project_in is not None:
             x = self.project_in(x)
         if self.embed_positions is not None:
-            x = x + kernels.embedding(position_ids + before + config.position_offset, self.embed_positions.weight)
+            places = self.kept(position_ids) + before + config.position_offset
+            x = x + kernels.embedding(places, self.embed_positions.weight)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         if self.recompute and self.training and x.stop_gradient:
             x.stop_gradient = False  # Paddle's recompute passes gradients to adapters only where an input has one
+        return x
+
+    def look_up(self, input_ids):
+        """Ids (B, T) -> their rows of the embedding (B, T, D)."""
+        return kernels.embedding(input_ids, self.embed_tokens.weight)
+
+    def kept(self, x):
+        """The tokens of x (B, T, …) whose activations this model keeps: all of them."""
         return x
 
     def _two_positions(self, input_ids, position_ids, rows, cache):
@@ -2009,13 +2047,20 @@ class Weight:
         return tensor.T if self.transposed else tensor
 
     def from_numpy(self, array):
-        """Their layout -> ours."""
-        return np.ascontiguousarray(array.T) if self.transposed else array
+        """All of it in their layout -> what the parameter holds of it, in ours."""
+        array = array.T if self.transposed else array
+        return np.ascontiguousarray(array if self.cut is None else self.cut.take(array))
+
+    @property
+    def cut(self):
+        """None, or which part of the whole the parameter is: an object with shape (of the whole) and take(array)."""
+        return getattr(self.parameter, "cut", None)
 
     @property
     def shape(self):
-        """Their shape."""
-        return list(self.parameter.shape)[::-1] if self.transposed else list(self.parameter.shape)
+        """Their shape of the whole."""
+        shape = list(self.parameter.shape if self.cut is None else self.cut.shape)
+        return shape[::-1] if self.transposed else shape
 
 
 # The tensors of a QuantLinear: our name, theirs, dtype on disk. (int8 weights lie as [out, in] there, packed ones as here.)
@@ -2213,10 +2258,10 @@ def load_weights(model, path):
         found = _paddlenlp_parts(found, config, theirs)
     else:
         weights = base_weights(model)
-        found = _published_names(found, config, {w.name for w in weights})
+        found = _published_names(found, config, {w.name for w in weights} | model.elsewhere)
     weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in weights]
+    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in model.elsewhere]
     wrong += [
         f"{n} has shape {list(found[n][1])}, config.json says {w.shape}"
         for n, w in weights.items()
@@ -2515,33 +2560,40 @@ class LoRALinear(nn.Layer):
         for p in base.parameters():
             p.stop_gradient = True
         if dora:
-            self.lora_magnitude_vector = self.create_parameter([n_out])
-            self.lora_magnitude_vector.set_value(self.base.weight.astype("float32").norm(axis=0))
+            self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
+            self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
 
     def delta(self):
         """(in, out) float32: what the adapter adds to the weight."""
         return paddle.matmul(self.lora_A, self.lora_B) * self.scaling
 
     def forward(self, x, residual=None):
-        y = self.adapted(x) if self.enabled else self.base(x)
+        y = self.product(x, self.base.bias) if self.enabled else self.base(x)
         return y if residual is None else residual + y
 
-    def adapted(self, x):
-        """base(x) and what the adapter adds."""
-        dropped = F.dropout(x, self.dropout, training=self.training) if self.dropout else x
-        if isinstance(self.base, Linear) and self.lora_magnitude_vector is None:
-            more = self.base.bias, None if dropped is x else dropped
-            return kernels.lora_linear(x, self.base.weight, self.lora_A, self.lora_B, self.scaling, *more)
-        y = self.base(x)
+    def product(self, x, bias=None):
+        """x times the adapted weight, and a bias if one is given; x W alone while the adapter is off."""
+        base = self.base
+        if not self.enabled:
+            return base.product(x)
+        dropped = self.dropped(x) if self.dropout else x
+        if isinstance(base, Linear) and self.lora_magnitude_vector is None:
+            more = bias, None if dropped is x else dropped
+            return kernels.lora_linear(x, base.weight, self.lora_A, self.lora_B, self.scaling, *more)
+        y = base.product(x)
         update = kernels.linear(kernels.linear(dropped, self.lora_A) * self.scaling, self.lora_B)
         if self.lora_magnitude_vector is None:
-            return y + update
+            return y + update if bias is None else y + bias + update
         with paddle.no_grad():
-            norm = (self.base.weight.astype("float32") + self.delta()).norm(axis=0)
+            norm = base.norms(base.weight.astype("float32") + self.delta())
         ratio = self.lora_magnitude_vector / norm  # (out,)
-        plain = y if dropped is x else self.base(dropped)
-        bias = self.base.bias
-        return y + (plain if bias is None else plain - bias) * (ratio - 1) + update * ratio
+        plain = y if dropped is x else base.product(dropped)
+        y = y if bias is None else y + bias
+        return y + plain * (ratio - 1) + update * ratio
+
+    def dropped(self, x):
+        """x after dropout."""
+        return F.dropout(x, self.dropout, training=self.training)
 
     @paddle.no_grad()
     def start_pissa(self):
@@ -2568,7 +2620,7 @@ class LoRALinear(nn.Layer):
             )
         weight = self.base.weight.astype("float32") + self.delta()
         if self.lora_magnitude_vector is not None:
-            weight = weight * (self.lora_magnitude_vector / weight.norm(axis=0))
+            weight = weight * (self.lora_magnitude_vector / self.base.norms(weight))
         self.base.weight.set_value(weight.astype(self.base.weight.dtype))
         return self.base
 

@@ -10,12 +10,14 @@ Not here: more than one process.
 """
 
 import dataclasses
+import functools
 import math
 import time
 
+import parallel
 import trainer
 from data import CorpusLoader, UserError, load_tokenizer
-from model import build, from_pretrained, init_weights, load_weights, save_pretrained, trainable_weights
+from model import build, init_weights, load_weights, save_pretrained, trainable_weights
 
 
 @dataclasses.dataclass
@@ -54,7 +56,8 @@ class Args(trainer.TrainingArgs):
 
 
 def main(args):
-    # ====================================================================== 1. tokenizer, data
+    # ====================================================================== 1. place on the grid, tokenizer, data
+    topology = parallel.start(args)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
 
     def corpus(which, num_samples, batch_size):
@@ -68,7 +71,7 @@ def main(args):
 
     # ====================================================================== 2. model
     if args.continue_training or not args.do_train:
-        model = from_pretrained(args.model_name_or_path)
+        model = parallel.from_pretrained(args.model_name_or_path, topology)
     else:
         config = trainer.model_config(args.model_name_or_path)
         config = dataclasses.replace(
@@ -76,12 +79,12 @@ def main(args):
             num_hidden_layers=args.num_hidden_layers or config.num_hidden_layers,
             max_position_embeddings=max(config.max_position_embeddings, args.max_seq_length),
         )
-        model = build(config)
+        model = parallel.parallelize(build(config), topology)
         init_weights(model, args.seed)
     model.recompute = args.recompute
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     trainer.check_positions(model, args.model_name_or_path, {"max_seq_length": args.max_seq_length})
-    trainer.prepare_output_dir(args)
+    trainer.prepare_output_dir(args, topology)
     print(f"model: {model.num_parameters():,} parameters, {'continued' if args.continue_training else 'from scratch'}")
 
     def write_model(folder, dtype="float32"):
@@ -91,8 +94,9 @@ def main(args):
     if args.do_train:
         # ================================================================== 3. optimizer, resume
         weights = trainable_weights(model)
-        optimizer = trainer.AdamW(weights, args)
-        total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch)
+        shards = parallel.Shards(model, weights, topology)
+        optimizer = trainer.AdamW(shards.pieces, args)
+        total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         state = trainer.TrainState()
         if checkpoint := trainer.find_checkpoint(args):
             state = trainer.load_checkpoint(
@@ -101,10 +105,10 @@ def main(args):
             load_weights(model, checkpoint)
         peak = trainer.measure_matmul_peak()
         print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s float32, measured; mfu is a share of it")
-        log = trainer.Log(args, total, state, model.flops_per_token(args.max_seq_length), peak)
+        log = trainer.Log(args, total, state, model.flops_per_token(args.max_seq_length), peak, topology)
 
         def evaluate():
-            return trainer.evaluate(model, dev, args.max_evaluate_steps)
+            return trainer.evaluate(model, dev, args.max_evaluate_steps, topology)
 
         def step_size(batches):
             """What the mean is over: target tokens."""
@@ -130,23 +134,21 @@ def main(args):
             if state.step >= total:
                 break
             start = time.perf_counter()
-            batches = [
-                train.batch(epoch, i) for epoch, i in trainer.micro_batches(state.step, args, train.batches_per_epoch)
-            ]
+            batches = trainer.step_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = step_size(batches), 0.0
-            for micro_step, batch in enumerate(batches):
-                trainer.seed_step(args.seed, state.step, micro_step)
-                micro_loss = batch_loss(batch, size)
-                micro_loss.backward()
-                loss += float(micro_loss)
+            size, loss = topology.total(step_size(batches)), 0.0
+            seed = functools.partial(trainer.seed_step, args.seed, state.step)
+            for part, batch in parallel.micro_steps(model, batches, functools.partial(batch_loss, size=size), seed):
+                loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            grad_norm = trainer.global_grad_norm(weights)
+            loss = topology.total(loss, stages=True)
+            grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
+            shards.gather_weights()
             optimizer.zero_grad()
-            tokens = sum(batch["tokens"] for batch in batches)
+            tokens = topology.total(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
@@ -162,8 +164,8 @@ def main(args):
     # ====================================================================== 5. held-out perplexity
     for name, loader, wanted in (("dev", dev, args.do_eval), ("test", test, args.do_predict)):
         if wanted:
-            metrics = trainer.evaluate(model, loader, args.max_evaluate_steps)
-            trainer.write_results(args.output_dir, name, metrics)
+            metrics = trainer.evaluate(model, loader, args.max_evaluate_steps, topology)
+            trainer.write_results(args.output_dir, name, metrics, topology)
             uniform = math.log(model.config.vocab_size)
             print(f"{name}: perplexity {metrics['eval_ppl']:.3f}, loss {metrics['eval_loss']:.4f} (uniform: {uniform:.2f}), "
                   f"accuracy {metrics['eval_accuracy']:.4f} over {metrics['eval_tokens']:,} tokens")  # fmt: skip

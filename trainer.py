@@ -39,6 +39,7 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
+from parallel import BY_INPUTS, BY_OUTPUTS, BY_VOCABULARY, SINGLE
 from model import ModelConfig, atomic_file, base_weights, build, linears, lora_paths, read_safetensors, write_safetensors
 
 # ================================================================================================ arguments
@@ -201,14 +202,13 @@ def _check_hardware(args):
     names = [f"{name}_parallel_degree" for name in ("tensor", "pipeline", "sharding", "sep", "context")]
     degrees = {name: max(1, getattr(args, name)) for name in names}
     wanted, world = math.prod(degrees.values()), paddle.distributed.get_world_size()
-    if wanted > world:
+    if world % wanted:
         factors = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
-        raise UserError(f"{factors} = {wanted} processes, but this run has {world}; set the degrees to 1")
+        mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
+        raise UserError(f"{factors} = {wanted} processes, but this run has {world}; {mend}")
     if args.expert_parallel_degree > world:
         found = f"{args.expert_parallel_degree}, but this run has {world} process(es)"
         raise UserError(f"expert_parallel_degree: {found}; set it to 1")
-    if world > 1:
-        raise UserError(f"{world} processes were launched; scripts run in one so far: start without a launcher")
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
     if args.device != "auto":
@@ -619,7 +619,7 @@ def dry_run(args):
     T = next(getattr(args, key) for key in ("max_seq_length", "max_length", "max_seq_len") if hasattr(args, key))
     model = build(config)
     table, total, active, experts = _shapes(model)
-    degrees = Degrees.of(args, config, experts, T)
+    degrees = DryDegrees.of(args, config, experts, T)
     flops = model.flops_per_token(T)
     lines = [f"{name}: {config.family}, {config.num_hidden_layers} layers", *table, ""]
     lines.append(f"parameters: {total:,}" + (f", {active:,} of them at work on a token" if experts else ""))
@@ -653,14 +653,8 @@ def _shapes(model):
     return lines, total, total - routed + (routed * chosen // experts if experts else 0), experts
 
 
-# How tensor parallelism cuts a linear, by the last part of our names: its outputs, its inputs, or the vocabulary.
-BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj")
-BY_INPUTS = ("o_proj", "down_proj")
-BY_VOCABULARY = ("embed_tokens", "lm_head")
-
-
 @dataclasses.dataclass(frozen=True)
-class Degrees:
+class DryDegrees:
     """How many ways a run is cut, and along what."""
 
     tensor: int
@@ -710,7 +704,7 @@ class Degrees:
             wrong.append(f"expert_parallel_degree {ways['expert']} is for {experts} experts on {ranks} ranks of a stage")
         if wrong:
             raise UserError("; ".join(wrong))
-        return Degrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=args.sequence_parallel)
+        return DryDegrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=args.sequence_parallel)
 
     def __str__(self):
         names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
@@ -918,12 +912,19 @@ def check_output_dir(args):
     return found
 
 
-def prepare_output_dir(args):
+def prepare_output_dir(args, topology=SINGLE):
     """Make output_dir ready to be written to, print the resolved arguments and keep them in run_args.json.
 
-    Call it after data and model have been read: a mistyped path must not cost the run that is to be overwritten.
+    The first rank does it, between two meetings of all. Call it after data and model have been read: a mistyped path must not cost the run that is to be overwritten.
     """
     folder, old = Path(args.output_dir), check_output_dir(args)
+    topology.meet()
+    if topology.rank == 0:
+        _prepare(folder, old, args)
+    topology.meet()
+
+
+def _prepare(folder, old, args):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         values = dataclasses.asdict(args)
@@ -954,19 +955,44 @@ def _remove(path):
 # ================================================================================ schedule, optimizer, randomness
 
 
-def total_steps(args, batches_per_epoch):
-    """(steps of the run, steps of an epoch). An epoch's last step takes the micro-batches left; none is dropped."""
+def total_steps(args, batches_per_epoch, ranks=1):
+    """(steps of the run, steps of an epoch). An epoch's last step takes the micro-batches left; none is dropped.
+
+    ranks: how many have batches of their own.
+    """
     if batches_per_epoch < 1:
         raise UserError("the training data is less than one batch: lower per_device_train_batch_size or add data")
-    per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    per_epoch = math.ceil(batches_per_epoch / (args.gradient_accumulation_steps * ranks))
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch
 
 
-def micro_batches(step, args, batches_per_epoch):
-    """[(epoch, batch index)] of the micro-batches of step `step`, from 0: pure, so resuming needs no state."""
-    per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
-    epoch, first = step // per_epoch, step % per_epoch * args.gradient_accumulation_steps
-    return [(epoch, i) for i in range(first, min(first + args.gradient_accumulation_steps, batches_per_epoch))]
+def micro_batches(step, args, batches_per_epoch, ranks=1):
+    """[(epoch, batch index)] of the micro-batches of step `step`, from 0: pure, so resuming needs no state.
+
+    Those of all the ranks that have batches of their own.
+    """
+    each = args.gradient_accumulation_steps * ranks
+    per_epoch = math.ceil(batches_per_epoch / each)
+    epoch, first = step // per_epoch, step % per_epoch * each
+    return [(epoch, i) for i in range(first, min(first + each, batches_per_epoch))]
+
+
+def share_of(batches, topology):
+    """[(batch, whether it counts)]: this rank's of those of all ranks; every rank has as many, some for company alone."""
+    mine = [(batch, True) for batch in batches[topology.data_rank :: topology.data_size]]
+    return mine + [(batches[0], False)] * (-(-len(batches) // topology.data_size) - len(mine))
+
+
+def step_batches(loader, step, args, topology):
+    """This rank's micro-batches of a step. One that is for company alone has no labels, and "company": True."""
+    places = micro_batches(step, args, loader.batches_per_epoch, topology.data_size)
+    batches = []
+    for place, counts in share_of(places, topology):
+        batch = loader.batch(*place)
+        if not counts:
+            batch = {**batch, "labels": np.full_like(batch["labels"], -100), "tokens": 0, "company": True}
+        batches.append(batch)
+    return batches
 
 
 def is_due(strategy, every, step, steps_per_epoch):
@@ -1023,7 +1049,7 @@ class AdamW:
             parameter = weight.parameter
             if parameter.grad is None:
                 continue
-            decay = args.weight_decay if parameter.ndim >= 2 else 0.0
+            decay = args.weight_decay if len(weight.shape) >= 2 else 0.0
             rate = lr * self.lr_scale.get(weight.name, 1.0)
             moment1, moment2 = self.moments[weight.name]
             constants = args.adam_beta1, args.adam_beta2, args.adam_epsilon, decay
@@ -1293,17 +1319,19 @@ class Log:
     peak_flops (of measure_matmul_peak) add model FLOPs utilisation, "mfu".
     """
 
-    def __init__(self, args, total, state, flops_per_token=None, peak_flops=None):
+    def __init__(self, args, total, state, flops_per_token=None, peak_flops=None, topology=SINGLE, figures=()):
         self.args, self.total, self.folder, self.utilisation = args, total, Path(args.output_dir), None
+        self.topology, self.writes = topology, topology.rank == 0
         if flops_per_token and peak_flops:
             self.utilisation = flops_per_token / peak_flops
         self.window = collections.deque(maxlen=50)  # (tokens, seconds) of the last steps
         self.since = 0  # steps since the last line
+        self.names = figures
         self.figures = {}  # of the step that is being made, see add()
-        for name in ("metrics.jsonl", "eval_metrics.jsonl"):
+        for name in ("metrics.jsonl", "eval_metrics.jsonl") if self.writes else ():
             _keep_lines(self.folder / name, lambda row: row["step"] <= state.step)
-        self.writer = self._visualdl() if "visualdl" in (args.report_to or ()) else None
-        hidden = args.disable_tqdm if args.disable_tqdm is not None else not sys.stderr.isatty()
+        self.writer = self._visualdl() if "visualdl" in (args.report_to or ()) and self.writes else None
+        hidden = args.disable_tqdm if args.disable_tqdm is not None else not (self.writes and sys.stderr.isatty())
         self.bar = None if hidden else tqdm(total=total, initial=state.step, desc="train", dynamic_ncols=True)
 
     def _visualdl(self):
@@ -1322,7 +1350,7 @@ class Log:
         """Count a step; at logging steps (and the last) write its line: its own loss, lr, grad_norm, not means."""
         self.window.append((tokens, seconds))
         self.since += 1
-        added, self.figures = self.figures, {}
+        added, self.figures = self.topology.total({n: self.figures.get(n, 0.0) for n in self.names}, True), {}
         recent = list(self.window)[-self.since :]
         speed = sum(t for t, _ in recent) / max(1e-9, sum(s for _, s in recent))
         eta = (self.total - state.step) * sum(s for _, s in self.window) / len(self.window)
@@ -1348,7 +1376,8 @@ class Log:
             row["mfu"] = round(speed * self.utilisation, 4)
         row.update(added)
         state.log_history = (state.log_history + [row])[-20:]
-        _append_line(self.folder / "metrics.jsonl", row)
+        if self.writes:
+            _append_line(self.folder / "metrics.jsonl", row)
         self._report("train", row)
         if self.bar is None:
             mfu = f" | mfu {100 * row['mfu']:.1f} %" if self.utilisation else ""
@@ -1360,8 +1389,9 @@ class Log:
     def evaluation(self, step, metrics):
         """Print what evaluate() found and keep it, one line a step however often a resumed run evaluates there."""
         path = self.folder / "eval_metrics.jsonl"
-        _keep_lines(path, lambda row: row["step"] != step)
-        _append_line(path, {"step": step, **metrics})
+        if self.writes:
+            _keep_lines(path, lambda row: row["step"] != step)
+            _append_line(path, {"step": step, **metrics})
         self._report("eval", {"step": step, **metrics})
         self.say(f"evaluation at step {step}: {shown(metrics)}")
 
@@ -1385,7 +1415,7 @@ class Log:
             self.bar = None
         if self.writer is not None:
             self.writer.close()
-        if line := draw_curves(self.folder):
+        if self.writes and (line := draw_curves(self.folder)):
             print(line, flush=True)
 
 
@@ -1496,10 +1526,11 @@ def shown(metrics):
     return " | ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in names)
 
 
-def write_results(output_dir, name, metrics):
+def write_results(output_dir, name, metrics, topology=SINGLE):
     """Keep what an evaluation found in output_dir/NAME_results.json."""
-    with atomic_file(Path(output_dir) / f"{name}_results.json") as file:
-        json.dump(metrics, file, indent=2, ensure_ascii=False)
+    if topology.rank == 0:
+        with atomic_file(Path(output_dir) / f"{name}_results.json") as file:
+            json.dump(metrics, file, indent=2, ensure_ascii=False)
 
 
 # ============================================================================================== evaluation
@@ -1512,23 +1543,27 @@ def model_inputs(batch):
 
 
 @paddle.no_grad()
-def evaluate(model, loader, max_batches=None):
+def evaluate(model, loader, max_batches=None, topology=SINGLE):
     """Mean loss, accuracy and perplexity per target token over a loader's epoch 0 (its first max_batches, if > 0).
 
-    Sums, not means of means: the figures do not depend on how samples fall into batches.
+    Sums, not means of means: the figures do not depend on how samples fall into batches, nor on which rank has which.
     """
     was_training, loss, correct, tokens = model.training, 0.0, 0, 0
     model.eval()
     batches = loader.batches_per_epoch
-    for index in range(min(max_batches, batches) if max_batches and max_batches > 0 else batches):
+    indices = list(range(min(max_batches, batches) if max_batches and max_batches > 0 else batches))
+    for index, counts in share_of(indices, topology):
         batch = loader.batch(0, index)
         losses, predictions = model(**model_inputs(batch), return_predictions=True)
+        if not counts:
+            continue
         target = batch["labels"] != -100  # (B, T)
         loss += float(losses.astype("float64").sum())
         correct += int((predictions.numpy() == batch["labels"])[target].sum())
         tokens += int(target.sum())
     if was_training:
         model.train()
+    loss, correct, tokens = topology.total((loss, correct, tokens))
     if not tokens:
         raise UserError("evaluation: the data has no target token")
     mean = loss / tokens
