@@ -19,15 +19,16 @@ HERE = Path(__file__).resolve().parent
 
 
 class Ranks:
-    def __init__(self, world):
-        self.world, self.processes, self.pipes = world, [], []
+    def __init__(self, world, threads=1):
+        """threads: of each process."""
+        self.world, self.threads, self.processes, self.pipes = world, str(threads), [], []
 
     def start(self):
         self.listener = Listener(None, "AF_UNIX", backlog=self.world, authkey=b"ranks")
         endpoints = ",".join(f"127.0.0.1:{port}" for port in _free_ports(self.world))
         for rank in range(self.world):
             environment = {**os.environ, "PADDLE_TRAINER_ID": str(rank), "PADDLE_TRAINERS_NUM": str(self.world),
-                           "PADDLE_TRAINER_ENDPOINTS": endpoints, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # fmt: skip
+                           "PADDLE_TRAINER_ENDPOINTS": endpoints, "OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads}  # fmt: skip
             command = [sys.executable, __file__, self.listener.address]
             self.processes.append(subprocess.Popen(command, env=environment, cwd=HERE.parent))
         pipes = [self.listener.accept() for _ in range(self.world)]
