@@ -40,6 +40,7 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from data import UserError
 from model import (
     MLP,
     Attention,
@@ -60,6 +61,9 @@ from paddle.autograd import PyLayer
 
 AXES = ("dp", "pp", "sharding", "sep", "tp")  # slowest first
 ORDERS = {"pp_first": AXES, "sharding_first": ("dp", "sharding", "pp", "sep", "tp")}
+# What upstream's NAME_parallel_degree calls them; context is the sep axis too.
+NAMES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
+SHARDINGS = ("stage1", "stage2", "stage3", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +83,114 @@ class Degrees:
     context: bool = False
     order: str = "pp_first"  # a key of ORDERS
 
+    @staticmethod
+    def of(args, config=None, T=None, world=None):
+        """From the arguments; UserError with all that does not fit, in one line.
+
+        config: the model's, T: the longest sequence, where they are known. world: of the processes that were launched, dp is
+        what the other degrees leave; None: a run that only counts, of as many as they ask for.
+        """
+        asked = {axis: getattr(args, f"{name}_parallel_degree") for axis, name in NAMES.items()}
+        ways = {axis: max(1, degree) for axis, degree in asked.items()}
+        words = re.findall(r"[^\s,]+", getattr(args, "sharding", None) or "")
+        if unknown := [word for word in words if word not in SHARDINGS]:
+            raise UserError(f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them")
+        order = getattr(args, "hybrid_parallel_topo_order", None) or "pp_first"
+        if order not in ORDERS:
+            raise UserError(f"hybrid_parallel_topo_order: {order!r}; possible are {', '.join(ORDERS)}")
+        if asked["sharding"] < 1 and words and world:  # as upstream: all that is left
+            left = world // (ways["pp"] * ways["sep"] * ways["context"] * ways["tp"])
+            ways["sharding"] = max(1, left)
+        stages = [int(word[-1]) for word in words if word != "offload"] or [1]
+        degrees = Degrees(pp=ways["pp"], sharding=ways["sharding"], sep=max(ways["sep"], ways["context"]), tp=ways["tp"], ep=ways["ep"],
+                          virtual=max(1, getattr(args, "virtual_pp_degree", 1)), stage=max(stages) if ways["sharding"] > 1 else 0,
+                          offload="offload" in words, sequence_parallel=getattr(args, "sequence_parallel", False),
+                          context=ways["context"] > 1, order=order)  # fmt: skip
+        wrong = []
+        if ways["sep"] > 1 and ways["context"] > 1:
+            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
+        if world and world % degrees.world:
+            factors = " x ".join(f"{NAMES[axis]}_parallel_degree {ways[axis]}" for axis in ("tp", "pp", "sharding", "sep", "context"))
+            mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
+            wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {mend}")
+        elif world:
+            degrees = dataclasses.replace(degrees, dp=world // degrees.world)
+            if ways["ep"] > world:
+                wrong.append(f"expert_parallel_degree: {ways['ep']}, but this run has {world} process(es); set it to 1")
+        if max(stages) > 1 and ways["pp"] > 1:
+            wrong.append(f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1")
+        if degrees.virtual > 1 and ways["pp"] == 1:
+            wrong.append(f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1")
+        if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
+            wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
+        if config is not None:
+            wrong += degrees.misfits(config, T)
+        if wrong:
+            raise UserError("; ".join(wrong))
+        return degrees
+
+    def misfits(self, config, T=None):
+        """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
+        H, K, L, V, experts = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers, config.vocab_size, config.experts
+        sep = f"{'context' if self.context else 'sep'}_parallel_degree {self.sep}"
+        tp, wrong = f"tensor_parallel_degree {self.tp}", []
+        widths = [("the MLP's width", config.intermediate_size)] if experts is None or experts.dense_layers else []
+        if experts is not None and self.ep == 1:
+            widths += [("an expert's width", experts.width)]
+        for what, size in (("attention heads", H), *widths):
+            if size % self.tp:
+                wrong.append(f"{tp} does not divide {what} ({size:,})")
+        if K % self.tp and self.tp % K:
+            wrong.append(f"{tp} neither divides the key/value heads ({K}) nor is a multiple")
+        if V < self.tp:
+            wrong.append(f"{tp} is more than ids of the vocabulary ({V})")
+        if L < self.pp * self.virtual:
+            times = f" x virtual_pp_degree {self.virtual}" if self.virtual > 1 else ""
+            wrong.append(f"pipeline_parallel_degree {self.pp}{times} is more than layers ({L})")
+        if self.sep > 1 and not self.context and H // self.tp % self.sep:
+            each = f"{tp} leaves a rank of {H}" if self.tp > 1 else "there are"
+            wrong.append(f"{sep} does not divide attention heads ({H // self.tp}, which {each})")
+        if T is not None and T < self.sep:
+            wrong.append(f"{sep} is more than tokens of a sequence ({T})")
+        ranks = self.world // self.pp  # of a stage, and experts are spread over them
+        if self.ep > 1 and (experts is None or experts.count % self.ep or ranks % self.ep):
+            count = experts.count if experts else 0
+            wrong.append(f"expert_parallel_degree {self.ep} is for {count} experts on {ranks} ranks of a stage: it must divide both")
+        return wrong
+
+    def __str__(self):
+        names = {"dp": "data", **NAMES, "sep": "context" if self.context else "sep"}
+        order = ("tp", "pp", "sharding", "sep", "dp", "ep")
+        ways = [f"{names[axis]} {getattr(self, axis)}" for axis in order if getattr(self, axis) > 1]
+        if self.virtual > 1:
+            ways.insert(1 + (self.tp > 1), f"virtual {self.virtual}")
+        if self.stage:
+            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
+        return ", ".join(ways) or "one process"
+
     @property
     def world(self):
         return self.dp * self.pp * self.sharding * self.sep * self.tp
+
+    def cut(self, name, config):
+        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours): on the fullest."""
+        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
+        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
+            return min(self.tp, K)
+        if layer == "qkv_proj":
+            return (H + 2 * K) / (H / self.tp + 2 * K / min(self.tp, K))
+        if layer in BY_VOCABULARY:
+            return V / -(-V // self.tp)
+        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
+        ways = self.tp if cut else 1
+        return min(ways * self.ep, self.world // self.pp) if ".experts." in name else ways
+
+    def shared(self, name, config):
+        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
+        if ".experts." not in name:
+            return self.sharding
+        return min(self.sharding, self.world // self.pp // self.cut(name, config))
 
 
 class Topology:
@@ -718,6 +827,8 @@ def parallelize(model, topology):
     """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
     model.topology = topology
     if topology.degrees.world > 1:
+        if wrong := topology.degrees.misfits(model.config):
+            raise UserError("; ".join(wrong))
         topology.tp.sequence = topology.degrees.sequence_parallel
         cut_tensors(model, topology.tp)
         mix_in(model, ParallelCausalLM)
@@ -769,11 +880,7 @@ def whole(weight, tensor, topology):
 def start(args):
     """The Topology of this process, from the arguments and what Paddle's launcher says; groups are connected."""
     launch = Launch.of_environment()
-    names = {"pp": "pipeline", "sharding": "sharding", "tp": "tensor"}
-    ways = {axis: max(1, getattr(args, f"{name}_parallel_degree")) for axis, name in names.items()}
-    ways["sep"] = max(1, args.sep_parallel_degree, args.context_parallel_degree)
-    ways["dp"] = launch.world // math.prod(ways.values())
-    degrees = Degrees(**ways, sequence_parallel=getattr(args, "sequence_parallel", False), context=args.context_parallel_degree > 1)
+    degrees = Degrees.of(args, world=launch.world)
     if launch.world == 1:
         return Topology(degrees)
     return Topology(degrees, launch.rank, Gloo(launch))
