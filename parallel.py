@@ -24,15 +24,22 @@ that shares a batch. With one process nothing here does anything.
     for loss, batch in parallel.micro_steps(model, batches, batch_loss, seeds): …
     norm = shards.reduce_gradients(); optimizer.step(…); shards.gather_weights()
 """
+import atexit
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import re
 import socket
+import sys
+import threading
 import time
+import traceback
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 
@@ -256,6 +263,7 @@ class Axis:
 
     def __init__(self, name, ranks, rank, groups=None):
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
+        self.company = groups and groups.company
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
         self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens
         self.seconds, self.bytes = 0.0, 0
@@ -304,8 +312,9 @@ class Axis:
 
     @contextlib.contextmanager
     def _timed(self, x):
-        begin = time.perf_counter()
+        begin, self.company.place = time.perf_counter(), self
         yield
+        self.company.place = None  # an exception leaves it: there this rank was lost
         self.seconds += time.perf_counter() - begin
         self.bytes += x.size * x.element_size()
 
@@ -324,7 +333,6 @@ class Launch(namedtuple("Launch", "rank world endpoints")):
         return Launch(int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), endpoints)
 
 
-@functools.cache  # a process has one
 class Gloo:
     """Groups of processes on CPUs. connect(ranks) gives the group of these ranks, made when it is first asked for.
 
@@ -333,17 +341,17 @@ class Gloo:
     all processes; only then do the others connect, as one that knocks too early waits three seconds.
     """
 
-    def __init__(self, launch):
-        self.launch, self.groups = launch, {}
-        host, port = launch.endpoints[0].split(":")
-        self.store = paddle.base.core.TCPStore(host, int(port), launch.rank == 0, launch.world, 900)
-        self.meetings = 0
+    def __init__(self, company):
+        self.company, self.launch, self.store, self.groups = company, company.launch, company.store, {}
 
     def connect(self, ranks, name=""):
         """name: tells groups of the same ranks apart, such as the two directions between two of them."""
         key = f"{name}{'-'.join(map(str, ranks))}"
-        if key in self.groups:
-            return self.groups[key]
+        if key not in self.groups:
+            self.groups[key] = self._connect(list(ranks), key)
+        return self.groups[key]
+
+    def _connect(self, ranks, key):
         core, mine = paddle.base.core, ranks.index(self.launch.rank)
         host = self.launch.endpoints[ranks[0]].split(":")[0]
         if mine == 0:
@@ -356,18 +364,192 @@ class Gloo:
             store = core.TCPStore(host, int(self.store.get(f"group {key}")), False, 1, 900)
         number = 1000 + len(self.groups)  # of this process's groups; Paddle wants none twice
         group = core.ProcessGroupGloo.create(store, mine, len(ranks), number)
-        group = dist.collective.Group(mine, number, list(ranks), group, f"{key}")
-        self.groups[key] = group
-        return group
-
+        return dist.collective.Group(mine, number, ranks, group, key)
 
     def meet(self):
-        """Wait for all processes, up to 15 minutes: a collective of gloo would give up after 30 seconds."""
+        """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
+        self.company.meet()
+
+
+class Nccl(Gloo):
+    """The same between accelerators, by Paddle's own groups: nccl, or what the device has in its place (bkcl, xccl).
+
+    Paddle numbers groups by the order in which a process makes them, and exchanges their addresses under that number; as
+    only members make one here, its first rank draws a number that no group has.
+    """
+
+    def __init__(self, company):
+        super().__init__(company)
+        dist.init_parallel_env()  # takes the device that the launcher chose
+
+    def _connect(self, ranks, key):
+        if ranks.index(self.launch.rank) == 0:
+            self.store.set(f"group {key}", str(1000 + self.store.add("groups", 1)).encode())
+        dist.collective._set_custom_gid(int(self.store.get(f"group {key}")))
+        try:
+            return dist.new_group(ranks)
+        finally:
+            dist.collective._set_custom_gid(None)
+
+
+class Company:
+    """All processes of a run: they meet, and no one goes on alone when another has ended.
+
+    Rank 0 keeps the store that all talk through. A thread in each tells the others every second that it is alive and
+    which collective it waits in, and ends this process when a failure is told there, when rank 0 is gone, or when the
+    launcher is. The first failure is the one that all ranks show.
+    """
+
+    SILENCE = 45.0  # seconds without a sign of life, after which a rank is given up
+
+    @staticmethod
+    @functools.cache  # a process has one
+    def of(launch):
+        return Company(launch)
+
+    def __init__(self, launch):
+        self.launch, self.place, self.meetings, self.agreements = launch, None, 0, 0
+        self.store = self._client(launch.rank == 0)
+        self.parent = os.getppid() if "PADDLE_LOG_DIR" in os.environ else None  # the launcher, if that is what started us
+        self.ending, self.done = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)
+
+    def _client(self, opens=False):
+        """A connection of its own for each thread; the one that opens is the server too."""
+        host, port = self.launch.endpoints[0].split(":")
+        return paddle.base.core.TCPStore(host, int(port), opens, 1, 120)
+
+    def meet(self):
+        """Wait for all processes, however long they take."""
         self.meetings += 1
-        name = f"meeting {self.meetings}"
-        if self.store.add(name, 1) == self.launch.world:
-            self.store.set(f"{name} is full", b"1")
-        self.store.wait(f"{name} is full")
+        name, pause = f"meeting {self.meetings}", 0.001
+        self.store.add(name, 1)
+        while self.store.add(name, 0) < self.launch.world:
+            time.sleep(pause)
+            pause = min(0.1, 1.5 * pause)
+
+    def agree(self, what, values):
+        """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
+        mine, self.agreements = {key: repr(value) for key, value in values.items()}, self.agreements + 1
+        if self.launch.rank == 0:
+            self.store.set(f"agreement {self.agreements}", json.dumps(mine).encode())
+            return
+        theirs = json.loads(self.store.get(f"agreement {self.agreements}"))
+        for key in {**theirs, **mine}:
+            if mine.get(key) != theirs.get(key):
+                here, there = (found.get(key, "not there") for found in (mine, theirs))
+                raise UserError(f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same")
+
+    def leave(self):
+        """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
+        self.store.add("left", 1)
+        while self.launch.rank == 0 and self.store.add("left", 0) < self.launch.world:
+            time.sleep(0.05)
+        self.stop()
+
+    def stop(self):
+        self.done.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
+
+    def fail(self, error, code, line):
+        """End this process, as `error` has ended its work: code 2 and a line for what the user can mend, else a traceback.
+
+        One that only lost its company shows why: another's failure, or who is missing.
+        """
+        lost = code == 1 and (self.place is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
+        if lost:
+            time.sleep(1.0)  # a failure that is told in the store ends us here, by the other thread
+            code, line = 1, self._who_is_missing(str(error))
+        elif line is None:
+            traceback.print_exception(error)
+            line = f"rank {self.launch.rank}: {type(error).__name__}: {error} (its traceback is in its own log)"
+        else:
+            line = f"rank {self.launch.rank}: {line}"
+        try:
+            self.end(code, line)
+        except (ValueError, RuntimeError, OSError):  # the store is gone
+            self._exit(code, line)
+
+    def end(self, code, line, store=None):
+        """Tell all, wait until they know, and exit; who is told first is who all show."""
+        store = store or self.store
+        if store.add("failures", 1) == 1:
+            store.set("failure", json.dumps([code, line]).encode())
+        self._exit(*json.loads(store.get("failure")), store)
+
+    def _exit(self, code, line, store=None):
+        if not self.ending.acquire(blocking=False):
+            time.sleep(60)  # the other thread is about to
+        sys.stdout.flush()
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        if store is not None:
+            with contextlib.suppress(ValueError, RuntimeError, OSError):
+                told, patience = store.add("told", 1), 10.0 if self.launch.rank == 0 else 1.0
+                end = time.monotonic() + patience
+                while told < self.launch.world and time.monotonic() < end:
+                    time.sleep(0.05)
+                    told = store.add("told", 0)
+        os._exit(code)  # threads may be inside of a collective that will never end
+
+    def _watch(self):
+        try:
+            store = self._client()
+            self._keep_watch(store)
+        except (ValueError, RuntimeError, OSError):
+            if not self.done.is_set():
+                self._exit(1, "rank 0 has vanished: it was killed, or ran out of memory")
+
+    def _keep_watch(self, store):
+        rank, world, beat, heard = self.launch.rank, self.launch.world, 0, {}
+        while not self.done.wait(0.25):
+            if self.parent is not None and os.getppid() != self.parent:
+                self._exit(1, "the launcher is gone")
+            if store.add("failures", 0):
+                self._exit(*json.loads(store.get("failure")), store)
+            beat += 1
+            if beat % 4 == 1:
+                store.set(f"rank {rank}", json.dumps([beat, self.place and self.place.name]).encode())
+                store.add(f"rank {rank} is there", int(beat == 1))
+            if rank == 0 and beat % 20 == 0:
+                now = time.monotonic()
+                for other in range(1, world):
+                    if store.add(f"rank {other} is there", 0):
+                        sign = store.get(f"rank {other}")
+                        if heard.get(other, (None,))[0] != sign:
+                            heard[other] = sign, now
+                        elif now - heard[other][1] > self.SILENCE and not store.add("left", 0):
+                            self.end(1, f"rank {other} has given no sign of life for {self.SILENCE:.0f} s", store)
+
+    def _who_is_missing(self, message):
+        """The line about who did not come to the collective that this rank waited in."""
+        place = self.place.name if self.place else "a message"
+        ranks = self.place.ranks if self.place else range(self.launch.world)
+        if self.place and (pair := re.search(r"pair\.cc.* pair_rank = (\d+)", message)):  # its connection was closed
+            return f"rank {ranks[int(pair[1])]} has vanished: it was killed, or ran out of memory"
+
+        def signs():
+            return {r: json.loads(self.store.get(f"rank {r}")) for r in range(self.launch.world) if self.store.add(f"rank {r} is there", 0)}
+
+        before = signs()
+        time.sleep(3.0)
+        after = signs()
+        silent = [r for r in before if before[r][0] == after[r][0]]
+        elsewhere = [r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank]
+        if silent:
+            return f"rank {silent[0]} gives no sign of life; others waited for it in a collective ({place})"
+        if elsewhere:
+            return f"rank {elsewhere[0]} hangs or is far behind: others waited 30 s for it in a collective ({place})"
+        waits = ", ".join(f"rank {r} in {where}" for r, (_, where) in after.items())
+        return f"ranks wait for each other: {waits}: {message.strip().splitlines()[-1]:.200}"
+
+
+def company():
+    """The Company that this process belongs to; None if it is alone."""
+    launch = Launch.of_environment()
+    return Company.of(launch) if launch.world > 1 else None
 
 
 # =========================================================== collectives with gradients (arXiv 1909.08053, 2205.05198)
@@ -829,6 +1011,8 @@ def parallelize(model, topology):
     if topology.degrees.world > 1:
         if wrong := topology.degrees.misfits(model.config):
             raise UserError("; ".join(wrong))
+        if topology.groups is not None:
+            topology.groups.company.agree("the model", dataclasses.asdict(model.config))
         topology.tp.sequence = topology.degrees.sequence_parallel
         cut_tensors(model, topology.tp)
         mix_in(model, ParallelCausalLM)
@@ -883,7 +1067,23 @@ def start(args):
     degrees = Degrees.of(args, world=launch.world)
     if launch.world == 1:
         return Topology(degrees)
-    return Topology(degrees, launch.rank, Gloo(launch))
+    together = company()
+    together.agree("the scripts", _versions())
+    together.agree("arguments", dataclasses.asdict(args))
+    together.meet()  # only now: connecting gives up on one that comes late
+    return Topology(degrees, launch.rank, _groups(together))
+
+
+@functools.cache  # connections are kept
+def _groups(together):
+    return (Gloo if _backend() == "gloo" else Nccl)(together)
+
+
+def _versions():
+    """{file: digest} of the scripts, and the versions of what they run on."""
+    here = Path(__file__).resolve().parent
+    files = {path.name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() for path in sorted(here.glob("*.py"))}
+    return {**files, "paddle": paddle.__version__, "numpy": np.__version__}
 
 
 SINGLE = Topology(Degrees())  # one process

@@ -39,6 +39,7 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
+import parallel
 from parallel import BY_INPUTS, SINGLE, Degrees, Launch
 from model import ModelConfig, atomic_file, base_weights, build, linears, lora_paths, read_safetensors, write_safetensors
 
@@ -565,29 +566,43 @@ def run_script(main, Args, argv=None):
         for field in dataclasses.fields(Args):
             print(f"  {field.name} = {field.default!r}")
         return
+    company, args = parallel.company(), None  # first of all, so that what goes wrong here ends all processes
     try:
         args = parse_args(Args, tokens)
         if getattr(args, "dry_run", False):
             print(dry_run(args), flush=True)
-            return
-        args.check_model()
-        _choose_device(args)
-        main(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if not _disk_full(error):
+        else:
+            args.check_model()
+            _choose_device(args)
+            main(args)
+        if company is not None:
+            company.leave()
+    except BaseException as error:
+        code, line = _verdict(error, getattr(args, "output_dir", ""))
+        if company is not None:
+            company.fail(error, code, line)
+        if line is None:
             raise
-        print(f"error: {error.filename or args.output_dir}: the disk is full; free some space, then resume", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+        sys.exit(code)
+
+
+def _verdict(error, folder):
+    """(exit code, line to show instead of a traceback, or None) of what has ended a script."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if _disk_full(error):
+        return 2, f"{error.filename or folder}: the disk is full; free some space, then resume"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 1, None
 
 
 def _choose_device(args):
     train_in_bf16 = args.bf16 and isinstance(args, TrainingArgs)
+    if ":" in args.device and (world := Launch.of_environment().world) > 1:
+        kind = args.device.partition(":")[0]
+        raise UserError(f"device: {args.device!r} is one device, but this run has {world} processes; say {kind!r}, the launcher chooses")
     kernels.configure(args.device, args.kernels, train_in_bf16)
     print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
     if kernels.bf16:

@@ -74,7 +74,7 @@ TOPOLOGIES = {
 }  # fmt: skip
 
 # name: (script, keys); the data of both is that of family_cells.make_world().
-_TUNE = {"src_length": 20, "max_length": 44, "zero_padding": True, "flash_mask": True}
+_TUNE = {"src_length": 20, "max_length": 44, "max_new_tokens": 4, "zero_padding": True, "flash_mask": True}
 TASKS = {
     "pretrain": ("pretrain", {"split": "90,10,0", "max_seq_length": 41, "mask_across_documents": True, "learning_rate": 1e-3}),
     "sft": ("finetune", {**_TUNE, "learning_rate": 1e-3}),
