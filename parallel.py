@@ -24,15 +24,22 @@ that shares a batch. With one process nothing here does anything.
     for loss, batch in parallel.micro_steps(model, batches, batch_loss, seeds): …
     norm = shards.reduce_gradients(); optimizer.step(…); shards.gather_weights()
 """
+import atexit
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import re
 import socket
+import sys
+import threading
 import time
+import traceback
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 
@@ -40,6 +47,7 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from data import UserError
 from model import (
     MLP,
     Attention,
@@ -60,6 +68,9 @@ from paddle.autograd import PyLayer
 
 AXES = ("dp", "pp", "sharding", "sep", "tp")  # slowest first
 ORDERS = {"pp_first": AXES, "sharding_first": ("dp", "sharding", "pp", "sep", "tp")}
+# What upstream's NAME_parallel_degree calls them; context is the sep axis too.
+NAMES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
+SHARDINGS = ("stage1", "stage2", "stage3", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +90,114 @@ class Degrees:
     context: bool = False
     order: str = "pp_first"  # a key of ORDERS
 
+    @staticmethod
+    def of(args, config=None, T=None, world=None):
+        """From the arguments; UserError with all that does not fit, in one line.
+
+        config: the model's, T: the longest sequence, where they are known. world: of the processes that were launched, dp is
+        what the other degrees leave; None: a run that only counts, of as many as they ask for.
+        """
+        asked = {axis: getattr(args, f"{name}_parallel_degree") for axis, name in NAMES.items()}
+        ways = {axis: max(1, degree) for axis, degree in asked.items()}
+        words = re.findall(r"[^\s,]+", getattr(args, "sharding", None) or "")
+        if unknown := [word for word in words if word not in SHARDINGS]:
+            raise UserError(f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them")
+        order = getattr(args, "hybrid_parallel_topo_order", None) or "pp_first"
+        if order not in ORDERS:
+            raise UserError(f"hybrid_parallel_topo_order: {order!r}; possible are {', '.join(ORDERS)}")
+        if asked["sharding"] < 1 and words and world:  # as upstream: all that is left
+            left = world // (ways["pp"] * ways["sep"] * ways["context"] * ways["tp"])
+            ways["sharding"] = max(1, left)
+        stages = [int(word[-1]) for word in words if word != "offload"] or [1]
+        degrees = Degrees(pp=ways["pp"], sharding=ways["sharding"], sep=max(ways["sep"], ways["context"]), tp=ways["tp"], ep=ways["ep"],
+                          virtual=max(1, getattr(args, "virtual_pp_degree", 1)), stage=max(stages) if ways["sharding"] > 1 else 0,
+                          offload="offload" in words, sequence_parallel=getattr(args, "sequence_parallel", False),
+                          context=ways["context"] > 1, order=order)  # fmt: skip
+        wrong = []
+        if ways["sep"] > 1 and ways["context"] > 1:
+            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
+        if world and world % degrees.world:
+            factors = " x ".join(f"{NAMES[axis]}_parallel_degree {ways[axis]}" for axis in ("tp", "pp", "sharding", "sep", "context"))
+            mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
+            wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {mend}")
+        elif world:
+            degrees = dataclasses.replace(degrees, dp=world // degrees.world)
+            if ways["ep"] > world:
+                wrong.append(f"expert_parallel_degree: {ways['ep']}, but this run has {world} process(es); set it to 1")
+        if max(stages) > 1 and ways["pp"] > 1:
+            wrong.append(f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1")
+        if degrees.virtual > 1 and ways["pp"] == 1:
+            wrong.append(f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1")
+        if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
+            wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
+        if config is not None:
+            wrong += degrees.misfits(config, T)
+        if wrong:
+            raise UserError("; ".join(wrong))
+        return degrees
+
+    def misfits(self, config, T=None):
+        """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
+        H, K, L, V, experts = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers, config.vocab_size, config.experts
+        sep = f"{'context' if self.context else 'sep'}_parallel_degree {self.sep}"
+        tp, wrong = f"tensor_parallel_degree {self.tp}", []
+        widths = [("the MLP's width", config.intermediate_size)] if experts is None or experts.dense_layers else []
+        if experts is not None and self.ep == 1:
+            widths += [("an expert's width", experts.width)]
+        for what, size in (("attention heads", H), *widths):
+            if size % self.tp:
+                wrong.append(f"{tp} does not divide {what} ({size:,})")
+        if K % self.tp and self.tp % K:
+            wrong.append(f"{tp} neither divides the key/value heads ({K}) nor is a multiple")
+        if V < self.tp:
+            wrong.append(f"{tp} is more than ids of the vocabulary ({V})")
+        if L < self.pp * self.virtual:
+            times = f" x virtual_pp_degree {self.virtual}" if self.virtual > 1 else ""
+            wrong.append(f"pipeline_parallel_degree {self.pp}{times} is more than layers ({L})")
+        if self.sep > 1 and not self.context and H // self.tp % self.sep:
+            each = f"{tp} leaves a rank of {H}" if self.tp > 1 else "there are"
+            wrong.append(f"{sep} does not divide attention heads ({H // self.tp}, which {each})")
+        if T is not None and T < self.sep:
+            wrong.append(f"{sep} is more than tokens of a sequence ({T})")
+        ranks = self.world // self.pp  # of a stage, and experts are spread over them
+        if self.ep > 1 and (experts is None or experts.count % self.ep or ranks % self.ep):
+            count = experts.count if experts else 0
+            wrong.append(f"expert_parallel_degree {self.ep} is for {count} experts on {ranks} ranks of a stage: it must divide both")
+        return wrong
+
+    def __str__(self):
+        names = {"dp": "data", **NAMES, "sep": "context" if self.context else "sep"}
+        order = ("tp", "pp", "sharding", "sep", "dp", "ep")
+        ways = [f"{names[axis]} {getattr(self, axis)}" for axis in order if getattr(self, axis) > 1]
+        if self.virtual > 1:
+            ways.insert(1 + (self.tp > 1), f"virtual {self.virtual}")
+        if self.stage:
+            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
+        return ", ".join(ways) or "one process"
+
     @property
     def world(self):
         return self.dp * self.pp * self.sharding * self.sep * self.tp
+
+    def cut(self, name, config):
+        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours): on the fullest."""
+        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
+        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
+            return min(self.tp, K)
+        if layer == "qkv_proj":
+            return (H + 2 * K) / (H / self.tp + 2 * K / min(self.tp, K))
+        if layer in BY_VOCABULARY:
+            return V / -(-V // self.tp)
+        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
+        ways = self.tp if cut else 1
+        return min(ways * self.ep, self.world // self.pp) if ".experts." in name else ways
+
+    def shared(self, name, config):
+        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
+        if ".experts." not in name:
+            return self.sharding
+        return min(self.sharding, self.world // self.pp // self.cut(name, config))
 
 
 class Topology:
@@ -147,6 +263,7 @@ class Axis:
 
     def __init__(self, name, ranks, rank, groups=None):
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
+        self.company = groups and groups.company
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
         self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens
         self.seconds, self.bytes = 0.0, 0
@@ -195,8 +312,9 @@ class Axis:
 
     @contextlib.contextmanager
     def _timed(self, x):
-        begin = time.perf_counter()
+        begin, self.company.place = time.perf_counter(), self
         yield
+        self.company.place = None  # an exception leaves it: there this rank was lost
         self.seconds += time.perf_counter() - begin
         self.bytes += x.size * x.element_size()
 
@@ -215,7 +333,6 @@ class Launch(namedtuple("Launch", "rank world endpoints")):
         return Launch(int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), endpoints)
 
 
-@functools.cache  # a process has one
 class Gloo:
     """Groups of processes on CPUs. connect(ranks) gives the group of these ranks, made when it is first asked for.
 
@@ -224,17 +341,17 @@ class Gloo:
     all processes; only then do the others connect, as one that knocks too early waits three seconds.
     """
 
-    def __init__(self, launch):
-        self.launch, self.groups = launch, {}
-        host, port = launch.endpoints[0].split(":")
-        self.store = paddle.base.core.TCPStore(host, int(port), launch.rank == 0, launch.world, 900)
-        self.meetings = 0
+    def __init__(self, company):
+        self.company, self.launch, self.store, self.groups = company, company.launch, company.store, {}
 
     def connect(self, ranks, name=""):
         """name: tells groups of the same ranks apart, such as the two directions between two of them."""
         key = f"{name}{'-'.join(map(str, ranks))}"
-        if key in self.groups:
-            return self.groups[key]
+        if key not in self.groups:
+            self.groups[key] = self._connect(list(ranks), key)
+        return self.groups[key]
+
+    def _connect(self, ranks, key):
         core, mine = paddle.base.core, ranks.index(self.launch.rank)
         host = self.launch.endpoints[ranks[0]].split(":")[0]
         if mine == 0:
@@ -247,18 +364,192 @@ class Gloo:
             store = core.TCPStore(host, int(self.store.get(f"group {key}")), False, 1, 900)
         number = 1000 + len(self.groups)  # of this process's groups; Paddle wants none twice
         group = core.ProcessGroupGloo.create(store, mine, len(ranks), number)
-        group = dist.collective.Group(mine, number, list(ranks), group, f"{key}")
-        self.groups[key] = group
-        return group
-
+        return dist.collective.Group(mine, number, ranks, group, key)
 
     def meet(self):
-        """Wait for all processes, up to 15 minutes: a collective of gloo would give up after 30 seconds."""
+        """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
+        self.company.meet()
+
+
+class Nccl(Gloo):
+    """The same between accelerators, by Paddle's own groups: nccl, or what the device has in its place (bkcl, xccl).
+
+    Paddle numbers groups by the order in which a process makes them, and exchanges their addresses under that number; as
+    only members make one here, its first rank draws a number that no group has.
+    """
+
+    def __init__(self, company):
+        super().__init__(company)
+        dist.init_parallel_env()  # takes the device that the launcher chose
+
+    def _connect(self, ranks, key):
+        if ranks.index(self.launch.rank) == 0:
+            self.store.set(f"group {key}", str(1000 + self.store.add("groups", 1)).encode())
+        dist.collective._set_custom_gid(int(self.store.get(f"group {key}")))
+        try:
+            return dist.new_group(ranks)
+        finally:
+            dist.collective._set_custom_gid(None)
+
+
+class Company:
+    """All processes of a run: they meet, and no one goes on alone when another has ended.
+
+    Rank 0 keeps the store that all talk through. A thread in each tells the others every second that it is alive and
+    which collective it waits in, and ends this process when a failure is told there, when rank 0 is gone, or when the
+    launcher is. The first failure is the one that all ranks show.
+    """
+
+    SILENCE = 45.0  # seconds without a sign of life, after which a rank is given up
+
+    @staticmethod
+    @functools.cache  # a process has one
+    def of(launch):
+        return Company(launch)
+
+    def __init__(self, launch):
+        self.launch, self.place, self.meetings, self.agreements = launch, None, 0, 0
+        self.store = self._client(launch.rank == 0)
+        self.parent = os.getppid() if "PADDLE_LOG_DIR" in os.environ else None  # the launcher, if that is what started us
+        self.ending, self.done = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)
+
+    def _client(self, opens=False):
+        """A connection of its own for each thread; the one that opens is the server too."""
+        host, port = self.launch.endpoints[0].split(":")
+        return paddle.base.core.TCPStore(host, int(port), opens, 1, 120)
+
+    def meet(self):
+        """Wait for all processes, however long they take."""
         self.meetings += 1
-        name = f"meeting {self.meetings}"
-        if self.store.add(name, 1) == self.launch.world:
-            self.store.set(f"{name} is full", b"1")
-        self.store.wait(f"{name} is full")
+        name, pause = f"meeting {self.meetings}", 0.001
+        self.store.add(name, 1)
+        while self.store.add(name, 0) < self.launch.world:
+            time.sleep(pause)
+            pause = min(0.1, 1.5 * pause)
+
+    def agree(self, what, values):
+        """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
+        mine, self.agreements = {key: repr(value) for key, value in values.items()}, self.agreements + 1
+        if self.launch.rank == 0:
+            self.store.set(f"agreement {self.agreements}", json.dumps(mine).encode())
+            return
+        theirs = json.loads(self.store.get(f"agreement {self.agreements}"))
+        for key in {**theirs, **mine}:
+            if mine.get(key) != theirs.get(key):
+                here, there = (found.get(key, "not there") for found in (mine, theirs))
+                raise UserError(f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same")
+
+    def leave(self):
+        """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
+        self.store.add("left", 1)
+        while self.launch.rank == 0 and self.store.add("left", 0) < self.launch.world:
+            time.sleep(0.05)
+        self.stop()
+
+    def stop(self):
+        self.done.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
+
+    def fail(self, error, code, line):
+        """End this process, as `error` has ended its work: code 2 and a line for what the user can mend, else a traceback.
+
+        One that only lost its company shows why: another's failure, or who is missing.
+        """
+        lost = code == 1 and (self.place is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
+        if lost:
+            time.sleep(1.0)  # a failure that is told in the store ends us here, by the other thread
+            code, line = 1, self._who_is_missing(str(error))
+        elif line is None:
+            traceback.print_exception(error)
+            line = f"rank {self.launch.rank}: {type(error).__name__}: {error} (its traceback is in its own log)"
+        else:
+            line = f"rank {self.launch.rank}: {line}"
+        try:
+            self.end(code, line)
+        except (ValueError, RuntimeError, OSError):  # the store is gone
+            self._exit(code, line)
+
+    def end(self, code, line, store=None):
+        """Tell all, wait until they know, and exit; who is told first is who all show."""
+        store = store or self.store
+        if store.add("failures", 1) == 1:
+            store.set("failure", json.dumps([code, line]).encode())
+        self._exit(*json.loads(store.get("failure")), store)
+
+    def _exit(self, code, line, store=None):
+        if not self.ending.acquire(blocking=False):
+            time.sleep(60)  # the other thread is about to
+        sys.stdout.flush()
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        if store is not None:
+            with contextlib.suppress(ValueError, RuntimeError, OSError):
+                told, patience = store.add("told", 1), 10.0 if self.launch.rank == 0 else 1.0
+                end = time.monotonic() + patience
+                while told < self.launch.world and time.monotonic() < end:
+                    time.sleep(0.05)
+                    told = store.add("told", 0)
+        os._exit(code)  # threads may be inside of a collective that will never end
+
+    def _watch(self):
+        try:
+            store = self._client()
+            self._keep_watch(store)
+        except (ValueError, RuntimeError, OSError):
+            if not self.done.is_set():
+                self._exit(1, "rank 0 has vanished: it was killed, or ran out of memory")
+
+    def _keep_watch(self, store):
+        rank, world, beat, heard = self.launch.rank, self.launch.world, 0, {}
+        while not self.done.wait(0.25):
+            if self.parent is not None and os.getppid() != self.parent:
+                self._exit(1, "the launcher is gone")
+            if store.add("failures", 0):
+                self._exit(*json.loads(store.get("failure")), store)
+            beat += 1
+            if beat % 4 == 1:
+                store.set(f"rank {rank}", json.dumps([beat, self.place and self.place.name]).encode())
+                store.add(f"rank {rank} is there", int(beat == 1))
+            if rank == 0 and beat % 20 == 0:
+                now = time.monotonic()
+                for other in range(1, world):
+                    if store.add(f"rank {other} is there", 0):
+                        sign = store.get(f"rank {other}")
+                        if heard.get(other, (None,))[0] != sign:
+                            heard[other] = sign, now
+                        elif now - heard[other][1] > self.SILENCE and not store.add("left", 0):
+                            self.end(1, f"rank {other} has given no sign of life for {self.SILENCE:.0f} s", store)
+
+    def _who_is_missing(self, message):
+        """The line about who did not come to the collective that this rank waited in."""
+        place = self.place.name if self.place else "a message"
+        ranks = self.place.ranks if self.place else range(self.launch.world)
+        if self.place and (pair := re.search(r"pair\.cc.* pair_rank = (\d+)", message)):  # its connection was closed
+            return f"rank {ranks[int(pair[1])]} has vanished: it was killed, or ran out of memory"
+
+        def signs():
+            return {r: json.loads(self.store.get(f"rank {r}")) for r in range(self.launch.world) if self.store.add(f"rank {r} is there", 0)}
+
+        before = signs()
+        time.sleep(3.0)
+        after = signs()
+        silent = [r for r in before if before[r][0] == after[r][0]]
+        elsewhere = [r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank]
+        if silent:
+            return f"rank {silent[0]} gives no sign of life; others waited for it in a collective ({place})"
+        if elsewhere:
+            return f"rank {elsewhere[0]} hangs or is far behind: others waited 30 s for it in a collective ({place})"
+        waits = ", ".join(f"rank {r} in {where}" for r, (_, where) in after.items())
+        return f"ranks wait for each other: {waits}: {message.strip().splitlines()[-1]:.200}"
+
+
+def company():
+    """The Company that this process belongs to; None if it is alone."""
+    launch = Launch.of_environment()
+    return Company.of(launch) if launch.world > 1 else None
 
 
 # =========================================================== collectives with gradients (arXiv 1909.08053, 2205.05198)
@@ -718,6 +1009,10 @@ def parallelize(model, topology):
     """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
     model.topology = topology
     if topology.degrees.world > 1:
+        if wrong := topology.degrees.misfits(model.config):
+            raise UserError("; ".join(wrong))
+        if topology.groups is not None:
+            topology.groups.company.agree("the model", dataclasses.asdict(model.config))
         topology.tp.sequence = topology.degrees.sequence_parallel
         cut_tensors(model, topology.tp)
         mix_in(model, ParallelCausalLM)
@@ -769,14 +1064,26 @@ def whole(weight, tensor, topology):
 def start(args):
     """The Topology of this process, from the arguments and what Paddle's launcher says; groups are connected."""
     launch = Launch.of_environment()
-    names = {"pp": "pipeline", "sharding": "sharding", "tp": "tensor"}
-    ways = {axis: max(1, getattr(args, f"{name}_parallel_degree")) for axis, name in names.items()}
-    ways["sep"] = max(1, args.sep_parallel_degree, args.context_parallel_degree)
-    ways["dp"] = launch.world // math.prod(ways.values())
-    degrees = Degrees(**ways, sequence_parallel=getattr(args, "sequence_parallel", False), context=args.context_parallel_degree > 1)
+    degrees = Degrees.of(args, world=launch.world)
     if launch.world == 1:
         return Topology(degrees)
-    return Topology(degrees, launch.rank, Gloo(launch))
+    together = company()
+    together.agree("the scripts", _versions())
+    together.agree("arguments", dataclasses.asdict(args))
+    together.meet()  # only now: connecting gives up on one that comes late
+    return Topology(degrees, launch.rank, _groups(together))
+
+
+@functools.cache  # connections are kept
+def _groups(together):
+    return (Gloo if _backend() == "gloo" else Nccl)(together)
+
+
+def _versions():
+    """{file: digest} of the scripts, and the versions of what they run on."""
+    here = Path(__file__).resolve().parent
+    files = {path.name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() for path in sorted(here.glob("*.py"))}
+    return {**files, "paddle": paddle.__version__, "numpy": np.__version__}
 
 
 SINGLE = Topology(Degrees())  # one process

@@ -7,7 +7,7 @@
         state.step += 1; log.step(state, loss=..., ...)
 
 Argument names, defaults and meanings are PaddleNLP's, so that its JSON files run here with only their paths changed.
-The tables IGNORED and REFUSED name every upstream key that is not a field of ours, with the reason.
+The tables IGNORED, OPTIONS and REFUSED name every upstream key that is not a field of ours, with the reason.
 
 A checkpoint is a folder: weights in Hugging Face's layout, the optimizer in Unified Checkpoint's names, one
 trainer_state.json, and a marker written last. No generator state is in it: all randomness is a pure function of
@@ -39,7 +39,8 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
-from parallel import BY_INPUTS, BY_OUTPUTS, BY_VOCABULARY, SINGLE
+import parallel
+from parallel import BY_INPUTS, SINGLE, Degrees, Launch
 from model import ModelConfig, atomic_file, base_weights, build, linears, lora_paths, read_safetensors, write_safetensors
 
 # ================================================================================================ arguments
@@ -60,11 +61,11 @@ class ScriptArgs:
     bf16: bool = False  # training: products in bfloat16, trained weights and all else in float32
     fp16: bool = False  # compute in float16
     disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
-    tensor_parallel_degree: int = 1  # the product of the degrees is the number of processes; -1 means 1
+    tensor_parallel_degree: int = 1  # data parallelism is what the product of the degrees leaves of the processes; -1 means 1
     pipeline_parallel_degree: int = 1
-    sharding_parallel_degree: int = 1
-    sep_parallel_degree: int = 1
-    context_parallel_degree: int = 1
+    sharding_parallel_degree: int = -1  # -1: all that the others leave if `sharding` is set, else 1
+    sep_parallel_degree: int = 1  # a sequence is spread, by exchanging tokens for heads around attention
+    context_parallel_degree: int = 1  # a sequence is spread, keys and values going around; not beside sep
     expert_parallel_degree: int = 1  # spread over the ranks of the others, so not a factor
 
     def check(self):
@@ -133,8 +134,10 @@ class TrainingArgs(ScriptArgs):
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
     recompute: bool = False  # recompute each block's activations in backward instead of keeping them
     recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
-    sharding: str | None = None  # stage1, stage2 or stage3, and offload: so far for dry_run alone
-    sequence_parallel: bool = False  # likewise
+    sharding: str | None = None  # stage1 (moments), stage2 (gradients too), stage3 (weights too), and offload; None: stage1
+    virtual_pp_degree: int = 1  # stages of the pipeline on each of its ranks
+    sequence_parallel: bool = False  # with tensor parallelism: tokens are spread between attention and MLP too
+    hybrid_parallel_topo_order: str | None = None  # which axis is outside: pp_first (also None) or sharding_first
     dry_run: bool = False  # print shapes, parameters, FLOPs and memory a rank of the model, and end: no data is needed
 
     def check(self):
@@ -199,16 +202,10 @@ def _check_numbers(args):
 
 def _check_hardware(args):
     """Devices, precision and the number of processes."""
-    names = [f"{name}_parallel_degree" for name in ("tensor", "pipeline", "sharding", "sep", "context")]
-    degrees = {name: max(1, getattr(args, name)) for name in names}
-    wanted, world = math.prod(degrees.values()), paddle.distributed.get_world_size()
-    if world % wanted:
-        factors = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
-        mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
-        raise UserError(f"{factors} = {wanted} processes, but this run has {world}; {mend}")
-    if args.expert_parallel_degree > world:
-        found = f"{args.expert_parallel_degree}, but this run has {world} process(es)"
-        raise UserError(f"expert_parallel_degree: {found}; set it to 1")
+    world = Launch.of_environment().world
+    if world > 1 and not isinstance(args, TrainingArgs):
+        raise UserError(f"this run has {world} processes, but this script works in one: start it without the launcher")
+    Degrees.of(args, world=world)
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
     if args.device != "auto":
@@ -219,8 +216,8 @@ def _check_hardware(args):
     if args.bf16 and not isinstance(args, TrainingArgs):
         notes.append("bf16: only training computes in bfloat16, so float32 is used")
     for key in ("sharding", "sequence_parallel"):
-        if getattr(args, key, None):
-            notes.append(f"ignored: {key}: one process, nothing is spread over several")
+        if getattr(args, key, None) and world == 1:
+            notes.append(f"ignored: {key}: this run has one process")
     if getattr(args, "recompute", False) and args.recompute_granularity != "full":
         notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
@@ -260,14 +257,19 @@ IGNORED = _table([
         use_flash_attention use_fused_rms_norm use_fused_rope use_fused_linear use_fused_dropout_add
         use_fused_linear_cross_entropy use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn fused_linear
         use_fused_head_and_loss_fn use_quick_lora enable_linear_fused_grad_add use_fusemt use_intermediate_api"""),
-    ("one process, nothing is spread over several", """
-        sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
-        data_parallel_config tensor_parallel_config pipeline_parallel_config sequence_parallel_config
-        hybrid_parallel_topo_order split_inputs_sequence_dim fuse_sequence_parallel_allreduce
-        tensor_parallel_output tensor_parallel_rank virtual_pp_degree pp_recompute_interval save_sharded_model
-        load_sharded_model distributed_dataloader share_folder local_rank log_on_each_node save_on_each_node
-        ddp_find_unused_parameters expert_tensor_parallel_degree use_expert_parallel split_norm_comm force_reshard_pp
-        auto_parallel_resume_form_hybrid_parallel save_sharding_stage1_model_include_freeze_params"""),
+    ("the sharding axis is one of its own", "sharding_parallel_mesh_dimension"),
+    ("sizes of messages are fixed", "sharding_comm_buffer_size_MB"),
+    ("every rank reads whole batches, the model cuts them", "split_inputs_sequence_dim"),
+    ("what ranks of one axis have of a gradient is always sent as one", "fuse_sequence_parallel_allreduce split_norm_comm"),
+    ("a gradient that a rank does not have counts as zero", "ddp_find_unused_parameters"),
+    ("losses come from logits in parts, whole ones where they are asked for", "tensor_parallel_output"),
+    ("the launcher says which process this is", "tensor_parallel_rank local_rank"),
+    ("every process reads the data itself", "distributed_dataloader"),
+    ("one log, by the first process; one output_dir, which all see", "share_folder log_on_each_node save_on_each_node"),
+    ("experts are spread by expert_parallel_degree and tensor_parallel_degree", "use_expert_parallel expert_tensor_parallel_degree"),
+    ("checkpoints do not depend on how a run is spread", """
+        save_sharded_model load_sharded_model force_reshard_pp auto_parallel_resume_form_hybrid_parallel
+        save_sharding_stage1_model_include_freeze_params"""),
     ("checkpoints are always unified, written at once, and complete", """
         unified_checkpoint unified_checkpoint_config ckpt_quant_stage save_rng_states save_tokenizer
         ordered_save_group_size use_async_save output_signal_dir enable_zero_cost_checkpoint zcc_workers_num
@@ -286,7 +288,7 @@ IGNORED = _table([
         count_trained_tokens"""),
     ("gradients are released and moments kept where they are", "release_grads flatten_param_grads offload_optim"),
     ("recompute is by whole blocks", """
-        recompute_use_reentrant no_recompute_layers refined_recompute offload_recompute_inputs"""),
+        recompute_use_reentrant no_recompute_layers refined_recompute offload_recompute_inputs pp_recompute_interval"""),
     ("there is no dropout in these models", "hidden_dropout_prob attention_probs_dropout_prob dropout_warmup_steps"),
     ("nothing is sent anywhere", """
         aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token run_name wandb_api_key
@@ -386,6 +388,48 @@ HARMLESS = {"optim": ("adamw",), "dataloader_shuffle": (True, 1, "true", "1"), "
             "rope_scaling_factor": (1, "1", "1.0"), "sharding_degree": (-1, 1, "-1", "1")}  # fmt: skip
 
 
+# Upstream's keys that hold options, separated by spaces or commas: none is needed here, and each says why.
+OPTIONS = {
+    "tensor_parallel_config": _table([
+        ("a product's parts are summed as soon as they are there", "enable_mp_async_allreduce enable_sp_async_reduce_scatter"),
+        ("gradients are added to in place", "enable_mp_skip_c_identity enable_mp_fused_linear_param_grad_add"),
+        ("gradients are of the sum over a step's tokens", "enable_delay_scale_loss"),
+        ("what ranks hold in common stays equal by construction", "sync_param sync_grad sync_moment"),
+        ("the vocabulary is always spread", "replace_with_c_embedding replace_with_parallel_cross_entropy")]),
+    "pipeline_parallel_config": _table([
+        ("shapes travel with every micro-batch", "disable_p2p_cache_shape enable_dynamic_shape enable_clear_every_step_cache"),
+        ("whole tensors are sent, one at a time", "disable_partial_send_recv disable_batch_p2p_comm enable_overlap_p2p_comm"),
+        ("gradients are of the sum over a step's tokens", "enable_delay_scale_loss"),
+        ("gradients are reduced once, after the last micro-batch", "enable_dp_comm_overlap enable_sharding_comm_overlap"),
+        ("times are always in the log", "enable_timer"),
+        ("gradients are always released", "enable_release_grads"),
+        ("schedules are 1F1B and, with virtual_pp_degree, interleaved", """
+            best_unbalanced_scheduler use_dualpipev forward_backward_overlap_scheduler enable_offload_queue""")]),
+    "sharding_parallel_config": _table([
+        ("messages are always of many tensors", "enable_stage1_tensor_fusion enable_fuse_optimizer_states"),
+        ("it overlaps where the device can", """
+            enable_stage1_overlap enable_stage2_overlap enable_stage1_broadcast_overlap enable_stage1_allgather_overlap"""),
+        ("tensors are always split by numbers, not kept whole", "split_param"),
+        ("gradients are summed, and divided by a step's tokens once", "disable_stage1_reduce_avg"),
+        ("gradients are always released", "enable_release_grads")]),
+    **dict.fromkeys(("data_parallel_config", "sequence_parallel_config"), _table([
+        ("gradients are summed, and divided by a step's tokens once", "enable_allreduce_avg_in_gradinent_scale"),
+        ("gradients are always reduced once, after the last micro-batch", "gradient_sync_after_accumulate")])),
+}  # fmt: skip
+
+
+def _options_of(key, value, where):
+    """Lines for the options in a key of OPTIONS; UserError for one that upstream does not have."""
+    words = re.findall(r"[^\s,]+", value) if isinstance(value, str) else value or []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where}: {key}: {value!r}; options separated by spaces or commas are needed")
+    for word in words:
+        if word not in OPTIONS[key]:
+            near = difflib.get_close_matches(word, OPTIONS[key], 1) or list(OPTIONS[key])[:1]
+            raise UserError(f"{where}: {key}: unknown option {word!r}; did you mean {near[0]!r}?")
+    return [f"ignored: {key}: {word}: no effect here: {OPTIONS[key][word]}" for word in words]
+
+
 def parse_args(Args, argv=None):
     """`argv` (default: the command line): JSON files, then --key value (or --key=value), later wins -> a checked Args.
 
@@ -420,10 +464,12 @@ def parse_args(Args, argv=None):
             lines.append(f"ignored: {key}: nothing is trained here")
         elif key in REFUSED and not _harmless(key, value):
             raise UserError(f"{where}: {key}: {value!r}: {REFUSED[key]}")
+        elif key in OPTIONS:
+            lines += _options_of(key, value, where)
         elif key in IGNORED or key in REFUSED:
             lines.append(f"ignored: {key}: {IGNORED.get(key) or REFUSED[key]}")
         elif key != "_doc":
-            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *of_training], 1)
+            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *OPTIONS, *of_training], 1)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     args = Args(**fields)
     lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
@@ -520,29 +566,43 @@ def run_script(main, Args, argv=None):
         for field in dataclasses.fields(Args):
             print(f"  {field.name} = {field.default!r}")
         return
+    company, args = parallel.company(), None  # first of all, so that what goes wrong here ends all processes
     try:
         args = parse_args(Args, tokens)
         if getattr(args, "dry_run", False):
             print(dry_run(args), flush=True)
-            return
-        args.check_model()
-        _choose_device(args)
-        main(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if not _disk_full(error):
+        else:
+            args.check_model()
+            _choose_device(args)
+            main(args)
+        if company is not None:
+            company.leave()
+    except BaseException as error:
+        code, line = _verdict(error, getattr(args, "output_dir", ""))
+        if company is not None:
+            company.fail(error, code, line)
+        if line is None:
             raise
-        print(f"error: {error.filename or args.output_dir}: the disk is full; free some space, then resume", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+        sys.exit(code)
+
+
+def _verdict(error, folder):
+    """(exit code, line to show instead of a traceback, or None) of what has ended a script."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if _disk_full(error):
+        return 2, f"{error.filename or folder}: the disk is full; free some space, then resume"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 1, None
 
 
 def _choose_device(args):
     train_in_bf16 = args.bf16 and isinstance(args, TrainingArgs)
+    if ":" in args.device and (world := Launch.of_environment().world) > 1:
+        kind = args.device.partition(":")[0]
+        raise UserError(f"device: {args.device!r} is one device, but this run has {world} processes; say {kind!r}, the launcher chooses")
     kernels.configure(args.device, args.kernels, train_in_bf16)
     print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
     if kernels.bf16:
@@ -619,7 +679,7 @@ def dry_run(args):
     T = next(getattr(args, key) for key in ("max_seq_length", "max_length", "max_seq_len") if hasattr(args, key))
     model = build(config)
     table, total, active, experts = _shapes(model)
-    degrees = DryDegrees.of(args, config, experts, T)
+    degrees = Degrees.of(args, config, T)
     flops = model.flops_per_token(T)
     lines = [f"{name}: {config.family}, {config.num_hidden_layers} layers", *table, ""]
     lines.append(f"parameters: {total:,}" + (f", {active:,} of them at work on a token" if experts else ""))
@@ -653,90 +713,6 @@ def _shapes(model):
     return lines, total, total - routed + (routed * chosen // experts if experts else 0), experts
 
 
-@dataclasses.dataclass(frozen=True)
-class DryDegrees:
-    """How many ways a run is cut, and along what."""
-
-    tensor: int
-    pipeline: int
-    sharding: int
-    sep: int
-    context: int
-    expert: int
-    stage: int  # of sharding; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
-    offload: bool  # moments and master weights lie in the host's memory
-    sequence_parallel: bool
-
-    @staticmethod
-    def of(args, config, experts, T):
-        """From the arguments; UserError with all that does not divide in one line."""
-        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
-        ways = {name: max(1, getattr(args, f"{name}_parallel_degree")) for name in names}
-        words = re.findall(r"[^\s,]+", args.sharding or "")
-        for word in words:
-            if word not in ("stage1", "stage2", "stage3", "offload"):
-                raise UserError(f"sharding: {word!r}; possible are stage1, stage2, stage3, and offload beside one of them")
-        stage = max([int(word[-1]) for word in words if word != "offload"], default=0)
-        stage = stage or int(ways["sharding"] > 1)
-        wrong = []
-        inner = config.experts.width if experts and ways["expert"] == 1 else config.intermediate_size
-        for name, what, size in (
-            ("tensor", "attention heads", config.num_attention_heads),
-            ("tensor", "the MLP's width", inner),
-            ("sep", "attention heads", config.num_attention_heads),
-            ("sep", "the sequence", T),
-            ("context", "the sequence", T),
-            *([("expert", "experts", experts)] if experts else []),
-        ):
-            if size % ways[name]:
-                wrong.append(f"{name}_parallel_degree {ways[name]} does not divide {what} ({size:,})")
-        heads, tensor = config.num_key_value_heads, ways["tensor"]
-        if heads % tensor and tensor % heads:
-            wrong.append(f"tensor_parallel_degree {tensor} neither divides the key/value heads ({heads}) nor is a multiple")
-        if ways["pipeline"] > config.num_hidden_layers:
-            wrong.append(f"pipeline_parallel_degree {ways['pipeline']} is more than layers ({config.num_hidden_layers})")
-        if ways["sep"] > 1 and ways["context"] > 1:
-            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
-        if stage > 1 and ways["pipeline"] > 1:
-            wrong.append(f"sharding stage{stage} and pipeline_parallel_degree exclude each other: use stage1")
-        ranks = math.prod(ways.values()) // ways["expert"] // ways["pipeline"]
-        if ways["expert"] > 1 and not experts or ranks % ways["expert"]:
-            wrong.append(f"expert_parallel_degree {ways['expert']} is for {experts} experts on {ranks} ranks of a stage")
-        if wrong:
-            raise UserError("; ".join(wrong))
-        return DryDegrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=args.sequence_parallel)
-
-    def __str__(self):
-        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
-        ways = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
-        if self.sharding > 1:
-            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
-        return ", ".join(ways) or "one process"
-
-    @property
-    def ranks(self):
-        """Of one stage of the pipeline."""
-        return self.tensor * self.sharding * self.sep * self.context
-
-    def cut(self, name, config):
-        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours)."""
-        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
-            return min(self.tensor, K)
-        if layer == "qkv_proj":
-            return (H + 2 * K) / (H / self.tensor + 2 * K / min(self.tensor, K))
-        if layer in BY_VOCABULARY:
-            return self.tensor if config.vocab_size % self.tensor == 0 else 1
-        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
-        ways = self.tensor if cut else 1
-        return min(ways * self.expert, self.ranks) if ".experts." in name else ways
-
-    def shared(self, name, config):
-        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
-        return min(self.sharding, self.ranks // self.cut(name, config)) if ".experts." in name else self.sharding
-
-
 def _adapter_sizes(args, model, degrees):
     """[(layer or None, numbers in all, on a rank, there when sharded)] of what an adapter trains; None for all weights."""
     config, sizes = model.config, []
@@ -758,7 +734,7 @@ def _adapter_sizes(args, model, degrees):
         whole = args.num_prefix_tokens * width + (width + 1) * inner + (inner + 1) * layers * 2 * width
         return [(None, whole, whole, whole / degrees.sharding)]
     whole = args.num_prefix_tokens * 2 * width
-    mine = whole / min(degrees.tensor, config.num_key_value_heads)
+    mine = whole / min(degrees.tp, config.num_key_value_heads)
     return [(layer, whole, mine, mine / degrees.sharding) for layer in range(layers)]
 
 
@@ -770,7 +746,7 @@ SHARDED_FROM = {"weights": 3, "gradients": 2, "moments": 1, "master weights": 1}
 
 def _memory(args, model, adapter, degrees, T):
     """Lines: the bytes that the fullest rank keeps, by what they are for."""
-    bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pipeline
+    bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pp
     layers, first, last = _numbers(model, degrees)
     kept = [_activations(block, model.config, degrees) for block in model.layers]
     stages, start = [], 0
@@ -783,7 +759,7 @@ def _memory(args, model, adapter, degrees, T):
             mine = sum(sizes, np.zeros(2))
         rows = _bytes(bytes_of, degrees, held, mine)
         whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], stage, end == L)
-        tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
+        tokens = args.per_device_train_batch_size * T / degrees.sep
         head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
         head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
         for way, numbers in (("without recompute", whole), ("with recompute", again)):
@@ -812,7 +788,7 @@ def _numbers(model, degrees):
             first += mine
         else:
             last += mine
-        if name == "embed_tokens.weight" and model.lm_head is None and degrees.pipeline > 1:
+        if name == "embed_tokens.weight" and model.lm_head is None and degrees.pp > 1:
             last += mine  # a tied head is the embedding once more
     return layers, first, last
 
@@ -837,8 +813,8 @@ def _kept_by_stage(args, config, degrees, kept, stage, is_last):
     With recompute each block's input and one block's activations. A stage keeps those of as many micro-batches as
     stages follow it, itself counted (1F1B, arXiv 2104.04473).
     """
-    flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
-    width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
+    flights = min(degrees.pp - stage, args.gradient_accumulation_steps)
+    width = config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1)
     embedded, normed = int(stage == 0), 2 * int(is_last)  # the first block's input; what the last norm reads and gives
     whole = flights * (sum(kept) + (embedded + normed / 2) * width)
     return whole, flights * (len(kept) + normed) * width + max(kept)
@@ -850,7 +826,7 @@ def _activations(block, config, degrees):
     They are the outputs of its linears and norms, and what the last linears of attention and MLP read. Temporary
     tensors of an op, and blocks of logits (128 MB), come on top.
     """
-    D, share = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1), 1.0
+    D, share = config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1), 1.0
     numbers = 0.0 if config.residual_scale is None else D  # the scaled residual
     if hasattr(block.mlp, "experts"):  # each chosen expert's copy of the token, and the experts' sum
         share = config.experts.top_k / config.experts.count
@@ -862,7 +838,7 @@ def _activations(block, config, degrees):
             width = layer.weight.shape[0]
             heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}.get(part)
             if heads:
-                numbers += width * heads / min(degrees.tensor, heads)
+                numbers += width * heads / min(degrees.tp, heads)
             else:
                 numbers += D if width == config.hidden_size else width
         elif hasattr(layer, "n_out") and not (part == "up_proj" and config.activation == "relu"):  # relu keeps its result

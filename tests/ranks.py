@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -34,18 +35,19 @@ class Ranks:
         pipes = [self.listener.accept() for _ in range(self.world)]
         self.pipes = [pipe for _, pipe in sorted(((pipe.recv(), pipe) for pipe in pipes), key=lambda found: found[0])]
 
-    def run(self, job, *args, **kwargs):
-        """[what the job "module:function" returns on each rank]; RuntimeError with the first rank's traceback that has one."""
+    def run(self, job, *args, timeout=300, **kwargs):
+        """[what the job "module:function" returns on each rank]; RuntimeError with the traceback of every rank that has one."""
         if not self.processes:
             self.start()
         for pipe in self.pipes:
             pipe.send((job, args, kwargs))
-        found = []
-        for rank, pipe in enumerate(self.pipes):
+        found, end = [], time.monotonic() + timeout
+        for pipe in self.pipes:
             try:
-                found.append(pipe.recv())
+                there = pipe.poll(max(0.0, end - time.monotonic()))
+                found.append(pipe.recv() if there else (False, f"no answer within {timeout} s"))
             except EOFError:
-                found.append((False, f"rank {rank} ended"))
+                found.append((False, "it ended"))
         wrong = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(found) if not fine]
         if wrong:
             self.stop()  # their connections may be broken

@@ -45,7 +45,7 @@ UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dro
     rslora_plus simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
     smooth_piecewise_search smooth_search_piece smooth_step src_length temperature tensor_parallel_output top_p
     train_dataset_path train_datasets unified_checkpoint update_iters use_flash_attention use_fused_head_and_loss_fn
-    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera virtual_pp_degree weight_quant_method
+    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera weight_quant_method
     weight_quantize_algo zero_padding""".split()
 
 
@@ -183,15 +183,15 @@ def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
     assert len(lines) == 7
     assert lines[0] == "ignored: use_flash_attention: which kernels run is chosen by `kernels`"
     assert [line.split(":")[1].strip() for line in lines[:3]] == ["use_flash_attention", "vera", "optim"]
-    assert "float32 is used" in lines[3] and lines[4].startswith("ignored: sharding: one process") and "full (whole blocks) is used" in lines[5]
+    assert "float32 is used" in lines[3] and lines[4] == "ignored: sharding: this run has one process" and "full (whole blocks) is used" in lines[5]
     assert "last model is kept" in lines[6]
 
 
 def test_every_upstream_key_is_known():
     fields = {field.name for field in dataclasses.fields(TrainingArgs)}
-    tables = {**trainer.IGNORED, **trainer.REFUSED}
+    tables = {**trainer.IGNORED, **trainer.REFUSED, **trainer.OPTIONS}
     assert not set(UPSTREAM_KEYS) - set(tables)
-    assert not fields & set(tables) and not set(trainer.IGNORED) & set(trainer.REFUSED)
+    assert not fields & set(tables) and len(tables) == len(trainer.IGNORED) + len(trainer.REFUSED) + len(trainer.OPTIONS)
     assert set(trainer.HARMLESS) <= set(trainer.REFUSED) and all(why for why in tables.values())
     for path in CONFIGS.glob("**/*.json"):
         keys = set(json.loads(path.read_text())) - fields - {"model_name_or_path", "tokenizer_name_or_path"}
