@@ -2301,17 +2301,19 @@ def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_stat
 def load_weights(model, path):
     """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
     one error."""
-    config, found = model.config, _shards(path)
+    config, found, elsewhere = model.config, _shards(path), model.elsewhere
     theirs = _paddlenlp_names(config)
     if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
         weights = base_weights(model, theirs)
         found = _paddlenlp_parts(found, config, theirs)
+        places = {ours for ours, name, _ in _names_of(config) if name in elsewhere}
+        elsewhere = {name for ours, name, _ in _names_of(config, theirs) if ours in places}
     else:
         weights = base_weights(model)
-        found = _published_names(found, config, {w.name for w in weights} | model.elsewhere)
+        found = _published_names(found, config, {w.name for w in weights} | elsewhere)
     weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in model.elsewhere]
+    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in elsewhere]
     wrong += [
         f"{n} has shape {list(found[n][1])}, config.json says {w.shape}"
         for n, w in weights.items()
@@ -2700,17 +2702,24 @@ def lora_layers(model):
     return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
+def _linears_elsewhere(model):
+    """[Hugging Face module path] of the linears of the blocks that other processes hold."""
+    return [name.removesuffix(".weight") for ours, name, _ in (_names_of(model.config) if model.elsewhere else ())
+            if name in model.elsewhere and ours.startswith("layers.") and ours.endswith("_proj.weight")]  # fmt: skip
+
+
 def lora_paths(model, targets=None):
     """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
-    found = linears(model)
+    here = linears(model)
+    found = [*here, *_linears_elsewhere(model)]
     if targets in (None, "all-linear", []):
-        return list(found)
+        return list(here)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
     for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
         if not any(re.fullmatch(pattern, path) for path in found):
             names = sorted({path.rpartition(".")[2] for path in found})
             raise UserError(f"lora_target_modules: {target!r} matches no linear layer; there are {', '.join(names)}")
-    return [path for path in found if any(re.fullmatch(p, path) for p in patterns)]
+    return [path for path in here if any(re.fullmatch(p, path) for p in patterns)]
 
 
 def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False, pissa=False, targets=None, seed=0):
@@ -2728,7 +2737,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
-        targets = sorted({path.rpartition(".")[2] for path in found})
+        targets = sorted({path.rpartition(".")[2] for path in [*found, *_linears_elsewhere(model)]})
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
@@ -2853,15 +2862,26 @@ def _as_is(config):
     return not any(t for ours, _, t in FAMILIES[config.family].names if ours.endswith("_proj.weight"))
 
 
-def save_adapter(model, path, base_model=None):
-    """adapter_config.json and adapter_model.safetensors, as peft writes them; the config last.
+def adapter_arrays(model, read=Weight.to_numpy):
+    """{peft's name: array} of what adapter_weights() and PiSSA's start hold; read(weight) gives the whole of one."""
+    tensors = {w.name: read(w) for w in adapter_weights(model)}
+    for module, layer in lora_layers(model).items():
+        if layer.initial is not None:
+            (a, b), stem = layer.initial, f"base_model.model.{module}."
+            tensors[stem + "lora_A.weight"] = np.concatenate([tensors[stem + "lora_A.weight"], a.T])
+            tensors[stem + "lora_B.weight"] = np.concatenate([tensors[stem + "lora_B.weight"], -b.T], axis=1)
+    return tensors
+
+
+def save_adapter(model, path, base_model=None, tensors=None):
+    """adapter_config.json and adapter_model.safetensors, as peft writes them; the config last. tensors: adapter_arrays().
 
     PiSSA is saved as the plain LoRA of rank 2R that gives the same model on the unchanged base: [A A0] [B; -B0]. A
     prefix with a projection is saved as the table it makes; its MLP, to go on training, as prefix_projection.safetensors.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {w.name: w.to_numpy() for w in adapter_weights(model)}
+    tensors = adapter_arrays(model) if tensors is None else tensors
     config = {
         "base_model_name_or_path": str(base_model) if base_model else None,
         "task_type": "CAUSAL_LM",
@@ -2875,12 +2895,7 @@ def save_adapter(model, path, base_model=None):
             init_lora_weights=True,
             **model.lora_config,
         )
-        layers = lora_layers(model)
-        if any(layer.initial is not None for layer in layers.values()):
-            for module, layer in layers.items():
-                (a, b), stem = layer.initial, f"base_model.model.{module}."
-                tensors[stem + "lora_A.weight"] = np.concatenate([tensors[stem + "lora_A.weight"], a.T])
-                tensors[stem + "lora_B.weight"] = np.concatenate([tensors[stem + "lora_B.weight"], -b.T], axis=1)
+        if any(array.shape[0] == 2 * config["r"] for name, array in tensors.items() if ".lora_A." in name):  # PiSSA
             config["r"] *= 2
             config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2  # so that the scaling stays
             config["pissa_start_included"] = True
@@ -2975,7 +2990,13 @@ def _load_lora(model, config, tensors, path, trainable):
             layer.set_pissa(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
-    _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+    _fill(adapter_weights(model), _here(model, tensors), path.parent / "adapter_model.safetensors")
+
+
+def _here(model, tensors):
+    """Those of LoRA's tensors that belong to linears which this process has."""
+    elsewhere = {f"base_model.model.{path}" for path in _linears_elsewhere(model)}
+    return {name: array for name, array in tensors.items() if name.partition(".lora_")[0] not in elsewhere}
 
 
 def reload_adapter(model, path):
@@ -2989,7 +3010,7 @@ def reload_adapter(model, path):
             a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
-    _fill(adapter_weights(model), tensors, file)
+    _fill(adapter_weights(model), _here(model, tensors), file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):

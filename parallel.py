@@ -48,6 +48,7 @@ from model import (
     LoRALinear,
     ModelConfig,
     QuantLinear,
+    adapter_arrays,
     base_folders,
     SparseMLP,
     build,
@@ -1050,6 +1051,19 @@ def whole(weight, tensor, topology):
 
 
 @paddle.no_grad()
+def whole_adapter(model):
+    """model.adapter_arrays() of the whole model, on every rank: what save_adapter() writes as `tensors`."""
+    topology = model.topology
+    arrays = adapter_arrays(model, lambda weight: whole(weight, weight.parameter, topology))
+    for axis in (topology.ep, topology.pp):
+        if axis.size > 1:
+            found = []
+            dist.all_gather_object(found, arrays, axis.group)
+            arrays = {name: array for part in found for name, array in part.items()}
+    return arrays
+
+
+@paddle.no_grad()
 def gathered(tensor, cut, tp):
     """The whole of which each rank of tp has such a part, as numpy in our layout."""
     widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
@@ -1071,7 +1085,7 @@ def start(args):
     ways = {axis: max(1, getattr(args, f"{name}_parallel_degree")) for axis, name in names.items()}
     ways["sep"] = max(1, args.sep_parallel_degree, args.context_parallel_degree)
     ways["dp"] = launch.world // math.prod(ways.values())
-    degrees = Degrees(**ways, sequence_parallel=getattr(args, "sequence_parallel", False), context=args.context_parallel_degree > 1)
+    degrees = Degrees(**ways, ep=max(1, args.expert_parallel_degree), sequence_parallel=getattr(args, "sequence_parallel", False), context=args.context_parallel_degree > 1)
     if launch.world == 1:
         return Topology(degrees)
     return Topology(degrees, launch.rank, Gloo(launch))

@@ -99,7 +99,7 @@ def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, cha
     missing = {n for n in missing if not any(e.removesuffix(".weight") in n for e in model.elsewhere)}
     assert not missing and set(found) <= set(gradients), (missing, set(found) - set(gradients))
     scale = max(np.abs(g).max() for g in gradients.values())
-    off = {n: float(np.abs(g - gradients[n]).max() / max(np.abs(gradients[n]).max(), 1e-3 * scale)) for n, g in found.items()}
+    off = {n: float(np.abs(g - gradients[n]).max() / max(np.abs(gradients[n]).max(), 1e-2 * scale)) for n, g in found.items()}
     name_of_worst = max(off, key=off.get)
     return worst, off[name_of_worst], name_of_worst
 
