@@ -2100,6 +2100,18 @@ class Weight:
         return np.ascontiguousarray(array if self.cut is None else self.cut.take(array))
 
     @property
+    def tensor(self):
+        """What an optimizer updates, and by what: see parallel.Piece for a part of it."""
+        return self.parameter
+
+    @property
+    def grad(self):
+        return self.parameter.grad
+
+    def clear_gradient(self):
+        self.parameter.clear_gradient(False)  # False: released, not filled with zeros
+
+    @property
     def cut(self):
         """None, or which part of the whole the parameter is: an object with shape (of the whole) and take(array)."""
         return getattr(self.parameter, "cut", None)

@@ -1006,34 +1006,47 @@ def learning_rate(step, args, total):
 class AdamW:
     """AdamW over named weights with float32 moments; only parameters of two or more dimensions decay.
 
-    weights: model.Weight objects. lr_scale: {name: factor on the learning rate}, 1 where absent (LoRA+ gives B more).
+    weights: model.Weight objects, or parallel.Piece ones: parts of weights, laid flat. lr_scale: {name: factor on the
+    learning rate}, 1 where absent (LoRA+ gives B more). With `sharding: … offload` moments lie in the host's memory, pinned,
+    and each weight's come to the device while it is updated.
     """
 
     def __init__(self, weights, args, lr_scale=None):
         names = [weight.name for weight in weights]
         assert len(set(names)) == len(names), f"names must be unique: {sorted(names)}"
         self.weights, self.args, self.lr_scale = weights, args, lr_scale or {}
-        assert set(self.lr_scale) <= set(names), f"no weights: {sorted(set(self.lr_scale) - set(names))}"
         self.steps = 0  # made so far; bias correction counts from 1
-        self.moments = {w.name: [paddle.zeros(w.parameter.shape, "float32") for _ in range(2)] for w in weights}
+        self.on_host = "offload" in (getattr(args, "sharding", None) or "")
+        if self.on_host and paddle.device.get_device().startswith("cpu"):
+            print("sharding: offload changes nothing here: the device is the CPU, moments are in the host's memory anyway")
+            self.on_host = False
+        self.moments = {w.name: [self._zeros(w.tensor.shape) for _ in range(2)] for w in weights}
+
+    def _zeros(self, shape):
+        moment = paddle.zeros(shape, "float32")
+        return moment.pin_memory() if self.on_host else moment
 
     def step(self, lr, grad_scale=1.0):
         """Update every weight that has a gradient, which is multiplied by grad_scale (clipping, 1 / tokens) first."""
         self.steps += 1
         args = self.args
         for weight in self.weights:
-            parameter = weight.parameter
-            if parameter.grad is None:
+            gradient = weight.grad
+            if gradient is None:
                 continue
             decay = args.weight_decay if len(weight.shape) >= 2 else 0.0
             rate = lr * self.lr_scale.get(weight.name, 1.0)
-            moment1, moment2 = self.moments[weight.name]
+            kept = self.moments[weight.name]
+            moments = [moment._copy_to(gradient.place, True) for moment in kept] if self.on_host else kept
             constants = args.adam_beta1, args.adam_beta2, args.adam_epsilon, decay
-            kernels.adamw(parameter, parameter.grad, moment1, moment2, self.steps, rate, *constants, grad_scale)
+            kernels.adamw(weight.tensor, gradient, *moments, self.steps, rate, *constants, grad_scale)
+            if self.on_host:
+                for there, moment in zip(kept, moments):
+                    there.copy_(moment, True)
 
     def zero_grad(self):
         for weight in self.weights:
-            weight.parameter.clear_gradient(False)  # False: released, not filled with zeros
+            weight.clear_gradient()
 
     def state_arrays(self):
         """{"<HF name>/moment1_0": …} in Unified Checkpoint's names and the weights' file layout, for write_safetensors.
