@@ -1488,6 +1488,7 @@ class CausalLM(nn.Layer):
         self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
         self.elsewhere = frozenset()  # names of weights that other processes hold
         self.recompute = False  # compute each block's activations again in backward instead of keeping them
+        self.draws = None  # draws(i), while training: seeds what the i-th block draws, so that it depends on no other
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
 
     def new_cache(self, B):
@@ -1601,8 +1602,17 @@ class CausalLM(nn.Layer):
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
         x, shared = self.prepare(input_ids, position_ids, rows, caches)
+        x, probabilities = self.through(range(len(self.layers)), x, shared, caches)
+        return self.last_norm(x), probabilities
+
+    def through(self, places, x, shared, caches=None):
+        """x (B, T, D) after the blocks at these places, one after another, and the probabilities of the sparse ones' routers."""
+        paged = caches is not None and not isinstance(caches, Cache)
         turns, probabilities = (shared.cos, shared.sin), []
-        for i, block in enumerate(self.layers):
+        for i in places:
+            block = self.layers[i]
+            if self.draws is not None and self.training:
+                self.draws(i)
             if paged:
                 x, *_, routed = block(x, *turns, attend=functools.partial(caches.attend, i), q_scale=shared.q_scale)
                 continue
@@ -1619,7 +1629,10 @@ class CausalLM(nn.Layer):
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
-        return (x if self.norm is None else self.norm(x)), probabilities
+        return x, probabilities
+
+    def last_norm(self, x):
+        return x if self.norm is None else self.norm(x)
 
     def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
         """What the first block reads (B, T, D), and Shared; arguments as in hidden_states()."""
@@ -2642,17 +2655,25 @@ def lora_layers(model):
     return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
+def linears_elsewhere(model):
+    """{Hugging Face module path} of the linears of the blocks that other processes hold."""
+    rows = _names_of(model.config) if model.elsewhere else ()
+    paths = [theirs.removesuffix(".weight") for ours, theirs, _ in rows if ours.startswith("layers.") and ours.endswith("_proj.weight")]
+    return {path for path in paths if not model.elsewhere.isdisjoint((path + ".weight", path + ".qweight"))}
+
+
 def lora_paths(model, targets=None):
-    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
-    found = linears(model)
+    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora, and that this process holds."""
+    here = linears(model)
+    found = {*here, *linears_elsewhere(model)}
     if targets in (None, "all-linear", []):
-        return list(found)
+        return list(here)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
     for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
         if not any(re.fullmatch(pattern, path) for path in found):
             names = sorted({path.rpartition(".")[2] for path in found})
             raise UserError(f"lora_target_modules: {target!r} matches no linear layer; there are {', '.join(names)}")
-    return [path for path in found if any(re.fullmatch(p, path) for p in patterns)]
+    return [path for path in here if any(re.fullmatch(p, path) for p in patterns)]
 
 
 def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False, pissa=False, targets=None, seed=0):
@@ -2670,7 +2691,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
-        targets = sorted({path.rpartition(".")[2] for path in found})
+        targets = sorted({path.rpartition(".")[2] for path in {*found, *linears_elsewhere(model)}})
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
@@ -2916,7 +2937,7 @@ def _load_lora(model, config, tensors, path, trainable):
             layer.set_pissa(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
-    _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+    _fill(model, tensors, path.parent / "adapter_model.safetensors")
 
 
 def reload_adapter(model, path):
@@ -2930,7 +2951,7 @@ def reload_adapter(model, path):
             a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
-    _fill(adapter_weights(model), tensors, file)
+    _fill(model, tensors, file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):
@@ -2947,15 +2968,18 @@ def _load_prefix(model, config, tensors, path, trainable):
     projection = path.parent / "prefix_projection.safetensors"
     if trainable and projection.is_file():
         apply_prefix(model, config["num_virtual_tokens"], True, config["encoder_hidden_size"])
-        _fill(adapter_weights(model), read_safetensors(projection), projection)
+        _fill(model, read_safetensors(projection), projection)
     else:
         apply_prefix(model, config["num_virtual_tokens"])
-        _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+        _fill(model, tensors, path.parent / "adapter_model.safetensors")
 
 
-def _fill(weights, tensors, path):
+def _fill(model, tensors, path):
+    """The values of the model's adapter; those of linears that other processes hold are left out."""
+    weights, elsewhere = adapter_weights(model), linears_elsewhere(model)
     wrong = [f"missing {w.name}" for w in weights if w.name not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}]
+    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}
+              and n.removeprefix("base_model.model.").partition(".lora_")[0] not in elsewhere]  # fmt: skip
     wrong += [f"{w.name} has shape {list(tensors[w.name].shape)}, not {w.shape}" for w in weights
               if w.name in tensors and list(tensors[w.name].shape) != w.shape]  # fmt: skip
     if wrong:

@@ -135,6 +135,7 @@ class TrainingArgs(ScriptArgs):
     recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
     sharding: str | None = None  # stage1, stage2 or stage3, and offload: so far for dry_run alone
     sequence_parallel: bool = False  # likewise
+    virtual_pp_degree: int = 1  # parts of the layers, apart from each other, that a rank of a pipeline has: less idle time
     dry_run: bool = False  # print shapes, parameters, FLOPs and memory a rank of the model, and end: no data is needed
 
     def check(self):
@@ -264,7 +265,7 @@ IGNORED = _table([
         sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
         data_parallel_config tensor_parallel_config pipeline_parallel_config sequence_parallel_config
         hybrid_parallel_topo_order split_inputs_sequence_dim fuse_sequence_parallel_allreduce
-        tensor_parallel_output tensor_parallel_rank virtual_pp_degree pp_recompute_interval save_sharded_model
+        tensor_parallel_output tensor_parallel_rank pp_recompute_interval save_sharded_model
         load_sharded_model distributed_dataloader share_folder local_rank log_on_each_node save_on_each_node
         ddp_find_unused_parameters expert_tensor_parallel_degree use_expert_parallel split_norm_comm force_reshard_pp
         auto_parallel_resume_form_hybrid_parallel save_sharding_stage1_model_include_freeze_params"""),
@@ -1107,9 +1108,13 @@ def clip_scale(norm, max_norm):
     return max_norm / norm if 0 < max_norm < norm else 1.0
 
 
-def seed_step(seed, step, micro_step=0):
-    """Seed dropout and noise of one micro-step from (seed, step, micro-step) alone: nothing to save, resuming exact."""
-    digest = hashlib.blake2b(f"{seed} {step} {micro_step}".encode(), digest_size=4).digest()
+def seed_step(seed, step, micro_step=0, layer=None):
+    """Seed dropout and noise of one micro-step from (seed, step, micro-step) alone: nothing to save, resuming exact.
+
+    layer: of that block of the model, so that what it draws does not depend on where the other blocks are.
+    """
+    where = f"{seed} {step} {micro_step}" + ("" if layer is None else f" {layer}")
+    digest = hashlib.blake2b(where.encode(), digest_size=4).digest()
     paddle.seed(int.from_bytes(digest, "little") & 0x7FFFFFFF)
 
 
@@ -1374,6 +1379,9 @@ class Log:
         }
         if self.utilisation:
             row["mfu"] = round(speed * self.utilisation, 4)
+        if (pp := self.topology.pp).size > 1:  # idle share of the step's forwards and backwards, beside the formula
+            row["bubble"] = round(self.topology.total(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4)
+            row["bubble_formula"] = round(pp.bubble, 4)
         row.update(added)
         state.log_history = (state.log_history + [row])[-20:]
         if self.writes:
