@@ -416,7 +416,8 @@ def main(args):
         # ================================================================== 3. reference, adapter, optimizer, resume
         before = evaluate() if dev else None
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
-        if not args.lora and not args.reference_free:
+        # An adapter is switched off for the reference, except in a pipeline: a micro-batch runs through it once.
+        if not args.reference_free and (not args.lora or topology.pp.size > 1):
             start, micro = time.perf_counter(), train.batches_per_epoch
             seen = [batch for step in range(total) for batch in trainer.micro_batches(step, args, micro, topology.data_size)]
             train_known = known_logps(model, train, seen, progress)

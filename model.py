@@ -1631,13 +1631,24 @@ class CausalLM(nn.Layer):
         """hidden_states(), and a list of the probabilities (N, E) of each sparse block's router."""
         paged = caches is not None and not isinstance(caches, Cache)
         assert not paged or position_ids is not None, "a paged cache does not know the positions"
+        self.begin(input_ids, caches)
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
+        x, shared = self.prepare(input_ids, position_ids, rows, caches)
+        x, probabilities = self.through(range(len(self.layers)), x, shared, caches)
+        return self.last_norm(x), probabilities
+
+    def begin(self, input_ids, caches):
+        """A pass begins."""
         if self.training:
             self.draws.renew()
-        x, shared = self.prepare(input_ids, position_ids, rows, caches)
+
+    def through(self, places, x, shared, caches=None):
+        """x (B, T, D) after the blocks at these places, one after another, and the probabilities of the sparse ones' routers."""
+        paged = caches is not None and not isinstance(caches, Cache)
         turns, probabilities = (shared.cos, shared.sin), []
-        for i, block in enumerate(self.layers):
+        for i in places:
+            block = self.layers[i]
             if paged:
                 x, *_, routed = block(x, *turns, attend=functools.partial(caches.attend, i), q_scale=shared.q_scale)
                 continue
@@ -1652,7 +1663,10 @@ class CausalLM(nn.Layer):
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
-        return (x if self.norm is None else self.norm(x)), probabilities
+        return x, probabilities
+
+    def last_norm(self, x):
+        return x if self.norm is None else self.norm(x)
 
     def recomputed(self, function, *arguments):
         """function(*arguments), whose activations are not kept but made again in backward, with the same randomness."""
@@ -2714,16 +2728,17 @@ def lora_layers(model):
     return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
-def _linears_elsewhere(model):
-    """[Hugging Face module path] of the linears of the blocks that other processes hold."""
-    return [name.removesuffix(".weight") for ours, name, _ in (_names_of(model.config) if model.elsewhere else ())
-            if name in model.elsewhere and ours.startswith("layers.") and ours.endswith("_proj.weight")]  # fmt: skip
+def linears_elsewhere(model):
+    """{Hugging Face module path} of the linears of the blocks that other processes hold."""
+    rows = _names_of(model.config) if model.elsewhere else ()
+    paths = [theirs.removesuffix(".weight") for ours, theirs, _ in rows if ours.startswith("layers.") and ours.endswith("_proj.weight")]
+    return {path for path in paths if not model.elsewhere.isdisjoint((path + ".weight", path + ".qweight"))}
 
 
 def lora_paths(model, targets=None):
-    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
+    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora, and that this process holds."""
     here = linears(model)
-    found = [*here, *_linears_elsewhere(model)]
+    found = {*here, *linears_elsewhere(model)}
     if targets in (None, "all-linear", []):
         return list(here)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
@@ -2749,7 +2764,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
-        targets = sorted({path.rpartition(".")[2] for path in [*found, *_linears_elsewhere(model)]})
+        targets = sorted({path.rpartition(".")[2] for path in {*found, *linears_elsewhere(model)}})
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
@@ -3002,13 +3017,7 @@ def _load_lora(model, config, tensors, path, trainable):
             layer.set_pissa(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
-    _fill(adapter_weights(model), _here(model, tensors), path.parent / "adapter_model.safetensors")
-
-
-def _here(model, tensors):
-    """Those of LoRA's tensors that belong to linears which this process has."""
-    elsewhere = {f"base_model.model.{path}" for path in _linears_elsewhere(model)}
-    return {name: array for name, array in tensors.items() if name.partition(".lora_")[0] not in elsewhere}
+    _fill(model, tensors, path.parent / "adapter_model.safetensors")
 
 
 def reload_adapter(model, path):
@@ -3022,7 +3031,7 @@ def reload_adapter(model, path):
             a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
-    _fill(adapter_weights(model), _here(model, tensors), file)
+    _fill(model, tensors, file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):
@@ -3039,15 +3048,18 @@ def _load_prefix(model, config, tensors, path, trainable):
     projection = path.parent / "prefix_projection.safetensors"
     if trainable and projection.is_file():
         apply_prefix(model, config["num_virtual_tokens"], True, config["encoder_hidden_size"])
-        _fill(adapter_weights(model), read_safetensors(projection), projection)
+        _fill(model, read_safetensors(projection), projection)
     else:
         apply_prefix(model, config["num_virtual_tokens"])
-        _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+        _fill(model, tensors, path.parent / "adapter_model.safetensors")
 
 
-def _fill(weights, tensors, path):
+def _fill(model, tensors, path):
+    """The values of the model's adapter; those of linears that other processes hold are left out."""
+    weights, elsewhere = adapter_weights(model), linears_elsewhere(model)
     wrong = [f"missing {w.name}" for w in weights if w.name not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}]
+    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}
+              and n.removeprefix("base_model.model.").partition(".lora_")[0] not in elsewhere]  # fmt: skip
     wrong += [f"{w.name} has shape {list(tensors[w.name].shape)}, not {w.shape}" for w in weights
               if w.name in tensors and list(tensors[w.name].shape) != w.shape]  # fmt: skip
     if wrong:

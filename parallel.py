@@ -32,6 +32,7 @@ import hashlib
 import json
 import math
 import os
+import queue
 import re
 import socket
 import sys
@@ -39,6 +40,7 @@ import threading
 import time
 import traceback
 from collections import namedtuple
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,8 @@ from model import (
     adapter_arrays,
     base_folders,
     SparseMLP,
+    _paddlenlp_names,
+    base_weights,
     build,
     load_weights,
     load_adapter,
@@ -420,11 +424,13 @@ class Gloo:
             with socket.socket() as probe:
                 probe.bind(("", 0))
                 port = probe.getsockname()[1]
+            # Paddle wants a number that no other group of a process has, and the same one on all ranks of a group.
+            number = 1000 + self.store.add("groups", 1)
             store = core.TCPStore(host, port, True, 1, 900)
-            self.store.set(f"group {key}", str(port).encode())
+            self.store.set(f"group {key}", f"{port} {number}")
         else:
-            store = core.TCPStore(host, int(self.store.get(f"group {key}")), False, 1, 900)
-        number = 1000 + len(self.groups)  # of this process's groups; Paddle wants none twice
+            port, number = map(int, self.store.get(f"group {key}").split())
+            store = core.TCPStore(host, port, False, 1, 900)
         group = core.ProcessGroupGloo.create(store, mine, len(ranks), number)
         return dist.collective.Group(mine, number, ranks, group, key)
 
@@ -991,6 +997,8 @@ def cut_tensors(model, tp):
         return
     for path, layer in list(model.named_sublayers()):
         name = path.rpartition(".")[2]
+        if isinstance(layer, Elsewhere):
+            continue
         inside = ".experts." in path or ".shared." in path  # of a SparseMLP, which adds up
         if name in BY_OUTPUTS + BY_INPUTS + BY_VOCABULARY:
             (_cut_integers if isinstance(layer, QuantLinear) else _cut_linear)(layer, name, config, tp)
@@ -1206,6 +1214,380 @@ def spread_experts(model, topology):
     model.elsewhere = model.elsewhere | elsewhere
 
 
+# ========================================================================================================= pipeline
+
+
+def stage_layers(layers, stages):
+    """[range of layers] of each stage: as even as can be; stages in the middle, which have no embedding or head, take more."""
+    order = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage == stages - 1, stage))
+    sizes = [layers // stages + (order.index(stage) < layers % stages) for stage in range(stages)]
+    ends = np.cumsum(sizes).tolist()
+    return [range(end - size, end) for size, end in zip(sizes, ends)]
+
+
+def check_pipeline(config, degrees):
+    """[complaint] about these degrees for a model of this config."""
+    stages = degrees.pp * degrees.virtual
+    if degrees.virtual > 1 and degrees.pp == 1:
+        return [f"virtual_pp_degree {degrees.virtual} needs pipeline_parallel_degree above 1"]
+    if stages > config.num_hidden_layers:
+        factors = f"pipeline_parallel_degree {degrees.pp}"
+        if degrees.virtual > 1:
+            factors += f" x virtual_pp_degree {degrees.virtual} = {stages}"
+        return [f"{factors} is more than layers ({config.num_hidden_layers})"]
+    return []
+
+
+@functools.cache
+def timetable(ranks, virtual, batches):
+    """For each rank of a pipeline its [("forward" or "backward", chunk, micro-batch)] of a step, in order.
+
+    Chunk c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
+    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of as many as there are ranks, all of a group through
+    one chunk before the next; the last group may be smaller. A rank begins with as many forwards as lie between it and
+    the first backward; where that order would wait for itself, as it can with a smaller group, with more.
+    """
+    groups = [range(first, min(first + ranks, batches)) for first in range(0, batches, ranks)]
+    forwards = [("forward", chunk, i) for group in groups for chunk in range(virtual) for i in group]
+    backwards = [("backward", chunk, i) for group in groups for chunk in reversed(range(virtual)) for i in group]
+    for more in range(len(forwards) + 1):
+        plan = []
+        for rank in range(ranks):
+            ahead = ranks - rank - 1 if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks
+            ahead = min(ahead + more, len(forwards))
+            steady = [step for pair in zip(forwards[ahead:], backwards) for step in pair]
+            plan.append([*forwards[:ahead], *steady, *backwards[len(forwards) - ahead :]])
+        if simulate(plan) is not None:
+            return plan
+
+
+def simulate(plan, costs={"forward": 1.0, "backward": 2.0}):
+    """How long a timetable takes, and the share of that time in which a rank is idle; None if it waits for itself."""
+    ranks, virtual = len(plan), 1 + max(chunk for _, chunk, _ in plan[0])
+    last, finished, places, clocks = ranks * virtual - 1, {}, [0] * ranks, [0.0] * ranks
+    while any(place < len(steps) for place, steps in zip(places, plan)):
+        moved = False
+        for rank, steps in enumerate(plan):
+            while places[rank] < len(steps):
+                kind, chunk, batch = steps[places[rank]]
+                stage = chunk * ranks + rank
+                needed = [("forward", stage - 1, batch)] if kind == "forward" and stage else []
+                if kind == "backward":
+                    needed = [("forward", stage, batch)] + ([("backward", stage + 1, batch)] if stage < last else [])
+                if not all(what in finished for what in needed):
+                    break
+                clocks[rank] = max([clocks[rank], *(finished[what] for what in needed)]) + costs[kind]
+                finished[kind, stage, batch] = clocks[rank]
+                places[rank], moved = places[rank] + 1, True
+        if not moved:
+            return None
+    busy = sum(costs[kind] for steps in plan for kind, _, _ in steps)
+    return max(clocks), 1 - busy / (ranks * max(clocks))
+
+
+def bubble(ranks, virtual, batches):
+    """The share of a step in which a rank of a pipeline is idle, if all stages take equally long: (p-1) / (v·m + p-1).
+
+    With virtual stages, and micro-batches that are no multiple of the ranks, there is no formula: the timetable's own.
+    """
+    if virtual == 1 or batches % ranks == 0:
+        return (ranks - 1) / (virtual * batches + ranks - 1)
+    return simulate(timetable(ranks, virtual, batches))[1]
+
+
+class Channel:
+    """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
+
+    A bell beside the group (a connection of Python's own) carries the headers: a receiver waits at it, since gloo gives
+    up a wait after 30 seconds, and a neighbour may need longer; and it hears at once that its neighbour is gone.
+    """
+
+    def __init__(self, source, target, groups):
+        self.source, self.target, self.error = source, target, None
+        self.group, mine = groups.connect([source, target], "channel "), groups.launch.rank
+        key = f"bell {source} {target}"
+        if mine == target:
+            host = groups.launch.endpoints[source].split(":")[0]
+            self.bell = Client((host, int(groups.store.get(key))))
+            return
+        with Listener(("", 0)) as listener:
+            groups.store.set(key, str(listener.address[1]))
+            self.bell = listener.accept()
+        self.waiting, self.sent = queue.SimpleQueue(), []
+        if _backend() == "gloo":  # its sends end when they are received
+            self.thread = threading.Thread(target=self._send_all, daemon=True)
+            self.thread.start()
+            atexit.register(self.close)
+
+    def send(self, header, tensors):
+        """header: what JSON can hold. Returns at once; the tensors must not change afterwards."""
+        if self.error is not None:
+            raise RuntimeError(f"rank {self.target} takes no more from rank {self.source}") from self.error
+        tensors = [tensor.detach().contiguous() for tensor in tensors]
+        header = [header, [[tensor.shape, str(tensor.dtype).rpartition(".")[2]] for tensor in tensors]]
+        if _backend() == "gloo":
+            self.waiting.put((header, tensors))
+        else:
+            self.bell.send_bytes(json.dumps(header).encode())
+            self.sent = [(task, tensor) for task, tensor in self.sent if not task.is_completed()]
+            self.sent += [(dist.isend(tensor, self.target, self.group), tensor) for tensor in tensors]
+
+    def _send_all(self):
+        while (message := self.waiting.get()) is not None:
+            header, tensors = message
+            try:
+                self.bell.send_bytes(json.dumps(header).encode())
+                for tensor in tensors:
+                    dist.send(tensor, self.target, self.group)
+            except Exception as error:  # send() raises it
+                self.error = error
+                return
+            message = tensors = tensor = None  # else kept until the next comes
+
+    def receive(self):
+        """(header, tensors) of the next message, however long it takes to come."""
+        try:
+            header, kinds = json.loads(self.bell.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise RuntimeError(f"rank {self.source} of the pipeline is gone") from None
+        tensors = [paddle.empty(shape, dtype) for shape, dtype in kinds]
+        for tensor in tensors:
+            dist.recv(tensor, self.source, self.group)
+        return header, tensors
+
+    def close(self):
+        """What is not sent yet gets a little time."""
+        self.waiting.put(None)
+        self.thread.join(20)
+
+
+@functools.cache  # a process has one
+def channel(source, target, groups):
+    return Channel(source, target, groups)
+
+
+class HandedOn(Exception):
+    """Raised inside a model's forward() where this rank's part of it ends, and the next rank's begins."""
+
+
+Flight = namedtuple("Flight", "inputs asked outputs")  # of a chunk's forward, for its backward; see Pipeline.take()
+
+
+class Pipeline:
+    """This rank's place in a pipeline, and its talk with its neighbours.
+
+    Chunk c of it is stage c · size + rank; layers[c] are its layers. From stage to stage go x (B, T, D) and the
+    probabilities of the routers before it, of which the last stage makes their loss; back go the gradients of those that
+    have one. now: (chunk, micro-batch) of the forward that is being made while training, else None.
+    """
+
+    def __init__(self, topology, layers):
+        pp = topology.pp
+        self.axis, self.rank, self.size, self.virtual = pp, pp.rank, pp.size, topology.degrees.virtual
+        stages = stage_layers(layers, self.size * self.virtual)
+        self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
+        self.now, self.starts, self.whole = None, False, False
+        self.flights, self.arrived = {}, {}
+        self.waited = 0.0  # seconds, for messages
+        pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble()
+        ring = self.virtual > 1
+        pairs = [(r, (r + 1) % self.size) for r in range(self.size if ring else self.size - 1)]
+        pairs = sorted({pair for a, b in pairs for pair in ((pp.ranks[a], pp.ranks[b]), (pp.ranks[b], pp.ranks[a]))})
+        mine = pp.ranks[self.rank]
+        # All in one order, or two ranks would wait for each other.
+        self.channels = {pair: channel(*pair, topology.groups) for pair in pairs if mine in pair}
+
+    def stage(self, chunk):
+        return chunk * self.size + self.rank
+
+    def send(self, step, header, tensors):
+        """To the next rank (step 1) or the one before (-1); header: [kind, chunk there, micro-batch, …]."""
+        target = (self.rank + step) % self.size
+        self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
+
+    def receive(self, step, kind, chunk, batch):
+        """What the rank one step away sent of this kind for a chunk and a micro-batch: (rest of the header, tensors)."""
+        begin, key = time.perf_counter(), (kind, chunk, batch)
+        source = self.axis.ranks[(self.rank + step) % self.size]
+        while key not in self.arrived:
+            (*found, rest), tensors = self.channels[source, self.axis.ranks[self.rank]].receive()
+            self.arrived[tuple(found)] = rest, tensors
+        self.waited += time.perf_counter() - begin
+        return self.arrived.pop(key)
+
+    def take(self, chunk, recompute):
+        """[x, *probabilities] that the stage before gave for a chunk. asked: which of them shall have a gradient."""
+        batch = None if self.now is None else self.now[1]
+        asked, tensors = self.receive(-1, "forward", chunk, batch)
+        for tensor, wanted in zip(tensors, asked):
+            tensor.stop_gradient = not wanted
+        if recompute:  # see CausalLM.embed()
+            tensors[0].stop_gradient = False
+        return tensors, asked
+
+    def give(self, chunk, tensors):
+        """[x, *probabilities] of a chunk to the next stage."""
+        batch = None if self.now is None else self.now[1]
+        there = chunk + (self.rank == self.size - 1)
+        self.send(1, ["forward", there, batch, [not tensor.stop_gradient for tensor in tensors]], tensors)
+
+    def backward(self, chunk, batch):
+        """The backward of a chunk's forward: gradients come from the next stage and go to the one before."""
+        inputs, asked, outputs = self.flights.pop((chunk, batch))
+        passed = []  # gradients of probabilities that only passed through
+        if self.stage(chunk) == self.last:
+            outputs[0].backward()
+        else:
+            there = chunk + (self.rank == self.size - 1)
+            gradients = iter(self.receive(1, "backward", there, batch)[1])
+            own = [(tensor, next(gradients)) for tensor in outputs if not tensor.stop_gradient]
+            passed = list(gradients)
+            if own:
+                paddle.autograd.backward(*map(list, zip(*own)))
+        if self.stage(chunk) > 0:
+            wanted = [tensor for tensor, wanted in zip(inputs, asked) if wanted]
+            if passed:
+                wanted = wanted[: len(wanted) - len(passed)]
+            found = [paddle.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in wanted]
+            self.send(-1, ["backward", chunk, batch, None], [*found, *passed])
+
+    def steps(self, batches, forward):
+        """micro_steps() of a pipeline. forward(i): the loss of the i-th batch, or HandedOn."""
+        begin, waited, losses = time.perf_counter(), self.waited, {}
+        for kind, chunk, i in timetable(self.size, self.virtual, len(batches))[self.rank]:
+            if kind == "forward":
+                self.now = chunk, i
+                try:
+                    loss = forward(i)
+                    self.flights[self.now] = self.flights[self.now]._replace(outputs=[loss])
+                    losses[i] = float(loss)
+                except HandedOn:
+                    pass
+                finally:
+                    self.now = None
+                continue
+            self.backward(chunk, i)
+            if chunk == 0:
+                yield losses.pop(i, 0.0), batches[i]
+        # The first rank is the last to end; who went on to a collective would wait too long for gloo.
+        if self.rank > 0:
+            self.receive(-1, "end", 0, 0)
+        if self.rank < self.size - 1:
+            self.send(1, ["end", 0, 0, None], [])
+        seconds = time.perf_counter() - begin
+        self.axis.idle = (self.waited - waited) / seconds
+        self.axis.bubble = bubble(self.size, self.virtual, len(batches))
+
+    def everywhere(self, run):
+        """What run() returns on the last stage, a tensor or several, on all ranks; elsewhere it raises HandedOn."""
+        if self.now is not None or self.whole:
+            return run()
+        if paddle.is_grad_enabled():
+            raise RuntimeError("a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone")
+        self.whole = True
+        try:
+            found = run()
+        except HandedOn:
+            several, found = self.receive(1, "result", 0, 0)
+            found = tuple(found) if several else found[0]
+        finally:
+            self.whole = False
+        if self.rank > 0:
+            several = isinstance(found, tuple)
+            self.send(-1, ["result", 0, 0, several], found if several else [found])
+        return found
+
+
+class StagedCausalLM:
+    """A ParallelCausalLM of which this process has some layers. Without gradients a call runs through all of them."""
+
+    def forward(self, *inputs, **options):
+        forward = super().forward
+        return self.pipeline.everywhere(lambda: forward(*inputs, **options))
+
+    def hidden_states(self, *inputs, **options):
+        hidden_states = super().hidden_states
+        return self.pipeline.everywhere(lambda: hidden_states(*inputs, **options))
+
+    def logits(self, x):
+        logits = super().logits
+
+        def run():
+            if self.pipeline.rank < self.pipeline.size - 1:
+                raise HandedOn
+            return logits(x)
+
+        return self.pipeline.everywhere(run)
+
+    def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
+        pipeline = self.pipeline
+        self.begin(input_ids, caches)
+        if caches is None and self.prefix is not None:
+            caches = self.new_cache(input_ids.shape[0])
+        chunks = range(pipeline.virtual) if pipeline.now is None else pipeline.now[:1]
+        pipeline.starts = pipeline.stage(chunks[0]) == 0
+        x, shared = self.prepare(input_ids, position_ids, rows, caches)
+        for chunk in chunks:
+            inputs, asked = [x], []
+            if pipeline.stage(chunk) > 0:
+                inputs, asked = pipeline.take(chunk, self.recompute and self.training)
+            x, probabilities = self.through(pipeline.layers[chunk], inputs[0], shared, caches)
+            if pipeline.now is not None:
+                assert pipeline.now not in pipeline.flights, "a model is called once for a micro-batch"
+                pipeline.flights[pipeline.now] = Flight(inputs if asked else [], asked, [x, *probabilities])
+            probabilities = [*probabilities, *inputs[1:]]  # in this order: those that pass through come last
+            if pipeline.stage(chunk) == pipeline.last:
+                return self.last_norm(x), probabilities
+            pipeline.give(chunk, [x, *probabilities] if self.training else [x])
+        raise HandedOn
+
+    def embed(self, input_ids, position_ids, before=0):
+        return super().embed(input_ids, position_ids, before) if self.pipeline.starts else None
+
+    def flops_per_token(self, T):
+        fixed, each = self.whole_flops
+        return fixed + each * T
+
+
+class Elsewhere(paddle.nn.Layer):
+    """Stands in a model for a layer that another stage of the pipeline holds."""
+
+
+def cut_stages(model, topology):
+    """Pipeline parallelism of a model as it was built: what other stages hold is taken out.
+
+    A tied head is a copy of the embedding on the last stage; model.tied is the axis of the two ranks that have it.
+    """
+    if topology.pp.size == 1:
+        return
+    rows = [None, *filter(None, [_paddlenlp_names(model.config)])]  # of the names that files may have
+    names = {weight.name for names in rows for weight in base_weights(model, names)}
+    fixed = model.flops_per_token(0)
+    model.whole_flops = fixed, model.flops_per_token(1) - fixed
+    pipeline = model.pipeline = Pipeline(topology, model.config.num_hidden_layers)
+    first, last = pipeline.rank == 0, pipeline.rank == pipeline.size - 1
+    for i in set(range(len(model.layers))) - {i for layers in pipeline.layers for i in layers}:
+        model.layers[i] = Elsewhere()
+    tied = model.lm_head is None
+    for name, kept in (("embed_tokens", first or tied and last), ("embed_positions", first), ("embed_norm", first),
+                       ("project_in", first), ("norm", last), ("project_out", last), ("lm_head", last)):  # fmt: skip
+        if getattr(model, name) is not None and not kept:
+            setattr(model, name, Elsewhere())
+    ends = [topology.pp.ranks[0], topology.pp.ranks[-1]]
+    model.tied = Axis("tied", ends, topology.rank, topology.groups) if tied and (first or last) else None
+    model.elsewhere |= names - {weight.name for names in rows for weight in base_weights(model, names)}
+
+
+def copies(model, path):
+    """The axis over whose ranks, stages of a pipeline, there are copies of the parameter of this path; None: it is alone."""
+    if model.topology.pp.size > 1:
+        if path.startswith("prefix."):
+            return model.topology.pp
+        if path == "embed_tokens.weight" and model.tied is not None:
+            return model.tied
+    return None
+
+
 # =============================================================================== gradients, and who updates what
 
 
@@ -1218,14 +1600,16 @@ class Rule(namedtuple("Rule", "parts sharded apart counts")):
     """
 
 
-def rule_of(path, parameter, topology):
+def rule_of(path, parameter, model):
     """The Rule of a parameter by its path in the model: the one place that says who has which part of which gradient."""
+    topology, copied = model.topology, copies(model, path)
     tp, cut = topology.tp, getattr(parameter, "cut", None)
     spread = is_spread(path, topology)  # sharded already: by whole experts
     parts = [topology.copies] if spread else [topology.sep, topology.dp]
-    parts = tuple(axis for axis in [*parts, *[tp] * partial_over_tp(path, parameter, tp)] if axis.size > 1)
+    parts += [tp] * partial_over_tp(path, parameter, tp) + ([] if copied is None else [copied])
+    parts = tuple(axis for axis in parts if axis.size > 1)
     sharded, apart = (topology.alone, (topology.ep,)) if spread else (topology.sharding, ())
-    return Rule(parts, sharded, apart, cut is not None or tp.rank == 0)
+    return Rule(parts, sharded, apart, (cut is not None or tp.rank == 0) and (copied is None or copied.rank == 0))
 
 
 def partial_over_tp(path, parameter, tp):
@@ -1385,7 +1769,7 @@ class Shards:
         degrees, model.shards = topology.degrees, self
         self.stage = max(1, degrees.stage) if topology.sharding.size > 1 else 0
         self.paths = {id(parameter): path for path, parameter in _all_tensors(model)}
-        self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, topology) for w in weights}
+        self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, model) for w in weights}
         self.units, self.held = {}, {}  # by name; {id of a parameter: the Piece that is here}
         self.arrived, self.early, self.flying = set(), False, []
         if degrees.world > 1:
@@ -1400,7 +1784,7 @@ class Shards:
             weight = trained.get(id(parameter))
             if weight is None and self.stage < 3:
                 continue
-            rule = self.rules[id(parameter)] if weight else Rule((), rule_of(path, parameter, self.topology).sharded, (), False)
+            rule = self.rules[id(parameter)] if weight else Rule((), rule_of(path, parameter, self.model).sharded, (), False)
             unit = unit_of(path, self.model.lm_head is None)
             key = weight is not None, str(parameter.dtype), rule
             grouped.setdefault(unit, {}).setdefault(key, []).append((path, weight, parameter))
@@ -1805,12 +2189,11 @@ def gather_while_used(model, shards):
 class ParallelCausalLM:
     """A CausalLM of which this process has a part. It takes and gives what a whole one does."""
 
-    def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
-        """As it was, of the tokens that this rank keeps: (B, T/tp, D) with sequence parallelism."""
+    def begin(self, input_ids, caches):
+        """With sequence parallelism this rank keeps (B, T/tp, D); one token at a time, as it is generated, is not spread."""
         tp = self.topology.tp
-        # One token at a time cannot be spread; generating works on whole rows.
         tp.tokens = input_ids.shape[1] if tp.sequence and caches is None else None
-        return super().trunk(input_ids, position_ids, rows, caches)
+        super().begin(input_ids, caches)
 
     def hidden_states(self, *arguments, **options):
         x, tp = super().hidden_states(*arguments, **options), self.topology.tp
@@ -1849,9 +2232,12 @@ def parallelize(model, topology):
         if topology.groups is not None:
             topology.groups.company.agree("the model", dataclasses.asdict(model.config))
         topology.tp.sequence = topology.degrees.sequence_parallel
+        cut_stages(model, topology)
         cut_tensors(model, topology.tp)
         spread_experts(model, topology)
         mix_in(model, ParallelCausalLM)
+        if topology.pp.size > 1:
+            mix_in(model, StagedCausalLM)
     return model
 
 
@@ -1871,12 +2257,20 @@ def from_pretrained(path, topology, dtype="float32"):
 def micro_steps(model, batches, batch_loss, seed):
     """Forward and backward of each of this rank's batches of a step; yields (loss, batch) after each.
 
-    batch_loss(batch): its part of the step's loss. seed(i): seeds the randomness of the i-th.
+    batch_loss(batch): its part of the step's loss; in a pipeline it ends where it calls the model, but for the last stage,
+    and the loss is 0.0 where it is not known. seed(i): seeds the randomness of the i-th.
     """
     topology, shards = model.topology, model.shards
-    for index, batch in enumerate(batches):
+
+    def forward(index):
         seed(index * topology.data_size + topology.data_rank)
-        loss = batch_loss(batch) * (0.0 if batch.get("company") else 1.0)
+        return batch_loss(batches[index]) * (0.0 if batches[index].get("company") else 1.0)
+
+    if topology.pp.size > 1:
+        yield from model.pipeline.steps(batches, forward)
+        return
+    for index, batch in enumerate(batches):
+        loss = forward(index)
         with shards.backward(last=index == len(batches) - 1) if shards else contextlib.nullcontext():
             loss.backward()
         yield float(loss), batch

@@ -1363,6 +1363,9 @@ class Log:
         }
         if self.utilisation:
             row["mfu"] = round(speed * self.utilisation, 4)
+        if (pp := self.topology.pp).size > 1:  # idle share of the step's forwards and backwards, beside the formula
+            row["bubble"] = round(self.topology.total(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4)
+            row["bubble_formula"] = round(pp.bubble, 4)
         row.update(added)
         state.log_history = (state.log_history + [row])[-20:]
         if self.writes:
