@@ -48,7 +48,7 @@ def entries(folder):
 
 def hf_tensors(folder):
     """{name: array} of a Hugging Face folder of any storage."""
-    return {name: read() for name, (read, _) in M._shards(folder).items()}
+    return {name: read() for name, (read, _) in M.stored_tensors(folder).items()}
 
 
 # ================================================================================== Hugging Face's files, both ways
@@ -579,9 +579,9 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
     """y = x W + (alpha / r) x A B, or alpha / sqrt(r), with A (in, r) and B (r, out) under PaddleNLP's names."""
     case = {"gpt2": "gpt"}.get(name, name)
     base, _ = paddlenlp_folder(tmp_path, case)
-    modules = {n.removesuffix(".weight") for n in M._shards(base) if re.search(r"o_proj\.w|out_proj\.w|h_to_4h\.w|query_key_value\.w|mlp\.c_proj\.w|w1\.w|linear1\.w", n)}
+    modules = {n.removesuffix(".weight") for n in M.stored_tensors(base) if re.search(r"o_proj\.w|out_proj\.w|h_to_4h\.w|query_key_value\.w|mlp\.c_proj\.w|w1\.w|linear1\.w", n)}
     rng, rslora = np.random.default_rng(0), name in ("opt", "bloom")
-    plain, arrays, weights = M.from_pretrained(base), {}, {n: read() for n, (read, _) in M._shards(base).items()}
+    plain, arrays, weights = M.from_pretrained(base), {}, {n: read() for n, (read, _) in M.stored_tensors(base).items()}
     for module in sorted(modules):
         n_in, n_out = weights[f"{module}.weight"].shape
         a, b = (0.2 * rng.standard_normal(shape).astype(np.float32) for shape in ((n_in, 4), (4, n_out)))
