@@ -27,12 +27,16 @@ that shares a batch. With one process nothing here does anything.
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import re
 import socket
 import time
-from collections import namedtuple
+import zlib
+from collections import Counter, namedtuple
+from pathlib import Path
 
 import numpy as np
 
@@ -52,7 +56,10 @@ from model import (
     load_adapter,
     lora_layers,
     merge,
+    read_tensor,
+    safetensors_header,
     set_parameter,
+    write_safetensors,
 )
 from paddle.autograd import PyLayer
 
@@ -116,6 +123,10 @@ class Topology:
         """Wait for all processes, however long they take."""
         if self.groups is not None:
             self.groups.meet()
+
+    def exchange(self, value):
+        """[what each process calls this with]: small JSON values. All have come as far when it returns, as with meet()."""
+        return [value] if self.groups is None else self.groups.exchange(value)
 
     def total(self, numbers, stages=False):
         """Numbers (one, a tuple of them, or a dict) added up over the ranks with other batches; stages: over pp's too."""
@@ -228,7 +239,7 @@ class Gloo:
         self.launch, self.groups = launch, {}
         host, port = launch.endpoints[0].split(":")
         self.store = paddle.base.core.TCPStore(host, int(port), launch.rank == 0, launch.world, 900)
-        self.meetings = 0
+        self.meetings = self.exchanges = 0
 
     def connect(self, ranks, name=""):
         """name: tells groups of the same ranks apart, such as the two directions between two of them."""
@@ -251,6 +262,12 @@ class Gloo:
         self.groups[key] = group
         return group
 
+
+    def exchange(self, value):
+        self.exchanges += 1
+        name = f"exchange {self.exchanges}"
+        self.store.set(f"{name} {self.launch.rank}", json.dumps(value).encode())
+        return [json.loads(self.store.get(f"{name} {rank}")) for rank in range(self.launch.world)]
 
     def meet(self):
         """Wait for all processes, up to 15 minutes: a collective of gloo would give up after 30 seconds."""
@@ -645,6 +662,22 @@ class Shards:
     def gather_weights(self):
         """After the optimizer's step: the weights that other ranks have updated."""
 
+    def place_of(self, weight):
+        """() where this rank's moments are of all of the parameter; else (first,) of its elements that they are of."""
+        return ()
+
+    def held(self, weight):
+        """(tensor, *place) of what this rank has of a weight: (the parameter,); or (its elements, laid flat, or None of
+        them, first)."""
+        return (weight.parameter,)
+
+    def piece_of(self, weight, array):
+        """numpy of the parameter's shape -> of those elements that this rank's moments are of."""
+        return array
+
+    def weights_changed(self):
+        """Somebody has set the parameters."""
+
 
 def partial_over_tp(path, parameter, tp):
     """Whether each rank of tp has a part of the gradient of this parameter, which all of them hold.
@@ -750,22 +783,6 @@ def micro_steps(model, batches, batch_loss, seed):
         yield float(loss), batch
 
 
-@paddle.no_grad()
-def whole(weight, tensor, topology):
-    """A weight, or a tensor of its shape (a moment), of all ranks of tp, as numpy in the file's layout."""
-    cut, tp = weight.cut, topology.tp
-    if cut is None:
-        return weight.to_numpy(tensor)
-    widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
-    turned = paddle.moveaxis(tensor, cut.dim, 0)
-    turned = F.pad(turned, [0, 0] * (turned.ndim - 1) + [0, max(widths) - cut.width], pad_from_left_axis=False) if max(widths) > cut.width else turned
-    parts = tp.all_gather(turned.unsqueeze(0)).numpy()
-    found = np.empty(cut.shape, parts.dtype)
-    for rank, width in enumerate(widths):
-        cut.put(found, np.moveaxis(parts[rank, :width], 0, cut.dim), rank)
-    return found.T if weight.transposed else found
-
-
 def start(args):
     """The Topology of this process, from the arguments and what Paddle's launcher says; groups are connected."""
     launch = Launch.of_environment()
@@ -780,3 +797,223 @@ def start(args):
 
 
 SINGLE = Topology(Degrees())  # one process
+
+
+# ============================================================ slicing and gathering: from what ranks hold to whole files
+
+# Every tensor of a file is whole, and one rank, its owner, writes it. The others that have parts of it give them to the
+# owner by way of the folder that is being written, in a file for each pair of ranks: so a part is sent once, no rank waits
+# for another before it has given all, nothing of this is a collective, and so all of it can go on behind training.
+# Reading needs none of it: a rank reads the ranges that it holds, see model.StoredTensor and Weight.read.
+
+FILE_BYTES = 5 << 30  # a rank begins another file before one grows larger
+
+
+def owners(sizes, holders):
+    """{name: rank}: who writes which of these tensors, even by bytes: the largest first, to whom has least of its holders.
+
+    sizes: {name: bytes}; holders: {name: [rank]}. Where all hold all, the largest share is at most the mean plus the
+    largest tensor.
+    """
+    found, load = {}, Counter()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        found[name] = min(holders[name], key=lambda rank: (load[rank], rank))
+        load[found[name]] += sizes[name]
+    return found
+
+
+def held_by(sizes, topology):
+    """({name: bytes}, {name: [rank]}) over all ranks, from each one's own {name: bytes}.
+
+    Asked, not derived from the grid: stages of a pipeline have other names, ranks of expert parallelism other experts.
+    Ranks with the same names send a digest of them alone.
+    """
+    text = json.dumps(sizes, sort_keys=True)
+    digests = topology.exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+    lists = [sizes] * len(digests)
+    if len(set(digests)) > 1:
+        first = digests.index(digests[topology.rank]) == topology.rank
+        sent = topology.exchange(sizes if first else None)
+        lists = [sent[digests.index(digest)] for digest in digests]
+    everything, holders = {}, {}
+    for rank, names in enumerate(lists):
+        for name, size in names.items():
+            everything[name] = size
+            holders.setdefault(name, []).append(rank)
+    return everything, holders
+
+
+class Share:
+    """What this rank does of writing tensors of the whole model: which parts it gives to others, which files it writes.
+
+    groups: {group: [Entry]}, all of what this rank holds. A source (weight, tensor, first) is cut over sharding too: tensor
+    has, laid flat, this rank's elements of the parameter from the one called first on; None: none of them. The parts are taken here: as they are; or with buffers, a dict, copied into it, and what is written later is the
+    state of now. The dict may be used again by the next.
+    """
+
+    def __init__(self, groups, topology, buffers=None, together=(), metadata=None):
+        """together: groups of which one rank writes all that it holds, for one small file; metadata: {group: of its files}."""
+        self.topology, self.rank, self.metadata = topology, topology.rank, metadata or {}
+        self.entries = {(group, *entry.tensors): entry for group, entries in groups.items() for entry in entries}
+        names = {key: " ".join(key) for key in self.entries}
+        mine = {names[key]: _bytes_of(entry) for key, entry in self.entries.items()}
+        sizes, holders = held_by(mine, topology)
+        for name in sizes:
+            if name.partition(" ")[0] in together:
+                holders[name] = holders[name][:1]
+        self.owners = owners(sizes, holders)
+        self.owner = {key: self.owners[name] for key, name in names.items()}
+        self.parts = {}  # (key, index of the source): numpy of the part, or None: this rank has nothing of it
+        for key, entry in self.entries.items():
+            for index, source in enumerate(entry.sources):
+                if self.rank in self._givers(self.owner[key], source):
+                    self.parts[key, index] = self._take(source[1], buffers, (key, index))
+
+    def _givers(self, owner, source):
+        """The ranks that together have all of a source: those of the owner's line along tp, if it is cut, and sharding."""
+        grid, weight = self.topology.grid, source[0]
+        axes = {"tp"} if weight.cut is not None else set()
+        axes |= {"sharding"} if len(source) > 2 else set()
+        place = np.argwhere(grid == owner)[0]
+        names = ORDERS[self.topology.degrees.order]
+        return [int(r) for r in grid[tuple(slice(None) if n in axes else i for n, i in zip(names, place))].reshape([-1])]
+
+    def _take(self, tensor, buffers, key):
+        found = _on_host(tensor)
+        if buffers is None or found is None:
+            return found
+        if key not in buffers or buffers[key].shape != found.shape:
+            buffers[key] = np.empty_like(found)
+        np.copyto(buffers[key], found)
+        return buffers[key]
+
+    def write(self, folder, wait):
+        """Give and write this rank's share; {group: {file: {"size", "crc32", "tensors": {name: bytes}}}} of its files.
+
+        wait(path): returns when another rank has put that file there. Files are called GROUP.RANK.NUMBER.
+        """
+        folder, given = Path(folder), {}
+        for (key, index), part in self.parts.items():
+            if self.owner[key] != self.rank and part is not None:
+                name, first = f"{' '.join(key)} {index}", self.entries[key].sources[index][2:]
+                given.setdefault(self.owner[key], {}).update({name: part, f"{name} first": np.array(first, np.int64)})
+        receivers = {self.owner[key] for key, _ in self.parts} - {self.rank}
+        for receiver in sorted(receivers):
+            write_safetensors(folder / f".parts-{self.rank}-{receiver}", given.get(receiver, {}), sync=False)
+        report, files = {}, {}
+        for key, entry in self.entries.items():
+            if self.owner[key] == self.rank:
+                size, mine = _bytes_of(entry), files.setdefault(key[0], [[0, []]])
+                if mine[-1][0] and mine[-1][0] + size > FILE_BYTES:
+                    mine.append([0, []])
+                mine[-1][0] += size
+                mine[-1][1].append(key)
+        inbox = Inbox(folder, self.rank, wait)
+        for group, parts in files.items():
+            for number, (_, keys) in enumerate(parts):
+                tensors = {}
+                for key in keys:
+                    tensors |= self._readers(key, inbox)
+                name = f"{group}.{self.rank}.{number}"
+                written = write_safetensors(folder / name, tensors, self.metadata.get(group))
+                sizes = {name: _size_of(*value[1:]) for name, value in tensors.items()}
+                report.setdefault(group, {})[name] = {**written, "tensors": sizes}
+        inbox.close()
+        return report
+
+    def _readers(self, key, inbox):
+        """{name: (function, shape, dtype)} of an entry's tensors for write_safetensors; its sources are gathered once."""
+        entry, made = self.entries[key], []
+
+        def array(index):
+            if index == 0:
+                made[:] = entry.arrays(*(self._whole(key, i, inbox) for i in range(len(entry.sources))))
+            found, made[index] = made[index], None
+            return found
+
+        return {name: (functools.partial(array, i), *how) for i, (name, how) in enumerate(entry.tensors.items())}
+
+    def _whole(self, key, index, inbox):
+        """A source of an entry, of all its ranks, in the file's layout."""
+        source = self.entries[key].sources[index]
+        weight, first = source[0], source[2:]
+        cut, name, parts = weight.cut, f"{' '.join(key)} {index}", {}  # parts: by rank of tp
+        for rank in self._givers(self.rank, source):
+            if rank == self.rank:
+                part, start = self.parts[key, index], first
+            else:
+                part, start = inbox.read(rank, name), inbox.read(rank, f"{name} first")
+            tp = int(np.argwhere(self.topology.grid == rank)[0][-1])
+            if not first:
+                parts[tp] = part
+            elif part is not None:
+                shape = weight.shape[::-1] if weight.transposed else list(weight.shape)
+                if cut is not None:
+                    shape[cut.dim] = sum(b - a for a, b in cut.of_ranks[tp])
+                if tp not in parts:
+                    parts[tp] = np.empty(shape, part.dtype)
+                parts[tp].reshape([-1])[start[0] : start[0] + part.size] = part.reshape([-1])
+        if cut is None:
+            (found,) = parts.values()
+        else:
+            found = np.empty(cut.shape, next(iter(parts.values())).dtype)
+            for tp, part in parts.items():
+                cut.put(found, part, tp)
+        return found.T if weight.transposed else found
+
+
+class Inbox:
+    """What other ranks give to this one, in the files .parts-GIVER-THIS of a folder; removed when it has been read."""
+
+    def __init__(self, folder, rank, wait):
+        self.folder, self.rank, self.wait, self.tensors = folder, rank, wait, {}
+
+    def read(self, giver, name):
+        """An array; None: the giver has nothing of it."""
+        if giver not in self.tensors:
+            path = self.folder / f".parts-{giver}-{self.rank}"
+            self.wait(path)
+            self.tensors[giver] = path, safetensors_header(path)
+        path, header = self.tensors[giver]
+        return read_tensor(path, header[name]) if name in header else None
+
+    def close(self):
+        for path, _ in self.tensors.values():
+            path.unlink()
+
+
+def _on_host(tensor):
+    """numpy of a tensor, of its own memory where that is the host's; bfloat16 as float32; None of None."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        return tensor
+    if tensor.dtype == paddle.bfloat16:
+        return tensor.astype("float32").numpy()
+    return np.from_dlpack(tensor.detach()) if tensor.place.is_cpu_place() and tensor.size else tensor.numpy()
+
+
+def _bytes_of(entry):
+    return sum(_size_of(*how) for how in entry.tensors.values())
+
+
+def _size_of(shape, dtype):
+    return int(math.prod(shape)) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+
+
+def checksums(folder, sizes, topology):
+    """{name: crc32 as it is now} of files of a folder, {name: bytes}: each rank reads its share of them, by bytes, then all
+    know all."""
+    share = owners(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
+    mine = {name: crc32_of(Path(folder) / name) for name, rank in share.items() if rank == topology.rank}
+    return {name: found for part in topology.exchange(mine) for name, found in part.items()}
+
+
+def crc32_of(path):
+    """Of a file's bytes; None if it cannot be read."""
+    found, block = 0, bytearray(4 << 20)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(block):
+                found = zlib.crc32(memoryview(block)[:size], found)
+    except OSError:
+        return None
+    return found
