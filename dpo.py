@@ -31,11 +31,8 @@ from model import (
     generate,
     halve_frozen,
     load_adapter,
-    load_weights,
     lora_layers,
     reload_adapter,
-    save_adapter,
-    save_pretrained,
     trainable_weights,
 )
 
@@ -324,7 +321,7 @@ def adapt(model, args, checkpoint):
     path = checkpoint or args.lora_path
     if not args.lora:
         if checkpoint:
-            load_weights(model, checkpoint)
+            trainer.load_trained(model, checkpoint, args)
     elif path:
         load_adapter(model, path, trainable=True)
         layers = lora_layers(model)
@@ -402,13 +399,6 @@ def main(args):
         dev_known = known_logps(model, dev, evaluated(dev, args), progress)
     answers_before = answer(model, tokenizer, dev.dataset, shown, args) if shown else []
 
-    def write_model(folder, dtype="float32"):
-        if args.lora:
-            save_adapter(model, folder, args.model_name_or_path)
-        else:
-            save_pretrained(model, folder, dtype)
-        tokenizer.save(folder)
-
     def evaluate():
         return evaluate_pairs(model, dev, dev_known, args, topology)
 
@@ -423,7 +413,7 @@ def main(args):
             train_known = known_logps(model, train, seen, progress)
             known = int((~np.isnan(train_known[:, 0])).sum())
             print(f"reference: log-probabilities of {known:,} pairs computed in {time.perf_counter() - start:.1f} s")
-        checkpoint = trainer.find_checkpoint(args)
+        checkpoint = trainer.find_checkpoint(args, topology)
         adapt(model, args, checkpoint)
         parallel.cut_adapters(model, topology)
         if kernels.bf16:
@@ -437,11 +427,11 @@ def main(args):
         optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
         state = trainer.TrainState()
         if checkpoint:
-            state = trainer.load_checkpoint(
-                checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
-            )
+            moments = None if args.ignore_load_lr_and_optim else optimizer
+            state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
         trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology, figures=FIGURES)
+        checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
         def batch_loss(batch, size):
@@ -459,12 +449,12 @@ def main(args):
             if state.step > resumed_step and trainer.is_due(
                 args.save_strategy, args.save_steps, state.step, steps_per_epoch
             ):
-                trainer.save_checkpoint(args.output_dir, state, optimizer, write_model, args)
+                checkpoints.save(state)
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
-                    trainer.update_best(args, state, metrics)
+                    trainer.update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
             start = time.perf_counter()
@@ -486,14 +476,16 @@ def main(args):
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
+        checkpoints.wait()
         # ================================================================== end of the training loop
 
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
             best = Path(args.output_dir) / state.best_checkpoint
-            (reload_adapter if args.lora else load_weights)(model, best)
+            reload_adapter(model, best) if args.lora else trainer.load_trained(model, best, args)
+            shards.weights_changed()
         log.close()
-        write_model(args.output_dir, args.save_dtype)
+        checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora else 'model'}: {args.output_dir}")
     else:
         if args.lora_path:

@@ -39,7 +39,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import namedtuple
+import zlib
+from collections import Counter, namedtuple
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
@@ -57,7 +58,6 @@ from model import (
     LoRALinear,
     ModelConfig,
     QuantLinear,
-    adapter_arrays,
     base_folders,
     SparseMLP,
     _paddlenlp_names,
@@ -67,7 +67,10 @@ from model import (
     load_adapter,
     lora_layers,
     merge,
+    read_tensor,
+    safetensors_header,
     set_parameter,
+    write_safetensors,
 )
 from paddle.autograd import PyLayer
 
@@ -241,6 +244,10 @@ class Topology:
         """Wait for all processes, however long they take."""
         if self.groups is not None:
             self.groups.meet()
+
+    def exchange(self, value):
+        """[what each process calls this with]: small JSON values. All have come as far when it returns, as with meet()."""
+        return [value] if self.groups is None else self.groups.exchange(value)
 
     def total(self, numbers, stages=False):
         """Numbers (one, a tuple of them, or a dict) added up over the ranks with other batches; stages: over pp's too."""
@@ -438,6 +445,9 @@ class Gloo:
         """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
         self.company.meet()
 
+    def exchange(self, value):
+        return self.company.exchange(value)
+
 
 class Nccl(Gloo):
     """The same between accelerators, by Paddle's own groups: nccl, or what the device has in its place (bkcl, xccl).
@@ -476,7 +486,7 @@ class Company:
         return Company(launch)
 
     def __init__(self, launch):
-        self.launch, self.place, self.meetings, self.agreements = launch, None, 0, 0
+        self.launch, self.place, self.meetings, self.exchanges, self.agreements = launch, None, 0, 0, 0
         self.store = self._client(launch.rank == 0)
         self.parent = os.getppid() if "PADDLE_LOG_DIR" in os.environ else None  # the launcher, if that is what started us
         self.ending, self.done = threading.Lock(), threading.Event()
@@ -497,6 +507,14 @@ class Company:
         while self.store.add(name, 0) < self.launch.world:
             time.sleep(pause)
             pause = min(0.1, 1.5 * pause)
+
+    def exchange(self, value):
+        """[what each process calls this with], small JSON values, when all have come."""
+        self.exchanges += 1
+        name = f"exchange {self.exchanges}"
+        self.store.set(f"{name} {self.launch.rank}", json.dumps(value).encode())
+        self.meet()
+        return [json.loads(self.store.get(f"{name} {rank}")) for rank in range(self.launch.world)]
 
     def agree(self, what, values):
         """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
@@ -1770,11 +1788,11 @@ class Shards:
         self.stage = max(1, degrees.stage) if topology.sharding.size > 1 else 0
         self.paths = {id(parameter): path for path, parameter in _all_tensors(model)}
         self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, model) for w in weights}
-        self.units, self.held = {}, {}  # by name; {id of a parameter: the Piece that is here}
+        self.units, self.mine = {}, {}  # by name; {id of a parameter: the Piece that is here}
         self.arrived, self.early, self.flying = set(), False, []
         if degrees.world > 1:
             self._make_units()
-        self.pieces = [self.held[id(w.parameter)] for w in weights if id(w.parameter) in self.held] if self.stage else weights
+        self.pieces = [self.mine[id(w.parameter)] for w in weights if id(w.parameter) in self.mine] if self.stage else weights
         if self.stage == 3:
             gather_while_used(model, self)
 
@@ -1796,7 +1814,7 @@ class Shards:
                 self.units[name].buckets.append(bucket)
                 for index, (path, weight, parameter) in enumerate(entries):
                     if self.stage and bucket.extent(index):
-                        self.held[id(parameter)] = Piece(weight or Frozen(path, parameter), bucket, index)
+                        self.mine[id(parameter)] = Piece(weight or Frozen(path, parameter), bucket, index)
                     if is_trained and self.stage < 3:
                         self.units[name].watch(path, parameter)
 
@@ -1851,7 +1869,7 @@ class Shards:
                 axis.all_reduce(bucket.gradient)
             if not self.stage:
                 self._hand_back(bucket)
-        for piece in self.held.values():
+        for piece in self.mine.values():
             piece.arrived = piece.name in self.arrived
         return self._norm()
 
@@ -1911,11 +1929,42 @@ class Shards:
 
     # ------------------------------------------------------------------------------- for checkpoints
 
+    def place_of(self, weight):
+        """() where this rank's moments are of all of the parameter; else (first,) of its elements, laid flat, that they are of."""
+        if not self.stage or self._bucket(weight)[0].axis.size == 1:
+            return ()
+        piece = self.mine.get(id(weight.parameter))
+        return (0 if piece is None else piece.first,)
+
+    def laid(self, weight, moment):
+        """A moment as place_of() says: of the parameter's shape, or flat, or None."""
+        return moment if moment is None or self.place_of(weight) else moment.reshape(weight.parameter.shape)
+
+    def held(self, weight):
+        """(tensor, *place) of what this rank has of a weight: (the parameter,); or in stage 3 (its elements or None, first)."""
+        if self.stage < 3 or id(weight.parameter) not in self.paths:  # a table that is computed
+            return (weight.parameter,)
+        piece = self.mine.get(id(weight.parameter))
+        return (self.laid(weight, piece and piece.tensor), *self.place_of(weight))
+
+    def present(self, name):
+        """While it is entered a unit's parameters have their values. Ranks along sharding enter it together."""
+        return self.units[name].whole() if self.stage == 3 and name in self.units else contextlib.nullcontext()
+
+    def weights_changed(self):
+        """Somebody has set the parameters."""
+        self.take_over()
+
+    def _bucket(self, weight):
+        """(its bucket, its number in there) of a parameter."""
+        unit = self.units[unit_of(self.paths[id(weight.parameter)], self.model.lm_head is None)]
+        return next((b, i) for b in unit.buckets for i, p in enumerate(b.parameters) if p is weight.parameter)
+
     def piece_of(self, weight, array):
         """numpy (n,): what this rank owns of an array of the parameter's shape (our layout); None: nothing. No one talks."""
         if not self.stage:
             return array
-        piece = self.held.get(id(weight.parameter))
+        piece = self.mine.get(id(weight.parameter))
         return None if piece is None else np.ascontiguousarray(array).reshape(-1)[piece.first : piece.last]
 
     @paddle.no_grad()
@@ -1924,9 +1973,7 @@ class Shards:
         the piece's own. Ranks along sharding call it together; tensor is None where a rank owns nothing of it."""
         if not self.stage:
             return tensor.numpy()
-        parameter = weight.parameter
-        unit = self.units[unit_of(self.paths[id(parameter)], self.model.lm_head is None)]
-        bucket, index = next((b, i) for b in unit.buckets for i, p in enumerate(b.parameters) if p is parameter)
+        parameter, (bucket, index) = weight.parameter, self._bucket(weight)
         extents = [bucket.extent(index, rank) for rank in range(bucket.axis.size)]
         most = max(extent[1] - extent[0] for extent in extents if extent)
         dtype = bucket.dtype if tensor is None else tensor.dtype
@@ -2013,9 +2060,8 @@ class Unit:
         if not self.reduced:
             self.reduce()
             return
-        if not self.shards.stage and not any(bucket.rule.parts for bucket in self.trained):
-            return
-        late = [name for b in self.trained for name, p in zip(b.names, b.parameters) if p.grad is not None]
+        sent = [bucket for bucket in self.trained if self.shards.stage or bucket.rule.parts]
+        late = [name for b in sent for name, p in zip(b.names, b.parameters) if p.grad is not None]
         assert not late, f"gradients that came after their unit's reduction: {late}"
 
     # ------------------------------------------------------------------------------- stage 3
@@ -2276,27 +2322,12 @@ def micro_steps(model, batches, batch_loss, seed):
         yield float(loss), batch
 
 
-@paddle.no_grad()
 def whole(weight, tensor, topology):
     """A weight, or a tensor of its shape (a moment), of all ranks of tp, as numpy in the file's layout."""
-    cut = weight.cut
-    if cut is None:
+    if weight.cut is None:
         return weight.to_numpy(tensor)
-    found = gathered(tensor, cut, topology.tp)
+    found = gathered(tensor, weight.cut, topology.tp)
     return found.T if weight.transposed else found
-
-
-@paddle.no_grad()
-def whole_adapter(model):
-    """model.adapter_arrays() of the whole model, on every rank: what save_adapter() writes as `tensors`."""
-    topology = model.topology
-    arrays = adapter_arrays(model, lambda weight: whole(weight, weight.parameter, topology))
-    for axis in (topology.ep, topology.pp):
-        if axis.size > 1:
-            found = []
-            dist.all_gather_object(found, arrays, axis.group)
-            arrays = {name: array for part in found for name, array in part.items()}
-    return arrays
 
 
 @paddle.no_grad()
@@ -2340,3 +2371,223 @@ def _versions():
 
 
 SINGLE = Topology(Degrees())  # one process
+
+
+# ============================================================ slicing and gathering: from what ranks hold to whole files
+
+# Every tensor of a file is whole, and one rank, its owner, writes it. The others that have parts of it give them to the
+# owner by way of the folder that is being written, in a file for each pair of ranks: so a part is sent once, no rank waits
+# for another before it has given all, nothing of this is a collective, and so all of it can go on behind training.
+# Reading needs none of it: a rank reads the ranges that it holds, see model.StoredTensor and Weight.read.
+
+FILE_BYTES = 5 << 30  # a rank begins another file before one grows larger
+
+
+def owners(sizes, holders):
+    """{name: rank}: who writes which of these tensors, even by bytes: the largest first, to whom has least of its holders.
+
+    sizes: {name: bytes}; holders: {name: [rank]}. Where all hold all, the largest share is at most the mean plus the
+    largest tensor.
+    """
+    found, load = {}, Counter()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        found[name] = min(holders[name], key=lambda rank: (load[rank], rank))
+        load[found[name]] += sizes[name]
+    return found
+
+
+def held_by(sizes, topology):
+    """({name: bytes}, {name: [rank]}) over all ranks, from each one's own {name: bytes}.
+
+    Asked, not derived from the grid: stages of a pipeline have other names, ranks of expert parallelism other experts.
+    Ranks with the same names send a digest of them alone.
+    """
+    text = json.dumps(sizes, sort_keys=True)
+    digests = topology.exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+    lists = [sizes] * len(digests)
+    if len(set(digests)) > 1:
+        first = digests.index(digests[topology.rank]) == topology.rank
+        sent = topology.exchange(sizes if first else None)
+        lists = [sent[digests.index(digest)] for digest in digests]
+    everything, holders = {}, {}
+    for rank, names in enumerate(lists):
+        for name, size in names.items():
+            everything[name] = size
+            holders.setdefault(name, []).append(rank)
+    return everything, holders
+
+
+class Share:
+    """What this rank does of writing tensors of the whole model: which parts it gives to others, which files it writes.
+
+    groups: {group: [Entry]}, all of what this rank holds. A source (weight, tensor, first) is cut over sharding too: tensor
+    has, laid flat, this rank's elements of the parameter from the one called first on; None: none of them. The parts are taken here: as they are; or with buffers, a dict, copied into it, and what is written later is the
+    state of now. The dict may be used again by the next.
+    """
+
+    def __init__(self, groups, topology, buffers=None, together=(), metadata=None):
+        """together: groups of which one rank writes all that it holds, for one small file; metadata: {group: of its files}."""
+        self.topology, self.rank, self.metadata = topology, topology.rank, metadata or {}
+        self.entries = {(group, *entry.tensors): entry for group, entries in groups.items() for entry in entries}
+        names = {key: " ".join(key) for key in self.entries}
+        mine = {names[key]: _bytes_of(entry) for key, entry in self.entries.items()}
+        sizes, holders = held_by(mine, topology)
+        for name in sizes:
+            if name.partition(" ")[0] in together:
+                holders[name] = holders[name][:1]
+        self.owners = owners(sizes, holders)
+        self.owner = {key: self.owners[name] for key, name in names.items()}
+        self.parts = {}  # (key, index of the source): numpy of the part, or None: this rank has nothing of it
+        for key, entry in self.entries.items():
+            for index, source in enumerate(entry.sources):
+                if self.rank in self._givers(self.owner[key], source):
+                    self.parts[key, index] = self._take(source[1], buffers, (key, index))
+
+    def _givers(self, owner, source):
+        """The ranks that together have all of a source: those of the owner's line along tp, if it is cut, and sharding."""
+        grid, weight = self.topology.grid, source[0]
+        axes = {"tp"} if weight.cut is not None else set()
+        axes |= {"sharding"} if len(source) > 2 else set()
+        place = np.argwhere(grid == owner)[0]
+        names = ORDERS[self.topology.degrees.order]
+        return [int(r) for r in grid[tuple(slice(None) if n in axes else i for n, i in zip(names, place))].reshape([-1])]
+
+    def _take(self, tensor, buffers, key):
+        found = _on_host(tensor)
+        if buffers is None or found is None:
+            return found
+        if key not in buffers or buffers[key].shape != found.shape:
+            buffers[key] = np.empty_like(found)
+        np.copyto(buffers[key], found)
+        return buffers[key]
+
+    def write(self, folder, wait):
+        """Give and write this rank's share; {group: {file: {"size", "crc32", "tensors": {name: bytes}}}} of its files.
+
+        wait(path): returns when another rank has put that file there. Files are called GROUP.RANK.NUMBER.
+        """
+        folder, given = Path(folder), {}
+        for (key, index), part in self.parts.items():
+            if self.owner[key] != self.rank and part is not None:
+                name, first = f"{' '.join(key)} {index}", self.entries[key].sources[index][2:]
+                given.setdefault(self.owner[key], {}).update({name: part, f"{name} first": np.array(first, np.int64)})
+        receivers = {self.owner[key] for key, _ in self.parts} - {self.rank}
+        for receiver in sorted(receivers):
+            write_safetensors(folder / f".parts-{self.rank}-{receiver}", given.get(receiver, {}), sync=False)
+        report, files = {}, {}
+        for key, entry in self.entries.items():
+            if self.owner[key] == self.rank:
+                size, mine = _bytes_of(entry), files.setdefault(key[0], [[0, []]])
+                if mine[-1][0] and mine[-1][0] + size > FILE_BYTES:
+                    mine.append([0, []])
+                mine[-1][0] += size
+                mine[-1][1].append(key)
+        inbox = Inbox(folder, self.rank, wait)
+        for group, parts in files.items():
+            for number, (_, keys) in enumerate(parts):
+                tensors = {}
+                for key in keys:
+                    tensors |= self._readers(key, inbox)
+                name = f"{group}.{self.rank}.{number}"
+                written = write_safetensors(folder / name, tensors, self.metadata.get(group))
+                sizes = {name: _size_of(*value[1:]) for name, value in tensors.items()}
+                report.setdefault(group, {})[name] = {**written, "tensors": sizes}
+        inbox.close()
+        return report
+
+    def _readers(self, key, inbox):
+        """{name: (function, shape, dtype)} of an entry's tensors for write_safetensors; its sources are gathered once."""
+        entry, made = self.entries[key], []
+
+        def array(index):
+            if index == 0:
+                made[:] = entry.arrays(*(self._whole(key, i, inbox) for i in range(len(entry.sources))))
+            found, made[index] = made[index], None
+            return found
+
+        return {name: (functools.partial(array, i), *how) for i, (name, how) in enumerate(entry.tensors.items())}
+
+    def _whole(self, key, index, inbox):
+        """A source of an entry, of all its ranks, in the file's layout."""
+        source = self.entries[key].sources[index]
+        weight, first = source[0], source[2:]
+        cut, name, parts = weight.cut, f"{' '.join(key)} {index}", {}  # parts: by rank of tp
+        for rank in self._givers(self.rank, source):
+            if rank == self.rank:
+                part, start = self.parts[key, index], first
+            else:
+                part, start = inbox.read(rank, name), inbox.read(rank, f"{name} first")
+            tp = int(np.argwhere(self.topology.grid == rank)[0][-1])
+            if not first:
+                parts[tp] = part
+            elif part is not None:
+                shape = weight.shape[::-1] if weight.transposed else list(weight.shape)
+                if cut is not None:
+                    shape[cut.dim] = sum(b - a for a, b in cut.of_ranks[tp])
+                if tp not in parts:
+                    parts[tp] = np.empty(shape, part.dtype)
+                parts[tp].reshape([-1])[start[0] : start[0] + part.size] = part.reshape([-1])
+        if cut is None:
+            (found,) = parts.values()
+        else:
+            found = np.empty(cut.shape, next(iter(parts.values())).dtype)
+            for tp, part in parts.items():
+                cut.put(found, part, tp)
+        return found.T if weight.transposed else found
+
+
+class Inbox:
+    """What other ranks give to this one, in the files .parts-GIVER-THIS of a folder; removed when it has been read."""
+
+    def __init__(self, folder, rank, wait):
+        self.folder, self.rank, self.wait, self.tensors = folder, rank, wait, {}
+
+    def read(self, giver, name):
+        """An array; None: the giver has nothing of it."""
+        if giver not in self.tensors:
+            path = self.folder / f".parts-{giver}-{self.rank}"
+            self.wait(path)
+            self.tensors[giver] = path, safetensors_header(path)
+        path, header = self.tensors[giver]
+        return read_tensor(path, header[name]) if name in header else None
+
+    def close(self):
+        for path, _ in self.tensors.values():
+            path.unlink()
+
+
+def _on_host(tensor):
+    """numpy of a tensor, of its own memory where that is the host's; bfloat16 as float32; None of None."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        return tensor
+    if tensor.dtype == paddle.bfloat16:
+        return tensor.astype("float32").numpy()
+    return np.from_dlpack(tensor.detach()) if tensor.place.is_cpu_place() and tensor.size else tensor.numpy()
+
+
+def _bytes_of(entry):
+    return sum(_size_of(*how) for how in entry.tensors.values())
+
+
+def _size_of(shape, dtype):
+    return int(math.prod(shape)) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+
+
+def checksums(folder, sizes, topology):
+    """{name: crc32 as it is now} of files of a folder, {name: bytes}: each rank reads its share of them, by bytes, then all
+    know all."""
+    share = owners(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
+    mine = {name: crc32_of(Path(folder) / name) for name, rank in share.items() if rank == topology.rank}
+    return {name: found for part in topology.exchange(mine) for name, found in part.items()}
+
+
+def crc32_of(path):
+    """Of a file's bytes; None if it cannot be read."""
+    found, block = 0, bytearray(4 << 20)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(block):
+                found = zlib.crc32(memoryview(block)[:size], found)
+    except OSError:
+        return None
+    return found

@@ -2,7 +2,7 @@
 
     args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # JSON files, then --key value
     while state.step < total:                                   # the loop itself is written out in each script
-        save_checkpoint(args.output_dir, state, optimizer, lambda folder: save_pretrained(model, folder), args)
+        checkpoints.save(state)
         ...; optimizer.step(learning_rate(state.step, args, total), grad_scale)
         state.step += 1; log.step(state, loss=..., ...)
 
@@ -14,6 +14,7 @@ trainer_state.json, and a marker written last. No generator state is in it: all 
 (seed, step, micro-step), see seed_step; so a resumed run equals the uninterrupted one bit for bit.
 """
 import collections
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -28,6 +29,7 @@ import resource
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import types
 import typing
@@ -40,8 +42,24 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 from data import UserError
 import parallel
-from parallel import BY_INPUTS, SINGLE, Degrees, Launch
-from model import ModelConfig, atomic_file, base_weights, build, linears, lora_paths, read_safetensors, write_safetensors
+from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of
+from model import (
+    MASTERS,
+    MODELS,
+    Entry,
+    ModelConfig,
+    adapter_files,
+    atomic_file,
+    base_weights,
+    build,
+    linears,
+    load_weights,
+    lora_paths,
+    read_safetensors,
+    stored_tensors,
+    stored_weights,
+    write_safetensors,
+)
 
 # ================================================================================================ arguments
 
@@ -131,6 +149,9 @@ class TrainingArgs(ScriptArgs):
     resume_from_checkpoint: bool | str | None = None  # a path, or true: the newest complete one in output_dir
     ignore_load_lr_and_optim: bool = False  # resume with the weights and the step, but fresh moments
     ignore_save_lr_and_optim: bool = False  # checkpoints without the moments: smaller, no exact resume
+    unified_checkpoint: bool = True  # upstream's switch; checkpoints always are
+    unified_checkpoint_config: str | list[str] | None = None  # some of UNIFIED, separated by blanks or commas
+    ckpt_quant_stage: str = "O0"  # moments in checkpoints: O0 float32, O1 8-bit, O2 4-bit integers
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
     recompute: bool = False  # recompute each block's activations in backward instead of keeping them
     recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
@@ -158,7 +179,7 @@ class TrainingArgs(ScriptArgs):
             raise UserError(f"learning_rate {self.learning_rate:g} is below {end:g}, {self.lr_scheduler_type}'s end")
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
-        return notes + _check_strategies(self)
+        return notes + _check_strategies(self) + _check_unified(self)
 
     def check_dry_run(self):
         """check() of a run that only counts: what names data, output or steps may be missing, and processes too."""
@@ -247,6 +268,35 @@ def _check_strategies(args):
     return []
 
 
+UNIFIED = {  # the words of unified_checkpoint_config
+    "async_save": "training goes on while a copy of the state is written",
+    "skip_save_model_weight": "bf16: no model*.safetensors; the float32 master weights say it all, from_pretrained reads them",
+    "remove_master_weight": "bf16: no float32 master weights; resuming from the rounded ones is no exact continuation",
+    "master_weight_compatible": "resume from a checkpoint without master weights too, from its rounded weights",
+    "enable_all_options": "skip_save_model_weight and master_weight_compatible",
+    "ignore_merge_optimizer": "ignored: moments are always whole in the files, so that any topology can go on",
+}
+
+
+def _check_unified(args):
+    """The words of unified_checkpoint_config as a list of those that change something; lines to print."""
+    given = args.unified_checkpoint_config or ()
+    words = re.split(r"[\s,]+", given.strip()) if isinstance(given, str) else list(given)
+    for word in filter(None, words):
+        if word not in UNIFIED:
+            raise UserError(f"unified_checkpoint_config: {word!r} is not here; there are {', '.join(UNIFIED)}")
+    if args.ckpt_quant_stage not in ("O0", "O1", "O2"):
+        raise UserError(f"ckpt_quant_stage: {args.ckpt_quant_stage!r}; possible are O0, O1, O2")
+    if "enable_all_options" in words:
+        words += ["skip_save_model_weight", "master_weight_compatible"]
+    notes = [] if args.unified_checkpoint else ["unified_checkpoint: false is ignored: it is the only layout here"]
+    if "ignore_merge_optimizer" in words:
+        notes.append(f"unified_checkpoint_config: ignore_merge_optimizer is {UNIFIED['ignore_merge_optimizer']}")
+    aside = ("", "enable_all_options", "ignore_merge_optimizer")
+    args.unified_checkpoint_config = sorted({word for word in words if word not in aside})
+    return notes
+
+
 def _table(rows):
     return {key: why for why, keys in rows for key in keys.split()}
 
@@ -270,9 +320,8 @@ IGNORED = _table([
     ("checkpoints do not depend on how a run is spread", """
         save_sharded_model load_sharded_model force_reshard_pp auto_parallel_resume_form_hybrid_parallel
         save_sharding_stage1_model_include_freeze_params"""),
-    ("checkpoints are always unified, written at once, and complete", """
-        unified_checkpoint unified_checkpoint_config ckpt_quant_stage save_rng_states save_tokenizer
-        ordered_save_group_size use_async_save output_signal_dir enable_zero_cost_checkpoint zcc_workers_num
+    ("checkpoints are always unified and complete", """
+        save_rng_states save_tokenizer ordered_save_group_size use_async_save output_signal_dir enable_zero_cost_checkpoint zcc_workers_num
         zcc_pipeline_hooks_capacity_usage zcc_save_ema_coef zcc_ema_interval flash_device_save_steps pdc_download_ckpt
         pdc_download_timeout ignore_data_skip"""),
     ("precision is set by bf16 and fp16 alone", """
@@ -849,7 +898,7 @@ def _activations(block, config, degrees):
 # ========================================================================================= output directory
 
 # What a run writes into output_dir; a folder with any of it holds a run (or a model), and only this is ever removed.
-ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json model*.safetensors
+ARTIFACTS = """tmp-checkpoint-* tmp-model checkpoint-* config.json generation_config.json model*.safetensors
     *.safetensors.index.json adapter_config.json adapter_model.safetensors pytorch_model*.bin tokenizer.model
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
     eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
@@ -907,7 +956,7 @@ def _prepare(folder, old, args):
         shown = "arguments: " + " ".join(f"{key}={value!r}" for key, value in values.items())
         print(textwrap.fill(shown, 120, break_long_words=False), flush=True)
         if getattr(args, "do_train", True):
-            for path in {*old, *folder.glob("tmp-checkpoint-*"), *folder.glob(".*.tmp")}:  # tmp: left by a killed run
+            for path in {*old, *folder.glob("tmp-checkpoint-*"), *folder.glob("tmp-model"), *folder.glob(".*.tmp")}:  # tmp: left by a killed run
                 _remove(path)
             with atomic_file(folder / "run_args.json") as file:
                 json.dump(values, file, indent=2, ensure_ascii=False)
@@ -1016,6 +1065,7 @@ class AdamW:
         assert len(set(names)) == len(names), f"names must be unique: {sorted(names)}"
         self.weights, self.args, self.lr_scale = weights, args, lr_scale or {}
         self.steps = 0  # made so far; bias correction counts from 1
+        self.rounded = 0  # how often the moments came from a checkpoint that has them in few bits
         self.on_host = "offload" in (getattr(args, "sharding", None) or "")
         if self.on_host and paddle.device.get_device().startswith("cpu"):
             print("sharding: offload changes nothing here: the device is the CPU, moments are in the host's memory anyway")
@@ -1048,33 +1098,123 @@ class AdamW:
         for weight in self.weights:
             weight.clear_gradient()
 
-    def state_arrays(self):
-        """{"<HF name>/moment1_0": …} in Unified Checkpoint's names and the weights' file layout, for write_safetensors.
+    def entries(self, shards, stage="O0"):
+        """[model.Entry] of moments and beta powers in Unified Checkpoint's names and the weights' file layout.
 
-        Moments are (function, shape, dtype), called one by one, so that saving never holds a second copy of them all.
+        stage: of ckpt_quant_stage. Every weight is named on every rank that holds it, whoever has its moments.
         """
         powers = {f"beta{i}_pow_acc_0": getattr(self.args, f"adam_beta{i}") ** (self.steps + 1) for i in (1, 2)}
-        arrays = {}
-        for weight in self.weights:
-            for i, moment in enumerate(self.moments[weight.name], 1):
-                read = functools.partial(weight.to_numpy, moment)
-                arrays[f"{weight.name}/moment{i}_0"] = read, weight.shape, np.float32
-            arrays.update({f"{weight.name}/{key}": np.array([power], np.float32) for key, power in powers.items()})
-        return arrays
+        found = []
+        for weight in shards.weights:
+            place, moments = shards.place_of(weight), self.moments.get(weight.name, (None, None))
+            sources = [(weight, shards.laid(weight, moment), *place) for moment in moments]
+            names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
+            if stage == "O0" or len(weight.shape) < 2:
+                found += [Entry({name: (weight.shape, "float32")}, [source]) for name, source in zip(names, sources)]
+            else:
+                found.append(_quantized(names, weight.shape, sources, stage))
+            for key, power in powers.items():
+                power = np.array([power], np.float32)
+                found.append(Entry({f"{weight.name}/{key}": ([1], "float32")}, [], functools.partial(list, [power])))
+        return found
 
-    def load_arrays(self, arrays):
-        """The moments back, exactly; `steps`, which a power in float32 cannot give back, is set by load_checkpoint."""
-        expected = {f"{name}/moment{i}_0" for name in self.moments for i in (1, 2)}
-        found = {key for key in arrays if not key.endswith("_pow_acc_0")}
-        if expected != found:
-            missing, extra = _some(expected - found), _some(found - expected)
+    def load(self, found, shards):
+        """The moments back, exactly; found: of model.stored_tensors. Each rank reads what it has.
+
+        `steps`, which a power in float32 cannot give back, is set by load_checkpoint.
+        """
+        read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
+        names = {key.rpartition("/")[0] for key in read}
+        mine, elsewhere = {weight.name for weight in shards.weights}, shards.model.elsewhere
+        if names - elsewhere - mine or mine - names:
+            missing, extra = _some(mine - names), _some(names - elsewhere - mine)
             raise UserError(f"optimizer state is not of what is trained now: missing {missing}; unexpected {extra}")
-        for weight in self.weights:
-            for i, moment in enumerate(self.moments[weight.name], 1):
-                array = weight.from_numpy(arrays[f"{weight.name}/moment{i}_0"])
-                if list(array.shape) != moment.shape:
-                    raise UserError(f"optimizer state: {weight.name}: {list(array.shape)} found, {moment.shape} needed")
-                moment.set_value(array)
+        for weight in shards.weights:
+            if weight.name not in self.moments:  # another rank's
+                continue
+            for i, array in enumerate(_moments_of(weight, found)):
+                self.moments[weight.name][i].set_value(shards.piece_of(weight, array))
+
+
+# Moments in few bits, after upstream: the first in equal steps up to the largest of a row; of the second what it is there
+# for, the ratio 1 / (sqrt(v) + 1e-8), in equal steps between the least and the largest. O1: 8 bits, rows of the file's
+# layout (outputs); O2: 4 bits, groups of 32 along them, both numbers in one byte under the name of the first.
+# Scales: float32, under NAME@scales, and NAME@min_scales, NAME@max_scales of the second.
+GROUP = 32
+MAX_QUANTIZATION_TIMES = 1  # a state that has been in few bits once is not rounded again
+
+
+def _quantized(names, shape, sources, stage):
+    rows, columns = int(np.prod(shape[:-1])), shape[-1]
+    scales = [rows] if stage == "O1" else [rows, -(-columns // GROUP)]
+    extra = {f"{names[0]}@scales": scales, f"{names[1]}@min_scales": scales, f"{names[1]}@max_scales": scales}
+    integers = {names[0]: (shape, "int8")} | ({names[1]: (shape, "uint8")} if stage == "O1" else {})
+    tensors = integers | {name: (size, "float32") for name, size in extra.items()}
+    return Entry(tensors, sources, quantize_8 if stage == "O1" else quantize_4)
+
+
+def quantize_8(m, v):
+    """Moments (…, n) -> [int8 m, uint8 ratio, scales, least, largest (rows,)]."""
+    shape, m, ratio = m.shape, m.reshape([-1, m.shape[-1]]), 1 / (np.sqrt(v.reshape([-1, v.shape[-1]])) + np.float32(1e-8))
+    scales, least, largest = _scales(m, ratio)
+    m, ratio = np.round(m / scales * 127), np.round((ratio - least) / np.maximum(largest - least, 1e-30) * 255)
+    return [m.astype(np.int8).reshape(shape), ratio.astype(np.uint8).reshape(shape), *(x[:, 0] for x in (scales, least, largest))]  # fmt: skip
+
+
+def dequantize_8(m, ratio, scales, least, largest):
+    shape, scales, least, largest = m.shape, scales[:, None], least[:, None], largest[:, None]
+    m, ratio = m.reshape([-1, shape[-1]]).astype(np.float32), ratio.reshape([-1, shape[-1]]).astype(np.float32)
+    return (m / 127 * scales).reshape(shape), _square(ratio / 255 * (largest - least) + least).reshape(shape)
+
+
+def quantize_4(m, v):
+    """Moments (…, n) -> [int8, m in the upper 4 bits and ratio in the lower, scales, least, largest (rows, n / 32)]."""
+    shape, n = m.shape, m.shape[-1]
+    m, ratio = (_grouped(x) for x in (m, 1 / (np.sqrt(v) + np.float32(1e-8))))
+    scales, least, largest = _scales(m, ratio)
+    m = np.round(m / scales * 7).astype(np.int8)
+    ratio = np.round((ratio - least) / np.maximum(largest - least, 1e-30) * 15).astype(np.int8)
+    packed = ((m << 4) | ratio).reshape([-1, scales.shape[1] * GROUP])[:, :n].reshape(shape)
+    return [packed, *(x[..., 0] for x in (scales, least, largest))]
+
+
+def dequantize_4(packed, scales, least, largest):
+    shape, n = packed.shape, packed.shape[-1]
+    packed, scales, least, largest = _grouped(packed), scales[..., None], least[..., None], largest[..., None]
+    m, ratio = (packed >> 4).astype(np.float32) / 7 * scales, (packed & 15).astype(np.float32) / 15 * (largest - least) + least
+    return tuple(x.reshape([len(x), -1])[:, :n].reshape(shape) for x in (m, _square(ratio)))
+
+
+def _grouped(x):
+    """(…, n) -> (rows, groups, 32), the last padded by its row's last element."""
+    x = x.reshape([-1, x.shape[-1]])
+    return np.pad(x, [(0, 0), (0, -x.shape[1] % GROUP)], "edge").reshape([len(x), -1, GROUP])
+
+
+def _scales(m, ratio):
+    """Largest |m|, least and largest ratio along the last dim, kept."""
+    largest = np.abs(m).max(-1, keepdims=True)
+    return np.where(largest > 0, largest, np.float32(1e-8)), ratio.min(-1, keepdims=True), ratio.max(-1, keepdims=True)
+
+
+def _square(ratio):
+    """The second moment that has this ratio."""
+    return np.maximum(1 / ratio - np.float32(1e-8), 0) ** 2
+
+
+def _moments_of(weight, found):
+    """Both moments of what a rank has of a weight, in our layout."""
+    names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
+    for name in names[:1] if f"{names[0]}@scales" in found else names:
+        if name not in found:
+            raise UserError(f"optimizer state is not of what is trained now: missing {name}; unexpected none")
+    for name in names if f"{names[0]}@scales" not in found else names[:1]:
+        if list(found[name][1]) != weight.shape:
+            raise UserError(f"optimizer state: {weight.name}: {list(found[name][1])} found, {weight.shape} needed")
+    if f"{names[0]}@scales" not in found:
+        return [weight.read(found[name][0]) for name in names]
+    stored = [found[name][0]() for name in (*names, f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales") if name in found]
+    return [weight.from_numpy(array) for array in (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)]
 
 
 def _some(names):
@@ -1105,7 +1245,6 @@ def seed_step(seed, step, micro_step=0):
 # ============================================================================================== checkpoints
 
 DONE = ".checkpoint_done"
-OPTIMIZER = "optimizer-00001-of-00001.safetensors"
 
 
 @dataclasses.dataclass
@@ -1120,60 +1259,278 @@ class TrainState:
     log_history: list = dataclasses.field(default_factory=list)  # the last 20 log lines
 
 
-def save_checkpoint(output_dir, state, optimizer, write_model, args):
-    """Write output_dir/checkpoint-STEP, complete or not at all, then prune; returns its path.
+class Checkpoints:
+    """The saves of a run: output_dir/checkpoint-STEP, complete or not there, whole tensors, written by all ranks together.
 
-    write_model(folder) writes weights (and tokenizer). Everything goes to a temporary folder, is synced, gets the
-    marker and is renamed: whenever the process dies, what has the name checkpoint-N and the marker is whole. A full
-    disk is a UserError; half files are removed and earlier checkpoints stay.
+        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints.save(state)         # with async_save it returns as soon as the state is copied
+        checkpoints.wait()              # for the one that is being written; an error of it is raised here
+        checkpoints.write_model(folder, dtype)
+
+    Everything goes to a temporary folder, is synced, gets the marker and is renamed: whenever processes die, what has the
+    name checkpoint-N and the marker is whole. A full disk is a UserError; half files are removed and earlier checkpoints
+    stay. output_dir must be one folder for all processes.
     """
-    folder = Path(output_dir)
-    final, temporary = folder / f"checkpoint-{state.step}", folder / f"tmp-checkpoint-{state.step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("tmp-checkpoint-*"):
-        shutil.rmtree(left_over)
-    try:
-        temporary.mkdir()
-        write_model(temporary)
-        if optimizer is not None and not args.ignore_save_lr_and_optim:
-            _write_optimizer(temporary, optimizer.state_arrays())
-        files = [path for path in temporary.rglob("*") if path.is_file()]
+
+    def __init__(self, args, model, tokenizer, optimizer=None, shards=None, topology=SINGLE):
+        self.args, self.model, self.tokenizer, self.topology = args, model, tokenizer, topology
+        self.optimizer, self.shards = optimizer, shards
+        self.adapted = getattr(args, "lora", False) or getattr(args, "prefix_tuning", False)
+        self.options = getattr(args, "unified_checkpoint_config", None) or ()
+        self.half = kernels.bf16 and not self.adapted  # weights rounded for use beside float32 ones to go on from
+        self.masters = self.half and "remove_master_weight" not in self.options
+        self.rounds = args.ckpt_quant_stage
+        self.pending, self.last, self.buffers = None, None, {} if "async_save" in self.options else None
+        if "skip_save_model_weight" in self.options and not self.masters:
+            self._say("skip_save_model_weight is ignored: no master weights are saved that could stand for the weights")
+        if self.rounds != "O0" and getattr(optimizer, "rounded", 0) >= MAX_QUANTIZATION_TIMES:
+            self._say(f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more")
+            self.rounds = "O0"
+
+    def _say(self, text):
+        if self.topology.rank == 0:
+            print(text, flush=True)
+
+    def contents(self, dtype=None):
+        """({group: [Entry]}, {group: metadata}, function(folder) that writes what is small) of the model or adapter.
+
+        dtype: of a model that is written to be used; None: what a checkpoint holds.
+        """
+        model, metadata = self.model, {}
+        if self.adapted:
+            with self.shards.present("prefix") if self.shards is not None else contextlib.nullcontext():
+                config, files = adapter_files(model, self.args.model_name_or_path)
+            groups = {file.removesuffix(".safetensors"): entries for file, (entries, _) in files.items()}
+            metadata = {file.removesuffix(".safetensors"): more for file, (_, more) in files.items()}
+            name, text = "adapter_config.json", json.dumps(config, indent=2)
+        else:
+            stored, groups = stored_weights(model), {}
+            kind = dtype or ("bfloat16" if self.half else "float32")
+            if dtype or not (self.masters and "skip_save_model_weight" in self.options):
+                groups["model"] = [Entry.of(weight, kind) for weight in stored]
+            if self.masters and not dtype:
+                groups["master_weights"] = [Entry.of(weight) for weight in stored]
+            name, text = "config.json", model.config.to_json(kind)
+        if self.shards is not None:
+            groups = {group: [self._held(entry) for entry in entries] for group, entries in groups.items()}
+
+        def write_small(folder):
+            self.tokenizer.save(folder)
+            with atomic_file(folder / name) as file:
+                file.write(text)
+
+        return groups, metadata, write_small
+
+    def _held(self, entry):
+        """An entry whose parameters are what this rank keeps of them."""
+        sources = [(w, *self.shards.held(w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
+        return entry._replace(sources=sources)
+
+    def save(self, state):
+        """Write checkpoint-STEP, then prune; called by all ranks at the same step."""
+        self.wait()
+        args, folder = self.args, Path(self.args.output_dir)
+        groups, metadata, write_small = self.contents()
+        index = {}
+        if self.optimizer is not None and not args.ignore_save_lr_and_optim:
+            groups["optimizer"] = self.optimizer.entries(self.shards, self.rounds)
+            index["optimizer"] = {"master_weights": self.masters, "ckpt_quant_stage": self.rounds,
+                                  "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0)}  # fmt: skip
         record = {
             **dataclasses.asdict(state),
-            "optimizer_steps": optimizer.steps if optimizer is not None else 0,
+            "optimizer_steps": self.optimizer.steps if self.optimizer is not None else 0,
             "data_position": {"epoch": int(state.epoch), "next_step": state.step, "seed": args.seed},
-            "files": {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files},
+            "weights": "rounded" if self.half and not self.masters else "exact",
+            "degrees": dataclasses.asdict(self.topology.degrees),
             "args": dataclasses.asdict(args),
         }
-        with atomic_file(temporary / "trainer_state.json") as file:
-            json.dump(record, file, indent=1, ensure_ascii=False)
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        (temporary / DONE).touch()
-        _sync(temporary / DONE)
-        _sync(temporary)
-        if final.exists():  # a step made again after resuming from an earlier checkpoint
-            _remove(final)
-        temporary.rename(final)
-        _sync(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        final, best = folder / f"checkpoint-{state.step}", state.best_checkpoint
+
+        def publish(temporary, files):
+            _complete(temporary, files, record)
+            if final.exists():  # a step made again after resuming from an earlier checkpoint
+                _remove(final)
+            temporary.rename(final)
+            _sync(folder)
+            prune_checkpoints(folder, args.save_total_limit, best)
+
+        kept = "this checkpoint was not written, earlier ones are intact"
+        writing = Writing(folder / f"tmp-checkpoint-{state.step}", final, kept, self.topology, write_small, publish, index, metadata)
+        self.last, self.pending = state.step, writing
+        writing.begin(groups, self.buffers)
+        if self.buffers is None:
+            self.wait()
+        return final
+
+    def wait(self):
+        """Until what is being written is there; what went wrong with it is raised."""
+        writing, self.pending = self.pending, None
+        if writing is not None:
+            writing.finish()
+
+    def has(self, step):
+        """Whether there is, or will be, a checkpoint of this step."""
+        return step == self.last or (Path(self.args.output_dir) / f"checkpoint-{step}").is_dir()
+
+    def write_model(self, folder, dtype="float32"):
+        """The model, or the adapter, to be used: into a folder that may hold other things, its configuration last."""
+        self.wait()
+        folder = Path(folder)
+        groups, metadata, write_small = self.contents(dtype)
+
+        def publish(temporary, files):
+            new = [path.name for path in temporary.iterdir() if not path.name.startswith(".")]
+            for path in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"] * (not self.adapted):
+                if path.name not in new:  # of a run on another topology
+                    path.unlink(missing_ok=True)
+            for name in sorted(new, key=lambda name: name in ("config.json", "adapter_config.json")):
+                os.replace(temporary / name, folder / name)
+            shutil.rmtree(temporary)
+            _sync(folder)
+
+        kept = "the model was not written, checkpoints are intact"
+        writing = Writing(folder / "tmp-model", folder, kept, self.topology, write_small, publish, {}, metadata)
+        writing.begin(groups)
+        writing.finish()
+
+
+class Writing:
+    """A folder that all ranks write to, on its way to be published: each rank its share, then rank 0 names the files and
+    calls publish(temporary, {name: {"size", "crc32"}}). Ranks tell each other by files there that they are done or have failed."""
+
+    def __init__(self, temporary, final, kept, topology, write_small, publish, index, metadata):
+        self.temporary, self.final, self.kept, self.topology = temporary, final, kept, topology
+        self.write_small, self.publish, self.index, self.metadata = write_small, publish, index, metadata
+        self.thread, self.error = None, None
+
+    def begin(self, groups, buffers=None):
+        """buffers: a dict that the state is copied into; the rest goes on in a thread."""
+        topology, error = self.topology, None
+        if topology.rank == 0:
+            try:
+                self.temporary.parent.mkdir(parents=True, exist_ok=True)
+                for left_over in {*self.temporary.parent.glob("tmp-checkpoint-*"), self.temporary}:
+                    if left_over.exists():
+                        shutil.rmtree(left_over)
+                self.temporary.mkdir()
+            except OSError as wrong:
+                error = wrong
+        if any(texts := topology.exchange(error and self._text(error))):
+            self._raise(error, texts)
+        if not all(seen := topology.exchange(self.temporary.is_dir())):
+            raise UserError(f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir")
+        alone = ("adapter_model", "prefix_projection")
+        try:
+            self.share = Share(groups, topology, buffers, alone, self.metadata)
+        except BaseException:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+        if buffers is None:
+            self._run()
+        else:
+            # Not a daemon: a run that ends by an error still gets the checkpoint that it has begun.
+            self.thread = threading.Thread(target=self._run, name="checkpoint")
+            self.thread.start()
+
+    def _run(self):
+        rank, ranks = self.topology.rank, range(self.topology.degrees.world)
+        try:
+            report = self.share.write(self.temporary, self._wait_for)
+            with atomic_file(self.temporary / f".done-{rank}", sync=False) as file:
+                json.dump(report, file)
+            if rank == 0:
+                self.write_small(self.temporary)
+                reports = []
+                for path in [self.temporary / f".done-{rank}" for rank in ranks]:
+                    self._wait_for(path)
+                    reports.append(json.loads(path.read_text()))
+                    path.unlink()
+                self.publish(self.temporary, _name_files(self.temporary, reports, self.index, self.metadata))
+        except BaseException as error:
+            self.error = error
+            with contextlib.suppress(OSError):
+                (self.temporary / f".failed-{rank}").touch()
+
+    def _wait_for(self, path):
+        """Until another rank has put this file there; OtherRank if one has failed, or goes no further."""
+        pause, patience = 0.001, None
+        while not path.exists():
+            if any(self.temporary.glob(".failed-*")):
+                raise OtherRank
+            if not threading.main_thread().is_alive():  # this process ends, so others may have ended
+                patience = patience or time.monotonic() + 30
+                if time.monotonic() > patience:
+                    raise OtherRank
+            time.sleep(pause)
+            pause = min(0.05, pause * 1.5)
+
+    def finish(self):
+        """Wait until it is published; what went wrong on any rank is raised on all."""
+        if self.thread is not None:
+            self.thread.join()
+        if self.error is not None and not isinstance(self.error, Exception):  # interrupted: the others are too
+            self._raise(self.error, [])
+        wrong = self.error is not None and not isinstance(self.error, OtherRank)
+        texts = self.topology.exchange(self._text(self.error) if wrong else None)
+        if self.error is not None or any(texts):
+            self._raise(self.error, texts)
+
+    def _text(self, error):
         if _disk_full(error):
-            free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free"
-            saved = "this checkpoint was not written, earlier ones are intact"
-            raise UserError(f"{final}: the disk is full ({free}); {saved}; free some space, then resume") from None
-        raise
-    prune_checkpoints(folder, args.save_total_limit, state.best_checkpoint)
-    return final
+            free = f"{shutil.disk_usage(self.temporary.parent).free / 1e6:.1f} MB free"
+            return f"{self.final}: the disk is full ({free}); {self.kept}; free some space, then resume"
+        return f"{self.final}: {type(error).__name__}: {error}"
+
+    def _raise(self, error, texts):
+        if self.topology.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        if error is None or isinstance(error, OtherRank) or _disk_full(error):
+            raise UserError(next(filter(None, texts), f"{self.final}: another rank has ended")) from None
+        raise error
 
 
-def _write_optimizer(folder, arrays):
-    """Unified Checkpoint's pair: the tensors, and an index that says in which file each is."""
-    write_safetensors(folder / OPTIMIZER, arrays)
-    total = 4 * sum(math.prod(array[1] if isinstance(array, tuple) else array.shape) for array in arrays.values())
-    index = {"metadata": {"total_size": total}, "master_weights": False, "weight_map": dict.fromkeys(arrays, OPTIMIZER)}
-    with atomic_file(folder / "optimizer.safetensors.index.json") as file:
-        json.dump(index, file, indent=1)
+class OtherRank(Exception):
+    """Another rank has failed, and says itself why."""
+
+
+def _name_files(folder, reports, index, metadata):
+    """Give the files of all ranks their final names, and write the indexes; {name: {"size", "crc32"}} of all in the folder.
+
+    index: {group: what its index says besides}.
+    """
+    found = {}
+    for group in sorted({group for report in reports for group in report}):
+        parts = [part for report in reports for part in report.get(group, {}).items()]
+        if group in ("adapter_model", "prefix_projection") and len(parts) > 1:  # of several stages; PEFT wants one file
+            tensors = {name: array for part, _ in parts for name, array in read_safetensors(folder / part).items()}
+            parts = [(f"{group}.whole", write_safetensors(folder / f"{group}.whole", tensors, metadata.get(group)))]
+        alone = len(parts) == 1 and group not in ("optimizer", "master_weights")
+        weight_map, total = {}, 0
+        for i, (part, written) in enumerate(parts, 1):
+            name = f"{group}.safetensors" if alone else f"{group}-{i:05d}-of-{len(parts):05d}.safetensors"
+            (folder / part).rename(folder / name)
+            found[name] = {key: written[key] for key in ("size", "crc32")}
+            for tensor, size in written.get("tensors", {}).items():
+                weight_map[tensor], total = name, total + size
+        if not alone:
+            content = {"metadata": {"total_size": total}, **index.get(group, {}), "weight_map": dict(sorted(weight_map.items()))}
+            with atomic_file(folder / f"{group}.safetensors.index.json") as file:
+                json.dump(content, file, indent=1)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith(".") and path.name not in found:
+            found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": crc32_of(path)}
+    return found
+
+
+def _complete(folder, files, record):
+    """trainer_state.json, all synced, then the marker, which has its checksum."""
+    with atomic_file(folder / "trainer_state.json") as file:
+        json.dump({**record, "files": files}, file, indent=1, ensure_ascii=False)
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+    (folder / DONE).write_text(str(crc32_of(folder / "trainer_state.json")))
+    _sync(folder / DONE)
+    _sync(folder)
 
 
 def _sync(path):
@@ -1208,27 +1565,47 @@ def incomplete(path):
     path = Path(path)
     if not (path / DONE).is_file():
         return "it has no completion marker"
+    marked, state = (path / DONE).read_text(), path / "trainer_state.json"
     try:
-        sizes = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["files"]
+        files = json.loads(state.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return "trainer_state.json is missing or damaged"
-    for name, size in sizes.items():
+    if marked and marked != str(crc32_of(state)):
+        return "trainer_state.json is damaged: its checksum differs"
+    for name, written in files.items():
+        size = written["size"] if isinstance(written, dict) else written  # a number: saved before there were checksums
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found} bytes, {size} were written"
     return None
 
 
-def find_checkpoint(args):
+def damaged(path, topology=SINGLE):
+    """None, or which file of a complete checkpoint is not what was written; all ranks read a part each and agree."""
+    files = json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))["files"]
+    files = {name: written for name, written in files.items() if isinstance(written, dict)}
+    found = checksums(path, {name: written["size"] for name, written in files.items()}, topology)
+    wrong = sorted(name for name, written in files.items() if found[name] != written["crc32"])
+    return f"{wrong[0]} is damaged: its checksum differs from what was written" if wrong else None
+
+
+def find_checkpoint(args, topology=SINGLE):
     """The checkpoint that resume_from_checkpoint means: a path (UserError unless complete) or true = newest complete.
 
-    None if there is none. Prints which it is, which were passed over, and arguments that have changed since.
+    None if there is none. Complete: all files have the size and the checksum that they were written with. Prints which it
+    is, which were passed over, and arguments that have changed since. All ranks find the same.
     """
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
+
+    def say(text):
+        if topology.rank == 0:
+            print(text, flush=True)
+
     if isinstance(wanted, str):
-        if reason := "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted):
+        reason = "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted)
+        if reason := next(filter(None, topology.exchange(reason)), None) or damaged(wanted, topology):
             raise UserError(f"resume_from_checkpoint: {wanted}: {reason}; give a complete one, or true for the newest")
         path = Path(wanted)
         newer = [p for p in list_checkpoints(args.output_dir) if int(p.name[11:]) > _step_of(path)]
@@ -1238,18 +1615,20 @@ def find_checkpoint(args):
                 "the latest steps; remove it, or go on in another output_dir"
             )
     else:
-        for path in list_checkpoints(args.output_dir):
-            if (reason := incomplete(path)) is None:
+        listed = [(str(path), incomplete(path)) for path in list_checkpoints(args.output_dir) if topology.rank == 0]
+        for path, reason in topology.exchange(listed)[0]:
+            if (reason := reason or damaged(path, topology)) is None:
+                path = Path(path)
                 break
-            print(f"resume: {path} is passed over: {reason}", flush=True)
+            say(f"resume: {path} is passed over: {reason}")
         else:
-            print(f"resume: no complete checkpoint in {args.output_dir}; starting at step 0", flush=True)
+            say(f"resume: no complete checkpoint in {args.output_dir}; starting at step 0")
             return None
     then = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["args"]
     aside = "resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir report_to".split()
     now = {key: value for key, value in dataclasses.asdict(args).items() if key in then and key not in aside}
     changed = ", ".join(f"{key} {then[key]!r} -> {value!r}" for key, value in now.items() if then[key] != value)
-    print(f"resume: from {path}" + (f"; not an exact continuation, changed: {changed}" if changed else ""), flush=True)
+    say(f"resume: from {path}" + (f"; not an exact continuation, changed: {changed}" if changed else ""))
     return path
 
 
@@ -1258,25 +1637,44 @@ def _step_of(checkpoint):
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["step"]
 
 
-def load_checkpoint(path, optimizer=None, output_dir=None):
+def load_trained(model, path, args, shards=None):
+    """What was trained, without an adapter: a checkpoint's float32 weights into the model, from where they are exact."""
+    path, masters = Path(path), (Path(path) / f"{MASTERS}.index.json").is_file()
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    if state.get("weights") == "rounded":
+        if not {"remove_master_weight", "master_weight_compatible"} & set(args.unified_checkpoint_config or ()):
+            raise UserError(f"{path}: has bfloat16 weights and no master weights; unified_checkpoint_config: "
+                            "master_weight_compatible goes on from the rounded ones")  # fmt: skip
+        if getattr(model, "topology", SINGLE).rank == 0:
+            print(f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation", flush=True)
+    load_weights(model, path, (MASTERS,) if masters else MODELS)
+    if shards is not None:
+        shards.weights_changed()
+
+
+def load_checkpoint(path, optimizer=None, shards=None, output_dir=None):
     """TrainState of a checkpoint, its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights.
+
+    Each rank reads what it has of them, whatever the topology that wrote them.
 
     A best checkpoint that is not in output_dir (default: beside `path`) is forgotten: it could not be loaded at the end.
     """
     path = Path(path)
     saved = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     if optimizer is not None:
-        if not (path / OPTIMIZER).is_file():
+        index = path / "optimizer.safetensors.index.json"
+        if not index.is_file():
             raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
-        optimizer.load_arrays(read_safetensors(path / OPTIMIZER))
-        optimizer.steps = saved["optimizer_steps"]
+        optimizer.load(stored_tensors(path, ("optimizer.safetensors",)), shards)
+        optimizer.steps, how = saved["optimizer_steps"], json.loads(index.read_text())
+        optimizer.rounded = how.get("quant_ckpt_resume_times", 0) + (how.get("ckpt_quant_stage", "O0") != "O0")
     state = TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
     if state.best_checkpoint and not (Path(output_dir or path.parent) / state.best_checkpoint).is_dir():
         state.best_metric = state.best_checkpoint = None
     return state
 
 
-def update_best(args, state, metrics):
+def update_best(args, state, metrics, checkpoints):
     """Note in `state` that checkpoint-{state.step} is the best so far, if `metrics` say so; returns whether they do.
 
     An evaluation at a step that was not saved does not count: there is nothing to go back to.
@@ -1285,7 +1683,7 @@ def update_best(args, state, metrics):
     if name not in metrics:
         raise UserError(f"metric_for_best_model: {name} is not computed here; there are {', '.join(metrics)}")
     value, best = metrics[name], state.best_metric
-    saved = (Path(args.output_dir) / f"checkpoint-{state.step}").is_dir()
+    saved = checkpoints.has(state.step)
     better = best is None or (value > best if args.greater_is_better else value < best)
     if not (saved and better and math.isfinite(value)):
         return False
