@@ -2160,7 +2160,9 @@ class Weight:
 
     def to_numpy(self, tensor=None):
         """The parameter, or a tensor of its shape (a moment, a gradient), as numpy in their layout; bfloat16 as float32."""
-        tensor = self.parameter if tensor is None else tensor
+        if tensor is None:
+            assert self.parameter._is_initialized(), f"{self.name}: its values are not here"
+            tensor = self.parameter
         if not isinstance(tensor, np.ndarray):
             tensor = (tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor).numpy()
         return tensor.T if self.transposed else tensor

@@ -1786,7 +1786,7 @@ class Shards:
         self.model, self.weights, self.topology = model, weights, topology
         degrees, model.shards = topology.degrees, self
         self.stage = max(1, degrees.stage) if topology.sharding.size > 1 else 0
-        self.paths = {id(parameter): path for path, parameter in _all_tensors(model)}
+        self.paths = {id(parameter): path for path, parameter in weight_tensors(model)}
         self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, model) for w in weights}
         self.units, self.mine = {}, {}  # by name; {id of a parameter: the Piece that is here}
         self.arrived, self.early, self.flying = set(), False, []
@@ -1798,7 +1798,7 @@ class Shards:
 
     def _make_units(self):
         grouped, trained = {}, {id(w.parameter): w for w in self.weights}
-        for path, parameter in _all_tensors(self.model):
+        for path, parameter in weight_tensors(self.model):
             weight = trained.get(id(parameter))
             if weight is None and self.stage < 3:
                 continue
@@ -2005,7 +2005,7 @@ class Shards:
 Frozen = namedtuple("Frozen", "name parameter")  # in a Weight's place; name: our path
 
 
-def _all_tensors(model):
+def weight_tensors(model):
     """(path, tensor) of parameters, and of the buffers that hold a quantized model's weights."""
     integers = ((path, buffer) for path, buffer in model.named_buffers() if path.endswith((".qweight", ".qzeros", ".scales", ".g_index")))
     return [*model.named_parameters(), *integers]

@@ -25,7 +25,12 @@ def topology(**ways):
 
 def make_model(name, place, adapter=None, recompute=False, **changes):
     """The model of families.py with its adapter on: weights depend on names alone."""
-    model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
+    if name == "integers":
+        import test_integers
+
+        model = parallel.parallelize(test_integers.quantized("w4_groups")[0], place)
+    else:
+        model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
     if adapter == "prefix":
         M.apply_prefix(model, 3, seed=1)
     elif adapter:
@@ -49,7 +54,7 @@ def batch_of(step, number, vocabulary):
     return {"input_ids": ids[:, :-1], "labels": labels, "tokens": int(lengths.sum())}
 
 
-def train(name, ways, steps=3, micro=4, adapter=None, recompute=False, bf16=False, on_host=False, weights_after=True, **changes):
+def train(name, ways, steps=3, micro=4, adapter=None, recompute=False, bf16=False, on_host=False, **changes):
     """{"losses", "norms", "gradients" of the first step, "weights" after the last, "bytes"}; micro: batches of a step, of all ranks."""
     if bf16:
         kernels.configure(use_bf16=True)
@@ -82,7 +87,11 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
         def batch_loss(batch):
             return model(**trainer.model_inputs(batch)).sum() / size
 
-        loss = sum(part for part, _ in parallel.micro_steps(model, mine, batch_loss, functools.partial(trainer.seed_step, 3, step)))
+        loss, left = 0.0, []
+        for part, _ in parallel.micro_steps(model, mine, batch_loss, functools.partial(trainer.seed_step, 3, step)):
+            loss += part
+            left.append(sum(p.grad.size * 4 for p in model.parameters() if p.grad is not None))
+        found["whole gradients"] = left
         found["losses"].append(place.total(loss))
         norm = shards.reduce_gradients()
         found["norms"].append(norm)
@@ -100,8 +109,31 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
     batch = batch_of(99, 0, model.config.vocab_size)
     with paddle.no_grad():
         found["evaluated"] = model(**trainer.model_inputs(batch), return_predictions=True)[0].numpy()
-    found["generated"] = M.generate(model, batch["input_ids"][:1, :5], 4)
+    if not place.tp.sequence:
+        found["generated"] = M.generate(model, batch["input_ids"][:1, :5], 4)
     return found if place.rank == 0 else {key: found[key] for key in ("losses", "norms", "bytes")}
+
+
+def set_and_take_over(ways):
+    """Whole values put into a stage 3 model, as by loading: what its pieces hold afterwards, and what is still whole."""
+    place = topology(**ways)
+    model = make_model("llama_bias_tied", place)
+    weights = M.trainable_weights(model)
+    shards = parallel.Shards(model, weights, place)
+    values = {w.name: np.random.default_rng(len(w.name)).standard_normal(w.parameter.shape).astype(np.float32) for w in weights}
+    for weight in weights:
+        M.set_parameter(weight.parameter, values[weight.name])
+    shards.take_over()
+    left = [w.name for w in weights if w.parameter._is_initialized()]
+    pieces = {piece.name: piece for piece in shards.pieces}
+    for weight in weights:
+        mine, piece = shards.piece_of(weight, values[weight.name]), pieces.get(weight.name)
+        assert (mine is None) == (piece is None)
+        if piece is not None:
+            np.testing.assert_array_equal(piece.tensor.numpy(), mine)
+        whole = shards.whole(weight, None if piece is None else piece.tensor)
+        np.testing.assert_array_equal(whole, values[weight.name])
+    return left
 
 
 def tensors_of(shards, weights, place, read):
@@ -125,7 +157,7 @@ def bytes_of(model, shards, optimizer):
     def size(tensors):
         return sum(t.size * t.element_size() for t in tensors if t is not None and t._is_initialized())
 
-    weights = size(model.parameters()) + size(b.owned for u in shards.units.values() for b in u.buckets)
+    weights = size(tensor for _, tensor in parallel.weight_tensors(model)) + size(b.owned for u in shards.units.values() for b in u.buckets)
     moments = size(m for pair in optimizer.moments.values() for m in pair)
     gradients = size(p.grad for p in model.parameters()) + size(b.gradient for b in shards.buckets)
     return {"weights": weights, "moments": moments, "gradients": gradients}
