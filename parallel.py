@@ -461,7 +461,7 @@ class Company:
         """
         lost = code == 1 and (self.place is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
         if lost:
-            time.sleep(1.0)  # a failure that is told in the store ends us here, by the other thread
+            time.sleep(0.5)  # a failure that is told in the store ends us here, by the other thread
             code, line = 1, self._who_is_missing(str(error))
         elif line is None:
             traceback.print_exception(error)
