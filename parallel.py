@@ -547,7 +547,8 @@ class Company:
         """
         lost = code == 1 and (self.place is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
         if lost:
-            time.sleep(1.0)  # a failure that is told in the store ends us here, by the other thread
+            print(f"lost in {self.place.name if self.place else 'a message'}: {error}", file=sys.stderr, flush=True)
+            time.sleep(0.5)  # a failure that is told in the store ends us here, by the other thread
             code, line = 1, self._who_is_missing(str(error))
         elif line is None:
             traceback.print_exception(error)
@@ -573,8 +574,7 @@ class Company:
         print(f"error: {line}", file=sys.stderr, flush=True)
         if store is not None:
             with contextlib.suppress(ValueError, RuntimeError, OSError):
-                told, patience = store.add("told", 1), 10.0 if self.launch.rank == 0 else 1.0
-                end = time.monotonic() + patience
+                told, end = store.add("told", 1), time.monotonic() + 8.0
                 while told < self.launch.world and time.monotonic() < end:
                     time.sleep(0.05)
                     told = store.add("told", 0)

@@ -29,7 +29,8 @@ class Ranks:
         endpoints = ",".join(f"127.0.0.1:{port}" for port in _free_ports(self.world))
         for rank in range(self.world):
             environment = {**os.environ, "PADDLE_TRAINER_ID": str(rank), "PADDLE_TRAINERS_NUM": str(self.world),
-                           "PADDLE_TRAINER_ENDPOINTS": endpoints, "OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads}  # fmt: skip
+                           "PADDLE_TRAINER_ENDPOINTS": endpoints, "PADDLE_LOCAL_SIZE": str(self.world),
+                           "OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads}  # fmt: skip
             command = [sys.executable, __file__, self.listener.address]
             self.processes.append(subprocess.Popen(command, env=environment, cwd=HERE.parent))
         pipes = [self.listener.accept() for _ in range(self.world)]
