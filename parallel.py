@@ -635,8 +635,10 @@ def check_tensor(config, degrees):
             found.append(f"tensor_parallel_degree {tp}: experts with biases are not cut")
         if config.quantization is not None and config.quantization["quant_method"] != "gptq":
             found.append(f"tensor_parallel_degree {tp}: a model quantized to a8w8 is not cut: its activations are rounded whole")
-        elif config.head_dim % bits or (config.latent is not None and config.latent.value_dim % bits):
-            found.append(f"tensor_parallel_degree {tp}: heads of {config.head_dim} are not whole words of {bits} packed weights")
+        else:
+            latent, heads = config.latent, [config.head_dim]
+            heads += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
+            found += [f"tensor_parallel_degree {tp}: heads of {n} are not whole words of {bits} packed weights" for n in heads if n % bits]
     if ep > 1:
         ranks = degrees.dp * degrees.sharding * degrees.sep
         factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep}"
@@ -1017,7 +1019,10 @@ def parallelize(model, topology):
 def from_pretrained(path, topology, dtype="float32"):
     """model.from_pretrained() of this process's part of the model: nothing else of it is read, or takes memory."""
     *adapters, base = base_folders(path)
-    model = parallelize(build(ModelConfig.from_json(base), dtype), topology)
+    config = ModelConfig.from_json(base)
+    if complaints := check_tensor(config, topology.degrees):
+        raise UserError(f"{base}: {'; '.join(complaints)}")
+    model = parallelize(build(config, dtype), topology)
     load_weights(model, base)
     for adapter in reversed(adapters):
         load_adapter(model, adapter)
