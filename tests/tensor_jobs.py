@@ -249,3 +249,26 @@ def exchanged(counts):
     wanted = [row for source in range(ep.size) for row in rows(source, ep.rank)]
     back = [] if x.grad is None else x.grad.numpy().tolist()
     return [y.numpy().tolist(), back], [wanted, mine]
+
+
+def spread_along_tokens(name, places, ep, changes=None):
+    """With tokens of rows of 9 at `places` of each rank of sep (9: one that fills up): how far from one process are what an
+    adapted linear gives, a sparse MLP, and NEFTune's noise, all with randomness."""
+    topology, found = grid(sep=len(places), ep=ep), []
+    mine = np.array(places[topology.rank])
+    x = np.random.default_rng(1).standard_normal([2, 10, 32]).astype(np.float32)
+    for where in (topology, parallel.SINGLE):
+        model = families.fill(parallel.parallelize(M.build(families.config(name, **(changes or {}))), where))
+        adapt(model, "dropout")
+        parallel.cut_adapters(model, where)
+        model.train()
+        paddle.seed(3)
+        model.draws.renew()
+        where.sep.places, where.sep.whole = (mine, 9) if where is topology else (None, None)
+        here = paddle.to_tensor(x[:, mine] if where is topology else x[:, :9])
+        linear = M.lora_layers(model)["model.layers.0.self_attn.q_proj"]
+        shape = [2, len(mine), 32] if where is topology else [2, 9, 32]
+        found.append([y.numpy() for y in (linear(here), model.layers[0].mlp(here)[0], model.noise(shape))])
+        where.sep.places = None
+    real = mine < 9
+    return [float(np.abs(cut[:, real] - whole[:, mine[real]]).max()) for cut, whole in zip(*found)]

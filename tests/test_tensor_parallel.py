@@ -217,6 +217,13 @@ def test_a_start_does_not_depend_on_the_cut(two):
             assert wrong == [] and here < 0.8 * whole
 
 
+def test_randomness_is_that_of_whole_rows(two):
+    """Ranks of sep have some tokens of each row, and what fills rows up; the experts of both, or half of them each."""
+    for ep in (1, 2):
+        for found in two.run("tensor_jobs:spread_along_tokens", "mixtral_window", [[0, 1, 2, 7, 8], [3, 4, 5, 6, 9]], ep, EVEN["mixtral"]):
+            assert max(found) < 1e-5, found
+
+
 def test_halved_weights_keep_their_place(two):
     for cut, whole in two.run("tensor_jobs:halved", "llama", {"tp": 2}):
         assert cut[0] == [] and cut[1] == whole[1] > 0
