@@ -1076,6 +1076,8 @@ class ParallelCausalLM:
 
 def parallelize(model, topology):
     """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
+    if complaints := check_tensor(model.config, topology.degrees):
+        raise UserError("; ".join(complaints))
     model.topology = topology
     if topology.degrees.world > 1:
         topology.tp.sequence = topology.degrees.sequence_parallel
@@ -1088,10 +1090,7 @@ def parallelize(model, topology):
 def from_pretrained(path, topology, dtype="float32"):
     """model.from_pretrained() of this process's part of the model: nothing else of it is read, or takes memory."""
     *adapters, base = base_folders(path)
-    config = ModelConfig.from_json(base)
-    if complaints := check_tensor(config, topology.degrees):
-        raise UserError(f"{base}: {'; '.join(complaints)}")
-    model = parallelize(build(config, dtype), topology)
+    model = parallelize(build(ModelConfig.from_json(base), dtype), topology)
     load_weights(model, base)
     for adapter in reversed(adapters):
         load_adapter(model, adapter)

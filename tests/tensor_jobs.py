@@ -41,11 +41,15 @@ def batch(name, number, packed=False, B=2, T=13):
 
 
 def adapt(model, kind, seed=3):
-    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", or all with noise: "neftune"."""
+    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", all with noise: "neftune", or
+    LoRA on the first experts alone: "one"."""
     if kind == "neftune":
         model.neftune_noise_alpha = 5.0
     elif kind in ("prefix", "projection"):
         M.apply_prefix(model, 4, kind == "projection", 10, seed)
+    elif kind == "one":
+        M.apply_lora(model, 3, 6.0, 0.2, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
+        fill_adapter(model, "lora_B.weight")
     elif kind != "full":
         M.apply_lora(model, 3, 6.0, 0.3 if "dropout" in kind else 0.0, kind == "rslora", "dora" in kind, kind == "pissa", seed=seed)
         if kind != "pissa":  # B starts at 0, and A would have no gradient

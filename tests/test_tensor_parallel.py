@@ -149,7 +149,7 @@ def test_experts_cut_in_two(two):
 
 
 def test_experts_shared_out(two):
-    """dp or sharding with another number of batches than ranks, experts that get no token, and a rank that gets none."""
+    """dp or sharding with another number of batches than ranks, experts without a token, a rank without one."""
     degrees = {"dp": 2, "ep": 2}
     cases = [(name, dict(degrees=degrees, micro=3, changes=EVEN.get(name))) for name in ("qwen2_moe", "deepseek_v2", "deepseek_v3")]
     cases += [
@@ -157,6 +157,7 @@ def test_experts_shared_out(two):
         ("mixtral", dict(degrees=degrees, micro=1, changes={"num_local_experts": 32}, recompute=True)),
         ("mixtral_window", dict(degrees=degrees, micro=3, changes=EVEN["mixtral_window"], one_expert=True)),
         ("mixtral_window", dict(degrees=degrees, kind="lora", micro=2, changes=EVEN["mixtral_window"], one_expert=True)),
+        ("mixtral", dict(degrees=degrees, kind="one", micro=2, changes=EVEN["mixtral"])),  # one rank trains nothing
     ]  # fmt: skip
     compare(two, cases)
 
