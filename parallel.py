@@ -55,6 +55,7 @@ from model import (
     FAMILIES,
     MLP,
     Attention,
+    Linear,
     LoRALinear,
     ModelConfig,
     QuantLinear,
@@ -148,31 +149,13 @@ class Degrees:
 
     def misfits(self, config, T=None):
         """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
-        H, K, L, V, experts = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers, config.vocab_size, config.experts
+        wrong, H = check_tensor(config, self) + check_pipeline(config, self), config.num_attention_heads
         sep = f"{'context' if self.context else 'sep'}_parallel_degree {self.sep}"
-        tp, wrong = f"tensor_parallel_degree {self.tp}", []
-        widths = [("the MLP's width", config.intermediate_size)] if experts is None or experts.dense_layers else []
-        if experts is not None and self.ep == 1:
-            widths += [("an expert's width", experts.width)]
-        for what, size in (("attention heads", H), *widths):
-            if size % self.tp:
-                wrong.append(f"{tp} does not divide {what} ({size:,})")
-        if K % self.tp and self.tp % K:
-            wrong.append(f"{tp} neither divides the key/value heads ({K}) nor is a multiple")
-        if V < self.tp:
-            wrong.append(f"{tp} is more than ids of the vocabulary ({V})")
-        if L < self.pp * self.virtual:
-            times = f" x virtual_pp_degree {self.virtual}" if self.virtual > 1 else ""
-            wrong.append(f"pipeline_parallel_degree {self.pp}{times} is more than layers ({L})")
         if self.sep > 1 and not self.context and H // self.tp % self.sep:
-            each = f"{tp} leaves a rank of {H}" if self.tp > 1 else "there are"
+            each = f"tensor_parallel_degree {self.tp} leaves a rank of {H}" if self.tp > 1 else "there are"
             wrong.append(f"{sep} does not divide attention heads ({H // self.tp}, which {each})")
         if T is not None and T < self.sep:
             wrong.append(f"{sep} is more than tokens of a sequence ({T})")
-        ranks = self.world // self.pp  # of a stage, and experts are spread over them
-        if self.ep > 1 and (experts is None or experts.count % self.ep or ranks % self.ep):
-            count = experts.count if experts else 0
-            wrong.append(f"expert_parallel_degree {self.ep} is for {count} experts on {ranks} ranks of a stage: it must divide both")
         return wrong
 
     def __str__(self):
@@ -285,6 +268,7 @@ class Axis:
         self.tokens = None  # … of so many, T, of the pass that is being made; None: not in this one
         self.places = None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand
         self.whole = None
+        self.pieces = None  # ep: [Piece], whose tokens an expert is at work on; None: this rank's
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x, op="sum"):
@@ -322,7 +306,7 @@ class Axis:
         """
         sent, received = counts[self.rank], counts[:, self.rank]
         if self.size == 1 or not counts.any():
-            return x
+            return x.clone()
         if _backend() == "gloo":  # has none: all get all
             most = int(counts.sum(1).max())
             rows = F.pad(x, [0, most - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True) if x.shape[0] < most else x
@@ -725,7 +709,12 @@ def enter(x, tp):
     """What all ranks of tp compute a part from: x (B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D)."""
     if tp.size == 1:
         return x
-    return _SumBack.apply(x, tp) if tp.tokens is None else _Gather.apply(x, tp, 1, True)[:, : tp.tokens]
+    return _SumBack.apply(x, tp) if tp.tokens is None else _together(x, tp, True)
+
+
+def _together(x, tp, summed):
+    x = _Gather.apply(x, tp, 1, summed)
+    return x if x.shape[1] == tp.tokens else x[:, : tp.tokens]
 
 
 def leave(x, tp):
@@ -994,8 +983,10 @@ def check_tensor(config, degrees):
             found.append(f"tensor_parallel_degree {tp}: experts with biases are not cut")
         if config.quantization is not None and config.quantization["quant_method"] != "gptq":
             found.append(f"tensor_parallel_degree {tp}: a model quantized to a8w8 is not cut: its activations are rounded whole")
-        elif config.head_dim % bits or (config.latent is not None and config.latent.value_dim % bits):
-            found.append(f"tensor_parallel_degree {tp}: heads of {config.head_dim} are not whole words of {bits} packed weights")
+        else:
+            latent, heads = config.latent, [config.head_dim]
+            heads += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
+            found += [f"tensor_parallel_degree {tp}: heads of {n} are not whole words of {bits} packed weights" for n in heads if n % bits]
     if ep > 1:
         ranks = degrees.dp * degrees.sharding * degrees.sep
         factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep}"
@@ -1104,6 +1095,9 @@ def cut_adapters(model, topology):
     """The same for LoRA and prefix, put on whole after cut_tensors()."""
     tp = topology.tp
     paths = {id(layer): path for path, layer in model.named_sublayers()}
+    for layer in model.sublayers():
+        if isinstance(layer, SpreadExperts):
+            layer.dropout = bool(getattr(model, "lora_config", {}).get("lora_dropout"))
     for layer in lora_layers(model).values() if topology.degrees.world > 1 else ():
         cut = getattr(layer.base, "cut", None)
         if layer.dropout:
@@ -1132,12 +1126,18 @@ class SpreadDropout:
         return x * mask.astype(x.dtype)
 
     def _mask(self, tokens):
-        sep, pieces = self.topology.sep, getattr(self.topology.ep, "pieces", None) if self.expert else None
-        if pieces is not None:  # of one rank's tokens behind another's
-            return paddle.concat([self._drawn([n], number) for number, n in pieces if n])
+        sep = self.topology.sep
+        if self.expert and self.topology.ep.pieces is not None:
+            return paddle.concat([self._of_piece(piece) for piece in self.topology.ep.pieces if piece.count])
         if not self.expert and sep.places is not None:
             return spread_tokens(self._drawn([tokens[0], sep.whole]), sep)
         return self._drawn(tokens)
+
+    def _of_piece(self, piece):
+        if piece.places is None:
+            return self._drawn([piece.count], piece.number)
+        mask = self._drawn([piece.whole], piece.number)
+        return paddle.index_select(mask, paddle.to_tensor(piece.places.clip(0)))  # tokens that fill rows up: anything
 
     def _drawn(self, tokens, number=None):
         with self.draws.under(self.key, number):
@@ -1178,54 +1178,91 @@ def experts_of(config, ep, rank=None):
     return range(rank * each, (rank + 1) * each)
 
 
+class Piece(namedtuple("Piece", "number count places whole")):
+    """Tokens of one rank at an expert: the number of that rank's Draws, how many, and, where that rank has some tokens of
+    its rows alone (sep), their places among the `whole` tokens of all of these rows at this expert."""
+
+
 class SpreadExperts:
     """A SparseMLP that has the experts of its rank of ep alone: tokens are sent to where their experts are, and back."""
 
+    dropout = False  # whether the experts' adapters have any, on any rank
+
+    def mix(self, flat, weights, chosen):
+        """Where ranks of sep have some tokens of each row, those of one row are known to be so at each expert, for dropout."""
+        self.places = self.wholes = None
+        if self.training and self.dropout and self.topology.sep.places is not None:
+            self.places, self.wholes = self._places(chosen)
+        return super().mix(flat, weights, chosen)
+
+    def _places(self, chosen):
+        """(N, k) -> for each choice, expert by expert, its place among all choices of this expert (-1: it is of no token),
+        as one process would have them; and how many there are of each expert."""
+        sep, E, k = self.topology.sep, self.how.count, chosen.shape[-1]
+        mine = chosen.reshape([-1, len(sep.places), k])  # (B, T/sep, k)
+        everyone = sep.all_gather(mine.unsqueeze(0)).numpy()
+        places = sep.all_gather(paddle.to_tensor(sep.places).unsqueeze(0)).numpy()
+        whole = np.full([mine.shape[0], sep.whole + 1, k], E)
+        for ids, of_rank in zip(everyone, places):
+            whole[:, np.minimum(of_rank, sep.whole)] = ids
+        whole[:, sep.whole] = E  # tokens that fill rows up
+        ids, found = whole.flatten(), np.empty(whole.size, np.int64)
+        order, counts = np.argsort(ids, kind="stable"), np.bincount(ids, minlength=E + 1)
+        found[order] = np.arange(ids.size) - np.repeat(counts.cumsum() - counts, counts)
+        found[ids == E] = -1
+        found = found.reshape(whole.shape)[:, np.minimum(sep.places, sep.whole)].flatten()
+        return found[np.argsort(chosen.numpy().flatten(), kind="stable")], counts[:E]
+
     def outputs(self, tokens, counts):
-        ep, number = self.ep, self.draws.number
+        ep = self.topology.ep
         if paddle.is_grad_enabled() and tokens.stop_gradient:
             tokens = tokens.clone()
             tokens.stop_gradient = False  # every rank goes back through the exchange, whatever of its own is trained
-        told = paddle.to_tensor(np.append(counts, number).astype(np.int64)).unsqueeze(0)
-        told = ep.all_gather(told).numpy()  # (ep, E + 1)
-        counts, numbers = told[:, :-1].reshape([ep.size, ep.size, -1]), told[:, -1]  # (from, to, expert)
-        sent = counts.sum(-1)
-        here = counts[:, ep.rank]  # (from, expert)
-        tokens = _Exchange.apply(tokens, ep, sent)
-        n = int(here.sum())
-        if n:
-            order = np.concatenate([np.arange(n)[a : a + m] for a, m in _pieces(here)])  # rank by rank -> expert by expert
-            mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here, numbers)
+        wholes = np.zeros_like(counts) if self.wholes is None else self.wholes
+        told = paddle.to_tensor(np.concatenate([counts, wholes, [self.draws.number]]).astype(np.int64)).unsqueeze(0)
+        told = ep.all_gather(told).numpy()  # (ep, 2 E + 1)
+        numbers, told = told[:, -1], told[:, :-1].reshape([ep.size, 2, ep.size, -1])
+        counts, wholes = told[:, 0], told[:, 1, ep.rank]  # (from, to, expert), (from, expert)
+        sent, here = counts.sum(-1), counts[:, ep.rank]  # (from, to), (from, expert)
+        tokens, places = _Exchange.apply(tokens, ep, sent), None
+        if self.places is not None:
+            places = ep.exchange(paddle.to_tensor(self.places).unsqueeze(-1), sent).numpy().flatten()
+        if here.any():
+            runs = _runs(here)
+            order = np.concatenate([np.arange(first, last) for first, last in runs])  # rank by rank -> expert by expert
+            pieces = [Piece(int(numbers[i % ep.size]), last - first, None if places is None else places[first:last], int(wholes.T.flat[i]))
+                      for i, (first, last) in enumerate(runs)]  # fmt: skip
+            mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here.sum(0), pieces)
             tokens = paddle.index_select(mixed, paddle.to_tensor(np.argsort(order)))
         return _Exchange.apply(tokens, ep, sent.T)
 
-    def _by_expert(self, tokens, here, numbers):
+    def _by_expert(self, tokens, counts, pieces):
         """(n, D), one expert's tokens behind another's -> what this rank's experts make of them."""
-        totals = here.sum(0)
-        parts, found = paddle.split(tokens, [int(n) for n in totals if n]), []
-        for e in np.flatnonzero(totals):
-            self.ep.pieces = list(zip(numbers.tolist(), here[:, e].tolist()))
-            found.append(list(self.experts)[e](parts[len(found)]))
+        ep, parts, found = self.topology.ep, paddle.split(tokens, [int(n) for n in counts if n]), []
+        experts = list(self.experts)
+        for e in np.flatnonzero(counts):
+            ep.pieces = pieces[e * ep.size : (e + 1) * ep.size]
+            found.append(experts[e](parts[len(found)]))
         return paddle.concat(found)
 
 
-def _pieces(here):
-    """(from, expert) counts of rows that stand rank by rank -> (start, count) of each piece, expert by expert."""
+def _runs(here):
+    """(from, expert) counts of rows that stand rank by rank -> (start, stop) of each run, expert by expert."""
     ends = here.flatten().cumsum().reshape(here.shape)
-    return [(int(ends[s, e] - here[s, e]), int(here[s, e])) for e in range(here.shape[1]) for s in range(here.shape[0])]
+    return [(int(end - n), int(end)) for end, n in zip(ends.T.flat, here.T.flat)]
 
 
 def spread_experts(model, topology):
     """Leave this rank its experts. What is elsewhere takes no memory and is not read."""
     ep, config = topology.ep, model.config
-    if ep.size == 1:
+    if config.experts is None or ep.size == topology.sep.size == 1:
         return
     mine = experts_of(config, ep)
     for layer in model.sublayers():
         if isinstance(layer, SparseMLP):
             for e in set(range(config.experts.count)) - set(mine):
                 del layer.experts._sub_layers[str(e)]
-            mix_in(layer, SpreadExperts, ep=ep, draws=model.draws)
+            mix_in(layer, SpreadExperts, topology=topology, draws=model.draws)
     rows = [row for row in FAMILIES[config.family].names if "{e}" in row[0]]
     elsewhere = {theirs.format(i=i, e=e) for _, theirs, _ in rows for i in range(config.num_hidden_layers)
                  for e in range(config.experts.count) if e not in mine}  # fmt: skip
@@ -2244,23 +2281,39 @@ class ParallelCausalLM:
     def hidden_states(self, *arguments, **options):
         x, tp = super().hidden_states(*arguments, **options), self.topology.tp
         if tp.tokens is not None:
-            x, tp.tokens = _Gather.apply(x, tp, 1, False)[:, : tp.tokens], None
+            x, tp.tokens = _together(x, tp, False), None
         return x
 
     def read_by_head(self, x):
         return enter(super().read_by_head(x), self.topology.tp)
 
     def recomputed(self, function, *arguments):
-        tp, tokens = self.topology.tp, self.topology.tp.tokens
+        tp, sep = self.topology.tp, self.topology.sep
+        tokens, places, of_rows = tp.tokens, sep.places, sep.whole
 
         def same(*arguments):
-            tp.tokens = tokens
+            tp.tokens, sep.places, sep.whole = tokens, places, of_rows
             return function(*arguments)
 
         return super().recomputed(same, *arguments)
 
     def kept(self, x):
         return kept(x, self.topology.tp)
+
+    def num_parameters(self):
+        """Of all ranks of tp and ep, each counted once."""
+        ep, total = self.topology.ep, 0
+        for path, parameter in self.named_parameters():
+            cut = getattr(parameter, "cut", None)
+            size = math.prod(parameter.shape if cut is None else cut.shape)
+            total += size * ep.size if is_spread(path, self.topology) else size
+        return total
+
+    def flops_per_token(self, T):
+        experts, ep = self.config.experts, self.topology.ep
+        here = sum(layer.n_in * layer.n_out for path, layer in self.named_sublayers()
+                   if isinstance(layer, (Linear, QuantLinear)) and is_spread(path, self.topology))  # fmt: skip
+        return super().flops_per_token(T) + (6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0)
 
     def noise(self, shape):
         sep = self.topology.sep
@@ -2334,6 +2387,7 @@ def whole(weight, tensor, topology):
 def gathered(tensor, cut, tp):
     """The whole of which each rank of tp has such a part, as numpy in our layout."""
     widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
+    tensor = tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor
     turned = paddle.moveaxis(tensor, cut.dim, 0)
     if max(widths) > cut.width:
         more = paddle.zeros([max(widths) - cut.width, *turned.shape[1:]], turned.dtype)
