@@ -36,7 +36,7 @@ import re
 import socket
 import threading
 import time
-from collections import namedtuple
+from collections import defaultdict, deque, namedtuple
 from multiprocessing.connection import Client, Listener
 
 import numpy as np
@@ -696,12 +696,14 @@ class Channel:
         if mine == target:
             host = groups.launch.endpoints[source].split(":")[0]
             self.bell = Client((host, int(groups.store.get(key))))
-            return
-        with Listener(("", 0)) as listener:
-            groups.store.set(key, str(listener.address[1]))
-            self.bell = listener.accept()
+        else:
+            with Listener(("", 0)) as listener:
+                groups.store.set(key, str(listener.address[1]))
+                self.bell = listener.accept()
         self.waiting, self.sent = queue.SimpleQueue(), []
-        if _backend() == "gloo":  # its sends end when they are received
+        if _backend() != "gloo":  # the first call connects, and waits for that of the other
+            (dist.recv if mine == target else dist.send)(paddle.zeros([1]), source if mine == target else target, self.group)
+        elif mine == source:  # gloo's sends end when they are received
             self.thread = threading.Thread(target=self._send_all, daemon=True)
             self.thread.start()
             atexit.register(self.close)
@@ -774,15 +776,14 @@ class Pipeline:
         stages = stage_layers(layers, self.size * self.virtual)
         self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
         self.now, self.starts, self.whole = None, False, False
-        self.flights, self.arrived = {}, {}
+        self.flights, self.arrived = {}, defaultdict(deque)  # messages, by (kind, chunk, micro-batch)
         self.waited = 0.0  # seconds, for messages
         pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble()
-        ring = self.virtual > 1
-        pairs = [(r, (r + 1) % self.size) for r in range(self.size if ring else self.size - 1)]
-        pairs = sorted({pair for a, b in pairs for pair in ((pp.ranks[a], pp.ranks[b]), (pp.ranks[b], pp.ranks[a]))})
-        mine = pp.ranks[self.rank]
-        # All in one order, or two ranks would wait for each other.
-        self.channels = {pair: channel(*pair, topology.groups) for pair in pairs if mine in pair}
+        # In an order of all, or ranks would wait for each other in a circle: every other edge first, at the same time.
+        edges = sorted(range(self.size if self.virtual > 1 else self.size - 1), key=lambda rank: (rank % 2, rank))
+        edges = [(pp.ranks[rank], pp.ranks[(rank + 1) % self.size]) for rank in edges]
+        pairs = dict.fromkeys(pair for a, b in edges for pair in ((a, b), (b, a)) if topology.rank in pair)
+        self.channels = {pair: channel(*pair, topology.groups) for pair in pairs if topology.groups is not None}
 
     def stage(self, chunk):
         return chunk * self.size + self.rank
@@ -796,11 +797,11 @@ class Pipeline:
         """What the rank one step away sent of this kind for a chunk and a micro-batch: (rest of the header, tensors)."""
         begin, key = time.perf_counter(), (kind, chunk, batch)
         source = self.axis.ranks[(self.rank + step) % self.size]
-        while key not in self.arrived:
+        while not self.arrived[key]:
             (*found, rest), tensors = self.channels[source, self.axis.ranks[self.rank]].receive()
-            self.arrived[tuple(found)] = rest, tensors
+            self.arrived[tuple(found)].append((rest, tensors))
         self.waited += time.perf_counter() - begin
-        return self.arrived.pop(key)
+        return self.arrived[key].popleft()
 
     def take(self, chunk, recompute):
         """[x, *probabilities] that the stage before gave for a chunk. asked: which of them shall have a gradient."""
@@ -871,18 +872,32 @@ class Pipeline:
             return run()
         if paddle.is_grad_enabled():
             raise RuntimeError("a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone")
+        return self.end(self.begin(run))
+
+    def begin(self, run):
+        """This rank's part of run(), without gradients: its result on the last stage, which goes back at once, else None."""
         self.whole = True
         try:
             found = run()
         except HandedOn:
-            several, found = self.receive(1, "result", 0, 0)
-            found = tuple(found) if several else found[0]
+            return None
         finally:
             self.whole = False
+        self._back(found)
+        return found
+
+    def end(self, found):
+        """The result of the oldest begin() that has none yet."""
+        if found is None:
+            several, found = self.receive(1, "result", 0, 0)
+            found = tuple(found) if several else found[0]
+            self._back(found)
+        return found
+
+    def _back(self, found):
         if self.rank > 0:
             several = isinstance(found, tuple)
             self.send(-1, ["result", 0, 0, several], found if several else [found])
-        return found
 
 
 class StagedCausalLM:
@@ -1152,6 +1167,26 @@ def micro_steps(model, batches, batch_loss, seed):
         loss = forward(index)
         loss.backward()
         yield float(loss), batch
+
+
+def in_turn(model, batches, run):
+    """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
+
+    run calls the model once, and returns one or several tensors.
+    """
+    pipeline = getattr(model, "pipeline", None)
+    if pipeline is None:
+        yield from ((batch, run(batch)) for batch in batches)
+        return
+    begun = deque()
+    for batch in batches:
+        with paddle.no_grad():
+            begun.append((batch, pipeline.begin(functools.partial(run, batch))))
+        if len(begun) == pipeline.size - pipeline.rank:
+            batch, found = begun.popleft()
+            yield batch, pipeline.end(found)
+    for batch, found in begun:
+        yield batch, pipeline.end(found)
 
 
 @paddle.no_grad()
