@@ -252,13 +252,20 @@ def known_logps(model, loader, batches, progress=False):
     """
     was_training, known = model.training, np.full((len(loader.dataset), 2), np.nan, np.float32)
     model.eval()
-    for epoch, index in tqdm(batches, desc="reference", disable=not progress or None):
-        batch = loader.batch(epoch, index)
-        pairs = np.concatenate(batch["sample_ids"])
-        if np.isnan(known[pairs]).any():
-            known[pairs] = reply_logps(model, batch).numpy()
-        if not np.isnan(known).any():
-            break
+
+    def needed():
+        asked = np.zeros(len(known), bool)
+        for epoch, index in tqdm(batches, desc="reference", disable=not progress or None):
+            batch = loader.batch(epoch, index)
+            pairs = np.concatenate(batch["sample_ids"])
+            if not asked[pairs].all():
+                asked[pairs] = True
+                yield batch
+            if asked.all():
+                break
+
+    for batch, found in parallel.in_turn(model, needed(), functools.partial(reply_logps, model)):
+        known[np.concatenate(batch["sample_ids"])] = found.numpy()
     if was_training:
         model.train()
     return known
@@ -292,10 +299,10 @@ def evaluate_pairs(model, loader, known, args, topology=parallel.SINGLE):
     was_training, batches = model.training, evaluated(loader, args)
     model.eval()
     counts, loss, sums = pair_counts(loader.batch(*where) for where in batches), 0.0, dict.fromkeys(FIGURES, 0.0)
-    for where, counted in trainer.share_of(batches, topology):
-        batch = loader.batch(*where)
+    places = ((loader.batch(*where), counted) for where, counted in trainer.share_of(batches, topology))
+    for (batch, counted), policy in parallel.in_turn(model, places, lambda place: reply_logps(model, place[0])):
         reference = reference_logps(model, batch, known, args)
-        part, figures = objective(reply_logps(model, batch), reference, batch["reply_tokens"], counts, args)
+        part, figures = objective(policy, reference, batch["reply_tokens"], counts, args)
         if counted:
             loss += float(part)
             sums = {name: sums[name] + value for name, value in figures.items()}

@@ -40,7 +40,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
@@ -268,7 +268,7 @@ class Axis:
         self.tokens = None  # … of so many, T, of the pass that is being made; None: not in this one
         self.places = None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand
         self.whole = None
-        self.pieces = None  # ep: [Piece], whose tokens an expert is at work on; None: this rank's
+        self.pieces = None  # ep: [Visit], whose tokens an expert is at work on; None: this rank's
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x, op="sum"):
@@ -1178,7 +1178,7 @@ def experts_of(config, ep, rank=None):
     return range(rank * each, (rank + 1) * each)
 
 
-class Piece(namedtuple("Piece", "number count places whole")):
+class Visit(namedtuple("Visit", "number count places whole")):
     """Tokens of one rank at an expert: the number of that rank's Draws, how many, and, where that rank has some tokens of
     its rows alone (sep), their places among the `whole` tokens of all of these rows at this expert."""
 
@@ -1230,7 +1230,7 @@ class SpreadExperts:
         if here.any():
             runs = _runs(here)
             order = np.concatenate([np.arange(first, last) for first, last in runs])  # rank by rank -> expert by expert
-            pieces = [Piece(int(numbers[i % ep.size]), last - first, None if places is None else places[first:last], int(wholes.T.flat[i]))
+            pieces = [Visit(int(numbers[i % ep.size]), last - first, None if places is None else places[first:last], int(wholes.T.flat[i]))
                       for i, (first, last) in enumerate(runs)]  # fmt: skip
             mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here.sum(0), pieces)
             tokens = paddle.index_select(mixed, paddle.to_tensor(np.argsort(order)))
@@ -1364,12 +1364,14 @@ class Channel:
         if mine == target:
             host = groups.launch.endpoints[source].split(":")[0]
             self.bell = Client((host, int(groups.store.get(key))))
-            return
-        with Listener(("", 0)) as listener:
-            groups.store.set(key, str(listener.address[1]))
-            self.bell = listener.accept()
+        else:
+            with Listener(("", 0)) as listener:
+                groups.store.set(key, str(listener.address[1]))
+                self.bell = listener.accept()
         self.waiting, self.sent = queue.SimpleQueue(), []
-        if _backend() == "gloo":  # its sends end when they are received
+        if _backend() != "gloo":  # the first call connects, and waits for that of the other
+            (dist.recv if mine == target else dist.send)(paddle.zeros([1]), source if mine == target else target, self.group)
+        elif mine == source:  # gloo's sends end when they are received
             self.thread = threading.Thread(target=self._send_all, daemon=True)
             self.thread.start()
             atexit.register(self.close)
@@ -1442,15 +1444,14 @@ class Pipeline:
         stages = stage_layers(layers, self.size * self.virtual)
         self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
         self.now, self.starts, self.whole = None, False, False
-        self.flights, self.arrived = {}, {}
+        self.flights, self.arrived = {}, defaultdict(deque)  # messages, by (kind, chunk, micro-batch)
         self.waited = 0.0  # seconds, for messages
         pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble()
-        ring = self.virtual > 1
-        pairs = [(r, (r + 1) % self.size) for r in range(self.size if ring else self.size - 1)]
-        pairs = sorted({pair for a, b in pairs for pair in ((pp.ranks[a], pp.ranks[b]), (pp.ranks[b], pp.ranks[a]))})
-        mine = pp.ranks[self.rank]
-        # All in one order, or two ranks would wait for each other.
-        self.channels = {pair: channel(*pair, topology.groups) for pair in pairs if mine in pair}
+        # In an order of all, or ranks would wait for each other in a circle: every other edge first, at the same time.
+        edges = sorted(range(self.size if self.virtual > 1 else self.size - 1), key=lambda rank: (rank % 2, rank))
+        edges = [(pp.ranks[rank], pp.ranks[(rank + 1) % self.size]) for rank in edges]
+        pairs = dict.fromkeys(pair for a, b in edges for pair in ((a, b), (b, a)) if topology.rank in pair)
+        self.channels = {pair: channel(*pair, topology.groups) for pair in pairs if topology.groups is not None}
 
     def stage(self, chunk):
         return chunk * self.size + self.rank
@@ -1464,11 +1465,11 @@ class Pipeline:
         """What the rank one step away sent of this kind for a chunk and a micro-batch: (rest of the header, tensors)."""
         begin, key = time.perf_counter(), (kind, chunk, batch)
         source = self.axis.ranks[(self.rank + step) % self.size]
-        while key not in self.arrived:
+        while not self.arrived[key]:
             (*found, rest), tensors = self.channels[source, self.axis.ranks[self.rank]].receive()
-            self.arrived[tuple(found)] = rest, tensors
+            self.arrived[tuple(found)].append((rest, tensors))
         self.waited += time.perf_counter() - begin
-        return self.arrived.pop(key)
+        return self.arrived[key].popleft()
 
     def take(self, chunk, recompute):
         """[x, *probabilities] that the stage before gave for a chunk. asked: which of them shall have a gradient."""
@@ -1539,18 +1540,32 @@ class Pipeline:
             return run()
         if paddle.is_grad_enabled():
             raise RuntimeError("a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone")
+        return self.end(self.begin(run))
+
+    def begin(self, run):
+        """This rank's part of run(), without gradients: its result on the last stage, which goes back at once, else None."""
         self.whole = True
         try:
             found = run()
         except HandedOn:
-            several, found = self.receive(1, "result", 0, 0)
-            found = tuple(found) if several else found[0]
+            return None
         finally:
             self.whole = False
+        self._back(found)
+        return found
+
+    def end(self, found):
+        """The result of the oldest begin() that has none yet."""
+        if found is None:
+            several, found = self.receive(1, "result", 0, 0)
+            found = tuple(found) if several else found[0]
+            self._back(found)
+        return found
+
+    def _back(self, found):
         if self.rank > 0:
             several = isinstance(found, tuple)
             self.send(-1, ["result", 0, 0, several], found if several else [found])
-        return found
 
 
 class StagedCausalLM:
@@ -2373,6 +2388,26 @@ def micro_steps(model, batches, batch_loss, seed):
         with shards.backward(last=index == len(batches) - 1) if shards else contextlib.nullcontext():
             loss.backward()
         yield float(loss), batch
+
+
+def in_turn(model, batches, run):
+    """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
+
+    run calls the model once, and returns one or several tensors.
+    """
+    pipeline = getattr(model, "pipeline", None)
+    if pipeline is None:
+        yield from ((batch, run(batch)) for batch in batches)
+        return
+    begun = deque()
+    for batch in batches:
+        with paddle.no_grad():
+            begun.append((batch, pipeline.begin(functools.partial(run, batch))))
+        if len(begun) == pipeline.size - pipeline.rank:
+            batch, found = begun.popleft()
+            yield batch, pipeline.end(found)
+    for batch, found in begun:
+        yield batch, pipeline.end(found)
 
 
 def whole(weight, tensor, topology):

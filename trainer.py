@@ -42,7 +42,7 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 from data import UserError
 import parallel
-from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of
+from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, in_turn, stage_layers
 from model import (
     MASTERS,
     MODELS,
@@ -798,9 +798,9 @@ def _memory(args, model, adapter, degrees, T):
     bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pp
     layers, first, last = _numbers(model, degrees)
     kept = [_activations(block, model.config, degrees) for block in model.layers]
-    stages, start = [], 0
-    for stage in range(pipeline):
-        end = start + L // pipeline + (stage < L % pipeline)
+    stages = []
+    for stage, places in enumerate(stage_layers(L, pipeline)):
+        start, end = places.start, places.stop
         held = layers[start:end].sum(0) + (first if stage == 0 else 0) + (last if end == L else 0)
         mine = None
         if adapter is not None:
@@ -816,7 +816,6 @@ def _memory(args, model, adapter, degrees, T):
         for way in ("without recompute", "with recompute"):
             rows[f"in all {way}"] = sum(rows[part] for part in (*SHARDED_FROM, f"activations {way}"))
         stages.append(rows)
-        start = end
     rows = max(stages, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
     unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
     kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
@@ -1773,6 +1772,8 @@ class Log:
             mfu = f" | mfu {100 * row['mfu']:.1f} %" if self.utilisation else ""
             done, left = 100 * state.step / self.total, datetime.timedelta(seconds=round(eta))
             figures = f"loss {loss:.4f} | lr {lr:.3e} | grad_norm {grad_norm:.3f} | {speed:,.0f} tokens/s{mfu}"
+            if "bubble" in row:
+                figures += f" | bubble {100 * row['bubble']:.1f} % (formula {100 * row['bubble_formula']:.1f} %)"
             rest = " | ".join(filter(None, [f"eta {left} | peak {row['peak_memory_gb']:.2f} GB", shown(added)]))
             print(f"step {state.step}/{self.total} ({done:.1f} %) | {figures} | {rest}", flush=True)
 
@@ -1942,9 +1943,12 @@ def evaluate(model, loader, max_batches=None, topology=SINGLE):
     model.eval()
     batches = loader.batches_per_epoch
     indices = list(range(min(max_batches, batches) if max_batches and max_batches > 0 else batches))
-    for index, counts in share_of(indices, topology):
-        batch = loader.batch(0, index)
-        losses, predictions = model(**model_inputs(batch), return_predictions=True)
+
+    def run(place):
+        return model(**model_inputs(place[0]), return_predictions=True)
+
+    places = ((loader.batch(0, index), counts) for index, counts in share_of(indices, topology))
+    for (batch, counts), (losses, predictions) in in_turn(model, places, run):
         if not counts:
             continue
         target = batch["labels"] != -100  # (B, T)
