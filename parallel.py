@@ -242,10 +242,11 @@ class Gloo:
                 probe.bind(("", 0))
                 port = probe.getsockname()[1]
             store = core.TCPStore(host, port, True, 1, 900)
-            self.store.set(f"group {key}", str(port).encode())
+            number = 1000 + self.store.add("groups", 1)  # all its ranks must give the same, and none twice
+            self.store.set(f"group {key}", f"{port} {number}".encode())
         else:
-            store = core.TCPStore(host, int(self.store.get(f"group {key}")), False, 1, 900)
-        number = 1000 + len(self.groups)  # of this process's groups; Paddle wants none twice
+            port, number = map(int, self.store.get(f"group {key}").split())
+            store = core.TCPStore(host, port, False, 1, 900)
         group = core.ProcessGroupGloo.create(store, mine, len(ranks), number)
         group = dist.collective.Group(mine, number, list(ranks), group, f"{key}")
         self.groups[key] = group
