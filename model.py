@@ -985,6 +985,10 @@ class Linear(nn.Layer):
         """(out,) the lengths of the columns of a weight (in, out) in this one's place."""
         return weight.norm(axis=0)
 
+    def whole_weight(self):
+        """(in, out) float32, numpy; of a linear that is spread over processes, all of it."""
+        return self.weight.astype("float32").numpy()
+
 
 class QuantLinear(nn.Layer):
     """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
@@ -1194,12 +1198,12 @@ class Attention(nn.Layer):
 
         rows: FlashMask rows of all keys, the window among them; one column is causal, two are not. attend: a function
         (q, k, v, **options) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
-        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v. again:
-        "core_attn" computes all behind the first linears again in backward; then keys and values are None.
+        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v. again: as in
+        Block.forward; "core_attn" is all behind the first linears.
         """
         more = cos, sin, rows, past_k, past_v, q_scale, spread
-        if again == "core_attn":
-            return recomputed(lambda *inputs: self.core(*inputs)[0], *self.project(x), *more), None, None
+        if again is not None:
+            return again[1](lambda *inputs: self.core(*inputs)[0], *self.project(x), *more), None, None
         return self.core(*self.project(x), *more, attend)
 
     def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
@@ -1410,13 +1414,16 @@ class SparseMLP(nn.Layer):
         ids = chosen.flatten()  # (N · k,)
         order = paddle.argsort(ids, stable=True)
         counts = np.bincount(ids.numpy(), minlength=self.how.count)
-        tokens = paddle.index_select(flat, order // k)
-        parts = paddle.split(tokens, [int(n) for n in counts if n])
-        used = [expert for expert, n in zip(self.experts, counts) if n]
-        mixed = paddle.concat([expert(part) for expert, part in zip(used, parts)])
+        mixed = self.outputs(paddle.index_select(flat, order // k), counts)
         back = paddle.argsort(order)  # where each of a token's choices stands
         mixed = paddle.index_select(mixed, back).reshape([-1, k, flat.shape[-1]])
         return (mixed * weights.unsqueeze(-1).astype(mixed.dtype)).sum(1)
+
+    def outputs(self, tokens, counts):
+        """(n, D), the tokens of one expert behind those of another, so many of each -> (n, D), what the experts make of them."""
+        parts = paddle.split(tokens, [int(n) for n in counts if n])
+        used = [expert for expert, n in zip(self.experts, counts) if n]
+        return paddle.concat([expert(part) for expert, part in zip(used, parts)])
 
 
 def load_balancing_loss(probabilities, how, real):
@@ -1452,12 +1459,13 @@ class Block(nn.Layer):
     def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None, again=None):
         """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None.
 
-        again: what is computed again in backward, "full_attn" (all of attention) or "core_attn"; then keys and values are None.
+        again: what is computed again in backward, "full_attn" (all of attention) or "core_attn", and CausalLM.recomputed; then
+        keys and values are None.
         """
 
         def attention(x):
-            if again == "full_attn":
-                return recomputed(self.attention.output, x, cos, sin, rows, past_k, past_v, q_scale, spread), None, None
+            if again is not None and again[0] == "full_attn":
+                return again[1](self.attention.output, x, cos, sin, rows, past_k, past_v, q_scale, spread), None, None
             return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread, again)
 
         if self.place == "after":
@@ -1484,11 +1492,6 @@ class Block(nn.Layer):
         return y if probabilities is None else (y, probabilities)
 
 
-def recomputed(function, *inputs):
-    """function(*inputs), of which nothing but the inputs is kept: backward computes it again (arXiv 1604.06174)."""
-    return paddle.distributed.fleet.utils.recompute(function, *inputs)
-
-
 class Shared(namedtuple("Shared", "cos sin q_scale rows narrowed spread")):
     """What all blocks of a pass read: rotary tables, a factor on queries, FlashMask rows, {window: rows}, PrefixPlaces or
     None."""
@@ -1497,9 +1500,33 @@ class Shared(namedtuple("Shared", "cos sin q_scale rows narrowed spread")):
         return self.narrowed.get(block.attention.window, self.rows)
 
 
+class Draws:
+    """Randomness of one pass of a model: what is drawn under a key depends on it, on paddle.seed() and on the shape alone.
+
+    So whoever has a part of the model or of its tokens draws what one process would, however much others have drawn.
+    """
+
+    number = 0
+
+    def renew(self):
+        self.number = int(paddle.randint(0, (1 << 31) - 1, [1])[0])
+
+    @contextlib.contextmanager
+    def under(self, key, number=None):
+        """What is drawn inside is drawn under this key, and leaves no trace outside. number: of another pass."""
+        states = paddle.get_rng_state("cpu"), paddle.get_rng_state()
+        paddle.seed(zlib.crc32(f"{self.number if number is None else number} {key}".encode()))
+        try:
+            yield
+        finally:
+            paddle.set_rng_state(states[0], "cpu")
+            paddle.set_rng_state(states[1])
+
+
 class CausalLM(nn.Layer):
     def __init__(self, config):
         super().__init__()
+        self.draws = Draws()
         self.config, width = config, config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.embed_positions = None
@@ -1554,8 +1581,7 @@ class CausalLM(nn.Layer):
 
     def losses(self, x, probabilities, labels, return_predictions=False, additions=True):
         """What forward() gives for labels, from trunk()'s hidden states (B, T, D) and probabilities."""
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x = self.read_by_head(x)
         weight, tied = self.head_weight()
         flat = x.reshape([-1, x.shape[-1]])
         found = self.cross_entropy(flat, weight, labels.flatten(), tied, return_predictions)
@@ -1567,6 +1593,10 @@ class CausalLM(nn.Layer):
         ):
             losses = losses + more * (labels != -100).astype(losses.dtype)
         return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
+
+    def read_by_head(self, x):
+        """Hidden states (…, D) -> what the head multiplies."""
+        return x if self.project_out is None else self.project_out(x)
 
     def cross_entropy(self, x, weight, labels, tied, return_predictions):
         """x (N, D) and labels (N,) -> losses (N,), and argmax ids (N,) if asked for."""
@@ -1581,7 +1611,7 @@ class CausalLM(nn.Layer):
         config, more = self.config, None
         if not config.z_loss_weight and not (probabilities and config.experts.aux_loss_coef):
             return None
-        real = self.of_all(labels != -100).astype("float32")
+        real = (self.of_all(labels) != -100).astype("float32")
         real = (real.flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
         if probabilities and config.experts.aux_loss_coef:
             probabilities = [self.of_all(p.reshape([*labels.shape, -1])).flatten(0, 1) for p in probabilities]
@@ -1610,8 +1640,7 @@ class CausalLM(nn.Layer):
 
     def logits(self, x):
         """hidden states (…, D), after the final norm -> (…, V)"""
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x = self.read_by_head(x)
         weight, tied = self.head_weight()
         logits = (
             paddle.matmul(x, weight, transpose_y=True) if tied else kernels.linear(x, weight)
@@ -1634,6 +1663,8 @@ class CausalLM(nn.Layer):
         assert not paged or position_ids is not None, "a paged cache does not know the positions"
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
+        if self.training:
+            self.draws.renew()
         x, shared = self.prepare(input_ids, position_ids, rows, caches)
         turns, probabilities = (shared.cos, shared.sin), []
         for i, block in enumerate(self.layers):
@@ -1642,17 +1673,31 @@ class CausalLM(nn.Layer):
                 continue
             seen = shared.rows_of(block)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
-            again = self.recompute_granularity if self.recompute and self.training and i not in self.no_recompute_layers else None
+            again = self.recomputes(i)
             if again == "full":
-                found = recomputed(block.output, x, *turns, seen, *past, shared.q_scale, shared.spread)
+                found = self.recomputed(block.output, x, *turns, seen, *past, shared.q_scale, shared.spread)
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread, again=again)
+                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread, again=again and (again, self.recomputed))
                 if caches is not None and k is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
         return (x if self.norm is None else self.norm(x)), probabilities
+
+    def recomputes(self, layer):
+        """What of this layer is not kept but computed again in backward: a granularity or None."""
+        return self.recompute_granularity if self.recompute and self.training and layer not in self.no_recompute_layers else None
+
+    def recomputed(self, function, *arguments):
+        """function(*arguments), whose activations are not kept but made again in backward, with the same randomness."""
+        number = self.draws.number
+
+        def same(*arguments):
+            self.draws.number = number
+            return function(*arguments)
+
+        return paddle.distributed.fleet.utils.recompute(same, *arguments)
 
     def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
         """What the first block reads (B, T, D), and Shared; arguments as in hidden_states()."""
@@ -1681,7 +1726,7 @@ class CausalLM(nn.Layer):
         x = self.look_up(input_ids)
         if self.training and self.neftune_noise_alpha:
             size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(-1)  # (B, T, 1)
-            noise = self.noise([*input_ids.shape, x.shape[-1]], x.dtype)
+            noise = self.noise([*input_ids.shape, x.shape[-1]]).astype(x.dtype)
             x = x + self.kept(noise * (self.neftune_noise_alpha / size).astype(x.dtype))
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale
@@ -1696,8 +1741,10 @@ class CausalLM(nn.Layer):
             x.stop_gradient = False  # Paddle's recompute passes gradients to adapters only where an input has one
         return x
 
-    def noise(self, shape, dtype):
-        return paddle.uniform(shape, dtype, -1.0, 1.0)
+    def noise(self, shape):
+        """NEFTune's, uniform in [-1, 1), for the embeddings of these tokens: shape (B, T, D)."""
+        with self.draws.under("noise"):
+            return paddle.uniform(shape, "float32", -1.0, 1.0)
 
     def look_up(self, input_ids):
         """Ids (B, T) -> their rows of the embedding (B, T, D)."""
@@ -2173,9 +2220,11 @@ def halve_frozen(model):
     for layer in model.sublayers():
         if isinstance(layer, Linear) and layer.weight.stop_gradient and layer.weight.dtype == paddle.float32:
             with paddle.LazyGuard():  # no memory until it is set
-                half = layer.create_parameter([layer.n_in, layer.n_out], dtype="bfloat16")
+                half = layer.create_parameter(layer.weight.shape, dtype="bfloat16")
             half.set_value(layer.weight.astype("bfloat16"))
             half.stop_gradient = True
+            if (cut := getattr(layer.weight, "cut", None)) is not None:
+                half.cut = cut
             layer.weight = half
 
 
@@ -2291,17 +2340,19 @@ def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_stat
 def load_weights(model, path):
     """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
     one error."""
-    config, found = model.config, _shards(path)
+    config, found, elsewhere = model.config, _shards(path), model.elsewhere
     theirs = _paddlenlp_names(config)
     if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
         weights = base_weights(model, theirs)
         found = _paddlenlp_parts(found, config, theirs)
+        places = {ours for ours, name, _ in _names_of(config) if name in elsewhere}
+        elsewhere = {name for ours, name, _ in _names_of(config, theirs) if ours in places}
     else:
         weights = base_weights(model)
-        found = _published_names(found, config, {w.name for w in weights} | model.elsewhere)
+        found = _published_names(found, config, {w.name for w in weights} | elsewhere)
     weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in model.elsewhere]
+    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in elsewhere]
     wrong += [
         f"{n} has shape {list(found[n][1])}, config.json says {w.shape}"
         for n, w in weights.items()
@@ -2597,11 +2648,14 @@ class LoRALinear(nn.Layer):
         self.lora_B = self.create_parameter([rank, n_out], default_initializer=nn.initializer.Constant(0.0))
         self.lora_magnitude_vector = None
         self.initial = None
+        self.draws, self.key = Draws(), ""  # apply_lora() gives it the model's, and its path
         for p in base.parameters():
             p.stop_gradient = True
         if dora:
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
             self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
+            if (cut := getattr(base.weight, "cut", None)) is not None and cut.dim == 1:
+                self.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
 
     def delta(self):
         """(in, out) float32: what the adapter adds to the weight."""
@@ -2633,23 +2687,28 @@ class LoRALinear(nn.Layer):
 
     def dropped(self, x):
         """x after dropout."""
-        return F.dropout(x, self.dropout, training=self.training)
+        if not self.training:
+            return x
+        with self.draws.under(self.key):
+            return F.dropout(x, self.dropout)
 
     @paddle.no_grad()
     def start_pissa(self):
         """A B = the R largest singular triples of the weight, which the base loses."""
-        weight = self.base.weight.astype("float32").numpy()
-        u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+        u, s, vt = np.linalg.svd(self.base.whole_weight().astype(np.float64), full_matrices=False)
         rank = self.lora_A.shape[1]
         root = np.sqrt(s[:rank] / self.scaling)
         self.set_pissa((u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32))
 
     @paddle.no_grad()
     def set_pissa(self, a, b):
+        """Start at these, (in, R) and (R, out), of the whole weight."""
         set_parameter(self.lora_A, a)
         set_parameter(self.lora_B, b)
-        self.initial = (a, b)
-        self.base.weight.set_value((self.base.weight.astype("float32") - self.delta()).astype(self.base.weight.dtype))
+        self.initial, delta, weight = (a, b), self.delta(), self.base.weight
+        if (cut := getattr(weight, "cut", None)) is not None:
+            delta = paddle.to_tensor(cut.take(delta.numpy()))
+        weight.set_value((weight.astype("float32") - delta).astype(weight.dtype))
 
     @paddle.no_grad()
     def merged(self):
@@ -2682,17 +2741,24 @@ def lora_layers(model):
     return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
+def _linears_elsewhere(model):
+    """[Hugging Face module path] of the linears of the blocks that other processes hold."""
+    return [name.removesuffix(".weight") for ours, name, _ in (_names_of(model.config) if model.elsewhere else ())
+            if name in model.elsewhere and ours.startswith("layers.") and ours.endswith("_proj.weight")]  # fmt: skip
+
+
 def lora_paths(model, targets=None):
     """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
-    found = linears(model)
+    here = linears(model)
+    found = [*here, *_linears_elsewhere(model)]
     if targets in (None, "all-linear", []):
-        return list(found)
+        return list(here)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
     for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
         if not any(re.fullmatch(pattern, path) for path in found):
             names = sorted({path.rpartition(".")[2] for path in found})
             raise UserError(f"lora_target_modules: {target!r} matches no linear layer; there are {', '.join(names)}")
-    return [path for path in found if any(re.fullmatch(p, path) for p in patterns)]
+    return [path for path in here if any(re.fullmatch(p, path) for p in patterns)]
 
 
 def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False, pissa=False, targets=None, seed=0):
@@ -2710,7 +2776,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
-        targets = sorted({path.rpartition(".")[2] for path in found})
+        targets = sorted({path.rpartition(".")[2] for path in [*found, *_linears_elsewhere(model)]})
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
@@ -2719,6 +2785,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         generator = np.random.default_rng([seed, zlib.crc32(path.encode())])  # the start depends on seed and name alone
         bound = math.sqrt(1 / layer.n_in)
         set_parameter(lora.lora_A, generator.uniform(-bound, bound, lora.lora_A.shape).astype(np.float32))
+        lora.draws, lora.key = model.draws, path
         if pissa:
             lora.start_pissa()
         setattr(parent, attribute, lora)
@@ -2834,15 +2901,26 @@ def _as_is(config):
     return not any(t for ours, _, t in FAMILIES[config.family].names if ours.endswith("_proj.weight"))
 
 
-def save_adapter(model, path, base_model=None):
-    """adapter_config.json and adapter_model.safetensors, as peft writes them; the config last.
+def adapter_arrays(model, read=Weight.to_numpy):
+    """{peft's name: array} of what adapter_weights() and PiSSA's start hold; read(weight) gives the whole of one."""
+    tensors = {w.name: read(w) for w in adapter_weights(model)}
+    for module, layer in lora_layers(model).items():
+        if layer.initial is not None:
+            (a, b), stem = layer.initial, f"base_model.model.{module}."
+            tensors[stem + "lora_A.weight"] = np.concatenate([tensors[stem + "lora_A.weight"], a.T])
+            tensors[stem + "lora_B.weight"] = np.concatenate([tensors[stem + "lora_B.weight"], -b.T], axis=1)
+    return tensors
+
+
+def save_adapter(model, path, base_model=None, tensors=None):
+    """adapter_config.json and adapter_model.safetensors, as peft writes them; the config last. tensors: adapter_arrays().
 
     PiSSA is saved as the plain LoRA of rank 2R that gives the same model on the unchanged base: [A A0] [B; -B0]. A
     prefix with a projection is saved as the table it makes; its MLP, to go on training, as prefix_projection.safetensors.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {w.name: w.to_numpy() for w in adapter_weights(model)}
+    tensors = adapter_arrays(model) if tensors is None else tensors
     config = {
         "base_model_name_or_path": str(base_model) if base_model else None,
         "task_type": "CAUSAL_LM",
@@ -2856,12 +2934,7 @@ def save_adapter(model, path, base_model=None):
             init_lora_weights=True,
             **model.lora_config,
         )
-        layers = lora_layers(model)
-        if any(layer.initial is not None for layer in layers.values()):
-            for module, layer in layers.items():
-                (a, b), stem = layer.initial, f"base_model.model.{module}."
-                tensors[stem + "lora_A.weight"] = np.concatenate([tensors[stem + "lora_A.weight"], a.T])
-                tensors[stem + "lora_B.weight"] = np.concatenate([tensors[stem + "lora_B.weight"], -b.T], axis=1)
+        if any(array.shape[0] == 2 * config["r"] for name, array in tensors.items() if ".lora_A." in name):  # PiSSA
             config["r"] *= 2
             config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2  # so that the scaling stays
             config["pissa_start_included"] = True
@@ -2956,7 +3029,13 @@ def _load_lora(model, config, tensors, path, trainable):
             layer.set_pissa(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
-    _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+    _fill(adapter_weights(model), _here(model, tensors), path.parent / "adapter_model.safetensors")
+
+
+def _here(model, tensors):
+    """Those of LoRA's tensors that belong to linears which this process has."""
+    elsewhere = {f"base_model.model.{path}" for path in _linears_elsewhere(model)}
+    return {name: array for name, array in tensors.items() if name.partition(".lora_")[0] not in elsewhere}
 
 
 def reload_adapter(model, path):
@@ -2970,7 +3049,7 @@ def reload_adapter(model, path):
             a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
-    _fill(adapter_weights(model), tensors, file)
+    _fill(adapter_weights(model), _here(model, tensors), file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):
