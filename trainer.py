@@ -782,7 +782,7 @@ def _memory(args, model, adapter, degrees, T):
     bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pipeline
     layers, first, last = _numbers(model, degrees)
     kept = [_activations(block, model.config, degrees) for block in model.layers]
-    again = [_recomputed(args, i, block, model.config, degrees) for i, block in enumerate(model.layers)]
+    split = [_recomputed(args, i, block, model.config, degrees) for i, block in enumerate(model.layers)]
     stages, start = [], 0
     for stage in range(pipeline):
         end = start + L // pipeline + (stage < L % pipeline)
@@ -792,7 +792,7 @@ def _memory(args, model, adapter, degrees, T):
             sizes = (np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
             mine = sum(sizes, np.zeros(2))
         rows = _bytes(bytes_of, degrees, held, mine)
-        whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], again[start:end], stage, end == L)
+        whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], split[start:end], stage, end == L)
         tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
         head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
         head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
