@@ -1193,33 +1193,48 @@ class Attention(nn.Layer):
         self.q_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None, spread=None):
+    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None, spread=None, again=None):
         """x (B, T, D) -> (B, T, D), and all keys and values (B, past + T, K, Dh).
 
         rows: FlashMask rows of all keys, the window among them; one column is causal, two are not. attend: a function
         (q, k, v, **options) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
-        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v.
+        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v. again: as in
+        Block.forward; "core_attn" is all behind the first linears.
         """
-        q, k, v = self.rotated(x, cos, sin)
+        more = cos, sin, rows, past_k, past_v, q_scale, spread
+        if again is not None:
+            return again[1](lambda *inputs: self.core(*inputs)[0], *self.project(x), *more), None, None
+        return self.core(*self.project(x), *more, attend)
+
+    def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
+        """forward() without keys and values."""
+        return self(x, cos, sin, rows, past_k, past_v, q_scale=q_scale, spread=spread)[0]
+
+    def core(self, q, k, v, cos, sin, rows, past_k, past_v, q_scale, spread, attend=None):
+        """What forward() gives, from what project() gives."""
+        q, k, v = self.rotated(q, k, v, cos, sin)
         q = q if q_scale is None else q * q_scale
         slopes = None if self.slopes is None else kernels.to_tensor(self.slopes)
         if attend is not None:
             mixed, k, v = attend(q, k, v, alibi_slopes=slopes, window=self.window, **self.options), None, None
         else:
-            if spread is not None:
-                q, k, v = spread.queries(q), spread.keys(past_k, k), spread.keys(past_v, v)
-            elif past_k is not None:
-                k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
-            causal = rows is None or rows.shape[-1] == 1
-            mixed = kernels.attention(q, k, v, rows, causal, alibi_slopes=slopes, **self.options)
-            mixed = mixed if spread is None else spread.text(mixed)
+            mixed, k, v = self.mixed(q, k, v, slopes, rows, past_k, past_v, spread)
         if self.value_dim != self.head_dim:
             mixed = mixed[..., : self.value_dim]  # values were padded to the width of keys
         return self.o_proj(mixed.reshape([0, 0, -1])), k, v
 
-    def rotated(self, x, cos, sin):
-        """q (B, T, H/tp, Dh), k and v (B, T, K/tp, Dh), with their positions."""
-        q, k, v = self.split_heads(x)
+    def mixed(self, q, k, v, slopes, rows, past_k, past_v, spread):
+        """q (B, T, H, Dh) over past and new keys -> (B, T, H, Dh), and all of these keys and values."""
+        if spread is not None:
+            q, k, v = spread.queries(q), spread.keys(past_k, k), spread.keys(past_v, v)
+        elif past_k is not None:
+            k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
+        causal = rows is None or rows.shape[-1] == 1
+        mixed = kernels.attention(q, k, v, rows, causal, alibi_slopes=slopes, **self.options)
+        return mixed if spread is None else spread.text(mixed), k, v
+
+    def rotated(self, q, k, v, cos, sin):
+        """What project() gives -> q (B, T, H/tp, Dh), k and v (B, T, K/tp, Dh), with their positions."""
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is None:
@@ -1240,7 +1255,8 @@ class Attention(nn.Layer):
         interleaved = self.config.rope_interleaved
         return kernels.rope(q, cos, sin, interleaved), kernels.rope(k, cos, sin, interleaved), v
 
-    def split_heads(self, x):
+    def project(self, x):
+        """What the first linears make of x (B, T, D), all that rotated() reads: q (B, T, H/tp, Dh), k, v (B, T, K/tp, Dh)."""
         Dh, G = self.head_dim, self.group
         if self.config.fused_qkv is None:
             return tuple(p(x).reshape([0, 0, -1, Dh]) for p in (self.q_proj, self.k_proj, self.v_proj))  # 0 keeps a dim
@@ -1269,13 +1285,17 @@ class LatentAttention(Attention):
         self.kv_a_norm = Norm(latent.kv_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(latent.kv_rank, H * (latent.nope_dim + latent.value_dim), False)
 
-    def rotated(self, x, cos, sin):
-        latent, interleaved = self.config.latent, self.config.rope_interleaved
+    def project(self, x):
+        """q (B, T, H/tp, nope + rope), keys and values (B, T, H/tp, nope + value), the heads' common key (B, T, rope)."""
+        latent = self.config.latent
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if latent.q_rank else self.q_proj(x)
-        q = q.reshape([0, 0, -1, self.head_dim])  # (B, T, H/tp, nope + rope)
-        q_nope, q_rope = q.split([latent.nope_dim, latent.rope_dim], axis=-1)
         narrow, k_rope = self.kv_a_proj(x).split([latent.kv_rank, latent.rope_dim], axis=-1)
         kv = self.kv_b_proj(self.kv_a_norm(narrow)).reshape([0, 0, -1, latent.nope_dim + latent.value_dim])
+        return q.reshape([0, 0, -1, self.head_dim]), kv, k_rope
+
+    def rotated(self, q, kv, k_rope, cos, sin):
+        latent, interleaved = self.config.latent, self.config.rope_interleaved
+        q_nope, q_rope = q.split([latent.nope_dim, latent.rope_dim], axis=-1)
         k_nope, v = kv.split([latent.nope_dim, latent.value_dim], axis=-1)
         q_rope = kernels.rope(q_rope, cos, sin, interleaved)
         k_rope = kernels.rope(k_rope.unsqueeze(2), cos, sin, interleaved)  # (B, T, 1, rope)
@@ -1436,11 +1456,17 @@ class Block(nn.Layer):
         self.attention_post_norm = _norm(config) if self.place == "both" else None
         self.mlp_post_norm = _norm(config) if self.place == "both" else None
 
-    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None):
-        """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None."""
+    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None, again=None):
+        """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None.
+
+        again: what is computed again in backward, "full_attn" (all of attention) or "core_attn", and CausalLM.recomputed; then
+        keys and values are None.
+        """
 
         def attention(x):
-            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread)
+            if again is not None and again[0] == "full_attn":
+                return again[1](self.attention.output, x, cos, sin, rows, past_k, past_v, q_scale, spread), None, None
+            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread, again)
 
         if self.place == "after":
             mixed, k, v = attention(x)
@@ -1518,7 +1544,9 @@ class CausalLM(nn.Layer):
         self.prefix = None  # set by apply_prefix()
         self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
         self.elsewhere = frozenset()  # names of weights that other processes hold
-        self.recompute = False  # compute each block's activations again in backward instead of keeping them
+        self.recompute = False  # compute activations again in backward instead of keeping them, of each block …
+        self.recompute_granularity = "full"  # … all, "full_attn": attention's, "core_attn": those behind its first linears, …
+        self.no_recompute_layers = frozenset()  # … but not of these
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
 
     def new_cache(self, B):
@@ -1583,12 +1611,14 @@ class CausalLM(nn.Layer):
         config, more = self.config, None
         if not config.z_loss_weight and not (probabilities and config.experts.aux_loss_coef):
             return None
-        real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
+        real = (self.of_all(labels) != -100).astype("float32")
+        real = (real.flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
         if probabilities and config.experts.aux_loss_coef:
+            probabilities = [self.of_all(p.reshape([*labels.shape, -1])).flatten(0, 1) for p in probabilities]
             more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
         if config.z_loss_weight:
-            largest = self.largest_logits(x, weight, tied)
-            mean = (largest.square() * real.flatten()).sum() / real.sum().clip(min=1.0)
+            largest = self.of_all(self.largest_logits(x, weight, tied).reshape(labels.shape))
+            mean = (largest.square() * real).sum() / real.sum().clip(min=1.0)
             more = (0.0 if more is None else more) + config.z_loss_weight * mean
         return more
 
@@ -1654,12 +1684,13 @@ class CausalLM(nn.Layer):
                 continue
             seen = shared.rows_of(block)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
-            if self.recompute and self.training:
+            again = self.recomputes(i)
+            if again == "full":
                 found = self.recomputed(block.output, x, *turns, seen, *past, shared.q_scale, shared.spread)
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread)
-                if caches is not None:
+                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread, again=again and (again, self.recomputed))
+                if caches is not None and k is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
@@ -1667,6 +1698,10 @@ class CausalLM(nn.Layer):
 
     def last_norm(self, x):
         return x if self.norm is None else self.norm(x)
+
+    def recomputes(self, layer):
+        """What of this layer is not kept but computed again in backward: a granularity or None."""
+        return self.recompute_granularity if self.recompute and self.training and layer not in self.no_recompute_layers else None
 
     def recomputed(self, function, *arguments):
         """function(*arguments), whose activations are not kept but made again in backward, with the same randomness."""
@@ -1731,6 +1766,10 @@ class CausalLM(nn.Layer):
 
     def kept(self, x):
         """The tokens of x (B, T, …) whose activations this model keeps: all of them."""
+        return x
+
+    def of_all(self, x):
+        """x (B, …) of the tokens whose losses this model computes -> of all tokens of the batch (B, T, …): they are all."""
         return x
 
     def _two_positions(self, input_ids, position_ids, rows, cache):
