@@ -13,7 +13,8 @@ tensor_parallel_degree 2, pipeline_parallel_degree 2 and, as what is left, dp 2:
 Along an axis talk those that differ in its coordinate alone: tp {0,1} {2,3} {4,5} {6,7}; pp {0,2} {1,3} {4,6} {5,7};
 dp {0,4} {1,5} {2,6} {3,7}. What goes along it: tp: partial sums of each attention and MLP. pp: what a block gives to the
 next one. sep: keys and values (context_parallel_degree: around a ring; sep_parallel_degree: heads for tokens). sharding:
-gradients there, weights back. dp: gradients.
+gradients there, weights back. dp: gradients. Of dp, sharding and sep together, expert_parallel_degree consecutive ranks
+share out the experts: tokens there, and back.
 
 The scripts do not see it: a parallel model takes whole batches and gives the losses of all their tokens, on every rank
 that shares a batch. With one process nothing here does anything.

@@ -13,7 +13,8 @@ import model as M
 import parallel
 import trainer
 
-ARGS = types.SimpleNamespace(adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=0.01, learning_rate=2e-3)
+# epsilon: an element whose gradient is rounding alone would be moved by as much as any other, this way or that.
+ARGS = types.SimpleNamespace(adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-5, weight_decay=0.01, learning_rate=2e-3)
 
 
 def grid(**degrees):

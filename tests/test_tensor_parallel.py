@@ -123,6 +123,28 @@ def test_a_model_that_cannot_be_cut_is_refused_in_one_line(tmp_path):
         parallel.from_pretrained(tmp_path, Topology(Degrees(dp=2, ep=2)))
 
 
+@pytest.mark.parametrize("names", ("Hugging Face", "PaddleNLP"))
+@pytest.mark.parametrize("name", ("mixtral", "qwen2_moe"))
+def test_a_rank_reads_its_experts_alone(tmp_path, name, names, monkeypatch):
+    whole = families.build(name, **EVEN[name])
+    if names == "Hugging Face":
+        M.save_pretrained(whole, tmp_path)
+    else:
+        tensors = {w.name: w.parameter.numpy() for w in M.base_weights(whole, M._paddlenlp_names(whole.config))}
+        M.write_safetensors(tmp_path / "model.safetensors", tensors)
+        (tmp_path / "config.json").write_text(whole.config.to_json("float32"))
+    read, plain = [], M.read_tensor
+    monkeypatch.setattr(M, "read_tensor", lambda path, entry: read.append(entry) or plain(path, entry))
+    model = parallel.from_pretrained(tmp_path, Topology(Degrees(dp=2, ep=2), 1))
+    wanted, weights = {w.name: w.to_numpy() for w in M.base_weights(whole)}, M.base_weights(model)
+    assert all(np.array_equal(w.to_numpy(), wanted[w.name]) for w in weights)
+    assert len(read) == len(weights) and {w.name for w in weights} == set(wanted) - model.elsewhere
+    E = whole.config.experts.count
+    assert {int(n.partition(".experts.")[2].partition(".")[0]) for n in model.elsewhere} == set(range(E // 2))
+    assert model.num_parameters() == whole.num_parameters()
+    assert model.flops_per_token(9) == pytest.approx(whole.flops_per_token(9), rel=1e-12)
+
+
 # ======================================================================================= training, two ranks
 
 
