@@ -1011,7 +1011,7 @@ class Shards:
         """Add gradients up over the ranks; returns their Euclidean norm over the whole model."""
         topology = self.topology
         for weight in self.weights:
-            if weight.parameter.grad is None and topology.degrees.world > 1:
+            if weight.parameter.grad is None:  # an expert to which no token went
                 weight.parameter.grad = paddle.zeros_like(weight.parameter)
         for axis in (topology.sep, topology.sharding, topology.dp):
             _all_reduce_together([w.parameter.grad for w in self.weights], axis)

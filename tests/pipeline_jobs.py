@@ -57,8 +57,8 @@ def adapted(model, adapter, topology):
 
 
 def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True):
-    """Steps of AdamW on a model of families.py. {"losses", "norms", "gradients" of the last step, "weights" after it,
-    "evaluated", "predictions" and "tokens": of the model after it, "bubble"}."""
+    """Steps of AdamW on a model of families.py. {"evaluated", "predictions", "tokens": of the model before them, "losses",
+    "norms", "gradients" of the last step, "weights" after it, "bubble"}."""
     place = topology(degrees)
     model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
     adapted(model, adapter, place)
@@ -68,6 +68,11 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
     shards = parallel.Shards(model, weights, place)
     optimizer = trainer.AdamW(shards.pieces, ARGS)
     found = {"losses": [], "norms": []}
+    found["evaluated"], found["predictions"] = evaluated(model, kind)
+    if generate:
+        prompt, mask = batches(1, 5, "padded")[0]["input_ids"], np.ones([2, 5], np.int64)
+        prompt[1, :2] = mask[1, :2] = 0  # padded on the left
+        found["tokens"] = M.generate(model, prompt, 4, attention_mask=mask)
     model.train()
     for step in range(steps):
         every = batches(count, step, kind)
@@ -94,11 +99,6 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
         shards.gather_weights()
         optimizer.zero_grad()
     found["weights"] = {w.name: np.array(parallel.whole(w, w.parameter, place)) for w in weights}
-    found["evaluated"], found["predictions"] = evaluated(model, kind)
-    if generate:
-        prompt, mask = batches(1, 5, "padded")[0]["input_ids"], np.ones([2, 5], np.int64)
-        prompt[1, :2] = mask[1, :2] = 0  # padded on the left
-        found["tokens"] = M.generate(model, prompt, 4, attention_mask=mask)
     found["bubble"] = (place.pp.idle, place.pp.bubble) if place.pp.size > 1 else None
     return found
 

@@ -18,39 +18,43 @@ import parallel
 
 # ============================================================================================== the timetable
 
-GRID = list(itertools.product((2, 3, 4, 8), (1, 2, 3), range(1, 18)))
+RANKS, VIRTUAL, BATCHES = (2, 3, 4, 8), (1, 2, 3), range(1, 18)
+grid = pytest.mark.parametrize("ranks, virtual", list(itertools.product(RANKS, VIRTUAL)))
 
 
-@pytest.mark.parametrize("ranks, virtual, batches", GRID)
-def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual, batches):
-    plan = parallel.timetable(ranks, virtual, batches)
-    wanted = {(kind, c, i) for kind in ("forward", "backward") for c in range(virtual) for i in range(batches)}
-    for steps in plan:
-        assert len(steps) == len(wanted) and set(steps) == wanted
-    assert parallel.simulate(plan) is not None
-    # Which each channel carries in order: gradients of parameters are added up in the same order on every rank.
-    orders = {tuple(i for kind, c, i in steps if kind == "backward" and c == 0) for steps in plan}
-    assert orders == {tuple(range(batches))}
-
-
-@pytest.mark.parametrize("ranks, virtual, batches", GRID)
-def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual, batches):
-    for rank, steps in enumerate(parallel.timetable(ranks, virtual, batches)):
-        kept = np.cumsum([1 if kind == "forward" else -1 for kind, _, _ in steps])
-        most = ranks - rank if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
-        if batches % ranks == 0 or virtual == 1:
-            assert kept.max() <= most  # of chunks, each 1/virtual of a rank's layers
-        assert kept.max() <= most + virtual * ranks and kept[-1] == 0
-
-
-@pytest.mark.parametrize("ranks, virtual, batches", [g for g in GRID if g[1] == 1 or g[2] % g[0] == 0])
-def test_the_bubble_is_the_formulas(ranks, virtual, batches):
-    formula = (ranks - 1) / (virtual * batches + ranks - 1)
-    assert parallel.bubble(ranks, virtual, batches) == formula
-    for backward in (1.0, 2.0, 3.5):
+@grid
+def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual):
+    for batches in BATCHES:
         plan = parallel.timetable(ranks, virtual, batches)
-        _, idle = parallel.simulate(plan, {"forward": 1.0, "backward": backward})
-        assert idle == pytest.approx(formula, abs=1e-12)
+        wanted = {(kind, c, i) for kind in ("forward", "backward") for c in range(virtual) for i in range(batches)}
+        for steps in plan:
+            assert len(steps) == len(wanted) and set(steps) == wanted
+        assert parallel.simulate(plan) is not None
+        # Gradients of parameters, and of copies of one on two ranks, are added up in the order of the micro-batches.
+        orders = {tuple(i for kind, c, i in steps if kind == "backward" and c == 0) for steps in plan}
+        assert orders == {tuple(range(batches))}
+
+
+@grid
+def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual):
+    for batches in BATCHES:
+        for rank, steps in enumerate(parallel.timetable(ranks, virtual, batches)):
+            kept = np.cumsum([1 if kind == "forward" else -1 for kind, _, _ in steps])
+            most = ranks - rank if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
+            if batches % ranks == 0 or virtual == 1:
+                assert kept.max() <= most  # of chunks, each 1/virtual of a rank's layers
+            assert kept.max() <= most + virtual * ranks and kept[-1] == 0
+
+
+@grid
+def test_the_bubble_is_the_formulas(ranks, virtual):
+    for batches in (m for m in BATCHES if virtual == 1 or m % ranks == 0):
+        formula = (ranks - 1) / (virtual * batches + ranks - 1)
+        assert parallel.bubble(ranks, virtual, batches) == formula
+        for backward in (1.0, 2.0, 3.5):
+            plan = parallel.timetable(ranks, virtual, batches)
+            _, idle = parallel.simulate(plan, {"forward": 1.0, "backward": backward})
+            assert idle == pytest.approx(formula, abs=1e-12)
 
 
 def test_a_bubble_without_a_formula_is_the_timetables():
@@ -116,17 +120,19 @@ def compare(ranks, name, degrees, count, tolerance=1e-5, **options):
         np.testing.assert_allclose(rank["norms"], one["norms"], rtol=tolerance)
         for what in ("gradients", "weights"):
             for weight, array in rank[what].items():
-                # Weights after AdamW: where a gradient is nearly nothing, so is its sign.
-                atol = tolerance * np.abs(one[what][weight]).max() + 1e-7 if what == "gradients" else 1e-4
-                np.testing.assert_allclose(array, one[what][weight], rtol=0, atol=atol, err_msg=f"{place.place} {weight}")
+                # An expert that no token chose has no gradient in one process, and zeros in several. Weights after AdamW:
+                # where a gradient is nearly nothing, so is its sign.
+                wanted = one[what].get(weight, np.zeros_like(array))
+                atol = tolerance * np.abs(wanted).max() + 1e-7 if what == "gradients" else 1e-4
+                np.testing.assert_allclose(array, wanted, rtol=0, atol=atol, err_msg=f"{place.place} {weight}")
                 same = held.setdefault((what, weight, place.sep.rank), array)
                 np.testing.assert_array_equal(array, same, err_msg=weight)  # copies stay equal to the bit
-        np.testing.assert_allclose(rank["evaluated"], one["evaluated"], atol=1e-3)
+        np.testing.assert_allclose(rank["evaluated"], one["evaluated"], atol=1e-4)
         np.testing.assert_array_equal(rank["evaluated"], found[0]["evaluated"])
         np.testing.assert_array_equal(rank["predictions"], one["predictions"])
         if "tokens" in one:
             np.testing.assert_array_equal(rank["tokens"], one["tokens"])
-    assert {weight for what, weight, _ in held if what == "gradients"} == set(one["gradients"])
+    assert {weight for what, weight, _ in held if what == "gradients"} >= set(one["gradients"])
     return one, found
 
 

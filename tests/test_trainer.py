@@ -45,7 +45,7 @@ UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dro
     rslora_plus simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
     smooth_piecewise_search smooth_search_piece smooth_step src_length temperature tensor_parallel_output top_p
     train_dataset_path train_datasets unified_checkpoint update_iters use_flash_attention use_fused_head_and_loss_fn
-    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera virtual_pp_degree weight_quant_method
+    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera weight_quant_method
     weight_quantize_algo zero_padding""".split()
 
 
