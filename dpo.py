@@ -398,7 +398,7 @@ def main(args):
 
     # ====================================================================== 2. model, and what it does before training
     model = parallel.from_pretrained(args.model_name_or_path, topology)
-    model.recompute = args.recompute
+    trainer.set_recompute(model, args)
     check_model(model, args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": args.max_prompt_len + args.max_new_tokens}

@@ -233,7 +233,8 @@ def main(args):
 
     # ====================================================================== 2. model, and its answers before training
     model = parallel.from_pretrained(args.model_name_or_path, topology)
-    model.recompute, model.neftune_noise_alpha = args.recompute, args.neftune_noise_alpha
+    trainer.set_recompute(model, args)
+    model.neftune_noise_alpha = args.neftune_noise_alpha
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     before_text = args.num_prefix_tokens if args.prefix_tuning else 0
     needed = {"max_length": args.max_length, "src_length + max_new_tokens": args.src_length + args.max_new_tokens}

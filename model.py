@@ -985,6 +985,10 @@ class Linear(nn.Layer):
         """(out,) the lengths of the columns of a weight (in, out) in this one's place."""
         return weight.norm(axis=0)
 
+    def whole_weight(self):
+        """(in, out) float32, numpy; of a linear that is spread over processes, all of it."""
+        return self.weight.astype("float32").numpy()
+
 
 class QuantLinear(nn.Layer):
     """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
@@ -1189,33 +1193,48 @@ class Attention(nn.Layer):
         self.q_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(Dh, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None, spread=None):
+    def forward(self, x, cos, sin, rows, past_k, past_v, attend=None, q_scale=None, spread=None, again=None):
         """x (B, T, D) -> (B, T, D), and all keys and values (B, past + T, K, Dh).
 
         rows: FlashMask rows of all keys, the window among them; one column is causal, two are not. attend: a function
         (q, k, v, **options) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
-        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v.
+        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v. again: as in
+        Block.forward; "core_attn" is all behind the first linears.
         """
-        q, k, v = self.rotated(x, cos, sin)
+        more = cos, sin, rows, past_k, past_v, q_scale, spread
+        if again is not None:
+            return again[1](lambda *inputs: self.core(*inputs)[0], *self.project(x), *more), None, None
+        return self.core(*self.project(x), *more, attend)
+
+    def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
+        """forward() without keys and values."""
+        return self(x, cos, sin, rows, past_k, past_v, q_scale=q_scale, spread=spread)[0]
+
+    def core(self, q, k, v, cos, sin, rows, past_k, past_v, q_scale, spread, attend=None):
+        """What forward() gives, from what project() gives."""
+        q, k, v = self.rotated(q, k, v, cos, sin)
         q = q if q_scale is None else q * q_scale
         slopes = None if self.slopes is None else kernels.to_tensor(self.slopes)
         if attend is not None:
             mixed, k, v = attend(q, k, v, alibi_slopes=slopes, window=self.window, **self.options), None, None
         else:
-            if spread is not None:
-                q, k, v = spread.queries(q), spread.keys(past_k, k), spread.keys(past_v, v)
-            elif past_k is not None:
-                k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
-            causal = rows is None or rows.shape[-1] == 1
-            mixed = kernels.attention(q, k, v, rows, causal, alibi_slopes=slopes, **self.options)
-            mixed = mixed if spread is None else spread.text(mixed)
+            mixed, k, v = self.mixed(q, k, v, slopes, rows, past_k, past_v, spread)
         if self.value_dim != self.head_dim:
             mixed = mixed[..., : self.value_dim]  # values were padded to the width of keys
         return self.o_proj(mixed.reshape([0, 0, -1])), k, v
 
-    def rotated(self, x, cos, sin):
-        """q (B, T, H/tp, Dh), k and v (B, T, K/tp, Dh), with their positions."""
-        q, k, v = self.split_heads(x)
+    def mixed(self, q, k, v, slopes, rows, past_k, past_v, spread):
+        """q (B, T, H, Dh) over past and new keys -> (B, T, H, Dh), and all of these keys and values."""
+        if spread is not None:
+            q, k, v = spread.queries(q), spread.keys(past_k, k), spread.keys(past_v, v)
+        elif past_k is not None:
+            k, v = paddle.concat([past_k, k], axis=1), paddle.concat([past_v, v], axis=1)
+        causal = rows is None or rows.shape[-1] == 1
+        mixed = kernels.attention(q, k, v, rows, causal, alibi_slopes=slopes, **self.options)
+        return mixed if spread is None else spread.text(mixed), k, v
+
+    def rotated(self, q, k, v, cos, sin):
+        """What project() gives -> q (B, T, H/tp, Dh), k and v (B, T, K/tp, Dh), with their positions."""
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is None:
@@ -1236,7 +1255,8 @@ class Attention(nn.Layer):
         interleaved = self.config.rope_interleaved
         return kernels.rope(q, cos, sin, interleaved), kernels.rope(k, cos, sin, interleaved), v
 
-    def split_heads(self, x):
+    def project(self, x):
+        """What the first linears make of x (B, T, D), all that rotated() reads: q (B, T, H/tp, Dh), k, v (B, T, K/tp, Dh)."""
         Dh, G = self.head_dim, self.group
         if self.config.fused_qkv is None:
             return tuple(p(x).reshape([0, 0, -1, Dh]) for p in (self.q_proj, self.k_proj, self.v_proj))  # 0 keeps a dim
@@ -1265,13 +1285,17 @@ class LatentAttention(Attention):
         self.kv_a_norm = Norm(latent.kv_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(latent.kv_rank, H * (latent.nope_dim + latent.value_dim), False)
 
-    def rotated(self, x, cos, sin):
-        latent, interleaved = self.config.latent, self.config.rope_interleaved
+    def project(self, x):
+        """q (B, T, H/tp, nope + rope), keys and values (B, T, H/tp, nope + value), the heads' common key (B, T, rope)."""
+        latent = self.config.latent
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if latent.q_rank else self.q_proj(x)
-        q = q.reshape([0, 0, -1, self.head_dim])  # (B, T, H/tp, nope + rope)
-        q_nope, q_rope = q.split([latent.nope_dim, latent.rope_dim], axis=-1)
         narrow, k_rope = self.kv_a_proj(x).split([latent.kv_rank, latent.rope_dim], axis=-1)
         kv = self.kv_b_proj(self.kv_a_norm(narrow)).reshape([0, 0, -1, latent.nope_dim + latent.value_dim])
+        return q.reshape([0, 0, -1, self.head_dim]), kv, k_rope
+
+    def rotated(self, q, kv, k_rope, cos, sin):
+        latent, interleaved = self.config.latent, self.config.rope_interleaved
+        q_nope, q_rope = q.split([latent.nope_dim, latent.rope_dim], axis=-1)
         k_nope, v = kv.split([latent.nope_dim, latent.value_dim], axis=-1)
         q_rope = kernels.rope(q_rope, cos, sin, interleaved)
         k_rope = kernels.rope(k_rope.unsqueeze(2), cos, sin, interleaved)  # (B, T, 1, rope)
@@ -1390,13 +1414,16 @@ class SparseMLP(nn.Layer):
         ids = chosen.flatten()  # (N · k,)
         order = paddle.argsort(ids, stable=True)
         counts = np.bincount(ids.numpy(), minlength=self.how.count)
-        tokens = paddle.index_select(flat, order // k)
-        parts = paddle.split(tokens, [int(n) for n in counts if n])
-        used = [expert for expert, n in zip(self.experts, counts) if n]
-        mixed = paddle.concat([expert(part) for expert, part in zip(used, parts)])
+        mixed = self.outputs(paddle.index_select(flat, order // k), counts)
         back = paddle.argsort(order)  # where each of a token's choices stands
         mixed = paddle.index_select(mixed, back).reshape([-1, k, flat.shape[-1]])
         return (mixed * weights.unsqueeze(-1).astype(mixed.dtype)).sum(1)
+
+    def outputs(self, tokens, counts):
+        """(n, D), the tokens of one expert behind those of another, so many of each -> (n, D), what the experts make of them."""
+        parts = paddle.split(tokens, [int(n) for n in counts if n])
+        used = [expert for expert, n in zip(self.experts, counts) if n]
+        return paddle.concat([expert(part) for expert, part in zip(used, parts)])
 
 
 def load_balancing_loss(probabilities, how, real):
@@ -1429,11 +1456,17 @@ class Block(nn.Layer):
         self.attention_post_norm = _norm(config) if self.place == "both" else None
         self.mlp_post_norm = _norm(config) if self.place == "both" else None
 
-    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None):
-        """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None."""
+    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None, again=None):
+        """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None.
+
+        again: what is computed again in backward, "full_attn" (all of attention) or "core_attn", and CausalLM.recomputed; then
+        keys and values are None.
+        """
 
         def attention(x):
-            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread)
+            if again is not None and again[0] == "full_attn":
+                return again[1](self.attention.output, x, cos, sin, rows, past_k, past_v, q_scale, spread), None, None
+            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread, again)
 
         if self.place == "after":
             mixed, k, v = attention(x)
@@ -1467,9 +1500,33 @@ class Shared(namedtuple("Shared", "cos sin q_scale rows narrowed spread")):
         return self.narrowed.get(block.attention.window, self.rows)
 
 
+class Draws:
+    """Randomness of one pass of a model: what is drawn under a key depends on it, on paddle.seed() and on the shape alone.
+
+    So whoever has a part of the model or of its tokens draws what one process would, however much others have drawn.
+    """
+
+    number = 0
+
+    def renew(self):
+        self.number = int(paddle.randint(0, (1 << 31) - 1, [1])[0])
+
+    @contextlib.contextmanager
+    def under(self, key, number=None):
+        """What is drawn inside is drawn under this key, and leaves no trace outside. number: of another pass."""
+        states = paddle.get_rng_state("cpu"), paddle.get_rng_state()
+        paddle.seed(zlib.crc32(f"{self.number if number is None else number} {key}".encode()))
+        try:
+            yield
+        finally:
+            paddle.set_rng_state(states[0], "cpu")
+            paddle.set_rng_state(states[1])
+
+
 class CausalLM(nn.Layer):
     def __init__(self, config):
         super().__init__()
+        self.draws = Draws()
         self.config, width = config, config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.embed_positions = None
@@ -1487,8 +1544,9 @@ class CausalLM(nn.Layer):
         self.prefix = None  # set by apply_prefix()
         self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
         self.elsewhere = frozenset()  # names of weights that other processes hold
-        self.recompute = False  # compute each block's activations again in backward instead of keeping them
-        self.draws = None  # draws(i), while training: seeds what the i-th block draws, so that it depends on no other
+        self.recompute = False  # compute activations again in backward instead of keeping them, of each block …
+        self.recompute_granularity = "full"  # … all, "full_attn": attention's, "core_attn": those behind its first linears, …
+        self.no_recompute_layers = frozenset()  # … but not of these
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
 
     def new_cache(self, B):
@@ -1523,8 +1581,7 @@ class CausalLM(nn.Layer):
 
     def losses(self, x, probabilities, labels, return_predictions=False, additions=True):
         """What forward() gives for labels, from trunk()'s hidden states (B, T, D) and probabilities."""
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x = self.read_by_head(x)
         weight, tied = self.head_weight()
         flat = x.reshape([-1, x.shape[-1]])
         found = self.cross_entropy(flat, weight, labels.flatten(), tied, return_predictions)
@@ -1536,6 +1593,10 @@ class CausalLM(nn.Layer):
         ):
             losses = losses + more * (labels != -100).astype(losses.dtype)
         return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
+
+    def read_by_head(self, x):
+        """Hidden states (…, D) -> what the head multiplies."""
+        return x if self.project_out is None else self.project_out(x)
 
     def cross_entropy(self, x, weight, labels, tied, return_predictions):
         """x (N, D) and labels (N,) -> losses (N,), and argmax ids (N,) if asked for."""
@@ -1550,12 +1611,14 @@ class CausalLM(nn.Layer):
         config, more = self.config, None
         if not config.z_loss_weight and not (probabilities and config.experts.aux_loss_coef):
             return None
-        real = ((labels != -100).astype("float32").flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
+        real = (self.of_all(labels) != -100).astype("float32")
+        real = (real.flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
         if probabilities and config.experts.aux_loss_coef:
+            probabilities = [self.of_all(p.reshape([*labels.shape, -1])).flatten(0, 1) for p in probabilities]
             more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
         if config.z_loss_weight:
-            largest = self.largest_logits(x, weight, tied)
-            mean = (largest.square() * real.flatten()).sum() / real.sum().clip(min=1.0)
+            largest = self.of_all(self.largest_logits(x, weight, tied).reshape(labels.shape))
+            mean = (largest.square() * real).sum() / real.sum().clip(min=1.0)
             more = (0.0 if more is None else more) + config.z_loss_weight * mean
         return more
 
@@ -1577,8 +1640,7 @@ class CausalLM(nn.Layer):
 
     def logits(self, x):
         """hidden states (…, D), after the final norm -> (…, V)"""
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x = self.read_by_head(x)
         weight, tied = self.head_weight()
         logits = (
             paddle.matmul(x, weight, transpose_y=True) if tied else kernels.linear(x, weight)
@@ -1601,6 +1663,8 @@ class CausalLM(nn.Layer):
         assert not paged or position_ids is not None, "a paged cache does not know the positions"
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
+        if self.training:
+            self.draws.renew()
         x, shared = self.prepare(input_ids, position_ids, rows, caches)
         x, probabilities = self.through(range(len(self.layers)), x, shared, caches)
         return self.last_norm(x), probabilities
@@ -1611,21 +1675,18 @@ class CausalLM(nn.Layer):
         turns, probabilities = (shared.cos, shared.sin), []
         for i in places:
             block = self.layers[i]
-            if self.draws is not None and self.training:
-                self.draws(i)
             if paged:
                 x, *_, routed = block(x, *turns, attend=functools.partial(caches.attend, i), q_scale=shared.q_scale)
                 continue
             seen = shared.rows_of(block)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
-            if self.recompute and self.training:
-                found = paddle.distributed.fleet.utils.recompute(
-                    block.output, x, *turns, seen, *past, shared.q_scale, shared.spread
-                )
+            again = self.recomputes(i)
+            if again == "full":
+                found = self.recomputed(block.output, x, *turns, seen, *past, shared.q_scale, shared.spread)
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread)
-                if caches is not None:
+                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread, again=again and (again, self.recomputed))
+                if caches is not None and k is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
@@ -1633,6 +1694,20 @@ class CausalLM(nn.Layer):
 
     def last_norm(self, x):
         return x if self.norm is None else self.norm(x)
+
+    def recomputes(self, layer):
+        """What of this layer is not kept but computed again in backward: a granularity or None."""
+        return self.recompute_granularity if self.recompute and self.training and layer not in self.no_recompute_layers else None
+
+    def recomputed(self, function, *arguments):
+        """function(*arguments), whose activations are not kept but made again in backward, with the same randomness."""
+        number = self.draws.number
+
+        def same(*arguments):
+            self.draws.number = number
+            return function(*arguments)
+
+        return paddle.distributed.fleet.utils.recompute(same, *arguments)
 
     def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
         """What the first block reads (B, T, D), and Shared; arguments as in hidden_states()."""
@@ -1661,7 +1736,7 @@ class CausalLM(nn.Layer):
         x = self.look_up(input_ids)
         if self.training and self.neftune_noise_alpha:
             size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(-1)  # (B, T, 1)
-            noise = paddle.uniform([*input_ids.shape, x.shape[-1]], x.dtype, -1.0, 1.0)
+            noise = self.noise([*input_ids.shape, x.shape[-1]]).astype(x.dtype)
             x = x + self.kept(noise * (self.neftune_noise_alpha / size).astype(x.dtype))
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale
@@ -1676,12 +1751,21 @@ class CausalLM(nn.Layer):
             x.stop_gradient = False  # Paddle's recompute passes gradients to adapters only where an input has one
         return x
 
+    def noise(self, shape):
+        """NEFTune's, uniform in [-1, 1), for the embeddings of these tokens: shape (B, T, D)."""
+        with self.draws.under("noise"):
+            return paddle.uniform(shape, "float32", -1.0, 1.0)
+
     def look_up(self, input_ids):
         """Ids (B, T) -> their rows of the embedding (B, T, D)."""
         return kernels.embedding(input_ids, self.embed_tokens.weight)
 
     def kept(self, x):
         """The tokens of x (B, T, …) whose activations this model keeps: all of them."""
+        return x
+
+    def of_all(self, x):
+        """x (B, …) of the tokens whose losses this model computes -> of all tokens of the batch (B, T, …): they are all."""
         return x
 
     def _two_positions(self, input_ids, position_ids, rows, cache):
@@ -2146,9 +2230,11 @@ def halve_frozen(model):
     for layer in model.sublayers():
         if isinstance(layer, Linear) and layer.weight.stop_gradient and layer.weight.dtype == paddle.float32:
             with paddle.LazyGuard():  # no memory until it is set
-                half = layer.create_parameter([layer.n_in, layer.n_out], dtype="bfloat16")
+                half = layer.create_parameter(layer.weight.shape, dtype="bfloat16")
             half.set_value(layer.weight.astype("bfloat16"))
             half.stop_gradient = True
+            if (cut := getattr(layer.weight, "cut", None)) is not None:
+                half.cut = cut
             layer.weight = half
 
 
@@ -2264,17 +2350,19 @@ def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_stat
 def load_weights(model, path):
     """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
     one error."""
-    config, found = model.config, _shards(path)
+    config, found, elsewhere = model.config, _shards(path), model.elsewhere
     theirs = _paddlenlp_names(config)
     if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
         weights = base_weights(model, theirs)
         found = _paddlenlp_parts(found, config, theirs)
+        places = {ours for ours, name, _ in _names_of(config) if name in elsewhere}
+        elsewhere = {name for ours, name, _ in _names_of(config, theirs) if ours in places}
     else:
         weights = base_weights(model)
-        found = _published_names(found, config, {w.name for w in weights} | model.elsewhere)
+        found = _published_names(found, config, {w.name for w in weights} | elsewhere)
     weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in model.elsewhere]
+    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in elsewhere]
     wrong += [
         f"{n} has shape {list(found[n][1])}, config.json says {w.shape}"
         for n, w in weights.items()
@@ -2570,11 +2658,14 @@ class LoRALinear(nn.Layer):
         self.lora_B = self.create_parameter([rank, n_out], default_initializer=nn.initializer.Constant(0.0))
         self.lora_magnitude_vector = None
         self.initial = None
+        self.draws, self.key = Draws(), ""  # apply_lora() gives it the model's, and its path
         for p in base.parameters():
             p.stop_gradient = True
         if dora:
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
             self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
+            if (cut := getattr(base.weight, "cut", None)) is not None and cut.dim == 1:
+                self.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
 
     def delta(self):
         """(in, out) float32: what the adapter adds to the weight."""
@@ -2606,23 +2697,28 @@ class LoRALinear(nn.Layer):
 
     def dropped(self, x):
         """x after dropout."""
-        return F.dropout(x, self.dropout, training=self.training)
+        if not self.training:
+            return x
+        with self.draws.under(self.key):
+            return F.dropout(x, self.dropout)
 
     @paddle.no_grad()
     def start_pissa(self):
         """A B = the R largest singular triples of the weight, which the base loses."""
-        weight = self.base.weight.astype("float32").numpy()
-        u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+        u, s, vt = np.linalg.svd(self.base.whole_weight().astype(np.float64), full_matrices=False)
         rank = self.lora_A.shape[1]
         root = np.sqrt(s[:rank] / self.scaling)
         self.set_pissa((u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32))
 
     @paddle.no_grad()
     def set_pissa(self, a, b):
+        """Start at these, (in, R) and (R, out), of the whole weight."""
         set_parameter(self.lora_A, a)
         set_parameter(self.lora_B, b)
-        self.initial = (a, b)
-        self.base.weight.set_value((self.base.weight.astype("float32") - self.delta()).astype(self.base.weight.dtype))
+        self.initial, delta, weight = (a, b), self.delta(), self.base.weight
+        if (cut := getattr(weight, "cut", None)) is not None:
+            delta = paddle.to_tensor(cut.take(delta.numpy()))
+        weight.set_value((weight.astype("float32") - delta).astype(weight.dtype))
 
     @paddle.no_grad()
     def merged(self):
@@ -2655,17 +2751,16 @@ def lora_layers(model):
     return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
-def linears_elsewhere(model):
-    """{Hugging Face module path} of the linears of the blocks that other processes hold."""
-    rows = _names_of(model.config) if model.elsewhere else ()
-    paths = [theirs.removesuffix(".weight") for ours, theirs, _ in rows if ours.startswith("layers.") and ours.endswith("_proj.weight")]
-    return {path for path in paths if not model.elsewhere.isdisjoint((path + ".weight", path + ".qweight"))}
+def _linears_elsewhere(model):
+    """[Hugging Face module path] of the linears of the blocks that other processes hold."""
+    return [name.removesuffix(".weight") for ours, name, _ in (_names_of(model.config) if model.elsewhere else ())
+            if name in model.elsewhere and ours.startswith("layers.") and ours.endswith("_proj.weight")]  # fmt: skip
 
 
 def lora_paths(model, targets=None):
-    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora, and that this process holds."""
+    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
     here = linears(model)
-    found = {*here, *linears_elsewhere(model)}
+    found = [*here, *_linears_elsewhere(model)]
     if targets in (None, "all-linear", []):
         return list(here)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
@@ -2691,7 +2786,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
-        targets = sorted({path.rpartition(".")[2] for path in {*found, *linears_elsewhere(model)}})
+        targets = sorted({path.rpartition(".")[2] for path in [*found, *_linears_elsewhere(model)]})
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
@@ -2700,6 +2795,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         generator = np.random.default_rng([seed, zlib.crc32(path.encode())])  # the start depends on seed and name alone
         bound = math.sqrt(1 / layer.n_in)
         set_parameter(lora.lora_A, generator.uniform(-bound, bound, lora.lora_A.shape).astype(np.float32))
+        lora.draws, lora.key = model.draws, path
         if pissa:
             lora.start_pissa()
         setattr(parent, attribute, lora)
@@ -2815,15 +2911,26 @@ def _as_is(config):
     return not any(t for ours, _, t in FAMILIES[config.family].names if ours.endswith("_proj.weight"))
 
 
-def save_adapter(model, path, base_model=None):
-    """adapter_config.json and adapter_model.safetensors, as peft writes them; the config last.
+def adapter_arrays(model, read=Weight.to_numpy):
+    """{peft's name: array} of what adapter_weights() and PiSSA's start hold; read(weight) gives the whole of one."""
+    tensors = {w.name: read(w) for w in adapter_weights(model)}
+    for module, layer in lora_layers(model).items():
+        if layer.initial is not None:
+            (a, b), stem = layer.initial, f"base_model.model.{module}."
+            tensors[stem + "lora_A.weight"] = np.concatenate([tensors[stem + "lora_A.weight"], a.T])
+            tensors[stem + "lora_B.weight"] = np.concatenate([tensors[stem + "lora_B.weight"], -b.T], axis=1)
+    return tensors
+
+
+def save_adapter(model, path, base_model=None, tensors=None):
+    """adapter_config.json and adapter_model.safetensors, as peft writes them; the config last. tensors: adapter_arrays().
 
     PiSSA is saved as the plain LoRA of rank 2R that gives the same model on the unchanged base: [A A0] [B; -B0]. A
     prefix with a projection is saved as the table it makes; its MLP, to go on training, as prefix_projection.safetensors.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {w.name: w.to_numpy() for w in adapter_weights(model)}
+    tensors = adapter_arrays(model) if tensors is None else tensors
     config = {
         "base_model_name_or_path": str(base_model) if base_model else None,
         "task_type": "CAUSAL_LM",
@@ -2837,12 +2944,7 @@ def save_adapter(model, path, base_model=None):
             init_lora_weights=True,
             **model.lora_config,
         )
-        layers = lora_layers(model)
-        if any(layer.initial is not None for layer in layers.values()):
-            for module, layer in layers.items():
-                (a, b), stem = layer.initial, f"base_model.model.{module}."
-                tensors[stem + "lora_A.weight"] = np.concatenate([tensors[stem + "lora_A.weight"], a.T])
-                tensors[stem + "lora_B.weight"] = np.concatenate([tensors[stem + "lora_B.weight"], -b.T], axis=1)
+        if any(array.shape[0] == 2 * config["r"] for name, array in tensors.items() if ".lora_A." in name):  # PiSSA
             config["r"] *= 2
             config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2  # so that the scaling stays
             config["pissa_start_included"] = True
@@ -2937,7 +3039,13 @@ def _load_lora(model, config, tensors, path, trainable):
             layer.set_pissa(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
-    _fill(model, tensors, path.parent / "adapter_model.safetensors")
+    _fill(adapter_weights(model), _here(model, tensors), path.parent / "adapter_model.safetensors")
+
+
+def _here(model, tensors):
+    """Those of LoRA's tensors that belong to linears which this process has."""
+    elsewhere = {f"base_model.model.{path}" for path in _linears_elsewhere(model)}
+    return {name: array for name, array in tensors.items() if name.partition(".lora_")[0] not in elsewhere}
 
 
 def reload_adapter(model, path):
@@ -2951,7 +3059,7 @@ def reload_adapter(model, path):
             a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
-    _fill(model, tensors, file)
+    _fill(adapter_weights(model), _here(model, tensors), file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):
@@ -2968,18 +3076,15 @@ def _load_prefix(model, config, tensors, path, trainable):
     projection = path.parent / "prefix_projection.safetensors"
     if trainable and projection.is_file():
         apply_prefix(model, config["num_virtual_tokens"], True, config["encoder_hidden_size"])
-        _fill(model, read_safetensors(projection), projection)
+        _fill(adapter_weights(model), read_safetensors(projection), projection)
     else:
         apply_prefix(model, config["num_virtual_tokens"])
-        _fill(model, tensors, path.parent / "adapter_model.safetensors")
+        _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
 
 
-def _fill(model, tensors, path):
-    """The values of the model's adapter; those of linears that other processes hold are left out."""
-    weights, elsewhere = adapter_weights(model), linears_elsewhere(model)
+def _fill(weights, tensors, path):
     wrong = [f"missing {w.name}" for w in weights if w.name not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}
-              and n.removeprefix("base_model.model.").partition(".lora_")[0] not in elsewhere]  # fmt: skip
+    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}]
     wrong += [f"{w.name} has shape {list(tensors[w.name].shape)}, not {w.shape}" for w in weights
               if w.name in tensors and list(tensors[w.name].shape) != w.shape]  # fmt: skip
     if wrong:

@@ -36,6 +36,7 @@ import re
 import socket
 import threading
 import time
+import types
 from collections import defaultdict, deque, namedtuple
 from multiprocessing.connection import Client, Listener
 
@@ -45,11 +46,15 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from data import UserError
 from model import (
+    FAMILIES,
     MLP,
     Attention,
     LoRALinear,
     ModelConfig,
+    QuantLinear,
+    adapter_arrays,
     base_folders,
     SparseMLP,
     _paddlenlp_names,
@@ -105,10 +110,11 @@ class Topology:
             lines = np.moveaxis(self.grid, dim, -1).reshape([-1, sizes[dim]])
             mine = next(line for line in lines if rank in line)
             setattr(self, name, Axis(name, [int(r) for r in mine], rank, groups))
+        self.ep, self.copies = expert_axes(self.grid, order, degrees.ep, rank, groups)
 
     @property
     def axes(self):
-        return [getattr(self, name) for name in AXES]
+        return [getattr(self, name) for name in AXES] + ([self.ep] if self.ep.size > 1 else [])
 
     @property
     def data_rank(self):
@@ -154,8 +160,12 @@ class Axis:
 
     def __init__(self, name, ranks, rank, groups=None):
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
+        self.groups = groups
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
-        self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens
+        self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens, …
+        self.tokens = None  # … of so many, T/sep, of the pass that is being made; None: not in this one
+        self.places = None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand; see spread()
+        self.whole = None
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x, op="sum"):
@@ -184,6 +194,67 @@ class Axis:
             parts = [part.contiguous() for part in x.split(self.size, axis=dim)]
             found = paddle.empty_like(parts[0])
             dist.reduce_scatter(found, parts, dist.ReduceOp.SUM, self.group)
+        return found
+
+    def exchange(self, x, counts):
+        """All-to-all: of rows x (n, …) this rank sends counts[rank, r] to each rank r, one behind the other -> those sent here.
+
+        counts: (ranks, ranks) numpy, the same on every rank.
+        """
+        sent, received = counts[self.rank], counts[:, self.rank]
+        if self.size == 1 or not counts.any():
+            return x
+        if _backend() == "gloo":  # has none: all get all
+            most = int(counts.sum(1).max())
+            rows = F.pad(x, [0, most - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True) if x.shape[0] < most else x
+            rows, starts = self.all_gather(rows), counts[:, : self.rank].sum(1) + most * np.arange(self.size)
+            index = np.concatenate([np.arange(first, first + n) for first, n in zip(starts, received)])
+            return paddle.index_select(rows, paddle.to_tensor(index)) if len(index) else rows[:0]
+        with self._timed(x):
+            found = paddle.empty([int(received.sum()), *x.shape[1:]], x.dtype)
+            dist.alltoall_single(found, x.contiguous(), sent.tolist(), received.tolist(), self.group)
+        return found
+
+    def all_to_all(self, x):
+        """x (ranks, …), a part for each -> (ranks, …), the parts that each has for this one.
+
+        gloo has none. Of 16 MB, on 4 ranks of two cores: by a scatter from each rank 0.11 s, by all_gather 0.36, by sends
+        between pairs, which need a group each, 0.05; of 1 MB 6.5, 16 and 9.8 ms.
+        """
+        if self.size == 1:
+            return x
+        with self._timed(x):
+            parts = [part.contiguous() for part in x.unbind(0)]
+            found = [paddle.empty_like(part) for part in parts]
+            if _backend() == "gloo":
+                for source, part in enumerate(found):
+                    dist.scatter(part, parts if source == self.rank else None, self.ranks[source], self.group)
+            else:
+                dist.alltoall(found, parts, self.group)
+        return paddle.stack(found)
+
+    def pass_on(self, x):
+        """x goes to the next rank, the last one's to the first -> that of the rank before."""
+        if self.size == 1:
+            return x
+        mine, after, before = (self.ranks[(self.rank + step) % self.size] for step in (0, 1, -1))
+        x, found = x.contiguous(), paddle.empty_like(x)
+        with self._timed(x):
+            if _backend() == "gloo":
+
+                def send():
+                    dist.send(x, after, self.groups.connect([mine, after], "pass on "))
+
+                def receive():
+                    dist.recv(found, before, self.groups.connect([before, mine], "pass on "))
+
+                # Each waits for the other rank to do the reverse; so does making a group.
+                for step in (send, receive) if self.rank % 2 == 0 else (receive, send):
+                    step()
+            else:
+                ways = [dist.P2POp(dist.isend, x, after, self.group), dist.P2POp(dist.irecv, found, before, self.group)]
+                for task in dist.batch_isend_irecv(ways):
+                    task.wait()
         return found
 
     def broadcast(self, x, source):
@@ -251,7 +322,8 @@ class Gloo:
             # Paddle wants a number that no other group of a process has, and the same one on all ranks of a group.
             number = 1000 + self.store.add("groups", 1)
             store = core.TCPStore(host, port, True, 1, 900)
-            self.store.set(f"group {key}", f"{port} {number}")
+            number = 1000 + self.store.add("groups", 1)  # all its ranks must give the same, and none twice
+            self.store.set(f"group {key}", f"{port} {number}".encode())
         else:
             port, number = map(int, self.store.get(f"group {key}").split())
             store = core.TCPStore(host, port, False, 1, 900)
@@ -326,6 +398,20 @@ class _ReduceScatter(PyLayer):
         return axis.all_gather(dy, dim)
 
 
+class _Exchange(PyLayer):
+    """Rows that the ranks have sent here (see Axis.exchange); their gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx, x, axis, counts):
+        ctx.how = axis, counts
+        return axis.exchange(x, counts)
+
+    @staticmethod
+    def backward(ctx, dy):
+        axis, counts = ctx.how
+        return axis.exchange(dy, counts.T)
+
+
 class _ScaleBack(PyLayer):
     """x, whose gradient is multiplied by a factor."""
 
@@ -343,14 +429,25 @@ def enter(x, tp):
     """What all ranks of tp compute a part from: x (B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D)."""
     if tp.size == 1:
         return x
-    return _Gather.apply(x, tp, 1, True) if tp.sequence else _SumBack.apply(x, tp)
+    return _SumBack.apply(x, tp) if tp.tokens is None else _Gather.apply(x, tp, 1, True)[:, : tp.tokens]
 
 
 def leave(x, tp):
     """(B, T, D) partial over tp -> their sum (B, T, D), or this rank's (B, T/tp, D) with sequence parallelism."""
     if tp.size == 1:
         return x
-    return _ReduceScatter.apply(x, tp, 1) if tp.sequence else _Sum.apply(x, tp)
+    return _Sum.apply(x, tp) if tp.tokens is None else _ReduceScatter.apply(_filled(x, tp.size), tp, 1)
+
+
+def kept(x, tp):
+    """(B, T, …), the same on every rank of tp -> the tokens that this rank keeps between attention and MLP."""
+    return x if tp.size == 1 or tp.tokens is None else tp.share(_filled(x, tp.size), 1)
+
+
+def _filled(x, multiple):
+    """(B, T, …) -> zeros behind, so that T is a multiple. They are cut off wherever tokens come together again."""
+    more = -x.shape[1] % multiple
+    return paddle.concat([x, paddle.zeros([x.shape[0], more, *x.shape[2:]], x.dtype)], axis=1) if more else x
 
 
 # ====================================================================================== tensor parallelism
@@ -396,30 +493,57 @@ BY_INPUTS = ("o_proj", "down_proj")
 BY_VOCABULARY = ("embed_tokens", "lm_head")
 
 
+def heads_of(config, size, rank):
+    """((first, stop) of the query heads, (first, stop) of the key heads) of a rank of `size`.
+
+    Ranks have whole groups of a key head and its queries, as even as they come; where there are fewer key heads than
+    ranks, one each, which other ranks have too, and some of its queries.
+    """
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    G = H // K
+    if K >= size:
+        first, last = rank * K // size, (rank + 1) * K // size
+        return (first * G, last * G), (first, last)
+    key = rank * K // size
+    same = [r for r in range(size) if r * K // size == key]
+    first, last = (key * G + (same.index(rank) + i) * G // len(same) for i in (0, 1))
+    return (first, last), (key, key + 1)
+
+
 def cut_ranges(name, width, config, size, rank):
     """The [(start, stop), …] of the cut dim, `width` wide, of the linear of this name (its last part) on a rank of `size`."""
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    of_keys = (rank * K // size, -(-(rank + 1) * K // size))  # key heads; with fewer than ranks one that others have too
+    queries, keys = heads_of(config, size, rank)
+
+    def of_heads(heads, Dh, start=0):
+        return start + heads[0] * Dh, start + heads[1] * Dh
 
     def evenly(first, last):
-        n = last - first
-        return first + rank * n // size, first + (rank + 1) * n // size
+        n = (last - first) // unit
+        return first + rank * n // size * unit, first + (rank + 1) * n // size * unit
 
+    if name in ("q_proj", "q_b_proj", "kv_b_proj", "o_proj"):
+        return [of_heads(queries, width // H)]
     if name in ("k_proj", "v_proj"):
-        return [(of_keys[0] * Dh, of_keys[1] * Dh)]
-    if name == "gate_up_proj":
-        return [evenly(0, width // 2), evenly(width // 2, width)]
+        return [of_heads(keys, Dh)]
     if name == "qkv_proj" and config.fused_qkv == "blocks":
-        blocks = [(start + of_keys[0] * Dh, start + of_keys[1] * Dh) for start in (H * Dh, (H + K) * Dh)]
-        return [evenly(0, H * Dh), *blocks]
+        return [of_heads(queries, Dh), of_heads(keys, Dh, H * Dh), of_heads(keys, Dh, (H + K) * Dh)]
     if name == "qkv_proj":  # each key head's queries, its key, its value
         G, ranges = H // K, []
-        for k in range(*of_keys):
+        for k in range(*keys):
             start = k * (G + 2)
-            first, last = max(rank * H // size, k * G) - k * G, min((rank + 1) * H // size, (k + 1) * G) - k * G
+            first, last = max(queries[0], k * G) - k * G, min(queries[1], (k + 1) * G) - k * G
             ranges += [(start + first, start + last), (start + G, start + G + 2)]
         return [(a * Dh, b * Dh) for a, b in _joined(ranges)]
-    return [evenly(0, width)]  # heads, or channels of the MLP, or ids
+    unit = 1 if name in BY_VOCABULARY else _unit(config)
+    if name == "gate_up_proj":
+        return [evenly(0, width // 2), evenly(width // 2, width)]
+    return [evenly(0, width)]  # channels of the MLP, or ids
+
+
+def _unit(config):
+    """Channels that cannot be parted: those whose weights are packed into one word."""
+    return 32 // config.quantization["bits"] if config.quantization and config.quantization["quant_method"] == "gptq" else 1
 
 
 def _joined(ranges):
@@ -457,11 +581,22 @@ class SparseRegion:
         return mixed if residual is None else residual + mixed, probabilities
 
 
-class RowLinear:
-    """A linear of which each rank has some inputs: parts of the product are added up, then the bias."""
+class PartedLinear:
+    """A linear of which each rank has a part."""
+
+    def whole_weight(self):
+        return gathered(self.weight.astype("float32"), self.weight.cut, self.tp)
+
+
+class PartedInputs(PartedLinear):
+    """One of which each rank has some inputs: its output is partial over tp."""
 
     def norms(self, weight):
         return paddle.sqrt(self.tp.all_reduce(weight.square().sum(0)))
+
+
+class RowLinear(PartedInputs):
+    """The same, where the parts of the product are added up here, then the bias."""
 
     def forward(self, x, residual=None):
         y = leave(self.product(x), self.tp)
@@ -487,12 +622,12 @@ class PartedVocabulary:
                                             vocabulary=part, softcap=self.config.final_softcap)  # fmt: skip
 
     def logits(self, x):
-        found, tp = super().logits(x), self.topology.tp
-        parts, V = -(-self.config.vocab_size // tp.size), self.config.vocab_size  # of ids: the widest
-        found = F.pad(found, [0, 0] * (found.ndim - 1) + [0, parts - found.shape[-1]])
-        found = tp.all_gather(found, -1)
+        found, tp, V = super().logits(x), self.topology.tp, self.config.vocab_size
+        widest = -(-V // tp.size)  # of the parts
+        found = F.pad(found, [0, 0] * (found.ndim - 1) + [0, widest - found.shape[-1]])
+        found = _Gather.apply(found, tp, found.ndim - 1, False)
         if V % tp.size:
-            ids = [np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * parts for r in range(tp.size)]
+            ids = [np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * widest for r in range(tp.size)]
             found = paddle.index_select(found, paddle.to_tensor(np.concatenate(ids)), -1)
         return found
 
@@ -532,26 +667,67 @@ class PartedPrefix:
             states[:] = [None if x is None else x[:, :, slice(*self.key_heads)] for x in states]
 
 
+def check_tensor(config, degrees):
+    """[what stands against cutting this model so, a line each]: tensor and expert parallelism."""
+    tp, ep, found = degrees.tp, degrees.ep, []
+    H, K, experts, bits = config.num_attention_heads, config.num_key_value_heads, config.experts, _unit(config)
+    widths = {"intermediate_size": config.intermediate_size}
+    if experts is not None:
+        widths["width of an expert"] = experts.width
+        widths["width of the shared expert"] = experts.shared_width or experts.width
+        if not experts.dense_layers:
+            del widths["intermediate_size"]
+    if tp > 1:
+        if H < tp:
+            found.append(f"tensor_parallel_degree {tp}: {H} attention heads are fewer")
+        elif K < tp and H // K < -(-tp // K):
+            found.append(f"tensor_parallel_degree {tp}: {H} heads over {K} key/value heads do not go round")
+        found += [f"tensor_parallel_degree {tp}: {name} {n} is too narrow" for name, n in widths.items() if n // bits < tp]
+        if config.vocab_size < tp:
+            found.append(f"tensor_parallel_degree {tp}: {config.vocab_size} ids are fewer")
+        if experts is not None and config.mlp_bias:
+            found.append(f"tensor_parallel_degree {tp}: experts with biases are not cut")
+        if config.quantization is not None and config.quantization["quant_method"] != "gptq":
+            found.append(f"tensor_parallel_degree {tp}: a model quantized to a8w8 is not cut: its activations are rounded whole")
+        elif config.head_dim % bits or (config.latent is not None and config.latent.value_dim % bits):
+            found.append(f"tensor_parallel_degree {tp}: heads of {config.head_dim} are not whole words of {bits} packed weights")
+    if ep > 1:
+        ranks = degrees.dp * degrees.sharding * degrees.sep
+        factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep}"
+        if experts is None:
+            found.append(f"expert_parallel_degree {ep}: {config.family} of this size has no experts")
+        elif experts.count % ep:
+            found.append(f"expert_parallel_degree {ep}: does not divide {experts.count} experts")
+        if ranks % ep:
+            found.append(f"expert_parallel_degree {ep}: does not divide {factors} = {ranks} ranks with other tokens")
+    return found
+
+
 def cut_tensors(model, tp):
     """Tensor parallelism of a model as it was built: parameters become parts, layers get the mixins above."""
     config = model.config
     if tp.size == 1:
         return
     for path, layer in list(model.named_sublayers()):
+        if isinstance(layer, Elsewhere):
+            continue
         name = path.rpartition(".")[2]
+        inside = ".experts." in path or ".shared." in path  # of a SparseMLP, which adds up
         if name in BY_OUTPUTS + BY_INPUTS + BY_VOCABULARY:
-            _cut_linear(layer, name, config, tp)
-        if isinstance(layer, Attention):
-            K, H = config.num_key_value_heads, config.num_attention_heads
-            heads = slice(tp.rank * H // tp.size, (tp.rank + 1) * H // tp.size)
-            layer.group = (H // tp.size) // max(1, K // tp.size)
-            layer.slopes = None if layer.slopes is None else layer.slopes[heads]
-        if isinstance(layer, (Attention, MLP)) and ".experts." not in path and name != "shared":
+            (_cut_integers if isinstance(layer, QuantLinear) else _cut_linear)(layer, name, config, tp)
+        if name in BY_INPUTS:
+            mix_in(layer, PartedInputs if inside else RowLinear, tp=tp)
+        elif name in BY_OUTPUTS:
+            mix_in(layer, PartedLinear, tp=tp)
+        elif isinstance(layer, Attention):
+            (first, last), (first_key, last_key) = heads_of(config, tp.size, tp.rank)
+            layer.group = (last - first) // (last_key - first_key)
+            layer.slopes = None if layer.slopes is None else layer.slopes[first:last]
+            mix_in(layer, Region, tp=tp)
+        elif isinstance(layer, MLP) and not inside and name != "shared":
             mix_in(layer, Region, tp=tp)
         elif isinstance(layer, SparseMLP):
             mix_in(layer, SparseRegion, tp=tp)
-        elif name in BY_INPUTS and ".experts." not in path and ".shared." not in path:
-            mix_in(layer, RowLinear, tp=tp)
     mix_in(model, PartedVocabulary)
 
 
@@ -559,10 +735,50 @@ def _cut_linear(layer, name, config, tp):
     dim = 0 if name in BY_INPUTS or name == "embed_tokens" else 1
     whole = layer.weight.shape
     of_ranks = [cut_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    cut = Cut(dim, of_ranks, tp.rank, whole)
+    layer.cut = cut = Cut(dim, of_ranks, tp.rank, whole)
     layer.weight = _part_of(layer, layer.weight, cut)
     if dim == 1 and getattr(layer, "bias", None) is not None:
         layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
+
+
+def _cut_integers(layer, name, config, tp):
+    """A QuantLinear of weights in groups, packed along the inputs; the groups' zeros are packed along the outputs."""
+    dim, whole, packed = 0 if name in BY_INPUTS else 1, [layer.n_in, layer.n_out], _unit(config)
+    of_ranks = [cut_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
+    layer.cut = cut = Cut(dim, of_ranks, tp.rank, whole)
+
+    def of(unit, dim, shape):
+        return Cut(dim, [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in of_ranks], tp.rank, shape)
+
+    if dim == 1:
+        cuts = {"qweight": of(1, 1, layer.qweight.shape), "scales": of(1, 1, layer.scales.shape), "qzeros": of(packed, 1, layer.qzeros.shape)}
+        if layer.bias is not None:
+            layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
+    else:
+        cuts = {"qweight": of(packed, 0, layer.qweight.shape), "g_index": of(1, 0, layer.g_index.shape)}
+        if any(end % layer.group_size for ranges in of_ranks[:-1] for _, end in ranges):
+            layer.in_order = layer.group_size >= layer.n_in  # groups are parted: rows say of which they are
+        elif layer.in_order and layer.group_size < layer.n_in:
+            cuts |= {name: of(layer.group_size, 0, getattr(layer, name).shape) for name in ("scales", "qzeros")}
+    for name, cut in cuts.items():
+        shape = [cut.width if dim == cut.dim else n for dim, n in enumerate(cut.shape)]
+        part = paddle.zeros(shape, getattr(layer, name).dtype)
+        part.cut = cut
+        layer.register_buffer(name, part)
+    mix_in(layer, PartedIntegers)
+
+
+class PartedIntegers:
+    """A QuantLinear of which each rank has some columns, or rows: what g_index names is a group of the whole."""
+
+    def check(self, path, name):
+        rows, groups = np.arange(self.n_in), self.g_index.numpy()
+        rows = rows if self.cut.dim == 1 else self.cut.take(rows)
+        last = -(-self.n_in // self.group_size) - 1
+        if groups.min() < 0 or groups.max() > last:
+            raise UserError(f"{path}: {name}.g_idx names group {groups.max()}, {name}.scales has 0 to {last}")
+        if self.in_order and not np.array_equal(groups, rows // self.group_size):
+            raise UserError(f"{path}: {name}.g_idx is not in order, but desc_act is false")
 
 
 def _part_of(layer, parameter, cut):
@@ -582,23 +798,439 @@ def _part_of(layer, parameter, cut):
 def cut_adapters(model, topology):
     """The same for LoRA and prefix, put on whole after cut_tensors()."""
     tp = topology.tp
-    if tp.size == 1:
-        return
-    for layer in lora_layers(model).values():
-        cut = getattr(layer.base.weight, "cut", None)
+    paths = {id(layer): path for path, layer in model.named_sublayers()}
+    for layer in lora_layers(model).values() if topology.degrees.world > 1 else ():
+        cut = getattr(layer.base, "cut", None)
+        if layer.dropout:
+            mix_in(layer, SpreadDropout, topology=topology, expert=".experts." in paths[id(layer)])
         if cut is None:
             continue
         if cut.dim == 1:
             layer.lora_B = _part_of(layer, layer.lora_B, cut.of(1, layer.lora_B.shape))
-            if layer.lora_magnitude_vector is not None:  # was made of the part
-                layer.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
         else:
             layer.lora_A = _part_of(layer, layer.lora_A, cut.of(0, layer.lora_A.shape))
             if isinstance(layer.base, RowLinear):
                 mix_in(layer, RowLinear, tp=tp)
-    if model.prefix is not None:
-        K = model.config.num_key_value_heads
-        mix_in(model.prefix, PartedPrefix, key_heads=(tp.rank * K // tp.size, -(-(tp.rank + 1) * K // tp.size)))
+    if model.prefix is not None and model.distances_count and topology.sep.size > 1 and topology.degrees.context:
+        raise UserError(_RING_WITH_PREFIX)
+    if model.prefix is not None and tp.size > 1:
+        mix_in(model.prefix, PartedPrefix, key_heads=heads_of(model.config, tp.size, tp.rank)[1])
+
+
+class SpreadDropout:
+    """A LoRALinear of which this process has some inputs, or tokens: its part of the mask that one process would draw."""
+
+    def dropped(self, x):
+        if not self.training:
+            return x
+        mask, cut = self._mask(x.shape[:-1]), getattr(self.base, "cut", None)
+        if cut is not None and cut.dim == 0:
+            mask = paddle.concat([mask[..., slice(*r)] for r in cut.ranges], axis=-1)
+        return x * mask.astype(x.dtype)
+
+    def _mask(self, tokens):
+        sep, pieces = self.topology.sep, getattr(self.topology.ep, "pieces", None) if self.expert else None
+        if pieces is not None:  # of one rank's tokens behind another's
+            return paddle.concat([self._drawn([n], number) for number, n in pieces if n])
+        if not self.expert and sep.places is not None:
+            return spread_tokens(self._drawn([tokens[0], sep.whole]), sep)
+        return self._drawn(tokens)
+
+    def _drawn(self, tokens, number=None):
+        with self.draws.under(self.key, number):
+            return F.dropout(paddle.ones([*tokens, self.base.n_in]), self.dropout)
+
+
+# ======================================================================================= expert parallelism
+
+
+def expert_axes(grid, order, degree, rank, groups):
+    """(the ranks that share out the experts, those with the same experts) around a rank; ranks are connected in this order.
+
+    Consecutive ranks of the data axes, (dp, sharding, sep) as one line at the same pp and tp, have the experts among them:
+    each has E/ep, and sends other ranks' tokens to them and back. The next so many do the same with copies of them.
+    """
+    line = np.transpose(grid, [order.index(name) for name in ("pp", "tp", "dp", "sharding", "sep")])
+    line = next(line for line in line.reshape([-1, math.prod(line.shape[2:])]) if rank in line).reshape([-1, degree])
+    (group, place), *_ = np.argwhere(line == rank)
+    if degree == 1:
+        return Axis("ep", [rank], rank), Axis("copies", [rank], rank)
+    return tuple(Axis(name, [int(r) for r in ranks], rank, groups) for name, ranks in (("ep", line[group]), ("copies", line[:, place])))
+
+
+def gradient_axes(path, topology):
+    """[Axis] over which the gradient of the parameter of this path is added up: ranks that hold it and have other tokens."""
+    if is_spread(path, topology):
+        return [topology.copies]
+    return [topology.sep, topology.sharding, topology.dp]
+
+
+def is_spread(path, topology):
+    """Whether the parameter of this path is one of an expert that other ranks of topology.ep do not have."""
+    return topology.ep.size > 1 and ".mlp.experts." in path
+
+
+def experts_of(config, ep, rank=None):
+    """range of the experts that a rank (this one) of ep has."""
+    each, rank = config.experts.count // ep.size, ep.rank if rank is None else rank
+    return range(rank * each, (rank + 1) * each)
+
+
+class SpreadExperts:
+    """A SparseMLP that has the experts of its rank of ep alone: tokens are sent to where their experts are, and back."""
+
+    def outputs(self, tokens, counts):
+        ep, number = self.ep, self.draws.number
+        if paddle.is_grad_enabled() and tokens.stop_gradient:
+            tokens = tokens.clone()
+            tokens.stop_gradient = False  # every rank goes back through the exchange, whatever of its own is trained
+        told = paddle.to_tensor(np.append(counts, number).astype(np.int64)).unsqueeze(0)
+        told = ep.all_gather(told).numpy()  # (ep, E + 1)
+        counts, numbers = told[:, :-1].reshape([ep.size, ep.size, -1]), told[:, -1]  # (from, to, expert)
+        sent = counts.sum(-1)
+        here = counts[:, ep.rank]  # (from, expert)
+        tokens = _Exchange.apply(tokens, ep, sent)
+        n = int(here.sum())
+        if n:
+            order = np.concatenate([np.arange(n)[a : a + m] for a, m in _pieces(here)])  # rank by rank -> expert by expert
+            mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here, numbers)
+            tokens = paddle.index_select(mixed, paddle.to_tensor(np.argsort(order)))
+        return _Exchange.apply(tokens, ep, sent.T)
+
+    def _by_expert(self, tokens, here, numbers):
+        """(n, D), one expert's tokens behind another's -> what this rank's experts make of them."""
+        totals = here.sum(0)
+        parts, found = paddle.split(tokens, [int(n) for n in totals if n]), []
+        for e in np.flatnonzero(totals):
+            self.ep.pieces = list(zip(numbers.tolist(), here[:, e].tolist()))
+            found.append(list(self.experts)[e](parts[len(found)]))
+        return paddle.concat(found)
+
+
+def _pieces(here):
+    """(from, expert) counts of rows that stand rank by rank -> (start, count) of each piece, expert by expert."""
+    ends = here.flatten().cumsum().reshape(here.shape)
+    return [(int(ends[s, e] - here[s, e]), int(here[s, e])) for e in range(here.shape[1]) for s in range(here.shape[0])]
+
+
+def spread_experts(model, topology):
+    """Leave this rank its experts. What is elsewhere takes no memory and is not read."""
+    ep, config = topology.ep, model.config
+    if ep.size == 1:
+        return
+    mine = experts_of(config, ep)
+    for layer in model.sublayers():
+        if isinstance(layer, SparseMLP):
+            for e in set(range(config.experts.count)) - set(mine):
+                del layer.experts._sub_layers[str(e)]
+            mix_in(layer, SpreadExperts, ep=ep, draws=model.draws)
+    rows = [row for row in FAMILIES[config.family].names if "{e}" in row[0]]
+    elsewhere = {theirs.format(i=i, e=e) for _, theirs, _ in rows for i in range(config.num_hidden_layers)
+                 for e in range(config.experts.count) if e not in mine}  # fmt: skip
+    model.elsewhere = model.elsewhere | elsewhere
+
+
+# ====================================================================================== context parallelism
+#
+# Ranks of sep share the tokens of a batch. All but attention works on a token alone; for attention, either each rank gets all
+# tokens of some heads (sep_parallel_degree; Ulysses, arXiv 2309.14509), or keys and values go round (context_parallel_degree;
+# ring attention, arXiv 2310.01889). What looks at a row as a whole (positions, masks, noise) is made of the whole row on every
+# rank, then cut.
+
+
+def spread(sep, T, ring):
+    """Say which of T tokens this rank has; T None: all of them, on every rank.
+
+    An even run; in a ring its chunks r and 2·sep - 1 - r of 2·sep, an early one, which sees few keys, and a late one, which
+    sees many: with causal attention all ranks have as much to do.
+    """
+    sep.whole = T
+    sep.places = None if T is None or sep.size == 1 else token_places(T, sep.size, sep.rank, ring)
+    if sep.places is not None:
+        ends = np.argsort(np.concatenate([token_places(T, sep.size, rank, ring) for rank in range(sep.size)]))
+        sep.back = paddle.to_tensor(ends[:T])  # where each token of the row stands among those of all ranks
+
+
+@functools.lru_cache(maxsize=1024)
+def token_places(T, size, rank, ring):
+    """(n,) int64, n the same on every rank: places from T on are no tokens."""
+    if not ring:
+        n = -(-T // size)
+        return np.arange(rank * n, (rank + 1) * n)
+    n = -(-T // (2 * size))
+    return np.concatenate([np.arange(chunk * n, (chunk + 1) * n) for chunk in (rank, 2 * size - 1 - rank)])
+
+
+def spread_tokens(x, sep):
+    """(B, whole T, …) -> (B, T/sep, …), the tokens that this rank of sep has; 0 for those that fill rows up."""
+    if sep.places is None:
+        return x
+    places = paddle.to_tensor(np.where(sep.places < sep.whole, sep.places, sep.whole))
+    return paddle.index_select(paddle.concat([x, paddle.zeros_like(x[:, :1])], axis=1), places, axis=1)
+
+
+def together(x, sep, summed=False):
+    """(B, T/sep, …) -> (B, whole T, …) in order. summed: its gradient is the sum over the ranks, else the same on each."""
+    if sep.places is None:
+        return x
+    x = sep.all_gather(x, 1) if x.stop_gradient else _Gather.apply(x, sep, 1, summed)
+    return paddle.index_select(x, sep.back, axis=1)
+
+
+class SpreadCausalLM:
+    """A CausalLM whose tokens are shared by the ranks of sep: trunk() gives (B, T/sep, D), losses() those of all tokens."""
+
+    def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
+        x, shared = super().prepare(input_ids, position_ids, rows, caches)
+        sep, degrees = self.topology.sep, self.topology.degrees
+        if sep.places is None or not degrees.context:
+            return x, shared
+        if shared.spread is not None:
+            raise UserError(_RING_WITH_PREFIX)
+        before = 0 if caches is None else caches.prefix_tokens
+        chunks = {id(rows): Chunks(rows, before, sep) for rows in (shared.rows, *shared.narrowed.values())}
+        narrowed = {window: chunks[id(rows)] for window, rows in shared.narrowed.items()}
+        return x, shared._replace(rows=chunks[id(shared.rows)], narrowed=narrowed)
+
+    def look_up(self, input_ids):
+        return super().look_up(spread_tokens(input_ids, self.topology.sep))
+
+    def _turns(self, position_ids, before, cache):
+        found = super()._turns(position_ids, before, cache)
+        return tuple(None if x is None else spread_tokens(x, self.topology.sep) for x in found)
+
+    def losses(self, x, probabilities, labels, return_predictions=False, additions=True):
+        sep = self.topology.sep
+        labels = spread_tokens(labels + 100, sep) - 100  # what fills rows up is -100 too
+        found = super().losses(x, probabilities, labels, return_predictions, additions)
+        return tuple(together(f, sep) for f in found) if return_predictions else together(found, sep)
+
+    def logits(self, x):
+        return together(super().logits(x), self.topology.sep)
+
+    def of_all(self, x):
+        # Every rank computes the same of it, but only its own tokens' losses have a gradient there.
+        return together(x, self.topology.sep, summed=True)
+
+
+_RING_WITH_PREFIX = (
+    "context_parallel_degree with prefix_tuning: attention of this model depends on distances (ALiBi or a window), "
+    "so that each sample of a row needs the prefix for itself; use sep_parallel_degree"
+)
+
+
+class HeadsForTokens:
+    """Attention where each rank of sep has some tokens: it trades them for all tokens of some heads, and back."""
+
+    def mixed(self, q, k, v, slopes, rows, past_k, past_v, spread):
+        sep = self.sep
+        if sep.places is None:
+            return super().mixed(q, k, v, slopes, rows, past_k, past_v, spread)
+        # With fewer key heads than ranks, or not a multiple, each is there several times; gradients of copies are added up.
+        copies = sep.size // math.gcd(k.shape[2], sep.size)
+        k, v, past_k, past_v = (x if x is None or copies == 1 else _repeat_heads(x, copies) for x in (k, v, past_k, past_v))
+        sent = paddle.concat([self._by_rank(x) for x in (q, k, v)], axis=3)  # (sep, B, T/sep, (H + 2 K)/(tp·sep), Dh)
+        came = _AllToAll.apply(sent, sep).transpose([1, 0, 2, 3, 4]).flatten(1, 2)[:, : sep.whole]  # (B, T, …)
+        q, k, v = came.split([q.shape[2] // sep.size, *[k.shape[2] // sep.size] * 2], axis=2)
+        past_k, past_v = (None if x is None else sep.share(x, 2) for x in (past_k, past_v))
+        slopes = None if slopes is None else sep.share(slopes)
+        found, _, _ = super().mixed(q, k, v, slopes, rows, past_k, past_v, spread)
+        found = _filled(found, sep.size)
+        B, T, H, Dh = found.shape
+        back = _AllToAll.apply(found.reshape([B, sep.size, T // sep.size, H, Dh]).transpose([1, 0, 2, 3, 4]), sep)
+        return back.transpose([1, 2, 0, 3, 4]).flatten(2, 3), None, None  # (B, T/sep, H/tp, Dh)
+
+    def _by_rank(self, x):
+        """(B, T/sep, heads, Dh) -> (sep, B, T/sep, heads/sep, Dh)"""
+        B, T, _, Dh = x.shape
+        return x.reshape([B, T, self.sep.size, -1, Dh]).transpose([2, 0, 1, 3, 4])
+
+
+def _repeat_heads(x, copies):
+    """(B, T, K, Dh) -> (B, T, K · copies, Dh), copies of a head beside each other."""
+    B, T, K, Dh = x.shape
+    return x.unsqueeze(3).expand([B, T, K, copies, Dh]).reshape([B, T, -1, Dh])
+
+
+class _AllToAll(PyLayer):
+    """Axis.all_to_all; gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return axis.all_to_all(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.axis.all_to_all(dy)
+
+
+class Chunks:
+    """FlashMask rows of a ring: what each of this rank's two chunks of queries sees of any chunk of keys, or of the prefix."""
+
+    def __init__(self, rows, before, sep):
+        """rows (B, 1, before + T, n) or None, of keys behind a prefix of `before`."""
+        self.sep, self.before, self.C = sep, before, len(sep.places) // 2
+        self.causal = rows is None or rows.shape[-1] == 1
+        self.mine = sep.rank, 2 * sep.size - 1 - sep.rank
+        self.rows, self.found = None, {}
+        if rows is not None:  # keys that only fill the last chunks up are hidden from all
+            more = 2 * sep.size * self.C - sep.whole
+            self.rows = np.pad(rows.numpy().astype(np.int64), [(0, 0), (0, 0), (0, more), (0, 0)])
+
+    def pair(self, queries, keys):
+        """(rows, offset) for kernels.attention_part, of chunks by number, keys None: the prefix; None if nothing is seen."""
+        if (queries, keys) not in self.found:
+            self.found[queries, keys] = self._pair(queries, keys)
+        return self.found[queries, keys]
+
+    def _pair(self, queries, keys):
+        first = 0 if keys is None else self.before + keys * self.C  # rows are counted from the first of these keys
+        n, offset = self.before if keys is None else self.C, self.before + queries * self.C - first
+        if self.causal and offset + self.C <= 0:
+            return None
+        if self.rows is None:
+            return None, offset
+        rows = self.rows[:, :, first : first + n] - first
+        last = np.minimum(rows[..., 0], offset + self.C)
+        start = np.full_like(last, offset) if self.causal else np.maximum(rows[..., 1], offset)
+        if not (start < last).any():
+            return None
+        limits = np.iinfo(np.int32)
+        return paddle.to_tensor(rows.clip(limits.min, limits.max).astype(np.int32)), offset
+
+
+class Ring:
+    """Attention where each rank of sep has two chunks of tokens: keys and values go round."""
+
+    def mixed(self, q, k, v, slopes, rows, past_k, past_v, spread):
+        if self.sep.places is None:
+            return super().mixed(q, k, v, slopes, rows, past_k, past_v, spread)
+        options = {"causal": rows.causal, "alibi_slopes": slopes, **self.options}
+        how = types.SimpleNamespace(chunks=rows, sep=self.sep, options=options)
+        return _Ring.apply(q, k, v, past_k, past_v, how), None, None
+
+
+class _Ring(PyLayer):
+    """Attention of this rank's queries with each rank's keys in turn; results are merged by their log-sum-exp.
+
+    Kept: q, k, v, the result and its lse, all of this rank's tokens. Backward sends keys and values round again, and with
+    them the gradients that they have collected, which so come home.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, past_k, past_v, how):
+        chunks, sums = how.chunks, [Merged(q[:, i]) for i in halves(q)]
+        for part, queries in zip(sums, chunks.mine):
+            if past_k is not None and (seen := chunks.pair(queries, None)) is not None:
+                part.add(*kernels.attention_part(part.q, past_k, past_v, *seen, **how.options))
+        states = paddle.stack([k, v])  # (2, B, T/sep, K, Dh)
+        for last, owner in _turns_of(how.sep):
+            for keys, part, seen, _ in _pairs(how, owner, sums):
+                k_part, v_part = states[:, :, keys]
+                part.add(*kernels.attention_part(part.q, k_part, v_part, *seen, **how.options))
+            if not last:
+                states = how.sep.pass_on(states)
+        out, lse = (paddle.concat([getattr(part, name) for part in sums], axis=dim) for name, dim in (("out", 1), ("lse", 2)))
+        ctx.how, ctx.given = how, [t is not None for t in (q, k, v, past_k, past_v)]
+        ctx.frozen = [t is None or t.stop_gradient for t in (q, k, v, past_k, past_v)]
+        ctx.save_for_backward(q, k, v, past_k, past_v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        how, (q, k, v, past_k, past_v, out, lse) = ctx.how, ctx.saved_tensor()
+        parts = [types.SimpleNamespace(q=q[:, i], kept=(out[:, i], lse[:, :, i], d_out[:, i]), d_q=paddle.zeros_like(q[:, i]))
+                 for i in halves(q)]  # fmt: skip
+        d_past = [None, None]
+
+        def of_keys(part, k, v, seen):
+            d_q, *d_states = kernels.attention_part_backward(part.q, k, v, *part.kept, *seen, **how.options)
+            part.d_q = part.d_q + d_q
+            return d_states
+
+        if past_k is not None:
+            d_past = [paddle.zeros_like(past_k), paddle.zeros_like(past_v)]
+            for part, queries in zip(parts, how.chunks.mine):
+                if (seen := how.chunks.pair(queries, None)) is not None:
+                    d_past = [old + new for old, new in zip(d_past, of_keys(part, past_k, past_v, seen))]
+        states = paddle.stack([k, v])
+        d_states = paddle.zeros_like(states)
+        for last, owner in _turns_of(how.sep):
+            for keys, part, seen, half in _pairs(how, owner, parts):
+                k_part, v_part = states[:, :, keys]
+                d_states[:, :, keys] = d_states[:, :, keys] + paddle.stack(of_keys(part, k_part, v_part, seen))
+            if last:
+                d_states = how.sep.pass_on(d_states)
+            else:
+                states, d_states = how.sep.pass_on(paddle.stack([states, d_states]))
+        found = paddle.concat([part.d_q for part in parts], axis=1), *d_states, *d_past
+        return tuple(None if frozen else d for d, frozen, given in zip(found, ctx.frozen, ctx.given) if given)
+
+
+def halves(x):
+    """The slices of tokens that are a rank's two chunks."""
+    C = x.shape[1] // 2
+    return slice(0, C), slice(C, 2 * C)
+
+
+def _turns_of(sep):
+    """(whether it is the last, whose keys are here) of each turn of a ring."""
+    return [(turn == sep.size - 1, (sep.rank - turn) % sep.size) for turn in range(sep.size)]
+
+
+def _pairs(how, owner, parts):
+    """(slice of the keys, part of the queries, what they see of each other) of chunks of which anything is seen."""
+    size = how.sep.size
+    for i, keys in enumerate((owner, 2 * size - 1 - owner)):
+        for part, queries in zip(parts, how.chunks.mine):
+            if (seen := how.chunks.pair(queries, keys)) is not None:
+                yield slice(i * how.chunks.C, (i + 1) * how.chunks.C), part, seen, i
+
+
+class Merged:
+    """Attention of queries q (B, C, H, Dh) with one set of keys after another."""
+
+    def __init__(self, q):
+        B, C, H, _ = q.shape
+        self.q, self.out, self.lse = q, paddle.zeros_like(q), paddle.full([B, H, C], -math.inf, "float32")
+
+    def add(self, out, lse):
+        most = paddle.maximum(self.lse, lse)
+        most = paddle.where(paddle.isinf(most), paddle.zeros_like(most), most)  # who sees nothing yet: no nan
+        old, new = paddle.exp(self.lse - most), paddle.exp(lse - most)
+        total = old + new
+        self.lse = most + paddle.log(total)
+        total = total.clip(min=1e-30)
+        old, new = ((x / total).transpose([0, 2, 1]).unsqueeze(-1).astype(out.dtype) for x in (old, new))  # (B, C, H, 1)
+        self.out = self.out * old + out * new
+
+
+def spread_attention(model, topology):
+    """Context parallelism of a model as it was built."""
+    if topology.sep.size == 1:
+        return
+    for layer in model.sublayers():
+        if isinstance(layer, Attention):
+            mix_in(layer, Ring if topology.degrees.context else HeadsForTokens, sep=topology.sep)
+    mix_in(model, SpreadCausalLM)
+
+
+def check_context(config, degrees, T=None):
+    """[what stands against sharing the tokens of this model so, a line each]; T: the longest row, where it is known."""
+    sep, tp, found = degrees.sep, degrees.tp, []
+    if sep == 1:
+        return found
+    name = "context_parallel_degree" if degrees.context else "sep_parallel_degree"
+    if not degrees.context:
+        for heads in sorted({last - first for (first, last), _ in (heads_of(config, tp, rank) for rank in range(tp))}):
+            if heads % sep:
+                of_tp = f" / tensor_parallel_degree {tp} = {heads} on a rank" if tp > 1 else ""
+                wrong = f"{name} {sep}: does not divide attention heads {config.num_attention_heads}{of_tp}"
+                found.append(f"{wrong}; context_parallel_degree takes any number of heads")
+    if T is not None and T < (2 * sep if degrees.context else sep):
+        found.append(f"{name} {sep}: rows of {T} tokens are too short to share")
+    return found
 
 
 # ========================================================================================================= pipeline
@@ -925,6 +1557,9 @@ class StagedCausalLM:
         pipeline = self.pipeline
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
+        self.share_tokens(input_ids.shape[1] if caches is None else None)
+        if self.training:
+            self.draws.renew()
         chunks = range(pipeline.virtual) if pipeline.now is None else pipeline.now[:1]
         pipeline.starts = pipeline.stage(chunks[0]) == 0
         x, shared = self.prepare(input_ids, position_ids, rows, caches)
@@ -979,7 +1614,7 @@ def cut_stages(model, topology):
     model.elsewhere |= names - {weight.name for names in rows for weight in base_weights(model, names)}
 
 
-def copies(model, path):
+def stage_copies(model, path):
     """The axis over whose ranks, stages of a pipeline, there are copies of the parameter of this path; None: it is alone."""
     if model.topology.pp.size > 1:
         if path.startswith("prefix."):
@@ -1002,8 +1637,10 @@ class Shards:
     def __init__(self, model, weights, topology):
         self.model, self.weights, self.topology = model, weights, topology
         paths = {id(parameter): path for path, parameter in model.named_parameters()}
-        self.copies = {w.name: copies(model, paths[id(w.parameter)]) for w in weights}  # on other stages of a pipeline
+        self.copied = {w.name: stage_copies(model, paths[id(w.parameter)]) for w in weights}  # on other stages of a pipeline
         self.partial = [w for w in weights if partial_over_tp(paths[id(w.parameter)], w.parameter, topology.tp)]
+        self.spread = {id(w.parameter) for w in weights if is_spread(paths[id(w.parameter)], topology)}
+        self.axes = [gradient_axes(paths[id(w.parameter)], topology) for w in weights]
         self.pieces = weights
 
     @paddle.no_grad()
@@ -1013,28 +1650,31 @@ class Shards:
         for weight in self.weights:
             if weight.parameter.grad is None:  # an expert to which no token went
                 weight.parameter.grad = paddle.zeros_like(weight.parameter)
-        for axis in (topology.sep, topology.sharding, topology.dp):
-            _all_reduce_together([w.parameter.grad for w in self.weights], axis)
+        for axis in (topology.sep, topology.sharding, topology.dp, topology.copies):
+            _all_reduce_together([w.parameter.grad for w, axes in zip(self.weights, self.axes) if axis in axes], axis)
         _all_reduce_together([w.parameter.grad for w in self.partial], topology.tp)
         for axis in (topology.pp, getattr(self.model, "tied", None)):
             if axis is not None and axis.size > 1:
-                _all_reduce_together([w.parameter.grad for w in self.weights if self.copies[w.name] is axis], axis)
+                _all_reduce_together([w.parameter.grad for w in self.weights if self.copied[w.name] is axis], axis)
         return self._norm()
 
     def _norm(self):
-        tp, squares = self.topology.tp, paddle.zeros([], "float64")
+        tp, squares = self.topology.tp, paddle.zeros([2], "float64")  # of what all ranks of ep have, of their experts
         for weight in self.weights:
             gradient, cut = weight.parameter.grad, weight.cut
             if gradient is None:
                 continue
             if cut is not None and cut.overlaps:
-                squares = squares + self._once(gradient, cut)
+                square = self._once(gradient, cut)
             elif cut is not None or tp.rank == 0:
-                copied = self.copies[weight.name]
-                squares = squares + (kernels.squared_norm(gradient) if copied is None or copied.rank == 0 else 0.0)
+                copied = self.copied[weight.name]
+                square = kernels.squared_norm(gradient) if copied is None or copied.rank == 0 else 0.0
+            else:
+                continue
+            squares[int(id(weight.parameter) in self.spread)] += square
         for axis in (tp, self.topology.pp):
             axis.all_reduce(squares)
-        return math.sqrt(float(squares))
+        return math.sqrt(float(squares[0] + self.topology.ep.all_reduce(squares[1].clone())))
 
     def _once(self, gradient, cut):
         """A gradient whose rows several ranks have: added up over them, in place; its squares, each on one rank."""
@@ -1079,45 +1719,39 @@ def _all_reduce_together(tensors, axis):
 class ParallelCausalLM:
     """A CausalLM of which this process has a part. It takes and gives what a whole one does."""
 
-    def forward(self, input_ids, position_ids=None, startend_row_indices=None, caches=None, labels=None,
-                return_predictions=False, additions=True):  # fmt: skip
-        tp = self.topology.tp
-        B, T = input_ids.shape
-        # One token at a time cannot be spread; generating works on whole rows.
-        tp.sequence = self.topology.degrees.sequence_parallel and caches is None
-        if position_ids is None and caches is None:
-            position_ids = paddle.arange(T).unsqueeze(0).expand([B, T])
-        inputs = (input_ids, position_ids, startend_row_indices, labels)
-        if caches is None:
-            inputs = _padded_to(inputs, tp.size if tp.sequence else 1)
-        input_ids, position_ids, rows, labels = inputs
-        x, probabilities = self.trunk(input_ids, position_ids, rows, caches)
-        x = enter(x, tp)
-        if labels is None:
-            return self.logits(x)[:, :T]
-        found = self.losses(x, probabilities, labels, return_predictions, additions)
-        return tuple(f[:, :T] for f in found) if return_predictions else found[:, :T]
+    def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
+        """As it was, of the tokens that this rank keeps: (B, T/tp, D) with sequence parallelism."""
+        self.share_tokens(input_ids.shape[1] if caches is None else None)
+        return super().trunk(input_ids, position_ids, rows, caches)
 
-    def hidden_states(self, input_ids, position_ids=None, rows=None, caches=None):
-        self.topology.tp.sequence = self.topology.degrees.sequence_parallel and caches is None
-        return super().hidden_states(input_ids, position_ids, rows, caches)
+    def share_tokens(self, T):
+        """Say which tokens of rows of T this rank works on; None: all. One token at a time cannot be spread."""
+        tp, sep = self.topology.tp, self.topology.sep
+        spread(sep, T, self.topology.degrees.context)
+        tp.tokens = (T if sep.places is None else len(sep.places)) if tp.sequence and T is not None else None
+
+    def hidden_states(self, *arguments, **options):
+        x, tp, sep = super().hidden_states(*arguments, **options), self.topology.tp, self.topology.sep
+        if tp.tokens is not None:
+            x = _Gather.apply(x, tp, 1, False)[:, : tp.tokens]
+        x = together(x, sep)
+        self.share_tokens(None)
+        return x
+
+    def read_by_head(self, x):
+        return enter(super().read_by_head(x), self.topology.tp)
+
+    def recomputed(self, function, *arguments):
+        T = self.topology.sep.whole
+
+        def same(*arguments):
+            self.share_tokens(T)
+            return function(*arguments)
+
+        return super().recomputed(same, *arguments)
 
     def kept(self, x):
-        tp = self.topology.tp
-        return tp.share(x, 1) if tp.sequence else x
-
-
-def _padded_to(inputs, multiple):
-    """ids, positions, rows and labels of T tokens -> of the next multiple: tokens behind, which nobody sees."""
-    input_ids, position_ids, rows, labels = inputs
-    more = -input_ids.shape[1] % multiple
-    if not more:
-        return inputs
-    T = input_ids.shape[1]
-    labels = None if labels is None else F.pad(labels, [0, 0, 0, more], value=-100)
-    if rows is not None:
-        rows = paddle.concat([rows, paddle.zeros([rows.shape[0], 1, more, rows.shape[-1]], rows.dtype) + T], axis=2)
-    return F.pad(input_ids, [0, 0, 0, more]), F.pad(position_ids, [0, 0, 0, more]), rows, labels
+        return kept(spread_tokens(x, self.topology.sep), self.topology.tp)
 
 
 def parallelize(model, topology):
@@ -1125,9 +1759,11 @@ def parallelize(model, topology):
     model.topology = topology
     if topology.degrees.world > 1:
         topology.tp.sequence = topology.degrees.sequence_parallel
-        mix_in(model, ParallelCausalLM)
         cut_stages(model, topology)
         cut_tensors(model, topology.tp)
+        spread_attention(model, topology)
+        spread_experts(model, topology)
+        mix_in(model, ParallelCausalLM)
         if topology.pp.size > 1:
             mix_in(model, StagedCausalLM)
     return model
@@ -1150,14 +1786,12 @@ def micro_steps(model, batches, batch_loss, seed):
     """Forward and backward of each of this rank's batches of a step; yields (loss, batch) after each.
 
     batch_loss(batch): its part of the step's loss; in a pipeline it ends where it calls the model, but for the last stage,
-    and the loss is 0.0 where it is not known. seed(i): seeds the randomness of the i-th, seed(i, layer) of a block in it.
+    and the loss is 0.0 where it is not known. seed(i): seeds the randomness of the i-th.
     """
     topology = model.topology
 
     def forward(index):
-        number = index * topology.data_size + topology.data_rank
-        seed(number)
-        model.draws = functools.partial(seed, number)
+        seed(index * topology.data_size + topology.data_rank)
         return batch_loss(batches[index]) * (0.0 if batches[index].get("company") else 1.0)
 
     if topology.pp.size > 1:
@@ -1192,17 +1826,39 @@ def in_turn(model, batches, run):
 @paddle.no_grad()
 def whole(weight, tensor, topology):
     """A weight, or a tensor of its shape (a moment), of all ranks of tp, as numpy in the file's layout."""
-    cut, tp = weight.cut, topology.tp
+    cut = weight.cut
     if cut is None:
         return weight.to_numpy(tensor)
+    found = gathered(tensor, cut, topology.tp)
+    return found.T if weight.transposed else found
+
+
+@paddle.no_grad()
+def whole_adapter(model):
+    """model.adapter_arrays() of the whole model, on every rank: what save_adapter() writes as `tensors`."""
+    topology = model.topology
+    arrays = adapter_arrays(model, lambda weight: whole(weight, weight.parameter, topology))
+    for axis in (topology.ep, topology.pp):
+        if axis.size > 1:
+            found = []
+            dist.all_gather_object(found, arrays, axis.group)
+            arrays = {name: array for part in found for name, array in part.items()}
+    return arrays
+
+
+@paddle.no_grad()
+def gathered(tensor, cut, tp):
+    """The whole of which each rank of tp has such a part, as numpy in our layout."""
     widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
     turned = paddle.moveaxis(tensor, cut.dim, 0)
-    turned = F.pad(turned, [0, 0] * (turned.ndim - 1) + [0, max(widths) - cut.width], pad_from_left_axis=False) if max(widths) > cut.width else turned
+    if max(widths) > cut.width:
+        more = paddle.zeros([max(widths) - cut.width, *turned.shape[1:]], turned.dtype)
+        turned = paddle.concat([turned, more])
     parts = tp.all_gather(turned.unsqueeze(0)).numpy()
     found = np.empty(cut.shape, parts.dtype)
     for rank, width in enumerate(widths):
         cut.put(found, np.moveaxis(parts[rank, :width], 0, cut.dim), rank)
-    return found.T if weight.transposed else found
+    return found
 
 
 def start(args):
@@ -1212,7 +1868,7 @@ def start(args):
     ways = {axis: max(1, getattr(args, f"{name}_parallel_degree")) for axis, name in names.items()}
     ways["sep"] = max(1, args.sep_parallel_degree, args.context_parallel_degree)
     ways["dp"] = launch.world // math.prod(ways.values())
-    degrees = Degrees(**ways, virtual=max(1, getattr(args, "virtual_pp_degree", 1)), sequence_parallel=getattr(args, "sequence_parallel", False), context=args.context_parallel_degree > 1)
+    degrees = Degrees(**ways, ep=max(1, args.expert_parallel_degree), virtual=max(1, args.virtual_pp_degree), sequence_parallel=getattr(args, "sequence_parallel", False), context=args.context_parallel_degree > 1)
     if launch.world == 1:
         return Topology(degrees)
     return Topology(degrees, launch.rank, Gloo(launch))

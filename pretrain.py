@@ -81,7 +81,7 @@ def main(args):
         )
         model = parallel.parallelize(build(config), topology)
         init_weights(model, args.seed)
-    model.recompute = args.recompute
+    trainer.set_recompute(model, args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     trainer.check_positions(model, args.model_name_or_path, {"max_seq_length": args.max_seq_length})
     trainer.prepare_output_dir(args, topology)

@@ -131,8 +131,9 @@ class TrainingArgs(ScriptArgs):
     ignore_load_lr_and_optim: bool = False  # resume with the weights and the step, but fresh moments
     ignore_save_lr_and_optim: bool = False  # checkpoints without the moments: smaller, no exact resume
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
-    recompute: bool = False  # recompute each block's activations in backward instead of keeping them
-    recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
+    recompute: bool = False  # recompute activations in backward instead of keeping them, of each block …
+    recompute_granularity: str = "full"  # … all; full_attn: attention's; core_attn: those behind its first linears; …
+    no_recompute_layers: list[int] | None = None  # … but not of these blocks, counted from 0
     sharding: str | None = None  # stage1, stage2 or stage3, and offload: so far for dry_run alone
     sequence_parallel: bool = False  # likewise
     virtual_pp_degree: int = 1  # parts of the layers, apart from each other, that a rank of a pipeline has: less idle time
@@ -193,6 +194,9 @@ def _check_numbers(args):
     ):
         if getattr(args, key) not in choices:
             raise UserError(f"{key}: {getattr(args, key)!r}; possible are {', '.join(filter(None, choices))}")
+    for layer in args.no_recompute_layers or ():
+        if layer < 0:
+            raise UserError(f"no_recompute_layers: {layer}; layers are counted from 0")
     for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
         if name not in ("visualdl", "none"):
             raise UserError(f"report_to: {name!r}; possible are visualdl and none (metrics.jsonl is always written)")
@@ -222,8 +226,6 @@ def _check_hardware(args):
     for key in ("sharding", "sequence_parallel"):
         if getattr(args, key, None):
             notes.append(f"ignored: {key}: one process, nothing is spread over several")
-    if getattr(args, "recompute", False) and args.recompute_granularity != "full":
-        notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
 
 
@@ -286,8 +288,8 @@ IGNORED = _table([
         benchmark autotuner_benchmark skip_profile_timer skip_memory_metrics metrics_output_path
         count_trained_tokens"""),
     ("gradients are released and moments kept where they are", "release_grads flatten_param_grads offload_optim"),
-    ("recompute is by whole blocks", """
-        recompute_use_reentrant no_recompute_layers refined_recompute offload_recompute_inputs"""),
+    ("recompute is by recompute_granularity and no_recompute_layers", """
+        recompute_use_reentrant refined_recompute offload_recompute_inputs"""),
     ("there is no dropout in these models", "hidden_dropout_prob attention_probs_dropout_prob dropout_warmup_steps"),
     ("nothing is sent anywhere", """
         aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token run_name wandb_api_key
@@ -486,8 +488,12 @@ def _convert(value, kind, where, text):
         if converted is not ...:
             return converted
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    wanted = " or ".join(names.get(option, "a list of text") for option in options)
+    wanted = " or ".join(names.get(option, _list_of(option)) for option in options)
     raise UserError(f"{where}: {json.dumps(value, ensure_ascii=False):.60} is the wrong type; {wanted} is needed")
+
+
+def _list_of(kind):
+    return "a list of whole numbers" if int in typing.get_args(kind) else "a list of text"
 
 
 def _as(value, kind, text):
@@ -509,7 +515,10 @@ def _as(value, kind, text):
         return value if isinstance(value, str) else ...
     if isinstance(value, str) and text:
         value = [part for part in re.split(r"[,\s]+", value) if part]
-    return value if isinstance(value, list) and all(isinstance(part, str) for part in value) else ...
+    if not isinstance(value, list):
+        return ...
+    found = [_as(part, *typing.get_args(kind), text) for part in value]
+    return ... if ... in found else found
 
 
 def run_script(main, Args, argv=None):
@@ -774,6 +783,7 @@ def _memory(args, model, adapter, degrees, T):
     bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pipeline
     layers, first, last = _numbers(model, degrees)
     kept = [_activations(block, model.config, degrees) for block in model.layers]
+    split = [_recomputed(args, i, block, model.config, degrees) for i, block in enumerate(model.layers)]
     stages = []
     for stage, places in enumerate(stage_layers(L, pipeline)):
         start, end = places.start, places.stop
@@ -783,7 +793,7 @@ def _memory(args, model, adapter, degrees, T):
             sizes = (np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
             mine = sum(sizes, np.zeros(2))
         rows = _bytes(bytes_of, degrees, held, mine)
-        whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], stage, end == L)
+        whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], split[start:end], stage, end == L)
         tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
         head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
         head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
@@ -831,31 +841,51 @@ def _bytes(bytes_of, degrees, held, adapter):
     return parts
 
 
-def _kept_by_stage(args, config, degrees, kept, stage, is_last):
-    """Activations of a token in a pipeline's stage, without and with recompute; kept: those of each of its blocks.
+def _kept_by_stage(args, config, degrees, kept, again, stage, is_last):
+    """Activations of a token in a pipeline's stage, without and with recompute; kept: those of each of its blocks; again:
+    for each what recompute leaves and what it makes again.
 
-    With recompute each block's input and one block's activations. A stage keeps those of as many micro-batches as
-    stages follow it, itself counted (1F1B, arXiv 2104.04473).
+    With recompute what is left of all blocks, and what is made again of one. A stage keeps those of as many micro-batches
+    as stages follow it, itself counted (1F1B, arXiv 2104.04473).
     """
     flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
     width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
-    embedded, normed = int(stage == 0), 2 * int(is_last)  # the first block's input; what the last norm reads and gives
-    whole = flights * (sum(kept) + (embedded + normed / 2) * width)
-    return whole, flights * (len(kept) + normed) * width + max(kept)
+    embedded, normed = int(stage == 0), int(is_last)  # the first block's input; what the last norm gives
+    ends = (embedded + normed) * width
+    whole = flights * (sum(kept) + ends)
+    # A whole block that is made again has its input counted, any other its output.
+    inputs = [left == width for left, _ in again]
+    ends += width * (normed * inputs[-1] - embedded * inputs[0])
+    return whole, flights * (sum(left for left, _ in again) + ends) + max(made for _, made in again)
 
 
-def _activations(block, config, degrees):
-    """Numbers that backward needs of one token in this block, on one rank.
+def _recomputed(args, i, block, config, degrees):
+    """(numbers of a token that recompute leaves of the i-th block, those that it makes again)."""
+    kept, how = _activations(block, config, degrees), args.recompute_granularity
+    width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
+    if i in (args.no_recompute_layers or ()):
+        return kept, 0.0
+    if how == "full":
+        return width, kept
+    of_attention = ("attention.",) if how == "full_attn" else ("attention.o_proj", "attention.q_norm", "attention.k_norm")
+    made = _activations(block, config, degrees, of_attention) - width  # what attention gives stays
+    return kept - made, made
+
+
+def _activations(block, config, degrees, names=("",)):
+    """Numbers that backward needs of one token in this block, or in the layers in it whose names begin so, on one rank.
 
     They are the outputs of its linears and norms, and what the last linears of attention and MLP read. Temporary
     tensors of an op, and blocks of logits (128 MB), come on top.
     """
     D, share = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1), 1.0
-    numbers = 0.0 if config.residual_scale is None else D  # the scaled residual
-    if hasattr(block.mlp, "experts"):  # each chosen expert's copy of the token, and the experts' sum
+    numbers = 0.0 if config.residual_scale is None or names != ("",) else D  # the scaled residual
+    if hasattr(block.mlp, "experts") and names == ("",):  # each chosen expert's copy of the token, and the experts' sum
         share = config.experts.top_k / config.experts.count
         numbers += (config.experts.top_k + 1) * D
     for name, layer in block.named_sublayers():
+        if not name.startswith(names):
+            continue
         part, routed = name.rpartition(".")[2], share if ".experts." in name else 1.0
         ways = degrees.cut(f".{part}", config)
         if hasattr(layer, "epsilon"):  # a norm: of the whole width, of a part of it, or of each head
@@ -1107,13 +1137,9 @@ def clip_scale(norm, max_norm):
     return max_norm / norm if 0 < max_norm < norm else 1.0
 
 
-def seed_step(seed, step, micro_step=0, layer=None):
-    """Seed dropout and noise of one micro-step from (seed, step, micro-step) alone: nothing to save, resuming exact.
-
-    layer: of that block of the model, so that what it draws does not depend on where the other blocks are.
-    """
-    where = f"{seed} {step} {micro_step}" + ("" if layer is None else f" {layer}")
-    digest = hashlib.blake2b(where.encode(), digest_size=4).digest()
+def seed_step(seed, step, micro_step=0):
+    """Seed dropout and noise of one micro-step from (seed, step, micro-step) alone: nothing to save, resuming exact."""
+    digest = hashlib.blake2b(f"{seed} {step} {micro_step}".encode(), digest_size=4).digest()
     paddle.seed(int.from_bytes(digest, "little") & 0x7FFFFFFF)
 
 
@@ -1512,6 +1538,15 @@ def check_finite(value, output_dir, step, batch):
         report = save_nonfinite_report(output_dir, step, batch)
         advice = "resume from the last checkpoint with a lower learning_rate, or look at these records"
         raise UserError(f"step {step}: the loss or its gradient is {value}; its batch is in {report}; {advice}")
+
+
+def set_recompute(model, args):
+    """What the model keeps of a forward pass for its backward."""
+    layers, L = args.no_recompute_layers or [], model.config.num_hidden_layers
+    if max(layers, default=0) >= L:
+        raise UserError(f"no_recompute_layers: {max(layers)}; the model's {L} layers are counted from 0")
+    model.recompute, model.recompute_granularity = args.recompute, args.recompute_granularity
+    model.no_recompute_layers = frozenset(layers)
 
 
 def check_vocabulary(model, tokenizer, path):

@@ -45,7 +45,7 @@ from kernels import _build, reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = """attention paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear
+OF_EXTENSION = """attention attention_part attention_part_backward paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear
     quant_linear linear_cross_entropy adamw squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
@@ -248,14 +248,41 @@ def _int8_linear(x, weight, scales, bias, input_scale):
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
     if q.dtype != paddle.float32 or not paddle.in_dynamic_mode():
         return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
-    rows, Dh = startend_row_indices, q.shape[-1]
+    rows = startend_row_indices
     reference.check_attention(q, k, rows, causal, softcap)
-    how = types.SimpleNamespace(  # a plain object, as a PyLayer would take tensors among its arguments for inputs
-        rows=None if rows is None else rows.astype("int32").contiguous(),
-        slopes=None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous(),
-        rest=(bool(causal), Dh**-0.5 if scale is None else float(scale), float(softcap or 0), IN_BFLOAT16 if kernels.bf16 else INSTRUCTIONS),
-    )
+    how = _how(q, rows, k.shape[1] - q.shape[1], causal, scale, alibi_slopes, softcap)
     return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), how)
+
+
+def _how(q, rows, offset, causal, scale, slopes, softcap):
+    """What the C++ takes beside q, k and v; a plain object, as a PyLayer would take tensors among its arguments for inputs."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return types.SimpleNamespace(
+        rows=None if rows is None else rows.astype("int32").contiguous(),
+        slopes=None if slopes is None else slopes.astype("float32").contiguous(),
+        rest=(bool(causal), scale, float(softcap or 0), int(offset), IN_BFLOAT16 if kernels.bf16 else INSTRUCTIONS),
+    )
+
+
+def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
+    if q.dtype != paddle.float32:
+        return reference.attention_part(q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    reference.check_part(q, k, startend_row_indices, causal, softcap)
+    how = _how(q, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    inputs = q.contiguous(), k.contiguous(), v.contiguous()
+    out, lse = _C_ops._run_custom_op("cpu_attention", *inputs, how.rows, how.slopes, *how.rest)
+    return out, paddle.where(paddle.isinf(lse), paddle.full_like(lse, -math.inf), lse)  # the C++ says +inf
+
+
+def attention_part_backward(q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None,
+                            softcap=None):  # fmt: skip
+    rest = startend_row_indices, offset, causal, scale, alibi_slopes, softcap
+    if q.dtype != paddle.float32:
+        return reference.attention_part_backward(q, k, v, out, lse, d_out, *rest)
+    how = _how(q, *rest)
+    lse = paddle.where(paddle.isinf(lse), paddle.full_like(lse, math.inf), lse)
+    inputs = q.contiguous(), k.contiguous(), v.contiguous(), how.rows, how.slopes, out.contiguous(), lse, d_out.contiguous()
+    return tuple(_C_ops._run_custom_op("cpu_attention_backward", *inputs, *how.rest))
 
 
 class _Attention(PyLayer):

@@ -155,9 +155,15 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
 
 def check_attention(q, k, rows, causal, softcap):
     """The shapes of kernels.attention's arguments and its softcap, for every back end."""
-    (B, Tq, H, _), (_, Tk, K, _) = q.shape, k.shape
-    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
+    Tq, Tk = q.shape[1], k.shape[1]
     assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
+    check_part(q, k, rows, causal, softcap)
+
+
+def check_part(q, k, rows, causal, softcap):
+    """The same of kernels.attention_part, whose keys may be fewer."""
+    (B, _, H, _), (_, Tk, K, _) = q.shape, k.shape
+    assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     check_scores(softcap)
     if rows is not None:
         n = rows.shape[-1]
@@ -174,8 +180,8 @@ def check_scores(softcap, window=None):
 class _Mask:
     """What may be seen, and the ALiBi bias, as an additive float block for queries [i0, i1) and keys [j0, j1)."""
 
-    def __init__(self, rows, causal, alibi_slopes, B, Tq, Tk, H, K):
-        self.causal, self.offset, self.Tk, self.H, self.K = causal, Tk - Tq, Tk, H, K
+    def __init__(self, rows, causal, alibi_slopes, B, Tq, Tk, H, K, offset=None):
+        self.causal, self.offset, self.Tk, self.H, self.K = causal, Tk - Tq if offset is None else offset, Tk, H, K
         self.rows = rows
         self.slopes = alibi_slopes
         per_block = max(1, BLOCK_ELEMENTS // (B * H * Tk))
@@ -188,7 +194,7 @@ class _Mask:
 
     def keys(self, i0, i1):
         """The range of keys that any query of the block can see."""
-        j1 = min(self.Tk, i1 + self.offset) if self.causal else self.Tk
+        j1 = max(1, min(self.Tk, i1 + self.offset)) if self.causal else self.Tk  # of queries before all keys: one, hidden
         if self.last_row is None:
             return 0, j1
         visible = self.last_row[:j1] > i0 + self.offset
@@ -252,30 +258,65 @@ class _Attention(PyLayer):
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, out = ctx.saved_tensor()
-        mask, K = ctx.mask, ctx.mask.K
-        k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 3, 1])  # both (B, K, Dh, Tk)
-        d_q, d_k, d_v = [], paddle.zeros_like(k_all), paddle.zeros_like(v_all)
-        v_and_one = paddle.concat([v_all, paddle.ones_like(v_all[:, :, :1])], axis=2)  # (B, K, Dh + 1, Tk)
-        for i0, i1 in mask.blocks:
-            j0, j1 = mask.keys(i0, i1)
-            q_block, d_block = _group(q[:, i0:i1], K), _group(d_out[:, i0:i1], K)
-            k_block = k_all[..., j0:j1]
-            p, seen, slope = _probabilities(q_block, k_block, mask, (i0, i1, j0, j1), ctx.scale, ctx.softcap)
-            if seen is not None:
-                d_block = d_block * seen
-            delta = (d_block * _group(out[:, i0:i1], K)).sum(-1, keepdim=True)
-            # dO V^T - delta as one product, since broadcasting delta over the scores costs more than the product.
-            d_s = p * paddle.matmul(
-                paddle.concat([d_block, -delta], axis=-1), v_and_one[..., j0:j1]
-            )  # (B, K, G*bq, bk)
-            d_s = d_s if slope is None else d_s * slope
-            d_q.append(_ungroup(paddle.matmul(d_s, k_block, transpose_y=True), i1 - i0) * ctx.scale)
-            d_k[..., j0:j1] = d_k[..., j0:j1] + paddle.matmul(q_block, d_s, transpose_x=True) * ctx.scale
-            d_v[..., j0:j1] = d_v[..., j0:j1] + paddle.matmul(d_block, p, transpose_x=True)
-        d_q = d_q[0] if len(d_q) == 1 else paddle.concat(d_q, axis=1)
-        found = d_q, d_k.transpose([0, 3, 1, 2]), d_v.transpose([0, 3, 1, 2])
+        found = _gradients(*ctx.saved_tensor(), d_out, ctx.mask, ctx.scale, ctx.softcap)
         return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+
+
+def _gradients(q, k, v, out, d_out, mask, scale, softcap, lse=None):
+    """Those of q, k and v. lse (B, H, Tq): of scores over more keys than these, out likewise; None: these are all."""
+    K = mask.K
+    k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 3, 1])  # both (B, K, Dh, Tk)
+    d_q, d_k, d_v = [], paddle.zeros_like(k_all), paddle.zeros_like(v_all)
+    v_and_one = paddle.concat([v_all, paddle.ones_like(v_all[:, :, :1])], axis=2)  # (B, K, Dh + 1, Tk)
+    for i0, i1 in mask.blocks:
+        j0, j1 = mask.keys(i0, i1)
+        q_block, d_block = _group(q[:, i0:i1], K), _group(d_out[:, i0:i1], K)
+        k_block = k_all[..., j0:j1]
+        if lse is None:
+            p, seen, slope = _probabilities(q_block, k_block, mask, (i0, i1, j0, j1), scale, softcap)
+        else:
+            s, _, slope = _scores(q_block, k_block, mask, (i0, i1, j0, j1), scale, softcap)
+            p, seen = paddle.exp(s - lse[..., i0:i1].reshape([*s.shape[:3], 1])), None
+        if seen is not None:
+            d_block = d_block * seen
+        delta = (d_block * _group(out[:, i0:i1], K)).sum(-1, keepdim=True)
+        # dO V^T - delta as one product, since broadcasting delta over the scores costs more than the product.
+        d_s = p * paddle.matmul(paddle.concat([d_block, -delta], axis=-1), v_and_one[..., j0:j1])  # (B, K, G*bq, bk)
+        d_s = d_s if slope is None else d_s * slope
+        d_q.append(_ungroup(paddle.matmul(d_s, k_block, transpose_y=True), i1 - i0) * scale)
+        d_k[..., j0:j1] = d_k[..., j0:j1] + paddle.matmul(q_block, d_s, transpose_x=True) * scale
+        d_v[..., j0:j1] = d_v[..., j0:j1] + paddle.matmul(d_block, p, transpose_x=True)
+    d_q = d_q[0] if len(d_q) == 1 else paddle.concat(d_q, axis=1)
+    return d_q, d_k.transpose([0, 3, 1, 2]), d_v.transpose([0, 3, 1, 2])
+
+
+def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
+    mask, scale = _part(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    out, lse, (B, _, H, _) = [], [], q.shape
+    k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 1, 3])  # (B, K, Dh, Tk), (B, K, Tk, Dh)
+    for i0, i1 in mask.blocks:
+        j0, j1 = mask.keys(i0, i1)
+        s, _, _ = _scores(_group(q[:, i0:i1], mask.K), k_all[..., j0:j1], mask, (i0, i1, j0, j1), scale, softcap)
+        most = s.max(-1, keepdim=True)
+        p, seen = paddle.exp(s - most), (most > MASKED / 2).astype(s.dtype)  # (B, K, G*bq, bk), (B, K, G*bq, 1)
+        total = p.sum(-1, keepdim=True)
+        out.append(_ungroup(paddle.matmul(p, v_all[:, :, j0:j1]) / total * seen, i1 - i0))
+        found = paddle.where(seen > 0, most + paddle.log(total), paddle.full_like(most, -np.inf))
+        lse.append(found.reshape([B, H, -1]))
+    return paddle.concat(out, axis=1), paddle.concat(lse, axis=-1).astype("float32")
+
+
+def attention_part_backward(q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None,
+                            softcap=None):  # fmt: skip
+    mask, scale = _part(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    lse = paddle.where(paddle.isinf(lse), paddle.zeros_like(lse), lse)  # of who sees nothing: its scores make p zero
+    return _gradients(q, k, v, out, d_out, mask, scale, softcap, lse)
+
+
+def _part(q, k, rows, offset, causal, scale, slopes, softcap):
+    check_part(q, k, rows, causal, softcap)
+    (B, Tq, H, Dh), (_, Tk, K, _) = q.shape, k.shape
+    return _Mask(rows, causal, slopes, B, Tq, Tk, H, K, offset), Dh**-0.5 if scale is None else scale
 
 
 def _group(x, K):
@@ -290,8 +331,8 @@ def _ungroup(x, T):
     return x.reshape([B, K, -1, T, Dh]).transpose([0, 3, 1, 2, 4]).reshape([B, T, -1, Dh])
 
 
-def _probabilities(q, k, mask, block, scale, softcap):
-    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> softmax (B, K, G*bq, bk), which rows see a key (None: all do), the cap's slope or None."""
+def _scores(q, k, mask, block, scale, softcap):
+    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> scores (B, K, G*bq, bk), the mask's bias or None, the cap's slope or None."""
     i0, i1, j0, j1 = block
     B, K, rows, _ = q.shape
     s, slope = paddle.matmul(q * scale, k), None
@@ -299,11 +340,19 @@ def _probabilities(q, k, mask, block, scale, softcap):
         t = paddle.tanh(s / softcap)
         s, slope = t * softcap, 1.0 - t * t
     bias = mask.bias(i0, i1, j0, j1)
-    if bias is None:
-        return F.softmax(s, axis=-1), None, slope
-    bias_of_all = paddle.tile(bias, [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1])
-    p = F.softmax(s + bias_of_all.reshape(s.shape), axis=-1)  # tile, as Paddle's CPU broadcasting is many times slower
-    if mask.rows is None:
+    if bias is not None:  # tile, as Paddle's CPU broadcasting is many times slower
+        bias_of_all = paddle.tile(bias, [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1])
+        s = s + bias_of_all.reshape(s.shape)
+    return s, bias, slope
+
+
+def _probabilities(q, k, mask, block, scale, softcap):
+    """As _scores -> softmax (B, K, G*bq, bk), which rows see a key (None: all do), the cap's slope or None."""
+    i0, i1 = block[:2]
+    B, K, rows, _ = q.shape
+    s, bias, slope = _scores(q, k, mask, block, scale, softcap)
+    p = F.softmax(s, axis=-1)
+    if bias is None or mask.rows is None:
         return p, None, slope
     seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)  # (1 | B, 1 | K, 1 | G, bq, 1)
     return p, seen.expand([B, K, rows // (i1 - i0), i1 - i0, 1]).reshape([B, K, rows, 1]), slope

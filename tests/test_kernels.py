@@ -910,6 +910,48 @@ def test_attention_head_counts(backend, H, K):
     check_attention(backend, 2, 9, 70, H, K, 16, slopes=0.9 ** np.arange(H))
 
 
+@backends("attention_part")
+@pytest.mark.parametrize("T, cuts", [(9, (0, 4, 9)), (150, (0, 10, 80, 150)), (140, (0, 140))])
+@pytest.mark.parametrize("kind", ["causal", "full", "rows", "window", "context", "alibi", "softcap", "alibi and rows"])
+def test_parts_of_attention_are_attention(backend, T, cuts, kind):
+    """Every piece of the queries with every piece of the keys, results merged; backward with what all keys gave."""
+    B, H, K, Dh = 2, 4, 2, 6
+    q, k, v, upstream = (normal((B, T, n, Dh), s) for s, n in enumerate((H, K, K, H)))
+    of = {"rows": random_rows(1, 1, B, T, True), "alibi and rows": random_rows(1, K, B, T, True), "context": random_rows(2, 1, B, T, False),
+          "window": np.tile((np.arange(T) + 3).reshape(1, 1, T, 1), (B, 1, 1, 1))}  # fmt: skip
+    rows, causal = of.get(kind), kind not in ("full", "context")
+    slopes = 0.5 ** np.arange(1, H + 1) if "alibi" in kind else None
+    softcap = 0.7 if kind == "softcap" else None
+    how = {"causal": causal, "alibi_slopes": None if slopes is None else tensor(slopes, frozen=True), "softcap": softcap}
+    seen = visible(rows, causal, B, H, T, T)
+    expected, gradients = naive_attention(q, k, v, upstream, seen, Dh**-0.5, slopes, softcap)
+    pieces = [(a, b, c, d) for a, b in zip(cuts, cuts[1:]) for c, d in zip(cuts, cuts[1:])]
+
+    def at(a, b, c, d):
+        here = None if rows is None else paddle.to_tensor((rows[:, :, c:d] - c).astype("int32"))
+        return [tensor(x[:, i:j], frozen=True) for x, i, j in ((q, a, b), (k, c, d), (v, c, d))], here, a - c
+
+    with kernels.use(f"attention_part={backend}, attention_part_backward={backend}"):
+        out, lse = np.zeros((B, T, H, Dh)), np.full((B, H, T), -np.inf)
+        for a, b, c, d in pieces:
+            inputs, here, offset = at(a, b, c, d)
+            o, l = (x.numpy().astype(float) for x in kernels.attention_part(*inputs, here, offset, **how))
+            new = np.logaddexp(lse[:, :, a:b], l)
+            share = lambda x: np.exp(np.where(np.isinf(x), -np.inf, x - np.where(np.isinf(new), 0, new))).transpose(0, 2, 1)[..., None]  # noqa: E731,B023
+            out[:, a:b] = out[:, a:b] * share(lse[:, :, a:b]) + o * share(l)
+            lse[:, :, a:b] = new
+        close(out, expected, 5e-6, "out")
+        found = [np.zeros_like(x) for x in (q, k, v)]
+        for a, b, c, d in pieces:
+            inputs, here, offset = at(a, b, c, d)
+            given = [tensor(x[:, a:b], frozen=True) for x in (out, upstream)]
+            parts = kernels.attention_part_backward(*inputs, given[0], tensor(lse[:, :, a:b], frozen=True), given[1], here, offset, **how)
+            for whole, part, (i, j) in zip(found, parts, ((a, b), (c, d), (c, d))):
+                whole[:, i:j] += part.numpy()
+    for name, a, b in zip(("dq", "dk", "dv"), found, gradients):
+        close(a, b, 5e-6, name)
+
+
 @backends("attention")
 @pytest.mark.parametrize("rows", [None, [5, 0], [3, 1], [0, 0]])
 def test_attention_over_one_key(backend, rows):

@@ -198,15 +198,18 @@ def test_noise_on_embeddings(ranks):
     {"pp": 2, "tp": 2},
     {"pp": 2, "tp": 2, "sequence_parallel": True},
     {"pp": 2, "tp": 2, "virtual": 2},
+    {"pp": 2, "sep": 2},
+    {"pp": 2, "sep": 2, "context": True},
 ], ids=lambda degrees: "".join(f"{k}{v}" for k, v in degrees.items()))  # fmt: skip
 def test_four_ranks(ranks, degrees):
-    generate = not degrees.get("sequence_parallel")
-    compare(ranks, "llama_bias_tied", degrees, 5, steps=2, changes=LAYERS, kind="padded", generate=generate)
+    compare(ranks, "llama_bias_tied", degrees, 5, steps=2, changes=LAYERS, kind="padded")
 
 
 def test_four_ranks_of_experts_and_adapters(ranks):
     compare(ranks, "mixtral", {"pp": 2, "dp": 2}, 3, changes=LAYERS)
     compare(ranks, "llama", {"pp": 4}, 2, changes=LAYERS, adapter={"tokens": 3})
+    compare(ranks, "opt_350m", {"pp": 2, "tp": 2}, 2, changes=LAYERS, adapter={**LORA, "dropout": 0.3})
+    compare(ranks, "baichuan_7b", {"pp": 2, "tp": 2}, 2)  # a head of its own
 
 
 @pytest.mark.slow

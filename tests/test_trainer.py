@@ -180,11 +180,11 @@ def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
     keys = {"use_flash_attention": True, "sharding": "stage2", "vera": False, "optim": "adamw", "fp16": True}
     parse(tmp_path, load_best_model_at_end=True, recompute=True, recompute_granularity="full_attn", **keys)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 6
     assert lines[0] == "ignored: use_flash_attention: which kernels run is chosen by `kernels`"
     assert [line.split(":")[1].strip() for line in lines[:3]] == ["use_flash_attention", "vera", "optim"]
-    assert "float32 is used" in lines[3] and lines[4].startswith("ignored: sharding: one process") and "full (whole blocks) is used" in lines[5]
-    assert "last model is kept" in lines[6]
+    assert "float32 is used" in lines[3] and lines[4].startswith("ignored: sharding: one process")
+    assert "last model is kept" in lines[5]
 
 
 def test_every_upstream_key_is_known():

@@ -23,6 +23,7 @@ struct Shape {
   long q_stride, k_stride;      // floats from one token to the next: H * Dh, K * Dh
   bool causal;
   float scale, softcap;         // softcap: 0 without
+  long offset;                  // query i stands on row i + offset
 };
 struct Range { int least, most; };           // of one column of rows over a block of keys
 struct Interval { int start, stop; };        // columns that name the hidden rows [start, stop); -1: open
@@ -65,16 +66,16 @@ namespace half {
 #pragma GCC pop_options
 constexpr int HALF = 3;  // of the ops' attribute `instructions`: products in bfloat16; else the most that every_isa.h may take
 
-static Shape shape_of(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::optional<paddle::Tensor>& rows, bool causal, float scale, float softcap) {
+static Shape shape_of(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::optional<paddle::Tensor>& rows, bool causal, float scale, float softcap, long offset) {
   const auto a = q.shape(), b = k.shape();
-  Shape s{a[0], a[1], b[1], a[2], b[2], a[3], 0, 1, a[2] * a[3], b[2] * b[3], causal, scale, softcap};
+  Shape s{a[0], a[1], b[1], a[2], b[2], a[3], 0, 1, a[2] * a[3], b[2] * b[3], causal, scale, softcap, offset};
   if (rows) s.n = rows->shape()[3], s.row_heads = rows->shape()[1];
   return s;
 }
 
 std::vector<paddle::Tensor> AttentionForward(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v, const paddle::optional<paddle::Tensor>& rows,
-                                             const paddle::optional<paddle::Tensor>& slopes, bool causal, float scale, float softcap, int instructions) {
-  const Shape s = shape_of(q, k, rows, causal, scale, softcap);
+                                             const paddle::optional<paddle::Tensor>& slopes, bool causal, float scale, float softcap, int offset, int instructions) {
+  const Shape s = shape_of(q, k, rows, causal, scale, softcap, offset);
   auto out = paddle::empty(q.shape(), q.dtype(), q.place());
   auto lse = paddle::empty({s.B, s.H, s.Tq}, q.dtype(), q.place());
   const int* r = rows ? rows->data<int>() : nullptr;
@@ -86,8 +87,8 @@ std::vector<paddle::Tensor> AttentionForward(const paddle::Tensor& q, const padd
 
 std::vector<paddle::Tensor> AttentionBackward(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v, const paddle::optional<paddle::Tensor>& rows,
                                               const paddle::optional<paddle::Tensor>& slopes, const paddle::Tensor& out, const paddle::Tensor& lse, const paddle::Tensor& d_out,
-                                              bool causal, float scale, float softcap, int instructions) {
-  const Shape s = shape_of(q, k, rows, causal, scale, softcap);
+                                              bool causal, float scale, float softcap, int offset, int instructions) {
+  const Shape s = shape_of(q, k, rows, causal, scale, softcap, offset);
   auto d_q = paddle::empty(q.shape(), q.dtype(), q.place());
   auto d_k = paddle::empty(k.shape(), q.dtype(), q.place()), d_v = paddle::empty(k.shape(), q.dtype(), q.place());
   const int* r = rows ? rows->data<int>() : nullptr;
@@ -110,7 +111,7 @@ static std::vector<paddle::DataType> ForwardType(paddle::DataType q, paddle::Dat
 PD_BUILD_OP(cpu_attention)
     .Inputs({"q", "k", "v", paddle::Optional("rows"), paddle::Optional("slopes")})
     .Outputs({"out", "lse"})
-    .Attrs({"causal: bool", "scale: float", "softcap: float", "instructions: int"})
+    .Attrs({"causal: bool", "scale: float", "softcap: float", "offset: int", "instructions: int"})
     .SetKernelFn(PD_KERNEL(AttentionForward))
     .SetInferShapeFn(PD_INFER_SHAPE(ForwardShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(ForwardType));
@@ -128,7 +129,7 @@ static std::vector<paddle::DataType> BackwardType(paddle::DataType q, paddle::Da
 PD_BUILD_OP(cpu_attention_backward)
     .Inputs({"q", "k", "v", paddle::Optional("rows"), paddle::Optional("slopes"), "out", "lse", "d_out"})
     .Outputs({"d_q", "d_k", "d_v"})
-    .Attrs({"causal: bool", "scale: float", "softcap: float", "instructions: int"})
+    .Attrs({"causal: bool", "scale: float", "softcap: float", "offset: int", "instructions: int"})
     .SetKernelFn(PD_KERNEL(AttentionBackward))
     .SetInferShapeFn(PD_INFER_SHAPE(BackwardShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(BackwardType));

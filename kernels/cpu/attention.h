@@ -13,7 +13,7 @@ struct Packed { const word *kt, *vt, *k; };  // one key/value head: blocks as pa
 
 // What a tile of queries [i0, i1) may see of keys [j0, j1): 0 nothing, 1 some, 2 all.
 static int visibility(const Shape& s, const int* rows, const Range* ranges, long i0, long i1, long j0, long j1) {
-  const long r0 = i0 + s.Tk - s.Tq, r1 = i1 + s.Tk - s.Tq;  // rows of the queries
+  const long r0 = i0 + s.offset, r1 = i1 + s.offset;  // rows of the queries
   int seen = 2;
   if (s.causal) {
     if (j0 > r1 - 1) return 0;
@@ -24,9 +24,9 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
   // Hidden rows of key j are [start, stop); the whole tile is hidden if that holds of the latest start and earliest stop.
   for (int part = 0; part < parts(s); part++) {
     const Interval of = interval(s, part);
-    const long latest = of.start < 0 ? 0 : at[of.start].most, earliest = of.stop < 0 ? INT_MAX : at[of.stop].least;
+    const long latest = of.start < 0 ? LONG_MIN : at[of.start].most, earliest = of.stop < 0 ? LONG_MAX : at[of.stop].least;
     if (latest <= r0 && r1 <= earliest) return 0;
-    const long first = of.start < 0 ? 0 : at[of.start].least, last = of.stop < 0 ? INT_MAX : at[of.stop].most;
+    const long first = of.start < 0 ? LONG_MIN : at[of.start].least, last = of.stop < 0 ? LONG_MAX : at[of.stop].most;
     if (first < r1 && r0 < last) seen = 1;
   }
   return seen;
@@ -35,11 +35,11 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
 // Scores of a tile, scaled, with softcap and ALiBi, and -inf where masked: S (BR, BC). bend, if given: the cap's slope, 1 - tanh^2.
 static void scores(const Shape& s, const word* q, const word* kt, const int* rows, float slope, int seen, long i0, long i1, long j0, long j1, float* S, float* bend = nullptr) {
   multiply_turned(i1 - i0, s.Dh, q + i0 * left_width(s.Dh), kt, S);
-  const long offset = s.Tk - s.Tq, width = j1 - j0;
+  const long width = j1 - j0;
   const float before_cap = s.softcap ? s.scale / s.softcap : 0.0f;
   for (long i = i0; i < i1; i++) {
     float* row = S + (i - i0) * BC;
-    const long r = i + offset;
+    const long r = i + s.offset;
     if (!s.softcap) {
       for (long j = 0; j < BC; j += VL) store(row + j, load(row + j) * s.scale);
     } else {
@@ -77,7 +77,7 @@ static void forward_tile(const Shape& s, const word* q, const word* kt, const wo
     const long j1 = std::min(j0 + BC, s.Tk);
     const int seen = visibility(s, rows, ranges, i0, i1, j0, j1);
     if (!seen) {
-      if (s.causal && j0 > i1 - 1 + s.Tk - s.Tq) break;
+      if (s.causal && j0 > i1 - 1 + s.offset) break;
       continue;
     }
     scores(s, q, kt + j0 / BC * turned_words(s.Dh), rows, slope, seen, i0, i1, j0, j1, S);
@@ -136,11 +136,11 @@ static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long
 
 // dK and dV of one block of keys, over all queries of the heads that share it; with d_q also their dQ.
 static void backward_keys(const Shape& s, const std::vector<Head>& heads, const Packed& p, long j0, float* d_k, float* d_v, bool with_d_q) {
-  const long j1 = std::min(j0 + BC, s.Tk), Dp = padded(s.Dh), offset = s.Tk - s.Tq;
+  const long j1 = std::min(j0 + BC, s.Tk), Dp = padded(s.Dh);
   alignas(64) float S[BR * BC], dS[BR * BC];
   std::vector<float> K((size_t)BC * Dp, 0.0f), V((size_t)BC * Dp, 0.0f), bend(s.softcap ? BR * BC : 0);
   for (const Head& h : heads) {
-    const long first = s.causal ? std::max(0L, j0 - offset) / BR * BR : 0;
+    const long first = s.causal ? std::max(0L, j0 - s.offset) / BR * BR : 0;
     for (long i0 = first; i0 < s.Tq; i0 += BR) {
       const long i1 = std::min(i0 + BR, s.Tq);
       if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? bend.data() : nullptr)) continue;
@@ -164,7 +164,7 @@ static void backward_queries(const Shape& s, const Head& h, const Packed& p, lon
   std::vector<float> bend(s.softcap ? BR * BC : 0);
   for (long j0 = 0; j0 < s.Tk; j0 += BC) {
     const long j1 = std::min(j0 + BC, s.Tk);
-    if (s.causal && j0 > i1 - 1 + s.Tk - s.Tq) break;
+    if (s.causal && j0 > i1 - 1 + s.offset) break;
     if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? bend.data() : nullptr)) continue;
     mix(i1 - i0, j1 - j0, s.Dh, dS, p.k + j0 / BC * right_words(BC, s.Dh), h.d_q_rows + i0 * Dp);
   }
