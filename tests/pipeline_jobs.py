@@ -58,7 +58,7 @@ def adapted(model, adapter, topology):
 
 def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True):
     """Steps of AdamW on a model of families.py. {"evaluated", "predictions", "tokens": of the model before them, "losses",
-    "norms", "gradients" of the last step, "weights" after it, "bubble"}."""
+    "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
     place = topology(degrees)
     model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
     adapted(model, adapter, place)
@@ -90,7 +90,7 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
         assert [batch is other for (_, batch), other in zip(parts, mine)] == [True] * len(mine)
         found["losses"].append(place.total(float(sum(part for part, _ in parts)), stages=True))
         found["norms"].append(shards.reduce_gradients())
-        if step == steps - 1:
+        if step == 0:
             found["gradients"] = {
                 w.name: np.array(parallel.whole(w, w.parameter.grad, place))
                 for w in weights if w.parameter.grad is not None
