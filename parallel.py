@@ -1756,6 +1756,8 @@ class ParallelCausalLM:
 
 def parallelize(model, topology):
     """Make of a model, as build() gives it, this process's part of it, in place; returns it."""
+    if complaints := check_pipeline(model.config, topology.degrees):
+        raise UserError("; ".join(complaints))
     model.topology = topology
     if topology.degrees.world > 1:
         topology.tp.sequence = topology.degrees.sequence_parallel
