@@ -57,7 +57,6 @@ from model import (
     adapter_arrays,
     base_folders,
     SparseMLP,
-    _paddlenlp_names,
     base_weights,
     build,
     load_weights,
@@ -1596,8 +1595,7 @@ def cut_stages(model, topology):
     """
     if topology.pp.size == 1:
         return
-    rows = [None, *filter(None, [_paddlenlp_names(model.config)])]  # of the names that files may have
-    names = {weight.name for names in rows for weight in base_weights(model, names)}
+    names = {weight.name for weight in base_weights(model)}
     fixed = model.flops_per_token(0)
     model.whole_flops = fixed, model.flops_per_token(1) - fixed
     pipeline = model.pipeline = Pipeline(topology, model.config.num_hidden_layers)
@@ -1611,7 +1609,7 @@ def cut_stages(model, topology):
             setattr(model, name, Elsewhere())
     ends = [topology.pp.ranks[0], topology.pp.ranks[-1]]
     model.tied = Axis("tied", ends, topology.rank, topology.groups) if tied and (first or last) else None
-    model.elsewhere |= names - {weight.name for names in rows for weight in base_weights(model, names)}
+    model.elsewhere |= names - {weight.name for weight in base_weights(model)}
 
 
 def stage_copies(model, path):

@@ -56,11 +56,14 @@ def adapted(model, adapter, topology):
     parallel.cut_adapters(model, topology)
 
 
-def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True):
-    """Steps of AdamW on a model of families.py. {"evaluated", "predictions", "tokens": of the model before them, "losses",
+def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True, folder=None):
+    """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the model before them, "losses",
     "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
     place = topology(degrees)
-    model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
+    if folder is None:
+        model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
+    else:
+        model = parallel.from_pretrained(folder, place)
     adapted(model, adapter, place)
     for key, value in options.items():
         setattr(model, key, value)
@@ -111,6 +114,13 @@ def evaluated(model, kind):
     losses, predictions = model(**inputs, return_predictions=True)
     alone = model(**inputs)
     assert (losses - alone).abs().max() < 1e-6
+    every = batches(5, 9, kind)  # several on their way at once
+
+    def run(batch):
+        return model(**trainer.model_inputs(batch))
+
+    for batch, (other, found) in zip(every, parallel.in_turn(model, iter(every), run), strict=True):
+        assert other is batch and (found == run(batch)).all()
     inputs.pop("labels")
     return np.concatenate([losses.numpy()[..., None], model(**inputs).numpy()], -1), predictions.numpy()
 
