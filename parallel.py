@@ -1316,8 +1316,8 @@ def bubble(ranks, virtual, batches):
 class Channel:
     """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
 
-    A bell beside the group (a connection of Python's own) carries the headers: a receiver waits at it, since gloo gives
-    up a wait after 30 seconds, and a neighbour may need longer; and it hears at once that its neighbour is gone.
+    A bell beside the group (a connection of Python's own) carries the headers, and says when both are ready: gloo gives up
+    after 30 seconds, and a neighbour may need longer. It also tells at once that the neighbour is gone.
     """
 
     def __init__(self, source, target, groups):
@@ -1357,10 +1357,13 @@ class Channel:
             header, tensors = message
             try:
                 self.bell.send_bytes(json.dumps(header).encode())
+                if tensors:
+                    self.bell.recv_bytes()  # now the other receives
                 for tensor in tensors:
                     dist.send(tensor, self.target, self.group)
             except Exception as error:  # send() raises it
                 self.error = error
+                self.bell.close()
                 return
             message = tensors = tensor = None  # else kept until the next comes
 
@@ -1368,6 +1371,8 @@ class Channel:
         """(header, tensors) of the next message, however long it takes to come."""
         try:
             header, kinds = json.loads(self.bell.recv_bytes())
+            if kinds and _backend() == "gloo":
+                self.bell.send_bytes(b"now")
         except (EOFError, ConnectionError):
             raise RuntimeError(f"rank {self.source} of the pipeline is gone") from None
         tensors = [paddle.empty(shape, dtype) for shape, dtype in kinds]
@@ -1406,7 +1411,7 @@ class Pipeline:
         self.axis, self.rank, self.size, self.virtual = pp, pp.rank, pp.size, topology.degrees.virtual
         stages = stage_layers(layers, self.size * self.virtual)
         self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
-        self.now, self.starts, self.whole = None, False, False
+        self.now, self.starts, self.whole, self.begun = None, False, False, 0
         self.flights, self.arrived = {}, defaultdict(deque)  # messages, by (kind, chunk, micro-batch)
         self.waited = 0.0  # seconds, for messages
         pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble()
@@ -1422,6 +1427,7 @@ class Pipeline:
     def send(self, step, header, tensors):
         """To the next rank (step 1) or the one before (-1); header: [kind, chunk there, micro-batch, …]."""
         target = (self.rank + step) % self.size
+        self.axis.bytes += sum(tensor.size * tensor.element_size() for tensor in tensors)
         self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
 
     def receive(self, step, kind, chunk, batch):
@@ -1503,11 +1509,14 @@ class Pipeline:
             return run()
         if paddle.is_grad_enabled():
             raise RuntimeError("a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone")
+        if self.begun:
+            raise RuntimeError("a pipeline that works on batches in_turn() takes no other call")
         return self.end(self.begin(run))
 
     def begin(self, run):
         """This rank's part of run(), without gradients: its result on the last stage, which goes back at once, else None."""
         self.whole = True
+        self.begun += 1
         try:
             found = run()
         except HandedOn:
@@ -1519,6 +1528,7 @@ class Pipeline:
 
     def end(self, found):
         """The result of the oldest begin() that has none yet."""
+        self.begun -= 1
         if found is None:
             several, found = self.receive(1, "result", 0, 0)
             found = tuple(found) if several else found[0]
@@ -1806,7 +1816,7 @@ def micro_steps(model, batches, batch_loss, seed):
 def in_turn(model, batches, run):
     """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
 
-    run calls the model once, and returns one or several tensors.
+    run calls the model once, and returns one or several tensors; nobody else calls it meanwhile.
     """
     pipeline = getattr(model, "pipeline", None)
     if pipeline is None:

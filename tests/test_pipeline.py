@@ -296,8 +296,9 @@ def test_a_call_with_gradients_says_what_to_do(ranks):
 
 
 @pytest.mark.slow
-def test_a_slow_neighbour_is_waited_for(ranks):
-    found = ranks(2).run("pipeline_jobs:slow_neighbour", {"pp": 2}, 40)
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slow_neighbour_is_waited_for(ranks, slow):
+    found = ranks(2).run("pipeline_jobs:slow_neighbour", {"pp": 2}, slow, 40)
     np.testing.assert_array_equal(found[0][0], found[1][0])
 
 
