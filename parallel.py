@@ -63,7 +63,6 @@ from model import (
     QuantLinear,
     base_folders,
     SparseMLP,
-    _paddlenlp_names,
     base_weights,
     build,
     load_weights,
@@ -1043,6 +1042,8 @@ def cut_tensors(model, tp):
     if tp.size == 1:
         return
     for path, layer in list(model.named_sublayers()):
+        if isinstance(layer, Elsewhere):
+            continue
         name = path.rpartition(".")[2]
         if isinstance(layer, Elsewhere):
             continue
@@ -1688,8 +1689,8 @@ def bubble(ranks, virtual, batches):
 class Channel:
     """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
 
-    A bell beside the group (a connection of Python's own) carries the headers: a receiver waits at it, since gloo gives
-    up a wait after 30 seconds, and a neighbour may need longer; and it hears at once that its neighbour is gone.
+    A bell beside the group (a connection of Python's own) carries the headers, and says when both are ready: gloo gives up
+    after 30 seconds, and a neighbour may need longer. It also tells at once that the neighbour is gone.
     """
 
     def __init__(self, source, target, groups):
@@ -1729,10 +1730,13 @@ class Channel:
             header, tensors = message
             try:
                 self.bell.send_bytes(json.dumps(header).encode())
+                if tensors:
+                    self.bell.recv_bytes()  # now the other receives
                 for tensor in tensors:
                     dist.send(tensor, self.target, self.group)
             except Exception as error:  # send() raises it
                 self.error = error
+                self.bell.close()
                 return
             message = tensors = tensor = None  # else kept until the next comes
 
@@ -1740,6 +1744,8 @@ class Channel:
         """(header, tensors) of the next message, however long it takes to come."""
         try:
             header, kinds = json.loads(self.bell.recv_bytes())
+            if kinds and _backend() == "gloo":
+                self.bell.send_bytes(b"now")
         except (EOFError, ConnectionError):
             raise RuntimeError(f"rank {self.source} of the pipeline is gone") from None
         tensors = [paddle.empty(shape, dtype) for shape, dtype in kinds]
@@ -1778,7 +1784,7 @@ class Pipeline:
         self.axis, self.rank, self.size, self.virtual = pp, pp.rank, pp.size, topology.degrees.virtual
         stages = stage_layers(layers, self.size * self.virtual)
         self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
-        self.now, self.starts, self.whole = None, False, False
+        self.now, self.starts, self.whole, self.begun = None, False, False, 0
         self.flights, self.arrived = {}, defaultdict(deque)  # messages, by (kind, chunk, micro-batch)
         self.waited = 0.0  # seconds, for messages
         pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble()
@@ -1794,6 +1800,7 @@ class Pipeline:
     def send(self, step, header, tensors):
         """To the next rank (step 1) or the one before (-1); header: [kind, chunk there, micro-batch, …]."""
         target = (self.rank + step) % self.size
+        self.axis.bytes += sum(tensor.size * tensor.element_size() for tensor in tensors)
         self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
 
     def receive(self, step, kind, chunk, batch):
@@ -1875,11 +1882,14 @@ class Pipeline:
             return run()
         if paddle.is_grad_enabled():
             raise RuntimeError("a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone")
+        if self.begun:
+            raise RuntimeError("a pipeline that works on batches in_turn() takes no other call")
         return self.end(self.begin(run))
 
     def begin(self, run):
         """This rank's part of run(), without gradients: its result on the last stage, which goes back at once, else None."""
         self.whole = True
+        self.begun += 1
         try:
             found = run()
         except HandedOn:
@@ -1891,6 +1901,7 @@ class Pipeline:
 
     def end(self, found):
         """The result of the oldest begin() that has none yet."""
+        self.begun -= 1
         if found is None:
             several, found = self.receive(1, "result", 0, 0)
             found = tuple(found) if several else found[0]
@@ -1929,6 +1940,9 @@ class StagedCausalLM:
         self.begin(input_ids, caches)
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
+        self.share_tokens(input_ids.shape[1] if caches is None else None)
+        if self.training:
+            self.draws.renew()
         chunks = range(pipeline.virtual) if pipeline.now is None else pipeline.now[:1]
         pipeline.starts = pipeline.stage(chunks[0]) == 0
         x, shared = self.prepare(input_ids, position_ids, rows, caches)
@@ -1965,8 +1979,7 @@ def cut_stages(model, topology):
     """
     if topology.pp.size == 1:
         return
-    rows = [None, *filter(None, [_paddlenlp_names(model.config)])]  # of the names that files may have
-    names = {weight.name for names in rows for weight in base_weights(model, names)}
+    names = {weight.name for weight in base_weights(model)}
     fixed = model.flops_per_token(0)
     model.whole_flops = fixed, model.flops_per_token(1) - fixed
     pipeline = model.pipeline = Pipeline(topology, model.config.num_hidden_layers)
@@ -1980,10 +1993,10 @@ def cut_stages(model, topology):
             setattr(model, name, Elsewhere())
     ends = [topology.pp.ranks[0], topology.pp.ranks[-1]]
     model.tied = Axis("tied", ends, topology.rank, topology.groups) if tied and (first or last) else None
-    model.elsewhere |= names - {weight.name for names in rows for weight in base_weights(model, names)}
+    model.elsewhere |= names - {weight.name for weight in base_weights(model)}
 
 
-def copies(model, path):
+def stage_copies(model, path):
     """The axis over whose ranks, stages of a pipeline, there are copies of the parameter of this path; None: it is alone."""
     if model.topology.pp.size > 1:
         if path.startswith("prefix."):
@@ -2007,7 +2020,7 @@ class Rule(namedtuple("Rule", "parts sharded apart counts")):
 
 def rule_of(path, parameter, model):
     """The Rule of a parameter by its path in the model: the one place that says who has which part of which gradient."""
-    topology, copied = model.topology, copies(model, path)
+    topology, copied = model.topology, stage_copies(model, path)
     tp, cut = topology.tp, getattr(parameter, "cut", None)
     spread = is_spread(path, topology)  # sharded already: by whole experts
     parts = [topology.copies] if spread else [topology.sep, topology.dp]
@@ -2729,7 +2742,7 @@ def micro_steps(model, batches, batch_loss, seed):
 def in_turn(model, batches, run):
     """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
 
-    run calls the model once, and returns one or several tensors.
+    run calls the model once, and returns one or several tensors; nobody else calls it meanwhile.
     """
     pipeline = getattr(model, "pipeline", None)
     if pipeline is None:

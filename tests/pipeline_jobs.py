@@ -56,11 +56,14 @@ def adapted(model, adapter, topology):
     parallel.cut_adapters(model, topology)
 
 
-def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True):
-    """Steps of AdamW on a model of families.py. {"losses", "norms", "gradients" of the last step, "weights" after it,
-    "evaluated", "predictions" and "tokens": of the model after it, "bubble"}."""
+def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True, folder=None):
+    """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the model before them, "losses",
+    "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
     place = topology(degrees)
-    model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
+    if folder is None:
+        model = families.fill(parallel.parallelize(M.build(families.config(name, **changes)), place))
+    else:
+        model = parallel.from_pretrained(folder, place)
     adapted(model, adapter, place)
     for key, value in options.items():
         setattr(model, key, value)
@@ -68,6 +71,11 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
     shards = parallel.Shards(model, weights, place)
     optimizer = trainer.AdamW(shards.pieces, ARGS)
     found = {"losses": [], "norms": []}
+    found["evaluated"], found["predictions"] = evaluated(model, kind)
+    if generate:
+        prompt, mask = batches(1, 5, "padded")[0]["input_ids"], np.ones([2, 5], np.int64)
+        prompt[1, :2] = mask[1, :2] = 0  # padded on the left
+        found["tokens"] = M.generate(model, prompt, 4, attention_mask=mask)
     model.train()
     for step in range(steps):
         every = batches(count, step, kind)
@@ -85,7 +93,7 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
         assert [batch is other for (_, batch), other in zip(parts, mine)] == [True] * len(mine)
         found["losses"].append(place.total(float(sum(part for part, _ in parts)), stages=True))
         found["norms"].append(shards.reduce_gradients())
-        if step == steps - 1:
+        if step == 0:
             found["gradients"] = {
                 w.name: np.array(parallel.whole(w, w.parameter.grad, place))
                 for w in weights if w.parameter.grad is not None
@@ -94,11 +102,6 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
         shards.gather_weights()
         optimizer.zero_grad()
     found["weights"] = {w.name: np.array(parallel.whole(w, w.parameter, place)) for w in weights}
-    found["evaluated"], found["predictions"] = evaluated(model, kind)
-    if generate:
-        prompt, mask = batches(1, 5, "padded")[0]["input_ids"], np.ones([2, 5], np.int64)
-        prompt[1, :2] = mask[1, :2] = 0  # padded on the left
-        found["tokens"] = M.generate(model, prompt, 4, attention_mask=mask)
     found["bubble"] = (place.pp.idle, place.pp.bubble) if place.pp.size > 1 else None
     return found
 
@@ -111,6 +114,14 @@ def evaluated(model, kind):
     losses, predictions = model(**inputs, return_predictions=True)
     alone = model(**inputs)
     assert (losses - alone).abs().max() < 1e-6
+    every = batches(5, 9, kind)  # several on their way at once
+
+    def run(batch):
+        return model(**trainer.model_inputs(batch))
+
+    found = list(parallel.in_turn(model, iter(every), run))
+    assert [other is batch for batch, (other, _) in zip(every, found, strict=True)] == [True] * 5
+    assert all((losses == run(batch)).all() for batch, losses in found)
     inputs.pop("labels")
     return np.concatenate([losses.numpy()[..., None], model(**inputs).numpy()], -1), predictions.numpy()
 
@@ -121,13 +132,13 @@ def plain_call(degrees):
     model(**trainer.model_inputs(batches(1)[0]))
 
 
-def slow_neighbour(degrees, seconds):
+def slow_neighbour(degrees, slow, seconds):
     """A stage that takes longer than gloo waits."""
     import time
 
     place = topology(degrees)
     model = families.fill(parallel.parallelize(M.build(families.config("llama")), place))
-    if place.pp.rank == 0:
+    if place.pp.rank == slow:
         time.sleep(seconds)
     return evaluated(model, "packed")
 

@@ -12,45 +12,51 @@ import pipeline_jobs
 import pytest
 from conftest import ROOT
 from ranks import Ranks
+from test_integers import quantized
+from test_weights import paddlenlp_folder
 
 import model as M
 import parallel
 
 # ============================================================================================== the timetable
 
-GRID = list(itertools.product((2, 3, 4, 8), (1, 2, 3), range(1, 18)))
+RANKS, VIRTUAL, BATCHES = (2, 3, 4, 8), (1, 2, 3), range(1, 18)
+grid = pytest.mark.parametrize("ranks, virtual", list(itertools.product(RANKS, VIRTUAL)))
 
 
-@pytest.mark.parametrize("ranks, virtual, batches", GRID)
-def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual, batches):
-    plan = parallel.timetable(ranks, virtual, batches)
-    wanted = {(kind, c, i) for kind in ("forward", "backward") for c in range(virtual) for i in range(batches)}
-    for steps in plan:
-        assert len(steps) == len(wanted) and set(steps) == wanted
-    assert parallel.simulate(plan) is not None
-    # Which each channel carries in order: gradients of parameters are added up in the same order on every rank.
-    orders = {tuple(i for kind, c, i in steps if kind == "backward" and c == 0) for steps in plan}
-    assert orders == {tuple(range(batches))}
-
-
-@pytest.mark.parametrize("ranks, virtual, batches", GRID)
-def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual, batches):
-    for rank, steps in enumerate(parallel.timetable(ranks, virtual, batches)):
-        kept = np.cumsum([1 if kind == "forward" else -1 for kind, _, _ in steps])
-        most = ranks - rank if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
-        if batches % ranks == 0 or virtual == 1:
-            assert kept.max() <= most  # of chunks, each 1/virtual of a rank's layers
-        assert kept.max() <= most + virtual * ranks and kept[-1] == 0
-
-
-@pytest.mark.parametrize("ranks, virtual, batches", [g for g in GRID if g[1] == 1 or g[2] % g[0] == 0])
-def test_the_bubble_is_the_formulas(ranks, virtual, batches):
-    formula = (ranks - 1) / (virtual * batches + ranks - 1)
-    assert parallel.bubble(ranks, virtual, batches) == formula
-    for backward in (1.0, 2.0, 3.5):
+@grid
+def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual):
+    for batches in BATCHES:
         plan = parallel.timetable(ranks, virtual, batches)
-        _, idle = parallel.simulate(plan, {"forward": 1.0, "backward": backward})
-        assert idle == pytest.approx(formula, abs=1e-12)
+        wanted = {(kind, c, i) for kind in ("forward", "backward") for c in range(virtual) for i in range(batches)}
+        for steps in plan:
+            assert len(steps) == len(wanted) and set(steps) == wanted
+        assert parallel.simulate(plan) is not None
+        # Gradients of parameters, and of copies of one on two ranks, are added up in the order of the micro-batches.
+        orders = {tuple(i for kind, c, i in steps if kind == "backward" and c == 0) for steps in plan}
+        assert orders == {tuple(range(batches))}
+
+
+@grid
+def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual):
+    for batches in BATCHES:
+        for rank, steps in enumerate(parallel.timetable(ranks, virtual, batches)):
+            kept = np.cumsum([1 if kind == "forward" else -1 for kind, _, _ in steps])
+            most = ranks - rank if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
+            if batches % ranks == 0 or virtual == 1:
+                assert kept.max() <= most  # of chunks, each 1/virtual of a rank's layers
+            assert kept.max() <= most + virtual * ranks and kept[-1] == 0
+
+
+@grid
+def test_the_bubble_is_the_formulas(ranks, virtual):
+    for batches in (m for m in BATCHES if virtual == 1 or m % ranks == 0):
+        formula = (ranks - 1) / (virtual * batches + ranks - 1)
+        assert parallel.bubble(ranks, virtual, batches) == formula
+        for backward in (1.0, 2.0, 3.5):
+            plan = parallel.timetable(ranks, virtual, batches)
+            _, idle = parallel.simulate(plan, {"forward": 1.0, "backward": backward})
+            assert idle == pytest.approx(formula, abs=1e-12)
 
 
 def test_a_bubble_without_a_formula_is_the_timetables():
@@ -116,17 +122,19 @@ def compare(ranks, name, degrees, count, tolerance=1e-5, **options):
         np.testing.assert_allclose(rank["norms"], one["norms"], rtol=tolerance)
         for what in ("gradients", "weights"):
             for weight, array in rank[what].items():
-                # Weights after AdamW: where a gradient is nearly nothing, so is its sign.
-                atol = tolerance * np.abs(one[what][weight]).max() + 1e-7 if what == "gradients" else 1e-4
-                np.testing.assert_allclose(array, one[what][weight], rtol=0, atol=atol, err_msg=f"{place.place} {weight}")
+                # An expert that no token chose has no gradient in one process, and zeros in several. Weights after AdamW:
+                # where a gradient is nearly nothing, so is its sign.
+                wanted = one[what].get(weight, np.zeros_like(array))
+                atol = tolerance * np.abs(wanted).max() + 1e-7 if what == "gradients" else 1e-4
+                np.testing.assert_allclose(array, wanted, rtol=0, atol=atol, err_msg=f"{place.place} {weight}")
                 same = held.setdefault((what, weight, place.sep.rank), array)
                 np.testing.assert_array_equal(array, same, err_msg=weight)  # copies stay equal to the bit
-        np.testing.assert_allclose(rank["evaluated"], one["evaluated"], atol=1e-3)
+        np.testing.assert_allclose(rank["evaluated"], one["evaluated"], atol=1e-4)
         np.testing.assert_array_equal(rank["evaluated"], found[0]["evaluated"])
         np.testing.assert_array_equal(rank["predictions"], one["predictions"])
         if "tokens" in one:
             np.testing.assert_array_equal(rank["tokens"], one["tokens"])
-    assert {weight for what, weight, _ in held if what == "gradients"} == set(one["gradients"])
+    assert {weight for what, weight, _ in held if what == "gradients"} >= set(one["gradients"])
     return one, found
 
 
@@ -177,6 +185,13 @@ def test_adapters(ranks, adapter, recompute):
     compare(ranks, "llama_bias_tied", {"pp": 2}, 3, **options)
 
 
+@pytest.mark.parametrize("scheme", ["w4_groups", "w8_shuffled"])
+def test_lora_on_integers(ranks, tmp_path, scheme):
+    folder = str(tmp_path / scheme)
+    M.save_pretrained(quantized(scheme, "bias_tied")[0], folder)
+    compare(ranks, scheme, {"pp": 2}, 2, adapter=LORA, folder=folder)
+
+
 def test_a_prefix_where_distances_count(ranks):
     compare(ranks, "bloom", {"pp": 2}, 2, adapter={"tokens": 3})
     compare(ranks, "gemma2", {"pp": 2}, 2, adapter={"tokens": 3})
@@ -192,15 +207,18 @@ def test_noise_on_embeddings(ranks):
     {"pp": 2, "tp": 2},
     {"pp": 2, "tp": 2, "sequence_parallel": True},
     {"pp": 2, "tp": 2, "virtual": 2},
+    {"pp": 2, "sep": 2},
+    {"pp": 2, "sep": 2, "context": True},
 ], ids=lambda degrees: "".join(f"{k}{v}" for k, v in degrees.items()))  # fmt: skip
 def test_four_ranks(ranks, degrees):
-    generate = not degrees.get("sequence_parallel")
-    compare(ranks, "llama_bias_tied", degrees, 5, steps=2, changes=LAYERS, kind="padded", generate=generate)
+    compare(ranks, "llama_bias_tied", degrees, 5, steps=2, changes=LAYERS, kind="padded")
 
 
 def test_four_ranks_of_experts_and_adapters(ranks):
     compare(ranks, "mixtral", {"pp": 2, "dp": 2}, 3, changes=LAYERS)
     compare(ranks, "llama", {"pp": 4}, 2, changes=LAYERS, adapter={"tokens": 3})
+    compare(ranks, "opt_350m", {"pp": 2, "tp": 2}, 2, changes=LAYERS, adapter={**LORA, "dropout": 0.3})
+    compare(ranks, "baichuan_7b", {"pp": 2, "tp": 2}, 2)  # a head of its own
 
 
 @pytest.mark.slow
@@ -226,7 +244,7 @@ def test_a_stage_knows_what_it_has_not(ranks, name):
     whole, _, _ = pipeline_jobs.held(name, {})
     found = ranks(2).run("pipeline_jobs:held", name, {"pp": 2})
     for here, elsewhere, paths in found:
-        assert here | elsewhere >= whole and not here & elsewhere  # >=: PaddleNLP's names are known too
+        assert here | elsewhere == whole and not here & elsewhere
     first, last = (set(paths) for *_, paths in found)
     tied = families.config(name).tie_word_embeddings
     assert first & last == ({"embed_tokens.weight"} if tied else set())
@@ -235,9 +253,20 @@ def test_a_stage_knows_what_it_has_not(ranks, name):
     )
 
 
-def test_only_a_stages_own_weights_are_read(ranks, tmp_path):
-    folder = families.write(tmp_path / "model", "llama_bias_tied")
-    found = ranks(2).run("pipeline_jobs:loaded", str(folder), {"pp": 2})
+@pytest.mark.parametrize("case", ["llama_bias_tied", "opt_350m"])
+def test_only_a_stages_own_weights_are_read(ranks, tmp_path, case):
+    folder = families.write(tmp_path / "model", case)
+    assert_parts(ranks(2).run("pipeline_jobs:loaded", str(folder), {"pp": 2}), folder)
+
+
+@pytest.mark.parametrize("case", ["gpt_qkv", "qwen2_moe", "opt_350m"])
+def test_folders_of_paddlenlp(ranks, tmp_path, case):
+    theirs, ours = paddlenlp_folder(tmp_path, case)
+    assert_parts(ranks(2).run("pipeline_jobs:loaded", str(theirs), {"pp": 2}), ours)
+
+
+def assert_parts(found, folder):
+    """Every stage has some weights of the folder's model, and all of them have all."""
     whole = {w.name: w.to_numpy() for w in M.base_weights(M.from_pretrained(folder))}
     for weights, _ in found:
         assert set(weights) < set(whole)
@@ -267,8 +296,9 @@ def test_a_call_with_gradients_says_what_to_do(ranks):
 
 
 @pytest.mark.slow
-def test_a_slow_neighbour_is_waited_for(ranks):
-    found = ranks(2).run("pipeline_jobs:slow_neighbour", {"pp": 2}, 40)
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slow_neighbour_is_waited_for(ranks, slow):
+    found = ranks(2).run("pipeline_jobs:slow_neighbour", {"pp": 2}, slow, 40)
     np.testing.assert_array_equal(found[0][0], found[1][0])
 
 
