@@ -736,11 +736,24 @@ class Bucket:
     @paddle.no_grad()
     def gather(self):
         """Stage 3: the parameters get their values, until release()."""
+        self.take_over()
         for parameter, part in zip(self.parameters, self.parts_of(self.axis.gather_flat(self.owned.detach()))):
             part._share_buffer_to(parameter)
 
     def release(self):
         for parameter in self.parameters:
+            parameter._clear_data()
+
+    @paddle.no_grad()
+    def take_over(self):
+        """Stage 3: what was set to whole values meanwhile (loaded) becomes this rank's part of them."""
+        for index, parameter in enumerate(self.parameters):
+            if not parameter._is_initialized():
+                continue
+            if extent := self.extent(index):
+                first, last, place = extent
+                values = parameter.detach().view([-1])._slice(first, last)
+                self.owned.detach()._slice(place, place + last - first).copy_(values, True)
             parameter._clear_data()
 
     def begin(self):
@@ -988,15 +1001,10 @@ class Shards:
                 yield {id(parameter) for bucket in unit.buckets for parameter in bucket.parameters}
 
     def take_over(self):
-        """Stage 3: parameters that were set to whole values since (by loading) become this rank's part of them again."""
-        for bucket in (bucket for unit in self.units.values() for bucket in unit.buckets if self.stage == 3):
-            for index, parameter in enumerate(bucket.parameters):
-                if parameter._is_initialized():
-                    if extent := bucket.extent(index):
-                        first, last, place = extent
-                        values = parameter.detach().view([-1])._slice(first, last)
-                        bucket.owned.detach()._slice(place, place + last - first).set_value(values)
-                    parameter._clear_data()
+        """Stage 3: parameters that were set to whole values (by loading) are given back now, not when they are used next."""
+        for unit in self.units.values():
+            for bucket in unit.buckets if self.stage == 3 else ():
+                bucket.take_over()
 
 
 Frozen = namedtuple("Frozen", "name parameter")  # in a Weight's place; name: our path
@@ -1041,11 +1049,15 @@ class Unit:
     def is_ready(self):
         return bool(self.always) and not self.missing
 
+    def stays(self, bucket):
+        """Whether its gradients are complete on this rank as they are."""
+        return not self.shards.stage and not bucket.rule.parts
+
     def reduce(self):
         shards = self.shards
         for bucket in self.trained:
             _add_overlaps(bucket.parameters, shards.topology.tp)
-            if shards.stage == 0 and not bucket.rule.parts:
+            if self.stays(bucket):
                 continue
             shards.arrived.update(bucket.begin())
             shards.flying.append(bucket)
@@ -1057,9 +1069,8 @@ class Unit:
         if not self.reduced:
             self.reduce()
             return
-        if not self.shards.stage and not any(bucket.rule.parts for bucket in self.trained):
-            return
-        late = [name for b in self.trained for name, p in zip(b.names, b.parameters) if p.grad is not None]
+        sent = [bucket for bucket in self.trained if not self.stays(bucket)]
+        late = [name for b in sent for name, p in zip(b.names, b.parameters) if p.grad is not None]
         assert not late, f"gradients that came after their unit's reduction: {late}"
 
     # ------------------------------------------------------------------------------- stage 3
