@@ -720,7 +720,8 @@ class Bucket:
             if start > end:
                 parts.append(paddle.zeros([start - end], self.dtype))
             if size:
-                parts.append(paddle.zeros([size], self.dtype) if tensor is None else tensor.detach().reshape([-1]))
+                part = paddle.zeros([size], self.dtype) if tensor is None else tensor.detach().reshape([-1])
+                parts.append(part)
             end = start + size
         return paddle.concat(parts)
 
@@ -757,7 +758,7 @@ class Bucket:
             parameter._clear_data()
 
     def begin(self):
-        """Take the gradients of the parameters, and begin to add them up over the sharded axis. Returns the names of those there are."""
+        """Take the parameters' gradients and begin to add them up over the sharded axis; the names that have one."""
         gradients = [p.grad for p in self.parameters]
         arrived = [name for name, gradient in zip(self.names, gradients) if gradient is not None]
         flat = self.lay(gradients)
@@ -831,7 +832,8 @@ class Shards:
         self.arrived, self.early, self.flying = set(), False, []
         if degrees.world > 1:
             self._make_units()
-        self.pieces = [self.held[id(w.parameter)] for w in weights if id(w.parameter) in self.held] if self.stage else weights
+        mine = [self.held[id(w.parameter)] for w in weights if id(w.parameter) in self.held]
+        self.pieces = mine if self.stage else weights
         if self.stage == 3:
             gather_while_used(model, self)
 
@@ -841,7 +843,8 @@ class Shards:
             weight = trained.get(id(parameter))
             if weight is None and self.stage < 3:
                 continue
-            rule = self.rules[id(parameter)] if weight else Rule((), rule_of(path, parameter, self.topology).sharded, (), False)
+            if (rule := self.rules.get(id(parameter))) is None:
+                rule = Rule((), rule_of(path, parameter, self.topology).sharded, (), False)
             unit = unit_of(path, self.model.lm_head is None)
             key = weight is not None, str(parameter.dtype), rule
             grouped.setdefault(unit, {}).setdefault(key, []).append((path, weight, parameter))
@@ -875,7 +878,7 @@ class Shards:
 
     @paddle.no_grad()
     def reduce_ready(self):
-        """Begin with the units that are ready, up to the first that is not: a batch for company alone may pass some by."""
+        """Begin with the units that are ready, up to the first that is not: a batch for company may pass some by."""
         for unit in reversed(self.units.values()):
             if not unit.reduced:
                 if not unit.is_ready:
@@ -920,7 +923,7 @@ class Shards:
         bucket.gradient = None
 
     def _agree_on_arrivals(self):
-        """Experts that no token chose here have a gradient if one did elsewhere; what has none anywhere is not updated."""
+        """Experts that no token chose here have a gradient if one did elsewhere; who has none anywhere is not updated."""
         if self.model.config.experts is None:
             return
         for name in ("sharding", "sep", "dp", "tp"):
@@ -967,9 +970,12 @@ class Shards:
         self.arrived.clear()
 
     # ------------------------------------------------------------------------------- for checkpoints
+    # Moments are optimizer.moments[name], each (n,) of the piece of this name. A file is written from whole(), weight by
+    # weight; or, of weights, in each_unit(), while they are whole. It is read by piece_of(), and of stage 3's weights, with
+    # no more than one of them whole, into held[id(parameter)].tensor.
 
     def piece_of(self, weight, array):
-        """numpy (n,): what this rank owns of an array of the parameter's shape (our layout); None: nothing. No one talks."""
+        """numpy (n,): what this rank owns of an array of the parameter's shape (our layout), or None. No one talks."""
         if not self.stage:
             return array
         piece = self.held.get(id(weight.parameter))
@@ -992,16 +998,17 @@ class Shards:
             mine[: tensor.shape[0]] = tensor
         parts = bucket.axis.gather_flat(mine).reshape([-1, most])
         parts = (parts.astype("float32") if dtype == paddle.bfloat16 else parts).numpy()
-        return np.concatenate([part[: extent[1] - extent[0]] for part, extent in zip(parts, extents) if extent]).reshape(parameter.shape)
+        parts = [part[: extent[1] - extent[0]] for part, extent in zip(parts, extents) if extent]
+        return np.concatenate(parts).reshape(parameter.shape)
 
     def each_unit(self):
-        """Yields the set of ids of each unit's parameters while they are whole. Ranks along sharding go through it together."""
+        """Yields the ids of each unit's parameters while they are whole. Ranks of sharding go through it together."""
         for unit in self.units.values():
             with unit.whole() if self.stage == 3 else contextlib.nullcontext():
                 yield {id(parameter) for bucket in unit.buckets for parameter in bucket.parameters}
 
     def take_over(self):
-        """Stage 3: parameters that were set to whole values (by loading) are given back now, not when they are used next."""
+        """Stage 3: parameters set to whole values (by loading) are given back now, not when they are used next."""
         for unit in self.units.values():
             for bucket in unit.buckets if self.stage == 3 else ():
                 bucket.take_over()
@@ -1012,8 +1019,8 @@ Frozen = namedtuple("Frozen", "name parameter")  # in a Weight's place; name: ou
 
 def weight_tensors(model):
     """(path, tensor) of parameters, and of the buffers that hold a quantized model's weights."""
-    integers = ((path, buffer) for path, buffer in model.named_buffers() if path.endswith((".qweight", ".qzeros", ".scales", ".g_index")))
-    return [*model.named_parameters(), *integers]
+    names = (".qweight", ".qzeros", ".scales", ".g_index")
+    return [*model.named_parameters(), *(found for found in model.named_buffers() if found[0].endswith(names))]
 
 
 class Unit:
