@@ -31,11 +31,8 @@ from model import (
     generate,
     halve_frozen,
     load_adapter,
-    load_weights,
     lora_layers,
     reload_adapter,
-    save_adapter,
-    save_pretrained,
     trainable_weights,
 )
 
@@ -255,13 +252,20 @@ def known_logps(model, loader, batches, progress=False):
     """
     was_training, known = model.training, np.full((len(loader.dataset), 2), np.nan, np.float32)
     model.eval()
-    for epoch, index in tqdm(batches, desc="reference", disable=not progress or None):
-        batch = loader.batch(epoch, index)
-        pairs = np.concatenate(batch["sample_ids"])
-        if np.isnan(known[pairs]).any():
-            known[pairs] = reply_logps(model, batch).numpy()
-        if not np.isnan(known).any():
-            break
+
+    def needed():
+        asked = np.zeros(len(known), bool)
+        for epoch, index in tqdm(batches, desc="reference", disable=not progress or None):
+            batch = loader.batch(epoch, index)
+            pairs = np.concatenate(batch["sample_ids"])
+            if not asked[pairs].all():
+                asked[pairs] = True
+                yield batch
+            if asked.all():
+                break
+
+    for batch, found in parallel.in_turn(model, needed(), functools.partial(reply_logps, model)):
+        known[np.concatenate(batch["sample_ids"])] = found.numpy()
     if was_training:
         model.train()
     return known
@@ -295,10 +299,10 @@ def evaluate_pairs(model, loader, known, args, topology=parallel.SINGLE):
     was_training, batches = model.training, evaluated(loader, args)
     model.eval()
     counts, loss, sums = pair_counts(loader.batch(*where) for where in batches), 0.0, dict.fromkeys(FIGURES, 0.0)
-    for where, counted in trainer.share_of(batches, topology):
-        batch = loader.batch(*where)
+    places = ((loader.batch(*where), counted) for where, counted in trainer.share_of(batches, topology))
+    for (batch, counted), policy in parallel.in_turn(model, places, lambda place: reply_logps(model, place[0])):
         reference = reference_logps(model, batch, known, args)
-        part, figures = objective(reply_logps(model, batch), reference, batch["reply_tokens"], counts, args)
+        part, figures = objective(policy, reference, batch["reply_tokens"], counts, args)
         if counted:
             loss += float(part)
             sums = {name: sums[name] + value for name, value in figures.items()}
@@ -324,7 +328,7 @@ def adapt(model, args, checkpoint):
     path = checkpoint or args.lora_path
     if not args.lora:
         if checkpoint:
-            load_weights(model, checkpoint)
+            trainer.load_trained(model, checkpoint, args)
     elif path:
         load_adapter(model, path, trainable=True)
         layers = lora_layers(model)
@@ -402,13 +406,6 @@ def main(args):
         dev_known = known_logps(model, dev, evaluated(dev, args), progress)
     answers_before = answer(model, tokenizer, dev.dataset, shown, args) if shown else []
 
-    def write_model(folder, dtype="float32"):
-        if args.lora:
-            save_adapter(model, folder, args.model_name_or_path)
-        else:
-            save_pretrained(model, folder, dtype)
-        tokenizer.save(folder)
-
     def evaluate():
         return evaluate_pairs(model, dev, dev_known, args, topology)
 
@@ -416,13 +413,14 @@ def main(args):
         # ================================================================== 3. reference, adapter, optimizer, resume
         before = evaluate() if dev else None
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
-        if not args.lora and not args.reference_free:
+        # An adapter is switched off for the reference, except in a pipeline: a micro-batch runs through it once.
+        if not args.reference_free and (not args.lora or topology.pp.size > 1):
             start, micro = time.perf_counter(), train.batches_per_epoch
             seen = [batch for step in range(total) for batch in trainer.micro_batches(step, args, micro, topology.data_size)]
             train_known = known_logps(model, train, seen, progress)
             known = int((~np.isnan(train_known[:, 0])).sum())
             print(f"reference: log-probabilities of {known:,} pairs computed in {time.perf_counter() - start:.1f} s")
-        checkpoint = trainer.find_checkpoint(args)
+        checkpoint = trainer.find_checkpoint(args, topology)
         adapt(model, args, checkpoint)
         parallel.cut_adapters(model, topology)
         if kernels.bf16:
@@ -436,11 +434,11 @@ def main(args):
         optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
         state = trainer.TrainState()
         if checkpoint:
-            state = trainer.load_checkpoint(
-                checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
-            )
+            moments = None if args.ignore_load_lr_and_optim else optimizer
+            state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
         trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology, figures=FIGURES)
+        checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
         def batch_loss(batch, size):
@@ -458,12 +456,12 @@ def main(args):
             if state.step > resumed_step and trainer.is_due(
                 args.save_strategy, args.save_steps, state.step, steps_per_epoch
             ):
-                trainer.save_checkpoint(args.output_dir, state, optimizer, write_model, args)
+                checkpoints.save(state)
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
-                    trainer.update_best(args, state, metrics)
+                    trainer.update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
             start = time.perf_counter()
@@ -485,14 +483,16 @@ def main(args):
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
+        checkpoints.wait()
         # ================================================================== end of the training loop
 
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
             best = Path(args.output_dir) / state.best_checkpoint
-            (reload_adapter if args.lora else load_weights)(model, best)
+            reload_adapter(model, best) if args.lora else trainer.load_trained(model, best, args)
+            shards.weights_changed()
         log.close()
-        write_model(args.output_dir, args.save_dtype)
+        checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora else 'model'}: {args.output_dir}")
     else:
         if args.lora_path:

@@ -28,11 +28,8 @@ from model import (
     generate,
     halve_frozen,
     load_adapter,
-    load_weights,
     lora_layers,
     reload_adapter,
-    save_adapter,
-    save_pretrained,
     trainable_weights,
 )
 
@@ -170,7 +167,7 @@ def adapt(model, args, checkpoint):
     path = checkpoint or args.lora_path or args.prefix_path
     if not (args.lora or args.prefix_tuning):
         if checkpoint:
-            load_weights(model, checkpoint)
+            trainer.load_trained(model, checkpoint, args)
     elif path:
         load_adapter(model, path, trainable=True)
         wanted = ("LoRA", args.lora_rank) if args.lora else ("a prefix", args.num_prefix_tokens)
@@ -245,25 +242,18 @@ def main(args):
     if args.do_train and dev and args.eval_with_do_generation:
         recall_before = generation_metrics(model, tokenizer, dev_records, args)[0].get("eval_keyword_recall")
 
-    def write_model(folder, dtype="float32"):
-        if args.lora or args.prefix_tuning:
-            save_adapter(model, folder, args.model_name_or_path)
-        else:
-            save_pretrained(model, folder, dtype)
-        tokenizer.save(folder)
-
     def evaluate():
         metrics = trainer.evaluate(model, dev, args.max_evaluate_steps, topology)
         if args.eval_with_do_generation:
             generated, answers = generation_metrics(model, tokenizer, dev_records, args)
             metrics.update(generated)
-            if args.save_generation_output:
+            if args.save_generation_output and topology.rank == 0:
                 write_answers(Path(args.output_dir) / "generated_output.json", dev_records, answers)
         return metrics
 
     if args.do_train:
         # ================================================================== 3. adapter, optimizer, resume
-        checkpoint = trainer.find_checkpoint(args)
+        checkpoint = trainer.find_checkpoint(args, topology)
         adapt(model, args, checkpoint)
         parallel.cut_adapters(model, topology)
         if kernels.bf16:
@@ -279,11 +269,11 @@ def main(args):
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         state = trainer.TrainState()
         if checkpoint:
-            state = trainer.load_checkpoint(
-                checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
-            )
+            moments = None if args.ignore_load_lr_and_optim else optimizer
+            state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
         trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology)
+        checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
 
         def step_size(batches):
             """What the mean is over: target tokens."""
@@ -300,12 +290,12 @@ def main(args):
             if state.step > resumed_step and trainer.is_due(
                 args.save_strategy, args.save_steps, state.step, steps_per_epoch
             ):
-                trainer.save_checkpoint(args.output_dir, state, optimizer, write_model, args)
+                checkpoints.save(state)
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
-                    trainer.update_best(args, state, metrics)
+                    trainer.update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
             start = time.perf_counter()
@@ -327,13 +317,14 @@ def main(args):
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
+        checkpoints.wait()
         # ================================================================== end of the training loop
 
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
-            load_best(model, args, Path(args.output_dir) / state.best_checkpoint)
+            load_best(model, args, Path(args.output_dir) / state.best_checkpoint, shards)
         log.close()
-        write_model(args.output_dir, args.save_dtype)
+        checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora or args.prefix_tuning else 'model'}: {args.output_dir}")
     else:
         if args.lora_path or args.prefix_path:
@@ -355,7 +346,8 @@ def main(args):
         generated, answers = generation_metrics(model, tokenizer, test_records, args)
         metrics.update(generated)
         trainer.write_results(args.output_dir, "test", metrics, topology)
-        write_answers(Path(args.output_dir) / "predictions.jsonl", test_records, answers)
+        if topology.rank == 0:
+            write_answers(Path(args.output_dir) / "predictions.jsonl", test_records, answers)
         print(f"test: {trainer.shown(metrics)}")
     if before:
         after = answer(model, tokenizer, dev_records, shown, args)
@@ -363,12 +355,13 @@ def main(args):
             print(f"\nprompt: {dev_records.record(i)['src']}\nbefore: {old}\nafter:  {new}")
 
 
-def load_best(model, args, checkpoint):
+def load_best(model, args, checkpoint, shards):
     """The weights, or the adapter's, of an earlier checkpoint of this run into the model."""
     if not (args.lora or args.prefix_tuning):
-        load_weights(model, checkpoint)
+        trainer.load_trained(model, checkpoint, args)
     else:
         reload_adapter(model, checkpoint)
+    shards.weights_changed()
 
 
 def write_answers(path, dataset, answers):

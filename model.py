@@ -985,6 +985,10 @@ class Linear(nn.Layer):
         """(out,) the lengths of the columns of a weight (in, out) in this one's place."""
         return weight.norm(axis=0)
 
+    def whole_weight(self):
+        """(in, out) float32, numpy; of a linear that is spread over processes, all of it."""
+        return self.weight.astype("float32").numpy()
+
 
 class QuantLinear(nn.Layer):
     """y = x W + b with W (in, out) held as integers, on kernels.quant_linear, whose docstring has the layouts.
@@ -1390,13 +1394,16 @@ class SparseMLP(nn.Layer):
         ids = chosen.flatten()  # (N · k,)
         order = paddle.argsort(ids, stable=True)
         counts = np.bincount(ids.numpy(), minlength=self.how.count)
-        tokens = paddle.index_select(flat, order // k)
-        parts = paddle.split(tokens, [int(n) for n in counts if n])
-        used = [expert for expert, n in zip(self.experts, counts) if n]
-        mixed = paddle.concat([expert(part) for expert, part in zip(used, parts)])
+        mixed = self.outputs(paddle.index_select(flat, order // k), counts)
         back = paddle.argsort(order)  # where each of a token's choices stands
         mixed = paddle.index_select(mixed, back).reshape([-1, k, flat.shape[-1]])
         return (mixed * weights.unsqueeze(-1).astype(mixed.dtype)).sum(1)
+
+    def outputs(self, tokens, counts):
+        """(n, D), the tokens of one expert behind those of another, so many of each -> (n, D), what the experts make of them."""
+        parts = paddle.split(tokens, [int(n) for n in counts if n])
+        used = [expert for expert, n in zip(self.experts, counts) if n]
+        return paddle.concat([expert(part) for expert, part in zip(used, parts)])
 
 
 def load_balancing_loss(probabilities, how, real):
@@ -1467,9 +1474,33 @@ class Shared(namedtuple("Shared", "cos sin q_scale rows narrowed spread")):
         return self.narrowed.get(block.attention.window, self.rows)
 
 
+class Draws:
+    """Randomness of one pass of a model: what is drawn under a key depends on it, on paddle.seed() and on the shape alone.
+
+    So whoever has a part of the model or of its tokens draws what one process would, however much others have drawn.
+    """
+
+    number = 0
+
+    def renew(self):
+        self.number = int(paddle.randint(0, (1 << 31) - 1, [1])[0])
+
+    @contextlib.contextmanager
+    def under(self, key, number=None):
+        """What is drawn inside is drawn under this key, and leaves no trace outside. number: of another pass."""
+        states = paddle.get_rng_state("cpu"), paddle.get_rng_state()
+        paddle.seed(zlib.crc32(f"{self.number if number is None else number} {key}".encode()))
+        try:
+            yield
+        finally:
+            paddle.set_rng_state(states[0], "cpu")
+            paddle.set_rng_state(states[1])
+
+
 class CausalLM(nn.Layer):
     def __init__(self, config):
         super().__init__()
+        self.draws = Draws()
         self.config, width = config, config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.embed_positions = None
@@ -1522,8 +1553,7 @@ class CausalLM(nn.Layer):
 
     def losses(self, x, probabilities, labels, return_predictions=False, additions=True):
         """What forward() gives for labels, from trunk()'s hidden states (B, T, D) and probabilities."""
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x = self.read_by_head(x)
         weight, tied = self.head_weight()
         flat = x.reshape([-1, x.shape[-1]])
         found = self.cross_entropy(flat, weight, labels.flatten(), tied, return_predictions)
@@ -1535,6 +1565,10 @@ class CausalLM(nn.Layer):
         ):
             losses = losses + more * (labels != -100).astype(losses.dtype)
         return (losses, found[1].reshape(labels.shape)) if return_predictions else losses
+
+    def read_by_head(self, x):
+        """Hidden states (…, D) -> what the head multiplies."""
+        return x if self.project_out is None else self.project_out(x)
 
     def cross_entropy(self, x, weight, labels, tied, return_predictions):
         """x (N, D) and labels (N,) -> losses (N,), and argmax ids (N,) if asked for."""
@@ -1576,8 +1610,7 @@ class CausalLM(nn.Layer):
 
     def logits(self, x):
         """hidden states (…, D), after the final norm -> (…, V)"""
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x = self.read_by_head(x)
         weight, tied = self.head_weight()
         logits = (
             paddle.matmul(x, weight, transpose_y=True) if tied else kernels.linear(x, weight)
@@ -1598,20 +1631,31 @@ class CausalLM(nn.Layer):
         """hidden_states(), and a list of the probabilities (N, E) of each sparse block's router."""
         paged = caches is not None and not isinstance(caches, Cache)
         assert not paged or position_ids is not None, "a paged cache does not know the positions"
+        self.begin(input_ids, caches)
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
         x, shared = self.prepare(input_ids, position_ids, rows, caches)
+        x, probabilities = self.through(range(len(self.layers)), x, shared, caches)
+        return self.last_norm(x), probabilities
+
+    def begin(self, input_ids, caches):
+        """A pass begins."""
+        if self.training:
+            self.draws.renew()
+
+    def through(self, places, x, shared, caches=None):
+        """x (B, T, D) after the blocks at these places, one after another, and the probabilities of the sparse ones' routers."""
+        paged = caches is not None and not isinstance(caches, Cache)
         turns, probabilities = (shared.cos, shared.sin), []
-        for i, block in enumerate(self.layers):
+        for i in places:
+            block = self.layers[i]
             if paged:
                 x, *_, routed = block(x, *turns, attend=functools.partial(caches.attend, i), q_scale=shared.q_scale)
                 continue
             seen = shared.rows_of(block)
             past = (None, None) if caches is None else (caches.keys[i], caches.values[i])
             if self.recompute and self.training:
-                found = paddle.distributed.fleet.utils.recompute(
-                    block.output, x, *turns, seen, *past, shared.q_scale, shared.spread
-                )
+                found = self.recomputed(block.output, x, *turns, seen, *past, shared.q_scale, shared.spread)
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
                 x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread)
@@ -1619,7 +1663,20 @@ class CausalLM(nn.Layer):
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
                 probabilities.append(routed)
-        return (x if self.norm is None else self.norm(x)), probabilities
+        return x, probabilities
+
+    def last_norm(self, x):
+        return x if self.norm is None else self.norm(x)
+
+    def recomputed(self, function, *arguments):
+        """function(*arguments), whose activations are not kept but made again in backward, with the same randomness."""
+        number = self.draws.number
+
+        def same(*arguments):
+            self.draws.number = number
+            return function(*arguments)
+
+        return paddle.distributed.fleet.utils.recompute(same, *arguments)
 
     def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
         """What the first block reads (B, T, D), and Shared; arguments as in hidden_states()."""
@@ -1648,7 +1705,7 @@ class CausalLM(nn.Layer):
         x = self.look_up(input_ids)
         if self.training and self.neftune_noise_alpha:
             size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(-1)  # (B, T, 1)
-            noise = paddle.uniform([*input_ids.shape, x.shape[-1]], x.dtype, -1.0, 1.0)
+            noise = self.noise([*input_ids.shape, x.shape[-1]]).astype(x.dtype)
             x = x + self.kept(noise * (self.neftune_noise_alpha / size).astype(x.dtype))
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale
@@ -1662,6 +1719,11 @@ class CausalLM(nn.Layer):
         if self.recompute and self.training and x.stop_gradient:
             x.stop_gradient = False  # Paddle's recompute passes gradients to adapters only where an input has one
         return x
+
+    def noise(self, shape):
+        """NEFTune's, uniform in [-1, 1), for the embeddings of these tokens: shape (B, T, D)."""
+        with self.draws.under("noise"):
+            return paddle.uniform(shape, "float32", -1.0, 1.0)
 
     def look_up(self, input_ids):
         """Ids (B, T) -> their rows of the embedding (B, T, D)."""
@@ -1797,11 +1859,50 @@ def read_tensor(path, entry):
     array = np.fromfile(
         path, _SAFETENSORS[dtype], (end - begin) // np.dtype(_SAFETENSORS[dtype]).itemsize, offset=begin
     )
+    return _as_float32(array, dtype).reshape(shape)
+
+
+class StoredTensor:
+    """A tensor of a safetensors file: called, it is read whole; ranges(dim, [(start, stop), …]) reads no more than those.
+
+    bytes_read: by all of them in this process.
+    """
+
+    bytes_read = 0
+
+    def __init__(self, path, entry):
+        self.path, self.entry = path, entry
+
+    def __call__(self):
+        StoredTensor.bytes_read += self.entry[3] - self.entry[2]
+        return read_tensor(self.path, self.entry)
+
+    def ranges(self, dim, ranges):
+        """The ranges of a dim behind one another; read row by row where the dim is not the first."""
+        dtype, shape, begin, _ = self.entry
+        kind = np.dtype(_SAFETENSORS[dtype])
+        inner = math.prod(shape[dim + 1 :]) * kind.itemsize
+        width = sum(last - first for first, last in ranges)
+        found = np.empty([*shape[:dim], width, *shape[dim + 1 :]], kind)
+        room, at = memoryview(found.reshape([-1]).view(np.uint8)), 0
+        with open(self.path, "rb", buffering=0) as file:
+            for row in range(math.prod(shape[:dim])):
+                for first, last in ranges:
+                    size, start = (last - first) * inner, begin + (row * shape[dim] + first) * inner
+                    while size:
+                        done = os.preadv(file.fileno(), [room[at : at + size]], start)
+                        if not done:
+                            raise UserError(f"{self.path}: truncated at byte {start}")
+                        at, start, size = at + done, start + done, size - done
+        StoredTensor.bytes_read += found.nbytes
+        return _as_float32(found, dtype)
+
+
+def _as_float32(array, dtype):
+    """What lies in a file as float16 or bfloat16, as float32; all else as it is."""
     if dtype == "BF16":
-        array = from_bfloat16(array)
-    elif dtype == "F16":
-        array = array.astype(np.float32)
-    return array.reshape(shape)
+        return from_bfloat16(array)
+    return array.astype(np.float32) if dtype == "F16" else array
 
 
 def read_safetensors(path):
@@ -1809,10 +1910,11 @@ def read_safetensors(path):
     return {name: read_tensor(path, entry) for name, entry in safetensors_header(path).items()}
 
 
-def write_safetensors(path, tensors, metadata=None):
+def write_safetensors(path, tensors, metadata=None, sync=True):
     """Write {name: array, or a function that returns it} to `path`, atomically, one tensor in memory at a time.
 
     With functions, the value is (function, shape, dtype); "bfloat16" and "float16" convert what the function returns.
+    Returns {"size", "crc32"} of the file. sync: wait until the disk has it.
     """
     names = {np.dtype(v): k for k, v in _SAFETENSORS.items() if k != "BF16"}
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
@@ -1824,17 +1926,33 @@ def write_safetensors(path, tensors, metadata=None):
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    with atomic_file(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    start = struct.pack("<Q", len(text)) + text
+    size, checksum = len(start) + offset, zlib.crc32(start)
+    with atomic_file(path, "wb", sync) as file:
+        file.write(start)
         for name, value in tensors.items():
             array = value[0]() if isinstance(value, tuple) else value
             if header[name]["dtype"] == "BF16":
                 array = to_bfloat16(array)
-            file.write(np.ascontiguousarray(array, _SAFETENSORS[header[name]["dtype"]]).data)
+            array = np.ascontiguousarray(_rows(array), _SAFETENSORS[header[name]["dtype"]])
+            assert array.nbytes == np.diff(header[name]["data_offsets"])[0], (name, array.shape, header[name])
+            file.write(array.data)
+            checksum = zlib.crc32(array.reshape([-1]).view(np.uint8), checksum)
+    return {"size": size, "crc32": checksum}
+
+
+def _rows(array):
+    """A transposed matrix laid out anew, 16 rows of the original at a time: five times as fast as all at once."""
+    if array.ndim != 2 or array.flags.c_contiguous or not array.flags.f_contiguous:
+        return array
+    found, original = np.empty(array.shape, array.dtype), array.T
+    for i in range(0, len(original), 16):
+        found[:, i : i + 16] = original[i : i + 16].T
+    return found
 
 
 @contextlib.contextmanager
-def atomic_file(path, mode="w"):
+def atomic_file(path, mode="w", sync=True):
     """A file that is complete or not there: written under a temporary name, synced, renamed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1842,7 +1960,8 @@ def atomic_file(path, mode="w"):
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -2051,7 +2170,16 @@ class Weight:
     def from_numpy(self, array):
         """All of it in their layout -> what the parameter holds of it, in ours."""
         array = array.T if self.transposed else array
-        return np.ascontiguousarray(array if self.cut is None else self.cut.take(array))
+        return np.ascontiguousarray(_rows(array) if self.cut is None else self.cut.take(array))
+
+    def read(self, read):
+        """What the parameter holds of a stored tensor, in our layout; read() gives all of it, or is a StoredTensor."""
+        if self.cut is None or not isinstance(read, StoredTensor):
+            return self.from_numpy(read())
+        dims = len(self.cut.shape)
+        dim = dims - 1 - self.cut.dim if self.transposed else self.cut.dim
+        array = read.ranges(dim, self.cut.ranges)
+        return np.ascontiguousarray(_rows(array.T) if self.transposed else array)
 
     @property
     def tensor(self):
@@ -2075,6 +2203,23 @@ class Weight:
         """Their shape of the whole."""
         shape = list(self.parameter.shape if self.cut is None else self.cut.shape)
         return shape[::-1] if self.transposed else shape
+
+
+class Entry(namedtuple("Entry", "tensors sources make", defaults=(None,))):
+    """Tensors of a file that are made of the same weights.
+
+    tensors: {name: (shape, dtype)}, as stored; sources: [(Weight, its parameter or a tensor of that shape)]; make: from
+    the sources' wholes in the file's layout to the arrays, in the order of tensors; None: they are stored as they are.
+    """
+
+    @classmethod
+    def of(cls, weight, dtype="float32", name=None, tensor=None):
+        """One stored as it is: a weight, or a tensor of its shape under another name."""
+        source = weight.parameter if tensor is None else tensor
+        return cls({name or weight.name: (weight.shape, weight.stored or dtype)}, [(weight, source)])
+
+    def arrays(self, *wholes):
+        return list(wholes) if self.make is None else self.make(*wholes)
 
 
 # The tensors of a QuantLinear: our name, theirs, dtype on disk. (int8 weights lie as [out, in] there, packed ones as here.)
@@ -2103,7 +2248,7 @@ def _names_of(config, rows=None):
                 yield ours.format(i=i, e=e), theirs.format(i=i, e=e), transposed
 
 
-def _stored_weights(model):
+def stored_weights(model):
     """base_weights() as a folder holds them: a tied head and rope's frequencies too, where the family's files have them."""
     weights, config = base_weights(model), model.config
     if model.lm_head is None and FAMILIES[config.family].also_stores_head:
@@ -2147,9 +2292,11 @@ def halve_frozen(model):
     for layer in model.sublayers():
         if isinstance(layer, Linear) and layer.weight.stop_gradient and layer.weight.dtype == paddle.float32:
             with paddle.LazyGuard():  # no memory until it is set
-                half = layer.create_parameter([layer.n_in, layer.n_out], dtype="bfloat16")
+                half = layer.create_parameter(layer.weight.shape, dtype="bfloat16")
             half.set_value(layer.weight.astype("bfloat16"))
             half.stop_gradient = True
+            if (cut := getattr(layer.weight, "cut", None)) is not None:
+                half.cut = cut
             layer.weight = half
 
 
@@ -2226,7 +2373,11 @@ def set_parameter(parameter, array):
         parameter.set_value(paddle.to_tensor(array).astype(parameter.dtype))
 
 
-def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_state.pdparams")):
+MASTERS = "master_weights.safetensors"  # float32 weights beside, or in place of, those in bfloat16
+MODELS = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTERS)
+
+
+def stored_tensors(path, singles=MODELS):
     """{tensor name: (a function that reads it, its shape)} over all weight files of a folder, one of `singles` or its parts."""
     path = Path(path)
     for single in singles:
@@ -2255,27 +2406,29 @@ def _shards(path, singles=("model.safetensors", "pytorch_model.bin", "model_stat
                 )
             else:
                 header = safetensors_header(path / file)
-                found.update({n: ((lambda f=path / file, e=e: read_tensor(f, e)), e[1]) for n, e in header.items()})
+                found.update({n: (StoredTensor(path / file, e), e[1]) for n, e in header.items()})
         return found
     if parts := sorted(path.glob("model_state.*.pdparams")):
         raise UserError(f"{parts[0]}: a part of a model cut up for tensor or pipeline parallelism: merge them first")
     raise UserError(f"{path}: no {', '.join(singles)} or an index of them")
 
 
-def load_weights(model, path):
+def load_weights(model, path, singles=MODELS):
     """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
     one error."""
-    config, found = model.config, _shards(path)
+    config, found, elsewhere = model.config, stored_tensors(path, singles), model.elsewhere
     theirs = _paddlenlp_names(config)
     if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
         weights = base_weights(model, theirs)
         found = _paddlenlp_parts(found, config, theirs)
+        places = {ours for ours, name, _ in _names_of(config) if name in elsewhere}
+        elsewhere = {name for ours, name, _ in _names_of(config, theirs) if ours in places}
     else:
         weights = base_weights(model)
-        found = _published_names(found, config, {w.name for w in weights} | model.elsewhere)
+        found = _published_names(found, config, {w.name for w in weights} | elsewhere)
     weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in model.elsewhere]
+    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in elsewhere]
     wrong += [
         f"{n} has shape {list(found[n][1])}, config.json says {w.shape}"
         for n, w in weights.items()
@@ -2284,11 +2437,10 @@ def load_weights(model, path):
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
     for name, weight in weights.items():
-        array = found[name][0]()
+        array = weight.read(found[name][0])
         stored = weight.stored or "float32"
         if stored.startswith("int") != (array.dtype.kind == "i"):
             raise UserError(f"{path}: {name} is of {array.dtype}; {stored} is needed")
-        array = weight.from_numpy(array)  # under the same name, so that theirs is gone before ours is copied
         set_parameter(weight.parameter, array)
     for name, (_, _, layer) in linears(model).items():
         if isinstance(layer, QuantLinear):
@@ -2296,7 +2448,7 @@ def load_weights(model, path):
 
 
 def _published_names(found, config, names):
-    """_shards() of a Hugging Face folder under the names of the family's table, without what is not a weight of it.
+    """stored_tensors() of a Hugging Face folder under the names of the family's table, without what is not a weight of it.
 
     Published files leave out the prefix of the names (GPT-2, Bloom), hold a tied head too, tables that are computed, the
     extra layers of DeepSeek-V3 that only speculate, and all experts of a layer in one tensor (transformers 5, if asked to).
@@ -2376,7 +2528,7 @@ def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     shards, sizes = [{}], [0]
-    for w in _stored_weights(model):
+    for w in stored_weights(model):
         stored = w.stored or dtype
         width = 2 if stored == "bfloat16" else np.dtype(stored).itemsize
         size = int(np.prod(w.shape)) * width
@@ -2488,7 +2640,7 @@ def _paddlenlp_names(config):
 
 
 def _paddlenlp_parts(found, config, rows):
-    """_shards() of a PaddleNLP folder, with q, k, v and gate, up joined or apart as the model has them.
+    """stored_tensors() of a PaddleNLP folder, with q, k, v and gate, up joined or apart as the model has them.
 
     fuse_attention_qkv: each key head's queries, key and value together, GPT's too; fuse_attention_ffn: gate, then up.
     """
@@ -2535,7 +2687,7 @@ def _paddlenlp_lora(model, path):
     modules = {theirs: ours for ours, theirs, _ in _names_of(model.config, names)}
     places = {ours: theirs.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config)}
     tensors, targets = {}, set()
-    for name, (read, _) in _shards(path, ("lora_model_state.pdparams", "peft_model.safetensors")).items():
+    for name, (read, _) in stored_tensors(path, ("lora_model_state.pdparams", "peft_model.safetensors")).items():
         module, _, which = name.rpartition(".")
         ours = modules.get(f"{module}.weight")
         if ours is None or which not in ("lora_A", "lora_B"):
@@ -2571,11 +2723,14 @@ class LoRALinear(nn.Layer):
         self.lora_B = self.create_parameter([rank, n_out], default_initializer=nn.initializer.Constant(0.0))
         self.lora_magnitude_vector = None
         self.initial = None
+        self.draws, self.key = Draws(), ""  # apply_lora() gives it the model's, and its path
         for p in base.parameters():
             p.stop_gradient = True
         if dora:
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
             self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
+            if (cut := getattr(base.weight, "cut", None)) is not None and cut.dim == 1:
+                self.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
 
     def delta(self):
         """(in, out) float32: what the adapter adds to the weight."""
@@ -2607,23 +2762,28 @@ class LoRALinear(nn.Layer):
 
     def dropped(self, x):
         """x after dropout."""
-        return F.dropout(x, self.dropout, training=self.training)
+        if not self.training:
+            return x
+        with self.draws.under(self.key):
+            return F.dropout(x, self.dropout)
 
     @paddle.no_grad()
     def start_pissa(self):
         """A B = the R largest singular triples of the weight, which the base loses."""
-        weight = self.base.weight.astype("float32").numpy()
-        u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+        u, s, vt = np.linalg.svd(self.base.whole_weight().astype(np.float64), full_matrices=False)
         rank = self.lora_A.shape[1]
         root = np.sqrt(s[:rank] / self.scaling)
         self.set_pissa((u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32))
 
     @paddle.no_grad()
     def set_pissa(self, a, b):
+        """Start at these, (in, R) and (R, out), of the whole weight."""
         set_parameter(self.lora_A, a)
         set_parameter(self.lora_B, b)
-        self.initial = (a, b)
-        self.base.weight.set_value((self.base.weight.astype("float32") - self.delta()).astype(self.base.weight.dtype))
+        self.initial, delta, weight = (a, b), self.delta(), self.base.weight
+        if (cut := getattr(weight, "cut", None)) is not None:
+            delta = paddle.to_tensor(cut.take(delta.numpy()))
+        weight.set_value((weight.astype("float32") - delta).astype(weight.dtype))
 
     @paddle.no_grad()
     def merged(self):
@@ -2656,17 +2816,25 @@ def lora_layers(model):
     return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
+def linears_elsewhere(model):
+    """{Hugging Face module path} of the linears of the blocks that other processes hold."""
+    rows = _names_of(model.config) if model.elsewhere else ()
+    paths = [theirs.removesuffix(".weight") for ours, theirs, _ in rows if ours.startswith("layers.") and ours.endswith("_proj.weight")]
+    return {path for path in paths if not model.elsewhere.isdisjoint((path + ".weight", path + ".qweight"))}
+
+
 def lora_paths(model, targets=None):
-    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora."""
-    found = linears(model)
+    """[Hugging Face module path] of the linears that `targets` names, as in apply_lora, and that this process holds."""
+    here = linears(model)
+    found = {*here, *linears_elsewhere(model)}
     if targets in (None, "all-linear", []):
-        return list(found)
+        return list(here)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
     for pattern, target in zip(patterns, [targets] if isinstance(targets, str) else targets):
         if not any(re.fullmatch(pattern, path) for path in found):
             names = sorted({path.rpartition(".")[2] for path in found})
             raise UserError(f"lora_target_modules: {target!r} matches no linear layer; there are {', '.join(names)}")
-    return [path for path in found if any(re.fullmatch(p, path) for p in patterns)]
+    return [path for path in here if any(re.fullmatch(p, path) for p in patterns)]
 
 
 def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False, pissa=False, targets=None, seed=0):
@@ -2684,7 +2852,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
     found, chosen = linears(model), lora_paths(model, targets)
     if targets in (None, "all-linear", []):
-        targets = sorted({path.rpartition(".")[2] for path in found})
+        targets = sorted({path.rpartition(".")[2] for path in {*found, *linears_elsewhere(model)}})
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
@@ -2693,6 +2861,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         generator = np.random.default_rng([seed, zlib.crc32(path.encode())])  # the start depends on seed and name alone
         bound = math.sqrt(1 / layer.n_in)
         set_parameter(lora.lora_A, generator.uniform(-bound, bound, lora.lora_A.shape).astype(np.float32))
+        lora.draws, lora.key = model.draws, path
         if pissa:
             lora.start_pissa()
         setattr(parent, attribute, lora)
@@ -2816,45 +2985,57 @@ def save_adapter(model, path, base_model=None):
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {w.name: w.to_numpy() for w in adapter_weights(model)}
+    config, files = adapter_files(model, base_model)
+    for file, (entries, metadata) in files.items():
+        tensors = {}
+        for entry in entries:
+            wholes = [weight.to_numpy(tensor) for weight, tensor in entry.sources]
+            tensors |= dict(zip(entry.tensors, entry.arrays(*wholes)))
+        write_safetensors(path / file, tensors, metadata)
+    with atomic_file(path / "adapter_config.json") as file:
+        json.dump(config, file, indent=2)
+
+
+def adapter_files(model, base_model=None):
+    """(what adapter_config.json holds, {file: ([Entry], metadata)}), see save_adapter."""
+    weights = {w.name: w for w in adapter_weights(model)}
+    entries = {name: Entry.of(w) for name, w in weights.items()}
     config = {
         "base_model_name_or_path": str(base_model) if base_model else None,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
     }
-    if model.prefix is None:
-        config.update(
-            peft_type="LORA",
-            bias="none",
-            fan_in_fan_out=_as_is(model.config),
-            init_lora_weights=True,
-            **model.lora_config,
-        )
-        layers = lora_layers(model)
-        if any(layer.initial is not None for layer in layers.values()):
-            for module, layer in layers.items():
-                (a, b), stem = layer.initial, f"base_model.model.{module}."
-                tensors[stem + "lora_A.weight"] = np.concatenate([tensors[stem + "lora_A.weight"], a.T])
-                tensors[stem + "lora_B.weight"] = np.concatenate([tensors[stem + "lora_B.weight"], -b.T], axis=1)
-            config["r"] *= 2
-            config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2  # so that the scaling stays
-            config["pissa_start_included"] = True
-    else:
+    if model.prefix is not None:
         prefix = model.prefix
         config.update(peft_type="PREFIX_TUNING", num_virtual_tokens=prefix.tokens, token_dim=prefix.heads * prefix.head_dim,
                       num_transformer_submodules=1, num_attention_heads=prefix.heads, num_layers=prefix.layers,
                       prefix_projection=prefix.hidden is not None,
                       encoder_hidden_size=prefix.heads * prefix.head_dim if prefix.hidden is None else prefix.hidden.weight.shape[1])  # fmt: skip
-        if prefix.hidden is not None:
-            write_safetensors(path / "prefix_projection.safetensors", tensors)
-            with paddle.no_grad():
-                tensors = {"prompt_embeddings": prefix.table().numpy()}
-    extra = {k: config.pop(k) for k in ("pissa_start_included",) if k in config}
-    write_safetensors(
-        path / "adapter_model.safetensors", tensors, metadata={k: json.dumps(v) for k, v in extra.items()}
+        if prefix.hidden is None:
+            return config, {"adapter_model.safetensors": (list(entries.values()), {})}
+        with paddle.no_grad():
+            table = prefix.table().numpy()
+        made = Entry({"prompt_embeddings": (list(table.shape), "float32")}, [], lambda: [table])
+        return config, {
+            "prefix_projection.safetensors": (list(entries.values()), {}),
+            "adapter_model.safetensors": ([made], {}),
+        }
+    config.update(
+        peft_type="LORA", bias="none", fan_in_fan_out=_as_is(model.config), init_lora_weights=True, **model.lora_config
     )
-    with atomic_file(path / "adapter_config.json") as file:
-        json.dump(config, file, indent=2)
+    layers, metadata = lora_layers(model), {}
+    if any(layer.initial is not None for layer in layers.values()):
+        for module, layer in layers.items():
+            a, b = (weights[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")  # (R, in), (out, R) on disk
+            a0, b0 = (start.T for start in layer.initial)  # whole, on every rank
+            entries[a.name] = Entry({a.name: ([2 * a.shape[0], a.shape[1]], "float32")}, [(a, a.parameter)],
+                                    lambda a, a0=a0: [np.concatenate([a, a0])])  # fmt: skip
+            entries[b.name] = Entry({b.name: ([b.shape[0], 2 * b.shape[1]], "float32")}, [(b, b.parameter)],
+                                    lambda b, b0=b0: [np.concatenate([b, -b0], 1)])  # fmt: skip
+        config["r"] *= 2
+        config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2  # so that the scaling stays
+        metadata["pissa_start_included"] = "true"
+    return config, {"adapter_model.safetensors": (list(entries.values()), metadata)}
 
 
 def load_adapter(model, path, trainable=False):
@@ -2930,7 +3111,7 @@ def _load_lora(model, config, tensors, path, trainable):
             layer.set_pissa(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
-    _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+    _fill(model, tensors, path.parent / "adapter_model.safetensors")
 
 
 def reload_adapter(model, path):
@@ -2944,7 +3125,7 @@ def reload_adapter(model, path):
             a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
-    _fill(adapter_weights(model), tensors, file)
+    _fill(model, tensors, file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):
@@ -2961,15 +3142,18 @@ def _load_prefix(model, config, tensors, path, trainable):
     projection = path.parent / "prefix_projection.safetensors"
     if trainable and projection.is_file():
         apply_prefix(model, config["num_virtual_tokens"], True, config["encoder_hidden_size"])
-        _fill(adapter_weights(model), read_safetensors(projection), projection)
+        _fill(model, read_safetensors(projection), projection)
     else:
         apply_prefix(model, config["num_virtual_tokens"])
-        _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+        _fill(model, tensors, path.parent / "adapter_model.safetensors")
 
 
-def _fill(weights, tensors, path):
+def _fill(model, tensors, path):
+    """The values of the model's adapter; those of linears that other processes hold are left out."""
+    weights, elsewhere = adapter_weights(model), linears_elsewhere(model)
     wrong = [f"missing {w.name}" for w in weights if w.name not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}]
+    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}
+              and n.removeprefix("base_model.model.").partition(".lora_")[0] not in elsewhere]  # fmt: skip
     wrong += [f"{w.name} has shape {list(tensors[w.name].shape)}, not {w.shape}" for w in weights
               if w.name in tensors and list(tensors[w.name].shape) != w.shape]  # fmt: skip
     if wrong:

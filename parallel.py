@@ -24,15 +24,25 @@ that shares a batch. With one process nothing here does anything.
     for loss, batch in parallel.micro_steps(model, batches, batch_loss, seeds): …
     norm = shards.reduce_gradients(); optimizer.step(…); shards.gather_weights()
 """
+import atexit
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
+import queue
 import re
 import socket
+import sys
+import threading
 import time
-from collections import namedtuple
+import traceback
+import zlib
+from collections import Counter, defaultdict, deque, namedtuple
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
 
 import numpy as np
 
@@ -40,19 +50,28 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from data import UserError
 from model import (
+    FAMILIES,
     MLP,
     Attention,
+    Linear,
     LoRALinear,
     ModelConfig,
+    QuantLinear,
     base_folders,
     SparseMLP,
+    _paddlenlp_names,
+    base_weights,
     build,
     load_weights,
     load_adapter,
     lora_layers,
     merge,
+    read_tensor,
+    safetensors_header,
     set_parameter,
+    write_safetensors,
 )
 from paddle.autograd import PyLayer
 
@@ -60,6 +79,9 @@ from paddle.autograd import PyLayer
 
 AXES = ("dp", "pp", "sharding", "sep", "tp")  # slowest first
 ORDERS = {"pp_first": AXES, "sharding_first": ("dp", "sharding", "pp", "sep", "tp")}
+# What upstream's NAME_parallel_degree calls them; context is the sep axis too.
+NAMES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
+SHARDINGS = ("stage1", "stage2", "stage3", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +101,96 @@ class Degrees:
     context: bool = False
     order: str = "pp_first"  # a key of ORDERS
 
+    @staticmethod
+    def of(args, config=None, T=None, world=None):
+        """From the arguments; UserError with all that does not fit, in one line.
+
+        config: the model's, T: the longest sequence, where they are known. world: of the processes that were launched, dp is
+        what the other degrees leave; None: a run that only counts, of as many as they ask for.
+        """
+        asked = {axis: getattr(args, f"{name}_parallel_degree") for axis, name in NAMES.items()}
+        ways = {axis: max(1, degree) for axis, degree in asked.items()}
+        words = re.findall(r"[^\s,]+", getattr(args, "sharding", None) or "")
+        if unknown := [word for word in words if word not in SHARDINGS]:
+            raise UserError(f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them")
+        order = getattr(args, "hybrid_parallel_topo_order", None) or "pp_first"
+        if order not in ORDERS:
+            raise UserError(f"hybrid_parallel_topo_order: {order!r}; possible are {', '.join(ORDERS)}")
+        if asked["sharding"] < 1 and words and world:  # as upstream: all that is left
+            left = world // (ways["pp"] * ways["sep"] * ways["context"] * ways["tp"])
+            ways["sharding"] = max(1, left)
+        stages = [int(word[-1]) for word in words if word != "offload"] or [1]
+        degrees = Degrees(pp=ways["pp"], sharding=ways["sharding"], sep=max(ways["sep"], ways["context"]), tp=ways["tp"], ep=ways["ep"],
+                          virtual=max(1, getattr(args, "virtual_pp_degree", 1)), stage=max(stages) if ways["sharding"] > 1 else 0,
+                          offload="offload" in words, sequence_parallel=getattr(args, "sequence_parallel", False),
+                          context=ways["context"] > 1, order=order)  # fmt: skip
+        wrong = []
+        if ways["sep"] > 1 and ways["context"] > 1:
+            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
+        if world and world % degrees.world:
+            factors = " x ".join(f"{NAMES[axis]}_parallel_degree {ways[axis]}" for axis in ("tp", "pp", "sharding", "sep", "context"))
+            mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
+            wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {mend}")
+        elif world:
+            degrees = dataclasses.replace(degrees, dp=world // degrees.world)
+            if ways["ep"] > world:
+                wrong.append(f"expert_parallel_degree: {ways['ep']}, but this run has {world} process(es); set it to 1")
+        if max(stages) > 1 and ways["pp"] > 1:
+            wrong.append(f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1")
+        if degrees.virtual > 1 and ways["pp"] == 1:
+            wrong.append(f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1")
+        if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
+            wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
+        if config is not None:
+            wrong += degrees.misfits(config, T)
+        if wrong:
+            raise UserError("; ".join(wrong))
+        return degrees
+
+    def misfits(self, config, T=None):
+        """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
+        wrong, H = check_tensor(config, self) + check_pipeline(config, self), config.num_attention_heads
+        sep = f"{'context' if self.context else 'sep'}_parallel_degree {self.sep}"
+        if self.sep > 1 and not self.context and H // self.tp % self.sep:
+            each = f"tensor_parallel_degree {self.tp} leaves a rank of {H}" if self.tp > 1 else "there are"
+            wrong.append(f"{sep} does not divide attention heads ({H // self.tp}, which {each})")
+        if T is not None and T < self.sep:
+            wrong.append(f"{sep} is more than tokens of a sequence ({T})")
+        return wrong
+
+    def __str__(self):
+        names = {"dp": "data", **NAMES, "sep": "context" if self.context else "sep"}
+        order = ("tp", "pp", "sharding", "sep", "dp", "ep")
+        ways = [f"{names[axis]} {getattr(self, axis)}" for axis in order if getattr(self, axis) > 1]
+        if self.virtual > 1:
+            ways.insert(1 + (self.tp > 1), f"virtual {self.virtual}")
+        if self.stage:
+            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
+        return ", ".join(ways) or "one process"
+
     @property
     def world(self):
         return self.dp * self.pp * self.sharding * self.sep * self.tp
+
+    def cut(self, name, config):
+        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours): on the fullest."""
+        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
+        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
+            return min(self.tp, K)
+        if layer == "qkv_proj":
+            return (H + 2 * K) / (H / self.tp + 2 * K / min(self.tp, K))
+        if layer in BY_VOCABULARY:
+            return V / -(-V // self.tp)
+        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
+        ways = self.tp if cut else 1
+        return min(ways * self.ep, self.world // self.pp) if ".experts." in name else ways
+
+    def shared(self, name, config):
+        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
+        if ".experts." not in name:
+            return self.sharding
+        return min(self.sharding, self.world // self.pp // self.cut(name, config))
 
 
 class Topology:
@@ -98,10 +207,12 @@ class Topology:
             lines = np.moveaxis(self.grid, dim, -1).reshape([-1, sizes[dim]])
             mine = next(line for line in lines if rank in line)
             setattr(self, name, Axis(name, [int(r) for r in mine], rank, groups))
+        self.alone = Axis("alone", [rank], rank)
+        self.ep, self.copies = expert_axes(self.grid, order, degrees.ep, rank, groups)
 
     @property
     def axes(self):
-        return [getattr(self, name) for name in AXES]
+        return [getattr(self, name) for name in AXES] + ([self.ep] if self.ep.size > 1 else [])
 
     @property
     def data_rank(self):
@@ -116,6 +227,10 @@ class Topology:
         """Wait for all processes, however long they take."""
         if self.groups is not None:
             self.groups.meet()
+
+    def exchange(self, value):
+        """[what each process calls this with]: small JSON values. All have come as far when it returns, as with meet()."""
+        return [value] if self.groups is None else self.groups.exchange(value)
 
     def total(self, numbers, stages=False):
         """Numbers (one, a tuple of them, or a dict) added up over the ranks with other batches; stages: over pp's too."""
@@ -147,8 +262,13 @@ class Axis:
 
     def __init__(self, name, ranks, rank, groups=None):
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
+        self.company = groups and groups.company
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
-        self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens
+        self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens, …
+        self.tokens = None  # … of so many, T, of the pass that is being made; None: not in this one
+        self.places = None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand
+        self.whole = None
+        self.pieces = None  # ep: [Visit], whose tokens an expert is at work on; None: this rank's
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x, op="sum"):
@@ -177,6 +297,25 @@ class Axis:
             parts = [part.contiguous() for part in x.split(self.size, axis=dim)]
             found = paddle.empty_like(parts[0])
             dist.reduce_scatter(found, parts, dist.ReduceOp.SUM, self.group)
+        return found
+
+    def exchange(self, x, counts):
+        """All-to-all: of rows x (n, …) this rank sends counts[rank, r] to each rank r, one behind the other -> those sent here.
+
+        counts: (ranks, ranks) numpy, the same on every rank.
+        """
+        sent, received = counts[self.rank], counts[:, self.rank]
+        if self.size == 1 or not counts.any():
+            return x.clone()
+        if _backend() == "gloo":  # has none: all get all
+            most = int(counts.sum(1).max())
+            rows = F.pad(x, [0, most - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True) if x.shape[0] < most else x
+            rows, starts = self.all_gather(rows), counts[:, : self.rank].sum(1) + most * np.arange(self.size)
+            index = np.concatenate([np.arange(first, first + n) for first, n in zip(starts, received)])
+            return paddle.index_select(rows, paddle.to_tensor(index)) if len(index) else rows[:0]
+        with self._timed(x):
+            found = paddle.empty([int(received.sum()), *x.shape[1:]], x.dtype)
+            dist.alltoall_single(found, x.contiguous(), sent.tolist(), received.tolist(), self.group)
         return found
 
     def gather_flat(self, x):
@@ -230,8 +369,9 @@ class Axis:
 
     @contextlib.contextmanager
     def _timed(self, x):
-        begin = time.perf_counter()
+        begin, self.company.place = time.perf_counter(), self
         yield
+        self.company.place = None  # an exception leaves it: there this rank was lost
         self.seconds += time.perf_counter() - begin
         self.bytes += x.size * x.element_size()
 
@@ -250,7 +390,6 @@ class Launch(namedtuple("Launch", "rank world endpoints")):
         return Launch(int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), endpoints)
 
 
-@functools.cache  # a process has one
 class Gloo:
     """Groups of processes on CPUs. connect(ranks) gives the group of these ranks, made when it is first asked for.
 
@@ -259,41 +398,228 @@ class Gloo:
     all processes; only then do the others connect, as one that knocks too early waits three seconds.
     """
 
-    def __init__(self, launch):
-        self.launch, self.groups = launch, {}
-        host, port = launch.endpoints[0].split(":")
-        self.store = paddle.base.core.TCPStore(host, int(port), launch.rank == 0, launch.world, 900)
-        self.meetings = 0
+    def __init__(self, company):
+        self.company, self.launch, self.store, self.groups = company, company.launch, company.store, {}
 
     def connect(self, ranks, name=""):
         """name: tells groups of the same ranks apart, such as the two directions between two of them."""
         key = f"{name}{'-'.join(map(str, ranks))}"
-        if key in self.groups:
-            return self.groups[key]
+        if key not in self.groups:
+            self.groups[key] = self._connect(list(ranks), key)
+        return self.groups[key]
+
+    def _connect(self, ranks, key):
         core, mine = paddle.base.core, ranks.index(self.launch.rank)
         host = self.launch.endpoints[ranks[0]].split(":")[0]
         if mine == 0:
             with socket.socket() as probe:
                 probe.bind(("", 0))
                 port = probe.getsockname()[1]
+            # Paddle wants a number that no other group of a process has, and the same one on all ranks of a group.
+            number = 1000 + self.store.add("groups", 1)
             store = core.TCPStore(host, port, True, 1, 900)
-            self.store.set(f"group {key}", str(port).encode())
+            self.store.set(f"group {key}", f"{port} {number}")
         else:
-            store = core.TCPStore(host, int(self.store.get(f"group {key}")), False, 1, 900)
-        number = 1000 + len(self.groups)  # of this process's groups; Paddle wants none twice
+            port, number = map(int, self.store.get(f"group {key}").split())
+            store = core.TCPStore(host, port, False, 1, 900)
         group = core.ProcessGroupGloo.create(store, mine, len(ranks), number)
-        group = dist.collective.Group(mine, number, list(ranks), group, f"{key}")
-        self.groups[key] = group
-        return group
-
+        return dist.collective.Group(mine, number, ranks, group, key)
 
     def meet(self):
-        """Wait for all processes, up to 15 minutes: a collective of gloo would give up after 30 seconds."""
+        """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
+        self.company.meet()
+
+    def exchange(self, value):
+        return self.company.exchange(value)
+
+
+class Nccl(Gloo):
+    """The same between accelerators, by Paddle's own groups: nccl, or what the device has in its place (bkcl, xccl).
+
+    Paddle numbers groups by the order in which a process makes them, and exchanges their addresses under that number; as
+    only members make one here, its first rank draws a number that no group has.
+    """
+
+    def __init__(self, company):
+        super().__init__(company)
+        dist.init_parallel_env()  # takes the device that the launcher chose
+
+    def _connect(self, ranks, key):
+        if ranks.index(self.launch.rank) == 0:
+            self.store.set(f"group {key}", str(1000 + self.store.add("groups", 1)).encode())
+        dist.collective._set_custom_gid(int(self.store.get(f"group {key}")))
+        try:
+            return dist.new_group(ranks)
+        finally:
+            dist.collective._set_custom_gid(None)
+
+
+class Company:
+    """All processes of a run: they meet, and no one goes on alone when another has ended.
+
+    Rank 0 keeps the store that all talk through. A thread in each tells the others every second that it is alive and
+    which collective it waits in, and ends this process when a failure is told there, when rank 0 is gone, or when the
+    launcher is. The first failure is the one that all ranks show.
+    """
+
+    SILENCE = 45.0  # seconds without a sign of life, after which a rank is given up
+
+    @staticmethod
+    @functools.cache  # a process has one
+    def of(launch):
+        return Company(launch)
+
+    def __init__(self, launch):
+        self.launch, self.place, self.meetings, self.exchanges, self.agreements = launch, None, 0, 0, 0
+        self.store = self._client(launch.rank == 0)
+        self.parent = os.getppid() if "PADDLE_LOG_DIR" in os.environ else None  # the launcher, if that is what started us
+        self.ending, self.done = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)
+
+    def _client(self, opens=False):
+        """A connection of its own for each thread; the one that opens is the server too."""
+        host, port = self.launch.endpoints[0].split(":")
+        return paddle.base.core.TCPStore(host, int(port), opens, 1, 120)
+
+    def meet(self):
+        """Wait for all processes, however long they take."""
         self.meetings += 1
-        name = f"meeting {self.meetings}"
-        if self.store.add(name, 1) == self.launch.world:
-            self.store.set(f"{name} is full", b"1")
-        self.store.wait(f"{name} is full")
+        name, pause = f"meeting {self.meetings}", 0.001
+        self.store.add(name, 1)
+        while self.store.add(name, 0) < self.launch.world:
+            time.sleep(pause)
+            pause = min(0.1, 1.5 * pause)
+
+    def exchange(self, value):
+        """[what each process calls this with], small JSON values, when all have come."""
+        self.exchanges += 1
+        name = f"exchange {self.exchanges}"
+        self.store.set(f"{name} {self.launch.rank}", json.dumps(value).encode())
+        self.meet()
+        return [json.loads(self.store.get(f"{name} {rank}")) for rank in range(self.launch.world)]
+
+    def agree(self, what, values):
+        """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
+        mine, self.agreements = {key: repr(value) for key, value in values.items()}, self.agreements + 1
+        if self.launch.rank == 0:
+            self.store.set(f"agreement {self.agreements}", json.dumps(mine).encode())
+            return
+        theirs = json.loads(self.store.get(f"agreement {self.agreements}"))
+        for key in {**theirs, **mine}:
+            if mine.get(key) != theirs.get(key):
+                here, there = (found.get(key, "not there") for found in (mine, theirs))
+                raise UserError(f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same")
+
+    def leave(self):
+        """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
+        self.store.add("left", 1)
+        while self.launch.rank == 0 and self.store.add("left", 0) < self.launch.world:
+            time.sleep(0.05)
+        self.stop()
+
+    def stop(self):
+        self.done.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
+
+    def fail(self, error, code, line):
+        """End this process, as `error` has ended its work: code 2 and a line for what the user can mend, else a traceback.
+
+        One that only lost its company shows why: another's failure, or who is missing.
+        """
+        lost = code == 1 and (self.place is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
+        if lost:
+            print(f"lost in {self.place.name if self.place else 'a message'}: {error}", file=sys.stderr, flush=True)
+            time.sleep(0.5)  # a failure that is told in the store ends us here, by the other thread
+            code, line = 1, self._who_is_missing(str(error))
+        elif line is None:
+            traceback.print_exception(error)
+            line = f"rank {self.launch.rank}: {type(error).__name__}: {error} (its traceback is in its own log)"
+        else:
+            line = f"rank {self.launch.rank}: {line}"
+        try:
+            self.end(code, line)
+        except (ValueError, RuntimeError, OSError):  # the store is gone
+            self._exit(code, line)
+
+    def end(self, code, line, store=None):
+        """Tell all, wait until they know, and exit; who is told first is who all show."""
+        store = store or self.store
+        if store.add("failures", 1) == 1:
+            store.set("failure", json.dumps([code, line]).encode())
+        self._exit(*json.loads(store.get("failure")), store)
+
+    def _exit(self, code, line, store=None):
+        if not self.ending.acquire(blocking=False):
+            time.sleep(60)  # the other thread is about to
+        sys.stdout.flush()
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        if store is not None:
+            with contextlib.suppress(ValueError, RuntimeError, OSError):
+                told, end = store.add("told", 1), time.monotonic() + 8.0
+                while told < self.launch.world and time.monotonic() < end:
+                    time.sleep(0.05)
+                    told = store.add("told", 0)
+        os._exit(code)  # threads may be inside of a collective that will never end
+
+    def _watch(self):
+        try:
+            store = self._client()
+            self._keep_watch(store)
+        except (ValueError, RuntimeError, OSError):
+            if not self.done.is_set():
+                self._exit(1, "rank 0 has vanished: it was killed, or ran out of memory")
+
+    def _keep_watch(self, store):
+        rank, world, beat, heard = self.launch.rank, self.launch.world, 0, {}
+        while not self.done.wait(0.25):
+            if self.parent is not None and os.getppid() != self.parent:
+                self._exit(1, "the launcher is gone")
+            if store.add("failures", 0):
+                self._exit(*json.loads(store.get("failure")), store)
+            beat += 1
+            if beat % 4 == 1:
+                store.set(f"rank {rank}", json.dumps([beat, self.place and self.place.name]).encode())
+                store.add(f"rank {rank} is there", int(beat == 1))
+            if rank == 0 and beat % 20 == 0:
+                now = time.monotonic()
+                for other in range(1, world):
+                    if store.add(f"rank {other} is there", 0):
+                        sign = store.get(f"rank {other}")
+                        if heard.get(other, (None,))[0] != sign:
+                            heard[other] = sign, now
+                        elif now - heard[other][1] > self.SILENCE and not store.add("left", 0):
+                            self.end(1, f"rank {other} has given no sign of life for {self.SILENCE:.0f} s", store)
+
+    def _who_is_missing(self, message):
+        """The line about who did not come to the collective that this rank waited in."""
+        place = self.place.name if self.place else "a message"
+        ranks = self.place.ranks if self.place else range(self.launch.world)
+        if self.place and (pair := re.search(r"pair\.cc.* pair_rank = (\d+)", message)):  # its connection was closed
+            return f"rank {ranks[int(pair[1])]} has vanished: it was killed, or ran out of memory"
+
+        def signs():
+            return {r: json.loads(self.store.get(f"rank {r}")) for r in range(self.launch.world) if self.store.add(f"rank {r} is there", 0)}
+
+        before = signs()
+        time.sleep(3.0)
+        after = signs()
+        silent = [r for r in before if before[r][0] == after[r][0]]
+        elsewhere = [r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank]
+        if silent:
+            return f"rank {silent[0]} gives no sign of life; others waited for it in a collective ({place})"
+        if elsewhere:
+            return f"rank {elsewhere[0]} hangs or is far behind: others waited 30 s for it in a collective ({place})"
+        waits = ", ".join(f"rank {r} in {where}" for r, (_, where) in after.items())
+        return f"ranks wait for each other: {waits}: {message.strip().splitlines()[-1]:.200}"
+
+
+def company():
+    """The Company that this process belongs to; None if it is alone."""
+    launch = Launch.of_environment()
+    return Company.of(launch) if launch.world > 1 else None
 
 
 # =========================================================== collectives with gradients (arXiv 1909.08053, 2205.05198)
@@ -352,6 +678,20 @@ class _ReduceScatter(PyLayer):
         return axis.all_gather(dy, dim)
 
 
+class _Exchange(PyLayer):
+    """Rows that the ranks have sent here (see Axis.exchange); their gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx, x, axis, counts):
+        ctx.how = axis, counts
+        return axis.exchange(x, counts)
+
+    @staticmethod
+    def backward(ctx, dy):
+        axis, counts = ctx.how
+        return axis.exchange(dy, counts.T)
+
+
 class _ScaleBack(PyLayer):
     """x, whose gradient is multiplied by a factor."""
 
@@ -369,14 +709,30 @@ def enter(x, tp):
     """What all ranks of tp compute a part from: x (B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D)."""
     if tp.size == 1:
         return x
-    return _Gather.apply(x, tp, 1, True) if tp.sequence else _SumBack.apply(x, tp)
+    return _SumBack.apply(x, tp) if tp.tokens is None else _together(x, tp, True)
+
+
+def _together(x, tp, summed):
+    x = _Gather.apply(x, tp, 1, summed)
+    return x if x.shape[1] == tp.tokens else x[:, : tp.tokens]
 
 
 def leave(x, tp):
     """(B, T, D) partial over tp -> their sum (B, T, D), or this rank's (B, T/tp, D) with sequence parallelism."""
     if tp.size == 1:
         return x
-    return _ReduceScatter.apply(x, tp, 1) if tp.sequence else _Sum.apply(x, tp)
+    return _Sum.apply(x, tp) if tp.tokens is None else _ReduceScatter.apply(_filled(x, tp.size), tp, 1)
+
+
+def kept(x, tp):
+    """(B, T, …), the same on every rank of tp -> the tokens that this rank keeps between attention and MLP."""
+    return x if tp.size == 1 or tp.tokens is None else tp.share(_filled(x, tp.size), 1)
+
+
+def _filled(x, multiple):
+    """(B, T, …) -> zeros behind, so that T is a multiple. They are cut off wherever tokens come together again."""
+    more = -x.shape[1] % multiple
+    return paddle.concat([x, paddle.zeros([x.shape[0], more, *x.shape[2:]], x.dtype)], axis=1) if more else x
 
 
 # ====================================================================================== tensor parallelism
@@ -431,30 +787,57 @@ BY_INPUTS = ("o_proj", "down_proj")
 BY_VOCABULARY = ("embed_tokens", "lm_head")
 
 
+def heads_of(config, size, rank):
+    """((first, stop) of the query heads, (first, stop) of the key heads) of a rank of `size`.
+
+    Ranks have whole groups of a key head and its queries, as even as they come; where there are fewer key heads than
+    ranks, one each, which other ranks have too, and some of its queries.
+    """
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    G = H // K
+    if K >= size:
+        first, last = rank * K // size, (rank + 1) * K // size
+        return (first * G, last * G), (first, last)
+    key = rank * K // size
+    same = [r for r in range(size) if r * K // size == key]
+    first, last = (key * G + (same.index(rank) + i) * G // len(same) for i in (0, 1))
+    return (first, last), (key, key + 1)
+
+
 def cut_ranges(name, width, config, size, rank):
     """The [(start, stop), …] of the cut dim, `width` wide, of the linear of this name (its last part) on a rank of `size`."""
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    of_keys = (rank * K // size, -(-(rank + 1) * K // size))  # key heads; with fewer than ranks one that others have too
+    queries, keys = heads_of(config, size, rank)
+
+    def of_heads(heads, Dh, start=0):
+        return start + heads[0] * Dh, start + heads[1] * Dh
 
     def evenly(first, last):
-        n = last - first
-        return first + rank * n // size, first + (rank + 1) * n // size
+        n = (last - first) // unit
+        return first + rank * n // size * unit, first + (rank + 1) * n // size * unit
 
+    if name in ("q_proj", "q_b_proj", "kv_b_proj", "o_proj"):
+        return [of_heads(queries, width // H)]
     if name in ("k_proj", "v_proj"):
-        return [(of_keys[0] * Dh, of_keys[1] * Dh)]
-    if name == "gate_up_proj":
-        return [evenly(0, width // 2), evenly(width // 2, width)]
+        return [of_heads(keys, Dh)]
     if name == "qkv_proj" and config.fused_qkv == "blocks":
-        blocks = [(start + of_keys[0] * Dh, start + of_keys[1] * Dh) for start in (H * Dh, (H + K) * Dh)]
-        return [evenly(0, H * Dh), *blocks]
+        return [of_heads(queries, Dh), of_heads(keys, Dh, H * Dh), of_heads(keys, Dh, (H + K) * Dh)]
     if name == "qkv_proj":  # each key head's queries, its key, its value
         G, ranges = H // K, []
-        for k in range(*of_keys):
+        for k in range(*keys):
             start = k * (G + 2)
-            first, last = max(rank * H // size, k * G) - k * G, min((rank + 1) * H // size, (k + 1) * G) - k * G
+            first, last = max(queries[0], k * G) - k * G, min(queries[1], (k + 1) * G) - k * G
             ranges += [(start + first, start + last), (start + G, start + G + 2)]
         return [(a * Dh, b * Dh) for a, b in _joined(ranges)]
-    return [evenly(0, width)]  # heads, or channels of the MLP, or ids
+    unit = 1 if name in BY_VOCABULARY else _unit(config)
+    if name == "gate_up_proj":
+        return [evenly(0, width // 2), evenly(width // 2, width)]
+    return [evenly(0, width)]  # channels of the MLP, or ids
+
+
+def _unit(config):
+    """Channels that cannot be parted: those whose weights are packed into one word."""
+    return 32 // config.quantization["bits"] if config.quantization and config.quantization["quant_method"] == "gptq" else 1
 
 
 def _joined(ranges):
@@ -492,11 +875,22 @@ class SparseRegion:
         return mixed if residual is None else residual + mixed, probabilities
 
 
-class RowLinear:
-    """A linear of which each rank has some inputs: parts of the product are added up, then the bias."""
+class PartedLinear:
+    """A linear of which each rank has a part."""
+
+    def whole_weight(self):
+        return gathered(self.weight.astype("float32"), self.weight.cut, self.tp)
+
+
+class PartedInputs(PartedLinear):
+    """One of which each rank has some inputs: its output is partial over tp."""
 
     def norms(self, weight):
         return paddle.sqrt(self.tp.all_reduce(weight.square().sum(0)))
+
+
+class RowLinear(PartedInputs):
+    """The same, where the parts of the product are added up here, then the bias."""
 
     def forward(self, x, residual=None):
         y = leave(self.product(x), self.tp)
@@ -522,12 +916,12 @@ class PartedVocabulary:
                                             vocabulary=part, softcap=self.config.final_softcap)  # fmt: skip
 
     def logits(self, x):
-        found, tp = super().logits(x), self.topology.tp
-        parts, V = -(-self.config.vocab_size // tp.size), self.config.vocab_size  # of ids: the widest
-        found = F.pad(found, [0, 0] * (found.ndim - 1) + [0, parts - found.shape[-1]])
-        found = tp.all_gather(found, -1)
+        found, tp, V = super().logits(x), self.topology.tp, self.config.vocab_size
+        widest = -(-V // tp.size)  # of the parts
+        found = F.pad(found, [0, 0] * (found.ndim - 1) + [0, widest - found.shape[-1]])
+        found = _Gather.apply(found, tp, found.ndim - 1, False)
         if V % tp.size:
-            ids = [np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * parts for r in range(tp.size)]
+            ids = [np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * widest for r in range(tp.size)]
             found = paddle.index_select(found, paddle.to_tensor(np.concatenate(ids)), -1)
         return found
 
@@ -567,6 +961,44 @@ class PartedPrefix:
             states[:] = [None if x is None else x[:, :, slice(*self.key_heads)] for x in states]
 
 
+def check_tensor(config, degrees):
+    """[what stands against cutting this model so, a line each]: tensor and expert parallelism."""
+    tp, ep, found = degrees.tp, degrees.ep, []
+    H, K, experts, bits = config.num_attention_heads, config.num_key_value_heads, config.experts, _unit(config)
+    widths = {"intermediate_size": config.intermediate_size}
+    if experts is not None:
+        widths["width of an expert"] = experts.width
+        widths["width of the shared expert"] = experts.shared_width or experts.width
+        if not experts.dense_layers:
+            del widths["intermediate_size"]
+    if tp > 1:
+        if H < tp:
+            found.append(f"tensor_parallel_degree {tp}: {H} attention heads are fewer")
+        elif K < tp and H // K < -(-tp // K):
+            found.append(f"tensor_parallel_degree {tp}: {H} heads over {K} key/value heads do not go round")
+        found += [f"tensor_parallel_degree {tp}: {name} {n} is too narrow" for name, n in widths.items() if n // bits < tp]
+        if config.vocab_size < tp:
+            found.append(f"tensor_parallel_degree {tp}: {config.vocab_size} ids are fewer")
+        if experts is not None and config.mlp_bias:
+            found.append(f"tensor_parallel_degree {tp}: experts with biases are not cut")
+        if config.quantization is not None and config.quantization["quant_method"] != "gptq":
+            found.append(f"tensor_parallel_degree {tp}: a model quantized to a8w8 is not cut: its activations are rounded whole")
+        else:
+            latent, heads = config.latent, [config.head_dim]
+            heads += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
+            found += [f"tensor_parallel_degree {tp}: heads of {n} are not whole words of {bits} packed weights" for n in heads if n % bits]
+    if ep > 1:
+        ranks = degrees.dp * degrees.sharding * degrees.sep
+        factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep}"
+        if experts is None:
+            found.append(f"expert_parallel_degree {ep}: {config.family} of this size has no experts")
+        elif experts.count % ep:
+            found.append(f"expert_parallel_degree {ep}: does not divide {experts.count} experts")
+        if ranks % ep:
+            found.append(f"expert_parallel_degree {ep}: does not divide {factors} = {ranks} ranks with other tokens")
+    return found
+
+
 def cut_tensors(model, tp):
     """Tensor parallelism of a model as it was built: parameters become parts, layers get the mixins above."""
     config = model.config
@@ -574,19 +1006,24 @@ def cut_tensors(model, tp):
         return
     for path, layer in list(model.named_sublayers()):
         name = path.rpartition(".")[2]
+        if isinstance(layer, Elsewhere):
+            continue
+        inside = ".experts." in path or ".shared." in path  # of a SparseMLP, which adds up
         if name in BY_OUTPUTS + BY_INPUTS + BY_VOCABULARY:
-            _cut_linear(layer, name, config, tp)
-        if isinstance(layer, Attention):
-            K, H = config.num_key_value_heads, config.num_attention_heads
-            heads = slice(tp.rank * H // tp.size, (tp.rank + 1) * H // tp.size)
-            layer.group = (H // tp.size) // max(1, K // tp.size)
-            layer.slopes = None if layer.slopes is None else layer.slopes[heads]
-        if isinstance(layer, (Attention, MLP)) and ".experts." not in path and name != "shared":
+            (_cut_integers if isinstance(layer, QuantLinear) else _cut_linear)(layer, name, config, tp)
+        if name in BY_INPUTS:
+            mix_in(layer, PartedInputs if inside else RowLinear, tp=tp)
+        elif name in BY_OUTPUTS:
+            mix_in(layer, PartedLinear, tp=tp)
+        elif isinstance(layer, Attention):
+            (first, last), (first_key, last_key) = heads_of(config, tp.size, tp.rank)
+            layer.group = (last - first) // (last_key - first_key)
+            layer.slopes = None if layer.slopes is None else layer.slopes[first:last]
+            mix_in(layer, Region, tp=tp)
+        elif isinstance(layer, MLP) and not inside and name != "shared":
             mix_in(layer, Region, tp=tp)
         elif isinstance(layer, SparseMLP):
             mix_in(layer, SparseRegion, tp=tp)
-        elif name in BY_INPUTS and ".experts." not in path and ".shared." not in path:
-            mix_in(layer, RowLinear, tp=tp)
     mix_in(model, PartedVocabulary)
 
 
@@ -594,10 +1031,50 @@ def _cut_linear(layer, name, config, tp):
     dim = 0 if name in BY_INPUTS or name == "embed_tokens" else 1
     whole = layer.weight.shape
     of_ranks = [cut_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    cut = Cut(dim, of_ranks, tp.rank, whole)
+    layer.cut = cut = Cut(dim, of_ranks, tp.rank, whole)
     layer.weight = _part_of(layer, layer.weight, cut)
     if dim == 1 and getattr(layer, "bias", None) is not None:
         layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
+
+
+def _cut_integers(layer, name, config, tp):
+    """A QuantLinear of weights in groups, packed along the inputs; the groups' zeros are packed along the outputs."""
+    dim, whole, packed = 0 if name in BY_INPUTS else 1, [layer.n_in, layer.n_out], _unit(config)
+    of_ranks = [cut_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
+    layer.cut = cut = Cut(dim, of_ranks, tp.rank, whole)
+
+    def of(unit, dim, shape):
+        return Cut(dim, [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in of_ranks], tp.rank, shape)
+
+    if dim == 1:
+        cuts = {"qweight": of(1, 1, layer.qweight.shape), "scales": of(1, 1, layer.scales.shape), "qzeros": of(packed, 1, layer.qzeros.shape)}
+        if layer.bias is not None:
+            layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
+    else:
+        cuts = {"qweight": of(packed, 0, layer.qweight.shape), "g_index": of(1, 0, layer.g_index.shape)}
+        if any(end % layer.group_size for ranges in of_ranks[:-1] for _, end in ranges):
+            layer.in_order = layer.group_size >= layer.n_in  # groups are parted: rows say of which they are
+        elif layer.in_order and layer.group_size < layer.n_in:
+            cuts |= {name: of(layer.group_size, 0, getattr(layer, name).shape) for name in ("scales", "qzeros")}
+    for name, cut in cuts.items():
+        shape = [cut.width if dim == cut.dim else n for dim, n in enumerate(cut.shape)]
+        part = paddle.zeros(shape, getattr(layer, name).dtype)
+        part.cut = cut
+        layer.register_buffer(name, part)
+    mix_in(layer, PartedIntegers)
+
+
+class PartedIntegers:
+    """A QuantLinear of which each rank has some columns, or rows: what g_index names is a group of the whole."""
+
+    def check(self, path, name):
+        rows, groups = np.arange(self.n_in), self.g_index.numpy()
+        rows = rows if self.cut.dim == 1 else self.cut.take(rows)
+        last = -(-self.n_in // self.group_size) - 1
+        if groups.min() < 0 or groups.max() > last:
+            raise UserError(f"{path}: {name}.g_idx names group {groups.max()}, {name}.scales has 0 to {last}")
+        if self.in_order and not np.array_equal(groups, rows // self.group_size):
+            raise UserError(f"{path}: {name}.g_idx is not in order, but desc_act is false")
 
 
 def _part_of(layer, parameter, cut):
@@ -617,23 +1094,568 @@ def _part_of(layer, parameter, cut):
 def cut_adapters(model, topology):
     """The same for LoRA and prefix, put on whole after cut_tensors()."""
     tp = topology.tp
-    if tp.size == 1:
-        return
-    for layer in lora_layers(model).values():
-        cut = getattr(layer.base.weight, "cut", None)
+    paths = {id(layer): path for path, layer in model.named_sublayers()}
+    for layer in model.sublayers():
+        if isinstance(layer, SpreadExperts):
+            layer.dropout = bool(getattr(model, "lora_config", {}).get("lora_dropout"))
+    for layer in lora_layers(model).values() if topology.degrees.world > 1 else ():
+        cut = getattr(layer.base, "cut", None)
+        if layer.dropout:
+            mix_in(layer, SpreadDropout, topology=topology, expert=".experts." in paths[id(layer)])
         if cut is None:
             continue
         if cut.dim == 1:
             layer.lora_B = _part_of(layer, layer.lora_B, cut.of(1, layer.lora_B.shape))
-            if layer.lora_magnitude_vector is not None:  # was made of the part
-                layer.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
         else:
             layer.lora_A = _part_of(layer, layer.lora_A, cut.of(0, layer.lora_A.shape))
             if isinstance(layer.base, RowLinear):
                 mix_in(layer, RowLinear, tp=tp)
-    if model.prefix is not None:
-        K = model.config.num_key_value_heads
-        mix_in(model.prefix, PartedPrefix, key_heads=(tp.rank * K // tp.size, -(-(tp.rank + 1) * K // tp.size)))
+    if model.prefix is not None and tp.size > 1:
+        mix_in(model.prefix, PartedPrefix, key_heads=heads_of(model.config, tp.size, tp.rank)[1])
+
+
+class SpreadDropout:
+    """A LoRALinear of which this process has some inputs, or tokens: its part of the mask that one process would draw."""
+
+    def dropped(self, x):
+        if not self.training:
+            return x
+        mask, cut = self._mask(x.shape[:-1]), getattr(self.base, "cut", None)
+        if cut is not None and cut.dim == 0:
+            mask = paddle.concat([mask[..., slice(*r)] for r in cut.ranges], axis=-1)
+        return x * mask.astype(x.dtype)
+
+    def _mask(self, tokens):
+        sep = self.topology.sep
+        if self.expert and self.topology.ep.pieces is not None:
+            return paddle.concat([self._of_piece(piece) for piece in self.topology.ep.pieces if piece.count])
+        if not self.expert and sep.places is not None:
+            return spread_tokens(self._drawn([tokens[0], sep.whole]), sep)
+        return self._drawn(tokens)
+
+    def _of_piece(self, piece):
+        if piece.places is None:
+            return self._drawn([piece.count], piece.number)
+        mask = self._drawn([piece.whole], piece.number)
+        return paddle.index_select(mask, paddle.to_tensor(piece.places.clip(0)))  # tokens that fill rows up: anything
+
+    def _drawn(self, tokens, number=None):
+        with self.draws.under(self.key, number):
+            return F.dropout(paddle.ones([*tokens, self.base.n_in]), self.dropout)
+
+
+def spread_tokens(x, sep):
+    """(B, whole T, …) -> (B, T, …), the tokens that this rank of sep has; 0 for those that fill rows up."""
+    places = paddle.to_tensor(np.where(sep.places < sep.whole, sep.places, sep.whole))
+    return paddle.index_select(paddle.concat([x, paddle.zeros_like(x[:, :1])], axis=1), places, axis=1)
+
+
+# ======================================================================================= expert parallelism
+
+
+def expert_axes(grid, order, degree, rank, groups):
+    """(the ranks that share out the experts, those with the same experts) around a rank; ranks are connected in this order.
+
+    Consecutive ranks of the data axes, (dp, sharding, sep) as one line at the same pp and tp, have the experts among them:
+    each has E/ep, and sends other ranks' tokens to them and back. The next so many do the same with copies of them.
+    """
+    line = np.transpose(grid, [order.index(name) for name in ("pp", "tp", "dp", "sharding", "sep")])
+    line = next(line for line in line.reshape([-1, math.prod(line.shape[2:])]) if rank in line).reshape([-1, degree])
+    (group, place), *_ = np.argwhere(line == rank)
+    if degree == 1:
+        return Axis("ep", [rank], rank), Axis("copies", [rank], rank)
+    return tuple(Axis(name, [int(r) for r in ranks], rank, groups) for name, ranks in (("ep", line[group]), ("copies", line[:, place])))
+
+
+def is_spread(path, topology):
+    """Whether the parameter of this path is one of an expert that other ranks of topology.ep do not have."""
+    return topology.ep.size > 1 and ".mlp.experts." in path
+
+
+def experts_of(config, ep, rank=None):
+    """range of the experts that a rank (this one) of ep has."""
+    each, rank = config.experts.count // ep.size, ep.rank if rank is None else rank
+    return range(rank * each, (rank + 1) * each)
+
+
+class Visit(namedtuple("Visit", "number count places whole")):
+    """Tokens of one rank at an expert: the number of that rank's Draws, how many, and, where that rank has some tokens of
+    its rows alone (sep), their places among the `whole` tokens of all of these rows at this expert."""
+
+
+class SpreadExperts:
+    """A SparseMLP that has the experts of its rank of ep alone: tokens are sent to where their experts are, and back."""
+
+    dropout = False  # whether the experts' adapters have any, on any rank
+
+    def mix(self, flat, weights, chosen):
+        """Where ranks of sep have some tokens of each row, those of one row are known to be so at each expert, for dropout."""
+        self.places = self.wholes = None
+        if self.training and self.dropout and self.topology.sep.places is not None:
+            self.places, self.wholes = self._places(chosen)
+        return super().mix(flat, weights, chosen)
+
+    def _places(self, chosen):
+        """(N, k) -> for each choice, expert by expert, its place among all choices of this expert (-1: it is of no token),
+        as one process would have them; and how many there are of each expert."""
+        sep, E, k = self.topology.sep, self.how.count, chosen.shape[-1]
+        mine = chosen.reshape([-1, len(sep.places), k])  # (B, T/sep, k)
+        everyone = sep.all_gather(mine.unsqueeze(0)).numpy()
+        places = sep.all_gather(paddle.to_tensor(sep.places).unsqueeze(0)).numpy()
+        whole = np.full([mine.shape[0], sep.whole + 1, k], E)
+        for ids, of_rank in zip(everyone, places):
+            whole[:, np.minimum(of_rank, sep.whole)] = ids
+        whole[:, sep.whole] = E  # tokens that fill rows up
+        ids, found = whole.flatten(), np.empty(whole.size, np.int64)
+        order, counts = np.argsort(ids, kind="stable"), np.bincount(ids, minlength=E + 1)
+        found[order] = np.arange(ids.size) - np.repeat(counts.cumsum() - counts, counts)
+        found[ids == E] = -1
+        found = found.reshape(whole.shape)[:, np.minimum(sep.places, sep.whole)].flatten()
+        return found[np.argsort(chosen.numpy().flatten(), kind="stable")], counts[:E]
+
+    def outputs(self, tokens, counts):
+        ep = self.topology.ep
+        if paddle.is_grad_enabled() and tokens.stop_gradient:
+            tokens = tokens.clone()
+            tokens.stop_gradient = False  # every rank goes back through the exchange, whatever of its own is trained
+        wholes = np.zeros_like(counts) if self.wholes is None else self.wholes
+        told = paddle.to_tensor(np.concatenate([counts, wholes, [self.draws.number]]).astype(np.int64)).unsqueeze(0)
+        told = ep.all_gather(told).numpy()  # (ep, 2 E + 1)
+        numbers, told = told[:, -1], told[:, :-1].reshape([ep.size, 2, ep.size, -1])
+        counts, wholes = told[:, 0], told[:, 1, ep.rank]  # (from, to, expert), (from, expert)
+        sent, here = counts.sum(-1), counts[:, ep.rank]  # (from, to), (from, expert)
+        tokens, places = _Exchange.apply(tokens, ep, sent), None
+        if self.places is not None:
+            places = ep.exchange(paddle.to_tensor(self.places).unsqueeze(-1), sent).numpy().flatten()
+        if here.any():
+            runs = _runs(here)
+            order = np.concatenate([np.arange(first, last) for first, last in runs])  # rank by rank -> expert by expert
+            pieces = [Visit(int(numbers[i % ep.size]), last - first, None if places is None else places[first:last], int(wholes.T.flat[i]))
+                      for i, (first, last) in enumerate(runs)]  # fmt: skip
+            mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here.sum(0), pieces)
+            tokens = paddle.index_select(mixed, paddle.to_tensor(np.argsort(order)))
+        return _Exchange.apply(tokens, ep, sent.T)
+
+    def _by_expert(self, tokens, counts, pieces):
+        """(n, D), one expert's tokens behind another's -> what this rank's experts make of them."""
+        ep, parts, found = self.topology.ep, paddle.split(tokens, [int(n) for n in counts if n]), []
+        experts = list(self.experts)
+        for e in np.flatnonzero(counts):
+            ep.pieces = pieces[e * ep.size : (e + 1) * ep.size]
+            found.append(experts[e](parts[len(found)]))
+        return paddle.concat(found)
+
+
+def _runs(here):
+    """(from, expert) counts of rows that stand rank by rank -> (start, stop) of each run, expert by expert."""
+    ends = here.flatten().cumsum().reshape(here.shape)
+    return [(int(end - n), int(end)) for end, n in zip(ends.T.flat, here.T.flat)]
+
+
+def spread_experts(model, topology):
+    """Leave this rank its experts. What is elsewhere takes no memory and is not read."""
+    ep, config = topology.ep, model.config
+    if config.experts is None or ep.size == topology.sep.size == 1:
+        return
+    mine = experts_of(config, ep)
+    for layer in model.sublayers():
+        if isinstance(layer, SparseMLP):
+            for e in set(range(config.experts.count)) - set(mine):
+                del layer.experts._sub_layers[str(e)]
+            mix_in(layer, SpreadExperts, topology=topology, draws=model.draws)
+    rows = [row for row in FAMILIES[config.family].names if "{e}" in row[0]]
+    elsewhere = {theirs.format(i=i, e=e) for _, theirs, _ in rows for i in range(config.num_hidden_layers)
+                 for e in range(config.experts.count) if e not in mine}  # fmt: skip
+    model.elsewhere = model.elsewhere | elsewhere
+
+
+# ========================================================================================================= pipeline
+
+
+def stage_layers(layers, stages):
+    """[range of layers] of each stage: as even as can be; stages in the middle, which have no embedding or head, take more."""
+    order = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage == stages - 1, stage))
+    sizes = [layers // stages + (order.index(stage) < layers % stages) for stage in range(stages)]
+    ends = np.cumsum(sizes).tolist()
+    return [range(end - size, end) for size, end in zip(sizes, ends)]
+
+
+def check_pipeline(config, degrees):
+    """[complaint] about these degrees for a model of this config."""
+    stages = degrees.pp * degrees.virtual
+    if degrees.virtual > 1 and degrees.pp == 1:
+        return [f"virtual_pp_degree {degrees.virtual} needs pipeline_parallel_degree above 1"]
+    if stages > config.num_hidden_layers:
+        factors = f"pipeline_parallel_degree {degrees.pp}"
+        if degrees.virtual > 1:
+            factors += f" x virtual_pp_degree {degrees.virtual} = {stages}"
+        return [f"{factors} is more than layers ({config.num_hidden_layers})"]
+    return []
+
+
+@functools.cache
+def timetable(ranks, virtual, batches):
+    """For each rank of a pipeline its [("forward" or "backward", chunk, micro-batch)] of a step, in order.
+
+    Chunk c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
+    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of as many as there are ranks, all of a group through
+    one chunk before the next; the last group may be smaller. A rank begins with as many forwards as lie between it and
+    the first backward; where that order would wait for itself, as it can with a smaller group, with more.
+    """
+    groups = [range(first, min(first + ranks, batches)) for first in range(0, batches, ranks)]
+    forwards = [("forward", chunk, i) for group in groups for chunk in range(virtual) for i in group]
+    backwards = [("backward", chunk, i) for group in groups for chunk in reversed(range(virtual)) for i in group]
+    for more in range(len(forwards) + 1):
+        plan = []
+        for rank in range(ranks):
+            ahead = ranks - rank - 1 if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks
+            ahead = min(ahead + more, len(forwards))
+            steady = [step for pair in zip(forwards[ahead:], backwards) for step in pair]
+            plan.append([*forwards[:ahead], *steady, *backwards[len(forwards) - ahead :]])
+        if simulate(plan) is not None:
+            return plan
+
+
+def simulate(plan, costs={"forward": 1.0, "backward": 2.0}):
+    """How long a timetable takes, and the share of that time in which a rank is idle; None if it waits for itself."""
+    ranks, virtual = len(plan), 1 + max(chunk for _, chunk, _ in plan[0])
+    last, finished, places, clocks = ranks * virtual - 1, {}, [0] * ranks, [0.0] * ranks
+    while any(place < len(steps) for place, steps in zip(places, plan)):
+        moved = False
+        for rank, steps in enumerate(plan):
+            while places[rank] < len(steps):
+                kind, chunk, batch = steps[places[rank]]
+                stage = chunk * ranks + rank
+                needed = [("forward", stage - 1, batch)] if kind == "forward" and stage else []
+                if kind == "backward":
+                    needed = [("forward", stage, batch)] + ([("backward", stage + 1, batch)] if stage < last else [])
+                if not all(what in finished for what in needed):
+                    break
+                clocks[rank] = max([clocks[rank], *(finished[what] for what in needed)]) + costs[kind]
+                finished[kind, stage, batch] = clocks[rank]
+                places[rank], moved = places[rank] + 1, True
+        if not moved:
+            return None
+    busy = sum(costs[kind] for steps in plan for kind, _, _ in steps)
+    return max(clocks), 1 - busy / (ranks * max(clocks))
+
+
+def bubble(ranks, virtual, batches):
+    """The share of a step in which a rank of a pipeline is idle, if all stages take equally long: (p-1) / (v·m + p-1).
+
+    With virtual stages, and micro-batches that are no multiple of the ranks, there is no formula: the timetable's own.
+    """
+    if virtual == 1 or batches % ranks == 0:
+        return (ranks - 1) / (virtual * batches + ranks - 1)
+    return simulate(timetable(ranks, virtual, batches))[1]
+
+
+class Channel:
+    """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
+
+    A bell beside the group (a connection of Python's own) carries the headers: a receiver waits at it, since gloo gives
+    up a wait after 30 seconds, and a neighbour may need longer; and it hears at once that its neighbour is gone.
+    """
+
+    def __init__(self, source, target, groups):
+        self.source, self.target, self.error = source, target, None
+        self.group, mine = groups.connect([source, target], "channel "), groups.launch.rank
+        key = f"bell {source} {target}"
+        if mine == target:
+            host = groups.launch.endpoints[source].split(":")[0]
+            self.bell = Client((host, int(groups.store.get(key))))
+        else:
+            with Listener(("", 0)) as listener:
+                groups.store.set(key, str(listener.address[1]))
+                self.bell = listener.accept()
+        self.waiting, self.sent = queue.SimpleQueue(), []
+        if _backend() != "gloo":  # the first call connects, and waits for that of the other
+            (dist.recv if mine == target else dist.send)(paddle.zeros([1]), source if mine == target else target, self.group)
+        elif mine == source:  # gloo's sends end when they are received
+            self.thread = threading.Thread(target=self._send_all, daemon=True)
+            self.thread.start()
+            atexit.register(self.close)
+
+    def send(self, header, tensors):
+        """header: what JSON can hold. Returns at once; the tensors must not change afterwards."""
+        if self.error is not None:
+            raise RuntimeError(f"rank {self.target} takes no more from rank {self.source}") from self.error
+        tensors = [tensor.detach().contiguous() for tensor in tensors]
+        header = [header, [[tensor.shape, str(tensor.dtype).rpartition(".")[2]] for tensor in tensors]]
+        if _backend() == "gloo":
+            self.waiting.put((header, tensors))
+        else:
+            self.bell.send_bytes(json.dumps(header).encode())
+            self.sent = [(task, tensor) for task, tensor in self.sent if not task.is_completed()]
+            self.sent += [(dist.isend(tensor, self.target, self.group), tensor) for tensor in tensors]
+
+    def _send_all(self):
+        while (message := self.waiting.get()) is not None:
+            header, tensors = message
+            try:
+                self.bell.send_bytes(json.dumps(header).encode())
+                for tensor in tensors:
+                    dist.send(tensor, self.target, self.group)
+            except Exception as error:  # send() raises it
+                self.error = error
+                return
+            message = tensors = tensor = None  # else kept until the next comes
+
+    def receive(self):
+        """(header, tensors) of the next message, however long it takes to come."""
+        try:
+            header, kinds = json.loads(self.bell.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise RuntimeError(f"rank {self.source} of the pipeline is gone") from None
+        tensors = [paddle.empty(shape, dtype) for shape, dtype in kinds]
+        for tensor in tensors:
+            dist.recv(tensor, self.source, self.group)
+        return header, tensors
+
+    def close(self):
+        """What is not sent yet gets a little time."""
+        self.waiting.put(None)
+        self.thread.join(20)
+
+
+@functools.cache  # a process has one
+def channel(source, target, groups):
+    return Channel(source, target, groups)
+
+
+class HandedOn(Exception):
+    """Raised inside a model's forward() where this rank's part of it ends, and the next rank's begins."""
+
+
+Flight = namedtuple("Flight", "inputs asked outputs")  # of a chunk's forward, for its backward; see Pipeline.take()
+
+
+class Pipeline:
+    """This rank's place in a pipeline, and its talk with its neighbours.
+
+    Chunk c of it is stage c · size + rank; layers[c] are its layers. From stage to stage go x (B, T, D) and the
+    probabilities of the routers before it, of which the last stage makes their loss; back go the gradients of those that
+    have one. now: (chunk, micro-batch) of the forward that is being made while training, else None.
+    """
+
+    def __init__(self, topology, layers):
+        pp = topology.pp
+        self.axis, self.rank, self.size, self.virtual = pp, pp.rank, pp.size, topology.degrees.virtual
+        stages = stage_layers(layers, self.size * self.virtual)
+        self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
+        self.now, self.starts, self.whole = None, False, False
+        self.flights, self.arrived = {}, defaultdict(deque)  # messages, by (kind, chunk, micro-batch)
+        self.waited = 0.0  # seconds, for messages
+        pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble()
+        # In an order of all, or ranks would wait for each other in a circle: every other edge first, at the same time.
+        edges = sorted(range(self.size if self.virtual > 1 else self.size - 1), key=lambda rank: (rank % 2, rank))
+        edges = [(pp.ranks[rank], pp.ranks[(rank + 1) % self.size]) for rank in edges]
+        pairs = dict.fromkeys(pair for a, b in edges for pair in ((a, b), (b, a)) if topology.rank in pair)
+        self.channels = {pair: channel(*pair, topology.groups) for pair in pairs if topology.groups is not None}
+
+    def stage(self, chunk):
+        return chunk * self.size + self.rank
+
+    def send(self, step, header, tensors):
+        """To the next rank (step 1) or the one before (-1); header: [kind, chunk there, micro-batch, …]."""
+        target = (self.rank + step) % self.size
+        self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
+
+    def receive(self, step, kind, chunk, batch):
+        """What the rank one step away sent of this kind for a chunk and a micro-batch: (rest of the header, tensors)."""
+        begin, key = time.perf_counter(), (kind, chunk, batch)
+        source = self.axis.ranks[(self.rank + step) % self.size]
+        while not self.arrived[key]:
+            (*found, rest), tensors = self.channels[source, self.axis.ranks[self.rank]].receive()
+            self.arrived[tuple(found)].append((rest, tensors))
+        self.waited += time.perf_counter() - begin
+        return self.arrived[key].popleft()
+
+    def take(self, chunk, recompute):
+        """[x, *probabilities] that the stage before gave for a chunk. asked: which of them shall have a gradient."""
+        batch = None if self.now is None else self.now[1]
+        asked, tensors = self.receive(-1, "forward", chunk, batch)
+        for tensor, wanted in zip(tensors, asked):
+            tensor.stop_gradient = not wanted
+        if recompute:  # see CausalLM.embed()
+            tensors[0].stop_gradient = False
+        return tensors, asked
+
+    def give(self, chunk, tensors):
+        """[x, *probabilities] of a chunk to the next stage."""
+        batch = None if self.now is None else self.now[1]
+        there = chunk + (self.rank == self.size - 1)
+        self.send(1, ["forward", there, batch, [not tensor.stop_gradient for tensor in tensors]], tensors)
+
+    def backward(self, chunk, batch):
+        """The backward of a chunk's forward: gradients come from the next stage and go to the one before."""
+        inputs, asked, outputs = self.flights.pop((chunk, batch))
+        passed = []  # gradients of probabilities that only passed through
+        if self.stage(chunk) == self.last:
+            outputs[0].backward()
+        else:
+            there = chunk + (self.rank == self.size - 1)
+            gradients = iter(self.receive(1, "backward", there, batch)[1])
+            own = [(tensor, next(gradients)) for tensor in outputs if not tensor.stop_gradient]
+            passed = list(gradients)
+            if own:
+                paddle.autograd.backward(*map(list, zip(*own)))
+        if self.stage(chunk) > 0:
+            wanted = [tensor for tensor, wanted in zip(inputs, asked) if wanted]
+            if passed:
+                wanted = wanted[: len(wanted) - len(passed)]
+            found = [paddle.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in wanted]
+            self.send(-1, ["backward", chunk, batch, None], [*found, *passed])
+
+    def steps(self, batches, forward):
+        """micro_steps() of a pipeline. forward(i): the loss of the i-th batch, or HandedOn."""
+        begin, waited, losses = time.perf_counter(), self.waited, {}
+        for kind, chunk, i in timetable(self.size, self.virtual, len(batches))[self.rank]:
+            if kind == "forward":
+                self.now = chunk, i
+                try:
+                    loss = forward(i)
+                    self.flights[self.now] = self.flights[self.now]._replace(outputs=[loss])
+                    losses[i] = float(loss)
+                except HandedOn:
+                    pass
+                finally:
+                    self.now = None
+                continue
+            self.backward(chunk, i)
+            if chunk == 0:
+                yield losses.pop(i, 0.0), batches[i]
+        # The first rank is the last to end; who went on to a collective would wait too long for gloo.
+        if self.rank > 0:
+            self.receive(-1, "end", 0, 0)
+        if self.rank < self.size - 1:
+            self.send(1, ["end", 0, 0, None], [])
+        seconds = time.perf_counter() - begin
+        self.axis.idle = (self.waited - waited) / seconds
+        self.axis.bubble = bubble(self.size, self.virtual, len(batches))
+
+    def everywhere(self, run):
+        """What run() returns on the last stage, a tensor or several, on all ranks; elsewhere it raises HandedOn."""
+        if self.now is not None or self.whole:
+            return run()
+        if paddle.is_grad_enabled():
+            raise RuntimeError("a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone")
+        return self.end(self.begin(run))
+
+    def begin(self, run):
+        """This rank's part of run(), without gradients: its result on the last stage, which goes back at once, else None."""
+        self.whole = True
+        try:
+            found = run()
+        except HandedOn:
+            return None
+        finally:
+            self.whole = False
+        self._back(found)
+        return found
+
+    def end(self, found):
+        """The result of the oldest begin() that has none yet."""
+        if found is None:
+            several, found = self.receive(1, "result", 0, 0)
+            found = tuple(found) if several else found[0]
+            self._back(found)
+        return found
+
+    def _back(self, found):
+        if self.rank > 0:
+            several = isinstance(found, tuple)
+            self.send(-1, ["result", 0, 0, several], found if several else [found])
+
+
+class StagedCausalLM:
+    """A ParallelCausalLM of which this process has some layers. Without gradients a call runs through all of them."""
+
+    def forward(self, *inputs, **options):
+        forward = super().forward
+        return self.pipeline.everywhere(lambda: forward(*inputs, **options))
+
+    def hidden_states(self, *inputs, **options):
+        hidden_states = super().hidden_states
+        return self.pipeline.everywhere(lambda: hidden_states(*inputs, **options))
+
+    def logits(self, x):
+        logits = super().logits
+
+        def run():
+            if self.pipeline.rank < self.pipeline.size - 1:
+                raise HandedOn
+            return logits(x)
+
+        return self.pipeline.everywhere(run)
+
+    def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
+        pipeline = self.pipeline
+        self.begin(input_ids, caches)
+        if caches is None and self.prefix is not None:
+            caches = self.new_cache(input_ids.shape[0])
+        chunks = range(pipeline.virtual) if pipeline.now is None else pipeline.now[:1]
+        pipeline.starts = pipeline.stage(chunks[0]) == 0
+        x, shared = self.prepare(input_ids, position_ids, rows, caches)
+        for chunk in chunks:
+            inputs, asked = [x], []
+            if pipeline.stage(chunk) > 0:
+                inputs, asked = pipeline.take(chunk, self.recompute and self.training)
+            x, probabilities = self.through(pipeline.layers[chunk], inputs[0], shared, caches)
+            if pipeline.now is not None:
+                assert pipeline.now not in pipeline.flights, "a model is called once for a micro-batch"
+                pipeline.flights[pipeline.now] = Flight(inputs if asked else [], asked, [x, *probabilities])
+            probabilities = [*probabilities, *inputs[1:]]  # in this order: those that pass through come last
+            if pipeline.stage(chunk) == pipeline.last:
+                return self.last_norm(x), probabilities
+            pipeline.give(chunk, [x, *probabilities] if self.training else [x])
+        raise HandedOn
+
+    def embed(self, input_ids, position_ids, before=0):
+        return super().embed(input_ids, position_ids, before) if self.pipeline.starts else None
+
+    def flops_per_token(self, T):
+        fixed, each = self.whole_flops
+        return fixed + each * T
+
+
+class Elsewhere(paddle.nn.Layer):
+    """Stands in a model for a layer that another stage of the pipeline holds."""
+
+
+def cut_stages(model, topology):
+    """Pipeline parallelism of a model as it was built: what other stages hold is taken out.
+
+    A tied head is a copy of the embedding on the last stage; model.tied is the axis of the two ranks that have it.
+    """
+    if topology.pp.size == 1:
+        return
+    rows = [None, *filter(None, [_paddlenlp_names(model.config)])]  # of the names that files may have
+    names = {weight.name for names in rows for weight in base_weights(model, names)}
+    fixed = model.flops_per_token(0)
+    model.whole_flops = fixed, model.flops_per_token(1) - fixed
+    pipeline = model.pipeline = Pipeline(topology, model.config.num_hidden_layers)
+    first, last = pipeline.rank == 0, pipeline.rank == pipeline.size - 1
+    for i in set(range(len(model.layers))) - {i for layers in pipeline.layers for i in layers}:
+        model.layers[i] = Elsewhere()
+    tied = model.lm_head is None
+    for name, kept in (("embed_tokens", first or tied and last), ("embed_positions", first), ("embed_norm", first),
+                       ("project_in", first), ("norm", last), ("project_out", last), ("lm_head", last)):  # fmt: skip
+        if getattr(model, name) is not None and not kept:
+            setattr(model, name, Elsewhere())
+    ends = [topology.pp.ranks[0], topology.pp.ranks[-1]]
+    model.tied = Axis("tied", ends, topology.rank, topology.groups) if tied and (first or last) else None
+    model.elsewhere |= names - {weight.name for names in rows for weight in base_weights(model, names)}
+
+
+def copies(model, path):
+    """The axis over whose ranks, stages of a pipeline, there are copies of the parameter of this path; None: it is alone."""
+    if model.topology.pp.size > 1:
+        if path.startswith("prefix."):
+            return model.topology.pp
+        if path == "embed_tokens.weight" and model.tied is not None:
+            return model.tied
+    return None
 
 
 # =============================================================================== gradients, and who updates what
@@ -648,12 +1670,16 @@ class Rule(namedtuple("Rule", "parts sharded apart counts")):
     """
 
 
-def rule_of(path, parameter, topology):
+def rule_of(path, parameter, model):
     """The Rule of a parameter by its path in the model: the one place that says who has which part of which gradient."""
+    topology, copied = model.topology, copies(model, path)
     tp, cut = topology.tp, getattr(parameter, "cut", None)
-    parts = [topology.sep, topology.dp] + [tp] * partial_over_tp(path, parameter, tp)
+    spread = is_spread(path, topology)  # sharded already: by whole experts
+    parts = [topology.copies] if spread else [topology.sep, topology.dp]
+    parts += [tp] * partial_over_tp(path, parameter, tp) + ([] if copied is None else [copied])
     parts = tuple(axis for axis in parts if axis.size > 1)
-    return Rule(parts, topology.sharding, (), cut is not None or tp.rank == 0)
+    sharded, apart = (topology.alone, (topology.ep,)) if spread else (topology.sharding, ())
+    return Rule(parts, sharded, apart, (cut is not None or tp.rank == 0) and (copied is None or copied.rank == 0))
 
 
 def partial_over_tp(path, parameter, tp):
@@ -827,12 +1853,12 @@ class Shards:
         degrees, model.shards = topology.degrees, self
         self.stage = max(1, degrees.stage) if topology.sharding.size > 1 else 0
         self.paths = {id(parameter): path for path, parameter in weight_tensors(model)}
-        self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, topology) for w in weights}
-        self.units, self.held = {}, {}  # by name; {id of a parameter: the Piece that is here}
+        self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, model) for w in weights}
+        self.units, self.mine = {}, {}  # by name; {id of a parameter: the Piece that is here}
         self.arrived, self.early, self.flying = set(), False, []
         if degrees.world > 1:
             self._make_units()
-        mine = [self.held[id(w.parameter)] for w in weights if id(w.parameter) in self.held]
+        mine = [self.mine[id(w.parameter)] for w in weights if id(w.parameter) in self.mine]
         self.pieces = mine if self.stage else weights
         if self.stage == 3:
             gather_while_used(model, self)
@@ -844,7 +1870,7 @@ class Shards:
             if weight is None and self.stage < 3:
                 continue
             if (rule := self.rules.get(id(parameter))) is None:
-                rule = Rule((), rule_of(path, parameter, self.topology).sharded, (), False)
+                rule = Rule((), rule_of(path, parameter, self.model).sharded, (), False)
             unit = unit_of(path, self.model.lm_head is None)
             key = weight is not None, str(parameter.dtype), rule
             grouped.setdefault(unit, {}).setdefault(key, []).append((path, weight, parameter))
@@ -856,7 +1882,7 @@ class Shards:
                 self.units[name].buckets.append(bucket)
                 for index, (path, weight, parameter) in enumerate(entries):
                     if self.stage and bucket.extent(index):
-                        self.held[id(parameter)] = Piece(weight or Frozen(path, parameter), bucket, index)
+                        self.mine[id(parameter)] = Piece(weight or Frozen(path, parameter), bucket, index)
                     if is_trained and self.stage < 3:
                         self.units[name].watch(path, parameter)
 
@@ -911,7 +1937,7 @@ class Shards:
                 axis.all_reduce(bucket.gradient)
             if not self.stage:
                 self._hand_back(bucket)
-        for piece in self.held.values():
+        for piece in self.mine.values():
             piece.arrived = piece.name in self.arrived
         return self._norm()
 
@@ -926,7 +1952,7 @@ class Shards:
         """Experts that no token chose here have a gradient if one did elsewhere; who has none anywhere is not updated."""
         if self.model.config.experts is None:
             return
-        for name in ("sharding", "sep", "dp", "tp"):
+        for name in ("sharding", "sep", "dp", "copies", "tp"):
             axis = getattr(self.topology, name)
             rules = [(w.name, self.rules[id(w.parameter)]) for w in self.weights]
             names = [name for name, rule in rules if axis.size > 1 and (axis in rule.parts or axis is rule.sharded)]
@@ -935,7 +1961,7 @@ class Shards:
                 self.arrived |= {name for name, there in zip(names, axis.all_reduce(seen, "max").numpy()) if there}
 
     def _norm(self):
-        sums = {(): paddle.zeros([], "float64")}
+        sums = {(rule.apart, rule.sharded): paddle.zeros([], "float64") for rule in self.rules.values()}
         for piece in self.pieces:
             parameter = piece.weight.parameter if self.stage else piece.parameter
             rule, gradient = self.rules[id(parameter)], piece.grad
@@ -944,13 +1970,13 @@ class Shards:
             if (cut := getattr(parameter, "cut", None)) is not None and cut.overlaps:
                 counted = cut.counted(parameter.shape)
                 gradient = gradient * (counted.reshape([-1])[piece.first : piece.last] if self.stage else counted)
-            sums[rule.apart] = sums.get(rule.apart, 0.0) + kernels.squared_norm(gradient)
-        total = 0.0
-        for axes, squares in sums.items():
-            for axis in axes:
+            sums[rule.apart, rule.sharded] += kernels.squared_norm(gradient)
+        total = paddle.zeros([], "float64")
+        for (axes, sharded), squares in sums.items():
+            for axis in (*axes, *([sharded] if self.stage else [])):
                 axis.all_reduce(squares)
             total = total + squares
-        for axis in (self.topology.tp, self.topology.pp, *([self.topology.sharding] if self.stage else [])):
+        for axis in (self.topology.tp, self.topology.pp):
             axis.all_reduce(total)
         return math.sqrt(float(total))
 
@@ -972,13 +1998,44 @@ class Shards:
     # ------------------------------------------------------------------------------- for checkpoints
     # Moments are optimizer.moments[name], each (n,) of the piece of this name. A file is written from whole(), weight by
     # weight; or, of weights, in each_unit(), while they are whole. It is read by piece_of(), and of stage 3's weights, with
-    # no more than one of them whole, into held[id(parameter)].tensor.
+    # no more than one of them whole, into mine[id(parameter)].tensor.
+
+    def place_of(self, weight):
+        """() where this rank's moments are of all of the parameter; else (first,) of its elements, laid flat, that they are of."""
+        if not self.stage or self._bucket(weight)[0].axis.size == 1:
+            return ()
+        piece = self.mine.get(id(weight.parameter))
+        return (0 if piece is None else piece.first,)
+
+    def laid(self, weight, moment):
+        """A moment as place_of() says: of the parameter's shape, or flat, or None."""
+        return moment if moment is None or self.place_of(weight) else moment.reshape(weight.parameter.shape)
+
+    def held(self, weight):
+        """(tensor, *place) of what this rank has of a weight: (the parameter,); or in stage 3 (its elements or None, first)."""
+        if self.stage < 3 or id(weight.parameter) not in self.paths:  # a table that is computed
+            return (weight.parameter,)
+        piece = self.mine.get(id(weight.parameter))
+        return (self.laid(weight, piece and piece.tensor), *self.place_of(weight))
+
+    def present(self, name):
+        """While it is entered a unit's parameters have their values. Ranks along sharding enter it together."""
+        return self.units[name].whole() if self.stage == 3 and name in self.units else contextlib.nullcontext()
+
+    def weights_changed(self):
+        """Somebody has set the parameters."""
+        self.take_over()
+
+    def _bucket(self, weight):
+        """(its bucket, its number in there) of a parameter."""
+        unit = self.units[unit_of(self.paths[id(weight.parameter)], self.model.lm_head is None)]
+        return next((b, i) for b in unit.buckets for i, p in enumerate(b.parameters) if p is weight.parameter)
 
     def piece_of(self, weight, array):
         """numpy (n,): what this rank owns of an array of the parameter's shape (our layout), or None. No one talks."""
         if not self.stage:
             return array
-        piece = self.held.get(id(weight.parameter))
+        piece = self.mine.get(id(weight.parameter))
         return None if piece is None else np.ascontiguousarray(array).reshape(-1)[piece.first : piece.last]
 
     @paddle.no_grad()
@@ -987,9 +2044,7 @@ class Shards:
         the piece's own. Ranks along sharding call it together; tensor is None where a rank owns nothing of it."""
         if not self.stage:
             return tensor.numpy()
-        parameter = weight.parameter
-        unit = self.units[unit_of(self.paths[id(parameter)], self.model.lm_head is None)]
-        bucket, index = next((b, i) for b in unit.buckets for i, p in enumerate(b.parameters) if p is parameter)
+        parameter, (bucket, index) = weight.parameter, self._bucket(weight)
         extents = [bucket.extent(index, rank) for rank in range(bucket.axis.size)]
         most = max(extent[1] - extent[0] for extent in extents if extent)
         dtype = bucket.dtype if tensor is None else tensor.dtype
@@ -1251,50 +2306,71 @@ def gather_while_used(model, shards):
 class ParallelCausalLM:
     """A CausalLM of which this process has a part. It takes and gives what a whole one does."""
 
-    def forward(self, input_ids, position_ids=None, startend_row_indices=None, caches=None, labels=None,
-                return_predictions=False, additions=True):  # fmt: skip
+    def begin(self, input_ids, caches):
+        """With sequence parallelism this rank keeps (B, T/tp, D); one token at a time, as it is generated, is not spread."""
         tp = self.topology.tp
-        B, T = input_ids.shape
-        # One token at a time cannot be spread; generating works on whole rows.
-        tp.sequence = self.topology.degrees.sequence_parallel and caches is None
-        if position_ids is None and caches is None:
-            position_ids = paddle.arange(T).unsqueeze(0).expand([B, T])
-        inputs = (input_ids, position_ids, startend_row_indices, labels)
-        if caches is None:
-            inputs = _padded_to(inputs, tp.size if tp.sequence else 1)
-        input_ids, position_ids, rows, labels = inputs
-        x, probabilities = self.trunk(input_ids, position_ids, rows, caches)
-        x = enter(x, tp)
-        if labels is None:
-            return self.logits(x)[:, :T]
-        found = self.losses(x, probabilities, labels, return_predictions, additions)
-        return tuple(f[:, :T] for f in found) if return_predictions else found[:, :T]
+        tp.tokens = input_ids.shape[1] if tp.sequence and caches is None else None
+        super().begin(input_ids, caches)
+
+    def hidden_states(self, *arguments, **options):
+        x, tp = super().hidden_states(*arguments, **options), self.topology.tp
+        if tp.tokens is not None:
+            x, tp.tokens = _together(x, tp, False), None
+        return x
+
+    def read_by_head(self, x):
+        return enter(super().read_by_head(x), self.topology.tp)
+
+    def recomputed(self, function, *arguments):
+        tp, sep = self.topology.tp, self.topology.sep
+        tokens, places, of_rows = tp.tokens, sep.places, sep.whole
+
+        def same(*arguments):
+            tp.tokens, sep.places, sep.whole = tokens, places, of_rows
+            return function(*arguments)
+
+        return super().recomputed(same, *arguments)
 
     def kept(self, x):
-        tp = self.topology.tp
-        return tp.share(x, 1) if tp.sequence else x
+        return kept(x, self.topology.tp)
 
+    def num_parameters(self):
+        """Of all ranks of tp and ep, each counted once."""
+        ep, total = self.topology.ep, 0
+        for path, parameter in self.named_parameters():
+            cut = getattr(parameter, "cut", None)
+            size = math.prod(parameter.shape if cut is None else cut.shape)
+            total += size * ep.size if is_spread(path, self.topology) else size
+        return total
 
-def _padded_to(inputs, multiple):
-    """ids, positions, rows and labels of T tokens -> of the next multiple: tokens behind, which nobody sees."""
-    input_ids, position_ids, rows, labels = inputs
-    more = -input_ids.shape[1] % multiple
-    if not more:
-        return inputs
-    T = input_ids.shape[1]
-    labels = None if labels is None else F.pad(labels, [0, 0, 0, more], value=-100)
-    if rows is not None:
-        rows = paddle.concat([rows, paddle.zeros([rows.shape[0], 1, more, rows.shape[-1]], rows.dtype) + T], axis=2)
-    return F.pad(input_ids, [0, 0, 0, more]), F.pad(position_ids, [0, 0, 0, more]), rows, labels
+    def flops_per_token(self, T):
+        experts, ep = self.config.experts, self.topology.ep
+        here = sum(layer.n_in * layer.n_out for path, layer in self.named_sublayers()
+                   if isinstance(layer, (Linear, QuantLinear)) and is_spread(path, self.topology))  # fmt: skip
+        return super().flops_per_token(T) + (6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0)
+
+    def noise(self, shape):
+        sep = self.topology.sep
+        if sep.places is None:
+            return super().noise(shape)
+        return spread_tokens(super().noise([shape[0], sep.whole, shape[2]]), sep)
 
 
 def parallelize(model, topology):
     """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
     model.topology, model.shards = topology, None
     if topology.degrees.world > 1:
+        if wrong := topology.degrees.misfits(model.config):
+            raise UserError("; ".join(wrong))
+        if topology.groups is not None:
+            topology.groups.company.agree("the model", dataclasses.asdict(model.config))
         topology.tp.sequence = topology.degrees.sequence_parallel
+        cut_stages(model, topology)
         cut_tensors(model, topology.tp)
+        spread_experts(model, topology)
         mix_in(model, ParallelCausalLM)
+        if topology.pp.size > 1:
+            mix_in(model, StagedCausalLM)
     return model
 
 
@@ -1314,46 +2390,312 @@ def from_pretrained(path, topology, dtype="float32"):
 def micro_steps(model, batches, batch_loss, seed):
     """Forward and backward of each of this rank's batches of a step; yields (loss, batch) after each.
 
-    batch_loss(batch): its part of the step's loss. seed(i): seeds the randomness of the i-th.
+    batch_loss(batch): its part of the step's loss; in a pipeline it ends where it calls the model, but for the last stage,
+    and the loss is 0.0 where it is not known. seed(i): seeds the randomness of the i-th.
     """
     topology, shards = model.topology, model.shards
-    for index, batch in enumerate(batches):
+
+    def forward(index):
         seed(index * topology.data_size + topology.data_rank)
-        loss = batch_loss(batch) * (0.0 if batch.get("company") else 1.0)
+        return batch_loss(batches[index]) * (0.0 if batches[index].get("company") else 1.0)
+
+    if topology.pp.size > 1:
+        yield from model.pipeline.steps(batches, forward)
+        return
+    for index, batch in enumerate(batches):
+        loss = forward(index)
         with shards.backward(last=index == len(batches) - 1) if shards else contextlib.nullcontext():
             loss.backward()
         yield float(loss), batch
 
 
-@paddle.no_grad()
+def in_turn(model, batches, run):
+    """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
+
+    run calls the model once, and returns one or several tensors.
+    """
+    pipeline = getattr(model, "pipeline", None)
+    if pipeline is None:
+        yield from ((batch, run(batch)) for batch in batches)
+        return
+    begun = deque()
+    for batch in batches:
+        with paddle.no_grad():
+            begun.append((batch, pipeline.begin(functools.partial(run, batch))))
+        if len(begun) == pipeline.size - pipeline.rank:
+            batch, found = begun.popleft()
+            yield batch, pipeline.end(found)
+    for batch, found in begun:
+        yield batch, pipeline.end(found)
+
+
 def whole(weight, tensor, topology):
     """A weight, or a tensor of its shape (a moment), of all ranks of tp, as numpy in the file's layout."""
-    cut, tp = weight.cut, topology.tp
-    if cut is None:
+    if weight.cut is None:
         return weight.to_numpy(tensor)
+    found = gathered(tensor, weight.cut, topology.tp)
+    return found.T if weight.transposed else found
+
+
+@paddle.no_grad()
+def gathered(tensor, cut, tp):
+    """The whole of which each rank of tp has such a part, as numpy in our layout."""
     widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
+    tensor = tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor
     turned = paddle.moveaxis(tensor, cut.dim, 0)
-    turned = F.pad(turned, [0, 0] * (turned.ndim - 1) + [0, max(widths) - cut.width], pad_from_left_axis=False) if max(widths) > cut.width else turned
+    if max(widths) > cut.width:
+        more = paddle.zeros([max(widths) - cut.width, *turned.shape[1:]], turned.dtype)
+        turned = paddle.concat([turned, more])
     parts = tp.all_gather(turned.unsqueeze(0)).numpy()
     found = np.empty(cut.shape, parts.dtype)
     for rank, width in enumerate(widths):
         cut.put(found, np.moveaxis(parts[rank, :width], 0, cut.dim), rank)
-    return found.T if weight.transposed else found
+    return found
 
 
 def start(args):
     """The Topology of this process, from the arguments and what Paddle's launcher says; groups are connected."""
     launch = Launch.of_environment()
-    names = {"pp": "pipeline", "sharding": "sharding", "tp": "tensor"}
-    ways = {axis: max(1, getattr(args, f"{name}_parallel_degree")) for axis, name in names.items()}
-    ways["sep"] = max(1, args.sep_parallel_degree, args.context_parallel_degree)
-    ways["dp"] = launch.world // math.prod(ways.values())
-    words = re.findall(r"[^\s,]+", args.sharding or "")
-    stage = max([int(word[-1]) for word in words if word != "offload"], default=1) if ways["sharding"] > 1 else 0
-    degrees = Degrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=getattr(args, "sequence_parallel", False), context=args.context_parallel_degree > 1)
+    degrees = Degrees.of(args, world=launch.world)
     if launch.world == 1:
         return Topology(degrees)
-    return Topology(degrees, launch.rank, Gloo(launch))
+    together = company()
+    together.agree("the scripts", _versions())
+    together.agree("arguments", dataclasses.asdict(args))
+    together.meet()  # only now: connecting gives up on one that comes late
+    return Topology(degrees, launch.rank, _groups(together))
+
+
+@functools.cache  # connections are kept
+def _groups(together):
+    return (Gloo if _backend() == "gloo" else Nccl)(together)
+
+
+def _versions():
+    """{file: digest} of the scripts, and the versions of what they run on."""
+    here = Path(__file__).resolve().parent
+    files = {path.name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() for path in sorted(here.glob("*.py"))}
+    return {**files, "paddle": paddle.__version__, "numpy": np.__version__}
 
 
 SINGLE = Topology(Degrees())  # one process
+
+
+# ============================================================ slicing and gathering: from what ranks hold to whole files
+
+# Every tensor of a file is whole, and one rank, its owner, writes it. The others that have parts of it give them to the
+# owner by way of the folder that is being written, in a file for each pair of ranks: so a part is sent once, no rank waits
+# for another before it has given all, nothing of this is a collective, and so all of it can go on behind training.
+# Reading needs none of it: a rank reads the ranges that it holds, see model.StoredTensor and Weight.read.
+
+FILE_BYTES = 5 << 30  # a rank begins another file before one grows larger
+
+
+def owners(sizes, holders):
+    """{name: rank}: who writes which of these tensors, even by bytes: the largest first, to whom has least of its holders.
+
+    sizes: {name: bytes}; holders: {name: [rank]}. Where all hold all, the largest share is at most the mean plus the
+    largest tensor.
+    """
+    found, load = {}, Counter()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        found[name] = min(holders[name], key=lambda rank: (load[rank], rank))
+        load[found[name]] += sizes[name]
+    return found
+
+
+def held_by(sizes, topology):
+    """({name: bytes}, {name: [rank]}) over all ranks, from each one's own {name: bytes}.
+
+    Asked, not derived from the grid: stages of a pipeline have other names, ranks of expert parallelism other experts.
+    Ranks with the same names send a digest of them alone.
+    """
+    text = json.dumps(sizes, sort_keys=True)
+    digests = topology.exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+    lists = [sizes] * len(digests)
+    if len(set(digests)) > 1:
+        first = digests.index(digests[topology.rank]) == topology.rank
+        sent = topology.exchange(sizes if first else None)
+        lists = [sent[digests.index(digest)] for digest in digests]
+    everything, holders = {}, {}
+    for rank, names in enumerate(lists):
+        for name, size in names.items():
+            everything[name] = size
+            holders.setdefault(name, []).append(rank)
+    return everything, holders
+
+
+class Share:
+    """What this rank does of writing tensors of the whole model: which parts it gives to others, which files it writes.
+
+    groups: {group: [Entry]}, all of what this rank holds. A source (weight, tensor, first) is cut over sharding too: tensor
+    has, laid flat, this rank's elements of the parameter from the one called first on; None: none of them. The parts are taken here: as they are; or with buffers, a dict, copied into it, and what is written later is the
+    state of now. The dict may be used again by the next.
+    """
+
+    def __init__(self, groups, topology, buffers=None, together=(), metadata=None):
+        """together: groups of which one rank writes all that it holds, for one small file; metadata: {group: of its files}."""
+        self.topology, self.rank, self.metadata = topology, topology.rank, metadata or {}
+        self.entries = {(group, *entry.tensors): entry for group, entries in groups.items() for entry in entries}
+        names = {key: " ".join(key) for key in self.entries}
+        mine = {names[key]: _bytes_of(entry) for key, entry in self.entries.items()}
+        sizes, holders = held_by(mine, topology)
+        for name in sizes:
+            if name.partition(" ")[0] in together:
+                holders[name] = holders[name][:1]
+        self.owners = owners(sizes, holders)
+        self.owner = {key: self.owners[name] for key, name in names.items()}
+        self.parts = {}  # (key, index of the source): numpy of the part, or None: this rank has nothing of it
+        for key, entry in self.entries.items():
+            for index, source in enumerate(entry.sources):
+                if self.rank in self._givers(self.owner[key], source):
+                    self.parts[key, index] = self._take(source[1], buffers, (key, index))
+
+    def _givers(self, owner, source):
+        """The ranks that together have all of a source: those of the owner's line along tp, if it is cut, and sharding."""
+        grid, weight = self.topology.grid, source[0]
+        axes = {"tp"} if weight.cut is not None else set()
+        axes |= {"sharding"} if len(source) > 2 else set()
+        place = np.argwhere(grid == owner)[0]
+        names = ORDERS[self.topology.degrees.order]
+        return [int(r) for r in grid[tuple(slice(None) if n in axes else i for n, i in zip(names, place))].reshape([-1])]
+
+    def _take(self, tensor, buffers, key):
+        found = _on_host(tensor)
+        if buffers is None or found is None:
+            return found
+        if key not in buffers or buffers[key].shape != found.shape:
+            buffers[key] = np.empty_like(found)
+        np.copyto(buffers[key], found)
+        return buffers[key]
+
+    def write(self, folder, wait):
+        """Give and write this rank's share; {group: {file: {"size", "crc32", "tensors": {name: bytes}}}} of its files.
+
+        wait(path): returns when another rank has put that file there. Files are called GROUP.RANK.NUMBER.
+        """
+        folder, given = Path(folder), {}
+        for (key, index), part in self.parts.items():
+            if self.owner[key] != self.rank and part is not None:
+                name, first = f"{' '.join(key)} {index}", self.entries[key].sources[index][2:]
+                given.setdefault(self.owner[key], {}).update({name: part, f"{name} first": np.array(first, np.int64)})
+        receivers = {self.owner[key] for key, _ in self.parts} - {self.rank}
+        for receiver in sorted(receivers):
+            write_safetensors(folder / f".parts-{self.rank}-{receiver}", given.get(receiver, {}), sync=False)
+        report, files = {}, {}
+        for key, entry in self.entries.items():
+            if self.owner[key] == self.rank:
+                size, mine = _bytes_of(entry), files.setdefault(key[0], [[0, []]])
+                if mine[-1][0] and mine[-1][0] + size > FILE_BYTES:
+                    mine.append([0, []])
+                mine[-1][0] += size
+                mine[-1][1].append(key)
+        inbox = Inbox(folder, self.rank, wait)
+        for group, parts in files.items():
+            for number, (_, keys) in enumerate(parts):
+                tensors = {}
+                for key in keys:
+                    tensors |= self._readers(key, inbox)
+                name = f"{group}.{self.rank}.{number}"
+                written = write_safetensors(folder / name, tensors, self.metadata.get(group))
+                sizes = {name: _size_of(*value[1:]) for name, value in tensors.items()}
+                report.setdefault(group, {})[name] = {**written, "tensors": sizes}
+        inbox.close()
+        return report
+
+    def _readers(self, key, inbox):
+        """{name: (function, shape, dtype)} of an entry's tensors for write_safetensors; its sources are gathered once."""
+        entry, made = self.entries[key], []
+
+        def array(index):
+            if index == 0:
+                made[:] = entry.arrays(*(self._whole(key, i, inbox) for i in range(len(entry.sources))))
+            found, made[index] = made[index], None
+            return found
+
+        return {name: (functools.partial(array, i), *how) for i, (name, how) in enumerate(entry.tensors.items())}
+
+    def _whole(self, key, index, inbox):
+        """A source of an entry, of all its ranks, in the file's layout."""
+        source = self.entries[key].sources[index]
+        weight, first = source[0], source[2:]
+        cut, name, parts = weight.cut, f"{' '.join(key)} {index}", {}  # parts: by rank of tp
+        for rank in self._givers(self.rank, source):
+            if rank == self.rank:
+                part, start = self.parts[key, index], first
+            else:
+                part, start = inbox.read(rank, name), inbox.read(rank, f"{name} first")
+            tp = int(np.argwhere(self.topology.grid == rank)[0][-1])
+            if not first:
+                parts[tp] = part
+            elif part is not None:
+                shape = weight.shape[::-1] if weight.transposed else list(weight.shape)
+                if cut is not None:
+                    shape[cut.dim] = sum(b - a for a, b in cut.of_ranks[tp])
+                if tp not in parts:
+                    parts[tp] = np.empty(shape, part.dtype)
+                parts[tp].reshape([-1])[start[0] : start[0] + part.size] = part.reshape([-1])
+        if cut is None:
+            (found,) = parts.values()
+        else:
+            found = np.empty(cut.shape, next(iter(parts.values())).dtype)
+            for tp, part in parts.items():
+                cut.put(found, part, tp)
+        return found.T if weight.transposed else found
+
+
+class Inbox:
+    """What other ranks give to this one, in the files .parts-GIVER-THIS of a folder; removed when it has been read."""
+
+    def __init__(self, folder, rank, wait):
+        self.folder, self.rank, self.wait, self.tensors = folder, rank, wait, {}
+
+    def read(self, giver, name):
+        """An array; None: the giver has nothing of it."""
+        if giver not in self.tensors:
+            path = self.folder / f".parts-{giver}-{self.rank}"
+            self.wait(path)
+            self.tensors[giver] = path, safetensors_header(path)
+        path, header = self.tensors[giver]
+        return read_tensor(path, header[name]) if name in header else None
+
+    def close(self):
+        for path, _ in self.tensors.values():
+            path.unlink()
+
+
+def _on_host(tensor):
+    """numpy of a tensor, of its own memory where that is the host's; bfloat16 as float32; None of None."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        return tensor
+    if tensor.dtype == paddle.bfloat16:
+        return tensor.astype("float32").numpy()
+    return np.from_dlpack(tensor.detach()) if tensor.place.is_cpu_place() and tensor.size else tensor.numpy()
+
+
+def _bytes_of(entry):
+    return sum(_size_of(*how) for how in entry.tensors.values())
+
+
+def _size_of(shape, dtype):
+    return int(math.prod(shape)) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+
+
+def checksums(folder, sizes, topology):
+    """{name: crc32 as it is now} of files of a folder, {name: bytes}: each rank reads its share of them, by bytes, then all
+    know all."""
+    share = owners(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
+    mine = {name: crc32_of(Path(folder) / name) for name, rank in share.items() if rank == topology.rank}
+    return {name: found for part in topology.exchange(mine) for name, found in part.items()}
+
+
+def crc32_of(path):
+    """Of a file's bytes; None if it cannot be read."""
+    found, block = 0, bytearray(4 << 20)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(block):
+                found = zlib.crc32(memoryview(block)[:size], found)
+    except OSError:
+        return None
+    return found

@@ -17,7 +17,7 @@ import time
 import parallel
 import trainer
 from data import CorpusLoader, UserError, load_tokenizer
-from model import build, init_weights, load_weights, save_pretrained, trainable_weights
+from model import build, init_weights, trainable_weights
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ def main(args):
         return CorpusLoader(args.input_dir, args.split, which, num_samples, args.max_seq_length, batch_size, args.seed,
                             tokenizer.eos_token_id, args.mask_across_documents, shuffle=which == "train")  # fmt: skip
 
-    samples = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    samples = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * topology.data_size
     train = corpus("train", samples, args.per_device_train_batch_size) if args.do_train else None
     dev = corpus("valid", None, args.per_device_eval_batch_size) if args.do_eval else None
     test = corpus("test", None, args.per_device_eval_batch_size) if args.do_predict else None
@@ -87,25 +87,22 @@ def main(args):
     trainer.prepare_output_dir(args, topology)
     print(f"model: {model.num_parameters():,} parameters, {'continued' if args.continue_training else 'from scratch'}")
 
-    def write_model(folder, dtype="float32"):
-        save_pretrained(model, folder, dtype)
-        tokenizer.save(folder)
-
     if args.do_train:
         # ================================================================== 3. optimizer, resume
+        if checkpoint := trainer.find_checkpoint(args, topology):
+            trainer.load_trained(model, checkpoint, args)
         weights = trainable_weights(model)
         shards = parallel.Shards(model, weights, topology)
         optimizer = trainer.AdamW(shards.pieces, args)
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         state = trainer.TrainState()
-        if checkpoint := trainer.find_checkpoint(args):
-            state = trainer.load_checkpoint(
-                checkpoint, None if args.ignore_load_lr_and_optim else optimizer, args.output_dir
-            )
-            load_weights(model, checkpoint)
+        if checkpoint:
+            moments = None if args.ignore_load_lr_and_optim else optimizer
+            state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
         peak = trainer.measure_matmul_peak()
         print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s float32, measured; mfu is a share of it")
         log = trainer.Log(args, total, state, model.flops_per_token(args.max_seq_length), peak, topology)
+        checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
 
         def evaluate():
             return trainer.evaluate(model, dev, args.max_evaluate_steps, topology)
@@ -125,12 +122,12 @@ def main(args):
             if state.step > resumed_step and trainer.is_due(
                 args.save_strategy, args.save_steps, state.step, steps_per_epoch
             ):
-                trainer.save_checkpoint(args.output_dir, state, optimizer, write_model, args)
+                checkpoints.save(state)
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
-                    trainer.update_best(args, state, metrics)
+                    trainer.update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
             start = time.perf_counter()
@@ -152,13 +149,14 @@ def main(args):
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)
+        checkpoints.wait()
         # ================================================================== end of the training loop
 
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
-            load_weights(model, f"{args.output_dir}/{state.best_checkpoint}")
+            trainer.load_trained(model, f"{args.output_dir}/{state.best_checkpoint}", args, shards)
         log.close()
-        write_model(args.output_dir, args.save_dtype)
+        checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"model: {args.output_dir}")
 
     # ====================================================================== 5. held-out perplexity

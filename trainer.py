@@ -2,18 +2,19 @@
 
     args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # JSON files, then --key value
     while state.step < total:                                   # the loop itself is written out in each script
-        save_checkpoint(args.output_dir, state, optimizer, lambda folder: save_pretrained(model, folder), args)
+        checkpoints.save(state)
         ...; optimizer.step(learning_rate(state.step, args, total), grad_scale)
         state.step += 1; log.step(state, loss=..., ...)
 
 Argument names, defaults and meanings are PaddleNLP's, so that its JSON files run here with only their paths changed.
-The tables IGNORED and REFUSED name every upstream key that is not a field of ours, with the reason.
+The tables IGNORED, OPTIONS and REFUSED name every upstream key that is not a field of ours, with the reason.
 
 A checkpoint is a folder: weights in Hugging Face's layout, the optimizer in Unified Checkpoint's names, one
 trainer_state.json, and a marker written last. No generator state is in it: all randomness is a pure function of
 (seed, step, micro-step), see seed_step; so a resumed run equals the uninterrupted one bit for bit.
 """
 import collections
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -28,6 +29,7 @@ import resource
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import types
 import typing
@@ -39,8 +41,25 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
-from parallel import BY_INPUTS, BY_OUTPUTS, BY_VOCABULARY, SINGLE, unit_of
-from model import ModelConfig, atomic_file, base_weights, build, linears, lora_paths, read_safetensors, write_safetensors
+import parallel
+from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, in_turn, stage_layers, unit_of
+from model import (
+    MASTERS,
+    MODELS,
+    Entry,
+    ModelConfig,
+    adapter_files,
+    atomic_file,
+    base_weights,
+    build,
+    linears,
+    load_weights,
+    lora_paths,
+    read_safetensors,
+    stored_tensors,
+    stored_weights,
+    write_safetensors,
+)
 
 # ================================================================================================ arguments
 
@@ -60,11 +79,11 @@ class ScriptArgs:
     bf16: bool = False  # training: products in bfloat16, trained weights and all else in float32
     fp16: bool = False  # compute in float16
     disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
-    tensor_parallel_degree: int = 1  # the product of the degrees is the number of processes; -1 means 1
+    tensor_parallel_degree: int = 1  # data parallelism is what the product of the degrees leaves of the processes; -1 means 1
     pipeline_parallel_degree: int = 1
-    sharding_parallel_degree: int = 1
-    sep_parallel_degree: int = 1
-    context_parallel_degree: int = 1
+    sharding_parallel_degree: int = -1  # -1: all that the others leave if `sharding` is set, else 1
+    sep_parallel_degree: int = 1  # a sequence is spread, by exchanging tokens for heads around attention
+    context_parallel_degree: int = 1  # a sequence is spread, keys and values going around; not beside sep
     expert_parallel_degree: int = 1  # spread over the ranks of the others, so not a factor
 
     def check(self):
@@ -130,11 +149,16 @@ class TrainingArgs(ScriptArgs):
     resume_from_checkpoint: bool | str | None = None  # a path, or true: the newest complete one in output_dir
     ignore_load_lr_and_optim: bool = False  # resume with the weights and the step, but fresh moments
     ignore_save_lr_and_optim: bool = False  # checkpoints without the moments: smaller, no exact resume
+    unified_checkpoint: bool = True  # upstream's switch; checkpoints always are
+    unified_checkpoint_config: str | list[str] | None = None  # some of UNIFIED, separated by blanks or commas
+    ckpt_quant_stage: str = "O0"  # moments in checkpoints: O0 float32, O1 8-bit, O2 4-bit integers
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
     recompute: bool = False  # recompute each block's activations in backward instead of keeping them
     recompute_granularity: str = "full"  # full, full_attn, core_attn; full is what there is
-    sharding: str | None = None  # stage1, stage2 or stage3, and offload: so far for dry_run alone
-    sequence_parallel: bool = False  # likewise
+    sharding: str | None = None  # stage1 (moments), stage2 (gradients too), stage3 (weights too), and offload; None: stage1
+    virtual_pp_degree: int = 1  # stages of the pipeline on each of its ranks
+    sequence_parallel: bool = False  # with tensor parallelism: tokens are spread between attention and MLP too
+    hybrid_parallel_topo_order: str | None = None  # which axis is outside: pp_first (also None) or sharding_first
     dry_run: bool = False  # print shapes, parameters, FLOPs and memory a rank of the model, and end: no data is needed
 
     def check(self):
@@ -155,7 +179,7 @@ class TrainingArgs(ScriptArgs):
             raise UserError(f"learning_rate {self.learning_rate:g} is below {end:g}, {self.lr_scheduler_type}'s end")
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
-        return notes + _check_strategies(self)
+        return notes + _check_strategies(self) + _check_unified(self)
 
     def check_dry_run(self):
         """check() of a run that only counts: what names data, output or steps may be missing, and processes too."""
@@ -199,16 +223,10 @@ def _check_numbers(args):
 
 def _check_hardware(args):
     """Devices, precision and the number of processes."""
-    names = [f"{name}_parallel_degree" for name in ("tensor", "pipeline", "sharding", "sep", "context")]
-    degrees = {name: max(1, getattr(args, name)) for name in names}
-    wanted, world = math.prod(degrees.values()), paddle.distributed.get_world_size()
-    if world % wanted:
-        factors = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
-        mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
-        raise UserError(f"{factors} = {wanted} processes, but this run has {world}; {mend}")
-    if args.expert_parallel_degree > world:
-        found = f"{args.expert_parallel_degree}, but this run has {world} process(es)"
-        raise UserError(f"expert_parallel_degree: {found}; set it to 1")
+    world = Launch.of_environment().world
+    if world > 1 and not isinstance(args, TrainingArgs):
+        raise UserError(f"this run has {world} processes, but this script works in one: start it without the launcher")
+    Degrees.of(args, world=world)
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
     if args.device != "auto":
@@ -219,8 +237,8 @@ def _check_hardware(args):
     if args.bf16 and not isinstance(args, TrainingArgs):
         notes.append("bf16: only training computes in bfloat16, so float32 is used")
     for key in ("sharding", "sequence_parallel"):
-        if getattr(args, key, None):
-            notes.append(f"ignored: {key}: one process, nothing is spread over several")
+        if getattr(args, key, None) and world == 1:
+            notes.append(f"ignored: {key}: this run has one process")
     if getattr(args, "recompute", False) and args.recompute_granularity != "full":
         notes.append(f"recompute_granularity: {args.recompute_granularity} is not there, full (whole blocks) is used")
     return notes
@@ -250,6 +268,35 @@ def _check_strategies(args):
     return []
 
 
+UNIFIED = {  # the words of unified_checkpoint_config
+    "async_save": "training goes on while a copy of the state is written",
+    "skip_save_model_weight": "bf16: no model*.safetensors; the float32 master weights say it all, from_pretrained reads them",
+    "remove_master_weight": "bf16: no float32 master weights; resuming from the rounded ones is no exact continuation",
+    "master_weight_compatible": "resume from a checkpoint without master weights too, from its rounded weights",
+    "enable_all_options": "skip_save_model_weight and master_weight_compatible",
+    "ignore_merge_optimizer": "ignored: moments are always whole in the files, so that any topology can go on",
+}
+
+
+def _check_unified(args):
+    """The words of unified_checkpoint_config as a list of those that change something; lines to print."""
+    given = args.unified_checkpoint_config or ()
+    words = re.split(r"[\s,]+", given.strip()) if isinstance(given, str) else list(given)
+    for word in filter(None, words):
+        if word not in UNIFIED:
+            raise UserError(f"unified_checkpoint_config: {word!r} is not here; there are {', '.join(UNIFIED)}")
+    if args.ckpt_quant_stage not in ("O0", "O1", "O2"):
+        raise UserError(f"ckpt_quant_stage: {args.ckpt_quant_stage!r}; possible are O0, O1, O2")
+    if "enable_all_options" in words:
+        words += ["skip_save_model_weight", "master_weight_compatible"]
+    notes = [] if args.unified_checkpoint else ["unified_checkpoint: false is ignored: it is the only layout here"]
+    if "ignore_merge_optimizer" in words:
+        notes.append(f"unified_checkpoint_config: ignore_merge_optimizer is {UNIFIED['ignore_merge_optimizer']}")
+    aside = ("", "enable_all_options", "ignore_merge_optimizer")
+    args.unified_checkpoint_config = sorted({word for word in words if word not in aside})
+    return notes
+
+
 def _table(rows):
     return {key: why for why, keys in rows for key in keys.split()}
 
@@ -260,17 +307,21 @@ IGNORED = _table([
         use_flash_attention use_fused_rms_norm use_fused_rope use_fused_linear use_fused_dropout_add
         use_fused_linear_cross_entropy use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn fused_linear
         use_fused_head_and_loss_fn use_quick_lora enable_linear_fused_grad_add use_fusemt use_intermediate_api"""),
-    ("one process, nothing is spread over several", """
-        sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB sharding_parallel_config
-        data_parallel_config tensor_parallel_config pipeline_parallel_config sequence_parallel_config
-        hybrid_parallel_topo_order split_inputs_sequence_dim fuse_sequence_parallel_allreduce
-        tensor_parallel_output tensor_parallel_rank virtual_pp_degree pp_recompute_interval save_sharded_model
-        load_sharded_model distributed_dataloader share_folder local_rank log_on_each_node save_on_each_node
-        ddp_find_unused_parameters expert_tensor_parallel_degree use_expert_parallel split_norm_comm force_reshard_pp
-        auto_parallel_resume_form_hybrid_parallel save_sharding_stage1_model_include_freeze_params"""),
-    ("checkpoints are always unified, written at once, and complete", """
-        unified_checkpoint unified_checkpoint_config ckpt_quant_stage save_rng_states save_tokenizer
-        ordered_save_group_size use_async_save output_signal_dir enable_zero_cost_checkpoint zcc_workers_num
+    ("the sharding axis is one of its own", "sharding_parallel_mesh_dimension"),
+    ("sizes of messages are fixed", "sharding_comm_buffer_size_MB"),
+    ("every rank reads whole batches, the model cuts them", "split_inputs_sequence_dim"),
+    ("what ranks of one axis have of a gradient is always sent as one", "fuse_sequence_parallel_allreduce split_norm_comm"),
+    ("a gradient that a rank does not have counts as zero", "ddp_find_unused_parameters"),
+    ("losses come from logits in parts, whole ones where they are asked for", "tensor_parallel_output"),
+    ("the launcher says which process this is", "tensor_parallel_rank local_rank"),
+    ("every process reads the data itself", "distributed_dataloader"),
+    ("one log, by the first process; one output_dir, which all see", "share_folder log_on_each_node save_on_each_node"),
+    ("experts are spread by expert_parallel_degree and tensor_parallel_degree", "use_expert_parallel expert_tensor_parallel_degree"),
+    ("checkpoints do not depend on how a run is spread", """
+        save_sharded_model load_sharded_model force_reshard_pp auto_parallel_resume_form_hybrid_parallel
+        save_sharding_stage1_model_include_freeze_params"""),
+    ("checkpoints are always unified and complete", """
+        save_rng_states save_tokenizer ordered_save_group_size use_async_save output_signal_dir enable_zero_cost_checkpoint zcc_workers_num
         zcc_pipeline_hooks_capacity_usage zcc_save_ema_coef zcc_ema_interval flash_device_save_steps pdc_download_ckpt
         pdc_download_timeout ignore_data_skip"""),
     ("precision is set by bf16 and fp16 alone", """
@@ -286,7 +337,7 @@ IGNORED = _table([
         count_trained_tokens"""),
     ("gradients are released and moments kept where they are", "release_grads flatten_param_grads offload_optim"),
     ("recompute is by whole blocks", """
-        recompute_use_reentrant no_recompute_layers refined_recompute offload_recompute_inputs"""),
+        recompute_use_reentrant no_recompute_layers refined_recompute offload_recompute_inputs pp_recompute_interval"""),
     ("there is no dropout in these models", "hidden_dropout_prob attention_probs_dropout_prob dropout_warmup_steps"),
     ("nothing is sent anywhere", """
         aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token run_name wandb_api_key
@@ -386,6 +437,48 @@ HARMLESS = {"optim": ("adamw",), "dataloader_shuffle": (True, 1, "true", "1"), "
             "rope_scaling_factor": (1, "1", "1.0"), "sharding_degree": (-1, 1, "-1", "1")}  # fmt: skip
 
 
+# Upstream's keys that hold options, separated by spaces or commas: none is needed here, and each says why.
+OPTIONS = {
+    "tensor_parallel_config": _table([
+        ("a product's parts are summed as soon as they are there", "enable_mp_async_allreduce enable_sp_async_reduce_scatter"),
+        ("gradients are added to in place", "enable_mp_skip_c_identity enable_mp_fused_linear_param_grad_add"),
+        ("gradients are of the sum over a step's tokens", "enable_delay_scale_loss"),
+        ("what ranks hold in common stays equal by construction", "sync_param sync_grad sync_moment"),
+        ("the vocabulary is always spread", "replace_with_c_embedding replace_with_parallel_cross_entropy")]),
+    "pipeline_parallel_config": _table([
+        ("shapes travel with every micro-batch", "disable_p2p_cache_shape enable_dynamic_shape enable_clear_every_step_cache"),
+        ("whole tensors are sent, one at a time", "disable_partial_send_recv disable_batch_p2p_comm enable_overlap_p2p_comm"),
+        ("gradients are of the sum over a step's tokens", "enable_delay_scale_loss"),
+        ("gradients are reduced once, after the last micro-batch", "enable_dp_comm_overlap enable_sharding_comm_overlap"),
+        ("times are always in the log", "enable_timer"),
+        ("gradients are always released", "enable_release_grads"),
+        ("schedules are 1F1B and, with virtual_pp_degree, interleaved", """
+            best_unbalanced_scheduler use_dualpipev forward_backward_overlap_scheduler enable_offload_queue""")]),
+    "sharding_parallel_config": _table([
+        ("messages are always of many tensors", "enable_stage1_tensor_fusion enable_fuse_optimizer_states"),
+        ("it overlaps where the device can", """
+            enable_stage1_overlap enable_stage2_overlap enable_stage1_broadcast_overlap enable_stage1_allgather_overlap"""),
+        ("tensors are always split by numbers, not kept whole", "split_param"),
+        ("gradients are summed, and divided by a step's tokens once", "disable_stage1_reduce_avg"),
+        ("gradients are always released", "enable_release_grads")]),
+    **dict.fromkeys(("data_parallel_config", "sequence_parallel_config"), _table([
+        ("gradients are summed, and divided by a step's tokens once", "enable_allreduce_avg_in_gradinent_scale"),
+        ("gradients are always reduced once, after the last micro-batch", "gradient_sync_after_accumulate")])),
+}  # fmt: skip
+
+
+def _options_of(key, value, where):
+    """Lines for the options in a key of OPTIONS; UserError for one that upstream does not have."""
+    words = re.findall(r"[^\s,]+", value) if isinstance(value, str) else value or []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where}: {key}: {value!r}; options separated by spaces or commas are needed")
+    for word in words:
+        if word not in OPTIONS[key]:
+            near = difflib.get_close_matches(word, OPTIONS[key], 1) or list(OPTIONS[key])[:1]
+            raise UserError(f"{where}: {key}: unknown option {word!r}; did you mean {near[0]!r}?")
+    return [f"ignored: {key}: {word}: no effect here: {OPTIONS[key][word]}" for word in words]
+
+
 def parse_args(Args, argv=None):
     """`argv` (default: the command line): JSON files, then --key value (or --key=value), later wins -> a checked Args.
 
@@ -420,10 +513,12 @@ def parse_args(Args, argv=None):
             lines.append(f"ignored: {key}: nothing is trained here")
         elif key in REFUSED and not _harmless(key, value):
             raise UserError(f"{where}: {key}: {value!r}: {REFUSED[key]}")
+        elif key in OPTIONS:
+            lines += _options_of(key, value, where)
         elif key in IGNORED or key in REFUSED:
             lines.append(f"ignored: {key}: {IGNORED.get(key) or REFUSED[key]}")
         elif key != "_doc":
-            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *of_training], 1)
+            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *OPTIONS, *of_training], 1)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     args = Args(**fields)
     lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
@@ -520,29 +615,43 @@ def run_script(main, Args, argv=None):
         for field in dataclasses.fields(Args):
             print(f"  {field.name} = {field.default!r}")
         return
+    company, args = parallel.company(), None  # first of all, so that what goes wrong here ends all processes
     try:
         args = parse_args(Args, tokens)
         if getattr(args, "dry_run", False):
             print(dry_run(args), flush=True)
-            return
-        args.check_model()
-        _choose_device(args)
-        main(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if not _disk_full(error):
+        else:
+            args.check_model()
+            _choose_device(args)
+            main(args)
+        if company is not None:
+            company.leave()
+    except BaseException as error:
+        code, line = _verdict(error, getattr(args, "output_dir", ""))
+        if company is not None:
+            company.fail(error, code, line)
+        if line is None:
             raise
-        print(f"error: {error.filename or args.output_dir}: the disk is full; free some space, then resume", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+        sys.exit(code)
+
+
+def _verdict(error, folder):
+    """(exit code, line to show instead of a traceback, or None) of what has ended a script."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if _disk_full(error):
+        return 2, f"{error.filename or folder}: the disk is full; free some space, then resume"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 1, None
 
 
 def _choose_device(args):
     train_in_bf16 = args.bf16 and isinstance(args, TrainingArgs)
+    if ":" in args.device and (world := Launch.of_environment().world) > 1:
+        kind = args.device.partition(":")[0]
+        raise UserError(f"device: {args.device!r} is one device, but this run has {world} processes; say {kind!r}, the launcher chooses")
     kernels.configure(args.device, args.kernels, train_in_bf16)
     print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
     if kernels.bf16:
@@ -619,7 +728,7 @@ def dry_run(args):
     T = next(getattr(args, key) for key in ("max_seq_length", "max_length", "max_seq_len") if hasattr(args, key))
     model = build(config)
     table, total, active, experts = _shapes(model)
-    degrees = DryDegrees.of(args, config, experts, T)
+    degrees = Degrees.of(args, config, T)
     flops = model.flops_per_token(T)
     lines = [f"{name}: {config.family}, {config.num_hidden_layers} layers", *table, ""]
     lines.append(f"parameters: {total:,}" + (f", {active:,} of them at work on a token" if experts else ""))
@@ -653,90 +762,6 @@ def _shapes(model):
     return lines, total, total - routed + (routed * chosen // experts if experts else 0), experts
 
 
-@dataclasses.dataclass(frozen=True)
-class DryDegrees:
-    """How many ways a run is cut, and along what."""
-
-    tensor: int
-    pipeline: int
-    sharding: int
-    sep: int
-    context: int
-    expert: int
-    stage: int  # of sharding; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
-    offload: bool  # moments and master weights lie in the host's memory
-    sequence_parallel: bool
-
-    @staticmethod
-    def of(args, config, experts, T):
-        """From the arguments; UserError with all that does not divide in one line."""
-        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
-        ways = {name: max(1, getattr(args, f"{name}_parallel_degree")) for name in names}
-        words = re.findall(r"[^\s,]+", args.sharding or "")
-        for word in words:
-            if word not in ("stage1", "stage2", "stage3", "offload"):
-                raise UserError(f"sharding: {word!r}; possible are stage1, stage2, stage3, and offload beside one of them")
-        stage = max([int(word[-1]) for word in words if word != "offload"], default=0)
-        stage = stage or int(ways["sharding"] > 1)
-        wrong = []
-        inner = config.experts.width if experts and ways["expert"] == 1 else config.intermediate_size
-        for name, what, size in (
-            ("tensor", "attention heads", config.num_attention_heads),
-            ("tensor", "the MLP's width", inner),
-            ("sep", "attention heads", config.num_attention_heads),
-            ("sep", "the sequence", T),
-            ("context", "the sequence", T),
-            *([("expert", "experts", experts)] if experts else []),
-        ):
-            if size % ways[name]:
-                wrong.append(f"{name}_parallel_degree {ways[name]} does not divide {what} ({size:,})")
-        heads, tensor = config.num_key_value_heads, ways["tensor"]
-        if heads % tensor and tensor % heads:
-            wrong.append(f"tensor_parallel_degree {tensor} neither divides the key/value heads ({heads}) nor is a multiple")
-        if ways["pipeline"] > config.num_hidden_layers:
-            wrong.append(f"pipeline_parallel_degree {ways['pipeline']} is more than layers ({config.num_hidden_layers})")
-        if ways["sep"] > 1 and ways["context"] > 1:
-            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
-        if stage > 1 and ways["pipeline"] > 1:
-            wrong.append(f"sharding stage{stage} and pipeline_parallel_degree exclude each other: use stage1")
-        ranks = math.prod(ways.values()) // ways["expert"] // ways["pipeline"]
-        if ways["expert"] > 1 and not experts or ranks % ways["expert"]:
-            wrong.append(f"expert_parallel_degree {ways['expert']} is for {experts} experts on {ranks} ranks of a stage")
-        if wrong:
-            raise UserError("; ".join(wrong))
-        return DryDegrees(**ways, stage=stage, offload="offload" in words, sequence_parallel=args.sequence_parallel)
-
-    def __str__(self):
-        names = ("tensor", "pipeline", "sharding", "sep", "context", "expert")
-        ways = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
-        if self.sharding > 1:
-            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
-        return ", ".join(ways) or "one process"
-
-    @property
-    def ranks(self):
-        """Of one stage of the pipeline."""
-        return self.tensor * self.sharding * self.sep * self.context
-
-    def cut(self, name, config):
-        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours)."""
-        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
-            return min(self.tensor, K)
-        if layer == "qkv_proj":
-            return (H + 2 * K) / (H / self.tensor + 2 * K / min(self.tensor, K))
-        if layer in BY_VOCABULARY:
-            return self.tensor if config.vocab_size % self.tensor == 0 else 1
-        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
-        ways = self.tensor if cut else 1
-        return min(ways * self.expert, self.ranks) if ".experts." in name else ways
-
-    def shared(self, name, config):
-        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
-        return min(self.sharding, self.ranks // self.cut(name, config)) if ".experts." in name else self.sharding
-
-
 def _adapter_sizes(args, model, degrees):
     """[(layer or None, numbers in all, on a rank, there when sharded)] of what an adapter trains; None for all weights."""
     config, sizes = model.config, []
@@ -758,7 +783,7 @@ def _adapter_sizes(args, model, degrees):
         whole = args.num_prefix_tokens * width + (width + 1) * inner + (inner + 1) * layers * 2 * width
         return [(None, whole, whole, whole / degrees.sharding)]
     whole = args.num_prefix_tokens * 2 * width
-    mine = whole / min(degrees.tensor, config.num_key_value_heads)
+    mine = whole / min(degrees.tp, config.num_key_value_heads)
     return [(layer, whole, mine, mine / degrees.sharding) for layer in range(layers)]
 
 
@@ -770,12 +795,12 @@ SHARDED_FROM = {"weights": 3, "gradients": 2, "moments": 1, "master weights": 1}
 
 def _memory(args, model, adapter, degrees, T):
     """Lines: the bytes that the fullest rank keeps, by what they are for."""
-    bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pipeline
+    bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pp
     layers, first, last = _numbers(model, degrees)
     kept = [_activations(block, model.config, degrees) for block in model.layers]
-    stages, start = [], 0
-    for stage in range(pipeline):
-        end = start + L // pipeline + (stage < L % pipeline)
+    stages = []
+    for stage, places in enumerate(stage_layers(L, pipeline)):
+        start, end = places.start, places.stop
         held = layers[start:end].sum(0) + (first if stage == 0 else 0) + (last if end == L else 0)
         mine = None
         if adapter is not None:
@@ -785,7 +810,7 @@ def _memory(args, model, adapter, degrees, T):
         if degrees.sharding > 1:
             rows["a unit at work"] = _at_work(model, degrees, bytes_of, adapter)
         whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], stage, end == L)
-        tokens = args.per_device_train_batch_size * T / (degrees.sep * degrees.context)
+        tokens = args.per_device_train_batch_size * T / degrees.sep
         head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
         head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
         for way, numbers in (("without recompute", whole), ("with recompute", again)):
@@ -793,7 +818,6 @@ def _memory(args, model, adapter, degrees, T):
         for way in ("without recompute", "with recompute"):
             rows[f"in all {way}"] = sum(rows.get(part, 0.0) for part in (*SHARDED_FROM, "a unit at work", f"activations {way}"))
         stages.append(rows)
-        start = end
     rows = max(stages, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
     unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
     kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
@@ -814,7 +838,7 @@ def _numbers(model, degrees):
             first += mine
         else:
             last += mine
-        if name == "embed_tokens.weight" and model.lm_head is None and degrees.pipeline > 1:
+        if name == "embed_tokens.weight" and model.lm_head is None and degrees.pp > 1:
             last += mine  # a tied head is the embedding once more
     return layers, first, last
 
@@ -850,8 +874,8 @@ def _kept_by_stage(args, config, degrees, kept, stage, is_last):
     With recompute each block's input and one block's activations. A stage keeps those of as many micro-batches as
     stages follow it, itself counted (1F1B, arXiv 2104.04473).
     """
-    flights = min(degrees.pipeline - stage, args.gradient_accumulation_steps)
-    width = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1)
+    flights = min(degrees.pp - stage, args.gradient_accumulation_steps)
+    width = config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1)
     embedded, normed = int(stage == 0), 2 * int(is_last)  # the first block's input; what the last norm reads and gives
     whole = flights * (sum(kept) + (embedded + normed / 2) * width)
     return whole, flights * (len(kept) + normed) * width + max(kept)
@@ -863,7 +887,7 @@ def _activations(block, config, degrees):
     They are the outputs of its linears and norms, and what the last linears of attention and MLP read. Temporary
     tensors of an op, and blocks of logits (128 MB), come on top.
     """
-    D, share = config.hidden_size / (degrees.tensor if degrees.sequence_parallel else 1), 1.0
+    D, share = config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1), 1.0
     numbers = 0.0 if config.residual_scale is None else D  # the scaled residual
     if hasattr(block.mlp, "experts"):  # each chosen expert's copy of the token, and the experts' sum
         share = config.experts.top_k / config.experts.count
@@ -875,7 +899,7 @@ def _activations(block, config, degrees):
             width = layer.weight.shape[0]
             heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}.get(part)
             if heads:
-                numbers += width * heads / min(degrees.tensor, heads)
+                numbers += width * heads / min(degrees.tp, heads)
             else:
                 numbers += D if width == config.hidden_size else width
         elif hasattr(layer, "n_out") and not (part == "up_proj" and config.activation == "relu"):  # relu keeps its result
@@ -886,7 +910,7 @@ def _activations(block, config, degrees):
 # ========================================================================================= output directory
 
 # What a run writes into output_dir; a folder with any of it holds a run (or a model), and only this is ever removed.
-ARTIFACTS = """tmp-checkpoint-* checkpoint-* config.json generation_config.json model*.safetensors
+ARTIFACTS = """tmp-checkpoint-* tmp-model checkpoint-* config.json generation_config.json model*.safetensors
     *.safetensors.index.json adapter_config.json adapter_model.safetensors pytorch_model*.bin tokenizer.model
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
     eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
@@ -944,7 +968,7 @@ def _prepare(folder, old, args):
         shown = "arguments: " + " ".join(f"{key}={value!r}" for key, value in values.items())
         print(textwrap.fill(shown, 120, break_long_words=False), flush=True)
         if getattr(args, "do_train", True):
-            for path in {*old, *folder.glob("tmp-checkpoint-*"), *folder.glob(".*.tmp")}:  # tmp: left by a killed run
+            for path in {*old, *folder.glob("tmp-checkpoint-*"), *folder.glob("tmp-model"), *folder.glob(".*.tmp")}:  # tmp: left by a killed run
                 _remove(path)
             with atomic_file(folder / "run_args.json") as file:
                 json.dump(values, file, indent=2, ensure_ascii=False)
@@ -1053,6 +1077,7 @@ class AdamW:
         assert len(set(names)) == len(names), f"names must be unique: {sorted(names)}"
         self.weights, self.args, self.lr_scale = weights, args, lr_scale or {}
         self.steps = 0  # made so far; bias correction counts from 1
+        self.rounded = 0  # how often the moments came from a checkpoint that has them in few bits
         self.on_host = "offload" in (getattr(args, "sharding", None) or "")
         if self.on_host and paddle.device.get_device().startswith("cpu"):
             print("sharding: offload changes nothing here: the device is the CPU, moments are in the host's memory anyway")
@@ -1085,33 +1110,123 @@ class AdamW:
         for weight in self.weights:
             weight.clear_gradient()
 
-    def state_arrays(self):
-        """{"<HF name>/moment1_0": …} in Unified Checkpoint's names and the weights' file layout, for write_safetensors.
+    def entries(self, shards, stage="O0"):
+        """[model.Entry] of moments and beta powers in Unified Checkpoint's names and the weights' file layout.
 
-        Moments are (function, shape, dtype), called one by one, so that saving never holds a second copy of them all.
+        stage: of ckpt_quant_stage. Every weight is named on every rank that holds it, whoever has its moments.
         """
         powers = {f"beta{i}_pow_acc_0": getattr(self.args, f"adam_beta{i}") ** (self.steps + 1) for i in (1, 2)}
-        arrays = {}
-        for weight in self.weights:
-            for i, moment in enumerate(self.moments[weight.name], 1):
-                read = functools.partial(weight.to_numpy, moment)
-                arrays[f"{weight.name}/moment{i}_0"] = read, weight.shape, np.float32
-            arrays.update({f"{weight.name}/{key}": np.array([power], np.float32) for key, power in powers.items()})
-        return arrays
+        found = []
+        for weight in shards.weights:
+            place, moments = shards.place_of(weight), self.moments.get(weight.name, (None, None))
+            sources = [(weight, shards.laid(weight, moment), *place) for moment in moments]
+            names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
+            if stage == "O0" or len(weight.shape) < 2:
+                found += [Entry({name: (weight.shape, "float32")}, [source]) for name, source in zip(names, sources)]
+            else:
+                found.append(_quantized(names, weight.shape, sources, stage))
+            for key, power in powers.items():
+                power = np.array([power], np.float32)
+                found.append(Entry({f"{weight.name}/{key}": ([1], "float32")}, [], functools.partial(list, [power])))
+        return found
 
-    def load_arrays(self, arrays):
-        """The moments back, exactly; `steps`, which a power in float32 cannot give back, is set by load_checkpoint."""
-        expected = {f"{name}/moment{i}_0" for name in self.moments for i in (1, 2)}
-        found = {key for key in arrays if not key.endswith("_pow_acc_0")}
-        if expected != found:
-            missing, extra = _some(expected - found), _some(found - expected)
+    def load(self, found, shards):
+        """The moments back, exactly; found: of model.stored_tensors. Each rank reads what it has.
+
+        `steps`, which a power in float32 cannot give back, is set by load_checkpoint.
+        """
+        read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
+        names = {key.rpartition("/")[0] for key in read}
+        mine, elsewhere = {weight.name for weight in shards.weights}, shards.model.elsewhere
+        if names - elsewhere - mine or mine - names:
+            missing, extra = _some(mine - names), _some(names - elsewhere - mine)
             raise UserError(f"optimizer state is not of what is trained now: missing {missing}; unexpected {extra}")
-        for weight in self.weights:
-            for i, moment in enumerate(self.moments[weight.name], 1):
-                array = weight.from_numpy(arrays[f"{weight.name}/moment{i}_0"])
-                if list(array.shape) != moment.shape:
-                    raise UserError(f"optimizer state: {weight.name}: {list(array.shape)} found, {moment.shape} needed")
-                moment.set_value(array)
+        for weight in shards.weights:
+            if weight.name not in self.moments:  # another rank's
+                continue
+            for i, array in enumerate(_moments_of(weight, found)):
+                self.moments[weight.name][i].set_value(shards.piece_of(weight, array))
+
+
+# Moments in few bits, after upstream: the first in equal steps up to the largest of a row; of the second what it is there
+# for, the ratio 1 / (sqrt(v) + 1e-8), in equal steps between the least and the largest. O1: 8 bits, rows of the file's
+# layout (outputs); O2: 4 bits, groups of 32 along them, both numbers in one byte under the name of the first.
+# Scales: float32, under NAME@scales, and NAME@min_scales, NAME@max_scales of the second.
+GROUP = 32
+MAX_QUANTIZATION_TIMES = 1  # a state that has been in few bits once is not rounded again
+
+
+def _quantized(names, shape, sources, stage):
+    rows, columns = int(np.prod(shape[:-1])), shape[-1]
+    scales = [rows] if stage == "O1" else [rows, -(-columns // GROUP)]
+    extra = {f"{names[0]}@scales": scales, f"{names[1]}@min_scales": scales, f"{names[1]}@max_scales": scales}
+    integers = {names[0]: (shape, "int8")} | ({names[1]: (shape, "uint8")} if stage == "O1" else {})
+    tensors = integers | {name: (size, "float32") for name, size in extra.items()}
+    return Entry(tensors, sources, quantize_8 if stage == "O1" else quantize_4)
+
+
+def quantize_8(m, v):
+    """Moments (…, n) -> [int8 m, uint8 ratio, scales, least, largest (rows,)]."""
+    shape, m, ratio = m.shape, m.reshape([-1, m.shape[-1]]), 1 / (np.sqrt(v.reshape([-1, v.shape[-1]])) + np.float32(1e-8))
+    scales, least, largest = _scales(m, ratio)
+    m, ratio = np.round(m / scales * 127), np.round((ratio - least) / np.maximum(largest - least, 1e-30) * 255)
+    return [m.astype(np.int8).reshape(shape), ratio.astype(np.uint8).reshape(shape), *(x[:, 0] for x in (scales, least, largest))]  # fmt: skip
+
+
+def dequantize_8(m, ratio, scales, least, largest):
+    shape, scales, least, largest = m.shape, scales[:, None], least[:, None], largest[:, None]
+    m, ratio = m.reshape([-1, shape[-1]]).astype(np.float32), ratio.reshape([-1, shape[-1]]).astype(np.float32)
+    return (m / 127 * scales).reshape(shape), _square(ratio / 255 * (largest - least) + least).reshape(shape)
+
+
+def quantize_4(m, v):
+    """Moments (…, n) -> [int8, m in the upper 4 bits and ratio in the lower, scales, least, largest (rows, n / 32)]."""
+    shape, n = m.shape, m.shape[-1]
+    m, ratio = (_grouped(x) for x in (m, 1 / (np.sqrt(v) + np.float32(1e-8))))
+    scales, least, largest = _scales(m, ratio)
+    m = np.round(m / scales * 7).astype(np.int8)
+    ratio = np.round((ratio - least) / np.maximum(largest - least, 1e-30) * 15).astype(np.int8)
+    packed = ((m << 4) | ratio).reshape([-1, scales.shape[1] * GROUP])[:, :n].reshape(shape)
+    return [packed, *(x[..., 0] for x in (scales, least, largest))]
+
+
+def dequantize_4(packed, scales, least, largest):
+    shape, n = packed.shape, packed.shape[-1]
+    packed, scales, least, largest = _grouped(packed), scales[..., None], least[..., None], largest[..., None]
+    m, ratio = (packed >> 4).astype(np.float32) / 7 * scales, (packed & 15).astype(np.float32) / 15 * (largest - least) + least
+    return tuple(x.reshape([len(x), -1])[:, :n].reshape(shape) for x in (m, _square(ratio)))
+
+
+def _grouped(x):
+    """(…, n) -> (rows, groups, 32), the last padded by its row's last element."""
+    x = x.reshape([-1, x.shape[-1]])
+    return np.pad(x, [(0, 0), (0, -x.shape[1] % GROUP)], "edge").reshape([len(x), -1, GROUP])
+
+
+def _scales(m, ratio):
+    """Largest |m|, least and largest ratio along the last dim, kept."""
+    largest = np.abs(m).max(-1, keepdims=True)
+    return np.where(largest > 0, largest, np.float32(1e-8)), ratio.min(-1, keepdims=True), ratio.max(-1, keepdims=True)
+
+
+def _square(ratio):
+    """The second moment that has this ratio."""
+    return np.maximum(1 / ratio - np.float32(1e-8), 0) ** 2
+
+
+def _moments_of(weight, found):
+    """Both moments of what a rank has of a weight, in our layout."""
+    names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
+    for name in names[:1] if f"{names[0]}@scales" in found else names:
+        if name not in found:
+            raise UserError(f"optimizer state is not of what is trained now: missing {name}; unexpected none")
+    for name in names if f"{names[0]}@scales" not in found else names[:1]:
+        if list(found[name][1]) != weight.shape:
+            raise UserError(f"optimizer state: {weight.name}: {list(found[name][1])} found, {weight.shape} needed")
+    if f"{names[0]}@scales" not in found:
+        return [weight.read(found[name][0]) for name in names]
+    stored = [found[name][0]() for name in (*names, f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales") if name in found]
+    return [weight.from_numpy(array) for array in (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)]
 
 
 def _some(names):
@@ -1142,7 +1257,6 @@ def seed_step(seed, step, micro_step=0):
 # ============================================================================================== checkpoints
 
 DONE = ".checkpoint_done"
-OPTIMIZER = "optimizer-00001-of-00001.safetensors"
 
 
 @dataclasses.dataclass
@@ -1157,60 +1271,278 @@ class TrainState:
     log_history: list = dataclasses.field(default_factory=list)  # the last 20 log lines
 
 
-def save_checkpoint(output_dir, state, optimizer, write_model, args):
-    """Write output_dir/checkpoint-STEP, complete or not at all, then prune; returns its path.
+class Checkpoints:
+    """The saves of a run: output_dir/checkpoint-STEP, complete or not there, whole tensors, written by all ranks together.
 
-    write_model(folder) writes weights (and tokenizer). Everything goes to a temporary folder, is synced, gets the
-    marker and is renamed: whenever the process dies, what has the name checkpoint-N and the marker is whole. A full
-    disk is a UserError; half files are removed and earlier checkpoints stay.
+        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints.save(state)         # with async_save it returns as soon as the state is copied
+        checkpoints.wait()              # for the one that is being written; an error of it is raised here
+        checkpoints.write_model(folder, dtype)
+
+    Everything goes to a temporary folder, is synced, gets the marker and is renamed: whenever processes die, what has the
+    name checkpoint-N and the marker is whole. A full disk is a UserError; half files are removed and earlier checkpoints
+    stay. output_dir must be one folder for all processes.
     """
-    folder = Path(output_dir)
-    final, temporary = folder / f"checkpoint-{state.step}", folder / f"tmp-checkpoint-{state.step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("tmp-checkpoint-*"):
-        shutil.rmtree(left_over)
-    try:
-        temporary.mkdir()
-        write_model(temporary)
-        if optimizer is not None and not args.ignore_save_lr_and_optim:
-            _write_optimizer(temporary, optimizer.state_arrays())
-        files = [path for path in temporary.rglob("*") if path.is_file()]
+
+    def __init__(self, args, model, tokenizer, optimizer=None, shards=None, topology=SINGLE):
+        self.args, self.model, self.tokenizer, self.topology = args, model, tokenizer, topology
+        self.optimizer, self.shards = optimizer, shards
+        self.adapted = getattr(args, "lora", False) or getattr(args, "prefix_tuning", False)
+        self.options = getattr(args, "unified_checkpoint_config", None) or ()
+        self.half = kernels.bf16 and not self.adapted  # weights rounded for use beside float32 ones to go on from
+        self.masters = self.half and "remove_master_weight" not in self.options
+        self.rounds = args.ckpt_quant_stage
+        self.pending, self.last, self.buffers = None, None, {} if "async_save" in self.options else None
+        if "skip_save_model_weight" in self.options and not self.masters:
+            self._say("skip_save_model_weight is ignored: no master weights are saved that could stand for the weights")
+        if self.rounds != "O0" and getattr(optimizer, "rounded", 0) >= MAX_QUANTIZATION_TIMES:
+            self._say(f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more")
+            self.rounds = "O0"
+
+    def _say(self, text):
+        if self.topology.rank == 0:
+            print(text, flush=True)
+
+    def contents(self, dtype=None):
+        """({group: [Entry]}, {group: metadata}, function(folder) that writes what is small) of the model or adapter.
+
+        dtype: of a model that is written to be used; None: what a checkpoint holds.
+        """
+        model, metadata = self.model, {}
+        if self.adapted:
+            with self.shards.present("prefix") if self.shards is not None else contextlib.nullcontext():
+                config, files = adapter_files(model, self.args.model_name_or_path)
+            groups = {file.removesuffix(".safetensors"): entries for file, (entries, _) in files.items()}
+            metadata = {file.removesuffix(".safetensors"): more for file, (_, more) in files.items()}
+            name, text = "adapter_config.json", json.dumps(config, indent=2)
+        else:
+            stored, groups = stored_weights(model), {}
+            kind = dtype or ("bfloat16" if self.half else "float32")
+            if dtype or not (self.masters and "skip_save_model_weight" in self.options):
+                groups["model"] = [Entry.of(weight, kind) for weight in stored]
+            if self.masters and not dtype:
+                groups["master_weights"] = [Entry.of(weight) for weight in stored]
+            name, text = "config.json", model.config.to_json(kind)
+        if self.shards is not None:
+            groups = {group: [self._held(entry) for entry in entries] for group, entries in groups.items()}
+
+        def write_small(folder):
+            self.tokenizer.save(folder)
+            with atomic_file(folder / name) as file:
+                file.write(text)
+
+        return groups, metadata, write_small
+
+    def _held(self, entry):
+        """An entry whose parameters are what this rank keeps of them."""
+        sources = [(w, *self.shards.held(w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
+        return entry._replace(sources=sources)
+
+    def save(self, state):
+        """Write checkpoint-STEP, then prune; called by all ranks at the same step."""
+        self.wait()
+        args, folder = self.args, Path(self.args.output_dir)
+        groups, metadata, write_small = self.contents()
+        index = {}
+        if self.optimizer is not None and not args.ignore_save_lr_and_optim:
+            groups["optimizer"] = self.optimizer.entries(self.shards, self.rounds)
+            index["optimizer"] = {"master_weights": self.masters, "ckpt_quant_stage": self.rounds,
+                                  "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0)}  # fmt: skip
         record = {
             **dataclasses.asdict(state),
-            "optimizer_steps": optimizer.steps if optimizer is not None else 0,
+            "optimizer_steps": self.optimizer.steps if self.optimizer is not None else 0,
             "data_position": {"epoch": int(state.epoch), "next_step": state.step, "seed": args.seed},
-            "files": {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files},
+            "weights": "rounded" if self.half and not self.masters else "exact",
+            "degrees": dataclasses.asdict(self.topology.degrees),
             "args": dataclasses.asdict(args),
         }
-        with atomic_file(temporary / "trainer_state.json") as file:
-            json.dump(record, file, indent=1, ensure_ascii=False)
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        (temporary / DONE).touch()
-        _sync(temporary / DONE)
-        _sync(temporary)
-        if final.exists():  # a step made again after resuming from an earlier checkpoint
-            _remove(final)
-        temporary.rename(final)
-        _sync(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        final, best = folder / f"checkpoint-{state.step}", state.best_checkpoint
+
+        def publish(temporary, files):
+            _complete(temporary, files, record)
+            if final.exists():  # a step made again after resuming from an earlier checkpoint
+                _remove(final)
+            temporary.rename(final)
+            _sync(folder)
+            prune_checkpoints(folder, args.save_total_limit, best)
+
+        kept = "this checkpoint was not written, earlier ones are intact"
+        writing = Writing(folder / f"tmp-checkpoint-{state.step}", final, kept, self.topology, write_small, publish, index, metadata)
+        self.last, self.pending = state.step, writing
+        writing.begin(groups, self.buffers)
+        if self.buffers is None:
+            self.wait()
+        return final
+
+    def wait(self):
+        """Until what is being written is there; what went wrong with it is raised."""
+        writing, self.pending = self.pending, None
+        if writing is not None:
+            writing.finish()
+
+    def has(self, step):
+        """Whether there is, or will be, a checkpoint of this step."""
+        return step == self.last or (Path(self.args.output_dir) / f"checkpoint-{step}").is_dir()
+
+    def write_model(self, folder, dtype="float32"):
+        """The model, or the adapter, to be used: into a folder that may hold other things, its configuration last."""
+        self.wait()
+        folder = Path(folder)
+        groups, metadata, write_small = self.contents(dtype)
+
+        def publish(temporary, files):
+            new = [path.name for path in temporary.iterdir() if not path.name.startswith(".")]
+            for path in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"] * (not self.adapted):
+                if path.name not in new:  # of a run on another topology
+                    path.unlink(missing_ok=True)
+            for name in sorted(new, key=lambda name: name in ("config.json", "adapter_config.json")):
+                os.replace(temporary / name, folder / name)
+            shutil.rmtree(temporary)
+            _sync(folder)
+
+        kept = "the model was not written, checkpoints are intact"
+        writing = Writing(folder / "tmp-model", folder, kept, self.topology, write_small, publish, {}, metadata)
+        writing.begin(groups)
+        writing.finish()
+
+
+class Writing:
+    """A folder that all ranks write to, on its way to be published: each rank its share, then rank 0 names the files and
+    calls publish(temporary, {name: {"size", "crc32"}}). Ranks tell each other by files there that they are done or have failed."""
+
+    def __init__(self, temporary, final, kept, topology, write_small, publish, index, metadata):
+        self.temporary, self.final, self.kept, self.topology = temporary, final, kept, topology
+        self.write_small, self.publish, self.index, self.metadata = write_small, publish, index, metadata
+        self.thread, self.error = None, None
+
+    def begin(self, groups, buffers=None):
+        """buffers: a dict that the state is copied into; the rest goes on in a thread."""
+        topology, error = self.topology, None
+        if topology.rank == 0:
+            try:
+                self.temporary.parent.mkdir(parents=True, exist_ok=True)
+                for left_over in {*self.temporary.parent.glob("tmp-checkpoint-*"), self.temporary}:
+                    if left_over.exists():
+                        shutil.rmtree(left_over)
+                self.temporary.mkdir()
+            except OSError as wrong:
+                error = wrong
+        if any(texts := topology.exchange(error and self._text(error))):
+            self._raise(error, texts)
+        if not all(seen := topology.exchange(self.temporary.is_dir())):
+            raise UserError(f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir")
+        alone = ("adapter_model", "prefix_projection")
+        try:
+            self.share = Share(groups, topology, buffers, alone, self.metadata)
+        except BaseException:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+        if buffers is None:
+            self._run()
+        else:
+            # Not a daemon: a run that ends by an error still gets the checkpoint that it has begun.
+            self.thread = threading.Thread(target=self._run, name="checkpoint")
+            self.thread.start()
+
+    def _run(self):
+        rank, ranks = self.topology.rank, range(self.topology.degrees.world)
+        try:
+            report = self.share.write(self.temporary, self._wait_for)
+            with atomic_file(self.temporary / f".done-{rank}", sync=False) as file:
+                json.dump(report, file)
+            if rank == 0:
+                self.write_small(self.temporary)
+                reports = []
+                for path in [self.temporary / f".done-{rank}" for rank in ranks]:
+                    self._wait_for(path)
+                    reports.append(json.loads(path.read_text()))
+                    path.unlink()
+                self.publish(self.temporary, _name_files(self.temporary, reports, self.index, self.metadata))
+        except BaseException as error:
+            self.error = error
+            with contextlib.suppress(OSError):
+                (self.temporary / f".failed-{rank}").touch()
+
+    def _wait_for(self, path):
+        """Until another rank has put this file there; OtherRank if one has failed, or goes no further."""
+        pause, patience = 0.001, None
+        while not path.exists():
+            if any(self.temporary.glob(".failed-*")):
+                raise OtherRank
+            if not threading.main_thread().is_alive():  # this process ends, so others may have ended
+                patience = patience or time.monotonic() + 30
+                if time.monotonic() > patience:
+                    raise OtherRank
+            time.sleep(pause)
+            pause = min(0.05, pause * 1.5)
+
+    def finish(self):
+        """Wait until it is published; what went wrong on any rank is raised on all."""
+        if self.thread is not None:
+            self.thread.join()
+        if self.error is not None and not isinstance(self.error, Exception):  # interrupted: the others are too
+            self._raise(self.error, [])
+        wrong = self.error is not None and not isinstance(self.error, OtherRank)
+        texts = self.topology.exchange(self._text(self.error) if wrong else None)
+        if self.error is not None or any(texts):
+            self._raise(self.error, texts)
+
+    def _text(self, error):
         if _disk_full(error):
-            free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free"
-            saved = "this checkpoint was not written, earlier ones are intact"
-            raise UserError(f"{final}: the disk is full ({free}); {saved}; free some space, then resume") from None
-        raise
-    prune_checkpoints(folder, args.save_total_limit, state.best_checkpoint)
-    return final
+            free = f"{shutil.disk_usage(self.temporary.parent).free / 1e6:.1f} MB free"
+            return f"{self.final}: the disk is full ({free}); {self.kept}; free some space, then resume"
+        return f"{self.final}: {type(error).__name__}: {error}"
+
+    def _raise(self, error, texts):
+        if self.topology.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        if error is None or isinstance(error, OtherRank) or _disk_full(error):
+            raise UserError(next(filter(None, texts), f"{self.final}: another rank has ended")) from None
+        raise error
 
 
-def _write_optimizer(folder, arrays):
-    """Unified Checkpoint's pair: the tensors, and an index that says in which file each is."""
-    write_safetensors(folder / OPTIMIZER, arrays)
-    total = 4 * sum(math.prod(array[1] if isinstance(array, tuple) else array.shape) for array in arrays.values())
-    index = {"metadata": {"total_size": total}, "master_weights": False, "weight_map": dict.fromkeys(arrays, OPTIMIZER)}
-    with atomic_file(folder / "optimizer.safetensors.index.json") as file:
-        json.dump(index, file, indent=1)
+class OtherRank(Exception):
+    """Another rank has failed, and says itself why."""
+
+
+def _name_files(folder, reports, index, metadata):
+    """Give the files of all ranks their final names, and write the indexes; {name: {"size", "crc32"}} of all in the folder.
+
+    index: {group: what its index says besides}.
+    """
+    found = {}
+    for group in sorted({group for report in reports for group in report}):
+        parts = [part for report in reports for part in report.get(group, {}).items()]
+        if group in ("adapter_model", "prefix_projection") and len(parts) > 1:  # of several stages; PEFT wants one file
+            tensors = {name: array for part, _ in parts for name, array in read_safetensors(folder / part).items()}
+            parts = [(f"{group}.whole", write_safetensors(folder / f"{group}.whole", tensors, metadata.get(group)))]
+        alone = len(parts) == 1 and group not in ("optimizer", "master_weights")
+        weight_map, total = {}, 0
+        for i, (part, written) in enumerate(parts, 1):
+            name = f"{group}.safetensors" if alone else f"{group}-{i:05d}-of-{len(parts):05d}.safetensors"
+            (folder / part).rename(folder / name)
+            found[name] = {key: written[key] for key in ("size", "crc32")}
+            for tensor, size in written.get("tensors", {}).items():
+                weight_map[tensor], total = name, total + size
+        if not alone:
+            content = {"metadata": {"total_size": total}, **index.get(group, {}), "weight_map": dict(sorted(weight_map.items()))}
+            with atomic_file(folder / f"{group}.safetensors.index.json") as file:
+                json.dump(content, file, indent=1)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith(".") and path.name not in found:
+            found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": crc32_of(path)}
+    return found
+
+
+def _complete(folder, files, record):
+    """trainer_state.json, all synced, then the marker, which has its checksum."""
+    with atomic_file(folder / "trainer_state.json") as file:
+        json.dump({**record, "files": files}, file, indent=1, ensure_ascii=False)
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+    (folder / DONE).write_text(str(crc32_of(folder / "trainer_state.json")))
+    _sync(folder / DONE)
+    _sync(folder)
 
 
 def _sync(path):
@@ -1245,27 +1577,47 @@ def incomplete(path):
     path = Path(path)
     if not (path / DONE).is_file():
         return "it has no completion marker"
+    marked, state = (path / DONE).read_text(), path / "trainer_state.json"
     try:
-        sizes = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["files"]
+        files = json.loads(state.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return "trainer_state.json is missing or damaged"
-    for name, size in sizes.items():
+    if marked and marked != str(crc32_of(state)):
+        return "trainer_state.json is damaged: its checksum differs"
+    for name, written in files.items():
+        size = written["size"] if isinstance(written, dict) else written  # a number: saved before there were checksums
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found} bytes, {size} were written"
     return None
 
 
-def find_checkpoint(args):
+def damaged(path, topology=SINGLE):
+    """None, or which file of a complete checkpoint is not what was written; all ranks read a part each and agree."""
+    files = json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))["files"]
+    files = {name: written for name, written in files.items() if isinstance(written, dict)}
+    found = checksums(path, {name: written["size"] for name, written in files.items()}, topology)
+    wrong = sorted(name for name, written in files.items() if found[name] != written["crc32"])
+    return f"{wrong[0]} is damaged: its checksum differs from what was written" if wrong else None
+
+
+def find_checkpoint(args, topology=SINGLE):
     """The checkpoint that resume_from_checkpoint means: a path (UserError unless complete) or true = newest complete.
 
-    None if there is none. Prints which it is, which were passed over, and arguments that have changed since.
+    None if there is none. Complete: all files have the size and the checksum that they were written with. Prints which it
+    is, which were passed over, and arguments that have changed since. All ranks find the same.
     """
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
+
+    def say(text):
+        if topology.rank == 0:
+            print(text, flush=True)
+
     if isinstance(wanted, str):
-        if reason := "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted):
+        reason = "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted)
+        if reason := next(filter(None, topology.exchange(reason)), None) or damaged(wanted, topology):
             raise UserError(f"resume_from_checkpoint: {wanted}: {reason}; give a complete one, or true for the newest")
         path = Path(wanted)
         newer = [p for p in list_checkpoints(args.output_dir) if int(p.name[11:]) > _step_of(path)]
@@ -1275,18 +1627,20 @@ def find_checkpoint(args):
                 "the latest steps; remove it, or go on in another output_dir"
             )
     else:
-        for path in list_checkpoints(args.output_dir):
-            if (reason := incomplete(path)) is None:
+        listed = [(str(path), incomplete(path)) for path in list_checkpoints(args.output_dir) if topology.rank == 0]
+        for path, reason in topology.exchange(listed)[0]:
+            if (reason := reason or damaged(path, topology)) is None:
+                path = Path(path)
                 break
-            print(f"resume: {path} is passed over: {reason}", flush=True)
+            say(f"resume: {path} is passed over: {reason}")
         else:
-            print(f"resume: no complete checkpoint in {args.output_dir}; starting at step 0", flush=True)
+            say(f"resume: no complete checkpoint in {args.output_dir}; starting at step 0")
             return None
     then = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["args"]
     aside = "resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir report_to".split()
     now = {key: value for key, value in dataclasses.asdict(args).items() if key in then and key not in aside}
     changed = ", ".join(f"{key} {then[key]!r} -> {value!r}" for key, value in now.items() if then[key] != value)
-    print(f"resume: from {path}" + (f"; not an exact continuation, changed: {changed}" if changed else ""), flush=True)
+    say(f"resume: from {path}" + (f"; not an exact continuation, changed: {changed}" if changed else ""))
     return path
 
 
@@ -1295,25 +1649,44 @@ def _step_of(checkpoint):
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["step"]
 
 
-def load_checkpoint(path, optimizer=None, output_dir=None):
+def load_trained(model, path, args, shards=None):
+    """What was trained, without an adapter: a checkpoint's float32 weights into the model, from where they are exact."""
+    path, masters = Path(path), (Path(path) / f"{MASTERS}.index.json").is_file()
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    if state.get("weights") == "rounded":
+        if not {"remove_master_weight", "master_weight_compatible"} & set(args.unified_checkpoint_config or ()):
+            raise UserError(f"{path}: has bfloat16 weights and no master weights; unified_checkpoint_config: "
+                            "master_weight_compatible goes on from the rounded ones")  # fmt: skip
+        if getattr(model, "topology", SINGLE).rank == 0:
+            print(f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation", flush=True)
+    load_weights(model, path, (MASTERS,) if masters else MODELS)
+    if shards is not None:
+        shards.weights_changed()
+
+
+def load_checkpoint(path, optimizer=None, shards=None, output_dir=None):
     """TrainState of a checkpoint, its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights.
+
+    Each rank reads what it has of them, whatever the topology that wrote them.
 
     A best checkpoint that is not in output_dir (default: beside `path`) is forgotten: it could not be loaded at the end.
     """
     path = Path(path)
     saved = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     if optimizer is not None:
-        if not (path / OPTIMIZER).is_file():
+        index = path / "optimizer.safetensors.index.json"
+        if not index.is_file():
             raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
-        optimizer.load_arrays(read_safetensors(path / OPTIMIZER))
-        optimizer.steps = saved["optimizer_steps"]
+        optimizer.load(stored_tensors(path, ("optimizer.safetensors",)), shards)
+        optimizer.steps, how = saved["optimizer_steps"], json.loads(index.read_text())
+        optimizer.rounded = how.get("quant_ckpt_resume_times", 0) + (how.get("ckpt_quant_stage", "O0") != "O0")
     state = TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
     if state.best_checkpoint and not (Path(output_dir or path.parent) / state.best_checkpoint).is_dir():
         state.best_metric = state.best_checkpoint = None
     return state
 
 
-def update_best(args, state, metrics):
+def update_best(args, state, metrics, checkpoints):
     """Note in `state` that checkpoint-{state.step} is the best so far, if `metrics` say so; returns whether they do.
 
     An evaluation at a step that was not saved does not count: there is nothing to go back to.
@@ -1322,7 +1695,7 @@ def update_best(args, state, metrics):
     if name not in metrics:
         raise UserError(f"metric_for_best_model: {name} is not computed here; there are {', '.join(metrics)}")
     value, best = metrics[name], state.best_metric
-    saved = (Path(args.output_dir) / f"checkpoint-{state.step}").is_dir()
+    saved = checkpoints.has(state.step)
     better = best is None or (value > best if args.greater_is_better else value < best)
     if not (saved and better and math.isfinite(value)):
         return False
@@ -1400,6 +1773,9 @@ class Log:
         }
         if self.utilisation:
             row["mfu"] = round(speed * self.utilisation, 4)
+        if (pp := self.topology.pp).size > 1:  # idle share of the step's forwards and backwards, beside the formula
+            row["bubble"] = round(self.topology.total(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4)
+            row["bubble_formula"] = round(pp.bubble, 4)
         row.update(added)
         state.log_history = (state.log_history + [row])[-20:]
         if self.writes:
@@ -1409,6 +1785,8 @@ class Log:
             mfu = f" | mfu {100 * row['mfu']:.1f} %" if self.utilisation else ""
             done, left = 100 * state.step / self.total, datetime.timedelta(seconds=round(eta))
             figures = f"loss {loss:.4f} | lr {lr:.3e} | grad_norm {grad_norm:.3f} | {speed:,.0f} tokens/s{mfu}"
+            if "bubble" in row:
+                figures += f" | bubble {100 * row['bubble']:.1f} % (formula {100 * row['bubble_formula']:.1f} %)"
             rest = " | ".join(filter(None, [f"eta {left} | peak {row['peak_memory_gb']:.2f} GB", shown(added)]))
             print(f"step {state.step}/{self.total} ({done:.1f} %) | {figures} | {rest}", flush=True)
 
@@ -1578,9 +1956,12 @@ def evaluate(model, loader, max_batches=None, topology=SINGLE):
     model.eval()
     batches = loader.batches_per_epoch
     indices = list(range(min(max_batches, batches) if max_batches and max_batches > 0 else batches))
-    for index, counts in share_of(indices, topology):
-        batch = loader.batch(0, index)
-        losses, predictions = model(**model_inputs(batch), return_predictions=True)
+
+    def run(place):
+        return model(**model_inputs(place[0]), return_predictions=True)
+
+    places = ((loader.batch(0, index), counts) for index, counts in share_of(indices, topology))
+    for (batch, counts), (losses, predictions) in in_turn(model, places, run):
         if not counts:
             continue
         target = batch["labels"] != -100  # (B, T)

@@ -25,6 +25,7 @@ import sys
 import warnings
 
 warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle's at import that concerns nobody here
+os.environ.setdefault("GLOG_minloglevel", "1")  # nor do its notes about connections
 import paddle  # noqa: E402
 
 from data import UserError
@@ -178,7 +179,8 @@ def use(choice):
 def _prepare_cpu():
     """Four settings of the process, without which Paddle's own CPU operators run several times slower than they can.
 
-    Threads: Paddle starts with one for matmul; take one for each core that this process may run on.
+    Threads: Paddle starts with one for matmul; take one for each core that this process may run on, or its share of them
+    where the launcher has started several here (our C++ is told by the environment, see cpu/threads.h).
 
     Memory: the C library gives every large block back to the system at once, so each new tensor costs page faults; told
     to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
@@ -190,7 +192,9 @@ def _prepare_cpu():
     """
     if not sys.platform.startswith("linux"):
         return
-    paddle.base.core.set_num_threads(len(os.sched_getaffinity(0)))
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
+    paddle.base.core.set_num_threads(threads)
+    os.environ["PADDLE_LLM_THREADS"] = str(threads)
     try:
         ctypes.CDLL("libiomp5.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW).kmp_set_blocktime(0)
     except OSError:  # a Paddle without it

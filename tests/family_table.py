@@ -42,8 +42,8 @@ def load(folder, work):
 def save(folder, work):
     """Their files again, tensor by tensor, in their dialect of config.json."""
     M.save_pretrained(cells.golden_model(folder), work / "saved")
-    theirs = {name: read() for name, (read, _) in M._shards(folder).items()}
-    ours = {name: read() for name, (read, _) in M._shards(work / "saved").items()}
+    theirs = {name: read() for name, (read, _) in M.stored_tensors(folder).items()}
+    ours = {name: read() for name, (read, _) in M.stored_tensors(work / "saved").items()}
     assert ours.keys() == theirs.keys(), set(ours) ^ set(theirs)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     kept = json.loads((folder / "config.json").read_text())

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -19,32 +20,35 @@ HERE = Path(__file__).resolve().parent
 
 
 class Ranks:
-    def __init__(self, world):
-        self.world, self.processes, self.pipes = world, [], []
+    def __init__(self, world, threads=1):
+        """threads: of each process."""
+        self.world, self.threads, self.processes, self.pipes = world, str(threads), [], []
 
     def start(self):
         self.listener = Listener(None, "AF_UNIX", backlog=self.world, authkey=b"ranks")
         endpoints = ",".join(f"127.0.0.1:{port}" for port in _free_ports(self.world))
         for rank in range(self.world):
             environment = {**os.environ, "PADDLE_TRAINER_ID": str(rank), "PADDLE_TRAINERS_NUM": str(self.world),
-                           "PADDLE_TRAINER_ENDPOINTS": endpoints, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # fmt: skip
+                           "PADDLE_TRAINER_ENDPOINTS": endpoints, "PADDLE_LOCAL_SIZE": str(self.world),
+                           "OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads}  # fmt: skip
             command = [sys.executable, __file__, self.listener.address]
             self.processes.append(subprocess.Popen(command, env=environment, cwd=HERE.parent))
         pipes = [self.listener.accept() for _ in range(self.world)]
         self.pipes = [pipe for _, pipe in sorted(((pipe.recv(), pipe) for pipe in pipes), key=lambda found: found[0])]
 
-    def run(self, job, *args, **kwargs):
-        """[what the job "module:function" returns on each rank]; RuntimeError with the first rank's traceback that has one."""
+    def run(self, job, *args, timeout=300, **kwargs):
+        """[what the job "module:function" returns on each rank]; RuntimeError with the traceback of every rank that has one."""
         if not self.processes:
             self.start()
         for pipe in self.pipes:
             pipe.send((job, args, kwargs))
-        found = []
-        for rank, pipe in enumerate(self.pipes):
+        found, end = [], time.monotonic() + timeout
+        for pipe in self.pipes:
             try:
-                found.append(pipe.recv())
+                there = pipe.poll(max(0.0, end - time.monotonic()))
+                found.append(pipe.recv() if there else (False, f"no answer within {timeout} s"))
             except EOFError:
-                found.append((False, f"rank {rank} ended"))
+                found.append((False, "it ended"))
         wrong = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(found) if not fine]
         if wrong:
             self.stop()  # their connections may be broken

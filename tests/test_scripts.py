@@ -311,15 +311,15 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def crash_after_saving(step):
-    real = trainer.save_checkpoint
+    real = trainer.Checkpoints.save
 
-    def save(output_dir, state, *rest):
-        real(output_dir, state, *rest)
+    def save(self, state):
+        real(self, state)
         if state.step == step:
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(trainer, "save_checkpoint", save)
+        patch.setattr(trainer.Checkpoints, "save", save)
         yield
 
 

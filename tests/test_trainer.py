@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import paddle
 import trainer
 from data import UserError
-from model import Weight, read_safetensors, write_safetensors
+from model import Entry, Weight, read_safetensors
 from trainer import AdamW, Log, TrainingArgs, TrainState, parse_args
 
 CONFIGS = Path(__file__).resolve().parents[2] / "shared" / "upstream" / "configs" / "llama"
@@ -44,8 +45,8 @@ UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dro
     reward_model_name_or_path reward_server reward_tokens recompute_use_reentrant reft rl_algorithm rollout_n
     rslora_plus simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
     smooth_piecewise_search smooth_search_piece smooth_step src_length temperature tensor_parallel_output top_p
-    train_dataset_path train_datasets unified_checkpoint update_iters use_flash_attention use_fused_head_and_loss_fn
-    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera virtual_pp_degree weight_quant_method
+    train_dataset_path train_datasets update_iters use_flash_attention use_fused_head_and_loss_fn
+    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera weight_quant_method
     weight_quantize_algo zero_padding""".split()
 
 
@@ -183,15 +184,15 @@ def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
     assert len(lines) == 7
     assert lines[0] == "ignored: use_flash_attention: which kernels run is chosen by `kernels`"
     assert [line.split(":")[1].strip() for line in lines[:3]] == ["use_flash_attention", "vera", "optim"]
-    assert "float32 is used" in lines[3] and lines[4].startswith("ignored: sharding: one process") and "full (whole blocks) is used" in lines[5]
+    assert "float32 is used" in lines[3] and lines[4] == "ignored: sharding: this run has one process" and "full (whole blocks) is used" in lines[5]
     assert "last model is kept" in lines[6]
 
 
 def test_every_upstream_key_is_known():
     fields = {field.name for field in dataclasses.fields(TrainingArgs)}
-    tables = {**trainer.IGNORED, **trainer.REFUSED}
+    tables = {**trainer.IGNORED, **trainer.REFUSED, **trainer.OPTIONS}
     assert not set(UPSTREAM_KEYS) - set(tables)
-    assert not fields & set(tables) and not set(trainer.IGNORED) & set(trainer.REFUSED)
+    assert not fields & set(tables) and len(tables) == len(trainer.IGNORED) + len(trainer.REFUSED) + len(trainer.OPTIONS)
     assert set(trainer.HARMLESS) <= set(trainer.REFUSED) and all(why for why in tables.values())
     for path in CONFIGS.glob("**/*.json"):
         keys = set(json.loads(path.read_text())) - fields - {"model_name_or_path", "tokenizer_name_or_path"}
@@ -385,6 +386,31 @@ def test_seed_step_is_a_function_of_all_three():
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
+OPTIMIZER = "optimizer-00001-of-00001.safetensors"
+
+
+class Plain(trainer.Checkpoints):
+    """Saves of {name: array} in place of a model, and of what else a function writes."""
+
+    def __init__(self, args, arrays, optimizer=None, shards=None, write=lambda folder: None):
+        super().__init__(args, None, None, optimizer, shards)
+        self.arrays, self.write = arrays, write
+
+    def contents(self, dtype=None):
+        return {"model": [constant(name, array) for name, array in self.arrays().items()]}, {}, self.write
+
+
+def constant(name, array):
+    return Entry({name: (array.shape, array.dtype)}, [], lambda: [array])
+
+
+def whole(weights):
+    """What parallel.Shards says where nothing is cut up."""
+    nowhere = types.SimpleNamespace(elsewhere=frozenset())
+    return types.SimpleNamespace(weights=weights, model=nowhere, place_of=lambda w: (), held=lambda w: (w.parameter,), laid=lambda w, m: m,
+                                 piece_of=lambda w, array: array)  # fmt: skip
+
+
 def train(folder, weights, stop, resume=False, save=(), **keys):
     """A script's loop in small: accumulation of 2, dropout, cosine, clipping. Returns (losses, final arrays)."""
     keys |= {"lr_scheduler_type": "cosine", "learning_rate": 0.05, "warmup_steps": 2, "weight_decay": 0.1}
@@ -392,14 +418,12 @@ def train(folder, weights, stop, resume=False, save=(), **keys):
     optimizer, state, losses = AdamW(weights, args), TrainState(), []
     path = trainer.find_checkpoint(args)
     if path:
-        state = trainer.load_checkpoint(path, optimizer)
+        state = trainer.load_checkpoint(path, optimizer, whole(weights))
         arrays = read_safetensors(path / "model.safetensors")
         for weight in weights:
             weight.parameter.set_value(weight.from_numpy(arrays[weight.name]))
 
-    def write_model(target):
-        write_safetensors(target / "model.safetensors", {weight.name: weight.to_numpy() for weight in weights})
-
+    checkpoints = Plain(args, lambda: {weight.name: weight.to_numpy() for weight in weights}, optimizer, whole(weights))
     while state.step < stop:
         total = 0.0
         for micro in range(2):
@@ -414,7 +438,8 @@ def train(folder, weights, stop, resume=False, save=(), **keys):
         state.step += 1
         state.consumed_tokens += 11
         if state.step in save:
-            trainer.save_checkpoint(folder, state, optimizer, write_model, args)
+            checkpoints.save(state)
+    checkpoints.wait()
     return losses, [weight.to_numpy() for weight in weights]
 
 
@@ -437,8 +462,8 @@ def test_checkpoint_layout(tmp_path):
     train(tmp_path, weights, 3, save=(3,))
     path = tmp_path / "checkpoint-3"
     index = json.loads((path / "optimizer.safetensors.index.json").read_text())
-    arrays = read_safetensors(path / trainer.OPTIMIZER)
-    assert set(index["weight_map"]) == set(arrays) and set(index["weight_map"].values()) == {trainer.OPTIMIZER}
+    arrays = read_safetensors(path / OPTIMIZER)
+    assert set(index["weight_map"]) == set(arrays) and set(index["weight_map"].values()) == {OPTIMIZER}
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
     keys = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
     assert set(arrays) == {f"{weight.name}/{key}" for weight in weights for key in keys}
@@ -447,21 +472,27 @@ def test_checkpoint_layout(tmp_path):
     saved = json.loads((path / "trainer_state.json").read_text())
     assert saved["step"] == saved["optimizer_steps"] == 3 and saved["consumed_tokens"] == 33
     assert saved["data_position"] == {"epoch": 0, "next_step": 3, "seed": 7} and saved["args"]["learning_rate"] == 0.05
-    assert saved["files"].keys() == {"model.safetensors", trainer.OPTIMIZER, "optimizer.safetensors.index.json"}
+    assert saved["files"].keys() == {"model.safetensors", OPTIMIZER, "optimizer.safetensors.index.json"}
+    for name, written in saved["files"].items():
+        content = (path / name).read_bytes()
+        assert written == {"size": len(content), "crc32": zlib.crc32(content)}
 
 
 def test_optimizer_state_that_does_not_fit(tmp_path):
     train(tmp_path, tiny(1), 3, save=(3,))
     path = tmp_path / "checkpoint-3"
     args = make_args(tmp_path)
-    with pytest.raises(UserError, match="missing none; unexpected b.weight/moment1_0, b.weight/moment2_0"):
-        trainer.load_checkpoint(path, AdamW(tiny(1)[:2], args))
+    with pytest.raises(UserError, match="missing none; unexpected b.weight"):
+        trainer.load_checkpoint(path, AdamW(tiny(1)[:2], args), whole(tiny(1)[:2]))
     turned = [Weight(weight.name, weight.parameter, not weight.transposed) for weight in tiny(1)]
     with pytest.raises(UserError, match="optimizer state: a.weight: .* found, .* needed"):
-        trainer.load_checkpoint(path, AdamW(turned, args))
-    (path / trainer.OPTIMIZER).unlink()
+        trainer.load_checkpoint(path, AdamW(turned, args), whole(turned))
+    (path / OPTIMIZER).unlink()
+    with pytest.raises(UserError, match="names the file optimizer-00001-of-00001.safetensors, which is not there"):
+        trainer.load_checkpoint(path, AdamW(tiny(1), args), whole(tiny(1)))
+    (path / "optimizer.safetensors.index.json").unlink()
     with pytest.raises(UserError, match="without optimizer state; resume with ignore_load_lr_and_optim"):
-        trainer.load_checkpoint(path, AdamW(tiny(1), args))
+        trainer.load_checkpoint(path, AdamW(tiny(1), args), whole(tiny(1)))
     assert trainer.load_checkpoint(path).step == 3
 
 
@@ -471,8 +502,8 @@ class FakeOptimizer:
     def __init__(self, step, size=1000):
         self.steps, self.size = step, size
 
-    def state_arrays(self):
-        return {"w/moment1_0": content(self.steps, self.size), "w/moment2_0": content(-self.steps, self.size)}
+    def entries(self, shards, stage):
+        return [constant(f"w/moment{i}_0", content(step, self.size)) for i, step in ((1, self.steps), (2, -self.steps))]
 
 
 def content(step, size=1000):
@@ -484,10 +515,7 @@ def save(folder, step, best=None, size=1000, **keys):
     args = TrainingArgs(output_dir=str(folder), **keys)
     state = TrainState(step=step, best_checkpoint=best)
 
-    def write_model(target):
-        write_safetensors(target / "model.safetensors", {"w": content(step, size)})
-
-    return trainer.save_checkpoint(folder, state, FakeOptimizer(step, size), write_model, args)
+    return Plain(args, lambda: {"w": content(step, size)}, FakeOptimizer(step, size)).save(state)
 
 
 def names(folder):
@@ -505,7 +533,7 @@ def test_find_passes_over_what_is_not_complete(tmp_path, capsys):
     with open(tmp_path / "checkpoint-50" / "model.safetensors", "r+b") as file:
         file.truncate(100)
     (tmp_path / "checkpoint-40" / trainer.DONE).unlink()
-    (tmp_path / "checkpoint-30" / trainer.OPTIMIZER).unlink()
+    (tmp_path / "checkpoint-30" / OPTIMIZER).unlink()
     (tmp_path / "checkpoint-final").mkdir()
     capsys.readouterr()
     assert find(tmp_path) == tmp_path / "checkpoint-10"
@@ -563,11 +591,11 @@ def test_a_failing_save_leaves_nothing(tmp_path):
     args = TrainingArgs(output_dir=str(tmp_path))
 
     def fail(error):
-        def write_model(target):
+        def write(target):
             (target / "half").write_text("x")
             raise error
 
-        return lambda: trainer.save_checkpoint(tmp_path, TrainState(step=2), FakeOptimizer(2), write_model, args)
+        return lambda: Plain(args, lambda: {}, FakeOptimizer(2), write=write).save(TrainState(step=2))
 
     with pytest.raises(UserError, match="checkpoint-2: the disk is full .*earlier ones are intact"):
         fail(OSError(errno.ENOSPC, "No space left on device"))()
@@ -616,7 +644,7 @@ def check_after_kill(folder, last):
     """The newest complete checkpoint, all complete ones verified to the last number; `last` was reported as saved."""
     for path in trainer.list_checkpoints(folder):
         if trainer.incomplete(path) is None:
-            step, optimizer = int(path.name[11:]), read_safetensors(path / trainer.OPTIMIZER)
+            step, optimizer = int(path.name[11:]), read_safetensors(path / OPTIMIZER)
             assert np.array_equal(read_safetensors(path / "model.safetensors")["w"], content(step, KILL_SIZE)), path
             assert np.array_equal(optimizer["w/moment1_0"], content(step, KILL_SIZE)), path
             assert np.array_equal(optimizer["w/moment2_0"], content(-step, KILL_SIZE)), path
@@ -668,18 +696,19 @@ def test_update_best(tmp_path):
     args, state = make_args(tmp_path, metric_for_best_model="accuracy"), TrainState(step=10)
     save(tmp_path, 10)
     save(tmp_path, 20)
-    assert trainer.update_best(args, state, {"eval_accuracy": 0.5})
+    saves = Plain(args, dict)
+    assert trainer.update_best(args, state, {"eval_accuracy": 0.5}, saves)
     state.step = 20
-    assert not trainer.update_best(args, state, {"eval_accuracy": 0.5})
-    assert not trainer.update_best(args, state, {"eval_accuracy": math.nan})
+    assert not trainer.update_best(args, state, {"eval_accuracy": 0.5}, saves)
+    assert not trainer.update_best(args, state, {"eval_accuracy": math.nan}, saves)
     assert (state.best_metric, state.best_checkpoint) == (0.5, "checkpoint-10")
     state.step = 30  # not saved: better, but nothing to go back to
-    assert not trainer.update_best(args, state, {"eval_accuracy": 0.9})
+    assert not trainer.update_best(args, state, {"eval_accuracy": 0.9}, saves)
     state.step = 20
     args = make_args(tmp_path, metric_for_best_model="loss")
-    assert trainer.update_best(args, state, {"eval_loss": 0.4}) and state.best_checkpoint == "checkpoint-20"
+    assert trainer.update_best(args, state, {"eval_loss": 0.4}, saves) and state.best_checkpoint == "checkpoint-20"
     with pytest.raises(UserError, match="eval_bleu4 is not computed here; there are eval_loss"):
-        trainer.update_best(make_args(tmp_path, metric_for_best_model="bleu4"), state, {"eval_loss": 1.0})
+        trainer.update_best(make_args(tmp_path, metric_for_best_model="bleu4"), state, {"eval_loss": 1.0}, saves)
 
 
 # ---------------------------------------------------------------------------------------------- log and metrics

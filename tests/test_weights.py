@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import tracemalloc
+import types
 
 import numpy as np
 import paddle
@@ -18,6 +19,7 @@ from test_model import largest, tensor
 from test_trainer import make_args
 
 import model as M
+import parallel
 import trainer
 from data import UserError
 
@@ -48,7 +50,7 @@ def entries(folder):
 
 def hf_tensors(folder):
     """{name: array} of a Hugging Face folder of any storage."""
-    return {name: read() for name, (read, _) in M._shards(folder).items()}
+    return {name: read() for name, (read, _) in M.stored_tensors(folder).items()}
 
 
 # ================================================================================== Hugging Face's files, both ways
@@ -579,9 +581,9 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
     """y = x W + (alpha / r) x A B, or alpha / sqrt(r), with A (in, r) and B (r, out) under PaddleNLP's names."""
     case = {"gpt2": "gpt"}.get(name, name)
     base, _ = paddlenlp_folder(tmp_path, case)
-    modules = {n.removesuffix(".weight") for n in M._shards(base) if re.search(r"o_proj\.w|out_proj\.w|h_to_4h\.w|query_key_value\.w|mlp\.c_proj\.w|w1\.w|linear1\.w", n)}
+    modules = {n.removesuffix(".weight") for n in M.stored_tensors(base) if re.search(r"o_proj\.w|out_proj\.w|h_to_4h\.w|query_key_value\.w|mlp\.c_proj\.w|w1\.w|linear1\.w", n)}
     rng, rslora = np.random.default_rng(0), name in ("opt", "bloom")
-    plain, arrays, weights = M.from_pretrained(base), {}, {n: read() for n, (read, _) in M._shards(base).items()}
+    plain, arrays, weights = M.from_pretrained(base), {}, {n: read() for n, (read, _) in M.stored_tensors(base).items()}
     for module in sorted(modules):
         n_in, n_out = weights[f"{module}.weight"].shape
         a, b = (0.2 * rng.standard_normal(shape).astype(np.float32) for shape in ((n_in, 4), (4, n_out)))
@@ -739,11 +741,14 @@ def training(folder, model, stop, resume=False):
     """Three steps of a script's loop on the model; a checkpoint after the second. Returns the final weights."""
     args = make_args(folder, resume_from_checkpoint=resume or None, weight_decay=0.1)
     weights = M.trainable_weights(model)
+    shards = parallel.Shards(model, weights, parallel.SINGLE)
     optimizer, state = trainer.AdamW(weights, args), trainer.TrainState()
+    no_tokenizer = types.SimpleNamespace(save=lambda folder: None)
+    checkpoints = trainer.Checkpoints(args, model, no_tokenizer, optimizer, shards)
     if resume:
         checkpoint = trainer.find_checkpoint(args)
-        state = trainer.load_checkpoint(checkpoint, optimizer)
-        M.load_weights(model, checkpoint)
+        state = trainer.load_checkpoint(checkpoint, optimizer, shards)
+        trainer.load_trained(model, checkpoint, args)
     model.train()
     while state.step < stop:
         ids = np.random.default_rng(state.step).integers(3, 50, (2, 9))
@@ -752,7 +757,7 @@ def training(folder, model, stop, resume=False):
         optimizer.zero_grad()
         state.step += 1
         if state.step == 2 and not resume:
-            trainer.save_checkpoint(folder, state, optimizer, lambda path: M.save_pretrained(model, path), args)
+            checkpoints.save(state)
     return {w.name: w.to_numpy().copy() for w in M.base_weights(model)}
 
 
@@ -760,7 +765,7 @@ def training(folder, model, stop, resume=False):
 def test_moments_have_hugging_face_names_and_resume_is_bitwise(name, tmp_path):
     whole = training(tmp_path, build(name), 3)
     files = entries(tmp_path / "checkpoint-2")
-    moments = M.read_safetensors(tmp_path / "checkpoint-2" / trainer.OPTIMIZER)
+    moments = M.read_safetensors(tmp_path / "checkpoint-2" / "optimizer-00001-of-00001.safetensors")
     model_files = {n: shape for n, (_, shape, _) in entries(tmp_path / "checkpoint-2").items() if "/" not in n}
     assert len(files) > len(model_files)
     trained = {key.rpartition("/")[0] for key in moments}

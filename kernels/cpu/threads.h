@@ -5,9 +5,11 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -49,6 +51,7 @@ class Pool {
   Pool() {
     cpu_set_t allowed;
     want_ = sched_getaffinity(0, sizeof(allowed), &allowed) ? 1 : CPU_COUNT(&allowed);
+    if (const char* share = getenv("PADDLE_LLM_THREADS")) want_ = std::max(1, std::min(want_, atoi(share)));  // kernels/__init__.py
   }
   static constexpr uint64_t NONE = 0xFFFFFFFF;
   // Take tasks of this round until there are none, or the round is over. A thread that is late may read n_ or task_ of a later
