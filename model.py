@@ -3181,15 +3181,18 @@ def _load_prefix(model, config, tensors, path, trainable):
     projection = path.parent / "prefix_projection.safetensors"
     if trainable and projection.is_file():
         apply_prefix(model, config["num_virtual_tokens"], True, config["encoder_hidden_size"])
-        _fill(adapter_weights(model), read_safetensors(projection), projection)
+        _fill(model, read_safetensors(projection), projection)
     else:
         apply_prefix(model, config["num_virtual_tokens"])
-        _fill(adapter_weights(model), tensors, path.parent / "adapter_model.safetensors")
+        _fill(model, tensors, path.parent / "adapter_model.safetensors")
 
 
-def _fill(weights, tensors, path):
+def _fill(model, tensors, path):
+    """The values of the model's adapter; those of linears that other processes hold are left out."""
+    weights, elsewhere = adapter_weights(model), linears_elsewhere(model)
     wrong = [f"missing {w.name}" for w in weights if w.name not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}]
+    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}
+              and n.removeprefix("base_model.model.").partition(".lora_")[0] not in elsewhere]  # fmt: skip
     wrong += [f"{w.name} has shape {list(tensors[w.name].shape)}, not {w.shape}" for w in weights
               if w.name in tensors and list(tensors[w.name].shape) != w.shape]  # fmt: skip
     if wrong:

@@ -2094,7 +2094,8 @@ class Bucket:
             if start > end:
                 parts.append(paddle.zeros([start - end], self.dtype))
             if size:
-                parts.append(paddle.zeros([size], self.dtype) if tensor is None else tensor.detach().reshape([-1]))
+                part = paddle.zeros([size], self.dtype) if tensor is None else tensor.detach().reshape([-1])
+                parts.append(part)
             end = start + size
         return paddle.concat(parts)
 
@@ -2110,6 +2111,7 @@ class Bucket:
     @paddle.no_grad()
     def gather(self):
         """Stage 3: the parameters get their values, until release()."""
+        self.take_over()
         for parameter, part in zip(self.parameters, self.parts_of(self.axis.gather_flat(self.owned.detach()))):
             part._share_buffer_to(parameter)
 
@@ -2117,8 +2119,20 @@ class Bucket:
         for parameter in self.parameters:
             parameter._clear_data()
 
+    @paddle.no_grad()
+    def take_over(self):
+        """Stage 3: what was set to whole values meanwhile (loaded) becomes this rank's part of them."""
+        for index, parameter in enumerate(self.parameters):
+            if not parameter._is_initialized():
+                continue
+            if extent := self.extent(index):
+                first, last, place = extent
+                values = parameter.detach().view([-1])._slice(first, last)
+                self.owned.detach()._slice(place, place + last - first).copy_(values, True)
+            parameter._clear_data()
+
     def begin(self):
-        """Take the gradients of the parameters, and begin to add them up over the sharded axis. Returns the names of those there are."""
+        """Take the parameters' gradients and begin to add them up over the sharded axis; the names that have one."""
         gradients = [p.grad for p in self.parameters]
         arrived = [name for name, gradient in zip(self.names, gradients) if gradient is not None]
         flat = self.lay(gradients)
@@ -2192,7 +2206,8 @@ class Shards:
         self.arrived, self.early, self.flying = set(), False, []
         if degrees.world > 1:
             self._make_units()
-        self.pieces = [self.mine[id(w.parameter)] for w in weights if id(w.parameter) in self.mine] if self.stage else weights
+        mine = [self.mine[id(w.parameter)] for w in weights if id(w.parameter) in self.mine]
+        self.pieces = mine if self.stage else weights
         if self.stage == 3:
             gather_while_used(model, self)
 
@@ -2202,7 +2217,8 @@ class Shards:
             weight = trained.get(id(parameter))
             if weight is None and self.stage < 3:
                 continue
-            rule = self.rules[id(parameter)] if weight else Rule((), rule_of(path, parameter, self.model).sharded, (), False)
+            if (rule := self.rules.get(id(parameter))) is None:
+                rule = Rule((), rule_of(path, parameter, self.model).sharded, (), False)
             unit = unit_of(path, self.model.lm_head is None)
             key = weight is not None, str(parameter.dtype), rule
             grouped.setdefault(unit, {}).setdefault(key, []).append((path, weight, parameter))
@@ -2236,7 +2252,7 @@ class Shards:
 
     @paddle.no_grad()
     def reduce_ready(self):
-        """Begin with the units that are ready, up to the first that is not: a batch for company alone may pass some by."""
+        """Begin with the units that are ready, up to the first that is not: a batch for company may pass some by."""
         for unit in reversed(self.units.values()):
             if not unit.reduced:
                 if not unit.is_ready:
@@ -2281,7 +2297,7 @@ class Shards:
         bucket.gradient = None
 
     def _agree_on_arrivals(self):
-        """Experts that no token chose here have a gradient if one did elsewhere; what has none anywhere is not updated."""
+        """Experts that no token chose here have a gradient if one did elsewhere; who has none anywhere is not updated."""
         if self.model.config.experts is None:
             return
         for name in ("sharding", "sep", "dp", "copies", "tp"):
@@ -2328,6 +2344,9 @@ class Shards:
         self.arrived.clear()
 
     # ------------------------------------------------------------------------------- for checkpoints
+    # Moments are optimizer.moments[name], each (n,) of the piece of this name. A file is written from whole(), weight by
+    # weight; or, of weights, in each_unit(), while they are whole. It is read by piece_of(), and of stage 3's weights, with
+    # no more than one of them whole, into mine[id(parameter)].tensor.
 
     def place_of(self, weight):
         """() where this rank's moments are of all of the parameter; else (first,) of its elements, laid flat, that they are of."""
@@ -2361,7 +2380,7 @@ class Shards:
         return next((b, i) for b in unit.buckets for i, p in enumerate(b.parameters) if p is weight.parameter)
 
     def piece_of(self, weight, array):
-        """numpy (n,): what this rank owns of an array of the parameter's shape (our layout); None: nothing. No one talks."""
+        """numpy (n,): what this rank owns of an array of the parameter's shape (our layout), or None. No one talks."""
         if not self.stage:
             return array
         piece = self.mine.get(id(weight.parameter))
@@ -2382,24 +2401,20 @@ class Shards:
             mine[: tensor.shape[0]] = tensor
         parts = bucket.axis.gather_flat(mine).reshape([-1, most])
         parts = (parts.astype("float32") if dtype == paddle.bfloat16 else parts).numpy()
-        return np.concatenate([part[: extent[1] - extent[0]] for part, extent in zip(parts, extents) if extent]).reshape(parameter.shape)
+        parts = [part[: extent[1] - extent[0]] for part, extent in zip(parts, extents) if extent]
+        return np.concatenate(parts).reshape(parameter.shape)
 
     def each_unit(self):
-        """Yields the set of ids of each unit's parameters while they are whole. Ranks along sharding go through it together."""
+        """Yields the ids of each unit's parameters while they are whole. Ranks of sharding go through it together."""
         for unit in self.units.values():
             with unit.whole() if self.stage == 3 else contextlib.nullcontext():
                 yield {id(parameter) for bucket in unit.buckets for parameter in bucket.parameters}
 
     def take_over(self):
-        """Stage 3: parameters that were set to whole values since (by loading) become this rank's part of them again."""
-        for bucket in (bucket for unit in self.units.values() for bucket in unit.buckets if self.stage == 3):
-            for index, parameter in enumerate(bucket.parameters):
-                if parameter._is_initialized():
-                    if extent := bucket.extent(index):
-                        first, last, place = extent
-                        values = parameter.detach().view([-1])._slice(first, last)
-                        bucket.owned.detach()._slice(place, place + last - first).set_value(values)
-                    parameter._clear_data()
+        """Stage 3: parameters set to whole values (by loading) are given back now, not when they are used next."""
+        for unit in self.units.values():
+            for bucket in unit.buckets if self.stage == 3 else ():
+                bucket.take_over()
 
 
 Frozen = namedtuple("Frozen", "name parameter")  # in a Weight's place; name: our path
@@ -2407,8 +2422,8 @@ Frozen = namedtuple("Frozen", "name parameter")  # in a Weight's place; name: ou
 
 def weight_tensors(model):
     """(path, tensor) of parameters, and of the buffers that hold a quantized model's weights."""
-    integers = ((path, buffer) for path, buffer in model.named_buffers() if path.endswith((".qweight", ".qzeros", ".scales", ".g_index")))
-    return [*model.named_parameters(), *integers]
+    names = (".qweight", ".qzeros", ".scales", ".g_index")
+    return [*model.named_parameters(), *(found for found in model.named_buffers() if found[0].endswith(names))]
 
 
 class Unit:
@@ -2444,11 +2459,15 @@ class Unit:
     def is_ready(self):
         return bool(self.always) and not self.missing
 
+    def stays(self, bucket):
+        """Whether its gradients are complete on this rank as they are."""
+        return not self.shards.stage and not bucket.rule.parts
+
     def reduce(self):
         shards = self.shards
         for bucket in self.trained:
             _add_overlaps(bucket.parameters, shards.topology.tp)
-            if shards.stage == 0 and not bucket.rule.parts:
+            if self.stays(bucket):
                 continue
             shards.arrived.update(bucket.begin())
             shards.flying.append(bucket)
@@ -2460,7 +2479,7 @@ class Unit:
         if not self.reduced:
             self.reduce()
             return
-        sent = [bucket for bucket in self.trained if self.shards.stage or bucket.rule.parts]
+        sent = [bucket for bucket in self.trained if not self.stays(bucket)]
         late = [name for b in sent for name, p in zip(b.names, b.parameters) if p.grad is not None]
         assert not late, f"gradients that came after their unit's reduction: {late}"
 

@@ -42,7 +42,7 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 from data import UserError
 import parallel
-from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, in_turn, stage_layers
+from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, in_turn, stage_layers, unit_of
 from model import (
     MASTERS,
     MODELS,
@@ -817,6 +817,8 @@ def _memory(args, model, adapter, degrees, T):
             sizes = (np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
             mine = sum(sizes, np.zeros(2))
         rows = _bytes(bytes_of, degrees, held, mine)
+        if degrees.sharding > 1:
+            rows["a unit at work"] = _at_work(model, degrees, bytes_of, adapter)
         whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], split[start:end], stage, end == L)
         tokens = args.per_device_train_batch_size * T / degrees.sep
         head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
@@ -824,7 +826,7 @@ def _memory(args, model, adapter, degrees, T):
         for way, numbers in (("without recompute", whole), ("with recompute", again)):
             rows[f"activations {way}"] = (numbers * tokens + head) * bytes_of["activations"]
         for way in ("without recompute", "with recompute"):
-            rows[f"in all {way}"] = sum(rows[part] for part in (*SHARDED_FROM, f"activations {way}"))
+            rows[f"in all {way}"] = sum(rows.get(part, 0.0) for part in (*SHARDED_FROM, "a unit at work", f"activations {way}"))
         stages.append(rows)
     rows = max(stages, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
     unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
@@ -863,6 +865,17 @@ def _bytes(bytes_of, degrees, held, adapter):
         if degrees.offload and stage == 1:
             parts[part] = 0.0
     return parts
+
+
+def _at_work(model, degrees, bytes_of, adapter):
+    """Bytes that come and go with sharding, at the largest unit: its gradients laid flat, from stage 2 on beside those that
+    they were laid from, and in stage 3 its weights. (An adapter's gradients are small.)"""
+    sizes, tied = collections.Counter(), model.lm_head is None
+    for name, parameter in model.named_parameters():
+        sizes[unit_of(name, tied)] += math.prod(parameter.shape) / degrees.cut(name, model.config)
+    copies = 0 if adapter is not None else min(2, degrees.stage)
+    weights = bytes_of["weights"] if degrees.stage == 3 else 0
+    return max(sizes.values()) * (copies * bytes_of["gradients"] + weights)
 
 
 def _kept_by_stage(args, config, degrees, kept, again, stage, is_last):

@@ -14,7 +14,7 @@ from parallel import ALIGNED, Bucket, Degrees, Rule, Topology
 # Of a tiny model: what is trained, and what else happens. Batches are of odd lengths, other ones on every rank; five and nine
 # of a step leave some ranks a batch for company alone. Clipping, decay and LoRA+ are always on.
 CASES = {
-    "full": ("llama", {"micro": 5}),
+    "full": ("llama", {"micro": 5, "steps": 10}),
     "recompute": ("llama", {"recompute": True}),
     "tied": ("llama_bias_tied", {"micro": 3, "recompute": True}),
     "lora": ("llama", {"adapter": "lora"}),
@@ -83,8 +83,9 @@ def compare(found, expected, tolerance=1e-5):
     for key in ("gradients", "moments", "weights"):
         missing = {name for name in expected[key] if name not in found[key]}
         assert not missing, (key, missing)
+        largest = max(np.abs(wanted).max() for wanted in expected[key].values())
         for name, wanted in expected[key].items():
-            scale = max(np.abs(wanted).max(), 1e-6)
+            scale = max(np.abs(wanted).max(), 1e-2 * largest)  # that of a key's bias is 0, but for rounding
             assert np.abs(found[key][name] - wanted).max() <= 2 * tolerance * scale, (key, name)
     np.testing.assert_allclose(found["evaluated"], expected["evaluated"], rtol=10 * tolerance, atol=10 * tolerance)
     if "generated" in found:
@@ -101,8 +102,19 @@ def check(ranks, ways, name, how, tolerance=1e-5):
     return found, expected
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("case", CASES)
+ALSO_STAGE_1 = ("full", "tied", "lora", "experts")
+
+
+def stages(cases):
+    """(case, stage): stages 1 and 2 differ in when they send alone."""
+    return [
+        pytest.param(case, stage, marks=pytest.mark.slow if stage == 1 and case not in ALSO_STAGE_1 else ())
+        for case in cases
+        for stage in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("case, stage", stages(CASES))
 def test_two_ranks_train_as_one_process(two, case, stage):
     name, how = CASES[case]
     found, expected = check(two, {"sharding": 2, "stage": stage}, name, how)
