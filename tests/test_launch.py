@@ -98,10 +98,10 @@ WRONG = {  # what: (the line that the console ends with, exit code)
     "early@0": ("error: rank 0: this file cannot be read here", 2),
     "early@1": ("error: rank 1: this file cannot be read here", 2),
     "hang@1": ("error: rank 1 hangs or is far behind: others waited 30 s for it in a collective (tp)", 1),
-    "stop@1": ("error: rank 1 gives no sign of life; others waited for it in a collective (tp)", 1),
+    "stop@1": ("error: rank 1 gives no sign of life; others waited 30 s for it in a collective (tp)", 1),
     "exit@1": (r"error: rank 1 has vanished: it was killed, or ran out of memory", 1),
     "code@1": ("error: rank 1: the scripts: model.py is 'another' here and '", 2),
-    "config:rope_theta=7@1": ("error: rank 1: the model: rope_theta is 7.0 here and 500.0 on rank 0", 2),
+    "config:max_position_embeddings=7@1": ("error: rank 1: the model: max_position_embeddings is 7 here and 64 on rank 0", 2),
 }
 
 
@@ -122,7 +122,7 @@ def test_a_killed_rank_is_named(base, rank):
     text, code, _ = console(start(base, f"kill@{rank}", "--tensor_parallel_degree", "2", "--max_steps=9"), base)
     assert code != 0
     assert re.search(rf"^(Container rank {rank} .* code -9 .*|error: rank {rank} has vanished.*)$", text, re.M), text[-3000:]
-    assert "Traceback (most recent" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
+    assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
 
 
 @pytest.mark.slow
