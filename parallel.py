@@ -1080,7 +1080,7 @@ def start(args):
         return Topology(degrees)
     together = company()
     together.agree("the scripts", _versions())
-    together.agree("arguments", dataclasses.asdict(args))
+    together.agree("arguments", vars(args))
     together.meet()  # only now: connecting gives up on one that comes late
     return Topology(degrees, launch.rank, (Gloo if _backend() == "gloo" else Nccl)(launch))
 
