@@ -16,7 +16,7 @@ next one. sep: keys and values (context_parallel_degree: around a ring; sep_para
 gradients there, weights back. dp: gradients.
 
 The scripts do not see it: a parallel model takes whole batches and gives the losses of all their tokens, on every rank
-that shares a batch. With one process nothing here does anything.
+that shares a batch. With one process nothing here does anything. When one process fails, all end with its message (Company).
 
     topology = parallel.start(args)                           # which place this process has; groups are connected
     model = parallel.from_pretrained(path, topology)          # its part of the model
@@ -434,19 +434,28 @@ class Company:
     def meet(self):
         """Wait for all processes, however long they take."""
         self.meetings += 1
-        name, pause = f"meeting {self.meetings}", 0.001
+        name = f"meeting {self.meetings}"
         self.store.add(name, 1)
-        while self.store.add(name, 0) < self.launch.world:
+        self._wait(lambda: self.store.add(name, 0) >= self.launch.world)
+
+    @staticmethod
+    def _wait(condition):
+        """However long; the store's own way gives up after a time, and cannot be interrupted."""
+        pause = 0.001
+        while not condition():
             time.sleep(pause)
             pause = min(0.1, 1.5 * pause)
 
     def agree(self, what, values):
         """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
         mine, self.agreements = {key: repr(value) for key, value in values.items()}, self.agreements + 1
+        name = f"agreement {self.agreements}"
         if self.launch.rank == 0:
-            self.store.set(f"agreement {self.agreements}", json.dumps(mine).encode())
+            self.store.set(name, json.dumps(mine).encode())
+            self.store.add(f"{name} is there", 1)
             return
-        theirs = json.loads(self.store.get(f"agreement {self.agreements}"))
+        self._wait(lambda: self.store.add(f"{name} is there", 0))
+        theirs = json.loads(self.store.get(name))
         for key in {**theirs, **mine}:
             if mine.get(key) != theirs.get(key):
                 here, there = (found.get(key, "not there") for found in (mine, theirs))
@@ -454,9 +463,10 @@ class Company:
 
     def leave(self):
         """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
+        if self.launch.rank:
+            self.stop()  # before rank 0 knows, as it may be gone at once
         self.store.add("left", 1)
-        while self.launch.rank == 0 and self.store.add("left", 0) < self.launch.world:
-            time.sleep(0.05)
+        self._wait(lambda: self.launch.rank or self.store.add("left", 0) >= self.launch.world)
         self.stop()
 
     def stop(self):
