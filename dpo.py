@@ -8,7 +8,7 @@ row. All weights or LoRA. The reference is the model as it was: with LoRA the sa
 log-probabilities of all pairs are computed before the first step, 8 bytes a pair instead of a second model. Writes what
 finetune.py writes; ends with reward accuracy on the dev pairs and three of their prompts answered, before and after.
 Before, policy and reference are the same, so all rewards are 0 and each pair counts one half (accuracy 50 %).
-Not here: KTO, a reference that moves, more than one process.
+Not here: KTO, a reference that moves.
 """
 
 import dataclasses

@@ -5,7 +5,6 @@
 
 Reads src/tgt records (see data.py), learns the replies only, packs them without padding (`zero_padding`). Writes a Hugging
 Face folder, or with LoRA and prefix a PEFT adapter, and ends by answering three dev prompts as before and as after.
-Not here: more than one process.
 """
 
 import dataclasses

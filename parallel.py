@@ -17,7 +17,7 @@ gradients there, weights back. dp: gradients. Of dp, sharding and sep together, 
 share out the experts: tokens there, and back.
 
 The scripts do not see it: a parallel model takes whole batches and gives the losses of all their tokens, on every rank
-that shares a batch. With one process nothing here does anything.
+that shares a batch. With one process nothing here does anything. When one process fails, all end with its message (Company).
 
     topology = parallel.start(args)                           # which place this process has; groups are connected
     model = parallel.from_pretrained(path, topology)          # its part of the model
@@ -35,6 +35,7 @@ import math
 import os
 import queue
 import re
+import signal
 import socket
 import sys
 import threading
@@ -427,16 +428,12 @@ class Launch(namedtuple("Launch", "rank world endpoints")):
         return Launch(int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), endpoints)
 
 
-class Gloo:
-    """Groups of processes on CPUs. connect(ranks) gives the group of these ranks, made when it is first asked for.
+class Groups:
+    """What connects processes: connect(ranks) gives the group of these ranks, made when it is first asked for."""
 
-    Every group has a store of its own: Paddle's gloo groups write their addresses under keys that do not name the group,
-    and would read each other's in a common one. The first of a group's ranks opens it and tells the port in the store of
-    all processes; only then do the others connect, as one that knocks too early waits three seconds.
-    """
-
-    def __init__(self, company):
-        self.company, self.launch, self.store, self.groups = company, company.launch, company.store, {}
+    def __init__(self, launch):
+        self.launch, self.company, self.groups = launch, Company.of(launch), {}
+        self.store = self.company.store
 
     def connect(self, ranks, name=""):
         """name: tells groups of the same ranks apart, such as the two directions between two of them."""
@@ -444,6 +441,23 @@ class Gloo:
         if key not in self.groups:
             self.groups[key] = self._connect(list(ranks), key)
         return self.groups[key]
+
+    def meet(self):
+        """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
+        self.company.meet()
+
+    def exchange(self, value):
+        return self.company.exchange(value)
+
+
+@functools.cache  # a process has one
+class Gloo(Groups):
+    """Groups of processes on CPUs.
+
+    Every group has a store of its own: Paddle's gloo groups write their addresses under keys that do not name the group,
+    and would read each other's in a common one. The first of a group's ranks opens it and tells the port in the store of
+    all processes; only then do the others connect, as one that knocks too early waits three seconds.
+    """
 
     def _connect(self, ranks, key):
         core, mine = paddle.base.core, ranks.index(self.launch.rank)
@@ -462,23 +476,17 @@ class Gloo:
         group = core.ProcessGroupGloo.create(store, mine, len(ranks), number)
         return dist.collective.Group(mine, number, ranks, group, key)
 
-    def meet(self):
-        """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
-        self.company.meet()
 
-    def exchange(self, value):
-        return self.company.exchange(value)
-
-
-class Nccl(Gloo):
+@functools.cache
+class Nccl(Groups):
     """The same between accelerators, by Paddle's own groups: nccl, or what the device has in its place (bkcl, xccl).
 
     Paddle numbers groups by the order in which a process makes them, and exchanges their addresses under that number; as
     only members make one here, its first rank draws a number that no group has.
     """
 
-    def __init__(self, company):
-        super().__init__(company)
+    def __init__(self, launch):
+        Groups.__init__(self, launch)
         dist.init_parallel_env()  # takes the device that the launcher chose
 
     def _connect(self, ranks, key):
@@ -510,6 +518,8 @@ class Company:
         self.launch, self.place, self.meetings, self.exchanges, self.agreements = launch, None, 0, 0, 0
         self.store = self._client(launch.rank == 0)
         self.parent = os.getppid() if "PADDLE_LOG_DIR" in os.environ else None  # the launcher, if that is what started us
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's; Paddle would show where its C++ stands
         self.ending, self.done = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -523,9 +533,15 @@ class Company:
     def meet(self):
         """Wait for all processes, however long they take."""
         self.meetings += 1
-        name, pause = f"meeting {self.meetings}", 0.001
+        name = f"meeting {self.meetings}"
         self.store.add(name, 1)
-        while self.store.add(name, 0) < self.launch.world:
+        self._wait(lambda: self.store.add(name, 0) >= self.launch.world)
+
+    @staticmethod
+    def _wait(condition):
+        """However long; the store's own way gives up after a time, and cannot be interrupted."""
+        pause = 0.001
+        while not condition():
             time.sleep(pause)
             pause = min(0.1, 1.5 * pause)
 
@@ -540,10 +556,13 @@ class Company:
     def agree(self, what, values):
         """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
         mine, self.agreements = {key: repr(value) for key, value in values.items()}, self.agreements + 1
+        name = f"agreement {self.agreements}"
         if self.launch.rank == 0:
-            self.store.set(f"agreement {self.agreements}", json.dumps(mine).encode())
+            self.store.set(name, json.dumps(mine).encode())
+            self.store.add(f"{name} is there", 1)
             return
-        theirs = json.loads(self.store.get(f"agreement {self.agreements}"))
+        self._wait(lambda: self.store.add(f"{name} is there", 0))
+        theirs = json.loads(self.store.get(name))
         for key in {**theirs, **mine}:
             if mine.get(key) != theirs.get(key):
                 here, there = (found.get(key, "not there") for found in (mine, theirs))
@@ -551,9 +570,10 @@ class Company:
 
     def leave(self):
         """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
+        if self.launch.rank:
+            self.stop()  # before rank 0 knows, as it may be gone at once
         self.store.add("left", 1)
-        while self.launch.rank == 0 and self.store.add("left", 0) < self.launch.world:
-            time.sleep(0.05)
+        self._wait(lambda: self.launch.rank or self.store.add("left", 0) >= self.launch.world)
         self.stop()
 
     def stop(self):
@@ -634,19 +654,20 @@ class Company:
         """The line about who did not come to the collective that this rank waited in."""
         place = self.place.name if self.place else "a message"
         ranks = self.place.ranks if self.place else range(self.launch.world)
-        if self.place and (pair := re.search(r"pair\.cc.* pair_rank = (\d+)", message)):  # its connection was closed
-            return f"rank {ranks[int(pair[1])]} has vanished: it was killed, or ran out of memory"
+        closed = re.search(r"pair\.cc|onnection (closed|reset)|roken pipe", message)
 
         def signs():
             return {r: json.loads(self.store.get(f"rank {r}")) for r in range(self.launch.world) if self.store.add(f"rank {r} is there", 0)}
 
         before = signs()
-        time.sleep(3.0)
+        time.sleep(3.0)  # every rank gives three
         after = signs()
         silent = [r for r in before if before[r][0] == after[r][0]]
         elsewhere = [r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank]
+        if silent and closed:
+            return f"rank {silent[0]} has vanished: it was killed, or ran out of memory"
         if silent:
-            return f"rank {silent[0]} gives no sign of life; others waited for it in a collective ({place})"
+            return f"rank {silent[0]} gives no sign of life; others waited 30 s for it in a collective ({place})"
         if elsewhere:
             return f"rank {elsewhere[0]} hangs or is far behind: others waited 30 s for it in a collective ({place})"
         waits = ", ".join(f"rank {r} in {where}" for r, (_, where) in after.items())
@@ -2810,14 +2831,9 @@ def start(args):
         return Topology(degrees)
     together = company()
     together.agree("the scripts", _versions())
-    together.agree("arguments", dataclasses.asdict(args))
+    together.agree("arguments", vars(args))
     together.meet()  # only now: connecting gives up on one that comes late
-    return Topology(degrees, launch.rank, _groups(together))
-
-
-@functools.cache  # connections are kept
-def _groups(together):
-    return (Gloo if _backend() == "gloo" else Nccl)(together)
+    return Topology(degrees, launch.rank, (Gloo if _backend() == "gloo" else Nccl)(launch))
 
 
 def _versions():

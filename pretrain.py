@@ -6,7 +6,6 @@
 Reads Megatron/PaddleNLP token files by memory map. From scratch, `model_name_or_path` is a folder with config.json and the
 tokenizer, or a name of configs/catalogue.json; with `continue_training` its weights too. `--dry_run true` counts alone:
 shapes, parameters, FLOPs, memory a rank; neither data nor weights are needed. Ends with held-out perplexity and writes a Hugging Face folder.
-Not here: more than one process.
 """
 
 import dataclasses

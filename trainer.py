@@ -635,6 +635,8 @@ def run_script(main, Args, argv=None):
             main(args)
         if company is not None:
             company.leave()
+    except SystemExit:
+        raise
     except BaseException as error:
         code, line = _verdict(error, getattr(args, "output_dir", ""))
         if company is not None:

@@ -56,7 +56,7 @@ class Ranks:
         return [result for _, result in found]
 
     def stop(self):
-        for process in self.processes:
+        for process in reversed(self.processes):  # rank 0 last: without it the others would complain
             process.kill()
             process.wait()
         if self.processes:

@@ -91,21 +91,21 @@ def test_two_processes_as_one(base):
 
 
 WRONG = {  # what: (the line that the console ends with, exit code)
-    "user@1": ("error: rank 1: the record on line 7 has no src", 2),
     "max_steps=5@1": ("error: rank 1: arguments: max_steps is 5 here and 4 on rank 0; all processes must have the same", 2),
+    "user@1": ("error: rank 1: the record on line 7 has no src", 2),
     "user@0": ("error: rank 0: the record on line 7 has no src", 2),
     "bug@1": ("error: rank 1: ZeroDivisionError: division by zero (its traceback is in its own log)", 1),
     "early@0": ("error: rank 0: this file cannot be read here", 2),
     "early@1": ("error: rank 1: this file cannot be read here", 2),
     "hang@1": ("error: rank 1 hangs or is far behind: others waited 30 s for it in a collective (tp)", 1),
-    "stop@1": ("error: rank 1 gives no sign of life; others waited for it in a collective (tp)", 1),
+    "stop@1": ("error: rank 1 gives no sign of life; others waited 30 s for it in a collective (tp)", 1),
     "exit@1": (r"error: rank 1 has vanished: it was killed, or ran out of memory", 1),
     "code@1": ("error: rank 1: the scripts: model.py is 'another' here and '", 2),
-    "config:rope_theta=7@1": ("error: rank 1: the model: rope_theta is 7.0 here and 500.0 on rank 0", 2),
+    "config:max_position_embeddings=7@1": ("error: rank 1: the model: max_position_embeddings is 7 here and 64 on rank 0", 2),
 }
 
 
-@pytest.mark.parametrize("what", [what if i < 2 else pytest.param(what, marks=pytest.mark.slow) for i, what in enumerate(WRONG)])
+@pytest.mark.parametrize("what", [what if i == 0 else pytest.param(what, marks=pytest.mark.slow) for i, what in enumerate(WRONG)])
 def test_a_rank_goes_wrong(base, what):
     """Its own message, once as the last line of the run, and all end with its exit code within a minute."""
     line, wanted = WRONG[what]
@@ -122,7 +122,7 @@ def test_a_killed_rank_is_named(base, rank):
     text, code, _ = console(start(base, f"kill@{rank}", "--tensor_parallel_degree", "2", "--max_steps=9"), base)
     assert code != 0
     assert re.search(rf"^(Container rank {rank} .* code -9 .*|error: rank {rank} has vanished.*)$", text, re.M), text[-3000:]
-    assert "Traceback (most recent" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
+    assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
 
 
 @pytest.mark.slow
