@@ -41,7 +41,7 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
-from parallel import BY_INPUTS, BY_OUTPUTS, BY_VOCABULARY, SINGLE, Share, checksums, crc32_of
+from parallel import BY_INPUTS, BY_OUTPUTS, BY_VOCABULARY, SINGLE, Share, checksums, crc32_of, kept, piece_of, place_of
 from model import (
     MASTERS,
     MODELS,
@@ -1117,7 +1117,7 @@ class AdamW:
         powers = {f"beta{i}_pow_acc_0": getattr(self.args, f"adam_beta{i}") ** (self.steps + 1) for i in (1, 2)}
         found = []
         for weight in shards.weights:
-            place, moments = shards.place_of(weight), self.moments.get(weight.name, (None, None))
+            place, moments = place_of(shards, weight), self.moments.get(weight.name, (None, None))
             sources = [(weight, moment, *place) for moment in moments]
             names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
             if stage == "O0" or len(weight.shape) < 2:
@@ -1144,7 +1144,7 @@ class AdamW:
             if weight.name not in self.moments:  # another rank's
                 continue
             for i, array in enumerate(_moments_of(weight, found)):
-                self.moments[weight.name][i].set_value(shards.piece_of(weight, array))
+                self.moments[weight.name][i].set_value(piece_of(shards, weight, array))
 
 
 # Moments in few bits, after upstream: the first in equal steps up to the largest of a row; of the second what it is there
@@ -1333,7 +1333,7 @@ class Checkpoints:
 
     def _held(self, entry):
         """An entry whose parameters are what this rank keeps of them."""
-        sources = [(w, *self.shards.held(w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
+        sources = [(w, *kept(self.shards, w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
         return entry._replace(sources=sources)
 
     def save(self, state):
@@ -1456,17 +1456,20 @@ class Writing:
                     reports.append(json.loads(path.read_text()))
                     path.unlink()
                 self.publish(self.temporary, _name_files(self.temporary, reports, self.index, self.metadata))
+            else:
+                self._wait_for(self.temporary, there=False)  # so that all end together
         except BaseException as error:
             self.error = error
             with contextlib.suppress(OSError):
                 (self.temporary / f".failed-{rank}").touch()
 
-    def _wait_for(self, path):
-        """Until another rank has put this file there; OtherRank if one has failed, or goes no further."""
+    def _wait_for(self, path, there=True):
+        """Until another rank has put this file there, or taken it away; OtherRank if one has failed, or goes no further."""
         pause, patience = 0.001, None
-        while not path.exists():
-            if any(self.temporary.glob(".failed-*")):
-                raise OtherRank
+        while path.exists() != there:
+            with contextlib.suppress(FileNotFoundError):  # published meanwhile
+                if any(name.startswith(".failed-") for name in os.listdir(self.temporary)):
+                    raise OtherRank
             if not threading.main_thread().is_alive():  # this process ends, so others may have ended
                 patience = patience or time.monotonic() + 30
                 if time.monotonic() > patience:
@@ -1647,7 +1650,7 @@ def _step_of(checkpoint):
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["step"]
 
 
-def load_trained(model, path, args, shards=None):
+def load_trained(model, path, args):
     """What was trained, without an adapter: a checkpoint's float32 weights into the model, from where they are exact."""
     path, masters = Path(path), (Path(path) / f"{MASTERS}.index.json").is_file()
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -1658,8 +1661,6 @@ def load_trained(model, path, args, shards=None):
         if getattr(model, "topology", SINGLE).rank == 0:
             print(f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation", flush=True)
     load_weights(model, path, (MASTERS,) if masters else MODELS)
-    if shards is not None:
-        shards.weights_changed()
 
 
 def load_checkpoint(path, optimizer=None, shards=None, output_dir=None):

@@ -407,8 +407,7 @@ def constant(name, array):
 def whole(weights):
     """What parallel.Shards says where nothing is cut up."""
     nowhere = types.SimpleNamespace(elsewhere=frozenset())
-    return types.SimpleNamespace(weights=weights, model=nowhere, place_of=lambda w: (), held=lambda w: (w.parameter,),
-                                 piece_of=lambda w, array: array)  # fmt: skip
+    return types.SimpleNamespace(weights=weights, model=nowhere, stage=0)
 
 
 def train(folder, weights, stop, resume=False, save=(), **keys):
