@@ -1256,6 +1256,7 @@ def seed_step(seed, step, micro_step=0):
 # ============================================================================================== checkpoints
 
 DONE = ".checkpoint_done"
+ALONE = ("adapter_model", "prefix_projection")  # one file each, as PEFT has them
 
 
 @dataclasses.dataclass
@@ -1297,6 +1298,8 @@ class Checkpoints:
         if self.rounds != "O0" and getattr(optimizer, "rounded", 0) >= MAX_QUANTIZATION_TIMES:
             self._say(f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more")
             self.rounds = "O0"
+        if self.buffers is not None:  # made, and touched, before training begins: the first save is as short as the others
+            Share(self._all_groups()[0], topology, self.buffers, ALONE)
 
     def _say(self, text):
         if self.topology.rank == 0:
@@ -1331,6 +1334,13 @@ class Checkpoints:
 
         return groups, metadata, write_small
 
+    def _all_groups(self):
+        """contents() and the optimizer's."""
+        groups, metadata, write_small = self.contents()
+        if self.optimizer is not None and not self.args.ignore_save_lr_and_optim:
+            groups["optimizer"] = self.optimizer.entries(self.shards, self.rounds)
+        return groups, metadata, write_small
+
     def _held(self, entry):
         """An entry whose parameters are what this rank keeps of them."""
         sources = [(w, *kept(self.shards, w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
@@ -1340,10 +1350,9 @@ class Checkpoints:
         """Write checkpoint-STEP, then prune; called by all ranks at the same step."""
         self.wait()
         args, folder = self.args, Path(self.args.output_dir)
-        groups, metadata, write_small = self.contents()
+        groups, metadata, write_small = self._all_groups()
         index = {}
-        if self.optimizer is not None and not args.ignore_save_lr_and_optim:
-            groups["optimizer"] = self.optimizer.entries(self.shards, self.rounds)
+        if "optimizer" in groups:
             index["optimizer"] = {"master_weights": self.masters, "ckpt_quant_stage": self.rounds,
                                   "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0)}  # fmt: skip
         record = {
@@ -1429,9 +1438,8 @@ class Writing:
             self._raise(error, texts)
         if not all(seen := topology.exchange(self.temporary.is_dir())):
             raise UserError(f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir")
-        alone = ("adapter_model", "prefix_projection")
         try:
-            self.share = Share(groups, topology, buffers, alone, self.metadata)
+            self.share = Share(groups, topology, buffers, ALONE, self.metadata)
         except BaseException:
             shutil.rmtree(self.temporary, ignore_errors=True)
             raise
@@ -1514,7 +1522,7 @@ def _name_files(folder, reports, index, metadata):
     found = {}
     for group in sorted({group for report in reports for group in report}):
         parts = [part for report in reports for part in report.get(group, {}).items()]
-        if group in ("adapter_model", "prefix_projection") and len(parts) > 1:  # of several stages; PEFT wants one file
+        if group in ALONE and len(parts) > 1:  # of several stages; PEFT wants one file
             tensors = {name: array for part, _ in parts for name, array in read_safetensors(folder / part).items()}
             parts = [(f"{group}.whole", write_safetensors(folder / f"{group}.whole", tensors, metadata.get(group)))]
         alone = len(parts) == 1 and group not in ("optimizer", "master_weights")
