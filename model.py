@@ -2648,6 +2648,8 @@ class LoRALinear(nn.Layer):
         if dora:
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
             self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
+            if (cut := getattr(base.weight, "cut", None)) is not None and cut.dim == 1:
+                self.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
 
     def delta(self):
         """(in, out) float32: what the adapter adds to the weight."""

@@ -64,7 +64,7 @@ def main(args):
         return CorpusLoader(args.input_dir, args.split, which, num_samples, args.max_seq_length, batch_size, args.seed,
                             tokenizer.eos_token_id, args.mask_across_documents, shuffle=which == "train")  # fmt: skip
 
-    samples = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    samples = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * topology.data_size
     train = corpus("train", samples, args.per_device_train_batch_size) if args.do_train else None
     dev = corpus("valid", None, args.per_device_eval_batch_size) if args.do_eval else None
     test = corpus("test", None, args.per_device_eval_batch_size) if args.do_predict else None

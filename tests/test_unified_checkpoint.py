@@ -231,7 +231,7 @@ def world(tmp_path_factory):
     records = [r for r in map(json.loads, (DEMO / "sft" / "train.json").read_text().splitlines()) if isinstance(r["src"], str) and len(r["tgt"]) < 60]
     (world / "sft").mkdir()
     (world / "pairs").mkdir()
-    pairs = [{"src": [r["src"]], "tgt": [], "response": [[r["tgt"]], [o["tgt"]]], "sort": [1, 0]} for r, o in zip(records[:20], records[1:21])]
+    pairs = [{"src": [r["src"]], "tgt": [], "response": [r["tgt"], o["tgt"]], "sort": [1, 0]} for r, o in zip(records[:20], records[1:21])]
     for folder, rows in (("sft", records[:40]), ("pairs", pairs)):
         for split in ("train", "dev"):
             (world / folder / f"{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
