@@ -490,7 +490,6 @@ def main(args):
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
             best = Path(args.output_dir) / state.best_checkpoint
             reload_adapter(model, best) if args.lora else trainer.load_trained(model, best, args)
-            shards.weights_changed()
         log.close()
         checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora else 'model'}: {args.output_dir}")

@@ -322,7 +322,7 @@ def main(args):
 
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
-            load_best(model, args, Path(args.output_dir) / state.best_checkpoint, shards)
+            load_best(model, args, Path(args.output_dir) / state.best_checkpoint)
         log.close()
         checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora or args.prefix_tuning else 'model'}: {args.output_dir}")
@@ -355,13 +355,12 @@ def main(args):
             print(f"\nprompt: {dev_records.record(i)['src']}\nbefore: {old}\nafter:  {new}")
 
 
-def load_best(model, args, checkpoint, shards):
+def load_best(model, args, checkpoint):
     """The weights, or the adapter's, of an earlier checkpoint of this run into the model."""
     if not (args.lora or args.prefix_tuning):
         trainer.load_trained(model, checkpoint, args)
     else:
         reload_adapter(model, checkpoint)
-    shards.weights_changed()
 
 
 def write_answers(path, dataset, answers):

@@ -153,7 +153,7 @@ def main(args):
 
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
-            trainer.load_trained(model, f"{args.output_dir}/{state.best_checkpoint}", args, shards)
+            trainer.load_trained(model, f"{args.output_dir}/{state.best_checkpoint}", args)
         log.close()
         checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"model: {args.output_dir}")

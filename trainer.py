@@ -1289,6 +1289,7 @@ def seed_step(seed, step, micro_step=0):
 # ============================================================================================== checkpoints
 
 DONE = ".checkpoint_done"
+ALONE = ("adapter_model", "prefix_projection")  # one file each, as PEFT has them
 
 
 @dataclasses.dataclass
@@ -1330,6 +1331,8 @@ class Checkpoints:
         if self.rounds != "O0" and getattr(optimizer, "rounded", 0) >= MAX_QUANTIZATION_TIMES:
             self._say(f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more")
             self.rounds = "O0"
+        if self.buffers is not None:  # made, and touched, before training begins: the first save is as short as the others
+            Share(self._all_groups()[0], topology, self.buffers, ALONE)
 
     def _say(self, text):
         if self.topology.rank == 0:
@@ -1365,6 +1368,13 @@ class Checkpoints:
 
         return groups, metadata, write_small
 
+    def _all_groups(self):
+        """contents() and the optimizer's."""
+        groups, metadata, write_small = self.contents()
+        if self.optimizer is not None and not self.args.ignore_save_lr_and_optim:
+            groups["optimizer"] = self.optimizer.entries(self.shards, self.rounds)
+        return groups, metadata, write_small
+
     def _held(self, entry):
         """An entry whose parameters are what this rank keeps of them."""
         sources = [(w, *self.shards.held(w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
@@ -1374,10 +1384,9 @@ class Checkpoints:
         """Write checkpoint-STEP, then prune; called by all ranks at the same step."""
         self.wait()
         args, folder = self.args, Path(self.args.output_dir)
-        groups, metadata, write_small = self.contents()
+        groups, metadata, write_small = self._all_groups()
         index = {}
-        if self.optimizer is not None and not args.ignore_save_lr_and_optim:
-            groups["optimizer"] = self.optimizer.entries(self.shards, self.rounds)
+        if "optimizer" in groups:
             index["optimizer"] = {"master_weights": self.masters, "ckpt_quant_stage": self.rounds,
                                   "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0)}  # fmt: skip
         record = {
@@ -1463,9 +1472,8 @@ class Writing:
             self._raise(error, texts)
         if not all(seen := topology.exchange(self.temporary.is_dir())):
             raise UserError(f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir")
-        alone = ("adapter_model", "prefix_projection")
         try:
-            self.share = Share(groups, topology, buffers, alone, self.metadata)
+            self.share = Share(groups, topology, buffers, ALONE, self.metadata)
         except BaseException:
             shutil.rmtree(self.temporary, ignore_errors=True)
             raise
@@ -1490,17 +1498,20 @@ class Writing:
                     reports.append(json.loads(path.read_text()))
                     path.unlink()
                 self.publish(self.temporary, _name_files(self.temporary, reports, self.index, self.metadata))
+            else:
+                self._wait_for(self.temporary, there=False)  # so that all end together
         except BaseException as error:
             self.error = error
             with contextlib.suppress(OSError):
                 (self.temporary / f".failed-{rank}").touch()
 
-    def _wait_for(self, path):
-        """Until another rank has put this file there; OtherRank if one has failed, or goes no further."""
+    def _wait_for(self, path, there=True):
+        """Until another rank has put this file there, or taken it away; OtherRank if one has failed, or goes no further."""
         pause, patience = 0.001, None
-        while not path.exists():
-            if any(self.temporary.glob(".failed-*")):
-                raise OtherRank
+        while path.exists() != there:
+            with contextlib.suppress(FileNotFoundError):  # published meanwhile
+                if any(name.startswith(".failed-") for name in os.listdir(self.temporary)):
+                    raise OtherRank
             if not threading.main_thread().is_alive():  # this process ends, so others may have ended
                 patience = patience or time.monotonic() + 30
                 if time.monotonic() > patience:
@@ -1545,7 +1556,7 @@ def _name_files(folder, reports, index, metadata):
     found = {}
     for group in sorted({group for report in reports for group in report}):
         parts = [part for report in reports for part in report.get(group, {}).items()]
-        if group in ("adapter_model", "prefix_projection") and len(parts) > 1:  # of several stages; PEFT wants one file
+        if group in ALONE and len(parts) > 1:  # of several stages; PEFT wants one file
             tensors = {name: array for part, _ in parts for name, array in read_safetensors(folder / part).items()}
             parts = [(f"{group}.whole", write_safetensors(folder / f"{group}.whole", tensors, metadata.get(group)))]
         alone = len(parts) == 1 and group not in ("optimizer", "master_weights")
@@ -1681,7 +1692,7 @@ def _step_of(checkpoint):
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["step"]
 
 
-def load_trained(model, path, args, shards=None):
+def load_trained(model, path, args):
     """What was trained, without an adapter: a checkpoint's float32 weights into the model, from where they are exact."""
     path, masters = Path(path), (Path(path) / f"{MASTERS}.index.json").is_file()
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -1692,8 +1703,6 @@ def load_trained(model, path, args, shards=None):
         if getattr(model, "topology", SINGLE).rank == 0:
             print(f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation", flush=True)
     load_weights(model, path, (MASTERS,) if masters else MODELS)
-    if shards is not None:
-        shards.weights_changed()
 
 
 def load_checkpoint(path, optimizer=None, shards=None, output_dir=None):

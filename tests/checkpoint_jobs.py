@@ -1,0 +1,165 @@
+"""What ranks do in tests/test_unified_checkpoint.py and tests/bench_checkpoint.py; see tests/ranks.py."""
+import contextlib
+import importlib
+import io
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def quick():
+    """Drawing and measuring take longer than tiny runs themselves."""
+    import trainer
+
+    before = trainer.draw_curves, trainer.measure_matmul_peak
+    trainer.draw_curves, trainer.measure_matmul_peak = (lambda folder: None), (lambda: 1e11)
+    try:
+        yield
+    finally:
+        trainer.draw_curves, trainer.measure_matmul_peak = before
+
+
+def train(script, keys):
+    """A run of a script: {"losses", "printed", "read": bytes of tensors read, "error": the line of a UserError, or None}."""
+    import kernels
+    import trainer
+    from data import UserError
+    from model import StoredTensor
+
+    module, printed, error, before = importlib.import_module(script), io.StringIO(), None, StoredTensor.bytes_read
+    out = Path(keys["output_dir"])
+    argv = [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value) if not isinstance(value, str) else value)]
+    with contextlib.redirect_stdout(printed), quick():
+        try:
+            args = trainer.parse_args(module.Args, argv)
+            args.check_model()
+            trainer._choose_device(args)
+            module.main(args)
+        except UserError as wrong:
+            error = str(wrong)
+        finally:
+            kernels.bf16 = False
+    log = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return {"losses": {row["step"]: row["loss"] for row in rows}, "printed": printed.getvalue(), "error": error,
+            "read": StoredTensor.bytes_read - before}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- saves without training
+
+
+class Run:
+    """A model on a topology with moments, and its Checkpoints; all values follow from a step."""
+
+    def __init__(self, folder, config, degrees, options="", **keys):
+        import model as M
+        import parallel
+        import trainer
+
+        args = trainer.TrainingArgs(output_dir=str(folder), unified_checkpoint_config=options, do_train=True, **keys)
+        args.device = "cpu"
+        args.check()
+        launch = parallel.Launch.of_environment()
+        groups = parallel.Gloo(launch) if launch.world > 1 else None
+        self.topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, groups)
+        self.model = parallel.parallelize(M.build(M.ModelConfig.from_dict(config)), self.topology)
+        M.init_weights(self.model, 1)
+        self.weights = M.trainable_weights(self.model)
+        self.shards = parallel.Shards(self.model, self.weights, self.topology)
+        self.optimizer = trainer.AdamW(self.shards.pieces, args)
+        tokenizer = types.SimpleNamespace(save=lambda folder: None)
+        self.checkpoints = trainer.Checkpoints(args, self.model, tokenizer, self.optimizer, self.shards, self.topology)
+        self.args = args
+
+    def set(self, step):
+        from model import set_parameter
+
+        self.optimizer.steps = step
+        for weight in self.weights:
+            values = weight.from_numpy(content(weight.name, weight.shape, step))
+            set_parameter(weight.parameter, values)
+            for i, moment in enumerate(self.optimizer.moments[weight.name], 1):
+                moment.set_value(values * i)
+
+    def save(self, step):
+        import trainer
+
+        self.checkpoints.save(trainer.TrainState(step=step))
+
+
+def content(name, shape, step):
+    """Values of a weight in the file's layout at a step."""
+    start = float(sum(name.encode()) % 1000 + 1000 * step)
+    return (start + np.arange(int(np.prod(shape)), dtype=np.float32) / 7).reshape(shape)
+
+
+def save_until_killed(folder, config, degrees, options, first):
+    """Save step after step; folder/saved-RANK names the last that is known to be written."""
+    run = Run(folder, config, degrees, options, save_total_limit=2)
+    note, blocking = Path(folder) / f"saved-{run.topology.rank}", "async_save" not in options
+    for step in range(first, first + 10_000):
+        run.set(step)
+        run.save(step)
+        note.with_suffix(".tmp").write_text(str(step if blocking else step - 1))
+        note.with_suffix(".tmp").replace(note)
+
+
+def save_one(folder, config, degrees, options="", step=1, **keys):
+    """One checkpoint, and the model written to be used; what an error said."""
+    from data import UserError
+
+    run = Run(folder, config, degrees, options, **keys)
+    run.set(step)
+    try:
+        run.save(step)
+        run.set(step + 1)  # what is copied must not be what comes next
+        run.checkpoints.wait()
+        run.set(step)
+        run.checkpoints.write_model(Path(folder) / "model")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def save_to_full_disk(folder, config, degrees, options, rank):
+    """A checkpoint that fits, then one whose rank `rank` finds the disk full; what the errors said."""
+    import parallel
+    from data import UserError
+
+    run, real = Run(folder, config, degrees, options), parallel.write_safetensors
+    run.set(1)
+    run.save(1)
+    run.checkpoints.wait()
+
+    def full(path, *args, **more):
+        if path.name.startswith(f"optimizer.{rank}"):
+            raise OSError(28, "No space left on device")
+        return real(path, *args, **more)
+
+    parallel.write_safetensors = full
+    try:
+        run.save(2)
+        run.checkpoints.wait()
+    except UserError as error:
+        return str(error)
+    finally:
+        parallel.write_safetensors = real
+
+
+def find(folder, degrees, path=True):
+    """(the checkpoint that is found, what was printed), or (None, the error's line)."""
+    import parallel
+    import trainer
+    from data import UserError
+
+    launch, printed = parallel.Launch.of_environment(), io.StringIO()
+    topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, parallel.Gloo(launch))
+    args = trainer.TrainingArgs(output_dir=str(folder), resume_from_checkpoint=path)
+    try:
+        with contextlib.redirect_stdout(printed):
+            return str(trainer.find_checkpoint(args, topology)), "\n".join(line for line in printed.getvalue().splitlines())
+    except UserError as error:
+        return None, str(error)
