@@ -344,7 +344,7 @@ def test_the_memory_is_that_of_a_run(name, recompute, tmp_path):
     if recompute:  # one block's activations come and go in backward
         wanted -= (
             max(
-                trainer._activations(block, net.config, trainer.Degrees(1, 1, 1, 1, 1, 1, 0, False, False))
+                trainer._activations(block, net.config, trainer.DryDegrees(1, 1, 1, 1, 1, 1, 0, False, False))
                 for block in net.layers
             )
             * 4096e-9
