@@ -46,6 +46,7 @@ from model import (
     FAMILIES,
     MLP,
     Attention,
+    Linear,
     LoRALinear,
     ModelConfig,
     QuantLinear,
@@ -159,6 +160,7 @@ class Axis:
         self.tokens = None  # … of so many, T/sep, of the pass that is being made; None: not in this one
         self.places = None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand; see spread()
         self.whole = None
+        self.pieces = None  # ep: [Piece], whose tokens an expert is at work on; None: this rank's
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x, op="sum"):
@@ -196,7 +198,7 @@ class Axis:
         """
         sent, received = counts[self.rank], counts[:, self.rank]
         if self.size == 1 or not counts.any():
-            return x
+            return x.clone()
         if _backend() == "gloo":  # has none: all get all
             most = int(counts.sum(1).max())
             rows = F.pad(x, [0, most - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True) if x.shape[0] < most else x
@@ -420,7 +422,12 @@ def enter(x, tp):
     """What all ranks of tp compute a part from: x (B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D)."""
     if tp.size == 1:
         return x
-    return _SumBack.apply(x, tp) if tp.tokens is None else _Gather.apply(x, tp, 1, True)[:, : tp.tokens]
+    return _SumBack.apply(x, tp) if tp.tokens is None else _together(x, tp, True)
+
+
+def _together(x, tp, summed):
+    x = _Gather.apply(x, tp, 1, summed)
+    return x if x.shape[1] == tp.tokens else x[:, : tp.tokens]
 
 
 def leave(x, tp):
@@ -680,8 +687,10 @@ def check_tensor(config, degrees):
             found.append(f"tensor_parallel_degree {tp}: experts with biases are not cut")
         if config.quantization is not None and config.quantization["quant_method"] != "gptq":
             found.append(f"tensor_parallel_degree {tp}: a model quantized to a8w8 is not cut: its activations are rounded whole")
-        elif config.head_dim % bits or (config.latent is not None and config.latent.value_dim % bits):
-            found.append(f"tensor_parallel_degree {tp}: heads of {config.head_dim} are not whole words of {bits} packed weights")
+        else:
+            latent, heads = config.latent, [config.head_dim]
+            heads += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
+            found += [f"tensor_parallel_degree {tp}: heads of {n} are not whole words of {bits} packed weights" for n in heads if n % bits]
     if ep > 1:
         ranks = degrees.dp * degrees.sharding * degrees.sep
         factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep}"
@@ -788,6 +797,9 @@ def cut_adapters(model, topology):
     """The same for LoRA and prefix, put on whole after cut_tensors()."""
     tp = topology.tp
     paths = {id(layer): path for path, layer in model.named_sublayers()}
+    for layer in model.sublayers():
+        if isinstance(layer, SpreadExperts):
+            layer.dropout = bool(getattr(model, "lora_config", {}).get("lora_dropout"))
     for layer in lora_layers(model).values() if topology.degrees.world > 1 else ():
         cut = getattr(layer.base, "cut", None)
         if layer.dropout:
@@ -818,12 +830,18 @@ class SpreadDropout:
         return x * mask.astype(x.dtype)
 
     def _mask(self, tokens):
-        sep, pieces = self.topology.sep, getattr(self.topology.ep, "pieces", None) if self.expert else None
-        if pieces is not None:  # of one rank's tokens behind another's
-            return paddle.concat([self._drawn([n], number) for number, n in pieces if n])
+        sep = self.topology.sep
+        if self.expert and self.topology.ep.pieces is not None:
+            return paddle.concat([self._of_piece(piece) for piece in self.topology.ep.pieces if piece.count])
         if not self.expert and sep.places is not None:
             return spread_tokens(self._drawn([tokens[0], sep.whole]), sep)
         return self._drawn(tokens)
+
+    def _of_piece(self, piece):
+        if piece.places is None:
+            return self._drawn([piece.count], piece.number)
+        mask = self._drawn([piece.whole], piece.number)
+        return paddle.index_select(mask, paddle.to_tensor(piece.places.clip(0)))  # tokens that fill rows up: anything
 
     def _drawn(self, tokens, number=None):
         with self.draws.under(self.key, number):
@@ -865,54 +883,91 @@ def experts_of(config, ep, rank=None):
     return range(rank * each, (rank + 1) * each)
 
 
+class Piece(namedtuple("Piece", "number count places whole")):
+    """Tokens of one rank at an expert: the number of that rank's Draws, how many, and, where that rank has some tokens of
+    its rows alone (sep), their places among the `whole` tokens of all of these rows at this expert."""
+
+
 class SpreadExperts:
     """A SparseMLP that has the experts of its rank of ep alone: tokens are sent to where their experts are, and back."""
 
+    dropout = False  # whether the experts' adapters have any, on any rank
+
+    def mix(self, flat, weights, chosen):
+        """Where ranks of sep have some tokens of each row, those of one row are known to be so at each expert, for dropout."""
+        self.places = self.wholes = None
+        if self.training and self.dropout and self.topology.sep.places is not None:
+            self.places, self.wholes = self._places(chosen)
+        return super().mix(flat, weights, chosen)
+
+    def _places(self, chosen):
+        """(N, k) -> for each choice, expert by expert, its place among all choices of this expert (-1: it is of no token),
+        as one process would have them; and how many there are of each expert."""
+        sep, E, k = self.topology.sep, self.how.count, chosen.shape[-1]
+        mine = chosen.reshape([-1, len(sep.places), k])  # (B, T/sep, k)
+        everyone = sep.all_gather(mine.unsqueeze(0)).numpy()
+        places = sep.all_gather(paddle.to_tensor(sep.places).unsqueeze(0)).numpy()
+        whole = np.full([mine.shape[0], sep.whole + 1, k], E)
+        for ids, of_rank in zip(everyone, places):
+            whole[:, np.minimum(of_rank, sep.whole)] = ids
+        whole[:, sep.whole] = E  # tokens that fill rows up
+        ids, found = whole.flatten(), np.empty(whole.size, np.int64)
+        order, counts = np.argsort(ids, kind="stable"), np.bincount(ids, minlength=E + 1)
+        found[order] = np.arange(ids.size) - np.repeat(counts.cumsum() - counts, counts)
+        found[ids == E] = -1
+        found = found.reshape(whole.shape)[:, np.minimum(sep.places, sep.whole)].flatten()
+        return found[np.argsort(chosen.numpy().flatten(), kind="stable")], counts[:E]
+
     def outputs(self, tokens, counts):
-        ep, number = self.ep, self.draws.number
+        ep = self.topology.ep
         if paddle.is_grad_enabled() and tokens.stop_gradient:
             tokens = tokens.clone()
             tokens.stop_gradient = False  # every rank goes back through the exchange, whatever of its own is trained
-        told = paddle.to_tensor(np.append(counts, number).astype(np.int64)).unsqueeze(0)
-        told = ep.all_gather(told).numpy()  # (ep, E + 1)
-        counts, numbers = told[:, :-1].reshape([ep.size, ep.size, -1]), told[:, -1]  # (from, to, expert)
-        sent = counts.sum(-1)
-        here = counts[:, ep.rank]  # (from, expert)
-        tokens = _Exchange.apply(tokens, ep, sent)
-        n = int(here.sum())
-        if n:
-            order = np.concatenate([np.arange(n)[a : a + m] for a, m in _pieces(here)])  # rank by rank -> expert by expert
-            mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here, numbers)
+        wholes = np.zeros_like(counts) if self.wholes is None else self.wholes
+        told = paddle.to_tensor(np.concatenate([counts, wholes, [self.draws.number]]).astype(np.int64)).unsqueeze(0)
+        told = ep.all_gather(told).numpy()  # (ep, 2 E + 1)
+        numbers, told = told[:, -1], told[:, :-1].reshape([ep.size, 2, ep.size, -1])
+        counts, wholes = told[:, 0], told[:, 1, ep.rank]  # (from, to, expert), (from, expert)
+        sent, here = counts.sum(-1), counts[:, ep.rank]  # (from, to), (from, expert)
+        tokens, places = _Exchange.apply(tokens, ep, sent), None
+        if self.places is not None:
+            places = ep.exchange(paddle.to_tensor(self.places).unsqueeze(-1), sent).numpy().flatten()
+        if here.any():
+            runs = _runs(here)
+            order = np.concatenate([np.arange(first, last) for first, last in runs])  # rank by rank -> expert by expert
+            pieces = [Piece(int(numbers[i % ep.size]), last - first, None if places is None else places[first:last], int(wholes.T.flat[i]))
+                      for i, (first, last) in enumerate(runs)]  # fmt: skip
+            mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here.sum(0), pieces)
             tokens = paddle.index_select(mixed, paddle.to_tensor(np.argsort(order)))
         return _Exchange.apply(tokens, ep, sent.T)
 
-    def _by_expert(self, tokens, here, numbers):
+    def _by_expert(self, tokens, counts, pieces):
         """(n, D), one expert's tokens behind another's -> what this rank's experts make of them."""
-        totals = here.sum(0)
-        parts, found = paddle.split(tokens, [int(n) for n in totals if n]), []
-        for e in np.flatnonzero(totals):
-            self.ep.pieces = list(zip(numbers.tolist(), here[:, e].tolist()))
-            found.append(list(self.experts)[e](parts[len(found)]))
+        ep, parts, found = self.topology.ep, paddle.split(tokens, [int(n) for n in counts if n]), []
+        experts = list(self.experts)
+        for e in np.flatnonzero(counts):
+            ep.pieces = pieces[e * ep.size : (e + 1) * ep.size]
+            found.append(experts[e](parts[len(found)]))
         return paddle.concat(found)
 
 
-def _pieces(here):
-    """(from, expert) counts of rows that stand rank by rank -> (start, count) of each piece, expert by expert."""
+def _runs(here):
+    """(from, expert) counts of rows that stand rank by rank -> (start, stop) of each run, expert by expert."""
     ends = here.flatten().cumsum().reshape(here.shape)
-    return [(int(ends[s, e] - here[s, e]), int(here[s, e])) for e in range(here.shape[1]) for s in range(here.shape[0])]
+    return [(int(end - n), int(end)) for end, n in zip(ends.T.flat, here.T.flat)]
 
 
 def spread_experts(model, topology):
     """Leave this rank its experts. What is elsewhere takes no memory and is not read."""
     ep, config = topology.ep, model.config
-    if ep.size == 1:
+    if config.experts is None or ep.size == topology.sep.size == 1:
         return
     mine = experts_of(config, ep)
     for layer in model.sublayers():
         if isinstance(layer, SparseMLP):
             for e in set(range(config.experts.count)) - set(mine):
                 del layer.experts._sub_layers[str(e)]
-            mix_in(layer, SpreadExperts, ep=ep, draws=model.draws)
+            mix_in(layer, SpreadExperts, topology=topology, draws=model.draws)
     rows = [row for row in FAMILIES[config.family].names if "{e}" in row[0]]
     elsewhere = {theirs.format(i=i, e=e) for _, theirs, _ in rows for i in range(config.num_hidden_layers)
                  for e in range(config.experts.count) if e not in mine}  # fmt: skip
@@ -958,7 +1013,7 @@ def spread_tokens(x, sep):
     return paddle.index_select(paddle.concat([x, paddle.zeros_like(x[:, :1])], axis=1), places, axis=1)
 
 
-def together(x, sep, summed=False):
+def all_tokens(x, sep, summed=False):
     """(B, T/sep, …) -> (B, whole T, …) in order. summed: its gradient is the sum over the ranks, else the same on each."""
     if sep.places is None:
         return x
@@ -992,14 +1047,14 @@ class SpreadCausalLM:
         sep = self.topology.sep
         labels = spread_tokens(labels + 100, sep) - 100  # what fills rows up is -100 too
         found = super().losses(x, probabilities, labels, return_predictions, additions)
-        return tuple(together(f, sep) for f in found) if return_predictions else together(found, sep)
+        return tuple(all_tokens(f, sep) for f in found) if return_predictions else all_tokens(found, sep)
 
     def logits(self, x):
-        return together(super().logits(x), self.topology.sep)
+        return all_tokens(super().logits(x), self.topology.sep)
 
     def of_all(self, x):
         # Every rank computes the same of it, but only its own tokens' losses have a gradient there.
-        return together(x, self.topology.sep, summed=True)
+        return all_tokens(x, self.topology.sep, summed=True)
 
 
 _RING_WITH_PREFIX = (
@@ -1115,7 +1170,7 @@ class _Ring(PyLayer):
                 part.add(*kernels.attention_part(part.q, past_k, past_v, *seen, **how.options))
         states = paddle.stack([k, v])  # (2, B, T/sep, K, Dh)
         for last, owner in _turns_of(how.sep):
-            for keys, part, seen, _ in _pairs(how, owner, sums):
+            for keys, part, seen in _pairs(how, owner, sums):
                 k_part, v_part = states[:, :, keys]
                 part.add(*kernels.attention_part(part.q, k_part, v_part, *seen, **how.options))
             if not last:
@@ -1146,7 +1201,7 @@ class _Ring(PyLayer):
         states = paddle.stack([k, v])
         d_states = paddle.zeros_like(states)
         for last, owner in _turns_of(how.sep):
-            for keys, part, seen, half in _pairs(how, owner, parts):
+            for keys, part, seen in _pairs(how, owner, parts):
                 k_part, v_part = states[:, :, keys]
                 d_states[:, :, keys] = d_states[:, :, keys] + paddle.stack(of_keys(part, k_part, v_part, seen))
             if last:
@@ -1174,7 +1229,7 @@ def _pairs(how, owner, parts):
     for i, keys in enumerate((owner, 2 * size - 1 - owner)):
         for part, queries in zip(parts, how.chunks.mine):
             if (seen := how.chunks.pair(queries, keys)) is not None:
-                yield slice(i * how.chunks.C, (i + 1) * how.chunks.C), part, seen, i
+                yield slice(i * how.chunks.C, (i + 1) * how.chunks.C), part, seen
 
 
 class Merged:
@@ -1326,8 +1381,8 @@ class ParallelCausalLM:
     def hidden_states(self, *arguments, **options):
         x, tp, sep = super().hidden_states(*arguments, **options), self.topology.tp, self.topology.sep
         if tp.tokens is not None:
-            x = _Gather.apply(x, tp, 1, False)[:, : tp.tokens]
-        x = together(x, sep)
+            x = _together(x, tp, False)
+        x = all_tokens(x, sep)
         self.share_tokens(None)
         return x
 
@@ -1346,9 +1401,26 @@ class ParallelCausalLM:
     def kept(self, x):
         return kept(spread_tokens(x, self.topology.sep), self.topology.tp)
 
+    def num_parameters(self):
+        """Of all ranks of tp and ep, each counted once."""
+        ep, total = self.topology.ep, 0
+        for path, parameter in self.named_parameters():
+            cut = getattr(parameter, "cut", None)
+            size = math.prod(parameter.shape if cut is None else cut.shape)
+            total += size * ep.size if is_spread(path, self.topology) else size
+        return total
+
+    def flops_per_token(self, T):
+        experts, ep = self.config.experts, self.topology.ep
+        here = sum(layer.n_in * layer.n_out for path, layer in self.named_sublayers()
+                   if isinstance(layer, (Linear, QuantLinear)) and is_spread(path, self.topology))  # fmt: skip
+        return super().flops_per_token(T) + (6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0)
+
 
 def parallelize(model, topology):
     """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
+    if complaints := check_tensor(model.config, topology.degrees) + check_context(model.config, topology.degrees):
+        raise UserError("; ".join(complaints))
     model.topology = topology
     if topology.degrees.world > 1:
         topology.tp.sequence = topology.degrees.sequence_parallel
@@ -1412,6 +1484,7 @@ def whole_adapter(model):
 def gathered(tensor, cut, tp):
     """The whole of which each rank of tp has such a part, as numpy in our layout."""
     widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
+    tensor = tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor
     turned = paddle.moveaxis(tensor, cut.dim, 0)
     if max(widths) > cut.width:
         more = paddle.zeros([max(widths) - cut.width, *turned.shape[1:]], turned.dtype)

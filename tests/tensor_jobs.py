@@ -1,6 +1,8 @@
 """What the ranks of tests/ranks.py do for test_tensor_parallel.py: train a tiny model cut up, and whole, and compare."""
 
 import functools
+import time
+import traceback
 import types
 
 import numpy as np
@@ -39,11 +41,15 @@ def batch(name, number, packed=False, B=2, T=13):
 
 
 def adapt(model, kind, seed=3):
-    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", or all with noise: "neftune"."""
+    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", all with noise: "neftune", or
+    LoRA on the first experts alone: "one"."""
     if kind == "neftune":
         model.neftune_noise_alpha = 5.0
     elif kind in ("prefix", "projection"):
         M.apply_prefix(model, 4, kind == "projection", 10, seed)
+    elif kind == "one":
+        M.apply_lora(model, 3, 6.0, 0.2, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
+        fill_adapter(model, "lora_B.weight")
     elif kind != "full":
         M.apply_lora(model, 3, 6.0, 0.3 if "dropout" in kind else 0.0, kind == "rslora", "dora" in kind, kind == "pissa", seed=seed)
         if kind != "pissa":  # B starts at 0, and A would have no gradient
@@ -85,38 +91,55 @@ def train(model, topology, batches, steps, seed=0, recompute=False):
     return rows, gradients
 
 
-def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, changes=None, degrees=None, T=13):
-    """(largest relative difference of losses and norms, largest of gradients relative to each one's largest, its name)."""
-    batches = [batch(name, i, packed, T=T - 2 * i) for i in range(micro)]
-    expected, gradients = reference(name, kind, steps, packed, micro, recompute, tuple((changes or {}).items()), T)
+def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, changes=None, degrees=None, T=13, folder=None,
+         adapter=None, one_expert=False):  # fmt: skip
+    """Train cut and whole: (largest relative difference of losses and norms, largest of gradients relative to each one's
+    largest, its name, [norm of each step]).
+
+    folder: where the model is read from; else it is drawn. adapter: a folder, put on in place of `kind`. one_expert: all
+    routers choose the same experts for every token.
+    """
     topology = grid(**degrees)
-    model = families.fill(parallel.parallelize(M.build(families.config(name, **(changes or {}))), topology))
-    adapt(model, kind)
-    parallel.cut_adapters(model, topology)
-    rows, found = train(model, topology, batches, steps, recompute=recompute)
+    options = dict(kind=kind, steps=steps, packed=packed, micro=micro, recompute=recompute, changes=tuple((changes or {}).items()),
+                   T=T, folder=folder, adapter=adapter, one_expert=one_expert)  # fmt: skip
+    (rows, found, elsewhere), (expected, gradients, _) = trained(name, topology, **options), alone(name, **options)
     worst = max(abs(a - b) / abs(b) for row, wanted in zip(rows, expected) for a, b in zip(row, wanted))
-    missing = set(gradients) - set(found) - model.elsewhere
-    missing = {n for n in missing if not any(e.removesuffix(".weight") in n for e in model.elsewhere)}
-    assert not missing and set(found) <= set(gradients), (missing, set(found) - set(gradients))
+    absent = {n for n in gradients if n not in found}
+    assert set(found) <= set(gradients) and all(any(e in n for e in elsewhere) for n in absent), absent
+    assert not elsewhere or topology.ep.size > 1
     scale = max(np.abs(g).max() for g in gradients.values())
+    # Some are 0 but for rounding, such as those of a bias of keys, which moves all scores of a query alike.
     off = {n: float(np.abs(g - gradients[n]).max() / max(np.abs(gradients[n]).max(), 1e-2 * scale)) for n, g in found.items()}
     name_of_worst = max(off, key=off.get)
-    return worst, off[name_of_worst], name_of_worst
+    return worst, off[name_of_worst], name_of_worst, [norm for _, norm in expected]
+
+
+def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, folder, adapter, one_expert):
+    batches = [batch(name, i, packed, T=T - 2 * i) for i in range(micro)]
+    if folder is None:
+        model = families.fill(parallel.parallelize(M.build(families.config(name, **dict(changes))), topology))
+    else:
+        model = parallel.from_pretrained(folder, topology)
+    if one_expert:
+        for weight in M.base_weights(model):
+            if weight.name.endswith(".gate.weight"):
+                M.set_parameter(weight.parameter, np.zeros(weight.parameter.shape, np.float32))
+    if adapter is None:
+        adapt(model, kind)
+    else:
+        M.load_adapter(model, adapter, trainable=True)
+    parallel.cut_adapters(model, topology)
+    elsewhere = {name.removesuffix(".weight") for name in model.elsewhere}
+    return *train(model, topology, batches, steps, recompute=recompute), elsewhere
 
 
 @functools.cache
-def reference(name, kind, steps, packed, micro, recompute, changes, T):
-    batches = [batch(name, i, packed, T=T - 2 * i) for i in range(micro)]
-    whole = parallel.parallelize(families.build(name, **dict(changes)), parallel.SINGLE)
-    adapt(whole, kind)
-    return train(whole, parallel.SINGLE, batches, steps, recompute=recompute)
+def alone(name, **options):
+    return trained(name, parallel.SINGLE, **options)
 
 
 def many(cases):
     """both() of [(name, options)]; what one raises is its result."""
-    import time
-    import traceback
-
     found = []
     for name, options in cases:
         begin = time.perf_counter()
@@ -125,3 +148,131 @@ def many(cases):
         except Exception:
             found.append((traceback.format_exc(), None, name, time.perf_counter() - begin))
     return found
+
+
+def tokens(name, degrees, kind="full", folder=None, new=9, changes=None):
+    """What generate() gives for prompts padded on the left, cut and whole; and what evaluation gives."""
+    topology, found = grid(**degrees), []
+    for where in (topology, parallel.SINGLE):
+        if folder is None:
+            model = families.fill(parallel.parallelize(M.build(families.config(name, **(changes or {}))), where))
+        else:
+            model = parallel.from_pretrained(folder, where)
+        adapt(model, kind)
+        parallel.cut_adapters(model, where)
+        model.eval()
+        ids = np.random.default_rng(4).integers(3, 57, [3, 7])
+        if families.family(name) == "chatglm":
+            ids[:, 5], ids[:, 6] = families.SPECIAL["gmask"], families.SPECIAL["sop"]
+        mask = np.ones_like(ids)
+        mask[1, :3] = 0
+        texts = M.generate(model, ids, new, attention_mask=mask)
+        sampled = M.generate(model, ids, new, do_sample=True, top_p=0.9, temperature=0.7, repetition_penalty=1.1, seed=3)
+        with paddle.no_grad():
+            losses, best = model(**trainer.model_inputs(batch(name, 1)), return_predictions=True)
+            logits = model(paddle.to_tensor(ids))
+        found.append((texts.tolist(), sampled.tolist(), best.numpy(), losses.numpy(), logits.numpy()))
+    (a, b), close = found, lambda x, y: float(np.abs(x - y).max() / np.abs(y).max())
+    return a[0] == b[0] and a[1] == b[1] and bool((a[2] == b[2]).all()), close(a[3], b[3]), close(a[4], b[4])
+
+
+def starts(name, degrees, changes=None):
+    """Names of the weights whose start, after init_weights, is not bitwise the part of one process's; (bytes here, of all)."""
+    topology, config = grid(**degrees), families.config(name, **(changes or {}))
+    model, whole = parallel.parallelize(M.build(config), topology), M.build(config)
+    M.init_weights(model, 5)
+    M.init_weights(whole, 5)
+    wanted = {w.name: w.to_numpy() for w in M.base_weights(whole)}
+    weights = M.base_weights(model)
+    assert {w.name for w in weights} | model.elsewhere >= set(wanted) and not {w.name for w in weights} & model.elsewhere
+    wrong = [w.name for w in weights if not np.array_equal(parallel.whole(w, w.parameter, topology), wanted[w.name])]
+    return wrong, sum(p.size * 4 for p in model.parameters()), sum(p.size * 4 for p in whole.parameters())
+
+
+def on_disk(base, adapter, degrees):
+    """An adapter on a cut model: loaded to go on, given whole, loaded again, merged. Names of what differs from one process."""
+    topology, wrong = grid(**degrees), []
+    model, whole = parallel.from_pretrained(base, topology), M.from_pretrained(base)
+    for one in (model, whole):
+        M.load_adapter(one, adapter, trainable=True)
+    parallel.cut_adapters(model, topology)
+
+    def compare(found, wanted, what, tolerance=0.0):
+        assert set(found) == set(wanted), (what, set(found) ^ set(wanted))
+        wrong.extend(f"{what} {n}" for n in found if not np.abs(found[n] - wanted[n]).max() <= tolerance * np.abs(wanted[n]).max())
+
+    def base_of(one):
+        return {w.name: parallel.whole(w, w.parameter, topology) for w in M.base_weights(one)}
+
+    compare(parallel.whole_adapter(model), M.adapter_arrays(whole), "loaded")
+    wanted = {n: a for n, a in base_of(whole).items() if n not in model.elsewhere}
+    compare(base_of(model), wanted, "base", 1e-7)
+    for weight in M.adapter_weights(model):
+        M.set_parameter(weight.parameter, np.full(weight.parameter.shape, 0.5, np.float32))
+    M.reload_adapter(model, adapter)
+    compare(parallel.whole_adapter(model), M.adapter_arrays(whole), "loaded again")
+    if model.prefix is None:
+        merged = parallel.from_pretrained(adapter, topology)
+        wanted = {n: a for n, a in base_of(M.from_pretrained(adapter)).items() if n not in model.elsewhere}
+        compare(base_of(merged), wanted, "merged", 1e-6)
+    return wrong
+
+
+def halved(name, degrees):
+    """In bfloat16: frozen weights after halve_frozen() that have lost their place in the whole, and a loss beside one process's."""
+    import kernels
+
+    topology, found = grid(**degrees), []
+    kernels.bf16 = True
+    try:
+        for where in (topology, parallel.SINGLE):
+            model = families.fill(parallel.parallelize(M.build(families.config(name)), where))
+            adapt(model, "lora")
+            parallel.cut_adapters(model, where)
+            cut = {path for path, p in model.named_parameters() if getattr(p, "cut", None) is not None}
+            M.halve_frozen(model)
+            lost = [path for path, p in model.named_parameters() if path in cut and getattr(p, "cut", None) is None]
+            halves = sum(p.dtype == paddle.bfloat16 for p in model.parameters())
+            model.train()
+            loss = model(**trainer.model_inputs(batch(name, 1)))
+            loss.sum().backward()
+            found.append((lost, halves, float(loss.sum())))
+    finally:
+        kernels.bf16 = False
+    return found
+
+
+def exchanged(counts):
+    """Rows that this rank gets when each sends counts[from][to], and those that it should; forward, and gradients back."""
+    topology, counts = grid(dp=len(counts), ep=len(counts)), np.array(counts)
+    ep, rows = topology.ep, lambda a, b: [[100 * a + 10 * b + i, -1] for i in range(counts[a][b])]
+    mine = [row for to in range(ep.size) for row in rows(ep.rank, to)]
+    x = paddle.to_tensor(np.array(mine, np.float32).reshape([-1, 2]), stop_gradient=False)
+    y = parallel._Exchange.apply(x, ep, counts)
+    (y * y.detach()).sum().backward()
+    wanted = [row for source in range(ep.size) for row in rows(source, ep.rank)]
+    back = [] if x.grad is None else x.grad.numpy().tolist()
+    return [y.numpy().tolist(), back], [wanted, mine]
+
+
+def spread_along_tokens(name, places, ep, changes=None):
+    """With tokens of rows of 9 at `places` of each rank of sep (9: one that fills up): how far from one process are what an
+    adapted linear gives, a sparse MLP, and NEFTune's noise, all with randomness."""
+    topology, found = grid(sep=len(places), ep=ep), []
+    mine = np.array(places[topology.rank])
+    x = np.random.default_rng(1).standard_normal([2, 10, 32]).astype(np.float32)
+    for where in (topology, parallel.SINGLE):
+        model = families.fill(parallel.parallelize(M.build(families.config(name, **(changes or {}))), where))
+        adapt(model, "dropout")
+        parallel.cut_adapters(model, where)
+        model.train()
+        paddle.seed(3)
+        model.draws.renew()
+        where.sep.places, where.sep.whole = (mine, 9) if where is topology else (None, None)
+        here = paddle.to_tensor(x[:, mine] if where is topology else x[:, :9])
+        linear = M.lora_layers(model)["model.layers.0.self_attn.q_proj"]
+        shape = [2, len(mine), 32] if where is topology else [2, 9, 32]
+        found.append([y.numpy() for y in (linear(here), model.layers[0].mlp(here)[0], model.noise(shape))])
+        where.sep.places = None
+    real = mine < 9
+    return [float(np.abs(cut[:, real] - whole[:, mine[real]]).max()) for cut, whole in zip(*found)]
