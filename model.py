@@ -1171,6 +1171,8 @@ def alibi_slopes(heads):
 
 
 class Attention(nn.Layer):
+    order_back = (2, 0, 1)  # in which backward reaches what project() gives: v is not rotated
+
     def __init__(self, config, layer):
         super().__init__()
         D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -1201,10 +1203,15 @@ class Attention(nn.Layer):
         q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v. again: as in
         Block.forward; "core_attn" is all behind the first linears.
         """
-        more = cos, sin, rows, past_k, past_v, q_scale, spread
-        if again is not None:
-            return again[1](lambda *inputs: self.core(*inputs)[0], *self.project(x), *more), None, None
-        return self.core(*self.project(x), *more, attend)
+        states, more = self.project(x), (cos, sin, rows, past_k, past_v, q_scale, spread)
+        if again is None:
+            return self.core(*states, *more, attend)
+        order = (0, 1, 2) if cos is None else self.order_back  # so that sums of gradients have the same bits as without
+
+        def core(*inputs):
+            return self.core(*(inputs[order.index(i)] for i in range(3)), *inputs[3:])[0]
+
+        return again[1](core, *(states[i] for i in order), *more), None, None
 
     def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
         """forward() without keys and values."""
@@ -1270,6 +1277,8 @@ class Attention(nn.Layer):
 
 class LatentAttention(Attention):
     """Attention whose queries and keys come through narrow layers (see Latent); keys and values are kept in full."""
+
+    order_back = (0, 1, 2)
 
     def make_projections(self, config):
         D, H, latent = config.hidden_size, config.num_attention_heads, config.latent
