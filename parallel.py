@@ -1052,9 +1052,9 @@ class SpreadCausalLM:
     def logits(self, x):
         return all_tokens(super().logits(x), self.topology.sep)
 
-    def of_all(self, x):
+    def of_all(self, x, shape):
         # Every rank computes the same of it, but only its own tokens' losses have a gradient there.
-        return all_tokens(x, self.topology.sep, summed=True)
+        return all_tokens(x.reshape([*shape, *x.shape[1:]]), self.topology.sep, summed=True).flatten(0, 1)
 
 
 _RING_WITH_PREFIX = (
