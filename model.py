@@ -1171,6 +1171,8 @@ def alibi_slopes(heads):
 
 
 class Attention(nn.Layer):
+    order_back = (2, 0, 1)  # in which backward reaches what project() gives: v is not rotated
+
     def __init__(self, config, layer):
         super().__init__()
         D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -1201,10 +1203,15 @@ class Attention(nn.Layer):
         q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v. again: as in
         Block.forward; "core_attn" is all behind the first linears.
         """
-        more = cos, sin, rows, past_k, past_v, q_scale, spread
-        if again is not None:
-            return again[1](lambda *inputs: self.core(*inputs)[0], *self.project(x), *more), None, None
-        return self.core(*self.project(x), *more, attend)
+        states, more = self.project(x), (cos, sin, rows, past_k, past_v, q_scale, spread)
+        if again is None:
+            return self.core(*states, *more, attend)
+        order = (0, 1, 2) if cos is None else self.order_back  # so that sums of gradients have the same bits as without
+
+        def core(*inputs):
+            return self.core(*(inputs[order.index(i)] for i in range(3)), *inputs[3:])[0]
+
+        return again[1](core, *(states[i] for i in order), *more), None, None
 
     def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
         """forward() without keys and values."""
@@ -1270,6 +1277,8 @@ class Attention(nn.Layer):
 
 class LatentAttention(Attention):
     """Attention whose queries and keys come through narrow layers (see Latent); keys and values are kept in full."""
+
+    order_back = (0, 1, 2)
 
     def make_projections(self, config):
         D, H, latent = config.hidden_size, config.num_attention_heads, config.latent
@@ -1463,14 +1472,18 @@ class Block(nn.Layer):
         keys and values are None.
         """
 
-        def attention(x):
+        def attention(x, added=False):
+            """What attention makes of x, with x added or not, and keys and values."""
             if again is not None and again[0] == "full_attn":
-                return again[1](self.attention.output, x, cos, sin, rows, past_k, past_v, q_scale, spread), None, None
-            return self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread, again)
+                output = self.attention.output
+                function = (lambda x, *more: x + output(x, *more)) if added else output  # inside: sums have the same bits as without
+                return again[1](function, x, cos, sin, rows, past_k, past_v, q_scale, spread), None, None
+            mixed, k, v = self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread, again)
+            return (x + mixed if added else mixed), k, v
 
         if self.place == "after":
-            mixed, k, v = attention(x)
-            x = self.attention_norm(x + mixed)
+            x, k, v = attention(x, added=True)
+            x = self.attention_norm(x)
             return self.mlp_norm(self.mlp(x, residual=x)), k, v, None
         y = self.attention_norm(x)
         mixed, k, v = attention(y)
@@ -1611,14 +1624,14 @@ class CausalLM(nn.Layer):
         config, more = self.config, None
         if not config.z_loss_weight and not (probabilities and config.experts.aux_loss_coef):
             return None
-        real = (self.of_all(labels) != -100).astype("float32")
+        real = (self.of_all(labels.flatten(), labels.shape).reshape([labels.shape[0], -1]) != -100).astype("float32")
         real = (real.flip(1).cumsum(1).flip(1) > 0).astype("float32")  # (B, T)
         if probabilities and config.experts.aux_loss_coef:
-            probabilities = [self.of_all(p.reshape([*labels.shape, -1])).flatten(0, 1) for p in probabilities]
+            probabilities = [self.of_all(p, labels.shape) for p in probabilities]
             more = load_balancing_loss(probabilities, config.experts, real) * config.experts.aux_loss_coef
         if config.z_loss_weight:
-            largest = self.of_all(self.largest_logits(x, weight, tied).reshape(labels.shape))
-            mean = (largest.square() * real).sum() / real.sum().clip(min=1.0)
+            largest = self.of_all(self.largest_logits(x, weight, tied), labels.shape)
+            mean = (largest.square() * real.flatten()).sum() / real.sum().clip(min=1.0)
             more = (0.0 if more is None else more) + config.z_loss_weight * mean
         return more
 
@@ -1768,8 +1781,8 @@ class CausalLM(nn.Layer):
         """The tokens of x (B, T, …) whose activations this model keeps: all of them."""
         return x
 
-    def of_all(self, x):
-        """x (B, …) of the tokens whose losses this model computes -> of all tokens of the batch (B, T, …): they are all."""
+    def of_all(self, x, shape):
+        """x (N, …) of the tokens whose losses this model computes, rows of this shape -> of all tokens of the batch: they are."""
         return x
 
     def _two_positions(self, input_ids, position_ids, rows, cache):

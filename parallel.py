@@ -1369,7 +1369,7 @@ def spread_tokens(x, sep):
     return paddle.index_select(paddle.concat([x, paddle.zeros_like(x[:, :1])], axis=1), places, axis=1)
 
 
-def together(x, sep, summed=False):
+def all_tokens(x, sep, summed=False):
     """(B, T/sep, …) -> (B, whole T, …) in order. summed: its gradient is the sum over the ranks, else the same on each."""
     if sep.places is None:
         return x
@@ -1403,14 +1403,14 @@ class SpreadCausalLM:
         sep = self.topology.sep
         labels = spread_tokens(labels + 100, sep) - 100  # what fills rows up is -100 too
         found = super().losses(x, probabilities, labels, return_predictions, additions)
-        return tuple(together(f, sep) for f in found) if return_predictions else together(found, sep)
+        return tuple(all_tokens(f, sep) for f in found) if return_predictions else all_tokens(found, sep)
 
     def logits(self, x):
-        return together(super().logits(x), self.topology.sep)
+        return all_tokens(super().logits(x), self.topology.sep)
 
-    def of_all(self, x):
+    def of_all(self, x, shape):
         # Every rank computes the same of it, but only its own tokens' losses have a gradient there.
-        return together(x, self.topology.sep, summed=True)
+        return all_tokens(x.reshape([*shape, *x.shape[1:]]), self.topology.sep, summed=True).flatten(0, 1)
 
 
 _RING_WITH_PREFIX = (
@@ -1526,7 +1526,7 @@ class _Ring(PyLayer):
                 part.add(*kernels.attention_part(part.q, past_k, past_v, *seen, **how.options))
         states = paddle.stack([k, v])  # (2, B, T/sep, K, Dh)
         for last, owner in _turns_of(how.sep):
-            for keys, part, seen, _ in _pairs(how, owner, sums):
+            for keys, part, seen in _pairs(how, owner, sums):
                 k_part, v_part = states[:, :, keys]
                 part.add(*kernels.attention_part(part.q, k_part, v_part, *seen, **how.options))
             if not last:
@@ -1557,7 +1557,7 @@ class _Ring(PyLayer):
         states = paddle.stack([k, v])
         d_states = paddle.zeros_like(states)
         for last, owner in _turns_of(how.sep):
-            for keys, part, seen, half in _pairs(how, owner, parts):
+            for keys, part, seen in _pairs(how, owner, parts):
                 k_part, v_part = states[:, :, keys]
                 d_states[:, :, keys] = d_states[:, :, keys] + paddle.stack(of_keys(part, k_part, v_part, seen))
             if last:
@@ -1585,7 +1585,7 @@ def _pairs(how, owner, parts):
     for i, keys in enumerate((owner, 2 * size - 1 - owner)):
         for part, queries in zip(parts, how.chunks.mine):
             if (seen := how.chunks.pair(queries, keys)) is not None:
-                yield slice(i * how.chunks.C, (i + 1) * how.chunks.C), part, seen, i
+                yield slice(i * how.chunks.C, (i + 1) * how.chunks.C), part, seen
 
 
 class Merged:
@@ -2692,7 +2692,7 @@ class ParallelCausalLM:
         x, tp, sep = super().hidden_states(*arguments, **options), self.topology.tp, self.topology.sep
         if tp.tokens is not None:
             x, tp.tokens = _together(x, tp, False), None
-        x = together(x, sep)
+        x = all_tokens(x, sep)
         self.share_tokens(None)
         return x
 

@@ -67,7 +67,8 @@ def fill_adapter(model, *ends):
 def train(model, topology, batches, steps, seed=0, recompute=False):
     """Losses and norms of `steps` steps, and the gradients of the first, {name: whole array}."""
     model.train()
-    model.recompute = recompute
+    model.recompute = bool(recompute)
+    model.recompute_granularity = recompute if isinstance(recompute, str) else "full"
     weights = M.trainable_weights(model)
     shards = parallel.Shards(model, weights, topology)
     optimizer = trainer.AdamW(shards.pieces, ARGS)
