@@ -41,8 +41,8 @@ def measure(ways, lora):
     import trainer
 
     core, before = paddle.base.core, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    launch, degrees = parallel.Launch.of_environment(), parallel.Degrees(**ways)
-    place = parallel.Topology(degrees, launch.rank, parallel.Gloo(launch)) if degrees.world > 1 else parallel.SINGLE
+    degrees, together = parallel.Degrees(**ways), parallel.company()
+    place = parallel.Topology(degrees, together.launch.rank, parallel._groups(together)) if together else parallel.SINGLE
     model = parallel.parallelize(M.build(M.ModelConfig.from_dict(MODEL)), place)
     M.init_weights(model, 0)
     if lora:
