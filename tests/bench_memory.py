@@ -1,7 +1,7 @@
 """Memory of a rank under each way to cut a run, measured, beside what --dry_run says of it.
 
-    python tests/bench_memory.py                                              # sharding 2 and 4, stages 0 to 3; tp 2 and 4
-    python tests/bench_memory.py --ways "dp=2" "sharding=2 stage=3" "pp=2"      # any others; the first of them may be "" (one process)
+    python tests/bench_memory.py                                              # sharding 2 and 4, stages 0 to 3; tp and pp 2 and 4
+    python tests/bench_memory.py --ways "dp=2" "sharding=2 stage=3 tp=2"      # any others; the first of them may be "" (one process)
     python tests/bench_memory.py --lora                                       # LoRA of rank 8 in place of all weights
 
 The model is a Llama of 32 M parameters of random weights in float32; a step is two micro-batches of 1 x 128 tokens a rank.
@@ -27,7 +27,7 @@ MODEL = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "interme
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
          "tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}  # fmt: skip
 TOKENS = 128
-WAYS = ["", "dp=2", *(f"sharding={n} stage={s}" for n in (2, 4) for s in (1, 2, 3)), "tp=2", "tp=4"]
+WAYS = ["", "dp=2", *(f"sharding={n} stage={s}" for n in (2, 4) for s in (1, 2, 3)), "tp=2", "tp=4", "pp=2", "pp=4"]
 NAMES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep"}
 
 
@@ -41,8 +41,8 @@ def measure(ways, lora):
     import trainer
 
     core, before = paddle.base.core, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    launch, degrees = parallel.Launch.of_environment(), parallel.Degrees(**ways)
-    place = parallel.Topology(degrees, launch.rank, parallel.Gloo(launch)) if degrees.world > 1 else parallel.SINGLE
+    degrees, together = parallel.Degrees(**ways), parallel.company()
+    place = parallel.Topology(degrees, together.launch.rank, parallel._groups(together)) if together else parallel.SINGLE
     model = parallel.parallelize(M.build(M.ModelConfig.from_dict(MODEL)), place)
     M.init_weights(model, 0)
     if lora:
@@ -66,16 +66,20 @@ def measure(ways, lora):
 
     for weight in weights:  # as gradients arrive, and while a unit's are laid flat
         weight.parameter._register_backward_hook(lambda *_: held() and None)
-    lay = parallel.Bucket.lay
+    lay, gather = parallel.Bucket.lay, parallel.Bucket.gather
 
     def laid(bucket, tensors):
         flat = lay(bucket, tensors)
         held(size([flat]) if tensors is not bucket.parameters else 0)
         return flat
 
+    def gathered(bucket):
+        gather(bucket)
+        held()
+
     model.train()
     rng, found = np.random.default_rng(place.data_rank), {}
-    with mock.patch.object(parallel.Bucket, "lay", laid):
+    with mock.patch.object(parallel.Bucket, "lay", laid), mock.patch.object(parallel.Bucket, "gather", gathered):
         for step in range(2):
             ids = rng.integers(3, MODEL["vocab_size"], (2, 1, TOKENS + 1))
             batches = [{"input_ids": paddle.to_tensor(i[:, :-1]), "labels": paddle.to_tensor(i[:, 1:])} for i in ids]
