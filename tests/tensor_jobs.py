@@ -112,8 +112,8 @@ def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, cha
     scale = max(np.abs(g).max() for g in gradients.values())
     # Some are 0 but for rounding, such as those of a bias of keys, which moves all scores of a query alike.
     off = {n: float(np.abs(g - gradients[n]).max() / max(np.abs(gradients[n]).max(), 1e-2 * scale)) for n, g in found.items()}
-    name_of_worst = max(off, key=off.get)
-    return worst, off[name_of_worst], name_of_worst, [norm for _, norm in expected]
+    name_of_worst = max(off, key=off.get, default=None)  # a rank may train nothing
+    return worst, off.get(name_of_worst, 0.0), name_of_worst, [norm for _, norm in expected]
 
 
 def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, folder, adapter, one_expert):
