@@ -810,7 +810,7 @@ def place_of(shards, weight):
     return (0 if piece is None else piece.first,)
 
 
-def kept(shards, weight):
+def own_part(shards, weight):
     """(tensor, *place) of what this rank keeps of a weight itself: (the parameter,), or with stage 3 its elements, or None
     of them, and the first."""
     if getattr(shards, "stage", 0) < 3 or id(weight.parameter) not in shards.paths:

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import kernels  # before paddle: it silences what paddle says while it is imported
 import paddle
 from data import UserError
-from parallel import BY_INPUTS, BY_OUTPUTS, BY_VOCABULARY, SINGLE, Share, checksums, crc32_of, kept, piece_of, place_of
+from parallel import BY_INPUTS, BY_OUTPUTS, BY_VOCABULARY, SINGLE, Share, checksums, crc32_of, held_by, own_part, piece_of, place_of
 from model import (
     MASTERS,
     MODELS,
@@ -1136,9 +1136,10 @@ class AdamW:
         """
         read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
         names = {key.rpartition("/")[0] for key in read}
-        mine, elsewhere = {weight.name for weight in shards.weights}, shards.model.elsewhere
-        if names - elsewhere - mine or mine - names:
-            missing, extra = _some(mine - names), _some(names - elsewhere - mine)
+        mine = {weight.name for weight in shards.weights}
+        trained = held_by(dict.fromkeys(sorted(mine), 0), getattr(shards, "topology", SINGLE))[0].keys()  # on any rank
+        if names != trained:
+            missing, extra = _some(trained - names), _some(names - trained)
             raise UserError(f"optimizer state is not of what is trained now: missing {missing}; unexpected {extra}")
         for weight in shards.weights:
             if weight.name not in self.moments:  # another rank's
@@ -1343,7 +1344,7 @@ class Checkpoints:
 
     def _held(self, entry):
         """An entry whose parameters are what this rank keeps of them."""
-        sources = [(w, *kept(self.shards, w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
+        sources = [(w, *own_part(self.shards, w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
         return entry._replace(sources=sources)
 
     def save(self, state):

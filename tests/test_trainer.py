@@ -406,8 +406,7 @@ def constant(name, array):
 
 def whole(weights):
     """What parallel.Shards says where nothing is cut up."""
-    nowhere = types.SimpleNamespace(elsewhere=frozenset())
-    return types.SimpleNamespace(weights=weights, model=nowhere, stage=0)
+    return types.SimpleNamespace(weights=weights, stage=0)
 
 
 def train(folder, weights, stop, resume=False, save=(), **keys):
