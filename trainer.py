@@ -10,7 +10,8 @@ Argument names, defaults and meanings are PaddleNLP's, so that its JSON files ru
 The tables IGNORED and REFUSED name every upstream key that is not a field of ours, with the reason.
 
 A checkpoint is a folder: weights in Hugging Face's layout, the optimizer in Unified Checkpoint's names, one
-trainer_state.json, and a marker written last. No generator state is in it: all randomness is a pure function of
+trainer_state.json with all sizes and checksums, and a marker written last. All tensors are whole, whatever the topology:
+ranks write their shares of them and read what they hold, so that any topology goes on with any other's. No generator state is in it: all randomness is a pure function of
 (seed, step, micro-step), see seed_step; so a resumed run equals the uninterrupted one bit for bit.
 """
 import collections
