@@ -10,7 +10,8 @@ Argument names, defaults and meanings are PaddleNLP's, so that its JSON files ru
 The tables IGNORED, OPTIONS and REFUSED name every upstream key that is not a field of ours, with the reason.
 
 A checkpoint is a folder: weights in Hugging Face's layout, the optimizer in Unified Checkpoint's names, one
-trainer_state.json, and a marker written last. No generator state is in it: all randomness is a pure function of
+trainer_state.json with all sizes and checksums, and a marker written last. All tensors are whole, whatever the topology:
+ranks write their shares of them and read what they hold, so that any topology goes on with any other's. No generator state is in it: all randomness is a pure function of
 (seed, step, micro-step), see seed_step; so a resumed run equals the uninterrupted one bit for bit.
 """
 import collections
@@ -42,7 +43,7 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 from data import UserError
 import parallel
-from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, in_turn, stage_layers, unit_of
+from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, held_by, in_turn, stage_layers, unit_of
 from model import (
     MASTERS,
     MODELS,
@@ -1169,9 +1170,10 @@ class AdamW:
         """
         read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
         names = {key.rpartition("/")[0] for key in read}
-        mine, elsewhere = {weight.name for weight in shards.weights}, shards.model.elsewhere
-        if names - elsewhere - mine or mine - names:
-            missing, extra = _some(mine - names), _some(names - elsewhere - mine)
+        mine = {weight.name for weight in shards.weights}
+        trained = held_by(dict.fromkeys(sorted(mine), 0), getattr(shards, "topology", SINGLE))[0].keys()  # on any rank
+        if names != trained:
+            missing, extra = _some(trained - names), _some(names - trained)
             raise UserError(f"optimizer state is not of what is trained now: missing {missing}; unexpected {extra}")
         for weight in shards.weights:
             if weight.name not in self.moments:  # another rank's

@@ -407,7 +407,7 @@ def constant(name, array):
 def whole(weights):
     """What parallel.Shards says where nothing is cut up."""
     nowhere = types.SimpleNamespace(elsewhere=frozenset())
-    return types.SimpleNamespace(weights=weights, model=nowhere, place_of=lambda w: (), held=lambda w: (w.parameter,), laid=lambda w, m: m,
+    return types.SimpleNamespace(weights=weights, model=nowhere, topology=trainer.SINGLE, place_of=lambda w: (), held=lambda w: (w.parameter,), laid=lambda w, m: m,
                                  piece_of=lambda w, array: array)  # fmt: skip
 
 

@@ -320,6 +320,7 @@ PAIRS = [
         ("projection", "1", "tp2"),
         ("pretrain", "tp2", "dp2"),
         ("pretrain", "tp2-dp2", "1"),
+        ("dpo", "tp2", "tp2"),
         ("dpo", "1", "dp2"),
         ("dpo", "tp2", "1"),
         ("dpo_lora", "tp2", "dp2"),
@@ -353,7 +354,8 @@ def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp
     ours, theirs = ([found[0]["losses"][step] for step in steps] for found in (rest, whole))
     off = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs))
     print(f"| {task} | {before} | {after} | {off:.1e} |")
-    assert off == 0 if before == after else off < 1e-6, (ours, theirs)
+    # A preference loss is of differences of sums over whole replies, whose rounding differs between topologies.
+    assert off == 0 if before == after else off < (2e-5 if task.startswith("dpo") else 1e-6), (ours, theirs)
     a, b = final_tensors(tmp_path / "out"), final_tensors(out)
     assert a.keys() == b.keys()
     if before == after:
