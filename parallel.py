@@ -1966,9 +1966,6 @@ class StagedCausalLM:
         self.begin(input_ids, caches)
         if caches is None and self.prefix is not None:
             caches = self.new_cache(input_ids.shape[0])
-        self.share_tokens(input_ids.shape[1] if caches is None else None)
-        if self.training:
-            self.draws.renew()
         chunks = range(pipeline.virtual) if pipeline.now is None else pipeline.now[:1]
         pipeline.starts = pipeline.stage(chunks[0]) == 0
         x, shared = self.prepare(input_ids, position_ids, rows, caches)

@@ -1,15 +1,22 @@
 """Unified Checkpoint: what ranks write together, what each of them reads of it, saves behind training, kills, damage.
 
     python -m pytest tests/test_unified_checkpoint.py                   # about a minute
-    python -m pytest tests/test_unified_checkpoint.py --slow            # also on 4 ranks, and 30 kills
+    python -m pytest tests/test_unified_checkpoint.py --slow            # also on 4 and 8 ranks, and 30 kills
+    python tests/test_unified_checkpoint.py --readme                    # all pairs of topologies, as README's table
 """
+import argparse
 import errno
 import json
+import math
 import random
+import re
 import shutil
+import sys
+import tempfile
 import threading
 import time
 import types
+from pathlib import Path
 
 import checkpoint_jobs
 import numpy as np
@@ -33,15 +40,16 @@ TINY = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediat
 SLOW = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def pool():
+class Pool(dict):
     """{world: Ranks}, each started when it is first asked for."""
 
-    class Pool(dict):
-        def __missing__(self, world):
-            self[world] = Ranks(world)
-            return self[world]
+    def __missing__(self, world):
+        self[world] = Ranks(world)
+        return self[world]
 
+
+@pytest.fixture(scope="module")
+def pool():
     pool = Pool()
     yield pool
     for ranks in pool.values():
@@ -222,8 +230,11 @@ def test_files_of_two_ranks(options, pool, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Tiny models with the demo's tokenizer, records, pairs and a corpus."""
-    world = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(world):
+    """Tiny models with the demo's tokenizer, records, pairs and a corpus, in a folder, which is returned."""
     tokenizer = data.load_tokenizer(DEMO / "llama")
     for name in ("llama", "llama_bias_tied", "qwen", "qwen2_moe", "gemma2"):
         write_family(world / name, name, vocab_size=tokenizer.vocab_size + 1)
@@ -256,14 +267,18 @@ TASKS = {  # name: (script, model, keys)
     "dpo": ("dpo", "llama", {"learning_rate": 1e-4}),
     "dpo_lora": ("dpo", "llama", LORA),
 }
-DEGREES = {"tp": "tensor_parallel_degree", "pp": "pipeline_parallel_degree", "sharding": "sharding_parallel_degree",
-           "sep": "sep_parallel_degree"}  # fmt: skip
+DEGREES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
+
+
+def ways_of(topology):
+    """"tp2-dp2" -> {"tp": 2, "dp": 2}; "1" is one process."""
+    return {axis: int(n) for axis, n in re.findall(r"([a-z]+)([0-9]+)", topology)}
 
 
 def keys_of(world, task, out, topology, **more):
-    """The keys of a run; the same batches a step on every topology, a string such as "tp2-dp2" ("1": one process)."""
+    """(script, its keys, processes) of a run; the same batches a step on every topology, a string such as "sharding2-stage3"."""
     script, name, keys = TASKS[task]
-    degrees = {part.rstrip("0123456789"): int(part.lstrip("abcdefghijklmnopqrstuvwxyz")) for part in topology.split("-")}
+    degrees = ways_of(topology)
     places = {"finetune": {"dataset_name_or_path": str(world / "sft"), "src_length": 40, "max_length": 100},
               "pretrain": {"input_dir": str(world / "corpus"), "split": "90,10,0", "max_seq_length": 24, "continue_training": True},
               "dpo": {"train_dataset_path": str(world / "pairs"), "max_seq_len": 128, "max_prompt_len": 40, "beta": 0.5}}  # fmt: skip
@@ -272,8 +287,11 @@ def keys_of(world, task, out, topology, **more):
             "per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True,
             "gradient_accumulation_steps": 4 // (degrees.get("dp", 1) * degrees.get("sharding", 1)),
             **places[script], **keys}  # fmt: skip
-    keys |= {DEGREES[axis]: n for axis, n in degrees.items() if axis in DEGREES}
-    return script, keys | more, int(np.prod(list(degrees.values())))
+    keys |= {f"{DEGREES[axis]}_parallel_degree": n for axis, n in degrees.items() if axis in DEGREES}
+    if "stage" in degrees:
+        keys["sharding"] = f"stage{degrees['stage']}"
+    ranks = [n for axis, n in degrees.items() if axis not in ("ep", "stage")]  # experts are spread over ranks of other axes
+    return script, keys | more, math.prod(ranks)
 
 
 def run(pool, world, task, out, topology, **more):
@@ -290,78 +308,115 @@ def final_tensors(folder):
 
 # Saved under A after 3 steps of 8, gone on with under B: (task, A, B). The same topology twice: bitwise.
 PAIRS = [
-    ("sft", "tp2", "1"),
     ("sft", "1", "tp2"),
+    ("sft", "tp2", "1"),
     ("sft", "tp2", "tp2"),
-    ("tied", "tp2", "dp2"),
-    ("moe", "1", "tp2"),
-    ("lora", "tp2", "1"),
+    ("sft", "tp2", "pp2"),
+    ("sft", "sharding2-stage3", "tp2"),
+    ("sft", "sharding2-stage3", "sharding2-stage3"),
+    ("tied", "pp2", "tp2"),
+    ("tied", "pp2", "pp2"),
+    ("moe", "dp2-ep2", "1"),
     ("lora", "dp2", "tp2"),
+    ("prefix", "sharding2-stage3", "tp2"),
+]  # fmt: skip
+MORE_PAIRS = [
+    ("sft", "1", "pp2"),
+    ("sft", "1", "tp2-dp2"),
+    ("sft", "pp2", "1"),
+    ("sft", "pp2", "pp2"),
+    ("sft", "dp2", "dp2"),
+    ("sft", "sharding2-stage1", "tp2"),
+    ("sft", "context2", "pp2"),
+    ("sft", "sep2", "sharding2-stage2"),
+    ("sft", "tp2-dp2", "1"),
+    ("sft", "tp2-dp2", "tp2"),
+    ("sft", "tp2-dp2", "tp2-dp2"),
+    ("sft", "tp2-pp2", "sharding2-stage3"),
+    ("sft", "sharding2-tp2", "1"),
+    ("sft", "sharding4-stage3", "tp2-pp2"),
+    ("sft", "tp4", "dp4"),
+    ("sft", "tp2-pp2-dp2", "1"),
+    ("tied", "tp2", "dp2"),
+    ("tied", "tp2-dp2", "1"),
+    ("fused", "tp2", "dp2"),
+    ("fused", "dp2", "tp4"),
+    ("moe", "1", "tp2"),
+    ("moe", "tp2", "dp2"),
+    ("moe", "sharding2-stage1", "tp2"),
+    ("moe", "sharding2-stage3", "dp2-ep2"),
+    ("moe", "tp2-dp2", "tp2"),
+    ("gemma2", "1", "tp2"),
+    ("gemma2", "tp2", "dp2"),
+    ("lora", "tp2", "1"),
+    ("lora", "tp2", "tp2"),
+    ("lora", "tp2-dp2", "dp2"),
+    ("lora", "tp2-pp2", "sharding2-stage3"),
+    ("dora", "1", "tp2"),
+    ("dora", "tp2", "1"),
     ("prefix", "tp2", "1"),
-    *(pytest.param(*row, marks=SLOW) for row in [
-        ("sft", "dp2", "dp2"),
-        ("sft", "tp2-dp2", "1"),
-        ("sft", "1", "tp2-dp2"),
-        ("sft", "tp2-dp2", "tp2"),
-        ("sft", "tp4", "dp4"),
-        ("sft", "tp2-dp2", "tp2-dp2"),
-        ("tied", "tp2-dp2", "1"),
-        ("fused", "tp2", "dp2"),
-        ("fused", "dp2", "tp4"),
-        ("moe", "tp2", "dp2"),
-        ("moe", "tp2-dp2", "tp2"),
-        ("gemma2", "tp2", "dp2"),
-        ("gemma2", "1", "tp2"),
-        ("lora", "tp2", "tp2"),
-        ("lora", "tp2-dp2", "dp2"),
-        ("dora", "1", "tp2"),
-        ("dora", "tp2", "1"),
-        ("projection", "tp2", "1"),
-        ("projection", "1", "tp2"),
-        ("pretrain", "tp2", "dp2"),
-        ("pretrain", "tp2-dp2", "1"),
-        ("dpo", "tp2", "tp2"),
-        ("dpo", "1", "dp2"),
-        ("dpo", "tp2", "1"),
-        ("dpo_lora", "tp2", "dp2"),
-    ]),
+    ("prefix", "pp2", "sharding2-stage3"),
+    ("projection", "1", "tp2"),
+    ("projection", "tp2", "1"),
+    ("projection", "sharding2-stage3", "pp2"),
+    ("pretrain", "tp2", "dp2"),
+    ("pretrain", "tp2-dp2", "1"),
+    ("pretrain", "sharding2-stage3", "pp2"),
+    ("dpo", "1", "dp2"),
+    ("dpo", "tp2", "1"),
+    ("dpo", "tp2", "tp2"),
+    ("dpo", "sharding2-stage3", "tp2"),
+    ("dpo_lora", "tp2", "dp2"),
+    ("dpo_lora", "pp2", "sharding2-stage1"),
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def saved(pool, world, tmp_path_factory):
+def remember(pool, world, new_folder):
     """(task, topology, …options) -> the folder of a whole run of it, with checkpoint-3, and its results; each made once."""
     runs = {}
 
     def make(task, topology, **more):
         key = task, topology, *sorted(more.items())
         if key not in runs:
-            out = tmp_path_factory.mktemp("run") / "out"
+            out = new_folder() / "out"
             runs[key] = out, run(pool, world, task, out, topology, **more)
         return runs[key]
 
     return make
 
 
-@pytest.mark.parametrize("task, before, after", PAIRS)
-def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp_path):
-    out, whole = saved(task, before)
+@pytest.fixture(scope="module")
+def saved(pool, world, tmp_path_factory):
+    return remember(pool, world, lambda: tmp_path_factory.mktemp("run"))
+
+
+def resumed(pool, world, saved, task, before, after, out):
+    """Go on from checkpoint-3 of the run under `before`: the largest relative difference of the next five losses to that run's."""
+    folder, whole = saved(task, before)
     assert [found["error"] for found in whole] == [None] * len(whole)
     options = "async_save" if task == "tied" else ""  # somewhere
-    rest = run(pool, world, task, tmp_path / "out", after, resume_from_checkpoint=str(out / "checkpoint-3"), unified_checkpoint_config=options)
+    rest = run(pool, world, task, out, after, resume_from_checkpoint=str(folder / "checkpoint-3"), unified_checkpoint_config=options)
     assert [found["error"] for found in rest] == [None] * len(rest)
-    steps = [4, 5, 6, 7, 8]
-    ours, theirs = ([found[0]["losses"][step] for step in steps] for found in (rest, whole))
-    off = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs))
+    assert f"resume: from {folder / 'checkpoint-3'}" in rest[0]["printed"]
+    ours, theirs = ([found[0]["losses"][step] for step in (4, 5, 6, 7, 8)] for found in (rest, whole))
+    assert theirs[-1] != theirs[0]
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs))
+
+
+def limit(task, before, after):
+    """Of resumed(). A preference loss is of differences of sums over whole replies, whose rounding differs between topologies."""
+    return 0 if before == after else 2e-5 if task.startswith("dpo") else 1e-6
+
+
+@pytest.mark.parametrize("task, before, after", PAIRS + [pytest.param(*row, marks=SLOW) for row in MORE_PAIRS])
+def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp_path):
+    off = resumed(pool, world, saved, task, before, after, tmp_path / "out")
     print(f"| {task} | {before} | {after} | {off:.1e} |")
-    # A preference loss is of differences of sums over whole replies, whose rounding differs between topologies.
-    assert off == 0 if before == after else off < (2e-5 if task.startswith("dpo") else 1e-6), (ours, theirs)
-    a, b = final_tensors(tmp_path / "out"), final_tensors(out)
+    assert off <= limit(task, before, after)
+    a, b = final_tensors(tmp_path / "out"), final_tensors(saved(task, before)[0])
     assert a.keys() == b.keys()
     if before == after:
         assert all(np.array_equal(a[name], b[name]) for name in a)
-    assert whole[0]["losses"][8] != whole[0]["losses"][4]
-    assert f"resume: from {out / 'checkpoint-3'}" in rest[0]["printed"]
 
 
 def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
@@ -378,6 +433,35 @@ def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
     for rank in found:
         assert rank["error"] is None
         assert least * 0.999 - 4096 <= rank["read"] <= least * 1.001 + 4096, (rank["read"], least, cut, whole)  # odd vocabulary
+
+
+@pytest.mark.parametrize("task, topology", [
+    ("sft", "sharding2-stage3"),
+    ("tied", "pp2"),
+    ("lora", "sharding2-stage3"),
+    *(pytest.param(*row, marks=SLOW) for row in [
+        ("tied", "sharding2-stage3"), ("sft", "tp2"), ("sft", "pp2"), ("lora", "pp2"), ("prefix", "sharding2-stage3"), ("prefix", "pp2"),
+        ("projection", "sharding2-stage3"), ("projection", "pp2"), ("moe", "dp2-ep2"), ("moe", "pp2"), ("lora", "tp2-pp2"),
+        ("sft", "sharding2-tp2-stage3"), ("lora", "sharding2-tp2-stage3"), ("dpo", "sharding2-stage3"), ("dpo_lora", "pp2"),
+    ]),
+])  # fmt: skip
+def test_the_best_model_at_the_end(task, topology, pool, world, tmp_path):
+    """Largest is best here, so the first that is saved is, and six more steps are taken back."""
+    metric = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    evaluation = {"do_eval": True, "evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_evaluate_steps": 2}
+    out = tmp_path / "out"
+    found = run(pool, world, task, out, topology, **metric, **evaluation)
+    assert [rank["error"] for rank in found] == [None] * len(found)
+    assert "best: checkpoint-2, loss" in found[0]["printed"]
+    final, best, last = (final_tensors(out / folder) for folder in ("", "checkpoint-2", "checkpoint-8"))
+    best, last = ({name: array for name, array in tensors.items() if "/moment" not in name} for tensors in (best, last))
+    assert final.keys() == best.keys()
+    assert all(np.array_equal(final[name], best[name]) for name in final)
+    assert not all(np.array_equal(final[name], last[name]) for name in final)
+    # What is evaluated after that is the same model.
+    rows = map(json.loads, (out / "eval_metrics.jsonl").read_text().splitlines())
+    then = next(row for row in rows if row["step"] == 2)
+    assert json.loads((out / "dev_results.json").read_text())["eval_loss"] == then["eval_loss"]
 
 
 # ---------------------------------------------------------------------------------------------- damage
@@ -675,3 +759,48 @@ def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
         index = json.loads((tmp_path / topology / "checkpoint-6" / "optimizer.safetensors.index.json").read_text())
         assert index["ckpt_quant_stage"] == "O0" and index["quant_ckpt_resume_times"] == 1
         assert f"ckpt_quant_stage: {stage} is ignored" in rest[0]["printed"]
+
+
+# ---------------------------------------------------------------------------------------------- README's table
+
+
+def main():
+    """Every pair, slow ones too, as markdown; the exit code is 1 if one is above its limit or failed."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md, between its marks <!-- resume --> and <!-- resume end -->")
+    parser.add_argument("--only", default="", help="pairs whose row, such as `sft | tp2 | 1`, holds this")
+    options, lines, bad = parser.parse_args(), ["| task | saved under | resumed under | worst relative difference of the next 5 losses |", "|---|---|---|---|"], 0
+    pool = Pool()
+    with tempfile.TemporaryDirectory() as folder:
+        def new_folder():
+            return Path(tempfile.mkdtemp(dir=folder))
+
+        try:
+            world = make_world(new_folder())
+            saved = remember(pool, world, new_folder)
+            for row in PAIRS + MORE_PAIRS:
+                if options.only not in " | ".join(row):
+                    continue
+                try:
+                    off = resumed(pool, world, saved, *row, new_folder() / "out")
+                    cell = f"{off:.1e}" if off else "0"
+                    bad += off > limit(*row)
+                except (AssertionError, RuntimeError) as error:
+                    cell, bad = f"fails: {str(error).strip().splitlines()[-1][:200]}", bad + 1
+                lines.append("| " + " | ".join((*(place.replace("-", " ") for place in row), cell)) + " |")
+                print(lines[-1], file=sys.stderr, flush=True)
+        finally:
+            for ranks in pool.values():
+                ranks.stop()
+    print("\n".join(lines))
+    if options.readme:
+        path = ROOT / "README.md"
+        before, mark, rest = path.read_text(encoding="utf-8").partition("<!-- resume -->")
+        _, end, after = rest.partition("<!-- resume end -->")
+        assert mark and end, "README.md has no marks"
+        path.write_text("\n".join([before + mark, *lines, end + after]), encoding="utf-8")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
