@@ -137,9 +137,11 @@ class Degrees:
             degrees = dataclasses.replace(degrees, dp=world // degrees.world)
             if ways["ep"] > world:
                 wrong.append(f"expert_parallel_degree: {ways['ep']}, but this run has {world} process(es); set it to 1")
+        elif not world:  # as many copies of all else as its experts need
+            degrees = dataclasses.replace(degrees, dp=ways["ep"] // math.gcd(ways["ep"], ways["sharding"] * degrees.sep))
         if max(stages) > 1 and ways["pp"] > 1:
             wrong.append(f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1")
-        if degrees.virtual > 1 and ways["pp"] == 1:
+        if degrees.virtual > 1 and ways["pp"] == 1 and config is None:  # else check_pipeline says it
             wrong.append(f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1")
         if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
             wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
@@ -151,8 +153,7 @@ class Degrees:
 
     def misfits(self, config, T=None):
         """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
-        wrong = check_tensor(config, self) + check_pipeline(config, self) + check_context(config, self, T)
-        return wrong
+        return check_tensor(config, self) + check_pipeline(config, self) + check_context(config, self, T)
 
     def __str__(self):
         names = {"dp": "data", **NAMES, "sep": "context" if self.context else "sep"}
@@ -1027,38 +1028,33 @@ class PartedPrefix:
 def check_tensor(config, degrees):
     """[what stands against cutting this model so, a line each]: tensor and expert parallelism."""
     tp, ep, found = degrees.tp, degrees.ep, []
-    H, K, experts, bits = config.num_attention_heads, config.num_key_value_heads, config.experts, _unit(config)
-    widths = {"intermediate_size": config.intermediate_size}
+    key, experts, word = f"tensor_parallel_degree {tp}", config.experts, _unit(config)
+    words = f", in words of {word} packed weights" if word > 1 else ""
+    counts = {"attention heads": config.num_attention_heads, "ids of the vocabulary": config.vocab_size}
+    if experts is None or experts.dense_layers:
+        counts[f"channels of the MLP{words}"] = config.intermediate_size // word
     if experts is not None:
-        widths["width of an expert"] = experts.width
-        widths["width of the shared expert"] = experts.shared_width or experts.width
-        if not experts.dense_layers:
-            del widths["intermediate_size"]
+        counts[f"channels of an expert{words}"] = experts.width // word
+        counts[f"channels of the shared expert{words}"] = (experts.shared_width or experts.width) // word
     if tp > 1:
-        if H < tp:
-            found.append(f"tensor_parallel_degree {tp}: {H} attention heads are fewer")
-        elif K < tp and H // K < -(-tp // K):
-            found.append(f"tensor_parallel_degree {tp}: {H} heads over {K} key/value heads do not go round")
-        found += [f"tensor_parallel_degree {tp}: {name} {n} is too narrow" for name, n in widths.items() if n // bits < tp]
-        if config.vocab_size < tp:
-            found.append(f"tensor_parallel_degree {tp}: {config.vocab_size} ids are fewer")
+        found += [f"{key} is more than {what} ({n})" for what, n in counts.items() if n < tp]
         if experts is not None and config.mlp_bias:
-            found.append(f"tensor_parallel_degree {tp}: experts with biases are not cut")
+            found.append(f"{key}: experts with biases are not cut")
         if config.quantization is not None and config.quantization["quant_method"] != "gptq":
-            found.append(f"tensor_parallel_degree {tp}: a model quantized to a8w8 is not cut: its activations are rounded whole")
+            found.append(f"{key}: a model quantized to a8w8 is not cut: its activations are rounded whole")
         else:
             latent, heads = config.latent, [config.head_dim]
             heads += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
-            found += [f"tensor_parallel_degree {tp}: heads of {n} are not whole words of {bits} packed weights" for n in heads if n % bits]
+            found += [f"{key} cuts between heads, whose channels ({n}) are not whole words of {word} packed weights" for n in heads if n % word]
     if ep > 1:
-        ranks = degrees.dp * degrees.sharding * degrees.sep
-        factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep}"
+        ranks, key = degrees.dp * degrees.sharding * degrees.sep, f"expert_parallel_degree {ep}"
+        factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep} = {ranks}"
         if experts is None:
-            found.append(f"expert_parallel_degree {ep}: {config.family} of this size has no experts")
+            found.append(f"{key} is for experts, of which there are none (0)")
         elif experts.count % ep:
-            found.append(f"expert_parallel_degree {ep}: does not divide {experts.count} experts")
+            found.append(f"{key} does not divide experts ({experts.count})")
         if ranks % ep:
-            found.append(f"expert_parallel_degree {ep}: does not divide {factors} = {ranks} ranks with other tokens")
+            found.append(f"{key} does not divide ranks with other tokens ({factors})")
     return found
 
 
@@ -1621,16 +1617,18 @@ def check_context(config, degrees, T=None):
     sep, tp, found = degrees.sep, degrees.tp, []
     if sep == 1:
         return found
-    name = "context_parallel_degree" if degrees.context else "sep_parallel_degree"
+    key = f"{'context' if degrees.context else 'sep'}_parallel_degree {sep}"
     if not degrees.context:
-        for heads in sorted({last - first for (first, last), _ in (heads_of(config, tp, rank) for rank in range(tp))}):
-            if heads % sep:
-                of_tp = f" / tensor_parallel_degree {tp} = {heads} on a rank" if tp > 1 else ""
-                wrong = f"{name} {sep}: does not divide attention heads {config.num_attention_heads}{of_tp}"
-                found.append(f"{wrong}; context_parallel_degree takes any number of heads")
-    if T is not None and T < (2 * sep if degrees.context else sep):
-        found.append(f"{name} {sep}: rows of {T} tokens are too short to share")
+        heads = sorted({last - first for (first, last), _ in (heads_of(config, tp, rank) for rank in range(tp))})
+        if any(n % sep for n in heads):
+            of = f", which tensor_parallel_degree {tp} leaves a rank of {config.num_attention_heads}" if tp > 1 else ""
+            found.append(f"{key} does not divide attention heads ({' or '.join(map(str, heads))}{of}): context_parallel_degree takes any number")
+    parts, of_ring = (2 * sep, f" x 2 = {2 * sep}") if degrees.context else (sep, "")  # see spread()
+    if T is not None and T < parts:
+        found.append(f"{key}{of_ring} is more than tokens of a sequence ({T})")
     return found
+
+
 # ========================================================================================================= pipeline
 
 
@@ -1643,10 +1641,10 @@ def stage_layers(layers, stages):
 
 
 def check_pipeline(config, degrees):
-    """[complaint] about these degrees for a model of this config."""
+    """[what stands against a pipeline of this model so, a line each]."""
     stages = degrees.pp * degrees.virtual
     if degrees.virtual > 1 and degrees.pp == 1:
-        return [f"virtual_pp_degree {degrees.virtual} needs pipeline_parallel_degree above 1"]
+        return [f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1"]
     if stages > config.num_hidden_layers:
         factors = f"pipeline_parallel_degree {degrees.pp}"
         if degrees.virtual > 1:

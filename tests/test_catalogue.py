@@ -271,13 +271,13 @@ def test_degrees_share_the_memory():
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ("--tensor_parallel_degree 3", "tensor_parallel_degree 3 does not divide attention heads (32)"),
+        ("--tensor_parallel_degree 64", "tensor_parallel_degree 64 is more than attention heads (32)"),
         ("--pipeline_parallel_degree 64", "pipeline_parallel_degree 64 is more than layers (32)"),
-        ("--sep_parallel_degree 3", "sep_parallel_degree 3 does not divide"),
+        ("--sep_parallel_degree 3", "sep_parallel_degree 3 does not divide attention heads (32)"),
         ("--context_parallel_degree 2 --sep_parallel_degree 2", "exclude each other"),
         ("--sharding stage2 --pipeline_parallel_degree 2", "exclude each other: use stage1"),
         ("--sharding stage4", "sharding: 'stage4'; possible are stage1"),
-        ("--expert_parallel_degree 2", "expert_parallel_degree 2 is for 0 experts"),
+        ("--expert_parallel_degree 2", "expert_parallel_degree 2 is for experts, of which there are none (0)"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size: 0"),
     ],
 )

@@ -213,10 +213,10 @@ def test_a_ring_and_a_prefix_for_each_sample(two):
 
 
 @pytest.mark.parametrize("name, degrees, T, message", [
-    ("llama", heads(3), None, "sep_parallel_degree 3: does not divide attention heads 4;"),
-    ("llama", heads(4, tp=2), None, "attention heads 4 / tensor_parallel_degree 2 = 2 on a rank"),
-    ("llama", ring(4), 7, "context_parallel_degree 4: rows of 7 tokens are too short"),
-    ("llama", heads(4), 3, "sep_parallel_degree 4: rows of 3 tokens are too short"),
+    ("llama", heads(3), None, "sep_parallel_degree 3 does not divide attention heads (4): "),
+    ("llama", heads(4, tp=2), None, "attention heads (2, which tensor_parallel_degree 2 leaves a rank of 4)"),
+    ("llama", ring(4), 7, "context_parallel_degree 4 x 2 = 8 is more than tokens of a sequence (7)"),
+    ("llama", heads(4), 3, "sep_parallel_degree 4 is more than tokens of a sequence (3)"),
 ])  # fmt: skip
 def test_what_cannot_be_shared(name, degrees, T, message):
     found = parallel.check_context(families.config(name), Degrees(**degrees), T)

@@ -42,13 +42,14 @@ def args_of(**keys):
         (4, dict(pipeline=4, virtual=3, order="sharding_first"), Degrees(pp=4, virtual=3, order="sharding_first")),
         (4, dict(tensor=2, sequence_parallel=True), Degrees(dp=2, tp=2, sequence_parallel=True)),
         (None, dict(tensor=8, sharding="stage2"), Degrees(tp=8)),  # counts alone
+        (None, dict(expert=4, sharding_degree=2), Degrees(dp=2, sharding=2, ep=4, stage=1)),  # experts need ranks with other tokens
     ],
 )
 def test_degrees(world, keys, wanted):
     assert Degrees.of(args_of(**keys), world=world) == wanted
 
 
-LLAMA = families.config("llama", num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=4, intermediate_size=40, vocab_size=7)
+LLAMA = families.config("llama", num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=4, intermediate_size=5, vocab_size=7)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,13 @@ LLAMA = families.config("llama", num_attention_heads=8, num_key_value_heads=2, n
         (8, dict(tensor=3, sharding_degree=2), "tensor_parallel_degree 3 x pipeline_parallel_degree 1 x sharding_parallel_degree 2 x sep_parallel_degree 1"
                                                 " x context_parallel_degree 1 = 6 processes, but this run has 8; give a product that divides 8"),
         (1, dict(pipeline=2), "pipeline_parallel_degree 2 x .* = 2 processes, but this run has 1; set the degrees to 1"),
-        (6, dict(tensor=6), r"6 does not divide attention heads \(8\); .* the MLP's width \(40\)"),
-        (3, dict(tensor=3), r"3 neither divides the key/value heads \(2\) nor is a multiple"),
-        (8, dict(tensor=8), "tensor_parallel_degree 8 is more than ids of the vocabulary"),
+        (6, dict(tensor=6), r"^tensor_parallel_degree 6 is more than channels of the MLP \(5\)$"),
+        (16, dict(tensor=16), r"tensor_parallel_degree 16 is more than attention heads \(8\); .* ids of the vocabulary \(7\); .* channels of the MLP \(5\)"),
+        (8, dict(tensor=8), r"tensor_parallel_degree 8 is more than ids of the vocabulary \(7\)"),
         (8, dict(pipeline=8), r"pipeline_parallel_degree 8 is more than layers \(4\)"),
-        (4, dict(pipeline=4, virtual=2), r"pipeline_parallel_degree 4 x virtual_pp_degree 2 is more than layers \(4\)"),
-        (2, dict(virtual=2), "virtual_pp_degree 2 needs a pipeline_parallel_degree above 1"),
-        (3, dict(sep=3), "sep_parallel_degree 3 does not divide attention heads"),
+        (4, dict(pipeline=4, virtual=2), r"pipeline_parallel_degree 4 x virtual_pp_degree 2 = 8 is more than layers \(4\)"),
+        (2, dict(virtual=2), "^virtual_pp_degree 2 needs a pipeline_parallel_degree above 1$"),
+        (3, dict(sep=3), r"sep_parallel_degree 3 does not divide attention heads \(8\): context_parallel_degree takes any"),
         (8, dict(sep=4, tensor=4), r"sep_parallel_degree 4 does not divide attention heads \(2, which tensor_parallel_degree 4 leaves a rank of 8\)"),
         (4, dict(sep=2, context=2), "sep_parallel_degree and context_parallel_degree exclude each other"),
         (4, dict(sharding="stage2", pipeline=2), "sharding stage2 and pipeline_parallel_degree 2 exclude each other: use stage1"),
@@ -71,9 +72,9 @@ LLAMA = families.config("llama", num_attention_heads=8, num_key_value_heads=2, n
         (2, dict(sequence_parallel=True), "sequence_parallel needs a tensor_parallel_degree above 1"),
         (2, dict(sharding="stage5"), "sharding: 'stage5'; possible are stage1, stage2, stage3"),
         (2, dict(order="tp_first"), "hybrid_parallel_topo_order: 'tp_first'; possible are pp_first, sharding_first"),
-        (2, dict(expert=2), "expert_parallel_degree 2 is for 0 experts"),
+        (2, dict(expert=2), r"expert_parallel_degree 2 is for experts, of which there are none \(0\)"),
         (2, dict(expert=4), "expert_parallel_degree: 4, but this run has 2 process"),
-        (4, dict(context=4), r"context_parallel_degree 4 is more than tokens of a sequence \(3\)"),
+        (4, dict(context=4), r"context_parallel_degree 4 x 2 = 8 is more than tokens of a sequence \(3\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(world, keys, line):
@@ -84,25 +85,25 @@ def test_what_does_not_fit_is_one_line(world, keys, line):
 
 def test_all_that_does_not_fit_is_in_the_one_line():
     with pytest.raises(UserError) as error:
-        Degrees.of(args_of(tensor=6, pipeline=5, virtual=2, sep=7), LLAMA, 2, 4)
+        Degrees.of(args_of(tensor=8, pipeline=5, virtual=2, sep=7), LLAMA, 2, 4)
     assert len(str(error.value).split("; ")) >= 7, error.value
 
 
 @pytest.mark.parametrize("keys, fits", [(dict(expert=3), False), (dict(expert=4), True), (dict(expert=8), True), (dict(tensor=8), False)])
 def test_experts(keys, fits):
-    """8 experts 12 wide; the dense layer is 40 wide."""
-    config, T = families.config("qwen3_moe", num_attention_heads=8, num_key_value_heads=8, num_experts=8, moe_intermediate_size=12), 64
+    """8 experts 6 wide."""
+    config, T = families.config("qwen3_moe", num_attention_heads=8, num_key_value_heads=8, num_experts=8, moe_intermediate_size=6), 64
     if fits:
         assert Degrees.of(args_of(**keys), config, T, 8).ep == keys.get("expert", 1)
     else:
-        with pytest.raises(UserError, match="experts on 6 ranks" if "expert" in keys else r"an expert's width \(12\)"):
+        with pytest.raises(UserError, match=r"^expert_parallel_degree 3 does not divide experts \(8\)$" if "expert" in keys else r"channels of an expert \(6\)"):
             Degrees.of(args_of(**keys), config, T, 6 if "expert" in keys else 8)
 
 
 def test_a_model_is_checked_before_its_weights_are_there():
     model = parallel.build(families.config("llama"))
-    with pytest.raises(UserError, match=r"tensor_parallel_degree 3 does not divide attention heads \(4\)"):
-        parallel.parallelize(model, Topology(Degrees(tp=3)))
+    with pytest.raises(UserError, match=r"^tensor_parallel_degree 5 is more than attention heads \(4\)$"):
+        parallel.parallelize(model, Topology(Degrees(tp=5)))
 
 
 @pytest.mark.parametrize("order", ["pp_first", "sharding_first"])

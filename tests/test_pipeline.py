@@ -85,7 +85,7 @@ def test_complaints():
     (found,) = parallel.check_pipeline(config, parallel.Degrees(pp=2, virtual=2))
     assert found == "pipeline_parallel_degree 2 x virtual_pp_degree 2 = 4 is more than layers (2)"
     (found,) = parallel.check_pipeline(config, parallel.Degrees(virtual=2))
-    assert found == "virtual_pp_degree 2 needs pipeline_parallel_degree above 1"
+    assert found == "virtual_pp_degree 2 needs a pipeline_parallel_degree above 1"
 
 
 # ============================================================================================ against one process
