@@ -2320,6 +2320,7 @@ class Shards:
     def _agree_on_arrivals(self):
         """Experts that no token chose here have a gradient if one did elsewhere; who has none anywhere is not updated."""
         if self.model.config.experts is None:
+            self.arrived.update(weight.name for weight in self.weights)
             return
         for name in ("sharding", "sep", "dp", "copies", "tp"):
             axis = getattr(self.topology, name)
@@ -2352,6 +2353,7 @@ class Shards:
     @paddle.no_grad()
     def gather_weights(self):
         """After the optimizer's step: the weights that other ranks have updated. Gradients are gone."""
+        self.arrived.clear()
         if not self.stage:
             return
         for bucket in self.buckets:
@@ -2362,7 +2364,6 @@ class Shards:
             else:
                 bucket.owned.clear_gradient(False)
             bucket.gradient = None
-        self.arrived.clear()
 
     # ------------------------------------------------------------------------------- for checkpoints
     # Moments are optimizer.moments[name], each (n,) of the piece of this name. A file is written from whole(), weight by

@@ -407,9 +407,10 @@ def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_inde
         if return_predictions:
             predictions = paddle.scatter(predictions, kept, paddle.concat(how.predictions))
     else:
-        losses = (
-            losses + hidden.astype("float32").sum(-1) * 0.0
-        )  # keeps the graph: a batch without targets has zero gradients
+        # Keeps the graph: rows without targets have zero gradients, the weight's too, as ranks wait for each other's.
+        losses = losses + hidden.astype("float32").sum(-1) * 0.0
+        if not weight.stop_gradient:
+            losses = losses + weight.astype("float32").sum() * 0.0
     return (losses, predictions) if return_predictions else losses
 
 
