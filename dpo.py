@@ -427,9 +427,8 @@ def main(args):
             halve_frozen(model)
         weights = trainable_weights(model)
         shards = parallel.Shards(model, weights, topology)
-        trained = sum(int(np.prod(w.shape)) for w in weights)
-        share = 100 * trained / model.num_parameters()
-        print(f"model: {model.num_parameters():,} parameters, {trained:,} of them trained ({share:.2f} %)")
+        parameters, trained = model.num_parameters(), model.num_parameters(trained=True)
+        print(f"model: {parameters:,} parameters, {trained:,} of them trained ({100 * trained / parameters:.2f} %)")
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
         optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
         state = trainer.TrainState()

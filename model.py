@@ -1818,8 +1818,9 @@ class CausalLM(nn.Layer):
             before = 0  # a prefix has no place in the context
         return *rope_tables(config, position_ids + before, lengths), q_scale
 
-    def num_parameters(self):
-        return sum(int(np.prod(p.shape)) for p in self.parameters())
+    def num_parameters(self, trained=False):
+        """Of the whole model, also where this process has a part of it. trained: those alone that have a gradient."""
+        return sum(math.prod(p.shape) for p in self.parameters() if not (trained and p.stop_gradient))
 
     def flops_per_token(self, T):
         """Floating-point operations of one token's forward and backward in a causal sequence of T (arXiv 2204.02311, B).

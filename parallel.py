@@ -2331,7 +2331,10 @@ class Shards:
                 self.arrived |= {name for name, there in zip(names, axis.all_reduce(seen, "max").numpy()) if there}
 
     def _norm(self):
-        sums = {(rule.apart, rule.sharded): paddle.zeros([], "float64") for rule in self.rules.values()}
+        topology = self.topology
+        sums = {((), topology.sharding): paddle.zeros([], "float64")}
+        if topology.ep.size > 1:  # also on a rank that trains none of its experts: the others wait for it
+            sums[(topology.ep,), topology.alone] = paddle.zeros([], "float64")
         for piece in self.pieces:
             parameter = piece.weight.parameter if self.stage else piece.parameter
             rule, gradient = self.rules[id(parameter)], piece.grad
@@ -2707,14 +2710,16 @@ class ParallelCausalLM:
     def kept(self, x):
         return kept(spread_tokens(x, self.topology.sep), self.topology.tp)
 
-    def num_parameters(self):
-        """Of all ranks of tp and ep, each counted once."""
-        ep, total = self.topology.ep, 0
+    def num_parameters(self, trained=False):
+        """Of all ranks of tp, ep and pp, each counted once. Ranks along pp call it together."""
+        topology, total = self.topology, 0
         for path, parameter in self.named_parameters():
-            cut = getattr(parameter, "cut", None)
+            cut, copied = getattr(parameter, "cut", None), stage_copies(self, path)
+            if trained and parameter.stop_gradient or copied is not None and copied.rank > 0:
+                continue
             size = math.prod(parameter.shape if cut is None else cut.shape)
-            total += size * ep.size if is_spread(path, self.topology) else size
-        return total
+            total += size * topology.ep.size if is_spread(path, topology) else size
+        return int(topology.pp.all_reduce(paddle.to_tensor(total, "int64")))
 
     def flops_per_token(self, T):
         experts, ep = self.config.experts, self.topology.ep
@@ -2795,14 +2800,6 @@ def in_turn(model, batches, run):
             yield batch, pipeline.end(found)
     for batch, found in begun:
         yield batch, pipeline.end(found)
-
-
-def whole(weight, tensor, topology):
-    """A weight, or a tensor of its shape (a moment), of all ranks of tp, as numpy in the file's layout."""
-    if weight.cut is None:
-        return weight.to_numpy(tensor)
-    found = gathered(tensor, weight.cut, topology.tp)
-    return found.T if weight.transposed else found
 
 
 @paddle.no_grad()

@@ -6,6 +6,16 @@ import json
 from pathlib import Path
 
 
+def whole(weight, tensor, topology):
+    """A weight, or a tensor of its shape (a gradient, a moment), of all ranks of tp, as numpy in the file's layout."""
+    import parallel
+
+    if weight.cut is None:
+        return weight.to_numpy(tensor)
+    found = parallel.gathered(tensor, weight.cut, topology.tp)
+    return found.T if weight.transposed else found
+
+
 def script(name, argv):
     """Run a script's main() here; returns the rows of metrics.jsonl and what was printed."""
     import trainer

@@ -5,6 +5,7 @@ import types
 import families
 import numpy as np
 import paddle
+from parallel_jobs import whole
 
 import model as M
 import parallel
@@ -95,13 +96,13 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
         found["norms"].append(shards.reduce_gradients())
         if step == 0:
             found["gradients"] = {
-                w.name: np.array(parallel.whole(w, w.parameter.grad, place))
+                w.name: np.array(whole(w, w.parameter.grad, place))
                 for w in weights if w.parameter.grad is not None
             }  # fmt: skip
         optimizer.step(1e-2, trainer.clip_scale(found["norms"][-1], 1.0))
         shards.gather_weights()
         optimizer.zero_grad()
-    found["weights"] = {w.name: np.array(parallel.whole(w, w.parameter, place)) for w in weights}
+    found["weights"] = {w.name: np.array(whole(w, w.parameter, place)) for w in weights}
     found["bubble"] = (place.pp.idle, place.pp.bubble) if place.pp.size > 1 else None
     return found
 
@@ -159,4 +160,4 @@ def loaded(folder, degrees, adapter=None):
         M.reload_adapter(model, adapter)
     weights = M.base_weights(model) + M.adapter_weights(model)
     targets = model.lora_config["target_modules"] if adapter is not None and model.prefix is None else None
-    return {w.name: np.array(parallel.whole(w, w.parameter, place)) for w in weights}, targets
+    return {w.name: np.array(whole(w, w.parameter, place)) for w in weights}, targets

@@ -5,6 +5,7 @@ import types
 import families
 import numpy as np
 import paddle
+from parallel_jobs import whole
 
 import kernels
 import model as M
@@ -104,7 +105,7 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
     found["moments"] = tensors_of(shards, weights, place, lambda piece: optimizer.moments[piece.name][0])
     found["weights"] = {}
     for ids in shards.each_unit() if shards.units else [{id(w.parameter) for w in weights}]:
-        found["weights"] |= {w.name: parallel.whole(w, w.parameter, place) for w in weights if id(w.parameter) in ids}
+        found["weights"] |= {w.name: whole(w, w.parameter, place) for w in weights if id(w.parameter) in ids}
     model.eval()
     batch = batch_of(99, 0, model.config.vocab_size)
     with paddle.no_grad():
@@ -144,10 +145,10 @@ def tensors_of(shards, weights, place, read):
         tensor = None if piece is None else read(piece)
         if not shards.stage:
             if tensor is not None:
-                found[weight.name] = parallel.whole(weight, tensor, place)
+                found[weight.name] = whole(weight, tensor, place)
             continue
         local = paddle.to_tensor(shards.whole(weight, tensor))
-        found[weight.name] = parallel.whole(weight, local, place)
+        found[weight.name] = whole(weight, local, place)
     return found
 
 

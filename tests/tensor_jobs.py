@@ -1,12 +1,15 @@
 """What the ranks of tests/ranks.py do for test_tensor_parallel.py: train a tiny model cut up, and whole, and compare."""
 
 import functools
+import json
 import time
 import traceback
 import types
+from pathlib import Path
 
 import numpy as np
 import paddle
+from parallel_jobs import whole
 
 import families
 import model as M
@@ -85,12 +88,25 @@ def train(model, topology, batches, steps, seed=0, recompute=False):
             loss += part
         norm = shards.reduce_gradients()
         if step == 0:
-            gradients = {w.name: parallel.whole(w, w.parameter.grad, topology).copy() for w in weights if w.parameter.grad is not None}
+            gradients = gradients_of(shards, weights, topology)
         rows.append((topology.total(loss), norm))
         optimizer.step(ARGS.learning_rate, trainer.clip_scale(norm, 1.0))
         shards.gather_weights()
         optimizer.zero_grad()
     return rows, gradients
+
+
+def gradients_of(shards, weights, topology):
+    """{name: the whole gradient, numpy}, wherever sharding has put it."""
+    if not shards.stage:
+        return {w.name: whole(w, w.parameter.grad, topology).copy() for w in weights if w.parameter.grad is not None}
+    pieces, found = {piece.name: piece for piece in shards.pieces}, {}
+    for weight in weights:
+        piece = pieces.get(weight.name)
+        if weight.name in shards.arrived:
+            gradient = paddle.to_tensor(shards.whole(weight, None if piece is None else piece.grad))
+            found[weight.name] = whole(weight, gradient, topology).copy()
+    return found
 
 
 def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, changes=None, degrees=None, T=13, folder=None,
@@ -181,43 +197,58 @@ def tokens(name, degrees, kind="full", folder=None, new=9, changes=None):
 def starts(name, degrees, changes=None):
     """Names of the weights whose start, after init_weights, is not bitwise the part of one process's; (bytes here, of all)."""
     topology, config = grid(**degrees), families.config(name, **(changes or {}))
-    model, whole = parallel.parallelize(M.build(config), topology), M.build(config)
+    model, alone = parallel.parallelize(M.build(config), topology), M.build(config)
     M.init_weights(model, 5)
-    M.init_weights(whole, 5)
-    wanted = {w.name: w.to_numpy() for w in M.base_weights(whole)}
+    M.init_weights(alone, 5)
+    wanted = {w.name: w.to_numpy() for w in M.base_weights(alone)}
     weights = M.base_weights(model)
     assert {w.name for w in weights} | model.elsewhere >= set(wanted) and not {w.name for w in weights} & model.elsewhere
-    wrong = [w.name for w in weights if not np.array_equal(parallel.whole(w, w.parameter, topology), wanted[w.name])]
-    return wrong, sum(p.size * 4 for p in model.parameters()), sum(p.size * 4 for p in whole.parameters())
+    wrong = [w.name for w in weights if not np.array_equal(whole(w, w.parameter, topology), wanted[w.name])]
+    return wrong, sum(p.size * 4 for p in model.parameters()), sum(p.size * 4 for p in alone.parameters())
 
 
-def on_disk(base, adapter, degrees):
-    """An adapter on a cut model: loaded to go on, given whole, loaded again, merged. Names of what differs from one process."""
+def on_disk(base, adapter, degrees, folder):
+    """An adapter on a cut model: loaded to go on, written, loaded again, merged. Names of what differs from one process."""
     topology, wrong = grid(**degrees), []
-    model, whole = parallel.from_pretrained(base, topology), M.from_pretrained(base)
-    for one in (model, whole):
+    model, alone = parallel.from_pretrained(base, topology), M.from_pretrained(base)
+    for one in (model, alone):
         M.load_adapter(one, adapter, trainable=True)
     parallel.cut_adapters(model, topology)
 
     def compare(found, wanted, what, tolerance=0.0):
-        assert set(found) == set(wanted), (what, set(found) ^ set(wanted))
+        assert found.keys() == wanted.keys(), (what, found.keys() ^ wanted.keys())
+        assert found.pop("adapter_config.json", None) == wanted.pop("adapter_config.json", None)
         wrong.extend(f"{what} {n}" for n in found if not np.abs(found[n] - wanted[n]).max() <= tolerance * np.abs(wanted[n]).max())
 
     def base_of(one):
-        return {w.name: parallel.whole(w, w.parameter, topology) for w in M.base_weights(one)}
+        return {w.name: whole(w, w.parameter, topology) for w in M.base_weights(one)}
 
-    compare(parallel.whole_adapter(model), M.adapter_arrays(whole), "loaded")
-    wanted = {n: a for n, a in base_of(whole).items() if n not in model.elsewhere}
+    compare(written(model, topology, f"{folder}/all"), written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"), "loaded")
+    wanted = {n: a for n, a in base_of(alone).items() if n not in model.elsewhere}
     compare(base_of(model), wanted, "base", 1e-7)
     for weight in M.adapter_weights(model):
         M.set_parameter(weight.parameter, np.full(weight.parameter.shape, 0.5, np.float32))
     M.reload_adapter(model, adapter)
-    compare(parallel.whole_adapter(model), M.adapter_arrays(whole), "loaded again")
+    compare(written(model, topology, f"{folder}/all"), written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"), "loaded again")
     if model.prefix is None:
         merged = parallel.from_pretrained(adapter, topology)
         wanted = {n: a for n, a in base_of(M.from_pretrained(adapter)).items() if n not in model.elsewhere}
         compare(base_of(merged), wanted, "merged", 1e-6)
     return wrong
+
+
+def written(model, topology, folder):
+    """{file and name: array} of the adapter that the ranks write together, as the scripts do."""
+    folder = Path(folder)
+    args = types.SimpleNamespace(lora=True, model_name_or_path=None, unified_checkpoint_config=[], ckpt_quant_stage="O0")
+    trainer.Checkpoints(args, model, types.SimpleNamespace(save=lambda folder: None), topology=topology).write_model(folder)
+    topology.meet()
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= {f"{path.name} {name}": M.read_tensor(path, entry).copy() for name, entry in M.safetensors_header(path).items()}
+    found["adapter_config.json"] = json.loads((folder / "adapter_config.json").read_text())
+    topology.meet()  # before it is written again
+    return found
 
 
 def halved(name, degrees):
@@ -273,8 +304,22 @@ def spread_along_tokens(name, places, ep, changes=None):
         where.sep.places, where.sep.whole = (mine, 9) if where is topology else (None, None)
         here = paddle.to_tensor(x[:, mine] if where is topology else x[:, :9])
         linear = M.lora_layers(model)["model.layers.0.self_attn.q_proj"]
-        shape = [2, len(mine), 32] if where is topology else [2, 9, 32]
-        found.append([y.numpy() for y in (linear(here), model.layers[0].mlp(here)[0], model.noise(shape))])
+        noise = model.kept(model.noise([2, 9, 32]))
+        found.append([y.numpy() for y in (linear(here), model.layers[0].mlp(here)[0], noise)])
         where.sep.places = None
     real = mine < 9
     return [float(np.abs(cut[:, real] - whole[:, mine[real]]).max()) for cut, whole in zip(*found)]
+
+
+def counted(name, degrees, kind, changes=None):
+    """num_parameters() of all and of what is trained: [cut, in one process]."""
+    topology, found = grid(**degrees), []
+    for where in (topology, parallel.SINGLE):
+        model = parallel.parallelize(M.build(families.config(name, **(changes or {}))), where)
+        families.fill(model)
+        adapt(model, kind)
+        parallel.cut_adapters(model, where)
+        if where.degrees.stage == 3:
+            parallel.Shards(model, M.trainable_weights(model), where)
+        found.append((model.num_parameters(), model.num_parameters(trained=True)))
+    return found
