@@ -314,7 +314,7 @@ IGNORED = _table([
     ("sizes of messages are fixed", "sharding_comm_buffer_size_MB"),
     ("every rank reads whole batches, the model cuts them", "split_inputs_sequence_dim"),
     ("what ranks of one axis have of a gradient is always sent as one", "fuse_sequence_parallel_allreduce split_norm_comm"),
-    ("a gradient that a rank does not have counts as zero", "ddp_find_unused_parameters"),
+    ("a gradient that only others have counts as zero, a weight for which none has one rests", "ddp_find_unused_parameters"),
     ("losses come from logits in parts, whole ones where they are asked for", "tensor_parallel_output"),
     ("the launcher says which process this is", "tensor_parallel_rank local_rank"),
     ("every process reads the data itself", "distributed_dataloader"),
