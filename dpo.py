@@ -463,7 +463,7 @@ def main(args):
                     trainer.update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
-            start = time.perf_counter()
+            start = log.begin()
             batches = trainer.step_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
             size, loss = topology.total(step_size(batches)), 0.0

@@ -209,7 +209,7 @@ class Topology:
 
     @property
     def axes(self):
-        return [getattr(self, name) for name in AXES] + ([self.ep] if self.ep.size > 1 else [])
+        return [getattr(self, name) for name in AXES] + ([self.ep, self.copies] if self.ep.size > 1 else [])
 
     @property
     def data_rank(self):

@@ -314,7 +314,7 @@ IGNORED = _table([
     ("sizes of messages are fixed", "sharding_comm_buffer_size_MB"),
     ("every rank reads whole batches, the model cuts them", "split_inputs_sequence_dim"),
     ("what ranks of one axis have of a gradient is always sent as one", "fuse_sequence_parallel_allreduce split_norm_comm"),
-    ("a gradient that a rank does not have counts as zero", "ddp_find_unused_parameters"),
+    ("a gradient that only others have counts as zero, a weight for which none has one rests", "ddp_find_unused_parameters"),
     ("losses come from logits in parts, whole ones where they are asked for", "tensor_parallel_output"),
     ("the launcher says which process this is", "tensor_parallel_rank local_rank"),
     ("every process reads the data itself", "distributed_dataloader"),
@@ -1754,11 +1754,14 @@ class Log:
 
         log = Log(args, total, state)            # drops lines of an earlier attempt that lie after state.step
         log.add({"sft_loss": 0.3})               # a micro-batch's part of further figures of the step that is being made
-        log.step(state, loss=, lr=, grad_norm=, tokens=, seconds=)    # after every step; state.step counts it already
+        start = log.begin()                      # before every step: the time
+        log.step(state, loss=, lr=, grad_norm=, tokens=, seconds=)    # after it; state.step counts it already
         log.evaluation(state.step, metrics); log.say("text"); log.close()
 
     tokens: real input tokens of the step; seconds: its duration, without evaluation and saving. flops_per_token and
-    peak_flops (of measure_matmul_peak) add model FLOPs utilisation, "mfu".
+    peak_flops (of measure_matmul_peak) add model FLOPs utilisation, "mfu". With several processes, "communication" is the
+    share of the steps' time since the last line that this rank was in each axis's collectives, waiting for slower ranks
+    too; what a pipeline waits for messages is not in it, but is "bubble".
     """
 
     def __init__(self, args, total, state, flops_per_token=None, peak_flops=None, topology=SINGLE, figures=()):
@@ -1767,7 +1770,9 @@ class Log:
         if flops_per_token and peak_flops:
             self.utilisation = flops_per_token / peak_flops
         self.window = collections.deque(maxlen=50)  # (tokens, seconds) of the last steps
-        self.since = 0  # steps since the last line
+        self.since, self.spent = 0, 0.0  # steps since the last line, and their seconds
+        self.talked = {axis.name: 0.0 for axis in topology.axes if axis.size > 1}  # seconds of theirs
+        self.begin()
         self.names = figures
         self.figures = {}  # of the step that is being made, see add()
         for name in ("metrics.jsonl", "eval_metrics.jsonl") if self.writes else ():
@@ -1783,6 +1788,11 @@ class Log:
             raise UserError("report_to: visualdl is not installed: pip install visualdl") from None
         return LogWriter(logdir=self.args.logging_dir or str(self.folder / "vdl_log"))
 
+    def begin(self):
+        """The time. What is talked from here on is the step's, and not evaluation's or a checkpoint's."""
+        self.before = {axis.name: axis.seconds for axis in self.topology.axes}
+        return time.perf_counter()
+
     def add(self, figures):
         """Further figures for the line of the step that is being made; those of its micro-batches are summed."""
         for name, value in figures.items():
@@ -1791,7 +1801,10 @@ class Log:
     def step(self, state, loss, lr, grad_norm, tokens, seconds):
         """Count a step; at logging steps (and the last) write its line: its own loss, lr, grad_norm, not means."""
         self.window.append((tokens, seconds))
-        self.since += 1
+        self.since, self.spent = self.since + 1, self.spent + seconds
+        for axis in self.topology.axes:
+            if axis.size > 1:
+                self.talked[axis.name] += axis.seconds - self.before[axis.name]
         added, self.figures = self.topology.total({n: self.figures.get(n, 0.0) for n in self.names}, True), {}
         recent = list(self.window)[-self.since :]
         speed = sum(t for t, _ in recent) / max(1e-9, sum(s for _, s in recent))
@@ -1802,7 +1815,6 @@ class Log:
         first = state.step == 1 and self.args.logging_first_step
         if state.step % self.args.logging_steps and state.step != self.total and not first:
             return
-        self.since = 0
         row = {
             "step": state.step,
             "epoch": round(state.epoch, 4),
@@ -1819,6 +1831,9 @@ class Log:
         if (pp := self.topology.pp).size > 1:  # idle share of the step's forwards and backwards, beside the formula
             row["bubble"] = round(self.topology.total(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4)
             row["bubble_formula"] = round(pp.bubble, 4)
+        if self.talked:
+            row["communication"] = {name: round(talked / max(1e-9, self.spent), 4) for name, talked in self.talked.items()}
+        self.since, self.spent, self.talked = 0, 0.0, dict.fromkeys(self.talked, 0.0)
         row.update(added)
         state.log_history = (state.log_history + [row])[-20:]
         if self.writes:

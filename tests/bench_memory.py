@@ -42,7 +42,7 @@ def measure(ways, lora):
 
     core, before = paddle.base.core, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     degrees, together = parallel.Degrees(**ways), parallel.company()
-    place = parallel.Topology(degrees, together.launch.rank, parallel._groups(together)) if together else parallel.SINGLE
+    place = parallel.Topology(degrees, together.launch.rank, parallel.Gloo(together.launch)) if together else parallel.SINGLE
     model = parallel.parallelize(M.build(M.ModelConfig.from_dict(MODEL)), place)
     M.init_weights(model, 0)
     if lora:

@@ -151,7 +151,7 @@ def fails(script, argv, capfd):
 
 def rows(folder):
     """What a resumed run must repeat exactly: metrics.jsonl without its times."""
-    timed = ("tokens_per_second", "eta_seconds", "peak_memory_gb", "mfu")
+    timed = ("tokens_per_second", "eta_seconds", "peak_memory_gb", "mfu", "communication")
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in timed} for row in found]
 

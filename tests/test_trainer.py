@@ -26,6 +26,7 @@ import paddle
 import trainer
 from data import UserError
 from model import Entry, Weight, read_safetensors
+from parallel import Degrees, Topology
 from trainer import AdamW, Log, TrainingArgs, TrainState, parse_args
 
 CONFIGS = Path(__file__).resolve().parents[2] / "shared" / "upstream" / "configs" / "llama"
@@ -753,6 +754,19 @@ def test_log_lines_and_files(tmp_path, capsys):
 def test_logging_steps(tmp_path, capsys):
     log_steps(make_args(tmp_path, disable_tqdm=True, logging_steps=4, logging_first_step=True), 0, 10)
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 4, 8, 10]
+
+
+def test_communication_is_of_steps_alone(tmp_path):
+    """Shares of the steps' time since the last line, axis by axis; what is talked between steps is nobody's."""
+    topology, state = Topology(Degrees(dp=2, tp=2)), TrainState()
+    log = Log(make_args(tmp_path, disable_tqdm=True, logging_steps=2), 4, state, topology=topology)
+    for talked in (0.1, 0.2, 0.3, 0.5):
+        topology.dp.seconds += 7  # evaluation
+        log.begin()
+        topology.tp.seconds, topology.dp.seconds = topology.tp.seconds + talked, topology.dp.seconds + 0.05
+        state.step += 1
+        log.step(state, loss=1.0, lr=0.1, grad_norm=2.0, tokens=100, seconds=0.5)
+    assert [row["communication"] for row in rows(tmp_path / "metrics.jsonl")] == [{"dp": 0.1, "tp": 0.3}, {"dp": 0.1, "tp": 0.8}]
 
 
 def test_bar_and_missing_matplotlib(tmp_path, capsys, monkeypatch):
