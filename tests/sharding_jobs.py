@@ -20,8 +20,8 @@ def topology(**ways):
     degrees = parallel.Degrees(**ways)
     if degrees.world == 1:
         return parallel.Topology(degrees)
-    together = parallel.company()
-    return parallel.Topology(degrees, together.launch.rank, parallel._groups(together))
+    launch = parallel.Launch.of_environment()
+    return parallel.Topology(degrees, launch.rank, parallel.Gloo(launch))
 
 
 def make_model(name, place, adapter=None, recompute=False, **changes):
