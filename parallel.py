@@ -2477,7 +2477,11 @@ class Unit:
         return [bucket for bucket in self.buckets if bucket.names[0] is not None]
 
     def watch(self, path, parameter):
-        sparse = self.shards.model.config.experts is not None
+        sparse, topology = self.shards.model.config.experts is not None, self.shards.topology
+        if sparse and topology.sep.size * topology.ep.size > 1:
+            # Ranks of sep or ep have chosen other experts, so their backwards go in other orders and would come to this unit
+            # before or after a collective of backward itself: all units are reduced behind it.
+            return
         if not (sparse and ".mlp." in path):
             self.always.add(path)
             parameter._register_backward_hook(functools.partial(self.arrived, path))
