@@ -1246,11 +1246,23 @@ class SpreadExperts:
     dropout = False  # whether the experts' adapters have any, on any rank
 
     def mix(self, flat, weights, chosen):
-        """Where ranks of sep have some tokens of each row, those of one row are known to be so at each expert, for dropout."""
-        self.places = self.wholes = None
-        if self.training and self.dropout and self.topology.sep.places is not None:
+        """Where ranks of sep have some tokens of each row, those of one row are known to be so at each expert, for dropout;
+        and what fills rows up goes to no expert: one that no token chose has no gradient."""
+        self.places, self.wholes, sep = None, None, self.topology.sep
+        if self.training and self.dropout and sep.places is not None:
             self.places, self.wholes = self._places(chosen)
-        return super().mix(flat, weights, chosen)
+        real = np.ones(1, bool) if sep.places is None else sep.places < sep.whole
+        if real.all() or not real.any():  # (an operation on no rows at all is not worth its trouble)
+            return super().mix(flat, weights, chosen)
+        N, D = flat.shape
+        rows = np.flatnonzero(np.tile(real, N // len(real)))
+        if self.places is not None:
+            self.places = self.places[self.places >= 0]
+        index = paddle.to_tensor(rows)
+        mixed = super().mix(*(paddle.index_select(x, index) for x in (flat, weights, chosen)))
+        back = np.full(N, len(rows))
+        back[rows] = np.arange(len(rows))
+        return paddle.index_select(paddle.concat([mixed, paddle.zeros([1, D], mixed.dtype)]), paddle.to_tensor(back))
 
     def _places(self, chosen):
         """(N, k) -> for each choice, expert by expert, its place among all choices of this expert (-1: it is of no token),
@@ -2464,7 +2476,11 @@ class Unit:
         return [bucket for bucket in self.buckets if bucket.names[0] is not None]
 
     def watch(self, path, parameter):
-        sparse = self.shards.model.config.experts is not None
+        sparse, topology = self.shards.model.config.experts is not None, self.shards.topology
+        if sparse and topology.sep.size * topology.ep.size > 1:
+            # Ranks of sep or ep have chosen other experts, so their backwards go in other orders and would come to this unit
+            # before or after a collective of backward itself: all units are reduced behind it.
+            return
         if not (sparse and ".mlp." in path):
             self.always.add(path)
             parameter._register_backward_hook(functools.partial(self.arrived, path))
