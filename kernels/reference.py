@@ -407,9 +407,10 @@ def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_inde
         if return_predictions:
             predictions = paddle.scatter(predictions, kept, paddle.concat(how.predictions))
     else:
-        losses = (
-            losses + hidden.astype("float32").sum(-1) * 0.0
-        )  # keeps the graph: a batch without targets has zero gradients
+        # Keeps the graph: without targets gradients are zero, but there, the weight's too. Ranks that share a row reduce their
+        # gradients in the order in which they come; one whose tokens have no target would leave the others waiting.
+        nothing = hidden.astype("float32").sum(-1) + (0.0 if weight.stop_gradient else weight[:1].astype("float32").sum())
+        losses = losses + nothing * 0.0
     return (losses, predictions) if return_predictions else losses
 
 
