@@ -315,6 +315,7 @@ PAIRS = [
     ("sft", "tp2", "pp2"),
     ("sft", "sharding2-stage3", "tp2"),
     ("sft", "sharding2-stage3", "sharding2-stage3"),
+    ("sft", "sep2", "sharding2-stage2"),  # some ranks have prompts alone, without a label
     ("tied", "pp2", "tp2"),
     ("tied", "pp2", "pp2"),
     ("moe", "dp2-ep2", "1"),
@@ -329,7 +330,6 @@ MORE_PAIRS = [
     ("sft", "dp2", "dp2"),
     ("sft", "sharding2-stage1", "tp2"),
     ("sft", "context2", "pp2"),
-    ("sft", "sep2", "sharding2-stage2"),
     ("sft", "tp2-dp2", "1"),
     ("sft", "tp2-dp2", "tp2"),
     ("sft", "tp2-dp2", "tp2-dp2"),
