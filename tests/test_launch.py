@@ -74,18 +74,19 @@ def wait_until(condition, seconds):
     return condition()
 
 
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+def logged(folder, key="loss"):
+    return [json.loads(line)[key] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_as_one(base):
     """As README has it; the first rank's console alone is shown, without Paddle's notes about connections."""
     code = subprocess.run([sys.executable, str(ROOT / "finetune.py"), str(base / "args.json")], cwd=ROOT, capture_output=True).returncode
     assert code == 0
-    alone = losses(base)
+    alone = logged(base)
     text, code, _ = console(start(base, None, "--tensor_parallel_degree", "2"), base)
     assert code == 0, text
-    assert losses(base) == pytest.approx(alone, rel=1e-5) and len(alone) == 4
+    assert logged(base) == pytest.approx(alone, rel=1e-5) and len(alone) == 4
+    assert all(talked.keys() == {"tp"} and 0 < talked["tp"] < 1 for talked in logged(base, "communication"))
     assert text.count("step 4/4") == 1 and "tcp_store" not in text and "it/s" not in text
     assert "step 4/4" in (base / "log" / "workerlog.1").read_text()
 
@@ -129,7 +130,7 @@ def test_a_killed_rank_is_named(base, rank):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_process_outlives_the_launcher(base, number):
     process = start(base, "none@9", "--tensor_parallel_degree", "2", "--max_steps=100000", "--logging_steps=1")
-    assert wait_until(lambda: (base / "out" / "metrics.jsonl").is_file() and len(losses(base)) > 2 and len(left(base)) == 3, 60)
+    assert wait_until(lambda: (base / "out" / "metrics.jsonl").is_file() and len(logged(base)) > 2 and len(left(base)) == 3, 60)
     process.send_signal(number)
     begin = time.monotonic()
     assert wait_until(lambda: not left(base), 60), left(base)
@@ -152,7 +153,7 @@ def test_two_nodes(base, what):
     assert wait_until(lambda: not left(base), 5)
     codes = [node.returncode for node in nodes]
     if what is None:
-        assert codes == [0, 0] and len(losses(base)) == 4, texts
+        assert codes == [0, 0] and len(logged(base)) == 4, texts
         assert "data" not in texts[1] or "step 4/4" in texts[0]
         return
     wanted = {"user@3": "error: rank 3: the record on line 7 has no src", "early@2": "error: rank 2: this file cannot be read here",
