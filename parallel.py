@@ -2477,9 +2477,9 @@ class Unit:
 
     def watch(self, path, parameter):
         sparse, topology = self.shards.model.config.experts is not None, self.shards.topology
-        if sparse and topology.sep.size * topology.ep.size > 1:
-            # Ranks of sep or ep have chosen other experts, so their backwards go in other orders and would come to this unit
-            # before or after a collective of backward itself: all units are reduced behind it.
+        if topology.sep.size > 1 or sparse and topology.ep.size > 1:
+            # Ranks with other tokens have other experts at work, or none of their tokens has a label: their backwards may go in
+            # other orders and come to this unit before or after a collective of backward itself. All are reduced behind it.
             return
         if not (sparse and ".mlp." in path):
             self.always.add(path)
