@@ -2231,7 +2231,7 @@ class Shards:
 
     def __init__(self, model, weights, topology):
         self.model, self.weights, self.topology = model, weights, topology
-        degrees, model.shards = topology.degrees, self
+        degrees, model.topology, model.shards = topology.degrees, topology, self
         self.stage = max(1, degrees.stage) if topology.sharding.size > 1 else 0
         self.paths = {id(parameter): path for path, parameter in weight_tensors(model)}
         self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, model) for w in weights}
