@@ -8,18 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-
-@contextlib.contextmanager
-def quick():
-    """Drawing and measuring take longer than tiny runs themselves."""
-    import trainer
-
-    before = trainer.draw_curves, trainer.measure_matmul_peak
-    trainer.draw_curves, trainer.measure_matmul_peak = (lambda folder: None), (lambda: 1e11)
-    try:
-        yield
-    finally:
-        trainer.draw_curves, trainer.measure_matmul_peak = before
+from parallel_jobs import quick
 
 
 def train(script, keys):

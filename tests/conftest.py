@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # larger goldens, on the machine where the project is developed
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from ranks import Ranks  # noqa: E402  (its folder must be on the path first)
 
 
 def pytest_addoption(parser):
@@ -33,6 +34,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes more than 20 seconds; run with --slow"))
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two processes that do jobs together, see ranks.py."""
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four():
+    with Ranks(4) as ranks:
+        yield ranks
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 from conftest import SHARED
 from families import SPECIAL, TWO_POSITIONS
+from parallel_jobs import quick
 from test_model import gradients, largest, left_padding, mean_loss, packed_batch, tensor, zero_grad
 
 import data
@@ -252,17 +253,6 @@ def give_tokenizer(folder, world):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     template = {"system": "", "conversation": ["{{ user }}[gMASK]<sop>", "{{ bot }}<eop>"], "query": "{{ query }}[gMASK]<sop>"}
     (folder / "chat_template.json").write_text(json.dumps(template))
-
-
-@contextlib.contextmanager
-def quick():
-    """Drawing and measuring take longer than the runs themselves."""
-    before = trainer.draw_curves, trainer.measure_matmul_peak
-    trainer.draw_curves, trainer.measure_matmul_peak = (lambda folder: None), (lambda: 1e11)
-    try:
-        yield
-    finally:
-        trainer.draw_curves, trainer.measure_matmul_peak = before
 
 
 def run_script(script, keys):

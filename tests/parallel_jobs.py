@@ -28,3 +28,16 @@ def script(name, argv):
         module.main(args)
     path = Path(args.output_dir) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()], printed.getvalue()
+
+
+@contextlib.contextmanager
+def quick():
+    """Drawing and measuring take longer than tiny runs themselves."""
+    import trainer
+
+    before = trainer.draw_curves, trainer.measure_matmul_peak
+    trainer.draw_curves, trainer.measure_matmul_peak = (lambda folder: None), (lambda: 1e11)
+    try:
+        yield
+    finally:
+        trainer.draw_curves, trainer.measure_matmul_peak = before

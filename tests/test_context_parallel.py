@@ -24,18 +24,6 @@ from parallel import Degrees, Topology
 ALIBI, WINDOW = "baichuan_13b", "mistral"
 
 
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
-
-
 def heads(sep, **more):
     return {"sep": sep, **more}
 

@@ -6,7 +6,6 @@
 import numpy as np
 import pytest
 import sharding_jobs
-from ranks import Ranks
 
 import parallel
 from parallel import ALIGNED, Bucket, Degrees, Rule, Topology
@@ -52,18 +51,6 @@ MORE_AXES = [
     {"tp": 2, "sharding": 2, "stage": 3, "sequence_parallel": True},
     {"tp": 4},
 ]
-
-
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 ONE = {}

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tensor_jobs
 from golden_weights import draw
-from ranks import Ranks
 from test_integers import SCHEMES
 from test_integers import fill as fill_integers
 
@@ -24,18 +23,6 @@ from parallel import Degrees, Topology
 
 EVEN = {"mixtral": {"num_local_experts": 4}, "mixtral_window": {"num_local_experts": 4, "num_experts_per_tok": 1},
         "qwen2_moe": {"num_experts": 6}, "qwen3_moe": {"num_experts": 8}}  # experts that two ranks share out  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def two():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="session")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def compare(ranks, cases, tolerance=1e-5, of_gradients=2e-5):
