@@ -144,7 +144,7 @@ class Args(trainer.TrainingArgs):
 
 # ======================================================================================================= losses
 # margin: how much likelier the policy finds the chosen reply than the rejected one, in log-probability, less the same
-# of the reference. All take and return float32 (N,) tensors, one entry a pair.
+# of the reference. All take and return (N,) tensors, one entry a pair; float64, see reply_logps().
 
 
 def sigmoid_loss(margin, beta, label_smoothing=0.0):
@@ -214,7 +214,7 @@ def objective(policy, reference, reply_tokens, counts, args):
     pairs, chosen_tokens = counts
     sft = -policy[:, 0].sum() / chosen_tokens
     if args.loss_type in AVERAGED:
-        tokens = paddle.to_tensor(reply_tokens.astype("float32"))
+        tokens = paddle.to_tensor(reply_tokens.astype("float64"))
         policy, reference = policy / tokens, reference / tokens
     preference = preference_losses(policy, reference, args).sum() / pairs
     logps, rewards = policy.numpy(), args.beta * (policy - reference).numpy()
@@ -233,24 +233,25 @@ def wins(values):
 
 
 def reply_logps(model, batch):
-    """(N, 2) float32: summed log-probabilities of the chosen and the rejected reply of each of the batch's N pairs."""
+    """(N, 2) float64: summed log-probabilities of the chosen and the rejected reply of each of the batch's N pairs.
+
+    What is compared is a small difference of such sums: at 300 nats the next float32 is 3e-5 away.
+    """
     losses = model(**trainer.model_inputs(batch), additions=False).flatten()  # (B * T,), never a sequence's logits
     reply_ids = batch["reply_ids"].flatten()
     kept = np.flatnonzero(reply_ids >= 0)
-    sums = paddle.geometric.segment_sum(
-        paddle.gather(losses, paddle.to_tensor(kept)), paddle.to_tensor(reply_ids[kept])
-    )
-    return -sums.reshape([-1, 2])
+    losses = paddle.gather(losses, paddle.to_tensor(kept)).astype("float64")
+    return -paddle.geometric.segment_sum(losses, paddle.to_tensor(reply_ids[kept])).reshape([-1, 2])
 
 
 @paddle.no_grad()
 def known_logps(model, loader, batches, progress=False):
-    """(pairs of the loader's data, 2) float32 numpy: reply_logps by this model of every pair that these batches hold.
+    """(pairs of the loader's data, 2) float64 numpy: reply_logps by this model of every pair that these batches hold.
 
     batches: [(epoch, index)]. The others stay nan. A pair is computed in the first batch that has it, so that until
     the policy has moved it gives the very same numbers.
     """
-    was_training, known = model.training, np.full((len(loader.dataset), 2), np.nan, np.float32)
+    was_training, known = model.training, np.full((len(loader.dataset), 2), np.nan)
     model.eval()
 
     def needed():
@@ -275,7 +276,7 @@ def known_logps(model, loader, batches, progress=False):
 def reference_logps(model, batch, known, args):
     """(N, 2) of the reference: zeros without one, what is known of it, or else by the model with its adapter off."""
     if args.reference_free:
-        return paddle.zeros(batch["reply_tokens"].shape, "float32")
+        return paddle.zeros(batch["reply_tokens"].shape, "float64")
     if known is not None:
         found = known[np.concatenate(batch["sample_ids"])]
         assert not np.isnan(found).any(), batch["sample_ids"]

@@ -1067,8 +1067,6 @@ def cut_tensors(model, tp):
         if isinstance(layer, Elsewhere):
             continue
         name = path.rpartition(".")[2]
-        if isinstance(layer, Elsewhere):
-            continue
         inside = ".experts." in path or ".shared." in path  # of a SparseMLP, which adds up
         if name in BY_OUTPUTS + BY_INPUTS + BY_VOCABULARY:
             (_cut_integers if isinstance(layer, QuantLinear) else _cut_linear)(layer, name, config, tp)
@@ -2905,8 +2903,8 @@ class Share:
     """What this rank does of writing tensors of the whole model: which parts it gives to others, which files it writes.
 
     groups: {group: [Entry]}, all of what this rank holds. A source (weight, tensor, first) is cut over sharding too: tensor
-    has, laid flat, this rank's elements of the parameter from `first` on; None: none of them. The parts are taken here: as they are; or with buffers, a dict, copied into it, and what is written later is the
-    state of now. The dict may be used again by the next.
+    has, laid flat, this rank's elements of the parameter from `first` on; None: none of them. The parts are taken here: as
+    they are; or with buffers, a dict that the next may use again, copied into it, and what is written later is the state of now.
     """
 
     def __init__(self, groups, topology, buffers=None, together=(), metadata=None):

@@ -265,7 +265,7 @@ TASKS = {  # name: (script, model, keys)
     "prefix": ("finetune", "llama", {"prefix_tuning": True, "num_prefix_tokens": 4, "learning_rate": 1e-2}),
     "projection": ("finetune", "llama", {"prefix_tuning": True, "num_prefix_tokens": 4, "prefix_projection": True}),
     "pretrain": ("pretrain", "llama", {}),
-    "dpo": ("dpo", "llama", {"learning_rate": 1e-4}),
+    "dpo": ("dpo", "llama", {}),
     "dpo_lora": ("dpo", "llama", LORA),
 }
 DEGREES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
@@ -282,7 +282,7 @@ def keys_of(world, task, out, topology, **more):
     degrees = ways_of(topology)
     places = {"finetune": {"dataset_name_or_path": str(world / "sft"), "src_length": 40, "max_length": 100},
               "pretrain": {"input_dir": str(world / "corpus"), "split": "90,10,0", "max_seq_length": 24, "continue_training": True},
-              "dpo": {"train_dataset_path": str(world / "pairs"), "max_seq_len": 128, "max_prompt_len": 40, "beta": 0.5}}  # fmt: skip
+              "dpo": {"train_dataset_path": str(world / "pairs"), "max_seq_len": 128, "max_prompt_len": 40}}  # fmt: skip
     keys = {"model_name_or_path": str(world / name), "output_dir": str(out), "do_train": True, "learning_rate": 1e-3,
             "max_steps": 8, "lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5,
             "per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True,
@@ -404,16 +404,16 @@ def resumed(pool, world, saved, task, before, after, out):
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs))
 
 
-def limit(task, before, after):
-    """Of resumed(). A preference loss is of differences of sums over whole replies, whose rounding differs between topologies."""
-    return 0 if before == after else 2e-5 if task.startswith("dpo") else 1e-6
+def limit(before, after):
+    """Of resumed()."""
+    return 0 if before == after else 1e-6
 
 
 @pytest.mark.parametrize("task, before, after", PAIRS + [pytest.param(*row, marks=SLOW) for row in MORE_PAIRS])
 def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp_path):
     off = resumed(pool, world, saved, task, before, after, tmp_path / "out")
     print(f"| {task} | {before} | {after} | {off:.1e} |")
-    assert off <= limit(task, before, after)
+    assert off <= limit(before, after)
     a, b = final_tensors(tmp_path / "out"), final_tensors(saved(task, before)[0])
     assert a.keys() == b.keys()
     if before == after:
@@ -787,7 +787,7 @@ def main():
                 try:
                     off = resumed(pool, world, saved, *row, new_folder() / "out")
                     cell = f"{off:.1e}" if off else "0"
-                    bad += off > limit(*row)
+                    bad += off > limit(*row[1:])
                 except (AssertionError, RuntimeError) as error:
                     text = str(error).strip() or traceback.format_exc().strip()
                     cell, bad = f"fails: {text.splitlines()[-1][:200]}", bad + 1
