@@ -5,7 +5,7 @@
 
 Reads src/tgt/response/sort records (see data.py); prompt, chosen and rejected reply are one sequence, several pairs a
 row. All weights or LoRA. The reference is the model as it was: with LoRA the same model with the adapter off; else its
-log-probabilities of all pairs are computed before the first step, 8 bytes a pair instead of a second model. Writes what
+log-probabilities of all pairs are computed before the first step, 16 bytes a pair instead of a second model. Writes what
 finetune.py writes; ends with reward accuracy on the dev pairs and three of their prompts answered, before and after.
 Before, policy and reference are the same, so all rewards are 0 and each pair counts one half (accuracy 50 %).
 Not here: KTO, a reference that moves.
