@@ -225,9 +225,10 @@ class Topology:
         if self.groups is not None:
             self.groups.meet()
 
-    def exchange(self, value):
-        """[what each process calls this with]: JSON values. They must come within 30 seconds of each other, see meet()."""
-        return [value] if self.groups is None else self.groups.exchange(value)
+    def exchange(self, value, met=False):
+        """[what each process calls this with]: JSON values. met: they come within 30 seconds of each other, after meet(),
+        which then is not waited for."""
+        return [value] if self.groups is None else self.groups.exchange(value, met)
 
     def total(self, numbers, stages=False):
         """Numbers (one, a tuple of them, or a dict) added up over the ranks with other batches; stages: over pp's too."""
@@ -447,9 +448,10 @@ class Groups:
         """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
         self.company.meet()
 
-    def exchange(self, value):
-        """[what each process calls this with], small JSON values. Not by the store, where every get takes 90 milliseconds."""
-        self.meet()
+    def exchange(self, value, met=False):
+        """[what each process calls this with], small JSON values. Not by the store, whose every answer takes 40 milliseconds."""
+        if not met:
+            self.meet()
         group, text, room = self.connect(list(range(self.launch.world))), json.dumps(value).encode(), 1024
 
         def gather(content, size):
@@ -548,8 +550,8 @@ class Company:
         """Wait for all processes, however long they take."""
         self.meetings += 1
         name = f"meeting {self.meetings}"
-        self.store.add(name, 1)
-        self._wait(lambda: self.store.add(name, 0) >= self.launch.world)
+        if self.store.add(name, 1) < self.launch.world:
+            self._wait(lambda: self.store.add(name, 0) >= self.launch.world)
 
     @staticmethod
     def _wait(condition):
@@ -2882,14 +2884,14 @@ def held_by(sizes, topology):
     """({name: bytes}, {name: [rank]}) over all ranks, from each one's own {name: bytes}.
 
     Asked, not derived from the grid: stages of a pipeline have other names, ranks of expert parallelism other experts.
-    Ranks with the same names send a digest of them alone.
+    Ranks with the same names send a digest of them alone. They have met.
     """
     text = json.dumps(sizes, sort_keys=True)
-    digests = topology.exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+    digests = topology.exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), met=True)
     lists = [sizes] * len(digests)
     if len(set(digests)) > 1:
         first = digests.index(digests[topology.rank]) == topology.rank
-        sent = topology.exchange(sizes if first else None)
+        sent = topology.exchange(sizes if first else None, met=True)
         lists = [sent[digests.index(digest)] for digest in digests]
     everything, holders = {}, {}
     for rank, names in enumerate(lists):
@@ -2908,7 +2910,8 @@ class Share:
     """
 
     def __init__(self, groups, topology, buffers=None, together=(), metadata=None):
-        """together: groups of which one rank writes all that it holds, for one small file; metadata: {group: of its files}."""
+        """The ranks have met. together: groups of which one rank writes all that it holds, for one small file; metadata:
+        {group: of its files}."""
         self.topology, self.rank, self.metadata = topology, topology.rank, metadata or {}
         self.entries = {(group, *entry.tensors): entry for group, entries in groups.items() for entry in entries}
         names = {key: " ".join(key) for key in self.entries}
@@ -3060,7 +3063,6 @@ def checksums(folder, sizes, topology):
     know all."""
     share = owners(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
     mine = {name: crc32_of(Path(folder) / name) for name, rank in share.items() if rank == topology.rank}
-    topology.meet()  # reading may take one of them longer
     return {name: found for part in topology.exchange(mine) for name, found in part.items()}
 
 

@@ -1334,6 +1334,7 @@ class Checkpoints:
             self._say(f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more")
             self.rounds = "O0"
         if self.buffers is not None:  # made, and touched, before training begins: the first save is as short as the others
+            topology.meet()
             Share(self._all_groups()[0], topology, self.buffers, ALONE)
 
     def _say(self, text):
@@ -1472,7 +1473,7 @@ class Writing:
                 error = wrong
         if any(texts := topology.exchange(error and self._text(error))):
             self._raise(error, texts)
-        if not all(seen := topology.exchange(self.temporary.is_dir())):
+        if not all(seen := topology.exchange(self.temporary.is_dir(), met=True)):
             raise UserError(f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir")
         try:
             self.share = Share(groups, topology, buffers, ALONE, self.metadata)
