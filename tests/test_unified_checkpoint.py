@@ -282,7 +282,7 @@ def keys_of(world, task, out, topology, **more):
     degrees = ways_of(topology)
     places = {"finetune": {"dataset_name_or_path": str(world / "sft"), "src_length": 40, "max_length": 100},
               "pretrain": {"input_dir": str(world / "corpus"), "split": "90,10,0", "max_seq_length": 24, "continue_training": True},
-              "dpo": {"train_dataset_path": str(world / "pairs"), "max_seq_len": 128, "max_prompt_len": 40}}  # fmt: skip
+              "dpo": {"train_dataset_path": str(world / "pairs"), "dev_dataset_path": str(world / "pairs"), "max_seq_len": 128, "max_prompt_len": 40}}  # fmt: skip
     keys = {"model_name_or_path": str(world / name), "output_dir": str(out), "do_train": True, "learning_rate": 1e-3,
             "max_steps": 8, "lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5,
             "per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True,
