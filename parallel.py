@@ -515,6 +515,9 @@ class Nccl(Groups):
             dist.collective._set_custom_gid(None)
 
 
+STORE_GONE = ValueError, RuntimeError, OSError  # what Paddle raises where there is no store any more
+
+
 class Company:
     """All processes of a run: they meet, and no one goes on alone when another has ended.
 
@@ -524,6 +527,7 @@ class Company:
     """
 
     SILENCE = 45.0  # seconds without a sign of life, after which a rank is given up
+    RANK_0_GONE = "rank 0 has vanished: it was killed, or ran out of memory"
 
     @staticmethod
     @functools.cache  # a process has one
@@ -598,7 +602,10 @@ class Company:
         if lost:
             print(f"lost in {self.place.name if self.place else 'a message'}: {error}", file=sys.stderr, flush=True)
             time.sleep(0.5)  # a failure that is told in the store ends us here, by the other thread
-            code, line = 1, self._who_is_missing(str(error))
+            try:
+                code, line = 1, self._who_is_missing(str(error))
+            except STORE_GONE:
+                code, line = 1, self.RANK_0_GONE
         elif line is None:
             traceback.print_exception(error)
             line = f"rank {self.launch.rank}: {type(error).__name__}: {error} (its traceback is in its own log)"
@@ -606,7 +613,7 @@ class Company:
             line = f"rank {self.launch.rank}: {line}"
         try:
             self.end(code, line)
-        except (ValueError, RuntimeError, OSError):  # the store is gone
+        except STORE_GONE:
             self._exit(code, line)
 
     def end(self, code, line, store=None):
@@ -622,7 +629,7 @@ class Company:
         sys.stdout.flush()
         print(f"error: {line}", file=sys.stderr, flush=True)
         if store is not None:
-            with contextlib.suppress(ValueError, RuntimeError, OSError):
+            with contextlib.suppress(*STORE_GONE):
                 told, end = store.add("told", 1), time.monotonic() + 8.0
                 while told < self.launch.world and time.monotonic() < end:
                     time.sleep(0.05)
@@ -633,9 +640,9 @@ class Company:
         try:
             store = self._client()
             self._keep_watch(store)
-        except (ValueError, RuntimeError, OSError):
+        except STORE_GONE:
             if not self.done.is_set():
-                self._exit(1, "rank 0 has vanished: it was killed, or ran out of memory")
+                self._exit(1, self.RANK_0_GONE)
 
     def _keep_watch(self, store):
         rank, world, beat, heard = self.launch.rank, self.launch.world, 0, {}
@@ -646,7 +653,7 @@ class Company:
                 self._exit(*json.loads(store.get("failure")), store)
             beat += 1
             if beat % 4 == 1:
-                store.set(f"rank {rank}", json.dumps([beat, self.place and self.place.name]).encode())
+                store.set(f"rank {rank}", json.dumps([beat, self.place and self.place.name, time.time()]).encode())
                 store.add(f"rank {rank} is there", int(beat == 1))
             if rank == 0 and beat % 20 == 0:
                 now = time.monotonic()
@@ -671,6 +678,7 @@ class Company:
         time.sleep(3.0)  # every rank gives three
         after = signs()
         silent = [r for r in before if before[r][0] == after[r][0]]
+        silent.sort(key=lambda r: after[r][2])  # the first to go: a launcher ends the others of its node for that
         elsewhere = [r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank]
         if silent and closed:
             return f"rank {silent[0]} has vanished: it was killed, or ran out of memory"
@@ -678,7 +686,7 @@ class Company:
             return f"rank {silent[0]} gives no sign of life; others waited 30 s for it in a collective ({place})"
         if elsewhere:
             return f"rank {elsewhere[0]} hangs or is far behind: others waited 30 s for it in a collective ({place})"
-        waits = ", ".join(f"rank {r} in {where}" for r, (_, where) in after.items())
+        waits = ", ".join(f"rank {r} in {where}" for r, (_, where, _) in after.items())
         return f"ranks wait for each other: {waits}: {message.strip().splitlines()[-1]:.200}"
 
 
