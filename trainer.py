@@ -43,7 +43,7 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 from data import UserError
 import parallel
-from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, held_by, in_turn, stage_layers, unit_of
+from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, held_by, in_turn, stage_layers, timetable, unit_of
 from model import (
     MASTERS,
     MODELS,
@@ -807,31 +807,30 @@ SHARDED_FROM = {"weights": 3, "gradients": 2, "moments": 1, "master weights": 1}
 
 def _memory(args, model, adapter, degrees, T):
     """Lines: the bytes that the fullest rank keeps, by what they are for."""
-    bytes_of, L, pipeline = BFLOAT16 if args.bf16 else FLOAT32, model.config.num_hidden_layers, degrees.pp
+    bytes_of = BFLOAT16 if args.bf16 else FLOAT32
     layers, first, last = _numbers(model, degrees)
-    kept = [_activations(block, model.config, degrees) for block in model.layers]
-    split = [_recomputed(args, i, block, model.config, degrees) for i, block in enumerate(model.layers)]
-    stages = []
-    for stage, places in enumerate(stage_layers(L, pipeline)):
-        start, end = places.start, places.stop
-        held = layers[start:end].sum(0) + (first if stage == 0 else 0) + (last if end == L else 0)
+    places, ranks = stage_layers(model.config.num_hidden_layers, degrees.pp * degrees.virtual), []
+    for rank in range(degrees.pp):
+        chunks, is_last = places[rank :: degrees.pp], rank == degrees.pp - 1
+        here = [i for chunk in chunks for i in chunk]
+        held = layers[here].sum(0) + (first if rank == 0 else 0) + (last if is_last else 0)
         mine = None
         if adapter is not None:
-            sizes = (np.array(size[2:]) for size in adapter if size[0] is None or start <= size[0] < end)
+            sizes = (np.array(size[2:]) for size in adapter if size[0] is None or size[0] in here)
             mine = sum(sizes, np.zeros(2))
         rows = _bytes(bytes_of, degrees, held, mine)
         if degrees.sharding > 1:
             rows["a unit at work"] = _at_work(model, degrees, bytes_of, adapter)
-        whole, again = _kept_by_stage(args, model.config, degrees, kept[start:end], split[start:end], stage, end == L)
+        whole, again = _kept_by_rank(args, model, degrees, rank, chunks)
         tokens = args.per_device_train_batch_size * T / degrees.sep
-        head = model.config.norm_head and end == L  # divided by its columns' lengths: a second head
+        head = model.config.norm_head and is_last  # divided by its columns' lengths: a second head
         head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
         for way, numbers in (("without recompute", whole), ("with recompute", again)):
             rows[f"activations {way}"] = (numbers * tokens + head) * bytes_of["activations"]
         for way in ("without recompute", "with recompute"):
             rows[f"in all {way}"] = sum(rows.get(part, 0.0) for part in (*SHARDED_FROM, "a unit at work", f"activations {way}"))
-        stages.append(rows)
-    rows = max(stages, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
+        ranks.append(rows)
+    rows = max(ranks, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
     unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
     kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
     lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes): {degrees}; {kind}; "
@@ -881,22 +880,29 @@ def _at_work(model, degrees, bytes_of, adapter):
     return max(sizes.values()) * (copies * bytes_of["gradients"] + weights)
 
 
-def _kept_by_stage(args, config, degrees, kept, again, stage, is_last):
-    """Activations of a token in a pipeline's stage, without and with recompute; kept: those of each of its blocks; again:
-    for each what recompute leaves and what it makes again.
+def _kept_by_rank(args, model, degrees, rank, chunks):
+    """Activations of a token that a rank of a pipeline keeps at the most, without and with recompute; chunks: its layers.
 
-    With recompute what is left of all blocks, and what is made again of one. A stage keeps those of as many micro-batches
-    as stages follow it, itself counted (1F1B, arXiv 2104.04473).
+    With recompute what is left of all blocks, and what is made again of one. Of each chunk those of as many micro-batches
+    as lie between their forward and their backward.
     """
-    flights = min(degrees.pp - stage, args.gradient_accumulation_steps)
+    config, whole, again, made = model.config, [], [], 0.0
     width = config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1)
-    embedded, normed = int(stage == 0), int(is_last)  # the first block's input; what the last norm gives
-    ends = (embedded + normed) * width
-    whole = flights * (sum(kept) + ends)
-    # A whole block that is made again has its input counted, any other its output.
-    inputs = [left == width for left, _ in again]
-    ends += width * (normed * inputs[-1] - embedded * inputs[0])
-    return whole, flights * (sum(left for left, _ in again) + ends) + max(made for _, made in again)
+    for chunk, layers in enumerate(chunks):
+        is_first, is_last = rank == chunk == 0, (rank, chunk) == (degrees.pp - 1, degrees.virtual - 1)
+        split = [_recomputed(args, i, model.layers[i], config, degrees) for i in layers]
+        ends = (is_first + is_last) * width  # the first block's input; what the last norm gives
+        whole.append(sum(_activations(model.layers[i], config, degrees) for i in layers) + ends)
+        # A whole block that is made again has its input counted, any other its output.
+        inputs = [left == width for left, _ in split]
+        ends += width * (is_last * inputs[-1] - is_first * inputs[0])
+        again.append(sum(left for left, _ in split) + ends)
+        made = max(made, *(part for _, part in split))
+    now, most = np.zeros([2, len(chunks)]), np.zeros(2)
+    for kind, chunk, _ in timetable(degrees.pp, degrees.virtual, args.gradient_accumulation_steps)[rank]:
+        now[:, chunk] += np.array([whole[chunk], again[chunk]]) * (1 if kind == "forward" else -1)
+        most = np.maximum(most, now.sum(1))
+    return most[0], most[1] + made
 
 
 def _recomputed(args, i, block, config, degrees):

@@ -110,6 +110,7 @@ def said(ways, lora, folder):
         if axis in NAMES:
             argv += [f"--{NAMES[axis]}_parallel_degree", str(degree)]
     argv += ["--sharding", f"stage{ways['stage']}"] if "stage" in ways else []
+    argv += ["--virtual_pp_degree", str(ways.get("virtual", 1))]
     lines = trainer.dry_run(trainer.parse_args(finetune.Args, argv)).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("memory of the fullest rank in MB"))
     return {line[:32].strip(): float(line[32:].replace(",", "")) for line in lines[start + 1 :]}

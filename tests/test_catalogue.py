@@ -266,6 +266,10 @@ def test_degrees_share_the_memory():
     )  # 8 blocks and the embedding
     blocks = (whole["activations without recompute"], pipeline["activations without recompute"])
     assert blocks[1] == pytest.approx(blocks[0], rel=0.01)  # a quarter of the layers for four micro-batches
+    for ranks, virtual, ahead in ((2, 2, 5), (4, 1, 4), (4, 2, 11)):  # chunks whose backward is to come, at most
+        flags = ["--pipeline_parallel_degree", ranks, "--virtual_pp_degree", virtual, "--gradient_accumulation_steps", 8]
+        found = memory(dry(pretrain, *name, *flags))["activations without recompute"]
+        assert found == pytest.approx(ahead / (ranks * virtual) * blocks[0], rel=0.01)
     for key in ("context_parallel_degree", "sep_parallel_degree"):
         assert memory(dry(pretrain, *name, f"--{key}", 2))["activations with recompute"] == pytest.approx(
             whole["activations with recompute"] / 2, abs=1e-3
