@@ -126,6 +126,39 @@ def test_a_killed_rank_is_named(base, rank):
     assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
 
 
+class Store:
+    """In place of Paddle's: signs of life as they stay, or, with None, a store that is gone."""
+
+    def __init__(self, signs):
+        self.signs = signs
+
+    def add(self, key, _):
+        if self.signs is None:
+            raise RuntimeError("TCP send error: Broken pipe")
+        return int(any(key == f"rank {rank} is there" for rank in self.signs))
+
+    def get(self, key):
+        beat, place, when = self.signs[int(key.split()[1])]
+        self.signs[int(key.split()[1])] = beat + (beat < 50), place, when
+        return json.dumps([beat, place, when]).encode()
+
+
+@pytest.mark.parametrize("signs, line", [
+    (None, "rank 0 has vanished"),
+    ({0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (50, "tp", 7.5), 3: (50, None, 6.0)}, "rank 3 has vanished"),  # 2 went for 3's sake
+])  # fmt: skip
+def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
+    import parallel
+
+    company, ended = object.__new__(parallel.Company), []
+    company.launch, company.place, company.store = parallel.Launch(1, 4, ()), None, Store(signs)
+    for name in ("_exit", "end"):
+        monkeypatch.setattr(company, name, lambda *told: ended.append(told))
+    monkeypatch.setattr(parallel.time, "sleep", lambda seconds: None)
+    company.fail(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
+    assert ended == [(1, f"{line}: it was killed, or ran out of memory")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_process_outlives_the_launcher(base, number):
