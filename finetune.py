@@ -119,11 +119,15 @@ class Args(trainer.TrainingArgs):
 
 
 def answer(model, tokenizer, dataset, indices, args):
-    """Replies of the model to the last turn of these records, in their order; prompts of similar length share a batch."""
-    indices, answers = list(indices), {}
+    """Replies of the model to the last turn of these records, in their order; prompts of similar length share a batch.
+
+    Processes that have all they need of the model share out the batches.
+    """
+    indices, answers, topology = list(indices), {}, model.topology
     prompts = {i: dataset.prompt_ids(i) for i in indices}
     by_length = sorted(indices, key=lambda i: len(prompts[i]))
-    for start in range(0, len(by_length), 32):
+    mine, of = topology.copy_of_model
+    for start in range(32 * mine, len(by_length), 32 * of):
         batch = by_length[start : start + 32]
         T = max(len(prompts[i]) for i in batch)
         ids, mask = np.zeros((len(batch), T), np.int64), np.zeros((len(batch), T), np.int64)
@@ -134,6 +138,8 @@ def answer(model, tokenizer, dataset, indices, args):
                        top_k=args.top_k, top_p=args.top_p, seed=args.seed)[:, T:]  # fmt: skip
         for row, i in enumerate(batch):
             answers[i] = tokenizer.decode_reply(out[row])
+    if of > 1:
+        answers = dict(pair for part in topology.exchange(list(answers.items())) for pair in part)
     return [answers[i] for i in indices]
 
 

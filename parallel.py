@@ -220,6 +220,13 @@ class Topology:
     def data_size(self):
         return self.dp.size * self.sharding.size
 
+    @property
+    def copy_of_model(self):
+        """(which copy of the model this rank is of, how many there are) that can work without the others: none in stage 3,
+        whose weights come from all of them, nor where experts are elsewhere."""
+        together = self.degrees.stage == 3 or self.ep.size > 1
+        return (0, 1) if together else (self.data_rank, self.data_size)
+
     def meet(self):
         """Wait for all processes, however long they take."""
         if self.groups is not None:

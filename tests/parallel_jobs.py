@@ -17,7 +17,7 @@ def whole(weight, tensor, topology):
 
 
 def script(name, argv):
-    """Run a script's main() here; returns the rows of metrics.jsonl and what was printed."""
+    """Run a script's main() here; returns the rows of metrics.jsonl (without training none) and what was printed."""
     import trainer
 
     module, printed = importlib.import_module(name), io.StringIO()
@@ -27,7 +27,8 @@ def script(name, argv):
         trainer._choose_device(args)
         module.main(args)
     path = Path(args.output_dir) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()], printed.getvalue()
+    rows = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(row) for row in rows], printed.getvalue()
 
 
 @contextlib.contextmanager

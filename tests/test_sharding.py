@@ -3,9 +3,12 @@
     python -m pytest tests/test_sharding.py              # about a minute on two cores
     python -m pytest tests/test_sharding.py --slow       # every family's kind, four ranks on every mixture of axes
 """
+import json
+
 import numpy as np
 import pytest
 import sharding_jobs
+from conftest import ROOT
 
 import parallel
 from parallel import ALIGNED, Bucket, Degrees, Rule, Topology
@@ -193,6 +196,25 @@ def test_a_script_with_sharding_and_offload(two, tmp_path):
     assert printed.count("offload changes nothing here") == 1
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([row[key] for row in rows[:3]], [row[key] for row in alone[:3]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [[], ["--sharding", "stage3"]], ids=["dp2", "stage3"])
+def test_answers_are_shared_out(two, tmp_path, more):
+    """Two batches of prompts: the same answers and scores as of one process; with stage 3 nobody works alone."""
+    for split, count in (("train", 4), ("dev", 40)):
+        lines = (ROOT / "demo" / "sft" / f"{split}.json").read_text().splitlines()[:count]
+        (tmp_path / f"{split}.json").write_text("\n".join(lines) + "\n")
+    argv = f"""--dataset_name_or_path {tmp_path} --model_name_or_path demo/llama --do_train false --do_eval true --max_length 128
+               --src_length 64 --max_new_tokens 4 --eval_with_do_generation true --save_generation_output true --disable_tqdm true""".split()
+    import parallel_jobs
+
+    folders = tmp_path / "two", tmp_path / "one"
+    two.run("parallel_jobs:script", "finetune", [*argv, *more, "--output_dir", str(folders[0])])
+    parallel_jobs.script("finetune", [*argv, "--output_dir", str(folders[1])])
+    of_two, of_one = ((folder / "generated_output.json").read_text() for folder in folders)
+    assert of_two == of_one and of_one.count("\n") >= 40
+    scores = [json.loads((folder / "dev_results.json").read_text()) for folder in folders]
+    assert scores[0].keys() == scores[1].keys() and scores[0]["eval_bleu4"] == scores[1]["eval_bleu4"]
 
 
 class _Shape:
