@@ -328,9 +328,8 @@ def adapt(model, args, checkpoint):
     """Put on what is trained (nothing for full tuning), from a checkpoint, a given adapter, or new; without dropout."""
     path = checkpoint or args.lora_path
     if not args.lora:
-        if checkpoint:
-            trainer.load_trained(model, checkpoint, args)
-    elif path:
+        return
+    if path:
         load_adapter(model, path, trainable=True)
         layers = lora_layers(model)
         if not layers or model.lora_config["r"] != args.lora_rank:
@@ -434,6 +433,8 @@ def main(args):
         optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
         state = trainer.TrainState()
         if checkpoint:
+            if not args.lora:
+                trainer.load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
             state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
         trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace

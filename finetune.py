@@ -171,9 +171,8 @@ def adapt(model, args, checkpoint):
     """Put on what is trained (nothing for full fine-tuning), from a checkpoint, a given adapter, or new."""
     path = checkpoint or args.lora_path or args.prefix_path
     if not (args.lora or args.prefix_tuning):
-        if checkpoint:
-            trainer.load_trained(model, checkpoint, args)
-    elif path:
+        return
+    if path:
         load_adapter(model, path, trainable=True)
         wanted = ("LoRA", args.lora_rank) if args.lora else ("a prefix", args.num_prefix_tokens)
         found = ("LoRA", model.lora_config["r"]) if lora_layers(model) else ("a prefix", model.prefix.tokens)
@@ -273,6 +272,8 @@ def main(args):
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         state = trainer.TrainState()
         if checkpoint:
+            if not (args.lora or args.prefix_tuning):
+                trainer.load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
             state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
         trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace

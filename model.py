@@ -26,6 +26,7 @@ V vocabulary, E experts, L layers, N tokens of a batch, P prefix tokens, R LoRA 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -1916,7 +1917,7 @@ def read_tensor(path, entry):
 
 
 class StoredTensor:
-    """A tensor of a safetensors file: called, it is read whole; ranges(dim, [(start, stop), …]) reads no more than those.
+    """A tensor of a safetensors file: called, it is read whole; ranges() reads no more than it is asked for.
 
     bytes_read: by all of them in this process.
     """
@@ -1930,17 +1931,18 @@ class StoredTensor:
         StoredTensor.bytes_read += self.entry[3] - self.entry[2]
         return read_tensor(self.path, self.entry)
 
-    def ranges(self, dim, ranges):
-        """The ranges of a dim behind one another; read row by row where the dim is not the first."""
+    def ranges(self, cuts):
+        """The part of it that cuts, {dim: [(start, stop), …]}, leave of these dims; read row by row of those before the last."""
         dtype, shape, begin, _ = self.entry
-        kind = np.dtype(_SAFETENSORS[dtype])
-        inner = math.prod(shape[dim + 1 :]) * kind.itemsize
-        width = sum(last - first for first, last in ranges)
-        found = np.empty([*shape[:dim], width, *shape[dim + 1 :]], kind)
-        room, at = memoryview(found.reshape([-1]).view(np.uint8)), 0
+        kind, dim = np.dtype(_SAFETENSORS[dtype]), max(cuts)
+        cuts = {i: cuts.get(i, [(0, n)]) for i, n in enumerate(shape)}
+        found = np.empty([sum(last - first for first, last in ranges) for ranges in cuts.values()], kind)
+        inner, room, at = math.prod(found.shape[dim + 1 :]) * kind.itemsize, memoryview(found.reshape([-1]).view(np.uint8)), 0
+        before = [[i for first, last in cuts[d] for i in range(first, last)] for d in range(dim)]
         with open(self.path, "rb", buffering=0) as file:
-            for row in range(math.prod(shape[:dim])):
-                for first, last in ranges:
+            for places in itertools.product(*before):
+                row = functools.reduce(lambda row, place: row * place[1] + place[0], zip(places, shape), 0)
+                for first, last in cuts[dim]:
                     size, start = (last - first) * inner, begin + (row * shape[dim] + first) * inner
                     while size:
                         done = os.preadv(file.fileno(), [room[at : at + size]], start)
@@ -2225,19 +2227,33 @@ class Weight:
         array = array.T if self.transposed else array
         return np.ascontiguousarray(_rows(array) if self.cut is None else self.cut.take(array))
 
-    def read(self, read):
-        """What the parameter holds of a stored tensor, in our layout; read() gives all of it, or is a StoredTensor."""
-        if self.cut is None or not isinstance(read, StoredTensor):
-            return self.from_numpy(read())
-        dims = len(self.cut.shape)
-        dim = dims - 1 - self.cut.dim if self.transposed else self.cut.dim
-        array = read.ranges(dim, self.cut.ranges)
-        return np.ascontiguousarray(_rows(array.T) if self.transposed else array)
+    def read(self, read, extent=None):
+        """What the parameter holds of a stored tensor, in our layout; or, laid flat, the elements extent = (first, last) of that.
+
+        read() gives all of it, or is a StoredTensor: of that no rows and columns are read but those with elements in them.
+        """
+        cuts, row, shape = {} if self.cut is None else {self.cut.dim: self.cut.ranges}, 0, self.parameter.shape
+        if extent is not None and isinstance(read, StoredTensor):
+            inner = math.prod(shape[1:])
+            row, stop = extent[0] // inner, -(-extent[1] // inner)
+            cuts[0] = _within(cuts.get(0, [(0, shape[0])]), row, stop)
+            extent = extent[0] - row * inner, extent[1] - row * inner
+        if not cuts or not isinstance(read, StoredTensor):
+            array = self.from_numpy(read())
+        else:
+            array = read.ranges({len(shape) - 1 - dim if self.transposed else dim: ranges for dim, ranges in cuts.items()})
+            array = np.ascontiguousarray(_rows(array.T) if self.transposed else array)
+        return array if extent is None else array.reshape([-1])[slice(*extent)]
 
     @property
     def tensor(self):
         """What an optimizer updates, and by what: see parallel.Piece for a part of it."""
         return self.parameter
+
+    extent = None
+
+    def set(self, array):
+        set_parameter(self.parameter, array)
 
     @property
     def grad(self):
@@ -2256,6 +2272,17 @@ class Weight:
         """Their shape of the whole."""
         shape = list(self.parameter.shape if self.cut is None else self.cut.shape)
         return shape[::-1] if self.transposed else shape
+
+
+def _within(ranges, first, last):
+    """The part from first to last of what ranges [(start, stop), …] are, behind one another."""
+    found, at = [], 0
+    for start, stop in ranges:
+        a, b = max(first, at), min(last, at + stop - start)
+        if a < b:
+            found.append((start + a - at, start + b - at))
+        at += stop - start
+    return found
 
 
 class Entry(namedtuple("Entry", "tensors sources make", defaults=(None,))):
@@ -2490,11 +2517,14 @@ def load_weights(model, path, singles=MODELS):
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
     for name, weight in weights.items():
-        array = weight.read(found[name][0])
+        piece = getattr(weight.parameter, "piece", weight)  # of sharding stage 3: what this rank keeps, or None
+        if piece is None:
+            continue
+        array = weight.read(found[name][0], piece.extent)
         stored = weight.stored or "float32"
         if stored.startswith("int") != (array.dtype.kind == "i"):
             raise UserError(f"{path}: {name} is of {array.dtype}; {stored} is needed")
-        set_parameter(weight.parameter, array)
+        piece.set(array)
     for name, (_, _, layer) in linears(model).items():
         if isinstance(layer, QuantLinear):
             layer.check(path, name)

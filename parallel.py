@@ -2205,6 +2205,14 @@ class Piece:
         self.arrived = True  # a gradient has, on some rank
 
     @property
+    def extent(self):
+        return self.first, self.last
+
+    def set(self, array):
+        """(n,) numpy values into it."""
+        self.tensor.copy_(paddle.to_tensor(array).astype(self.bucket.dtype), True)
+
+    @property
     def shape(self):
         """Of the whole weight: decay depends on its number of dimensions."""
         return self.weight.shape
@@ -2279,6 +2287,8 @@ class Shards:
                 for index, (path, weight, parameter) in enumerate(entries):
                     if self.stage and bucket.extent(index):
                         self.mine[id(parameter)] = Piece(weight or Frozen(path, parameter), bucket, index)
+                    if self.stage == 3:
+                        parameter.piece = self.mine.get(id(parameter))  # a folder's weights are read into it, see model.load_weights
                     if is_trained and self.stage < 3:
                         self.units[name].watch(path, parameter)
 
@@ -2397,8 +2407,8 @@ class Shards:
 
     # ------------------------------------------------------------------------------- for checkpoints
     # Moments are optimizer.moments[name], each (n,) of the piece of this name. A file is written from whole(), weight by
-    # weight; or, of weights, in each_unit(), while they are whole. It is read by piece_of(), and of stage 3's weights, with
-    # no more than one of them whole, into mine[id(parameter)].tensor.
+    # weight; or, of weights, in each_unit(), while they are whole. Of a file no more is read than extent() says of moments,
+    # and parameter.piece of stage 3's weights.
 
     def place_of(self, weight):
         """() where this rank's moments are of all of the parameter; else (first,) of its elements, laid flat, that they are of."""
@@ -2428,12 +2438,9 @@ class Shards:
         unit = self.units[unit_of(self.paths[id(weight.parameter)], self.model.lm_head is None)]
         return next((b, i) for b in unit.buckets for i, p in enumerate(b.parameters) if p is weight.parameter)
 
-    def piece_of(self, weight, array):
-        """numpy (n,): what this rank owns of an array of the parameter's shape (our layout), or None. No one talks."""
-        if not self.stage:
-            return array
-        piece = self.mine.get(id(weight.parameter))
-        return None if piece is None else np.ascontiguousarray(array).reshape(-1)[piece.first : piece.last]
+    def extent(self, weight):
+        """None if this rank updates all of the parameter; else (first, last) of its elements, laid flat in our layout."""
+        return self.mine[id(weight.parameter)].extent if self.stage else None
 
     @paddle.no_grad()
     def whole(self, weight, tensor):

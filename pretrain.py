@@ -88,14 +88,14 @@ def main(args):
 
     if args.do_train:
         # ================================================================== 3. optimizer, resume
-        if checkpoint := trainer.find_checkpoint(args, topology):
-            trainer.load_trained(model, checkpoint, args)
+        checkpoint = trainer.find_checkpoint(args, topology)
         weights = trainable_weights(model)
         shards = parallel.Shards(model, weights, topology)
         optimizer = trainer.AdamW(shards.pieces, args)
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         state = trainer.TrainState()
         if checkpoint:
+            trainer.load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
             state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
         peak = trainer.measure_matmul_peak()

@@ -1184,8 +1184,8 @@ class AdamW:
         for weight in shards.weights:
             if weight.name not in self.moments:  # another rank's
                 continue
-            for i, array in enumerate(_moments_of(weight, found)):
-                self.moments[weight.name][i].set_value(shards.piece_of(weight, array))
+            for i, array in enumerate(_moments_of(weight, found, shards.extent(weight))):
+                self.moments[weight.name][i].set_value(array)
 
 
 # Moments in few bits, after upstream: the first in equal steps up to the largest of a row; of the second what it is there
@@ -1254,8 +1254,8 @@ def _square(ratio):
     return np.maximum(1 / ratio - np.float32(1e-8), 0) ** 2
 
 
-def _moments_of(weight, found):
-    """Both moments of what a rank has of a weight, in our layout."""
+def _moments_of(weight, found, extent):
+    """Both moments of what a rank has of a weight, in our layout; extent: (first, last), of it laid flat, or None."""
     names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
     for name in names[:1] if f"{names[0]}@scales" in found else names:
         if name not in found:
@@ -1264,9 +1264,10 @@ def _moments_of(weight, found):
         if list(found[name][1]) != weight.shape:
             raise UserError(f"optimizer state: {weight.name}: {list(found[name][1])} found, {weight.shape} needed")
     if f"{names[0]}@scales" not in found:
-        return [weight.read(found[name][0]) for name in names]
+        return [weight.read(found[name][0], extent) for name in names]
     stored = [found[name][0]() for name in (*names, f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales") if name in found]
-    return [weight.from_numpy(array) for array in (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)]
+    wholes = (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)
+    return [weight.read(lambda array=array: array, extent) for array in wholes]
 
 
 def _some(names):

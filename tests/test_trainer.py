@@ -409,7 +409,7 @@ def whole(weights):
     """What parallel.Shards says where nothing is cut up."""
     nowhere = types.SimpleNamespace(elsewhere=frozenset())
     return types.SimpleNamespace(weights=weights, model=nowhere, topology=trainer.SINGLE, place_of=lambda w: (), held=lambda w: (w.parameter,), laid=lambda w, m: m,
-                                 piece_of=lambda w, array: array)  # fmt: skip
+                                 extent=lambda w: None)  # fmt: skip
 
 
 def train(folder, weights, stop, resume=False, save=(), **keys):

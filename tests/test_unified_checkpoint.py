@@ -6,6 +6,7 @@
 """
 import argparse
 import errno
+import itertools
 import json
 import math
 import random
@@ -83,13 +84,42 @@ def test_reading_ranges(tmp_path):
     for name, (read, shape) in found.items():
         whole = read()
         assert whole.dtype == (np.int8 if name == "i" else np.float32) and list(whole.shape) == list(shape)
-        for dim in range(whole.ndim):
+        for dim, more in itertools.product(range(whole.ndim), (None, *range(whole.ndim))):
             for ranges in ([(1, 3)], [(0, 1), (2, 3)], [(0, whole.shape[dim])], [(2, 2)]):
-                before = M.StoredTensor.bytes_read
-                part = read.ranges(dim, ranges)
-                assert np.array_equal(part, np.concatenate([whole.take(range(*r), dim) for r in ranges], dim))
+                before, cuts, expected = M.StoredTensor.bytes_read, {dim: ranges}, whole
+                if more is not None and more != dim:
+                    cuts[more] = [(0, 1), (2, 3)]
+                part = read.ranges(cuts)
+                for at, these in cuts.items():
+                    expected = np.concatenate([expected.take(range(*r), at) for r in these], at)
+                assert np.array_equal(part, expected)
                 width = {"f": 4, "i": 1, "h": 2}[name]
                 assert M.StoredTensor.bytes_read - before == part.size * width
+
+
+def test_reading_a_piece_of_a_part(tmp_path):
+    """Elements of what a rank of tp holds, laid flat: against the whole; no more rows and columns are read than have some."""
+    generator = np.random.default_rng(0)
+    for transposed, cut_dim in itertools.product((False, True), (None, 0, 1)):
+        stored = generator.standard_normal((6, 9)).astype(np.float32)
+        ours = stored.T if transposed else stored
+        M.write_safetensors(tmp_path / "model.safetensors", {"w": stored})
+        read, _ = M.stored_tensors(tmp_path)["w"]
+        parameter, part = types.SimpleNamespace(shape=list(ours.shape)), ours
+        if cut_dim is not None:
+            parameter.cut = Cut(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
+            part = parameter.cut.take(ours)
+            parameter.shape = list(part.shape)
+        weight = M.Weight("w", parameter, transposed)
+        assert np.array_equal(weight.read(read), part)
+        for first in range(part.size):
+            for last in range(first + 1, part.size + 1):
+                before = M.StoredTensor.bytes_read
+                found = weight.read(read, (first, last))
+                assert np.array_equal(found, part.reshape([-1])[first:last]), (transposed, cut_dim, first, last)
+                rows = -(-last // part.shape[1]) - first // part.shape[1]
+                assert M.StoredTensor.bytes_read - before == 4 * rows * part.shape[1]
+                assert np.array_equal(weight.read(lambda: stored, (first, last)), found)
 
 
 class Together:
@@ -434,6 +464,19 @@ def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
     for rank in found:
         assert rank["error"] is None
         assert least * 0.999 - 4096 <= rank["read"] <= least * 1.001 + 4096, (rank["read"], least, cut, whole)  # odd vocabulary
+
+
+@pytest.mark.parametrize("stage, shared", [(1, 2), (3, 3)])
+def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, tmp_path):
+    """Of the base all; of the checkpoint's weights and two moments half of the `shared` ones, and not more than a row besides."""
+    out, _ = saved("sft", "1")
+    found = run(pool, world, "sft", tmp_path / "out", f"sharding2-stage{stage}", resume_from_checkpoint=str(out / "checkpoint-3"), max_steps=4)
+    arrays = M.read_safetensors(out / "model.safetensors").values()
+    whole, rows = sum(array.nbytes for array in arrays), sum(4 * max(array.shape) for array in arrays)
+    assert not any(rank["error"] for rank in found)
+    read = sum(rank["read"] for rank in found)
+    least = 2 * whole + (2 * (3 - shared) + shared) * whole
+    assert least <= read <= least + 2 * shared * rows, (read, least, rows)
 
 
 @pytest.mark.parametrize("task, topology", [
