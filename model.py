@@ -2250,7 +2250,7 @@ class Weight:
         """What an optimizer updates, and by what: see parallel.Piece for a part of it."""
         return self.parameter
 
-    extent = None
+    extent = None  # of its elements, laid flat: all
 
     def set(self, array):
         set_parameter(self.parameter, array)

@@ -1177,7 +1177,8 @@ class AdamW:
         read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
         names = {key.rpartition("/")[0] for key in read}
         mine = {weight.name for weight in shards.weights}
-        trained = held_by(dict.fromkeys(sorted(mine), 0), getattr(shards, "topology", SINGLE))[0].keys()  # on any rank
+        shards.topology.meet()  # reading weights may have taken one of them longer
+        trained = held_by(dict.fromkeys(sorted(mine), 0), shards.topology)[0].keys()  # on any rank
         if names != trained:
             missing, extra = _some(trained - names), _some(names - trained)
             raise UserError(f"optimizer state is not of what is trained now: missing {missing}; unexpected {extra}")
