@@ -43,7 +43,7 @@ import kernels  # before paddle: it silences what paddle says while it is import
 import paddle
 from data import UserError
 import parallel
-from parallel import BY_INPUTS, SINGLE, Degrees, Launch, Share, checksums, crc32_of, held_by, in_turn, stage_layers, timetable, unit_of
+from parallel import BY_INPUTS, NAMES, SINGLE, Degrees, Launch, Share, checksums, crc32_of, held_by, in_turn, stage_layers, timetable, unit_of
 from model import (
     MASTERS,
     MODELS,
@@ -1690,12 +1690,25 @@ def find_checkpoint(args, topology=SINGLE):
         else:
             say(f"resume: no complete checkpoint in {args.output_dir}; starting at step 0")
             return None
-    then = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["args"]
-    aside = "resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir report_to".split()
-    now = {key: value for key, value in dataclasses.asdict(args).items() if key in then and key not in aside}
-    changed = ", ".join(f"{key} {then[key]!r} -> {value!r}" for key, value in now.items() if then[key] != value)
-    say(f"resume: from {path}" + (f"; not an exact continuation, changed: {changed}" if changed else ""))
+    say(f"resume: from {path}{_changes(path, args, topology)}")
     return path
+
+
+def _changes(path, args, topology):
+    """What is another topology now than in the checkpoint, which changes no step, and what else is other, which may."""
+    saved = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    then, degrees = saved["args"], Degrees(**saved.get("degrees", {}))
+    aside = """resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir logging_steps logging_first_step report_to
+        save_strategy save_steps save_total_limit unified_checkpoint unified_checkpoint_config evaluation_strategy eval_steps
+        max_evaluate_steps sharding virtual_pp_degree sequence_parallel hybrid_parallel_topo_order gradient_accumulation_steps""".split()
+    aside += [f"{name}_parallel_degree" for name in NAMES.values()]
+    now = {key: value for key, value in dataclasses.asdict(args).items() if key in then and key not in aside}
+    changed = [f"{key} {then[key]!r} -> {value!r}" for key, value in now.items() if then[key] != value]
+    before = then["gradient_accumulation_steps"] * degrees.dp * degrees.sharding
+    if before != (micro_batches := args.gradient_accumulation_steps * topology.data_size):
+        changed.append(f"micro-batches of a step {before} -> {micro_batches}")
+    text = "" if degrees == topology.degrees else f"; {degrees} -> {topology.degrees}"
+    return text + (f"; not an exact continuation, changed: {', '.join(changed)}" if changed else "")
 
 
 def _step_of(checkpoint):

@@ -428,7 +428,8 @@ def resumed(pool, world, saved, task, before, after, out):
     options = "async_save" if task == "tied" else ""  # somewhere
     rest = run(pool, world, task, out, after, resume_from_checkpoint=str(folder / "checkpoint-3"), unified_checkpoint_config=options)
     assert not (wrong := [found["error"] for found in rest if found["error"]]), wrong
-    assert f"resume: from {folder / 'checkpoint-3'}" in rest[0]["printed"]
+    line = next(line for line in rest[0]["printed"].splitlines() if line.startswith(f"resume: from {folder / 'checkpoint-3'}"))
+    assert "not an exact continuation" not in line and (" -> " in line) == (before != after), line
     ours, theirs = ([found[0]["losses"][step] for step in (4, 5, 6, 7, 8)] for found in (rest, whole))
     assert theirs[-1] != theirs[0]
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs))
@@ -448,6 +449,14 @@ def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp
     assert a.keys() == b.keys()
     if before == after:
         assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
+    """One process for two, and no more micro-batches than each of them had."""
+    found = run(pool, world, "sft", tmp_path / "out", "1", gradient_accumulation_steps=2, max_steps=4, max_evaluate_steps=1,
+                resume_from_checkpoint=str(saved("sft", "dp2")[0] / "checkpoint-3"))  # fmt: skip
+    wanted = "checkpoint-3; data 2 -> one process; not an exact continuation, changed: max_steps 8 -> 4, micro-batches of a step 4 -> 2\n"
+    assert wanted in found[0]["printed"]
 
 
 def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
