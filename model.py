@@ -2253,6 +2253,7 @@ class Weight:
     extent = None  # of its elements, laid flat: all
 
     def set(self, array):
+        """What read() gives, into the parameter."""
         set_parameter(self.parameter, array)
 
     @property

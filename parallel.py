@@ -2206,10 +2206,11 @@ class Piece:
 
     @property
     def extent(self):
+        """(first, last) of its elements within the parameter laid flat."""
         return self.first, self.last
 
     def set(self, array):
-        """(n,) numpy values into it."""
+        """What Weight.read(…, extent) gives, (n,) numpy, into it."""
         self.tensor.copy_(paddle.to_tensor(array).astype(self.bucket.dtype), True)
 
     @property

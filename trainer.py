@@ -1707,7 +1707,7 @@ def _changes(path, args, topology):
     before = then["gradient_accumulation_steps"] * degrees.dp * degrees.sharding
     if before != (micro_batches := args.gradient_accumulation_steps * topology.data_size):
         changed.append(f"micro-batches of a step {before} -> {micro_batches}")
-    text = "" if degrees == topology.degrees else f"; {degrees} -> {topology.degrees}"
+    text = "" if str(degrees) == str(topology.degrees) else f"; {degrees} -> {topology.degrees}"
     return text + (f"; not an exact continuation, changed: {', '.join(changed)}" if changed else "")
 
 

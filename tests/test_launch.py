@@ -127,7 +127,9 @@ def test_a_killed_rank_is_named(base, rank):
 
 
 class Store:
-    """In place of Paddle's: signs of life as they stay, or, with None, a store that is gone."""
+    """In place of Paddle's: {rank: (beat, place, seconds)}, who is at beat LAST gives no other; or, with None, one that is gone."""
+
+    LAST = 50
 
     def __init__(self, signs):
         self.signs = signs
@@ -139,13 +141,13 @@ class Store:
 
     def get(self, key):
         beat, place, when = self.signs[int(key.split()[1])]
-        self.signs[int(key.split()[1])] = beat + (beat < 50), place, when
+        self.signs[int(key.split()[1])] = beat + (beat < self.LAST), place, when
         return json.dumps([beat, place, when]).encode()
 
 
 @pytest.mark.parametrize("signs, line", [
     (None, "rank 0 has vanished"),
-    ({0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (50, "tp", 7.5), 3: (50, None, 6.0)}, "rank 3 has vanished"),  # 2 went for 3's sake
+    ({0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (Store.LAST, "tp", 7.5), 3: (Store.LAST, None, 6.0)}, "rank 3 has vanished"),  # 2 went for 3's sake
 ])  # fmt: skip
 def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
     import parallel
