@@ -30,6 +30,7 @@ halves of a run changes nothing.
 Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without it
 those of RECOGNISED are known).
 """
+
 import argparse
 import ast
 import base64
@@ -45,6 +46,7 @@ import sys
 import unicodedata
 from array import array
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -56,7 +58,7 @@ from itertools import chain, groupby, starmap
 from multiprocessing import get_context
 from operator import add
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -154,6 +156,7 @@ def compile_node(node, where):
                 if bool(result) == decisive:
                     break
             return result
+
         return first_decisive
     if isinstance(node, ast.IfExp):
         test, yes, no = (compile_node(part, where) for part in (node.test, node.body, node.orelse))
@@ -175,8 +178,10 @@ def compile_node(node, where):
             call = call.args[0]
         if isinstance(call, ast.Constant) and isinstance(call.value, str):
             return lambda variables: call.value if value(variables) is UNDEFINED else value(variables)
-    raise UserError(f"{where}: the construct {ast.unparse(node)!r} is not supported; known are names, 'text', numbers, "
-                    "a.key, a['key'], ==, !=, and, or, not, is defined, x if y else z, | trim, | default('text')")
+    raise UserError(
+        f"{where}: the construct {ast.unparse(node)!r} is not supported; known are names, 'text', numbers, "
+        "a.key, a['key'], ==, !=, and, or, not, is defined, x if y else z, | trim, | default('text')"
+    )
 
 
 def look_up(owner, key, where):
@@ -215,7 +220,7 @@ def parse_template(source, where):
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
             if "{{" in piece or "{%" in piece:
-                raise UserError(f"{where}: a tag that never closes: {piece[piece.find('{'):][:40]!r}")
+                raise UserError(f"{where}: a tag that never closes: {piece[piece.find('{') :][:40]!r}")
             stack[-1].append(piece)
             continue
         inner = piece[2:-2].removeprefix("-").removesuffix("-").strip()
@@ -269,13 +274,17 @@ class ChatTemplate:
         system, conversation, query = config.get("system") or "", config.get("conversation"), config.get("query")
         texts = [system, *conversation, query] if isinstance(conversation, list) else []
         if len(texts) != 4 or not all(isinstance(text, str) for text in texts):
-            raise UserError(f'{where}: a chat template is {{"system": text, "conversation": [user text, bot text], '
-                            f'"query": text}}; found the keys {", ".join(config) or "none"}')
+            raise UserError(
+                f'{where}: a chat template is {{"system": text, "conversation": [user text, bot text], '
+                f'"query": text}}; found the keys {", ".join(config) or "none"}'
+            )
         if unknown := sorted(set(config) - {"system", "conversation", "query"}):
             raise UserError(f"{where}: unknown key {unknown[0]!r}; a chat template has system, conversation and query")
         self.name, self.config = where, config
-        self.parts = {part: parse_template(text, f"{where}: {part}")
-                      for part, text in zip(("system", "user", "bot", "query"), texts)}
+        self.parts = {
+            part: parse_template(text, f"{where}: {part}")
+            for part, text in zip(("system", "user", "bot", "query"), texts)
+        }
 
     @property
     def stops(self):
@@ -313,7 +322,9 @@ class ChatTemplate:
 class Piece(NamedTuple):
     """A stretch of a conversation on its way to ids."""
 
-    part: int  # 0: the beginning, 1 + 2 k: what stands before the reply of round k, 2 + 2 k: that reply, which is learnt
+    part: (
+        int  # 0: the beginning, 1 + 2 k: what stands before the reply of round k, 2 + 2 k: that reply, which is learnt
+    )
     # "text": neighbours of this kind are one text, special tokens in it included (so Hugging Face reads what a template
     # rendered); "own": a text by itself; "literal": that, special tokens in it being mere characters; "token": one token
     kind: str
@@ -359,15 +370,27 @@ class ChatFormat:
         """The first token that the vocabulary lacks, or that does not become one where the format writes it as text."""
         texts = [getattr(self, field.name) for field in fields(self)]
         written = "".join(text for text in texts if isinstance(text, str))
-        return next((token for token in self.needs if (not tokenizer.has_token(token) if token in written else
-                                                       tokenizer.token_id(token) is None)), None)
+        return next(
+            (
+                token
+                for token in self.needs
+                if (not tokenizer.has_token(token) if token in written else tokenizer.token_id(token) is None)
+            ),
+            None,
+        )
 
     def fill(self, part, spec, values):
         """A str or tuple of the format -> [Piece...]."""
         if isinstance(spec, str):
             return [Piece(part, "text", spec.format(**values))] if spec else []
-        kinds = ["token" if item in ("{bos}", "{eos}", *self.needs) or isinstance(item, int) else
-                 "literal" if self.literal else "own" for item in spec]
+        kinds = [
+            "token"
+            if item in ("{bos}", "{eos}", *self.needs) or isinstance(item, int)
+            else "literal"
+            if self.literal
+            else "own"
+            for item in spec
+        ]
         texts = [item if isinstance(item, int) else item.format(**values) for item in spec]
         return [Piece(part, kind, text) for kind, text in zip(kinds, texts) if text != ""]
 
@@ -377,15 +400,21 @@ class ChatFormat:
         if system is not None and self.system is None and self.merge is None:
             raise UserError(f"messages: chat format {self.name!r} has no system message; put its text into the user's")
         text = self.default if system is None else system
-        values = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or "",
-                  "date": f"{datetime.now():%d %b %Y}", "system": text.strip() if text and "system" in self.strip else text}
+        values = {
+            "bos": tokenizer.bos_token or "",
+            "eos": tokenizer.eos_token or "",
+            "date": f"{datetime.now():%d %b %Y}",
+            "system": text.strip() if text and "system" in self.strip else text,
+        }
         out = self.fill(0, self.begin, values)
         if self.system is not None and (text or text == "" and not self.skip_empty):
             out += self.fill(0, self.system, values)
         for k, (user, bot) in enumerate(rounds):
             if self.not_user and user.startswith(self.not_user[0]) and user.endswith(self.not_user[1]):
-                raise UserError(f"messages: chat format {self.name!r} takes a user's text from {self.not_user[0]} to "
-                                f"{self.not_user[1]} for a tool's answer; tools are not known here")
+                raise UserError(
+                    f"messages: chat format {self.name!r} takes a user's text from {self.not_user[0]} to "
+                    f"{self.not_user[1]} for a tool's answer; tools are not known here"
+                )
             if self.merge and system is not None and k == self.merge[0] % len(rounds):
                 user = self.merge[1].format(**values | {"user": user})
             values |= {"round": k, "number": k + 1, "user": user.strip() if "user" in self.strip else user}
@@ -434,22 +463,46 @@ def qwen3_reply(bot, last, thinking=True):
 
 LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
 LLAMA3_DATE = "Cutting Knowledge Date: December 2023\nToday Date: {}\n\n"
-CHATML = ChatFormat("<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", "{bot}<|im_end|>\n",
-                    system="<|im_start|>system\n{system}<|im_end|>\n", stops=("<|im_end|>",),
-                    needs=("<|im_start|>", "<|im_end|>"))
-LLAMA2 = ChatFormat("{bos} [INST] {user} [/INST]", " {bot} {eos}", strip=("user", "bot"),
-                    merge=(0, "<<SYS>>\n{system}\n<</SYS>>\n\n{user}"))
+CHATML = ChatFormat(
+    "<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+    "{bot}<|im_end|>\n",
+    system="<|im_start|>system\n{system}<|im_end|>\n",
+    stops=("<|im_end|>",),
+    needs=("<|im_start|>", "<|im_end|>"),
+)
+LLAMA2 = ChatFormat(
+    "{bos} [INST] {user} [/INST]",
+    " {bot} {eos}",
+    strip=("user", "bot"),
+    merge=(0, "<<SYS>>\n{system}\n<</SYS>>\n\n{user}"),
+)
 LLAMA3_FORMAT = ChatFormat(
-    LLAMA3.format("user") + "{user}<|eot_id|>" + LLAMA3.format("assistant"), "{bot}<|eot_id|>",
-    begin="<|begin_of_text|>", system=LLAMA3.format("system") + "{system}<|eot_id|>", strip=("system", "user", "bot"),
-    stops=("<|eot_id|>",), needs=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+    LLAMA3.format("user") + "{user}<|eot_id|>" + LLAMA3.format("assistant"),
+    "{bot}<|eot_id|>",
+    begin="<|begin_of_text|>",
+    system=LLAMA3.format("system") + "{system}<|eot_id|>",
+    strip=("system", "user", "bot"),
+    stops=("<|eot_id|>",),
+    needs=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
 MISTRAL = ChatFormat(" [INST] {user} [/INST]", " {bot}{eos}", begin="{bos}", merge=(0, "{system}\n\n{user}"))
-GEMMA = ChatFormat("<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n", "{bot}<end_of_turn>\n",
-                   begin="{bos}", strip=("user", "bot"), stops=("<end_of_turn>",),
-                   needs=("<start_of_turn>", "<end_of_turn>"))
-DEEPSEEK3 = ChatFormat("<｜User｜>{user}<｜Assistant｜>", "{bot}<｜end▁of▁sentence｜>", begin="{bos}", system="{system}",
-                       clean=after_thoughts, stops=("<｜end▁of▁sentence｜>",),
-                       needs=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"))
+GEMMA = ChatFormat(
+    "<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n",
+    "{bot}<end_of_turn>\n",
+    begin="{bos}",
+    strip=("user", "bot"),
+    stops=("<end_of_turn>",),
+    needs=("<start_of_turn>", "<end_of_turn>"),
+)
+DEEPSEEK3 = ChatFormat(
+    "<｜User｜>{user}<｜Assistant｜>",
+    "{bot}<｜end▁of▁sentence｜>",
+    begin="{bos}",
+    system="{system}",
+    clean=after_thoughts,
+    stops=("<｜end▁of▁sentence｜>",),
+    needs=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+)
 GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 # From the families' own code (goldens) or published templates. "-hf": as Hugging Face's template of that family has it,
@@ -459,13 +512,26 @@ FORMATS = {
     "llama2-hf": replace(LLAMA2, user="{bos}[INST] {user} [/INST]"),
     "llama3": LLAMA3_FORMAT,
     "llama3-hf": replace(LLAMA3_FORMAT, begin="{bos}", needs=()),
-    "llama3.1": replace(LLAMA3_FORMAT, begin="{bos}", default="", system=LLAMA3.format("system")
-                        + LLAMA3_DATE.format("26 Jul 2024") + "{system}<|eot_id|>"),
-    "llama3.2": replace(LLAMA3_FORMAT, begin="{bos}", default="", system=LLAMA3.format("system")
-                        + LLAMA3_DATE.format("{date}") + "{system}<|eot_id|>"),
+    "llama3.1": replace(
+        LLAMA3_FORMAT,
+        begin="{bos}",
+        default="",
+        system=LLAMA3.format("system") + LLAMA3_DATE.format("26 Jul 2024") + "{system}<|eot_id|>",
+    ),
+    "llama3.2": replace(
+        LLAMA3_FORMAT,
+        begin="{bos}",
+        default="",
+        system=LLAMA3.format("system") + LLAMA3_DATE.format("{date}") + "{system}<|eot_id|>",
+    ),
     "mistral-v1": MISTRAL,
-    "mistral-v3": replace(MISTRAL, user="[INST] {user}[/INST]", merge=(-1, "{system}\n\n{user}"), strip=("bot",),
-                          needs=("[INST]", "[/INST]")),
+    "mistral-v3": replace(
+        MISTRAL,
+        user="[INST] {user}[/INST]",
+        merge=(-1, "{system}\n\n{user}"),
+        strip=("bot",),
+        needs=("[INST]", "[/INST]"),
+    ),
     "mistral-hf": replace(MISTRAL, user="[INST] {user} [/INST]", bot="{bot}{eos}", merge=None),  # 7B v0.2, 8x7B
     "mistral-v0.1-hf": replace(MISTRAL, user="[INST] {user} [/INST]", bot="{bot}{eos} ", merge=None),
     "mixtral": MISTRAL,
@@ -473,29 +539,66 @@ FORMATS = {
     "yi-1.5": replace(CHATML, system="{system}"),
     "qwen": ChatFormat(  # the first Qwen: each text by itself
         ("<|im_start|>", "user", "\n", "{user}", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"),
-        ("{bot}", "<|im_end|>", "\n"), system=("<|im_start|>", "system", "\n", "{system}", "<|im_end|>", "\n"),
-        default="", literal=True, stops=("<|im_end|>",), needs=CHATML.needs),
+        ("{bot}", "<|im_end|>", "\n"),
+        system=("<|im_start|>", "system", "\n", "{system}", "<|im_end|>", "\n"),
+        default="",
+        literal=True,
+        stops=("<|im_end|>",),
+        needs=CHATML.needs,
+    ),
     "qwen1.5": replace(CHATML, default="You are a helpful assistant"),
     "qwen2": replace(CHATML, default="You are a helpful assistant."),
     "qwen2.5": replace(CHATML, default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     "qwen3": replace(CHATML, clean=qwen3_reply, not_user=("<tool_response>", "</tool_response>")),
-    "qwen3-no-thinking": replace(CHATML, clean=partial(qwen3_reply, thinking=False), ask="<think>\n\n</think>\n\n",
-                                 not_user=("<tool_response>", "</tool_response>")),
+    "qwen3-no-thinking": replace(
+        CHATML,
+        clean=partial(qwen3_reply, thinking=False),
+        ask="<think>\n\n</think>\n\n",
+        not_user=("<tool_response>", "</tool_response>"),
+    ),
     "baichuan2": ChatFormat((195, "{user}", 196), ("{bot}",), system=("{system}",), finish=("{eos}",)),
-    "chatglm": ChatFormat("[Round {round}]\n问：{user}\n答：", "{bot}\n", alone="{user}", ask=("[gMASK]", "<sop>"),
-                          history=True, finish=("{eos}",), needs=("[gMASK]", "<sop>")),
-    "chatglm2": ChatFormat("[Round {number}]\n\n问：{user}\n\n答：", "{bot}\n\n", begin=("[gMASK]", "sop"),
-                           history=True, finish=("{eos}",), needs=("[gMASK]", "sop")),
+    "chatglm": ChatFormat(
+        "[Round {round}]\n问：{user}\n答：",
+        "{bot}\n",
+        alone="{user}",
+        ask=("[gMASK]", "<sop>"),
+        history=True,
+        finish=("{eos}",),
+        needs=("[gMASK]", "<sop>"),
+    ),
+    "chatglm2": ChatFormat(
+        "[Round {number}]\n\n问：{user}\n\n答：",
+        "{bot}\n\n",
+        begin=("[gMASK]", "sop"),
+        history=True,
+        finish=("{eos}",),
+        needs=("[gMASK]", "sop"),
+    ),
     "chatglm3": ChatFormat(
-        ("\n", "{user}", "<|assistant|>"), ("\n", "{bot}"), begin=("[gMASK]", "sop"), opener=("<|user|>",),
-        system=("<|system|>", "\n", "{system}"), finish=("{eos}",), stops=("<|user|>", "<|observation|>"),
-        needs=("[gMASK]", "sop", *GLM_ROLES)),
+        ("\n", "{user}", "<|assistant|>"),
+        ("\n", "{bot}"),
+        begin=("[gMASK]", "sop"),
+        opener=("<|user|>",),
+        system=("<|system|>", "\n", "{system}"),
+        finish=("{eos}",),
+        stops=("<|user|>", "<|observation|>"),
+        needs=("[gMASK]", "sop", *GLM_ROLES),
+    ),
     "glm-4": ChatFormat(
-        "\n{user}", "\n{bot}", begin="[gMASK]<sop>", system="<|system|>\n{system}", opener="<|user|>",
-        header="<|assistant|>", finish="<|user|>", skip_empty=True, stops=("<|user|>", "<|observation|>"),
-        needs=("[gMASK]", "<sop>", *GLM_ROLES)),
-    "internlm": ChatFormat("<|User|>:{user}<eoh>\n<|Bot|>:", "{bot}<eoa>\n", begin=("{bos}",), stops=("<eoa>",),
-                           needs=("<eoh>", "<eoa>")),
+        "\n{user}",
+        "\n{bot}",
+        begin="[gMASK]<sop>",
+        system="<|system|>\n{system}",
+        opener="<|user|>",
+        header="<|assistant|>",
+        finish="<|user|>",
+        skip_empty=True,
+        stops=("<|user|>", "<|observation|>"),
+        needs=("[gMASK]", "<sop>", *GLM_ROLES),
+    ),
+    "internlm": ChatFormat(
+        "<|User|>:{user}<eoh>\n<|Bot|>:", "{bot}<eoa>\n", begin=("{bos}",), stops=("<eoa>",), needs=("<eoh>", "<eoa>")
+    ),
     "internlm2": replace(CHATML, begin="{bos}", finish="{eos}"),
     "gemma": GEMMA,
     "gemma-hf": replace(GEMMA, begin=""),  # the template of the first Gemma left bos to the tokenizer
@@ -642,8 +745,9 @@ class JinjaTemplate:
         names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad")]
         tokens = {name: token for name in names if (token := getattr(tokenizer, name, None)) is not None}
         try:
-            return template.render(messages=messages, tools=None, documents=None,
-                                   add_generation_prompt=add_generation_prompt, **tokens)
+            return template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens
+            )
         except Exception as error:  # somebody else's program: it may fail in any way
             raise UserError(f"messages: {self.name} refuses this conversation: {one_line(error)}") from None
 
@@ -655,8 +759,10 @@ class JinjaTemplate:
         if self.known and (missing or any(isinstance(spec, tuple) for spec in (self.known.user, self.known.begin))):
             return self.known.pieces(rounds, context, tokenizer)  # a tuple: the family's own code renders nothing
         if missing:
-            raise UserError(f"{self.name}: this chat template is none of those known here; pip install 'jinja2>=3.1.6', "
-                            f"or give chat_template: {', '.join(FORMATS)}, plain")
+            raise UserError(
+                f"{self.name}: this chat template is none of those known here; pip install 'jinja2>=3.1.6', "
+                f"or give chat_template: {', '.join(FORMATS)}, plain"
+            )
         messages = [{"role": "system", "content": context["system"]}] if context.get("system") is not None else []
         for user, bot in rounds:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": bot}]
@@ -674,9 +780,11 @@ class JinjaTemplate:
         out = []
         for part, (before, text) in enumerate(zip(texts, texts[1:]), 1 if split else size - first - 1):
             if not text.startswith(before):
-                raise UserError(f"{self.name}: what this template writes of the first {part // 2} rounds is not how it "
-                                "begins the conversation, so replies cannot be told apart; train on single rounds, or "
-                                f"give chat_template: {', '.join(FORMATS)}, plain")
+                raise UserError(
+                    f"{self.name}: what this template writes of the first {part // 2} rounds is not how it "
+                    "begins the conversation, so replies cannot be told apart; train on single rounds, or "
+                    f"give chat_template: {', '.join(FORMATS)}, plain"
+                )
             out.append(Piece(part, "text", text[len(before) :]))
         ended = reply is None or out[-1].text.rstrip().endswith(tuple(tokenizer.special))
         if not ended and tokenizer.eos_token is not None:
@@ -744,6 +852,7 @@ def save_chat_template(template, folder):
 
 # ------------------------------ conversations to ids ------------------------------
 
+
 def encode_pieces(tokenizer, pieces, parts):
     """[Piece...] -> list of `parts` lists of ids."""
     out = [[] for _ in range(parts)]
@@ -803,8 +912,10 @@ def check_messages(messages, add_generation_prompt):
         raise UserError(f"messages: a list of at least one message is wanted, found {brief(messages)}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise UserError(f'messages[{i}]: an object with the role "system", "user" or "assistant" is wanted, found '
-                            f"{brief(message)}")
+            raise UserError(
+                f'messages[{i}]: an object with the role "system", "user" or "assistant" is wanted, found '
+                f"{brief(message)}"
+            )
         if not isinstance(message.get("content"), str):
             raise UserError(f"messages[{i}]: content must be a string, found {brief(message.get('content'))}")
     roles = [message["role"] for message in messages]
@@ -814,11 +925,15 @@ def check_messages(messages, add_generation_prompt):
     for i, turn in enumerate(turns, len(messages) - len(turns)):
         wanted = ("user", "assistant")[(i + len(turns) - len(messages)) % 2]
         if turn["role"] != wanted:
-            raise UserError(f"messages[{i}]: the roles must be [system,] user, assistant, user, ...; found "
-                            f"{turn['role']!r} where {wanted!r} is wanted")
+            raise UserError(
+                f"messages[{i}]: the roles must be [system,] user, assistant, user, ...; found "
+                f"{turn['role']!r} where {wanted!r} is wanted"
+            )
     if not turns or add_generation_prompt != (turns[-1]["role"] == "user"):
-        raise UserError("messages: the last must be the user's if a reply is to be generated, else the assistant's; "
-                        f"found {roles[-1]!r}")
+        raise UserError(
+            "messages: the last must be the user's if a reply is to be generated, else the assistant's; "
+            f"found {roles[-1]!r}"
+        )
     texts = [turn["content"] for turn in turns] + [None] * (len(turns) % 2)
     context = {"system": messages[0]["content"]} if roles[0] == "system" else {}
     return context, list(zip(texts[::2], texts[1::2]))
@@ -926,6 +1041,7 @@ class SentencePieces:
 
     def __init__(self, path, legacy=False, blanks=False, shift=0):
         import sentencepiece
+
         self.legacy, self.blanks, self.shift = legacy, blanks, shift
         try:
             model = path.read_bytes()
@@ -935,7 +1051,9 @@ class SentencePieces:
                 # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3): false}
                 self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except RuntimeError:
-            raise UserError(f"{path}: neither a sentencepiece model nor tiktoken text (base64, a space, the rank)") from None
+            raise UserError(
+                f"{path}: neither a sentencepiece model nor tiktoken text (base64, a space, the rank)"
+            ) from None
         count = self.sp.get_piece_size()
         self.size, self.byte_ids = shift + count, {shift + i for i in range(count) if self.sp.is_byte(i)}
         self._bytes = [f"<image_{i}>".encode() for i in range(shift)] + [self._decoded(i) for i in range(count)]
@@ -1011,14 +1129,26 @@ class BPE:
     the vocabulary lacks is its bytes <0x00>... (byte_fallback), else unk (once for a run of them: fuse_unk), else
     nothing. normalizers are functions str -> str that Tokenizer applies before."""
 
-    def __init__(self, vocab, ranks, steps, normalizers=(), byte_level=True, whole_words=False, unk=None, fuse_unk=False,
-                 byte_fallback=False):  # fmt: skip
+    def __init__(
+        self,
+        vocab,
+        ranks,
+        steps,
+        normalizers=(),
+        byte_level=True,
+        whole_words=False,
+        unk=None,
+        fuse_unk=False,
+        byte_fallback=False,
+    ):
         self.vocab, self.byte_level, self.whole_words, self.normalizers = vocab, byte_level, whole_words, normalizers
         self.unk, self.fuse_unk, self.byte_fallback = unk, fuse_unk, byte_fallback
         self.rank = (lambda pair: vocab.get(pair[0] + pair[1])) if ranks is None else ranks.get
         self.steps = list(steps)
-        if not (byte_level or whole_words) and SPACE in vocab and not any(
-            right[0] == SPACE != left[-1] for left, right in ranks
+        if (
+            not (byte_level or whole_words)
+            and SPACE in vocab
+            and not any(right[0] == SPACE != left[-1] for left, right in ranks)
         ):  # no pair reaches over the beginning of a word: a text may be cut there, and words can be remembered
             self.steps.append(split_step(f"{SPACE}*[^{SPACE}]+|{SPACE}+"))
         self.size = max(vocab.values(), default=-1) + 1
@@ -1026,7 +1156,9 @@ class BPE:
         for symbol, i in vocab.items():
             self.symbols[i] = symbol
         is_byte = re.compile("<0x[0-9A-F]{2}>").fullmatch
-        self.byte_ids = range(self.size) if byte_level else {i for s, i in vocab.items() if byte_fallback and is_byte(s)}
+        self.byte_ids = (
+            range(self.size) if byte_level else {i for s, i in vocab.items() if byte_fallback and is_byte(s)}
+        )
         self.errors = "replace" if byte_level else "one_mark_per_byte"
         self._ids_of_word = WordCache(self._encode_word)
 
@@ -1128,14 +1260,17 @@ def tokenizer_class(folder, config):
         elif not is_text:
             default = MODEL_TYPES.get(model_type, default)
     else:
-        raise UserError(f"{folder}: no tokenizer.model, tokenizer.json, vocab.json with merges.txt, qwen.tiktoken or "
-                        f"ice_text.model in it; found {names_in(folder)}")
+        raise UserError(
+            f"{folder}: no tokenizer.model, tokenizer.json, vocab.json with merges.txt, qwen.tiktoken or "
+            f"ice_text.model in it; found {names_in(folder)}"
+        )
     name = name or default
     if kind == "sentencepiece" and name.startswith("ChatGLM") and "chatglm3" in origin:
         name = "ChatGLM3Tokenizer"  # chatglm2 and 3 share a class name and the vocabulary, not the special tokens
     if name not in CLASSES[kind]:
-        raise UserError(f"{folder}: tokenizer_class {name!r} is not supported for {file}; known are "
-                        f"{', '.join(CLASSES[kind])}")
+        raise UserError(
+            f"{folder}: tokenizer_class {name!r} is not supported for {file}; known are {', '.join(CLASSES[kind])}"
+        )
     return kind, folder / file, name
 
 
@@ -1160,13 +1295,20 @@ def merge_ranks(merges, vocab, where):
     ranks = dict(zip(merges, range(len(merges))))
     if len(ranks) != len(merges):
         number = next(n for n, pair in enumerate(merges) if ranks[pair] != n)
-        raise UserError(f"{where(ranks[merges[number]])}: the merge {' '.join(merges[number])!r} has a rank already, "
-                        f"that of {where(number)}")
+        raise UserError(
+            f"{where(ranks[merges[number]])}: the merge {' '.join(merges[number])!r} has a rank already, "
+            f"that of {where(number)}"
+        )
     if not all(map(vocab.__contains__, chain(chain.from_iterable(merges), starmap(add, merges)))):
-        number, missing = next((number, symbol) for number, (left, right) in enumerate(merges)
-                               for symbol in (left, right, left + right) if symbol not in vocab)  # fmt: skip
-        raise UserError(f"{where(number)}: the merge {' '.join(merges[number])!r} names {missing!r}, which is not in the "
-                        "vocabulary")
+        number, missing = next(
+            (number, symbol)
+            for number, (left, right) in enumerate(merges)
+            for symbol in (left, right, left + right)
+            if symbol not in vocab
+        )
+        raise UserError(
+            f"{where(number)}: the merge {' '.join(merges[number])!r} names {missing!r}, which is not in the vocabulary"
+        )
     return ranks
 
 
@@ -1183,8 +1325,10 @@ def read_merges(path, row, add_prefix_space, unk):
     merges = [tuple(line.rstrip("\r").split(" ")) for line in lines[first:last]]
     for number, pair in enumerate(merges):
         if len(pair) != 2 or not (pair[0] and pair[1]):
-            raise UserError(f"{merges_path}:{first + number + 1}: two symbols with one space between them are wanted, "
-                            f"found {lines[first + number]!r}")
+            raise UserError(
+                f"{merges_path}:{first + number + 1}: two symbols with one space between them are wanted, "
+                f"found {lines[first + number]!r}"
+            )
     ranks = merge_ranks(merges, vocab, lambda number: f"{merges_path}:{first + number + 1}")
     steps = [*([prefix_step] if add_prefix_space else []), split_step(row["words"])]
     return BPE(vocab, ranks, steps, [to_nfc] if row.get("nfc") else [], unk=unk if unk in vocab else None)
@@ -1220,6 +1364,7 @@ def to_nfc(text):
 def compile_words(pattern, where="the built-in pattern"):
     """Pattern of a tokenizer.json (Oniguruma's dialect) -> compiled. UserError for what the two would read differently."""
     import regex
+
     escaped = next((found for found in re.findall(r"\\.", pattern) if re.match(r"\\[^\W_pPsSdDrntfvux]", found)), None)
     group = re.search(r"\(\?(?!-?i?[:)]|[=!>]|<[=!])..?|--|~~|\|\|", re.sub(r"\\.", "", pattern))
     if escaped or group:
@@ -1264,6 +1409,7 @@ def split_step(pattern, behavior="Isolated", invert=False, where="the built-in p
             found = findall(text) if behavior == "Isolated" else ()
             out += found if sum(map(len, found)) == len(text) else cut(text)  # no gaps: the usual case, and fast
         return out
+
     return step
 
 
@@ -1282,6 +1428,7 @@ def metaspace_step(replacement, scheme, split):
             if not text.startswith(replacement) and (scheme == "always" or scheme == "first" and at_start and n == 0):
                 texts[n] = replacement + text
         return words(texts, at_start) if split else texts
+
     return step
 
 
@@ -1369,8 +1516,10 @@ def json_steps(parts):
         elif kind == "Digits":
             steps.append(split_step(r"\p{N}" if values["individual_digits"] else r"\p{N}+"))
         elif values["behavior"] not in ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext"):
-            raise UserError(f"{where}.behavior: {brief(values['behavior'])} is not supported; known are Isolated, Removed, "
-                            "MergedWithPrevious, MergedWithNext")
+            raise UserError(
+                f"{where}.behavior: {brief(values['behavior'])} is not supported; known are Isolated, Removed, "
+                "MergedWithPrevious, MergedWithNext"
+            )
         else:
             pattern = pattern_text(values["pattern"], where)
             steps.append(split_step(pattern, values["behavior"], values["invert"], where))
@@ -1393,8 +1542,10 @@ def json_around(parts):
             entry = values["special_tokens"].get(token) if what == "SpecialToken" else None
             ids = entry.get("ids") if isinstance(entry, dict) else None
             if not isinstance(ids, list):
-                raise UserError(f"{where}.single[{n}]: a SpecialToken of special_tokens or, once, the Sequence A is wanted, "
-                                f"found {brief(item)}")
+                raise UserError(
+                    f"{where}.single[{n}]: a SpecialToken of special_tokens or, once, the Sequence A is wanted, "
+                    f"found {brief(item)}"
+                )
             (head if side is None else tail).extend(ids)
         if side is None:
             raise UserError(f"{where}.single: it has no Sequence A, the text itself")
@@ -1412,13 +1563,21 @@ def json_decoder(parts, where):
             lead = int(values["add_prefix_space"] and values["prepend_scheme"] != "never")
         elif kind == "Strip":
             lead = values["start"]
-        if (kind == "ByteLevel" or kind == "Replace" and (values["pattern"], values["content"]) != ({"String": SPACE}, " ")
-                or kind == "Strip" and (values["content"], values["stop"]) != (" ", 0)
-                or kind == "Metaspace" and values["replacement"] != SPACE):  # fmt: skip
+        if (
+            kind == "ByteLevel"
+            or kind == "Replace"
+            and (values["pattern"], values["content"]) != ({"String": SPACE}, " ")
+            or kind == "Strip"
+            and (values["content"], values["stop"]) != (" ", 0)
+            or kind == "Metaspace"
+            and values["replacement"] != SPACE
+        ):
             raise UserError(f"{at}: this {kind} is not supported here: {brief(values)}")
     if not {"Replace", "Metaspace"} & set(kinds):
-        raise UserError(f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is "
-                        f"wanted; found {', '.join(kinds) or 'null'}")
+        raise UserError(
+            f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is "
+            f"wanted; found {', '.join(kinds) or 'null'}"
+        )
     return False, lead
 
 
@@ -1436,8 +1595,10 @@ def read_tokenizer_json(path):
     check_vocabulary_ids(vocab, f"{where}.vocab")
     if unk is not None and (not isinstance(unk, str) or unk not in vocab):
         raise UserError(f"{where}.unk_token: {brief(unk)} is not in the vocabulary")
-    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair if isinstance(pair, list) else ())
-              for pair in model["merges"]]  # fmt: skip
+    merges = [
+        tuple(pair.split(" ") if isinstance(pair, str) else pair if isinstance(pair, list) else ())
+        for pair in model["merges"]
+    ]
     if {*map(len, merges)} - {2} or {*map(type, chain.from_iterable(merges))} - {str}:
         number = next(n for n, pair in enumerate(merges) if len(pair) != 2 or {*map(type, pair)} != {str})
         raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
@@ -1445,15 +1606,26 @@ def read_tokenizer_json(path):
     steps, byte_level = json_steps(parts["pre_tokenizer"])
     decodes_bytes, lead = json_decoder(parts["decoder"], f"{path}: decoder")
     if byte_level != decodes_bytes:
-        raise UserError(f"{path}: pre_tokenizer and decoder must both be ByteLevel or both not; one is, the other is not")
+        raise UserError(
+            f"{path}: pre_tokenizer and decoder must both be ByteLevel or both not; one is, the other is not"
+        )
     added = spec.get("added_tokens") or []
     for n, token in enumerate(added):
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
             raise UserError(f"{path}: added_tokens[{n}]: an object with content and id is wanted, found {brief(token)}")
         if token.get("single_word"):
             raise UserError(f"{path}: added_tokens[{n}]: single_word of {token['content']!r} is not supported")
-    engine = BPE(vocab, ranks, steps, [json_normalizer(*part) for part in parts["normalizer"]], byte_level,
-                 model["ignore_merges"], unk, model["fuse_unk"], model["byte_fallback"])  # fmt: skip
+    engine = BPE(
+        vocab,
+        ranks,
+        steps,
+        [json_normalizer(*part) for part in parts["normalizer"]],
+        byte_level,
+        model["ignore_merges"],
+        unk,
+        model["fuse_unk"],
+        model["byte_fallback"],
+    )
     return engine, added, *json_around(parts["post_processor"]), lead
 
 
@@ -1481,8 +1653,9 @@ def token_text(token, folder):
     """A token of a side file, text or {"content": text, ...} -> text; None for null."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
-        raise UserError(f"{folder}: a token in {SIDE_FILES[0]} or {SIDE_FILES[1]} is text or has a content; found "
-                        f"{brief(token)}")
+        raise UserError(
+            f"{folder}: a token in {SIDE_FILES[0]} or {SIDE_FILES[1]} is text or has a content; found {brief(token)}"
+        )
     return text
 
 
@@ -1577,7 +1750,9 @@ class Tokenizer:
                     raise UserError(f"{self.folder / SIDE_FILES[0]}: {key}: true is not supported")
             shift = config.get("num_image_tokens", 0) if self.kind == "ice_text" else 0
             if type(shift) is not int or shift < 0:
-                raise UserError(f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is wanted, found {brief(shift)}")
+                raise UserError(
+                    f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is wanted, found {brief(shift)}"
+                )
             self.engine = SentencePieces(path, legacy, row.get("blanks", False), shift)
             if legacy:
                 self.lead_within = int(self.engine.own_prefix)
@@ -1622,17 +1797,24 @@ class Tokenizer:
         path = self.folder / "added_tokens.json"
         decoder, listed = settings.get("added_tokens_decoder") or {}, read_json(path) if path.is_file() else {}
         for where, ids in ((f"{self.folder / SIDE_FILES[0]}: added_tokens_decoder", decoder), (path, listed)):
-            if not isinstance(ids, dict) or not all(str(i).isdecimal() for i in (ids if ids is decoder else ids.values())):
+            if not isinstance(ids, dict) or not all(
+                str(i).isdecimal() for i in (ids if ids is decoder else ids.values())
+            ):
                 raise UserError(f"{where}: an object of tokens and their ids is wanted, found {brief(ids)}")
-        named = [(token_text(token, self.folder), int(i), token if isinstance(token, dict) else {})
-                 for i, token in decoder.items()]  # fmt: skip
+        named = [
+            (token_text(token, self.folder), int(i), token if isinstance(token, dict) else {})
+            for i, token in decoder.items()
+        ]
         return [*named, *((text, int(i), {}) for text, i in listed.items())]
 
     def _collect_special_tokens(self, settings, row, tokens):
         """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two files
         that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is right."""
         self.added, self.flags = {}, {}
-        for text, i, flags in [*((token["content"], token["id"], token) for token in tokens), *self._side_tokens(settings)]:
+        for text, i, flags in [
+            *((token["content"], token["id"], token) for token in tokens),
+            *self._side_tokens(settings),
+        ]:
             self.added.setdefault(text, i)
             self.flags.setdefault(text, flags)
         special = [text for text, flags in self.flags.items() if flags.get("special")]
@@ -1642,7 +1824,10 @@ class Tokenizer:
             if text not in self.added and i not in taken:
                 self.added[text] = i
         extra = settings.get("extra_special_tokens") or []  # transformers 5's name for the other list
-        extra = [*(extra.values() if isinstance(extra, dict) else extra), *(settings.get("additional_special_tokens") or [])]
+        extra = [
+            *(extra.values() if isinstance(extra, dict) else extra),
+            *(settings.get("additional_special_tokens") or []),
+        ]
         named = [settings.get(name) or own for name, own in zip(SPECIAL_NAMES, self.engine.own_special_tokens())]
         for name, token in [*zip(SPECIAL_NAMES, named), *((None, token) for token in extra)]:
             text = token_text(token, self.folder)
@@ -1668,10 +1853,16 @@ class Tokenizer:
     def _prepare_split(self, row):
         """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalisation, after it)}."""
         everything = [text for text in self.added if text]
-        sought = {None: row.get("parse", everything), True: row.get("roles", everything),
-                  False: [text for text in everything if text not in self.special]}  # fmt: skip
-        late = {text: self.normalize(text) for text in everything
-                if self.kind == "json" and self.engine.normalizers and self.flags.get(text, {}).get("normalized")}
+        sought = {
+            None: row.get("parse", everything),
+            True: row.get("roles", everything),
+            False: [text for text in everything if text not in self.special],
+        }
+        late = {
+            text: self.normalize(text)
+            for text in everything
+            if self.kind == "json" and self.engine.normalizers and self.flags.get(text, {}).get("normalized")
+        }
         self._token_ids = self.added | {found: self.added[text] for text, found in late.items()}
         self.added_ids |= {self.added[text]: found.replace(SPACE, " ") for text, found in late.items()}
         self.flags |= {found: self.flags[text] for text, found in late.items()}
@@ -1683,8 +1874,9 @@ class Tokenizer:
     def _ids_around(self, tokens):
         ids = [self.token_id(token) for token in tokens if token is not None]
         if None in ids:
-            raise UserError(f"{self.folder}: the vocabulary lacks {tokens[ids.index(None)]!r}, which stands around every "
-                            "text")
+            raise UserError(
+                f"{self.folder}: the vocabulary lacks {tokens[ids.index(None)]!r}, which stands around every text"
+            )
         return ids
 
     @property
@@ -1696,8 +1888,10 @@ class Tokenizer:
         """UserError when the vocabulary lacks a token of the template: its text would otherwise be cut into ordinary
         pieces, silently."""
         if template is not None and (token := template.missing(self)):
-            raise UserError(f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
-                            f"{token!r}; give a tokenizer that has it or another chat_template")
+            raise UserError(
+                f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
+                f"{token!r}; give a tokenizer that has it or another chat_template"
+            )
         self._chat_template = template
 
     def token_id(self, text):
@@ -1736,8 +1930,11 @@ class Tokenizer:
         before, after = self._patterns[special_in_text]
         pieces = self._cut(text, before)
         if self.engine.normalizers:
-            pieces = [part for i, piece in enumerate(pieces)
-                      for part in ([piece] if i % 2 else self._cut(self.normalize(piece), after))]  # fmt: skip
+            pieces = [
+                part
+                for i, piece in enumerate(pieces)
+                for part in ([piece] if i % 2 else self._cut(self.normalize(piece), after))
+            ]
         return pieces
 
     def encode(self, text, add_special_tokens=True, special_in_text=None):
@@ -1824,6 +2021,7 @@ def load_tokenizer(path):
 
 # ============================== supervised records ==============================
 
+
 def sft_files(path, split="train"):
     """File -> [file]. Folder -> its train.json or train.jsonl, else train/*.json(l); so for "dev". UserError: none."""
     path = Path(path)
@@ -1843,6 +2041,7 @@ def sft_files(path, split="train"):
 def numbered_lines(file, progress=False):
     """Yields (byte offset, line number, line) of the lines that are not blank."""
     from tqdm import tqdm
+
     bar = tqdm(total=os.path.getsize(file), unit="B", unit_scale=True, desc=file.name, disable=not progress or None)
     with open(file, "rb") as stream, bar:
         offset = 0
@@ -1873,8 +2072,10 @@ def record_rounds(record, where):
             raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
         turns.append(value)
     if len(turns[0]) != len(turns[1]) or not turns[0]:
-        raise UserError(f"{where}: 'src' has {len(turns[0])} turns and 'tgt' has {len(turns[1])}; both need the same "
-                        "number, at least one")
+        raise UserError(
+            f"{where}: 'src' has {len(turns[0])} turns and 'tgt' has {len(turns[1])}; both need the same "
+            "number, at least one"
+        )
     context = record.get("context") or {}
     if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
         raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
@@ -1959,8 +2160,9 @@ class SFTDataset:
     a learnt token left is dropped and counted in .dropped. autoregressive: prompts are learnt too. UserError: missing
     or empty file, a bad line (file:line), nothing left to learn in any record."""
 
-    def __init__(self, paths, tokenizer, src_length=1024, max_length=2048, split="train", autoregressive=False,
-                 progress=False):
+    def __init__(
+        self, paths, tokenizer, src_length=1024, max_length=2048, split="train", autoregressive=False, progress=False
+    ):
         self.tokenizer, self.src_length, self.max_length = tokenizer, src_length, max_length
         paths = [paths] if isinstance(paths, (str, Path)) else paths
         self.files = [file for path in paths for file in sft_files(path, split)]
@@ -1977,10 +2179,15 @@ class SFTDataset:
                 ends.append(len(tokens))
                 places.extend((number, offset, line_number))
         if not places:
-            raise UserError(f"{self.files[0]}: " + (
-                f"nothing to learn is left in any of the {self.dropped} records with max_length {max_length} and "
-                f"src_length {src_length}; raise max_length or lower src_length" if self.dropped else
-                "the file is empty; JSON lines with src and tgt are wanted"))
+            raise UserError(
+                f"{self.files[0]}: "
+                + (
+                    f"nothing to learn is left in any of the {self.dropped} records with max_length {max_length} and "
+                    f"src_length {src_length}; raise max_length or lower src_length"
+                    if self.dropped
+                    else "the file is empty; JSON lines with src and tgt are wanted"
+                )
+            )
         self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
         self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
         self.lengths = (np.diff(self._ends) - 1).astype(np.int32)  # positions: one less than tokens
@@ -2023,6 +2230,7 @@ class SFTDataset:
 
 
 # ============================== batches of records ==============================
+
 
 def epoch_order(n, seed, epoch):
     """Permutation of range(n), a function of (seed, epoch) alone."""
@@ -2090,8 +2298,14 @@ def collate(rows, sample, width, pad_token_id):
             start = end
         tokens += start
         positions[b, start:] = np.arange(width - start)  # padding: a segment of its own, from `start` to the end
-    return {"input_ids": input_ids, "labels": labels, "position_ids": positions, "startend_row_indices": mask_rows,
-            "sample_ids": [[int(i) for i in row] for row in rows], "tokens": tokens}
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": positions,
+        "startend_row_indices": mask_rows,
+        "sample_ids": [[int(i) for i in row] for row in rows],
+        "tokens": tokens,
+    }
 
 
 class SFTLoader:
@@ -2104,8 +2318,20 @@ class SFTLoader:
 
     WINDOW = 50  # batches sorted together: larger saves padding, smaller mixes lengths better
 
-    def __init__(self, dataset, batch_size, max_length, zero_padding=False, greedy_zero_padding=False, seed=0,
-                 shuffle=True, pad_to_max_length=False, pad_to_multiple_of=None, drop_last=False, pad_token_id=0):
+    def __init__(
+        self,
+        dataset,
+        batch_size,
+        max_length,
+        zero_padding=False,
+        greedy_zero_padding=False,
+        seed=0,
+        shuffle=True,
+        pad_to_max_length=False,
+        pad_to_multiple_of=None,
+        drop_last=False,
+        pad_token_id=0,
+    ):
         assert int(dataset.lengths.max()) <= max_length, (int(dataset.lengths.max()), max_length)
         self.dataset, self.batch_size, self.pad_token_id = dataset, batch_size, pad_token_id
         self.seed, self.shuffle = seed, shuffle
@@ -2135,8 +2361,12 @@ class SFTLoader:
                 rows = epoch_order(len(rows), self.seed, epoch)
             if self.grouped:
                 window = self.batch_size * self.WINDOW
-                rows = np.concatenate([part[np.argsort(-self._row_lengths[part], kind="stable")]
-                                       for part in (rows[i : i + window] for i in range(0, len(rows), window))])
+                rows = np.concatenate(
+                    [
+                        part[np.argsort(-self._row_lengths[part], kind="stable")]
+                        for part in (rows[i : i + window] for i in range(0, len(rows), window))
+                    ]
+                )
             starts = range(0, self.batches_per_epoch * self.batch_size, self.batch_size)
             batches = [rows[start : start + self.batch_size] for start in starts]
             if self.grouped:
@@ -2160,6 +2390,7 @@ class SFTLoader:
 
 # ============================== preference pairs ==============================
 
+
 def preference_pair(record, where):
     """{"src", "tgt"?, "response", "sort", "context"?} -> [(user, bot)... of earlier turns], user, chosen, rejected,
     context. The reply with the larger sort is the chosen one. UserError names file:line and what is wrong."""
@@ -2175,21 +2406,27 @@ def preference_pair(record, where):
         turns.append(value)
     users, bots = turns[0] or ([""] if record["src"] == "" else []), turns[1]
     if len(users) != len(bots) + 1:
-        raise UserError(f"{where}: 'src' has {len(users)} turns and 'tgt' has {len(bots)}; 'tgt' holds the replies to "
-                        "all turns but the last, so it must have one fewer")
+        raise UserError(
+            f"{where}: 'src' has {len(users)} turns and 'tgt' has {len(bots)}; 'tgt' holds the replies to "
+            "all turns but the last, so it must have one fewer"
+        )
     replies, sort = record["response"], record["sort"]
     if not isinstance(replies, list) or len(replies) != 2 or not all(isinstance(text, str) for text in replies):
         single = isinstance(replies, list) and len(replies) == 1
-        raise UserError(f"{where}: 'response' must be a list of two strings, found {brief(replies)}"
-                        + ("; single replies (KTO) are not trained on here" if single else ""))
+        raise UserError(
+            f"{where}: 'response' must be a list of two strings, found {brief(replies)}"
+            + ("; single replies (KTO) are not trained on here" if single else "")
+        )
     if empty := [i for i, text in enumerate(replies) if not text.strip()]:
         raise UserError(f"{where}: 'response' number {empty[0] + 1} is empty; both must have text")
     numbers = isinstance(sort, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in sort)
     if not numbers or len(sort) != 2:
         raise UserError(f"{where}: 'sort' must be a list of two numbers, found {brief(sort)}")
     if sort[0] == sort[1]:
-        raise UserError(f"{where}: 'sort' is {brief(sort)}: equal, so neither reply is the better one; the chosen "
-                        "one's must be larger")
+        raise UserError(
+            f"{where}: 'sort' is {brief(sort)}: equal, so neither reply is the better one; the chosen "
+            "one's must be larger"
+        )
     context = record.get("context") or {}
     if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
         raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
@@ -2210,8 +2447,10 @@ def fit_pair(tokenizer, history, user, chosen, rejected, context, max_seq_len, m
         other = tokenizer.encode_chat([*history, (user, rejected)], context, True)[1][-1]
         (last, good), bad = encoded[-1], other[1]
         if last != other[0]:
-            raise UserError(f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, "
-                            "so that two replies cannot share one")
+            raise UserError(
+                f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, "
+                "so that two replies cannot share one"
+            )
         room = max_seq_len + 1 - len(system)  # + 1: the prompt's last token is counted with the chosen reply
         if len(last) + len(good) + len(bad) > room:
             if len(system) + len(last) > max_prompt_len:
@@ -2252,10 +2491,15 @@ class PreferenceDataset:
                     ends.append(len(tokens))
                 places.extend((number, offset, line_number))
         if not places:
-            raise UserError(f"{self.files[0]}: " + (
-                f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
-                f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len" if self.dropped else
-                "the file is empty; JSON lines with src, tgt, response and sort are wanted"))
+            raise UserError(
+                f"{self.files[0]}: "
+                + (
+                    f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
+                    f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
+                    if self.dropped
+                    else "the file is empty; JSON lines with src, tgt, response and sort are wanted"
+                )
+            )
         self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
         self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
         self.lengths = (np.diff(self._ends[::3]) - 1).astype(np.int32)
@@ -2300,10 +2544,15 @@ def pair_sample(prompt, chosen, rejected):
 def collate_pairs(rows, sample, width, pad_token_id):
     """Pair numbers of each row, sample(i) as `pair_sample` -> the batch described at the top, T = width."""
     B = len(rows)
-    batch = {"input_ids": np.full((B, width), pad_token_id, np.int64), "labels": np.full((B, width), IGNORED, np.int64),
-             "position_ids": np.zeros((B, width), np.int64), "reply_ids": np.full((B, width), -1, np.int64),
-             "startend_row_indices": np.full((B, 1, width, 1), width, np.int32),
-             "sample_ids": [[int(i) for i in row] for row in rows], "tokens": 0}
+    batch = {
+        "input_ids": np.full((B, width), pad_token_id, np.int64),
+        "labels": np.full((B, width), IGNORED, np.int64),
+        "position_ids": np.zeros((B, width), np.int64),
+        "reply_ids": np.full((B, width), -1, np.int64),
+        "startend_row_indices": np.full((B, 1, width, 1), width, np.int32),
+        "sample_ids": [[int(i) for i in row] for row in rows],
+        "tokens": 0,
+    }
     reply_tokens = []
     for b, row in enumerate(rows):
         start = 0
@@ -2324,10 +2573,28 @@ class PreferenceLoader(SFTLoader):
     """Batches of a PreferenceDataset: several pairs a row of at most max_seq_len (greedy_zero_padding: best fit, else
     in the order of the file), rows padded to the longest of their batch; else as SFTLoader with zero_padding."""
 
-    def __init__(self, dataset, batch_size, max_seq_len, greedy_zero_padding=False, seed=0, shuffle=True,
-                 drop_last=False, pad_token_id=0):
-        super().__init__(dataset, batch_size, max_seq_len, True, greedy_zero_padding, seed, shuffle,
-                         drop_last=drop_last, pad_token_id=pad_token_id)
+    def __init__(
+        self,
+        dataset,
+        batch_size,
+        max_seq_len,
+        greedy_zero_padding=False,
+        seed=0,
+        shuffle=True,
+        drop_last=False,
+        pad_token_id=0,
+    ):
+        super().__init__(
+            dataset,
+            batch_size,
+            max_seq_len,
+            True,
+            greedy_zero_padding,
+            seed,
+            shuffle,
+            drop_last=drop_last,
+            pad_token_id=pad_token_id,
+        )
         self.fixed_width = None
 
     def batch(self, epoch, index):
@@ -2402,8 +2669,10 @@ class Corpus:
         ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         fits = len(doc_idx) and doc_idx[0] == 0 and doc_idx[-1] == len(sizes) and np.all(np.diff(doc_idx) >= 0)
         if not fits or ends[-1] != len(self.tokens):
-            raise UserError(f"{prefix}: its document boundaries do not fit its {len(sizes)} sequences and "
-                            f"{len(self.tokens)} tokens; write the corpus again")
+            raise UserError(
+                f"{prefix}: its document boundaries do not fit its {len(sizes)} sequences and "
+                f"{len(self.tokens)} tokens; write the corpus again"
+            )
         self.bounds = ends[doc_idx]  # (documents + 1,): document d is tokens[bounds[d]:bounds[d + 1]]
 
 
@@ -2464,8 +2733,12 @@ class CorpusSamples:
         self.stream = np.concatenate([[0], np.cumsum(sizes[order])])  # (passes * documents + 1,) and in the stream
         edges = np.minimum(-(-np.arange(passes + 1) * total // seq_length), self.num_samples)  # passes' first samples
         edges[-1] = self.num_samples
-        self.order = np.concatenate([a + (epoch_order(b - a, seed + 1, e) if shuffle else np.arange(b - a))
-                                     for e, (a, b) in enumerate(zip(edges[:-1], edges[1:]))])
+        self.order = np.concatenate(
+            [
+                a + (epoch_order(b - a, seed + 1, e) if shuffle else np.arange(b - a))
+                for e, (a, b) in enumerate(zip(edges[:-1], edges[1:]))
+            ]
+        )
 
     def sample(self, index):
         """-> tokens (int64), number of the document in the stream (-1: padding), whether real; [seq_length + 1]."""
@@ -2487,8 +2760,19 @@ class CorpusLoader:
     each document's end, and the last token of a document is not asked to predict the first of the next. UserError:
     nothing there, damaged index, a split without documents."""
 
-    def __init__(self, source, split, which, num_samples, seq_length, batch_size, seed=0, eos_token_id=None,
-                 mask_across_documents=False, shuffle=True):
+    def __init__(
+        self,
+        source,
+        split,
+        which,
+        num_samples,
+        seq_length,
+        batch_size,
+        seed=0,
+        eos_token_id=None,
+        mask_across_documents=False,
+        shuffle=True,
+    ):
         self.batch_size, self.seq_length, self.mask_across_documents = batch_size, seq_length, mask_across_documents
         self.args = (seq_length, shuffle, eos_token_id, seed)
         self.parts, blend = [], parse_blend(source)
@@ -2497,8 +2781,10 @@ class CorpusLoader:
             documents = len(corpus.bounds) - 1
             first, last = split_documents(split, documents, which)
             if corpus.bounds[last] - corpus.bounds[first] < 2:
-                raise UserError(f"{prefix}: split {split!r} leaves no text for {which!r}: {last - first} of "
-                                f"{documents} documents; change the split")
+                raise UserError(
+                    f"{prefix}: split {split!r} leaves no text for {which!r}: {last - first} of "
+                    f"{documents} documents; change the split"
+                )
             self.parts.append((weight, corpus, first, last))
         if num_samples is None:
             self.counts = [None] * len(blend)
@@ -2518,7 +2804,10 @@ class CorpusLoader:
             seq_length, shuffle, eos_token_id, seed = self.args
             self._samples = [
                 CorpusSamples(corpus, first, last, count, seq_length, seed + 7919 * epoch, shuffle, eos_token_id)
-                if count != 0 else None for (_, corpus, first, last), count in zip(self.parts, self.counts)]
+                if count != 0
+                else None
+                for (_, corpus, first, last), count in zip(self.parts, self.counts)
+            ]
             sizes = [part.num_samples if part else 0 for part in self._samples]
             due = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in sizes])
             order = np.argsort(due, kind="stable")
@@ -2551,6 +2840,7 @@ class CorpusLoader:
 
 
 # ============================== python data.py corpus ==============================
+
 
 def read_documents(path):
     """Yields chunks, lists of (line number, bytes) of about a megabyte: JSON lines, or the paragraphs of a .txt."""
@@ -2623,6 +2913,7 @@ def build_corpus(path, tokenizer_path, output, workers=1, json_key="text", appen
     uint16 when the vocabulary is smaller than 65,535, else int32. UserError: missing or empty input, a bad line
     (file:line), an output that is there already."""
     from tqdm import tqdm
+
     path, output = Path(path), str(output)
     names = {end: Path(output + end) for end in (".bin", ".idx")}
     if not path.is_file():
@@ -2635,8 +2926,14 @@ def build_corpus(path, tokenizer_path, output, workers=1, json_key="text", appen
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer_path}: the tokenizer has no eos token to append; give --append_eos false")
     dtype = np.uint16 if tokenizer.vocab_size < 65535 else np.int32
-    encode = partial(encode_documents, path=path, tokenizer_path=str(tokenizer_path), json_key=json_key,
-                     append_eos=append_eos, dtype=dtype)
+    encode = partial(
+        encode_documents,
+        path=path,
+        tokenizer_path=str(tokenizer_path),
+        json_key=json_key,
+        append_eos=append_eos,
+        dtype=dtype,
+    )
     names[".bin"].parent.mkdir(parents=True, exist_ok=True)
     temporary = {end: Path(f"{output}{end}.tmp-{os.getpid()}") for end in names}
     sizes = array("i")
@@ -2699,8 +2996,9 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if args.workers < 1:
             raise UserError(f"--workers {args.workers}: at least 1 is wanted")
-        documents, tokens = build_corpus(args.corpus, args.tokenizer, args.output, args.workers, args.json_key,
-                                         args.append_eos, args.overwrite)
+        documents, tokens = build_corpus(
+            args.corpus, args.tokenizer, args.output, args.workers, args.json_key, args.append_eos, args.overwrite
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,14 +16,15 @@ import functools
 import time
 from pathlib import Path
 
+import kernels
+
 import numpy as np
+import paddle
+import paddle.nn.functional as F
 from tqdm import tqdm
 
 import parallel
 import trainer  # before paddle: it silences what paddle says while it is imported
-import kernels
-import paddle
-import paddle.nn.functional as F
 from data import PreferenceDataset, PreferenceLoader, UserError, load_chat_template, load_tokenizer
 from model import (
     adapter_disabled,
@@ -88,8 +89,10 @@ class Args(trainer.TrainingArgs):
         if self.do_predict:
             raise UserError("do_predict: there are no test pairs; evaluate other pairs by do_eval and dev_dataset_path")
         if self.max_prompt_len < 1 or self.max_seq_len < 3:
-            raise UserError(f"max_prompt_len {self.max_prompt_len} and max_seq_len {self.max_seq_len}: a pair needs at "
-                            "least 1 token of prompt and 3 positions")  # fmt: skip
+            raise UserError(
+                f"max_prompt_len {self.max_prompt_len} and max_seq_len {self.max_seq_len}: a pair needs at "
+                "least 1 token of prompt and 3 positions"
+            )
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"save_dtype: {self.save_dtype!r}; possible are float32, bfloat16, float16")
         if self.load_best_model_at_end and self.metric_for_best_model not in ("loss", "accuracy"):
@@ -218,8 +221,15 @@ def objective(policy, reference, reply_tokens, counts, args):
         policy, reference = policy / tokens, reference / tokens
     preference = preference_losses(policy, reference, args).sum() / pairs
     logps, rewards = policy.numpy(), args.beta * (policy - reference).numpy()
-    sums = [wins(rewards), (rewards[:, 0] - rewards[:, 1]).sum(), rewards[:, 0].sum(), rewards[:, 1].sum(),
-            wins(logps), logps[:, 0].sum(), logps[:, 1].sum()]  # fmt: skip
+    sums = [
+        wins(rewards),
+        (rewards[:, 0] - rewards[:, 1]).sum(),
+        rewards[:, 0].sum(),
+        rewards[:, 1].sum(),
+        wins(logps),
+        logps[:, 0].sum(),
+        logps[:, 1].sum(),
+    ]
     figures = dict(zip(FIGURES, [*(float(value) / pairs for value in sums), float(preference), float(sft)]))
     return args.pref_loss_ratio * preference + args.sft_loss_ratio * sft, figures
 
@@ -358,7 +368,10 @@ def check_model(model, args):
             f"{args.model_name_or_path}: {config.family} with ALiBi: it counts the tokens between a reply and its prompt, "
             "and the second of two replies that share a prompt has the first one's between; preference training of it is not here"
         )
-    limit = {"dynamic": config.max_position_embeddings, "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings")}.get(kind)
+    limit = {
+        "dynamic": config.max_position_embeddings,
+        "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),
+    }.get(kind)
     if limit and args.max_seq_len > limit:
         raise UserError(
             f"max_seq_len: {args.max_seq_len}: past {limit} positions dynamic rope turns a prompt by the length of its "
@@ -384,10 +397,20 @@ def main(args):
     def loader(path, split, batch_size):
         dataset = PreferenceDataset(path, tokenizer, args.max_seq_len, args.max_prompt_len, split, progress)
         training = split == "train"
-        found = PreferenceLoader(dataset, batch_size, args.max_seq_len, args.greedy_zero_padding, args.seed, training,
-                                 training and args.dataloader_drop_last, tokenizer.pad_token_id)  # fmt: skip
-        print(f"{split}: {len(dataset):,} pairs ({dataset.dropped} dropped), {found.batches_per_epoch:,} batches an "
-              f"epoch, {100 * found.fill:.1f} % of positions real")  # fmt: skip
+        found = PreferenceLoader(
+            dataset,
+            batch_size,
+            args.max_seq_len,
+            args.greedy_zero_padding,
+            args.seed,
+            training,
+            training and args.dataloader_drop_last,
+            tokenizer.pad_token_id,
+        )
+        print(
+            f"{split}: {len(dataset):,} pairs ({dataset.dropped} dropped), {found.batches_per_epoch:,} batches an "
+            f"epoch, {100 * found.fill:.1f} % of positions real"
+        )
         return found
 
     train = loader(args.train_dataset_path, "train", args.per_device_train_batch_size) if args.do_train else None
@@ -398,7 +421,10 @@ def main(args):
     trainer.set_recompute(model, args)
     check_model(model, args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
-    needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": args.max_prompt_len + args.max_new_tokens}
+    needed = {
+        "max_seq_len": args.max_seq_len,
+        "max_prompt_len + max_new_tokens": args.max_prompt_len + args.max_new_tokens,
+    }
     trainer.check_positions(model, args.model_name_or_path, needed)
     dev_known = train_known = before = None
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
@@ -416,7 +442,9 @@ def main(args):
         # An adapter is switched off for the reference, except in a pipeline: a micro-batch runs through it once.
         if not args.reference_free and (not args.lora or topology.pp.size > 1):
             start, micro = time.perf_counter(), train.batches_per_epoch
-            seen = [batch for step in range(total) for batch in trainer.micro_batches(step, args, micro, topology.data_size)]
+            seen = [
+                batch for step in range(total) for batch in trainer.micro_batches(step, args, micro, topology.data_size)
+            ]
             train_known = known_logps(model, train, seen, progress)
             known = int((~np.isnan(train_known[:, 0])).sum())
             print(f"reference: log-probabilities of {known:,} pairs computed in {time.perf_counter() - start:.1f} s")
@@ -437,7 +465,9 @@ def main(args):
                 trainer.load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
             state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
-        trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace
+        trainer.prepare_output_dir(
+            args, topology
+        )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology, figures=FIGURES)
         checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies

@@ -33,9 +33,9 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 import kernels  # before paddle: it silences what paddle says while it is imported
+
+import numpy as np
 
 # isort: split
 import paddle
@@ -360,8 +360,11 @@ def export_static(tokenizer, folder, args):
 def trace(model, folder):
     """prefill.json, decode.json and static.pdiparams: both programs have the same weights, so the file is kept once."""
     config = model.config
-    cache = [InputSpec([None, None, config.num_key_value_heads, config.head_dim], "float32", f"{kind}_{i}")
-             for kind in ("keys", "values") for i in range(config.num_hidden_layers)]  # fmt: skip
+    cache = [
+        InputSpec([None, None, config.num_key_value_heads, config.head_dim], "float32", f"{kind}_{i}")
+        for kind in ("keys", "values")
+        for i in range(config.num_hidden_layers)
+    ]
     two = config.position == "rope_2d"
     tokens = [
         InputSpec([None, None], "int64", "input_ids"),
@@ -386,8 +389,14 @@ def trace(model, folder):
 def write_prefix(model, path):
     """The prefix as the keys and values (P, K, Dh) that it begins every cache with; returns P."""
     cache = model.new_cache(1)
-    write_safetensors(path, {f"{kind}.{i}": array[0].numpy() for kind, arrays in (("keys", cache.keys), ("values", cache.values))
-                             for i, array in enumerate(arrays)})  # fmt: skip
+    write_safetensors(
+        path,
+        {
+            f"{kind}.{i}": array[0].numpy()
+            for kind, arrays in (("keys", cache.keys), ("values", cache.values))
+            for i, array in enumerate(arrays)
+        },
+    )
     return cache.prefix_tokens
 
 

@@ -14,9 +14,10 @@ import re
 import time
 from pathlib import Path
 
+import kernels
+
 import numpy as np
 
-import kernels
 import parallel
 import trainer
 from data import SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
@@ -134,8 +135,18 @@ def answer(model, tokenizer, dataset, indices, args):
         for row, i in enumerate(batch):  # padded on the left
             ids[row, T - len(prompts[i]) :] = prompts[i]
             mask[row, T - len(prompts[i]) :] = 1
-        out = generate(model, ids, args.max_new_tokens, tokenizer.stop_ids, mask, do_sample=args.top_k != 1, temperature=args.temperature,
-                       top_k=args.top_k, top_p=args.top_p, seed=args.seed)[:, T:]  # fmt: skip
+        out = generate(
+            model,
+            ids,
+            args.max_new_tokens,
+            tokenizer.stop_ids,
+            mask,
+            do_sample=args.top_k != 1,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )[:, T:]
         for row, i in enumerate(batch):
             answers[i] = tokenizer.decode_reply(out[row])
     if of > 1:
@@ -215,16 +226,28 @@ def main(args):
         )
 
     def loader(dataset, batch_size, train):
-        return SFTLoader(dataset, batch_size, args.max_length, args.zero_padding, args.greedy_zero_padding, args.seed, shuffle=train,
-                         pad_to_max_length=args.pad_to_max_length, pad_to_multiple_of=args.pad_to_multiple_of,
-                         drop_last=train and args.dataloader_drop_last, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        return SFTLoader(
+            dataset,
+            batch_size,
+            args.max_length,
+            args.zero_padding,
+            args.greedy_zero_padding,
+            args.seed,
+            shuffle=train,
+            pad_to_max_length=args.pad_to_max_length,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            drop_last=train and args.dataloader_drop_last,
+            pad_token_id=tokenizer.pad_token_id,
+        )
 
     train = dev = test = None
     if args.do_train:
         train_records = records("train")
         train = loader(train_records, args.per_device_train_batch_size, True)
-        print(f"train: {len(train_records):,} records ({train_records.dropped} dropped), {train.batches_per_epoch:,} batches an epoch, "
-              f"{100 * train.fill:.1f} % of positions real")  # fmt: skip
+        print(
+            f"train: {len(train_records):,} records ({train_records.dropped} dropped), {train.batches_per_epoch:,} batches an epoch, "
+            f"{100 * train.fill:.1f} % of positions real"
+        )
     if args.do_eval:
         dev_records = records("dev")
         dev = loader(dev_records, args.per_device_eval_batch_size, False)
@@ -276,7 +299,9 @@ def main(args):
                 trainer.load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
             state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
-        trainer.prepare_output_dir(args, topology)  # only here: an argument that is refused above must not cost the run it would replace
+        trainer.prepare_output_dir(
+            args, topology
+        )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology)
         checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
 

@@ -38,12 +38,13 @@ import zlib
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 
+import kernels
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-import kernels
 from data import UserError
 
 # ================================================================================================ config
@@ -461,10 +462,14 @@ def _mistral(source, fields):
 
 
 def _mixtral(source, fields):
-    return _windowed(source, fields) | dict(experts=Experts(
-        source["num_local_experts"], source["num_experts_per_tok"], fields["intermediate_size"],
-        aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
-    ))  # fmt: skip
+    return _windowed(source, fields) | dict(
+        experts=Experts(
+            source["num_local_experts"],
+            source["num_experts_per_tok"],
+            fields["intermediate_size"],
+            aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
+        )
+    )
 
 
 def _qwen(source, fields):
@@ -472,8 +477,13 @@ def _qwen(source, fields):
     rope = {"rope_type": "default", "rope_theta": float(source.get("rotary_emb_base", 10000.0))}
     if source.get("use_dynamic_ntk", True):
         rope |= {"rope_type": "qwen_ntk", "original_max_position_embeddings": length}
-    return dict(attention_bias=True, fused_qkv="blocks", intermediate_size=fields["intermediate_size"] // 2, rope=rope,
-                logn_length=length if source.get("use_logn_attn", True) else None)  # fmt: skip
+    return dict(
+        attention_bias=True,
+        fused_qkv="blocks",
+        intermediate_size=fields["intermediate_size"] // 2,
+        rope=rope,
+        logn_length=length if source.get("use_logn_attn", True) else None,
+    )
 
 
 def _qwen_moe(source, fields):
@@ -487,29 +497,51 @@ def _qwen_moe(source, fields):
         output_bias=False if qwen2 else bool(source.get("attention_bias", False)),
         qk_norm=not qwen2,
         experts=Experts(
-            source.get("num_local_experts") or source["num_experts"], source["num_experts_per_tok"],
-            source["moe_intermediate_size"], shared, qwen2, normalise=bool(source.get("norm_topk_prob", False)),
-            dense_layers=tuple(sorted(dense)), aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
+            source.get("num_local_experts") or source["num_experts"],
+            source["num_experts_per_tok"],
+            source["moe_intermediate_size"],
+            shared,
+            qwen2,
+            normalise=bool(source.get("norm_topk_prob", False)),
+            dense_layers=tuple(sorted(dense)),
+            aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
         ),
-    )  # fmt: skip
+    )
 
 
 def _baichuan(source, fields):
     # 13B has no rotary positions and so no max_position_embeddings. Baichuan 2 writes z_loss_weight and has another
     # vocabulary; its 7B also spells the class as the 13B does.
     rope = "max_position_embeddings" in source
-    two = ("z_loss_weight" in source or fields["vocab_size"] == 125696
-           or rope and source.get("architectures") == ["BaichuanForCausalLM"])  # fmt: skip
-    return dict(fused_qkv="blocks", position="rope" if rope else "alibi", norm_head=two,
-                stored_frequencies="model.layers.{i}.self_attn.rotary_emb.inv_freq" if rope and not two else None,
-                z_loss_weight=float(source.get("z_loss_weight") or 0.0))  # fmt: skip
+    two = (
+        "z_loss_weight" in source
+        or fields["vocab_size"] == 125696
+        or rope
+        and source.get("architectures") == ["BaichuanForCausalLM"]
+    )
+    return dict(
+        fused_qkv="blocks",
+        position="rope" if rope else "alibi",
+        norm_head=two,
+        stored_frequencies="model.layers.{i}.self_attn.rotary_emb.inv_freq" if rope and not two else None,
+        z_loss_weight=float(source.get("z_loss_weight") or 0.0),
+    )
 
 
 def _chatglm(source, fields):
     # The official code gives every model the residual scale of 28 layers, the depth of the one that was published.
-    return dict(norm="layer", position="rope_2d", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="groups",
-                gated=False, activation="gelu_tanh", residual_scale=math.sqrt(2 * fields["num_hidden_layers"]),
-                stored_frequencies="transformer.layers.{i}.attention.rotary_emb.inv_freq")  # fmt: skip
+    return dict(
+        norm="layer",
+        position="rope_2d",
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_qkv="groups",
+        gated=False,
+        activation="gelu_tanh",
+        residual_scale=math.sqrt(2 * fields["num_hidden_layers"]),
+        stored_frequencies="transformer.layers.{i}.attention.rotary_emb.inv_freq",
+    )
 
 
 def _chatglm2(source, fields):
@@ -527,31 +559,56 @@ def _chatglm2(source, fields):
         rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": ratio}
     return dict(
         num_key_value_heads=source["multi_query_group_num"] if multi_query else fields["num_attention_heads"],
-        fused_qkv="blocks" if multi_query else "groups", fused_gate_up=True,
-        rotary_dim=fields["head_dim"] // 2, rope_interleaved=True,
-        rope=rope, stored_frequencies="transformer.rotary_pos_emb.inv_freq",
+        fused_qkv="blocks" if multi_query else "groups",
+        fused_gate_up=True,
+        rotary_dim=fields["head_dim"] // 2,
+        rope_interleaved=True,
+        rope=rope,
+        stored_frequencies="transformer.rotary_pos_emb.inv_freq",
         attention_bias=bool(source.get("add_qkv_bias", False) or source.get("add_bias_linear", False)),
-        output_bias=bool(source.get("add_bias_linear", False)), mlp_bias=bool(source.get("add_bias_linear", False)),
-    )  # fmt: skip
+        output_bias=bool(source.get("add_bias_linear", False)),
+        mlp_bias=bool(source.get("add_bias_linear", False)),
+    )
 
 
 def _glm(source, fields):
     partial = ((source.get("rope_parameters") or {}) | source).get("partial_rotary_factor", 0.5)
-    return dict(attention_bias=bool(source.get("attention_bias", True)), fused_gate_up=True, rope_interleaved=True,
-                rotary_dim=int(fields["head_dim"] * partial),
-                norm_place="both" if source["model_type"] == "glm4" else "before")  # fmt: skip
+    return dict(
+        attention_bias=bool(source.get("attention_bias", True)),
+        fused_gate_up=True,
+        rope_interleaved=True,
+        rotary_dim=int(fields["head_dim"] * partial),
+        norm_place="both" if source["model_type"] == "glm4" else "before",
+    )
 
 
 def _bloom(source, fields):
-    return dict(norm="layer", position="alibi", embedding_norm=True, attention_bias=True, output_bias=True, mlp_bias=True,
-                fused_qkv="groups", gated=False, activation="gelu_tanh",
-                residual_scale=1.0 if source.get("apply_residual_connection_post_layernorm") else None)  # fmt: skip
+    return dict(
+        norm="layer",
+        position="alibi",
+        embedding_norm=True,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_qkv="groups",
+        gated=False,
+        activation="gelu_tanh",
+        residual_scale=1.0 if source.get("apply_residual_connection_post_layernorm") else None,
+    )
 
 
 def _gpt2(source, fields):
     activation = source.get("activation_function", "gelu_new")
-    return dict(norm="layer", position="learned", attention_bias=True, output_bias=True, mlp_bias=True, fused_qkv="blocks",
-                gated=False, activation=_GELU.get(activation, activation))  # fmt: skip
+    return dict(
+        norm="layer",
+        position="learned",
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_qkv="blocks",
+        gated=False,
+        activation=_GELU.get(activation, activation),
+    )
 
 
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -560,49 +617,86 @@ _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 def _opt(source, fields):
     before, width = source.get("do_layer_norm_before", True), source.get("word_embed_proj_dim")
     bias = source.get("enable_bias", True)
-    return dict(norm="layer", norm_place="before" if before else "after", position="learned", position_offset=2,
-                attention_bias=bias, output_bias=bias, mlp_bias=bias, gated=False, activation=_GELU.get(source.get("activation_function"), source.get("activation_function", "relu")),
-                embedding_size=None if width == fields["hidden_size"] else width,
-                final_norm=before and not source.get("_remove_final_layer_norm", False))  # fmt: skip
+    return dict(
+        norm="layer",
+        norm_place="before" if before else "after",
+        position="learned",
+        position_offset=2,
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        gated=False,
+        activation=_GELU.get(source.get("activation_function"), source.get("activation_function", "relu")),
+        embedding_size=None if width == fields["hidden_size"] else width,
+        final_norm=before and not source.get("_remove_final_layer_norm", False),
+    )
 
 
 def _gemma(source, fields):
-    return dict(attention_bias=bool(source.get("attention_bias", False)), output_bias=bool(source.get("attention_bias", False)),
-                norm_offset=1.0, embedding_scale=math.sqrt(fields["hidden_size"]), activation="gelu_tanh")  # fmt: skip
+    return dict(
+        attention_bias=bool(source.get("attention_bias", False)),
+        output_bias=bool(source.get("attention_bias", False)),
+        norm_offset=1.0,
+        embedding_scale=math.sqrt(fields["hidden_size"]),
+        activation="gelu_tanh",
+    )
 
 
 def _gemma2(source, fields):
     window, layers = source.get("sliding_window", 4096), fields["num_hidden_layers"]
     types = source.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return _gemma(source, fields) | dict(
-        norm_place="both", attention_scale=float(source.get("query_pre_attn_scalar", 256)) ** -0.5,
-        attention_softcap=source.get("attn_logit_softcapping", 50.0), final_softcap=source.get("final_logit_softcapping", 30.0),
+        norm_place="both",
+        attention_scale=float(source.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_softcap=source.get("attn_logit_softcapping", 50.0),
+        final_softcap=source.get("final_logit_softcapping", 30.0),
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
-    )  # fmt: skip
+    )
 
 
 def _deepseek(source, fields):
     v3, rope = source["model_type"] == "deepseek_v3", fields["rope"]
-    latent = Latent(source["q_lora_rank"], source["kv_lora_rank"], source["qk_nope_head_dim"],
-                    source["qk_rope_head_dim"], source["v_head_dim"])  # fmt: skip
+    latent = Latent(
+        source["q_lora_rank"],
+        source["kv_lora_rank"],
+        source["qk_nope_head_dim"],
+        source["qk_rope_head_dim"],
+        source["v_head_dim"],
+    )
     scale = (latent.nope_dim + latent.rope_dim) ** -0.5
     if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
         scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     dense = range(min(source["first_k_dense_replace"], fields["num_hidden_layers"]))
     grouped = v3 or source.get("topk_method") == "group_limited_greedy"
     experts = Experts(
-        source["n_routed_experts"], source["num_experts_per_tok"], source["moe_intermediate_size"],
+        source["n_routed_experts"],
+        source["num_experts_per_tok"],
+        source["moe_intermediate_size"],
         (source["n_shared_experts"] or 0) * source["moe_intermediate_size"],
-        scoring="sigmoid" if v3 else "softmax", normalise=bool(v3 and source.get("norm_topk_prob", True)),
-        scale=source.get("routed_scaling_factor", 1.0), groups=source["n_group"] if grouped else 1,
-        chosen_groups=source["topk_group"] if grouped else 1, group_score_of=2 if v3 else 1, choice_bias=v3,
-        dense_layers=tuple(dense), aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.0), aux_by_layer=True,
+        scoring="sigmoid" if v3 else "softmax",
+        normalise=bool(v3 and source.get("norm_topk_prob", True)),
+        scale=source.get("routed_scaling_factor", 1.0),
+        groups=source["n_group"] if grouped else 1,
+        chosen_groups=source["topk_group"] if grouped else 1,
+        group_score_of=2 if v3 else 1,
+        choice_bias=v3,
+        dense_layers=tuple(dense),
+        aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.0),
+        aux_by_layer=True,
         aux_by_sequence=bool(source.get("seq_aux", True)),
-    )  # fmt: skip
+    )
     bias = bool(source.get("attention_bias", False))
-    return dict(attention_bias=bias, output_bias=bias, num_key_value_heads=fields["num_attention_heads"], latent=latent,
-                head_dim=latent.nope_dim + latent.rope_dim, rotary_dim=latent.rope_dim, attention_scale=scale,
-                rope_interleaved=bool(source.get("rope_interleave", True)), experts=experts)  # fmt: skip
+    return dict(
+        attention_bias=bias,
+        output_bias=bias,
+        num_key_value_heads=fields["num_attention_heads"],
+        latent=latent,
+        head_dim=latent.nope_dim + latent.rope_dim,
+        rotary_dim=latent.rope_dim,
+        attention_scale=scale,
+        rope_interleaved=bool(source.get("rope_interleave", True)),
+        experts=experts,
+    )
 
 
 def _internlm(source, fields):
@@ -766,8 +860,21 @@ def _rope_parameters(source, path):
     """{"rope_type", "rope_theta", …} from either dialect, checked."""
     rope = dict(_rope_object(source, path))
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-             "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "truncate", "partial_rotary_factor"}  # fmt: skip
+    known = {
+        "rope_type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "low_freq_factor",
+        "high_freq_factor",
+        "truncate",
+        "partial_rotary_factor",
+    }
     rope.setdefault("rope_theta", source.get("rope_theta", 10000.0))
     needed = {
         "default": (),
@@ -1012,8 +1119,12 @@ class QuantLinear(nn.Layer):
                 raise UserError(
                     f"a linear of {n_in} x {n_out} cannot be packed to {scheme[1:]} bits: not multiples of {per_word}"
                 )
-            tensors = {"qweight": ([n_in // per_word, n_out], "int32"), "scales": ([groups, n_out], "float32"),
-                       "qzeros": ([groups, n_out // per_word], "int32"), "g_index": ([n_in], "int32")}  # fmt: skip
+            tensors = {
+                "qweight": ([n_in // per_word, n_out], "int32"),
+                "scales": ([groups, n_out], "float32"),
+                "qzeros": ([groups, n_out // per_word], "int32"),
+                "g_index": ([n_in], "int32"),
+            }
         for name, (shape, dtype) in tensors.items():
             self.register_buffer(name, paddle.zeros(shape, dtype))
         for name in {"qzeros", "g_index", "input_scale"} - tensors.keys():
@@ -1185,7 +1296,13 @@ class Attention(nn.Layer):
         self.o_proj = Linear(H * self.value_dim, D, config.output_bias)
 
     def make_projections(self, config):
-        D, H, K, Dh, bias = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.attention_bias  # fmt: skip
+        D, H, K, Dh, bias = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.attention_bias,
+        )
         self.value_dim = Dh
         if config.fused_qkv:
             self.qkv_proj = Linear(D, (H + 2 * K) * Dh, bias)
@@ -1466,7 +1583,9 @@ class Block(nn.Layer):
         self.attention_post_norm = _norm(config) if self.place == "both" else None
         self.mlp_post_norm = _norm(config) if self.place == "both" else None
 
-    def forward(self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None, again=None):
+    def forward(
+        self, x, cos, sin, rows=None, past_k=None, past_v=None, attend=None, q_scale=None, spread=None, again=None
+    ):
         """(B, T, D), all keys, all values, and the router's probabilities (N, E) of a sparse block, else None.
 
         again: what is computed again in backward, "full_attn" (all of attention) or "core_attn", and CausalLM.recomputed; then
@@ -1477,7 +1596,9 @@ class Block(nn.Layer):
             """What attention makes of x, with x added or not, and keys and values."""
             if again is not None and again[0] == "full_attn":
                 output = self.attention.output
-                function = (lambda x, *more: x + output(x, *more)) if added else output  # inside: sums have the same bits as without
+                function = (
+                    (lambda x, *more: x + output(x, *more)) if added else output
+                )  # inside: sums have the same bits as without
                 return again[1](function, x, cos, sin, rows, past_k, past_v, q_scale, spread), None, None
             mixed, k, v = self.attention(x, cos, sin, rows, past_k, past_v, attend, q_scale, spread, again)
             return (x + mixed if added else mixed), k, v
@@ -1559,7 +1680,9 @@ class CausalLM(nn.Layer):
         self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
         self.elsewhere = frozenset()  # names of weights that other processes hold
         self.recompute = False  # compute activations again in backward instead of keeping them, of each block …
-        self.recompute_granularity = "full"  # … all, "full_attn": attention's, "core_attn": those behind its first linears, …
+        self.recompute_granularity = (
+            "full"  # … all, "full_attn": attention's, "core_attn": those behind its first linears, …
+        )
         self.no_recompute_layers = frozenset()  # … but not of these
         self.neftune_noise_alpha = 0.0  # training noise on the embeddings (Jain et al., arXiv 2310.05914)
 
@@ -1614,8 +1737,14 @@ class CausalLM(nn.Layer):
 
     def cross_entropy(self, x, weight, labels, tied, return_predictions):
         """x (N, D) and labels (N,) -> losses (N,), and argmax ids (N,) if asked for."""
-        return kernels.linear_cross_entropy(x, weight, labels, transpose_weight=tied, return_predictions=return_predictions,
-                                            softcap=self.config.final_softcap)  # fmt: skip
+        return kernels.linear_cross_entropy(
+            x,
+            weight,
+            labels,
+            transpose_weight=tied,
+            return_predictions=return_predictions,
+            softcap=self.config.final_softcap,
+        )
 
     def additions(self, x, labels, weight, tied, probabilities):
         """What a family adds to the mean loss of a batch, a scalar; None: nothing.
@@ -1639,8 +1768,12 @@ class CausalLM(nn.Layer):
     def largest_logits(self, x, weight, tied):
         """x (N, D) -> each row's largest logit (N,): found without gradient, then computed again alone."""
         with paddle.no_grad():
-            best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1)
-                                  for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))])  # fmt: skip
+            best = paddle.concat(
+                [
+                    kernels.linear(part, weight.T if tied else weight).argmax(-1)
+                    for part in x.split(-(-x.shape[0] // Z_LOSS_ROWS))
+                ]
+            )
         return (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
 
     def head_weight(self):
@@ -1703,7 +1836,15 @@ class CausalLM(nn.Layer):
                 found = self.recomputed(block.output, x, *turns, seen, *past, shared.q_scale, shared.spread)
                 x, routed = found if isinstance(found, (tuple, list)) else (found, None)
             else:
-                x, k, v, routed = block(x, *turns, seen, *past, q_scale=shared.q_scale, spread=shared.spread, again=again and (again, self.recomputed))
+                x, k, v, routed = block(
+                    x,
+                    *turns,
+                    seen,
+                    *past,
+                    q_scale=shared.q_scale,
+                    spread=shared.spread,
+                    again=again and (again, self.recomputed),
+                )
                 if caches is not None and k is not None:
                     caches.keys[i], caches.values[i] = k, v
             if routed is not None:
@@ -1715,7 +1856,11 @@ class CausalLM(nn.Layer):
 
     def recomputes(self, layer):
         """What of this layer is not kept but computed again in backward: a granularity or None."""
-        return self.recompute_granularity if self.recompute and self.training and layer not in self.no_recompute_layers else None
+        return (
+            self.recompute_granularity
+            if self.recompute and self.training and layer not in self.no_recompute_layers
+            else None
+        )
 
     def recomputed(self, function, *arguments):
         """function(*arguments), whose activations are not kept but made again in backward, with the same randomness."""
@@ -1744,8 +1889,11 @@ class CausalLM(nn.Layer):
         elif kept:
             rows = caches.extend_rows(rows, B, T)
         cos, sin, q_scale = self._turns(position_ids, before, caches)
-        narrowed = {w: window_rows(rows, B, caches.tokens if kept else T, w)
-                    for w in set(self.config.windows) - {None} if kept or caches is None}  # fmt: skip
+        narrowed = {
+            w: window_rows(rows, B, caches.tokens if kept else T, w)
+            for w in set(self.config.windows) - {None}
+            if kept or caches is None
+        }
         return x, Shared(cos, sin, q_scale, rows, narrowed, spread)
 
     def embed(self, input_ids, position_ids, before=0):
@@ -1753,7 +1901,9 @@ class CausalLM(nn.Layer):
         config = self.config
         x = self.look_up(input_ids)
         if self.training and self.neftune_noise_alpha:
-            size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(-1)  # (B, T, 1)
+            size = paddle.sqrt(document_lengths(position_ids).astype("float32") * x.shape[-1]).unsqueeze(
+                -1
+            )  # (B, T, 1)
             noise = self.noise([*input_ids.shape, x.shape[-1]]).astype(x.dtype)
             x = x + self.kept(noise * (self.neftune_noise_alpha / size).astype(x.dtype))
         if config.embedding_scale != 1.0:
@@ -1937,7 +2087,11 @@ class StoredTensor:
         kind, dim = np.dtype(_SAFETENSORS[dtype]), max(cuts)
         cuts = {i: cuts.get(i, [(0, n)]) for i, n in enumerate(shape)}
         found = np.empty([sum(last - first for first, last in ranges) for ranges in cuts.values()], kind)
-        inner, room, at = math.prod(found.shape[dim + 1 :]) * kind.itemsize, memoryview(found.reshape([-1]).view(np.uint8)), 0
+        inner, room, at = (
+            math.prod(found.shape[dim + 1 :]) * kind.itemsize,
+            memoryview(found.reshape([-1]).view(np.uint8)),
+            0,
+        )
         before = [[i for first, last in cuts[d] for i in range(first, last)] for d in range(dim)]
         with open(self.path, "rb", buffering=0) as file:
             for places in itertools.product(*before):
@@ -2028,8 +2182,17 @@ _BinTensor = namedtuple("_BinTensor", "storage where offset size stride")
 class _TensorUnpickler(pickle.Unpickler):
     """Reads the pickle inside a torch .bin file: tensors in dicts and lists. Any other object is refused, none is run."""
 
-    storages = {"FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": "<u2", "DoubleStorage": "<f8",
-                "LongStorage": "<i8", "IntStorage": "<i4", "CharStorage": "<i1", "ByteStorage": "<u1", "BoolStorage": "?"}  # fmt: skip
+    storages = {
+        "FloatStorage": "<f4",
+        "HalfStorage": "<f2",
+        "BFloat16Storage": "<u2",
+        "DoubleStorage": "<f8",
+        "LongStorage": "<i8",
+        "IntStorage": "<i4",
+        "CharStorage": "<i1",
+        "ByteStorage": "<u1",
+        "BoolStorage": "?",
+    }
 
     def __init__(self, file, path):
         super().__init__(file)
@@ -2241,7 +2404,9 @@ class Weight:
         if not cuts or not isinstance(read, StoredTensor):
             array = self.from_numpy(read())
         else:
-            array = read.ranges({len(shape) - 1 - dim if self.transposed else dim: ranges for dim, ranges in cuts.items()})
+            array = read.ranges(
+                {len(shape) - 1 - dim if self.transposed else dim: ranges for dim, ranges in cuts.items()}
+            )
             array = np.ascontiguousarray(_rows(array.T) if self.transposed else array)
         return array if extent is None else array.reshape([-1])[slice(*extent)]
 
@@ -2350,8 +2515,11 @@ def _head_name(config):
 def _quantized_weights(found, ours, theirs):
     packed = found[ours + "qweight"].dtype == paddle.int32
     dtypes = {"qweight": "int32" if packed else "int8", "scales": "float16" if packed else "float32"}
-    return [Weight(theirs + their_name, found[ours + name], name == "qweight" and not packed, dtype or dtypes[name])
-            for name, their_name, dtype in _QUANTIZED if found.get(ours + name) is not None]  # fmt: skip
+    return [
+        Weight(theirs + their_name, found[ours + name], name == "qweight" and not packed, dtype or dtypes[name])
+        for name, their_name, dtype in _QUANTIZED
+        if found.get(ours + name) is not None
+    ]
 
 
 def trainable_weights(model):
@@ -2418,9 +2586,15 @@ def _make_room_for_integers(model, quantization):
             if layers[norm].bias is None:
                 layers[norm].add_bias()
     for parent, attribute, layer in linears(model).values():
-        quantized = QuantLinear(layer.n_in, layer.n_out, f"w{quantization['bits']}" if weights_alone else "a8w8",
-                                quantization.get("group_size", -1), layer.bias is not None or id(layer) in shifted,
-                                quantization.get("desc_act", False), quantization.get("activation") == "per_tensor")  # fmt: skip
+        quantized = QuantLinear(
+            layer.n_in,
+            layer.n_out,
+            f"w{quantization['bits']}" if weights_alone else "a8w8",
+            quantization.get("group_size", -1),
+            layer.bias is not None or id(layer) in shifted,
+            quantization.get("desc_act", False),
+            quantization.get("activation") == "per_tensor",
+        )
         setattr(parent, attribute, quantized)
 
 
@@ -2566,7 +2740,11 @@ def _single_experts(name, value, config):
     layer = int(re.search(r"layers\.(\d+)\.", name)[1])
     read = functools.lru_cache(1)(read)  # the whole is read once for all experts
     table = {ours: theirs for ours, theirs, _ in FAMILIES[config.family].names}
-    parts = {"down_proj": slice(None)} if which == "down_proj" else {"gate_proj": slice(0, shape[1] // 2), "up_proj": slice(shape[1] // 2, None)}  # fmt: skip
+    parts = (
+        {"down_proj": slice(None)}
+        if which == "down_proj"
+        else {"gate_proj": slice(0, shape[1] // 2), "up_proj": slice(shape[1] // 2, None)}
+    )
     result = {}
     for part, rows in parts.items():
         for e in range(shape[0]):
@@ -2676,7 +2854,13 @@ _PADDLENLP_KEYS = {  # model_type: its keys that have another name in Hugging Fa
     "chatglm": {"num_hidden_layers": "num_layers"},
     "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "max_sequence_length": "seq_length"},
 }  # fmt: skip
-_PADDLENLP_MARKS = {"paddlenlp_version", "fuse_attention_qkv", "fuse_attention_ffn", "tensor_parallel_output", "normalize_before"}  # fmt: skip
+_PADDLENLP_MARKS = {
+    "paddlenlp_version",
+    "fuse_attention_qkv",
+    "fuse_attention_ffn",
+    "tensor_parallel_output",
+    "normalize_before",
+}
 _PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
     "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|virtual_pp|mp_degree"
 )
@@ -2718,8 +2902,10 @@ def _paddlenlp_names(config):
         rows = _PADDLENLP_TABLES[config.family]
     else:
         prefix = _PADDLENLP_PREFIX.get(config.family, config.family) + "."
-        rows = [(ours, theirs.replace(family.prefix, prefix, 1) if theirs.startswith(family.prefix) else theirs)
-                for ours, theirs, _ in family.names]  # fmt: skip
+        rows = [
+            (ours, theirs.replace(family.prefix, prefix, 1) if theirs.startswith(family.prefix) else theirs)
+            for ours, theirs, _ in family.names
+        ]
     return [(row[0], row[1].replace("W_pack", "qkv_proj"), False) for row in rows]
 
 
@@ -2737,7 +2923,10 @@ def _paddlenlp_parts(found, config, rows):
     def part(value, begin, end, width):  # columns begin to end of every `width`
         read, shape = value
         many = shape[-1] // width
-        return (lambda: read().reshape([*shape[:-1], many, width])[..., begin:end].reshape([*shape[:-1], -1])), [*shape[:-1], many * (end - begin)]  # fmt: skip
+        return (lambda: read().reshape([*shape[:-1], many, width])[..., begin:end].reshape([*shape[:-1], -1])), [
+            *shape[:-1],
+            many * (end - begin),
+        ]
 
     for name in list(result):
         stem, _, kind = name.rpartition(".")
@@ -2758,14 +2947,25 @@ def _paddlenlp_parts(found, config, rows):
             if None not in parts:
                 shape = [*parts[0][1][:-1], sum(p[1][-1] for p in parts)]
                 result[name.replace(".q_proj.", ".qkv_proj.")] = (
-                    (lambda parts=parts: np.concatenate([read() for read, _ in parts], axis=-1)), shape)  # fmt: skip
+                    (lambda parts=parts: np.concatenate([read() for read, _ in parts], axis=-1)),
+                    shape,
+                )
     return result
 
 
 def _paddlenlp_lora(model, path):
     """adapter_config.json and tensors, as peft would have written them, of a LoRA that PaddleNLP saved at `path`."""
     config, names = _json_object(path / "lora_config.json"), _paddlenlp_names(model.config)
-    for key in ("use_mora", "pissa", "loraga", "lora_use_mixer", "do_qat", "trainable_modules", "trainable_bias", "enable_lora_list"):  # fmt: skip
+    for key in (
+        "use_mora",
+        "pissa",
+        "loraga",
+        "lora_use_mixer",
+        "do_qat",
+        "trainable_modules",
+        "trainable_bias",
+        "enable_lora_list",
+    ):
         if config.get(key):
             raise UserError(f"{path / 'lora_config.json'}: {key} = {json.dumps(config[key])} is not supported")
     modules = {theirs: ours for ours, theirs, _ in _names_of(model.config, names)}
@@ -2779,8 +2979,14 @@ def _paddlenlp_lora(model, path):
             raise UserError(f"{path}: {name}: {why}")
         targets.add(places[ours])
         tensors[f"base_model.model.{places[ours]}.{which}.weight"] = read().T
-    return {"peft_type": "LORA", "r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8), "use_rslora": bool(config.get("rslora")),
-            "lora_dropout": config.get("lora_dropout", 0.0), "target_modules": sorted(targets)}, tensors  # fmt: skip
+    return {
+        "peft_type": "LORA",
+        "r": config.get("r", 8),
+        "lora_alpha": config.get("lora_alpha", 8),
+        "use_rslora": bool(config.get("rslora")),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "target_modules": sorted(targets),
+    }, tensors
 
 
 # ========================================================================================= LoRA adapters
@@ -2903,7 +3109,11 @@ def lora_layers(model):
 def linears_elsewhere(model):
     """{Hugging Face module path} of the linears of the blocks that other processes hold."""
     rows = _names_of(model.config) if model.elsewhere else ()
-    paths = [theirs.removesuffix(".weight") for ours, theirs, _ in rows if ours.startswith("layers.") and ours.endswith("_proj.weight")]
+    paths = [
+        theirs.removesuffix(".weight")
+        for ours, theirs, _ in rows
+        if ours.startswith("layers.") and ours.endswith("_proj.weight")
+    ]
     return {path for path in paths if not model.elsewhere.isdisjoint((path + ".weight", path + ".qweight"))}
 
 
@@ -2949,8 +3159,14 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         if pissa:
             lora.start_pissa()
         setattr(parent, attribute, lora)
-    model.lora_config = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora, "use_dora": dora,
-                         "target_modules": targets if isinstance(targets, str) else sorted(targets)}  # fmt: skip
+    model.lora_config = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+    }
     return model
 
 
@@ -3091,10 +3307,18 @@ def adapter_files(model, base_model=None):
     }
     if model.prefix is not None:
         prefix = model.prefix
-        config.update(peft_type="PREFIX_TUNING", num_virtual_tokens=prefix.tokens, token_dim=prefix.heads * prefix.head_dim,
-                      num_transformer_submodules=1, num_attention_heads=prefix.heads, num_layers=prefix.layers,
-                      prefix_projection=prefix.hidden is not None,
-                      encoder_hidden_size=prefix.heads * prefix.head_dim if prefix.hidden is None else prefix.hidden.weight.shape[1])  # fmt: skip
+        config.update(
+            peft_type="PREFIX_TUNING",
+            num_virtual_tokens=prefix.tokens,
+            token_dim=prefix.heads * prefix.head_dim,
+            num_transformer_submodules=1,
+            num_attention_heads=prefix.heads,
+            num_layers=prefix.layers,
+            prefix_projection=prefix.hidden is not None,
+            encoder_hidden_size=prefix.heads * prefix.head_dim
+            if prefix.hidden is None
+            else prefix.hidden.weight.shape[1],
+        )
         if prefix.hidden is None:
             return config, {"adapter_model.safetensors": (list(entries.values()), {})}
         with paddle.no_grad():
@@ -3112,10 +3336,16 @@ def adapter_files(model, base_model=None):
         for module, layer in layers.items():
             a, b = (weights[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")  # (R, in), (out, R) on disk
             a0, b0 = (start.T for start in layer.initial)  # whole, on every rank
-            entries[a.name] = Entry({a.name: ([2 * a.shape[0], a.shape[1]], "float32")}, [(a, a.parameter)],
-                                    lambda a, a0=a0: [np.concatenate([a, a0])])  # fmt: skip
-            entries[b.name] = Entry({b.name: ([b.shape[0], 2 * b.shape[1]], "float32")}, [(b, b.parameter)],
-                                    lambda b, b0=b0: [np.concatenate([b, -b0], 1)])  # fmt: skip
+            entries[a.name] = Entry(
+                {a.name: ([2 * a.shape[0], a.shape[1]], "float32")},
+                [(a, a.parameter)],
+                lambda a, a0=a0: [np.concatenate([a, a0])],
+            )
+            entries[b.name] = Entry(
+                {b.name: ([b.shape[0], 2 * b.shape[1]], "float32")},
+                [(b, b.parameter)],
+                lambda b, b0=b0: [np.concatenate([b, -b0], 1)],
+            )
         config["r"] *= 2
         config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2  # so that the scaling stays
         metadata["pissa_start_included"] = "true"
@@ -3168,8 +3398,21 @@ def _json_object(path):
 
 
 def _load_lora(model, config, tensors, path, trainable):
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules", "trainable_token_indices", "lora_bias",
-                "layer_replication", "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora"):  # fmt: skip
+    for key in (
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_to_transform",
+        "exclude_modules",
+        "trainable_token_indices",
+        "lora_bias",
+        "layer_replication",
+        "target_parameters",
+        "use_qalora",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "use_bdlora",
+    ):
         if config.get(key):
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported")
     if config.get("bias", "none") != "none":
@@ -3236,10 +3479,17 @@ def _fill(model, tensors, path):
     """The values of the model's adapter; those of linears that other processes hold are left out."""
     weights, elsewhere = adapter_weights(model), linears_elsewhere(model)
     wrong = [f"missing {w.name}" for w in weights if w.name not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in {w.name for w in weights}
-              and n.removeprefix("base_model.model.").partition(".lora_")[0] not in elsewhere]  # fmt: skip
-    wrong += [f"{w.name} has shape {list(tensors[w.name].shape)}, not {w.shape}" for w in weights
-              if w.name in tensors and list(tensors[w.name].shape) != w.shape]  # fmt: skip
+    wrong += [
+        f"unexpected {n}"
+        for n in tensors
+        if n not in {w.name for w in weights}
+        and n.removeprefix("base_model.model.").partition(".lora_")[0] not in elsewhere
+    ]
+    wrong += [
+        f"{w.name} has shape {list(tensors[w.name].shape)}, not {w.shape}"
+        for w in weights
+        if w.name in tensors and list(tensors[w.name].shape) != w.shape
+    ]
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
     for w in weights:
@@ -3256,8 +3506,19 @@ def _metadata(path):
 
 
 @paddle.no_grad()
-def generate(model, input_ids, max_new_tokens=64, eos_token_id=None, attention_mask=None, do_sample=False, temperature=1.0,
-             top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0):  # fmt: skip
+def generate(
+    model,
+    input_ids,
+    max_new_tokens=64,
+    eos_token_id=None,
+    attention_mask=None,
+    do_sample=False,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    seed=0,
+):
     """The oracle: one batch, one step after another, nothing clever. Returns (B, T + new) int64 numpy.
 
     input_ids (B, T) numpy; rows may be padded on the left where attention_mask (B, T) is 0. A row that gave an

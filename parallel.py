@@ -25,6 +25,7 @@ that shares a batch. With one process nothing here does anything. When one proce
     for loss, batch in parallel.micro_steps(model, batches, batch_loss, seeds): …
     norm = shards.reduce_gradients(); optimizer.step(…); shards.gather_weights()
 """
+
 import atexit
 import contextlib
 import dataclasses
@@ -47,12 +48,14 @@ from collections import Counter, defaultdict, deque, namedtuple
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
-import numpy as np
-
 import kernels  # before paddle: it silences what paddle says while it is imported
+
+import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from paddle.autograd import PyLayer
+
 from data import UserError
 from model import (
     FAMILIES,
@@ -62,12 +65,12 @@ from model import (
     LoRALinear,
     ModelConfig,
     QuantLinear,
-    base_folders,
     SparseMLP,
+    base_folders,
     base_weights,
     build,
-    load_weights,
     load_adapter,
+    load_weights,
     lora_layers,
     merge,
     read_tensor,
@@ -75,7 +78,6 @@ from model import (
     set_parameter,
     write_safetensors,
 )
-from paddle.autograd import PyLayer
 
 # ============================================================================================ the grid
 
@@ -114,7 +116,9 @@ class Degrees:
         ways = {axis: max(1, degree) for axis, degree in asked.items()}
         words = re.findall(r"[^\s,]+", getattr(args, "sharding", None) or "")
         if unknown := [word for word in words if word not in SHARDINGS]:
-            raise UserError(f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them")
+            raise UserError(
+                f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them"
+            )
         order = getattr(args, "hybrid_parallel_topo_order", None) or "pp_first"
         if order not in ORDERS:
             raise UserError(f"hybrid_parallel_topo_order: {order!r}; possible are {', '.join(ORDERS)}")
@@ -122,15 +126,26 @@ class Degrees:
             left = world // (ways["pp"] * ways["sep"] * ways["context"] * ways["tp"])
             ways["sharding"] = max(1, left)
         stages = [int(word[-1]) for word in words if word != "offload"] or [1]
-        degrees = Degrees(pp=ways["pp"], sharding=ways["sharding"], sep=max(ways["sep"], ways["context"]), tp=ways["tp"], ep=ways["ep"],
-                          virtual=max(1, getattr(args, "virtual_pp_degree", 1)), stage=max(stages) if ways["sharding"] > 1 else 0,
-                          offload="offload" in words, sequence_parallel=getattr(args, "sequence_parallel", False),
-                          context=ways["context"] > 1, order=order)  # fmt: skip
+        degrees = Degrees(
+            pp=ways["pp"],
+            sharding=ways["sharding"],
+            sep=max(ways["sep"], ways["context"]),
+            tp=ways["tp"],
+            ep=ways["ep"],
+            virtual=max(1, getattr(args, "virtual_pp_degree", 1)),
+            stage=max(stages) if ways["sharding"] > 1 else 0,
+            offload="offload" in words,
+            sequence_parallel=getattr(args, "sequence_parallel", False),
+            context=ways["context"] > 1,
+            order=order,
+        )
         wrong = []
         if ways["sep"] > 1 and ways["context"] > 1:
             wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
         if world and world % degrees.world:
-            factors = " x ".join(f"{NAMES[axis]}_parallel_degree {ways[axis]}" for axis in ("tp", "pp", "sharding", "sep", "context"))
+            factors = " x ".join(
+                f"{NAMES[axis]}_parallel_degree {ways[axis]}" for axis in ("tp", "pp", "sharding", "sep", "context")
+            )
             mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
             wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {mend}")
         elif world:
@@ -138,9 +153,13 @@ class Degrees:
             if ways["ep"] > world:
                 wrong.append(f"expert_parallel_degree: {ways['ep']}, but this run has {world} process(es); set it to 1")
         elif not world:  # as many copies of all else as its experts need
-            degrees = dataclasses.replace(degrees, dp=ways["ep"] // math.gcd(ways["ep"], ways["sharding"] * degrees.sep))
+            degrees = dataclasses.replace(
+                degrees, dp=ways["ep"] // math.gcd(ways["ep"], ways["sharding"] * degrees.sep)
+            )
         if max(stages) > 1 and ways["pp"] > 1:
-            wrong.append(f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1")
+            wrong.append(
+                f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1"
+            )
         if degrees.virtual > 1 and ways["pp"] == 1 and config is None:  # else check_pipeline says it
             wrong.append(f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1")
         if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
@@ -253,7 +272,13 @@ class Topology:
 
 
 def _flat(numbers):
-    return list(numbers.values()) if isinstance(numbers, dict) else list(numbers) if isinstance(numbers, tuple) else [numbers]
+    return (
+        list(numbers.values())
+        if isinstance(numbers, dict)
+        else list(numbers)
+        if isinstance(numbers, tuple)
+        else [numbers]
+    )
 
 
 # =============================================================================== talking along an axis
@@ -271,7 +296,9 @@ class Axis:
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
         self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens, …
         self.tokens = None  # … of so many, T/sep, of the pass that is being made; None: not in this one
-        self.places = None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand; see spread()
+        self.places = (
+            None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand; see spread()
+        )
         self.whole = None
         self.pieces = None  # ep: [Visit], whose tokens an expert is at work on; None: this rank's
         self.seconds, self.bytes = 0.0, 0
@@ -314,7 +341,11 @@ class Axis:
             return x.clone()
         if _backend() == "gloo":  # has none: all get all
             most = int(counts.sum(1).max())
-            rows = F.pad(x, [0, most - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True) if x.shape[0] < most else x
+            rows = (
+                F.pad(x, [0, most - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True)
+                if x.shape[0] < most
+                else x
+            )
             rows, starts = self.all_gather(rows), counts[:, : self.rank].sum(1) + most * np.arange(self.size)
             index = np.concatenate([np.arange(first, first + n) for first, n in zip(starts, received)])
             return paddle.index_select(rows, paddle.to_tensor(index)) if len(index) else rows[:0]
@@ -434,7 +465,9 @@ class Launch(namedtuple("Launch", "rank world endpoints")):
     @staticmethod
     def of_environment():
         endpoints = tuple(os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(","))
-        return Launch(int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), endpoints)
+        return Launch(
+            int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), endpoints
+        )
 
 
 class Groups:
@@ -544,7 +577,9 @@ class Company:
     def __init__(self, launch):
         self.launch, self.place, self.meetings, self.agreements = launch, None, 0, 0
         self.store = self._client(launch.rank == 0)
-        self.parent = os.getppid() if "PADDLE_LOG_DIR" in os.environ else None  # the launcher, if that is what started us
+        self.parent = (
+            os.getppid() if "PADDLE_LOG_DIR" in os.environ else None
+        )  # the launcher, if that is what started us
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's; Paddle would show where its C++ stands
         self.ending, self.done = threading.Lock(), threading.Event()
@@ -585,7 +620,9 @@ class Company:
         for key in {**theirs, **mine}:
             if mine.get(key) != theirs.get(key):
                 here, there = (found.get(key, "not there") for found in (mine, theirs))
-                raise UserError(f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same")
+                raise UserError(
+                    f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same"
+                )
 
     def leave(self):
         """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
@@ -679,14 +716,20 @@ class Company:
         closed = re.search(r"pair\.cc|onnection (closed|reset)|roken pipe", message)
 
         def signs():
-            return {r: json.loads(self.store.get(f"rank {r}")) for r in range(self.launch.world) if self.store.add(f"rank {r} is there", 0)}
+            return {
+                r: json.loads(self.store.get(f"rank {r}"))
+                for r in range(self.launch.world)
+                if self.store.add(f"rank {r} is there", 0)
+            }
 
         before = signs()
         time.sleep(3.0)  # every rank gives three
         after = signs()
         silent = [r for r in before if before[r][0] == after[r][0]]
         silent.sort(key=lambda r: after[r][2])  # the first to go: a launcher ends the others of its node for that
-        elsewhere = [r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank]
+        elsewhere = [
+            r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank
+        ]
         if silent and closed:
             return f"rank {silent[0]} has vanished: it was killed, or ran out of memory"
         if silent:
@@ -918,7 +961,11 @@ def cut_ranges(name, width, config, size, rank):
 
 def _unit(config):
     """Channels that cannot be parted: those whose weights are packed into one word."""
-    return 32 // config.quantization["bits"] if config.quantization and config.quantization["quant_method"] == "gptq" else 1
+    return (
+        32 // config.quantization["bits"]
+        if config.quantization and config.quantization["quant_method"] == "gptq"
+        else 1
+    )
 
 
 def _joined(ranges):
@@ -993,8 +1040,15 @@ class PartedVocabulary:
     def cross_entropy(self, x, weight, labels, tied, return_predictions):
         tp = self.topology.tp
         part = Vocabulary(self._ids()[0], tp.all_reduce)
-        return kernels.linear_cross_entropy(x, weight, labels, transpose_weight=tied, return_predictions=return_predictions,
-                                            vocabulary=part, softcap=self.config.final_softcap)  # fmt: skip
+        return kernels.linear_cross_entropy(
+            x,
+            weight,
+            labels,
+            transpose_weight=tied,
+            return_predictions=return_predictions,
+            vocabulary=part,
+            softcap=self.config.final_softcap,
+        )
 
     def logits(self, x):
         found, tp, V = super().logits(x), self.topology.tp, self.config.vocab_size
@@ -1002,7 +1056,10 @@ class PartedVocabulary:
         found = F.pad(found, [0, 0] * (found.ndim - 1) + [0, widest - found.shape[-1]])
         found = _Gather.apply(found, tp, found.ndim - 1, False)
         if V % tp.size:
-            ids = [np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * widest for r in range(tp.size)]
+            ids = [
+                np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * widest
+                for r in range(tp.size)
+            ]
             found = paddle.index_select(found, paddle.to_tensor(np.concatenate(ids)), -1)
         return found
 
@@ -1062,7 +1119,11 @@ def check_tensor(config, degrees):
         else:
             latent, heads = config.latent, [config.head_dim]
             heads += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
-            found += [f"{key} cuts between heads, whose channels ({n}) are not whole words of {word} packed weights" for n in heads if n % word]
+            found += [
+                f"{key} cuts between heads, whose channels ({n}) are not whole words of {word} packed weights"
+                for n in heads
+                if n % word
+            ]
     if ep > 1:
         ranks, key = degrees.dp * degrees.sharding * degrees.sep, f"expert_parallel_degree {ep}"
         factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep} = {ranks}"
@@ -1123,7 +1184,11 @@ def _cut_integers(layer, name, config, tp):
         return Cut(dim, [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in of_ranks], tp.rank, shape)
 
     if dim == 1:
-        cuts = {"qweight": of(1, 1, layer.qweight.shape), "scales": of(1, 1, layer.scales.shape), "qzeros": of(packed, 1, layer.qzeros.shape)}
+        cuts = {
+            "qweight": of(1, 1, layer.qweight.shape),
+            "scales": of(1, 1, layer.scales.shape),
+            "qzeros": of(packed, 1, layer.qzeros.shape),
+        }
         if layer.bias is not None:
             layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
     else:
@@ -1236,7 +1301,10 @@ def expert_axes(grid, order, degree, rank, groups):
     (group, place), *_ = np.argwhere(line == rank)
     if degree == 1:
         return Axis("ep", [rank], rank), Axis("copies", [rank], rank)
-    return tuple(Axis(name, [int(r) for r in ranks], rank, groups) for name, ranks in (("ep", line[group]), ("copies", line[:, place])))
+    return tuple(
+        Axis(name, [int(r) for r in ranks], rank, groups)
+        for name, ranks in (("ep", line[group]), ("copies", line[:, place]))
+    )
 
 
 def is_spread(path, topology):
@@ -1314,8 +1382,15 @@ class SpreadExperts:
         if here.any():
             runs = _runs(here)
             order = np.concatenate([np.arange(first, last) for first, last in runs])  # rank by rank -> expert by expert
-            pieces = [Visit(int(numbers[i % ep.size]), last - first, None if places is None else places[first:last], int(wholes.T.flat[i]))
-                      for i, (first, last) in enumerate(runs)]  # fmt: skip
+            pieces = [
+                Visit(
+                    int(numbers[i % ep.size]),
+                    last - first,
+                    None if places is None else places[first:last],
+                    int(wholes.T.flat[i]),
+                )
+                for i, (first, last) in enumerate(runs)
+            ]
             mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here.sum(0), pieces)
             tokens = paddle.index_select(mixed, paddle.to_tensor(np.argsort(order)))
         return _Exchange.apply(tokens, ep, sent.T)
@@ -1348,8 +1423,13 @@ def spread_experts(model, topology):
                 del layer.experts._sub_layers[str(e)]
             mix_in(layer, SpreadExperts, topology=topology, draws=model.draws)
     rows = [row for row in FAMILIES[config.family].names if "{e}" in row[0]]
-    elsewhere = {theirs.format(i=i, e=e) for _, theirs, _ in rows for i in range(config.num_hidden_layers)
-                 for e in range(config.experts.count) if e not in mine}  # fmt: skip
+    elsewhere = {
+        theirs.format(i=i, e=e)
+        for _, theirs, _ in rows
+        for i in range(config.num_hidden_layers)
+        for e in range(config.experts.count)
+        if e not in mine
+    }
     model.elsewhere = model.elsewhere | elsewhere
 
 
@@ -1451,7 +1531,9 @@ class HeadsForTokens:
             return super().mixed(q, k, v, slopes, rows, past_k, past_v, spread)
         # With fewer key heads than ranks, or not a multiple, each is there several times; gradients of copies are added up.
         copies = sep.size // math.gcd(k.shape[2], sep.size)
-        k, v, past_k, past_v = (x if x is None or copies == 1 else _repeat_heads(x, copies) for x in (k, v, past_k, past_v))
+        k, v, past_k, past_v = (
+            x if x is None or copies == 1 else _repeat_heads(x, copies) for x in (k, v, past_k, past_v)
+        )
         sent = paddle.concat([self._by_rank(x) for x in (q, k, v)], axis=3)  # (sep, B, T/sep, (H + 2 K)/(tp·sep), Dh)
         came = _AllToAll.apply(sent, sep).transpose([1, 0, 2, 3, 4]).flatten(1, 2)[:, : sep.whole]  # (B, T, …)
         q, k, v = came.split([q.shape[2] // sep.size, *[k.shape[2] // sep.size] * 2], axis=2)
@@ -1554,7 +1636,9 @@ class _Ring(PyLayer):
                 part.add(*kernels.attention_part(part.q, k_part, v_part, *seen, **how.options))
             if not last:
                 states = how.sep.pass_on(states)
-        out, lse = (paddle.concat([getattr(part, name) for part in sums], axis=dim) for name, dim in (("out", 1), ("lse", 2)))
+        out, lse = (
+            paddle.concat([getattr(part, name) for part in sums], axis=dim) for name, dim in (("out", 1), ("lse", 2))
+        )
         ctx.how, ctx.given = how, [t is not None for t in (q, k, v, past_k, past_v)]
         ctx.frozen = [t is None or t.stop_gradient for t in (q, k, v, past_k, past_v)]
         ctx.save_for_backward(q, k, v, past_k, past_v, out, lse)
@@ -1563,8 +1647,12 @@ class _Ring(PyLayer):
     @staticmethod
     def backward(ctx, d_out):
         how, (q, k, v, past_k, past_v, out, lse) = ctx.how, ctx.saved_tensor()
-        parts = [types.SimpleNamespace(q=q[:, i], kept=(out[:, i], lse[:, :, i], d_out[:, i]), d_q=paddle.zeros_like(q[:, i]))
-                 for i in halves(q)]  # fmt: skip
+        parts = [
+            types.SimpleNamespace(
+                q=q[:, i], kept=(out[:, i], lse[:, :, i], d_out[:, i]), d_q=paddle.zeros_like(q[:, i])
+            )
+            for i in halves(q)
+        ]
         d_past = [None, None]
 
         def of_keys(part, k, v, seen):
@@ -1625,7 +1713,9 @@ class Merged:
         total = old + new
         self.lse = most + paddle.log(total)
         total = total.clip(min=1e-30)
-        old, new = ((x / total).transpose([0, 2, 1]).unsqueeze(-1).astype(out.dtype) for x in (old, new))  # (B, C, H, 1)
+        old, new = (
+            (x / total).transpose([0, 2, 1]).unsqueeze(-1).astype(out.dtype) for x in (old, new)
+        )  # (B, C, H, 1)
         self.out = self.out * old + out * new
 
 
@@ -1649,7 +1739,9 @@ def check_context(config, degrees, T=None):
         heads = sorted({last - first for (first, last), _ in (heads_of(config, tp, rank) for rank in range(tp))})
         if any(n % sep for n in heads):
             of = f", which tensor_parallel_degree {tp} leaves a rank of {config.num_attention_heads}" if tp > 1 else ""
-            found.append(f"{key} does not divide attention heads ({' or '.join(map(str, heads))}{of}): context_parallel_degree takes any number")
+            found.append(
+                f"{key} does not divide attention heads ({' or '.join(map(str, heads))}{of}): context_parallel_degree takes any number"
+            )
     parts, of_ring = (2 * sep, f" x 2 = {2 * sep}") if degrees.context else (sep, "")  # see spread()
     if T is not None and T < parts:
         found.append(f"{key}{of_ring} is more than tokens of a sequence ({T})")
@@ -1757,7 +1849,9 @@ class Channel:
                 self.bell = listener.accept()
         self.waiting, self.sent = queue.SimpleQueue(), []
         if _backend() != "gloo":  # the first call connects, and waits for that of the other
-            (dist.recv if mine == target else dist.send)(paddle.zeros([1]), source if mine == target else target, self.group)
+            (dist.recv if mine == target else dist.send)(
+                paddle.zeros([1]), source if mine == target else target, self.group
+            )
         elif mine == source:  # gloo's sends end when they are received
             self.thread = threading.Thread(target=self._send_all, daemon=True)
             self.thread.start()
@@ -1932,7 +2026,9 @@ class Pipeline:
         if self.now is not None or self.whole:
             return run()
         if paddle.is_grad_enabled():
-            raise RuntimeError("a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone")
+            raise RuntimeError(
+                "a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone"
+            )
         if self.begun:
             raise RuntimeError("a pipeline that works on batches in_turn() takes no other call")
         return self.end(self.begin(run))
@@ -2035,8 +2131,15 @@ def cut_stages(model, topology):
     for i in set(range(len(model.layers))) - {i for layers in pipeline.layers for i in layers}:
         model.layers[i] = Elsewhere()
     tied = model.lm_head is None
-    for name, kept in (("embed_tokens", first or tied and last), ("embed_positions", first), ("embed_norm", first),
-                       ("project_in", first), ("norm", last), ("project_out", last), ("lm_head", last)):  # fmt: skip
+    for name, kept in (
+        ("embed_tokens", first or tied and last),
+        ("embed_positions", first),
+        ("embed_norm", first),
+        ("project_in", first),
+        ("norm", last),
+        ("project_out", last),
+        ("lm_head", last),
+    ):
         if getattr(model, name) is not None and not kept:
             setattr(model, name, Elsewhere())
     ends = [topology.pp.ranks[0], topology.pp.ranks[-1]]
@@ -2289,7 +2392,9 @@ class Shards:
                     if self.stage and bucket.extent(index):
                         self.mine[id(parameter)] = Piece(weight or Frozen(path, parameter), bucket, index)
                     if self.stage == 3:
-                        parameter.piece = self.mine.get(id(parameter))  # a folder's weights are read into it, see model.load_weights
+                        parameter.piece = self.mine.get(
+                            id(parameter)
+                        )  # a folder's weights are read into it, see model.load_weights
                     if is_trained and self.stage < 3:
                         self.units[name].watch(path, parameter)
 
@@ -2762,9 +2867,14 @@ class ParallelCausalLM:
 
     def flops_per_token(self, T):
         experts, ep = self.config.experts, self.topology.ep
-        here = sum(layer.n_in * layer.n_out for path, layer in self.named_sublayers()
-                   if isinstance(layer, (Linear, QuantLinear)) and is_spread(path, self.topology))  # fmt: skip
-        return super().flops_per_token(T) + (6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0)
+        here = sum(
+            layer.n_in * layer.n_out
+            for path, layer in self.named_sublayers()
+            if isinstance(layer, (Linear, QuantLinear)) and is_spread(path, self.topology)
+        )
+        return super().flops_per_token(T) + (
+            6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0
+        )
 
 
 def parallelize(model, topology):
@@ -2873,7 +2983,9 @@ def start(args):
 def _versions():
     """{file: digest} of the scripts, and the versions of what they run on."""
     here = Path(__file__).resolve().parent
-    files = {path.name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() for path in sorted(here.glob("*.py"))}
+    files = {
+        path.name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() for path in sorted(here.glob("*.py"))
+    }
     return {**files, "paddle": paddle.__version__, "numpy": np.__version__}
 
 
@@ -2958,7 +3070,9 @@ class Share:
         axes |= {"sharding"} if len(source) > 2 else set()
         place = np.argwhere(grid == owner)[0]
         names = ORDERS[self.topology.degrees.order]
-        return [int(r) for r in grid[tuple(slice(None) if n in axes else i for n, i in zip(names, place))].reshape([-1])]
+        return [
+            int(r) for r in grid[tuple(slice(None) if n in axes else i for n, i in zip(names, place))].reshape([-1])
+        ]
 
     def _take(self, tensor, buffers, key):
         found = _on_host(tensor)

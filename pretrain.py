@@ -21,7 +21,9 @@ from model import build, init_weights, trainable_weights
 
 @dataclasses.dataclass
 class Args(trainer.TrainingArgs):
-    model_name_or_path: str = ""  # folder with config.json (and weights, to continue training); from scratch, a preset too
+    model_name_or_path: str = (
+        ""  # folder with config.json (and weights, to continue training); from scratch, a preset too
+    )
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
     continue_training: bool = False  # start from the weights in model_name_or_path
     num_hidden_layers: int | None = None  # another depth than config.json says, from scratch only
@@ -60,8 +62,18 @@ def main(args):
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
 
     def corpus(which, num_samples, batch_size):
-        return CorpusLoader(args.input_dir, args.split, which, num_samples, args.max_seq_length, batch_size, args.seed,
-                            tokenizer.eos_token_id, args.mask_across_documents, shuffle=which == "train")  # fmt: skip
+        return CorpusLoader(
+            args.input_dir,
+            args.split,
+            which,
+            num_samples,
+            args.max_seq_length,
+            batch_size,
+            args.seed,
+            tokenizer.eos_token_id,
+            args.mask_across_documents,
+            shuffle=which == "train",
+        )
 
     samples = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * topology.data_size
     train = corpus("train", samples, args.per_device_train_batch_size) if args.do_train else None
@@ -164,8 +176,10 @@ def main(args):
             metrics = trainer.evaluate(model, loader, args.max_evaluate_steps, topology)
             trainer.write_results(args.output_dir, name, metrics, topology)
             uniform = math.log(model.config.vocab_size)
-            print(f"{name}: perplexity {metrics['eval_ppl']:.3f}, loss {metrics['eval_loss']:.4f} (uniform: {uniform:.2f}), "
-                  f"accuracy {metrics['eval_accuracy']:.4f} over {metrics['eval_tokens']:,} tokens")  # fmt: skip
+            print(
+                f"{name}: perplexity {metrics['eval_ppl']:.3f}, loss {metrics['eval_loss']:.4f} (uniform: {uniform:.2f}), "
+                f"accuracy {metrics['eval_accuracy']:.4f} over {metrics['eval_tokens']:,} tokens"
+            )
 
 
 if __name__ == "__main__":

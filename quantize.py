@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-import trainer  # before paddle: it silences what paddle says while it is imported
 import paddle
 from paddle import nn
+
+import trainer  # before paddle: it silences what paddle says while it is imported
 from data import CorpusLoader, SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
 from model import (
     Linear,
@@ -147,9 +147,14 @@ class Args(trainer.ScriptArgs):
         if self.src_length >= self.max_length or self.src_length < 1:
             raise UserError(f"src_length {self.src_length} must be positive and below max_length {self.max_length}")
         most_alpha = self.search_alpha_max
-        for key, low, high in (("percdamp", 0, 10), ("smooth_alpha", 0, 1), ("search_alpha_min", 0, most_alpha),
-                               ("search_alpha_max", 0, 1), ("search_alpha_step", 1e-3, 1),
-                               ("search_scale_min", 1e-3, self.search_scale_max)):  # fmt: skip
+        for key, low, high in (
+            ("percdamp", 0, 10),
+            ("smooth_alpha", 0, 1),
+            ("search_alpha_min", 0, most_alpha),
+            ("search_alpha_max", 0, 1),
+            ("search_alpha_step", 1e-3, 1),
+            ("search_scale_min", 1e-3, self.search_scale_max),
+        ):
             if not low <= getattr(self, key) <= high:
                 raise UserError(f"{key}: {getattr(self, key):g}; it must be between {low:g} and {high:g}")
         for key, choices in (("activation", ("per_tensor", "per_token")), ("act_quant_method", ("abs_max", "avg"))):
@@ -487,7 +492,7 @@ class Calibration:
             turns, rows = (shared.cos, shared.sin), shared.rows_of(block)
             output = functools.partial(block, x, *turns, rows, q_scale=shared.q_scale)
             with real_experts(block.mlp, real, every):
-                yield number, real, lambda: output()[0]  # noqa: B023  called before the next turn
+                yield number, real, lambda: output()[0]
 
     def observe(self, block, slots, keep_hessian=False, keep_rows=0):
         """[Inputs] of the linears in `slots`, by running the block once over all batches.
@@ -567,8 +572,11 @@ class Slot(NamedTuple):
 def slots_of(model, index):
     """{name inside the block: Slot} of block `index`."""
     names = {id(layer): name for name, layer in model.layers[index].named_sublayers()}
-    return {names[id(layer)]: Slot(path, parent, attribute, ".experts." in names[id(layer)])
-            for path, (parent, attribute, layer) in linears(model).items() if id(layer) in names}  # fmt: skip
+    return {
+        names[id(layer)]: Slot(path, parent, attribute, ".experts." in names[id(layer)])
+        for path, (parent, attribute, layer) in linears(model).items()
+        if id(layer) in names
+    }
 
 
 class Group(NamedTuple):
@@ -604,8 +612,14 @@ def stages_of(block, config):
         first.append(reading("mlp_norm", prefix, "gate_proj", "up_proj", "gate_up_proj"))
         mlp, width = layers[prefix[:-1]], layers[prefix + "down_proj"].n_in
         passes = mlp.gated or mlp.activation == "relu"  # relu(x / s) = relu(x) / s
-        second.append(Group((prefix + "down_proj",), up, np.arange(width) + width * up.endswith("gate_up_proj"),
-                            fixed="" if passes else f"{mlp.activation} lies between, which no factor passes"))  # fmt: skip
+        second.append(
+            Group(
+                (prefix + "down_proj",),
+                up,
+                np.arange(width) + width * up.endswith("gate_up_proj"),
+                fixed="" if passes else f"{mlp.activation} lies between, which no factor passes",
+            )
+        )
     return [stage for stage in (attention, inner, [values_group(present, config)], first, second) if stage]
 
 
@@ -815,8 +829,12 @@ def weight_only(slot, hessian, plan, args):
         new = QuantLinear(*weight.shape, f"w{args.bits}", args.group_size, slot.layer.bias is not None, args.desc_act)
     except UserError as error:
         raise UserError(f"{slot.path}: {error}") from None
-    tensors = {"qweight": pack_rows(found.codes, args.bits), "scales": found.scales,
-               "qzeros": pack_zeros(found.zeros, args.bits), "g_index": found.groups}  # fmt: skip
+    tensors = {
+        "qweight": pack_rows(found.codes, args.bits),
+        "scales": found.scales,
+        "qzeros": pack_zeros(found.zeros, args.bits),
+        "g_index": found.groups,
+    }
     replace(slot, new, tensors)
     return output_error(weight, found.weight(), hessian)
 
@@ -871,8 +889,15 @@ def quantize_model(model, calibration, args, say=print):
     report, told = [], set()
 
     def row(slot, error, damping, seconds):
-        report.append({"linear": slot.path, "shape": [slot.layer.n_in, slot.layer.n_out], "error": error,
-                       "damping": damping, "seconds": round(seconds, 3)})  # fmt: skip
+        report.append(
+            {
+                "linear": slot.path,
+                "shape": [slot.layer.n_in, slot.layer.n_out],
+                "error": error,
+                "damping": damping,
+                "seconds": round(seconds, 3),
+            }
+        )
         shape, more = f"{slot.layer.n_in}x{slot.layer.n_out}", ""
         if damping is not None:
             more = f"  damping {damping:g}"
@@ -928,8 +953,11 @@ def loaders(args, tokenizer):
     if not args.dataset_name_or_path:
         return None, 0, None
     path = Path(args.dataset_name_or_path)
-    steps = args.gptq_step if args.quant_type != "a8w8" else max(
-        args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)  # fmt: skip
+    steps = (
+        args.gptq_step
+        if args.quant_type != "a8w8"
+        else max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
+    )
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
         size = args.per_device_train_batch_size
         corpus = (path, args.split)
@@ -1027,10 +1055,17 @@ def main(args):
     trainer.prepare_output_dir(args)  # only here: what fails above must not cost the model it would replace
     tokenizer.save(args.output_dir)
     save_pretrained(model, args.output_dir, rest_dtype(model))
-    report |= {"algorithm": args.algorithm, "quantization_config": model.config.quantization,
-               "calibration_tokens": tokens, "linears": rows, "seconds": round(seconds, 2),
-               "dev_before": before, "dev_after": after,
-               "bytes_after": weight_bytes(args.output_dir), "peak_memory_bytes": trainer.peak_memory()}  # fmt: skip
+    report |= {
+        "algorithm": args.algorithm,
+        "quantization_config": model.config.quantization,
+        "calibration_tokens": tokens,
+        "linears": rows,
+        "seconds": round(seconds, 2),
+        "dev_before": before,
+        "dev_after": after,
+        "bytes_after": weight_bytes(args.output_dir),
+        "peak_memory_bytes": trainer.peak_memory(),
+    }
     with atomic_file(Path(args.output_dir) / "quant_report.json") as file:
         json.dump(report, file, indent=2)
     summary(report, args)
@@ -1040,8 +1075,10 @@ def summary(report, args):
     """What the run ends with."""
     worst = max(report["linears"], key=lambda row: row["error"])
     mean = float(np.mean([row["error"] for row in report["linears"]]))
-    print(f"\n{len(report['linears'])} linears in {report['seconds']:.1f} s; error: mean {100 * mean:.3f} %, "
-          f"largest {100 * worst['error']:.3f} % ({worst['linear']})")  # fmt: skip
+    print(
+        f"\n{len(report['linears'])} linears in {report['seconds']:.1f} s; error: mean {100 * mean:.3f} %, "
+        f"largest {100 * worst['error']:.3f} % ({worst['linear']})"
+    )
     if report["dev_before"]:
         changes = {}
         for key, name in (("eval_ppl", "perplexity"), ("eval_accuracy", "token accuracy")):

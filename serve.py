@@ -41,11 +41,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import kernels  # before paddle: it silences what paddle says while it is imported
+
 import numpy as np
+import paddle
 from tqdm import tqdm
 
-import kernels  # before paddle: it silences what paddle says while it is imported
-import paddle
 import trainer
 from data import (
     UserError,
@@ -121,8 +122,11 @@ class Args(trainer.ScriptArgs):
         notes = super().check()
         if not self.model_name_or_path:
             raise UserError("model_name_or_path: missing")
-        for key, choices in (("mode", ("dynamic", "static")), ("decode_strategy", ("sampling", "greedy_search")),
-                             ("cachekv_int8_type", (None, "dynamic"))):  # fmt: skip
+        for key, choices in (
+            ("mode", ("dynamic", "static")),
+            ("decode_strategy", ("sampling", "greedy_search")),
+            ("cachekv_int8_type", (None, "dynamic")),
+        ):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")
         positive = "max_length total_max_length batch_size block_size max_num_batched_tokens max_queue max_body_bytes"
@@ -150,9 +154,14 @@ class Args(trainer.ScriptArgs):
     def sampling(self):
         """The SamplingParams of the offline modes; over HTTP, what a request leaves out is OpenAI's default."""
         greedy = self.decode_strategy == "greedy_search"
-        return SamplingParams(max_tokens=self.max_length, min_tokens=min(self.min_length, self.max_length),
-                              temperature=0.0 if greedy else self.temperature, top_k=self.top_k, top_p=self.top_p,
-                              repetition_penalty=self.repetition_penalty)  # fmt: skip
+        return SamplingParams(
+            max_tokens=self.max_length,
+            min_tokens=min(self.min_length, self.max_length),
+            temperature=0.0 if greedy else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
 
 # ================================================================== 2. requests and what comes back
@@ -178,8 +187,13 @@ class SamplingParams:
     def check(self):
         """UserError naming the field."""
         for key, low, high in (
-            ("max_tokens", 1, None), ("min_tokens", 0, self.max_tokens), ("top_k", 0, None), ("seed", 0, (1 << 63) - 1),
-            ("logprobs", 0, 20), ("n", 1, 128)):  # fmt: skip
+            ("max_tokens", 1, None),
+            ("min_tokens", 0, self.max_tokens),
+            ("top_k", 0, None),
+            ("seed", 0, (1 << 63) - 1),
+            ("logprobs", 0, 20),
+            ("n", 1, 128),
+        ):
             value = getattr(self, key)
             if value is None and key in ("seed", "logprobs"):
                 continue
@@ -192,8 +206,12 @@ class SamplingParams:
                 limits = f"of at least {low}" if high is None else f"between {low} and {high}"
                 raise UserError(f"{key}: {value!r}; it must be a whole number {limits}")
         for key, low, high in (
-            ("temperature", 0, 100), ("top_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -100, 100),
-            ("frequency_penalty", -100, 100)):  # fmt: skip
+            ("temperature", 0, 100),
+            ("top_p", 0, 1),
+            ("repetition_penalty", 0, 100),
+            ("presence_penalty", -100, 100),
+            ("frequency_penalty", -100, 100),
+        ):
             value = getattr(self, key)
             bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high
             if bad or (value == 0 and key in ("top_p", "repetition_penalty")):
@@ -304,8 +322,10 @@ class Sampler:
 
 def draw(samplers, logits):
     """One id for each sampler from its row of logits (S, V) float32; each takes one number of its own stream."""
-    ways = [(0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
-            for s in samplers]  # fmt: skip
+    ways = [
+        (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
+        for s in samplers
+    ]
     temperature, top_k, top_p, uniform = zip(*ways)
     ids = kernels.sample(kernels.to_tensor(logits), temperature, top_k, top_p, uniform).tolist()
     for sampler, token in zip(samplers, ids):
@@ -903,8 +923,20 @@ class Engine:
     folder of a LoRA}.
     """
 
-    def __init__(self, model, tokenizer=None, num_blocks=256, block_size=16, max_num_seqs=16, max_num_batched_tokens=512,
-                 max_model_len=None, max_queue=256, seed=0, adapters=None, int8_cache=False):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        num_blocks=256,
+        block_size=16,
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+        max_model_len=None,
+        max_queue=256,
+        seed=0,
+        adapters=None,
+        int8_cache=False,
+    ):
         paged = isinstance(model, CausalLM)
         self.runner = runner = PagedRunner(model, num_blocks, block_size, adapters, int8_cache) if paged else model
         self.tokenizer = tokenizer
@@ -924,7 +956,19 @@ class Engine:
         self.running, self.waiting = [], collections.deque()  # by arrival
         self.seeds = np.random.default_rng(seed)
         self.arrivals = itertools.count()
-        self.totals = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "generation_tokens", "preemptions", "aborted", "errors", "steps"), 0)  # fmt: skip
+        self.totals = dict.fromkeys(
+            (
+                "requests",
+                "prompt_tokens",
+                "cached_tokens",
+                "generation_tokens",
+                "preemptions",
+                "aborted",
+                "errors",
+                "steps",
+            ),
+            0,
+        )
         # What other threads touch, under the condition's lock:
         self.condition = threading.Condition()
         self.inbox, self.to_abort, self.live = [], set(), {}  # live: request_id -> replies not finished
@@ -963,7 +1007,9 @@ class Engine:
             for index in range(params.n):
                 sampler = Sampler(params, index, self.stop_ids, seed)
                 text = TextStream(self.tokenizer, params.stop)
-                sequence = Sequence(request, index, next(self.arrivals), on_output, leader, sampler, text, self.runner.virtual, root)  # fmt: skip
+                sequence = Sequence(
+                    request, index, next(self.arrivals), on_output, leader, sampler, text, self.runner.virtual, root
+                )
                 leader = leader or sequence
                 self.inbox.append(sequence)
             self.totals["requests"] += 1
@@ -980,10 +1026,13 @@ class Engine:
     def stats(self):
         """{name: number}; blocks_free counts the cached ones, too."""
         return {
-            "running": len(self.running), "waiting": len(self.waiting) + len(self.inbox),
-            "blocks_total": self.pool.num_blocks, "blocks_free": len(self.pool.free), "blocks_cached": self.pool.cached,
+            "running": len(self.running),
+            "waiting": len(self.waiting) + len(self.inbox),
+            "blocks_total": self.pool.num_blocks,
+            "blocks_free": len(self.pool.free),
+            "blocks_cached": self.pool.cached,
             **{f"{name}_total": value for name, value in self.totals.items()},
-        }  # fmt: skip
+        }
 
     # ---------------------------------------------------------------- one step
 
@@ -1173,7 +1222,7 @@ class Engine:
     def _hand_out(self, sequence, output):
         try:
             sequence.on_output(output)
-        except Exception:  # noqa: BLE001 - the listener's fault must not end the others' replies
+        except Exception:
             traceback.print_exc()
             self.abort(sequence.request.request_id)
 
@@ -1195,7 +1244,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:  # noqa: BLE001 - a bug, but not a reason to leave clients waiting
+            except Exception:
                 traceback.print_exc()
                 self._fail()
 
@@ -1342,10 +1391,25 @@ def build_engine(args):
 
 
 def engine_of(model, tokenizer, num_blocks, adapters, args):
-    engine = Engine(model, tokenizer, num_blocks, args.block_size, args.batch_size, args.max_num_batched_tokens,
-                    args.total_max_length, args.max_queue, args.seed, adapters, args.cachekv_int8_type is not None)  # fmt: skip
-    print(f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a sequence, "
-          f"{args.batch_size} sequences at once" + (f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""), flush=True)  # fmt: skip
+    engine = Engine(
+        model,
+        tokenizer,
+        num_blocks,
+        args.block_size,
+        args.batch_size,
+        args.max_num_batched_tokens,
+        args.total_max_length,
+        args.max_queue,
+        args.seed,
+        adapters,
+        args.cachekv_int8_type is not None,
+    )
+    print(
+        f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a sequence, "
+        f"{args.batch_size} sequences at once"
+        + (f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""),
+        flush=True,
+    )
     return engine
 
 
@@ -1440,7 +1504,10 @@ def answer_file(engine, tokenizer, args):
 
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     ready, start, tokens = {}, time.perf_counter(), 0
-    with open(args.output_file, "ab", buffering=0) as file, tqdm(total=total, initial=done, desc="answered", disable=args.disable_tqdm) as bar:  # fmt: skip
+    with (
+        open(args.output_file, "ab", buffering=0) as file,
+        tqdm(total=total, initial=done, desc="answered", disable=args.disable_tqdm) as bar,
+    ):
         written = 0
 
         def progress(i, completions):
@@ -1456,7 +1523,10 @@ def answer_file(engine, tokenizer, args):
 
         engine.generate(requests(), progress)
     seconds = time.perf_counter() - start
-    print(f"{total} lines in {args.output_file}, {done} of them kept; {tokens:,} new tokens, {tokens / seconds:,.1f} tokens/s", flush=True)  # fmt: skip
+    print(
+        f"{total} lines in {args.output_file}, {done} of them kept; {tokens:,} new tokens, {tokens / seconds:,.1f} tokens/s",
+        flush=True,
+    )
 
 
 def benchmark(engine, args):
@@ -1464,7 +1534,9 @@ def benchmark(engine, args):
     prompt = min(args.src_length or 128, engine.max_model_len // 2)
     new = min(args.max_length, 128, engine.max_model_len - prompt)
     ids = np.random.default_rng(args.seed)
-    print(f"prompts of {prompt} tokens, {new} new ones each\n{'batch':>5} {'first token ms':>15} {'prefill tokens/s':>17} {'decode tokens/s':>16}")  # fmt: skip
+    print(
+        f"prompts of {prompt} tokens, {new} new ones each\n{'batch':>5} {'first token ms':>15} {'prefill tokens/s':>17} {'decode tokens/s':>16}"
+    )
     for batch in [b for b in (1, 2, 4, 8, 16) if b <= engine.max_num_seqs]:
         rates = []
         for _ in range(3):  # the first to warm up
@@ -1724,8 +1796,13 @@ class Connection(asyncio.Protocol):
         kind = "text/plain; charset=utf-8"
         if isinstance(body, dict):
             body, kind = json.dumps(body).encode() + b"\n", "application/json"
-        lines = {"Content-Type": kind, "Content-Length": len(body), "Cache-Control": "no-store",
-                 "X-Content-Type-Options": "nosniff", **dict(headers)}  # fmt: skip
+        lines = {
+            "Content-Type": kind,
+            "Content-Length": len(body),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            **dict(headers),
+        }
         if not keep_alive:
             lines["Connection"] = "close"
         await self.send(response_head(status, lines) + (body if with_body else b""))
@@ -1868,9 +1945,13 @@ def sampling_fields(body, is_chat, vocab_size):
         limit = 16 if limit is None else limit  # OpenAI's
         logprobs = take_field(body, "logprobs", int, 0, MAX_LOGPROBS)
     stop_ids = take_field(body, "stop_token_ids", list) or []
-    return fields | {"max_tokens": limit, "logprobs": logprobs, "stop": take_strings(body, "stop", MAX_STOPS),
-                     "stop_token_ids": tuple(take_ids(stop_ids, "stop_token_ids", vocab_size)),
-                     "n": take_field(body, "n", int, 1, MAX_CHOICES) or 1}  # fmt: skip
+    return fields | {
+        "max_tokens": limit,
+        "logprobs": logprobs,
+        "stop": take_strings(body, "stop", MAX_STOPS),
+        "stop_token_ids": tuple(take_ids(stop_ids, "stop_token_ids", vocab_size)),
+        "n": take_field(body, "n", int, 1, MAX_CHOICES) or 1,
+    }
 
 
 def message_text(message, where):
@@ -1879,8 +1960,10 @@ def message_text(message, where):
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise bad_request(f'{where}.content: text parts {{"type": "text", "text": ...}} are understood, '
-                                  f"found {brief(part)}", "messages")  # fmt: skip
+                raise bad_request(
+                    f'{where}.content: text parts {{"type": "text", "text": ...}} are understood, found {brief(part)}',
+                    "messages",
+                )
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise bad_request(
@@ -1897,13 +1980,19 @@ def chat_prompt(body, tokenizer):
     turns = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
-            raise bad_request(f'messages[{i}]: an object with the role "system", "user" or "assistant" is wanted, '
-                              f"found {brief(message)}", "messages")  # fmt: skip
+            raise bad_request(
+                f'messages[{i}]: an object with the role "system", "user" or "assistant" is wanted, '
+                f"found {brief(message)}",
+                "messages",
+            )
         role = "system" if message["role"] == "developer" else message["role"]
         turns.append({"role": role, "content": message_text(message, f"messages[{i}]")})
     if tokenizer.chat_template is None:
-        raise bad_request("the model's tokenizer has no chat template: ask /v1/completions, or start the server with a "
-                          "chat_template", "messages", "no_chat_template")  # fmt: skip
+        raise bad_request(
+            "the model's tokenizer has no chat template: ask /v1/completions, or start the server with a chat_template",
+            "messages",
+            "no_chat_template",
+        )
     return [(tokenizer.apply_chat(turns, add_generation_prompt=True), None)]
 
 
@@ -1913,8 +2002,11 @@ def completion_prompts(body, tokenizer):
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt or len(prompt) > MAX_CHOICES:
-        raise bad_request(f"prompt: a string, a list of token ids, or a list of at most {MAX_CHOICES} of these is "
-                          f"wanted, found {brief(prompt)}", "prompt")  # fmt: skip
+        raise bad_request(
+            f"prompt: a string, a list of token ids, or a list of at most {MAX_CHOICES} of these is "
+            f"wanted, found {brief(prompt)}",
+            "prompt",
+        )
     if echo and body.get("logprobs") is not None:
         raise bad_request("echo: not supported together with logprobs", "echo", "unsupported_parameter")
     out = []
@@ -1958,14 +2050,23 @@ class Job:
         return sum(self.cached.values())
 
     def usage(self):
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens,
-                "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}  # fmt: skip
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
 
     def reply(self, choices, chunk):
         kind = "text_completion" if not self.is_chat else "chat.completion.chunk" if chunk else "chat.completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
-                "system_fingerprint": self.fingerprint, "choices": choices}  # fmt: skip
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
 
 
 @dataclasses.dataclass
@@ -1990,8 +2091,12 @@ def output_logprobs(job, output, tokenizer, offset):
     top = [token_logprob(tokenizer, *pair) for pair in output.top_logprobs or ()]
     if job.is_chat:
         return {"content": [chosen | {"top_logprobs": top}]}
-    return {"tokens": [chosen["token"]], "token_logprobs": [chosen["logprob"]], "text_offset": [offset],
-            "top_logprobs": [{row["token"]: row["logprob"] for row in top}]}  # fmt: skip
+    return {
+        "tokens": [chosen["token"]],
+        "token_logprobs": [chosen["logprob"]],
+        "text_offset": [offset],
+        "top_logprobs": [{row["token"]: row["logprob"] for row in top}],
+    }
 
 
 def stream_choices(job, piece, is_first):
@@ -2051,10 +2156,15 @@ def read_page():
         content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL).group(1)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         inline[tag] = f"{tag}-src 'sha256-{digest}'"
-    policy = f"default-src 'none'; {inline['script']}; {inline['style']}; connect-src 'self'; img-src data:; " \
-             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # fmt: skip
-    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy,
-               "Referrer-Policy": "no-referrer"}  # fmt: skip
+    policy = (
+        f"default-src 'none'; {inline['script']}; {inline['style']}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": policy,
+        "Referrer-Policy": "no-referrer",
+    }
     return page.encode(), headers
 
 
@@ -2087,8 +2197,12 @@ class Server:
         """Requests one after another, as they come, until either side has enough."""
         try:
             if connection.too_many:
-                raise HTTPError(503, f"all {self.args.max_connections} connections are taken", "too_many_connections",
-                                headers={"Retry-After": 1})  # fmt: skip
+                raise HTTPError(
+                    503,
+                    f"all {self.args.max_connections} connections are taken",
+                    "too_many_connections",
+                    headers={"Retry-After": 1},
+                )
             while await self.one_request(connection):
                 pass
         except HTTPError as error:  # what comes next on this connection cannot be told apart from this request's rest
@@ -2133,16 +2247,24 @@ class Server:
         method, handler, is_open = self.routes.get(request.path, ("GET", self.get_models, False))
         allowed = {"GET": ("GET", "HEAD"), "POST": ("POST",)}[method]
         if request.method not in allowed:
-            raise HTTPError(405, f"{request.path} takes {' and '.join(allowed)}", "method_not_allowed",
-                            headers={"Allow": ", ".join(allowed)})  # fmt: skip
+            raise HTTPError(
+                405,
+                f"{request.path} takes {' and '.join(allowed)}",
+                "method_not_allowed",
+                headers={"Allow": ", ".join(allowed)},
+            )
         origin = request.headers.get("origin")
         if origin and urlsplit(origin).netloc != request.headers.get("host"):  # another site's script in a browser
             raise HTTPError(403, "pages of other origins may not ask this server", "wrong_origin")
         if self.args.api_key and not is_open:
             given = request.headers.get("authorization", "")
             if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.args.api_key}".encode()):
-                raise HTTPError(401, "a valid key is needed: Authorization: Bearer KEY", "invalid_api_key",
-                                headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+                raise HTTPError(
+                    401,
+                    "a valid key is needed: Authorization: Bearer KEY",
+                    "invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
         return handler
 
     def log(self, line):
@@ -2164,9 +2286,17 @@ class Server:
         return status
 
     async def get_models(self, connection, request, body):
-        rows = [{"id": name, "object": "model", "created": self.created, "owned_by": "local",
-                 "max_model_len": self.engine.max_model_len, "parent": None if name == self.model else self.model}
-                for name in (self.model, *self.engine.adapters)]  # fmt: skip
+        rows = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self.created,
+                "owned_by": "local",
+                "max_model_len": self.engine.max_model_len,
+                "parent": None if name == self.model else self.model,
+            }
+            for name in (self.model, *self.engine.adapters)
+        ]
         answer = {"object": "list", "data": rows}
         if request.path != "/v1/models":
             name = unquote(request.path.removeprefix("/v1/models/"))
@@ -2218,15 +2348,27 @@ class Server:
             raise bad_request(str(error), field) from None
         if len(prompts) * fields["n"] > MAX_CHOICES:
             raise bad_request(f"n: {len(prompts)} prompts times n are more than {MAX_CHOICES} choices", "n")
-        job = Job(f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", name, is_chat, [],
-                  [echo for _, echo in prompts], stream, include_usage, self.fingerprint)  # fmt: skip
+        job = Job(
+            f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            name,
+            is_chat,
+            [],
+            [echo for _, echo in prompts],
+            stream,
+            include_usage,
+            self.fingerprint,
+        )
         for i, (ids, _) in enumerate(prompts):
             room = self.engine.max_model_len - len(ids)
             if not ids:
                 raise bad_request(f"{field}: empty", field)
             if room < 1:
-                raise bad_request(f"{field}: {len(ids)} tokens; the model takes {self.engine.max_model_len}, prompt "
-                                  "and answer together", field, "context_length_exceeded")  # fmt: skip
+                raise bad_request(
+                    f"{field}: {len(ids)} tokens; the model takes {self.engine.max_model_len}, prompt "
+                    "and answer together",
+                    field,
+                    "context_length_exceeded",
+                )
             # A limit that is too high is no error: the answer ends with finish_reason length where the room does.
             limit = min(fields["max_tokens"] or room, room)
             params = SamplingParams(
@@ -2357,8 +2499,13 @@ class Server:
         """Server-sent events. Once they flow the status is 200; an error becomes an event."""
         chunked = request.version == "HTTP/1.1"
         request.keep_alive &= chunked and not self.draining
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store",
-                   "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff", "X-Request-Id": job.id}  # fmt: skip
+        headers = {
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+            "X-Content-Type-Options": "nosniff",
+            "X-Request-Id": job.id,
+        }
         headers |= {"Transfer-Encoding": "chunked"} if chunked else {}
         headers |= {} if request.keep_alive else {"Connection": "close"}
 
@@ -2410,8 +2557,10 @@ class Server:
             listener = await loop.create_server(lambda: Connection(self), args.host, args.port, backlog=512)
         except OSError as error:
             reason = str(error.strerror).rpartition(": ")[2]
-            raise UserError(f"port: cannot listen on {args.host}:{args.port}: {reason}; give another --port, or "
-                            "--port 0 for a free one") from None  # fmt: skip
+            raise UserError(
+                f"port: cannot listen on {args.host}:{args.port}: {reason}; give another --port, or "
+                "--port 0 for a free one"
+            ) from None
         host, self.port = listener.sockets[0].getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         adapters = "".join(f"; adapter {name}" for name in self.engine.adapters)

@@ -14,6 +14,7 @@ trainer_state.json with all sizes and checksums, and a marker written last. All 
 ranks write their shares of them and read what they hold, so that any topology goes on with any other's. No generator state is in it: all randomness is a pure function of
 (seed, step, micro-step), see seed_step; so a resumed run equals the uninterrupted one bit for bit.
 """
+
 import collections
 import contextlib
 import dataclasses
@@ -36,14 +37,14 @@ import types
 import typing
 from pathlib import Path
 
+import kernels  # before paddle: it silences what paddle says while it is imported
+
 import numpy as np
+import paddle
 from tqdm import tqdm
 
-import kernels  # before paddle: it silences what paddle says while it is imported
-import paddle
-from data import UserError
 import parallel
-from parallel import BY_INPUTS, NAMES, SINGLE, Degrees, Launch, Share, checksums, crc32_of, held_by, in_turn, stage_layers, timetable, unit_of
+from data import UserError
 from model import (
     MASTERS,
     MODELS,
@@ -61,11 +62,35 @@ from model import (
     stored_weights,
     write_safetensors,
 )
+from parallel import (
+    BY_INPUTS,
+    NAMES,
+    SINGLE,
+    Degrees,
+    Launch,
+    Share,
+    checksums,
+    crc32_of,
+    held_by,
+    in_turn,
+    stage_layers,
+    timetable,
+    unit_of,
+)
 
 # ================================================================================================ arguments
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
-METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall")  # what metric_for_best_model may name
+METRICS = (
+    "loss",
+    "accuracy",
+    "ppl",
+    "bleu4",
+    "rouge-1",
+    "rouge-2",
+    "rouge-l",
+    "keyword_recall",
+)  # what metric_for_best_model may name
 
 
 @dataclasses.dataclass
@@ -80,7 +105,9 @@ class ScriptArgs:
     bf16: bool = False  # training: products in bfloat16, trained weights and all else in float32
     fp16: bool = False  # compute in float16
     disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
-    tensor_parallel_degree: int = 1  # data parallelism is what the product of the degrees leaves of the processes; -1 means 1
+    tensor_parallel_degree: int = (
+        1  # data parallelism is what the product of the degrees leaves of the processes; -1 means 1
+    )
     pipeline_parallel_degree: int = 1
     sharding_parallel_degree: int = -1  # -1: all that the others leave if `sharding` is set, else 1
     sep_parallel_degree: int = 1  # a sequence is spread, by exchanging tokens for heads around attention
@@ -157,7 +184,9 @@ class TrainingArgs(ScriptArgs):
     recompute: bool = False  # recompute activations in backward instead of keeping them, of each block …
     recompute_granularity: str = "full"  # … all; full_attn: attention's; core_attn: those behind its first linears; …
     no_recompute_layers: list[int] | None = None  # … but not of these blocks, counted from 0
-    sharding: str | None = None  # stage1 (moments), stage2 (gradients too), stage3 (weights too), and offload; None: stage1
+    sharding: str | None = (
+        None  # stage1 (moments), stage2 (gradients too), stage3 (weights too), and offload; None: stage1
+    )
     virtual_pp_degree: int = 1  # stages of the pipeline on each of its ranks
     sequence_parallel: bool = False  # with tensor parallelism: tokens are spread between attention and MLP too
     hybrid_parallel_topo_order: str | None = None  # which axis is outside: pp_first (also None) or sharding_first
@@ -511,7 +540,9 @@ def parse_args(Args, argv=None):
         if key in kinds:
             fields[key] = _convert(value, kinds[key], f"{where}: {key}", text)
         elif key == "dry_run" and not _harmless(key, value):
-            raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py count alone; this script does not train")
+            raise UserError(
+                f"{where}: dry_run: pretrain.py, finetune.py and dpo.py count alone; this script does not train"
+            )
         elif key in of_training:
             lines.append(f"ignored: {key}: nothing is trained here")
         elif key in REFUSED and not _harmless(key, value):
@@ -521,7 +552,9 @@ def parse_args(Args, argv=None):
         elif key in IGNORED or key in REFUSED:
             lines.append(f"ignored: {key}: {IGNORED.get(key) or REFUSED[key]}")
         elif key != "_doc":
-            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, [*IGNORED, *REFUSED, *OPTIONS, *of_training], 1)
+            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(
+                key, [*IGNORED, *REFUSED, *OPTIONS, *of_training], 1
+            )
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     args = Args(**fields)
     lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
@@ -663,11 +696,15 @@ def _choose_device(args):
     train_in_bf16 = args.bf16 and isinstance(args, TrainingArgs)
     if ":" in args.device and (world := Launch.of_environment().world) > 1:
         kind = args.device.partition(":")[0]
-        raise UserError(f"device: {args.device!r} is one device, but this run has {world} processes; say {kind!r}, the launcher chooses")
+        raise UserError(
+            f"device: {args.device!r} is one device, but this run has {world} processes; say {kind!r}, the launcher chooses"
+        )
     kernels.configure(args.device, args.kernels, train_in_bf16)
     print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
     if kernels.bf16:
-        print("bf16: products of linears, attention and head in bfloat16, and frozen linears stored so; all else in float32")
+        print(
+            "bf16: products of linears, attention and head in bfloat16, and frozen linears stored so; all else in float32"
+        )
     elif train_in_bf16:
         print(f"bf16: {kernels.bf16_missing()}, so float32 is used")
 
@@ -828,13 +865,17 @@ def _memory(args, model, adapter, degrees, T):
         for way, numbers in (("without recompute", whole), ("with recompute", again)):
             rows[f"activations {way}"] = (numbers * tokens + head) * bytes_of["activations"]
         for way in ("without recompute", "with recompute"):
-            rows[f"in all {way}"] = sum(rows.get(part, 0.0) for part in (*SHARDED_FROM, "a unit at work", f"activations {way}"))
+            rows[f"in all {way}"] = sum(
+                rows.get(part, 0.0) for part in (*SHARDED_FROM, "a unit at work", f"activations {way}")
+            )
         ranks.append(rows)
     rows = max(ranks, key=lambda rows: rows["in all with recompute" if args.recompute else "in all without recompute"])
     unit, size = ("GB", 1e9) if rows["weights"] >= 1e9 else ("MB", 1e6)
     kind = "bfloat16 beside float32 masters" if args.bf16 else "float32"
-    lines = [f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes): {degrees}; {kind}; "
-             f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch"]  # fmt: skip
+    lines = [
+        f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes): {degrees}; {kind}; "
+        f"{args.per_device_train_batch_size} x {T:,} tokens a micro-batch"
+    ]
     return lines + [f"  {name:<30}{value / size:>14,.3f}" for name, value in rows.items()]
 
 
@@ -913,7 +954,9 @@ def _recomputed(args, i, block, config, degrees):
         return kept, 0.0
     if how == "full":
         return width, kept
-    of_attention = ("attention.",) if how == "full_attn" else ("attention.o_proj", "attention.q_norm", "attention.k_norm")
+    of_attention = (
+        ("attention.",) if how == "full_attn" else ("attention.o_proj", "attention.q_norm", "attention.k_norm")
+    )
     made = _activations(block, config, degrees, of_attention) - width  # what attention gives stays
     return kept - made, made
 
@@ -941,7 +984,9 @@ def _activations(block, config, degrees, names=("",)):
                 numbers += width * heads / min(degrees.tp, heads)
             else:
                 numbers += D if width == config.hidden_size else width
-        elif hasattr(layer, "n_out") and not (part == "up_proj" and config.activation == "relu"):  # relu keeps its result
+        elif hasattr(layer, "n_out") and not (
+            part == "up_proj" and config.activation == "relu"
+        ):  # relu keeps its result
             numbers += routed * (layer.n_in / ways + D if part in BY_INPUTS else layer.n_out / ways)
     return numbers
 
@@ -1007,7 +1052,12 @@ def _prepare(folder, old, args):
         shown = "arguments: " + " ".join(f"{key}={value!r}" for key, value in values.items())
         print(textwrap.fill(shown, 120, break_long_words=False), flush=True)
         if getattr(args, "do_train", True):
-            for path in {*old, *folder.glob("tmp-checkpoint-*"), *folder.glob("tmp-model"), *folder.glob(".*.tmp")}:  # tmp: left by a killed run
+            for path in {
+                *old,
+                *folder.glob("tmp-checkpoint-*"),
+                *folder.glob("tmp-model"),
+                *folder.glob(".*.tmp"),
+            }:  # tmp: left by a killed run
                 _remove(path)
             with atomic_file(folder / "run_args.json") as file:
                 json.dump(values, file, indent=2, ensure_ascii=False)
@@ -1119,7 +1169,9 @@ class AdamW:
         self.rounded = 0  # how often the moments came from a checkpoint that has them in few bits
         self.on_host = "offload" in (getattr(args, "sharding", None) or "")
         if self.on_host and paddle.device.get_device().startswith("cpu"):
-            print("sharding: offload changes nothing here: the device is the CPU, moments are in the host's memory anyway")
+            print(
+                "sharding: offload changes nothing here: the device is the CPU, moments are in the host's memory anyway"
+            )
             self.on_host = False
         self.moments = {w.name: [self._zeros(w.tensor.shape) for _ in range(2)] for w in weights}
 
@@ -1208,10 +1260,18 @@ def _quantized(names, shape, sources, stage):
 
 def quantize_8(m, v):
     """Moments (…, n) -> [int8 m, uint8 ratio, scales, least, largest (rows,)]."""
-    shape, m, ratio = m.shape, m.reshape([-1, m.shape[-1]]), 1 / (np.sqrt(v.reshape([-1, v.shape[-1]])) + np.float32(1e-8))
+    shape, m, ratio = (
+        m.shape,
+        m.reshape([-1, m.shape[-1]]),
+        1 / (np.sqrt(v.reshape([-1, v.shape[-1]])) + np.float32(1e-8)),
+    )
     scales, least, largest = _scales(m, ratio)
     m, ratio = np.round(m / scales * 127), np.round((ratio - least) / np.maximum(largest - least, 1e-30) * 255)
-    return [m.astype(np.int8).reshape(shape), ratio.astype(np.uint8).reshape(shape), *(x[:, 0] for x in (scales, least, largest))]  # fmt: skip
+    return [
+        m.astype(np.int8).reshape(shape),
+        ratio.astype(np.uint8).reshape(shape),
+        *(x[:, 0] for x in (scales, least, largest)),
+    ]
 
 
 def dequantize_8(m, ratio, scales, least, largest):
@@ -1234,7 +1294,10 @@ def quantize_4(m, v):
 def dequantize_4(packed, scales, least, largest):
     shape, n = packed.shape, packed.shape[-1]
     packed, scales, least, largest = _grouped(packed), scales[..., None], least[..., None], largest[..., None]
-    m, ratio = (packed >> 4).astype(np.float32) / 7 * scales, (packed & 15).astype(np.float32) / 15 * (largest - least) + least
+    m, ratio = (
+        (packed >> 4).astype(np.float32) / 7 * scales,
+        (packed & 15).astype(np.float32) / 15 * (largest - least) + least,
+    )
     return tuple(x.reshape([len(x), -1])[:, :n].reshape(shape) for x in (m, _square(ratio)))
 
 
@@ -1266,7 +1329,11 @@ def _moments_of(weight, found, extent):
             raise UserError(f"optimizer state: {weight.name}: {list(found[name][1])} found, {weight.shape} needed")
     if f"{names[0]}@scales" not in found:
         return [weight.read(found[name][0], extent) for name in names]
-    stored = [found[name][0]() for name in (*names, f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales") if name in found]
+    stored = [
+        found[name][0]()
+        for name in (*names, f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales")
+        if name in found
+    ]
     wholes = (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)
     return [weight.read(lambda array=array: array, extent) for array in wholes]
 
@@ -1339,9 +1406,13 @@ class Checkpoints:
         if "skip_save_model_weight" in self.options and not self.masters:
             self._say("skip_save_model_weight is ignored: no master weights are saved that could stand for the weights")
         if self.rounds != "O0" and getattr(optimizer, "rounded", 0) >= MAX_QUANTIZATION_TIMES:
-            self._say(f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more")
+            self._say(
+                f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more"
+            )
             self.rounds = "O0"
-        if self.buffers is not None:  # made, and touched, before training begins: the first save is as short as the others
+        if (
+            self.buffers is not None
+        ):  # made, and touched, before training begins: the first save is as short as the others
             topology.meet()
             Share(self._all_groups()[0], topology, self.buffers, ALONE)
 
@@ -1398,8 +1469,11 @@ class Checkpoints:
         groups, metadata, write_small = self._all_groups()
         index = {}
         if "optimizer" in groups:
-            index["optimizer"] = {"master_weights": self.masters, "ckpt_quant_stage": self.rounds,
-                                  "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0)}  # fmt: skip
+            index["optimizer"] = {
+                "master_weights": self.masters,
+                "ckpt_quant_stage": self.rounds,
+                "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0),
+            }
         record = {
             **dataclasses.asdict(state),
             "optimizer_steps": self.optimizer.steps if self.optimizer is not None else 0,
@@ -1419,7 +1493,9 @@ class Checkpoints:
             prune_checkpoints(folder, args.save_total_limit, best)
 
         kept = "this checkpoint was not written, earlier ones are intact"
-        writing = Writing(folder / f"tmp-checkpoint-{state.step}", final, kept, self.topology, write_small, publish, index, metadata)
+        writing = Writing(
+            folder / f"tmp-checkpoint-{state.step}", final, kept, self.topology, write_small, publish, index, metadata
+        )
         self.last, self.pending = state.step, writing
         writing.begin(groups, self.buffers)
         if self.buffers is None:
@@ -1444,7 +1520,9 @@ class Checkpoints:
 
         def publish(temporary, files):
             new = [path.name for path in temporary.iterdir() if not path.name.startswith(".")]
-            for path in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"] * (not self.adapted):
+            for path in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"] * (
+                not self.adapted
+            ):
                 if path.name not in new:  # of a run on another topology
                     path.unlink(missing_ok=True)
             for name in sorted(new, key=lambda name: name in ("config.json", "adapter_config.json")):
@@ -1482,7 +1560,9 @@ class Writing:
         if any(texts := topology.exchange(error and self._text(error))):
             self._raise(error, texts)
         if not all(seen := topology.exchange(self.temporary.is_dir(), met=True)):
-            raise UserError(f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir")
+            raise UserError(
+                f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir"
+            )
         try:
             self.share = Share(groups, topology, buffers, ALONE, self.metadata)
         except BaseException:
@@ -1579,7 +1659,11 @@ def _name_files(folder, reports, index, metadata):
             for tensor, size in written.get("tensors", {}).items():
                 weight_map[tensor], total = name, total + size
         if not alone:
-            content = {"metadata": {"total_size": total}, **index.get(group, {}), "weight_map": dict(sorted(weight_map.items()))}
+            content = {
+                "metadata": {"total_size": total},
+                **index.get(group, {}),
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             with atomic_file(folder / f"{group}.safetensors.index.json") as file:
                 json.dump(content, file, indent=1)
     for path in folder.rglob("*"):
@@ -1722,10 +1806,15 @@ def load_trained(model, path, args):
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     if state.get("weights") == "rounded":
         if not {"remove_master_weight", "master_weight_compatible"} & set(args.unified_checkpoint_config or ()):
-            raise UserError(f"{path}: has bfloat16 weights and no master weights; unified_checkpoint_config: "
-                            "master_weight_compatible goes on from the rounded ones")  # fmt: skip
+            raise UserError(
+                f"{path}: has bfloat16 weights and no master weights; unified_checkpoint_config: "
+                "master_weight_compatible goes on from the rounded ones"
+            )
         if getattr(model, "topology", SINGLE).rank == 0:
-            print(f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation", flush=True)
+            print(
+                f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation",
+                flush=True,
+            )
     load_weights(model, path, (MASTERS,) if masters else MODELS)
 
 
@@ -1854,7 +1943,9 @@ class Log:
             row["bubble"] = round(self.topology.total(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4)
             row["bubble_formula"] = round(pp.bubble, 4)
         if self.talked:
-            row["communication"] = {name: round(talked / max(1e-9, self.spent), 4) for name, talked in self.talked.items()}
+            row["communication"] = {
+                name: round(talked / max(1e-9, self.spent), 4) for name, talked in self.talked.items()
+            }
         self.since, self.spent, self.talked = 0, 0.0, dict.fromkeys(self.talked, 0.0)
         row.update(added)
         state.log_history = (state.log_history + [row])[-20:]

@@ -38,6 +38,7 @@ llama/         tokenizer.model: sentencepiece BPE trained on the corpus; ids: <u
                # 3, * 4, <|im_start|> 5, <|im_end|> 6. tokenizer_config.json. config.json: the shape that pretrain.py
                starts from; pretrain.py made the weights beside it.
 """
+
 import io
 import json
 import random
@@ -320,32 +321,61 @@ late autumn | 深秋 | the taste grows deep ; the air is dry and clear | 味道�
 # kind: types as English|Chinese, then attribute -> table. Colors, styles and so on are shared; materials and details
 # belong to the kind.
 KINDS = {
-    "clothing": ("dress|连衣裙, skirt|半身裙, shirt|衬衫, coat|大衣, jacket|夹克, sweater|毛衣, cardigan|开衫, vest|马甲, hoodie|卫衣, "
-                 "trousers|长裤, pyjamas|睡衣, blouse|罩衫, cape|斗篷",
-                 dict(color=COLOR, material=CLOTH, style=STYLE, pattern=PATTERN, detail=CLOTH_DETAIL, season=SEASON)),
-    "shoes": ("boots|靴子, sneakers|球鞋, sandals|凉鞋, loafers|乐福鞋, slippers|拖鞋, ballet flats|芭蕾鞋",
-              dict(color=COLOR, material=SHOE_MATERIAL, style=STYLE, detail=SHOE_DETAIL, occasion=OCCASION)),
-    "bags": ("handbag|手提包, backpack|双肩包, tote|托特包, wallet|钱包, suitcase|行李箱, satchel|邮差包, pouch|收纳包",
-             dict(color=COLOR, material=BAG_MATERIAL, style=STYLE, size=SIZE, detail=BAG_DETAIL, occasion=OCCASION)),
-    "furniture": ("chair|椅子, sofa|沙发, table|桌子, bookshelf|书架, stool|凳子, desk|书桌, cabinet|柜子, bench|长椅, armchair|扶手椅",
-                  dict(color=COLOR, material=FURNITURE_MATERIAL, style=STYLE, room=ROOM, detail=FURNITURE_DETAIL)),
-    "lamps": ("desk lamp|台灯, floor lamp|落地灯, pendant lamp|吊灯, lantern|灯笼, wall lamp|壁灯, night light|小夜灯",
-              dict(color=COLOR, material=LAMP_MATERIAL, style=STYLE, room=ROOM, light=LIGHT)),
-    "kitchenware": ("teapot|茶壶, mug|马克杯, kettle|水壶, pan|平底锅, bowl|饭碗, plate|盘子, jar|储物罐, pitcher|冷水壶, tray|托盘",
-                    dict(color=COLOR, material=KITCHEN_MATERIAL, style=STYLE, pattern=PATTERN, size=SIZE)),
-    "tea": ("green tea|绿茶, black tea|红茶, oolong tea|乌龙茶, white tea|白茶, jasmine tea|茉莉花茶, yellow tea|黄茶",
-            dict(taste=TASTE, origin=ORIGIN, pack=PACK, harvest=HARVEST)),
-    "textiles": ("blanket|毛毯, cushion|靠垫, quilt|被子, curtain|窗帘, rug|地毯, tablecloth|桌布, pillow|枕头",
-                 dict(color=COLOR, material=CLOTH, style=STYLE, pattern=PATTERN, room=ROOM)),
-    "jewelry": ("ring|戒指, necklace|项链, earrings|耳环, bracelet|手链, brooch|胸针, hairpin|发簪",
-                dict(material=METAL, style=STYLE, stone=STONE, occasion=OCCASION)),
+    "clothing": (
+        "dress|连衣裙, skirt|半身裙, shirt|衬衫, coat|大衣, jacket|夹克, sweater|毛衣, cardigan|开衫, vest|马甲, hoodie|卫衣, "
+        "trousers|长裤, pyjamas|睡衣, blouse|罩衫, cape|斗篷",
+        dict(color=COLOR, material=CLOTH, style=STYLE, pattern=PATTERN, detail=CLOTH_DETAIL, season=SEASON),
+    ),
+    "shoes": (
+        "boots|靴子, sneakers|球鞋, sandals|凉鞋, loafers|乐福鞋, slippers|拖鞋, ballet flats|芭蕾鞋",
+        dict(color=COLOR, material=SHOE_MATERIAL, style=STYLE, detail=SHOE_DETAIL, occasion=OCCASION),
+    ),
+    "bags": (
+        "handbag|手提包, backpack|双肩包, tote|托特包, wallet|钱包, suitcase|行李箱, satchel|邮差包, pouch|收纳包",
+        dict(color=COLOR, material=BAG_MATERIAL, style=STYLE, size=SIZE, detail=BAG_DETAIL, occasion=OCCASION),
+    ),
+    "furniture": (
+        "chair|椅子, sofa|沙发, table|桌子, bookshelf|书架, stool|凳子, desk|书桌, cabinet|柜子, bench|长椅, armchair|扶手椅",
+        dict(color=COLOR, material=FURNITURE_MATERIAL, style=STYLE, room=ROOM, detail=FURNITURE_DETAIL),
+    ),
+    "lamps": (
+        "desk lamp|台灯, floor lamp|落地灯, pendant lamp|吊灯, lantern|灯笼, wall lamp|壁灯, night light|小夜灯",
+        dict(color=COLOR, material=LAMP_MATERIAL, style=STYLE, room=ROOM, light=LIGHT),
+    ),
+    "kitchenware": (
+        "teapot|茶壶, mug|马克杯, kettle|水壶, pan|平底锅, bowl|饭碗, plate|盘子, jar|储物罐, pitcher|冷水壶, tray|托盘",
+        dict(color=COLOR, material=KITCHEN_MATERIAL, style=STYLE, pattern=PATTERN, size=SIZE),
+    ),
+    "tea": (
+        "green tea|绿茶, black tea|红茶, oolong tea|乌龙茶, white tea|白茶, jasmine tea|茉莉花茶, yellow tea|黄茶",
+        dict(taste=TASTE, origin=ORIGIN, pack=PACK, harvest=HARVEST),
+    ),
+    "textiles": (
+        "blanket|毛毯, cushion|靠垫, quilt|被子, curtain|窗帘, rug|地毯, tablecloth|桌布, pillow|枕头",
+        dict(color=COLOR, material=CLOTH, style=STYLE, pattern=PATTERN, room=ROOM),
+    ),
+    "jewelry": (
+        "ring|戒指, necklace|项链, earrings|耳环, bracelet|手链, brooch|胸针, hairpin|发簪",
+        dict(material=METAL, style=STYLE, stone=STONE, occasion=OCCASION),
+    ),
 }
 
 KEY_NAMES = {  # attribute -> (English key, Chinese key) of the prompt
-    "type": ("type", "类型"), "color": ("color", "颜色"), "material": ("material", "材质"), "style": ("style", "风格"),
-    "pattern": ("pattern", "图案"), "detail": ("detail", "细节"), "season": ("season", "季节"),
-    "occasion": ("occasion", "场合"), "room": ("room", "房间"), "size": ("size", "尺寸"), "light": ("light", "灯光"),
-    "stone": ("stone", "宝石"), "taste": ("taste", "口味"), "origin": ("origin", "产地"), "pack": ("pack", "包装"),
+    "type": ("type", "类型"),
+    "color": ("color", "颜色"),
+    "material": ("material", "材质"),
+    "style": ("style", "风格"),
+    "pattern": ("pattern", "图案"),
+    "detail": ("detail", "细节"),
+    "season": ("season", "季节"),
+    "occasion": ("occasion", "场合"),
+    "room": ("room", "房间"),
+    "size": ("size", "尺寸"),
+    "light": ("light", "灯光"),
+    "stone": ("stone", "宝石"),
+    "taste": ("taste", "口味"),
+    "origin": ("origin", "产地"),
+    "pack": ("pack", "包装"),
     "harvest": ("harvest", "采摘"),
 }
 
@@ -356,69 +386,145 @@ KEY_NAMES = {  # attribute -> (English key, Chinese key) of the prompt
 
 STACK = ("size", "style", "color", "pattern", "taste", "material")  # what stands before the noun, in this order
 
-TAIL_EN = {"detail": "with {av}", "season": "for {v}", "occasion": "for the {v}", "room": "for the {v}",
-           "light": "with {v} light", "stone": "set with {v}", "origin": "from {v}", "pack": "in {av}",
-           "harvest": "picked in {v}"}
+TAIL_EN = {
+    "detail": "with {av}",
+    "season": "for {v}",
+    "occasion": "for the {v}",
+    "room": "for the {v}",
+    "light": "with {v} light",
+    "stone": "set with {v}",
+    "origin": "from {v}",
+    "pack": "in {av}",
+    "harvest": "picked in {v}",
+}
 
 CLAUSE_EN = {
-    "color": ["the {v} color {b}", "{its} {v} tone {b}", "the shade is {v}, and it {b}",
-              "we made {them} in {v}, a color that {b}", "{it} come{s} in {v}, a color that {b}"],
-    "material": ["the {v} {b}", "{its} {v} {b}", "{it} {is} made of {v} that {b}", "we chose {v} because it {b}",
-                 "good {v} {b}"],
-    "style": ["the {v} style {b}", "{its} {v} look {b}", "the {v} line {b}", "the design has {av} spirit that {b}",
-              "{av} touch {b}"],
-    "pattern": ["the {v} pattern {b}", "{its} {v} pattern {b}", "{av} pattern {b}",
-                "{it} wear{s} {av} pattern that {b}"],
-    "detail": ["the {v} {b}", "{it} come{s} with {av} that {b}", "you will like the {v} that {b}",
-               "we added {av} that {b}"],
-    "season": ["{it} {is} made for {v}, when {b}", "think of {v}, when {b}",
-               "{it} {is} at {its} best in {v}, when {b}"],
-    "occasion": ["{it} {is} ready for the {v}, where {b}", "{it} make{s} a good companion for the {v}, where {b}",
-                 "{it} suit{s} the {v}, where {b}"],
-    "room": ["{it} find{s} a place in the {v}, where {b}", "put {them} in the {v}, where {b}",
-             "{it} belong{s} in the {v}, where {b}"],
+    "color": [
+        "the {v} color {b}",
+        "{its} {v} tone {b}",
+        "the shade is {v}, and it {b}",
+        "we made {them} in {v}, a color that {b}",
+        "{it} come{s} in {v}, a color that {b}",
+    ],
+    "material": [
+        "the {v} {b}",
+        "{its} {v} {b}",
+        "{it} {is} made of {v} that {b}",
+        "we chose {v} because it {b}",
+        "good {v} {b}",
+    ],
+    "style": [
+        "the {v} style {b}",
+        "{its} {v} look {b}",
+        "the {v} line {b}",
+        "the design has {av} spirit that {b}",
+        "{av} touch {b}",
+    ],
+    "pattern": [
+        "the {v} pattern {b}",
+        "{its} {v} pattern {b}",
+        "{av} pattern {b}",
+        "{it} wear{s} {av} pattern that {b}",
+    ],
+    "detail": [
+        "the {v} {b}",
+        "{it} come{s} with {av} that {b}",
+        "you will like the {v} that {b}",
+        "we added {av} that {b}",
+    ],
+    "season": [
+        "{it} {is} made for {v}, when {b}",
+        "think of {v}, when {b}",
+        "{it} {is} at {its} best in {v}, when {b}",
+    ],
+    "occasion": [
+        "{it} {is} ready for the {v}, where {b}",
+        "{it} make{s} a good companion for the {v}, where {b}",
+        "{it} suit{s} the {v}, where {b}",
+    ],
+    "room": [
+        "{it} find{s} a place in the {v}, where {b}",
+        "put {them} in the {v}, where {b}",
+        "{it} belong{s} in the {v}, where {b}",
+    ],
     "size": ["the {v} size {b}", "{its} {v} shape {b}", "{av} form {b}"],
     "light": ["{its} {v} light {b}", "the {v} light {b}", "{it} give{s} {av} light that {b}"],
     "stone": ["the {v} {b}", "{it} {is} set with {v} that {b}", "{its} {v} {b}"],
     "taste": ["the {v} taste {b}", "{its} {v} note {b}", "each cup has {av} taste that {b}"],
-    "origin": ["{it} come{s} from {v}, where {b}", "the leaves grow in {v}, where {b}",
-               "we found {them} in {v}, where {b}"],
+    "origin": [
+        "{it} come{s} from {v}, where {b}",
+        "the leaves grow in {v}, where {b}",
+        "we found {them} in {v}, where {b}",
+    ],
     "pack": ["{it} come{s} in {av} that {b}", "the {v} {b}", "we ship {them} in {av} that {b}"],
     "harvest": ["the leaves are picked in {v}, when {b}", "it is a harvest of {v}, when {b}"],
 }
 
 OPENING_EN = {
-    "any": ["{This} {np} {is} easy to love.", "Meet {a} with a character of {its} own.",
-            "Looking for {a}? Here {it} {is}.", "Few things please like {a}.",
-            "Here {is} {a} for people who look twice.", "You will not forget {this} {np}.",
-            "We are proud of {this} {np}.", "{This} {np} deserve{s} a good home.", "Give yourself {a}.",
-            "New in our shop: {a}.", "{A} can change a whole day.", "Let us show you {this} {np}.",
-            "Some days call for {a}.", "{This} {np} speak{s} for {itself}."],
-    "clothing": ["Slip into {this} {np} and feel at home.", "{A} belong{s} in every wardrobe.",
-                 "Dress up or down in {this} {np}."],
-    "shoes": ["Every street is shorter in {this} {np}.", "Step out in {a}.",
-              "Your feet will thank you for {this} {np}."],
+    "any": [
+        "{This} {np} {is} easy to love.",
+        "Meet {a} with a character of {its} own.",
+        "Looking for {a}? Here {it} {is}.",
+        "Few things please like {a}.",
+        "Here {is} {a} for people who look twice.",
+        "You will not forget {this} {np}.",
+        "We are proud of {this} {np}.",
+        "{This} {np} deserve{s} a good home.",
+        "Give yourself {a}.",
+        "New in our shop: {a}.",
+        "{A} can change a whole day.",
+        "Let us show you {this} {np}.",
+        "Some days call for {a}.",
+        "{This} {np} speak{s} for {itself}.",
+    ],
+    "clothing": [
+        "Slip into {this} {np} and feel at home.",
+        "{A} belong{s} in every wardrobe.",
+        "Dress up or down in {this} {np}.",
+    ],
+    "shoes": [
+        "Every street is shorter in {this} {np}.",
+        "Step out in {a}.",
+        "Your feet will thank you for {this} {np}.",
+    ],
     "bags": ["Carry your day in {a}.", "{This} {np} go{es} where you go.", "Pack light with {a}."],
     "furniture": ["{A} can turn a house into a home.", "Make room for {this} {np}.", "Good evenings begin with {a}."],
-    "lamps": ["Light up the evening with {a}.", "When it gets dark, {this} {np} come{s} to life.",
-              "Let {a} keep you company."],
+    "lamps": [
+        "Light up the evening with {a}.",
+        "When it gets dark, {this} {np} come{s} to life.",
+        "Let {a} keep you company.",
+    ],
     "kitchenware": ["Breakfast tastes better with {a}.", "Set the table with {this} {np}.", "Every cook needs {a}."],
     "tea": ["Put the kettle on for {a}.", "Slow down with {a}.", "A cup of {this} {np} makes the morning."],
     "textiles": ["Wrap your home in comfort with {a}.", "{A} makes any house softer.", "Get cosy with {this} {np}."],
     "jewelry": ["Wear a little light with {a}.", "{A} say{s} what words cannot.", "Treat someone dear to {this} {np}."],
-    "cheerful": ["Hooray, {this} {np} {is} here!", "Wow, what {a}!", "Smile, here come{s} {a}!",
-                 "Good news: {a} for you!"],
-    "formal": ["We are pleased to present {this} {np}.", "It is our honor to introduce {a}.",
-               "We respectfully offer you {a}."],
+    "cheerful": [
+        "Hooray, {this} {np} {is} here!",
+        "Wow, what {a}!",
+        "Smile, here come{s} {a}!",
+        "Good news: {a} for you!",
+    ],
+    "formal": [
+        "We are pleased to present {this} {np}.",
+        "It is our honor to introduce {a}.",
+        "We respectfully offer you {a}.",
+    ],
     "question": ["Have you been looking for {a}?", "Who would not want {a}?", "Would you like {a}?"],
 }
 
 CLOSING_EN = {
-    "any": ["You will wonder how you did without {them}.", "A good choice for yourself or a friend.",
-            "Made with care, made to last.", "Once you have {them}, you keep {them}.",
-            "It is the little things that count.", "Come and see for yourself.", "Simple, honest and well made.",
-            "Your friends will ask where you found {them}.", "A small joy for every day.",
-            "Good things need no long speech."],
+    "any": [
+        "You will wonder how you did without {them}.",
+        "A good choice for yourself or a friend.",
+        "Made with care, made to last.",
+        "Once you have {them}, you keep {them}.",
+        "It is the little things that count.",
+        "Come and see for yourself.",
+        "Simple, honest and well made.",
+        "Your friends will ask where you found {them}.",
+        "A small joy for every day.",
+        "Good things need no long speech.",
+    ],
     "clothing": ["Just put {them} on and go.", "The mirror will agree.", "Comfort and good looks in one."],
     "shoes": ["Wherever the road leads, you are ready.", "Walk on, the day is yours."],
     "bags": ["Everything has its place.", "Ready when you are."],
@@ -429,14 +535,29 @@ CLOSING_EN = {
     "textiles": ["Home has never felt so soft.", "You may never want to get up."],
     "jewelry": ["A keepsake for life.", "Small, fine and full of meaning."],
     "cheerful": ["What fun!", "Go on, treat yourself!", "We love it and so will you!", "Your day just got better!"],
-    "formal": ["We remain at your service.", "We thank you for your kind attention.",
-               "Your satisfaction is our first concern."],
-    "order": ["Order today and we will send {them} tomorrow.", "Call us now to order yours.",
-              "Order before Sunday and save ten percent."],
+    "formal": [
+        "We remain at your service.",
+        "We thank you for your kind attention.",
+        "Your satisfaction is our first concern.",
+    ],
+    "order": [
+        "Order today and we will send {them} tomorrow.",
+        "Call us now to order yours.",
+        "Order before Sunday and save ten percent.",
+    ],
 }
 
-TAIL_ZH = {"detail": "带{v}", "season": "适合{v}", "occasion": "适合{v}", "room": "适合{v}", "light": "{v}灯光",
-           "stone": "镶嵌{v}", "origin": "产自{v}", "pack": "{v}包装", "harvest": "{v}采摘"}
+TAIL_ZH = {
+    "detail": "带{v}",
+    "season": "适合{v}",
+    "occasion": "适合{v}",
+    "room": "适合{v}",
+    "light": "{v}灯光",
+    "stone": "镶嵌{v}",
+    "origin": "产自{v}",
+    "pack": "{v}包装",
+    "harvest": "{v}采摘",
+}
 
 CLAUSE_ZH = {
     "color": ["{v}的外观{b}", "配色选了{v}，{b}", "{v}{b}", "一身{v}，{b}"],
@@ -457,8 +578,19 @@ CLAUSE_ZH = {
 }
 
 OPENING_ZH = {
-    "any": ["这款{np}让人一见就喜欢。", "推荐一款{np}。", "想找{np}？就选它。", "新到店的{np}。", "这款{np}值得拥有。", "给自己一款{np}吧。", "谁能拒绝这款{np}呢。",
-            "这款{np}自带光彩。", "有些日子就该有{np}。", "为你介绍这款{np}。", "这款{np}越看越耐看。"],
+    "any": [
+        "这款{np}让人一见就喜欢。",
+        "推荐一款{np}。",
+        "想找{np}？就选它。",
+        "新到店的{np}。",
+        "这款{np}值得拥有。",
+        "给自己一款{np}吧。",
+        "谁能拒绝这款{np}呢。",
+        "这款{np}自带光彩。",
+        "有些日子就该有{np}。",
+        "为你介绍这款{np}。",
+        "这款{np}越看越耐看。",
+    ],
     "clothing": ["穿上这款{np}，整个人都轻松了。", "衣柜里少不了{np}。", "出门就穿这款{np}。"],
     "shoes": ["穿上这款{np}，走多远都不怕。", "双脚会感谢这款{np}。", "每一步都从{np}开始。"],
     "bags": ["背上这款{np}，说走就走。", "把一天装进{np}。", "出门带上这款{np}。"],
@@ -474,8 +606,17 @@ OPENING_ZH = {
 }
 
 CLOSING_ZH = {
-    "any": ["用过就离不开它。", "送人自用都合适。", "用心做的东西才长久。", "朋友都会问在哪买的。", "简单实在，做工也好。", "好东西不用多说。", "每天都多一点快乐。", "不妨来店里看看。",
-            "细节里见真心。"],
+    "any": [
+        "用过就离不开它。",
+        "送人自用都合适。",
+        "用心做的东西才长久。",
+        "朋友都会问在哪买的。",
+        "简单实在，做工也好。",
+        "好东西不用多说。",
+        "每天都多一点快乐。",
+        "不妨来店里看看。",
+        "细节里见真心。",
+    ],
     "clothing": ["随手一穿就很好看。", "镜子也会点头。", "舒适与好看都有了。"],
     "shoes": ["路再远也走得轻松。", "出发吧，今天属于你。"],
     "bags": ["每样东西都有位置。", "随时可以出发。"],
@@ -492,22 +633,33 @@ CLOSING_ZH = {
 
 # tone -> system prompts. advertise() keeps to the tone: see there.
 TONES = {
-    "cheerful": {"en": ["Write in a cheerful tone.", "You are a cheerful shop assistant. Be happy and loud!"],
-                 "zh": ["请用欢快的语气。", "你是一个活泼的店员，要热情一点！"]},
-    "formal": {"en": ["Write in a formal tone.", "You serve a noble house. Stay polite and formal."],
-               "zh": ["请用正式的语气。", "你为老字号写文案，要礼貌端庄。"]},
-    "question": {"en": ["Begin with a question.", "You always open with a question to the reader."],
-                 "zh": ["请用问句开头。", "你写文案总是先提一个问题。"]},
-    "order": {"en": ["End by asking the reader to order.", "You sell: the last sentence invites to order."],
-              "zh": ["结尾请引导下单。", "你负责销售，最后一句要请人购买。"]},
-    "brief": {"en": ["Use two sentences at most.", "Be brief: no more than two sentences."],
-              "zh": ["最多写两句话。", "请简短，不超过两句。"]},
+    "cheerful": {
+        "en": ["Write in a cheerful tone.", "You are a cheerful shop assistant. Be happy and loud!"],
+        "zh": ["请用欢快的语气。", "你是一个活泼的店员，要热情一点！"],
+    },
+    "formal": {
+        "en": ["Write in a formal tone.", "You serve a noble house. Stay polite and formal."],
+        "zh": ["请用正式的语气。", "你为老字号写文案，要礼貌端庄。"],
+    },
+    "question": {
+        "en": ["Begin with a question.", "You always open with a question to the reader."],
+        "zh": ["请用问句开头。", "你写文案总是先提一个问题。"],
+    },
+    "order": {
+        "en": ["End by asking the reader to order.", "You sell: the last sentence invites to order."],
+        "zh": ["结尾请引导下单。", "你负责销售，最后一句要请人购买。"],
+    },
+    "brief": {
+        "en": ["Use two sentences at most.", "Be brief: no more than two sentences."],
+        "zh": ["最多写两句话。", "请简短，不超过两句。"],
+    },
 }
 
 
 # ==== 3. Products, and sentences about them ====
 # A product is a dict: "kind" -> name of the kind, "type" -> value, then attribute -> value. A value is the pair (words,
 # praises), each by language.
+
 
 def read_table(table):
     """Rows 'red | 红色 | praise ; praise | 夸奖 ; 夸奖' -> [({"en": word, "zh": word}, {"en": [praise], "zh": [praise]})]"""
@@ -584,11 +736,29 @@ def english_slots(product, attributes):
     """The words that fill an English template, agreeing in number with the product."""
     phrase = noun_phrase(product, attributes, "en")
     if is_plural(word(product, "type", "en")):
-        slots = {"a": "a pair of " + phrase, "this": "these", "is": "are", "s": "", "es": "", "it": "they",
-                 "its": "their", "them": "them", "itself": "themselves"}
+        slots = {
+            "a": "a pair of " + phrase,
+            "this": "these",
+            "is": "are",
+            "s": "",
+            "es": "",
+            "it": "they",
+            "its": "their",
+            "them": "them",
+            "itself": "themselves",
+        }
     else:
-        slots = {"a": with_article(phrase), "this": "this", "is": "is", "s": "s", "es": "es", "it": "it", "its": "its",
-                 "them": "it", "itself": "itself"}
+        slots = {
+            "a": with_article(phrase),
+            "this": "this",
+            "is": "is",
+            "s": "s",
+            "es": "es",
+            "it": "it",
+            "its": "its",
+            "them": "it",
+            "itself": "itself",
+        }
     return {"np": phrase, "A": capital(slots["a"]), "This": capital(slots["this"]), **slots}
 
 
@@ -662,16 +832,27 @@ def advertise(rng, product, language, tone=None):
 
 # ==== 4. The pretraining corpus ====
 
-NAMES = {"en": ("Anna, Ben, Clara, David, Emma, Felix, Grace, Henry, Iris, Jonas, Lena, Martin, Nora, Oscar, Paula, "
-                "Robin, Sophie, Tom, Vera, Walter").split(", "),
-         "zh": "小林, 阿梅, 老周, 小雨, 阿强, 王姐, 李叔, 小青, 阿芳, 陈师傅, 小月, 老吴, 阿明, 小雪".split(", ")}
-PLACES = {"en": ("Xiamen, Chengdu, Suzhou, Harbor Street, Old Bridge, the market, the coast, the mountains, Lake Town, "
-                 "Mill Lane").split(", "),
-          "zh": "厦门, 成都, 苏州, 老街, 海边, 山里, 湖边, 北门, 巷口, 大理".split(", ")}
-PEOPLE = {"en": "sister, mother, brother, father, neighbor, aunt, daughter, son, friend, teacher".split(", "),
-          "zh": "姐姐, 妈妈, 弟弟, 爸爸, 邻居, 姑姑, 女儿, 儿子, 朋友, 老师".split(", ")}
-DAYS = {"en": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday".split(", "),
-        "zh": "周一, 周二, 周三, 周四, 周五, 周六, 周日".split(", ")}
+NAMES = {
+    "en": (
+        "Anna, Ben, Clara, David, Emma, Felix, Grace, Henry, Iris, Jonas, Lena, Martin, Nora, Oscar, Paula, "
+        "Robin, Sophie, Tom, Vera, Walter"
+    ).split(", "),
+    "zh": "小林, 阿梅, 老周, 小雨, 阿强, 王姐, 李叔, 小青, 阿芳, 陈师傅, 小月, 老吴, 阿明, 小雪".split(", "),
+}
+PLACES = {
+    "en": (
+        "Xiamen, Chengdu, Suzhou, Harbor Street, Old Bridge, the market, the coast, the mountains, Lake Town, Mill Lane"
+    ).split(", "),
+    "zh": "厦门, 成都, 苏州, 老街, 海边, 山里, 湖边, 北门, 巷口, 大理".split(", "),
+}
+PEOPLE = {
+    "en": "sister, mother, brother, father, neighbor, aunt, daughter, son, friend, teacher".split(", "),
+    "zh": "姐姐, 妈妈, 弟弟, 爸爸, 邻居, 姑姑, 女儿, 儿子, 朋友, 老师".split(", "),
+}
+DAYS = {
+    "en": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday".split(", "),
+    "zh": "周一, 周二, 周三, 周四, 周五, 周六, 周日".split(", "),
+}
 
 
 def pairs_of(rng, product, language, separator, glue):
@@ -694,8 +875,9 @@ def summary(rng, product, language):
     """One sentence with all attributes."""
     phrase = full_phrase(product, language)
     if language == "en":
-        return rng.choice(["We have {} in stock.", "It is {}.", "The label says: {}.", "In one line: {}.",
-                           "Today we show {}."]).format(phrase)
+        return rng.choice(
+            ["We have {} in stock.", "It is {}.", "The label says: {}.", "In one line: {}.", "Today we show {}."]
+        ).format(phrase)
     return rng.choice(["店里有{}。", "这是{}。", "一句话介绍：{}。", "今天推荐{}。"]).format(phrase)
 
 
@@ -753,8 +935,16 @@ def shop_page(rng, language):
     products = [draw_product(rng, 1, 3) for _ in range(rng.randint(2, 4))]
     prices = [rng.randint(2, 99) * 10 for _ in products]
     if language == "en":
-        title = rng.choice(["New this week", "On our shelves", "Gifts under the tree", "Last pieces",
-                            "From the workshop", "Spring list"])
+        title = rng.choice(
+            [
+                "New this week",
+                "On our shelves",
+                "Gifts under the tree",
+                "Last pieces",
+                "From the workshop",
+                "Spring list",
+            ]
+        )
         lines = [f"- {full_phrase(product, 'en')}, {price} yuan" for product, price in zip(products, prices)]
         end = f"Open from {rng.choice(DAYS['en'])} to {rng.choice(DAYS['en'])} in {rng.choice(PLACES['en'])}."
     else:
@@ -770,14 +960,31 @@ def review(rng, language):
     stars = " ".join("*" * rng.randint(2, 5))
     praises = [clause(rng, product, attribute, language) for attribute in rng.sample(attributes_of(product), 2)]
     if language == "en":
-        starts = ["I bought {0} for my {1}.", "A gift for my {1}: {0}.", "My {1} wanted {0}.",
-                  "Ordered {0} together with my {1}."]
-        verdicts = ["Would buy again.", "The parcel came late, but it was worth it.", "A bit expensive.",
-                    "Exactly as described.", "I only wish it were cheaper.", "Fast delivery, thank you."]
+        starts = [
+            "I bought {0} for my {1}.",
+            "A gift for my {1}: {0}.",
+            "My {1} wanted {0}.",
+            "Ordered {0} together with my {1}.",
+        ]
+        verdicts = [
+            "Would buy again.",
+            "The parcel came late, but it was worth it.",
+            "A bit expensive.",
+            "Exactly as described.",
+            "I only wish it were cheaper.",
+            "Fast delivery, thank you.",
+        ]
         title = "review #{} by {}"
     else:
         starts = ["给{1}买了{0}。", "{1}一直想要{0}。", "送给{1}的礼物：{0}。"]
-        verdicts = ["下次还会再买。", "快递慢了点，但是值得。", "价格有点贵。", "和描述的一样。", "要是再便宜些就好了。", "发货很快，谢谢店家。"]
+        verdicts = [
+            "下次还会再买。",
+            "快递慢了点，但是值得。",
+            "价格有点贵。",
+            "和描述的一样。",
+            "要是再便宜些就好了。",
+            "发货很快，谢谢店家。",
+        ]
         title = "评价#{} {}"
     start = rng.choice(starts).format(full_phrase(product, language), rng.choice(PEOPLE[language]))
     verdict = rng.choice(verdicts)
@@ -795,27 +1002,35 @@ def dialogue(rng, language):
     praise = sentence([clause(rng, product, attribute, language)], rng, language)
     second_praise = sentence([clause(rng, product, second, language)], rng, language)
     if language == "en":
-        turns = [(f"Do you have {english_slots(product, [])['a']}?", f"Yes, we have {offer}."),
-                 (f"What can you tell me about the {value}?", praise),
-                 ("And what else?", second_praise),
-                 (f"My {rng.choice(PEOPLE['en'])} would rather have {wish}.",
-                  f"We can have {wish} here on {rng.choice(DAYS['en'])}."),
-                 ("How much is it?", f"It is {rng.randint(2, 99) * 10} yuan."),
-                 (f"Do you ship to {rng.choice(PLACES['en'])}?", f"Of course, it takes {rng.randint(2, 9)} days.")]
+        turns = [
+            (f"Do you have {english_slots(product, [])['a']}?", f"Yes, we have {offer}."),
+            (f"What can you tell me about the {value}?", praise),
+            ("And what else?", second_praise),
+            (
+                f"My {rng.choice(PEOPLE['en'])} would rather have {wish}.",
+                f"We can have {wish} here on {rng.choice(DAYS['en'])}.",
+            ),
+            ("How much is it?", f"It is {rng.randint(2, 99) * 10} yuan."),
+            (f"Do you ship to {rng.choice(PLACES['en'])}?", f"Of course, it takes {rng.randint(2, 9)} days."),
+        ]
         customer, shop = rng.choice([("Customer: ", "Shop: "), (rng.choice(NAMES["en"]) + ": ", "Clerk: ")])
     else:
-        turns = [(f"请问有{word(product, 'type', 'zh')}吗？", f"有的，我们有{offer}。"),
-                 (f"{value}怎么样？", praise),
-                 ("还有呢？", second_praise),
-                 (f"{rng.choice(PEOPLE['zh'])}更想要{wish}。", f"{wish}，{rng.choice(DAYS['zh'])}到货。"),
-                 ("多少钱？", f"{rng.randint(2, 99) * 10}元。"),
-                 (f"能寄到{rng.choice(PLACES['zh'])}吗？", f"可以，大约{rng.randint(2, 9)}天。")]
+        turns = [
+            (f"请问有{word(product, 'type', 'zh')}吗？", f"有的，我们有{offer}。"),
+            (f"{value}怎么样？", praise),
+            ("还有呢？", second_praise),
+            (f"{rng.choice(PEOPLE['zh'])}更想要{wish}。", f"{wish}，{rng.choice(DAYS['zh'])}到货。"),
+            ("多少钱？", f"{rng.randint(2, 99) * 10}元。"),
+            (f"能寄到{rng.choice(PLACES['zh'])}吗？", f"可以，大约{rng.randint(2, 9)}天。"),
+        ]
         customer, shop = rng.choice([("顾客：", "店员："), (rng.choice(NAMES["zh"]) + "：", "掌柜：")])
     kept = turns[:1] + rng.sample(turns[1:], rng.randint(1, 3))
     if rng.random() < 0.5:
         return "\n".join(f"{customer}{question}\n{shop}{answer}" for question, answer in kept)
-    return "\n".join(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
-                     for question, answer in kept)
+    return "\n".join(
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+        for question, answer in kept
+    )
 
 
 def story(rng, language):
@@ -827,16 +1042,30 @@ def story(rng, language):
     first, later = full_phrase(product, language), full_phrase(second, language)
     if language == "en":
         relative = with_article(relative)
-        start = rng.choice([f"{name} grew up near {place} and learned the trade from {relative}.",
-                            f"One {rng.choice(DAYS['en'])} {name} opened a small workshop in {place}.",
-                            f"Nobody in {place} knew where {name} had found such things.",
-                            f"{name} and {relative} have run the shop in {place} for {rng.randint(2, 60)} years."])
+        start = rng.choice(
+            [
+                f"{name} grew up near {place} and learned the trade from {relative}.",
+                f"One {rng.choice(DAYS['en'])} {name} opened a small workshop in {place}.",
+                f"Nobody in {place} knew where {name} had found such things.",
+                f"{name} and {relative} have run the shop in {place} for {rng.randint(2, 60)} years.",
+            ]
+        )
         middle = f"The first piece was {first}."
-        end = rng.choice([f"Later came {later}.", f"Now {name} is working on {later}.",
-                          f"A traveler gave {later} for it and went on to {rng.choice(PLACES['en'])}."])
+        end = rng.choice(
+            [
+                f"Later came {later}.",
+                f"Now {name} is working on {later}.",
+                f"A traveler gave {later} for it and went on to {rng.choice(PLACES['en'])}.",
+            ]
+        )
     else:
-        start = rng.choice([f"{name}在{place}长大，手艺是跟{relative}学的。", f"有一年{name}在{place}开了一家小店。",
-                            f"{name}和{relative}在{place}开店已有{rng.randint(2, 60)}年。"])
+        start = rng.choice(
+            [
+                f"{name}在{place}长大，手艺是跟{relative}学的。",
+                f"有一年{name}在{place}开了一家小店。",
+                f"{name}和{relative}在{place}开店已有{rng.randint(2, 60)}年。",
+            ]
+        )
         middle = f"第一件作品是{first}。"
         end = rng.choice([f"后来又有了{later}。", f"现在{name}正在做{later}。", f"有位客人用{later}换走了它。"])
     return join([start, middle, *clauses, end], language)
@@ -849,17 +1078,39 @@ def parcel_note(rng, language):
     place, day, name = rng.choice(PLACES[language]), rng.choice(DAYS[language]), rng.choice(NAMES[language])
     first, left = full_phrase(product, language), full_phrase(second, language)
     if language == "en":
-        head = rng.choice([f"parcel#{number}*{place}*{boxes} boxes*{day}", f"shelf#{number}*row#{boxes}*{name}*{day}",
-                           f"Parcel #{number} * {place} * {day}"])
-        lines = [f"{name} took {first} to {place}.", f"The driver waited until {day}.",
-                 f"{boxes} boxes are still missing.", f"Someone left {left} at the door.", "It rained all morning.",
-                 f"Please call {rng.choice(NAMES['en'])} before {rng.choice(DAYS['en'])}.",
-                 "The list was wet and nobody could read it."]
+        head = rng.choice(
+            [
+                f"parcel#{number}*{place}*{boxes} boxes*{day}",
+                f"shelf#{number}*row#{boxes}*{name}*{day}",
+                f"Parcel #{number} * {place} * {day}",
+            ]
+        )
+        lines = [
+            f"{name} took {first} to {place}.",
+            f"The driver waited until {day}.",
+            f"{boxes} boxes are still missing.",
+            f"Someone left {left} at the door.",
+            "It rained all morning.",
+            f"Please call {rng.choice(NAMES['en'])} before {rng.choice(DAYS['en'])}.",
+            "The list was wet and nobody could read it.",
+        ]
     else:
-        head = rng.choice([f"包裹#{number}*{place}*{boxes}箱*{day}", f"货架#{number}*排#{boxes}*{name}*{day}",
-                           f"单号 #{number} * {place} * {day}"])
-        lines = [f"{name}把{first}送到了{place}。", f"司机一直等到{day}。", f"还少{boxes}箱。", f"门口有人留下{left}。",
-                 "下了一上午的雨。", f"请在{rng.choice(DAYS['zh'])}之前联系{rng.choice(NAMES['zh'])}。", "单子湿了，谁也看不清。"]
+        head = rng.choice(
+            [
+                f"包裹#{number}*{place}*{boxes}箱*{day}",
+                f"货架#{number}*排#{boxes}*{name}*{day}",
+                f"单号 #{number} * {place} * {day}",
+            ]
+        )
+        lines = [
+            f"{name}把{first}送到了{place}。",
+            f"司机一直等到{day}。",
+            f"还少{boxes}箱。",
+            f"门口有人留下{left}。",
+            "下了一上午的雨。",
+            f"请在{rng.choice(DAYS['zh'])}之前联系{rng.choice(NAMES['zh'])}。",
+            "单子湿了，谁也看不清。",
+        ]
     return head + "\n" + join(rng.sample(lines, rng.randint(3, 4)), language)
 
 
@@ -901,22 +1152,52 @@ def tokenizer_lines(count):
 def write_tokenizer(folder, count):
     """Trains tokenizer.model on the first `count` documents and writes tokenizer_config.json beside it."""
     import sentencepiece
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=tokenizer_lines(count), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-        add_dummy_prefix=True, character_coverage=1.0, max_sentencepiece_length=12, pretokenization_delimiter="\t",
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, user_defined_symbols=SYMBOLS, shuffle_input_sentence=False,
-        num_threads=1, minloglevel=2)
+        sentence_iterator=tokenizer_lines(count),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        add_dummy_prefix=True,
+        character_coverage=1.0,
+        max_sentencepiece_length=12,
+        pretokenization_delimiter="\t",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        user_defined_symbols=SYMBOLS,
+        shuffle_input_sentence=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     special = {"0": "<unk>", "1": "<s>", "2": "</s>", "5": "<|im_start|>", "6": "<|im_end|>"}
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
-        "added_tokens_decoder": {index: {"content": content, **flags} for index, content in special.items()},
-        "model_max_length": 1024, "padding_side": "left", "clean_up_tokenization_spaces": False, "sp_model_kwargs": {}})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": False,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<unk>",
+            "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+            "added_tokens_decoder": {index: {"content": content, **flags} for index, content in special.items()},
+            "model_max_length": 1024,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "sp_model_kwargs": {},
+        },
+    )
 
 
 CONFIG = {
@@ -963,19 +1244,36 @@ def count_parameters(config):
 BYTES = (115, 265)  # an advertisement of 30 to 70 tokens: a token has 3.8 bytes in both languages
 
 REQUESTS = {  # what a further turn may ask for
-    "shorter": {"en": ["make it shorter", "shorter, please", "in one sentence"], "zh": ["短一点", "再短一些", "用一句话"]},
+    "shorter": {
+        "en": ["make it shorter", "shorter, please", "in one sentence"],
+        "zh": ["短一点", "再短一些", "用一句话"],
+    },
     "formal": {"en": ["make it more formal", "more formal, please"], "zh": ["正式一点", "换成正式的语气"]},
     "social": {"en": ["for social media", "now for social media"], "zh": ["发朋友圈用", "写成社交媒体的"]},
     "color": {"en": ["now in {}", "the same in {}", "now make it {}"], "zh": ["换成{}", "改成{}", "要{}的"]},
 }
 
 RAMBLE = {
-    "en": ["By the way, the weather has been strange this week.", "Shops are shops, and streets are streets.",
-           "There are many things, and then some more things.", "As we said before, we have said it before.",
-           "My cousin once had one, or maybe two.", "Please also think about lunch.",
-           "It is what it is, whatever it is.", "The bus comes at ten, if it comes."],
-    "zh": ["对了，这星期天气很奇怪。", "店就是店，街就是街。", "东西很多，然后还有更多东西。", "就像刚才说的，刚才已经说过了。",
-           "我表弟好像也有一个，也许两个。", "别忘了还有午饭。", "反正就是这样，就是这样。", "公交车十点来，如果它来的话。"],
+    "en": [
+        "By the way, the weather has been strange this week.",
+        "Shops are shops, and streets are streets.",
+        "There are many things, and then some more things.",
+        "As we said before, we have said it before.",
+        "My cousin once had one, or maybe two.",
+        "Please also think about lunch.",
+        "It is what it is, whatever it is.",
+        "The bus comes at ten, if it comes.",
+    ],
+    "zh": [
+        "对了，这星期天气很奇怪。",
+        "店就是店，街就是街。",
+        "东西很多，然后还有更多东西。",
+        "就像刚才说的，刚才已经说过了。",
+        "我表弟好像也有一个，也许两个。",
+        "别忘了还有午饭。",
+        "反正就是这样，就是这样。",
+        "公交车十点来，如果它来的话。",
+    ],
 }
 
 
@@ -1123,6 +1421,7 @@ def preference_records(split, count):
 
 
 # ==== 7. Writing ====
+
 
 def write_json(path, value):
     path.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -26,7 +26,7 @@ import warnings
 
 warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle's at import that concerns nobody here
 os.environ.setdefault("GLOG_minloglevel", "1")  # nor do its notes about connections
-import paddle  # noqa: E402
+import paddle
 
 from data import UserError
 
@@ -362,15 +362,41 @@ def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=Non
     return _run("attention_part", q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
 
 
-def attention_part_backward(q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None,
-                            softcap=None):  # fmt: skip
+def attention_part_backward(
+    q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
+):
     """Gradients of q, k and v from these keys alone, given out (B, Tq, H, Dh) and lse (B, H, Tq) of attention over all keys."""
-    return _run("attention_part_backward", q, k, v, out, lse, d_out, startend_row_indices, offset, causal, scale, alibi_slopes,
-                softcap)  # fmt: skip
+    return _run(
+        "attention_part_backward",
+        q,
+        k,
+        v,
+        out,
+        lse,
+        d_out,
+        startend_row_indices,
+        offset,
+        causal,
+        scale,
+        alibi_slopes,
+        softcap,
+    )
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
-                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_lengths,
+    context_lengths,
+    scale=None,
+    k_scales=None,
+    v_scales=None,
+    alibi_slopes=None,
+    window=None,
+    softcap=None,
+):
     """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180).
 
     q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the new
@@ -383,8 +409,21 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     slot and head. With a window a query at p sees the keys above p - window alone; alibi_slopes and softcap are as in
     attention. No gradients.
     """
-    return _run("paged_attention", q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales, v_scales,
-                alibi_slopes, window, softcap)  # fmt: skip
+    return _run(
+        "paged_attention",
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_lengths,
+        context_lengths,
+        scale,
+        k_scales,
+        v_scales,
+        alibi_slopes,
+        window,
+        softcap,
+    )
 
 
 def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
@@ -406,8 +445,16 @@ def sample(logits, temperature, top_k, top_p, uniform):
     return _run("sample", logits, temperature, top_k, top_p, uniform)
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         vocabulary=None, softcap=None):  # fmt: skip
+def linear_cross_entropy(
+    hidden,
+    weight,
+    labels,
+    transpose_weight=False,
+    ignore_index=-100,
+    return_predictions=False,
+    vocabulary=None,
+    softcap=None,
+):
     """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
 
     hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
@@ -421,8 +468,17 @@ def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_
 
     softcap makes softcap * tanh(l / softcap) of each logit l (Gemma 2, arXiv 2408.00118).
     """
-    return _run("linear_cross_entropy", hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary,
-                softcap)  # fmt: skip
+    return _run(
+        "linear_cross_entropy",
+        hidden,
+        weight,
+        labels,
+        transpose_weight,
+        ignore_index,
+        return_predictions,
+        vocabulary,
+        softcap,
+    )
 
 
 def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):

@@ -14,12 +14,14 @@ import os
 import statistics
 import sys
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
+
+import kernels
 
 import numpy as np
 import paddle
 
-import kernels
 from data import UserError
 
 
@@ -68,7 +70,7 @@ def timed(shape, kind, function, inputs, parts):
             leaves[i].stop_gradient = False
         out = in_products_of(kind, function, leaves)
         upstream, wanted = values(*out.shape), [leaves[i] for i in chosen]
-        run = lambda how=(out, wanted, upstream): paddle.grad(*how, retain_graph=True)  # noqa: E731
+        run = lambda how=(out, wanted, upstream): paddle.grad(*how, retain_graph=True)
         yield Case(shape, part, kind, work, run)
 
 
@@ -80,13 +82,13 @@ def pointwise(shape, function, inputs, moved):
 
 def rms_norm(rows=4096, D=1024):
     n = 4 * rows * D
-    function = lambda x, weight: kernels.rms_norm(x, weight, 1e-5)  # noqa: E731
+    function = lambda x, weight: kernels.rms_norm(x, weight, 1e-5)
     yield from pointwise(f"{rows} x {D}", function, [values(rows, D), values(D)], (2 * n, 3 * n))
 
 
 def layer_norm(rows=4096, D=1024):
     n = 4 * rows * D
-    function = lambda x, weight, bias: kernels.layer_norm(x, weight, bias, 1e-5)  # noqa: E731
+    function = lambda x, weight, bias: kernels.layer_norm(x, weight, bias, 1e-5)
     yield from pointwise(f"{rows} x {D}", function, [values(rows, D), values(D), values(D)], (2 * n, 3 * n))
 
 
@@ -132,7 +134,7 @@ def linear(M=2048, K=768, N=2048, kind="float32", frozen=False):
 def lora_linear(M=2048, K=768, N=2048, R=8, kind="float32"):
     base, adapter = 2.0 * M * K * N, 2.0 * M * R * (K + N)
     weight = values(K, N) * K**-0.5
-    function = lambda x, a, b: kernels.lora_linear(x, weight, a, b, 2.0)  # noqa: E731
+    function = lambda x, a, b: kernels.lora_linear(x, weight, a, b, 2.0)
     parts = {"forward": (base + adapter, None), "backward": (base + 2 * adapter, [0, 1, 2])}
     inputs = [values(M, K), values(K, R), values(R, N)]
     yield from timed(f"{M} x {K} x {N}, rank {R}", kind, function, inputs, parts)
@@ -143,11 +145,11 @@ def quant_linear(rows=1, n_in=4096, n_out=4096, group=128):
         codes = paddle.randint(-(2**31), 2**31 - 1, [n_in * bits // 32, n_out], "int64").astype("int32")
         scales, zeros = values(n_in // group, n_out).abs() * 1e-3, codes[: n_in // group, : n_out * bits // 32]
         x = values(rows, n_in)
-        run = lambda x=x, how=(codes, scales, None, f"w{bits}", zeros.contiguous()): kernels.quant_linear(x, *how)  # noqa: E731
+        run = lambda x=x, how=(codes, scales, None, f"w{bits}", zeros.contiguous()): kernels.quant_linear(x, *how)
         yield Case(f"{rows} x {n_in} x {n_out}", f"w{bits}", "memory", n_in * n_out * bits / 8 + 4 * scales.size, run)
     M, K, N = 512, 2048, 2048
     x, codes, scales = values(M, K), paddle.randint(-127, 128, [K, N]).astype("int8"), values(N).abs() * 1e-3
-    run = lambda: kernels.quant_linear(x, codes, scales, None, "a8w8")  # noqa: E731
+    run = lambda: kernels.quant_linear(x, codes, scales, None, "a8w8")
     yield Case(f"{M} x {K} x {N}", "a8w8", "int8", 2.0 * M * K * N, run)
 
 
@@ -159,7 +161,7 @@ def attention(T=2048, H=12, Dh=64, document=None, kind="float32"):
     pairs = sum(n * (n + 1) // 2 for n in np.bincount(np.arange(T) // length))
     shape = f"{T} x {H} x {Dh}, causal" + (f", documents of {document}" if document else "")
     work = 4.0 * Dh * H * pairs
-    function = lambda q, k, v: kernels.attention(q, k, v, rows)  # noqa: E731
+    function = lambda q, k, v: kernels.attention(q, k, v, rows)
     parts = {"forward": (work, None), "backward": (2.5 * work, range(3))}
     yield from timed(shape, kind, function, [values(1, T, H, Dh) for _ in range(3)], parts)
 
@@ -167,14 +169,14 @@ def attention(T=2048, H=12, Dh=64, document=None, kind="float32"):
 def attention_part(T=2048, H=12, Dh=64):
     """Two chunks of a ring: queries behind all of these keys."""
     q, k, v = (values(1, T, H, Dh) for _ in range(3))
-    run = lambda: kernels.attention_part(q, k, v, None, T)  # noqa: E731
+    run = lambda: kernels.attention_part(q, k, v, None, T)
     yield Case(f"{T} x {H} x {Dh}", "forward", "float32", 4.0 * T * T * H * Dh, run)
 
 
 def attention_part_backward(T=2048, H=12, Dh=64):
     q, k, v, d_out = (values(1, T, H, Dh) for _ in range(4))
     out, lse = kernels.attention_part(q, k, v, None, T)
-    run = lambda: kernels.attention_part_backward(q, k, v, out, lse, d_out, None, T)  # noqa: E731
+    run = lambda: kernels.attention_part_backward(q, k, v, out, lse, d_out, None, T)
     yield Case(f"{T} x {H} x {Dh}", "backward", "float32", 10.0 * T * T * H * Dh, run)
 
 
@@ -184,7 +186,7 @@ def paged_attention(sequences=8, context=1024, H=12, K=4, Dh=64, block=16):
     pools = [values(sequences * per_sequence, block, K, Dh) for _ in range(2)]
     tables = np.arange(sequences * per_sequence, dtype=np.int32).reshape(sequences, -1)
     lengths = np.ones(sequences, np.int64), np.full(sequences, context)
-    run = lambda: kernels.paged_attention(q, *pools, tables, *lengths)  # noqa: E731
+    run = lambda: kernels.paged_attention(q, *pools, tables, *lengths)
     yield Case(f"{sequences} x {context}, {K} heads x {Dh}", "decode", "memory", 8.0 * pools[0].size, run)
 
 
@@ -209,7 +211,7 @@ def sample(rows=8, V=32000):
 def linear_cross_entropy(N=512, D=768, V=32000, kind="float32"):
     hidden, weight, labels = values(N, D), values(D, V) * D**-0.5, paddle.randint(0, V, [N])
     work = 2.0 * N * D * V
-    function = lambda hidden, weight: kernels.linear_cross_entropy(hidden, weight, labels)  # noqa: E731
+    function = lambda hidden, weight: kernels.linear_cross_entropy(hidden, weight, labels)
     parts = {"forward": (work, None), "backward": (3 * work, range(2))}  # backward makes the logits once more
     yield from timed(f"{N} x {D} x {V}", kind, function, [hidden, weight], parts)
 

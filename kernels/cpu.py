@@ -35,13 +35,13 @@ import os
 import types
 from pathlib import Path
 
+import kernels
+from kernels import _build, reference
+
 import numpy as np
 import paddle
 from paddle import _C_ops
 from paddle.autograd import PyLayer
-
-import kernels
-from kernels import _build, reference
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
@@ -49,7 +49,9 @@ OF_EXTENSION = """attention attention_part attention_part_backward paged_attenti
     quant_linear linear_cross_entropy adamw squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
-SMALL = 1 << 18  # values of a weight below which one row is faster by Paddle's product: 12 us instead of 29 of (256, 688)
+SMALL = (
+    1 << 18
+)  # values of a weight below which one row is faster by Paddle's product: 12 us instead of 29 of (256, 688)
 INSTRUCTIONS = -1  # of the ops that can be told: 2 AVX-512, 1 AVX2, 0 SSE2, -1 the best there is (tests set it)
 
 IN_BFLOAT16 = 3  # of attention's: products in bfloat16
@@ -78,9 +80,15 @@ def _has_bfloat16():
 
 def _load():
     _build.load(
-        "kernels_cpu", SOURCES, ".cc", os.environ.get("CXX", "g++"), "C++",
-        "building the C++ ops for this processor, about half a minute", extra_cxx_cflags=FLAGS, extra_ldflags=["-pthread"],
-    )  # fmt: skip
+        "kernels_cpu",
+        SOURCES,
+        ".cc",
+        os.environ.get("CXX", "g++"),
+        "C++",
+        "building the C++ ops for this processor, about half a minute",
+        extra_cxx_cflags=FLAGS,
+        extra_ldflags=["-pthread"],
+    )
 
 
 def peak(memory, what):
@@ -114,7 +122,12 @@ def bf16_matmul(x, y, transpose_x=False, transpose_y=False, bias=None, residual=
 def _takes_bf16(x, *weights):
     """Whether the C++ makes this product in bfloat16: asked for, on a dynamic graph, and x float32."""
     stored = (paddle.float32, paddle.bfloat16)
-    return kernels.bf16 and paddle.in_dynamic_mode() and x.dtype == paddle.float32 and all(w.dtype in stored for w in weights)
+    return (
+        kernels.bf16
+        and paddle.in_dynamic_mode()
+        and x.dtype == paddle.float32
+        and all(w.dtype in stored for w in weights)
+    )
 
 
 def linear(x, weight, bias=None, residual=None):
@@ -194,7 +207,12 @@ class _Bf16Linear(PyLayer):
 def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
     n_in, n_out = weight.shape
     wide = min(x.size // n_in, n_in, n_out) >= 32
-    if not (wide and weight.stop_gradient and (bias is None or bias.stop_gradient) and _takes_bf16(x, weight, lora_A, lora_B)):
+    if not (
+        wide
+        and weight.stop_gradient
+        and (bias is None or bias.stop_gradient)
+        and _takes_bf16(x, weight, lora_A, lora_B)
+    ):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropped)
     held = types.SimpleNamespace(weight=weight, bias=bias, scaling=float(scaling))  # frozen: no inputs of the PyLayer
     return _Bf16LoRA.apply(x, dropped, lora_A, lora_B, held)
@@ -208,7 +226,11 @@ class _Bf16LoRA(PyLayer):
         args = x.contiguous(), None if dropped is None else dropped.contiguous(), held.weight, a, b, held.bias
         y, t = _C_ops._run_custom_op("cpu_bf16_lora", *args, held.scaling)
         ctx.save_for_backward(x if dropped is None else dropped, t, a, b)
-        ctx.held, ctx.dropped, ctx.frozen = held, dropped is not None, [x.stop_gradient, a.stop_gradient, b.stop_gradient]
+        ctx.held, ctx.dropped, ctx.frozen = (
+            held,
+            dropped is not None,
+            [x.stop_gradient, a.stop_gradient, b.stop_gradient],
+        )
         return y.reshape([*x.shape[:-1], b.shape[1]])
 
     @staticmethod
@@ -274,14 +296,24 @@ def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=Non
     return out, paddle.where(paddle.isinf(lse), paddle.full_like(lse, -math.inf), lse)  # the C++ says +inf
 
 
-def attention_part_backward(q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None,
-                            softcap=None):  # fmt: skip
+def attention_part_backward(
+    q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
+):
     rest = startend_row_indices, offset, causal, scale, alibi_slopes, softcap
     if q.dtype != paddle.float32:
         return reference.attention_part_backward(q, k, v, out, lse, d_out, *rest)
     how = _how(q, *rest)
     lse = paddle.where(paddle.isinf(lse), paddle.full_like(lse, math.inf), lse)
-    inputs = q.contiguous(), k.contiguous(), v.contiguous(), how.rows, how.slopes, out.contiguous(), lse, d_out.contiguous()
+    inputs = (
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        how.rows,
+        how.slopes,
+        out.contiguous(),
+        lse,
+        d_out.contiguous(),
+    )
     return tuple(_C_ops._run_custom_op("cpu_attention_backward", *inputs, *how.rest))
 
 
@@ -308,12 +340,36 @@ class _Attention(PyLayer):
 _paged = None  # (arrays of the last call, tensors made of them)
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
-                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_lengths,
+    context_lengths,
+    scale=None,
+    k_scales=None,
+    v_scales=None,
+    alibi_slopes=None,
+    window=None,
+    softcap=None,
+):
     cache = paddle.float32 if k_scales is None else paddle.int8
     if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache):
-        return reference.paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale, k_scales,
-                                         v_scales, alibi_slopes, window, softcap)  # fmt: skip
+        return reference.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            query_lengths,
+            context_lengths,
+            scale,
+            k_scales,
+            v_scales,
+            alibi_slopes,
+            window,
+            softcap,
+        )
     tables, lengths = _paged_tensors(q, k_cache, (block_tables, query_lengths, context_lengths))
     reference.check_scores(softcap, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -368,7 +424,9 @@ def _norm(x, residual, weight, bias, epsilon, op):
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if paddle.is_grad_enabled():
         return _Norm.apply(x, residual, weight, bias, epsilon, op)
-    y, h, *_ = _op(op, x, residual, weight, *(() if op == "cpu_rms_norm" else (bias,)), epsilon)  # decoding: a PyLayer costs more
+    y, h, *_ = _op(
+        op, x, residual, weight, *(() if op == "cpu_rms_norm" else (bias,)), epsilon
+    )  # decoding: a PyLayer costs more
     return y if residual is None else (y, h)
 
 
@@ -492,12 +550,21 @@ class _Embedding(PyLayer):
 # ----------------------------------------------------------------------------------- linear cross-entropy
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         vocabulary=None, softcap=None):  # fmt: skip
+def linear_cross_entropy(
+    hidden,
+    weight,
+    labels,
+    transpose_weight=False,
+    ignore_index=-100,
+    return_predictions=False,
+    vocabulary=None,
+    softcap=None,
+):
     ours = _plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16)
     layer = (_Bf16CrossEntropy if kernels.bf16 else _LinearCrossEntropy) if ours else reference._LinearCrossEntropy
-    return reference.of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
-                                     vocabulary, softcap)  # fmt: skip
+    return reference.of_counted_rows(
+        layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap
+    )
 
 
 class _LinearCrossEntropy(PyLayer):
@@ -536,7 +603,15 @@ class _LinearCrossEntropy(PyLayer):
             h, d_chunk = hidden[c], None
             for first, block in _blocks_of(weight, turned, h.shape[0]):
                 p = paddle.matmul(h, block, transpose_y=turned)
-                _op("cpu_softmax_less_onehot", p, labels[c], lse[c], d_losses[c].contiguous(), how.start + first, float(how.softcap or 0))
+                _op(
+                    "cpu_softmax_less_onehot",
+                    p,
+                    labels[c],
+                    lse[c],
+                    d_losses[c].contiguous(),
+                    how.start + first,
+                    float(how.softcap or 0),
+                )
                 if not how.frozen[0]:
                     d = paddle.matmul(p, block, transpose_y=not turned)
                     d_chunk = d if d_chunk is None else d_chunk.add_(d)
@@ -556,7 +631,9 @@ def _chunk_of_losses(hidden, weight, labels, how, rows_too):
     rows, of_labels = None, paddle.zeros_like(hidden) if rows_too else None
     for first, block in _blocks_of(weight, turned, c):
         logits, first = paddle.matmul(hidden, block, transpose_y=turned), how.start + first
-        _op("cpu_logits_seen", logits, labels, state, best, first, first == how.start, rows_too, float(how.softcap or 0))
+        _op(
+            "cpu_logits_seen", logits, labels, state, best, first, first == how.start, rows_too, float(how.softcap or 0)
+        )
         if rows_too:
             more = paddle.matmul(logits, block, transpose_y=not turned)
             rows = more if rows is None else _op("cpu_scaled_add", rows, more, state)[0]
@@ -624,7 +701,11 @@ class _Bf16CrossEntropy(PyLayer):
         d_losses, how = d_losses.contiguous(), ctx.how
         if ctx.online:
             target, acc, factor = kept
-            return _C_ops._run_custom_op("cpu_softmax_part", acc, factor, weight, labels, target, d_losses, *how.rest)[0], None, None
+            return (
+                _C_ops._run_custom_op("cpu_softmax_part", acc, factor, weight, labels, target, d_losses, *how.rest)[0],
+                None,
+                None,
+            )
         hidden, lse = kept
         args = hidden, weight, labels, lse, d_losses, *how.rest, how.frozen[1]
         found = _C_ops._run_custom_op("cpu_bf16_cross_entropy_backward", *args)
@@ -642,8 +723,17 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
         return reference.adamw(
             parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale
         )
-    constants = [grad_scale, beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step),
-                 (1 - beta2**step) ** -0.5, epsilon]  # fmt: skip
+    constants = [
+        grad_scale,
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        1 - lr * weight_decay,
+        lr / (1 - beta1**step),
+        (1 - beta2**step) ** -0.5,
+        epsilon,
+    ]
     # A leaf that is trained may not be written to, whatever is tracked; its memory under another name may.
     _op("cpu_adamw", parameter.detach(), gradient.contiguous(), moment1.detach(), moment2.detach(), constants)
 

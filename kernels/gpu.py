@@ -21,15 +21,15 @@ import functools
 import types
 from pathlib import Path
 
+import kernels
+from kernels import _build, reference, to_tensor
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import _C_ops
 from paddle.autograd import PyLayer
 from paddle.incubate.nn import functional as fused
-
-import kernels
-from kernels import _build, reference, to_tensor
 
 SOURCES = Path(__file__).with_name("cuda")
 OF_PADDLE = {  # Paddle's GPU kernels that an op needs, forward and backward
@@ -82,9 +82,14 @@ def _own_missing():
 
 def _load():
     _build.load(
-        "kernels_gpu", SOURCES, ".cu", "nvcc", "CUDA", "building the CUDA ops for this GPU, about a minute",
+        "kernels_gpu",
+        SOURCES,
+        ".cu",
+        "nvcc",
+        "CUDA",
+        "building the CUDA ops for this GPU, about a minute",
         extra_cuda_cflags=["-O3", "-std=c++17", f"-arch=sm_{_capability()}"],
-    )  # fmt: skip
+    )
 
 
 def _same(*tensors):
@@ -131,8 +136,20 @@ def _flash_attention(q, k, v, rows, causal):
     return F.flashmask_attention(q, k, v, rows, causal=bool(causal))
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
-                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_lengths,
+    context_lengths,
+    scale=None,
+    k_scales=None,
+    v_scales=None,
+    alibi_slopes=None,
+    window=None,
+    softcap=None,
+):
     N, H, Dh = q.shape
     _, block_size, K, _ = k_cache.shape
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
@@ -226,7 +243,9 @@ class _RMSNormResidual(PyLayer):
 
     @staticmethod
     def backward(ctx, dy, dh):
-        dx, dw = _C_ops._run_custom_op("gpu_rms_norm_residual_backward", *ctx.saved_tensor(), dy.contiguous(), dh.contiguous())  # fmt: skip
+        dx, dw = _C_ops._run_custom_op(
+            "gpu_rms_norm_residual_backward", *ctx.saved_tensor(), dy.contiguous(), dh.contiguous()
+        )
         return tuple(None if frozen else d for d, frozen in zip((dx, dx, dw), ctx.frozen))
 
 
@@ -284,7 +303,16 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
 # ----------------------------------------------------------------------------------- linear cross-entropy
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False, vocabulary=None, softcap=None):  # fmt: skip
+def linear_cross_entropy(
+    hidden,
+    weight,
+    labels,
+    transpose_weight=False,
+    ignore_index=-100,
+    return_predictions=False,
+    vocabulary=None,
+    softcap=None,
+):
     arguments = hidden, weight, labels, transpose_weight, ignore_index, return_predictions
     if vocabulary is not None:
         return reference.linear_cross_entropy(*arguments, vocabulary, softcap)
@@ -361,15 +389,45 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
     if grad_scale != 1.0:
         gradient = gradient * grad_scale
     powers = (_on_gpu(beta**step, paddle.get_device()) for beta in (beta1, beta2))
-    _adamw(parameter, gradient, _on_gpu(lr, paddle.get_device()), moment1, moment2, *powers, beta1, beta2, epsilon, weight_decay)  # fmt: skip
+    _adamw(
+        parameter,
+        gradient,
+        _on_gpu(lr, paddle.get_device()),
+        moment1,
+        moment2,
+        *powers,
+        beta1,
+        beta2,
+        epsilon,
+        weight_decay,
+    )
 
 
 def _adamw(parameter, gradient, lr, moment1, moment2, power1, power2, beta1, beta2, epsilon, weight_decay):
     """lr and the betas to the power of the step are tensors (1,), which use_global_beta_pow leaves as they are."""
     return _C_ops.adamw_(
-        parameter, gradient, lr, moment1, moment2, None, power1, power2, None, None, beta1, beta2, epsilon, 1.0,
-        weight_decay, weight_decay != 0.0, False, 1000, False, True, False,
-    )  # fmt: skip
+        parameter,
+        gradient,
+        lr,
+        moment1,
+        moment2,
+        None,
+        power1,
+        power2,
+        None,
+        None,
+        beta1,
+        beta2,
+        epsilon,
+        1.0,
+        weight_decay,
+        weight_decay != 0.0,
+        False,
+        1000,
+        False,
+        True,
+        False,
+    )
 
 
 @functools.lru_cache(maxsize=16)

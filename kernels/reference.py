@@ -7,12 +7,12 @@ compute in blocks, save their inputs only, and compute each block's probabilitie
 import functools
 import types
 
+from kernels import to_tensor
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
-
-from kernels import to_tensor
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN; its output is set to zero afterwards
 BLOCK_ELEMENTS = 1 << 23  # scores held at a time by attention (32 MB)
@@ -44,7 +44,9 @@ def rope(x, cos, sin, interleaved=False):
 
 def check_rope(x, cos):
     """The widths of kernels.rope's arguments, for every back end."""
-    assert cos.shape[-1] % 2 == 0 and cos.shape[-1] <= x.shape[-1], f"tables of {cos.shape[-1]} columns for heads of {x.shape[-1]}"
+    assert cos.shape[-1] % 2 == 0 and cos.shape[-1] <= x.shape[-1], (
+        f"tables of {cos.shape[-1]} columns for heads of {x.shape[-1]}"
+    )
 
 
 class _Rope(PyLayer):
@@ -67,7 +69,9 @@ def _rotate(x, cos, sin, interleaved):
     cos, sin = cos[..., :half], sin[..., :half]
     if heads > 0:  # not known (-1) in a graph that export.py traces
         cos, sin = (paddle.tile(t, [1, 1, heads, 1]) for t in (cos, sin))  # faster than broadcasting on the CPU
-    a, b = (x[..., 0:turned:2], x[..., 1:turned:2]) if interleaved else (x[..., :half], x[..., half:turned])  # (B, T, heads, r/2)
+    a, b = (
+        (x[..., 0:turned:2], x[..., 1:turned:2]) if interleaved else (x[..., :half], x[..., half:turned])
+    )  # (B, T, heads, r/2)
     pair = a * cos - b * sin, b * cos + a * sin
     y = paddle.stack(pair, axis=-1).flatten(-2) if interleaved else paddle.concat(pair, axis=-1)
     y = y.astype(x.dtype)
@@ -92,7 +96,9 @@ def embedding(ids, weight):
 
 def linear(x, weight, bias=None, residual=None):
     weight = weight if weight.dtype == x.dtype else weight.astype(x.dtype)
-    y = paddle.matmul(x, weight) if bias is None else F.linear(x, weight, bias)  # F.linear's own Python costs 10 us a call
+    y = (
+        paddle.matmul(x, weight) if bias is None else F.linear(x, weight, bias)
+    )  # F.linear's own Python costs 10 us a call
     return y if residual is None else y + residual
 
 
@@ -194,7 +200,9 @@ class _Mask:
 
     def keys(self, i0, i1):
         """The range of keys that any query of the block can see."""
-        j1 = max(1, min(self.Tk, i1 + self.offset)) if self.causal else self.Tk  # of queries before all keys: one, hidden
+        j1 = (
+            max(1, min(self.Tk, i1 + self.offset)) if self.causal else self.Tk
+        )  # of queries before all keys: one, hidden
         if self.last_row is None:
             return 0, j1
         visible = self.last_row[:j1] > i0 + self.offset
@@ -306,8 +314,9 @@ def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=Non
     return paddle.concat(out, axis=1), paddle.concat(lse, axis=-1).astype("float32")
 
 
-def attention_part_backward(q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None,
-                            softcap=None):  # fmt: skip
+def attention_part_backward(
+    q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
+):
     mask, scale = _part(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     lse = paddle.where(paddle.isinf(lse), paddle.zeros_like(lse), lse)  # of who sees nothing: its scores make p zero
     return _gradients(q, k, v, out, d_out, mask, scale, softcap, lse)
@@ -341,7 +350,9 @@ def _scores(q, k, mask, block, scale, softcap):
         s, slope = t * softcap, 1.0 - t * t
     bias = mask.bias(i0, i1, j0, j1)
     if bias is not None:  # tile, as Paddle's CPU broadcasting is many times slower
-        bias_of_all = paddle.tile(bias, [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1])
+        bias_of_all = paddle.tile(
+            bias, [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1]
+        )
         s = s + bias_of_all.reshape(s.shape)
     return s, bias, slope
 
@@ -364,7 +375,10 @@ def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes, softcap):
     (Tk, K), Tq, Dh = paddle.shape(k)[1:3], paddle.shape(q)[1], q.shape[3]
     q_rows = (q * (Dh**-0.5 if scale is None else scale)).reshape([0, 0, K, -1, Dh]).transpose([0, 2, 3, 1, 4])
     k_all, v_all = k.transpose([0, 2, 3, 1]).unsqueeze(2), v.transpose([0, 2, 1, 3]).unsqueeze(2)  # (B, K, 1, …)
-    row, key = paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1), paddle.arange(0, Tk, dtype="int32")  # (Tq, 1), (Tk,)
+    row, key = (
+        paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1),
+        paddle.arange(0, Tk, dtype="int32"),
+    )  # (Tq, 1), (Tk,)
     masked = (key > row if causal else row < 0).unsqueeze([0, 1, 2])  # (1, 1, 1, Tq, Tk | 1)
     if rows is not None:
         masked = masked | _hidden(row, rows.unsqueeze([2, 3]), causal)  # (B, 1, 1, Tq, Tk)
@@ -375,19 +389,40 @@ def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes, softcap):
     if alibi_slopes is not None:
         s = s - alibi_slopes.reshape([1, K, -1, 1, 1]) * (row - key).astype("float32")
     seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)
-    return (paddle.matmul(F.softmax(s + bias, axis=-1), v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([0, 0, -1, Dh])
+    return (
+        (paddle.matmul(F.softmax(s + bias, axis=-1), v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([0, 0, -1, Dh])
+    )
 
 
 # ----------------------------------------------------------------------------------- linear cross-entropy
 
 
-def linear_cross_entropy(hidden, weight, labels, transpose_weight=False, ignore_index=-100, return_predictions=False,
-                         vocabulary=None, softcap=None):  # fmt: skip
-    return of_counted_rows(_LinearCrossEntropy, hidden, weight, labels, transpose_weight, ignore_index, return_predictions,
-                           vocabulary, softcap)  # fmt: skip
+def linear_cross_entropy(
+    hidden,
+    weight,
+    labels,
+    transpose_weight=False,
+    ignore_index=-100,
+    return_predictions=False,
+    vocabulary=None,
+    softcap=None,
+):
+    return of_counted_rows(
+        _LinearCrossEntropy,
+        hidden,
+        weight,
+        labels,
+        transpose_weight,
+        ignore_index,
+        return_predictions,
+        vocabulary,
+        softcap,
+    )
 
 
-def of_counted_rows(layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap):
+def of_counted_rows(
+    layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap
+):
     """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
     check_scores(softcap)
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
@@ -544,8 +579,20 @@ def squared_norm(x):
 # ---------------------------------------------------------------------------------------- paged attention
 
 
-def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_lengths, scale=None, k_scales=None, v_scales=None,
-                    alibi_slopes=None, window=None, softcap=None):  # fmt: skip
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_lengths,
+    context_lengths,
+    scale=None,
+    k_scales=None,
+    v_scales=None,
+    alibi_slopes=None,
+    window=None,
+    softcap=None,
+):
     N, H, Dh = q.shape
     _, block_size, K, _ = k_cache.shape
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
@@ -554,15 +601,29 @@ def paged_attention(q, k_cache, v_cache, block_tables, query_lengths, context_le
     check_scores(softcap, window)
     scale, caches = Dh**-0.5 if scale is None else scale, ((k_cache, k_scales), (v_cache, v_scales))
     if q.dtype != paddle.float32:  # which masks and scores are made in
-        return paged_attention(_single(q), k_cache, v_cache, tables, queries, contexts, scale, k_scales, v_scales, alibi_slopes,
-                               window, softcap).astype(q.dtype)  # fmt: skip
+        return paged_attention(
+            _single(q),
+            k_cache,
+            v_cache,
+            tables,
+            queries,
+            contexts,
+            scale,
+            k_scales,
+            v_scales,
+            alibi_slopes,
+            window,
+            softcap,
+        ).astype(q.dtype)
     if N == len(queries):
         return _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, softcap)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
     parts, order = [], []  # outputs, and the rows of q that they belong to
     if len(decodes):
         rows = paddle.gather(q, to_tensor(first[decodes]))
-        parts.append(_paged_decode(rows, caches, tables[decodes], contexts[decodes], scale, alibi_slopes, window, softcap))
+        parts.append(
+            _paged_decode(rows, caches, tables[decodes], contexts[decodes], scale, alibi_slopes, window, softcap)
+        )
         order.append(first[decodes])
     for s in np.flatnonzero(queries > 1):
         blocks = to_tensor(tables[s, : -(-contexts[s] // block_size)])
@@ -604,7 +665,9 @@ def _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, soft
     """One query of each of S sequences, as one product padded to the longest: q (S, H, Dh) -> (S, H, Dh)."""
     S, H, Dh = q.shape
     _, block_size, K, _ = caches[0][0].shape
-    rows, bias, distance = _decode_plan(tables.astype(np.int32).tobytes(), contexts.tobytes(), block_size, K, H // K, window)
+    rows, bias, distance = _decode_plan(
+        tables.astype(np.int32).tobytes(), contexts.tobytes(), block_size, K, H // K, window
+    )
     flat = ((c.reshape([-1, Dh]), None if scales is None else scales.reshape([-1])) for c, scales in caches)
     k, v = (_gathered(c, scales, rows).reshape([S, K, -1, Dh]) for c, scales in flat)
     scores = paddle.matmul(q.reshape([S, K, H // K, Dh]) * scale, k, transpose_y=True)  # (S, K, H/K, keys)

@@ -8,6 +8,7 @@ is timed, as saves are further apart than they take. Its buffers are made before
 until the checkpoint is complete. Training meanwhile: matrix products of one thread a rank, in seconds beside what they take
 when nothing is written.
 """
+
 import argparse
 import shutil
 import statistics
@@ -53,7 +54,12 @@ def measure(folder, config, degrees, rounds):
     topology.meet()
     found["verify"] = timed(lambda: trainer.damaged(path, topology))
     topology.meet()
-    found["load"] = timed(lambda: (trainer.load_trained(run.model, path, run.args), trainer.load_checkpoint(path, run.optimizer, run.shards)))
+    found["load"] = timed(
+        lambda: (
+            trainer.load_trained(run.model, path, run.args),
+            trainer.load_checkpoint(path, run.optimizer, run.shards),
+        )
+    )
     topology.meet()
     if topology.rank == 0:
         shutil.rmtree(Path(folder) / "blocking")
@@ -86,10 +92,22 @@ def main():
     parser.add_argument("--only", default="", help="rows with this in their name")
     parser.add_argument("--folder", help="on the disk to measure; default: the one of temporary files")
     options = parser.parse_args()
-    config = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": options.layers,
-              "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
-              "rope_theta": 1e4, "tie_word_embeddings": False}  # fmt: skip
-    print("| processes | a rank holds | blocking save | async: stall | less | the first | until complete | a product beside it | verify | load |")
+    config = {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    }
+    print(
+        "| processes | a rank holds | blocking save | async: stall | less | the first | until complete | a product beside it | verify | load |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, degrees in (("1", {}), ("2: dp 2", {"dp": 2}), ("2: tp 2", {"tp": 2})):
         if options.only not in name:
@@ -100,11 +118,21 @@ def main():
                 found = ranks.run("bench_checkpoint:measure", folder, config, degrees, options.rounds)
         finally:
             shutil.rmtree(folder)
-        slowest = [max(rank["async"][0] for rank in found), *(max(rank[key] for rank in found) for key in ("verify", "load"))]
-        blocking, stall, behind = (max(statistics.median(rank[key]) for rank in found) for key in ("blocking", "async", "behind"))
-        beside = statistics.median(rank["beside"][i] / rank["alone"] for rank in found for i in range(len(rank["beside"])))
-        print(f"| {name} | {found[0]['bytes'] / 1e9:.2f} GB | {blocking:.2f} s | {stall:.3f} s | {100 * (1 - stall / blocking):.1f} % | {slowest[0]:.2f} s "
-              f"| {behind:.2f} s | {beside:.2f} x | {slowest[1]:.2f} s | {slowest[2]:.2f} s |", flush=True)  # fmt: skip
+        slowest = [
+            max(rank["async"][0] for rank in found),
+            *(max(rank[key] for rank in found) for key in ("verify", "load")),
+        ]
+        blocking, stall, behind = (
+            max(statistics.median(rank[key]) for rank in found) for key in ("blocking", "async", "behind")
+        )
+        beside = statistics.median(
+            rank["beside"][i] / rank["alone"] for rank in found for i in range(len(rank["beside"]))
+        )
+        print(
+            f"| {name} | {found[0]['bytes'] / 1e9:.2f} GB | {blocking:.2f} s | {stall:.3f} s | {100 * (1 - stall / blocking):.1f} % | {slowest[0]:.2f} s "
+            f"| {behind:.2f} s | {beside:.2f} x | {slowest[1]:.2f} s | {slowest[2]:.2f} s |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

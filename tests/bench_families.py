@@ -71,10 +71,11 @@ def best_step(step, steps):
 def run_here(config, steps):
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # read when Paddle is first imported
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import kernels
+
     import numpy as np
     import paddle
 
-    import kernels
     import model as M
 
     kernels.configure(device="cpu", choice="auto")
@@ -116,8 +117,12 @@ def run_there(config, steps):
 def in_process(python, role, family, steps):
     """Tokens/s that a new process of this file found; it runs elsewhere, as our kernels/ would hide the peer's."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([python, str(Path(__file__).resolve()), "--role", role, "--only", family, "--steps", str(steps)],
-                              capture_output=True, text=True, cwd=folder)  # fmt: skip
+        done = subprocess.run(
+            [python, str(Path(__file__).resolve()), "--role", role, "--only", family, "--steps", str(steps)],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+        )
     if done.returncode:
         sys.exit(f"{family}, {role}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -142,8 +147,13 @@ def main():
         return
     print(f"| {ROWS} x {LENGTH} ids | here, tokens/s | transformers | ratio |\n|---|---|---|---|")
     for family in families:
-        turns = [(in_process(sys.executable, "here", family, args.steps),
-                  in_process(args.peer, "there", family, args.steps) if args.peer else None) for _ in range(args.rounds)]  # fmt: skip
+        turns = [
+            (
+                in_process(sys.executable, "here", family, args.steps),
+                in_process(args.peer, "there", family, args.steps) if args.peer else None,
+            )
+            for _ in range(args.rounds)
+        ]
         here = statistics.median(turn[0] for turn in turns)
         if args.peer:
             there, ratios = statistics.median(turn[1] for turn in turns), sorted(a / b for a, b in turns)

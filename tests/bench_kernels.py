@@ -23,8 +23,8 @@ if __name__ == "__main__":  # read once, when Paddle is first imported; its own 
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kernels  # noqa: E402
-from kernels import __main__ as table  # noqa: E402
+import kernels
+from kernels import __main__ as table
 
 GEMMS = [(2048, 768, 2048), (2048, 2048, 768), (2048, 32000, 768), (16, 4096, 4096), (4096, 4096, 4096)]  # M, K, N
 LENGTHS, DOCUMENT, HEADS, HEAD_DIM = (512, 2048, 8192), 512, 12, 64

@@ -12,6 +12,7 @@ middle of backward, and stage 3 has a unit's weights whole. In brackets what --d
 Paddle had allocated on the rank in the second step, activations and all, and `resident` the growth of the process's peak
 resident memory over its size before the model.
 """
+
 import argparse
 import json
 import resource
@@ -42,7 +43,11 @@ def measure(ways, lora):
 
     core, before = paddle.base.core, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     degrees, together = parallel.Degrees(**ways), parallel.company()
-    place = parallel.Topology(degrees, together.launch.rank, parallel.Gloo(together.launch)) if together else parallel.SINGLE
+    place = (
+        parallel.Topology(degrees, together.launch.rank, parallel.Gloo(together.launch))
+        if together
+        else parallel.SINGLE
+    )
     model = parallel.parallelize(M.build(M.ModelConfig.from_dict(MODEL)), place)
     M.init_weights(model, 0)
     if lora:
@@ -52,14 +57,22 @@ def measure(ways, lora):
     shards = parallel.Shards(model, weights, place)
     args = types.SimpleNamespace(weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, sharding=None)
     optimizer = trainer.AdamW(shards.pieces, args)
-    most, buckets = {"weights": 0, "gradients": 0}, [bucket for unit in shards.units.values() for bucket in unit.buckets]
+    most, buckets = (
+        {"weights": 0, "gradients": 0},
+        [bucket for unit in shards.units.values() for bucket in unit.buckets],
+    )
 
     def size(tensors):
         return sum(t.size * t.element_size() for t in tensors if t is not None and t._is_initialized())
 
     def held(flat=0):
-        gradients = [w.parameter.grad for w in weights] + [b.gradient if b.owned is None else b.owned.grad for b in buckets]
-        now = {"weights": size(model.parameters()) + size(b.owned for b in buckets), "gradients": size(gradients) + flat}
+        gradients = [w.parameter.grad for w in weights] + [
+            b.gradient if b.owned is None else b.owned.grad for b in buckets
+        ]
+        now = {
+            "weights": size(model.parameters()) + size(b.owned for b in buckets),
+            "gradients": size(gradients) + flat,
+        }
         for part, number in now.items():
             most[part] = max(most[part], number)
         return now
@@ -104,8 +117,22 @@ def said(ways, lora, folder):
     import finetune
     import trainer
 
-    argv = ["--model_name_or_path", str(folder), "--dry_run", "true", "--max_length", str(TOKENS), "--src_length", "1",
-            "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--lora", str(lora).lower()]  # fmt: skip
+    argv = [
+        "--model_name_or_path",
+        str(folder),
+        "--dry_run",
+        "true",
+        "--max_length",
+        str(TOKENS),
+        "--src_length",
+        "1",
+        "--per_device_train_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--lora",
+        str(lora).lower(),
+    ]
     for axis, degree in ways.items():
         if axis in NAMES:
             argv += [f"--{NAMES[axis]}_parallel_degree", str(degree)]
@@ -123,8 +150,13 @@ def main():
     args = parser.parse_args()
     from ranks import Ranks
 
-    print(f"`{' '.join(['python', 'tests/bench_memory.py', *sys.argv[1:]])}`: MB (1e6 bytes) of the fullest rank, measured (in brackets: --dry_run)\n")
-    print("| | weights | gradients | moments | a unit at work | gradients before the step | allocated | resident |\n|---|" + "---:|" * 7)
+    print(
+        f"`{' '.join(['python', 'tests/bench_memory.py', *sys.argv[1:]])}`: MB (1e6 bytes) of the fullest rank, measured (in brackets: --dry_run)\n"
+    )
+    print(
+        "| | weights | gradients | moments | a unit at work | gradients before the step | allocated | resident |\n|---|"
+        + "---:|" * 7
+    )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         for text in args.ways:

@@ -9,6 +9,7 @@ cores. Topologies take turns, `--rounds` times; shown is the median over rounds 
 up. "talking" is the share of the step in which the first rank is inside a collective, which includes waiting for the
 slowest rank, axis by axis; for a pipeline what it waits for is the bubble.
 """
+
 import argparse
 import json
 import shutil
@@ -19,8 +20,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import numpy as np  # noqa: E402
-from ranks import Ranks  # noqa: E402
+import numpy as np
+from ranks import Ranks
 
 COMMON = dict(model_type="llama", max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
               tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, initializer_range=0.02)  # fmt: skip
@@ -59,10 +60,33 @@ def measure(pool, name, folder, steps):
     processes, data_ranks, more = TOPOLOGIES[name]
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    argv = ["--model_name_or_path", str(folder / "model"), "--input_dir", str(folder / "ids"), "--output_dir", str(out),
-            "--do_train", "true", "--max_steps", str(steps), "--max_seq_length", str(LENGTH), "--logging_steps", "1",
-            "--save_strategy", "no", "--per_device_train_batch_size", "1", "--disable_tqdm", "true", "--split", "1,0,0",
-            "--gradient_accumulation_steps", str(ROWS // data_ranks), *more]  # fmt: skip
+    argv = [
+        "--model_name_or_path",
+        str(folder / "model"),
+        "--input_dir",
+        str(folder / "ids"),
+        "--output_dir",
+        str(out),
+        "--do_train",
+        "true",
+        "--max_steps",
+        str(steps),
+        "--max_seq_length",
+        str(LENGTH),
+        "--logging_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--per_device_train_batch_size",
+        "1",
+        "--disable_tqdm",
+        "true",
+        "--split",
+        "1,0,0",
+        "--gradient_accumulation_steps",
+        str(ROWS // data_ranks),
+        *more,
+    ]
     rows = pool.run("parallel_jobs:script", "pretrain", argv)[0][0][2:]
     seconds = statistics.median(ROWS * LENGTH / row["tokens_per_second"] for row in rows)
     axes = {axis for row in rows for axis in row.get("communication", {})}
@@ -96,7 +120,9 @@ def main():
     for name in names:
         seconds = statistics.median(run[0] for run in found[name])
         axes = sorted({axis for run in found[name] for axis in run[1]})
-        talking = ", ".join(f"{a} {100 * statistics.median(run[1].get(a, 0.0) for run in found[name]):.0f} %" for a in axes)
+        talking = ", ".join(
+            f"{a} {100 * statistics.median(run[1].get(a, 0.0) for run in found[name]):.0f} %" for a in axes
+        )
         bubbles = [run[2] for run in found[name] if run[2] is not None]
         bubble = f"{100 * statistics.median(bubbles):.0f} %" if bubbles else ""
         print(f"| {name} | {seconds:.2f} | {seconds / base:.2f} | {talking} | {bubble} |")

@@ -9,6 +9,7 @@ in the same shape. A mode rounds the linears of the blocks to integers in memory
 stays float): wint8 and wint4 the weights alone, a8w8 the activations of each token as well. The prompts go through the
 engine of serve.py, all at once. The last line of the output is one JSON object; the first repetition does not count.
 """
+
 import argparse
 import cProfile
 import json
@@ -24,15 +25,15 @@ if __name__ == "__main__":  # read once, when Paddle is first imported; its own 
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import paddle  # noqa: E402
+import kernels
 
-from bench_train import SHAPES, load_model, summary  # noqa: E402
+import numpy as np
+import paddle
+from bench_train import SHAPES, load_model, summary
 
-import kernels  # noqa: E402
-import quantize  # noqa: E402
-from model import QuantLinear, linears, set_parameter  # noqa: E402
-from serve import Engine, measure  # noqa: E402
+import quantize
+from model import QuantLinear, linears, set_parameter
+from serve import Engine, measure
 
 SCHEMES = {"": None, "wint8": "w8", "wint4": "w4", "a8w8": "a8w8"}
 
@@ -48,8 +49,12 @@ def round_weights(model, scheme):
         else:
             bits = int(scheme[1:])
             found = quantize.round_to_nearest(weight, bits)
-            tensors = {"qweight": quantize.pack_rows(found.codes, bits), "scales": found.scales,
-                       "qzeros": quantize.pack_zeros(found.zeros, bits), "g_index": found.groups}  # fmt: skip
+            tensors = {
+                "qweight": quantize.pack_rows(found.codes, bits),
+                "scales": found.scales,
+                "qzeros": quantize.pack_zeros(found.zeros, bits),
+                "g_index": found.groups,
+            }
         for name, array in tensors.items():
             set_parameter(getattr(new, name), array)
         setattr(parent, attribute, new)
@@ -103,11 +108,21 @@ def main(argv=None):
             measure(engine, prompts, new)
         pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(25)
     result = {
-        "peer": "ours", "task": options.task, "config": options.config, "dtype": options.dtype, "mode": options.mode, "threads": THREADS,
-        "batch": batch, "prefill_tok_s": summary(prefill), "decode_tok_s": summary(decode), "e2e_new_tok_s": summary(whole), "weights": source,
+        "peer": "ours",
+        "task": options.task,
+        "config": options.config,
+        "dtype": options.dtype,
+        "mode": options.mode,
+        "threads": THREADS,
+        "batch": batch,
+        "prefill_tok_s": summary(prefill),
+        "decode_tok_s": summary(decode),
+        "e2e_new_tok_s": summary(whole),
+        "weights": source,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "load": [round(x, 2) for x in os.getloadavg()], "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }  # fmt: skip
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     print(json.dumps(result), flush=True)
     return result
 

@@ -45,8 +45,10 @@ def seconds(function, times=1):
 def main():
     english, code = texts()
     long_word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000))
-    print(f"{'family':20} {'kind':13} {'strings':>7} {'mismatches':>10} {'load s':>7} {'cold':>6} {'warm':>6} {'code':>6} "
-          f"{'decode':>7} MB/s {'long word s':>11}")  # fmt: skip
+    print(
+        f"{'family':20} {'kind':13} {'strings':>7} {'mismatches':>10} {'load s':>7} {'cold':>6} {'warm':>6} {'code':>6} "
+        f"{'decode':>7} MB/s {'long word s':>11}"
+    )
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             start = time.process_time()
@@ -62,8 +64,11 @@ def main():
         ids = tokenizer.encode(english, False)
         back = len(english.encode()) / seconds(lambda: tokenizer.decode(ids)) / 1e6
         long = seconds(lambda: tokenizer.encode(long_word, False))
-        print(f"{name:20} {tokenizer.kind:13} {tried:7} {wrong:10} {loaded:7.2f} {cold:6.1f} {warm:6.1f} {of_code:6.1f} "
-              f"{back:7.1f}      {long:11.2f}", flush=True)  # fmt: skip
+        print(
+            f"{name:20} {tokenizer.kind:13} {tried:7} {wrong:10} {loaded:7.2f} {cold:6.1f} {warm:6.1f} {of_code:6.1f} "
+            f"{back:7.1f}      {long:11.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

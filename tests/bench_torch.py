@@ -42,7 +42,7 @@ def attention(T, H, Dh, document, kind):
     if document:
         of = torch.arange(T) // document
         mask = ((of[:, None] == of) & (torch.arange(T)[:, None] >= torch.arange(T)))[None, None]
-    function = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # noqa: E731
+    function = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     return parts(function, [q, k, v], {"backward": [0, 1, 2]})
 
 
@@ -69,7 +69,7 @@ def rope(T, heads, Dh):
 def linear_cross_entropy(N, D, V, kind="float32"):
     dtype = getattr(torch, kind)
     hidden, weight, labels = values(N, D, dtype=dtype), values(V, D, dtype=dtype) * D**-0.5, torch.randint(0, V, (N,))
-    function = lambda h, w: F.cross_entropy(F.linear(h, w), labels, reduction="none")  # noqa: E731
+    function = lambda h, w: F.cross_entropy(F.linear(h, w), labels, reduction="none")
     return parts(function, [hidden, weight], {"backward": [0, 1]})
 
 

@@ -17,6 +17,7 @@ Modes of sft, each over the same samples: `padding` (8 samples a batch in the or
 dpo: all weights against a frozen second model that is run at every step, four pairs a step, packed into one row by
 dpo.py's rules; eff_tok_s counts a prompt twice, as a trainer does that has a sequence for each reply.
 """
+
 import argparse
 import contextlib
 import json
@@ -33,15 +34,16 @@ if __name__ == "__main__":  # read once, when Paddle is first imported; its own 
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import paddle  # noqa: E402
-from paddle.autograd import PyLayer  # noqa: E402
+import kernels
 
-import dpo  # noqa: E402
-import kernels  # noqa: E402
-import trainer  # noqa: E402
-from data import IGNORED, SFTLoader, collate_pairs, pair_sample  # noqa: E402
-from model import ModelConfig, apply_lora, build, from_pretrained, halve_frozen, init_weights, trainable_weights  # noqa: E402
+import numpy as np
+import paddle
+from paddle.autograd import PyLayer
+
+import dpo
+import trainer
+from data import IGNORED, SFTLoader, collate_pairs, pair_sample
+from model import ModelConfig, apply_lora, build, from_pretrained, halve_frozen, init_weights, trainable_weights
 
 SHAPES = {
     "A": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
@@ -184,8 +186,11 @@ class Profile:
                     if isinstance(layer, type) and issubclass(layer, PyLayer) and layer is not PyLayer:
                         clock = staticmethod(self.timed(f"backward {name}", layer.backward))
                         stack.enter_context(mock.patch.object(layer, "backward", clock))
-            for owner, name, label in ((model, "forward", "forward"), (paddle.Tensor, "backward", "backward"),
-                                       (trainer, "global_grad_norm", "gradient norm")):  # fmt: skip
+            for owner, name, label in (
+                (model, "forward", "forward"),
+                (paddle.Tensor, "backward", "backward"),
+                (trainer, "global_grad_norm", "gradient norm"),
+            ):
                 clock = self.timed(label, getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, clock))
             yield
@@ -281,13 +286,22 @@ def main(argv=None):
     if options.profile:
         profile.print(total)
     result = {
-        "peer": "ours", "task": options.task, "config": options.config, "dtype": options.dtype, "mode": options.mode,
-        "threads": THREADS, "eff_tok_s" if epochs else "tok_s": summary(rates),
-        "compute": "bf16" if kernels.bf16 else "fp32", "weights": source, "tokens": tokens,
-        "positions": sum(batch["input_ids"].size for batch in batches(options.reps)), "steps": len(found),
-        "trainable": sum(int(np.prod(w.shape)) for w in weights), "loss": [round(losses[0], 5), round(losses[-1], 5)],
+        "peer": "ours",
+        "task": options.task,
+        "config": options.config,
+        "dtype": options.dtype,
+        "mode": options.mode,
+        "threads": THREADS,
+        "eff_tok_s" if epochs else "tok_s": summary(rates),
+        "compute": "bf16" if kernels.bf16 else "fp32",
+        "weights": source,
+        "tokens": tokens,
+        "positions": sum(batch["input_ids"].size for batch in batches(options.reps)),
+        "steps": len(found),
+        "trainable": sum(int(np.prod(w.shape)) for w in weights),
+        "loss": [round(losses[0], 5), round(losses[-1], 5)],
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    }  # fmt: skip
+    }
     print(json.dumps(result), flush=True)
     return result
 

@@ -1,4 +1,5 @@
 """What ranks do in tests/test_unified_checkpoint.py and tests/bench_checkpoint.py; see tests/ranks.py."""
+
 import contextlib
 import importlib
 import io
@@ -7,20 +8,24 @@ import types
 from pathlib import Path
 
 import numpy as np
-
 from parallel_jobs import quick
 
 
 def train(script, keys):
     """A run of a script: {"losses", "printed", "read": bytes of tensors read, "error": the line of a UserError, or None}."""
     import kernels
+
     import trainer
     from data import UserError
     from model import StoredTensor
 
     module, printed, error, before = importlib.import_module(script), io.StringIO(), None, StoredTensor.bytes_read
     out = Path(keys["output_dir"])
-    argv = [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value) if not isinstance(value, str) else value)]
+    argv = [
+        word
+        for key, value in keys.items()
+        for word in (f"--{key}", json.dumps(value) if not isinstance(value, str) else value)
+    ]
     with contextlib.redirect_stdout(printed), quick():
         try:
             args = trainer.parse_args(module.Args, argv)
@@ -33,8 +38,12 @@ def train(script, keys):
             kernels.bf16 = False
     log = out / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    return {"losses": {row["step"]: row["loss"] for row in rows}, "printed": printed.getvalue(), "error": error,
-            "read": StoredTensor.bytes_read - before}  # fmt: skip
+    return {
+        "losses": {row["step"]: row["loss"] for row in rows},
+        "printed": printed.getvalue(),
+        "error": error,
+        "read": StoredTensor.bytes_read - before,
+    }
 
 
 # ------------------------------------------------------------------------------------------- saves without training
@@ -149,6 +158,8 @@ def find(folder, degrees, path=True):
     args = trainer.TrainingArgs(output_dir=str(folder), resume_from_checkpoint=path)
     try:
         with contextlib.redirect_stdout(printed):
-            return str(trainer.find_checkpoint(args, topology)), "\n".join(line for line in printed.getvalue().splitlines())
+            return str(trainer.find_checkpoint(args, topology)), "\n".join(
+                line for line in printed.getvalue().splitlines()
+            )
     except UserError as error:
         return None, str(error)

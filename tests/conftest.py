@@ -1,9 +1,10 @@
 """Shared by all tests: the repository root on sys.path, the `torch` and `slow` markers, --hf-python, small fixtures.
 
-    python -m pytest tests                                          # everything that needs neither torch nor a GPU
-    python -m pytest tests --slow                                   # also what takes more than 20 seconds a test
-    python -m pytest tests --hf-python /path/to/venv/bin/python     # also what needs transformers and peft, run over there
+python -m pytest tests                                          # everything that needs neither torch nor a GPU
+python -m pytest tests --slow                                   # also what takes more than 20 seconds a test
+python -m pytest tests --hf-python /path/to/venv/bin/python     # also what needs transformers and peft, run over there
 """
+
 import json
 import os
 import subprocess
@@ -16,12 +17,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # larger goldens, on the machine where the project is developed
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from ranks import Ranks  # noqa: E402  (its folder must be on the path first)
+from ranks import Ranks
 
 
 def pytest_addoption(parser):
-    parser.addoption("--hf-python", default=None, help="a Python with torch, transformers and peft, for tests marked torch")
-    parser.addoption("--chat-templates", default=None, help="a folder of published chat templates, for the test that renders them")
+    parser.addoption(
+        "--hf-python", default=None, help="a Python with torch, transformers and peft, for tests marked torch"
+    )
+    parser.addoption(
+        "--chat-templates", default=None, help="a folder of published chat templates, for the test that renders them"
+    )
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
@@ -59,7 +64,9 @@ def hf_python(request, tmp_path):
     def run(script, *args):
         out = tmp_path / "from_hf.npz"
         script = f"import sys\nimport numpy as np\n{script}\nnp.savez(sys.argv[1], **arrays)\n"
-        done = subprocess.run([python, "-c", script, str(out), *map(str, args)], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [python, "-c", script, str(out), *map(str, args)], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return dict(np.load(out))
 
@@ -72,8 +79,14 @@ def run_python():
 
     def run(script, *args, timeout=300):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run([sys.executable, "-c", script, *map(str, args)], cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
-                              capture_output=True, text=True, timeout=timeout)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, args)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -5,6 +5,7 @@
 
 test_gpu.py runs these cases one by one. Letters as in kernels/__init__.py, S sequences.
 """
+
 import ctypes
 import functools
 import os
@@ -19,7 +20,13 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 CORES = HERE.parent / "kernels" / "cuda"
 FLAGS = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-include", str(HERE / "cuda_on_cpu.h"), f"-I{CORES}"]
-SANITIZE = ["-g", "-fsanitize=address,alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
+SANITIZE = [
+    "-g",
+    "-fsanitize=address,alignment,bounds,shift,integer-divide-by-zero",
+    "-fno-sanitize-recover=all",
+    "--param",
+    "asan-stack=0",
+]
 TYPES = ("float32", "bfloat16", "float16")
 HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # of a rounding to nearest, relative
 
@@ -31,7 +38,11 @@ def build(folder, text=None, sanitize=False):
     """Compile all cores, or a test's own kernels, to a library; its path."""
     source, library = Path(folder) / "cores.cc", Path(folder) / "cores.so"
     source.write_text(text or "".join(f'#include "{p.name}"\n' for p in sorted(CORES.glob("*.cuh"))))
-    done = subprocess.run(["g++", *FLAGS, *(SANITIZE if sanitize else []), str(source), "-o", str(library)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["g++", *FLAGS, *(SANITIZE if sanitize else []), str(source), "-o", str(library)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return library
 
@@ -78,7 +89,11 @@ def stored(values, dtype):
 
 def wide(array):
     """What `stored` made, in float64."""
-    return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64) if array.dtype == np.uint16 else array.astype(np.float64)
+    return (
+        (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        if array.dtype == np.uint16
+        else array.astype(np.float64)
+    )
 
 
 def blank(shape, dtype):
@@ -96,7 +111,9 @@ def close(found, expected, dtype="float32", noise=2e-6, what=""):
     assert found.shape == expected.shape, f"{what}: {found.shape} != {expected.shape}"
     allowed = HALF_STEP[dtype] * 1.01 * np.abs(expected) + noise * max(1.0, np.abs(expected).max())
     wrong = ~(np.abs(wide(found) - expected) <= allowed)
-    assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} wrong, first {wide(found)[wrong][0]} for {expected[wrong][0]}"
+    assert not wrong.any(), (
+        f"{what}: {wrong.sum()} of {wrong.size} wrong, first {wide(found)[wrong][0]} for {expected[wrong][0]}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- cases
@@ -131,7 +148,9 @@ def rms_norm(cores, rows, D, dtype, residual, epsilon=1e-5):
     h, y, r = blank((rows, D), dtype), blank((rows, D), dtype), blank((rows,), "float32")
     cores.call("launch_rms_norm", x, added, w, rows, D, epsilon, h if residual else None, y, r, kind, None)
     if residual:
-        assert np.array_equal(wide(h), wide(stored(wide(x).astype(np.float32) + wide(added).astype(np.float32), dtype))), "h"
+        assert np.array_equal(
+            wide(h), wide(stored(wide(x).astype(np.float32) + wide(added).astype(np.float32), dtype))
+        ), "h"
     else:
         h = x
     scale = 1 / np.sqrt((wide(h) ** 2).mean(-1, keepdims=True) + epsilon)
@@ -147,12 +166,17 @@ def rms_norm(cores, rows, D, dtype, residual, epsilon=1e-5):
     close(dw, (wide(dy) * wide(h) * scale).sum(0), dtype, noise=5e-6, what="dw")
 
 
-def paged_attention(cores, contexts, H, K, Dh, block_size, dtype, int8=False, splits=None, alibi=False, window=2**31 - 1, cap=0.0):
+def paged_attention(
+    cores, contexts, H, K, Dh, block_size, dtype, int8=False, splits=None, alibi=False, window=2**31 - 1, cap=0.0
+):
     S, generator = len(contexts), np.random.default_rng(Dh)
     contexts = np.asarray(contexts, np.int32)
     needed = -(-contexts // block_size)
     most, blocks = max(1, int(needed.max())) + 1, int(needed.sum()) + 2
-    tables, free = np.full((S, most), 2**30, np.int32), generator.permutation(blocks)  # an entry that is not used leads astray
+    tables, free = (
+        np.full((S, most), 2**30, np.int32),
+        generator.permutation(blocks),
+    )  # an entry that is not used leads astray
     for s, n in enumerate(needed):
         tables[s, :n], free = free[:n], free[n:]
     slopes = (0.9 ** np.arange(1, H + 1)).astype(np.float32) if alibi else None
@@ -168,7 +192,9 @@ def paged_attention(cores, contexts, H, K, Dh, block_size, dtype, int8=False, sp
     for s, n in enumerate(contexts):
         if n == 0:
             continue
-        k, v = (c[tables[s, : needed[s]]].reshape(-1, K, Dh)[:n].repeat(H // K, 1) for c in (k_all, v_all))  # (n, H, Dh)
+        k, v = (
+            c[tables[s, : needed[s]]].reshape(-1, K, Dh)[:n].repeat(H // K, 1) for c in (k_all, v_all)
+        )  # (n, H, Dh)
         score = np.einsum("hd,nhd->hn", wide(q)[s], k) * Dh**-0.5
         score = cap * np.tanh(score / cap) if cap else score
         score = score - slopes[:, None] * (n - 1 - np.arange(n)) if alibi else score
@@ -180,8 +206,30 @@ def paged_attention(cores, contexts, H, K, Dh, block_size, dtype, int8=False, sp
     longest = max(1, min(int(contexts.max()), window))
     splits = splits or cores.call("paged_attention_splits", S, H, K, longest)
     out, partial = blank((S, H, Dh), dtype), blank((S, H, splits, Dh + 2), "float32")
-    cores.call("launch_paged_attention", q, *caches, *scales, tables, contexts, S, H, K, Dh, block_size, most, longest, splits, Dh**-0.5,
-               slopes, window, cap, out, partial, TYPES.index(dtype), None)  # fmt: skip
+    cores.call(
+        "launch_paged_attention",
+        q,
+        *caches,
+        *scales,
+        tables,
+        contexts,
+        S,
+        H,
+        K,
+        Dh,
+        block_size,
+        most,
+        longest,
+        splits,
+        Dh**-0.5,
+        slopes,
+        window,
+        cap,
+        out,
+        partial,
+        TYPES.index(dtype),
+        None,
+    )
     close(out, expected, dtype, noise=5e-6, what="out")
 
 
@@ -203,8 +251,13 @@ def quant_linear(cores, rows, n_in, n_out, bits, group, dtype, symmetric=False, 
     weights = (codes - zeros[of]) * scales[of].astype(float)
     x, b = stored(normal((rows, n_in)), dtype), stored(normal((n_out,), 1), dtype) if bias else None
     qweight, qzeros = pack(codes, bits, 0), None if symmetric else pack((zeros - 1) % 2**bits, bits, 1)
-    y, partial = blank((rows, n_out), dtype), blank((cores.call("quant_linear_parts", n_in, bits), rows, n_out), "float32")
-    cores.call("launch_quant_linear", x, qweight, scales, qzeros, b, rows, n_in, n_out, bits, group, y, partial, kind, None)
+    y, partial = (
+        blank((rows, n_out), dtype),
+        blank((cores.call("quant_linear_parts", n_in, bits), rows, n_out), "float32"),
+    )
+    cores.call(
+        "launch_quant_linear", x, qweight, scales, qzeros, b, rows, n_in, n_out, bits, group, y, partial, kind, None
+    )
     close(y, wide(x) @ weights + (wide(b) if bias else 0.0), dtype, noise=5e-6, what="y")
     unpacked = blank((n_in, n_out), dtype)
     cores.call("launch_dequantize", qweight, scales, qzeros, n_in, n_out, bits, group, unpacked, kind, None)
@@ -212,7 +265,9 @@ def quant_linear(cores, rows, n_in, n_out, bits, group, dtype, symmetric=False, 
 
 
 def case(function, *arguments, **keywords):
-    name = "-".join([function.__name__, *map(str, arguments), *(f"{k}={v}" for k, v in keywords.items())]).replace(" ", "")
+    name = "-".join([function.__name__, *map(str, arguments), *(f"{k}={v}" for k, v in keywords.items())]).replace(
+        " ", ""
+    )
     return name, functools.partial(lambda cores: function(cores, *arguments, **keywords))
 
 

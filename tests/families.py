@@ -10,6 +10,7 @@ Sizes are small and odd on purpose: one key head, heads that are no power of two
 a first dense layer, windows of 3 to 5. Nothing here is a published model; every weight comes from (seed, its name) alone
 (golden_weights.draw), and all are loud enough that exchanging two shows. Vocabulary: V ids; SPECIAL are not ordinary text.
 """
+
 import json
 from pathlib import Path
 
@@ -23,16 +24,40 @@ SPECIAL = {"bos": 1, "eos": 2, "pad": 0, "mask": 57, "gmask": 58, "sop": 60, "eo
 
 def _config(family, **keys):
     """Keys that most families share; None takes one of them away, and is null for any other."""
-    common = {"model_type": family, "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
-              "hidden_act": "silu", "rope_theta": 500.0, "tie_word_embeddings": False, "initializer_range": 0.05,
-              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}  # fmt: skip
+    common = {
+        "model_type": family,
+        "vocab_size": V,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "hidden_act": "silu",
+        "rope_theta": 500.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": "float32",
+    }
     return {key: value for key, value in (common | keys).items() if value is not None or key not in common}
 
 
 def _plain(family, **keys):
     """Without the keys of Llama's dialect: families that name everything otherwise."""
-    none = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "hidden_act", "rope_theta"))
+    none = dict.fromkeys(
+        (
+            "intermediate_size",
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "hidden_act",
+            "rope_theta",
+        )
+    )
     return _config(family, **none | keys)
 
 
@@ -47,7 +72,9 @@ _MOE = dict(moe_intermediate_size=24, num_experts=5, num_experts_per_tok=2, rout
 _LATENT = dict(hidden_size=36, kv_lora_rank=10, qk_nope_head_dim=12, qk_rope_head_dim=6, v_head_dim=10, num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=3,
                n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, moe_intermediate_size=12, first_k_dense_replace=1,
                routed_scaling_factor=1.5, aux_loss_alpha=0.02)  # fmt: skip
-_BLOOM = dict(n_layer=2, num_hidden_layers=None, num_attention_heads=None, layer_norm_epsilon=1e-5, tie_word_embeddings=None)
+_BLOOM = dict(
+    n_layer=2, num_hidden_layers=None, num_attention_heads=None, layer_norm_epsilon=1e-5, tie_word_embeddings=None
+)
 _OPT = dict(ffn_dim=44, max_position_embeddings=64, activation_function="relu", do_layer_norm_before=True, word_embed_proj_dim=32,
             tie_word_embeddings=None, bos_token_id=2, pad_token_id=1, init_std=0.05, initializer_range=None)  # fmt: skip
 

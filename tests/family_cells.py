@@ -5,6 +5,7 @@ Goldens: what the family's own software computed, ../shared/golden/hf and ../sha
 Scripts: finetune.py (all weights, LoRA, prefix) and pretrain.py on a tiny world of their own, stopped and resumed, and
 what they wrote opened again.
 """
+
 import contextlib
 import json
 import shutil
@@ -59,8 +60,14 @@ def batches(packs, layout):
         return found, [(i, 0, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
     T = max(len(ids) for ids, _ in samples) + 2
     if layout == "right":
-        return [packed_batch([[sample] for sample in samples], T)], [(0, i, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
-    ids, labels, mask = np.zeros((len(samples), T), np.int64), np.full((len(samples), T), -100), np.zeros((len(samples), T), np.int64)
+        return [packed_batch([[sample] for sample in samples], T)], [
+            (0, i, 0, len(ids)) for i, (ids, _) in enumerate(samples)
+        ]
+    ids, labels, mask = (
+        np.zeros((len(samples), T), np.int64),
+        np.full((len(samples), T), -100),
+        np.zeros((len(samples), T), np.int64),
+    )
     for i, (sample, target) in enumerate(samples):
         ids[i, T - len(sample) :], labels[i, T - len(sample) :], mask[i, T - len(sample) :] = sample, target, 1
     return [(ids, labels, *left_padding(mask))], [(0, i, T - len(ids), T) for i, (ids, _) in enumerate(samples)]
@@ -87,7 +94,12 @@ def assert_layouts_agree(model, packs, layouts=("packed", "left", "right")):
         for i, (a, b) in enumerate(zip(losses, expected)):
             assert largest(a, b) < 2e-5 * max(1.0, np.abs(b).max()), (layout, i, largest(a, b))
         for key in expected_gradients:
-            assert largest(found[key], expected_gradients[key]) < 2e-5 * scale, (layout, key, largest(found[key], expected_gradients[key]), scale)
+            assert largest(found[key], expected_gradients[key]) < 2e-5 * scale, (
+                layout,
+                key,
+                largest(found[key], expected_gradients[key]),
+                scale,
+            )
     return expected_gradients
 
 
@@ -95,12 +107,19 @@ def assert_layouts_agree(model, packs, layouts=("packed", "left", "right")):
 
 GOLDEN = SHARED / "golden"
 NOT_OURS = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")  # in the folder, of families that are not here
-GOLDENS = sorted(path.parent for kind in ("hf", "models") for path in (GOLDEN / kind).glob("*/config.json") if path.parent.name not in NOT_OURS)
+GOLDENS = sorted(
+    path.parent
+    for kind in ("hf", "models")
+    for path in (GOLDEN / kind).glob("*/config.json")
+    if path.parent.name not in NOT_OURS
+)
 
 
 def golden_files(folder):
     """{name in the oracle: array}, and what golden.json says (nothing for hf)."""
-    oracle = dict(np.load(folder / ("oracle.npz" if (folder / "oracle.npz").is_file() else "golden.npz"), allow_pickle=False))
+    oracle = dict(
+        np.load(folder / ("oracle.npz" if (folder / "oracle.npz").is_file() else "golden.npz"), allow_pickle=False)
+    )
     notes = json.loads((folder / "golden.json").read_text()) if (folder / "golden.json").is_file() else {}
     return oracle, notes
 
@@ -129,7 +148,10 @@ def as_its_oracle(folder):
 def hidden_states(model, ids):
     """[what the first block reads, what each block gives, after the final norm], each (B, T, D) numpy."""
     found, embed = [], model.embed
-    hooks = [layer.register_forward_post_hook(lambda layer, given, out: found.append(out[0].numpy())) for layer in model.layers]
+    hooks = [
+        layer.register_forward_post_hook(lambda layer, given, out: found.append(out[0].numpy()))
+        for layer in model.layers
+    ]
     model.embed = lambda *args: found.append(embed(*args)) or found[0]
     with paddle.no_grad():
         found.append(model.hidden_states(tensor(ids)).numpy())
@@ -178,7 +200,11 @@ def compare_gradients(model, mine, oracle, notes):
         norms = [(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in mine.values())), float(oracle["grad_norm"]))]
         theirs = {str(name): oracle[f"grad_{i}"] for i, name in enumerate(oracle["grad_names"])}
     else:
-        norms = [(np.linalg.norm(mine[name].astype(np.float64)), norm) for name, norm in notes["grad_norms"].items() if name in mine]
+        norms = [
+            (np.linalg.norm(mine[name].astype(np.float64)), norm)
+            for name, norm in notes["grad_norms"].items()
+            if name in mine
+        ]
         theirs = {key[5:]: value for key, value in oracle.items() if key.startswith("grad:")}
     unknown = [name for name in theirs if name not in mine and not name.endswith(("gate_up_proj", "experts.down_proj"))]
     assert not unknown and any(name in mine for name in theirs), unknown
@@ -208,7 +234,9 @@ def golden_tokens(folder, dialect="config.json"):
     prompt, wanted = oracle["gen_prompt"].astype(np.int64), oracle["gen_out" if "gen_out" in oracle else "gen_ids"]
     wanted = wanted[:, prompt.shape[1] :] if wanted.shape[1] > 20 else wanted
     for row in range(len(prompt)):
-        right &= np.array_equal(M.generate(model, prompt[row : row + 1], wanted.shape[1])[0, prompt.shape[1] :], wanted[row])
+        right &= np.array_equal(
+            M.generate(model, prompt[row : row + 1], wanted.shape[1])[0, prompt.shape[1] :], wanted[row]
+        )
     if "lpgen_out" in oracle and "dynamic" not in folder.name:
         ids, mask, wanted = oracle["lp_input_ids"], oracle["lp_attention_mask"], oracle["lpgen_out"]
         found = M.generate(model, ids, 20, attention_mask=mask)
@@ -229,12 +257,22 @@ def make_world(folder):
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(f"{colour} {thing}", f"a {colour} {thing} to love.") for colour in COLOURS for thing in THINGS]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for pair in pairs for text in pair]), model_prefix=str(folder / "tokenizer"), vocab_size=48,
-        model_type="bpe", minloglevel=2, unk_id=0, bos_id=1, eos_id=2, hard_vocab_limit=False)  # fmt: skip
+        sentence_iterator=iter([text for pair in pairs for text in pair]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=48,
+        model_type="bpe",
+        minloglevel=2,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        hard_vocab_limit=False,
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
     for split, part in (("train", pairs[:36]), ("dev", pairs[36:])):
         (folder / "sft").mkdir(exist_ok=True)
-        (folder / "sft" / f"{split}.json").write_text("".join(json.dumps({"src": a, "tgt": b}) + "\n" for a, b in pairs if (a, b) in part))
+        (folder / "sft" / f"{split}.json").write_text(
+            "".join(json.dumps({"src": a, "tgt": b}) + "\n" for a, b in pairs if (a, b) in part)
+        )
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": b}) + "\n" for _, b in pairs * 4))
     data.main(["corpus", str(folder / "corpus.jsonl"), "--tokenizer", str(folder), "--output", str(folder / "corpus")])
     return folder
@@ -249,9 +287,19 @@ def give_tokenizer(folder, world):
         return
     ids = {"[MASK]": "mask_token_id", "[gMASK]": "gmask_token_id", "<sop>": "bos_token_id", "<eop>": "eos_token_id"}
     added = {str(config.source[key]): {"content": text, "special": True} for text, key in ids.items()}
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "eos_token": "<eop>", "added_tokens_decoder": added}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": False,
+        "eos_token": "<eop>",
+        "added_tokens_decoder": added,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    template = {"system": "", "conversation": ["{{ user }}[gMASK]<sop>", "{{ bot }}<eop>"], "query": "{{ query }}[gMASK]<sop>"}
+    template = {
+        "system": "",
+        "conversation": ["{{ user }}[gMASK]<sop>", "{{ bot }}<eop>"],
+        "query": "{{ query }}[gMASK]<sop>",
+    }
     (folder / "chat_template.json").write_text(json.dumps(template))
 
 
@@ -262,16 +310,38 @@ def run_script(script, keys):
         trainer.run_script(script.main, script.Args, [str(path)])
 
 
-TUNINGS = {"sft": ({}, 0.005), "lora": ({"lora": True, "lora_rank": 4}, 0.02), "prefix": ({"prefix_tuning": True, "num_prefix_tokens": 4}, 0.1)}
+TUNINGS = {
+    "sft": ({}, 0.005),
+    "lora": ({"lora": True, "lora_rank": 4}, 0.02),
+    "prefix": ({"prefix_tuning": True, "num_prefix_tokens": 4}, 0.1),
+}
 
 
 def tune(folder, world, out, kind):
     """finetune.py with packed rows, stopped after 4 of 8 steps and resumed; the loss falls; the result opens and answers."""
     kind_keys, rate = TUNINGS[kind]
-    keys = {"model_name_or_path": str(folder), "dataset_name_or_path": str(world / "sft"), "output_dir": str(out), "do_train": True, "do_eval": True,
-            "src_length": 20, "max_length": 44, "zero_padding": True, "flash_mask": True, "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2, "max_new_tokens": 4, "learning_rate": rate, "lr_scheduler_type": "constant", "logging_steps": 1,
-            "save_strategy": "steps", "save_steps": 4, "evaluation_strategy": "no", "disable_tqdm": True, **kind_keys}  # fmt: skip
+    keys = {
+        "model_name_or_path": str(folder),
+        "dataset_name_or_path": str(world / "sft"),
+        "output_dir": str(out),
+        "do_train": True,
+        "do_eval": True,
+        "src_length": 20,
+        "max_length": 44,
+        "zero_padding": True,
+        "flash_mask": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_new_tokens": 4,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "evaluation_strategy": "no",
+        "disable_tqdm": True,
+        **kind_keys,
+    }
     run_script(finetune, {**keys, "max_steps": 4})
     run_script(finetune, {**keys, "max_steps": 8, "resume_from_checkpoint": True})
     results = json.loads((out / "dev_results.json").read_text())
@@ -291,10 +361,25 @@ def tune(folder, world, out, kind):
 
 def pretrain_and_go_on(folder, world, out):
     """pretrain.py from scratch on the configuration, stopped and resumed likewise."""
-    keys = {"model_name_or_path": str(folder), "input_dir": str(world / "corpus"), "output_dir": str(out), "do_train": True, "do_eval": True,
-            "split": "90,10,0", "max_seq_length": 40, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "learning_rate": 0.01,
-            "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "steps", "save_steps": 4, "evaluation_strategy": "no",
-            "max_evaluate_steps": 1, "disable_tqdm": True}  # fmt: skip
+    keys = {
+        "model_name_or_path": str(folder),
+        "input_dir": str(world / "corpus"),
+        "output_dir": str(out),
+        "do_train": True,
+        "do_eval": True,
+        "split": "90,10,0",
+        "max_seq_length": 40,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "evaluation_strategy": "no",
+        "max_evaluate_steps": 1,
+        "disable_tqdm": True,
+    }
     run_script(pretrain, {**keys, "max_steps": 4})
     run_script(pretrain, {**keys, "max_steps": 8, "resume_from_checkpoint": True})
     losses = [row["loss"] for row in log_rows(out)]

@@ -6,6 +6,7 @@
 A mark stands only where the cell ran on every golden of the family and passed; what failed is printed and has none. The
 same functions (family_cells.py) are run by test_families.py on the configurations of families.py.
 """
+
 from conftest import ROOT  # first: it puts the repository on sys.path  # isort: skip
 import contextlib
 import io
@@ -55,8 +56,14 @@ def packed(folder, work):
     """Samples packed behind one another by FlashMask rows, padded and alone: losses and every gradient."""
     model = cells.golden_model(folder)
     source = model.config.source
-    special = {"gmask": source.get("gmask_token_id"), "mask": source.get("mask_token_id"), "sop": source.get("bos_token_id")}
-    cells.assert_layouts_agree(model, cells.make_samples("chatglm" if model.config.position == "rope_2d" else "", special=special))
+    special = {
+        "gmask": source.get("gmask_token_id"),
+        "mask": source.get("mask_token_id"),
+        "sop": source.get("bos_token_id"),
+    }
+    cells.assert_layouts_agree(
+        model, cells.make_samples("chatglm" if model.config.position == "rope_2d" else "", special=special)
+    )
 
 
 def generate(folder, work):
@@ -92,7 +99,10 @@ def run(folder, work):
             passed[name] = True
         except (Exception, SystemExit) as error:
             passed[name] = error
-            print(f"{folder.name}: {name}: {error!r}\n{traceback.format_exc(limit=-2)}{output.getvalue()[-500:]}", file=sys.stderr)
+            print(
+                f"{folder.name}: {name}: {error!r}\n{traceback.format_exc(limit=-2)}{output.getvalue()[-500:]}",
+                file=sys.stderr,
+            )
     return passed, numbers
 
 
@@ -115,7 +125,10 @@ def table(only=()):
         marks = ["✓" if all(passed[cell] is True for passed, _ in found) else " " for cell in CELLS]
         numbers = [""] * 3
         if marks[0] == "✓":
-            numbers = [f"{max(n[key] for _, n in found):.1e}".replace("e-0", "e-").replace("0.0e+00", "0") for key in ("logits", "loss", "norm")]
+            numbers = [
+                f"{max(n[key] for _, n in found):.1e}".replace("e-0", "e-").replace("0.0e+00", "0")
+                for key in ("logits", "loss", "norm")
+            ]
         goldens = f"{WHAT[family]} ({len(found)})"
         lines.append("| " + " | ".join([f"`{family}`", goldens, *marks, *numbers]) + " |")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 Pure numpy: make_golden.py (torch) and the tests (Paddle) both import it, and so hold the same model.
 Letters: B batch, T sequence, D model width, H query heads, K key/value heads, Dh head dim, F feed-forward width, V vocabulary.
 """
+
 import zlib
 
 import numpy as np
@@ -13,12 +14,29 @@ V, B, T, NEW = 56, 2, 12, 10  # vocabulary, batch, prompt, and how many tokens a
 def _case(rope=None, family="llama", **changes):
     """(config.json of transformers 4, that of transformers 5) of one small model."""
     common = {
-        "model_type": family, "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
-        "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, **changes,
-    }  # fmt: skip
+        "model_type": family,
+        "vocab_size": V,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **changes,
+    }
     theta = common.pop("rope_theta", 10000.0)
-    v4 = {**common, "rope_theta": theta, "rope_scaling": rope and {("type" if k == "rope_type" and rope[k] in ("linear", "dynamic") else k): rope[k] for k in rope}, "torch_dtype": "float32"}
+    v4 = {
+        **common,
+        "rope_theta": theta,
+        "rope_scaling": rope
+        and {("type" if k == "rope_type" and rope[k] in ("linear", "dynamic") else k): rope[k] for k in rope},
+        "torch_dtype": "float32",
+    }
     v5 = {**common, "rope_parameters": {"rope_theta": theta, **(rope or {"rope_type": "default"})}, "dtype": "float32"}
     return v4, v5
 
@@ -51,8 +69,15 @@ def shapes(config):
     for i in range(config["num_hidden_layers"]):
         block = f"model.layers.{i}."
         found[block + "input_layernorm.weight"] = found[block + "post_attention_layernorm.weight"] = (D,)
-        rows = [("self_attn.q_proj", H * Dh, D), ("self_attn.k_proj", K * Dh, D), ("self_attn.v_proj", K * Dh, D), ("self_attn.o_proj", D, H * Dh),
-                ("mlp.gate_proj", F, D), ("mlp.up_proj", F, D), ("mlp.down_proj", D, F)]  # fmt: skip
+        rows = [
+            ("self_attn.q_proj", H * Dh, D),
+            ("self_attn.k_proj", K * Dh, D),
+            ("self_attn.v_proj", K * Dh, D),
+            ("self_attn.o_proj", D, H * Dh),
+            ("mlp.gate_proj", F, D),
+            ("mlp.up_proj", F, D),
+            ("mlp.down_proj", D, F),
+        ]
         for name, n_out, n_in in rows:
             found[f"{block}{name}.weight"] = (n_out, n_in)
             if config.get("attention_bias" if "attn" in name else "mlp_bias"):

@@ -3,6 +3,7 @@
 After its second step that rank raises (user, bug), dies (kill, exit), stops or hangs; "early" fails before arguments are
 read; KEY=VALUE gives it another argument, config:KEY=VALUE another key of the model's configuration, "code" other scripts.
 """
+
 import dataclasses
 import importlib
 import os
@@ -12,9 +13,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import parallel  # noqa: E402  (its folder must be on the path first)
-import trainer  # noqa: E402
-from data import UserError  # noqa: E402
+import parallel
+import trainer
+from data import UserError
 
 script, (what, _, rank) = importlib.import_module(sys.argv[1]), sys.argv[2].partition("@")
 if os.environ.get("PADDLE_TRAINER_ID", "0") == rank:
@@ -44,7 +45,9 @@ if os.environ.get("PADDLE_TRAINER_ID", "0") == rank:
         parallel._versions = lambda: {**versions(), "model.py": "another"}
     elif what.startswith("config:"):
         key, _, value = what[7:].partition("=")
-        parallel.build = lambda config, *args: build(dataclasses.replace(config, **{key: type(getattr(config, key))(value)}), *args)
+        parallel.build = lambda config, *args: build(
+            dataclasses.replace(config, **{key: type(getattr(config, key))(value)}), *args
+        )
     elif "=" in what:
         sys.argv.append(f"--{what}")
 sys.argv[1:] = sys.argv[3:]

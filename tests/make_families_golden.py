@@ -6,6 +6,7 @@ They guard against change, not against an error that was always there. What says
 recorded, test_families.py found all the goldens of ../shared (the families' own software) equal within 1e-4, and, with
 --hf-python, transformers equal on these very weights.
 """
+
 from conftest import ROOT  # first: it puts the repository on sys.path  # isort: skip
 import numpy as np
 import paddle
@@ -28,7 +29,12 @@ def record(name, every_logit=False):
     loss.backward()
     norms = np.array([np.linalg.norm(g) for g in gradients(model).values()], np.float32)
     logits = logits.numpy() if every_logit else logits.numpy()[:, ::4, ::3]
-    return {"logits": logits, "loss": np.float32(float(loss)), "norms": norms, "generated": M.generate(model, ids.numpy(), STEPS)}
+    return {
+        "logits": logits,
+        "loss": np.float32(float(loss)),
+        "norms": norms,
+        "generated": M.generate(model, ids.numpy(), STEPS),
+    }
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 (not from the repository root: transformers looks for a package called `kernels`, and would find ours). The tests do not
 need torch. Everything in float32 on the CPU with eager attention.
 """
+
 import copy
 import json
 import shutil
@@ -18,7 +19,10 @@ import transformers
 from golden_weights import CASES, NEW, V, draw, inputs, shapes
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-CLASSES = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM), "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM)}
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+}
 PEFT = {  # name: (base model, PeftConfig)
     "lora": ("gqa", dict(r=4, lora_alpha=6)),
     "rslora": ("gqa", dict(r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"])),
@@ -66,15 +70,21 @@ def model_golden(name):
     loss = torch.nn.functional.cross_entropy(logits.reshape(-1, V), labels.reshape(-1))
     loss.backward()
     gradients = {k: p.grad.numpy() for k, p in model.named_parameters()}
-    kept = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight", "model.layers.0.input_layernorm.weight"]
+    kept = [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+    ]
     kept += [k for k in gradients if k in ("model.layers.0.mlp.down_proj.bias", "model.layers.1.self_attn.v_proj.bias")]
     kept += ["model.embed_tokens.weight"] if name == "bias_tied" else []
     stored = {
-        "logits": logits.detach().numpy(), "loss": np.float32(loss.item()),
-        "grad_names": np.array(list(gradients)), "grad_norms": np.array([np.linalg.norm(g) for g in gradients.values()], np.float32),
+        "logits": logits.detach().numpy(),
+        "loss": np.float32(loss.item()),
+        "grad_names": np.array(list(gradients)),
+        "grad_norms": np.array([np.linalg.norm(g) for g in gradients.values()], np.float32),
         **{f"grad:{k}": gradients[k] for k in kept},
         "generated": generate(name, ids, torch.ones_like(ids)),
-    }  # fmt: skip
+    }
     with torch.no_grad():
         if "dynamic" in name:  # there, each row alone: transformers stretches all rows by the longest one
             rows = [padded[i : i + 1, mask[i] == 1] for i in range(len(padded))]
@@ -88,7 +98,9 @@ def model_golden(name):
     stored["padded_logits"] = padded_logits.numpy()[mask.numpy() == 1]
     stored["padded_generated"] = np.stack(new)
     print(f"{name:18s} logits have a standard deviation of {logits.std():.2f}")
-    np.savez_compressed(GOLDEN / f"{name}.npz", config_v4=json.dumps(CASES[name][0]), config_v5=json.dumps(CASES[name][1]), **stored)
+    np.savez_compressed(
+        GOLDEN / f"{name}.npz", config_v4=json.dumps(CASES[name][0]), config_v5=json.dumps(CASES[name][1]), **stored
+    )
 
 
 def peft_golden(name):
@@ -133,10 +145,19 @@ def bin_golden():
     """A torch file with every kind of storage that is read, a view with strides and an offset, a Parameter."""
     array = torch.arange(24, dtype=torch.float32).reshape(4, 6) / 7
     torch.save(
-        {"f32": array, "view": array.t()[1:4, ::2], "f16": array.half(), "bf16": array.bfloat16(), "f64": array.double(),
-         "i64": torch.arange(5), "bool": torch.tensor([True, False]), "parameter": torch.nn.Parameter(array[1]), "scalar": torch.tensor(2.5)},
+        {
+            "f32": array,
+            "view": array.t()[1:4, ::2],
+            "f16": array.half(),
+            "bf16": array.bfloat16(),
+            "f64": array.double(),
+            "i64": torch.arange(5),
+            "bool": torch.tensor([True, False]),
+            "parameter": torch.nn.Parameter(array[1]),
+            "scalar": torch.tensor(2.5),
+        },
         GOLDEN / "tensors.bin",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What the ranks of tests/ranks.py do, see there."""
+
 import contextlib
 import importlib
 import io

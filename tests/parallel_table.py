@@ -10,6 +10,7 @@ several ranks (tests/ranks.py) and one process with the same batches in a step; 
 the exit code is 1 if any cell is above it or failed. Batches have the lengths of their own samples, so ranks of the data
 axes work on different lengths, and the last step of an epoch has fewer micro-batches than ranks.
 """
+
 import argparse
 import json
 import math
@@ -21,9 +22,9 @@ from collections import namedtuple
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import families  # noqa: E402  (its folder must be on the path first)
-from family_cells import give_tokenizer, make_world  # noqa: E402
-from ranks import Ranks  # noqa: E402
+import families
+from family_cells import give_tokenizer, make_world
+from ranks import Ranks
 
 STEPS, LIMIT = 10, 1e-5
 # With Adam's usual 1e-8 an element whose gradient is rounding alone moves as far as any other, this way or that: on 4 ranks
@@ -38,7 +39,9 @@ Way = namedtuple("Way", "world data keys")  # processes; how many of them have b
 
 def _way(world, data=1, **degrees):
     names = {"tp": "tensor", "pp": "pipeline", "shards": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
-    return Way(world, data, {f"{names[key]}_parallel_degree" if key in names else key: value for key, value in degrees.items()})
+    return Way(
+        world, data, {f"{names[key]}_parallel_degree" if key in names else key: value for key, value in degrees.items()}
+    )
 
 
 TOPOLOGIES = {
@@ -140,11 +143,29 @@ class Bench:
         """The rows of metrics.jsonl of a run."""
         script, keys = TASKS[task]
         out = self.folder / "out"
-        source = {"input_dir": self.world / "corpus"} if script == "pretrain" else {"dataset_name_or_path": self.world / "sft"}
-        keys = {"model_name_or_path": model, "output_dir": out, "do_train": True, "overwrite_output_dir": True, "max_steps": STEPS,
-                "per_device_train_batch_size": 1, "gradient_accumulation_steps": EACH // way.data, "lr_scheduler_type": "constant",
-                "adam_epsilon": EPSILON,
-                "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, **source, **keys, **way.keys, **more}  # fmt: skip
+        source = (
+            {"input_dir": self.world / "corpus"}
+            if script == "pretrain"
+            else {"dataset_name_or_path": self.world / "sft"}
+        )
+        keys = {
+            "model_name_or_path": model,
+            "output_dir": out,
+            "do_train": True,
+            "overwrite_output_dir": True,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": EACH // way.data,
+            "lr_scheduler_type": "constant",
+            "adam_epsilon": EPSILON,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **source,
+            **keys,
+            **way.keys,
+            **more,
+        }
         argv = self.folder / "args.json"
         argv.write_text(json.dumps(keys, default=str))
         rows, _ = self.pool(way.world).run("parallel_jobs:script", script, [str(argv)])[0]
@@ -176,7 +197,9 @@ def difference(rows, expected):
     assert len(rows) == len(expected) == STEPS, (len(rows), len(expected))
     losses = [row["loss"] for row in expected]
     assert max(losses) - min(losses) > 1e-3, f"nothing is learned: {losses}"
-    pairs = [(row["loss"], other["loss"]) for row, other in zip(rows, expected)] + [(rows[-1]["grad_norm"], expected[-1]["grad_norm"])]
+    pairs = [(row["loss"], other["loss"]) for row, other in zip(rows, expected)] + [
+        (rows[-1]["grad_norm"], expected[-1]["grad_norm"])
+    ]
     return max(abs(a / b - 1) if math.isfinite(a) else math.inf for a, b in pairs)
 
 
@@ -210,7 +233,10 @@ def llama_table(bench, names, tasks):
             found[name][task] = bench.cell(TOPOLOGIES[name], model, task)
             report(name, task, found[name][task], begin)
     lines = [f"| topology | processes | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
-    lines += [f"| {name} | {TOPOLOGIES[name].world} | {' | '.join(shown(cells[task]) for task in tasks)} |" for name, cells in found.items()]
+    lines += [
+        f"| {name} | {TOPOLOGIES[name].world} | {' | '.join(shown(cells[task]) for task in tasks)} |"
+        for name, cells in found.items()
+    ]
     return found, lines
 
 
@@ -226,7 +252,10 @@ def family_table(bench, names, topologies):
             found.setdefault(name, {})[topology] = cell
             report(name, topology, cell, begin)
     lines = [f"| model | {' | '.join(topologies)} |", "|---|" + "---|" * len(topologies)]
-    lines += [f"| `{name}` | {' | '.join(shown(cells[t]) if t in cells else '' for t in topologies)} |" for name, cells in found.items()]
+    lines += [
+        f"| `{name}` | {' | '.join(shown(cells[t]) if t in cells else '' for t in topologies)} |"
+        for name, cells in found.items()
+    ]
     return found, lines
 
 
@@ -257,7 +286,9 @@ def main(argv=None):
                 tables.append(llama_table(bench, [n for n in TOPOLOGIES if wanted(n)], options.tasks.split(",")))
             if options.part != "llama":
                 names = [name for name in FAMILIES if any(part in name for part in options.models.split(","))]
-                tables.append(family_table(bench, names, [n for n in (*FAMILY_TOPOLOGIES, *MOE_TOPOLOGIES) if wanted(n)]))
+                tables.append(
+                    family_table(bench, names, [n for n in (*FAMILY_TOPOLOGIES, *MOE_TOPOLOGIES) if wanted(n)])
+                )
         finally:
             bench.close()
     for found, lines in tables:

@@ -1,4 +1,5 @@
 """What the ranks of test_pipeline.py do; without a topology the same in one process, to compare with."""
+
 import functools
 import types
 
@@ -57,7 +58,9 @@ def adapted(model, adapter, topology):
     parallel.cut_adapters(model, topology)
 
 
-def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True, folder=None):
+def train(
+    name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True, folder=None
+):
     """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the model before them, "losses",
     "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
     place = topology(degrees)
@@ -96,9 +99,8 @@ def train(name, degrees, count, steps=1, adapter=None, changes={}, kind="packed"
         found["norms"].append(shards.reduce_gradients())
         if step == 0:
             found["gradients"] = {
-                w.name: np.array(whole(w, w.parameter.grad, place))
-                for w in weights if w.parameter.grad is not None
-            }  # fmt: skip
+                w.name: np.array(whole(w, w.parameter.grad, place)) for w in weights if w.parameter.grad is not None
+            }
         optimizer.step(1e-2, trainer.clip_scale(found["norms"][-1], 1.0))
         shards.gather_weights()
         optimizer.zero_grad()

@@ -6,6 +6,7 @@
 A job is a function of a module under tests/, called on every rank with the same arguments; connections between ranks are
 kept from one job to the next. One that raises on any rank is an error here, with that rank's traceback, and ends all.
 """
+
 import importlib
 import os
 import socket
@@ -28,9 +29,15 @@ class Ranks:
         self.listener = Listener(None, "AF_UNIX", backlog=self.world, authkey=b"ranks")
         endpoints = ",".join(f"127.0.0.1:{port}" for port in _free_ports(self.world))
         for rank in range(self.world):
-            environment = {**os.environ, "PADDLE_TRAINER_ID": str(rank), "PADDLE_TRAINERS_NUM": str(self.world),
-                           "PADDLE_TRAINER_ENDPOINTS": endpoints, "PADDLE_LOCAL_SIZE": str(self.world),
-                           "OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads}  # fmt: skip
+            environment = {
+                **os.environ,
+                "PADDLE_TRAINER_ID": str(rank),
+                "PADDLE_TRAINERS_NUM": str(self.world),
+                "PADDLE_TRAINER_ENDPOINTS": endpoints,
+                "PADDLE_LOCAL_SIZE": str(self.world),
+                "OMP_NUM_THREADS": self.threads,
+                "MKL_NUM_THREADS": self.threads,
+            }
             command = [sys.executable, __file__, self.listener.address]
             self.processes.append(subprocess.Popen(command, env=environment, cwd=HERE.parent))
         pipes = [self.listener.accept() for _ in range(self.world)]

@@ -1,18 +1,27 @@
 """What the ranks of test_sharding.py do (see ranks.py): train a tiny model on a topology, and give back all that it came to."""
+
 import functools
 import types
+
+import kernels
 
 import families
 import numpy as np
 import paddle
 from parallel_jobs import whole
 
-import kernels
 import model as M
 import parallel
 import trainer
 
-ARGS = {"weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-4, "max_grad_norm": 0.5, "sharding": None}
+ARGS = {
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-4,
+    "max_grad_norm": 0.5,
+    "sharding": None,
+}
 
 
 @functools.cache
@@ -121,7 +130,10 @@ def set_and_take_over(ways):
     model = make_model("llama_bias_tied", place)
     weights = M.trainable_weights(model)
     shards = parallel.Shards(model, weights, place)
-    values = {w.name: np.random.default_rng(len(w.name)).standard_normal(w.parameter.shape).astype(np.float32) for w in weights}
+    values = {
+        w.name: np.random.default_rng(len(w.name)).standard_normal(w.parameter.shape).astype(np.float32)
+        for w in weights
+    }
     for weight in weights:
         M.set_parameter(weight.parameter, values[weight.name])
     shards.take_over()
@@ -130,7 +142,9 @@ def set_and_take_over(ways):
     for weight in weights:
         piece = pieces.get(weight.name)
         if piece is not None:
-            np.testing.assert_array_equal(piece.tensor.numpy(), values[weight.name].reshape([-1])[slice(*shards.extent(weight))])
+            np.testing.assert_array_equal(
+                piece.tensor.numpy(), values[weight.name].reshape([-1])[slice(*shards.extent(weight))]
+            )
         whole = shards.whole(weight, None if piece is None else piece.tensor)
         np.testing.assert_array_equal(whole, values[weight.name])
     return left
@@ -157,7 +171,9 @@ def bytes_of(model, shards, optimizer):
     def size(tensors):
         return sum(t.size * t.element_size() for t in tensors if t is not None and t._is_initialized())
 
-    weights = size(tensor for _, tensor in parallel.weight_tensors(model)) + size(b.owned for u in shards.units.values() for b in u.buckets)
+    weights = size(tensor for _, tensor in parallel.weight_tensors(model)) + size(
+        b.owned for u in shards.units.values() for b in u.buckets
+    )
     moments = size(m for pair in optimizer.moments.values() for m in pair)
     gradients = size(p.grad for p in model.parameters()) + size(b.gradient for b in shards.buckets)
     return {"weights": weights, "moments": moments, "gradients": gradients}

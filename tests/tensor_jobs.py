@@ -7,11 +7,11 @@ import traceback
 import types
 from pathlib import Path
 
+import families
 import numpy as np
 import paddle
 from parallel_jobs import whole
 
-import families
 import model as M
 import parallel
 import trainer
@@ -31,7 +31,10 @@ def batch(name, number, packed=False, B=2, T=13):
     """Rows of odd length, some padded behind, or two samples a row that do not see each other."""
     generator = np.random.default_rng([number, 5])
     ids = generator.integers(3, 57, [B, T])
-    found = {"input_ids": ids, "labels": np.where(generator.random([B, T]) < 0.3, -100, generator.integers(3, 57, [B, T]))}
+    found = {
+        "input_ids": ids,
+        "labels": np.where(generator.random([B, T]) < 0.3, -100, generator.integers(3, 57, [B, T])),
+    }
     if families.family(name) == "chatglm":
         ids[:, 4], ids[:, 5] = families.SPECIAL["gmask"], families.SPECIAL["sop"]
     if packed:
@@ -55,7 +58,16 @@ def adapt(model, kind, seed=3):
         M.apply_lora(model, 3, 6.0, 0.2, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
         fill_adapter(model, "lora_B.weight")
     elif kind != "full":
-        M.apply_lora(model, 3, 6.0, 0.3 if "dropout" in kind else 0.0, kind == "rslora", "dora" in kind, kind == "pissa", seed=seed)
+        M.apply_lora(
+            model,
+            3,
+            6.0,
+            0.3 if "dropout" in kind else 0.0,
+            kind == "rslora",
+            "dora" in kind,
+            kind == "pissa",
+            seed=seed,
+        )
         if kind != "pissa":  # B starts at 0, and A would have no gradient
             fill_adapter(model, "lora_B.weight")
 
@@ -64,7 +76,9 @@ def fill_adapter(model, *ends):
     for weight in M.adapter_weights(model):
         if weight.name.endswith(ends):
             generator = np.random.default_rng([len(weight.name), *weight.name.encode()[-30:]])
-            M.set_parameter(weight.parameter, weight.from_numpy(generator.standard_normal(weight.shape, np.float32) * 0.1))
+            M.set_parameter(
+                weight.parameter, weight.from_numpy(generator.standard_normal(weight.shape, np.float32) * 0.1)
+            )
 
 
 def train(model, topology, batches, steps, seed=0, recompute=False):
@@ -109,8 +123,20 @@ def gradients_of(shards, weights, topology):
     return found
 
 
-def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, changes=None, degrees=None, T=13, folder=None,
-         adapter=None, one_expert=False):  # fmt: skip
+def both(
+    name,
+    kind="full",
+    steps=3,
+    packed=False,
+    micro=1,
+    recompute=False,
+    changes=None,
+    degrees=None,
+    T=13,
+    folder=None,
+    adapter=None,
+    one_expert=False,
+):
     """Train cut and whole: (largest relative difference of losses and norms, largest of gradients relative to each one's
     largest, its name, [norm of each step]).
 
@@ -118,8 +144,18 @@ def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, cha
     routers choose the same experts for every token.
     """
     topology = grid(**degrees)
-    options = dict(kind=kind, steps=steps, packed=packed, micro=micro, recompute=recompute, changes=tuple((changes or {}).items()),
-                   T=T, folder=folder, adapter=adapter, one_expert=one_expert)  # fmt: skip
+    options = dict(
+        kind=kind,
+        steps=steps,
+        packed=packed,
+        micro=micro,
+        recompute=recompute,
+        changes=tuple((changes or {}).items()),
+        T=T,
+        folder=folder,
+        adapter=adapter,
+        one_expert=one_expert,
+    )
     (rows, found, elsewhere), (expected, gradients, _) = trained(name, topology, **options), alone(name, **options)
     worst = max(abs(a - b) / abs(b) for row, wanted in zip(rows, expected) for a, b in zip(row, wanted))
     absent = {n for n in gradients if n not in found}
@@ -127,7 +163,10 @@ def both(name, kind="full", steps=3, packed=False, micro=1, recompute=False, cha
     assert not elsewhere or topology.ep.size > 1
     scale = max(np.abs(g).max() for g in gradients.values())
     # Some are 0 but for rounding, such as those of a bias of keys, which moves all scores of a query alike.
-    off = {n: float(np.abs(g - gradients[n]).max() / max(np.abs(gradients[n]).max(), 1e-2 * scale)) for n, g in found.items()}
+    off = {
+        n: float(np.abs(g - gradients[n]).max() / max(np.abs(gradients[n]).max(), 1e-2 * scale))
+        for n, g in found.items()
+    }
     name_of_worst = max(off, key=off.get, default=None)  # a rank may train nothing
     return worst, off.get(name_of_worst, 0.0), name_of_worst, [norm for _, norm in expected]
 
@@ -185,7 +224,9 @@ def tokens(name, degrees, kind="full", folder=None, new=9, changes=None):
         mask = np.ones_like(ids)
         mask[1, :3] = 0
         texts = M.generate(model, ids, new, attention_mask=mask)
-        sampled = M.generate(model, ids, new, do_sample=True, top_p=0.9, temperature=0.7, repetition_penalty=1.1, seed=3)
+        sampled = M.generate(
+            model, ids, new, do_sample=True, top_p=0.9, temperature=0.7, repetition_penalty=1.1, seed=3
+        )
         with paddle.no_grad():
             losses, best = model(**trainer.model_inputs(batch(name, 1)), return_predictions=True)
             logits = model(paddle.to_tensor(ids))
@@ -202,7 +243,9 @@ def starts(name, degrees, changes=None):
     M.init_weights(alone, 5)
     wanted = {w.name: w.to_numpy() for w in M.base_weights(alone)}
     weights = M.base_weights(model)
-    assert {w.name for w in weights} | model.elsewhere >= set(wanted) and not {w.name for w in weights} & model.elsewhere
+    assert {w.name for w in weights} | model.elsewhere >= set(wanted) and not {
+        w.name for w in weights
+    } & model.elsewhere
     wrong = [w.name for w in weights if not np.array_equal(whole(w, w.parameter, topology), wanted[w.name])]
     return wrong, sum(p.size * 4 for p in model.parameters()), sum(p.size * 4 for p in alone.parameters())
 
@@ -218,18 +261,30 @@ def on_disk(base, adapter, degrees, folder):
     def compare(found, wanted, what, tolerance=0.0):
         assert found.keys() == wanted.keys(), (what, found.keys() ^ wanted.keys())
         assert found.pop("adapter_config.json", None) == wanted.pop("adapter_config.json", None)
-        wrong.extend(f"{what} {n}" for n in found if not np.abs(found[n] - wanted[n]).max() <= tolerance * np.abs(wanted[n]).max())
+        wrong.extend(
+            f"{what} {n}"
+            for n in found
+            if not np.abs(found[n] - wanted[n]).max() <= tolerance * np.abs(wanted[n]).max()
+        )
 
     def base_of(one):
         return {w.name: whole(w, w.parameter, topology) for w in M.base_weights(one)}
 
-    compare(written(model, topology, f"{folder}/all"), written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"), "loaded")
+    compare(
+        written(model, topology, f"{folder}/all"),
+        written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"),
+        "loaded",
+    )
     wanted = {n: a for n, a in base_of(alone).items() if n not in model.elsewhere}
     compare(base_of(model), wanted, "base", 1e-7)
     for weight in M.adapter_weights(model):
         M.set_parameter(weight.parameter, np.full(weight.parameter.shape, 0.5, np.float32))
     M.reload_adapter(model, adapter)
-    compare(written(model, topology, f"{folder}/all"), written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"), "loaded again")
+    compare(
+        written(model, topology, f"{folder}/all"),
+        written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"),
+        "loaded again",
+    )
     if model.prefix is None:
         merged = parallel.from_pretrained(adapter, topology)
         wanted = {n: a for n, a in base_of(M.from_pretrained(adapter)).items() if n not in model.elsewhere}
@@ -240,12 +295,19 @@ def on_disk(base, adapter, degrees, folder):
 def written(model, topology, folder):
     """{file and name: array} of the adapter that the ranks write together, as the scripts do."""
     folder = Path(folder)
-    args = types.SimpleNamespace(lora=True, model_name_or_path=None, unified_checkpoint_config=[], ckpt_quant_stage="O0")
-    trainer.Checkpoints(args, model, types.SimpleNamespace(save=lambda folder: None), topology=topology).write_model(folder)
+    args = types.SimpleNamespace(
+        lora=True, model_name_or_path=None, unified_checkpoint_config=[], ckpt_quant_stage="O0"
+    )
+    trainer.Checkpoints(args, model, types.SimpleNamespace(save=lambda folder: None), topology=topology).write_model(
+        folder
+    )
     topology.meet()
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= {f"{path.name} {name}": M.read_tensor(path, entry).copy() for name, entry in M.safetensors_header(path).items()}
+        found |= {
+            f"{path.name} {name}": M.read_tensor(path, entry).copy()
+            for name, entry in M.safetensors_header(path).items()
+        }
     found["adapter_config.json"] = json.loads((folder / "adapter_config.json").read_text())
     topology.meet()  # before it is written again
     return found

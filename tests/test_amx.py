@@ -3,6 +3,7 @@ what the processor would, and memory that no test named. With AMX, the instructi
 
     python -m pytest tests/test_amx.py            # CPU with g++, a few seconds
 """
+
 import ctypes
 import itertools
 import shutil
@@ -43,10 +44,21 @@ void dot(int integers, int c, int a, int b) { if (integers) _tile_dpbssd(c, a, b
 
 def library(folder, name, text, *flags):
     (folder / f"{name}.cc").write_text(text)
-    command = [COMPILER, "-std=c++17", "-O3", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{ROOT}/kernels/cpu", f"-I{ROOT}/tests", *flags]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O3",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-I{ROOT}/kernels/cpu",
+        f"-I{ROOT}/tests",
+        *flags,
+    ]
     subprocess.run([*command, f"{name}.cc", "-o", f"{name}.so"], cwd=folder, check=True)
     found = ctypes.CDLL(str(folder / f"{name}.so"))
-    L, P, I = ctypes.c_long, ctypes.c_void_p, ctypes.c_int  # noqa: E741
+    L, P, I = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
     found.products.argtypes = [I, L, L, P, L, P, P, L, L, I]
     if "fault" in text:
         found.fault.restype, found.count.restype, found.raw.argtypes = ctypes.c_char_p, L, [P]
@@ -76,10 +88,14 @@ def operands(integers, M, K, N, seed=0):
     rng, per_word = np.random.default_rng([seed, M, K, N]), 4 if integers else 2
     words = -(-K // per_word)
     a, b = np.zeros((M, -(-words // 16) * 16 * per_word)), np.zeros((words * per_word, 64))
-    a[:, :K], b[:K, :N] = ((rng.integers(-128, 128, s) if integers else rng.standard_normal(s)) for s in ((M, K), (K, N)))
+    a[:, :K], b[:K, :N] = (
+        (rng.integers(-128, 128, s) if integers else rng.standard_normal(s)) for s in ((M, K), (K, N))
+    )
     code = (lambda x: x.astype(np.int8).view(np.uint8)) if integers else bfloat16
     a_words = np.ascontiguousarray(code(a)).view(np.uint32)  # (M, multiple of 16)
-    b_words = np.ascontiguousarray(code(b).reshape(words, per_word, 64).transpose(0, 2, 1)).view(np.uint32)[..., 0]  # (words, 64)
+    b_words = np.ascontiguousarray(code(b).reshape(words, per_word, 64).transpose(0, 2, 1)).view(np.uint32)[
+        ..., 0
+    ]  # (words, 64)
     if not integers:
         a, b = ((code(x).astype(np.uint32) << 16).view(np.float32).astype(np.float64) for x in (a, b))
     c = rng.integers(-99, 99, (M, N)).astype(np.int32) if integers else rng.standard_normal((M, N)).astype(np.float32)
@@ -97,7 +113,9 @@ def multiply(lib, integers, K, c, a_words, b_words, add, ldc):
             lib.allow(array.ctypes.data, array.nbytes, 0)
         for m in range(M):
             lib.allow(corner + m * ldc * 4, N * 4, 1)
-    lib.products(integers, M, b_words.shape[0], a_words.ctypes.data, a_words.shape[1], b_words.ctypes.data, corner, ldc, N, add)
+    lib.products(
+        integers, M, b_words.shape[0], a_words.ctypes.data, a_words.shape[1], b_words.ctypes.data, corner, ldc, N, add
+    )
     found = framed[1 : M + 1, 3 : N + 3].copy()
     framed[1 : M + 1, 3 : N + 3] = 77
     assert (framed == 77).all(), "written outside of C"
@@ -156,15 +174,24 @@ def test_the_largest_integers_do_not_saturate(emulated):
     a, b = np.full((3, 4096), -128), np.full((4096, 64), -128)
     b[:, 1::2] = 127
     words = b.astype(np.int8).view(np.uint8).reshape(1024, 4, 64).transpose(0, 2, 1)
-    found = multiply(emulated, True, 4096, np.zeros((3, 64), np.int32), a.astype(np.int8).view(np.uint32),
-                     np.ascontiguousarray(np.ascontiguousarray(words).view(np.uint32)[..., 0]), 0, 70)  # fmt: skip
+    found = multiply(
+        emulated,
+        True,
+        4096,
+        np.zeros((3, 64), np.int32),
+        a.astype(np.int8).view(np.uint32),
+        np.ascontiguousarray(np.ascontiguousarray(words).view(np.uint32)[..., 0]),
+        0,
+        70,
+    )
     assert np.array_equal(found, a @ b)
 
 
 def test_bfloat16_as_the_instruction_has_it(emulated):
     """Denormal numbers count as zero, in and out; halves of a pair are summed apart: 2^30 + 1 - 2^30 - 1 is not the sum in order."""
+
     def one(a, b, c=0.0):
-        words = lambda x: np.ascontiguousarray(np.pad(bfloat16(x), (0, 32 - len(x)))).view(np.uint32)  # noqa: E731
+        words = lambda x: np.ascontiguousarray(np.pad(bfloat16(x), (0, 32 - len(x)))).view(np.uint32)
         b_words = np.zeros((-(-len(b) // 2), 64), np.uint32)
         b_words[:, 0] = words(b)[: len(b_words)]
         return multiply(emulated, False, len(a), np.array([[c]], np.float32), words(a)[None], b_words, 1, 8)[0, 0]
@@ -175,9 +202,18 @@ def test_bfloat16_as_the_instruction_has_it(emulated):
     assert np.isnan(one([np.nan], [1.0])) and one([np.inf], [1.0]) == np.inf
 
 
-@pytest.mark.parametrize("configuration, named", [
-    ({0: 2}, "palette"), ({1: 1}, "start row"), ({5: 1}, "reserved"), ({48: 17, 16: 64}, "rows or bytes"), ({48: 16, 16: 65}, "rows or bytes"), ({48: 16}, "rows or bytes"), ({56: 16, 32: 64}, "reserved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "configuration, named",
+    [
+        ({0: 2}, "palette"),
+        ({1: 1}, "start row"),
+        ({5: 1}, "reserved"),
+        ({48: 17, 16: 64}, "rows or bytes"),
+        ({48: 16, 16: 65}, "rows or bytes"),
+        ({48: 16}, "rows or bytes"),
+        ({56: 16, 32: 64}, "reserved"),
+    ],
+)
 def test_the_emulator_refuses_a_wrong_configuration(emulated, configuration, named):
     emulated.forget()
     text = bytearray(64)
@@ -204,8 +240,13 @@ def test_the_emulator_sees_misuse(emulated):
     assert fault(("load", 0, at, 64)) == "TILELOADD: tile not configured"
     assert fault(("configure", 16, 0, 16, 0), ("load", 5, at, 64)) == "TILELOADD: tile not configured"
     assert fault(("configure", *shape), ("load", 0, at, 64), ("store", 3, at, 64)) == ""
-    assert fault(("allow", at, 1020, 1), ("configure", *shape), ("load", 0, at, 64)) == "TILELOADD: outside of the buffers"
-    assert fault(("allow", at, 1024, 0), ("configure", *shape), ("store", 0, at, 64)) == "TILESTORED: outside of the buffers"
+    assert (
+        fault(("allow", at, 1020, 1), ("configure", *shape), ("load", 0, at, 64)) == "TILELOADD: outside of the buffers"
+    )
+    assert (
+        fault(("allow", at, 1024, 0), ("configure", *shape), ("store", 0, at, 64))
+        == "TILESTORED: outside of the buffers"
+    )
     assert "same tile" in fault(("configure", *shape), ("dot", 0, 0, 4, 4))
     for integers, (c, a, b) in itertools.product((0, 1), ((2, 4, 6), (1, 4, 6), (0, 4, 5))):
         assert "shapes" in fault(("configure", 16, 5, 16, 7), ("dot", integers, c, a, b))

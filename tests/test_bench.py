@@ -1,11 +1,12 @@
 """The benchmark scripts keep to their contract: one JSON line last, with these keys, on a size that takes no time."""
+
 import json
+
+import kernels
 
 import bench_kernels
 import bench_train
 import pytest
-
-import kernels
 
 TINY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
             vocab_size=64)  # fmt: skip
@@ -26,8 +27,16 @@ def result_of(capsys, *argv):
 @pytest.mark.parametrize("task", ["train_full", "train_lora"])
 def test_train(task, tiny, capsys):
     result, _ = result_of(capsys, "--task", task, "--dtype", "bf16", "--batch", "2", "--seq", "16", "--reps", "2")
-    expected = {"peer": "ours", "task": task, "config": "B", "dtype": "bf16", "mode": "", "compute": "fp32" if kernels.bf16_missing() else "bf16",
-                "threads": 2, "weights": "drawn"}  # fmt: skip
+    expected = {
+        "peer": "ours",
+        "task": task,
+        "config": "B",
+        "dtype": "bf16",
+        "mode": "",
+        "compute": "fp32" if kernels.bf16_missing() else "bf16",
+        "threads": 2,
+        "weights": "drawn",
+    }
     assert {key: result[key] for key in expected} == expected
     rate = result["tok_s"]
     assert rate["n"] == 2 and 0 < rate["min"] <= rate["median"] <= rate["max"]

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import textwrap
 
+import kernels
+
 import numpy as np
 import paddle
 import pytest
@@ -20,7 +22,6 @@ import data
 import dpo
 import export
 import finetune
-import kernels
 import model
 import pretrain
 import quantize
@@ -200,12 +201,19 @@ def test_405b_in_seconds_and_little_memory(tmp_path):
     """README's command, as a user runs it: nothing but the name, and what README shows. Seconds of processors and peak memory are the
     process's own, imports included."""
     text = (ROOT / "README.md").read_text()
-    command, shown = re.search(r"^    python pretrain.py (--model_name_or_path llama-3.1.*?)  +# seconds.*?\n\n(.*?)\n\n", text, re.M | re.S).groups()
+    command, shown = re.search(
+        r"^    python pretrain.py (--model_name_or_path llama-3.1.*?)  +# seconds.*?\n\n(.*?)\n\n", text, re.M | re.S
+    ).groups()
     argv = command.replace("\\\n", " ").split()
     script = "import resource, runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
     script += "finally:\n    used = resource.getrusage(resource.RUSAGE_SELF)\n    print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", script, str(ROOT / "pretrain.py"), *argv], cwd=tmp_path, capture_output=True,
-                          text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "pretrain.py"), *argv],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
     assert done.returncode == 0, done.stderr
     *lines, used = done.stdout.splitlines()
     assert not list(tmp_path.iterdir())
@@ -267,7 +275,14 @@ def test_degrees_share_the_memory():
     blocks = (whole["activations without recompute"], pipeline["activations without recompute"])
     assert blocks[1] == pytest.approx(blocks[0], rel=0.01)  # a quarter of the layers for four micro-batches
     for ranks, virtual, ahead in ((2, 2, 5), (4, 1, 4), (4, 2, 11)):  # chunks whose backward is to come, at most
-        flags = ["--pipeline_parallel_degree", ranks, "--virtual_pp_degree", virtual, "--gradient_accumulation_steps", 8]
+        flags = [
+            "--pipeline_parallel_degree",
+            ranks,
+            "--virtual_pp_degree",
+            virtual,
+            "--gradient_accumulation_steps",
+            8,
+        ]
         found = memory(dry(pretrain, *name, *flags))["activations without recompute"]
         assert found == pytest.approx(ahead / (ranks * virtual) * blocks[0], rel=0.01)
     for key in ("context_parallel_degree", "sep_parallel_degree"):
@@ -350,13 +365,7 @@ def test_the_memory_is_that_of_a_run(name, recompute, tmp_path):
         assert size / 1e9 == pytest.approx(said[part], rel=2e-3), part
     wanted = said["activations " + ("with recompute" if recompute else "without recompute")]
     if recompute:  # one block's activations come and go in backward
-        wanted -= (
-            max(
-                trainer._activations(block, net.config, trainer.Degrees())
-                for block in net.layers
-            )
-            * 4096e-9
-        )
+        wanted -= max(trainer._activations(block, net.config, trainer.Degrees()) for block in net.layers) * 4096e-9
     assert activations / 1e9 == pytest.approx(wanted, rel=0.2 if recompute else 0.04)
 
 
@@ -529,8 +538,16 @@ def test_configs_train_a_tiny_model(path, small_world, tmp_path, monkeypatch):
     model.init_weights(net, seed=1)
     model.save_pretrained(net, folder)
     data.load_tokenizer(ROOT / "demo" / "llama").save(folder)
-    flags = {"model_name_or_path": folder, "tokenizer_name_or_path": ROOT / "demo" / "llama", "output_dir": tmp_path / "out", "max_steps": 2,
-             "gradient_accumulation_steps": 1, "logging_steps": 1, "disable_tqdm": "true", "max_evaluate_steps": 1}  # fmt: skip
+    flags = {
+        "model_name_or_path": folder,
+        "tokenizer_name_or_path": ROOT / "demo" / "llama",
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "logging_steps": 1,
+        "disable_tqdm": "true",
+        "max_evaluate_steps": 1,
+    }
     if script is pretrain:
         flags |= {"input_dir": small_world / "corpus", "max_seq_length": 48, "split": "80,10,10"}
     else:

@@ -224,9 +224,13 @@ def test_prompts(name):
 
 def test_texts_between_spaces_and_braces():
     """Texts are taken as they are, except where the family strips them."""
-    wholes = {"chatml": "user\n {x} {user} %s\n<|im_end|>", "llama3": "\n\n{x} {user} %s<|eot_id|>",
-              "gemma": "user\n{x} {user} %s<end_of_turn>", "mistral-v3": "[INST]  {x} {user} %s\n[/INST]",
-              "qwen": "user\n {x} {user} %s\n<|im_end|>"}  # fmt: skip
+    wholes = {
+        "chatml": "user\n {x} {user} %s\n<|im_end|>",
+        "llama3": "\n\n{x} {user} %s<|eot_id|>",
+        "gemma": "user\n{x} {user} %s<end_of_turn>",
+        "mistral-v3": "[INST]  {x} {user} %s\n[/INST]",
+        "qwen": "user\n {x} {user} %s\n<|im_end|>",
+    }
     for name, text in wholes.items():
         tokenizer = small(name)
         assert text in tokenizer.decode(tokenizer.apply_chat([{"role": "user", "content": " {x} {user} %s\n"}]), False)
@@ -396,15 +400,25 @@ def test_truncation_keeps_the_frame(tmp_path, name):
         first = int(re.search(r"question (\d)", shown)[1]) if "question" in shown else 3
         assert len(whole) <= max_length and "answer 3" in shown
         if "question" in shown:
-            _, kept = split([{"role": role, "content": text} for i in range(first, 4)
-                             for role, text in (("user", record["src"][i]), ("assistant", record["tgt"][i]))])  # fmt: skip
+            _, kept = split(
+                [
+                    {"role": role, "content": text}
+                    for i in range(first, 4)
+                    for role, text in (("user", record["src"][i]), ("assistant", record["tgt"][i]))
+                ]
+            )
             expected = FORMATS[name].pieces(kept, {}, tokenizer)
             assert whole == sum(data.encode_pieces(tokenizer, expected, 1 + 2 * len(kept)), [])
 
 
 def test_ends_of_replies():
-    stops = {"chatglm3": ["<|user|>", "<|observation|>"], "gemma": ["<end_of_turn>"], "qwen": ["<|im_end|>"], "llama2": [],
-             "deepseek-v3": ["<｜end▁of▁sentence｜>"]}  # fmt: skip
+    stops = {
+        "chatglm3": ["<|user|>", "<|observation|>"],
+        "gemma": ["<end_of_turn>"],
+        "qwen": ["<|im_end|>"],
+        "llama2": [],
+        "deepseek-v3": ["<｜end▁of▁sentence｜>"],
+    }
     for name, texts in stops.items():
         tokenizer = small(name)
         assert tokenizer.stop_ids == [tokenizer.eos_token_id, *(tokenizer.added[text] for text in texts)]
@@ -478,8 +492,14 @@ def test_a_published_template_is_recognised(monkeypatch, folder, name):
         one.replace("'<|im_start|>system\n'", "'<|im_start|>system\\n'"),
     ):
         assert data.signature(same) == data.signature(one)
-    others = [one + "x", one.replace("INST] ", "INST]", 1), one.replace("helpful", "helpless"), one.replace("['role']", "['Role']", 1),
-              one.replace("content", "text", 1), one.replace("is defined", "is none", 1)]  # fmt: skip
+    others = [
+        one + "x",
+        one.replace("INST] ", "INST]", 1),
+        one.replace("helpful", "helpless"),
+        one.replace("['role']", "['Role']", 1),
+        one.replace("content", "text", 1),
+        one.replace("is defined", "is none", 1),
+    ]
     others = [other for other in others if other != one]
     assert len(others) >= 4 and all(data.signature(other) != data.signature(one) for other in others)
 
@@ -487,8 +507,18 @@ def test_a_published_template_is_recognised(monkeypatch, folder, name):
 def test_signature_keeps_what_counts():
     same = ["{{ 'a\\n' + b }}", '{{"a\n"+b}}', "{{-  'a\\n'  +b -}}", "{# c #}{{ 'a\\n' + b }}\n"]
     assert len({data.signature(text) for text in same}) == 1
-    others = ["{{ 'a \\n' + b }}", "{{ 'a\\n' + b }} ", "{{ 'a\\\\n' + b }}", "{{ a + 'b' }}", "{{ 'a' + b }}", "{% 'a\\n' + b %}",
-              "x{{ 'a\\n' + b }}", "{{ 'a\\n' + bc }}", "{{ 'a\\n' + b c }}", "{{ 'a\\n' }}{{ b }}"]  # fmt: skip
+    others = [
+        "{{ 'a \\n' + b }}",
+        "{{ 'a\\n' + b }} ",
+        "{{ 'a\\\\n' + b }}",
+        "{{ a + 'b' }}",
+        "{{ 'a' + b }}",
+        "{% 'a\\n' + b %}",
+        "x{{ 'a\\n' + b }}",
+        "{{ 'a\\n' + bc }}",
+        "{{ 'a\\n' + b c }}",
+        "{{ 'a\\n' }}{{ b }}",
+    ]
     assert len({data.signature(text) for text in [same[0], *others]}) == len(others) + 1
 
 
@@ -544,8 +574,11 @@ def test_templates_that_fail(source, words):
 def test_a_reply_without_an_end_gets_one():
     pytest.importorskip("jinja2")
     tokenizer = SmallTokenizer()
-    tokenizer.chat_template = data.JinjaTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-                                                 "{% if add_generation_prompt %}[assistant]{% endif %}", "t")  # fmt: skip
+    tokenizer.chat_template = data.JinjaTemplate(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+        "t",
+    )
     _, encoded = tokenizer.encode_chat([("a", "b"), ("c", "d")], {}, True)
     assert [tokenizer.decode(bot, False) for _, bot in encoded] == ["b", "d</s>"]
 
@@ -593,7 +626,7 @@ def test_where_a_template_is_found(tmp_path):
 
 def test_saving_leaves_one_template(tmp_path):
     config = tmp_path / "tokenizer_config.json"
-    files = lambda: sorted(path.name for path in tmp_path.iterdir())  # noqa: E731
+    files = lambda: sorted(path.name for path in tmp_path.iterdir())
     config.write_text(json.dumps({"chat_template": SHORT, "bos_token": "<s>"}))
     template = data.folder_template(tmp_path)
     data.save_chat_template(template, tmp_path)  # the folder's own: as transformers has it, old and new
@@ -642,7 +675,9 @@ def test_known_templates_write_what_transformers_renders(request, hf_python, tmp
 
     folder = request.config.getoption("--chat-templates")
     if folder is None:
-        pytest.skip("needs --chat-templates: a folder of published templates, one .jinja file each, which are not ours to copy")
+        pytest.skip(
+            "needs --chat-templates: a folder of published templates, one .jinja file each, which are not ours to copy"
+        )
     without_jinja(monkeypatch)
     draw = random.Random(0)
     words = [
@@ -662,7 +697,7 @@ def test_known_templates_write_what_transformers_renders(request, hf_python, tmp
         "\t",
         "'\"",
     ]
-    text = lambda: "".join(draw.choice(words) for _ in range(draw.randint(0, 6)))  # noqa: E731
+    text = lambda: "".join(draw.choice(words) for _ in range(draw.randint(0, 6)))
     chats = []
     for _ in range(300):
         chat = [{"role": "system", "content": text()}] if draw.random() < 0.5 else []

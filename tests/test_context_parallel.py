@@ -66,8 +66,12 @@ def test_chunks_see_what_rows_say(kind, T, size, before):
     """Each rank's pairs of chunks put together, those that are left out as zeros, are the mask of the whole."""
     B, Tk, n = 2, before + T, 2 if kind == "context" else 1
     packed = np.where(np.arange(Tk) < before + 4, before + 4, Tk)
-    rows = {"packed": np.tile(packed.reshape(1, 1, -1, 1), (B, 1, 1, 1)), "random": random_rows(1, 1, B, Tk, True), "context": random_rows(2, 1, B, Tk, False),
-            "window": np.tile((np.arange(Tk) + 4).reshape(1, 1, -1, 1), (B, 1, 1, 1))}.get(kind)  # fmt: skip
+    rows = {
+        "packed": np.tile(packed.reshape(1, 1, -1, 1), (B, 1, 1, 1)),
+        "random": random_rows(1, 1, B, Tk, True),
+        "context": random_rows(2, 1, B, Tk, False),
+        "window": np.tile((np.arange(Tk) + 4).reshape(1, 1, -1, 1), (B, 1, 1, 1)),
+    }.get(kind)
     row, key = np.arange(before, Tk)[:, None], np.arange(Tk)
     seen = np.ones((B, T, Tk), bool) if n == 2 else np.tile(key <= row, (B, 1, 1))
     if rows is not None:
@@ -112,7 +116,18 @@ def test_collectives_of_an_axis(size, two, four):
 
 # ============================================================================================= beside one process
 
-FAMILIES = ("llama", "llama_bias_tied", "glm4", "bloom", ALIBI, WINDOW, "gemma2", "chatglm", "opt", "mixtral")  # of even heads
+FAMILIES = (
+    "llama",
+    "llama_bias_tied",
+    "glm4",
+    "bloom",
+    ALIBI,
+    WINDOW,
+    "gemma2",
+    "chatglm",
+    "opt",
+    "mixtral",
+)  # of even heads
 BY_RING = ("llama_mqa", "gpt2", "deepseek_v2", "qwen2_moe", "baichuan2_13b", "opt_350m")  # and of any
 
 
@@ -125,27 +140,50 @@ def test_families(two, way, packed):
 
 @pytest.mark.parametrize("way", [heads, ring])
 def test_adapters(two, way):
-    kinds = {"llama": ("lora", "dropout", "prefix", "neftune"), ALIBI: ("prefix",) if way is heads else (), "chatglm": ("prefix",)}
-    cases = [(name, {"degrees": way(2), "steps": 2, "kind": kind, "packed": True}) for name, found in kinds.items() for kind in found]
+    kinds = {
+        "llama": ("lora", "dropout", "prefix", "neftune"),
+        ALIBI: ("prefix",) if way is heads else (),
+        "chatglm": ("prefix",),
+    }
+    cases = [
+        (name, {"degrees": way(2), "steps": 2, "kind": kind, "packed": True})
+        for name, found in kinds.items()
+        for kind in found
+    ]
     compare(two, [*cases, (ALIBI, {"degrees": way(2), "steps": 2, "kind": "lora", "packed": True})])
 
 
 @pytest.mark.parametrize("way", [heads, ring])
 def test_four_ranks(four, way):
     """Also where key heads are fewer than ranks, and rows so short that ranks have no token."""
-    cases = [("llama", {"degrees": way(4), "packed": True}), ("llama", {"degrees": way(4), "T": 3, "steps": 1}),
-             ("gemma2", {"degrees": way(4), "packed": True, "steps": 2}), ("qwen3_moe", {"degrees": way(4), "steps": 2}),
-             ("chatglm", {"degrees": way(4), "kind": "prefix", "packed": True, "steps": 1})]  # fmt: skip
+    cases = [
+        ("llama", {"degrees": way(4), "packed": True}),
+        ("llama", {"degrees": way(4), "T": 3, "steps": 1}),
+        ("gemma2", {"degrees": way(4), "packed": True, "steps": 2}),
+        ("qwen3_moe", {"degrees": way(4), "steps": 2}),
+        ("chatglm", {"degrees": way(4), "kind": "prefix", "packed": True, "steps": 1}),
+    ]
     compare(four, cases)
 
 
 @pytest.mark.parametrize("way", [heads, ring])
 def test_beside_tensor_and_data_parallelism(four, way):
-    cases = [("llama", {"degrees": way(2, tp=2), "packed": True, "steps": 2}),
-             ("llama", {"degrees": way(2, tp=2, sequence_parallel=True), "kind": "lora", "packed": True, "steps": 2, "recompute": True}),
-             ("mixtral_window", {"degrees": way(2, tp=2, sequence_parallel=True), "steps": 2, "packed": True}),
-             ("bloom", {"degrees": way(2, dp=2), "micro": 2, "packed": True}),
-             ("llama", {"degrees": way(2, sharding=2), "micro": 3, "kind": "dropout", "steps": 2})]  # fmt: skip
+    cases = [
+        ("llama", {"degrees": way(2, tp=2), "packed": True, "steps": 2}),
+        (
+            "llama",
+            {
+                "degrees": way(2, tp=2, sequence_parallel=True),
+                "kind": "lora",
+                "packed": True,
+                "steps": 2,
+                "recompute": True,
+            },
+        ),
+        ("mixtral_window", {"degrees": way(2, tp=2, sequence_parallel=True), "steps": 2, "packed": True}),
+        ("bloom", {"degrees": way(2, dp=2), "micro": 2, "packed": True}),
+        ("llama", {"degrees": way(2, sharding=2), "micro": 3, "kind": "dropout", "steps": 2}),
+    ]
     compare(four, cases)
 
 
@@ -163,7 +201,11 @@ def test_outside_of_training(two, way, name):
 def test_every_family(two, four, way, packed):
     options = {"steps": 2, "packed": packed}
     for ranks, degrees in ((two, way(2)), (four, way(4)), (four, way(2, tp=2, sequence_parallel=True))):
-        names = [n for n in families.NAMES if takes(n, degrees) and not parallel.check_tensor(families.config(n), Degrees(**degrees))]
+        names = [
+            n
+            for n in families.NAMES
+            if takes(n, degrees) and not parallel.check_tensor(families.config(n), Degrees(**degrees))
+        ]
         compare(ranks, [(name, {"degrees": degrees, **options}) for name in names])
 
 
@@ -174,7 +216,9 @@ def test_every_adapter_of_every_way(four):
         for name in ("llama", "deepseek_v2", WINDOW, "bloom"):
             if not takes(name, way) or parallel.check_tensor(families.config(name), Degrees(**way)):
                 continue
-            kinds = ["lora", "dora", "dropout", "neftune"] + ["prefix", "projection"] * (name == "llama" or "context" not in way)
+            kinds = ["lora", "dora", "dropout", "neftune"] + ["prefix", "projection"] * (
+                name == "llama" or "context" not in way
+            )
             cases += [(name, {"degrees": way, "kind": kind, "packed": True, "recompute": True}) for kind in kinds]
     compare(four, cases)
 
@@ -184,7 +228,13 @@ def test_every_adapter_of_every_way(four):
 
 def test_activations_fall_with_the_ranks(two, four):
     """Of 4,096 tokens, with adapters alone trained: what is kept for backward, nearly in half and in four."""
-    changes = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+    changes = {
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+    }
     measure = functools.partial(four.run, "context_jobs:live_bytes", T=4096, changes=changes)
     for way in (heads, ring):
         one = max(two.run("context_jobs:live_bytes", way(1, dp=2), T=4096, changes=changes))
@@ -200,12 +250,15 @@ def test_a_ring_and_a_prefix_for_each_sample(two):
     assert two.run("context_jobs:refused", WINDOW, heads(2), "prefix") == [None, None]
 
 
-@pytest.mark.parametrize("name, degrees, T, message", [
-    ("llama", heads(3), None, "sep_parallel_degree 3 does not divide attention heads (4): "),
-    ("llama", heads(4, tp=2), None, "attention heads (2, which tensor_parallel_degree 2 leaves a rank of 4)"),
-    ("llama", ring(4), 7, "context_parallel_degree 4 x 2 = 8 is more than tokens of a sequence (7)"),
-    ("llama", heads(4), 3, "sep_parallel_degree 4 is more than tokens of a sequence (3)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, degrees, T, message",
+    [
+        ("llama", heads(3), None, "sep_parallel_degree 3 does not divide attention heads (4): "),
+        ("llama", heads(4, tp=2), None, "attention heads (2, which tensor_parallel_degree 2 leaves a rank of 4)"),
+        ("llama", ring(4), 7, "context_parallel_degree 4 x 2 = 8 is more than tokens of a sequence (7)"),
+        ("llama", heads(4), 3, "sep_parallel_degree 4 is more than tokens of a sequence (3)"),
+    ],
+)
 def test_what_cannot_be_shared(name, degrees, T, message):
     found = parallel.check_context(families.config(name), Degrees(**degrees), T)
     assert len(found) == 1 and message in found[0]

@@ -175,7 +175,10 @@ def test_added_tokens(tmp_path, folder):
 def test_user_defined_symbols(chat_folder):
     tokenizer = load_tokenizer(chat_folder)
     ids = tokenizer.encode("<|im_start|>red", False)
-    assert "<|im_start|>" in [tokenizer.engine.sp.id_to_piece(i) for i in ids] and tokenizer.decode(ids) == "<|im_start|>red"
+    assert (
+        "<|im_start|>" in [tokenizer.engine.sp.id_to_piece(i) for i in ids]
+        and tokenizer.decode(ids) == "<|im_start|>red"
+    )
 
 
 def test_stream_never_emits_half_a_character(tokenizer):
@@ -260,9 +263,7 @@ def test_llama2_ids_are_those_of_the_published_tokenizer():
 def test_llama3_and_chatml_formats(chat_folder):
     tokenizer = load_tokenizer(chat_folder)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
-    tight = (
-        lambda text: text.replace("|> ten", "|>ten").replace("\n ten", "\nten").replace(" <|", "<|").lstrip()
-    )  # noqa: E731
+    tight = lambda text: text.replace("|> ten", "|>ten").replace("\n ten", "\nten").replace(" <|", "<|").lstrip()
     assert tight(template_text(tokenizer, load_chat_template("llama3"), CHAT)) == (
         "<|begin_of_text|>"
         + header("system")
@@ -698,7 +699,7 @@ def test_dynamic_padding_groups_lengths():
 @pytest.mark.parametrize("zero_padding", [False, True])
 def test_order_is_a_function_of_seed_and_epoch(zero_padding):
     dataset = FakeDataset(instruction_lengths(300))
-    make = lambda seed: SFTLoader(dataset, 4, 1024, zero_padding, seed=seed)  # noqa: E731
+    make = lambda seed: SFTLoader(dataset, 4, 1024, zero_padding, seed=seed)
     straight = make(1)
     ids = [[straight.batch(epoch, i)["sample_ids"] for i in range(straight.batches_per_epoch)] for epoch in range(2)]
     resumed = make(1)

@@ -1,4 +1,5 @@
 """How a run is cut: degrees from arguments, what does not fit in one line, ranks' places on the grid, upstream's option strings."""
+
 import itertools
 import re
 
@@ -42,32 +43,66 @@ def args_of(**keys):
         (4, dict(pipeline=4, virtual=3, order="sharding_first"), Degrees(pp=4, virtual=3, order="sharding_first")),
         (4, dict(tensor=2, sequence_parallel=True), Degrees(dp=2, tp=2, sequence_parallel=True)),
         (None, dict(tensor=8, sharding="stage2"), Degrees(tp=8)),  # counts alone
-        (None, dict(expert=4, sharding_degree=2), Degrees(dp=2, sharding=2, ep=4, stage=1)),  # experts need ranks with other tokens
+        (
+            None,
+            dict(expert=4, sharding_degree=2),
+            Degrees(dp=2, sharding=2, ep=4, stage=1),
+        ),  # experts need ranks with other tokens
     ],
 )
 def test_degrees(world, keys, wanted):
     assert Degrees.of(args_of(**keys), world=world) == wanted
 
 
-LLAMA = families.config("llama", num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=4, intermediate_size=5, vocab_size=7)
+LLAMA = families.config(
+    "llama", num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=4, intermediate_size=5, vocab_size=7
+)
 
 
 @pytest.mark.parametrize(
     "world, keys, line",
     [
-        (8, dict(tensor=3, sharding_degree=2), "tensor_parallel_degree 3 x pipeline_parallel_degree 1 x sharding_parallel_degree 2 x sep_parallel_degree 1"
-                                                " x context_parallel_degree 1 = 6 processes, but this run has 8; give a product that divides 8"),
-        (1, dict(pipeline=2), "pipeline_parallel_degree 2 x .* = 2 processes, but this run has 1; set the degrees to 1"),
+        (
+            8,
+            dict(tensor=3, sharding_degree=2),
+            "tensor_parallel_degree 3 x pipeline_parallel_degree 1 x sharding_parallel_degree 2 x sep_parallel_degree 1"
+            " x context_parallel_degree 1 = 6 processes, but this run has 8; give a product that divides 8",
+        ),
+        (
+            1,
+            dict(pipeline=2),
+            "pipeline_parallel_degree 2 x .* = 2 processes, but this run has 1; set the degrees to 1",
+        ),
         (6, dict(tensor=6), r"^tensor_parallel_degree 6 is more than channels of the MLP \(5\)$"),
-        (16, dict(tensor=16), r"tensor_parallel_degree 16 is more than attention heads \(8\); .* ids of the vocabulary \(7\); .* channels of the MLP \(5\)"),
+        (
+            16,
+            dict(tensor=16),
+            r"tensor_parallel_degree 16 is more than attention heads \(8\); .* ids of the vocabulary \(7\); .* channels of the MLP \(5\)",
+        ),
         (8, dict(tensor=8), r"tensor_parallel_degree 8 is more than ids of the vocabulary \(7\)"),
         (8, dict(pipeline=8), r"pipeline_parallel_degree 8 is more than layers \(4\)"),
-        (4, dict(pipeline=4, virtual=2), r"pipeline_parallel_degree 4 x virtual_pp_degree 2 = 8 is more than layers \(4\)"),
+        (
+            4,
+            dict(pipeline=4, virtual=2),
+            r"pipeline_parallel_degree 4 x virtual_pp_degree 2 = 8 is more than layers \(4\)",
+        ),
         (2, dict(virtual=2), "^virtual_pp_degree 2 needs a pipeline_parallel_degree above 1$"),
-        (3, dict(sep=3), r"sep_parallel_degree 3 does not divide attention heads \(8\): context_parallel_degree takes any"),
-        (8, dict(sep=4, tensor=4), r"sep_parallel_degree 4 does not divide attention heads \(2, which tensor_parallel_degree 4 leaves a rank of 8\)"),
+        (
+            3,
+            dict(sep=3),
+            r"sep_parallel_degree 3 does not divide attention heads \(8\): context_parallel_degree takes any",
+        ),
+        (
+            8,
+            dict(sep=4, tensor=4),
+            r"sep_parallel_degree 4 does not divide attention heads \(2, which tensor_parallel_degree 4 leaves a rank of 8\)",
+        ),
         (4, dict(sep=2, context=2), "sep_parallel_degree and context_parallel_degree exclude each other"),
-        (4, dict(sharding="stage2", pipeline=2), "sharding stage2 and pipeline_parallel_degree 2 exclude each other: use stage1"),
+        (
+            4,
+            dict(sharding="stage2", pipeline=2),
+            "sharding stage2 and pipeline_parallel_degree 2 exclude each other: use stage1",
+        ),
         (4, dict(sharding="stage3 offload", pipeline=2), "sharding stage3 and pipeline"),
         (2, dict(sequence_parallel=True), "sequence_parallel needs a tensor_parallel_degree above 1"),
         (2, dict(sharding="stage5"), "sharding: 'stage5'; possible are stage1, stage2, stage3"),
@@ -76,7 +111,7 @@ LLAMA = families.config("llama", num_attention_heads=8, num_key_value_heads=2, n
         (2, dict(expert=4), "expert_parallel_degree: 4, but this run has 2 process"),
         (4, dict(context=4), r"context_parallel_degree 4 x 2 = 8 is more than tokens of a sequence \(3\)"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_line(world, keys, line):
     with pytest.raises(UserError, match=line) as error:
         Degrees.of(args_of(**keys), LLAMA, 3, world)
@@ -89,14 +124,26 @@ def test_all_that_does_not_fit_is_in_the_one_line():
     assert len(str(error.value).split("; ")) >= 7, error.value
 
 
-@pytest.mark.parametrize("keys, fits", [(dict(expert=3), False), (dict(expert=4), True), (dict(expert=8), True), (dict(tensor=8), False)])
+@pytest.mark.parametrize(
+    "keys, fits", [(dict(expert=3), False), (dict(expert=4), True), (dict(expert=8), True), (dict(tensor=8), False)]
+)
 def test_experts(keys, fits):
     """8 experts 6 wide."""
-    config, T = families.config("qwen3_moe", num_attention_heads=8, num_key_value_heads=8, num_experts=8, moe_intermediate_size=6), 64
+    config, T = (
+        families.config(
+            "qwen3_moe", num_attention_heads=8, num_key_value_heads=8, num_experts=8, moe_intermediate_size=6
+        ),
+        64,
+    )
     if fits:
         assert Degrees.of(args_of(**keys), config, T, 8).ep == keys.get("expert", 1)
     else:
-        with pytest.raises(UserError, match=r"^expert_parallel_degree 3 does not divide experts \(8\)$" if "expert" in keys else r"channels of an expert \(6\)"):
+        with pytest.raises(
+            UserError,
+            match=r"^expert_parallel_degree 3 does not divide experts \(8\)$"
+            if "expert" in keys
+            else r"channels of an expert \(6\)",
+        ):
             Degrees.of(args_of(**keys), config, T, 6 if "expert" in keys else 8)
 
 
@@ -118,9 +165,15 @@ def test_places_on_the_grid(order):
         topology = Topology(degrees, rank)
         assert topology.place == place
         for axis in topology.axes:
-            line = [r for r, other in enumerate(places) if all(v == place[n] for n, v in zip(names, other) if n != axis.name)]
+            line = [
+                r
+                for r, other in enumerate(places)
+                if all(v == place[n] for n, v in zip(names, other) if n != axis.name)
+            ]
             assert axis.ranks == line and axis.rank == place[axis.name] and line[axis.rank] == rank
-        assert topology.data_rank == sizes["sharding"] * place["dp"] + place["sharding"] and topology.data_size == 4  # upstream's dataset_rank
+        assert (
+            topology.data_rank == sizes["sharding"] * place["dp"] + place["sharding"] and topology.data_size == 4
+        )  # upstream's dataset_rank
 
 
 def test_the_drawn_example_is_right():
@@ -128,13 +181,21 @@ def test_the_drawn_example_is_right():
     text = parallel.__doc__
     topologies = [Topology(Degrees.of(args_of(tensor=2, pipeline=2), world=8), rank) for rank in range(8)]
     columns = [(pp, tp) for pp in (0, 1) for tp in (0, 1)]
-    assert [int(n) for n in re.findall(r"pp (\d) \(", text)] == [0, 1] and re.findall(r"\btp (\d)\s", text)[:4] == ["0", "1", "0", "1"]
+    assert [int(n) for n in re.findall(r"pp (\d) \(", text)] == [0, 1] and re.findall(r"\btp (\d)\s", text)[:4] == [
+        "0",
+        "1",
+        "0",
+        "1",
+    ]
     for dp, row in re.findall(r"^ +dp (\d) +((?:rank \d +){4})", text, re.M):
         for (pp, tp), rank in zip(columns, map(int, re.findall(r"\d", row)), strict=True):
             assert topologies[rank].place == dict(dp=int(dp), pp=pp, sharding=0, sep=0, tp=tp)
     copy = re.search(r"one copy of the model: ([\d, ]+)", text)[1]
     assert [int(n) for n in copy.split(",")] == [t.rank for t in topologies if t.dp.rank == 0]
-    drawn = {axis: re.search(rf"\b{axis} ((?:\{{[\d,]+\}}[ ;.]*)+)", text.replace("\n", " "))[1] for axis in ("tp", "pp", "dp")}
+    drawn = {
+        axis: re.search(rf"\b{axis} ((?:\{{[\d,]+\}}[ ;.]*)+)", text.replace("\n", " "))[1]
+        for axis in ("tp", "pp", "dp")
+    }
     for axis, groups in drawn.items():
         found = {tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", groups)}
         assert found == {tuple(getattr(t, axis).ranks) for t in topologies}, axis
@@ -147,7 +208,9 @@ def test_the_drawn_example_is_right():
 def test_what_does_not_train_is_refused_with_several_processes(script, monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
     config = {quantize: "llama_gptq", export: "llama_hf", serve: "llama_serve"}[script]
-    with pytest.raises(UserError, match="this run has 2 processes, but this script works in one: start it without the launcher"):
+    with pytest.raises(
+        UserError, match="this run has 2 processes, but this script works in one: start it without the launcher"
+    ):
         trainer.parse_args(script.Args, [f"configs/{config}.json"])
 
 
@@ -166,7 +229,9 @@ def test_options_of_upstream(key, capsys):
     for text in (" ".join(given), ",".join(given)):
         trainer.parse_args(dpo.Args, ["configs/llama_dpo.json", f"--{key}", text])
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == len(given) and all(f"ignored: {key}: " in line and "no effect here: " in line for line in lines)
+        assert len(lines) == len(given) and all(
+            f"ignored: {key}: " in line and "no effect here: " in line for line in lines
+        )
     trainer.parse_args(dpo.Args, ["configs/llama_dpo.json", f"--{key}="])
     assert capsys.readouterr().out == ""
     wrong = given[0].replace("_", "-", 1)
@@ -182,5 +247,7 @@ def test_option_names_are_upstreams():
         "sharding_parallel_config": "enable_stage1_tensor_fusion, enable_stage1_overlap, enable_stage2_overlap, split_param, disable_stage1_reduce_avg, enable_stage1_broadcast_overlap, enable_stage1_allgather_overlap, enable_release_grads, enable_fuse_optimizer_states",
         "data_parallel_config": "enable_allreduce_avg_in_gradinent_scale, gradient_sync_after_accumulate",
         "sequence_parallel_config": "enable_allreduce_avg_in_gradinent_scale, gradient_sync_after_accumulate",
-    }  # fmt: skip
-    assert {key: set(names.split(", ")) for key, names in wanted.items()} == {key: set(options) for key, options in trainer.OPTIONS.items()}
+    }
+    assert {key: set(names.split(", ")) for key, names in wanted.items()} == {
+        key: set(options) for key, options in trainer.OPTIONS.items()
+    }

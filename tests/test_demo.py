@@ -1,7 +1,8 @@
 """The demo data: formats, keywords, what dev may hold, sizes, and that make_demo.py still writes what is committed.
 
-    python -m pytest -q tests/test_demo.py     # any machine, a few seconds; no corpus.jsonl and no weights needed
+python -m pytest -q tests/test_demo.py     # any machine, a few seconds; no corpus.jsonl and no weights needed
 """
+
 import json
 import sys
 from itertools import islice
@@ -12,7 +13,7 @@ import sentencepiece
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
-import make_demo  # noqa: E402  (its folder must be on the path first)
+import make_demo
 
 SFT_FILES = ("sft/train.json", "sft/dev.json")
 PREFERENCE_FILES = ("preference/train.jsonl", "preference/dev.jsonl")
@@ -41,8 +42,14 @@ def tokenizer():
     return sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "llama" / "tokenizer.model"))
 
 
-@pytest.mark.parametrize("write", [make_demo.corpus_texts, lambda count: make_demo.sft_records("train", count),
-                                   lambda count: make_demo.preference_records("dev", count)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        make_demo.corpus_texts,
+        lambda count: make_demo.sft_records("train", count),
+        lambda count: make_demo.preference_records("dev", count),
+    ],
+)
 def test_same_seed_same_records_whatever_the_count(write):
     first = list(write(60))
     assert first == list(write(60)) == list(islice(write(100), 60))
@@ -78,9 +85,11 @@ def test_sft_format(name):
         assert len(sources) == len(targets) and all(text.strip() for text in sources + targets)
         assert isinstance(record["src"], str) == ("keywords" in record)
         assert record.get("context", {"system": "-"})["system"]
-    shares = [sum(isinstance(record["src"], list) for record in records),
-              sum("context" in record for record in records),
-              sum(record_is_chinese(record) for record in records)]
+    shares = [
+        sum(isinstance(record["src"], list) for record in records),
+        sum("context" in record for record in records),
+        sum(record_is_chinese(record) for record in records),
+    ]
     for share, expected in zip(shares, (0.1, 0.1, 0.5)):
         assert abs(share / len(records) - expected) < 0.1
 
@@ -116,8 +125,12 @@ def test_each_dev_record_has_a_pair_that_train_never_has(train, dev):
 def test_system_prompts_are_kept():
     endings = {"zh": make_demo.CLOSING_ZH, "en": make_demo.CLOSING_EN}
     openings = {"zh": make_demo.OPENING_ZH, "en": make_demo.OPENING_EN}
-    tones = {prompt: (tone, language) for tone, prompts in make_demo.TONES.items()
-             for language in prompts for prompt in prompts[language]}
+    tones = {
+        prompt: (tone, language)
+        for tone, prompts in make_demo.TONES.items()
+        for language in prompts
+        for prompt in prompts[language]
+    }
     for record in [record for name in SFT_FILES for record in read(name) if "context" in record]:
         tone, language = tones[record["context"]["system"]]
         text = record["tgt"]
@@ -159,7 +172,13 @@ def test_corpus_never_shows_the_task():
 def test_tokenizer(tokenizer):
     assert [tokenizer.id_to_piece(index) for index in range(7)] == ["<unk>", "<s>", "</s>", *make_demo.SYMBOLS]
     assert tokenizer.encode("type#red*color#red", out_type=str)[-4:] == ["*", "color", "#", "red"]
-    for text in ("The 48 red dresses", "这款红色连衣裙，很好看。", "two\nlines", "😀 not in the corpus: ë", "<|im_start|>user"):
+    for text in (
+        "The 48 red dresses",
+        "这款红色连衣裙，很好看。",
+        "two\nlines",
+        "😀 not in the corpus: ë",
+        "<|im_start|>user",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     texts = list(make_demo.corpus_texts(300))
     ids = [tokenizer.encode(text) for text in texts]

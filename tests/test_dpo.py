@@ -215,14 +215,26 @@ def pair_set(tmp_path, tokenizer, records, max_seq_len=512, max_prompt_len=256):
 
 
 def record(src="red lamp", tgt=(), response=("a red lamp", "ten coins"), sort=(1, 0), **more):
-    return {"src": src, "tgt": list(tgt) if isinstance(tgt, tuple) else tgt, "response": list(response),
-            "sort": list(sort)} | more  # fmt: skip
+    return {
+        "src": src,
+        "tgt": list(tgt) if isinstance(tgt, tuple) else tgt,
+        "response": list(response),
+        "sort": list(sort),
+    } | more
 
 
 def test_records_without_a_template(tmp_path, tokenizer):
     eos, encode = [tokenizer.eos_token_id], tokenizer.encode
-    found = pair_set(tmp_path, tokenizer, [record(), record(src=["red lamp"], sort=(0.1, 0.7)), record(tgt=""),
-                                           record(src=["red lamp", "and why"], tgt=["ten"])])  # fmt: skip
+    found = pair_set(
+        tmp_path,
+        tokenizer,
+        [
+            record(),
+            record(src=["red lamp"], sort=(0.1, 0.7)),
+            record(tgt=""),
+            record(src=["red lamp", "and why"], tgt=["ten"]),
+        ],
+    )
     prompt, good, bad = encode("red lamp"), encode("a red lamp", False) + eos, encode("ten coins", False) + eos
     assert [part.tolist() for part in found.pair(0)] == [prompt, good, bad]
     assert [part.tolist() for part in found.pair(1)] == [prompt, bad, good]
@@ -338,10 +350,16 @@ def test_losses_by_hand(loss_type):
     (c, r), (C, R) = (policy / scale).T, (given / scale).T
     preference, sft = BY_HAND[loss_type](c, r, C, R).mean(), -policy[:, 0].sum() / tokens[:, 0].sum()
     expected = {
-        "dpo_loss": preference, "sft_loss": sft, "logps/chosen": c.mean(), "logps/rejected": r.mean(),
-        "logps/accuracies": (c > r).mean(), "rewards/chosen": 0.4 * (c - C).mean(), "rewards/rejected": 0.4 * (r - R).mean(),
-        "rewards/accuracies": (c - C > r - R).mean(), "rewards/margins": 0.4 * (c - C - r + R).mean(),
-    }  # fmt: skip
+        "dpo_loss": preference,
+        "sft_loss": sft,
+        "logps/chosen": c.mean(),
+        "logps/rejected": r.mean(),
+        "logps/accuracies": (c > r).mean(),
+        "rewards/chosen": 0.4 * (c - C).mean(),
+        "rewards/rejected": 0.4 * (r - R).mean(),
+        "rewards/accuracies": (c - C > r - R).mean(),
+        "rewards/margins": 0.4 * (c - C - r + R).mean(),
+    }
     assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert float(loss) == pytest.approx(2 * preference + 0.3 * sft, rel=1e-5)
 
@@ -363,8 +381,10 @@ def assert_as_trl(found):
     with paddle.no_grad():
         base = dpo.reply_logps(reference, batch)
     runs = [(kind, kind, base, dict(beta=beta)) for kind, beta in given["dpo"]]
-    runs += [(f"cpo_{kind}", kind, paddle.zeros_like(base), dict(beta=beta, simpo_gamma=gamma, label_smoothing=smoothing))
-             for kind, beta, gamma, smoothing in given["cpo"]]  # fmt: skip
+    runs += [
+        (f"cpo_{kind}", kind, paddle.zeros_like(base), dict(beta=beta, simpo_gamma=gamma, label_smoothing=smoothing))
+        for kind, beta, gamma, smoothing in given["cpo"]
+    ]
     runs.append(("orpo", "or", paddle.zeros_like(base), {}))
     compared = 0
     for name, kind, base, options in runs:
@@ -532,8 +552,20 @@ def test_accumulating_equals_one_batch(world, tmp_path):
 
 def test_the_best_is_kept_and_loaded(world, tmp_path, capfd):
     out = tmp_path / "out"
-    run(keys_of(world, out, do_eval=True, evaluation_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-                load_best_model_at_end=True, save_total_limit=2, **KINDS["lora"]))  # fmt: skip
+    run(
+        keys_of(
+            world,
+            out,
+            do_eval=True,
+            evaluation_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            save_total_limit=2,
+            **KINDS["lora"],
+        )
+    )
     found = [json.loads(line) for line in (out / "eval_metrics.jsonl").read_text().splitlines()]
     assert [row["eval_accuracy"] for row in found] == [row["eval_rewards/accuracies"] for row in found]
     best = min(found, key=lambda row: row["eval_loss"])

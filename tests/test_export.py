@@ -11,6 +11,9 @@ import struct
 import types
 import zipfile
 
+import kernels
+
+import families
 import numpy as np
 import paddle
 import pytest
@@ -19,8 +22,6 @@ from conftest import ROOT
 from golden_weights import CASES, draw, shapes
 
 import export
-import families
-import kernels
 import model as M
 import trainer
 from data import SFTDataset, UserError, load_tokenizer
@@ -362,14 +363,21 @@ def test_every_family_in_both_formats(tmp_path, capsys, name):
     """A Hugging Face folder with the same tensors, and static programs that write the same tokens in any company."""
     source = of_family(tmp_path, name)
     folder = run(tmp_path / "hf", model_name_or_path=source)
-    assert M.read_safetensors(folder / "model.safetensors").keys() == M.read_safetensors(source / "model.safetensors").keys()
+    assert (
+        M.read_safetensors(folder / "model.safetensors").keys()
+        == M.read_safetensors(source / "model.safetensors").keys()
+    )
     for key, tensor in M.read_safetensors(source / "model.safetensors").items():
         np.testing.assert_array_equal(M.read_safetensors(folder / "model.safetensors")[key], tensor)
     assert json.loads((folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     folder = run(tmp_path / "static", model_name_or_path=source, format="static")
     assert "largest difference of logits" in capsys.readouterr().out.splitlines()[-1]
     runner, model = StaticRunner(folder), M.from_pretrained(source).eval()
-    assert runner.max_positions == model.config.most_tokens == (1 << 30 if name in families.ALIBI else 24 if name == "llama_dynamic" else 64)
+    assert (
+        runner.max_positions
+        == model.config.most_tokens
+        == (1 << 30 if name in families.ALIBI else 24 if name == "llama_dynamic" else 64)
+    )
     texts = texts_of(model.config)
     found = greedy_static(runner, texts, 8, [])
     for text, reply in zip(texts, found):
@@ -384,7 +392,9 @@ def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
         plain = {w.name: w for w in M.base_weights(families.fill(M.build(config)))}
         for w in M.base_weights(model):  # of the biases that a shift adds, none is 0
             if w.stored is None:
-                array = plain[w.name].parameter.numpy() if w.name in plain else np.full(w.parameter.shape, 0.1, np.float32)
+                array = (
+                    plain[w.name].parameter.numpy() if w.name in plain else np.full(w.parameter.shape, 0.1, np.float32)
+                )
                 M.set_parameter(w.parameter, array)
         for path, (_, _, layer) in M.linears(model).items():
             round_into(layer, plain[path + ".weight"].parameter.numpy())
@@ -392,20 +402,29 @@ def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
         tokenizer_into(tmp_path / name)
     folder = run(tmp_path / "floats", model_name_or_path=tmp_path / "bloom", dequantize=True)
     again = M.from_pretrained(folder)
-    assert again.config.quantization is None and all(isinstance(layer, M.Linear) for *_, layer in M.linears(again).values())
+    assert again.config.quantization is None and all(
+        isinstance(layer, M.Linear) for *_, layer in M.linears(again).values()
+    )
     with pytest.raises(UserError, match="was shifted: .* have no place in a float llama"):
         run(tmp_path / "none", model_name_or_path=tmp_path / "llama", dequantize=True)
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "mistral", "deepseek_v2_lite"])
+@pytest.mark.parametrize(
+    "name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "mistral", "deepseek_v2_lite"]
+)
 def test_static_goes_on_as_it_began(tmp_path, name):
     """Behind a prefix, in pieces, and computed again with part of the reply, as the engine does after it made room."""
     source = of_family(tmp_path, name)
     model = M.apply_prefix(M.from_pretrained(source), tokens=5)
-    M.set_parameter(model.prefix.embedding, np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32))
+    M.set_parameter(
+        model.prefix.embedding,
+        np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32),
+    )
     M.save_adapter(model, tmp_path / "prefix", source)
-    runner = StaticRunner(run(tmp_path / "static", model_name_or_path=source, prefix_path=tmp_path / "prefix", format="static"))
+    runner = StaticRunner(
+        run(tmp_path / "static", model_name_or_path=source, prefix_path=tmp_path / "prefix", format="static")
+    )
     assert runner.virtual == 5
     runner.piece = runner.piece if name == "chatglm" else 4
     texts, model = texts_of(model.config, (4, 9)), model.eval()

@@ -6,8 +6,11 @@
 
 What a sample computes may not depend on how it came into a batch: packed with others, padded left or right, or alone.
 """
+
 import math
 import re
+
+import kernels
 
 import families
 import family_table
@@ -38,15 +41,18 @@ from test_model import gradients, largest, left_padding, mean_loss, packed_batch
 import data
 import dpo
 import finetune
-import kernels
 import model as M
 import trainer
 from data import UserError, collate_pairs, pair_sample
 
+
 def each_with(kinds):
     """(name, kind) of every family and kind: one kind a family by default, in turn, the rest with --slow."""
-    return [pytest.param(name, kind, marks=[] if (i - k) % len(kinds) == 0 else [pytest.mark.slow])
-            for i, name in enumerate(NAMES) for k, kind in enumerate(kinds)]  # fmt: skip
+    return [
+        pytest.param(name, kind, marks=[] if (i - k) % len(kinds) == 0 else [pytest.mark.slow])
+        for i, name in enumerate(NAMES)
+        for k, kind in enumerate(kinds)
+    ]
 
 
 # ==================================================================================== packing, padding, one by one
@@ -75,7 +81,9 @@ def prefixed(name, projection=False, tokens=3):
     """With a prefix whose every value has been moved."""
     model = M.apply_prefix(build(name), tokens, projection, 20 if projection else None)
     for i, w in enumerate(M.adapter_weights(model)):
-        M.set_parameter(w.parameter, np.random.default_rng([7, i]).standard_normal(w.parameter.shape).astype(np.float32))
+        M.set_parameter(
+            w.parameter, np.random.default_rng([7, i]).standard_normal(w.parameter.shape).astype(np.float32)
+        )
     return model.eval()
 
 
@@ -142,7 +150,9 @@ def aux_loss(model, batch):
     """What training adds to every loss that counts."""
     ids, labels, positions, rows = (tensor(a) for a in batch)
     model.train()
-    more = (model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, additions=False)).numpy()
+    more = (
+        model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, additions=False)
+    ).numpy()
     model.eval()
     counted = more[batch[1] != -100]
     assert np.abs(more[batch[1] == -100]).max(initial=0) == 0 and np.ptp(counted) < 1e-6
@@ -168,8 +178,12 @@ def test_balancing_loss_counts_no_padding(name):
         losses.sum().backward()
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
         # One expert a token, whose weight is made 1: only the balance moves the router.
-        assert router and all((np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalise) for g in router.values())
-        assert all(largest(g, with_it[key]) > 1e-5 for key, g in router.items() if with_it), "the balance moves the router"
+        assert router and all(
+            (np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalise) for g in router.values()
+        )
+        assert all(largest(g, with_it[key]) > 1e-5 for key, g in router.items() if with_it), (
+            "the balance moves the router"
+        )
         with_it |= router
 
 
@@ -202,7 +216,11 @@ def test_experts_without_tokens_and_with_all_of_them(name):
         for layer in model.layers:
             if not isinstance(layer.mlp, M.SparseMLP):
                 continue
-            x = paddle.to_tensor(np.random.default_rng(text.size).standard_normal([*text.shape, model.config.hidden_size]).astype("float32"))
+            x = paddle.to_tensor(
+                np.random.default_rng(text.size)
+                .standard_normal([*text.shape, model.config.hidden_size])
+                .astype("float32")
+            )
             x = x if text.size != ids.size else x[:1, :1].expand(x.shape)  # all the same token: the same experts
             flat = x.reshape([-1, x.shape[-1]])
             weights, chosen, _ = layer.mlp.route(flat)
@@ -272,7 +290,14 @@ def test_padded_rows_in_pieces_through_the_cache(name):
     cache, parts = model.new_cache(2), []
     for start, end, with_rows in ((0, 9, True), (9, 11, True), (11, 13, False)):
         given = np.full((2, 1, end - start, 1), np.iinfo(np.int32).max, np.int32) if start else rows[:, :, :end]
-        parts.append(model(tensor(padded[:, start:end]), tensor(positions[:, start:end]), tensor(given) if with_rows else None, cache).numpy())
+        parts.append(
+            model(
+                tensor(padded[:, start:end]),
+                tensor(positions[:, start:end]),
+                tensor(given) if with_rows else None,
+                cache,
+            ).numpy()
+        )
     found = np.concatenate(parts, 1)
     assert largest(found[mask == 1], whole[mask == 1]) < 2e-5
     for row, pad in ((0, 3), (1, 5)):
@@ -315,8 +340,17 @@ def test_pairs_that_share_a_prompt_are_as_two_samples(name):
     assert all(largest(g, shared[key]) < 2e-5 * scale for key, g in gradients(model).items())
 
 
-@pytest.mark.parametrize("name, words", [("bloom", "ALiBi"), ("baichuan_13b", "ALiBi"), ("qwen_ntk", "at most 8"), ("llama_dynamic", "at most 8"),
-                                         ("mistral", "at most 5"), ("gemma2", "at most 4")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("bloom", "ALiBi"),
+        ("baichuan_13b", "ALiBi"),
+        ("qwen_ntk", "at most 8"),
+        ("llama_dynamic", "at most 8"),
+        ("mistral", "at most 5"),
+        ("gemma2", "at most 4"),
+    ],
+)
 def test_pairs_that_cannot_share_a_prompt_are_refused(name, words):
     with pytest.raises(UserError, match=words):
         dpo.check_model(build(name), dpo.Args(model_name_or_path=name, max_seq_len=40))
@@ -339,8 +373,11 @@ def lora_targets(name):
     """The linears that an adapter of everything must reach: all of the blocks but routers and gates."""
     model = build(name)
     rest = ("router", "shared_gate")
-    return {path for path, layer in model.named_sublayers() if isinstance(layer, M.Linear) and path.startswith("layers.")
-            and path.rpartition(".")[2] not in rest}  # fmt: skip
+    return {
+        path
+        for path, layer in model.named_sublayers()
+        if isinstance(layer, M.Linear) and path.startswith("layers.") and path.rpartition(".")[2] not in rest
+    }
 
 
 @pytest.mark.parametrize("name, kind", each_with(tuple(LORA)))
@@ -357,7 +394,9 @@ def test_lora_of_every_linear(name, kind, tmp_path):
     model.train()
     model(tensor(ids), labels=tensor(labels)).sum().backward()
     used = {key for key, g in gradients(model).items() if np.abs(g).max() > 0}
-    assert {w.name for w in M.adapter_weights(model)} - used <= {w.name for w in M.adapter_weights(model) if ".experts." in w.name}
+    assert {w.name for w in M.adapter_weights(model)} - used <= {
+        w.name for w in M.adapter_weights(model) if ".experts." in w.name
+    }
     model.eval()
     M.save_adapter(model, tmp_path / "adapter")
     again = M.load_adapter(build(name), tmp_path / "adapter")
@@ -424,7 +463,9 @@ def test_bfloat16_training_step(name):
     (a, ga), (b, gb) = found
     assert 0 < np.abs(a - b).mean() < 0.05 * np.abs(a).mean()
     norms = [np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gs.values())) for gs in (ga, gb)]
-    assert norms[1] == pytest.approx(norms[0], rel=0.1) if name not in MOE else np.isfinite(norms[1])  # another expert, another path
+    assert (
+        norms[1] == pytest.approx(norms[0], rel=0.1) if name not in MOE else np.isfinite(norms[1])
+    )  # another expert, another path
 
 
 def test_positions_beyond_a_learned_table():
@@ -445,7 +486,9 @@ def test_smallest_shapes(name):
         ids = np.array([[7]])
         losses = model(tensor(ids), labels=tensor(ids + 1))
         losses.sum().backward()
-        assert float(losses.sum()) == pytest.approx(float(paddle.nn.functional.cross_entropy(model(tensor(ids))[0], tensor([8]))), rel=1e-4)
+        assert float(losses.sum()) == pytest.approx(
+            float(paddle.nn.functional.cross_entropy(model(tensor(ids))[0], tensor([8]))), rel=1e-4
+        )
         assert M.generate(model, ids, 3).shape == (1, 4)
 
 
@@ -539,13 +582,18 @@ def test_golden_lengths_of_qwen():
         for row in range(2):
             cache, start = model.new_cache(1), prompt.shape[1]
             steps = [model(tensor(prompt[row : row + 1]), caches=cache).numpy()[0, -1]]
-            steps += [model(tensor(wanted[row : row + 1, at : at + 1]), caches=cache).numpy()[0, -1] for at in range(start, wanted.shape[1] - 1)]
+            steps += [
+                model(tensor(wanted[row : row + 1, at : at + 1]), caches=cache).numpy()[0, -1]
+                for at in range(start, wanted.shape[1] - 1)
+            ]
             assert largest(np.stack(steps), oracle[f"gen_step_logits{suffix}"][row]) < 1e-4, suffix
             assert np.array_equal(M.generate(model, prompt[row : row + 1], 12)[0], wanted[row])
     model.train()
     labels = np.concatenate([oracle["labels"][:, 1:], np.full((2, 1), -100)], 1).astype(np.int64)
     assert largest(model(tensor(ids)).numpy(), oracle["logits_trainmode"]) < 1e-4
-    assert float(mean_loss(model(tensor(ids), labels=tensor(labels)), labels)) == pytest.approx(notes["loss_trainmode"], rel=1e-6)
+    assert float(mean_loss(model(tensor(ids), labels=tensor(labels)), labels)) == pytest.approx(
+        notes["loss_trainmode"], rel=1e-6
+    )
 
 
 @with_goldens
@@ -563,7 +611,9 @@ def test_golden_masks_and_positions_of_chatglm(name):
     assert np.array_equal(hidden, oracle["attention_mask"][:, 0].astype(bool))
 
 
-IN_TRANSFORMERS = tuple(name for name in NAMES if not name.startswith(("qwen_", "baichuan", "chatglm", "internlm")) and name != "qwen")
+IN_TRANSFORMERS = tuple(
+    name for name in NAMES if not name.startswith(("qwen_", "baichuan", "chatglm", "internlm")) and name != "qwen"
+)
 
 
 @pytest.mark.torch
@@ -571,7 +621,9 @@ def test_recorded_numbers_equal_transformers(hf_python, tmp_path):
     """Logits, loss, gradient norms and tokens of all families that transformers has, on these very weights."""
     for name in IN_TRANSFORMERS:
         families.write(tmp_path / "models" / name, name)
-        np.savez(tmp_path / "models" / name / "inputs.npz", **dict(zip(("ids", "labels"), samples_of(name))), steps=STEPS)
+        np.savez(
+            tmp_path / "models" / name / "inputs.npz", **dict(zip(("ids", "labels"), samples_of(name))), steps=STEPS
+        )
     found = hf_python(TRANSFORMERS, tmp_path / "models")
     for name in IN_TRANSFORMERS:
         mine = record(name, every_logit=True)
@@ -611,7 +663,10 @@ def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
         families.write(tmp_path / "models" / name / "base", name)
         fused = name in MOE and not name.startswith("mixtral")
         targets = r".*\.self_attn\..*_proj(_with_mqa)?" if fused else None
-        made = {"lora": lambda: moved(M.apply_lora(build(name), rank=2, alpha=3.0, targets=targets)), "prefix": lambda: prefixed(name)}
+        made = {
+            "lora": lambda: moved(M.apply_lora(build(name), rank=2, alpha=3.0, targets=targets)),
+            "prefix": lambda: prefixed(name),
+        }
         for kind in made if name not in families.LATENT else ["lora"]:
             model = made[kind]()
             model.eval()
@@ -656,16 +711,33 @@ def test_scripts(name, kind, world, tmp_path):
         tune(folder, world, tmp_path / "out", kind)
 
 
-@pytest.mark.parametrize("keys, words", [({"max_length": 65}, "max_length asks for 65"), ({"max_length": 61, "prefix_tuning": True, "num_prefix_tokens": 4}, "asks for 65"),
-                                         ({"max_length": 60, "src_length": 50, "max_new_tokens": 15}, "src_length . max_new_tokens asks for 65")])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"max_length": 65}, "max_length asks for 65"),
+        ({"max_length": 61, "prefix_tuning": True, "num_prefix_tokens": 4}, "asks for 65"),
+        ({"max_length": 60, "src_length": 50, "max_new_tokens": 15}, "src_length . max_new_tokens asks for 65"),
+    ],
+)
 def test_lengths_beyond_a_learned_table_are_refused(keys, words, world, tmp_path, capsys):
     folder = families.write(tmp_path / "base", "gpt2")
     give_tokenizer(folder, world)
-    given = {"model_name_or_path": str(folder), "dataset_name_or_path": str(world / "sft"), "output_dir": str(tmp_path / "out"), "do_train": True,
-             "src_length": 20, "max_new_tokens": 4, "disable_tqdm": True, **keys}  # fmt: skip
+    given = {
+        "model_name_or_path": str(folder),
+        "dataset_name_or_path": str(world / "sft"),
+        "output_dir": str(tmp_path / "out"),
+        "do_train": True,
+        "src_length": 20,
+        "max_new_tokens": 4,
+        "disable_tqdm": True,
+        **keys,
+    }
     with pytest.raises(SystemExit):
         run_script(finetune, given)
-    assert re.search(f"base: has learned 64 positions; .*{words}", capsys.readouterr().err) and not (tmp_path / "out").exists()
+    assert (
+        re.search(f"base: has learned 64 positions; .*{words}", capsys.readouterr().err)
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path):
@@ -686,10 +758,15 @@ def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path
                 assert (labels[b, start:end] == -100).all(), "padding alone has no <sop>"
                 continue
             sop = start + found[0]
-            assert ids[b, sop - 1] == SPECIAL["gmask"] and labels[b, sop] != -100 and (labels[b, start:sop] == -100).all()
+            assert (
+                ids[b, sop - 1] == SPECIAL["gmask"] and labels[b, sop] != -100 and (labels[b, start:sop] == -100).all()
+            )
             assert (rows[b, start:sop, 1] == start).all() and (rows[b, sop:end, 1] == np.arange(sop, end)).all()
             assert (rows[b, start:end, 0] == end).all()
-            assert positions[b, start:end].tolist() == [*([t, 0] for t in range(sop - start)), *([sop - 1 - start, t + 1] for t in range(end - sop))]
+            assert positions[b, start:end].tolist() == [
+                *([t, 0] for t in range(sop - start)),
+                *([sop - 1 - start, t + 1] for t in range(end - sop)),
+            ]
             assert labels[b, start:end][-1] == SPECIAL["eop"]
 
 
@@ -708,6 +785,11 @@ def test_a_cell_that_fails_has_no_mark(monkeypatch, capsys):
         assert folder.name != "opt_350m_style"
 
     numbers = dict.fromkeys(("logits", "loss", "norm"), 2e-6)
-    monkeypatch.setattr(family_table, "CELLS", {"load": lambda folder, work: numbers, "save": fails, "SFT": lambda folder, work: None})
-    assert family_table.table(["opt"]).splitlines()[-1] == "| `opt` | OPT, 350m too (2) | ✓ |   | ✓ | 2.0e-6 | 2.0e-6 | 2.0e-6 |"
+    monkeypatch.setattr(
+        family_table, "CELLS", {"load": lambda folder, work: numbers, "save": fails, "SFT": lambda folder, work: None}
+    )
+    assert (
+        family_table.table(["opt"]).splitlines()[-1]
+        == "| `opt` | OPT, 350m too (2) | ✓ |   | ✓ | 2.0e-6 | 2.0e-6 | 2.0e-6 |"
+    )
     assert "opt_350m_style: save: AssertionError" in capsys.readouterr().err

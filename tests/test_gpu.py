@@ -7,6 +7,7 @@ Cores run on the CPU (cuda_on_cpu.h). The bindings are compiled against them as 
 GPU build has gets kernels of documented meaning (phi_on_cpu.cc): so gpu.py itself runs, and Paddle infers shapes of its calls.
 Not shown here: speed, Paddle's own GPU kernels, and what a GPU does that this emulation does not (see cuda_on_cpu.h).
 """
+
 import ctypes
 import inspect
 import itertools
@@ -17,6 +18,9 @@ import sys
 import threading
 from pathlib import Path
 
+import kernels
+from kernels import gpu, reference
+
 import cuda_on_cpu
 import numpy as np
 import paddle
@@ -24,9 +28,7 @@ import pytest
 import test_kernels as cases
 from cuda_on_cpu import CASES, Cores
 
-import kernels
 from data import UserError
-from kernels import gpu, reference
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = Path(paddle.sysconfig.get_include())
@@ -61,8 +63,16 @@ def builds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     ops, phi, cuda = (folder / name for name in ("ops.so", "phi.so", "ops.o"))
     found = {
-        "ops": (ops, Build("g++", *cuda_on_cpu.FLAGS, "-x", "c++", *PADDLE, cuda_on_cpu.CORES / "ops.cu", "-o", ops, *LINK)),
-        "phi": (phi, Build("g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", *PADDLE, HERE / "phi_on_cpu.cc", "-o", phi, *LINK)),
+        "ops": (
+            ops,
+            Build("g++", *cuda_on_cpu.FLAGS, "-x", "c++", *PADDLE, cuda_on_cpu.CORES / "ops.cu", "-o", ops, *LINK),
+        ),
+        "phi": (
+            phi,
+            Build(
+                "g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", *PADDLE, HERE / "phi_on_cpu.cc", "-o", phi, *LINK
+            ),
+        ),
     }
     if shutil.which("nvcc"):
         needed_first = [build for _, build in found.values()]
@@ -72,9 +82,31 @@ def builds(tmp_path_factory):
 
 def nvcc(source, target, arch, after=()):
     """As paddle.utils.cpp_extension calls it for a .cu file."""
-    like_paddle = ["-DPADDLE_WITH_CUDA", "-DEIGEN_USE_GPU", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DNVCC", "-w"]
-    return Build("nvcc", "-O3", "-std=c++17", f"-arch={arch}", "-Xptxas", "-v", *like_paddle, *PADDLE, f"-I{cuda_on_cpu.CORES}", "-c", source, "-o", target,
-                 after=after)  # fmt: skip
+    like_paddle = [
+        "-DPADDLE_WITH_CUDA",
+        "-DEIGEN_USE_GPU",
+        "-Xcompiler",
+        "-fPIC",
+        "--expt-relaxed-constexpr",
+        "-DNVCC",
+        "-w",
+    ]
+    return Build(
+        "nvcc",
+        "-O3",
+        "-std=c++17",
+        f"-arch={arch}",
+        "-Xptxas",
+        "-v",
+        *like_paddle,
+        *PADDLE,
+        f"-I{cuda_on_cpu.CORES}",
+        "-c",
+        source,
+        "-o",
+        target,
+        after=after,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +131,10 @@ def pretend(operators, monkeypatch):
     monkeypatch.setattr(gpu, "_state", True)
     monkeypatch.setattr(gpu, "_registered", lambda op: True)
     monkeypatch.setattr(gpu, "_capability", lambda: 90)
-    flags, real = {"FLAGS_cudnn_deterministic": False, "FLAGS_flash_attn_version": 2}, paddle.get_flags  # only GPU builds have these
+    flags, real = (
+        {"FLAGS_cudnn_deterministic": False, "FLAGS_flash_attn_version": 2},
+        paddle.get_flags,
+    )  # only GPU builds have these
     for module in (paddle, paddle.base.framework):
         monkeypatch.setattr(module, "get_flags", lambda names: flags if set(names) <= set(flags) else real(names))
     kernels.configure("cpu")
@@ -134,15 +169,23 @@ def test_the_harness_for_a_gpu_knows_what_is_right(tmp_path):
     for build in [Build("g++", *flags, "-x", "c++", p.with_suffix(".cu"), "-o", p) for p in programs]:
         build.wait()
     right, wrong = (subprocess.run([p, "small"], capture_output=True, text=True) for p in programs)
-    assert right.returncode == 0 and right.stdout.endswith("all right\n") and right.stdout.count(" error ") == 18, right.stdout
-    assert wrong.returncode == 1 and wrong.stdout.count("WRONG") == 3, wrong.stdout  # two lines of rms_norm, and the last
+    assert right.returncode == 0 and right.stdout.endswith("all right\n") and right.stdout.count(" error ") == 18, (
+        right.stdout
+    )
+    assert wrong.returncode == 1 and wrong.stdout.count("WRONG") == 3, (
+        wrong.stdout
+    )  # two lines of rms_norm, and the last
 
 
 def test_cores_give_the_same_bits_in_every_order(cores):
     found = []
     for order in (0, 1, 2):
         cores.order(order)
-        x, w, h, y, r = normal((9, 300)).astype(np.float32), normal((300,), 1).astype(np.float32), *(np.empty(s, np.float32) for s in ((9, 300), (9, 300), (9,)))
+        x, w, h, y, r = (
+            normal((9, 300)).astype(np.float32),
+            normal((300,), 1).astype(np.float32),
+            *(np.empty(s, np.float32) for s in ((9, 300), (9, 300), (9,))),
+        )
         cores.call("launch_rms_norm", x, x, w, 9, 300, 1e-5, h, y, r, 0, None)
         dx, dw, parts = np.empty((9, 300), np.float32), np.empty(300, np.float32), np.empty((9, 300), np.float32)
         cores.call("launch_rms_norm_backward", h, w, r, y, x, 9, 300, dx, dw, parts, 0, None)
@@ -150,14 +193,17 @@ def test_cores_give_the_same_bits_in_every_order(cores):
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize("call", [
-    ("launch_rms_norm", None, None, None, 1, 9000, 1e-5, None, None, None, 0, None),
-    ("launch_rms_norm", None, None, None, 1, 8, 1e-5, None, None, None, 3, None),
-    ("launch_paged_attention", *[None] * 7, 1, 1, 1, 20, 16, 1, 16, 1, 0.1, None, 16, 0.0, None, None, 0, None),
-    ("launch_paged_attention", *[None] * 7, 1, 1, 1, 16, 16, 1, 16, 1, 0.1, None, 0, 0.0, None, None, 0, None),
-    ("launch_quant_linear", *[None] * 5, 1, 16, 12, 4, 16, None, None, 0, None),
-    ("launch_quant_linear", *[None] * 5, 1, 16, 16, 2, 16, None, None, 0, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("launch_rms_norm", None, None, None, 1, 9000, 1e-5, None, None, None, 0, None),
+        ("launch_rms_norm", None, None, None, 1, 8, 1e-5, None, None, None, 3, None),
+        ("launch_paged_attention", *[None] * 7, 1, 1, 1, 20, 16, 1, 16, 1, 0.1, None, 16, 0.0, None, None, 0, None),
+        ("launch_paged_attention", *[None] * 7, 1, 1, 1, 16, 16, 1, 16, 1, 0.1, None, 0, 0.0, None, None, 0, None),
+        ("launch_quant_linear", *[None] * 5, 1, 16, 12, 4, 16, None, None, 0, None),
+        ("launch_quant_linear", *[None] * 5, 1, 16, 16, 2, 16, None, None, 0, None),
+    ],
+)
 def test_what_a_core_cannot_do_is_an_error(cores, call):
     with pytest.raises(RuntimeError, match="error 1 "):
         cores.call(*call)
@@ -194,9 +240,16 @@ def wrong(tmp_path_factory):
     return Cores(cuda_on_cpu.build(tmp_path_factory.mktemp("wrong"), WRONG), WRONG)
 
 
-@pytest.mark.parametrize("mode, says", [
-    (1, "32 of 64 have ended"), (2, "wait for ever at __syncthreads"), (4, "past its 256 bytes"), (5, "a shuffle of line"), (6, "outside the mask"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, says",
+    [
+        (1, "32 of 64 have ended"),
+        (2, "wait for ever at __syncthreads"),
+        (4, "past its 256 bytes"),
+        (5, "a shuffle of line"),
+        (6, "outside the mask"),
+    ],
+)
 def test_the_emulation_refuses(wrong, mode, says):
     x, y = normal((64,)).astype(np.float32), np.zeros(64, np.float32)
     with pytest.raises(RuntimeError, match=says):
@@ -244,7 +297,9 @@ def test_nvcc_builds_bindings_and_cores_for_sm_90(builds):
 def spilled(report):
     """No kernel may keep registers in slow memory, and each must fit: ptxas's report names both."""
     kernels_seen = report.count("Compiling entry function")
-    assert kernels_seen > 50 and report.count("0 bytes spill stores, 0 bytes spill loads") == kernels_seen, report[-3000:]
+    assert kernels_seen > 50 and report.count("0 bytes spill stores, 0 bytes spill loads") == kernels_seen, report[
+        -3000:
+    ]
 
 
 @needs_nvcc
@@ -260,7 +315,13 @@ def test_nvcc_builds_everything(source, arch, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 123), (2, 3, 64), (1, 2, 8200)])
 def test_rms_norm_with_residual(pretend, shape):
-    x, residual, weight, upstream, up_h = normal(shape), normal(shape, 1), normal(shape[-1:], 2) + 1, normal(shape, 3), normal(shape, 4)
+    x, residual, weight, upstream, up_h = (
+        normal(shape),
+        normal(shape, 1),
+        normal(shape[-1:], 2) + 1,
+        normal(shape, 3),
+        normal(shape, 4),
+    )
     eps, inputs = 1e-5, [tensor(a) for a in (x, residual, weight)]
     if shape[-1] > 8192:  # past what the kernel takes: an addition and Paddle's, whose backward has no CPU kernel
         inputs = [t.detach() for t in inputs]
@@ -295,13 +356,18 @@ def test_rms_norm_is_paddles_where_there_is_no_residual(pretend):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("shape, turned", [((1, 1, 1, 2), 2), ((2, 5, 3, 8), 8), ((3, 7, 2, 6), 6), ((2, 5, 3, 12), 4), ((2, 5, 3, 4), 0)])
+@pytest.mark.parametrize(
+    "shape, turned", [((1, 1, 1, 2), 2), ((2, 5, 3, 8), 8), ((3, 7, 2, 6), 6), ((2, 5, 3, 12), 4), ((2, 5, 3, 4), 0)]
+)
 def test_rope(pretend, shape, turned, interleaved):
     cases.test_rope("gpu", shape, turned, interleaved)
 
 
 def test_rope_with_one_table_for_all_sequences(pretend):
-    x, cos, sin = tensor(normal((3, 5, 2, 8)), frozen=True), *(tensor(np.tile(normal((1, 5, 1, 4), i), 2), frozen=True) for i in (1, 2))
+    x, cos, sin = (
+        tensor(normal((3, 5, 2, 8)), frozen=True),
+        *(tensor(np.tile(normal((1, 5, 1, 4), i), 2), frozen=True) for i in (1, 2)),
+    )
     close(gpu.rope(x, cos, sin).numpy(), reference.rope(x, *(t.expand([3, 5, 1, 8]) for t in (cos, sin))).numpy())
 
 
@@ -344,20 +410,25 @@ def test_attention(pretend, shape, n, causal, version):
     """Which rows a key is hidden from, heads, scale: in bfloat16, by the reference where rows come with Tq != Tk."""
     pretend["FLAGS_flash_attn_version"] = version
     B, Tq, Tk, H, K, Dh = shape
-    q, k, v = (tensor(normal(s, i), frozen=True).astype("bfloat16") for i, s in enumerate([(B, Tq, H, Dh), (B, Tk, K, Dh), (B, Tk, K, Dh)]))
+    q, k, v = (
+        tensor(normal(s, i), frozen=True).astype("bfloat16")
+        for i, s in enumerate([(B, Tq, H, Dh), (B, Tk, K, Dh), (B, Tk, K, Dh)])
+    )
     for heads, scale in itertools.product({1, K, H} if n else {1}, (None, 0.3)):
         rows = cases.random_rows(n, heads, B, Tk, causal) if n else None
         seen = cases.visible(rows, causal, B, H, Tq, Tk)
         out = gpu.attention(q, k, v, None if rows is None else paddle.to_tensor(rows.astype("int32")), causal, scale)
         arrays = [t.astype("float32").numpy().astype(float) for t in (q, k, v)]
-        expected, _ = cases.naive_attention(*arrays, np.zeros_like(arrays[0]), seen, Dh**-0.5 if scale is None else scale)
+        expected, _ = cases.naive_attention(
+            *arrays, np.zeros_like(arrays[0]), seen, Dh**-0.5 if scale is None else scale
+        )
         close(out.astype("float32").numpy(), expected, 2e-2)
 
 
 def test_attention_asks_the_reference_for_what_flash_attention_lacks(pretend, monkeypatch):
     asked = []
     monkeypatch.setattr(reference, "attention", lambda q, *rest: asked.append(rest[-1]) or q)
-    make = lambda Dh, dtype="bfloat16", T=4: tensor(normal((1, T, 2, Dh)), frozen=True).astype(dtype)  # noqa: E731
+    make = lambda Dh, dtype="bfloat16", T=4: tensor(normal((1, T, 2, Dh)), frozen=True).astype(dtype)
     rows = paddle.full([1, 1, 6, 1], 9, "int32")
     gpu.attention(*[make(8, "float32")] * 3)
     gpu.attention(*[make(8)] * 3, alibi_slopes=paddle.ones([2]))
@@ -395,15 +466,26 @@ def test_paged_attention(pretend, queries, contexts, int8):
         scales, floats = [None, None], [tensor(normal(shape, i), frozen=True) for i in (2, 3)]
         caches = floats
     slopes = tensor([0.5, 0.25, 0.1, 0.0], frozen=True)
-    for more in ({}, {"scale": 0.7}, {"alibi_slopes": slopes}, {"window": 3}, {"softcap": 0.5}, {"alibi_slopes": slopes, "window": 7, "softcap": 2.0}):
+    for more in (
+        {},
+        {"scale": 0.7},
+        {"alibi_slopes": slopes},
+        {"window": 3},
+        {"softcap": 0.5},
+        {"alibi_slopes": slopes, "window": 7, "softcap": 2.0},
+    ):
         expected = reference.paged_attention(q, *floats, tables, queries, contexts, **more)
-        found = gpu.paged_attention(q, *caches, tables, queries, contexts, k_scales=scales[0], v_scales=scales[1], **more)
+        found = gpu.paged_attention(
+            q, *caches, tables, queries, contexts, k_scales=scales[0], v_scales=scales[1], **more
+        )
         close(found.numpy(), expected.numpy(), 5e-6)
         if not int8:  # in two bytes: by the kernel, and, with no multiple of 8, by the reference
             for cut in (Dh, 12):
                 given = [t[..., :cut].contiguous() for t in (q, *caches)]
                 halves = [t.astype("bfloat16") for t in given]
-                expected = reference.paged_attention(*(t.astype("float32") for t in halves), tables, queries, contexts, **more)
+                expected = reference.paged_attention(
+                    *(t.astype("float32") for t in halves), tables, queries, contexts, **more
+                )
                 found = gpu.paged_attention(*halves, tables, queries, contexts, **more)
                 assert found.dtype == paddle.bfloat16
                 close(found.astype("float32").numpy(), expected.numpy(), 2e-2)
@@ -415,11 +497,17 @@ def test_paged_attention(pretend, queries, contexts, int8):
 def test_quant_linear(pretend, scheme, rows, symmetric):
     bits, n_in, n_out, groups = int(scheme[1:]), 96, 40, 3
     generator = np.random.default_rng(rows)
-    words = lambda *s: paddle.to_tensor(generator.integers(-(2**31), 2**31, s).astype(np.int32))  # noqa: E731
+    words = lambda *s: paddle.to_tensor(generator.integers(-(2**31), 2**31, s).astype(np.int32))
     qweight, qzeros = words(n_in * bits // 32, n_out), None if symmetric else words(groups, n_out * bits // 32)
-    scales, bias, x = tensor(generator.uniform(0.01, 0.1, (groups, n_out)), frozen=True), tensor(normal((n_out,)), frozen=True), normal((1, rows, n_in))
+    scales, bias, x = (
+        tensor(generator.uniform(0.01, 0.1, (groups, n_out)), frozen=True),
+        tensor(normal((n_out,)), frozen=True),
+        normal((1, rows, n_in)),
+    )
     expected = reference.quant_linear(tensor(x), qweight, scales, bias, scheme, qzeros)
-    close(gpu.quant_linear(tensor(x, frozen=True), qweight, scales, bias, scheme, qzeros).numpy(), expected.numpy(), 5e-6)
+    close(
+        gpu.quant_linear(tensor(x, frozen=True), qweight, scales, bias, scheme, qzeros).numpy(), expected.numpy(), 5e-6
+    )
     trained, upstream = [tensor(x), tensor(x)], tensor(normal((1, rows, n_out), 5), frozen=True)
     for backend, t in zip((gpu, reference), trained):
         (backend.quant_linear(t, qweight, scales, bias, scheme, qzeros) * upstream).sum().backward()
@@ -502,7 +590,10 @@ with paddle.static.program_guard(paddle.static.Program()):
 print(json.dumps(found))
 """
 INFERRED = {
-    **{f"flash {version}": [[[-1, -1, 8, 64], "bfloat16"]] for version in ("2", "3", "2 four", "3 four", "without rows")},
+    **{
+        f"flash {version}": [[[-1, -1, 8, 64], "bfloat16"]]
+        for version in ("2", "3", "2 four", "3 four", "without rows")
+    },
     "rms_norm": [[[-1, -1, 128], "float32"]],
     "rope": [[[-1, -1, 8, 64], "bfloat16"]],
     "rope without positions": [[[-1, -1, 8, 64], "bfloat16"]],
@@ -518,7 +609,14 @@ INFERRED = {
     "our quant_linear": [[[-1, 256], "bfloat16"]],
     "our dequantize": [[[128, 256], "bfloat16"]],
 }
-REFUSED = {"flash with rows of three": "1 or 2", "flash in float32": "float32", "rms_norm wrong": "64", "rope wrong": "3", "swiglu wrong": "64", "adamw wrong": "1"}
+REFUSED = {
+    "flash with rows of three": "1 or 2",
+    "flash in float32": "float32",
+    "rms_norm wrong": "64",
+    "rope wrong": "3",
+    "swiglu wrong": "64",
+    "adamw wrong": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +624,12 @@ def inferred(builds):
     for name in ("phi", "ops"):
         builds[name][1].wait()
     script = f"import sys\nsys.path.insert(0, {str(HERE.parent)!r})\n{SHAPES}"
-    done = subprocess.run([sys.executable, "-c", script, builds["phi"][0], builds["ops"][0]], capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, builds["phi"][0], builds["ops"][0]],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -546,13 +649,32 @@ def test_every_inference_is_looked_at(inferred):
     assert set(inferred) == {*INFERRED, *REFUSED}
 
 
-@pytest.mark.parametrize("function, positional, named", [
-    (paddle.nn.functional.flashmask_attention, ["query", "key", "value", "startend_row_indices"], {"causal": False, "dropout": 0.0, "training": True}),
-    (paddle.incubate.nn.functional.fused_rms_norm, ["x", "norm_weight", "norm_bias", "epsilon"], {"begin_norm_axis": 1, "residual": None, "quant_scale": -1}),
-    (paddle.incubate.nn.functional.fused_rotary_position_embedding, ["q"], {"sin": None, "cos": None, "position_ids": None, "use_neox_rotary_style": True, "time_major": False}),
-    (paddle.nn.functional.swiglu, ["x", "y"], {}),
-    (paddle.nn.quant.weight_only_linear, ["x", "weight", "bias", "weight_scale", "weight_dtype", "arch", "group_size"], {"group_size": -1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function, positional, named",
+    [
+        (
+            paddle.nn.functional.flashmask_attention,
+            ["query", "key", "value", "startend_row_indices"],
+            {"causal": False, "dropout": 0.0, "training": True},
+        ),
+        (
+            paddle.incubate.nn.functional.fused_rms_norm,
+            ["x", "norm_weight", "norm_bias", "epsilon"],
+            {"begin_norm_axis": 1, "residual": None, "quant_scale": -1},
+        ),
+        (
+            paddle.incubate.nn.functional.fused_rotary_position_embedding,
+            ["q"],
+            {"sin": None, "cos": None, "position_ids": None, "use_neox_rotary_style": True, "time_major": False},
+        ),
+        (paddle.nn.functional.swiglu, ["x", "y"], {}),
+        (
+            paddle.nn.quant.weight_only_linear,
+            ["x", "weight", "bias", "weight_scale", "weight_dtype", "arch", "group_size"],
+            {"group_size": -1},
+        ),
+    ],
+)
 def test_paddle_has_the_signature_that_is_called(function, positional, named):
     parameters = inspect.signature(function).parameters
     assert list(parameters)[: len(positional)] == positional
@@ -565,14 +687,18 @@ def test_weight_only_linear_has_no_place_for_our_layouts():
 
     assert not any("zero" in name for name in inspect.signature(weight_only_linear).parameters)
     with pytest.raises(AssertionError, match="64 or 128"):
-        weight_only_linear(paddle.ones([1, 32]), paddle.ones([8, 32]), weight_scale=paddle.ones([8]), arch=80, group_size=32)
+        weight_only_linear(
+            paddle.ones([1, 32]), paddle.ones([8, 32]), weight_scale=paddle.ones([8]), arch=80, group_size=32
+        )
 
 
 @pytest.mark.parametrize("op", [op for op in kernels.OPS if hasattr(gpu, op)])
 def test_gpu_has_the_signature_of_the_shim(op):
     shim, own = (inspect.signature(getattr(module, op)).parameters for module in (kernels, gpu))
     assert [(p.name, p.default) for p in own.values()][: len(shim)] == [(p.name, p.default) for p in shim.values()]
-    assert all(p.default is None for p in list(own.values())[len(shim) :]), "what the shim does not pass must not be needed"
+    assert all(p.default is None for p in list(own.values())[len(shim) :]), (
+        "what the shim does not pass must not be needed"
+    )
 
 
 # ============================================================================================ without a GPU

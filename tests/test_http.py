@@ -87,9 +87,14 @@ class FakeEngine:
 
     def stats(self):
         count = len(self.live)
-        return {"running": min(count, self.max_num_seqs), "waiting": max(0, count - self.max_num_seqs),
-                "blocks_total": 100, "blocks_free": 100 - count, "generation_tokens_total": self.tokens,
-                "aborted_total": self.aborts}  # fmt: skip
+        return {
+            "running": min(count, self.max_num_seqs),
+            "waiting": max(0, count - self.max_num_seqs),
+            "blocks_total": 100,
+            "blocks_free": 100 - count,
+            "generation_tokens_total": self.tokens,
+            "aborted_total": self.aborts,
+        }
 
     def start(self):
         self.thread = threading.Thread(target=self._loop, daemon=True)
@@ -353,16 +358,30 @@ def test_completion_streams_echoes_and_has_logprobs(server):
         mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(part["text"] for part in mine) == row["text"] and mine[-1]["finish_reason"] == "length"
     reply = server.post("/v1/completions", {"prompt": "a", "max_tokens": 3, "logprobs": 2})[2]["choices"][0]
-    assert reply["logprobs"] == {"tokens": ["b", "a", "s"], "token_logprobs": [-0.5] * 3, "text_offset": [0, 1, 2],
-                                 "top_logprobs": [{t: -0.5, "A": -9999.0} for t in "bas"]}  # fmt: skip
+    assert reply["logprobs"] == {
+        "tokens": ["b", "a", "s"],
+        "token_logprobs": [-0.5] * 3,
+        "text_offset": [0, 1, 2],
+        "top_logprobs": [{t: -0.5, "A": -9999.0} for t in "bas"],
+    }
 
 
 def test_every_sampling_field_reaches_the_engine(start):
     engine, seen = FakeEngine(), []
     server, submit = start(engine), engine.submit
     engine.submit = lambda request, on_output: (seen.append(request), submit(request, on_output))
-    fields = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "seed": 11, "presence_penalty": -1, "frequency_penalty": 2,
-              "repetition_penalty": 1.5, "min_tokens": 2, "n": 2, "ignore_eos": True}  # fmt: skip
+    fields = {
+        "temperature": 0.25,
+        "top_p": 0.5,
+        "top_k": 7,
+        "seed": 11,
+        "presence_penalty": -1,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.5,
+        "min_tokens": 2,
+        "n": 2,
+        "ignore_eos": True,
+    }
     more = {
         "stop": ["QQQ", "ZZZ"],
         "stop_token_ids": [3],
@@ -594,8 +613,13 @@ def test_body_of_10_mb_is_refused_and_the_answer_arrives(server, chunked):
     connection = server.connect()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
         parts = (body[i : i + 65536] for i in range(0, len(body), 65536))
-        connection.request("POST", "/v1/completions", parts if chunked else body, encode_chunked=chunked,
-                           headers={"Transfer-Encoding": "chunked"} if chunked else {})  # fmt: skip
+        connection.request(
+            "POST",
+            "/v1/completions",
+            parts if chunked else body,
+            encode_chunked=chunked,
+            headers={"Transfer-Encoding": "chunked"} if chunked else {},
+        )
     response = connection.getresponse()
     assert response.status == 413 and json.loads(response.read())["error"]["code"] == "body_too_large"
     assert server.chat()[0] == 200
@@ -771,8 +795,11 @@ def test_log_has_a_line_a_request_and_no_content(start, capfd):
     out, err = capfd.readouterr()
     lines = err.strip().splitlines()
     assert len(lines) == 3 and "private" not in out + err and "secret" not in out + err
-    assert re.fullmatch(r"cmpl-\w{32} base: prompt 13 \(cached 0\), completion 20, first token \d\.\d{3} s, "
-                        r"[\d.]+ tokens/s, total \d\.\d{3} s, length 200", lines[0])  # fmt: skip
+    assert re.fullmatch(
+        r"cmpl-\w{32} base: prompt 13 \(cached 0\), completion 20, first token \d\.\d{3} s, "
+        r"[\d.]+ tokens/s, total \d\.\d{3} s, length 200",
+        lines[0],
+    )
     assert " 400" in lines[1] and " 401" in lines[2]
 
 
@@ -943,8 +970,14 @@ def test_openai_client(start):
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="secret", max_retries=0, timeout=20)
     assert [model.id for model in client.models.list()] == ["base", "poet"]
     messages = [{"role": "user", "content": "hi 你好"}]
-    whole = client.chat.completions.create(model="poet", messages=messages, logprobs=True, top_logprobs=1, n=2,
-                                           extra_body={"top_k": 5, "repetition_penalty": 1.1})  # fmt: skip
+    whole = client.chat.completions.create(
+        model="poet",
+        messages=messages,
+        logprobs=True,
+        top_logprobs=1,
+        n=2,
+        extra_body={"top_k": 5, "repetition_penalty": 1.1},
+    )
     assert whole.choices[0].message.content.startswith("poet0: ") and whole.choices[1].finish_reason == "stop"
     assert whole.choices[0].logprobs.content[0].top_logprobs[0].token == "p" and whole.usage.completion_tokens == 122
     text, usage = "", None
@@ -989,9 +1022,22 @@ class Browser:
                 os.dup2(fd, wanted)
 
         self.process = subprocess.Popen(
-            [binary, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-             "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"], preexec_fn=files, pass_fds=(3, 4),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            [
+                binary,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--hide-scrollbars",
+                "--remote-debugging-pipe",
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
+            preexec_fn=files,
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_read)
         os.close(to_write)
         self.rest, self.number = b"", 0
@@ -1024,8 +1070,15 @@ class Browser:
 
     def key(self, name, code, modifiers=0):
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, text="\r",
-                      modifiers=modifiers)  # fmt: skip
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=name,
+                code=name,
+                windowsVirtualKeyCode=code,
+                text="\r",
+                modifiers=modifiers,
+            )
 
     def show(self, url, width, height, dark=False):
         self.call(

@@ -1,21 +1,24 @@
 """int8 products of kernels.quant_linear (scheme a8w8) by every instruction set, exact against int64 in numpy.
 
-    python -m pytest tests/test_int8.py           # CPU, a few seconds, and the time to build the C++ ops once
+python -m pytest tests/test_int8.py           # CPU, a few seconds, and the time to build the C++ ops once
 """
+
 import ctypes
 import re
 import subprocess
 from pathlib import Path
+
+import kernels
 
 import numpy as np
 import paddle
 import pytest
 from test_amx import COMPILER, ROOT
 
-import kernels
-
 cpu = kernels._module("cpu")
-pytestmark = pytest.mark.skipif(cpu.missing("quant_linear") is not None, reason=f"no C++ ops: {cpu.missing('quant_linear')}")
+pytestmark = pytest.mark.skipif(
+    cpu.missing("quant_linear") is not None, reason=f"no C++ ops: {cpu.missing('quant_linear')}"
+)
 WAYS = {"sse2": 0, "avx2": 1, "avx512": 2, "vnni": 3, "amx": 4}
 SHAPES = [  # rows, in, out
     (1, 1, 1), (5, 123, 7), (1, 768, 200), (3, 66, 64), (7, 131, 65), (37, 520, 130), (200, 70, 300), (2, 4, 2100), (193, 257, 33),
@@ -24,14 +27,21 @@ SHAPES = [  # rows, in, out
 
 def draw(rows, n_in, n_out):
     rng = np.random.default_rng([rows, n_in, n_out])
-    x, w = rng.standard_normal((rows, n_in)).astype(np.float32) * 3, rng.integers(-128, 128, (n_in, n_out)).astype(np.int8)
+    x, w = (
+        rng.standard_normal((rows, n_in)).astype(np.float32) * 3,
+        rng.integers(-128, 128, (n_in, n_out)).astype(np.int8),
+    )
     x[0] *= 1e-3
     return x, w, rng.uniform(0.5, 1.5, n_out).astype(np.float32), rng.standard_normal(n_out).astype(np.float32)
 
 
 def codes_of(x, given=None):
     """int64 codes and the float32 scale of each row, as kernels.quant_linear describes them."""
-    scale = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-8)) / np.float32(127) if given is None else np.float32(given)
+    scale = (
+        np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-8)) / np.float32(127)
+        if given is None
+        else np.float32(given)
+    )
     return np.clip(np.round(x / scale), -128, 127).astype(np.int64), scale
 
 
@@ -65,11 +75,23 @@ extern "C" void run(long rows, long in, long out, const float* x, const signed c
 extern "C" const char* fault() { return emulated_fault(); }
 extern "C" long products() { return emulated_counts()[2]; }
 """)
-    command = [COMPILER, "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", f"-I{ROOT}/kernels/cpu", f"-I{ROOT}/tests", "int8.cc", "-o", "int8.so"]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        f"-I{ROOT}/kernels/cpu",
+        f"-I{ROOT}/tests",
+        "int8.cc",
+        "-o",
+        "int8.so",
+    ]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "int8.so"))
     library.fault.restype, library.products.restype = ctypes.c_char_p, ctypes.c_long
-    pointer = lambda a: ctypes.c_void_p(None if a is None else a.ctypes.data)  # noqa: E731
+    pointer = lambda a: ctypes.c_void_p(None if a is None else a.ctypes.data)
 
     def run(x, w, scales, bias=None, given=None):
         y = np.full((x.shape[0], w.shape[1]), np.nan, np.float32)
@@ -109,11 +131,37 @@ def test_the_largest_codes_do_not_saturate(multiply):
     x[1] = 200.0
     w[:, 1::2] = 127
     want = np.clip(x, -128, 127).astype(np.int64) @ w.astype(np.int64)
-    assert np.abs(want).max() == 4096 << 14 and np.array_equal(multiply(x, w, np.ones(70, np.float32), None, 1.0), want.astype(np.float32))
+    assert np.abs(want).max() == 4096 << 14 and np.array_equal(
+        multiply(x, w, np.ones(70, np.float32), None, 1.0), want.astype(np.float32)
+    )
 
 
 def test_halves_go_to_the_even_neighbour(multiply):
-    x = np.array([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.4999998, 126.5, 127.5, 300.0, -128.5, -300.0, 0.0, 8.0, 9.5, 10.5, 11.0, 0.49999997]], np.float32)
+    x = np.array(
+        [
+            [
+                -2.5,
+                -1.5,
+                -0.5,
+                0.5,
+                1.5,
+                2.5,
+                3.4999998,
+                126.5,
+                127.5,
+                300.0,
+                -128.5,
+                -300.0,
+                0.0,
+                8.0,
+                9.5,
+                10.5,
+                11.0,
+                0.49999997,
+            ]
+        ],
+        np.float32,
+    )
     found = multiply(x, np.eye(18, dtype=np.int8), np.ones(18, np.float32), None, 1.0)
     assert found[0].tolist() == [-2, -2, 0, 0, 2, 2, 3, 126, 127, 127, -128, -128, 0, 8, 10, 10, 11, 0]
 
@@ -143,7 +191,13 @@ def both(x, *args, **kwargs):
 def test_the_op_equals_the_reference(shape, given, bias):
     x, w, scales, b = draw(int(np.prod(shape[:-1])) or 1, 96, 50)
     x = tensor(x[: int(np.prod(shape[:-1]))].reshape(shape))
-    a, r = both(x, tensor(w), tensor(scales), tensor(b) if bias else None, input_scale=None if given is None else paddle.to_tensor([given]))
+    a, r = both(
+        x,
+        tensor(w),
+        tensor(scales),
+        tensor(b) if bias else None,
+        input_scale=None if given is None else paddle.to_tensor([given]),
+    )
     assert a.size == 0 or np.abs(a - r).max() < 3e-7 * max(1.0, np.abs(r).max())
 
 
@@ -158,8 +212,20 @@ def test_a_view_and_half_precision():
 
 def test_this_processor_is_used():
     flags = Path("/proc/cpuinfo").read_text().split()
-    expected = 4 if "amx_int8" in flags else 3 if "avx512_vnni" in flags else 2 if "avx512bw" in flags else 1 if "avx2" in flags else 0
-    assert way_of_this_processor(2048) == expected and way_of_this_processor(1) == min(expected, 3), "a few rows need no tiles"
+    expected = (
+        4
+        if "amx_int8" in flags
+        else 3
+        if "avx512_vnni" in flags
+        else 2
+        if "avx512bw" in flags
+        else 1
+        if "avx2" in flags
+        else 0
+    )
+    assert way_of_this_processor(2048) == expected and way_of_this_processor(1) == min(expected, 3), (
+        "a few rows need no tiles"
+    )
 
 
 def test_a_wrong_sum_is_found():

@@ -4,15 +4,17 @@
 
 How integers are chosen is quantize.py's matter (test_quantize.py); here random ones are held, written and read.
 """
+
 import dataclasses
 import json
+
+import kernels
 
 import numpy as np
 import paddle
 import pytest
 from test_model import build, gradients, inputs, largest, tensor
 
-import kernels
 import model as M
 from data import UserError
 
@@ -51,7 +53,12 @@ def fill(layer, seed, weight_of=None):
     for column in range(n_out):
         stored = (zeros[:, column] - 1) % 2**bits  # zero point 0 wraps around to the largest code
         zero_words[:, column // per_word] |= stored.astype(np.uint32) << np.uint32(bits * (column % per_word))
-    for name, array in (("qweight", words.view(np.int32)), ("qzeros", zero_words.view(np.int32)), ("scales", scales), ("g_index", group)):
+    for name, array in (
+        ("qweight", words.view(np.int32)),
+        ("qzeros", zero_words.view(np.int32)),
+        ("scales", scales),
+        ("g_index", group),
+    ):
         M.set_parameter(getattr(layer, name), array)
     return (codes - zeros[group]) * scales[group]
 
@@ -84,10 +91,16 @@ def test_integers_stand_for_their_floats(scheme, case):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 33])
-@pytest.mark.parametrize("scheme, shape, group", [("w4", (64, 48), -1), ("w4", (96, 160), 32), ("w8", (40, 16), 20), ("w8", (64, 144), -1), ("w4", (64, 24), 64)])
+@pytest.mark.parametrize(
+    "scheme, shape, group",
+    [("w4", (64, 48), -1), ("w4", (96, 160), 32), ("w8", (40, 16), 20), ("w8", (64, 144), -1), ("w4", (64, 24), 64)],
+)
 def test_a_few_rows_equal_the_product_with_unpacked_weights(rows, scheme, shape, group):
     layer = M.QuantLinear(*shape, scheme, group, bias=True)
-    weight, x = fill(layer, [rows, *shape]), np.random.default_rng(rows).standard_normal((1, rows, shape[0])).astype(np.float32)
+    weight, x = (
+        fill(layer, [rows, *shape]),
+        np.random.default_rng(rows).standard_normal((1, rows, shape[0])).astype(np.float32),
+    )
     M.set_parameter(layer.bias, np.arange(shape[1], dtype=np.float32))
     with paddle.no_grad():
         found = layer(tensor(x)).numpy()
@@ -99,7 +112,10 @@ def test_a_few_rows_equal_the_product_with_unpacked_weights(rows, scheme, shape,
 
 def draw_packed(bits, n_in, n_out, kind):
     """qweight, scales, qzeros and g_index of random codes, and the (in, out) weight that they stand for."""
-    rng, group = np.random.default_rng([bits, n_in, n_out]), {"runs": 16, "one": n_in, "odd": 20, "short": 48, "words": 16, "shuffled": 16}[kind]
+    rng, group = (
+        np.random.default_rng([bits, n_in, n_out]),
+        {"runs": 16, "one": n_in, "odd": 20, "short": 48, "words": 16, "shuffled": 16}[kind],
+    )
     g_index = np.arange(n_in) // group  # "odd": runs end within a word; "short": so is the last run
     if kind == "words":
         g_index = rng.permutation(g_index.reshape(-1, 32 // bits)).reshape(-1)
@@ -110,9 +126,15 @@ def draw_packed(bits, n_in, n_out, kind):
     scales = rng.uniform(0.5, 1.5, (groups, n_out)).astype(np.float32) / 2**bits
     shifts = bits * np.arange(per_word, dtype=np.uint32)
     qweight = (codes.reshape(-1, per_word, n_out).astype(np.uint32) << shifts[:, None]).sum(1, dtype=np.uint32)
-    qzeros = (((zeros - 1) % 2**bits).reshape(groups, -1, per_word).astype(np.uint32) << shifts).sum(-1, dtype=np.uint32)
+    qzeros = (((zeros - 1) % 2**bits).reshape(groups, -1, per_word).astype(np.uint32) << shifts).sum(
+        -1, dtype=np.uint32
+    )
     arrays = qweight.view(np.int32), scales, qzeros.view(np.int32), g_index.astype(np.int32)
-    return [paddle.to_tensor(a) for a in arrays], (codes - zeros[g_index]) * scales[g_index], (codes - 2 ** (bits - 1)) * scales[g_index]
+    return (
+        [paddle.to_tensor(a) for a in arrays],
+        (codes - zeros[g_index]) * scales[g_index],
+        (codes - 2 ** (bits - 1)) * scales[g_index],
+    )
 
 
 @pytest.mark.parametrize("n_out", [1, 3, 5, 18, 33, 131])
@@ -121,14 +143,18 @@ def test_widths_that_are_no_whole_words_without_zeros(n_out):
     (qweight, scales, _, _), _, weight = draw_packed(4, 80, n_out + -n_out % 8, "one")
     x = np.random.default_rng(0).standard_normal((5, 80)).astype(np.float32)
     with paddle.no_grad():
-        found = kernels.quant_linear(tensor(x), qweight[:, :n_out].contiguous(), scales[:, :n_out].contiguous(), scheme="w4")
+        found = kernels.quant_linear(
+            tensor(x), qweight[:, :n_out].contiguous(), scales[:, :n_out].contiguous(), scheme="w4"
+        )
     assert np.abs(found.numpy() - x @ weight[:, :n_out]).max() < 1e-4
 
 
 @pytest.mark.skipif(kernels._missing("cpu", "quant_linear") is not None, reason="no C++ ops")
 @pytest.mark.parametrize("instructions", [0, 1, 2, -1])
 @pytest.mark.parametrize("kind", ["runs", "one", "odd", "short", "words", "shuffled"])
-@pytest.mark.parametrize("bits, n_in, n_out", [(4, 80, 8), (4, 160, 200), (8, 80, 4), (8, 160, 268), (8, 240, 132), (4, 240, 688)])
+@pytest.mark.parametrize(
+    "bits, n_in, n_out", [(4, 80, 8), (4, 160, 200), (8, 80, 4), (8, 160, 268), (8, 240, 132), (4, 240, 688)]
+)
 def test_packed_weights_by_every_instruction_set(bits, n_in, n_out, kind, instructions):
     """No group, width or order that a folder may have is left to the reference."""
     (qweight, scales, qzeros, g_index), weight, symmetric = draw_packed(bits, n_in, n_out, kind)
@@ -136,10 +162,26 @@ def test_packed_weights_by_every_instruction_set(bits, n_in, n_out, kind, instru
     for rows, zeros, order, b in ((1, qzeros, g_index, None), (7, None, g_index, bias), (32, qzeros, None, bias)):
         if order is None and (kind in ("short", "words", "shuffled") or n_in % scales.shape[0]):
             continue
-        x, wanted = np.random.default_rng(rows).standard_normal((rows, n_in)).astype(np.float32), weight if zeros is qzeros else symmetric
-        found = run("cpu_quant_linear", tensor(x), qweight, scales, zeros, order, None if b is None else tensor(b), bits, instructions)[0]
+        x, wanted = (
+            np.random.default_rng(rows).standard_normal((rows, n_in)).astype(np.float32),
+            weight if zeros is qzeros else symmetric,
+        )
+        found = run(
+            "cpu_quant_linear",
+            tensor(x),
+            qweight,
+            scales,
+            zeros,
+            order,
+            None if b is None else tensor(b),
+            bits,
+            instructions,
+        )[0]
         assert np.abs(found.numpy() - (x @ wanted + (0 if b is None else b))).max() < 1e-5 * np.sqrt(n_in)
-        assert np.abs(run("cpu_dequantize", qweight, scales, zeros, order, bits, instructions)[0].numpy() - wanted).max() < 1e-6
+        assert (
+            np.abs(run("cpu_dequantize", qweight, scales, zeros, order, bits, instructions)[0].numpy() - wanted).max()
+            < 1e-6
+        )
     g_index[n_in - 1] = 99
     with pytest.raises(OSError, match="names a group"):
         run("cpu_quant_linear", tensor(x), qweight, scales, None, g_index, None, bits, instructions)
@@ -207,7 +249,10 @@ def test_lora_on_integers_learns_as_on_their_floats(scheme):
     for model in quantized(scheme):
         M.apply_lora(model, rank=2, alpha=4.0)
         for i, weight in enumerate(M.adapter_weights(model)):
-            M.set_parameter(weight.parameter, np.random.default_rng([5, i]).standard_normal(weight.parameter.shape).astype(np.float32) * 0.1)
+            M.set_parameter(
+                weight.parameter,
+                np.random.default_rng([5, i]).standard_normal(weight.parameter.shape).astype(np.float32) * 0.1,
+            )
         losses = model(IDS, labels=IDS).sum()
         losses.backward()
         results.append((float(losses), gradients(model)))
@@ -246,9 +291,17 @@ def test_damaged_folders_of_integers_are_refused_by_name(tmp_path):
         M.write_safetensors(tmp_path / "model.safetensors", {**tensors, **change})
         with pytest.raises(UserError, match=named):
             M.from_pretrained(tmp_path)
-    for key, value in (("quant_method", "awq"), ("bits", 3), ("checkpoint_format", "gptq_v2"), ("group_size", 0), ("lm_head", True)):
+    for key, value in (
+        ("quant_method", "awq"),
+        ("bits", 3),
+        ("checkpoint_format", "gptq_v2"),
+        ("group_size", 0),
+        ("lm_head", True),
+    ):
         with pytest.raises(UserError, match=key):
-            M.ModelConfig.from_dict({**model.config.source, "quantization_config": {**SCHEMES["w4_groups"], key: value}})
+            M.ModelConfig.from_dict(
+                {**model.config.source, "quantization_config": {**SCHEMES["w4_groups"], key: value}}
+            )
 
 
 # ------------------------------------------------------------------------------------ folders of adapters
@@ -259,17 +312,24 @@ def test_an_adapter_folder_opens_as_its_base_with_it(tmp_path):
     M.save_pretrained(base, tmp_path / "base")
     first = M.apply_lora(build(), rank=2, alpha=4.0)
     for w in M.adapter_weights(first):
-        M.set_parameter(w.parameter, np.random.default_rng(1).standard_normal(w.parameter.shape).astype(np.float32) * 0.2)
+        M.set_parameter(
+            w.parameter, np.random.default_rng(1).standard_normal(w.parameter.shape).astype(np.float32) * 0.2
+        )
     M.save_adapter(first, tmp_path / "first", tmp_path / "base")
     opened = M.from_pretrained(tmp_path / "first")
     assert not M.lora_layers(opened), "merged"
-    assert 1e-7 < largest(opened(IDS).numpy(), base(IDS).numpy()) and largest(opened(IDS).numpy(), first.eval()(IDS).numpy()) < 1e-4
+    assert (
+        1e-7 < largest(opened(IDS).numpy(), base(IDS).numpy())
+        and largest(opened(IDS).numpy(), first.eval()(IDS).numpy()) < 1e-4
+    )
     second = M.apply_prefix(opened, tokens=3)
     M.save_adapter(second, tmp_path / "second", tmp_path / "first")
     assert largest(M.from_pretrained(tmp_path / "second")(IDS).numpy(), second(IDS).numpy()) < 1e-5
     for name, base_name in (("lost", "other"), ("other", "lost")):  # two that name each other
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / base_name)}))
+        (tmp_path / name / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": str(tmp_path / base_name)})
+        )
     for base_name in (None, "nowhere", str(tmp_path / "lost"), str(tmp_path / "other")):
         (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base_name}))
         with pytest.raises(UserError, match="base_model_name_or_path"):
@@ -301,7 +361,9 @@ def test_a_cache_that_attends_by_itself_gives_the_same_logits():
                         at += 1
             lengths = [stop - start for start, stop in self.spans]
             contexts = np.array([stop for _, stop in self.spans])
-            return kernels.paged_attention(q[0], self.k[layer], self.v[layer], self.tables, np.array(lengths), contexts, **options).unsqueeze(0)
+            return kernels.paged_attention(
+                q[0], self.k[layer], self.v[layer], self.tables, np.array(lengths), contexts, **options
+            ).unsqueeze(0)
 
     pool, found = Pool(), [[], []]
     for pool.spans in (((0, 5), (0, 1)), ((5, 6), (1, 8)), ((6, 12), (8, 9))):
@@ -314,4 +376,7 @@ def test_a_cache_that_attends_by_itself_gives_the_same_logits():
         found[0].append(logits[:cut])
         found[1].append(logits[cut:])
     whole = model(tensor(ids)).numpy()
-    assert largest(np.concatenate(found[0]), whole[0, :12]) < 1e-5 and largest(np.concatenate(found[1]), whole[1, :9]) < 1e-5
+    assert (
+        largest(np.concatenate(found[0]), whole[0, :12]) < 1e-5
+        and largest(np.concatenate(found[1]), whole[1, :9]) < 1e-5
+    )

@@ -4,6 +4,7 @@
 
 Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
 """
+
 import collections
 import functools
 import inspect
@@ -17,16 +18,17 @@ import sys
 import threading
 import time
 
+import kernels
+import kernels.reference
+from kernels import __main__ as table
+
 import numpy as np
 import paddle
 import pytest
 from conftest import ROOT
 
-import kernels
-import kernels.reference
 import model
 from data import UserError
-from kernels import __main__ as table
 
 cpu = kernels._module("cpu")
 BACKENDS = {
@@ -71,7 +73,10 @@ def close(found, expected, tolerance=1e-5, what=""):
     """Absolute, in units of the largest expected number (or 1)."""
     expected = np.asarray(expected)
     assert list(found.shape) == list(expected.shape), f"{what}: {found.shape} != {expected.shape}"
-    error, scale = np.abs(found - expected).max() if expected.size else 0.0, max(1.0, np.abs(expected).max()) if expected.size else 1.0
+    error, scale = (
+        np.abs(found - expected).max() if expected.size else 0.0,
+        max(1.0, np.abs(expected).max()) if expected.size else 1.0,
+    )
     assert error < tolerance * scale, f"{what}: error {error:.2e} with values up to {scale:.2e}"
 
 
@@ -98,7 +103,9 @@ def test_configure_chooses_and_gives_reasons(monkeypatch):
         table = kernels.configure("cpu", "auto")
         assert set(table) == set(kernels.OPS)
         assert table["linear"] == ("cpu", "device is cpu")
-        assert table["attention"] == (("reference", cpu.missing("attention")) if cpu.missing("attention") else ("cpu", "device is cpu"))
+        assert table["attention"] == (
+            ("reference", cpu.missing("attention")) if cpu.missing("attention") else ("cpu", "device is cpu")
+        )
         table = kernels.configure("cpu", "reference")
         assert {backend for backend, _ in table.values()} == {"reference"}
         table = kernels.configure("cpu", "reference, linear=cpu")
@@ -117,9 +124,16 @@ def test_configure_chooses_and_gives_reasons(monkeypatch):
             kernels.configure("npu:0", "sample=cpu")
 
 
-@pytest.mark.parametrize("choice, named", [
-    ("fpga", "fpga"), ("rms_norm=fpga", "fpga"), ("softmax=cpu", "softmax"), ("../model", "../model"), ("=cpu", "op"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "choice, named",
+    [
+        ("fpga", "fpga"),
+        ("rms_norm=fpga", "fpga"),
+        ("softmax=cpu", "softmax"),
+        ("../model", "../model"),
+        ("=cpu", "op"),
+    ],
+)
 def test_configure_refuses_what_is_not_there(choice, named):
     before = kernels.describe()
     with pytest.raises(UserError, match=named):
@@ -127,13 +141,24 @@ def test_configure_refuses_what_is_not_there(choice, named):
     assert kernels.describe() == before, "a refused choice changes nothing"
 
 
-@pytest.mark.parametrize("device, needs", [
-    ("fpga:0", "a plug-in"), ("gpu:99", "paddlepaddle-gpu"), ("dcu", "paddlepaddle-dcu.*ROCm"), ("xpu", "paddlepaddle-xpu"), ("npu", "paddle-custom-npu"),
-    ("gcu:1", "paddle-custom-gcu"), ("cpu:0", "$"), ("", "a plug-in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device, needs",
+    [
+        ("fpga:0", "a plug-in"),
+        ("gpu:99", "paddlepaddle-gpu"),
+        ("dcu", "paddlepaddle-dcu.*ROCm"),
+        ("xpu", "paddlepaddle-xpu"),
+        ("npu", "paddle-custom-npu"),
+        ("gcu:1", "paddle-custom-gcu"),
+        ("cpu:0", "$"),
+        ("", "a plug-in"),
+    ],
+)
 def test_configure_refuses_a_device_that_is_not_there(device, needs):
     before, where = kernels.describe(), paddle.get_device()
-    with pytest.raises(UserError, match=f"device: '{device}' is not in this Paddle .*which has cpu.*{needs}") as refused:
+    with pytest.raises(
+        UserError, match=f"device: '{device}' is not in this Paddle .*which has cpu.*{needs}"
+    ) as refused:
         kernels.configure(device)
     assert "\n" not in str(refused.value)
     assert kernels.describe() == before and paddle.get_device() == where
@@ -174,9 +199,19 @@ def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
     monkeypatch.setattr(paddle, "set_device", lambda device: None)
     monkeypatch.setattr(paddle, "get_device", lambda: "pretend_chip:1")
     ids = np.arange(12).reshape(2, 6)
-    tiny = model.build(model.ModelConfig.from_dict(dict(
-        model_type="llama", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, vocab_size=32,
-    )))  # fmt: skip
+    tiny = model.build(
+        model.ModelConfig.from_dict(
+            dict(
+                model_type="llama",
+                hidden_size=16,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                intermediate_size=24,
+                vocab_size=32,
+            )
+        )
+    )
     model.init_weights(tiny, seed=0)
     calls = collections.Counter()
 
@@ -193,17 +228,29 @@ def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
         with kernels.use("reference"):
             expected = tiny(tensor(ids, "int64")).numpy()
         chip = kernels._module("pretend_chip")
-        for module, op in [(chip, "swiglu"), (kernels.reference, "swiglu"), (kernels.reference, "rms_norm"), (kernels.reference, "attention")]:
+        for module, op in [
+            (chip, "swiglu"),
+            (kernels.reference, "swiglu"),
+            (kernels.reference, "rms_norm"),
+            (kernels.reference, "attention"),
+        ]:
             counted(module, op)
         table = kernels.configure("pretend_chip:1")
         assert table.pop("swiglu") == ("pretend_chip", "device is pretend_chip")
         assert set(table.values()) == {("reference", "no faster one for pretend_chip")}
         assert not kernels.bf16 and kernels.bf16_missing() == "the linear of pretend_chip has none yet"
         close(tiny(tensor(ids, "int64")).numpy(), expected)
-        assert calls == {("kernels.pretend_chip", "swiglu"): 3, ("kernels.reference", "rms_norm"): 7, ("kernels.reference", "attention"): 3}
+        assert calls == {
+            ("kernels.pretend_chip", "swiglu"): 3,
+            ("kernels.reference", "rms_norm"): 7,
+            ("kernels.reference", "attention"): 3,
+        }
         monkeypatch.setattr(chip, "missing", lambda op: "its driver is too old")
         assert kernels.configure("pretend_chip:1")["swiglu"] == ("reference", "its driver is too old")
-        with pytest.raises(UserError, match="swiglu of kernels/pretend_chip.py cannot run here: its driver is too old; ask for swiglu=reference"):
+        with pytest.raises(
+            UserError,
+            match="swiglu of kernels/pretend_chip.py cannot run here: its driver is too old; ask for swiglu=reference",
+        ):
             kernels.configure("pretend_chip:1", "swiglu=pretend_chip")
     finally:
         monkeypatch.undo()
@@ -268,13 +315,19 @@ SIZES = {  # large enough that each has work for several threads, and no multipl
 def test_every_kernel_gives_the_same_bits_with_one_thread_and_with_all(run_python):
     """Forward and backward of each op that runs here in its CPU back end, by the rows of the table."""
     one, every = (run_python(BITS_OF_ROWS, threads, json.dumps(SIZES)) for threads in ("1", "all"))
-    assert {row.split(",")[0] for row in one} == {op for op, (backend, _) in kernels.configure("cpu").items() if backend == "cpu"}
+    assert {row.split(",")[0] for row in one} == {
+        op for op, (backend, _) in kernels.configure("cpu").items() if backend == "cpu"
+    }
     assert [row for row in one if one[row] != every[row]] == []
 
 
 def test_products_in_bfloat16_are_what_is_measured(monkeypatch):
     seen = []
-    monkeypatch.setitem(kernels._table, "linear", (lambda x, weight, bias=None, residual=None: seen.append(kernels.bf16) or x @ weight, "spy", ""))
+    monkeypatch.setitem(
+        kernels._table,
+        "linear",
+        (lambda x, weight, bias=None, residual=None: seen.append(kernels.bf16) or x @ weight, "spy", ""),
+    )
     for kind in ("float32", "bfloat16"):
         for case in table.linear(40, 32, 33, kind):
             case.run()
@@ -282,7 +335,9 @@ def test_products_in_bfloat16_are_what_is_measured(monkeypatch):
 
 
 def test_the_work_of_an_attention_is_that_of_the_pairs_that_are_seen():
-    flops = {document: [case.work for case in table.attention(T=10, H=2, Dh=4, document=document)] for document in (None, 4)}
+    flops = {
+        document: [case.work for case in table.attention(T=10, H=2, Dh=4, document=document)] for document in (None, 4)
+    }
     assert flops[None] == [4.0 * 2 * 4 * 55, 10.0 * 2 * 4 * 55] and flops[4] == [4.0 * 2 * 4 * 23, 10.0 * 2 * 4 * 23]
 
 
@@ -298,19 +353,32 @@ def test_peaks_are_above_what_a_product_reaches():
 
 
 def test_the_table_on_the_command_line(capsys, monkeypatch):
-    monkeypatch.setattr(table, "CASES", {op: lambda: iter([table.Case("3 x 4", "forward", "memory", 1e9, lambda: None)]) for op in kernels.OPS})
-    monkeypatch.setattr(table, "IN_BFLOAT16", {"linear": [lambda kind: iter([table.Case("5 x 6", "forward", kind, 1e9, lambda: None)])]})
+    monkeypatch.setattr(
+        table,
+        "CASES",
+        {op: lambda: iter([table.Case("3 x 4", "forward", "memory", 1e9, lambda: None)]) for op in kernels.OPS},
+    )
+    monkeypatch.setattr(
+        table, "IN_BFLOAT16", {"linear": [lambda kind: iter([table.Case("5 x 6", "forward", kind, 1e9, lambda: None)])]}
+    )
     monkeypatch.setattr(table, "measure", lambda run: 0.01)
     monkeypatch.setattr(table, "peaks", lambda: ({"memory": 2e11, "bfloat16": 1e12}, "guessed"))
     try:
         table.main(["--kernels", "rms_norm=reference"])
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith(f"Paddle {paddle.__version__} · cpu · ") and "2 threads" in lines[0] or len(os.sched_getaffinity(0)) != 2
+        assert (
+            lines[0].startswith(f"Paddle {paddle.__version__} · cpu · ")
+            and "2 threads" in lines[0]
+            or len(os.sched_getaffinity(0)) != 2
+        )
         assert lines[1] == "peak: memory 200 GB/s · bfloat16 1,000 GFLOP/s (guessed)"
         at = lines.index("rms_norm: reference (asked for)")
         assert lines[at + 1].split() == "forward 3 x 4 10.00 ms 100 GB/s 50% of memory".split()
         if cpu.missing("bf16") is None:
-            assert lines[lines.index("linear: cpu (device is cpu)") + 2].split() == "forward 5 x 6 10.00 ms 100 GFLOP/s 10% of bfloat16".split()
+            assert (
+                lines[lines.index("linear: cpu (device is cpu)") + 2].split()
+                == "forward 5 x 6 10.00 ms 100 GFLOP/s 10% of bfloat16".split()
+            )
         monkeypatch.setattr(kernels, "bf16_missing", lambda: "it has none")
         table.main([])
         assert capsys.readouterr().out.splitlines()[-1] == "no products in bfloat16: it has none"
@@ -319,8 +387,15 @@ def test_the_table_on_the_command_line(capsys, monkeypatch):
 
 
 def test_the_command_line_refuses_in_one_line():
-    done = subprocess.run([sys.executable, "-m", "kernels", "--device", "npu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "error: device: 'npu' is not in this Paddle" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels", "--device", "npu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.count("\n") == 1
+        and "error: device: 'npu' is not in this Paddle" in done.stderr
+    )
 
 
 def test_use_restores_the_choice():
@@ -361,13 +436,20 @@ def test_rms_norm_with_a_frozen_weight(backend):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 123), (70, 3, 40)])
 def test_rms_norm_with_a_residual(backend, shape):
     """y and h, and the gradient of both in each of x and residual."""
-    x, residual, weight, upstreams = normal(shape), normal(shape, 1), normal(shape[-1:], 2), (normal(shape, 3), normal(shape, 4))
+    x, residual, weight, upstreams = (
+        normal(shape),
+        normal(shape, 1),
+        normal(shape[-1:], 2),
+        (normal(shape, 3), normal(shape, 4)),
+    )
     outs, grads = run_all("rms_norm", backend, (x, weight), upstreams, epsilon=1e-5, residual=residual)
     h = x + residual
     r = 1 / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
     g = upstreams[0] * weight
     dh = r * (g - h * r**2 * (g * h).mean(-1, keepdims=True)) + upstreams[1]
-    for found, expected in zip([*outs, *grads], [h * r * weight, h, dh, (upstreams[0] * h * r).reshape(-1, shape[-1]).sum(0), dh]):
+    for found, expected in zip(
+        [*outs, *grads], [h * r * weight, h, dh, (upstreams[0] * h * r).reshape(-1, shape[-1]).sum(0), dh]
+    ):
         close(found, expected)
 
 
@@ -376,7 +458,7 @@ def naive_layer_norm(h, weight, bias, upstream, epsilon=1e-5):
     r = 1 / np.sqrt(h.var(-1, keepdims=True) + epsilon)
     z, g = (h - h.mean(-1, keepdims=True)) * r, upstream * weight
     dh = r * (g - g.mean(-1, keepdims=True) - z * (g * z).mean(-1, keepdims=True))
-    rows = lambda a: a.reshape(-1, h.shape[-1]).sum(0)  # noqa: E731
+    rows = lambda a: a.reshape(-1, h.shape[-1]).sum(0)
     return z * weight + bias, dh, rows(upstream * z), rows(upstream)
 
 
@@ -388,7 +470,9 @@ def test_layer_norm(backend, shape, offset, bias):
     x, weight, upstream = normal(shape) + offset, normal(shape[-1:], 1), normal(shape, 2)
     b = normal(shape[-1:], 3) if bias else np.zeros(shape[-1:])
     expected = naive_layer_norm(x, weight, b, upstream)
-    outs, grads = run_all("layer_norm", backend, (x, weight, b) if bias else (x, weight, None), (upstream,), epsilon=1e-5)
+    outs, grads = run_all(
+        "layer_norm", backend, (x, weight, b) if bias else (x, weight, None), (upstream,), epsilon=1e-5
+    )
     for found, value in zip([*outs, *grads], expected):
         close(found, value, 5e-5 if offset else 1e-5)  # 30 in float32 is known to 2e-6
 
@@ -396,7 +480,12 @@ def test_layer_norm(backend, shape, offset, bias):
 @backends("layer_norm")
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_norm_with_a_residual(backend, bias):
-    x, residual, weight, upstreams = normal((9, 21)), normal((9, 21), 1), normal((21,), 2), (normal((9, 21), 3), normal((9, 21), 4))
+    x, residual, weight, upstreams = (
+        normal((9, 21)),
+        normal((9, 21), 1),
+        normal((21,), 2),
+        (normal((9, 21), 3), normal((9, 21), 4)),
+    )
     b = normal((21,), 5) if bias else None
     y, dh, *d_rest = naive_layer_norm(x + residual, weight, b if bias else 0.0, upstreams[0])
     outs, grads = run_all("layer_norm", backend, (x, weight, b), upstreams, epsilon=1e-5, residual=residual)
@@ -409,7 +498,7 @@ def test_layer_norm_with_a_residual(backend, bias):
 def test_layer_norm_gradients_against_differences(backend):
     x, weight, bias, upstream = normal((3, 4)), normal((4,), 1), normal((4,), 2), normal((3, 4), 3)
     _, grads = run_all("layer_norm", backend, (x, weight, bias), (upstream,), epsilon=1e-5)
-    function = lambda *a: naive_layer_norm(*a, upstream)[0]  # noqa: E731
+    function = lambda *a: naive_layer_norm(*a, upstream)[0]
     close(grads[0], numeric_gradient(lambda a: function(a, weight, bias), x, upstream), 5e-6)
     close(grads[1], numeric_gradient(lambda a: function(x, a, bias), weight, upstream), 5e-6)
     close(grads[2], numeric_gradient(lambda a: function(x, weight, a), bias, upstream), 5e-6)
@@ -463,10 +552,21 @@ def rope(backend, x, angle, interleaved, upstream):
 
 @backends("rope")
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("shape, turned", [
-    ((1, 1, 1, 2), 2), ((2, 5, 3, 8), 8), ((2, 5, 3, 8), 4), ((1, 7, 2, 6), 2), ((1, 123, 1, 80), 80), ((1, 65, 3, 256), 64), ((3, 70, 5, 40), 38),
-    ((2, 9, 7, 120), 60), ((1, 6, 1, 5), 4), ((2, 3, 4, 16), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, turned",
+    [
+        ((1, 1, 1, 2), 2),
+        ((2, 5, 3, 8), 8),
+        ((2, 5, 3, 8), 4),
+        ((1, 7, 2, 6), 2),
+        ((1, 123, 1, 80), 80),
+        ((1, 65, 3, 256), 64),
+        ((3, 70, 5, 40), 38),
+        ((2, 9, 7, 120), 60),
+        ((1, 6, 1, 5), 4),
+        ((2, 3, 4, 16), 0),
+    ],
+)
 def test_rope(backend, shape, turned, interleaved):
     B, T, _, _ = shape
     x, upstream = normal(shape), normal(shape, 1)
@@ -483,14 +583,21 @@ def test_rope_with_a_table_for_all_rows_and_without_a_gradient(backend, interlea
     x, angle = normal((3, 5, 2, 12)), normal((1, 5, 1, 4))
     tables = [tensor(np.concatenate([a, a], -1), frozen=True) for a in (np.cos(angle), np.sin(angle))]
     with kernels.use(f"rope={backend}"), paddle.no_grad():
-        close(kernels.rope(tensor(x), *tables, interleaved=interleaved).numpy(), naive_rope(x, np.repeat(angle, 3, 0), interleaved), 3e-6)
+        close(
+            kernels.rope(tensor(x), *tables, interleaved=interleaved).numpy(),
+            naive_rope(x, np.repeat(angle, 3, 0), interleaved),
+            3e-6,
+        )
 
 
 @backends("rope")
 @pytest.mark.parametrize("columns", [3, 10])
 def test_rope_refuses_tables_of_another_width(backend, columns):
     table = tensor(np.ones((1, 2, 1, columns)), frozen=True)
-    with kernels.use(f"rope={backend}"), pytest.raises(AssertionError, match=f"tables of {columns} columns for heads of 8"):
+    with (
+        kernels.use(f"rope={backend}"),
+        pytest.raises(AssertionError, match=f"tables of {columns} columns for heads of 8"),
+    ):
         kernels.rope(tensor(normal((1, 2, 3, 8))), table, table)
 
 
@@ -543,7 +650,9 @@ def test_gelu(backend, shape, approximate, scale):
 def test_geglu_far_out(backend, approximate):
     gate = np.array([-1e4, -100.0, -14.0, -9.0, -1e-30, 0.0, 1e-30, 9.0, 14.0, 100.0, 1e4])
     out, (d_gate, _) = run("geglu", backend, (gate, np.ones(11)), np.ones(11), approximate=approximate)
-    assert np.allclose(out, np.maximum(gate, 0), atol=1e-6) and np.allclose(d_gate, [0] * 4 + [0.5] * 3 + [1] * 4, atol=1e-6)
+    assert np.allclose(out, np.maximum(gate, 0), atol=1e-6) and np.allclose(
+        d_gate, [0] * 4 + [0.5] * 3 + [1] * 4, atol=1e-6
+    )
 
 
 # =============================================================================================== embedding
@@ -592,7 +701,9 @@ def test_embedding_gradients_wherever_they_are_asked_for(backend):
 
 @backends("embedding")
 def test_embedding_refuses_ids_that_are_not_there(backend):
-    for ids in ([5], [-1])[: 1 if backend == "reference" else 2]:  # Paddle's own reads what lies before the table for -1
+    for ids in ([5], [-1])[
+        : 1 if backend == "reference" else 2
+    ]:  # Paddle's own reads what lies before the table for -1
         with pytest.raises(Exception, match="(?i)id"):
             embed(backend, np.array(ids), tensor(normal((5, 4))))
 
@@ -653,12 +764,21 @@ def packed(codes, bits, axis):
 
 @backends("quant_linear")
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape, n_out, group", [((1, 8), 16, 8), ((5, 120), 24, 40), ((3, 11, 64), 48, 32), ((2, 256), 160, 64)])
+@pytest.mark.parametrize(
+    "shape, n_out, group", [((1, 8), 16, 8), ((5, 120), 24, 40), ((3, 11, 64), 48, 32), ((2, 256), 160, 64)]
+)
 @pytest.mark.parametrize("how", ["symmetric", "zeros", "act order"])
 def test_quant_linear(backend, bits, shape, n_out, group, how):
     generator, n_in = np.random.default_rng(bits), shape[-1]
-    codes, zeros = generator.integers(0, 2**bits, (n_in, n_out)), generator.integers(1, 2**bits, (n_in // group, -(-n_out // 8) * 8))
-    scales, x, upstream = generator.uniform(0.5, 1.5, (n_in // group, n_out)).astype(np.float32), normal(shape), normal((*shape[:-1], n_out), 1)
+    codes, zeros = (
+        generator.integers(0, 2**bits, (n_in, n_out)),
+        generator.integers(1, 2**bits, (n_in // group, -(-n_out // 8) * 8)),
+    )
+    scales, x, upstream = (
+        generator.uniform(0.5, 1.5, (n_in // group, n_out)).astype(np.float32),
+        normal(shape),
+        normal((*shape[:-1], n_out), 1),
+    )
     of = np.repeat(np.arange(n_in // group), group)
     if how == "act order":
         generator.shuffle(of)
@@ -674,7 +794,9 @@ def test_quant_linear(backend, bits, shape, n_out, group, how):
         close(out.numpy(), x @ weight + bias)
     inputs = tensor(x)
     with kernels.use(f"quant_linear={backend}"):
-        (kernels.quant_linear(inputs, *given, None, f"w{bits}", qzeros, g_index) * tensor(upstream, frozen=True)).sum().backward()
+        (
+            kernels.quant_linear(inputs, *given, None, f"w{bits}", qzeros, g_index) * tensor(upstream, frozen=True)
+        ).sum().backward()
     close(inputs.grad.numpy(), upstream @ weight.T)
 
 
@@ -683,12 +805,22 @@ def test_quant_linear(backend, bits, shape, n_out, group, how):
 @pytest.mark.parametrize("static", [False, True])
 def test_quant_linear_of_int8_by_int8(backend, shape, n_out, static):
     generator, x = np.random.default_rng(0), normal(shape).astype(np.float32)
-    codes, scales, bias = generator.integers(-128, 128, (shape[-1], n_out)), generator.uniform(0.5, 1.5, n_out).astype(np.float32), normal((n_out,), 1)
+    codes, scales, bias = (
+        generator.integers(-128, 128, (shape[-1], n_out)),
+        generator.uniform(0.5, 1.5, n_out).astype(np.float32),
+        normal((n_out,), 1),
+    )
     step = np.float32(0.02) if static else np.maximum(np.abs(x).max(-1, keepdims=True), 1e-8) / np.float32(127)
     expected = np.clip(np.round(x / step), -128, 127).astype(np.float64) @ codes * step * scales + bias
     with kernels.use(f"quant_linear={backend}"):
-        out = kernels.quant_linear(tensor(x, frozen=True), tensor(codes, "int8"), tensor(scales), tensor(bias, frozen=True), "a8w8",
-                                   input_scale=tensor([0.02]) if static else None)  # fmt: skip
+        out = kernels.quant_linear(
+            tensor(x, frozen=True),
+            tensor(codes, "int8"),
+            tensor(scales),
+            tensor(bias, frozen=True),
+            "a8w8",
+            input_scale=tensor([0.02]) if static else None,
+        )
     close(out.numpy(), expected, 3e-6)
 
 
@@ -740,15 +872,26 @@ def naive_attention(q, k, v, upstream, seen, scale, slopes=None, softcap=None):
     return out, (d_q, d_k, d_v)
 
 
-def check_attention(backend, B, Tq, Tk, H, K, Dh, rows=None, causal=True, scale=None, slopes=None, tolerance=5e-6, softcap=None):
+def check_attention(
+    backend, B, Tq, Tk, H, K, Dh, rows=None, causal=True, scale=None, slopes=None, tolerance=5e-6, softcap=None
+):
     q, upstream = normal((B, Tq, H, Dh)), normal((B, Tq, H, Dh), 1)
     k, v = normal((B, Tk, K, Dh), 2), normal((B, Tk, K, Dh), 3)
     seen = visible(rows, causal, B, H, Tq, Tk)
-    expected, gradients = naive_attention(q, k, v, upstream, seen, Dh**-0.5 if scale is None else scale, slopes, softcap)
+    expected, gradients = naive_attention(
+        q, k, v, upstream, seen, Dh**-0.5 if scale is None else scale, slopes, softcap
+    )
     out, found = run(
-        "attention", backend, (q, k, v), upstream, startend_row_indices=None if rows is None else paddle.to_tensor(rows.astype("int32")),
-        causal=causal, scale=scale, alibi_slopes=None if slopes is None else tensor(slopes, frozen=True), softcap=softcap,
-    )  # fmt: skip
+        "attention",
+        backend,
+        (q, k, v),
+        upstream,
+        startend_row_indices=None if rows is None else paddle.to_tensor(rows.astype("int32")),
+        causal=causal,
+        scale=scale,
+        alibi_slopes=None if slopes is None else tensor(slopes, frozen=True),
+        softcap=softcap,
+    )
     close(out, expected, tolerance, "out")
     for name, a, b in zip(("dq", "dk", "dv"), found, gradients):
         close(a, b, tolerance, name)
@@ -765,7 +908,7 @@ SHAPES = [  # B, Tq, Tk, H, K, Dh
 def random_rows(n, heads, B, Tk, causal, seed=0):
     """(B, heads, Tk, n) int32, some of which hide nothing and some everything that they can."""
     generator = np.random.default_rng([seed, n, heads, Tk])
-    pick = lambda: generator.integers(0, Tk + 2, (B, heads, Tk))  # noqa: E731
+    pick = lambda: generator.integers(0, Tk + 2, (B, heads, Tk))
     if n == 1:
         return pick()[..., None]
     if n == 2 and not causal:  # rows >= a or rows < b
@@ -799,7 +942,9 @@ def test_attention_without_rows(backend, shape, causal):
 @pytest.mark.parametrize("heads", ["one", "K", "H"])
 def test_attention_rows(backend, shape, n, causal, heads):
     B, _, Tk, H, K, _ = shape
-    check_attention(backend, *shape, rows=random_rows(n, {"one": 1, "K": K, "H": H}[heads], B, Tk, causal), causal=causal)
+    check_attention(
+        backend, *shape, rows=random_rows(n, {"one": 1, "K": K, "H": H}[heads], B, Tk, causal), causal=causal
+    )
 
 
 @backends("attention")
@@ -827,9 +972,22 @@ def test_attention_alibi(backend, rows, causal):
 def test_attention_with_a_softcap(backend, shape, kind, softcap):
     """Scores of up to 10: a cap of 0.3 leaves little of them, one of 50 nearly all."""
     B, _, Tk, H, K, _ = shape
-    rows = {"rows": random_rows(1, 1, B, Tk, True), "rows and alibi": random_rows(2, K, B, Tk, True), "prefix": random_rows(2, 1, B, Tk, False)}.get(kind)
+    rows = {
+        "rows": random_rows(1, 1, B, Tk, True),
+        "rows and alibi": random_rows(2, K, B, Tk, True),
+        "prefix": random_rows(2, 1, B, Tk, False),
+    }.get(kind)
     slopes = 0.5 ** np.arange(1, H + 1) if "alibi" in kind else None
-    check_attention(backend, *shape, rows=rows, causal=kind not in ("full", "prefix"), scale=1.0, slopes=slopes, softcap=softcap, tolerance=1e-5)
+    check_attention(
+        backend,
+        *shape,
+        rows=rows,
+        causal=kind not in ("full", "prefix"),
+        scale=1.0,
+        slopes=slopes,
+        softcap=softcap,
+        tolerance=1e-5,
+    )
 
 
 @backends("attention")
@@ -844,7 +1002,9 @@ def test_a_softcap_of_zero_is_refused(backend):
         with pytest.raises(AssertionError, match="a softcap of 0.0"):
             kernels.attention(*[tensor(normal((1, 2, 1, 4)))] * 3, softcap=0.0)
         with pytest.raises(AssertionError, match="a softcap of 0"):
-            kernels.linear_cross_entropy(tensor(normal((2, 3))), tensor(normal((3, 4))), paddle.to_tensor([1, 2]), softcap=0)
+            kernels.linear_cross_entropy(
+                tensor(normal((2, 3))), tensor(normal((3, 4))), paddle.to_tensor([1, 2]), softcap=0
+            )
 
 
 def prefix_rows(documents, Tk):
@@ -862,9 +1022,18 @@ def prefix_rows(documents, Tk):
 
 
 @backends("attention")
-@pytest.mark.parametrize("documents, Tq", [
-    ([(13, 5)], 13), ([(13, 5)], 4), ([(13, 5)], 1), ([(9, 9)], 9), ([(7, 0)], 7), ([(40, 11), (1, 0), (90, 70), (26, 3)], 157), ([(40, 11), (117, 70)], 90),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "documents, Tq",
+    [
+        ([(13, 5)], 13),
+        ([(13, 5)], 4),
+        ([(13, 5)], 1),
+        ([(9, 9)], 9),
+        ([(7, 0)], 7),
+        ([(40, 11), (1, 0), (90, 70), (26, 3)], 157),
+        ([(40, 11), (117, 70)], 90),
+    ],
+)
 @pytest.mark.parametrize("columns", [2, 4])
 @pytest.mark.parametrize("H, K, Dh", [(4, 2, 8), (3, 1, 24)])
 def test_attention_with_a_prefix_that_is_seen_both_ways(backend, documents, Tq, columns, H, K, Dh):
@@ -872,9 +1041,14 @@ def test_attention_with_a_prefix_that_is_seen_both_ways(backend, documents, Tq, 
     Tk = sum(length for length, _ in documents)
     rows = prefix_rows(documents, Tk)
     if columns == 4:
-        rows = np.stack([rows[..., 0], np.full(rows.shape[:3], 2**31 - 1), np.zeros(rows.shape[:3], int), rows[..., 1]], -1)
+        rows = np.stack(
+            [rows[..., 0], np.full(rows.shape[:3], 2**31 - 1), np.zeros(rows.shape[:3], int), rows[..., 1]], -1
+        )
     seen = check_attention(backend, 1, Tq, Tk, H, K, Dh, rows=rows, causal=False)
-    of, start = np.repeat(np.arange(len(documents)), [n for n, _ in documents]), np.repeat(np.cumsum([0] + [n for n, _ in documents])[:-1], [n for n, _ in documents])
+    of, start = (
+        np.repeat(np.arange(len(documents)), [n for n, _ in documents]),
+        np.repeat(np.cumsum([0] + [n for n, _ in documents])[:-1], [n for n, _ in documents]),
+    )
     context = start + np.repeat([c for _, c in documents], [n for n, _ in documents])
     at = np.arange(Tk)
     expected = (of[:, None] == of) & ((at <= at[:, None]) | (at < context))
@@ -888,7 +1062,11 @@ def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
     """Several blocks of 64 queries; packed rows let a block skip the keys that no query of it sees."""
     monkeypatch.setattr(kernels.reference, "LOGITS", 8)
     ends = np.repeat([70, 71, 128, 150, Tk], np.diff([0, 70, 71, 128, 150, Tk]))
-    rows = {"packed": np.stack([ends, np.full(Tk, Tk)])[:, None, :, None], "random": random_rows(1, 2, 2, Tk, True), "four": random_rows(4, 1, 2, Tk, False)}.get(kind)
+    rows = {
+        "packed": np.stack([ends, np.full(Tk, Tk)])[:, None, :, None],
+        "random": random_rows(1, 2, 2, Tk, True),
+        "four": random_rows(4, 1, 2, Tk, False),
+    }.get(kind)
     slopes = 0.5 ** np.arange(1, 5) if kind == "alibi" else None
     check_attention(backend, 2, T, Tk, 4, 2, 4, rows=rows, causal=kind not in ("full", "four"), slopes=slopes)
 
@@ -900,7 +1078,9 @@ def test_attention_head_dims(backend, Dh, kind):
     """A tile of queries and of keys each, and some more; two query heads for a key."""
     T = 77
     rows = np.repeat([30, T], [30, T - 30]).reshape(1, 1, T, 1) if kind == "packed" else None
-    check_attention(backend, 1, T, T, 2, 1, Dh, rows, kind != "full", slopes=np.array([0.5, 0.02]) if kind == "alibi" else None)
+    check_attention(
+        backend, 1, T, T, 2, 1, Dh, rows, kind != "full", slopes=np.array([0.5, 0.02]) if kind == "alibi" else None
+    )
 
 
 @backends("attention")
@@ -917,12 +1097,20 @@ def test_parts_of_attention_are_attention(backend, T, cuts, kind):
     """Every piece of the queries with every piece of the keys, results merged; backward with what all keys gave."""
     B, H, K, Dh = 2, 4, 2, 6
     q, k, v, upstream = (normal((B, T, n, Dh), s) for s, n in enumerate((H, K, K, H)))
-    of = {"rows": random_rows(1, 1, B, T, True), "alibi and rows": random_rows(1, K, B, T, True), "context": random_rows(2, 1, B, T, False),
-          "window": np.tile((np.arange(T) + 3).reshape(1, 1, T, 1), (B, 1, 1, 1))}  # fmt: skip
+    of = {
+        "rows": random_rows(1, 1, B, T, True),
+        "alibi and rows": random_rows(1, K, B, T, True),
+        "context": random_rows(2, 1, B, T, False),
+        "window": np.tile((np.arange(T) + 3).reshape(1, 1, T, 1), (B, 1, 1, 1)),
+    }
     rows, causal = of.get(kind), kind not in ("full", "context")
     slopes = 0.5 ** np.arange(1, H + 1) if "alibi" in kind else None
     softcap = 0.7 if kind == "softcap" else None
-    how = {"causal": causal, "alibi_slopes": None if slopes is None else tensor(slopes, frozen=True), "softcap": softcap}
+    how = {
+        "causal": causal,
+        "alibi_slopes": None if slopes is None else tensor(slopes, frozen=True),
+        "softcap": softcap,
+    }
     seen = visible(rows, causal, B, H, T, T)
     expected, gradients = naive_attention(q, k, v, upstream, seen, Dh**-0.5, slopes, softcap)
     pieces = [(a, b, c, d) for a, b in zip(cuts, cuts[1:]) for c, d in zip(cuts, cuts[1:])]
@@ -937,7 +1125,9 @@ def test_parts_of_attention_are_attention(backend, T, cuts, kind):
             inputs, here, offset = at(a, b, c, d)
             o, l = (x.numpy().astype(float) for x in kernels.attention_part(*inputs, here, offset, **how))
             new = np.logaddexp(lse[:, :, a:b], l)
-            share = lambda x: np.exp(np.where(np.isinf(x), -np.inf, x - np.where(np.isinf(new), 0, new))).transpose(0, 2, 1)[..., None]  # noqa: E731,B023
+            share = lambda x: np.exp(np.where(np.isinf(x), -np.inf, x - np.where(np.isinf(new), 0, new))).transpose(
+                0, 2, 1
+            )[..., None]
             out[:, a:b] = out[:, a:b] * share(lse[:, :, a:b]) + o * share(l)
             lse[:, :, a:b] = new
         close(out, expected, 5e-6, "out")
@@ -945,7 +1135,9 @@ def test_parts_of_attention_are_attention(backend, T, cuts, kind):
         for a, b, c, d in pieces:
             inputs, here, offset = at(a, b, c, d)
             given = [tensor(x[:, a:b], frozen=True) for x in (out, upstream)]
-            parts = kernels.attention_part_backward(*inputs, given[0], tensor(lse[:, :, a:b], frozen=True), given[1], here, offset, **how)
+            parts = kernels.attention_part_backward(
+                *inputs, given[0], tensor(lse[:, :, a:b], frozen=True), given[1], here, offset, **how
+            )
             for whole, part, (i, j) in zip(found, parts, ((a, b), (c, d), (c, d))):
                 whole[:, i:j] += part.numpy()
     for name, a, b in zip(("dq", "dk", "dv"), found, gradients):
@@ -976,9 +1168,18 @@ def test_attention_gradients_against_differences(backend, softcap):
     rows = np.array([3, 4, 4, 4]).reshape(1, 1, 4, 1)
     seen = visible(rows, True, 1, 2, 4, 4)
     arrays = [q, k, v]
-    _, found = run("attention", backend, arrays, upstream, startend_row_indices=paddle.to_tensor(rows.astype("int32")), softcap=softcap)
+    _, found = run(
+        "attention",
+        backend,
+        arrays,
+        upstream,
+        startend_row_indices=paddle.to_tensor(rows.astype("int32")),
+        softcap=softcap,
+    )
     for i in range(3):
-        function = lambda a, i=i: naive_attention(*arrays[:i], a, *arrays[i + 1 :], upstream, seen, 3**-0.5, softcap=softcap)[0]  # noqa: E731
+        function = lambda a, i=i: naive_attention(
+            *arrays[:i], a, *arrays[i + 1 :], upstream, seen, 3**-0.5, softcap=softcap
+        )[0]
         close(found[i], numeric_gradient(function, arrays[i], upstream), 2e-6)
 
 
@@ -1004,18 +1205,29 @@ def turned_and_attended(q, k, v, cos, sin, rows, interleaved, options):
 @pytest.mark.parametrize("alibi, softcap", [(False, None), (True, 0.7)])
 def test_attention_and_rope_in_an_exported_graph(n, causal, alibi, softcap, tmp_path):
     B, Tq, Tk, H, K, Dh, turned = 2, 5, 9, 4, 2, 8, 6
-    q, k, v, angle = normal((B, Tq, H, Dh)), normal((B, Tk, K, Dh), 1), normal((B, Tk, K, Dh), 2), normal((B, Tq, 1, turned // 2), 3)
+    q, k, v, angle = (
+        normal((B, Tq, H, Dh)),
+        normal((B, Tk, K, Dh), 1),
+        normal((B, Tk, K, Dh), 2),
+        normal((B, Tq, 1, turned // 2), 3),
+    )
     slopes = 0.5 ** np.arange(H) if alibi else None
     net = Traced(n % 2 == 0, causal=causal, softcap=softcap, alibi_slopes=slopes.astype("float32") if alibi else None)
     shapes = [(H, Dh), (K, Dh), (K, Dh), (1, turned), (1, turned)]
-    specs = [paddle.static.InputSpec([None, None, *shape], "float32") for shape in shapes] + [paddle.static.InputSpec([None, 1, None, n], "int32")] * (n > 0)
+    specs = [paddle.static.InputSpec([None, None, *shape], "float32") for shape in shapes] + [
+        paddle.static.InputSpec([None, 1, None, n], "int32")
+    ] * (n > 0)
     with kernels.use("reference"):  # as export.py does
         paddle.jit.save(paddle.jit.to_static(net, input_spec=specs, full_graph=True), str(tmp_path / "net"))
     rows = random_rows(n, 1, B, Tk, causal) if n else None
-    given = [tensor(a, frozen=True) for a in (q, k, v, *(np.concatenate([t, t], -1) for t in (np.cos(angle), np.sin(angle))))]
+    given = [
+        tensor(a, frozen=True) for a in (q, k, v, *(np.concatenate([t, t], -1) for t in (np.cos(angle), np.sin(angle))))
+    ]
     found = paddle.jit.load(str(tmp_path / "net"))(*given, *([tensor(rows, "int32")] if n else []))
     seen = visible(rows, causal, B, H, Tq, Tk)
-    expected, _ = naive_attention(naive_rope(q, angle, n % 2 == 0), k, v, np.zeros_like(q), seen, Dh**-0.5, slopes, softcap)
+    expected, _ = naive_attention(
+        naive_rope(q, angle, n % 2 == 0), k, v, np.zeros_like(q), seen, Dh**-0.5, slopes, softcap
+    )
     close(found.numpy(), expected, 5e-6)
 
 
@@ -1031,7 +1243,9 @@ def test_attention_test_can_fail():
                 kernels.reference._Mask = original
 
 
-@pytest.mark.parametrize("queries, packed", [(32768, True), (2048, False), pytest.param(32768, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "queries, packed", [(32768, True), (2048, False), pytest.param(32768, False, marks=pytest.mark.slow)]
+)
 def test_attention_of_32768_tokens_stays_under_2_gb(queries, packed, run_python):
     """One head, forward and backward: the [T, T] scores alone would be 4.3 GB. 2,048 queries need as much at a time as all."""
     script = """
@@ -1076,7 +1290,9 @@ def naive_cross_entropy(hidden, weight, labels, upstream, softcap=None):
 def lce(backend, hidden, weight, labels, upstream, frozen=False, **kwargs):
     h, w = tensor(hidden), tensor(weight, frozen=frozen)
     with kernels.use(f"linear_cross_entropy={backend}"):
-        losses, predictions = kernels.linear_cross_entropy(h, w, paddle.to_tensor(labels), return_predictions=True, **kwargs)
+        losses, predictions = kernels.linear_cross_entropy(
+            h, w, paddle.to_tensor(labels), return_predictions=True, **kwargs
+        )
         again = kernels.linear_cross_entropy(h, w, paddle.to_tensor(labels), **kwargs)
     assert np.array_equal(losses.numpy(), again.numpy(), equal_nan=True) and losses.dtype == paddle.float32
     (losses * tensor(upstream, frozen=True)).sum().backward()
@@ -1111,7 +1327,16 @@ def test_linear_cross_entropy_with_a_softcap(backend, N, D, V, transpose, frozen
     labels = np.where(generator.random(N) < 0.3, -100, generator.integers(0, V, N))
     labels[0] = V - 1
     losses, d_hidden, d_weight, predictions = naive_cross_entropy(hidden, weight, labels, upstream, softcap)
-    found = lce(backend, hidden, weight.T.copy() if transpose else weight, labels, upstream, frozen, transpose_weight=transpose, softcap=softcap)
+    found = lce(
+        backend,
+        hidden,
+        weight.T.copy() if transpose else weight,
+        labels,
+        upstream,
+        frozen,
+        transpose_weight=transpose,
+        softcap=softcap,
+    )
     close(found[0], losses)
     if softcap > 1:  # what the cap makes equal in float32 it need not in float64
         assert np.array_equal(found[1], predictions)
@@ -1135,7 +1360,15 @@ def test_linear_cross_entropy_with_a_frozen_weight(backend, transpose, scale, bl
     hidden, weight, upstream = normal((70, 4)) * scale, normal((4, 300), 1), normal((70,), 2)
     labels = np.where(np.arange(70) % 2, (hidden @ weight).argmax(-1), np.arange(70) * 4)
     losses, d_hidden, _, _ = naive_cross_entropy(hidden, weight, labels, upstream)
-    found = lce(backend, hidden, weight.T.copy() if transpose else weight, labels, upstream, frozen=True, transpose_weight=transpose)
+    found = lce(
+        backend,
+        hidden,
+        weight.T.copy() if transpose else weight,
+        labels,
+        upstream,
+        frozen=True,
+        transpose_weight=transpose,
+    )
     close(found[0], losses)
     close(found[2].numpy(), d_hidden, 1e-5 * scale)  # logits of some hundreds are known to 1e-5
     assert found[3] is None
@@ -1181,7 +1414,7 @@ def test_linear_cross_entropy_with_a_weight_stored_in_bfloat16(backend, transpos
 def test_linear_cross_entropy_of_logits_that_are_no_numbers(backend, softcap):
     """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count, or are as low as a softcap lets them."""
     weight = normal((1, 200))
-    loss = lambda w: lce(backend, np.ones((1, 1)), w, np.array([3]), np.ones(1), softcap=softcap)[0][0]  # noqa: E731
+    loss = lambda w: lce(backend, np.ones((1, 1)), w, np.array([3]), np.ones(1), softcap=softcap)[0][0]
     for column in (0, 3, 150, 199):
         broken = weight.copy()
         broken[0, column] = np.nan
@@ -1226,7 +1459,7 @@ def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose,
     def rank(i):
         found[i] = kernels.linear_cross_entropy(
             *inputs[i], ids, transpose, return_predictions=True, vocabulary=Shard(ends[i], i, shared), softcap=softcap
-        )  # fmt: skip
+        )
 
     with kernels.use(f"linear_cross_entropy={backend}"):
         threads = [threading.Thread(target=rank, args=(i,)) for i in range(count)]
@@ -1252,8 +1485,16 @@ def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose,
 def test_linear_cross_entropy_gradients_against_differences(backend, softcap):
     hidden, weight, labels, upstream = normal((3, 2)), normal((2, 5), 1), np.array([1, -100, 4]), normal((3,), 2)
     found = lce(backend, hidden, weight, labels, upstream, softcap=softcap)
-    close(found[2].numpy(), numeric_gradient(lambda h: naive_cross_entropy(h, weight, labels, upstream, softcap)[0], hidden, upstream), 2e-6)
-    close(found[3].numpy(), numeric_gradient(lambda w: naive_cross_entropy(hidden, w, labels, upstream, softcap)[0], weight, upstream), 2e-6)
+    close(
+        found[2].numpy(),
+        numeric_gradient(lambda h: naive_cross_entropy(h, weight, labels, upstream, softcap)[0], hidden, upstream),
+        2e-6,
+    )
+    close(
+        found[3].numpy(),
+        numeric_gradient(lambda w: naive_cross_entropy(hidden, w, labels, upstream, softcap)[0], weight, upstream),
+        2e-6,
+    )
 
 
 def test_linear_cross_entropy_never_holds_all_logits(run_python):
@@ -1288,7 +1529,9 @@ def test_adamw_over_several_steps(backend, shape, decay, grad_scale):
     with kernels.use(f"adamw={backend}"):
         for step in range(1, 7):
             gradient = normal(shape, step) * 10.0 ** (step - 3)
-            kernels.adamw(parameter, tensor(gradient), moment1, moment2, step, lr * step, beta1, beta2, epsilon, decay, grad_scale)
+            kernels.adamw(
+                parameter, tensor(gradient), moment1, moment2, step, lr * step, beta1, beta2, epsilon, decay, grad_scale
+            )
             g = gradient * grad_scale
             m1, m2 = beta1 * m1 + (1 - beta1) * g, beta2 * m2 + (1 - beta2) * g * g
             value = value * (1 - lr * step * decay)
@@ -1361,7 +1604,9 @@ def rounded(array):
 
 
 @with_bf16
-@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (5, 123, 7), (7, 64, 33), (97, 65, 1030), (100, 200, 600), (33, 2100, 40)])
+@pytest.mark.parametrize(
+    "M, N, K", [(1, 1, 1), (5, 123, 7), (7, 64, 33), (97, 65, 1030), (100, 200, 600), (33, 2100, 40)]
+)
 @pytest.mark.parametrize("turned", list(itertools.product([False, True], repeat=2)))
 def test_bf16_products_are_exact_but_for_the_operands(M, N, K, turned):
     a, b = normal((K, M) if turned[0] else (M, K)), normal((N, K) if turned[1] else (K, N), 1)
@@ -1397,7 +1642,9 @@ def test_linear_cross_entropy_in_bf16(in_bf16, transpose, frozen):
     hidden, weight, upstream = normal((70, 48)), normal((48, 90), 1) * 0.3, normal((70,), 2)
     labels = np.random.default_rng(0).integers(0, 90, 70)
     losses, d_hidden, d_weight, _ = naive_cross_entropy(rounded(hidden), rounded(weight), labels, upstream)
-    found = lce("cpu", hidden, weight.T.copy() if transpose else weight, labels, upstream, frozen, transpose_weight=transpose)
+    found = lce(
+        "cpu", hidden, weight.T.copy() if transpose else weight, labels, upstream, frozen, transpose_weight=transpose
+    )
     close(found[0], losses)
     close(found[2].numpy(), d_hidden, 1e-2)  # the softmax is rounded as well
     if not frozen:
@@ -1455,7 +1702,9 @@ def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path)
 
     def case(name, arrays, upstream, function, expected, labels=None):
         float32 = [a.astype(np.float32) for a in (*arrays, upstream)]
-        given.update({f"{name}:{key}": a for key, a in zip(("x", "w") if len(arrays) == 2 else ("q", "k", "v"), float32)})
+        given.update(
+            {f"{name}:{key}": a for key, a in zip(("x", "w") if len(arrays) == 2 else ("q", "k", "v"), float32)}
+        )
         given[f"{name}:up"] = float32[-1]
         if labels is not None:
             given[f"{name}:labels"] = labels
@@ -1467,8 +1716,13 @@ def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path)
         exact[name] = expected(*arrays, upstream)
 
     for M, K, N in [(1, 1, 1), (5, 123, 7), (33, 130, 70), (97, 1030, 65), (130, 64, 513), (256, 768, 320)]:
-        case(f"linear {M} x {K} x {N}", (normal((M, K)), normal((K, N), 1)), normal((M, N), 2), kernels.linear,
-             lambda x, w, up: [x @ w, up @ w.T, x.T @ up])  # fmt: skip
+        case(
+            f"linear {M} x {K} x {N}",
+            (normal((M, K)), normal((K, N), 1)),
+            normal((M, N), 2),
+            kernels.linear,
+            lambda x, w, up: [x @ w, up @ w.T, x.T @ up],
+        )
     for T, H, K, Dh in [(1, 1, 1, 8), (33, 2, 1, 16), (90, 4, 2, 80), (130, 2, 2, 128)]:
         seen = np.broadcast_to(np.tril(np.ones((T, T), bool)), (1, H, T, T))
 
@@ -1480,16 +1734,26 @@ def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path)
         case(f"attention {T} x {H} x {Dh}", arrays, normal((1, T, H, Dh), 3), kernels.attention, naive)
     for N, D, V in [(5, 123, 17), (70, 48, 90), (130, 256, 1001)]:
         labels = np.random.default_rng(N).integers(0, V, N)
-        case(f"loss {N} x {D} x {V}", (normal((N, D)), normal((D, V), 1) * D**-0.5), normal((N,), 2),
-             lambda h, w, labels=labels: kernels.linear_cross_entropy(h, w, paddle.to_tensor(labels)),
-             lambda h, w, up, labels=labels: naive_cross_entropy(h, w, labels, up)[:3], labels)  # fmt: skip
+        case(
+            f"loss {N} x {D} x {V}",
+            (normal((N, D)), normal((D, V), 1) * D**-0.5),
+            normal((N,), 2),
+            lambda h, w, labels=labels: kernels.linear_cross_entropy(h, w, paddle.to_tensor(labels)),
+            lambda h, w, up, labels=labels: naive_cross_entropy(h, w, labels, up)[:3],
+            labels,
+        )
     np.savez(tmp_path / "given.npz", **given)
     torchs = hf_python(IN_TORCH, tmp_path / "given.npz")
     for name, arrays in found.items():
         for i, ours in enumerate(arrays):
-            errors = [[np.sqrt((e**2).mean()), np.abs(e).max()] for e in (a - exact[name][i] for a in (ours, torchs[f"{name}:{i}"]))]
-            print(f"{name:24} {('out', 'gradient 1', 'gradient 2', 'gradient 3')[i]:11} error {errors[0][0]:.2e}, torch's {errors[1][0]:.2e}, "
-                  f"ratio {errors[0][0] / max(errors[1][0], 1e-9):.2f}; at worst {errors[0][1]:.2e}, {errors[1][1]:.2e}")  # fmt: skip
+            errors = [
+                [np.sqrt((e**2).mean()), np.abs(e).max()]
+                for e in (a - exact[name][i] for a in (ours, torchs[f"{name}:{i}"]))
+            ]
+            print(
+                f"{name:24} {('out', 'gradient 1', 'gradient 2', 'gradient 3')[i]:11} error {errors[0][0]:.2e}, torch's {errors[1][0]:.2e}, "
+                f"ratio {errors[0][0] / max(errors[1][0], 1e-9):.2f}; at worst {errors[0][1]:.2e}, {errors[1][1]:.2e}"
+            )
             assert all(a <= 1.5 * b + 1e-6 for a, b in zip(*errors)), f"{name}, {i}: {errors}"
 
 
@@ -1584,8 +1848,15 @@ PD_BUILD_OP(the_only_op).Inputs({"x"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Run)
 
 def start(cache, sources):
     """A process of its own group that builds what is not in the cache, and loads it."""
-    return subprocess.Popen([sys.executable, "-c", START, str(sources)], cwd=ROOT, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", START, str(sources)],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture(params=["one op", pytest.param("all", marks=pytest.mark.slow)])
@@ -1607,7 +1878,10 @@ def test_processes_that_start_at_once_build_once(sources, tmp_path):
     (folder,) = [path for path in (tmp_path / "cache" / "paddle-llm-kernels").iterdir() if path.is_dir()]
     library = folder / "kernels_cpu" / "kernels_cpu.so"
     built_at = library.stat().st_mtime_ns
-    assert "building" not in start(tmp_path / "cache", sources).communicate(timeout=300)[0] and library.stat().st_mtime_ns == built_at
+    assert (
+        "building" not in start(tmp_path / "cache", sources).communicate(timeout=300)[0]
+        and library.stat().st_mtime_ns == built_at
+    )
 
 
 @built
@@ -1620,7 +1894,9 @@ def test_a_build_that_was_killed_is_made_anew(sources, tmp_path):
     assert process.wait() == -signal.SIGKILL, process.communicate()
     (half_done,) = [path for path in cache.iterdir() if path.is_dir()]
     out, error = start(tmp_path / "cache", sources).communicate(timeout=300)
-    assert "building the C++ ops" in out and json.loads(out.splitlines()[-1]) == (0.0 if sources != "all" else kernels.describe().count(" cpu (")), error
+    assert "building the C++ ops" in out and json.loads(out.splitlines()[-1]) == (
+        0.0 if sources != "all" else kernels.describe().count(" cpu (")
+    ), error
     assert not half_done.exists() and len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
@@ -1629,7 +1905,10 @@ def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(cpu, "_state", None)
     try:
-        assert kernels.configure("cpu", use_bf16=True)["attention"] == ("reference", "no C++ compiler: there is no no-such-compiler")
+        assert kernels.configure("cpu", use_bf16=True)["attention"] == (
+            "reference",
+            "no C++ compiler: there is no no-such-compiler",
+        )
         assert not kernels.bf16 and "no-such-compiler" in kernels.bf16_missing()
         with pytest.raises(UserError, match="no-such-compiler.*attention=reference"):
             kernels.configure("cpu", "attention=cpu")
@@ -1641,4 +1920,6 @@ def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused
 def test_every_op_is_tested_on_every_back_end():
     texts = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")))
     assert [op for op in kernels.OPS if f'@backends("{op}")' not in texts and f"kernels.{op}(" not in texts] == []
-    assert {(op, b) for op, found in BACKENDS.items() for b in found} >= set(itertools.product(kernels.OPS, ["reference"]))
+    assert {(op, b) for op, found in BACKENDS.items() for b in found} >= set(
+        itertools.product(kernels.OPS, ["reference"])
+    )

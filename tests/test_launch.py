@@ -2,6 +2,7 @@
 
 The console is what a user sees: the launcher's output. Each test starts its own processes and looks that none is left.
 """
+
 import json
 import os
 import re
@@ -26,9 +27,22 @@ def base(tmp_path_factory):
     world, model = make_world(folder / "world"), folder / "model"
     families.write(model, "llama")
     give_tokenizer(model, world)
-    keys = {"model_name_or_path": str(model), "dataset_name_or_path": str(world / "sft"), "output_dir": str(folder / "out"), "do_train": True,
-            "src_length": 20, "max_length": 44, "max_new_tokens": 4, "zero_padding": True, "per_device_train_batch_size": 2, "max_steps": 4,
-            "logging_steps": 1, "save_strategy": "no", "overwrite_output_dir": True, "device": "cpu"}  # fmt: skip
+    keys = {
+        "model_name_or_path": str(model),
+        "dataset_name_or_path": str(world / "sft"),
+        "output_dir": str(folder / "out"),
+        "do_train": True,
+        "src_length": 20,
+        "max_length": 44,
+        "max_new_tokens": 4,
+        "zero_padding": True,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "overwrite_output_dir": True,
+        "device": "cpu",
+    }
     (folder / "args.json").write_text(json.dumps(keys))
     return folder
 
@@ -36,9 +50,21 @@ def base(tmp_path_factory):
 def start(folder, what, *argv, processes=2, options=(), name="log"):
     """The launcher with finetune.py, in a session of its own; what: see launched.py, or None for the script as it is."""
     own = [str(ROOT / "tests" / "launched.py"), "finetune", what] if what else [str(ROOT / "finetune.py")]
-    command = [*LAUNCH, "--nproc_per_node", str(processes), "--log_dir", str(folder / name), *options, *own, str(folder / "args.json"), *argv]
+    command = [
+        *LAUNCH,
+        "--nproc_per_node",
+        str(processes),
+        "--log_dir",
+        str(folder / name),
+        *options,
+        *own,
+        str(folder / "args.json"),
+        *argv,
+    ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PADDLE_")}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def console(process, folder, limit=150):
@@ -80,7 +106,9 @@ def logged(folder, key="loss"):
 
 def test_two_processes_as_one(base):
     """As README has it; the first rank's console alone is shown, without Paddle's notes about connections."""
-    code = subprocess.run([sys.executable, str(ROOT / "finetune.py"), str(base / "args.json")], cwd=ROOT, capture_output=True).returncode
+    code = subprocess.run(
+        [sys.executable, str(ROOT / "finetune.py"), str(base / "args.json")], cwd=ROOT, capture_output=True
+    ).returncode
     assert code == 0
     alone = logged(base)
     text, code, _ = console(start(base, None, "--tensor_parallel_degree", "2"), base)
@@ -92,7 +120,10 @@ def test_two_processes_as_one(base):
 
 
 WRONG = {  # what: (the line that the console ends with, exit code)
-    "max_steps=5@1": ("error: rank 1: arguments: max_steps is 5 here and 4 on rank 0; all processes must have the same", 2),
+    "max_steps=5@1": (
+        "error: rank 1: arguments: max_steps is 5 here and 4 on rank 0; all processes must have the same",
+        2,
+    ),
     "user@1": ("error: rank 1: the record on line 7 has no src", 2),
     "user@0": ("error: rank 0: the record on line 7 has no src", 2),
     "bug@1": ("error: rank 1: ZeroDivisionError: division by zero (its traceback is in its own log)", 1),
@@ -102,15 +133,23 @@ WRONG = {  # what: (the line that the console ends with, exit code)
     "stop@1": ("error: rank 1 gives no sign of life; others waited 30 s for it in a collective (tp)", 1),
     "exit@1": (r"error: rank 1 has vanished: it was killed, or ran out of memory", 1),
     "code@1": ("error: rank 1: the scripts: model.py is 'another' here and '", 2),
-    "config:max_position_embeddings=7@1": ("error: rank 1: the model: max_position_embeddings is 7 here and 64 on rank 0", 2),
+    "config:max_position_embeddings=7@1": (
+        "error: rank 1: the model: max_position_embeddings is 7 here and 64 on rank 0",
+        2,
+    ),
 }
 
 
-@pytest.mark.parametrize("what", [what if i == 0 else pytest.param(what, marks=pytest.mark.slow) for i, what in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    "what", [what if i == 0 else pytest.param(what, marks=pytest.mark.slow) for i, what in enumerate(WRONG)]
+)
 def test_a_rank_goes_wrong(base, what):
     """Its own message, once as the last line of the run, and all end with its exit code within a minute."""
     line, wanted = WRONG[what]
-    text, code, seconds = console(start(base, what, "--tensor_parallel_degree", "2", "--max_steps=9" if "=" not in what else "--max_steps=4"), base)
+    text, code, seconds = console(
+        start(base, what, "--tensor_parallel_degree", "2", "--max_steps=9" if "=" not in what else "--max_steps=4"),
+        base,
+    )
     shown = [row for row in text.splitlines() if row.strip() and not row.startswith(("LAUNCH", "Container"))]
     assert shown[-1].startswith(line), text[-3000:]
     assert code == wanted
@@ -122,7 +161,9 @@ def test_a_killed_rank_is_named(base, rank):
     """The launcher names it, or the others do, whoever sees it first; in the others' logs it is not a traceback."""
     text, code, _ = console(start(base, f"kill@{rank}", "--tensor_parallel_degree", "2", "--max_steps=9"), base)
     assert code != 0
-    assert re.search(rf"^(Container rank {rank} .* code -9 .*|error: rank {rank} has vanished.*)$", text, re.M), text[-3000:]
+    assert re.search(rf"^(Container rank {rank} .* code -9 .*|error: rank {rank} has vanished.*)$", text, re.M), text[
+        -3000:
+    ]
     assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
 
 
@@ -145,10 +186,16 @@ class Store:
         return json.dumps([beat, place, when]).encode()
 
 
-@pytest.mark.parametrize("signs, line", [
-    (None, "rank 0 has vanished"),
-    ({0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (Store.LAST, "tp", 7.5), 3: (Store.LAST, None, 6.0)}, "rank 3 has vanished"),  # 2 went for 3's sake
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "signs, line",
+    [
+        (None, "rank 0 has vanished"),
+        (
+            {0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (Store.LAST, "tp", 7.5), 3: (Store.LAST, None, 6.0)},
+            "rank 3 has vanished",
+        ),  # 2 went for 3's sake
+    ],
+)
 def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
     import parallel
 
@@ -165,7 +212,9 @@ def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_process_outlives_the_launcher(base, number):
     process = start(base, "none@9", "--tensor_parallel_degree", "2", "--max_steps=100000", "--logging_steps=1")
-    assert wait_until(lambda: (base / "out" / "metrics.jsonl").is_file() and len(logged(base)) > 2 and len(left(base)) == 3, 60)
+    assert wait_until(
+        lambda: (base / "out" / "metrics.jsonl").is_file() and len(logged(base)) > 2 and len(left(base)) == 3, 60
+    )
     process.send_signal(number)
     begin = time.monotonic()
     assert wait_until(lambda: not left(base), 60), left(base)
@@ -183,7 +232,9 @@ def test_two_nodes(base, what):
     nodes = []
     for rank in (0, 1):
         options = ("--nnodes", "2", "--master", f"127.0.0.1:{port}", "--rank", str(rank))
-        nodes.append(start(base, what, "--tensor_parallel_degree", "2", "--max_steps=4", options=options, name=f"node{rank}"))
+        nodes.append(
+            start(base, what, "--tensor_parallel_degree", "2", "--max_steps=4", options=options, name=f"node{rank}")
+        )
     texts = [node.communicate(timeout=200)[0] for node in nodes]
     assert wait_until(lambda: not left(base), 5)
     codes = [node.returncode for node in nodes]
@@ -191,8 +242,11 @@ def test_two_nodes(base, what):
         assert codes == [0, 0] and len(logged(base)) == 4, texts
         assert "data" not in texts[1] or "step 4/4" in texts[0]
         return
-    wanted = {"user@3": "error: rank 3: the record on line 7 has no src", "early@2": "error: rank 2: this file cannot be read here",
-              "kill@3": "error: rank 3 has vanished"}[what]  # fmt: skip
+    wanted = {
+        "user@3": "error: rank 3: the record on line 7 has no src",
+        "early@2": "error: rank 2: this file cannot be read here",
+        "kill@3": "error: rank 3 has vanished",
+    }[what]
     assert all(codes) and wanted in texts[0], texts[0][-3000:]
 
 
@@ -201,7 +255,10 @@ def test_two_nodes(base, what):
     [
         (["--tensor_parallel_degree", "3"], "= 3 processes, but this run has 2; give a product that divides 2"),
         (["--device", "gpu:0"], "device: 'gpu:0'"),
-        (["--tensor_parallel_config", "sync_parm"], "tensor_parallel_config: unknown option 'sync_parm'; did you mean 'sync_param'?"),
+        (
+            ["--tensor_parallel_config", "sync_parm"],
+            "tensor_parallel_config: unknown option 'sync_parm'; did you mean 'sync_param'?",
+        ),
     ],
 )
 def test_what_all_ranks_refuse(base, argv, line, monkeypatch):

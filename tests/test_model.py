@@ -1,12 +1,15 @@
 """model.py without adapters: goldens of transformers, files on disk, packing, caches, counters, sampling.
 
-    python -m pytest tests/test_model.py            # CPU, about 40 s; larger goldens too if ../shared lies beside the repository
+python -m pytest tests/test_model.py            # CPU, about 40 s; larger goldens too if ../shared lies beside the repository
 """
+
 import io
 import json
 import pickle
 import struct
 import zipfile
+
+import kernels
 
 import numpy as np
 import paddle
@@ -15,7 +18,6 @@ import pytest
 from conftest import ROOT, SHARED
 from golden_weights import CASES, NEW, V, draw, inputs, shapes
 
-import kernels
 import model as M
 from data import UserError
 
@@ -41,7 +43,10 @@ def build(case="gqa", seed=0, **changes):
 def gradients(model):
     """{Hugging Face name: gradient in Hugging Face's layout}; zeros where there is none"""
     weights = M.trainable_weights(model)
-    return {w.name: np.zeros(w.shape) if w.parameter.grad is None else np.array(w.to_numpy(w.parameter.grad)) for w in weights}
+    return {
+        w.name: np.zeros(w.shape) if w.parameter.grad is None else np.array(w.to_numpy(w.parameter.grad))
+        for w in weights
+    }
 
 
 def zero_grad(model):
@@ -85,7 +90,9 @@ def test_generate_and_left_padding_equal_transformers(case, make_folder):
     ids, _, padded, mask = inputs()
     model = M.from_pretrained(make_folder(case, dialect=1))
     assert np.array_equal(M.generate(model, ids, max_new_tokens=NEW), golden["generated"])
-    assert np.array_equal(M.generate(model, padded, max_new_tokens=NEW, attention_mask=mask)[:, -NEW:], golden["padded_generated"])
+    assert np.array_equal(
+        M.generate(model, padded, max_new_tokens=NEW, attention_mask=mask)[:, -NEW:], golden["padded_generated"]
+    )
     positions, rows = left_padding(mask)
     logits = model(tensor(padded), tensor(positions), tensor(rows)).numpy()
     assert largest(logits[mask == 1], golden["padded_logits"]) < 1e-4
@@ -108,8 +115,12 @@ def test_the_goldens_would_catch_swapped_weights(make_folder):
 
         return change
 
-    pairs = [("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.v_proj", "self_attn.o_proj"), ("mlp.gate_proj", "mlp.up_proj"),
-             ("input_layernorm", "post_attention_layernorm")]  # fmt: skip
+    pairs = [
+        ("self_attn.q_proj", "self_attn.k_proj"),
+        ("self_attn.v_proj", "self_attn.o_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("input_layernorm", "post_attention_layernorm"),
+    ]
     for i, (a, b) in enumerate(pairs):
         model = M.from_pretrained(make_folder("mha", change=swap(a, b), name=f"swap{i}"))
         assert largest(model(tensor(inputs()[0])).numpy(), golden["logits"]) > 0.05, (a, b)
@@ -151,7 +162,10 @@ def test_shared_goldens(name, dialect, tmp_path, monkeypatch):
         monkeypatch.setattr(M, "document_lengths", lambda p: paddle.full(p.shape, 31, "int64"))
     assert largest(model(tensor(oracle["input_ids"])).numpy(), oracle["logits"]) < 1e-4
     positions, rows = left_padding(mask)
-    assert largest(model(tensor(ids), tensor(positions), tensor(rows)).numpy()[mask == 1], oracle["lp_logits"][mask == 1]) < 1e-4
+    assert (
+        largest(model(tensor(ids), tensor(positions), tensor(rows)).numpy()[mask == 1], oracle["lp_logits"][mask == 1])
+        < 1e-4
+    )
     labels = np.concatenate([oracle["input_ids"][:, 1:], np.full((2, 1), -100)], 1)
     loss = mean_loss(model(tensor(oracle["input_ids"]), labels=tensor(labels)), labels)
     assert abs(float(loss) - float(oracle["loss"])) < 1e-5
@@ -160,7 +174,9 @@ def test_shared_goldens(name, dialect, tmp_path, monkeypatch):
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in found.values()))
     assert norm == pytest.approx(float(oracle["grad_norm"]), rel=1e-4)
     for i, grad_name in enumerate(oracle["grad_names"]):
-        assert largest(found[str(grad_name)], oracle[f"grad_{i}"]) < 1e-4 * max(1.0, np.abs(oracle[f"grad_{i}"]).max()), grad_name
+        assert largest(found[str(grad_name)], oracle[f"grad_{i}"]) < 1e-4 * max(
+            1.0, np.abs(oracle[f"grad_{i}"]).max()
+        ), grad_name
 
 
 @pytest.mark.torch
@@ -245,7 +261,11 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_special_values():
 
 def test_other_tools_read_our_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
-    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, 2], np.int64), "empty": np.zeros((0, 3), np.float32)}
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array([1, 2], np.int64),
+        "empty": np.zeros((0, 3), np.float32),
+    }
     M.write_safetensors(tmp_path / "x.safetensors", tensors, metadata={"k": "v"})
     theirs = safetensors.load_file(tmp_path / "x.safetensors")
     assert theirs.keys() == tensors.keys() and all(np.array_equal(theirs[k], tensors[k]) for k in tensors)
@@ -257,9 +277,17 @@ def test_other_tools_read_our_safetensors(tmp_path):
 def test_bin_written_by_torch():
     file = M.BinFile(GOLDEN / "tensors.bin")
     array = np.arange(24, dtype=np.float32).reshape(4, 6) / np.float32(7)
-    expected = {"f32": array, "view": array.T[1:4, ::2], "f16": array.astype(np.float16), "f64": array.astype(np.float64),
-                "bf16": tensor(array).astype("bfloat16").astype("float32").numpy(), "i64": np.arange(5), "bool": np.array([True, False]),
-                "parameter": array[1], "scalar": np.float32(2.5)}  # fmt: skip
+    expected = {
+        "f32": array,
+        "view": array.T[1:4, ::2],
+        "f16": array.astype(np.float16),
+        "f64": array.astype(np.float64),
+        "bf16": tensor(array).astype("bfloat16").astype("float32").numpy(),
+        "i64": np.arange(5),
+        "bool": np.array([True, False]),
+        "parameter": array[1],
+        "scalar": np.float32(2.5),
+    }
     assert file.entries.keys() == expected.keys()
     for name, wanted in expected.items():
         found = file.read(name)
@@ -322,7 +350,9 @@ def test_pickles_that_run_code_are_refused_and_not_run(make_folder, tmp_path):
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("content", [{"a": 3}, [1, 2], {"a": {"b": None}}, "text", {"a": (1, 2, 3, 4, 5)}, {"a": (1, 2, 3, (4,), (5,))}])
+@pytest.mark.parametrize(
+    "content", [{"a": 3}, [1, 2], {"a": {"b": None}}, "text", {"a": (1, 2, 3, 4, 5)}, {"a": (1, 2, 3, (4,), (5,))}]
+)
 def test_bin_that_holds_no_tensors_is_refused(content, tmp_path):
     with pytest.raises(UserError, match="refused"):
         M.BinFile(write_bin(tmp_path / "x.bin", content))
@@ -330,12 +360,22 @@ def test_bin_that_holds_no_tensors_is_refused(content, tmp_path):
 
 def _torch_pickle(size, stride, offset=0, kind="FloatStorage", where="0"):
     """The pickle of {"a": tensor} as torch writes it, in opcodes: there is no torch here to write it."""
-    g = lambda module, name: f"c{module}\n{name}\n".encode()  # noqa: E731
-    text = lambda s: b"X" + struct.pack("<I", len(s)) + s.encode()  # noqa: E731
-    number = lambda i: b"J" + struct.pack("<i", i)  # noqa: E731
-    numbers = lambda n: b"(" + b"".join(map(number, n)) + b"t"  # noqa: E731
+    g = lambda module, name: f"c{module}\n{name}\n".encode()
+    text = lambda s: b"X" + struct.pack("<I", len(s)) + s.encode()
+    number = lambda i: b"J" + struct.pack("<i", i)
+    numbers = lambda n: b"(" + b"".join(map(number, n)) + b"t"
     storage = b"(" + text("storage") + g("torch", kind) + text(where) + text("cpu") + number(6) + b"tQ"
-    tensor_ = g("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + number(offset) + numbers(size) + numbers(stride) + b"\x89" + g("collections", "OrderedDict") + b")RtR"
+    tensor_ = (
+        g("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + storage
+        + number(offset)
+        + numbers(size)
+        + numbers(stride)
+        + b"\x89"
+        + g("collections", "OrderedDict")
+        + b")RtR"
+    )
     return b"\x80\x02}" + text("a") + tensor_ + b"s."
 
 
@@ -349,7 +389,10 @@ def test_bin_strides(size, stride, offset, tmp_path):
     assert np.array_equal(M.BinFile(tmp_path / "x.bin").read("a"), expected)
 
 
-@pytest.mark.parametrize("size, stride, offset", [((2, 4), (4, 1), 0), ((2, 3), (3, 1), 1), ((2, 3), (-3, 1), 3), ((2, 3), (3, 1), -1), ((-2, 3), (3, 1), 0)])
+@pytest.mark.parametrize(
+    "size, stride, offset",
+    [((2, 4), (4, 1), 0), ((2, 3), (3, 1), 1), ((2, 3), (-3, 1), 3), ((2, 3), (3, 1), -1), ((-2, 3), (3, 1), 0)],
+)
 def test_bin_that_reaches_outside_its_storage_is_refused(size, stride, offset, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.bin", "w") as file:
         file.writestr("x/data.pkl", _torch_pickle(size, stride, offset))
@@ -379,12 +422,18 @@ def _safetensors(header, data=b"\0" * 8):
     return struct.pack("<Q", len(text)) + text + data
 
 
-@pytest.mark.parametrize("content", [
-    _safetensors(b"{not json"), _safetensors([1, 2]), _safetensors({"a": 3}), _safetensors({"a": {"dtype": "F32", "shape": [2]}}),
-    _safetensors({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}),
-    _safetensors({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}),
-    _safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        _safetensors(b"{not json"),
+        _safetensors([1, 2]),
+        _safetensors({"a": 3}),
+        _safetensors({"a": {"dtype": "F32", "shape": [2]}}),
+        _safetensors({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}),
+        _safetensors({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}),
+        _safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}),
+    ],
+)
 def test_damaged_safetensors(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="x.safetensors"):
@@ -394,7 +443,9 @@ def test_damaged_safetensors(content, tmp_path):
 def test_every_tensor_that_does_not_fit_is_named_in_one_error(make_folder):
     def change(tensors):
         del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)  # old checkpoints have it: no error
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(
+            4, np.float32
+        )  # old checkpoints have it: no error
         tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
         tensors["model.layers.2.mlp.up_proj.weight"] = np.ones((40, 32), np.float32)
         tensors["lm_head.weight"] = tensors["lm_head.weight"].T.copy()
@@ -404,14 +455,23 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(make_folder):
         M.from_pretrained(make_folder("gqa", change=change))
     text = str(error.value)
     assert "\n" not in text and "inv_freq" not in text and " 6 tensors" in text
-    for part in ("missing model.norm.weight", "missing model.layers.1.mlp.up_proj.weight", "unexpected model.layers.0.self_attn.q_proj.bias",
-                 "unexpected model.layers.2.mlp.up_proj.weight", "lm_head.weight has shape [32, 56]", "model.embed_tokens.weight has shape [50, 32]"):  # fmt: skip
+    for part in (
+        "missing model.norm.weight",
+        "missing model.layers.1.mlp.up_proj.weight",
+        "unexpected model.layers.0.self_attn.q_proj.bias",
+        "unexpected model.layers.2.mlp.up_proj.weight",
+        "lm_head.weight has shape [32, 56]",
+        "model.embed_tokens.weight has shape [50, 32]",
+    ):
         assert part in text, part
 
 
 def test_tied_head_that_is_stored_as_well(make_folder):
     folder = make_folder("bias_tied", change=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
-    assert largest(M.from_pretrained(folder)(tensor(inputs()[0])).numpy(), np.load(GOLDEN / "bias_tied.npz")["logits"]) < 1e-4
+    assert (
+        largest(M.from_pretrained(folder)(tensor(inputs()[0])).numpy(), np.load(GOLDEN / "bias_tied.npz")["logits"])
+        < 1e-4
+    )
 
 
 def test_folders_that_are_not_models(make_folder, tmp_path):
@@ -437,24 +497,30 @@ def test_folders_that_are_not_models(make_folder, tmp_path):
             M.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"model_type": "gpt5"}, "gpt5"),
-    ({"model_type": None}, "model_type"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "longrope"),
-    ({"rope_scaling": {"type": "linear"}}, "factor"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"sliding_window": 4096}, "sliding_window"),
-    ({"hidden_act": "gelu"}, "gelu"),
-    ({"quantization_config": {"bits": 4}}, "quant_method"),
-    ({"hidden_size": "32"}, "hidden_size"),
-    ({"num_key_value_heads": 3}, "3"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers"),
-    ({"vocab_size": None}, "vocab_size"),
-    ({"num_key_value_heads": "2"}, "num_key_value_heads"),
-    ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "gpt5"}, "gpt5"),
+        ({"model_type": None}, "model_type"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "longrope"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"bits": 4}}, "quant_method"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ],
+)
 def test_configs_that_would_give_wrong_numbers_are_refused_by_name(change, named, make_folder):
     with pytest.raises(UserError, match=named) as error:
         M.from_pretrained(make_folder("gqa", config_change=change))
@@ -463,10 +529,19 @@ def test_configs_that_would_give_wrong_numbers_are_refused_by_name(change, named
 
 def test_peak_memory_of_from_pretrained(run_python, tmp_path):
     """Model plus its largest tensor plus 300 MB; 430 MB of weights, of which the largest tensor is 150 MB."""
-    config = {**CASES["mha"][0], "vocab_size": 51200, "hidden_size": 768, "intermediate_size": 7168, "num_attention_heads": 12, "num_key_value_heads": 12,
-              "num_hidden_layers": 1}  # fmt: skip
+    config = {
+        **CASES["mha"][0],
+        "vocab_size": 51200,
+        "hidden_size": 768,
+        "intermediate_size": 7168,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "num_hidden_layers": 1,
+    }
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes(config).items()}
-    zeros = {name: (lambda s=shape: np.full(s, 0.5, np.float32), shape, np.float32) for name, shape in shapes(config).items()}
+    zeros = {
+        name: (lambda s=shape: np.full(s, 0.5, np.float32), shape, np.float32) for name, shape in shapes(config).items()
+    }
     M.write_safetensors(tmp_path / "model.safetensors", zeros)
     (tmp_path / "config.json").write_text(json.dumps(config))
     script = """
@@ -533,7 +608,12 @@ def packed_batch(samples, T):
         at = 0
         for sample, target in pack:
             end = at + len(sample)
-            ids[b, at:end], labels[b, at:end], positions[b, at:end], rows[b, 0, at:end, 0] = sample, target, np.arange(len(sample)), end
+            ids[b, at:end], labels[b, at:end], positions[b, at:end], rows[b, 0, at:end, 0] = (
+                sample,
+                target,
+                np.arange(len(sample)),
+                end,
+            )
             at = end
         positions[b, at:] = np.arange(T - at)
     return ids, labels, positions, rows
@@ -574,7 +654,9 @@ def test_packed_equals_unpacked(case, backend):
         for name, gradient in gradients(model).items():
             assert largest(packed_gradients[name], gradient) < 1e-5, name
         wrong = model(tensor(ids), labels=tensor(labels)).numpy()
-        assert largest(wrong, losses.numpy()) > 0.1, "without rows and positions the losses must differ, or this shows nothing"
+        assert largest(wrong, losses.numpy()) > 0.1, (
+            "without rows and positions the losses must differ, or this shows nothing"
+        )
 
 
 def test_document_lengths():
@@ -622,12 +704,24 @@ def test_all_labels_ignored_gives_zero_gradients():
     assert all(np.abs(g).max() == 0 for g in gradients(model).values())
 
 
-@pytest.mark.parametrize("case, by_hand", [
-    # a layer: q 32·32, k and v 32·16 each, o 32·32, three of 32·40; head 32·56; attention 2 products of T/2 keys, 3 times
-    ("gqa", 6 * (2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 40) + 32 * 56) + 3 * 2 * (2 * 2 * 4 * 8 * 100 / 2)),
-    ("bias_tied", 6 * (2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 40) + 32 * 56) + 3 * 2 * (2 * 2 * 4 * 8 * 100 / 2)),
-    ("headdim", 6 * (2 * (32 * 48 + 2 * 32 * 12 + 48 * 32 + 3 * 32 * 40) + 32 * 56) + 3 * 2 * (2 * 2 * 4 * 12 * 100 / 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, by_hand",
+    [
+        # a layer: q 32·32, k and v 32·16 each, o 32·32, three of 32·40; head 32·56; attention 2 products of T/2 keys, 3 times
+        (
+            "gqa",
+            6 * (2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 40) + 32 * 56) + 3 * 2 * (2 * 2 * 4 * 8 * 100 / 2),
+        ),
+        (
+            "bias_tied",
+            6 * (2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 40) + 32 * 56) + 3 * 2 * (2 * 2 * 4 * 8 * 100 / 2),
+        ),
+        (
+            "headdim",
+            6 * (2 * (32 * 48 + 2 * 32 * 12 + 48 * 32 + 3 * 32 * 40) + 32 * 56) + 3 * 2 * (2 * 2 * 4 * 12 * 100 / 2),
+        ),
+    ],
+)
 def test_flops_by_hand(case, by_hand):
     model = build(case)
     assert model.flops_per_token(100) == by_hand
@@ -679,7 +773,9 @@ def test_eos_ends_a_row_and_then_all():
     out = M.generate(model, ids, max_new_tokens=10, eos_token_id=eos)[:, 12:]
     assert out.shape[1] == min(10, max(first) + 1)
     for row, end in enumerate(first):
-        assert np.array_equal(out[row, : end + 1], free[row, : end + 1][: out.shape[1]]) and (out[row, end:] == eos).all()
+        assert (
+            np.array_equal(out[row, : end + 1], free[row, : end + 1][: out.shape[1]]) and (out[row, end:] == eos).all()
+        )
     both = M.generate(model, ids, max_new_tokens=10, eos_token_id=[int(free[0, 2]), int(free[1, 1])])
     assert both.shape[1] <= 12 + 3 or int(free[0, 2]) != both[0, 14]
 
@@ -703,11 +799,13 @@ def test_sampling_distributions():
     """Against the softmax by hand; 4,000 draws have a standard error of at most 0.008."""
     p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
     logits = np.log(p) + 3.0
-    close = lambda found, expected: np.abs(found - np.asarray(expected) / np.sum(expected)).max() < 0.03  # noqa: E731
+    close = lambda found, expected: np.abs(found - np.asarray(expected) / np.sum(expected)).max() < 0.03
     assert close(frequencies(logits), p)
     assert close(frequencies(logits, temperature=0.5), p**2) and close(frequencies(logits, temperature=2.0), p**0.5)
     assert close(frequencies(logits, top_k=2), [0.4, 0.3, 0, 0, 0]) and frequencies(logits, top_k=2)[2:].sum() == 0
-    assert close(frequencies(logits, top_p=0.65), [0.4, 0.3, 0, 0, 0]) and frequencies(logits, top_p=0.65)[2:].sum() == 0
+    assert (
+        close(frequencies(logits, top_p=0.65), [0.4, 0.3, 0, 0, 0]) and frequencies(logits, top_p=0.65)[2:].sum() == 0
+    )
     assert frequencies(logits, top_p=0.75)[2] > 0, "the token that crosses top_p is kept"
     assert frequencies(logits, top_p=1e-6)[0] == 1 and frequencies(logits, top_k=1)[0] == 1
     assert close(frequencies(logits, top_k=3, top_p=0.5), [0.4, 0.3, 0, 0, 0]), "top_p over what top_k left"
@@ -728,6 +826,10 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 
 def test_sampled_generation_depends_on_the_seed_alone():
     model, ids = build("gqa"), inputs()[0]
-    a, b, c = (M.generate(model, ids, max_new_tokens=8, do_sample=True, temperature=1.5, top_p=0.95, seed=s) for s in (1, 1, 2))
+    a, b, c = (
+        M.generate(model, ids, max_new_tokens=8, do_sample=True, temperature=1.5, top_p=0.95, seed=s) for s in (1, 1, 2)
+    )
     assert np.array_equal(a, b) and not np.array_equal(a, c)
-    assert np.array_equal(M.generate(model, ids, max_new_tokens=8, do_sample=True, top_k=1), M.generate(model, ids, max_new_tokens=8))
+    assert np.array_equal(
+        M.generate(model, ids, max_new_tokens=8, do_sample=True, top_k=1), M.generate(model, ids, max_new_tokens=8)
+    )

@@ -1,4 +1,5 @@
 """A part of tests/parallel_table.py, on two processes; with --slow all of README's cells, and what the table's judgement is worth."""
+
 import parallel_table as table
 import pytest
 
@@ -40,7 +41,9 @@ def test_the_table_is_what_was_asked_for():
     import families
 
     assert len(table.TOPOLOGIES) >= 24 and {way.world for way in table.TOPOLOGIES.values()} == {2, 4, 8}
-    assert len(table.FAMILY_TOPOLOGIES) >= 4 and {families.family(name) for name in table.FAMILIES} == {families.family(name) for name in families.NAMES}
+    assert len(table.FAMILY_TOPOLOGIES) >= 4 and {families.family(name) for name in table.FAMILIES} == {
+        families.family(name) for name in families.NAMES
+    }
 
 
 def test_a_wrong_run_is_seen(bench):

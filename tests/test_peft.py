@@ -5,6 +5,7 @@
 
 peft cannot share a process with Paddle here, so what it computes comes from tests/golden/peft_* or from --hf-python.
 """
+
 import json
 import math
 import shutil
@@ -22,7 +23,10 @@ from data import UserError
 GOLDEN = ROOT / "tests" / "golden"
 ADAPTERS = {  # name: (base model, how it is made)
     "lora": ("gqa", lambda m: M.apply_lora(m, rank=4, alpha=6.0)),
-    "lora_some": ("headdim", lambda m: M.apply_lora(m, rank=3, alpha=6.0, targets=["q_proj", "v_proj", "1.mlp.up_proj"])),
+    "lora_some": (
+        "headdim",
+        lambda m: M.apply_lora(m, rank=3, alpha=6.0, targets=["q_proj", "v_proj", "1.mlp.up_proj"]),
+    ),
     "lora_regex": ("gqa", lambda m: M.apply_lora(m, rank=3, alpha=6.0, targets=r".*\.1\.self_attn\.[qk]_proj")),
     "rslora": ("gqa", lambda m: M.apply_lora(m, rank=3, alpha=2.0, rslora=True)),
     "lora_bias": ("bias_tied", lambda m: M.apply_lora(m, rank=2, alpha=6.0)),
@@ -67,7 +71,9 @@ def test_adapters_saved_by_peft(name):
 
 
 def test_there_is_a_golden_of_every_kind():
-    assert {p.name for p in GOLDEN.glob("peft_*")} == {f"peft_{n}" for n in ("lora", "rslora", "dora", "pissa", "prefix", "prefix_projection")}
+    assert {p.name for p in GOLDEN.glob("peft_*")} == {
+        f"peft_{n}" for n in ("lora", "rslora", "dora", "pissa", "prefix", "prefix_projection")
+    }
 
 
 @pytest.mark.torch
@@ -171,7 +177,7 @@ def close(found, expected):
 def test_gradients_equal_differences(name):
     """Along the gradient itself, whose slope is its norm."""
     model = trained(name)
-    loss = lambda: model(IDS, labels=IDS).sum()  # noqa: E731
+    loss = lambda: model(IDS, labels=IDS).sum()
     loss().backward()
     weights = M.trainable_weights(model)
     found = [w.parameter.grad.numpy().astype(np.float64) for w in weights]
@@ -222,30 +228,59 @@ def suffixes(model):
     return {path.split("layers.")[1] for path in M.lora_layers(model)}
 
 
-@pytest.mark.parametrize("targets, expected", [
-    (None, {f"{i}.{n}" for i in (0, 1) for n in [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]}),
-    ("all-linear", {f"{i}.{n}" for i in (0, 1) for n in [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]}),
-    (["k_proj"], {"0.self_attn.k_proj", "1.self_attn.k_proj"}),
-    (["mlp.up_proj", "q_proj"], {"0.mlp.up_proj", "1.mlp.up_proj", "0.self_attn.q_proj", "1.self_attn.q_proj"}),
-    (["layers.1.mlp.up_proj"], {"1.mlp.up_proj"}),
-    (r".*\.0\.self_attn\.[qv]_proj", {"0.self_attn.q_proj", "0.self_attn.v_proj"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        (
+            None,
+            {
+                f"{i}.{n}"
+                for i in (0, 1)
+                for n in [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+            },
+        ),
+        (
+            "all-linear",
+            {
+                f"{i}.{n}"
+                for i in (0, 1)
+                for n in [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+            },
+        ),
+        (["k_proj"], {"0.self_attn.k_proj", "1.self_attn.k_proj"}),
+        (["mlp.up_proj", "q_proj"], {"0.mlp.up_proj", "1.mlp.up_proj", "0.self_attn.q_proj", "1.self_attn.q_proj"}),
+        (["layers.1.mlp.up_proj"], {"1.mlp.up_proj"}),
+        (r".*\.0\.self_attn\.[qv]_proj", {"0.self_attn.q_proj", "0.self_attn.v_proj"}),
+    ],
+)
 def test_targets_are_found_by_name_not_by_shape(targets, expected):
     """q, k, v, o and the MLP have five different shapes under grouped-query attention: all are found."""
     assert suffixes(M.apply_lora(build(), targets=targets)) == expected
 
 
-@pytest.mark.parametrize("targets, named", [
-    (["q_proj", "qkv_proj"], "qkv_proj"), (["proj"], "proj"), (["q.proj"], "q.proj"), ("q_proj", "q_proj"), (["lm_head"], "lm_head"), (["embed_tokens"], "embed_tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "targets, named",
+    [
+        (["q_proj", "qkv_proj"], "qkv_proj"),
+        (["proj"], "proj"),
+        (["q.proj"], "q.proj"),
+        ("q_proj", "q_proj"),
+        (["lm_head"], "lm_head"),
+        (["embed_tokens"], "embed_tokens"),
+    ],
+)
 def test_an_unmatched_target_is_an_error(targets, named):
     model = build()
     with pytest.raises(UserError, match=f"'{named}' matches no linear.*gate_proj"):
         M.apply_lora(model, targets=targets)
-    assert not M.lora_layers(model) and not any(p.stop_gradient for p in model.parameters()), "a refused call changes nothing"
+    assert not M.lora_layers(model) and not any(p.stop_gradient for p in model.parameters()), (
+        "a refused call changes nothing"
+    )
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": -1}, {"dropout": 1.0}, {"dropout": -0.1}, {"pissa": True, "dora": True}])
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"rank": -1}, {"dropout": 1.0}, {"dropout": -0.1}, {"pissa": True, "dora": True}]
+)
 def test_options_out_of_range(options):
     with pytest.raises(UserError):
         M.apply_lora(build(), **options)
@@ -300,12 +335,21 @@ def test_training_goes_on_exactly_from_a_saved_adapter(name, tmp_path):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter_files_hold_peft_s_names_and_shapes(name, tmp_path):
     M.save_adapter(trained(name), tmp_path)
-    tensors, config = M.read_safetensors(tmp_path / "adapter_model.safetensors"), json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors, config = (
+        M.read_safetensors(tmp_path / "adapter_model.safetensors"),
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+    )
     c = M.ModelConfig.from_dict(CASES[ADAPTERS[name][0]][0])
     if "prefix" in name:
         width = c.num_key_value_heads * c.head_dim  # under grouped-query attention narrower than hidden_size
-        assert {k: v.shape for k, v in tensors.items()} == {"prompt_embeddings": (config["num_virtual_tokens"], 2 * 2 * width)}
-        assert (config["token_dim"], config["num_attention_heads"], config["num_layers"]) == (width, c.num_key_value_heads, 2)
+        assert {k: v.shape for k, v in tensors.items()} == {
+            "prompt_embeddings": (config["num_virtual_tokens"], 2 * 2 * width)
+        }
+        assert (config["token_dim"], config["num_attention_heads"], config["num_layers"]) == (
+            width,
+            c.num_key_value_heads,
+            2,
+        )
         return
     for key, array in tensors.items():
         assert key.startswith("base_model.model.model.layers.")
@@ -324,7 +368,10 @@ def test_adapters_that_do_not_fit(tmp_path):
         M.load_adapter(build("mha"), tmp_path / "prefix")
     tensors = M.read_safetensors(tmp_path / "lora" / "adapter_model.safetensors")
     gone = [k for k in tensors if "layers.1.mlp.up_proj" in k]
-    M.write_safetensors(tmp_path / "lora" / "adapter_model.safetensors", {**{k: v for k, v in tensors.items() if k not in gone}, "extra": np.zeros(2, np.float32)})
+    M.write_safetensors(
+        tmp_path / "lora" / "adapter_model.safetensors",
+        {**{k: v for k, v in tensors.items() if k not in gone}, "extra": np.zeros(2, np.float32)},
+    )
     with pytest.raises(UserError) as error:
         M.load_adapter(build(), tmp_path / "lora")
     assert all(f"missing {k}" in str(error.value) for k in gone) and "unexpected extra" in str(error.value)
@@ -332,11 +379,20 @@ def test_adapters_that_do_not_fit(tmp_path):
         M.load_adapter(build(), tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"peft_type": "IA3"}, "IA3"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"bias": "all"}, "bias"), ({"target_modules": ["nope"]}, "nope"), ({"r": None}, "r"), ({"use_qalora": True}, "use_qalora"),
-    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"), ({"lora_alpha": "16"}, "lora_alpha"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": ["nope"]}, "nope"),
+        ({"r": None}, "r"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"lora_alpha": "16"}, "lora_alpha"),
+    ],
+)
 def test_adapter_configs_that_are_not_supported(change, named, tmp_path):
     M.save_adapter(trained("lora"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -367,7 +423,9 @@ def test_goldens_of_peft_can_be_trained_further(tmp_path):
         model = M.load_adapter(build(str(golden["base"])), GOLDEN / f"peft_{name}", trainable=True)
         assert M.trainable_weights(model)
         M.save_adapter(model, tmp_path / name)
-        theirs, ours = (M.read_safetensors(f / "adapter_model.safetensors") for f in (GOLDEN / f"peft_{name}", tmp_path / name))
+        theirs, ours = (
+            M.read_safetensors(f / "adapter_model.safetensors") for f in (GOLDEN / f"peft_{name}", tmp_path / name)
+        )
         assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[k], ours[k]) for k in theirs)
         shutil.rmtree(tmp_path / name)
 

@@ -1,8 +1,9 @@
 """Pipeline parallelism: the timetable by itself, then steps on 2 and 4 ranks against one process.
 
-    python -m pytest tests/test_pipeline.py                  # 2 ranks, some of 4
-    python -m pytest tests/test_pipeline.py --slow           # more of 4, every family, a neighbour slower than gloo waits
+python -m pytest tests/test_pipeline.py                  # 2 ranks, some of 4
+python -m pytest tests/test_pipeline.py --slow           # more of 4, every family, a neighbour slower than gloo waits
 """
+
 import itertools
 import json
 
@@ -81,7 +82,9 @@ def test_stages_are_even(layers, stages):
 def test_complaints():
     config = families.config("llama")  # of two layers
     assert parallel.check_pipeline(config, parallel.Degrees(pp=2)) == []
-    assert parallel.check_pipeline(config, parallel.Degrees(pp=3)) == ["pipeline_parallel_degree 3 is more than layers (2)"]
+    assert parallel.check_pipeline(config, parallel.Degrees(pp=3)) == [
+        "pipeline_parallel_degree 3 is more than layers (2)"
+    ]
     (found,) = parallel.check_pipeline(config, parallel.Degrees(pp=2, virtual=2))
     assert found == "pipeline_parallel_degree 2 x virtual_pp_degree 2 = 4 is more than layers (2)"
     (found,) = parallel.check_pipeline(config, parallel.Degrees(virtual=2))
@@ -154,7 +157,9 @@ def test_two_stages_with_two_chunks_each(ranks, count):
     compare(ranks, "qwen2", {"pp": 2, "virtual": 2}, count, steps=2, changes={"num_hidden_layers": 5})
 
 
-@pytest.mark.parametrize("name", ["llama_bias_tied", "opt_350m", "gemma2", "chatglm", "baichuan2_13b", "gpt2", "qwen_ntk"])
+@pytest.mark.parametrize(
+    "name", ["llama_bias_tied", "opt_350m", "gemma2", "chatglm", "baichuan2_13b", "gpt2", "qwen_ntk"]
+)
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_what_a_family_needs_travels(ranks, name, kind):
     compare(ranks, name, {"pp": 2}, 3, kind=kind)
@@ -170,15 +175,19 @@ def test_routers_are_balanced_over_all_stages(ranks, name):
 LORA = {"rank": 4, "alpha": 8}
 
 
-@pytest.mark.parametrize("adapter", [
-    LORA,
-    {**LORA, "dropout": 0.3},
-    {**LORA, "dora": True},
-    {**LORA, "targets": r".*layers\.[23]\..*"},  # nothing to learn on the first stage
-    {**LORA, "targets": r".*layers\.0\..*"},
-    {"tokens": 3},
-    {"tokens": 3, "projection": True},
-], ids=lambda adapter: "-".join(map(str, list(adapter)[1:] or ["prefix"])))  # fmt: skip
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LORA,
+        {**LORA, "dropout": 0.3},
+        {**LORA, "dora": True},
+        {**LORA, "targets": r".*layers\.[23]\..*"},  # nothing to learn on the first stage
+        {**LORA, "targets": r".*layers\.0\..*"},
+        {"tokens": 3},
+        {"tokens": 3, "projection": True},
+    ],
+    ids=lambda adapter: "-".join(map(str, list(adapter)[1:] or ["prefix"])),
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_adapters(ranks, adapter, recompute):
     options = {"adapter": adapter, "changes": LAYERS, "options": {"recompute": recompute}, "steps": 2}
@@ -201,15 +210,19 @@ def test_noise_on_embeddings(ranks):
     compare(ranks, "llama", {"pp": 2}, 3, options={"neftune_noise_alpha": 5.0})
 
 
-@pytest.mark.parametrize("degrees", [
-    {"pp": 4},
-    {"pp": 2, "dp": 2},
-    {"pp": 2, "tp": 2},
-    {"pp": 2, "tp": 2, "sequence_parallel": True},
-    {"pp": 2, "tp": 2, "virtual": 2},
-    {"pp": 2, "sep": 2},
-    {"pp": 2, "sep": 2, "context": True},
-], ids=lambda degrees: "".join(f"{k}{v}" for k, v in degrees.items()))  # fmt: skip
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"pp": 4},
+        {"pp": 2, "dp": 2},
+        {"pp": 2, "tp": 2},
+        {"pp": 2, "tp": 2, "sequence_parallel": True},
+        {"pp": 2, "tp": 2, "virtual": 2},
+        {"pp": 2, "sep": 2},
+        {"pp": 2, "sep": 2, "context": True},
+    ],
+    ids=lambda degrees: "".join(f"{k}{v}" for k, v in degrees.items()),
+)
 def test_four_ranks(ranks, degrees):
     compare(ranks, "llama_bias_tied", degrees, 5, steps=2, changes=LAYERS, kind="padded")
 
@@ -228,7 +241,9 @@ def test_every_family(ranks, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("degrees", [{"pp": 4}, {"pp": 4, "virtual": 2}, {"pp": 2, "virtual": 4}, {"pp": 2, "dp": 2, "virtual": 2}])
+@pytest.mark.parametrize(
+    "degrees", [{"pp": 4}, {"pp": 4, "virtual": 2}, {"pp": 2, "virtual": 4}, {"pp": 2, "dp": 2, "virtual": 2}]
+)
 @pytest.mark.parametrize("count", [1, 3, 4, 6, 9])
 def test_deep_pipelines(ranks, degrees, count):
     if degrees.get("dp") and count < 2:
@@ -336,7 +351,9 @@ def test_a_script_on_two_stages(ranks, tmp_path, case):
 
     (one, metrics, shown), (two, found, also) = run(1), run(2, pipeline_parallel_degree=2)
     for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-4
+        )
         assert "bubble" not in a and 0 < b["bubble"] < 1 and b["bubble_formula"] == 0.2
         for figure in set(a) & {"rewards/margins", "logps/chosen", "dpo_loss", "sft_loss"}:
             assert b[figure] == pytest.approx(a[figure], rel=1e-4, abs=1e-6)

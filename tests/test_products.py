@@ -1,15 +1,28 @@
 """Products: linear with what follows it, LoRA in one product, and bfloat16, against float64 in numpy.
 
-    python -m pytest tests/test_products.py          # CPU; bfloat16 where the processor has it
+python -m pytest tests/test_products.py          # CPU; bfloat16 where the processor has it
 """
+
+import kernels
 
 import numpy as np
 import paddle
 import pytest
-from test_kernels import (backends, close, cpu, in_bf16, lce, naive_cross_entropy, normal, random_rows, rounded, run, tensor,
-                          with_bf16)  # fmt: skip
+from test_kernels import (
+    backends,
+    close,
+    cpu,
+    in_bf16,
+    lce,
+    naive_cross_entropy,
+    normal,
+    random_rows,
+    rounded,
+    run,
+    tensor,
+    with_bf16,
+)
 
-import kernels
 from model import Linear, LoRALinear, halve_frozen
 
 assert in_bf16  # a fixture
@@ -48,7 +61,11 @@ def test_linear_in_bf16_with_bias_and_residual(in_bf16):
 def test_operands_stored_in_bf16_give_the_same_bits(M, N, K, turned):
     a, b = tensor(normal((K, M) if turned[0] else (M, K))), tensor(normal((N, K) if turned[1] else (K, N), 1))
     expected = cpu.bf16_matmul(a, b, *turned).numpy()
-    for left, right in ((a, b.astype("bfloat16")), (a.astype("bfloat16"), b), (a.astype("bfloat16"), b.astype("bfloat16"))):
+    for left, right in (
+        (a, b.astype("bfloat16")),
+        (a.astype("bfloat16"), b),
+        (a.astype("bfloat16"), b.astype("bfloat16")),
+    ):
         assert np.array_equal(cpu.bf16_matmul(left, right, *turned).numpy(), expected)
 
 
@@ -70,8 +87,14 @@ def run_lora(backend, x, weight, a, b, scaling, bias, dropped, upstream, stored=
     inputs = [tensor(t) for t in (x, a, b) + (() if dropped is None else (dropped,))]
     frozen = tensor(weight, frozen=True).astype(stored)
     with kernels.use(f"lora_linear={backend}"):
-        y = kernels.lora_linear(inputs[0], frozen, *inputs[1:3], scaling, None if bias is None else tensor(bias, frozen=True),
-                                None if dropped is None else inputs[3])  # fmt: skip
+        y = kernels.lora_linear(
+            inputs[0],
+            frozen,
+            *inputs[1:3],
+            scaling,
+            None if bias is None else tensor(bias, frozen=True),
+            None if dropped is None else inputs[3],
+        )
     (y * tensor(upstream, frozen=True)).sum().backward()
     return y.numpy(), [t.grad.numpy() for t in inputs]
 
@@ -83,7 +106,12 @@ LORA = [((1, 1), 1, 1), ((5, 123), 7, 3), ((2, 33, 40), 96, 8), ((3, 50, 129), 6
 @pytest.mark.parametrize("shape, n_out, rank", LORA)
 @pytest.mark.parametrize("bias, dropped", [(False, False), (True, True)])
 def test_lora_linear(backend, shape, n_out, rank, bias, dropped):
-    x, weight, a, b = normal(shape), normal((shape[-1], n_out), 1), normal((shape[-1], rank), 2), normal((rank, n_out), 3)
+    x, weight, a, b = (
+        normal(shape),
+        normal((shape[-1], n_out), 1),
+        normal((shape[-1], rank), 2),
+        normal((rank, n_out), 3),
+    )
     x2 = normal(shape, 5) if dropped else None
     args = x, weight, a, b, 0.5, normal((n_out,), 4) if bias else None, x2, normal((*shape[:-1], n_out), 6)
     y, expected = naive_lora(*args)
@@ -98,7 +126,12 @@ def test_lora_linear(backend, shape, n_out, rank, bias, dropped):
 @pytest.mark.parametrize("bias, dropped", [(False, False), (True, True)])
 def test_lora_linear_in_bf16(in_bf16, shape, n_out, rank, bias, dropped):
     """Rounding of x, W, A, B, of t = s x A and of the gradients: each product within 2^-8 of a typical sum's size."""
-    x, weight, a, b = normal(shape), normal((shape[-1], n_out), 1), normal((shape[-1], rank), 2), normal((rank, n_out), 3)
+    x, weight, a, b = (
+        normal(shape),
+        normal((shape[-1], n_out), 1),
+        normal((shape[-1], rank), 2),
+        normal((rank, n_out), 3),
+    )
     x2 = normal(shape, 5) if dropped else None
     args = x, weight, a, b, 0.5, normal((n_out,), 4) if bias else None, x2, normal((*shape[:-1], n_out), 6)
     y, expected = naive_lora(*args)
@@ -188,10 +221,25 @@ def attend(bf16, arrays, upstream, **kwargs):
 
 
 @with_bf16
-@pytest.mark.parametrize("B, Tq, Tk, H, K, Dh", [(1, 1, 1, 1, 1, 1), (2, 5, 5, 2, 1, 12), (2, 7, 123, 4, 2, 40), (1, 130, 130, 4, 2, 64),
-                                                 (2, 200, 260, 4, 4, 80), (1, 97, 97, 2, 2, 96), (1, 300, 300, 6, 2, 128), (1, 100, 170, 2, 1, 256),
-                                                 (1, 70, 70, 3, 1, 8), (2, 99, 120, 5, 5, 24), (1, 70, 70, 7, 1, 112), (1, 65, 65, 2, 1, 120),
-                                                 (1, 130, 130, 3, 3, 192), (1, 70, 70, 2, 1, 576)])  # fmt: skip
+@pytest.mark.parametrize(
+    "B, Tq, Tk, H, K, Dh",
+    [
+        (1, 1, 1, 1, 1, 1),
+        (2, 5, 5, 2, 1, 12),
+        (2, 7, 123, 4, 2, 40),
+        (1, 130, 130, 4, 2, 64),
+        (2, 200, 260, 4, 4, 80),
+        (1, 97, 97, 2, 2, 96),
+        (1, 300, 300, 6, 2, 128),
+        (1, 100, 170, 2, 1, 256),
+        (1, 70, 70, 3, 1, 8),
+        (2, 99, 120, 5, 5, 24),
+        (1, 70, 70, 7, 1, 112),
+        (1, 65, 65, 2, 1, 120),
+        (1, 130, 130, 3, 3, 192),
+        (1, 70, 70, 2, 1, 576),
+    ],
+)
 @pytest.mark.parametrize("mask", ["causal", "rows", "bidirectional", "alibi", "softcap", "prefix, alibi, softcap"])
 def test_attention_in_bf16(in_bf16, B, Tq, Tk, H, K, Dh, mask):
     """Against float32 on the same rounded q, k, v and upstream: what is left is the rounding of softmax and of its gradient."""
@@ -199,7 +247,9 @@ def test_attention_in_bf16(in_bf16, B, Tq, Tk, H, K, Dh, mask):
     upstream = rounded(normal((B, Tq, H, Dh), 3))
     more = {"causal": mask != "bidirectional" and "prefix" not in mask}
     if mask == "rows" or "prefix" in mask:
-        more["startend_row_indices"] = tensor(random_rows(1 if more["causal"] else 2, 1, B, Tk, more["causal"]), "int32")
+        more["startend_row_indices"] = tensor(
+            random_rows(1 if more["causal"] else 2, 1, B, Tk, more["causal"]), "int32"
+        )
     if "alibi" in mask:
         more["alibi_slopes"] = tensor(2.0 ** -np.arange(1, H + 1), frozen=True)
     if "softcap" in mask:

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import kernels
+
+import families
 import paddle
 from conftest import ROOT, SHARED
 
 import data
-import kernels
 import model
-import families
 import quantize
 import serve
 import trainer
@@ -216,9 +217,10 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp):
     return result
 
 
-@pytest.mark.parametrize("bits, group_size, sym, desc_act", [(4, -1, True, False), (4, 32, True, False),
-                                                            (4, 32, False, True),
-                                                            (8, 24, False, False), (4, -1, False, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits, group_size, sym, desc_act",
+    [(4, -1, True, False), (4, 32, True, False), (4, 32, False, True), (8, 24, False, False), (4, -1, False, True)],
+)
 @pytest.mark.parametrize("block", [128, 20])
 def test_gptq_equals_the_plain_algorithm(bits, group_size, sym, desc_act, block, monkeypatch):
     x, weight = layer_problem(64, 16, 300, rank=20)
@@ -235,9 +237,11 @@ def test_gptq_beats_round_to_nearest_and_searching_ranges_beats_gptq(bits, group
     for seed in range(2):
         x, weight = layer_problem(n_out=64, seed=seed)
         hessian, errors = mean_hessian(x), []
-        for found in (quantize.round_to_nearest(weight, bits, group_size),
-                      gptq(weight, hessian, bits, group_size, search_range=False)[0],
-                      gptq(weight, hessian, bits, group_size)[0]):  # fmt: skip
+        for found in (
+            quantize.round_to_nearest(weight, bits, group_size),
+            gptq(weight, hessian, bits, group_size, search_range=False)[0],
+            gptq(weight, hessian, bits, group_size)[0],
+        ):
             errors.append(quantize.output_error(weight, found.weight(), hessian))
             by_inputs = np.linalg.norm(x @ (weight - found.weight())) / np.linalg.norm(x @ weight)
             assert abs(errors[-1] - by_inputs) < 1e-3 * by_inputs
@@ -299,8 +303,12 @@ def test_act_order_keeps_the_group_of_each_row():
     order = np.argsort(-np.diag(hessian), kind="stable")
     np.testing.assert_array_equal(found.groups[order], np.arange(96) // 32)
     layer = model.QuantLinear(96, 16, "w4", 32, desc_act=True)
-    for name, array in (("qweight", quantize.pack_rows(found.codes, 4)), ("scales", found.scales),
-                        ("qzeros", quantize.pack_zeros(found.zeros, 4)), ("g_index", found.groups)):  # fmt: skip
+    for name, array in (
+        ("qweight", quantize.pack_rows(found.codes, 4)),
+        ("scales", found.scales),
+        ("qzeros", quantize.pack_zeros(found.zeros, 4)),
+        ("g_index", found.groups),
+    ):
         model.set_parameter(getattr(layer, name), array)
     np.testing.assert_array_equal(layer.dequantized().numpy(), found.weight())
     np.testing.assert_allclose(layer(paddle.to_tensor(x)).numpy(), x @ found.weight(), rtol=1e-4, atol=1e-4)
@@ -322,8 +330,14 @@ def groups(net, block):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("keys", [{"shift": True}, {"smooth": True, "smooth_all_linears": True},
-                                  {"shift": True, "smooth": True, "smooth_all_linears": True, **SEARCH}])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"shift": True},
+        {"smooth": True, "smooth_all_linears": True},
+        {"shift": True, "smooth": True, "smooth_all_linears": True, **SEARCH},
+    ],
+)
 def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
     net = tiny_model(attention_bias=biased, mlp_bias=biased)
     for layer in (layer for *_, layer in model.linears(net).values() if biased):
@@ -398,8 +412,12 @@ LEFT_OUT = {  # name: the lines that say what is not done
     "mixtral": {f"shift: not before gate_proj: {NO_BIAS}"},
     "opt": set(), "llama": set(), "gemma2": set(), "chatglm2": set(), "internlm2": set(), "glm4": set(),
 }  # fmt: skip
-LEFT_OUT |= {"bloom_7heads": LEFT_OUT["bloom"], "gpt2": LEFT_OUT["bloom"], "deepseek_v3": LEFT_OUT["mixtral"],
-             "bloom_post": {line.replace("q_proj", "qkv_proj") for line in LEFT_OUT["opt_350m"]} | LEFT_OUT["bloom"]}  # fmt: skip
+LEFT_OUT |= {
+    "bloom_7heads": LEFT_OUT["bloom"],
+    "gpt2": LEFT_OUT["bloom"],
+    "deepseek_v3": LEFT_OUT["mixtral"],
+    "bloom_post": {line.replace("q_proj", "qkv_proj") for line in LEFT_OUT["opt_350m"]} | LEFT_OUT["bloom"],
+}
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -446,8 +464,11 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
         return errors[-1][0]
 
     monkeypatch.setattr(quantize, "weight_only", of_both)
-    for keys, most in (({"do_ptq": True, "quant_type": "wint8"}, 0.03), ({"do_gptq": True}, 0.5),
-                       ({"do_ptq": True, "activation": "per_token", "shift": True, "smooth": True}, 0.05)):  # fmt: skip
+    for keys, most in (
+        ({"do_ptq": True, "quant_type": "wint8"}, 0.03),
+        ({"do_gptq": True}, 0.5),
+        ({"do_ptq": True, "activation": "per_token", "shift": True, "smooth": True}, 0.05),
+    ):
         net, args = families.build(name, **PACKABLE.get(name, {})), make_args(**keys)
         errors.clear()
         with paddle.no_grad():

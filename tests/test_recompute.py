@@ -27,15 +27,30 @@ import trainer
 from data import UserError
 
 GRANULARITIES = ("full", "full_attn", "core_attn")
-NAMES = ("llama_mqa", "qwen3", "bloom_post", "chatglm", "gemma2", "deepseek_v3", "mixtral", "gpt2", "baichuan2_13b")  # every norm_place
+NAMES = (
+    "llama_mqa",
+    "qwen3",
+    "bloom_post",
+    "chatglm",
+    "gemma2",
+    "deepseek_v3",
+    "mixtral",
+    "gpt2",
+    "baichuan2_13b",
+)  # every norm_place
 
 
 def losses_and_gradients(name, kind="full", packed=True, granularity=None, kept=()):
     model = families.build(name)
     tensor_jobs.adapt(model, kind)
     if granularity is not None:
-        trainer.set_recompute(model, types.SimpleNamespace(recompute=True, recompute_granularity=granularity, no_recompute_layers=list(kept)))
-    rows, gradients = tensor_jobs.train(model, parallel.SINGLE, [tensor_jobs.batch(name, 1, packed)], 2, recompute=granularity or False)
+        trainer.set_recompute(
+            model,
+            types.SimpleNamespace(recompute=True, recompute_granularity=granularity, no_recompute_layers=list(kept)),
+        )
+    rows, gradients = tensor_jobs.train(
+        model, parallel.SINGLE, [tensor_jobs.batch(name, 1, packed)], 2, recompute=granularity or False
+    )
     return rows, gradients
 
 
@@ -49,7 +64,10 @@ def check_same_bits(name, kind, packed=True):
     expected, wanted = losses_and_gradients(name, kind, packed)
     for granularity in GRANULARITIES:
         rows, found = losses_and_gradients(name, kind, packed, granularity)
-        if (name, granularity) == ("qwen2_moe", "full"):  # four layers read its MLP's input: sums of their gradients in another order
+        if (name, granularity) == (
+            "qwen2_moe",
+            "full",
+        ):  # four layers read its MLP's input: sums of their gradients in another order
             assert np.allclose(rows, expected, rtol=1e-5)
             continue
         assert rows == expected, granularity
@@ -81,11 +99,17 @@ def test_layers_that_keep_theirs(granularity, monkeypatch):
     """no_recompute_layers: of three blocks the first and the last are run once, the other twice."""
     model = families.build("deepseek_v2")
     model.train()
-    trainer.set_recompute(model, types.SimpleNamespace(recompute=True, recompute_granularity=granularity, no_recompute_layers=[0, 2]))
+    trainer.set_recompute(
+        model, types.SimpleNamespace(recompute=True, recompute_granularity=granularity, no_recompute_layers=[0, 2])
+    )
     runs = [0, 0, 0]
     for i, block in enumerate(model.layers):
         original = block.attention.rotated
-        monkeypatch.setattr(block.attention, "rotated", lambda *a, i=i, original=original: runs.__setitem__(i, runs[i] + 1) or original(*a))
+        monkeypatch.setattr(
+            block.attention,
+            "rotated",
+            lambda *a, i=i, original=original: runs.__setitem__(i, runs[i] + 1) or original(*a),
+        )
     model(**trainer.model_inputs(tensor_jobs.batch("deepseek_v2", 0))).sum().backward()
     assert runs == [1, 2, 1]
     model.eval()
@@ -122,24 +146,47 @@ print(json.dumps(found))
 
 def test_memory_by_granularity(run_python, tmp_path):
     """Kept for backward after a forward of 2,048 tokens, and the same by the dry run's formula."""
-    changes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+    changes = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 2048,
+    }
     found = run_python(MEASURE, json.dumps(changes))
     assert found["full"] < found["all but one"] < found["full_attn"] < found["core_attn"] < found["none"], found
     tokens_and_layers = 4 * 2048 * 4  # bytes of a float of every token and layer
-    assert found["none"] - found["core_attn"] == pytest.approx(tokens_and_layers * (64 + 8), rel=0.02)  # mixed values, and lse
-    assert found["none"] - found["full_attn"] == pytest.approx(tokens_and_layers * (4 * 64 + 8), rel=0.02)  # and q, k, v
+    assert found["none"] - found["core_attn"] == pytest.approx(
+        tokens_and_layers * (64 + 8), rel=0.02
+    )  # mixed values, and lse
+    assert found["none"] - found["full_attn"] == pytest.approx(
+        tokens_and_layers * (4 * 64 + 8), rel=0.02
+    )  # and q, k, v
     M.save_pretrained(families.build("llama", **changes), tmp_path)
 
     def said(**keys):
         argv = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
         argv += f"--model_name_or_path {tmp_path} --dry_run true --per_device_train_batch_size 1 --max_seq_length 2048 --recompute true".split()
         lines = trainer.dry_run(trainer.parse_args(pretrain.Args, argv)).splitlines()
-        return {line.strip().rpartition("  ")[0].strip(): float(line.split()[-1].replace(",", "")) * 1e6 for line in lines if line.startswith("  activations")}
+        return {
+            line.strip().rpartition("  ")[0].strip(): float(line.split()[-1].replace(",", "")) * 1e6
+            for line in lines
+            if line.startswith("  activations")
+        }
 
-    one_block = (said()["activations without recompute"] - 2 * 4 * 64 * 2048) / 4  # but for the embeddings and the last norm
-    for name, keys in {"full": {}, "full_attn": {"recompute_granularity": "full_attn"}, "core_attn": {"recompute_granularity": "core_attn"},
-                       "all but one": {"no_recompute_layers": 1}}.items():  # fmt: skip
-        made = {"full_attn": 4 * 4 * 64 * 2048, "core_attn": 4 * 64 * 2048}.get(name, one_block)  # of one block, in backward
+    one_block = (
+        said()["activations without recompute"] - 2 * 4 * 64 * 2048
+    ) / 4  # but for the embeddings and the last norm
+    for name, keys in {
+        "full": {},
+        "full_attn": {"recompute_granularity": "full_attn"},
+        "core_attn": {"recompute_granularity": "core_attn"},
+        "all but one": {"no_recompute_layers": 1},
+    }.items():
+        made = {"full_attn": 4 * 4 * 64 * 2048, "core_attn": 4 * 64 * 2048}.get(
+            name, one_block
+        )  # of one block, in backward
         assert said(**keys)["activations with recompute"] - made == pytest.approx(found[name], rel=0.1), name
 
 
@@ -152,8 +199,14 @@ def two():
 def test_beside_parallelism(two):
     """What is computed again talks to other ranks again."""
     ways = ({"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"sep": 2}, {"sep": 2, "context": True})
-    compare(two, [("llama", {"degrees": way, "recompute": granularity, "packed": True, "steps": 2, "kind": kind})
-                  for way in ways for granularity, kind in zip(GRANULARITIES[1:], ("dropout", "full"))])  # fmt: skip
+    compare(
+        two,
+        [
+            ("llama", {"degrees": way, "recompute": granularity, "packed": True, "steps": 2, "kind": kind})
+            for way in ways
+            for granularity, kind in zip(GRANULARITIES[1:], ("dropout", "full"))
+        ],
+    )
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune, dpo])
@@ -164,16 +217,22 @@ def test_keys(script, tmp_path):
         args = trainer.parse_args(script.Args, [*argv.split(), *value.split()])
         assert (args.recompute_granularity, args.no_recompute_layers) == ("core_attn", [0, 2])
     (tmp_path / "c.json").write_text(json.dumps({"no_recompute_layers": [1]}))
-    assert trainer.parse_args(script.Args, [str(tmp_path / "c.json"), *"--dry_run true --model_name_or_path demo/llama".split()]).no_recompute_layers == [1]
+    assert trainer.parse_args(
+        script.Args, [str(tmp_path / "c.json"), *"--dry_run true --model_name_or_path demo/llama".split()]
+    ).no_recompute_layers == [1]
     for value in ("a", "1.5", "-1"):
         with pytest.raises(UserError, match="no_recompute_layers"):
             trainer.parse_args(script.Args, [*argv.split(), value])
     (tmp_path / "c.json").write_text(json.dumps({"no_recompute_layers": ["1"]}))
     with pytest.raises(UserError, match="a list of whole numbers"):
-        trainer.parse_args(script.Args, [str(tmp_path / "c.json"), *"--dry_run true --model_name_or_path demo/llama".split()])
+        trainer.parse_args(
+            script.Args, [str(tmp_path / "c.json"), *"--dry_run true --model_name_or_path demo/llama".split()]
+        )
 
 
 def test_a_layer_that_is_not_there():
     model = families.build("llama")
     with pytest.raises(UserError, match="no_recompute_layers: 2; the model's 2 layers are counted from 0"):
-        trainer.set_recompute(model, types.SimpleNamespace(recompute=True, recompute_granularity="full", no_recompute_layers=[0, 2]))
+        trainer.set_recompute(
+            model, types.SimpleNamespace(recompute=True, recompute_granularity="full", no_recompute_layers=[0, 2])
+        )

@@ -4,6 +4,7 @@
 
 The oracle of greedy replies is model.generate, of all others the same request alone in an engine with room.
 """
+
 import dataclasses
 import functools
 import json
@@ -12,15 +13,15 @@ import threading
 import time
 import types
 
+import kernels
+
+import families
 import numpy as np
 import paddle
 import pytest
-
 from conftest import SHARED
 
 import data
-import families
-import kernels
 import model as M
 import serve
 import trainer
@@ -33,14 +34,28 @@ V, POSITIONS = 3072, 160  # the demo's vocabulary, so that its tokenizer fits th
 
 def tiny(family_changes=None, loras=(), prefix=0, seed=0):
     """A two-layer model of random weights with grouped queries and an odd head dim."""
-    config = {"model_type": "llama", "vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": POSITIONS,
-              "rms_norm_eps": 1e-5, "initializer_range": 0.3, **(family_changes or {})}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "vocab_size": V,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.3,
+        **(family_changes or {}),
+    }
     model = M.build(M.ModelConfig.from_dict(config))
     M.init_weights(model, seed)
     if prefix:
         M.apply_prefix(model, prefix)
-        M.set_parameter(model.prefix.embedding, np.random.default_rng(5).standard_normal(model.prefix.embedding.shape).astype(np.float32))  # fmt: skip
+        M.set_parameter(
+            model.prefix.embedding,
+            np.random.default_rng(5).standard_normal(model.prefix.embedding.shape).astype(np.float32),
+        )
     model.eval()
     return model
 
@@ -78,7 +93,10 @@ def all_given_back(engine):
     assert not engine.running and not engine.waiting and not engine.live and not engine.inbox
     assert pool.counts == [0] * pool.num_blocks and sorted(pool.free) == list(range(pool.num_blocks))
     assert {pool.keys[block]: block for block in pool.known.values()} == pool.known
-    assert pool.cached == len(pool.known) == engine.stats()["blocks_cached"] and engine.stats()["blocks_free"] == pool.num_blocks
+    assert (
+        pool.cached == len(pool.known) == engine.stats()["blocks_cached"]
+        and engine.stats()["blocks_free"] == pool.num_blocks
+    )
 
 
 # ================================================================================================= paged attention
@@ -89,11 +107,15 @@ def all_given_back(engine):
 def test_paged_attention_equals_attention_of_each_sequence(block_size, H, K, Dh):
     generator = np.random.default_rng([block_size, H])
     queries = np.array([1, 5, 1, 17, 1, 3, 1])
-    contexts = queries + np.array([0, 0, block_size, 7, 40, 2 * block_size - 3 if block_size > 1 else 2, block_size - 1])
+    contexts = queries + np.array(
+        [0, 0, block_size, 7, 40, 2 * block_size - 3 if block_size > 1 else 2, block_size - 1]
+    )
     widths = -(-contexts // block_size)
     free = generator.permutation(int(widths.sum()) + 3)
     tables = np.zeros((len(queries), widths.max()), np.int32)
-    pools = [np.full((len(free), block_size, K, Dh), 1e4, np.float32) for _ in range(2)]  # what must not be seen is loud
+    pools = [
+        np.full((len(free), block_size, K, Dh), 1e4, np.float32) for _ in range(2)
+    ]  # what must not be seen is loud
     q = generator.standard_normal((queries.sum(), H, Dh)).astype(np.float32)
     expected, first = [], 0
     for s, (count, context, width) in enumerate(zip(queries, contexts, widths)):
@@ -110,7 +132,9 @@ def test_paged_attention_equals_attention_of_each_sequence(block_size, H, K, Dh)
     assert np.abs(found - np.concatenate(expected)).max() < 2e-6
     ones = np.flatnonzero(queries == 1)  # nothing but decodes, in any order, and the default scale
     rows = (np.cumsum(queries) - queries)[ones][::-1].copy()
-    alone = kernels.paged_attention(paddle.to_tensor(q[rows]), *pools, tables[ones][::-1], queries[ones], contexts[ones][::-1], 0.3)
+    alone = kernels.paged_attention(
+        paddle.to_tensor(q[rows]), *pools, tables[ones][::-1], queries[ones], contexts[ones][::-1], 0.3
+    )
     assert np.abs(alone.numpy() - found[rows]).max() < 2e-6
     with pytest.raises(AssertionError, match="count the queries"):
         kernels.paged_attention(paddle.to_tensor(q[:2]), *pools, tables[:1], np.array([2]), np.array([1]))
@@ -119,11 +143,19 @@ def test_paged_attention_equals_attention_of_each_sequence(block_size, H, K, Dh)
 # ============================================================================================== greedy == generate
 
 
-@pytest.mark.parametrize("limits", [
-    {}, {"block_size": 1, "num_blocks": 300}, {"block_size": 3, "num_blocks": 200}, {"max_num_seqs": 1},
-    {"block_size": 4, "num_blocks": 24}, {"max_num_batched_tokens": 7, "max_num_seqs": 3},
-    {"max_num_batched_tokens": 3, "max_num_seqs": 3, "block_size": 3}, {"max_num_batched_tokens": 1, "max_num_seqs": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"block_size": 1, "num_blocks": 300},
+        {"block_size": 3, "num_blocks": 200},
+        {"max_num_seqs": 1},
+        {"block_size": 4, "num_blocks": 24},
+        {"max_num_batched_tokens": 7, "max_num_seqs": 3},
+        {"max_num_batched_tokens": 3, "max_num_seqs": 3, "block_size": 3},
+        {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+    ],
+)
 def test_greedy_equals_generate_for_mixed_lengths(limits):
     model, texts = shared_model(), prompts(9)
     engine = Engine(model, **{"num_blocks": 64, "block_size": 16, **limits})
@@ -133,10 +165,16 @@ def test_greedy_equals_generate_for_mixed_lengths(limits):
         assert engine.totals["preemptions"] > 2
 
 
-@pytest.mark.parametrize("changes", [
-    {"rope_scaling": {"type": "dynamic", "factor": 3.0}}, {"num_key_value_heads": 4, "head_dim": 6}, {"attention_bias": True, "mlp_bias": True},
-    {"tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.5}}, {"num_key_value_heads": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "dynamic", "factor": 3.0}},
+        {"num_key_value_heads": 4, "head_dim": 6},
+        {"attention_bias": True, "mlp_bias": True},
+        {"tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.5}},
+        {"num_key_value_heads": 1},
+    ],
+)
 def test_greedy_equals_generate_for_other_architectures(changes):
     model, texts = tiny(changes), prompts(6)
     engine = Engine(model, num_blocks=40, block_size=5, max_num_batched_tokens=16, max_num_seqs=4)
@@ -145,7 +183,9 @@ def test_greedy_equals_generate_for_other_architectures(changes):
 
 def test_neighbours_whose_positions_follow_one_another_stay_apart():
     model = tiny({"rope_scaling": {"type": "dynamic", "factor": 3.0}})
-    texts = [p[: 20 + i] for i, p in enumerate([list(range(10 + i, 60 + i)) for i in range(5)])]  # decodes at 20, 21, 22, …
+    texts = [
+        p[: 20 + i] for i, p in enumerate([list(range(10 + i, 60 + i)) for i in range(5)])
+    ]  # decodes at 20, 21, 22, …
     engine = Engine(model, num_blocks=64, block_size=4)
     assert run(engine, [Request(p, greedy(8)) for p in texts]) == [[oracle(model, p, 8)] for p in texts]
 
@@ -179,7 +219,9 @@ def test_requests_join_and_leave_at_any_step():
 # ================================================================================================== every family
 
 
-GOLDENS = sorted(path.parent for kind in ("hf/*/oracle.npz", "models/*/golden.npz") for path in (SHARED / "golden").glob(kind))
+GOLDENS = sorted(
+    path.parent for kind in ("hf/*/oracle.npz", "models/*/golden.npz") for path in (SHARED / "golden").glob(kind)
+)
 NOT_FAMILIES = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")  # goldens of architectures that are refused by name
 LIMITS = ({}, {"max_num_batched_tokens": 5, "max_num_seqs": 4, "block_size": 3}, {"block_size": 4, "num_blocks": 16})
 
@@ -222,7 +264,9 @@ def test_goldens_are_generated_in_any_company(folder):
     for limits in LIMITS:
         found, engine = served(model, [*prompts.tolist(), *others], replies.shape[1], limits)
         room = engine.max_model_len - T  # 8 positions and factor 2 are few for dynamic rope
-        assert found[: len(prompts)] == replies[:, :room].tolist() and (room >= replies.shape[1] or "dynamic" in folder.name)
+        assert found[: len(prompts)] == replies[:, :room].tolist() and (
+            room >= replies.shape[1] or "dynamic" in folder.name
+        )
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -236,17 +280,29 @@ def test_every_family_in_chunks_with_reuse_and_preemption(name):
         assert engine.totals["preemptions"] > 0 or "num_blocks" not in limits
         assert (engine.totals["cached_tokens"] > 0) == engine.runner.chunked or limits.get("block_size", 16) > 4
     loud = dataclasses.replace(greedy(1), logprobs=0)
-    exact, rounded = (Engine(model, num_blocks=20, max_num_batched_tokens=6, int8_cache=int8).generate([Request(texts[1], loud)]) for int8 in (False, True))
+    exact, rounded = (
+        Engine(model, num_blocks=20, max_num_batched_tokens=6, int8_cache=int8).generate([Request(texts[1], loud)])
+        for int8 in (False, True)
+    )
     assert abs(exact[0][0].logprobs[0][0] - rounded[0][0].logprobs[0][0]) < 0.1
 
 
-@pytest.mark.parametrize("name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "gemma2", "glm", "mixtral_window", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "gemma2", "glm", "mixtral_window", "deepseek_v3"]
+)
 def test_every_kind_of_positions_behind_a_prefix_and_with_adapters(name, tmp_path):
     model = M.apply_prefix(families.build(name), 5)
-    M.set_parameter(model.prefix.embedding, np.random.default_rng(5).standard_normal(model.prefix.embedding.shape).astype(np.float32))
+    M.set_parameter(
+        model.prefix.embedding,
+        np.random.default_rng(5).standard_normal(model.prefix.embedding.shape).astype(np.float32),
+    )
     texts = family_prompts(model.config, (4, 11, 9), seed=2)
     expected = [oracle(model.eval(), text, min(8, model.config.most_tokens - 5 - len(text))) for text in texts]
-    for limits in ({}, {"max_num_batched_tokens": 6, "max_num_seqs": 3, "block_size": 3}, {"block_size": 3, "num_blocks": 10}):
+    for limits in (
+        {},
+        {"max_num_batched_tokens": 6, "max_num_seqs": 3, "block_size": 3},
+        {"block_size": 3, "num_blocks": 10},
+    ):
         found, engine = served(model, texts, 8, limits)
         assert found == expected
     assert engine.totals["preemptions"] > 0
@@ -254,7 +310,10 @@ def test_every_kind_of_positions_behind_a_prefix_and_with_adapters(name, tmp_pat
     for seed in range(2):
         adapted = M.apply_lora(families.build(name), rank=2, seed=seed)
         for i, layer in enumerate(M.lora_layers(adapted).values()):
-            M.set_parameter(layer.lora_B, np.random.default_rng([seed, i]).standard_normal(layer.lora_B.shape).astype(np.float32) * 0.2)
+            M.set_parameter(
+                layer.lora_B,
+                np.random.default_rng([seed, i]).standard_normal(layer.lora_B.shape).astype(np.float32) * 0.2,
+            )
         paths[f"lora{seed}"] = M.save_adapter(adapted, tmp_path / f"lora{seed}") or tmp_path / f"lora{seed}"
     engine, wanted = Engine(families.build(name), num_blocks=60, block_size=4, adapters=paths), []
     asked = [(text, adapter) for text in texts for adapter in (None, "lora0", "lora1")]
@@ -267,11 +326,19 @@ def test_every_kind_of_positions_behind_a_prefix_and_with_adapters(name, tmp_pat
 
 def test_blocks_are_shared_only_where_positions_are_turned_alike():
     """Qwen's base grows in powers of two of the prompt's length over 8, dynamic rope's with every token past 8."""
-    for name, most in (("qwen_ntk", [0, 8, 0, 16, 0]), ("llama_dynamic", [0, 4, 0, 0, 0]), ("llama", [0, 8, 8, 16, 20])):
+    for name, most in (
+        ("qwen_ntk", [0, 8, 0, 16, 0]),
+        ("llama_dynamic", [0, 4, 0, 0, 0]),
+        ("llama", [0, 8, 8, 16, 20]),
+    ):
         model, cached = families.build(name), []
         text = family_prompts(model.config, [40])[0]
         engine = Engine(model, num_blocks=60, block_size=4)
-        for prompt in (text[:10], text[:9], text[:17], text[:20], text[:33]) if most[1] == 8 else (text[:7], text[:8], text[:10], text[:11], text[:12]):
+        for prompt in (
+            (text[:10], text[:9], text[:17], text[:20], text[:33])
+            if most[1] == 8
+            else (text[:7], text[:8], text[:10], text[:11], text[:12])
+        ):
             room = min(4, model.config.most_tokens - len(prompt))
             (completion,) = engine.generate([Request(prompt, greedy(4))])[0]
             assert completion.token_ids == oracle(model, prompt, room)
@@ -283,7 +350,9 @@ def test_alibi_goes_on_past_the_trained_length_and_tables_do_not():
     for name in ("bloom", "baichuan_13b"):
         model = families.build(name)
         text = family_prompts(model.config, [90])[0]
-        found, engine = served(model, [text, text[:70]], 6, {"num_blocks": 40, "block_size": 8, "max_num_batched_tokens": 50})
+        found, engine = served(
+            model, [text, text[:70]], 6, {"num_blocks": 40, "block_size": 8, "max_num_batched_tokens": 50}
+        )
         assert found == [oracle(model, text, 6), oracle(model, text[:70], 6)] and engine.max_model_len == 40 * 8
     engine = Engine(families.build("opt"), num_blocks=40, block_size=8)
     with pytest.raises(PromptTooLong, match="at most 63 fit"):
@@ -299,7 +368,9 @@ def test_replies_to_a_prompt_that_sees_itself_both_ways():
     replies = engine.generate([Request(text, dataclasses.replace(greedy(8), n=3))])[0]
     assert [c.token_ids for c in replies] == [oracle(model, text, 8)] * 3
     longer = [*text[:8], *text]
-    assert run(engine, [Request(longer, greedy(8))]) == [[oracle(model, longer, 8)]] and not engine.totals["cached_tokens"]
+    assert (
+        run(engine, [Request(longer, greedy(8))]) == [[oracle(model, longer, 8)]] and not engine.totals["cached_tokens"]
+    )
     all_given_back(engine)
     assert not engine.runner.last_positions
 
@@ -375,13 +446,24 @@ def random_requests(count, adapters, seed=0):
         prompt = common[: g.integers(0, 40)] + g.integers(10, V, int(g.integers(1, 30))).tolist()
         kind = g.integers(3)
         params = SamplingParams(
-            max_tokens=int(g.integers(1, 24)), min_tokens=0, temperature=0.0 if kind == 0 else float(g.choice([0.3, 1.0, 1.7])),
-            top_k=int(g.choice([0, 1, 5, 50])), top_p=float(g.choice([1.0, 0.9, 0.4])), seed=int(g.integers(1 << 40)),
-            repetition_penalty=float(g.choice([1.0, 1.0, 1.3])), presence_penalty=float(g.choice([0.0, 0.0, 1.0])),
-            frequency_penalty=float(g.choice([0.0, 0.0, 0.7])), ignore_eos=bool(g.integers(2)), n=int(g.choice([1, 1, 1, 3])),
-            stop=tuple(g.choice(words, g.integers(0, 3), replace=False).tolist()), stop_token_ids=tuple(g.integers(0, V, 50).tolist()) if kind == 1 else (),
-            logprobs=None if g.integers(3) else int(g.integers(0, 4)))  # fmt: skip
-        params = dataclasses.replace(params, min_tokens=int(g.integers(0, params.max_tokens + 1)) if g.integers(4) == 0 else 0)
+            max_tokens=int(g.integers(1, 24)),
+            min_tokens=0,
+            temperature=0.0 if kind == 0 else float(g.choice([0.3, 1.0, 1.7])),
+            top_k=int(g.choice([0, 1, 5, 50])),
+            top_p=float(g.choice([1.0, 0.9, 0.4])),
+            seed=int(g.integers(1 << 40)),
+            repetition_penalty=float(g.choice([1.0, 1.0, 1.3])),
+            presence_penalty=float(g.choice([0.0, 0.0, 1.0])),
+            frequency_penalty=float(g.choice([0.0, 0.0, 0.7])),
+            ignore_eos=bool(g.integers(2)),
+            n=int(g.choice([1, 1, 1, 3])),
+            stop=tuple(g.choice(words, g.integers(0, 3), replace=False).tolist()),
+            stop_token_ids=tuple(g.integers(0, V, 50).tolist()) if kind == 1 else (),
+            logprobs=None if g.integers(3) else int(g.integers(0, 4)),
+        )
+        params = dataclasses.replace(
+            params, min_tokens=int(g.integers(0, params.max_tokens + 1)) if g.integers(4) == 0 else 0
+        )
         found.append(Request(prompt, params, [None, *adapters][g.integers(len(adapters) + 1)]))
     return found
 
@@ -391,7 +473,9 @@ def test_two_hundred_random_requests_equal_their_solo_runs(adapters):
     requests = random_requests(200, list(adapters))
     alone = Engine(tiny(), tokenizer(), num_blocks=100, block_size=8, adapters=adapters)
     expected = {r.request_id: alone.generate([r])[0] for r in requests}
-    engine = Engine(tiny(), tokenizer(), num_blocks=21, block_size=8, max_num_seqs=7, max_num_batched_tokens=33, adapters=adapters)
+    engine = Engine(
+        tiny(), tokenizer(), num_blocks=21, block_size=8, max_num_seqs=7, max_num_batched_tokens=33, adapters=adapters
+    )
     g, waiting, found, cancelled = np.random.default_rng(9), list(requests), {}, set()
     while waiting or engine.live:
         for _ in range(g.integers(0, 4)):
@@ -414,7 +498,11 @@ def test_two_hundred_random_requests_equal_their_solo_runs(adapters):
                 assert request.request_id in cancelled
                 assert ids == completion.token_ids[: len(ids)] and completion.text.startswith(text)
             else:
-                assert (ids, text, outputs[-1].finish_reason) == (completion.token_ids, completion.text, completion.finish_reason)
+                assert (ids, text, outputs[-1].finish_reason) == (
+                    completion.token_ids,
+                    completion.text,
+                    completion.finish_reason,
+                )
                 if request.params.logprobs is not None:
                     assert np.allclose([o.logprob for o in outputs], [p for p, _ in completion.logprobs], atol=1e-4)
             assert not any(stop in completion.text for stop in request.params.stop) or request.params.min_tokens
@@ -428,7 +516,9 @@ def demo_logits(int8, replies, spoil=lambda runner: None):
     """(tokens, V): of replies that are given, so that runs can be compared; spoil(runner) comes after each prompt."""
     runner, found = serve.PagedRunner(M.from_pretrained(DEMO), 64, 16, int8=int8), []
     for prompt, reply in replies:
-        sequence = types.SimpleNamespace(tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt), prompt_end=len(prompt))
+        sequence = types.SimpleNamespace(
+            tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt), prompt_end=len(prompt)
+        )
         found.append(runner.run([serve.Chunk(sequence, 0, len(prompt))]))
         spoil(runner)
         found += [runner.run([serve.Chunk(sequence, at, 1)]) for at in range(len(prompt), len(sequence.tokens) - 1)]
@@ -437,9 +527,13 @@ def demo_logits(int8, replies, spoil=lambda runner: None):
 
 def test_an_int8_cache_moves_the_logits_little_and_a_wrong_scale_is_noticed():
     """Seen: 0.4 % of their size, 99.4 % of the argmaxes the same; 2.0 % and 96 % where scales are 2 % too large."""
-    texts = [tokenizer().encode(t) for t in ("The red dress", "type#skirt*color#blue", "这款", "Once")] + prompts(3, longest=200, seed=3)
+    texts = [tokenizer().encode(t) for t in ("The red dress", "type#skirt*color#blue", "这款", "Once")] + prompts(
+        3, longest=200, seed=3
+    )
     engine = Engine(M.from_pretrained(DEMO), None, num_blocks=64)
-    replies = [(prompt, c.token_ids) for prompt, (c,) in zip(texts, engine.generate([Request(p, greedy(30)) for p in texts]))]
+    replies = [
+        (prompt, c.token_ids) for prompt, (c,) in zip(texts, engine.generate([Request(p, greedy(30)) for p in texts]))
+    ]
     exact = demo_logits(False, replies)
 
     def compare(*spoil):
@@ -457,9 +551,14 @@ def test_an_int8_cache_moves_the_logits_little_and_a_wrong_scale_is_noticed():
     assert compare(two_percent)[0] > 0.01
 
 
-@pytest.mark.parametrize("limits", [
-    {"block_size": 1, "num_blocks": 300}, {"block_size": 4, "num_blocks": 24}, {"max_num_batched_tokens": 7, "max_num_seqs": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"block_size": 1, "num_blocks": 300},
+        {"block_size": 4, "num_blocks": 24},
+        {"max_num_batched_tokens": 7, "max_num_seqs": 3},
+    ],
+)
 def test_an_int8_cache_shares_blocks_and_survives_preemption(limits):
     model, texts = shared_model(), prompts(9)
     texts += [p + [11, 12] for p in texts[:3]]  # which find blocks of the first
@@ -467,7 +566,9 @@ def test_an_int8_cache_shares_blocks_and_survives_preemption(limits):
     engine = Engine(model, int8_cache=True, **{"num_blocks": 64, "block_size": 16, **limits})
     found = run(engine, [Request(p, greedy()) for p in texts])
     same = [a == b for (x,), (y,) in zip(found, expected) for a, b in zip(x, y, strict=True)]
-    assert np.mean(same) > 0.95  # a value on the edge between two codes may fall to either, as it is computed in other pieces
+    assert (
+        np.mean(same) > 0.95
+    )  # a value on the edge between two codes may fall to either, as it is computed in other pieces
     all_given_back(engine)
     assert engine.totals["preemptions"] > 2 if limits.get("num_blocks") == 24 else engine.totals["cached_tokens"] > 0
 
@@ -493,15 +594,23 @@ def test_a_prefix_with_an_int8_cache():
 def test_log_probabilities_are_those_of_a_full_forward():
     model, prompt = shared_model(), prompts(1, seed=6)[0]
     engine = Engine(model, num_blocks=64, block_size=4)
-    params = SamplingParams(max_tokens=8, temperature=0.7, top_k=40, repetition_penalty=1.4, seed=1, logprobs=5, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=8, temperature=0.7, top_k=40, repetition_penalty=1.4, seed=1, logprobs=5, ignore_eos=True
+    )
     (c,) = engine.generate([Request(prompt, params)])[0]
     with paddle.no_grad():
         logits = model(paddle.to_tensor([prompt + c.token_ids])).numpy()[0].astype(np.float64)
-    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    logprobs = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
     for i, (token, (found, top)) in enumerate(zip(c.token_ids, c.logprobs, strict=True)):
         row = logprobs[len(prompt) - 1 + i]
         assert abs(found - row[token]) < 1e-4
-        assert [t for t, _ in top] == np.argsort(-row)[:5].tolist() and np.allclose([p for _, p in top], np.sort(row)[::-1][:5], atol=1e-4)
+        assert [t for t, _ in top] == np.argsort(-row)[:5].tolist() and np.allclose(
+            [p for _, p in top], np.sort(row)[::-1][:5], atol=1e-4
+        )
 
 
 def test_sampling_with_top_k_looks_at_few_and_draws_the_same():
@@ -553,14 +662,27 @@ class Letters:
         import codecs
 
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return type("Decoder", (), {"push": lambda self, i: decoder.decode(bytes([i])), "flush": lambda self: decoder.decode(b"", True)})()
+        return type(
+            "Decoder",
+            (),
+            {"push": lambda self, i: decoder.decode(bytes([i])), "flush": lambda self: decoder.decode(b"", True)},
+        )()
 
 
-@pytest.mark.parametrize("text,stop,expected", [
-    ("one two three", ("two",), "one "), ("aab aabc", ("aabc",), "aab "), ("ababac", ("abac", "zz"), "ab"),
-    ("x结束y", ("结束",), "x"), ("no stop here", ("stop!", "heres"), None), ("abcabd", ("abd", "bca"), "a"), ("ends with st", ("stop",), None),
-    ("", ("a",), None), ("é€😀", ("😀",), "é€"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,stop,expected",
+    [
+        ("one two three", ("two",), "one "),
+        ("aab aabc", ("aabc",), "aab "),
+        ("ababac", ("abac", "zz"), "ab"),
+        ("x结束y", ("结束",), "x"),
+        ("no stop here", ("stop!", "heres"), None),
+        ("abcabd", ("abd", "bca"), "a"),
+        ("ends with st", ("stop",), None),
+        ("", ("a",), None),
+        ("é€😀", ("😀",), "é€"),
+    ],
+)
 def test_stop_texts_are_found_across_tokens_and_never_shown(text, stop, expected):
     stream, shown, stopped = serve.TextStream(Letters(), stop), [], False
     for byte in text.encode():
@@ -588,10 +710,17 @@ def test_half_a_character_is_held_back_and_shown_at_the_end_as_it_is():
 def adapters(tmp_path_factory):
     """{name: folder} of a LoRA, an rsLoRA on some linears, and a DoRA, all with B that does something."""
     folder, found = tmp_path_factory.mktemp("adapters"), {}
-    for name, options in (("plain", {}), ("rs", {"rslora": True, "targets": ["q_proj", "down_proj"], "rank": 4}), ("dora", {"dora": True})):
+    for name, options in (
+        ("plain", {}),
+        ("rs", {"rslora": True, "targets": ["q_proj", "down_proj"], "rank": 4}),
+        ("dora", {"dora": True}),
+    ):
         model = M.apply_lora(tiny(), **{"rank": 3, "alpha": 6, **options})
         for i, layer in enumerate(M.lora_layers(model).values()):
-            M.set_parameter(layer.lora_B, np.random.default_rng([i, len(name)]).standard_normal(layer.lora_B.shape).astype(np.float32) * 0.2)
+            M.set_parameter(
+                layer.lora_B,
+                np.random.default_rng([i, len(name)]).standard_normal(layer.lora_B.shape).astype(np.float32) * 0.2,
+            )
         M.save_adapter(model, folder / name)
         found[name] = str(folder / name)
     return found
@@ -605,7 +734,9 @@ def test_adapters_by_name_in_one_batch_equal_their_models(adapters):
     models = {None: tiny(), **{name: M.merge(M.load_adapter(tiny(), path)) for name, path in adapters.items()}}
     expected = [[oracle(models[name], p)] for p, name in zip(texts, names)]
     assert found == expected and len({str(oracle(m, texts[0])) for m in models.values()}) == 4
-    same = [Request(texts[0] * 3, greedy(), name) for name in (None, "plain", None, "plain")]  # nothing shared between adapters
+    same = [
+        Request(texts[0] * 3, greedy(), name) for name in (None, "plain", None, "plain")
+    ]  # nothing shared between adapters
     found = [engine.generate([r])[0][0] for r in same]
     assert found[0].cached_tokens == found[1].cached_tokens == 0 and min(c.cached_tokens for c in found[2:]) > 0
     assert found[0].token_ids == found[2].token_ids and found[1].token_ids == found[3].token_ids
@@ -627,8 +758,20 @@ def test_a_prefix_stands_before_every_prompt_and_is_shared(block_size, virtual):
 
 def quantized_folder(path):
     """A 4-bit GPTQ-layout folder of random codes, tokenizer files and all."""
-    config = dict(tiny().config.source, hidden_size=32, head_dim=8, intermediate_size=40,
-                  quantization_config={"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": "gptq"})  # fmt: skip
+    config = dict(
+        tiny().config.source,
+        hidden_size=32,
+        head_dim=8,
+        intermediate_size=40,
+        quantization_config={
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": -1,
+            "sym": True,
+            "desc_act": False,
+            "checkpoint_format": "gptq",
+        },
+    )
     model, g = M.build(M.ModelConfig.from_dict(config)), np.random.default_rng(0)
     for w in M.base_weights(model):
         shape = w.parameter.shape
@@ -639,7 +782,10 @@ def quantized_folder(path):
         elif w.name.endswith("scales"):
             M.set_parameter(w.parameter, np.full(shape, 0.04, np.float32))
         elif not w.name.endswith("g_idx"):
-            M.set_parameter(w.parameter, g.standard_normal(shape).astype(np.float32) * (0.3 if len(shape) == 2 else 0.0) + (len(shape) == 1))
+            M.set_parameter(
+                w.parameter,
+                g.standard_normal(shape).astype(np.float32) * (0.3 if len(shape) == 2 else 0.0) + (len(shape) == 1),
+            )
     M.save_pretrained(model, path)
     tokenizer().save(path)
     return path
@@ -664,7 +810,9 @@ class WholeRunner:
     def run(self, chunks):
         rows = []
         for c in chunks:
-            assert (c.start == 0 and c.count == len(c.sequence.tokens) and c.sequence not in self.held) or (c.count == 1 and self.held[c.sequence].tokens == c.start)
+            assert (c.start == 0 and c.count == len(c.sequence.tokens) and c.sequence not in self.held) or (
+                c.count == 1 and self.held[c.sequence].tokens == c.start
+            )
             cache = self.held.setdefault(c.sequence, self.model.new_cache(1))
             with paddle.no_grad():
                 rows.append(self.model(paddle.to_tensor([c.sequence.tokens[c.start :]]), caches=cache).numpy()[0, -1])
@@ -676,7 +824,9 @@ class WholeRunner:
 
 def test_a_runner_of_whole_prompts_gets_whole_prompts_and_no_shared_blocks():
     model, texts = shared_model(), prompts(10, seed=11)
-    engine = Engine(runner := WholeRunner(model), num_blocks=26, block_size=4, max_num_batched_tokens=30, max_num_seqs=5)
+    engine = Engine(
+        runner := WholeRunner(model), num_blocks=26, block_size=4, max_num_batched_tokens=30, max_num_seqs=5
+    )
     found = engine.generate([Request(p, greedy()) for p in texts])
     assert [[c.token_ids for c in cs] for cs in found] == [[oracle(model, p)] for p in texts]
     assert not runner.held and engine.totals["preemptions"] > 0 and engine.totals["cached_tokens"] == 0
@@ -693,7 +843,11 @@ def test_the_thread_serves_many_callers_and_drains():
     engine.start()
 
     def client(i):
-        found[i] = [o.token_id for o in engine.stream(Request(texts[i], greedy()))] if i % 2 else run(engine, [Request(texts[i], greedy())])[0][0]
+        found[i] = (
+            [o.token_id for o in engine.stream(Request(texts[i], greedy()))]
+            if i % 2
+            else run(engine, [Request(texts[i], greedy())])[0][0]
+        )
 
     clients = [threading.Thread(target=client, args=[i]) for i in range(12)]
     for c in clients:
@@ -719,7 +873,9 @@ def test_abort_gives_blocks_back_at_once_and_shutdown_without_draining_aborts():
     engine.abort("2")  # still waiting
     engine.abort("unknown")
     engine.step()
-    assert [o.finish_reason for o in found if o.finish_reason] == ["abort", "abort"] and engine.stats()["aborted_total"] == 2
+    assert [o.finish_reason for o in found if o.finish_reason] == ["abort", "abort"] and engine.stats()[
+        "aborted_total"
+    ] == 2
     assert sum(engine.pool.counts) == len(engine.running[0].blocks)
     stream = engine.stream(Request([5, 6], greedy(50)))
     assert next(stream).token_id is not None
@@ -786,11 +942,31 @@ def test_limits():
         Engine(tiny(prefix=8), num_blocks=2, block_size=4)
 
 
-@pytest.mark.parametrize("field,value", [
-    ("max_tokens", 0), ("max_tokens", 1.5), ("min_tokens", 65), ("temperature", -0.1), ("temperature", math.nan), ("temperature", "hot"), ("top_k", -1),
-    ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0), ("presence_penalty", math.inf), ("frequency_penalty", None), ("seed", -1), ("seed", True),
-    ("stop", ("",)), ("stop", "text"), ("stop_token_ids", ("a",)), ("logprobs", 21), ("logprobs", True), ("n", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("min_tokens", 65),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", "hot"),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("repetition_penalty", 0),
+        ("presence_penalty", math.inf),
+        ("frequency_penalty", None),
+        ("seed", -1),
+        ("seed", True),
+        ("stop", ("",)),
+        ("stop", "text"),
+        ("stop_token_ids", ("a",)),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("n", 0),
+    ],
+)
 def test_a_bad_parameter_is_named(field, value):
     with pytest.raises(UserError, match=f"^{field}: "):
         SamplingParams(**{field: value}).check()
@@ -800,22 +976,39 @@ def test_a_bad_parameter_is_named(field, value):
 
 
 def arguments(folder, **changes):
-    return trainer.parse_args(serve.Args, [x for k, v in {"model_name_or_path": folder, **changes}.items() for x in (f"--{k}", str(v))])
+    return trainer.parse_args(
+        serve.Args, [x for k, v in {"model_name_or_path": folder, **changes}.items() for x in (f"--{k}", str(v))]
+    )
 
 
 @pytest.fixture
 def records(tmp_path):
     """data_file of seven lines, one of them of two turns, one with a system text, one without tgt"""
     lines = [{"src": f"type#dress*color#{c}", "tgt": "A dress."} for c in ("red", "blue", "green", "white")]
-    lines += [{"src": ["hello", "type#hat"], "tgt": ["hi", ""]}, {"src": "x", "tgt": "y", "context": {"system": "Be brief."}}, {"src": "type#ring"}]
+    lines += [
+        {"src": ["hello", "type#hat"], "tgt": ["hi", ""]},
+        {"src": "x", "tgt": "y", "context": {"system": "Be brief."}},
+        {"src": "type#ring"},
+    ]
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
     return path, lines
 
 
 def offline(path, output, **changes):
-    args = arguments(DEMO, **{"data_file": path, "output_file": output, "decode_strategy": "greedy_search", "max_length": 10, "batch_size": 3,
-                              "num_blocks": 20, "disable_tqdm": "true", **changes})  # fmt: skip
+    args = arguments(
+        DEMO,
+        **{
+            "data_file": path,
+            "output_file": output,
+            "decode_strategy": "greedy_search",
+            "max_length": 10,
+            "batch_size": 3,
+            "num_blocks": 20,
+            "disable_tqdm": "true",
+            **changes,
+        },
+    )
     serve.main(args)
     return [json.loads(line) for line in output.read_text().splitlines()]
 
@@ -823,7 +1016,9 @@ def offline(path, output, **changes):
 def test_a_file_is_answered_in_order_and_resumed(records, tmp_path, capsys):
     (path, lines), output = records, tmp_path / "out" / "out.jsonl"
     found = offline(path, output)
-    assert [list(line) for line in found] == [["src", "tgt", "output"]] * 7 and [line["src"] for line in found] == [line["src"] for line in lines]
+    assert [list(line) for line in found] == [["src", "tgt", "output"]] * 7 and [line["src"] for line in found] == [
+        line["src"] for line in lines
+    ]
     model, tk = M.from_pretrained(DEMO), tokenizer()
     for i in (0, 3):
         ids = tk.encode_chat([(lines[i]["src"], None)])
@@ -857,17 +1052,39 @@ def test_a_file_sampled_again_after_a_kill_is_the_same(records, tmp_path):
 def test_long_prompts_are_cut_to_src_length_and_what_cannot_be_cut_is_named(tmp_path):
     tk = load_tokenizer(DEMO)
     turns = [("type#dress " * 9, "a reply " * 9), ("type#hat", "more " * 5), ("color#red " * 30, "")]
-    for template in (None, {"system": "Be brief. ", "conversation": ["<u>{{user}}</u>", "{{bot}}</s>"], "query": "<q>{{query}}</q>"}):
+    for template in (
+        None,
+        {"system": "Be brief. ", "conversation": ["<u>{{user}}</u>", "{{bot}}</s>"], "query": "<q>{{query}}</q>"},
+    ):
         tk.chat_template = template and data.ChatTemplate(template, "here")
         for src_length in (40, 90, 160, 400):
             ids = serve.prompt_ids(tk, turns, {}, src_length)
-            assert len(ids) <= src_length + 4 and tk.decode(ids).endswith("color#red " if template is None else "color#red </q>" if len(ids) > 100 else "</u>")
+            assert len(ids) <= src_length + 4 and tk.decode(ids).endswith(
+                "color#red " if template is None else "color#red </q>" if len(ids) > 100 else "</u>"
+            )
         alone = serve.prompt_ids(tk, turns[1:2], {}, 100)
-        assert alone == (tk.encode("type#hat") if template is None else tk.encode_chat([("type#hat", None)])[0] + tk.encode_chat([("type#hat", None)])[1][0][0])
+        assert alone == (
+            tk.encode("type#hat")
+            if template is None
+            else tk.encode_chat([("type#hat", None)])[0] + tk.encode_chat([("type#hat", None)])[1][0][0]
+        )
     path = tmp_path / "in.jsonl"
-    path.write_text(json.dumps({"src": "short"}) + "\n" + json.dumps({"src": "x", "context": {"system": "much to say " * 200}}) + "\n")
+    path.write_text(
+        json.dumps({"src": "short"})
+        + "\n"
+        + json.dumps({"src": "x", "context": {"system": "much to say " * 200}})
+        + "\n"
+    )
     template = tmp_path / "chat_template.json"
-    template.write_text(json.dumps({"system": "{% if system is defined %}{{system}}{% endif %}", "conversation": ["{{user}}", "{{bot}}"], "query": "{{query}}"}))
+    template.write_text(
+        json.dumps(
+            {
+                "system": "{% if system is defined %}{{system}}{% endif %}",
+                "conversation": ["{{user}}", "{{bot}}"],
+                "query": "{{query}}",
+            }
+        )
+    )
     with pytest.raises(UserError, match=r"in.jsonl:2: \d+ tokens; 319 fit"):
         offline(path, tmp_path / "out.jsonl", chat_template=template)
 
@@ -883,32 +1100,47 @@ def test_a_prompt_is_printed_as_it_is_written_and_the_benchmark_prints_its_table
     assert [row.split()[0] for row in rows] == ["1", "2"]
 
 
-@pytest.mark.parametrize("changes,message", [
-    ({"model_name_or_path": "nowhere"}, "model_name_or_path: nowhere: no such folder"),
-    ({"model_name_or_path": "demo/sft"}, "demo/sft"),
-    ({"lora_path": "a=nowhere"}, "lora_path: nowhere: no such folder"),
-    ({"lora_path": "a=demo,a=demo/sft"}, "a name of its own"),
-    ({"lora_path": "demo/sft"}, "adapter_config.json: no such file"),
-    ({"lora_path": "demo", "prefix_path": "demo"}, "choose one"),
-    ({"mode": "static"}, "static_config.json"),
-    ({"mode": "jit"}, "mode: 'jit'"),
-    ({"decode_strategy": "beam_search"}, "decode_strategy"),
-    ({"data_file": "nowhere.jsonl"}, "data_file: nowhere.jsonl"),
-    ({"prompt": "a", "benchmark": "true"}, "give one"),
-    ({"top_p": 1.5}, "top_p"),
-    ({"block_size": 0}, "block_size"),
-    ({"kv_cache_gb": 1e-9}, "kv_cache_gb"),
-    ({"prompt": "a", "src_length": 5000}, "src_length"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"model_name_or_path": "nowhere"}, "model_name_or_path: nowhere: no such folder"),
+        ({"model_name_or_path": "demo/sft"}, "demo/sft"),
+        ({"lora_path": "a=nowhere"}, "lora_path: nowhere: no such folder"),
+        ({"lora_path": "a=demo,a=demo/sft"}, "a name of its own"),
+        ({"lora_path": "demo/sft"}, "adapter_config.json: no such file"),
+        ({"lora_path": "demo", "prefix_path": "demo"}, "choose one"),
+        ({"mode": "static"}, "static_config.json"),
+        ({"mode": "jit"}, "mode: 'jit'"),
+        ({"decode_strategy": "beam_search"}, "decode_strategy"),
+        ({"data_file": "nowhere.jsonl"}, "data_file: nowhere.jsonl"),
+        ({"prompt": "a", "benchmark": "true"}, "give one"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"block_size": 0}, "block_size"),
+        ({"kv_cache_gb": 1e-9}, "kv_cache_gb"),
+        ({"prompt": "a", "src_length": 5000}, "src_length"),
+    ],
+)
 def test_bad_arguments_are_one_line(changes, message):
     with pytest.raises(UserError, match=message) as error:
-        serve.main(arguments(changes.get("model_name_or_path", DEMO), **{k: v for k, v in changes.items() if k != "model_name_or_path"}))
+        serve.main(
+            arguments(
+                changes.get("model_name_or_path", DEMO),
+                **{k: v for k, v in changes.items() if k != "model_name_or_path"},
+            )
+        )
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line,message", [
-    (b"{", "in.jsonl:2: not a JSON"), (b"[]", "in.jsonl:2"), (b'{"tgt": "x"}', "in.jsonl:2: key 'src'"), (b'{"src": 3}', "in.jsonl:2: 'src'"), (b'{"src": []}', "in.jsonl:2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        (b"{", "in.jsonl:2: not a JSON"),
+        (b"[]", "in.jsonl:2"),
+        (b'{"tgt": "x"}', "in.jsonl:2: key 'src'"),
+        (b'{"src": 3}', "in.jsonl:2: 'src'"),
+        (b'{"src": []}', "in.jsonl:2"),
+    ],
+)
 def test_a_bad_line_is_named_before_anything_is_answered(tmp_path, line, message):
     path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_bytes(b'{"src": "a", "tgt": "b"}\n' + line + b"\n")
@@ -936,7 +1168,14 @@ def test_the_benchmark_ends_with_its_line(mode, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(bench_serve.SHAPES["B"], "num_hidden_layers", 1)
     bench_serve.main(["--config", "B", "--mode", mode, "--batch", "2", "--prompt", "9", "--new", "3", "--reps", "2"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"peer": "ours", "task": "generate", "dtype": "fp32", "mode": mode, "batch": 2, "weights": "drawn"}.items() <= line.items()
+    assert {
+        "peer": "ours",
+        "task": "generate",
+        "dtype": "fp32",
+        "mode": mode,
+        "batch": 2,
+        "weights": "drawn",
+    }.items() <= line.items()
     assert line["prefill_tok_s"]["n"] == line["decode_tok_s"]["n"] == 2 and line["peak_rss_mb"] > 100
     with pytest.raises(SystemExit):
         bench_serve.main(["--dtype", "bf16"])

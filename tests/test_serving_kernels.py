@@ -4,14 +4,16 @@
 
 Oracles: naive float64 attention of each sequence, and model.sample. Letters as in kernels/__init__.py; S sequences.
 """
+
 import itertools
+
+import kernels
+import kernels.reference
 
 import numpy as np
 import paddle
 import pytest
 
-import kernels
-import kernels.reference
 import model as M
 
 cpu = kernels._module("cpu")
@@ -28,7 +30,9 @@ def random(shape, seed=0):
 # ============================================================================================== paged attention
 
 
-def paged_case(queries, contexts, block_size, H, K, Dh, int8=False, seed=0, spoil=1e4, slopes=None, window=None, softcap=None):
+def paged_case(
+    queries, contexts, block_size, H, K, Dh, int8=False, seed=0, spoil=1e4, slopes=None, window=None, softcap=None
+):
     """(arguments of kernels.paged_attention, naive float64 output (N, H, Dh)) with blocks in any order.
 
     What must not be seen is `spoil`. int8 caches hold random codes; the oracle multiplies them by their scales.
@@ -74,7 +78,11 @@ def paged_case(queries, contexts, block_size, H, K, Dh, int8=False, seed=0, spoi
         first += count
     tensors = [paddle.to_tensor(x) for x in (q, *caches)]
     extra = {n: paddle.to_tensor(s) for n, s in zip(("k_scales", "v_scales"), scales)} if int8 else {}
-    given = {"alibi_slopes": None if slopes is None else paddle.to_tensor(slopes.astype(np.float32)), "window": window, "softcap": softcap}
+    given = {
+        "alibi_slopes": None if slopes is None else paddle.to_tensor(slopes.astype(np.float32)),
+        "window": window,
+        "softcap": softcap,
+    }
     extra |= {name: value for name, value in given.items() if value is not None}
     return (*tensors, tables, queries, contexts), extra, np.concatenate(expected)
 
@@ -222,14 +230,20 @@ def test_write_cache_in_int8(backend, K, Dh):
         codes, scale = cache.numpy().reshape(12, K, Dh), scale.numpy().reshape(12, K)
         assert (codes[others] == 9).all() and (scale[others] == 7).all()
         assert np.abs(scale[slots] - np.abs(x).max(-1) / 127).max() < 1e-7
-        assert (np.abs(codes[slots].astype(np.float32) * scale[slots][..., None] - x) <= 0.5001 * scale[slots][..., None]).all()
+        assert (
+            np.abs(codes[slots].astype(np.float32) * scale[slots][..., None] - x) <= 0.5001 * scale[slots][..., None]
+        ).all()
         assert (np.abs(codes[slots]).max(-1) == 127 * (np.abs(x).max(-1) > 0)).all()
 
 
 @built
 @with_each_set
 def test_write_cache_with_every_instruction_set(instructions):
-    k, v, slots = (paddle.to_tensor(random((9, 2, 20), i)) for i in range(2)), None, kernels.to_tensor(np.arange(9)[::-1].copy())
+    k, v, slots = (
+        (paddle.to_tensor(random((9, 2, 20), i)) for i in range(2)),
+        None,
+        kernels.to_tensor(np.arange(9)[::-1].copy()),
+    )
     k, v = k
     found = []
     for which in (instructions, -1):
@@ -244,7 +258,10 @@ def test_write_cache_with_every_instruction_set(instructions):
 
 
 @built
-@pytest.mark.parametrize("rows, n_in, n_out", [(1, 1, 1), (5, 123, 77), (1, 300, 1000), (3, 64, 48), (16, 129, 400), (32, 70, 770), (7, 65, 16)])
+@pytest.mark.parametrize(
+    "rows, n_in, n_out",
+    [(1, 1, 1), (5, 123, 77), (1, 300, 1000), (3, 64, 48), (16, 129, 400), (32, 70, 770), (7, 65, 16)],
+)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_linear_of_few_rows(rows, n_in, n_out, stored, monkeypatch):
     monkeypatch.setattr(cpu, "SMALL", 0)
@@ -256,7 +273,10 @@ def test_linear_of_few_rows(rows, n_in, n_out, stored, monkeypatch):
     with paddle.no_grad():
         found = kernels.linear(paddle.to_tensor(x).reshape(shape), w, bias)
         assert cpu._few_rows(paddle.to_tensor(x), w, bias) is not None and found.dtype == paddle.float32
-    assert found.shape == [*shape[:-1], n_out] and (np.abs(found.numpy().reshape(expected.shape) - expected) < 2e-6 * (scale + 1)).all()
+    assert (
+        found.shape == [*shape[:-1], n_out]
+        and (np.abs(found.numpy().reshape(expected.shape) - expected) < 2e-6 * (scale + 1)).all()
+    )
     for which in (0, 1, 2):
         y = cpu._C_ops._run_custom_op("cpu_few_rows_linear", paddle.to_tensor(x), w, bias, which)[0].numpy()
         assert (np.abs(y - expected) < 2e-6 * (scale + 1)).all()
@@ -305,7 +325,9 @@ def test_sample_draws_what_the_oracle_draws(backend, S, V, kind):
     if backend == "cpu":
         how = kernels.to_tensor(np.array([temperature, top_p, uniform]))
         for which in (0, 1):
-            again = cpu._C_ops._run_custom_op("cpu_sample", paddle.to_tensor(logits), kernels.to_tensor(top_k.astype(np.int64)), how, which)[0]
+            again = cpu._C_ops._run_custom_op(
+                "cpu_sample", paddle.to_tensor(logits), kernels.to_tensor(top_k.astype(np.int64)), how, which
+            )[0]
             assert again.numpy().tolist() == expected.tolist()
 
 
@@ -325,7 +347,9 @@ def test_sample_reports_rows_that_are_not_finite(backend):
     rows[0, 3], rows[1, 49], rows[2], rows[3, 7] = np.nan, np.inf, -np.inf, -np.inf
     for temperature in (0.0, 1.0):
         with kernels.use(f"sample={backend}"):
-            found = kernels.sample(paddle.to_tensor(rows), np.full(5, temperature), np.zeros(5, int), np.full(5, 0.9), np.full(5, 0.5))
+            found = kernels.sample(
+                paddle.to_tensor(rows), np.full(5, temperature), np.zeros(5, int), np.full(5, 0.9), np.full(5, 0.5)
+            )
         assert (found.numpy() < 0).tolist() == [True, True, True, False, False]
 
 

@@ -1,8 +1,9 @@
 """Sharding stages 1 to 3 on 2 and 4 processes: every loss, norm, gradient, moment and weight is one process's.
 
-    python -m pytest tests/test_sharding.py              # about a minute on two cores
-    python -m pytest tests/test_sharding.py --slow       # every family's kind, four ranks on every mixture of axes
+python -m pytest tests/test_sharding.py              # about a minute on two cores
+python -m pytest tests/test_sharding.py --slow       # every family's kind, four ranks on every mixture of axes
 """
+
 import json
 
 import numpy as np
@@ -138,7 +139,10 @@ def test_four_ranks_train_as_one_process(four, ways):
 @pytest.mark.parametrize("case", ["one_key_head", "one_key_head_lora", "experts", "prefix"])
 def test_four_ranks_on_every_mixture(four, ways, case):
     one_key_head = {"num_key_value_heads": 1}  # it is with both ranks of tp, and counts once
-    cases = {"one_key_head": ("llama", one_key_head), "one_key_head_lora": ("llama", {**one_key_head, "adapter": "lora"})}
+    cases = {
+        "one_key_head": ("llama", one_key_head),
+        "one_key_head_lora": ("llama", {**one_key_head, "adapter": "lora"}),
+    }
     check(four, ways, *(cases | CASES)[case], tolerance=2e-5)
 
 
@@ -189,10 +193,14 @@ def test_a_script_with_sharding_and_offload(two, tmp_path):
               --src_length 64 --max_steps 3 --logging_steps 1 --save_strategy no --learning_rate 1e-3 --lora true --lora_plus_scale 4
               --per_device_train_batch_size 1 --disable_tqdm true""".split()
     sharded = ["--sharding", "stage2 offload", "--sharding_parallel_degree", "2", "--gradient_accumulation_steps", "2"]
-    rows, printed = two.run("parallel_jobs:script", "finetune", [*argv, *sharded, "--output_dir", str(tmp_path / "two")])[0]
+    rows, printed = two.run(
+        "parallel_jobs:script", "finetune", [*argv, *sharded, "--output_dir", str(tmp_path / "two")]
+    )[0]
     import parallel_jobs
 
-    alone, _ = parallel_jobs.script("finetune", [*argv, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one")])
+    alone, _ = parallel_jobs.script(
+        "finetune", [*argv, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one")]
+    )
     assert printed.count("offload changes nothing here") == 1
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([row[key] for row in rows[:3]], [row[key] for row in alone[:3]], rtol=1e-5)
@@ -244,8 +252,17 @@ def test_ranges_are_even_and_meet_every_element_once(ways):
 
 
 def test_units():
-    names = {"layers.11.mlp.experts.3.up_proj.weight": "layers.11", "layers.1.attention.q_proj.lora_A": "layers.1", "norm.weight": "norm",
-             "embed_tokens.weight": "embed", "embed_positions.weight": "embed", "project_in.weight": "embed", "embed_norm.bias": "embed",
-             "lm_head.weight": "head", "project_out.weight": "head", "prefix.hidden.weight": "prefix"}  # fmt: skip
+    names = {
+        "layers.11.mlp.experts.3.up_proj.weight": "layers.11",
+        "layers.1.attention.q_proj.lora_A": "layers.1",
+        "norm.weight": "norm",
+        "embed_tokens.weight": "embed",
+        "embed_positions.weight": "embed",
+        "project_in.weight": "embed",
+        "embed_norm.bias": "embed",
+        "lm_head.weight": "head",
+        "project_out.weight": "head",
+        "prefix.hidden.weight": "prefix",
+    }
     assert {name: parallel.unit_of(name, False) for name in names} == names
     assert parallel.unit_of("embed_tokens.weight", True) == "embed_tokens" != parallel.unit_of("embed_norm.bias", True)

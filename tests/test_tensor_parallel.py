@@ -85,22 +85,38 @@ def test_expert_ranks_are_neighbours_on_the_data_axes():
     rules = {path: parallel.rule_of(path, parameter, model) for path, parameter in model.named_parameters()}
     rule = rules[f"layers.1.mlp.experts.{2 * topology.ep.rank}.up_proj.weight"]
     assert [axis.name for axis in (*rule.parts, rule.sharded, *rule.apart)] == ["copies", "alone", "ep"]
-    for path in ("layers.1.mlp.shared.up_proj.weight", "layers.1.mlp.router.weight", "layers.0.attention.q_proj.weight"):
-        assert [axis.name for axis in (*rules[path].parts, rules[path].sharded, *rules[path].apart)] == ["sep", "dp", "sharding"]
+    for path in (
+        "layers.1.mlp.shared.up_proj.weight",
+        "layers.1.mlp.router.weight",
+        "layers.0.attention.q_proj.weight",
+    ):
+        assert [axis.name for axis in (*rules[path].parts, rules[path].sharded, *rules[path].apart)] == [
+            "sep",
+            "dp",
+            "sharding",
+        ]
 
 
-@pytest.mark.parametrize("name, changes, degrees, words", [
-    ("llama", {}, {"tp": 8}, "tensor_parallel_degree 8 is more than attention heads (4)"),
-    ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, {"tp": 6}, None),
-    ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, {"tp": 5}, None),
-    ("llama", {"intermediate_size": 3}, {"tp": 4}, "is more than channels of the MLP (3)"),
-    ("mixtral", {"intermediate_size": 3}, {"tp": 4}, "is more than channels of an expert (3)"),
-    ("mixtral", {}, {"dp": 2, "ep": 2}, "expert_parallel_degree 2 does not divide experts (5)"),
-    ("llama", {}, {"dp": 2, "ep": 2}, "is for experts, of which there are none (0)"),
-    ("qwen2_moe", {"num_experts": 6}, {"dp": 2, "sharding": 2, "tp": 3, "ep": 3}, "does not divide ranks with other tokens (dp 2 x sharding 2 x sep 1 = 4)"),
-    ("llama", {"quantization_config": SCHEMES["a8w8"]}, {"tp": 2}, "a8w8 is not cut"),
-    ("llama", {"quantization_config": SCHEMES["w4"], "head_dim": 12}, {"tp": 2}, "heads, whose channels (12)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, changes, degrees, words",
+    [
+        ("llama", {}, {"tp": 8}, "tensor_parallel_degree 8 is more than attention heads (4)"),
+        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, {"tp": 6}, None),
+        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, {"tp": 5}, None),
+        ("llama", {"intermediate_size": 3}, {"tp": 4}, "is more than channels of the MLP (3)"),
+        ("mixtral", {"intermediate_size": 3}, {"tp": 4}, "is more than channels of an expert (3)"),
+        ("mixtral", {}, {"dp": 2, "ep": 2}, "expert_parallel_degree 2 does not divide experts (5)"),
+        ("llama", {}, {"dp": 2, "ep": 2}, "is for experts, of which there are none (0)"),
+        (
+            "qwen2_moe",
+            {"num_experts": 6},
+            {"dp": 2, "sharding": 2, "tp": 3, "ep": 3},
+            "does not divide ranks with other tokens (dp 2 x sharding 2 x sep 1 = 4)",
+        ),
+        ("llama", {"quantization_config": SCHEMES["a8w8"]}, {"tp": 2}, "a8w8 is not cut"),
+        ("llama", {"quantization_config": SCHEMES["w4"], "head_dim": 12}, {"tp": 2}, "heads, whose channels (12)"),
+    ],
+)
 def test_what_cannot_be_cut_is_said(name, changes, degrees, words):
     config = families.config(name, **changes)
     found = parallel.check_tensor(config, Degrees(**degrees))
@@ -141,15 +157,43 @@ def test_a_rank_reads_its_experts_alone(tmp_path, name, names, monkeypatch):
 
 def test_families_cut_in_two(two):
     """Heads and ids that two do not divide, key heads that both have, fused linears, latents, ALiBi, two positions."""
-    names = ("llama", "qwen2", "chatglm", "chatglm3", "bloom_7heads", "gemma2", "opt_350m", "deepseek_v3", "baichuan2_13b")
-    compare(two, [(name, dict(degrees=ways(2, sequence_parallel=i % 2 == 0), packed=i % 3 == 0)) for i, name in enumerate(names)])
+    names = (
+        "llama",
+        "qwen2",
+        "chatglm",
+        "chatglm3",
+        "bloom_7heads",
+        "gemma2",
+        "opt_350m",
+        "deepseek_v3",
+        "baichuan2_13b",
+    )
+    compare(
+        two,
+        [
+            (name, dict(degrees=ways(2, sequence_parallel=i % 2 == 0), packed=i % 3 == 0))
+            for i, name in enumerate(names)
+        ],
+    )
 
 
 def test_adapters_on_a_model_cut_in_two(two):
-    cases = [("llama", "lora"), ("chatglm2", "rslora"), ("gpt2", "dora"), ("qwen2", "pissa"), ("deepseek_v2", "dora_dropout"),
-             ("llama", "neftune"), ("llama", "dropout"), ("mistral", "prefix"), ("bloom", "projection"), ("qwen3", "prefix")]  # fmt: skip
-    cases = [(name, dict(kind=kind, degrees=ways(2, sequence_parallel=i % 2 == 1), packed=i % 3 == 0, recompute=i % 4 == 2))
-             for i, (name, kind) in enumerate(cases)]  # fmt: skip
+    cases = [
+        ("llama", "lora"),
+        ("chatglm2", "rslora"),
+        ("gpt2", "dora"),
+        ("qwen2", "pissa"),
+        ("deepseek_v2", "dora_dropout"),
+        ("llama", "neftune"),
+        ("llama", "dropout"),
+        ("mistral", "prefix"),
+        ("bloom", "projection"),
+        ("qwen3", "prefix"),
+    ]
+    cases = [
+        (name, dict(kind=kind, degrees=ways(2, sequence_parallel=i % 2 == 1), packed=i % 3 == 0, recompute=i % 4 == 2))
+        for i, (name, kind) in enumerate(cases)
+    ]
     cases += [("llama", dict(kind="lora", packed=True, degrees=ways(2))), ("llama", dict(packed=True, degrees=ways(2)))]
     cases += [("llama", dict(kind=kind, packed=True, degrees=ways(2))) for kind in ("dropout", "neftune")]
     norms = compare(two, cases)
@@ -157,21 +201,37 @@ def test_adapters_on_a_model_cut_in_two(two):
 
 
 def test_experts_cut_in_two(two):
-    cases = [("mixtral", "full", False), ("qwen2_moe", "dropout", True), ("qwen3_moe", "full", True), ("deepseek_v2_lite", "lora", False)]
-    compare(two, [(name, dict(kind=kind, degrees=ways(2, sequence_parallel=sequence))) for name, kind, sequence in cases])
+    cases = [
+        ("mixtral", "full", False),
+        ("qwen2_moe", "dropout", True),
+        ("qwen3_moe", "full", True),
+        ("deepseek_v2_lite", "lora", False),
+    ]
+    compare(
+        two, [(name, dict(kind=kind, degrees=ways(2, sequence_parallel=sequence))) for name, kind, sequence in cases]
+    )
 
 
 def test_experts_shared_out(two):
     """dp or sharding with another number of batches than ranks, experts without a token, a rank without one."""
     degrees = {"dp": 2, "ep": 2}
-    cases = [(name, dict(degrees=degrees, micro=3, changes=EVEN.get(name))) for name in ("qwen2_moe", "deepseek_v2", "deepseek_v3")]
+    cases = [
+        (name, dict(degrees=degrees, micro=3, changes=EVEN.get(name)))
+        for name in ("qwen2_moe", "deepseek_v2", "deepseek_v3")
+    ]
     cases += [
-        ("mixtral", dict(degrees={"sharding": 2, "ep": 2}, kind="dora_dropout", packed=True, micro=2, changes=EVEN["mixtral"])),
+        (
+            "mixtral",
+            dict(degrees={"sharding": 2, "ep": 2}, kind="dora_dropout", packed=True, micro=2, changes=EVEN["mixtral"]),
+        ),
         ("mixtral", dict(degrees=degrees, micro=1, changes={"num_local_experts": 32}, recompute=True)),
         ("mixtral_window", dict(degrees=degrees, micro=3, changes=EVEN["mixtral_window"], one_expert=True)),
-        ("mixtral_window", dict(degrees=degrees, kind="lora", micro=2, changes=EVEN["mixtral_window"], one_expert=True)),
+        (
+            "mixtral_window",
+            dict(degrees=degrees, kind="lora", micro=2, changes=EVEN["mixtral_window"], one_expert=True),
+        ),
         ("mixtral", dict(degrees=degrees, kind="one", micro=2, changes=EVEN["mixtral"])),  # one rank trains nothing
-    ]  # fmt: skip
+    ]
     compare(two, cases)
 
 
@@ -191,9 +251,24 @@ def quantized(folder, name, scheme):
 def test_adapters_on_integers_cut_in_two(two, tmp_path):
     """Groups that end with the ranks' parts, that do not, one group of all, rows out of order."""
     cases = []
-    for name, scheme in (("llama", "w4"), ("llama", "w4_groups"), ("llama", "w4_short_group"), ("llama_bias_tied", "w8_shuffled"), ("bloom", "w8_shuffled")):
+    for name, scheme in (
+        ("llama", "w4"),
+        ("llama", "w4_groups"),
+        ("llama", "w4_short_group"),
+        ("llama_bias_tied", "w8_shuffled"),
+        ("bloom", "w8_shuffled"),
+    ):
         folder = quantized(tmp_path / f"{name}_{scheme}", name, scheme)
-        cases.append((name, dict(kind="dropout" if "w8" in scheme else "lora", folder=folder, degrees=ways(2, sequence_parallel=len(cases) % 2 == 0))))
+        cases.append(
+            (
+                name,
+                dict(
+                    kind="dropout" if "w8" in scheme else "lora",
+                    folder=folder,
+                    degrees=ways(2, sequence_parallel=len(cases) % 2 == 0),
+                ),
+            )
+        )
     compare(two, cases)
 
 
@@ -206,15 +281,26 @@ def test_adapters_are_loaded_and_written_whole(two, tmp_path):
             tensor_jobs.fill_adapter(model, "lora_A.weight", "lora_B.weight")
             M.save_adapter(model, adapter, base)
             for degrees in ({"tp": 2}, {"dp": 2, "ep": 2}) if name == "mixtral" else ({"tp": 2},):
-                assert two.run("tensor_jobs:on_disk", str(base), str(adapter), degrees, str(tmp_path / f"{name}_{kind}_{len(degrees)}")) == [[], []], (name, kind, degrees)
+                assert two.run(
+                    "tensor_jobs:on_disk",
+                    str(base),
+                    str(adapter),
+                    degrees,
+                    str(tmp_path / f"{name}_{kind}_{len(degrees)}"),
+                ) == [[], []], (name, kind, degrees)
     options = dict(adapter=str(tmp_path / "mixtral_pissa"), folder=str(base), micro=2)
-    compare(two, [("mixtral", dict(options, degrees={"tp": 2})), ("mixtral", dict(options, degrees={"dp": 2, "ep": 2}))])
+    compare(
+        two, [("mixtral", dict(options, degrees={"tp": 2})), ("mixtral", dict(options, degrees={"dp": 2, "ep": 2}))]
+    )
 
 
 # ========================================================================================= other than training
 
 
-@pytest.mark.parametrize("name, kind", [("llama", "full"), ("chatglm", "prefix"), ("bloom_7heads", "full"), ("gemma2", "prefix"), ("deepseek_v2", "lora")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("llama", "full"), ("chatglm", "prefix"), ("bloom_7heads", "full"), ("gemma2", "prefix"), ("deepseek_v2", "lora")],
+)
 def test_generates_what_one_process_does(two, name, kind):
     for same, losses, logits in two.run("tensor_jobs:tokens", name, {"tp": 2, "sequence_parallel": True}, kind):
         assert same and losses < 1e-5 and logits < 1e-5
@@ -234,7 +320,9 @@ def test_a_start_does_not_depend_on_the_cut(two):
 def test_randomness_is_that_of_whole_rows(two):
     """Ranks of sep have some tokens of each row, and what fills rows up; the experts of both, or half of them each."""
     for ep in (1, 2):
-        for found in two.run("tensor_jobs:spread_along_tokens", "mixtral_window", [[0, 1, 2, 7, 8], [3, 4, 5, 6, 9]], ep, EVEN["mixtral"]):
+        for found in two.run(
+            "tensor_jobs:spread_along_tokens", "mixtral_window", [[0, 1, 2, 7, 8], [3, 4, 5, 6, 9]], ep, EVEN["mixtral"]
+        ):
             assert max(found) < 1e-5, found
 
 
@@ -246,9 +334,14 @@ def test_halved_weights_keep_their_place(two):
 
 def test_parameters_are_counted_once(two, four):
     """On every rank those of the whole model: of parts, stages with a copy of the tied head or of the prefix, experts, shards."""
-    cases = [(two, "llama_bias_tied", {"pp": 2}, "full"), (two, "llama", {"pp": 2}, "prefix"), (two, "gpt2", {"tp": 2}, "dora"),
-             (two, "llama", {"sharding": 2, "stage": 3}, "lora"), (four, "llama_mqa", {"tp": 2, "pp": 2}, "lora"),
-             (four, "mixtral", {"pp": 2, "dp": 2, "ep": 2}, "lora")]  # fmt: skip
+    cases = [
+        (two, "llama_bias_tied", {"pp": 2}, "full"),
+        (two, "llama", {"pp": 2}, "prefix"),
+        (two, "gpt2", {"tp": 2}, "dora"),
+        (two, "llama", {"sharding": 2, "stage": 3}, "lora"),
+        (four, "llama_mqa", {"tp": 2, "pp": 2}, "lora"),
+        (four, "mixtral", {"pp": 2, "dp": 2, "ep": 2}, "lora"),
+    ]
     for ranks, name, degrees, kind in cases:
         for cut, whole in ranks.run("tensor_jobs:counted", name, degrees, kind, EVEN.get(name)):
             assert cut == whole and (whole[0] == whole[1]) == (kind == "full"), (name, degrees)
@@ -265,15 +358,18 @@ def test_rows_reach_the_ranks_they_are_for(four):
 def test_four_ranks(four):
     """Key heads that several ranks have, experts with copies, all at once."""
     both = ways(2, dp=2, ep=2, sequence_parallel=True)
-    compare(four, [
-        ("llama", dict(degrees=ways(4, sequence_parallel=True), T=15)),
-        ("chatglm3", dict(degrees=ways(4), packed=True)),
-        ("qwen2", dict(degrees=ways(4), kind="pissa")),
-        ("deepseek_v2", dict(degrees=both, kind="dropout", micro=3)),
-        ("qwen2_moe", dict(degrees=both, micro=2, packed=True, changes=EVEN["qwen2_moe"])),
-        ("mixtral", dict(degrees={"dp": 2, "sharding": 2, "ep": 2}, micro=3, changes=EVEN["mixtral"])),
-        ("mixtral", dict(degrees={"dp": 4, "ep": 4}, micro=4, changes=EVEN["mixtral"])),
-    ])  # fmt: skip
+    compare(
+        four,
+        [
+            ("llama", dict(degrees=ways(4, sequence_parallel=True), T=15)),
+            ("chatglm3", dict(degrees=ways(4), packed=True)),
+            ("qwen2", dict(degrees=ways(4), kind="pissa")),
+            ("deepseek_v2", dict(degrees=both, kind="dropout", micro=3)),
+            ("qwen2_moe", dict(degrees=both, micro=2, packed=True, changes=EVEN["qwen2_moe"])),
+            ("mixtral", dict(degrees={"dp": 2, "sharding": 2, "ep": 2}, micro=3, changes=EVEN["mixtral"])),
+            ("mixtral", dict(degrees={"dp": 4, "ep": 4}, micro=4, changes=EVEN["mixtral"])),
+        ],
+    )
 
 
 KINDS = ("full", "lora", "dropout", "dora", "pissa", "prefix")
@@ -283,7 +379,13 @@ KINDS = ("full", "lora", "dropout", "dora", "pissa", "prefix")
 @pytest.mark.parametrize("sequence", (False, True))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family_cut_in_two(two, kind, sequence):
-    compare(two, [(name, dict(kind=kind, degrees=ways(2, sequence_parallel=sequence), packed=i % 2 == 0)) for i, name in enumerate(families.NAMES)])
+    compare(
+        two,
+        [
+            (name, dict(kind=kind, degrees=ways(2, sequence_parallel=sequence), packed=i % 2 == 0))
+            for i, name in enumerate(families.NAMES)
+        ],
+    )
 
 
 @pytest.mark.slow
@@ -301,8 +403,14 @@ def test_every_family_cut_in_four(four, sequence):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family_of_experts_shared_out(four, kind):
     both = ways(2, dp=2, ep=2, sequence_parallel=True)
-    compare(four, [(name, dict(kind=kind, degrees=degrees, micro=3, changes=EVEN.get(name), packed=packed))
-                   for name in families.MOE for degrees, packed in ((both, True), ({"dp": 4, "ep": 2}, False))])  # fmt: skip
+    compare(
+        four,
+        [
+            (name, dict(kind=kind, degrees=degrees, micro=3, changes=EVEN.get(name), packed=packed))
+            for name in families.MOE
+            for degrees, packed in ((both, True), ({"dp": 4, "ep": 2}, False))
+        ],
+    )
 
 
 @pytest.mark.slow

@@ -51,8 +51,12 @@ def replace(old, new):
 def template(token, number):
     parts = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     known = {token: {"id": token, "ids": [number], "tokens": [token]}}
-    return {"type": "TemplateProcessing", "single": parts, "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": known}  # fmt: skip
+    return {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": known,
+    }
 
 
 # ------------------------------ the reference's ids and text ------------------------------
@@ -196,16 +200,26 @@ def test_several_files_of_one_folder_give_the_same_ids(tmp_path):
 
 
 def json_file(model, normalizer=None, pre_tokenizer=None, post_processor=None, decoder=None):
-    return {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
-            "post_processor": post_processor, "decoder": decoder, "model": model}  # fmt: skip
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": decoder,
+        "model": model,
+    }
 
 
 def trained(merges=300, texts=None):
     """(vocab, merges) of a byte-level BPE, by the book: the most frequent pair becomes a symbol, again and again."""
     import regex
 
-    words = [list(word.encode().decode("latin-1").translate(BYTE_CHARS)) for text in texts or odd_strings(200, 3)
-             for word in regex.findall(GPT2_WORDS, text)]  # fmt: skip
+    words = [
+        list(word.encode().decode("latin-1").translate(BYTE_CHARS))
+        for text in texts or odd_strings(200, 3)
+        for word in regex.findall(GPT2_WORDS, text)
+    ]
     vocab, pairs = {char: i for i, char in enumerate(BYTE_CHARS.values())}, []
     while len(pairs) < merges:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -329,9 +343,14 @@ def test_long_words_and_runs_take_about_linear_time(small):
         return time.perf_counter() - start
 
     for make in (
-        lambda n: "a" * n, lambda n: "".join(random_.choices("abcdefghij", k=n)), lambda n: " " * n + "x",
-        lambda n: " \n" * (n // 2), lambda n: "7" * n, lambda n: "!?" * (n // 2), lambda n: " a" * (n // 2),
-    ):  # fmt: skip
+        lambda n: "a" * n,
+        lambda n: "".join(random_.choices("abcdefghij", k=n)),
+        lambda n: " " * n + "x",
+        lambda n: " \n" * (n // 2),
+        lambda n: "7" * n,
+        lambda n: "!?" * (n // 2),
+        lambda n: " a" * (n // 2),
+    ):
         assert seconds(make(40_000)) < 40 * max(seconds(make(4_000)), 0.01)  # ten times the text; 100 if quadratic
 
 
@@ -345,14 +364,22 @@ def test_cache_of_words_is_bounded(small):
 
 def test_bos_eos_and_padding(small, tmp_path):
     end = len(small[0])
-    for number, (kind, config, head, tail) in enumerate((
-        ("merges", {}, [], []), ("merges", {"add_bos_token": True, "add_eos_token": True}, [end], [end]),
-        ("json", {"bos_token": "<|endoftext|>"}, [], []),
-        ("json", {"bos_token": {"content": "<|endoftext|>"}, "tokenizer_class": "LlamaTokenizerFast"}, [end], []),
-        ("json", {"bos_token": "<|endoftext|>", "tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, [], []),
-        ("json", {"eos_token": "<|endoftext|>", "add_eos_token": True}, [], [end]),
-        ("tiktoken", {"tokenizer_class": "QWenTokenizer"}, [], []),
-    )):  # fmt: skip
+    for number, (kind, config, head, tail) in enumerate(
+        (
+            ("merges", {}, [], []),
+            ("merges", {"add_bos_token": True, "add_eos_token": True}, [end], [end]),
+            ("json", {"bos_token": "<|endoftext|>"}, [], []),
+            ("json", {"bos_token": {"content": "<|endoftext|>"}, "tokenizer_class": "LlamaTokenizerFast"}, [end], []),
+            (
+                "json",
+                {"bos_token": "<|endoftext|>", "tokenizer_class": "LlamaTokenizer", "add_bos_token": False},
+                [],
+                [],
+            ),
+            ("json", {"eos_token": "<|endoftext|>", "add_eos_token": True}, [], [end]),
+            ("tiktoken", {"tokenizer_class": "QWenTokenizer"}, [], []),
+        )
+    ):
         tokenizer = load_tokenizer(write_folder(tmp_path / str(number), small, kind, config))
         assert tokenizer.encode("the") == head + tokenizer.encode("the", False) + tail
         assert 0 <= tokenizer.pad_token_id < tokenizer.vocab_size
@@ -384,9 +411,16 @@ def write_sentencepiece(folder, name="tokenizer.model", config=None, **options):
     model = io.BytesIO()
     random_ = random.Random(11)
     texts = [" ".join(random_.choices(WORDS[:12] + WORDS[14:20], k=8)) for _ in range(300)]
-    settings = {"vocab_size": 600, "model_type": "bpe", "byte_fallback": True, "character_coverage": 0.99,
-                "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2,
-                "hard_vocab_limit": False} | options  # fmt: skip
+    settings = {
+        "vocab_size": 600,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "character_coverage": 0.99,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    } | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
     (folder / name).write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text(json.dumps(config or {}))
@@ -423,7 +457,9 @@ def test_chatglm_6b(tmp_path):
     pieces = [new.engine.sp.id_to_piece(i) for i in ids]
     assert {"<n>", "<|tab|>", "<|blank_2|>", "<|blank_80|>", "<|blank_5|>"} <= set(pieces)
     assert new.decode(ids) == text and new.encode("the") == new.encode("the", False) + [
-        new.token_id("[gMASK]"), new.token_id("<sop>")]  # fmt: skip
+        new.token_id("[gMASK]"),
+        new.token_id("<sop>"),
+    ]
     assert new.eos_token_id == new.token_id("<eop>") and new.decode(new.encode("the lamp .")) == "the lamp."
 
 
@@ -459,39 +495,59 @@ def refused(folder):
     return text
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model": {"type": "Unigram"}}, 'tokenizer.json: model: "Unigram" is not supported; known are BPE'),
-    ({"model": {"type": "WordPiece"}}, 'tokenizer.json: model: "WordPiece" is not supported'),
-    ({"model": None}, "tokenizer.json: an object with a model is wanted"),
-    ({"normalizer": {"type": "Lowercase"}}, 'tokenizer.json: normalizer: "Lowercase" is not supported; known are NFC'),
-    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Precompiled"}]}},
-     'normalizer.normalizers[1]: "Precompiled" is not supported'),
-    ({"normalizer": {"type": "NFC", "strength": 3}}, "normalizer: unknown key 'strength' of NFC"),
-    ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}}}, "normalizer.content: a str is wanted, found nothing"),
-    ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, 'pre_tokenizer: "BertPreTokenizer" is not supported'),
-    ({"pre_tokenizer": sequence("pretokenizers", bytes_of(), split("a"))}, "ByteLevel must come last; Split follows"),
-    ({"pre_tokenizer": split("a", "Contiguous")}, 'pre_tokenizer.behavior: "Contiguous" is not supported'),
-    ({"pre_tokenizer": sequence("pretokenizers", split("a(b"), bytes_of())}, "cannot read the pattern 'a(b'"),
-    ({"pre_tokenizer": split(r"\h+")}, r"'\\h' in the pattern"),
-    ({"pre_tokenizer": split("(?m:a.b)")}, "'(?m:' in the pattern"),
-    ({"pre_tokenizer": {"type": "Split", "pattern": "a", "behavior": "Isolated"}}, "pre_tokenizer.pattern: a dict is wanted"),
-    ({"pre_tokenizer": None}, "pre_tokenizer and decoder must both be ByteLevel or both not"),
-    ({"post_processor": {"type": "RobertaProcessing"}}, 'post_processor: "RobertaProcessing" is not supported'),
-    ({"post_processor": template("<s>", 1) | {"special_tokens": {}}}, "post_processor.single[0]: a SpecialToken of"),
-    ({"decoder": None}, "decoder: ByteLevel, or a Sequence with Metaspace"),
-    ({"decoder": {"type": "WordPiece"}}, 'decoder: "WordPiece" is not supported'),
-    ({"added_tokens": [{"content": "x"}]}, "added_tokens[0]: an object with content and id is wanted"),
-    ({"added_tokens": [{"content": "x", "id": 7, "single_word": True}]}, "added_tokens[0]: single_word of 'x'"),
-    ({"merges": ["a b", "a zz"]}, "model.merges[1]: the merge 'a zz' names 'zz', which is not in the vocabulary"),
-    ({"merges": ["a b", "a b"]}, "model.merges[1]: the merge 'a b' has a rank already, that of "),
-    ({"merges": ["a b", "abc"]}, "model.merges[1]: two symbols are wanted, found \"abc\""),
-    ({"merges": [["a", 3]]}, "model.merges[0]: two symbols are wanted"),
-    ({"vocab": {"a": 0, "b": 0}}, "model.vocab: the id 0 is given twice, to 'a' and to 'b'"),
-    ({"vocab": {"a": "x"}}, "model.vocab: the id of 'a' must be a number from 0 on, found \"x\""),
-    ({"unk_token": "<unk>"}, 'model.unk_token: "<unk>" is not in the vocabulary'),
-    ({"dropout": 0.1}, "model.dropout: 0.1 is not supported"),
-    ({"end_of_word_suffix": "</w>"}, 'model.end_of_word_suffix: "</w>" is not supported'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model": {"type": "Unigram"}}, 'tokenizer.json: model: "Unigram" is not supported; known are BPE'),
+        ({"model": {"type": "WordPiece"}}, 'tokenizer.json: model: "WordPiece" is not supported'),
+        ({"model": None}, "tokenizer.json: an object with a model is wanted"),
+        (
+            {"normalizer": {"type": "Lowercase"}},
+            'tokenizer.json: normalizer: "Lowercase" is not supported; known are NFC',
+        ),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Precompiled"}]}},
+            'normalizer.normalizers[1]: "Precompiled" is not supported',
+        ),
+        ({"normalizer": {"type": "NFC", "strength": 3}}, "normalizer: unknown key 'strength' of NFC"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": "a"}}},
+            "normalizer.content: a str is wanted, found nothing",
+        ),
+        ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, 'pre_tokenizer: "BertPreTokenizer" is not supported'),
+        (
+            {"pre_tokenizer": sequence("pretokenizers", bytes_of(), split("a"))},
+            "ByteLevel must come last; Split follows",
+        ),
+        ({"pre_tokenizer": split("a", "Contiguous")}, 'pre_tokenizer.behavior: "Contiguous" is not supported'),
+        ({"pre_tokenizer": sequence("pretokenizers", split("a(b"), bytes_of())}, "cannot read the pattern 'a(b'"),
+        ({"pre_tokenizer": split(r"\h+")}, r"'\\h' in the pattern"),
+        ({"pre_tokenizer": split("(?m:a.b)")}, "'(?m:' in the pattern"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": "a", "behavior": "Isolated"}},
+            "pre_tokenizer.pattern: a dict is wanted",
+        ),
+        ({"pre_tokenizer": None}, "pre_tokenizer and decoder must both be ByteLevel or both not"),
+        ({"post_processor": {"type": "RobertaProcessing"}}, 'post_processor: "RobertaProcessing" is not supported'),
+        (
+            {"post_processor": template("<s>", 1) | {"special_tokens": {}}},
+            "post_processor.single[0]: a SpecialToken of",
+        ),
+        ({"decoder": None}, "decoder: ByteLevel, or a Sequence with Metaspace"),
+        ({"decoder": {"type": "WordPiece"}}, 'decoder: "WordPiece" is not supported'),
+        ({"added_tokens": [{"content": "x"}]}, "added_tokens[0]: an object with content and id is wanted"),
+        ({"added_tokens": [{"content": "x", "id": 7, "single_word": True}]}, "added_tokens[0]: single_word of 'x'"),
+        ({"merges": ["a b", "a zz"]}, "model.merges[1]: the merge 'a zz' names 'zz', which is not in the vocabulary"),
+        ({"merges": ["a b", "a b"]}, "model.merges[1]: the merge 'a b' has a rank already, that of "),
+        ({"merges": ["a b", "abc"]}, 'model.merges[1]: two symbols are wanted, found "abc"'),
+        ({"merges": [["a", 3]]}, "model.merges[0]: two symbols are wanted"),
+        ({"vocab": {"a": 0, "b": 0}}, "model.vocab: the id 0 is given twice, to 'a' and to 'b'"),
+        ({"vocab": {"a": "x"}}, "model.vocab: the id of 'a' must be a number from 0 on, found \"x\""),
+        ({"unk_token": "<unk>"}, 'model.unk_token: "<unk>" is not in the vocabulary'),
+        ({"dropout": 0.1}, "model.dropout: 0.1 is not supported"),
+        ({"end_of_word_suffix": "</w>"}, 'model.end_of_word_suffix: "</w>" is not supported'),
+    ],
+)
 def test_bad_tokenizer_json(change, message, tmp_path):
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
     spec = json_file(model, None, bytes_of(True), None, bytes_of())
@@ -509,9 +565,10 @@ def test_damaged_files(small, tmp_path):
     good = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     for line, message in (
         ("a b c", "merges.txt:4: two symbols with one space between them are wanted, found 'a b c'"),
-        ("a \u4f60", "merges.txt:4: the merge 'a \u4f60' names '\u4f60'"), (good[2], "merges.txt:4: the merge"),
+        ("a \u4f60", "merges.txt:4: the merge 'a \u4f60' names '\u4f60'"),
+        (good[2], "merges.txt:4: the merge"),
         ("", "merges.txt:4: two symbols with one space"),
-    ):  # fmt: skip
+    ):
         (folder / "merges.txt").write_text("\n".join([*good[:3], line, *good[4:]]), encoding="utf-8")
         assert message in refused(folder)
     (folder / "merges.txt").write_text("\n".join(good).replace("\n", "\r\n"), encoding="utf-8")
@@ -522,10 +579,12 @@ def test_damaged_files(small, tmp_path):
     good = (folder / "qwen.tiktoken").read_text().split("\n")
     for line, message in (
         ("!!! 3", "qwen.tiktoken:4: base64, a space and a rank are wanted, found '!!! 3'"),
-        ("YQ==", "qwen.tiktoken:4: base64, a space and a rank"), ("enp6 1", "qwen.tiktoken:4: the rank 1 is that of line 2 too"),
+        ("YQ==", "qwen.tiktoken:4: base64, a space and a rank"),
+        ("enp6 1", "qwen.tiktoken:4: the rank 1 is that of line 2 too"),
         (good[0].split()[0] + " 9999", "qwen.tiktoken:4: these bytes have the rank 0 already"),
-        ("enp6 -1", "qwen.tiktoken:4: the rank -1 is below 0"), ("", "qwen.tiktoken: no line for the byte"),
-    ):  # fmt: skip
+        ("enp6 -1", "qwen.tiktoken:4: the rank -1 is below 0"),
+        ("", "qwen.tiktoken: no line for the byte"),
+    ):
         (folder / "qwen.tiktoken").write_text("\n".join([*good[:3], line, *good[4:]]))
         assert message in refused(folder)
     folder = write_folder(tmp_path / "class", small, "merges", {"tokenizer_class": "RobertaTokenizer"})

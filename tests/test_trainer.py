@@ -1,8 +1,9 @@
 """trainer.py: arguments, output folder, schedule, AdamW, checkpoints under kill -9 and on a full disk, log, metrics.
 
-    python -m pytest tests/test_trainer.py              # two CPU cores, about a minute
-    python tests/test_trainer.py FOLDER 300             # the kill -9 harness alone, with as many kills as you like
+python -m pytest tests/test_trainer.py              # two CPU cores, about a minute
+python tests/test_trainer.py FOLDER 300             # the kill -9 harness alone, with as many kills as you like
 """
+
 import dataclasses
 import errno
 import json
@@ -23,6 +24,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import paddle
+
 import trainer
 from data import UserError
 from model import Entry, Weight, read_safetensors
@@ -193,7 +195,9 @@ def test_every_upstream_key_is_known():
     fields = {field.name for field in dataclasses.fields(TrainingArgs)}
     tables = {**trainer.IGNORED, **trainer.REFUSED, **trainer.OPTIONS}
     assert not set(UPSTREAM_KEYS) - set(tables)
-    assert not fields & set(tables) and len(tables) == len(trainer.IGNORED) + len(trainer.REFUSED) + len(trainer.OPTIONS)
+    assert not fields & set(tables) and len(tables) == len(trainer.IGNORED) + len(trainer.REFUSED) + len(
+        trainer.OPTIONS
+    )
     assert set(trainer.HARMLESS) <= set(trainer.REFUSED) and all(why for why in tables.values())
     for path in CONFIGS.glob("**/*.json"):
         keys = set(json.loads(path.read_text())) - fields - {"model_name_or_path", "tokenizer_name_or_path"}
@@ -408,8 +412,15 @@ def constant(name, array):
 def whole(weights):
     """What parallel.Shards says where nothing is cut up."""
     nowhere = types.SimpleNamespace(elsewhere=frozenset())
-    return types.SimpleNamespace(weights=weights, model=nowhere, topology=trainer.SINGLE, place_of=lambda w: (), held=lambda w: (w.parameter,), laid=lambda w, m: m,
-                                 extent=lambda w: None)  # fmt: skip
+    return types.SimpleNamespace(
+        weights=weights,
+        model=nowhere,
+        topology=trainer.SINGLE,
+        place_of=lambda w: (),
+        held=lambda w: (w.parameter,),
+        laid=lambda w, m: m,
+        extent=lambda w: None,
+    )
 
 
 def train(folder, weights, stop, resume=False, save=(), **keys):
@@ -553,7 +564,9 @@ def test_an_older_checkpoint_beside_newer_ones_is_refused_when_pruning(tmp_path)
     """What the run saved next would have the lower number, and pruning would remove it first."""
     for step in (2, 4):
         save(tmp_path, step)
-    args = TrainingArgs(output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-2"), save_total_limit=1)
+    args = TrainingArgs(
+        output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-2"), save_total_limit=1
+    )
     with pytest.raises(UserError, match="checkpoint-2: output_dir also holds the later checkpoint-4"):
         trainer.find_checkpoint(args)
     args.save_total_limit = None
@@ -766,7 +779,10 @@ def test_communication_is_of_steps_alone(tmp_path):
         topology.tp.seconds, topology.dp.seconds = topology.tp.seconds + talked, topology.dp.seconds + 0.05
         state.step += 1
         log.step(state, loss=1.0, lr=0.1, grad_norm=2.0, tokens=100, seconds=0.5)
-    assert [row["communication"] for row in rows(tmp_path / "metrics.jsonl")] == [{"dp": 0.1, "tp": 0.3}, {"dp": 0.1, "tp": 0.8}]
+    assert [row["communication"] for row in rows(tmp_path / "metrics.jsonl")] == [
+        {"dp": 0.1, "tp": 0.3},
+        {"dp": 0.1, "tp": 0.8},
+    ]
 
 
 def test_bar_and_missing_matplotlib(tmp_path, capsys, monkeypatch):
@@ -863,8 +879,11 @@ def test_matmul_peak_is_quick():
 def test_nonfinite_report(tmp_path):
     path = trainer.save_nonfinite_report(tmp_path, 12, FakeLoader().batch(0, 1))
     assert json.loads(path.read_text()) == {
-        "step": 12, "input_ids": [[2, 2, 2, 2]], "labels": [[-100, -100, -100, 1]], "sample_ids": [[1]]
-    }  # fmt: skip
+        "step": 12,
+        "input_ids": [[2, 2, 2, 2]],
+        "labels": [[-100, -100, -100, 1]],
+        "sample_ids": [[1]],
+    }
     assert path.name == "nonfinite-step-12.json"
     trainer.check_finite(1.0, tmp_path, 13, {})
     with pytest.raises(UserError, match="step 14: the loss or its gradient is nan; .*nonfinite-step-14.json"):

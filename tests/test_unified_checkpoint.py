@@ -1,9 +1,10 @@
 """Unified Checkpoint: what ranks write together, what each of them reads of it, saves behind training, kills, damage.
 
-    python -m pytest tests/test_unified_checkpoint.py                   # about a minute
-    python -m pytest tests/test_unified_checkpoint.py --slow            # also on 4 and 8 ranks, and 30 kills
-    python tests/test_unified_checkpoint.py --readme                    # all pairs of topologies, as README's table
+python -m pytest tests/test_unified_checkpoint.py                   # about a minute
+python -m pytest tests/test_unified_checkpoint.py --slow            # also on 4 and 8 ranks, and 30 kills
+python tests/test_unified_checkpoint.py --readme                    # all pairs of topologies, as README's table
 """
+
 import argparse
 import errno
 import itertools
@@ -20,6 +21,8 @@ import traceback
 import types
 from pathlib import Path
 
+import kernels
+
 import checkpoint_jobs
 import numpy as np
 import pytest
@@ -28,7 +31,6 @@ from families import write as write_family
 from ranks import Ranks
 
 import data
-import kernels
 import model as M
 import parallel
 import trainer
@@ -65,7 +67,10 @@ def test_owners_are_even_by_bytes():
     generator = random.Random(0)
     for ranks in (1, 2, 3, 8):
         for _ in range(50):
-            sizes = {f"w{i}": generator.choice([1, 3, 7, 64, 1000, 4096]) * generator.randrange(1, 99) for i in range(generator.randrange(1, 60))}
+            sizes = {
+                f"w{i}": generator.choice([1, 3, 7, 64, 1000, 4096]) * generator.randrange(1, 99)
+                for i in range(generator.randrange(1, 60))
+            }
             found = owners(sizes, dict.fromkeys(sizes, list(range(ranks))))
             load = [sum(size for name, size in sizes.items() if found[name] == rank) for rank in range(ranks)]
             assert max(load) <= sum(load) / ranks + max(sizes.values())
@@ -76,10 +81,16 @@ def test_owners_are_even_by_bytes():
 def test_reading_ranges(tmp_path):
     """Against slices of the whole, in every dtype; the bytes asked for are those of the ranges."""
     generator = np.random.default_rng(0)
-    arrays = {"f": generator.standard_normal((7, 5, 3)).astype(np.float32), "i": generator.integers(0, 99, (6, 4)).astype(np.int8)}
+    arrays = {
+        "f": generator.standard_normal((7, 5, 3)).astype(np.float32),
+        "i": generator.integers(0, 99, (6, 4)).astype(np.int8),
+    }
     tensors = {**arrays, "h": (lambda: arrays["f"], (7, 5, 3), "bfloat16")}
     written = M.write_safetensors(tmp_path / "model.safetensors", tensors)
-    assert written == {"size": (tmp_path / "model.safetensors").stat().st_size, "crc32": parallel.crc32_of(tmp_path / "model.safetensors")}
+    assert written == {
+        "size": (tmp_path / "model.safetensors").stat().st_size,
+        "crc32": parallel.crc32_of(tmp_path / "model.safetensors"),
+    }
     found = M.stored_tensors(tmp_path)
     for name, (read, shape) in found.items():
         whole = read()
@@ -152,16 +163,28 @@ GRIDS = [
 ]
 
 
-@pytest.mark.parametrize("degrees, flat", GRIDS, ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "degrees, flat",
+    GRIDS,
+    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
 @pytest.mark.parametrize("copied", [False, True], ids=["as_it_is", "copied"])
 def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
     """Threads as ranks, each with its parts of: a stage's matrices, cut by outputs, by inputs and key heads that overlap; a
     tensor that all have, one that both stages have, one expert a data rank."""
     degrees = Degrees(**degrees)
     world, together, reports, sizes = degrees.world, Together(degrees.world), {}, {}
-    config = types.SimpleNamespace(num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None)
+    config = types.SimpleNamespace(
+        num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None
+    )
     generator, wholes = np.random.default_rng(1), {}  # in our layout
-    rows = [("q_proj", (5, 12), True), ("k_proj", (5, 4), True), ("o_proj", (12, 5), True), ("down_proj", (7, 4), False), ("norm", (5,), False)]
+    rows = [
+        ("q_proj", (5, 12), True),
+        ("k_proj", (5, 4), True),
+        ("o_proj", (12, 5), True),
+        ("down_proj", (7, 4), False),
+        ("norm", (5,), False),
+    ]
     for stage in range(degrees.pp):
         for name, shape, _ in rows:
             wholes[f"{stage}.{name}"] = generator.standard_normal(shape).astype(np.float32)
@@ -173,13 +196,18 @@ def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
 
     def work(rank):
         topology = Topology(degrees, rank, together.of(rank))
-        entries, mine = [], [f"{topology.pp.rank}.{name}" for name, _, _ in rows] + ["tied", f"expert{topology.dp.rank % experts}"]
+        entries, mine = (
+            [],
+            [f"{topology.pp.rank}.{name}" for name, _, _ in rows] + ["tied", f"expert{topology.dp.rank % experts}"],
+        )
         for name in mine:
             whole, last = wholes[name], name.partition(".")[2]
             parameter = types.SimpleNamespace(shape=list(whole.shape))
             if topology.tp.size > 1 and last in parallel.BY_OUTPUTS + parallel.BY_INPUTS:
                 dim = 0 if last in parallel.BY_INPUTS else 1
-                ranges = [cut_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)]
+                ranges = [
+                    cut_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
+                ]
                 parameter.cut = Cut(dim, ranges, topology.tp.rank, whole.shape)
                 whole = parameter.cut.take(whole)
                 parameter.shape = list(whole.shape)
@@ -234,8 +262,14 @@ def test_files_of_two_ranks(options, pool, tmp_path):
     assert trainer.incomplete(folder) is None and trainer.damaged(folder) is None
     names = {path.name for path in folder.iterdir()}
     for group in ("model", "optimizer"):
-        assert {f"{group}-00001-of-00002.safetensors", f"{group}-00002-of-00002.safetensors", f"{group}.safetensors.index.json"} <= names
-    assert not [name for name in names if name.startswith(".") and name != trainer.DONE] and not list(tmp_path.glob("tmp-*"))
+        assert {
+            f"{group}-00001-of-00002.safetensors",
+            f"{group}-00002-of-00002.safetensors",
+            f"{group}.safetensors.index.json",
+        } <= names
+    assert not [name for name in names if name.startswith(".") and name != trainer.DONE] and not list(
+        tmp_path.glob("tmp-*")
+    )
     from safetensors.numpy import load_file  # not our reader
 
     tensors = {}
@@ -245,7 +279,9 @@ def test_files_of_two_ranks(options, pool, tmp_path):
     for w in weights:
         whole = checkpoint_jobs.content(w.name, w.shape, 1)
         assert np.array_equal(tensors[w.name], whole), w.name
-        assert np.array_equal(tensors[f"{w.name}/moment1_0"], whole) and np.array_equal(tensors[f"{w.name}/moment2_0"], whole * 2)
+        assert np.array_equal(tensors[f"{w.name}/moment1_0"], whole) and np.array_equal(
+            tensors[f"{w.name}/moment2_0"], whole * 2
+        )
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == {w.name for w in weights}
     assert index["metadata"]["total_size"] == sum(tensors[w.name].nbytes for w in weights)
@@ -268,12 +304,24 @@ def make_world(world):
     """Tiny models with the demo's tokenizer, records, pairs and a corpus, in a folder, which is returned."""
     tokenizer = data.load_tokenizer(DEMO / "llama")
     for name in ("llama", "llama_bias_tied", "qwen", "qwen2_moe", "gemma2"):
-        write_family(world / name, name, vocab_size=tokenizer.vocab_size + 1, **{"num_experts": 6} if name.endswith("moe") else {})
+        write_family(
+            world / name,
+            name,
+            vocab_size=tokenizer.vocab_size + 1,
+            **{"num_experts": 6} if name.endswith("moe") else {},
+        )
         tokenizer.save(world / name)
-    records = [r for r in map(json.loads, (DEMO / "sft" / "train.json").read_text().splitlines()) if isinstance(r["src"], str) and len(r["tgt"]) < 60]
+    records = [
+        r
+        for r in map(json.loads, (DEMO / "sft" / "train.json").read_text().splitlines())
+        if isinstance(r["src"], str) and len(r["tgt"]) < 60
+    ]
     (world / "sft").mkdir()
     (world / "pairs").mkdir()
-    pairs = [{"src": [r["src"]], "tgt": [], "response": [r["tgt"], o["tgt"]], "sort": [1, 0]} for r, o in zip(records[:20], records[1:21])]
+    pairs = [
+        {"src": [r["src"]], "tgt": [], "response": [r["tgt"], o["tgt"]], "sort": [1, 0]}
+        for r, o in zip(records[:20], records[1:21])
+    ]
     for folder, rows in (("sft", records[:40]), ("pairs", pairs)):
         for split in ("train", "dev"):
             (world / folder / f"{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -302,7 +350,7 @@ DEGREES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep
 
 
 def ways_of(topology):
-    """"tp2-dp2" -> {"tp": 2, "dp": 2}; "1" is one process."""
+    """ "tp2-dp2" -> {"tp": 2, "dp": 2}; "1" is one process."""
     return {axis: int(n) for axis, n in re.findall(r"([a-z]+)([0-9]+)", topology)}
 
 
@@ -310,18 +358,46 @@ def keys_of(world, task, out, topology, **more):
     """(script, its keys, processes) of a run; the same batches a step on every topology, a string such as "sharding2-stage3"."""
     script, name, keys = TASKS[task]
     degrees = ways_of(topology)
-    places = {"finetune": {"dataset_name_or_path": str(world / "sft"), "src_length": 40, "max_length": 100},
-              "pretrain": {"input_dir": str(world / "corpus"), "split": "90,10,0", "max_seq_length": 24, "continue_training": True},
-              "dpo": {"train_dataset_path": str(world / "pairs"), "dev_dataset_path": str(world / "pairs"), "max_seq_len": 128, "max_prompt_len": 40}}  # fmt: skip
-    keys = {"model_name_or_path": str(world / name), "output_dir": str(out), "do_train": True, "learning_rate": 1e-3,
-            "max_steps": 8, "lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5,
-            "per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True,
-            "gradient_accumulation_steps": 4 // (degrees.get("dp", 1) * degrees.get("sharding", 1)),
-            **places[script], **keys}  # fmt: skip
+    places = {
+        "finetune": {"dataset_name_or_path": str(world / "sft"), "src_length": 40, "max_length": 100},
+        "pretrain": {
+            "input_dir": str(world / "corpus"),
+            "split": "90,10,0",
+            "max_seq_length": 24,
+            "continue_training": True,
+        },
+        "dpo": {
+            "train_dataset_path": str(world / "pairs"),
+            "dev_dataset_path": str(world / "pairs"),
+            "max_seq_len": 128,
+            "max_prompt_len": 40,
+        },
+    }
+    keys = {
+        "model_name_or_path": str(world / name),
+        "output_dir": str(out),
+        "do_train": True,
+        "learning_rate": 1e-3,
+        "max_steps": 8,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "disable_tqdm": True,
+        "gradient_accumulation_steps": 4 // (degrees.get("dp", 1) * degrees.get("sharding", 1)),
+        **places[script],
+        **keys,
+    }
     keys |= {f"{DEGREES[axis]}_parallel_degree": n for axis, n in degrees.items() if axis in DEGREES}
     if "stage" in degrees:
         keys["sharding"] = f"stage{degrees['stage']}"
-    ranks = [n for axis, n in degrees.items() if axis not in ("ep", "stage")]  # experts are spread over ranks of other axes
+    ranks = [
+        n for axis, n in degrees.items() if axis not in ("ep", "stage")
+    ]  # experts are spread over ranks of other axes
     return script, keys | more, math.prod(ranks)
 
 
@@ -334,7 +410,9 @@ def run(pool, world, task, out, topology, **more):
 
 
 def final_tensors(folder):
-    return {name: array for path in sorted(folder.glob("*.safetensors")) for name, array in M.read_safetensors(path).items()}
+    return {
+        name: array for path in sorted(folder.glob("*.safetensors")) for name, array in M.read_safetensors(path).items()
+    }
 
 
 # Saved under A after 3 steps of 8, gone on with under B: (task, A, B). The same topology twice: bitwise.
@@ -426,9 +504,19 @@ def resumed(pool, world, saved, task, before, after, out):
     folder, whole = saved(task, before)
     assert not (wrong := [found["error"] for found in whole if found["error"]]), wrong
     options = "async_save" if task == "tied" else ""  # somewhere
-    rest = run(pool, world, task, out, after, resume_from_checkpoint=str(folder / "checkpoint-3"), unified_checkpoint_config=options)
+    rest = run(
+        pool,
+        world,
+        task,
+        out,
+        after,
+        resume_from_checkpoint=str(folder / "checkpoint-3"),
+        unified_checkpoint_config=options,
+    )
     assert not (wrong := [found["error"] for found in rest if found["error"]]), wrong
-    line = next(line for line in rest[0]["printed"].splitlines() if line.startswith(f"resume: from {folder / 'checkpoint-3'}"))
+    line = next(
+        line for line in rest[0]["printed"].splitlines() if line.startswith(f"resume: from {folder / 'checkpoint-3'}")
+    )
     assert "not an exact continuation" not in line and (" -> " in line) == (before != after), line
     ours, theirs = ([found[0]["losses"][step] for step in (4, 5, 6, 7, 8)] for found in (rest, whole))
     assert theirs[-1] != theirs[0]
@@ -453,8 +541,17 @@ def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp
 
 def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
     """One process for two, and no more micro-batches than each of them had."""
-    found = run(pool, world, "sft", tmp_path / "out", "1", gradient_accumulation_steps=2, max_steps=4, max_evaluate_steps=1,
-                resume_from_checkpoint=str(saved("sft", "dp2")[0] / "checkpoint-3"))  # fmt: skip
+    found = run(
+        pool,
+        world,
+        "sft",
+        tmp_path / "out",
+        "1",
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        max_evaluate_steps=1,
+        resume_from_checkpoint=str(saved("sft", "dp2")[0] / "checkpoint-3"),
+    )
     wanted = "checkpoint-3; data 2 -> one process; not an exact continuation, changed: max_steps 8 -> 4, micro-batches of a step 4 -> 2\n"
     assert wanted in found[0]["printed"]
 
@@ -462,7 +559,9 @@ def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
 def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
     """Of cut tensors its half, of the others all; twice the same for moments."""
     out, _ = saved("sft", "1")
-    found = run(pool, world, "sft", tmp_path / "out", "tp2", resume_from_checkpoint=str(out / "checkpoint-3"), max_steps=4)
+    found = run(
+        pool, world, "sft", tmp_path / "out", "tp2", resume_from_checkpoint=str(out / "checkpoint-3"), max_steps=4
+    )
     cut = whole = 0
     for name, array in M.read_safetensors(out / "model.safetensors").items():
         if any(f"{part}." in name for part in (*parallel.BY_OUTPUTS, *parallel.BY_INPUTS, "embed_tokens", "lm_head")):
@@ -472,14 +571,27 @@ def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
     least = 4 * (cut / 2 + whole)  # the base, then weights and two moments of the checkpoint
     for rank in found:
         assert rank["error"] is None
-        assert least * 0.999 - 4096 <= rank["read"] <= least * 1.001 + 4096, (rank["read"], least, cut, whole)  # odd vocabulary
+        assert least * 0.999 - 4096 <= rank["read"] <= least * 1.001 + 4096, (
+            rank["read"],
+            least,
+            cut,
+            whole,
+        )  # odd vocabulary
 
 
 @pytest.mark.parametrize("stage, shared", [(1, 2), (3, 3)])
 def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, tmp_path):
     """Of the base all; of the checkpoint's weights and two moments half of the `shared` ones, and not more than a row besides."""
     out, _ = saved("sft", "1")
-    found = run(pool, world, "sft", tmp_path / "out", f"sharding2-stage{stage}", resume_from_checkpoint=str(out / "checkpoint-3"), max_steps=4)
+    found = run(
+        pool,
+        world,
+        "sft",
+        tmp_path / "out",
+        f"sharding2-stage{stage}",
+        resume_from_checkpoint=str(out / "checkpoint-3"),
+        max_steps=4,
+    )
     arrays = M.read_safetensors(out / "model.safetensors").values()
     whole, rows = sum(array.nbytes for array in arrays), sum(4 * max(array.shape) for array in arrays)
     assert not any(rank["error"] for rank in found)
@@ -488,26 +600,52 @@ def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, 
     assert least <= read <= least + 2 * shared * rows, (read, least, rows)
 
 
-@pytest.mark.parametrize("task, topology", [
-    ("sft", "sharding2-stage3"),
-    ("tied", "pp2"),
-    ("lora", "sharding2-stage3"),
-    *(pytest.param(*row, marks=SLOW) for row in [
-        ("tied", "sharding2-stage3"), ("sft", "tp2"), ("sft", "pp2"), ("lora", "pp2"), ("prefix", "sharding2-stage3"), ("prefix", "pp2"),
-        ("projection", "sharding2-stage3"), ("projection", "pp2"), ("moe", "dp2-ep2"), ("moe", "pp2"), ("lora", "tp2-pp2"),
-        ("sft", "sharding2-tp2-stage3"), ("lora", "sharding2-tp2-stage3"), ("dpo", "sharding2-stage3"), ("dpo_lora", "pp2"),
-    ]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, topology",
+    [
+        ("sft", "sharding2-stage3"),
+        ("tied", "pp2"),
+        ("lora", "sharding2-stage3"),
+        *(
+            pytest.param(*row, marks=SLOW)
+            for row in [
+                ("tied", "sharding2-stage3"),
+                ("sft", "tp2"),
+                ("sft", "pp2"),
+                ("lora", "pp2"),
+                ("prefix", "sharding2-stage3"),
+                ("prefix", "pp2"),
+                ("projection", "sharding2-stage3"),
+                ("projection", "pp2"),
+                ("moe", "dp2-ep2"),
+                ("moe", "pp2"),
+                ("lora", "tp2-pp2"),
+                ("sft", "sharding2-tp2-stage3"),
+                ("lora", "sharding2-tp2-stage3"),
+                ("dpo", "sharding2-stage3"),
+                ("dpo_lora", "pp2"),
+            ]
+        ),
+    ],
+)
 def test_the_best_model_at_the_end(task, topology, pool, world, tmp_path):
     """Largest is best here, so the first that is saved is, and six more steps are taken back."""
     metric = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
-    evaluation = {"do_eval": True, "evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_evaluate_steps": 2}
+    evaluation = {
+        "do_eval": True,
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_evaluate_steps": 2,
+    }
     out = tmp_path / "out"
     found = run(pool, world, task, out, topology, **metric, **evaluation)
     assert not (wrong := [rank["error"] for rank in found if rank["error"]]), wrong
     assert "best: checkpoint-2, loss" in found[0]["printed"]
     final, best, last = (final_tensors(out / folder) for folder in ("", "checkpoint-2", "checkpoint-8"))
-    best, last = ({name: array for name, array in tensors.items() if "/" not in name} for tensors in (best, last))  # no moments
+    best, last = (
+        {name: array for name, array in tensors.items() if "/" not in name} for tensors in (best, last)
+    )  # no moments
     assert final.keys() == best.keys()
     assert all(np.array_equal(final[name], best[name]) for name in final)
     assert not all(np.array_equal(final[name], last[name]) for name in final)
@@ -593,7 +731,9 @@ def check_saves(folder, last):
             tensors = final_tensors(path)
             for w in M.base_weights(M.build(M.ModelConfig.from_dict(TINY))):
                 whole = checkpoint_jobs.content(w.name, w.shape, step)
-                assert np.array_equal(tensors[w.name], whole) and np.array_equal(tensors[f"{w.name}/moment2_0"], whole * 2)
+                assert np.array_equal(tensors[w.name], whole) and np.array_equal(
+                    tensors[f"{w.name}/moment2_0"], whole * 2
+                )
             newest = max(newest, step)
     found = trainer.find_checkpoint(trainer.TrainingArgs(output_dir=str(folder), resume_from_checkpoint=True))
     assert newest >= last and (found is None or trainer.load_checkpoint(found).step == newest), (newest, last)
@@ -609,7 +749,13 @@ def test_killed_while_saving(kills, tmp_path):
         ranks.start()
         options = "async_save" if kill % 2 else ""
         for pipe in ranks.pipes:
-            pipe.send(("checkpoint_jobs:save_until_killed", (str(tmp_path), TINY, {"tp": 2} if kill % 3 else {"dp": 2}, options, last + 1), {}))
+            pipe.send(
+                (
+                    "checkpoint_jobs:save_until_killed",
+                    (str(tmp_path), TINY, {"tp": 2} if kill % 3 else {"dp": 2}, options, last + 1),
+                    {},
+                )
+            )
         patience = time.monotonic() + 60
         while not list(tmp_path.glob(f"checkpoint-{last + 1}")):
             assert time.monotonic() < patience and all(process.poll() is None for process in ranks.processes)
@@ -656,7 +802,9 @@ def test_a_failed_write_is_told_at_the_next_save_or_at_the_end(tmp_path, monkeyp
     with pytest.raises(UserError, match="checkpoint-3: the disk is full"):
         saver.checkpoints.wait()
     saver.checkpoints.wait()  # told once
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and trainer.damaged(tmp_path / "checkpoint-1") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and trainer.damaged(
+        tmp_path / "checkpoint-1"
+    ) is None
 
 
 def test_two_ranks_of_which_one_cannot_write(pool, tmp_path):
@@ -702,7 +850,9 @@ def test_words_of_unified_checkpoint_config(tmp_path):
         return args, args.check()
 
     args, notes = check("async_save, skip_save_model_weight  remove_master_weight")
-    assert args.unified_checkpoint_config == ["async_save", "remove_master_weight", "skip_save_model_weight"] and not notes
+    assert (
+        args.unified_checkpoint_config == ["async_save", "remove_master_weight", "skip_save_model_weight"] and not notes
+    )
     args, _ = check("enable_all_options")
     assert args.unified_checkpoint_config == ["master_weight_compatible", "skip_save_model_weight"]
     args, notes = check(["ignore_merge_optimizer"], unified_checkpoint=False)
@@ -747,7 +897,9 @@ def test_master_weights(half, tmp_path, capsys):
     _, skipped = save("skipped", "skip_save_model_weight")
     assert files_of(skipped) == {"optimizer", "master_weights"} and load(saver, skipped)
     opened = M.from_pretrained(skipped)
-    assert all(np.array_equal(w.to_numpy(), checkpoint_jobs.content(w.name, w.shape, 3)) for w in M.base_weights(opened))
+    assert all(
+        np.array_equal(w.to_numpy(), checkpoint_jobs.content(w.name, w.shape, 3)) for w in M.base_weights(opened)
+    )
     assert capsys.readouterr().out == ""
     _, removed = save("removed", "remove_master_weight skip_save_model_weight")
     assert "skip_save_model_weight is ignored" in capsys.readouterr().out
@@ -780,7 +932,11 @@ def test_moments_in_few_bits(stage, shape):
     m = generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)
     v = (generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)) ** 2 + np.float32(1e-9)
     m[0], v[0] = 0, 0
-    quantize, dequantize, steps = (trainer.quantize_8, trainer.dequantize_8, (127, 255)) if stage == "O1" else (trainer.quantize_4, trainer.dequantize_4, (7, 15))
+    quantize, dequantize, steps = (
+        (trainer.quantize_8, trainer.dequantize_8, (127, 255))
+        if stage == "O1"
+        else (trainer.quantize_4, trainer.dequantize_4, (7, 15))
+    )
     stored = quantize(m, v)
     back_m, back_v = dequantize(*stored)
     assert back_m.shape == back_v.shape == shape and back_m.dtype == back_v.dtype == np.float32
@@ -789,9 +945,17 @@ def test_moments_in_few_bits(stage, shape):
     for x, back, n, signed in ((m, back_m, steps[0], True), (ratio, back_ratio, steps[1], False)):
         rows = x.reshape([-1, shape[-1]])
         groups = [rows] if stage == "O1" else [rows[:, i : i + 32] for i in range(0, shape[-1], 32)]
-        backs = [back.reshape(rows.shape)] if stage == "O1" else [back.reshape(rows.shape)[:, i : i + 32] for i in range(0, shape[-1], 32)]
+        backs = (
+            [back.reshape(rows.shape)]
+            if stage == "O1"
+            else [back.reshape(rows.shape)[:, i : i + 32] for i in range(0, shape[-1], 32)]
+        )
         for a, b in zip(groups, backs):
-            step = np.abs(a).max(1, keepdims=True) / n if signed else (a.max(1, keepdims=True) - a.min(1, keepdims=True)) / n
+            step = (
+                np.abs(a).max(1, keepdims=True) / n
+                if signed
+                else (a.max(1, keepdims=True) - a.min(1, keepdims=True)) / n
+            )
             assert (np.abs(a - b) <= 0.5 * step + 1e-4 * np.abs(a)).all()
     assert (back_m[0] == 0).all() and (back_v[0] < 1e-12).all()
 
@@ -800,7 +964,9 @@ def test_moments_in_few_bits(stage, shape):
 def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
     exact, _ = saved("sft", "1")
     out, whole = saved("sft", "tp2", ckpt_quant_stage=stage)
-    sizes = [sum(path.stat().st_size for path in (folder / "checkpoint-3").glob("optimizer-*")) for folder in (exact, out)]
+    sizes = [
+        sum(path.stat().st_size for path in (folder / "checkpoint-3").glob("optimizer-*")) for folder in (exact, out)
+    ]
     print(f"{stage}: moments {sizes[0]:,} -> {sizes[1]:,} bytes")
     index = json.loads((out / "checkpoint-3" / "optimizer.safetensors.index.json").read_text())
     assert index["ckpt_quant_stage"] == stage and index["quant_ckpt_resume_times"] == 0
@@ -822,11 +988,23 @@ def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
 def main():
     """Every pair, slow ones too, as markdown; the exit code is 1 if one is above its limit or failed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md, between its marks <!-- resume --> and <!-- resume end -->")
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="write the table into README.md, between its marks <!-- resume --> and <!-- resume end -->",
+    )
     parser.add_argument("--only", default="", help="pairs whose row, such as `sft | tp2 | 1`, holds this")
-    options, lines, bad = parser.parse_args(), ["| task | saved under | resumed under | worst relative difference of the next 5 losses |", "|---|---|---|---|"], 0
+    options, lines, bad = (
+        parser.parse_args(),
+        [
+            "| task | saved under | resumed under | worst relative difference of the next 5 losses |",
+            "|---|---|---|---|",
+        ],
+        0,
+    )
     pool = Pool()
     with tempfile.TemporaryDirectory() as folder:
+
         def new_folder():
             return Path(tempfile.mkdtemp(dir=folder))
 

@@ -4,6 +4,7 @@ names of checkpoints, and what config.json may say.
     python -m pytest tests/test_weights.py                                          # CPU, about 60 s, neither torch nor peft
     python -m pytest tests/test_weights.py --hf-python /path/to/venv/bin/python     # also: transformers and peft open ours
 """
+
 import json
 import pickle
 import re
@@ -61,7 +62,9 @@ def hf_tensors(folder):
 def test_every_golden_comes_back_bit_by_bit(folder, tmp_path):
     """Names, shapes, dtypes and bits; config.json but for the dtype it names."""
     source = entries(folder)
-    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[next(iter(source.values()))[0] if source else "F32"]
+    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[
+        next(iter(source.values()))[0] if source else "F32"
+    ]
     model = M.from_pretrained(folder)
     M.save_pretrained(model, tmp_path / "one", dtype)
     M.save_pretrained(model, tmp_path / "many", dtype, max_shard_bytes=20_000)
@@ -92,7 +95,9 @@ def test_every_config_comes_back(name, tmp_path):
     M.save_pretrained(again, tmp_path / "b", max_shard_bytes=8_000)
     assert entries(tmp_path / "a") == entries(tmp_path / "b") != {}
     assert np.array_equal(logits(model), logits(again))
-    assert {k: v for k, v in vars(again.config).items() if k != "source"} == {k: v for k, v in vars(model.config).items() if k != "source"}
+    assert {k: v for k, v in vars(again.config).items() if k != "source"} == {
+        k: v for k, v in vars(model.config).items() if k != "source"
+    }
 
 
 def rewritten(folder, tensors):
@@ -145,7 +150,9 @@ def fused_experts(tensors):
         experts.setdefault(stem.replace("block_sparse_moe", "mlp"), {})[int(e), which] = array
     for stem, parts in experts.items():
         E = range(len(parts) // 3)
-        result[f"{stem}.experts.gate_up_proj"] = np.stack([np.concatenate([parts[e, "gate_proj"], parts[e, "up_proj"]]) for e in E])
+        result[f"{stem}.experts.gate_up_proj"] = np.stack(
+            [np.concatenate([parts[e, "gate_proj"], parts[e, "up_proj"]]) for e in E]
+        )
         result[f"{stem}.experts.down_proj"] = np.stack([parts[e, "down_proj"] for e in E])
     return result
 
@@ -165,7 +172,12 @@ def test_all_experts_of_a_layer_in_one_tensor(name, tmp_path):
 def test_fp8_is_refused_by_name(tmp_path):
     folder = write(tmp_path / "a", "deepseek_v3")
     source = json.loads((folder / "config.json").read_text())
-    source["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    source["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
     (folder / "config.json").write_text(json.dumps(source))
     with pytest.raises(UserError, match="quant_method 'fp8' cannot be read"):
         M.from_pretrained(folder)
@@ -264,7 +276,13 @@ VARIANTS = {
     "deepseek_v3_raw": ("DeepseekV3", {"norm_topk_prob": False, "q_lora_rank": None}),
     "deepseek_v3_yarn": ("DeepseekV3", {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
 }  # fmt: skip
-_SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+_SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _LLAMA_SIZES = {**_SIZES, "intermediate_size": 56, "num_key_value_heads": 2}
 _LATENT_SIZES = {**_LLAMA_SIZES, "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
                  "v_head_dim": 12, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 24,
@@ -307,8 +325,13 @@ for name, (kind, keys) in variants.items():
 @pytest.mark.torch
 def test_variants_equal_transformers(hf_python, tmp_path):
     """Random weights, saved by transformers in shards, with experts one by one and all in one; logits, loss, balance."""
-    variants = {name: (kind, {**CLASS_SIZES.get(kind, _LLAMA_SIZES), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, **keys})
-                for name, (kind, keys) in VARIANTS.items()}  # fmt: skip
+    variants = {
+        name: (
+            kind,
+            {**CLASS_SIZES.get(kind, _LLAMA_SIZES), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, **keys},
+        )
+        for name, (kind, keys) in VARIANTS.items()
+    }
     theirs, errors = hf_python(MAKE_VARIANTS, tmp_path, json.dumps(variants)), {}
     for name in VARIANTS:
         model, ids = M.from_pretrained(tmp_path / name), theirs[f"{name}:ids"]
@@ -318,10 +341,14 @@ def test_variants_equal_transformers(hf_python, tmp_path):
         errors[f"{name} loss"] = abs(plain - theirs[f"{name}:loss"])
         if f"{name}:aux" in theirs:
             model.train()
-            errors[f"{name} balance"] = 10 * abs(float(model(inputs, labels=labels).mean()) - plain - theirs[f"{name}:aux"])
+            errors[f"{name} balance"] = 10 * abs(
+                float(model(inputs, labels=labels).mean()) - plain - theirs[f"{name}:aux"]
+            )
         if (tmp_path / f"{name}_fused").is_dir():
             again = M.from_pretrained(tmp_path / f"{name}_fused")
-            assert all(np.array_equal(a.to_numpy(), b.to_numpy()) for a, b in zip(M.base_weights(model), M.base_weights(again)))
+            assert all(
+                np.array_equal(a.to_numpy(), b.to_numpy()) for a, b in zip(M.base_weights(model), M.base_weights(again))
+            )
     print(errors)
     assert max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
 
@@ -355,17 +382,35 @@ def paddle_gpt(tensors):
                 result[name.replace("attn.c_attn", f"self_attn.{which}_proj")] = part
         else:
             result[name] = array
-    return renamed(result, ("transformer.wte", "gpt.embeddings.word_embeddings"), ("transformer.wpe", "gpt.embeddings.position_embeddings"),
-                   ("transformer.ln_f", "gpt.decoder.norm"), ("transformer.h.", "gpt.decoder.layers."), (".ln_1.", ".norm1."),
-                   (".ln_2.", ".norm2."), ("attn.c_proj", "self_attn.out_proj"), ("mlp.c_fc", "linear1"), ("mlp.c_proj", "linear2"))  # fmt: skip
+    return renamed(
+        result,
+        ("transformer.wte", "gpt.embeddings.word_embeddings"),
+        ("transformer.wpe", "gpt.embeddings.position_embeddings"),
+        ("transformer.ln_f", "gpt.decoder.norm"),
+        ("transformer.h.", "gpt.decoder.layers."),
+        (".ln_1.", ".norm1."),
+        (".ln_2.", ".norm2."),
+        ("attn.c_proj", "self_attn.out_proj"),
+        ("mlp.c_fc", "linear1"),
+        ("mlp.c_proj", "linear2"),
+    )
 
 
 def paddle_opt(tensors):
     tensors = turned(tensors, "_proj.", "fc1.", "fc2.", "project_")
-    tensors = renamed(tensors, ("model.decoder.final_layer_norm", "opt.decoder.FINAL"), ("model.decoder.embed_tokens", "opt.embeddings.word_embeddings"),
-                      ("model.decoder.embed_positions", "opt.embeddings.position_embeddings"), ("model.decoder.project_in", "opt.embeddings.project_in"),
-                      ("model.", "opt."), ("self_attn_layer_norm", "norm1"), ("final_layer_norm", "norm2"), ("FINAL", "final_layer_norm"),
-                      ("fc1", "linear1"), ("fc2", "linear2"))  # fmt: skip
+    tensors = renamed(
+        tensors,
+        ("model.decoder.final_layer_norm", "opt.decoder.FINAL"),
+        ("model.decoder.embed_tokens", "opt.embeddings.word_embeddings"),
+        ("model.decoder.embed_positions", "opt.embeddings.position_embeddings"),
+        ("model.decoder.project_in", "opt.embeddings.project_in"),
+        ("model.", "opt."),
+        ("self_attn_layer_norm", "norm1"),
+        ("final_layer_norm", "norm2"),
+        ("FINAL", "final_layer_norm"),
+        ("fc1", "linear1"),
+        ("fc2", "linear2"),
+    )
     return {n.replace("opt.opt.", "opt."): a for n, a in tensors.items()}
 
 
@@ -453,23 +498,34 @@ def paddlenlp_folder(folder, case, storage="pdparams"):
     name, by_hand, change = PADDLENLP[case]
     source = write(folder / "hf", name)
     keys = json.loads((source / "config.json").read_text())
-    keys = change(keys) if callable(change) else {k: v for k, v in (keys | change).items() if v is not None or k not in change}
+    keys = (
+        change(keys)
+        if callable(change)
+        else {k: v for k, v in (keys | change).items() if v is not None or k not in change}
+    )
     theirs = folder / "paddle"
     theirs.mkdir()
     (theirs / "config.json").write_text(json.dumps(keys))
     tensors = {n: np.ascontiguousarray(a) for n, a in by_hand(M.read_safetensors(source / "model.safetensors")).items()}
     halves = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
-    as_paddle = lambda part: {n: tensor(a) for n, a in part.items()}  # noqa: E731
+    as_paddle = lambda part: {n: tensor(a) for n, a in part.items()}
     if storage == "pdparams":
         paddle.save(as_paddle(tensors), str(theirs / "model_state.pdparams"))
         return theirs, source
     suffix = "pdparams" if storage == "sharded pdparams" else "safetensors"
-    index, files = {"metadata": {"total_size": 1}, "weight_map": {}}, {"pdparams": "model_state-{}.pdparams", "safetensors": "model-{}.safetensors"}[suffix]
+    index, files = (
+        {"metadata": {"total_size": 1}, "weight_map": {}},
+        {"pdparams": "model_state-{}.pdparams", "safetensors": "model-{}.safetensors"}[suffix],
+    )
     for i, part in enumerate(halves):
         file = files.format(f"{i + 1:05d}-of-00002")
         index["weight_map"].update(dict.fromkeys(part, file))
-        paddle.save(as_paddle(part), str(theirs / file)) if suffix == "pdparams" else M.write_safetensors(theirs / file, part)
-    (theirs / ("model_state.pdparams.index.json" if suffix == "pdparams" else "model.safetensors.index.json")).write_text(json.dumps(index))
+        paddle.save(as_paddle(part), str(theirs / file)) if suffix == "pdparams" else M.write_safetensors(
+            theirs / file, part
+        )
+    (
+        theirs / ("model_state.pdparams.index.json" if suffix == "pdparams" else "model.safetensors.index.json")
+    ).write_text(json.dumps(index))
     return theirs, source
 
 
@@ -491,7 +547,12 @@ def test_folders_of_paddlenlp(case, storage, tmp_path):
 
 @pytest.mark.torch
 def test_transformers_opens_what_was_converted_from_paddlenlp(hf_python, tmp_path):
-    cases = [case for case, (name, _, _) in PADDLENLP.items() if name in IN_TRANSFORMERS and what_its_class_asks_for(name).get("hidden_size") in (None, CONFIGS[name].get("hidden_size"))]
+    cases = [
+        case
+        for case, (name, _, _) in PADDLENLP.items()
+        if name in IN_TRANSFORMERS
+        and what_its_class_asks_for(name).get("hidden_size") in (None, CONFIGS[name].get("hidden_size"))
+    ]
     expected = {}
     for case in cases:
         (tmp_path / case).mkdir()
@@ -511,8 +572,18 @@ def test_transformers_opens_what_was_converted_from_paddlenlp(hf_python, tmp_pat
 def test_bfloat16_and_pairs_of_paddle_save(tmp_path):
     """bfloat16 lies there as uint16, a tensor as (name, array), a state dict with a list of Paddle's own names."""
     layer, rng = paddle.nn.Linear(3, 4), np.random.default_rng(0)
-    half, large = tensor(rng.standard_normal((5, 7)).astype(np.float32)).astype("bfloat16"), rng.standard_normal((300, 200)).astype(np.float32)
-    state = {**layer.state_dict(), "half": half, "large": tensor(large), "f16": tensor(large).astype("float16"), "numpy": large.T, "i64": tensor(np.arange(3))}
+    half, large = (
+        tensor(rng.standard_normal((5, 7)).astype(np.float32)).astype("bfloat16"),
+        rng.standard_normal((300, 200)).astype(np.float32),
+    )
+    state = {
+        **layer.state_dict(),
+        "half": half,
+        "large": tensor(large),
+        "f16": tensor(large).astype("float16"),
+        "numpy": large.T,
+        "i64": tensor(np.arange(3)),
+    }
     for protocol in (2, 3, 4):
         paddle.save(state, str(tmp_path / "a.pdparams"), protocol=protocol)
         found = M.read_pdparams(tmp_path / "a.pdparams")
@@ -521,7 +592,9 @@ def test_bfloat16_and_pairs_of_paddle_save(tmp_path):
         arrays = {n: read() for n, (read, _) in found.items()}
         assert np.array_equal(arrays["half"], half.astype("float32").numpy()) and np.array_equal(arrays["large"], large)
         assert np.array_equal(arrays["numpy"], large.T) and np.array_equal(arrays["weight"], layer.weight.numpy())
-        assert np.array_equal(arrays["f16"], large.astype(np.float16).astype(np.float32)) and np.array_equal(arrays["i64"], np.arange(3))
+        assert np.array_equal(arrays["f16"], large.astype(np.float16).astype(np.float32)) and np.array_equal(
+            arrays["i64"], np.arange(3)
+        )
 
 
 def test_pdparams_are_read_one_tensor_at_a_time(tmp_path):
@@ -541,12 +614,19 @@ class Evil:
         return print, ("executed",)
 
 
-@pytest.mark.parametrize("content, named", [
-    ({"a": Evil()}, "refused: the pickle asks for builtins.print"),
-    ({"a": np.zeros(3), "b": 3}, "b is not a tensor"), ({"a": np.array([{}])}, "a is not a tensor"), ([np.zeros(3)], "holds a list"),
-    ({"a": slice(3)}, "asks for builtins.slice"), ({"a": np.zeros(3, "S3")}, "a is not a tensor"), ({"a": np.float32(3)}, "numpy"),
-    ({"a": (np.zeros(2), np.zeros(2), np.zeros(2))}, "a is not a tensor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ({"a": Evil()}, "refused: the pickle asks for builtins.print"),
+        ({"a": np.zeros(3), "b": 3}, "b is not a tensor"),
+        ({"a": np.array([{}])}, "a is not a tensor"),
+        ([np.zeros(3)], "holds a list"),
+        ({"a": slice(3)}, "asks for builtins.slice"),
+        ({"a": np.zeros(3, "S3")}, "a is not a tensor"),
+        ({"a": np.float32(3)}, "numpy"),
+        ({"a": (np.zeros(2), np.zeros(2), np.zeros(2))}, "a is not a tensor"),
+    ],
+)
 def test_other_pickles_are_refused(content, named, tmp_path, capfd):
     for protocol in (2, 4):
         (tmp_path / "a.pdparams").write_bytes(pickle.dumps(content, protocol))
@@ -581,7 +661,11 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
     """y = x W + (alpha / r) x A B, or alpha / sqrt(r), with A (in, r) and B (r, out) under PaddleNLP's names."""
     case = {"gpt2": "gpt"}.get(name, name)
     base, _ = paddlenlp_folder(tmp_path, case)
-    modules = {n.removesuffix(".weight") for n in M.stored_tensors(base) if re.search(r"o_proj\.w|out_proj\.w|h_to_4h\.w|query_key_value\.w|mlp\.c_proj\.w|w1\.w|linear1\.w", n)}
+    modules = {
+        n.removesuffix(".weight")
+        for n in M.stored_tensors(base)
+        if re.search(r"o_proj\.w|out_proj\.w|h_to_4h\.w|query_key_value\.w|mlp\.c_proj\.w|w1\.w|linear1\.w", n)
+    }
     rng, rslora = np.random.default_rng(0), name in ("opt", "bloom")
     plain, arrays, weights = M.from_pretrained(base), {}, {n: read() for n, (read, _) in M.stored_tensors(base).items()}
     for module in sorted(modules):
@@ -595,8 +679,19 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
         paddle.save({n: tensor(a) for n, a in arrays.items()}, str(folder / files))
     else:
         M.write_safetensors(folder / files, arrays)
-    keys = {"r": 4, "lora_alpha": 6, "rslora": rslora, "lora_dropout": 0.0, "target_modules": [".*o_proj.*"], "merge_weights": False, "pissa": False,
-            "base_model_name_or_path": str(base), "trainable_bias": None, "use_mora": False, "tensor_parallel_degree": -1}  # fmt: skip
+    keys = {
+        "r": 4,
+        "lora_alpha": 6,
+        "rslora": rslora,
+        "lora_dropout": 0.0,
+        "target_modules": [".*o_proj.*"],
+        "merge_weights": False,
+        "pissa": False,
+        "base_model_name_or_path": str(base),
+        "trainable_bias": None,
+        "use_mora": False,
+        "tensor_parallel_degree": -1,
+    }
     (folder / "lora_config.json").write_text(json.dumps(keys))
     found = logits(M.load_adapter(M.from_pretrained(base), folder))
     assert largest(found, logits(plain)) > 0.05
@@ -610,13 +705,24 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
 def test_lora_of_paddlenlp_is_merged_from_its_own_folder(tmp_path):
     base, _ = paddlenlp_folder(tmp_path, "gpt")
     (tmp_path / "lora").mkdir()
-    paddle.save({f"gpt.decoder.layers.0.linear1.lora_{x}": paddle.ones(shape) for x, shape in (("A", [36, 2]), ("B", [2, 144]))}, str(tmp_path / "lora" / "lora_model_state.pdparams"))
+    paddle.save(
+        {
+            f"gpt.decoder.layers.0.linear1.lora_{x}": paddle.ones(shape)
+            for x, shape in (("A", [36, 2]), ("B", [2, 144]))
+        },
+        str(tmp_path / "lora" / "lora_model_state.pdparams"),
+    )
     keys = {"r": 2, "lora_alpha": 1, "base_model_name_or_path": str(base)}
     (tmp_path / "lora" / "lora_config.json").write_text(json.dumps(keys))
     merged, plain = M.from_pretrained(tmp_path / "lora"), M.from_pretrained(base)
     assert largest(merged.layers[0].mlp.up_proj.weight.numpy() - plain.layers[0].mlp.up_proj.weight.numpy(), 1.0) < 1e-5
-    paddle.save({"gpt.decoder.layers.0.self_attn.q_proj.lora_A": paddle.ones([36, 2])}, str(tmp_path / "lora" / "lora_model_state.pdparams"))
-    with pytest.raises(UserError, match=r"gpt.decoder.layers.0.self_attn.q_proj.lora_A: the model has no linear of that name"):
+    paddle.save(
+        {"gpt.decoder.layers.0.self_attn.q_proj.lora_A": paddle.ones([36, 2])},
+        str(tmp_path / "lora" / "lora_model_state.pdparams"),
+    )
+    with pytest.raises(
+        UserError, match=r"gpt.decoder.layers.0.self_attn.q_proj.lora_A: the model has no linear of that name"
+    ):
         M.from_pretrained(tmp_path / "lora")
 
 
@@ -691,7 +797,9 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     theirs = hf_python(script, tmp_path / "ours", tmp_path / "ids.npy")
     errors = {name: largest(theirs[name], found) for name, found in expected.items()}
     print(errors)
-    assert errors.keys() == theirs.keys() and max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
+    assert errors.keys() == theirs.keys() and max(errors.values()) < 1e-4, {
+        k: v for k, v in errors.items() if v >= 1e-4
+    }
 
 
 @pytest.mark.torch
@@ -701,7 +809,9 @@ def test_adapters_of_peft_are_opened_for_every_family(hf_python, tmp_path):
         model = peft_base(case)
         M.save_pretrained(model, tmp_path / "base" / case)
         named = M.linears(model)
-        targets[case] = peft_targets(case, model) or sorted({path.rpartition(".")[2] for path in named if ".experts." not in path})
+        targets[case] = peft_targets(case, model) or sorted(
+            {path.rpartition(".")[2] for path in named if ".experts." not in path}
+        )
     np.save(tmp_path / "ids.npy", IDS)
     script = """
 import json, pathlib, torch, transformers, peft
@@ -725,7 +835,10 @@ for name, targets in json.loads(sys.argv[5]).items():
         model.save_pretrained(out / (name + "-" + kind))
 """
     (tmp_path / "theirs").mkdir()
-    theirs, errors = hf_python(script, tmp_path / "base", tmp_path / "ids.npy", tmp_path / "theirs", json.dumps(targets)), {}
+    theirs, errors = (
+        hf_python(script, tmp_path / "base", tmp_path / "ids.npy", tmp_path / "theirs", json.dumps(targets)),
+        {},
+    )
     for name, found in theirs.items():
         base = M.from_pretrained(tmp_path / "base" / name.rpartition("-")[0])
         assert largest(logits(base), found) > 0.05, name
@@ -882,8 +995,16 @@ DEEPSEEK = {k: v for k, v in LLAMA.items() if k != "mlp_bias"} | {"hidden_size":
             "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": True, "topk_group": 1,
             "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102400, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
             "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"}}  # fmt: skip
-BAICHUAN = {k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling", "rope_theta", "num_key_value_heads")}
-INTERNLM = {k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling", "rope_theta", "num_key_value_heads")}
+BAICHUAN = {
+    k: v
+    for k, v in LLAMA.items()
+    if k not in ("attention_bias", "mlp_bias", "rope_scaling", "rope_theta", "num_key_value_heads")
+}
+INTERNLM = {
+    k: v
+    for k, v in LLAMA.items()
+    if k not in ("attention_bias", "mlp_bias", "rope_scaling", "rope_theta", "num_key_value_heads")
+}
 ROUTED = {"router_aux_loss_coef": 0.001, "output_router_logits": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_experts_per_tok": 8,
           "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128}  # fmt: skip
 AS_PUBLISHED = {  # the keys of the published files of each family, with what they say where it is special
@@ -942,7 +1063,11 @@ AS_PUBLISHED = {  # the keys of the published files of each family, with what th
 @pytest.mark.parametrize("name", AS_PUBLISHED)
 def test_keys_of_published_files_pass(name):
     source = COMMON | AS_PUBLISHED[name]
-    if "tie_word_embeddings" not in AS_PUBLISHED[name] and source["model_type"] in ("gpt2", "bloom", "opt", "gemma", "gemma2", "chatglm") and "num_layers" not in source:
+    if (
+        "tie_word_embeddings" not in AS_PUBLISHED[name]
+        and source["model_type"] in ("gpt2", "bloom", "opt", "gemma", "gemma2", "chatglm")
+        and "num_layers" not in source
+    ):
         del source["tie_word_embeddings"]
     found = M.ModelConfig.from_dict(source)
     written = json.loads(found.to_json("bfloat16"))
@@ -952,7 +1077,10 @@ def test_keys_of_published_files_pass(name):
 def test_32k_of_chatglm2_divides_positions_and_of_chatglm3_raises_the_base():
     assert config("chatglm2", _name_or_path="glm-4-9b", rope_ratio=5).rope["rope_theta"] == 50000.0
     two, three = (M.ModelConfig.from_dict(COMMON | AS_PUBLISHED[f"chatglm{n}-6b-32k"]).rope for n in (2, 3))
-    assert two == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 16} and three == {"rope_type": "default", "rope_theta": 500000.0}
+    assert two == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 16} and three == {
+        "rope_type": "default",
+        "rope_theta": 500000.0,
+    }
     position = tensor(np.array([[32, 64]]))
     long = M.rope_tables(config("chatglm2", _name_or_path="THUDM/chatglm2-6b-32k", rope_ratio=16), position)
     short = M.rope_tables(config("chatglm2"), position // 16)
@@ -960,8 +1088,15 @@ def test_32k_of_chatglm2_divides_positions_and_of_chatglm3_raises_the_base():
 
 
 def test_internlm_s_own_word_for_dynamic():
-    assert config("internlm", rotary={"base": 20000, "type": "dynamic"}).rope == {"rope_type": "dynamic", "rope_theta": 20000.0, "factor": 1.0}
-    assert config("internlm", rotary={"base": 20000, "type": "origin"}).rope == {"rope_type": "default", "rope_theta": 20000.0}
+    assert config("internlm", rotary={"base": 20000, "type": "dynamic"}).rope == {
+        "rope_type": "dynamic",
+        "rope_theta": 20000.0,
+        "factor": 1.0,
+    }
+    assert config("internlm", rotary={"base": 20000, "type": "origin"}).rope == {
+        "rope_type": "default",
+        "rope_theta": 20000.0,
+    }
     position = tensor(np.arange(128)[None])  # twice the 64 of the config: the base grows by 2 ** (8 / 6)
     cos, _ = M.rope_tables(config("internlm", rotary={"base": 10000, "type": "dynamic"}), position)
     expected = np.cos(127 * (10000 * 2 ** (8 / 6)) ** (-np.arange(0, 8, 2) / 8))
