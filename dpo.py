@@ -25,17 +25,23 @@ from tqdm import tqdm
 
 import parallel
 import trainer  # before paddle: it silences what paddle says while it is imported
-from data import PreferenceDataset, PreferenceLoader, UserError, load_chat_template, load_tokenizer
-from model import (
+from adapters import (
     adapter_disabled,
     apply_lora,
-    generate,
     halve_frozen,
     load_adapter,
     lora_layers,
     reload_adapter,
     trainable_weights,
 )
+from arguments import TrainingArgs
+from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
+from data import PreferenceDataset, PreferenceLoader
+from distributed.sharding import Shards
+from formats.chat import load_chat_template
+from formats.files import UserError
+from formats.tokenizer import load_tokenizer
+from model import generate
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "or", "orpo")
 FIGURES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/accuracies",
@@ -44,7 +50,7 @@ AVERAGED = ("ipo", "simpo", "or")  # these compare log-probabilities per token, 
 
 
 @dataclasses.dataclass
-class Args(trainer.TrainingArgs):
+class Args(TrainingArgs):
     model_name_or_path: str = ""  # folder of the model to align, which is also the reference; an adapter's is merged
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
     train_dataset_path: str = ""  # pairs to learn: a JSON-lines file, or a folder with train.json(l)
@@ -448,28 +454,28 @@ def main(args):
             train_known = known_logps(model, train, seen, progress)
             known = int((~np.isnan(train_known[:, 0])).sum())
             print(f"reference: log-probabilities of {known:,} pairs computed in {time.perf_counter() - start:.1f} s")
-        checkpoint = trainer.find_checkpoint(args, topology)
+        checkpoint = find_checkpoint(args, topology)
         adapt(model, args, checkpoint)
         parallel.cut_adapters(model, topology)
         if kernels.bf16:
             halve_frozen(model)
         weights = trainable_weights(model)
-        shards = parallel.Shards(model, weights, topology)
+        shards = Shards(model, weights, topology)
         parameters, trained = model.num_parameters(), model.num_parameters(trained=True)
         print(f"model: {parameters:,} parameters, {trained:,} of them trained ({100 * trained / parameters:.2f} %)")
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
         optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
-        state = trainer.TrainState()
+        state = TrainState()
         if checkpoint:
             if not args.lora:
-                trainer.load_trained(model, checkpoint, args)
+                load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
-            state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
+            state = load_checkpoint(checkpoint, moments, shards, args.output_dir)
         trainer.prepare_output_dir(
             args, topology
         )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology, figures=FIGURES)
-        checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
         def batch_loss(batch, size):
@@ -492,7 +498,7 @@ def main(args):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
-                    trainer.update_best(args, state, metrics, checkpoints)
+                    update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
             start = log.begin()
@@ -520,7 +526,7 @@ def main(args):
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
             best = Path(args.output_dir) / state.best_checkpoint
-            reload_adapter(model, best) if args.lora else trainer.load_trained(model, best, args)
+            reload_adapter(model, best) if args.lora else load_trained(model, best, args)
         log.close()
         checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora else 'model'}: {args.output_dir}")

@@ -43,29 +43,14 @@ from paddle import nn
 from paddle.static import InputSpec
 
 import trainer
-from data import MODEL_FILES, UserError, load_chat_template, load_tokenizer
-from model import (
-    Cache,
-    Linear,
-    QuantLinear,
-    atomic_file,
-    base_folders,
-    base_weights,
-    build,
-    from_bfloat16,
-    from_pretrained,
-    linears,
-    load_adapter,
-    lora_layers,
-    merge,
-    read_safetensors,
-    save_pretrained,
-    set_parameter,
-    to_bfloat16,
-    turning_lengths,
-    two_positions,
-    write_safetensors,
-)
+from adapters import base_folders, from_pretrained, load_adapter, lora_layers, merge
+from arguments import ScriptArgs
+from formats.chat import load_chat_template
+from formats.files import UserError, atomic_file
+from formats.tensor_files import from_bfloat16, read_safetensors, to_bfloat16, write_safetensors
+from formats.tokenizer import MODEL_FILES, load_tokenizer
+from formats.weights import base_weights, save_pretrained
+from model import Cache, Linear, QuantLinear, build, linears, set_parameter, turning_lengths, two_positions
 
 DTYPES = ("float32", "bfloat16", "float16")
 STATIC_FORMAT = 2  # of static_config.json; serve.py reads this one
@@ -73,7 +58,7 @@ NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden
 
 
 @dataclasses.dataclass
-class Args(trainer.ScriptArgs):
+class Args(ScriptArgs):
     model_name_or_path: str = ""  # folder of the model, or of an adapter
     lora_path: str | None = None  # a LoRA to merge into it
     prefix_path: str | None = None  # a prefix to put before it; format static only

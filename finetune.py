@@ -20,22 +20,27 @@ import numpy as np
 
 import parallel
 import trainer
-from data import SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
-from model import (
+from adapters import (
     apply_lora,
     apply_prefix,
-    atomic_file,
-    generate,
     halve_frozen,
     load_adapter,
     lora_layers,
     reload_adapter,
     trainable_weights,
 )
+from arguments import TrainingArgs
+from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
+from data import SFTDataset, SFTLoader
+from distributed.sharding import Shards
+from formats.chat import load_chat_template
+from formats.files import UserError, atomic_file
+from formats.tokenizer import load_tokenizer
+from model import generate
 
 
 @dataclasses.dataclass
-class Args(trainer.TrainingArgs):
+class Args(TrainingArgs):
     model_name_or_path: str = ""  # Hugging Face folder of the base model
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
     dataset_name_or_path: str = (
@@ -281,29 +286,29 @@ def main(args):
 
     if args.do_train:
         # ================================================================== 3. adapter, optimizer, resume
-        checkpoint = trainer.find_checkpoint(args, topology)
+        checkpoint = find_checkpoint(args, topology)
         adapt(model, args, checkpoint)
         parallel.cut_adapters(model, topology)
         if kernels.bf16:
             halve_frozen(model)
         weights = trainable_weights(model)
-        shards = parallel.Shards(model, weights, topology)
+        shards = Shards(model, weights, topology)
         parameters, trained = model.num_parameters(), model.num_parameters(trained=True)
         print(f"model: {parameters:,} parameters, {trained:,} of them trained ({100 * trained / parameters:.2f} %)")
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
         optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster if args.lora_plus_scale != 1.0 else None)
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
-        state = trainer.TrainState()
+        state = TrainState()
         if checkpoint:
             if not (args.lora or args.prefix_tuning):
-                trainer.load_trained(model, checkpoint, args)
+                load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
-            state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
+            state = load_checkpoint(checkpoint, moments, shards, args.output_dir)
         trainer.prepare_output_dir(
             args, topology
         )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology)
-        checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
 
         def step_size(batches):
             """What the mean is over: target tokens."""
@@ -325,7 +330,7 @@ def main(args):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
-                    trainer.update_best(args, state, metrics, checkpoints)
+                    update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
             start = log.begin()
@@ -388,7 +393,7 @@ def main(args):
 def load_best(model, args, checkpoint):
     """The weights, or the adapter's, of an earlier checkpoint of this run into the model."""
     if not (args.lora or args.prefix_tuning):
-        trainer.load_trained(model, checkpoint, args)
+        load_trained(model, checkpoint, args)
     else:
         reload_adapter(model, checkpoint)
 

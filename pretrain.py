@@ -15,12 +15,20 @@ import time
 
 import parallel
 import trainer
-from data import CorpusLoader, UserError, load_tokenizer
-from model import build, init_weights, trainable_weights
+from adapters import trainable_weights
+from arguments import TrainingArgs
+from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
+from data import CorpusLoader
+from distributed.sharding import Shards
+from formats.files import UserError
+from formats.tokenizer import load_tokenizer
+from formats.weights import init_weights
+from model import build
+from plan import find_preset, model_config
 
 
 @dataclasses.dataclass
-class Args(trainer.TrainingArgs):
+class Args(TrainingArgs):
     model_name_or_path: str = (
         ""  # folder with config.json (and weights, to continue training); from scratch, a preset too
     )
@@ -51,7 +59,7 @@ class Args(trainer.TrainingArgs):
     def check_model(self):
         """A preset gives the configuration of a run from scratch, if the tokenizer is elsewhere."""
         scratch = self.do_train and not self.continue_training
-        if scratch and self.tokenizer_name_or_path and trainer.find_preset(self.model_name_or_path):
+        if scratch and self.tokenizer_name_or_path and find_preset(self.model_name_or_path):
             return dataclasses.replace(self, model_name_or_path=self.tokenizer_name_or_path).check_model()
         return super().check_model()
 
@@ -84,7 +92,7 @@ def main(args):
     if args.continue_training or not args.do_train:
         model = parallel.from_pretrained(args.model_name_or_path, topology)
     else:
-        config = trainer.model_config(args.model_name_or_path)
+        config = model_config(args.model_name_or_path)
         config = dataclasses.replace(
             config,
             num_hidden_layers=args.num_hidden_layers or config.num_hidden_layers,
@@ -100,20 +108,20 @@ def main(args):
 
     if args.do_train:
         # ================================================================== 3. optimizer, resume
-        checkpoint = trainer.find_checkpoint(args, topology)
+        checkpoint = find_checkpoint(args, topology)
         weights = trainable_weights(model)
-        shards = parallel.Shards(model, weights, topology)
+        shards = Shards(model, weights, topology)
         optimizer = trainer.AdamW(shards.pieces, args)
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
-        state = trainer.TrainState()
+        state = TrainState()
         if checkpoint:
-            trainer.load_trained(model, checkpoint, args)
+            load_trained(model, checkpoint, args)
             moments = None if args.ignore_load_lr_and_optim else optimizer
-            state = trainer.load_checkpoint(checkpoint, moments, shards, args.output_dir)
+            state = load_checkpoint(checkpoint, moments, shards, args.output_dir)
         peak = trainer.measure_matmul_peak()
         print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s float32, measured; mfu is a share of it")
         log = trainer.Log(args, total, state, model.flops_per_token(args.max_seq_length), peak, topology)
-        checkpoints = trainer.Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
 
         def evaluate():
             return trainer.evaluate(model, dev, args.max_evaluate_steps, topology)
@@ -138,7 +146,7 @@ def main(args):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
-                    trainer.update_best(args, state, metrics, checkpoints)
+                    update_best(args, state, metrics, checkpoints)
             if state.step >= total:
                 break
             start = log.begin()
@@ -165,7 +173,7 @@ def main(args):
 
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
-            trainer.load_trained(model, f"{args.output_dir}/{state.best_checkpoint}", args)
+            load_trained(model, f"{args.output_dir}/{state.best_checkpoint}", args)
         log.close()
         checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"model: {args.output_dir}")

@@ -35,23 +35,14 @@ import paddle
 from paddle import nn
 
 import trainer  # before paddle: it silences what paddle says while it is imported
-from data import CorpusLoader, SFTDataset, SFTLoader, UserError, load_chat_template, load_tokenizer
-from model import (
-    Linear,
-    QuantLinear,
-    SparseMLP,
-    atomic_file,
-    base_folders,
-    base_weights,
-    from_pretrained,
-    linears,
-    load_adapter,
-    merge,
-    norm_readers,
-    save_pretrained,
-    set_parameter,
-    shifted_norms,
-)
+from adapters import base_folders, from_pretrained, load_adapter, merge
+from arguments import ScriptArgs
+from data import CorpusLoader, SFTDataset, SFTLoader
+from formats.chat import load_chat_template
+from formats.files import UserError, atomic_file
+from formats.tokenizer import load_tokenizer
+from formats.weights import base_weights, save_pretrained
+from model import Linear, QuantLinear, SparseMLP, linears, norm_readers, set_parameter, shifted_norms
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
 NOT_HERE = {  # keys that are refused when they ask for something, and why
@@ -65,7 +56,7 @@ NOT_HERE = {  # keys that are refused when they ask for something, and why
 
 
 @dataclasses.dataclass
-class Args(trainer.ScriptArgs):
+class Args(ScriptArgs):
     model_name_or_path: str = ""  # Hugging Face folder, or an adapter's, which is merged into the base it names
     lora_path: str | None = None  # merge this adapter into model_name_or_path first
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; None: model_name_or_path

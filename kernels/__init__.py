@@ -28,7 +28,7 @@ warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle
 os.environ.setdefault("GLOG_minloglevel", "1")  # nor do its notes about connections
 import paddle
 
-from data import UserError
+from formats.files import UserError
 
 OPS = (
     "rms_norm",

@@ -22,7 +22,7 @@ import kernels
 import numpy as np
 import paddle
 
-from data import UserError
+from formats.files import UserError
 
 
 class Case(NamedTuple):

@@ -14,7 +14,7 @@ The reference runs, as no operator has it: attention in float32 (unless kernels.
 or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first key), a prompt
 behind a cache with a window among them; rope of neighbouring dims; gelu; act order and a8w8; a part of the vocabulary;
 operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of float32 tensors in bfloat16.
-The cores are tested on the CPU (tests/cuda_on_cpu.h) and timed by tests/cuda_harness.cu; no figure is known yet.
+The cores are tested on the CPU (tests/gpu/cuda_on_cpu.h) and timed by tests/gpu/cuda_harness.cu; no figure is known yet.
 """
 
 import functools

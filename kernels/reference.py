@@ -729,8 +729,6 @@ def _put(cache, slots, x):
 
 
 def sample(logits, temperature, top_k, top_p, uniform):
-    import model  # which imports this package
-
     rows = logits.astype("float32").numpy()
     found, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
     found[~finite] = -1
@@ -739,7 +737,7 @@ def sample(logits, temperature, top_k, top_p, uniform):
         if 0 < top_k[s] < row.shape[1]:  # only the candidates need be looked at, in the order of their ids
             ids = np.flatnonzero(row[0] >= np.partition(row[0], -top_k[s])[-top_k[s]])
             row = row[:, ids]
-        (at,) = model.sample(row, temperature[s], 0, top_p[s], _Drawn(uniform[s]))
+        (at,) = sample_logits(row, temperature[s], 0, top_p[s], _Drawn(uniform[s]))
         found[s] = at if ids is None else ids[at]
     return to_tensor(found.astype(np.int64))
 
@@ -753,3 +751,30 @@ class _Drawn:
     def choice(self, n, p):
         cumulated = p.cumsum()
         return (cumulated / cumulated[-1]).searchsorted(self.uniform, side="right")
+
+
+def penalize(logits, ids, mask, penalty):
+    """Divide (or, if negative, multiply) the logits of tokens already there by penalty (Keskar et al., arXiv 1909.05858)."""
+    logits = logits.copy()
+    for row, (seen, keep) in enumerate(zip(ids, mask)):
+        seen = np.unique(seen[keep == 1])
+        logits[row, seen] = np.where(logits[row, seen] > 0, logits[row, seen] / penalty, logits[row, seen] * penalty)
+    return logits
+
+
+def sample_logits(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> ids (B,): temperature, then the top_k highest, then the least set whose mass reaches top_p."""
+    assert temperature > 0, "temperature must be positive; greedy is do_sample=False"
+    logits = logits.astype(np.float64) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
+        logits = np.where(logits < kth, -np.inf, logits)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    if top_p < 1.0:
+        order = np.argsort(-p, axis=-1, kind="stable")
+        sorted_p = np.take_along_axis(p, order, -1)
+        sorted_p[sorted_p.cumsum(-1) - sorted_p >= top_p] = 0.0  # the token that crosses top_p is kept
+        np.put_along_axis(p, order, sorted_p, -1)
+        p /= p.sum(-1, keepdims=True)
+    return np.array([generator.choice(p.shape[-1], p=row) for row in p], np.int64)

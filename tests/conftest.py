@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pool import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # larger goldens, on the machine where the project is developed
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from ranks import Ranks
 
 
 def pytest_addoption(parser):
@@ -106,7 +105,7 @@ def make_folder(tmp_path):
     """Writes a Hugging Face folder for a case of golden_weights.py; its weights as the goldens have them."""
     from golden_weights import CASES, draw, shapes
 
-    import model
+    import formats.tensor_files
 
     def make(case, dialect=0, change=None, config_change=None, name="hf"):
         folder = tmp_path / f"{name}_{case}_{dialect}"
@@ -115,7 +114,7 @@ def make_folder(tmp_path):
         tensors = draw(shapes(CASES[case][dialect]))
         if change:
             change(tensors)
-        model.write_safetensors(folder / "model.safetensors", tensors)
+        formats.tensor_files.write_safetensors(folder / "model.safetensors", tensors)
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 

@@ -13,7 +13,22 @@ from pathlib import Path
 import pytest
 
 import data
-from data import FORMATS, PreferenceDataset, SFTDataset, UserError, load_chat_template, load_tokenizer
+import formats.chat
+from data import PreferenceDataset, SFTDataset
+from formats.chat import (
+    FORMATS,
+    RECOGNISED,
+    JinjaTemplate,
+    Piece,
+    check_messages,
+    encode_pieces,
+    folder_template,
+    load_chat_template,
+    save_chat_template,
+    signature,
+)
+from formats.files import UserError
+from formats.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "tokenizers"
 SPECIAL = """<s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> [INST] [/INST]
@@ -29,7 +44,7 @@ CHAT = [
 NO_SYSTEM = ("mistral-hf", "mistral-v0.1-hf", "chatglm", "chatglm2", "internlm", "gemma", "gemma-hf")
 
 
-class SmallTokenizer(data.Tokenizer):
+class SmallTokenizer(Tokenizer):
     """Words with the space before them, runs of line breaks as one token; ids are handed out as they come. `dummy`: a
     text gets a space in front, as with sentencepiece."""
 
@@ -78,7 +93,7 @@ def message(error):
 
 
 def split(messages):
-    return data.check_messages(messages, messages[-1]["role"] == "user")
+    return check_messages(messages, messages[-1]["role"] == "user")
 
 
 # ------------------------------ what each family writes ------------------------------
@@ -408,7 +423,7 @@ def test_truncation_keeps_the_frame(tmp_path, name):
                 ]
             )
             expected = FORMATS[name].pieces(kept, {}, tokenizer)
-            assert whole == sum(data.encode_pieces(tokenizer, expected, 1 + 2 * len(kept)), [])
+            assert whole == sum(encode_pieces(tokenizer, expected, 1 + 2 * len(kept)), [])
 
 
 def test_ends_of_replies():
@@ -465,7 +480,7 @@ SHORT = """{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}{{ eos_tok
 
 
 def without_jinja(monkeypatch):
-    monkeypatch.setattr(data, "compile_jinja", lambda source, where: None)
+    monkeypatch.setattr(formats.chat, "compile_jinja", lambda source, where: None)
 
 
 def golden_template(folder):
@@ -478,7 +493,7 @@ def golden_template(folder):
 @pytest.mark.parametrize("folder, name", [("qwen2", "qwen2"), ("mistral_v3", "mistral-v3")])
 def test_a_published_template_is_recognised(monkeypatch, folder, name):
     without_jinja(monkeypatch)
-    template = data.JinjaTemplate(golden_template(folder), "t")
+    template = JinjaTemplate(golden_template(folder), "t")
     assert template.known is FORMATS[name]
     rounds = [("red lamp", "ten coins"), ("blue chair", None)]
     for context in ({}, {"system": "be kind"}):
@@ -491,7 +506,7 @@ def test_a_published_template_is_recognised(monkeypatch, folder, name):
         one + "\n",
         one.replace("'<|im_start|>system\n'", "'<|im_start|>system\\n'"),
     ):
-        assert data.signature(same) == data.signature(one)
+        assert signature(same) == signature(one)
     others = [
         one + "x",
         one.replace("INST] ", "INST]", 1),
@@ -501,12 +516,12 @@ def test_a_published_template_is_recognised(monkeypatch, folder, name):
         one.replace("is defined", "is none", 1),
     ]
     others = [other for other in others if other != one]
-    assert len(others) >= 4 and all(data.signature(other) != data.signature(one) for other in others)
+    assert len(others) >= 4 and all(signature(other) != signature(one) for other in others)
 
 
 def test_signature_keeps_what_counts():
     same = ["{{ 'a\\n' + b }}", '{{"a\n"+b}}', "{{-  'a\\n'  +b -}}", "{# c #}{{ 'a\\n' + b }}\n"]
-    assert len({data.signature(text) for text in same}) == 1
+    assert len({signature(text) for text in same}) == 1
     others = [
         "{{ 'a \\n' + b }}",
         "{{ 'a\\n' + b }} ",
@@ -519,7 +534,7 @@ def test_signature_keeps_what_counts():
         "{{ 'a\\n' + b c }}",
         "{{ 'a\\n' }}{{ b }}",
     ]
-    assert len({data.signature(text) for text in [same[0], *others]}) == len(others) + 1
+    assert len({signature(text) for text in [same[0], *others]}) == len(others) + 1
 
 
 def test_an_unknown_template_without_jinja2(monkeypatch, tmp_path):
@@ -565,7 +580,7 @@ def test_jinja2_renders_what_is_not_known(tmp_path):
 def test_templates_that_fail(source, words):
     pytest.importorskip("jinja2")
     tokenizer = SmallTokenizer()
-    tokenizer.chat_template = data.JinjaTemplate(source, "t.jinja")
+    tokenizer.chat_template = JinjaTemplate(source, "t.jinja")
     with pytest.raises(UserError) as error:
         tokenizer.encode_chat([("a", "b"), ("c", "d")], {}, True)
     assert words in message(error) and "t.jinja" in message(error)
@@ -574,7 +589,7 @@ def test_templates_that_fail(source, words):
 def test_a_reply_without_an_end_gets_one():
     pytest.importorskip("jinja2")
     tokenizer = SmallTokenizer()
-    tokenizer.chat_template = data.JinjaTemplate(
+    tokenizer.chat_template = JinjaTemplate(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}",
         "t",
@@ -587,61 +602,58 @@ def test_jinja2_and_the_known_format_agree():
     """With jinja2 a known template is still rendered, and its format only cuts what was rendered."""
     pytest.importorskip("jinja2")
     tokenizer = SmallTokenizer()
-    tokenizer.chat_template = data.JinjaTemplate(golden_template("qwen2"), "t")
+    tokenizer.chat_template = JinjaTemplate(golden_template("qwen2"), "t")
     _, encoded = tokenizer.encode_chat([("a", "b"), ("c", "d")], {}, True)
     assert [tokenizer.decode(bot, False) for _, bot in encoded] == ["b<|im_end|>\n", "d<|im_end|>\n"]
     ids = tokenizer.apply_chat(CHAT[:4])
     assert tokenizer.decode(ids, False) == PROMPTS["qwen2"][0]
     broken = types.SimpleNamespace(
-        pieces=lambda *args: [data.Piece(0, "text", "something else")], user="", begin="", stops=()
+        pieces=lambda *args: [Piece(0, "text", "something else")], user="", begin="", stops=()
     )
     tokenizer.chat_template.known = broken  # a format that writes something else is not used
     assert tokenizer.apply_chat(CHAT[:4]) == ids
 
 
 def test_where_a_template_is_found(tmp_path):
-    assert data.folder_template(tmp_path) is None
+    assert folder_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     config.write_text(
         json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SHORT}]})
     )
-    assert data.folder_template(tmp_path).source == SHORT
+    assert folder_template(tmp_path).source == SHORT
     config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}]}))
     with pytest.raises(UserError, match="named default"):
-        data.folder_template(tmp_path)
+        folder_template(tmp_path)
     config.write_text(json.dumps({"chat_template": SHORT}))
     (tmp_path / "chat_template.jinja").write_text(SHORT + "!")
     assert load_chat_template(str(tmp_path)).source == SHORT + "!"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_format": "qwen3"}))
-    assert data.folder_template(tmp_path) is FORMATS["qwen3"]
+    assert folder_template(tmp_path) is FORMATS["qwen3"]
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_format": "qwen9"}))
     with pytest.raises(UserError, match="qwen9"):
-        data.folder_template(tmp_path)
+        folder_template(tmp_path)
     config.write_text(json.dumps({"chat_template": 3}))
     (tmp_path / "chat_template.json").unlink()
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="must be a text"):
-        data.folder_template(tmp_path)
+        folder_template(tmp_path)
 
 
 def test_saving_leaves_one_template(tmp_path):
     config = tmp_path / "tokenizer_config.json"
     files = lambda: sorted(path.name for path in tmp_path.iterdir())
     config.write_text(json.dumps({"chat_template": SHORT, "bos_token": "<s>"}))
-    template = data.folder_template(tmp_path)
-    data.save_chat_template(template, tmp_path)  # the folder's own: as transformers has it, old and new
-    assert (
-        files() == ["chat_template.jinja", "tokenizer_config.json"] and data.folder_template(tmp_path).source == SHORT
-    )
+    template = folder_template(tmp_path)
+    save_chat_template(template, tmp_path)  # the folder's own: as transformers has it, old and new
+    assert files() == ["chat_template.jinja", "tokenizer_config.json"] and folder_template(tmp_path).source == SHORT
     assert json.loads(config.read_bytes())["chat_template"] == SHORT
-    data.save_chat_template(FORMATS["chatglm3"], tmp_path)
+    save_chat_template(FORMATS["chatglm3"], tmp_path)
     assert (
-        files() == ["chat_template.json", "tokenizer_config.json"]
-        and data.folder_template(tmp_path) is FORMATS["chatglm3"]
+        files() == ["chat_template.json", "tokenizer_config.json"] and folder_template(tmp_path) is FORMATS["chatglm3"]
     )
     assert json.loads(config.read_bytes()) == {"bos_token": "<s>"}
-    data.save_chat_template(None, tmp_path)
-    assert files() == ["tokenizer_config.json"] and data.folder_template(tmp_path) is None
+    save_chat_template(None, tmp_path)
+    assert files() == ["tokenizer_config.json"] and folder_template(tmp_path) is None
 
 
 def test_a_format_needs_its_tokens():
@@ -707,8 +719,8 @@ def test_known_templates_write_what_transformers_renders(request, hf_python, tmp
     (tmp_path / "templates").write_text(json.dumps(templates))
     (tmp_path / "chats").write_text(json.dumps(chats))
     rendered = json.loads(str(hf_python(RENDER, tmp_path / "templates", tmp_path / "chats")["texts"]))
-    known = {name: data.JinjaTemplate(source, name) for name, source in templates.items()}
-    assert len(known) >= 30 and {t.known.name for t in known.values()} == set(data.RECOGNISED.values())
+    known = {name: JinjaTemplate(source, name) for name, source in templates.items()}
+    assert len(known) >= 30 and {t.known.name for t in known.values()} == set(RECOGNISED.values())
     for name, template in known.items():
         if template.known.name == "chatglm3":
             continue  # its code encodes pieces: the golden ids are the measure

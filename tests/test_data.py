@@ -16,18 +16,12 @@ import numpy as np
 import pytest
 
 import data
-from data import (
-    IGNORED,
-    Corpus,
-    CorpusLoader,
-    SFTDataset,
-    SFTLoader,
-    UserError,
-    best_fit_packs,
-    in_order_packs,
-    load_chat_template,
-    load_tokenizer,
-)
+import formats.chat
+import formats.tokenizer
+from data import IGNORED, Corpus, CorpusLoader, SFTDataset, SFTLoader, best_fit_packs, in_order_packs
+from formats.chat import ChatTemplate, load_chat_template, parse_template, render
+from formats.files import UserError
+from formats.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO.parent / "shared" / "golden" / "tokenizers"
@@ -294,16 +288,16 @@ def test_plain_is_no_template(tokenizer):
 
 def test_saved_tokenizer_keeps_the_chat_template_in_use(chat_folder, tmp_path):
     """A model trained with --chat_template chatml is asked in chatml by whoever opens its folder, and stops as it did."""
-    tokenizer = data.load_tokenizer(chat_folder)
-    tokenizer.chat_template = data.load_chat_template("chatml")
+    tokenizer = formats.tokenizer.load_tokenizer(chat_folder)
+    tokenizer.chat_template = formats.chat.load_chat_template("chatml")
     tokenizer.save(tmp_path)
-    again = data.load_tokenizer(tmp_path)
+    again = formats.tokenizer.load_tokenizer(tmp_path)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     assert again.apply_chat(messages, True) == tokenizer.apply_chat(messages, True)
     assert again.stop_ids == tokenizer.stop_ids and len(again.stop_ids) == 2
     again.chat_template = None
     again.save(tmp_path)
-    assert data.load_tokenizer(tmp_path).chat_template is None
+    assert formats.tokenizer.load_tokenizer(tmp_path).chat_template is None
 
 
 def test_missing_special_token_is_named(tokenizer):
@@ -397,7 +391,7 @@ def test_anything_else_in_a_template_is_refused(tmp_path, text, construct):
     ],
 )
 def test_renders_as_jinja(text, expected):
-    assert data.render(data.parse_template(text, "t"), {"a": 1, "b": 2}, "t") == expected
+    assert render(parse_template(text, "t"), {"a": 1, "b": 2}, "t") == expected
 
 
 def test_template_file_errors(tmp_path):
@@ -469,7 +463,7 @@ def test_multi_turn(tmp_path, tokenizer, template):
 
 def test_prompt_uses_the_query_form(tmp_path, tokenizer):
     template = {"conversation": ["{{user}}", "{{bot}}"], "query": "{{query}} go{% if is_training %}!{% endif %}:"}
-    tokenizer.chat_template = data.ChatTemplate(template, "t")
+    tokenizer.chat_template = ChatTemplate(template, "t")
     dataset = SFTDataset(write_lines(tmp_path / "train.json", [{"src": "red lamp", "tgt": "ten"}]), tokenizer)
     assert tokenizer.decode(dataset.prompt_ids(0)) == "red lamp go:"
 

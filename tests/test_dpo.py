@@ -30,10 +30,17 @@ from test_scripts import (
     write_records,
 )
 
+import adapters
 import data
 import dpo
+import families
+import formats.weights
 import model as M
 import trainer
+from arguments import parse_args
+from formats.chat import ChatTemplate, load_chat_template
+from formats.files import UserError
+from formats.tokenizer import load_tokenizer
 
 DEMO = ROOT / "demo"
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "dpo_trl.json").read_text())
@@ -112,8 +119,8 @@ def opened(case="gqa", mix=0.0, **changes):
     """A model of golden_weights.py; mix: how much of another draw is added to its weights."""
     config = {**CASES[case][1], **changes}
     first, second = (draw(shapes(config), seed) for seed in (0, 1))
-    found = M.build(M.ModelConfig.from_dict(config))
-    for weight in M.base_weights(found):
+    found = M.build(families.ModelConfig.from_dict(config))
+    for weight in formats.weights.base_weights(found):
         M.set_parameter(weight.parameter, weight.from_numpy(first[weight.name] + np.float32(mix) * second[weight.name]))
     return found
 
@@ -126,7 +133,7 @@ def collated(pairs, rows, width):
 def gradients(model):
     """{name: array} of all gradients, which are cleared."""
     found = {}
-    for weight in M.trainable_weights(model):
+    for weight in adapters.trainable_weights(model):
         found[weight.name] = weight.parameter.grad.numpy()
         weight.parameter.clear_gradient(False)
     return found
@@ -206,7 +213,7 @@ def test_a_packed_pair_does_not_see_its_neighbours():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(DEMO / "llama")
+    return load_tokenizer(DEMO / "llama")
 
 
 def pair_set(tmp_path, tokenizer, records, max_seq_len=512, max_prompt_len=256):
@@ -246,8 +253,8 @@ def test_records_without_a_template(tmp_path, tokenizer):
 
 
 def test_records_with_a_template(tmp_path, tokenizer):
-    tokenizer = data.load_tokenizer(DEMO / "llama")
-    tokenizer.chat_template = data.load_chat_template("llama2")
+    tokenizer = load_tokenizer(DEMO / "llama")
+    tokenizer.chat_template = load_chat_template("llama2")
     given = record(src=["red lamp", "and why"], tgt=["ten"], context={"system": "be brief"})
     prompt, good, bad = (part.tolist() for part in pair_set(tmp_path, tokenizer, [given]).pair(0))
     for reply, text in ((good, "a red lamp"), (bad, "ten coins")):
@@ -255,16 +262,16 @@ def test_records_with_a_template(tmp_path, tokenizer):
         assert prompt + reply == system + [i for user, bot in encoded for i in user + bot]
     assert "be brief" in tokenizer.decode(prompt)
     bad_template = {"conversation": ["{{user}} ({{bot}})", "{{bot}}"], "query": "{{user}}"}
-    tokenizer.chat_template = data.ChatTemplate(bad_template, "odd.json")
-    with pytest.raises(data.UserError, match=r"train.jsonl:1: chat template 'odd.json' puts the reply into the prompt"):
+    tokenizer.chat_template = ChatTemplate(bad_template, "odd.json")
+    with pytest.raises(UserError, match=r"train.jsonl:1: chat template 'odd.json' puts the reply into the prompt"):
         pair_set(tmp_path, tokenizer, [given])
 
 
 @pytest.mark.parametrize("template", [None, "llama2"])
 def test_truncation(template, tmp_path):
     """The prompt from the left, then the replies in proportion; then the newest of the earlier turns that fit."""
-    tokenizer = data.load_tokenizer(DEMO / "llama")
-    tokenizer.chat_template = data.load_chat_template(template)
+    tokenizer = load_tokenizer(DEMO / "llama")
+    tokenizer.chat_template = load_chat_template(template)
     words = "one two three four five six seven eight nine ten".split()
     old, new, last = (" ".join(f"{word} {n}" for word in words) for n in ("red", "blue", "gold"))
     given = record(src=[old, new, last], tgt=["ten", "coins"], response=(" ".join(words * 2), " ".join(words)))
@@ -295,7 +302,7 @@ def test_pairs_that_cannot_be_learned_are_dropped(tmp_path, tokenizer):
     long = " ".join(["lamp"] * 60)
     found = pair_set(tmp_path, tokenizer, [record(), record(response=("same", "same")), record(src=long)], 40, 40)
     assert len(found) == 1 and found.dropped == 2
-    with pytest.raises(data.UserError, match="none of the 1 pairs can be learned with max_seq_len 40"):
+    with pytest.raises(UserError, match="none of the 1 pairs can be learned with max_seq_len 40"):
         pair_set(tmp_path, tokenizer, [record(src=long)], 40, 40)
 
 
@@ -410,7 +417,7 @@ def test_losses_are_trls():
 
 @pytest.mark.torch
 def test_losses_are_trls_live(hf_python):
-    found = hf_python(RECIPE, ROOT / "tests", json.dumps(GOLDEN["given"]))
+    found = hf_python(RECIPE, ROOT / "tests" / "golden", json.dumps(GOLDEN["given"]))
     if "missing" in found:
         pytest.skip(f"needs TRL 1.16 over there: {found['missing']}")
     assert_as_trl({key: value.item() for key, value in found.items()})
@@ -490,11 +497,11 @@ def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
     assert [len(re.findall(rf"^{word}: ", printed, re.M)) for word in ("prompt", "before", "after")] == [3, 3, 3]
     assert ("reference: log-probabilities of 20 pairs" in printed) == (kind == "full")
 
-    base = M.from_pretrained(world / "base")
-    policy = M.from_pretrained(world / "base" if kind != "full" else out)
+    base = adapters.from_pretrained(world / "base")
+    policy = adapters.from_pretrained(world / "base" if kind != "full" else out)
     if kind != "full":
-        M.load_adapter(policy, out)
-    pairs = data.PreferenceDataset(world / "pairs", data.load_tokenizer(out), 400, 96, "dev")
+        adapters.load_adapter(policy, out)
+    pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(out), 400, 96, "dev")
     loader = data.PreferenceLoader(pairs, 3, 400, shuffle=False)
     known = dpo.known_logps(base, loader, [(0, i) for i in range(loader.batches_per_epoch)])
     expected = dpo.evaluate_pairs(policy, loader, known, dpo.Args(beta=0.5))
@@ -505,11 +512,11 @@ def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
 
 def test_the_adapter_switched_off_is_the_base_model(world):
     """The reference of LoRA against another copy of the base, after the adapter has moved; the policy differs."""
-    base, model = M.from_pretrained(world / "base"), M.from_pretrained(world / "base")
-    M.apply_lora(model, 4, 8.0)
-    for layer in M.lora_layers(model).values():
+    base, model = adapters.from_pretrained(world / "base"), adapters.from_pretrained(world / "base")
+    adapters.apply_lora(model, 4, 8.0)
+    for layer in adapters.lora_layers(model).values():
         M.set_parameter(layer.lora_B, np.full(layer.lora_B.shape, 0.02, np.float32))
-    pairs = data.PreferenceDataset(world / "pairs", data.load_tokenizer(world / "base"), 400, 96)
+    pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(world / "base"), 400, 96)
     batch = data.PreferenceLoader(pairs, 2, 400).batch(0, 0)
     reference = dpo.reference_logps(model, batch, None, dpo.Args(lora=True)).numpy()
     assert reference.tobytes() == dpo.reply_logps(base, batch).numpy().tobytes()
@@ -603,15 +610,15 @@ def lines(*changed):
 
 
 def prefix_model(world, keys):
-    tuned = M.apply_prefix(M.from_pretrained(world / "base"), 4)
-    M.save_adapter(tuned, world / "prefix", world / "base")
-    data.load_tokenizer(world / "base").save(world / "prefix")
+    tuned = adapters.apply_prefix(adapters.from_pretrained(world / "base"), 4)
+    adapters.save_adapter(tuned, world / "prefix", world / "base")
+    load_tokenizer(world / "base").save(world / "prefix")
     keys["model_name_or_path"] = str(world / "prefix")
 
 
 def pissa_adapter(world, keys):
-    tuned = M.apply_lora(M.from_pretrained(world / "base"), 4, 8.0, pissa=True)
-    M.save_adapter(tuned, world / "pissa", world / "base")
+    tuned = adapters.apply_lora(adapters.from_pretrained(world / "base"), 4, 8.0, pissa=True)
+    adapters.save_adapter(tuned, world / "pissa", world / "base")
     keys.update(lora=True, lora_rank=4, lora_path=str(world / "pissa"))
 
 
@@ -720,7 +727,7 @@ def test_upstream_config(name, world, tmp_path, capfd):
 
 
 def test_demo_config_parses():
-    args = trainer.parse_args(dpo.Args, [str(ROOT / "configs" / "llama_dpo.json")])
+    args = parse_args(dpo.Args, [str(ROOT / "configs" / "llama_dpo.json")])
     assert args.do_train and args.lora and args.model_name_or_path == "checkpoints/llama_lora"
     assert (ROOT / args.train_dataset_path).is_file() and (ROOT / args.dev_dataset_path).is_file()
 
@@ -746,9 +753,9 @@ print(json.dumps(os.listdir(".")))"""
 
 def test_answers_end_with_the_table_of_positions():
     """A learned table has an end; a prompt longer than max_prompt_len is kept where its pair fits."""
-    import families
+    import tiny_models
 
-    model = families.build("gpt2").eval()
+    model = tiny_models.build("gpt2").eval()
     limit = model.config.max_position_embeddings
     prompt = np.arange(limit - 3) % model.config.vocab_size
     tokenizer = types.SimpleNamespace(stop_ids=[], decode_reply=list)

@@ -13,19 +13,25 @@ import zipfile
 
 import kernels
 
-import families
 import numpy as np
 import paddle
 import pytest
 import test_integers
+import tiny_models
 from conftest import ROOT
 from golden_weights import CASES, draw, shapes
 
+import adapters
 import export
+import families
+import formats.tensor_files
+import formats.weights
 import model as M
-import trainer
-from data import SFTDataset, UserError, load_tokenizer
-from serve import StaticRunner
+from arguments import parse_args
+from data import SFTDataset
+from formats.files import UserError
+from formats.tokenizer import load_tokenizer
+from serving.runners import StaticRunner
 
 DEMO = ROOT / "demo" / "llama"
 SCHEMES = {  # name: quantization_config
@@ -38,7 +44,7 @@ SCHEMES = {  # name: quantization_config
 def run(output_dir, **keys):
     """export.py with these keys; returns the folder."""
     argv = [f"--{key}={value}" for key, value in {"output_dir": output_dir, **keys}.items()]
-    export.main(trainer.parse_args(export.Args, argv))
+    export.main(parse_args(export.Args, argv))
     return output_dir
 
 
@@ -56,7 +62,7 @@ def small(tmp_path, case="gqa"):
     """A golden model with the demo's tokenizer, which export.py wants, and so with its vocabulary."""
     folder, config = tmp_path / case, {**CASES[case][0], "vocab_size": 3072}
     folder.mkdir()
-    M.write_safetensors(folder / "model.safetensors", draw(shapes(config)))
+    formats.tensor_files.write_safetensors(folder / "model.safetensors", draw(shapes(config)))
     (folder / "config.json").write_text(json.dumps(config))
     return tokenizer_into(folder)
 
@@ -92,15 +98,15 @@ def write_bin(path, tensors):
 
 def quantized(scheme, folder, source=DEMO):
     """A model, every linear rounded to nearest; as quantize.py would write it, but by the plainest means."""
-    plain = M.from_pretrained(source)
+    plain = adapters.from_pretrained(source)
     model = M.build(dataclasses.replace(plain.config, quantization=SCHEMES[scheme]))
-    weights = {w.name: w.parameter.numpy() for w in M.base_weights(plain)}
-    for w in M.base_weights(model):
+    weights = {w.name: w.parameter.numpy() for w in formats.weights.base_weights(plain)}
+    for w in formats.weights.base_weights(model):
         if w.name in weights:
             M.set_parameter(w.parameter, weights[w.name])
     for path, (_, _, layer) in M.linears(model).items():
         round_into(layer, weights[path + ".weight"])
-    M.save_pretrained(model, folder)
+    formats.weights.save_pretrained(model, folder)
     return tokenizer_into(folder)
 
 
@@ -133,7 +139,7 @@ def test_hf_from_shards_and_back(tmp_path, capsys):
     files = sorted(set(index["weight_map"].values()))
     assert len(files) == 6 and all((folder / file).stat().st_size < 2.4e6 for file in files)
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
-    np.testing.assert_array_equal(logits(M.from_pretrained(folder)), logits(M.from_pretrained(DEMO)))
+    np.testing.assert_array_equal(logits(adapters.from_pretrained(folder)), logits(adapters.from_pretrained(DEMO)))
     assert load_tokenizer(folder).encode("hello") == load_tokenizer(DEMO).encode("hello")
     last = capsys.readouterr().out.splitlines()[-1]
     total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "run_args.json")
@@ -145,9 +151,9 @@ def test_hf_from_shards_and_back(tmp_path, capsys):
 def test_hf_dtypes(tmp_path, capsys, dtype, width):
     source = small(tmp_path)
     folder = run(tmp_path / "out", model_name_or_path=source, dtype=dtype)  # upstream's name of the key
-    header = M.safetensors_header(folder / "model.safetensors").values()
+    header = formats.tensor_files.safetensors_header(folder / "model.safetensors").values()
     assert {kind for kind, *_ in header} == {{"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]}
-    exact, found = logits(M.from_pretrained(source)), logits(M.from_pretrained(folder))
+    exact, found = logits(adapters.from_pretrained(source)), logits(adapters.from_pretrained(folder))
     off = np.abs(found - exact).max()
     assert (off == 0) == (width == 4) and off < 0.02 * np.abs(exact).max()
     assert ("from rounding" in capsys.readouterr().out) == (width == 2)
@@ -155,41 +161,41 @@ def test_hf_dtypes(tmp_path, capsys, dtype, width):
 
 def test_hf_from_bin_with_own_head(tmp_path):
     source = small(tmp_path)
-    before = logits(M.from_pretrained(source))
-    tensors = M.read_safetensors(source / "model.safetensors")
+    before = logits(adapters.from_pretrained(source))
+    tensors = formats.tensor_files.read_safetensors(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     write_bin(source / "pytorch_model.bin", tensors)
     folder = run(tmp_path / "out", model_name_or_path=source, save_dtype="float32")
     assert not list(folder.glob("*.bin"))
-    np.testing.assert_array_equal(logits(M.from_pretrained(folder)), before)
+    np.testing.assert_array_equal(logits(adapters.from_pretrained(folder)), before)
 
 
 def lora_folder(tmp_path, base=DEMO, name="lora"):
-    model = M.apply_lora(M.from_pretrained(base), rank=4)
-    for i, layer in enumerate(M.lora_layers(model).values()):
+    model = adapters.apply_lora(adapters.from_pretrained(base), rank=4)
+    for i, layer in enumerate(adapters.lora_layers(model).values()):
         generator = np.random.default_rng(i)
         M.set_parameter(layer.lora_B, generator.standard_normal(layer.lora_B.shape).astype(np.float32) * 0.05)
-    M.save_adapter(model, tmp_path / name, base)
+    adapters.save_adapter(model, tmp_path / name, base)
     return tmp_path / name, logits(model)
 
 
 def test_hf_merges_lora_given_either_way(tmp_path):
     adapter, expected = lora_folder(tmp_path)
-    assert np.abs(expected - logits(M.from_pretrained(DEMO))).max() > 0.1
+    assert np.abs(expected - logits(adapters.from_pretrained(DEMO))).max() > 0.1
     for name, keys in (
         ("a", {"model_name_or_path": adapter}),
         ("b", {"model_name_or_path": DEMO, "lora_path": adapter}),
     ):
         folder = run(tmp_path / name, save_dtype="float32", **keys)
         assert not (folder / "adapter_config.json").exists()
-        np.testing.assert_allclose(logits(M.from_pretrained(folder)), expected, atol=1e-4)
+        np.testing.assert_allclose(logits(adapters.from_pretrained(folder)), expected, atol=1e-4)
 
 
 def test_hf_of_an_adapter_on_an_adapter(tmp_path):
     first, _ = lora_folder(tmp_path)
     second, expected = lora_folder(tmp_path, first, "second")  # as dpo.py after finetune.py: neither has a config.json
     folder = run(tmp_path / "out", model_name_or_path=second, save_dtype="float32")
-    np.testing.assert_allclose(logits(M.from_pretrained(folder)), expected, atol=1e-4)
+    np.testing.assert_allclose(logits(adapters.from_pretrained(folder)), expected, atol=1e-4)
     assert load_tokenizer(folder).vocab_size == 3072  # of the model under both
 
 
@@ -224,15 +230,17 @@ def test_hf_keeps_every_file_of_a_tokenizer(tmp_path):
 def test_hf_keeps_integers_or_makes_floats_of_them(tmp_path):
     source = quantized("w4", tmp_path / "w4")
     kept = run(tmp_path / "kept", model_name_or_path=source, save_dtype="float16")
-    theirs, ours = (M.read_safetensors(path / "model.safetensors") for path in (source, kept))
+    theirs, ours = (formats.tensor_files.read_safetensors(path / "model.safetensors") for path in (source, kept))
     packed = [name for name in theirs if name.endswith(("qweight", "qzeros", "scales", "g_idx"))]
     assert len(packed) == 4 * 42 and theirs.keys() == ours.keys()
     for name in packed:
         np.testing.assert_array_equal(theirs[name], ours[name])
-    assert M.ModelConfig.from_json(kept).quantization == SCHEMES["w4"]
+    assert families.ModelConfig.from_json(kept).quantization == SCHEMES["w4"]
     floats = run(tmp_path / "floats", model_name_or_path=source, dequantize="true", save_dtype="float32")
-    assert M.ModelConfig.from_json(floats).quantization is None
-    np.testing.assert_allclose(logits(M.from_pretrained(floats)), logits(M.from_pretrained(source)), atol=1e-4)
+    assert families.ModelConfig.from_json(floats).quantization is None
+    np.testing.assert_allclose(
+        logits(adapters.from_pretrained(floats)), logits(adapters.from_pretrained(source)), atol=1e-4
+    )
 
 
 @pytest.mark.torch
@@ -254,7 +262,7 @@ with torch.no_grad():
         folder,
         tmp_path / "ids.npy",
     )
-    ours = M.from_pretrained(folder).eval()(paddle.to_tensor(ids)).numpy()
+    ours = adapters.from_pretrained(folder).eval()(paddle.to_tensor(ids)).numpy()
     np.testing.assert_allclose(theirs["logits"], ours, atol=2e-4)
 
 
@@ -314,7 +322,7 @@ def greedy_dynamic(model, prompts, new, stop_ids):
 def test_static_writes_the_same_tokens(tmp_path, prompts, scheme):
     source = DEMO if scheme == "float32" else quantized(scheme, tmp_path / "source")
     folder = run(tmp_path / "static", model_name_or_path=source, format="static")
-    runner, model = StaticRunner(folder), M.from_pretrained(source)
+    runner, model = StaticRunner(folder), adapters.from_pretrained(source)
     assert (runner.vocab_size, runner.max_positions, runner.virtual, runner.chunked) == (3072, 1024, 0, False)
     new, stop_ids = 16 if scheme == "float32" else 8, runner.config["stop_ids"]
     with kernels.use("attention=reference"):  # another order of sums would move an a8w8 activation over a rounding step
@@ -331,7 +339,7 @@ def test_static_of_every_kind_of_positions(tmp_path, capsys, case):
     source = small(tmp_path, case)
     folder = run(tmp_path / "static", model_name_or_path=source, format="static")
     assert "largest difference of logits" in capsys.readouterr().out.splitlines()[-1]
-    runner, model = StaticRunner(folder), M.from_pretrained(source)
+    runner, model = StaticRunner(folder), adapters.from_pretrained(source)
     assert runner.max_positions == (24 if case == "gqa_dynamic" else 64)  # 8 positions and factor 3
     generator = np.random.default_rng(0)
     prompts = [generator.integers(3, 3072, n).tolist() for n in (3, 14, 9)]
@@ -345,8 +353,8 @@ def test_static_of_every_kind_of_positions(tmp_path, capsys, case):
 
 def of_family(tmp_path, name):
     """A folder of a tiny model with the demo's tokenizer, and so with its vocabulary."""
-    key = "padded_vocab_size" if "padded_vocab_size" in families.CONFIGS[name] else "vocab_size"
-    return tokenizer_into(families.write(tmp_path / name, name, **{key: 3072}))
+    key = "padded_vocab_size" if "padded_vocab_size" in tiny_models.CONFIGS[name] else "vocab_size"
+    return tokenizer_into(tiny_models.write(tmp_path / name, name, **{key: 3072}))
 
 
 def texts_of(config, lengths=(3, 14, 9), seed=0):
@@ -358,25 +366,25 @@ def texts_of(config, lengths=(3, 14, 9), seed=0):
     return texts
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_every_family_in_both_formats(tmp_path, capsys, name):
     """A Hugging Face folder with the same tensors, and static programs that write the same tokens in any company."""
     source = of_family(tmp_path, name)
     folder = run(tmp_path / "hf", model_name_or_path=source)
     assert (
-        M.read_safetensors(folder / "model.safetensors").keys()
-        == M.read_safetensors(source / "model.safetensors").keys()
+        formats.tensor_files.read_safetensors(folder / "model.safetensors").keys()
+        == formats.tensor_files.read_safetensors(source / "model.safetensors").keys()
     )
-    for key, tensor in M.read_safetensors(source / "model.safetensors").items():
-        np.testing.assert_array_equal(M.read_safetensors(folder / "model.safetensors")[key], tensor)
+    for key, tensor in formats.tensor_files.read_safetensors(source / "model.safetensors").items():
+        np.testing.assert_array_equal(formats.tensor_files.read_safetensors(folder / "model.safetensors")[key], tensor)
     assert json.loads((folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     folder = run(tmp_path / "static", model_name_or_path=source, format="static")
     assert "largest difference of logits" in capsys.readouterr().out.splitlines()[-1]
-    runner, model = StaticRunner(folder), M.from_pretrained(source).eval()
+    runner, model = StaticRunner(folder), adapters.from_pretrained(source).eval()
     assert (
         runner.max_positions
         == model.config.most_tokens
-        == (1 << 30 if name in families.ALIBI else 24 if name == "llama_dynamic" else 64)
+        == (1 << 30 if name in tiny_models.ALIBI else 24 if name == "llama_dynamic" else 64)
     )
     texts = texts_of(model.config)
     found = greedy_static(runner, texts, 8, [])
@@ -387,10 +395,10 @@ def test_every_family_in_both_formats(tmp_path, capsys, name):
 def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
     for name in ("bloom", "llama"):
         (tmp_path / name).mkdir()
-        config = families.config(name, vocab_size=3072)
+        config = tiny_models.config(name, vocab_size=3072)
         model = M.build(dataclasses.replace(config, quantization={**SCHEMES["a8w8"], "shift": True}))
-        plain = {w.name: w for w in M.base_weights(families.fill(M.build(config)))}
-        for w in M.base_weights(model):  # of the biases that a shift adds, none is 0
+        plain = {w.name: w for w in formats.weights.base_weights(tiny_models.fill(M.build(config)))}
+        for w in formats.weights.base_weights(model):  # of the biases that a shift adds, none is 0
             if w.stored is None:
                 array = (
                     plain[w.name].parameter.numpy() if w.name in plain else np.full(w.parameter.shape, 0.1, np.float32)
@@ -398,10 +406,10 @@ def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
                 M.set_parameter(w.parameter, array)
         for path, (_, _, layer) in M.linears(model).items():
             round_into(layer, plain[path + ".weight"].parameter.numpy())
-        M.save_pretrained(model, tmp_path / name)
+        formats.weights.save_pretrained(model, tmp_path / name)
         tokenizer_into(tmp_path / name)
     folder = run(tmp_path / "floats", model_name_or_path=tmp_path / "bloom", dequantize=True)
-    again = M.from_pretrained(folder)
+    again = adapters.from_pretrained(folder)
     assert again.config.quantization is None and all(
         isinstance(layer, M.Linear) for *_, layer in M.linears(again).values()
     )
@@ -416,12 +424,12 @@ def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
 def test_static_goes_on_as_it_began(tmp_path, name):
     """Behind a prefix, in pieces, and computed again with part of the reply, as the engine does after it made room."""
     source = of_family(tmp_path, name)
-    model = M.apply_prefix(M.from_pretrained(source), tokens=5)
+    model = adapters.apply_prefix(adapters.from_pretrained(source), tokens=5)
     M.set_parameter(
         model.prefix.embedding,
         np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32),
     )
-    M.save_adapter(model, tmp_path / "prefix", source)
+    adapters.save_adapter(model, tmp_path / "prefix", source)
     runner = StaticRunner(
         run(tmp_path / "static", model_name_or_path=source, prefix_path=tmp_path / "prefix", format="static")
     )
@@ -440,10 +448,10 @@ def test_static_goes_on_as_it_began(tmp_path, name):
 
 
 def test_static_behind_a_prefix(tmp_path, prompts):
-    model = M.apply_prefix(M.from_pretrained(DEMO), tokens=6)
+    model = adapters.apply_prefix(adapters.from_pretrained(DEMO), tokens=6)
     table = np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32)
     M.set_parameter(model.prefix.embedding, table)
-    M.save_adapter(model, tmp_path / "prefix", DEMO)
+    adapters.save_adapter(model, tmp_path / "prefix", DEMO)
     run(tmp_path / "a", model_name_or_path=tmp_path / "prefix", format="static")
     folder = run(tmp_path / "b", model_name_or_path=DEMO, prefix_path=tmp_path / "prefix", format="static")
     assert (tmp_path / "a" / "prefix.safetensors").read_bytes() == (folder / "prefix.safetensors").read_bytes()
@@ -451,14 +459,14 @@ def test_static_behind_a_prefix(tmp_path, prompts):
     assert (runner.virtual, runner.max_positions) == (6, 1024)
     found = greedy_static(runner, prompts[:8], 6, runner.config["stop_ids"], at_once=3)
     assert found == greedy_dynamic(model, prompts[:8], 6, runner.config["stop_ids"])
-    assert found != greedy_dynamic(M.from_pretrained(DEMO), prompts[:8], 6, runner.config["stop_ids"])
+    assert found != greedy_dynamic(adapters.from_pretrained(DEMO), prompts[:8], 6, runner.config["stop_ids"])
 
 
 def test_static_runner_cuts_long_prompts_and_takes_any_order(tmp_path, monkeypatch):
     source = small(tmp_path)
     runner, model = (
         StaticRunner(run(tmp_path / "static", model_name_or_path=source, format="static")),
-        M.from_pretrained(source),
+        adapters.from_pretrained(source),
     )
     monkeypatch.setattr(runner, "piece", 7)
     monkeypatch.setattr(runner, "BATCH_TOKENS", 12)
@@ -528,7 +536,7 @@ def test_static_with_lora_beside_integers(tmp_path):
     plain = small(tmp_path)
     source, (adapter, _) = quantized("w8", tmp_path / "w8", plain), lora_folder(tmp_path, plain)
     runner = StaticRunner(run(tmp_path / "static", model_name_or_path=source, lora_path=adapter, format="static"))
-    model, text = M.load_adapter(M.from_pretrained(source), adapter).eval(), Text(runner, range(5, 25))
+    model, text = adapters.load_adapter(adapters.from_pretrained(source), adapter).eval(), Text(runner, range(5, 25))
     expected = model(paddle.to_tensor([text.tokens])).numpy()[:, -1]
     np.testing.assert_allclose(runner.run([chunk(text, 0, 20)]), expected, atol=1e-3)
     with pytest.raises(UserError, match="cannot be merged into integers"):
@@ -607,9 +615,9 @@ def test_an_export_that_differs_is_refused(tmp_path, monkeypatch, format):
 
 def test_weights_too_large_for_float16(tmp_path):
     source = small(tmp_path)
-    tensors = M.read_safetensors(source / "model.safetensors")
+    tensors = formats.tensor_files.read_safetensors(source / "model.safetensors")
     tensors["model.norm.weight"][3] = 1e5
-    M.write_safetensors(source / "model.safetensors", tensors)
+    formats.tensor_files.write_safetensors(source / "model.safetensors", tensors)
     with pytest.raises(UserError, match="float16 is too coarse"):
         run(tmp_path / "out", model_name_or_path=source, save_dtype="float16")
     run(tmp_path / "out", model_name_or_path=source, save_dtype="bfloat16")

@@ -12,13 +12,12 @@ import re
 
 import kernels
 
-import families
 import family_table
 import numpy as np
 import paddle
 import pytest
+import tiny_models
 from conftest import ROOT
-from families import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, build
 from family_cells import (
     GOLDEN,
     GOLDENS,
@@ -37,13 +36,20 @@ from family_cells import (
 )
 from make_families_golden import STEPS, record
 from test_model import gradients, largest, left_padding, mean_loss, packed_batch, tensor, zero_grad
+from tiny_models import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, build
 
+import adapters
 import data
 import dpo
+import families
 import finetune
+import formats.weights
 import model as M
 import trainer
-from data import UserError, collate_pairs, pair_sample
+from arguments import TrainingArgs
+from data import collate_pairs, pair_sample
+from formats.files import UserError
+from formats.tokenizer import load_tokenizer
 
 
 def each_with(kinds):
@@ -59,7 +65,7 @@ def each_with(kinds):
 
 
 def test_every_family_is_here():
-    assert {families.family(name) for name in NAMES} == set(M.FAMILIES)
+    assert {tiny_models.family(name) for name in NAMES} == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,8 +85,8 @@ def test_prefix_packed_padded_and_single_samples_agree(name, kind):
 
 def prefixed(name, projection=False, tokens=3):
     """With a prefix whose every value has been moved."""
-    model = M.apply_prefix(build(name), tokens, projection, 20 if projection else None)
-    for i, w in enumerate(M.adapter_weights(model)):
+    model = adapters.apply_prefix(build(name), tokens, projection, 20 if projection else None)
+    for i, w in enumerate(adapters.adapter_weights(model)):
         M.set_parameter(
             w.parameter, np.random.default_rng([7, i]).standard_normal(w.parameter.shape).astype(np.float32)
         )
@@ -231,7 +237,7 @@ def test_experts_without_tokens_and_with_all_of_them(name):
             assert largest(layer.mlp.mix(flat, weights, chosen).numpy(), expected) < 1e-5
     model.train()
     model(tensor(ids), labels=tensor(ids)).sum().backward()
-    weights = M.trainable_weights(model)
+    weights = adapters.trainable_weights(model)
     assert any(w.parameter.grad is None for w in weights), "nobody chose these experts"
     assert np.isfinite(trainer.global_grad_norm(weights))
 
@@ -321,7 +327,7 @@ def pair_batch(name, seed=3, window=64):
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ALIBI, *STRETCHED)])
 def test_pairs_that_share_a_prompt_are_as_two_samples(name):
     """Policy in training mode against sums over single samples in eval mode; gradients too."""
-    model = build(name) if name not in families.WINDOWED else build(name, sliding_window=40)
+    model = build(name) if name not in tiny_models.WINDOWED else build(name, sliding_window=40)
     batch, pairs = pair_batch(name)
     model.train()
     found = dpo.reply_logps(model, batch)
@@ -363,7 +369,7 @@ LORA = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "pissa":
 
 def moved(model, seed=5):
     """Every value of the adapter moved, as training would."""
-    for i, w in enumerate(M.adapter_weights(model)):
+    for i, w in enumerate(adapters.adapter_weights(model)):
         noise = np.random.default_rng([seed, i]).standard_normal(w.parameter.shape).astype(np.float32)
         M.set_parameter(w.parameter, w.parameter.numpy() + noise * np.float32(0.05))
     return model
@@ -384,9 +390,11 @@ def lora_targets(name):
 def test_lora_of_every_linear(name, kind, tmp_path):
     base, (ids, labels) = build(name), samples_of(name)
     before = base(tensor(ids)).numpy()
-    model = M.apply_lora(build(name), rank=2, alpha=3.0, **LORA[kind])
+    model = adapters.apply_lora(build(name), rank=2, alpha=3.0, **LORA[kind])
     model.eval()
-    assert {path for path, layer in model.named_sublayers() if isinstance(layer, M.LoRALinear)} == lora_targets(name)
+    assert {path for path, layer in model.named_sublayers() if isinstance(layer, adapters.LoRALinear)} == lora_targets(
+        name
+    )
     assert largest(model(tensor(ids)).numpy(), before) < 2e-5, "it starts as the base"
     moved(model)
     adapted = model(tensor(ids)).numpy()
@@ -394,18 +402,18 @@ def test_lora_of_every_linear(name, kind, tmp_path):
     model.train()
     model(tensor(ids), labels=tensor(labels)).sum().backward()
     used = {key for key, g in gradients(model).items() if np.abs(g).max() > 0}
-    assert {w.name for w in M.adapter_weights(model)} - used <= {
-        w.name for w in M.adapter_weights(model) if ".experts." in w.name
+    assert {w.name for w in adapters.adapter_weights(model)} - used <= {
+        w.name for w in adapters.adapter_weights(model) if ".experts." in w.name
     }
     model.eval()
-    M.save_adapter(model, tmp_path / "adapter")
-    again = M.load_adapter(build(name), tmp_path / "adapter")
+    adapters.save_adapter(model, tmp_path / "adapter")
+    again = adapters.load_adapter(build(name), tmp_path / "adapter")
     again.eval()
     assert largest(again(tensor(ids)).numpy(), adapted) < 2e-5
-    merged = M.merge(model)
-    assert not M.lora_layers(merged) and largest(merged(tensor(ids)).numpy(), adapted) < 3e-5
-    M.save_pretrained(merged, tmp_path / "merged")
-    assert largest(M.from_pretrained(tmp_path / "merged")(tensor(ids)).numpy(), adapted) < 3e-5
+    merged = adapters.merge(model)
+    assert not adapters.lora_layers(merged) and largest(merged(tensor(ids)).numpy(), adapted) < 3e-5
+    formats.weights.save_pretrained(merged, tmp_path / "merged")
+    assert largest(adapters.from_pretrained(tmp_path / "merged")(tensor(ids)).numpy(), adapted) < 3e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -413,12 +421,14 @@ def test_prefix_round_trip(name, tmp_path):
     ids, _ = samples_of(name)
     for projection in (False, True):
         model, folder = prefixed(name, projection), tmp_path / str(projection)
-        M.save_adapter(model, folder)
-        again = M.load_adapter(build(name), folder)
+        adapters.save_adapter(model, folder)
+        again = adapters.load_adapter(build(name), folder)
         again.eval()
         assert largest(again(tensor(ids)).numpy(), model(tensor(ids)).numpy()) < 1e-5
-        going_on = M.load_adapter(build(name), folder, trainable=True)
-        assert {w.name for w in M.trainable_weights(going_on)} == {w.name for w in M.adapter_weights(model)}
+        going_on = adapters.load_adapter(build(name), folder, trainable=True)
+        assert {w.name for w in adapters.trainable_weights(going_on)} == {
+            w.name for w in adapters.adapter_weights(model)
+        }
 
 
 @pytest.mark.parametrize("name, kind", each_with(("full", "lora", "prefix")))
@@ -426,13 +436,13 @@ def test_a_few_steps_lower_the_loss(name, kind):
     """The trainer's own optimizer, on one packed batch, in training mode."""
     model = build(name)
     if kind == "lora":
-        M.apply_lora(model, rank=4, alpha=8.0)
+        adapters.apply_lora(model, rank=4, alpha=8.0)
     elif kind == "prefix":
-        M.apply_prefix(model, 4)
+        adapters.apply_prefix(model, 4)
     ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
     model.train()
-    args = trainer.TrainingArgs(output_dir="x")
-    weights = M.trainable_weights(model)
+    args = TrainingArgs(output_dir="x")
+    weights = adapters.trainable_weights(model)
     optimizer, losses = trainer.AdamW(weights, args), []
     for _ in range(5):
         loss = model(ids, positions, rows, labels=labels).sum() / float((labels != -100).sum())
@@ -449,13 +459,13 @@ def test_bfloat16_training_step(name):
     ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
     found = []
     for half in (False, True):
-        model = moved(M.apply_lora(build(name), rank=2, alpha=3.0))
+        model = moved(adapters.apply_lora(build(name), rank=2, alpha=3.0))
         model.train()
         if half:
             kernels.configure(use_bf16=True)  # float32 again after each test, see conftest.py
             if not kernels.bf16:
                 pytest.skip(f"no bfloat16 here: {kernels.bf16_missing()}")
-            M.halve_frozen(model)
+            adapters.halve_frozen(model)
             assert {p.dtype for n, p in model.named_parameters() if n.endswith("base.weight")} == {paddle.bfloat16}
         losses = model(ids, positions, rows, labels=labels)
         losses.sum().backward()
@@ -470,7 +480,7 @@ def test_bfloat16_training_step(name):
 
 def test_positions_beyond_a_learned_table():
     """The table's last row is reached, behind a prefix too; one more is an error, not another row."""
-    for name in families.LEARNED:
+    for name in tiny_models.LEARNED:
         for model, room in ((build(name), 64), (prefixed(name), 61)):
             ids = np.random.default_rng(0).integers(3, 50, (1, room))
             whole = model(tensor(ids)).numpy()
@@ -526,7 +536,7 @@ def test_goldens_of_their_own_software(folder):
 def test_golden_tokens(folder):
     assert golden_tokens(folder)
     if (folder / "config_v4.json").is_file():  # the dialect of transformers 4 says the same
-        ours = [M.ModelConfig.from_json(folder / dialect) for dialect in ("config.json", "config_v4.json")]
+        ours = [families.ModelConfig.from_json(folder / dialect) for dialect in ("config.json", "config_v4.json")]
         same = [{key: value for key, value in vars(config).items() if key not in ("source", "rope")} for config in ours]
         assert same[0] == same[1]
         assert all(np.array_equal(*(M.rope_frequencies(config)[k] for config in ours)) for k in (0, 1))
@@ -620,7 +630,7 @@ IN_TRANSFORMERS = tuple(
 def test_recorded_numbers_equal_transformers(hf_python, tmp_path):
     """Logits, loss, gradient norms and tokens of all families that transformers has, on these very weights."""
     for name in IN_TRANSFORMERS:
-        families.write(tmp_path / "models" / name, name)
+        tiny_models.write(tmp_path / "models" / name, name)
         np.savez(
             tmp_path / "models" / name / "inputs.npz", **dict(zip(("ids", "labels"), samples_of(name))), steps=STEPS
         )
@@ -660,17 +670,19 @@ def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
     transformers 5 holds the experts of these families as one tensor each, on which peft finds no linears."""
     expected = {}
     for name in IN_TRANSFORMERS:
-        families.write(tmp_path / "models" / name / "base", name)
+        tiny_models.write(tmp_path / "models" / name / "base", name)
         fused = name in MOE and not name.startswith("mixtral")
         targets = r".*\.self_attn\..*_proj(_with_mqa)?" if fused else None
         made = {
-            "lora": lambda: moved(M.apply_lora(build(name), rank=2, alpha=3.0, targets=targets)),
+            "lora": lambda: moved(adapters.apply_lora(build(name), rank=2, alpha=3.0, targets=targets)),
             "prefix": lambda: prefixed(name),
         }
-        for kind in made if name not in families.LATENT else ["lora"]:
+        for kind in made if name not in tiny_models.LATENT else ["lora"]:
             model = made[kind]()
             model.eval()
-            M.save_adapter(model, tmp_path / "models" / name / kind, base_model=tmp_path / "models" / name / "base")
+            adapters.save_adapter(
+                model, tmp_path / "models" / name / kind, base_model=tmp_path / "models" / name / "base"
+            )
             expected[f"{name}/{kind}"] = model(tensor(samples_of(name)[0])).numpy()
     np.save(tmp_path / "ids.npy", samples_of("llama")[0])
     found = hf_python(PEFT, tmp_path / "models", tmp_path / "ids.npy")
@@ -703,7 +715,7 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize("name, kind", each_with(("sft", "lora", "prefix", "pretrain")))
 def test_scripts(name, kind, world, tmp_path):
     """finetune.py with packed rows and pretrain.py: stopped, resumed, evaluated, saved, opened again."""
-    folder = families.write(tmp_path / "base", name)
+    folder = tiny_models.write(tmp_path / "base", name)
     give_tokenizer(folder, world)
     if kind == "pretrain":
         pretrain_and_go_on(folder, world, tmp_path / "out")
@@ -720,7 +732,7 @@ def test_scripts(name, kind, world, tmp_path):
     ],
 )
 def test_lengths_beyond_a_learned_table_are_refused(keys, words, world, tmp_path, capsys):
-    folder = families.write(tmp_path / "base", "gpt2")
+    folder = tiny_models.write(tmp_path / "base", "gpt2")
     give_tokenizer(folder, world)
     given = {
         "model_name_or_path": str(folder),
@@ -742,12 +754,12 @@ def test_lengths_beyond_a_learned_table_are_refused(keys, words, world, tmp_path
 
 def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path):
     """What finetune.py packs: every context ends with [gMASK] <sop>, sees itself whole, and the answer is causal."""
-    folder = families.write(tmp_path / "base", "chatglm")
+    folder = tiny_models.write(tmp_path / "base", "chatglm")
     give_tokenizer(folder, world)
-    dataset = data.SFTDataset(str(world / "sft"), data.load_tokenizer(folder), 20, 44, "train")
+    dataset = data.SFTDataset(str(world / "sft"), load_tokenizer(folder), 20, 44, "train")
     batch = data.SFTLoader(dataset, 2, 44, zero_padding=True, shuffle=False).batch(0, 0)
     ids, labels, places = batch["input_ids"], batch["labels"], batch["position_ids"]
-    config = M.ModelConfig.from_json(folder)
+    config = families.ModelConfig.from_json(folder)
     positions, rows = M.two_positions(config, tensor(ids), tensor(places), tensor(batch["startend_row_indices"]))
     positions, rows = positions.numpy(), rows.numpy()[:, 0]
     for b in range(len(ids)):
@@ -775,7 +787,7 @@ def test_the_table_in_readme_names_every_family():
     text = (ROOT / "README.md").read_text()
     table = text[text.index(family_table.BEGIN) : text.index(family_table.END)]
     rows = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
-    assert set(rows) == set(M.FAMILIES)
+    assert set(rows) == set(families.FAMILIES)
     assert all(line.count("✓") == len(family_table.CELLS) for line in rows.values()), "a cell that failed"
 
 

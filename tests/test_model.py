@@ -10,6 +10,7 @@ import struct
 import zipfile
 
 import kernels
+import kernels.reference
 
 import numpy as np
 import paddle
@@ -18,8 +19,12 @@ import pytest
 from conftest import ROOT, SHARED
 from golden_weights import CASES, NEW, V, draw, inputs, shapes
 
+import adapters
+import families
+import formats.tensor_files
+import formats.weights
 import model as M
-from data import UserError
+from formats.files import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
 HF = SHARED / "golden" / "hf"
@@ -32,9 +37,9 @@ def tensor(array):
 def build(case="gqa", seed=0, **changes):
     """A model of a case with its golden weights, without a detour over the disk."""
     source = {**CASES[case][1], **changes}
-    model = M.build(M.ModelConfig.from_dict(source))
+    model = M.build(families.ModelConfig.from_dict(source))
     arrays = draw(shapes(source), seed)
-    for weight in M.base_weights(model):
+    for weight in formats.weights.base_weights(model):
         M.set_parameter(weight.parameter, weight.from_numpy(arrays.pop(weight.name)))
     assert not arrays, arrays.keys()
     return model
@@ -42,7 +47,7 @@ def build(case="gqa", seed=0, **changes):
 
 def gradients(model):
     """{Hugging Face name: gradient in Hugging Face's layout}; zeros where there is none"""
-    weights = M.trainable_weights(model)
+    weights = adapters.trainable_weights(model)
     return {
         w.name: np.zeros(w.shape) if w.parameter.grad is None else np.array(w.to_numpy(w.parameter.grad))
         for w in weights
@@ -70,7 +75,7 @@ def test_logits_loss_and_gradients_equal_transformers(case, make_folder):
     golden = np.load(GOLDEN / f"{case}.npz")
     assert json.loads(str(golden["config_v4"])) == CASES[case][0], "make_golden.py must be run again"
     ids, labels, padded, mask = inputs()
-    model = M.from_pretrained(make_folder(case))
+    model = adapters.from_pretrained(make_folder(case))
     logits = model(tensor(ids))
     assert largest(logits.numpy(), golden["logits"]) < 1e-4
     loss = mean_loss(model(tensor(ids), labels=tensor(labels)), labels)
@@ -88,7 +93,7 @@ def test_logits_loss_and_gradients_equal_transformers(case, make_folder):
 def test_generate_and_left_padding_equal_transformers(case, make_folder):
     golden = np.load(GOLDEN / f"{case}.npz")
     ids, _, padded, mask = inputs()
-    model = M.from_pretrained(make_folder(case, dialect=1))
+    model = adapters.from_pretrained(make_folder(case, dialect=1))
     assert np.array_equal(M.generate(model, ids, max_new_tokens=NEW), golden["generated"])
     assert np.array_equal(
         M.generate(model, padded, max_new_tokens=NEW, attention_mask=mask)[:, -NEW:], golden["padded_generated"]
@@ -122,13 +127,13 @@ def test_the_goldens_would_catch_swapped_weights(make_folder):
         ("input_layernorm", "post_attention_layernorm"),
     ]
     for i, (a, b) in enumerate(pairs):
-        model = M.from_pretrained(make_folder("mha", change=swap(a, b), name=f"swap{i}"))
+        model = adapters.from_pretrained(make_folder("mha", change=swap(a, b), name=f"swap{i}"))
         assert largest(model(tensor(inputs()[0])).numpy(), golden["logits"]) > 0.05, (a, b)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_dialects_give_the_same_config(case):
-    ours = [M.ModelConfig.from_dict(source) for source in CASES[case]]
+    ours = [families.ModelConfig.from_dict(source) for source in CASES[case]]
     assert ours[0].rope == ours[1].rope
     same = [{k: v for k, v in vars(c).items() if k not in ("source", "rope")} for c in ours]
     assert same[0] == same[1]
@@ -151,7 +156,7 @@ def test_shared_goldens(name, dialect, tmp_path, monkeypatch):
         if not file.name.startswith("config"):
             (folder / file.name).symlink_to(file)
     (folder / "config.json").write_text((HF / name / dialect).read_text())
-    model = M.from_pretrained(folder)
+    model = adapters.from_pretrained(folder)
     out = M.generate(model, oracle["gen_prompt"], max_new_tokens=20)
     assert np.array_equal(out, oracle["gen_out"])
     ids, mask = oracle["lp_input_ids"], oracle["lp_attention_mask"]
@@ -183,7 +188,9 @@ def test_shared_goldens(name, dialect, tmp_path, monkeypatch):
 def test_transformers_opens_what_we_save(hf_python, tmp_path):
     models, ids = {case: build(case) for case in CASES}, inputs()[0]
     for case, model in models.items():
-        M.save_pretrained(model, tmp_path / "ours" / case, max_shard_bytes=20_000 if case == "mha" else 5 << 30)
+        formats.weights.save_pretrained(
+            model, tmp_path / "ours" / case, max_shard_bytes=20_000 if case == "mha" else 5 << 30
+        )
     np.save(tmp_path / "ids.npy", ids)
     script = """
 import pathlib, torch, transformers
@@ -208,23 +215,23 @@ for folder in pathlib.Path(sys.argv[2]).iterdir():
 @pytest.mark.parametrize("shard", [5 << 30, 20_000])
 def test_save_then_load_gives_the_same_tensors(case, shard, make_folder, tmp_path):
     source = make_folder(case)
-    model = M.from_pretrained(source)
-    M.save_pretrained(model, tmp_path / "saved", max_shard_bytes=shard)
+    model = adapters.from_pretrained(source)
+    formats.weights.save_pretrained(model, tmp_path / "saved", max_shard_bytes=shard)
     files = sorted(p.name for p in (tmp_path / "saved").glob("*.safetensors"))
     assert (files == ["model.safetensors"]) == (shard > 1 << 30)
     saved = {}
     for file in files:
-        part = M.read_safetensors(tmp_path / "saved" / file)
+        part = formats.tensor_files.read_safetensors(tmp_path / "saved" / file)
         assert len(part) == 1 or sum(a.nbytes for a in part.values()) <= shard
         saved.update(part)
-    original = M.read_safetensors(source / "model.safetensors")
+    original = formats.tensor_files.read_safetensors(source / "model.safetensors")
     assert saved.keys() == original.keys()
     assert all(np.array_equal(saved[n], original[n]) for n in original)
     if len(files) > 1:
         index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"]) == set(original) and set(index["weight_map"].values()) == set(files)
         assert index["metadata"]["total_size"] == sum(a.nbytes for a in original.values())
-    again = M.from_pretrained(tmp_path / "saved")
+    again = adapters.from_pretrained(tmp_path / "saved")
     ids = tensor(inputs()[0])
     assert np.array_equal(again(ids).numpy(), model(ids).numpy())
     assert not list((tmp_path / "saved").glob(".*")), "temporary files are left"
@@ -233,19 +240,19 @@ def test_save_then_load_gives_the_same_tensors(case, shard, make_folder, tmp_pat
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_round_trip(dtype, tmp_path):
     model = build("gqa")
-    M.save_pretrained(model, tmp_path / "a", dtype=dtype)
-    header = M.safetensors_header(tmp_path / "a" / "model.safetensors")
+    formats.weights.save_pretrained(model, tmp_path / "a", dtype=dtype)
+    header = formats.tensor_files.safetensors_header(tmp_path / "a" / "model.safetensors")
     assert {entry[0] for entry in header.values()} == {"BF16" if dtype == "bfloat16" else "F16"}
-    once = M.read_safetensors(tmp_path / "a" / "model.safetensors")
-    for weight in M.base_weights(model):
+    once = formats.tensor_files.read_safetensors(tmp_path / "a" / "model.safetensors")
+    for weight in formats.weights.base_weights(model):
         expected = tensor(weight.to_numpy().copy()).astype(dtype).astype("float32").numpy()  # Paddle's own rounding
         assert np.array_equal(once[weight.name], expected), weight.name
-    M.save_pretrained(M.from_pretrained(tmp_path / "a"), tmp_path / "b", dtype=dtype)
+    formats.weights.save_pretrained(adapters.from_pretrained(tmp_path / "a"), tmp_path / "b", dtype=dtype)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-    stored = M.from_pretrained(tmp_path / "a", dtype="bfloat16")
+    stored = adapters.from_pretrained(tmp_path / "a", dtype="bfloat16")
     assert all(p.dtype == paddle.bfloat16 for p in stored.parameters())
     if dtype == "bfloat16":
-        assert all(np.array_equal(w.to_numpy(), once[w.name]) for w in M.base_weights(stored))
+        assert all(np.array_equal(w.to_numpy(), once[w.name]) for w in formats.weights.base_weights(stored))
 
 
 def test_bfloat16_rounds_to_nearest_even_and_keeps_special_values():
@@ -254,7 +261,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_special_values():
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4e38], np.float32)
     values = np.concatenate([bits.view(np.float32), special])
     expected = tensor(values).astype("bfloat16").astype("float32").numpy()
-    found = M.from_bfloat16(M.to_bfloat16(values))
+    found = formats.tensor_files.from_bfloat16(formats.tensor_files.to_bfloat16(values))
     nan = np.isnan(values)
     assert np.array_equal(found[~nan], expected[~nan]) and np.isnan(found[nan]).all()
 
@@ -266,16 +273,16 @@ def test_other_tools_read_our_safetensors(tmp_path):
         "b": np.array([1, 2], np.int64),
         "empty": np.zeros((0, 3), np.float32),
     }
-    M.write_safetensors(tmp_path / "x.safetensors", tensors, metadata={"k": "v"})
+    formats.tensor_files.write_safetensors(tmp_path / "x.safetensors", tensors, metadata={"k": "v"})
     theirs = safetensors.load_file(tmp_path / "x.safetensors")
     assert theirs.keys() == tensors.keys() and all(np.array_equal(theirs[k], tensors[k]) for k in tensors)
     safetensors.save_file(tensors, tmp_path / "y.safetensors")
-    ours = M.read_safetensors(tmp_path / "y.safetensors")
+    ours = formats.tensor_files.read_safetensors(tmp_path / "y.safetensors")
     assert all(np.array_equal(ours[k], tensors[k]) for k in tensors)
 
 
 def test_bin_written_by_torch():
-    file = M.BinFile(GOLDEN / "tensors.bin")
+    file = formats.tensor_files.BinFile(GOLDEN / "tensors.bin")
     array = np.arange(24, dtype=np.float32).reshape(4, 6) / np.float32(7)
     expected = {
         "f32": array,
@@ -342,11 +349,11 @@ def test_pickles_that_run_code_are_refused_and_not_run(make_folder, tmp_path):
     for attack in attacks:
         write_bin(folder / "pytorch_model.bin", attack)
         with pytest.raises(UserError, match="refused"):
-            M.from_pretrained(folder)
+            adapters.from_pretrained(folder)
         assert not proof.exists(), attack
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(attacks[0]))  # not even a zip: torch before 1.6
     with pytest.raises(UserError, match="not a torch zip"):
-        M.from_pretrained(folder)
+        adapters.from_pretrained(folder)
     assert not proof.exists()
 
 
@@ -355,7 +362,7 @@ def test_pickles_that_run_code_are_refused_and_not_run(make_folder, tmp_path):
 )
 def test_bin_that_holds_no_tensors_is_refused(content, tmp_path):
     with pytest.raises(UserError, match="refused"):
-        M.BinFile(write_bin(tmp_path / "x.bin", content))
+        formats.tensor_files.BinFile(write_bin(tmp_path / "x.bin", content))
 
 
 def _torch_pickle(size, stride, offset=0, kind="FloatStorage", where="0"):
@@ -386,7 +393,7 @@ def test_bin_strides(size, stride, offset, tmp_path):
         file.writestr("x/data.pkl", _torch_pickle(size, stride, offset))
         file.writestr("x/data/0", array.tobytes())
     expected = np.lib.stride_tricks.as_strided(array[offset:], size, [4 * s for s in stride])
-    assert np.array_equal(M.BinFile(tmp_path / "x.bin").read("a"), expected)
+    assert np.array_equal(formats.tensor_files.BinFile(tmp_path / "x.bin").read("a"), expected)
 
 
 @pytest.mark.parametrize(
@@ -398,14 +405,14 @@ def test_bin_that_reaches_outside_its_storage_is_refused(size, stride, offset, t
         file.writestr("x/data.pkl", _torch_pickle(size, stride, offset))
         file.writestr("x/data/0", np.arange(6, dtype=np.float32).tobytes())
     with pytest.raises(UserError, match="x.bin"):
-        M.BinFile(tmp_path / "x.bin").read("a")
+        formats.tensor_files.BinFile(tmp_path / "x.bin").read("a")
 
 
 def test_bin_whose_storage_is_not_there(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.bin", "w") as file:
         file.writestr("x/data.pkl", _torch_pickle((2, 3), (3, 1)))
     with pytest.raises(UserError, match="x.bin"):
-        M.BinFile(tmp_path / "x.bin").read("a")
+        formats.tensor_files.BinFile(tmp_path / "x.bin").read("a")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1000, -1])
@@ -414,7 +421,7 @@ def test_truncated_safetensors(keep, make_folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: keep if keep >= 0 else len(whole) + keep])
     with pytest.raises(UserError, match="model.safetensors: (truncated|not a complete)"):
-        M.from_pretrained(folder)
+        adapters.from_pretrained(folder)
 
 
 def _safetensors(header, data=b"\0" * 8):
@@ -437,7 +444,7 @@ def _safetensors(header, data=b"\0" * 8):
 def test_damaged_safetensors(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="x.safetensors"):
-        M.read_safetensors(tmp_path / "x.safetensors")
+        formats.tensor_files.read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_every_tensor_that_does_not_fit_is_named_in_one_error(make_folder):
@@ -452,7 +459,7 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(make_folder):
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:50]
 
     with pytest.raises(UserError) as error:
-        M.from_pretrained(make_folder("gqa", change=change))
+        adapters.from_pretrained(make_folder("gqa", change=change))
     text = str(error.value)
     assert "\n" not in text and "inv_freq" not in text and " 6 tensors" in text
     for part in (
@@ -469,32 +476,34 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(make_folder):
 def test_tied_head_that_is_stored_as_well(make_folder):
     folder = make_folder("bias_tied", change=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     assert (
-        largest(M.from_pretrained(folder)(tensor(inputs()[0])).numpy(), np.load(GOLDEN / "bias_tied.npz")["logits"])
+        largest(
+            adapters.from_pretrained(folder)(tensor(inputs()[0])).numpy(), np.load(GOLDEN / "bias_tied.npz")["logits"]
+        )
         < 1e-4
     )
 
 
 def test_folders_that_are_not_models(make_folder, tmp_path):
     with pytest.raises(UserError, match="config.json"):
-        M.from_pretrained(tmp_path / "nowhere")
+        adapters.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="config.json"):
-        M.from_pretrained(tmp_path / "empty")
+        adapters.from_pretrained(tmp_path / "empty")
     folder = make_folder("mha")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
-        M.from_pretrained(folder)
+        adapters.from_pretrained(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     with pytest.raises(UserError, match="model-1.safetensors"):
-        M.from_pretrained(folder)
+        adapters.from_pretrained(folder)
     for text in ("[]", "{", json.dumps({"weight_map": ["a"]}), json.dumps({"weight_map": {"a": 3}})):
         (folder / "model.safetensors.index.json").write_text(text)
         with pytest.raises(UserError, match="index"):
-            M.from_pretrained(folder)
+            adapters.from_pretrained(folder)
     for text in ("{not json", "[1]", '"llama"'):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match="config.json"):
-            M.from_pretrained(folder)
+            adapters.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -523,7 +532,7 @@ def test_folders_that_are_not_models(make_folder, tmp_path):
 )
 def test_configs_that_would_give_wrong_numbers_are_refused_by_name(change, named, make_folder):
     with pytest.raises(UserError, match=named) as error:
-        M.from_pretrained(make_folder("gqa", config_change=change))
+        adapters.from_pretrained(make_folder("gqa", config_change=change))
     assert "config.json" in str(error.value)
 
 
@@ -542,7 +551,7 @@ def test_peak_memory_of_from_pretrained(run_python, tmp_path):
     zeros = {
         name: (lambda s=shape: np.full(s, 0.5, np.float32), shape, np.float32) for name, shape in shapes(config).items()
     }
-    M.write_safetensors(tmp_path / "model.safetensors", zeros)
+    formats.tensor_files.write_safetensors(tmp_path / "model.safetensors", zeros)
     (tmp_path / "config.json").write_text(json.dumps(config))
     script = """
 import json, sys
@@ -725,7 +734,7 @@ def test_all_labels_ignored_gives_zero_gradients():
 def test_flops_by_hand(case, by_hand):
     model = build(case)
     assert model.flops_per_token(100) == by_hand
-    matrices = sum(int(np.prod(w.shape)) for w in M.base_weights(model) if len(w.shape) == 2)
+    matrices = sum(int(np.prod(w.shape)) for w in formats.weights.base_weights(model) if len(w.shape) == 2)
     embedding = 0 if case == "bias_tied" else V * 32
     assert model.flops_per_token(0) == 6 * (matrices - embedding)
     assert model.num_parameters() == sum(int(np.prod(s)) for s in shapes(CASES[case][1]).values())
@@ -751,9 +760,9 @@ def test_neftune_noise_in_training_only_and_of_the_right_size(monkeypatch):
 
 
 def test_weights_start_from_seed_and_name_alone():
-    a, b, c = (M.build(M.ModelConfig.from_dict(CASES["bias_tied"][0])) for _ in range(3))
-    M.init_weights(a, 1), M.init_weights(b, 1), M.init_weights(c, 2)
-    for x, y, z in zip(*(M.base_weights(m) for m in (a, b, c))):
+    a, b, c = (M.build(families.ModelConfig.from_dict(CASES["bias_tied"][0])) for _ in range(3))
+    formats.weights.init_weights(a, 1), formats.weights.init_weights(b, 1), formats.weights.init_weights(c, 2)
+    for x, y, z in zip(*(formats.weights.base_weights(m) for m in (a, b, c))):
         assert np.array_equal(x.to_numpy(), y.to_numpy())
         if len(x.shape) == 2:
             assert not np.array_equal(x.to_numpy(), z.to_numpy())
@@ -791,7 +800,9 @@ def test_generate_leaves_the_mode_and_gradients_alone():
 
 def frequencies(logits, n=4000, **options):
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    ids = M.sample(np.tile(np.asarray(logits, np.float32), (n, 1)), generator=np.random.default_rng(0), **options)
+    ids = kernels.reference.sample_logits(
+        np.tile(np.asarray(logits, np.float32), (n, 1)), generator=np.random.default_rng(0), **options
+    )
     return np.bincount(ids, minlength=len(logits)) / n
 
 
@@ -816,7 +827,7 @@ def test_sampling_distributions():
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits = np.array([[2.0, -1.0, 0.5, 3.0], [1.0, 1.0, -2.0, 0.0]], np.float32)
     ids, mask = np.array([[0, 1, 1], [2, 3, 0]]), np.array([[1, 1, 1], [1, 0, 1]])
-    found = M.penalize(logits, ids, mask, 2.0)
+    found = kernels.reference.penalize(logits, ids, mask, 2.0)
     assert found.tolist() == [[1.0, -2.0, 0.5, 3.0], [0.5, 1.0, -4.0, 0.0]]
     assert logits[0, 0] == 2.0, "the argument is not changed"
     model, ids = build("gqa"), inputs()[0]

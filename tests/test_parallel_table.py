@@ -1,4 +1,4 @@
-"""A part of tests/parallel_table.py, on two processes; with --slow all of README's cells, and what the table's judgement is worth."""
+"""A part of tests/bench/parallel_table.py, on two processes; with --slow all of README's cells, and what the table's judgement is worth."""
 
 import parallel_table as table
 import pytest
@@ -38,11 +38,11 @@ def test_families(bench, name, topology):
 
 def test_the_table_is_what_was_asked_for():
     """At least 24 topologies of 2, 4 and 8 processes for Llama, 4 for every family that model.py has."""
-    import families
+    import tiny_models
 
     assert len(table.TOPOLOGIES) >= 24 and {way.world for way in table.TOPOLOGIES.values()} == {2, 4, 8}
-    assert len(table.FAMILY_TOPOLOGIES) >= 4 and {families.family(name) for name in table.FAMILIES} == {
-        families.family(name) for name in families.NAMES
+    assert len(table.FAMILY_TOPOLOGIES) >= 4 and {tiny_models.family(name) for name in table.FAMILIES} == {
+        tiny_models.family(name) for name in tiny_models.NAMES
     }
 
 

@@ -7,17 +7,19 @@ python -m pytest tests/test_pipeline.py --slow           # more of 4, every fami
 import itertools
 import json
 
-import families
+import jobs_pipeline
 import numpy as np
-import pipeline_jobs
 import pytest
+import tiny_models
 from conftest import ROOT
-from ranks import Ranks
+from pool import Ranks
 from test_integers import quantized
 from test_weights import paddlenlp_folder
 
-import model as M
+import adapters
+import formats.weights
 import parallel
+from distributed.pipeline import bubble, check_pipeline, simulate, stage_layers, timetable
 
 # ============================================================================================== the timetable
 
@@ -28,11 +30,11 @@ grid = pytest.mark.parametrize("ranks, virtual", list(itertools.product(RANKS, V
 @grid
 def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual):
     for batches in BATCHES:
-        plan = parallel.timetable(ranks, virtual, batches)
+        plan = timetable(ranks, virtual, batches)
         wanted = {(kind, c, i) for kind in ("forward", "backward") for c in range(virtual) for i in range(batches)}
         for steps in plan:
             assert len(steps) == len(wanted) and set(steps) == wanted
-        assert parallel.simulate(plan) is not None
+        assert simulate(plan) is not None
         # Gradients of parameters, and of copies of one on two ranks, are added up in the order of the micro-batches.
         orders = {tuple(i for kind, c, i in steps if kind == "backward" and c == 0) for steps in plan}
         assert orders == {tuple(range(batches))}
@@ -41,7 +43,7 @@ def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual):
 @grid
 def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual):
     for batches in BATCHES:
-        for rank, steps in enumerate(parallel.timetable(ranks, virtual, batches)):
+        for rank, steps in enumerate(timetable(ranks, virtual, batches)):
             kept = np.cumsum([1 if kind == "forward" else -1 for kind, _, _ in steps])
             most = ranks - rank if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
             if batches % ranks == 0 or virtual == 1:
@@ -53,41 +55,39 @@ def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual):
 def test_the_bubble_is_the_formulas(ranks, virtual):
     for batches in (m for m in BATCHES if virtual == 1 or m % ranks == 0):
         formula = (ranks - 1) / (virtual * batches + ranks - 1)
-        assert parallel.bubble(ranks, virtual, batches) == formula
+        assert bubble(ranks, virtual, batches) == formula
         for backward in (1.0, 2.0, 3.5):
-            plan = parallel.timetable(ranks, virtual, batches)
-            _, idle = parallel.simulate(plan, {"forward": 1.0, "backward": backward})
+            plan = timetable(ranks, virtual, batches)
+            _, idle = simulate(plan, {"forward": 1.0, "backward": backward})
             assert idle == pytest.approx(formula, abs=1e-12)
 
 
 def test_a_bubble_without_a_formula_is_the_timetables():
-    assert 3 / (2 * 5 + 3) < parallel.bubble(4, 2, 5) < 1
-    assert parallel.bubble(4, 2, 5) == parallel.simulate(parallel.timetable(4, 2, 5))[1]
+    assert 3 / (2 * 5 + 3) < bubble(4, 2, 5) < 1
+    assert bubble(4, 2, 5) == simulate(timetable(4, 2, 5))[1]
 
 
 def test_a_wrong_timetable_is_found():
-    plan = [list(steps) for steps in parallel.timetable(2, 1, 3)]
+    plan = [list(steps) for steps in timetable(2, 1, 3)]
     plan[1][0], plan[1][1] = plan[1][1], plan[1][0]  # backward before forward
-    assert parallel.simulate(plan) is None
+    assert simulate(plan) is None
 
 
 @pytest.mark.parametrize("layers, stages", [(2, 2), (3, 2), (5, 2), (5, 4), (7, 3), (61, 16), (32, 8)])
 def test_stages_are_even(layers, stages):
-    found = parallel.stage_layers(layers, stages)
+    found = stage_layers(layers, stages)
     assert [i for part in found for i in part] == list(range(layers)) and len(found) == stages
     sizes = [len(part) for part in found]
     assert max(sizes) - min(sizes) <= 1 and (stages < 3 or max(sizes[0], sizes[-1]) <= min(sizes[1:-1]))
 
 
 def test_complaints():
-    config = families.config("llama")  # of two layers
-    assert parallel.check_pipeline(config, parallel.Degrees(pp=2)) == []
-    assert parallel.check_pipeline(config, parallel.Degrees(pp=3)) == [
-        "pipeline_parallel_degree 3 is more than layers (2)"
-    ]
-    (found,) = parallel.check_pipeline(config, parallel.Degrees(pp=2, virtual=2))
+    config = tiny_models.config("llama")  # of two layers
+    assert check_pipeline(config, parallel.Degrees(pp=2)) == []
+    assert check_pipeline(config, parallel.Degrees(pp=3)) == ["pipeline_parallel_degree 3 is more than layers (2)"]
+    (found,) = check_pipeline(config, parallel.Degrees(pp=2, virtual=2))
     assert found == "pipeline_parallel_degree 2 x virtual_pp_degree 2 = 4 is more than layers (2)"
-    (found,) = parallel.check_pipeline(config, parallel.Degrees(virtual=2))
+    (found,) = check_pipeline(config, parallel.Degrees(virtual=2))
     assert found == "virtual_pp_degree 2 needs a pipeline_parallel_degree above 1"
 
 
@@ -111,13 +111,13 @@ ALONE = {}
 
 
 def compare(ranks, name, degrees, count, tolerance=1e-5, **options):
-    """train() of pipeline_jobs on the ranks of these degrees and in this process: the same."""
+    """train() of jobs_pipeline on the ranks of these degrees and in this process: the same."""
     key = json.dumps([name, count, options], sort_keys=True)
     if key not in ALONE:
-        ALONE[key] = pipeline_jobs.train(name, {}, count, **options)
+        ALONE[key] = jobs_pipeline.train(name, {}, count, **options)
     one = ALONE[key]
     world = parallel.Degrees(**degrees).world
-    found = ranks(world).run("pipeline_jobs:train", name, degrees, count, **options)
+    found = ranks(world).run("jobs_pipeline:train", name, degrees, count, **options)
     places = [parallel.Topology(parallel.Degrees(**degrees), rank) for rank in range(world)]
     held = {}
     for place, rank in zip(places, found):
@@ -197,7 +197,7 @@ def test_adapters(ranks, adapter, recompute):
 @pytest.mark.parametrize("scheme", ["w4_groups", "w8_shuffled"])
 def test_lora_on_integers(ranks, tmp_path, scheme):
     folder = str(tmp_path / scheme)
-    M.save_pretrained(quantized(scheme, "bias_tied")[0], folder)
+    formats.weights.save_pretrained(quantized(scheme, "bias_tied")[0], folder)
     compare(ranks, scheme, {"pp": 2}, 2, adapter=LORA, folder=folder)
 
 
@@ -235,7 +235,7 @@ def test_four_ranks_of_experts_and_adapters(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_every_family(ranks, name):
     compare(ranks, name, {"pp": 2}, 2)
 
@@ -256,12 +256,12 @@ def test_deep_pipelines(ranks, degrees, count):
 
 @pytest.mark.parametrize("name", ["llama", "llama_bias_tied", "opt_350m", "mixtral"])
 def test_a_stage_knows_what_it_has_not(ranks, name):
-    whole, _, _ = pipeline_jobs.held(name, {})
-    found = ranks(2).run("pipeline_jobs:held", name, {"pp": 2})
+    whole, _, _ = jobs_pipeline.held(name, {})
+    found = ranks(2).run("jobs_pipeline:held", name, {"pp": 2})
     for here, elsewhere, paths in found:
         assert here | elsewhere == whole and not here & elsewhere
     first, last = (set(paths) for *_, paths in found)
-    tied = families.config(name).tie_word_embeddings
+    tied = tiny_models.config(name).tie_word_embeddings
     assert first & last == ({"embed_tokens.weight"} if tied else set())
     assert {path.split(".")[1] for path in first if path.startswith("layers.")}.isdisjoint(
         path.split(".")[1] for path in last if path.startswith("layers.")
@@ -270,19 +270,19 @@ def test_a_stage_knows_what_it_has_not(ranks, name):
 
 @pytest.mark.parametrize("case", ["llama_bias_tied", "opt_350m"])
 def test_only_a_stages_own_weights_are_read(ranks, tmp_path, case):
-    folder = families.write(tmp_path / "model", case)
-    assert_parts(ranks(2).run("pipeline_jobs:loaded", str(folder), {"pp": 2}), folder)
+    folder = tiny_models.write(tmp_path / "model", case)
+    assert_parts(ranks(2).run("jobs_pipeline:loaded", str(folder), {"pp": 2}), folder)
 
 
 @pytest.mark.parametrize("case", ["gpt_qkv", "qwen2_moe", "opt_350m"])
 def test_folders_of_paddlenlp(ranks, tmp_path, case):
     theirs, ours = paddlenlp_folder(tmp_path, case)
-    assert_parts(ranks(2).run("pipeline_jobs:loaded", str(theirs), {"pp": 2}), ours)
+    assert_parts(ranks(2).run("jobs_pipeline:loaded", str(theirs), {"pp": 2}), ours)
 
 
 def assert_parts(found, folder):
     """Every stage has some weights of the folder's model, and all of them have all."""
-    whole = {w.name: w.to_numpy() for w in M.base_weights(M.from_pretrained(folder))}
+    whole = {w.name: w.to_numpy() for w in formats.weights.base_weights(adapters.from_pretrained(folder))}
     for weights, _ in found:
         assert set(weights) < set(whole)
         for name, array in weights.items():
@@ -292,12 +292,12 @@ def assert_parts(found, folder):
 
 @pytest.mark.parametrize("adapter", ["lora", "prefix"])
 def test_an_adapter_is_loaded_by_stages(ranks, tmp_path, adapter):
-    folder = families.write(tmp_path / "model", "llama")
-    model = M.from_pretrained(folder)
-    pipeline_jobs.adapted(model, LORA if adapter == "lora" else {"tokens": 3}, parallel.SINGLE)
-    M.save_adapter(model, tmp_path / "adapter")
-    wanted = {w.name: w.to_numpy() for w in M.adapter_weights(model)}
-    found = ranks(2).run("pipeline_jobs:loaded", str(folder), {"pp": 2}, str(tmp_path / "adapter"))
+    folder = tiny_models.write(tmp_path / "model", "llama")
+    model = adapters.from_pretrained(folder)
+    jobs_pipeline.adapted(model, LORA if adapter == "lora" else {"tokens": 3}, parallel.SINGLE)
+    adapters.save_adapter(model, tmp_path / "adapter")
+    wanted = {w.name: w.to_numpy() for w in adapters.adapter_weights(model)}
+    found = ranks(2).run("jobs_pipeline:loaded", str(folder), {"pp": 2}, str(tmp_path / "adapter"))
     assert set().union(*(weights for weights, _ in found)) >= set(wanted)
     for weights, targets in found:
         assert adapter == "prefix" or targets == model.lora_config["target_modules"]
@@ -307,13 +307,13 @@ def test_an_adapter_is_loaded_by_stages(ranks, tmp_path, adapter):
 
 def test_a_call_with_gradients_says_what_to_do(ranks):
     with pytest.raises(RuntimeError, match=r"a pipeline is trained by parallel.micro_steps\(\)"):
-        Ranks(2).run("pipeline_jobs:plain_call", {"pp": 2})
+        Ranks(2).run("jobs_pipeline:plain_call", {"pp": 2})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_slow_neighbour_is_waited_for(ranks, slow):
-    found = ranks(2).run("pipeline_jobs:slow_neighbour", {"pp": 2}, slow, 40)
+    found = ranks(2).run("jobs_pipeline:slow_neighbour", {"pp": 2}, slow, 40)
     np.testing.assert_array_equal(found[0][0], found[1][0])
 
 
@@ -346,7 +346,7 @@ def test_a_script_on_two_stages(ranks, tmp_path, case):
     def run(world, **more):
         argv = [word for key, value in {**keys, **more}.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
         folder = tmp_path / str(world)
-        rows, printed = ranks(world).run("parallel_jobs:script", script, [*argv, "--output_dir", str(folder)])[-1]
+        rows, printed = ranks(world).run("jobs_parallel:script", script, [*argv, "--output_dir", str(folder)])[-1]
         return rows, json.loads((folder / "dev_results.json").read_text()), printed[printed.rfind("\ndev: ") + 1 :]
 
     (one, metrics, shown), (two, found, also) = run(1), run(2, pipeline_parallel_degree=2)

@@ -7,24 +7,27 @@ python tests/test_quantize.py                      # the whole table (some minut
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
 
-import families
+import numpy as np
 import paddle
+import pytest
+import tiny_models
 from conftest import ROOT, SHARED
 
 import data
 import model
 import quantize
-import serve
 import trainer
+from adapters import apply_lora, apply_prefix, from_pretrained, lora_layers, save_adapter
+from arguments import parse_args
+from families import ModelConfig
+from formats.files import UserError
+from formats.tokenizer import load_tokenizer
+from formats.weights import init_weights, save_pretrained
+from serving.engine import Engine, Request, SamplingParams
 
 DEMO = ROOT / "demo"
 CONFIG = {
@@ -48,8 +51,8 @@ CONFIG = {
 
 
 def tiny_model(**changes):
-    tiny = model.build(model.ModelConfig.from_dict({**CONFIG, **changes}))
-    model.init_weights(tiny, seed=1)
+    tiny = model.build(ModelConfig.from_dict({**CONFIG, **changes}))
+    init_weights(tiny, seed=1)
     tiny.eval()
     return tiny
 
@@ -58,14 +61,14 @@ def tiny_model(**changes):
 def world(tmp_path_factory):
     """A folder with base/ (model), lora/ and prefix/ (adapters of it), sft/ (24 train, 6 dev records). Read only."""
     world = tmp_path_factory.mktemp("world")
-    tokenizer = data.load_tokenizer(DEMO / "llama")
-    model.save_pretrained(tiny_model(), world / "base")
+    tokenizer = load_tokenizer(DEMO / "llama")
+    save_pretrained(tiny_model(), world / "base")
     tokenizer.save(world / "base")
-    adapted = model.apply_lora(tiny_model(), rank=2)
-    for layer in model.lora_layers(adapted).values():
+    adapted = apply_lora(tiny_model(), rank=2)
+    for layer in lora_layers(adapted).values():
         model.set_parameter(layer.lora_B, np.random.RandomState(3).randn(*layer.lora_B.shape).astype(np.float32) * 0.1)
-    model.save_adapter(adapted, world / "lora", world / "base")
-    model.save_adapter(model.apply_prefix(tiny_model(), 4), world / "prefix", world / "base")
+    save_adapter(adapted, world / "lora", world / "base")
+    save_adapter(apply_prefix(tiny_model(), 4), world / "prefix", world / "base")
     for name in ("lora", "prefix"):
         tokenizer.save(world / name)
     lines = (DEMO / "sft" / "train.json").read_text().splitlines()[:30]
@@ -190,8 +193,8 @@ def test_a_weight_too_large_for_float16_scales_is_named(world, tmp_path, capfd):
     huge = tiny_model()
     _, _, layer = model.linears(huge)["model.layers.1.mlp.up_proj"]
     model.set_parameter(layer.weight, layer.weight.numpy() * 1e9)
-    model.save_pretrained(huge, tmp_path / "huge")
-    data.load_tokenizer(DEMO / "llama").save(tmp_path / "huge")
+    save_pretrained(huge, tmp_path / "huge")
+    load_tokenizer(DEMO / "llama").save(tmp_path / "huge")
     keys = keys_of(world, tmp_path / "out", do_ptq=True, quant_type="wint8", dataset_name_or_path="")
     line = fails(keys | {"model_name_or_path": str(tmp_path / "huge")}, capfd)
     assert "model.layers.1.mlp.up_proj" in line and "float16" in line
@@ -318,7 +321,7 @@ def test_act_order_keeps_the_group_of_each_row():
 
 
 def make_loader(T=96, batch_size=2, zero_padding=True, split="train", source=DEMO / "sft"):
-    records = data.SFTDataset(source, data.load_tokenizer(DEMO / "llama"), min(128, T // 2), T, split)
+    records = data.SFTDataset(source, load_tokenizer(DEMO / "llama"), min(128, T // 2), T, split)
     return data.SFTLoader(records, batch_size, T, zero_padding, zero_padding, 42, split == "train")
 
 
@@ -420,10 +423,10 @@ LEFT_OUT |= {
 }
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_shift_and_smoothing_leave_every_family_as_it_is(name):
     """All that is done before rounding, on every linear that can take it; what cannot is named."""
-    net = families.build(name)
+    net = tiny_models.build(name)
     keys = {"search_scale_max": 1.0, "smooth_k_piece": 2, **SEARCH} if name in ("deepseek_v2", "gemma2") else {}
     before, args, lines = (
         logits_of_texts(net),
@@ -447,14 +450,14 @@ def test_shift_and_smoothing_leave_every_family_as_it_is(name):
             sources = {group.source for group in found if not group.fixed}
             assert changed == [not group.fixed or group.names[0] in sources for group in found]
             calibration.advance(block)
-    assert lines == LEFT_OUT.get(name, lines) and (lines or name not in families.MOE)
+    assert lines == LEFT_OUT.get(name, lines) and (lines or name not in tiny_models.MOE)
     np.testing.assert_allclose(logits_of_texts(net), before, rtol=0, atol=2e-5 * np.abs(before).max() + 1e-4)
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_every_family_is_quantized(name, tmp_path, monkeypatch):
     """Round to nearest, GPTQ (each linear better than to nearest), a8w8: written, opened again, the same logits and tokens."""
-    plain = families.build(name, **PACKABLE.get(name, {}))
+    plain = tiny_models.build(name, **PACKABLE.get(name, {}))
     wanted, errors = logits_of_texts(plain), []
 
     def of_both(slot, hessian, plan, args, original=quantize.weight_only):
@@ -469,7 +472,7 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
         ({"do_gptq": True}, 0.5),
         ({"do_ptq": True, "activation": "per_token", "shift": True, "smooth": True}, 0.05),
     ):
-        net, args = families.build(name, **PACKABLE.get(name, {})), make_args(**keys)
+        net, args = tiny_models.build(name, **PACKABLE.get(name, {})), make_args(**keys)
         errors.clear()
         with paddle.no_grad():
             rows = quantize.quantize_model(net, quantize.Calibration(net, Texts(net), 2), args, say=lambda line: None)
@@ -482,13 +485,13 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
             np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
         )  # routers may flip a few
         assert error < most, (keys, error)
-        model.save_pretrained(net, tmp_path / args.algorithm)
-        again = model.from_pretrained(tmp_path / args.algorithm).eval()
+        save_pretrained(net, tmp_path / args.algorithm)
+        again = from_pretrained(tmp_path / args.algorithm).eval()
         np.testing.assert_allclose(logits_of_texts(again), found, rtol=0, atol=1e-5)
         prompts = [text.tolist() for text in Texts(net, 1).texts[:3]]
-        engine = serve.Engine(again, num_blocks=40, block_size=8)
-        params = serve.SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
-        replies = [c.token_ids for (c,) in engine.generate([serve.Request(prompt, params) for prompt in prompts])]
+        engine = Engine(again, num_blocks=40, block_size=8)
+        params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+        replies = [c.token_ids for (c,) in engine.generate([Request(prompt, params) for prompt in prompts])]
         assert [len(reply) for reply in replies] == [min(5, engine.max_model_len - len(prompt)) for prompt in prompts]
         if args.quant_type != "a8w8":  # whose steps another order of sums may cross
             for prompt, reply in zip(prompts, replies):
@@ -496,7 +499,7 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
 
 
 def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
-    net = families.build("mixtral_window")
+    net = tiny_models.build("mixtral_window")
     for block in net.layers:
         model.set_parameter(
             block.mlp.router.weight,
@@ -585,7 +588,7 @@ def test_what_is_written_is_what_was_measured(kind, world, tmp_path, monkeypatch
     original = quantize.save_pretrained
     monkeypatch.setattr(quantize, "save_pretrained", lambda net, *rest: (kept.append(net), original(net, *rest)))
     run(keys_of(world, tmp_path / "out", do_eval=True, **KINDS[kind]))
-    again = model.from_pretrained(tmp_path / "out")
+    again = from_pretrained(tmp_path / "out")
     again.eval()
     np.testing.assert_allclose(logits(again), logits(kept[0]), rtol=0, atol=1e-6)
     assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.linears(again).values())
@@ -595,9 +598,7 @@ def test_what_is_written_is_what_was_measured(kind, world, tmp_path, monkeypatch
     )
     assert all(0 < row["error"] < 0.5 for row in report["linears"])
     assert report["bytes_after"] == (tmp_path / "out" / "model.safetensors").stat().st_size < report["bytes_float32"]
-    loader = data.SFTLoader(
-        data.SFTDataset(world / "sft", data.load_tokenizer(tmp_path / "out"), 96, 224, "dev"), 8, 224
-    )
+    loader = data.SFTLoader(data.SFTDataset(world / "sft", load_tokenizer(tmp_path / "out"), 96, 224, "dev"), 8, 224)
     assert abs(trainer.evaluate(again, loader)["eval_loss"] - report["dev_after"]["eval_loss"]) < 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config == report["quantization_config"] and set(config) >= {
@@ -614,10 +615,10 @@ def test_what_is_written_is_what_was_measured(kind, world, tmp_path, monkeypatch
 def test_a_lora_folder_is_merged_and_quantized_in_one_run(world, tmp_path):
     run(keys_of(world, tmp_path / "one", model_name_or_path=str(world / "lora"), do_gptq=True, quant_type="wint8"))
     run(keys_of(world, tmp_path / "two", lora_path=str(world / "lora"), do_gptq=True, quant_type="wint8"))
-    one, two = (model.from_pretrained(tmp_path / name) for name in ("one", "two"))
-    merged = model.from_pretrained(world / "lora")
+    one, two = (from_pretrained(tmp_path / name) for name in ("one", "two"))
+    merged = from_pretrained(world / "lora")
     np.testing.assert_array_equal(logits(one), logits(two))
-    base = logits(model.from_pretrained(world / "base"))
+    base = logits(from_pretrained(world / "base"))
     assert np.abs(logits(one) - logits(merged)).max() < 0.2 * np.abs(base - logits(merged)).max()
 
 
@@ -653,7 +654,7 @@ def test_a_folder_is_replaced_only_when_told_and_only_by_something_whole(world, 
     assert "overwrite_output_dir" in fails(keys, capfd)
 
     def broken(*_):
-        raise data.UserError("model.layers.0: stopped")
+        raise UserError("model.layers.0: stopped")
 
     monkeypatch.setattr(quantize, "quantize_model", broken)
     fails(keys | {"overwrite_output_dir": True}, capfd)
@@ -701,8 +702,8 @@ def test_models_that_cannot_be_quantized_are_named(world, tmp_path, capfd):
     assert "quantized already" in fails(keys | {"model_name_or_path": str(tmp_path / "once")}, capfd)
     assert "prefix" in fails(keys | {"model_name_or_path": str(world / "prefix")}, capfd)
     odd = tiny_model(intermediate_size=44)
-    model.save_pretrained(odd, tmp_path / "odd")
-    data.load_tokenizer(DEMO / "llama").save(tmp_path / "odd")
+    save_pretrained(odd, tmp_path / "odd")
+    load_tokenizer(DEMO / "llama").save(tmp_path / "odd")
     line = fails(keys | {"model_name_or_path": str(tmp_path / "odd")}, capfd)
     assert "gate_proj" in line and "44" in line
     assert not (tmp_path / "out").exists()
@@ -711,7 +712,7 @@ def test_models_that_cannot_be_quantized_are_named(world, tmp_path, capfd):
 def test_configs_and_upstream_s_configs_run(world, tmp_path):
     for path in sorted((ROOT / "configs").glob("llama_*.json")):
         if path.name in ("llama_gptq.json", "llama_ptq.json", "llama_wint8.json"):
-            trainer.parse_args(quantize.Args, [str(path)])
+            parse_args(quantize.Args, [str(path)])
     upstream = SHARED / "upstream" / "configs" / "llama"
     if not upstream.is_dir():
         pytest.skip("PaddleNLP's configs are not on this machine")
@@ -723,7 +724,7 @@ def test_configs_and_upstream_s_configs_run(world, tmp_path):
         ]
         flags += ["--gptq_step=1", "--ptq_step=1", "--smooth_step=1", "--search_tokens=32", "--search_alpha_step=0.3"]
         trainer.run_script(quantize.main, quantize.Args, [str(upstream / name), *flags])
-        assert model.from_pretrained(tmp_path / name).config.quantization["algorithm"] in ("gptq", "smooth_search")
+        assert from_pretrained(tmp_path / name).config.quantization["algorithm"] in ("gptq", "smooth_search")
 
 
 # ---------------------------------------------------------------------------------------------- planted outliers
@@ -770,7 +771,7 @@ METHODS = {
 
 def measure(train, dev, batches, planted=None, eval_batches=None, **keys):
     """{"ppl", "accuracy", "error" (mean over linears)} of demo/llama, perhaps with planted outliers, quantized."""
-    net = model.from_pretrained(DEMO / "llama")
+    net = from_pretrained(DEMO / "llama")
     net.eval()
     if planted:
         plant(net, train, **planted)

@@ -11,20 +11,23 @@ last linear are computed again.
 import json
 import types
 
-import families
+import jobs_tensor
 import numpy as np
 import pytest
-import tensor_jobs
-from ranks import Ranks
+import tiny_models
+from pool import Ranks
 from test_tensor_parallel import compare
 
 import dpo
 import finetune
+import formats.weights
 import model as M
 import parallel
 import pretrain
 import trainer
-from data import UserError
+from arguments import parse_args
+from formats.files import UserError
+from plan import dry_run
 
 GRANULARITIES = ("full", "full_attn", "core_attn")
 NAMES = (
@@ -41,22 +44,22 @@ NAMES = (
 
 
 def losses_and_gradients(name, kind="full", packed=True, granularity=None, kept=()):
-    model = families.build(name)
-    tensor_jobs.adapt(model, kind)
+    model = tiny_models.build(name)
+    jobs_tensor.adapt(model, kind)
     if granularity is not None:
         trainer.set_recompute(
             model,
             types.SimpleNamespace(recompute=True, recompute_granularity=granularity, no_recompute_layers=list(kept)),
         )
-    rows, gradients = tensor_jobs.train(
-        model, parallel.SINGLE, [tensor_jobs.batch(name, 1, packed)], 2, recompute=granularity or False
+    rows, gradients = jobs_tensor.train(
+        model, parallel.SINGLE, [jobs_tensor.batch(name, 1, packed)], 2, recompute=granularity or False
     )
     return rows, gradients
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    """tensor_jobs.train() takes a model that knows its topology."""
+    """jobs_tensor.train() takes a model that knows its topology."""
     monkeypatch.setattr(M.CausalLM, "topology", parallel.SINGLE, raising=False)
 
 
@@ -82,7 +85,7 @@ def test_the_same_bits(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_the_same_bits_of_every_family(name, packed):
     check_same_bits(name, "full", packed)
 
@@ -97,7 +100,7 @@ def test_the_same_bits_of_adapters(name, kind):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_layers_that_keep_theirs(granularity, monkeypatch):
     """no_recompute_layers: of three blocks the first and the last are run once, the other twice."""
-    model = families.build("deepseek_v2")
+    model = tiny_models.build("deepseek_v2")
     model.train()
     trainer.set_recompute(
         model, types.SimpleNamespace(recompute=True, recompute_granularity=granularity, no_recompute_layers=[0, 2])
@@ -110,23 +113,23 @@ def test_layers_that_keep_theirs(granularity, monkeypatch):
             "rotated",
             lambda *a, i=i, original=original: runs.__setitem__(i, runs[i] + 1) or original(*a),
         )
-    model(**trainer.model_inputs(tensor_jobs.batch("deepseek_v2", 0))).sum().backward()
+    model(**trainer.model_inputs(jobs_tensor.batch("deepseek_v2", 0))).sum().backward()
     assert runs == [1, 2, 1]
     model.eval()
-    model(**trainer.model_inputs(tensor_jobs.batch("deepseek_v2", 0))).sum().backward()
+    model(**trainer.model_inputs(jobs_tensor.batch("deepseek_v2", 0))).sum().backward()
     assert runs == [2, 3, 2], "without training nothing is computed again"
 
 
 MEASURE = """
 import json, sys
 import numpy as np, paddle
-sys.path.insert(0, "tests")
-import families, kernels, trainer
+sys.path[:0] = ["tests", "tests/golden", "tests/ranks"]
+import tiny_models, kernels, trainer
 import model as M
 kernels.configure("cpu")
 T, changes, found = 2048, json.loads(sys.argv[1]), {}
 count = lambda: paddle.base.core.host_memory_stat_current_value("Allocated", 0)
-model = families.fill(M.build(families.config("llama", **changes)))
+model = tiny_models.fill(M.build(tiny_models.config("llama", **changes)))
 model.train()
 ids = paddle.to_tensor(np.random.default_rng(0).integers(3, 57, [1, T]))
 def run(T):
@@ -163,12 +166,12 @@ def test_memory_by_granularity(run_python, tmp_path):
     assert found["none"] - found["full_attn"] == pytest.approx(
         tokens_and_layers * (4 * 64 + 8), rel=0.02
     )  # and q, k, v
-    M.save_pretrained(families.build("llama", **changes), tmp_path)
+    formats.weights.save_pretrained(tiny_models.build("llama", **changes), tmp_path)
 
     def said(**keys):
         argv = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
         argv += f"--model_name_or_path {tmp_path} --dry_run true --per_device_train_batch_size 1 --max_seq_length 2048 --recompute true".split()
-        lines = trainer.dry_run(trainer.parse_args(pretrain.Args, argv)).splitlines()
+        lines = dry_run(parse_args(pretrain.Args, argv)).splitlines()
         return {
             line.strip().rpartition("  ")[0].strip(): float(line.split()[-1].replace(",", "")) * 1e6
             for line in lines
@@ -214,24 +217,22 @@ def test_keys(script, tmp_path):
     keys = "--recompute true --recompute_granularity core_attn --no_recompute_layers"
     argv = f"--dry_run true --model_name_or_path demo/llama --output_dir {tmp_path} {keys}"
     for value in ("0,2", "0 2"):
-        args = trainer.parse_args(script.Args, [*argv.split(), *value.split()])
+        args = parse_args(script.Args, [*argv.split(), *value.split()])
         assert (args.recompute_granularity, args.no_recompute_layers) == ("core_attn", [0, 2])
     (tmp_path / "c.json").write_text(json.dumps({"no_recompute_layers": [1]}))
-    assert trainer.parse_args(
+    assert parse_args(
         script.Args, [str(tmp_path / "c.json"), *"--dry_run true --model_name_or_path demo/llama".split()]
     ).no_recompute_layers == [1]
     for value in ("a", "1.5", "-1"):
         with pytest.raises(UserError, match="no_recompute_layers"):
-            trainer.parse_args(script.Args, [*argv.split(), value])
+            parse_args(script.Args, [*argv.split(), value])
     (tmp_path / "c.json").write_text(json.dumps({"no_recompute_layers": ["1"]}))
     with pytest.raises(UserError, match="a list of whole numbers"):
-        trainer.parse_args(
-            script.Args, [str(tmp_path / "c.json"), *"--dry_run true --model_name_or_path demo/llama".split()]
-        )
+        parse_args(script.Args, [str(tmp_path / "c.json"), *"--dry_run true --model_name_or_path demo/llama".split()])
 
 
 def test_a_layer_that_is_not_there():
-    model = families.build("llama")
+    model = tiny_models.build("llama")
     with pytest.raises(UserError, match="no_recompute_layers: 2; the model's 2 layers are counted from 0"):
         trainer.set_recompute(
             model, types.SimpleNamespace(recompute=True, recompute_granularity="full", no_recompute_layers=[0, 2])

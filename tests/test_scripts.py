@@ -34,6 +34,14 @@ import pretrain
 import quantize
 import serve
 import trainer
+from adapters import from_pretrained, load_adapter, trainable_weights
+from arguments import parse_args
+from checkpoint import Checkpoints, incomplete, list_checkpoints
+from families import ModelConfig
+from formats.tensor_files import read_safetensors, write_safetensors
+from formats.tokenizer import load_tokenizer
+from formats.weights import init_weights, save_pretrained
+from plan import presets
 
 DEMO = ROOT / "demo"
 CONFIG = {
@@ -70,10 +78,10 @@ KINDS = {
 def write_model(folder, **changes):
     """A random model with the demo's tokenizer in a Hugging Face folder."""
     folder.mkdir()
-    tiny = model.build(model.ModelConfig.from_dict({**CONFIG, **changes}))
-    model.init_weights(tiny, seed=1)
-    model.save_pretrained(tiny, folder)
-    data.load_tokenizer(DEMO / "llama").save(folder)
+    tiny = model.build(ModelConfig.from_dict({**CONFIG, **changes}))
+    init_weights(tiny, seed=1)
+    save_pretrained(tiny, folder)
+    load_tokenizer(DEMO / "llama").save(folder)
     return folder
 
 
@@ -163,9 +171,7 @@ def losses(folder):
 def tensors(folder):
     """{name: array} of all weight files of a finished run."""
     return {
-        name: array
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, array in model.read_safetensors(path).items()
+        name: array for path in sorted(folder.glob("*.safetensors")) for name, array in read_safetensors(path).items()
     }
 
 
@@ -185,7 +191,7 @@ def tree(folder):
 
 def dev_loss(opened, world):
     """What an evaluation of finetune.py must report."""
-    records = data.SFTDataset(world / "sft", data.load_tokenizer(world / "base"), 96, 224, "dev")
+    records = data.SFTDataset(world / "sft", load_tokenizer(world / "base"), 96, 224, "dev")
     return trainer.evaluate(opened, data.SFTLoader(records, 3, 224, shuffle=False))["eval_loss"]
 
 
@@ -221,14 +227,14 @@ def test_finetune(kind, world, tmp_path, capfd):
         found
     )  # 20 records: one step is all of them
 
-    opened = model.from_pretrained(out if kind == "full" else world / "base")
+    opened = from_pretrained(out if kind == "full" else world / "base")
     if kind == "full":
-        assert data.load_tokenizer(out).encode("dress") == data.load_tokenizer(world / "base").encode("dress")
+        assert load_tokenizer(out).encode("dress") == load_tokenizer(world / "base").encode("dress")
     else:
-        model.load_adapter(opened, out)
+        load_adapter(opened, out)
     reported = json.loads((out / "dev_results.json").read_text())
     assert dev_loss(opened, world) == pytest.approx(reported["eval_loss"], rel=1e-5)
-    assert reported["eval_loss"] != pytest.approx(dev_loss(model.from_pretrained(world / "base"), world), rel=1e-5)
+    assert reported["eval_loss"] != pytest.approx(dev_loss(from_pretrained(world / "base"), world), rel=1e-5)
 
     evaluations = [json.loads(line)["step"] for line in (out / "eval_metrics.jsonl").read_text().splitlines()]
     assert evaluations == [3] and json.loads((out / "run_args.json").read_text())["max_steps"] == 5
@@ -239,7 +245,7 @@ def test_finetune(kind, world, tmp_path, capfd):
     assert [len(re.findall(rf"^{word}: ", printed, re.M)) for word in ("prompt", "before", "after")] == [3, 3, 3]
     if kind == "lora":
         assert "eval_bleu4" in reported and len((out / "generated_output.json").read_text().splitlines()) == 6
-        assert trainer.incomplete(out / "checkpoint-4") is None
+        assert incomplete(out / "checkpoint-4") is None
 
 
 def test_pretrain_from_scratch_and_continued(world, tmp_path, capfd):
@@ -263,7 +269,7 @@ def test_pretrain_from_scratch_and_continued(world, tmp_path, capfd):
     )
     assert losses(second)[0] < found[0] - 0.1 and losses(second)[-1] < found[-1]
     for out in (first, second):
-        opened, tokenizer = model.from_pretrained(out), data.load_tokenizer(out)
+        opened, tokenizer = from_pretrained(out), load_tokenizer(out)
         assert opened.config.num_hidden_layers == 3
         loader = data.CorpusLoader(
             world / "corpus", "80,10,10", "valid", None, 48, 8, 42, tokenizer.eos_token_id, out is first, shuffle=False
@@ -311,7 +317,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def crash_after_saving(step):
-    real = trainer.Checkpoints.save
+    real = Checkpoints.save
 
     def save(self, state):
         real(self, state)
@@ -319,7 +325,7 @@ def crash_after_saving(step):
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(trainer.Checkpoints, "save", save)
+        patch.setattr(Checkpoints, "save", save)
         yield
 
 
@@ -421,7 +427,7 @@ def test_accumulating_4_x_1_equals_1_x_4(uneven, tmp_path):
     assert losses(one_by_one) == pytest.approx(losses(at_once), abs=1e-6)
 
     # The run must follow the mean over tokens; the mean of the four samples' means is another gradient.
-    tiny, tokenizer = model.from_pretrained(uneven / "base"), data.load_tokenizer(uneven / "base")
+    tiny, tokenizer = from_pretrained(uneven / "base"), load_tokenizer(uneven / "base")
     loader = data.SFTLoader(data.SFTDataset(uneven / "sft", tokenizer, 96, 224), 1, 224, shuffle=False)
     batches = [loader.batch(0, i) for i in range(4)]
     counts = [int((batch["labels"] != -100).sum()) for batch in batches]
@@ -430,7 +436,7 @@ def test_accumulating_4_x_1_equals_1_x_4(uneven, tmp_path):
     for name, divisors in (("tokens", [sum(counts)] * 4), ("means", [4 * count for count in counts])):
         parts = [tiny(**trainer.model_inputs(batch)).sum() / divisor for batch, divisor in zip(batches, divisors)]
         sum(parts).backward()
-        weights = model.trainable_weights(tiny)
+        weights = trainable_weights(tiny)
         found[name] = float(sum(parts)), trainer.global_grad_norm(weights)
         for weight in weights:
             weight.parameter.clear_gradient(False)
@@ -497,9 +503,9 @@ def test_the_best_is_kept_and_loaded(kind, world, tmp_path, monkeypatch, capfd):
             == (out / "checkpoint-2" / name).read_bytes()
             != (out / "checkpoint-5" / name).read_bytes()
         )
-    opened = model.from_pretrained(out if kind == "full" else world / "base")
+    opened = from_pretrained(out if kind == "full" else world / "base")
     if kind != "full":
-        model.load_adapter(opened, out)
+        load_adapter(opened, out)
     assert dev_loss(opened, world) == pytest.approx(
         json.loads((out / "dev_results.json").read_text())["eval_loss"], rel=1e-5
     )
@@ -547,7 +553,7 @@ def kill_while_saving(keys, kills, generator):
     path.write_text(json.dumps(keys))
     in_save, steps = 0, []
     for _ in range(kills + 1):
-        complete = [found for found in trainer.list_checkpoints(out) if trainer.incomplete(found) is None]
+        complete = [found for found in list_checkpoints(out) if incomplete(found) is None]
         last, stale = len(steps) == kills, {path.name for path in out.glob("tmp-checkpoint-*")}
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "finetune.py"), str(path)],
@@ -592,7 +598,7 @@ def test_killed_runs_go_on_bitwise(kills, world, tmp_path):
     path.write_text(json.dumps(keys | {"output_dir": str(tmp_path / "whole"), "save_strategy": "no"}))
     subprocess.run([sys.executable, str(ROOT / "finetune.py"), str(path)], check=True, capture_output=True)
     assert_same(tmp_path / "killed", tmp_path / "whole")
-    assert len(trainer.list_checkpoints(tmp_path / "killed")) == 2
+    assert len(list_checkpoints(tmp_path / "killed")) == 2
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -619,9 +625,9 @@ def model_tensors(edit):
     """The model's tensors after edit(tensors)."""
 
     def change(world, keys):
-        found = model.read_safetensors(world / "base" / "model.safetensors")
+        found = read_safetensors(world / "base" / "model.safetensors")
         edit(found)
-        model.write_safetensors(world / "base" / "model.safetensors", found)
+        write_safetensors(world / "base" / "model.safetensors", found)
 
     return change
 
@@ -838,7 +844,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(cause, world, tmp_path, capfd):
     step = 0 if cause == "weight" else 1
     assert re.search(rf"step {step}: the loss or its gradient is (nan|-?inf); its batch is in ", line), line
     report = json.loads((out / f"nonfinite-step-{step}.json").read_text())
-    loader = data.SFTLoader(data.SFTDataset(own / "sft", data.load_tokenizer(own / "base"), 96, 224), 4, 224, seed=42)
+    loader = data.SFTLoader(data.SFTDataset(own / "sft", load_tokenizer(own / "base"), 96, 224), 4, 224, seed=42)
     assert (
         report["sample_ids"] == loader.batch(0, step)["sample_ids"]
         and report["input_ids"] == loader.batch(0, step)["input_ids"].tolist()
@@ -877,7 +883,7 @@ def test_disk_full(where, world, tmp_path, small_disk, capfd):
     assert "the disk is full" in line
     print(f"disk_full_{where}\t{line.replace(str(tmp_path), '…')}")
     left = {"checkpoint": ["checkpoint-2", "checkpoint-4"], "final_model": ["checkpoint-6"], "at_once": []}[where]
-    assert sorted(found.name for found in out.glob("*checkpoint-*") if trainer.incomplete(found) is None) == left
+    assert sorted(found.name for found in out.glob("*checkpoint-*") if incomplete(found) is None) == left
     assert not list(disk.rglob("*tmp*"))
     small_disk("20m")
     run(finetune, json.loads(path.read_text()) | {"resume_from_checkpoint": True})
@@ -965,8 +971,8 @@ SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora"
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda path: path.name)
 def test_configs_parse(path):
-    args = trainer.parse_args(SCRIPT_OF[path.stem.rpartition("_")[2]].Args, [str(path)])
-    model_folder, preset = Path(args.model_name_or_path), args.model_name_or_path in trainer.presets()
+    args = parse_args(SCRIPT_OF[path.stem.rpartition("_")[2]].Args, [str(path)])
+    model_folder, preset = Path(args.model_name_or_path), args.model_name_or_path in presets()
     assert model_folder.parts[0] == "checkpoints" or (ROOT / model_folder / "config.json").is_file() or preset
     assert args.output_dir == "" or Path(args.output_dir).parts[0] == "checkpoints"
 

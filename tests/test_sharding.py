@@ -6,13 +6,13 @@ python -m pytest tests/test_sharding.py --slow       # every family's kind, four
 
 import json
 
+import jobs_sharding
 import numpy as np
 import pytest
-import sharding_jobs
 from conftest import ROOT
 
-import parallel
-from parallel import ALIGNED, Bucket, Degrees, Rule, Topology
+from distributed.sharding import ALIGNED, Bucket, Rule, unit_of
+from parallel import Degrees, Topology
 
 # Of a tiny model: what is trained, and what else happens. Batches are of odd lengths, other ones on every rank; five and nine
 # of a step leave some ranks a batch for company alone. Clipping, decay and LoRA+ are always on.
@@ -64,7 +64,7 @@ def one(name, **how):
     """The same on one process, this one."""
     key = name, tuple(sorted(how.items()))
     if key not in ONE:
-        ONE[key] = sharding_jobs.train(name, {}, **how)
+        ONE[key] = jobs_sharding.train(name, {}, **how)
     return ONE[key]
 
 
@@ -85,8 +85,8 @@ def compare(found, expected, tolerance=1e-5):
 
 def check(ranks, ways, name, how, tolerance=1e-5):
     expected = one(name, **how)
-    assert expected["norms"][0] > sharding_jobs.ARGS["max_grad_norm"] or how.get("adapter"), "nothing is clipped"
-    found = ranks.run("sharding_jobs:train", name, ways, **how)
+    assert expected["norms"][0] > jobs_sharding.ARGS["max_grad_norm"] or how.get("adapter"), "nothing is clipped"
+    found = ranks.run("jobs_sharding:train", name, ways, **how)
     for rank in found[1:]:
         assert rank["losses"] == found[0]["losses"] and rank["norms"] == found[0]["norms"]
     compare(found[0], expected, tolerance)
@@ -149,7 +149,7 @@ def test_four_ranks_on_every_mixture(four, ways, case):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_twice_is_the_same_to_the_bit(two, stage):
     ways, how = {"sharding": 2, "stage": stage}, {"adapter": "dropout", "micro": 5}
-    first, second = (two.run("sharding_jobs:train", "llama", ways, **how)[0] for _ in range(2))
+    first, second = (two.run("jobs_sharding:train", "llama", ways, **how)[0] for _ in range(2))
     for key in ("gradients", "moments", "weights"):
         for name in first[key]:
             np.testing.assert_array_equal(first[key][name], second[key][name])
@@ -159,7 +159,7 @@ def test_twice_is_the_same_to_the_bit(two, stage):
 def test_when_whole_gradients_are_gone(two):
     """What is left of them after each of a rank's two micro-batches."""
     for stage in (1, 2, 3):
-        found = two.run("sharding_jobs:train", "llama", {"sharding": 2, "stage": stage}, steps=1)[0]
+        found = two.run("jobs_sharding:train", "llama", {"sharding": 2, "stage": stage}, steps=1)[0]
         assert found["whole gradients"] == ([found["bytes"]["weights"], 0] if stage == 1 else [0, 0]), stage
 
 
@@ -168,7 +168,7 @@ def test_products_in_bfloat16(two, stage):
     """Trained weights stay float32. A sum in another order moves a product's operand to its neighbour in bfloat16 here and there."""
     for adapter in (None, "lora"):
         expected = one("llama", bf16=True, adapter=adapter)
-        found = two.run("sharding_jobs:train", "llama", {"sharding": 2, "stage": stage}, bf16=True, adapter=adapter)[0]
+        found = two.run("jobs_sharding:train", "llama", {"sharding": 2, "stage": stage}, bf16=True, adapter=adapter)[0]
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-4)
         np.testing.assert_allclose(found["norms"], expected["norms"], rtol=2e-3)
         for name, wanted in expected["gradients"].items():  # of the first step: the weights are still the same
@@ -178,14 +178,14 @@ def test_products_in_bfloat16(two, stage):
 def test_offloaded_moments_give_the_same_numbers(two):
     """The copies to a device and back, on this one: there is no other."""
     ways = {"sharding": 2, "stage": 2}
-    plain, moved = (two.run("sharding_jobs:train", "llama", ways, on_host=moved)[0] for moved in (False, True))
+    plain, moved = (two.run("jobs_sharding:train", "llama", ways, on_host=moved)[0] for moved in (False, True))
     for key in ("moments", "weights"):
         for name in plain[key]:
             np.testing.assert_array_equal(plain[key][name], moved[key][name])
 
 
 def test_whole_values_become_pieces_again(two):
-    assert two.run("sharding_jobs:set_and_take_over", {"sharding": 2, "stage": 3}) == [[], []]
+    assert two.run("jobs_sharding:set_and_take_over", {"sharding": 2, "stage": 3}) == [[], []]
 
 
 def test_a_script_with_sharding_and_offload(two, tmp_path):
@@ -194,11 +194,11 @@ def test_a_script_with_sharding_and_offload(two, tmp_path):
               --per_device_train_batch_size 1 --disable_tqdm true""".split()
     sharded = ["--sharding", "stage2 offload", "--sharding_parallel_degree", "2", "--gradient_accumulation_steps", "2"]
     rows, printed = two.run(
-        "parallel_jobs:script", "finetune", [*argv, *sharded, "--output_dir", str(tmp_path / "two")]
+        "jobs_parallel:script", "finetune", [*argv, *sharded, "--output_dir", str(tmp_path / "two")]
     )[0]
-    import parallel_jobs
+    import jobs_parallel
 
-    alone, _ = parallel_jobs.script(
+    alone, _ = jobs_parallel.script(
         "finetune", [*argv, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one")]
     )
     assert printed.count("offload changes nothing here") == 1
@@ -214,11 +214,11 @@ def test_answers_are_shared_out(two, tmp_path, more):
         (tmp_path / f"{split}.json").write_text("\n".join(lines) + "\n")
     argv = f"""--dataset_name_or_path {tmp_path} --model_name_or_path demo/llama --do_train false --do_eval true --max_length 128
                --src_length 64 --max_new_tokens 4 --eval_with_do_generation true --save_generation_output true --disable_tqdm true""".split()
-    import parallel_jobs
+    import jobs_parallel
 
     folders = tmp_path / "two", tmp_path / "one"
-    two.run("parallel_jobs:script", "finetune", [*argv, *more, "--output_dir", str(folders[0])])
-    parallel_jobs.script("finetune", [*argv, "--output_dir", str(folders[1])])
+    two.run("jobs_parallel:script", "finetune", [*argv, *more, "--output_dir", str(folders[0])])
+    jobs_parallel.script("finetune", [*argv, "--output_dir", str(folders[1])])
     of_two, of_one = ((folder / "generated_output.json").read_text() for folder in folders)
     assert of_two == of_one and of_one.count("\n") >= 40
     scores = [json.loads((folder / "dev_results.json").read_text()) for folder in folders]
@@ -264,5 +264,5 @@ def test_units():
         "project_out.weight": "head",
         "prefix.hidden.weight": "prefix",
     }
-    assert {name: parallel.unit_of(name, False) for name in names} == names
-    assert parallel.unit_of("embed_tokens.weight", True) == "embed_tokens" != parallel.unit_of("embed_norm.bias", True)
+    assert {name: unit_of(name, False) for name in names} == names
+    assert unit_of("embed_tokens.weight", True) == "embed_tokens" != unit_of("embed_norm.bias", True)

@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_tokenizer.py                            CPU, no network, under a minute
     python -m pytest tests/test_tokenizer.py --hf-python .../python     also against the `tokenizers` library, run there
-    python tests/bench_tokenizer.py                                     the table: strings tried, mismatches, speed
+    python tests/bench/bench_tokenizer.py                                     the table: strings tried, mismatches, speed
 
 Vocabularies of real models are read from ../shared where it is present, and never copied. The others are made here."""
 
@@ -19,8 +19,18 @@ from pathlib import Path
 
 import pytest
 
-import data
-from data import BPE, BYTE_CHARS, GPT2_WORDS, LLAMA3_WORDS, QWEN_WORDS, UserError, load_tokenizer, split_step
+from formats.files import UserError
+from formats.tokenizer import (
+    BPE,
+    BYTE_CHARS,
+    GPT2_WORDS,
+    LLAMA3_WORDS,
+    QWEN_WORDS,
+    StreamDecoder,
+    clean_up,
+    load_tokenizer,
+    split_step,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO.parent / "shared" / "golden" / "tokenizers"
@@ -326,8 +336,8 @@ def test_streamed_clean_up_is_that_of_the_whole_text():
     random_ = random.Random(9)
     for _ in range(3000):
         text = "".join(random_.choices("  ''nvretmsx.,?!", k=random_.randint(0, 25)))
-        decoder = data.StreamDecoder(Plain)
-        assert "".join([decoder.push(ord(c)) for c in text]) + decoder.flush() == data.clean_up(text)
+        decoder = StreamDecoder(Plain)
+        assert "".join([decoder.push(ord(c)) for c in text]) + decoder.flush() == clean_up(text)
 
 
 def test_long_words_and_runs_take_about_linear_time(small):

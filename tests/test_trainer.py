@@ -20,16 +20,29 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import paddle
-
+import parallel
 import trainer
-from data import UserError
-from model import Entry, Weight, read_safetensors
+from arguments import TrainingArgs, parse_args
+from checkpoint import (
+    DONE,
+    Checkpoints,
+    TrainState,
+    find_checkpoint,
+    incomplete,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    update_best,
+)
+from formats.files import UserError
+from formats.paddlenlp import HARMLESS, IGNORED, OPTIONS, REFUSED
+from formats.tensor_files import read_safetensors
+from formats.weights import Entry, Weight
 from parallel import Degrees, Topology
-from trainer import AdamW, Log, TrainingArgs, TrainState, parse_args
+from trainer import AdamW, Log
 
 CONFIGS = Path(__file__).resolve().parents[2] / "shared" / "upstream" / "configs" / "llama"
 
@@ -193,12 +206,10 @@ def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
 
 def test_every_upstream_key_is_known():
     fields = {field.name for field in dataclasses.fields(TrainingArgs)}
-    tables = {**trainer.IGNORED, **trainer.REFUSED, **trainer.OPTIONS}
+    tables = {**IGNORED, **REFUSED, **OPTIONS}
     assert not set(UPSTREAM_KEYS) - set(tables)
-    assert not fields & set(tables) and len(tables) == len(trainer.IGNORED) + len(trainer.REFUSED) + len(
-        trainer.OPTIONS
-    )
-    assert set(trainer.HARMLESS) <= set(trainer.REFUSED) and all(why for why in tables.values())
+    assert not fields & set(tables) and len(tables) == len(IGNORED) + len(REFUSED) + len(OPTIONS)
+    assert set(HARMLESS) <= set(REFUSED) and all(why for why in tables.values())
     for path in CONFIGS.glob("**/*.json"):
         keys = set(json.loads(path.read_text())) - fields - {"model_name_or_path", "tokenizer_name_or_path"}
         assert not keys - set(UPSTREAM_KEYS), path
@@ -394,7 +405,7 @@ def test_seed_step_is_a_function_of_all_three():
 OPTIMIZER = "optimizer-00001-of-00001.safetensors"
 
 
-class Plain(trainer.Checkpoints):
+class Plain(Checkpoints):
     """Saves of {name: array} in place of a model, and of what else a function writes."""
 
     def __init__(self, args, arrays, optimizer=None, shards=None, write=lambda folder: None):
@@ -415,7 +426,7 @@ def whole(weights):
     return types.SimpleNamespace(
         weights=weights,
         model=nowhere,
-        topology=trainer.SINGLE,
+        topology=parallel.SINGLE,
         place_of=lambda w: (),
         held=lambda w: (w.parameter,),
         laid=lambda w, m: m,
@@ -428,9 +439,9 @@ def train(folder, weights, stop, resume=False, save=(), **keys):
     keys |= {"lr_scheduler_type": "cosine", "learning_rate": 0.05, "warmup_steps": 2, "weight_decay": 0.1}
     args = make_args(folder, max_grad_norm=0.5, save_total_limit=2, resume_from_checkpoint=resume or None, **keys)
     optimizer, state, losses = AdamW(weights, args), TrainState(), []
-    path = trainer.find_checkpoint(args)
+    path = find_checkpoint(args)
     if path:
-        state = trainer.load_checkpoint(path, optimizer, whole(weights))
+        state = load_checkpoint(path, optimizer, whole(weights))
         arrays = read_safetensors(path / "model.safetensors")
         for weight in weights:
             weight.parameter.set_value(weight.from_numpy(arrays[weight.name]))
@@ -495,17 +506,17 @@ def test_optimizer_state_that_does_not_fit(tmp_path):
     path = tmp_path / "checkpoint-3"
     args = make_args(tmp_path)
     with pytest.raises(UserError, match="missing none; unexpected b.weight"):
-        trainer.load_checkpoint(path, AdamW(tiny(1)[:2], args), whole(tiny(1)[:2]))
+        load_checkpoint(path, AdamW(tiny(1)[:2], args), whole(tiny(1)[:2]))
     turned = [Weight(weight.name, weight.parameter, not weight.transposed) for weight in tiny(1)]
     with pytest.raises(UserError, match="optimizer state: a.weight: .* found, .* needed"):
-        trainer.load_checkpoint(path, AdamW(turned, args), whole(turned))
+        load_checkpoint(path, AdamW(turned, args), whole(turned))
     (path / OPTIMIZER).unlink()
     with pytest.raises(UserError, match="names the file optimizer-00001-of-00001.safetensors, which is not there"):
-        trainer.load_checkpoint(path, AdamW(tiny(1), args), whole(tiny(1)))
+        load_checkpoint(path, AdamW(tiny(1), args), whole(tiny(1)))
     (path / "optimizer.safetensors.index.json").unlink()
     with pytest.raises(UserError, match="without optimizer state; resume with ignore_load_lr_and_optim"):
-        trainer.load_checkpoint(path, AdamW(tiny(1), args), whole(tiny(1)))
-    assert trainer.load_checkpoint(path).step == 3
+        load_checkpoint(path, AdamW(tiny(1), args), whole(tiny(1)))
+    assert load_checkpoint(path).step == 3
 
 
 class FakeOptimizer:
@@ -535,7 +546,7 @@ def names(folder):
 
 
 def find(folder, wanted=True):
-    return trainer.find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=wanted))
+    return find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=wanted))
 
 
 def test_find_passes_over_what_is_not_complete(tmp_path, capsys):
@@ -544,7 +555,7 @@ def test_find_passes_over_what_is_not_complete(tmp_path, capsys):
         save(tmp_path, step)
     with open(tmp_path / "checkpoint-50" / "model.safetensors", "r+b") as file:
         file.truncate(100)
-    (tmp_path / "checkpoint-40" / trainer.DONE).unlink()
+    (tmp_path / "checkpoint-40" / DONE).unlink()
     (tmp_path / "checkpoint-30" / OPTIMIZER).unlink()
     (tmp_path / "checkpoint-final").mkdir()
     capsys.readouterr()
@@ -568,9 +579,9 @@ def test_an_older_checkpoint_beside_newer_ones_is_refused_when_pruning(tmp_path)
         output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-2"), save_total_limit=1
     )
     with pytest.raises(UserError, match="checkpoint-2: output_dir also holds the later checkpoint-4"):
-        trainer.find_checkpoint(args)
+        find_checkpoint(args)
     args.save_total_limit = None
-    assert trainer.find_checkpoint(args) == tmp_path / "checkpoint-2"
+    assert find_checkpoint(args) == tmp_path / "checkpoint-2"
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
@@ -593,8 +604,8 @@ def test_interrupted_deletion_never_looks_complete(tmp_path, monkeypatch):
             stop = lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
             patch.setattr(*((Path, "rename", stop) if name == "rename" else (shutil, "rmtree", stop)))
             with pytest.raises(KeyboardInterrupt):
-                trainer.prune_checkpoints(tmp_path, 1)
-        complete = [path.name for path in tmp_path.glob("checkpoint-*") if trainer.incomplete(path) is None]
+                prune_checkpoints(tmp_path, 1)
+        complete = [path.name for path in tmp_path.glob("checkpoint-*") if incomplete(path) is None]
         assert complete == ["checkpoint-2"]
     save(tmp_path, 3, save_total_limit=1)  # takes the remains away
     assert names(tmp_path) == ["checkpoint-3"]
@@ -615,7 +626,7 @@ def test_a_failing_save_leaves_nothing(tmp_path):
         fail(OSError(errno.ENOSPC, "No space left on device"))()
     with pytest.raises(KeyboardInterrupt):
         fail(KeyboardInterrupt())()
-    assert names(tmp_path) == ["checkpoint-1"] and trainer.incomplete(tmp_path / "checkpoint-1") is None
+    assert names(tmp_path) == ["checkpoint-1"] and incomplete(tmp_path / "checkpoint-1") is None
 
 
 def test_full_disk(tmp_path):
@@ -656,17 +667,17 @@ def saving_child(folder, first, pipe):
 
 def check_after_kill(folder, last):
     """The newest complete checkpoint, all complete ones verified to the last number; `last` was reported as saved."""
-    for path in trainer.list_checkpoints(folder):
-        if trainer.incomplete(path) is None:
+    for path in list_checkpoints(folder):
+        if incomplete(path) is None:
             step, optimizer = int(path.name[11:]), read_safetensors(path / OPTIMIZER)
             assert np.array_equal(read_safetensors(path / "model.safetensors")["w"], content(step, KILL_SIZE)), path
             assert np.array_equal(optimizer["w/moment1_0"], content(step, KILL_SIZE)), path
             assert np.array_equal(optimizer["w/moment2_0"], content(-step, KILL_SIZE)), path
     found = find(folder)
-    step = 0 if found is None else trainer.load_checkpoint(found).step
+    step = 0 if found is None else load_checkpoint(found).step
     assert step in (last, last + 1), (step, last)
-    best = trainer.load_checkpoint(found).best_checkpoint if found else None
-    assert best is None or trainer.incomplete(Path(folder) / best) is None, best
+    best = load_checkpoint(found).best_checkpoint if found else None
+    assert best is None or incomplete(Path(folder) / best) is None, best
     return step
 
 
@@ -700,7 +711,8 @@ def kill_saves(folder, kills, seed):
 
 def test_kill_at_any_moment(tmp_path):
     command = [sys.executable, __file__, str(tmp_path / "out"), "30"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ranks")])
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["kills"] == 30 and figures["saves"] >= 30 and figures["killed_with_a_half_folder"] >= 5, figures
@@ -711,18 +723,18 @@ def test_update_best(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 20)
     saves = Plain(args, dict)
-    assert trainer.update_best(args, state, {"eval_accuracy": 0.5}, saves)
+    assert update_best(args, state, {"eval_accuracy": 0.5}, saves)
     state.step = 20
-    assert not trainer.update_best(args, state, {"eval_accuracy": 0.5}, saves)
-    assert not trainer.update_best(args, state, {"eval_accuracy": math.nan}, saves)
+    assert not update_best(args, state, {"eval_accuracy": 0.5}, saves)
+    assert not update_best(args, state, {"eval_accuracy": math.nan}, saves)
     assert (state.best_metric, state.best_checkpoint) == (0.5, "checkpoint-10")
     state.step = 30  # not saved: better, but nothing to go back to
-    assert not trainer.update_best(args, state, {"eval_accuracy": 0.9}, saves)
+    assert not update_best(args, state, {"eval_accuracy": 0.9}, saves)
     state.step = 20
     args = make_args(tmp_path, metric_for_best_model="loss")
-    assert trainer.update_best(args, state, {"eval_loss": 0.4}, saves) and state.best_checkpoint == "checkpoint-20"
+    assert update_best(args, state, {"eval_loss": 0.4}, saves) and state.best_checkpoint == "checkpoint-20"
     with pytest.raises(UserError, match="eval_bleu4 is not computed here; there are eval_loss"):
-        trainer.update_best(make_args(tmp_path, metric_for_best_model="bleu4"), state, {"eval_loss": 1.0}, saves)
+        update_best(make_args(tmp_path, metric_for_best_model="bleu4"), state, {"eval_loss": 1.0}, saves)
 
 
 # ---------------------------------------------------------------------------------------------- log and metrics

@@ -15,14 +15,20 @@ import numpy as np
 import paddle
 import pytest
 from conftest import SHARED
-from families import CONFIGS, LATENT, MOE, V, build, config, write
 from test_model import largest, tensor
 from test_trainer import make_args
+from tiny_models import CONFIGS, LATENT, MOE, V, build, config, write
 
+import adapters
+import families
+import formats.tensor_files
+import formats.weights
 import model as M
 import parallel
 import trainer
-from data import UserError
+from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained
+from distributed.sharding import Shards
+from formats.files import UserError
 
 NOT_IN_FAMILIES = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")
 FOLDERS = sorted(p.parent for group in ("hf", "models") for p in (SHARED / "golden" / group).glob("*/config.json")
@@ -45,13 +51,13 @@ def entries(folder):
     found = {}
     for path in folder.glob("*.safetensors"):
         raw = path.read_bytes()
-        found.update({n: (d, s, raw[b:e]) for n, (d, s, b, e) in M.safetensors_header(path).items()})
+        found.update({n: (d, s, raw[b:e]) for n, (d, s, b, e) in formats.tensor_files.safetensors_header(path).items()})
     return found
 
 
 def hf_tensors(folder):
     """{name: array} of a Hugging Face folder of any storage."""
-    return {name: read() for name, (read, _) in M.stored_tensors(folder).items()}
+    return {name: read() for name, (read, _) in formats.weights.stored_tensors(folder).items()}
 
 
 # ================================================================================== Hugging Face's files, both ways
@@ -65,16 +71,16 @@ def test_every_golden_comes_back_bit_by_bit(folder, tmp_path):
     dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[
         next(iter(source.values()))[0] if source else "F32"
     ]
-    model = M.from_pretrained(folder)
-    M.save_pretrained(model, tmp_path / "one", dtype)
-    M.save_pretrained(model, tmp_path / "many", dtype, max_shard_bytes=20_000)
+    model = adapters.from_pretrained(folder)
+    formats.weights.save_pretrained(model, tmp_path / "one", dtype)
+    formats.weights.save_pretrained(model, tmp_path / "many", dtype, max_shard_bytes=20_000)
     saved = entries(tmp_path / "one")
     assert entries(tmp_path / "many") == saved and len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     if source:
         assert saved.keys() == source.keys() and all(saved[n] == source[n] for n in saved)
     else:  # .bin files
         theirs = hf_tensors(folder)
-        ours = M.read_safetensors(tmp_path / "one" / "model.safetensors")
+        ours = formats.tensor_files.read_safetensors(tmp_path / "one" / "model.safetensors")
         assert ours.keys() == theirs.keys() and all(np.array_equal(ours[n], theirs[n]) for n in ours)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == saved.keys()
@@ -82,17 +88,17 @@ def test_every_golden_comes_back_bit_by_bit(folder, tmp_path):
     for key in ("dtype", "torch_dtype"):
         before.pop(key, None), after.pop(key, None)
     assert before == after
-    again = M.from_pretrained(tmp_path / "many")
-    for a, b in zip(M.base_weights(model), M.base_weights(again)):
+    again = adapters.from_pretrained(tmp_path / "many")
+    for a, b in zip(formats.weights.base_weights(model), formats.weights.base_weights(again)):
         assert np.array_equal(a.to_numpy(), b.to_numpy()), a.name
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_comes_back(name, tmp_path):
     model = build(name)
-    M.save_pretrained(model, tmp_path / "a", max_shard_bytes=8_000)
-    again = M.from_pretrained(tmp_path / "a")
-    M.save_pretrained(again, tmp_path / "b", max_shard_bytes=8_000)
+    formats.weights.save_pretrained(model, tmp_path / "a", max_shard_bytes=8_000)
+    again = adapters.from_pretrained(tmp_path / "a")
+    formats.weights.save_pretrained(again, tmp_path / "b", max_shard_bytes=8_000)
     assert entries(tmp_path / "a") == entries(tmp_path / "b") != {}
     assert np.array_equal(logits(model), logits(again))
     assert {k: v for k, v in vars(again.config).items() if k != "source"} == {
@@ -104,7 +110,9 @@ def rewritten(folder, tensors):
     """The folder's weights replaced by these."""
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    M.write_safetensors(folder / "model.safetensors", {n: np.ascontiguousarray(a) for n, a in tensors.items()})
+    formats.tensor_files.write_safetensors(
+        folder / "model.safetensors", {n: np.ascontiguousarray(a) for n, a in tensors.items()}
+    )
     return folder
 
 
@@ -132,9 +140,9 @@ PUBLISHED = {  # config: how published files of the family differ from what its 
 def test_names_as_published(name, tmp_path):
     change = {"num_nextn_predict_layers": 1} if name == "deepseek_v3" else {}
     folder = write(tmp_path / "a", name, **change)
-    expected = logits(M.from_pretrained(folder))
-    rewritten(folder, PUBLISHED[name](M.read_safetensors(folder / "model.safetensors")))
-    assert np.array_equal(logits(M.from_pretrained(folder)), expected)
+    expected = logits(adapters.from_pretrained(folder))
+    rewritten(folder, PUBLISHED[name](formats.tensor_files.read_safetensors(folder / "model.safetensors")))
+    assert np.array_equal(logits(adapters.from_pretrained(folder)), expected)
 
 
 def fused_experts(tensors):
@@ -160,13 +168,16 @@ def fused_experts(tensors):
 @pytest.mark.parametrize("name", MOE)
 def test_all_experts_of_a_layer_in_one_tensor(name, tmp_path):
     folder = write(tmp_path / "a", name)
-    expected, tensors = logits(M.from_pretrained(folder)), M.read_safetensors(folder / "model.safetensors")
+    expected, tensors = (
+        logits(adapters.from_pretrained(folder)),
+        formats.tensor_files.read_safetensors(folder / "model.safetensors"),
+    )
     fused = fused_experts(tensors)
     assert len(fused) < len(tensors)
-    assert np.array_equal(logits(M.from_pretrained(rewritten(folder, fused))), expected)
+    assert np.array_equal(logits(adapters.from_pretrained(rewritten(folder, fused))), expected)
     wrong = next(n for n in fused if n.endswith("gate_up_proj"))
     with pytest.raises(UserError, match="has shape"):
-        M.from_pretrained(rewritten(folder, fused | {wrong: fused[wrong][:, 2:]}))
+        adapters.from_pretrained(rewritten(folder, fused | {wrong: fused[wrong][:, 2:]}))
 
 
 def test_fp8_is_refused_by_name(tmp_path):
@@ -180,17 +191,17 @@ def test_fp8_is_refused_by_name(tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(source))
     with pytest.raises(UserError, match="quant_method 'fp8' cannot be read"):
-        M.from_pretrained(folder)
+        adapters.from_pretrained(folder)
 
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
     for name in ("gpt2", "mixtral", "chatglm2", "deepseek_v2"):
         folder = write(tmp_path / name, name)
-        tensors = M.read_safetensors(folder / "model.safetensors")
+        tensors = formats.tensor_files.read_safetensors(folder / "model.safetensors")
         gone = next(n for n in tensors if ".1." in n)
         rewritten(folder, {n: a for n, a in tensors.items() if n != gone} | {"model.extra": np.zeros(2, np.float32)})
         with pytest.raises(UserError) as error:
-            M.from_pretrained(folder)
+            adapters.from_pretrained(folder)
         assert f"missing {gone}" in str(error.value) and "unexpected model.extra" in str(error.value)
 
 
@@ -219,7 +230,7 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
 def test_transformers_opens_every_family(hf_python, tmp_path):
     models = {name: build(name, **what_its_class_asks_for(name)) for name in IN_TRANSFORMERS}
     for i, (name, model) in enumerate(models.items()):
-        M.save_pretrained(model, tmp_path / "ours" / name, max_shard_bytes=8_000 if i % 2 else 5 << 30)
+        formats.weights.save_pretrained(model, tmp_path / "ours" / name, max_shard_bytes=8_000 if i % 2 else 5 << 30)
     np.save(tmp_path / "ids.npy", IDS)
     theirs = hf_python(OPENS_ALL, tmp_path / "ours", tmp_path / "ids.npy")
     assert theirs.keys() == models.keys()
@@ -334,7 +345,7 @@ def test_variants_equal_transformers(hf_python, tmp_path):
     }
     theirs, errors = hf_python(MAKE_VARIANTS, tmp_path, json.dumps(variants)), {}
     for name in VARIANTS:
-        model, ids = M.from_pretrained(tmp_path / name), theirs[f"{name}:ids"]
+        model, ids = adapters.from_pretrained(tmp_path / name), theirs[f"{name}:ids"]
         inputs, labels = tensor(ids[:, :-1]), tensor(np.ascontiguousarray(ids[:, 1:]))
         errors[name] = largest(logits(model, ids), theirs[f"{name}:logits"])
         plain = float(model(inputs, labels=labels).mean())
@@ -345,9 +356,10 @@ def test_variants_equal_transformers(hf_python, tmp_path):
                 float(model(inputs, labels=labels).mean()) - plain - theirs[f"{name}:aux"]
             )
         if (tmp_path / f"{name}_fused").is_dir():
-            again = M.from_pretrained(tmp_path / f"{name}_fused")
+            again = adapters.from_pretrained(tmp_path / f"{name}_fused")
             assert all(
-                np.array_equal(a.to_numpy(), b.to_numpy()) for a, b in zip(M.base_weights(model), M.base_weights(again))
+                np.array_equal(a.to_numpy(), b.to_numpy())
+                for a, b in zip(formats.weights.base_weights(model), formats.weights.base_weights(again))
             )
     print(errors)
     assert max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
@@ -506,7 +518,10 @@ def paddlenlp_folder(folder, case, storage="pdparams"):
     theirs = folder / "paddle"
     theirs.mkdir()
     (theirs / "config.json").write_text(json.dumps(keys))
-    tensors = {n: np.ascontiguousarray(a) for n, a in by_hand(M.read_safetensors(source / "model.safetensors")).items()}
+    tensors = {
+        n: np.ascontiguousarray(a)
+        for n, a in by_hand(formats.tensor_files.read_safetensors(source / "model.safetensors")).items()
+    }
     halves = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
     as_paddle = lambda part: {n: tensor(a) for n, a in part.items()}
     if storage == "pdparams":
@@ -520,9 +535,9 @@ def paddlenlp_folder(folder, case, storage="pdparams"):
     for i, part in enumerate(halves):
         file = files.format(f"{i + 1:05d}-of-00002")
         index["weight_map"].update(dict.fromkeys(part, file))
-        paddle.save(as_paddle(part), str(theirs / file)) if suffix == "pdparams" else M.write_safetensors(
-            theirs / file, part
-        )
+        paddle.save(
+            as_paddle(part), str(theirs / file)
+        ) if suffix == "pdparams" else formats.tensor_files.write_safetensors(theirs / file, part)
     (
         theirs / ("model_state.pdparams.index.json" if suffix == "pdparams" else "model.safetensors.index.json")
     ).write_text(json.dumps(index))
@@ -534,12 +549,12 @@ def paddlenlp_folder(folder, case, storage="pdparams"):
 def test_folders_of_paddlenlp(case, storage, tmp_path):
     """The same logits as from Hugging Face's folder; saved, the same files: that is the conversion."""
     theirs, source = paddlenlp_folder(tmp_path, case, storage)
-    model, expected = M.from_pretrained(theirs), M.from_pretrained(source)
+    model, expected = adapters.from_pretrained(theirs), adapters.from_pretrained(source)
     difference = largest(logits(model), logits(expected))
     assert difference == 0
-    M.save_pretrained(model, tmp_path / "converted")
+    formats.weights.save_pretrained(model, tmp_path / "converted")
     assert entries(tmp_path / "converted") == entries(source)
-    again = M.from_pretrained(tmp_path / "converted")
+    again = adapters.from_pretrained(tmp_path / "converted")
     assert np.array_equal(logits(again), logits(expected)) and again.config.family == expected.config.family
     source_keys = json.loads((tmp_path / "converted" / "config.json").read_text())
     assert not [k for k in source_keys if "fuse" in k or "paddle" in k or "parallel" in k]
@@ -559,8 +574,8 @@ def test_transformers_opens_what_was_converted_from_paddlenlp(hf_python, tmp_pat
         theirs, _ = paddlenlp_folder(tmp_path / case, case)
         keys = json.loads((theirs / "config.json").read_text())
         (theirs / "config.json").write_text(json.dumps({"pad_token_id": 0} | keys))
-        model = M.from_pretrained(theirs)
-        M.save_pretrained(model, tmp_path / "ours" / case)
+        model = adapters.from_pretrained(theirs)
+        formats.weights.save_pretrained(model, tmp_path / "ours" / case)
         expected[case] = logits(model)
     np.save(tmp_path / "ids.npy", IDS)
     theirs = hf_python(OPENS_ALL, tmp_path / "ours", tmp_path / "ids.npy")
@@ -586,7 +601,7 @@ def test_bfloat16_and_pairs_of_paddle_save(tmp_path):
     }
     for protocol in (2, 3, 4):
         paddle.save(state, str(tmp_path / "a.pdparams"), protocol=protocol)
-        found = M.read_pdparams(tmp_path / "a.pdparams")
+        found = formats.tensor_files.read_pdparams(tmp_path / "a.pdparams")
         assert found.keys() == state.keys()
         assert all(shape == list(state[n].shape) for n, (_, shape) in found.items())
         arrays = {n: read() for n, (read, _) in found.items()}
@@ -601,7 +616,7 @@ def test_pdparams_are_read_one_tensor_at_a_time(tmp_path):
     state = {f"layer.{i}": paddle.ones([512, 1024]) for i in range(8)}  # 2 MB each
     paddle.save(state, str(tmp_path / "a.pdparams"))
     tracemalloc.start()
-    found = M.read_pdparams(tmp_path / "a.pdparams")
+    found = formats.tensor_files.read_pdparams(tmp_path / "a.pdparams")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     for read, _ in found.values():
         assert read().sum() == 512 * 1024
@@ -631,7 +646,7 @@ def test_other_pickles_are_refused(content, named, tmp_path, capfd):
     for protocol in (2, 4):
         (tmp_path / "a.pdparams").write_bytes(pickle.dumps(content, protocol))
         with pytest.raises(UserError) as error:
-            M.read_pdparams(tmp_path / "a.pdparams")
+            formats.tensor_files.read_pdparams(tmp_path / "a.pdparams")
         assert named in str(error.value).replace("__builtin__", "builtins") and "\n" not in str(error.value)
     assert "executed" not in capfd.readouterr().out
 
@@ -642,14 +657,14 @@ def test_damaged_pdparams(tmp_path):
     for cut in (0, 1, 10, 100, 1000, len(raw) - 1):
         (tmp_path / "b.pdparams").write_bytes(raw[:cut])
         with pytest.raises(UserError, match="b.pdparams: "):
-            for read, _ in M.read_pdparams(tmp_path / "b.pdparams").values():
+            for read, _ in formats.tensor_files.read_pdparams(tmp_path / "b.pdparams").values():
                 read()
     for _ in range(300):
         broken = bytearray(raw[:200] + raw[-300:])
         broken[rng.integers(len(broken))] = rng.integers(256)
         (tmp_path / "b.pdparams").write_bytes(bytes(broken))
         try:
-            for read, _ in M.read_pdparams(tmp_path / "b.pdparams").values():
+            for read, _ in formats.tensor_files.read_pdparams(tmp_path / "b.pdparams").values():
                 read()
         except UserError as error:
             assert "\n" not in str(error)
@@ -663,11 +678,15 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
     base, _ = paddlenlp_folder(tmp_path, case)
     modules = {
         n.removesuffix(".weight")
-        for n in M.stored_tensors(base)
+        for n in formats.weights.stored_tensors(base)
         if re.search(r"o_proj\.w|out_proj\.w|h_to_4h\.w|query_key_value\.w|mlp\.c_proj\.w|w1\.w|linear1\.w", n)
     }
     rng, rslora = np.random.default_rng(0), name in ("opt", "bloom")
-    plain, arrays, weights = M.from_pretrained(base), {}, {n: read() for n, (read, _) in M.stored_tensors(base).items()}
+    plain, arrays, weights = (
+        adapters.from_pretrained(base),
+        {},
+        {n: read() for n, (read, _) in formats.weights.stored_tensors(base).items()},
+    )
     for module in sorted(modules):
         n_in, n_out = weights[f"{module}.weight"].shape
         a, b = (0.2 * rng.standard_normal(shape).astype(np.float32) for shape in ((n_in, 4), (4, n_out)))
@@ -678,7 +697,7 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
     if files.endswith("pdparams"):
         paddle.save({n: tensor(a) for n, a in arrays.items()}, str(folder / files))
     else:
-        M.write_safetensors(folder / files, arrays)
+        formats.tensor_files.write_safetensors(folder / files, arrays)
     keys = {
         "r": 4,
         "lora_alpha": 6,
@@ -693,13 +712,13 @@ def test_lora_of_paddlenlp(name, files, tmp_path):
         "tensor_parallel_degree": -1,
     }
     (folder / "lora_config.json").write_text(json.dumps(keys))
-    found = logits(M.load_adapter(M.from_pretrained(base), folder))
+    found = logits(adapters.load_adapter(adapters.from_pretrained(base), folder))
     assert largest(found, logits(plain)) > 0.05
     paddle.save({n: tensor(a) for n, a in weights.items()}, str(base / "model_state.pdparams"))
-    assert largest(found, logits(M.from_pretrained(base))) < 1e-5
+    assert largest(found, logits(adapters.from_pretrained(base))) < 1e-5
     (folder / "lora_config.json").write_text(json.dumps(keys | {"pissa": True}))
     with pytest.raises(UserError, match="lora_config.json: pissa = true is not supported"):
-        M.load_adapter(M.from_pretrained(base), folder)
+        adapters.load_adapter(adapters.from_pretrained(base), folder)
 
 
 def test_lora_of_paddlenlp_is_merged_from_its_own_folder(tmp_path):
@@ -714,7 +733,7 @@ def test_lora_of_paddlenlp_is_merged_from_its_own_folder(tmp_path):
     )
     keys = {"r": 2, "lora_alpha": 1, "base_model_name_or_path": str(base)}
     (tmp_path / "lora" / "lora_config.json").write_text(json.dumps(keys))
-    merged, plain = M.from_pretrained(tmp_path / "lora"), M.from_pretrained(base)
+    merged, plain = adapters.from_pretrained(tmp_path / "lora"), adapters.from_pretrained(base)
     assert largest(merged.layers[0].mlp.up_proj.weight.numpy() - plain.layers[0].mlp.up_proj.weight.numpy(), 1.0) < 1e-5
     paddle.save(
         {"gpt.decoder.layers.0.self_attn.q_proj.lora_A": paddle.ones([36, 2])},
@@ -723,7 +742,7 @@ def test_lora_of_paddlenlp_is_merged_from_its_own_folder(tmp_path):
     with pytest.raises(
         UserError, match=r"gpt.decoder.layers.0.self_attn.q_proj.lora_A: the model has no linear of that name"
     ):
-        M.from_pretrained(tmp_path / "lora")
+        adapters.from_pretrained(tmp_path / "lora")
 
 
 def test_what_of_paddlenlp_is_refused(tmp_path):
@@ -731,10 +750,10 @@ def test_what_of_paddlenlp_is_refused(tmp_path):
     keys = json.loads((theirs / "config.json").read_text())
     for change in ({"normalize_before": False}, {"use_long_sequence_strategies": True}, {"hidden_activation": "swish"}):
         with pytest.raises(UserError, match=next(iter(change)).replace("hidden_activation", "activation_function")):
-            M.ModelConfig.from_dict(keys | change)
+            families.ModelConfig.from_dict(keys | change)
     (theirs / "model_state.pdparams").rename(theirs / "model_state.tp00.pdparams")
     with pytest.raises(UserError, match="model_state.tp00.pdparams: a part of a model"):
-        M.from_pretrained(theirs)
+        adapters.from_pretrained(theirs)
     with pytest.raises(UserError, match="alibi"):
         config("llama", alibi=True)  # of no PaddleNLP: transformers would not see it
 
@@ -762,7 +781,7 @@ def peft_targets(case, model):
 
 
 def moved(model, spread):
-    for i, weight in enumerate(M.adapter_weights(model)):
+    for i, weight in enumerate(adapters.adapter_weights(model)):
         noise = np.random.default_rng([5, i]).standard_normal(weight.parameter.shape).astype(np.float32)
         M.set_parameter(weight.parameter, noise * np.float32(spread))
     return model.eval()
@@ -772,16 +791,16 @@ def moved(model, spread):
 def test_peft_opens_adapters_of_every_family(hf_python, tmp_path):
     expected = {}
     for case in PEFT_BASES:
-        M.save_pretrained(peft_base(case), tmp_path / "base" / case)
+        formats.weights.save_pretrained(peft_base(case), tmp_path / "base" / case)
         for kind in ("lora", "prefix"):
             model = peft_base(case)
             if kind == "lora":
-                moved(M.apply_lora(model, rank=3, alpha=6.0, targets=peft_targets(case, model)), 0.15)
+                moved(adapters.apply_lora(model, rank=3, alpha=6.0, targets=peft_targets(case, model)), 0.15)
             elif case not in LATENT:
-                moved(M.apply_prefix(model, tokens=4), 1.0)
+                moved(adapters.apply_prefix(model, tokens=4), 1.0)
             else:
                 continue
-            M.save_adapter(model, tmp_path / "ours" / f"{case}-{kind}", base_model=tmp_path / "base" / case)
+            adapters.save_adapter(model, tmp_path / "ours" / f"{case}-{kind}", base_model=tmp_path / "base" / case)
             expected[f"{case}-{kind}"] = logits(model)
     np.save(tmp_path / "ids.npy", IDS)
     script = """
@@ -807,7 +826,7 @@ def test_adapters_of_peft_are_opened_for_every_family(hf_python, tmp_path):
     targets = {}
     for case in PEFT_BASES:
         model = peft_base(case)
-        M.save_pretrained(model, tmp_path / "base" / case)
+        formats.weights.save_pretrained(model, tmp_path / "base" / case)
         named = M.linears(model)
         targets[case] = peft_targets(case, model) or sorted(
             {path.rpartition(".")[2] for path in named if ".experts." not in path}
@@ -840,9 +859,9 @@ for name, targets in json.loads(sys.argv[5]).items():
         {},
     )
     for name, found in theirs.items():
-        base = M.from_pretrained(tmp_path / "base" / name.rpartition("-")[0])
+        base = adapters.from_pretrained(tmp_path / "base" / name.rpartition("-")[0])
         assert largest(logits(base), found) > 0.05, name
-        errors[name] = largest(logits(M.load_adapter(base, tmp_path / "theirs" / name)), found)
+        errors[name] = largest(logits(adapters.load_adapter(base, tmp_path / "theirs" / name)), found)
     print(errors)
     assert len(errors) > 50 and max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
 
@@ -853,15 +872,15 @@ for name, targets in json.loads(sys.argv[5]).items():
 def training(folder, model, stop, resume=False):
     """Three steps of a script's loop on the model; a checkpoint after the second. Returns the final weights."""
     args = make_args(folder, resume_from_checkpoint=resume or None, weight_decay=0.1)
-    weights = M.trainable_weights(model)
-    shards = parallel.Shards(model, weights, parallel.SINGLE)
-    optimizer, state = trainer.AdamW(weights, args), trainer.TrainState()
+    weights = adapters.trainable_weights(model)
+    shards = Shards(model, weights, parallel.SINGLE)
+    optimizer, state = trainer.AdamW(weights, args), TrainState()
     no_tokenizer = types.SimpleNamespace(save=lambda folder: None)
-    checkpoints = trainer.Checkpoints(args, model, no_tokenizer, optimizer, shards)
+    checkpoints = Checkpoints(args, model, no_tokenizer, optimizer, shards)
     if resume:
-        checkpoint = trainer.find_checkpoint(args)
-        state = trainer.load_checkpoint(checkpoint, optimizer, shards)
-        trainer.load_trained(model, checkpoint, args)
+        checkpoint = find_checkpoint(args)
+        state = load_checkpoint(checkpoint, optimizer, shards)
+        load_trained(model, checkpoint, args)
     model.train()
     while state.step < stop:
         ids = np.random.default_rng(state.step).integers(3, 50, (2, 9))
@@ -871,18 +890,18 @@ def training(folder, model, stop, resume=False):
         state.step += 1
         if state.step == 2 and not resume:
             checkpoints.save(state)
-    return {w.name: w.to_numpy().copy() for w in M.base_weights(model)}
+    return {w.name: w.to_numpy().copy() for w in formats.weights.base_weights(model)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_moments_have_hugging_face_names_and_resume_is_bitwise(name, tmp_path):
     whole = training(tmp_path, build(name), 3)
     files = entries(tmp_path / "checkpoint-2")
-    moments = M.read_safetensors(tmp_path / "checkpoint-2" / "optimizer-00001-of-00001.safetensors")
+    moments = formats.tensor_files.read_safetensors(tmp_path / "checkpoint-2" / "optimizer-00001-of-00001.safetensors")
     model_files = {n: shape for n, (_, shape, _) in entries(tmp_path / "checkpoint-2").items() if "/" not in n}
     assert len(files) > len(model_files)
     trained = {key.rpartition("/")[0] for key in moments}
-    assert trained == {w.name for w in M.trainable_weights(build(name))} <= model_files.keys()
+    assert trained == {w.name for w in adapters.trainable_weights(build(name))} <= model_files.keys()
     assert all(list(moments[f"{n}/moment{i}_0"].shape) == model_files[n] for n in trained for i in (1, 2))
     assert any(np.abs(moments[f"{n}/moment1_0"]).max() > 0 for n in trained)
     resumed = training(tmp_path, build(name, seed=5), 3, resume=True)
@@ -957,7 +976,7 @@ def test_values_that_change_the_maths_are_refused_by_name(name, key, value):
 def test_unknown_model_types_are_named():
     for kind in ("phi3", "gpt_neox", "ernie4_5", "chatglm2", None, ["llama"]):
         with pytest.raises(UserError, match="model_type .* is not supported; supported are baichuan, bloom"):
-            M.ModelConfig.from_dict(CONFIGS["llama"] | {"model_type": kind})
+            families.ModelConfig.from_dict(CONFIGS["llama"] | {"model_type": kind})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -968,7 +987,7 @@ def test_missing_keys_and_values_of_other_types_are_one_line(name):
         for change in ("gone", None, "x", -1, [], {}, True, 0, 1.5, [1]):
             source = {k: v for k, v in CONFIGS[name].items() if k != key} | ({} if change == "gone" else {key: change})
             try:
-                M.ModelConfig.from_dict(source, name)
+                families.ModelConfig.from_dict(source, name)
             except UserError as error:
                 refused += 1
                 assert "\n" not in str(error) and str(error).startswith(name)
@@ -1069,14 +1088,14 @@ def test_keys_of_published_files_pass(name):
         and "num_layers" not in source
     ):
         del source["tie_word_embeddings"]
-    found = M.ModelConfig.from_dict(source)
+    found = families.ModelConfig.from_dict(source)
     written = json.loads(found.to_json("bfloat16"))
     assert written | {"torch_dtype": "bfloat16"} == source | {"torch_dtype": "bfloat16"}
 
 
 def test_32k_of_chatglm2_divides_positions_and_of_chatglm3_raises_the_base():
     assert config("chatglm2", _name_or_path="glm-4-9b", rope_ratio=5).rope["rope_theta"] == 50000.0
-    two, three = (M.ModelConfig.from_dict(COMMON | AS_PUBLISHED[f"chatglm{n}-6b-32k"]).rope for n in (2, 3))
+    two, three = (families.ModelConfig.from_dict(COMMON | AS_PUBLISHED[f"chatglm{n}-6b-32k"]).rope for n in (2, 3))
     assert two == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 16} and three == {
         "rope_type": "default",
         "rope_theta": 500000.0,

@@ -16,7 +16,7 @@
 
 // Whether this processor has tiles, the system saves them, and this process may use them; asked once.
 static inline bool amx_allowed() {
-#ifdef EMULATED_TILES  // tests/emulated_tiles.h stands in for the instructions
+#ifdef EMULATED_TILES  // tests/gpu/emulated_tiles.h stands in for the instructions
   return true;
 #else
   static const bool allowed = [] {

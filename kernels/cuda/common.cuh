@@ -1,8 +1,8 @@
 // What the cores of kernels/cuda share: element types, 16-byte vectors, sums over a warp and a block, launching.
 //
 // A core is framework-free: raw pointers, sizes, a stream; its launchers are `extern "C"`, return a cudaError_t as int, and
-// are defined in a header that one source file a program includes (ops.cu for Paddle, tests/cuda_harness.cu for a bare GPU).
-// tests/cuda_on_cpu.h, included first, lets the same text run as host code. Statistics and sums are float32 whatever the
+// are defined in a header that one source file a program includes (ops.cu for Paddle, tests/gpu/cuda_harness.cu for a bare GPU).
+// tests/gpu/cuda_on_cpu.h, included first, lets the same text run as host code. Statistics and sums are float32 whatever the
 // element type, in an order that depends on shapes alone: the same inputs give the same bits.
 #pragma once
 #include <cfloat>

@@ -1,0 +1,1 @@
+"""Parallelism, one file per axis."""

@@ -1,0 +1,970 @@
+"""Any published config.json -> ModelConfig: one row of traits and one table of weight names per family."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+from formats.files import UserError
+
+# ================================================================================================ config
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The sparse MLP of a block: each token goes to top_k of `count` experts, and to a shared one where there is one."""
+
+    count: int  # E
+    top_k: int
+    width: int  # F of one expert
+    shared_width: int = 0  # F of the expert that every token goes to; 0: there is none
+    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid of its own
+    scoring: str = "softmax"  # of the router: "softmax" or "sigmoid"
+    normalise: bool = True  # the chosen experts' weights are made to add up to 1
+    scale: float = 1.0  # of the chosen experts' weights
+    groups: int = 1  # experts are chosen from the best `chosen_groups` of so many groups (arXiv 2405.04434, 2.2.1)
+    chosen_groups: int = 1
+    group_score_of: int = 1  # a group is judged by the sum of its so many best experts
+    choice_bias: bool = False  # a bias that moves the choice alone, not the weights (arXiv 2408.15664)
+    dense_layers: tuple = ()  # layers whose MLP is an ordinary one
+    aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added while training
+    # Each layer is balanced by itself, with shares of all choices, and the layers' losses are added up; False: the tokens
+    # of all layers together, with shares of all tokens.
+    aux_by_layer: bool = False
+    aux_by_sequence: bool = False  # ... and every sequence by itself (arXiv 2405.04434, 2.2.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): queries and keys through a narrow layer each."""
+
+    q_rank: int | None  # None: queries come straight from the hidden state
+    kv_rank: int
+    nope_dim: int  # dims of a head without position
+    rope_dim: int  # dims of a head with it; the keys' are shared by all heads
+    value_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What decides a model. The defaults are Llama's; a family's row in FAMILIES says where it differs."""
+
+    family: str  # a key of FAMILIES
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    head_dim: int  # Dh, of queries and keys
+    max_position_embeddings: int
+    norm_eps: float
+    initializer_range: float
+    rope: dict  # {"rope_type", "rope_theta", and what that type needs}
+    source: dict  # config.json as read: what it says beyond the above is written back unchanged
+    quantization: dict | None = None  # how linears of the blocks are held as integers (QUANTIZATIONS); None: floats
+
+    norm: str = "rms"  # "rms" or "layer"
+    norm_offset: float = 0.0  # added to every norm's weight (Gemma: 1)
+    norm_place: str = "before"  # of each half of a block; "after" (with its residual), or "both" (also on what it adds)
+    residual_scale: float | None = None  # the residual is the norm's output times this, in place of its input
+
+    embedding_size: int | None = None  # another width than D: projected in and, for the head, out
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    final_norm: bool = True
+
+    position: str = "rope"  # "rope", "rope_2d" (ChatGLM-6B), "alibi" (arXiv 2108.12409) or "learned"
+    position_offset: int = 0  # rows of the learned table before position 0
+    rotary_dim: int = 0  # of each head; 0: all
+    rope_interleaved: bool = False  # pairs are (2i, 2i+1) in place of (i, i + r/2)
+    stored_frequencies: str | None = None  # name of RoPE's frequencies, where the files hold them too; {i}: the layer
+    logn_length: int | None = None  # past so many tokens queries grow by log(position) to this base; not in training
+
+    attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on o
+    fused_qkv: str | None = None  # q, k, v in one linear: "blocks" q|k|v, or "groups": each key head's queries, k, v
+    qk_norm: bool = False  # an RMSNorm over every head of q and k
+    attention_scale: float | None = None  # None: Dh ** -0.5
+    attention_softcap: float | None = None  # s -> c · tanh(s / c)
+    windows: tuple = ()  # per layer: how many keys a query sees, itself included; None, or no entry: all
+    latent: Latent | None = None
+
+    activation: str = "silu"  # "silu", "gelu", "gelu_tanh" or "relu"
+    gated: bool = True
+    fused_gate_up: bool = False  # gate and up in one linear, gate first
+    mlp_bias: bool = False
+    experts: Experts | None = None
+
+    tie_word_embeddings: bool = False
+    norm_head: bool = False  # the head's columns are divided by their length (Baichuan 2, arXiv 2309.10305)
+    z_loss_weight: float = 0.0  # of the mean squared largest logit, added while training
+    final_softcap: float | None = None  # of the logits
+
+    @property
+    def most_tokens(self):
+        """Tokens of the longest sequence: as many as there are positions, more where rope stretches them; ALiBi has no end."""
+        if self.position == "alibi":
+            return 1 << 30
+        factor = self.rope["factor"] if self.rope["rope_type"] == "dynamic" else 1
+        return int(self.max_position_embeddings * factor)
+
+    @staticmethod
+    def from_json(path):
+        """config.json of transformers 4 (rope_theta, rope_scaling, torch_dtype) or 5 (rope_parameters, dtype)."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a model is a Hugging Face folder with config.json and its weights")
+        try:
+            source = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON: {error}") from None
+        if not isinstance(source, dict):
+            raise UserError(f"{path}: must hold a JSON object, found {type(source).__name__}")
+        return ModelConfig.from_dict(source, path)
+
+    @staticmethod
+    def from_dict(source, path="config"):
+        source = _huggingface_source(source, path)
+        family = _family_of(source, path)
+        row = FAMILIES[family]
+        _refuse_other_maths(source, family, path)
+
+        def number(field, default, kind=int, least=1):
+            key = _key(source, field)
+            value = default if key is None else source[key]
+            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+                what = "a positive integer" if kind is int else "a positive number"
+                raise UserError(f"{path}: {key or SYNONYMS[field][0]} must be {what}, found {value!r}")
+            return value
+
+        sizes = {field: number(field, None) for field in ("vocab_size", "hidden_size", "num_hidden_layers")}
+        D, H = sizes["hidden_size"], number("num_attention_heads", None)
+        K = number("num_key_value_heads", H)
+        head_dim = number("head_dim", D // H)
+        if H % K or (D % H and _key(source, "head_dim") is None):
+            raise UserError(
+                f"{path}: {H} heads over {K} key/value heads and hidden_size {D} do not divide (head_dim {head_dim})"
+            )
+        fields = dict(
+            **sizes,
+            intermediate_size=number("intermediate_size", 4 * D if row.four_times else None),
+            num_attention_heads=H,
+            num_key_value_heads=K,
+            head_dim=head_dim,
+            max_position_embeddings=number("max_position_embeddings", 2048),
+            norm_eps=float(number("norm_eps", row.norm_eps, (int, float), 0)),
+            initializer_range=float(number("initializer_range", 0.02, (int, float), 0)),
+            rope=_rope_parameters({"rope_theta": row.rope_theta, **source}, path),
+            tie_word_embeddings=bool(source.get("tie_word_embeddings", row.tied_by_default)),
+            quantization=_quantization(source, path),
+        )
+        try:
+            fields.update(row.traits(source, fields))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{path}: a key that {family} needs is missing or of another type: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        config = ModelConfig(family=family, source=source, **fields)
+        if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
+            raise UserError(f"{path}: rotary positions turn pairs: {config.rotary_dim or config.head_dim} dims are odd")
+        return config
+
+    def to_json(self, dtype):
+        """The text of config.json, in the dialect it was read in, with the dtype that the weights are saved in."""
+        source = dict(self.source)
+        source["dtype" if "rope_parameters" in source or "dtype" in source else "torch_dtype"] = dtype
+        for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):  # what a script may have changed
+            if (key := _key(source, field)) is not None:
+                source[key] = getattr(self, field)
+        source.setdefault("architectures", [FAMILIES[self.family].architecture])
+        source.pop("quantization_config", None)
+        if self.quantization is not None:
+            source["quantization_config"] = self.quantization
+        return json.dumps(source, indent=2, ensure_ascii=False) + "\n"
+
+
+SYNONYMS = {  # our field: the keys of config.json that hold it, the first that is there
+    "vocab_size": ("padded_vocab_size", "vocab_size"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_hidden_size", "n_inner"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim", "kv_channels"),
+    "max_position_embeddings": (
+        "max_position_embeddings", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
+    ),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "layer_norm_eps"),
+    "initializer_range": ("initializer_range", "init_std"),
+}  # fmt: skip
+
+
+def _key(source, field):
+    """The key of config.json that holds this field; None: it is not said."""
+    return next((key for key in SYNONYMS[field] if source.get(key) is not None), None)
+
+
+# ============================================================================================== families
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family: how its config.json is read, and what its weights are called."""
+
+    architecture: str  # what its software calls the class
+    names: tuple  # rows of _table(): (our name, theirs, transposed); {i} is the layer, {e} the expert
+    traits: callable = lambda source, fields: {}  # config.json, fields read so far -> fields that differ from Llama's
+    tied_by_default: bool = False  # tie_word_embeddings when config.json is silent
+    norm_eps: float = 1e-6  # when config.json is silent
+    four_times: bool = False  # intermediate_size is 4 D when config.json is silent
+    rope_theta: float = 10000.0  # when config.json is silent
+    prefix: str = "model."  # of the names of all but the head; some published files leave it out
+    also_stores_head: bool = False  # a tied head is written to its files as well
+    model_type: str | None = None  # in config.json, where it is not the row's own name
+    told_by: tuple = ()  # keys of config.json, any of which tells the family from another of its model_type
+    settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
+
+
+def _table(text, linears_as_is=False):
+    """Rows from lines "ours theirs" of modules, for weight and bias, or of one parameter where ours ends in "!".
+
+    transposed: theirs is [out, in] as torch.nn.Linear has it, ours [in, out]. linears_as_is: theirs is [in, out] too.
+    """
+    rows = []
+    for line in filter(str.strip, text.splitlines()):
+        ours, theirs = line.split()
+        if ours.endswith("!"):
+            rows.append((ours[:-1], theirs, False))
+            continue
+        linear = ours.endswith(("_proj", "lm_head", "router", "shared_gate", "project_in", "project_out"))
+        transposed = linear and not (linears_as_is and ours.startswith("layers."))
+        rows.append((f"{ours}.weight", f"{theirs}.weight", transposed))
+        rows.append((f"{ours}.bias", f"{theirs}.bias", False))
+    return tuple(rows)
+
+
+_LLAMA_ATTENTION = """
+    embed_tokens                    model.embed_tokens
+    layers.{i}.attention_norm       model.layers.{i}.input_layernorm
+    layers.{i}.attention.q_proj     model.layers.{i}.self_attn.q_proj
+    layers.{i}.attention.k_proj     model.layers.{i}.self_attn.k_proj
+    layers.{i}.attention.v_proj     model.layers.{i}.self_attn.v_proj
+    layers.{i}.attention.o_proj     model.layers.{i}.self_attn.o_proj
+    layers.{i}.attention.q_norm     model.layers.{i}.self_attn.q_norm
+    layers.{i}.attention.k_norm     model.layers.{i}.self_attn.k_norm
+    layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm
+    norm                            model.norm
+    lm_head                         lm_head
+"""
+
+
+_LLAMA_MLP = """
+    layers.{i}.mlp.gate_proj        model.layers.{i}.mlp.gate_proj
+    layers.{i}.mlp.up_proj          model.layers.{i}.mlp.up_proj
+    layers.{i}.mlp.down_proj        model.layers.{i}.mlp.down_proj
+"""
+
+
+_LLAMA_EXPERTS = """
+    layers.{i}.mlp.router           model.layers.{i}.mlp.gate
+    layers.{i}.mlp.experts.{e}.gate_proj  model.layers.{i}.mlp.experts.{e}.gate_proj
+    layers.{i}.mlp.experts.{e}.up_proj    model.layers.{i}.mlp.experts.{e}.up_proj
+    layers.{i}.mlp.experts.{e}.down_proj  model.layers.{i}.mlp.experts.{e}.down_proj
+"""
+
+
+_NAMES_LLAMA = _table(_LLAMA_ATTENTION + _LLAMA_MLP)
+
+
+_NAMES_MIXTRAL = _table(_LLAMA_ATTENTION + """
+    layers.{i}.mlp.router           model.layers.{i}.block_sparse_moe.gate
+    layers.{i}.mlp.experts.{e}.gate_proj  model.layers.{i}.block_sparse_moe.experts.{e}.w1
+    layers.{i}.mlp.experts.{e}.up_proj    model.layers.{i}.block_sparse_moe.experts.{e}.w3
+    layers.{i}.mlp.experts.{e}.down_proj  model.layers.{i}.block_sparse_moe.experts.{e}.w2
+""")  # fmt: skip
+
+
+_NAMES_QWEN_MOE = _table(_LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_EXPERTS + """
+    layers.{i}.mlp.shared.gate_proj model.layers.{i}.mlp.shared_expert.gate_proj
+    layers.{i}.mlp.shared.up_proj   model.layers.{i}.mlp.shared_expert.up_proj
+    layers.{i}.mlp.shared.down_proj model.layers.{i}.mlp.shared_expert.down_proj
+    layers.{i}.mlp.shared_gate      model.layers.{i}.mlp.shared_expert_gate
+""")  # fmt: skip
+
+
+_NAMES_DEEPSEEK = _table(_LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_EXPERTS + """
+    layers.{i}.attention.q_a_proj   model.layers.{i}.self_attn.q_a_proj
+    layers.{i}.attention.q_a_norm   model.layers.{i}.self_attn.q_a_layernorm
+    layers.{i}.attention.q_b_proj   model.layers.{i}.self_attn.q_b_proj
+    layers.{i}.attention.kv_a_proj  model.layers.{i}.self_attn.kv_a_proj_with_mqa
+    layers.{i}.attention.kv_a_norm  model.layers.{i}.self_attn.kv_a_layernorm
+    layers.{i}.attention.kv_b_proj  model.layers.{i}.self_attn.kv_b_proj
+    layers.{i}.mlp.choice_bias!     model.layers.{i}.mlp.gate.e_score_correction_bias
+    layers.{i}.mlp.shared.gate_proj model.layers.{i}.mlp.shared_experts.gate_proj
+    layers.{i}.mlp.shared.up_proj   model.layers.{i}.mlp.shared_experts.up_proj
+    layers.{i}.mlp.shared.down_proj model.layers.{i}.mlp.shared_experts.down_proj
+""")  # fmt: skip
+
+
+_NAMES_QWEN = _table("""
+    embed_tokens                    transformer.wte
+    layers.{i}.attention_norm       transformer.h.{i}.ln_1
+    layers.{i}.attention.qkv_proj   transformer.h.{i}.attn.c_attn
+    layers.{i}.attention.o_proj     transformer.h.{i}.attn.c_proj
+    layers.{i}.mlp_norm             transformer.h.{i}.ln_2
+    layers.{i}.mlp.gate_proj        transformer.h.{i}.mlp.w2
+    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.w1
+    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.c_proj
+    norm                            transformer.ln_f
+    lm_head                         lm_head
+""")
+
+
+_NAMES_BAICHUAN = _table("""
+    embed_tokens                    model.embed_tokens
+    layers.{i}.attention_norm       model.layers.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   model.layers.{i}.self_attn.W_pack
+    layers.{i}.attention.o_proj     model.layers.{i}.self_attn.o_proj
+    layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm
+    norm                            model.norm
+    lm_head                         lm_head
+""" + _LLAMA_MLP)  # fmt: skip
+
+
+_NAMES_CHATGLM = _table("""
+    embed_tokens                    transformer.word_embeddings
+    layers.{i}.attention_norm       transformer.layers.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   transformer.layers.{i}.attention.query_key_value
+    layers.{i}.attention.o_proj     transformer.layers.{i}.attention.dense
+    layers.{i}.mlp_norm             transformer.layers.{i}.post_attention_layernorm
+    layers.{i}.mlp.up_proj          transformer.layers.{i}.mlp.dense_h_to_4h
+    layers.{i}.mlp.down_proj        transformer.layers.{i}.mlp.dense_4h_to_h
+    norm                            transformer.final_layernorm
+    lm_head                         lm_head
+""")
+
+
+_NAMES_CHATGLM2 = _table("""
+    embed_tokens                    transformer.embedding.word_embeddings
+    layers.{i}.attention_norm       transformer.encoder.layers.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   transformer.encoder.layers.{i}.self_attention.query_key_value
+    layers.{i}.attention.o_proj     transformer.encoder.layers.{i}.self_attention.dense
+    layers.{i}.mlp_norm             transformer.encoder.layers.{i}.post_attention_layernorm
+    layers.{i}.mlp.gate_up_proj     transformer.encoder.layers.{i}.mlp.dense_h_to_4h
+    layers.{i}.mlp.down_proj        transformer.encoder.layers.{i}.mlp.dense_4h_to_h
+    norm                            transformer.encoder.final_layernorm
+    lm_head                         transformer.output_layer
+""")
+
+
+_NAMES_GLM = _table(_LLAMA_ATTENTION + """
+    layers.{i}.attention_post_norm  model.layers.{i}.post_self_attn_layernorm
+    layers.{i}.mlp.gate_up_proj     model.layers.{i}.mlp.gate_up_proj
+    layers.{i}.mlp.down_proj        model.layers.{i}.mlp.down_proj
+    layers.{i}.mlp_post_norm        model.layers.{i}.post_mlp_layernorm
+""")  # fmt: skip
+
+
+_NAMES_BLOOM = _table("""
+    embed_tokens                    transformer.word_embeddings
+    embed_norm                      transformer.word_embeddings_layernorm
+    layers.{i}.attention_norm       transformer.h.{i}.input_layernorm
+    layers.{i}.attention.qkv_proj   transformer.h.{i}.self_attention.query_key_value
+    layers.{i}.attention.o_proj     transformer.h.{i}.self_attention.dense
+    layers.{i}.mlp_norm             transformer.h.{i}.post_attention_layernorm
+    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.dense_h_to_4h
+    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.dense_4h_to_h
+    norm                            transformer.ln_f
+    lm_head                         lm_head
+""")
+
+
+_NAMES_GPT2 = _table("""
+    embed_tokens                    transformer.wte
+    embed_positions                 transformer.wpe
+    layers.{i}.attention_norm       transformer.h.{i}.ln_1
+    layers.{i}.attention.qkv_proj   transformer.h.{i}.attn.c_attn
+    layers.{i}.attention.o_proj     transformer.h.{i}.attn.c_proj
+    layers.{i}.mlp_norm             transformer.h.{i}.ln_2
+    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.c_fc
+    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.c_proj
+    norm                            transformer.ln_f
+    lm_head                         lm_head
+""", linears_as_is=True)  # fmt: skip
+
+
+_NAMES_OPT = _table("""
+    embed_tokens                    model.decoder.embed_tokens
+    embed_positions                 model.decoder.embed_positions
+    project_in                      model.decoder.project_in
+    project_out                     model.decoder.project_out
+    layers.{i}.attention_norm       model.decoder.layers.{i}.self_attn_layer_norm
+    layers.{i}.attention.q_proj     model.decoder.layers.{i}.self_attn.q_proj
+    layers.{i}.attention.k_proj     model.decoder.layers.{i}.self_attn.k_proj
+    layers.{i}.attention.v_proj     model.decoder.layers.{i}.self_attn.v_proj
+    layers.{i}.attention.o_proj     model.decoder.layers.{i}.self_attn.out_proj
+    layers.{i}.mlp_norm             model.decoder.layers.{i}.final_layer_norm
+    layers.{i}.mlp.up_proj          model.decoder.layers.{i}.fc1
+    layers.{i}.mlp.down_proj        model.decoder.layers.{i}.fc2
+    norm                            model.decoder.final_layer_norm
+    lm_head                         lm_head
+""")
+
+
+_NAMES_INTERNLM2 = _table("""
+    embed_tokens                    model.tok_embeddings
+    layers.{i}.attention_norm       model.layers.{i}.attention_norm
+    layers.{i}.attention.qkv_proj   model.layers.{i}.attention.wqkv
+    layers.{i}.attention.o_proj     model.layers.{i}.attention.wo
+    layers.{i}.mlp_norm             model.layers.{i}.ffn_norm
+    layers.{i}.mlp.gate_proj        model.layers.{i}.feed_forward.w1
+    layers.{i}.mlp.up_proj          model.layers.{i}.feed_forward.w3
+    layers.{i}.mlp.down_proj        model.layers.{i}.feed_forward.w2
+    norm                            model.norm
+    lm_head                         output
+""")
+
+
+_NAMES_GEMMA2 = _table(_LLAMA_ATTENTION.replace(
+    "layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp_norm             model.layers.{i}.pre_feedforward_layernorm",
+) + _LLAMA_MLP + """
+    layers.{i}.attention_post_norm  model.layers.{i}.post_attention_layernorm
+    layers.{i}.mlp_post_norm        model.layers.{i}.post_feedforward_layernorm
+""")  # fmt: skip
+
+
+IGNORED_WEIGHTS = re.compile(  # in published files: tables that are computed, and masks
+    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.rotary_emb\.(cos|sin)_cached$|decoder\.version$"
+)
+
+
+def _llama(source, fields):
+    bias = bool(source.get("attention_bias", False))
+    return dict(attention_bias=bias, output_bias=bias, mlp_bias=bool(source.get("mlp_bias", False)))
+
+
+def _windowed(source, fields):
+    window = source.get("sliding_window")
+    return dict(windows=(window,) * fields["num_hidden_layers"]) if window else {}
+
+
+def _mistral(source, fields):
+    return _windowed({"sliding_window": 4096, **source}, fields)  # null is none, no key is the class's own
+
+
+def _mixtral(source, fields):
+    return _windowed(source, fields) | dict(
+        experts=Experts(
+            source["num_local_experts"],
+            source["num_experts_per_tok"],
+            fields["intermediate_size"],
+            aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
+        )
+    )
+
+
+def _qwen(source, fields):
+    rope, length = fields["rope"], source.get("seq_length", 8192)
+    rope = {"rope_type": "default", "rope_theta": float(source.get("rotary_emb_base", 10000.0))}
+    if source.get("use_dynamic_ntk", True):
+        rope |= {"rope_type": "qwen_ntk", "original_max_position_embeddings": length}
+    return dict(
+        attention_bias=True,
+        fused_qkv="blocks",
+        intermediate_size=fields["intermediate_size"] // 2,
+        rope=rope,
+        logn_length=length if source.get("use_logn_attn", True) else None,
+    )
+
+
+def _qwen_moe(source, fields):
+    dense = set(source.get("mlp_only_layers") or ())
+    step = source.get("decoder_sparse_step", 1)
+    dense |= {i for i in range(fields["num_hidden_layers"]) if (i + 1) % step}
+    qwen2 = source["model_type"] == "qwen2_moe"
+    shared = source["shared_expert_intermediate_size"] or 0 if qwen2 else 0
+    return dict(
+        attention_bias=bool(source.get("qkv_bias", True) if qwen2 else source.get("attention_bias", False)),
+        output_bias=False if qwen2 else bool(source.get("attention_bias", False)),
+        qk_norm=not qwen2,
+        experts=Experts(
+            source.get("num_local_experts") or source["num_experts"],
+            source["num_experts_per_tok"],
+            source["moe_intermediate_size"],
+            shared,
+            qwen2,
+            normalise=bool(source.get("norm_topk_prob", False)),
+            dense_layers=tuple(sorted(dense)),
+            aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
+        ),
+    )
+
+
+def _baichuan(source, fields):
+    # 13B has no rotary positions and so no max_position_embeddings. Baichuan 2 writes z_loss_weight and has another
+    # vocabulary; its 7B also spells the class as the 13B does.
+    rope = "max_position_embeddings" in source
+    two = (
+        "z_loss_weight" in source
+        or fields["vocab_size"] == 125696
+        or rope
+        and source.get("architectures") == ["BaichuanForCausalLM"]
+    )
+    return dict(
+        fused_qkv="blocks",
+        position="rope" if rope else "alibi",
+        norm_head=two,
+        stored_frequencies="model.layers.{i}.self_attn.rotary_emb.inv_freq" if rope and not two else None,
+        z_loss_weight=float(source.get("z_loss_weight") or 0.0),
+    )
+
+
+def _chatglm(source, fields):
+    # The official code gives every model the residual scale of 28 layers, the depth of the one that was published.
+    return dict(
+        norm="layer",
+        position="rope_2d",
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_qkv="groups",
+        gated=False,
+        activation="gelu_tanh",
+        residual_scale=math.sqrt(2 * fields["num_hidden_layers"]),
+        stored_frequencies="transformer.layers.{i}.attention.rotary_emb.inv_freq",
+    )
+
+
+def _chatglm2(source, fields):
+    multi_query, name = source.get("multi_query_attention", False), str(source.get("_name_or_path"))
+    ratio = source.get("rope_ratio", 1)
+    # chatglm2-6b-32k divides positions by the ratio, ChatGLM3 and GLM-4 multiply the base with theirs (50 or more): the same
+    # keys, told apart by the name, or the size of the number.
+    if ratio != 1 and ratio < 50 and not re.search("chatglm[23]|glm-4", name):
+        raise UserError(
+            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3, GLM-4): _name_or_path = "
+            f"{name!r} must name the model, chatglm2, chatglm3 or glm-4"
+        )
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio}
+    if "chatglm2" in name and ratio != 1:
+        rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": ratio}
+    return dict(
+        num_key_value_heads=source["multi_query_group_num"] if multi_query else fields["num_attention_heads"],
+        fused_qkv="blocks" if multi_query else "groups",
+        fused_gate_up=True,
+        rotary_dim=fields["head_dim"] // 2,
+        rope_interleaved=True,
+        rope=rope,
+        stored_frequencies="transformer.rotary_pos_emb.inv_freq",
+        attention_bias=bool(source.get("add_qkv_bias", False) or source.get("add_bias_linear", False)),
+        output_bias=bool(source.get("add_bias_linear", False)),
+        mlp_bias=bool(source.get("add_bias_linear", False)),
+    )
+
+
+def _glm(source, fields):
+    partial = ((source.get("rope_parameters") or {}) | source).get("partial_rotary_factor", 0.5)
+    return dict(
+        attention_bias=bool(source.get("attention_bias", True)),
+        fused_gate_up=True,
+        rope_interleaved=True,
+        rotary_dim=int(fields["head_dim"] * partial),
+        norm_place="both" if source["model_type"] == "glm4" else "before",
+    )
+
+
+def _bloom(source, fields):
+    return dict(
+        norm="layer",
+        position="alibi",
+        embedding_norm=True,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_qkv="groups",
+        gated=False,
+        activation="gelu_tanh",
+        residual_scale=1.0 if source.get("apply_residual_connection_post_layernorm") else None,
+    )
+
+
+def _gpt2(source, fields):
+    activation = source.get("activation_function", "gelu_new")
+    return dict(
+        norm="layer",
+        position="learned",
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_qkv="blocks",
+        gated=False,
+        activation=_GELU.get(activation, activation),
+    )
+
+
+_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def _opt(source, fields):
+    before, width = source.get("do_layer_norm_before", True), source.get("word_embed_proj_dim")
+    bias = source.get("enable_bias", True)
+    return dict(
+        norm="layer",
+        norm_place="before" if before else "after",
+        position="learned",
+        position_offset=2,
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        gated=False,
+        activation=_GELU.get(source.get("activation_function"), source.get("activation_function", "relu")),
+        embedding_size=None if width == fields["hidden_size"] else width,
+        final_norm=before and not source.get("_remove_final_layer_norm", False),
+    )
+
+
+def _gemma(source, fields):
+    return dict(
+        attention_bias=bool(source.get("attention_bias", False)),
+        output_bias=bool(source.get("attention_bias", False)),
+        norm_offset=1.0,
+        embedding_scale=math.sqrt(fields["hidden_size"]),
+        activation="gelu_tanh",
+    )
+
+
+def _gemma2(source, fields):
+    window, layers = source.get("sliding_window", 4096), fields["num_hidden_layers"]
+    types = source.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    return _gemma(source, fields) | dict(
+        norm_place="both",
+        attention_scale=float(source.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_softcap=source.get("attn_logit_softcapping", 50.0),
+        final_softcap=source.get("final_logit_softcapping", 30.0),
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+    )
+
+
+def _deepseek(source, fields):
+    v3, rope = source["model_type"] == "deepseek_v3", fields["rope"]
+    latent = Latent(
+        source["q_lora_rank"],
+        source["kv_lora_rank"],
+        source["qk_nope_head_dim"],
+        source["qk_rope_head_dim"],
+        source["v_head_dim"],
+    )
+    scale = (latent.nope_dim + latent.rope_dim) ** -0.5
+    if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
+        scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    dense = range(min(source["first_k_dense_replace"], fields["num_hidden_layers"]))
+    grouped = v3 or source.get("topk_method") == "group_limited_greedy"
+    experts = Experts(
+        source["n_routed_experts"],
+        source["num_experts_per_tok"],
+        source["moe_intermediate_size"],
+        (source["n_shared_experts"] or 0) * source["moe_intermediate_size"],
+        scoring="sigmoid" if v3 else "softmax",
+        normalise=bool(v3 and source.get("norm_topk_prob", True)),
+        scale=source.get("routed_scaling_factor", 1.0),
+        groups=source["n_group"] if grouped else 1,
+        chosen_groups=source["topk_group"] if grouped else 1,
+        group_score_of=2 if v3 else 1,
+        choice_bias=v3,
+        dense_layers=tuple(dense),
+        aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.0),
+        aux_by_layer=True,
+        aux_by_sequence=bool(source.get("seq_aux", True)),
+    )
+    bias = bool(source.get("attention_bias", False))
+    return dict(
+        attention_bias=bias,
+        output_bias=bias,
+        num_key_value_heads=fields["num_attention_heads"],
+        latent=latent,
+        head_dim=latent.nope_dim + latent.rope_dim,
+        rotary_dim=latent.rope_dim,
+        attention_scale=scale,
+        rope_interleaved=bool(source.get("rope_interleave", True)),
+        experts=experts,
+    )
+
+
+def _internlm(source, fields):
+    rotary, rope = source.get("rotary"), fields["rope"]
+    if rotary is not None:  # {"type": "origin"} or, as Hugging Face's "dynamic", {"type": "dynamic"}
+        rope = {"rope_type": "default", "rope_theta": float(rotary["base"])}
+        if rotary["type"] == "dynamic":
+            rope |= {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
+        elif rotary["type"] != "origin":
+            raise UserError(f"rotary = {json.dumps(rotary)} is not supported; its type must be origin or dynamic")
+    return dict(attention_bias=bool(source.get("bias", False)), output_bias=bool(source.get("bias", False)), rope=rope)
+
+
+def _internlm2(source, fields):
+    return _internlm(source, fields) | dict(fused_qkv="groups")
+
+
+_SILU = {"hidden_act": ("silu",)}
+
+
+_GELU_TANH = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", "gelu"))
+
+
+_NO_WINDOW = {"use_sliding_window": (False,), "sliding_window": ...}  # unused then, as max_window_layers is
+
+
+_BIAS = {"attention_bias": (True, False)}
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", _NAMES_LLAMA, _llama, settings=_SILU | _BIAS | {"mlp_bias": (True, False)}),
+    "mistral": Family("MistralForCausalLM", _NAMES_LLAMA, _mistral, settings=_SILU | {"sliding_window": ...}),
+    "mixtral": Family("MixtralForCausalLM", _NAMES_MIXTRAL, _mixtral, norm_eps=1e-5, rope_theta=1e6,
+                      settings=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...}),
+    "qwen": Family("QWenLMHeadModel", _NAMES_QWEN, _qwen, prefix="transformer.",
+                   settings={"no_bias": (True,), "rotary_pct": (1.0, 1), "scale_attn_weights": (True,), "rotary_emb_base": ...,
+                             "use_dynamic_ntk": (True, False), "use_logn_attn": (True, False)}),
+    "qwen2": Family("Qwen2ForCausalLM", _NAMES_LLAMA, lambda source, fields: dict(attention_bias=True),
+                    settings=_SILU | _NO_WINDOW | {"attention_bias": ...}),  # which its class does not read
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)}),
+    "qwen3": Family("Qwen3ForCausalLM", _NAMES_LLAMA, lambda source, fields: _llama(source, fields) | dict(qk_norm=True),
+                    settings=_SILU | _NO_WINDOW | _BIAS),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...}),
+    "baichuan": Family("BaichuanForCausalLM", _NAMES_BAICHUAN, _baichuan, settings=_SILU),
+    "chatglm": Family("ChatGLMModel", _NAMES_CHATGLM, _chatglm, True, 1e-5, prefix="transformer.", also_stores_head=True,
+                      told_by=("position_encoding_2d", "inner_hidden_size"), settings={"position_encoding_2d": (True,)}),
+    "chatglm2": Family("ChatGLMModel", _NAMES_CHATGLM2, _chatglm2, norm_eps=1e-5, prefix="transformer.", model_type="chatglm",
+                       settings={"apply_residual_connection_post_layernorm": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
+                                 "original_rope": (True,), "apply_query_key_layer_scaling": (True, False), "add_qkv_bias": (True, False),
+                                 "add_bias_linear": (True, False), "rope_ratio": ..., "multi_query_attention": (True, False)}),
+    "glm": Family("GlmForCausalLM", _NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}),
+    "glm4": Family("Glm4ForCausalLM", _NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}),
+    "bloom": Family("BloomForCausalLM", _NAMES_BLOOM, _bloom, True, 1e-5, True, prefix="transformer.",
+                    settings={"apply_residual_connection_post_layernorm": (True, False), "offset_alibi": ...}),
+    "gpt2": Family("GPT2LMHeadModel", _NAMES_GPT2, _gpt2, True, 1e-5, True, prefix="transformer.",
+                   settings={"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"), "scale_attn_weights": (True,),
+                             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "reorder_and_upcast_attn": ...}),
+    "opt": Family("OPTForCausalLM", _NAMES_OPT, _opt, True, 1e-5,
+                  settings={"activation_function": ("relu", "gelu", "gelu_new"), "layer_norm_elementwise_affine": (True,)}),
+    "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False), "rotary": ...}),
+    "internlm2": Family("InternLM2ForCausalLM", _NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
+    "gemma": Family("GemmaForCausalLM", _NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
+    "gemma2": Family("Gemma2ForCausalLM", _NAMES_GEMMA2, _gemma2, True,
+                     settings=_GELU_TANH | _BIAS | dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+                                                                  "query_pre_attn_scalar", "sliding_window_size"), ...)),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
+                          settings=_SILU | _BIAS | {"topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",),
+                                                    "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
+                          settings=_SILU | _BIAS | {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "rope_interleave": (True, False),
+                                                    "moe_layer_freq": (1,)}),
+}  # fmt: skip
+
+
+def _family_of(source, path):
+    """The row of FAMILIES for a config.json, by its model_type and, where rows share one, by the keys that tell them apart."""
+    kind, types = source.get("model_type"), {name: row.model_type or name for name, row in FAMILIES.items()}
+    rows = [(name, FAMILIES[name].told_by) for name, model_type in types.items() if model_type == kind]
+    told = [name for name, keys in rows if source.keys() & set(keys)]
+    family = next(iter(told or [name for name, keys in rows if not keys]), None)
+    if family is None:
+        known = ", ".join(sorted(set(types.values())))
+        raise UserError(f"{path}: model_type {kind!r} is not supported; supported are {known}")
+    return family
+
+
+# Keys that some family gives a meaning: where a family's `settings` do not list one, only the values here leave its maths alone.
+_NEUTRAL = {
+    "sliding_window": (), "use_sliding_window": (False,), "partial_rotary_factor": (1.0, 1), "rotary_pct": (1.0, 1),
+    "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,), "use_bias": (False,), "bias": (False,),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "query_pre_attn_scalar": (), "use_qk_norm": (False,),
+    "qk_norm": (False,), "qk_layernorm": (False,), "clip_qkv": (), "logit_scale": (1.0, 1), "alibi": (False,),
+    "attention_multiplier": (), "residual_multiplier": (1.0, 1), "embedding_multiplier": (1.0, 1), "logits_scaling": (1.0, 1),
+    "attention_chunk_size": (), "no_rope_layers": (), "parallel_attn": (False,), "use_parallel_residual": (False,),
+    "rope_local_base_freq": (), "use_bidirectional_attention": (False,), "is_encoder_decoder": (False,), "num_local_experts": (),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "router_jitter_noise": (0, 0.0),
+    "apply_residual_connection_post_layernorm": (False,), "pre_seq_len": (), "position_encoding_2d": (False,), "use_mla": (False,),
+    "rope_ratio": (1, 1.0), "use_dynamic_ntk": (False,), "use_logn_attn": (False,), "original_rope": (True,), "swiglu": (True,),
+}  # fmt: skip
+
+
+_LIKE_MATHS = re.compile(
+    "scal(e|ing)|multiplier|softcap|window|rope|rotary|alibi|residual|_act$|activation_f|qk_|norm_type|chunk|mup"
+)
+
+
+def _refuse_other_maths(source, family, path):
+    """Every key that would change what the decoder computes is either read here or refused by its name."""
+    settings, rope = FAMILIES[family].settings, _rope_object(source, path)
+    inside = {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
+    for key, value in (source | inside).items():
+        allowed = settings.get(key, _NEUTRAL.get(key))
+        if allowed is None and key not in _READ_KEYS and _LIKE_MATHS.search(key):
+            allowed = (False, 0, 0.0, 1, 1.0)
+        if allowed is None or allowed is ... or value is None or value in ([], {}):
+            continue
+        if value in allowed and (value is not True or any(choice is True for choice in allowed)):  # 1 is not true here
+            continue
+        right = " or ".join(json.dumps(choice) for choice in allowed) or "no such key"
+        raise UserError(
+            f"{path}: {key} = {json.dumps(value)} is not supported for {family}: it changes the maths; supported is {right}"
+        )
+
+
+_READ_KEYS = {  # keys that read like maths, and are read above or change nothing
+    *(key for keys in SYNONYMS.values() for key in keys),
+    "rope_scaling", "rope_parameters", "rope_theta", "max_window_layers", "routed_scaling_factor", "word_embed_proj_dim",
+    "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "hidden_act", "attention_softmax_in_fp32", "fp32_residual_connection",
+    "masked_softmax_fusion", "slow_but_exact", "_sliding_window_pattern", "use_flash_attn", "scale_attn_weights",
+}  # fmt: skip
+
+
+QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the values that can be read
+    "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
+    "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
+}
+
+
+def _quantization(source, path):
+    """quantization_config, checked; None for a model of floats."""
+    found = source.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method not in QUANTIZATIONS:
+        raise UserError(f"{path}: quant_method {method!r} cannot be read; readable are {', '.join(QUANTIZATIONS)}")
+    for key, allowed in QUANTIZATIONS[method].items():
+        if found.get(key) not in allowed:
+            choices = ", ".join(str(a) for a in allowed if a is not None)
+            raise UserError(f"{path}: quantization_config: {key} = {found.get(key)!r}; readable are {choices}")
+    group = found.get("group_size", -1)
+    if not isinstance(group, int) or group == 0 or group < -1:
+        raise UserError(f"{path}: quantization_config: group_size = {group!r}; it must be -1 or positive")
+    for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"):
+        if found.get(key):
+            raise UserError(
+                f"{path}: quantization_config: {key} = {found[key]!r} is not supported: every linear of the blocks, and only these"
+            )
+    return found
+
+
+def _rope_object(source, path):
+    """What config.json says of RoPE in either dialect, {} if nothing."""
+    key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
+    if not isinstance(source.get(key) or {}, dict):
+        raise UserError(f"{path}: {key} must be an object, found {source[key]!r}")
+    return source.get(key) or {}
+
+
+def _rope_parameters(source, path):
+    """{"rope_type", "rope_theta", …} from either dialect, checked."""
+    rope = dict(_rope_object(source, path))
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    known = {
+        "rope_type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "low_freq_factor",
+        "high_freq_factor",
+        "truncate",
+        "partial_rotary_factor",
+    }
+    rope.setdefault("rope_theta", source.get("rope_theta", 10000.0))
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if rope["rope_type"] not in needed:
+        raise UserError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(needed)}")
+    for key in rope.keys() - known:
+        if rope[key] is not None:
+            found = f"rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])}"
+            raise UserError(f"{path}: {found} is not supported: it may change the maths")
+    for key in ("rope_theta", *needed[rope["rope_type"]]):
+        if not isinstance(rope.get(key), (int, float)):
+            raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
+    return rope
+
+
+# ====================================================================================== rotary positions
+
+
+def yarn_mscale(factor, m):
+    """How much yarn raises the softmax's temperature at a context `factor` times as long (arXiv 2309.00071, Eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+
+def _names_of(config, rows=None):
+    """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
+    experts = range(config.experts.count if config.experts else 0)
+    for ours, theirs, transposed in rows or FAMILIES[config.family].names:
+        for i in range(config.num_hidden_layers) if "{i}" in ours else (0,):
+            for e in experts if "{e}" in ours else (0,):
+                yield ours.format(i=i, e=e), theirs.format(i=i, e=e), transposed
+
+
+_PADDLENLP_KEYS = {  # model_type: its keys that have another name in Hugging Face's config.json of that family
+    "gpt": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions", "hidden_act": "activation_function", "hidden_activation": "activation_function"},
+    "opt": {"intermediate_size": "ffn_dim", "normalize_before": "do_layer_norm_before", "hidden_act": "activation_function"},
+    "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    "chatglm": {"num_hidden_layers": "num_layers"},
+    "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "max_sequence_length": "seq_length"},
+}  # fmt: skip
+
+
+_PADDLENLP_MARKS = {
+    "paddlenlp_version",
+    "fuse_attention_qkv",
+    "fuse_attention_ffn",
+    "tensor_parallel_output",
+    "normalize_before",
+}
+
+
+_PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
+    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|virtual_pp|mp_degree"
+)
+
+
+def _huggingface_source(source, path):
+    """config.json of PaddleNLP in the words of Hugging Face's; any other as it is."""
+    kind = str(source.get("model_type"))
+    if not (_PADDLENLP_MARKS & source.keys() or kind in ("gpt", "chatglm_v2")):
+        return source
+    source = {key: value for key, value in source.items() if not _PADDLENLP_MACHINE.search(key)}
+    if source.pop("use_long_sequence_strategies", False) or kind == "gpt" and not source.pop("normalize_before", True):
+        refused = "use_long_sequence_strategies = true and, for GPT, normalize_before = false"
+        raise UserError(f"{path}: {refused} are not supported")
+    for theirs, ours in _PADDLENLP_KEYS.get(kind, {}).items():
+        if theirs in source:
+            source[ours] = source.pop(theirs)
+    source["model_type"] = {"gpt": "gpt2", "chatglm_v2": "chatglm"}.get(kind, kind)
+    source.pop("architectures", None)
+    if kind in ("gpt", "opt", "bloom", "chatglm"):
+        source.pop("tie_word_embeddings", None)  # its classes tie them whatever it says
+        if source.get("activation_function") == "gelu":
+            source["activation_function"] = "gelu_new"
+    stretch, factor = source.pop("rope_scaling_type", None), source.pop("rope_scaling_factor", 1.0)
+    if stretch == "ntk":
+        dim = source.get("head_dim") or source["hidden_size"] // source["num_attention_heads"]
+        source["rope_theta"] = source.get("rope_theta", 10000.0) * factor ** (dim / (dim - 2))
+    elif stretch is not None:
+        source["rope_scaling"] = {"type": {"dynamic_ntk": "dynamic"}.get(stretch, stretch), "factor": factor}
+    if kind == "llama" and source.pop("alibi", False):  # Baichuan-13B, which has no class of its own there
+        source |= {"model_type": "baichuan", "model_max_length": source.pop("max_position_embeddings", 4096)}
+    return source

@@ -1,0 +1,1 @@
+"""Other people's files: tensors, weights by name, tokenizers, chat templates, PaddleNLP's arguments."""

@@ -1,0 +1,1 @@
+"""Inference: the engine, its runners, HTTP and the OpenAI API."""

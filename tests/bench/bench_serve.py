@@ -1,0 +1,132 @@
+"""How fast this repository answers, by the contract by which the project times what a user would use instead.
+
+    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 16            # 128 ids in, 128 out, greedy
+    python tests/bench/bench_serve.py --task generate --config A --dtype fp32 --mode wint8 --batch 1
+    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 1 --profile    # where the time goes
+
+Models: as in bench_train.py, read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if they are there, else drawn here
+in the same shape. A mode rounds the linears of the blocks to integers in memory, to nearest, by output channel (the head
+stays float): wint8 and wint4 the weights alone, a8w8 the activations of each token as well. The prompts go through the
+engine of serve.py, all at once. The last line of the output is one JSON object; the first repetition does not count.
+"""
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import resource
+import sys
+import time
+
+import paths  # noqa: F401
+
+THREADS = 2
+if __name__ == "__main__":  # read once, when Paddle is first imported; its own default is one thread
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
+import kernels
+
+import numpy as np
+import paddle
+from bench_train import SHAPES, load_model, summary
+
+import quantize
+from model import QuantLinear, linears, set_parameter
+from serve import measure
+from serving.engine import Engine
+
+SCHEMES = {"": None, "wint8": "w8", "wint4": "w4", "a8w8": "a8w8"}
+
+
+@paddle.no_grad()
+def round_weights(model, scheme):
+    """Every linear of the blocks becomes a QuantLinear, rounded to nearest."""
+    for parent, attribute, layer in linears(model).values():
+        weight, new = layer.weight.numpy(), QuantLinear(layer.n_in, layer.n_out, scheme)
+        if scheme == "a8w8":
+            codes, scales = quantize.int8_weight(weight)
+            tensors = {"qweight": codes, "scales": scales}
+        else:
+            bits = int(scheme[1:])
+            found = quantize.round_to_nearest(weight, bits)
+            tensors = {
+                "qweight": quantize.pack_rows(found.codes, bits),
+                "scales": found.scales,
+                "qzeros": quantize.pack_zeros(found.zeros, bits),
+                "g_index": found.groups,
+            }
+        for name, array in tensors.items():
+            set_parameter(getattr(new, name), array)
+        setattr(parent, attribute, new)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="generate", choices=["generate"])
+    parser.add_argument("--config", default="A", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--mode", default="", choices=list(SCHEMES), help="integers in the blocks' linears")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at once")
+    parser.add_argument("--prompt", type=int, default=128, help="ids of a prompt")
+    parser.add_argument("--new", type=int, default=128, help="ids of a reply")
+    parser.add_argument("--reps", type=int, default=3, help="timed repetitions, after a warm-up")
+    parser.add_argument("--kernels", default="auto", help="back ends, see kernels/__init__.py")
+    parser.add_argument("--profile", action="store_true", help="Python's profile of one more repetition, on stderr")
+    options = parser.parse_args(argv)
+    if options.dtype == "bf16":
+        parser.error("--dtype bf16: serving computes in float32, so there is nothing to time; give fp32")
+    if min(options.batch, options.prompt, options.reps) < 1 or options.new < 2:
+        parser.error("--batch, --prompt and --reps must be at least 1, --new at least 2")
+    return options
+
+
+def main(argv=None):
+    """Run the task; prints and returns its result."""
+    options = parse(argv)
+    kernels.configure("cpu", options.kernels)
+    paddle.base.core.set_num_threads(THREADS)
+    print(f"kernels: {kernels.describe()}")
+    model, source = load_model(options.config)
+    if SCHEMES[options.mode]:
+        round_weights(model, SCHEMES[options.mode])
+    batch, prompt, new = options.batch, options.prompt, options.new
+    blocks = batch * -(-(prompt + new) // 16) + 1
+    engine = Engine(model, None, blocks, 16, max_num_seqs=batch, max_num_batched_tokens=batch * prompt, max_queue=batch)
+    generator = np.random.default_rng(3)
+    prompts = generator.integers(10, SHAPES[options.config]["vocab_size"], (batch, prompt)).tolist()
+    prefill, decode, whole = [], [], []
+    for i in range(options.reps + 1):
+        first, last = measure(engine, prompts, new)
+        print(f"{f'rep {i}' if i else 'warm-up'}: first tokens after {first:.3f} s, all after {last:.3f} s", flush=True)
+        if i:
+            prefill.append(batch * prompt / first)
+            decode.append(batch * (new - 1) / (last - first))
+            whole.append(batch * new / last)
+    assert engine.totals["generation_tokens"] == (options.reps + 1) * batch * new and not engine.totals["preemptions"]
+    if options.profile:
+        with cProfile.Profile() as profile:
+            measure(engine, prompts, new)
+        pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(25)
+    result = {
+        "peer": "ours",
+        "task": options.task,
+        "config": options.config,
+        "dtype": options.dtype,
+        "mode": options.mode,
+        "threads": THREADS,
+        "batch": batch,
+        "prefill_tok_s": summary(prefill),
+        "decode_tok_s": summary(decode),
+        "e2e_new_tok_s": summary(whole),
+        "weights": source,
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    print(json.dumps(result), flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""kernels/cpu/amx.h, on a processor without AMX: the same text over emulated tiles (tests/gpu/emulated_tiles.h), which also refuse
+what the processor would, and memory that no test named. With AMX, the instructions themselves against the same numbers.
+
+    python -m pytest tests/kernels/test_amx.py            # CPU with g++, a few seconds
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+DOORS = """
+#include "amx.h"
+extern "C" {
+int ready(int integers) { return integers ? amx_int8_ready() : amx_bf16_ready(); }
+void products(int integers, long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, void* C, long ldc, long N, int add) {
+  if (integers) amx_int8_tiles(M, words, A, a_stride, B, (int32_t*)C, ldc, N, add);
+  else amx_bf16_tiles(M, words, A, a_stride, B, (float*)C, ldc, N, add);
+}
+}
+"""
+MISUSES = """
+extern "C" {
+const char* fault() { return emulated_fault(); }
+void forget() { *emulated_fault() = 0; emulated_regions().clear(); std::memset(emulated_counts(), 0, 4 * sizeof(long)); emulated_release(); }
+void allow(const uint8_t* from, long bytes, int writable) { emulated_regions().push_back({from, from + bytes, writable != 0}); }
+long count(int of) { return emulated_counts()[of]; }
+void configure(long r0, long r1, long c0, long c1) { amx_configure({{r0, r1}, {c0, c1}}); }
+void raw(const void* configuration) { _tile_loadconfig(configuration); }
+void load(int tile, const void* from, long stride) { _tile_loadd(tile, from, stride); }
+void store(int tile, void* to, long stride) { _tile_stored(tile, to, stride); }
+void dot(int integers, int c, int a, int b) { if (integers) _tile_dpbssd(c, a, b); else _tile_dpbf16ps(c, a, b); }
+}
+"""
+
+
+def library(folder, name, text, *flags):
+    (folder / f"{name}.cc").write_text(text)
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O3",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-I{ROOT}/kernels/cpu",
+        f"-I{ROOT}/tests/gpu",
+        *flags,
+    ]
+    subprocess.run([*command, f"{name}.cc", "-o", f"{name}.so"], cwd=folder, check=True)
+    found = ctypes.CDLL(str(folder / f"{name}.so"))
+    L, P, I = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+    found.products.argtypes = [I, L, L, P, L, P, P, L, L, I]
+    if "fault" in text:
+        found.fault.restype, found.count.restype, found.raw.argtypes = ctypes.c_char_p, L, [P]
+        found.allow.argtypes, found.configure.argtypes = [P, L, I], [L] * 4
+        found.load.argtypes, found.store.argtypes = [I, P, L], [I, P, L]
+    return found
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return library(tmp_path_factory.mktemp("amx"), "emulated", '#include "emulated_tiles.h"\n' + DOORS + MISUSES)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    return library(tmp_path_factory.mktemp("amx"), "real", DOORS)
+
+
+def bfloat16(x):
+    """float32 -> the nearest bfloat16 as uint16, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def operands(integers, M, K, N, seed=0):
+    """A (M, K), B (K, N), C (M, N) as the numbers that the product sees, and A and B in words as amx.h describes them."""
+    rng, per_word = np.random.default_rng([seed, M, K, N]), 4 if integers else 2
+    words = -(-K // per_word)
+    a, b = np.zeros((M, -(-words // 16) * 16 * per_word)), np.zeros((words * per_word, 64))
+    a[:, :K], b[:K, :N] = (
+        (rng.integers(-128, 128, s) if integers else rng.standard_normal(s)) for s in ((M, K), (K, N))
+    )
+    code = (lambda x: x.astype(np.int8).view(np.uint8)) if integers else bfloat16
+    a_words = np.ascontiguousarray(code(a)).view(np.uint32)  # (M, multiple of 16)
+    b_words = np.ascontiguousarray(code(b).reshape(words, per_word, 64).transpose(0, 2, 1)).view(np.uint32)[
+        ..., 0
+    ]  # (words, 64)
+    if not integers:
+        a, b = ((code(x).astype(np.uint32) << 16).view(np.float32).astype(np.float64) for x in (a, b))
+    c = rng.integers(-99, 99, (M, N)).astype(np.int32) if integers else rng.standard_normal((M, N)).astype(np.float32)
+    return a[:, :K], b[:K, :N], c, a_words, np.ascontiguousarray(b_words)
+
+
+def multiply(lib, integers, K, c, a_words, b_words, add, ldc):
+    """C by the library; a frame around C must stay as it was."""
+    (M, N), framed = c.shape, np.full((c.shape[0] + 2, ldc), 77, c.dtype)
+    framed[1 : M + 1, 3 : N + 3] = c
+    corner = framed[1:, 3:].ctypes.data
+    if hasattr(lib, "allow"):
+        lib.forget()
+        for array in (a_words, b_words):
+            lib.allow(array.ctypes.data, array.nbytes, 0)
+        for m in range(M):
+            lib.allow(corner + m * ldc * 4, N * 4, 1)
+    lib.products(
+        integers, M, b_words.shape[0], a_words.ctypes.data, a_words.shape[1], b_words.ctypes.data, corner, ldc, N, add
+    )
+    found = framed[1 : M + 1, 3 : N + 3].copy()
+    framed[1 : M + 1, 3 : N + 3] = 77
+    assert (framed == 77).all(), "written outside of C"
+    return found
+
+
+def check(lib, integers, M, K, N, add, ldc=None):
+    a, b, c, a_words, b_words = operands(integers, M, K, N)
+    found = multiply(lib, integers, K, c, a_words, b_words, add, ldc or N + 5)
+    expected = a @ b + (c if add else 0)
+    if integers:
+        assert np.array_equal(found, expected)
+    else:
+        assert np.abs(found - expected).max() < 1e-6 * np.sqrt(K) * max(1.0, np.abs(expected).max())
+
+
+SHAPES = [  # M, K, N
+    (1, 1, 1), (5, 123, 7), (16, 64, 16), (17, 65, 17), (32, 128, 32), (33, 63, 33), (48, 31, 48), (96, 200, 64), (95, 97, 63), (31, 1030, 40), (2, 2, 64), (64, 3, 5),
+]  # fmt: skip
+both = pytest.mark.parametrize("integers", [False, True], ids=["bf16", "int8"])
+
+
+@both
+@pytest.mark.parametrize("M, K, N", SHAPES)
+@pytest.mark.parametrize("add", [False, True])
+def test_tiles_emulated(emulated, integers, M, K, N, add):
+    check(emulated, integers, M, K, N, add)
+    assert emulated.fault() == b""
+
+
+@both
+def test_tiles_of_this_processor(real, integers):
+    if not real.ready(integers):
+        pytest.skip("this processor has no AMX, or this process may not use it")
+    for shape, add in itertools.product(SHAPES, (False, True)):
+        check(real, integers, *shape, add)
+
+
+@both
+def test_nothing_to_multiply(emulated, integers):
+    for M, N in ((0, 5), (5, 0)):
+        emulated.forget()
+        emulated.products(integers, M, 1, None, 16, np.zeros(64, np.uint32).ctypes.data, None, 5, N, 0)
+        assert emulated.fault() == b"" and emulated.count(0) == 0
+
+
+def test_four_loads_feed_four_products(emulated):
+    """96 x 64, 512 deep: 16 steps of 6 blocks; one configuration serves all; what is not loaded once more is stored once."""
+    check(emulated, False, 96, 512, 64, False)
+    assert [emulated.count(i) for i in range(4)] == [1, 4 * 16 * 6, 4 * 16 * 6, 4 * 6]
+    check(emulated, False, 40, 512, 64, True)  # 8 rows are left: another configuration, and C is loaded
+    assert emulated.count(0) == 4 and emulated.count(2) == 16 * (4 + 2) * 2
+
+
+def test_the_largest_integers_do_not_saturate(emulated):
+    a, b = np.full((3, 4096), -128), np.full((4096, 64), -128)
+    b[:, 1::2] = 127
+    words = b.astype(np.int8).view(np.uint8).reshape(1024, 4, 64).transpose(0, 2, 1)
+    found = multiply(
+        emulated,
+        True,
+        4096,
+        np.zeros((3, 64), np.int32),
+        a.astype(np.int8).view(np.uint32),
+        np.ascontiguousarray(np.ascontiguousarray(words).view(np.uint32)[..., 0]),
+        0,
+        70,
+    )
+    assert np.array_equal(found, a @ b)
+
+
+def test_bfloat16_as_the_instruction_has_it(emulated):
+    """Denormal numbers count as zero, in and out; halves of a pair are summed apart: 2^30 + 1 - 2^30 - 1 is not the sum in order."""
+
+    def one(a, b, c=0.0):
+        words = lambda x: np.ascontiguousarray(np.pad(bfloat16(x), (0, 32 - len(x)))).view(np.uint32)
+        b_words = np.zeros((-(-len(b) // 2), 64), np.uint32)
+        b_words[:, 0] = words(b)[: len(b_words)]
+        return multiply(emulated, False, len(a), np.array([[c]], np.float32), words(a)[None], b_words, 1, 8)[0, 0]
+
+    assert one([1e-39, 1.0], [1.0, 3.0]) == 3.0 and one([0.0], [1.0], 1e-39) == 0.0
+    assert one([1e-20], [1e-20]) == 0.0, "a denormal product"
+    assert one([2.0**30, 1.0, -(2.0**30), 1.0], [1.0] * 4) == 2.0
+    assert np.isnan(one([np.nan], [1.0])) and one([np.inf], [1.0]) == np.inf
+
+
+@pytest.mark.parametrize(
+    "configuration, named",
+    [
+        ({0: 2}, "palette"),
+        ({1: 1}, "start row"),
+        ({5: 1}, "reserved"),
+        ({48: 17, 16: 64}, "rows or bytes"),
+        ({48: 16, 16: 65}, "rows or bytes"),
+        ({48: 16}, "rows or bytes"),
+        ({56: 16, 32: 64}, "reserved"),
+    ],
+)
+def test_the_emulator_refuses_a_wrong_configuration(emulated, configuration, named):
+    emulated.forget()
+    text = bytearray(64)
+    for at, value in {0: 1, **configuration}.items():
+        text[at] = value
+    emulated.raw(bytes(text))
+    assert named.encode() in emulated.fault()
+    emulated.forget()
+
+
+def test_the_emulator_sees_misuse(emulated):
+    data = np.zeros((16, 16), np.uint32)
+    at = data.ctypes.data
+    shape = (16, 16, 16, 16)
+
+    def fault(*steps):
+        emulated.forget()
+        for name, *args in steps:
+            getattr(emulated, name)(*args)
+        said = emulated.fault().decode()
+        emulated.forget()
+        return said
+
+    assert fault(("load", 0, at, 64)) == "TILELOADD: tile not configured"
+    assert fault(("configure", 16, 0, 16, 0), ("load", 5, at, 64)) == "TILELOADD: tile not configured"
+    assert fault(("configure", *shape), ("load", 0, at, 64), ("store", 3, at, 64)) == ""
+    assert (
+        fault(("allow", at, 1020, 1), ("configure", *shape), ("load", 0, at, 64)) == "TILELOADD: outside of the buffers"
+    )
+    assert (
+        fault(("allow", at, 1024, 0), ("configure", *shape), ("store", 0, at, 64))
+        == "TILESTORED: outside of the buffers"
+    )
+    assert "same tile" in fault(("configure", *shape), ("dot", 0, 0, 4, 4))
+    for integers, (c, a, b) in itertools.product((0, 1), ((2, 4, 6), (1, 4, 6), (0, 4, 5))):
+        assert "shapes" in fault(("configure", 16, 5, 16, 7), ("dot", integers, c, a, b))
+
+
+@both
+def test_a_wrong_answer_is_found(emulated, integers):
+    a, b, c, a_words, b_words = operands(integers, 5, 70, 9)
+    b_words[-1, 3] ^= 0x40404040
+    with pytest.raises(AssertionError):
+        assert np.abs(multiply(emulated, integers, 70, c, a_words, b_words, 0, 9 + 5) - a @ b).max() < 1e-3
+
+
+def test_a_short_buffer_is_found(emulated):
+    a, b, c, a_words, b_words = operands(False, 20, 70, 9)
+    emulated.forget()
+    emulated.allow(a_words.ctypes.data, a_words.nbytes - 4, 0)
+    emulated.allow(b_words.ctypes.data, b_words.nbytes, 0)
+    out = np.zeros((20, 9), np.float32)
+    emulated.allow(out.ctypes.data, out.nbytes, 1)
+    emulated.products(0, 20, 35, a_words.ctypes.data, a_words.shape[1], b_words.ctypes.data, out.ctypes.data, 9, 9, 0)
+    assert b"outside" in emulated.fault()

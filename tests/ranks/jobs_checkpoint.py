@@ -1,0 +1,181 @@
+"""What ranks do in tests/test_checkpoint.py and tests/bench/bench_checkpoint.py; see tests/ranks/pool.py."""
+
+import contextlib
+import importlib
+import io
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+from jobs_parallel import quick
+
+
+def train(script, keys):
+    """A run of a script: {"losses", "printed", "read": bytes of tensors read, "error": the line of a UserError, or None}."""
+    import kernels
+
+    import arguments
+    import trainer
+    from formats.files import UserError
+    from formats.tensor_files import StoredTensor
+
+    module, printed, error, before = importlib.import_module(script), io.StringIO(), None, StoredTensor.bytes_read
+    out = Path(keys["output_dir"])
+    argv = [
+        word
+        for key, value in keys.items()
+        for word in (f"--{key}", json.dumps(value) if not isinstance(value, str) else value)
+    ]
+    with contextlib.redirect_stdout(printed), quick():
+        try:
+            args = arguments.parse_args(module.Args, argv)
+            args.check_model()
+            trainer._choose_device(args)
+            module.main(args)
+        except UserError as wrong:
+            error = str(wrong)
+        finally:
+            kernels.bf16 = False
+    log = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return {
+        "losses": {row["step"]: row["loss"] for row in rows},
+        "printed": printed.getvalue(),
+        "error": error,
+        "read": StoredTensor.bytes_read - before,
+    }
+
+
+# ------------------------------------------------------------------------------------------- saves without training
+
+
+class Run:
+    """A model on a topology with moments, and its Checkpoints; all values follow from a step."""
+
+    def __init__(self, folder, config, degrees, options="", **keys):
+        import adapters
+        import arguments
+        import checkpoint
+        import distributed.collectives
+        import distributed.sharding
+        import distributed.watchdog
+        import families
+        import formats.tensor_files
+        import formats.weights
+        import model as M
+        import parallel
+        import trainer
+
+        args = arguments.TrainingArgs(output_dir=str(folder), unified_checkpoint_config=options, do_train=True, **keys)
+        args.device = "cpu"
+        args.check()
+        launch = distributed.watchdog.Launch.of_environment()
+        groups = distributed.collectives.Gloo(launch) if launch.world > 1 else None
+        self.topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, groups)
+        self.model = parallel.parallelize(M.build(families.ModelConfig.from_dict(config)), self.topology)
+        formats.weights.init_weights(self.model, 1)
+        self.weights = adapters.trainable_weights(self.model)
+        self.shards = distributed.sharding.Shards(self.model, self.weights, self.topology)
+        self.optimizer = trainer.AdamW(self.shards.pieces, args)
+        tokenizer = types.SimpleNamespace(save=lambda folder: None)
+        self.checkpoints = checkpoint.Checkpoints(
+            args, self.model, tokenizer, self.optimizer, self.shards, self.topology
+        )
+        self.args = args
+
+    def set(self, step):
+        from model import set_parameter
+
+        self.optimizer.steps = step
+        for weight in self.weights:
+            values = weight.from_numpy(content(weight.name, weight.shape, step))
+            set_parameter(weight.parameter, values)
+            for i, moment in enumerate(self.optimizer.moments[weight.name], 1):
+                moment.set_value(values * i)
+
+    def save(self, step):
+        import checkpoint
+
+        self.checkpoints.save(checkpoint.TrainState(step=step))
+
+
+def content(name, shape, step):
+    """Values of a weight in the file's layout at a step."""
+    start = float(sum(name.encode()) % 1000 + 1000 * step)
+    return (start + np.arange(int(np.prod(shape)), dtype=np.float32) / 7).reshape(shape)
+
+
+def save_until_killed(folder, config, degrees, options, first):
+    """Save step after step; folder/saved-RANK names the last that is known to be written."""
+    run = Run(folder, config, degrees, options, save_total_limit=2)
+    note, blocking = Path(folder) / f"saved-{run.topology.rank}", "async_save" not in options
+    for step in range(first, first + 10_000):
+        run.set(step)
+        run.save(step)
+        note.with_suffix(".tmp").write_text(str(step if blocking else step - 1))
+        note.with_suffix(".tmp").replace(note)
+
+
+def save_one(folder, config, degrees, options="", step=1, **keys):
+    """One checkpoint, and the model written to be used; what an error said."""
+    from formats.files import UserError
+
+    run = Run(folder, config, degrees, options, **keys)
+    run.set(step)
+    try:
+        run.save(step)
+        run.set(step + 1)  # what is copied must not be what comes next
+        run.checkpoints.wait()
+        run.set(step)
+        run.checkpoints.write_model(Path(folder) / "model")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def save_to_full_disk(folder, config, degrees, options, rank):
+    """A checkpoint that fits, then one whose rank `rank` finds the disk full; what the errors said."""
+    import formats.tensor_files
+    from formats.files import UserError
+
+    run, real = Run(folder, config, degrees, options), formats.tensor_files.write_safetensors
+    run.set(1)
+    run.save(1)
+    run.checkpoints.wait()
+
+    def full(path, *args, **more):
+        if path.name.startswith(f"optimizer.{rank}"):
+            raise OSError(28, "No space left on device")
+        return real(path, *args, **more)
+
+    formats.tensor_files.write_safetensors = full
+    try:
+        run.save(2)
+        run.checkpoints.wait()
+    except UserError as error:
+        return str(error)
+    finally:
+        formats.tensor_files.write_safetensors = real
+
+
+def find(folder, degrees, path=True):
+    """(the checkpoint that is found, what was printed), or (None, the error's line)."""
+    import arguments
+    import checkpoint
+    import distributed.collectives
+    import distributed.sharding
+    import distributed.watchdog
+    import parallel
+    from formats.files import UserError
+
+    launch, printed = distributed.watchdog.Launch.of_environment(), io.StringIO()
+    topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, distributed.collectives.Gloo(launch))
+    args = arguments.TrainingArgs(output_dir=str(folder), resume_from_checkpoint=path)
+    try:
+        with contextlib.redirect_stdout(printed):
+            return str(checkpoint.find_checkpoint(args, topology)), "\n".join(
+                line for line in printed.getvalue().splitlines()
+            )
+    except UserError as error:
+        return None, str(error)

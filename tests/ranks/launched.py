@@ -1,0 +1,56 @@
+"""A script of ours in which one rank goes wrong: `launched.py SCRIPT WHAT@RANK ARGUMENTS…`, for tests/test_distributed.py.
+
+After its second step that rank raises (user, bug), dies (kill, exit), stops or hangs; "early" fails before arguments are
+read; KEY=VALUE gives it another argument, config:KEY=VALUE another key of the model's configuration, "code" other scripts.
+"""
+
+import dataclasses
+import importlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import model
+import parallel
+import trainer
+from arguments import parse_args
+from formats.files import UserError
+
+script, (what, _, rank) = importlib.import_module(sys.argv[1]), sys.argv[2].partition("@")
+if os.environ.get("PADDLE_TRAINER_ID", "0") == rank:
+    step, versions, build = trainer.Log.step, parallel._versions, model.build
+
+    def after(log, state, *args, **kwargs):
+        step(log, state, *args, **kwargs)
+        if state.step == 2:
+            if what == "user":
+                raise UserError("the record on line 7 has no src")
+            if what == "bug":
+                1 / 0
+            if what in ("kill", "stop"):
+                os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+            if what == "exit":
+                os._exit(0)
+            if what == "hang":
+                time.sleep(1000)
+
+    def early(*args):
+        raise UserError("this file cannot be read here")
+
+    trainer.Log.step = after
+    if what == "early":
+        parse_args = early
+    elif what == "code":
+        parallel._versions = lambda: {**versions(), "model.py": "another"}
+    elif what.startswith("config:"):
+        key, _, value = what[7:].partition("=")
+        model.build = lambda config, *args: build(
+            dataclasses.replace(config, **{key: type(getattr(config, key))(value)}), *args
+        )
+    elif "=" in what:
+        sys.argv.append(f"--{what}")
+sys.argv[1:] = sys.argv[3:]
+trainer.run_script(script.main, script.Args)

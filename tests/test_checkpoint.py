@@ -1,0 +1,1063 @@
+"""Unified Checkpoint: what ranks write together, what each of them reads of it, saves behind training, kills, damage.
+
+python -m pytest tests/test_checkpoint.py                   # about a minute
+python -m pytest tests/test_checkpoint.py --slow            # also on 4 and 8 ranks, and 30 kills
+python tests/test_checkpoint.py --readme                    # all pairs of topologies, as README's table
+"""
+
+import argparse
+import errno
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+from pathlib import Path
+
+import kernels
+
+import jobs_checkpoint
+import numpy as np
+import pytest
+from conftest import ROOT
+from pool import Ranks
+from tiny_models import write as write_family
+
+import adapters
+import checkpoint
+import data
+import families
+import formats.tensor_files
+import formats.weights
+import model as M
+from arguments import TrainingArgs
+from checkpoint import (
+    DONE,
+    Share,
+    dequantize_4,
+    dequantize_8,
+    find_checkpoint,
+    incomplete,
+    list_checkpoints,
+    load_checkpoint,
+    load_trained,
+    quantize_4,
+    quantize_8,
+)
+from distributed.collectives import Cut, owners
+from distributed.tensor import BY_INPUTS, BY_OUTPUTS, cut_ranges
+from formats.files import UserError, crc32_of
+from formats.tokenizer import load_tokenizer
+from parallel import Degrees, Topology
+
+DEMO = ROOT / "demo"
+TINY = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "tie_word_embeddings": False}  # fmt: skip
+SLOW = pytest.mark.slow
+
+
+class Pool(dict):
+    """{world: Ranks}, each started when it is first asked for."""
+
+    def __missing__(self, world):
+        self[world] = Ranks(world)
+        return self[world]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool()
+    yield pool
+    for ranks in pool.values():
+        ranks.stop()
+
+
+# ---------------------------------------------------------------------------------------------- who writes what
+
+
+def test_owners_are_even_by_bytes():
+    generator = random.Random(0)
+    for ranks in (1, 2, 3, 8):
+        for _ in range(50):
+            sizes = {
+                f"w{i}": generator.choice([1, 3, 7, 64, 1000, 4096]) * generator.randrange(1, 99)
+                for i in range(generator.randrange(1, 60))
+            }
+            found = owners(sizes, dict.fromkeys(sizes, list(range(ranks))))
+            load = [sum(size for name, size in sizes.items() if found[name] == rank) for rank in range(ranks)]
+            assert max(load) <= sum(load) / ranks + max(sizes.values())
+            assert found == owners(dict(reversed(sizes.items())), dict.fromkeys(sizes, list(range(ranks))))
+    assert owners({"a": 9, "b": 1, "c": 1}, {"a": [0, 1], "b": [0, 1], "c": [0]}) == {"a": 0, "b": 1, "c": 0}
+
+
+def test_reading_ranges(tmp_path):
+    """Against slices of the whole, in every dtype; the bytes asked for are those of the ranges."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        "f": generator.standard_normal((7, 5, 3)).astype(np.float32),
+        "i": generator.integers(0, 99, (6, 4)).astype(np.int8),
+    }
+    tensors = {**arrays, "h": (lambda: arrays["f"], (7, 5, 3), "bfloat16")}
+    written = formats.tensor_files.write_safetensors(tmp_path / "model.safetensors", tensors)
+    assert written == {
+        "size": (tmp_path / "model.safetensors").stat().st_size,
+        "crc32": crc32_of(tmp_path / "model.safetensors"),
+    }
+    found = formats.weights.stored_tensors(tmp_path)
+    for name, (read, shape) in found.items():
+        whole = read()
+        assert whole.dtype == (np.int8 if name == "i" else np.float32) and list(whole.shape) == list(shape)
+        for dim, more in itertools.product(range(whole.ndim), (None, *range(whole.ndim))):
+            for ranges in ([(1, 3)], [(0, 1), (2, 3)], [(0, whole.shape[dim])], [(2, 2)]):
+                before, cuts, expected = formats.tensor_files.StoredTensor.bytes_read, {dim: ranges}, whole
+                if more is not None and more != dim:
+                    cuts[more] = [(0, 1), (2, 3)]
+                part = read.ranges(cuts)
+                for at, these in cuts.items():
+                    expected = np.concatenate([expected.take(range(*r), at) for r in these], at)
+                assert np.array_equal(part, expected)
+                width = {"f": 4, "i": 1, "h": 2}[name]
+                assert formats.tensor_files.StoredTensor.bytes_read - before == part.size * width
+
+
+def test_reading_a_piece_of_a_part(tmp_path):
+    """Elements of what a rank of tp holds, laid flat: against the whole; no more rows and columns are read than have some."""
+    generator = np.random.default_rng(0)
+    for transposed, cut_dim in itertools.product((False, True), (None, 0, 1)):
+        stored = generator.standard_normal((6, 9)).astype(np.float32)
+        ours = stored.T if transposed else stored
+        formats.tensor_files.write_safetensors(tmp_path / "model.safetensors", {"w": stored})
+        read, _ = formats.weights.stored_tensors(tmp_path)["w"]
+        parameter, part = types.SimpleNamespace(shape=list(ours.shape)), ours
+        if cut_dim is not None:
+            parameter.cut = Cut(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
+            part = parameter.cut.take(ours)
+            parameter.shape = list(part.shape)
+        weight = formats.weights.Weight("w", parameter, transposed)
+        assert np.array_equal(weight.read(read), part)
+        for first in range(part.size):
+            for last in range(first + 1, part.size + 1):
+                before = formats.tensor_files.StoredTensor.bytes_read
+                found = weight.read(read, (first, last))
+                assert np.array_equal(found, part.reshape([-1])[first:last]), (transposed, cut_dim, first, last)
+                rows = -(-last // part.shape[1]) - first // part.shape[1]
+                assert formats.tensor_files.StoredTensor.bytes_read - before == 4 * rows * part.shape[1]
+                assert np.array_equal(weight.read(lambda: stored, (first, last)), found)
+
+
+class Together:
+    """In place of Gloo: ranks that are threads."""
+
+    def __init__(self, world):
+        self.values, self.barrier = [None] * world, threading.Barrier(world)
+
+    def of(self, rank):
+        def exchange(value, met=False):
+            self.values[rank] = json.loads(json.dumps(value))
+            self.barrier.wait(20)
+            found = list(self.values)
+            self.barrier.wait(20)
+            return found
+
+        return types.SimpleNamespace(exchange=exchange, connect=lambda ranks, name="": None, company=None)
+
+
+# what ranks hold: (degrees, whether moments are flat ranges over sharding)
+GRIDS = [
+    (dict(tp=2), False),
+    (dict(dp=2, tp=2), False),
+    (dict(dp=2, sep=2), False),
+    (dict(sharding=3), True),
+    (dict(sharding=2, tp=3), True),
+    (dict(pp=2, tp=2, dp=2), False),
+    (dict(pp=2, sharding=2, tp=2), True),
+    (dict(pp=2, sharding=2, tp=2, order="sharding_first"), True),
+]
+
+
+@pytest.mark.parametrize(
+    "degrees, flat",
+    GRIDS,
+    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("copied", [False, True], ids=["as_it_is", "copied"])
+def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
+    """Threads as ranks, each with its parts of: a stage's matrices, cut by outputs, by inputs and key heads that overlap; a
+    tensor that all have, one that both stages have, one expert a data rank."""
+    degrees = Degrees(**degrees)
+    world, together, reports, sizes = degrees.world, Together(degrees.world), {}, {}
+    config = types.SimpleNamespace(
+        num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None
+    )
+    generator, wholes = np.random.default_rng(1), {}  # in our layout
+    rows = [
+        ("q_proj", (5, 12), True),
+        ("k_proj", (5, 4), True),
+        ("o_proj", (12, 5), True),
+        ("down_proj", (7, 4), False),
+        ("norm", (5,), False),
+    ]
+    for stage in range(degrees.pp):
+        for name, shape, _ in rows:
+            wholes[f"{stage}.{name}"] = generator.standard_normal(shape).astype(np.float32)
+    wholes["tied"] = generator.standard_normal((9, 4)).astype(np.float32)
+    experts = 2 if degrees.dp == 2 else 1
+    for expert in range(experts):
+        wholes[f"expert{expert}"] = generator.standard_normal((3, 4)).astype(np.float32)
+    transposed = {name: turned for name, _, turned in rows}
+
+    def work(rank):
+        topology = Topology(degrees, rank, together.of(rank))
+        entries, mine = (
+            [],
+            [f"{topology.pp.rank}.{name}" for name, _, _ in rows] + ["tied", f"expert{topology.dp.rank % experts}"],
+        )
+        for name in mine:
+            whole, last = wholes[name], name.partition(".")[2]
+            parameter = types.SimpleNamespace(shape=list(whole.shape))
+            if topology.tp.size > 1 and last in BY_OUTPUTS + BY_INPUTS:
+                dim = 0 if last in BY_INPUTS else 1
+                ranges = [
+                    cut_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
+                ]
+                parameter.cut = Cut(dim, ranges, topology.tp.rank, whole.shape)
+                whole = parameter.cut.take(whole)
+                parameter.shape = list(whole.shape)
+            weight = formats.weights.Weight(name, parameter, transposed.get(last, False))
+            whole = np.array(whole, order="C")
+            source = weight, whole
+            if flat:
+                width = -(-whole.size // topology.sharding.size) + 1  # the last has less, or nothing
+                first = min(topology.sharding.rank * width, whole.size)
+                piece = whole.reshape([-1])[first : first + width]
+                source = weight, piece.copy() if piece.size else None, first
+            entries.append(formats.weights.Entry({name: (weight.shape, "float32")}, [source]))
+        share = Share({"model": entries}, topology, {} if copied else None)
+        if copied:
+            for entry in entries:
+                if entry.sources[0][1] is not None:
+                    entry.sources[0][1][:] = np.nan  # training goes on
+        reports[rank] = share.write(tmp_path, wait)
+
+    def wait(path):
+        end = time.monotonic() + 20
+        while not path.exists():
+            assert time.monotonic() < end, path
+            time.sleep(0.002)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(reports) == list(range(world))
+    found = {}
+    for path in tmp_path.iterdir():  # nothing but files of tensors is left
+        for name, array in formats.tensor_files.read_safetensors(path).items():
+            assert name not in found, "written twice"
+            found[name] = array
+            sizes[int(path.name.split(".")[1])] = sizes.get(int(path.name.split(".")[1]), 0) + array.nbytes
+    assert found.keys() == wholes.keys()
+    for name, whole in wholes.items():
+        whole = whole.T if transposed.get(name.partition(".")[2]) else whole
+        assert np.array_equal(found[name], whole), name
+    largest = max(array.nbytes for array in found.values())
+    assert max(sizes.values()) <= sum(sizes.values()) / world + 2 * largest  # a stage's alone have its tensors
+
+
+@pytest.mark.parametrize("options", ["", "async_save"], ids=["blocking", "async"])
+def test_files_of_two_ranks(options, pool, tmp_path):
+    """The layout, and that what async_save writes is the state that it was called with."""
+    found = pool[2].run("jobs_checkpoint:save_one", str(tmp_path), TINY, {"tp": 2}, options)
+    assert found == [None, None]
+    folder = tmp_path / "checkpoint-1"
+    assert incomplete(folder) is None and checkpoint.damaged(folder) is None
+    names = {path.name for path in folder.iterdir()}
+    for group in ("model", "optimizer"):
+        assert {
+            f"{group}-00001-of-00002.safetensors",
+            f"{group}-00002-of-00002.safetensors",
+            f"{group}.safetensors.index.json",
+        } <= names
+    assert not [name for name in names if name.startswith(".") and name != DONE] and not list(tmp_path.glob("tmp-*"))
+    from safetensors.numpy import load_file  # not our reader
+
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    weights = formats.weights.base_weights(M.build(families.ModelConfig.from_dict(TINY)))
+    for w in weights:
+        whole = jobs_checkpoint.content(w.name, w.shape, 1)
+        assert np.array_equal(tensors[w.name], whole), w.name
+        assert np.array_equal(tensors[f"{w.name}/moment1_0"], whole) and np.array_equal(
+            tensors[f"{w.name}/moment2_0"], whole * 2
+        )
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == {w.name for w in weights}
+    assert index["metadata"]["total_size"] == sum(tensors[w.name].nbytes for w in weights)
+    sizes = [path.stat().st_size for path in folder.glob("optimizer-*.safetensors")]
+    assert max(sizes) < 1.2 * min(sizes)
+    for opened in (adapters.from_pretrained(folder), adapters.from_pretrained(tmp_path / "model")):
+        for w in formats.weights.base_weights(opened):
+            assert np.array_equal(w.to_numpy(), jobs_checkpoint.content(w.name, w.shape, 1)), w.name
+
+
+# ---------------------------------------------------------------------------------------------- save under A, go on under B
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(world):
+    """Tiny models with the demo's tokenizer, records, pairs and a corpus, in a folder, which is returned."""
+    tokenizer = load_tokenizer(DEMO / "llama")
+    for name in ("llama", "llama_bias_tied", "qwen", "qwen2_moe", "gemma2"):
+        write_family(
+            world / name,
+            name,
+            vocab_size=tokenizer.vocab_size + 1,
+            **{"num_experts": 6} if name.endswith("moe") else {},
+        )
+        tokenizer.save(world / name)
+    records = [
+        r
+        for r in map(json.loads, (DEMO / "sft" / "train.json").read_text().splitlines())
+        if isinstance(r["src"], str) and len(r["tgt"]) < 60
+    ]
+    (world / "sft").mkdir()
+    (world / "pairs").mkdir()
+    pairs = [
+        {"src": [r["src"]], "tgt": [], "response": [r["tgt"], o["tgt"]], "sort": [1, 0]}
+        for r, o in zip(records[:20], records[1:21])
+    ]
+    for folder, rows in (("sft", records[:40]), ("pairs", pairs)):
+        for split in ("train", "dev"):
+            (world / folder / f"{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = world / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": r["tgt"]}) + "\n" for r in records[:100]))
+    data.main(["corpus", str(corpus), "--tokenizer", str(DEMO / "llama"), "--output", str(world / "corpus")])
+    return world
+
+
+LORA = {"lora": True, "lora_rank": 4, "learning_rate": 1e-2}
+TASKS = {  # name: (script, model, keys)
+    "sft": ("finetune", "llama", {"zero_padding": True}),
+    "tied": ("finetune", "llama_bias_tied", {"zero_padding": True}),
+    "fused": ("finetune", "qwen", {"zero_padding": True}),
+    "moe": ("finetune", "qwen2_moe", {"zero_padding": True}),
+    "gemma2": ("finetune", "gemma2", {}),
+    "lora": ("finetune", "llama", LORA | {"zero_padding": True}),
+    "dora": ("finetune", "llama", LORA | {"dora": True}),
+    "prefix": ("finetune", "llama", {"prefix_tuning": True, "num_prefix_tokens": 4, "learning_rate": 1e-2}),
+    "projection": ("finetune", "llama", {"prefix_tuning": True, "num_prefix_tokens": 4, "prefix_projection": True}),
+    "pretrain": ("pretrain", "llama", {}),
+    "dpo": ("dpo", "llama", {}),
+    "dpo_lora": ("dpo", "llama", LORA),
+}
+DEGREES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
+
+
+def ways_of(topology):
+    """ "tp2-dp2" -> {"tp": 2, "dp": 2}; "1" is one process."""
+    return {axis: int(n) for axis, n in re.findall(r"([a-z]+)([0-9]+)", topology)}
+
+
+def keys_of(world, task, out, topology, **more):
+    """(script, its keys, processes) of a run; the same batches a step on every topology, a string such as "sharding2-stage3"."""
+    script, name, keys = TASKS[task]
+    degrees = ways_of(topology)
+    places = {
+        "finetune": {"dataset_name_or_path": str(world / "sft"), "src_length": 40, "max_length": 100},
+        "pretrain": {
+            "input_dir": str(world / "corpus"),
+            "split": "90,10,0",
+            "max_seq_length": 24,
+            "continue_training": True,
+        },
+        "dpo": {
+            "train_dataset_path": str(world / "pairs"),
+            "dev_dataset_path": str(world / "pairs"),
+            "max_seq_len": 128,
+            "max_prompt_len": 40,
+        },
+    }
+    keys = {
+        "model_name_or_path": str(world / name),
+        "output_dir": str(out),
+        "do_train": True,
+        "learning_rate": 1e-3,
+        "max_steps": 8,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "disable_tqdm": True,
+        "gradient_accumulation_steps": 4 // (degrees.get("dp", 1) * degrees.get("sharding", 1)),
+        **places[script],
+        **keys,
+    }
+    keys |= {f"{DEGREES[axis]}_parallel_degree": n for axis, n in degrees.items() if axis in DEGREES}
+    if "stage" in degrees:
+        keys["sharding"] = f"stage{degrees['stage']}"
+    ranks = [
+        n for axis, n in degrees.items() if axis not in ("ep", "stage")
+    ]  # experts are spread over ranks of other axes
+    return script, keys | more, math.prod(ranks)
+
+
+def run(pool, world, task, out, topology, **more):
+    """[what jobs_checkpoint.train gives on each rank]; one process is this one."""
+    script, keys, ranks = keys_of(world, task, out, topology, **more)
+    if ranks == 1:
+        return [jobs_checkpoint.train(script, keys)]
+    return pool[ranks].run("jobs_checkpoint:train", script, keys)
+
+
+def final_tensors(folder):
+    return {
+        name: array
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, array in formats.tensor_files.read_safetensors(path).items()
+    }
+
+
+# Saved under A after 3 steps of 8, gone on with under B: (task, A, B). The same topology twice: bitwise.
+PAIRS = [
+    ("sft", "1", "tp2"),
+    ("sft", "tp2", "1"),
+    ("sft", "tp2", "tp2"),
+    ("sft", "tp2", "pp2"),
+    ("sft", "sharding2-stage3", "tp2"),
+    ("sft", "sharding2-stage3", "sharding2-stage3"),
+    ("sft", "sep2", "sharding2-stage2"),  # some ranks have prompts alone, without a label
+    ("tied", "pp2", "tp2"),
+    ("tied", "pp2", "pp2"),
+    ("moe", "dp2-ep2", "1"),
+    ("lora", "dp2", "tp2"),
+    ("prefix", "sharding2-stage3", "tp2"),
+]  # fmt: skip
+MORE_PAIRS = [
+    ("sft", "1", "pp2"),
+    ("sft", "1", "tp2-dp2"),
+    ("sft", "pp2", "1"),
+    ("sft", "pp2", "pp2"),
+    ("sft", "dp2", "dp2"),
+    ("sft", "sharding2-stage1", "tp2"),
+    ("sft", "context2", "pp2"),
+    ("sft", "tp2-dp2", "1"),
+    ("sft", "tp2-dp2", "tp2"),
+    ("sft", "tp2-dp2", "tp2-dp2"),
+    ("sft", "tp2-pp2", "sharding2-stage3"),
+    ("sft", "sharding2-tp2", "1"),
+    ("sft", "sharding4-stage3", "tp2-pp2"),
+    ("sft", "tp4", "dp4"),
+    ("sft", "tp2-pp2-dp2", "1"),
+    ("tied", "tp2", "dp2"),
+    ("tied", "tp2-dp2", "1"),
+    ("fused", "tp2", "dp2"),
+    ("fused", "dp2", "tp4"),
+    ("moe", "1", "tp2"),
+    ("moe", "tp2", "dp2"),
+    ("moe", "sharding2-stage1", "tp2"),
+    ("moe", "sharding2-stage3", "dp2-ep2"),
+    ("moe", "tp2-dp2", "tp2"),
+    ("gemma2", "1", "tp2"),
+    ("gemma2", "tp2", "dp2"),
+    ("lora", "tp2", "1"),
+    ("lora", "tp2", "tp2"),
+    ("lora", "tp2-dp2", "dp2"),
+    ("lora", "tp2-pp2", "sharding2-stage3"),
+    ("dora", "1", "tp2"),
+    ("dora", "tp2", "1"),
+    ("prefix", "tp2", "1"),
+    ("prefix", "pp2", "sharding2-stage3"),
+    ("projection", "1", "tp2"),
+    ("projection", "tp2", "1"),
+    ("projection", "sharding2-stage3", "pp2"),
+    ("pretrain", "tp2", "dp2"),
+    ("pretrain", "tp2-dp2", "1"),
+    ("pretrain", "sharding2-stage3", "pp2"),
+    ("dpo", "1", "dp2"),
+    ("dpo", "tp2", "1"),
+    ("dpo", "tp2", "tp2"),
+    ("dpo", "sharding2-stage3", "tp2"),
+    ("dpo_lora", "tp2", "dp2"),
+    ("dpo_lora", "pp2", "sharding2-stage1"),
+]  # fmt: skip
+
+
+def remember(pool, world, new_folder):
+    """(task, topology, …options) -> the folder of a whole run of it, with checkpoint-3, and its results; each made once."""
+    runs = {}
+
+    def make(task, topology, **more):
+        key = task, topology, *sorted(more.items())
+        if key not in runs:
+            out = new_folder() / "out"
+            runs[key] = out, run(pool, world, task, out, topology, **more)
+        return runs[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def saved(pool, world, tmp_path_factory):
+    return remember(pool, world, lambda: tmp_path_factory.mktemp("run"))
+
+
+def resumed(pool, world, saved, task, before, after, out):
+    """Go on from checkpoint-3 of the run under `before`: the largest relative difference of the next five losses to that run's."""
+    folder, whole = saved(task, before)
+    assert not (wrong := [found["error"] for found in whole if found["error"]]), wrong
+    options = "async_save" if task == "tied" else ""  # somewhere
+    rest = run(
+        pool,
+        world,
+        task,
+        out,
+        after,
+        resume_from_checkpoint=str(folder / "checkpoint-3"),
+        unified_checkpoint_config=options,
+    )
+    assert not (wrong := [found["error"] for found in rest if found["error"]]), wrong
+    line = next(
+        line for line in rest[0]["printed"].splitlines() if line.startswith(f"resume: from {folder / 'checkpoint-3'}")
+    )
+    assert "not an exact continuation" not in line and (" -> " in line) == (before != after), line
+    ours, theirs = ([found[0]["losses"][step] for step in (4, 5, 6, 7, 8)] for found in (rest, whole))
+    assert theirs[-1] != theirs[0]
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs))
+
+
+def limit(before, after):
+    """Of resumed()."""
+    return 0 if before == after else 1e-6
+
+
+@pytest.mark.parametrize("task, before, after", PAIRS + [pytest.param(*row, marks=SLOW) for row in MORE_PAIRS])
+def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp_path):
+    off = resumed(pool, world, saved, task, before, after, tmp_path / "out")
+    print(f"| {task} | {before} | {after} | {off:.1e} |")
+    assert off <= limit(before, after)
+    a, b = final_tensors(tmp_path / "out"), final_tensors(saved(task, before)[0])
+    assert a.keys() == b.keys()
+    if before == after:
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
+    """One process for two, and no more micro-batches than each of them had."""
+    found = run(
+        pool,
+        world,
+        "sft",
+        tmp_path / "out",
+        "1",
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        max_evaluate_steps=1,
+        resume_from_checkpoint=str(saved("sft", "dp2")[0] / "checkpoint-3"),
+    )
+    wanted = "checkpoint-3; data 2 -> one process; not an exact continuation, changed: max_steps 8 -> 4, micro-batches of a step 4 -> 2\n"
+    assert wanted in found[0]["printed"]
+
+
+def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
+    """Of cut tensors its half, of the others all; twice the same for moments."""
+    out, _ = saved("sft", "1")
+    found = run(
+        pool, world, "sft", tmp_path / "out", "tp2", resume_from_checkpoint=str(out / "checkpoint-3"), max_steps=4
+    )
+    cut = whole = 0
+    for name, array in formats.tensor_files.read_safetensors(out / "model.safetensors").items():
+        if any(f"{part}." in name for part in (*BY_OUTPUTS, *BY_INPUTS, "embed_tokens", "lm_head")):
+            cut += array.nbytes
+        else:
+            whole += array.nbytes
+    least = 4 * (cut / 2 + whole)  # the base, then weights and two moments of the checkpoint
+    for rank in found:
+        assert rank["error"] is None
+        assert least * 0.999 - 4096 <= rank["read"] <= least * 1.001 + 4096, (
+            rank["read"],
+            least,
+            cut,
+            whole,
+        )  # odd vocabulary
+
+
+@pytest.mark.parametrize("stage, shared", [(1, 2), (3, 3)])
+def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, tmp_path):
+    """Of the base all; of the checkpoint's weights and two moments half of the `shared` ones, and not more than a row besides."""
+    out, _ = saved("sft", "1")
+    found = run(
+        pool,
+        world,
+        "sft",
+        tmp_path / "out",
+        f"sharding2-stage{stage}",
+        resume_from_checkpoint=str(out / "checkpoint-3"),
+        max_steps=4,
+    )
+    arrays = formats.tensor_files.read_safetensors(out / "model.safetensors").values()
+    whole, rows = sum(array.nbytes for array in arrays), sum(4 * max(array.shape) for array in arrays)
+    assert not any(rank["error"] for rank in found)
+    read = sum(rank["read"] for rank in found)
+    least = 2 * whole + (2 * (3 - shared) + shared) * whole
+    assert least <= read <= least + 2 * shared * rows, (read, least, rows)
+
+
+@pytest.mark.parametrize(
+    "task, topology",
+    [
+        ("sft", "sharding2-stage3"),
+        ("tied", "pp2"),
+        ("lora", "sharding2-stage3"),
+        *(
+            pytest.param(*row, marks=SLOW)
+            for row in [
+                ("tied", "sharding2-stage3"),
+                ("sft", "tp2"),
+                ("sft", "pp2"),
+                ("lora", "pp2"),
+                ("prefix", "sharding2-stage3"),
+                ("prefix", "pp2"),
+                ("projection", "sharding2-stage3"),
+                ("projection", "pp2"),
+                ("moe", "dp2-ep2"),
+                ("moe", "pp2"),
+                ("lora", "tp2-pp2"),
+                ("sft", "sharding2-tp2-stage3"),
+                ("lora", "sharding2-tp2-stage3"),
+                ("dpo", "sharding2-stage3"),
+                ("dpo_lora", "pp2"),
+            ]
+        ),
+    ],
+)
+def test_the_best_model_at_the_end(task, topology, pool, world, tmp_path):
+    """Largest is best here, so the first that is saved is, and six more steps are taken back."""
+    metric = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    evaluation = {
+        "do_eval": True,
+        "evaluation_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_evaluate_steps": 2,
+    }
+    out = tmp_path / "out"
+    found = run(pool, world, task, out, topology, **metric, **evaluation)
+    assert not (wrong := [rank["error"] for rank in found if rank["error"]]), wrong
+    assert "best: checkpoint-2, loss" in found[0]["printed"]
+    final, best, last = (final_tensors(out / folder) for folder in ("", "checkpoint-2", "checkpoint-8"))
+    best, last = (
+        {name: array for name, array in tensors.items() if "/" not in name} for tensors in (best, last)
+    )  # no moments
+    assert final.keys() == best.keys()
+    assert all(np.array_equal(final[name], best[name]) for name in final)
+    assert not all(np.array_equal(final[name], last[name]) for name in final)
+    # What is evaluated after that is the same model.
+    rows = map(json.loads, (out / "eval_metrics.jsonl").read_text().splitlines())
+    then = next(row for row in rows if row["step"] == 2)
+    assert json.loads((out / "dev_results.json").read_text())["eval_loss"] == then["eval_loss"]
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+def flip(path, at=-5):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_damage_is_found_and_passed_over(pool, tmp_path):
+    """One bit, in files that different ranks check; all ranks agree on the checkpoint before."""
+    for step in range(1, 6):
+        pool[2].run("jobs_checkpoint:save_one", str(tmp_path), TINY, {"tp": 2}, step=step)
+    flip(tmp_path / "checkpoint-5" / "optimizer-00001-of-00002.safetensors")
+    flip(tmp_path / "checkpoint-4" / "model-00002-of-00002.safetensors")
+    flip(tmp_path / "checkpoint-3" / "trainer_state.json", 3)
+    flip(tmp_path / "checkpoint-2" / "config.json")
+    found = pool[2].run("jobs_checkpoint:find", str(tmp_path), {"tp": 2})
+    assert [path for path, _ in found] == [str(tmp_path / "checkpoint-1")] * 2
+    lines = found[0][1].splitlines()
+    damaged = "is damaged: its checksum differs from what was written"
+    assert f"checkpoint-5 is passed over: optimizer-00001-of-00002.safetensors {damaged}" in lines[0]
+    assert f"checkpoint-4 is passed over: model-00002-of-00002.safetensors {damaged}" in lines[1]
+    assert "checkpoint-3 is passed over: trainer_state.json is damaged" in lines[2] or "missing or damaged" in lines[2]
+    assert f"checkpoint-2 is passed over: config.json {damaged}" in lines[3] and found[1][1] == ""
+    found = pool[2].run("jobs_checkpoint:find", str(tmp_path), {"tp": 2}, str(tmp_path / "checkpoint-5"))
+    assert [path for path, _ in found] == [None, None]
+    assert all("checkpoint-5: optimizer-00001" in text and "give a complete one" in text for _, text in found)
+
+
+def test_what_does_not_fit_is_named(pool, world, saved, tmp_path):
+    """A missing part of the model, a missing tensor, a checkpoint of another model or of another kind of training."""
+    out, _ = saved("sft", "tp2")
+    other, _ = saved("lora", "tp2")
+
+    def fails(path, task="sft", **more):
+        found = run(pool, world, task, tmp_path / "out", "1", resume_from_checkpoint=str(path), **more)
+        assert "\n" not in found[0]["error"]
+        return found[0]["error"]
+
+    copy = tmp_path / "checkpoint-3"
+    shutil.copytree(out / "checkpoint-3", copy)
+    (copy / "model-00001-of-00002.safetensors").unlink()
+    assert "checkpoint-3: model-00001-of-00002.safetensors is missing" in fails(copy)
+    state = json.loads((copy / "trainer_state.json").read_text())
+    name, left = "optimizer-00002-of-00002.safetensors", {}
+    state["files"] = {}  # as if it had been written so
+    for file in copy.glob("*.json"):
+        state["files"][file.name] = file.stat().st_size
+    shutil.copy(out / "checkpoint-3" / "model-00001-of-00002.safetensors", copy)
+    left = formats.tensor_files.read_safetensors(copy / name)
+    gone = next(key for key in left if key.endswith("moment2_0"))
+    formats.tensor_files.write_safetensors(copy / name, {key: array for key, array in left.items() if key != gone})
+    del state["files"]["trainer_state.json"]
+    (copy / "trainer_state.json").write_text(json.dumps(state))
+    (copy / DONE).write_text("")
+    assert f"optimizer state is not of what is trained now: missing {gone}" in fails(copy)
+    tied = fails(saved("tied", "tp2")[0] / "checkpoint-3")
+    assert "tensors do not fit" in tied and "missing lm_head.weight" in tied
+    assert "adapter_config.json: no such file" in fails(out / "checkpoint-3", "lora")
+    assert "no model.safetensors" in fails(other / "checkpoint-3")
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+
+def check_saves(folder, last):
+    """Every complete checkpoint holds what its step says, and the newest is not older than the last that was reported."""
+    newest = 0
+    for path in list_checkpoints(folder):
+        if incomplete(path) is None:
+            step = int(path.name[11:])
+            assert checkpoint.damaged(path) is None
+            tensors = final_tensors(path)
+            for w in formats.weights.base_weights(M.build(families.ModelConfig.from_dict(TINY))):
+                whole = jobs_checkpoint.content(w.name, w.shape, step)
+                assert np.array_equal(tensors[w.name], whole) and np.array_equal(
+                    tensors[f"{w.name}/moment2_0"], whole * 2
+                )
+            newest = max(newest, step)
+    found = find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=True))
+    assert newest >= last and (found is None or load_checkpoint(found).step == newest), (newest, last)
+    return newest
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=SLOW)])
+def test_killed_while_saving(kills, tmp_path):
+    """SIGKILL of both ranks at a random moment, every other time with async_save; nothing that was reported is lost."""
+    generator, last, within, moved = random.Random(kills), 0, 0, 0
+    for kill in range(kills):
+        ranks = Ranks(2)
+        ranks.start()
+        options = "async_save" if kill % 2 else ""
+        for pipe in ranks.pipes:
+            pipe.send(
+                (
+                    "jobs_checkpoint:save_until_killed",
+                    (str(tmp_path), TINY, {"tp": 2} if kill % 3 else {"dp": 2}, options, last + 1),
+                    {},
+                )
+            )
+        patience = time.monotonic() + 60
+        while not list(tmp_path.glob(f"checkpoint-{last + 1}")):
+            assert time.monotonic() < patience and all(process.poll() is None for process in ranks.processes)
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.2))
+        while kill % 2 == 0 and not any(tmp_path.glob("tmp-checkpoint-*")):  # in the middle of a save, every other time
+            assert time.monotonic() < patience
+        generator.shuffle(ranks.processes)  # who dies first
+        for process in ranks.processes:
+            process.kill()
+        ranks.stop()
+        within += any(tmp_path.glob("tmp-checkpoint-*"))
+        told = [int(path.read_text()) for path in tmp_path.glob("saved-?")]
+        now = check_saves(tmp_path, max(told, default=0))
+        moved, last = moved + (now > last), now
+    print({"kills": kills, "killed_with_a_half_folder": within, "last": last})
+    assert moved == kills and within >= kills // 3
+
+
+# ---------------------------------------------------------------------------------------------- async_save
+
+
+def single(tmp_path, options, **keys):
+    return jobs_checkpoint.Run(tmp_path, TINY, {}, options, **keys)
+
+
+def test_a_failed_write_is_told_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
+    saver = single(tmp_path, "async_save")
+    saver.set(1)
+    saver.save(1)
+    saver.checkpoints.wait()
+    real = formats.tensor_files.write_safetensors
+
+    def full(path, *args, **more):
+        if path.name.startswith("optimizer"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(formats.tensor_files, "write_safetensors", full)
+    saver.save(2)
+    with pytest.raises(UserError, match="checkpoint-2: the disk is full .*earlier ones are intact"):
+        saver.save(3)
+    saver.save(3)
+    with pytest.raises(UserError, match="checkpoint-3: the disk is full"):
+        saver.checkpoints.wait()
+    saver.checkpoints.wait()  # told once
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and checkpoint.damaged(
+        tmp_path / "checkpoint-1"
+    ) is None
+
+
+def test_two_ranks_of_which_one_cannot_write(pool, tmp_path):
+    """The other one's line names the first one's reason; nothing half is left."""
+    for options in ("", "async_save"):
+        found = pool[2].run("jobs_checkpoint:save_to_full_disk", str(tmp_path), TINY, {"tp": 2}, options, 1)
+        assert all("checkpoint-2: the disk is full" in text for text in found), found
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
+    """save() returns before anything is written; the next waits for it."""
+    saver, gate, order = single(tmp_path, "async_save"), threading.Event(), []
+    real = formats.tensor_files.write_safetensors
+
+    def slow(path, *args, **more):
+        gate.wait(20)
+        order.append(path.name)
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(formats.tensor_files, "write_safetensors", slow)
+    saver.set(1)
+    saver.save(1)
+    assert order == [] and not (tmp_path / "checkpoint-1").exists() and saver.checkpoints.has(1)
+    saver.set(2)
+    threading.Timer(0.2, gate.set).start()
+    saver.save(2)
+    assert (tmp_path / "checkpoint-1").is_dir()
+    saver.checkpoints.wait()
+    for step in (1, 2):
+        tensors = final_tensors(tmp_path / f"checkpoint-{step}")
+        for w in saver.weights:
+            assert np.array_equal(tensors[w.name], jobs_checkpoint.content(w.name, w.shape, step))
+
+
+# ---------------------------------------------------------------------------------------------- options
+
+
+def test_words_of_unified_checkpoint_config(tmp_path):
+    def check(words, **more):
+        args = TrainingArgs(output_dir=str(tmp_path), do_train=True, unified_checkpoint_config=words, **more)
+        args.device = "cpu"
+        return args, args.check()
+
+    args, notes = check("async_save, skip_save_model_weight  remove_master_weight")
+    assert (
+        args.unified_checkpoint_config == ["async_save", "remove_master_weight", "skip_save_model_weight"] and not notes
+    )
+    args, _ = check("enable_all_options")
+    assert args.unified_checkpoint_config == ["master_weight_compatible", "skip_save_model_weight"]
+    args, notes = check(["ignore_merge_optimizer"], unified_checkpoint=False)
+    assert args.unified_checkpoint_config == [] and len(notes) == 2 and "any topology can go on" in notes[1]
+    with pytest.raises(UserError, match="unified_checkpoint_config: 'async' is not here; there are async_save, "):
+        check("async")
+    with pytest.raises(UserError, match="ckpt_quant_stage: 'O3'; possible are O0, O1, O2"):
+        check("", ckpt_quant_stage="O3")
+
+
+@pytest.fixture
+def half():
+    """A bf16 run: products are in bfloat16 where the kernels can, and checkpoints have rounded weights beside masters."""
+    kernels.bf16 = True
+    yield
+    kernels.bf16 = False
+
+
+def files_of(folder):
+    return {path.name.partition(".")[0].partition("-")[0] for path in folder.glob("*.safetensors")}
+
+
+def test_master_weights(half, tmp_path, capsys):
+    def save(name, options):
+        saver = single(tmp_path / name, options)
+        saver.set(3)
+        saver.save(3)
+        saver.checkpoints.wait()
+        return saver, tmp_path / name / "checkpoint-3"
+
+    def load(saver, path, options=""):
+        saver.set(9)
+        args = types.SimpleNamespace(unified_checkpoint_config=options.split())
+        load_trained(saver.model, path, args)
+        return all(np.array_equal(w.to_numpy(), jobs_checkpoint.content(w.name, w.shape, 3)) for w in saver.weights)
+
+    saver, both = save("both", "")
+    index = json.loads((both / "optimizer.safetensors.index.json").read_text())
+    assert files_of(both) == {"model", "optimizer", "master_weights"} and index["master_weights"] is True
+    assert {entry[0] for entry in formats.tensor_files.safetensors_header(both / "model.safetensors").values()} == {
+        "BF16"
+    }
+    assert load(saver, both)
+    _, skipped = save("skipped", "skip_save_model_weight")
+    assert files_of(skipped) == {"optimizer", "master_weights"} and load(saver, skipped)
+    opened = adapters.from_pretrained(skipped)
+    assert all(
+        np.array_equal(w.to_numpy(), jobs_checkpoint.content(w.name, w.shape, 3))
+        for w in formats.weights.base_weights(opened)
+    )
+    assert capsys.readouterr().out == ""
+    _, removed = save("removed", "remove_master_weight skip_save_model_weight")
+    assert "skip_save_model_weight is ignored" in capsys.readouterr().out
+    assert files_of(removed) == {"model", "optimizer"}
+    with pytest.raises(UserError, match="has bfloat16 weights and no master weights; .*master_weight_compatible"):
+        load(saver, removed)
+    for word in ("master_weight_compatible", "remove_master_weight"):
+        assert not load(saver, removed, word)
+        assert "from bfloat16 weights it is not an exact continuation" in capsys.readouterr().out
+        for w in saver.weights:
+            rounded = formats.tensor_files.from_bfloat16(
+                formats.tensor_files.to_bfloat16(jobs_checkpoint.content(w.name, w.shape, 3))
+            )
+            assert np.array_equal(w.to_numpy(), rounded)
+
+
+def test_a_bf16_run_goes_on_bitwise(pool, world, saved, tmp_path):
+    keys = {"bf16": True, "device": "cpu", "unified_checkpoint_config": "skip_save_model_weight"}
+    out, whole = saved("sft", "1", **keys)
+    if "so float32 is used" in whole[0]["printed"]:
+        pytest.skip("no bfloat16 products on this machine")
+    rest = run(pool, world, "sft", tmp_path / "out", "1", resume_from_checkpoint=str(out / "checkpoint-3"), **keys)
+    assert [rest[0]["losses"][step] for step in range(4, 9)] == [whole[0]["losses"][step] for step in range(4, 9)]
+    assert files_of(out / "checkpoint-3") == {"optimizer", "master_weights"}
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (3, 37), (1, 1), (2, 3, 40)])
+@pytest.mark.parametrize("stage", ["O1", "O2"])
+def test_moments_in_few_bits(stage, shape):
+    """What comes back is within half a step of the scales, of m and of the ratio; a row of zeros stays zero."""
+    generator = np.random.default_rng(0)
+    m = generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)
+    v = (generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)) ** 2 + np.float32(1e-9)
+    m[0], v[0] = 0, 0
+    quantize, dequantize, steps = (
+        (quantize_8, dequantize_8, (127, 255)) if stage == "O1" else (quantize_4, dequantize_4, (7, 15))
+    )
+    stored = quantize(m, v)
+    back_m, back_v = dequantize(*stored)
+    assert back_m.shape == back_v.shape == shape and back_m.dtype == back_v.dtype == np.float32
+    assert sum(array.nbytes for array in stored[: 2 if stage == "O1" else 1]) == m.size * (2 if stage == "O1" else 1)
+    ratio, back_ratio = (1 / (np.sqrt(x) + 1e-8) for x in (v, back_v))
+    for x, back, n, signed in ((m, back_m, steps[0], True), (ratio, back_ratio, steps[1], False)):
+        rows = x.reshape([-1, shape[-1]])
+        groups = [rows] if stage == "O1" else [rows[:, i : i + 32] for i in range(0, shape[-1], 32)]
+        backs = (
+            [back.reshape(rows.shape)]
+            if stage == "O1"
+            else [back.reshape(rows.shape)[:, i : i + 32] for i in range(0, shape[-1], 32)]
+        )
+        for a, b in zip(groups, backs):
+            step = (
+                np.abs(a).max(1, keepdims=True) / n
+                if signed
+                else (a.max(1, keepdims=True) - a.min(1, keepdims=True)) / n
+            )
+            assert (np.abs(a - b) <= 0.5 * step + 1e-4 * np.abs(a)).all()
+    assert (back_m[0] == 0).all() and (back_v[0] < 1e-12).all()
+
+
+@pytest.mark.parametrize("stage", ["O1", "O2"])
+def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
+    exact, _ = saved("sft", "1")
+    out, whole = saved("sft", "tp2", ckpt_quant_stage=stage)
+    sizes = [
+        sum(path.stat().st_size for path in (folder / "checkpoint-3").glob("optimizer-*")) for folder in (exact, out)
+    ]
+    print(f"{stage}: moments {sizes[0]:,} -> {sizes[1]:,} bytes")
+    index = json.loads((out / "checkpoint-3" / "optimizer.safetensors.index.json").read_text())
+    assert index["ckpt_quant_stage"] == stage and index["quant_ckpt_resume_times"] == 0
+    resume = {"resume_from_checkpoint": str(out / "checkpoint-3"), "ckpt_quant_stage": stage}
+    for topology in ("1", "tp2"):
+        rest = run(pool, world, "sft", tmp_path / topology, topology, **resume)
+        assert rest[0]["error"] is None
+        off = max(abs(rest[0]["losses"][step] / whole[0]["losses"][step] - 1) for step in range(4, 9))
+        print(f"{stage} under {topology}: {off:.1e}")
+        assert 0 < off < 0.02
+        index = json.loads((tmp_path / topology / "checkpoint-6" / "optimizer.safetensors.index.json").read_text())
+        assert index["ckpt_quant_stage"] == "O0" and index["quant_ckpt_resume_times"] == 1
+        assert f"ckpt_quant_stage: {stage} is ignored" in rest[0]["printed"]
+
+
+# ---------------------------------------------------------------------------------------------- README's table
+
+
+def main():
+    """Every pair, slow ones too, as markdown; the exit code is 1 if one is above its limit or failed."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="write the table into README.md, between its marks <!-- resume --> and <!-- resume end -->",
+    )
+    parser.add_argument("--only", default="", help="pairs whose row, such as `sft | tp2 | 1`, holds this")
+    options, lines, bad = (
+        parser.parse_args(),
+        [
+            "| task | saved under | resumed under | worst relative difference of the next 5 losses |",
+            "|---|---|---|---|",
+        ],
+        0,
+    )
+    pool = Pool()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def new_folder():
+            return Path(tempfile.mkdtemp(dir=folder))
+
+        try:
+            world = make_world(new_folder())
+            saved = remember(pool, world, new_folder)
+            for row in PAIRS + MORE_PAIRS:
+                if options.only not in " | ".join(row):
+                    continue
+                try:
+                    off = resumed(pool, world, saved, *row, new_folder() / "out")
+                    cell = f"{off:.1e}" if off else "0"
+                    bad += off > limit(*row[1:])
+                except (AssertionError, RuntimeError) as error:
+                    text = str(error).strip() or traceback.format_exc().strip()
+                    cell, bad = f"fails: {text.splitlines()[-1][:200]}", bad + 1
+                lines.append("| " + " | ".join((*(place.replace("-", " ") for place in row), cell)) + " |")
+                print(lines[-1], file=sys.stderr, flush=True)
+        finally:
+            for ranks in pool.values():
+                ranks.stop()
+    print("\n".join(lines))
+    if options.readme:
+        path = ROOT / "README.md"
+        before, mark, rest = path.read_text(encoding="utf-8").partition("<!-- resume -->")
+        _, end, after = rest.partition("<!-- resume end -->")
+        assert mark and end, "README.md has no marks"
+        path.write_text("\n".join([before + mark, *lines, end + after]), encoding="utf-8")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

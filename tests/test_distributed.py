@@ -1,0 +1,273 @@
+"""Paddle's launcher and our scripts: a run on two processes, on two nodes, and every way in which one rank can go wrong.
+
+The console is what a user sees: the launcher's output. Each test starts its own processes and looks that none is left.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_models
+from conftest import ROOT
+from family_cells import give_tokenizer, make_world
+
+LAUNCH = [sys.executable, "-m", "paddle.distributed.launch"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer and data, and args.json for finetune.py."""
+    folder = tmp_path_factory.mktemp("launch")
+    world, model = make_world(folder / "world"), folder / "model"
+    tiny_models.write(model, "llama")
+    give_tokenizer(model, world)
+    keys = {
+        "model_name_or_path": str(model),
+        "dataset_name_or_path": str(world / "sft"),
+        "output_dir": str(folder / "out"),
+        "do_train": True,
+        "src_length": 20,
+        "max_length": 44,
+        "max_new_tokens": 4,
+        "zero_padding": True,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "overwrite_output_dir": True,
+        "device": "cpu",
+    }
+    (folder / "args.json").write_text(json.dumps(keys))
+    return folder
+
+
+def start(folder, what, *argv, processes=2, options=(), name="log"):
+    """The launcher with finetune.py, in a session of its own; what: see launched.py, or None for the script as it is."""
+    own = [str(ROOT / "tests" / "ranks" / "launched.py"), "finetune", what] if what else [str(ROOT / "finetune.py")]
+    command = [
+        *LAUNCH,
+        "--nproc_per_node",
+        str(processes),
+        "--log_dir",
+        str(folder / name),
+        *options,
+        *own,
+        str(folder / "args.json"),
+        *argv,
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PADDLE_")}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def console(process, folder, limit=150):
+    """(what the launcher printed, its exit code, seconds); none of its processes is left."""
+    begin = time.monotonic()
+    try:
+        text, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert wait_until(lambda: not left(folder), 5), left(folder)
+    return text, process.returncode, time.monotonic() - begin
+
+
+def left(folder):
+    """Command lines of processes that still run on this folder."""
+    found = []
+    for path in os.listdir("/proc"):
+        if path.isdecimal():
+            try:
+                line = open(f"/proc/{path}/cmdline").read().split("\0")
+            except OSError:
+                continue
+            if str(folder / "args.json") in line and int(path) != os.getpid():
+                found.append(line)
+    return found
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def logged(folder, key="loss"):
+    return [json.loads(line)[key] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_as_one(base):
+    """As README has it; the first rank's console alone is shown, without Paddle's notes about connections."""
+    code = subprocess.run(
+        [sys.executable, str(ROOT / "finetune.py"), str(base / "args.json")], cwd=ROOT, capture_output=True
+    ).returncode
+    assert code == 0
+    alone = logged(base)
+    text, code, _ = console(start(base, None, "--tensor_parallel_degree", "2"), base)
+    assert code == 0, text
+    assert logged(base) == pytest.approx(alone, rel=1e-5) and len(alone) == 4
+    assert all(talked.keys() == {"tp"} and 0 < talked["tp"] < 1 for talked in logged(base, "communication"))
+    assert text.count("step 4/4") == 1 and "tcp_store" not in text and "it/s" not in text
+    assert "step 4/4" in (base / "log" / "workerlog.1").read_text()
+
+
+WRONG = {  # what: (the line that the console ends with, exit code)
+    "max_steps=5@1": (
+        "error: rank 1: arguments: max_steps is 5 here and 4 on rank 0; all processes must have the same",
+        2,
+    ),
+    "user@1": ("error: rank 1: the record on line 7 has no src", 2),
+    "user@0": ("error: rank 0: the record on line 7 has no src", 2),
+    "bug@1": ("error: rank 1: ZeroDivisionError: division by zero (its traceback is in its own log)", 1),
+    "early@0": ("error: rank 0: this file cannot be read here", 2),
+    "early@1": ("error: rank 1: this file cannot be read here", 2),
+    "hang@1": ("error: rank 1 hangs or is far behind: others waited 30 s for it in a collective (tp)", 1),
+    "stop@1": ("error: rank 1 gives no sign of life; others waited 30 s for it in a collective (tp)", 1),
+    "exit@1": (r"error: rank 1 has vanished: it was killed, or ran out of memory", 1),
+    "code@1": ("error: rank 1: the scripts: model.py is 'another' here and '", 2),
+    "config:max_position_embeddings=7@1": (
+        "error: rank 1: the model: max_position_embeddings is 7 here and 64 on rank 0",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "what", [what if i == 0 else pytest.param(what, marks=pytest.mark.slow) for i, what in enumerate(WRONG)]
+)
+def test_a_rank_goes_wrong(base, what):
+    """Its own message, once as the last line of the run, and all end with its exit code within a minute."""
+    line, wanted = WRONG[what]
+    text, code, seconds = console(
+        start(base, what, "--tensor_parallel_degree", "2", "--max_steps=9" if "=" not in what else "--max_steps=4"),
+        base,
+    )
+    shown = [row for row in text.splitlines() if row.strip() and not row.startswith(("LAUNCH", "Container"))]
+    assert shown[-1].startswith(line), text[-3000:]
+    assert code == wanted
+    print(f"{what}\t{shown[-1]}\t{seconds:.0f} s")
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_rank_is_named(base, rank):
+    """The launcher names it, or the others do, whoever sees it first; in the others' logs it is not a traceback."""
+    text, code, _ = console(start(base, f"kill@{rank}", "--tensor_parallel_degree", "2", "--max_steps=9"), base)
+    assert code != 0
+    assert re.search(rf"^(Container rank {rank} .* code -9 .*|error: rank {rank} has vanished.*)$", text, re.M), text[
+        -3000:
+    ]
+    assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
+
+
+class Store:
+    """In place of Paddle's: {rank: (beat, place, seconds)}, who is at beat LAST gives no other; or, with None, one that is gone."""
+
+    LAST = 50
+
+    def __init__(self, signs):
+        self.signs = signs
+
+    def add(self, key, _):
+        if self.signs is None:
+            raise RuntimeError("TCP send error: Broken pipe")
+        return int(any(key == f"rank {rank} is there" for rank in self.signs))
+
+    def get(self, key):
+        beat, place, when = self.signs[int(key.split()[1])]
+        self.signs[int(key.split()[1])] = beat + (beat < self.LAST), place, when
+        return json.dumps([beat, place, when]).encode()
+
+
+@pytest.mark.parametrize(
+    "signs, line",
+    [
+        (None, "rank 0 has vanished"),
+        (
+            {0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (Store.LAST, "tp", 7.5), 3: (Store.LAST, None, 6.0)},
+            "rank 3 has vanished",
+        ),  # 2 went for 3's sake
+    ],
+)
+def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
+    import distributed.watchdog
+    import parallel
+
+    company, ended = object.__new__(distributed.watchdog.Company), []
+    company.launch, company.place, company.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
+    for name in ("_exit", "end"):
+        monkeypatch.setattr(company, name, lambda *told: ended.append(told))
+    monkeypatch.setattr(parallel.time, "sleep", lambda seconds: None)
+    company.fail(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
+    assert ended == [(1, f"{line}: it was killed, or ran out of memory")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_launcher(base, number):
+    process = start(base, "none@9", "--tensor_parallel_degree", "2", "--max_steps=100000", "--logging_steps=1")
+    assert wait_until(
+        lambda: (base / "out" / "metrics.jsonl").is_file() and len(logged(base)) > 2 and len(left(base)) == 3, 60
+    )
+    process.send_signal(number)
+    begin = time.monotonic()
+    assert wait_until(lambda: not left(base), 60), left(base)
+    process.communicate(timeout=60)
+    print(f"{number.name}: all gone after {time.monotonic() - begin:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [None, "user@3", "kill@3", "early@2"])
+def test_two_nodes(base, what):
+    """Two launchers on this machine; what goes wrong on the second node is shown on the first one's console."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = []
+    for rank in (0, 1):
+        options = ("--nnodes", "2", "--master", f"127.0.0.1:{port}", "--rank", str(rank))
+        nodes.append(
+            start(base, what, "--tensor_parallel_degree", "2", "--max_steps=4", options=options, name=f"node{rank}")
+        )
+    texts = [node.communicate(timeout=200)[0] for node in nodes]
+    assert wait_until(lambda: not left(base), 5)
+    codes = [node.returncode for node in nodes]
+    if what is None:
+        assert codes == [0, 0] and len(logged(base)) == 4, texts
+        assert "data" not in texts[1] or "step 4/4" in texts[0]
+        return
+    wanted = {
+        "user@3": "error: rank 3: the record on line 7 has no src",
+        "early@2": "error: rank 2: this file cannot be read here",
+        "kill@3": "error: rank 3 has vanished",
+    }[what]
+    assert all(codes) and wanted in texts[0], texts[0][-3000:]
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (["--tensor_parallel_degree", "3"], "= 3 processes, but this run has 2; give a product that divides 2"),
+        (["--device", "gpu:0"], "device: 'gpu:0'"),
+        (
+            ["--tensor_parallel_config", "sync_parm"],
+            "tensor_parallel_config: unknown option 'sync_parm'; did you mean 'sync_param'?",
+        ),
+    ],
+)
+def test_what_all_ranks_refuse(base, argv, line, monkeypatch):
+    """Seen before anything is connected, so one process that is told of two shows it."""
+    import arguments
+    import finetune
+    from formats.files import UserError
+
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    with pytest.raises(UserError, match=re.escape(line)):
+        arguments.parse_args(finetune.Args, [str(base / "args.json"), *argv])
