@@ -15,11 +15,11 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from families import FAMILIES, ModelConfig, _names_of
+from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, _json_object, atomic_file
 from formats.tensor_files import read_safetensors, write_safetensors
-from formats.weights import Entry, Weight, _paddlenlp_names, base_weights, load_weights, stored_tensors
-from model import Draws, Linear, QuantLinear, build, linears, set_parameter
+from formats.weights import SaveEntry, Weight, _paddlenlp_names, load_weights, named_weights, stored_tensors
+from model import Linear, QuantLinear, RNGTracker, block_linears, build, set_parameter
 
 
 def trainable_weights(model):
@@ -33,10 +33,10 @@ def trainable_weights(model):
             raise UserError(
                 "the model is quantized: its weights are integers; train LoRA or a prefix, or the float model"
             )
-    return [w for w in base_weights(model) + adapter_weights(model) if not w.parameter.stop_gradient]
+    return [w for w in named_weights(model) + adapter_weights(model) if not w.parameter.stop_gradient]
 
 
-def halve_frozen(model):
+def cast_frozen_to_bf16(model):
     """Keep frozen weights of linears, the head's too, in bfloat16 alone: products in bfloat16 round them so anyway."""
     for layer in model.sublayers():
         if isinstance(layer, Linear) and layer.weight.stop_gradient and layer.weight.dtype == paddle.float32:
@@ -44,7 +44,7 @@ def halve_frozen(model):
                 half = layer.create_parameter(layer.weight.shape, dtype="bfloat16")
             half.set_value(layer.weight.astype("bfloat16"))
             half.stop_gradient = True
-            if (cut := getattr(layer.weight, "cut", None)) is not None:
+            if (cut := getattr(layer.weight, "shard_spec", None)) is not None:
                 half.cut = cut
             layer.weight = half
 
@@ -95,8 +95,8 @@ def _paddlenlp_lora(model, path):
     ):
         if config.get(key):
             raise UserError(f"{path / 'lora_config.json'}: {key} = {json.dumps(config[key])} is not supported")
-    modules = {theirs: ours for ours, theirs, _ in _names_of(model.config, names)}
-    places = {ours: theirs.removesuffix(".weight") for ours, theirs, _ in _names_of(model.config)}
+    modules = {theirs: ours for ours, theirs, _ in weight_names(model.config, names)}
+    places = {ours: theirs.removesuffix(".weight") for ours, theirs, _ in weight_names(model.config)}
     tensors, targets = {}, set()
     for name, (read, _) in stored_tensors(path, ("lora_model_state.pdparams", "peft_model.safetensors")).items():
         module, _, which = name.rpartition(".")
@@ -140,13 +140,13 @@ class LoRALinear(nn.Layer):
         self.lora_B = self.create_parameter([rank, n_out], default_initializer=nn.initializer.Constant(0.0))
         self.lora_magnitude_vector = None
         self.initial = None
-        self.draws, self.key = Draws(), ""  # apply_lora() gives it the model's, and its path
+        self.draws, self.key = RNGTracker(), ""  # apply_lora() gives it the model's, and its path
         for p in base.parameters():
             p.stop_gradient = True
         if dora:
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
             self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
-            if (cut := getattr(base.weight, "cut", None)) is not None and cut.dim == 1:
+            if (cut := getattr(base.weight, "shard_spec", None)) is not None and cut.dim == 1:
                 self.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
 
     def delta(self):
@@ -198,7 +198,7 @@ class LoRALinear(nn.Layer):
         set_parameter(self.lora_A, a)
         set_parameter(self.lora_B, b)
         self.initial, delta, weight = (a, b), self.delta(), self.base.weight
-        if (cut := getattr(weight, "cut", None)) is not None:
+        if (cut := getattr(weight, "shard_spec", None)) is not None:
             delta = paddle.to_tensor(cut.take(delta.numpy()))
         weight.set_value((weight.astype("float32") - delta).astype(weight.dtype))
 
@@ -218,24 +218,24 @@ class LoRALinear(nn.Layer):
 
 def lora_layers(model):
     """{Hugging Face module path: LoRALinear}"""
-    return {path: layer for path, (_, _, layer) in linears(model).items() if isinstance(layer, LoRALinear)}
+    return {path: layer for path, (_, _, layer) in block_linears(model).items() if isinstance(layer, LoRALinear)}
 
 
-def linears_elsewhere(model):
+def linears_on_other_ranks(model):
     """{Hugging Face module path} of the linears of the blocks that other processes hold."""
-    rows = _names_of(model.config) if model.elsewhere else ()
+    rows = weight_names(model.config) if model.names_on_other_ranks else ()
     paths = [
         theirs.removesuffix(".weight")
         for ours, theirs, _ in rows
         if ours.startswith("layers.") and ours.endswith("_proj.weight")
     ]
-    return {path for path in paths if not model.elsewhere.isdisjoint((path + ".weight", path + ".qweight"))}
+    return {path for path in paths if not model.names_on_other_ranks.isdisjoint((path + ".weight", path + ".qweight"))}
 
 
-def lora_paths(model, targets=None):
+def match_lora_targets(model, targets=None):
     """[Hugging Face module path] of the linears that `targets` names, as in apply_lora, and that this process holds."""
-    here = linears(model)
-    found = {*here, *linears_elsewhere(model)}
+    here = block_linears(model)
+    found = {*here, *linears_on_other_ranks(model)}
     if targets in (None, "all-linear", []):
         return list(here)
     patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
@@ -259,9 +259,9 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         raise UserError("pissa and dora exclude each other: both redefine what the base weight is")
     if pissa and model.config.quantization is not None:
         raise UserError("PiSSA needs the base model's float weights; this one is quantized")
-    found, chosen = linears(model), lora_paths(model, targets)
+    found, chosen = block_linears(model), match_lora_targets(model, targets)
     if targets in (None, "all-linear", []):
-        targets = sorted({path.rpartition(".")[2] for path in {*found, *linears_elsewhere(model)}})
+        targets = sorted({path.rpartition(".")[2] for path in {*found, *linears_on_other_ranks(model)}})
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
@@ -303,7 +303,7 @@ def adapter_disabled(model):
 
 def merge(model):
     """Fold every LoRA into its base weight, in place; the model is a plain one afterwards."""
-    for parent, attribute, layer in linears(model).values():
+    for parent, attribute, layer in block_linears(model).values():
         if isinstance(layer, LoRALinear):
             setattr(parent, attribute, layer.merged())
     return model
@@ -412,9 +412,9 @@ def save_adapter(model, path, base_model=None):
 
 
 def adapter_files(model, base_model=None):
-    """(what adapter_config.json holds, {file: ([Entry], metadata)}), see save_adapter."""
+    """(what adapter_config.json holds, {file: ([SaveEntry], metadata)}), see save_adapter."""
     weights = {w.name: w for w in adapter_weights(model)}
-    entries = {name: Entry.of(w) for name, w in weights.items()}
+    entries = {name: SaveEntry.of(w) for name, w in weights.items()}
     config = {
         "base_model_name_or_path": str(base_model) if base_model else None,
         "task_type": "CAUSAL_LM",
@@ -438,7 +438,7 @@ def adapter_files(model, base_model=None):
             return config, {"adapter_model.safetensors": (list(entries.values()), {})}
         with paddle.no_grad():
             table = prefix.table().numpy()
-        made = Entry({"prompt_embeddings": (list(table.shape), "float32")}, [], lambda: [table])
+        made = SaveEntry({"prompt_embeddings": (list(table.shape), "float32")}, [], lambda: [table])
         return config, {
             "prefix_projection.safetensors": (list(entries.values()), {}),
             "adapter_model.safetensors": ([made], {}),
@@ -451,12 +451,12 @@ def adapter_files(model, base_model=None):
         for module, layer in layers.items():
             a, b = (weights[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")  # (R, in), (out, R) on disk
             a0, b0 = (start.T for start in layer.initial)  # whole, on every rank
-            entries[a.name] = Entry(
+            entries[a.name] = SaveEntry(
                 {a.name: ([2 * a.shape[0], a.shape[1]], "float32")},
                 [(a, a.parameter)],
                 lambda a, a0=a0: [np.concatenate([a, a0])],
             )
-            entries[b.name] = Entry(
+            entries[b.name] = SaveEntry(
                 {b.name: ([b.shape[0], 2 * b.shape[1]], "float32")},
                 [(b, b.parameter)],
                 lambda b, b0=b0: [np.concatenate([b, -b0], 1)],
@@ -542,10 +542,10 @@ def _load_lora(model, config, tensors, path, trainable):
             layer.set_pissa(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:rank].T
-    _fill(model, tensors, path.parent / "adapter_model.safetensors")
+    _fill_adapter(model, tensors, path.parent / "adapter_model.safetensors")
 
 
-def reload_adapter(model, path):
+def restore_adapter(model, path):
     """Overwrite the values of the model's adapter with those that save_adapter wrote of it at another time."""
     path = Path(path)
     projection = path / "prefix_projection.safetensors"
@@ -556,7 +556,7 @@ def reload_adapter(model, path):
             a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
-    _fill(model, tensors, file)
+    _fill_adapter(model, tensors, file)
 
 
 def _load_prefix(model, config, tensors, path, trainable):
@@ -573,15 +573,15 @@ def _load_prefix(model, config, tensors, path, trainable):
     projection = path.parent / "prefix_projection.safetensors"
     if trainable and projection.is_file():
         apply_prefix(model, config["num_virtual_tokens"], True, config["encoder_hidden_size"])
-        _fill(model, read_safetensors(projection), projection)
+        _fill_adapter(model, read_safetensors(projection), projection)
     else:
         apply_prefix(model, config["num_virtual_tokens"])
-        _fill(model, tensors, path.parent / "adapter_model.safetensors")
+        _fill_adapter(model, tensors, path.parent / "adapter_model.safetensors")
 
 
-def _fill(model, tensors, path):
+def _fill_adapter(model, tensors, path):
     """The values of the model's adapter; those of linears that other processes hold are left out."""
-    weights, elsewhere = adapter_weights(model), linears_elsewhere(model)
+    weights, elsewhere = adapter_weights(model), linears_on_other_ranks(model)
     wrong = [f"missing {w.name}" for w in weights if w.name not in tensors]
     wrong += [
         f"unexpected {n}"

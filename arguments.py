@@ -17,7 +17,7 @@ from distributed.watchdog import Launch
 from formats.files import UserError
 from formats.paddlenlp import HARMLESS, IGNORED, OPTIONS, REFUSED
 from parallel import Degrees
-from plan import not_here
+from plan import missing_model_message
 
 # ================================================================================================ arguments
 
@@ -42,7 +42,7 @@ class ScriptArgs:
 
     output_dir: str = ""  # where the script writes to
     overwrite_output_dir: bool = False  # remove the run that output_dir holds
-    seed: int = 42  # of data order, initialisation, dropout, sampling
+    seed: int = 42  # of data order, initialization, dropout, sampling
     device: str = "auto"  # auto, cpu, gpu, gpu:1, dcu (ROCm), xpu, npu, gcu, or another device of a plug-in of Paddle
     kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
     bf16: bool = False  # training: products in bfloat16, trained weights and all else in float32
@@ -71,7 +71,7 @@ class ScriptArgs:
         for key in ("model_name_or_path", "tokenizer_name_or_path"):
             path = getattr(self, key, None)
             if path and not Path(path).exists():
-                raise UserError(not_here(key, path))
+                raise UserError(missing_model_message(key, path))
 
 
 @dataclasses.dataclass

@@ -17,10 +17,10 @@ import kernels
 import numpy as np
 
 from adapters import adapter_files
-from distributed.collectives import _bytes_of, _on_host, _size_of, held_by, owners
+from distributed.collectives import _bytes_of, _size_of, _to_host, assign_writers, gather_tensor_index
 from formats.files import UserError, _disk_full, _sync, atomic_file, crc32_of
 from formats.tensor_files import read_safetensors, read_tensor, safetensors_header, write_safetensors
-from formats.weights import MASTERS, MODELS, Entry, load_weights, stored_tensors, stored_weights
+from formats.weights import MASTER_WEIGHTS, MODEL_FILES, SaveEntry, load_weights, stored_tensors, weights_to_save
 from parallel import NAMES, ORDERS, SINGLE, Degrees
 
 # ============================================================ slicing and gathering: from what ranks hold to whole files
@@ -28,15 +28,15 @@ from parallel import NAMES, ORDERS, SINGLE, Degrees
 # Every tensor of a file is whole, and one rank, its owner, writes it. The others that have parts of it give them to the
 # owner by way of the folder that is being written, in a file for each pair of ranks: so a part is sent once, no rank waits
 # for another before it has given all, nothing of this is a collective, and so all of it can go on behind training.
-# Reading needs none of it: a rank reads the ranges that it holds, see model.StoredTensor and Weight.read.
+# Reading needs none of it: a rank reads the ranges that it holds, see model.LazyTensor and Weight.read.
 
 FILE_BYTES = 5 << 30  # a rank begins another file before one grows larger
 
 
-class Share:
+class CheckpointShardWriter:
     """What this rank does of writing tensors of the whole model: which parts it gives to others, which files it writes.
 
-    groups: {group: [Entry]}, all of what this rank holds. A source (weight, tensor, first) is cut over sharding too: tensor
+    groups: {group: [SaveEntry]}, all of what this rank holds. A source (weight, tensor, first) is cut over sharding too: tensor
     has, laid flat, this rank's elements of the parameter from `first` on; None: none of them. The parts are taken here: as
     they are; or with buffers, a dict that the next may use again, copied into it, and what is written later is the state of now.
     """
@@ -48,11 +48,11 @@ class Share:
         self.entries = {(group, *entry.tensors): entry for group, entries in groups.items() for entry in entries}
         names = {key: " ".join(key) for key in self.entries}
         mine = {names[key]: _bytes_of(entry) for key, entry in self.entries.items()}
-        sizes, holders = held_by(mine, topology)
+        sizes, holders = gather_tensor_index(mine, topology)
         for name in sizes:
             if name.partition(" ")[0] in together:
                 holders[name] = holders[name][:1]
-        self.owners = owners(sizes, holders)
+        self.owners = assign_writers(sizes, holders)
         self.owner = {key: self.owners[name] for key, name in names.items()}
         self.parts = {}  # (key, index of the source): numpy of the part, or None: this rank has nothing of it
         for key, entry in self.entries.items():
@@ -72,7 +72,7 @@ class Share:
         ]
 
     def _take(self, tensor, buffers, key):
-        found = _on_host(tensor)
+        found = _to_host(tensor)
         if buffers is None or found is None:
             return found
         if key not in buffers or buffers[key].shape != found.shape:
@@ -101,7 +101,7 @@ class Share:
                     mine.append([0, []])
                 mine[-1][0] += size
                 mine[-1][1].append(key)
-        inbox = Inbox(folder, self.rank, wait)
+        inbox = PartReader(folder, self.rank, wait)
         for group, parts in files.items():
             for number, (_, keys) in enumerate(parts):
                 tensors = {}
@@ -155,7 +155,7 @@ class Share:
         return found.T if weight.transposed else found
 
 
-class Inbox:
+class PartReader:
     """What other ranks give to this one, in the files .parts-GIVER-THIS of a folder; removed when it has been read."""
 
     def __init__(self, folder, rank, wait):
@@ -178,7 +178,7 @@ class Inbox:
 def checksums(folder, sizes, topology):
     """{name: crc32 as it is now} of files of a folder, {name: bytes}: each rank reads its share of them, by bytes, then all
     know all."""
-    share = owners(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
+    share = assign_writers(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
     mine = {name: crc32_of(Path(folder) / name) for name, rank in share.items() if rank == topology.rank}
     return {name: found for part in topology.exchange(mine) for name, found in part.items()}
 
@@ -210,7 +210,7 @@ def _quantized(names, shape, sources, stage):
     extra = {f"{names[0]}@scales": scales, f"{names[1]}@min_scales": scales, f"{names[1]}@max_scales": scales}
     integers = {names[0]: (shape, "int8")} | ({names[1]: (shape, "uint8")} if stage == "O1" else {})
     tensors = integers | {name: (size, "float32") for name, size in extra.items()}
-    return Entry(tensors, sources, quantize_8 if stage == "O1" else quantize_4)
+    return SaveEntry(tensors, sources, quantize_8 if stage == "O1" else quantize_4)
 
 
 def quantize_8(m, v):
@@ -304,7 +304,7 @@ def _some(names):
 DONE = ".checkpoint_done"
 
 
-ALONE = ("adapter_model", "prefix_projection")  # one file each, as PEFT has them
+SINGLE_FILE_GROUPS = ("adapter_model", "prefix_projection")  # one file each, as PEFT has them
 
 
 @dataclasses.dataclass
@@ -319,10 +319,10 @@ class TrainState:
     log_history: list = dataclasses.field(default_factory=list)  # the last 20 log lines
 
 
-class Checkpoints:
+class CheckpointManager:
     """The saves of a run: output_dir/checkpoint-STEP, complete or not there, whole tensors, written by all ranks together.
 
-        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
         checkpoints.save(state)         # with async_save it returns as soon as the state is copied
         checkpoints.wait()              # for the one that is being written; an error of it is raised here
         checkpoints.write_model(folder, dtype)
@@ -352,14 +352,14 @@ class Checkpoints:
             self.buffers is not None
         ):  # made, and touched, before training begins: the first save is as short as the others
             topology.meet()
-            Share(self._all_groups()[0], topology, self.buffers, ALONE)
+            CheckpointShardWriter(self._all_groups()[0], topology, self.buffers, SINGLE_FILE_GROUPS)
 
     def _say(self, text):
         if self.topology.rank == 0:
             print(text, flush=True)
 
     def contents(self, dtype=None):
-        """({group: [Entry]}, {group: metadata}, function(folder) that writes what is small) of the model or adapter.
+        """({group: [SaveEntry]}, {group: metadata}, function(folder) that writes what is small) of the model or adapter.
 
         dtype: of a model that is written to be used; None: what a checkpoint holds.
         """
@@ -371,12 +371,12 @@ class Checkpoints:
             metadata = {file.removesuffix(".safetensors"): more for file, (_, more) in files.items()}
             name, text = "adapter_config.json", json.dumps(config, indent=2)
         else:
-            stored, groups = stored_weights(model), {}
+            stored, groups = weights_to_save(model), {}
             kind = dtype or ("bfloat16" if self.half else "float32")
             if dtype or not (self.masters and "skip_save_model_weight" in self.options):
-                groups["model"] = [Entry.of(weight, kind) for weight in stored]
+                groups["model"] = [SaveEntry.of(weight, kind) for weight in stored]
             if self.masters and not dtype:
-                groups["master_weights"] = [Entry.of(weight) for weight in stored]
+                groups["master_weights"] = [SaveEntry.of(weight) for weight in stored]
             name, text = "config.json", model.config.to_json(kind)
         if self.shards is not None:
             groups = {group: [self._held(entry) for entry in entries] for group, entries in groups.items()}
@@ -431,7 +431,7 @@ class Checkpoints:
             prune_checkpoints(folder, args.save_total_limit, best)
 
         kept = "this checkpoint was not written, earlier ones are intact"
-        writing = Writing(
+        writing = CheckpointWriter(
             folder / f"tmp-checkpoint-{state.step}", final, kept, self.topology, write_small, publish, index, metadata
         )
         self.last, self.pending = state.step, writing
@@ -469,12 +469,14 @@ class Checkpoints:
             _sync(folder)
 
         kept = "the model was not written, checkpoints are intact"
-        writing = Writing(folder / "tmp-model", folder, kept, self.topology, write_small, publish, {}, metadata)
+        writing = CheckpointWriter(
+            folder / "tmp-model", folder, kept, self.topology, write_small, publish, {}, metadata
+        )
         writing.begin(groups)
         writing.finish()
 
 
-class Writing:
+class CheckpointWriter:
     """A folder that all ranks write to, on its way to be published: each rank its share, then rank 0 names the files and
     calls publish(temporary, {name: {"size", "crc32"}}). Ranks tell each other by files there that they are done or have failed."""
 
@@ -502,7 +504,7 @@ class Writing:
                 f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir"
             )
         try:
-            self.share = Share(groups, topology, buffers, ALONE, self.metadata)
+            self.share = CheckpointShardWriter(groups, topology, buffers, SINGLE_FILE_GROUPS, self.metadata)
         except BaseException:
             shutil.rmtree(self.temporary, ignore_errors=True)
             raise
@@ -535,16 +537,16 @@ class Writing:
                 (self.temporary / f".failed-{rank}").touch()
 
     def _wait_for(self, path, there=True):
-        """Until another rank has put this file there, or taken it away; OtherRank if one has failed, or goes no further."""
+        """Until another rank has put this file there, or taken it away; PeerFailed if one has failed, or goes no further."""
         pause, patience = 0.001, None
         while path.exists() != there:
             with contextlib.suppress(FileNotFoundError):  # published meanwhile
                 if any(name.startswith(".failed-") for name in os.listdir(self.temporary)):
-                    raise OtherRank
+                    raise PeerFailed
             if not threading.main_thread().is_alive():  # this process ends, so others may have ended
                 patience = patience or time.monotonic() + 30
                 if time.monotonic() > patience:
-                    raise OtherRank
+                    raise PeerFailed
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)
 
@@ -554,7 +556,7 @@ class Writing:
             self.thread.join()
         if self.error is not None and not isinstance(self.error, Exception):  # interrupted: the others are too
             self._raise(self.error, [])
-        wrong = self.error is not None and not isinstance(self.error, OtherRank)
+        wrong = self.error is not None and not isinstance(self.error, PeerFailed)
         texts = self.topology.exchange(self._text(self.error) if wrong else None)
         if self.error is not None or any(texts):
             self._raise(self.error, texts)
@@ -568,12 +570,12 @@ class Writing:
     def _raise(self, error, texts):
         if self.topology.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        if error is None or isinstance(error, OtherRank) or _disk_full(error):
+        if error is None or isinstance(error, PeerFailed) or _disk_full(error):
             raise UserError(next(filter(None, texts), f"{self.final}: another rank has ended")) from None
         raise error
 
 
-class OtherRank(Exception):
+class PeerFailed(Exception):
     """Another rank has failed, and says itself why."""
 
 
@@ -585,7 +587,7 @@ def _name_files(folder, reports, index, metadata):
     found = {}
     for group in sorted({group for report in reports for group in report}):
         parts = [part for report in reports for part in report.get(group, {}).items()]
-        if group in ALONE and len(parts) > 1:  # of several stages; PEFT wants one file
+        if group in SINGLE_FILE_GROUPS and len(parts) > 1:  # of several stages; PEFT wants one file
             tensors = {name: array for part, _ in parts for name, array in read_safetensors(folder / part).items()}
             parts = [(f"{group}.whole", write_safetensors(folder / f"{group}.whole", tensors, metadata.get(group)))]
         alone = len(parts) == 1 and group not in ("optimizer", "master_weights")
@@ -731,7 +733,7 @@ def _step_of(checkpoint):
 
 def load_trained(model, path, args):
     """What was trained, without an adapter: a checkpoint's float32 weights into the model, from where they are exact."""
-    path, masters = Path(path), (Path(path) / f"{MASTERS}.index.json").is_file()
+    path, masters = Path(path), (Path(path) / f"{MASTER_WEIGHTS}.index.json").is_file()
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     if state.get("weights") == "rounded":
         if not {"remove_master_weight", "master_weight_compatible"} & set(args.unified_checkpoint_config or ()):
@@ -744,7 +746,7 @@ def load_trained(model, path, args):
                 f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation",
                 flush=True,
             )
-    load_weights(model, path, (MASTERS,) if masters else MODELS)
+    load_weights(model, path, (MASTER_WEIGHTS,) if masters else MODEL_FILES)
 
 
 def load_checkpoint(path, optimizer=None, shards=None, output_dir=None):

@@ -95,7 +95,7 @@ def record_at(files, place):
         return parse_json_line(stream.readline(), files[number], line)
 
 
-def record_rounds(record, where):
+def parse_turns(record, where):
     """{"src", "tgt", "context"?} -> [(user, bot)...], context. UserError names file:line and the key that is wrong."""
     turns = []
     for key in ("src", "tgt"):
@@ -117,7 +117,7 @@ def record_rounds(record, where):
     return list(zip(*turns)), context
 
 
-def shorten_user(tokenizer, user, bot, context, room, history=()):
+def truncate_user_turn(tokenizer, user, bot, context, room, history=()):
     """User text -> ids of its rendered part in at most `room` tokens: the text loses its beginning, the template around
     it stays whole. history: the rounds before it."""
     ids, text = tokenizer.encode(user, False), user
@@ -130,7 +130,7 @@ def shorten_user(tokenizer, user, bot, context, room, history=()):
         text = tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=False)
 
 
-def fit_templated(tokenizer, rounds, context, src_length, max_length):
+def truncate_templated(tokenizer, rounds, context, src_length, max_length):
     """PaddleNLP's truncation with a template -> (system ids, [(user ids, bot ids)...]) of at most max_length tokens,
     unless the last user part alone is longer. The system stays; rounds are kept from the last to the first while they
     fit; the last one is always kept, its user part cut to src_length less the system, its reply to what is left. One
@@ -148,11 +148,11 @@ def fit_templated(tokenizer, rounds, context, src_length, max_length):
         rounds = rounds[-max(1, min(fits, len(rounds) - 1)) :]
     (user, bot), user_room = encoded[0], max(0, src_length - len(system))
     if len(user) > user_room:
-        user = shorten_user(tokenizer, *rounds[0], context, user_room)
+        user = truncate_user_turn(tokenizer, *rounds[0], context, user_room)
     return system, [(user, bot[: max(0, room - len(user))])]
 
 
-def fit_plain(tokenizer, rounds, context, src_length, max_length):
+def truncate_plain(tokenizer, rounds, context, src_length, max_length):
     """PaddleNLP's truncation without a template -> ([], [(src ids, tgt ids)...]). src keeps its last src_length tokens,
     special tokens included; tgt keeps its first max_length - len(src), and ends with eos only if it was not cut.
     PaddleNLP would drop all turns but the first; here the turns follow one another, and early ones go when they do not
@@ -173,11 +173,11 @@ def fit_plain(tokenizer, rounds, context, src_length, max_length):
     return [], kept
 
 
-def fit_prompt(tokenizer, rounds, context, src_length, max_length):
+def truncate_prompt(tokenizer, rounds, context, src_length, max_length):
     """Ids up to the reply of the last round, which is to be written: the rounds that training would show, truncated as
     there (a reply given with the last round takes its part of max_length), the last in the template's query form."""
     template = tokenizer.chat_template
-    fit = fit_plain if template is None else fit_templated
+    fit = truncate_plain if template is None else truncate_templated
     system, encoded = fit(tokenizer, rounds, context, src_length, max_length)
     kept = rounds[-len(encoded) :]
     shortened = encoded[-1][0] != tokenizer.encode_chat(kept, context, True)[1][-1][0]
@@ -187,11 +187,11 @@ def fit_prompt(tokenizer, rounds, context, src_length, max_length):
 
 
 class SFTDataset:
-    """Tokenised src/tgt records of one or more JSON-lines files (or folders with {split}.json).
+    """Tokenized src/tgt records of one or more JSON-lines files (or folders with {split}.json).
 
     All records lie in one int32 array, ids of learnt tokens as they are and all others as ~id (negative), so prompt and
     reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A million
-    records of 100 tokens are 400 MB, and never Python lists. Truncation: `fit_templated`, `fit_plain`. A record without
+    records of 100 tokens are 400 MB, and never Python lists. Truncation: `truncate_templated`, `truncate_plain`. A record without
     a learnt token left is dropped and counted in .dropped. autoregressive: prompts are learnt too. UserError: missing
     or empty file, a bad line (file:line), nothing left to learn in any record."""
 
@@ -206,7 +206,7 @@ class SFTDataset:
         for number, file in enumerate(self.files):
             for offset, line_number, line in numbered_lines(file, progress):
                 where = f"{file}:{line_number}"
-                flat = self._flatten(*record_rounds(parse_json_line(line, file, line_number), where), autoregressive)
+                flat = self._flatten(*parse_turns(parse_json_line(line, file, line_number), where), autoregressive)
                 if not any(token >= 0 for token in flat[1:]):
                     self.dropped += 1
                     continue
@@ -228,7 +228,7 @@ class SFTDataset:
         self.lengths = (np.diff(self._ends) - 1).astype(np.int32)  # positions: one less than tokens
 
     def _fit(self, rounds, context):
-        fit = fit_plain if self.tokenizer.chat_template is None else fit_templated
+        fit = truncate_plain if self.tokenizer.chat_template is None else truncate_templated
         return fit(self.tokenizer, rounds, context, self.src_length, self.max_length)
 
     def _flatten(self, rounds, context, autoregressive):
@@ -256,12 +256,12 @@ class SFTDataset:
 
     def prompt_ids(self, i):
         """Record number -> ids up to the last reply: the rounds that training showed, the last in the query form."""
-        rounds, context = record_rounds(self.record(i), f"record {i}")
-        return fit_prompt(self.tokenizer, rounds, context, self.src_length, self.max_length)
+        rounds, context = parse_turns(self.record(i), f"record {i}")
+        return truncate_prompt(self.tokenizer, rounds, context, self.src_length, self.max_length)
 
     def reference(self, i):
         """Record number -> text of its last reply."""
-        return record_rounds(self.record(i), f"record {i}")[0][-1][1]
+        return parse_turns(self.record(i), f"record {i}")[0][-1][1]
 
 
 # ============================== batches of records ==============================
@@ -469,13 +469,13 @@ def preference_pair(record, where):
     return list(zip(users, bots)), users[-1], chosen, rejected, context
 
 
-def fit_pair(tokenizer, history, user, chosen, rejected, context, max_seq_len, max_prompt_len, where):
+def truncate_pair(tokenizer, history, user, chosen, rejected, context, max_seq_len, max_prompt_len, where):
     """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take len(prompt) - 1 + len(chosen) +
     len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
 
     If the last turn and both replies do not fit, the prompt (system and last turn) loses its beginning down to
     max_prompt_len; if that is not enough, both replies lose their ends in proportion to their lengths. Earlier turns
-    stand before it, from the newest back, while they fit. As in `fit_templated` a template counts the turns that are
+    stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that are
     kept. A reply that is cut has no end mark."""
     while True:
         system, encoded = tokenizer.encode_chat([*history, (user, chosen)], context, True)
@@ -489,7 +489,9 @@ def fit_pair(tokenizer, history, user, chosen, rejected, context, max_seq_len, m
         room = max_seq_len + 1 - len(system)  # + 1: the prompt's last token is counted with the chosen reply
         if len(last) + len(good) + len(bad) > room:
             if len(system) + len(last) > max_prompt_len:
-                last = shorten_user(tokenizer, user, chosen, context, max(0, max_prompt_len - len(system)), history)
+                last = truncate_user_turn(
+                    tokenizer, user, chosen, context, max(0, max_prompt_len - len(system)), history
+                )
             if len(good) + len(bad) > room - len(last):
                 left = max(0, room - len(last))
                 keep = min(max(1, round(left * len(good) / (len(good) + len(bad)))), left - 1)
@@ -503,10 +505,10 @@ def fit_pair(tokenizer, history, user, chosen, rejected, context, max_seq_len, m
 
 
 class PreferenceDataset:
-    """Tokenised pairs of replies to one prompt, from a JSON-lines file (or a folder with {split}.json).
+    """Tokenized pairs of replies to one prompt, from a JSON-lines file (or a folder with {split}.json).
 
     Prompts and replies lie one after another in one int32 array; records are re-read from the file when asked for, as
-    in SFTDataset. Truncation: `fit_pair`. A pair that cannot be learned (no room for a token of each reply, no prompt,
+    in SFTDataset. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a token of each reply, no prompt,
     the same reply twice) is dropped and counted in .dropped. UserError: missing or empty file, a bad line (file:line),
     nothing left."""
 
@@ -517,7 +519,7 @@ class PreferenceDataset:
             for offset, line_number, line in numbered_lines(file, progress):
                 where = f"{file}:{line_number}"
                 pair = preference_pair(parse_json_line(line, file, line_number), where)
-                prompt, chosen, rejected = fit_pair(tokenizer, *pair, max_seq_len, max_prompt_len, where)
+                prompt, chosen, rejected = truncate_pair(tokenizer, *pair, max_seq_len, max_prompt_len, where)
                 if not (prompt and chosen and rejected) or chosen == rejected:
                     self.dropped += 1
                     continue
@@ -908,7 +910,7 @@ def cached_tokenizer(path):
 
 
 def encode_documents(chunk, path, tokenizer_path, json_key, append_eos, dtype):
-    """Chunk of read_documents -> (tokens as bytes, tokens per document). Runs in a worker. UserError names
+    """ScheduledTokens of read_documents -> (tokens as bytes, tokens per document). Runs in a worker. UserError names
     file:line."""
     tokenizer, tokens, sizes = cached_tokenizer(tokenizer_path), [], array("i")
     for number, raw in chunk:
@@ -930,7 +932,7 @@ def encode_documents(chunk, path, tokenizer_path, json_key, append_eos, dtype):
     return b"".join(tokens), sizes
 
 
-def in_order(executor, function, chunks, window):
+def ordered_map(executor, function, chunks, window):
     """Like executor.map, but never more than `window` chunks ahead of the reader: the corpus is not in memory."""
     waiting = deque()
     for chunk in chunks:
@@ -978,8 +980,8 @@ def build_corpus(path, tokenizer_path, output, workers=1, json_key="text", appen
     executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
     try:
         chunks = read_documents(path)
-        results = in_order(executor, encode, chunks, 2 * workers) if executor else ((c, encode(c)) for c in chunks)
-        bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="tokenising")
+        results = ordered_map(executor, encode, chunks, 2 * workers) if executor else ((c, encode(c)) for c in chunks)
+        bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="tokenizing")
         with open(temporary[".bin"], "wb") as stream, bar:
             for chunk, (tokens, counts) in results:
                 stream.write(tokens)
@@ -1025,7 +1027,7 @@ def main(argv=None):
     command.add_argument("corpus", help=".jsonl (a JSON object a line) or .txt (a document per paragraph)")
     command.add_argument("--tokenizer", required=True, help="folder with a tokenizer's files")
     command.add_argument("--output", required=True, help="prefix of the files to write")
-    command.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    command.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     command.add_argument("--json_key", default="text", help="key of the text in each JSON object")
     command.add_argument("--append_eos", type=parse_bool, default=True, help="end each document with eos")
     command.add_argument("--overwrite", type=parse_bool, default=False, help="replace files that are there already")

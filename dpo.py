@@ -28,25 +28,29 @@ import trainer  # before paddle: it silences what paddle says while it is import
 from adapters import (
     adapter_disabled,
     apply_lora,
-    halve_frozen,
+    cast_frozen_to_bf16,
     load_adapter,
     lora_layers,
-    reload_adapter,
+    restore_adapter,
     trainable_weights,
 )
 from arguments import TrainingArgs
-from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
+from checkpoint import CheckpointManager, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
 from data import PreferenceDataset, PreferenceLoader
-from distributed.sharding import Shards
+from distributed.sharding import ZeroOptimizer
 from formats.chat import load_chat_template
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from model import generate
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "or", "orpo")
-FIGURES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/accuracies",
+METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/accuracies",
            "logps/chosen", "logps/rejected", "dpo_loss", "sft_loss")  # fmt: skip
-AVERAGED = ("ipo", "simpo", "or")  # these compare log-probabilities per token, the others those of whole replies
+LENGTH_NORMALIZED = (
+    "ipo",
+    "simpo",
+    "or",
+)  # these compare log-probabilities per token, the others those of whole replies
 
 
 @dataclasses.dataclass
@@ -191,7 +195,7 @@ def preference_losses(policy, reference, args):
     """Losses (N,) of N pairs by args.loss_type; policy and reference (N, 2): log-probabilities of chosen and rejected.
 
     Sums over a reply's tokens, as a reply's probability is the product of theirs, and Eq. 7 of DPO is about replies;
-    for AVERAGED kinds the caller has divided them by the number of tokens.
+    for LENGTH_NORMALIZED kinds the caller has divided them by the number of tokens.
     """
     assert policy.shape == reference.shape and policy.shape[1] == 2, (policy.shape, reference.shape)
     ratio = policy - reference
@@ -209,11 +213,11 @@ def preference_losses(policy, reference, args):
 
 def pair_counts(batches):
     """(pairs, tokens of their chosen replies) of some batches: what the means of a step or an evaluation are over."""
-    tokens = [batch["reply_tokens"][:, 0] for batch in batches if not batch.get("company")]
+    tokens = [batch["reply_tokens"][:, 0] for batch in batches if not batch.get("is_dummy")]
     return sum(map(len, tokens)), int(sum(part.sum() for part in tokens))
 
 
-def objective(policy, reference, reply_tokens, counts, args):
+def loss_and_metrics(policy, reference, reply_tokens, counts, args):
     """A batch's part of the loss of all the pairs that `counts` counts, and of the figures to show.
 
     policy, reference (N, 2): summed log-probabilities of the batch's replies; reply_tokens (N, 2) numpy.
@@ -222,25 +226,25 @@ def objective(policy, reference, reply_tokens, counts, args):
     """
     pairs, chosen_tokens = counts
     sft = -policy[:, 0].sum() / chosen_tokens
-    if args.loss_type in AVERAGED:
+    if args.loss_type in LENGTH_NORMALIZED:
         tokens = paddle.to_tensor(reply_tokens.astype("float64"))
         policy, reference = policy / tokens, reference / tokens
     preference = preference_losses(policy, reference, args).sum() / pairs
     logps, rewards = policy.numpy(), args.beta * (policy - reference).numpy()
     sums = [
-        wins(rewards),
+        count_wins(rewards),
         (rewards[:, 0] - rewards[:, 1]).sum(),
         rewards[:, 0].sum(),
         rewards[:, 1].sum(),
-        wins(logps),
+        count_wins(logps),
         logps[:, 0].sum(),
         logps[:, 1].sum(),
     ]
-    figures = dict(zip(FIGURES, [*(float(value) / pairs for value in sums), float(preference), float(sft)]))
+    figures = dict(zip(METRICS, [*(float(value) / pairs for value in sums), float(preference), float(sft)]))
     return args.pref_loss_ratio * preference + args.sft_loss_ratio * sft, figures
 
 
-def wins(values):
+def count_wins(values):
     """(N, 2) numpy -> how often the first is larger; equal ones count one half."""
     return float((values[:, 0] > values[:, 1]).sum() + 0.5 * (values[:, 0] == values[:, 1]).sum())
 
@@ -261,7 +265,7 @@ def reply_logps(model, batch):
 
 
 @paddle.no_grad()
-def known_logps(model, loader, batches, progress=False):
+def precompute_reference_logps(model, loader, batches, progress=False):
     """(pairs of the loader's data, 2) float64 numpy: reply_logps by this model of every pair that these batches hold.
 
     batches: [(epoch, index)]. The others stay nan. A pair is computed in the first batch that has it, so that until
@@ -281,7 +285,7 @@ def known_logps(model, loader, batches, progress=False):
             if asked.all():
                 break
 
-    for batch, found in parallel.in_turn(model, needed(), functools.partial(reply_logps, model)):
+    for batch, found in parallel.pipelined_map(model, needed(), functools.partial(reply_logps, model)):
         known[np.concatenate(batch["sample_ids"])] = found.numpy()
     if was_training:
         model.train()
@@ -301,7 +305,7 @@ def reference_logps(model, batch, known, args):
         return reply_logps(model, batch)
 
 
-def evaluated(loader, args):
+def eval_batches(loader, args):
     """[(epoch, index)] of the batches that an evaluation takes."""
     limit = args.max_evaluate_steps if args.max_evaluate_steps > 0 else loader.batches_per_epoch
     return [(0, i) for i in range(min(limit, loader.batches_per_epoch))]
@@ -313,13 +317,13 @@ def evaluate_pairs(model, loader, known, args, topology=parallel.SINGLE):
 
     eval_accuracy is eval_rewards/accuracies under the name that metric_for_best_model knows.
     """
-    was_training, batches = model.training, evaluated(loader, args)
+    was_training, batches = model.training, eval_batches(loader, args)
     model.eval()
-    counts, loss, sums = pair_counts(loader.batch(*where) for where in batches), 0.0, dict.fromkeys(FIGURES, 0.0)
-    places = ((loader.batch(*where), counted) for where, counted in trainer.share_of(batches, topology))
-    for (batch, counted), policy in parallel.in_turn(model, places, lambda place: reply_logps(model, place[0])):
+    counts, loss, sums = pair_counts(loader.batch(*where) for where in batches), 0.0, dict.fromkeys(METRICS, 0.0)
+    places = ((loader.batch(*where), counted) for where, counted in trainer.local_micro_batches(batches, topology))
+    for (batch, counted), policy in parallel.pipelined_map(model, places, lambda place: reply_logps(model, place[0])):
         reference = reference_logps(model, batch, known, args)
-        part, figures = objective(policy, reference, batch["reply_tokens"], counts, args)
+        part, figures = loss_and_metrics(policy, reference, batch["reply_tokens"], counts, args)
         if counted:
             loss += float(part)
             sums = {name: sums[name] + value for name, value in figures.items()}
@@ -334,7 +338,7 @@ def answer(model, tokenizer, dataset, indices, args):
     answers = []
     for i in indices:
         prompt = dataset.pair(i)[0][None].astype(np.int64)
-        room = max(0, model.config.most_tokens - prompt.shape[1])  # a pair that fits may have a long prompt
+        room = max(0, model.config.max_model_len - prompt.shape[1])  # a pair that fits may have a long prompt
         out = generate(model, prompt, min(args.max_new_tokens, room), tokenizer.stop_ids)[0, prompt.shape[1] :]
         answers.append(tokenizer.decode_reply(out))
     return answers
@@ -393,7 +397,7 @@ def check_model(model, args):
 
 def main(args):
     # ====================================================================== 1. place on the grid, tokenizer, data
-    topology = parallel.start(args)
+    topology = parallel.init_parallel(args)
     trainer.check_output_dir(args)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
     if args.chat_template is not None:
@@ -435,7 +439,7 @@ def main(args):
     dev_known = train_known = before = None
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     if dev and not args.reference_free:
-        dev_known = known_logps(model, dev, evaluated(dev, args), progress)
+        dev_known = precompute_reference_logps(model, dev, eval_batches(dev, args), progress)
     answers_before = answer(model, tokenizer, dev.dataset, shown, args) if shown else []
 
     def evaluate():
@@ -451,16 +455,16 @@ def main(args):
             seen = [
                 batch for step in range(total) for batch in trainer.micro_batches(step, args, micro, topology.data_size)
             ]
-            train_known = known_logps(model, train, seen, progress)
+            train_known = precompute_reference_logps(model, train, seen, progress)
             known = int((~np.isnan(train_known[:, 0])).sum())
             print(f"reference: log-probabilities of {known:,} pairs computed in {time.perf_counter() - start:.1f} s")
         checkpoint = find_checkpoint(args, topology)
         adapt(model, args, checkpoint)
-        parallel.cut_adapters(model, topology)
+        parallel.shard_adapters(model, topology)
         if kernels.bf16:
-            halve_frozen(model)
+            cast_frozen_to_bf16(model)
         weights = trainable_weights(model)
-        shards = Shards(model, weights, topology)
+        shards = ZeroOptimizer(model, weights, topology)
         parameters, trained = model.num_parameters(), model.num_parameters(trained=True)
         print(f"model: {parameters:,} parameters, {trained:,} of them trained ({100 * trained / parameters:.2f} %)")
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
@@ -474,15 +478,15 @@ def main(args):
         trainer.prepare_output_dir(
             args, topology
         )  # only here: an argument that is refused above must not cost the run it would replace
-        log = trainer.Log(args, total, state, topology=topology, figures=FIGURES)
-        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        log = trainer.Log(args, total, state, topology=topology, figures=METRICS)
+        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
         def batch_loss(batch, size):
             """This micro-batch's part of the step's loss."""
             reference = reference_logps(model, batch, train_known, args)
-            part, figures = objective(reply_logps(model, batch), reference, batch["reply_tokens"], size, args)
-            if not batch.get("company"):
+            part, figures = loss_and_metrics(reply_logps(model, batch), reference, batch["reply_tokens"], size, args)
+            if not batch.get("is_dummy"):
                 log.add(figures)
             return part
 
@@ -502,11 +506,13 @@ def main(args):
             if state.step >= total:
                 break
             start = log.begin()
-            batches = trainer.step_batches(train, state.step, args, topology)
+            batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
             size, loss = topology.total(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.micro_steps(model, batches, functools.partial(batch_loss, size=size), seed):
+            for part, batch in parallel.forward_backward(
+                model, batches, functools.partial(batch_loss, size=size), seed
+            ):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
             loss = topology.total(loss, stages=True)
@@ -526,7 +532,7 @@ def main(args):
         if args.load_best_model_at_end and state.best_checkpoint:
             log.say(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
             best = Path(args.output_dir) / state.best_checkpoint
-            reload_adapter(model, best) if args.lora else load_trained(model, best, args)
+            restore_adapter(model, best) if args.lora else load_trained(model, best, args)
         log.close()
         checkpoints.write_model(args.output_dir, args.save_dtype)
         print(f"{'adapter' if args.lora else 'model'}: {args.output_dir}")

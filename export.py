@@ -16,7 +16,7 @@ into its base), and another adapter on top by lora_path or prefix_path.
               (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
     B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind a
     prefix, its keys and values are the first C and positions count on from it. With ALiBi there are no position_ids. Where
-    rope stretches with the length of a text there are also lengths (B, T) int64 (see model.turning_lengths). ChatGLM-6B's
+    rope stretches with the length of a text there are also lengths (B, T) int64 (see model.rope_lengths). ChatGLM-6B's
     position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them. A graph cannot choose what to
     compute by values: every expert of a sparse MLP works on every token.
 
@@ -49,8 +49,8 @@ from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
 from formats.tensor_files import from_bfloat16, read_safetensors, to_bfloat16, write_safetensors
 from formats.tokenizer import MODEL_FILES, load_tokenizer
-from formats.weights import base_weights, save_pretrained
-from model import Cache, Linear, QuantLinear, build, linears, set_parameter, turning_lengths, two_positions
+from formats.weights import named_weights, save_pretrained
+from model import Cache, Linear, QuantLinear, block_linears, build, glm_positions_and_mask, rope_lengths, set_parameter
 
 DTYPES = ("float32", "bfloat16", "float16")
 STATIC_FORMAT = 2  # of static_config.json; serve.py reads this one
@@ -151,7 +151,7 @@ def dequantize(model, path):
     """Every QuantLinear of the model becomes a Linear of the floats that its integers stand for."""
     if model.config.quantization is None:
         raise UserError(f"dequantize: {path} is not quantized")
-    for parent, attribute, layer in linears(model).values():
+    for parent, attribute, layer in block_linears(model).values():
         if isinstance(layer, QuantLinear):
             plain = Linear(layer.n_in, layer.n_out, layer.bias is not None)
             plain.weight.set_value(layer.dequantized())
@@ -160,8 +160,8 @@ def dequantize(model, path):
             setattr(parent, attribute, plain)
     source = {key: value for key, value in model.config.source.items() if key != "quantization_config"}
     model.config = dataclasses.replace(model.config, quantization=None, source=source)
-    plain = {weight.name for weight in base_weights(build(model.config))}
-    if added := [weight.name for weight in base_weights(model) if weight.name not in plain]:
+    plain = {weight.name for weight in named_weights(build(model.config))}
+    if added := [weight.name for weight in named_weights(model) if weight.name not in plain]:
         places = f"{added[0]} and {len(added) - 1} more have no place in a float {model.config.family}"
         raise UserError(f"dequantize: {path} was shifted: {places}")
 
@@ -192,7 +192,7 @@ def probe(model):
 
 def max_model_len(model):
     """Tokens of prompt and reply together."""
-    return model.config.most_tokens - (model.prefix.tokens if model.prefix is not None else 0)
+    return model.config.max_model_len - (model.prefix.tokens if model.prefix is not None else 0)
 
 
 @paddle.no_grad()
@@ -252,7 +252,7 @@ def export_hf(tokenizer, folder, args):
 
 def round_weights(model, dtype):
     """The float weights to what `dtype` can hold, in place: what save_pretrained will write."""
-    for weight in base_weights(model):
+    for weight in named_weights(model):
         if weight.stored is None:
             array = weight.parameter.numpy()
             with np.errstate(over="ignore"):  # beyond float16: infinite, which the comparison refuses
@@ -355,7 +355,7 @@ def trace(model, folder):
         InputSpec([None, None], "int64", "input_ids"),
         InputSpec([None, 1, None, 2 if two else 1], "int32", "rows"),
     ]
-    stretched = turning_lengths(config, 1, np.zeros(1)) is not None
+    stretched = rope_lengths(config, 1, np.zeros(1)) is not None
     places = [InputSpec([None, None, 2] if two else [None, None], "int64", "position_ids")]
     places = [] if config.position == "alibi" else places  # which jit would refuse as an input that nothing reads
     places += [InputSpec([None, None], "int64", "lengths")] if stretched else []
@@ -412,7 +412,7 @@ def static_logits(folder, config, P, ids, mask):
 
     def lengths(at):
         """(B, T) of tokens at these positions (B, T) of the text; or None"""
-        found = [turning_lengths(config, P + n, row + P) for n, row in zip(mask.sum(1), at)]
+        found = [rope_lengths(config, P + n, row + P) for n, row in zip(mask.sum(1), at)]
         return None if found[0] is None else np.stack(found)
 
     B, T = mask.shape
@@ -420,7 +420,7 @@ def static_logits(folder, config, P, ids, mask):
     visible, positions = np.full((B, 1, 1, 1), NEVER, np.int32), at + P  # visible: the row of a key to all
     if config.position == "rope_2d":
         causal = paddle.to_tensor(rows)
-        found = two_positions(config, paddle.to_tensor(ids[:, :T]), paddle.to_tensor(at), causal)
+        found = glm_positions_and_mask(config, paddle.to_tensor(ids[:, :T]), paddle.to_tensor(at), causal)
         positions, rows = (x.numpy() for x in found)
         visible = np.concatenate([visible, np.zeros_like(visible)], axis=-1)
     past = []

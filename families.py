@@ -12,7 +12,7 @@ from formats.files import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
+class MoEConfig:
     """The sparse MLP of a block: each token goes to top_k of `count` experts, and to a shared one where there is one."""
 
     count: int  # E
@@ -21,7 +21,7 @@ class Experts:
     shared_width: int = 0  # F of the expert that every token goes to; 0: there is none
     shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid of its own
     scoring: str = "softmax"  # of the router: "softmax" or "sigmoid"
-    normalise: bool = True  # the chosen experts' weights are made to add up to 1
+    normalize: bool = True  # the chosen experts' weights are made to add up to 1
     scale: float = 1.0  # of the chosen experts' weights
     groups: int = 1  # experts are chosen from the best `chosen_groups` of so many groups (arXiv 2405.04434, 2.2.1)
     chosen_groups: int = 1
@@ -36,7 +36,7 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Latent:
+class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): queries and keys through a narrow layer each."""
 
     q_rank: int | None  # None: queries come straight from the hidden state
@@ -89,13 +89,13 @@ class ModelConfig:
     attention_scale: float | None = None  # None: Dh ** -0.5
     attention_softcap: float | None = None  # s -> c · tanh(s / c)
     windows: tuple = ()  # per layer: how many keys a query sees, itself included; None, or no entry: all
-    latent: Latent | None = None
+    latent: MLAConfig | None = None
 
     activation: str = "silu"  # "silu", "gelu", "gelu_tanh" or "relu"
     gated: bool = True
     fused_gate_up: bool = False  # gate and up in one linear, gate first
     mlp_bias: bool = False
-    experts: Experts | None = None
+    experts: MoEConfig | None = None
 
     tie_word_embeddings: bool = False
     norm_head: bool = False  # the head's columns are divided by their length (Baichuan 2, arXiv 2309.10305)
@@ -103,7 +103,7 @@ class ModelConfig:
     final_softcap: float | None = None  # of the logits
 
     @property
-    def most_tokens(self):
+    def max_model_len(self):
         """Tokens of the longest sequence: as many as there are positions, more where rope stretches them; ALiBi has no end."""
         if self.position == "alibi":
             return 1 << 30
@@ -150,7 +150,7 @@ class ModelConfig:
             )
         fields = dict(
             **sizes,
-            intermediate_size=number("intermediate_size", 4 * D if row.four_times else None),
+            intermediate_size=number("intermediate_size", 4 * D if row.ffn_is_4x else None),
             num_attention_heads=H,
             num_key_value_heads=K,
             head_dim=head_dim,
@@ -219,12 +219,12 @@ class Family:
     traits: callable = lambda source, fields: {}  # config.json, fields read so far -> fields that differ from Llama's
     tied_by_default: bool = False  # tie_word_embeddings when config.json is silent
     norm_eps: float = 1e-6  # when config.json is silent
-    four_times: bool = False  # intermediate_size is 4 D when config.json is silent
+    ffn_is_4x: bool = False  # intermediate_size is 4 D when config.json is silent
     rope_theta: float = 10000.0  # when config.json is silent
     prefix: str = "model."  # of the names of all but the head; some published files leave it out
     also_stores_head: bool = False  # a tied head is written to its files as well
     model_type: str | None = None  # in config.json, where it is not the row's own name
-    told_by: tuple = ()  # keys of config.json, any of which tells the family from another of its model_type
+    discriminating_keys: tuple = ()  # keys of config.json, any of which tells the family from another of its model_type
     settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
 
 
@@ -458,7 +458,7 @@ def _mistral(source, fields):
 
 def _mixtral(source, fields):
     return _windowed(source, fields) | dict(
-        experts=Experts(
+        experts=MoEConfig(
             source["num_local_experts"],
             source["num_experts_per_tok"],
             fields["intermediate_size"],
@@ -491,13 +491,13 @@ def _qwen_moe(source, fields):
         attention_bias=bool(source.get("qkv_bias", True) if qwen2 else source.get("attention_bias", False)),
         output_bias=False if qwen2 else bool(source.get("attention_bias", False)),
         qk_norm=not qwen2,
-        experts=Experts(
+        experts=MoEConfig(
             source.get("num_local_experts") or source["num_experts"],
             source["num_experts_per_tok"],
             source["moe_intermediate_size"],
             shared,
             qwen2,
-            normalise=bool(source.get("norm_topk_prob", False)),
+            normalize=bool(source.get("norm_topk_prob", False)),
             dense_layers=tuple(sorted(dense)),
             aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
         ),
@@ -651,7 +651,7 @@ def _gemma2(source, fields):
 
 def _deepseek(source, fields):
     v3, rope = source["model_type"] == "deepseek_v3", fields["rope"]
-    latent = Latent(
+    latent = MLAConfig(
         source["q_lora_rank"],
         source["kv_lora_rank"],
         source["qk_nope_head_dim"],
@@ -663,13 +663,13 @@ def _deepseek(source, fields):
         scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     dense = range(min(source["first_k_dense_replace"], fields["num_hidden_layers"]))
     grouped = v3 or source.get("topk_method") == "group_limited_greedy"
-    experts = Experts(
+    experts = MoEConfig(
         source["n_routed_experts"],
         source["num_experts_per_tok"],
         source["moe_intermediate_size"],
         (source["n_shared_experts"] or 0) * source["moe_intermediate_size"],
         scoring="sigmoid" if v3 else "softmax",
-        normalise=bool(v3 and source.get("norm_topk_prob", True)),
+        normalize=bool(v3 and source.get("norm_topk_prob", True)),
         scale=source.get("routed_scaling_factor", 1.0),
         groups=source["n_group"] if grouped else 1,
         chosen_groups=source["topk_group"] if grouped else 1,
@@ -737,7 +737,7 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...}),
     "baichuan": Family("BaichuanForCausalLM", _NAMES_BAICHUAN, _baichuan, settings=_SILU),
     "chatglm": Family("ChatGLMModel", _NAMES_CHATGLM, _chatglm, True, 1e-5, prefix="transformer.", also_stores_head=True,
-                      told_by=("position_encoding_2d", "inner_hidden_size"), settings={"position_encoding_2d": (True,)}),
+                      discriminating_keys=("position_encoding_2d", "inner_hidden_size"), settings={"position_encoding_2d": (True,)}),
     "chatglm2": Family("ChatGLMModel", _NAMES_CHATGLM2, _chatglm2, norm_eps=1e-5, prefix="transformer.", model_type="chatglm",
                        settings={"apply_residual_connection_post_layernorm": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
                                  "original_rope": (True,), "apply_query_key_layer_scaling": (True, False), "add_qkv_bias": (True, False),
@@ -769,7 +769,7 @@ FAMILIES = {
 def _family_of(source, path):
     """The row of FAMILIES for a config.json, by its model_type and, where rows share one, by the keys that tell them apart."""
     kind, types = source.get("model_type"), {name: row.model_type or name for name, row in FAMILIES.items()}
-    rows = [(name, FAMILIES[name].told_by) for name, model_type in types.items() if model_type == kind]
+    rows = [(name, FAMILIES[name].discriminating_keys) for name, model_type in types.items() if model_type == kind]
     told = [name for name, keys in rows if source.keys() & set(keys)]
     family = next(iter(told or [name for name, keys in rows if not keys]), None)
     if family is None:
@@ -908,7 +908,7 @@ def yarn_mscale(factor, m):
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
-def _names_of(config, rows=None):
+def weight_names(config, rows=None):
     """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
     experts = range(config.experts.count if config.experts else 0)
     for ours, theirs, transposed in rows or FAMILIES[config.family].names:

@@ -23,16 +23,16 @@ import trainer
 from adapters import (
     apply_lora,
     apply_prefix,
-    halve_frozen,
+    cast_frozen_to_bf16,
     load_adapter,
     lora_layers,
-    reload_adapter,
+    restore_adapter,
     trainable_weights,
 )
 from arguments import TrainingArgs
-from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
+from checkpoint import CheckpointManager, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
 from data import SFTDataset, SFTLoader
-from distributed.sharding import Shards
+from distributed.sharding import ZeroOptimizer
 from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
 from formats.tokenizer import load_tokenizer
@@ -132,7 +132,7 @@ def answer(model, tokenizer, dataset, indices, args):
     indices, answers, topology = list(indices), {}, model.topology
     prompts = {i: dataset.prompt_ids(i) for i in indices}
     by_length = sorted(indices, key=lambda i: len(prompts[i]))
-    mine, of = topology.copy_of_model
+    mine, of = topology.model_replica
     for start in range(32 * mine, len(by_length), 32 * of):
         batch = by_length[start : start + 32]
         T = max(len(prompts[i]) for i in batch)
@@ -214,7 +214,7 @@ def adapt(model, args, checkpoint):
 
 def main(args):
     # ====================================================================== 1. place on the grid, tokenizer, data
-    topology = parallel.start(args)
+    topology = parallel.init_parallel(args)
     trainer.check_output_dir(args)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
     if args.chat_template is not None:
@@ -288,11 +288,11 @@ def main(args):
         # ================================================================== 3. adapter, optimizer, resume
         checkpoint = find_checkpoint(args, topology)
         adapt(model, args, checkpoint)
-        parallel.cut_adapters(model, topology)
+        parallel.shard_adapters(model, topology)
         if kernels.bf16:
-            halve_frozen(model)
+            cast_frozen_to_bf16(model)
         weights = trainable_weights(model)
-        shards = Shards(model, weights, topology)
+        shards = ZeroOptimizer(model, weights, topology)
         parameters, trained = model.num_parameters(), model.num_parameters(trained=True)
         print(f"model: {parameters:,} parameters, {trained:,} of them trained ({100 * trained / parameters:.2f} %)")
         faster = {w.name: args.lora_plus_scale for w in weights if ".lora_B." in w.name}
@@ -308,7 +308,7 @@ def main(args):
             args, topology
         )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology)
-        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
 
         def step_size(batches):
             """What the mean is over: target tokens."""
@@ -334,11 +334,13 @@ def main(args):
             if state.step >= total:
                 break
             start = log.begin()
-            batches = trainer.step_batches(train, state.step, args, topology)
+            batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
             size, loss = topology.total(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.micro_steps(model, batches, functools.partial(batch_loss, size=size), seed):
+            for part, batch in parallel.forward_backward(
+                model, batches, functools.partial(batch_loss, size=size), seed
+            ):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
             loss = topology.total(loss, stages=True)
@@ -395,7 +397,7 @@ def load_best(model, args, checkpoint):
     if not (args.lora or args.prefix_tuning):
         load_trained(model, checkpoint, args)
     else:
-        reload_adapter(model, checkpoint)
+        restore_adapter(model, checkpoint)
 
 
 def write_answers(path, dataset, answers):

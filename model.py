@@ -8,10 +8,10 @@
 A family is a row of FAMILIES: how its config.json is read into the traits of a ModelConfig, and a table of weight names.
 The decoder asks for traits, never for a family:
 RMSNorm or LayerNorm before, after or around each half of a block, the residual around either · positions by rotation
-(of all or some dims, halves or neighbours, in two dimensions; linear, dynamic, yarn, llama3 scaling), by ALiBi or learned ·
+(of all or some dims, halves or neighbors, in two dimensions; linear, dynamic, yarn, llama3 scaling), by ALiBi or learned ·
 grouped-query attention that takes FlashMask rows, with windows, soft caps and norms of heads, or through latents (MLA) · q, k, v
 in one linear or three, as the family's files have them, so that names, adapters and moments are one to one · MLPs with or
-without gate, dense or of routed and shared experts · tied, own or normalised head.
+without gate, dense or of routed and shared experts · tied, own or normalized head.
 
 Sections, each readable by itself: config, families, rotary positions, decoder | tensor files on disk, weights by their
 names, PaddleNLP's names | LoRA adapters, prefix tuning, adapters on disk | generate.
@@ -39,7 +39,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from families import _names_of, yarn_mscale
+from families import weight_names, yarn_mscale
 from formats.files import UserError
 
 
@@ -106,7 +106,7 @@ def rope_tables(config, position_ids, lengths=None):
     position_ids (B, T), or for rope_2d (B, T, 2), whose tables stand one after the other. dynamic: past
     max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor packing
     changes the result. qwen_ntk grows in powers of two. lengths (B, T) or (B, 1) are those that each token is rotated for
-    (None: the samples' own), see turning_lengths().
+    (None: the samples' own), see rope_lengths().
     """
     if not config.position.startswith("rope"):
         return None, None
@@ -130,7 +130,7 @@ def rope_tables(config, position_ids, lengths=None):
     return paddle.cos(angle) * scale, paddle.sin(angle) * scale
 
 
-def turning_lengths(config, prompt, positions):
+def rope_lengths(config, prompt, positions):
     """(n,) int64 lengths for rope_tables() of tokens at `positions` (n,) of a text that began with `prompt` tokens.
 
     None where rope does not depend on them. What is cached stays as it was rotated: a prompt for its own length, a token
@@ -141,14 +141,14 @@ def turning_lengths(config, prompt, positions):
     return np.maximum(positions + 1, prompt) if config.rope["rope_type"] == "dynamic" else None
 
 
-def stretch(config, prompt):
-    """What turning_lengths() of a prompt of so many tokens make of it: prompts of equal numbers are turned alike."""
+def rope_cache_key(config, prompt):
+    """What rope_lengths() of a prompt of so many tokens make of it: prompts of equal numbers are turned alike."""
     if config.rope["rope_type"] == "qwen_ntk":
         return ((prompt - 1) // config.rope["original_max_position_embeddings"]).bit_length()  # doublings
     return max(prompt, config.max_position_embeddings) if config.rope["rope_type"] == "dynamic" else 0
 
 
-def two_positions(config, input_ids, position_ids, rows):
+def glm_positions_and_mask(config, input_ids, position_ids, rows):
     """ChatGLM-6B's positions (B, T, 2) and FlashMask rows (B, 1, T, 2), for whole samples (upstream of Du et al., 2103.10360).
 
     A sample is a context, whose tokens all see each other, and from <sop> (bos) on an answer, which is causal. The first
@@ -190,18 +190,18 @@ def two_positions(config, input_ids, position_ids, rows):
     return positions, paddle.concat([rows, upper], axis=-1)
 
 
-def two_positions_of(config, tokens, prompt):
+def glm_positions_of_prompt(config, tokens, prompt):
     """Positions (n, 2) int64 and FlashMask rows (1, 1, n, 2) int32, numpy, of one text: a prompt of so many tokens, and its
     reply, which is causal and whose second position counts on."""
     ids, more = paddle.to_tensor([tokens[:prompt]]), np.arange(len(tokens) - prompt)
-    found = two_positions(config, ids, paddle.arange(prompt).unsqueeze(0), None)
+    found = glm_positions_and_mask(config, ids, paddle.arange(prompt).unsqueeze(0), None)
     positions, rows = (x[0].numpy() for x in found)
     steps = positions[-1] + np.stack([np.zeros_like(more), more + 1], axis=-1)
     causal = np.stack([np.full_like(more, np.iinfo(np.int32).max), prompt + more], axis=-1).astype(np.int32)
     return np.concatenate([positions, steps]), np.concatenate([rows, causal[None]], axis=1)[None]
 
 
-def window_rows(rows, B, T, window):
+def sliding_window_rows(rows, B, T, window):
     """FlashMask rows (B, 1, T, 1) under which a query also sees no key that is `window` or more before it; rows, if given,
     are of all T keys."""
     if rows is not None:
@@ -341,7 +341,7 @@ class Cache:
         self.keys, self.values = [None] * layers, [None] * layers
         self.rows = None  # (B, 1, tokens, 1 or 2) int32, once any token had rows
         self.last = None  # (B, 2) the last token's two positions, for rope_2d
-        self.lengths = None  # (B, 1) of the samples when they were first seen, for qwen_ntk; see turning_lengths()
+        self.lengths = None  # (B, 1) of the samples when they were first seen, for qwen_ntk; see rope_lengths()
         self.tokens = 0
         self.prefix_tokens = 0  # trained prefixes stand before position 0 of the text
 
@@ -364,7 +364,7 @@ class Cache:
         return rows if columns == 1 else paddle.concat([rows, paddle.zeros_like(rows)], axis=-1)
 
 
-class PrefixPlaces:
+class PrefixLayout:
     """A prefix before each sample of a row, for attention where distances count (ALiBi, windows).
 
     A cache has its prefix once, before everything: right for one sample a row, and, where nothing depends on the
@@ -458,7 +458,7 @@ class Attention(nn.Layer):
 
         rows: FlashMask rows of all keys, the window among them; one column is causal, two are not. attend: a function
         (q, k, v, **options) -> (B, T, H, Dh) in place of kernels.attention, for a cache that keeps k and v itself.
-        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixPlaces, whose prefix is past_k and past_v. again: as in
+        q_scale (B, T, 1, 1): a factor on every query. spread: PrefixLayout, whose prefix is past_k and past_v. again: as in
         Block.forward; "core_attn" is all behind the first linears.
         """
         states, more = self.project(x), (cos, sin, rows, past_k, past_v, q_scale, spread)
@@ -533,8 +533,8 @@ class Attention(nn.Layer):
         return q.reshape([0, 0, -1, Dh]), k.squeeze(3), v.squeeze(3)
 
 
-class LatentAttention(Attention):
-    """Attention whose queries and keys come through narrow layers (see Latent); keys and values are kept in full."""
+class MultiheadLatentAttention(Attention):
+    """Attention whose queries and keys come through narrow layers (see MLAConfig); keys and values are kept in full."""
 
     order_back = (0, 1, 2)
 
@@ -619,7 +619,7 @@ class MLP(nn.Layer):
         return self.down_proj(kernels.geglu(gate, up, self.activation == "gelu_tanh"), residual)
 
 
-def choose_experts(choice, how):
+def select_experts(choice, how):
     """(N, E) -> (N, k): the ids of the highest, from the best groups where there are groups."""
     if how.groups > 1:
         grouped = choice.reshape([-1, how.groups, how.count // how.groups])
@@ -630,8 +630,8 @@ def choose_experts(choice, how):
     return paddle.topk(choice, how.top_k, axis=-1)[1]
 
 
-class SparseMLP(nn.Layer):
-    """A sum over the top_k experts of each token, weighted by the router, and the shared expert (see Experts)."""
+class MoE(nn.Layer):
+    """A sum over the top_k experts of each token, weighted by the router, and the shared expert (see MoEConfig)."""
 
     def __init__(self, config):
         super().__init__()
@@ -664,9 +664,9 @@ class SparseMLP(nn.Layer):
         logits = paddle.matmul(flat.astype("float32"), self.router.weight.astype("float32"))
         scores = F.sigmoid(logits) if how.scoring == "sigmoid" else F.softmax(logits, axis=-1)
         choice = scores.detach() + self.choice_bias if how.choice_bias else scores.detach()
-        chosen = choose_experts(choice, how)
+        chosen = select_experts(choice, how)
         weights = paddle.take_along_axis(scores, chosen, axis=-1)
-        if how.normalise:
+        if how.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * how.scale, chosen, scores
 
@@ -705,7 +705,7 @@ def load_balancing_loss(probabilities, how, real):
     real, total = real.flatten().tile([len(probabilities) // len(layers)]).reshape([rows, -1, 1]), 0.0
     share = real / real.sum(1, keepdim=True).clip(min=1.0)  # adds up to 1
     for p in layers:
-        chosen = F.one_hot(choose_experts(p.detach(), how), E).sum(1).reshape([rows, -1, E])
+        chosen = F.one_hot(select_experts(p.detach(), how), E).sum(1).reshape([rows, -1, E])
         p = p.reshape([rows, -1, E])
         total = total + ((chosen * share).sum(1) * (p * share).sum(1)).sum(-1).mean() * E
     return total / how.top_k if how.aux_by_layer else total
@@ -717,9 +717,9 @@ class Block(nn.Layer):
         sparse = config.experts is not None and layer not in config.experts.dense_layers
         self.place, self.residual_scale = config.norm_place, config.residual_scale
         self.attention_norm = _norm(config)
-        self.attention = (LatentAttention if config.latent else Attention)(config, layer)
+        self.attention = (MultiheadLatentAttention if config.latent else Attention)(config, layer)
         self.mlp_norm = _norm(config)
-        self.mlp = SparseMLP(config) if sparse else MLP(config)
+        self.mlp = MoE(config) if sparse else MLP(config)
         self.attention_post_norm = _norm(config) if self.place == "both" else None
         self.mlp_post_norm = _norm(config) if self.place == "both" else None
 
@@ -756,9 +756,7 @@ class Block(nn.Layer):
             y, x = self.mlp_norm(self.attention_post_norm(mixed), x)
             return x + self.mlp_post_norm(self.mlp(y)), k, v, None
         y, x = self.mlp_norm(mixed, x)
-        y, probabilities = (
-            self.mlp(y, residual=x) if isinstance(self.mlp, SparseMLP) else (self.mlp(y, residual=x), None)
-        )
+        y, probabilities = self.mlp(y, residual=x) if isinstance(self.mlp, MoE) else (self.mlp(y, residual=x), None)
         return y, k, v, probabilities
 
     def output(self, x, cos, sin, rows, past_k, past_v, q_scale, spread):
@@ -767,15 +765,15 @@ class Block(nn.Layer):
         return y if probabilities is None else (y, probabilities)
 
 
-class Shared(namedtuple("Shared", "cos sin q_scale rows narrowed spread")):
-    """What all blocks of a pass read: rotary tables, a factor on queries, FlashMask rows, {window: rows}, PrefixPlaces or
+class ForwardContext(namedtuple("ForwardContext", "cos sin q_scale rows narrowed spread")):
+    """What all blocks of a pass read: rotary tables, a factor on queries, FlashMask rows, {window: rows}, PrefixLayout or
     None."""
 
     def rows_of(self, block):
         return self.narrowed.get(block.attention.window, self.rows)
 
 
-class Draws:
+class RNGTracker:
     """Randomness of one pass of a model: what is drawn under a key depends on it, on paddle.seed() and on the shape alone.
 
     So whoever has a part of the model or of its tokens draws what one process would, however much others have drawn.
@@ -801,7 +799,7 @@ class Draws:
 class CausalLM(nn.Layer):
     def __init__(self, config):
         super().__init__()
-        self.draws = Draws()
+        self.draws = RNGTracker()
         self.config, width = config, config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.embed_positions = None
@@ -818,7 +816,7 @@ class CausalLM(nn.Layer):
         self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, bias=False)
         self.prefix = None  # set by apply_prefix()
         self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
-        self.elsewhere = frozenset()  # names of weights that other processes hold
+        self.names_on_other_ranks = frozenset()  # names of weights that other processes hold
         self.recompute = False  # compute activations again in backward instead of keeping them, of each block …
         self.recompute_granularity = (
             "full"  # … all, "full_attn": attention's, "core_attn": those behind its first linears, …
@@ -939,7 +937,7 @@ class CausalLM(nn.Layer):
         """(B, T, D) after the final norm; arguments as in forward.
 
         caches may also be any object with attend(layer, q, k, v, **options) -> (B, T, H, Dh), prefix_tokens and lengths
-        (see turning_lengths()), which then keeps keys and values itself (serve.py's pool of blocks); position_ids, for
+        (see rope_lengths()), which then keeps keys and values itself (serve.py's pool of blocks); position_ids, for
         rope_2d (B, T, 2), must be given with it.
         """
         return self.trunk(input_ids, position_ids, rows, caches)[0]
@@ -1013,7 +1011,7 @@ class CausalLM(nn.Layer):
         return paddle.distributed.fleet.utils.recompute(same, *arguments)
 
     def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
-        """What the first block reads (B, T, D), and Shared; arguments as in hidden_states()."""
+        """What the first block reads (B, T, D), and ForwardContext; arguments as in hidden_states()."""
         B, T = input_ids.shape
         kept = isinstance(caches, Cache)
         before = 0 if caches is None else caches.prefix_tokens
@@ -1024,17 +1022,17 @@ class CausalLM(nn.Layer):
             position_ids, rows = self._two_positions(input_ids, position_ids, rows, caches)
         spread = None
         if rows is not None and self.distances_count and kept and before and caches.tokens == before:
-            spread = PrefixPlaces(position_ids, rows, before)
+            spread = PrefixLayout(position_ids, rows, before)
             caches.rows, caches.tokens, rows = spread.rows, spread.width, spread.rows
         elif kept:
             rows = caches.extend_rows(rows, B, T)
         cos, sin, q_scale = self._turns(position_ids, before, caches)
         narrowed = {
-            w: window_rows(rows, B, caches.tokens if kept else T, w)
+            w: sliding_window_rows(rows, B, caches.tokens if kept else T, w)
             for w in set(self.config.windows) - {None}
             if kept or caches is None
         }
-        return x, Shared(cos, sin, q_scale, rows, narrowed, spread)
+        return x, ForwardContext(cos, sin, q_scale, rows, narrowed, spread)
 
     def embed(self, input_ids, position_ids, before=0):
         """Ids and positions (B, T) -> (B, T, D), what the first block reads; `before` tokens of a prefix stand in front."""
@@ -1079,7 +1077,7 @@ class CausalLM(nn.Layer):
     def _two_positions(self, input_ids, position_ids, rows, cache):
         """two_positions(), and for tokens after those that a cache holds: the answer goes on."""
         if cache is None or cache.last is None:
-            position_ids, rows = two_positions(self.config, input_ids, position_ids, rows)
+            position_ids, rows = glm_positions_and_mask(self.config, input_ids, position_ids, rows)
         else:
             B, T = input_ids.shape
             steps = paddle.stack([paddle.zeros([T], "int64"), paddle.arange(1, T + 1)], axis=-1)
@@ -1158,11 +1156,11 @@ def _make_room_for_integers(model, quantization):
     weights_alone, shifted = quantization["quant_method"] == "gptq", set()  # ids of linears
     for block in model.layers if quantization.get("shift") else ():
         layers = dict(block.named_sublayers())
-        for norm, names in shifted_norms(block).items():
+        for norm, names in shiftable_norms(block).items():
             shifted |= {id(layers[name]) for name in names}
             if layers[norm].bias is None:
                 layers[norm].add_bias()
-    for parent, attribute, layer in linears(model).values():
+    for parent, attribute, layer in block_linears(model).values():
         quantized = QuantLinear(
             layer.n_in,
             layer.n_out,
@@ -1183,7 +1181,7 @@ _READERS = {  # a norm of a block: the names of all layers that read it
 }
 
 
-def norm_readers(block):
+def norm_consumers(block):
     """{norm: [layer, …]} by their names in a block of floats: norms that feed these layers alone, and no residual."""
     layers = [name for name, layer in block.named_sublayers() if isinstance(layer, Linear)]
     found = {norm: [name for name in layers if re.fullmatch(pattern, name)] for norm, pattern in _READERS.items()}
@@ -1192,24 +1190,24 @@ def norm_readers(block):
     return {norm: names for norm, names in found.items() if names}
 
 
-def shifted_norms(block):
-    """Those of norm_readers() whose output can be moved by a constant: a router has no bias to take it."""
-    return {norm: names for norm, names in norm_readers(block).items() if all(n.endswith("_proj") for n in names)}
+def shiftable_norms(block):
+    """Those of norm_consumers() whose output can be moved by a constant: a router has no bias to take it."""
+    return {norm: names for norm, names in norm_consumers(block).items() if all(n.endswith("_proj") for n in names)}
 
 
 def set_parameter(parameter, array):
-    """Materialise a lazy parameter, or overwrite one, with numpy values in our layout; one copy of them at a time."""
+    """Materialize a lazy parameter, or overwrite one, with numpy values in our layout; one copy of them at a time."""
     if str(parameter.dtype).endswith(f".{array.dtype}"):
         parameter.set_value(np.ascontiguousarray(array))
     else:
         parameter.set_value(paddle.to_tensor(array).astype(parameter.dtype))
 
 
-def linears(model):
+def block_linears(model):
     """{Hugging Face module path: (parent layer, attribute, layer)} of every linear of the blocks."""
     layers = dict(model.named_sublayers())
     found = {}
-    for ours, theirs, _ in _names_of(model.config):
+    for ours, theirs, _ in weight_names(model.config):
         path = ours.removesuffix(".weight")
         if ours.startswith("layers.") and ours.endswith("_proj.weight") and path in layers:
             parent, _, attribute = path.rpartition(".")

@@ -17,12 +17,12 @@ gradients there, weights back. dp: gradients. Of dp, sharding and sep together, 
 share out the experts: tokens there, and back.
 
 The scripts do not see it: a parallel model takes whole batches and gives the losses of all their tokens, on every rank
-that shares a batch. With one process nothing here does anything. When one process fails, all end with its message (Company).
+that shares a batch. With one process nothing here does anything. When one process fails, all end with its message (Watchdog).
 
-    topology = parallel.start(args)                           # which place this process has; groups are connected
+    topology = parallel.init_parallel(args)                           # which place this process has; groups are connected
     model = parallel.from_pretrained(path, topology)          # its part of the model
-    shards = parallel.Shards(model, weights, topology)        # its part of gradients and of the optimizer
-    for loss, batch in parallel.micro_steps(model, batches, batch_loss, seeds): …
+    shards = parallel.ZeroOptimizer(model, weights, topology)        # its part of gradients and of the optimizer
+    for loss, batch in parallel.forward_backward(model, batches, batch_loss, seeds): …
     norm = shards.reduce_gradients(); optimizer.step(…); shards.gather_weights()
 """
 
@@ -40,22 +40,29 @@ import paddle
 import paddle.nn.functional as F
 
 from adapters import base_folders, load_adapter, lora_layers, merge
-from distributed.collectives import Axis, Gloo, Nccl, _backend, _together, enter, expert_axes, kept, mix_in
-from distributed.context import _RING_WITH_PREFIX, all_tokens, check_context, spread, spread_attention, spread_tokens
-from distributed.expert import SpreadExperts, is_spread, spread_experts
-from distributed.pipeline import StagedCausalLM, check_pipeline, cut_stages, stage_copies
-from distributed.tensor import (
-    BY_INPUTS,
-    BY_OUTPUTS,
-    BY_VOCABULARY,
-    PartedPrefix,
-    RowLinear,
-    _part_of,
-    check_tensor,
-    cut_tensors,
-    heads_of,
+from distributed.collectives import Axis, Gloo, Nccl, _backend, _together, enter, kept, make_expert_axes, mix_in
+from distributed.context import (
+    _RING_WITH_PREFIX,
+    apply_context_parallel,
+    check_context,
+    gather_tokens,
+    scatter_tokens,
+    spread,
 )
-from distributed.watchdog import Launch, company
+from distributed.expert import ExpertParallelMoE, apply_expert_parallel, is_expert_sharded
+from distributed.pipeline import PipelineCausalLM, apply_pipeline_parallel, check_pipeline, tied_axis
+from distributed.tensor import (
+    COLUMN_PARALLEL,
+    ROW_PARALLEL,
+    VOCAB_PARALLEL,
+    RowParallelLinear,
+    TensorParallelPrefix,
+    _part_of,
+    apply_tensor_parallel,
+    check_tensor,
+    local_heads,
+)
+from distributed.watchdog import Launch, current_watchdog
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import load_weights
@@ -153,12 +160,12 @@ class Degrees:
         if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
             wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
         if config is not None:
-            wrong += degrees.misfits(config, T)
+            wrong += degrees.validate(config, T)
         if wrong:
             raise UserError("; ".join(wrong))
         return degrees
 
-    def misfits(self, config, T=None):
+    def validate(self, config, T=None):
         """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
         return check_tensor(config, self) + check_pipeline(config, self) + check_context(config, self, T)
 
@@ -184,9 +191,9 @@ class Degrees:
             return min(self.tp, K)
         if layer == "qkv_proj":
             return (H + 2 * K) / (H / self.tp + 2 * K / min(self.tp, K))
-        if layer in BY_VOCABULARY:
+        if layer in VOCAB_PARALLEL:
             return V / -(-V // self.tp)
-        cut = layer in BY_OUTPUTS or layer in BY_INPUTS and not name.endswith(".bias")
+        cut = layer in COLUMN_PARALLEL or layer in ROW_PARALLEL and not name.endswith(".bias")
         ways = self.tp if cut else 1
         return min(ways * self.ep, self.world // self.pp) if ".experts." in name else ways
 
@@ -212,7 +219,7 @@ class Topology:
             mine = next(line for line in lines if rank in line)
             setattr(self, name, Axis(name, [int(r) for r in mine], rank, groups))
         self.alone = Axis("alone", [rank], rank)
-        self.ep, self.copies = expert_axes(self.grid, order, degrees.ep, rank, groups)
+        self.ep, self.copies = make_expert_axes(self.grid, order, degrees.ep, rank, groups)
 
     @property
     def axes(self):
@@ -228,7 +235,7 @@ class Topology:
         return self.dp.size * self.sharding.size
 
     @property
-    def copy_of_model(self):
+    def model_replica(self):
         """(which copy of the model this rank is of, how many there are) that can work without the others: none in stage 3,
         whose weights come from all of them, nor where experts are elsewhere."""
         together = self.degrees.stage == 3 or self.ep.size > 1
@@ -269,38 +276,38 @@ def _flat(numbers):
     )
 
 
-def cut_adapters(model, topology):
-    """The same for LoRA and prefix, put on whole after cut_tensors()."""
+def shard_adapters(model, topology):
+    """The same for LoRA and prefix, put on whole after apply_tensor_parallel()."""
     tp = topology.tp
     paths = {id(layer): path for path, layer in model.named_sublayers()}
     for layer in model.sublayers():
-        if isinstance(layer, SpreadExperts):
+        if isinstance(layer, ExpertParallelMoE):
             layer.dropout = bool(getattr(model, "lora_config", {}).get("lora_dropout"))
     for layer in lora_layers(model).values() if topology.degrees.world > 1 else ():
-        cut = getattr(layer.base, "cut", None)
+        cut = getattr(layer.base, "shard_spec", None)
         if layer.dropout:
-            mix_in(layer, SpreadDropout, topology=topology, expert=".experts." in paths[id(layer)])
+            mix_in(layer, ShardedDropout, topology=topology, expert=".experts." in paths[id(layer)])
         if cut is None:
             continue
         if cut.dim == 1:
             layer.lora_B = _part_of(layer, layer.lora_B, cut.of(1, layer.lora_B.shape))
         else:
             layer.lora_A = _part_of(layer, layer.lora_A, cut.of(0, layer.lora_A.shape))
-            if isinstance(layer.base, RowLinear):
-                mix_in(layer, RowLinear, tp=tp)
+            if isinstance(layer.base, RowParallelLinear):
+                mix_in(layer, RowParallelLinear, tp=tp)
     if model.prefix is not None and model.distances_count and topology.sep.size > 1 and topology.degrees.context:
         raise UserError(_RING_WITH_PREFIX)
     if model.prefix is not None and tp.size > 1:
-        mix_in(model.prefix, PartedPrefix, key_heads=heads_of(model.config, tp.size, tp.rank)[1])
+        mix_in(model.prefix, TensorParallelPrefix, key_heads=local_heads(model.config, tp.size, tp.rank)[1])
 
 
-class SpreadDropout:
+class ShardedDropout:
     """A LoRALinear of which this process has some inputs, or tokens: its part of the mask that one process would draw."""
 
     def dropped(self, x):
         if not self.training:
             return x
-        mask, cut = self._mask(x.shape[:-1]), getattr(self.base, "cut", None)
+        mask, cut = self._mask(x.shape[:-1]), getattr(self.base, "shard_spec", None)
         if cut is not None and cut.dim == 0:
             mask = paddle.concat([mask[..., slice(*r)] for r in cut.ranges], axis=-1)
         return x * mask.astype(x.dtype)
@@ -310,7 +317,7 @@ class SpreadDropout:
         if self.expert and self.topology.ep.pieces is not None:
             return paddle.concat([self._of_piece(piece) for piece in self.topology.ep.pieces if piece.count])
         if not self.expert and sep.places is not None:
-            return spread_tokens(self._drawn([tokens[0], sep.whole]), sep)
+            return scatter_tokens(self._drawn([tokens[0], sep.whole]), sep)
         return self._drawn(tokens)
 
     def _of_piece(self, piece):
@@ -345,7 +352,7 @@ class ParallelCausalLM:
         x, tp, sep = super().hidden_states(*arguments, **options), self.topology.tp, self.topology.sep
         if tp.tokens is not None:
             x, tp.tokens = _together(x, tp, False), None
-        x = all_tokens(x, sep)
+        x = gather_tokens(x, sep)
         self.share_tokens(None)
         return x
 
@@ -362,17 +369,17 @@ class ParallelCausalLM:
         return super().recomputed(same, *arguments)
 
     def kept(self, x):
-        return kept(spread_tokens(x, self.topology.sep), self.topology.tp)
+        return kept(scatter_tokens(x, self.topology.sep), self.topology.tp)
 
     def num_parameters(self, trained=False):
         """Of all ranks of tp, ep and pp, each counted once. Ranks along pp call it together."""
         topology, total = self.topology, 0
         for path, parameter in self.named_parameters():
-            cut, copied = getattr(parameter, "cut", None), stage_copies(self, path)
+            cut, copied = getattr(parameter, "shard_spec", None), tied_axis(self, path)
             if trained and parameter.stop_gradient or copied is not None and copied.rank > 0:
                 continue
             size = math.prod(parameter.shape if cut is None else cut.shape)
-            total += size * topology.ep.size if is_spread(path, topology) else size
+            total += size * topology.ep.size if is_expert_sharded(path, topology) else size
         return int(topology.pp.all_reduce(paddle.to_tensor(total, "int64")))
 
     def flops_per_token(self, T):
@@ -380,7 +387,7 @@ class ParallelCausalLM:
         here = sum(
             layer.n_in * layer.n_out
             for path, layer in self.named_sublayers()
-            if isinstance(layer, (Linear, QuantLinear)) and is_spread(path, self.topology)
+            if isinstance(layer, (Linear, QuantLinear)) and is_expert_sharded(path, self.topology)
         )
         return super().flops_per_token(T) + (
             6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0
@@ -391,18 +398,18 @@ def parallelize(model, topology):
     """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
     model.topology, model.shards = topology, None
     if topology.degrees.world > 1:
-        if wrong := topology.degrees.misfits(model.config):
+        if wrong := topology.degrees.validate(model.config):
             raise UserError("; ".join(wrong))
         if topology.groups is not None:
-            topology.groups.company.agree("the model", dataclasses.asdict(model.config))
+            topology.groups.watchdog.agree("the model", dataclasses.asdict(model.config))
         topology.tp.sequence = topology.degrees.sequence_parallel
-        cut_stages(model, topology)
-        cut_tensors(model, topology.tp)
-        spread_attention(model, topology)
-        spread_experts(model, topology)
+        apply_pipeline_parallel(model, topology)
+        apply_tensor_parallel(model, topology.tp)
+        apply_context_parallel(model, topology)
+        apply_expert_parallel(model, topology)
         mix_in(model, ParallelCausalLM)
         if topology.pp.size > 1:
-            mix_in(model, StagedCausalLM)
+            mix_in(model, PipelineCausalLM)
     return model
 
 
@@ -413,13 +420,13 @@ def from_pretrained(path, topology, dtype="float32"):
     load_weights(model, base)
     for adapter in reversed(adapters):
         load_adapter(model, adapter)
-        cut_adapters(model, topology)
+        shard_adapters(model, topology)
         merge(model)
     model.eval()
     return model
 
 
-def micro_steps(model, batches, batch_loss, seed):
+def forward_backward(model, batches, batch_loss, seed):
     """Forward and backward of each of this rank's batches of a step; yields (loss, batch) after each.
 
     batch_loss(batch): its part of the step's loss; in a pipeline it ends where it calls the model, but for the last stage,
@@ -429,7 +436,7 @@ def micro_steps(model, batches, batch_loss, seed):
 
     def forward(index):
         seed(index * topology.data_size + topology.data_rank)
-        return batch_loss(batches[index]) * (0.0 if batches[index].get("company") else 1.0)
+        return batch_loss(batches[index]) * (0.0 if batches[index].get("is_dummy") else 1.0)
 
     if topology.pp.size > 1:
         yield from model.pipeline.steps(batches, forward)
@@ -441,7 +448,7 @@ def micro_steps(model, batches, batch_loss, seed):
         yield float(loss), batch
 
 
-def in_turn(model, batches, run):
+def pipelined_map(model, batches, run):
     """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
 
     run calls the model once, and returns one or several tensors; nobody else calls it meanwhile.
@@ -461,13 +468,13 @@ def in_turn(model, batches, run):
         yield batch, pipeline.end(found)
 
 
-def start(args):
+def init_parallel(args):
     """The Topology of this process, from the arguments and what Paddle's launcher says; groups are connected."""
     launch = Launch.of_environment()
     degrees = Degrees.of(args, world=launch.world)
     if launch.world == 1:
         return Topology(degrees)
-    together = company()
+    together = current_watchdog()
     together.agree("the scripts", _versions())
     together.agree("arguments", vars(args))
     together.meet()  # only now: connecting gives up on one that comes late

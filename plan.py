@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters import lora_paths
-from distributed.pipeline import stage_layers, timetable
+from adapters import match_lora_targets
+from distributed.pipeline import partition_layers, pipeline_schedule
 from distributed.sharding import unit_of
-from distributed.tensor import BY_INPUTS
+from distributed.tensor import ROW_PARALLEL
 from families import ModelConfig
 from formats.files import UserError
-from formats.weights import base_weights
-from model import build, linears
+from formats.weights import named_weights
+from model import block_linears, build
 from parallel import Degrees
 
 # ================================================================================ presets, and runs that only count
@@ -45,7 +45,7 @@ def find_preset(name):
     return next((item for item in presets().items() if wanted in (item[0], (item[1]["repo"] or "").lower())), None)
 
 
-def not_here(key, path):
+def missing_model_message(key, path):
     """The line that says what to download, and to where, for a model's name that is no folder; or the nearest names."""
     if (found := find_preset(path)) is None:
         names = {name.lower(): name for name in [*presets(), *(p["repo"] for p in presets().values() if p["repo"])]}
@@ -75,7 +75,7 @@ def dry_run(args):
     name, found = args.model_name_or_path, find_preset(args.model_name_or_path)
     if not Path(name).exists():
         if found is None:
-            raise UserError(not_here("model_name_or_path", name))
+            raise UserError(missing_model_message("model_name_or_path", name))
         name = found[0] + (f" ({found[1]['repo']})" if found[1]["repo"] else "")
     config = model_config(args.model_name_or_path)
     if config.quantization is not None:
@@ -99,7 +99,7 @@ def dry_run(args):
 def _shapes(model):
     """(lines of a table of weights, layers and experts folded; parameters; those at work on a token; experts of a layer)."""
     folded, total, experts = {}, 0, 0
-    for weight in base_weights(model):
+    for weight in named_weights(model):
         parts = re.split(r"\.(\d+)\.", weight.name)  # name, layer, name, and with experts: expert, name
         expert = parts[3] if len(parts) > 3 else None
         pattern = ".{e}.".join([".{i}.".join(parts[0:3:2]), *parts[4:]])
@@ -123,13 +123,13 @@ def _adapter_sizes(args, model, degrees):
     """[(layer or None, numbers in all, on a rank, there when sharded)] of what an adapter trains; None for all weights."""
     config, sizes = model.config, []
     if getattr(args, "lora", False):
-        found = linears(model)
-        for path in lora_paths(model, args.lora_target_modules):
+        found = block_linears(model)
+        for path in match_lora_targets(model, args.lora_target_modules):
             _, name, layer = found[path]
             name = (".experts." if ".experts." in path else ".") + name
             a, b = args.lora_rank * layer.n_in, (args.lora_rank + int(args.dora)) * layer.n_out
             ways = degrees.cut(name, config)  # of the base: its cut side's matrix is cut with it, the other is whole
-            mine = a / ways + b if name.rpartition(".")[2] in BY_INPUTS else a + b / ways
+            mine = a / ways + b if name.rpartition(".")[2] in ROW_PARALLEL else a + b / ways
             sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.shared(name, config)))
         return sizes
     if not getattr(args, "prefix_tuning", False):
@@ -158,7 +158,7 @@ def _memory(args, model, adapter, degrees, T):
     """Lines: the bytes that the fullest rank keeps, by what they are for."""
     bytes_of = BFLOAT16 if args.bf16 else FLOAT32
     layers, first, last = _numbers(model, degrees)
-    places, ranks = stage_layers(model.config.num_hidden_layers, degrees.pp * degrees.virtual), []
+    places, ranks = partition_layers(model.config.num_hidden_layers, degrees.pp * degrees.virtual), []
     for rank in range(degrees.pp):
         chunks, is_last = places[rank :: degrees.pp], rank == degrees.pp - 1
         here = [i for chunk in chunks for i in chunk]
@@ -169,8 +169,8 @@ def _memory(args, model, adapter, degrees, T):
             mine = sum(sizes, np.zeros(2))
         rows = _bytes(bytes_of, degrees, held, mine)
         if degrees.sharding > 1:
-            rows["a unit at work"] = _at_work(model, degrees, bytes_of, adapter)
-        whole, again = _kept_by_rank(args, model, degrees, rank, chunks)
+            rows["a unit at work"] = _transient_bytes(model, degrees, bytes_of, adapter)
+        whole, again = _activation_bytes(args, model, degrees, rank, chunks)
         tokens = args.per_device_train_batch_size * T / degrees.sep
         head = model.config.norm_head and is_last  # divided by its columns' lengths: a second head
         head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
@@ -222,7 +222,7 @@ def _bytes(bytes_of, degrees, held, adapter):
     return parts
 
 
-def _at_work(model, degrees, bytes_of, adapter):
+def _transient_bytes(model, degrees, bytes_of, adapter):
     """Bytes that come and go with sharding, at the largest unit: its gradients laid flat, from stage 2 on beside those that
     they were laid from, and in stage 3 its weights. (An adapter's gradients are small.)"""
     sizes, tied = collections.Counter(), model.lm_head is None
@@ -233,7 +233,7 @@ def _at_work(model, degrees, bytes_of, adapter):
     return max(sizes.values()) * (copies * bytes_of["gradients"] + weights)
 
 
-def _kept_by_rank(args, model, degrees, rank, chunks):
+def _activation_bytes(args, model, degrees, rank, chunks):
     """Activations of a token that a rank of a pipeline keeps at the most, without and with recompute; chunks: its layers.
 
     With recompute what is left of all blocks, and what is made again of one. Of each chunk those of as many micro-batches
@@ -252,7 +252,7 @@ def _kept_by_rank(args, model, degrees, rank, chunks):
         again.append(sum(left for left, _ in split) + ends)
         made = max(made, *(part for _, part in split))
     now, most = np.zeros([2, len(chunks)]), np.zeros(2)
-    for kind, chunk, _ in timetable(degrees.pp, degrees.virtual, args.gradient_accumulation_steps)[rank]:
+    for kind, chunk, _ in pipeline_schedule(degrees.pp, degrees.virtual, args.gradient_accumulation_steps)[rank]:
         now[:, chunk] += np.array([whole[chunk], again[chunk]]) * (1 if kind == "forward" else -1)
         most = np.maximum(most, now.sum(1))
     return most[0], most[1] + made
@@ -299,5 +299,5 @@ def _activations(block, config, degrees, names=("",)):
         elif hasattr(layer, "n_out") and not (
             part == "up_proj" and config.activation == "relu"
         ):  # relu keeps its result
-            numbers += routed * (layer.n_in / ways + D if part in BY_INPUTS else layer.n_out / ways)
+            numbers += routed * (layer.n_in / ways + D if part in ROW_PARALLEL else layer.n_out / ways)
     return numbers

@@ -17,9 +17,9 @@ import parallel
 import trainer
 from adapters import trainable_weights
 from arguments import TrainingArgs
-from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
+from checkpoint import CheckpointManager, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
 from data import CorpusLoader
-from distributed.sharding import Shards
+from distributed.sharding import ZeroOptimizer
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights
@@ -66,7 +66,7 @@ class Args(TrainingArgs):
 
 def main(args):
     # ====================================================================== 1. place on the grid, tokenizer, data
-    topology = parallel.start(args)
+    topology = parallel.init_parallel(args)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
 
     def corpus(which, num_samples, batch_size):
@@ -110,7 +110,7 @@ def main(args):
         # ================================================================== 3. optimizer, resume
         checkpoint = find_checkpoint(args, topology)
         weights = trainable_weights(model)
-        shards = Shards(model, weights, topology)
+        shards = ZeroOptimizer(model, weights, topology)
         optimizer = trainer.AdamW(shards.pieces, args)
         total, steps_per_epoch = trainer.total_steps(args, train.batches_per_epoch, topology.data_size)
         state = TrainState()
@@ -121,7 +121,7 @@ def main(args):
         peak = trainer.measure_matmul_peak()
         print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s float32, measured; mfu is a share of it")
         log = trainer.Log(args, total, state, model.flops_per_token(args.max_seq_length), peak, topology)
-        checkpoints = Checkpoints(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
 
         def evaluate():
             return trainer.evaluate(model, dev, args.max_evaluate_steps, topology)
@@ -150,11 +150,13 @@ def main(args):
             if state.step >= total:
                 break
             start = log.begin()
-            batches = trainer.step_batches(train, state.step, args, topology)
+            batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
             size, loss = topology.total(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.micro_steps(model, batches, functools.partial(batch_loss, size=size), seed):
+            for part, batch in parallel.forward_backward(
+                model, batches, functools.partial(batch_loss, size=size), seed
+            ):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
             loss = topology.total(loss, stages=True)

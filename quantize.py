@@ -41,8 +41,8 @@ from data import CorpusLoader, SFTDataset, SFTLoader
 from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
 from formats.tokenizer import load_tokenizer
-from formats.weights import base_weights, save_pretrained
-from model import Linear, QuantLinear, SparseMLP, linears, norm_readers, set_parameter, shifted_norms
+from formats.weights import named_weights, save_pretrained
+from model import Linear, MoE, QuantLinear, block_linears, norm_consumers, set_parameter, shiftable_norms
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
 NOT_HERE = {  # keys that are refused when they ask for something, and why
@@ -196,7 +196,7 @@ class Args(ScriptArgs):
 # w[i, o] ~ scales[g[i], o] * (codes[i, o] - zeros[g[i], o]), codes in 0 … 2^bits - 1.
 
 
-class Codes(NamedTuple):
+class QuantizedWeight(NamedTuple):
     codes: np.ndarray  # (in, out) uint8
     scales: np.ndarray  # (groups, out) float32 that are exact in float16, in which they are stored
     zeros: np.ndarray  # (groups, out) int32, 1 … 2^bits - 1
@@ -207,7 +207,7 @@ class Codes(NamedTuple):
         return self.scales[self.groups] * (self.codes.astype(np.float32) - self.zeros[self.groups])
 
 
-def grid(rows, bits, sym, shrink=1.0):
+def qparams(rows, bits, sym, shrink=1.0):
     """(scale, zero), each (out,) of a group's rows (n, out), so that shrink · its range fits the codes.
 
     Symmetric: zero = 2^(bits-1), and the range is 2^bits - 1 steps, half a step of it clipped at the upper end, as
@@ -235,12 +235,12 @@ def stored_scale(scale):
     return np.where(kept > 0, kept, np.float32(1.0))
 
 
-def searched_grid(rows, bits, sym, importance):
+def search_qparams(rows, bits, sym, importance):
     """grid() with the shrink, of 20 from 1 to 0.62, of least error; rows' squared errors weigh importance (n,)."""
     best = None
     for shrink in 1.0 - 0.02 * np.arange(20):
-        scale, zero = grid(rows, bits, sym, np.float32(shrink))
-        left = rows - scale * (to_codes(rows, scale, zero, bits).astype(np.float32) - zero)
+        scale, zero = qparams(rows, bits, sym, np.float32(shrink))
+        left = rows - scale * (quantize_to_codes(rows, scale, zero, bits).astype(np.float32) - zero)
         error = importance @ (left * left)  # (out,)
         if best is None:
             best = [error, scale, zero]
@@ -250,7 +250,7 @@ def searched_grid(rows, bits, sym, importance):
     return best[1], best[2]
 
 
-def to_codes(rows, scale, zero, bits):
+def quantize_to_codes(rows, scale, zero, bits):
     """Nearest codes, uint8, of rows (…, out) on the grid scale, zero (out,)."""
     return np.clip(np.rint(rows / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
 
@@ -261,16 +261,16 @@ def group_numbers(n, group_size):
 
 
 def round_to_nearest(weight, bits, group_size=-1, sym=True):
-    """Codes of a weight (in, out) float32, each value by itself."""
+    """QuantizedWeight of a weight (in, out) float32, each value by itself."""
     groups = group_numbers(len(weight), group_size)
     codes, scales, zeros = np.empty(weight.shape, np.uint8), [], []
     for g in range(groups[-1] + 1):
         rows = np.flatnonzero(groups == g)
-        scale, zero = grid(weight[rows], bits, sym)
-        codes[rows] = to_codes(weight[rows], scale, zero, bits)
+        scale, zero = qparams(weight[rows], bits, sym)
+        codes[rows] = quantize_to_codes(weight[rows], scale, zero, bits)
         scales.append(scale)
         zeros.append(zero)
-    return Codes(codes, np.stack(scales), np.stack(zeros), groups)
+    return QuantizedWeight(codes, np.stack(scales), np.stack(zeros), groups)
 
 
 def pack_rows(codes, bits):
@@ -316,7 +316,7 @@ def inverse_factor(hessian, percdamp):
         damping = max(10 * damping, 1e-8)
 
 
-class Plan(NamedTuple):
+class GPTQPlan(NamedTuple):
     """What GPTQ derives from the inputs alone, shared by all linears that read them."""
 
     order: np.ndarray  # (in,) the row that each step quantizes
@@ -325,7 +325,7 @@ class Plan(NamedTuple):
 
 
 def gptq_plan(hessian, desc_act=False, percdamp=0.01):
-    """Plan for a Hessian X^T X / tokens (in, in) float64.
+    """GPTQPlan for a Hessian X^T X / tokens (in, in) float64.
 
     desc_act takes the rows with the largest inputs first, while many can still make up for them.
 
@@ -336,11 +336,11 @@ def gptq_plan(hessian, desc_act=False, percdamp=0.01):
     dead = np.diag(hessian) <= 0
     hessian[dead, dead] = float(np.mean(np.diag(hessian))) or 1.0
     order = np.argsort(-np.diag(hessian), kind="stable") if desc_act else np.arange(len(hessian))
-    return Plan(order, *inverse_factor(hessian[order][:, order], percdamp))
+    return GPTQPlan(order, *inverse_factor(hessian[order][:, order], percdamp))
 
 
 def gptq(weight, plan, bits, group_size=-1, sym=True, search_range=True):
-    """Codes of a weight (in, out), row by row, each row's error made up for by the rows to come (Frantar et al.,
+    """QuantizedWeight of a weight (in, out), row by row, each row's error made up for by the rows to come (Frantar et al.,
     2210.17323).
 
     Groups are of rows that follow one another in the plan's order; with desc_act `groups` is then not sorted. Groups by
@@ -357,7 +357,7 @@ def gptq(weight, plan, bits, group_size=-1, sym=True, search_range=True):
         better = searched_loss < loss  # (out,)
         codes, scales, zeros = (np.where(better, new, old) for new, old in zip(searched, (codes, scales, zeros)))
     back = np.argsort(plan.order, kind="stable")
-    return Codes(codes[back], scales, zeros, groups[back])
+    return QuantizedWeight(codes[back], scales, zeros, groups[back])
 
 
 def gptq_solve(work, factor, groups, bits, sym, search_range, block=128):
@@ -381,10 +381,12 @@ def gptq_solve(work, factor, groups, bits, sym, search_range, block=128):
                 rows = work[q:last].copy()
                 if last > end:  # rows past this block lack the corrections of its rows so far
                     rows[end - q :] -= factor[start:q, end:last].T @ errors[: q - start]
-                found = searched_grid(rows, bits, sym, importance[q:last]) if search_range else grid(rows, bits, sym)
+                found = (
+                    search_qparams(rows, bits, sym, importance[q:last]) if search_range else qparams(rows, bits, sym)
+                )
                 scales.append(found[0])
                 zeros.append(found[1])
-            codes[q] = to_codes(work[q], scales[-1], zeros[-1], bits)
+            codes[q] = quantize_to_codes(work[q], scales[-1], zeros[-1], bits)
             rounded = scales[-1] * (codes[q].astype(work.dtype) - zeros[-1])
             errors[q - start] = (work[q] - rounded) / factor[q, q]
             work[q + 1 : end] -= factor[q, q + 1 : end, None] * errors[q - start]
@@ -406,7 +408,7 @@ def output_error(weight, rounded, hessian):
 # ======================================================================== calibration: block by block
 
 
-class Inputs:
+class ActivationStats:
     """What is kept of the inputs X (tokens, n) of the linears that share one: sums, extremes, a few rows."""
 
     def __init__(self, n, keep_hessian, keep_rows):
@@ -439,7 +441,7 @@ class Inputs:
             values[:] = [(v - shift) / scale for v in values]
 
 
-class Recorder(nn.Layer):
+class ActivationRecorder(nn.Layer):
     """A linear whose inputs are looked at on their way."""
 
     def __init__(self, slot, inputs):
@@ -486,12 +488,12 @@ class Calibration:
                 yield number, real, lambda: output()[0]
 
     def observe(self, block, slots, keep_hessian=False, keep_rows=0):
-        """[Inputs] of the linears in `slots`, by running the block once over all batches.
+        """[ActivationStats] of the linears in `slots`, by running the block once over all batches.
 
         An expert to which no token was sent is shown all of them in a second run: it may well get some of other texts.
         """
         per_batch = -(-keep_rows // max(1, len(self.items)))
-        recorders = [Recorder(s, Inputs(s.layer.n_in, keep_hessian, per_batch)) for s in slots]
+        recorders = [ActivationRecorder(s, ActivationStats(s.layer.n_in, keep_hessian, per_batch)) for s in slots]
         for slot, recorder in zip(slots, recorders):
             setattr(slot.parent, slot.attribute, recorder)
         self._record(block, recorders)
@@ -520,8 +522,8 @@ class Calibration:
 
 @contextlib.contextmanager
 def real_experts(mlp, real, every=()):
-    """Inside, the experts of a SparseMLP get the tokens at `real` (n,) alone (None: all), and those in `every` all of these."""
-    if not isinstance(mlp, SparseMLP) or real is None and not every:
+    """Inside, the experts of a MoE get the tokens at `real` (n,) alone (None: all), and those in `every` all of these."""
+    if not isinstance(mlp, MoE) or real is None and not every:
         yield
         return
 
@@ -531,7 +533,7 @@ def real_experts(mlp, real, every=()):
             routed = [x.index_select(real) for x in routed]
         for expert in every:
             expert(routed[0])
-        mixed = SparseMLP.mix(mlp, *routed)
+        mixed = MoE.mix(mlp, *routed)
         return mixed if real is None else paddle.scatter(paddle.zeros_like(flat), real, mixed)
 
     mlp.mix = mix
@@ -547,7 +549,7 @@ def real_positions(batch, loader):
     return np.arange(batch["input_ids"].shape[1]) < np.array(lengths)[:, None]
 
 
-class Slot(NamedTuple):
+class LinearRef(NamedTuple):
     """A linear of a block, wherever it stands."""
 
     path: str  # Hugging Face's
@@ -560,17 +562,17 @@ class Slot(NamedTuple):
         return getattr(self.parent, self.attribute)
 
 
-def slots_of(model, index):
-    """{name inside the block: Slot} of block `index`."""
+def linear_refs(model, index):
+    """{name inside the block: LinearRef} of block `index`."""
     names = {id(layer): name for name, layer in model.layers[index].named_sublayers()}
     return {
-        names[id(layer)]: Slot(path, parent, attribute, ".experts." in names[id(layer)])
-        for path, (parent, attribute, layer) in linears(model).items()
+        names[id(layer)]: LinearRef(path, parent, attribute, ".experts." in names[id(layer)])
+        for path, (parent, attribute, layer) in block_linears(model).items()
         if id(layer) in names
     }
 
 
-class Group(NamedTuple):
+class LinearGroup(NamedTuple):
     """Linears of a block that share an input."""
 
     names: tuple  # inside the block, in the order in which they run
@@ -584,14 +586,14 @@ class Group(NamedTuple):
         return self.source.endswith("norm")
 
 
-def stages_of(block, config):
-    """[[Group, …], …] in the order in which they run; the groups of a stage do not wait for one another."""
-    layers, readers = dict(block.named_sublayers()), norm_readers(block)
+def sequential_groups(block, config):
+    """[[LinearGroup, …], …] in the order in which they run; the groups of a stage do not wait for one another."""
+    layers, readers = dict(block.named_sublayers()), norm_consumers(block)
     present = [n for n, layer in layers.items() if isinstance(layer, (Linear, QuantLinear)) and n.endswith("_proj")]
 
     def reading(norm, prefix, *attributes):
         names = tuple(name for name in (prefix + attribute for attribute in attributes) if name in present)
-        return Group(names, norm, fixed="" if norm in readers else "the residual reads the norm, too")
+        return LinearGroup(names, norm, fixed="" if norm in readers else "the residual reads the norm, too")
 
     names = ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj", "qkv_proj")
     attention = [reading("attention_norm", "attention.", *names)]
@@ -604,7 +606,7 @@ def stages_of(block, config):
         mlp, width = layers[prefix[:-1]], layers[prefix + "down_proj"].n_in
         passes = mlp.gated or mlp.activation == "relu"  # relu(x / s) = relu(x) / s
         second.append(
-            Group(
+            LinearGroup(
                 (prefix + "down_proj",),
                 up,
                 np.arange(width) + width * up.endswith("gate_up_proj"),
@@ -619,12 +621,12 @@ def values_group(present, config):
     H, K, Dh, latent = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.latent
     if latent is not None:  # each head's keys, then its values
         wide = np.arange(H * (latent.nope_dim + latent.value_dim)).reshape(H, -1)
-        return Group(("attention.o_proj",), "attention.kv_b_proj", wide[:, latent.nope_dim :].reshape(-1), (H, 1))
+        return LinearGroup(("attention.o_proj",), "attention.kv_b_proj", wide[:, latent.nope_dim :].reshape(-1), (H, 1))
     if "attention.v_proj" in present:
-        return Group(("attention.o_proj",), "attention.v_proj", None, (K, H // K))
+        return LinearGroup(("attention.o_proj",), "attention.v_proj", None, (K, H // K))
     wide = np.arange((H + 2 * K) * Dh)
     columns = wide[(H + K) * Dh :] if config.fused_qkv == "blocks" else wide.reshape(K, -1, Dh)[:, -1].reshape(-1)
-    return Group(("attention.o_proj",), "attention.qkv_proj", columns, (K, H // K))
+    return LinearGroup(("attention.o_proj",), "attention.qkv_proj", columns, (K, H // K))
 
 
 # ======================================================================== shift and smoothing: the function stays
@@ -675,7 +677,7 @@ def smooth_scale(x_max, w_max, alpha):
 
 
 def int8_weight(weight):
-    """Codes (in, out) int8 in -127 … 127 and scales (out,) float32."""
+    """QuantizedWeight (in, out) int8 in -127 … 127 and scales (out,) float32."""
     scales = (np.abs(weight).max(0) / 127).astype(np.float32)
     scales = np.where(scales > 0, scales, np.float32(1.0))
     return np.clip(np.rint(weight / scales), -127, 127).astype(np.int8), scales
@@ -694,7 +696,7 @@ def input_scale(inputs, method, smoothing=1.0):
     return np.float32(max(value, 1e-8) / 127)
 
 
-def pieces(values, k):
+def split_channels(values, k):
     """(n,) values -> (n,) piece of each, 0 the smallest: 1-D k-means from quantiles; fewer if values coincide."""
     centers = np.unique(np.quantile(values, (np.arange(k) + 0.5) / k))
     while True:
@@ -710,7 +712,7 @@ def piecewise_search(parts, x_max, w_max, args):
     """Smoothing factors (n,) whose error on the kept rows is least, and that error: ||Q(X/s) Q(s W) - X W||^2 / ||X
     W||^2.
 
-    parts: [(Inputs, weight (n, out))], summed over; several where experts read one norm. Channels are split into pieces
+    parts: [(ActivationStats, weight (n, out))], summed over; several where experts read one norm. Channels are split into pieces
     by x_max. Piece by piece, factors s(alpha) and constants are tried for its channels, the others staying as chosen so
     far, at first as plain smoothing has them, and the best is kept. So the result is never worse, on these rows, than
     plain smoothing; starting from 1 would judge the small pieces while the large ones still spoil every scale. With
@@ -736,7 +738,7 @@ def piecewise_search(parts, x_max, w_max, args):
     plain = smooth_scale(x_max, w_max, args.smooth_alpha)
     best_scale, least = plain, error(plain)
     for k in range(1, args.smooth_k_piece + 1) if args.smooth_search_piece else (args.smooth_k_piece,):
-        piece_of = pieces(x_max, k)
+        piece_of = split_channels(x_max, k)
         scale, found = plain, error(plain)
         for piece in range(piece_of.max() + 1):
             for candidate in candidates:
@@ -752,13 +754,13 @@ SEARCHED = 8  # of many experts that read one norm, how many the search judges b
 
 
 def prepare_block(block, slots, inputs, config, args):
-    """Shift and smooth the linears of a block, and `inputs` {first linear of a group: Inputs} with them.
+    """Shift and smooth the linears of a block, and `inputs` {first linear of a group: ActivationStats} with them.
 
     Returns lines that say what was left out, and why.
     """
-    layers, readers, shiftable = dict(block.named_sublayers()), norm_readers(block), shifted_norms(block)
+    layers, readers, shiftable = dict(block.named_sublayers()), norm_consumers(block), shiftable_norms(block)
     by_source, left_out = {}, []
-    for group in (group for stage in stages_of(block, config) for group in stage):
+    for group in (group for stage in sequential_groups(block, config) for group in stage):
         by_source.setdefault(group.source if group.of_norm else group.names, []).append(group)
     for groups in by_source.values():
         group, seen = groups[0], [inputs[g.names[0]] for g in groups]
@@ -801,7 +803,7 @@ def prepare_block(block, slots, inputs, config, args):
 
 
 def extremes(seen, batches):
-    """(n,) least and largest of the first `batches` batches of several Inputs."""
+    """(n,) least and largest of the first `batches` batches of several ActivationStats."""
     lows, highs = zip(*(inputs.extremes(batches) for inputs in seen))
     return np.min(lows, 0), np.max(highs, 0)
 
@@ -855,7 +857,7 @@ def replace(slot, new, tensors):
 HESSIAN_BYTES = 1 << 30  # of the Hessians that are summed up in one run over the calibration data
 
 
-def portions(stage, slots):
+def fit_to_memory(stage, slots):
     """The groups of a stage in lists whose Hessians fit HESSIAN_BYTES, or of one group."""
     found, room = [], 0
     for group in stage:
@@ -897,7 +899,7 @@ def quantize_model(model, calibration, args, say=print):
         say(f"{slot.path:<42} {shape:>12}  error {100 * error:8.4f} %  {seconds:6.2f} s{more}")
 
     for index, block in enumerate(model.layers):
-        slots, stages, start = slots_of(model, index), stages_of(block, model.config), time.perf_counter()
+        slots, stages, start = linear_refs(model, index), sequential_groups(block, model.config), time.perf_counter()
         if args.quant_type == "a8w8":
             firsts = [group.names[0] for stage in stages for group in stage]
             observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=args.search_tokens)
@@ -906,7 +908,7 @@ def quantize_model(model, calibration, args, say=print):
                 if line not in told:
                     say(line)
                 told.add(line)
-        for groups in (part for stage in stages for part in portions(stage, slots)):
+        for groups in (part for stage in stages for part in fit_to_memory(stage, slots)):
             if args.quant_type != "a8w8":
                 firsts = [slots[group.names[0]] for group in groups]
                 hessians = [seen.mean_hessian() for seen in calibration.observe(block, firsts, keep_hessian=True)]
@@ -989,7 +991,7 @@ def open_model(args):
 
 def rest_dtype(model):
     """How to store what stays float (scales aside, which keep their own): bfloat16 if that loses nothing."""
-    kept = [w.parameter for w in base_weights(model) if w.stored is None]
+    kept = [w.parameter for w in named_weights(model) if w.stored is None]
     rows = (p[at : at + 4096].numpy() for p in kept for at in range(0, p.shape[0], 4096))  # never a whole embedding
     exact = not any((array.view(np.uint32) & 0xFFFF).any() for array in rows)  # the bits that bfloat16 has not
     return "bfloat16" if exact else "float32"
@@ -1023,7 +1025,9 @@ def main(args):
     }
     if args.lora_path:
         report["bytes_before"] += weight_bytes(args.lora_path)
-    if args.group_size != -1 and (uneven := {l.n_in for *_, l in linears(model).values() if l.n_in % args.group_size}):
+    if args.group_size != -1 and (
+        uneven := {l.n_in for *_, l in block_linears(model).values() if l.n_in % args.group_size}
+    ):
         print(f"group_size {args.group_size} does not divide {sorted(uneven)} input rows: their last group is shorter")
 
     # ====================================================================== 2. before

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import trainer
 from adapters import from_pretrained, load_adapter
 from arguments import ScriptArgs
-from data import fit_prompt, numbered_lines, record_rounds
+from data import numbered_lines, parse_turns, truncate_prompt
 from formats.chat import load_chat_template
 from formats.files import UserError, parse_json_line
 from formats.tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ def build_engine(args):
         if model.prefix is None:
             raise UserError(f"prefix_path: {args.prefix_path} holds a LoRA; give it as lora_path")
     virtual = model.prefix.tokens if model.prefix is not None else 0
-    length = min(args.total_max_length + virtual, model.config.most_tokens)
+    length = min(args.total_max_length + virtual, model.config.max_model_len)
     wanted = 2 * args.batch_size * -(-length // args.block_size)  # as much again to keep prompts for later ones
     block = PagedRunner.block_bytes(model.config, args.block_size, args.cachekv_int8_type is not None)
     num_blocks = args.num_blocks or min(wanted, int(args.kv_cache_gb * 1e9) // block)
@@ -206,7 +206,7 @@ def engine_of(model, tokenizer, num_blocks, adapters, args):
 
 def prompt_ids(tokenizer, rounds, context, src_length):
     """[(user, bot)…] whose last bot is to be written -> ids, at most src_length where they can be cut."""
-    return fit_prompt(tokenizer, [*rounds[:-1], (rounds[-1][0], "")], context, src_length, src_length)
+    return truncate_prompt(tokenizer, [*rounds[:-1], (rounds[-1][0], "")], context, src_length, src_length)
 
 
 def lengths(engine, args):
@@ -240,7 +240,7 @@ def read_records(path):
         record = parse_json_line(line, path, number)
         src = record.get("src")
         without = [""] * len(src) if isinstance(src, list) else ""  # the last reply is to be written: it may be missing
-        yield number, record, *record_rounds({"tgt": without, **record}, f"{path}:{number}")
+        yield number, record, *parse_turns({"tgt": without, **record}, f"{path}:{number}")
 
 
 def answered(args):

@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 from arguments import TrainingArgs, parse_args
 from checkpoint import _moments_of, _quantized, _remove, _some
-from distributed.collectives import held_by
-from distributed.watchdog import Launch, company
+from distributed.collectives import gather_tensor_index
+from distributed.watchdog import Launch, current_watchdog
 from formats.files import UserError, _disk_full, atomic_file
-from formats.weights import Entry
-from parallel import SINGLE, in_turn
+from formats.weights import SaveEntry
+from parallel import SINGLE, pipelined_map
 from plan import dry_run
 
 
@@ -54,7 +54,7 @@ def run_script(main, Args, argv=None):
         for field in dataclasses.fields(Args):
             print(f"  {field.name} = {field.default!r}")
         return
-    together, args = company(), None  # first of all, so that what goes wrong here ends all processes
+    together, args = current_watchdog(), None  # first of all, so that what goes wrong here ends all processes
     try:
         args = parse_args(Args, tokens)
         if getattr(args, "dry_run", False):
@@ -68,7 +68,7 @@ def run_script(main, Args, argv=None):
     except SystemExit:
         raise
     except BaseException as error:
-        code, line = _verdict(error, getattr(args, "output_dir", ""))
+        code, line = _exit_status(error, getattr(args, "output_dir", ""))
         if together is not None:
             together.fail(error, code, line)
         if line is None:
@@ -77,7 +77,7 @@ def run_script(main, Args, argv=None):
         sys.exit(code)
 
 
-def _verdict(error, folder):
+def _exit_status(error, folder):
     """(exit code, line to show instead of a traceback, or None) of what has ended a script."""
     if isinstance(error, UserError):
         return 2, str(error)
@@ -206,20 +206,20 @@ def micro_batches(step, args, batches_per_epoch, ranks=1):
     return [(epoch, i) for i in range(first, min(first + each, batches_per_epoch))]
 
 
-def share_of(batches, topology):
+def local_micro_batches(batches, topology):
     """[(batch, whether it counts)]: this rank's of those of all ranks; every rank has as many, some for company alone."""
     mine = [(batch, True) for batch in batches[topology.data_rank :: topology.data_size]]
     return mine + [(batches[0], False)] * (-(-len(batches) // topology.data_size) - len(mine))
 
 
-def step_batches(loader, step, args, topology):
-    """This rank's micro-batches of a step. One that is for company alone has no labels, and "company": True."""
+def step_micro_batches(loader, step, args, topology):
+    """This rank's micro-batches of a step. One that is for company alone has no labels, and "is_dummy": True."""
     places = micro_batches(step, args, loader.batches_per_epoch, topology.data_size)
     batches = []
-    for place, counts in share_of(places, topology):
+    for place, counts in local_micro_batches(places, topology):
         batch = loader.batch(*place)
         if not counts:
-            batch = {**batch, "labels": np.full_like(batch["labels"], -100), "tokens": 0, "company": True}
+            batch = {**batch, "labels": np.full_like(batch["labels"], -100), "tokens": 0, "is_dummy": True}
         batches.append(batch)
     return batches
 
@@ -305,7 +305,7 @@ class AdamW:
             weight.clear_gradient()
 
     def entries(self, shards, stage="O0"):
-        """[Entry] of moments and beta powers in Unified Checkpoint's names and the weights' file layout.
+        """[SaveEntry] of moments and beta powers in Unified Checkpoint's names and the weights' file layout.
 
         stage: of ckpt_quant_stage. Every weight is named on every rank that holds it, whoever has its moments.
         """
@@ -316,12 +316,16 @@ class AdamW:
             sources = [(weight, shards.laid(weight, moment), *place) for moment in moments]
             names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
             if stage == "O0" or len(weight.shape) < 2:
-                found += [Entry({name: (weight.shape, "float32")}, [source]) for name, source in zip(names, sources)]
+                found += [
+                    SaveEntry({name: (weight.shape, "float32")}, [source]) for name, source in zip(names, sources)
+                ]
             else:
                 found.append(_quantized(names, weight.shape, sources, stage))
             for key, power in powers.items():
                 power = np.array([power], np.float32)
-                found.append(Entry({f"{weight.name}/{key}": ([1], "float32")}, [], functools.partial(list, [power])))
+                found.append(
+                    SaveEntry({f"{weight.name}/{key}": ([1], "float32")}, [], functools.partial(list, [power]))
+                )
         return found
 
     def load(self, found, shards):
@@ -333,7 +337,7 @@ class AdamW:
         names = {key.rpartition("/")[0] for key in read}
         mine = {weight.name for weight in shards.weights}
         shards.topology.meet()  # reading weights may have taken one of them longer
-        trained = held_by(dict.fromkeys(sorted(mine), 0), shards.topology)[0].keys()  # on any rank
+        trained = gather_tensor_index(dict.fromkeys(sorted(mine), 0), shards.topology)[0].keys()  # on any rank
         if names != trained:
             missing, extra = _some(trained - names), _some(names - trained)
             raise UserError(f"optimizer state is not of what is trained now: missing {missing}; unexpected {extra}")
@@ -464,7 +468,9 @@ class Log:
             figures = f"loss {loss:.4f} | lr {lr:.3e} | grad_norm {grad_norm:.3f} | {speed:,.0f} tokens/s{mfu}"
             if "bubble" in row:
                 figures += f" | bubble {100 * row['bubble']:.1f} % (formula {100 * row['bubble_formula']:.1f} %)"
-            rest = " | ".join(filter(None, [f"eta {left} | peak {row['peak_memory_gb']:.2f} GB", shown(added)]))
+            rest = " | ".join(
+                filter(None, [f"eta {left} | peak {row['peak_memory_gb']:.2f} GB", format_metrics(added)])
+            )
             print(f"step {state.step}/{self.total} ({done:.1f} %) | {figures} | {rest}", flush=True)
 
     def evaluation(self, step, metrics):
@@ -474,7 +480,7 @@ class Log:
             _keep_lines(path, lambda row: row["step"] != step)
             _append_line(path, {"step": step, **metrics})
         self._report("eval", {"step": step, **metrics})
-        self.say(f"evaluation at step {step}: {shown(metrics)}")
+        self.say(f"evaluation at step {step}: {format_metrics(metrics)}")
 
     def say(self, text):
         """A line that does not tear the bar."""
@@ -610,7 +616,7 @@ def check_positions(model, path, needed):
         raise UserError(f"{path}: has learned {limit} positions; {key} asks for {tokens}; lower it")
 
 
-def shown(metrics):
+def format_metrics(metrics):
     """`loss 1.2345 | accuracy 0.6000 | …` for a line of output."""
     names = ((key.removeprefix("eval_"), value) for key, value in metrics.items())
     return " | ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in names)
@@ -646,8 +652,8 @@ def evaluate(model, loader, max_batches=None, topology=SINGLE):
     def run(place):
         return model(**model_inputs(place[0]), return_predictions=True)
 
-    places = ((loader.batch(0, index), counts) for index, counts in share_of(indices, topology))
-    for (batch, counts), (losses, predictions) in in_turn(model, places, run):
+    places = ((loader.batch(0, index), counts) for index, counts in local_micro_batches(indices, topology))
+    for (batch, counts), (losses, predictions) in pipelined_map(model, places, run):
         if not counts:
             continue
         target = batch["labels"] != -100  # (B, T)

@@ -1420,7 +1420,7 @@ def preference_records(split, count):
             yield {"src": sources, "tgt": targets, "response": [worse, better], "sort": [0, 1]}
 
 
-# ==== 7. Writing ====
+# ==== 7. CheckpointWriter ====
 
 
 def write_json(path, value):

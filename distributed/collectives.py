@@ -15,7 +15,7 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 
-from distributed.watchdog import Company
+from distributed.watchdog import Watchdog
 
 # =============================================================================== talking along an axis
 
@@ -28,7 +28,7 @@ class Axis:
 
     def __init__(self, name, ranks, rank, groups=None):
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
-        self.groups, self.company = groups, groups and groups.company
+        self.groups, self.watchdog = groups, groups and groups.watchdog
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
         self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens, …
         self.tokens = None  # … of so many, T/sep, of the pass that is being made; None: not in this one
@@ -36,7 +36,7 @@ class Axis:
             None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand; see spread()
         )
         self.whole = None
-        self.pieces = None  # ep: [Visit], whose tokens an expert is at work on; None: this rank's
+        self.pieces = None  # ep: [ExpertTokens], whose tokens an expert is at work on; None: this rank's
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x, op="sum"):
@@ -90,7 +90,7 @@ class Axis:
             dist.alltoall_single(found, x.contiguous(), sent.tolist(), received.tolist(), self.group)
         return found
 
-    def gather_flat(self, x):
+    def all_gather_into_tensor(self, x):
         """The x (n,) of all ranks one behind the other, without a second copy of them."""
         if self.size == 1:
             return x
@@ -99,7 +99,7 @@ class Axis:
             dist.stream.all_gather(found, x.contiguous(), self.group)
         return found
 
-    def begin_sum(self, x, scatter):
+    def reduce_async(self, x, scatter):
         """The sum of x (n,), which is lost, over the ranks; scatter: this rank's share of it. A function that waits for it.
 
         NCCL adds up meanwhile; gloo is done before this returns (64 MB between two ranks: 90 ms in the call, 0.04 ms in the
@@ -143,7 +143,7 @@ class Axis:
                 dist.alltoall(found, parts, self.group)
         return paddle.stack(found)
 
-    def pass_on(self, x):
+    def ring_shift(self, x):
         """x goes to the next rank, the last one's to the first -> that of the rank before."""
         if self.size == 1:
             return x
@@ -183,9 +183,9 @@ class Axis:
 
     @contextlib.contextmanager
     def _timed(self, x):
-        begin, self.company.place = time.perf_counter(), self
+        begin, self.watchdog.place = time.perf_counter(), self
         yield
-        self.company.place = None  # an exception leaves it: there this rank was lost
+        self.watchdog.place = None  # an exception leaves it: there this rank was lost
         self.seconds += time.perf_counter() - begin
         self.bytes += x.size * x.element_size()
 
@@ -199,8 +199,8 @@ class Groups:
     """What connects processes: connect(ranks) gives the group of these ranks, made when it is first asked for."""
 
     def __init__(self, launch):
-        self.launch, self.company, self.groups = launch, Company.of(launch), {}
-        self.store = self.company.store
+        self.launch, self.watchdog, self.groups = launch, Watchdog.of(launch), {}
+        self.store = self.watchdog.store
 
     def connect(self, ranks, name=""):
         """name: tells groups of the same ranks apart, such as the two directions between two of them."""
@@ -211,7 +211,7 @@ class Groups:
 
     def meet(self):
         """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
-        self.company.meet()
+        self.watchdog.meet()
 
     def exchange(self, value, met=False):
         """[what each process calls this with], small JSON values. Not by the store, whose every answer takes 40 milliseconds."""
@@ -283,7 +283,7 @@ class Nccl(Groups):
 # =========================================================== collectives with gradients (arXiv 1909.08053, 2205.05198)
 
 
-class _SumBack(PyLayer):
+class _CopyToRegion(PyLayer):
     """x, whose gradient is the sum over the ranks (Megatron's f): each has used it for a part of the result."""
 
     @staticmethod
@@ -296,7 +296,7 @@ class _SumBack(PyLayer):
         return ctx.axis.all_reduce(dy.clone())
 
 
-class _Sum(PyLayer):
+class _ReduceFromRegion(PyLayer):
     """The sum of x over the ranks, its gradient as it is (Megatron's g): what follows is the same on every rank."""
 
     @staticmethod
@@ -308,7 +308,7 @@ class _Sum(PyLayer):
         return dy.clone()
 
 
-class _Gather(PyLayer):
+class _AllGather(PyLayer):
     """The ranks' x behind each other along dim. summed: its gradient is the sum over the ranks, else the same on each."""
 
     @staticmethod
@@ -336,7 +336,7 @@ class _ReduceScatter(PyLayer):
         return axis.all_gather(dy, dim)
 
 
-class _Exchange(PyLayer):
+class _AllToAllV(PyLayer):
     """Rows that the ranks have sent here (see Axis.exchange); their gradients go back the same way."""
 
     @staticmethod
@@ -350,7 +350,7 @@ class _Exchange(PyLayer):
         return axis.exchange(dy, counts.T)
 
 
-class _ScaleBack(PyLayer):
+class _ScaleGradient(PyLayer):
     """x, whose gradient is multiplied by a factor."""
 
     @staticmethod
@@ -367,11 +367,11 @@ def enter(x, tp):
     """What all ranks of tp compute a part from: x (B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D)."""
     if tp.size == 1:
         return x
-    return _SumBack.apply(x, tp) if tp.tokens is None else _together(x, tp, True)
+    return _CopyToRegion.apply(x, tp) if tp.tokens is None else _together(x, tp, True)
 
 
 def _together(x, tp, summed):
-    x = _Gather.apply(x, tp, 1, summed)
+    x = _AllGather.apply(x, tp, 1, summed)
     return x if x.shape[1] == tp.tokens else x[:, : tp.tokens]
 
 
@@ -379,7 +379,7 @@ def leave(x, tp):
     """(B, T, D) partial over tp -> their sum (B, T, D), or this rank's (B, T/tp, D) with sequence parallelism."""
     if tp.size == 1:
         return x
-    return _Sum.apply(x, tp) if tp.tokens is None else _ReduceScatter.apply(_filled(x, tp.size), tp, 1)
+    return _ReduceFromRegion.apply(x, tp) if tp.tokens is None else _ReduceScatter.apply(_filled(x, tp.size), tp, 1)
 
 
 def kept(x, tp):
@@ -396,7 +396,7 @@ def _filled(x, multiple):
 # ====================================================================================== tensor parallelism
 
 
-class Cut:
+class ShardSpec:
     """Which part of a whole tensor a parameter is: ranges [(start, stop), …] along one dim of our layout, joined.
 
     of_ranks: those of every rank of tp; shape: of the whole. overlaps: some of it is with several ranks (key heads, where
@@ -410,7 +410,7 @@ class Cut:
 
     def of(self, dim, shape):
         """The same ranges of another tensor."""
-        return Cut(dim, self.of_ranks, self.rank, shape)
+        return ShardSpec(dim, self.of_ranks, self.rank, shape)
 
     def take(self, array):
         """numpy, the whole -> the part."""
@@ -449,7 +449,7 @@ def mix_in(layer, mixin, **attributes):
 # ======================================================================================= expert parallelism
 
 
-def expert_axes(grid, order, degree, rank, groups):
+def make_expert_axes(grid, order, degree, rank, groups):
     """(the ranks that share out the experts, those with the same experts) around a rank; ranks are connected in this order.
 
     Consecutive ranks of the data axes, (dp, sharding, sep) as one line at the same pp and tp, have the experts among them:
@@ -467,7 +467,7 @@ def expert_axes(grid, order, degree, rank, groups):
 
 
 @paddle.no_grad()
-def gathered(tensor, cut, tp):
+def gather_full_tensor(tensor, cut, tp):
     """The whole of which each rank of tp has such a part, as numpy in our layout."""
     widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
     tensor = tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor
@@ -482,7 +482,7 @@ def gathered(tensor, cut, tp):
     return found
 
 
-def owners(sizes, holders):
+def assign_writers(sizes, holders):
     """{name: rank}: who writes which of these tensors, even by bytes: the largest first, to whom has least of its holders.
 
     sizes: {name: bytes}; holders: {name: [rank]}. Where all hold all, the largest share is at most the mean plus the
@@ -495,7 +495,7 @@ def owners(sizes, holders):
     return found
 
 
-def held_by(sizes, topology):
+def gather_tensor_index(sizes, topology):
     """({name: bytes}, {name: [rank]}) over all ranks, from each one's own {name: bytes}.
 
     Asked, not derived from the grid: stages of a pipeline have other names, ranks of expert parallelism other experts.
@@ -516,7 +516,7 @@ def held_by(sizes, topology):
     return everything, holders
 
 
-def _on_host(tensor):
+def _to_host(tensor):
     """numpy of a tensor, of its own memory where that is the host's; bfloat16 as float32; None of None."""
     if tensor is None or isinstance(tensor, np.ndarray):
         return tensor

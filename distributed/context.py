@@ -10,8 +10,8 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from distributed.collectives import _filled, _Gather, mix_in
-from distributed.tensor import heads_of
+from distributed.collectives import _AllGather, _filled, mix_in
+from distributed.tensor import local_heads
 from formats.files import UserError
 from model import Attention
 
@@ -30,14 +30,14 @@ def spread(sep, T, ring):
     sees many: with causal attention all ranks have as much to do.
     """
     sep.whole = T
-    sep.places = None if T is None or sep.size == 1 else token_places(T, sep.size, sep.rank, ring)
+    sep.places = None if T is None or sep.size == 1 else zigzag_indices(T, sep.size, sep.rank, ring)
     if sep.places is not None:
-        ends = np.argsort(np.concatenate([token_places(T, sep.size, rank, ring) for rank in range(sep.size)]))
+        ends = np.argsort(np.concatenate([zigzag_indices(T, sep.size, rank, ring) for rank in range(sep.size)]))
         sep.back = paddle.to_tensor(ends[:T])  # where each token of the row stands among those of all ranks
 
 
 @functools.lru_cache(maxsize=1024)
-def token_places(T, size, rank, ring):
+def zigzag_indices(T, size, rank, ring):
     """(n,) int64, n the same on every rank: places from T on are no tokens."""
     if not ring:
         n = -(-T // size)
@@ -46,7 +46,7 @@ def token_places(T, size, rank, ring):
     return np.concatenate([np.arange(chunk * n, (chunk + 1) * n) for chunk in (rank, 2 * size - 1 - rank)])
 
 
-def spread_tokens(x, sep):
+def scatter_tokens(x, sep):
     """(B, whole T, …) -> (B, T/sep, …), the tokens that this rank of sep has; 0 for those that fill rows up."""
     if sep.places is None:
         return x
@@ -54,15 +54,15 @@ def spread_tokens(x, sep):
     return paddle.index_select(paddle.concat([x, paddle.zeros_like(x[:, :1])], axis=1), places, axis=1)
 
 
-def all_tokens(x, sep, summed=False):
+def gather_tokens(x, sep, summed=False):
     """(B, T/sep, …) -> (B, whole T, …) in order. summed: its gradient is the sum over the ranks, else the same on each."""
     if sep.places is None:
         return x
-    x = sep.all_gather(x, 1) if x.stop_gradient else _Gather.apply(x, sep, 1, summed)
+    x = sep.all_gather(x, 1) if x.stop_gradient else _AllGather.apply(x, sep, 1, summed)
     return paddle.index_select(x, sep.back, axis=1)
 
 
-class SpreadCausalLM:
+class ContextParallelCausalLM:
     """A CausalLM whose tokens are shared by the ranks of sep: trunk() gives (B, T/sep, D), losses() those of all tokens."""
 
     def prepare(self, input_ids, position_ids=None, rows=None, caches=None):
@@ -73,29 +73,29 @@ class SpreadCausalLM:
         if shared.spread is not None:
             raise UserError(_RING_WITH_PREFIX)
         before = 0 if caches is None else caches.prefix_tokens
-        chunks = {id(rows): Chunks(rows, before, sep) for rows in (shared.rows, *shared.narrowed.values())}
+        chunks = {id(rows): RingMask(rows, before, sep) for rows in (shared.rows, *shared.narrowed.values())}
         narrowed = {window: chunks[id(rows)] for window, rows in shared.narrowed.items()}
         return x, shared._replace(rows=chunks[id(shared.rows)], narrowed=narrowed)
 
     def look_up(self, input_ids):
-        return super().look_up(spread_tokens(input_ids, self.topology.sep))
+        return super().look_up(scatter_tokens(input_ids, self.topology.sep))
 
     def _turns(self, position_ids, before, cache):
         found = super()._turns(position_ids, before, cache)
-        return tuple(None if x is None else spread_tokens(x, self.topology.sep) for x in found)
+        return tuple(None if x is None else scatter_tokens(x, self.topology.sep) for x in found)
 
     def losses(self, x, probabilities, labels, return_predictions=False, additions=True):
         sep = self.topology.sep
-        labels = spread_tokens(labels + 100, sep) - 100  # what fills rows up is -100 too
+        labels = scatter_tokens(labels + 100, sep) - 100  # what fills rows up is -100 too
         found = super().losses(x, probabilities, labels, return_predictions, additions)
-        return tuple(all_tokens(f, sep) for f in found) if return_predictions else all_tokens(found, sep)
+        return tuple(gather_tokens(f, sep) for f in found) if return_predictions else gather_tokens(found, sep)
 
     def logits(self, x):
-        return all_tokens(super().logits(x), self.topology.sep)
+        return gather_tokens(super().logits(x), self.topology.sep)
 
     def of_all(self, x, shape):
         # Every rank computes the same of it, but only its own tokens' losses have a gradient there.
-        return all_tokens(x.reshape([*shape, *x.shape[1:]]), self.topology.sep, summed=True).flatten(0, 1)
+        return gather_tokens(x.reshape([*shape, *x.shape[1:]]), self.topology.sep, summed=True).flatten(0, 1)
 
 
 _RING_WITH_PREFIX = (
@@ -104,7 +104,7 @@ _RING_WITH_PREFIX = (
 )
 
 
-class HeadsForTokens:
+class UlyssesAttention:
     """Attention where each rank of sep has some tokens: it trades them for all tokens of some heads, and back."""
 
     def mixed(self, q, k, v, slopes, rows, past_k, past_v, spread):
@@ -152,7 +152,7 @@ class _AllToAll(PyLayer):
         return ctx.axis.all_to_all(dy)
 
 
-class Chunks:
+class RingMask:
     """FlashMask rows of a ring: what each of this rank's two chunks of queries sees of any chunk of keys, or of the prefix."""
 
     def __init__(self, rows, before, sep):
@@ -166,7 +166,7 @@ class Chunks:
             self.rows = np.pad(rows.numpy().astype(np.int64), [(0, 0), (0, 0), (0, more), (0, 0)])
 
     def pair(self, queries, keys):
-        """(rows, offset) for kernels.attention_part, of chunks by number, keys None: the prefix; None if nothing is seen."""
+        """(rows, offset) for kernels.attention_with_lse, of chunks by number, keys None: the prefix; None if nothing is seen."""
         if (queries, keys) not in self.found:
             self.found[queries, keys] = self._pair(queries, keys)
         return self.found[queries, keys]
@@ -187,7 +187,7 @@ class Chunks:
         return paddle.to_tensor(rows.clip(limits.min, limits.max).astype(np.int32)), offset
 
 
-class Ring:
+class RingAttention:
     """Attention where each rank of sep has two chunks of tokens: keys and values go round."""
 
     def mixed(self, q, k, v, slopes, rows, past_k, past_v, spread):
@@ -195,10 +195,10 @@ class Ring:
             return super().mixed(q, k, v, slopes, rows, past_k, past_v, spread)
         options = {"causal": rows.causal, "alibi_slopes": slopes, **self.options}
         how = types.SimpleNamespace(chunks=rows, sep=self.sep, options=options)
-        return _Ring.apply(q, k, v, past_k, past_v, how), None, None
+        return _RingAttention.apply(q, k, v, past_k, past_v, how), None, None
 
 
-class _Ring(PyLayer):
+class _RingAttention(PyLayer):
     """Attention of this rank's queries with each rank's keys in turn; results are merged by their log-sum-exp.
 
     Kept: q, k, v, the result and its lse, all of this rank's tokens. Backward sends keys and values round again, and with
@@ -207,17 +207,17 @@ class _Ring(PyLayer):
 
     @staticmethod
     def forward(ctx, q, k, v, past_k, past_v, how):
-        chunks, sums = how.chunks, [Merged(q[:, i]) for i in halves(q)]
+        chunks, sums = how.chunks, [OnlineSoftmax(q[:, i]) for i in zigzag_halves(q)]
         for part, queries in zip(sums, chunks.mine):
             if past_k is not None and (seen := chunks.pair(queries, None)) is not None:
-                part.add(*kernels.attention_part(part.q, past_k, past_v, *seen, **how.options))
+                part.add(*kernels.attention_with_lse(part.q, past_k, past_v, *seen, **how.options))
         states = paddle.stack([k, v])  # (2, B, T/sep, K, Dh)
-        for last, owner in _turns_of(how.sep):
+        for last, owner in _ring_steps(how.sep):
             for keys, part, seen in _pairs(how, owner, sums):
                 k_part, v_part = states[:, :, keys]
-                part.add(*kernels.attention_part(part.q, k_part, v_part, *seen, **how.options))
+                part.add(*kernels.attention_with_lse(part.q, k_part, v_part, *seen, **how.options))
             if not last:
-                states = how.sep.pass_on(states)
+                states = how.sep.ring_shift(states)
         out, lse = (
             paddle.concat([getattr(part, name) for part in sums], axis=dim) for name, dim in (("out", 1), ("lse", 2))
         )
@@ -233,12 +233,12 @@ class _Ring(PyLayer):
             types.SimpleNamespace(
                 q=q[:, i], kept=(out[:, i], lse[:, :, i], d_out[:, i]), d_q=paddle.zeros_like(q[:, i])
             )
-            for i in halves(q)
+            for i in zigzag_halves(q)
         ]
         d_past = [None, None]
 
         def of_keys(part, k, v, seen):
-            d_q, *d_states = kernels.attention_part_backward(part.q, k, v, *part.kept, *seen, **how.options)
+            d_q, *d_states = kernels.attention_with_lse_backward(part.q, k, v, *part.kept, *seen, **how.options)
             part.d_q = part.d_q + d_q
             return d_states
 
@@ -249,25 +249,25 @@ class _Ring(PyLayer):
                     d_past = [old + new for old, new in zip(d_past, of_keys(part, past_k, past_v, seen))]
         states = paddle.stack([k, v])
         d_states = paddle.zeros_like(states)
-        for last, owner in _turns_of(how.sep):
+        for last, owner in _ring_steps(how.sep):
             for keys, part, seen in _pairs(how, owner, parts):
                 k_part, v_part = states[:, :, keys]
                 d_states[:, :, keys] = d_states[:, :, keys] + paddle.stack(of_keys(part, k_part, v_part, seen))
             if last:
-                d_states = how.sep.pass_on(d_states)
+                d_states = how.sep.ring_shift(d_states)
             else:
-                states, d_states = how.sep.pass_on(paddle.stack([states, d_states]))
+                states, d_states = how.sep.ring_shift(paddle.stack([states, d_states]))
         found = paddle.concat([part.d_q for part in parts], axis=1), *d_states, *d_past
         return tuple(None if frozen else d for d, frozen, given in zip(found, ctx.frozen, ctx.given) if given)
 
 
-def halves(x):
+def zigzag_halves(x):
     """The slices of tokens that are a rank's two chunks."""
     C = x.shape[1] // 2
     return slice(0, C), slice(C, 2 * C)
 
 
-def _turns_of(sep):
+def _ring_steps(sep):
     """(whether it is the last, whose keys are here) of each turn of a ring."""
     return [(turn == sep.size - 1, (sep.rank - turn) % sep.size) for turn in range(sep.size)]
 
@@ -281,7 +281,7 @@ def _pairs(how, owner, parts):
                 yield slice(i * how.chunks.C, (i + 1) * how.chunks.C), part, seen
 
 
-class Merged:
+class OnlineSoftmax:
     """Attention of queries q (B, C, H, Dh) with one set of keys after another."""
 
     def __init__(self, q):
@@ -301,14 +301,14 @@ class Merged:
         self.out = self.out * old + out * new
 
 
-def spread_attention(model, topology):
+def apply_context_parallel(model, topology):
     """Context parallelism of a model as it was built."""
     if topology.sep.size == 1:
         return
     for layer in model.sublayers():
         if isinstance(layer, Attention):
-            mix_in(layer, Ring if topology.degrees.context else HeadsForTokens, sep=topology.sep)
-    mix_in(model, SpreadCausalLM)
+            mix_in(layer, RingAttention if topology.degrees.context else UlyssesAttention, sep=topology.sep)
+    mix_in(model, ContextParallelCausalLM)
 
 
 def check_context(config, degrees, T=None):
@@ -318,7 +318,7 @@ def check_context(config, degrees, T=None):
         return found
     key = f"{'context' if degrees.context else 'sep'}_parallel_degree {sep}"
     if not degrees.context:
-        heads = sorted({last - first for (first, last), _ in (heads_of(config, tp, rank) for rank in range(tp))})
+        heads = sorted({last - first for (first, last), _ in (local_heads(config, tp, rank) for rank in range(tp))})
         if any(n % sep for n in heads):
             of = f", which tensor_parallel_degree {tp} leaves a rank of {config.num_attention_heads}" if tp > 1 else ""
             found.append(

@@ -5,29 +5,29 @@ from collections import namedtuple
 import numpy as np
 import paddle
 
-from distributed.collectives import _Exchange, mix_in
+from distributed.collectives import _AllToAllV, mix_in
 from families import FAMILIES
-from model import SparseMLP
+from model import MoE
 
 
-def is_spread(path, topology):
+def is_expert_sharded(path, topology):
     """Whether the parameter of this path is one of an expert that other ranks of topology.ep do not have."""
     return topology.ep.size > 1 and ".mlp.experts." in path
 
 
-def experts_of(config, ep, rank=None):
+def local_experts(config, ep, rank=None):
     """range of the experts that a rank (this one) of ep has."""
     each, rank = config.experts.count // ep.size, ep.rank if rank is None else rank
     return range(rank * each, (rank + 1) * each)
 
 
-class Visit(namedtuple("Visit", "number count places whole")):
-    """Tokens of one rank at an expert: the number of that rank's Draws, how many, and, where that rank has some tokens of
+class ExpertTokens(namedtuple("ExpertTokens", "number count places whole")):
+    """Tokens of one rank at an expert: the number of that rank's RNGTracker, how many, and, where that rank has some tokens of
     its rows alone (sep), their places among the `whole` tokens of all of these rows at this expert."""
 
 
-class SpreadExperts:
-    """A SparseMLP that has the experts of its rank of ep alone: tokens are sent to where their experts are, and back."""
+class ExpertParallelMoE:
+    """A MoE that has the experts of its rank of ep alone: tokens are sent to where their experts are, and back."""
 
     dropout = False  # whether the experts' adapters have any, on any rank
 
@@ -79,14 +79,14 @@ class SpreadExperts:
         numbers, told = told[:, -1], told[:, :-1].reshape([ep.size, 2, ep.size, -1])
         counts, wholes = told[:, 0], told[:, 1, ep.rank]  # (from, to, expert), (from, expert)
         sent, here = counts.sum(-1), counts[:, ep.rank]  # (from, to), (from, expert)
-        tokens, places = _Exchange.apply(tokens, ep, sent), None
+        tokens, places = _AllToAllV.apply(tokens, ep, sent), None
         if self.places is not None:
             places = ep.exchange(paddle.to_tensor(self.places).unsqueeze(-1), sent).numpy().flatten()
         if here.any():
             runs = _runs(here)
             order = np.concatenate([np.arange(first, last) for first, last in runs])  # rank by rank -> expert by expert
             pieces = [
-                Visit(
+                ExpertTokens(
                     int(numbers[i % ep.size]),
                     last - first,
                     None if places is None else places[first:last],
@@ -96,7 +96,7 @@ class SpreadExperts:
             ]
             mixed = self._by_expert(paddle.index_select(tokens, paddle.to_tensor(order)), here.sum(0), pieces)
             tokens = paddle.index_select(mixed, paddle.to_tensor(np.argsort(order)))
-        return _Exchange.apply(tokens, ep, sent.T)
+        return _AllToAllV.apply(tokens, ep, sent.T)
 
     def _by_expert(self, tokens, counts, pieces):
         """(n, D), one expert's tokens behind another's -> what this rank's experts make of them."""
@@ -114,17 +114,17 @@ def _runs(here):
     return [(int(end - n), int(end)) for end, n in zip(ends.T.flat, here.T.flat)]
 
 
-def spread_experts(model, topology):
+def apply_expert_parallel(model, topology):
     """Leave this rank its experts. What is elsewhere takes no memory and is not read."""
     ep, config = topology.ep, model.config
     if config.experts is None or ep.size == topology.sep.size == 1:
         return
-    mine = experts_of(config, ep)
+    mine = local_experts(config, ep)
     for layer in model.sublayers():
-        if isinstance(layer, SparseMLP):
+        if isinstance(layer, MoE):
             for e in set(range(config.experts.count)) - set(mine):
                 del layer.experts._sub_layers[str(e)]
-            mix_in(layer, SpreadExperts, topology=topology, draws=model.draws)
+            mix_in(layer, ExpertParallelMoE, topology=topology, draws=model.draws)
     rows = [row for row in FAMILIES[config.family].names if "{e}" in row[0]]
     elsewhere = {
         theirs.format(i=i, e=e)
@@ -133,4 +133,4 @@ def spread_experts(model, topology):
         for e in range(config.experts.count)
         if e not in mine
     }
-    model.elsewhere = model.elsewhere | elsewhere
+    model.names_on_other_ranks = model.names_on_other_ranks | elsewhere

@@ -14,12 +14,12 @@ import paddle
 import paddle.distributed as dist
 
 from distributed.collectives import Axis, _backend
-from formats.weights import base_weights
+from formats.weights import named_weights
 
 # ========================================================================================================= pipeline
 
 
-def stage_layers(layers, stages):
+def partition_layers(layers, stages):
     """[range of layers] of each stage: as even as can be; stages in the middle, which have no embedding or head, take more."""
     order = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage == stages - 1, stage))
     sizes = [layers // stages + (order.index(stage) < layers % stages) for stage in range(stages)]
@@ -41,10 +41,10 @@ def check_pipeline(config, degrees):
 
 
 @functools.cache
-def timetable(ranks, virtual, batches):
+def pipeline_schedule(ranks, virtual, batches):
     """For each rank of a pipeline its [("forward" or "backward", chunk, micro-batch)] of a step, in order.
 
-    Chunk c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
+    ScheduledTokens c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
     interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of as many as there are ranks, all of a group through
     one chunk before the next; the last group may be smaller. A rank begins with as many forwards as lie between it and
     the first backward; where that order would wait for itself, as it can with a smaller group, with more.
@@ -59,12 +59,12 @@ def timetable(ranks, virtual, batches):
             ahead = min(ahead + more, len(forwards))
             steady = [step for pair in zip(forwards[ahead:], backwards) for step in pair]
             plan.append([*forwards[:ahead], *steady, *backwards[len(forwards) - ahead :]])
-        if simulate(plan) is not None:
+        if simulate_schedule(plan) is not None:
             return plan
 
 
-def simulate(plan, costs={"forward": 1.0, "backward": 2.0}):
-    """How long a timetable takes, and the share of that time in which a rank is idle; None if it waits for itself."""
+def simulate_schedule(plan, costs={"forward": 1.0, "backward": 2.0}):
+    """How long a pipeline_schedule takes, and the share of that time in which a rank is idle; None if it waits for itself."""
     ranks, virtual = len(plan), 1 + max(chunk for _, chunk, _ in plan[0])
     last, finished, places, clocks = ranks * virtual - 1, {}, [0] * ranks, [0.0] * ranks
     while any(place < len(steps) for place, steps in zip(places, plan)):
@@ -87,21 +87,21 @@ def simulate(plan, costs={"forward": 1.0, "backward": 2.0}):
     return max(clocks), 1 - busy / (ranks * max(clocks))
 
 
-def bubble(ranks, virtual, batches):
+def bubble_fraction(ranks, virtual, batches):
     """The share of a step in which a rank of a pipeline is idle, if all stages take equally long: (p-1) / (v·m + p-1).
 
-    With virtual stages, and micro-batches that are no multiple of the ranks, there is no formula: the timetable's own.
+    With virtual stages, and micro-batches that are no multiple of the ranks, there is no formula: the pipeline_schedule's own.
     """
     if virtual == 1 or batches % ranks == 0:
         return (ranks - 1) / (virtual * batches + ranks - 1)
-    return simulate(timetable(ranks, virtual, batches))[1]
+    return simulate_schedule(pipeline_schedule(ranks, virtual, batches))[1]
 
 
 class Channel:
     """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
 
     A bell beside the group (a connection of Python's own) carries the headers, and says when both are ready: gloo gives up
-    after 30 seconds, and a neighbour may need longer. It also tells at once that the neighbour is gone.
+    after 30 seconds, and a neighbor may need longer. It also tells at once that the neighbor is gone.
     """
 
     def __init__(self, source, target, groups):
@@ -181,13 +181,15 @@ class HandedOn(Exception):
     """Raised inside a model's forward() where this rank's part of it ends, and the next rank's begins."""
 
 
-Flight = namedtuple("Flight", "inputs asked outputs")  # of a chunk's forward, for its backward; see Pipeline.take()
+MicrobatchIO = namedtuple(
+    "MicrobatchIO", "inputs asked outputs"
+)  # of a chunk's forward, for its backward; see Pipeline.take()
 
 
 class Pipeline:
-    """This rank's place in a pipeline, and its talk with its neighbours.
+    """This rank's place in a pipeline, and its talk with its neighbors.
 
-    Chunk c of it is stage c · size + rank; layers[c] are its layers. From stage to stage go x (B, T, D) and the
+    ScheduledTokens c of it is stage c · size + rank; layers[c] are its layers. From stage to stage go x (B, T, D) and the
     probabilities of the routers before it, of which the last stage makes their loss; back go the gradients of those that
     have one. now: (chunk, micro-batch) of the forward that is being made while training, else None.
     """
@@ -195,12 +197,12 @@ class Pipeline:
     def __init__(self, topology, layers):
         pp = topology.pp
         self.axis, self.rank, self.size, self.virtual = pp, pp.rank, pp.size, topology.degrees.virtual
-        stages = stage_layers(layers, self.size * self.virtual)
+        stages = partition_layers(layers, self.size * self.virtual)
         self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
         self.now, self.starts, self.whole, self.begun = None, False, False, 0
         self.flights, self.arrived = {}, defaultdict(deque)  # messages, by (kind, chunk, micro-batch)
         self.waited = 0.0  # seconds, for messages
-        pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble()
+        pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble_fraction()
         # In an order of all, or ranks would wait for each other in a circle: every other edge first, at the same time.
         edges = sorted(range(self.size if self.virtual > 1 else self.size - 1), key=lambda rank: (rank % 2, rank))
         edges = [(pp.ranks[rank], pp.ranks[(rank + 1) % self.size]) for rank in edges]
@@ -263,9 +265,9 @@ class Pipeline:
             self.send(-1, ["backward", chunk, batch, None], [*found, *passed])
 
     def steps(self, batches, forward):
-        """micro_steps() of a pipeline. forward(i): the loss of the i-th batch, or HandedOn."""
+        """forward_backward() of a pipeline. forward(i): the loss of the i-th batch, or HandedOn."""
         begin, waited, losses = time.perf_counter(), self.waited, {}
-        for kind, chunk, i in timetable(self.size, self.virtual, len(batches))[self.rank]:
+        for kind, chunk, i in pipeline_schedule(self.size, self.virtual, len(batches))[self.rank]:
             if kind == "forward":
                 self.now = chunk, i
                 try:
@@ -287,7 +289,7 @@ class Pipeline:
             self.send(1, ["end", 0, 0, None], [])
         seconds = time.perf_counter() - begin
         self.axis.idle = (self.waited - waited) / seconds
-        self.axis.bubble = bubble(self.size, self.virtual, len(batches))
+        self.axis.bubble = bubble_fraction(self.size, self.virtual, len(batches))
 
     def everywhere(self, run):
         """What run() returns on the last stage, a tensor or several, on all ranks; elsewhere it raises HandedOn."""
@@ -295,10 +297,10 @@ class Pipeline:
             return run()
         if paddle.is_grad_enabled():
             raise RuntimeError(
-                "a pipeline is trained by parallel.micro_steps(), and runs by itself in paddle.no_grad() alone"
+                "a pipeline is trained by parallel.forward_backward(), and runs by itself in paddle.no_grad() alone"
             )
         if self.begun:
-            raise RuntimeError("a pipeline that works on batches in_turn() takes no other call")
+            raise RuntimeError("a pipeline that works on batches pipelined_map() takes no other call")
         return self.end(self.begin(run))
 
     def begin(self, run):
@@ -329,7 +331,7 @@ class Pipeline:
             self.send(-1, ["result", 0, 0, several], found if several else [found])
 
 
-class StagedCausalLM:
+class PipelineCausalLM:
     """A ParallelCausalLM of which this process has some layers. Without gradients a call runs through all of them."""
 
     def forward(self, *inputs, **options):
@@ -365,7 +367,7 @@ class StagedCausalLM:
             x, probabilities = self.through(pipeline.layers[chunk], inputs[0], shared, caches)
             if pipeline.now is not None:
                 assert pipeline.now not in pipeline.flights, "a model is called once for a micro-batch"
-                pipeline.flights[pipeline.now] = Flight(inputs if asked else [], asked, [x, *probabilities])
+                pipeline.flights[pipeline.now] = MicrobatchIO(inputs if asked else [], asked, [x, *probabilities])
             probabilities = [*probabilities, *inputs[1:]]  # in this order: those that pass through come last
             if pipeline.stage(chunk) == pipeline.last:
                 return self.last_norm(x), probabilities
@@ -380,24 +382,24 @@ class StagedCausalLM:
         return fixed + each * T
 
 
-class Elsewhere(paddle.nn.Layer):
+class MissingLayer(paddle.nn.Layer):
     """Stands in a model for a layer that another stage of the pipeline holds."""
 
 
-def cut_stages(model, topology):
+def apply_pipeline_parallel(model, topology):
     """Pipeline parallelism of a model as it was built: what other stages hold is taken out.
 
     A tied head is a copy of the embedding on the last stage; model.tied is the axis of the two ranks that have it.
     """
     if topology.pp.size == 1:
         return
-    names = {weight.name for weight in base_weights(model)}
+    names = {weight.name for weight in named_weights(model)}
     fixed = model.flops_per_token(0)
     model.whole_flops = fixed, model.flops_per_token(1) - fixed
     pipeline = model.pipeline = Pipeline(topology, model.config.num_hidden_layers)
     first, last = pipeline.rank == 0, pipeline.rank == pipeline.size - 1
     for i in set(range(len(model.layers))) - {i for layers in pipeline.layers for i in layers}:
-        model.layers[i] = Elsewhere()
+        model.layers[i] = MissingLayer()
     tied = model.lm_head is None
     for name, kept in (
         ("embed_tokens", first or tied and last),
@@ -409,13 +411,13 @@ def cut_stages(model, topology):
         ("lm_head", last),
     ):
         if getattr(model, name) is not None and not kept:
-            setattr(model, name, Elsewhere())
+            setattr(model, name, MissingLayer())
     ends = [topology.pp.ranks[0], topology.pp.ranks[-1]]
     model.tied = Axis("tied", ends, topology.rank, topology.groups) if tied and (first or last) else None
-    model.elsewhere |= names - {weight.name for weight in base_weights(model)}
+    model.names_on_other_ranks |= names - {weight.name for weight in named_weights(model)}
 
 
-def stage_copies(model, path):
+def tied_axis(model, path):
     """The axis over whose ranks, stages of a pipeline, there are copies of the parameter of this path; None: it is alone."""
     if model.topology.pp.size > 1:
         if path.startswith("prefix."):

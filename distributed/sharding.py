@@ -13,14 +13,14 @@ import paddle
 from paddle.autograd import PyLayer
 
 from distributed.collectives import mix_in
-from distributed.expert import is_spread
-from distributed.pipeline import stage_copies
-from distributed.tensor import BY_INPUTS
+from distributed.expert import is_expert_sharded
+from distributed.pipeline import tied_axis
+from distributed.tensor import ROW_PARALLEL
 
 # =============================================================================== gradients, and who updates what
 
 
-class Rule(namedtuple("Rule", "parts sharded apart counts")):
+class GradReduction(namedtuple("GradReduction", "parts sharded apart counts")):
     """What becomes of the gradient of a parameter.
 
     parts: axes along which each rank has a part of it, and all get the sum. sharded: the axis along which it is added up
@@ -29,28 +29,30 @@ class Rule(namedtuple("Rule", "parts sharded apart counts")):
     """
 
 
-def rule_of(path, parameter, model):
-    """The Rule of a parameter by its path in the model: the one place that says who has which part of which gradient."""
-    topology, copied = model.topology, stage_copies(model, path)
-    tp, cut = topology.tp, getattr(parameter, "cut", None)
-    spread = is_spread(path, topology)  # sharded already: by whole experts
+def gradient_reduction_of(path, parameter, model):
+    """The GradReduction of a parameter by its path in the model: the one place that says who has which part of which gradient."""
+    topology, copied = model.topology, tied_axis(model, path)
+    tp, cut = topology.tp, getattr(parameter, "shard_spec", None)
+    spread = is_expert_sharded(path, topology)  # sharded already: by whole experts
     parts = [topology.copies] if spread else [topology.sep, topology.dp]
     parts += [tp] * partial_over_tp(path, parameter, tp) + ([] if copied is None else [copied])
     parts = tuple(axis for axis in parts if axis.size > 1)
     sharded, apart = (topology.alone, (topology.ep,)) if spread else (topology.sharding, ())
-    return Rule(parts, sharded, apart, (cut is not None or tp.rank == 0) and (copied is None or copied.rank == 0))
+    return GradReduction(
+        parts, sharded, apart, (cut is not None or tp.rank == 0) and (copied is None or copied.rank == 0)
+    )
 
 
 def partial_over_tp(path, parameter, tp):
     """Whether each rank of tp has a part of the gradient of this parameter, which all of them hold.
 
     So it is inside of attention and MLP, where each rank computes its heads and channels; and with sequence parallelism
-    outside too, where each has its tokens. The bias of a RowLinear is added outside.
+    outside too, where each has its tokens. The bias of a RowParallelLinear is added outside.
     """
-    if tp.size == 1 or getattr(parameter, "cut", None) is not None:
+    if tp.size == 1 or getattr(parameter, "shard_spec", None) is not None:
         return False
     inside = re.match(r"layers\.\d+\.(attention|mlp)\.|prefix\.", path)
-    row_bias = re.search(rf"\.({'|'.join(BY_INPUTS)})\.(base\.)?bias$", path)
+    row_bias = re.search(rf"\.({'|'.join(ROW_PARALLEL)})\.(base\.)?bias$", path)
     return tp.sequence or bool(inside and not row_bias)
 
 
@@ -72,7 +74,7 @@ ALIGNED = 16  # elements: a parameter within a flat range starts at a multiple, 
 
 
 class Bucket:
-    """Parameters of a unit, of one dtype and one Rule, as one flat range: one behind the other, padded to a multiple of
+    """Parameters of a unit, of one dtype and one GradReduction, as one flat range: one behind the other, padded to a multiple of
     the ranks. Rank i of the rule's sharded axis owns the i-th of equal ranges, whatever the shapes: even by bytes.
 
     gradient: of the owned range, added up over the sharded axis; None: none yet. owned: stage 3's weights.
@@ -125,7 +127,9 @@ class Bucket:
     def gather(self):
         """Stage 3: the parameters get their values, until release()."""
         self.take_over()
-        for parameter, part in zip(self.parameters, self.parts_of(self.axis.gather_flat(self.owned.detach()))):
+        for parameter, part in zip(
+            self.parameters, self.parts_of(self.axis.all_gather_into_tensor(self.owned.detach()))
+        ):
             part._share_buffer_to(parameter)
 
     def release(self):
@@ -152,7 +156,7 @@ class Bucket:
         del gradients
         for parameter in self.parameters:
             parameter.clear_gradient(False)
-        self.pending.append(self.summed[0].begin_sum(flat, scatter=self.summed[0] is self.axis))
+        self.pending.append(self.summed[0].reduce_async(flat, scatter=self.summed[0] is self.axis))
         return arrived
 
     def finish(self):
@@ -161,7 +165,7 @@ class Bucket:
             self.gradient = found if self.gradient is None else self.gradient.add_(found)
 
 
-class Piece:
+class ParamShard:
     """What this rank updates of a weight: some of its elements, laid flat."""
 
     def __init__(self, weight, bucket, index):
@@ -201,7 +205,7 @@ class Piece:
         self.bucket.gradient = None
 
 
-class Shards:
+class ZeroOptimizer:
     """What this rank does of a step's update: gradients added up over the ranks that hold other data, and its weights.
 
     weights: model.Weight objects of all that is trained here. `pieces` is what the optimizer updates, with name, tensor,
@@ -223,15 +227,17 @@ class Shards:
         degrees, model.topology, model.shards = topology.degrees, topology, self
         self.stage = max(1, degrees.stage) if topology.sharding.size > 1 else 0
         self.paths = {id(parameter): path for path, parameter in weight_tensors(model)}
-        self.rules = {id(w.parameter): rule_of(self.paths[id(w.parameter)], w.parameter, model) for w in weights}
-        self.units, self.mine = {}, {}  # by name; {id of a parameter: the Piece that is here}
+        self.rules = {
+            id(w.parameter): gradient_reduction_of(self.paths[id(w.parameter)], w.parameter, model) for w in weights
+        }
+        self.units, self.mine = {}, {}  # by name; {id of a parameter: the ParamShard that is here}
         self.arrived, self.early, self.flying = set(), False, []
         if degrees.world > 1:
             self._make_units()
         mine = [self.mine[id(w.parameter)] for w in weights if id(w.parameter) in self.mine]
         self.pieces = mine if self.stage else weights
         if self.stage == 3:
-            gather_while_used(model, self)
+            fully_shard(model, self)
 
     def _make_units(self):
         grouped, trained = {}, {id(w.parameter): w for w in self.weights}
@@ -240,19 +246,19 @@ class Shards:
             if weight is None and self.stage < 3:
                 continue
             if (rule := self.rules.get(id(parameter))) is None:
-                rule = Rule((), rule_of(path, parameter, self.model).sharded, (), False)
+                rule = GradReduction((), gradient_reduction_of(path, parameter, self.model).sharded, (), False)
             unit = unit_of(path, self.model.lm_head is None)
             key = weight is not None, str(parameter.dtype), rule
             grouped.setdefault(unit, {}).setdefault(key, []).append((path, weight, parameter))
         for name, groups in grouped.items():
-            self.units[name] = Unit(name, self)
+            self.units[name] = FSDPUnit(name, self)
             for (is_trained, _, rule), entries in groups.items():
                 names = [weight.name if is_trained else None for _, weight, _ in entries]
                 bucket = Bucket([parameter for *_, parameter in entries], names, rule, self.stage)
                 self.units[name].buckets.append(bucket)
                 for index, (path, weight, parameter) in enumerate(entries):
                     if self.stage and bucket.extent(index):
-                        self.mine[id(parameter)] = Piece(weight or Frozen(path, parameter), bucket, index)
+                        self.mine[id(parameter)] = ParamShard(weight or Frozen(path, parameter), bucket, index)
                     if self.stage == 3:
                         parameter.piece = self.mine.get(
                             id(parameter)
@@ -345,7 +351,7 @@ class Shards:
             rule, gradient = self.rules[id(parameter)], piece.grad
             if gradient is None or not rule.counts:
                 continue
-            if (cut := getattr(parameter, "cut", None)) is not None and cut.overlaps:
+            if (cut := getattr(parameter, "shard_spec", None)) is not None and cut.overlaps:
                 counted = cut.counted(parameter.shape)
                 gradient = gradient * (counted.reshape([-1])[piece.first : piece.last] if self.stage else counted)
             sums[rule.apart, rule.sharded] += kernels.squared_norm(gradient)
@@ -366,7 +372,7 @@ class Shards:
             return
         for bucket in self.buckets:
             if self.stage < 3:
-                flat = bucket.axis.gather_flat(bucket.axis.share(bucket.lay(bucket.parameters)))
+                flat = bucket.axis.all_gather_into_tensor(bucket.axis.share(bucket.lay(bucket.parameters)))
                 for parameter, part in zip(bucket.parameters, bucket.parts_of(flat)):
                     parameter.set_value(part)
             else:
@@ -423,7 +429,7 @@ class Shards:
         mine = paddle.zeros([most], dtype)
         if tensor is not None:
             mine[: tensor.shape[0]] = tensor
-        parts = bucket.axis.gather_flat(mine).reshape([-1, most])
+        parts = bucket.axis.all_gather_into_tensor(mine).reshape([-1, most])
         parts = (parts.astype("float32") if dtype == paddle.bfloat16 else parts).numpy()
         parts = [part[: extent[1] - extent[0]] for part, extent in zip(parts, extents) if extent]
         return np.concatenate(parts).reshape(parameter.shape)
@@ -450,7 +456,7 @@ def weight_tensors(model):
     return [*model.named_parameters(), *(found for found in model.named_buffers() if found[0].endswith(names))]
 
 
-class Unit:
+class FSDPUnit:
     """Buckets that get ready together.
 
     A unit is ready in backward when all the parameters have a gradient that always get one. Those of a sparse block's
@@ -532,7 +538,7 @@ class Unit:
 def _add_overlaps(parameters, tp):
     """Gradients whose rows several ranks of tp have are added up over these ranks, in place."""
     for parameter in parameters:
-        cut = getattr(parameter, "cut", None)
+        cut = getattr(parameter, "shard_spec", None)
         if cut is None or not cut.overlaps:
             continue
         whole = np.zeros(cut.shape, np.float32)
@@ -545,7 +551,7 @@ def _add_overlaps(parameters, tp):
 # ----------------------------------------------------------------------------------- stage 3: whole while they are used
 
 
-class _Together(PyLayer):
+class _RecomputeSharded(PyLayer):
     """A computation with units whose weights are whole only while it runs; in backward it runs again, with gradients."""
 
     @staticmethod
@@ -582,7 +588,7 @@ class _Together(PyLayer):
         return (*of_weights, *(None if frozen else x.grad for x, frozen in zip(inputs, ctx.frozen)))
 
 
-class _Call:
+class _FlattenedCall:
     """A function, its units, and its arguments: tensors in any nesting of tuples, lists and dicts, and others."""
 
     def __init__(self, units, function, args, options):
@@ -596,7 +602,7 @@ class _Call:
             for unit in self.units:
                 stack.enter_context(unit.whole())
             if paddle.is_grad_enabled() and wanted:
-                found = _Together.apply(self, *self.trained, *self.tensors)
+                found = _RecomputeSharded.apply(self, *self.trained, *self.tensors)
             else:
                 with paddle.no_grad():
                     found = self.run(self.tensors)
@@ -635,14 +641,14 @@ class GatheredLayer:
     """A layer whose unit is gathered while it computes."""
 
     def forward(self, *args, **options):
-        return _Call([self.unit], super().forward, args, options)()
+        return _FlattenedCall([self.unit], super().forward, args, options)()
 
 
 class GatheredTable:
     """A Prefix of which the same holds."""
 
     def table(self):
-        return _Call([self.unit], lambda: super(GatheredTable, self).table().clone(), (), {})()
+        return _FlattenedCall([self.unit], lambda: super(GatheredTable, self).table().clone(), (), {})()
 
 
 class GatheredCausalLM:
@@ -652,20 +658,20 @@ class GatheredCausalLM:
         return [self.shards.units[name] for name in names if name in self.shards.units]
 
     def embed(self, *args, **options):
-        return _Call(self._units("embed_tokens", "embed"), super().embed, args, options)()
+        return _FlattenedCall(self._units("embed_tokens", "embed"), super().embed, args, options)()
 
     def losses(self, *args, **options):
-        return _Call(self._units(*self._head), super().losses, args, options)()
+        return _FlattenedCall(self._units(*self._head), super().losses, args, options)()
 
     def logits(self, *args, **options):
-        return _Call(self._units(*self._head), super().logits, args, options)()
+        return _FlattenedCall(self._units(*self._head), super().logits, args, options)()
 
     @property
     def _head(self):
         return ("head", "embed_tokens") if self.lm_head is None else ("head",)
 
 
-def gather_while_used(model, shards):
+def fully_shard(model, shards):
     """Stage 3 of a model: who computes with a unit's weights has them gathered first, and released after."""
     model.recompute = False  # each unit is computed again anyway
     mix_in(model, GatheredCausalLM)

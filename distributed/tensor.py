@@ -10,22 +10,32 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 
 from adapters import LoRALinear
-from distributed.collectives import Cut, _Gather, _ScaleBack, enter, gathered, leave, mix_in
-from distributed.pipeline import Elsewhere
+from distributed.collectives import ShardSpec, _AllGather, _ScaleGradient, enter, gather_full_tensor, leave, mix_in
+from distributed.pipeline import MissingLayer
 from formats.files import UserError
-from model import MLP, Attention, QuantLinear, SparseMLP, set_parameter
+from model import MLP, Attention, MoE, QuantLinear, set_parameter
 
 # How tensor parallelism cuts a linear, by the last part of our names: its outputs, its inputs, or the vocabulary.
-BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj")
+COLUMN_PARALLEL = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "q_b_proj",
+    "kv_b_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+)
 
 
-BY_INPUTS = ("o_proj", "down_proj")
+ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-BY_VOCABULARY = ("embed_tokens", "lm_head")
+VOCAB_PARALLEL = ("embed_tokens", "lm_head")
 
 
-def heads_of(config, size, rank):
+def local_heads(config, size, rank):
     """((first, stop) of the query heads, (first, stop) of the key heads) of a rank of `size`.
 
     Ranks have whole groups of a key head and its queries, as even as they come; where there are fewer key heads than
@@ -42,10 +52,10 @@ def heads_of(config, size, rank):
     return (first, last), (key, key + 1)
 
 
-def cut_ranges(name, width, config, size, rank):
+def shard_ranges(name, width, config, size, rank):
     """The [(start, stop), …] of the cut dim, `width` wide, of the linear of this name (its last part) on a rank of `size`."""
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    queries, keys = heads_of(config, size, rank)
+    queries, keys = local_heads(config, size, rank)
 
     def of_heads(heads, Dh, start=0):
         return start + heads[0] * Dh, start + heads[1] * Dh
@@ -67,7 +77,7 @@ def cut_ranges(name, width, config, size, rank):
             first, last = max(queries[0], k * G) - k * G, min(queries[1], (k + 1) * G) - k * G
             ranges += [(start + first, start + last), (start + G, start + G + 2)]
         return [(a * Dh, b * Dh) for a, b in _joined(ranges)]
-    unit = 1 if name in BY_VOCABULARY else _unit(config)
+    unit = 1 if name in VOCAB_PARALLEL else _unit(config)
     if name == "gate_up_proj":
         return [evenly(0, width // 2), evenly(width // 2, width)]
     return [evenly(0, width)]  # channels of the MLP, or ids
@@ -99,32 +109,32 @@ class Region:
         return super().forward(enter(x, self.tp), *rest, **options)
 
 
-class SparseRegion:
-    """A SparseMLP whose experts are cut: routed alike on every rank, parts of the sum added up at the end."""
+class TensorParallelMoE:
+    """A MoE whose experts are cut: routed alike on every rank, parts of the sum added up at the end."""
 
     def forward(self, x, residual=None):
         mixed, probabilities = self.mixture(enter(x, self.tp))
         mixed = leave(mixed, self.tp)
         # Each rank will have the whole gradient of the probabilities' loss, and its part of the gradient of the rest.
-        probabilities = _ScaleBack.apply(probabilities, 1 / self.tp.size)
+        probabilities = _ScaleGradient.apply(probabilities, 1 / self.tp.size)
         return mixed if residual is None else residual + mixed, probabilities
 
 
-class PartedLinear:
+class ColumnParallelLinear:
     """A linear of which each rank has a part."""
 
     def whole_weight(self):
-        return gathered(self.weight.astype("float32"), self.weight.cut, self.tp)
+        return gather_full_tensor(self.weight.astype("float32"), self.weight.cut, self.tp)
 
 
-class PartedInputs(PartedLinear):
+class RowParallelPartial(ColumnParallelLinear):
     """One of which each rank has some inputs: its output is partial over tp."""
 
     def norms(self, weight):
         return paddle.sqrt(self.tp.all_reduce(weight.square().sum(0)))
 
 
-class RowLinear(PartedInputs):
+class RowParallelLinear(RowParallelPartial):
     """The same, where the parts of the product are added up here, then the bias."""
 
     def forward(self, x, residual=None):
@@ -134,7 +144,7 @@ class RowLinear(PartedInputs):
         return y if residual is None else residual + y
 
 
-class PartedVocabulary:
+class VocabParallel:
     """The embedding and the head of a CausalLM of which each rank has the rows of some ids."""
 
     def look_up(self, input_ids):
@@ -146,7 +156,7 @@ class PartedVocabulary:
 
     def cross_entropy(self, x, weight, labels, tied, return_predictions):
         tp = self.topology.tp
-        part = Vocabulary(self._ids()[0], tp.all_reduce)
+        part = VocabShard(self._ids()[0], tp.all_reduce)
         return kernels.linear_cross_entropy(
             x,
             weight,
@@ -161,7 +171,7 @@ class PartedVocabulary:
         found, tp, V = super().logits(x), self.topology.tp, self.config.vocab_size
         widest = -(-V // tp.size)  # of the parts
         found = F.pad(found, [0, 0] * (found.ndim - 1) + [0, widest - found.shape[-1]])
-        found = _Gather.apply(found, tp, found.ndim - 1, False)
+        found = _AllGather.apply(found, tp, found.ndim - 1, False)
         if V % tp.size:
             ids = [
                 np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * widest
@@ -171,17 +181,17 @@ class PartedVocabulary:
         return found
 
     def largest_logits(self, x, weight, tied):
-        return _MaxOver.apply(super().largest_logits(x, weight, tied), self.topology.tp)
+        return _AllReduceMax.apply(super().largest_logits(x, weight, tied), self.topology.tp)
 
     def _ids(self):
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return weight.cut.ranges[0]
 
 
-Vocabulary = namedtuple("Vocabulary", "start all_reduce")
+VocabShard = namedtuple("VocabShard", "start all_reduce")
 
 
-class _MaxOver(PyLayer):
+class _AllReduceMax(PyLayer):
     """The largest over the ranks; the gradient goes to who had it (the lowest rank, of several)."""
 
     @staticmethod
@@ -197,7 +207,7 @@ class _MaxOver(PyLayer):
         return dy * mine
 
 
-class PartedPrefix:
+class TensorParallelPrefix:
     """A Prefix in a model whose heads are spread: all of the table on every rank, its own heads' keys and values used."""
 
     def fill(self, cache, B):
@@ -243,39 +253,39 @@ def check_tensor(config, degrees):
     return found
 
 
-def cut_tensors(model, tp):
+def apply_tensor_parallel(model, tp):
     """Tensor parallelism of a model as it was built: parameters become parts, layers get the mixins above."""
     config = model.config
     if tp.size == 1:
         return
     for path, layer in list(model.named_sublayers()):
-        if isinstance(layer, Elsewhere):
+        if isinstance(layer, MissingLayer):
             continue
         name = path.rpartition(".")[2]
-        inside = ".experts." in path or ".shared." in path  # of a SparseMLP, which adds up
-        if name in BY_OUTPUTS + BY_INPUTS + BY_VOCABULARY:
+        inside = ".experts." in path or ".shared." in path  # of a MoE, which adds up
+        if name in COLUMN_PARALLEL + ROW_PARALLEL + VOCAB_PARALLEL:
             (_cut_integers if isinstance(layer, QuantLinear) else _cut_linear)(layer, name, config, tp)
-        if name in BY_INPUTS:
-            mix_in(layer, PartedInputs if inside else RowLinear, tp=tp)
-        elif name in BY_OUTPUTS:
-            mix_in(layer, PartedLinear, tp=tp)
+        if name in ROW_PARALLEL:
+            mix_in(layer, RowParallelPartial if inside else RowParallelLinear, tp=tp)
+        elif name in COLUMN_PARALLEL:
+            mix_in(layer, ColumnParallelLinear, tp=tp)
         elif isinstance(layer, Attention):
-            (first, last), (first_key, last_key) = heads_of(config, tp.size, tp.rank)
+            (first, last), (first_key, last_key) = local_heads(config, tp.size, tp.rank)
             layer.group = (last - first) // (last_key - first_key)
             layer.slopes = None if layer.slopes is None else layer.slopes[first:last]
             mix_in(layer, Region, tp=tp)
         elif isinstance(layer, MLP) and not inside and name != "shared":
             mix_in(layer, Region, tp=tp)
-        elif isinstance(layer, SparseMLP):
-            mix_in(layer, SparseRegion, tp=tp)
-    mix_in(model, PartedVocabulary)
+        elif isinstance(layer, MoE):
+            mix_in(layer, TensorParallelMoE, tp=tp)
+    mix_in(model, VocabParallel)
 
 
 def _cut_linear(layer, name, config, tp):
-    dim = 0 if name in BY_INPUTS or name == "embed_tokens" else 1
+    dim = 0 if name in ROW_PARALLEL or name == "embed_tokens" else 1
     whole = layer.weight.shape
-    of_ranks = [cut_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    layer.cut = cut = Cut(dim, of_ranks, tp.rank, whole)
+    of_ranks = [shard_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
+    layer.cut = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
     layer.weight = _part_of(layer, layer.weight, cut)
     if dim == 1 and getattr(layer, "bias", None) is not None:
         layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
@@ -283,12 +293,12 @@ def _cut_linear(layer, name, config, tp):
 
 def _cut_integers(layer, name, config, tp):
     """A QuantLinear of weights in groups, packed along the inputs; the groups' zeros are packed along the outputs."""
-    dim, whole, packed = 0 if name in BY_INPUTS else 1, [layer.n_in, layer.n_out], _unit(config)
-    of_ranks = [cut_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    layer.cut = cut = Cut(dim, of_ranks, tp.rank, whole)
+    dim, whole, packed = 0 if name in ROW_PARALLEL else 1, [layer.n_in, layer.n_out], _unit(config)
+    of_ranks = [shard_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
+    layer.cut = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
 
     def of(unit, dim, shape):
-        return Cut(dim, [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in of_ranks], tp.rank, shape)
+        return ShardSpec(dim, [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in of_ranks], tp.rank, shape)
 
     if dim == 1:
         cuts = {
@@ -309,10 +319,10 @@ def _cut_integers(layer, name, config, tp):
         part = paddle.zeros(shape, getattr(layer, name).dtype)
         part.cut = cut
         layer.register_buffer(name, part)
-    mix_in(layer, PartedIntegers)
+    mix_in(layer, TensorParallelQuantLinear)
 
 
-class PartedIntegers:
+class TensorParallelQuantLinear:
     """A QuantLinear of which each rank has some columns, or rows: what g_index names is a group of the whole."""
 
     def check(self, path, name):

@@ -32,7 +32,7 @@ class Launch(namedtuple("Launch", "rank world endpoints")):
 STORE_GONE = ValueError, RuntimeError, OSError  # what Paddle raises where there is no store any more
 
 
-class Company:
+class Watchdog:
     """All processes of a run: they meet, and no one goes on alone when another has ended.
 
     Rank 0 keeps the store that all talk through. A thread in each tells the others every second that it is alive and
@@ -46,7 +46,7 @@ class Company:
     @staticmethod
     @functools.cache  # a process has one
     def of(launch):
-        return Company(launch)
+        return Watchdog(launch)
 
     def __init__(self, launch):
         self.launch, self.place, self.meetings, self.agreements = launch, None, 0, 0
@@ -214,7 +214,7 @@ class Company:
         return f"ranks wait for each other: {waits}: {message.strip().splitlines()[-1]:.200}"
 
 
-def company():
-    """The Company that this process belongs to; None if it is alone."""
+def current_watchdog():
+    """The Watchdog that this process belongs to; None if it is alone."""
     launch = Launch.of_environment()
-    return Company.of(launch) if launch.world > 1 else None
+    return Watchdog.of(launch) if launch.world > 1 else None

@@ -209,30 +209,30 @@ class ChatTemplate:
         return render(self.parts[part], variables, f"{self.name}: {part}")
 
     def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
-        """[(user, bot)...], the last bot None if it is to be written -> [Piece...]; every part is read by itself."""
+        """[(user, bot)...], the last bot None if it is to be written -> [PromptSegment...]; every part is read by itself."""
         variables = {**context, "length": len(rounds), "is_training": is_training}
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         variables |= {name: token for name, token in tokens.items() if token is not None}
-        out = [Piece(0, "own", self.render("system", variables))]
+        out = [PromptSegment(0, "own", self.render("system", variables))]
         for index, (user, bot) in enumerate(rounds):
             turn = variables | {"index": index, "is_first": index == 0, "is_last": index == len(rounds) - 1}
             turn |= {"user": user, "query": user}
             if bot is None:
-                out.append(Piece(1 + 2 * index, "own", self.render("query", turn)))
+                out.append(PromptSegment(1 + 2 * index, "own", self.render("query", turn)))
             else:
                 turn["bot"] = bot
-                out.append(Piece(1 + 2 * index, "own", self.render("user", turn)))
-                out.append(Piece(2 + 2 * index, "own", self.render("bot", turn)))
+                out.append(PromptSegment(1 + 2 * index, "own", self.render("user", turn)))
+                out.append(PromptSegment(2 + 2 * index, "own", self.render("bot", turn)))
         return out
 
 
-class Piece(NamedTuple):
+class PromptSegment(NamedTuple):
     """A stretch of a conversation on its way to ids."""
 
     part: (
         int  # 0: the beginning, 1 + 2 k: what stands before the reply of round k, 2 + 2 k: that reply, which is learnt
     )
-    # "text": neighbours of this kind are one text, special tokens in it included (so Hugging Face reads what a template
+    # "text": neighbors of this kind are one text, special tokens in it included (so Hugging Face reads what a template
     # rendered); "own": a text by itself; "literal": that, special tokens in it being mere characters; "token": one token
     kind: str
     text: str | int  # of a token its text or its id
@@ -287,9 +287,9 @@ class ChatFormat:
         )
 
     def fill(self, part, spec, values):
-        """A str or tuple of the format -> [Piece...]."""
+        """A str or tuple of the format -> [PromptSegment...]."""
         if isinstance(spec, str):
-            return [Piece(part, "text", spec.format(**values))] if spec else []
+            return [PromptSegment(part, "text", spec.format(**values))] if spec else []
         kinds = [
             "token"
             if item in ("{bos}", "{eos}", *self.needs) or isinstance(item, int)
@@ -299,7 +299,7 @@ class ChatFormat:
             for item in spec
         ]
         texts = [item if isinstance(item, int) else item.format(**values) for item in spec]
-        return [Piece(part, kind, text) for kind, text in zip(kinds, texts) if text != ""]
+        return [PromptSegment(part, kind, text) for kind, text in zip(kinds, texts) if text != ""]
 
     def pieces(self, rounds, context, tokenizer, is_training=False, split=True):
         """As ChatTemplate.pieces. UserError for a system text where the family has no place for one."""
@@ -336,7 +336,7 @@ class ChatFormat:
                 reply = self.clean(bot, k == last)
                 values["bot"] = reply.strip() if "bot" in self.strip else reply
                 if self.history and k == last:
-                    out.append(Piece(2 + 2 * k, "own", values["bot"]))
+                    out.append(PromptSegment(2 + 2 * k, "own", values["bot"]))
                 else:
                     out += self.fill(2 + 2 * k + self.history, self.bot, values)
                 if k == last:
@@ -641,7 +641,7 @@ def one_line(error):
 
 class JinjaTemplate:
     """A template of a Hugging Face tokenizer. jinja2 renders it if it is installed; without it, a published template is
-    recognised by its text and the format of FORMATS that writes the same takes its place. Any other is refused when a
+    recognized by its text and the format of FORMATS that writes the same takes its place. Any other is refused when a
     conversation comes, not when the tokenizer is loaded."""
 
     def __init__(self, source, where):
@@ -717,10 +717,10 @@ class JinjaTemplate:
                     "begins the conversation, so replies cannot be told apart; train on single rounds, or "
                     f"give chat_template: {', '.join(FORMATS)}, plain"
                 )
-            out.append(Piece(part, "text", text[len(before) :]))
+            out.append(PromptSegment(part, "text", text[len(before) :]))
         ended = reply is None or out[-1].text.rstrip().endswith(tuple(tokenizer.special))
         if not ended and tokenizer.eos_token is not None:
-            out.append(Piece(out[-1].part, "token", tokenizer.eos_token))  # a reply must end
+            out.append(PromptSegment(out[-1].part, "token", tokenizer.eos_token))  # a reply must end
         return out
 
 
@@ -786,11 +786,11 @@ def save_chat_template(template, folder):
 
 
 def encode_pieces(tokenizer, pieces, parts):
-    """[Piece...] -> list of `parts` lists of ids."""
+    """[PromptSegment...] -> list of `parts` lists of ids."""
     out = [[] for _ in range(parts)]
     for kind, run in groupby(pieces, key=lambda piece: piece.kind):
         if kind == "text":
-            for part, ids in encode_run(tokenizer, list(run)):
+            for part, ids in encode_segments(tokenizer, list(run)):
                 out[part] += ids
             continue
         for piece in run:
@@ -801,29 +801,29 @@ def encode_pieces(tokenizer, pieces, parts):
     return out
 
 
-def encode_run(tokenizer, run, behind=False):
-    """Neighbouring "text" pieces, read as one text, -> [(part, ids)...], cut where the parts change. A token across a cut
+def encode_segments(tokenizer, run, behind=False):
+    """Neighboring "text" pieces, read as one text, -> [(part, ids)...], cut where the parts change. A token across a cut
     goes to the part behind it, but for a reply: there the text is cut, as a reply is learnt the way it would be
     generated, after its prompt's ids. behind: the text does not begin here."""
     ends = [i for i in range(1, len(run)) if run[i].part != run[i - 1].part]
     for i in ends:  # a special token parts the text before it from the text behind: so no beginning is read twice
         if starts_with_special(run[i].text, tokenizer):
-            return encode_run(tokenizer, run[:i], behind) + encode_run(tokenizer, run[i:], behind)
-    encode = partial(encode_behind, tokenizer) if behind else partial(tokenizer.encode, add_special_tokens=False)
+            return encode_segments(tokenizer, run[:i], behind) + encode_segments(tokenizer, run[i:], behind)
+    encode = partial(encode_continuation, tokenizer) if behind else partial(tokenizer.encode, add_special_tokens=False)
     whole, done, out = encode("".join(piece.text for piece in run)), 0, []
     for start, end in zip([0, *ends], ends):
         head = encode("".join(piece.text for piece in run[:end]))
         if head[:done] != whole[:done]:
-            return out + encode_run(tokenizer, run[start:], behind=True)
+            return out + encode_segments(tokenizer, run[start:], behind=True)
         same = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole)))
         if same < len(head) and run[end].part % 2 == 0:
-            return [*out, (run[start].part, head[done:])] + encode_run(tokenizer, run[end:], behind=True)
+            return [*out, (run[start].part, head[done:])] + encode_segments(tokenizer, run[end:], behind=True)
         out.append((run[start].part, whole[done:same]))
         done = same
     return [*out, (run[-1].part, whole[done:])]
 
 
-def encode_behind(tokenizer, text):
+def encode_continuation(tokenizer, text):
     """Ids of a text that stands behind another: without the space that sentencepiece puts before a beginning."""
     line, ids = tokenizer.encode("\n", False), tokenizer.encode(text, False)
     if tokenizer.encode("\na", False) == line + tokenizer.encode("a", False):

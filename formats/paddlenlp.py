@@ -31,7 +31,7 @@ IGNORED = _table([
     ("precision is set by bf16 and fp16 alone", """
         fp16_opt_level amp_master_grad amp_custom_black_list amp_custom_white_list bf16_full_eval fp16_full_eval
         scale_loss"""),
-    ("data is tokenised once and read from memory", """
+    ("data is tokenized once and read from memory", """
         dataloader_num_workers data_impl skip_warmup data_cache lazy lazy_data_processing dataset_num_proc
         dataset_batch_size dataset_kwargs dataset_text_field remove_unused_columns label_names"""),
     ("evaluation keeps no logits, one pass gives all its figures", """
@@ -75,7 +75,7 @@ IGNORED = _table([
         search_scale_min search_scale_max ptq_step shift shift_all_linears shift_step smooth smooth_all_linears
         smooth_step smooth_piecewise_search smooth_k_piece smooth_search_piece gptq_step auto_clip"""),
     ("samples are weighed alike, as they come", "shift_sampler smooth_sampler"),
-    ("it belongs to a way of quantising that is not here (fp8, 8-bit caches, AWQ)", """
+    ("it belongs to a way of quantizing that is not here (fp8, 8-bit caches, AWQ)", """
         fp8_type cachekv_quant_method awq_step autoclip_step"""),
     ("the report of quantize.py is always written", "do_quant_debug test_sample"),
     ("serve.py always batches continuously, from a pool of blocks", """
@@ -111,7 +111,7 @@ IGNORED = _table([
 REFUSED = _table([
     ("this adapter is not here; there are lora (rslora, lora_plus_scale, pissa, dora) and prefix_tuning", """
         vera lokr reft use_mora lora_use_mixer"""),
-    ("training on quantised weights (QLoRA) is not here yet", "weight_quantize_algo"),
+    ("training on quantized weights (QLoRA) is not here yet", "weight_quantize_algo"),
     ("scaling of positions comes from rope_scaling in the model's config.json", """
         use_long_sequence_strategies rope_scaling_factor use_pose_convert"""),
     ("shifted sparse attention (LongLoRA) is not here; attention is exact and its memory linear", "use_ssa"),
@@ -127,7 +127,7 @@ REFUSED = _table([
     ("logging is by steps", "logging_strategy"),
     ("nothing is skipped; take the records out of the data", "skip_data_intervals"),
     ("fine-tuning is done by finetune.py", "lora prefix_tuning neftune"),
-    ("quantising is done by quantize.py", "do_ptq do_gptq do_awq do_qat load_quant_model"),
+    ("quantizing is done by quantize.py", "do_ptq do_gptq do_awq do_qat load_quant_model"),
     ("preference training is done by dpo.py; finetune.py reads dataset_name_or_path", "train_dataset_path"),
     ("reward models are not trained here", "process_reward"),
     ("speculative decoding is not here", "speculate_method draft_model_name_or_path"),

@@ -88,7 +88,7 @@ def read_tensor(path, entry):
     return _as_float32(array, dtype).reshape(shape)
 
 
-class StoredTensor:
+class LazyTensor:
     """A tensor of a safetensors file: called, it is read whole; ranges() reads no more than it is asked for.
 
     bytes_read: by all of them in this process.
@@ -100,7 +100,7 @@ class StoredTensor:
         self.path, self.entry = path, entry
 
     def __call__(self):
-        StoredTensor.bytes_read += self.entry[3] - self.entry[2]
+        LazyTensor.bytes_read += self.entry[3] - self.entry[2]
         return read_tensor(self.path, self.entry)
 
     def ranges(self, cuts):
@@ -125,7 +125,7 @@ class StoredTensor:
                         if not done:
                             raise UserError(f"{self.path}: truncated at byte {start}")
                         at, start, size = at + done, start + done, size - done
-        StoredTensor.bytes_read += found.nbytes
+        LazyTensor.bytes_read += found.nbytes
         return _as_float32(found, dtype)
 
 
@@ -271,7 +271,7 @@ class BinFile:
         return array.astype(np.float32) if storage == "HalfStorage" else array.copy()
 
 
-class _Where(namedtuple("_Where", "offset size")):
+class _ByteRange(namedtuple("_ByteRange", "offset size")):
     """Bytes of a file that were passed over."""
 
 
@@ -324,7 +324,7 @@ class _PaddleUnpickler(pickle._Unpickler):
         if size < 1 << 16 or self._unframer.current_frame is not None:
             self.append(self.read(size))
         else:
-            self.append(_Where(self.file.tell(), size))
+            self.append(_ByteRange(self.file.tell(), size))
             self.file.seek(size, 1)
 
     dispatch[pickle.BINBYTES[0]] = lambda self: self.load_bytes(4)
@@ -347,7 +347,7 @@ def read_pdparams(path):
 
     def read(name, array):
         data, dtype = array.data, dtypes[array.dtype.code]
-        if isinstance(data, _Where):
+        if isinstance(data, _ByteRange):
             values = np.fromfile(path, dtype, data.size // np.dtype(dtype).itemsize, offset=data.offset)
         else:
             values = np.frombuffer(data, dtype)

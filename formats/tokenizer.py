@@ -17,7 +17,7 @@ from formats.files import UserError, brief, names_in, read_json
 
 # ============================== tokenizer ==============================
 # A family's tokenizer is data: the files of its folder and a row of CLASSES. Two engines turn text into ids:
-# SentencePieces (the C++ library) and BPE (ours); readers make one from the files; Tokenizer, the door, adds what stands
+# SentencePieceModel (the C++ library) and BPE (ours); readers make one from the files; Tokenizer, the door, adds what stands
 # around it: special tokens, bos and eos, chat templates.
 
 SPACE = "\u2581"  # how sentencepiece writes a space
@@ -69,7 +69,7 @@ GLM_ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 #   words, nfc      the pattern that cuts text into words; text is brought to Unicode's NFC first
 #   tokens          special tokens numbered on from the vocabulary's end
 #   head, tail      tokens before and after every text, in place of bos and eos
-#   parse           special tokens that are recognised in text, if not all; `roles` are those recognised on request
+#   parse           special tokens that are recognized in text, if not all; `roles` are those recognized on request
 #   strips          white space around a special token in the text goes
 #   lead            spaces that decoding drops at the beginning, besides those that a sentencepiece model drops itself
 #   gap             where legacy decoding keeps the space before a text that a special token ends: "inside" (not at the
@@ -153,7 +153,7 @@ codecs.register_error("one_mark_per_byte", lambda error: ("\ufffd" * (error.end 
 # ---- Engines: a stretch of text without special tokens -> ids; an id -> its bytes ----
 
 
-class SentencePieces:
+class SentencePieceModel:
     """A model of the sentencepiece library. `shift` ids before its own are ChatGLM-6B's images.
 
     legacy: every stretch gets the model's own leading space. Otherwise none does: Tokenizer puts one before the very
@@ -183,7 +183,7 @@ class SentencePieces:
         self._unk_length = len(self.sp.encode(self._unk))
 
     def _decoded(self, i):
-        """Piece number -> its bytes; control pieces have none, unk is a visible mark, as the library decodes them."""
+        """PromptSegment number -> its bytes; control pieces have none, unk is a visible mark, as the library decodes them."""
         text = self.sp.id_to_piece(i)
         if self.sp.is_byte(i):  # written <0x0A>
             return bytes([int(text[3:5], 16)])
@@ -200,7 +200,7 @@ class SentencePieces:
         return [self.sp.id_to_piece(i) if i >= 0 else None for i in ids]
 
     def id_of(self, piece):
-        """Piece -> id, None if the vocabulary lacks it."""
+        """PromptSegment -> id, None if the vocabulary lacks it."""
         i = self.sp.piece_to_id(piece)
         return self.shift + i if self.sp.id_to_piece(i) == piece else None
 
@@ -249,7 +249,7 @@ class BPE:
     """Byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909), over bytes (GPT-2) or over characters.
 
     A text is cut into words by `steps`, functions (list of str, at_start) -> list of str. A word begins as its bytes
-    (byte_level; symbols are written in BYTE_CHARS) or its characters; then the two neighbours of lowest rank are joined,
+    (byte_level; symbols are written in BYTE_CHARS) or its characters; then the two neighbors of lowest rank are joined,
     the leftmost first, until no two have a rank. ranks: {(left, right): rank}; None ranks a pair by the id of what it
     makes, as tiktoken does. whole_words: a word of the vocabulary is its id, whatever the ranks say. A character that
     the vocabulary lacks is its bytes <0x00>... (byte_fallback), else unk (once for a run of them: fuse_unk), else
@@ -334,7 +334,7 @@ class BPE:
     def _joined(self, symbols):
         """Symbols of a word -> those after all merges. A heap of (rank, place): O(n log n), however long the word."""
         count, rank = len(symbols), self.rank
-        after, before = [*range(1, count + 1)], [*range(-1, count - 1)]  # places of the neighbours that are still there
+        after, before = [*range(1, count + 1)], [*range(-1, count - 1)]  # places of the neighbors that are still there
         ranks = map(rank, zip(symbols, symbols[1:]))
         heap = [(r, place) for place, r in enumerate(ranks) if r is not None]
         heapify(heap)
@@ -758,13 +758,13 @@ def read_tokenizer_json(path):
 # ---- The door ----
 
 
-def any_of(words):
+def trie_regex(words):
     """Words -> a pattern that matches the longest of them at a place, as quickly for a thousand as for two."""
     prefix = os.path.commonprefix(words)
     rests, branches = {word[len(prefix) :] for word in words}, {}
     for rest in sorted(rests - {""}):
         branches.setdefault(rest[0], []).append(rest)
-    tail = "|".join(map(any_of, branches.values()))
+    tail = "|".join(map(trie_regex, branches.values()))
     return re.escape(prefix) + (f"(?:{tail})" + "?" * ("" in rests) if tail else "")
 
 
@@ -879,7 +879,7 @@ class Tokenizer:
                 raise UserError(
                     f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is wanted, found {brief(shift)}"
                 )
-            self.engine = SentencePieces(path, legacy, row.get("blanks", False), shift)
+            self.engine = SentencePieceModel(path, legacy, row.get("blanks", False), shift)
             if legacy:
                 self.lead_within = int(self.engine.own_prefix)
                 self.lead += self.lead_within
@@ -977,7 +977,7 @@ class Tokenizer:
         self._prepare_split(row)
 
     def _prepare_split(self, row):
-        """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalisation, after it)}."""
+        """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalization, after it)}."""
         everything = [text for text in self.added if text]
         sought = {
             None: row.get("parse", everything),
@@ -995,7 +995,7 @@ class Tokenizer:
         self._patterns = {}
         for mode, texts in sought.items():
             both = [text for text in texts if text not in late], [late[text] for text in texts if text in late]
-            self._patterns[mode] = [re.compile(f"({any_of(words)})") if words else None for words in both]
+            self._patterns[mode] = [re.compile(f"({trie_regex(words)})") if words else None for words in both]
 
     def _ids_around(self, tokens):
         ids = [self.token_id(token) for token in tokens if token is not None]
@@ -1041,7 +1041,7 @@ class Tokenizer:
         return text
 
     def _cut(self, text, pattern):
-        """Text -> alternating [text, token, text, ..., text], after the tokens' own rules on neighbouring spaces."""
+        """Text -> alternating [text, token, text, ..., text], after the tokens' own rules on neighboring spaces."""
         pieces = pattern.split(text) if pattern else [text]
         for i in range(1, len(pieces), 2):
             flags = self.flags.get(pieces[i], {})
@@ -1052,7 +1052,7 @@ class Tokenizer:
         return pieces
 
     def _split(self, text, special_in_text):
-        """The same of normalised text; tokens marked "normalized" are looked for in what the others leave."""
+        """The same of normalized text; tokens marked "normalized" are looked for in what the others leave."""
         before, after = self._patterns[special_in_text]
         pieces = self._cut(text, before)
         if self.engine.normalizers:

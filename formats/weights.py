@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from families import FAMILIES, IGNORED_WEIGHTS, _names_of, _table
+from families import FAMILIES, IGNORED_WEIGHTS, _table, weight_names
 from formats.files import UserError, atomic_file
-from formats.tensor_files import BinFile, StoredTensor, _rows, read_pdparams, safetensors_header, write_safetensors
-from model import _QUANTIZED, QuantLinear, linears, rope_frequencies, set_parameter
+from formats.tensor_files import BinFile, LazyTensor, _rows, read_pdparams, safetensors_header, write_safetensors
+from model import _QUANTIZED, QuantLinear, block_linears, rope_frequencies, set_parameter
 
 # ================================================================================= weights by their names
 
@@ -46,15 +46,15 @@ class Weight:
     def read(self, read, extent=None):
         """What the parameter holds of a stored tensor, in our layout; or, laid flat, the elements extent = (first, last) of that.
 
-        read() gives all of it, or is a StoredTensor: of that no rows and columns are read but those with elements in them.
+        read() gives all of it, or is a LazyTensor: of that no rows and columns are read but those with elements in them.
         """
         cuts, row, shape = {} if self.cut is None else {self.cut.dim: self.cut.ranges}, 0, self.parameter.shape
-        if extent is not None and isinstance(read, StoredTensor):
+        if extent is not None and isinstance(read, LazyTensor):
             inner = math.prod(shape[1:])
             row, stop = extent[0] // inner, -(-extent[1] // inner)
-            cuts[0] = _within(cuts.get(0, [(0, shape[0])]), row, stop)
+            cuts[0] = intersect(cuts.get(0, [(0, shape[0])]), row, stop)
             extent = extent[0] - row * inner, extent[1] - row * inner
-        if not cuts or not isinstance(read, StoredTensor):
+        if not cuts or not isinstance(read, LazyTensor):
             array = self.from_numpy(read())
         else:
             array = read.ranges(
@@ -84,7 +84,7 @@ class Weight:
     @property
     def cut(self):
         """None, or which part of the whole the parameter is: an object with shape (of the whole) and take(array)."""
-        return getattr(self.parameter, "cut", None)
+        return getattr(self.parameter, "shard_spec", None)
 
     @property
     def shape(self):
@@ -93,7 +93,7 @@ class Weight:
         return shape[::-1] if self.transposed else shape
 
 
-def _within(ranges, first, last):
+def intersect(ranges, first, last):
     """The part from first to last of what ranges [(start, stop), …] are, behind one another."""
     found, at = [], 0
     for start, stop in ranges:
@@ -104,7 +104,7 @@ def _within(ranges, first, last):
     return found
 
 
-class Entry(namedtuple("Entry", "tensors sources make", defaults=(None,))):
+class SaveEntry(namedtuple("SaveEntry", "tensors sources make", defaults=(None,))):
     """Tensors of a file that are made of the same weights.
 
     tensors: {name: (shape, dtype)}, as stored; sources: [(Weight, its parameter or a tensor of that shape)]; make: from
@@ -121,11 +121,11 @@ class Entry(namedtuple("Entry", "tensors sources make", defaults=(None,))):
         return list(wholes) if self.make is None else self.make(*wholes)
 
 
-def base_weights(model, rows=None):
+def named_weights(model, rows=None):
     """[Weight] of the base model in the order of its name table, or of other rows; adapters and prefix are not among them."""
     found = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
-    for path, name, transposed in _names_of(model.config, rows):
+    for path, name, transposed in weight_names(model.config, rows):
         if (parameter := found.get(path)) is not None:
             weights.append(Weight(name, parameter, transposed))
         elif path.removesuffix("weight") + "qweight" in found:
@@ -133,9 +133,9 @@ def base_weights(model, rows=None):
     return weights
 
 
-def stored_weights(model):
-    """base_weights() as a folder holds them: a tied head and rope's frequencies too, where the family's files have them."""
-    weights, config = base_weights(model), model.config
+def weights_to_save(model):
+    """named_weights() as a folder holds them: a tied head and rope's frequencies too, where the family's files have them."""
+    weights, config = named_weights(model), model.config
     if model.lm_head is None and FAMILIES[config.family].also_stores_head:
         weights.append(Weight(_head_name(config), model.embed_tokens.weight, False))
     if (name := config.stored_frequencies) is not None:
@@ -163,7 +163,7 @@ def _quantized_weights(found, ours, theirs):
 
 def init_weights(model, seed):
     """Normal(0, initializer_range) for matrices, 1 for norms, 0 for biases; each from its own (seed, name) alone."""
-    for weight in base_weights(model):
+    for weight in named_weights(model):
         if len(weight.shape) == 2:
             generator = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
             array = generator.standard_normal(weight.shape, np.float32) * np.float32(model.config.initializer_range)
@@ -174,13 +174,13 @@ def init_weights(model, seed):
         set_parameter(weight.parameter, weight.from_numpy(array))
 
 
-MASTERS = "master_weights.safetensors"  # float32 weights beside, or in place of, those in bfloat16
+MASTER_WEIGHTS = "master_weights.safetensors"  # float32 weights beside, or in place of, those in bfloat16
 
 
-MODELS = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTERS)
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTER_WEIGHTS)
 
 
-def stored_tensors(path, singles=MODELS):
+def stored_tensors(path, singles=MODEL_FILES):
     """{tensor name: (a function that reads it, its shape)} over all weight files of a folder, one of `singles` or its parts."""
     path = Path(path)
     for single in singles:
@@ -209,25 +209,25 @@ def stored_tensors(path, singles=MODELS):
                 )
             else:
                 header = safetensors_header(path / file)
-                found.update({n: (StoredTensor(path / file, e), e[1]) for n, e in header.items()})
+                found.update({n: (LazyTensor(path / file, e), e[1]) for n, e in header.items()})
         return found
     if parts := sorted(path.glob("model_state.*.pdparams")):
         raise UserError(f"{parts[0]}: a part of a model cut up for tensor or pipeline parallelism: merge them first")
     raise UserError(f"{path}: no {', '.join(singles)} or an index of them")
 
 
-def load_weights(model, path, singles=MODELS):
+def load_weights(model, path, singles=MODEL_FILES):
     """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
     one error."""
-    config, found, elsewhere = model.config, stored_tensors(path, singles), model.elsewhere
+    config, found, elsewhere = model.config, stored_tensors(path, singles), model.names_on_other_ranks
     theirs = _paddlenlp_names(config)
     if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
-        weights = base_weights(model, theirs)
+        weights = named_weights(model, theirs)
         found = _paddlenlp_parts(found, config, theirs)
-        places = {ours for ours, name, _ in _names_of(config) if name in elsewhere}
-        elsewhere = {name for ours, name, _ in _names_of(config, theirs) if ours in places}
+        places = {ours for ours, name, _ in weight_names(config) if name in elsewhere}
+        elsewhere = {name for ours, name, _ in weight_names(config, theirs) if ours in places}
     else:
-        weights = base_weights(model)
+        weights = named_weights(model)
         found = _published_names(found, config, {w.name for w in weights} | elsewhere)
     weights = {w.name: w for w in weights}
     wrong = [f"missing {n}" for n in weights if n not in found]
@@ -248,7 +248,7 @@ def load_weights(model, path, singles=MODELS):
         if stored.startswith("int") != (array.dtype.kind == "i"):
             raise UserError(f"{path}: {name} is of {array.dtype}; {stored} is needed")
         piece.set(array)
-    for name, (_, _, layer) in linears(model).items():
+    for name, (_, _, layer) in block_linears(model).items():
         if isinstance(layer, QuantLinear):
             layer.check(path, name)
 
@@ -307,7 +307,7 @@ def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     shards, sizes = [{}], [0]
-    for w in stored_weights(model):
+    for w in weights_to_save(model):
         stored = w.stored or dtype
         width = 2 if stored == "bfloat16" else np.dtype(stored).itemsize
         size = int(np.prod(w.shape)) * width

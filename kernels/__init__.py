@@ -42,8 +42,8 @@ OPS = (
     "lora_linear",
     "quant_linear",
     "attention",
-    "attention_part",
-    "attention_part_backward",
+    "attention_with_lse",
+    "attention_with_lse_backward",
     "paged_attention",
     "write_cache",
     "sample",
@@ -352,22 +352,22 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
 
 
-def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
+def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
     """Attention over some of the keys: (its result, lse), from which parallel.py's ring makes that over all of them.
 
     As in attention, but query i stands on row i + offset, counted from the first of these keys, so that causal queries may stand
     before or behind all of them: rows are counted likewise and may be negative. lse (B, H, Tq) float32 is the logarithm of the
-    sum of the exponentials of a query's scores, -inf where it sees no key. No gradients: see attention_part_backward.
+    sum of the exponentials of a query's scores, -inf where it sees no key. No gradients: see attention_with_lse_backward.
     """
-    return _run("attention_part", q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    return _run("attention_with_lse", q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
 
 
-def attention_part_backward(
+def attention_with_lse_backward(
     q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
 ):
     """Gradients of q, k and v from these keys alone, given out (B, Tq, H, Dh) and lse (B, H, Tq) of attention over all keys."""
     return _run(
-        "attention_part_backward",
+        "attention_with_lse_backward",
         q,
         k,
         v,

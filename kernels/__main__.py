@@ -166,17 +166,17 @@ def attention(T=2048, H=12, Dh=64, document=None, kind="float32"):
     yield from timed(shape, kind, function, [values(1, T, H, Dh) for _ in range(3)], parts)
 
 
-def attention_part(T=2048, H=12, Dh=64):
+def attention_with_lse(T=2048, H=12, Dh=64):
     """Two chunks of a ring: queries behind all of these keys."""
     q, k, v = (values(1, T, H, Dh) for _ in range(3))
-    run = lambda: kernels.attention_part(q, k, v, None, T)
+    run = lambda: kernels.attention_with_lse(q, k, v, None, T)
     yield Case(f"{T} x {H} x {Dh}", "forward", "float32", 4.0 * T * T * H * Dh, run)
 
 
-def attention_part_backward(T=2048, H=12, Dh=64):
+def attention_with_lse_backward(T=2048, H=12, Dh=64):
     q, k, v, d_out = (values(1, T, H, Dh) for _ in range(4))
-    out, lse = kernels.attention_part(q, k, v, None, T)
-    run = lambda: kernels.attention_part_backward(q, k, v, out, lse, d_out, None, T)
+    out, lse = kernels.attention_with_lse(q, k, v, None, T)
+    run = lambda: kernels.attention_with_lse_backward(q, k, v, out, lse, d_out, None, T)
     yield Case(f"{T} x {H} x {Dh}", "backward", "float32", 10.0 * T * T * H * Dh, run)
 
 
@@ -244,8 +244,8 @@ CASES = {  # op -> its cases; every op of kernels.OPS
     "lora_linear": lora_linear,
     "quant_linear": quant_linear,
     "attention": attention,
-    "attention_part": attention_part,
-    "attention_part_backward": attention_part_backward,
+    "attention_with_lse": attention_with_lse,
+    "attention_with_lse_backward": attention_with_lse_backward,
     "paged_attention": paged_attention,
     "write_cache": write_cache,
     "sample": sample,

@@ -45,7 +45,7 @@ from paddle.autograd import PyLayer
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = """attention attention_part attention_part_backward paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear
+OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear
     quant_linear linear_cross_entropy adamw squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
@@ -286,9 +286,9 @@ def _how(q, rows, offset, causal, scale, slopes, softcap):
     )
 
 
-def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
+def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
     if q.dtype != paddle.float32:
-        return reference.attention_part(q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+        return reference.attention_with_lse(q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     reference.check_part(q, k, startend_row_indices, causal, softcap)
     how = _how(q, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     inputs = q.contiguous(), k.contiguous(), v.contiguous()
@@ -296,12 +296,12 @@ def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=Non
     return out, paddle.where(paddle.isinf(lse), paddle.full_like(lse, -math.inf), lse)  # the C++ says +inf
 
 
-def attention_part_backward(
+def attention_with_lse_backward(
     q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
 ):
     rest = startend_row_indices, offset, causal, scale, alibi_slopes, softcap
     if q.dtype != paddle.float32:
-        return reference.attention_part_backward(q, k, v, out, lse, d_out, *rest)
+        return reference.attention_with_lse_backward(q, k, v, out, lse, d_out, *rest)
     how = _how(q, *rest)
     lse = paddle.where(paddle.isinf(lse), paddle.full_like(lse, math.inf), lse)
     inputs = (
@@ -562,7 +562,7 @@ def linear_cross_entropy(
 ):
     ours = _plain(hidden) and weight.dtype in (paddle.float32, paddle.bfloat16)
     layer = (_Bf16CrossEntropy if kernels.bf16 else _LinearCrossEntropy) if ours else reference._LinearCrossEntropy
-    return reference.of_counted_rows(
+    return reference.over_labelled_rows(
         layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap
     )
 
@@ -645,7 +645,7 @@ def _chunk_of_losses(hidden, weight, labels, how, rows_too):
         lse = most + paddle.log(total)
         share, predictions = 1.0 / total, best if how.predictions is not None else None
     else:
-        lse, target, predictions = reference.lse_of_all(most, total, target, best, how)
+        lse, target, predictions = reference.reduce_lse(most, total, target, best, how)
         share = paddle.exp(most - lse)
     if rows_too:
         if how.softcap is not None:
@@ -688,7 +688,7 @@ class _Bf16CrossEntropy(PyLayer):
         if how.vocabulary is None:
             lse = most + paddle.log(total)
         else:
-            lse, target, best = reference.lse_of_all(most, total, target, best + how.start, how)
+            lse, target, best = reference.reduce_lse(most, total, target, best + how.start, how)
         if how.predictions is not None:
             how.predictions.append(best)
         kept = (target, acc, paddle.exp(most - lse)) if ctx.online else (hidden, lse)

@@ -12,7 +12,7 @@ exactly. More than ROWS rows are a product with weights that one pass has dequan
 
 The reference runs, as no operator has it: attention in float32 (unless kernels.bf16), with ALiBi or a softcap, with Dh over 256
 or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first key), a prompt
-behind a cache with a window among them; rope of neighbouring dims; gelu; act order and a8w8; a part of the vocabulary;
+behind a cache with a window among them; rope of neighboring dims; gelu; act order and a8w8; a part of the vocabulary;
 operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of float32 tensors in bfloat16.
 The cores are tested on the CPU (tests/gpu/cuda_on_cpu.h) and timed by tests/gpu/cuda_harness.cu; no figure is known yet.
 """
@@ -176,7 +176,10 @@ def paged_attention(
             _gathered(cache, blocks, of, q.dtype)[:, : contexts[s]]
             for cache, of in ((k_cache, k_scales), (v_cache, v_scales))
         )
-        rows, hidden = q[first[s] : first[s] + queries[s]].unsqueeze(0), reference.window_rows(contexts[s], window)
+        rows, hidden = (
+            q[first[s] : first[s] + queries[s]].unsqueeze(0),
+            reference.sliding_window_rows(contexts[s], window),
+        )
         parts.append(attention(rows, k, v, hidden, True, scale, alibi_slopes, softcap)[0])
         order.append(np.arange(first[s], first[s] + queries[s]))
     if len(parts) == 1:
@@ -268,7 +271,7 @@ def _fused_rope(x, cos, sin, positions):
     """x (B, T, heads, Dh); cos, sin (1, rows, 1, Dh) of x's type; positions (B, T) int64, or None where rows == T."""
     return fused.fused_rotary_position_embedding(
         x, sin=sin, cos=cos, position_ids=positions, use_neox_rotary_style=False
-    )[0]  # "not neox" is what turns halves; the other turns neighbours
+    )[0]  # "not neox" is what turns halves; the other turns neighbors
 
 
 @functools.lru_cache(maxsize=4)

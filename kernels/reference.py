@@ -167,7 +167,7 @@ def check_attention(q, k, rows, causal, softcap):
 
 
 def check_part(q, k, rows, causal, softcap):
-    """The same of kernels.attention_part, whose keys may be fewer."""
+    """The same of kernels.attention_with_lse, whose keys may be fewer."""
     (B, _, H, _), (_, Tk, K, _) = q.shape, k.shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     check_scores(softcap)
@@ -298,7 +298,7 @@ def _gradients(q, k, v, out, d_out, mask, scale, softcap, lse=None):
     return d_q, d_k.transpose([0, 3, 1, 2]), d_v.transpose([0, 3, 1, 2])
 
 
-def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
+def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
     mask, scale = _part(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     out, lse, (B, _, H, _) = [], [], q.shape
     k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 1, 3])  # (B, K, Dh, Tk), (B, K, Tk, Dh)
@@ -314,7 +314,7 @@ def attention_part(q, k, v, startend_row_indices, offset, causal=True, scale=Non
     return paddle.concat(out, axis=1), paddle.concat(lse, axis=-1).astype("float32")
 
 
-def attention_part_backward(
+def attention_with_lse_backward(
     q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
 ):
     mask, scale = _part(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
@@ -407,7 +407,7 @@ def linear_cross_entropy(
     vocabulary=None,
     softcap=None,
 ):
-    return of_counted_rows(
+    return over_labelled_rows(
         _LinearCrossEntropy,
         hidden,
         weight,
@@ -420,7 +420,7 @@ def linear_cross_entropy(
     )
 
 
-def of_counted_rows(
+def over_labelled_rows(
     layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap
 ):
     """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
@@ -514,7 +514,7 @@ def _losses(logits, labels, how):
         lse = paddle.logsumexp(logits, -1)
     else:
         most = logits.max(-1)
-        lse, target, best = lse_of_all(most, paddle.exp(logits - most.unsqueeze(-1)).sum(-1), target, best, how)
+        lse, target, best = reduce_lse(most, paddle.exp(logits - most.unsqueeze(-1)).sum(-1), target, best, how)
     return lse - target, lse, best
 
 
@@ -532,7 +532,7 @@ def _softmax_less_onehot(logits, labels, lse, how):
     return p if how.softcap is None else p * (1.0 - paddle.square(logits / how.softcap))
 
 
-def lse_of_all(most, total, target, best, how):
+def reduce_lse(most, total, target, best, how):
     """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are several).
 
     Here: the largest logit, the sum of exp(logit - largest), the label's logit or 0, the largest's id.
@@ -629,7 +629,9 @@ def paged_attention(
         blocks = to_tensor(tables[s, : -(-contexts[s] // block_size)])
         k, v = (_gathered(c, scales, blocks).reshape([1, -1, K, Dh])[:, : contexts[s]] for c, scales in caches)
         rows = q[first[s] : first[s] + queries[s]].unsqueeze(0)
-        parts.append(attention(rows, k, v, window_rows(contexts[s], window), True, scale, alibi_slopes, softcap)[0])
+        parts.append(
+            attention(rows, k, v, sliding_window_rows(contexts[s], window), True, scale, alibi_slopes, softcap)[0]
+        )
         order.append(np.arange(first[s], first[s] + queries[s]))
     if len(parts) == 1:
         return parts[0]
@@ -637,7 +639,7 @@ def paged_attention(
     return paddle.gather(paddle.concat(parts), to_tensor(np.argsort(order)))
 
 
-def window_rows(context, window):
+def sliding_window_rows(context, window):
     """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None without."""
     return None if window is None else (paddle.arange(context, dtype="int32") + window).reshape([1, 1, -1, 1])
 

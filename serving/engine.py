@@ -90,7 +90,7 @@ class Request:
 
 
 @dataclasses.dataclass(slots=True)
-class Output:
+class TokenOutput:
     """One token of one of the n replies. Its text may be "" while half a character or a possible stop text is held back."""
 
     index: int  # 0..n-1
@@ -98,7 +98,7 @@ class Output:
     text: str = ""
     logprob: float | None = None  # of the distribution as the model gives it: before penalties and temperature
     top_logprobs: list | None = None  # [(token_id, logprob)], the likeliest first
-    finish_reason: str | None = None  # stop, length, abort, error: on the last Output of a reply
+    finish_reason: str | None = None  # stop, length, abort, error: on the last TokenOutput of a reply
     cached_tokens: int = 0  # of the prompt, found in blocks that were there already
 
 
@@ -146,7 +146,7 @@ class Sampler:
 
     def choose(self, logits, seen):
         """logits (V,) float32, seen: ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
-        (token,) = draw([self], self.adjusted(logits, seen)[None])
+        (token,) = sample_batch([self], self.adjusted(logits, seen)[None])
         return token, *self.report(logits, token)
 
     def adjusted(self, logits, seen):
@@ -178,7 +178,7 @@ class Sampler:
         return float(x[token]), [(int(i), float(x[i])) for i in best]
 
 
-def draw(samplers, logits):
+def sample_batch(samplers, logits):
     """One id for each sampler from its row of logits (S, V) float32; each takes one number of its own stream."""
     ways = [
         (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
@@ -191,7 +191,7 @@ def draw(samplers, logits):
     return ids
 
 
-class TextStream:
+class Detokenizer:
     """Ids of a reply in, text out as soon as it is certain that it stays: no half character, no beginning of a stop text."""
 
     def __init__(self, tokenizer, stop):
@@ -322,7 +322,7 @@ class Sequence:
         return len(self.tokens) - self.prompt_end
 
 
-class Chunk(NamedTuple):
+class ScheduledTokens(NamedTuple):
     """What a step computes of one sequence: tokens[start : start + count]."""
 
     sequence: Sequence
@@ -396,7 +396,7 @@ class Engine:
     # ---------------------------------------------------------------- in from any thread
 
     def submit(self, request, on_output):
-        """Queue a request; on_output(Output) is called from the engine's thread for each token of each reply."""
+        """Queue a request; on_output(TokenOutput) is called from the engine's thread for each token of each reply."""
         params, prompt = request.params, request.prompt_ids
         params.check()
         if request.adapter is not None and request.adapter not in self.adapters:
@@ -425,7 +425,7 @@ class Engine:
             root, leader = hashlib.blake2b(f"{turned} {request.adapter or ''}".encode(), digest_size=16).digest(), None
             for index in range(params.n):
                 sampler = Sampler(params, index, self.stop_ids, seed)
-                text = TextStream(self.tokenizer, params.stop)
+                text = Detokenizer(self.tokenizer, params.stop)
                 sequence = Sequence(
                     request, index, next(self.arrivals), on_output, leader, sampler, text, self.runner.virtual, root
                 )
@@ -487,7 +487,7 @@ class Engine:
                     self._preempt(max(self.running, key=lambda s: s.arrival))
                     preempted = True
             if sequence.phase == DECODE:
-                chunks.append(Chunk(sequence, sequence.computed, 1))
+                chunks.append(ScheduledTokens(sequence, sequence.computed, 1))
         budget = self.max_num_batched_tokens - len(chunks)
         for sequence in [s for s in self.running if s.phase == PREFILL]:
             budget -= self._add_prefill(chunks, sequence, budget)
@@ -511,7 +511,7 @@ class Engine:
         count = len(sequence.tokens) - sequence.computed
         count = min(count, budget) if self.runner.chunked else count
         if count > 0:
-            chunks.append(Chunk(sequence, sequence.computed, count))
+            chunks.append(ScheduledTokens(sequence, sequence.computed, count))
         return count
 
     def _admit(self, sequence):
@@ -597,7 +597,7 @@ class Engine:
             s.adjusted(logits[row], chunks[row].sequence.tokens[chunks[row].sequence.virtual :])
             for row, s in zip(rows, samplers)
         ]
-        return dict(zip(rows, draw(samplers, np.stack(adjusted))))
+        return dict(zip(rows, sample_batch(samplers, np.stack(adjusted))))
 
     def _append(self, sequence, token, logprob, top):
         """A new token: is it the last, what text is certain with it?"""
@@ -614,7 +614,7 @@ class Engine:
                 rest, stopped = sequence.text.flush(may_stop)
                 text += rest
             reason = "stop" if stopped else "length" if full else None
-        output = Output(sequence.index, token, text, logprob, top, None, sequence.cached_tokens)
+        output = TokenOutput(sequence.index, token, text, logprob, top, None, sequence.cached_tokens)
         if reason is None:
             self._hand_out(sequence, output)
         else:
@@ -634,7 +634,7 @@ class Engine:
             self.live[name] -= 1
             if not self.live[name]:
                 del self.live[name]
-        output = output or Output(sequence.index, cached_tokens=sequence.cached_tokens or 0)
+        output = output or TokenOutput(sequence.index, cached_tokens=sequence.cached_tokens or 0)
         output.finish_reason = reason
         self._hand_out(sequence, output)
 

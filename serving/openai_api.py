@@ -207,7 +207,7 @@ def completion_prompts(body, tokenizer):
 
 
 @dataclasses.dataclass
-class Job:
+class APICall:
     """One call of the API while it runs: one engine request a prompt, n choices each."""
 
     id: str
@@ -255,7 +255,7 @@ class Job:
 
 
 @dataclasses.dataclass
-class Piece:
+class ChoiceDelta:
     """What one token adds to one choice; a choice is the sum of its pieces, streamed or not."""
 
     index: int
@@ -271,7 +271,7 @@ def token_logprob(tokenizer, token_id, logprob):
 
 
 def output_logprobs(job, output, tokenizer, offset):
-    """An Output -> the logprobs object of its API, of one token; `offset`: characters of the choice before it."""
+    """An TokenOutput -> the logprobs object of its API, of one token; `offset`: characters of the choice before it."""
     chosen = token_logprob(tokenizer, output.token_id, output.logprob)
     top = [token_logprob(tokenizer, *pair) for pair in output.top_logprobs or ()]
     if job.is_chat:
@@ -514,7 +514,7 @@ class Server:
 
     # ---- an answer
     def prepare(self, data, is_chat):
-        """The body's bytes -> Job. Runs in a thread, as encoding a long prompt takes its time."""
+        """The body's bytes -> APICall. Runs in a thread, as encoding a long prompt takes its time."""
         body = parse_body(data)
         name = take_field(body, "model", str) or self.model
         if name != self.model and name not in self.engine.adapters:
@@ -533,7 +533,7 @@ class Server:
             raise bad_request(str(error), field) from None
         if len(prompts) * fields["n"] > MAX_CHOICES:
             raise bad_request(f"n: {len(prompts)} prompts times n are more than {MAX_CHOICES} choices", "n")
-        job = Job(
+        job = APICall(
             f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             name,
             is_chat,
@@ -665,7 +665,7 @@ class Server:
         if output.finish_reason:
             job.unfinished -= 1
             job.finish = output.finish_reason
-        return Piece(index, text, logprobs, output.finish_reason)
+        return ChoiceDelta(index, text, logprobs, output.finish_reason)
 
     async def answer(self, connection, request, job, outputs, start):
         """Not streamed. The probe is what may always be sent ahead of an answer (RFC 9110, 15.2): 100 Continue."""

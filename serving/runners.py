@@ -16,7 +16,7 @@ from adapters import LoRALinear, load_adapter, lora_layers
 from families import ModelConfig
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
-from model import SparseMLP, linears, stretch, turning_lengths, two_positions_of
+from model import MoE, block_linears, glm_positions_of_prompt, rope_cache_key, rope_lengths
 
 # ================================================================== 6. the model on a pool of blocks
 
@@ -54,7 +54,7 @@ class PagedRunner:
     def __init__(self, model, num_blocks, block_size, adapters=None, int8=False):
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
-        self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.most_tokens
+        self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.max_model_len
         self.chunked = c.position != "rope_2d"  # a prompt may come in pieces, and share blocks
         self.prefix_tokens = 0  # of the text's positions: they are given with the virtual tokens counted
         self.virtual = model.prefix.tokens if model.prefix is not None else 0
@@ -77,7 +77,7 @@ class PagedRunner:
 
     def root(self, prompt):
         """What keys and values depend on besides the tokens, where a prompt has so many."""
-        return stretch(self.config, prompt)
+        return rope_cache_key(self.config, prompt)
 
     def _load_adapters(self, paths):
         """{name: folder} -> names. Their LoRALinears share the one base layer."""
@@ -88,25 +88,25 @@ class PagedRunner:
                 raise UserError(f"lora_path: {path} holds a prefix; give it as prefix_path")
             for module, layer in lora_layers(self.model).items():
                 found[module][name] = layer
-            for parent, attribute, layer in linears(self.model).values():
+            for parent, attribute, layer in block_linears(self.model).values():
                 if isinstance(layer, LoRALinear):
                     setattr(parent, attribute, layer.base)
-        for module, (parent, attribute, base) in linears(self.model).items():
+        for module, (parent, attribute, base) in block_linears(self.model).items():
             if module in found:
                 setattr(parent, attribute, AdapterLinear(base, found[module], self.slices))
         for mlp in self.model.sublayers():
-            layers = mlp.experts.sublayers() if isinstance(mlp, SparseMLP) else ()
+            layers = mlp.experts.sublayers() if isinstance(mlp, MoE) else ()
             if any(isinstance(layer, AdapterLinear) for layer in layers):
                 mlp.mix = functools.partial(self._mix_slices, mlp)
         self.model.eval()
         return list(paths)
 
     def _mix_slices(self, mlp, *routed):
-        """SparseMLP.mix, one adapter's tokens after another's: inside, tokens stand in the order of their experts."""
+        """MoE.mix, one adapter's tokens after another's: inside, tokens stand in the order of their experts."""
         slices, mixed = list(self.slices), []
         for name, first, end in slices:
             self.slices[:] = [(name, first, end)]
-            mixed.append(SparseMLP.mix(mlp, *(x[first:end] for x in routed)))
+            mixed.append(MoE.mix(mlp, *(x[first:end] for x in routed)))
         self.slices[:] = slices
         return paddle.concat(mixed)
 
@@ -144,7 +144,7 @@ class PagedRunner:
         positions = np.arange(len(ids)) - firsts + starts[rows]
         self.slots = kernels.to_tensor(self.tables[rows, positions // size].astype(np.int64) * size + positions % size)
         ends = [chunk.sequence.prompt_end for chunk in chunks]
-        lengths = [turning_lengths(self.config, end, positions[rows == row]) for row, end in enumerate(ends)]
+        lengths = [rope_lengths(self.config, end, positions[rows == row]) for row, end in enumerate(ends)]
         self.lengths = None if lengths[0] is None else kernels.to_tensor(np.concatenate(lengths)[None])
         if not self.chunked:
             positions = self._two_positions(chunks)  # (N, 2)
@@ -161,7 +161,7 @@ class PagedRunner:
                 found.append(self.last_positions[sequence] + np.array([[0, step]]))
                 continue
             prompt, context = sequence.prompt_end - self.virtual, np.arange(self.virtual + count)
-            positions, rows = two_positions_of(self.config, sequence.tokens[self.virtual :], prompt)
+            positions, rows = glm_positions_of_prompt(self.config, sequence.tokens[self.virtual :], prompt)
             self.last_positions[sequence] = positions[prompt - 1]
             seen = np.broadcast_to(np.array([NEVER, 0], np.int32), (1, 1, self.virtual, 2))  # the prefix, by every row
             rows = np.concatenate([seen, rows + np.minimum(self.virtual, NEVER - rows)], axis=2)
@@ -388,8 +388,8 @@ class StaticRunner:
         return logits
 
     def _lengths(self, sequences, positions):
-        """(B, T): the lengths of turning_lengths() for tokens at these positions (B, T); None where rope takes none."""
-        found = [turning_lengths(self.model_config, s.prompt_end, at) for s, at in zip(sequences, positions)]
+        """(B, T): the lengths of rope_lengths() for tokens at these positions (B, T); None where rope takes none."""
+        found = [rope_lengths(self.model_config, s.prompt_end, at) for s, at in zip(sequences, positions)]
         return None if found[0] is None else np.stack(found)
 
     def _two_positions(self, sequences, texts, T):
@@ -399,7 +399,7 @@ class StaticRunner:
         rows[:, :, :before, 0] = NEVER
         for i, (sequence, text) in enumerate(zip(sequences, texts)):
             prompt, first = sequence.prompt_end - before, T - len(text)
-            positions[i, first:], own = two_positions_of(self.model_config, text, prompt)
+            positions[i, first:], own = glm_positions_of_prompt(self.model_config, text, prompt)
             self.last_positions[sequence] = positions[i, first + prompt - 1]
             rows[i, :, before + first :] = own[0] + np.minimum(before + first, NEVER - own[0])
         return positions, rows

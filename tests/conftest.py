@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository root on sys.path, the `torch` and `slow` markers, --hf-python, small fixtures.
+"""ForwardContext by all tests: the repository root on sys.path, the `torch` and `slow` markers, --hf-python, small fixtures.
 
 python -m pytest tests                                          # everything that needs neither torch nor a GPU
 python -m pytest tests --slow                                   # also what takes more than 20 seconds a test

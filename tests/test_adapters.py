@@ -119,12 +119,12 @@ def test_only_the_adapter_is_trainable(name):
     assert {w.name for w in adapters.trainable_weights(model)} == adapter and adapter
     trainable = {id(p) for p in model.parameters() if not p.stop_gradient}
     assert trainable == {id(w.parameter) for w in adapters.adapter_weights(model)}
-    before = {w.name: w.to_numpy().copy() for w in formats.weights.base_weights(model)}
+    before = {w.name: w.to_numpy().copy() for w in formats.weights.named_weights(model)}
     model.train()
     model(IDS, labels=IDS).sum().backward()
-    for w in formats.weights.base_weights(model):
+    for w in formats.weights.named_weights(model):
         assert w.parameter.grad is None and np.array_equal(w.to_numpy(), before[w.name])
-    assert len(before) == len(formats.weights.base_weights(build(base))), "the adapter hides no base weight"
+    assert len(before) == len(formats.weights.named_weights(build(base))), "the adapter hides no base weight"
     with_gradient = {w.name for w in adapters.adapter_weights(model) if w.parameter.grad is not None}
     assert with_gradient == adapter
 
@@ -164,7 +164,7 @@ def test_lora_gradients_equal_the_dense_formula(name):
         parameter.stop_gradient = False
     dense(IDS, labels=IDS).sum().backward()
     for path, layer in adapters.lora_layers(model).items():
-        G = M.linears(dense)[path][2].weight.grad.numpy().astype(np.float64)  # (in, out)
+        G = M.block_linears(dense)[path][2].weight.grad.numpy().astype(np.float64)  # (in, out)
         A, B = layer.lora_A.numpy().astype(np.float64), layer.lora_B.numpy().astype(np.float64)
         if layer.lora_magnitude_vector is not None:
             V = layer.base.weight.numpy() + layer.scaling * A @ B
@@ -446,7 +446,7 @@ def test_goldens_of_peft_can_be_trained_further(tmp_path):
 def test_pissa_takes_the_largest_singular_values_out_of_the_base():
     model, plain = adapters.apply_lora(build(), rank=3, alpha=5.0, pissa=True), build()
     for path, layer in adapters.lora_layers(model).items():
-        whole = M.linears(plain)[path][2].weight.numpy().astype(np.float64)
+        whole = M.block_linears(plain)[path][2].weight.numpy().astype(np.float64)
         u, s, vt = np.linalg.svd(whole, full_matrices=False)
         assert largest(layer.delta().numpy(), (u[:, :3] * s[:3]) @ vt[:3]) < 1e-5
         assert largest(np.linalg.svd(layer.base.weight.numpy(), compute_uv=False)[: len(s) - 3], s[3:]) < 1e-5

@@ -19,7 +19,7 @@ from formats.chat import (
     FORMATS,
     RECOGNISED,
     JinjaTemplate,
-    Piece,
+    PromptSegment,
     check_messages,
     encode_pieces,
     folder_template,
@@ -299,7 +299,7 @@ def test_special_tokens_in_what_a_user_writes():
         ("baichuan2", "chat.json", "baichuan2", None),
         ("qwen1", "chat.json", "qwen", None),
         ("qwen2", "chat.json", "qwen2", None),
-        ("qwen2", "chat.json", None, None),  # the folder's own template, recognised or rendered
+        ("qwen2", "chat.json", None, None),  # the folder's own template, recognized or rendered
         ("chatglm2_3", "chat_chatglm2.json", "chatglm2", "tokenizer_config.chatglm2.json"),
         ("chatglm2_3", "chat_chatglm3.json", "chatglm3", "tokenizer_config.chatglm3.json"),
     ],
@@ -491,7 +491,7 @@ def golden_template(folder):
 
 
 @pytest.mark.parametrize("folder, name", [("qwen2", "qwen2"), ("mistral_v3", "mistral-v3")])
-def test_a_published_template_is_recognised(monkeypatch, folder, name):
+def test_a_published_template_is_recognized(monkeypatch, folder, name):
     without_jinja(monkeypatch)
     template = JinjaTemplate(golden_template(folder), "t")
     assert template.known is FORMATS[name]
@@ -608,7 +608,7 @@ def test_jinja2_and_the_known_format_agree():
     ids = tokenizer.apply_chat(CHAT[:4])
     assert tokenizer.decode(ids, False) == PROMPTS["qwen2"][0]
     broken = types.SimpleNamespace(
-        pieces=lambda *args: [Piece(0, "text", "something else")], user="", begin="", stops=()
+        pieces=lambda *args: [PromptSegment(0, "text", "something else")], user="", begin="", stops=()
     )
     tokenizer.chat_template.known = broken  # a format that writes something else is not used
     assert tokenizer.apply_chat(CHAT[:4]) == ids

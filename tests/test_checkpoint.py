@@ -40,7 +40,7 @@ import model as M
 from arguments import TrainingArgs
 from checkpoint import (
     DONE,
-    Share,
+    CheckpointShardWriter,
     dequantize_4,
     dequantize_8,
     find_checkpoint,
@@ -51,8 +51,8 @@ from checkpoint import (
     quantize_4,
     quantize_8,
 )
-from distributed.collectives import Cut, owners
-from distributed.tensor import BY_INPUTS, BY_OUTPUTS, cut_ranges
+from distributed.collectives import ShardSpec, assign_writers
+from distributed.tensor import COLUMN_PARALLEL, ROW_PARALLEL, shard_ranges
 from formats.files import UserError, crc32_of
 from formats.tokenizer import load_tokenizer
 from parallel import Degrees, Topology
@@ -91,11 +91,11 @@ def test_owners_are_even_by_bytes():
                 f"w{i}": generator.choice([1, 3, 7, 64, 1000, 4096]) * generator.randrange(1, 99)
                 for i in range(generator.randrange(1, 60))
             }
-            found = owners(sizes, dict.fromkeys(sizes, list(range(ranks))))
+            found = assign_writers(sizes, dict.fromkeys(sizes, list(range(ranks))))
             load = [sum(size for name, size in sizes.items() if found[name] == rank) for rank in range(ranks)]
             assert max(load) <= sum(load) / ranks + max(sizes.values())
-            assert found == owners(dict(reversed(sizes.items())), dict.fromkeys(sizes, list(range(ranks))))
-    assert owners({"a": 9, "b": 1, "c": 1}, {"a": [0, 1], "b": [0, 1], "c": [0]}) == {"a": 0, "b": 1, "c": 0}
+            assert found == assign_writers(dict(reversed(sizes.items())), dict.fromkeys(sizes, list(range(ranks))))
+    assert assign_writers({"a": 9, "b": 1, "c": 1}, {"a": [0, 1], "b": [0, 1], "c": [0]}) == {"a": 0, "b": 1, "c": 0}
 
 
 def test_reading_ranges(tmp_path):
@@ -117,7 +117,7 @@ def test_reading_ranges(tmp_path):
         assert whole.dtype == (np.int8 if name == "i" else np.float32) and list(whole.shape) == list(shape)
         for dim, more in itertools.product(range(whole.ndim), (None, *range(whole.ndim))):
             for ranges in ([(1, 3)], [(0, 1), (2, 3)], [(0, whole.shape[dim])], [(2, 2)]):
-                before, cuts, expected = formats.tensor_files.StoredTensor.bytes_read, {dim: ranges}, whole
+                before, cuts, expected = formats.tensor_files.LazyTensor.bytes_read, {dim: ranges}, whole
                 if more is not None and more != dim:
                     cuts[more] = [(0, 1), (2, 3)]
                 part = read.ranges(cuts)
@@ -125,7 +125,7 @@ def test_reading_ranges(tmp_path):
                     expected = np.concatenate([expected.take(range(*r), at) for r in these], at)
                 assert np.array_equal(part, expected)
                 width = {"f": 4, "i": 1, "h": 2}[name]
-                assert formats.tensor_files.StoredTensor.bytes_read - before == part.size * width
+                assert formats.tensor_files.LazyTensor.bytes_read - before == part.size * width
 
 
 def test_reading_a_piece_of_a_part(tmp_path):
@@ -138,18 +138,18 @@ def test_reading_a_piece_of_a_part(tmp_path):
         read, _ = formats.weights.stored_tensors(tmp_path)["w"]
         parameter, part = types.SimpleNamespace(shape=list(ours.shape)), ours
         if cut_dim is not None:
-            parameter.cut = Cut(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
+            parameter.cut = ShardSpec(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
             part = parameter.cut.take(ours)
             parameter.shape = list(part.shape)
         weight = formats.weights.Weight("w", parameter, transposed)
         assert np.array_equal(weight.read(read), part)
         for first in range(part.size):
             for last in range(first + 1, part.size + 1):
-                before = formats.tensor_files.StoredTensor.bytes_read
+                before = formats.tensor_files.LazyTensor.bytes_read
                 found = weight.read(read, (first, last))
                 assert np.array_equal(found, part.reshape([-1])[first:last]), (transposed, cut_dim, first, last)
                 rows = -(-last // part.shape[1]) - first // part.shape[1]
-                assert formats.tensor_files.StoredTensor.bytes_read - before == 4 * rows * part.shape[1]
+                assert formats.tensor_files.LazyTensor.bytes_read - before == 4 * rows * part.shape[1]
                 assert np.array_equal(weight.read(lambda: stored, (first, last)), found)
 
 
@@ -223,12 +223,12 @@ def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
         for name in mine:
             whole, last = wholes[name], name.partition(".")[2]
             parameter = types.SimpleNamespace(shape=list(whole.shape))
-            if topology.tp.size > 1 and last in BY_OUTPUTS + BY_INPUTS:
-                dim = 0 if last in BY_INPUTS else 1
+            if topology.tp.size > 1 and last in COLUMN_PARALLEL + ROW_PARALLEL:
+                dim = 0 if last in ROW_PARALLEL else 1
                 ranges = [
-                    cut_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
+                    shard_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
                 ]
-                parameter.cut = Cut(dim, ranges, topology.tp.rank, whole.shape)
+                parameter.cut = ShardSpec(dim, ranges, topology.tp.rank, whole.shape)
                 whole = parameter.cut.take(whole)
                 parameter.shape = list(whole.shape)
             weight = formats.weights.Weight(name, parameter, transposed.get(last, False))
@@ -239,8 +239,8 @@ def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
                 first = min(topology.sharding.rank * width, whole.size)
                 piece = whole.reshape([-1])[first : first + width]
                 source = weight, piece.copy() if piece.size else None, first
-            entries.append(formats.weights.Entry({name: (weight.shape, "float32")}, [source]))
-        share = Share({"model": entries}, topology, {} if copied else None)
+            entries.append(formats.weights.SaveEntry({name: (weight.shape, "float32")}, [source]))
+        share = CheckpointShardWriter({"model": entries}, topology, {} if copied else None)
         if copied:
             for entry in entries:
                 if entry.sources[0][1] is not None:
@@ -293,7 +293,7 @@ def test_files_of_two_ranks(options, pool, tmp_path):
     tensors = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
-    weights = formats.weights.base_weights(M.build(families.ModelConfig.from_dict(TINY)))
+    weights = formats.weights.named_weights(M.build(families.ModelConfig.from_dict(TINY)))
     for w in weights:
         whole = jobs_checkpoint.content(w.name, w.shape, 1)
         assert np.array_equal(tensors[w.name], whole), w.name
@@ -306,7 +306,7 @@ def test_files_of_two_ranks(options, pool, tmp_path):
     sizes = [path.stat().st_size for path in folder.glob("optimizer-*.safetensors")]
     assert max(sizes) < 1.2 * min(sizes)
     for opened in (adapters.from_pretrained(folder), adapters.from_pretrained(tmp_path / "model")):
-        for w in formats.weights.base_weights(opened):
+        for w in formats.weights.named_weights(opened):
             assert np.array_equal(w.to_numpy(), jobs_checkpoint.content(w.name, w.shape, 1)), w.name
 
 
@@ -584,7 +584,7 @@ def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
     )
     cut = whole = 0
     for name, array in formats.tensor_files.read_safetensors(out / "model.safetensors").items():
-        if any(f"{part}." in name for part in (*BY_OUTPUTS, *BY_INPUTS, "embed_tokens", "lm_head")):
+        if any(f"{part}." in name for part in (*COLUMN_PARALLEL, *ROW_PARALLEL, "embed_tokens", "lm_head")):
             cut += array.nbytes
         else:
             whole += array.nbytes
@@ -749,7 +749,7 @@ def check_saves(folder, last):
             step = int(path.name[11:])
             assert checkpoint.damaged(path) is None
             tensors = final_tensors(path)
-            for w in formats.weights.base_weights(M.build(families.ModelConfig.from_dict(TINY))):
+            for w in formats.weights.named_weights(M.build(families.ModelConfig.from_dict(TINY))):
                 whole = jobs_checkpoint.content(w.name, w.shape, step)
                 assert np.array_equal(tensors[w.name], whole) and np.array_equal(
                     tensors[f"{w.name}/moment2_0"], whole * 2
@@ -814,7 +814,7 @@ def test_a_failed_write_is_told_at_the_next_save_or_at_the_end(tmp_path, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *args, **more)
 
-    monkeypatch.setattr(formats.tensor_files, "write_safetensors", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     saver.save(2)
     with pytest.raises(UserError, match="checkpoint-2: the disk is full .*earlier ones are intact"):
         saver.save(3)
@@ -845,7 +845,7 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
         order.append(path.name)
         return real(path, *args, **more)
 
-    monkeypatch.setattr(formats.tensor_files, "write_safetensors", slow)
+    monkeypatch.setattr(checkpoint, "write_safetensors", slow)
     saver.set(1)
     saver.save(1)
     assert order == [] and not (tmp_path / "checkpoint-1").exists() and saver.checkpoints.has(1)
@@ -921,7 +921,7 @@ def test_master_weights(half, tmp_path, capsys):
     opened = adapters.from_pretrained(skipped)
     assert all(
         np.array_equal(w.to_numpy(), jobs_checkpoint.content(w.name, w.shape, 3))
-        for w in formats.weights.base_weights(opened)
+        for w in formats.weights.named_weights(opened)
     )
     assert capsys.readouterr().out == ""
     _, removed = save("removed", "remove_master_weight skip_save_model_weight")

@@ -15,12 +15,12 @@ import paddle
 import pytest
 import tiny_models
 from pool import Ranks
-from test_kernels import random_rows
-from test_tensor_parallel import compare
+from test_ops import random_rows
+from test_tensor import compare
 
 import formats.files
 import parallel
-from distributed.context import Chunks, check_context, spread, token_places
+from distributed.context import RingMask, check_context, spread, zigzag_indices
 from distributed.tensor import check_tensor
 from parallel import Degrees, Topology
 
@@ -46,7 +46,7 @@ def takes(name, degrees):
 @pytest.mark.parametrize("T", [1, 5, 8, 13, 24])
 @pytest.mark.parametrize("is_ring", [False, True])
 def test_every_token_is_with_one_rank(size, T, is_ring):
-    places = [token_places(T, size, rank, is_ring) for rank in range(size)]
+    places = [zigzag_indices(T, size, rank, is_ring) for rank in range(size)]
     assert len({len(p) for p in places}) == 1
     everyone = np.concatenate(places)
     assert sorted(everyone) == list(range(len(everyone))) and len(everyone) >= T
@@ -56,9 +56,9 @@ def test_every_token_is_with_one_rank(size, T, is_ring):
 def test_ranks_of_a_ring_have_as_much_to_do(size):
     """Pairs of query and key under a causal mask: in even runs the last rank would have nearly twice the mean."""
     T = 16 * size
-    pairs = [int((token_places(T, size, rank, True) + 1).sum()) for rank in range(size)]
+    pairs = [int((zigzag_indices(T, size, rank, True) + 1).sum()) for rank in range(size)]
     assert len(set(pairs)) == 1
-    even = [int((token_places(T, size, rank, False) + 1).sum()) for rank in range(size)]
+    even = [int((zigzag_indices(T, size, rank, False) + 1).sum()) for rank in range(size)]
     assert max(even) / (sum(even) / size) == pytest.approx(2 - 1 / size, abs=0.05)
 
 
@@ -84,7 +84,7 @@ def test_chunks_see_what_rows_say(kind, T, size, before):
     for rank in range(size):
         sep = Topology(Degrees(sep=size), rank).sep
         spread(sep, T, True)
-        chunks = Chunks(None if rows is None else paddle.to_tensor(rows.astype("int32")), before, sep)
+        chunks = RingMask(None if rows is None else paddle.to_tensor(rows.astype("int32")), before, sep)
         assert chunks.causal == (n == 1)
         C = chunks.C
         for queries in chunks.mine:

@@ -965,7 +965,7 @@ def test_command_line_errors(tmp_path, folder, monkeypatch, capsys, arguments, m
     Path("THERE.idx").write_text("mine")
     assert data.main([str(folder) if a == "TOKENIZER" else a for a in arguments]) == 2
     lines = [
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("\r", "tokenising")) and line
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("\r", "tokenizing")) and line
     ]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert (

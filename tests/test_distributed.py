@@ -198,13 +198,12 @@ class Store:
 )
 def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
     import distributed.watchdog
-    import parallel
 
-    company, ended = object.__new__(distributed.watchdog.Company), []
+    company, ended = object.__new__(distributed.watchdog.Watchdog), []
     company.launch, company.place, company.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
     for name in ("_exit", "end"):
         monkeypatch.setattr(company, name, lambda *told: ended.append(told))
-    monkeypatch.setattr(parallel.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(distributed.watchdog.time, "sleep", lambda seconds: None)
     company.fail(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
     assert ended == [(1, f"{line}: it was killed, or ran out of memory")]
 

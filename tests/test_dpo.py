@@ -120,7 +120,7 @@ def opened(case="gqa", mix=0.0, **changes):
     config = {**CASES[case][1], **changes}
     first, second = (draw(shapes(config), seed) for seed in (0, 1))
     found = M.build(families.ModelConfig.from_dict(config))
-    for weight in formats.weights.base_weights(found):
+    for weight in formats.weights.named_weights(found):
         M.set_parameter(weight.parameter, weight.from_numpy(first[weight.name] + np.float32(mix) * second[weight.name]))
     return found
 
@@ -175,7 +175,7 @@ def test_packed_equals_separate_passes(loss_type):
     assert counts == (5, sum(len(chosen) for _, chosen, _ in pairs))
 
     packed = dpo.reply_logps(model, batch)
-    loss, figures = dpo.objective(packed, reference, batch["reply_tokens"], counts, args)
+    loss, figures = dpo.loss_and_metrics(packed, reference, batch["reply_tokens"], counts, args)
     loss.backward()
     ours = gradients(model)
 
@@ -189,7 +189,7 @@ def test_packed_equals_separate_passes(loss_type):
             separate.append(-model(paddle.to_tensor(ids), labels=paddle.to_tensor(labels)).sum())
     separate = paddle.stack(separate).reshape([5, 2])
     assert np.abs(packed.numpy() - separate.numpy()).max() < 1e-5
-    expected, other = dpo.objective(separate, reference, batch["reply_tokens"], counts, args)
+    expected, other = dpo.loss_and_metrics(separate, reference, batch["reply_tokens"], counts, args)
     expected.backward()
     theirs = gradients(model)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
@@ -199,7 +199,7 @@ def test_packed_equals_separate_passes(loss_type):
         assert np.abs(ours[name] - theirs[name]).max() < 1e-5 * max(1, np.abs(theirs[name]).max()), name
 
 
-def test_a_packed_pair_does_not_see_its_neighbours():
+def test_a_packed_pair_does_not_see_its_neighbors():
     """Other tokens in the first reply, or in another pair, leave the rest of the row bit for bit as it was."""
     model, pairs = opened(), random_pairs((6, 5, 9), (4, 7, 3))
     before = dpo.reply_logps(model, collated(pairs, [[0, 1]], 40)).numpy()
@@ -352,7 +352,7 @@ def test_losses_by_hand(loss_type):
     args.reference_free = loss_type in ("simpo", "or")
     given = reference * (not args.reference_free)
     tensors = (paddle.to_tensor(values.astype("float32")) for values in (policy, given))
-    loss, figures = dpo.objective(*tensors, tokens, (50, tokens[:, 0].sum()), args)
+    loss, figures = dpo.loss_and_metrics(*tensors, tokens, (50, tokens[:, 0].sum()), args)
     scale = tokens if loss_type in ("ipo", "simpo", "or") else 1.0
     (c, r), (C, R) = (policy / scale).T, (given / scale).T
     preference, sft = BY_HAND[loss_type](c, r, C, R).mean(), -policy[:, 0].sum() / tokens[:, 0].sum()
@@ -372,7 +372,7 @@ def test_losses_by_hand(loss_type):
 
 
 def test_ties_count_one_half_and_a_certain_reply_is_finite():
-    assert dpo.wins(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]])) == 1.5
+    assert dpo.count_wins(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]])) == 1.5
     chosen = paddle.to_tensor([0.0, -40.0])
     chosen.stop_gradient = False
     loss = dpo.orpo_loss(chosen, paddle.to_tensor([-0.5, 0.0]))
@@ -396,7 +396,7 @@ def assert_as_trl(found):
     compared = 0
     for name, kind, base, options in runs:
         logps = dpo.reply_logps(policy, batch)
-        loss, figures = dpo.objective(
+        loss, figures = dpo.loss_and_metrics(
             logps, base, batch["reply_tokens"], dpo.pair_counts([batch]), dpo.Args(loss_type=kind, **options)
         )
         loss.backward()
@@ -503,7 +503,7 @@ def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
         adapters.load_adapter(policy, out)
     pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(out), 400, 96, "dev")
     loader = data.PreferenceLoader(pairs, 3, 400, shuffle=False)
-    known = dpo.known_logps(base, loader, [(0, i) for i in range(loader.batches_per_epoch)])
+    known = dpo.precompute_reference_logps(base, loader, [(0, i) for i in range(loader.batches_per_epoch)])
     expected = dpo.evaluate_pairs(policy, loader, known, dpo.Args(beta=0.5))
     reported = json.loads((out / "dev_results.json").read_text())
     assert reported == pytest.approx(expected, rel=1e-4, abs=1e-5) and reported["eval_pairs"] == 8

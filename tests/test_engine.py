@@ -26,22 +26,22 @@ import families
 import formats.weights
 import model as M
 import serve
-from adapters import apply_lora, apply_prefix, from_pretrained, load_adapter, lora_layers, save_adapter
+from adapters import apply_lora, apply_prefix, from_pretrained, load_adapter, lora_layers, merge, save_adapter
 from arguments import parse_args
 from formats.chat import ChatTemplate
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from serving.engine import (
     BlockPool,
-    Chunk,
+    Detokenizer,
     Engine,
     PromptTooLong,
     QueueFull,
     Request,
     Sampler,
     SamplingParams,
+    ScheduledTokens,
     ShuttingDown,
-    TextStream,
     UnknownAdapter,
 )
 from serving.runners import PagedRunner
@@ -199,7 +199,7 @@ def test_greedy_equals_generate_for_other_architectures(changes):
     assert run(engine, [Request(p, greedy()) for p in texts]) == [[oracle(model, p)] for p in texts]
 
 
-def test_neighbours_whose_positions_follow_one_another_stay_apart():
+def test_neighbors_whose_positions_follow_one_another_stay_apart():
     model = tiny({"rope_scaling": {"type": "dynamic", "factor": 3.0}})
     texts = [
         p[: 20 + i] for i, p in enumerate([list(range(10 + i, 60 + i)) for i in range(5)])
@@ -291,7 +291,7 @@ def test_goldens_are_generated_in_any_company(folder):
 def test_every_family_in_chunks_with_reuse_and_preemption(name):
     model = tiny_models.build(name)
     texts = family_prompts(model.config, (3, 14, 9, 1, 17, 6))
-    expected = [oracle(model, text, min(10, model.config.most_tokens - len(text))) for text in texts]
+    expected = [oracle(model, text, min(10, model.config.max_model_len - len(text))) for text in texts]
     for limits in LIMITS:
         found, engine = served(model, texts, 10, limits)
         assert found == expected, limits
@@ -315,7 +315,7 @@ def test_every_kind_of_positions_behind_a_prefix_and_with_adapters(name, tmp_pat
         np.random.default_rng(5).standard_normal(model.prefix.embedding.shape).astype(np.float32),
     )
     texts = family_prompts(model.config, (4, 11, 9), seed=2)
-    expected = [oracle(model.eval(), text, min(8, model.config.most_tokens - 5 - len(text))) for text in texts]
+    expected = [oracle(model.eval(), text, min(8, model.config.max_model_len - 5 - len(text))) for text in texts]
     for limits in (
         {},
         {"max_num_batched_tokens": 6, "max_num_seqs": 3, "block_size": 3},
@@ -337,7 +337,7 @@ def test_every_kind_of_positions_behind_a_prefix_and_with_adapters(name, tmp_pat
     asked = [(text, adapter) for text in texts for adapter in (None, "lora0", "lora1")]
     for text, adapter in asked:
         one = tiny_models.build(name) if adapter is None else load_adapter(tiny_models.build(name), paths[adapter])
-        wanted.append([oracle(one.eval(), text, min(6, model.config.most_tokens - len(text)))])
+        wanted.append([oracle(one.eval(), text, min(6, model.config.max_model_len - len(text)))])
     assert run(engine, [Request(text, greedy(6), adapter) for text, adapter in asked]) == wanted
     assert len({tuple(replies[0]) for replies in wanted}) > len(texts)
 
@@ -357,7 +357,7 @@ def test_blocks_are_shared_only_where_positions_are_turned_alike():
             if most[1] == 8
             else (text[:7], text[:8], text[:10], text[:11], text[:12])
         ):
-            room = min(4, model.config.most_tokens - len(prompt))
+            room = min(4, model.config.max_model_len - len(prompt))
             (completion,) = engine.generate([Request(prompt, greedy(4))])[0]
             assert completion.token_ids == oracle(model, prompt, room)
             cached.append(completion.cached_tokens)
@@ -537,9 +537,9 @@ def demo_logits(int8, replies, spoil=lambda runner: None):
         sequence = types.SimpleNamespace(
             tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt), prompt_end=len(prompt)
         )
-        found.append(runner.run([Chunk(sequence, 0, len(prompt))]))
+        found.append(runner.run([ScheduledTokens(sequence, 0, len(prompt))]))
         spoil(runner)
-        found += [runner.run([Chunk(sequence, at, 1)]) for at in range(len(prompt), len(sequence.tokens) - 1)]
+        found += [runner.run([ScheduledTokens(sequence, at, 1)]) for at in range(len(prompt), len(sequence.tokens) - 1)]
     return np.concatenate(found)
 
 
@@ -705,7 +705,7 @@ class Letters:
     ],
 )
 def test_stop_texts_are_found_across_tokens_and_never_shown(text, stop, expected):
-    stream, shown, stopped = TextStream(Letters(), stop), [], False
+    stream, shown, stopped = Detokenizer(Letters(), stop), [], False
     for byte in text.encode():
         new, stopped = stream.push(byte)
         shown.append(new)
@@ -719,7 +719,7 @@ def test_stop_texts_are_found_across_tokens_and_never_shown(text, stop, expected
 
 
 def test_half_a_character_is_held_back_and_shown_at_the_end_as_it_is():
-    stream = TextStream(Letters(), ())
+    stream = Detokenizer(Letters(), ())
     assert [stream.push(b)[0] for b in "é".encode()] == ["", "é"]
     assert stream.push("€".encode()[0]) == ("", False) and stream.flush() == ("\ufffd", False)
 
@@ -754,7 +754,7 @@ def test_adapters_by_name_in_one_batch_equal_their_models(adapters):
     found = run(engine, [Request(p, greedy(), name) for p, name in zip(texts, names)])
     models = {
         None: tiny(),
-        **{name: adapters.merge(load_adapter(tiny(), path)) for name, path in adapters.items()},
+        **{name: merge(load_adapter(tiny(), path)) for name, path in adapters.items()},
     }
     expected = [[oracle(models[name], p)] for p, name in zip(texts, names)]
     assert found == expected and len({str(oracle(m, texts[0])) for m in models.values()}) == 4
@@ -797,7 +797,7 @@ def quantized_folder(path):
         },
     )
     model, g = M.build(families.ModelConfig.from_dict(config)), np.random.default_rng(0)
-    for w in formats.weights.base_weights(model):
+    for w in formats.weights.named_weights(model):
         shape = w.parameter.shape
         if w.name.endswith("qweight"):
             M.set_parameter(w.parameter, g.integers(-(1 << 31), 1 << 31, shape).astype(np.int32))

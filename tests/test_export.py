@@ -16,7 +16,7 @@ import kernels
 import numpy as np
 import paddle
 import pytest
-import test_integers
+import test_quant_linear
 import tiny_models
 from conftest import ROOT
 from golden_weights import CASES, draw, shapes
@@ -100,11 +100,11 @@ def quantized(scheme, folder, source=DEMO):
     """A model, every linear rounded to nearest; as quantize.py would write it, but by the plainest means."""
     plain = adapters.from_pretrained(source)
     model = M.build(dataclasses.replace(plain.config, quantization=SCHEMES[scheme]))
-    weights = {w.name: w.parameter.numpy() for w in formats.weights.base_weights(plain)}
-    for w in formats.weights.base_weights(model):
+    weights = {w.name: w.parameter.numpy() for w in formats.weights.named_weights(plain)}
+    for w in formats.weights.named_weights(model):
         if w.name in weights:
             M.set_parameter(w.parameter, weights[w.name])
-    for path, (_, _, layer) in M.linears(model).items():
+    for path, (_, _, layer) in M.block_linears(model).items():
         round_into(layer, weights[path + ".weight"])
     formats.weights.save_pretrained(model, folder)
     return tokenizer_into(folder)
@@ -383,7 +383,7 @@ def test_every_family_in_both_formats(tmp_path, capsys, name):
     runner, model = StaticRunner(folder), adapters.from_pretrained(source).eval()
     assert (
         runner.max_positions
-        == model.config.most_tokens
+        == model.config.max_model_len
         == (1 << 30 if name in tiny_models.ALIBI else 24 if name == "llama_dynamic" else 64)
     )
     texts = texts_of(model.config)
@@ -397,21 +397,21 @@ def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
         (tmp_path / name).mkdir()
         config = tiny_models.config(name, vocab_size=3072)
         model = M.build(dataclasses.replace(config, quantization={**SCHEMES["a8w8"], "shift": True}))
-        plain = {w.name: w for w in formats.weights.base_weights(tiny_models.fill(M.build(config)))}
-        for w in formats.weights.base_weights(model):  # of the biases that a shift adds, none is 0
+        plain = {w.name: w for w in formats.weights.named_weights(tiny_models.fill(M.build(config)))}
+        for w in formats.weights.named_weights(model):  # of the biases that a shift adds, none is 0
             if w.stored is None:
                 array = (
                     plain[w.name].parameter.numpy() if w.name in plain else np.full(w.parameter.shape, 0.1, np.float32)
                 )
                 M.set_parameter(w.parameter, array)
-        for path, (_, _, layer) in M.linears(model).items():
+        for path, (_, _, layer) in M.block_linears(model).items():
             round_into(layer, plain[path + ".weight"].parameter.numpy())
         formats.weights.save_pretrained(model, tmp_path / name)
         tokenizer_into(tmp_path / name)
     folder = run(tmp_path / "floats", model_name_or_path=tmp_path / "bloom", dequantize=True)
     again = adapters.from_pretrained(folder)
     assert again.config.quantization is None and all(
-        isinstance(layer, M.Linear) for *_, layer in M.linears(again).values()
+        isinstance(layer, M.Linear) for *_, layer in M.block_linears(again).values()
     )
     with pytest.raises(UserError, match="was shifted: .* have no place in a float llama"):
         run(tmp_path / "none", model_name_or_path=tmp_path / "llama", dequantize=True)
@@ -522,9 +522,9 @@ def test_static_folder_that_is_not_whole(tmp_path):
     assert "format_version 7" in broken(lambda folder: (folder / "static_config.json").write_text(text))
 
 
-@pytest.mark.parametrize("scheme", test_integers.SCHEMES)
+@pytest.mark.parametrize("scheme", test_quant_linear.SCHEMES)
 def test_programs_of_every_layout_of_integers(tmp_path, scheme):
-    model, _ = test_integers.quantized(scheme)
+    model, _ = test_quant_linear.quantized(scheme)
     ids, mask = export.probe(model)
     expected = export.dynamic_logits(model, ids, mask)
     export.trace(model, tmp_path)

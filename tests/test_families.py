@@ -185,7 +185,7 @@ def test_balancing_loss_counts_no_padding(name):
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
         # One expert a token, whose weight is made 1: only the balance moves the router.
         assert router and all(
-            (np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalise) for g in router.values()
+            (np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalize) for g in router.values()
         )
         assert all(largest(g, with_it[key]) > 1e-5 for key, g in router.items() if with_it), (
             "the balance moves the router"
@@ -215,12 +215,12 @@ def test_experts_without_tokens_and_with_all_of_them(name):
     """Every expert's share computed densely is the oracle; one expert takes all, most take none."""
     model = build(name)
     for layer in model.layers:
-        if isinstance(layer.mlp, M.SparseMLP) and layer.mlp.how.choice_bias:
+        if isinstance(layer.mlp, M.MoE) and layer.mlp.how.choice_bias:
             layer.mlp.choice_bias.set_value(paddle.linspace(0, 9, layer.mlp.how.count))
     ids = np.full((2, 7), 11)
     for text in (ids, ids[:1, :1], samples_of(name, 1, 1)[0], samples_of(name, 3, 5)[0]):
         for layer in model.layers:
-            if not isinstance(layer.mlp, M.SparseMLP):
+            if not isinstance(layer.mlp, M.MoE):
                 continue
             x = paddle.to_tensor(
                 np.random.default_rng(text.size)
@@ -465,7 +465,7 @@ def test_bfloat16_training_step(name):
             kernels.configure(use_bf16=True)  # float32 again after each test, see conftest.py
             if not kernels.bf16:
                 pytest.skip(f"no bfloat16 here: {kernels.bf16_missing()}")
-            adapters.halve_frozen(model)
+            adapters.cast_frozen_to_bf16(model)
             assert {p.dtype for n, p in model.named_parameters() if n.endswith("base.weight")} == {paddle.bfloat16}
         losses = model(ids, positions, rows, labels=labels)
         losses.sum().backward()
@@ -614,7 +614,9 @@ def test_golden_masks_and_positions_of_chatglm(name):
     ids = oracle["input_ids"].astype(np.int64)
     T = ids.shape[1]
     places = np.broadcast_to(np.arange(T), ids.shape)
-    positions, rows = M.two_positions(golden_model(GOLDEN / "models" / name).config, tensor(ids), tensor(places), None)
+    positions, rows = M.glm_positions_and_mask(
+        golden_model(GOLDEN / "models" / name).config, tensor(ids), tensor(places), None
+    )
     assert np.array_equal(positions.numpy().transpose(0, 2, 1), oracle["position_ids"])
     row, rows = np.arange(T)[:, None], rows.numpy()[:, 0, None]  # (B, 1, keys, 2)
     hidden = (row >= rows[..., 0]) | (row < rows[..., 1])
@@ -760,7 +762,9 @@ def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path
     batch = data.SFTLoader(dataset, 2, 44, zero_padding=True, shuffle=False).batch(0, 0)
     ids, labels, places = batch["input_ids"], batch["labels"], batch["position_ids"]
     config = families.ModelConfig.from_json(folder)
-    positions, rows = M.two_positions(config, tensor(ids), tensor(places), tensor(batch["startend_row_indices"]))
+    positions, rows = M.glm_positions_and_mask(
+        config, tensor(ids), tensor(places), tensor(batch["startend_row_indices"])
+    )
     positions, rows = positions.numpy(), rows.numpy()[:, 0]
     for b in range(len(ids)):
         starts = [t for t in range(44) if places[b, t] == 0]

@@ -39,7 +39,7 @@ def build(case="gqa", seed=0, **changes):
     source = {**CASES[case][1], **changes}
     model = M.build(families.ModelConfig.from_dict(source))
     arrays = draw(shapes(source), seed)
-    for weight in formats.weights.base_weights(model):
+    for weight in formats.weights.named_weights(model):
         M.set_parameter(weight.parameter, weight.from_numpy(arrays.pop(weight.name)))
     assert not arrays, arrays.keys()
     return model
@@ -244,7 +244,7 @@ def test_half_precision_round_trip(dtype, tmp_path):
     header = formats.tensor_files.safetensors_header(tmp_path / "a" / "model.safetensors")
     assert {entry[0] for entry in header.values()} == {"BF16" if dtype == "bfloat16" else "F16"}
     once = formats.tensor_files.read_safetensors(tmp_path / "a" / "model.safetensors")
-    for weight in formats.weights.base_weights(model):
+    for weight in formats.weights.named_weights(model):
         expected = tensor(weight.to_numpy().copy()).astype(dtype).astype("float32").numpy()  # Paddle's own rounding
         assert np.array_equal(once[weight.name], expected), weight.name
     formats.weights.save_pretrained(adapters.from_pretrained(tmp_path / "a"), tmp_path / "b", dtype=dtype)
@@ -252,7 +252,7 @@ def test_half_precision_round_trip(dtype, tmp_path):
     stored = adapters.from_pretrained(tmp_path / "a", dtype="bfloat16")
     assert all(p.dtype == paddle.bfloat16 for p in stored.parameters())
     if dtype == "bfloat16":
-        assert all(np.array_equal(w.to_numpy(), once[w.name]) for w in formats.weights.base_weights(stored))
+        assert all(np.array_equal(w.to_numpy(), once[w.name]) for w in formats.weights.named_weights(stored))
 
 
 def test_bfloat16_rounds_to_nearest_even_and_keeps_special_values():
@@ -301,7 +301,7 @@ def test_bin_written_by_torch():
         assert found.shape == wanted.shape and np.array_equal(found, wanted), name
 
 
-class _Call:
+class _FlattenedCall:
     """Pickles as a call of `function`; what a malicious checkpoint does."""
 
     def __init__(self, function, *args):
@@ -339,12 +339,12 @@ def test_pickles_that_run_code_are_refused_and_not_run(make_folder, tmp_path):
     folder, proof = make_folder("mha"), tmp_path / "proof"
     (folder / "model.safetensors").unlink()
     attacks = [
-        _Call(os.system, f"touch {proof}"),
-        _Call(eval, f"open({str(proof)!r}, 'w')"),
-        _Call(subprocess.check_output, ["touch", str(proof)]),
-        {"model.norm.weight": _Call(os.mkdir, str(proof))},
-        [_Call(__import__, "os")],
-        _Call(exec, f"open({str(proof)!r}, 'w')"),
+        _FlattenedCall(os.system, f"touch {proof}"),
+        _FlattenedCall(eval, f"open({str(proof)!r}, 'w')"),
+        _FlattenedCall(subprocess.check_output, ["touch", str(proof)]),
+        {"model.norm.weight": _FlattenedCall(os.mkdir, str(proof))},
+        [_FlattenedCall(__import__, "os")],
+        _FlattenedCall(exec, f"open({str(proof)!r}, 'w')"),
     ]
     for attack in attacks:
         write_bin(folder / "pytorch_model.bin", attack)
@@ -556,12 +556,13 @@ def test_peak_memory_of_from_pretrained(run_python, tmp_path):
     script = """
 import json, sys
 import paddle, numpy as np
-import model
-model.kernels.configure()
+import kernels
+from adapters import from_pretrained
+kernels.configure()
 paddle.matmul(paddle.ones([64, 64]), paddle.ones([64, 64]))
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
 before = peak()
-loaded = model.from_pretrained(sys.argv[1])
+loaded = from_pretrained(sys.argv[1])
 after_load = peak()
 assert all(float(p.flatten()[-1]) == 0.5 for p in loaded.parameters())
 print(json.dumps({"load": after_load - before}))
@@ -734,7 +735,7 @@ def test_all_labels_ignored_gives_zero_gradients():
 def test_flops_by_hand(case, by_hand):
     model = build(case)
     assert model.flops_per_token(100) == by_hand
-    matrices = sum(int(np.prod(w.shape)) for w in formats.weights.base_weights(model) if len(w.shape) == 2)
+    matrices = sum(int(np.prod(w.shape)) for w in formats.weights.named_weights(model) if len(w.shape) == 2)
     embedding = 0 if case == "bias_tied" else V * 32
     assert model.flops_per_token(0) == 6 * (matrices - embedding)
     assert model.num_parameters() == sum(int(np.prod(s)) for s in shapes(CASES[case][1]).values())
@@ -762,7 +763,7 @@ def test_neftune_noise_in_training_only_and_of_the_right_size(monkeypatch):
 def test_weights_start_from_seed_and_name_alone():
     a, b, c = (M.build(families.ModelConfig.from_dict(CASES["bias_tied"][0])) for _ in range(3))
     formats.weights.init_weights(a, 1), formats.weights.init_weights(b, 1), formats.weights.init_weights(c, 2)
-    for x, y, z in zip(*(formats.weights.base_weights(m) for m in (a, b, c))):
+    for x, y, z in zip(*(formats.weights.named_weights(m) for m in (a, b, c))):
         assert np.array_equal(x.to_numpy(), y.to_numpy())
         if len(x.shape) == 2:
             assert not np.array_equal(x.to_numpy(), z.to_numpy())

@@ -28,7 +28,7 @@ import pytest
 
 import serve
 from formats.files import UserError
-from serving.engine import Output, QueueFull, SamplingParams, ShuttingDown
+from serving.engine import QueueFull, SamplingParams, ShuttingDown, TokenOutput
 from serving.openai_api import Server, serve_http
 
 ROOT = Path(serve.__file__).resolve().parent
@@ -120,7 +120,7 @@ class FakeEngine:
                     job = self.live.pop(request_id)
                     self.aborts += 1
                     for index in set(range(job.request.params.n)) - job.done:
-                        job.tell(Output(index, None, "", finish_reason="abort"))
+                        job.tell(TokenOutput(index, None, "", finish_reason="abort"))
                 self.aborted.clear()
                 jobs = list(self.live.values())[: self.max_num_seqs]
             for job in jobs:
@@ -149,12 +149,12 @@ class FakeEngine:
             token = data[job.at] if job.at < len(data) else 256
             # Half characters are held back, as the engine does it.
             before, after = (data[: job.at + i].decode("utf-8", "ignore") for i in (0, 1))
-            output = Output(index, token, after[len(before) :], finish_reason=reason if ends else None)
+            output = TokenOutput(index, token, after[len(before) :], finish_reason=reason if ends else None)
             if params.logprobs is not None:
                 output.logprob = -0.5
                 output.top_logprobs = [(token, -0.5), (65, float("-inf"))][: params.logprobs]
             if self.fail:
-                output = Output(index, None, "", finish_reason="error")
+                output = TokenOutput(index, None, "", finish_reason="error")
             self.tokens += 1
             if output.finish_reason:
                 job.done.add(index)

@@ -1,7 +1,7 @@
-"""Pipeline parallelism: the timetable by itself, then steps on 2 and 4 ranks against one process.
+"""Pipeline parallelism: the pipeline_schedule by itself, then steps on 2 and 4 ranks against one process.
 
 python -m pytest tests/test_pipeline.py                  # 2 ranks, some of 4
-python -m pytest tests/test_pipeline.py --slow           # more of 4, every family, a neighbour slower than gloo waits
+python -m pytest tests/test_pipeline.py --slow           # more of 4, every family, a neighbor slower than gloo waits
 """
 
 import itertools
@@ -13,15 +13,15 @@ import pytest
 import tiny_models
 from conftest import ROOT
 from pool import Ranks
-from test_integers import quantized
+from test_quant_linear import quantized
 from test_weights import paddlenlp_folder
 
 import adapters
 import formats.weights
 import parallel
-from distributed.pipeline import bubble, check_pipeline, simulate, stage_layers, timetable
+from distributed.pipeline import bubble_fraction, check_pipeline, partition_layers, pipeline_schedule, simulate_schedule
 
-# ============================================================================================== the timetable
+# ============================================================================================== the pipeline_schedule
 
 RANKS, VIRTUAL, BATCHES = (2, 3, 4, 8), (1, 2, 3), range(1, 18)
 grid = pytest.mark.parametrize("ranks, virtual", list(itertools.product(RANKS, VIRTUAL)))
@@ -30,11 +30,11 @@ grid = pytest.mark.parametrize("ranks, virtual", list(itertools.product(RANKS, V
 @grid
 def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual):
     for batches in BATCHES:
-        plan = timetable(ranks, virtual, batches)
+        plan = pipeline_schedule(ranks, virtual, batches)
         wanted = {(kind, c, i) for kind in ("forward", "backward") for c in range(virtual) for i in range(batches)}
         for steps in plan:
             assert len(steps) == len(wanted) and set(steps) == wanted
-        assert simulate(plan) is not None
+        assert simulate_schedule(plan) is not None
         # Gradients of parameters, and of copies of one on two ranks, are added up in the order of the micro-batches.
         orders = {tuple(i for kind, c, i in steps if kind == "backward" and c == 0) for steps in plan}
         assert orders == {tuple(range(batches))}
@@ -43,7 +43,7 @@ def test_a_timetable_is_whole_and_never_waits_for_itself(ranks, virtual):
 @grid
 def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual):
     for batches in BATCHES:
-        for rank, steps in enumerate(timetable(ranks, virtual, batches)):
+        for rank, steps in enumerate(pipeline_schedule(ranks, virtual, batches)):
             kept = np.cumsum([1 if kind == "forward" else -1 for kind, _, _ in steps])
             most = ranks - rank if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
             if batches % ranks == 0 or virtual == 1:
@@ -55,27 +55,27 @@ def test_what_a_rank_keeps_does_not_grow_with_the_micro_batches(ranks, virtual):
 def test_the_bubble_is_the_formulas(ranks, virtual):
     for batches in (m for m in BATCHES if virtual == 1 or m % ranks == 0):
         formula = (ranks - 1) / (virtual * batches + ranks - 1)
-        assert bubble(ranks, virtual, batches) == formula
+        assert bubble_fraction(ranks, virtual, batches) == formula
         for backward in (1.0, 2.0, 3.5):
-            plan = timetable(ranks, virtual, batches)
-            _, idle = simulate(plan, {"forward": 1.0, "backward": backward})
+            plan = pipeline_schedule(ranks, virtual, batches)
+            _, idle = simulate_schedule(plan, {"forward": 1.0, "backward": backward})
             assert idle == pytest.approx(formula, abs=1e-12)
 
 
 def test_a_bubble_without_a_formula_is_the_timetables():
-    assert 3 / (2 * 5 + 3) < bubble(4, 2, 5) < 1
-    assert bubble(4, 2, 5) == simulate(timetable(4, 2, 5))[1]
+    assert 3 / (2 * 5 + 3) < bubble_fraction(4, 2, 5) < 1
+    assert bubble_fraction(4, 2, 5) == simulate_schedule(pipeline_schedule(4, 2, 5))[1]
 
 
 def test_a_wrong_timetable_is_found():
-    plan = [list(steps) for steps in timetable(2, 1, 3)]
+    plan = [list(steps) for steps in pipeline_schedule(2, 1, 3)]
     plan[1][0], plan[1][1] = plan[1][1], plan[1][0]  # backward before forward
-    assert simulate(plan) is None
+    assert simulate_schedule(plan) is None
 
 
 @pytest.mark.parametrize("layers, stages", [(2, 2), (3, 2), (5, 2), (5, 4), (7, 3), (61, 16), (32, 8)])
 def test_stages_are_even(layers, stages):
-    found = stage_layers(layers, stages)
+    found = partition_layers(layers, stages)
     assert [i for part in found for i in part] == list(range(layers)) and len(found) == stages
     sizes = [len(part) for part in found]
     assert max(sizes) - min(sizes) <= 1 and (stages < 3 or max(sizes[0], sizes[-1]) <= min(sizes[1:-1]))
@@ -282,7 +282,7 @@ def test_folders_of_paddlenlp(ranks, tmp_path, case):
 
 def assert_parts(found, folder):
     """Every stage has some weights of the folder's model, and all of them have all."""
-    whole = {w.name: w.to_numpy() for w in formats.weights.base_weights(adapters.from_pretrained(folder))}
+    whole = {w.name: w.to_numpy() for w in formats.weights.named_weights(adapters.from_pretrained(folder))}
     for weights, _ in found:
         assert set(weights) < set(whole)
         for name, array in weights.items():
@@ -306,14 +306,14 @@ def test_an_adapter_is_loaded_by_stages(ranks, tmp_path, adapter):
 
 
 def test_a_call_with_gradients_says_what_to_do(ranks):
-    with pytest.raises(RuntimeError, match=r"a pipeline is trained by parallel.micro_steps\(\)"):
+    with pytest.raises(RuntimeError, match=r"a pipeline is trained by parallel.forward_backward\(\)"):
         Ranks(2).run("jobs_pipeline:plain_call", {"pp": 2})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slow", [0, 1])
-def test_a_slow_neighbour_is_waited_for(ranks, slow):
-    found = ranks(2).run("jobs_pipeline:slow_neighbour", {"pp": 2}, slow, 40)
+def test_a_slow_neighbor_is_waited_for(ranks, slow):
+    found = ranks(2).run("jobs_pipeline:slow_neighbor", {"pp": 2}, slow, 40)
     np.testing.assert_array_equal(found[0][0], found[1][0])
 
 

@@ -72,15 +72,15 @@ def quantized(scheme, case="gqa", seed=0):
     plain = build(case)
     config = dataclasses.replace(plain.config, quantization=SCHEMES[scheme])
     model, weights = M.build(config), {}
-    for i, (path, (_, _, layer)) in enumerate(M.linears(model).items()):
+    for i, (path, (_, _, layer)) in enumerate(M.block_linears(model).items()):
         weights[path] = fill(layer, [seed, i])
-    from_plain = {w.name: w for w in formats.weights.base_weights(plain)}
-    for w in formats.weights.base_weights(model):
+    from_plain = {w.name: w for w in formats.weights.named_weights(plain)}
+    for w in formats.weights.named_weights(model):
         if w.name in from_plain and w.parameter.dtype == paddle.float32 and "scales" not in w.name:
             M.set_parameter(w.parameter, from_plain[w.name].parameter.numpy())
         elif w.name.endswith("bias"):
             M.set_parameter(w.parameter, np.random.default_rng(7).standard_normal(w.shape).astype(np.float32) * 0.1)
-    for path, (_, _, layer) in M.linears(plain).items():
+    for path, (_, _, layer) in M.block_linears(plain).items():
         M.set_parameter(layer.weight, weights[path].astype(np.float32))
     return model.eval(), plain.eval()
 
@@ -90,7 +90,7 @@ def quantized(scheme, case="gqa", seed=0):
 def test_integers_stand_for_their_floats(scheme, case):
     model, plain = quantized(scheme, case)
     assert largest(model(IDS).numpy(), plain(IDS).numpy()) < 2e-5
-    for (_, _, ours), (_, _, theirs) in zip(M.linears(model).values(), M.linears(plain).values()):
+    for (_, _, ours), (_, _, theirs) in zip(M.block_linears(model).values(), M.block_linears(plain).values()):
         assert largest(ours.dequantized().numpy(), theirs.weight.numpy()) < 1e-6
 
 
@@ -231,7 +231,7 @@ def test_a_folder_of_integers_comes_back_bit_for_bit(scheme, tmp_path):
         model, tmp_path / "q", dtype="bfloat16" if scheme in ROUNDED else "float32", max_shard_bytes=3000
     )
     again = adapters.from_pretrained(tmp_path / "q").eval()
-    for a, b in zip(formats.weights.base_weights(model), formats.weights.base_weights(again)):
+    for a, b in zip(formats.weights.named_weights(model), formats.weights.named_weights(again)):
         assert a.name == b.name and (scheme in ROUNDED or np.array_equal(a.to_numpy(), b.to_numpy())), a.name
     if scheme not in ROUNDED:
         assert np.array_equal(model(IDS).numpy(), again(IDS).numpy())

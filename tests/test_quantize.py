@@ -134,7 +134,7 @@ def mean_hessian(x):
 
 
 def gptq(weight, hessian, bits, group_size=-1, sym=True, desc_act=False, percdamp=0.01, search_range=True):
-    """(Codes, damping) by the two steps in one."""
+    """(QuantizedWeight, damping) by the two steps in one."""
     plan = quantize.gptq_plan(hessian, desc_act, percdamp)
     return quantize.gptq(weight, plan, bits, group_size, sym, search_range), plan.damping
 
@@ -185,13 +185,13 @@ def test_grids_of_one_sided_and_empty_groups(sym):
     for rows in (np.full((8, 2), 3.0), np.full((8, 2), -3.0), np.zeros((8, 2)), np.linspace(1, 2, 16).reshape(8, 2)):
         scale, zero = quantize.grid(rows.astype(np.float32), 4, sym)
         assert np.all((zero >= 1) & (zero <= 15)) and np.all(scale > 0)  # zero less one is unsigned in the file
-        codes = quantize.to_codes(rows, scale, zero, 4)
+        codes = quantize.quantize_to_codes(rows, scale, zero, 4)
         assert np.all(np.abs(scale * (codes.astype(int) - zero) - rows) <= 0.51 * scale * (2 if sym else 1))
 
 
 def test_a_weight_too_large_for_float16_scales_is_named(world, tmp_path, capfd):
     huge = tiny_model()
-    _, _, layer = model.linears(huge)["model.layers.1.mlp.up_proj"]
+    _, _, layer = model.block_linears(huge)["model.layers.1.mlp.up_proj"]
     model.set_parameter(layer.weight, layer.weight.numpy() * 1e9)
     save_pretrained(huge, tmp_path / "huge")
     load_tokenizer(DEMO / "llama").save(tmp_path / "huge")
@@ -215,7 +215,7 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp):
             scale, zero = quantize.grid(left[order[place : place + size]], bits, sym)
         rest = order[place:]
         inverse = np.linalg.inv(hessian[np.ix_(rest, rest)])
-        result[row] = scale * (quantize.to_codes(left[row], scale, zero, bits).astype(np.float64) - zero)
+        result[row] = scale * (quantize.quantize_to_codes(left[row], scale, zero, bits).astype(np.float64) - zero)
         left[rest] -= np.outer(inverse[0] / inverse[0, 0], left[row] - result[row])
     return result
 
@@ -329,7 +329,7 @@ SEARCH = {"smooth_piecewise_search": True, "smooth_search_piece": True, "search_
 
 
 def groups(net, block):
-    return [group for stage in quantize.stages_of(block, net.config) for group in stage]
+    return [group for stage in quantize.sequential_groups(block, net.config) for group in stage]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -343,13 +343,13 @@ def groups(net, block):
 )
 def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
     net = tiny_model(attention_bias=biased, mlp_bias=biased)
-    for layer in (layer for *_, layer in model.linears(net).values() if biased):
+    for layer in (layer for *_, layer in model.block_linears(net).values() if biased):
         model.set_parameter(layer.bias, np.random.RandomState(2).randn(layer.n_out).astype(np.float32))
     before, args = logits(net), make_args(do_ptq=True, **keys)
     with paddle.no_grad():
         calibration = quantize.Calibration(net, make_loader(), 2)
         for index, block in enumerate(net.layers):
-            slots = quantize.slots_of(net, index)
+            slots = quantize.linear_refs(net, index)
             firsts = [group.names[0] for group in groups(net, block)]
             observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
             weights = [slots[name].layer.weight.numpy() for name in firsts]
@@ -437,7 +437,7 @@ def test_shift_and_smoothing_leave_every_family_as_it_is(name):
         calibration = quantize.Calibration(net, Texts(net), 2)
         assert calibration.tokens == 89
         for index, block in enumerate(net.layers):
-            slots, found = quantize.slots_of(net, index), groups(net, block)
+            slots, found = quantize.linear_refs(net, index), groups(net, block)
             assert sorted(n for group in found for n in group.names) == sorted(slots)  # every linear is in one group
             firsts = [group.names[0] for group in found]
             observed = calibration.observe(block, [slots[first] for first in firsts], keep_rows=96)
@@ -476,8 +476,8 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
         errors.clear()
         with paddle.no_grad():
             rows = quantize.quantize_model(net, quantize.Calibration(net, Texts(net), 2), args, say=lambda line: None)
-        assert sorted(row["linear"] for row in rows) == sorted(model.linears(net))
-        assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.linears(net).values())
+        assert sorted(row["linear"] for row in rows) == sorted(model.block_linears(net))
+        assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.block_linears(net).values())
         if args.do_gptq:
             assert all(found < nearest for found, nearest in errors), errors
         found = logits_of_texts(net)
@@ -508,10 +508,10 @@ def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
     block = net.layers[0]
     model.set_parameter(block.mlp_norm.weight, np.abs(block.mlp_norm.weight.numpy()))
     with paddle.no_grad():
-        calibration, slots = quantize.Calibration(net, Texts(net), 2), quantize.slots_of(net, 0)
+        calibration, slots = quantize.Calibration(net, Texts(net), 2), quantize.linear_refs(net, 0)
         names = [f"mlp.experts.{e}.{proj}" for e in range(3) for proj in ("gate_proj", "down_proj")]
 
-        def never(flat, route=model.SparseMLP.route):
+        def never(flat, route=model.MoE.route):
             weights, chosen, probabilities = route(block.mlp, flat)
             return weights, chosen * 0 + (flat[:, :1] > 0).astype("int64"), probabilities
 
@@ -529,7 +529,7 @@ def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
 def test_shift_centers_every_channel_that_a_norm_puts_out():
     net, args = tiny_model(), make_args(do_ptq=True, shift=True)
     with paddle.no_grad():
-        calibration, slots = quantize.Calibration(net, make_loader(), 2), quantize.slots_of(net, 0)
+        calibration, slots = quantize.Calibration(net, make_loader(), 2), quantize.linear_refs(net, 0)
         firsts = [group.names[0] for group in groups(net, net.layers[0])]
         observed = dict(zip(firsts, calibration.observe(net.layers[0], [slots[name] for name in firsts])))
         quantize.prepare_block(net.layers[0], slots, observed, net.config, args)
@@ -544,7 +544,7 @@ def test_padding_counts_for_nothing():
         loader = make_loader(T=224, batch_size=4, zero_padding=zero_padding, split="dev")
         with paddle.no_grad():
             calibration = quantize.Calibration(net, loader, loader.batches_per_epoch)
-            slots = quantize.slots_of(net, 0)
+            slots = quantize.linear_refs(net, 0)
             found.append(calibration.observe(net.layers[0], [slots["attention.q_proj"], slots["mlp.down_proj"]], True))
     for packed, padded in zip(*found):
         assert packed.tokens == padded.tokens == int(loader.dataset.lengths.sum())
@@ -591,10 +591,10 @@ def test_what_is_written_is_what_was_measured(kind, world, tmp_path, monkeypatch
     again = from_pretrained(tmp_path / "out")
     again.eval()
     np.testing.assert_allclose(logits(again), logits(kept[0]), rtol=0, atol=1e-6)
-    assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.linears(again).values())
+    assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.block_linears(again).values())
     report = json.loads((tmp_path / "out" / "quant_report.json").read_text())
     assert [row["linear"] for row in report["linears"]] == sorted(
-        model.linears(again), key=lambda p: int(p.split(".")[2])
+        model.block_linears(again), key=lambda p: int(p.split(".")[2])
     )
     assert all(0 < row["error"] < 0.5 for row in report["linears"])
     assert report["bytes_after"] == (tmp_path / "out" / "model.safetensors").stat().st_size < report["bytes_float32"]
@@ -742,7 +742,7 @@ def plant(net, loader, factor=50.0, offset=0.0, channels=4):
     """
     calibration = quantize.Calibration(net, loader, 1)
     for index, block in enumerate(net.layers):
-        slots = quantize.slots_of(net, index)
+        slots = quantize.linear_refs(net, index)
         observed = calibration.observe(block, [slots["attention.q_proj"], slots["mlp.gate_proj"]])
         for group, inputs in zip(groups(net, block)[::2], observed):
             low, high = inputs.extremes(1)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 from pool import Ranks
-from test_tensor_parallel import compare
+from test_tensor import compare
 
 import dpo
 import finetune
@@ -93,7 +93,7 @@ def test_the_same_bits_of_every_family(name, packed):
 @pytest.mark.parametrize("kind", ["lora", "dropout", "dora", "prefix", "projection", "neftune"])
 @pytest.mark.parametrize("name", ["llama", "baichuan_13b"])
 def test_the_same_bits_of_adapters(name, kind):
-    """Dropout draws the same mask again; a prefix before each sample of a row is one of the inputs (PrefixPlaces)."""
+    """Dropout draws the same mask again; a prefix before each sample of a row is one of the inputs (PrefixLayout)."""
     check_same_bits(name, kind)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from distributed.sharding import ALIGNED, Bucket, Rule, unit_of
+from distributed.sharding import ALIGNED, Bucket, GradReduction, unit_of
 from parallel import Degrees, Topology
 
 # Of a tiny model: what is trained, and what else happens. Batches are of odd lengths, other ones on every rank; five and nine
@@ -165,7 +165,7 @@ def test_when_whole_gradients_are_gone(two):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_products_in_bfloat16(two, stage):
-    """Trained weights stay float32. A sum in another order moves a product's operand to its neighbour in bfloat16 here and there."""
+    """Trained weights stay float32. A sum in another order moves a product's operand to its neighbor in bfloat16 here and there."""
     for adapter in (None, "lora"):
         expected = one("llama", bf16=True, adapter=adapter)
         found = two.run("jobs_sharding:train", "llama", {"sharding": 2, "stage": stage}, bf16=True, adapter=adapter)[0]
@@ -238,7 +238,7 @@ def test_ranges_are_even_and_meet_every_element_once(ways):
     seen, widths = [np.zeros(np.prod(s), int) for s in shapes], set()
     for rank in range(ways):
         axis = Topology(Degrees(sharding=ways), rank).sharding
-        bucket = Bucket([_Shape(*s) for s in shapes], list("abcdef"), Rule((), axis, (), True), 2)
+        bucket = Bucket([_Shape(*s) for s in shapes], list("abcdef"), GradReduction((), axis, (), True), 2)
         widths.add(bucket.width)
         for index, mine in enumerate(seen):
             if extent := bucket.extent(index):

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import tiny_models
 from golden_weights import draw
-from test_integers import SCHEMES
-from test_integers import fill as fill_integers
+from test_quant_linear import SCHEMES
+from test_quant_linear import fill as fill_integers
 
 import adapters
 import formats.tensor_files
 import formats.weights
 import model as M
 import parallel
-from distributed.sharding import rule_of
-from distributed.tensor import check_tensor, heads_of
+from distributed.sharding import gradient_reduction_of
+from distributed.tensor import check_tensor, local_heads
 from formats.files import UserError
 from parallel import Degrees, Topology
 
@@ -57,14 +57,14 @@ def test_every_part_of_a_weight_is_somewhere(name):
         config = tiny_models.config(name)
         if check_tensor(config, Degrees(tp=size)):
             continue
-        heads = [heads_of(config, size, rank) for rank in range(size)]
+        heads = [local_heads(config, size, rank) for rank in range(size)]
         assert [q for (first, last), _ in heads for q in range(first, last)] == list(range(config.num_attention_heads))
         G = config.num_attention_heads // config.num_key_value_heads
         for (first, last), (first_key, last_key) in heads:
             assert {q // G for q in range(first, last)} == set(range(first_key, last_key))
             assert (last - first) % (last_key - first_key) == 0  # as attention wants them
         model = parallel.parallelize(M.build(config), Topology(Degrees(tp=size), size - 1))
-        for weight in formats.weights.base_weights(model):
+        for weight in formats.weights.named_weights(model):
             cut = weight.cut
             if cut is None:
                 continue
@@ -77,7 +77,7 @@ def test_every_part_of_a_weight_is_somewhere(name):
             assert not cut.overlaps or config.num_key_value_heads < size
 
 
-def test_expert_ranks_are_neighbours_on_the_data_axes():
+def test_expert_ranks_are_neighbors_on_the_data_axes():
     degrees = Degrees(dp=2, pp=2, sharding=2, sep=1, tp=2, ep=2)
     topology = Topology(degrees, 5)  # dp 0, pp 1, sharding 0, tp 1
     assert topology.ep.ranks == [5, 7] and topology.copies.ranks == [5, 13]
@@ -87,7 +87,7 @@ def test_expert_ranks_are_neighbours_on_the_data_axes():
         topology = Topology(degrees, rank)
         assert topology.ep.ranks[topology.ep.rank] == rank == topology.copies.ranks[topology.copies.rank]
     model = parallel.parallelize(M.build(tiny_models.config("qwen2_moe", num_experts=8)), topology)
-    rules = {path: rule_of(path, parameter, model) for path, parameter in model.named_parameters()}
+    rules = {path: gradient_reduction_of(path, parameter, model) for path, parameter in model.named_parameters()}
     rule = rules[f"layers.1.mlp.experts.{2 * topology.ep.rank}.up_proj.weight"]
     assert [axis.name for axis in (*rule.parts, rule.sharded, *rule.apart)] == ["copies", "alone", "ep"]
     for path in (
@@ -144,7 +144,7 @@ def test_a_rank_reads_its_experts_alone(tmp_path, name, names, monkeypatch):
     else:
         tensors = {
             w.name: w.parameter.numpy()
-            for w in formats.weights.base_weights(whole, formats.weights._paddlenlp_names(whole.config))
+            for w in formats.weights.named_weights(whole, formats.weights._paddlenlp_names(whole.config))
         }
         formats.tensor_files.write_safetensors(tmp_path / "model.safetensors", tensors)
         (tmp_path / "config.json").write_text(whole.config.to_json("float32"))
@@ -154,13 +154,15 @@ def test_a_rank_reads_its_experts_alone(tmp_path, name, names, monkeypatch):
     )
     model = parallel.from_pretrained(tmp_path, Topology(Degrees(dp=2, ep=2), 1))
     wanted, weights = (
-        {w.name: w.to_numpy() for w in formats.weights.base_weights(whole)},
-        formats.weights.base_weights(model),
+        {w.name: w.to_numpy() for w in formats.weights.named_weights(whole)},
+        formats.weights.named_weights(model),
     )
     assert all(np.array_equal(w.to_numpy(), wanted[w.name]) for w in weights)
-    assert len(read) == len(weights) and {w.name for w in weights} == set(wanted) - model.elsewhere
+    assert len(read) == len(weights) and {w.name for w in weights} == set(wanted) - model.names_on_other_ranks
     E = whole.config.experts.count
-    assert {int(n.partition(".experts.")[2].partition(".")[0]) for n in model.elsewhere} == set(range(E // 2))
+    assert {int(n.partition(".experts.")[2].partition(".")[0]) for n in model.names_on_other_ranks} == set(
+        range(E // 2)
+    )
     assert model.num_parameters() == whole.num_parameters()
     assert model.flops_per_token(9) == pytest.approx(whole.flops_per_token(9), rel=1e-12)
 
@@ -251,9 +253,9 @@ def test_experts_shared_out(two):
 def quantized(folder, name, scheme):
     """A folder of random integers."""
     model = M.build(tiny_models.config(name, quantization_config=SCHEMES[scheme]))
-    for i, (_, _, layer) in enumerate(M.linears(model).values()):
+    for i, (_, _, layer) in enumerate(M.block_linears(model).values()):
         fill_integers(layer, [3, i])
-    floats = [w for w in formats.weights.base_weights(model) if w.stored is None]
+    floats = [w for w in formats.weights.named_weights(model) if w.stored is None]
     arrays = draw({w.name: tuple(w.shape) for w in floats}, 0)
     for w in floats:
         M.set_parameter(w.parameter, w.from_numpy(arrays[w.name]))

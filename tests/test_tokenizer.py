@@ -241,7 +241,7 @@ def trained(merges=300, texts=None):
 
 
 def naive(symbols, rank):
-    """The definition: join the leftmost of the neighbours with the lowest rank, until none has one. O(n^2)."""
+    """The definition: join the leftmost of the neighbors with the lowest rank, until none has one. O(n^2)."""
     symbols = list(symbols)
     while True:
         ranked = [(r, i) for i, pair in enumerate(zip(symbols, symbols[1:])) if (r := rank(pair)) is not None]

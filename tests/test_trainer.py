@@ -28,7 +28,7 @@ import trainer
 from arguments import TrainingArgs, parse_args
 from checkpoint import (
     DONE,
-    Checkpoints,
+    CheckpointManager,
     TrainState,
     find_checkpoint,
     incomplete,
@@ -40,11 +40,12 @@ from checkpoint import (
 from formats.files import UserError
 from formats.paddlenlp import HARMLESS, IGNORED, OPTIONS, REFUSED
 from formats.tensor_files import read_safetensors
-from formats.weights import Entry, Weight
+from formats.weights import SaveEntry, Weight
 from parallel import Degrees, Topology
 from trainer import AdamW, Log
 
-CONFIGS = Path(__file__).resolve().parents[2] / "shared" / "upstream" / "configs" / "llama"
+REPO = Path(__file__).resolve().parents[1]
+CONFIGS = REPO.parent / "shared" / "upstream" / "configs" / "llama"
 
 # Every key of PaddleNLP's JSON files for Llama that is neither a field of TrainingArgs nor one of every script.
 UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dropout_prob auto_clip autoclip_step
@@ -147,7 +148,7 @@ def test_json_then_command_line_later_wins(tmp_path, capsys):
         ),
         ({"tensor_parallel_degree": 2, "sharding_parallel_degree": 4}, "= 8 processes, but this run has 1"),
         ({"vera": True}, "vera: True: this adapter is not here"),
-        ({"do_ptq": 1}, "do_ptq: 1: quantising is done by quantize.py"),
+        ({"do_ptq": 1}, "do_ptq: 1: quantizing is done by quantize.py"),
         ({"optim": "sgd"}, "optim: 'sgd': the optimizer is adamw"),
         ({"dataloader_shuffle": False}, "dataloader_shuffle: False: training data is always shuffled"),
     ],
@@ -405,7 +406,7 @@ def test_seed_step_is_a_function_of_all_three():
 OPTIMIZER = "optimizer-00001-of-00001.safetensors"
 
 
-class Plain(Checkpoints):
+class Plain(CheckpointManager):
     """Saves of {name: array} in place of a model, and of what else a function writes."""
 
     def __init__(self, args, arrays, optimizer=None, shards=None, write=lambda folder: None):
@@ -417,11 +418,11 @@ class Plain(Checkpoints):
 
 
 def constant(name, array):
-    return Entry({name: (array.shape, array.dtype)}, [], lambda: [array])
+    return SaveEntry({name: (array.shape, array.dtype)}, [], lambda: [array])
 
 
 def whole(weights):
-    """What parallel.Shards says where nothing is cut up."""
+    """What parallel.ZeroOptimizer says where nothing is cut up."""
     nowhere = types.SimpleNamespace(elsewhere=frozenset())
     return types.SimpleNamespace(
         weights=weights,
@@ -711,7 +712,7 @@ def kill_saves(folder, kills, seed):
 
 def test_kill_at_any_moment(tmp_path):
     command = [sys.executable, __file__, str(tmp_path / "out"), "30"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ranks")])
+    path = os.pathsep.join([str(REPO), str(REPO / "tests" / "ranks")])
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])

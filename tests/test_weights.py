@@ -26,8 +26,8 @@ import formats.weights
 import model as M
 import parallel
 import trainer
-from checkpoint import Checkpoints, TrainState, find_checkpoint, load_checkpoint, load_trained
-from distributed.sharding import Shards
+from checkpoint import CheckpointManager, TrainState, find_checkpoint, load_checkpoint, load_trained
+from distributed.sharding import ZeroOptimizer
 from formats.files import UserError
 
 NOT_IN_FAMILIES = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")
@@ -89,7 +89,7 @@ def test_every_golden_comes_back_bit_by_bit(folder, tmp_path):
         before.pop(key, None), after.pop(key, None)
     assert before == after
     again = adapters.from_pretrained(tmp_path / "many")
-    for a, b in zip(formats.weights.base_weights(model), formats.weights.base_weights(again)):
+    for a, b in zip(formats.weights.named_weights(model), formats.weights.named_weights(again)):
         assert np.array_equal(a.to_numpy(), b.to_numpy()), a.name
 
 
@@ -359,7 +359,7 @@ def test_variants_equal_transformers(hf_python, tmp_path):
             again = adapters.from_pretrained(tmp_path / f"{name}_fused")
             assert all(
                 np.array_equal(a.to_numpy(), b.to_numpy())
-                for a, b in zip(formats.weights.base_weights(model), formats.weights.base_weights(again))
+                for a, b in zip(formats.weights.named_weights(model), formats.weights.named_weights(again))
             )
     print(errors)
     assert max(errors.values()) < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
@@ -777,7 +777,7 @@ def peft_targets(case, model):
     """Last parts of the names to adapt; None: all."""
     if case not in MIXED_EXPERTS:
         return None
-    return sorted({path.rpartition(".")[2] for path in M.linears(model) if ".self_attn." in path})
+    return sorted({path.rpartition(".")[2] for path in M.block_linears(model) if ".self_attn." in path})
 
 
 def moved(model, spread):
@@ -827,7 +827,7 @@ def test_adapters_of_peft_are_opened_for_every_family(hf_python, tmp_path):
     for case in PEFT_BASES:
         model = peft_base(case)
         formats.weights.save_pretrained(model, tmp_path / "base" / case)
-        named = M.linears(model)
+        named = M.block_linears(model)
         targets[case] = peft_targets(case, model) or sorted(
             {path.rpartition(".")[2] for path in named if ".experts." not in path}
         )
@@ -873,10 +873,10 @@ def training(folder, model, stop, resume=False):
     """Three steps of a script's loop on the model; a checkpoint after the second. Returns the final weights."""
     args = make_args(folder, resume_from_checkpoint=resume or None, weight_decay=0.1)
     weights = adapters.trainable_weights(model)
-    shards = Shards(model, weights, parallel.SINGLE)
+    shards = ZeroOptimizer(model, weights, parallel.SINGLE)
     optimizer, state = trainer.AdamW(weights, args), TrainState()
     no_tokenizer = types.SimpleNamespace(save=lambda folder: None)
-    checkpoints = Checkpoints(args, model, no_tokenizer, optimizer, shards)
+    checkpoints = CheckpointManager(args, model, no_tokenizer, optimizer, shards)
     if resume:
         checkpoint = find_checkpoint(args)
         state = load_checkpoint(checkpoint, optimizer, shards)
@@ -890,7 +890,7 @@ def training(folder, model, stop, resume=False):
         state.step += 1
         if state.step == 2 and not resume:
             checkpoints.save(state)
-    return {w.name: w.to_numpy().copy() for w in formats.weights.base_weights(model)}
+    return {w.name: w.to_numpy().copy() for w in formats.weights.named_weights(model)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

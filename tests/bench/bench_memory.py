@@ -48,7 +48,7 @@ def measure(ways, lora):
     import trainer
 
     core, before = paddle.base.core, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    degrees, together = parallel.Degrees(**ways), distributed.watchdog.company()
+    degrees, together = parallel.Degrees(**ways), distributed.watchdog.current_watchdog()
     place = (
         parallel.Topology(degrees, together.launch.rank, distributed.collectives.Gloo(together.launch))
         if together
@@ -58,9 +58,9 @@ def measure(ways, lora):
     formats.weights.init_weights(model, 0)
     if lora:
         adapters.apply_lora(model)
-        parallel.cut_adapters(model, place)
+        parallel.shard_adapters(model, place)
     weights = adapters.trainable_weights(model)
-    shards = distributed.sharding.Shards(model, weights, place)
+    shards = distributed.sharding.ZeroOptimizer(model, weights, place)
     args = types.SimpleNamespace(weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, sharding=None)
     optimizer = trainer.AdamW(shards.pieces, args)
     most, buckets = (
@@ -106,7 +106,9 @@ def measure(ways, lora):
             ids = rng.integers(3, MODEL["vocab_size"], (2, 1, TOKENS + 1))
             batches = [{"input_ids": paddle.to_tensor(i[:, :-1]), "labels": paddle.to_tensor(i[:, 1:])} for i in ids]
             core.host_memory_stat_reset_peak_value("Allocated", 0)
-            for _ in parallel.micro_steps(model, batches, lambda batch: model(**batch).mean() / 2, lambda number: None):
+            for _ in parallel.forward_backward(
+                model, batches, lambda batch: model(**batch).mean() / 2, lambda number: None
+            ):
                 found["gradients"] = max(found.get("gradients", 0), held()["gradients"])
             norm = shards.reduce_gradients()
             found.update({f"{part} before the step": number for part, number in held().items()})

@@ -32,7 +32,7 @@ import paddle
 from bench_train import SHAPES, load_model, summary
 
 import quantize
-from model import QuantLinear, linears, set_parameter
+from model import QuantLinear, block_linears, set_parameter
 from serve import measure
 from serving.engine import Engine
 
@@ -42,7 +42,7 @@ SCHEMES = {"": None, "wint8": "w8", "wint4": "w4", "a8w8": "a8w8"}
 @paddle.no_grad()
 def round_weights(model, scheme):
     """Every linear of the blocks becomes a QuantLinear, rounded to nearest."""
-    for parent, attribute, layer in linears(model).values():
+    for parent, attribute, layer in block_linears(model).values():
         weight, new = layer.weight.numpy(), QuantLinear(layer.n_in, layer.n_out, scheme)
         if scheme == "a8w8":
             codes, scales = quantize.int8_weight(weight)

@@ -43,7 +43,7 @@ from paddle.autograd import PyLayer
 
 import dpo
 import trainer
-from adapters import apply_lora, from_pretrained, halve_frozen, trainable_weights
+from adapters import apply_lora, cast_frozen_to_bf16, from_pretrained, trainable_weights
 from arguments import TrainingArgs
 from data import IGNORED, SFTLoader, collate_pairs, pair_sample
 from families import ModelConfig
@@ -266,7 +266,7 @@ def main(argv=None):
     if options.task == "train_lora":
         apply_lora(model, rank=8, alpha=16)
         if kernels.bf16:
-            halve_frozen(model)
+            cast_frozen_to_bf16(model)
     model.train()
     weights = trainable_weights(model)
     epochs = options.task in ("sft", "dpo")

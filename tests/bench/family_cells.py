@@ -259,7 +259,7 @@ def make_world(folder):
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(f"{colour} {thing}", f"a {colour} {thing} to love.") for colour in COLOURS for thing in THINGS]
+    pairs = [(f"{color} {thing}", f"a {color} {thing} to love.") for color in COLOURS for thing in THINGS]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text for pair in pairs for text in pair]),
         model_prefix=str(folder / "tokenizer"),

@@ -8,7 +8,7 @@
 
 Sizes are small and odd on purpose: one key head, heads that are no power of two, head_dim * heads unequal to hidden_size,
 a first dense layer, windows of 3 to 5. Nothing here is a published model; every weight comes from (seed, its name) alone
-(golden_weights.draw), and all are loud enough that exchanging two shows. Vocabulary: V ids; SPECIAL are not ordinary text.
+(golden_weights.draw), and all are loud enough that exchanging two shows. VocabShard: V ids; SPECIAL are not ordinary text.
 """
 
 import json
@@ -162,7 +162,7 @@ def family(name):
 
 def fill(model, seed=0):
     """Every weight from (seed, its Hugging Face name); returns the model."""
-    weights = formats.weights.base_weights(model)
+    weights = formats.weights.named_weights(model)
     arrays = draw({w.name: tuple(w.shape) for w in weights}, seed)
     for w in weights:
         array = arrays[w.name]

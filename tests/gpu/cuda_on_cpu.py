@@ -234,7 +234,7 @@ def paged_attention(
 
 
 def pack(codes, bits, axis):
-    """Codes of neighbours along an axis into int32 words, the first lowest."""
+    """QuantizedWeight of neighbors along an axis into int32 words, the first lowest."""
     codes = np.moveaxis(codes.astype(np.uint32), axis, -1)
     codes = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
     words = (codes << (np.arange(32 // bits, dtype=np.uint32) * bits)).sum(-1, dtype=np.uint32)

@@ -25,7 +25,7 @@ import cuda_on_cpu
 import numpy as np
 import paddle
 import pytest
-import test_kernels as cases
+import test_ops as cases
 from cuda_on_cpu import CASES, Cores
 
 from formats.files import UserError

@@ -8,7 +8,7 @@ import kernels
 import numpy as np
 import paddle
 import pytest
-from test_kernels import (
+from test_ops import (
     backends,
     close,
     cpu,
@@ -23,7 +23,7 @@ from test_kernels import (
     with_bf16,
 )
 
-from adapters import LoRALinear, halve_frozen
+from adapters import LoRALinear, cast_frozen_to_bf16
 from model import Linear
 
 assert in_bf16  # a fixture
@@ -158,7 +158,7 @@ def test_halve_frozen_keeps_bits_and_trained_weights(in_bf16):
     net = paddle.nn.Sequential(Linear(64, 96, bias=True), LoRALinear(Linear(96, 40, bias=False), rank=4, alpha=8))
     x = tensor(normal((50, 64)))
     before = net(x).numpy()
-    halve_frozen(net)
+    cast_frozen_to_bf16(net)
     assert net[1].base.weight.dtype == paddle.bfloat16 and net[1].base.weight.stop_gradient
     assert net[0].weight.dtype == net[1].lora_A.dtype == paddle.float32 and not net[0].weight.stop_gradient
     assert np.array_equal(net(x).numpy(), before)

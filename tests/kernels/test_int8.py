@@ -136,7 +136,7 @@ def test_the_largest_codes_do_not_saturate(multiply):
     )
 
 
-def test_halves_go_to_the_even_neighbour(multiply):
+def test_halves_go_to_the_even_neighbor(multiply):
     x = np.array(
         [
             [

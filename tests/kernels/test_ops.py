@@ -1092,7 +1092,7 @@ def test_attention_head_counts(backend, H, K):
     check_attention(backend, 2, 9, 70, H, K, 16, slopes=0.9 ** np.arange(H))
 
 
-@backends("attention_part")
+@backends("attention_with_lse")
 @pytest.mark.parametrize("T, cuts", [(9, (0, 4, 9)), (150, (0, 10, 80, 150)), (140, (0, 140))])
 @pytest.mark.parametrize("kind", ["causal", "full", "rows", "window", "context", "alibi", "softcap", "alibi and rows"])
 def test_parts_of_attention_are_attention(backend, T, cuts, kind):
@@ -1121,11 +1121,11 @@ def test_parts_of_attention_are_attention(backend, T, cuts, kind):
         here = None if rows is None else paddle.to_tensor((rows[:, :, c:d] - c).astype("int32"))
         return [tensor(x[:, i:j], frozen=True) for x, i, j in ((q, a, b), (k, c, d), (v, c, d))], here, a - c
 
-    with kernels.use(f"attention_part={backend}, attention_part_backward={backend}"):
+    with kernels.use(f"attention_with_lse={backend}, attention_with_lse_backward={backend}"):
         out, lse = np.zeros((B, T, H, Dh)), np.full((B, H, T), -np.inf)
         for a, b, c, d in pieces:
             inputs, here, offset = at(a, b, c, d)
-            o, l = (x.numpy().astype(float) for x in kernels.attention_part(*inputs, here, offset, **how))
+            o, l = (x.numpy().astype(float) for x in kernels.attention_with_lse(*inputs, here, offset, **how))
             new = np.logaddexp(lse[:, :, a:b], l)
             share = lambda x: np.exp(np.where(np.isinf(x), -np.inf, x - np.where(np.isinf(new), 0, new))).transpose(
                 0, 2, 1
@@ -1137,7 +1137,7 @@ def test_parts_of_attention_are_attention(backend, T, cuts, kind):
         for a, b, c, d in pieces:
             inputs, here, offset = at(a, b, c, d)
             given = [tensor(x[:, a:b], frozen=True) for x in (out, upstream)]
-            parts = kernels.attention_part_backward(
+            parts = kernels.attention_with_lse_backward(
                 *inputs, given[0], tensor(lse[:, :, a:b], frozen=True), given[1], here, offset, **how
             )
             for whole, part, (i, j) in zip(found, parts, ((a, b), (c, d), (c, d))):
@@ -1920,7 +1920,7 @@ def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused
 
 
 def test_every_op_is_tested_on_every_back_end():
-    texts = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")))
+    texts = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
     assert [op for op in kernels.OPS if f'@backends("{op}")' not in texts and f"kernels.{op}(" not in texts] == []
     assert {(op, b) for op, found in BACKENDS.items() for b in found} >= set(
         itertools.product(kernels.OPS, ["reference"])

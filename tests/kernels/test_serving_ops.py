@@ -159,7 +159,7 @@ def test_paged_attention_with_every_instruction_set(instructions, int8, Dh, name
 
 @on_each
 def test_paged_attention_sees_nothing_beyond_its_contexts(backend):
-    """Not even NaN in the rest of a block, in other heads' neighbours, or in blocks of others."""
+    """Not even NaN in the rest of a block, in other heads' neighbors, or in blocks of others."""
     for int8, names in itertools.product((False, True), ("", "4", "alibi 21 softcap")):
         for case in (([1, 1], [33, 5], 16, 4, 2, 20), ([20, 1], [33, 5], 16, 4, 2, 20)):
             arguments, extra, expected = paged_case(*case, int8=int8, spoil=np.nan, **options(names, 4))

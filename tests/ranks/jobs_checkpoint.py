@@ -18,9 +18,9 @@ def train(script, keys):
     import arguments
     import trainer
     from formats.files import UserError
-    from formats.tensor_files import StoredTensor
+    from formats.tensor_files import LazyTensor
 
-    module, printed, error, before = importlib.import_module(script), io.StringIO(), None, StoredTensor.bytes_read
+    module, printed, error, before = importlib.import_module(script), io.StringIO(), None, LazyTensor.bytes_read
     out = Path(keys["output_dir"])
     argv = [
         word
@@ -43,7 +43,7 @@ def train(script, keys):
         "losses": {row["step"]: row["loss"] for row in rows},
         "printed": printed.getvalue(),
         "error": error,
-        "read": StoredTensor.bytes_read - before,
+        "read": LazyTensor.bytes_read - before,
     }
 
 
@@ -51,7 +51,7 @@ def train(script, keys):
 
 
 class Run:
-    """A model on a topology with moments, and its Checkpoints; all values follow from a step."""
+    """A model on a topology with moments, and its CheckpointManager; all values follow from a step."""
 
     def __init__(self, folder, config, degrees, options="", **keys):
         import adapters
@@ -76,10 +76,10 @@ class Run:
         self.model = parallel.parallelize(M.build(families.ModelConfig.from_dict(config)), self.topology)
         formats.weights.init_weights(self.model, 1)
         self.weights = adapters.trainable_weights(self.model)
-        self.shards = distributed.sharding.Shards(self.model, self.weights, self.topology)
+        self.shards = distributed.sharding.ZeroOptimizer(self.model, self.weights, self.topology)
         self.optimizer = trainer.AdamW(self.shards.pieces, args)
         tokenizer = types.SimpleNamespace(save=lambda folder: None)
-        self.checkpoints = checkpoint.Checkpoints(
+        self.checkpoints = checkpoint.CheckpointManager(
             args, self.model, tokenizer, self.optimizer, self.shards, self.topology
         )
         self.args = args
@@ -136,10 +136,10 @@ def save_one(folder, config, degrees, options="", step=1, **keys):
 
 def save_to_full_disk(folder, config, degrees, options, rank):
     """A checkpoint that fits, then one whose rank `rank` finds the disk full; what the errors said."""
-    import formats.tensor_files
+    import checkpoint
     from formats.files import UserError
 
-    run, real = Run(folder, config, degrees, options), formats.tensor_files.write_safetensors
+    run, real = Run(folder, config, degrees, options), checkpoint.write_safetensors
     run.set(1)
     run.save(1)
     run.checkpoints.wait()
@@ -149,14 +149,14 @@ def save_to_full_disk(folder, config, degrees, options, rank):
             raise OSError(28, "No space left on device")
         return real(path, *args, **more)
 
-    formats.tensor_files.write_safetensors = full
+    checkpoint.write_safetensors = full
     try:
         run.save(2)
         run.checkpoints.wait()
     except UserError as error:
         return str(error)
     finally:
-        formats.tensor_files.write_safetensors = real
+        checkpoint.write_safetensors = real
 
 
 def find(folder, degrees, path=True):

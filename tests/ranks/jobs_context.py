@@ -13,9 +13,9 @@ import trainer
 
 
 def collectives(size):
-    """What Axis.pass_on and Axis.all_to_all give each rank for [rank, …], and how much was counted as sent."""
+    """What Axis.ring_shift and Axis.all_to_all give each rank for [rank, …], and how much was counted as sent."""
     sep = jobs_tensor.grid(sep=size).sep
-    passed = sep.pass_on(paddle.full([3, 2], sep.rank, "float32"))
+    passed = sep.ring_shift(paddle.full([3, 2], sep.rank, "float32"))
     parts = paddle.to_tensor([[10.0 * sep.rank + target] * 5 for target in range(size)])
     return passed.numpy(), sep.all_to_all(parts).numpy(), sep.bytes
 
@@ -50,7 +50,7 @@ def live_bytes(degrees, T, changes, kind="full"):
     topology = jobs_tensor.grid(**degrees)
     model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config("llama", **changes)), topology))
     jobs_tensor.adapt(model, kind)
-    parallel.cut_adapters(model, topology)
+    parallel.shard_adapters(model, topology)
     model.train()
     ids = paddle.to_tensor(np.random.default_rng(0).integers(3, 57, [1, T]))
     model(ids[:, :64], labels=ids[:, :64]).sum().backward()  # what is made once
@@ -62,10 +62,10 @@ def live_bytes(degrees, T, changes, kind="full"):
 
 
 def refused(name, degrees, kind):
-    """What cut_adapters() says."""
+    """What shard_adapters() says."""
     model = parallel.parallelize(tiny_models.build(name), jobs_tensor.grid(**degrees))
     jobs_tensor.adapt(model, kind)
     try:
-        parallel.cut_adapters(model, model.topology)
+        parallel.shard_adapters(model, model.topology)
     except formats.files.UserError as error:
         return str(error)

@@ -13,7 +13,7 @@ def whole(weight, tensor, topology):
 
     if weight.cut is None:
         return weight.to_numpy(tensor)
-    found = distributed.collectives.gathered(tensor, weight.cut, topology.tp)
+    found = distributed.collectives.gather_full_tensor(tensor, weight.cut, topology.tp)
     return found.T if weight.transposed else found
 
 

@@ -14,7 +14,7 @@ import model as M
 import parallel
 import trainer
 from distributed.collectives import Gloo
-from distributed.sharding import Shards
+from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch
 
 ARGS = types.SimpleNamespace(adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.1)
@@ -60,7 +60,7 @@ def adapted(model, adapter, topology):
         for path, layer in adapters.lora_layers(model).items():
             rng = np.random.default_rng([len(path), *path.encode()])
             M.set_parameter(layer.lora_B, rng.normal(0, 0.1, layer.lora_B.shape).astype(np.float32))
-    parallel.cut_adapters(model, topology)
+    parallel.shard_adapters(model, topology)
 
 
 def train(
@@ -77,7 +77,7 @@ def train(
     for key, value in options.items():
         setattr(model, key, value)
     weights = adapters.trainable_weights(model)
-    shards = Shards(model, weights, place)
+    shards = ZeroOptimizer(model, weights, place)
     optimizer = trainer.AdamW(shards.pieces, ARGS)
     found = {"losses": [], "norms": []}
     found["evaluated"], found["predictions"] = evaluated(model, kind)
@@ -90,15 +90,15 @@ def train(
         every = batches(count, step, kind)
         size = sum(int((batch["labels"] != -100).sum()) for batch in every)
         mine = []
-        for batch, counts in trainer.share_of(every, place):
-            company = {"labels": np.full_like(batch["labels"], -100), "company": True}
+        for batch, counts in trainer.local_micro_batches(every, place):
+            company = {"labels": np.full_like(batch["labels"], -100), "is_dummy": True}
             mine.append(batch if counts else {**batch, **company})
 
         def batch_loss(batch):
             return model(**trainer.model_inputs(batch)).sum() / size
 
         seed = functools.partial(trainer.seed_step, 7, step)
-        parts = list(parallel.micro_steps(model, mine, batch_loss, seed))
+        parts = list(parallel.forward_backward(model, mine, batch_loss, seed))
         assert [batch is other for (_, batch), other in zip(parts, mine)] == [True] * len(mine)
         found["losses"].append(place.total(float(sum(part for part, _ in parts)), stages=True))
         found["norms"].append(shards.reduce_gradients())
@@ -127,7 +127,7 @@ def evaluated(model, kind):
     def run(batch):
         return model(**trainer.model_inputs(batch))
 
-    found = list(parallel.in_turn(model, iter(every), run))
+    found = list(parallel.pipelined_map(model, iter(every), run))
     assert [other is batch for batch, (other, _) in zip(every, found, strict=True)] == [True] * 5
     assert all((losses == run(batch)).all() for batch, losses in found)
     inputs.pop("labels")
@@ -140,7 +140,7 @@ def plain_call(degrees):
     model(**trainer.model_inputs(batches(1)[0]))
 
 
-def slow_neighbour(degrees, slow, seconds):
+def slow_neighbor(degrees, slow, seconds):
     """A stage that takes longer than gloo waits."""
     import time
 
@@ -155,8 +155,8 @@ def held(name, degrees, **changes):
     """Names of the weights of this process, those it knows to be elsewhere, and the paths of its parameters."""
     model = parallel.parallelize(M.build(tiny_models.config(name, **changes)), topology(degrees))
     return (
-        {w.name for w in formats.weights.base_weights(model)},
-        set(model.elsewhere),
+        {w.name for w in formats.weights.named_weights(model)},
+        set(model.names_on_other_ranks),
         [path for path, _ in model.named_parameters()],
     )
 
@@ -167,8 +167,8 @@ def loaded(folder, degrees, adapter=None):
     model = parallel.from_pretrained(folder, place)
     if adapter is not None:
         adapters.load_adapter(model, adapter, trainable=True)
-        parallel.cut_adapters(model, place)
-        adapters.reload_adapter(model, adapter)
-    weights = formats.weights.base_weights(model) + adapters.adapter_weights(model)
+        parallel.shard_adapters(model, place)
+        adapters.restore_adapter(model, adapter)
+    weights = formats.weights.named_weights(model) + adapters.adapter_weights(model)
     targets = model.lora_config["target_modules"] if adapter is not None and model.prefix is None else None
     return {w.name: np.array(whole(w, w.parameter, place)) for w in weights}, targets

@@ -15,7 +15,7 @@ import model as M
 import parallel
 import trainer
 from distributed.collectives import Gloo
-from distributed.sharding import Shards, weight_tensors
+from distributed.sharding import ZeroOptimizer, weight_tensors
 from distributed.watchdog import Launch
 
 ARGS = {
@@ -40,9 +40,9 @@ def topology(**ways):
 def make_model(name, place, adapter=None, recompute=False, **changes):
     """The model of families.py with its adapter on: weights depend on names alone."""
     if name == "integers":
-        import test_integers
+        import test_quant_linear
 
-        model = parallel.parallelize(test_integers.quantized("w4_groups")[0], place)
+        model = parallel.parallelize(test_quant_linear.quantized("w4_groups")[0], place)
     else:
         model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **changes)), place))
     if adapter == "prefix":
@@ -52,7 +52,7 @@ def make_model(name, place, adapter=None, recompute=False, **changes):
         rng = np.random.default_rng(5)
         for layer in adapters.lora_layers(model).values():
             M.set_parameter(layer.lora_B, (0.1 * rng.standard_normal(layer.lora_B.shape)).astype(np.float32))
-    parallel.cut_adapters(model, place)
+    parallel.shard_adapters(model, place)
     model.recompute = recompute
     return model
 
@@ -82,9 +82,9 @@ def train(name, ways, steps=3, micro=4, adapter=None, recompute=False, bf16=Fals
 def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **changes):
     model = make_model(name, place, adapter, recompute, **changes)
     if bf16:
-        adapters.halve_frozen(model)
+        adapters.cast_frozen_to_bf16(model)
     weights = adapters.trainable_weights(model)
-    shards = Shards(model, weights, place)
+    shards = ZeroOptimizer(model, weights, place)
     faster = {w.name: 4.0 for w in weights if ".lora_B." in w.name}
     args = types.SimpleNamespace(**ARGS)
     optimizer = trainer.AdamW(shards.pieces, args, lr_scale=faster)
@@ -95,14 +95,16 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
     for step in range(steps):
         batches = [batch_of(step, number, model.config.vocab_size) for number in range(micro)]
         size, mine = sum(int((b["labels"] != -100).sum()) for b in batches), []
-        for batch, counts in trainer.share_of(batches, place):
-            mine.append(batch if counts else {**batch, "labels": np.full_like(batch["labels"], -100), "company": True})
+        for batch, counts in trainer.local_micro_batches(batches, place):
+            mine.append(batch if counts else {**batch, "labels": np.full_like(batch["labels"], -100), "is_dummy": True})
 
         def batch_loss(batch):
             return model(**trainer.model_inputs(batch)).sum() / size
 
         loss, left = 0.0, []
-        for part, _ in parallel.micro_steps(model, mine, batch_loss, functools.partial(trainer.seed_step, 3, step)):
+        for part, _ in parallel.forward_backward(
+            model, mine, batch_loss, functools.partial(trainer.seed_step, 3, step)
+        ):
             loss += part
             left.append(sum(p.grad.size * 4 for p in model.parameters() if p.grad is not None))
         found["whole gradients"] = left
@@ -133,7 +135,7 @@ def set_and_take_over(ways):
     place = topology(**ways)
     model = make_model("llama_bias_tied", place)
     weights = adapters.trainable_weights(model)
-    shards = Shards(model, weights, place)
+    shards = ZeroOptimizer(model, weights, place)
     values = {
         w.name: np.random.default_rng(len(w.name)).standard_normal(w.parameter.shape).astype(np.float32)
         for w in weights

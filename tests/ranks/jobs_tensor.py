@@ -18,9 +18,9 @@ import formats.weights
 import model as M
 import parallel
 import trainer
-from checkpoint import Checkpoints
-from distributed.collectives import Gloo, _Exchange
-from distributed.sharding import Shards
+from checkpoint import CheckpointManager
+from distributed.collectives import Gloo, _AllToAllV
+from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch
 
 # epsilon: an element whose gradient is rounding alone would be moved by as much as any other, this way or that.
@@ -94,18 +94,20 @@ def train(model, topology, batches, steps, seed=0, recompute=False):
     model.recompute = bool(recompute)
     model.recompute_granularity = recompute if isinstance(recompute, str) else "full"
     weights = adapters.trainable_weights(model)
-    shards = Shards(model, weights, topology)
+    shards = ZeroOptimizer(model, weights, topology)
     optimizer = trainer.AdamW(shards.pieces, ARGS)
     rows, gradients = [], {}
     for step in range(steps):
         size, loss = sum(int((b["labels"] != -100).sum()) for b in batches), 0.0
         mine = [b for i, b in enumerate(batches) if i % topology.data_size == topology.data_rank]
-        mine += [{**batches[0], "company": True}] * (-(-len(batches) // topology.data_size) - len(mine))
+        mine += [{**batches[0], "is_dummy": True}] * (-(-len(batches) // topology.data_size) - len(mine))
 
         def batch_loss(b, size=size):
             return model(**trainer.model_inputs(b)).sum() / size
 
-        for part, _ in parallel.micro_steps(model, mine, batch_loss, functools.partial(trainer.seed_step, seed, step)):
+        for part, _ in parallel.forward_backward(
+            model, mine, batch_loss, functools.partial(trainer.seed_step, seed, step)
+        ):
             loss += part
         norm = shards.reduce_gradients()
         if step == 0:
@@ -185,15 +187,15 @@ def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, f
     else:
         model = parallel.from_pretrained(folder, topology)
     if one_expert:
-        for weight in formats.weights.base_weights(model):
+        for weight in formats.weights.named_weights(model):
             if weight.name.endswith(".gate.weight"):
                 M.set_parameter(weight.parameter, np.zeros(weight.parameter.shape, np.float32))
     if adapter is None:
         adapt(model, kind)
     else:
         adapters.load_adapter(model, adapter, trainable=True)
-    parallel.cut_adapters(model, topology)
-    elsewhere = {name.removesuffix(".weight") for name in model.elsewhere}
+    parallel.shard_adapters(model, topology)
+    elsewhere = {name.removesuffix(".weight") for name in model.names_on_other_ranks}
     return *train(model, topology, batches, steps, recompute=recompute), elsewhere
 
 
@@ -223,7 +225,7 @@ def tokens(name, degrees, kind="full", folder=None, new=9, changes=None):
         else:
             model = parallel.from_pretrained(folder, where)
         adapt(model, kind)
-        parallel.cut_adapters(model, where)
+        parallel.shard_adapters(model, where)
         model.eval()
         ids = np.random.default_rng(4).integers(3, 57, [3, 7])
         if tiny_models.family(name) == "chatglm":
@@ -248,11 +250,11 @@ def starts(name, degrees, changes=None):
     model, alone = parallel.parallelize(M.build(config), topology), M.build(config)
     formats.weights.init_weights(model, 5)
     formats.weights.init_weights(alone, 5)
-    wanted = {w.name: w.to_numpy() for w in formats.weights.base_weights(alone)}
-    weights = formats.weights.base_weights(model)
-    assert {w.name for w in weights} | model.elsewhere >= set(wanted) and not {
+    wanted = {w.name: w.to_numpy() for w in formats.weights.named_weights(alone)}
+    weights = formats.weights.named_weights(model)
+    assert {w.name for w in weights} | model.names_on_other_ranks >= set(wanted) and not {
         w.name for w in weights
-    } & model.elsewhere
+    } & model.names_on_other_ranks
     wrong = [w.name for w in weights if not np.array_equal(whole(w, w.parameter, topology), wanted[w.name])]
     return wrong, sum(p.size * 4 for p in model.parameters()), sum(p.size * 4 for p in alone.parameters())
 
@@ -263,7 +265,7 @@ def on_disk(base, adapter, degrees, folder):
     model, alone = parallel.from_pretrained(base, topology), adapters.from_pretrained(base)
     for one in (model, alone):
         adapters.load_adapter(one, adapter, trainable=True)
-    parallel.cut_adapters(model, topology)
+    parallel.shard_adapters(model, topology)
 
     def compare(found, wanted, what, tolerance=0.0):
         assert found.keys() == wanted.keys(), (what, found.keys() ^ wanted.keys())
@@ -275,18 +277,18 @@ def on_disk(base, adapter, degrees, folder):
         )
 
     def base_of(one):
-        return {w.name: whole(w, w.parameter, topology) for w in formats.weights.base_weights(one)}
+        return {w.name: whole(w, w.parameter, topology) for w in formats.weights.named_weights(one)}
 
     compare(
         written(model, topology, f"{folder}/all"),
         written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"),
         "loaded",
     )
-    wanted = {n: a for n, a in base_of(alone).items() if n not in model.elsewhere}
+    wanted = {n: a for n, a in base_of(alone).items() if n not in model.names_on_other_ranks}
     compare(base_of(model), wanted, "base", 1e-7)
     for weight in adapters.adapter_weights(model):
         M.set_parameter(weight.parameter, np.full(weight.parameter.shape, 0.5, np.float32))
-    adapters.reload_adapter(model, adapter)
+    adapters.restore_adapter(model, adapter)
     compare(
         written(model, topology, f"{folder}/all"),
         written(alone, parallel.SINGLE, f"{folder}/{topology.rank}"),
@@ -294,7 +296,9 @@ def on_disk(base, adapter, degrees, folder):
     )
     if model.prefix is None:
         merged = parallel.from_pretrained(adapter, topology)
-        wanted = {n: a for n, a in base_of(adapters.from_pretrained(adapter)).items() if n not in model.elsewhere}
+        wanted = {
+            n: a for n, a in base_of(adapters.from_pretrained(adapter)).items() if n not in model.names_on_other_ranks
+        }
         compare(base_of(merged), wanted, "merged", 1e-6)
     return wrong
 
@@ -305,7 +309,9 @@ def written(model, topology, folder):
     args = types.SimpleNamespace(
         lora=True, model_name_or_path=None, unified_checkpoint_config=[], ckpt_quant_stage="O0"
     )
-    Checkpoints(args, model, types.SimpleNamespace(save=lambda folder: None), topology=topology).write_model(folder)
+    CheckpointManager(args, model, types.SimpleNamespace(save=lambda folder: None), topology=topology).write_model(
+        folder
+    )
     topology.meet()
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -319,7 +325,7 @@ def written(model, topology, folder):
 
 
 def halved(name, degrees):
-    """In bfloat16: frozen weights after halve_frozen() that have lost their place in the whole, and a loss beside one process's."""
+    """In bfloat16: frozen weights after cast_frozen_to_bf16() that have lost their place in the whole, and a loss beside one process's."""
     import kernels
 
     topology, found = grid(**degrees), []
@@ -328,10 +334,12 @@ def halved(name, degrees):
         for where in (topology, parallel.SINGLE):
             model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name)), where))
             adapt(model, "lora")
-            parallel.cut_adapters(model, where)
-            cut = {path for path, p in model.named_parameters() if getattr(p, "cut", None) is not None}
-            adapters.halve_frozen(model)
-            lost = [path for path, p in model.named_parameters() if path in cut and getattr(p, "cut", None) is None]
+            parallel.shard_adapters(model, where)
+            cut = {path for path, p in model.named_parameters() if getattr(p, "shard_spec", None) is not None}
+            adapters.cast_frozen_to_bf16(model)
+            lost = [
+                path for path, p in model.named_parameters() if path in cut and getattr(p, "shard_spec", None) is None
+            ]
             halves = sum(p.dtype == paddle.bfloat16 for p in model.parameters())
             model.train()
             loss = model(**trainer.model_inputs(batch(name, 1)))
@@ -348,7 +356,7 @@ def exchanged(counts):
     ep, rows = topology.ep, lambda a, b: [[100 * a + 10 * b + i, -1] for i in range(counts[a][b])]
     mine = [row for to in range(ep.size) for row in rows(ep.rank, to)]
     x = paddle.to_tensor(np.array(mine, np.float32).reshape([-1, 2]), stop_gradient=False)
-    y = _Exchange.apply(x, ep, counts)
+    y = _AllToAllV.apply(x, ep, counts)
     (y * y.detach()).sum().backward()
     wanted = [row for source in range(ep.size) for row in rows(source, ep.rank)]
     back = [] if x.grad is None else x.grad.numpy().tolist()
@@ -364,7 +372,7 @@ def spread_along_tokens(name, places, ep, changes=None):
     for where in (topology, parallel.SINGLE):
         model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **(changes or {}))), where))
         adapt(model, "dropout")
-        parallel.cut_adapters(model, where)
+        parallel.shard_adapters(model, where)
         model.train()
         paddle.seed(3)
         model.draws.renew()
@@ -385,8 +393,8 @@ def counted(name, degrees, kind, changes=None):
         model = parallel.parallelize(M.build(tiny_models.config(name, **(changes or {}))), where)
         tiny_models.fill(model)
         adapt(model, kind)
-        parallel.cut_adapters(model, where)
+        parallel.shard_adapters(model, where)
         if where.degrees.stage == 3:
-            Shards(model, adapters.trainable_weights(model), where)
+            ZeroOptimizer(model, adapters.trainable_weights(model), where)
         found.append((model.num_parameters(), model.num_parameters(trained=True)))
     return found
