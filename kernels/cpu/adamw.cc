@@ -1,7 +1,8 @@
 // AdamW, one pass over parameter, gradient and both moments, and the sum of squares that clipping needs.
 //
 // Parameter and gradient are float32 or bfloat16, each; moments float32. Bias corrections come with the constants:
-// p = p * keep - rate * m1 / (sqrt(m2) * correction + epsilon), rate = lr / (1 - beta1^t), correction = (1 - beta2^t)^(-1/2).
+// p = p * keep - rate * m1 / (sqrt(m2) * correction + epsilon), rate = lr / (1 - beta1^t), correction = (1 -
+// beta2^t)^(-1/2).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,7 +12,9 @@
 #include "op.h"
 #include "threads.h"
 
-struct Constants { float grad_scale, beta1, rest1, beta2, rest2, keep, rate, correction, epsilon; };
+struct Constants {
+  float grad_scale, beta1, rest1, beta2, rest2, keep, rate, correction, epsilon;
+};
 
 #define BODY "adamw.h"
 #include "every_isa.h"
@@ -21,7 +24,8 @@ constexpr long VALUES = 1 << 14;  // of one task
 
 static bool is_short(const Tensor& x) { return x.dtype() == paddle::DataType::BFLOAT16; }
 
-std::vector<Tensor> AdamW(Tensor& p, const Tensor& g, Tensor& moment1, Tensor& moment2, const std::vector<float>& constants, int instructions) {
+std::vector<Tensor> AdamW(Tensor& p, const Tensor& g, Tensor& moment1, Tensor& moment2,
+                          const std::vector<float>& constants, int instructions) {
   const long n = p.numel(), which = level(instructions);
   const auto& k = constants;
   PD_CHECK(k.size() == 9 && g.numel() == n && moment1.numel() == n && moment2.numel() == n, "sizes differ");
@@ -39,7 +43,9 @@ std::vector<Tensor> AdamW(Tensor& p, const Tensor& g, Tensor& moment1, Tensor& m
 std::vector<Tensor> SquaredNorm(const Tensor& x, int instructions) {
   const long n = x.numel(), parts = (n + VALUES - 1) / VALUES, which = level(instructions);
   std::vector<double> sums(parts);  // added up in their order
-  parallel(parts, [&](long t) { sums[t] = PICK(which, squares)(x.data(), is_short(x), t * VALUES, std::min(VALUES, n - t * VALUES)); });
+  parallel(parts, [&](long t) {
+    sums[t] = PICK(which, squares)(x.data(), is_short(x), t * VALUES, std::min(VALUES, n - t * VALUES));
+  });
   Tensor out = paddle::empty({}, paddle::DataType::FLOAT64, x.place());
   double sum = 0.0;
   for (double s : sums) sum += s;
@@ -49,7 +55,13 @@ std::vector<Tensor> SquaredNorm(const Tensor& x, int instructions) {
 
 // Without functions for shapes and dtypes: these run on a dynamic graph alone.
 PD_BUILD_OP(cpu_adamw)
-    .Inputs({"p", "g", "moment1", "moment2"}).Outputs({"p_out", "moment1_out", "moment2_out"})
+    .Inputs({"p", "g", "moment1", "moment2"})
+    .Outputs({"p_out", "moment1_out", "moment2_out"})
     .Attrs({"constants: std::vector<float>", "instructions: int"})
-    .SetInplaceMap({{"p", "p_out"}, {"moment1", "moment1_out"}, {"moment2", "moment2_out"}}).SetKernelFn(PD_KERNEL(AdamW));
-PD_BUILD_OP(cpu_squared_norm).Inputs({"x"}).Outputs({"sum"}).Attrs({"instructions: int"}).SetKernelFn(PD_KERNEL(SquaredNorm));
+    .SetInplaceMap({{"p", "p_out"}, {"moment1", "moment1_out"}, {"moment2", "moment2_out"}})
+    .SetKernelFn(PD_KERNEL(AdamW));
+PD_BUILD_OP(cpu_squared_norm)
+    .Inputs({"x"})
+    .Outputs({"sum"})
+    .Attrs({"instructions: int"})
+    .SetKernelFn(PD_KERNEL(SquaredNorm));

@@ -42,7 +42,8 @@ static void every(P* p, const G* g, float* m1, float* m2, long n, const Constant
   if (i < n) update(p + i, g + i, m1 + i, m2 + i, n - i, c);
 }
 // From value `at` on; short_p, short_g: bfloat16.
-static void adamw(void* p, bool short_p, const void* g, bool short_g, float* m1, float* m2, long at, long n, const Constants& c) {
+static void adamw(void* p, bool short_p, const void* g, bool short_g, float* m1, float* m2, long at, long n,
+                  const Constants& c) {
   m1 += at, m2 += at;
   if (short_p && short_g) every((uint16_t*)p + at, (const uint16_t*)g + at, m1, m2, n, c);
   else if (short_p) every((uint16_t*)p + at, (const float*)g + at, m1, m2, n, c);

@@ -1,10 +1,12 @@
 // Products on AMX tiles: up to 64 columns of B at a time, bfloat16 pairs into float32, or int8 quads into int32.
 //
-// A word is 32 bits of the inner dimension: a pair (k, k+1) of bfloat16, or a quad (k … k+3) of int8, lowest bits first.
-// A: word [m * a_stride + w], each row zero-padded to a multiple of 16 words. B: word [w * 64 + n], columns zero-padded to 64.
-// Eight tiles: 2 x 2 of C, 16 x 16 each, two of A, two of B, so that four loads feed four products. Sums in order of k.
+// A word is 32 bits of the inner dimension: a pair (k, k+1) of bfloat16, or a quad (k … k+3) of int8, lowest bits
+// first. A: word [m * a_stride + w], each row zero-padded to a multiple of 16 words. B: word [w * 64 + n], columns
+// zero-padded to 64. Eight tiles: 2 x 2 of C, 16 x 16 each, two of A, two of B, so that four loads feed four products.
+// Sums in order of k.
 //
-// The order of stores and tile loads is ours to keep: GCC 12 believes that _tile_loadconfig reads 8 bytes and _tile_loadd none.
+// The order of stores and tile loads is ours to keep: GCC 12 believes that _tile_loadconfig reads 8 bytes and
+// _tile_loadd none.
 #pragma once
 #include <cpuid.h>
 #include <immintrin.h>
@@ -54,7 +56,9 @@ static inline bool amx_int8_ready() {
 // Tiles 0 … 3 are C (2 * row of tiles + column of tiles), 4 and 5 A, 6 and 7 B; a size of 0 leaves its tiles unused.
 struct AmxShape {
   long rows[2], columns[2];
-  bool operator!=(const AmxShape& o) const { return rows[0] != o.rows[0] || rows[1] != o.rows[1] || columns[0] != o.columns[0] || columns[1] != o.columns[1]; }
+  bool operator!=(const AmxShape& o) const {
+    return rows[0] != o.rows[0] || rows[1] != o.rows[1] || columns[0] != o.columns[0] || columns[1] != o.columns[1];
+  }
 };
 
 static inline void amx_configure(const AmxShape& shape) {
@@ -77,14 +81,19 @@ static inline void amx_configure(const AmxShape& shape) {
 
 enum class AmxWords { bf16, int8 };
 
-#define AMX_DOT(c, a, b)                                                                           \
-  {                                                                                                \
-    if constexpr (WORDS == AmxWords::bf16) { _tile_dpbf16ps(c, a, b); } else { _tile_dpbssd(c, a, b); } \
+#define AMX_DOT(c, a, b)                     \
+  {                                          \
+    if constexpr (WORDS == AmxWords::bf16) { \
+      _tile_dpbf16ps(c, a, b);               \
+    } else {                                 \
+      _tile_dpbssd(c, a, b);                 \
+    }                                        \
   }
 
 // Up to 32 x 32 of C; the last, incomplete 16 rows of B lie in `last`.
 template <AmxWords WORDS, bool TALL, bool BROAD>
-static inline void amx_block(long words, const uint32_t* A, long a_stride, const uint32_t* B, const uint32_t* last, uint32_t* C, long ldc, bool add) {
+static inline void amx_block(long words, const uint32_t* A, long a_stride, const uint32_t* B, const uint32_t* last,
+                             uint32_t* C, long ldc, bool add) {
   if (add) {
     _tile_loadd(0, C, 4 * ldc);
     if constexpr (BROAD) _tile_loadd(1, C + 16, 4 * ldc);
@@ -119,7 +128,8 @@ static inline void amx_block(long words, const uint32_t* A, long a_stride, const
 #undef AMX_DOT
 
 template <AmxWords WORDS>
-static inline void amx_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, uint32_t* C, long ldc, long N, bool add) {
+static inline void amx_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, uint32_t* C,
+                             long ldc, long N, bool add) {
   if (M < 1 || N < 1) return;
   alignas(64) uint32_t last[16 * 64] = {};
   std::copy(B + words / 16 * 16 * 64, B + words * 64, last);
@@ -129,20 +139,23 @@ static inline void amx_tiles(long M, long words, const uint32_t* A, long a_strid
       const auto part = [](long left) { return std::min(16L, std::max(0L, left)); };
       const AmxShape shape = {{part(M - m), part(M - m - 16)}, {part(N - n), part(N - n - 16)}};
       if (shape != now) amx_configure(now = shape);
-      const auto block = shape.rows[1] ? (shape.columns[1] ? amx_block<WORDS, true, true> : amx_block<WORDS, true, false>)
-                                       : (shape.columns[1] ? amx_block<WORDS, false, true> : amx_block<WORDS, false, false>);
+      const auto block = shape.rows[1]
+                             ? (shape.columns[1] ? amx_block<WORDS, true, true> : amx_block<WORDS, true, false>)
+                             : (shape.columns[1] ? amx_block<WORDS, false, true> : amx_block<WORDS, false, false>);
       block(words, A + m * a_stride, a_stride, B + n, last + n, C + m * ldc + n, ldc, add);
     }
   _tile_release();
 }
 
-// C[M, N <= 64] (+)= A B of bfloat16 pairs. Denormal numbers count as zero. The tiles are configured and released here, since
-// others in the process use them too.
-static inline void amx_bf16_tiles(long M, long pairs, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc, long N, bool add) {
+// C[M, N <= 64] (+)= A B of bfloat16 pairs. Denormal numbers count as zero. The tiles are configured and released here,
+// since others in the process use them too.
+static inline void amx_bf16_tiles(long M, long pairs, const uint32_t* A, long a_stride, const uint32_t* B, float* C,
+                                  long ldc, long N, bool add) {
   amx_tiles<AmxWords::bf16>(M, pairs, A, a_stride, B, (uint32_t*)C, ldc, N, add);
 }
 // The same of int8 quads, both signed, into int32: exact (modulo 2^32).
-static inline void amx_int8_tiles(long M, long quads, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, long N, bool add) {
+static inline void amx_int8_tiles(long M, long quads, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C,
+                                  long ldc, long N, bool add) {
   amx_tiles<AmxWords::int8>(M, quads, A, a_stride, B, (uint32_t*)C, ldc, N, add);
 }
 #pragma GCC pop_options

@@ -1,7 +1,8 @@
 // Attention with FlashMask rows on the CPU: forward and backward in tiles, memory linear in T, masked tiles skipped.
 //
-// Products in float32 for every instruction set, or in bfloat16. q (B, Tq, H, Dh), k and v (B, Tk, K, Dh), float32; rows int32 (B, 1 | K | H, Tk, n) as kernels.attention describes them.
-// Saved for backward: q, k, v, out and lse (B, H, Tq). The order of every sum depends on shapes alone, not on threads.
+// Products in float32 for every instruction set, or in bfloat16. q (B, Tq, H, Dh), k and v (B, Tk, K, Dh), float32;
+// rows int32 (B, 1 | K | H, Tk, n) as kernels.attention describes them. Saved for backward: q, k, v, out and lse (B, H,
+// Tq). The order of every sum depends on shapes alone, not on threads.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -22,18 +23,24 @@ struct Shape {
   long row_heads;               // heads that rows are given for: 1, K or H
   long q_stride, k_stride;      // floats from one token to the next: H * Dh, K * Dh
   bool causal;
-  float scale, softcap;         // softcap: 0 without
-  long offset;                  // query i stands on row i + offset
+  float scale, softcap;  // softcap: 0 without
+  long offset;           // query i stands on row i + offset
 };
-struct Range { int least, most; };           // of one column of rows over a block of keys
-struct Interval { int start, stop; };        // columns that name the hidden rows [start, stop); -1: open
+struct Range {
+  int least, most;
+};  // of one column of rows over a block of keys
+struct Interval {
+  int start, stop;
+};            // columns that name the hidden rows [start, stop); -1: open
 class Room {  // words of 4 bytes, not initialised, aligned to a cache line
  public:
   explicit Room(size_t n) : p_(std::aligned_alloc(64, (n * 4 + 64) / 64 * 64)) {}
   Room(const Room&) = delete;
   ~Room() { std::free(p_); }
   template <class T>
-  T* at(size_t i) const { return (T*)p_ + i; }
+  T* at(size_t i) const {
+    return (T*)p_ + i;
+  }
 
  private:
   void* p_;
@@ -64,46 +71,57 @@ namespace half {
 #undef NV
 }  // namespace half
 #pragma GCC pop_options
-constexpr int HALF = 3;  // of the ops' attribute `instructions`: products in bfloat16; else the most that every_isa.h may take
+constexpr int HALF =
+    3;  // of the ops' attribute `instructions`: products in bfloat16; else the most that every_isa.h may take
 
-static Shape shape_of(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::optional<paddle::Tensor>& rows, bool causal, float scale, float softcap, long offset) {
+static Shape shape_of(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::optional<paddle::Tensor>& rows,
+                      bool causal, float scale, float softcap, long offset) {
   const auto a = q.shape(), b = k.shape();
   Shape s{a[0], a[1], b[1], a[2], b[2], a[3], 0, 1, a[2] * a[3], b[2] * b[3], causal, scale, softcap, offset};
   if (rows) s.n = rows->shape()[3], s.row_heads = rows->shape()[1];
   return s;
 }
 
-std::vector<paddle::Tensor> AttentionForward(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v, const paddle::optional<paddle::Tensor>& rows,
-                                             const paddle::optional<paddle::Tensor>& slopes, bool causal, float scale, float softcap, int offset, int instructions) {
+std::vector<paddle::Tensor> AttentionForward(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v,
+                                             const paddle::optional<paddle::Tensor>& rows,
+                                             const paddle::optional<paddle::Tensor>& slopes, bool causal, float scale,
+                                             float softcap, int offset, int instructions) {
   const Shape s = shape_of(q, k, rows, causal, scale, softcap, offset);
   auto out = paddle::empty(q.shape(), q.dtype(), q.place());
   auto lse = paddle::empty({s.B, s.H, s.Tq}, q.dtype(), q.place());
   const int* r = rows ? rows->data<int>() : nullptr;
   const float* a = slopes ? slopes->data<float>() : nullptr;
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  (instructions == HALF ? half::forward : PICK(which, forward))(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>());
+  (instructions == HALF ? half::forward : PICK(which, forward))(s, q.data<float>(), k.data<float>(), v.data<float>(), r,
+                                                                a, out.data<float>(), lse.data<float>());
   return {out, lse};
 }
 
-std::vector<paddle::Tensor> AttentionBackward(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v, const paddle::optional<paddle::Tensor>& rows,
-                                              const paddle::optional<paddle::Tensor>& slopes, const paddle::Tensor& out, const paddle::Tensor& lse, const paddle::Tensor& d_out,
-                                              bool causal, float scale, float softcap, int offset, int instructions) {
+std::vector<paddle::Tensor> AttentionBackward(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v,
+                                              const paddle::optional<paddle::Tensor>& rows,
+                                              const paddle::optional<paddle::Tensor>& slopes, const paddle::Tensor& out,
+                                              const paddle::Tensor& lse, const paddle::Tensor& d_out, bool causal,
+                                              float scale, float softcap, int offset, int instructions) {
   const Shape s = shape_of(q, k, rows, causal, scale, softcap, offset);
   auto d_q = paddle::empty(q.shape(), q.dtype(), q.place());
   auto d_k = paddle::empty(k.shape(), q.dtype(), q.place()), d_v = paddle::empty(k.shape(), q.dtype(), q.place());
   const int* r = rows ? rows->data<int>() : nullptr;
   const float* a = slopes ? slopes->data<float>() : nullptr;
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  (instructions == HALF ? half::backward : PICK(which, backward))(s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>(),
-                                                                                  d_out.data<float>(), d_q.data<float>(), d_k.data<float>(), d_v.data<float>());
+  (instructions == HALF ? half::backward : PICK(which, backward))(
+      s, q.data<float>(), k.data<float>(), v.data<float>(), r, a, out.data<float>(), lse.data<float>(),
+      d_out.data<float>(), d_q.data<float>(), d_k.data<float>(), d_v.data<float>());
   return {d_q, d_k, d_v};
 }
 
-static std::vector<std::vector<int64_t>> ForwardShape(const std::vector<int64_t>& q, const std::vector<int64_t>& k, const std::vector<int64_t>& v,
-                                                      const paddle::optional<std::vector<int64_t>>& rows, const paddle::optional<std::vector<int64_t>>& slopes) {
+static std::vector<std::vector<int64_t>> ForwardShape(const std::vector<int64_t>& q, const std::vector<int64_t>& k,
+                                                      const std::vector<int64_t>& v,
+                                                      const paddle::optional<std::vector<int64_t>>& rows,
+                                                      const paddle::optional<std::vector<int64_t>>& slopes) {
   return {q, {q[0], q[2], q[1]}};
 }
-static std::vector<paddle::DataType> ForwardType(paddle::DataType q, paddle::DataType k, paddle::DataType v, const paddle::optional<paddle::DataType>& rows,
+static std::vector<paddle::DataType> ForwardType(paddle::DataType q, paddle::DataType k, paddle::DataType v,
+                                                 const paddle::optional<paddle::DataType>& rows,
                                                  const paddle::optional<paddle::DataType>& slopes) {
   return {q, q};
 }
@@ -116,13 +134,18 @@ PD_BUILD_OP(cpu_attention)
     .SetInferShapeFn(PD_INFER_SHAPE(ForwardShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(ForwardType));
 
-static std::vector<std::vector<int64_t>> BackwardShape(const std::vector<int64_t>& q, const std::vector<int64_t>& k, const std::vector<int64_t>& v,
-                                                       const paddle::optional<std::vector<int64_t>>& rows, const paddle::optional<std::vector<int64_t>>& slopes,
-                                                       const std::vector<int64_t>& out, const std::vector<int64_t>& lse, const std::vector<int64_t>& d_out) {
+static std::vector<std::vector<int64_t>> BackwardShape(const std::vector<int64_t>& q, const std::vector<int64_t>& k,
+                                                       const std::vector<int64_t>& v,
+                                                       const paddle::optional<std::vector<int64_t>>& rows,
+                                                       const paddle::optional<std::vector<int64_t>>& slopes,
+                                                       const std::vector<int64_t>& out, const std::vector<int64_t>& lse,
+                                                       const std::vector<int64_t>& d_out) {
   return {q, k, v};
 }
-static std::vector<paddle::DataType> BackwardType(paddle::DataType q, paddle::DataType k, paddle::DataType v, const paddle::optional<paddle::DataType>& rows,
-                                                  const paddle::optional<paddle::DataType>& slopes, paddle::DataType out, paddle::DataType lse, paddle::DataType d_out) {
+static std::vector<paddle::DataType> BackwardType(paddle::DataType q, paddle::DataType k, paddle::DataType v,
+                                                  const paddle::optional<paddle::DataType>& rows,
+                                                  const paddle::optional<paddle::DataType>& slopes,
+                                                  paddle::DataType out, paddle::DataType lse, paddle::DataType d_out) {
   return {q, k, v};
 }
 

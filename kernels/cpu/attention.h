@@ -1,5 +1,6 @@
-// Attention in tiles with an online softmax (Dao, arXiv 2307.08691) and FlashMask rows (arXiv 2410.01359); see attention.cc.
-// Included once per instruction set and kind of product, inside a namespace, after attention_single.h or attention_half.h.
+// Attention in tiles with an online softmax (Dao, arXiv 2307.08691) and FlashMask rows (arXiv 2410.01359); see
+// attention.cc. Included once per instruction set and kind of product, inside a namespace, after attention_single.h or
+// attention_half.h.
 
 struct Head {  // what backward needs of one query head
   const word *q, *d_out, *q_right, *d_out_right;
@@ -9,7 +10,9 @@ struct Head {  // what backward needs of one query head
   const Range* ranges;
   float slope;
 };
-struct Packed { const word *kt, *vt, *k; };  // one key/value head: blocks as pack_turned and pack_right leave them
+struct Packed {
+  const word *kt, *vt, *k;
+};  // one key/value head: blocks as pack_turned and pack_right leave them
 
 // What a tile of queries [i0, i1) may see of keys [j0, j1): 0 nothing, 1 some, 2 all.
 static int visibility(const Shape& s, const int* rows, const Range* ranges, long i0, long i1, long j0, long j1) {
@@ -21,10 +24,12 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
   }
   if (!rows) return seen;
   const Range* at = ranges + (j0 / BC) * s.n;
-  // Hidden rows of key j are [start, stop); the whole tile is hidden if that holds of the latest start and earliest stop.
+  // Hidden rows of key j are [start, stop); the whole tile is hidden if that holds of the latest start and earliest
+  // stop.
   for (int part = 0; part < parts(s); part++) {
     const Interval of = interval(s, part);
-    const long latest = of.start < 0 ? LONG_MIN : at[of.start].most, earliest = of.stop < 0 ? LONG_MAX : at[of.stop].least;
+    const long latest = of.start < 0 ? LONG_MIN : at[of.start].most,
+               earliest = of.stop < 0 ? LONG_MAX : at[of.stop].least;
     if (latest <= r0 && r1 <= earliest) return 0;
     const long first = of.start < 0 ? LONG_MIN : at[of.start].least, last = of.stop < 0 ? LONG_MAX : at[of.stop].most;
     if (first < r1 && r0 < last) seen = 1;
@@ -32,8 +37,10 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
   return seen;
 }
 
-// Scores of a tile, scaled, with softcap and ALiBi, and -inf where masked: S (BR, BC). bend, if given: the cap's slope, 1 - tanh^2.
-static void scores(const Shape& s, const word* q, const word* kt, const int* rows, float slope, int seen, long i0, long i1, long j0, long j1, float* S, float* bend = nullptr) {
+// Scores of a tile, scaled, with softcap and ALiBi, and -inf where masked: S (BR, BC). bend, if given: the cap's slope,
+// 1 - tanh^2.
+static void scores(const Shape& s, const word* q, const word* kt, const int* rows, float slope, int seen, long i0,
+                   long i1, long j0, long j1, float* S, float* bend = nullptr) {
   multiply_turned(i1 - i0, s.Dh, q + i0 * left_width(s.Dh), kt, S);
   const long width = j1 - j0;
   const float before_cap = s.softcap ? s.scale / s.softcap : 0.0f;
@@ -68,7 +75,8 @@ static void scores(const Shape& s, const word* q, const word* kt, const int* row
 }
 
 // One tile of queries of one head: out (rows of out_stride), lse. Fully masked queries: zeros and lse +inf.
-static void forward_tile(const Shape& s, const word* q, const word* kt, const word* v, const int* rows, const Range* ranges, float slope, long i0, float* out, float* lse) {
+static void forward_tile(const Shape& s, const word* q, const word* kt, const word* v, const int* rows,
+                         const Range* ranges, float slope, long i0, float* out, float* lse) {
   const long i1 = std::min(i0 + BR, s.Tq), Dp = padded(s.Dh);
   alignas(64) float S[BR * BC], most[BR], sum[BR];
   std::vector<float> O((size_t)BR * Dp, 0.0f);
@@ -113,9 +121,10 @@ static void forward_tile(const Shape& s, const word* q, const word* kt, const wo
   }
 }
 
-// P and dS of a tile from what forward kept. S, dS (BR, BC): probabilities, and the products' gradient times scale; bend: room for
-// as many with a softcap, else null.
-static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long i0, long i1, long j0, long j1, float* S, float* dS, float* bend) {
+// P and dS of a tile from what forward kept. S, dS (BR, BC): probabilities, and the products' gradient times scale;
+// bend: room for as many with a softcap, else null.
+static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long i0, long i1, long j0, long j1,
+                            float* S, float* dS, float* bend) {
   const int seen = visibility(s, h.rows, h.ranges, i0, i1, j0, j1);
   if (!seen) return false;
   const long block = j0 / BC * turned_words(s.Dh);
@@ -135,7 +144,8 @@ static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long
 }
 
 // dK and dV of one block of keys, over all queries of the heads that share it; with d_q also their dQ.
-static void backward_keys(const Shape& s, const std::vector<Head>& heads, const Packed& p, long j0, float* d_k, float* d_v, bool with_d_q) {
+static void backward_keys(const Shape& s, const std::vector<Head>& heads, const Packed& p, long j0, float* d_k,
+                          float* d_v, bool with_d_q) {
   const long j1 = std::min(j0 + BC, s.Tk), Dp = padded(s.Dh);
   alignas(64) float S[BR * BC], dS[BR * BC];
   std::vector<float> K((size_t)BC * Dp, 0.0f), V((size_t)BC * Dp, 0.0f), bend(s.softcap ? BR * BC : 0);
@@ -169,7 +179,8 @@ static void backward_queries(const Shape& s, const Head& h, const Packed& p, lon
     mix(i1 - i0, j1 - j0, s.Dh, dS, p.k + j0 / BC * right_words(BC, s.Dh), h.d_q_rows + i0 * Dp);
   }
 }
-// ------------------------------------------------------------- whole tensors: packing, and the tasks that threads share
+// ------------------------------------------------------------- whole tensors: packing, and the tasks that threads
+// share
 
 static const int* rows_of(const Shape& s, const int* rows, long b, long h) {
   const long head = s.row_heads == 1 ? 0 : s.row_heads == s.K ? h / (s.H / s.K) : h;
@@ -192,14 +203,18 @@ static const Range* ranges_at(const Shape& s, const std::vector<Range>& ranges, 
   return ranges.empty() ? nullptr : ranges.data() + (b * s.row_heads + head) * ((s.Tk + BC - 1) / BC) * s.n;
 }
 
-// x (T, Dh) with `stride` between rows, in blocks of `block` rows as right operands; the last block has room for as many.
+// x (T, Dh) with `stride` between rows, in blocks of `block` rows as right operands; the last block has room for as
+// many.
 static void pack_rights(const float* x, long T, long stride, long Dh, long block, word* out) {
-  for (long t = 0; t < T; t += block) pack_right(x + t * stride, std::min(block, T - t), stride, Dh, out + t / block * right_words(block, Dh));
+  for (long t = 0; t < T; t += block)
+    pack_right(x + t * stride, std::min(block, T - t), stride, Dh, out + t / block * right_words(block, Dh));
 }
 
-static void forward(const Shape& s, const float* q, const float* k, const float* v, const int* rows, const float* slopes, float* out, float* lse) {
+static void forward(const Shape& s, const float* q, const float* k, const float* v, const int* rows,
+                    const float* slopes, float* out, float* lse) {
   const long blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K;
-  const size_t of_block = turned_words(s.Dh), of_v = right_words(BC, s.Dh), of_q = (size_t)tiles * BR * left_width(s.Dh);
+  const size_t of_block = turned_words(s.Dh), of_v = right_words(BC, s.Dh),
+               of_q = (size_t)tiles * BR * left_width(s.Dh);
   const Room kt(s.B * s.K * blocks * of_block), vp(s.B * s.K * blocks * of_v), qp(s.B * s.H * of_q);
   const std::vector<Range> ranges = ranges_of(s, rows);
   parallel(s.B * s.K * blocks, [&](long at) {
@@ -213,29 +228,44 @@ static void forward(const Shape& s, const float* q, const float* k, const float*
     const long from = b * s.Tq * s.q_stride + h * s.Dh;
     word* left = qp.at<word>((b * s.H + h) * of_q);
     pack_left(q + from + i0 * s.q_stride, std::min(BR, s.Tq - i0), s.q_stride, s.Dh, left + i0 * left_width(s.Dh));
-    forward_tile(s, left, kt.at<word>(bk * blocks * of_block), vp.at<word>(bk * blocks * of_v), rows_of(s, rows, b, h), ranges_at(s, ranges, b, h), slopes ? slopes[h] : 0.0f, i0, out + from,
-                 lse + (b * s.H + h) * s.Tq);
+    forward_tile(s, left, kt.at<word>(bk * blocks * of_block), vp.at<word>(bk * blocks * of_v), rows_of(s, rows, b, h),
+                 ranges_at(s, ranges, b, h), slopes ? slopes[h] : 0.0f, i0, out + from, lse + (b * s.H + h) * s.Tq);
   });
 }
 
-static void backward(const Shape& s, const float* q, const float* k, const float* v, const int* rows, const float* slopes, const float* out, const float* lse, const float* d_out,
-                     float* d_q, float* d_k, float* d_v) {
-  const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K, heads_q = s.B * s.H, heads_k = s.B * s.K;
-  const size_t of_block = turned_words(s.Dh), of_k = blocks * right_words(BC, s.Dh), of_q = (size_t)tiles * BR * left_width(s.Dh), of_right = LEFT_IS_RIGHT ? 0 : tiles * right_words(BR, s.Dh);
-  const Room kt(heads_k * blocks * of_block), vt(heads_k * blocks * of_block), kp(heads_k * of_k), qp(heads_q * of_q), dop(heads_q * of_q), q_right(heads_q * of_right), do_right(heads_q * of_right);
+static void backward(const Shape& s, const float* q, const float* k, const float* v, const int* rows,
+                     const float* slopes, const float* out, const float* lse, const float* d_out, float* d_q,
+                     float* d_k, float* d_v) {
+  const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K,
+             heads_q = s.B * s.H, heads_k = s.B * s.K;
+  const size_t of_block = turned_words(s.Dh), of_k = blocks * right_words(BC, s.Dh),
+               of_q = (size_t)tiles * BR * left_width(s.Dh),
+               of_right = LEFT_IS_RIGHT ? 0 : tiles * right_words(BR, s.Dh);
+  const Room kt(heads_k * blocks * of_block), vt(heads_k * blocks * of_block), kp(heads_k * of_k), qp(heads_q * of_q),
+      dop(heads_q * of_q), q_right(heads_q * of_right), do_right(heads_q * of_right);
   const Room d_q_rows(heads_q * s.Tq * Dp);
   std::vector<float> delta(heads_q * s.Tq);
   const std::vector<Range> ranges = ranges_of(s, rows);
   std::vector<Head> heads(heads_q);
   std::vector<Packed> packed(heads_k);
-  for (long bk = 0; bk < heads_k; bk++) packed[bk] = {kt.at<word>(bk * blocks * of_block), vt.at<word>(bk * blocks * of_block), kp.at<word>(bk * of_k)};
+  for (long bk = 0; bk < heads_k; bk++)
+    packed[bk] = {kt.at<word>(bk * blocks * of_block), vt.at<word>(bk * blocks * of_block), kp.at<word>(bk * of_k)};
   for (long bh = 0; bh < heads_q; bh++) {
     const Room &q_from = LEFT_IS_RIGHT ? qp : q_right, &do_from = LEFT_IS_RIGHT ? dop : do_right;
     const size_t of = LEFT_IS_RIGHT ? of_q : of_right;
-    heads[bh] = {qp.at<word>(bh * of_q), dop.at<word>(bh * of_q), q_from.at<word>(bh * of), do_from.at<word>(bh * of), lse + bh * s.Tq, delta.data() + bh * s.Tq,
-                 d_q_rows.at<float>(bh * s.Tq * Dp), rows_of(s, rows, bh / s.H, bh % s.H), ranges_at(s, ranges, bh / s.H, bh % s.H), slopes ? slopes[bh % s.H] : 0.0f};
+    heads[bh] = {qp.at<word>(bh * of_q),
+                 dop.at<word>(bh * of_q),
+                 q_from.at<word>(bh * of),
+                 do_from.at<word>(bh * of),
+                 lse + bh * s.Tq,
+                 delta.data() + bh * s.Tq,
+                 d_q_rows.at<float>(bh * s.Tq * Dp),
+                 rows_of(s, rows, bh / s.H, bh % s.H),
+                 ranges_at(s, ranges, bh / s.H, bh % s.H),
+                 slopes ? slopes[bh % s.H] : 0.0f};
   }
-  const bool together = heads_k >= 4;  // enough tasks for the threads with one per key/value head; else dQ apart, same sums
+  const bool together =
+      heads_k >= 4;  // enough tasks for the threads with one per key/value head; else dQ apart, same sums
   parallel(heads_k * blocks, [&](long at) {
     const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
     const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
@@ -280,6 +310,7 @@ static void backward(const Shape& s, const float* q, const float* k, const float
   }
   parallel(heads_q, [&](long bh) {
     const long to = bh / s.H * s.Tq * s.q_stride + bh % s.H * s.Dh;
-    for (long i = 0; i < s.Tq; i++) std::memcpy(d_q + to + i * s.q_stride, d_q_rows.at<float>((bh * s.Tq + i) * Dp), s.Dh * sizeof(float));
+    for (long i = 0; i < s.Tq; i++)
+      std::memcpy(d_q + to + i * s.q_stride, d_q_rows.at<float>((bh * s.Tq + i) * Dp), s.Dh * sizeof(float));
   });
 }

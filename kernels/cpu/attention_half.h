@@ -1,7 +1,8 @@
 // The products of attention's tiles in bfloat16, sums in float32; included after gemm.h. See attention.h.
 
-typedef uint32_t word;               // a pair of bfloat16
-constexpr long BR = 96, BC = 64;     // queries and keys of a tile; a multiple of 32, which pairs of the inner dimension come in
+typedef uint32_t word;  // a pair of bfloat16
+constexpr long BR = 96,
+               BC = 64;  // queries and keys of a tile; a multiple of 32, which pairs of the inner dimension come in
 constexpr bool LEFT_IS_RIGHT = false;
 
 static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
@@ -9,17 +10,26 @@ static INLINE long left_width(long Dh) { return inner_words(Dh); }
 static INLINE long turned_words(long Dh) { return inner_words(Dh) * BC; }
 static INLINE long right_words(long n, long Dh) { return inner_words(n) * up(Dh, NR); }
 
-static INLINE vf as_operand(vf x) { return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16)); }
+static INLINE vf as_operand(vf x) {
+  return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16));
+}
 
-static void pack_left(const float* x, long n, long stride, long Dh, word* out) { pack_rows(Matrix{x, n, Dh, stride, false, false}, 0, n, out, inner_words(Dh)); }
+static void pack_left(const float* x, long n, long stride, long Dh, word* out) {
+  pack_rows(Matrix{x, n, Dh, stride, false, false}, 0, n, out, inner_words(Dh));
+}
 static void pack_right(const float* x, long n, long stride, long Dh, word* out) {
   for (long d = 0; d < Dh; d += NR) pack_panel(Matrix{x, n, Dh, stride, false, false}, d, out + inner_words(n) * d);
 }
-static void pack_turned(const float* x, long n, long stride, long Dh, word* out) { pack_panel(Matrix{x, Dh, n, stride, true, false}, 0, out); }
+static void pack_turned(const float* x, long n, long stride, long Dh, word* out) {
+  pack_panel(Matrix{x, Dh, n, stride, true, false}, 0, out);
+}
 
-static void multiply_turned(long M, long Dh, const word* left, const word* block, float* S) { tiles(M, inner_words(Dh), left, inner_words(Dh), block, S, BC, BC, false); }
+static void multiply_turned(long M, long Dh, const word* left, const word* block, float* S) {
+  tiles(M, inner_words(Dh), left, inner_words(Dh), block, S, BC, BC, false);
+}
 static void mix_rows(long M, long n, long Dh, const word* left, const word* right, float* C) {
-  for (long d = 0; d < Dh; d += NR) tiles(M, inner_words(n), left, BC, right + inner_words(n) * d, C + d, padded(Dh), std::min(NR, Dh - d), true);
+  for (long d = 0; d < Dh; d += NR)
+    tiles(M, inner_words(n), left, BC, right + inner_words(n) * d, C + d, padded(Dh), std::min(NR, Dh - d), true);
 }
 static void mix(long M, long n, long Dh, const float* S, const word* right, float* C) {
   alignas(64) word rows[BR * BC];

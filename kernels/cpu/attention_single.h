@@ -1,12 +1,13 @@
 // The products of attention's tiles in float32; included once per instruction set after simd.h. See attention.h.
 
 typedef float word;
-constexpr long BR = 72, BC = 64;     // queries and keys of a tile: scores (18 KB) and operands stay in the first-level cache
+constexpr long BR = 72,
+               BC = 64;  // queries and keys of a tile: scores (18 KB) and operands stay in the first-level cache
 constexpr bool LEFT_IS_RIGHT = true;  // rows packed as left operand serve as right operand too
 
 static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
-static INLINE long left_width(long Dh) { return padded(Dh); }           // words of a row of a left operand
-static INLINE long turned_words(long Dh) { return padded(Dh) * BC; }    // of a block of keys for scores
+static INLINE long left_width(long Dh) { return padded(Dh); }               // words of a row of a left operand
+static INLINE long turned_words(long Dh) { return padded(Dh) * BC; }        // of a block of keys for scores
 static INLINE long right_words(long n, long Dh) { return n * padded(Dh); }  // of n rows as a right operand
 
 static INLINE vf as_operand(vf x) { return x; }

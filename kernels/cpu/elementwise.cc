@@ -1,4 +1,5 @@
-// Norms, rope, gates and embedding on the CPU, one pass forward and one backward, float32; formulas as in kernels/__init__.py.
+// Norms, rope, gates and embedding on the CPU, one pass forward and one backward, float32; formulas as in
+// kernels/__init__.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,36 +21,46 @@ constexpr long ROWS = 64, VALUES = 1 << 14;  // of one task
 static long rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.shape().back()); }
 static long tasks(long n, long size) { return (n + size - 1) / size; }
 static Tensor like(const Tensor& x) { return paddle::empty(x.shape(), x.dtype(), x.place()); }
-static Tensor nothing(const Tensor& x) { return paddle::empty({0}, x.dtype(), x.place()); }  // an output that is not asked for
+static Tensor nothing(const Tensor& x) {
+  return paddle::empty({0}, x.dtype(), x.place());
+}  // an output that is not asked for
 
 // Outputs y, h = x + residual, mean (CENTER), r.
 template <bool CENTER>
-static std::vector<Tensor> norm(const Tensor& x, const Optional& residual, const Tensor& w, const Optional& b, float epsilon, int instructions) {
+static std::vector<Tensor> norm(const Tensor& x, const Optional& residual, const Tensor& w, const Optional& b,
+                                float epsilon, int instructions) {
   const long D = x.shape().back(), rows = rows_of(x), which = level(instructions);
-  Tensor y = like(x), h = residual ? like(x) : nothing(x), r = paddle::empty({rows}, x.dtype(), x.place()), mean = CENTER ? like(r) : nothing(x);
-  const float *X = x.data<float>(), *W = w.data<float>(), *B = b ? b->data<float>() : nullptr, *A = residual ? residual->data<float>() : nullptr;
-  float *Y = y.data<float>(), *R = r.data<float>(), *M = CENTER ? mean.data<float>() : R, *H = A ? h.data<float>() : nullptr;
+  Tensor y = like(x), h = residual ? like(x) : nothing(x), r = paddle::empty({rows}, x.dtype(), x.place()),
+         mean = CENTER ? like(r) : nothing(x);
+  const float *X = x.data<float>(), *W = w.data<float>(), *B = b ? b->data<float>() : nullptr,
+              *A = residual ? residual->data<float>() : nullptr;
+  float *Y = y.data<float>(), *R = r.data<float>(), *M = CENTER ? mean.data<float>() : R,
+        *H = A ? h.data<float>() : nullptr;
   parallel(tasks(rows, ROWS), [&](long t) {
     for (long i = t * ROWS; i < std::min(rows, (t + 1) * ROWS); i++)
-      PICK(which, norm_row<CENTER>)(X + i * D, A ? A + i * D : A, W, B, D, epsilon, A ? H + i * D : H, Y + i * D, M + i, R + i);
+      PICK(which, norm_row<CENTER>)(X + i * D, A ? A + i * D : A, W, B, D, epsilon, A ? H + i * D : H, Y + i * D, M + i,
+                                    R + i);
   });
   return {y, h, mean, r};
 }
 // dw and db: a part for each task, added up in their order. `again`: dx a second time, for the residual: Paddle adds to
 // gradients in place, so that one tensor for two inputs would go wrong.
 template <bool CENTER>
-static std::vector<Tensor> norm_backward(const Tensor& x, const Tensor& w, const Tensor& mean, const Tensor& r, const Tensor& dy, const Optional& dh, bool again,
-                                         int instructions) {
+static std::vector<Tensor> norm_backward(const Tensor& x, const Tensor& w, const Tensor& mean, const Tensor& r,
+                                         const Tensor& dy, const Optional& dh, bool again, int instructions) {
   const long D = x.shape().back(), rows = rows_of(x), which = level(instructions), wide = CENTER ? 2 * D : D;
   const long size = std::max(ROWS, tasks(rows, 64)), parts = tasks(rows, size);  // at most 64, whatever the length
   Tensor dx = like(x), copy = again ? like(x) : nothing(x), dw = like(w), db = CENTER ? like(w) : nothing(x);
   std::vector<float> sums(parts * wide, 0.0f);
-  const float *X = x.data<float>(), *W = w.data<float>(), *M = mean.data<float>(), *R = r.data<float>(), *DY = dy.data<float>(), *DH = dh ? dh->data<float>() : nullptr;
-  float *DX = dx.data<float>(), *COPY = again ? copy.data<float>() : nullptr, *DW = dw.data<float>(), *DB = CENTER ? db.data<float>() : nullptr;
+  const float *X = x.data<float>(), *W = w.data<float>(), *M = mean.data<float>(), *R = r.data<float>(),
+              *DY = dy.data<float>(), *DH = dh ? dh->data<float>() : nullptr;
+  float *DX = dx.data<float>(), *COPY = again ? copy.data<float>() : nullptr, *DW = dw.data<float>(),
+        *DB = CENTER ? db.data<float>() : nullptr;
   parallel(parts, [&](long t) {
     float* part = sums.data() + t * wide;
     for (long i = t * size; i < std::min(rows, (t + 1) * size); i++)
-      PICK(which, norm_row_backward<CENTER>)(X + i * D, W, M[i], R[i], DY + i * D, DH ? DH + i * D : DH, D, DX + i * D, COPY ? COPY + i * D : COPY, part, part + D);
+      PICK(which, norm_row_backward<CENTER>)(X + i * D, W, M[i], R[i], DY + i * D, DH ? DH + i * D : DH, D, DX + i * D,
+                                             COPY ? COPY + i * D : COPY, part, part + D);
   });
   for (long p = 1; p < parts; p++)
     for (long d = 0; d < wide; d++) sums[d] += sums[p * wide + d];
@@ -58,28 +69,35 @@ static std::vector<Tensor> norm_backward(const Tensor& x, const Tensor& w, const
   return {dx, copy, dw, db};
 }
 
-std::vector<Tensor> RmsNorm(const Tensor& x, const Optional& residual, const Tensor& w, float epsilon, int instructions) {
+std::vector<Tensor> RmsNorm(const Tensor& x, const Optional& residual, const Tensor& w, float epsilon,
+                            int instructions) {
   return norm<false>(x, residual, w, paddle::none, epsilon, instructions);
 }
-std::vector<Tensor> RmsNormBackward(const Tensor& x, const Tensor& w, const Tensor& r, const Tensor& dy, const Optional& dh, bool again, int instructions) {
+std::vector<Tensor> RmsNormBackward(const Tensor& x, const Tensor& w, const Tensor& r, const Tensor& dy,
+                                    const Optional& dh, bool again, int instructions) {
   return norm_backward<false>(x, w, r, r, dy, dh, again, instructions);
 }
-std::vector<Tensor> LayerNorm(const Tensor& x, const Optional& residual, const Tensor& w, const Optional& b, float epsilon, int instructions) {
+std::vector<Tensor> LayerNorm(const Tensor& x, const Optional& residual, const Tensor& w, const Optional& b,
+                              float epsilon, int instructions) {
   return norm<true>(x, residual, w, b, epsilon, instructions);
 }
-std::vector<Tensor> LayerNormBackward(const Tensor& x, const Tensor& w, const Tensor& mean, const Tensor& r, const Tensor& dy, const Optional& dh, bool again, int instructions) {
+std::vector<Tensor> LayerNormBackward(const Tensor& x, const Tensor& w, const Tensor& mean, const Tensor& r,
+                                      const Tensor& dy, const Optional& dh, bool again, int instructions) {
   return norm_backward<true>(x, w, mean, r, dy, dh, again, instructions);
 }
 
-std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign, bool neighbours, int instructions) {
+std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign, bool neighbours,
+                         int instructions) {
   const auto shape = x.shape();
-  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3], turned = cos.shape()[3], which = level(instructions);
+  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3], turned = cos.shape()[3],
+             which = level(instructions);
   Tensor y = like(x);
   const float *X = x.data<float>(), *C = cos.data<float>(), *S = sin.data<float>();
   float* Y = y.data<float>();
   const auto rotate = neighbours ? PICK(which, rotate_token<true>) : PICK(which, rotate_token<false>);
   parallel(tasks(tokens, ROWS), [&](long t) {
-    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++) rotate(X + i * heads * Dh, C + i * turned, S + i * turned, heads, Dh, turned, sign, Y + i * heads * Dh);
+    for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++)
+      rotate(X + i * heads * Dh, C + i * turned, S + i * turned, heads, Dh, turned, sign, Y + i * heads * Dh);
   });
   return {y};
 }
@@ -112,7 +130,8 @@ std::vector<Tensor> GateBackward(const Tensor& gate, const Optional& up, const T
   return {dg, du};
 }
 
-// Rows of w (V, D) by ids; and their gradient: rows of dy added up in the order of the ids, COLUMNS columns by each thread.
+// Rows of w (V, D) by ids; and their gradient: rows of dy added up in the order of the ids, COLUMNS columns by each
+// thread.
 std::vector<Tensor> Embedding(const Tensor& ids, const Tensor& w) {
   const long V = w.shape()[0], D = w.shape()[1], n = ids.numel();
   auto shape = ids.shape();
@@ -129,11 +148,13 @@ std::vector<Tensor> Embedding(const Tensor& ids, const Tensor& w) {
 }
 std::vector<Tensor> EmbeddingBackward(const Tensor& ids, const Tensor& w, const Tensor& dy) {
   const long D = w.shape()[1], n = ids.numel(), COLUMNS = 128;
-  // Pages that are fresh from the system are zeros, and take memory only once they are written: large tables stay sparse.
+  // Pages that are fresh from the system are zeros, and take memory only once they are written: large tables stay
+  // sparse.
   void* memory = std::calloc(w.numel() + 16, sizeof(float));
   PD_CHECK(memory, "no memory for the gradient of an embedding");
   float* DW = (float*)(((uintptr_t)memory + 63) / 64 * 64);
-  Tensor dw = paddle::from_blob(DW, w.shape(), w.dtype(), phi::DataLayout::NCHW, w.place(), [memory](void*) { std::free(memory); });
+  Tensor dw = paddle::from_blob(DW, w.shape(), w.dtype(), phi::DataLayout::NCHW, w.place(),
+                                [memory](void*) { std::free(memory); });
   const int64_t* I = ids.data<int64_t>();
   const float* DY = dy.data<float>();
   parallel(tasks(D, COLUMNS), [&](long t) {
@@ -149,23 +170,44 @@ static std::vector<Type> RopeType(Type x, Type cos, Type sin) { return {x}; }
 
 // Without functions for shapes and dtypes: these run on a dynamic graph alone.
 PD_BUILD_OP(cpu_rms_norm)
-    .Inputs({"x", paddle::Optional("residual"), "w"}).Outputs({"y", "h", "mean", "r"}).Attrs({"epsilon: float", "instructions: int"})
+    .Inputs({"x", paddle::Optional("residual"), "w"})
+    .Outputs({"y", "h", "mean", "r"})
+    .Attrs({"epsilon: float", "instructions: int"})
     .SetKernelFn(PD_KERNEL(RmsNorm));
 PD_BUILD_OP(cpu_rms_norm_backward)
-    .Inputs({"x", "w", "r", "dy", paddle::Optional("dh")}).Outputs({"dx", "again", "dw", "db"}).Attrs({"twice: bool", "instructions: int"})
+    .Inputs({"x", "w", "r", "dy", paddle::Optional("dh")})
+    .Outputs({"dx", "again", "dw", "db"})
+    .Attrs({"twice: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(RmsNormBackward));
 PD_BUILD_OP(cpu_layer_norm)
-    .Inputs({"x", paddle::Optional("residual"), "w", paddle::Optional("b")}).Outputs({"y", "h", "mean", "r"}).Attrs({"epsilon: float", "instructions: int"})
+    .Inputs({"x", paddle::Optional("residual"), "w", paddle::Optional("b")})
+    .Outputs({"y", "h", "mean", "r"})
+    .Attrs({"epsilon: float", "instructions: int"})
     .SetKernelFn(PD_KERNEL(LayerNorm));
 PD_BUILD_OP(cpu_layer_norm_backward)
-    .Inputs({"x", "w", "mean", "r", "dy", paddle::Optional("dh")}).Outputs({"dx", "again", "dw", "db"}).Attrs({"twice: bool", "instructions: int"})
+    .Inputs({"x", "w", "mean", "r", "dy", paddle::Optional("dh")})
+    .Outputs({"dx", "again", "dw", "db"})
+    .Attrs({"twice: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(LayerNormBackward));
 PD_BUILD_OP(cpu_gate)
-    .Inputs({"gate", paddle::Optional("up")}).Outputs({"y"}).Attrs({"kind: int", "instructions: int"}).SetKernelFn(PD_KERNEL(Gate));
+    .Inputs({"gate", paddle::Optional("up")})
+    .Outputs({"y"})
+    .Attrs({"kind: int", "instructions: int"})
+    .SetKernelFn(PD_KERNEL(Gate));
 PD_BUILD_OP(cpu_gate_backward)
-    .Inputs({"gate", paddle::Optional("up"), "dy"}).Outputs({"dg", "du"}).Attrs({"kind: int", "instructions: int"}).SetKernelFn(PD_KERNEL(GateBackward));
+    .Inputs({"gate", paddle::Optional("up"), "dy"})
+    .Outputs({"dg", "du"})
+    .Attrs({"kind: int", "instructions: int"})
+    .SetKernelFn(PD_KERNEL(GateBackward));
 PD_BUILD_OP(cpu_embedding).Inputs({"ids", "w"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Embedding));
-PD_BUILD_OP(cpu_embedding_backward).Inputs({"ids", "w", "dy"}).Outputs({"dw"}).SetKernelFn(PD_KERNEL(EmbeddingBackward));
+PD_BUILD_OP(cpu_embedding_backward)
+    .Inputs({"ids", "w", "dy"})
+    .Outputs({"dw"})
+    .SetKernelFn(PD_KERNEL(EmbeddingBackward));
 PD_BUILD_OP(cpu_rope)
-    .Inputs({"x", "cos", "sin"}).Outputs({"y"}).Attrs({"sign: float", "neighbours: bool", "instructions: int"})
-    .SetKernelFn(PD_KERNEL(Rope)).SetInferShapeFn(PD_INFER_SHAPE(RopeShape)).SetInferDtypeFn(PD_INFER_DTYPE(RopeType));
+    .Inputs({"x", "cos", "sin"})
+    .Outputs({"y"})
+    .Attrs({"sign: float", "neighbours: bool", "instructions: int"})
+    .SetKernelFn(PD_KERNEL(Rope))
+    .SetInferShapeFn(PD_INFER_SHAPE(RopeShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(RopeType));

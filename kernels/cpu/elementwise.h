@@ -5,8 +5,8 @@ static INLINE void store_part(float* p, vf x, long n) { std::memcpy(p, &x, n * s
 static INLINE vf get(const float* p, long n) { return n == VL ? load(p) : load_part(p, n); }
 static INLINE void put(float* p, vf x, long n) { n == VL ? store(p, x) : store_part(p, x, n); }
 
-// f(at, how many, k) for every vector of n values; the last may be short. k is 0, 1, 0, 1, …: of two sums, which to add to, so
-// that additions need not wait for each other.
+// f(at, how many, k) for every vector of n values; the last may be short. k is 0, 1, 0, 1, …: of two sums, which to add
+// to, so that additions need not wait for each other.
 template <class F>
 static INLINE void each(long n, F f) {
   long i = 0;
@@ -16,16 +16,19 @@ static INLINE void each(long n, F f) {
 #define EACH(at, n, k) [&](long at, long n, int k) __attribute__((always_inline))
 
 // y = (h - mean) r w + b with h = x + residual; CENTER: LayerNorm, else mean is 0 and b absent: RMSNorm.
-// stats: mean (CENTER alone), r. Values past the end are zeros and would count in a sum around the mean: they are left out.
+// stats: mean (CENTER alone), r. Values past the end are zeros and would count in a sum around the mean: they are left
+// out.
 template <bool CENTER>
-static void norm_row(const float* x, const float* residual, const float* w, const float* b, long D, float epsilon, float* h, float* y, float* mean, float* r) {
+static void norm_row(const float* x, const float* residual, const float* w, const float* b, long D, float epsilon,
+                     float* h, float* y, float* mean, float* r) {
   vf sum[2] = {}, squares[2] = {};
-  each(D, EACH(d, n, k) {
-    vf v = get(x + d, n);
-    if (residual) v += get(residual + d, n), put(h + d, v, n);
-    if (CENTER) sum[k] += v;
-    else squares[k] += v * v;
-  });
+  each(
+      D, EACH(d, n, k) {
+        vf v = get(x + d, n);
+        if (residual) v += get(residual + d, n), put(h + d, v, n);
+        if (CENTER) sum[k] += v;
+        else squares[k] += v * v;
+      });
   if (residual) x = h;
   const float m = CENTER ? hsum(sum[0] + sum[1]) / D : 0.0f;
   float total = 0.0f;
@@ -35,41 +38,48 @@ static void norm_row(const float* x, const float* residual, const float* w, cons
     for (; d < D; d++) total += (x[d] - m) * (x[d] - m);
   }
   const float scale = 1.0f / std::sqrt((total + hsum(squares[0] + squares[1])) / D + epsilon);
-  each(D, EACH(d, n, k) {
-    vf v = (CENTER ? get(x + d, n) - m : get(x + d, n)) * scale * get(w + d, n);
-    if (CENTER && b) v += get(b + d, n);
-    put(y + d, v, n);
-  });
+  each(
+      D, EACH(d, n, k) {
+        vf v = (CENTER ? get(x + d, n) - m : get(x + d, n)) * scale * get(w + d, n);
+        if (CENTER && b) v += get(b + d, n);
+        put(y + d, v, n);
+      });
   if (CENTER) *mean = m;
   *r = scale;
 }
 
-// With z = (x - mean) r and g = dy w: dx = r (g - mean(g) - z mean(g z)) + dh, written twice if asked for; dw += dy z, db += dy.
+// With z = (x - mean) r and g = dy w: dx = r (g - mean(g) - z mean(g z)) + dh, written twice if asked for; dw += dy z,
+// db += dy.
 template <bool CENTER>
-static void norm_row_backward(const float* x, const float* w, float m, float r, const float* dy, const float* dh, long D, float* dx, float* again, float* dw, float* db) {
+static void norm_row_backward(const float* x, const float* w, float m, float r, const float* dy, const float* dh,
+                              long D, float* dx, float* again, float* dw, float* db) {
   vf sum[2] = {}, dot[2] = {};
-  each(D, EACH(d, n, k) {
-    const vf u = get(dy + d, n), z = (CENTER ? get(x + d, n) - m : get(x + d, n)) * r, g = u * get(w + d, n);
-    dot[k] += g * z;  // past the end g is zero
-    if (CENTER) sum[k] += g;
-    put(dw + d, get(dw + d, n) + u * z, n);
-    if (CENTER && db) put(db + d, get(db + d, n) + u, n);
-  });
+  each(
+      D, EACH(d, n, k) {
+        const vf u = get(dy + d, n), z = (CENTER ? get(x + d, n) - m : get(x + d, n)) * r, g = u * get(w + d, n);
+        dot[k] += g * z;  // past the end g is zero
+        if (CENTER) sum[k] += g;
+        put(dw + d, get(dw + d, n) + u * z, n);
+        if (CENTER && db) put(db + d, get(db + d, n) + u, n);
+      });
   const float mean_g = CENTER ? hsum(sum[0] + sum[1]) / D : 0.0f, mean_gz = hsum(dot[0] + dot[1]) / D;
-  each(D, EACH(d, n, k) {
-    const vf z = (CENTER ? get(x + d, n) - m : get(x + d, n)) * r;
-    vf v = get(dy + d, n) * get(w + d, n) - z * mean_gz;
-    if (CENTER) v -= mean_g;
-    v *= r;
-    if (dh) v += get(dh + d, n);
-    put(dx + d, v, n);
-    if (again) put(again + d, v, n);
-  });
+  each(
+      D, EACH(d, n, k) {
+        const vf z = (CENTER ? get(x + d, n) - m : get(x + d, n)) * r;
+        vf v = get(dy + d, n) * get(w + d, n) - z * mean_gz;
+        if (CENTER) v -= mean_g;
+        v *= r;
+        if (dh) v += get(dh + d, n);
+        put(dx + d, v, n);
+        if (again) put(again + d, v, n);
+      });
 }
 
-// heads x Dh values of one token, of whose first `turned` dims pairs are (i, i + turned/2), or (2 i, 2 i + 1); sign -1 turns back
+// heads x Dh values of one token, of whose first `turned` dims pairs are (i, i + turned/2), or (2 i, 2 i + 1); sign -1
+// turns back
 template <bool NEIGHBOURS>
-static void rotate_token(const float* __restrict x, const float* cos, const float* sin, long heads, long Dh, long turned, float sign, float* __restrict y) {
+static void rotate_token(const float* __restrict x, const float* cos, const float* sin, long heads, long Dh,
+                         long turned, float sign, float* __restrict y) {
   const long half = turned / 2;
   for (long h = 0; h < heads; h++, x += Dh, y += Dh) {
     for (long i = 0; i < half; i++) {
@@ -125,18 +135,20 @@ static INLINE vf activation(vf g, vf* slope) {
 
 template <int KIND>  // u may be null: 1
 static void gate(const float* g, const float* u, long n, float* y) {
-  each(n, EACH(i, n, k) {
-    vf slope;
-    const vf a = activation<KIND>(get(g + i, n), &slope);
-    put(y + i, u ? a * get(u + i, n) : a, n);
-  });
+  each(
+      n, EACH(i, n, k) {
+        vf slope;
+        const vf a = activation<KIND>(get(g + i, n), &slope);
+        put(y + i, u ? a * get(u + i, n) : a, n);
+      });
 }
 template <int KIND>
 static void gate_backward(const float* g, const float* u, const float* dy, long n, float* dg, float* du) {
-  each(n, EACH(i, n, k) {
-    vf slope;
-    const vf d = get(dy + i, n), a = activation<KIND>(get(g + i, n), &slope);
-    put(dg + i, u ? d * get(u + i, n) * slope : d * slope, n);
-    if (u) put(du + i, d * a, n);
-  });
+  each(
+      n, EACH(i, n, k) {
+        vf slope;
+        const vf d = get(dy + i, n), a = activation<KIND>(get(g + i, n), &slope);
+        put(dg + i, u ? d * get(u + i, n) * slope : d * slope, n);
+        if (u) put(du + i, d * a, n);
+      });
 }

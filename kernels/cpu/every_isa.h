@@ -1,5 +1,5 @@
-// Includes simd.h and the file named by BODY once per instruction set, each time in a namespace of its own, and PICK to call
-// the one that suits this processor: 2 AVX-512, 1 AVX2 with FMA, 0 what every x86-64 has.
+// Includes simd.h and the file named by BODY once per instruction set, each time in a namespace of its own, and PICK to
+// call the one that suits this processor: 2 AVX-512, 1 AVX2 with FMA, 0 what every x86-64 has.
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -41,9 +41,10 @@ namespace narrow {
 }  // namespace narrow
 
 static inline int level() {
-  static const int found = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 2
-                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")                                              ? 1
-                                                                                                                                          : 0;
+  static const int found =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 2
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1
+                                                                        : 0;
   return found;
 }
 static inline int level(int asked) { return asked < 0 ? level() : std::min(asked, level()); }  // -1: the best

@@ -1,5 +1,5 @@
-// y = x W + b for the few rows of a decode step: bound by reading W, which is float32 or bfloat16 and read once, by columns of
-// 64 rows at a time. x is turned over first, so that the rows' factors of one weight row lie side by side.
+// y = x W + b for the few rows of a decode step: bound by reading W, which is float32 or bfloat16 and read once, by
+// columns of 64 rows at a time. x is turned over first, so that the rows' factors of one weight row lie side by side.
 //
 // The sum over input rows goes on in their order, whatever the threads.
 #include <algorithm>
@@ -24,7 +24,8 @@ static inline float as_float(uint16_t x) {
 #define BODY "few_rows.h"
 #include "every_isa.h"
 
-std::vector<paddle::Tensor> FewRows(const paddle::Tensor& x, const paddle::Tensor& w, const paddle::optional<paddle::Tensor>& bias, int instructions) {
+std::vector<paddle::Tensor> FewRows(const paddle::Tensor& x, const paddle::Tensor& w,
+                                    const paddle::optional<paddle::Tensor>& bias, int instructions) {
   auto shape = x.shape();
   const Few f{x.numel() / shape.back(), w.shape()[0], w.shape()[1], bias ? bias->data<float>() : nullptr};
   PD_CHECK(shape.back() == f.in, "x has ", shape.back(), " columns, the weight ", f.in, " rows");
@@ -48,17 +49,20 @@ std::vector<paddle::Tensor> FewRows(const paddle::Tensor& x, const paddle::Tenso
   const long tasks = (f.out + part - 1) / part;
   if (f.rows * f.in * f.out < (1 << 17))
     for (long t = 0; t < tasks; t++) columns(t);
-  else
-    parallel(tasks, columns);
+  else parallel(tasks, columns);
   return {y};
 }
 
-static std::vector<std::vector<int64_t>> FewShape(const std::vector<int64_t>& x, const std::vector<int64_t>& w, const paddle::optional<std::vector<int64_t>>& bias) {
+static std::vector<std::vector<int64_t>> FewShape(const std::vector<int64_t>& x, const std::vector<int64_t>& w,
+                                                  const paddle::optional<std::vector<int64_t>>& bias) {
   auto y = x;
   y.back() = w[1];
   return {y};
 }
-static std::vector<paddle::DataType> FewType(paddle::DataType x, paddle::DataType w, const paddle::optional<paddle::DataType>& bias) { return {x}; }
+static std::vector<paddle::DataType> FewType(paddle::DataType x, paddle::DataType w,
+                                             const paddle::optional<paddle::DataType>& bias) {
+  return {x};
+}
 
 PD_BUILD_OP(cpu_few_rows_linear)
     .Inputs({"x", "w", paddle::Optional("bias")})

@@ -40,7 +40,8 @@ static INLINE void few_tile(long depth, const float* x, long ldx, const T* w, lo
 }
 
 template <int N, class T>
-static INLINE void few_rows_of(long rows, long depth, const float* x, long ldx, const T* w, long ldw, float* y, long ldy, bool add) {
+static INLINE void few_rows_of(long rows, long depth, const float* x, long ldx, const T* w, long ldw, float* y,
+                               long ldy, bool add) {
   constexpr int FULL = 2 * MR - 4;  // 8 rows with 32 registers, 4 with 16
   long m = 0;
   for (; m + FULL <= rows; m += FULL) few_tile<FULL, N>(depth, x + m, ldx, w, ldw, y + m * ldy, ldy, add);
@@ -59,7 +60,8 @@ static void few_columns(const Few& f, const T* w, const float* x, long from, lon
     const T* at = w + k * f.out;
     const float* part = x + k * f.rows;
     long c = from;
-    for (; c + N * VL <= to; c += N * VL) few_rows_of<N>(f.rows, depth, part, f.rows, at + c, f.out, y + c, f.out, k > 0);
+    for (; c + N * VL <= to; c += N * VL)
+      few_rows_of<N>(f.rows, depth, part, f.rows, at + c, f.out, y + c, f.out, k > 0);
     for (; c + VL <= to; c += VL) few_rows_of<1>(f.rows, depth, part, f.rows, at + c, f.out, y + c, f.out, k > 0);
     for (; c < to; c++)
       for (long m = 0; m < f.rows; m++) {
@@ -72,5 +74,9 @@ static void few_columns(const Few& f, const T* w, const float* x, long from, lon
     for (long m = 0; m < f.rows; m++)
       for (long c = from; c < to; c++) y[m * f.out + c] += f.bias[c];
 }
-static void few_float(const Few& f, const void* w, const float* x, long from, long to, float* y) { few_columns(f, (const float*)w, x, from, to, y); }
-static void few_bfloat16(const Few& f, const void* w, const float* x, long from, long to, float* y) { few_columns(f, (const uint16_t*)w, x, from, to, y); }
+static void few_float(const Few& f, const void* w, const float* x, long from, long to, float* y) {
+  few_columns(f, (const float*)w, x, from, to, y);
+}
+static void few_bfloat16(const Few& f, const void* w, const float* x, long from, long to, float* y) {
+  few_columns(f, (const uint16_t*)w, x, from, to, y);
+}

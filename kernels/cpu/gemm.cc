@@ -1,8 +1,10 @@
-// Products in bfloat16 (kernels.linear, lora_linear and linear_cross_entropy with kernels.bf16) of float32 or bfloat16 tensors.
+// Products in bfloat16 (kernels.linear, lora_linear and linear_cross_entropy with kernels.bf16) of float32 or bfloat16
+// tensors.
 //
-// Operands are converted and packed inside, sums and results are float32. LoRA's products are no passes of their own: x A B is
-// done by R more columns of x and rows of W. The cross-entropy goes over the vocabulary in blocks, so that logits stay in the
-// cache; what is kept of a block is at most its softmax in bfloat16, as the operand of the next products.
+// Operands are converted and packed inside, sums and results are float32. LoRA's products are no passes of their own: x
+// A B is done by R more columns of x and rows of W. The cross-entropy goes over the vocabulary in blocks, so that
+// logits stay in the cache; what is kept of a block is at most its softmax in bfloat16, as the operand of the next
+// products.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -37,24 +39,29 @@ Matrix matrix(const Tensor& x, bool turned = false) {  // (…, cols): leading d
   const long stride = x.shape().back(), rows = x.numel() / std::max(1L, stride);
   return {x.data(), turned ? stride : rows, turned ? rows : stride, stride, turned, x.dtype() == Type::BFLOAT16};
 }
-Matrix columns(const Matrix& x, long from, long to) { return {x.half ? (const void*)x.bits(0, from) : x.single(0, from), x.rows, to - from, x.stride, x.turned, x.half}; }
+Matrix columns(const Matrix& x, long from, long to) {
+  return {x.half ? (const void*)x.bits(0, from) : x.single(0, from), x.rows, to - from, x.stride, x.turned, x.half};
+}
 auto panels_of(const Matrix& b) {
   return [b](long n, uint32_t* out) { pack_panel(b, n, out); };
 }
 // Panels of b with those of `more` behind them, along the inner dimension.
 auto panels_of(const Matrix& b, const Matrix& more) {
-  return [b, more](long n, uint32_t* out) { pack_panel(b, n, out), pack_panel(more, n, out + inner_words(b.rows) * NR); };
+  return
+      [b, more](long n, uint32_t* out) { pack_panel(b, n, out), pack_panel(more, n, out + inner_words(b.rows) * NR); };
 }
 
 // C = A B (+ bias) (+ residual)
 void matmul(const Matrix& a, const Matrix& b, const float* bias, const float* residual, float* C) {
   const long count = inner_words(a.cols), N = b.cols;
   const Words packed = words(up(a.rows, 16) * count);
-  product(pack_all(a, packed.get(), count), N, count, panels_of(b), C, N, false, [=](long m0, long m1, long n0, long n1) {
-    if (bias || residual)
-      for (long m = m0; m < m1; m++)
-        for (long n = n0; n < n1; n++) C[m * N + n] += (bias ? bias[n] : 0.0f) + (residual ? residual[m * N + n] : 0.0f);
-  });
+  product(pack_all(a, packed.get(), count), N, count, panels_of(b), C, N, false,
+          [=](long m0, long m1, long n0, long n1) {
+            if (bias || residual)
+              for (long m = m0; m < m1; m++)
+                for (long n = n0; n < n1; n++)
+                  C[m * N + n] += (bias ? bias[n] : 0.0f) + (residual ? residual[m * N + n] : 0.0f);
+          });
 }
 
 void scale_block(float* C, long ldc, float by, long m0, long m1, long n0, long n1) {
@@ -63,13 +70,16 @@ void scale_block(float* C, long ldc, float by, long m0, long m1, long n0, long n
 }
 
 // t = scaling (dropped or x) A, y = [x t] [W; B] (+ bias)
-void lora(const Matrix& x, const Matrix* dropped, const Matrix& w, const Matrix& a, const Matrix& b, const float* bias, float scaling, float* t, float* y) {
-  const long M = x.rows, N = w.cols, R = a.cols, of_x = inner_words(x.cols), of_t = inner_words(R), stride = of_x + of_t;
+void lora(const Matrix& x, const Matrix* dropped, const Matrix& w, const Matrix& a, const Matrix& b, const float* bias,
+          float scaling, float* t, float* y) {
+  const long M = x.rows, N = w.cols, R = a.cols, of_x = inner_words(x.cols), of_t = inner_words(R),
+             stride = of_x + of_t;
   const Words packed = words(up(M, 16) * stride);
   Words other;
   Rows rows = pack_all(x, packed.get(), stride), from = rows;
   if (dropped) other = words(up(M, 16) * of_x), from = pack_all(*dropped, other.get(), of_x);
-  product(from, R, of_x, panels_of(a), t, R, false, [=](long m0, long m1, long n0, long n1) { scale_block(t, R, scaling, m0, m1, n0, n1); });
+  product(from, R, of_x, panels_of(a), t, R, false,
+          [=](long m0, long m1, long n0, long n1) { scale_block(t, R, scaling, m0, m1, n0, n1); });
   pack_all(Matrix{t, M, R, R, false, false}, packed.get() + of_x, stride);
   product(rows, N, stride, panels_of(w, b), y, N, false, [=](long m0, long m1, long n0, long n1) {
     if (bias)
@@ -78,14 +88,18 @@ void lora(const Matrix& x, const Matrix* dropped, const Matrix& w, const Matrix&
   });
 }
 
-// dt = scaling dy B^T; dx = [dy dt] [W^T; A^T], or, with dropout, dx = dy W^T and d_dropped = dt A^T; dA = (dropped or x)^T dt; dB = t^T dy
-void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Matrix& w, const Matrix& a, const Matrix& b, float scaling, float* dx, float* d_dropped, float* da, float* db) {
-  const long M = dy.rows, N = dy.cols, K = w.rows, R = a.cols, of_y = inner_words(N), of_t = inner_words(R), stride = of_y + of_t;
+// dt = scaling dy B^T; dx = [dy dt] [W^T; A^T], or, with dropout, dx = dy W^T and d_dropped = dt A^T; dA = (dropped or
+// x)^T dt; dB = t^T dy
+void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Matrix& w, const Matrix& a,
+                   const Matrix& b, float scaling, float* dx, float* d_dropped, float* da, float* db) {
+  const long M = dy.rows, N = dy.cols, K = w.rows, R = a.cols, of_y = inner_words(N), of_t = inner_words(R),
+             stride = of_y + of_t;
   const Words packed = words(up(M, 16) * stride);
   const Rows rows = pack_all(dy, packed.get(), stride);
   std::vector<float> sums(M * R), da_turned(R * K);
   float* dt = sums.data();
-  product(rows, R, of_y, panels_of(b.transposed()), dt, R, false, [=](long m0, long m1, long n0, long n1) { scale_block(dt, R, scaling, m0, m1, n0, n1); });
+  product(rows, R, of_y, panels_of(b.transposed()), dt, R, false,
+          [=](long m0, long m1, long n0, long n1) { scale_block(dt, R, scaling, m0, m1, n0, n1); });
   const Matrix turned{dt, R, M, R, true, false};
   const Rows rows_t = pack_all(turned.transposed(), packed.get() + of_y, stride);
   if (dx && d_dropped) {
@@ -106,20 +120,25 @@ void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Mat
 
 constexpr long WIDTH = 1024;  // columns of the vocabulary at a time; with 96 rows of float32 logits 384 KB
 
-// Logits of every row for columns [n0, n0 + width), a block of rows at a time: use(m, logits) with zeros up to a multiple of 32.
-// With a softcap, other than 0, they are softcap * tanh(logit / softcap).
+// Logits of every row for columns [n0, n0 + width), a block of rows at a time: use(m, logits) with zeros up to a
+// multiple of 32. With a softcap, other than 0, they are softcap * tanh(logit / softcap).
 template <class Use>
-void logits_of(const Rows& hidden, const Matrix& weight, long n0, long width, long count, float softcap, uint32_t* panels, Use use) {
-  parallel((width + NR - 1) / NR, [&](long p) { pack_panel(columns(weight, n0, n0 + width), p * NR, panels + p * NR * count); });
+void logits_of(const Rows& hidden, const Matrix& weight, long n0, long width, long count, float softcap,
+               uint32_t* panels, Use use) {
+  parallel((width + NR - 1) / NR,
+           [&](long p) { pack_panel(columns(weight, n0, n0 + width), p * NR, panels + p * NR * count); });
   parallel((hidden.rows + MC - 1) / MC, [&](long block) {
     static thread_local std::vector<float> room;
     room.resize(MC * WIDTH);
     const long m0 = block * MC, m1 = std::min(hidden.rows, m0 + MC);
-    for (long n = 0; n < width; n += GROUP * NR) block_of(hidden, m0, m1, panels + n * count, count, std::min(GROUP * NR, width - n), room.data() + n, WIDTH, false);
+    for (long n = 0; n < width; n += GROUP * NR)
+      block_of(hidden, m0, m1, panels + n * count, count, std::min(GROUP * NR, width - n), room.data() + n, WIDTH,
+               false);
     for (long m = m0; m < m1; m++) {
       float* logits = room.data() + (m - m0) * WIDTH;
       if (softcap)
-        for (long n = 0; n < up(width, 32); n += VL) store(logits + n, vtanh(load(logits + n) * (1.0f / softcap)) * softcap);
+        for (long n = 0; n < up(width, 32); n += VL)
+          store(logits + n, vtanh(load(logits + n) * (1.0f / softcap)) * softcap);
       use(m, logits);
     }
   });
@@ -140,16 +159,20 @@ vf bent(vf g, vf logit, float softcap) {
   return g * (1.0f - t * t);
 }
 float bent(float g, float logit, float softcap) { return bent(splat(g), splat(logit), softcap)[0]; }
-vf part(const float* p, long n, float otherwise) { return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(otherwise), first(n), p); }
+vf part(const float* p, long n, float otherwise) {
+  return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(otherwise), first(n), p);
+}
 
-struct Seen {  // of one row: largest logit, its column, sum of exp(logit - most), the target's logit (0 if it is not among the columns)
+struct Seen {  // of one row: largest logit, its column, sum of exp(logit - most), the target's logit (0 if it is not
+               // among the columns)
   float *most, *sum, *target;
   int64_t* best;
 };
 
-// One row's logits for columns [n0, n0 + width) into what was seen before; exp(logit - most), bent, to `half` if given. Returns by
-// what earlier sums are to be multiplied.
-float see(const Seen& seen, long m, const float* logits, long n0, long width, int64_t label, float softcap, uint16_t* half) {
+// One row's logits for columns [n0, n0 + width) into what was seen before; exp(logit - most), bent, to `half` if given.
+// Returns by what earlier sums are to be multiplied.
+float see(const Seen& seen, long m, const float* logits, long n0, long width, int64_t label, float softcap,
+          uint16_t* half) {
   vf top = splat(-std::numeric_limits<float>::infinity());
   for (long n = 0; n < width; n += VL) top = vmax(top, part(logits + n, width - n, logits[0]));
   const float before = seen.most[m], most = std::max(before, hmax(top));
@@ -170,14 +193,16 @@ float see(const Seen& seen, long m, const float* logits, long n0, long width, in
   return by;
 }
 
-// What losses are made of, and, if `acc` is given, acc[m] = sum over columns of exp(logit - most), bent, weight^T: the softmax's
-// part of the gradient of hidden, in one go with the logits (an online softmax, as attention's).
-void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, float softcap, const Seen& seen, float* acc) {
+// What losses are made of, and, if `acc` is given, acc[m] = sum over columns of exp(logit - most), bent, weight^T: the
+// softmax's part of the gradient of hidden, in one go with the logits (an online softmax, as attention's).
+void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, float softcap, const Seen& seen,
+                   float* acc) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D);
   const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(acc ? M * WIDTH / 2 : 1);
   const Rows rows = pack_all(hidden, packed.get(), count);
   std::fill(seen.most, seen.most + M, -std::numeric_limits<float>::infinity());
-  std::fill(seen.sum, seen.sum + M, 0.0f), std::fill(seen.target, seen.target + M, 0.0f), std::fill(seen.best, seen.best + M, 0);
+  std::fill(seen.sum, seen.sum + M, 0.0f), std::fill(seen.target, seen.target + M, 0.0f),
+      std::fill(seen.best, seen.best + M, 0);
   for (long n0 = 0; n0 < V; n0 += WIDTH) {
     const long width = std::min(WIDTH, V - n0);
     logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
@@ -185,44 +210,55 @@ void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* la
       const float by = see(seen, m, logits, n0, width, labels[m], softcap, half);
       if (acc && n0 && by != 1.0f) scale_block(acc + m * D, 0, by, 0, 1, 0, D);
     });
-    if (acc) product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width), panels_of(columns(weight, n0, n0 + width).transposed()), acc, D, n0 > 0, nothing);
+    if (acc)
+      product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width),
+              panels_of(columns(weight, n0, n0 + width).transposed()), acc, D, n0 > 0, nothing);
   }
 }
 
-// G = d_loss (softmax - onehot), bent, in bfloat16, a block of columns at a time; d_hidden = G weight^T, d_weight = hidden^T G.
-void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const float* lse, const float* d_loss, float softcap, float* d_hidden,
-                            float* d_weight) {
+// G = d_loss (softmax - onehot), bent, in bfloat16, a block of columns at a time; d_hidden = G weight^T, d_weight =
+// hidden^T G.
+void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const float* lse,
+                            const float* d_loss, float softcap, float* d_hidden, float* d_weight) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D), of_m = inner_words(M);
   const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(M * WIDTH / 2);
   const Rows rows = pack_all(hidden, packed.get(), count);
   // The weight lies (V, D), so its gradient is G^T hidden, or (D, V): hidden^T G.
   const bool trained = d_weight != nullptr;
-  const Words turned = words(!trained ? 1 : weight.turned ? up(WIDTH, 16) * of_m : up(D, 16) * of_m), hidden_panels = words(trained && weight.turned ? up(D, NR) * of_m : 1);
+  const Words turned = words(!trained        ? 1
+                             : weight.turned ? up(WIDTH, 16) * of_m
+                                             : up(D, 16) * of_m),
+              hidden_panels = words(trained && weight.turned ? up(D, NR) * of_m : 1);
   Rows hidden_turned{};
   if (trained && weight.turned)
     parallel((D + NR - 1) / NR, [&](long p) { pack_panel(hidden, p * NR, hidden_panels.get() + p * NR * of_m); });
-  else if (trained)
-    hidden_turned = pack_all(hidden.transposed(), turned.get(), of_m);
+  else if (trained) hidden_turned = pack_all(hidden.transposed(), turned.get(), of_m);
   for (long n0 = 0; n0 < V; n0 += WIDTH) {
     const long width = std::min(WIDTH, V - n0);
     logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
       uint16_t* half = (uint16_t*)halves.get() + m * WIDTH;
       for (long n = 0; n < up(width, 32); n += VL)
-        store_half(half + n, bent(vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - lse[m]) * d_loss[m], part(logits + n, width - n, 0.0f), softcap));
-      if (const long n = labels[m] - n0; n >= 0 && n < width) half[n] = half_of(bent((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m], logits[n], softcap));
+        store_half(half + n,
+                   bent(vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - lse[m]) * d_loss[m],
+                        part(logits + n, width - n, 0.0f), softcap));
+      if (const long n = labels[m] - n0; n >= 0 && n < width)
+        half[n] = half_of(bent((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m], logits[n], softcap));
     });
-    product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width), panels_of(columns(weight, n0, n0 + width).transposed()), d_hidden, D, n0 > 0, nothing);
+    product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width),
+            panels_of(columns(weight, n0, n0 + width).transposed()), d_hidden, D, n0 > 0, nothing);
     const Matrix g{halves.get(), M, width, WIDTH, false, true};
     if (trained && weight.turned)
-      multiply(pack_all(g.transposed(), turned.get(), of_m), D, of_m, hidden_panels.get(), d_weight + n0 * D, D, false, nothing);
-    else if (trained)
-      product(hidden_turned, width, of_m, panels_of(g), d_weight + n0, V, false, nothing);
+      multiply(pack_all(g.transposed(), turned.get(), of_m), D, of_m, hidden_panels.get(), d_weight + n0 * D, D, false,
+               nothing);
+    else if (trained) product(hidden_turned, width, of_m, panels_of(g), d_weight + n0, V, false, nothing);
   }
 }
 
-// d_loss[m] (acc[m] factor[m] - weight^T[label]), the second part, bent, only for labels that are among the columns, whose logit is
-// target[m]. Weight and slope are rounded there as they were in acc: of a probability near 1 their difference is what counts.
-void softmax_gradient(const Matrix& weight, const float* acc, const float* factor, const int64_t* labels, const float* target, const float* d_loss, float softcap, long M, float* out) {
+// d_loss[m] (acc[m] factor[m] - weight^T[label]), the second part, bent, only for labels that are among the columns,
+// whose logit is target[m]. Weight and slope are rounded there as they were in acc: of a probability near 1 their
+// difference is what counts.
+void softmax_gradient(const Matrix& weight, const float* acc, const float* factor, const int64_t* labels,
+                      const float* target, const float* d_loss, float softcap, long M, float* out) {
   const long D = weight.rows;
   parallel((M + MC - 1) / MC, [&](long block) {
     for (long m = block * MC; m < std::min(M, (block + 1) * MC); m++) {
@@ -230,7 +266,9 @@ void softmax_gradient(const Matrix& weight, const float* acc, const float* facto
       for (long d = 0; d < D; d++) out[m * D + d] = acc[m * D + d] * by;
       const float pull = d_loss[m] * (softcap ? single_of(half_of(bent(1.0f, target[m], softcap))) : 1.0f);
       if (labels[m] >= 0 && labels[m] < weight.cols)
-        for (long d = 0; d < D; d++) out[m * D + d] -= pull * single_of(weight.half ? *weight.bits(d, labels[m]) : half_of(*weight.single(d, labels[m])));
+        for (long d = 0; d < D; d++)
+          out[m * D + d] -=
+              pull * single_of(weight.half ? *weight.bits(d, labels[m]) : half_of(*weight.single(d, labels[m])));
     }
   });
 }
@@ -238,10 +276,13 @@ void softmax_gradient(const Matrix& weight, const float* acc, const float* facto
 }  // namespace
 #pragma GCC pop_options
 
-static Tensor fresh(const Shape& shape, const Tensor& like) { return paddle::empty(shape, Type::FLOAT32, like.place()); }
+static Tensor fresh(const Shape& shape, const Tensor& like) {
+  return paddle::empty(shape, Type::FLOAT32, like.place());
+}
 static const float* floats(const MaybeTensor& x) { return x ? x->data<float>() : nullptr; }
 
-std::vector<Tensor> Bf16Matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias, const MaybeTensor& residual, bool a_turned, bool b_turned) {
+std::vector<Tensor> Bf16Matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias, const MaybeTensor& residual,
+                               bool a_turned, bool b_turned) {
   const Matrix x = matrix(a, a_turned), y = matrix(b, b_turned);
   PD_CHECK(x.cols == y.rows, "inner dimensions differ");
   Tensor out = fresh({x.rows, y.cols}, a);
@@ -249,61 +290,84 @@ std::vector<Tensor> Bf16Matmul(const Tensor& a, const Tensor& b, const MaybeTens
   return {out};
 }
 
-std::vector<Tensor> Bf16Lora(const Tensor& x, const MaybeTensor& dropped, const Tensor& w, const Tensor& a, const Tensor& b, const MaybeTensor& bias, float scaling) {
+std::vector<Tensor> Bf16Lora(const Tensor& x, const MaybeTensor& dropped, const Tensor& w, const Tensor& a,
+                             const Tensor& b, const MaybeTensor& bias, float scaling) {
   const Matrix of_x = matrix(x), of_dropped = dropped ? matrix(*dropped) : of_x;
   Tensor y = fresh({of_x.rows, w.shape()[1]}, x), t = fresh({of_x.rows, a.shape()[1]}, x);
-  lora(of_x, dropped ? &of_dropped : nullptr, matrix(w), matrix(a), matrix(b), floats(bias), scaling, t.data<float>(), y.data<float>());
+  lora(of_x, dropped ? &of_dropped : nullptr, matrix(w), matrix(a), matrix(b), floats(bias), scaling, t.data<float>(),
+       y.data<float>());
   return {y, t};
 }
 
-std::vector<Tensor> Bf16LoraBackward(const Tensor& dy, const Tensor& x, const Tensor& t, const Tensor& w, const Tensor& a, const Tensor& b, float scaling, bool want_dx, bool was_dropped) {
+std::vector<Tensor> Bf16LoraBackward(const Tensor& dy, const Tensor& x, const Tensor& t, const Tensor& w,
+                                     const Tensor& a, const Tensor& b, float scaling, bool want_dx, bool was_dropped) {
   const Matrix of_x = matrix(x);
-  Tensor dx = fresh({want_dx ? of_x.rows : 0, of_x.cols}, x), d_dropped = fresh({want_dx && was_dropped ? of_x.rows : 0, of_x.cols}, x), da = fresh(a.shape(), a), db = fresh(b.shape(), b);
-  lora_backward(matrix(dy), of_x, matrix(t), matrix(w), matrix(a), matrix(b), scaling, want_dx ? dx.data<float>() : nullptr, want_dx && was_dropped ? d_dropped.data<float>() : nullptr,
+  Tensor dx = fresh({want_dx ? of_x.rows : 0, of_x.cols}, x),
+         d_dropped = fresh({want_dx && was_dropped ? of_x.rows : 0, of_x.cols}, x), da = fresh(a.shape(), a),
+         db = fresh(b.shape(), b);
+  lora_backward(matrix(dy), of_x, matrix(t), matrix(w), matrix(a), matrix(b), scaling,
+                want_dx ? dx.data<float>() : nullptr, want_dx && was_dropped ? d_dropped.data<float>() : nullptr,
                 da.data<float>(), db.data<float>());
   return {dx, d_dropped, da, db};
 }
 
-std::vector<Tensor> Bf16CrossEntropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels, bool turned, float softcap, bool want_acc) {
+std::vector<Tensor> Bf16CrossEntropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels, bool turned,
+                                     float softcap, bool want_acc) {
   const Matrix h = matrix(hidden), w = matrix(weight, turned);
-  Tensor most = fresh({h.rows}, hidden), sum = fresh({h.rows}, hidden), target = fresh({h.rows}, hidden), best = paddle::empty({h.rows}, Type::INT64, hidden.place());
+  Tensor most = fresh({h.rows}, hidden), sum = fresh({h.rows}, hidden), target = fresh({h.rows}, hidden),
+         best = paddle::empty({h.rows}, Type::INT64, hidden.place());
   Tensor acc = fresh({want_acc ? h.rows : 0, h.cols}, hidden);
-  cross_entropy(h, w, labels.data<int64_t>(), softcap, Seen{most.data<float>(), sum.data<float>(), target.data<float>(), best.data<int64_t>()}, want_acc ? acc.data<float>() : nullptr);
+  cross_entropy(h, w, labels.data<int64_t>(), softcap,
+                Seen{most.data<float>(), sum.data<float>(), target.data<float>(), best.data<int64_t>()},
+                want_acc ? acc.data<float>() : nullptr);
   return {most, sum, target, best, acc};
 }
 
-std::vector<Tensor> Bf16CrossEntropyBackward(const Tensor& hidden, const Tensor& weight, const Tensor& labels, const Tensor& lse, const Tensor& d_loss, bool turned, float softcap,
+std::vector<Tensor> Bf16CrossEntropyBackward(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                             const Tensor& lse, const Tensor& d_loss, bool turned, float softcap,
                                              bool frozen) {
   const Matrix h = matrix(hidden);
   Tensor d_hidden = fresh(hidden.shape(), hidden), d_weight = fresh(frozen ? Shape{0, 1} : weight.shape(), weight);
-  cross_entropy_backward(h, matrix(weight, turned), labels.data<int64_t>(), lse.data<float>(), d_loss.data<float>(), softcap, d_hidden.data<float>(),
-                         frozen ? nullptr : d_weight.data<float>());
+  cross_entropy_backward(h, matrix(weight, turned), labels.data<int64_t>(), lse.data<float>(), d_loss.data<float>(),
+                         softcap, d_hidden.data<float>(), frozen ? nullptr : d_weight.data<float>());
   return {d_hidden, d_weight};
 }
 
-std::vector<Tensor> SoftmaxGradient(const Tensor& acc, const Tensor& factor, const Tensor& weight, const Tensor& labels, const Tensor& target, const Tensor& d_loss, bool turned,
-                                    float softcap) {
+std::vector<Tensor> SoftmaxGradient(const Tensor& acc, const Tensor& factor, const Tensor& weight, const Tensor& labels,
+                                    const Tensor& target, const Tensor& d_loss, bool turned, float softcap) {
   Tensor out = fresh(acc.shape(), acc);
-  softmax_gradient(matrix(weight, turned), acc.data<float>(), factor.data<float>(), labels.data<int64_t>(), target.data<float>(), d_loss.data<float>(), softcap, acc.shape()[0],
-                   out.data<float>());
+  softmax_gradient(matrix(weight, turned), acc.data<float>(), factor.data<float>(), labels.data<int64_t>(),
+                   target.data<float>(), d_loss.data<float>(), softcap, acc.shape()[0], out.data<float>());
   return {out};
 }
 
 PD_BUILD_OP(cpu_bf16_matmul)
-    .Inputs({"a", "b", paddle::Optional("bias"), paddle::Optional("residual")}).Outputs({"c"}).Attrs({"a_turned: bool", "b_turned: bool"})
+    .Inputs({"a", "b", paddle::Optional("bias"), paddle::Optional("residual")})
+    .Outputs({"c"})
+    .Attrs({"a_turned: bool", "b_turned: bool"})
     .SetKernelFn(PD_KERNEL(Bf16Matmul));
 PD_BUILD_OP(cpu_bf16_lora)
-    .Inputs({"x", paddle::Optional("dropped"), "w", "a", "b", paddle::Optional("bias")}).Outputs({"y", "t"}).Attrs({"scaling: float"})
+    .Inputs({"x", paddle::Optional("dropped"), "w", "a", "b", paddle::Optional("bias")})
+    .Outputs({"y", "t"})
+    .Attrs({"scaling: float"})
     .SetKernelFn(PD_KERNEL(Bf16Lora));
 PD_BUILD_OP(cpu_bf16_lora_backward)
-    .Inputs({"dy", "x", "t", "w", "a", "b"}).Outputs({"dx", "d_dropped", "da", "db"}).Attrs({"scaling: float", "want_dx: bool", "was_dropped: bool"})
+    .Inputs({"dy", "x", "t", "w", "a", "b"})
+    .Outputs({"dx", "d_dropped", "da", "db"})
+    .Attrs({"scaling: float", "want_dx: bool", "was_dropped: bool"})
     .SetKernelFn(PD_KERNEL(Bf16LoraBackward));
 PD_BUILD_OP(cpu_bf16_cross_entropy)
-    .Inputs({"hidden", "weight", "labels"}).Outputs({"most", "sum", "target", "best", "acc"}).Attrs({"turned: bool", "softcap: float", "want_acc: bool"})
+    .Inputs({"hidden", "weight", "labels"})
+    .Outputs({"most", "sum", "target", "best", "acc"})
+    .Attrs({"turned: bool", "softcap: float", "want_acc: bool"})
     .SetKernelFn(PD_KERNEL(Bf16CrossEntropy));
 PD_BUILD_OP(cpu_bf16_cross_entropy_backward)
-    .Inputs({"hidden", "weight", "labels", "lse", "d_loss"}).Outputs({"d_hidden", "d_weight"}).Attrs({"turned: bool", "softcap: float", "frozen: bool"})
+    .Inputs({"hidden", "weight", "labels", "lse", "d_loss"})
+    .Outputs({"d_hidden", "d_weight"})
+    .Attrs({"turned: bool", "softcap: float", "frozen: bool"})
     .SetKernelFn(PD_KERNEL(Bf16CrossEntropyBackward));
 PD_BUILD_OP(cpu_softmax_part)
-    .Inputs({"acc", "factor", "weight", "labels", "target", "d_loss"}).Outputs({"d_hidden"}).Attrs({"turned: bool", "softcap: float"})
+    .Inputs({"acc", "factor", "weight", "labels", "target", "d_loss"})
+    .Outputs({"d_hidden"})
+    .Attrs({"turned: bool", "softcap: float"})
     .SetKernelFn(PD_KERNEL(SoftmaxGradient));

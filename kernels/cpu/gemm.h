@@ -1,25 +1,31 @@
 // Products of matrices in bfloat16 with float32 sums: packing, tiles and the loops over blocks; see gemm.cc.
 //
-// Both operands are packed as words of two bfloat16, (k, k + 1) of the inner dimension: A into rows, B into panels of 64 columns.
-// A tile of C is 6 x 64 in registers (vdpbf16ps), or 32 x 32 in AMX tiles. Each block of C is made by one thread, its sums in order of k: the same bits
-// whatever the number of threads. Included after amx.h, under a target pragma and in a namespace.
+// Both operands are packed as words of two bfloat16, (k, k + 1) of the inner dimension: A into rows, B into panels of
+// 64 columns. A tile of C is 6 x 64 in registers (vdpbf16ps), or 32 x 32 in AMX tiles. Each block of C is made by one
+// thread, its sums in order of k: the same bits whatever the number of threads. Included after amx.h, under a target
+// pragma and in a namespace.
 
-constexpr long NR = 64, MR = 6;            // columns of a panel; rows of a tile
-constexpr long MC = 96, GROUP = 8;         // rows and panels of a block of C: it stays in the second-level cache (192 KB)
-constexpr long DEPTH = 512;                // words of the inner dimension of a block: a panel is 128 KB
-constexpr long PACKED = 1 << 20;           // words of B that are packed at a time (4 MB)
+constexpr long NR = 64, MR = 6;     // columns of a panel; rows of a tile
+constexpr long MC = 96, GROUP = 8;  // rows and panels of a block of C: it stays in the second-level cache (192 KB)
+constexpr long DEPTH = 512;         // words of the inner dimension of a block: a panel is 128 KB
+constexpr long PACKED = 1 << 20;    // words of B that are packed at a time (4 MB)
 
-// rows x cols; element (r, c) is data[r * stride + c], or, turned, data[c * stride + r]; float32, or bfloat16 where half.
+// rows x cols; element (r, c) is data[r * stride + c], or, turned, data[c * stride + r]; float32, or bfloat16 where
+// half.
 struct Matrix {
   const void* data;
   long rows, cols, stride;
   bool turned, half;
   const float* single(long r, long c) const { return (const float*)data + (turned ? c * stride + r : r * stride + c); }
-  const uint16_t* bits(long r, long c) const { return (const uint16_t*)data + (turned ? c * stride + r : r * stride + c); }
+  const uint16_t* bits(long r, long c) const {
+    return (const uint16_t*)data + (turned ? c * stride + r : r * stride + c);
+  }
   Matrix transposed() const { return {data, cols, rows, stride, !turned, half}; }
 };
 
-struct Free { void operator()(void* p) const { std::free(p); } };
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
 using Words = std::unique_ptr<uint32_t, Free>;
 static Words words(size_t n) { return Words((uint32_t*)std::aligned_alloc(64, (n * 4 + 63) / 64 * 64)); }
 
@@ -30,15 +36,19 @@ static INLINE __mmask16 first(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (
 // ------------------------------------------------------------------------------------------------- packing
 
 static INLINE __m512i pairs(__m512 even, __m512 odd) {
-  const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)), b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)),
+                b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
   return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
 }
-// Elements (r … r + 15, c) and (r … r + 15, c + 1) of a matrix whose columns are contiguous, as 16 words; zeros past its end.
+// Elements (r … r + 15, c) and (r … r + 15, c + 1) of a matrix whose columns are contiguous, as 16 words; zeros past
+// its end.
 static INLINE __m512i across(const Matrix& x, long r, long c) {
   const __mmask16 keep = first(x.rows - r), odd = c + 1 < x.cols ? keep : 0;
   if (c >= x.cols || !keep) return _mm512_setzero_si512();
-  if (!x.half) return pairs(_mm512_maskz_loadu_ps(keep, x.single(r, c)), _mm512_maskz_loadu_ps(odd, x.single(r, c) + x.stride));
-  const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, x.bits(r, c))), b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, x.bits(r, c) + x.stride));
+  if (!x.half)
+    return pairs(_mm512_maskz_loadu_ps(keep, x.single(r, c)), _mm512_maskz_loadu_ps(odd, x.single(r, c) + x.stride));
+  const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, x.bits(r, c))),
+                b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, x.bits(r, c) + x.stride));
   return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
 }
 // Elements (r, c … c + 31) of a matrix whose rows are contiguous, as 16 words; zeros past its end.
@@ -46,27 +56,34 @@ static INLINE __m512i along(const Matrix& x, long r, long c) {
   const long n = x.cols - c;
   if (r >= x.rows || n <= 0) return _mm512_setzero_si512();
   if (x.half) return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, x.bits(r, c));
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(first(n - 16), x.single(r, c) + 16), _mm512_maskz_loadu_ps(first(n), x.single(r, c)));
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(first(n - 16), x.single(r, c) + 16),
+                                      _mm512_maskz_loadu_ps(first(n), x.single(r, c)));
 }
 
 static INLINE void transpose16(__m512i* a) {
   __m512i b[16];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 8; i++)
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+          b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]), a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]), a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]),
+          a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]),
+              a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-    b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88), b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88),
+          b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     a[i] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88), a[8 + i] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd);
-    a[4 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0x88), a[12 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xdd);
+    a[4 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0x88),
+          a[12 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xdd);
   }
 }
 template <class Load>
@@ -102,15 +119,16 @@ static void pack_panel(const Matrix& x, long c, uint32_t* out) {
     return;
   }
   for (long n = 0; n < NR; n += 16) {
-      for (long w = 0; w < count; w += 16)
-        turned16(out + w * NR + n, NR, [&](int i) { return along(t, c + n + i, 2 * w); });
+    for (long w = 0; w < count; w += 16)
+      turned16(out + w * NR + n, NR, [&](int i) { return along(t, c + n + i, 2 * w); });
   }
 }
 
 // --------------------------------------------------------------------------------------------------- tiles
 
 template <int M, int V>
-static INLINE void half_tile(long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc, long N, bool add) {
+static INLINE void half_tile(long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc,
+                             long N, bool add) {
   __m512 c[M][V];
   __mmask16 keep[V];
 #pragma GCC unroll 4
@@ -118,7 +136,8 @@ static INLINE void half_tile(long count, const uint32_t* A, long a_stride, const
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < V; n++) c[m][n] = add ? _mm512_maskz_loadu_ps(keep[n], C + m * ldc + 16 * n) : _mm512_setzero_ps();
+    for (int n = 0; n < V; n++)
+      c[m][n] = add ? _mm512_maskz_loadu_ps(keep[n], C + m * ldc + 16 * n) : _mm512_setzero_ps();
   for (long p = 0; p < count; p++) {
     __m512bh b[V];
 #pragma GCC unroll 4
@@ -137,22 +156,20 @@ static INLINE void half_tile(long count, const uint32_t* A, long a_stride, const
 }
 
 template <int V>
-static void tiles_of(long M, long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc, long N, bool add) {
+static void tiles_of(long M, long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc,
+                     long N, bool add) {
   long m = 0;
   for (; m + MR <= M; m += MR) half_tile<MR, V>(count, A + m * a_stride, a_stride, B, C + m * ldc, ldc, N, add);
   for (; m + 2 <= M; m += 2) half_tile<2, V>(count, A + m * a_stride, a_stride, B, C + m * ldc, ldc, N, add);
   if (m < M) half_tile<1, V>(count, A + m * a_stride, a_stride, B, C + m * ldc, ldc, N, add);
 }
 // C (M, N) (+)= A B for M <= 96 rows of packed A and one panel of packed B, N <= 64.
-static void tiles(long M, long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc, long N, bool add) {
-  if (amx_bf16_ready())
-    amx_bf16_tiles(M, count, A, a_stride, B, C, ldc, N, add);
-  else if (N <= 16)
-    tiles_of<1>(M, count, A, a_stride, B, C, ldc, N, add);
-  else if (N <= 32)
-    tiles_of<2>(M, count, A, a_stride, B, C, ldc, N, add);
-  else
-    tiles_of<4>(M, count, A, a_stride, B, C, ldc, N, add);
+static void tiles(long M, long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc, long N,
+                  bool add) {
+  if (amx_bf16_ready()) amx_bf16_tiles(M, count, A, a_stride, B, C, ldc, N, add);
+  else if (N <= 16) tiles_of<1>(M, count, A, a_stride, B, C, ldc, N, add);
+  else if (N <= 32) tiles_of<2>(M, count, A, a_stride, B, C, ldc, N, add);
+  else tiles_of<4>(M, count, A, a_stride, B, C, ldc, N, add);
 }
 
 // --------------------------------------------------------------------------------------------------- loops
@@ -163,24 +180,30 @@ struct Rows {
   long rows, stride;
 };
 static Rows pack_all(const Matrix& x, uint32_t* out, long stride) {  // out: up(x.rows, 16) * stride words
-  parallel((x.rows + MC - 1) / MC, [&](long block) { pack_rows(x, block * MC, std::min(x.rows, (block + 1) * MC), out + block * MC * stride, stride); });
+  parallel((x.rows + MC - 1) / MC, [&](long block) {
+    pack_rows(x, block * MC, std::min(x.rows, (block + 1) * MC), out + block * MC * stride, stride);
+  });
   return {out, x.rows, stride};
 }
 
-static void block_of(const Rows& A, long m0, long m1, const uint32_t* panels, long count, long N, float* C, long ldc, bool add) {
+static void block_of(const Rows& A, long m0, long m1, const uint32_t* panels, long count, long N, float* C, long ldc,
+                     bool add) {
   const long blocks = (count + DEPTH - 1) / DEPTH, depth = up((count + blocks - 1) / blocks, 16);
   for (long k = 0; k < count; k += depth)
     for (long n = 0; n < N; n += NR)
-      tiles(m1 - m0, std::min(depth, count - k), A.at + m0 * A.stride + k, A.stride, panels + n * count + k * NR, C + n, ldc, std::min(NR, N - n), add || k > 0);
+      tiles(m1 - m0, std::min(depth, count - k), A.at + m0 * A.stride + k, A.stride, panels + n * count + k * NR, C + n,
+            ldc, std::min(NR, N - n), add || k > 0);
 }
 
-// C (A.rows, N) (+)= A B for packed panels of `count` words; afterwards finish(m0, m1, n0, n1) is called for each block of C by
-// the thread that made it.
+// C (A.rows, N) (+)= A B for packed panels of `count` words; afterwards finish(m0, m1, n0, n1) is called for each block
+// of C by the thread that made it.
 template <class Finish>
-static void multiply(const Rows& A, long N, long count, const uint32_t* panels, float* C, long ldc, bool add, Finish finish) {
+static void multiply(const Rows& A, long N, long count, const uint32_t* panels, float* C, long ldc, bool add,
+                     Finish finish) {
   const long groups = (N + GROUP * NR - 1) / (GROUP * NR);
   parallel((A.rows + MC - 1) / MC * groups, [&](long task) {
-    const long m0 = task / groups * MC, m1 = std::min(A.rows, m0 + MC), n0 = task % groups * GROUP * NR, n1 = std::min(N, n0 + GROUP * NR);
+    const long m0 = task / groups * MC, m1 = std::min(A.rows, m0 + MC), n0 = task % groups * GROUP * NR,
+               n1 = std::min(N, n0 + GROUP * NR);
     block_of(A, m0, m1, panels + n0 * count, count, n1 - n0, C + m0 * ldc + n0, ldc, add);
     finish(m0, m1, n0, n1);
   });
@@ -193,7 +216,8 @@ static void product(const Rows& A, long N, long count, Pack pack, float* C, long
   for (long n0 = 0; n0 < N; n0 += width) {
     const long n_of = std::min(width, N - n0);
     parallel((n_of + NR - 1) / NR, [&](long p) { pack(n0 + p * NR, panels.get() + p * NR * count); });
-    multiply(A, n_of, count, panels.get(), C + n0, ldc, add, [&](long m0, long m1, long from, long to) { finish(m0, m1, n0 + from, n0 + to); });
+    multiply(A, n_of, count, panels.get(), C + n0, ldc, add,
+             [&](long m0, long m1, long from, long to) { finish(m0, m1, n0 + from, n0 + to); });
   }
 }
 static void nothing(long, long, long, long) {}

@@ -1,8 +1,10 @@
-// y = x W + b with x rounded to int8 by rows and W in int8 by columns (scheme a8w8 of kernels.quant_linear), sums exact.
+// y = x W + b with x rounded to int8 by rows and W in int8 by columns (scheme a8w8 of kernels.quant_linear), sums
+// exact.
 //
-// W is read as it is stored, (in, out), and interleaved as it passes: per task and some hundred input rows, in panels of 64
-// columns of words, four codes of consecutive k each (two, as int16, before VNNI). That costs the product of a few rows of x
-// as much time as reading W from the first cache, so that no packed copy need be kept. Products by the best of
+// W is read as it is stored, (in, out), and interleaved as it passes: per task and some hundred input rows, in panels
+// of 64 columns of words, four codes of consecutive k each (two, as int16, before VNNI). That costs the product of a
+// few rows of x as much time as reading W from the first cache, so that no packed copy need be kept. Products by the
+// best of
 //   4  AMX-int8: signed x signed;
 //   3  AVX512-VNNI, unsigned x signed: with w + 128 for w, and 128 times the sum of the row's codes taken off again;
 //   2, 1, 0  pmaddwd of AVX-512, AVX2, SSE2: pairs of int16.
@@ -18,8 +20,9 @@
 #include "threads.h"
 
 namespace int8 {
-// Of a task: rows; panels, of which many are read together if rows are few, since W's rows are then long runs of memory; the
-// most sums and the most panels times words that are held at a time. AHEAD: rows of W asked for before they are needed.
+// Of a task: rows; panels, of which many are read together if rows are few, since W's rows are then long runs of
+// memory; the most sums and the most panels times words that are held at a time. AHEAD: rows of W asked for before they
+// are needed.
 constexpr long HEIGHT = 192, WIDTH = 32, SUMS = 1 << 16, PACKED = 512, AHEAD = 4;
 }  // namespace int8
 
@@ -28,11 +31,11 @@ constexpr long HEIGHT = 192, WIDTH = 32, SUMS = 1 << 16, PACKED = 512, AHEAD = 4
 
 struct Int8Linear {
   long rows, in, out;
-  const float* x;             // (rows, in)
-  const signed char* w;       // (in, out)
-  const float *scales, *bias; // (out), bias may be null
-  const float* input_scale;   // of all of x; null: each row's largest / 127
-  float* y;                   // (rows, out)
+  const float* x;              // (rows, in)
+  const signed char* w;        // (in, out)
+  const float *scales, *bias;  // (out), bias may be null
+  const float* input_scale;    // of all of x; null: each row's largest / 127
+  float* y;                    // (rows, out)
 };
 
 namespace int8 {
@@ -52,9 +55,11 @@ static INLINE void pack_quad(const signed char* w, long in, long out, long row, 
   __m512i r[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
-    r[i] = _mm512_permutexvar_epi32(order, _mm512_xor_si512(flips, _mm512_maskz_loadu_epi8(row + i < in ? keep : 0, w + (row + i) * out + c)));
+    r[i] = _mm512_permutexvar_epi32(
+        order, _mm512_xor_si512(flips, _mm512_maskz_loadu_epi8(row + i < in ? keep : 0, w + (row + i) * out + c)));
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) __builtin_prefetch(w + (row + i + AHEAD) * out + c);  // the processor does not guess across pages
+  for (int i = 0; i < 4; i++)
+    __builtin_prefetch(w + (row + i + AHEAD) * out + c);  // the processor does not guess across pages
   const __m512i low = _mm512_unpacklo_epi8(r[0], r[1]), high = _mm512_unpackhi_epi8(r[0], r[1]);
   const __m512i low2 = _mm512_unpacklo_epi8(r[2], r[3]), high2 = _mm512_unpackhi_epi8(r[2], r[3]);
   _mm512_store_si512(to, _mm512_unpacklo_epi16(low, low2));
@@ -63,9 +68,11 @@ static INLINE void pack_quad(const signed char* w, long in, long out, long row, 
   _mm512_store_si512(to + 48, _mm512_unpackhi_epi16(high, high2));
 }
 // The same for `words` rows of words and `columns`, a panel every `panel` words.
-static void pack_quads(const signed char* w, long in, long out, long row, long words, long c, long columns, char flip, uint32_t* to, long panel) {
+static void pack_quads(const signed char* w, long in, long out, long row, long words, long c, long columns, char flip,
+                       uint32_t* to, long panel) {
   for (long q = 0; q < words; q++)
-    for (long n = 0; n < columns; n += 64) pack_quad(w, in, out, row + 4 * q, c + n, flip, to + n / 64 * panel + q * 64);
+    for (long n = 0; n < columns; n += 64)
+      pack_quad(w, in, out, row + 4 * q, c + n, flip, to + n / 64 * panel + q * 64);
 }
 
 template <int M>
@@ -91,14 +98,20 @@ static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) _mm512_storeu_si512(C + m * ldc + 16 * n, c[m][n]);
 }
-static void quad_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, bool add) {
+static void quad_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc,
+                       bool add) {
   for (; M >= 6; M -= 6, A += 6 * a_stride, C += 6 * ldc) quad_tile<6>(words, A, a_stride, B, C, ldc, add);
   switch (M) {
-    case 5: return quad_tile<5>(words, A, a_stride, B, C, ldc, add);
-    case 4: return quad_tile<4>(words, A, a_stride, B, C, ldc, add);
-    case 3: return quad_tile<3>(words, A, a_stride, B, C, ldc, add);
-    case 2: return quad_tile<2>(words, A, a_stride, B, C, ldc, add);
-    case 1: return quad_tile<1>(words, A, a_stride, B, C, ldc, add);
+    case 5:
+      return quad_tile<5>(words, A, a_stride, B, C, ldc, add);
+    case 4:
+      return quad_tile<4>(words, A, a_stride, B, C, ldc, add);
+    case 3:
+      return quad_tile<3>(words, A, a_stride, B, C, ldc, add);
+    case 2:
+      return quad_tile<2>(words, A, a_stride, B, C, ldc, add);
+    case 1:
+      return quad_tile<1>(words, A, a_stride, B, C, ldc, add);
   }
 }
 #pragma GCC pop_options
@@ -110,8 +123,11 @@ struct Codes {
   std::unique_ptr<float[]> scale;
   std::unique_ptr<int[]> less;
   Codes(const Int8Linear& p, int how)
-      : words(how > 2 ? (p.in + 3) / 4 : (p.in + 1) / 2), stride((words + 15) / 16 * 16),
-        codes((uint32_t*)std::aligned_alloc(64, p.rows * stride * 4), std::free), scale(new float[p.rows]), less(new int[p.rows]) {
+      : words(how > 2 ? (p.in + 3) / 4 : (p.in + 1) / 2),
+        stride((words + 15) / 16 * 16),
+        codes((uint32_t*)std::aligned_alloc(64, p.rows * stride * 4), std::free),
+        scale(new float[p.rows]),
+        less(new int[p.rows]) {
     constexpr long ROWS = 16;
     parallel((p.rows + ROWS - 1) / ROWS, [&](long t) {
       for (long m = t * ROWS; m < std::min(p.rows, (t + 1) * ROWS); m++) {
@@ -130,7 +146,8 @@ static void linear(const Int8Linear& p, int how) {
   const Codes x(p, how);
   const long panels = (p.out + 63) / 64, share = (panels + threads() - 1) / threads();
   const long most = std::max(1L, std::min({share, WIDTH, SUMS / 64 / std::min(p.rows, HEIGHT)})), width = most * 64;
-  const long across = (panels + most - 1) / most, down = (p.rows + HEIGHT - 1) / HEIGHT, depth = std::min(64L, PACKED / most / 16 * 16);
+  const long across = (panels + most - 1) / most, down = (p.rows + HEIGHT - 1) / HEIGHT,
+             depth = std::min(64L, PACKED / most / 16 * 16);
   parallel(across * down, [&](long task) {
     alignas(64) uint32_t B[PACKED * 64];
     alignas(64) int32_t C[SUMS];
@@ -139,23 +156,18 @@ static void linear(const Int8Linear& p, int how) {
     for (long w = 0; w < x.words; w += depth) {
       const long words = std::min(depth, x.words - w);
       const uint32_t* A = x.codes.get() + m0 * x.stride + w;
-      if (how > 2)
-        pack_quads(p.w, p.in, p.out, 4 * w, words, c0, columns, how == 3 ? (char)0x80 : 0, B, panel);
-      else
-        PICK(how, pack_pairs)(p.w, p.in, p.out, 2 * w, words, c0, columns, B, panel);
+      if (how > 2) pack_quads(p.w, p.in, p.out, 4 * w, words, c0, columns, how == 3 ? (char)0x80 : 0, B, panel);
+      else PICK(how, pack_pairs)(p.w, p.in, p.out, 2 * w, words, c0, columns, B, panel);
       for (long c = 0; c < columns; c += 64) {
         const uint32_t* b = B + c / 64 * panel;
-        if (how == 4)
-          amx_int8_tiles(height, words, A, x.stride, b, C + c, width, 64, w > 0);
-        else if (how == 3)
-          quad_tiles(height, words, A, x.stride, b, C + c, width, w > 0);
-        else
-          PICK(how, pair_tiles)(height, words, A, x.stride, b, C + c, width, w > 0);
+        if (how == 4) amx_int8_tiles(height, words, A, x.stride, b, C + c, width, 64, w > 0);
+        else if (how == 3) quad_tiles(height, words, A, x.stride, b, C + c, width, w > 0);
+        else PICK(how, pair_tiles)(height, words, A, x.stride, b, C + c, width, w > 0);
       }
     }
     for (long m = 0; m < height; m++)
-      PICK(std::min(how, 2), finish_row)(C + m * width, x.less[m0 + m], x.scale[m0 + m], p.scales + c0, p.bias ? p.bias + c0 : nullptr, columns,
-                                               p.y + (m0 + m) * p.out + c0);
+      PICK(std::min(how, 2), finish_row)(C + m * width, x.less[m0 + m], x.scale[m0 + m], p.scales + c0,
+                                         p.bias ? p.bias + c0 : nullptr, columns, p.y + (m0 + m) * p.out + c0);
   });
 }
 }  // namespace int8

@@ -1,5 +1,5 @@
-// Rows of codes, their products in pairs of int16 (pmaddwd, exact), and what becomes of the sums; see int8.h. Included once per
-// instruction set after simd.h.
+// Rows of codes, their products in pairs of int16 (pmaddwd, exact), and what becomes of the sums; see int8.h. Included
+// once per instruction set after simd.h.
 
 typedef signed char vb __attribute__((vector_size(VL)));
 typedef short vh __attribute__((vector_size(VL * 2)));
@@ -70,7 +70,8 @@ static INLINE void pack_pair(const signed char* w, long in, long out, long row, 
   }
 }
 // The same for `words` pairs of rows and `columns`, a panel every `panel` words.
-static void pack_pairs(const signed char* w, long in, long out, long row, long words, long c, long columns, uint32_t* to, long panel) {
+static void pack_pairs(const signed char* w, long in, long out, long row, long words, long c, long columns,
+                       uint32_t* to, long panel) {
   for (long p = 0; p < words; p++)
     for (long n = 0; n < columns; n += 64) pack_pair(w, in, out, row + 2 * p, c + n, to + n / 64 * panel + p * 64);
 }
@@ -86,7 +87,8 @@ static INLINE vi madd(vi a, vi b) {
 }
 
 template <int M, int N>
-static INLINE void pair_tile(long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, bool add) {
+static INLINE void pair_tile(long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc,
+                             bool add) {
   vi c[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
@@ -109,7 +111,8 @@ static INLINE void pair_tile(long words, const uint32_t* A, long a_stride, const
     for (int n = 0; n < N; n++) *(vi_u*)(C + m * ldc + n * VL) = c[m][n];
 }
 
-static void pair_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, bool add) {
+static void pair_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc,
+                       bool add) {
   for (long n = 0; n < 64; n += NV * VL) {
     long m = 0;
     for (; m + MR <= M; m += MR) pair_tile<MR, NV>(words, A + m * a_stride, a_stride, B + n, C + m * ldc + n, ldc, add);
@@ -118,7 +121,8 @@ static void pair_tiles(long M, long words, const uint32_t* A, long a_stride, con
 }
 
 // y = (sums - less) * of_row * scales + bias
-static void finish_row(const int32_t* sums, int less, float of_row, const float* scales, const float* bias, long n, float* y) {
+static void finish_row(const int32_t* sums, int less, float of_row, const float* scales, const float* bias, long n,
+                       float* y) {
   long c = 0;
   for (; c + VL <= n; c += VL) {
     const vf value = __builtin_convertvector(*(const vi_u*)(sums + c) - less, vf) * of_row * load(scales + c);

@@ -1,5 +1,6 @@
-// Cross-entropy of softmax(h W) for kernels/cpu.py, which makes the products: what happens to a block of columns of the logits
-// in one pass, and columns of W copied out and gradients copied in, as blocks that stay in the cache between two products.
+// Cross-entropy of softmax(h W) for kernels/cpu.py, which makes the products: what happens to a block of columns of the
+// logits in one pass, and columns of W copied out and gradients copied in, as blocks that stay in the cache between two
+// products.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,9 +10,11 @@
 #include "op.h"
 #include "threads.h"
 
-// What is known of a row after some columns: the largest logit, the sum of exp(logit - max), the label's logit, and by what
-// the sum was multiplied when the last columns raised the maximum.
-struct Row { float max, sum, target, factor; };
+// What is known of a row after some columns: the largest logit, the sum of exp(logit - max), the label's logit, and by
+// what the sum was multiplied when the last columns raised the maximum.
+struct Row {
+  float max, sum, target, factor;
+};
 
 #define BODY "loss.h"
 #include "every_isa.h"
@@ -26,9 +29,10 @@ static void by_rows(long rows, F f) {
   });
 }
 
-// logits (N, n), columns first … of the whole; labels (N,); state (N, 4), a Row each; best (N,) the largest logit's column. They are
-// softened first unless softcap is 0.
-std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Tensor& best, int64_t first, bool begin, bool write, float softcap, int instructions) {
+// logits (N, n), columns first … of the whole; labels (N,); state (N, 4), a Row each; best (N,) the largest logit's
+// column. They are softened first unless softcap is 0.
+std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Tensor& best, int64_t first, bool begin,
+                        bool write, float softcap, int instructions) {
   const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
   float* X = logits.data<float>();
   Row* S = (Row*)state.data<float>();
@@ -43,7 +47,8 @@ std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Ten
 }
 
 // logits (N, n) -> (softmax - onehot) * scale * the softcap's slope, in place, with the logsumexp of whole rows.
-std::vector<Tensor> SoftmaxLessOnehot(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& scale, int64_t first, float softcap, int instructions) {
+std::vector<Tensor> SoftmaxLessOnehot(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& scale,
+                                      int64_t first, float softcap, int instructions) {
   const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
   float* X = logits.data<float>();
   const float *E = lse.data<float>(), *C = scale.data<float>();
@@ -64,19 +69,23 @@ std::vector<Tensor> ScaledAdd(Tensor& total, const Tensor& more, const Tensor& s
 }
 
 // Rows and columns of a matrix of float32 or bfloat16 as a float32 matrix.
-std::vector<Tensor> Block(const Tensor& whole, int64_t row, int64_t rows, int64_t column, int64_t columns, int instructions) {
+std::vector<Tensor> Block(const Tensor& whole, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                          int instructions) {
   const long stride = whole.shape()[1], which = level(instructions);
   const bool is_short = whole.dtype() == paddle::DataType::BFLOAT16;
   const void* from = whole.data();
   Tensor out = paddle::empty({rows, columns}, paddle::DataType::FLOAT32, whole.place());
   float* to = out.data<float>();
-  by_rows(rows, [&](long i) { PICK(which, copy)(from, is_short, (row + i) * stride + column, columns, to + i * columns); });
+  by_rows(rows,
+          [&](long i) { PICK(which, copy)(from, is_short, (row + i) * stride + column, columns, to + i * columns); });
   return {out};
 }
 
 // A float32 block into its place in a matrix, or added to what is there.
-std::vector<Tensor> PutBlock(Tensor& whole, const Tensor& block, int64_t row, int64_t column, bool add, int instructions) {
-  const long stride = whole.shape()[1], rows = block.shape()[0], columns = block.shape()[1], which = level(instructions);
+std::vector<Tensor> PutBlock(Tensor& whole, const Tensor& block, int64_t row, int64_t column, bool add,
+                             int instructions) {
+  const long stride = whole.shape()[1], rows = block.shape()[0], columns = block.shape()[1],
+             which = level(instructions);
   float* to = whole.data<float>();
   const float* from = block.data<float>();
   by_rows(rows, [&](long i) {
@@ -105,21 +114,37 @@ std::vector<Tensor> LabelRows(Tensor& rows, const Tensor& block, const Tensor& l
 
 // Without functions for shapes and dtypes: these run on a dynamic graph alone.
 PD_BUILD_OP(cpu_logits_seen)
-    .Inputs({"logits", "labels", "state", "best"}).Outputs({"logits_out", "state_out", "best_out"})
+    .Inputs({"logits", "labels", "state", "best"})
+    .Outputs({"logits_out", "state_out", "best_out"})
     .Attrs({"first: int64_t", "begin: bool", "write: bool", "softcap: float", "instructions: int"})
-    .SetInplaceMap({{"logits", "logits_out"}, {"state", "state_out"}, {"best", "best_out"}}).SetKernelFn(PD_KERNEL(See));
+    .SetInplaceMap({{"logits", "logits_out"}, {"state", "state_out"}, {"best", "best_out"}})
+    .SetKernelFn(PD_KERNEL(See));
 PD_BUILD_OP(cpu_softmax_less_onehot)
-    .Inputs({"logits", "labels", "lse", "scale"}).Outputs({"logits_out"}).Attrs({"first: int64_t", "softcap: float", "instructions: int"})
-    .SetInplaceMap({{"logits", "logits_out"}}).SetKernelFn(PD_KERNEL(SoftmaxLessOnehot));
+    .Inputs({"logits", "labels", "lse", "scale"})
+    .Outputs({"logits_out"})
+    .Attrs({"first: int64_t", "softcap: float", "instructions: int"})
+    .SetInplaceMap({{"logits", "logits_out"}})
+    .SetKernelFn(PD_KERNEL(SoftmaxLessOnehot));
 PD_BUILD_OP(cpu_scaled_add)
-    .Inputs({"total", "more", "state"}).Outputs({"total_out"}).Attrs({"instructions: int"})
-    .SetInplaceMap({{"total", "total_out"}}).SetKernelFn(PD_KERNEL(ScaledAdd));
+    .Inputs({"total", "more", "state"})
+    .Outputs({"total_out"})
+    .Attrs({"instructions: int"})
+    .SetInplaceMap({{"total", "total_out"}})
+    .SetKernelFn(PD_KERNEL(ScaledAdd));
 PD_BUILD_OP(cpu_block)
-    .Inputs({"whole"}).Outputs({"block"}).Attrs({"row: int64_t", "rows: int64_t", "column: int64_t", "columns: int64_t", "instructions: int"})
+    .Inputs({"whole"})
+    .Outputs({"block"})
+    .Attrs({"row: int64_t", "rows: int64_t", "column: int64_t", "columns: int64_t", "instructions: int"})
     .SetKernelFn(PD_KERNEL(Block));
 PD_BUILD_OP(cpu_put_block)
-    .Inputs({"whole", "block"}).Outputs({"whole_out"}).Attrs({"row: int64_t", "column: int64_t", "add: bool", "instructions: int"})
-    .SetInplaceMap({{"whole", "whole_out"}}).SetKernelFn(PD_KERNEL(PutBlock));
+    .Inputs({"whole", "block"})
+    .Outputs({"whole_out"})
+    .Attrs({"row: int64_t", "column: int64_t", "add: bool", "instructions: int"})
+    .SetInplaceMap({{"whole", "whole_out"}})
+    .SetKernelFn(PD_KERNEL(PutBlock));
 PD_BUILD_OP(cpu_label_rows)
-    .Inputs({"rows", "block", "labels"}).Outputs({"rows_out"}).Attrs({"first: int64_t", "turned: bool"})
-    .SetInplaceMap({{"rows", "rows_out"}}).SetKernelFn(PD_KERNEL(LabelRows));
+    .Inputs({"rows", "block", "labels"})
+    .Outputs({"rows_out"})
+    .Attrs({"first: int64_t", "turned: bool"})
+    .SetInplaceMap({{"rows", "rows_out"}})
+    .SetKernelFn(PD_KERNEL(LabelRows));

@@ -20,7 +20,9 @@ static void soften(float* x, long n, float cap) {
 }
 // g times the slope of soften, by what it made of x.
 template <bool CAP>
-static INLINE vf bent(vf g, vf softened, float by) { return CAP ? g * (1.0f - (softened * by) * (softened * by)) : g; }
+static INLINE vf bent(vf g, vf softened, float by) {
+  return CAP ? g * (1.0f - (softened * by) * (softened * by)) : g;
+}
 
 // Columns first … first + n - 1, softened where CAP. With `write`, exp(logit - max), bent, in place of them.
 template <bool CAP>
@@ -63,7 +65,8 @@ static void see(float* x, long n, long first, long label, bool write, float cap,
   row->sum += hsum(sums[0] + sums[1]);
 }
 
-// x = (exp(l - lse) - onehot(label)) * scale, bent, l being x, softened where CAP; a label outside of 0 … n - 1 is another block's.
+// x = (exp(l - lse) - onehot(label)) * scale, bent, l being x, softened where CAP; a label outside of 0 … n - 1 is
+// another block's.
 template <bool CAP>
 static void gradient(float* x, long n, float lse, long label, float scale, float cap) {
   if (CAP) soften(x, n, cap);

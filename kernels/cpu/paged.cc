@@ -1,9 +1,9 @@
-// Attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180), read where
-// they lie, and the writing of new keys and values; float32, or int8 with a scale a slot and head.
+// Attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180), read
+// where they lie, and the writing of new keys and values; float32, or int8 with a scale a slot and head.
 //
 // Decode (one query): tasks of 256 keys of one key/value head, whose query heads share what is loaded; their partial
-// results are put together in order. Prefill (several): tiles of 64 (query, head) rows against 64 keys at a time, online
-// softmax (Dao, arXiv 2307.08691). What a task computes depends on shapes alone, so threads do not change a bit.
+// results are put together in order. Prefill (several): tiles of 64 (query, head) rows against 64 keys at a time,
+// online softmax (Dao, arXiv 2307.08691). What a task computes depends on shapes alone, so threads do not change a bit.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -19,10 +19,10 @@ struct Paged {
   long S, H, K, Dh, block_size, width;  // width: blocks of a row of the tables
   float scale;
   const float* q;
-  const void *k, *v;                    // (slots, K, Dh), float or int8
-  const float *k_scales, *v_scales;     // (slots, K), or null
+  const void *k, *v;                 // (slots, K, Dh), float or int8
+  const float *k_scales, *v_scales;  // (slots, K), or null
   const int *tables, *queries, *contexts;
-  const long* first;                    // row of q of each sequence's first query
+  const long* first;  // row of q of each sequence's first query
   float* out;
   const float* slopes;  // (H,) of ALiBi, or null
   long window;          // a query at p sees keys above p - window: INT_MAX without
@@ -35,40 +35,67 @@ constexpr double SMALL = 1 << 18;  // multiplications below which waking another
 #define BODY "paged.h"
 #include "every_isa.h"
 
-std::vector<paddle::Tensor> PagedAttention(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v, const paddle::Tensor& tables, const paddle::Tensor& lengths,
-                                           const paddle::optional<paddle::Tensor>& k_scales, const paddle::optional<paddle::Tensor>& v_scales, const paddle::optional<paddle::Tensor>& slopes,
-                                           float scale, int window, float softcap, int instructions) {
+std::vector<paddle::Tensor> PagedAttention(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v,
+                                           const paddle::Tensor& tables, const paddle::Tensor& lengths,
+                                           const paddle::optional<paddle::Tensor>& k_scales,
+                                           const paddle::optional<paddle::Tensor>& v_scales,
+                                           const paddle::optional<paddle::Tensor>& slopes, float scale, int window,
+                                           float softcap, int instructions) {
   const auto of_q = q.shape(), of_k = k.shape();
   auto out = paddle::empty(of_q, q.dtype(), q.place());
-  Paged a{tables.shape()[0], of_q[1], of_k[2], of_q[2], of_k[1], tables.shape()[1], scale, q.data<float>(), k.data(), v.data(), nullptr, nullptr,
-          tables.data<int>(), lengths.data<int>(), lengths.data<int>() + tables.shape()[0], nullptr, out.data<float>(),
-          slopes ? slopes->data<float>() : nullptr, window ? window : INT_MAX, softcap};
+  Paged a{tables.shape()[0],
+          of_q[1],
+          of_k[2],
+          of_q[2],
+          of_k[1],
+          tables.shape()[1],
+          scale,
+          q.data<float>(),
+          k.data(),
+          v.data(),
+          nullptr,
+          nullptr,
+          tables.data<int>(),
+          lengths.data<int>(),
+          lengths.data<int>() + tables.shape()[0],
+          nullptr,
+          out.data<float>(),
+          slopes ? slopes->data<float>() : nullptr,
+          window ? window : INT_MAX,
+          softcap};
   if (k_scales) a.k_scales = k_scales->data<float>(), a.v_scales = v_scales->data<float>();
   std::vector<long> first(a.S, 0);
   for (long s = 1; s < a.S; s++) first[s] = first[s - 1] + a.queries[s - 1];
   a.first = first.data();
   for (long s = 0; s < a.S; s++)
     for (long b = a.seen_from(s, 0) / a.block_size; b * a.block_size < a.contexts[s]; b++)
-      PD_CHECK(a.tables[s * a.width + b] >= 0 && a.tables[s * a.width + b] < of_k[0], "block ", a.tables[s * a.width + b], " of sequence ", s, " is not one of ", of_k[0]);
+      PD_CHECK(a.tables[s * a.width + b] >= 0 && a.tables[s * a.width + b] < of_k[0], "block ",
+               a.tables[s * a.width + b], " of sequence ", s, " is not one of ", of_k[0]);
   const int which = instructions < 0 ? level() : std::min(instructions, level());
   if (a.k_scales) PICK(which, attend_int8)(a);
   else PICK(which, attend_float)(a);
   return {out};
 }
 
-static std::vector<std::vector<int64_t>> PagedShape(const std::vector<int64_t>& q, const std::vector<int64_t>& k, const std::vector<int64_t>& v, const std::vector<int64_t>& tables,
-                                                    const std::vector<int64_t>& lengths, const paddle::optional<std::vector<int64_t>>& k_scales,
-                                                    const paddle::optional<std::vector<int64_t>>& v_scales, const paddle::optional<std::vector<int64_t>>& slopes) {
+static std::vector<std::vector<int64_t>> PagedShape(const std::vector<int64_t>& q, const std::vector<int64_t>& k,
+                                                    const std::vector<int64_t>& v, const std::vector<int64_t>& tables,
+                                                    const std::vector<int64_t>& lengths,
+                                                    const paddle::optional<std::vector<int64_t>>& k_scales,
+                                                    const paddle::optional<std::vector<int64_t>>& v_scales,
+                                                    const paddle::optional<std::vector<int64_t>>& slopes) {
   return {q};
 }
-static std::vector<paddle::DataType> PagedType(paddle::DataType q, paddle::DataType k, paddle::DataType v, paddle::DataType tables, paddle::DataType lengths,
-                                               const paddle::optional<paddle::DataType>& k_scales, const paddle::optional<paddle::DataType>& v_scales,
+static std::vector<paddle::DataType> PagedType(paddle::DataType q, paddle::DataType k, paddle::DataType v,
+                                               paddle::DataType tables, paddle::DataType lengths,
+                                               const paddle::optional<paddle::DataType>& k_scales,
+                                               const paddle::optional<paddle::DataType>& v_scales,
                                                const paddle::optional<paddle::DataType>& slopes) {
   return {q};
 }
 
 PD_BUILD_OP(cpu_paged_attention)
-    .Inputs({"q", "k", "v", "tables", "lengths", paddle::Optional("k_scales"), paddle::Optional("v_scales"), paddle::Optional("slopes")})
+    .Inputs({"q", "k", "v", "tables", "lengths", paddle::Optional("k_scales"), paddle::Optional("v_scales"),
+             paddle::Optional("slopes")})
     .Outputs({"out"})
     .Attrs({"scale: float", "window: int", "softcap: float", "instructions: int"})
     .SetKernelFn(PD_KERNEL(PagedAttention))
@@ -76,8 +103,9 @@ PD_BUILD_OP(cpu_paged_attention)
     .SetInferDtypeFn(PD_INFER_DTYPE(PagedType));
 
 // k and v (N, K, Dh) into rows `slots` (N,) of the caches, in place; rounded where the caches are int8.
-void WriteCache(const paddle::Tensor& k, const paddle::Tensor& v, paddle::Tensor& k_cache, paddle::Tensor& v_cache, const paddle::Tensor& slots,
-                paddle::optional<paddle::Tensor>& k_scales, paddle::optional<paddle::Tensor>& v_scales, int instructions) {
+void WriteCache(const paddle::Tensor& k, const paddle::Tensor& v, paddle::Tensor& k_cache, paddle::Tensor& v_cache,
+                const paddle::Tensor& slots, paddle::optional<paddle::Tensor>& k_scales,
+                paddle::optional<paddle::Tensor>& v_scales, int instructions) {
   const long N = k.shape()[0], K = k.shape()[1], Dh = k.shape()[2], room = k_cache.numel() / (K * Dh);
   const int64_t* at = slots.data<int64_t>();
   for (long i = 0; i < N; i++) PD_CHECK(at[i] >= 0 && at[i] < room, "slot ", at[i], " is not one of ", room);
@@ -102,5 +130,8 @@ PD_BUILD_OP(cpu_write_cache)
     .Inputs({"k", "v", "k_cache", "v_cache", "slots", paddle::Optional("k_scales"), paddle::Optional("v_scales")})
     .Outputs({"k_cache_out", "v_cache_out", paddle::Optional("k_scales_out"), paddle::Optional("v_scales_out")})
     .Attrs({"instructions: int"})
-    .SetInplaceMap({{"k_cache", "k_cache_out"}, {"v_cache", "v_cache_out"}, {paddle::Optional("k_scales"), paddle::Optional("k_scales_out")}, {paddle::Optional("v_scales"), paddle::Optional("v_scales_out")}})
+    .SetInplaceMap({{"k_cache", "k_cache_out"},
+                    {"v_cache", "v_cache_out"},
+                    {paddle::Optional("k_scales"), paddle::Optional("k_scales_out")},
+                    {paddle::Optional("v_scales"), paddle::Optional("v_scales_out")}})
     .SetKernelFn(PD_KERNEL(WriteCache));

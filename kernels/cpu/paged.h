@@ -1,6 +1,5 @@
 // Attention over a paged cache, and writing it; see paged.cc. Included once per instruction set after simd.h.
 
-
 constexpr long CHUNK = 256;  // keys of a decode task
 constexpr long ROWS = 64;    // (query, head) rows of a prefill task
 constexpr long KEYS = 64;    // keys that a prefill task takes at a time
@@ -20,13 +19,16 @@ static INLINE vf widen(const int8_t* p) {  // by name: from __builtin_convertvec
 #endif
 }
 template <class T>
-static INLINE vf widen_part(const T* p, long n) {  // the first n values, zeros after them: what follows may be another's
+static INLINE vf widen_part(const T* p,
+                            long n) {  // the first n values, zeros after them: what follows may be another's
   T x[VL] = {};
   std::memcpy(x, p, n * sizeof(T));
   return widen(x);
 }
 template <class T>
-static INLINE vf widen_at(const T* p, long d, long Dh) { return d + VL <= Dh ? widen(p + d) : widen_part(p + d, Dh - d); }
+static INLINE vf widen_at(const T* p, long d, long Dh) {
+  return d + VL <= Dh ? widen(p + d) : widen_part(p + d, Dh - d);
+}
 
 static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
 
@@ -47,7 +49,8 @@ static INLINE vf sums_of(vf (&part)[VL]) {
 
 // sum over keys of p[g][j] v[j] for HEADS heads and N vectors of the head dim, the last one of n values.
 template <int HEADS, int N, class T>
-static INLINE void weigh(const float* p, const T* v, const long* slot, long stride, long width, long n, float* out, long ldo) {
+static INLINE void weigh(const float* p, const T* v, const long* slot, long stride, long width, long n, float* out,
+                         long ldo) {
   vf acc[HEADS][N] = {};
   for (long j = 0; j < width; j++) {
     const T* row = v + slot[j] * stride;
@@ -65,14 +68,16 @@ static INLINE void weigh(const float* p, const T* v, const long* slot, long stri
     for (int i = 0; i < N; i++) store(out + g * ldo + i * VL, acc[g][i]);
 }
 template <int HEADS, class T>
-static void weigh_all(const float* p, const T* v, const long* slot, long stride, long width, long Dh, float* out, long ldo) {
+static void weigh_all(const float* p, const T* v, const long* slot, long stride, long width, long Dh, float* out,
+                      long ldo) {
   long d = 0;
   for (; d + 4 * VL <= Dh; d += 4 * VL) weigh<HEADS, 4>(p, v + d, slot, stride, width, VL, out + d, ldo);
   for (; d + 2 * VL <= Dh; d += 2 * VL) weigh<HEADS, 2>(p, v + d, slot, stride, width, VL, out + d, ldo);
   for (; d < Dh; d += VL) weigh<HEADS, 1>(p, v + d, slot, stride, width, std::min((long)VL, Dh - d), out + d, ldo);
 }
 
-// One query of sequence s, keys [j0, j1), all the heads of one key/value head: out (G, padded Dh) not yet divided by sum.
+// One query of sequence s, keys [j0, j1), all the heads of one key/value head: out (G, padded Dh) not yet divided by
+// sum.
 template <class T>
 static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, float* out, float* most, float* sum) {
   const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, width = j1 - j0, stride = a.K * Dh;
@@ -139,10 +144,12 @@ static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, floa
 // Scores are kept as (key, row), so that the softmax of many rows is one vector operation a key.
 template <class T>
 static void prefill_tile(const Paged& a, long s, long kv, long r0) {
-  const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, rows = std::min(ROWS, a.queries[s] * G - r0), N = padded(rows), stride = a.K * Dh;
+  const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, rows = std::min(ROWS, a.queries[s] * G - r0), N = padded(rows),
+             stride = a.K * Dh;
   const long offset = a.contexts[s] - a.queries[s];
   std::vector<float> room(ROWS * Dp * 2 + KEYS * Dp * 2 + KEYS * ROWS + 4 * ROWS);
-  float *qt = room.data(), *o = qt + ROWS * Dp, *k = o + ROWS * Dp, *v = k + KEYS * Dp, *p = v + KEYS * Dp, *most = p + KEYS * ROWS, *sum = most + ROWS, *shrink = sum + ROWS, *slope = shrink + ROWS;
+  float *qt = room.data(), *o = qt + ROWS * Dp, *k = o + ROWS * Dp, *v = k + KEYS * Dp, *p = v + KEYS * Dp,
+        *most = p + KEYS * ROWS, *sum = most + ROWS, *shrink = sum + ROWS, *slope = shrink + ROWS;
   int last[ROWS];  // the last key that a row sees
   for (long r = 0; r < ROWS; r++) last[r] = offset + (r0 + std::min(r, rows - 1)) / G, most[r] = -INFINITY;
   for (long r = 0; r < rows; r++) {
@@ -155,8 +162,10 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
     for (long j = 0; j < width; j++) {
       const long at = a.slot(s, j0 + j);
       const T *kr = (const T*)a.k + at * stride + kv * Dh, *vr = (const T*)a.v + at * stride + kv * Dh;
-      const float ks = a.k_scales ? a.k_scales[at * a.K + kv] : 1.0f, vs = a.v_scales ? a.v_scales[at * a.K + kv] : 1.0f;
-      for (long d = 0; d < Dh; d += VL) store(k + j * Dp + d, widen_at(kr, d, Dh) * ks), store(v + j * Dp + d, widen_at(vr, d, Dh) * vs);
+      const float ks = a.k_scales ? a.k_scales[at * a.K + kv] : 1.0f,
+                  vs = a.v_scales ? a.v_scales[at * a.K + kv] : 1.0f;
+      for (long d = 0; d < Dh; d += VL)
+        store(k + j * Dp + d, widen_at(kr, d, Dh) * ks), store(v + j * Dp + d, widen_at(vr, d, Dh) * vs);
     }
     small_gemm(width, N, Dh, k, Dp, 1, qt, ROWS, p, ROWS, false);
     bool scaled = false;
@@ -164,13 +173,18 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
       vi sees;
       std::memcpy(&sees, last + r, sizeof(sees));
       if (a.softcap)
-        for (long j = 0; j < width; j++) store(p + j * ROWS + r, vtanh(load(p + j * ROWS + r) * (1.0f / a.softcap)) * a.softcap);
+        for (long j = 0; j < width; j++)
+          store(p + j * ROWS + r, vtanh(load(p + j * ROWS + r) * (1.0f / a.softcap)) * a.softcap);
       if (a.slopes)
-        for (long j = 0; j < width; j++) store(p + j * ROWS + r, load(p + j * ROWS + r) - load(slope + r) * __builtin_convertvector(sees - (int)(j0 + j), vf));
+        for (long j = 0; j < width; j++)
+          store(p + j * ROWS + r,
+                load(p + j * ROWS + r) - load(slope + r) * __builtin_convertvector(sees - (int)(j0 + j), vf));
       if (last[r + VL - 1] - a.window >= j0)
-        for (long j = 0; j < width; j++) store(p + j * ROWS + r, sees - (int)a.window < (int)(j0 + j) ? load(p + j * ROWS + r) : splat(-INFINITY));
+        for (long j = 0; j < width; j++)
+          store(p + j * ROWS + r, sees - (int)a.window < (int)(j0 + j) ? load(p + j * ROWS + r) : splat(-INFINITY));
       if (j0 + width - 1 > last[r])
-        for (long j = 0; j < width; j++) store(p + j * ROWS + r, sees >= (int)(j0 + j) ? load(p + j * ROWS + r) : splat(-INFINITY));
+        for (long j = 0; j < width; j++)
+          store(p + j * ROWS + r, sees >= (int)(j0 + j) ? load(p + j * ROWS + r) : splat(-INFINITY));
       const vf before = load(most + r);
       vf m = before, total = {};
       for (long j = 0; j < width; j++) m = vmax(m, load(p + j * ROWS + r));
@@ -196,7 +210,8 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
 }
 
 // The partial results of a sequence's chunks, in their order, become the output of its G heads.
-static void merge(const Paged& a, long s, long kv, long chunks, const float* outs, const float* most, const float* sum) {
+static void merge(const Paged& a, long s, long kv, long chunks, const float* outs, const float* most,
+                  const float* sum) {
   const long Dp = padded(a.Dh), G = a.H / a.K;
   for (long g = 0; g < G; g++) {
     float top = most[g], total = 0;
@@ -212,7 +227,9 @@ static void merge(const Paged& a, long s, long kv, long chunks, const float* out
   }
 }
 
-struct Task { long s, kv, at, chunk; };  // at: first key of a decode, or first row of a prefill; chunk: place of its result, -1
+struct Task {
+  long s, kv, at, chunk;
+};  // at: first key of a decode, or first row of a prefill; chunk: place of its result, -1
 
 template <class T>
 static void attend(const Paged& a) {
@@ -224,7 +241,8 @@ static void attend(const Paged& a) {
   for (long s = 0; s < a.S; s++)
     if (a.queries[s] > 1)
       for (long kv = 0; kv < a.K; kv++)
-        for (long r = (a.queries[s] * G - 1) / ROWS * ROWS; r >= 0; r -= ROWS) tasks.push_back({s, kv, r, -1});  // the longest first
+        for (long r = (a.queries[s] * G - 1) / ROWS * ROWS; r >= 0; r -= ROWS)
+          tasks.push_back({s, kv, r, -1});  // the longest first
   for (long s = 0; s < a.S; s++) {
     work += (double)a.queries[s] * (a.contexts[s] - a.seen_from(s, 0));
     if (a.queries[s] > 1) continue;
@@ -236,20 +254,21 @@ static void attend(const Paged& a) {
   const auto one = [&](long i) {
     const Task& t = tasks[i];
     if (t.chunk < 0) prefill_tile<T>(a, t.s, t.kv, t.at);
-    else decode_chunk<T>(a, t.s, t.kv, t.at, std::min(t.at + CHUNK, (long)a.contexts[t.s]), &outs[t.chunk * G * Dp], &most[t.chunk * G], &sum[t.chunk * G]);
+    else
+      decode_chunk<T>(a, t.s, t.kv, t.at, std::min(t.at + CHUNK, (long)a.contexts[t.s]), &outs[t.chunk * G * Dp],
+                      &most[t.chunk * G], &sum[t.chunk * G]);
   };
   const auto join = [&](long i) {
-    const long s = i / a.K, kv = i % a.K, chunks = (a.contexts[s] - a.seen_from(s, 0) + CHUNK - 1) / CHUNK, at = places[s] + kv * chunks;
+    const long s = i / a.K, kv = i % a.K, chunks = (a.contexts[s] - a.seen_from(s, 0) + CHUNK - 1) / CHUNK,
+               at = places[s] + kv * chunks;
     if (a.queries[s] == 1) merge(a, s, kv, chunks, &outs[at * G * Dp], &most[at * G], &sum[at * G]);
   };
   if (work * a.H * a.Dh < SMALL)
     for (size_t i = 0; i < tasks.size(); i++) one(i);
-  else
-    parallel(tasks.size(), one);
+  else parallel(tasks.size(), one);
   if (results <= 64 * a.K)
     for (long i = 0; i < a.S * a.K; i++) join(i);
-  else
-    parallel(a.S * a.K, join);
+  else parallel(a.S * a.K, join);
 }
 static void attend_float(const Paged& a) { attend<float>(a); }
 static void attend_int8(const Paged& a) { attend<int8_t>(a); }

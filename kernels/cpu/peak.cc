@@ -1,7 +1,9 @@
-// What this processor does at best, for `python -m kernels`: products on registers alone on every thread, and a pass over memory.
+// What this processor does at best, for `python -m kernels`: products on registers alone on every thread, and a pass
+// over memory.
 //
-// One call measures one thing: 0 float32, 1 bfloat16 (vdpbf16ps), 2 int8 (vpdpbusd), 3 bfloat16 by AMX, 4 int8 by AMX, all in
-// operations a second (a multiply-add is two), 5 reading, 6 copying `memory`, in bytes a second. 0 where the processor has it not.
+// One call measures one thing: 0 float32, 1 bfloat16 (vdpbf16ps), 2 int8 (vpdpbusd), 3 bfloat16 by AMX, 4 int8 by AMX,
+// all in operations a second (a multiply-add is two), 5 reading, 6 copying `memory`, in bytes a second. 0 where the
+// processor has it not.
 #include <immintrin.h>
 
 #include <atomic>
@@ -21,10 +23,11 @@ static std::atomic<float> sink{0.0f};  // results go somewhere, or the compiler 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 static float dot_bf16(long rounds) {  // 24 chains of 32 multiply-adds
-  __m512 c[24];  // each starts elsewhere: the compiler makes equal chains one
+  __m512 c[24];                       // each starts elsewhere: the compiler makes equal chains one
 #pragma GCC unroll 24
   for (int i = 0; i < 24; i++) c[i] = _mm512_set1_ps((float)i);
-  const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3F803F80), b = (__m512bh)_mm512_set1_epi32(0x3F003F00);  // ones, halves
+  const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3F803F80),
+                 b = (__m512bh)_mm512_set1_epi32(0x3F003F00);  // ones, halves
   for (long r = 0; r < rounds; r++)
 #pragma GCC unroll 24
     for (int i = 0; i < 24; i++) c[i] = _mm512_dpbf16_ps(c[i], a, b);
@@ -52,7 +55,11 @@ static float dot_int8(long rounds) {  // 24 chains of 64
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,amx-int8")
 static void configure_tiles() {  // all eight: 16 rows of 64 bytes
-  struct alignas(64) { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t row_bytes[16] = {}; uint8_t rows[16] = {}; } config;
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
   for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
   asm volatile("" : : "r"(&config) : "memory");  // GCC 12 may drop the stores before the load below
   _tile_loadconfig(&config);
@@ -105,10 +112,8 @@ std::vector<paddle::Tensor> Peak(const paddle::Tensor& memory, int what, int tas
   const auto start = std::chrono::steady_clock::now();
   if (work > 0)
     parallel(tasks, [&](long t) {
-      if (what == 6)
-        std::memcpy(at + t * part, at + t * part + part / 2, part / 2 * sizeof(float));
-      else
-        sink.store(loop ? loop(rounds) : PICK(level(), read_all)(at + t * part, part));
+      if (what == 6) std::memcpy(at + t * part, at + t * part + part / 2, part / 2 * sizeof(float));
+      else sink.store(loop ? loop(rounds) : PICK(level(), read_all)(at + t * part, part));
     });
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return {paddle::full({1}, work > 0 ? work * tasks / seconds : 0.0, memory.dtype(), memory.place())};

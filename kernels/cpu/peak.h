@@ -1,7 +1,8 @@
 // Multiply-adds of float32 on registers alone; see peak.cc. Included once per instruction set after simd.h.
 
-constexpr int CHAINS = VL == 16 ? 24 : 12;  // sums that do not wait for each other: two a cycle, four cycles each, and some more
-constexpr long ROUND = 2L * VL * CHAINS;    // operations
+constexpr int CHAINS =
+    VL == 16 ? 24 : 12;  // sums that do not wait for each other: two a cycle, four cycles each, and some more
+constexpr long ROUND = 2L * VL * CHAINS;  // operations
 
 static float multiply_add(long rounds) {
   vf c[CHAINS];  // each starts elsewhere: the compiler makes equal chains one

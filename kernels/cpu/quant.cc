@@ -1,8 +1,9 @@
-// y = x W + b with W packed to 4 or 8 bits (kernels.quant_linear), for the few rows of a decode step, on the CPU; and W unpacked.
+// y = x W + b with W packed to 4 or 8 bits (kernels.quant_linear), for the few rows of a decode step, on the CPU; and W
+// unpacked.
 //
-// The weights are read as they are stored, an eighth or a quarter of float32, and unpacked in registers. Where all rows of a
-// word share a group, which is so but for act order, the codes of a run of words are summed before they are scaled:
-// y = sum over runs of scale (sum_i x_i code_i - zero sum_i x_i).
+// The weights are read as they are stored, an eighth or a quarter of float32, and unpacked in registers. Where all rows
+// of a word share a group, which is so but for act order, the codes of a run of words are summed before they are
+// scaled: y = sum over runs of scale (sum_i x_i code_i - zero sum_i x_i).
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -19,7 +20,9 @@ struct Packed {
   const int* index;     // (in), the group of each row, null: equal runs in order
   long group_of(long row) const { return index ? index[row] : row / (in / groups); }
 };
-struct Run { long from, to, group; };  // rows of words
+struct Run {
+  long from, to, group;
+};  // rows of words
 
 #define BODY "quant.h"
 #include "every_isa.h"
@@ -31,13 +34,21 @@ using MaybeShape = paddle::optional<Shape>;
 using MaybeType = paddle::optional<Type>;
 constexpr long COLUMNS = 128;  // of a task
 
-static Packed packed(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index, int bits) {
-  const Packed w{codes.shape()[0] * (32 / bits), codes.shape()[1], scales.shape()[0], bits, codes.data<int>(), scales.data<float>(),
-                 qzeros ? qzeros->data<int>() : nullptr, g_index ? g_index->data<int>() : nullptr};
+static Packed packed(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros,
+                     const Maybe& g_index, int bits) {
+  const Packed w{codes.shape()[0] * (32 / bits),
+                 codes.shape()[1],
+                 scales.shape()[0],
+                 bits,
+                 codes.data<int>(),
+                 scales.data<float>(),
+                 qzeros ? qzeros->data<int>() : nullptr,
+                 g_index ? g_index->data<int>() : nullptr};
   PD_CHECK((bits == 4 || bits == 8) && w.out >= 4, "4 or 8 bits, at least four columns");
   PD_CHECK(w.index || w.in % w.groups == 0, "groups of unequal length need g_index");
   PD_CHECK(!qzeros || qzeros->numel() * (32 / bits) == w.groups * w.out, "sizes of scales and qzeros differ");
-  for (long i = 0; w.index && i < w.in; i++) PD_CHECK(w.index[i] >= 0 && w.index[i] < w.groups, "g_index names a group that is not there");
+  for (long i = 0; w.index && i < w.in; i++)
+    PD_CHECK(w.index[i] >= 0 && w.index[i] < w.groups, "g_index names a group that is not there");
   return w;
 }
 // Runs of words of one group each; none if the rows of some word differ.
@@ -63,7 +74,8 @@ static int chosen(int instructions, long out) {  // a vector must not be longer 
 static long column_tasks(long out) { return std::max(1L, out / COLUMNS); }
 static long column_end(long t, long out) { return t + 1 == column_tasks(out) ? out : (t + 1) * COLUMNS; }
 
-std::vector<paddle::Tensor> QuantLinear(const paddle::Tensor& x, const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index,
+std::vector<paddle::Tensor> QuantLinear(const paddle::Tensor& x, const paddle::Tensor& codes,
+                                        const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index,
                                         const Maybe& bias, int bits, int instructions) {
   Packed w = packed(codes, scales, qzeros, g_index, bits);
   Shape shape = x.shape();
@@ -82,11 +94,14 @@ std::vector<paddle::Tensor> QuantLinear(const paddle::Tensor& x, const paddle::T
   const float *X = x.data<float>(), *B = bias ? bias->data<float>() : nullptr;
   for (long m = 0; m < rows; m++) PICK(how, sum_runs)(w, runs, X + m * w.in, sums.data() + m * runs.size());
   float* Y = y.data<float>();
-  parallel(column_tasks(w.out), [&](long t) { PICK(how, quant_columns)(w, runs, X, sums.data(), B, rows, t * COLUMNS, column_end(t, w.out), Y); });
+  parallel(column_tasks(w.out), [&](long t) {
+    PICK(how, quant_columns)(w, runs, X, sums.data(), B, rows, t * COLUMNS, column_end(t, w.out), Y);
+  });
   return {y};
 }
 
-std::vector<paddle::Tensor> Dequantize(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros, const Maybe& g_index, int bits, int instructions) {
+std::vector<paddle::Tensor> Dequantize(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros,
+                                       const Maybe& g_index, int bits, int instructions) {
   const Packed w = packed(codes, scales, qzeros, g_index, bits);
   auto y = paddle::empty({w.in, w.out}, scales.dtype(), scales.place());
   const int how = chosen(instructions, w.out);
@@ -95,12 +110,16 @@ std::vector<paddle::Tensor> Dequantize(const paddle::Tensor& codes, const paddle
   return {y};
 }
 
-static std::vector<Shape> QuantShape(const Shape& x, const Shape& codes, const Shape& scales, const MaybeShape& qzeros, const MaybeShape& g_index, const MaybeShape& bias) {
+static std::vector<Shape> QuantShape(const Shape& x, const Shape& codes, const Shape& scales, const MaybeShape& qzeros,
+                                     const MaybeShape& g_index, const MaybeShape& bias) {
   Shape y = x;
   y.back() = codes[1];
   return {y};
 }
-static std::vector<Type> QuantType(Type x, Type codes, Type scales, const MaybeType& qzeros, const MaybeType& g_index, const MaybeType& bias) { return {x}; }
+static std::vector<Type> QuantType(Type x, Type codes, Type scales, const MaybeType& qzeros, const MaybeType& g_index,
+                                   const MaybeType& bias) {
+  return {x};
+}
 
 PD_BUILD_OP(cpu_quant_linear)
     .Inputs({"x", "codes", "scales", paddle::Optional("qzeros"), paddle::Optional("g_index"), paddle::Optional("bias")})
@@ -110,10 +129,13 @@ PD_BUILD_OP(cpu_quant_linear)
     .SetInferShapeFn(PD_INFER_SHAPE(QuantShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(QuantType));
 
-static std::vector<Shape> DequantizeShape(const Shape& codes, const Shape& scales, const MaybeShape& qzeros, const MaybeShape& g_index, const int& bits, const int& instructions) {
+static std::vector<Shape> DequantizeShape(const Shape& codes, const Shape& scales, const MaybeShape& qzeros,
+                                          const MaybeShape& g_index, const int& bits, const int& instructions) {
   return {{codes[0] * (32 / bits), codes[1]}};
 }
-static std::vector<Type> DequantizeType(Type codes, Type scales, const MaybeType& qzeros, const MaybeType& g_index) { return {scales}; }
+static std::vector<Type> DequantizeType(Type codes, Type scales, const MaybeType& qzeros, const MaybeType& g_index) {
+  return {scales};
+}
 
 PD_BUILD_OP(cpu_dequantize)
     .Inputs({"codes", "scales", paddle::Optional("qzeros"), paddle::Optional("g_index")})

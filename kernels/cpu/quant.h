@@ -1,4 +1,5 @@
-// Packed integer weights: a few rows times them, and as floats; see quant.cc. Included once per instruction set after simd.h.
+// Packed integer weights: a few rows times them, and as floats; see quant.cc. Included once per instruction set after
+// simd.h.
 
 static INLINE vf codes_of(vi packed, vi mask) { return __builtin_convertvector(packed & mask, vf); }
 
@@ -79,7 +80,8 @@ static void tile_of_runs(const Columns& t, long column) {
     const long g = t.runs[r].group;
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
-      const vf scale = load(w.scales + g * w.out + column + n * VL), zero = load(t.zeros + g * t.width + column - t.first + n * VL);
+      const vf scale = load(w.scales + g * w.out + column + n * VL),
+               zero = load(t.zeros + g * t.width + column - t.first + n * VL);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) total[m][n] += (acc[m][n] - zero * t.sums[m * n_runs + r]) * scale;
     }
@@ -87,7 +89,8 @@ static void tile_of_runs(const Columns& t, long column) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) store(t.y + m * w.out + column + n * VL, t.bias ? total[m][n] + load(t.bias + column + n * VL) : total[m][n]);
+    for (int n = 0; n < N; n++)
+      store(t.y + m * w.out + column + n * VL, t.bias ? total[m][n] + load(t.bias + column + n * VL) : total[m][n]);
 }
 
 // The same where the groups of neighbouring rows differ (act order): every code is scaled by itself.
@@ -105,7 +108,8 @@ static void tile_of_rows(const Columns& t, long column) {
       const long i = word * per_word + j, g = w.index[i];
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
-        const vf scale = load(w.scales + g * w.out + column + n * VL), zero = load(t.zeros + g * t.width + column - t.first + n * VL);
+        const vf scale = load(w.scales + g * w.out + column + n * VL),
+                 zero = load(t.zeros + g * t.width + column - t.first + n * VL);
         const vf weight = (codes_of(packed[n], mask) - zero) * scale;
         packed[n] >>= w.bits;
 #pragma GCC unroll 8
@@ -116,13 +120,15 @@ static void tile_of_rows(const Columns& t, long column) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) store(t.y + m * w.out + column + n * VL, t.bias ? total[m][n] + load(t.bias + column + n * VL) : total[m][n]);
+    for (int n = 0; n < N; n++)
+      store(t.y + m * w.out + column + n * VL, t.bias ? total[m][n] + load(t.bias + column + n * VL) : total[m][n]);
 }
 
 template <int M>
 static void some_rows(const Columns& t) {
   constexpr int N = M > 4 ? 2 : 4;
-  const auto wide_tile = t.runs.empty() ? tile_of_rows<M, N> : tile_of_runs<M, N>, tile = t.runs.empty() ? tile_of_rows<M, 1> : tile_of_runs<M, 1>;
+  const auto wide_tile = t.runs.empty() ? tile_of_rows<M, N> : tile_of_runs<M, N>,
+             tile = t.runs.empty() ? tile_of_rows<M, 1> : tile_of_runs<M, 1>;
   const long to = t.first + t.width;
   long c = t.first;
   for (; c + N * VL <= to; c += N * VL) wide_tile(t, c);
@@ -131,19 +137,36 @@ static void some_rows(const Columns& t) {
 }
 
 // Columns [from, to), at least VL, of all rows, eight at a time.
-static void quant_columns(const Packed& w, const std::vector<Run>& runs, const float* x, const float* sums, const float* bias, long rows, long from, long to, float* y) {
+static void quant_columns(const Packed& w, const std::vector<Run>& runs, const float* x, const float* sums,
+                          const float* bias, long rows, long from, long to, float* y) {
   const std::vector<float> zeros = unpack_zeros(w, from, to);
   for (long m = 0; m < rows; m += 8) {
-    const Columns t{w, runs, x + m * w.in, sums + m * (long)runs.size(), zeros.data(), bias, from, to - from, y + m * w.out};
+    const Columns t{w,    runs,      x + m * w.in, sums + m * (long)runs.size(), zeros.data(), bias,
+                    from, to - from, y + m * w.out};
     switch (std::min(8L, rows - m)) {
-      case 1: some_rows<1>(t); break;
-      case 2: some_rows<2>(t); break;
-      case 3: some_rows<3>(t); break;
-      case 4: some_rows<4>(t); break;
-      case 5: some_rows<5>(t); break;
-      case 6: some_rows<6>(t); break;
-      case 7: some_rows<7>(t); break;
-      default: some_rows<8>(t);
+      case 1:
+        some_rows<1>(t);
+        break;
+      case 2:
+        some_rows<2>(t);
+        break;
+      case 3:
+        some_rows<3>(t);
+        break;
+      case 4:
+        some_rows<4>(t);
+        break;
+      case 5:
+        some_rows<5>(t);
+        break;
+      case 6:
+        some_rows<6>(t);
+        break;
+      case 7:
+        some_rows<7>(t);
+        break;
+      default:
+        some_rows<8>(t);
     }
   }
 }
@@ -161,7 +184,9 @@ static void unpack_columns(const Packed& w, long from, long to, float* out) {
       vi packed;
       std::memcpy(&packed, w.codes + word * w.out + c, sizeof(vi));
       for (long j = 0; j < per_word; j++, packed >>= w.bits)
-        store(out + (word * per_word + j) * w.out + c, (codes_of(packed, mask) - load(zeros.data() + groups[j] * width + c - from)) * load(w.scales + groups[j] * w.out + c));
+        store(out + (word * per_word + j) * w.out + c,
+              (codes_of(packed, mask) - load(zeros.data() + groups[j] * width + c - from)) *
+                  load(w.scales + groups[j] * w.out + c));
     }
   }
 }

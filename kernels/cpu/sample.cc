@@ -1,7 +1,8 @@
-// From logits to ids: temperature, top_k, top_p and a uniform number each row, as kernels.sample says; rows are shared by threads.
+// From logits to ids: temperature, top_k, top_p and a uniform number each row, as kernels.sample says; rows are shared
+// by threads.
 //
-// Probabilities are float64, as the oracle's. For top_p, masses are added up in buckets of like probability; only of the
-// bucket in which top_p is reached the values are sorted: what comes before it is kept, what comes after is not.
+// Probabilities are float64, as the oracle's. For top_p, masses are added up in buckets of like probability; only of
+// the bucket in which top_p is reached the values are sorted: what comes before it is kept, what comes after is not.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -78,23 +79,30 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
 }
 
 // how: (3, S) float64: temperature, top_p, uniform.
-std::vector<paddle::Tensor> Sample(const paddle::Tensor& logits, const paddle::Tensor& top_k, const paddle::Tensor& how, int instructions) {
+std::vector<paddle::Tensor> Sample(const paddle::Tensor& logits, const paddle::Tensor& top_k, const paddle::Tensor& how,
+                                   int instructions) {
   const long S = logits.shape()[0], V = logits.shape()[1];
   auto ids = paddle::empty({S}, paddle::DataType::INT64, logits.place());
   const int which = instructions < 0 ? level() : std::min(instructions, level());
   const double* h = how.data<double>();
   const auto row = [&](long s) {
-    ids.data<int64_t>()[s] = one_row(logits.data<float>() + s * V, V, h[s], top_k.data<int64_t>()[s], h[S + s], h[2 * S + s], which);
+    ids.data<int64_t>()[s] =
+        one_row(logits.data<float>() + s * V, V, h[s], top_k.data<int64_t>()[s], h[S + s], h[2 * S + s], which);
   };
   if (S * V < (1 << 15))
     for (long s = 0; s < S; s++) row(s);
-  else
-    parallel(S, row);
+  else parallel(S, row);
   return {ids};
 }
 
-static std::vector<std::vector<int64_t>> SampleShape(const std::vector<int64_t>& logits, const std::vector<int64_t>& top_k, const std::vector<int64_t>& how) { return {{logits[0]}}; }
-static std::vector<paddle::DataType> SampleType(paddle::DataType logits, paddle::DataType top_k, paddle::DataType how) { return {paddle::DataType::INT64}; }
+static std::vector<std::vector<int64_t>> SampleShape(const std::vector<int64_t>& logits,
+                                                     const std::vector<int64_t>& top_k,
+                                                     const std::vector<int64_t>& how) {
+  return {{logits[0]}};
+}
+static std::vector<paddle::DataType> SampleType(paddle::DataType logits, paddle::DataType top_k, paddle::DataType how) {
+  return {paddle::DataType::INT64};
+}
 
 PD_BUILD_OP(cpu_sample)
     .Inputs({"logits", "top_k", "how"})

@@ -13,7 +13,19 @@ static INLINE vd dexp(vd x) {
   const vd n = t - 6755399441055744.0;
   const vd r = x - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10;
   vd p = vd{} + 1.0 / 6227020800.0;  // Taylor's series to r^13, |r| <= ln 2 / 2
-  const double rest[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0};
+  const double rest[] = {1.0 / 479001600.0,
+                         1.0 / 39916800.0,
+                         1.0 / 3628800.0,
+                         1.0 / 362880.0,
+                         1.0 / 40320.0,
+                         1.0 / 5040.0,
+                         1.0 / 720.0,
+                         1.0 / 120.0,
+                         1.0 / 24.0,
+                         1.0 / 6.0,
+                         0.5,
+                         1.0,
+                         1.0};
 #pragma GCC unroll 13
   for (int i = 0; i < 13; i++) p = p * r + rest[i];
   const vl bits = ((vl)t - 0x4338000000000000LL + 1023) << 52;
@@ -54,7 +66,8 @@ static double exponentials(const float* x, long n, double most, double temperatu
   return total;
 }
 
-// A value that at least k of n reach: the k-th of the largest ones of runs of places; -infinity if there are too few runs.
+// A value that at least k of n reach: the k-th of the largest ones of runs of places; -infinity if there are too few
+// runs.
 static float lower_bound_of_kth(const float* x, long n, long k) {
   constexpr long RUN = 4 * VL;
   if (n / RUN < 2 * k) return -INFINITY;

@@ -1,7 +1,8 @@
 // Vectors of VL floats and a small matrix product on them; included once per instruction set, inside its namespace.
 //
-// GCC's vector extensions instead of intrinsics: the same text becomes AVX-512, AVX2 or SSE2 code under `#pragma GCC target`.
-// Before including: VL (floats of a vector), NV (vectors of a tile's row), MR (rows of a tile) and no include guard here.
+// GCC's vector extensions instead of intrinsics: the same text becomes AVX-512, AVX2 or SSE2 code under `#pragma GCC
+// target`. Before including: VL (floats of a vector), NV (vectors of a tile's row), MR (rows of a tile) and no include
+// guard here.
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int vi __attribute__((vector_size(VL * 4)));
@@ -27,8 +28,12 @@ static INLINE float fold(vf x, F f) {
     for (int i = 0; i < w; i++) a[i] = f(a[i], a[i + w]);
   return a[0];
 }
-static INLINE float hsum(vf x) { return fold(x, [](float a, float b) { return a + b; }); }
-static INLINE float hmax(vf x) { return fold(x, [](float a, float b) { return a > b ? a : b; }); }
+static INLINE float hsum(vf x) {
+  return fold(x, [](float a, float b) { return a + b; });
+}
+static INLINE float hmax(vf x) {
+  return fold(x, [](float a, float b) { return a > b ? a : b; });
+}
 
 // exp(x) for x <= 88, 0 below -87: 2^n * p(r) with r = x - n ln 2 in [-ln2/2, ln2/2]; relative error under 2e-7.
 static INLINE vf vexp(vf x) {
@@ -50,7 +55,8 @@ static INLINE vf vexp(vf x) {
   return (vf)((vi)(p * (vf)bits) & keep);
 }
 
-// tanh(x) to a relative error of 2e-7; what is not a number stays so. Near 0 an odd polynomial, as 1 - 2 / (1 + e^2x) would cancel.
+// tanh(x) to a relative error of 2e-7; what is not a number stays so. Near 0 an odd polynomial, as 1 - 2 / (1 + e^2x)
+// would cancel.
 static INLINE vf vtanh(vf x) {
   const vf u = x < 0 ? -x : x, z = x * x, e = vexp(-2.0f * u), far = (1.0f - e) / (1.0f + e);
   vf p = splat(-5.70498872745e-3f);
@@ -61,9 +67,11 @@ static INLINE vf vtanh(vf x) {
   return u >= 0.625f ? (x < 0 ? -far : far) : p * z * x + x;
 }
 
-// C[m, n] (+)= sum_k A[m, k] B[k, n]; A by strides, B and C by rows; n a multiple of VL. Products are summed in order of k.
+// C[m, n] (+)= sum_k A[m, k] B[k, n]; A by strides, B and C by rows; n a multiple of VL. Products are summed in order
+// of k.
 template <int M, int N>
-static INLINE void tile(long K, const float* A, long ars, long acs, const float* B, long ldb, float* C, long ldc, bool add) {
+static INLINE void tile(long K, const float* A, long ars, long acs, const float* B, long ldb, float* C, long ldc,
+                        bool add) {
   vf c[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -87,14 +95,16 @@ static INLINE void tile(long K, const float* A, long ars, long acs, const float*
 }
 
 template <int N, int FULL>
-static void rows_of_tiles(long M, long K, const float* A, long ars, long acs, const float* B, long ldb, float* C, long ldc, bool add) {
+static void rows_of_tiles(long M, long K, const float* A, long ars, long acs, const float* B, long ldb, float* C,
+                          long ldc, bool add) {
   long m = 0;
   for (; m + FULL <= M; m += FULL) tile<FULL, N>(K, A + m * ars, ars, acs, B, ldb, C + m * ldc, ldc, add);
   for (; m + 4 <= M; m += 4) tile<4, N>(K, A + m * ars, ars, acs, B, ldb, C + m * ldc, ldc, add);
   for (; m < M; m++) tile<1, N>(K, A + m * ars, ars, acs, B, ldb, C + m * ldc, ldc, add);
 }
 
-static void small_gemm(long M, long N, long K, const float* A, long ars, long acs, const float* B, long ldb, float* C, long ldc, bool add) {
+static void small_gemm(long M, long N, long K, const float* A, long ars, long acs, const float* B, long ldb, float* C,
+                       long ldc, bool add) {
   long n = 0;
   for (; n + NV * VL <= N; n += NV * VL) rows_of_tiles<NV, MR>(M, K, A, ars, acs, B + n, ldb, C + n, ldc, add);
   if (NV > 2)

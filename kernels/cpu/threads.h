@@ -1,4 +1,5 @@
-// A pool of threads of our own: parallel(n, task) calls task(i) for every i of 0 … n-1, each once, on whichever thread is free.
+// A pool of threads of our own: parallel(n, task) calls task(i) for every i of 0 … n-1, each once, on whichever thread
+// is free.
 //
 // Not OpenMP: GCC's runtime beside the one that Paddle's MKL brings would put two waiting threads on every core.
 #pragma once
@@ -33,7 +34,8 @@ class Pool {
       workers_.emplace_back([this] { work(); });
       workers_.back().detach();
     }
-    next_.store((round_ << 32) + NONE);  // before n_ changes: a thread that is late must not take a task of the last round
+    next_.store((round_ << 32) +
+                NONE);  // before n_ changes: a thread that is late must not take a task of the last round
     task_ = &task, done_.store(0), n_.store(n);
     {
       std::lock_guard<std::mutex> lock(sleep_);
@@ -42,7 +44,8 @@ class Pool {
     }
     wake_.notify_all();
     run(round_);
-    // Tasks that others took are waited for, others that still wake up are not: in a small call that takes longest of all.
+    // Tasks that others took are waited for, others that still wake up are not: in a small call that takes longest of
+    // all.
     for (int spins = 0; done_.load() < n; spins++)
       if (spins > 1000) std::this_thread::yield();
   }
@@ -51,11 +54,12 @@ class Pool {
   Pool() {
     cpu_set_t allowed;
     want_ = sched_getaffinity(0, sizeof(allowed), &allowed) ? 1 : CPU_COUNT(&allowed);
-    if (const char* share = getenv("PADDLE_LLM_THREADS")) want_ = std::max(1, std::min(want_, atoi(share)));  // kernels/__init__.py
+    if (const char* share = getenv("PADDLE_LLM_THREADS"))
+      want_ = std::max(1, std::min(want_, atoi(share)));  // kernels/__init__.py
   }
   static constexpr uint64_t NONE = 0xFFFFFFFF;
-  // Take tasks of this round until there are none, or the round is over. A thread that is late may read n_ or task_ of a later
-  // round, but then next_ has changed, and it takes nothing.
+  // Take tasks of this round until there are none, or the round is over. A thread that is late may read n_ or task_ of
+  // a later round, but then next_ has changed, and it takes nothing.
   void run(uint64_t round) {
     for (;;) {
       uint64_t now = next_.load();
@@ -90,4 +94,6 @@ class Pool {
 };
 
 static inline void parallel(long n, const std::function<void(long)>& task) { Pool::get().parallel(n, task); }
-static inline int threads() { return Pool::get().threads(); }  // integer sums alone may be split by this: float ones by shapes
+static inline int threads() {
+  return Pool::get().threads();
+}  // integer sums alone may be split by this: float ones by shapes

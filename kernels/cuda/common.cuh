@@ -1,9 +1,9 @@
 // What the cores of kernels/cuda share: element types, 16-byte vectors, sums over a warp and a block, launching.
 //
-// A core is framework-free: raw pointers, sizes, a stream; its launchers are `extern "C"`, return a cudaError_t as int, and
-// are defined in a header that one source file a program includes (ops.cu for Paddle, tests/gpu/cuda_harness.cu for a bare GPU).
-// tests/gpu/cuda_on_cpu.h, included first, lets the same text run as host code. Statistics and sums are float32 whatever the
-// element type, in an order that depends on shapes alone: the same inputs give the same bits.
+// A core is framework-free: raw pointers, sizes, a stream; its launchers are `extern "C"`, return a cudaError_t as int,
+// and are defined in a header that one source file a program includes (ops.cu for Paddle, tests/gpu/cuda_harness.cu for
+// a bare GPU). tests/gpu/cuda_on_cpu.h, included first, lets the same text run as host code. Statistics and sums are
+// float32 whatever the element type, in an order that depends on shapes alone: the same inputs give the same bits.
 #pragma once
 #include <cfloat>
 #include <cstdint>
@@ -12,20 +12,34 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-// `kernel` is the name of a function or a pointer to one (a template's arguments hold commas, which would split the macro's).
+// `kernel` is the name of a function or a pointer to one (a template's arguments hold commas, which would split the
+// macro's).
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
-#define SHARED(type, name)                     \
+#define SHARED(type, name)                   \
   extern __shared__ float4 shared_memory_[]; \
   type* name = reinterpret_cast<type*>(shared_memory_)
 #endif
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-#define WITH_TYPE(dtype, ...)                                        \
-  switch (dtype) {                                                   \
-    case FLOAT32: { using T = float; __VA_ARGS__; break; }           \
-    case BFLOAT16: { using T = __nv_bfloat16; __VA_ARGS__; break; }  \
-    case FLOAT16: { using T = __half; __VA_ARGS__; break; }          \
-    default: return (int)cudaErrorInvalidValue;                      \
+#define WITH_TYPE(dtype, ...)            \
+  switch (dtype) {                       \
+    case FLOAT32: {                      \
+      using T = float;                   \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case BFLOAT16: {                     \
+      using T = __nv_bfloat16;           \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case FLOAT16: {                      \
+      using T = __half;                  \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    default:                             \
+      return (int)cudaErrorInvalidValue; \
   }
 
 constexpr unsigned WARP = 0xffffffffu;  // all lanes
@@ -34,10 +48,20 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(int8_t x) { return (float)x; }
-template <typename T> __device__ inline T from_float(float x);
-template <> __device__ inline float from_float<float>(float x) { return x; }
-template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16(x); }
-template <> __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half(x);
+}
 
 // N values that are loaded and stored together, 16 bytes at a time where they are that many.
 template <typename T, int N>
@@ -45,9 +69,13 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T at[N];
 };
 template <int N, typename T>
-__device__ inline Vec<T, N> load(const T* from) { return *reinterpret_cast<const Vec<T, N>*>(from); }
+__device__ inline Vec<T, N> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, N>*>(from);
+}
 template <int N, typename T>
-__device__ inline void store(T* to, const Vec<T, N>& value) { *reinterpret_cast<Vec<T, N>*>(to) = value; }
+__device__ inline void store(T* to, const Vec<T, N>& value) {
+  *reinterpret_cast<Vec<T, N>*>(to) = value;
+}
 
 inline bool aligned(const void* pointer) { return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0; }
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
@@ -58,7 +86,8 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// The sum over all threads of the block, in every thread; `shared` holds 32 floats. The block is a multiple of 32 threads.
+// The sum over all threads of the block, in every thread; `shared` holds 32 floats. The block is a multiple of 32
+// threads.
 __device__ inline float block_sum(float x, float* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   x = warp_sum(x);

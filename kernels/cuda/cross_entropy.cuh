@@ -1,14 +1,16 @@
 // Cross-entropy over rows of logits: the statistics of a row in one pass, and the gradient in place in another.
 //
 // For a row l with label t: lse = log sum_i exp l_i, loss = lse - l_t, and d loss / d l_i = exp(l_i - lse) - (i == t).
-// Maximum and sum are found together: a sum is scaled by exp(old maximum - new maximum) when the maximum grows (Milakov &
-// Gimelshein, arXiv 1805.02867). The logits are read once forward; once read and once written backward. With a softcap, other
-// than 0, l is softcap * tanh(logit / softcap), and the gradient has its slope for a factor.
+// Maximum and sum are found together: a sum is scaled by exp(old maximum - new maximum) when the maximum grows (Milakov
+// & Gimelshein, arXiv 1805.02867). The logits are read once forward; once read and once written backward. With a
+// softcap, other than 0, l is softcap * tanh(logit / softcap), and the gradient has its slope for a factor.
 #pragma once
 #include "common.cuh"
 
 __device__ inline float softened(float logit, float cap) { return cap > 0.0f ? cap * tanhf(logit / cap) : logit; }
-__device__ inline float slope_of(float softened, float cap) { return cap > 0.0f ? 1.0f - softened * softened / (cap * cap) : 1.0f; }
+__device__ inline float slope_of(float softened, float cap) {
+  return cap > 0.0f ? 1.0f - softened * softened / (cap * cap) : 1.0f;
+}
 
 struct Row {  // of some of a row's logits: the largest, where it is first found, sum exp(l - largest)
   float top, sum;
@@ -24,13 +26,15 @@ __device__ inline Row merged(Row a, Row b) {
 __device__ inline Row warp_merged(Row row) {
 #pragma unroll
   for (int o = 16; o > 0; o >>= 1)
-    row = merged(row, {__shfl_xor_sync(WARP, row.top, o), __shfl_xor_sync(WARP, row.sum, o), __shfl_xor_sync(WARP, row.at, o)});
+    row = merged(
+        row, {__shfl_xor_sync(WARP, row.top, o), __shfl_xor_sync(WARP, row.sum, o), __shfl_xor_sync(WARP, row.at, o)});
   return row;
 }
 
 // One block a row. target: the label's logit, 0 where the label is none of this row's (another rank's part of V).
 template <typename T, int N>
-__global__ void cross_entropy_rows(const T* logits, const int64_t* labels, long V, float cap, float* lse, float* target, int64_t* best) {
+__global__ void cross_entropy_rows(const T* logits, const int64_t* labels, long V, float cap, float* lse, float* target,
+                                   int64_t* best) {
   SHARED(Row, shared);
   const long row = blockIdx.x;
   const T* l = logits + row * V;
@@ -65,7 +69,8 @@ __global__ void cross_entropy_rows(const T* logits, const int64_t* labels, long 
 // `chunks` blocks a row, each of which writes CHUNK * N values a thread.
 constexpr int CHUNK = 4;
 template <typename T, int N>
-__global__ void softmax_gradient_rows(T* logits, const int64_t* labels, const float* lse, const float* d_losses, long V, float cap, int chunks) {
+__global__ void softmax_gradient_rows(T* logits, const int64_t* labels, const float* lse, const float* d_losses, long V,
+                                      float cap, int chunks) {
   const long row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   T* l = logits + row * V;
   const float shift = lse[row], d = d_losses[row];
@@ -91,25 +96,30 @@ __global__ void softmax_gradient_rows(T* logits, const int64_t* labels, const fl
 // ------------------------------------------------------------------------------------------------- launchers
 
 template <typename T, int N>
-static void cross_entropy_launch(const void* logits, const int64_t* labels, long rows, long V, float cap, float* lse, float* target, int64_t* best, cudaStream_t stream) {
+static void cross_entropy_launch(const void* logits, const int64_t* labels, long rows, long V, float cap, float* lse,
+                                 float* target, int64_t* best, cudaStream_t stream) {
   const int threads = V / N >= 512 ? 512 : V / N >= 128 ? 128 : 32;
   auto* kernel = cross_entropy_rows<T, N>;
-  LAUNCH(kernel, dim3(rows), dim3(threads), 32 * sizeof(Row), stream, (const T*)logits, labels, V, cap, lse, target, best);
+  LAUNCH(kernel, dim3(rows), dim3(threads), 32 * sizeof(Row), stream, (const T*)logits, labels, V, cap, lse, target,
+         best);
 }
 
 // logits (rows, V), labels (rows,) -> lse (rows,), target (rows,): the loss is lse - target; best (rows,): the argmax.
-extern "C" int launch_cross_entropy(const void* logits, const int64_t* labels, long rows, long V, float cap, float* lse, float* target, int64_t* best, int dtype, cudaStream_t stream) {
+extern "C" int launch_cross_entropy(const void* logits, const int64_t* labels, long rows, long V, float cap, float* lse,
+                                    float* target, int64_t* best, int dtype, cudaStream_t stream) {
   if (rows < 1 || V < 1) return (int)cudaErrorInvalidValue;
   WITH_TYPE(dtype, {
     constexpr int N = 16 / sizeof(T);
-    if (V % N == 0 && aligned(logits)) cross_entropy_launch<T, N>(logits, labels, rows, V, cap, lse, target, best, stream);
+    if (V % N == 0 && aligned(logits))
+      cross_entropy_launch<T, N>(logits, labels, rows, V, cap, lse, target, best, stream);
     else cross_entropy_launch<T, 1>(logits, labels, rows, V, cap, lse, target, best, stream);
   })
   return (int)cudaGetLastError();
 }
 
 template <typename T, int N>
-static void softmax_gradient_launch(void* logits, const int64_t* labels, const float* lse, const float* d_losses, long rows, long V, float cap, cudaStream_t stream) {
+static void softmax_gradient_launch(void* logits, const int64_t* labels, const float* lse, const float* d_losses,
+                                    long rows, long V, float cap, cudaStream_t stream) {
   const int threads = V / N >= 256 ? 256 : 32;
   const long chunks = ceil_div(V, (long)threads * N * CHUNK);
   auto* kernel = softmax_gradient_rows<T, N>;
@@ -117,11 +127,13 @@ static void softmax_gradient_launch(void* logits, const int64_t* labels, const f
 }
 
 // In place: logits (rows, V) -> (exp(l - lse) - onehot(labels)) * d_losses * slope.
-extern "C" int launch_softmax_gradient(void* logits, const int64_t* labels, const float* lse, const float* d_losses, long rows, long V, float cap, int dtype, cudaStream_t stream) {
+extern "C" int launch_softmax_gradient(void* logits, const int64_t* labels, const float* lse, const float* d_losses,
+                                       long rows, long V, float cap, int dtype, cudaStream_t stream) {
   if (rows < 1 || V < 1) return (int)cudaErrorInvalidValue;
   WITH_TYPE(dtype, {
     constexpr int N = 16 / sizeof(T);
-    if (V % N == 0 && aligned(logits)) softmax_gradient_launch<T, N>(logits, labels, lse, d_losses, rows, V, cap, stream);
+    if (V % N == 0 && aligned(logits))
+      softmax_gradient_launch<T, N>(logits, labels, lse, d_losses, rows, V, cap, stream);
     else softmax_gradient_launch<T, 1>(logits, labels, lse, d_losses, rows, V, cap, stream);
   })
   return (int)cudaGetLastError();

@@ -1,22 +1,25 @@
 // One query a sequence against keys and values in blocks of a pool: paged decode attention, the keys split over blocks.
 //
-// A block of threads takes one sequence, one key/value head with up to 8 of its query heads (each key and value is read once
-// for all of them), and one run of keys; a second kernel merges the runs (flash-decoding: Dao et al., 2023). Within a block
-// `lanes` threads hold 8 values each of one key, the other threads other keys; softmax is online in base 2. An int8 cache is
-// value = int8 * scale with a scale for each slot and key/value head: a key's scale multiplies its scores, a value's its weight.
-// MORE: of a window, the last so many keys, no others are read, and scores are capped and biased (ALiBi) where they are whole; for
-// at most 4 query heads, as with 8 the registers would not do.
+// A block of threads takes one sequence, one key/value head with up to 8 of its query heads (each key and value is read
+// once for all of them), and one run of keys; a second kernel merges the runs (flash-decoding: Dao et al., 2023).
+// Within a block `lanes` threads hold 8 values each of one key, the other threads other keys; softmax is online in
+// base 2. An int8 cache is value = int8 * scale with a scale for each slot and key/value head: a key's scale multiplies
+// its scores, a value's its weight. MORE: of a window, the last so many keys, no others are read, and scores are capped
+// and biased (ALiBi) where they are whole; for at most 4 query heads, as with 8 the registers would not do.
 #pragma once
 #include <climits>
 
 #include "common.cuh"
 
-constexpr int DECODE_THREADS = 128, DECODE_WARPS = DECODE_THREADS / 32, IN_FLIGHT = 4;  // keys that a thread loads before it uses the first
+constexpr int DECODE_THREADS = 128, DECODE_WARPS = DECODE_THREADS / 32,
+              IN_FLIGHT = 4;  // keys that a thread loads before it uses the first
 constexpr float LOG2E = 1.44269504088896340736f;
 
 template <typename T, typename C, int G, bool MORE>
-__global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, const float* k_scales, const float* v_scales, const int* tables, const int* contexts, int H, int K, int Dh,
-                             int block_size, int most_blocks, int split_keys, int lanes, float scale, const float* slopes, int window, float cap, T* out, float* partial) {
+__global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, const float* k_scales,
+                             const float* v_scales, const int* tables, const int* contexts, int H, int K, int Dh,
+                             int block_size, int most_blocks, int split_keys, int lanes, float scale,
+                             const float* slopes, int window, float cap, T* out, float* partial) {
   SHARED(float, shared);  // (warps, G, Dh + 2): weighted values, largest score, sum of weights
   const int group = H / K, tiles = (group + G - 1) / G;
   const int s = blockIdx.x, head = blockIdx.y / tiles, first = blockIdx.y % tiles * G, split = blockIdx.z;
@@ -34,10 +37,12 @@ __global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, con
     Vec<T, 8> v;
     if (holds && g < heads) v = load<8>(q + ((long)s * H + head * group + first + g) * Dh + d);
 #pragma unroll
-    for (int i = 0; i < 8; i++) total[g][i] = 0.0f, query[g][i] = holds && g < heads ? to_float(v.at[i]) * (scale * LOG2E) : 0.0f;
+    for (int i = 0; i < 8; i++)
+      total[g][i] = 0.0f, query[g][i] = holds && g < heads ? to_float(v.at[i]) * (scale * LOG2E) : 0.0f;
   }
 
-  for (int base = begin; base < end; base += slots * IN_FLIGHT) {  // the same for all threads: the shuffles below need them all
+  for (int base = begin; base < end;
+       base += slots * IN_FLIGHT) {  // the same for all threads: the shuffles below need them all
     Vec<C, 8> keys[IN_FLIGHT], values[IN_FLIGHT];
     float k_scale[IN_FLIGHT], v_scale[IN_FLIGHT];
 #pragma unroll
@@ -45,7 +50,8 @@ __global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, con
       const int key = base + u * slots + slot;
       k_scale[u] = v_scale[u] = 1.0f;
       if (key >= end) continue;
-      const long at = ((long)tables[(long)s * most_blocks + key / block_size] * block_size + key % block_size) * K + head;
+      const long at =
+          ((long)tables[(long)s * most_blocks + key / block_size] * block_size + key % block_size) * K + head;
       if (holds) keys[u] = load<8>(k_cache + at * Dh + d), values[u] = load<8>(v_cache + at * Dh + d);
       if (k_scales != nullptr) k_scale[u] = k_scales[at], v_scale[u] = v_scales[at];
     }
@@ -63,7 +69,8 @@ __global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, con
         for (int o = lanes >> 1; o > 0; o >>= 1) score += __shfl_xor_sync(WARP, score, o);
         score *= k_scale[u];
         if (MORE && cap > 0.0f) score = cap * LOG2E * tanhf(score / (cap * LOG2E));
-        if (MORE && slopes != nullptr && g < heads) score -= slopes[head * group + first + g] * LOG2E * (float)(context - 1 - base - u * slots - slot);
+        if (MORE && slopes != nullptr && g < heads)
+          score -= slopes[head * group + first + g] * LOG2E * (float)(context - 1 - base - u * slots - slot);
         scores[u][g] = valid ? score : -FLT_MAX;
       }
     }
@@ -145,39 +152,50 @@ static int heads_of_block(int group) { return group == 1 ? 1 : group <= 4 ? 4 : 
 
 // Runs that the keys are split into: enough blocks for a GPU of a hundred multiprocessors, of at least 128 keys each.
 extern "C" int paged_attention_splits(int S, int H, int K, int longest) {
-  const long blocks = (long)S * K * ceil_div(H / K, heads_of_block(H / K)), wanted = ceil_div(4 * 132, blocks), most = ceil_div(longest, 128);
+  const long blocks = (long)S * K * ceil_div(H / K, heads_of_block(H / K)), wanted = ceil_div(4 * 132, blocks),
+             most = ceil_div(longest, 128);
   return (int)(wanted < most ? wanted : most < 1 ? 1 : most);
 }
 
 template <typename T, typename C>
-static void paged_decode_launch(const void* q, const void* k_cache, const void* v_cache, const float* k_scales, const float* v_scales, const int* tables, const int* contexts, int S, int H,
-                                int K, int Dh, int block_size, int most_blocks, int longest, int splits, float scale, const float* slopes, int window, float cap, void* out, float* partial, cudaStream_t stream) {
+static void paged_decode_launch(const void* q, const void* k_cache, const void* v_cache, const float* k_scales,
+                                const float* v_scales, const int* tables, const int* contexts, int S, int H, int K,
+                                int Dh, int block_size, int most_blocks, int longest, int splits, float scale,
+                                const float* slopes, int window, float cap, void* out, float* partial,
+                                cudaStream_t stream) {
   int lanes = 1;
   while (lanes * 8 < Dh) lanes *= 2;
   const bool more = slopes != nullptr || cap > 0.0f || window < INT_MAX;
-  const int most = heads_of_block(H / K), G = more && most > 4 ? 4 : most, tiles = (int)ceil_div(H / K, G), split_keys = (int)ceil_div(longest, splits);
-  auto* kernel = G == 1 ? (more ? paged_decode<T, C, 1, true> : paged_decode<T, C, 1, false>)
-               : G == 4 ? (more ? paged_decode<T, C, 4, true> : paged_decode<T, C, 4, false>)
-                        : paged_decode<T, C, 8, false>;
-  LAUNCH(kernel, dim3(S, K * tiles, splits), dim3(DECODE_THREADS), DECODE_WARPS * G * (Dh + 2) * sizeof(float), stream, (const T*)q, (const C*)k_cache, (const C*)v_cache, k_scales,
-         v_scales, tables, contexts, H, K, Dh, block_size, most_blocks, split_keys, lanes, scale, slopes, window, cap, (T*)out, partial);
+  const int most = heads_of_block(H / K), G = more && most > 4 ? 4 : most, tiles = (int)ceil_div(H / K, G),
+            split_keys = (int)ceil_div(longest, splits);
+  auto* kernel = G == 1   ? (more ? paged_decode<T, C, 1, true> : paged_decode<T, C, 1, false>)
+                 : G == 4 ? (more ? paged_decode<T, C, 4, true> : paged_decode<T, C, 4, false>)
+                          : paged_decode<T, C, 8, false>;
+  LAUNCH(kernel, dim3(S, K * tiles, splits), dim3(DECODE_THREADS), DECODE_WARPS * G * (Dh + 2) * sizeof(float), stream,
+         (const T*)q, (const C*)k_cache, (const C*)v_cache, k_scales, v_scales, tables, contexts, H, K, Dh, block_size,
+         most_blocks, split_keys, lanes, scale, slopes, window, cap, (T*)out, partial);
   if (splits == 1) return;
   auto* merge = merge_splits<T>;
   LAUNCH(merge, dim3(S * H), dim3(Dh <= 64 ? 64 : 128), 0, stream, partial, splits, Dh, (T*)out);
 }
 
-// q, out (S, H, Dh); caches (blocks, block_size, K, Dh) of q's type, or int8 where k_scales and v_scales (blocks, block_size, K)
-// are given; tables (S, most_blocks), contexts (S,): keys of each sequence, of which the last `window` (INT_MAX: all) are seen, at most `longest`;
-// slopes (H,) or null; cap 0: none; partial: S * H * splits * (Dh + 2) floats where splits > 1. Dh a multiple of 8 up to 256, all
-// rows 16-byte aligned.
-extern "C" int launch_paged_attention(const void* q, const void* k_cache, const void* v_cache, const float* k_scales, const float* v_scales, const int* tables, const int* contexts, int S,
-                                      int H, int K, int Dh, int block_size, int most_blocks, int longest, int splits, float scale, const float* slopes, int window, float cap, void* out, float* partial,
-                                      int dtype, cudaStream_t stream) {
-  const bool fits = Dh % 8 == 0 && Dh >= 8 && Dh <= 256 && H % K == 0 && S > 0 && splits > 0 && longest > 0 && window > 0;
-  if (!fits || !aligned(q) || !aligned(k_cache) || !aligned(v_cache) || (k_scales == nullptr) != (v_scales == nullptr)) return (int)cudaErrorInvalidValue;
+// q, out (S, H, Dh); caches (blocks, block_size, K, Dh) of q's type, or int8 where k_scales and v_scales (blocks,
+// block_size, K) are given; tables (S, most_blocks), contexts (S,): keys of each sequence, of which the last `window`
+// (INT_MAX: all) are seen, at most `longest`; slopes (H,) or null; cap 0: none; partial: S * H * splits * (Dh + 2)
+// floats where splits > 1. Dh a multiple of 8 up to 256, all rows 16-byte aligned.
+extern "C" int launch_paged_attention(const void* q, const void* k_cache, const void* v_cache, const float* k_scales,
+                                      const float* v_scales, const int* tables, const int* contexts, int S, int H,
+                                      int K, int Dh, int block_size, int most_blocks, int longest, int splits,
+                                      float scale, const float* slopes, int window, float cap, void* out,
+                                      float* partial, int dtype, cudaStream_t stream) {
+  const bool fits =
+      Dh % 8 == 0 && Dh >= 8 && Dh <= 256 && H % K == 0 && S > 0 && splits > 0 && longest > 0 && window > 0;
+  if (!fits || !aligned(q) || !aligned(k_cache) || !aligned(v_cache) || (k_scales == nullptr) != (v_scales == nullptr))
+    return (int)cudaErrorInvalidValue;
   WITH_TYPE(dtype, {
     auto* launch = k_scales == nullptr ? paged_decode_launch<T, T> : paged_decode_launch<T, int8_t>;
-    launch(q, k_cache, v_cache, k_scales, v_scales, tables, contexts, S, H, K, Dh, block_size, most_blocks, longest, splits, scale, slopes, window, cap, out, partial, stream);
+    launch(q, k_cache, v_cache, k_scales, v_scales, tables, contexts, S, H, K, Dh, block_size, most_blocks, longest,
+           splits, scale, slopes, window, cap, out, partial, stream);
   })
   return (int)cudaGetLastError();
 }

@@ -1,17 +1,20 @@
-// rms_norm with the addition before it: h = x + residual, y = h r w with r = 1 / sqrt(mean(h^2) + epsilon); backward too.
+// rms_norm with the addition before it: h = x + residual, y = h r w with r = 1 / sqrt(mean(h^2) + epsilon); backward
+// too.
 //
-// Forward reads x and residual once and writes h and y; a row lies in the block's registers between the two. Backward, with
-// g = dy w: dx = d residual = r (g - h r^2 mean(g h)) + dh, dw = sum over rows of dy h r. Each block adds up dw of its rows in
-// registers and writes it once; a second kernel adds the blocks' parts up in order.
+// Forward reads x and residual once and writes h and y; a row lies in the block's registers between the two. Backward,
+// with g = dy w: dx = d residual = r (g - h r^2 mean(g h)) + dh, dw = sum over rows of dy h r. Each block adds up dw of
+// its rows in registers and writes it once; a second kernel adds the blocks' parts up in order.
 #pragma once
 #include "common.cuh"
 
 constexpr int MOST_THREADS = 512;  // of a block, which leaves each 128 registers
-constexpr int MOST_PARTS = 264;  // blocks of the backward pass, and with them the order of dw's sum: two for each of 132 multiprocessors
+constexpr int MOST_PARTS =
+    264;  // blocks of the backward pass, and with them the order of dw's sum: two for each of 132 multiprocessors
 
 // N values a vector, PER vectors a thread: a block covers N * PER * blockDim.x >= D values.
 template <typename T, int N, int PER>
-__global__ void __launch_bounds__(MOST_THREADS) rms_norm_rows(const T* x, const T* residual, const T* w, long D, float epsilon, T* h, T* y, float* r) {
+__global__ void __launch_bounds__(MOST_THREADS)
+    rms_norm_rows(const T* x, const T* residual, const T* w, long D, float epsilon, T* h, T* y, float* r) {
   SHARED(float, shared);
   const long row = blockIdx.x * D;
   float value[PER][N], squares = 0.0f;
@@ -44,7 +47,9 @@ __global__ void __launch_bounds__(MOST_THREADS) rms_norm_rows(const T* x, const 
 }
 
 template <typename T, int N, int PER>
-__global__ void __launch_bounds__(MOST_THREADS) rms_norm_rows_backward(const T* h, const T* w, const float* r, const T* dy, const T* dh, long rows, long D, T* dx, float* parts) {
+__global__ void __launch_bounds__(MOST_THREADS)
+    rms_norm_rows_backward(const T* h, const T* w, const float* r, const T* dy, const T* dh, long rows, long D, T* dx,
+                           float* parts) {
   SHARED(float, shared);
   float dw[PER][N];
 #pragma unroll
@@ -108,51 +113,59 @@ __global__ void sum_of_parts(const float* parts, int count, long D, T* dw) {
 
 // ------------------------------------------------------------------------------------------------- launchers
 
-// Runs the code with N values a vector, PER vectors a thread and `threads` for a row of D values: about 256 threads, and more
-// where a thread would hold more than four vectors. `whole`: D is a multiple of a 16-byte vector and all rows are aligned.
-#define WITH_VECTORS_OF(n, per, vectors, ...)                                       \
-  {                                                                                 \
-    constexpr int N = n, PER = per;                                                 \
-    const int threads = (int)ceil_div(vectors, PER * 32) * 32;                      \
-    if (threads > MOST_THREADS) return (int)cudaErrorInvalidValue;                  \
-    __VA_ARGS__                                                                     \
+// Runs the code with N values a vector, PER vectors a thread and `threads` for a row of D values: about 256 threads,
+// and more where a thread would hold more than four vectors. `whole`: D is a multiple of a 16-byte vector and all rows
+// are aligned.
+#define WITH_VECTORS_OF(n, per, vectors, ...)                      \
+  {                                                                \
+    constexpr int N = n, PER = per;                                \
+    const int threads = (int)ceil_div(vectors, PER * 32) * 32;     \
+    if (threads > MOST_THREADS) return (int)cudaErrorInvalidValue; \
+    __VA_ARGS__                                                    \
   }
-#define WITH_VECTORS(D, whole, ...)                                                 \
-  {                                                                                 \
-    constexpr int WIDE = 16 / sizeof(T);                                            \
-    if ((whole) && D <= 256 * WIDE) WITH_VECTORS_OF(WIDE, 1, D / WIDE, __VA_ARGS__) \
+#define WITH_VECTORS(D, whole, ...)                                                      \
+  {                                                                                      \
+    constexpr int WIDE = 16 / sizeof(T);                                                 \
+    if ((whole) && D <= 256 * WIDE) WITH_VECTORS_OF(WIDE, 1, D / WIDE, __VA_ARGS__)      \
     else if ((whole) && D <= 512 * WIDE) WITH_VECTORS_OF(WIDE, 2, D / WIDE, __VA_ARGS__) \
-    else if (whole) WITH_VECTORS_OF(WIDE, 4, D / WIDE, __VA_ARGS__)                 \
-    else if (D <= 512) WITH_VECTORS_OF(1, 1, D, __VA_ARGS__)                        \
-    else WITH_VECTORS_OF(1, 16, D, __VA_ARGS__)                                     \
+    else if (whole) WITH_VECTORS_OF(WIDE, 4, D / WIDE, __VA_ARGS__)                      \
+    else if (D <= 512) WITH_VECTORS_OF(1, 1, D, __VA_ARGS__)                             \
+    else WITH_VECTORS_OF(1, 16, D, __VA_ARGS__)                                          \
   }
 
 extern "C" long rms_norm_parts(long rows) { return rows < MOST_PARTS ? rows : MOST_PARTS; }
 
 // x, residual (or null: then h is not written) (rows, D), w (D,) -> h, y (rows, D), r (rows,).
 // D at most 8,192, or 16,384 in 2-byte types where it is a multiple of 8; else cudaErrorInvalidValue.
-extern "C" int launch_rms_norm(const void* x, const void* residual, const void* w, long rows, long D, float epsilon, void* h, void* y, float* r, int dtype, cudaStream_t stream) {
+extern "C" int launch_rms_norm(const void* x, const void* residual, const void* w, long rows, long D, float epsilon,
+                               void* h, void* y, float* r, int dtype, cudaStream_t stream) {
   if (rows < 1 || D < 1) return (int)cudaErrorInvalidValue;
   WITH_TYPE(dtype, {
-    const bool whole = D % (16 / sizeof(T)) == 0 && aligned(x) && aligned(residual) && aligned(w) && aligned(h) && aligned(y);
+    const bool whole =
+        D % (16 / sizeof(T)) == 0 && aligned(x) && aligned(residual) && aligned(w) && aligned(h) && aligned(y);
     WITH_VECTORS(D, whole, {
       auto* kernel = rms_norm_rows<T, N, PER>;
-      LAUNCH(kernel, dim3(rows), dim3(threads), 32 * sizeof(float), stream, (const T*)x, (const T*)residual, (const T*)w, D, epsilon, (T*)h, (T*)y, r);
+      LAUNCH(kernel, dim3(rows), dim3(threads), 32 * sizeof(float), stream, (const T*)x, (const T*)residual,
+             (const T*)w, D, epsilon, (T*)h, (T*)y, r);
     })
   })
   return (int)cudaGetLastError();
 }
 
-// dh (or null) is the gradient that arrives at h. parts: rms_norm_parts(rows) * D floats of workspace -> dx (rows, D), dw (D,).
-extern "C" int launch_rms_norm_backward(const void* h, const void* w, const float* r, const void* dy, const void* dh, long rows, long D, void* dx, void* dw, float* parts, int dtype,
+// dh (or null) is the gradient that arrives at h. parts: rms_norm_parts(rows) * D floats of workspace -> dx (rows, D),
+// dw (D,).
+extern "C" int launch_rms_norm_backward(const void* h, const void* w, const float* r, const void* dy, const void* dh,
+                                        long rows, long D, void* dx, void* dw, float* parts, int dtype,
                                         cudaStream_t stream) {
   if (rows < 1 || D < 1) return (int)cudaErrorInvalidValue;
   const int count = (int)rms_norm_parts(rows);
   WITH_TYPE(dtype, {
-    const bool whole = D % (16 / sizeof(T)) == 0 && aligned(h) && aligned(w) && aligned(dy) && aligned(dh) && aligned(dx);
+    const bool whole =
+        D % (16 / sizeof(T)) == 0 && aligned(h) && aligned(w) && aligned(dy) && aligned(dh) && aligned(dx);
     WITH_VECTORS(D, whole, {
       auto* kernel = rms_norm_rows_backward<T, N, PER>;
-      LAUNCH(kernel, dim3(count), dim3(threads), 32 * sizeof(float), stream, (const T*)h, (const T*)w, r, (const T*)dy, (const T*)dh, rows, D, (T*)dx, parts);
+      LAUNCH(kernel, dim3(count), dim3(threads), 32 * sizeof(float), stream, (const T*)h, (const T*)w, r, (const T*)dy,
+             (const T*)dh, rows, D, (T*)dx, parts);
     })
     auto* kernel = sum_of_parts<T>;
     LAUNCH(kernel, dim3(ceil_div(D, 32)), dim3(256), 256 * sizeof(float), stream, parts, count, D, (T*)dw);

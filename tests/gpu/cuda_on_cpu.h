@@ -1,13 +1,14 @@
 // Runs CUDA kernels as host code: included first (g++ -include), it gives their source what nvcc would.
 //
-// Each CUDA thread of a block is a fiber of its own (ucontext). It runs until it reaches a barrier or a warp exchange and waits
-// there; when every thread of the block waits or has ended, those whose wait is complete go on. Blocks run one after another.
-// What would be undefined on a GPU is an error here, kept for cudaGetLastError() and cuda_on_cpu_message():
-//   __syncthreads() that not all threads of the block reach at the same place; a shuffle that not all lanes of its mask reach,
-//   or from a lane outside the mask; shared memory written past its end; a grid or block that no GPU takes.
-// Shared memory starts as NaN, and cuda_on_cpu_order chooses in which order the threads run between two barriers (0 up, 1 down,
-// 2 at random), so that a result that lacks a barrier differs. -fsanitize=address finds any access outside of arrays that the
-// caller allocated exactly, -fsanitize=alignment a vector load that a GPU would refuse.
+// Each CUDA thread of a block is a fiber of its own (ucontext). It runs until it reaches a barrier or a warp exchange
+// and waits there; when every thread of the block waits or has ended, those whose wait is complete go on. Blocks run
+// one after another. What would be undefined on a GPU is an error here, kept for cudaGetLastError() and
+// cuda_on_cpu_message():
+//   __syncthreads() that not all threads of the block reach at the same place; a shuffle that not all lanes of its mask
+//   reach, or from a lane outside the mask; shared memory written past its end; a grid or block that no GPU takes.
+// Shared memory starts as NaN, and cuda_on_cpu_order chooses in which order the threads run between two barriers (0 up,
+// 1 down, 2 at random), so that a result that lacks a barrier differs. -fsanitize=address finds any access outside of
+// arrays that the caller allocated exactly, -fsanitize=alignment a vector load that a GPU would refuse.
 #pragma once
 #include <ucontext.h>
 
@@ -39,17 +40,29 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFa
 // What tests/gpu/cuda_harness.cu asks of the runtime; events know no time.
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 typedef int cudaEvent_t;
-static inline cudaError_t cudaMalloc(void** at, size_t bytes) { return (*at = std::malloc(bytes)) ? cudaSuccess : cudaErrorInvalidValue; }
+static inline cudaError_t cudaMalloc(void** at, size_t bytes) {
+  return (*at = std::malloc(bytes)) ? cudaSuccess : cudaErrorInvalidValue;
+}
 static inline void cudaFree(void* at) { std::free(at); }
-static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) { return std::memcpy(to, from, bytes), cudaSuccess; }
-static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) { return cudaMemcpy(to, from, bytes, kind); }
+static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(to, from, bytes, kind);
+}
 static inline cudaError_t cudaEventCreate(cudaEvent_t*) { return cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-static inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) { return *milliseconds = 1.0f, cudaSuccess; }
+static inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
+  return *milliseconds = 1.0f, cudaSuccess;
+}
 
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
 template <typename To, typename From>
 static To bits_of(From from) {
   static_assert(sizeof(To) == sizeof(From), "");
@@ -91,7 +104,8 @@ static std::mt19937 shuffle_generator(0);
 
 static void fail(const std::string& what) {
   if (message.empty())
-    message = what + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + ")";
+    message = what + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
+              std::to_string(blockIdx.z) + ")";
 }
 static void enter() {
   (*body)();
@@ -109,7 +123,8 @@ static V shuffle(unsigned mask, V value, int from, int line) {
   static_assert(sizeof(V) <= 8, "");
   const size_t self = current, warp = self / 32 * 32;
   std::memcpy(&fibers[self].given, &value, sizeof(V));
-  if (!(mask >> (self % 32) & 1)) fail("line " + std::to_string(line) + ": a lane shuffles that is not in its own mask");
+  if (!(mask >> (self % 32) & 1))
+    fail("line " + std::to_string(line) + ": a lane shuffles that is not in its own mask");
   wait(SHUFFLE, line, mask);
   if (from < 0 || from > 31) from = (int)(self % 32);  // the lane's own value, as on a GPU
   if (!(mask >> from & 1)) fail("line " + std::to_string(line) + ": a shuffle from a lane outside the mask");
@@ -127,11 +142,14 @@ static bool release(size_t threads) {
     bool complete = true;
     for (size_t lane = 0; lane < 32; lane++) {
       const size_t other = t / 32 * 32 + lane;
-      if (mask >> lane & 1) complete &= other < threads && fibers[other].wait == SHUFFLE && fibers[other].mask == mask && fibers[other].line == line;
+      if (mask >> lane & 1)
+        complete &= other < threads && fibers[other].wait == SHUFFLE && fibers[other].mask == mask &&
+                    fibers[other].line == line;
     }
     if (!complete) continue;
     for (size_t lane = 0; lane < 32; lane++)
-      if (mask >> lane & 1) fibers[t / 32 * 32 + lane].shown = fibers[t / 32 * 32 + lane].given, fibers[t / 32 * 32 + lane].wait = NONE;
+      if (mask >> lane & 1)
+        fibers[t / 32 * 32 + lane].shown = fibers[t / 32 * 32 + lane].given, fibers[t / 32 * 32 + lane].wait = NONE;
     any = true;
   }
   if (any) return true;
@@ -149,7 +167,8 @@ static void run_block(size_t threads) {
   for (size_t t = 0; t < threads; t++) {
     Fiber& fiber = fibers[t];
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = STACK, fiber.context.uc_link = nullptr;
+    fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = STACK,
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
     fiber.wait = NONE;
     order[t] = cuda_on_cpu_order == 1 ? threads - 1 - t : t;
@@ -170,8 +189,11 @@ static void run_block(size_t threads) {
     std::string where;
     for (size_t t = 0; t < threads; t++)
       if (fibers[t].wait != ENDED && where.find(std::to_string(fibers[t].line)) == std::string::npos)
-        where += (where.empty() ? "" : ", ") + std::string(fibers[t].wait == BLOCK ? "__syncthreads() of line " : "a shuffle of line ") + std::to_string(fibers[t].line);
-    return fail("threads wait for ever at " + where + "; " + std::to_string(ended) + " of " + std::to_string(threads) + " have ended");
+        where += (where.empty() ? "" : ", ") +
+                 std::string(fibers[t].wait == BLOCK ? "__syncthreads() of line " : "a shuffle of line ") +
+                 std::to_string(fibers[t].line);
+    return fail("threads wait for ever at " + where + "; " + std::to_string(ended) + " of " + std::to_string(threads) +
+                " have ended");
   }
 }
 
@@ -181,7 +203,8 @@ static void launch(dim3 grid, dim3 block, size_t shared, const std::function<voi
   blockIdx = dim3(0, 0, 0);
   if (threads < 1 || threads > 1024) return fail("a block of " + std::to_string(threads) + " threads");
   if (shared > 48 << 10) return fail(std::to_string(shared) + " bytes of shared memory");
-  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return fail("a grid that no GPU takes");
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return fail("a grid that no GPU takes");
   if (fibers.size() < threads) fibers.resize(threads);
   gridDim = grid, blockDim = block, body = &kernel;
   for (unsigned z = 0; z < grid.z; z++)
@@ -192,7 +215,8 @@ static void launch(dim3 grid, dim3 block, size_t shared, const std::function<voi
         shared_memory = memory.data();
         run_block(threads);
         for (size_t i = 0; i < GUARD; i++)
-          if (memory[shared + i] != (char)0xff) fail("shared memory written past its " + std::to_string(shared) + " bytes");
+          if (memory[shared + i] != (char)0xff)
+            fail("shared memory written past its " + std::to_string(shared) + " bytes");
         if (!message.empty()) return;
       }
 }
@@ -208,9 +232,12 @@ static inline cudaError_t cudaGetLastError() {
 }
 extern "C" const char* cuda_on_cpu_message() { return last_message.c_str(); }
 
-#define LAUNCH(kernel, grid, block, shared, stream, ...) cuda_on_cpu::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+  cuda_on_cpu::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
 #define SHARED(type, name) type* name = reinterpret_cast<type*>(cuda_on_cpu::shared_memory)
 #define __syncthreads() cuda_on_cpu::wait(cuda_on_cpu::BLOCK, __LINE__, 0)
-#define __shfl_xor_sync(mask, value, distance) cuda_on_cpu::shuffle(mask, value, (int)(cuda_on_cpu::current % 32) ^ (distance), __LINE__)
-#define __shfl_down_sync(mask, value, distance) cuda_on_cpu::shuffle(mask, value, (int)(cuda_on_cpu::current % 32) + (distance), __LINE__)
+#define __shfl_xor_sync(mask, value, distance) \
+  cuda_on_cpu::shuffle(mask, value, (int)(cuda_on_cpu::current % 32) ^ (distance), __LINE__)
+#define __shfl_down_sync(mask, value, distance) \
+  cuda_on_cpu::shuffle(mask, value, (int)(cuda_on_cpu::current % 32) + (distance), __LINE__)
 #define __shfl_sync(mask, value, lane) cuda_on_cpu::shuffle(mask, value, lane, __LINE__)

@@ -1,8 +1,8 @@
 // Intel's AMX tile instructions as plain functions, for machines without them; included before kernels/cpu/amx.h.
 //
 // After the instruction set reference's pages of LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBF16PS and
-// TDPBSSD. What a processor would refuse (#GP, #UD) and what it would not notice but is wrong here (bytes outside of the
-// regions that the test names) is written to emulated_fault(); the instruction then does nothing.
+// TDPBSSD. What a processor would refuse (#GP, #UD) and what it would not notice but is wrong here (bytes outside of
+// the regions that the test names) is written to emulated_fault(); the instruction then does nothing.
 #pragma once
 #include <immintrin.h>
 #include <pthread.h>
@@ -15,14 +15,35 @@
 
 #define EMULATED_TILES
 
-struct EmulatedTile { int rows, bytes; uint8_t data[16][64]; };
-struct EmulatedRegion { const uint8_t *from, *to; bool writable; };
+struct EmulatedTile {
+  int rows, bytes;
+  uint8_t data[16][64];
+};
+struct EmulatedRegion {
+  const uint8_t *from, *to;
+  bool writable;
+};
 
-static inline EmulatedTile* emulated_tiles() { static thread_local EmulatedTile tiles[8] = {}; return tiles; }
-static inline bool& emulated_configured() { static thread_local bool configured = false; return configured; }
-static inline char* emulated_fault() { static char text[200] = ""; return text; }
-static inline long* emulated_counts() { static long counts[4] = {}; return counts; }  // configurations, loads, products, stores
-static inline std::vector<EmulatedRegion>& emulated_regions() { static std::vector<EmulatedRegion> regions; return regions; }  // empty: all memory
+static inline EmulatedTile* emulated_tiles() {
+  static thread_local EmulatedTile tiles[8] = {};
+  return tiles;
+}
+static inline bool& emulated_configured() {
+  static thread_local bool configured = false;
+  return configured;
+}
+static inline char* emulated_fault() {
+  static char text[200] = "";
+  return text;
+}
+static inline long* emulated_counts() {
+  static long counts[4] = {};
+  return counts;
+}  // configurations, loads, products, stores
+static inline std::vector<EmulatedRegion>& emulated_regions() {
+  static std::vector<EmulatedRegion> regions;
+  return regions;
+}  // empty: all memory
 
 static inline bool emulated_ok(bool right, const char* what) {
   if (!right && !*emulated_fault()) snprintf(emulated_fault(), 200, "%s", what);
@@ -45,7 +66,9 @@ static inline void emulated_loadconfig(const void* from) {
   emulated_configured() = false;
   if (!emulated_ok(c[0] == 1, "LDTILECFG: palette is not 1") || !emulated_ok(c[1] == 0, "LDTILECFG: start row")) return;
   for (int i = 2; i < 64; i++)
-    if ((i < 16 || (i >= 32 && i < 48) || i >= 56) && !emulated_ok(c[i] == 0, "LDTILECFG: a reserved byte, or a tile past the eighth")) return;
+    if ((i < 16 || (i >= 32 && i < 48) || i >= 56) &&
+        !emulated_ok(c[i] == 0, "LDTILECFG: a reserved byte, or a tile past the eighth"))
+      return;
   for (int t = 0; t < 8; t++) {
     const int bytes = c[16 + 2 * t] | c[17 + 2 * t] << 8, rows = c[48 + t];
     if (!emulated_ok(rows <= 16 && bytes <= 64 && !rows == !bytes, "LDTILECFG: rows or bytes of a tile")) return;
@@ -59,7 +82,8 @@ static inline void emulated_release() {
   for (int t = 0; t < 8; t++) emulated_tiles()[t] = {};
 }
 static inline void emulated_zero(int t) {
-  if (emulated_usable(t, "TILEZERO: tile not configured")) std::memset(emulated_tiles()[t].data, 0, sizeof(emulated_tiles()[t].data));
+  if (emulated_usable(t, "TILEZERO: tile not configured"))
+    std::memset(emulated_tiles()[t].data, 0, sizeof(emulated_tiles()[t].data));
 }
 static inline void emulated_load(int t, const void* base, long stride) {
   if (!emulated_usable(t, "TILELOADD: tile not configured")) return;
@@ -68,7 +92,8 @@ static inline void emulated_load(int t, const void* base, long stride) {
   emulated_counts()[1]++;
   for (int r = 0; r < tile.rows; r++) {
     const uint8_t* at = (const uint8_t*)base + r * stride;
-    if (emulated_ok(emulated_reachable(at, tile.bytes, false), "TILELOADD: outside of the buffers")) std::memcpy(tile.data[r], at, tile.bytes);
+    if (emulated_ok(emulated_reachable(at, tile.bytes, false), "TILELOADD: outside of the buffers"))
+      std::memcpy(tile.data[r], at, tile.bytes);
   }
 }
 static inline void emulated_store(int t, void* base, long stride) {
@@ -77,18 +102,23 @@ static inline void emulated_store(int t, void* base, long stride) {
   emulated_counts()[3]++;
   for (int r = 0; r < tile.rows; r++) {
     uint8_t* at = (uint8_t*)base + r * stride;
-    if (emulated_ok(emulated_reachable(at, tile.bytes, true), "TILESTORED: outside of the buffers")) std::memcpy(at, tile.data[r], tile.bytes);
+    if (emulated_ok(emulated_reachable(at, tile.bytes, true), "TILESTORED: outside of the buffers"))
+      std::memcpy(at, tile.data[r], tile.bytes);
   }
 }
 static inline bool emulated_fit(int c, int a, int b) {
-  if (!emulated_usable(c, "TDP: C not configured") || !emulated_usable(a, "TDP: A not configured") || !emulated_usable(b, "TDP: B not configured")) return false;
+  if (!emulated_usable(c, "TDP: C not configured") || !emulated_usable(a, "TDP: A not configured") ||
+      !emulated_usable(b, "TDP: B not configured"))
+    return false;
   const EmulatedTile *t = emulated_tiles(), &C = t[c], &A = t[a], &B = t[b];
   emulated_counts()[2]++;
   return emulated_ok(c != a && c != b && a != b, "TDP: the same tile twice") &&
          emulated_ok(C.bytes % 4 == 0 && A.bytes % 4 == 0 && B.bytes % 4 == 0, "TDP: rows of whole words") &&
          emulated_ok(C.rows == A.rows && C.bytes == B.bytes && A.bytes / 4 == B.rows, "TDP: shapes of C, A and B");
 }
-static inline float emulated_flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+static inline float emulated_flushed(float x) {
+  return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+}
 static inline float emulated_bf16(const uint8_t* row, int i) {
   uint16_t half;
   std::memcpy(&half, row + 2 * i, 2);
@@ -120,7 +150,8 @@ static inline void emulated_dpbssd(int c, int a, int b) {
     for (int n = 0; n < C.bytes / 4; n++) {
       uint32_t sum;
       std::memcpy(&sum, C.data[m] + 4 * n, 4);
-      for (int k = 0; k < A.bytes; k++) sum += (uint32_t)((int)(int8_t)A.data[m][k] * (int)(int8_t)B.data[k / 4][4 * n + k % 4]);
+      for (int k = 0; k < A.bytes; k++)
+        sum += (uint32_t)((int)(int8_t)A.data[m][k] * (int)(int8_t)B.data[k / 4][4 * n + k % 4]);
       std::memcpy(C.data[m] + 4 * n, &sum, 4);
     }
 }
