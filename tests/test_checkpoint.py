@@ -1014,7 +1014,7 @@ def main():
     parser.add_argument(
         "--readme",
         action="store_true",
-        help="write the table into README.md, between its marks <!-- resume --> and <!-- resume end -->",
+        help="write the table into tests/RESULTS.md, between its marks <!-- resume --> and <!-- resume end -->",
     )
     parser.add_argument("--only", default="", help="pairs whose row, such as `sft | tp2 | 1`, holds this")
     options, lines, bad = (
@@ -1051,10 +1051,10 @@ def main():
                 ranks.stop()
     print("\n".join(lines))
     if options.readme:
-        path = ROOT / "README.md"
+        path = ROOT / "tests" / "RESULTS.md"
         before, mark, rest = path.read_text(encoding="utf-8").partition("<!-- resume -->")
         _, end, after = rest.partition("<!-- resume end -->")
-        assert mark and end, "README.md has no marks"
+        assert mark and end, "tests/RESULTS.md has no marks"
         path.write_text("\n".join([before + mark, *lines, end + after]), encoding="utf-8")
     sys.exit(1 if bad else 0)
 

@@ -151,7 +151,7 @@ def test_parameters_are_those_published(name):
 
 
 def test_readme_says_how_many():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "models.md").read_text()
     assert f"shapes of {len(OWN)} open models" in text and f"and {len(PRESETS) - len(OWN)} further checkpoints" in text
     assert f"parameters: {PRESETS['llama-3.1-405b']['parameters']:,}" in text
 
@@ -208,7 +208,7 @@ def parameters(text):
 def test_405b_in_seconds_and_little_memory(tmp_path):
     """README's command, as a user runs it: nothing but the name, and what README shows. Seconds of processors and peak memory are the
     process's own, imports included."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "models.md").read_text()
     command, shown = re.search(
         r"^    python pretrain.py (--model_name_or_path llama-3.1.*?)  +# seconds.*?\n\n(.*?)\n\n", text, re.M | re.S
     ).groups()

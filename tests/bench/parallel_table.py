@@ -3,7 +3,7 @@
     python tests/bench/parallel_table.py                                      # everything: Llama's topologies, then the families
     python tests/bench/parallel_table.py --part llama --only tp2 --tasks sft,lora
     python tests/bench/parallel_table.py --part families --worlds 2
-    python tests/bench/parallel_table.py --readme                             # everything, and into README.md between its two marks
+    python tests/bench/parallel_table.py --readme                             # everything, and into tests/RESULTS.md between its two marks
 
 A cell is the largest relative difference, over the losses of STEPS steps and the last gradient norm, between a run on
 several ranks (tests/ranks/pool.py) and one process with the same batches in a step; or what the run failed with. LIMIT decides;
@@ -268,7 +268,7 @@ def main(argv=None):
     parser.add_argument("--models", default="", help="of the families: those whose name holds one of these")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--worlds", default="2,4,8", help="numbers of processes")
-    parser.add_argument("--readme", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables into tests/RESULTS.md")
     options = parser.parse_args(argv)
     worlds = [int(world) for world in options.worlds.split(",")]
 
@@ -297,7 +297,7 @@ def main(argv=None):
         cells += sum(map(len, found.values()))
         bad += sum(not fine(cell) for row in found.values() for cell in row.values())
     if options.readme:
-        path = paths.TESTS.parent / "README.md"
+        path = paths.TESTS / "RESULTS.md"
         before, _, rest = path.read_text(encoding="utf-8").partition("<!-- parity -->")
         inner = "\n\n".join("\n".join(lines) for _, lines in tables)
         after = rest.partition("<!-- parity end -->")[2]
