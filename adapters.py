@@ -45,7 +45,7 @@ def cast_frozen_to_bf16(model):
             half.set_value(layer.weight.astype("bfloat16"))
             half.stop_gradient = True
             if (cut := getattr(layer.weight, "shard_spec", None)) is not None:
-                half.cut = cut
+                half.shard_spec = cut
             layer.weight = half
 
 
@@ -147,7 +147,7 @@ class LoRALinear(nn.Layer):
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
             self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
             if (cut := getattr(base.weight, "shard_spec", None)) is not None and cut.dim == 1:
-                self.lora_magnitude_vector.cut = cut.of(0, cut.shape[1:])
+                self.lora_magnitude_vector.shard_spec = cut.of(0, cut.shape[1:])
 
     def delta(self):
         """(in, out) float32: what the adapter adds to the weight."""

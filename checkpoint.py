@@ -63,7 +63,7 @@ class CheckpointShardWriter:
     def _givers(self, owner, source):
         """The ranks that together have all of a source: those of the owner's line along tp, if it is cut, and sharding."""
         grid, weight = self.topology.grid, source[0]
-        axes = {"tp"} if weight.cut is not None else set()
+        axes = {"tp"} if weight.shard_spec is not None else set()
         axes |= {"sharding"} if len(source) > 2 else set()
         place = np.argwhere(grid == owner)[0]
         names = ORDERS[self.topology.degrees.order]
@@ -130,7 +130,7 @@ class CheckpointShardWriter:
         """A source of an entry, of all its ranks, in the file's layout."""
         source = self.entries[key].sources[index]
         weight, first = source[0], source[2:]
-        cut, name, parts = weight.cut, f"{' '.join(key)} {index}", {}  # parts: by rank of tp
+        cut, name, parts = weight.shard_spec, f"{' '.join(key)} {index}", {}  # parts: by rank of tp
         for rank in self._givers(self.rank, source):
             if rank == self.rank:
                 part, start = self.parts[key, index], first

@@ -41,14 +41,14 @@ class Weight:
     def from_numpy(self, array):
         """All of it in their layout -> what the parameter holds of it, in ours."""
         array = array.T if self.transposed else array
-        return np.ascontiguousarray(_rows(array) if self.cut is None else self.cut.take(array))
+        return np.ascontiguousarray(_rows(array) if self.shard_spec is None else self.shard_spec.take(array))
 
     def read(self, read, extent=None):
         """What the parameter holds of a stored tensor, in our layout; or, laid flat, the elements extent = (first, last) of that.
 
         read() gives all of it, or is a LazyTensor: of that no rows and columns are read but those with elements in them.
         """
-        cuts, row, shape = {} if self.cut is None else {self.cut.dim: self.cut.ranges}, 0, self.parameter.shape
+        cuts, row, shape = {} if self.shard_spec is None else {self.shard_spec.dim: self.shard_spec.ranges}, 0, self.parameter.shape
         if extent is not None and isinstance(read, LazyTensor):
             inner = math.prod(shape[1:])
             row, stop = extent[0] // inner, -(-extent[1] // inner)
@@ -82,14 +82,14 @@ class Weight:
         self.parameter.clear_gradient(False)  # False: released, not filled with zeros
 
     @property
-    def cut(self):
+    def shard_spec(self):
         """None, or which part of the whole the parameter is: an object with shape (of the whole) and take(array)."""
         return getattr(self.parameter, "shard_spec", None)
 
     @property
     def shape(self):
         """Their shape of the whole."""
-        shape = list(self.parameter.shape if self.cut is None else self.cut.shape)
+        shape = list(self.parameter.shape if self.shard_spec is None else self.shard_spec.shape)
         return shape[::-1] if self.transposed else shape
 
 

@@ -65,7 +65,7 @@ def test_every_part_of_a_weight_is_somewhere(name):
             assert (last - first) % (last_key - first_key) == 0  # as attention wants them
         model = parallel.parallelize(M.build(config), Topology(Degrees(tp=size), size - 1))
         for weight in formats.weights.named_weights(model):
-            cut = weight.cut
+            cut = weight.shard_spec
             if cut is None:
                 continue
             times = np.zeros(cut.shape[cut.dim], int)
