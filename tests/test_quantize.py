@@ -183,7 +183,7 @@ def test_the_kernel_reads_the_same_weight_from_the_packed_codes(bits, group_size
 @pytest.mark.parametrize("sym", [True, False])
 def test_grids_of_one_sided_and_empty_groups(sym):
     for rows in (np.full((8, 2), 3.0), np.full((8, 2), -3.0), np.zeros((8, 2)), np.linspace(1, 2, 16).reshape(8, 2)):
-        scale, zero = quantize.grid(rows.astype(np.float32), 4, sym)
+        scale, zero = quantize.qparams(rows.astype(np.float32), 4, sym)
         assert np.all((zero >= 1) & (zero <= 15)) and np.all(scale > 0)  # zero less one is unsigned in the file
         codes = quantize.quantize_to_codes(rows, scale, zero, 4)
         assert np.all(np.abs(scale * (codes.astype(int) - zero) - rows) <= 0.51 * scale * (2 if sym else 1))
@@ -212,7 +212,7 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp):
     size, left, result = n_in if group_size == -1 else group_size, weight.copy(), np.empty_like(weight)
     for place, row in enumerate(order):
         if place % size == 0:
-            scale, zero = quantize.grid(left[order[place : place + size]], bits, sym)
+            scale, zero = quantize.qparams(left[order[place : place + size]], bits, sym)
         rest = order[place:]
         inverse = np.linalg.inv(hessian[np.ix_(rest, rest)])
         result[row] = scale * (quantize.quantize_to_codes(left[row], scale, zero, bits).astype(np.float64) - zero)
@@ -561,10 +561,10 @@ def test_smoothing_scales_are_the_paper_s():
 def test_pieces_are_runs_of_sorted_values():
     r = np.random.RandomState(0)
     values = np.concatenate([r.rand(50), 10 + r.rand(20), 100 + r.rand(5)])
-    assert np.array_equal(quantize.pieces(values, 3), np.repeat([0, 1, 2], [50, 20, 5]))
-    assert quantize.pieces(np.ones(7), 3).max() == 0
+    assert np.array_equal(quantize.split_channels(values, 3), np.repeat([0, 1, 2], [50, 20, 5]))
+    assert quantize.split_channels(np.ones(7), 3).max() == 0
     for k in (1, 2, 5):
-        found = quantize.pieces(values, k)
+        found = quantize.split_channels(values, k)
         assert np.all(np.diff(found[np.argsort(values)]) >= 0)
 
 

@@ -139,7 +139,7 @@ def pair_loss(reference):
         with paddle.no_grad():
             base = dpo.reply_logps(reference, batch)
         counts = dpo.pair_counts([batch])
-        return dpo.objective(dpo.reply_logps(model, batch), base, batch["reply_tokens"], counts, args)[0]
+        return dpo.loss_and_metrics(dpo.reply_logps(model, batch), base, batch["reply_tokens"], counts, args)[0]
 
     return loss
 
