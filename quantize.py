@@ -8,25 +8,24 @@ it is there, else train.json; or a corpus prefix). Writes a folder of real integ
 report: error and seconds of each linear, dev perplexity and accuracy before and after, bytes. Embeddings, norms and the
 head stay floats.
 
-One pass over the model, block by block: a block's linears see what the quantized blocks before it put out; an expert's,
-the tokens that were sent to it. Memory: the model, whose float weights go as their integers come, and beside it the hidden
-states of the calibration tokens (tokens · D floats, one array for all blocks) with their rotary tables, for one group of
-linears that share an input the Hessian (n_in^2 float64, thrice while it is solved; of experts, as many as HESSIAN_BYTES
-hold), and one batch in flight. Tokens: gptq_step or ptq_step · per_device_train_batch_size · max_length.
+One pass over the model, block by block: a block's linears see the outputs of the quantized blocks before it, and an
+expert's linears see the tokens routed to it. Memory: the model (each float weight is freed when its integers are
+there), the hidden states of the calibration tokens (see calibration.py), one batch in flight, and for linears that
+share an input one Hessian (n_in^2 float64, three times that while it is solved; for experts as many as HESSIAN_BYTES
+holds). Calibration tokens: gptq_step or ptq_step * per_device_train_batch_size * max_length.
 
-Shift and smoothing go where a factor or a constant can pass without changing the function; where it cannot in a family (a
-residual that reads the norm, gelu before down_proj, a router without bias), a line says what is left out.
+Shift and smoothing are applied where they leave the function unchanged. Where they would not (a residual that reads the
+norm, gelu before down_proj, a router without bias), a printed line says what is left out.
 
 Not here: AWQ, AutoClip, fp8, key/value caches in 8 bits, quantization-aware training.
 """
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +36,14 @@ from paddle import nn
 import trainer  # before paddle: it silences what paddle says while it is imported
 from adapters import base_folders, from_pretrained, load_adapter, merge
 from arguments import ScriptArgs
+from calibration import ActivationStats, Calibration, linear_refs, sequential_groups
 from data import CorpusLoader, SFTDataset, SFTLoader
+from families import ModelConfig
 from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import named_weights, save_pretrained
-from model import Linear, MoE, QuantLinear, block_linears, norm_consumers, set_parameter, shiftable_norms
+from model import CausalLM, QuantLinear, block_linears, norm_consumers, set_parameter, shiftable_norms
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
 NOT_HERE = {  # keys that are refused when they ask for something, and why
@@ -114,8 +115,8 @@ class Args(ScriptArgs):
             if getattr(self, key):
                 raise UserError(f"{key}: {why}")
         if self.do_ptq == self.do_gptq:
-            found = "both" if self.do_ptq else "neither"
-            raise UserError(f"{found} of do_ptq and do_gptq: true; choose one")
+            count = "both" if self.do_ptq else "neither"
+            raise UserError(f"{count} of do_ptq and do_gptq: true; choose one")
         if self.quant_type is None:
             self.quant_type = "weight_only_int4" if self.do_gptq else "a8w8"
         if self.quant_type not in BITS:
@@ -168,9 +169,9 @@ class Args(ScriptArgs):
 
     def _check_activations(self):
         """Shift and smoothing belong to a8w8; returns lines to print."""
-        wanted = [key for key in ("shift", "smooth") if getattr(self, key)]
-        if self.quant_type != "a8w8" and wanted:
-            raise UserError(f"{wanted[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
+        asked = [key for key in ("shift", "smooth") if getattr(self, key)]
+        if self.quant_type != "a8w8" and asked:
+            raise UserError(f"{asked[0]} prepares activations: it needs quant_type: a8w8, found {self.quant_type}")
         if self.quant_type == "a8w8" and not self.dataset_name_or_path:
             raise UserError("dataset_name_or_path: missing; a8w8 is calibrated on records")
         if (self.do_gptq or self.do_eval) and not self.dataset_name_or_path:
@@ -184,14 +185,19 @@ class Args(ScriptArgs):
         return notes
 
     @property
+    def method(self):
+        """The row of METHODS."""
+        return "a8w8" if self.quant_type == "a8w8" else "gptq" if self.do_gptq else "rtn"
+
+    @property
     def algorithm(self):
-        """What quantization_config calls the way that the integers were found."""
+        """The name of the algorithm in quantization_config."""
         search = "search" if self.smooth and self.smooth_piecewise_search else ""
         parts = ["shift" if self.shift else "", "smooth" if self.smooth else "", search]
         return "gptq" if self.do_gptq else "_".join(filter(None, parts)) or "rtn"
 
 
-# ======================================================================== grids and codes (numpy, no model)
+# ======================================================================== quantization grids (numpy, no model)
 # A weight is (in, out). Its groups are sets of input rows; each has one scale and one zero point per output:
 # w[i, o] ~ scales[g[i], o] * (codes[i, o] - zeros[g[i], o]), codes in 0 … 2^bits - 1.
 
@@ -207,12 +213,11 @@ class QuantizedWeight(NamedTuple):
         return self.scales[self.groups] * (self.codes.astype(np.float32) - self.zeros[self.groups])
 
 
-def qparams(rows, bits, sym, shrink=1.0):
+def qparams(rows: np.ndarray, bits: int, sym: bool, shrink: float = 1.0) -> tuple:
     """(scale, zero), each (out,) of a group's rows (n, out), so that shrink · its range fits the codes.
 
-    Symmetric: zero = 2^(bits-1), and the range is 2^bits - 1 steps, half a step of it clipped at the upper end, as
-    GPTQ's authors have it. Zero is never 0: the format stores it less one, unsigned, and readers differ on what -1
-    means.
+    Symmetric: zero = 2^(bits-1), and the range is 2^bits - 1 steps with half a step clipped at the upper end, as in
+    GPTQ's own code. The zero point is never 0: files store it minus one, unsigned, and readers disagree on -1.
     """
     top = 2**bits - 1
     low, high = np.minimum(rows.min(0), 0.0) * shrink, np.maximum(rows.max(0), 0.0) * shrink
@@ -226,22 +231,22 @@ def qparams(rows, bits, sym, shrink=1.0):
     return stored_scale(scale), zero
 
 
-def stored_scale(scale):
-    """float32 values as float16 keeps them; 1 for a group of zeros, whose codes are all its zero point."""
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused below
-        kept = scale.astype(np.float16).astype(np.float32)
-    if not np.isfinite(kept).all():
-        raise UserError(f"a weight is too large for scales in float16: its scale would be {scale.max():g}")
-    return np.where(kept > 0, kept, np.float32(1.0))
+def stored_scale(scale: np.ndarray) -> np.ndarray:
+    """float32 scales rounded to float16; 1 for a group of zeros, whose codes all equal its zero point."""
+    with np.errstate(over="ignore"):  # overflow becomes infinity, which is refused below
+        rounded = scale.astype(np.float16).astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise UserError(f"a weight is too large for float16 scales: its scale would be {scale.max():g}")
+    return np.where(rounded > 0, rounded, np.float32(1.0))
 
 
-def search_qparams(rows, bits, sym, importance):
-    """grid() with the shrink, of 20 from 1 to 0.62, of least error; rows' squared errors weigh importance (n,)."""
+def search_qparams(rows: np.ndarray, bits: int, sym: bool, importance: np.ndarray) -> tuple:
+    """qparams() with the best of 20 shrinks from 1 to 0.62; squared errors of rows are weighted by importance (n,)."""
     best = None
     for shrink in 1.0 - 0.02 * np.arange(20):
         scale, zero = qparams(rows, bits, sym, np.float32(shrink))
-        left = rows - scale * (quantize_to_codes(rows, scale, zero, bits).astype(np.float32) - zero)
-        error = importance @ (left * left)  # (out,)
+        residual = rows - scale * (quantize_to_codes(rows, scale, zero, bits).astype(np.float32) - zero)
+        error = importance @ (residual * residual)  # (out,)
         if best is None:
             best = [error, scale, zero]
             continue
@@ -250,18 +255,19 @@ def search_qparams(rows, bits, sym, importance):
     return best[1], best[2]
 
 
-def quantize_to_codes(rows, scale, zero, bits):
-    """Nearest codes, uint8, of rows (…, out) on the grid scale, zero (out,)."""
+def quantize_to_codes(rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """Nearest codes, uint8, of rows (…, out) for scale and zero (out,)."""
     return np.clip(np.rint(rows / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
 
 
-def group_numbers(n, group_size):
-    """(n,) int32: the group of each row when groups are runs of group_size rows (-1: all), the last perhaps shorter."""
+def group_numbers(n: int, group_size: int) -> np.ndarray:
+    """(n,) int32: the group of each row if groups are runs of group_size rows (-1: one group); the last may be
+    shorter."""
     return (np.arange(n) // (n if group_size == -1 else group_size)).astype(np.int32)
 
 
-def round_to_nearest(weight, bits, group_size=-1, sym=True):
-    """QuantizedWeight of a weight (in, out) float32, each value by itself."""
+def round_to_nearest(weight: np.ndarray, bits: int, group_size: int = -1, sym: bool = True) -> QuantizedWeight:
+    """QuantizedWeight of a weight (in, out) float32: every value to its nearest code."""
     groups = group_numbers(len(weight), group_size)
     codes, scales, zeros = np.empty(weight.shape, np.uint8), [], []
     for g in range(groups[-1] + 1):
@@ -273,7 +279,7 @@ def round_to_nearest(weight, bits, group_size=-1, sym=True):
     return QuantizedWeight(codes, np.stack(scales), np.stack(zeros), groups)
 
 
-def pack_rows(codes, bits):
+def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
     """codes (n, out) uint8 -> int32 (n · bits/32, out): 32/bits rows a word, the first in the lowest bits."""
     per_word = 32 // bits
     words = codes.astype(np.uint32).reshape(-1, per_word, codes.shape[1])
@@ -281,14 +287,7 @@ def pack_rows(codes, bits):
     return np.bitwise_or.reduce(words << shifts, axis=1).view(np.int32)
 
 
-def unpack_rows(packed, bits):
-    """The inverse of pack_rows."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
-    codes = (packed.view(np.uint32)[:, None] >> shifts) & np.uint32(2**bits - 1)
-    return codes.reshape(-1, packed.shape[1]).astype(np.uint8)
-
-
-def pack_zeros(zeros, bits):
+def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
     """zeros (groups, out) -> int32 (groups, out · bits/32): each less one, packed along the outputs."""
     return np.ascontiguousarray(pack_rows(np.ascontiguousarray((zeros - 1).T), bits).T)
 
@@ -296,11 +295,11 @@ def pack_zeros(zeros, bits):
 # ======================================================================== GPTQ (numpy, no model)
 
 
-def inverse_factor(hessian, percdamp):
+def inverse_factor(hessian: np.ndarray, percdamp: float) -> tuple:
     """Upper triangular R, float64, with (H + damping)^-1 = R^T R, and the damping as a share of H's mean diagonal.
 
-    From one Cholesky factor of H in reverse order and a triangular inverse, without ever inverting H itself. A Hessian
-    that is not positive definite gets ten times the damping, until it is.
+    Computed from a Cholesky factor of H in reverse order and a triangular inverse; H itself is never inverted. While H
+    is not positive definite, the damping is multiplied by ten.
     """
     mean = max(float(np.mean(np.diag(hessian))), np.finfo(np.float64).tiny)
     damping = percdamp
@@ -317,20 +316,20 @@ def inverse_factor(hessian, percdamp):
 
 
 class GPTQPlan(NamedTuple):
-    """What GPTQ derives from the inputs alone, shared by all linears that read them."""
+    """What GPTQ computes from the inputs only, shared by all linears that read them."""
 
-    order: np.ndarray  # (in,) the row that each step quantizes
+    order: np.ndarray  # (in,) the input row quantized at each step
     factor: np.ndarray  # (in, in) float64: R of inverse_factor, rows and columns in that order
-    damping: float  # what was needed, a share of the Hessian's mean diagonal
+    damping: float  # the damping used, as a share of the Hessian's mean diagonal
 
 
-def gptq_plan(hessian, desc_act=False, percdamp=0.01):
+def gptq_plan(hessian: np.ndarray, desc_act: bool = False, percdamp: float = 0.01) -> GPTQPlan:
     """GPTQPlan for a Hessian X^T X / tokens (in, in) float64.
 
-    desc_act takes the rows with the largest inputs first, while many can still make up for them.
+    desc_act quantizes the rows with the largest inputs first, while many rows are left to compensate for them.
 
-    Rows whose input was never other than 0 (dead) end up rounded to nearest: nothing says what they are worth, and text
-    that was not calibrated on may use them.
+    Rows whose input was always 0 (dead) are rounded to nearest: calibration says nothing about them, and other text may
+    use them.
     """
     hessian = np.array(hessian, np.float64)
     dead = np.diag(hessian) <= 0
@@ -339,16 +338,17 @@ def gptq_plan(hessian, desc_act=False, percdamp=0.01):
     return GPTQPlan(order, *inverse_factor(hessian[order][:, order], percdamp))
 
 
-def gptq(weight, plan, bits, group_size=-1, sym=True, search_range=True):
-    """QuantizedWeight of a weight (in, out), row by row, each row's error made up for by the rows to come (Frantar et al.,
-    2210.17323).
+def gptq(
+    weight: np.ndarray, plan: GPTQPlan, bits: int, group_size: int = -1, sym: bool = True, search_range: bool = True
+) -> QuantizedWeight:
+    """QuantizedWeight of a weight (in, out), row by row; later rows compensate for each row's error (arXiv 2210.17323).
 
-    Groups are of rows that follow one another in the plan's order; with desc_act `groups` is then not sorted. Groups by
-    position, their grids found ahead, would spare the look-up at run time; their error was 1 to 5 % larger in four
-    cases of five, as in that order rows of like importance share a scale, one that is fitted to corrected weights.
+    Groups are runs of rows in the plan's order; with desc_act `groups` is therefore not sorted. Groups by position
+    would save the look-up at run time, but their error was 1 to 5 % larger in four cases of five: in the plan's order,
+    rows of similar importance share a scale, and that scale is fitted to corrected weights.
 
-    search_range: solved with grids from abs max and with searched ones, and the better taken for each output (outputs
-    do not touch one another), so the loss is never larger than without.
+    search_range: solve with abs-max ranges and with searched ones and take the better per output column (columns are
+    independent), so the loss is never larger than without it.
     """
     factor, groups = plan.factor.astype(weight.dtype), group_numbers(len(weight), group_size)
     codes, scales, zeros, loss = gptq_solve(weight[plan.order], factor, groups, bits, sym, False)
@@ -360,14 +360,14 @@ def gptq(weight, plan, bits, group_size=-1, sym=True, search_range=True):
     return QuantizedWeight(codes[back], scales, zeros, groups[back])
 
 
-def gptq_solve(work, factor, groups, bits, sym, search_range, block=128):
+def gptq_solve(
+    work: np.ndarray, factor: np.ndarray, groups: np.ndarray, bits: int, sym: bool, search_range: bool, block: int = 128
+) -> tuple:
     """(codes, scales, zeros, loss (out,)) of weight rows `work` (in, out), quantized from the first to the last.
 
-    Row q is rounded, and the rows after it lose R[q, j]/R[q, q] times its error, R being `factor`; in blocks of `block`
-    rows, so that most of the work is matrix products. What that costs is the sum of (error / R[q, q])^2, the loss. A
-    group's grid is found when its first row is reached, from its rows as corrected so far; with search_range the least
-    loss decides, as far as it can be foreseen.
-    """
+    Row q is rounded, and R[q, j]/R[q, q] times its error is subtracted from every later row j, R being `factor`; this
+    is done in blocks of `block` rows, so that most of the work is matrix products. The loss is the sum of (error /
+    R[q, q])^2. A group's scale is chosen when its first row is reached, from its rows as corrected so far."""
     n_in, work = len(work), work.copy()
     importance = (factor.diagonal().min() / factor.diagonal()) ** 2
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
@@ -381,11 +381,12 @@ def gptq_solve(work, factor, groups, bits, sym, search_range, block=128):
                 rows = work[q:last].copy()
                 if last > end:  # rows past this block lack the corrections of its rows so far
                     rows[end - q :] -= factor[start:q, end:last].T @ errors[: q - start]
-                found = (
-                    search_qparams(rows, bits, sym, importance[q:last]) if search_range else qparams(rows, bits, sym)
-                )
-                scales.append(found[0])
-                zeros.append(found[1])
+                if search_range:
+                    scale, zero = search_qparams(rows, bits, sym, importance[q:last])
+                else:
+                    scale, zero = qparams(rows, bits, sym)
+                scales.append(scale)
+                zeros.append(zero)
             codes[q] = quantize_to_codes(work[q], scales[-1], zeros[-1], bits)
             rounded = scales[-1] * (codes[q].astype(work.dtype) - zeros[-1])
             errors[q - start] = (work[q] - rounded) / factor[q, q]
@@ -395,8 +396,8 @@ def gptq_solve(work, factor, groups, bits, sym, search_range, block=128):
     return codes, np.stack(scales), np.stack(zeros), loss
 
 
-def output_error(weight, rounded, hessian):
-    """||X (W - Q)|| / ||X W|| from X^T X, whatever its factor."""
+def output_error(weight: np.ndarray, rounded: np.ndarray, hessian: np.ndarray) -> float:
+    """||X (W - Q)|| / ||X W|| from X^T X, up to any factor of it."""
 
     def size(w):
         return math.sqrt(max(0.0, float(np.sum((hessian @ w) * w))))
@@ -405,234 +406,10 @@ def output_error(weight, rounded, hessian):
     return size(weight - rounded) / max(size(weight), 1e-300)
 
 
-# ======================================================================== calibration: block by block
+# ======================================================================== shift and smoothing
 
 
-class ActivationStats:
-    """What is kept of the inputs X (tokens, n) of the linears that share one: sums, extremes, a few rows."""
-
-    def __init__(self, n, keep_hessian, keep_rows):
-        self.tokens, self.rows_per_batch = 0, keep_rows
-        self.hessian = np.zeros((n, n)) if keep_hessian else None  # float64, X^T X
-        self.low, self.high, self.rows = [], [], []  # a batch: (n,) least, (n,) largest, (rows_per_batch, n)
-
-    def add(self, x):
-        """x (tokens, n) of one batch, padding taken out."""
-        self.tokens += x.shape[0]
-        if self.hessian is not None:
-            self.hessian += paddle.matmul(x, x, transpose_x=True).numpy()
-        self.low.append(x.min(0).numpy())
-        self.high.append(x.max(0).numpy())
-        if self.rows_per_batch:
-            chosen = np.unique(np.linspace(0, x.shape[0] - 1, self.rows_per_batch).astype(np.int64))
-            self.rows.append(x.index_select(paddle.to_tensor(chosen)).numpy())
-
-    def mean_hessian(self):
-        """(n, n) float64; without calibration data the identity, for which errors are those of the weights."""
-        return self.hessian / self.tokens if self.tokens else np.eye(len(self.hessian))
-
-    def extremes(self, batches):
-        """(n,) least and largest of the first `batches` batches."""
-        return np.min(self.low[:batches], 0), np.max(self.high[:batches], 0)
-
-    def transform(self, shift, scale):
-        """The same of (X - shift) / scale, both (n,)."""
-        for values in (self.low, self.high, self.rows):
-            values[:] = [(v - shift) / scale for v in values]
-
-
-class ActivationRecorder(nn.Layer):
-    """A linear whose inputs are looked at on their way."""
-
-    def __init__(self, slot, inputs):
-        super().__init__()
-        self.slot, self.layer, self.inputs = slot, slot.layer, inputs
-        self.real, self.active = None, True
-
-    def forward(self, x, residual=None):
-        if self.active:
-            flat = x.reshape([-1, x.shape[-1]])
-            # A routed expert gets real tokens alone, see real_experts().
-            whole = self.real is None or self.slot.routed
-            self.inputs.add(flat if whole else flat.index_select(self.real))
-        return self.layer(x, residual)
-
-
-class Calibration:
-    """The hidden states of the calibration tokens before the block in hand."""
-
-    def __init__(self, model, loader, batches):
-        self.items = []  # a batch: [x (B, T, D), model.Shared, places of real tokens or None]
-        model.eval()
-        for index in range(batches):
-            batch = loader.batch(0, index)
-            real = None if batch["tokens"] == batch["input_ids"].size else np.flatnonzero(real_positions(batch, loader))
-            keys = ("input_ids", "position_ids", "startend_row_indices")
-            arrays = (None if a is None else paddle.to_tensor(a) for a in (*(batch[key] for key in keys), real))
-            *arrays, real = arrays
-            self.items.append([*model.prepare(*arrays), real])
-
-    @property
-    def tokens(self):
-        return sum(int(x.shape[0] * x.shape[1] if real is None else real.shape[0]) for x, _, real in self.items)
-
-    def run(self, block, every=()):
-        """Yields (batch number, places of real tokens, block's output) of each batch, which runs when called.
-
-        every: experts that are given all tokens besides, for Recorders in them.
-        """
-        for number, (x, shared, real) in enumerate(self.items):
-            turns, rows = (shared.cos, shared.sin), shared.rows_of(block)
-            output = functools.partial(block, x, *turns, rows, q_scale=shared.q_scale)
-            with real_experts(block.mlp, real, every):
-                yield number, real, lambda: output()[0]
-
-    def observe(self, block, slots, keep_hessian=False, keep_rows=0):
-        """[ActivationStats] of the linears in `slots`, by running the block once over all batches.
-
-        An expert to which no token was sent is shown all of them in a second run: it may well get some of other texts.
-        """
-        per_batch = -(-keep_rows // max(1, len(self.items)))
-        recorders = [ActivationRecorder(s, ActivationStats(s.layer.n_in, keep_hessian, per_batch)) for s in slots]
-        for slot, recorder in zip(slots, recorders):
-            setattr(slot.parent, slot.attribute, recorder)
-        self._record(block, recorders)
-        if idle := [r for r in recorders if r.slot.routed and not r.inputs.tokens and self.items]:
-            for recorder in recorders:
-                recorder.active = recorder in idle
-            self._record(block, idle, {id(r.slot.parent): r.slot.parent for r in idle}.values())
-        for slot, recorder in zip(slots, recorders):
-            setattr(slot.parent, slot.attribute, recorder.layer)
-        for slot, recorder in zip(slots, recorders):
-            if self.items and not np.isfinite([recorder.inputs.low, recorder.inputs.high]).all():
-                raise UserError(f"{slot.path}: its inputs are not finite on the calibration data; is the model sound?")
-        return [recorder.inputs for recorder in recorders]
-
-    def _record(self, block, recorders, every=()):
-        for _, real, output in self.run(block, every):
-            for recorder in recorders:
-                recorder.real = real
-            output()
-
-    def advance(self, block):
-        """Replace the hidden states by the block's outputs."""
-        for number, _, output in self.run(block):
-            self.items[number][0] = output()
-
-
-@contextlib.contextmanager
-def real_experts(mlp, real, every=()):
-    """Inside, the experts of a MoE get the tokens at `real` (n,) alone (None: all), and those in `every` all of these."""
-    if not isinstance(mlp, MoE) or real is None and not every:
-        yield
-        return
-
-    def mix(flat, weights, chosen):
-        routed = flat, weights, chosen
-        if real is not None:
-            routed = [x.index_select(real) for x in routed]
-        for expert in every:
-            expert(routed[0])
-        mixed = MoE.mix(mlp, *routed)
-        return mixed if real is None else paddle.scatter(paddle.zeros_like(flat), real, mixed)
-
-    mlp.mix = mix
-    try:
-        yield
-    finally:
-        del mlp.mix
-
-
-def real_positions(batch, loader):
-    """(B, T) bool: where there is a token of a record, not padding."""
-    lengths = [sum(int(loader.dataset.lengths[i]) for i in row) for row in batch["sample_ids"]]
-    return np.arange(batch["input_ids"].shape[1]) < np.array(lengths)[:, None]
-
-
-class LinearRef(NamedTuple):
-    """A linear of a block, wherever it stands."""
-
-    path: str  # Hugging Face's
-    parent: nn.Layer
-    attribute: str
-    routed: bool = False  # of an expert that only some tokens are sent to
-
-    @property
-    def layer(self):
-        return getattr(self.parent, self.attribute)
-
-
-def linear_refs(model, index):
-    """{name inside the block: LinearRef} of block `index`."""
-    names = {id(layer): name for name, layer in model.layers[index].named_sublayers()}
-    return {
-        names[id(layer)]: LinearRef(path, parent, attribute, ".experts." in names[id(layer)])
-        for path, (parent, attribute, layer) in block_linears(model).items()
-        if id(layer) in names
-    }
-
-
-class LinearGroup(NamedTuple):
-    """Linears of a block that share an input."""
-
-    names: tuple  # inside the block, in the order in which they run
-    source: str  # the norm or linear that makes the input, channel by channel; a norm may feed several groups
-    columns: np.ndarray | None = None  # of a linear source: which of its outputs become the inputs; None: all, in order
-    heads: tuple = (1, 1)  # each of so many runs of these outputs is read so many times over
-    fixed: str = ""  # why the source cannot be scaled
-
-    @property
-    def of_norm(self):
-        return self.source.endswith("norm")
-
-
-def sequential_groups(block, config):
-    """[[LinearGroup, …], …] in the order in which they run; the groups of a stage do not wait for one another."""
-    layers, readers = dict(block.named_sublayers()), norm_consumers(block)
-    present = [n for n, layer in layers.items() if isinstance(layer, (Linear, QuantLinear)) and n.endswith("_proj")]
-
-    def reading(norm, prefix, *attributes):
-        names = tuple(name for name in (prefix + attribute for attribute in attributes) if name in present)
-        return LinearGroup(names, norm, fixed="" if norm in readers else "the residual reads the norm, too")
-
-    names = ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj", "qkv_proj")
-    attention = [reading("attention_norm", "attention.", *names)]
-    inner = [reading(f"attention.{a}_a_norm", "attention.", f"{a}_b_proj") for a in ("q", "kv")]
-    inner = [group for group in inner if group.names]  # of latent attention
-    first, second = [], []
-    for up in (name for name in present if name.endswith("up_proj")):
-        prefix = up[: up.rindex(".") + 1]
-        first.append(reading("mlp_norm", prefix, "gate_proj", "up_proj", "gate_up_proj"))
-        mlp, width = layers[prefix[:-1]], layers[prefix + "down_proj"].n_in
-        passes = mlp.gated or mlp.activation == "relu"  # relu(x / s) = relu(x) / s
-        second.append(
-            LinearGroup(
-                (prefix + "down_proj",),
-                up,
-                np.arange(width) + width * up.endswith("gate_up_proj"),
-                fixed="" if passes else f"{mlp.activation} lies between, which no factor passes",
-            )
-        )
-    return [stage for stage in (attention, inner, [values_group(present, config)], first, second) if stage]
-
-
-def values_group(present, config):
-    """The group of o_proj, whose inputs are means of the values that one linear puts out beside other things."""
-    H, K, Dh, latent = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.latent
-    if latent is not None:  # each head's keys, then its values
-        wide = np.arange(H * (latent.nope_dim + latent.value_dim)).reshape(H, -1)
-        return LinearGroup(("attention.o_proj",), "attention.kv_b_proj", wide[:, latent.nope_dim :].reshape(-1), (H, 1))
-    if "attention.v_proj" in present:
-        return LinearGroup(("attention.o_proj",), "attention.v_proj", None, (K, H // K))
-    wide = np.arange((H + 2 * K) * Dh)
-    columns = wide[(H + K) * Dh :] if config.fused_qkv == "blocks" else wide.reshape(K, -1, Dh)[:, -1].reshape(-1)
-    return LinearGroup(("attention.o_proj",), "attention.qkv_proj", columns, (K, H // K))
-
-
-# ======================================================================== shift and smoothing: the function stays
-
-
-def shift(norm, layers, z):
+def shift(norm: nn.Layer, layers: list, z: np.ndarray) -> None:
     """Move the norm's output by -z (D,): norm.bias -= z, linears that read it gain z W (Wei et al., 2304.09145)."""
     assert norm.weight.shape == [len(z)] and all(layer.n_in == len(z) for layer in layers)
     if norm.bias is None:
@@ -648,21 +425,25 @@ def shift(norm, layers, z):
             set_parameter(layer.bias, layer.bias.numpy() + moved)
 
 
-def smooth(source, layers, scale, source_scale=None, columns=None):
-    """Divide what `source` puts out by scale (n,) and multiply the rows of the linears that read it (Xiao et al.,
-    2211.10438).
+def smooth(
+    source: nn.Layer,
+    layers: list,
+    scale: np.ndarray,
+    source_scale: np.ndarray | None = None,
+    columns: np.ndarray | None = None,
+) -> None:
+    """Divide the outputs of `source` by scale (n,), multiply the rows of the linears that read it (arXiv 2211.10438).
 
-    source: a norm (its weight and bias) or the linear whose outputs (those in `columns`, or all) become these inputs
-    channel by channel: up_proj before down_proj, whose inputs are act(gate) · up, and v_proj before o_proj, whose inputs
-    are means of v's rows. There a key/value head feeds several heads: source_scale has its own (K · Dh,), repeated in
-    scale.
-    """
+    source: a norm (its weight and bias), or a linear whose outputs (those in `columns`, or all) become these inputs
+    channel by channel: up_proj before down_proj, whose inputs are act(gate) * up, and v_proj before o_proj, whose
+    inputs are averages of v's rows. A key/value head feeds several query heads: source_scale (K * Dh,) is repeated in
+    scale."""
     source_scale = scale if source_scale is None else source_scale
     divisor = np.ones(source.weight.shape[-1], np.float32)
     assert len(divisor) == len(source_scale) or columns is not None and len(columns) == len(source_scale)
     assert all(layer.n_in == len(scale) for layer in layers)
     divisor[slice(None) if columns is None else columns] = source_scale
-    offset = np.float32(getattr(source, "offset", 0.0))  # what a norm adds to its weight
+    offset = np.float32(getattr(source, "offset", 0.0))  # the constant that the norm adds to its weight
     set_parameter(source.weight, (source.weight.numpy() + offset) / divisor - offset)
     if source.bias is not None:
         set_parameter(source.bias, source.bias.numpy() / divisor)
@@ -670,33 +451,33 @@ def smooth(source, layers, scale, source_scale=None, columns=None):
         set_parameter(layer.weight, layer.weight.numpy() * scale[:, None])
 
 
-def smooth_scale(x_max, w_max, alpha):
+def smooth_scale(x_max: np.ndarray, w_max: np.ndarray, alpha: float) -> np.ndarray:
     """s = max|X|^alpha / max|W|^(1-alpha), (n,), at least 1e-5; 1 where a channel has no input or no weight."""
     scale = np.maximum(x_max**alpha / np.maximum(w_max, 1e-30) ** (1 - alpha), 1e-5)
     return np.where((x_max > 0) & (w_max > 0), scale, 1.0).astype(np.float32)
 
 
-def int8_weight(weight):
-    """QuantizedWeight (in, out) int8 in -127 … 127 and scales (out,) float32."""
+def int8_weight(weight: np.ndarray) -> tuple:
+    """Codes (in, out) int8 in -127 … 127 and scales (out,) float32."""
     scales = (np.abs(weight).max(0) / 127).astype(np.float32)
     scales = np.where(scales > 0, scales, np.float32(1.0))
     return np.clip(np.rint(weight / scales), -127, 127).astype(np.int8), scales
 
 
-def int8_rows(x, input_scale):
-    """x (n, in) rounded to the int8 grid: of input_scale, or with None of each row's own."""
+def int8_rows(x: np.ndarray, input_scale: float | None) -> np.ndarray:
+    """x (n, in) rounded to int8 steps of input_scale; None: of each row's own scale."""
     scale = np.maximum(np.abs(x).max(1, keepdims=True), 1e-8) / 127 if input_scale is None else input_scale
     return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
-def input_scale(inputs, method, smoothing=1.0):
-    """The scale of X / smoothing as a whole: all batches' largest (abs_max) or the mean of theirs (avg), over 127."""
+def input_scale(inputs: ActivationStats, method: str, smoothing: np.ndarray | float = 1.0) -> np.float32:
+    """One scale for X / smoothing: the largest of all batches (abs_max) or the mean of theirs (avg), over 127."""
     largest = [(np.maximum(np.abs(low), np.abs(high)) / smoothing).max() for low, high in zip(inputs.low, inputs.high)]
     value = max(largest) if method == "abs_max" else np.mean(largest)
     return np.float32(max(value, 1e-8) / 127)
 
 
-def split_channels(values, k):
+def split_channels(values: np.ndarray, k: int) -> np.ndarray:
     """(n,) values -> (n,) piece of each, 0 the smallest: 1-D k-means from quantiles; fewer if values coincide."""
     centers = np.unique(np.quantile(values, (np.arange(k) + 0.5) / k))
     while True:
@@ -708,28 +489,25 @@ def split_channels(values, k):
         centers = means
 
 
-def piecewise_search(parts, x_max, w_max, args):
-    """Smoothing factors (n,) whose error on the kept rows is least, and that error: ||Q(X/s) Q(s W) - X W||^2 / ||X
-    W||^2.
+def piecewise_search(parts: list, x_max: np.ndarray, w_max: np.ndarray, args: Args) -> tuple:
+    """Smoothing factors (n,) of least error on the sampled rows, and that error ||Q(X/s) Q(sW) - XW||^2 / ||XW||^2.
 
-    parts: [(ActivationStats, weight (n, out))], summed over; several where experts read one norm. Channels are split into pieces
-    by x_max. Piece by piece, factors s(alpha) and constants are tried for its channels, the others staying as chosen so
-    far, at first as plain smoothing has them, and the best is kept. So the result is never worse, on these rows, than
-    plain smoothing; starting from 1 would judge the small pieces while the large ones still spoil every scale. With
-    smooth_search_piece for 1 … smooth_k_piece pieces, keeping the best.
-    """
+    parts: [(ActivationStats, weight (n, out))], errors are summed; several where experts read one norm. Channels are
+    split into pieces by x_max. Piece by piece, the factors s(alpha) and constants are tried for its channels while the
+    others stay as chosen so far (at first as plain smoothing has them), and the best is taken. The result is therefore
+    never worse on these rows than plain smoothing. With smooth_search_piece, 1 … smooth_k_piece pieces are tried."""
     parts = [(inputs, np.concatenate(inputs.rows), weight) for inputs, weight in parts]
-    wanted = [rows @ weight for _, rows, weight in parts]
-    total = max(sum(float(np.square(w, dtype=np.float64).sum()) for w in wanted), 1e-30)
+    exact = [rows @ weight for _, rows, weight in parts]
+    total = max(sum(float(np.square(w, dtype=np.float64).sum()) for w in exact), 1e-30)
 
     def error(scale):
-        left = 0.0
-        for (inputs, rows, weight), right in zip(parts, wanted):
+        squared = 0.0
+        for (inputs, rows, weight), right in zip(parts, exact):
             static = input_scale(inputs, args.act_quant_method, scale) if args.activation == "per_tensor" else None
             codes, scales = int8_weight(weight * scale[:, None])
-            found = (int8_rows(rows / scale, static) @ codes.astype(np.float32)) * scales
-            left += float(np.square(found - right, dtype=np.float64).sum())
-        return left / total
+            rounded = (int8_rows(rows / scale, static) @ codes.astype(np.float32)) * scales
+            squared += float(np.square(rounded - right, dtype=np.float64).sum())
+        return squared / total
 
     steps = np.arange(args.search_alpha_min, args.search_alpha_max + args.search_alpha_step / 2, args.search_alpha_step)
     candidates = [smooth_scale(x_max, w_max, alpha) for alpha in steps]
@@ -739,22 +517,22 @@ def piecewise_search(parts, x_max, w_max, args):
     best_scale, least = plain, error(plain)
     for k in range(1, args.smooth_k_piece + 1) if args.smooth_search_piece else (args.smooth_k_piece,):
         piece_of = split_channels(x_max, k)
-        scale, found = plain, error(plain)
+        scale, scale_error = plain, error(plain)
         for piece in range(piece_of.max() + 1):
             for candidate in candidates:
                 tried = np.where(piece_of == piece, candidate, scale)
-                if (e := error(tried)) < found:
-                    scale, found = tried, e
-        if found < least:
-            best_scale, least = scale, found
+                if (e := error(tried)) < scale_error:
+                    scale, scale_error = tried, e
+        if scale_error < least:
+            best_scale, least = scale, scale_error
     return best_scale, least
 
 
-SEARCHED = 8  # of many experts that read one norm, how many the search judges by: those with the most tokens
+SEARCHED = 8  # experts that read one norm and are used by the search: those with the most tokens
 
 
-def prepare_block(block, slots, inputs, config, args):
-    """Shift and smooth the linears of a block, and `inputs` {first linear of a group: ActivationStats} with them.
+def prepare_block(block: nn.Layer, refs: dict, inputs: dict, config: ModelConfig, args: Args) -> list[str]:
+    """Shift and smooth the linears of a block and, accordingly, `inputs` {first linear of a group: ActivationStats}.
 
     Returns lines that say what was left out, and why.
     """
@@ -765,7 +543,7 @@ def prepare_block(block, slots, inputs, config, args):
     for groups in by_source.values():
         group, seen = groups[0], [inputs[g.names[0]] for g in groups]
         source, kind = layers[group.source], group.names[0].rpartition(".")[2]
-        linears_of = [[slots[name].layer for name in g.names] for g in groups]
+        linears_of = [[refs[name].layer for name in g.names] for g in groups]
         if args.shift and group.of_norm and group.source in shiftable:
             low, high = extremes(seen, args.shift_step)
             shift(source, [layer for part in linears_of for layer in part], (low + high) / 2)
@@ -795,14 +573,14 @@ def prepare_block(block, slots, inputs, config, args):
         own = scale.reshape(heads, times, -1)[:, 0].reshape(-1)
         readers_of = [layer for part in linears_of for layer in part]
         if group.of_norm:  # a router too, which stays as it is
-            readers_of += [layers[name] for name in readers[group.source] if name not in slots]
+            readers_of += [layers[name] for name in readers[group.source] if name not in refs]
         smooth(source, readers_of, scale, own, group.columns)
         for part in seen:
             part.transform(np.zeros_like(scale), scale)
     return left_out
 
 
-def extremes(seen, batches):
+def extremes(seen: list, batches: int) -> tuple:
     """(n,) least and largest of the first `batches` batches of several ActivationStats."""
     lows, highs = zip(*(inputs.extremes(batches) for inputs in seen))
     return np.min(lows, 0), np.max(highs, 0)
@@ -811,137 +589,177 @@ def extremes(seen, batches):
 # ======================================================================== quantizing the model
 
 
-def weight_only(slot, hessian, plan, args):
-    """Replace a linear by its codes, GPTQ's where there is a plan; returns the error."""
-    weight = slot.layer.weight.numpy()
-    try:
-        if plan is not None:
-            found = gptq(weight, plan, args.bits, args.group_size, args.sym, args.search_range)
-        else:
-            found = round_to_nearest(weight, args.bits, args.group_size, args.sym)
-        new = QuantLinear(*weight.shape, f"w{args.bits}", args.group_size, slot.layer.bias is not None, args.desc_act)
-    except UserError as error:
-        raise UserError(f"{slot.path}: {error}") from None
-    tensors = {
-        "qweight": pack_rows(found.codes, args.bits),
-        "scales": found.scales,
-        "qzeros": pack_zeros(found.zeros, args.bits),
-        "g_index": found.groups,
-    }
-    replace(slot, new, tensors)
-    return output_error(weight, found.weight(), hessian)
+class WeightOnly:
+    """Weights alone, each rounded to the nearest of its group's grid; also the base of methods that choose the codes.
+
+    A method says what it keeps of a linear's inputs (`observes`), what linears that read one input share (`prepare`),
+    how one linear is replaced (`quantize`), and what config.json tells other tools (`config`). A new method is such a
+    class and a row in METHODS."""
+
+    whole_block = False  # False: a group's inputs come through the quantized linears before it
+
+    def observes(self, args) -> dict:
+        """Keyword arguments of Calibration.observe()."""
+        return {"keep_hessian": True}
+
+    def prepare_block(self, block, refs, stats, config, args) -> list:
+        """Change a block's float weights before they are quantized; lines that say what was left out, and why."""
+        return []
+
+    def prepare(self, stats, args):
+        """What all linears that read one input share: (Hessian, None)."""
+        return stats.mean_hessian(), None
+
+    def codes(self, weight, plan, args) -> QuantizedWeight:
+        return round_to_nearest(weight, args.bits, args.group_size, args.sym)
+
+    def quantize(self, ref, stats, shared, args) -> tuple:
+        """Replace a linear by its codes; (relative error of its outputs, damping of the Hessian or None)."""
+        weight, (hessian, plan) = ref.layer.weight.numpy(), shared
+        try:
+            quantized = self.codes(weight, plan, args)
+            layer = QuantLinear(
+                *weight.shape, f"w{args.bits}", args.group_size, ref.layer.bias is not None, args.desc_act
+            )
+        except UserError as error:
+            raise UserError(f"{ref.path}: {error}") from None
+        ref.replace(
+            layer,
+            qweight=pack_rows(quantized.codes, args.bits),
+            scales=quantized.scales,
+            qzeros=pack_zeros(quantized.zeros, args.bits),
+            g_index=quantized.groups,
+        )
+        return output_error(weight, quantized.weight(), hessian), plan and plan.damping
+
+    def config(self, args) -> dict:
+        """quantization_config in the words of GPTQ tools."""
+        order = {"sym": args.sym, "desc_act": args.do_gptq and args.desc_act}
+        return {"quant_method": "gptq", "checkpoint_format": "gptq", "lm_head": False, **order}
 
 
-def weights_and_activations(slot, inputs, args):
-    """Replace a linear by its int8 codes; returns the error, of rounded inputs and weights."""
-    weight, rows = slot.layer.weight.numpy(), np.concatenate(inputs.rows)
-    codes, scales = int8_weight(weight)
-    static = input_scale(inputs, args.act_quant_method) if args.activation == "per_tensor" else None
-    new = QuantLinear(*weight.shape, "a8w8", bias=slot.layer.bias is not None, static_input=static is not None)
-    tensors = {"qweight": codes, "scales": scales}
-    replace(slot, new, tensors if static is None else {**tensors, "input_scale": np.array([static], np.float32)})
-    wanted = rows @ weight
-    found = (int8_rows(rows, static) @ codes.astype(np.float32)) * scales
-    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30))
+class GPTQ(WeightOnly):
+    """Weights alone, the error of each row made up for by the rows to come (arXiv 2210.17323)."""
+
+    def prepare(self, stats, args):
+        hessian = stats.mean_hessian()
+        return hessian, gptq_plan(hessian, args.desc_act, args.percdamp)
+
+    def codes(self, weight, plan, args) -> QuantizedWeight:
+        return gptq(weight, plan, args.bits, args.group_size, args.sym, args.search_range)
 
 
-def replace(slot, new, tensors):
-    """Put a QuantLinear with these tensors, and the old bias, in a linear's place; the float weight goes."""
-    for name, array in tensors.items():
-        set_parameter(getattr(new, name), array)
-    if new.bias is not None:
-        set_parameter(new.bias, slot.layer.bias.numpy())
-    setattr(slot.parent, slot.attribute, new)
+class A8W8:
+    """Weights and activations in int8; the whole block is observed first, as smoothing moves factors between
+    linears."""
 
+    whole_block = True
+
+    def observes(self, args) -> dict:
+        return {"keep_rows": args.search_tokens}
+
+    def prepare_block(self, block, refs, stats, config, args) -> list:
+        return prepare_block(block, refs, stats, config, args)
+
+    def prepare(self, stats, args):
+        return None
+
+    def quantize(self, ref, stats, shared, args) -> tuple:
+        """Replace a linear by its int8 codes; (relative error of rounded inputs and weights, None)."""
+        weight, rows = ref.layer.weight.numpy(), np.concatenate(stats.rows)
+        codes, scales = int8_weight(weight)
+        static = input_scale(stats, args.act_quant_method) if args.activation == "per_tensor" else None
+        layer = QuantLinear(*weight.shape, "a8w8", bias=ref.layer.bias is not None, static_input=static is not None)
+        tensors = {} if static is None else {"input_scale": np.array([static], np.float32)}
+        ref.replace(layer, qweight=codes, scales=scales, **tensors)
+        exact = rows @ weight
+        rounded = (int8_rows(rows, static) @ codes.astype(np.float32)) * scales
+        return float(np.linalg.norm(rounded - exact) / max(np.linalg.norm(exact), 1e-30)), None
+
+    def config(self, args) -> dict:
+        return {"quant_method": "a8w8", "activation": args.activation, "sym": True, "desc_act": False}
+
+
+METHODS = {"rtn": WeightOnly(), "gptq": GPTQ(), "a8w8": A8W8()}
 
 HESSIAN_BYTES = 1 << 30  # of the Hessians that are summed up in one run over the calibration data
 
 
-def fit_to_memory(stage, slots):
-    """The groups of a stage in lists whose Hessians fit HESSIAN_BYTES, or of one group."""
-    found, room = [], 0
+def fit_to_memory(stage: list, refs: dict) -> list:
+    """The groups of a stage in lists whose Hessians fit into HESSIAN_BYTES, or of one group."""
+    lists, room = [], 0
     for group in stage:
-        size = 8 * slots[group.names[0]].layer.n_in ** 2
+        size = 8 * refs[group.names[0]].layer.n_in ** 2
         if size > room:
-            found.append([])
+            lists.append([])
             room = HESSIAN_BYTES
-        found[-1].append(group)
+        lists[-1].append(group)
         room -= size
-    return found
+    return lists
 
 
 @paddle.no_grad()
-def quantize_model(model, calibration, args, say=print):
+def quantize_model(model: CausalLM, calibration: Calibration, args: Args, print_line: Callable = print) -> list[dict]:
     """Quantize the linears of all blocks in place, one pass; returns the report's rows, printing each.
 
-    Weight-only goes in the order in which a block runs: q, k, v, then o, then gate and up, then down, the inputs of
-    each coming through the quantized linears before it. a8w8 needs the whole block's inputs first, as smoothing moves
-    factors from one linear to another.
+    Within a block the order is that of its computation: q, k, v, then o, then gate and up, then down.
     """
     model.eval()
-    report, told = [], set()
-
-    def row(slot, error, damping, seconds):
-        report.append(
-            {
-                "linear": slot.path,
-                "shape": [slot.layer.n_in, slot.layer.n_out],
-                "error": error,
-                "damping": damping,
-                "seconds": round(seconds, 3),
-            }
-        )
-        shape, more = f"{slot.layer.n_in}x{slot.layer.n_out}", ""
-        if damping is not None:
-            more = f"  damping {damping:g}"
-            if damping > args.percdamp:
-                more += f": not positive definite with percdamp {args.percdamp:g}"
-        say(f"{slot.path:<42} {shape:>12}  error {100 * error:8.4f} %  {seconds:6.2f} s{more}")
-
+    method, report, printed = METHODS[args.method], [], set()
     for index, block in enumerate(model.layers):
-        slots, stages, start = linear_refs(model, index), sequential_groups(block, model.config), time.perf_counter()
-        if args.quant_type == "a8w8":
-            firsts = [group.names[0] for stage in stages for group in stage]
-            observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=args.search_tokens)
-            inputs = dict(zip(firsts, observed))
-            for line in prepare_block(block, slots, inputs, model.config, args):
-                if line not in told:
-                    say(line)
-                told.add(line)
-        for groups in (part for stage in stages for part in fit_to_memory(stage, slots)):
-            if args.quant_type != "a8w8":
-                firsts = [slots[group.names[0]] for group in groups]
-                hessians = [seen.mean_hessian() for seen in calibration.observe(block, firsts, keep_hessian=True)]
-            for place, group in enumerate(groups):
-                if args.quant_type != "a8w8":
-                    hessian = hessians[place]
-                    plan = gptq_plan(hessian, args.desc_act, args.percdamp) if args.do_gptq else None
+        refs, stages, start = linear_refs(model, index), sequential_groups(block, model.config), time.perf_counter()
+        stats = {}  # by the name of a group's first linear
+
+        def observe(groups):
+            firsts = [group.names[0] for group in groups]
+            observed = calibration.observe(block, [refs[name] for name in firsts], **method.observes(args))
+            stats.update(zip(firsts, observed))
+
+        if method.whole_block:
+            observe([group for stage in stages for group in stage])
+            for line in method.prepare_block(block, refs, stats, model.config, args):
+                if line not in printed:
+                    print_line(line)
+                printed.add(line)
+        for groups in (part for stage in stages for part in fit_to_memory(stage, refs)):
+            if not method.whole_block:
+                observe(groups)
+            for group in groups:
+                group_stats = stats.pop(group.names[0])
+                shared = method.prepare(group_stats, args)
                 for name in group.names:  # the time of what linears share is in the first one's row
-                    if args.quant_type == "a8w8":
-                        error, damping = weights_and_activations(slots[name], inputs[group.names[0]], args), None
-                    else:
-                        error, damping = weight_only(slots[name], hessian, plan, args), plan and plan.damping
+                    shape = [refs[name].layer.n_in, refs[name].layer.n_out]
+                    error, damping = method.quantize(refs[name], group_stats, shared, args)
                     now = time.perf_counter()
-                    row(slots[name], error, damping, now - start)
+                    row = {"linear": refs[name].path, "shape": shape, "error": error, "damping": damping}
+                    report.append({**row, "seconds": round(now - start, 3)})
+                    print_line(report_line(report[-1], args.percdamp))
                     start = now
         calibration.advance(block)
     model.config = dataclasses.replace(model.config, quantization=quantization_config(args))
     return report
 
 
-def quantization_config(args):
-    """What config.json says of the integers; weight-only in the words of GPTQ tools."""
-    shared = {"bits": args.bits, "group_size": args.group_size, "algorithm": args.algorithm, "shift": args.shift}
-    if args.quant_type == "a8w8":
-        return {"quant_method": "a8w8", "activation": args.activation, "sym": True, "desc_act": False, **shared}
-    order = {"sym": args.sym, "desc_act": args.do_gptq and args.desc_act}
-    return {"quant_method": "gptq", "checkpoint_format": "gptq", "lm_head": False, **order, **shared}
+def report_line(row: dict, percdamp: float) -> str:
+    """What is printed of a linear."""
+    shape, note = "{}x{}".format(*row["shape"]), ""
+    if row["damping"] is not None:
+        note = f"  damping {row['damping']:g}"
+        if row["damping"] > percdamp:
+            note += f": not positive definite with percdamp {percdamp:g}"
+    return f"{row['linear']:<42} {shape:>12}  error {100 * row['error']:8.4f} %  {row['seconds']:6.2f} s{note}"
+
+
+def quantization_config(args: Args) -> dict:
+    """What config.json says of the integers."""
+    config = {"bits": args.bits, "group_size": args.group_size, "algorithm": args.algorithm, "shift": args.shift}
+    return {**METHODS[args.method].config(args), **config}
 
 
 # ======================================================================== main
 
 
-def loaders(args, tokenizer):
+def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
     """(calibration loader, how many of its batches, dev loader or None); (None, 0, None) without data."""
     if not args.dataset_name_or_path:
         return None, 0, None
@@ -974,7 +792,7 @@ def loaders(args, tokenizer):
     return calibration, min(steps, calibration.batches_per_epoch), dev
 
 
-def open_model(args):
+def open_model(args: Args) -> CausalLM:
     """The float model to quantize, adapters merged into it."""
     model = from_pretrained(args.model_name_or_path)
     if args.lora_path:
@@ -989,15 +807,15 @@ def open_model(args):
     return model
 
 
-def rest_dtype(model):
-    """How to store what stays float (scales aside, which keep their own): bfloat16 if that loses nothing."""
-    kept = [w.parameter for w in named_weights(model) if w.stored is None]
-    rows = (p[at : at + 4096].numpy() for p in kept for at in range(0, p.shape[0], 4096))  # never a whole embedding
-    exact = not any((array.view(np.uint32) & 0xFFFF).any() for array in rows)  # the bits that bfloat16 has not
+def rest_dtype(model: CausalLM) -> str:
+    """The dtype to store the float tensors in (scales keep their own): bfloat16 if that loses nothing."""
+    floats = [w.parameter for w in named_weights(model) if w.stored is None]
+    rows = (p[at : at + 4096].numpy() for p in floats for at in range(0, p.shape[0], 4096))  # never a whole embedding
+    exact = not any((array.view(np.uint32) & 0xFFFF).any() for array in rows)  # the bits that bfloat16 drops
     return "bfloat16" if exact else "float32"
 
 
-def weight_bytes(*folders):
+def weight_bytes(*folders) -> int:
     """Bytes of the weight files of these folders."""
     return sum(
         file.stat().st_size
@@ -1007,7 +825,7 @@ def weight_bytes(*folders):
     )
 
 
-def main(args):
+def main(args: Args) -> None:
     # ====================================================================== 1. data, model
     trainer.check_output_dir(args)
     folder = Path(args.output_dir).absolute()
@@ -1066,8 +884,8 @@ def main(args):
     summary(report, args)
 
 
-def summary(report, args):
-    """What the run ends with."""
+def summary(report: dict, args: Args) -> None:
+    """Print the result of the run."""
     worst = max(report["linears"], key=lambda row: row["error"])
     mean = float(np.mean([row["error"] for row in report["linears"]]))
     print(

@@ -23,6 +23,7 @@ import quantize
 import trainer
 from adapters import apply_lora, apply_prefix, from_pretrained, lora_layers, save_adapter
 from arguments import parse_args
+from calibration import Calibration, linear_refs, real_positions, sequential_groups
 from families import ModelConfig
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
@@ -48,6 +49,13 @@ CONFIG = {
 
 
 # ---------------------------------------------------------------------------------------------- a tiny world
+
+
+def unpack_rows(packed, bits):
+    """The inverse of quantize.pack_rows."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
+    codes = (packed.view(np.uint32)[:, None] >> shifts) & np.uint32(2**bits - 1)
+    return codes.reshape(-1, packed.shape[1]).astype(np.uint8)
 
 
 def tiny_model(**changes):
@@ -155,7 +163,7 @@ def test_packing_is_undone_exactly(bits, shape):
     codes = np.random.RandomState(0).randint(0, 2**bits, shape).astype(np.uint8)
     packed = quantize.pack_rows(codes, bits)
     assert packed.dtype == np.int32 and packed.shape == (shape[0] * bits // 32, shape[1])
-    np.testing.assert_array_equal(quantize.unpack_rows(packed, bits), codes)
+    np.testing.assert_array_equal(unpack_rows(packed, bits), codes)
     first_word = sum(int(codes[i, 0]) << (bits * i) for i in range(32 // bits))  # the first row in the lowest bits
     assert int(packed.view(np.uint32)[0, 0]) == first_word
 
@@ -329,7 +337,7 @@ SEARCH = {"smooth_piecewise_search": True, "smooth_search_piece": True, "search_
 
 
 def groups(net, block):
-    return [group for stage in quantize.sequential_groups(block, net.config) for group in stage]
+    return [group for stage in sequential_groups(block, net.config) for group in stage]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -347,9 +355,9 @@ def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
         model.set_parameter(layer.bias, np.random.RandomState(2).randn(layer.n_out).astype(np.float32))
     before, args = logits(net), make_args(do_ptq=True, **keys)
     with paddle.no_grad():
-        calibration = quantize.Calibration(net, make_loader(), 2)
+        calibration = Calibration(net, make_loader(), 2)
         for index, block in enumerate(net.layers):
-            slots = quantize.linear_refs(net, index)
+            slots = linear_refs(net, index)
             firsts = [group.names[0] for group in groups(net, block)]
             observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
             weights = [slots[name].layer.weight.numpy() for name in firsts]
@@ -401,7 +409,7 @@ def logits_of_texts(net):
     for index in range(2):
         batch = loader.batch(0, index)
         arrays = (paddle.to_tensor(batch[key]) for key in ("input_ids", "position_ids", "startend_row_indices"))
-        found.append(net(*arrays).numpy()[quantize.real_positions(batch, loader)])
+        found.append(net(*arrays).numpy()[real_positions(batch, loader)])
     return np.concatenate(found)
 
 
@@ -434,10 +442,10 @@ def test_shift_and_smoothing_leave_every_family_as_it_is(name):
         set(),
     )
     with paddle.no_grad():
-        calibration = quantize.Calibration(net, Texts(net), 2)
+        calibration = Calibration(net, Texts(net), 2)
         assert calibration.tokens == 89
         for index, block in enumerate(net.layers):
-            slots, found = quantize.linear_refs(net, index), groups(net, block)
+            slots, found = linear_refs(net, index), groups(net, block)
             assert sorted(n for group in found for n in group.names) == sorted(slots)  # every linear is in one group
             firsts = [group.names[0] for group in found]
             observed = calibration.observe(block, [slots[first] for first in firsts], keep_rows=96)
@@ -456,17 +464,19 @@ def test_shift_and_smoothing_leave_every_family_as_it_is(name):
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_every_family_is_quantized(name, tmp_path, monkeypatch):
-    """Round to nearest, GPTQ (each linear better than to nearest), a8w8: written, opened again, the same logits and tokens."""
+    """Round to nearest, GPTQ (each linear better than to nearest), a8w8: written, opened again, the same logits and
+    tokens."""
     plain = tiny_models.build(name, **PACKABLE.get(name, {}))
     wanted, errors = logits_of_texts(plain), []
 
-    def of_both(slot, hessian, plan, args, original=quantize.weight_only):
-        weight = slot.layer.weight.numpy()
+    def of_both(method, ref, stats, shared, args, original=quantize.WeightOnly.quantize):
+        weight = ref.layer.weight.numpy()
         nearest = quantize.round_to_nearest(weight, args.bits, args.group_size, args.sym).weight()
-        errors.append((original(slot, hessian, plan, args), quantize.output_error(weight, nearest, hessian)))
-        return errors[-1][0]
+        error, damping = original(method, ref, stats, shared, args)
+        errors.append((error, quantize.output_error(weight, nearest, shared[0])))
+        return error, damping
 
-    monkeypatch.setattr(quantize, "weight_only", of_both)
+    monkeypatch.setattr(quantize.WeightOnly, "quantize", of_both)
     for keys, most in (
         ({"do_ptq": True, "quant_type": "wint8"}, 0.03),
         ({"do_gptq": True}, 0.5),
@@ -475,7 +485,7 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
         net, args = tiny_models.build(name, **PACKABLE.get(name, {})), make_args(**keys)
         errors.clear()
         with paddle.no_grad():
-            rows = quantize.quantize_model(net, quantize.Calibration(net, Texts(net), 2), args, say=lambda line: None)
+            rows = quantize.quantize_model(net, Calibration(net, Texts(net), 2), args, print_line=lambda line: None)
         assert sorted(row["linear"] for row in rows) == sorted(model.block_linears(net))
         assert all(isinstance(layer, model.QuantLinear) for *_, layer in model.block_linears(net).values())
         if args.do_gptq:
@@ -508,7 +518,7 @@ def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
     block = net.layers[0]
     model.set_parameter(block.mlp_norm.weight, np.abs(block.mlp_norm.weight.numpy()))
     with paddle.no_grad():
-        calibration, slots = quantize.Calibration(net, Texts(net), 2), quantize.linear_refs(net, 0)
+        calibration, slots = Calibration(net, Texts(net), 2), linear_refs(net, 0)
         names = [f"mlp.experts.{e}.{proj}" for e in range(3) for proj in ("gate_proj", "down_proj")]
 
         def never(flat, route=model.MoE.route):
@@ -529,7 +539,7 @@ def test_an_expert_that_no_token_is_sent_to_is_calibrated_on_all(tmp_path):
 def test_shift_centers_every_channel_that_a_norm_puts_out():
     net, args = tiny_model(), make_args(do_ptq=True, shift=True)
     with paddle.no_grad():
-        calibration, slots = quantize.Calibration(net, make_loader(), 2), quantize.linear_refs(net, 0)
+        calibration, slots = Calibration(net, make_loader(), 2), linear_refs(net, 0)
         firsts = [group.names[0] for group in groups(net, net.layers[0])]
         observed = dict(zip(firsts, calibration.observe(net.layers[0], [slots[name] for name in firsts])))
         quantize.prepare_block(net.layers[0], slots, observed, net.config, args)
@@ -543,8 +553,8 @@ def test_padding_counts_for_nothing():
     for zero_padding in (True, False):
         loader = make_loader(T=224, batch_size=4, zero_padding=zero_padding, split="dev")
         with paddle.no_grad():
-            calibration = quantize.Calibration(net, loader, loader.batches_per_epoch)
-            slots = quantize.linear_refs(net, 0)
+            calibration = Calibration(net, loader, loader.batches_per_epoch)
+            slots = linear_refs(net, 0)
             found.append(calibration.observe(net.layers[0], [slots["attention.q_proj"], slots["mlp.down_proj"]], True))
     for packed, padded in zip(*found):
         assert packed.tokens == padded.tokens == int(loader.dataset.lengths.sum())
@@ -740,9 +750,9 @@ def plant(net, loader, factor=50.0, offset=0.0, channels=4):
     with channels of a large mean, give such ranges.) Scaling alone smoothing undoes exactly: s at alpha 0.5 grows by
     the very factor, so what is left is the model without outliers.
     """
-    calibration = quantize.Calibration(net, loader, 1)
+    calibration = Calibration(net, loader, 1)
     for index, block in enumerate(net.layers):
-        slots = quantize.linear_refs(net, index)
+        slots = linear_refs(net, index)
         observed = calibration.observe(block, [slots["attention.q_proj"], slots["mlp.gate_proj"]])
         for group, inputs in zip(groups(net, block)[::2], observed):
             low, high = inputs.extremes(1)
@@ -779,8 +789,8 @@ def measure(train, dev, batches, planted=None, eval_batches=None, **keys):
     if keys:
         args = make_args(act_quant_method="abs_max", **keys)
         with paddle.no_grad():
-            calibration = quantize.Calibration(net, train, batches)
-        rows = quantize.quantize_model(net, calibration, args, say=lambda line: None)
+            calibration = Calibration(net, train, batches)
+        rows = quantize.quantize_model(net, calibration, args, print_line=lambda line: None)
         error = float(np.mean([row["error"] for row in rows]))
     found = trainer.evaluate(net, dev, eval_batches)
     return {"ppl": found["eval_ppl"], "accuracy": found["eval_accuracy"], "error": error}
