@@ -12,7 +12,7 @@ from itertools import chain, starmap
 from operator import add
 from pathlib import Path
 
-from formats.chat import TEMPLATE_FILE, check_messages, encode_pieces, folder_template, save_chat_template
+from formats.chat import TEMPLATE_FILE, check_messages, encode_conversation, folder_template, save_chat_template
 from formats.files import UserError, brief, names_in, read_json
 
 # ============================== tokenizer ==============================
@@ -1110,8 +1110,8 @@ class Tokenizer:
             users = [self.encode((system if i == 0 else "") + user) for i, (user, _) in enumerate(rounds)]
             bots = [None if bot is None else self.encode(bot, False) + eos for _, bot in rounds]
             return [], list(zip(users, bots))
-        pieces = template.pieces(rounds, context, self, is_training)
-        system_ids, *turns = encode_pieces(self, pieces, 1 + 2 * len(rounds))
+        segments = template.segments(rounds, context, self, is_training)
+        system_ids, *turns = encode_conversation(self, segments, 1 + 2 * len(rounds))
         bots = [None if bot is None else ids for (_, bot), ids in zip(rounds, turns[1::2])]
         return system_ids, list(zip(turns[::2], bots))
 
@@ -1125,10 +1125,10 @@ class Tokenizer:
         if self.chat_template is None:
             _, encoded = self.encode_chat(rounds, context)
             return [i for user, bot in encoded for i in user + (bot or [])]
-        pieces = self.chat_template.pieces(rounds, context, self, split=False)
+        segments = self.chat_template.segments(rounds, context, self, split=False)
         last = 2 * len(rounds)  # only the last reply is cut off: earlier ones are read in one with what is around them
-        pieces = [piece._replace(part=2 if piece.part == last else 1) for piece in pieces]
-        return sum(encode_pieces(self, pieces, 3), [])
+        segments = [segment._replace(part=2 if segment.part == last else 1) for segment in segments]
+        return sum(encode_conversation(self, segments, 3), [])
 
     def save(self, path):
         """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it learnt."""

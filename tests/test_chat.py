@@ -1,5 +1,5 @@
-"""Chat formats: what every family writes of a conversation, as text and as ids; templates of Hugging Face tokenizers with
-jinja2 and without; what is learnt of a conversation; conversations that are refused.
+"""Chat formats: what every family writes of a conversation, as text and as ids; templates of Hugging Face
+tokenizers; what is learned of a conversation; conversations that are refused.
 
     pytest tests/test_chat.py [--hf-python PATH]     no accelerator; the latter compares with transformers' own rendering
 
@@ -13,19 +13,16 @@ from pathlib import Path
 import pytest
 
 import data
-import formats.chat
 from data import PreferenceDataset, SFTDataset
 from formats.chat import (
     FORMATS,
-    RECOGNISED,
     JinjaTemplate,
     PromptSegment,
     check_messages,
-    encode_pieces,
+    encode_conversation,
     folder_template,
     load_chat_template,
     save_chat_template,
-    signature,
 )
 from formats.files import UserError
 from formats.tokenizer import Tokenizer, load_tokenizer
@@ -217,7 +214,7 @@ def test_every_format_is_tried():
     assert set(PROMPTS) | variants == set(FORMATS) and all(FORMATS[name].name == name for name in FORMATS)
     chat = split(CHAT[1:4])
     for a, b in (("mixtral", "mistral-v1"), ("llama3-hf", "llama3"), ("gemma-hf", "gemma")):
-        one, two = ("".join(p.text for p in FORMATS[name].pieces(chat[1], {}, SmallTokenizer())) for name in (a, b))
+        one, two = ("".join(p.text for p in FORMATS[name].segments(chat[1], {}, SmallTokenizer())) for name in (a, b))
         assert one.removeprefix("<s>") == two.removeprefix("<s>").removeprefix("<|begin_of_text|>")
 
 
@@ -228,7 +225,7 @@ def test_prompts(name):
         ids = tokenizer.apply_chat(messages, True)
         assert tokenizer.decode(ids, False) == expected
         context, rounds = split(messages)
-        pieces = FORMATS[name].pieces(rounds, context, tokenizer)
+        pieces = FORMATS[name].segments(rounds, context, tokenizer)
         if all(piece.kind == "text" for piece in pieces):
             assert ids == tokenizer.encode(expected, False)  # as a rendered template is read
     if name in NO_SYSTEM:
@@ -256,7 +253,8 @@ def test_llama32_has_todays_date():
 
     today = datetime.datetime.now().strftime("%d %b %Y")
     assert (
-        f"Today Date: {today}\n\n<|eot_id|>" in FORMATS["llama3.2"].pieces([("a", None)], {}, SmallTokenizer())[1].text
+        f"Today Date: {today}\n\n<|eot_id|>"
+        in FORMATS["llama3.2"].segments([("a", None)], {}, SmallTokenizer())[1].text
     )
 
 
@@ -265,7 +263,7 @@ def test_thoughts():
     rounds = [("a", "<think>\nhm\n</think>\n\nb"), ("c", "<think>\nso\n</think>\n\nd")]
 
     def text(name):
-        return "".join(p.text for p in FORMATS[name].pieces(rounds, {}, SmallTokenizer()))
+        return "".join(p.text for p in FORMATS[name].segments(rounds, {}, SmallTokenizer()))
 
     assert "assistant\nb<|im_end|>" in text("qwen3") and "assistant\n<think>\nso\n</think>\n\nd<|im_end|>" in text(
         "qwen3"
@@ -277,7 +275,7 @@ def test_thoughts():
     rounds[1] = ("c", "d")
     assert text("qwen3-no-thinking").endswith("assistant\n<think>\n\n</think>\n\nd<|im_end|>\n")
     with pytest.raises(UserError, match="tool"):
-        FORMATS["qwen3"].pieces([("<tool_response>x</tool_response>", None)], {}, SmallTokenizer())
+        FORMATS["qwen3"].segments([("<tool_response>x</tool_response>", None)], {}, SmallTokenizer())
 
 
 def test_special_tokens_in_what_a_user_writes():
@@ -359,7 +357,7 @@ def test_only_replies_are_learnt(tmp_path, name, dummy):
     assert shown == end or dummy and shown.split() == end.split()  # with a space wherever a text is read by itself
     assert learnt[-len(reply) :] == reply
     earlier = tokenizer.decode(learnt[: -len(reply)], False)
-    if FORMATS[name].history:
+    if FORMATS[name].reply_in_prompt:
         assert earlier == ""
     else:
         assert earlier.split("<")[0].strip() == "ten coins" and "red" not in earlier and "blue" not in earlier
@@ -422,8 +420,8 @@ def test_truncation_keeps_the_frame(tmp_path, name):
                     for role, text in (("user", record["src"][i]), ("assistant", record["tgt"][i]))
                 ]
             )
-            expected = FORMATS[name].pieces(kept, {}, tokenizer)
-            assert whole == sum(encode_pieces(tokenizer, expected, 1 + 2 * len(kept)), [])
+            expected = FORMATS[name].segments(kept, {}, tokenizer)
+            assert whole == sum(encode_conversation(tokenizer, expected, 1 + 2 * len(kept)), [])
 
 
 def test_ends_of_replies():
@@ -479,10 +477,6 @@ def test_bad_conversations(template, messages, generate, words):
 SHORT = """{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"""
 
 
-def without_jinja(monkeypatch):
-    monkeypatch.setattr(formats.chat, "compile_jinja", lambda source, where: None)
-
-
 def golden_template(folder):
     path = GOLDEN / folder / "tokenizer_config.json"
     if not path.is_file():
@@ -491,68 +485,39 @@ def golden_template(folder):
 
 
 @pytest.mark.parametrize("folder, name", [("qwen2", "qwen2"), ("mistral_v3", "mistral-v3")])
-def test_a_published_template_is_recognized(monkeypatch, folder, name):
-    without_jinja(monkeypatch)
-    template = JinjaTemplate(golden_template(folder), "t")
-    assert template.known is FORMATS[name]
-    rounds = [("red lamp", "ten coins"), ("blue chair", None)]
+def test_the_format_that_writes_what_a_template_writes_is_found(folder, name):
+    template, turns = JinjaTemplate(golden_template(folder), "t"), [("red lamp", "ten coins"), ("blue chair", None)]
+    assert template.equal_format(SmallTokenizer()) is FORMATS[name]
     for context in ({}, {"system": "be kind"}):
-        assert template.pieces(rounds, context, SmallTokenizer()) == FORMATS[name].pieces(
-            rounds, context, SmallTokenizer()
-        )
-    one = template.source
-    for same in (
-        one.replace("{%- if", "{%-   if "),
-        one + "\n",
-        one.replace("'<|im_start|>system\n'", "'<|im_start|>system\\n'"),
-    ):
-        assert signature(same) == signature(one)
-    others = [
-        one + "x",
-        one.replace("INST] ", "INST]", 1),
-        one.replace("helpful", "helpless"),
-        one.replace("['role']", "['Role']", 1),
-        one.replace("content", "text", 1),
-        one.replace("is defined", "is none", 1),
-    ]
-    others = [other for other in others if other != one]
-    assert len(others) >= 4 and all(signature(other) != signature(one) for other in others)
+        segments = template.segments(turns, context, SmallTokenizer())
+        assert segments == FORMATS[name].segments(turns, context, SmallTokenizer())
+    for changed in ("x" + template.source, template.source.replace("content", "role")):
+        assert JinjaTemplate(changed, "t").equal_format(SmallTokenizer()) is None
 
 
-def test_signature_keeps_what_counts():
-    same = ["{{ 'a\\n' + b }}", '{{"a\n"+b}}', "{{-  'a\\n'  +b -}}", "{# c #}{{ 'a\\n' + b }}\n"]
-    assert len({signature(text) for text in same}) == 1
-    others = [
-        "{{ 'a \\n' + b }}",
-        "{{ 'a\\n' + b }} ",
-        "{{ 'a\\\\n' + b }}",
-        "{{ a + 'b' }}",
-        "{{ 'a' + b }}",
-        "{% 'a\\n' + b %}",
-        "x{{ 'a\\n' + b }}",
-        "{{ 'a\\n' + bc }}",
-        "{{ 'a\\n' + b c }}",
-        "{{ 'a\\n' }}{{ b }}",
-    ]
-    assert len({signature(text) for text in [same[0], *others]}) == len(others) + 1
+REASONING = """{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}{% if loop.last %}<think>
+{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content }}
+</think>
+
+{% endif %}{{ text }}{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
-def test_an_unknown_template_without_jinja2(monkeypatch, tmp_path):
-    without_jinja(monkeypatch)
-    (tmp_path / "chat_template.jinja").write_text(SHORT)
-    tokenizer = small(tmp_path)  # loading is no reason to refuse: pre-training needs no template
-    assert tokenizer.stop_ids == [tokenizer.eos_token_id]
-    with pytest.raises(UserError) as error:
-        tokenizer.apply_chat([USER])
-    assert (
-        "pip install 'jinja2" in message(error)
-        and "chat_template.jinja" in message(error)
-        and "qwen2" in message(error)
-    )
+def test_replies_of_a_template_that_drops_earlier_reasoning_are_told_apart():
+    """As Qwen3's: beginnings of the conversation are no beginnings of its text, but an equal format knows the replies."""
+    template = JinjaTemplate(REASONING, "t")
+    assert template.equal_format(SmallTokenizer()) is FORMATS["qwen3"]
+    turns = [("a", "<think>\nx\n</think>\n\nb"), ("c", "<think>\ny\n</think>\n\nd")]
+    segments = template.segments(turns, {}, SmallTokenizer())
+    replies = [segment.text for segment in segments if segment.part % 2 == 0 and segment.part]
+    assert replies == ["b<|im_end|>\n", "<think>\ny\n</think>\n\nd<|im_end|>\n"]
+    chat = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+    assert "".join(segment.text for segment in segments) == template.render(chat, SmallTokenizer(), False)
 
 
-def test_jinja2_renders_what_is_not_known(tmp_path):
-    pytest.importorskip("jinja2")
+def test_a_template_without_an_equal_format_is_rendered(tmp_path):
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": SHORT}))
     tokenizer = small(tmp_path)
     assert tokenizer.decode(tokenizer.apply_chat(CHAT[:4]), False) == (
@@ -578,7 +543,6 @@ def test_jinja2_renders_what_is_not_known(tmp_path):
     ],
 )
 def test_templates_that_fail(source, words):
-    pytest.importorskip("jinja2")
     tokenizer = SmallTokenizer()
     tokenizer.chat_template = JinjaTemplate(source, "t.jinja")
     with pytest.raises(UserError) as error:
@@ -587,7 +551,6 @@ def test_templates_that_fail(source, words):
 
 
 def test_a_reply_without_an_end_gets_one():
-    pytest.importorskip("jinja2")
     tokenizer = SmallTokenizer()
     tokenizer.chat_template = JinjaTemplate(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -598,9 +561,7 @@ def test_a_reply_without_an_end_gets_one():
     assert [tokenizer.decode(bot, False) for _, bot in encoded] == ["b", "d</s>"]
 
 
-def test_jinja2_and_the_known_format_agree():
-    """With jinja2 a known template is still rendered, and its format only cuts what was rendered."""
-    pytest.importorskip("jinja2")
+def test_a_template_is_rendered_and_its_equal_format_only_divides_the_text(monkeypatch):
     tokenizer = SmallTokenizer()
     tokenizer.chat_template = JinjaTemplate(golden_template("qwen2"), "t")
     _, encoded = tokenizer.encode_chat([("a", "b"), ("c", "d")], {}, True)
@@ -608,9 +569,9 @@ def test_jinja2_and_the_known_format_agree():
     ids = tokenizer.apply_chat(CHAT[:4])
     assert tokenizer.decode(ids, False) == PROMPTS["qwen2"][0]
     broken = types.SimpleNamespace(
-        pieces=lambda *args: [PromptSegment(0, "text", "something else")], user="", begin="", stops=()
+        segments=lambda *args: [PromptSegment(0, "text", "else")], user="", begin="", stops=()
     )
-    tokenizer.chat_template.known = broken  # a format that writes something else is not used
+    monkeypatch.setattr(JinjaTemplate, "equal_format", lambda *args: broken)  # it writes something else: it is not used
     assert tokenizer.apply_chat(CHAT[:4]) == ids
 
 
@@ -682,7 +643,7 @@ arrays = {"texts": np.array(json.dumps(texts))}
 
 
 @pytest.mark.torch
-def test_known_templates_write_what_transformers_renders(request, hf_python, tmp_path, monkeypatch):
+def test_published_templates_write_what_transformers_renders(request, hf_python, tmp_path):
     import random
 
     folder = request.config.getoption("--chat-templates")
@@ -690,7 +651,6 @@ def test_known_templates_write_what_transformers_renders(request, hf_python, tmp
         pytest.skip(
             "needs --chat-templates: a folder of published templates, one .jinja file each, which are not ours to copy"
         )
-    without_jinja(monkeypatch)
     draw = random.Random(0)
     words = [
         "hello",
@@ -719,15 +679,16 @@ def test_known_templates_write_what_transformers_renders(request, hf_python, tmp
     (tmp_path / "templates").write_text(json.dumps(templates))
     (tmp_path / "chats").write_text(json.dumps(chats))
     rendered = json.loads(str(hf_python(RENDER, tmp_path / "templates", tmp_path / "chats")["texts"]))
-    known = {name: JinjaTemplate(source, name) for name, source in templates.items()}
-    assert len(known) >= 30 and {t.known.name for t in known.values()} == set(RECOGNISED.values())
-    for name, template in known.items():
-        if template.known.name == "chatglm3":
-            continue  # its code encodes pieces: the golden ids are the measure
+    published = {name: JinjaTemplate(source, name) for name, source in templates.items()}
+    equal = {name: template.equal_format(SmallTokenizer()) for name, template in published.items()}
+    assert len(published) >= 30 and all(equal.values()), equal
+    for name, template in published.items():
+        if equal[name].name == "chatglm3":
+            continue  # its code encodes item by item: the golden ids are the measure
         for chat, expected in zip(chats, rendered[name]):
-            context, rounds = split(chat)
+            context, turns = split(chat)
             try:
-                ours = "".join(piece.text for piece in template.pieces(rounds, context, SmallTokenizer()))
+                ours = "".join(segment.text for segment in template.segments(turns, context, SmallTokenizer()))
             except UserError:
                 ours = None
             assert ours == expected, (name, chat)

@@ -19,7 +19,7 @@ import data
 import formats.chat
 import formats.tokenizer
 from data import IGNORED, Corpus, CorpusLoader, SFTDataset, SFTLoader, best_fit_packs, in_order_packs
-from formats.chat import ChatTemplate, load_chat_template, parse_template, render
+from formats.chat import ChatTemplate, compile_template, load_chat_template
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 
@@ -343,7 +343,9 @@ def test_chat_template_file(tmp_path, folder):
     assert template.render("user", turn | {"is_first": False, "index": 1}) == "[second]Q1: u\n  A: "
     assert template.render("user", turn | {"is_first": False, "index": 2}) == "[later]Q2: u\n  A: "
     assert template.render("query", {"query": " q ", "mood": {}, "style": {"tone": "dry"}}) == "Q: q (calm, dry)\nA: "
-    with pytest.raises(UserError, match="chat_template.json: query: 'query \\| trim'|not in this record's context"):
+    with pytest.raises(
+        UserError, match="chat_template.json: query: 'query' is undefined; this record's context has mood, style"
+    ):
         template.render("query", {"mood": {}, "style": {}})
     assert load_chat_template(tmp_path).name == str(tmp_path / "chat_template.json")
     tokenizer.save(tmp_path / "copy")
@@ -351,36 +353,24 @@ def test_chat_template_file(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    "text, construct",
-    [
-        ("{% for m in messages %}x{% endfor %}", "for m in messages"),
-        ("{% set a = 1 %}", "set a"),
-        ("{{ user.upper() }}", "upper"),
-        ("{{ user | upper }}", "upper"),
-        ("{{ user[0:2] }}", "0:2"),
-        ("{% if user %}x", "endif"),
-        ("{% endif %}", "endif"),
-        ("{{ user", "never closes"),
-        ("{{ 1 if }}", "1 if"),
-        ("{{ __import__('os') }}", "__import__"),
-        ("{% else %}", "else"),
-        ("{{ [user] }}", "user"),
-        ("{{ user | trim + user }}", "trim + user"),
-        ("{{ user + user }}", "user + user"),
-        ("{{ index < 2 }}", "2"),
-        ("{% macro x() %}", "macro"),
-        ("{% if a %}{% else %}{% else %}{% endif %}", "else"),
-    ],
+    "text",
+    ["{% if user %}x", "{% endif %}", "{{ user", "{{ 1 if }}", "{% else %}", "{% macro x() %}", "{% no_such_tag %}"],
 )
-def test_anything_else_in_a_template_is_refused(tmp_path, text, construct):
+def test_a_template_that_is_not_jinja_is_refused(tmp_path, text):
     write_lines(tmp_path / "odd.json", [{"conversation": [text, "{{bot}}"], "query": "{{query}}"}])
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="odd.json: user: not a Jinja template: "):
         load_chat_template(tmp_path / "odd.json")
-    assert "odd.json" in one_line(error) and construct in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{{ __import__('os') }}", "{{ ''.__class__.__mro__ }}", "{{ user.append(1) }}"])
+def test_a_template_runs_in_the_sandbox(tokenizer, text):
+    template = ChatTemplate({"conversation": [text, "{{bot}}"], "query": "{{query}}"}, "odd.json")
+    with pytest.raises(UserError, match="odd.json: user: "):
+        template.segments([("question", "reply")], {}, tokenizer)
 
 
 @pytest.mark.parametrize(
-    "text, expected",  # as Jinja2 renders them with trim_blocks, lstrip_blocks and keep_trailing_newline
+    "text, expected",  # trim_blocks, lstrip_blocks and keep_trailing_newline, as PaddleNLP sets them
     [
         ("{% if a %}\n  {% if b %}\nx\n  {% endif %}\n\ty\n{% endif %}\n", "x\n\ty\n"),
         ("x  {% if a %} y {% endif %}  \n", "x   y   \n"),
@@ -391,7 +381,7 @@ def test_anything_else_in_a_template_is_refused(tmp_path, text, construct):
     ],
 )
 def test_renders_as_jinja(text, expected):
-    assert render(parse_template(text, "t"), {"a": 1, "b": 2}, "t") == expected
+    assert compile_template(text, "t", paddlenlp=True).render(a=1, b=2) == expected
 
 
 def test_template_file_errors(tmp_path):
@@ -1001,5 +991,5 @@ def test_error_from_a_worker_is_one_line_too(tmp_path, folder):
 
 
 def test_data_never_imports_paddle():
-    script = "import sys, data; assert not [m for m in sys.modules if m.split('.')[0] in ('paddle', 'torch', 'jinja2')]"
+    script = "import sys, data; assert not [m for m in sys.modules if m.split('.')[0] in ('paddle', 'torch')]"
     subprocess.run([sys.executable, "-c", script], cwd=REPO, check=True)
