@@ -23,12 +23,12 @@ from parallel import Degrees
 
 # ================================================================================ presets, and runs that only count
 
-CATALOGUE = Path(__file__).resolve().parent / "configs" / "catalogue.json"
+CATALOGUE = Path(__file__).resolve().parent / "configs" / "models.json"
 
 
 @functools.cache
 def presets():
-    """{name: {"repo", "licence", "parameters", "config"}} of configs/catalogue.json.
+    """{name: {"repo", "licence", "parameters", "config"}} of configs/models.json.
 
     A preset with "like" is another checkpoint of that one's shape: what it does not say itself is the other's.
     """

@@ -4,7 +4,7 @@
     python pretrain.py configs/llama_pretrain.json                                      # any key again as --key value
 
 Reads Megatron/PaddleNLP token files by memory map. From scratch, `model_name_or_path` is a folder with config.json and the
-tokenizer, or a name of configs/catalogue.json; with `continue_training` its weights too. `--dry_run true` counts alone:
+tokenizer, or a name of configs/models.json; with `continue_training` its weights too. `--dry_run true` counts alone:
 shapes, parameters, FLOPs, memory a rank; neither data nor weights are needed. Ends with held-out perplexity and writes a Hugging Face folder.
 """
 

@@ -1,4 +1,4 @@
-"""The catalogue of presets, dry runs, the line that says what to download, and one config a family and task.
+"""The catalogue of presets, dry runs, the line that says what to download, and recipes that fit their hardware.
 
 python -m pytest tests/test_plan.py            # --slow: every config trains a tiny model of its family
 """
@@ -34,12 +34,18 @@ from arguments import parse_args
 from families import ModelConfig
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, named_weights, save_pretrained
-from plan import CATALOGUE, _activations, dry_run, presets
+from plan import CATALOGUE, _activations, dry_run, model_config, presets
+from parallel import Degrees
 
 PRESETS = presets()
 OWN = [name for name, preset in PRESETS.items() if "like" not in preset]
-TASKS = {"pretrain": pretrain, "sft": finetune, "lora": finetune, "pt": finetune}
-FAMILY_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*_*.json") if not path.stem.startswith("llama_"))
+RECIPES = ROOT / "configs" / "recipes"
+SCRIPTS = {"pretrain": pretrain, "sft": finetune, "lora": finetune, "prefix": finetune, "dpo": dpo}
+GPU_GB, CPU_GB = 80, 24
+HARDWARE = {  # recipe: (processes, GB of each)
+    "lora_7b": (1, GPU_GB), "prefix_7b": (1, GPU_GB), "sft_7b": (8, GPU_GB), "dpo_7b": (8, GPU_GB), "lora_cpu": (1, CPU_GB),
+    "pretrain_7b": (8, GPU_GB), "pretrain_moe": (32, GPU_GB), "pretrain_70b": (128, GPU_GB),
+}  # fmt: skip
 
 # Parameters as published: what the safetensors files of the repository hold, a head or embedding that is tied counted
 # once and DeepSeek-V3's module for further tokens left out.
@@ -432,7 +438,7 @@ def test_a_model_that_is_not_here(script, tmp_path, capsys, monkeypatch):
         ("Qwen1.5-7B-chat", "download Qwen/Qwen1.5-7B-Chat"),
         ("lama-3.1-8b", "no such folder, and no preset", "nearest: llama-3.1-8b"),
         ("mistralai/Mistral-7B-v0.31", "nearest: mistralai/Mistral-7B-v0.3"),
-        ("./checkpoints/zzzz", "./checkpoints/zzzz: no such folder, and no preset of configs/catalogue.json"),
+        ("./checkpoints/zzzz", "./checkpoints/zzzz: no such folder, and no preset of configs/models.json"),
         ("gpt3-1.3b-en", "no published weights"),
     ):
         line = fails(script, ["--model_name_or_path", name, *rest], capsys)
@@ -506,39 +512,65 @@ def small_world(tmp_path_factory):
     return world
 
 
-def test_every_family_has_its_four():
-    families = {path.stem.rpartition("_")[0] for path in FAMILY_CONFIGS} - {"gpt3"}
-    assert len(families) >= 22
-    for family in families:
-        kinds = set()
-        for task, script in TASKS.items():
-            args = parse_args(script.Args, [str(ROOT / "configs" / f"{family}_{task}.json")])
-            kinds.add(PRESETS[args.model_name_or_path]["config"]["model_type"])
-            assert args.output_dir == f"checkpoints/{family}_{task}"
-            assert task == "pretrain" or (args.lora, args.prefix_tuning) == (task == "lora", task == "pt")
-        assert len(kinds) == 1, family
-    every = {
-        PRESETS[json.loads(path.read_text())["model_name_or_path"]]["config"]["model_type"] for path in FAMILY_CONFIGS
-    }
-    assert every == {preset["config"]["model_type"] for preset in PRESETS.values()}
+def script_of(recipe):
+    """A recipe's first word names its script."""
+    return SCRIPTS[recipe.split("_")[0]]
 
 
-def order(path):
-    """Families in turn take another task, so that the quick run sees every family and every task."""
-    families = sorted({path.stem.rpartition("_")[0] for path in FAMILY_CONFIGS})
-    family, _, task = path.stem.rpartition("_")
-    return (families.index(family) + list(TASKS).index(task)) % len(TASKS)
+def test_every_recipe_has_its_hardware():
+    assert sorted(path.stem for path in RECIPES.glob("*.json")) == sorted(HARDWARE)
+
+
+@pytest.mark.parametrize("recipe", HARDWARE)
+def test_a_recipe_fits_the_hardware_it_states(recipe):
+    """--dry_run says how much the fullest rank needs; a tenth of the memory stays free for what it does not count."""
+    processes, gb = HARDWARE[recipe]
+    keys, script = json.loads((RECIPES / f"{recipe}.json").read_text()), script_of(recipe)
+    stated = "two CPU cores with 24 GB" if gb == CPU_GB else "one GPU" if processes == 1 else f"{processes} GPUs"
+    assert stated.replace("8 GPUs", "eight GPUs") in keys["_doc"] or stated in keys["_doc"]
+    assert f"{script.__name__}.py configs/recipes/{recipe}.json" in keys["_doc"] and len(keys) <= 41
+    args = parse_args(script.Args, [str(RECIPES / f"{recipe}.json"), "--dry_run", "true"])
+    Degrees.of(args, model_config(args.model_name_or_path), world=processes)
+    used = memory(dry_run(args))
+    assert used[f"in all with{'' if args.recompute else 'out'} recompute"] <= 0.9 * gb, used
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-instruct", "qwen3-8b", "mistral-7b-instruct-v0.3", "gemma-2-9b-it"])
+def test_a_recipe_takes_another_model_by_name(name):
+    args = parse_args(finetune.Args, [str(RECIPES / "lora_7b.json"), "--model_name_or_path", name])
+    assert memory(dry_run(args))["in all with recompute"] <= 0.9 * GPU_GB
+
+
+FAMILIES = """baichuan2-7b-chat baichuan-13b-chat bloomz-7b1-mt chatglm2-6b chatglm-6b deepseek-v2-lite-chat deepseek-r1
+    gemma-2-9b-it gemma-2b-it glm-4-9b-chat gpt2-medium internlm2-chat-7b internlm-chat-7b llama-3.1-8b-instruct
+    mistral-7b-instruct-v0.3 mixtral-8x7b-instruct opt-1.3b qwen2.5-7b-instruct qwen1.5-moe-a2.7b-chat qwen3-8b
+    qwen3-30b-a3b qwen-7b-chat""".split()
+RUNS = ("pretrain_7b", "sft_7b", "lora_7b", "prefix_7b")
+ONE_PROCESS = {  # a recipe's degrees, taken back
+    "tensor_parallel_degree": 1, "sequence_parallel": "false", "sharding": "", "sharding_parallel_degree": 1,
+}  # fmt: skip
+
+
+def test_the_families_are_those_of_the_presets():
+    types = {preset["config"]["model_type"] for preset in PRESETS.values()}
+    assert {PRESETS[name]["config"]["model_type"] for name in FAMILIES} == types
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if order(path) else [], id=path.stem) for path in FAMILY_CONFIGS],
+    "name, recipe",
+    [
+        # Families in turn take another recipe, so that the quick run sees every family and every recipe.
+        pytest.param(name, recipe, marks=[pytest.mark.slow] if (i + k) % len(RUNS) else [])
+        for i, name in enumerate(FAMILIES)
+        for k, recipe in enumerate(RUNS)
+    ],
 )
-def test_configs_train_a_tiny_model(path, small_world, tmp_path, monkeypatch):
-    """Each file as it is, but for paths, lengths and steps, on a tiny model of the preset that it names."""
+def test_recipes_train_a_tiny_model_of_every_family(name, recipe, small_world, tmp_path, monkeypatch):
+    """Each file as it is, but for paths, lengths, steps and degrees."""
     monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
-    script, keys = TASKS[path.stem.rpartition("_")[2]], json.loads(path.read_text())
+    script, path = script_of(recipe), RECIPES / f"{recipe}.json"
+    keys = {**json.loads(path.read_text()), "model_name_or_path": name}
     folder = tmp_path / "model"
     folder.mkdir()
     config = shrink(PRESETS[keys["model_name_or_path"]]["config"])
@@ -556,6 +588,7 @@ def test_configs_train_a_tiny_model(path, small_world, tmp_path, monkeypatch):
         "logging_steps": 1,
         "disable_tqdm": "true",
         "max_evaluate_steps": 1,
+        **ONE_PROCESS,
     }
     if script is pretrain:
         flags |= {"input_dir": small_world / "corpus", "max_seq_length": 48, "split": "80,10,10"}
