@@ -2,23 +2,21 @@
 
 import asyncio
 import base64
-import contextlib
 import dataclasses
 import hashlib
-import hmac
 import json
 import re
 import signal
-import sys
 import time
-import traceback
 import uuid
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
+
+import h11
 
 from formats.files import UserError, brief
 from serving.engine import PromptTooLong, QueueFull, Request, SamplingParams, ShuttingDown, UnknownAdapter
-from serving.http_server import ClientGone, Connection, HTTPError, response_head
+from serving.http_server import CONTINUE, ClientGone, HTTPError, HTTPServer
 
 # ================================================================== 12. HTTP: OpenAI's objects
 
@@ -353,21 +351,21 @@ def read_page():
     return page.encode(), headers
 
 
-class Server:
-    """The API and the page over one Engine. `converse` is a connection's life, `generate` an answer's.
+class Server(HTTPServer):
+    """The API and the page over one Engine. `generate` is the life of an answer.
 
     What runs where: everything here in the event loop, encoding of prompts in a thread, the engine in its own. The
     engine's callbacks come from there and are handed over by call_soon_threadsafe."""
 
     def __init__(self, engine, tokenizer, args):
-        self.engine, self.tokenizer, self.args = engine, tokenizer, args
+        super().__init__(args)
+        self.engine, self.tokenizer = engine, tokenizer
         self.model = args.served_model_name or Path(args.model_name_or_path).resolve().name
         self.created = int(time.time())
         self.fingerprint = f"fp_{hashlib.sha256(f'{self.model} {engine.max_model_len}'.encode()).hexdigest()[:10]}"
         self.page, self.page_headers = read_page()
-        self.connections, self.draining, self.port = set(), False, None
-        self.stop, self.hurry, self.running = asyncio.Event(), asyncio.Event(), set()  # running: ids of requests
-        self.answers, self.latency, self.first_token = {}, Histogram(), Histogram()
+        self.running = set()  # ids of requests
+        self.latency, self.first_token = Histogram(), Histogram()
         self.routes = {  # path: (method, handler, open to all)
             "/": ("GET", self.get_page, True),
             "/health": ("GET", self.get_health, True),
@@ -377,97 +375,20 @@ class Server:
             "/v1/completions": ("POST", self.generate, False),
         }
 
-    # ---- a connection
-    async def converse(self, connection):
-        """Requests one after another, as they come, until either side has enough."""
-        try:
-            if connection.too_many:
-                raise HTTPError(
-                    503,
-                    f"all {self.args.max_connections} connections are taken",
-                    "too_many_connections",
-                    headers={"Retry-After": 1},
-                )
-            while await self.one_request(connection):
-                pass
-        except HTTPError as error:  # what comes next on this connection cannot be told apart from this request's rest
-            self.count("", error.status)
-            self.log(f"- refused: {error.status} {error.code or ''}")
-            with contextlib.suppress(ClientGone):
-                await connection.respond(error.status, error.body(), error.headers)
-        except ClientGone:
-            pass
-        finally:
-            await connection.close()
-
-    async def one_request(self, connection):
-        """Read and answer a request; returns whether the connection lives on. HTTPError: it cannot, and why."""
-        request = await connection.read_head()
-        if request is None:
-            return False
-        handler = self.route(request)  # before the body: whoever may not ask need not send it
-        body = await connection.read_body(request)
-        status = 500
-        try:
-            status = await handler(connection, request, body)
-        except HTTPError as error:
-            status = error.status
-            request.keep_alive &= not self.draining
-            await connection.respond(status, error.body(), error.headers, request.keep_alive, request.method != "HEAD")
-        except ClientGone:
-            status = 499
-            raise
-        except Exception:  # a bug; it must show, but not end the others' answers
-            traceback.print_exc()
-            await connection.respond(500, HTTPError(500, "internal error", "internal_error").body())
-            return False
-        finally:
-            self.count(request.path, status)
-            connection.busy = False
-        return request.keep_alive and not self.draining
-
-    def route(self, request):
-        if request.path not in self.routes and not request.path.startswith("/v1/models/"):
-            raise HTTPError(404, "no such path; there are " + ", ".join(self.routes), "unknown_path")
-        method, handler, is_open = self.routes.get(request.path, ("GET", self.get_models, False))
-        allowed = {"GET": ("GET", "HEAD"), "POST": ("POST",)}[method]
-        if request.method not in allowed:
-            raise HTTPError(
-                405,
-                f"{request.path} takes {' and '.join(allowed)}",
-                "method_not_allowed",
-                headers={"Allow": ", ".join(allowed)},
-            )
-        origin = request.headers.get("origin")
-        if origin and urlsplit(origin).netloc != request.headers.get("host"):  # another site's script in a browser
-            raise HTTPError(403, "pages of other origins may not ask this server", "wrong_origin")
-        if self.args.api_key and not is_open:
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.args.api_key}".encode()):
-                raise HTTPError(
-                    401,
-                    "a valid key is needed: Authorization: Bearer KEY",
-                    "invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        return handler
-
-    def log(self, line):
-        print(line, file=sys.stderr, flush=True)
-
-    def count(self, path, status):
-        path = path if path in self.routes else "other"
-        self.answers[path, status] = self.answers.get((path, status), 0) + 1
+    def find_route(self, path):
+        if path.startswith("/v1/models/"):
+            return "GET", self.get_models, False
+        return self.routes.get(path)
 
     # ---- what can be looked at
     async def get_page(self, connection, request, body):
-        await connection.respond(200, self.page, self.page_headers, request.keep_alive, request.method != "HEAD")
+        await connection.respond(200, self.page, self.page_headers, request)
         return 200
 
     async def get_health(self, connection, request, body):
         status = 503 if self.draining else 200
         text = {"status": "draining" if self.draining else "ok"}
-        await connection.respond(status, text, (), request.keep_alive, request.method != "HEAD")
+        await connection.respond(status, text, (), request)
         return status
 
     async def get_models(self, connection, request, body):
@@ -486,7 +407,7 @@ class Server:
         if request.path != "/v1/models":
             name = unquote(request.path.removeprefix("/v1/models/"))
             answer = next((row for row in rows if row["id"] == name), None) or self.no_model(name)
-        await connection.respond(200, answer, (), request.keep_alive, request.method != "HEAD")
+        await connection.respond(200, answer, (), request)
         return 200
 
     async def get_metrics(self, connection, request, body):
@@ -505,7 +426,7 @@ class Server:
         ]
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         text = "\n".join(lines) + "\n"
-        await connection.respond(200, text.encode(), headers, request.keep_alive, request.method != "HEAD")
+        await connection.respond(200, text.encode(), headers, request)
         return 200
 
     def no_model(self, name):
@@ -583,7 +504,7 @@ class Server:
             except QueueFull as error:
                 raise HTTPError(429, str(error), "queue_full", headers={"Retry-After": 1}) from None
             except ShuttingDown:
-                raise self.going() from None
+                raise self.shutting_down_error() from None
             except PromptTooLong as error:
                 field = "messages" if job.is_chat else "prompt"
                 raise bad_request(str(error), field, "context_length_exceeded") from None
@@ -592,15 +513,12 @@ class Server:
             except UserError as error:
                 raise bad_request(str(error), str(error).partition(":")[0]) from None
 
-    def going(self):
-        return HTTPError(503, "the server is shutting down", "shutting_down", headers={"Retry-After": 5})
-
     async def generate(self, connection, request, data):
         """POST of either API: returns the status. Whatever happens, nothing of it stays in the engine."""
         start, job, status = time.monotonic(), None, 500
         try:
             if self.draining:
-                raise self.going()
+                raise self.shutting_down_error()
             job = await asyncio.to_thread(self.prepare, data, request.path == "/v1/chat/completions")
             if connection.lost:
                 raise ClientGone
@@ -633,7 +551,7 @@ class Server:
         deadline, lengths = start + self.args.request_timeout, {}
         while job.unfinished:
             now = time.monotonic()
-            if connection.client_left(probe):
+            if connection.client_disconnected(probe):
                 raise ClientGone
             if outputs:
                 batch = [self.piece(job, i, output, lengths) for i, output in outputs]
@@ -642,14 +560,14 @@ class Server:
             elif now >= deadline:
                 raise HTTPError(504, f"not finished within {self.args.request_timeout:g} seconds", "timeout")
             elif connection.probed:  # a reset in answer to the probe wakes nobody
-                await connection.until(lambda: outputs or connection.lost, min(deadline, now + 0.05))
+                await connection.wait_until(lambda: outputs or connection.lost, min(deadline, now + 0.05))
             else:
-                await connection.until(lambda: outputs or connection.lost or connection.eof, deadline)
+                await connection.wait_until(lambda: outputs or connection.lost or connection.eof, deadline)
 
     def piece(self, job, i, output, lengths):
         if output.finish_reason in ("abort", "error"):
             job.finish = output.finish_reason
-            raise self.going() if self.draining else HTTPError(500, "the engine failed", "engine_error")
+            raise self.shutting_down_error() if self.draining else HTTPError(500, "the engine failed", "engine_error")
         params = job.requests[i].params
         index, text, logprobs = i * params.n + output.index, output.text, None
         if output.token_id is not None:
@@ -669,7 +587,7 @@ class Server:
 
     async def answer(self, connection, request, job, outputs, start):
         """Not streamed. The probe is what may always be sent ahead of an answer (RFC 9110, 15.2): 100 Continue."""
-        probe = b"HTTP/1.1 100 Continue\r\n\r\n" if request.version == "HTTP/1.1" else None
+        probe = CONTINUE if request.version == "HTTP/1.1" else None
         choices = {}
         async for batch in self.pieces(connection, job, outputs, start, probe):
             for piece in batch:
@@ -677,13 +595,12 @@ class Server:
         whole = [whole_choice(job, index, choices[index]) for index in sorted(choices)]
         reply = job.reply(whole, chunk=False) | {"usage": job.usage()}
         request.keep_alive &= not self.draining
-        await connection.respond(200, reply, {"X-Request-Id": job.id}, request.keep_alive)
+        await connection.respond(200, reply, {"X-Request-Id": job.id}, request)
         return 200
 
     async def stream(self, connection, request, job, outputs, start):
         """Server-sent events. Once they flow the status is 200; an error becomes an event."""
-        chunked = request.version == "HTTP/1.1"
-        request.keep_alive &= chunked and not self.draining
+        request.keep_alive &= request.version == "HTTP/1.1" and not self.draining
         headers = {
             "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-store",
@@ -691,31 +608,25 @@ class Server:
             "X-Content-Type-Options": "nosniff",
             "X-Request-Id": job.id,
         }
-        headers |= {"Transfer-Encoding": "chunked"} if chunked else {}
-        headers |= {} if request.keep_alive else {"Connection": "close"}
-
-        def frame(text):
-            data = text.encode()
-            return b"%X\r\n%s\r\n" % (len(data), data) if chunked else data
 
         def event(reply):
             return f"data: {json.dumps(reply, separators=(',', ':'))}\n\n"
 
-        await connection.send(response_head(200, headers))
+        await connection.start_stream(200, headers, request)
         started, usage, status = set(), {"usage": None} if job.include_usage else {}, 200
         try:
-            async for batch in self.pieces(connection, job, outputs, start, frame(": still here\n\n")):
+            async for batch in self.pieces(connection, job, outputs, start, h11.Data(data=b": still here\n\n")):
                 events = []
                 for piece in batch:
                     for choice in stream_choices(job, piece, piece.index not in started):
                         events.append(event(job.reply([choice], chunk=True) | usage))
                     started.add(piece.index)
                 if events:
-                    await connection.send(frame("".join(events)))
+                    await connection.send(h11.Data(data="".join(events).encode()))
             last = event(job.reply([], chunk=True) | {"usage": job.usage()}) if job.include_usage else ""
         except HTTPError as error:
             last, status = event(error.body()), error.status
-        await connection.send(frame(last + "data: [DONE]\n\n") + (b"0\r\n\r\n" if chunked else b""))
+        await connection.send(h11.Data(data=f"{last}data: [DONE]\n\n".encode()), h11.EndOfMessage())
         return status
 
     def record(self, job, status, start):
@@ -736,17 +647,9 @@ class Server:
 
     # ---- the whole
     async def run(self):
-        """Listen until `stop`; then new requests get a 503, and what runs has until `hurry` or drain_timeout."""
-        loop, args = asyncio.get_running_loop(), self.args
-        try:
-            listener = await loop.create_server(lambda: Connection(self), args.host, args.port, backlog=512)
-        except OSError as error:
-            reason = str(error.strerror).rpartition(": ")[2]
-            raise UserError(
-                f"port: cannot listen on {args.host}:{args.port}: {reason}; give another --port, or "
-                "--port 0 for a free one"
-            ) from None
-        host, self.port = listener.sockets[0].getsockname()[:2]
+        """Listen until `stop`; then new requests get a 503, and what runs has until `force_stop` or drain_timeout."""
+        args, listener = self.args, await self.listen()
+        host = listener.sockets[0].getsockname()[0]
         host = f"[{host}]" if ":" in host else host
         adapters = "".join(f"; adapter {name}" for name in self.engine.adapters)
         print(
@@ -760,18 +663,11 @@ class Server:
         self.draining = True
         self.log(f"shutting down: {len(self.running)} requests are to be finished")
         shutdown = asyncio.create_task(asyncio.to_thread(self.engine.shutdown, True, args.drain_timeout))
-        await asyncio.wait((shutdown, asyncio.create_task(self.hurry.wait())), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((shutdown, asyncio.create_task(self.force_stop.wait())), return_when=asyncio.FIRST_COMPLETED)
         for request_id in list(self.running):
             self.engine.abort(request_id)
         await shutdown
-        deadline = time.monotonic() + min(5.0, args.write_timeout)  # for the last bytes to be taken
-        while (
-            any(c.busy or c.transport.get_write_buffer_size() for c in self.connections) and time.monotonic() < deadline
-        ):
-            await asyncio.sleep(0.02)
-        listener.close()
-        for connection in list(self.connections):
-            connection.transport.abort()
+        await self.close_connections(listener)
 
 
 def serve_http(engine, tokenizer, args):
@@ -784,7 +680,7 @@ def serve_http(engine, tokenizer, args):
         server = Server(engine, tokenizer, args)
         for each in (signal.SIGTERM, signal.SIGINT):  # a second one cuts the draining short
             asyncio.get_running_loop().add_signal_handler(
-                each, lambda: (server.hurry if server.stop.is_set() else server.stop).set()
+                each, lambda: (server.force_stop if server.stop.is_set() else server.stop).set()
             )
         engine.start()
         try:
