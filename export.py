@@ -47,14 +47,14 @@ from adapters import base_folders, from_pretrained, load_adapter, lora_layers, m
 from arguments import ScriptArgs
 from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
-from formats.tensor_files import from_bfloat16, read_safetensors, to_bfloat16, write_safetensors
+from formats.tensor_files import from_bfloat16, to_bfloat16, write_safetensors
 from formats.tokenizer import MODEL_FILES, load_tokenizer
 from formats.weights import named_weights, save_pretrained
-from model import Cache, Linear, QuantLinear, block_linears, build, glm_positions_and_mask, rope_lengths, set_parameter
+from model import Cache, Linear, QuantLinear, block_linears, build, rope_lengths, set_parameter
+from serving.engine import ScheduledTokens
+from serving.runners import NEVER, STATIC_FORMAT, StaticRunner
 
 DTYPES = ("float32", "bfloat16", "float16")
-STATIC_FORMAT = 2  # of static_config.json; serve.py reads this one
-NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden
 
 
 @dataclasses.dataclass
@@ -337,7 +337,7 @@ def export_static(tokenizer, folder, args):
         json.dump(description, file, indent=2, ensure_ascii=False)
     # Rounding of activations is a step: where float32 noise crosses one, a8w8 logits jump.
     a8w8 = config.quantization is not None and config.quantization["quant_method"] == "a8w8"
-    found = static_logits(folder, config, prefix_tokens, ids, mask)
+    found = static_logits(folder, ids, mask)
     largest = difference(found, expected, 0.02 if a8w8 else 1e-4, "the static programs")
     return f"largest difference of logits {largest:.3g}"
 
@@ -385,58 +385,24 @@ def write_prefix(model, path):
     return cache.prefix_tokens
 
 
-def static_logits(folder, config, P, ids, mask):
-    """As dynamic_logits, but by the programs of the folder, behind P tokens of a prefix: prefill, then one decode step
-    after another. config: the ModelConfig.
+class _Text:
+    """What StaticRunner reads of the engine's sequences."""
 
-    Behind a prefix each row by itself, as padding between it and a text would change their distance.
-    """
-    if P and len(ids) > 1:
-        texts = [(row[part.argmax() :][None], part[part.argmax() :][None]) for row, part in zip(ids, mask)]
-        return np.concatenate([static_logits(folder, config, P, *text) for text in texts])
-    programs = {}
-    for name in ("prefill", "decode"):
-        settings = paddle.inference.Config(str(folder / f"{name}.json"), str(folder / "static.pdiparams"))
-        settings.disable_gpu()
-        settings.disable_mkldnn()
-        settings.disable_glog_info()
-        programs[name] = paddle.inference.create_predictor(settings)
+    def __init__(self, tokens, num_prompt_tokens):
+        self.tokens, self.num_prompt_tokens = tokens, num_prompt_tokens
 
-    def call(name, past, **arrays):
-        program, layers = programs[name], config.num_hidden_layers
-        arrays |= dict(zip((f"{kind}_{i}" for kind in ("keys", "values") for i in range(layers)), past))
-        for key in program.get_input_names():
-            program.get_input_handle(key).copy_from_cpu(np.ascontiguousarray(arrays[key]))
-        program.run()
-        return [program.get_output_handle(key).copy_to_cpu() for key in program.get_output_names()]
 
-    def lengths(at):
-        """(B, T) of tokens at these positions (B, T) of the text; or None"""
-        found = [rope_lengths(config, P + n, row + P) for n, row in zip(mask.sum(1), at)]
-        return None if found[0] is None else np.stack(found)
-
-    B, T = mask.shape
-    at, rows = positions_of(mask), rows_of(mask)
-    visible, positions = np.full((B, 1, 1, 1), NEVER, np.int32), at + P  # visible: the row of a key to all
-    if config.position == "rope_2d":
-        causal = paddle.to_tensor(rows)
-        found = glm_positions_and_mask(config, paddle.to_tensor(ids[:, :T]), paddle.to_tensor(at), causal)
-        positions, rows = (x.numpy() for x in found)
-        visible = np.concatenate([visible, np.zeros_like(visible)], axis=-1)
-    past = []
-    if P:
-        past = [np.repeat(array[None], B, axis=0) for array in read_safetensors(folder / "prefix.safetensors").values()]
-        rows = np.concatenate([visible] * P + [rows + np.minimum(P, NEVER - rows) * (rows != 0)], axis=2)
-    first = "decode" if P else "prefill"
-    outputs = call(first, past, input_ids=ids[:, :T], rows=rows, position_ids=positions, lengths=lengths(at))
-    found, step = [outputs[0]], positions[:, -1:]
-    for place in range(T, ids.shape[1]):
-        at, rows = at[:, -1:] + 1, np.concatenate([rows, visible], axis=2)
-        step = step + (np.array([0, 1]) if config.position == "rope_2d" else 1)
-        new = ids[:, place : place + 1]
-        outputs = call("decode", outputs[1:], input_ids=new, rows=rows, position_ids=step, lengths=lengths(at))
-        found.append(outputs[0])
-    return np.stack(found, axis=1)
+def static_logits(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(3, 5, V) float32: as dynamic_logits, by the programs of the folder as the engine runs them."""
+    runner, T = StaticRunner(folder), mask.shape[1]
+    before, texts = runner.num_virtual_tokens, []
+    for row, length in zip(ids, mask.sum(1)):
+        texts.append(_Text([-1] * before + row[T - length :].tolist(), before + int(length)))
+    prompts = [ScheduledTokens(text, before, text.num_prompt_tokens - before) for text in texts]
+    logits = [runner.run(prompts)]
+    for step in range(ids.shape[1] - T):
+        logits.append(runner.run([ScheduledTokens(text, text.num_prompt_tokens + step, 1) for text in texts]))
+    return np.stack(logits, axis=1)
 
 
 # ========================================================================================================== main

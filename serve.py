@@ -157,7 +157,7 @@ def build_engine(args):
     adapters = adapter_paths(args.lora_path)
     if args.mode == "static":
         runner = StaticRunner(path, paddle.get_device())
-        length = min(args.total_max_length + runner.virtual, runner.max_positions)
+        length = min(args.total_max_length + runner.num_virtual_tokens, runner.max_positions)
         num_blocks = args.num_blocks or args.batch_size * -(-length // args.block_size)
         return engine_of(runner, tokenizer, num_blocks, None, args), tokenizer
     model = from_pretrained(path)
@@ -336,7 +336,7 @@ def benchmark(engine, args):
 
 def measure(engine, prompts, new):
     """(seconds until every prompt has its first token, seconds until all have `new`), without the cache of blocks."""
-    engine.pool.forget()
+    engine.pool.reset_prefix_cache()
     firsts, params = [], SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     start, seen = time.perf_counter(), set()
 

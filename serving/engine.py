@@ -146,10 +146,10 @@ class Sampler:
 
     def choose(self, logits, seen):
         """logits (V,) float32, seen: ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
-        (token,) = sample_batch([self], self.adjusted(logits, seen)[None])
-        return token, *self.report(logits, token)
+        (token,) = sample_batch([self], self.apply_penalties(logits, seen)[None])
+        return token, *self.logprobs_of(logits, token)
 
-    def adjusted(self, logits, seen):
+    def apply_penalties(self, logits, seen):
         """The same with penalties and bans; logits themselves where there are none."""
         p = self.params
         if p.repetition_penalty != 1.0:
@@ -157,7 +157,7 @@ class Sampler:
                 0
             ]
         if (p.presence_penalty or p.frequency_penalty) and self.counts:
-            ids, counts = (np.array(list(part)) for part in (self.counts.keys(), self.counts.values()))
+            ids, counts = (np.array(list(part)) for part in (self.counts.block_hashes(), self.counts.values()))
             logits = logits.copy()
             logits[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
         if self.stops and self.counts.total() < p.min_tokens:
@@ -165,7 +165,7 @@ class Sampler:
             logits[[i for i in self.stops if i < len(logits)]] = -np.inf
         return logits
 
-    def report(self, logits, token):
+    def logprobs_of(self, logits, token):
         """What is told of the token chosen: (log-probability, likeliest), of the logits as the model gave them, or Nones."""
         p = self.params
         if p.logprobs is None:
@@ -239,20 +239,20 @@ class BlockPool:
     def __init__(self, num_blocks, block_size, reuse=True):
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
         self.counts = [0] * num_blocks
-        self.keys = [None] * num_blocks  # the chain key of a block whose tokens are known
-        self.known = {}  # chain key -> block
+        self.hashes = [None] * num_blocks  # the block hash of a block whose tokens are known
+        self.block_of = {}  # block hash -> block
         self.cached = 0  # free blocks that are known
         self.free = collections.OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
 
-    def chain(self, parent, tokens):
+    def block_hash(self, parent, tokens):
         """The key of a block: a digest of all tokens up to its end, and of what `parent` says of their beginning."""
         return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), key=parent, digest_size=16).digest()
 
-    def match(self, keys):
-        """Take the longest run of cached blocks with these keys: their list."""
+    def match_prefix(self, hashes):
+        """Take the longest run of cached blocks with these hashes; returns the blocks."""
         blocks = []
-        for key in keys if self.reuse else ():
-            block = self.known.get(key)
+        for key in hashes if self.reuse else ():
+            block = self.block_of.get(key)
             if block is None:
                 break
             if self.counts[block] == 0:
@@ -265,17 +265,17 @@ class BlockPool:
     def allocate(self):
         """An empty block; there must be a free one."""
         block, _ = self.free.popitem(last=False)
-        if self.keys[block] is not None:
-            del self.known[self.keys[block]]
-            self.keys[block] = None
+        if self.hashes[block] is not None:
+            del self.block_of[self.hashes[block]]
+            self.hashes[block] = None
             self.cached -= 1
         self.counts[block] = 1
         return block
 
-    def publish(self, block, key):
+    def cache_block(self, block, key):
         """The block is full and computed: others may share it. The first of several equal ones is the one that is found."""
-        if self.reuse and key not in self.known:
-            self.known[key], self.keys[block] = block, key
+        if self.reuse and key not in self.block_of:
+            self.block_of[key], self.hashes[block] = block, key
 
     def release(self, blocks):
         """Give back a sequence's blocks. The last goes first: without its parent a block would never be found again."""
@@ -284,15 +284,15 @@ class BlockPool:
             assert self.counts[block] >= 0, f"block {block} was released twice"
             if self.counts[block] == 0:
                 self.free[block] = None
-                if self.keys[block] is None:
+                if self.hashes[block] is None:
                     self.free.move_to_end(block, last=False)  # empty ones are taken before cached ones
                 else:
                     self.cached += 1
 
-    def forget(self):
+    def reset_prefix_cache(self):
         """Nothing cached is to be found again."""
-        self.known.clear()
-        self.keys, self.cached = [None] * self.num_blocks, 0
+        self.block_of.clear()
+        self.hashes, self.cached = [None] * self.num_blocks, 0
 
 
 # ================================================================== 5. sequences
@@ -304,22 +304,22 @@ WAITING, PREFILL, DECODE, DONE = "waiting", "prefill", "decode", "done"  # store
 class Sequence:
     """One of the n replies of a request, from the queue to its end."""
 
-    def __init__(self, request, index, arrival, on_output, leader, sampler, text, virtual, root):
+    def __init__(self, request, index, arrival, on_output, leader, sampler, text, num_virtual_tokens, hash_seed):
         self.request, self.index, self.arrival, self.on_output = request, index, arrival, on_output
         self.leader = leader  # the sequence of the same request whose prompt this one waits to share, or None
         self.sampler, self.text = sampler, text
-        self.virtual = virtual  # tokens of a trained prefix in front, as -1
-        self.tokens = [-1] * virtual + list(request.prompt_ids)  # and then the reply's
-        self.prompt_end = len(self.tokens)
+        self.num_virtual_tokens = num_virtual_tokens  # tokens of a trained prefix in front, as -1
+        self.tokens = [-1] * num_virtual_tokens + list(request.prompt_ids)  # and then the reply's
+        self.num_prompt_tokens = len(self.tokens)
         self.phase = WAITING
-        self.computed = 0  # tokens whose keys and values are in the blocks
+        self.num_computed_tokens = 0  # tokens whose keys and values are in the blocks
         self.blocks = []
-        self.keys = [root]  # chain keys: the root and one for each full block
+        self.block_hashes = [hash_seed]  # block hashs: the root and one for each full block
         self.cached_tokens = None  # set when first admitted
 
     @property
     def generated(self):
-        return len(self.tokens) - self.prompt_end
+        return len(self.tokens) - self.num_prompt_tokens
 
 
 class ScheduledTokens(NamedTuple):
@@ -362,12 +362,12 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size, reuse=runner.chunked)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # every running sequence gets its token
-        room = min(runner.max_positions, num_blocks * block_size) - runner.virtual
+        room = min(runner.max_positions, num_blocks * block_size) - runner.num_virtual_tokens
         self.max_model_len = min(room, max_model_len or room)
         if self.max_model_len < 2:
             raise UserError(
                 f"{num_blocks} blocks of {block_size} and {runner.max_positions} positions leave no room for a prompt "
-                f"and a token after {runner.virtual} tokens of a prefix; raise num_blocks"
+                f"and a token after {runner.num_virtual_tokens} tokens of a prefix; raise num_blocks"
             )
         self.adapters = list(runner.adapters)
         self.watermark = max(1, num_blocks // 100)  # blocks left free when a sequence is admitted beside others
@@ -420,14 +420,25 @@ class Engine:
                 raise UserError(f"request_id: {request.request_id!r} is running already")
             self.live[request.request_id] = params.n
             seed = int(self.seeds.integers(1 << 62)) if params.seed is None else params.seed
-            # What the cached keys and values depend on besides the tokens, as the root of the chain of blocks.
-            turned = self.runner.root(len(prompt) + self.runner.virtual) if self.pool.reuse else 0
-            root, leader = hashlib.blake2b(f"{turned} {request.adapter or ''}".encode(), digest_size=16).digest(), None
+            # Cached keys and values depend on more than the tokens: on the rotation and on the adapter.
+            rotation = self.runner.hash_seed(len(prompt) + self.runner.num_virtual_tokens) if self.pool.reuse else 0
+            root, leader = (
+                hashlib.blake2b(f"{rotation} {request.adapter or ''}".encode(), digest_size=16).digest(),
+                None,
+            )
             for index in range(params.n):
                 sampler = Sampler(params, index, self.stop_ids, seed)
                 text = Detokenizer(self.tokenizer, params.stop)
                 sequence = Sequence(
-                    request, index, next(self.arrivals), on_output, leader, sampler, text, self.runner.virtual, root
+                    request,
+                    index,
+                    next(self.arrivals),
+                    on_output,
+                    leader,
+                    sampler,
+                    text,
+                    self.runner.num_virtual_tokens,
+                    root,
                 )
                 leader = leader or sequence
                 self.inbox.append(sequence)
@@ -480,14 +491,14 @@ class Engine:
         """The chunks of this step: a token of every running sequence, then pieces of prompts, the oldest first."""
         chunks, size, preempted, whole = [], self.pool.block_size, False, not self.runner.chunked
         for sequence in [s for s in self.running if s.phase == DECODE]:
-            while sequence.phase == DECODE and len(sequence.blocks) * size <= sequence.computed:
+            while sequence.phase == DECODE and len(sequence.blocks) * size <= sequence.num_computed_tokens:
                 if self.pool.free:
                     sequence.blocks.append(self.pool.allocate())
                 else:
                     self._preempt(max(self.running, key=lambda s: s.arrival))
                     preempted = True
             if sequence.phase == DECODE:
-                chunks.append(ScheduledTokens(sequence, sequence.computed, 1))
+                chunks.append(ScheduledTokens(sequence, sequence.num_computed_tokens, 1))
         budget = self.max_num_batched_tokens - len(chunks)
         for sequence in [s for s in self.running if s.phase == PREFILL]:
             budget -= self._add_prefill(chunks, sequence, budget)
@@ -508,10 +519,10 @@ class Engine:
 
     def _add_prefill(self, chunks, sequence, budget):
         """A chunk of a prompt within the budget (the whole of it, if the runner takes no pieces): its tokens."""
-        count = len(sequence.tokens) - sequence.computed
+        count = len(sequence.tokens) - sequence.num_computed_tokens
         count = min(count, budget) if self.runner.chunked else count
         if count > 0:
-            chunks.append(ScheduledTokens(sequence, sequence.computed, count))
+            chunks.append(ScheduledTokens(sequence, sequence.num_computed_tokens, count))
         return count
 
     def _admit(self, sequence):
@@ -522,36 +533,38 @@ class Engine:
         """
         assert sequence is self.waiting[0] and sequence.phase == WAITING and not sequence.blocks
         size, length = self.pool.block_size, len(sequence.tokens)
-        self._extend_keys(sequence, (length - 1) // size)
-        shared = self.pool.match(sequence.keys[1 : 1 + (length - 1) // size])
+        self._extend_hashes(sequence, (length - 1) // size)
+        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + (length - 1) // size])
         missing = -(-length // size) - len(shared)
         if missing > len(self.pool.free) - (self.watermark if self.running else 0):
             self.pool.release(shared)
             return False
         self.waiting.popleft()
         sequence.blocks = shared + [self.pool.allocate() for _ in range(missing)]
-        sequence.computed = len(shared) * size
+        sequence.num_computed_tokens = len(shared) * size
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = max(0, sequence.computed - sequence.virtual)
+            sequence.cached_tokens = max(0, sequence.num_computed_tokens - sequence.num_virtual_tokens)
             self.totals["cached_tokens"] += sequence.cached_tokens
-        if sequence.computed < sequence.virtual:
-            self.runner.fill_prefix(sequence, sequence.computed)
-            sequence.computed = sequence.virtual
+        if sequence.num_computed_tokens < sequence.num_virtual_tokens:
+            self.runner.fill_prefix(sequence, sequence.num_computed_tokens)
+            sequence.num_computed_tokens = sequence.num_virtual_tokens
         sequence.phase = PREFILL
         bisect.insort(self.running, sequence, key=lambda s: s.arrival)
         return True
 
-    def _extend_keys(self, sequence, blocks):
-        """The chain keys of the first so many blocks, from tokens that are all there."""
+    def _extend_hashes(self, sequence, blocks):
+        """The block hashs of the first so many blocks, from tokens that are all there."""
         size = self.pool.block_size
-        for i in range(len(sequence.keys) - 1, blocks if self.pool.reuse else 0):
-            sequence.keys.append(self.pool.chain(sequence.keys[i], sequence.tokens[i * size : (i + 1) * size]))
+        for i in range(len(sequence.block_hashes) - 1, blocks if self.pool.reuse else 0):
+            sequence.block_hashes.append(
+                self.pool.block_hash(sequence.block_hashes[i], sequence.tokens[i * size : (i + 1) * size])
+            )
 
     def _preempt(self, sequence):
         """Back to the head of the queue, with its tokens and its random state; what it had computed is given up."""
         self._give_back(sequence)
         self.running.remove(sequence)
-        sequence.phase, sequence.computed = WAITING, 0
+        sequence.phase, sequence.num_computed_tokens = WAITING, 0
         self.waiting.appendleft(sequence)
         self.totals["preemptions"] += 1
 
@@ -566,13 +579,13 @@ class Engine:
         chosen = self._draw(chunks, logits, finite)
         for row, chunk in enumerate(chunks):
             sequence, size = chunk.sequence, self.pool.block_size
-            full = sequence.computed // size
-            sequence.computed += chunk.count
-            if sequence.computed // size > full:
-                self._extend_keys(sequence, sequence.computed // size)
-                for i in range(full, sequence.computed // size if self.pool.reuse else full):
-                    self.pool.publish(sequence.blocks[i], sequence.keys[i + 1])
-            if sequence.computed < len(sequence.tokens):
+            full = sequence.num_computed_tokens // size
+            sequence.num_computed_tokens += chunk.count
+            if sequence.num_computed_tokens // size > full:
+                self._extend_hashes(sequence, sequence.num_computed_tokens // size)
+                for i in range(full, sequence.num_computed_tokens // size if self.pool.reuse else full):
+                    self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
+            if sequence.num_computed_tokens < len(sequence.tokens):
                 continue
             sequence.phase = DECODE
             if not finite[row]:
@@ -581,7 +594,7 @@ class Engine:
             elif sequence.sampler.plain and sequence.generated >= sequence.sampler.params.min_tokens:
                 self._append(sequence, best[row], None, None)
             else:
-                self._append(sequence, chosen[row], *sequence.sampler.report(logits[row], chosen[row]))
+                self._append(sequence, chosen[row], *sequence.sampler.logprobs_of(logits[row], chosen[row]))
 
     def _draw(self, chunks, logits, finite):
         """{row: id} of the rows that are computed to their end and for which the argmax is not all."""
@@ -594,7 +607,7 @@ class Engine:
             return {}
         samplers = [chunks[row].sequence.sampler for row in rows]
         adjusted = [
-            s.adjusted(logits[row], chunks[row].sequence.tokens[chunks[row].sequence.virtual :])
+            s.apply_penalties(logits[row], chunks[row].sequence.tokens[chunks[row].sequence.num_virtual_tokens :])
             for row, s in zip(rows, samplers)
         ]
         return dict(zip(rows, sample_batch(samplers, np.stack(adjusted))))
@@ -605,7 +618,10 @@ class Engine:
         sequence.tokens.append(token)
         self.totals["generation_tokens"] += 1
         may_stop = sequence.generated >= params.min_tokens
-        full = sequence.generated >= params.max_tokens or len(sequence.tokens) - sequence.virtual >= self.max_model_len
+        full = (
+            sequence.generated >= params.max_tokens
+            or len(sequence.tokens) - sequence.num_virtual_tokens >= self.max_model_len
+        )
         if may_stop and token in sampler.stops:
             text, reason = sequence.text.flush()[0], "stop"
         else:
@@ -673,7 +689,7 @@ class Engine:
         self.totals["errors"] += len(failed)
         for sequence in failed:
             self._finish(sequence, "error")
-        self.pool.forget()
+        self.pool.reset_prefix_cache()
 
     def shutdown(self, drain=True, timeout=None):
         """Refuse new requests; drain: finish what there is, for at most `timeout` seconds; abort what is left."""

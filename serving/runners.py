@@ -57,7 +57,7 @@ class PagedRunner:
         self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.max_model_len
         self.chunked = c.position != "rope_2d"  # a prompt may come in pieces, and share blocks
         self.prefix_tokens = 0  # of the text's positions: they are given with the virtual tokens counted
-        self.virtual = model.prefix.tokens if model.prefix is not None else 0
+        self.num_virtual_tokens = model.prefix.tokens if model.prefix is not None else 0
         shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
         kind, layers = "int8" if int8 else "float32", range(c.num_hidden_layers)
         self.pools = [(paddle.zeros(shape, kind), paddle.zeros(shape, kind)) for _ in layers]  # keys, values of a layer
@@ -66,8 +66,10 @@ class PagedRunner:
         self.adapters = self._load_adapters(adapters or {})
         # Of the step being computed:
         self.slots = self.tables = self.query_lengths = self.context_lengths = self.lengths = None
-        self.wholes = []  # prompts whose attention is not causal: (first, end, slots, rows)
-        self.others = self.order = None  # the other tokens with their tables and lengths; where each token's output is
+        self.full_prompts = []  # prompts whose attention is not causal: (first, end, slots, rows)
+        self.decode_rows = self.output_order = (
+            None  # the other tokens with their tables and lengths; where each token's output is
+        )
         self.last_positions = {}  # sequence -> (2,) of its prompt's last token, for rope_2d
 
     @staticmethod
@@ -75,7 +77,7 @@ class PagedRunner:
         of_head = config.head_dim + 4 if int8 else 4 * config.head_dim
         return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * of_head
 
-    def root(self, prompt):
+    def hash_seed(self, prompt):
         """What keys and values depend on besides the tokens, where a prompt has so many."""
         return rope_cache_key(self.config, prompt)
 
@@ -143,41 +145,46 @@ class PagedRunner:
         firsts = np.repeat(self.query_lengths.cumsum() - counts, counts)
         positions = np.arange(len(ids)) - firsts + starts[rows]
         self.slots = kernels.to_tensor(self.tables[rows, positions // size].astype(np.int64) * size + positions % size)
-        ends = [chunk.sequence.prompt_end for chunk in chunks]
+        ends = [chunk.sequence.num_prompt_tokens for chunk in chunks]
         lengths = [rope_lengths(self.config, end, positions[rows == row]) for row, end in enumerate(ends)]
         self.lengths = None if lengths[0] is None else kernels.to_tensor(np.concatenate(lengths)[None])
         if not self.chunked:
-            positions = self._two_positions(chunks)  # (N, 2)
+            positions = self._glm_positions(chunks)  # (N, 2)
         self.positions = kernels.to_tensor(positions[None])
         return kernels.to_tensor(np.array([ids], np.int64))
 
-    def _two_positions(self, chunks):
-        """(N, 2) of all tokens; `wholes` are the prompts among the chunks, with the replies that they had before."""
-        self.wholes, found, end = [], [], 0
+    def _glm_positions(self, chunks):
+        """(N, 2) of all tokens; `full_prompts` are the prompts among the chunks, with the replies that they had before."""
+        self.full_prompts, found, end = [], [], 0
         for row, (sequence, start, count) in enumerate(chunks):
             end += count
-            if start > self.virtual:
-                step = start - sequence.prompt_end + 1
+            if start > self.num_virtual_tokens:
+                step = start - sequence.num_prompt_tokens + 1
                 found.append(self.last_positions[sequence] + np.array([[0, step]]))
                 continue
-            prompt, context = sequence.prompt_end - self.virtual, np.arange(self.virtual + count)
-            positions, rows = glm_positions_of_prompt(self.config, sequence.tokens[self.virtual :], prompt)
+            prompt, context = (
+                sequence.num_prompt_tokens - self.num_virtual_tokens,
+                np.arange(self.num_virtual_tokens + count),
+            )
+            positions, rows = glm_positions_of_prompt(self.config, sequence.tokens[self.num_virtual_tokens :], prompt)
             self.last_positions[sequence] = positions[prompt - 1]
-            seen = np.broadcast_to(np.array([NEVER, 0], np.int32), (1, 1, self.virtual, 2))  # the prefix, by every row
-            rows = np.concatenate([seen, rows + np.minimum(self.virtual, NEVER - rows)], axis=2)
+            seen = np.broadcast_to(
+                np.array([NEVER, 0], np.int32), (1, 1, self.num_virtual_tokens, 2)
+            )  # the prefix, by every row
+            rows = np.concatenate([seen, rows + np.minimum(self.num_virtual_tokens, NEVER - rows)], axis=2)
             blocks = self.tables[row, context // self.block_size].astype(np.int64)
             slots = blocks * self.block_size + context % self.block_size
-            self.wholes.append((end - count, end, kernels.to_tensor(slots), kernels.to_tensor(rows)))
+            self.full_prompts.append((end - count, end, kernels.to_tensor(slots), kernels.to_tensor(rows)))
             found.append(positions)
-        whole = np.array([chunk.start == self.virtual for chunk in chunks])
+        whole = np.array([chunk.start == self.num_virtual_tokens for chunk in chunks])
         at, firsts = np.arange(end), self.query_lengths.cumsum() - self.query_lengths
-        order = np.concatenate([at[first:stop] for first, stop, *_ in self.wholes] + [firsts[~whole]])
-        self.order, self.others = kernels.to_tensor(order.argsort()), None
+        order = np.concatenate([at[first:stop] for first, stop, *_ in self.full_prompts] + [firsts[~whole]])
+        self.output_order, self.decode_rows = kernels.to_tensor(order.argsort()), None
         if not whole.all():
             arrays = [array[~whole] for array in (self.tables, self.query_lengths, self.context_lengths)]
             for array in arrays:
                 array.flags.writeable = False
-            self.others = kernels.to_tensor(firsts[~whole]), *arrays
+            self.decode_rows = kernels.to_tensor(firsts[~whole]), *arrays
         return np.concatenate(found)
 
     def _set_slices(self, chunks):
@@ -194,7 +201,7 @@ class PagedRunner:
         """
         pool, scales = self.pools[layer], self.scales[layer]
         kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)
-        if self.wholes:
+        if self.full_prompts:
             return self._attend_two_ways(q, pool, scales, scale, options)
         out = kernels.paged_attention(
             q[0], *pool, self.tables, self.query_lengths, self.context_lengths, scale, *scales, **options
@@ -204,7 +211,7 @@ class PagedRunner:
     def _attend_two_ways(self, q, pool, scales, scale, options):
         """attend() of a step with whole prompts, each by itself under its mask, and with tokens of replies."""
         parts, flat = [], [part.reshape([-1, *part.shape[2:]]) for part in pool]  # (slots, K, Dh)
-        for first, end, slots, rows in self.wholes:
+        for first, end, slots, rows in self.full_prompts:
             k, v = (paddle.gather(part, slots) for part in flat)
             if scales[0] is not None:
                 of_slots = (paddle.gather(s.reshape([-1, s.shape[2]]), slots).unsqueeze(-1) for s in scales)
@@ -212,10 +219,10 @@ class PagedRunner:
             more = {key: value for key, value in options.items() if key != "window"}  # which no such model has
             found = kernels.attention(q[:, first:end], k.unsqueeze(0), v.unsqueeze(0), rows, False, scale, **more)
             parts.append(found[0])
-        if self.others is not None:
-            at, *lengths = self.others
+        if self.decode_rows is not None:
+            at, *lengths = self.decode_rows
             parts.append(kernels.paged_attention(paddle.gather(q[0], at), *pool, *lengths, scale, *scales, **options))
-        return paddle.gather(paddle.concat(parts), self.order).unsqueeze(0)
+        return paddle.gather(paddle.concat(parts), self.output_order).unsqueeze(0)
 
     @paddle.no_grad()
     def fill_prefix(self, sequence, start):
@@ -261,18 +268,20 @@ class StaticRunner:
     def __init__(self, folder, device="cpu"):
         self.folder, self.config = Path(folder), _static_config(folder)
         self.vocab_size, self.layers = self.config["vocab_size"], self.config["num_hidden_layers"]
-        self.virtual = self.config["prefix_tokens"]  # positions of a trained prefix, before the text's
-        self.max_positions = self.config["max_model_len"] + self.virtual
+        self.num_virtual_tokens = self.config["prefix_tokens"]  # positions of a trained prefix, before the text's
+        self.max_positions = self.config["max_model_len"] + self.num_virtual_tokens
         self.heads = self.config["num_key_value_heads"], self.config["head_dim"]
         self.model_config = ModelConfig.from_dict(self.config["model_config"], self.folder / "static_config.json")
-        self.two = self.model_config.position == "rope_2d"
-        self.piece = self.max_positions if self.two else self.CHUNK  # there a prompt's tokens see those behind them
+        self.is_2d_rope = self.model_config.position == "rope_2d"
+        self.piece = (
+            self.max_positions if self.is_2d_rope else self.CHUNK
+        )  # there a prompt's tokens see those behind them
         self.prefill_program = self._load("prefill.json", device)
         self.decode_program = self._load("decode.json", device)
-        self.records = {}  # sequence -> (caches, its row in them, its tokens)
+        self.caches_of = {}  # sequence -> (caches, its row in them, its tokens)
         self.last_positions = {}  # sequence -> (2,) of its prompt's last token, where there are two
         self.prefix = None
-        if self.virtual:
+        if self.num_virtual_tokens:
             tensors = read_safetensors(self.folder / "prefix.safetensors")  # {"keys.0": (P, K, Dh), …}
             self.prefix = [tensors[f"{kind}.{i}"] for kind in ("keys", "values") for i in range(self.layers)]
 
@@ -304,13 +313,13 @@ class StaticRunner:
         """[chunk] -> (len(chunks), V) float32."""
         logits = np.empty((len(chunks), self.vocab_size), np.float32)
         tokens = [chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] for chunk in chunks]
-        prompts = [i for i, chunk in enumerate(chunks) if chunk.start == self.virtual]
-        steps = [i for i, chunk in enumerate(chunks) if chunk.start != self.virtual]
+        prompts = [i for i, chunk in enumerate(chunks) if chunk.start == self.num_virtual_tokens]
+        steps = [i for i, chunk in enumerate(chunks) if chunk.start != self.num_virtual_tokens]
         if prompts:
             logits[prompts] = self.prefill([chunks[i].sequence for i in prompts], [tokens[i] for i in prompts])
         if steps:
             for i in steps:
-                held = self.records[chunks[i].sequence][2]
+                held = self.caches_of[chunks[i].sequence][2]
                 assert chunks[i].start == held and chunks[i].count == 1, (
                     f"{chunks[i].count} tokens at {chunks[i].start} after {held}"
                 )
@@ -322,7 +331,7 @@ class StaticRunner:
 
     def release(self, sequence):
         """Forget the keys and values of a sequence; one that is not known is no error."""
-        self.records.pop(sequence, None)
+        self.caches_of.pop(sequence, None)
         self.last_positions.pop(sequence, None)
 
     def prefill(self, sequences, prompts):
@@ -339,7 +348,7 @@ class StaticRunner:
             else:
                 logits[batch], caches = self._prefill_batch([sequences[i] for i in batch], [prompts[i] for i in batch])
             for row, i in enumerate(batch):
-                self.records[sequences[i]] = (caches, row, len(prompts[i]) + self.virtual)
+                self.caches_of[sequences[i]] = (caches, row, len(prompts[i]) + self.num_virtual_tokens)
         return logits
 
     def _prefill_batch(self, sequences, prompts):
@@ -350,8 +359,8 @@ class StaticRunner:
             ids[row, T - len(prompt) :] = prompt
         at = np.maximum(np.arange(T) - (T - lengths[:, None]), 0)
         places = at, self._rows(lengths, T)
-        if self.two:
-            places = self._two_positions(sequences, prompts, T)
+        if self.is_2d_rope:
+            places = self._glm_positions(sequences, prompts, T)
         return self._call(self.prefill_program, [], ids, *places, self._lengths(sequences, at))
 
     def _prefill_one(self, sequence, prompt):
@@ -361,11 +370,11 @@ class StaticRunner:
             caches = [array[None] for array in self.prefix]  # (1, P, K, Dh)
         while start < len(prompt):
             ids = np.array([prompt[start : start + self.piece]], np.int64)  # (1, T)
-            before = start + self.virtual
+            before = start + self.num_virtual_tokens
             at, total = before + np.arange(ids.shape[1])[None], before + ids.shape[1]
             places = at, self._rows(np.array([total]), total)
-            if self.two:
-                places = self._two_positions([sequence], [prompt], len(prompt))
+            if self.is_2d_rope:
+                places = self._glm_positions([sequence], [prompt], len(prompt))
             program = self.decode_program if caches else self.prefill_program
             logits, caches = self._call(program, caches, ids, *places, self._lengths([sequence], at))
             start += ids.shape[1]
@@ -373,32 +382,32 @@ class StaticRunner:
 
     def decode(self, sequences, tokens):
         """One more token of each sequence -> (S, V) float32."""
-        lengths = np.array([self.records[sequence][2] for sequence in sequences])
+        lengths = np.array([self.caches_of[sequence][2] for sequence in sequences])
         caches = self._gather(sequences, lengths)
         ids, positions = np.array(tokens, np.int64)[:, None], lengths[:, None]  # (B, 1): the prefix has positions too
         rows = self._rows(lengths + 1, caches[0].shape[1] + 1)
         places = positions, rows
-        if self.two:
-            steps = [[0, n - sequence.prompt_end + 1] for n, sequence in zip(lengths, sequences)]
+        if self.is_2d_rope:
+            steps = [[0, n - sequence.num_prompt_tokens + 1] for n, sequence in zip(lengths, sequences)]
             places = np.stack([self.last_positions[s] for s in sequences])[:, None] + np.array(steps)[:, None]
             places = places, np.concatenate([rows, np.zeros_like(rows)], axis=-1)
         logits, caches = self._call(self.decode_program, caches, ids, *places, self._lengths(sequences, positions))
         for row, sequence in enumerate(sequences):
-            self.records[sequence] = (caches, row, int(lengths[row]) + 1)
+            self.caches_of[sequence] = (caches, row, int(lengths[row]) + 1)
         return logits
 
     def _lengths(self, sequences, positions):
         """(B, T): the lengths of rope_lengths() for tokens at these positions (B, T); None where rope takes none."""
-        found = [rope_lengths(self.model_config, s.prompt_end, at) for s, at in zip(sequences, positions)]
+        found = [rope_lengths(self.model_config, s.num_prompt_tokens, at) for s, at in zip(sequences, positions)]
         return None if found[0] is None else np.stack(found)
 
-    def _two_positions(self, sequences, texts, T):
+    def _glm_positions(self, sequences, texts, T):
         """Positions (B, T, 2) and rows (B, 1, virtual + T, 2) of whole texts padded on the left, behind the prefix."""
-        positions, before = np.zeros((len(texts), T, 2), np.int64), self.virtual
+        positions, before = np.zeros((len(texts), T, 2), np.int64), self.num_virtual_tokens
         rows = np.zeros((len(texts), 1, before + T, 2), np.int32)
         rows[:, :, :before, 0] = NEVER
         for i, (sequence, text) in enumerate(zip(sequences, texts)):
-            prompt, first = sequence.prompt_end - before, T - len(text)
+            prompt, first = sequence.num_prompt_tokens - before, T - len(text)
             positions[i, first:], own = glm_positions_of_prompt(self.model_config, text, prompt)
             self.last_positions[sequence] = positions[i, first + prompt - 1]
             rows[i, :, before + first :] = own[0] + np.minimum(before + first, NEVER - own[0])
@@ -406,9 +415,9 @@ class StaticRunner:
 
     def _gather(self, sequences, lengths):
         """The caches of these sequences as one batch, padded on the left: what the last step gave, if it still fits."""
-        records, C = [self.records[sequence] for sequence in sequences], int(lengths.max())
-        held = records[0][0]
-        if all(caches is held and row == i for i, (caches, row, _) in enumerate(records)) and held[0].shape[:2] == (
+        caches_of, C = [self.caches_of[sequence] for sequence in sequences], int(lengths.max())
+        held = caches_of[0][0]
+        if all(caches is held and row == i for i, (caches, row, _) in enumerate(caches_of)) and held[0].shape[:2] == (
             len(sequences),
             C,
         ):
@@ -416,7 +425,7 @@ class StaticRunner:
         gathered = []
         for layer in range(2 * self.layers):
             batch = np.zeros((len(sequences), C, *self.heads), np.float32)
-            for i, (caches, row, length) in enumerate(records):
+            for i, (caches, row, length) in enumerate(caches_of):
                 batch[i, C - length :] = caches[layer][row, -length:]
             gathered.append(batch)
         return gathered

@@ -110,9 +110,9 @@ def all_given_back(engine):
     pool = engine.pool
     assert not engine.running and not engine.waiting and not engine.live and not engine.inbox
     assert pool.counts == [0] * pool.num_blocks and sorted(pool.free) == list(range(pool.num_blocks))
-    assert {pool.keys[block]: block for block in pool.known.values()} == pool.known
+    assert {pool.hashes[block]: block for block in pool.block_of.values()} == pool.block_of
     assert (
-        pool.cached == len(pool.known) == engine.stats()["blocks_cached"]
+        pool.cached == len(pool.block_of) == engine.stats()["blocks_cached"]
         and engine.stats()["blocks_free"] == pool.num_blocks
     )
 
@@ -413,19 +413,21 @@ def test_a_prompt_that_is_all_cached_still_computes_its_last_token():
 
 def test_the_pool_counts_shares_and_evicts_the_longest_unused():
     pool = BlockPool(4, 2)
-    a = pool.chain(b"root", [1, 2])
-    b = pool.chain(a, [3, 4])
-    assert pool.chain(b"root", [1, 2]) == a != pool.chain(b"other", [1, 2]) and pool.match([a, b]) == []
+    a = pool.block_hash(b"root", [1, 2])
+    b = pool.block_hash(a, [3, 4])
+    assert (
+        pool.block_hash(b"root", [1, 2]) == a != pool.block_hash(b"other", [1, 2]) and pool.match_prefix([a, b]) == []
+    )
     first = [pool.allocate(), pool.allocate()]
-    pool.publish(first[0], a)
-    pool.publish(first[1], b)
-    assert pool.match([a, b, b"unknown"]) == first and pool.counts[:2] == [2, 2]
+    pool.cache_block(first[0], a)
+    pool.cache_block(first[1], b)
+    assert pool.match_prefix([a, b, b"unknown"]) == first and pool.counts[:2] == [2, 2]
     pool.release(first)
     assert pool.cached == 0 and len(pool.free) == 2
     pool.release(first)
     assert pool.cached == 2 and len(pool.free) == 4
     taken = [pool.allocate() for _ in range(3)]  # the two empty ones, then the chain's end
-    assert taken == [2, 3, first[1]] and pool.match([a, b]) == [first[0]] and pool.cached == 0
+    assert taken == [2, 3, first[1]] and pool.match_prefix([a, b]) == [first[0]] and pool.cached == 0
     with pytest.raises(KeyError):
         pool.allocate()
     pool.release(taken)
@@ -535,7 +537,7 @@ def demo_logits(int8, replies, spoil=lambda runner: None):
     runner, found = PagedRunner(from_pretrained(DEMO), 64, 16, int8=int8), []
     for prompt, reply in replies:
         sequence = types.SimpleNamespace(
-            tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt), prompt_end=len(prompt)
+            tokens=prompt + reply, blocks=list(range(20)), request=Request(prompt), num_prompt_tokens=len(prompt)
         )
         found.append(runner.run([ScheduledTokens(sequence, 0, len(prompt))]))
         spoil(runner)

@@ -283,7 +283,10 @@ class Text:
     """A sequence as the engine has it: virtual tokens of a prefix, the prompt, the reply."""
 
     def __init__(self, runner, prompt):
-        self.tokens, self.prompt_end = [-1] * runner.virtual + list(prompt), runner.virtual + len(prompt)
+        self.tokens, self.num_prompt_tokens = (
+            [-1] * runner.num_virtual_tokens + list(prompt),
+            runner.num_virtual_tokens + len(prompt),
+        )
 
 
 def greedy_static(runner, prompts, new, stop_ids, at_once=30):
@@ -294,14 +297,16 @@ def greedy_static(runner, prompts, new, stop_ids, at_once=30):
         chunks = [chunk(text, len(text.tokens) - 1, 1) for text in running]
         while waiting and len(running) < at_once:
             running.append(waiting.pop(0))
-            chunks.append(chunk(running[-1], runner.virtual, running[-1].prompt_end - runner.virtual))
+            chunks.append(
+                chunk(running[-1], runner.num_virtual_tokens, running[-1].num_prompt_tokens - runner.num_virtual_tokens)
+            )
         for text, row in zip(list(running), runner.run(chunks)):
             text.tokens.append(int(row.argmax()))
-            if text.tokens[-1] in stop_ids or len(text.tokens) == text.prompt_end + new:
+            if text.tokens[-1] in stop_ids or len(text.tokens) == text.num_prompt_tokens + new:
                 running.remove(text)
                 runner.release(text)
     assert not runner.records
-    return [text.tokens[text.prompt_end :] for text in texts]
+    return [text.tokens[text.num_prompt_tokens :] for text in texts]
 
 
 def greedy_dynamic(model, prompts, new, stop_ids):
@@ -323,7 +328,12 @@ def test_static_writes_the_same_tokens(tmp_path, prompts, scheme):
     source = DEMO if scheme == "float32" else quantized(scheme, tmp_path / "source")
     folder = run(tmp_path / "static", model_name_or_path=source, format="static")
     runner, model = StaticRunner(folder), adapters.from_pretrained(source)
-    assert (runner.vocab_size, runner.max_positions, runner.virtual, runner.chunked) == (3072, 1024, 0, False)
+    assert (runner.vocab_size, runner.max_positions, runner.num_virtual_tokens, runner.chunked) == (
+        3072,
+        1024,
+        0,
+        False,
+    )
     new, stop_ids = 16 if scheme == "float32" else 8, runner.config["stop_ids"]
     with kernels.use("attention=reference"):  # another order of sums would move an a8w8 activation over a rounding step
         expected = greedy_dynamic(model, prompts, new, stop_ids)
@@ -433,7 +443,7 @@ def test_static_goes_on_as_it_began(tmp_path, name):
     runner = StaticRunner(
         run(tmp_path / "static", model_name_or_path=source, prefix_path=tmp_path / "prefix", format="static")
     )
-    assert runner.virtual == 5
+    assert runner.num_virtual_tokens == 5
     runner.piece = runner.piece if name == "chatglm" else 4
     texts, model = texts_of(model.config, (4, 9)), model.eval()
     expected = [greedy_dynamic(model, [text], 7, [])[0] for text in texts]
@@ -456,7 +466,7 @@ def test_static_behind_a_prefix(tmp_path, prompts):
     folder = run(tmp_path / "b", model_name_or_path=DEMO, prefix_path=tmp_path / "prefix", format="static")
     assert (tmp_path / "a" / "prefix.safetensors").read_bytes() == (folder / "prefix.safetensors").read_bytes()
     runner = StaticRunner(folder)
-    assert (runner.virtual, runner.max_positions) == (6, 1024)
+    assert (runner.num_virtual_tokens, runner.max_positions) == (6, 1024)
     found = greedy_static(runner, prompts[:8], 6, runner.config["stop_ids"], at_once=3)
     assert found == greedy_dynamic(model, prompts[:8], 6, runner.config["stop_ids"])
     assert found != greedy_dynamic(adapters.from_pretrained(DEMO), prompts[:8], 6, runner.config["stop_ids"])
