@@ -124,7 +124,7 @@ class ColumnParallelLinear:
     """A linear of which each rank has a part."""
 
     def whole_weight(self):
-        return gather_full_tensor(self.weight.astype("float32"), self.weight.cut, self.tp)
+        return gather_full_tensor(self.weight.astype("float32"), self.weight.shard_spec, self.tp)
 
 
 class RowParallelPartial(ColumnParallelLinear):
@@ -149,7 +149,7 @@ class VocabParallel:
 
     def look_up(self, input_ids):
         weight, tp = self.embed_tokens.weight, self.topology.tp
-        place = input_ids - weight.cut.ranges[0][0]
+        place = input_ids - weight.shard_spec.ranges[0][0]
         mine = (place >= 0) & (place < weight.shape[0])
         x = kernels.embedding(paddle.where(mine, place, paddle.zeros_like(place)), weight)
         return leave(x * mine.unsqueeze(-1).astype(x.dtype), tp)
@@ -185,7 +185,7 @@ class VocabParallel:
 
     def _ids(self):
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return weight.cut.ranges[0]
+        return weight.shard_spec.ranges[0]
 
 
 VocabShard = namedtuple("VocabShard", "start all_reduce")
@@ -285,7 +285,7 @@ def _cut_linear(layer, name, config, tp):
     dim = 0 if name in ROW_PARALLEL or name == "embed_tokens" else 1
     whole = layer.weight.shape
     of_ranks = [shard_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    layer.cut = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
+    layer.shard_spec = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
     layer.weight = _part_of(layer, layer.weight, cut)
     if dim == 1 and getattr(layer, "bias", None) is not None:
         layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
@@ -295,7 +295,7 @@ def _cut_integers(layer, name, config, tp):
     """A QuantLinear of weights in groups, packed along the inputs; the groups' zeros are packed along the outputs."""
     dim, whole, packed = 0 if name in ROW_PARALLEL else 1, [layer.n_in, layer.n_out], _unit(config)
     of_ranks = [shard_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    layer.cut = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
+    layer.shard_spec = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
 
     def of(unit, dim, shape):
         return ShardSpec(dim, [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in of_ranks], tp.rank, shape)
@@ -317,7 +317,7 @@ def _cut_integers(layer, name, config, tp):
     for name, cut in cuts.items():
         shape = [cut.width if dim == cut.dim else n for dim, n in enumerate(cut.shape)]
         part = paddle.zeros(shape, getattr(layer, name).dtype)
-        part.cut = cut
+        part.shard_spec = cut
         layer.register_buffer(name, part)
     mix_in(layer, TensorParallelQuantLinear)
 
@@ -327,7 +327,7 @@ class TensorParallelQuantLinear:
 
     def check(self, path, name):
         rows, groups = np.arange(self.n_in), self.g_index.numpy()
-        rows = rows if self.cut.dim == 1 else self.cut.take(rows)
+        rows = rows if self.shard_spec.dim == 1 else self.shard_spec.slice(rows)
         last = -(-self.n_in // self.group_size) - 1
         if groups.min() < 0 or groups.max() > last:
             raise UserError(f"{path}: {name}.g_idx names group {groups.max()}, {name}.scales has 0 to {last}")
@@ -339,11 +339,11 @@ def _part_of(layer, parameter, cut):
     """A parameter in place of a whole one: its part. What has no values yet gets none."""
     shape = [cut.width if dim == cut.dim else n for dim, n in enumerate(cut.shape)]
     if parameter._is_initialized():
-        values = cut.take(parameter.numpy())
+        values = cut.slice(parameter.numpy())
         found = layer.create_parameter(shape, dtype=parameter.dtype)
         set_parameter(found, values)
     else:
         with paddle.LazyGuard():
             found = layer.create_parameter(shape, dtype=parameter.dtype)
-    found.cut, found.stop_gradient = cut, parameter.stop_gradient
+    found.shard_spec, found.stop_gradient = cut, parameter.stop_gradient
     return found

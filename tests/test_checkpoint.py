@@ -41,6 +41,7 @@ from arguments import TrainingArgs
 from checkpoint import (
     DONE,
     CheckpointShardWriter,
+    assign_writers,
     dequantize_4,
     dequantize_8,
     find_checkpoint,
@@ -51,10 +52,11 @@ from checkpoint import (
     quantize_4,
     quantize_8,
 )
-from distributed.collectives import ShardSpec, assign_writers
+from distributed.collectives import ShardSpec
 from distributed.tensor import COLUMN_PARALLEL, ROW_PARALLEL, shard_ranges
 from formats.files import UserError, crc32_of
 from formats.tokenizer import load_tokenizer
+from formats.weights import SaveSource
 from parallel import Degrees, Topology
 
 DEMO = ROOT / "demo"
@@ -120,7 +122,7 @@ def test_reading_ranges(tmp_path):
                 before, cuts, expected = formats.tensor_files.LazyTensor.bytes_read, {dim: ranges}, whole
                 if more is not None and more != dim:
                     cuts[more] = [(0, 1), (2, 3)]
-                part = read.ranges(cuts)
+                part = read.read_slices(cuts)
                 for at, these in cuts.items():
                     expected = np.concatenate([expected.take(range(*r), at) for r in these], at)
                 assert np.array_equal(part, expected)
@@ -138,8 +140,8 @@ def test_reading_a_piece_of_a_part(tmp_path):
         read, _ = formats.weights.stored_tensors(tmp_path)["w"]
         parameter, part = types.SimpleNamespace(shape=list(ours.shape)), ours
         if cut_dim is not None:
-            parameter.cut = ShardSpec(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
-            part = parameter.cut.take(ours)
+            parameter.shard_spec = ShardSpec(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
+            part = parameter.shard_spec.slice(ours)
             parameter.shape = list(part.shape)
         weight = formats.weights.Weight("w", parameter, transposed)
         assert np.array_equal(weight.read(read), part)
@@ -160,14 +162,14 @@ class Together:
         self.values, self.barrier = [None] * world, threading.Barrier(world)
 
     def of(self, rank):
-        def exchange(value, met=False):
+        def all_gather_object(value, met=False):
             self.values[rank] = json.loads(json.dumps(value))
             self.barrier.wait(20)
             found = list(self.values)
             self.barrier.wait(20)
             return found
 
-        return types.SimpleNamespace(exchange=exchange, connect=lambda ranks, name="": None, company=None)
+        return types.SimpleNamespace(all_gather_object=all_gather_object, connect=lambda ranks: None, watchdog=None)
 
 
 # what ranks hold: (degrees, whether moments are flat ranges over sharding)
@@ -228,23 +230,24 @@ def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
                 ranges = [
                     shard_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
                 ]
-                parameter.cut = ShardSpec(dim, ranges, topology.tp.rank, whole.shape)
-                whole = parameter.cut.take(whole)
+                parameter.shard_spec = ShardSpec(dim, ranges, topology.tp.rank, whole.shape)
+                whole = parameter.shard_spec.slice(whole)
                 parameter.shape = list(whole.shape)
             weight = formats.weights.Weight(name, parameter, transposed.get(last, False))
             whole = np.array(whole, order="C")
-            source = weight, whole
+            source = SaveSource(weight, whole)
             if flat:
                 width = -(-whole.size // topology.sharding.size) + 1  # the last has less, or nothing
                 first = min(topology.sharding.rank * width, whole.size)
                 piece = whole.reshape([-1])[first : first + width]
-                source = weight, piece.copy() if piece.size else None, first
+                source = SaveSource(weight, piece.copy() if piece.size else None, first)
             entries.append(formats.weights.SaveEntry({name: (weight.shape, "float32")}, [source]))
-        share = CheckpointShardWriter({"model": entries}, topology, {} if copied else None)
+        plan = checkpoint.SavePlan({"model": entries}, {}, lambda folder: None)
+        share = CheckpointShardWriter(plan, topology, buffers={} if copied else None)
         if copied:
             for entry in entries:
-                if entry.sources[0][1] is not None:
-                    entry.sources[0][1][:] = np.nan  # training goes on
+                if entry.sources[0].tensor is not None:
+                    entry.sources[0].tensor[:] = np.nan  # training goes on
         reports[rank] = share.write(tmp_path, wait)
 
     def wait(path):

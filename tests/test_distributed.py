@@ -178,7 +178,7 @@ class Store:
     def add(self, key, _):
         if self.signs is None:
             raise RuntimeError("TCP send error: Broken pipe")
-        return int(any(key == f"rank {rank} is there" for rank in self.signs))
+        return int(any(key == f"heartbeat {rank} is set" for rank in self.signs))
 
     def get(self, key):
         beat, place, when = self.signs[int(key.split()[1])]
@@ -199,12 +199,12 @@ class Store:
 def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
     import distributed.watchdog
 
-    company, ended = object.__new__(distributed.watchdog.Watchdog), []
-    company.launch, company.place, company.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
-    for name in ("_exit", "end"):
-        monkeypatch.setattr(company, name, lambda *told: ended.append(told))
+    watchdog, ended = object.__new__(distributed.watchdog.Watchdog), []
+    watchdog.launch, watchdog.waiting_in, watchdog.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
+    for name in ("_terminate", "abort"):
+        monkeypatch.setattr(watchdog, name, lambda *failure: ended.append(failure))
     monkeypatch.setattr(distributed.watchdog.time, "sleep", lambda seconds: None)
-    company.fail(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
+    watchdog.abort_on_error(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
     assert ended == [(1, f"{line}: it was killed, or ran out of memory")]
 
 

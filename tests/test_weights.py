@@ -752,7 +752,7 @@ def test_what_of_paddlenlp_is_refused(tmp_path):
         with pytest.raises(UserError, match=next(iter(change)).replace("hidden_activation", "activation_function")):
             families.ModelConfig.from_dict(keys | change)
     (theirs / "model_state.pdparams").rename(theirs / "model_state.tp00.pdparams")
-    with pytest.raises(UserError, match="model_state.tp00.pdparams: a part of a model"):
+    with pytest.raises(UserError, match="model_state.tp00.pdparams: a shard of a model"):
         adapters.from_pretrained(theirs)
     with pytest.raises(UserError, match="alibi"):
         config("llama", alibi=True)  # of no PaddleNLP: transformers would not see it
@@ -876,7 +876,7 @@ def training(folder, model, stop, resume=False):
     shards = ZeroOptimizer(model, weights, parallel.SINGLE)
     optimizer, state = trainer.AdamW(weights, args), TrainState()
     no_tokenizer = types.SimpleNamespace(save=lambda folder: None)
-    checkpoints = CheckpointManager(args, model, no_tokenizer, optimizer, shards)
+    checkpoints = CheckpointManager(args, model, no_tokenizer, optimizer=optimizer, shards=shards)
     if resume:
         checkpoint = find_checkpoint(args)
         state = load_checkpoint(checkpoint, optimizer, shards)

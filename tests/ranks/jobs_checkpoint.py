@@ -80,7 +80,7 @@ class Run:
         self.optimizer = trainer.AdamW(self.shards.pieces, args)
         tokenizer = types.SimpleNamespace(save=lambda folder: None)
         self.checkpoints = checkpoint.CheckpointManager(
-            args, self.model, tokenizer, self.optimizer, self.shards, self.topology
+            args, self.model, tokenizer, optimizer=self.optimizer, shards=self.shards, topology=self.topology
         )
         self.args = args
 

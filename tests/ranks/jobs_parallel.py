@@ -11,9 +11,9 @@ def whole(weight, tensor, topology):
     """A weight, or a tensor of its shape (a gradient, a moment), of all ranks of tp, as numpy in the file's layout."""
     import distributed.collectives
 
-    if weight.cut is None:
+    if weight.shard_spec is None:
         return weight.to_numpy(tensor)
-    found = distributed.collectives.gather_full_tensor(tensor, weight.cut, topology.tp)
+    found = distributed.collectives.gather_full_tensor(tensor, weight.shard_spec, topology.tp)
     return found.T if weight.transposed else found
 
 
