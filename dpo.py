@@ -552,7 +552,7 @@ def main(args):
     if args.do_eval:
         metrics = evaluate()
         trainer.write_results(args.output_dir, "dev", metrics, topology)
-        print(f"dev: {trainer.shown(metrics)}")
+        print(f"dev: {trainer.format_metrics(metrics)}")
         if before:
             print("share of dev pairs where the chosen reply has the larger ...")
             for name, what in (("rewards", "reward"), ("logps", "log-probability")):

@@ -376,7 +376,7 @@ def main(args):
     if args.do_eval:
         metrics = evaluate()
         trainer.write_results(args.output_dir, "dev", metrics, topology)
-        print(f"dev: {trainer.shown(metrics)}")
+        print(f"dev: {trainer.format_metrics(metrics)}")
         if recall_before is not None:
             recall = metrics["eval_keyword_recall"]
             print(
@@ -389,7 +389,7 @@ def main(args):
         trainer.write_results(args.output_dir, "test", metrics, topology)
         if topology.rank == 0:
             write_answers(Path(args.output_dir) / "predictions.jsonl", test_records, answers)
-        print(f"test: {trainer.shown(metrics)}")
+        print(f"test: {trainer.format_metrics(metrics)}")
     if before:
         after = answer(model, tokenizer, dev_records, shown, args)
         for i, old, new in zip(shown, before, after):

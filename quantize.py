@@ -1033,7 +1033,7 @@ def main(args):
     # ====================================================================== 2. before
     before = trainer.evaluate(model, dev, args.max_evaluate_steps) if dev else None
     if before:
-        print(f"dev before: {trainer.shown(before)}", flush=True)
+        print(f"dev before: {trainer.format_metrics(before)}", flush=True)
 
     # ====================================================================== 3. quantize
     start = time.perf_counter()
