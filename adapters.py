@@ -1,11 +1,12 @@
 """LoRA and prefix tuning: layers, merging, PEFT folders, from_pretrained.
 
-    model = from_pretrained("path/to/model")           # or an adapter's folder: its base model, with the adapter merged
-    in apply_lora(model, rank=8, alpha=16.0, targets=["q_proj", "v_proj"]) apply_prefix(model, tokens=128)
-    # or a prefix weights = trainable_weights(model)                 # what an optimizer updates: the adapter
-    save_adapter(model, folder, base_model="path/to/model") load_adapter(model, folder, trainable=True)        # onto
-    the plain base model merge(model)                                       # LoRA into the base weights: a plain model
-    again
+    model = from_pretrained("path/to/model")     # or an adapter's folder: its base model with the adapter merged in
+    apply_lora(model, rank=8, alpha=16.0, targets=["q_proj", "v_proj"])
+    apply_prefix(model, tokens=128)              # in place of LoRA
+    weights = trainable_weights(model)           # what an optimizer updates: the adapter
+    save_adapter(model, folder, base_model="path/to/model")
+    load_adapter(model, folder, trainable=True)  # onto the plain base model
+    merge(model)                                 # LoRA into the base weights: a plain model again
 
 Adapters on disk are peft's: adapter_config.json and adapter_model.safetensors. LoRA folders of PaddleNLP are read too.
 

@@ -1,24 +1,24 @@
 """Unified Checkpoint: save, verify and resume on any topology.
 
     checkpoints = CheckpointManager(args, model, tokenizer, optimizer=optimizer, shards=shards, topology=topology)
-    checkpoints.save(state)              # output_dir/checkpoint-120; with async_save it returns once the state is
-    copied checkpoints.wait()                   # the end of a run: wait for the last save, raise its error
+    checkpoints.save(state)    # output_dir/checkpoint-120; with async_save it returns once the state is copied
+    checkpoints.wait()         # at the end of a run: wait for the last save, raise its error
     checkpoints.write_model(folder, dtype="bfloat16")
 
-    path = find_checkpoint(args, topology)              # resume_from_checkpoint: a path, or true for the newest
-    complete one load_trained(model, path, args)                     # weights (adapters: adapters.load_adapter) state =
-    load_checkpoint(path, optimizer, shards)    # moments and TrainState
+    path = find_checkpoint(args, topology)             # resume_from_checkpoint: a path, or true for the newest
+    load_trained(model, path, args)                    # weights (adapters: adapters.load_adapter)
+    state = load_checkpoint(path, optimizer, shards)   # moments and TrainState
 
-Layout of a checkpoint, which Hugging Face's tools open as a model's (or peft's) folder:
+Layout of a checkpoint, which Hugging Face's tools open as a model's folder, and peft as an adapter's:
 
     checkpoint-120/
         config.json, tokenizer.json, …
         model.safetensors             full float32 weights; in a bf16 run rounded to bfloat16, for use
         master_weights-*.safetensors  bf16 runs only: the float32 weights that training goes on from
-        adapter_config.json, adapter_model.safetensors      LoRA and prefix tuning, in place of model and config
+        adapter_config.json, adapter_model.safetensors     LoRA and prefix tuning, in place of model and config
         optimizer-*.safetensors       "NAME/moment1_0", "NAME/moment2_0", "NAME/beta1_pow_acc_0", … of each weight
         *.safetensors.index.json      which file has which tensor, where a group of tensors has several files
-        trainer_state.json            TrainState, arguments, topology, and size and checksum of every file
+        trainer_state.json            TrainState, arguments, topology; size and checksum of every file
         .checkpoint_done              completion marker, written last: the checksum of trainer_state.json
 
 Who writes what. Every stored tensor is full: shards of tensor parallelism and ZeRO are put together. assign_writers
@@ -145,7 +145,7 @@ class CheckpointManager:
             tqdm.write(text)  # does not tear a progress bar
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoint-STEP, then prune; all ranks call it at the same step. Raises the error of the save before."""
+        """Write checkpoint-STEP, then prune; all ranks call it at the same step. Raises the last async save's error."""
         self.wait()
         args, output_dir = self.args, Path(self.args.output_dir)
         final, best, plan = output_dir / f"checkpoint-{state.step}", state.best_checkpoint, self._training_plan()

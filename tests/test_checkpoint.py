@@ -1,4 +1,4 @@
-"""Unified Checkpoint: what ranks write together, what each of them reads of it, saves behind training, kills, damage.
+"""Unified Checkpoint: what ranks write together, what each rank reads, async saves, kills, damage.
 
 python -m pytest tests/test_checkpoint.py                   # about a minute
 python -m pytest tests/test_checkpoint.py --slow            # also on 4 and 8 ranks, and 30 kills
@@ -85,7 +85,7 @@ def pool():
 # ---------------------------------------------------------------------------------------------- who writes what
 
 
-def test_owners_are_even_by_bytes():
+def test_writers_are_balanced_by_bytes():
     generator = random.Random(0)
     for ranks in (1, 2, 3, 8):
         for _ in range(50):
@@ -93,15 +93,15 @@ def test_owners_are_even_by_bytes():
                 f"w{i}": generator.choice([1, 3, 7, 64, 1000, 4096]) * generator.randrange(1, 99)
                 for i in range(generator.randrange(1, 60))
             }
-            found = assign_writers(sizes, dict.fromkeys(sizes, list(range(ranks))))
-            load = [sum(size for name, size in sizes.items() if found[name] == rank) for rank in range(ranks)]
+            writers = assign_writers(sizes, dict.fromkeys(sizes, list(range(ranks))))
+            load = [sum(size for name, size in sizes.items() if writers[name] == rank) for rank in range(ranks)]
             assert max(load) <= sum(load) / ranks + max(sizes.values())
-            assert found == assign_writers(dict(reversed(sizes.items())), dict.fromkeys(sizes, list(range(ranks))))
+            assert writers == assign_writers(dict(reversed(sizes.items())), dict.fromkeys(sizes, list(range(ranks))))
     assert assign_writers({"a": 9, "b": 1, "c": 1}, {"a": [0, 1], "b": [0, 1], "c": [0]}) == {"a": 0, "b": 1, "c": 0}
 
 
-def test_reading_ranges(tmp_path):
-    """Against slices of the whole, in every dtype; the bytes asked for are those of the ranges."""
+def test_reading_slices(tmp_path):
+    """Against slices of the full array, in every dtype; only the bytes of the ranges are read."""
     generator = np.random.default_rng(0)
     arrays = {
         "f": generator.standard_normal((7, 5, 3)).astype(np.float32),
@@ -130,8 +130,8 @@ def test_reading_ranges(tmp_path):
                 assert formats.tensor_files.LazyTensor.bytes_read - before == part.size * width
 
 
-def test_reading_a_piece_of_a_part(tmp_path):
-    """Elements of what a rank of tp holds, laid flat: against the whole; no more rows and columns are read than have some."""
+def test_reading_flat_elements_of_a_shard(tmp_path):
+    """A range of a flattened tp shard, against the full array; only rows and columns with such elements are read."""
     generator = np.random.default_rng(0)
     for transposed, cut_dim in itertools.product((False, True), (None, 0, 1)):
         stored = generator.standard_normal((6, 9)).astype(np.float32)
@@ -155,7 +155,7 @@ def test_reading_a_piece_of_a_part(tmp_path):
                 assert np.array_equal(weight.read(lambda: stored, (first, last)), found)
 
 
-class Together:
+class ThreadGroups:
     """In place of Gloo: ranks that are threads."""
 
     def __init__(self, world):
@@ -165,14 +165,14 @@ class Together:
         def all_gather_object(value, met=False):
             self.values[rank] = json.loads(json.dumps(value))
             self.barrier.wait(20)
-            found = list(self.values)
+            gathered = list(self.values)
             self.barrier.wait(20)
-            return found
+            return gathered
 
         return types.SimpleNamespace(all_gather_object=all_gather_object, connect=lambda ranks: None, watchdog=None)
 
 
-# what ranks hold: (degrees, whether moments are flat ranges over sharding)
+# (degrees, whether ranks hold flat ranges over sharding, as ZeRO does)
 GRIDS = [
     (dict(tp=2), False),
     (dict(dp=2, tp=2), False),
@@ -191,11 +191,11 @@ GRIDS = [
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("copied", [False, True], ids=["as_it_is", "copied"])
-def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
-    """Threads as ranks, each with its parts of: a stage's matrices, cut by outputs, by inputs and key heads that overlap; a
-    tensor that all have, one that both stages have, one expert a data rank."""
+def test_parts_of_every_grid_make_full_tensors(degrees, flat, copied, tmp_path):
+    """Threads as ranks, each with its parts of: a stage's matrices, sharded by outputs, by inputs, and by replicated key heads;
+    a tensor that all have, one of both stages, one expert per data rank."""
     degrees = Degrees(**degrees)
-    world, together, reports, sizes = degrees.world, Together(degrees.world), {}, {}
+    world, groups, reports, sizes = degrees.world, ThreadGroups(degrees.world), {}, {}
     config = types.SimpleNamespace(
         num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None
     )
@@ -217,7 +217,7 @@ def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
     transposed = {name: turned for name, _, turned in rows}
 
     def work(rank):
-        topology = Topology(degrees, rank, together.of(rank))
+        topology = Topology(degrees, rank, groups.of(rank))
         entries, mine = (
             [],
             [f"{topology.pp.rank}.{name}" for name, _, _ in rows] + ["tied", f"expert{topology.dp.rank % experts}"],
@@ -313,7 +313,7 @@ def test_files_of_two_ranks(options, pool, tmp_path):
             assert np.array_equal(w.to_numpy(), jobs_checkpoint.content(w.name, w.shape, 1)), w.name
 
 
-# ---------------------------------------------------------------------------------------------- save under A, go on under B
+# ---------------------------------------------------------------------------------- save under A, resume under B
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def ways_of(topology):
 
 
 def keys_of(world, task, out, topology, **more):
-    """(script, its keys, processes) of a run; the same batches a step on every topology, a string such as "sharding2-stage3"."""
+    """(script, its keys, processes) of a run, with the same batches per step on every topology ("sharding2-stage3")."""
     script, name, keys = TASKS[task]
     degrees = ways_of(topology)
     places = {
@@ -438,7 +438,7 @@ def final_tensors(folder):
     }
 
 
-# Saved under A after 3 steps of 8, gone on with under B: (task, A, B). The same topology twice: bitwise.
+# Saved under A after 3 steps of 8, resumed under B: (task, A, B). The same topology twice: bitwise.
 PAIRS = [
     ("sft", "1", "tp2"),
     ("sft", "tp2", "1"),
@@ -504,7 +504,7 @@ MORE_PAIRS = [
 
 
 def remember(pool, world, new_folder):
-    """(task, topology, …options) -> the folder of a whole run of it, with checkpoint-3, and its results; each made once."""
+    """make(task, topology, …): (folder of an uninterrupted run with checkpoint-3, its results); each is made once."""
     runs = {}
 
     def make(task, topology, **more):
@@ -523,7 +523,7 @@ def saved(pool, world, tmp_path_factory):
 
 
 def resumed(pool, world, saved, task, before, after, out):
-    """Go on from checkpoint-3 of the run under `before`: the largest relative difference of the next five losses to that run's."""
+    """Resume from checkpoint-3 of the run under `before`: largest relative difference of the next five losses."""
     folder, whole = saved(task, before)
     assert not (wrong := [found["error"] for found in whole if found["error"]]), wrong
     options = "async_save" if task == "tied" else ""  # somewhere
@@ -575,7 +575,10 @@ def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
         max_evaluate_steps=1,
         resume_from_checkpoint=str(saved("sft", "dp2")[0] / "checkpoint-3"),
     )
-    wanted = "checkpoint-3; data 2 -> one process; not an exact continuation, changed: max_steps 8 -> 4, micro-batches of a step 4 -> 2\n"
+    wanted = (
+        "checkpoint-3; data 2 -> one process; not an exact continuation, changed: max_steps 8 -> 4, "
+        "micro-batches of a step 4 -> 2\n"
+    )
     assert wanted in found[0]["printed"]
 
 
@@ -604,7 +607,8 @@ def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
 
 @pytest.mark.parametrize("stage, shared", [(1, 2), (3, 3)])
 def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, tmp_path):
-    """Of the base all; of the checkpoint's weights and two moments half of the `shared` ones, and not more than a row besides."""
+    """All of the base model; half of those of the checkpoint's three groups (weights, moments) that ZeRO shards, and at
+    most a row more."""
     out, _ = saved("sft", "1")
     found = run(
         pool,
@@ -745,7 +749,7 @@ def test_what_does_not_fit_is_named(pool, world, saved, tmp_path):
 
 
 def check_saves(folder, last):
-    """Every complete checkpoint holds what its step says, and the newest is not older than the last that was reported."""
+    """Every complete checkpoint holds what its step says, and the newest is at least the last that was reported."""
     newest = 0
     for path in list_checkpoints(folder):
         if incomplete(path) is None:
@@ -866,6 +870,17 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- options
 
 
+def test_a_limit_of_one_keeps_two_and_says_so_once(tmp_path, capsys):
+    """The last checkpoint and the best one, as soon as they differ."""
+    run = single(tmp_path, "", save_total_limit=1)
+    for step in (1, 2, 3, 4):
+        run.set(step)
+        run.checkpoints.save(checkpoint.TrainState(step=step, best_checkpoint="checkpoint-1" if step > 1 else None))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-1"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["save_total_limit: 1 keeps two checkpoints: the last one and the best one, checkpoint-1"]
+
+
 def test_words_of_unified_checkpoint_config(tmp_path):
     def check(words, **more):
         args = TrainingArgs(output_dir=str(tmp_path), do_train=True, unified_checkpoint_config=words, **more)
@@ -888,7 +903,7 @@ def test_words_of_unified_checkpoint_config(tmp_path):
 
 @pytest.fixture
 def half():
-    """A bf16 run: products are in bfloat16 where the kernels can, and checkpoints have rounded weights beside masters."""
+    """A bf16 run: checkpoints have bfloat16 weights beside float32 master weights."""
     kernels.bf16 = True
     yield
     kernels.bf16 = False

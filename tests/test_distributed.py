@@ -1,4 +1,5 @@
-"""Paddle's launcher and our scripts: a run on two processes, on two nodes, and every way in which one rank can go wrong.
+"""Paddle's launcher and our scripts: a run on two processes, on two nodes, and every way in which one rank can go
+wrong.
 
 The console is what a user sees: the launcher's output. Each test starts its own processes and looks that none is left.
 """
@@ -48,7 +49,8 @@ def base(tmp_path_factory):
 
 
 def start(folder, what, *argv, processes=2, options=(), name="log"):
-    """The launcher with finetune.py, in a session of its own; what: see launched.py, or None for the script as it is."""
+    """The launcher with finetune.py, in a session of its own; what: see launched.py, or None for the script as it
+    is."""
     own = [str(ROOT / "tests" / "ranks" / "launched.py"), "finetune", what] if what else [str(ROOT / "finetune.py")]
     command = [
         *LAUNCH,
@@ -168,7 +170,8 @@ def test_a_killed_rank_is_named(base, rank):
 
 
 class Store:
-    """In place of Paddle's: {rank: (beat, place, seconds)}, who is at beat LAST gives no other; or, with None, one that is gone."""
+    """In place of Paddle's: {rank: (beat, place, seconds)}, who is at beat LAST gives no other; or, with None, one that
+    is gone."""
 
     LAST = 50
 

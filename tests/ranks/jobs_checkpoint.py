@@ -12,7 +12,8 @@ from jobs_parallel import quick
 
 
 def train(script, keys):
-    """A run of a script: {"losses", "printed", "read": bytes of tensors read, "error": the line of a UserError, or None}."""
+    """A run of a script: {"losses", "printed", "read": bytes of tensors read, "error": the line of a UserError, or
+    None}."""
     import kernels
 
     import arguments
