@@ -62,8 +62,7 @@ def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
 
 
 def base_folders(path: str | Path) -> list[Path]:
-    """A model's folder -> [it]; an adapter's -> [it, the folder that it names as its base, and so on down to a
-    model's]."""
+    """A model's folder -> [it]; an adapter's -> [it, the base that it names, …, down to a model's folder]."""
     folders = [Path(path)]
     while not (folders[-1] / "config.json").is_file():
         files = [folders[-1] / name for name in ("adapter_config.json", "lora_config.json")]  # peft's, PaddleNLP's
@@ -93,8 +92,7 @@ def trainable_weights(model: CausalLM) -> list[Weight]:
 
 
 def cast_frozen_to_bf16(model: CausalLM) -> None:
-    """Store frozen weights of linears (the head too) in bfloat16 only: bfloat16 matrix products round them to it
-    anyway."""
+    """Store frozen weights of linears, the head too, in bfloat16 only: bfloat16 products round them to it anyway."""
     for layer in model.sublayers():
         if isinstance(layer, Linear) and layer.weight.stop_gradient and layer.weight.dtype == paddle.float32:
             with paddle.LazyGuard():  # no memory until it is set
@@ -159,8 +157,7 @@ class LoRALinear(nn.Layer):
         return y if residual is None else residual + y
 
     def product(self, x: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
-        """x (…, D_in) times the adapted weight, plus a bias if given; times the base weight while the adapter is
-        off."""
+        """x (…, D_in) times the adapted weight (the base weight while the adapter is off), plus a bias."""
         base = self.base
         if not self.enabled:
             return base.product(x)
@@ -241,8 +238,7 @@ def _all_linear(targets: str | list[str] | None) -> bool:
 
 
 def match_lora_targets(model: CausalLM, targets: str | list[str] | None = None) -> list[str]:
-    """Hugging Face module paths of this rank's linears that `targets` names, see apply_lora; UserError for one without
-    a match."""
+    """Hugging Face paths of this rank's linears that `targets` names (see apply_lora); each must match something."""
     local = block_linears(model)
     if _all_linear(targets):
         return list(local)

@@ -194,8 +194,7 @@ class CheckpointManager:
         return step == self.last_step or (Path(self.args.output_dir) / f"checkpoint-{step}").is_dir()
 
     def write_model(self, folder: str | Path, dtype: str = "float32") -> None:
-        """The model, or the adapter, for use, into a folder that may hold other things; its configuration is moved
-        last."""
+        """Write the model or adapter for use, into a folder that may hold other things; the configuration last."""
         self.wait()
         folder, plan = Path(folder), self.tensors_to_save(dtype)
 
@@ -291,8 +290,7 @@ class CheckpointWriter:
         self.thread, self.error = None, None
 
     def start(self, buffers: dict | None = None) -> None:
-        """buffers: the state is copied into them, and the rest runs in a thread; None: everything is done when it
-        returns."""
+        """buffers: the state is copied into them and the rest runs in a thread; None: all is done when it returns."""
         topology, error = self.topology, None
         if topology.rank == 0:
             try:
@@ -342,8 +340,7 @@ class CheckpointWriter:
                 (self.temporary / f".failed-{rank}").touch()
 
     def _wait_for(self, path: Path, exists: bool = True) -> None:
-        """Until another rank has created the file, or removed it; PeerFailed if one has failed, or seems to have
-        ended."""
+        """Wait until another rank has created the file, or removed it; PeerFailed if a rank failed or is gone."""
         pause, deadline = 0.001, None
         while path.exists() != exists:
             with contextlib.suppress(FileNotFoundError):  # committed meanwhile
@@ -454,8 +451,7 @@ class CheckpointShardWriter:
                     self.parts[key, index] = _copy(source.tensor, buffers, (key, index))
 
     def _contributors(self, writer: int, source: SaveSource) -> list[int]:
-        """The ranks that together hold all of a source: from the writer along tp, if it is sharded over tp, and
-        sharding."""
+        """The ranks that together hold all of a source: the writer's along those of tp and sharding that shard it."""
         grid, order = self.topology.grid, ORDERS[self.topology.degrees.order]
         sharded = {"tp": source.weight.shard_spec is not None, "sharding": source.offset is not None}
         coords = np.argwhere(grid == writer)[0]
@@ -463,8 +459,7 @@ class CheckpointShardWriter:
         return [int(rank) for rank in grid[lines].reshape([-1])]
 
     def write(self, folder: str | Path, wait_for: Callable[[Path], None]) -> dict:
-        """Write this rank's files, called GROUP.RANK.NUMBER; wait_for(path) returns when another rank has written that
-        file.
+        """Write this rank's files, called GROUP.RANK.NUMBER; wait_for(path) waits until another rank wrote it.
 
         Returns {group: {file: {"size", "crc32", "tensors": {name: bytes}}}}.
         """
@@ -484,8 +479,7 @@ class CheckpointShardWriter:
         return report
 
     def _send_parts(self, folder: Path) -> None:
-        """A file .parts-FROM-TO for each rank that waits for parts of this one, with what it holds of them, if
-        anything."""
+        """Write .parts-FROM-TO for each rank that waits for parts of this one; it is empty if this one holds none."""
         outbox = {self.writer[key]: {} for key, _ in self.parts if self.writer[key] != self.rank}
         for (key, index), part in self.parts.items():
             if self.writer[key] != self.rank and part is not None:
@@ -509,8 +503,7 @@ class CheckpointShardWriter:
         return files
 
     def _tensors(self, key: str, inbox: "PartReader") -> dict[str, tuple]:
-        """{name: (function, shape, dtype)} of an entry for write_safetensors; its sources are gathered at the first
-        call."""
+        """{name: (function, shape, dtype)} of an entry, for write_safetensors; the first call gathers its sources."""
         entry, arrays = self.entries[key], []
 
         def array(index: int) -> np.ndarray:
@@ -662,8 +655,7 @@ def incomplete(path: str | Path) -> str | None:
 
 
 def damaged(path: str | Path, topology: Topology = SINGLE) -> str | None:
-    """Which file of a complete checkpoint has another checksum than was written; each rank reads a share, all get the
-    answer."""
+    """Which file of a complete checkpoint differs from what was written; ranks share the reading."""
     files = json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))["files"]
     files = {name: written for name, written in files.items() if isinstance(written, dict)}
     found = checksums(path, {name: written["size"] for name, written in files.items()}, topology)
@@ -672,8 +664,7 @@ def damaged(path: str | Path, topology: Topology = SINGLE) -> str | None:
 
 
 def checksums(folder: str | Path, sizes: dict[str, int], topology: Topology) -> dict[str, int | None]:
-    """{name: crc32 now} of files {name: bytes} of a folder, on every rank; the ranks share the reading evenly by
-    bytes."""
+    """{name: crc32} of the files {name: bytes} of a folder, on every rank; ranks share the reading by bytes."""
     readers = assign_writers(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
     local = {name: crc32_of(Path(folder) / name) for name, rank in readers.items() if rank == topology.rank}
     return {name: checksum for part in topology.all_gather_object(local) for name, checksum in part.items()}
@@ -741,8 +732,7 @@ HARMLESS_CHANGES = {
 
 
 def _describe_changes(path: Path, args, topology: Topology) -> str:
-    """What changed since the checkpoint: the topology (harmless) and arguments (no exact continuation); "" if
-    nothing."""
+    """What changed since the checkpoint: the topology (harmless), and arguments (no exact continuation)."""
     saved = _read_state(path)
     old_args, old_degrees = saved["args"], Degrees(**saved.get("degrees", {}))
     changed = [
@@ -758,8 +748,7 @@ def _describe_changes(path: Path, args, topology: Topology) -> str:
 
 
 def load_trained(model, path: str | Path, args) -> None:
-    """The float32 weights of a checkpoint (of full training, not of an adapter) into the model: master weights if there
-    are."""
+    """Load the float32 weights of a checkpoint of full training into the model: its master weights, if it has any."""
     path = Path(path)
     if _read_state(path).get("weights") == "rounded":
         if not {"remove_master_weight", "master_weight_compatible"} & set(args.unified_checkpoint_config or ()):
@@ -816,8 +805,7 @@ def update_best(args, state: TrainState, metrics: dict[str, float], checkpoints:
 
 
 def read_moments(weight: Weight, tensors: dict[str, StoredTensor], extent: tuple[int, int] | None) -> list[np.ndarray]:
-    """Both moments of what this rank holds of a weight, in our layout; extent: flat elements [first, last) of it, or
-    None."""
+    """Both moments of this rank's shard of a weight, in our layout; extent: only flat elements [first, last) of it."""
     names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
     scale_names = [f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales"]
     quantized = scale_names[0] in tensors
@@ -874,8 +862,7 @@ def dequantize_8(
 
 
 def quantize_4(m: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
-    """Moments (…, n) -> [int8, m in the upper 4 bits and ratio in the lower; scales of m, min and max of ratio (rows, n
-    / 32)]."""
+    """Moments (…, n) -> [int8: m in the upper 4 bits, ratio in the lower; scales, min, max of ratio (rows, n / 32)]."""
     shape, n = m.shape, m.shape[-1]
     m, ratio = _grouped(m), _grouped(_ratio(v))
     scales, low, high = _scales(m, ratio)

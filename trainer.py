@@ -70,7 +70,7 @@ def run_script(main, Args, argv=None):
     except BaseException as error:
         code, line = _exit_status(error, getattr(args, "output_dir", ""))
         if together is not None:
-            together.abort_on_error(error, code, line)
+            together.abort_on_error(error, exit_code=code, message=line)
         if line is None:
             raise
         print(f"error: {line}" if code == 2 else line, file=sys.stderr)

@@ -65,8 +65,7 @@ class Axis:
         return paddle.concat(chunks, axis=dim)
 
     def reduce_scatter(self, x: paddle.Tensor, dim: int = 0) -> paddle.Tensor:
-        """This rank's chunk along dim of the sum of x over the ranks; dim's size is a multiple of the number of
-        ranks."""
+        """This rank's chunk of the sum of x over the ranks; the size of dim is a multiple of the number of ranks."""
         if self.size == 1:
             return x
         if _backend() == "gloo":  # has no reduce-scatter
@@ -217,8 +216,7 @@ class Groups:
         self.store = self.watchdog.store
 
     def connect(self, ranks: list[int], prefix: str = "") -> dist.collective.Group:
-        """The group of these global ranks; all of them call it. prefix: another group of the same ranks, such as one
-        per direction."""
+        """The group of these global ranks, which all call it. prefix: tells several groups of the same ranks apart."""
         key = f"{prefix}{'-'.join(map(str, ranks))}"
         if key not in self.groups:
             self.groups[key] = self._connect(list(ranks), key)
@@ -329,8 +327,7 @@ class _ReduceFromRegion(PyLayer):
 
 
 class _AllGather(PyLayer):
-    """All-gather along dim. Backward: reduce-scatter if each rank's gradient is a partial sum (`partial`), else its own
-    chunk."""
+    """All-gather along dim. Backward: reduce-scatter if gradients are partial sums (`partial`), else the own chunk."""
 
     @staticmethod
     def forward(ctx, x, axis, dim, partial):

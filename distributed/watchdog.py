@@ -9,9 +9,9 @@
     except BaseException as error:
         watchdog.abort_on_error(error, exit_code=1, message=None)     # never returns; all other ranks exit too
 
-`paddle.distributed.launch` starts the processes and gives each its rank in the environment; only this file reads it.
-All processes talk through one TCP store, which rank 0 serves. Without a watchdog, a rank that waits in a collective for
-a dead rank would wait for ever, or die of an error that names no cause.
+`paddle.distributed.launch` starts the processes and gives each its rank in environment variables, which only this file
+reads. All processes talk through one TCP store, which rank 0 serves. Without a watchdog, a rank that waits in a
+collective for a dead rank would wait for ever, or die of an error that names no cause.
 """
 
 import atexit
@@ -208,8 +208,7 @@ class Watchdog:
                     self._check_alive(other, store, last_seen)
 
     def _check_alive(self, other: int, store, last_seen: dict) -> None:
-        """Rank 0: abort if a rank's heartbeat has not changed for HEARTBEAT_TIMEOUT. last_seen: {rank: (heartbeat,
-        time)}."""
+        """Rank 0: abort if a rank's heartbeat is too old. last_seen: {rank: (heartbeat, when it was new)}."""
         if not store.add(f"heartbeat {other} is set", 0):
             return
         heartbeat, now = store.get(f"heartbeat {other}"), time.monotonic()

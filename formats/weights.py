@@ -172,8 +172,7 @@ def stored_bytes(shape: list[int], dtype: str) -> int:
 
 
 def named_weights(model: CausalLM, rows: Iterable | None = None) -> list[Weight]:
-    """Weights of the base model, without adapters and prefix, in the order of its family's name table (or of other
-    rows)."""
+    """Weights of the base model (no adapters, no prefix), in the order of its family's name table, or of `rows`."""
     parameters = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
     for path, name, transposed in weight_names(model.config, rows):
@@ -234,8 +233,7 @@ MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams",
 
 
 def stored_tensors(path: str | Path, candidates: tuple[str, ...] = MODEL_FILES) -> dict[str, StoredTensor]:
-    """{name: StoredTensor} over the weight files of a folder: the first of `candidates` that is there, as one file or
-    as an index of several."""
+    """{name: StoredTensor} of a folder: from the first of `candidates` that is there, as one file or as an index."""
     path = Path(path)
     for candidate in candidates:
         index = path / f"{candidate}.index.json"

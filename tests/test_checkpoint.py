@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import types
+from collections import Counter
 from pathlib import Path
 
 import kernels
@@ -185,6 +186,55 @@ GRIDS = [
 ]
 
 
+LINEARS = {  # (full shape in our layout, whether it is stored transposed)
+    "q_proj": ((5, 12), True),
+    "k_proj": ((5, 4), True),
+    "o_proj": ((12, 5), True),
+    "down_proj": ((7, 4), False),
+    "norm": ((5,), False),
+}
+HEADS = types.SimpleNamespace(
+    num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None
+)
+
+
+def full_tensors(degrees):
+    """{name: array in our layout}: LINEARS of each stage, a tensor of both stages, and an expert per data rank."""
+    generator, shapes = np.random.default_rng(1), {}
+    for stage in range(degrees.pp):
+        shapes |= {f"{stage}.{name}": shape for name, (shape, _) in LINEARS.items()}
+    shapes["tied"] = (9, 4)
+    shapes |= {f"expert{i}": (3, 4) for i in range(degrees.dp)}
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def entry_of_rank(name, full, topology, flat):
+    """The SaveEntry of what a rank holds of a tensor; flat: a range of its shard, of uneven size, over sharding."""
+    linear, tp, sharding = name.partition(".")[2], topology.tp, topology.sharding
+    parameter, shard = types.SimpleNamespace(), full
+    if tp.size > 1 and linear in COLUMN_PARALLEL + ROW_PARALLEL:
+        dim = 0 if linear in ROW_PARALLEL else 1
+        ranges = [shard_ranges(linear, full.shape[dim], HEADS, tp.size, rank) for rank in range(tp.size)]
+        parameter.shard_spec = ShardSpec(dim, ranges, tp.rank, full.shape)
+        shard = parameter.shard_spec.slice(full)
+    parameter.shape = list(shard.shape)
+    weight = formats.weights.Weight(name, parameter, LINEARS.get(linear, (None, False))[1])
+    source = SaveSource(weight, np.array(shard, order="C"))
+    if flat:
+        width = -(-shard.size // sharding.size) + 1  # the last rank has less, or nothing
+        offset = min(sharding.rank * width, shard.size)
+        elements = shard.reshape([-1])[offset : offset + width]
+        source = SaveSource(weight, elements.copy() if elements.size else None, offset)
+    return formats.weights.SaveEntry({name: (weight.shape, "float32")}, [source])
+
+
+def wait_for(path):
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize(
     "degrees, flat",
     GRIDS,
@@ -192,93 +242,47 @@ GRIDS = [
 )
 @pytest.mark.parametrize("copied", [False, True], ids=["as_it_is", "copied"])
 def test_parts_of_every_grid_make_full_tensors(degrees, flat, copied, tmp_path):
-    """Threads as ranks, each with its parts of: a stage's matrices, sharded by outputs, by inputs, and by replicated key heads;
-    a tensor that all have, one of both stages, one expert per data rank."""
+    """Threads as ranks. Each has its parts of: a stage's matrices, sharded by outputs, by inputs, and by replicated key
+    heads; a tensor that all have; one of both stages; one expert per data rank."""
     degrees = Degrees(**degrees)
-    world, groups, reports, sizes = degrees.world, ThreadGroups(degrees.world), {}, {}
-    config = types.SimpleNamespace(
-        num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None
-    )
-    generator, wholes = np.random.default_rng(1), {}  # in our layout
-    rows = [
-        ("q_proj", (5, 12), True),
-        ("k_proj", (5, 4), True),
-        ("o_proj", (12, 5), True),
-        ("down_proj", (7, 4), False),
-        ("norm", (5,), False),
-    ]
-    for stage in range(degrees.pp):
-        for name, shape, _ in rows:
-            wholes[f"{stage}.{name}"] = generator.standard_normal(shape).astype(np.float32)
-    wholes["tied"] = generator.standard_normal((9, 4)).astype(np.float32)
-    experts = 2 if degrees.dp == 2 else 1
-    for expert in range(experts):
-        wholes[f"expert{expert}"] = generator.standard_normal((3, 4)).astype(np.float32)
-    transposed = {name: turned for name, _, turned in rows}
+    groups, full, reports = ThreadGroups(degrees.world), full_tensors(degrees), {}
 
     def work(rank):
         topology = Topology(degrees, rank, groups.of(rank))
-        entries, mine = (
-            [],
-            [f"{topology.pp.rank}.{name}" for name, _, _ in rows] + ["tied", f"expert{topology.dp.rank % experts}"],
-        )
-        for name in mine:
-            whole, last = wholes[name], name.partition(".")[2]
-            parameter = types.SimpleNamespace(shape=list(whole.shape))
-            if topology.tp.size > 1 and last in COLUMN_PARALLEL + ROW_PARALLEL:
-                dim = 0 if last in ROW_PARALLEL else 1
-                ranges = [
-                    shard_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
-                ]
-                parameter.shard_spec = ShardSpec(dim, ranges, topology.tp.rank, whole.shape)
-                whole = parameter.shard_spec.slice(whole)
-                parameter.shape = list(whole.shape)
-            weight = formats.weights.Weight(name, parameter, transposed.get(last, False))
-            whole = np.array(whole, order="C")
-            source = SaveSource(weight, whole)
-            if flat:
-                width = -(-whole.size // topology.sharding.size) + 1  # the last has less, or nothing
-                first = min(topology.sharding.rank * width, whole.size)
-                piece = whole.reshape([-1])[first : first + width]
-                source = SaveSource(weight, piece.copy() if piece.size else None, first)
-            entries.append(formats.weights.SaveEntry({name: (weight.shape, "float32")}, [source]))
+        names = [f"{topology.pp.rank}.{name}" for name in LINEARS] + ["tied", f"expert{topology.dp.rank}"]
+        entries = [entry_of_rank(name, full[name], topology, flat) for name in names]
         plan = checkpoint.SavePlan({"model": entries}, {}, lambda folder: None)
-        share = CheckpointShardWriter(plan, topology, buffers={} if copied else None)
+        writer = CheckpointShardWriter(plan, topology, buffers={} if copied else None)
         if copied:
             for entry in entries:
                 if entry.sources[0].tensor is not None:
                     entry.sources[0].tensor[:] = np.nan  # training goes on
-        reports[rank] = share.write(tmp_path, wait)
+        reports[rank] = writer.write(tmp_path, wait_for)
 
-    def wait(path):
-        end = time.monotonic() + 20
-        while not path.exists():
-            assert time.monotonic() < end, path
-            time.sleep(0.002)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(degrees.world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(reports) == list(range(world))
-    found = {}
-    for path in tmp_path.iterdir():  # nothing but files of tensors is left
+    assert sorted(reports) == list(range(degrees.world))
+    written, sizes = {}, Counter()
+    for path in tmp_path.iterdir():  # no other files are left
         for name, array in formats.tensor_files.read_safetensors(path).items():
-            assert name not in found, "written twice"
-            found[name] = array
-            sizes[int(path.name.split(".")[1])] = sizes.get(int(path.name.split(".")[1]), 0) + array.nbytes
-    assert found.keys() == wholes.keys()
-    for name, whole in wholes.items():
-        whole = whole.T if transposed.get(name.partition(".")[2]) else whole
-        assert np.array_equal(found[name], whole), name
-    largest = max(array.nbytes for array in found.values())
-    assert max(sizes.values()) <= sum(sizes.values()) / world + 2 * largest  # a stage's alone have its tensors
+            assert name not in written, "written twice"
+            written[name] = array
+            sizes[int(path.name.split(".")[1])] += array.nbytes
+    assert written.keys() == full.keys()
+    for name, array in full.items():
+        transposed = LINEARS.get(name.partition(".")[2], (None, False))[1]
+        assert np.array_equal(written[name], array.T if transposed else array), name
+    largest = max(array.nbytes for array in written.values())
+    # A stage's tensors can only be written by that stage's ranks.
+    assert max(sizes.values()) <= sum(sizes.values()) / degrees.world + 2 * largest
 
 
 @pytest.mark.parametrize("options", ["", "async_save"], ids=["blocking", "async"])
 def test_files_of_two_ranks(options, pool, tmp_path):
-    """The layout, and that what async_save writes is the state that it was called with."""
+    """The layout of the folder; async_save writes the state at the time of the call."""
     found = pool[2].run("jobs_checkpoint:save_one", str(tmp_path), TINY, {"tp": 2}, options)
     assert found == [None, None]
     folder = tmp_path / "checkpoint-1"
@@ -322,7 +326,7 @@ def world(tmp_path_factory):
 
 
 def make_world(world):
-    """Tiny models with the demo's tokenizer, records, pairs and a corpus, in a folder, which is returned."""
+    """Fill the folder with tiny models (the demo's tokenizer), records, pairs and a corpus; returns it."""
     tokenizer = load_tokenizer(DEMO / "llama")
     for name in ("llama", "llama_bias_tied", "qwen", "qwen2_moe", "gemma2"):
         write_family(
@@ -423,7 +427,7 @@ def keys_of(world, task, out, topology, **more):
 
 
 def run(pool, world, task, out, topology, **more):
-    """[what jobs_checkpoint.train gives on each rank]; one process is this one."""
+    """[what jobs_checkpoint.train returns on each rank]; a run of one process happens in this one."""
     script, keys, ranks = keys_of(world, task, out, topology, **more)
     if ranks == 1:
         return [jobs_checkpoint.train(script, keys)]
@@ -547,7 +551,7 @@ def resumed(pool, world, saved, task, before, after, out):
 
 
 def limit(before, after):
-    """Of resumed()."""
+    """Largest difference that resumed() may return."""
     return 0 if before == after else 1e-6
 
 
@@ -562,8 +566,8 @@ def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
-    """One process for two, and no more micro-batches than each of them had."""
+def test_a_changed_batch_size_is_reported(pool, world, saved, tmp_path):
+    """One process in place of two, with as many micro-batches as each of them had."""
     found = run(
         pool,
         world,
@@ -583,7 +587,7 @@ def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
 
 
 def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
-    """Of cut tensors its half, of the others all; twice the same for moments."""
+    """Half of every sharded tensor, all of the others; the same for both moments."""
     out, _ = saved("sft", "1")
     found = run(
         pool, world, "sft", tmp_path / "out", "tp2", resume_from_checkpoint=str(out / "checkpoint-3"), max_steps=4
@@ -606,7 +610,7 @@ def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
 
 
 @pytest.mark.parametrize("stage, shared", [(1, 2), (3, 3)])
-def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, tmp_path):
+def test_a_zero_rank_reads_its_shards(stage, shared, pool, world, saved, tmp_path):
     """All of the base model; half of those of the checkpoint's three groups (weights, moments) that ZeRO shards, and at
     most a row more."""
     out, _ = saved("sft", "1")
@@ -656,7 +660,7 @@ def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, 
     ],
 )
 def test_the_best_model_at_the_end(task, topology, pool, world, tmp_path):
-    """Largest is best here, so the first that is saved is, and six more steps are taken back."""
+    """The largest loss counts as best here, so the first checkpoint wins and six more steps are undone."""
     metric = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
     evaluation = {
         "do_eval": True,
@@ -691,8 +695,8 @@ def flip(path, at=-5):
     path.write_bytes(content)
 
 
-def test_damage_is_found_and_passed_over(pool, tmp_path):
-    """One bit, in files that different ranks check; all ranks agree on the checkpoint before."""
+def test_damaged_checkpoints_are_passed_over(pool, tmp_path):
+    """One flipped bit, in files that different ranks check; all ranks agree on the checkpoint before."""
     for step in range(1, 6):
         pool[2].run("jobs_checkpoint:save_one", str(tmp_path), TINY, {"tp": 2}, step=step)
     flip(tmp_path / "checkpoint-5" / "optimizer-00001-of-00002.safetensors")
@@ -809,7 +813,7 @@ def single(tmp_path, options, **keys):
     return jobs_checkpoint.Run(tmp_path, TINY, {}, options, **keys)
 
 
-def test_a_failed_write_is_told_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
+def test_a_failed_write_is_raised_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
     saver = single(tmp_path, "async_save")
     saver.set(1)
     saver.save(1)
@@ -828,14 +832,14 @@ def test_a_failed_write_is_told_at_the_next_save_or_at_the_end(tmp_path, monkeyp
     saver.save(3)
     with pytest.raises(UserError, match="checkpoint-3: the disk is full"):
         saver.checkpoints.wait()
-    saver.checkpoints.wait()  # told once
+    saver.checkpoints.wait()  # raised once
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and checkpoint.damaged(
         tmp_path / "checkpoint-1"
     ) is None
 
 
-def test_two_ranks_of_which_one_cannot_write(pool, tmp_path):
-    """The other one's line names the first one's reason; nothing half is left."""
+def test_a_full_disk_on_one_of_two_ranks(pool, tmp_path):
+    """The message of the other rank has the first one's reason; nothing half-written is left."""
     for options in ("", "async_save"):
         found = pool[2].run("jobs_checkpoint:save_to_full_disk", str(tmp_path), TINY, {"tp": 2}, options, 1)
         assert all("checkpoint-2: the disk is full" in text for text in found), found
@@ -881,7 +885,7 @@ def test_a_limit_of_one_keeps_two_and_says_so_once(tmp_path, capsys):
     assert lines == ["save_total_limit: 1 keeps two checkpoints: the last one and the best one, checkpoint-1"]
 
 
-def test_words_of_unified_checkpoint_config(tmp_path):
+def test_options_of_unified_checkpoint_config(tmp_path):
     def check(words, **more):
         args = TrainingArgs(output_dir=str(tmp_path), do_train=True, unified_checkpoint_config=words, **more)
         args.device = "cpu"
@@ -957,7 +961,7 @@ def test_master_weights(half, tmp_path, capsys):
             assert np.array_equal(w.to_numpy(), rounded)
 
 
-def test_a_bf16_run_goes_on_bitwise(pool, world, saved, tmp_path):
+def test_a_bf16_run_resumes_bitwise(pool, world, saved, tmp_path):
     keys = {"bf16": True, "device": "cpu", "unified_checkpoint_config": "skip_save_model_weight"}
     out, whole = saved("sft", "1", **keys)
     if "so float32 is used" in whole[0]["printed"]:
@@ -969,8 +973,8 @@ def test_a_bf16_run_goes_on_bitwise(pool, world, saved, tmp_path):
 
 @pytest.mark.parametrize("shape", [(5, 64), (3, 37), (1, 1), (2, 3, 40)])
 @pytest.mark.parametrize("stage", ["O1", "O2"])
-def test_moments_in_few_bits(stage, shape):
-    """What comes back is within half a step of the scales, of m and of the ratio; a row of zeros stays zero."""
+def test_quantized_moments(stage, shape):
+    """Dequantized m and ratio are within half a quantization step; a row of zeros stays zero."""
     generator = np.random.default_rng(0)
     m = generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)
     v = (generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)) ** 2 + np.float32(1e-9)
@@ -1002,7 +1006,7 @@ def test_moments_in_few_bits(stage, shape):
 
 
 @pytest.mark.parametrize("stage", ["O1", "O2"])
-def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
+def test_moments_are_quantized_once(stage, pool, world, saved, tmp_path):
     exact, _ = saved("sft", "1")
     out, whole = saved("sft", "tp2", ckpt_quant_stage=stage)
     sizes = [
@@ -1027,7 +1031,7 @@ def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
 
 
 def main():
-    """Every pair, slow ones too, as markdown; the exit code is 1 if one is above its limit or failed."""
+    """Every pair, slow ones too, as a markdown table; exit code 1 if one is above its limit or failed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument(
         "--readme",
