@@ -1,4 +1,36 @@
-"""Unified Checkpoint: save, verify and resume on any topology."""
+"""Unified Checkpoint: save, verify and resume on any topology.
+
+    checkpoints = CheckpointManager(args, model, tokenizer, optimizer=optimizer, shards=shards, topology=topology)
+    checkpoints.save(state)    # output_dir/checkpoint-120; with async_save it returns once the state is copied
+    checkpoints.wait()         # at the end of a run: wait for the last save, raise its error
+    checkpoints.write_model(folder, dtype="bfloat16")
+
+    path = find_checkpoint(args, topology)             # resume_from_checkpoint: a path, or true for the newest
+    load_trained(model, path, args)                    # weights (adapters: adapters.load_adapter)
+    state = load_checkpoint(path, optimizer, shards)   # moments and TrainState
+
+Layout of a checkpoint, which Hugging Face's tools open as a model's folder, and peft as an adapter's:
+
+    checkpoint-120/
+        config.json, tokenizer.json, …
+        model.safetensors             full float32 weights; in a bf16 run rounded to bfloat16, for use
+        master_weights-*.safetensors  bf16 runs only: the float32 weights that training goes on from
+        adapter_config.json, adapter_model.safetensors     LoRA and prefix tuning, in place of model and config
+        optimizer-*.safetensors       "NAME/moment1_0", "NAME/moment2_0", "NAME/beta1_pow_acc_0", … of each weight
+        *.safetensors.index.json      which file has which tensor, where a group of tensors has several files
+        trainer_state.json            TrainState, arguments, topology; size and checksum of every file
+        .checkpoint_done              completion marker, written last: the checksum of trainer_state.json
+
+Who writes what. Every stored tensor is full: shards of tensor parallelism and ZeRO are put together. assign_writers
+gives each tensor to one rank that holds some of it, evenly by bytes. The other ranks that hold parts (contributors)
+write them as files for that rank into the temporary folder. So a part is sent once, no rank waits for another before it
+has sent all its own, no collective is needed, and everything after the copy can run in a thread behind training. Rank 0
+waits for all, gives the files their final names, writes trainer_state.json, syncs, sets the marker and renames the
+folder.
+
+Resume on another topology. Because stored tensors are full and named as Hugging Face names them, whatever wrote them,
+each rank reads the rows and columns that it holds under the new topology (Weight.read) and nothing else.
+"""
 
 import contextlib
 import dataclasses
@@ -10,301 +42,42 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import kernels
 
 import numpy as np
+import paddle
+from tqdm import tqdm
 
 from adapters import adapter_files
-from distributed.collectives import _bytes_of, _size_of, _to_host, assign_writers, gather_tensor_index
+from distributed.collectives import gather_tensor_index
 from formats.files import UserError, _disk_full, _sync, atomic_file, crc32_of
-from formats.tensor_files import read_safetensors, read_tensor, safetensors_header, write_safetensors
-from formats.weights import MASTER_WEIGHTS, MODEL_FILES, SaveEntry, load_weights, stored_tensors, weights_to_save
-from parallel import NAMES, ORDERS, SINGLE, Degrees
-
-# ============================================================ slicing and gathering: from what ranks hold to whole files
-
-# Every tensor of a file is whole, and one rank, its owner, writes it. The others that have parts of it give them to the
-# owner by way of the folder that is being written, in a file for each pair of ranks: so a part is sent once, no rank waits
-# for another before it has given all, nothing of this is a collective, and so all of it can go on behind training.
-# Reading needs none of it: a rank reads the ranges that it holds, see model.LazyTensor and Weight.read.
-
-FILE_BYTES = 5 << 30  # a rank begins another file before one grows larger
-
-
-class CheckpointShardWriter:
-    """What this rank does of writing tensors of the whole model: which parts it gives to others, which files it writes.
-
-    groups: {group: [SaveEntry]}, all of what this rank holds. A source (weight, tensor, first) is cut over sharding too: tensor
-    has, laid flat, this rank's elements of the parameter from `first` on; None: none of them. The parts are taken here: as
-    they are; or with buffers, a dict that the next may use again, copied into it, and what is written later is the state of now.
-    """
-
-    def __init__(self, groups, topology, buffers=None, together=(), metadata=None):
-        """The ranks have met. together: groups of which one rank writes all that it holds, for one small file; metadata:
-        {group: of its files}."""
-        self.topology, self.rank, self.metadata = topology, topology.rank, metadata or {}
-        self.entries = {(group, *entry.tensors): entry for group, entries in groups.items() for entry in entries}
-        names = {key: " ".join(key) for key in self.entries}
-        mine = {names[key]: _bytes_of(entry) for key, entry in self.entries.items()}
-        sizes, holders = gather_tensor_index(mine, topology)
-        for name in sizes:
-            if name.partition(" ")[0] in together:
-                holders[name] = holders[name][:1]
-        self.owners = assign_writers(sizes, holders)
-        self.owner = {key: self.owners[name] for key, name in names.items()}
-        self.parts = {}  # (key, index of the source): numpy of the part, or None: this rank has nothing of it
-        for key, entry in self.entries.items():
-            for index, source in enumerate(entry.sources):
-                if self.rank in self._givers(self.owner[key], source):
-                    self.parts[key, index] = self._take(source[1], buffers, (key, index))
-
-    def _givers(self, owner, source):
-        """The ranks that together have all of a source: those of the owner's line along tp, if it is cut, and sharding."""
-        grid, weight = self.topology.grid, source[0]
-        axes = {"tp"} if weight.shard_spec is not None else set()
-        axes |= {"sharding"} if len(source) > 2 else set()
-        place = np.argwhere(grid == owner)[0]
-        names = ORDERS[self.topology.degrees.order]
-        return [
-            int(r) for r in grid[tuple(slice(None) if n in axes else i for n, i in zip(names, place))].reshape([-1])
-        ]
-
-    def _take(self, tensor, buffers, key):
-        found = _to_host(tensor)
-        if buffers is None or found is None:
-            return found
-        if key not in buffers or buffers[key].shape != found.shape:
-            buffers[key] = np.empty_like(found)
-        np.copyto(buffers[key], found)
-        return buffers[key]
-
-    def write(self, folder, wait):
-        """Give and write this rank's share; {group: {file: {"size", "crc32", "tensors": {name: bytes}}}} of its files.
-
-        wait(path): returns when another rank has put that file there. Files are called GROUP.RANK.NUMBER.
-        """
-        folder, given = Path(folder), {}
-        for (key, index), part in self.parts.items():
-            if self.owner[key] != self.rank and part is not None:
-                name, first = f"{' '.join(key)} {index}", self.entries[key].sources[index][2:]
-                given.setdefault(self.owner[key], {}).update({name: part, f"{name} first": np.array(first, np.int64)})
-        receivers = {self.owner[key] for key, _ in self.parts} - {self.rank}
-        for receiver in sorted(receivers):
-            write_safetensors(folder / f".parts-{self.rank}-{receiver}", given.get(receiver, {}), sync=False)
-        report, files = {}, {}
-        for key, entry in self.entries.items():
-            if self.owner[key] == self.rank:
-                size, mine = _bytes_of(entry), files.setdefault(key[0], [[0, []]])
-                if mine[-1][0] and mine[-1][0] + size > FILE_BYTES:
-                    mine.append([0, []])
-                mine[-1][0] += size
-                mine[-1][1].append(key)
-        inbox = PartReader(folder, self.rank, wait)
-        for group, parts in files.items():
-            for number, (_, keys) in enumerate(parts):
-                tensors = {}
-                for key in keys:
-                    tensors |= self._readers(key, inbox)
-                name = f"{group}.{self.rank}.{number}"
-                written = write_safetensors(folder / name, tensors, self.metadata.get(group))
-                sizes = {name: _size_of(*value[1:]) for name, value in tensors.items()}
-                report.setdefault(group, {})[name] = {**written, "tensors": sizes}
-        inbox.close()
-        return report
-
-    def _readers(self, key, inbox):
-        """{name: (function, shape, dtype)} of an entry's tensors for write_safetensors; its sources are gathered once."""
-        entry, made = self.entries[key], []
-
-        def array(index):
-            if index == 0:
-                made[:] = entry.arrays(*(self._whole(key, i, inbox) for i in range(len(entry.sources))))
-            found, made[index] = made[index], None
-            return found
-
-        return {name: (functools.partial(array, i), *how) for i, (name, how) in enumerate(entry.tensors.items())}
-
-    def _whole(self, key, index, inbox):
-        """A source of an entry, of all its ranks, in the file's layout."""
-        source = self.entries[key].sources[index]
-        weight, first = source[0], source[2:]
-        cut, name, parts = weight.shard_spec, f"{' '.join(key)} {index}", {}  # parts: by rank of tp
-        for rank in self._givers(self.rank, source):
-            if rank == self.rank:
-                part, start = self.parts[key, index], first
-            else:
-                part, start = inbox.read(rank, name), inbox.read(rank, f"{name} first")
-            tp = int(np.argwhere(self.topology.grid == rank)[0][-1])
-            if not first:
-                parts[tp] = part
-            elif part is not None:
-                shape = weight.shape[::-1] if weight.transposed else list(weight.shape)
-                if cut is not None:
-                    shape[cut.dim] = sum(b - a for a, b in cut.of_ranks[tp])
-                if tp not in parts:
-                    parts[tp] = np.empty(shape, part.dtype)
-                parts[tp].reshape([-1])[start[0] : start[0] + part.size] = part.reshape([-1])
-        if cut is None:
-            (found,) = parts.values()
-        else:
-            found = np.empty(cut.shape, next(iter(parts.values())).dtype)
-            for tp, part in parts.items():
-                cut.put(found, part, tp)
-        return found.T if weight.transposed else found
-
-
-class PartReader:
-    """What other ranks give to this one, in the files .parts-GIVER-THIS of a folder; removed when it has been read."""
-
-    def __init__(self, folder, rank, wait):
-        self.folder, self.rank, self.wait, self.tensors = folder, rank, wait, {}
-
-    def read(self, giver, name):
-        """An array; None: the giver has nothing of it."""
-        if giver not in self.tensors:
-            path = self.folder / f".parts-{giver}-{self.rank}"
-            self.wait(path)
-            self.tensors[giver] = path, safetensors_header(path)
-        path, header = self.tensors[giver]
-        return read_tensor(path, header[name]) if name in header else None
-
-    def close(self):
-        for path, _ in self.tensors.values():
-            path.unlink()
-
-
-def checksums(folder, sizes, topology):
-    """{name: crc32 as it is now} of files of a folder, {name: bytes}: each rank reads its share of them, by bytes, then all
-    know all."""
-    share = assign_writers(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
-    mine = {name: crc32_of(Path(folder) / name) for name, rank in share.items() if rank == topology.rank}
-    return {name: found for part in topology.exchange(mine) for name, found in part.items()}
-
-
-def _remove(path):
-    """Remove a file or folder; a checkpoint loses its marker first, so that a part of it never looks complete."""
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    (path / DONE).unlink(missing_ok=True)
-    if re.fullmatch(r"checkpoint-\d+", path.name):
-        path = path.rename(path.with_name(f"tmp-{path.name}-old"))
-    shutil.rmtree(path)
-
-
-# Moments in few bits, after upstream: the first in equal steps up to the largest of a row; of the second what it is there
-# for, the ratio 1 / (sqrt(v) + 1e-8), in equal steps between the least and the largest. O1: 8 bits, rows of the file's
-# layout (outputs); O2: 4 bits, groups of 32 along them, both numbers in one byte under the name of the first.
-# Scales: float32, under NAME@scales, and NAME@min_scales, NAME@max_scales of the second.
-GROUP = 32
-
-
-MAX_QUANTIZATION_TIMES = 1  # a state that has been in few bits once is not rounded again
-
-
-def _quantized(names, shape, sources, stage):
-    rows, columns = int(np.prod(shape[:-1])), shape[-1]
-    scales = [rows] if stage == "O1" else [rows, -(-columns // GROUP)]
-    extra = {f"{names[0]}@scales": scales, f"{names[1]}@min_scales": scales, f"{names[1]}@max_scales": scales}
-    integers = {names[0]: (shape, "int8")} | ({names[1]: (shape, "uint8")} if stage == "O1" else {})
-    tensors = integers | {name: (size, "float32") for name, size in extra.items()}
-    return SaveEntry(tensors, sources, quantize_8 if stage == "O1" else quantize_4)
-
-
-def quantize_8(m, v):
-    """Moments (…, n) -> [int8 m, uint8 ratio, scales, least, largest (rows,)]."""
-    shape, m, ratio = (
-        m.shape,
-        m.reshape([-1, m.shape[-1]]),
-        1 / (np.sqrt(v.reshape([-1, v.shape[-1]])) + np.float32(1e-8)),
-    )
-    scales, least, largest = _scales(m, ratio)
-    m, ratio = np.round(m / scales * 127), np.round((ratio - least) / np.maximum(largest - least, 1e-30) * 255)
-    return [
-        m.astype(np.int8).reshape(shape),
-        ratio.astype(np.uint8).reshape(shape),
-        *(x[:, 0] for x in (scales, least, largest)),
-    ]
-
-
-def dequantize_8(m, ratio, scales, least, largest):
-    shape, scales, least, largest = m.shape, scales[:, None], least[:, None], largest[:, None]
-    m, ratio = m.reshape([-1, shape[-1]]).astype(np.float32), ratio.reshape([-1, shape[-1]]).astype(np.float32)
-    return (m / 127 * scales).reshape(shape), _square(ratio / 255 * (largest - least) + least).reshape(shape)
-
-
-def quantize_4(m, v):
-    """Moments (…, n) -> [int8, m in the upper 4 bits and ratio in the lower, scales, least, largest (rows, n / 32)]."""
-    shape, n = m.shape, m.shape[-1]
-    m, ratio = (_grouped(x) for x in (m, 1 / (np.sqrt(v) + np.float32(1e-8))))
-    scales, least, largest = _scales(m, ratio)
-    m = np.round(m / scales * 7).astype(np.int8)
-    ratio = np.round((ratio - least) / np.maximum(largest - least, 1e-30) * 15).astype(np.int8)
-    packed = ((m << 4) | ratio).reshape([-1, scales.shape[1] * GROUP])[:, :n].reshape(shape)
-    return [packed, *(x[..., 0] for x in (scales, least, largest))]
-
-
-def dequantize_4(packed, scales, least, largest):
-    shape, n = packed.shape, packed.shape[-1]
-    packed, scales, least, largest = _grouped(packed), scales[..., None], least[..., None], largest[..., None]
-    m, ratio = (
-        (packed >> 4).astype(np.float32) / 7 * scales,
-        (packed & 15).astype(np.float32) / 15 * (largest - least) + least,
-    )
-    return tuple(x.reshape([len(x), -1])[:, :n].reshape(shape) for x in (m, _square(ratio)))
-
-
-def _grouped(x):
-    """(…, n) -> (rows, groups, 32), the last padded by its row's last element."""
-    x = x.reshape([-1, x.shape[-1]])
-    return np.pad(x, [(0, 0), (0, -x.shape[1] % GROUP)], "edge").reshape([len(x), -1, GROUP])
-
-
-def _scales(m, ratio):
-    """Largest |m|, least and largest ratio along the last dim, kept."""
-    largest = np.abs(m).max(-1, keepdims=True)
-    return np.where(largest > 0, largest, np.float32(1e-8)), ratio.min(-1, keepdims=True), ratio.max(-1, keepdims=True)
-
-
-def _square(ratio):
-    """The second moment that has this ratio."""
-    return np.maximum(1 / ratio - np.float32(1e-8), 0) ** 2
-
-
-def _moments_of(weight, found, extent):
-    """Both moments of what a rank has of a weight, in our layout; extent: (first, last), of it laid flat, or None."""
-    names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
-    for name in names[:1] if f"{names[0]}@scales" in found else names:
-        if name not in found:
-            raise UserError(f"optimizer state is not of what is trained now: missing {name}; unexpected none")
-    for name in names if f"{names[0]}@scales" not in found else names[:1]:
-        if list(found[name][1]) != weight.shape:
-            raise UserError(f"optimizer state: {weight.name}: {list(found[name][1])} found, {weight.shape} needed")
-    if f"{names[0]}@scales" not in found:
-        return [weight.read(found[name][0], extent) for name in names]
-    stored = [
-        found[name][0]()
-        for name in (*names, f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales")
-        if name in found
-    ]
-    wholes = (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)
-    return [weight.read(lambda array=array: array, extent) for array in wholes]
-
-
-def _some(names):
-    """A few of a set of names, for a message."""
-    names = sorted(names)
-    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
-
-
-# ============================================================================================== checkpoints
+from formats.tensor_files import StoredTensor, read_safetensors, read_tensor, safetensors_header, write_safetensors
+from formats.weights import (
+    MASTER_WEIGHTS,
+    MODEL_FILES,
+    SaveEntry,
+    SaveSource,
+    Weight,
+    load_weights,
+    stored_bytes,
+    stored_tensors,
+    weights_to_save,
+)
+from parallel import NAMES, ORDERS, SINGLE, Degrees, Topology
 
 DONE = ".checkpoint_done"
 
+SINGLE_FILE_GROUPS = ("adapter_model", "prefix_projection")  # one file each, as peft has them
 
-SINGLE_FILE_GROUPS = ("adapter_model", "prefix_projection")  # one file each, as PEFT has them
+FILE_BYTES = 5 << 30  # a rank starts another file before one grows larger
+
+MOMENT_BITS = {"O0": 32, "O1": 8, "O2": 4}  # ckpt_quant_stage: bits of a stored moment
+
+MAX_QUANTIZATION_TIMES = 1  # moments that come from a quantized checkpoint are not quantized again
 
 
 @dataclasses.dataclass
@@ -319,174 +92,205 @@ class TrainState:
     log_history: list = dataclasses.field(default_factory=list)  # the last 20 log lines
 
 
+@dataclasses.dataclass
+class SavePlan:
+    """What one folder will hold."""
+
+    groups: dict[str, list[SaveEntry]]  # "model", "optimizer", "adapter_model", …: what this rank holds of each
+    metadata: dict[str, dict]  # {group: key-value pairs of its safetensors files}
+    write_sidecar_files: Callable[[Path], None]  # configuration and tokenizer, into a folder; rank 0 calls it
+    index: dict[str, dict] = dataclasses.field(default_factory=dict)  # {group: further keys of its index file}
+
+
+# ============================================================================================ saving, for scripts
+
+
 class CheckpointManager:
-    """The saves of a run: output_dir/checkpoint-STEP, complete or not there, whole tensors, written by all ranks together.
+    """The saves of a run: output_dir/checkpoint-STEP, complete or not there, written by all ranks together.
 
-        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
-        checkpoints.save(state)         # with async_save it returns as soon as the state is copied
-        checkpoints.wait()              # for the one that is being written; an error of it is raised here
-        checkpoints.write_model(folder, dtype)
-
-    Everything goes to a temporary folder, is synced, gets the marker and is renamed: whenever processes die, what has the
-    name checkpoint-N and the marker is whole. A full disk is a UserError; half files are removed and earlier checkpoints
-    stay. output_dir must be one folder for all processes.
+    output_dir must be one folder for all processes. A full disk is a UserError: half-written files are removed, earlier
+    checkpoints stay. save_total_limit counts the newest and the best checkpoint, but never removes either of them: 1
+    keeps two as soon as they differ, which is said once.
     """
 
-    def __init__(self, args, model, tokenizer, optimizer=None, shards=None, topology=SINGLE):
+    def __init__(self, args, model, tokenizer, *, optimizer=None, shards=None, topology: Topology = SINGLE):
         self.args, self.model, self.tokenizer, self.topology = args, model, tokenizer, topology
         self.optimizer, self.shards = optimizer, shards
-        self.adapted = getattr(args, "lora", False) or getattr(args, "prefix_tuning", False)
+        self.has_adapter = getattr(args, "lora", False) or getattr(args, "prefix_tuning", False)
         self.options = getattr(args, "unified_checkpoint_config", None) or ()
-        self.half = kernels.bf16 and not self.adapted  # weights rounded for use beside float32 ones to go on from
-        self.masters = self.half and "remove_master_weight" not in self.options
-        self.rounds = args.ckpt_quant_stage
-        self.pending, self.last, self.buffers = None, None, {} if "async_save" in self.options else None
-        if "skip_save_model_weight" in self.options and not self.masters:
-            self._say("skip_save_model_weight is ignored: no master weights are saved that could stand for the weights")
-        if self.rounds != "O0" and getattr(optimizer, "rounded", 0) >= MAX_QUANTIZATION_TIMES:
-            self._say(
-                f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more"
+        self.bf16_weights = kernels.bf16 and not self.has_adapter  # rounded, for use, beside float32 ones for resuming
+        self.save_master_weights = self.bf16_weights and "remove_master_weight" not in self.options
+        self.moment_bits = MOMENT_BITS[args.ckpt_quant_stage]
+        self.pending: CheckpointWriter | None = None  # the save that is being written
+        self.last_step: int | None = None  # of the last save, pending or not
+        self.buffers = {} if "async_save" in self.options else None  # host copies of what is being written
+        self.said_limit = False
+        if "skip_save_model_weight" in self.options and not self.save_master_weights:
+            self._print(
+                "skip_save_model_weight is ignored: no master weights are saved that could stand for the weights"
             )
-            self.rounds = "O0"
-        if (
-            self.buffers is not None
-        ):  # made, and touched, before training begins: the first save is as short as the others
-            topology.meet()
-            CheckpointShardWriter(self._all_groups()[0], topology, self.buffers, SINGLE_FILE_GROUPS)
+        if self.moment_bits < 32 and getattr(optimizer, "requantized", 0) >= MAX_QUANTIZATION_TIMES:
+            self._print(
+                f"ckpt_quant_stage: {args.ckpt_quant_stage} is ignored: the moments come from a quantized checkpoint; "
+                "to quantize them again would lose more"
+            )
+            self.moment_bits = 32
+        if self.buffers is not None:
+            # Allocate and touch the buffers before training, so that the first save stalls no longer than later ones.
+            topology.barrier()
+            CheckpointShardWriter(self._training_plan(), topology, buffers=self.buffers)
 
-    def _say(self, text):
+    def _print(self, text: str) -> None:
         if self.topology.rank == 0:
-            print(text, flush=True)
+            tqdm.write(text)  # does not tear a progress bar
 
-    def contents(self, dtype=None):
-        """({group: [SaveEntry]}, {group: metadata}, function(folder) that writes what is small) of the model or adapter.
-
-        dtype: of a model that is written to be used; None: what a checkpoint holds.
-        """
-        model, metadata = self.model, {}
-        if self.adapted:
-            with self.shards.present("prefix") if self.shards is not None else contextlib.nullcontext():
-                config, files = adapter_files(model, self.args.model_name_or_path)
-            groups = {file.removesuffix(".safetensors"): entries for file, (entries, _) in files.items()}
-            metadata = {file.removesuffix(".safetensors"): more for file, (_, more) in files.items()}
-            name, text = "adapter_config.json", json.dumps(config, indent=2)
-        else:
-            stored, groups = weights_to_save(model), {}
-            kind = dtype or ("bfloat16" if self.half else "float32")
-            if dtype or not (self.masters and "skip_save_model_weight" in self.options):
-                groups["model"] = [SaveEntry.of(weight, kind) for weight in stored]
-            if self.masters and not dtype:
-                groups["master_weights"] = [SaveEntry.of(weight) for weight in stored]
-            name, text = "config.json", model.config.to_json(kind)
-        if self.shards is not None:
-            groups = {group: [self._held(entry) for entry in entries] for group, entries in groups.items()}
-
-        def write_small(folder):
-            self.tokenizer.save(folder)
-            with atomic_file(folder / name) as file:
-                file.write(text)
-
-        return groups, metadata, write_small
-
-    def _all_groups(self):
-        """contents() and the optimizer's."""
-        groups, metadata, write_small = self.contents()
-        if self.optimizer is not None and not self.args.ignore_save_lr_and_optim:
-            groups["optimizer"] = self.optimizer.entries(self.shards, self.rounds)
-        return groups, metadata, write_small
-
-    def _held(self, entry):
-        """An entry whose parameters are what this rank keeps of them."""
-        sources = [(w, *self.shards.held(w)) if tensor is w.parameter else (w, tensor) for w, tensor in entry.sources]
-        return entry._replace(sources=sources)
-
-    def save(self, state):
-        """Write checkpoint-STEP, then prune; called by all ranks at the same step."""
+    def save(self, state: TrainState) -> Path:
+        """Write checkpoint-STEP, then prune; all ranks call it at the same step. Raises the last async save's error."""
         self.wait()
-        args, folder = self.args, Path(self.args.output_dir)
-        groups, metadata, write_small = self._all_groups()
-        index = {}
-        if "optimizer" in groups:
-            index["optimizer"] = {
-                "master_weights": self.masters,
-                "ckpt_quant_stage": self.rounds,
-                "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0),
-            }
+        args, output_dir = self.args, Path(self.args.output_dir)
+        final, best, plan = output_dir / f"checkpoint-{state.step}", state.best_checkpoint, self._training_plan()
         record = {
             **dataclasses.asdict(state),
             "optimizer_steps": self.optimizer.steps if self.optimizer is not None else 0,
             "data_position": {"epoch": int(state.epoch), "next_step": state.step, "seed": args.seed},
-            "weights": "rounded" if self.half and not self.masters else "exact",
+            "weights": "rounded" if self.bf16_weights and not self.save_master_weights else "exact",
             "degrees": dataclasses.asdict(self.topology.degrees),
             "args": dataclasses.asdict(args),
         }
-        final, best = folder / f"checkpoint-{state.step}", state.best_checkpoint
 
-        def publish(temporary, files):
-            _complete(temporary, files, record)
+        def commit(temporary: Path, files: dict) -> None:
+            _mark_complete(temporary, files, record)
             if final.exists():  # a step made again after resuming from an earlier checkpoint
-                _remove(final)
+                remove_path(final)
             temporary.rename(final)
-            _sync(folder)
-            prune_checkpoints(folder, args.save_total_limit, best)
+            _sync(output_dir)
+            prune_checkpoints(output_dir, args.save_total_limit, best)
 
-        kept = "this checkpoint was not written, earlier ones are intact"
-        writing = CheckpointWriter(
-            folder / f"tmp-checkpoint-{state.step}", final, kept, self.topology, write_small, publish, index, metadata
+        if args.save_total_limit == 1 and best not in (None, final.name) and not self.said_limit:
+            self._print(f"save_total_limit: 1 keeps two checkpoints: the last one and the best one, {best}")
+            self.said_limit = True
+        writer = CheckpointWriter(
+            output_dir / f"tmp-checkpoint-{state.step}",
+            final,
+            plan,
+            commit=commit,
+            topology=self.topology,
+            on_failure="this checkpoint was not written, earlier ones are intact",
         )
-        self.last, self.pending = state.step, writing
-        writing.begin(groups, self.buffers)
+        self.last_step, self.pending = state.step, writer
+        writer.start(self.buffers)
         if self.buffers is None:
             self.wait()
         return final
 
-    def wait(self):
-        """Until what is being written is there; what went wrong with it is raised."""
-        writing, self.pending = self.pending, None
-        if writing is not None:
-            writing.finish()
+    def wait(self) -> None:
+        """Wait for the pending save; re-raise its error."""
+        writer, self.pending = self.pending, None
+        if writer is not None:
+            writer.finish()
 
-    def has(self, step):
+    def has(self, step: int) -> bool:
         """Whether there is, or will be, a checkpoint of this step."""
-        return step == self.last or (Path(self.args.output_dir) / f"checkpoint-{step}").is_dir()
+        return step == self.last_step or (Path(self.args.output_dir) / f"checkpoint-{step}").is_dir()
 
-    def write_model(self, folder, dtype="float32"):
-        """The model, or the adapter, to be used: into a folder that may hold other things, its configuration last."""
+    def write_model(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write the model or adapter for use, into a folder that may hold other things; the configuration last."""
         self.wait()
-        folder = Path(folder)
-        groups, metadata, write_small = self.contents(dtype)
+        folder, plan = Path(folder), self.tensors_to_save(dtype)
 
-        def publish(temporary, files):
+        def commit(temporary: Path, files: dict) -> None:
             new = [path.name for path in temporary.iterdir() if not path.name.startswith(".")]
-            for path in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"] * (
-                not self.adapted
-            ):
-                if path.name not in new:  # of a run on another topology
-                    path.unlink(missing_ok=True)
+            if not self.has_adapter:  # weight files of a run on another topology
+                for path in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"]:
+                    if path.name not in new:
+                        path.unlink(missing_ok=True)
             for name in sorted(new, key=lambda name: name in ("config.json", "adapter_config.json")):
                 os.replace(temporary / name, folder / name)
             shutil.rmtree(temporary)
             _sync(folder)
 
-        kept = "the model was not written, checkpoints are intact"
-        writing = CheckpointWriter(
-            folder / "tmp-model", folder, kept, self.topology, write_small, publish, {}, metadata
+        writer = CheckpointWriter(
+            folder / "tmp-model",
+            folder,
+            plan,
+            commit=commit,
+            topology=self.topology,
+            on_failure="the model was not written, checkpoints are intact",
         )
-        writing.begin(groups)
-        writing.finish()
+        writer.start()
+        writer.finish()
+
+    def tensors_to_save(self, dtype: str | None = None) -> SavePlan:
+        """The model or adapter. dtype: of a model that is written for use; None: what a checkpoint holds."""
+        model = self.model
+        if self.has_adapter:
+            with self.shards.present("prefix") if self.shards is not None else contextlib.nullcontext():
+                config, files = adapter_files(model, self.args.model_name_or_path)
+            groups = {name.removesuffix(".safetensors"): file.entries for name, file in files.items()}
+            metadata = {name.removesuffix(".safetensors"): file.metadata for name, file in files.items()}
+            config_name, text = "adapter_config.json", json.dumps(config, indent=2)
+        else:
+            weights, groups, metadata = weights_to_save(model), {}, {}
+            weights_dtype = dtype or ("bfloat16" if self.bf16_weights else "float32")
+            if dtype or not (self.save_master_weights and "skip_save_model_weight" in self.options):
+                groups["model"] = [SaveEntry.of(weight, weights_dtype) for weight in weights]
+            if self.save_master_weights and not dtype:
+                groups["master_weights"] = [SaveEntry.of(weight) for weight in weights]
+            config_name, text = "config.json", model.config.to_json(weights_dtype)
+        if self.shards is not None:
+            groups = {group: [self._local(entry) for entry in entries] for group, entries in groups.items()}
+
+        def write_sidecar_files(folder: Path) -> None:
+            self.tokenizer.save(folder)
+            with atomic_file(folder / config_name) as file:
+                file.write(text)
+
+        return SavePlan(groups, metadata, write_sidecar_files)
+
+    def _training_plan(self) -> SavePlan:
+        """The model or adapter, and the optimizer's state."""
+        plan = self.tensors_to_save()
+        if self.optimizer is not None and not self.args.ignore_save_lr_and_optim:
+            plan.groups["optimizer"] = self.optimizer.entries(self.shards, self.moment_bits)
+            plan.index["optimizer"] = {
+                "master_weights": self.save_master_weights,
+                "ckpt_quant_stage": self.args.ckpt_quant_stage if self.moment_bits < 32 else "O0",
+                "quant_ckpt_resume_times": getattr(self.optimizer, "requantized", 0),
+            }
+        return plan
+
+    def _local(self, entry: SaveEntry) -> SaveEntry:
+        """The entry with its parameters replaced by what this rank holds of them under ZeRO stage 3."""
+        sources = [
+            SaveSource(source.weight, *self.shards.held(source.weight))
+            if source.tensor is source.weight.parameter
+            else source
+            for source in entry.sources
+        ]
+        return dataclasses.replace(entry, sources=sources)
+
+
+# ============================================================================================ one folder, all ranks
+
+
+class PeerFailed(Exception):
+    """Another rank has failed; its own message says why."""
 
 
 class CheckpointWriter:
-    """A folder that all ranks write to, on its way to be published: each rank its share, then rank 0 names the files and
-    calls publish(temporary, {name: {"size", "crc32"}}). Ranks tell each other by files there that they are done or have failed."""
+    """Writes one folder: every rank its tensor files into `temporary`, then rank 0 names them and commits.
 
-    def __init__(self, temporary, final, kept, topology, write_small, publish, index, metadata):
-        self.temporary, self.final, self.kept, self.topology = temporary, final, kept, topology
-        self.write_small, self.publish, self.index, self.metadata = write_small, publish, index, metadata
+    commit(temporary, {file: {"size", "crc32"}}) moves it to `final`. Ranks signal by empty files in `temporary` that
+    they are done or have failed. on_failure: what a message says of the state that a failure leaves behind.
+    """
+
+    def __init__(self, temporary: Path, final: Path, plan: SavePlan, *, commit, topology: Topology, on_failure: str):
+        self.temporary, self.final, self.plan, self.commit = temporary, final, plan, commit
+        self.topology, self.on_failure = topology, on_failure
         self.thread, self.error = None, None
 
-    def begin(self, groups, buffers=None):
-        """buffers: a dict that the state is copied into; the rest goes on in a thread."""
+    def start(self, buffers: dict | None = None) -> None:
+        """buffers: the state is copied into them and the rest runs in a thread; None: all is done when it returns."""
         topology, error = self.topology, None
         if topology.rank == 0:
             try:
@@ -495,125 +299,122 @@ class CheckpointWriter:
                     if left_over.exists():
                         shutil.rmtree(left_over)
                 self.temporary.mkdir()
-            except OSError as wrong:
-                error = wrong
-        if any(texts := topology.exchange(error and self._text(error))):
-            self._raise(error, texts)
-        if not all(seen := topology.exchange(self.temporary.is_dir(), met=True)):
-            raise UserError(
-                f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir"
-            )
+            except OSError as raised:
+                error = raised
+        if any(messages := topology.all_gather_object(error and self._message(error))):
+            self._raise(error, messages)
+        if not all(visible := topology.all_gather_object(self.temporary.is_dir(), met=True)):
+            rank = visible.index(False)
+            raise UserError(f"{self.final}: rank {rank} does not see it; all processes need one output_dir")
         try:
-            self.share = CheckpointShardWriter(groups, topology, buffers, SINGLE_FILE_GROUPS, self.metadata)
+            self.shard_writer = CheckpointShardWriter(self.plan, topology, buffers=buffers)
         except BaseException:
             shutil.rmtree(self.temporary, ignore_errors=True)
             raise
         if buffers is None:
             self._run()
         else:
-            # Not a daemon: a run that ends by an error still gets the checkpoint that it has begun.
+            # Not a daemon: a run that ends by an error still completes the checkpoint that it has started.
             self.thread = threading.Thread(target=self._run, name="checkpoint")
             self.thread.start()
 
-    def _run(self):
-        rank, ranks = self.topology.rank, range(self.topology.degrees.world)
+    def _run(self) -> None:
+        rank, world = self.topology.rank, self.topology.degrees.world
         try:
-            report = self.share.write(self.temporary, self._wait_for)
+            report = self.shard_writer.write(self.temporary, self._wait_for)
             with atomic_file(self.temporary / f".done-{rank}", sync=False) as file:
                 json.dump(report, file)
             if rank == 0:
-                self.write_small(self.temporary)
+                self.plan.write_sidecar_files(self.temporary)
                 reports = []
-                for path in [self.temporary / f".done-{rank}" for rank in ranks]:
+                for path in [self.temporary / f".done-{other}" for other in range(world)]:
                     self._wait_for(path)
                     reports.append(json.loads(path.read_text()))
                     path.unlink()
-                self.publish(self.temporary, _name_files(self.temporary, reports, self.index, self.metadata))
+                self.commit(self.temporary, _name_files(self.temporary, reports, self.plan))
             else:
-                self._wait_for(self.temporary, there=False)  # so that all end together
+                self._wait_for(self.temporary, exists=False)  # so that all ranks end together
         except BaseException as error:
             self.error = error
             with contextlib.suppress(OSError):
                 (self.temporary / f".failed-{rank}").touch()
 
-    def _wait_for(self, path, there=True):
-        """Until another rank has put this file there, or taken it away; PeerFailed if one has failed, or goes no further."""
-        pause, patience = 0.001, None
-        while path.exists() != there:
-            with contextlib.suppress(FileNotFoundError):  # published meanwhile
+    def _wait_for(self, path: Path, exists: bool = True) -> None:
+        """Wait until another rank has created the file, or removed it; PeerFailed if a rank failed or is gone."""
+        pause, deadline = 0.001, None
+        while path.exists() != exists:
+            with contextlib.suppress(FileNotFoundError):  # committed meanwhile
                 if any(name.startswith(".failed-") for name in os.listdir(self.temporary)):
                     raise PeerFailed
-            if not threading.main_thread().is_alive():  # this process ends, so others may have ended
-                patience = patience or time.monotonic() + 30
-                if time.monotonic() > patience:
+            if not threading.main_thread().is_alive():  # this process is ending, so others may have ended
+                deadline = deadline or time.monotonic() + 30
+                if time.monotonic() > deadline:
                     raise PeerFailed
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)
 
-    def finish(self):
-        """Wait until it is published; what went wrong on any rank is raised on all."""
+    def finish(self) -> None:
+        """Wait until it is committed; an error on any rank is raised on all."""
         if self.thread is not None:
             self.thread.join()
-        if self.error is not None and not isinstance(self.error, Exception):  # interrupted: the others are too
+        if self.error is not None and not isinstance(self.error, Exception):  # interrupted: so are the others
             self._raise(self.error, [])
-        wrong = self.error is not None and not isinstance(self.error, PeerFailed)
-        texts = self.topology.exchange(self._text(self.error) if wrong else None)
-        if self.error is not None or any(texts):
-            self._raise(self.error, texts)
+        own_error = self.error is not None and not isinstance(self.error, PeerFailed)
+        messages = self.topology.all_gather_object(self._message(self.error) if own_error else None)
+        if self.error is not None or any(messages):
+            self._raise(self.error, messages)
 
-    def _text(self, error):
+    def _message(self, error: BaseException) -> str:
         if _disk_full(error):
             free = f"{shutil.disk_usage(self.temporary.parent).free / 1e6:.1f} MB free"
-            return f"{self.final}: the disk is full ({free}); {self.kept}; free some space, then resume"
+            return f"{self.final}: the disk is full ({free}); {self.on_failure}; free some space, then resume"
         return f"{self.final}: {type(error).__name__}: {error}"
 
-    def _raise(self, error, texts):
+    def _raise(self, error: BaseException | None, messages: list[str | None]) -> None:
         if self.topology.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if error is None or isinstance(error, PeerFailed) or _disk_full(error):
-            raise UserError(next(filter(None, texts), f"{self.final}: another rank has ended")) from None
+            raise UserError(next(filter(None, messages), f"{self.final}: another rank has ended")) from None
         raise error
 
 
-class PeerFailed(Exception):
-    """Another rank has failed, and says itself why."""
+def _name_files(folder: Path, reports: list[dict], plan: SavePlan) -> dict[str, dict]:
+    """Give the files of all ranks their final names, and write the indexes; {name: {"size", "crc32"}} of all in the
+    folder.
 
-
-def _name_files(folder, reports, index, metadata):
-    """Give the files of all ranks their final names, and write the indexes; {name: {"size", "crc32"}} of all in the folder.
-
-    index: {group: what its index says besides}.
+    reports: of CheckpointShardWriter.write on each rank.
     """
-    found = {}
+    files = {}
     for group in sorted({group for report in reports for group in report}):
         parts = [part for report in reports for part in report.get(group, {}).items()]
-        if group in SINGLE_FILE_GROUPS and len(parts) > 1:  # of several stages; PEFT wants one file
+        if group in SINGLE_FILE_GROUPS and len(parts) > 1:  # one per pipeline stage
             tensors = {name: array for part, _ in parts for name, array in read_safetensors(folder / part).items()}
-            parts = [(f"{group}.whole", write_safetensors(folder / f"{group}.whole", tensors, metadata.get(group)))]
-        alone = len(parts) == 1 and group not in ("optimizer", "master_weights")
+            merged = f"{group}.merged"
+            parts = [(merged, write_safetensors(folder / merged, tensors, plan.metadata.get(group)))]
+        single = len(parts) == 1 and group not in ("optimizer", "master_weights")
         weight_map, total = {}, 0
         for i, (part, written) in enumerate(parts, 1):
-            name = f"{group}.safetensors" if alone else f"{group}-{i:05d}-of-{len(parts):05d}.safetensors"
+            name = f"{group}.safetensors" if single else f"{group}-{i:05d}-of-{len(parts):05d}.safetensors"
             (folder / part).rename(folder / name)
-            found[name] = {key: written[key] for key in ("size", "crc32")}
+            files[name] = {key: written[key] for key in ("size", "crc32")}
             for tensor, size in written.get("tensors", {}).items():
                 weight_map[tensor], total = name, total + size
-        if not alone:
+        if not single:
             content = {
                 "metadata": {"total_size": total},
-                **index.get(group, {}),
+                **plan.index.get(group, {}),
                 "weight_map": dict(sorted(weight_map.items())),
             }
             with atomic_file(folder / f"{group}.safetensors.index.json") as file:
                 json.dump(content, file, indent=1)
     for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith(".") and path.name not in found:
-            found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": crc32_of(path)}
-    return found
+        if path.is_file() and not path.name.startswith(".") and path.name not in files:
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": crc32_of(path)}
+    return files
 
 
-def _complete(folder, files, record):
-    """trainer_state.json, all synced, then the marker, which has its checksum."""
+def _mark_complete(folder: Path, files: dict[str, dict], record: dict) -> None:
+    """Write trainer_state.json, sync everything, then write the marker."""
     with atomic_file(folder / "trainer_state.json") as file:
         json.dump({**record, "files": files}, file, indent=1, ensure_ascii=False)
     for path in [*folder.rglob("*"), folder]:
@@ -623,13 +424,194 @@ def _complete(folder, files, record):
     _sync(folder)
 
 
-def list_checkpoints(output_dir):
+# ==================================================================================== one rank's share of the tensors
+
+
+class CheckpointShardWriter:
+    """Writes the tensors assigned to this rank, and hands the parts that it holds of other tensors to their writers.
+
+    The parts are taken when it is made: as they are, or, with buffers (a dict, used again by the next one), copied to
+    host memory, so that training may go on before write(). All ranks make it together, just after a barrier.
+    """
+
+    def __init__(self, plan: SavePlan, topology: Topology, *, buffers: dict | None = None):
+        self.topology, self.rank, self.metadata = topology, topology.rank, plan.metadata
+        self.entries = {  # "GROUP TENSOR …": what is computed and written together
+            " ".join((group, *entry.tensors)): entry for group, entries in plan.groups.items() for entry in entries
+        }
+        sizes, holders = gather_tensor_index({key: entry.nbytes for key, entry in self.entries.items()}, topology)
+        for key in sizes:
+            if _group_of(key) in SINGLE_FILE_GROUPS:
+                holders[key] = holders[key][:1]
+        self.writer = assign_writers(sizes, holders)  # {key: rank}
+        self.parts = {}  # {(key, index of the source): numpy array, None where this rank holds nothing of it}
+        for key, entry in self.entries.items():
+            for index, source in enumerate(entry.sources):
+                if self.rank in self._contributors(self.writer[key], source):
+                    self.parts[key, index] = _copy(source.tensor, buffers, (key, index))
+
+    def _contributors(self, writer: int, source: SaveSource) -> list[int]:
+        """The ranks that together hold all of a source: the writer's along those of tp and sharding that shard it."""
+        grid, order = self.topology.grid, ORDERS[self.topology.degrees.order]
+        sharded = {"tp": source.weight.shard_spec is not None, "sharding": source.offset is not None}
+        coords = np.argwhere(grid == writer)[0]
+        lines = tuple(slice(None) if sharded.get(axis) else coord for axis, coord in zip(order, coords))
+        return [int(rank) for rank in grid[lines].reshape([-1])]
+
+    def write(self, folder: str | Path, wait_for: Callable[[Path], None]) -> dict:
+        """Write this rank's files, called GROUP.RANK.NUMBER; wait_for(path) waits until another rank wrote it.
+
+        Returns {group: {file: {"size", "crc32", "tensors": {name: bytes}}}}.
+        """
+        folder = Path(folder)
+        self._send_parts(folder)
+        inbox, report = PartReader(folder, self.rank, wait_for), {}
+        for group, files in self._files().items():
+            for number, keys in enumerate(files):
+                tensors = {}
+                for key in keys:
+                    tensors |= self._tensors(key, inbox)
+                name = f"{group}.{self.rank}.{number}"
+                written = write_safetensors(folder / name, tensors, self.metadata.get(group))
+                sizes = {tensor: stored_bytes(shape, dtype) for tensor, (_, shape, dtype) in tensors.items()}
+                report.setdefault(group, {})[name] = {**written, "tensors": sizes}
+        inbox.close()
+        return report
+
+    def _send_parts(self, folder: Path) -> None:
+        """Write .parts-FROM-TO for each rank that waits for parts of this one; it is empty if this one holds none."""
+        outbox = {self.writer[key]: {} for key, _ in self.parts if self.writer[key] != self.rank}
+        for (key, index), part in self.parts.items():
+            if self.writer[key] != self.rank and part is not None:
+                name, offset = f"{key} {index}", self.entries[key].sources[index].offset
+                outbox[self.writer[key]] |= {name: part, f"{name} offset": np.array([offset or 0], np.int64)}
+        for receiver in sorted(outbox):
+            write_safetensors(folder / f".parts-{self.rank}-{receiver}", outbox[receiver], sync=False)
+
+    def _files(self) -> dict[str, list[list[str]]]:
+        """{group: [keys of a file]} that this rank writes, each file of at most FILE_BYTES or one entry."""
+        files, sizes = {}, Counter()
+        for key, entry in self.entries.items():
+            if self.writer[key] == self.rank:
+                group = _group_of(key)
+                keys_of_files = files.setdefault(group, [[]])
+                if sizes[group] and sizes[group] + entry.nbytes > FILE_BYTES:
+                    keys_of_files.append([])
+                    sizes[group] = 0
+                keys_of_files[-1].append(key)
+                sizes[group] += entry.nbytes
+        return files
+
+    def _tensors(self, key: str, inbox: "PartReader") -> dict[str, tuple]:
+        """{name: (function, shape, dtype)} of an entry, for write_safetensors; the first call gathers its sources."""
+        entry, arrays = self.entries[key], []
+
+        def array(index: int) -> np.ndarray:
+            if index == 0:
+                arrays[:] = entry.arrays(*(self._full_source(key, i, inbox) for i in range(len(entry.sources))))
+            result, arrays[index] = arrays[index], None  # not kept longer than it is needed
+            return result
+
+        tensors = enumerate(entry.tensors.items())
+        return {name: (functools.partial(array, i), shape, dtype) for i, (name, (shape, dtype)) in tensors}
+
+    def _full_source(self, key: str, index: int, inbox: "PartReader") -> np.ndarray:
+        """A source of an entry, put together from all ranks that hold some of it, in the stored layout."""
+        source, name = self.entries[key].sources[index], f"{key} {index}"
+        weight, spec, tp_shards = source.weight, source.weight.shard_spec, {}  # tp_shards: {rank of tp: array}
+        for rank in self._contributors(self.rank, source):
+            if rank == self.rank:
+                part, offset = self.parts[key, index], source.offset
+            else:
+                part, offset = inbox.read(rank, name), inbox.read(rank, f"{name} offset")
+            tp = int(np.argwhere(self.topology.grid == rank)[0][-1])  # tp is the last axis in every order
+            if source.offset is None:
+                tp_shards[tp] = part
+            elif part is not None:  # flat elements, from `offset` on, of this tp shard
+                if tp not in tp_shards:
+                    shape = weight.shape[::-1] if weight.transposed else list(weight.shape)
+                    if spec is not None:
+                        shape[spec.dim] = sum(stop - start for start, stop in spec.ranges_by_rank[tp])
+                    tp_shards[tp] = np.empty(shape, part.dtype)
+                start = int(np.asarray(offset).reshape([-1])[0])
+                tp_shards[tp].reshape([-1])[start : start + part.size] = part.reshape([-1])
+        if spec is None:
+            (full,) = tp_shards.values()
+        else:
+            full = np.empty(spec.shape, next(iter(tp_shards.values())).dtype)
+            for tp, shard in tp_shards.items():
+                spec.scatter_into(full, shard, tp)
+        return full.T if weight.transposed else full
+
+
+class PartReader:
+    """Reads what other ranks hand to this one, in files .parts-FROM-TO of the folder; close() removes them."""
+
+    def __init__(self, folder: Path, rank: int, wait_for: Callable[[Path], None]):
+        self.folder, self.rank, self.wait_for = folder, rank, wait_for
+        self.headers = {}  # {sender: (path, header)}
+
+    def read(self, sender: int, name: str) -> np.ndarray | None:
+        """None: the sender holds nothing of it."""
+        if sender not in self.headers:
+            path = self.folder / f".parts-{sender}-{self.rank}"
+            self.wait_for(path)
+            self.headers[sender] = path, safetensors_header(path)
+        path, header = self.headers[sender]
+        return read_tensor(path, header[name]) if name in header else None
+
+    def close(self) -> None:
+        for path, _ in self.headers.values():
+            path.unlink()
+
+
+def assign_writers(sizes: dict[str, int], holders: dict[str, Iterable[int]]) -> dict[str, int]:
+    """{name: rank that writes it}. Greedy balance: largest tensor first, to the least-loaded rank that holds it.
+
+    sizes: {name: bytes}; holders: {name: ranks}. If every rank holds everything, the largest load is at most the mean
+    plus the largest tensor.
+    """
+    writers, load = {}, Counter()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        writers[name] = min(holders[name], key=lambda rank: (load[rank], rank))
+        load[writers[name]] += sizes[name]
+    return writers
+
+
+def _group_of(key: str) -> str:
+    return key.partition(" ")[0]
+
+
+def _copy(tensor, buffers: dict | None, key: tuple) -> np.ndarray | None:
+    """to_host(tensor), with buffers a copy in buffers[key], which is used again if it has the right shape."""
+    array = to_host(tensor)
+    if buffers is None or array is None:
+        return array
+    if key not in buffers or buffers[key].shape != array.shape:
+        buffers[key] = np.empty_like(array)
+    np.copyto(buffers[key], array)
+    return buffers[key]
+
+
+def to_host(tensor: paddle.Tensor | np.ndarray | None) -> np.ndarray | None:
+    """numpy array of a tensor, without a copy if it is in host memory; bfloat16 as float32; None of None."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        return tensor
+    if tensor.dtype == paddle.bfloat16:
+        return tensor.astype("float32").numpy()
+    return np.from_dlpack(tensor.detach()) if tensor.place.is_cpu_place() and tensor.size else tensor.numpy()
+
+
+# ====================================================================================== the checkpoints of output_dir
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders named checkpoint-STEP, newest first, complete or not."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
-def prune_checkpoints(output_dir, limit, best=None):
+def prune_checkpoints(output_dir: str | Path, limit: int | None, best: str | None = None) -> None:
     """Remove the oldest beyond `limit`; the newest and the best (a folder's name) always stay and are counted."""
     checkpoints = list_checkpoints(output_dir)
     if not limit or limit < 1:
@@ -638,11 +620,22 @@ def prune_checkpoints(output_dir, limit, best=None):
     keep += [path for path in checkpoints if path not in keep][: max(0, limit - len(keep))]
     for path in reversed(checkpoints):
         if path not in keep:
-            _remove(path)
+            remove_path(path)
 
 
-def incomplete(path):
-    """None for a complete checkpoint, else what is wrong with it."""
+def remove_path(path: Path) -> None:
+    """Remove a file or folder; a checkpoint loses its marker first, so that what is left of it never looks complete."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    (path / DONE).unlink(missing_ok=True)
+    if re.fullmatch(r"checkpoint-\d+", path.name):
+        path = path.rename(path.with_name(f"tmp-{path.name}-old"))
+    shutil.rmtree(path)
+
+
+def incomplete(path: str | Path) -> str | None:
+    """What a checkpoint lacks, by marker, checksum of trainer_state.json and file sizes; None: it is complete."""
     path = Path(path)
     if not (path / DONE).is_file():
         return "it has no completion marker"
@@ -654,15 +647,15 @@ def incomplete(path):
     if marked and marked != str(crc32_of(state)):
         return "trainer_state.json is damaged: its checksum differs"
     for name, written in files.items():
-        size = written["size"] if isinstance(written, dict) else written  # a number: saved before there were checksums
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            return f"{name} is missing" if found is None else f"{name} has {found} bytes, {size} were written"
+        wanted = written["size"] if isinstance(written, dict) else written  # a number: saved before checksums were
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != wanted:
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes, {wanted} were written"
     return None
 
 
-def damaged(path, topology=SINGLE):
-    """None, or which file of a complete checkpoint is not what was written; all ranks read a part each and agree."""
+def damaged(path: str | Path, topology: Topology = SINGLE) -> str | None:
+    """Which file of a complete checkpoint differs from what was written; ranks share the reading."""
     files = json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))["files"]
     files = {name: written for name, written in files.items() if isinstance(written, dict)}
     found = checksums(path, {name: written["size"] for name, written in files.items()}, topology)
@@ -670,72 +663,94 @@ def damaged(path, topology=SINGLE):
     return f"{wrong[0]} is damaged: its checksum differs from what was written" if wrong else None
 
 
-def find_checkpoint(args, topology=SINGLE):
-    """The checkpoint that resume_from_checkpoint means: a path (UserError unless complete) or true = newest complete.
+def checksums(folder: str | Path, sizes: dict[str, int], topology: Topology) -> dict[str, int | None]:
+    """{name: crc32} of the files {name: bytes} of a folder, on every rank; ranks share the reading by bytes."""
+    readers = assign_writers(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
+    local = {name: crc32_of(Path(folder) / name) for name, rank in readers.items() if rank == topology.rank}
+    return {name: checksum for part in topology.all_gather_object(local) for name, checksum in part.items()}
 
-    None if there is none. Complete: all files have the size and the checksum that they were written with. Prints which it
-    is, which were passed over, and arguments that have changed since. All ranks find the same.
+
+# =========================================================================================================== resuming
+
+
+def find_checkpoint(args, topology: Topology = SINGLE) -> Path | None:
+    """The checkpoint that resume_from_checkpoint means: a path (UserError unless complete), or true: the newest
+    complete one.
+
+    None if there is none. Complete: every file has the size and the checksum that it was written with. Prints which it
+    is, which were passed over, and which arguments have changed since. All ranks get the same answer.
     """
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
-
-    def say(text):
-        if topology.rank == 0:
-            print(text, flush=True)
-
-    if isinstance(wanted, str):
-        reason = "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted)
-        if reason := next(filter(None, topology.exchange(reason)), None) or damaged(wanted, topology):
-            raise UserError(f"resume_from_checkpoint: {wanted}: {reason}; give a complete one, or true for the newest")
-        path = Path(wanted)
-        newer = [p for p in list_checkpoints(args.output_dir) if int(p.name[11:]) > _step_of(path)]
-        if args.save_total_limit and newer:  # pruning goes by step: what this run saves would be the first to go
-            raise UserError(
-                f"resume_from_checkpoint: {path}: output_dir also holds the later {newer[0].name}, and save_total_limit keeps "
-                "the latest steps; remove it, or go on in another output_dir"
-            )
-    else:
-        listed = [(str(path), incomplete(path)) for path in list_checkpoints(args.output_dir) if topology.rank == 0]
-        for path, reason in topology.exchange(listed)[0]:
-            if (reason := reason or damaged(path, topology)) is None:
-                path = Path(path)
-                break
-            say(f"resume: {path} is passed over: {reason}")
-        else:
-            say(f"resume: no complete checkpoint in {args.output_dir}; starting at step 0")
-            return None
-    say(f"resume: from {path}{_changes(path, args, topology)}")
+    path, lines = _check_given(Path(wanted), args, topology) if isinstance(wanted, str) else _newest(args, topology)
+    if path is not None:
+        lines.append(f"resume: from {path}{_describe_changes(path, args, topology)}")
+    for line in lines if topology.rank == 0 else ():
+        print(line, flush=True)
     return path
 
 
-def _changes(path, args, topology):
-    """What is another topology now than in the checkpoint, which changes no step, and what else is other, which may."""
-    saved = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    then, degrees = saved["args"], Degrees(**saved.get("degrees", {}))
-    aside = """resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir logging_steps logging_first_step report_to
-        save_strategy save_steps save_total_limit unified_checkpoint unified_checkpoint_config evaluation_strategy eval_steps
-        max_evaluate_steps sharding virtual_pp_degree sequence_parallel hybrid_parallel_topo_order gradient_accumulation_steps""".split()
-    aside += [f"{name}_parallel_degree" for name in NAMES.values()]
-    now = {key: value for key, value in dataclasses.asdict(args).items() if key in then and key not in aside}
-    changed = [f"{key} {then[key]!r} -> {value!r}" for key, value in now.items() if then[key] != value]
-    before = then["gradient_accumulation_steps"] * degrees.dp * degrees.sharding
-    if before != (micro_batches := args.gradient_accumulation_steps * topology.data_size):
-        changed.append(f"micro-batches of a step {before} -> {micro_batches}")
-    text = "" if str(degrees) == str(topology.degrees) else f"; {degrees} -> {topology.degrees}"
+def _check_given(path: Path, args, topology: Topology) -> tuple[Path, list[str]]:
+    reason = "there is no such folder" if not path.is_dir() else incomplete(path)
+    reasons = topology.all_gather_object(reason)
+    if reason := next(filter(None, reasons), None) or damaged(path, topology):
+        raise UserError(f"resume_from_checkpoint: {path}: {reason}; give a complete one, or true for the newest")
+    step = _read_state(path)["step"]
+    later = [other for other in list_checkpoints(args.output_dir) if int(other.name[11:]) > step]
+    if args.save_total_limit and later:  # pruning goes by step, so what this run saves would be removed first
+        raise UserError(
+            f"resume_from_checkpoint: {path}: output_dir also holds the later {later[0].name}, and save_total_limit "
+            "keeps the latest steps; remove it, or go on in another output_dir"
+        )
+    return path, []
+
+
+def _newest(args, topology: Topology) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint of output_dir or None, lines about the others); rank 0 lists them for all."""
+    candidates = [(str(path), incomplete(path)) for path in list_checkpoints(args.output_dir) if topology.rank == 0]
+    lines = []
+    for path, reason in topology.all_gather_object(candidates)[0]:
+        if (reason := reason or damaged(path, topology)) is None:
+            return Path(path), lines
+        lines.append(f"resume: {path} is passed over: {reason}")
+    return None, [*lines, f"resume: no complete checkpoint in {args.output_dir}; starting at step 0"]
+
+
+def _read_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+# Arguments that change no training step.
+HARMLESS_CHANGES = {
+    *"resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir logging_steps".split(),
+    *"logging_first_step report_to save_strategy save_steps save_total_limit unified_checkpoint".split(),
+    *"unified_checkpoint_config evaluation_strategy eval_steps max_evaluate_steps sharding virtual_pp_degree".split(),
+    *"sequence_parallel hybrid_parallel_topo_order gradient_accumulation_steps".split(),
+    *(f"{name}_parallel_degree" for name in NAMES.values()),
+}
+
+
+def _describe_changes(path: Path, args, topology: Topology) -> str:
+    """What changed since the checkpoint: the topology (harmless), and arguments (no exact continuation)."""
+    saved = _read_state(path)
+    old_args, old_degrees = saved["args"], Degrees(**saved.get("degrees", {}))
+    changed = [
+        f"{key} {old_args[key]!r} -> {value!r}"
+        for key, value in dataclasses.asdict(args).items()
+        if key in old_args and key not in HARMLESS_CHANGES and old_args[key] != value
+    ]
+    before = old_args["gradient_accumulation_steps"] * old_degrees.dp * old_degrees.sharding
+    if before != (now := args.gradient_accumulation_steps * topology.data_size):
+        changed.append(f"micro-batches of a step {before} -> {now}")
+    text = "" if str(old_degrees) == str(topology.degrees) else f"; {old_degrees} -> {topology.degrees}"
     return text + (f"; not an exact continuation, changed: {', '.join(changed)}" if changed else "")
 
 
-def _step_of(checkpoint):
-    """The step that trainer_state.json names."""
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["step"]
-
-
-def load_trained(model, path, args):
-    """What was trained, without an adapter: a checkpoint's float32 weights into the model, from where they are exact."""
-    path, masters = Path(path), (Path(path) / f"{MASTER_WEIGHTS}.index.json").is_file()
-    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    if state.get("weights") == "rounded":
+def load_trained(model, path: str | Path, args) -> None:
+    """Load the float32 weights of a checkpoint of full training into the model: its master weights, if it has any."""
+    path = Path(path)
+    if _read_state(path).get("weights") == "rounded":
         if not {"remove_master_weight", "master_weight_compatible"} & set(args.unified_checkpoint_config or ()):
             raise UserError(
                 f"{path}: has bfloat16 weights and no master weights; unified_checkpoint_config: "
@@ -746,35 +761,36 @@ def load_trained(model, path, args):
                 f"resume: {path} has no master weights: from bfloat16 weights it is not an exact continuation",
                 flush=True,
             )
-    load_weights(model, path, (MASTER_WEIGHTS,) if masters else MODEL_FILES)
+    has_master_weights = (path / f"{MASTER_WEIGHTS}.index.json").is_file()
+    load_weights(model, path, (MASTER_WEIGHTS,) if has_master_weights else MODEL_FILES)
 
 
-def load_checkpoint(path, optimizer=None, shards=None, output_dir=None):
-    """TrainState of a checkpoint, its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights.
+def load_checkpoint(path: str | Path, optimizer=None, shards=None, output_dir: str | Path | None = None) -> TrainState:
+    """TrainState of a checkpoint, and its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights.
 
-    Each rank reads what it has of them, whatever the topology that wrote them.
-
-    A best checkpoint that is not in output_dir (default: beside `path`) is forgotten: it could not be loaded at the end.
+    Each rank reads what it holds of the moments, whatever topology wrote them. A best checkpoint that is not in
+    output_dir (default: the folder that holds `path`) is forgotten, as it could not be loaded at the end.
     """
     path = Path(path)
-    saved = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    saved = _read_state(path)
     if optimizer is not None:
-        index = path / "optimizer.safetensors.index.json"
-        if not index.is_file():
+        index_path = path / "optimizer.safetensors.index.json"
+        if not index_path.is_file():
             raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
         optimizer.load(stored_tensors(path, ("optimizer.safetensors",)), shards)
-        optimizer.steps, how = saved["optimizer_steps"], json.loads(index.read_text())
-        optimizer.rounded = how.get("quant_ckpt_resume_times", 0) + (how.get("ckpt_quant_stage", "O0") != "O0")
+        optimizer.steps, index = saved["optimizer_steps"], json.loads(index_path.read_text())
+        was_quantized = index.get("ckpt_quant_stage", "O0") != "O0"
+        optimizer.requantized = index.get("quant_ckpt_resume_times", 0) + was_quantized
     state = TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
     if state.best_checkpoint and not (Path(output_dir or path.parent) / state.best_checkpoint).is_dir():
         state.best_metric = state.best_checkpoint = None
     return state
 
 
-def update_best(args, state, metrics, checkpoints):
+def update_best(args, state: TrainState, metrics: dict[str, float], checkpoints: CheckpointManager) -> bool:
     """Note in `state` that checkpoint-{state.step} is the best so far, if `metrics` say so; returns whether they do.
 
-    An evaluation at a step that was not saved does not count: there is nothing to go back to.
+    An evaluation at a step that was not saved does not count: there would be nothing to go back to.
     """
     name = f"eval_{args.metric_for_best_model}"
     if name not in metrics:
@@ -786,3 +802,103 @@ def update_best(args, state, metrics, checkpoints):
         return False
     state.best_metric, state.best_checkpoint = value, f"checkpoint-{state.step}"
     return True
+
+
+def read_moments(weight: Weight, tensors: dict[str, StoredTensor], extent: tuple[int, int] | None) -> list[np.ndarray]:
+    """Both moments of this rank's shard of a weight, in our layout; extent: only flat elements [first, last) of it."""
+    names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
+    scale_names = [f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales"]
+    quantized = scale_names[0] in tensors
+    for name in names[:1] if quantized else names:
+        if name not in tensors:
+            raise UserError(f"optimizer state is not of what is trained now: missing {name}; unexpected none")
+        if (shape := list(tensors[name].shape)) != weight.shape:
+            raise UserError(f"optimizer state: {weight.name}: {shape} found, {weight.shape} needed")
+    if not quantized:
+        return [weight.read(tensors[name].read, extent) for name in names]
+    stored = [tensors[name].read() for name in (*names, *scale_names) if name in tensors]
+    full = (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)
+    return [weight.read(lambda moment=moment: moment, extent) for moment in full]
+
+
+# ================================================================================ quantized moments (ckpt_quant_stage)
+
+# PaddleNLP's scheme. The first moment m is stored in equal steps up to its largest absolute value; of the second moment
+# v, the ratio 1 / (sqrt(v) + 1e-8) that Adam multiplies by is stored in equal steps between its extremes. O1: 8 bits,
+# scales per row of the stored layout (outputs). O2: 4 bits, scales per 32 elements of a row, both numbers in one byte
+# under the first moment's name. Scales are float32: NAME@scales of m, NAME@min_scales and NAME@max_scales of v.
+GROUP = 32
+
+
+def quantized_moments(names: list[str], shape: list[int], sources: list[SaveSource], moment_bits: int) -> SaveEntry:
+    """The SaveEntry of both moments (names, sources) of a weight of this stored shape, in 8 or 4 bits."""
+    rows, columns = int(np.prod(shape[:-1])), shape[-1]
+    scale_shape = [rows] if moment_bits == 8 else [rows, -(-columns // GROUP)]
+    tensors = {names[0]: (shape, "int8")}
+    if moment_bits == 8:
+        tensors[names[1]] = (shape, "uint8")
+    for name in (f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales"):
+        tensors[name] = (scale_shape, "float32")
+    return SaveEntry(tensors, sources, quantize_8 if moment_bits == 8 else quantize_4)
+
+
+def quantize_8(m: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
+    """Moments (…, n) -> [int8 m, uint8 ratio, scales of m, min and max of ratio (rows,)]."""
+    shape, n = m.shape, m.shape[-1]
+    m, ratio = m.reshape([-1, n]), _ratio(v.reshape([-1, n]))
+    scales, low, high = _scales(m, ratio)
+    m = np.round(m / scales * 127).astype(np.int8)
+    ratio = np.round((ratio - low) / np.maximum(high - low, 1e-30) * 255).astype(np.uint8)
+    return [m.reshape(shape), ratio.reshape(shape), scales[:, 0], low[:, 0], high[:, 0]]
+
+
+def dequantize_8(
+    m: np.ndarray, ratio: np.ndarray, scales: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What quantize_8 returns -> float32 moments (…, n)."""
+    shape, scales, low, high = m.shape, scales[:, None], low[:, None], high[:, None]
+    m, ratio = m.reshape([-1, shape[-1]]).astype(np.float32), ratio.reshape([-1, shape[-1]]).astype(np.float32)
+    return (m / 127 * scales).reshape(shape), _second_moment(ratio / 255 * (high - low) + low).reshape(shape)
+
+
+def quantize_4(m: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
+    """Moments (…, n) -> [int8: m in the upper 4 bits, ratio in the lower; scales, min, max of ratio (rows, n / 32)]."""
+    shape, n = m.shape, m.shape[-1]
+    m, ratio = _grouped(m), _grouped(_ratio(v))
+    scales, low, high = _scales(m, ratio)
+    m = np.round(m / scales * 7).astype(np.int8)
+    ratio = np.round((ratio - low) / np.maximum(high - low, 1e-30) * 15).astype(np.int8)
+    packed = ((m << 4) | ratio).reshape([-1, scales.shape[1] * GROUP])[:, :n].reshape(shape)
+    return [packed, scales[..., 0], low[..., 0], high[..., 0]]
+
+
+def dequantize_4(
+    packed: np.ndarray, scales: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What quantize_4 returns -> float32 moments (…, n)."""
+    shape, n = packed.shape, packed.shape[-1]
+    packed, scales, low, high = _grouped(packed), scales[..., None], low[..., None], high[..., None]
+    m = (packed >> 4).astype(np.float32) / 7 * scales
+    ratio = (packed & 15).astype(np.float32) / 15 * (high - low) + low
+    return tuple(x.reshape([len(x), -1])[:, :n].reshape(shape) for x in (m, _second_moment(ratio)))
+
+
+def _grouped(x: np.ndarray) -> np.ndarray:
+    """(…, n) -> (rows, groups, 32), the last group padded by its row's last element."""
+    x = x.reshape([-1, x.shape[-1]])
+    return np.pad(x, [(0, 0), (0, -x.shape[1] % GROUP)], "edge").reshape([len(x), -1, GROUP])
+
+
+def _scales(m: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Largest |m|, smallest and largest ratio along the last dim, which stays with size 1."""
+    largest = np.abs(m).max(-1, keepdims=True)
+    return np.where(largest > 0, largest, np.float32(1e-8)), ratio.min(-1, keepdims=True), ratio.max(-1, keepdims=True)
+
+
+def _ratio(v: np.ndarray) -> np.ndarray:
+    return 1 / (np.sqrt(v) + np.float32(1e-8))
+
+
+def _second_moment(ratio: np.ndarray) -> np.ndarray:
+    """The inverse of _ratio."""
+    return np.maximum(1 / ratio - np.float32(1e-8), 0) ** 2

@@ -355,15 +355,22 @@ def adapt(model, args, checkpoint):
         if not layers or model.lora_config["r"] != args.lora_rank:
             found = f"LoRA of {model.lora_config['r']}" if layers else "a prefix"
             raise UserError(f"{path}: holds {found}, the arguments ask for LoRA of {args.lora_rank}")
-        if any(layer.initial is not None for layer in layers.values()):
+        if any(layer.pissa_init is not None for layer in layers.values()):
             raise UserError(
                 f"{path}: a PiSSA adapter: its base weights are not the reference's; start from a merged model"
             )
         for layer in layers.values():
             layer.dropout = 0.0
     else:
-        targets = args.lora_target_modules
-        apply_lora(model, args.lora_rank, args.lora_alpha, 0.0, args.rslora, args.dora, targets=targets, seed=args.seed)
+        apply_lora(
+            model,
+            args.lora_rank,
+            alpha=args.lora_alpha,
+            rslora=args.rslora,
+            dora=args.dora,
+            targets=args.lora_target_modules,
+            seed=args.seed,
+        )
 
 
 def check_model(model, args):
@@ -479,7 +486,7 @@ def main(args):
             args, topology
         )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology, figures=METRICS)
-        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = CheckpointManager(args, model, tokenizer, optimizer=optimizer, shards=shards, topology=topology)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
         def batch_loss(batch, size):

@@ -238,7 +238,7 @@ def export_hf(tokenizer, folder, args):
         round_weights(model, dtype)
     rounded = dynamic_logits(model, ids, mask)
     rounding = difference(rounded, exact, 0.1, f"save_dtype {dtype} is too coarse for these weights")
-    save_pretrained(model, folder, dtype, parse_size(args.max_shard_size))
+    save_pretrained(model, folder, dtype, max_shard_bytes=parse_size(args.max_shard_size))
     tokenizer.save(folder)
     for source in reversed(base_folders(args.model_name_or_path)):
         if (source / "generation_config.json").is_file():

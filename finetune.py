@@ -155,7 +155,7 @@ def answer(model, tokenizer, dataset, indices, args):
         for row, i in enumerate(batch):
             answers[i] = tokenizer.decode_reply(out[row])
     if of > 1:
-        answers = dict(pair for part in topology.exchange(list(answers.items())) for pair in part)
+        answers = dict(pair for part in topology.all_gather_object(list(answers.items())) for pair in part)
     return [answers[i] for i in indices]
 
 
@@ -198,17 +198,21 @@ def adapt(model, args, checkpoint):
         apply_lora(
             model,
             args.lora_rank,
-            args.lora_alpha,
-            args.lora_dropout,
-            args.rslora,
-            args.dora,
-            args.pissa,
-            args.lora_target_modules,
-            args.seed,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            rslora=args.rslora,
+            dora=args.dora,
+            pissa=args.pissa,
+            targets=args.lora_target_modules,
+            seed=args.seed,
         )
     else:
         apply_prefix(
-            model, args.num_prefix_tokens, args.prefix_projection, args.prefix_projection_hidden_size, args.seed
+            model,
+            args.num_prefix_tokens,
+            projection=args.prefix_projection,
+            projection_hidden_size=args.prefix_projection_hidden_size,
+            seed=args.seed,
         )
 
 
@@ -308,7 +312,7 @@ def main(args):
             args, topology
         )  # only here: an argument that is refused above must not cost the run it would replace
         log = trainer.Log(args, total, state, topology=topology)
-        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = CheckpointManager(args, model, tokenizer, optimizer=optimizer, shards=shards, topology=topology)
 
         def step_size(batches):
             """What the mean is over: target tokens."""

@@ -241,15 +241,15 @@ class Topology:
         together = self.degrees.stage == 3 or self.ep.size > 1
         return (0, 1) if together else (self.data_rank, self.data_size)
 
-    def meet(self):
+    def barrier(self):
         """Wait for all processes, however long they take."""
         if self.groups is not None:
-            self.groups.meet()
+            self.groups.barrier()
 
-    def exchange(self, value, met=False):
-        """[what each process calls this with]: JSON values. met: they come within 30 seconds of each other, after meet(),
+    def all_gather_object(self, value, met=False):
+        """[what each process calls this with]: JSON values. met: they come within 30 seconds of each other, after barrier(),
         which then is not waited for."""
-        return [value] if self.groups is None else self.groups.exchange(value, met)
+        return [value] if self.groups is None else self.groups.all_gather_object(value, met)
 
     def total(self, numbers, stages=False):
         """Numbers (one, a tuple of them, or a dict) added up over the ranks with other batches; stages: over pp's too."""
@@ -401,7 +401,7 @@ def parallelize(model, topology):
         if wrong := topology.degrees.validate(model.config):
             raise UserError("; ".join(wrong))
         if topology.groups is not None:
-            topology.groups.watchdog.agree("the model", dataclasses.asdict(model.config))
+            topology.groups.watchdog.check_equal_on_all_ranks("the model", dataclasses.asdict(model.config))
         topology.tp.sequence = topology.degrees.sequence_parallel
         apply_pipeline_parallel(model, topology)
         apply_tensor_parallel(model, topology.tp)
@@ -475,9 +475,9 @@ def init_parallel(args):
     if launch.world == 1:
         return Topology(degrees)
     together = current_watchdog()
-    together.agree("the scripts", _versions())
-    together.agree("arguments", vars(args))
-    together.meet()  # only now: connecting gives up on one that comes late
+    together.check_equal_on_all_ranks("the scripts", _versions())
+    together.check_equal_on_all_ranks("arguments", vars(args))
+    together.barrier()  # only now: connecting gives up on one that comes late
     return Topology(degrees, launch.rank, (Gloo if _backend() == "gloo" else Nccl)(launch))
 
 

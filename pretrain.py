@@ -121,7 +121,7 @@ def main(args):
         peak = trainer.measure_matmul_peak()
         print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s float32, measured; mfu is a share of it")
         log = trainer.Log(args, total, state, model.flops_per_token(args.max_seq_length), peak, topology)
-        checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
+        checkpoints = CheckpointManager(args, model, tokenizer, optimizer=optimizer, shards=shards, topology=topology)
 
         def evaluate():
             return trainer.evaluate(model, dev, args.max_evaluate_steps, topology)

@@ -36,11 +36,11 @@ import paddle
 from tqdm import tqdm
 
 from arguments import TrainingArgs, parse_args
-from checkpoint import _moments_of, _quantized, _remove, _some
+from checkpoint import quantized_moments, read_moments, remove_path
 from distributed.collectives import gather_tensor_index
 from distributed.watchdog import Launch, current_watchdog
 from formats.files import UserError, _disk_full, atomic_file
-from formats.weights import SaveEntry
+from formats.weights import SaveEntry, SaveSource
 from parallel import SINGLE, pipelined_map
 from plan import dry_run
 
@@ -64,13 +64,13 @@ def run_script(main, Args, argv=None):
             _choose_device(args)
             main(args)
         if together is not None:
-            together.leave()
+            together.shutdown()
     except SystemExit:
         raise
     except BaseException as error:
         code, line = _exit_status(error, getattr(args, "output_dir", ""))
         if together is not None:
-            together.fail(error, code, line)
+            together.abort_on_error(error, exit_code=code, message=line)
         if line is None:
             raise
         print(f"error: {line}" if code == 2 else line, file=sys.stderr)
@@ -153,10 +153,10 @@ def prepare_output_dir(args, topology=SINGLE):
     The first rank does it, between two meetings of all. Call it after data and model have been read: a mistyped path must not cost the run that is to be overwritten.
     """
     folder, old = Path(args.output_dir), check_output_dir(args)
-    topology.meet()
+    topology.barrier()
     if topology.rank == 0:
         _prepare(folder, old, args)
-    topology.meet()
+    topology.barrier()
 
 
 def _prepare(folder, old, args):
@@ -172,7 +172,7 @@ def _prepare(folder, old, args):
                 *folder.glob("tmp-model"),
                 *folder.glob(".*.tmp"),
             }:  # tmp: left by a killed run
-                _remove(path)
+                remove_path(path)
             with atomic_file(folder / "run_args.json") as file:
                 json.dump(values, file, indent=2, ensure_ascii=False)
     except OSError as error:
@@ -269,7 +269,7 @@ class AdamW:
         assert len(set(names)) == len(names), f"names must be unique: {sorted(names)}"
         self.weights, self.args, self.lr_scale = weights, args, lr_scale or {}
         self.steps = 0  # made so far; bias correction counts from 1
-        self.rounded = 0  # how often the moments came from a checkpoint that has them in few bits
+        self.requantized = 0  # how often the moments came from a checkpoint that has them in few bits
         self.on_host = "offload" in (getattr(args, "sharding", None) or "")
         if self.on_host and paddle.device.get_device().startswith("cpu"):
             print(
@@ -304,23 +304,23 @@ class AdamW:
         for weight in self.weights:
             weight.clear_gradient()
 
-    def entries(self, shards, stage="O0"):
+    def entries(self, shards, moment_bits=32):
         """[SaveEntry] of moments and beta powers in Unified Checkpoint's names and the weights' file layout.
 
-        stage: of ckpt_quant_stage. Every weight is named on every rank that holds it, whoever has its moments.
+        moment_bits: of ckpt_quant_stage. Every weight is named on every rank that holds it, whoever has its moments.
         """
         powers = {f"beta{i}_pow_acc_0": getattr(self.args, f"adam_beta{i}") ** (self.steps + 1) for i in (1, 2)}
         found = []
         for weight in shards.weights:
             place, moments = shards.place_of(weight), self.moments.get(weight.name, (None, None))
-            sources = [(weight, shards.laid(weight, moment), *place) for moment in moments]
+            sources = [SaveSource(weight, shards.laid(weight, moment), *place) for moment in moments]
             names = [f"{weight.name}/moment{i}_0" for i in (1, 2)]
-            if stage == "O0" or len(weight.shape) < 2:
+            if moment_bits == 32 or len(weight.shape) < 2:
                 found += [
                     SaveEntry({name: (weight.shape, "float32")}, [source]) for name, source in zip(names, sources)
                 ]
             else:
-                found.append(_quantized(names, weight.shape, sources, stage))
+                found.append(quantized_moments(names, weight.shape, sources, moment_bits))
             for key, power in powers.items():
                 power = np.array([power], np.float32)
                 found.append(
@@ -336,7 +336,7 @@ class AdamW:
         read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
         names = {key.rpartition("/")[0] for key in read}
         mine = {weight.name for weight in shards.weights}
-        shards.topology.meet()  # reading weights may have taken one of them longer
+        shards.topology.barrier()  # reading weights may have taken one of them longer
         trained = gather_tensor_index(dict.fromkeys(sorted(mine), 0), shards.topology)[0].keys()  # on any rank
         if names != trained:
             missing, extra = _some(trained - names), _some(names - trained)
@@ -344,8 +344,14 @@ class AdamW:
         for weight in shards.weights:
             if weight.name not in self.moments:  # another rank's
                 continue
-            for i, array in enumerate(_moments_of(weight, found, shards.extent(weight))):
+            for i, array in enumerate(read_moments(weight, found, shards.extent(weight))):
                 self.moments[weight.name][i].set_value(array)
+
+
+def _some(names):
+    """A few of a set of names, for a message."""
+    names = sorted(names)
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
 
 
 @paddle.no_grad()

@@ -1,4 +1,12 @@
-"""Process groups, one Axis per mesh axis, collectives with and without gradients, ShardSpec."""
+"""Process groups, one Axis per mesh axis, collectives with and without gradients, ShardSpec.
+
+    groups = Gloo(launch)                                   # or Nccl(launch): process groups, one per set of ranks
+    tp = Axis("tp", ranks=[0, 1], rank=0, groups=groups)    # Topology makes one per mesh axis
+    tp.all_reduce(x); tp.all_gather(x, dim=1); tp.reduce_scatter(x, dim=1); tp.ring_shift(x); …
+
+On an axis of one rank every collective returns its input and nothing is sent, so callers have no special case for it.
+gloo (CPU) lacks some collectives; they are then built from those that it has, with the same result.
+"""
 
 import contextlib
 import functools
@@ -7,7 +15,7 @@ import json
 import math
 import socket
 import time
-from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import paddle
@@ -15,18 +23,19 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 
-from distributed.watchdog import Watchdog
+from distributed.watchdog import Launch, Watchdog
 
-# =============================================================================== talking along an axis
+# ============================================================================== the collectives of one mesh axis
 
 
 class Axis:
-    """The ranks that differ in one coordinate alone, and what they do together. With one rank nothing is sent.
+    """The ranks that differ only in their coordinate along one mesh axis, and the collectives between them.
 
-    seconds and bytes: spent in, and handed to, its collectives so far.
+    name: "tp", "dp", …; ranks: their global ranks, ascending; rank: this process's index among them; size: how many.
+    seconds, bytes: time spent in these collectives so far, and bytes given to them.
     """
 
-    def __init__(self, name, ranks, rank, groups=None):
+    def __init__(self, name: str, ranks: list[int], rank: int, groups: "Groups | None" = None):
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
         self.groups, self.watchdog = groups, groups and groups.watchdog
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
@@ -39,238 +48,247 @@ class Axis:
         self.pieces = None  # ep: [ExpertTokens], whose tokens an expert is at work on; None: this rank's
         self.seconds, self.bytes = 0.0, 0
 
-    def all_reduce(self, x, op="sum"):
-        """x, in place: the sum (or "max") over the ranks. Returns x."""
+    def all_reduce(self, x: paddle.Tensor, op: str = "sum") -> paddle.Tensor:
+        """Sum (or "max") over the ranks, in place. Returns x."""
         if self.size > 1:
             with self._timed(x):
                 dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, self.group)
         return x
 
-    def all_gather(self, x, dim=0):
-        """The x of all ranks, of one shape, one behind the other along dim."""
+    def all_gather(self, x: paddle.Tensor, dim: int = 0) -> paddle.Tensor:
+        """The x of all ranks, which have one shape, concatenated along dim."""
         if self.size == 1:
             return x
         with self._timed(x):
-            parts = []
-            dist.all_gather(parts, x.contiguous(), self.group)
-        return paddle.concat(parts, axis=dim)
+            chunks = []
+            dist.all_gather(chunks, x.contiguous(), self.group)
+        return paddle.concat(chunks, axis=dim)
 
-    def reduce_scatter(self, x, dim=0):
-        """This rank's share along dim (its size a multiple of the ranks) of the sum of x over the ranks."""
+    def reduce_scatter(self, x: paddle.Tensor, dim: int = 0) -> paddle.Tensor:
+        """This rank's chunk of the sum of x over the ranks; the size of dim is a multiple of the number of ranks."""
         if self.size == 1:
             return x
-        if _backend() == "gloo":  # has none
-            return self.share(self.all_reduce(x.clone()), dim)
+        if _backend() == "gloo":  # has no reduce-scatter
+            return self.local_chunk(self.all_reduce(x.clone()), dim)
         with self._timed(x):
-            parts = [part.contiguous() for part in x.split(self.size, axis=dim)]
-            found = paddle.empty_like(parts[0])
-            dist.reduce_scatter(found, parts, dist.ReduceOp.SUM, self.group)
-        return found
+            chunks = [chunk.contiguous() for chunk in x.split(self.size, axis=dim)]
+            result = paddle.empty_like(chunks[0])
+            dist.reduce_scatter(result, chunks, dist.ReduceOp.SUM, self.group)
+        return result
 
-    def exchange(self, x, counts):
-        """All-to-all: of rows x (n, …) this rank sends counts[rank, r] to each rank r, one behind the other -> those sent here.
+    def all_to_all_v(self, x: paddle.Tensor, counts: np.ndarray) -> paddle.Tensor:
+        """All-to-all with uneven counts: rows x (n, …), sorted by destination -> the rows sent here, sorted by source.
 
-        counts: (ranks, ranks) numpy, the same on every rank.
+        counts: (ranks, ranks) int, the same on every rank; counts[s, d] rows go from rank s to rank d.
         """
-        sent, received = counts[self.rank], counts[:, self.rank]
+        send_counts, receive_counts = counts[self.rank], counts[:, self.rank]
         if self.size == 1 or not counts.any():
             return x.clone()
-        if _backend() == "gloo":  # has none: all get all
-            most = int(counts.sum(1).max())
-            rows = (
-                F.pad(x, [0, most - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True)
-                if x.shape[0] < most
-                else x
-            )
-            rows, starts = self.all_gather(rows), counts[:, : self.rank].sum(1) + most * np.arange(self.size)
-            index = np.concatenate([np.arange(first, first + n) for first, n in zip(starts, received)])
+        if _backend() == "gloo":  # has no all-to-all: gather everybody's rows, padded to one length, and select
+            max_rows = int(counts.sum(1).max())
+            if x.shape[0] < max_rows:
+                x = F.pad(x, [0, max_rows - x.shape[0]] + [0, 0] * (x.ndim - 1), pad_from_left_axis=True)
+            rows, starts = self.all_gather(x), counts[:, : self.rank].sum(1) + max_rows * np.arange(self.size)
+            index = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, receive_counts)])
             return paddle.index_select(rows, paddle.to_tensor(index)) if len(index) else rows[:0]
         with self._timed(x):
-            found = paddle.empty([int(received.sum()), *x.shape[1:]], x.dtype)
-            dist.alltoall_single(found, x.contiguous(), sent.tolist(), received.tolist(), self.group)
-        return found
+            result = paddle.empty([int(receive_counts.sum()), *x.shape[1:]], x.dtype)
+            dist.alltoall_single(result, x.contiguous(), send_counts.tolist(), receive_counts.tolist(), self.group)
+        return result
 
-    def all_gather_into_tensor(self, x):
-        """The x (n,) of all ranks one behind the other, without a second copy of them."""
+    def all_gather_into_tensor(self, x: paddle.Tensor) -> paddle.Tensor:
+        """The x (n,) of all ranks concatenated -> (ranks · n,), without a second copy of them."""
         if self.size == 1:
             return x
-        found = paddle.empty([self.size * x.shape[0]], x.dtype)
+        result = paddle.empty([self.size * x.shape[0]], x.dtype)
         with self._timed(x):
-            dist.stream.all_gather(found, x.contiguous(), self.group)
-        return found
+            dist.stream.all_gather(result, x.contiguous(), self.group)
+        return result
 
-    def reduce_async(self, x, scatter):
-        """The sum of x (n,), which is lost, over the ranks; scatter: this rank's share of it. A function that waits for it.
+    def reduce_async(self, x: paddle.Tensor, scatter: bool) -> Callable[[], paddle.Tensor]:
+        """Start to sum x (n,) over the ranks; x is overwritten. Returns a function that waits and returns the sum, or
+        with `scatter` this rank's chunk of it.
 
-        NCCL adds up meanwhile; gloo is done before this returns (64 MB between two ranks: 90 ms in the call, 0.04 ms in the
-        waiting), and has all_reduce alone.
+        NCCL reduces in the background. gloo is done before this returns (64 MB between two ranks: 90 ms in this call,
+        0.04 ms in the wait), and has all-reduce only.
         """
         if self.size == 1:
             return lambda: x
-        share = None
+        chunk = None
         with self._timed(x):
             if scatter and _backend() != "gloo":
-                share = paddle.empty([x.shape[0] // self.size], x.dtype)
-                task = dist.stream.reduce_scatter(share, x, dist.ReduceOp.SUM, self.group, sync_op=False)
+                chunk = paddle.empty([x.shape[0] // self.size], x.dtype)
+                task = dist.stream.reduce_scatter(chunk, x, dist.ReduceOp.SUM, self.group, sync_op=False)
             else:
                 task = dist.all_reduce(x, dist.ReduceOp.SUM, self.group, sync_op=False)
 
-        def finish():
-            begin = time.perf_counter()
+        def wait() -> paddle.Tensor:
+            start = time.perf_counter()
             task.wait()
-            self.seconds += time.perf_counter() - begin
-            if scatter:  # a copy, so that x is not kept alive by its share
-                return self.share(x).clone() if share is None else share
+            self.seconds += time.perf_counter() - start
+            if scatter:  # cloned, so that the chunk does not keep all of x alive
+                return self.local_chunk(x).clone() if chunk is None else chunk
             return x
 
-        return finish
+        return wait
 
-    def all_to_all(self, x):
-        """x (ranks, …), a part for each -> (ranks, …), the parts that each has for this one.
+    def all_to_all(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x (ranks, …), x[r] for rank r -> (ranks, …), what each rank has for this one.
 
-        gloo has none. Of 16 MB, on 4 ranks of two cores: by a scatter from each rank 0.11 s, by all_gather 0.36, by sends
-        between pairs, which need a group each, 0.05; of 1 MB 6.5, 16 and 9.8 ms.
+        gloo has none. Seconds for 16 MB on 4 ranks of two cores: by a scatter from each rank 0.11, by all_gather 0.36,
+        by sends between pairs, which need a group each, 0.05; for 1 MB 6.5, 16 and 9.8 ms.
         """
         if self.size == 1:
             return x
         with self._timed(x):
-            parts = [part.contiguous() for part in x.unbind(0)]
-            found = [paddle.empty_like(part) for part in parts]
+            send = [chunk.contiguous() for chunk in x.unbind(0)]
+            received = [paddle.empty_like(chunk) for chunk in send]
             if _backend() == "gloo":
-                for source, part in enumerate(found):
-                    dist.scatter(part, parts if source == self.rank else None, self.ranks[source], self.group)
+                for source, chunk in enumerate(received):
+                    dist.scatter(chunk, send if source == self.rank else None, self.ranks[source], self.group)
             else:
-                dist.alltoall(found, parts, self.group)
-        return paddle.stack(found)
+                dist.alltoall(received, send, self.group)
+        return paddle.stack(received)
 
-    def ring_shift(self, x):
-        """x goes to the next rank, the last one's to the first -> that of the rank before."""
+    def ring_shift(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Ring shift: send x to rank + 1, return what rank - 1 sent."""
         if self.size == 1:
             return x
-        mine, after, before = (self.ranks[(self.rank + step) % self.size] for step in (0, 1, -1))
-        x, found = x.contiguous(), paddle.empty_like(x)
+        local, following, preceding = (self.ranks[(self.rank + step) % self.size] for step in (0, 1, -1))
+        x, received = x.contiguous(), paddle.empty_like(x)
         with self._timed(x):
             if _backend() == "gloo":
 
                 def send():
-                    dist.send(x, after, self.groups.connect([mine, after], "pass on "))
+                    dist.send(x, following, self.groups.connect([local, following], "ring "))
 
                 def receive():
-                    dist.recv(found, before, self.groups.connect([before, mine], "pass on "))
+                    dist.recv(received, preceding, self.groups.connect([preceding, local], "ring "))
 
-                # Each waits for the other rank to do the reverse; so does making a group.
+                # Each step waits until the other rank does the opposite one; so does connecting a group.
                 for step in (send, receive) if self.rank % 2 == 0 else (receive, send):
                     step()
             else:
-                ways = [dist.P2POp(dist.isend, x, after, self.group), dist.P2POp(dist.irecv, found, before, self.group)]
-                for task in dist.batch_isend_irecv(ways):
+                operations = [
+                    dist.P2POp(dist.isend, x, following, self.group),
+                    dist.P2POp(dist.irecv, received, preceding, self.group),
+                ]
+                for task in dist.batch_isend_irecv(operations):
                     task.wait()
-        return found
+        return received
 
-    def broadcast(self, x, source):
-        """x, in place, of the rank `source` of this axis. Returns x."""
+    def broadcast(self, x: paddle.Tensor, source: int) -> paddle.Tensor:
+        """The x of rank `source` of this axis, in place. Returns x."""
         if self.size > 1:
             with self._timed(x):
                 dist.broadcast(x, self.ranks[source], self.group)
         return x
 
-    def share(self, x, dim=0):
-        """This rank's part of x along dim, cut into as many as there are ranks."""
+    def local_chunk(self, x: paddle.Tensor, dim: int = 0) -> paddle.Tensor:
+        """This rank's chunk of x along dim, split evenly between the ranks."""
         if self.size == 1:
             return x
         width = x.shape[dim] // self.size
         return x.slice([dim], [self.rank * width], [(self.rank + 1) * width]).contiguous()
 
     @contextlib.contextmanager
-    def _timed(self, x):
-        begin, self.watchdog.place = time.perf_counter(), self
+    def _timed(self, x: paddle.Tensor) -> Iterator[None]:
+        start, self.watchdog.waiting_in = time.perf_counter(), self
         yield
-        self.watchdog.place = None  # an exception leaves it: there this rank was lost
-        self.seconds += time.perf_counter() - begin
+        self.watchdog.waiting_in = None  # not reset on exception: records where this rank was waiting
+        self.seconds += time.perf_counter() - start
         self.bytes += x.size * x.element_size()
 
 
-def _backend():
-    """What groups talk by: gloo between CPUs, nccl or the device's own between accelerators."""
+# ===================================================================================== process groups
+
+
+def _backend() -> str:
+    """The communication library: "gloo" between CPUs, "nccl" (or the device's own) between accelerators."""
     return "gloo" if paddle.device.get_device().startswith("cpu") else "nccl"
 
 
 class Groups:
-    """What connects processes: connect(ranks) gives the group of these ranks, made when it is first asked for."""
+    """The process groups of a run, made on first use."""
 
-    def __init__(self, launch):
+    def __init__(self, launch: Launch):
         self.launch, self.watchdog, self.groups = launch, Watchdog.of(launch), {}
         self.store = self.watchdog.store
 
-    def connect(self, ranks, name=""):
-        """name: tells groups of the same ranks apart, such as the two directions between two of them."""
-        key = f"{name}{'-'.join(map(str, ranks))}"
+    def connect(self, ranks: list[int], prefix: str = "") -> dist.collective.Group:
+        """The group of these global ranks, which all call it. prefix: tells several groups of the same ranks apart."""
+        key = f"{prefix}{'-'.join(map(str, ranks))}"
         if key not in self.groups:
             self.groups[key] = self._connect(list(ranks), key)
         return self.groups[key]
 
-    def meet(self):
-        """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
-        self.watchdog.meet()
+    def barrier(self) -> None:
+        """Wait for all processes, without a time limit: a collective of gloo would give up after 30 seconds."""
+        self.watchdog.barrier()
 
-    def exchange(self, value, met=False):
-        """[what each process calls this with], small JSON values. Not by the store, whose every answer takes 40 milliseconds."""
+    def all_gather_object(self, value, met: bool = False) -> list:
+        """[value of each rank]: small JSON values. met: all ranks have just passed a barrier, so none is needed here.
+
+        Through a process group, not the store: each answer of the store takes 40 milliseconds.
+        """
         if not met:
-            self.meet()
-        group, text, room = self.connect(list(range(self.launch.world))), json.dumps(value).encode(), 1024
+            self.barrier()
+        group, text, frame = self.connect(list(range(self.launch.world))), json.dumps(value).encode(), 1024
 
-        def gather(content, size):
-            parts = []
-            content = np.frombuffer(content.ljust(size, b" "), np.uint8)
-            dist.all_gather(parts, paddle.to_tensor(content), group)
-            return [part.numpy().tobytes() for part in parts]
+        def gather(content: bytes, size: int) -> list[bytes]:
+            received = []
+            padded = np.frombuffer(content.ljust(size, b" "), np.uint8)
+            dist.all_gather(received, paddle.to_tensor(padded), group)
+            return [part.numpy().tobytes() for part in received]
 
-        found = gather(b"%016d" % len(text) + text[: room - 16], room)
-        if (longest := max(int(part[:16]) for part in found)) > room - 16:
+        # One frame of fixed size: 16 digits of length, then the text. A second gather only if some text is longer.
+        frames = gather(b"%016d" % len(text) + text[: frame - 16], frame)
+        if (longest := max(int(part[:16]) for part in frames)) > frame - 16:
             return [json.loads(part) for part in gather(text, longest)]
-        return [json.loads(part[16:]) for part in found]
+        return [json.loads(part[16:]) for part in frames]
 
 
-@functools.cache  # a process has one
+@functools.cache  # one per process
 class Gloo(Groups):
-    """Groups of processes on CPUs.
+    """Process groups between CPUs.
 
-    Every group has a store of its own: Paddle's gloo groups write their addresses under keys that do not name the group,
-    and would read each other's in a common one. The first of a group's ranks opens it and tells the port in the store of
-    all processes; only then do the others connect, as one that knocks too early waits three seconds.
+    Every group has a TCP store of its own: Paddle's gloo groups write their addresses under keys that do not name the
+    group, so two groups in one store would read each other's. The first rank of a group opens its store and publishes
+    the port in the store of all processes; the others connect only then, as a connection that comes too early waits
+    three seconds.
     """
 
-    def _connect(self, ranks, key):
-        core, mine = paddle.base.core, ranks.index(self.launch.rank)
+    def _connect(self, ranks: list[int], key: str) -> dist.collective.Group:
+        core, local_rank = paddle.base.core, ranks.index(self.launch.rank)
         host = self.launch.endpoints[ranks[0]].split(":")[0]
-        if mine == 0:
+        if local_rank == 0:
             with socket.socket() as probe:
                 probe.bind(("", 0))
                 port = probe.getsockname()[1]
-            # Paddle wants a number that no other group of a process has, and the same one on all ranks of a group.
-            number = 1000 + self.store.add("groups", 1)
+            # Paddle wants an id that no other group of a process has, and the same one on all ranks of a group.
+            group_id = 1000 + self.store.add("groups", 1)
             store = core.TCPStore(host, port, True, 1, 900)
-            self.store.set(f"group {key}", f"{port} {number}")
+            self.store.set(f"group {key}", f"{port} {group_id}")
         else:
-            port, number = map(int, self.store.get(f"group {key}").split())
+            port, group_id = map(int, self.store.get(f"group {key}").split())
             store = core.TCPStore(host, port, False, 1, 900)
-        group = core.ProcessGroupGloo.create(store, mine, len(ranks), number)
-        return dist.collective.Group(mine, number, ranks, group, key)
+        group = core.ProcessGroupGloo.create(store, local_rank, len(ranks), group_id)
+        return dist.collective.Group(local_rank, group_id, ranks, group, key)
 
 
-@functools.cache
+@functools.cache  # one per process
 class Nccl(Groups):
-    """The same between accelerators, by Paddle's own groups: nccl, or what the device has in its place (bkcl, xccl).
+    """Process groups between accelerators, Paddle's own: nccl, or the device's equivalent (bkcl, xccl).
 
-    Paddle numbers groups by the order in which a process makes them, and exchanges their addresses under that number; as
-    only members make one here, its first rank draws a number that no group has.
+    Paddle numbers groups in the order in which a process makes them and exchanges addresses under that number. Here
+    only members make a group, so its first rank draws a number that no other group has.
     """
 
-    def __init__(self, launch):
+    def __init__(self, launch: Launch):
         Groups.__init__(self, launch)
         dist.init_parallel_env()  # takes the device that the launcher chose
 
-    def _connect(self, ranks, key):
+    def _connect(self, ranks: list[int], key: str) -> dist.collective.Group:
         if ranks.index(self.launch.rank) == 0:
             self.store.set(f"group {key}", str(1000 + self.store.add("groups", 1)).encode())
         dist.collective._set_custom_gid(int(self.store.get(f"group {key}")))
@@ -284,7 +302,7 @@ class Nccl(Groups):
 
 
 class _CopyToRegion(PyLayer):
-    """x, whose gradient is the sum over the ranks (Megatron's f): each has used it for a part of the result."""
+    """Megatron's f: identity in forward, all-reduce in backward. Every rank uses x for its part of the result."""
 
     @staticmethod
     def forward(ctx, x, axis):
@@ -297,7 +315,7 @@ class _CopyToRegion(PyLayer):
 
 
 class _ReduceFromRegion(PyLayer):
-    """The sum of x over the ranks, its gradient as it is (Megatron's g): what follows is the same on every rank."""
+    """Megatron's g: all-reduce in forward, identity in backward. What follows is the same on every rank."""
 
     @staticmethod
     def forward(ctx, x, axis):
@@ -309,49 +327,46 @@ class _ReduceFromRegion(PyLayer):
 
 
 class _AllGather(PyLayer):
-    """The ranks' x behind each other along dim. summed: its gradient is the sum over the ranks, else the same on each."""
+    """All-gather along dim. Backward: reduce-scatter if gradients are partial sums (`partial`), else the own chunk."""
 
     @staticmethod
-    def forward(ctx, x, axis, dim, summed):
-        ctx.how = axis, dim, summed
+    def forward(ctx, x, axis, dim, partial):
+        ctx.axis, ctx.dim, ctx.partial = axis, dim, partial
         return axis.all_gather(x, dim)
 
     @staticmethod
     def backward(ctx, dy):
-        axis, dim, summed = ctx.how
-        return axis.reduce_scatter(dy, dim) if summed else axis.share(dy, dim)
+        return ctx.axis.reduce_scatter(dy, ctx.dim) if ctx.partial else ctx.axis.local_chunk(dy, ctx.dim)
 
 
 class _ReduceScatter(PyLayer):
-    """This rank's share along dim of the sum over the ranks."""
+    """Reduce-scatter along dim in forward, all-gather in backward."""
 
     @staticmethod
     def forward(ctx, x, axis, dim):
-        ctx.how = axis, dim
+        ctx.axis, ctx.dim = axis, dim
         return axis.reduce_scatter(x, dim)
 
     @staticmethod
     def backward(ctx, dy):
-        axis, dim = ctx.how
-        return axis.all_gather(dy, dim)
+        return ctx.axis.all_gather(dy, ctx.dim)
 
 
 class _AllToAllV(PyLayer):
-    """Rows that the ranks have sent here (see Axis.exchange); their gradients go back the same way."""
+    """Axis.all_to_all_v; in backward the gradients take the reverse way."""
 
     @staticmethod
     def forward(ctx, x, axis, counts):
-        ctx.how = axis, counts
-        return axis.exchange(x, counts)
+        ctx.axis, ctx.counts = axis, counts
+        return axis.all_to_all_v(x, counts)
 
     @staticmethod
     def backward(ctx, dy):
-        axis, counts = ctx.how
-        return axis.exchange(dy, counts.T)
+        return ctx.axis.all_to_all_v(dy, ctx.counts.T)
 
 
 class _ScaleGradient(PyLayer):
-    """x, whose gradient is multiplied by a factor."""
+    """Identity in forward; the gradient is multiplied by a factor."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -384,7 +399,7 @@ def leave(x, tp):
 
 def kept(x, tp):
     """(B, T, …), the same on every rank of tp -> the tokens that this rank keeps between attention and MLP."""
-    return x if tp.size == 1 or tp.tokens is None else tp.share(_filled(x, tp.size), 1)
+    return x if tp.size == 1 or tp.tokens is None else tp.local_chunk(_filled(x, tp.size), 1)
 
 
 def _filled(x, multiple):
@@ -393,50 +408,73 @@ def _filled(x, multiple):
     return paddle.concat([x, paddle.zeros([x.shape[0], more, *x.shape[2:]], x.dtype)], axis=1) if more else x
 
 
-# ====================================================================================== tensor parallelism
+# ============================================================================= which part of a tensor a rank holds
 
 
 class ShardSpec:
-    """Which part of a whole tensor a parameter is: ranges [(start, stop), …] along one dim of our layout, joined.
+    """Which part of a full tensor this rank's parameter is: ranges [(start, stop), …] along one dim, concatenated.
 
-    of_ranks: those of every rank of tp; shape: of the whole. overlaps: some of it is with several ranks (key heads, where
-    there are fewer of them than ranks).
+    dim: of our layout (linears are [in, out]); ranges_by_rank: [ranges of tp rank 0, of rank 1, …]; ranges: this
+    rank's; rank: in tp; shape: of the full tensor. replicated: several ranks hold some of it (key heads, where there
+    are fewer heads than ranks).
     """
 
-    def __init__(self, dim, of_ranks, rank, shape):
-        self.dim, self.of_ranks, self.rank, self.shape = dim, of_ranks, rank, list(shape)
-        self.ranges = of_ranks[rank]
-        self.overlaps = sum(last - first for ranges in of_ranks for first, last in ranges) > self.shape[dim]
+    def __init__(self, dim: int, ranges_by_rank: list[list[tuple[int, int]]], rank: int, shape: list[int]):
+        self.dim, self.ranges_by_rank, self.rank, self.shape = dim, ranges_by_rank, rank, list(shape)
+        self.ranges = ranges_by_rank[rank]
+        self.replicated = sum(map(_total, ranges_by_rank)) > self.shape[dim]
 
-    def of(self, dim, shape):
-        """The same ranges of another tensor."""
-        return ShardSpec(dim, self.of_ranks, self.rank, shape)
+    def of(self, dim: int, shape: list[int]) -> "ShardSpec":
+        """The same ranges, of another tensor."""
+        return ShardSpec(dim, self.ranges_by_rank, self.rank, shape)
 
-    def take(self, array):
-        """numpy, the whole -> the part."""
+    def slice(self, full: np.ndarray) -> np.ndarray:
+        """The full tensor -> this rank's part."""
         index = (slice(None),) * self.dim
-        parts = [array[(*index, slice(*r))] for r in self.ranges]
+        parts = [full[(*index, slice(*r))] for r in self.ranges]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, self.dim)
 
-    def put(self, whole, part, rank=None):
-        """Write the part (another rank's) to its places in the whole, in place; numpy."""
-        index, start = (slice(None),) * self.dim, 0
-        for first, last in self.ranges if rank is None else self.of_ranks[rank]:
-            whole[(*index, slice(first, last))] = part[(*index, slice(start, start + last - first))]
-            start += last - first
+    def scatter_into(self, full: np.ndarray, part: np.ndarray, rank: int | None = None) -> None:
+        """Write this rank's part, or that of `rank`, into its ranges of the full tensor, in place."""
+        index, offset = (slice(None),) * self.dim, 0
+        for start, stop in self.ranges if rank is None else self.ranges_by_rank[rank]:
+            full[(*index, slice(start, stop))] = part[(*index, slice(offset, offset + stop - start))]
+            offset += stop - start
 
-    def counted(self, shape):
-        """A tensor of the part's shape: 1 for what no lower rank has too, else 0."""
-        lower = np.zeros(self.shape[self.dim], bool)
-        for first, last in (r for ranges in self.of_ranks[: self.rank] for r in ranges):
-            lower[first:last] = True
-        mine = np.concatenate([~lower[slice(*r)] for r in self.ranges]).astype(np.float32)
-        mine = mine.reshape([-1 if dim == self.dim else 1 for dim in range(len(shape))])
-        return paddle.to_tensor(np.broadcast_to(mine, shape))
+    def first_owner_mask(self, shape: list[int]) -> paddle.Tensor:
+        """float32 of the part's shape: 1 where no lower rank holds the element too, else 0."""
+        on_lower_rank = np.zeros(self.shape[self.dim], bool)
+        for ranges in self.ranges_by_rank[: self.rank]:
+            for start, stop in ranges:
+                on_lower_rank[start:stop] = True
+        mask = np.concatenate([~on_lower_rank[slice(*r)] for r in self.ranges]).astype(np.float32)
+        mask = mask.reshape([-1 if dim == self.dim else 1 for dim in range(len(shape))])
+        return paddle.to_tensor(np.broadcast_to(mask, shape))
 
     @property
-    def width(self):
-        return sum(last - first for first, last in self.ranges)
+    def width(self) -> int:
+        """Size of the part along dim."""
+        return _total(self.ranges)
+
+
+def _total(ranges: list[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+@paddle.no_grad()
+def gather_full_tensor(tensor: paddle.Tensor, shard_spec: ShardSpec, tp: Axis) -> np.ndarray:
+    """The full tensor from each tp rank's part of it, on every rank, in our layout; bfloat16 as float32."""
+    widths = [_total(ranges) for ranges in shard_spec.ranges_by_rank]
+    tensor = tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor
+    rows = paddle.moveaxis(tensor, shard_spec.dim, 0)
+    if max(widths) > shard_spec.width:  # pad to the widest part, as all_gather wants one shape
+        padding = paddle.zeros([max(widths) - shard_spec.width, *rows.shape[1:]], rows.dtype)
+        rows = paddle.concat([rows, padding])
+    parts = tp.all_gather(rows.unsqueeze(0)).numpy()  # (tp, widest, …)
+    full = np.empty(shard_spec.shape, parts.dtype)
+    for rank, width in enumerate(widths):
+        shard_spec.scatter_into(full, np.moveaxis(parts[rank, :width], 0, shard_spec.dim), rank)
+    return full
 
 
 def mix_in(layer, mixin, **attributes):
@@ -450,10 +488,12 @@ def mix_in(layer, mixin, **attributes):
 
 
 def make_expert_axes(grid, order, degree, rank, groups):
-    """(the ranks that share out the experts, those with the same experts) around a rank; ranks are connected in this order.
+    """(the ranks that share out the experts, those with the same experts) around a rank; ranks are connected in this
+    order.
 
-    Consecutive ranks of the data axes, (dp, sharding, sep) as one line at the same pp and tp, have the experts among them:
-    each has E/ep, and sends other ranks' tokens to them and back. The next so many do the same with copies of them.
+    Consecutive ranks of the data axes, (dp, sharding, sep) as one line at the same pp and tp, have the experts among
+    them: each has E/ep, and sends other ranks' tokens to them and back. The next so many do the same with copies of
+    them.
     """
     line = np.transpose(grid, [order.index(name) for name in ("pp", "tp", "dp", "sharding", "sep")])
     line = next(line for line in line.reshape([-1, math.prod(line.shape[2:])]) if rank in line).reshape([-1, degree])
@@ -466,68 +506,24 @@ def make_expert_axes(grid, order, degree, rank, groups):
     )
 
 
-@paddle.no_grad()
-def gather_full_tensor(tensor, cut, tp):
-    """The whole of which each rank of tp has such a part, as numpy in our layout."""
-    widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
-    tensor = tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor
-    turned = paddle.moveaxis(tensor, cut.dim, 0)
-    if max(widths) > cut.width:
-        more = paddle.zeros([max(widths) - cut.width, *turned.shape[1:]], turned.dtype)
-        turned = paddle.concat([turned, more])
-    parts = tp.all_gather(turned.unsqueeze(0)).numpy()
-    found = np.empty(cut.shape, parts.dtype)
-    for rank, width in enumerate(widths):
-        cut.put(found, np.moveaxis(parts[rank, :width], 0, cut.dim), rank)
-    return found
+def gather_tensor_index(sizes: dict[str, int], topology) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """This rank's {name: bytes} -> ({name: bytes}, {name: [ranks that hold it]}) over all ranks; call it after a
+    barrier.
 
-
-def assign_writers(sizes, holders):
-    """{name: rank}: who writes which of these tensors, even by bytes: the largest first, to whom has least of its holders.
-
-    sizes: {name: bytes}; holders: {name: [rank]}. Where all hold all, the largest share is at most the mean plus the
-    largest tensor.
-    """
-    found, load = {}, Counter()
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        found[name] = min(holders[name], key=lambda rank: (load[rank], rank))
-        load[found[name]] += sizes[name]
-    return found
-
-
-def gather_tensor_index(sizes, topology):
-    """({name: bytes}, {name: [rank]}) over all ranks, from each one's own {name: bytes}.
-
-    Asked, not derived from the grid: stages of a pipeline have other names, ranks of expert parallelism other experts.
-    Ranks with the same names send a digest of them alone. They have met.
+    It is gathered, not derived from the grid: pipeline stages hold other layers, ranks of expert parallelism other
+    experts. Ranks exchange digests first, and only one rank of those with equal names sends them.
     """
     text = json.dumps(sizes, sort_keys=True)
-    digests = topology.exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), met=True)
-    lists = [sizes] * len(digests)
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    digests = topology.all_gather_object(digest, met=True)
+    size_tables = [sizes] * len(digests)
     if len(set(digests)) > 1:
-        first = digests.index(digests[topology.rank]) == topology.rank
-        sent = topology.exchange(sizes if first else None, met=True)
-        lists = [sent[digests.index(digest)] for digest in digests]
-    everything, holders = {}, {}
-    for rank, names in enumerate(lists):
-        for name, size in names.items():
-            everything[name] = size
+        sends = digests.index(digest) == topology.rank
+        sent = topology.all_gather_object(sizes if sends else None, met=True)
+        size_tables = [sent[digests.index(digest)] for digest in digests]
+    all_sizes, holders = {}, {}
+    for rank, table in enumerate(size_tables):
+        for name, size in table.items():
+            all_sizes[name] = size
             holders.setdefault(name, []).append(rank)
-    return everything, holders
-
-
-def _to_host(tensor):
-    """numpy of a tensor, of its own memory where that is the host's; bfloat16 as float32; None of None."""
-    if tensor is None or isinstance(tensor, np.ndarray):
-        return tensor
-    if tensor.dtype == paddle.bfloat16:
-        return tensor.astype("float32").numpy()
-    return np.from_dlpack(tensor.detach()) if tensor.place.is_cpu_place() and tensor.size else tensor.numpy()
-
-
-def _bytes_of(entry):
-    return sum(_size_of(*how) for how in entry.tensors.values())
-
-
-def _size_of(shape, dtype):
-    return int(math.prod(shape)) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+    return all_sizes, holders

@@ -119,8 +119,8 @@ class UlyssesAttention:
         sent = paddle.concat([self._by_rank(x) for x in (q, k, v)], axis=3)  # (sep, B, T/sep, (H + 2 K)/(tp·sep), Dh)
         came = _AllToAll.apply(sent, sep).transpose([1, 0, 2, 3, 4]).flatten(1, 2)[:, : sep.whole]  # (B, T, …)
         q, k, v = came.split([q.shape[2] // sep.size, *[k.shape[2] // sep.size] * 2], axis=2)
-        past_k, past_v = (None if x is None else sep.share(x, 2) for x in (past_k, past_v))
-        slopes = None if slopes is None else sep.share(slopes)
+        past_k, past_v = (None if x is None else sep.local_chunk(x, 2) for x in (past_k, past_v))
+        slopes = None if slopes is None else sep.local_chunk(slopes)
         found, _, _ = super().mixed(q, k, v, slopes, rows, past_k, past_v, spread)
         found = _filled(found, sep.size)
         B, T, H, Dh = found.shape

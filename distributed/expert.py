@@ -81,7 +81,7 @@ class ExpertParallelMoE:
         sent, here = counts.sum(-1), counts[:, ep.rank]  # (from, to), (from, expert)
         tokens, places = _AllToAllV.apply(tokens, ep, sent), None
         if self.places is not None:
-            places = ep.exchange(paddle.to_tensor(self.places).unsqueeze(-1), sent).numpy().flatten()
+            places = ep.all_to_all_v(paddle.to_tensor(self.places).unsqueeze(-1), sent).numpy().flatten()
         if here.any():
             runs = _runs(here)
             order = np.concatenate([np.arange(first, last) for first, last in runs])  # rank by rank -> expert by expert

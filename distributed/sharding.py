@@ -92,7 +92,7 @@ class Bucket:
         self.summed = [axis for axis in (self.axis, *rule.parts) if axis.size > 1] or [self.axis]
         self.gradient, self.pending, self.owned = None, [], None
         if stage == 3:
-            self.owned = self.axis.share(self.lay(parameters)).clone()
+            self.owned = self.axis.local_chunk(self.lay(parameters)).clone()
             self.owned.stop_gradient = names[0] is None
             self.release()
 
@@ -351,8 +351,8 @@ class ZeroOptimizer:
             rule, gradient = self.rules[id(parameter)], piece.grad
             if gradient is None or not rule.counts:
                 continue
-            if (cut := getattr(parameter, "shard_spec", None)) is not None and cut.overlaps:
-                counted = cut.counted(parameter.shape)
+            if (cut := getattr(parameter, "shard_spec", None)) is not None and cut.replicated:
+                counted = cut.first_owner_mask(parameter.shape)
                 gradient = gradient * (counted.reshape([-1])[piece.first : piece.last] if self.stage else counted)
             sums[rule.apart, rule.sharded] += kernels.squared_norm(gradient)
         total = paddle.zeros([], "float64")
@@ -372,7 +372,7 @@ class ZeroOptimizer:
             return
         for bucket in self.buckets:
             if self.stage < 3:
-                flat = bucket.axis.all_gather_into_tensor(bucket.axis.share(bucket.lay(bucket.parameters)))
+                flat = bucket.axis.all_gather_into_tensor(bucket.axis.local_chunk(bucket.lay(bucket.parameters)))
                 for parameter, part in zip(bucket.parameters, bucket.parts_of(flat)):
                     parameter.set_value(part)
             else:
@@ -539,13 +539,13 @@ def _add_overlaps(parameters, tp):
     """Gradients whose rows several ranks of tp have are added up over these ranks, in place."""
     for parameter in parameters:
         cut = getattr(parameter, "shard_spec", None)
-        if cut is None or not cut.overlaps:
+        if cut is None or not cut.replicated:
             continue
         whole = np.zeros(cut.shape, np.float32)
         if parameter.grad is not None:
-            cut.put(whole, parameter.grad.numpy())
+            cut.scatter_into(whole, parameter.grad.numpy())
         whole = tp.all_reduce(paddle.to_tensor(whole))
-        parameter.grad = paddle.to_tensor(cut.take(whole.numpy()))
+        parameter.grad = paddle.to_tensor(cut.slice(whole.numpy()))
 
 
 # ----------------------------------------------------------------------------------- stage 3: whole while they are used

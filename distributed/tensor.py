@@ -327,7 +327,7 @@ class TensorParallelQuantLinear:
 
     def check(self, path, name):
         rows, groups = np.arange(self.n_in), self.g_index.numpy()
-        rows = rows if self.shard_spec.dim == 1 else self.shard_spec.take(rows)
+        rows = rows if self.shard_spec.dim == 1 else self.shard_spec.slice(rows)
         last = -(-self.n_in // self.group_size) - 1
         if groups.min() < 0 or groups.max() > last:
             raise UserError(f"{path}: {name}.g_idx names group {groups.max()}, {name}.scales has 0 to {last}")
@@ -339,7 +339,7 @@ def _part_of(layer, parameter, cut):
     """A parameter in place of a whole one: its part. What has no values yet gets none."""
     shape = [cut.width if dim == cut.dim else n for dim, n in enumerate(cut.shape)]
     if parameter._is_initialized():
-        values = cut.take(parameter.numpy())
+        values = cut.slice(parameter.numpy())
         found = layer.create_parameter(shape, dtype=parameter.dtype)
         set_parameter(found, values)
     else:

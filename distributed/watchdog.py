@@ -1,4 +1,18 @@
-"""The launcher's ranks, heartbeats, and the report of the rank that failed first."""
+"""The launcher's ranks, heartbeats between processes, and one clear message when one of them fails.
+
+    watchdog = current_watchdog()                 # None in a run of one process
+    watchdog.barrier()
+    watchdog.check_equal_on_all_ranks("arguments", vars(args))
+    try:
+        train()
+        watchdog.shutdown()
+    except BaseException as error:
+        watchdog.abort_on_error(error, exit_code=1, message=None)     # never returns; all other ranks exit too
+
+`paddle.distributed.launch` starts the processes and gives each its rank in environment variables, which only this file
+reads. All processes talk through one TCP store, which rank 0 serves. Without a watchdog, a rank that waits in a
+collective for a dead rank would wait for ever, or die of an error that names no cause.
+"""
 
 import atexit
 import contextlib
@@ -11,210 +25,233 @@ import sys
 import threading
 import time
 import traceback
-from collections import namedtuple
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 import paddle
 
 from formats.files import UserError
 
 
-class Launch(namedtuple("Launch", "rank world endpoints")):
+class Launch(NamedTuple):
     """What Paddle's launcher says of this process."""
 
+    rank: int
+    world: int  # number of processes
+    endpoints: tuple[str, ...]  # "host:port" of every rank
+
     @staticmethod
-    def of_environment():
+    def of_environment() -> "Launch":
         endpoints = tuple(os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(","))
-        return Launch(
-            int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), endpoints
-        )
+        rank, world = os.environ.get("PADDLE_TRAINER_ID", 0), os.environ.get("PADDLE_TRAINERS_NUM", 1)
+        return Launch(int(rank), int(world), endpoints)
 
 
-STORE_GONE = ValueError, RuntimeError, OSError  # what Paddle raises where there is no store any more
+STORE_LOST = ValueError, RuntimeError, OSError  # what Paddle raises when the store's server is gone
 
 
 class Watchdog:
-    """All processes of a run: they meet, and no one goes on alone when another has ended.
+    """Barrier, heartbeats and failure propagation: if one rank dies, all exit with its message.
 
-    Rank 0 keeps the store that all talk through. A thread in each tells the others every second that it is alive and
-    which collective it waits in, and ends this process when a failure is told there, when rank 0 is gone, or when the
-    launcher is. The first failure is the one that all ranks show.
+    A thread in each process writes a heartbeat to the store every second: a counter and the collective in which the
+    rank waits. It ends the process when another rank has reported a failure, when rank 0 (the store's server) is gone,
+    or when the launcher is. All ranks show the failure that was reported first.
+
+    waiting_in: the Axis whose collective this rank is in now, else None; Axis sets it.
     """
 
-    SILENCE = 45.0  # seconds without a sign of life, after which a rank is given up
+    HEARTBEAT_TIMEOUT = 45.0  # seconds without a heartbeat after which a rank counts as dead
     RANK_0_GONE = "rank 0 has vanished: it was killed, or ran out of memory"
 
     @staticmethod
-    @functools.cache  # a process has one
-    def of(launch):
+    @functools.cache  # one per process
+    def of(launch: Launch) -> "Watchdog":
         return Watchdog(launch)
 
-    def __init__(self, launch):
-        self.launch, self.place, self.meetings, self.agreements = launch, None, 0, 0
-        self.store = self._client(launch.rank == 0)
-        self.parent = (
+    def __init__(self, launch: Launch):
+        self.launch, self.waiting_in, self.barriers, self.checks = launch, None, 0, 0
+        self.store = self._connect(serve=launch.rank == 0)
+        self.launcher_pid = (
             os.getppid() if "PADDLE_LOG_DIR" in os.environ else None
-        )  # the launcher, if that is what started us
+        )  # None: not started by the launcher
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's; Paddle would show where its C++ stands
-        self.ending, self.done = threading.Lock(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
+            # The launcher ends ranks by SIGTERM; Paddle's own handler would print a C++ stack.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.terminating, self.stopped = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         atexit.register(self.stop)
 
-    def _client(self, opens=False):
-        """A connection of its own for each thread; the one that opens is the server too."""
+    def _connect(self, serve: bool = False):
+        """A connection to the store; each thread needs its own. serve: be the server too."""
         host, port = self.launch.endpoints[0].split(":")
-        return paddle.base.core.TCPStore(host, int(port), opens, 1, 120)
+        return paddle.base.core.TCPStore(host, int(port), serve, 1, 120)
 
-    def meet(self):
-        """Wait for all processes, however long they take."""
-        self.meetings += 1
-        name = f"meeting {self.meetings}"
-        if self.store.add(name, 1) < self.launch.world:
-            self._wait(lambda: self.store.add(name, 0) >= self.launch.world)
+    def barrier(self) -> None:
+        """Wait for all processes, without a time limit."""
+        self.barriers += 1
+        key = f"barrier {self.barriers}"
+        if self.store.add(key, 1) < self.launch.world:
+            self._wait_until(lambda: self.store.add(key, 0) >= self.launch.world)
 
     @staticmethod
-    def _wait(condition):
-        """However long; the store's own way gives up after a time, and cannot be interrupted."""
+    def _wait_until(condition: Callable[[], bool]) -> None:
+        """Poll, without a time limit; the store's own wait() has one, and cannot be interrupted."""
         pause = 0.001
         while not condition():
             time.sleep(pause)
             pause = min(0.1, 1.5 * pause)
 
-    def agree(self, what, values):
-        """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
-        mine, self.agreements = {key: repr(value) for key, value in values.items()}, self.agreements + 1
-        name = f"agreement {self.agreements}"
+    def check_equal_on_all_ranks(self, what: str, values: dict) -> None:
+        """UserError on every rank whose {key: value} differs from rank 0's; it names the first key that differs."""
+        self.checks += 1
+        local, key_in_store = {key: repr(value) for key, value in values.items()}, f"check {self.checks}"
         if self.launch.rank == 0:
-            self.store.set(name, json.dumps(mine).encode())
-            self.store.add(f"{name} is there", 1)
+            self.store.set(key_in_store, json.dumps(local).encode())
+            self.store.add(f"{key_in_store} is set", 1)
             return
-        self._wait(lambda: self.store.add(f"{name} is there", 0))
-        theirs = json.loads(self.store.get(name))
-        for key in {**theirs, **mine}:
-            if mine.get(key) != theirs.get(key):
-                here, there = (found.get(key, "not there") for found in (mine, theirs))
+        self._wait_until(lambda: self.store.add(f"{key_in_store} is set", 0))
+        reference = json.loads(self.store.get(key_in_store))
+        for key in {**reference, **local}:
+            if local.get(key) != reference.get(key):
+                here, there = (side.get(key, "not there") for side in (local, reference))
                 raise UserError(
                     f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same"
                 )
 
-    def leave(self):
-        """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
+    def shutdown(self) -> None:
+        """End of a run: rank 0, which serves the store, stays until the others have left."""
         if self.launch.rank:
-            self.stop()  # before rank 0 knows, as it may be gone at once
+            self.stop()  # before rank 0 knows, as it may exit at once
         self.store.add("left", 1)
-        self._wait(lambda: self.launch.rank or self.store.add("left", 0) >= self.launch.world)
+        self._wait_until(lambda: self.launch.rank or self.store.add("left", 0) >= self.launch.world)
         self.stop()
 
-    def stop(self):
-        self.done.set()
+    def stop(self) -> None:
+        """Stop the heartbeat thread."""
+        self.stopped.set()
         if self.thread is not threading.current_thread():
             self.thread.join()
 
-    def fail(self, error, code, line):
-        """End this process, as `error` has ended its work: code 2 and a line for what the user can mend, else a traceback.
+    # ------------------------------------------------------------------------------------------- ending all processes
 
-        One that only lost its company shows why: another's failure, or who is missing.
+    def abort_on_error(self, error: BaseException, exit_code: int, message: str | None) -> NoReturn:
+        """End all processes, because `error` ended this rank's work.
+
+        message: one line for a mistake that the user can mend (exit code 2); None: a bug, whose traceback is printed.
+        If this rank failed only because a peer did, show the peer's error or name the missing rank.
         """
-        lost = code == 1 and (self.place is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
-        if lost:
-            print(f"lost in {self.place.name if self.place else 'a message'}: {error}", file=sys.stderr, flush=True)
-            time.sleep(0.5)  # a failure that is told in the store ends us here, by the other thread
+        peer_failed = exit_code == 1 and (
+            self.waiting_in is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error))
+        )
+        if peer_failed:
+            print(f"connection lost in {self._collective()}: {error}", file=sys.stderr, flush=True)
+            time.sleep(0.5)  # if the peer has reported its failure, the heartbeat thread ends this process now
             try:
-                code, line = 1, self._who_is_missing(str(error))
-            except STORE_GONE:
-                code, line = 1, self.RANK_0_GONE
-        elif line is None:
+                message = self.diagnose(str(error))
+            except STORE_LOST:
+                message = self.RANK_0_GONE
+        elif message is None:
             traceback.print_exception(error)
-            line = f"rank {self.launch.rank}: {type(error).__name__}: {error} (its traceback is in its own log)"
+            message = f"rank {self.launch.rank}: {type(error).__name__}: {error} (its traceback is in its own log)"
         else:
-            line = f"rank {self.launch.rank}: {line}"
+            message = f"rank {self.launch.rank}: {message}"
         try:
-            self.end(code, line)
-        except STORE_GONE:
-            self._exit(code, line)
+            self.abort(exit_code, message)
+        except STORE_LOST:
+            self._terminate(exit_code, message)
 
-    def end(self, code, line, store=None):
-        """Tell all, wait until they know, and exit; who is told first is who all show."""
+    def abort(self, exit_code: int, message: str, store=None) -> NoReturn:
+        """Report a failure to all ranks, then terminate; whichever rank reports first, its message is what all show."""
         store = store or self.store
         if store.add("failures", 1) == 1:
-            store.set("failure", json.dumps([code, line]).encode())
-        self._exit(*json.loads(store.get("failure")), store)
+            store.set("failure", json.dumps([exit_code, message]).encode())
+        self._terminate(*json.loads(store.get("failure")), store)
 
-    def _exit(self, code, line, store=None):
-        if not self.ending.acquire(blocking=False):
-            time.sleep(60)  # the other thread is about to
+    def _terminate(self, exit_code: int, message: str, store=None) -> NoReturn:
+        """Print the message, wait until all ranks have seen the failure (at most 8 seconds), and exit."""
+        if not self.terminating.acquire(blocking=False):
+            time.sleep(60)  # the other thread is about to exit
         sys.stdout.flush()
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         if store is not None:
-            with contextlib.suppress(*STORE_GONE):
-                told, end = store.add("told", 1), time.monotonic() + 8.0
-                while told < self.launch.world and time.monotonic() < end:
+            with contextlib.suppress(*STORE_LOST):
+                informed, end = store.add("informed", 1), time.monotonic() + 8.0
+                while informed < self.launch.world and time.monotonic() < end:
                     time.sleep(0.05)
-                    told = store.add("told", 0)
-        os._exit(code)  # threads may be inside of a collective that will never end
+                    informed = store.add("informed", 0)
+        os._exit(exit_code)  # other threads may be inside a collective that will never end
 
-    def _watch(self):
+    # ---------------------------------------------------------------------------------------------------- heartbeats
+
+    def _run(self) -> None:
         try:
-            store = self._client()
-            self._keep_watch(store)
-        except STORE_GONE:
-            if not self.done.is_set():
-                self._exit(1, self.RANK_0_GONE)
+            self._heartbeat(self._connect())
+        except STORE_LOST:
+            if not self.stopped.is_set():
+                self._terminate(1, self.RANK_0_GONE)
 
-    def _keep_watch(self, store):
-        rank, world, beat, heard = self.launch.rank, self.launch.world, 0, {}
-        while not self.done.wait(0.25):
-            if self.parent is not None and os.getppid() != self.parent:
-                self._exit(1, "the launcher is gone")
+    def _heartbeat(self, store) -> None:
+        rank, world, beat, last_seen = self.launch.rank, self.launch.world, 0, {}
+        while not self.stopped.wait(0.25):
+            if self.launcher_pid is not None and os.getppid() != self.launcher_pid:
+                self._terminate(1, "the launcher is gone")
             if store.add("failures", 0):
-                self._exit(*json.loads(store.get("failure")), store)
+                self._terminate(*json.loads(store.get("failure")), store)
             beat += 1
             if beat % 4 == 1:
-                store.set(f"rank {rank}", json.dumps([beat, self.place and self.place.name, time.time()]).encode())
-                store.add(f"rank {rank} is there", int(beat == 1))
+                axis = self.waiting_in
+                store.set(f"heartbeat {rank}", json.dumps([beat, axis and axis.name, time.time()]).encode())
+                store.add(f"heartbeat {rank} is set", int(beat == 1))
             if rank == 0 and beat % 20 == 0:
-                now = time.monotonic()
                 for other in range(1, world):
-                    if store.add(f"rank {other} is there", 0):
-                        sign = store.get(f"rank {other}")
-                        if heard.get(other, (None,))[0] != sign:
-                            heard[other] = sign, now
-                        elif now - heard[other][1] > self.SILENCE and not store.add("left", 0):
-                            self.end(1, f"rank {other} has given no sign of life for {self.SILENCE:.0f} s", store)
+                    self._check_alive(other, store, last_seen)
 
-    def _who_is_missing(self, message):
-        """The line about who did not come to the collective that this rank waited in."""
-        place = self.place.name if self.place else "a message"
-        ranks = self.place.ranks if self.place else range(self.launch.world)
-        closed = re.search(r"pair\.cc|onnection (closed|reset)|roken pipe", message)
+    def _check_alive(self, other: int, store, last_seen: dict) -> None:
+        """Rank 0: abort if a rank's heartbeat is too old. last_seen: {rank: (heartbeat, when it was new)}."""
+        if not store.add(f"heartbeat {other} is set", 0):
+            return
+        heartbeat, now = store.get(f"heartbeat {other}"), time.monotonic()
+        if last_seen.get(other, (None,))[0] != heartbeat:
+            last_seen[other] = heartbeat, now
+        elif now - last_seen[other][1] > self.HEARTBEAT_TIMEOUT and not store.add("left", 0):
+            self.abort(1, f"rank {other} has given no sign of life for {self.HEARTBEAT_TIMEOUT:.0f} s", store)
 
-        def signs():
-            return {
-                r: json.loads(self.store.get(f"rank {r}"))
-                for r in range(self.launch.world)
-                if self.store.add(f"rank {r} is there", 0)
-            }
-
-        before = signs()
-        time.sleep(3.0)  # every rank gives three
-        after = signs()
-        silent = [r for r in before if before[r][0] == after[r][0]]
-        silent.sort(key=lambda r: after[r][2])  # the first to go: a launcher ends the others of its node for that
-        elsewhere = [
-            r for r in ranks if r not in silent and r in after and after[r][1] is None and r != self.launch.rank
+    def diagnose(self, error_text: str) -> str:
+        """The message that names the rank for which the collective of this rank waited in vain."""
+        ranks = self.waiting_in.ranks if self.waiting_in else range(self.launch.world)
+        before = self._heartbeats()
+        time.sleep(3.0)  # every live rank beats three times
+        after = self._heartbeats()
+        silent = [rank for rank in before if before[rank][0] == after[rank][0]]
+        silent.sort(
+            key=lambda rank: after[rank][2]
+        )  # the oldest heartbeat first: a launcher ends its other ranks later
+        not_waiting = [
+            rank
+            for rank in ranks
+            if rank not in silent and rank in after and after[rank][1] is None and rank != self.launch.rank
         ]
-        if silent and closed:
+        if silent and re.search(r"pair\.cc|onnection (closed|reset)|roken pipe", error_text):
             return f"rank {silent[0]} has vanished: it was killed, or ran out of memory"
+        waited = f"others waited 30 s for it in a collective ({self._collective()})"
         if silent:
-            return f"rank {silent[0]} gives no sign of life; others waited 30 s for it in a collective ({place})"
-        if elsewhere:
-            return f"rank {elsewhere[0]} hangs or is far behind: others waited 30 s for it in a collective ({place})"
-        waits = ", ".join(f"rank {r} in {where}" for r, (_, where, _) in after.items())
-        return f"ranks wait for each other: {waits}: {message.strip().splitlines()[-1]:.200}"
+            return f"rank {silent[0]} gives no sign of life; {waited}"
+        if not_waiting:
+            return f"rank {not_waiting[0]} hangs or is far behind: {waited}"
+        waits = ", ".join(f"rank {rank} in {name}" for rank, (_, name, _) in after.items())
+        return f"ranks wait for each other: {waits}: {error_text.strip().splitlines()[-1]:.200}"
+
+    def _heartbeats(self) -> dict[int, list]:
+        """{rank: [counter, name of the axis whose collective it waits in or None, seconds since the epoch]}."""
+        ranks = [rank for rank in range(self.launch.world) if self.store.add(f"heartbeat {rank} is set", 0)]
+        return {rank: json.loads(self.store.get(f"heartbeat {rank}")) for rank in ranks}
+
+    def _collective(self) -> str:
+        return self.waiting_in.name if self.waiting_in else "a message"
 
 
-def current_watchdog():
-    """The Watchdog that this process belongs to; None if it is alone."""
+def current_watchdog() -> Watchdog | None:
+    """The Watchdog of this process; None in a run of one process."""
     launch = Launch.of_environment()
     return Watchdog.of(launch) if launch.world > 1 else None

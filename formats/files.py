@@ -1,16 +1,26 @@
-"""Files read with a message that names them, and written whole: UserError, atomic_file."""
+"""Files read with messages that name them, and written so that they are complete or not there.
+
+    with atomic_file(path) as file:
+        json.dump(values, file)
+    config = read_json(path)                   # UserError "PATH:LINE: not JSON: …" if it is not
+    raise UserError(f"{path}: what was found; what would be right")
+
+UserError is what every room raises for a mistake that the user can mend: trainer.run_script prints it as one line.
+"""
 
 import contextlib
 import errno
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 @contextlib.contextmanager
-def atomic_file(path, mode="w", sync=True):
-    """A file that is complete or not there: written under a temporary name, synced, renamed."""
+def atomic_file(path: str | Path, mode: str = "w", sync: bool = True) -> Iterator[IO]:
+    """A file that is complete or not there: written under a temporary name, synced to the disk, then renamed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -24,35 +34,35 @@ def atomic_file(path, mode="w", sync=True):
         temporary.unlink(missing_ok=True)
 
 
-def _json_object(path):
-    """The object that a JSON file holds."""
+def _json_object(path: Path) -> dict:
+    """JSON file -> dict; UserError if it holds anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, found {type(value).__name__}")
+    return value
 
 
-def crc32_of(path):
-    """Of a file's bytes; None if it cannot be read."""
-    found, block = 0, bytearray(4 << 20)
+def crc32_of(path: str | Path) -> int | None:
+    """CRC-32 of a file's bytes; None if it cannot be read."""
+    checksum, block = 0, bytearray(4 << 20)
     try:
         with open(path, "rb", buffering=0) as file:
             while size := file.readinto(block):
-                found = zlib.crc32(memoryview(block)[:size], found)
+                checksum = zlib.crc32(memoryview(block)[:size], checksum)
     except OSError:
         return None
-    return found
+    return checksum
 
 
 class UserError(ValueError):
-    """Something the user can put right: one line that says where, what was found and what would be right."""
+    """A mistake that the user can mend, in one line: where it is, what was found, what would be right."""
 
 
-def read_json(path):
-    """JSON file -> object. UserError with file:line when it is missing, not UTF-8 or not JSON."""
+def read_json(path: str | Path):
+    """JSON file -> value. UserError with file:line when it is missing, not UTF-8 or not JSON."""
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -63,8 +73,8 @@ def read_json(path):
         raise UserError(f"{path}: not JSON in UTF-8: {error}") from None
 
 
-def read_text(path):
-    """File -> str, as it is. UserError when it cannot be read or is not UTF-8."""
+def read_text(path: str | Path) -> str:
+    """File -> str, unchanged. UserError when it cannot be read or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
@@ -73,7 +83,7 @@ def read_text(path):
         raise UserError(f"{path}: not UTF-8: {error.reason}") from None
 
 
-def parse_json_line(line, path, number):
+def parse_json_line(line: bytes, path: str | Path, number: int) -> dict:
     """One line (bytes) of a JSON-lines file -> dict, or a UserError that names file:line."""
     try:
         record = json.loads(line)
@@ -85,21 +95,21 @@ def parse_json_line(line, path, number):
     return record
 
 
-def brief(value):
+def brief(value) -> str:
     """A JSON value in at most 60 characters, for a message."""
     return json.dumps(value, ensure_ascii=False)[:60]
 
 
-def names_in(folder):
+def names_in(folder: Path) -> str:
     """A few file names, for a message."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
 
 
-def _disk_full(error):
+def _disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _sync(path):
+def _sync(path: str | Path) -> None:
     """Force a file's or folder's content to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,16 @@
-"""Tensor files: safetensors, .bin and .pdparams; names at once, tensors one at a time."""
+"""Tensor files: safetensors, .bin and .pdparams; all names at once, tensors one at a time.
+
+    header = safetensors_header(path)                    # {name: TensorEntry(dtype, shape, begin, end)}
+    array = read_tensor(path, header["lm_head.weight"])  # numpy; float16 and bfloat16 as float32
+    lazy = LazyTensor(path, header["lm_head.weight"])
+    rows = lazy.read_slices({0: [(0, 100)]})             # its first 100 rows; no other bytes are read
+    write_safetensors(path, {"a": array, "b": (function, [7, 5], "bfloat16")})    # complete, or not there
+    array = BinFile(path).read(name)                     # pytorch_model.bin
+    array = read_pdparams(path)[name].read()             # model_state.pdparams
+
+.bin and .pdparams are pickles: restricted unpicklers read them, which refuse everything but tensors and run nothing.
+A file that is damaged, truncated or of another kind is a UserError that names file and tensor.
+"""
 
 import functools
 import itertools
@@ -9,16 +21,18 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from formats.files import UserError, atomic_file
 
-# ============================================================================== tensor files on disk
+# =========================================================================================== safetensors
 
-_SAFETENSORS = {
+_SAFETENSORS = {  # name of a dtype in the file: numpy's; bfloat16 is read as its bits
     "F32": "<f4",
     "F16": "<f2",
     "BF16": "<u2",
@@ -30,124 +44,159 @@ _SAFETENSORS = {
 }
 
 
-def from_bfloat16(bits):
+class TensorEntry(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: str  # a key of _SAFETENSORS
+    shape: list[int]
+    begin: int  # bytes from the start of the file
+    end: int
+
+    @property
+    def kind(self) -> np.dtype:
+        """The numpy dtype of its elements in the file."""
+        return np.dtype(_SAFETENSORS[self.dtype])
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of any weight file: a function that reads it (a LazyTensor for safetensors), and its shape."""
+
+    read: Callable[[], np.ndarray]
+    shape: list[int]
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     """uint16 bits -> float32, exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def to_bfloat16(array):
-    """float32 -> uint16 bits, to nearest even (NaN stays NaN)."""
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 -> uint16 bits, rounded to nearest even (NaN stays NaN)."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
 
 
-def safetensors_header(path):
-    """{name: (dtype, shape, first byte, last byte)} of a file, checked against its length."""
-    path, size = Path(path), os.path.getsize(path)
+def safetensors_header(path: str | Path) -> dict[str, TensorEntry]:
+    """{name: TensorEntry} of a file, checked against the file's length."""
+    path, file_size = Path(path), os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise UserError(f"{path}: not a complete safetensors file: {size} bytes, its header should take {length}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise UserError(f"{path}: the safetensors header is damaged") from None
+        if not 2 <= length <= file_size - 8:
+            raise UserError(
+                f"{path}: not a complete safetensors file: {file_size} bytes, its header should take {length}"
+            )
+        text = file.read(length)
     base = 8 + length
     try:
+        header = json.loads(text)
         header.pop("__metadata__", None)
-        entries = {
-            n: (e["dtype"], e["shape"], base + e["data_offsets"][0], base + e["data_offsets"][1])
-            for n, e in header.items()
-        }
-        counts = {n: math.prod(shape) for n, (_, shape, _, _) in entries.items()}
-    except (AttributeError, TypeError, KeyError, IndexError):
+        entries = {}
+        for name, value in header.items():
+            begin, end = value["data_offsets"][0], value["data_offsets"][1]
+            entries[name] = TensorEntry(value["dtype"], value["shape"], base + begin, base + end)
+        counts = {name: math.prod(entry.shape) for name, entry in entries.items()}
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError):
         raise UserError(f"{path}: the safetensors header is damaged") from None
-    for name, (dtype, shape, begin, end) in entries.items():
-        if dtype not in _SAFETENSORS:
-            raise UserError(f"{path}: tensor {name} has dtype {dtype}; readable are {', '.join(_SAFETENSORS)}")
-        if end > size:
-            raise UserError(f"{path}: truncated: tensor {name} ends at byte {end}, the file has {size}")
-        if begin < base or end - begin != counts[name] * np.dtype(_SAFETENSORS[dtype]).itemsize:
+    for name, entry in entries.items():
+        if entry.dtype not in _SAFETENSORS:
+            raise UserError(f"{path}: tensor {name} has dtype {entry.dtype}; readable are {', '.join(_SAFETENSORS)}")
+        if entry.end > file_size:
+            raise UserError(f"{path}: truncated: tensor {name} ends at byte {entry.end}, the file has {file_size}")
+        size = entry.end - entry.begin
+        if entry.begin < base or size != counts[name] * entry.kind.itemsize:
             raise UserError(
-                f"{path}: the safetensors header is damaged: tensor {name}, {dtype} of shape {shape}, has {end - begin} bytes"
+                f"{path}: the safetensors header is damaged: tensor {name}, {entry.dtype} of shape {entry.shape}, "
+                f"has {size} bytes"
             )
     return entries
 
 
-def read_tensor(path, entry):
-    """One tensor of a safetensors file as numpy; float16 and bfloat16 become float32.
+def safetensors_metadata(path: str | Path) -> dict[str, str]:
+    """The file's own key-value pairs, {} if it has none."""
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        return json.loads(file.read(length)).get("__metadata__") or {}
 
-    Read, not mapped: a mapped file would count as memory of this process.
+
+def read_tensor(path: str | Path, entry: TensorEntry) -> np.ndarray:
+    """One tensor of a safetensors file; float16 and bfloat16 become float32.
+
+    It is read, not mapped: a mapped file would count as memory of this process.
     """
-    dtype, shape, begin, end = entry
-    array = np.fromfile(
-        path, _SAFETENSORS[dtype], (end - begin) // np.dtype(_SAFETENSORS[dtype]).itemsize, offset=begin
-    )
-    return _as_float32(array, dtype).reshape(shape)
+    array = np.fromfile(path, entry.kind, (entry.end - entry.begin) // entry.kind.itemsize, offset=entry.begin)
+    return _as_float32(array, entry.dtype).reshape(entry.shape)
 
 
 class LazyTensor:
-    """A tensor of a safetensors file: called, it is read whole; ranges() reads no more than it is asked for.
+    """A tensor of a safetensors file: a call reads all of it, read_slices() only the rows and columns asked for.
 
-    bytes_read: by all of them in this process.
+    bytes_read: by all LazyTensors of this process.
     """
 
     bytes_read = 0
 
-    def __init__(self, path, entry):
+    def __init__(self, path: str | Path, entry: TensorEntry):
         self.path, self.entry = path, entry
 
-    def __call__(self):
-        LazyTensor.bytes_read += self.entry[3] - self.entry[2]
+    def __call__(self) -> np.ndarray:
+        LazyTensor.bytes_read += self.entry.end - self.entry.begin
         return read_tensor(self.path, self.entry)
 
-    def ranges(self, cuts):
-        """The part of it that cuts, {dim: [(start, stop), …]}, leave of these dims; read row by row of those before the last."""
-        dtype, shape, begin, _ = self.entry
-        kind, dim = np.dtype(_SAFETENSORS[dtype]), max(cuts)
-        cuts = {i: cuts.get(i, [(0, n)]) for i, n in enumerate(shape)}
-        found = np.empty([sum(last - first for first, last in ranges) for ranges in cuts.values()], kind)
-        inner, room, at = (
-            math.prod(found.shape[dim + 1 :]) * kind.itemsize,
-            memoryview(found.reshape([-1]).view(np.uint8)),
-            0,
-        )
-        before = [[i for first, last in cuts[d] for i in range(first, last)] for d in range(dim)]
+    def read_slices(self, slices: dict[int, list[tuple[int, int]]]) -> np.ndarray:
+        """slices: {dim: [(start, stop), …]}; along each dim these ranges are read and concatenated, other dims whole.
+
+        Ranges of the last dim named are contiguous in the file; each is one read, for every index of the dims before
+        it.
+        """
+        shape, kind, last_dim = self.entry.shape, self.entry.kind, max(slices)
+        slices = {dim: slices.get(dim, [(0, size)]) for dim, size in enumerate(shape)}
+        result = np.empty([sum(stop - start for start, stop in ranges) for ranges in slices.values()], kind)
+        inner = math.prod(result.shape[last_dim + 1 :]) * kind.itemsize  # bytes per index of last_dim
+        buffer, filled = memoryview(result.reshape([-1]).view(np.uint8)), 0
+        outer = [[i for start, stop in slices[dim] for i in range(start, stop)] for dim in range(last_dim)]
         with open(self.path, "rb", buffering=0) as file:
-            for places in itertools.product(*before):
-                row = functools.reduce(lambda row, place: row * place[1] + place[0], zip(places, shape), 0)
-                for first, last in cuts[dim]:
-                    size, start = (last - first) * inner, begin + (row * shape[dim] + first) * inner
-                    while size:
-                        done = os.preadv(file.fileno(), [room[at : at + size]], start)
-                        if not done:
-                            raise UserError(f"{self.path}: truncated at byte {start}")
-                        at, start, size = at + done, start + done, size - done
-        LazyTensor.bytes_read += found.nbytes
-        return _as_float32(found, dtype)
+            for index in itertools.product(*outer):
+                row = functools.reduce(lambda row, step: row * step[1] + step[0], zip(index, shape), 0)
+                for start, stop in slices[last_dim]:
+                    size = (stop - start) * inner
+                    position = self.entry.begin + (row * shape[last_dim] + start) * inner
+                    self._read_into(file, buffer[filled : filled + size], position)
+                    filled += size
+        LazyTensor.bytes_read += result.nbytes
+        return _as_float32(result, self.entry.dtype)
+
+    def _read_into(self, file, buffer: memoryview, position: int) -> None:
+        """Fill the buffer from this byte of the file on; one call of preadv may read less than asked for."""
+        filled = 0
+        while filled < len(buffer):
+            count = os.preadv(file.fileno(), [buffer[filled:]], position + filled)
+            if not count:
+                raise UserError(f"{self.path}: truncated at byte {position + filled}")
+            filled += count
 
 
-def _as_float32(array, dtype):
-    """What lies in a file as float16 or bfloat16, as float32; all else as it is."""
+def _as_float32(array: np.ndarray, dtype: str) -> np.ndarray:
+    """float16 and bfloat16 (as it lies in the file) as float32; other dtypes unchanged."""
     if dtype == "BF16":
         return from_bfloat16(array)
     return array.astype(np.float32) if dtype == "F16" else array
 
 
-def read_safetensors(path):
-    """All of {name: array}."""
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """All tensors of a file."""
     return {name: read_tensor(path, entry) for name, entry in safetensors_header(path).items()}
 
 
-def write_safetensors(path, tensors, metadata=None, sync=True):
-    """Write {name: array, or a function that returns it} to `path`, atomically, one tensor in memory at a time.
+def write_safetensors(path: str | Path, tensors: dict, metadata: dict | None = None, sync: bool = True) -> dict:
+    """Write {name: array, or (function that returns it, shape, dtype)} to `path`, atomically; functions are called one
+    at a time, so one tensor is in memory at a time.
 
-    With functions, the value is (function, shape, dtype); "bfloat16" and "float16" convert what the function returns.
-    Returns {"size", "crc32"} of the file. sync: wait until the disk has it.
+    dtype: "float32", "int8", …; "bfloat16" and "float16" convert what the function returns. metadata: the file's own
+    key-value pairs. sync: wait until the disk has it. Returns {"size", "crc32"} of the file.
     """
-    names = {np.dtype(v): k for k, v in _SAFETENSORS.items() if k != "BF16"}
+    names = {np.dtype(kind): name for name, kind in _SAFETENSORS.items() if name != "BF16"}
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, value in tensors.items():
         shape, kind = value[1:] if isinstance(value, tuple) else (value.shape, value.dtype)
@@ -165,28 +214,38 @@ def write_safetensors(path, tensors, metadata=None, sync=True):
             array = value[0]() if isinstance(value, tuple) else value
             if header[name]["dtype"] == "BF16":
                 array = to_bfloat16(array)
-            array = np.ascontiguousarray(_rows(array), _SAFETENSORS[header[name]["dtype"]])
+            array = to_contiguous(array, _SAFETENSORS[header[name]["dtype"]])
             assert array.nbytes == np.diff(header[name]["data_offsets"])[0], (name, array.shape, header[name])
             file.write(array.data)
             checksum = zlib.crc32(array.reshape([-1]).view(np.uint8), checksum)
     return {"size": size, "crc32": checksum}
 
 
-def _rows(array):
-    """A transposed matrix laid out anew, 16 rows of the original at a time: five times as fast as all at once."""
-    if array.ndim != 2 or array.flags.c_contiguous or not array.flags.f_contiguous:
-        return array
-    found, original = np.empty(array.shape, array.dtype), array.T
-    for i in range(0, len(original), 16):
-        found[:, i : i + 16] = original[i : i + 16].T
-    return found
+def to_contiguous(array: np.ndarray, dtype: str | None = None) -> np.ndarray:
+    """The array in C order. A transposed matrix is copied 16 of its columns at a time: five times as fast."""
+    if array.ndim == 2 and array.flags.f_contiguous and not array.flags.c_contiguous:
+        result, original = np.empty(array.shape, array.dtype), array.T
+        for i in range(0, len(original), 16):
+            result[:, i : i + 16] = original[i : i + 16].T
+        array = result
+    return np.ascontiguousarray(array, dtype)
 
 
-_BinTensor = namedtuple("_BinTensor", "storage where offset size stride")
+# ================================================================================================= .bin (torch)
+
+
+class _BinTensor(NamedTuple):
+    """What the pickle of a .bin file says of a tensor; offset, size and stride count elements."""
+
+    storage: str  # a key of _TensorUnpickler.storages
+    where: str  # name of the storage's file inside the zip
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads the pickle inside a torch .bin file: tensors in dicts and lists. Any other object is refused, none is run."""
+    """Reads the pickle of a torch .bin file: tensors in dicts and lists. All else is refused; nothing is run."""
 
     storages = {
         "FloatStorage": "<f4",
@@ -221,10 +280,13 @@ class _TensorUnpickler(pickle.Unpickler):
         return storage, where
 
 
-class BinFile:
-    """pytorch_model.bin (the zip format of torch >= 1.6): names known at once, tensors read one at a time."""
+_DAMAGED_PICKLE = pickle.UnpicklingError, EOFError, AssertionError, AttributeError, TypeError, IndexError, KeyError
 
-    def __init__(self, path):
+
+class BinFile:
+    """pytorch_model.bin, the zip format of torch >= 1.6. entries: {name: _BinTensor}; read(name): one tensor, numpy."""
+
+    def __init__(self, path: str | Path):
         self.path = path
         try:
             self.zip = zipfile.ZipFile(path)
@@ -239,51 +301,51 @@ class BinFile:
         with self.zip.open(pickles[0]) as file:
             try:
                 loaded = _TensorUnpickler(file, path).load()
-            except (
-                pickle.UnpicklingError,
-                EOFError,
-                AssertionError,
-                AttributeError,
-                TypeError,
-                IndexError,
-                KeyError,
-            ) as error:
+            except _DAMAGED_PICKLE as error:
                 raise UserError(f"{path}: refused: not a plain dict of tensors ({type(error).__name__})") from None
         entries = dict(loaded) if isinstance(loaded, dict) else None
         if entries is None or not all(isinstance(v, _BinTensor) for v in entries.values()):
             raise UserError(f"{path}: refused: not a plain dict of tensors")
         self.entries = entries
 
-    def read(self, name):
-        storage, where, offset, size, stride = self.entries[name]
+    def read(self, name: str) -> np.ndarray:
+        """float16 and bfloat16 become float32."""
+        tensor = self.entries[name]
+        size, stride = tensor.size, tensor.stride
         try:
-            dtype = np.dtype(_TensorUnpickler.storages[storage])
-            flat = np.frombuffer(self.zip.read(f"{self.folder}data/{where}"), dtype)
+            dtype = np.dtype(_TensorUnpickler.storages[tensor.storage])
+            flat = np.frombuffer(self.zip.read(f"{self.folder}data/{tensor.where}"), dtype)
         except (KeyError, ValueError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{self.path}: the storage of tensor {name} is missing or damaged") from None
         strides = [s * dtype.itemsize for s in stride]
-        reach = offset + sum((n - 1) * s for n, s in zip(size, stride)) + 1
-        if min((offset, *size, *stride)) < 0 or 0 not in size and reach > len(flat):
-            raise UserError(f"{self.path}: tensor {name} reaches past its storage")
-        array = np.lib.stride_tricks.as_strided(flat[offset:], size, strides)
-        if storage == "BFloat16Storage":
+        reach = tensor.offset + sum((n - 1) * s for n, s in zip(size, stride)) + 1
+        if min((tensor.offset, *size, *stride)) < 0 or 0 not in size and reach > len(flat):
+            raise UserError(f"{self.path}: tensor {name} reaches past the end of its storage")
+        array = np.lib.stride_tricks.as_strided(flat[tensor.offset :], size, strides)
+        if tensor.storage == "BFloat16Storage":
             return from_bfloat16(array)
-        return array.astype(np.float32) if storage == "HalfStorage" else array.copy()
+        return array.astype(np.float32) if tensor.storage == "HalfStorage" else array.copy()
 
 
-class _ByteRange(namedtuple("_ByteRange", "offset size")):
-    """Bytes of a file that were passed over."""
+# =========================================================================================== .pdparams (Paddle)
+
+
+class _ByteRange(NamedTuple):
+    """Bytes of a file that the unpickler has skipped, to be read when the tensor is."""
+
+    offset: int
+    size: int
 
 
 class _PickledArray:
-    """What a pickle says of a numpy array."""
+    """What the pickle says of a numpy array; data: bytes, or a _ByteRange."""
 
     def __setstate__(self, state):
         _, self.shape, self.dtype, self.fortran, self.data = state
 
 
 class _PickledDtype:
-    """What a pickle says of a numpy dtype; its byte order is the little-endian one of every machine here."""
+    """What the pickle says of a numpy dtype; the byte order is taken as little-endian."""
 
     def __init__(self, code, *_):
         self.code = code
@@ -293,9 +355,11 @@ class _PickledDtype:
 
 
 class _PaddleUnpickler(pickle._Unpickler):
-    """Reads what paddle.save() writes of a state dict: arrays, alone or as (name, array). Nothing else is made, none is run.
+    """Reads a state dict that paddle.save() wrote: arrays, alone or as (name, array). All else is refused; nothing is
+    run.
 
-    Python's own unpickler in Python, as it can pass over the arrays' bytes, which are then read one tensor at a time.
+    It extends pickle's pure-Python unpickler, which can be made to skip the bytes of large arrays: they are read later,
+    one tensor at a time.
     """
 
     allowed = {
@@ -319,7 +383,7 @@ class _PaddleUnpickler(pickle._Unpickler):
             raise UserError(f"{self.path}: refused: the pickle asks for {module}.{name}; only arrays are read")
         return self.allowed[module, name]
 
-    def load_bytes(self, width):
+    def load_bytes(self, width):  # opcodes BINBYTES and BINBYTES8: a length of `width` bytes, then the bytes
         size = int.from_bytes(self.read(width), "little")
         if size < 1 << 16 or self._unframer.current_frame is not None:
             self.append(self.read(size))
@@ -331,40 +395,51 @@ class _PaddleUnpickler(pickle._Unpickler):
     dispatch[pickle.BINBYTES8[0]] = lambda self: self.load_bytes(8)
 
 
-def read_pdparams(path):
-    """{name: (a function that reads the tensor, its shape)} of a file of paddle.save(); bfloat16 lies there as uint16."""
-    dtypes = {"f4": "<f4", "f2": "<f2", "f8": "<f8", "u2": "<u2", "i8": "<i8", "i4": "<i4", "i1": "<i1", "u1": "<u1"}
+_PADDLE_DTYPES = {  # code of a dtype in the pickle: numpy's; bfloat16 lies there as uint16
+    "f4": "<f4",
+    "f2": "<f2",
+    "f8": "<f8",
+    "u2": "<u2",
+    "i8": "<i8",
+    "i4": "<i4",
+    "i1": "<i1",
+    "u1": "<u1",
+}
+
+
+def read_pdparams(path: str | Path) -> dict[str, StoredTensor]:
+    """{name: StoredTensor} of a file that paddle.save() wrote; float16 and bfloat16 are read as float32."""
     with open(path, "rb") as file:
         try:
-            loaded = _PaddleUnpickler(file, path).load()
+            state_dict = _PaddleUnpickler(file, path).load()
         except UserError:
             raise
-        except Exception as error:  # whatever a damaged pickle makes of the unpickler's stack
-            what = type(error).__name__
-            raise UserError(f"{path}: not a whole file of paddle.save(): {what} while it was read") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: refused: holds a {type(loaded).__name__}, not a dict of tensors")
-
-    def read(name, array):
-        data, dtype = array.data, dtypes[array.dtype.code]
-        if isinstance(data, _ByteRange):
-            values = np.fromfile(path, dtype, data.size // np.dtype(dtype).itemsize, offset=data.offset)
-        else:
-            values = np.frombuffer(data, dtype)
-        if len(values) != math.prod(array.shape):
-            raise UserError(f"{path}: tensor {name} of shape {list(array.shape)} is truncated: {len(values)} values")
-        if array.dtype.code == "u2":
-            values = from_bfloat16(values)
-        elif array.dtype.code == "f2":
-            values = values.astype("<f4")
-        return values.reshape(array.shape, order="F" if array.fortran else "C")
-
-    found = {}
-    for name, value in loaded.items():
+        except Exception as error:  # a damaged pickle can raise anything
+            kind = type(error).__name__
+            raise UserError(f"{path}: not a complete file of paddle.save(): {kind} while it was read") from None
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{path}: refused: holds a {type(state_dict).__name__}, not a dict of tensors")
+    tensors = {}
+    for name, value in state_dict.items():
         if name == "StructuredToParameterName@@":  # a list of Paddle's own names
             continue
         array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
-        if not isinstance(array, _PickledArray) or getattr(array.dtype, "code", None) not in dtypes:
-            raise UserError(f"{path}: refused: {name} is not a tensor of {', '.join(dtypes)}")
-        found[name] = (functools.partial(read, name, array), list(array.shape))
-    return found
+        if not isinstance(array, _PickledArray) or getattr(array.dtype, "code", None) not in _PADDLE_DTYPES:
+            raise UserError(f"{path}: refused: {name} is not a tensor of {', '.join(_PADDLE_DTYPES)}")
+        tensors[name] = StoredTensor(functools.partial(_read_pickled, path, name, array), list(array.shape))
+    return tensors
+
+
+def _read_pickled(path: str | Path, name: str, array: _PickledArray) -> np.ndarray:
+    data, dtype = array.data, _PADDLE_DTYPES[array.dtype.code]
+    if isinstance(data, _ByteRange):
+        values = np.fromfile(path, dtype, data.size // np.dtype(dtype).itemsize, offset=data.offset)
+    else:
+        values = np.frombuffer(data, dtype)
+    if len(values) != math.prod(array.shape):
+        raise UserError(f"{path}: tensor {name} of shape {list(array.shape)} is truncated: {len(values)} values")
+    if array.dtype.code == "u2":
+        values = from_bfloat16(values)
+    elif array.dtype.code == "f2":
+        values = values.astype("<f4")
+    return values.reshape(array.shape, order="F" if array.fortran else "C")

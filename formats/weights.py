@@ -1,4 +1,15 @@
-"""A model <-> named tensors, under Hugging Face's and PaddleNLP's names."""
+"""A model <-> named tensors, under Hugging Face's and PaddleNLP's names.
+
+    model = build(ModelConfig.from_json(path))
+    load_weights(model, path)                         # from a folder of either, whatever the file type
+    save_pretrained(model, path, dtype="bfloat16")    # a folder in Hugging Face's layout
+    for weight in named_weights(model):               # Weight: name, parameter, how the stored layout differs from ours
+        array = weight.to_numpy()
+
+families.py has a table of names per family, which both loading and saving read. Weight is the seam to parallelism: its
+parameter may be this rank's shard of the full tensor (shard_spec), and read() reads only that part of the file.
+SaveEntry is the seam to checkpoint.py: tensors of a file, and the parts of weights and moments that they are made of.
+"""
 
 import dataclasses
 import functools
@@ -6,173 +17,214 @@ import json
 import math
 import re
 import zlib
-from collections import namedtuple
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import paddle
 
-from families import FAMILIES, IGNORED_WEIGHTS, _table, weight_names
+from families import FAMILIES, IGNORED_WEIGHTS, ModelConfig, _table, weight_names
 from formats.files import UserError, atomic_file
-from formats.tensor_files import BinFile, LazyTensor, _rows, read_pdparams, safetensors_header, write_safetensors
-from model import _QUANTIZED, QuantLinear, block_linears, rope_frequencies, set_parameter
+from formats.tensor_files import (
+    BinFile,
+    LazyTensor,
+    StoredTensor,
+    read_pdparams,
+    safetensors_header,
+    to_contiguous,
+    write_safetensors,
+)
+from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, rope_frequencies, set_parameter
 
 # ================================================================================= weights by their names
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A parameter under the name that Hugging Face (or PEFT) gives it, and how its layout differs from ours."""
+    """A parameter under the name that Hugging Face (or PEFT) gives it, and how the stored layout differs from ours.
+
+    An optimizer updates `tensor` by `grad`; distributed.sharding.ParamShard is the same interface for a part of a
+    weight.
+    """
 
     name: str
     parameter: paddle.Tensor
-    transposed: bool  # theirs is [out, in], ours [in, out]
+    transposed: bool  # stored as [out, in], ours is [in, out]
     stored: str | None = None  # dtype on disk; None: the one that the folder is saved in
 
-    def to_numpy(self, tensor=None):
-        """The parameter, or a tensor of its shape (a moment, a gradient), as numpy in their layout; bfloat16 as float32."""
+    def to_numpy(self, tensor: paddle.Tensor | np.ndarray | None = None) -> np.ndarray:
+        """The parameter, or a tensor of its shape (a moment, a gradient), in the stored layout; bfloat16 as float32."""
         if tensor is None:
-            assert self.parameter._is_initialized(), f"{self.name}: its values are not here"
+            assert self.parameter._is_initialized(), f"{self.name}: its values are not on this rank"
             tensor = self.parameter
         if not isinstance(tensor, np.ndarray):
             tensor = (tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor).numpy()
         return tensor.T if self.transposed else tensor
 
-    def from_numpy(self, array):
-        """All of it in their layout -> what the parameter holds of it, in ours."""
+    def from_numpy(self, array: np.ndarray) -> np.ndarray:
+        """The full tensor in the stored layout -> this rank's shard of it, in ours."""
         array = array.T if self.transposed else array
-        return np.ascontiguousarray(_rows(array) if self.shard_spec is None else self.shard_spec.take(array))
+        return to_contiguous(array) if self.shard_spec is None else np.ascontiguousarray(self.shard_spec.slice(array))
 
-    def read(self, read, extent=None):
-        """What the parameter holds of a stored tensor, in our layout; or, laid flat, the elements extent = (first, last) of that.
+    def read(self, read: Callable[[], np.ndarray], extent: tuple[int, int] | None = None) -> np.ndarray:
+        """Read this rank's shard, in our layout; with `extent`, only flat elements [first, last) of the shard.
 
-        read() gives all of it, or is a LazyTensor: of that no rows and columns are read but those with elements in them.
+        read() returns the full tensor in the stored layout. If it is a LazyTensor, only rows and columns that are
+        needed are read from the file.
         """
-        cuts, row, shape = {} if self.shard_spec is None else {self.shard_spec.dim: self.shard_spec.ranges}, 0, self.parameter.shape
-        if extent is not None and isinstance(read, LazyTensor):
-            inner = math.prod(shape[1:])
-            row, stop = extent[0] // inner, -(-extent[1] // inner)
-            cuts[0] = intersect(cuts.get(0, [(0, shape[0])]), row, stop)
-            extent = extent[0] - row * inner, extent[1] - row * inner
-        if not cuts or not isinstance(read, LazyTensor):
+        slices = {} if self.shard_spec is None else {self.shard_spec.dim: self.shard_spec.ranges}
+        shape = self.parameter.shape
+        if extent is not None and isinstance(read, LazyTensor):  # narrow the rows to those with such elements
+            row_size = math.prod(shape[1:])
+            first_row, last_row = extent[0] // row_size, -(-extent[1] // row_size)
+            slices[0] = intersect(slices.get(0, [(0, shape[0])]), first_row, last_row)
+            extent = extent[0] - first_row * row_size, extent[1] - first_row * row_size
+        if not slices or not isinstance(read, LazyTensor):
             array = self.from_numpy(read())
         else:
-            array = read.ranges(
-                {len(shape) - 1 - dim if self.transposed else dim: ranges for dim, ranges in cuts.items()}
-            )
-            array = np.ascontiguousarray(_rows(array.T) if self.transposed else array)
+            last_dim = len(shape) - 1
+            stored = {last_dim - dim if self.transposed else dim: ranges for dim, ranges in slices.items()}
+            array = read.read_slices(stored)
+            array = to_contiguous(array.T if self.transposed else array)
         return array if extent is None else array.reshape([-1])[slice(*extent)]
 
     @property
-    def tensor(self):
-        """What an optimizer updates, and by what: see parallel.Piece for a part of it."""
+    def tensor(self) -> paddle.Tensor:
+        """What an optimizer updates."""
         return self.parameter
 
-    extent = None  # of its elements, laid flat: all
+    extent = None  # all elements; a ParamShard has (first, last) of the flattened parameter
 
-    def set(self, array):
-        """What read() gives, into the parameter."""
+    def set(self, array: np.ndarray) -> None:
+        """What read() returns, into the parameter."""
         set_parameter(self.parameter, array)
 
     @property
-    def grad(self):
+    def grad(self) -> paddle.Tensor | None:
         return self.parameter.grad
 
-    def clear_gradient(self):
+    def clear_gradient(self) -> None:
         self.parameter.clear_gradient(False)  # False: released, not filled with zeros
 
     @property
     def shard_spec(self):
-        """None, or which part of the whole the parameter is: an object with shape (of the whole) and take(array)."""
+        """The ShardSpec of the parameter under tensor parallelism; None: it is the full tensor."""
         return getattr(self.parameter, "shard_spec", None)
 
     @property
-    def shape(self):
-        """Their shape of the whole."""
+    def shape(self) -> list[int]:
+        """Of the full tensor, in the stored layout."""
         shape = list(self.parameter.shape if self.shard_spec is None else self.shard_spec.shape)
         return shape[::-1] if self.transposed else shape
 
 
-def intersect(ranges, first, last):
-    """The part from first to last of what ranges [(start, stop), …] are, behind one another."""
-    found, at = [], 0
+def intersect(ranges: list[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """Elements [first, last) of the concatenation of ranges [(start, stop), …], as ranges."""
+    result, offset = [], 0
     for start, stop in ranges:
-        a, b = max(first, at), min(last, at + stop - start)
-        if a < b:
-            found.append((start + a - at, start + b - at))
-        at += stop - start
-    return found
+        begin, end = max(first, offset), min(last, offset + stop - start)
+        if begin < end:
+            result.append((start + begin - offset, start + end - offset))
+        offset += stop - start
+    return result
 
 
-class SaveEntry(namedtuple("SaveEntry", "tensors sources make", defaults=(None,))):
-    """Tensors of a file that are made of the same weights.
+@dataclasses.dataclass(frozen=True)
+class SaveSource:
+    """What this rank holds of a weight, or of a tensor of the weight's shape, that is to be saved.
 
-    tensors: {name: (shape, dtype)}, as stored; sources: [(Weight, its parameter or a tensor of that shape)]; make: from
-    the sources' wholes in the file's layout to the arrays, in the order of tensors; None: they are stored as they are.
+    tensor: the parameter or a moment, in our layout, sharded over tp as the weight is. With ZeRO, tensor is flat and
+    holds only the elements from `offset` on of that (None: this rank holds none of them).
     """
 
+    weight: Weight
+    tensor: paddle.Tensor | np.ndarray | None
+    offset: int | None = None  # None: not sharded by ZeRO
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveEntry:
+    """Output tensors computed from one set of source weights.
+
+    tensors: {name: (shape, dtype)}, as stored. convert: from the full sources in the stored layout to the arrays, in
+    the order of `tensors`; None: the sources are stored as they are.
+    """
+
+    tensors: dict[str, tuple[list[int], str]]
+    sources: list[SaveSource]
+    convert: Callable[..., list[np.ndarray]] | None = None
+
     @classmethod
-    def of(cls, weight, dtype="float32", name=None, tensor=None):
-        """One stored as it is: a weight, or a tensor of its shape under another name."""
-        source = weight.parameter if tensor is None else tensor
-        return cls({name or weight.name: (weight.shape, weight.stored or dtype)}, [(weight, source)])
+    def of(cls, weight: Weight, dtype: str = "float32") -> "SaveEntry":
+        """A weight, stored as it is."""
+        return cls({weight.name: (weight.shape, weight.stored or dtype)}, [SaveSource(weight, weight.parameter)])
 
-    def arrays(self, *wholes):
-        return list(wholes) if self.make is None else self.make(*wholes)
+    def arrays(self, *full_sources: np.ndarray) -> list[np.ndarray]:
+        return list(full_sources) if self.convert is None else self.convert(*full_sources)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored_bytes(shape, dtype) for shape, dtype in self.tensors.values())
 
 
-def named_weights(model, rows=None):
-    """[Weight] of the base model in the order of its name table, or of other rows; adapters and prefix are not among them."""
-    found = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
+def stored_bytes(shape: list[int], dtype: str) -> int:
+    return math.prod(shape) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+
+
+def named_weights(model: CausalLM, rows: Iterable | None = None) -> list[Weight]:
+    """Weights of the base model (no adapters, no prefix), in the order of its family's name table, or of `rows`."""
+    parameters = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
     for path, name, transposed in weight_names(model.config, rows):
-        if (parameter := found.get(path)) is not None:
+        if (parameter := parameters.get(path)) is not None:
             weights.append(Weight(name, parameter, transposed))
-        elif path.removesuffix("weight") + "qweight" in found:
-            weights += _quantized_weights(found, path.removesuffix("weight"), name.removesuffix("weight"))
+        elif path.removesuffix("weight") + "qweight" in parameters:
+            weights += _quantized_weights(parameters, path.removesuffix("weight"), name.removesuffix("weight"))
     return weights
 
 
-def weights_to_save(model):
-    """named_weights() as a folder holds them: a tied head and rope's frequencies too, where the family's files have them."""
+def weights_to_save(model: CausalLM) -> list[Weight]:
+    """named_weights(), and what the family's files hold besides: a tied head, rotary frequencies."""
     weights, config = named_weights(model), model.config
     if model.lm_head is None and FAMILIES[config.family].also_stores_head:
         weights.append(Weight(_head_name(config), model.embed_tokens.weight, False))
     if (name := config.stored_frequencies) is not None:
-        # They are stored as they would be without any stretching.
-        plain = dataclasses.replace(config, rope={"rope_type": "default", "rope_theta": 10000.0})
-        frequencies = paddle.to_tensor(rope_frequencies(plain)[0])
+        # The files hold the frequencies without any scaling.
+        unscaled = dataclasses.replace(config, rope={"rope_type": "default", "rope_theta": 10000.0})
+        frequencies = paddle.to_tensor(rope_frequencies(unscaled)[0])
         layers = range(config.num_hidden_layers if "{i}" in name else 1)
         weights += [Weight(name.format(i=i), frequencies, False) for i in layers]
     return weights
 
 
-def _head_name(config):
+def _head_name(config: ModelConfig) -> str:
     return next(theirs for ours, theirs, _ in FAMILIES[config.family].names if ours == "lm_head.weight")
 
 
-def _quantized_weights(found, ours, theirs):
-    packed = found[ours + "qweight"].dtype == paddle.int32
+def _quantized_weights(parameters: dict, ours: str, theirs: str) -> list[Weight]:
+    """The tensors of one quantized linear; ours, theirs: its path in the model and in files, up to "weight"."""
+    packed = parameters[ours + "qweight"].dtype == paddle.int32
     dtypes = {"qweight": "int32" if packed else "int8", "scales": "float16" if packed else "float32"}
     return [
-        Weight(theirs + their_name, found[ours + name], name == "qweight" and not packed, dtype or dtypes[name])
+        Weight(theirs + their_name, parameters[ours + name], name == "qweight" and not packed, dtype or dtypes[name])
         for name, their_name, dtype in _QUANTIZED
-        if found.get(ours + name) is not None
+        if parameters.get(ours + name) is not None
     ]
 
 
-def init_weights(model, seed):
-    """Normal(0, initializer_range) for matrices, 1 for norms, 0 for biases; each from its own (seed, name) alone."""
+def init_weights(model: CausalLM, seed: int) -> None:
+    """Normal(0, initializer_range) for matrices, 1 for norms, 0 for biases; each depends only on (seed, its name)."""
     for weight in named_weights(model):
         if len(weight.shape) == 2:
             generator = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
             array = generator.standard_normal(weight.shape, np.float32) * np.float32(model.config.initializer_range)
         else:
-            array = np.full(
-                weight.shape, 0.0 if weight.name.endswith("bias") else 1.0 - model.config.norm_offset, np.float32
-            )
+            value = 0.0 if weight.name.endswith("bias") else 1.0 - model.config.norm_offset
+            array = np.full(weight.shape, value, np.float32)
         set_parameter(weight.parameter, weight.from_numpy(array))
 
+
+# ============================================================================================ folders of weights
 
 MASTER_WEIGHTS = "master_weights.safetensors"  # float32 weights beside, or in place of, those in bfloat16
 
@@ -180,159 +232,168 @@ MASTER_WEIGHTS = "master_weights.safetensors"  # float32 weights beside, or in p
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTER_WEIGHTS)
 
 
-def stored_tensors(path, singles=MODEL_FILES):
-    """{tensor name: (a function that reads it, its shape)} over all weight files of a folder, one of `singles` or its parts."""
+def stored_tensors(path: str | Path, candidates: tuple[str, ...] = MODEL_FILES) -> dict[str, StoredTensor]:
+    """{name: StoredTensor} of a folder: from the first of `candidates` that is there, as one file or as an index."""
     path = Path(path)
-    for single in singles:
-        index = f"{single}.index.json"
-        if (path / index).is_file():
-            try:
-                files = sorted(
-                    {str(f) for f in json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values()}
-                )
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{path / index}: not an index with a weight_map") from None
-        elif (path / single).is_file():
-            files = [single]
+    for candidate in candidates:
+        index = path / f"{candidate}.index.json"
+        if index.is_file():
+            files = _files_of_index(index)
+        elif (path / candidate).is_file():
+            files = [candidate]
         else:
             continue
-        found = {}
+        tensors = {}
         for file in files:
             if Path(file).name != file or not (path / file).is_file():
-                raise UserError(f"{path / index}: names the file {file}, which is not there")
-            if file.endswith(".pdparams"):
-                found.update(read_pdparams(path / file))
-            elif file.endswith(".bin"):
-                bin_file = BinFile(path / file)
-                found.update(
-                    {n: ((lambda b=bin_file, n=n: b.read(n)), list(e[3])) for n, e in bin_file.entries.items()}
-                )
-            else:
-                header = safetensors_header(path / file)
-                found.update({n: (LazyTensor(path / file, e), e[1]) for n, e in header.items()})
-        return found
-    if parts := sorted(path.glob("model_state.*.pdparams")):
-        raise UserError(f"{parts[0]}: a part of a model cut up for tensor or pipeline parallelism: merge them first")
-    raise UserError(f"{path}: no {', '.join(singles)} or an index of them")
+                raise UserError(f"{index}: names the file {file}, which is not there")
+            tensors |= _tensors_of_file(path / file)
+        return tensors
+    if shards := sorted(path.glob("model_state.*.pdparams")):
+        raise UserError(f"{shards[0]}: a shard of a model saved under tensor or pipeline parallelism: merge them first")
+    raise UserError(f"{path}: no {', '.join(candidates)} or an index of them")
 
 
-def load_weights(model, path, singles=MODEL_FILES):
-    """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; every mismatch is named in
-    one error."""
-    config, found, elsewhere = model.config, stored_tensors(path, singles), model.names_on_other_ranks
-    theirs = _paddlenlp_names(config)
-    if theirs and any(name.startswith(theirs[0][1].partition(".")[0] + ".") for name in found):
-        weights = named_weights(model, theirs)
-        found = _paddlenlp_parts(found, config, theirs)
-        places = {ours for ours, name, _ in weight_names(config) if name in elsewhere}
-        elsewhere = {name for ours, name, _ in weight_names(config, theirs) if ours in places}
+def _files_of_index(index: Path) -> list[str]:
+    try:
+        return sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index with a weight_map") from None
+
+
+def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".pdparams":
+        return read_pdparams(path)
+    if path.suffix == ".bin":
+        file = BinFile(path)
+        return {
+            name: StoredTensor(functools.partial(file.read, name), list(tensor.size))
+            for name, tensor in file.entries.items()
+        }
+    return {
+        name: StoredTensor(LazyTensor(path, entry), entry.shape) for name, entry in safetensors_header(path).items()
+    }
+
+
+def load_weights(model: CausalLM, path: str | Path, candidates: tuple[str, ...] = MODEL_FILES) -> None:
+    """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; each rank reads its
+    shards.
+
+    All tensors that are missing, unexpected or of another shape are named in one UserError.
+    """
+    config, tensors = model.config, stored_tensors(path, candidates)
+    paddlenlp = paddlenlp_names(config)
+    if paddlenlp and any(name.startswith(paddlenlp[0][1].partition(".")[0] + ".") for name in tensors):
+        weights = {w.name: w for w in named_weights(model, paddlenlp)}
+        tensors = _split_or_fuse_paddlenlp(tensors, config, paddlenlp)
+        other_paths = {ours for ours, name, _ in weight_names(config) if name in model.names_on_other_ranks}
+        names_on_other_ranks = {name for ours, name, _ in weight_names(config, paddlenlp) if ours in other_paths}
     else:
-        weights = named_weights(model)
-        found = _published_names(found, config, {w.name for w in weights} | elsewhere)
-    weights = {w.name: w for w in weights}
-    wrong = [f"missing {n}" for n in weights if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in weights and n not in elsewhere]
-    wrong += [
-        f"{n} has shape {list(found[n][1])}, config.json says {w.shape}"
-        for n, w in weights.items()
-        if n in found and list(found[n][1]) != w.shape
+        weights, names_on_other_ranks = {w.name: w for w in named_weights(model)}, model.names_on_other_ranks
+        tensors = _published_names(tensors, config, weights.keys() | names_on_other_ranks)
+    mismatches = [f"missing {name}" for name in weights if name not in tensors]
+    mismatches += [f"unexpected {name}" for name in tensors if name not in weights and name not in names_on_other_ranks]
+    mismatches += [
+        f"{name} has shape {list(tensors[name].shape)}, config.json says {weight.shape}"
+        for name, weight in weights.items()
+        if name in tensors and list(tensors[name].shape) != weight.shape
     ]
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
+    if mismatches:
+        raise UserError(f"{path}: {len(mismatches)} tensors do not fit: {'; '.join(mismatches)}")
     for name, weight in weights.items():
-        piece = getattr(weight.parameter, "piece", weight)  # of sharding stage 3: what this rank keeps, or None
-        if piece is None:
+        shard = getattr(weight.parameter, "piece", weight)  # ZeRO stage 3: this rank's ParamShard, None if it has none
+        if shard is None:
             continue
-        array = weight.read(found[name][0], piece.extent)
-        stored = weight.stored or "float32"
-        if stored.startswith("int") != (array.dtype.kind == "i"):
-            raise UserError(f"{path}: {name} is of {array.dtype}; {stored} is needed")
-        piece.set(array)
+        array, wanted = weight.read(tensors[name].read, shard.extent), weight.stored or "float32"
+        if wanted.startswith("int") != (array.dtype.kind == "i"):
+            raise UserError(f"{path}: {name} has dtype {array.dtype}; {wanted} is needed")
+        shard.set(array)
     for name, (_, _, layer) in block_linears(model).items():
         if isinstance(layer, QuantLinear):
             layer.check(path, name)
 
 
-def _published_names(found, config, names):
-    """stored_tensors() of a Hugging Face folder under the names of the family's table, without what is not a weight of it.
+def _published_names(tensors: dict[str, StoredTensor], config: ModelConfig, names: set[str]) -> dict[str, StoredTensor]:
+    """stored_tensors() of a Hugging Face folder under the names of the family's table, without what is not a weight.
 
-    Published files leave out the prefix of the names (GPT-2, Bloom), hold a tied head too, tables that are computed, the
-    extra layers of DeepSeek-V3 that only speculate, and all experts of a layer in one tensor (transformers 5, if asked to).
+    Published files differ from the table: they leave out the prefix of the names (GPT-2, Bloom), hold a tied head too,
+    tables that are computed, DeepSeek-V3's extra layers for speculative decoding, and, in transformers 5, all experts
+    of a layer in one tensor.
     """
     prefix, result = FAMILIES[config.family].prefix, {}
-    for name, value in found.items():
+    for name, tensor in tensors.items():
         if IGNORED_WEIGHTS.search(name):
             continue
         if name not in names and prefix + name in names:
             name = prefix + name
         router = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-        if router in names:  # Mixtral's is called so beside experts that are one tensor
+        if router in names:  # Mixtral's name for it beside experts in one tensor
             name = router
         if name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
-            result |= _single_experts(name, value, config)
+            result |= _split_experts(name, tensor, config)
         else:
-            result[name] = value
+            result[name] = tensor
     if config.tie_word_embeddings:
         result.pop(_head_name(config), None)
     if config.source.get("num_nextn_predict_layers"):
-        extra = re.compile(r"model\.layers\.(\d+)\.")
-        result = {n: v for n, v in result.items() if not (m := extra.match(n)) or int(m[1]) < config.num_hidden_layers}
+        layer = re.compile(r"model\.layers\.(\d+)\.")
+        result = {n: t for n, t in result.items() if not (m := layer.match(n)) or int(m[1]) < config.num_hidden_layers}
     return result
 
 
-def _single_experts(name, value, config):
-    """{name of the family's table: (read, shape)} for (E, 2F, D), gate before up, or (E, D, F) of all experts of a layer."""
-    (read, shape), which = value, name.rpartition(".")[2]
+def _split_experts(name: str, tensor: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:
+    """All experts of a layer, (E, 2F, D) with gate before up, or (E, D, F) -> a StoredTensor per expert and linear."""
+    shape, which = tensor.shape, name.rpartition(".")[2]
     if len(shape) != 3 or config.experts is None:
-        return {name: value}
+        return {name: tensor}
     layer = int(re.search(r"layers\.(\d+)\.", name)[1])
-    read = functools.lru_cache(1)(read)  # the whole is read once for all experts
+    read_all = functools.lru_cache(1)(tensor.read)  # read once for all experts
     table = {ours: theirs for ours, theirs, _ in FAMILIES[config.family].names}
-    parts = (
-        {"down_proj": slice(None)}
-        if which == "down_proj"
-        else {"gate_proj": slice(0, shape[1] // 2), "up_proj": slice(shape[1] // 2, None)}
-    )
+    if which == "down_proj":
+        rows_of = {"down_proj": slice(None)}
+    else:
+        rows_of = {"gate_proj": slice(0, shape[1] // 2), "up_proj": slice(shape[1] // 2, None)}
     result = {}
-    for part, rows in parts.items():
-        for e in range(shape[0]):
-            theirs = table["layers.{i}.mlp.experts.{e}." + part + ".weight"].format(i=layer, e=e)
+    for linear, rows in rows_of.items():
+        for expert in range(shape[0]):
+            theirs = table["layers.{i}.mlp.experts.{e}." + linear + ".weight"].format(i=layer, e=expert)
             size = [len(range(shape[1])[rows]), shape[2]]
-            result[theirs] = ((lambda e=e, rows=rows: read()[e, rows]), size)
+            result[theirs] = StoredTensor(lambda expert=expert, rows=rows: read_all()[expert, rows], size)
     return result
 
 
-def save_pretrained(model, path, dtype="float32", max_shard_bytes=5 << 30):
-    """Write config.json and model*.safetensors in Hugging Face's layout; config.json last, each file atomically."""
+def save_pretrained(
+    model: CausalLM, path: str | Path, dtype: str = "float32", *, max_shard_bytes: int = 5 << 30
+) -> None:
+    """Write config.json and model*.safetensors in Hugging Face's layout; each file atomically, config.json last."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    shards, sizes = [{}], [0]
-    for w in weights_to_save(model):
-        stored = w.stored or dtype
-        width = 2 if stored == "bfloat16" else np.dtype(stored).itemsize
-        size = int(np.prod(w.shape)) * width
+    files, sizes = [{}], [0]  # a file: {name: (function, shape, dtype)}
+    for weight in weights_to_save(model):
+        stored = weight.stored or dtype
+        size = stored_bytes(weight.shape, stored)
         if sizes[-1] and sizes[-1] + size > max_shard_bytes:
-            shards.append({})
+            files.append({})
             sizes.append(0)
-        shards[-1][w.name] = (w.to_numpy, w.shape, stored)
+        files[-1][weight.name] = (weight.to_numpy, weight.shape, stored)
         sizes[-1] += size
     names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        write_safetensors(path / name, shard)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: f for f, s in zip(names, shards) for n in s}}
+    if len(files) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for name, tensors in zip(names, files):
+        write_safetensors(path / name, tensors)
+    if len(files) > 1:
+        weight_map = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
         with atomic_file(path / "model.safetensors.index.json") as file:
-            json.dump(index, file, indent=2)
+            json.dump({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, file, indent=2)
     with atomic_file(path / "config.json") as file:
         file.write(model.config.to_json(dtype))
 
 
 # ========================================================================================= PaddleNLP's names
 
-# Its linears are [in, out] as ours are, its names Hugging Face's behind another prefix, but for GPT and OPT, which are
-# called after Paddle's own transformer layers.
+# PaddleNLP's linears are [in, out], as ours are. Its names are Hugging Face's behind another prefix, except for GPT and
+# OPT, whose names are those of Paddle's own transformer layers.
 
 _PADDLENLP_PREFIX = {"gpt2": "gpt", "chatglm": "chatglm.transformer", "chatglm2": "chatglm_v2", "baichuan": "llama"}
 
@@ -367,8 +428,8 @@ _PADDLENLP_TABLES = {
 }  # fmt: skip
 
 
-def _paddlenlp_names(config):
-    """Rows of PaddleNLP's names for the family; the first is the embedding's."""
+def paddlenlp_names(config: ModelConfig) -> list[tuple[str, str, bool]]:
+    """(ours, PaddleNLP's, transposed) rows of the family's name table; the first is the embedding's."""
     family = FAMILIES[config.family]
     if config.family in _PADDLENLP_TABLES:
         rows = _PADDLENLP_TABLES[config.family]
@@ -381,45 +442,52 @@ def _paddlenlp_names(config):
     return [(row[0], row[1].replace("W_pack", "qkv_proj"), False) for row in rows]
 
 
-def _paddlenlp_parts(found, config, rows):
-    """stored_tensors() of a PaddleNLP folder, with q, k, v and gate, up joined or apart as the model has them.
+def _split_or_fuse_paddlenlp(
+    tensors: dict[str, StoredTensor], config: ModelConfig, rows: list[tuple[str, str, bool]]
+) -> dict[str, StoredTensor]:
+    """stored_tensors() of a PaddleNLP folder, with q, k, v and gate, up split or fused as the model has them.
 
-    fuse_attention_qkv: each key head's queries, key and value together, GPT's too; fuse_attention_ffn: gate, then up.
+    fuse_attention_qkv stores each key head's queries, key and value side by side, GPT's too; fuse_attention_ffn gate,
+    then up.
     """
     K, G, Dh = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim
     names = {ours: theirs for ours, theirs, _ in rows}
-    result = {n: v for n, v in found.items() if not IGNORED_WEIGHTS.search(n)}
+    result = {name: tensor for name, tensor in tensors.items() if not IGNORED_WEIGHTS.search(name)}
     if config.tie_word_embeddings:
-        result = {n: v for n, v in result.items() if not n.startswith("lm_head.")}
-
-    def part(value, begin, end, width):  # columns begin to end of every `width`
-        read, shape = value
-        many = shape[-1] // width
-        return (lambda: read().reshape([*shape[:-1], many, width])[..., begin:end].reshape([*shape[:-1], -1])), [
-            *shape[:-1],
-            many * (end - begin),
-        ]
-
+        result = {name: tensor for name, tensor in result.items() if not name.startswith("lm_head.")}
     for name in list(result):
         stem, _, kind = name.rpartition(".")
         stem, _, module = stem.rpartition(".")
-        shape = result[name][1]
-        if module == "qkv_proj" and shape[-1] == K * (G + 2) * Dh:
-            value, width = result.pop(name), (G + 2) * Dh
+        columns = result[name].shape[-1]
+        if module == "qkv_proj" and columns == K * (G + 2) * Dh:
+            fused, group = result.pop(name), (G + 2) * Dh
             for which, begin, end in (("q", 0, G), ("k", G, G + 1), ("v", G + 1, G + 2)):
-                result[f"{stem}.{which}_proj.{kind}"] = part(value, begin * Dh, end * Dh, width)
+                result[f"{stem}.{which}_proj.{kind}"] = _columns(fused, begin * Dh, end * Dh, group)
         elif module == "gate_up_fused_proj" and "layers.{i}.mlp.gate_proj.weight" in names:
-            value, width = result.pop(name), shape[-1]
-            for which, begin, end in (("gate", 0, width // 2), ("up", width // 2, width)):
-                theirs = names["layers.{i}.mlp." + which + "_proj.weight"].split(".")[-2]
-                result[f"{stem}.{theirs}.{kind}"] = part(value, begin, end, width)
+            fused = result.pop(name)
+            for which, begin, end in (("gate", 0, columns // 2), ("up", columns // 2, columns)):
+                linear = names["layers.{i}.mlp." + which + "_proj.weight"].split(".")[-2]
+                result[f"{stem}.{linear}.{kind}"] = _columns(fused, begin, end, columns)
     if names.get("layers.{i}.attention.qkv_proj.weight", "").endswith("self_attn.qkv_proj.weight"):
         for name in [n for n in result if ".self_attn.q_proj." in n]:
             parts = [result.pop(name.replace(".q_proj.", f".{which}_proj."), None) for which in "qkv"]
             if None not in parts:
-                shape = [*parts[0][1][:-1], sum(p[1][-1] for p in parts)]
-                result[name.replace(".q_proj.", ".qkv_proj.")] = (
-                    (lambda parts=parts: np.concatenate([read() for read, _ in parts], axis=-1)),
-                    shape,
-                )
+                result[name.replace(".q_proj.", ".qkv_proj.")] = _concatenated(parts)
     return result
+
+
+def _columns(tensor: StoredTensor, begin: int, end: int, group: int) -> StoredTensor:
+    """Columns [begin, end) of every `group` columns."""
+    *outer, columns = tensor.shape
+    groups = columns // group
+
+    def read() -> np.ndarray:
+        return tensor.read().reshape([*outer, groups, group])[..., begin:end].reshape([*outer, -1])
+
+    return StoredTensor(read, [*outer, groups * (end - begin)])
+
+
+def _concatenated(parts: list[StoredTensor]) -> StoredTensor:
+    """Tensors side by side along the last dim."""
+    shape = [*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)]
+    return StoredTensor(lambda: np.concatenate([part.read() for part in parts], axis=-1), shape)

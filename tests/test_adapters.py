@@ -318,7 +318,9 @@ def test_save_load_save_is_identical(name, trainable, tmp_path):
     if not trainable and ("pissa" in name or "projection" in name):
         pytest.skip("loaded for inference, these become a plain LoRA and a plain prefix")
     adapters.save_adapter(trained(name), tmp_path / "a")
-    adapters.save_adapter(adapters.load_adapter(build(ADAPTERS[name][0]), tmp_path / "a", trainable), tmp_path / "b")
+    adapters.save_adapter(
+        adapters.load_adapter(build(ADAPTERS[name][0]), tmp_path / "a", trainable=trainable), tmp_path / "b"
+    )
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
     for file in files:

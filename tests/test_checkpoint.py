@@ -1,4 +1,4 @@
-"""Unified Checkpoint: what ranks write together, what each of them reads of it, saves behind training, kills, damage.
+"""Unified Checkpoint: what ranks write together, what each rank reads, async saves, kills, damage.
 
 python -m pytest tests/test_checkpoint.py                   # about a minute
 python -m pytest tests/test_checkpoint.py --slow            # also on 4 and 8 ranks, and 30 kills
@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import types
+from collections import Counter
 from pathlib import Path
 
 import kernels
@@ -41,6 +42,7 @@ from arguments import TrainingArgs
 from checkpoint import (
     DONE,
     CheckpointShardWriter,
+    assign_writers,
     dequantize_4,
     dequantize_8,
     find_checkpoint,
@@ -51,10 +53,11 @@ from checkpoint import (
     quantize_4,
     quantize_8,
 )
-from distributed.collectives import ShardSpec, assign_writers
+from distributed.collectives import ShardSpec
 from distributed.tensor import COLUMN_PARALLEL, ROW_PARALLEL, shard_ranges
 from formats.files import UserError, crc32_of
 from formats.tokenizer import load_tokenizer
+from formats.weights import SaveSource
 from parallel import Degrees, Topology
 
 DEMO = ROOT / "demo"
@@ -83,7 +86,7 @@ def pool():
 # ---------------------------------------------------------------------------------------------- who writes what
 
 
-def test_owners_are_even_by_bytes():
+def test_writers_are_balanced_by_bytes():
     generator = random.Random(0)
     for ranks in (1, 2, 3, 8):
         for _ in range(50):
@@ -91,15 +94,15 @@ def test_owners_are_even_by_bytes():
                 f"w{i}": generator.choice([1, 3, 7, 64, 1000, 4096]) * generator.randrange(1, 99)
                 for i in range(generator.randrange(1, 60))
             }
-            found = assign_writers(sizes, dict.fromkeys(sizes, list(range(ranks))))
-            load = [sum(size for name, size in sizes.items() if found[name] == rank) for rank in range(ranks)]
+            writers = assign_writers(sizes, dict.fromkeys(sizes, list(range(ranks))))
+            load = [sum(size for name, size in sizes.items() if writers[name] == rank) for rank in range(ranks)]
             assert max(load) <= sum(load) / ranks + max(sizes.values())
-            assert found == assign_writers(dict(reversed(sizes.items())), dict.fromkeys(sizes, list(range(ranks))))
+            assert writers == assign_writers(dict(reversed(sizes.items())), dict.fromkeys(sizes, list(range(ranks))))
     assert assign_writers({"a": 9, "b": 1, "c": 1}, {"a": [0, 1], "b": [0, 1], "c": [0]}) == {"a": 0, "b": 1, "c": 0}
 
 
-def test_reading_ranges(tmp_path):
-    """Against slices of the whole, in every dtype; the bytes asked for are those of the ranges."""
+def test_reading_slices(tmp_path):
+    """Against slices of the full array, in every dtype; only the bytes of the ranges are read."""
     generator = np.random.default_rng(0)
     arrays = {
         "f": generator.standard_normal((7, 5, 3)).astype(np.float32),
@@ -120,7 +123,7 @@ def test_reading_ranges(tmp_path):
                 before, cuts, expected = formats.tensor_files.LazyTensor.bytes_read, {dim: ranges}, whole
                 if more is not None and more != dim:
                     cuts[more] = [(0, 1), (2, 3)]
-                part = read.ranges(cuts)
+                part = read.read_slices(cuts)
                 for at, these in cuts.items():
                     expected = np.concatenate([expected.take(range(*r), at) for r in these], at)
                 assert np.array_equal(part, expected)
@@ -128,8 +131,8 @@ def test_reading_ranges(tmp_path):
                 assert formats.tensor_files.LazyTensor.bytes_read - before == part.size * width
 
 
-def test_reading_a_piece_of_a_part(tmp_path):
-    """Elements of what a rank of tp holds, laid flat: against the whole; no more rows and columns are read than have some."""
+def test_reading_flat_elements_of_a_shard(tmp_path):
+    """A range of a flattened tp shard, against the full array; only rows and columns with such elements are read."""
     generator = np.random.default_rng(0)
     for transposed, cut_dim in itertools.product((False, True), (None, 0, 1)):
         stored = generator.standard_normal((6, 9)).astype(np.float32)
@@ -139,7 +142,7 @@ def test_reading_a_piece_of_a_part(tmp_path):
         parameter, part = types.SimpleNamespace(shape=list(ours.shape)), ours
         if cut_dim is not None:
             parameter.shard_spec = ShardSpec(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
-            part = parameter.shard_spec.take(ours)
+            part = parameter.shard_spec.slice(ours)
             parameter.shape = list(part.shape)
         weight = formats.weights.Weight("w", parameter, transposed)
         assert np.array_equal(weight.read(read), part)
@@ -153,24 +156,24 @@ def test_reading_a_piece_of_a_part(tmp_path):
                 assert np.array_equal(weight.read(lambda: stored, (first, last)), found)
 
 
-class Together:
+class ThreadGroups:
     """In place of Gloo: ranks that are threads."""
 
     def __init__(self, world):
         self.values, self.barrier = [None] * world, threading.Barrier(world)
 
     def of(self, rank):
-        def exchange(value, met=False):
+        def all_gather_object(value, met=False):
             self.values[rank] = json.loads(json.dumps(value))
             self.barrier.wait(20)
-            found = list(self.values)
+            gathered = list(self.values)
             self.barrier.wait(20)
-            return found
+            return gathered
 
-        return types.SimpleNamespace(exchange=exchange, connect=lambda ranks, name="": None, company=None)
+        return types.SimpleNamespace(all_gather_object=all_gather_object, connect=lambda ranks: None, watchdog=None)
 
 
-# what ranks hold: (degrees, whether moments are flat ranges over sharding)
+# (degrees, whether ranks hold flat ranges over sharding, as ZeRO does)
 GRIDS = [
     (dict(tp=2), False),
     (dict(dp=2, tp=2), False),
@@ -183,99 +186,103 @@ GRIDS = [
 ]
 
 
+LINEARS = {  # (full shape in our layout, whether it is stored transposed)
+    "q_proj": ((5, 12), True),
+    "k_proj": ((5, 4), True),
+    "o_proj": ((12, 5), True),
+    "down_proj": ((7, 4), False),
+    "norm": ((5,), False),
+}
+HEADS = types.SimpleNamespace(
+    num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None
+)
+
+
+def full_tensors(degrees):
+    """{name: array in our layout}: LINEARS of each stage, a tensor of both stages, and an expert per data rank."""
+    generator, shapes = np.random.default_rng(1), {}
+    for stage in range(degrees.pp):
+        shapes |= {f"{stage}.{name}": shape for name, (shape, _) in LINEARS.items()}
+    shapes["tied"] = (9, 4)
+    shapes |= {f"expert{i}": (3, 4) for i in range(degrees.dp)}
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def entry_of_rank(name, full, topology, flat):
+    """The SaveEntry of what a rank holds of a tensor; flat: a range of its shard, of uneven size, over sharding."""
+    linear, tp, sharding = name.partition(".")[2], topology.tp, topology.sharding
+    parameter, shard = types.SimpleNamespace(), full
+    if tp.size > 1 and linear in COLUMN_PARALLEL + ROW_PARALLEL:
+        dim = 0 if linear in ROW_PARALLEL else 1
+        ranges = [shard_ranges(linear, full.shape[dim], HEADS, tp.size, rank) for rank in range(tp.size)]
+        parameter.shard_spec = ShardSpec(dim, ranges, tp.rank, full.shape)
+        shard = parameter.shard_spec.slice(full)
+    parameter.shape = list(shard.shape)
+    weight = formats.weights.Weight(name, parameter, LINEARS.get(linear, (None, False))[1])
+    source = SaveSource(weight, np.array(shard, order="C"))
+    if flat:
+        width = -(-shard.size // sharding.size) + 1  # the last rank has less, or nothing
+        offset = min(sharding.rank * width, shard.size)
+        elements = shard.reshape([-1])[offset : offset + width]
+        source = SaveSource(weight, elements.copy() if elements.size else None, offset)
+    return formats.weights.SaveEntry({name: (weight.shape, "float32")}, [source])
+
+
+def wait_for(path):
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize(
     "degrees, flat",
     GRIDS,
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("copied", [False, True], ids=["as_it_is", "copied"])
-def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
-    """Threads as ranks, each with its parts of: a stage's matrices, cut by outputs, by inputs and key heads that overlap; a
-    tensor that all have, one that both stages have, one expert a data rank."""
+def test_parts_of_every_grid_make_full_tensors(degrees, flat, copied, tmp_path):
+    """Threads as ranks. Each has its parts of: a stage's matrices, sharded by outputs, by inputs, and by replicated key
+    heads; a tensor that all have; one of both stages; one expert per data rank."""
     degrees = Degrees(**degrees)
-    world, together, reports, sizes = degrees.world, Together(degrees.world), {}, {}
-    config = types.SimpleNamespace(
-        num_attention_heads=6, num_key_value_heads=2, head_dim=2, fused_qkv=None, quantization=None
-    )
-    generator, wholes = np.random.default_rng(1), {}  # in our layout
-    rows = [
-        ("q_proj", (5, 12), True),
-        ("k_proj", (5, 4), True),
-        ("o_proj", (12, 5), True),
-        ("down_proj", (7, 4), False),
-        ("norm", (5,), False),
-    ]
-    for stage in range(degrees.pp):
-        for name, shape, _ in rows:
-            wholes[f"{stage}.{name}"] = generator.standard_normal(shape).astype(np.float32)
-    wholes["tied"] = generator.standard_normal((9, 4)).astype(np.float32)
-    experts = 2 if degrees.dp == 2 else 1
-    for expert in range(experts):
-        wholes[f"expert{expert}"] = generator.standard_normal((3, 4)).astype(np.float32)
-    transposed = {name: turned for name, _, turned in rows}
+    groups, full, reports = ThreadGroups(degrees.world), full_tensors(degrees), {}
 
     def work(rank):
-        topology = Topology(degrees, rank, together.of(rank))
-        entries, mine = (
-            [],
-            [f"{topology.pp.rank}.{name}" for name, _, _ in rows] + ["tied", f"expert{topology.dp.rank % experts}"],
-        )
-        for name in mine:
-            whole, last = wholes[name], name.partition(".")[2]
-            parameter = types.SimpleNamespace(shape=list(whole.shape))
-            if topology.tp.size > 1 and last in COLUMN_PARALLEL + ROW_PARALLEL:
-                dim = 0 if last in ROW_PARALLEL else 1
-                ranges = [
-                    shard_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
-                ]
-                parameter.shard_spec = ShardSpec(dim, ranges, topology.tp.rank, whole.shape)
-                whole = parameter.shard_spec.take(whole)
-                parameter.shape = list(whole.shape)
-            weight = formats.weights.Weight(name, parameter, transposed.get(last, False))
-            whole = np.array(whole, order="C")
-            source = weight, whole
-            if flat:
-                width = -(-whole.size // topology.sharding.size) + 1  # the last has less, or nothing
-                first = min(topology.sharding.rank * width, whole.size)
-                piece = whole.reshape([-1])[first : first + width]
-                source = weight, piece.copy() if piece.size else None, first
-            entries.append(formats.weights.SaveEntry({name: (weight.shape, "float32")}, [source]))
-        share = CheckpointShardWriter({"model": entries}, topology, {} if copied else None)
+        topology = Topology(degrees, rank, groups.of(rank))
+        names = [f"{topology.pp.rank}.{name}" for name in LINEARS] + ["tied", f"expert{topology.dp.rank}"]
+        entries = [entry_of_rank(name, full[name], topology, flat) for name in names]
+        plan = checkpoint.SavePlan({"model": entries}, {}, lambda folder: None)
+        writer = CheckpointShardWriter(plan, topology, buffers={} if copied else None)
         if copied:
             for entry in entries:
-                if entry.sources[0][1] is not None:
-                    entry.sources[0][1][:] = np.nan  # training goes on
-        reports[rank] = share.write(tmp_path, wait)
+                if entry.sources[0].tensor is not None:
+                    entry.sources[0].tensor[:] = np.nan  # training goes on
+        reports[rank] = writer.write(tmp_path, wait_for)
 
-    def wait(path):
-        end = time.monotonic() + 20
-        while not path.exists():
-            assert time.monotonic() < end, path
-            time.sleep(0.002)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(degrees.world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(reports) == list(range(world))
-    found = {}
-    for path in tmp_path.iterdir():  # nothing but files of tensors is left
+    assert sorted(reports) == list(range(degrees.world))
+    written, sizes = {}, Counter()
+    for path in tmp_path.iterdir():  # no other files are left
         for name, array in formats.tensor_files.read_safetensors(path).items():
-            assert name not in found, "written twice"
-            found[name] = array
-            sizes[int(path.name.split(".")[1])] = sizes.get(int(path.name.split(".")[1]), 0) + array.nbytes
-    assert found.keys() == wholes.keys()
-    for name, whole in wholes.items():
-        whole = whole.T if transposed.get(name.partition(".")[2]) else whole
-        assert np.array_equal(found[name], whole), name
-    largest = max(array.nbytes for array in found.values())
-    assert max(sizes.values()) <= sum(sizes.values()) / world + 2 * largest  # a stage's alone have its tensors
+            assert name not in written, "written twice"
+            written[name] = array
+            sizes[int(path.name.split(".")[1])] += array.nbytes
+    assert written.keys() == full.keys()
+    for name, array in full.items():
+        transposed = LINEARS.get(name.partition(".")[2], (None, False))[1]
+        assert np.array_equal(written[name], array.T if transposed else array), name
+    largest = max(array.nbytes for array in written.values())
+    # A stage's tensors can only be written by that stage's ranks.
+    assert max(sizes.values()) <= sum(sizes.values()) / degrees.world + 2 * largest
 
 
 @pytest.mark.parametrize("options", ["", "async_save"], ids=["blocking", "async"])
 def test_files_of_two_ranks(options, pool, tmp_path):
-    """The layout, and that what async_save writes is the state that it was called with."""
+    """The layout of the folder; async_save writes the state at the time of the call."""
     found = pool[2].run("jobs_checkpoint:save_one", str(tmp_path), TINY, {"tp": 2}, options)
     assert found == [None, None]
     folder = tmp_path / "checkpoint-1"
@@ -310,7 +317,7 @@ def test_files_of_two_ranks(options, pool, tmp_path):
             assert np.array_equal(w.to_numpy(), jobs_checkpoint.content(w.name, w.shape, 1)), w.name
 
 
-# ---------------------------------------------------------------------------------------------- save under A, go on under B
+# ---------------------------------------------------------------------------------- save under A, resume under B
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +326,7 @@ def world(tmp_path_factory):
 
 
 def make_world(world):
-    """Tiny models with the demo's tokenizer, records, pairs and a corpus, in a folder, which is returned."""
+    """Fill the folder with tiny models (the demo's tokenizer), records, pairs and a corpus; returns it."""
     tokenizer = load_tokenizer(DEMO / "llama")
     for name in ("llama", "llama_bias_tied", "qwen", "qwen2_moe", "gemma2"):
         write_family(
@@ -373,7 +380,7 @@ def ways_of(topology):
 
 
 def keys_of(world, task, out, topology, **more):
-    """(script, its keys, processes) of a run; the same batches a step on every topology, a string such as "sharding2-stage3"."""
+    """(script, its keys, processes) of a run, with the same batches per step on every topology ("sharding2-stage3")."""
     script, name, keys = TASKS[task]
     degrees = ways_of(topology)
     places = {
@@ -420,7 +427,7 @@ def keys_of(world, task, out, topology, **more):
 
 
 def run(pool, world, task, out, topology, **more):
-    """[what jobs_checkpoint.train gives on each rank]; one process is this one."""
+    """[what jobs_checkpoint.train returns on each rank]; a run of one process happens in this one."""
     script, keys, ranks = keys_of(world, task, out, topology, **more)
     if ranks == 1:
         return [jobs_checkpoint.train(script, keys)]
@@ -435,7 +442,7 @@ def final_tensors(folder):
     }
 
 
-# Saved under A after 3 steps of 8, gone on with under B: (task, A, B). The same topology twice: bitwise.
+# Saved under A after 3 steps of 8, resumed under B: (task, A, B). The same topology twice: bitwise.
 PAIRS = [
     ("sft", "1", "tp2"),
     ("sft", "tp2", "1"),
@@ -501,7 +508,7 @@ MORE_PAIRS = [
 
 
 def remember(pool, world, new_folder):
-    """(task, topology, …options) -> the folder of a whole run of it, with checkpoint-3, and its results; each made once."""
+    """make(task, topology, …): (folder of an uninterrupted run with checkpoint-3, its results); each is made once."""
     runs = {}
 
     def make(task, topology, **more):
@@ -520,7 +527,7 @@ def saved(pool, world, tmp_path_factory):
 
 
 def resumed(pool, world, saved, task, before, after, out):
-    """Go on from checkpoint-3 of the run under `before`: the largest relative difference of the next five losses to that run's."""
+    """Resume from checkpoint-3 of the run under `before`: largest relative difference of the next five losses."""
     folder, whole = saved(task, before)
     assert not (wrong := [found["error"] for found in whole if found["error"]]), wrong
     options = "async_save" if task == "tied" else ""  # somewhere
@@ -544,7 +551,7 @@ def resumed(pool, world, saved, task, before, after, out):
 
 
 def limit(before, after):
-    """Of resumed()."""
+    """Largest difference that resumed() may return."""
     return 0 if before == after else 1e-6
 
 
@@ -559,8 +566,8 @@ def test_resume_on_another_topology(task, before, after, pool, world, saved, tmp
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
-    """One process for two, and no more micro-batches than each of them had."""
+def test_a_changed_batch_size_is_reported(pool, world, saved, tmp_path):
+    """One process in place of two, with as many micro-batches as each of them had."""
     found = run(
         pool,
         world,
@@ -572,12 +579,15 @@ def test_other_batches_of_a_step_are_told(pool, world, saved, tmp_path):
         max_evaluate_steps=1,
         resume_from_checkpoint=str(saved("sft", "dp2")[0] / "checkpoint-3"),
     )
-    wanted = "checkpoint-3; data 2 -> one process; not an exact continuation, changed: max_steps 8 -> 4, micro-batches of a step 4 -> 2\n"
+    wanted = (
+        "checkpoint-3; data 2 -> one process; not an exact continuation, changed: max_steps 8 -> 4, "
+        "micro-batches of a step 4 -> 2\n"
+    )
     assert wanted in found[0]["printed"]
 
 
 def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
-    """Of cut tensors its half, of the others all; twice the same for moments."""
+    """Half of every sharded tensor, all of the others; the same for both moments."""
     out, _ = saved("sft", "1")
     found = run(
         pool, world, "sft", tmp_path / "out", "tp2", resume_from_checkpoint=str(out / "checkpoint-3"), max_steps=4
@@ -600,8 +610,9 @@ def test_a_rank_reads_what_it_holds(pool, world, saved, tmp_path):
 
 
 @pytest.mark.parametrize("stage, shared", [(1, 2), (3, 3)])
-def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, tmp_path):
-    """Of the base all; of the checkpoint's weights and two moments half of the `shared` ones, and not more than a row besides."""
+def test_a_zero_rank_reads_its_shards(stage, shared, pool, world, saved, tmp_path):
+    """All of the base model; half of those of the checkpoint's three groups (weights, moments) that ZeRO shards, and at
+    most a row more."""
     out, _ = saved("sft", "1")
     found = run(
         pool,
@@ -649,7 +660,7 @@ def test_a_rank_of_sharding_reads_its_pieces(stage, shared, pool, world, saved, 
     ],
 )
 def test_the_best_model_at_the_end(task, topology, pool, world, tmp_path):
-    """Largest is best here, so the first that is saved is, and six more steps are taken back."""
+    """The largest loss counts as best here, so the first checkpoint wins and six more steps are undone."""
     metric = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
     evaluation = {
         "do_eval": True,
@@ -684,8 +695,8 @@ def flip(path, at=-5):
     path.write_bytes(content)
 
 
-def test_damage_is_found_and_passed_over(pool, tmp_path):
-    """One bit, in files that different ranks check; all ranks agree on the checkpoint before."""
+def test_damaged_checkpoints_are_passed_over(pool, tmp_path):
+    """One flipped bit, in files that different ranks check; all ranks agree on the checkpoint before."""
     for step in range(1, 6):
         pool[2].run("jobs_checkpoint:save_one", str(tmp_path), TINY, {"tp": 2}, step=step)
     flip(tmp_path / "checkpoint-5" / "optimizer-00001-of-00002.safetensors")
@@ -742,7 +753,7 @@ def test_what_does_not_fit_is_named(pool, world, saved, tmp_path):
 
 
 def check_saves(folder, last):
-    """Every complete checkpoint holds what its step says, and the newest is not older than the last that was reported."""
+    """Every complete checkpoint holds what its step says, and the newest is at least the last that was reported."""
     newest = 0
     for path in list_checkpoints(folder):
         if incomplete(path) is None:
@@ -802,7 +813,7 @@ def single(tmp_path, options, **keys):
     return jobs_checkpoint.Run(tmp_path, TINY, {}, options, **keys)
 
 
-def test_a_failed_write_is_told_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
+def test_a_failed_write_is_raised_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
     saver = single(tmp_path, "async_save")
     saver.set(1)
     saver.save(1)
@@ -821,14 +832,14 @@ def test_a_failed_write_is_told_at_the_next_save_or_at_the_end(tmp_path, monkeyp
     saver.save(3)
     with pytest.raises(UserError, match="checkpoint-3: the disk is full"):
         saver.checkpoints.wait()
-    saver.checkpoints.wait()  # told once
+    saver.checkpoints.wait()  # raised once
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and checkpoint.damaged(
         tmp_path / "checkpoint-1"
     ) is None
 
 
-def test_two_ranks_of_which_one_cannot_write(pool, tmp_path):
-    """The other one's line names the first one's reason; nothing half is left."""
+def test_a_full_disk_on_one_of_two_ranks(pool, tmp_path):
+    """The message of the other rank has the first one's reason; nothing half-written is left."""
     for options in ("", "async_save"):
         found = pool[2].run("jobs_checkpoint:save_to_full_disk", str(tmp_path), TINY, {"tp": 2}, options, 1)
         assert all("checkpoint-2: the disk is full" in text for text in found), found
@@ -863,7 +874,18 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- options
 
 
-def test_words_of_unified_checkpoint_config(tmp_path):
+def test_a_limit_of_one_keeps_two_and_says_so_once(tmp_path, capsys):
+    """The last checkpoint and the best one, as soon as they differ."""
+    run = single(tmp_path, "", save_total_limit=1)
+    for step in (1, 2, 3, 4):
+        run.set(step)
+        run.checkpoints.save(checkpoint.TrainState(step=step, best_checkpoint="checkpoint-1" if step > 1 else None))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-1"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["save_total_limit: 1 keeps two checkpoints: the last one and the best one, checkpoint-1"]
+
+
+def test_options_of_unified_checkpoint_config(tmp_path):
     def check(words, **more):
         args = TrainingArgs(output_dir=str(tmp_path), do_train=True, unified_checkpoint_config=words, **more)
         args.device = "cpu"
@@ -885,7 +907,7 @@ def test_words_of_unified_checkpoint_config(tmp_path):
 
 @pytest.fixture
 def half():
-    """A bf16 run: products are in bfloat16 where the kernels can, and checkpoints have rounded weights beside masters."""
+    """A bf16 run: checkpoints have bfloat16 weights beside float32 master weights."""
     kernels.bf16 = True
     yield
     kernels.bf16 = False
@@ -939,7 +961,7 @@ def test_master_weights(half, tmp_path, capsys):
             assert np.array_equal(w.to_numpy(), rounded)
 
 
-def test_a_bf16_run_goes_on_bitwise(pool, world, saved, tmp_path):
+def test_a_bf16_run_resumes_bitwise(pool, world, saved, tmp_path):
     keys = {"bf16": True, "device": "cpu", "unified_checkpoint_config": "skip_save_model_weight"}
     out, whole = saved("sft", "1", **keys)
     if "so float32 is used" in whole[0]["printed"]:
@@ -951,8 +973,8 @@ def test_a_bf16_run_goes_on_bitwise(pool, world, saved, tmp_path):
 
 @pytest.mark.parametrize("shape", [(5, 64), (3, 37), (1, 1), (2, 3, 40)])
 @pytest.mark.parametrize("stage", ["O1", "O2"])
-def test_moments_in_few_bits(stage, shape):
-    """What comes back is within half a step of the scales, of m and of the ratio; a row of zeros stays zero."""
+def test_quantized_moments(stage, shape):
+    """Dequantized m and ratio are within half a quantization step; a row of zeros stays zero."""
     generator = np.random.default_rng(0)
     m = generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)
     v = (generator.standard_normal(shape).astype(np.float32) * np.float32(1e-3)) ** 2 + np.float32(1e-9)
@@ -984,7 +1006,7 @@ def test_moments_in_few_bits(stage, shape):
 
 
 @pytest.mark.parametrize("stage", ["O1", "O2"])
-def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
+def test_moments_are_quantized_once(stage, pool, world, saved, tmp_path):
     exact, _ = saved("sft", "1")
     out, whole = saved("sft", "tp2", ckpt_quant_stage=stage)
     sizes = [
@@ -1009,12 +1031,12 @@ def test_a_run_in_few_bits_is_rounded_once(stage, pool, world, saved, tmp_path):
 
 
 def main():
-    """Every pair, slow ones too, as markdown; the exit code is 1 if one is above its limit or failed."""
+    """Every pair, slow ones too, as a markdown table; exit code 1 if one is above its limit or failed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument(
         "--readme",
         action="store_true",
-        help="write the table into tests/RESULTS.md, between its marks <!-- resume --> and <!-- resume end -->",
+        help="write the table into README.md, between its marks <!-- resume --> and <!-- resume end -->",
     )
     parser.add_argument("--only", default="", help="pairs whose row, such as `sft | tp2 | 1`, holds this")
     options, lines, bad = (
@@ -1051,10 +1073,10 @@ def main():
                 ranks.stop()
     print("\n".join(lines))
     if options.readme:
-        path = ROOT / "tests" / "RESULTS.md"
+        path = ROOT / "README.md"
         before, mark, rest = path.read_text(encoding="utf-8").partition("<!-- resume -->")
         _, end, after = rest.partition("<!-- resume end -->")
-        assert mark and end, "tests/RESULTS.md has no marks"
+        assert mark and end, "README.md has no marks"
         path.write_text("\n".join([before + mark, *lines, end + after]), encoding="utf-8")
     sys.exit(1 if bad else 0)
 

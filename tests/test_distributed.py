@@ -1,6 +1,6 @@
-"""Paddle's launcher and our scripts: a run on two processes, on two nodes, and every way in which one rank can go wrong.
+"""Paddle's launcher and our scripts: runs on two processes and on two nodes, and every way in which one rank can fail.
 
-The console is what a user sees: the launcher's output. Each test starts its own processes and looks that none is left.
+The console is what a user sees: the launcher's output. Each test starts its own processes and checks that none is left.
 """
 
 import json
@@ -48,7 +48,7 @@ def base(tmp_path_factory):
 
 
 def start(folder, what, *argv, processes=2, options=(), name="log"):
-    """The launcher with finetune.py, in a session of its own; what: see launched.py, or None for the script as it is."""
+    """Start the launcher with finetune.py. what: how a rank fails, see launched.py; None: the script itself."""
     own = [str(ROOT / "tests" / "ranks" / "launched.py"), "finetune", what] if what else [str(ROOT / "finetune.py")]
     command = [
         *LAUNCH,
@@ -68,7 +68,7 @@ def start(folder, what, *argv, processes=2, options=(), name="log"):
 
 
 def console(process, folder, limit=150):
-    """(what the launcher printed, its exit code, seconds); none of its processes is left."""
+    """(what the launcher printed, its exit code, seconds); checks that none of its processes is left."""
     begin = time.monotonic()
     try:
         text, _ = process.communicate(timeout=limit)
@@ -80,7 +80,7 @@ def console(process, folder, limit=150):
 
 
 def left(folder):
-    """Command lines of processes that still run on this folder."""
+    """Command lines of processes that still work on this folder."""
     found = []
     for path in os.listdir("/proc"):
         if path.isdecimal():
@@ -105,7 +105,7 @@ def logged(folder, key="loss"):
 
 
 def test_two_processes_as_one(base):
-    """As README has it; the first rank's console alone is shown, without Paddle's notes about connections."""
+    """README's command. Only rank 0's console is shown, without Paddle's notes about connections."""
     code = subprocess.run(
         [sys.executable, str(ROOT / "finetune.py"), str(base / "args.json")], cwd=ROOT, capture_output=True
     ).returncode
@@ -144,7 +144,7 @@ WRONG = {  # what: (the line that the console ends with, exit code)
     "what", [what if i == 0 else pytest.param(what, marks=pytest.mark.slow) for i, what in enumerate(WRONG)]
 )
 def test_a_rank_goes_wrong(base, what):
-    """Its own message, once as the last line of the run, and all end with its exit code within a minute."""
+    """Its own message is the last line of the run, and all ranks end with its exit code within a minute."""
     line, wanted = WRONG[what]
     text, code, seconds = console(
         start(base, what, "--tensor_parallel_degree", "2", "--max_steps=9" if "=" not in what else "--max_steps=4"),
@@ -158,7 +158,7 @@ def test_a_rank_goes_wrong(base, what):
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named(base, rank):
-    """The launcher names it, or the others do, whoever sees it first; in the others' logs it is not a traceback."""
+    """The launcher or another rank names it, whichever notices first; no other rank's log has a traceback."""
     text, code, _ = console(start(base, f"kill@{rank}", "--tensor_parallel_degree", "2", "--max_steps=9"), base)
     assert code != 0
     assert re.search(rf"^(Container rank {rank} .* code -9 .*|error: rank {rank} has vanished.*)$", text, re.M), text[
@@ -168,7 +168,10 @@ def test_a_killed_rank_is_named(base, rank):
 
 
 class Store:
-    """In place of Paddle's: {rank: (beat, place, seconds)}, who is at beat LAST gives no other; or, with None, one that is gone."""
+    """In place of Paddle's TCPStore, with {rank: (beat, waiting in, seconds)}; None: a store whose server is gone.
+
+    A rank at beat LAST is dead: its heartbeat does not change any more.
+    """
 
     LAST = 50
 
@@ -178,7 +181,7 @@ class Store:
     def add(self, key, _):
         if self.signs is None:
             raise RuntimeError("TCP send error: Broken pipe")
-        return int(any(key == f"rank {rank} is there" for rank in self.signs))
+        return int(any(key == f"heartbeat {rank} is set" for rank in self.signs))
 
     def get(self, key):
         beat, place, when = self.signs[int(key.split()[1])]
@@ -193,18 +196,18 @@ class Store:
         (
             {0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (Store.LAST, "tp", 7.5), 3: (Store.LAST, None, 6.0)},
             "rank 3 has vanished",
-        ),  # 2 went for 3's sake
+        ),  # the launcher ended 2 because of 3
     ],
 )
-def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
+def test_a_lost_connection_names_the_rank_that_vanished(signs, line, monkeypatch):
     import distributed.watchdog
 
-    company, ended = object.__new__(distributed.watchdog.Watchdog), []
-    company.launch, company.place, company.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
-    for name in ("_exit", "end"):
-        monkeypatch.setattr(company, name, lambda *told: ended.append(told))
+    watchdog, ended = object.__new__(distributed.watchdog.Watchdog), []
+    watchdog.launch, watchdog.waiting_in, watchdog.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
+    for name in ("_terminate", "abort"):
+        monkeypatch.setattr(watchdog, name, lambda *failure: ended.append(failure))
     monkeypatch.setattr(distributed.watchdog.time, "sleep", lambda seconds: None)
-    company.fail(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
+    watchdog.abort_on_error(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
     assert ended == [(1, f"{line}: it was killed, or ran out of memory")]
 
 
@@ -225,7 +228,7 @@ def test_no_process_outlives_the_launcher(base, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", [None, "user@3", "kill@3", "early@2"])
 def test_two_nodes(base, what):
-    """Two launchers on this machine; what goes wrong on the second node is shown on the first one's console."""
+    """Two launchers on this machine; a failure on the second node is shown on the first one's console."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -261,8 +264,8 @@ def test_two_nodes(base, what):
         ),
     ],
 )
-def test_what_all_ranks_refuse(base, argv, line, monkeypatch):
-    """Seen before anything is connected, so one process that is told of two shows it."""
+def test_arguments_that_every_rank_refuses(base, argv, line, monkeypatch):
+    """Refused before anything is connected, so that one process which believes to be one of two shows it."""
     import arguments
     import finetune
     from formats.files import UserError

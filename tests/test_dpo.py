@@ -513,7 +513,7 @@ def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
 def test_the_adapter_switched_off_is_the_base_model(world):
     """The reference of LoRA against another copy of the base, after the adapter has moved; the policy differs."""
     base, model = adapters.from_pretrained(world / "base"), adapters.from_pretrained(world / "base")
-    adapters.apply_lora(model, 4, 8.0)
+    adapters.apply_lora(model, 4, alpha=8.0)
     for layer in adapters.lora_layers(model).values():
         M.set_parameter(layer.lora_B, np.full(layer.lora_B.shape, 0.02, np.float32))
     pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(world / "base"), 400, 96)
@@ -617,7 +617,7 @@ def prefix_model(world, keys):
 
 
 def pissa_adapter(world, keys):
-    tuned = adapters.apply_lora(adapters.from_pretrained(world / "base"), 4, 8.0, pissa=True)
+    tuned = adapters.apply_lora(adapters.from_pretrained(world / "base"), 4, alpha=8.0, pissa=True)
     adapters.save_adapter(tuned, world / "pissa", world / "base")
     keys.update(lora=True, lora_rank=4, lora_path=str(world / "pissa"))
 

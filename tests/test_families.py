@@ -85,7 +85,9 @@ def test_prefix_packed_padded_and_single_samples_agree(name, kind):
 
 def prefixed(name, projection=False, tokens=3):
     """With a prefix whose every value has been moved."""
-    model = adapters.apply_prefix(build(name), tokens, projection, 20 if projection else None)
+    model = adapters.apply_prefix(
+        build(name), tokens, projection=projection, projection_hidden_size=20 if projection else None
+    )
     for i, w in enumerate(adapters.adapter_weights(model)):
         M.set_parameter(
             w.parameter, np.random.default_rng([7, i]).standard_normal(w.parameter.shape).astype(np.float32)

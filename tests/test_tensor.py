@@ -69,12 +69,12 @@ def test_every_part_of_a_weight_is_somewhere(name):
             if cut is None:
                 continue
             times = np.zeros(cut.shape[cut.dim], int)
-            for rank, ranges in enumerate(cut.of_ranks):
+            for rank, ranges in enumerate(cut.ranges_by_rank):
                 assert all(first < last for first, last in ranges), (weight.name, size, rank)
                 for first, last in ranges:
                     times[first:last] += 1
-            assert times.min() >= 1 and (times.max() > 1) == cut.overlaps, weight.name
-            assert not cut.overlaps or config.num_key_value_heads < size
+            assert times.min() >= 1 and (times.max() > 1) == cut.replicated, weight.name
+            assert not cut.replicated or config.num_key_value_heads < size
 
 
 def test_expert_ranks_are_neighbors_on_the_data_axes():
@@ -144,7 +144,7 @@ def test_a_rank_reads_its_experts_alone(tmp_path, name, names, monkeypatch):
     else:
         tensors = {
             w.name: w.parameter.numpy()
-            for w in formats.weights.named_weights(whole, formats.weights._paddlenlp_names(whole.config))
+            for w in formats.weights.named_weights(whole, formats.weights.paddlenlp_names(whole.config))
         }
         formats.tensor_files.write_safetensors(tmp_path / "model.safetensors", tensors)
         (tmp_path / "config.json").write_text(whole.config.to_json("float32"))

@@ -29,6 +29,7 @@ from arguments import TrainingArgs, parse_args
 from checkpoint import (
     DONE,
     CheckpointManager,
+    SavePlan,
     TrainState,
     find_checkpoint,
     incomplete,
@@ -410,11 +411,11 @@ class Plain(CheckpointManager):
     """Saves of {name: array} in place of a model, and of what else a function writes."""
 
     def __init__(self, args, arrays, optimizer=None, shards=None, write=lambda folder: None):
-        super().__init__(args, None, None, optimizer, shards)
+        super().__init__(args, None, None, optimizer=optimizer, shards=shards)
         self.arrays, self.write = arrays, write
 
-    def contents(self, dtype=None):
-        return {"model": [constant(name, array) for name, array in self.arrays().items()]}, {}, self.write
+    def tensors_to_save(self, dtype=None):
+        return SavePlan({"model": [constant(name, array) for name, array in self.arrays().items()]}, {}, self.write)
 
 
 def constant(name, array):
@@ -526,7 +527,7 @@ class FakeOptimizer:
     def __init__(self, step, size=1000):
         self.steps, self.size = step, size
 
-    def entries(self, shards, stage):
+    def entries(self, shards, moment_bits):
         return [constant(f"w/moment{i}_0", content(step, self.size)) for i, step in ((1, self.steps), (2, -self.steps))]
 
 

@@ -1,8 +1,8 @@
-"""Weights of every family both ways: Hugging Face's files as published and as transformers writes them, PaddleNLP's files,
-names of checkpoints, and what config.json may say.
+"""Weights of every family, both ways: Hugging Face's files as published and as transformers writes them, PaddleNLP's
+files, names of checkpoints, and what config.json may say.
 
-    python -m pytest tests/test_weights.py                                          # CPU, about 60 s, neither torch nor peft
-    python -m pytest tests/test_weights.py --hf-python /path/to/venv/bin/python     # also: transformers and peft open ours
+    python -m pytest tests/test_weights.py                                       # CPU, about 60 s, no torch, no peft
+    python -m pytest tests/test_weights.py --hf-python /path/to/venv/bin/python  # also: transformers and peft open ours
 """
 
 import json
@@ -125,14 +125,18 @@ PUBLISHED = {  # config: how published files of the family differ from what its 
     "opt": lambda t: {n.removeprefix("model."): a for n, a in t.items()} | {"decoder.version": np.float32([3])},
     "opt_350m": lambda t: t | {"lm_head.weight": t["model.decoder.embed_tokens.weight"]},
     "llama": lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in (0, 1)},
-    "internlm": lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in (0, 1)},
+    "internlm": lambda t: t
+    | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in (0, 1)},
     "internlm2": lambda t: {n.removeprefix("model."): a for n, a in t.items()},
-    "baichuan2_7b": lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in (0, 1)},
+    "baichuan2_7b": lambda t: t
+    | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in (0, 1)},
     "chatglm": lambda t: {n: a for n, a in t.items() if "inv_freq" not in n},
     "qwen": lambda t: t | {"transformer.rotary_emb.inv_freq": np.ones(4, np.float32)},
-    "qwen2": lambda t: {n.removeprefix("model."): a for n, a in t.items()} | {"lm_head.weight": t["model.embed_tokens.weight"]},
+    "qwen2": lambda t: {n.removeprefix("model."): a for n, a in t.items()}
+    | {"lm_head.weight": t["model.embed_tokens.weight"]},
     "gemma": lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]},
-    "deepseek_v3": lambda t: t | {"model.layers.3.eh_proj.weight": np.zeros((2, 4), np.float32), "model.layers.3.mlp.gate.weight": np.zeros((2, 4), np.float32)},
+    "deepseek_v3": lambda t: t | {"model.layers.3.eh_proj.weight": np.zeros((2, 4), np.float32),
+        "model.layers.3.mlp.gate.weight": np.zeros((2, 4), np.float32)},
 }  # fmt: skip
 
 
@@ -219,7 +223,8 @@ OPENS_ALL = """
 import pathlib, torch, transformers
 arrays = {}
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
     with torch.no_grad():
         arrays[folder.name] = model(torch.from_numpy(np.load(sys.argv[3]))).logits.numpy()
@@ -243,30 +248,40 @@ def test_transformers_opens_every_family(hf_python, tmp_path):
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 VARIANTS = {
-    "llama_linear_head_dim": ("Llama", {"head_dim": 12, "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
-    "llama_yarn_factor": ("Llama", {"rope_parameters": {**_YARN, "attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2}}),
+    "llama_linear_head_dim": ("Llama", {"head_dim": 12,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
+    "llama_yarn_factor": ("Llama", {"rope_parameters": {**_YARN, "attention_factor": 1.3, "beta_fast": 16,
+        "beta_slow": 2}}),
     "llama_yarn_not_truncated": ("Llama", {"rope_parameters": {**_YARN, "truncate": False}}),
     "mistral_yarn": ("Mistral", {"head_dim": 16, "sliding_window": None, "rope_parameters": _YARN}),
-    "mistral_linear_window": ("Mistral", {"sliding_window": 5, "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}}),
+    "mistral_linear_window": ("Mistral", {"sliding_window": 5,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}}),
     "qwen2_linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}}),
     "qwen2_yarn_tied": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": _YARN}),
     "qwen2_dynamic": ("Qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}}),
     "qwen3_bias": ("Qwen3", {"attention_bias": True, "head_dim": 16}),
     "mixtral_window": ("Mixtral", {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "mixtral_one": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
-    "mixtral_tied": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "tie_word_embeddings": True, "head_dim": 16}),
+    "mixtral_tied": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "tie_word_embeddings": True,
+        "head_dim": 16}),
     "qwen2_moe_dense": ("Qwen2Moe", {**_EXPERTS, "mlp_only_layers": [1], "shared_expert_intermediate_size": 40}),
-    "qwen2_moe_step": ("Qwen2Moe", {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True, "shared_expert_intermediate_size": 40}),
+    "qwen2_moe_step": ("Qwen2Moe", {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True,
+        "shared_expert_intermediate_size": 40}),
     "qwen2_moe_no_bias": ("Qwen2Moe", {**_EXPERTS, "qkv_bias": False, "shared_expert_intermediate_size": 40}),
     "qwen3_moe_dense": ("Qwen3Moe", {**_EXPERTS, "mlp_only_layers": [0], "norm_topk_prob": True}),
     "qwen3_moe_raw": ("Qwen3Moe", {**_EXPERTS, "attention_bias": True, "norm_topk_prob": False}),
     "gemma_untied_bias": ("Gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
     "gemma2_scalar": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 100, "sliding_window": 5}),
-    "gemma2_types": ("Gemma2", {"head_dim": 16, "layer_types": ["full_attention", "full_attention", "sliding_attention"], "sliding_window": 4,
+    "gemma2_types": ("Gemma2", {"head_dim": 16,
+                                "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+                                "sliding_window": 4,
                                 "attn_logit_softcapping": None, "final_logit_softcapping": None}),
-    "glm_quarter": ("Glm", {"head_dim": 16, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
-    "glm_whole": ("Glm", {"head_dim": 16, "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
-    "glm4_most": ("Glm4", {"head_dim": 16, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+    "glm_quarter": ("Glm", {"head_dim": 16, "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
+    "glm_whole": ("Glm", {"head_dim": 16, "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
+    "glm4_most": ("Glm4", {"head_dim": 16, "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     "bloom_post": ("Bloom", {"apply_residual_connection_post_layernorm": True}),
     "gpt2_relu_inner": ("GPT2", {"activation_function": "relu", "n_inner": 72}),
     "gpt2_gelu_untied": ("GPT2", {"activation_function": "gelu", "tie_word_embeddings": False}),
@@ -278,7 +293,8 @@ VARIANTS = {
     "opt_after": ("OPT", {"do_layer_norm_before": False}),
     "opt_untied": ("OPT", {"tie_word_embeddings": False}),
     "deepseek_v2_greedy": ("DeepseekV2", {"topk_method": "greedy", "q_lora_rank": None}),
-    "deepseek_v2_groups": ("DeepseekV2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
+    "deepseek_v2_groups": ("DeepseekV2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 2.5}),
     "deepseek_v2_yarn": ("DeepseekV2", {"rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
     "deepseek_v2_yarn_uneven": ("DeepseekV2", {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
     "deepseek_v2_bias": ("DeepseekV2", {"attention_bias": True}),
@@ -295,8 +311,10 @@ _SIZES = {
     "max_position_embeddings": 64,
 }
 _LLAMA_SIZES = {**_SIZES, "intermediate_size": 56, "num_key_value_heads": 2}
-_LATENT_SIZES = {**_LLAMA_SIZES, "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-                 "v_head_dim": 12, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 24,
+_LATENT_SIZES = {**_LLAMA_SIZES, "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 16,
+                 "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+                 "v_head_dim": 12, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
+                 "moe_intermediate_size": 24,
                  "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
 CLASS_SIZES = {
     "GPT2": {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
@@ -323,8 +341,9 @@ for name, (kind, keys) in variants.items():
                 b.copy_(torch.randn(b.shape, generator=generator) * 0.2)
         ids = torch.randint(3, 96, (2, 12), generator=generator)
         found = model(ids, labels=ids)
-        arrays.update({name + ":ids": ids.numpy(), name + ":logits": found.logits.numpy(), name + ":loss": found.loss.numpy()})
-        if kind in ("Mixtral", "Qwen2Moe", "Qwen3Moe"):  # of the tokens that have a label in our layout: all but the last
+        arrays.update({name + ":ids": ids.numpy(), name + ":logits": found.logits.numpy()})
+        arrays[name + ":loss"] = found.loss.numpy()
+        if kind in ("Mixtral", "Qwen2Moe", "Qwen3Moe"):  # of tokens with a label in our layout: all but the last
             found = model(ids[:, :-1], output_router_logits=True)
             arrays[name + ":aux"] = config.router_aux_loss_coef * found.aux_loss.numpy()
     model.save_pretrained(out / name, max_shard_size="30KB")
@@ -335,7 +354,7 @@ for name, (kind, keys) in variants.items():
 
 @pytest.mark.torch
 def test_variants_equal_transformers(hf_python, tmp_path):
-    """Random weights, saved by transformers in shards, with experts one by one and all in one; logits, loss, balance."""
+    """Random weights saved by transformers in shards, experts one by one and all in one; logits, loss, balance."""
     variants = {
         name: (
             kind,
@@ -461,47 +480,74 @@ def paddle_baichuan_13b(tensors):
 
 
 _GLM_LINEARS = ("query_key_value.", "dense.", "dense_h_to_4h.", "dense_4h_to_h.", "output_layer.")
-_OPT_CONFIG = {"model_type": "opt", "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 44,
-               "hidden_act": "relu", "max_position_embeddings": 64, "word_embed_proj_dim": 32, "normalize_before": True, "paddlenlp_version": "3.0.0b4",
+_OPT_CONFIG = {"model_type": "opt", "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "intermediate_size": 44,
+               "hidden_act": "relu", "max_position_embeddings": 64, "word_embed_proj_dim": 32,
+               "normalize_before": True, "paddlenlp_version": "3.0.0b4",
                "fuse_attention_qkv": False, "mp_degree": 1, "pad_token_id": 1}  # fmt: skip
-_GPT_CONFIG = {"model_type": "gpt", "architectures": ["GPTForCausalLM"], "vocab_size": V, "hidden_size": 36, "num_hidden_layers": 2,
-               "num_attention_heads": 3, "intermediate_size": 144, "hidden_activation": "gelu", "max_position_embeddings": 64, "type_vocab_size": 16,
-               "normalize_before": True, "tie_word_embeddings": False, "fuse_attention_qkv": False, "use_flash_attention": False,
+_GPT_CONFIG = {"model_type": "gpt", "architectures": ["GPTForCausalLM"], "vocab_size": V, "hidden_size": 36,
+               "num_hidden_layers": 2,
+               "num_attention_heads": 3, "intermediate_size": 144, "hidden_activation": "gelu",
+               "max_position_embeddings": 64, "type_vocab_size": 16,
+               "normalize_before": True, "tie_word_embeddings": False, "fuse_attention_qkv": False,
+               "use_flash_attention": False,
                "tensor_parallel_output": True, "paddlenlp_version": "3.0.0b4"}  # fmt: skip
-_CHATGLM2_CONFIG = {"model_type": "chatglm_v2", "num_layers": None, "num_hidden_layers": 2, "padded_vocab_size": V, "seq_length": None,
-                    "max_sequence_length": 64, "architectures": ["ChatGLMv2ForCausalLM"], "paddlenlp_version": "2.8.0"}  # fmt: skip
-_LLAMA_CONFIG = {"paddlenlp_version": "3.0.0b4", "fuse_attention_qkv": False, "fuse_attention_ffn": False, "use_fused_rms_norm": False, "alibi": False,
-                 "rope_scaling_factor": 1.0, "rope_scaling_type": None, "rope_fusion_level": None, "tensor_parallel_degree": 1, "seq_length": 64,
-                 "use_recompute": False, "long_sequence_init_args": {}, "use_long_sequence_strategies": False, "dtype": "float32"}  # fmt: skip
+_CHATGLM2_CONFIG = {"model_type": "chatglm_v2", "num_layers": None, "num_hidden_layers": 2, "padded_vocab_size": V,
+                    "seq_length": None,
+                    "max_sequence_length": 64, "architectures": ["ChatGLMv2ForCausalLM"],
+                    "paddlenlp_version": "2.8.0"}  # fmt: skip
+_LLAMA_CONFIG = {"paddlenlp_version": "3.0.0b4", "fuse_attention_qkv": False, "fuse_attention_ffn": False,
+                 "use_fused_rms_norm": False, "alibi": False,
+                 "rope_scaling_factor": 1.0, "rope_scaling_type": None, "rope_fusion_level": None,
+                 "tensor_parallel_degree": 1, "seq_length": 64,
+                 "use_recompute": False, "long_sequence_init_args": {}, "use_long_sequence_strategies": False,
+                 "dtype": "float32"}  # fmt: skip
 # config of ours: (its tensors by hand in PaddleNLP's layout, keys of its config.json; a callable makes the whole)
 PADDLENLP = {
     "llama": ("llama", paddle_llama("llama."), _LLAMA_CONFIG),
     "llama_tied": ("llama_bias_tied", paddle_llama("llama."), _LLAMA_CONFIG),
-    "llama_qkv": ("llama_mqa", lambda t: fuse_attention(paddle_llama("llama.")(t), 1, 3, 12), _LLAMA_CONFIG | {"fuse_attention_qkv": True}),
-    "llama_ffn": ("llama", lambda t: fuse_ffn(fuse_attention(paddle_llama("llama.")(t), 2, 2, 8), "gate_proj", "up_proj"),
+    "llama_qkv": ("llama_mqa", lambda t: fuse_attention(paddle_llama("llama.")(t), 1, 3, 12),
+        _LLAMA_CONFIG | {"fuse_attention_qkv": True}),
+    "llama_ffn": ("llama", lambda t: fuse_ffn(fuse_attention(paddle_llama("llama.")(t), 2, 2, 8), "gate_proj",
+                  "up_proj"),
                   _LLAMA_CONFIG | {"fuse_attention_qkv": True, "fuse_attention_ffn": True}),
-    "llama_alibi": ("baichuan_13b", paddle_baichuan_13b, _LLAMA_CONFIG | {"model_type": "llama", "alibi": True, "model_max_length": None,
-                                                                         "max_position_embeddings": 64, "architectures": ["LlamaForCausalLM"]}),
-    "llama_linear": ("llama_linear", paddle_llama("llama."), _LLAMA_CONFIG | {"rope_scaling": None, "rope_scaling_type": "linear", "rope_scaling_factor": 2.0}),
-    "llama_dynamic": ("llama_dynamic", paddle_llama("llama."), _LLAMA_CONFIG | {"rope_scaling": None, "rope_scaling_type": "dynamic_ntk", "rope_scaling_factor": 3.0}),
+    "llama_alibi": ("baichuan_13b", paddle_baichuan_13b,
+                                                                         _LLAMA_CONFIG | {"model_type": "llama",
+                                                                             "alibi": True, "model_max_length": None,
+                                                                         "max_position_embeddings": 64,
+                                                                         "architectures": ["LlamaForCausalLM"]}),
+    "llama_linear": ("llama_linear", paddle_llama("llama."),
+        _LLAMA_CONFIG | {"rope_scaling": None, "rope_scaling_type": "linear", "rope_scaling_factor": 2.0}),
+    "llama_dynamic": ("llama_dynamic", paddle_llama("llama."),
+        _LLAMA_CONFIG | {"rope_scaling": None, "rope_scaling_type": "dynamic_ntk", "rope_scaling_factor": 3.0}),
     "mistral": ("mistral", paddle_llama("mistral."), {"paddlenlp_version": "3.0.0b4"}),
     "mixtral": ("mixtral", paddle_llama("mixtral."), {"paddlenlp_version": "3.0.0b4", "fuse_attention_qkv": False}),
-    "qwen": ("qwen", lambda t: renamed(turned(t, "c_attn.", "c_proj.", "w1.", "w2.", "lm_head."), ("transformer.", "qwen.")), {"paddlenlp_version": "3.0.0b4"}),
-    "qwen_ffn": ("qwen", lambda t: fuse_ffn(renamed(turned(t, "c_attn.", "c_proj.", "w1.", "w2.", "lm_head."), ("transformer.", "qwen.")), "w2", "w1"),
+    "qwen": ("qwen", lambda t: renamed(turned(t, "c_attn.", "c_proj.", "w1.", "w2.", "lm_head."),
+        ("transformer.", "qwen.")), {"paddlenlp_version": "3.0.0b4"}),
+    "qwen_ffn": ("qwen", lambda t: fuse_ffn(renamed(turned(t, "c_attn.", "c_proj.", "w1.", "w2.", "lm_head."),
+                 ("transformer.", "qwen.")), "w2", "w1"),
                  {"fuse_attention_ffn": True}),
     "qwen2": ("qwen2", paddle_llama("qwen2."), {"paddlenlp_version": "3.0.0b4"}),
     "qwen2_qkv": ("qwen2", lambda t: fuse_attention(paddle_llama("qwen2.")(t), 3, 2, 6), {"fuse_attention_qkv": True}),
     "qwen2_moe": ("qwen2_moe", paddle_llama("qwen2_moe."), {"paddlenlp_version": "3.0.0b4"}),
     "gemma": ("gemma", paddle_llama("gemma."), {"paddlenlp_version": "3.0.0b4"}),
     "bloom": ("bloom", lambda t: renamed(turned(t, *_GLM_LINEARS), ("transformer.", "bloom.")),
-              {"n_layer": None, "n_head": None, "num_hidden_layers": 2, "num_attention_heads": 4, "paddlenlp_version": "2.8.0"}),
-    "chatglm": ("chatglm", lambda t: renamed({n: a for n, a in turned(t, *_GLM_LINEARS).items() if n != "lm_head.weight"}, ("transformer.", "chatglm.transformer."))
-                | {"lm_head.decoder_weight": t["transformer.word_embeddings.weight"]}, {"num_layers": None, "num_hidden_layers": 2, "paddlenlp_version": "2.8.0"}),
-    "chatglm2": ("chatglm2", lambda t: renamed(turned(t, *_GLM_LINEARS), ("transformer.", "chatglm_v2.")), _CHATGLM2_CONFIG),
-    "gpt": ("gpt2", lambda t: paddle_gpt(t) | {"lm_head.decoder.weight": t["transformer.wte.weight"]}, lambda source: _GPT_CONFIG),
-    "gpt_qkv": ("gpt2", lambda t: fuse_attention(paddle_gpt(t), 3, 1, 12), lambda source: _GPT_CONFIG | {"fuse_attention_qkv": True}),
+              {"n_layer": None, "n_head": None, "num_hidden_layers": 2, "num_attention_heads": 4,
+                  "paddlenlp_version": "2.8.0"}),
+    "chatglm": ("chatglm", lambda t: renamed(
+                    {n: a for n, a in turned(t, *_GLM_LINEARS).items() if n != "lm_head.weight"},
+                    ("transformer.", "chatglm.transformer."))
+                | {"lm_head.decoder_weight": t["transformer.word_embeddings.weight"]},
+                {"num_layers": None, "num_hidden_layers": 2, "paddlenlp_version": "2.8.0"}),
+    "chatglm2": ("chatglm2", lambda t: renamed(turned(t, *_GLM_LINEARS), ("transformer.", "chatglm_v2.")),
+        _CHATGLM2_CONFIG),
+    "gpt": ("gpt2", lambda t: paddle_gpt(t) | {"lm_head.decoder.weight": t["transformer.wte.weight"]},
+        lambda source: _GPT_CONFIG),
+    "gpt_qkv": ("gpt2", lambda t: fuse_attention(paddle_gpt(t), 3, 1, 12),
+        lambda source: _GPT_CONFIG | {"fuse_attention_qkv": True}),
     "opt": ("opt", paddle_opt, lambda source: _OPT_CONFIG),
-    "opt_350m": ("opt_350m", paddle_opt, lambda source: _OPT_CONFIG | {"num_hidden_layers": 3, "word_embed_proj_dim": 20, "normalize_before": False}),
+    "opt_350m": ("opt_350m", paddle_opt, lambda source: _OPT_CONFIG | {"num_hidden_layers": 3,
+        "word_embed_proj_dim": 20, "normalize_before": False}),
 }  # fmt: skip
 
 
@@ -752,7 +798,7 @@ def test_what_of_paddlenlp_is_refused(tmp_path):
         with pytest.raises(UserError, match=next(iter(change)).replace("hidden_activation", "activation_function")):
             families.ModelConfig.from_dict(keys | change)
     (theirs / "model_state.pdparams").rename(theirs / "model_state.tp00.pdparams")
-    with pytest.raises(UserError, match="model_state.tp00.pdparams: a part of a model"):
+    with pytest.raises(UserError, match="model_state.tp00.pdparams: a shard of a model"):
         adapters.from_pretrained(theirs)
     with pytest.raises(UserError, match="alibi"):
         config("llama", alibi=True)  # of no PaddleNLP: transformers would not see it
@@ -760,10 +806,10 @@ def test_what_of_paddlenlp_is_refused(tmp_path):
 
 # ============================================================================================ peft's adapters
 
-# peft 0.21 with transformers 5, whose experts are one tensor a layer, turns LoRA of single experts into LoRA of that tensor,
-# by the last part of the names alone: right where all of gate_proj, up_proj, down_proj are experts (Mixtral, Qwen3-MoE); where
-# dense layers or shared experts bear these names too (Qwen2-MoE, DeepSeek), it would leave those out. There, attention alone
-# is compared. Its prefixes have one width for keys and values, which latent attention does not.
+# peft 0.21 with transformers 5, whose experts are one tensor a layer, turns LoRA of single experts into LoRA of that
+# tensor, by the last part of the names alone: right where all of gate_proj, up_proj, down_proj are experts (Mixtral,
+# Qwen3-MoE); where dense layers or shared experts bear these names too (Qwen2-MoE, DeepSeek), it would leave those out.
+# There, attention alone is compared. Its prefixes have one width for keys and values, which latent attention does not.
 MIXED_EXPERTS = [name for name in MOE if not name.startswith("mixtral")]
 PEFT_BASES = {name: {} for name in IN_TRANSFORMERS} | {"qwen3_moe_all": {"decoder_sparse_step": 1}}
 
@@ -808,7 +854,8 @@ import json, pathlib, torch, transformers, peft
 arrays, ids = {}, torch.from_numpy(np.load(sys.argv[3]))
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        base, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, folder).eval()
     with torch.no_grad():
         arrays[folder.name] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
@@ -838,13 +885,19 @@ arrays, ids, out = {}, torch.from_numpy(np.load(sys.argv[3])), pathlib.Path(sys.
 for name, targets in json.loads(sys.argv[5]).items():
     for kind in ("lora", "prefix"):
         torch.manual_seed(0)
-        base = transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path(sys.argv[2]) / name, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            pathlib.Path(sys.argv[2]) / name,
+            attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
         if kind == "lora":
-            config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", use_dora=name == "qwen3")
+            config = peft.LoraConfig(
+                r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM",
+                fan_in_fan_out=name == "gpt2", use_dora=name == "qwen3")
         elif "deepseek" in name:
             continue
         else:
-            config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", prefix_projection=name in ("bloom", "qwen2"), encoder_hidden_size=12)
+            config = peft.PrefixTuningConfig(
+                num_virtual_tokens=4, task_type="CAUSAL_LM",
+                prefix_projection=name in ("bloom", "qwen2"), encoder_hidden_size=12)
         model = peft.get_peft_model(base, config).eval()
         with torch.no_grad():
             for key, p in model.named_parameters():
@@ -876,7 +929,7 @@ def training(folder, model, stop, resume=False):
     shards = ZeroOptimizer(model, weights, parallel.SINGLE)
     optimizer, state = trainer.AdamW(weights, args), TrainState()
     no_tokenizer = types.SimpleNamespace(save=lambda folder: None)
-    checkpoints = CheckpointManager(args, model, no_tokenizer, optimizer, shards)
+    checkpoints = CheckpointManager(args, model, no_tokenizer, optimizer=optimizer, shards=shards)
     if resume:
         checkpoint = find_checkpoint(args)
         state = load_checkpoint(checkpoint, optimizer, shards)
@@ -911,19 +964,26 @@ def test_moments_have_hugging_face_names_and_resume_is_bitwise(name, tmp_path):
 # ================================================================================== what config.json may say
 
 NOBODYS = {  # keys of other families, with values that change the maths
-    "attention_multiplier": 0.5, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0, "logit_scale": 0.0625,
-    "clip_qkv": 8.0, "use_parallel_residual": True, "parallel_attn": True, "attention_chunk_size": 8192, "no_rope_layers": [1, 1, 0],
-    "use_qk_norm": True, "qk_layernorm": True, "is_encoder_decoder": True, "use_bidirectional_attention": True, "rope_local_base_freq": 1e4,
-    "some_new_rope_thing": 3.0, "use_some_rope_thing": True, "mup_width": 256, "quantization_config": {"quant_method": "awq", "bits": 4},
+    "attention_multiplier": 0.5, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+    "logit_scale": 0.0625,
+    "clip_qkv": 8.0, "use_parallel_residual": True, "parallel_attn": True, "attention_chunk_size": 8192,
+    "no_rope_layers": [1, 1, 0],
+    "use_qk_norm": True, "qk_layernorm": True, "is_encoder_decoder": True, "use_bidirectional_attention": True,
+    "rope_local_base_freq": 1e4,
+    "some_new_rope_thing": 3.0, "use_some_rope_thing": True, "mup_width": 256,
+    "quantization_config": {"quant_method": "awq", "bits": 4},
     "dual_chunk_attention_config": {"chunk_size": 262144},
 }  # fmt: skip
 ONES_OWN = [  # (config, key, value that is not supported there)
-    *((name, "rope_scaling", {"type": kind, "factor": 2.0}) for name in ("llama", "qwen2", "mistral", "deepseek_v2", "internlm2", "glm")
+    *((name, "rope_scaling", {"type": kind, "factor": 2.0}) for name in ("llama", "qwen2", "mistral", "deepseek_v2",
+      "internlm2", "glm")
       for kind in ("longrope", "su", "mrope", "ntk")),
     *((name, "rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4}) for name in ("gemma2", "qwen3_moe")),
-    *((name, "rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}) for name in ("gemma2", "llama")),
+    *((name, "rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}) for name in ("gemma2",
+        "llama")),
     ("llama", "rope_scaling", {"alpha": 1000.0, "type": "dynamic", "factor": 2.0}),
-    *((name, "hidden_act", "gelu") for name in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "baichuan_7b",
+    *((name, "hidden_act", "gelu") for name in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe",
+                                                 "qwen3_moe", "baichuan_7b",
                                                  "internlm", "internlm2", "glm", "glm4", "deepseek_v2", "deepseek_v3")),
     *((name, "use_sliding_window", True) for name in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")),
     *((name, "sliding_window", 8) for name in ("llama", "glm", "internlm2", "gemma", "deepseek_v3", "bloom")),
@@ -934,16 +994,26 @@ ONES_OWN = [  # (config, key, value that is not supported there)
     *((name, "attn_logit_softcapping", 50.0) for name in ("llama", "gemma", "mistral")),
     *((name, "final_logit_softcapping", 30.0) for name in ("llama", "gemma")),
     *((name, "query_pre_attn_scalar", 256) for name in ("llama", "gemma")),
-    ("gemma", "hidden_activation", "silu"), ("gemma2", "hidden_activation", "relu"), ("gpt2", "activation_function", "silu"),
-    ("gpt2", "scale_attn_by_inverse_layer_idx", True), ("gpt2", "scale_attn_weights", False), ("gpt2", "add_cross_attention", True),
-    ("opt", "activation_function", "silu"), ("opt", "layer_norm_elementwise_affine", False), ("opt", "add_cross_attention", True),
-    ("mixtral", "router_jitter_noise", 0.1), ("deepseek_v2", "norm_topk_prob", True), ("deepseek_v2", "moe_layer_freq", 2),
-    ("deepseek_v2", "topk_method", "noaux_tc"), ("deepseek_v2", "scoring_func", "sigmoid"), ("deepseek_v3", "topk_method", "greedy"),
-    ("deepseek_v3", "scoring_func", "softmax"), ("deepseek_v3", "quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
-    ("qwen", "no_bias", False), ("qwen", "rotary_pct", 0.5), ("qwen", "scale_attn_weights", False), ("chatglm", "position_encoding_2d", False),
-    ("chatglm", "pre_seq_len", 128), ("chatglm2", "pre_seq_len", 128), ("chatglm2", "original_rope", False), ("chatglm2", "rmsnorm", False),
-    ("chatglm2", "post_layer_norm", False), ("chatglm2", "apply_residual_connection_post_layernorm", True), ("chatglm2", "rope_ratio", 16),
-    ("internlm", "rotary", {"type": "other", "base": 10000}), ("llama", "quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    ("gemma", "hidden_activation", "silu"), ("gemma2", "hidden_activation", "relu"),
+    ("gpt2", "activation_function", "silu"),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True), ("gpt2", "scale_attn_weights", False),
+    ("gpt2", "add_cross_attention", True),
+    ("opt", "activation_function", "silu"), ("opt", "layer_norm_elementwise_affine", False),
+    ("opt", "add_cross_attention", True),
+    ("mixtral", "router_jitter_noise", 0.1), ("deepseek_v2", "norm_topk_prob", True),
+    ("deepseek_v2", "moe_layer_freq", 2),
+    ("deepseek_v2", "topk_method", "noaux_tc"), ("deepseek_v2", "scoring_func", "sigmoid"),
+    ("deepseek_v3", "topk_method", "greedy"),
+    ("deepseek_v3", "scoring_func", "softmax"),
+    ("deepseek_v3", "quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    ("qwen", "no_bias", False), ("qwen", "rotary_pct", 0.5), ("qwen", "scale_attn_weights", False),
+    ("chatglm", "position_encoding_2d", False),
+    ("chatglm", "pre_seq_len", 128), ("chatglm2", "pre_seq_len", 128), ("chatglm2", "original_rope", False),
+    ("chatglm2", "rmsnorm", False),
+    ("chatglm2", "post_layer_norm", False), ("chatglm2", "apply_residual_connection_post_layernorm", True),
+    ("chatglm2", "rope_ratio", 16),
+    ("internlm", "rotary", {"type": "other", "base": 10000}),
+    ("llama", "quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
 ]  # fmt: skip
 
 
@@ -994,25 +1064,43 @@ def test_missing_keys_and_values_of_other_types_are_one_line(name):
     assert refused > 20
 
 
-COMMON = {"architectures": ["X"], "auto_map": {"AutoConfig": "configuration_x.X"}, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None,
-          "use_cache": True, "transformers_version": "4.44.0", "torch_dtype": "bfloat16", "pretraining_tp": 1, "_name_or_path": "somewhere",
-          "initializer_range": 0.02, "tie_word_embeddings": False, "gradient_checkpointing": False, "tokenizer_class": "X", "use_flash_attn": "auto",
-          "attention_dropout": 0.0, "hidden_dropout": 0.0, "output_attentions": False, "return_dict": True, "torchscript": False}  # fmt: skip
-LLAMA = {"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
-         "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 32000,
+COMMON = {"architectures": ["X"], "auto_map": {"AutoConfig": "configuration_x.X"}, "bos_token_id": 1,
+          "eos_token_id": [2, 3], "pad_token_id": None,
+          "use_cache": True, "transformers_version": "4.44.0", "torch_dtype": "bfloat16", "pretraining_tp": 1,
+          "_name_or_path": "somewhere",
+          "initializer_range": 0.02, "tie_word_embeddings": False, "gradient_checkpointing": False,
+          "tokenizer_class": "X", "use_flash_attn": "auto",
+          "attention_dropout": 0.0, "hidden_dropout": 0.0, "output_attentions": False, "return_dict": True,
+          "torchscript": False}  # fmt: skip
+LLAMA = {"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096,
+         "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None,
+         "rope_theta": 10000.0, "vocab_size": 32000,
          "attention_bias": False, "mlp_bias": False}  # fmt: skip
-QWEN2 = {k: v for k, v in LLAMA.items() if "bias" not in k} | {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28,
-         "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "rope_theta": 1e6, "vocab_size": 152064, "use_mrope": False}  # fmt: skip
-GLM_REMOTE = {"add_bias_linear": False, "add_qkv_bias": True, "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
-              "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "classifier_dropout": None, "ffn_hidden_size": 13696, "fp32_residual_connection": False,
-              "hidden_size": 4096, "kv_channels": 128, "layernorm_epsilon": 1e-05, "multi_query_attention": True, "multi_query_group_num": 2,
-              "num_attention_heads": 32, "num_layers": 28, "original_rope": True, "padded_vocab_size": 65024, "post_layer_norm": True, "pre_seq_len": None,
-              "prefix_projection": False, "quantization_bit": 0, "rmsnorm": True, "seq_length": 8192, "vocab_size": 65024}  # fmt: skip
-DEEPSEEK = {k: v for k, v in LLAMA.items() if k != "mlp_bias"} | {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 27,
-            "aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512, "moe_intermediate_size": 1408, "moe_layer_freq": 1,
-            "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_experts_per_tok": 6, "q_lora_rank": None,
-            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": True, "topk_group": 1,
-            "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102400, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+QWEN2 = {k: v for k, v in LLAMA.items() if "bias" not in k} | {"hidden_size": 3584, "num_attention_heads": 28,
+         "num_key_value_heads": 4, "num_hidden_layers": 28,
+         "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "rope_theta": 1e6,
+         "vocab_size": 152064, "use_mrope": False}  # fmt: skip
+GLM_REMOTE = {"add_bias_linear": False, "add_qkv_bias": True, "apply_query_key_layer_scaling": True,
+              "apply_residual_connection_post_layernorm": False,
+              "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "classifier_dropout": None,
+              "ffn_hidden_size": 13696, "fp32_residual_connection": False,
+              "hidden_size": 4096, "kv_channels": 128, "layernorm_epsilon": 1e-05, "multi_query_attention": True,
+              "multi_query_group_num": 2,
+              "num_attention_heads": 32, "num_layers": 28, "original_rope": True, "padded_vocab_size": 65024,
+              "post_layer_norm": True, "pre_seq_len": None,
+              "prefix_projection": False, "quantization_bit": 0, "rmsnorm": True, "seq_length": 8192,
+              "vocab_size": 65024}  # fmt: skip
+DEEPSEEK = {k: v for k, v in LLAMA.items() if k != "mlp_bias"} | {"hidden_size": 2048, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "num_hidden_layers": 27,
+            "aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512,
+            "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+            "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False,
+            "num_experts_per_tok": 6, "q_lora_rank": None,
+            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "routed_scaling_factor": 1.0, "scoring_func": "softmax",
+            "seq_aux": True, "topk_group": 1,
+            "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102400,
+            "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
             "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"}}  # fmt: skip
 BAICHUAN = {
     k: v
@@ -1024,57 +1112,98 @@ INTERNLM = {
     for k, v in LLAMA.items()
     if k not in ("attention_bias", "mlp_bias", "rope_scaling", "rope_theta", "num_key_value_heads")
 }
-ROUTED = {"router_aux_loss_coef": 0.001, "output_router_logits": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_experts_per_tok": 8,
+ROUTED = {"router_aux_loss_coef": 0.001, "output_router_logits": False, "decoder_sparse_step": 1,
+          "mlp_only_layers": [], "num_experts_per_tok": 8,
           "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128}  # fmt: skip
 AS_PUBLISHED = {  # the keys of the published files of each family, with what they say where it is special
     "llama-2-7b": {"model_type": "llama", **LLAMA},
-    "llama-3.1-8b": {"model_type": "llama", **LLAMA, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "rope_theta": 500000.0,
-                     "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
-    "mistral-7b-v0.1": {"model_type": "mistral", **{k: v for k, v in LLAMA.items() if "bias" not in k}, "sliding_window": 4096, "num_key_value_heads": 8},
-    "mistral-nemo": {"model_type": "mistral", **{k: v for k, v in LLAMA.items() if "bias" not in k}, "sliding_window": None, "head_dim": 128, "hidden_size": 5120, "num_key_value_heads": 8},
-    "mixtral-8x7b": {"model_type": "mixtral", **{k: v for k, v in LLAMA.items() if "bias" not in k}, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
-                     "output_router_logits": False, "router_aux_loss_coef": 0.02, "router_jitter_noise": 0.0, "rope_theta": 1e6},
-    "qwen-7b-chat": {"model_type": "qwen", "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 4096,
-                     "intermediate_size": 22016, "kv_channels": 128, "layer_norm_epsilon": 1e-06, "max_position_embeddings": 32768, "no_bias": True, "num_attention_heads": 32,
-                     "num_hidden_layers": 32, "onnx_safe": None, "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 8192, "softmax_in_fp32": False,
-                     "use_cache_quantization": False, "use_cache_kernel": False, "use_dynamic_ntk": True, "use_logn_attn": True, "vocab_size": 151936},
+    "llama-3.1-8b": {"model_type": "llama", **LLAMA, "num_key_value_heads": 8, "intermediate_size": 14336,
+                     "vocab_size": 128256, "rope_theta": 500000.0,
+                     "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
+    "mistral-7b-v0.1": {"model_type": "mistral", **{k: v for k, v in LLAMA.items() if "bias" not in k},
+        "sliding_window": 4096, "num_key_value_heads": 8},
+    "mistral-nemo": {"model_type": "mistral", **{k: v for k, v in LLAMA.items() if "bias" not in k},
+        "sliding_window": None, "head_dim": 128, "hidden_size": 5120, "num_key_value_heads": 8},
+    "mixtral-8x7b": {"model_type": "mixtral", **{k: v for k, v in LLAMA.items() if "bias" not in k},
+                     "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+                     "output_router_logits": False, "router_aux_loss_coef": 0.02, "router_jitter_noise": 0.0,
+                     "rope_theta": 1e6},
+    "qwen-7b-chat": {"model_type": "qwen", "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0,
+                     "fp16": False, "fp32": False, "hidden_size": 4096,
+                     "intermediate_size": 22016, "kv_channels": 128, "layer_norm_epsilon": 1e-06,
+                     "max_position_embeddings": 32768, "no_bias": True, "num_attention_heads": 32,
+                     "num_hidden_layers": 32, "onnx_safe": None, "rotary_emb_base": 10000, "rotary_pct": 1.0,
+                     "scale_attn_weights": True, "seq_length": 8192, "softmax_in_fp32": False,
+                     "use_cache_quantization": False, "use_cache_kernel": False, "use_dynamic_ntk": True,
+                     "use_logn_attn": True, "vocab_size": 151936},
     "qwen2.5-7b": {"model_type": "qwen2", **QWEN2},
-    "qwen2-57b-a14b": {"model_type": "qwen2_moe", **QWEN2, **ROUTED, "num_experts": 64, "norm_topk_prob": False, "shared_expert_intermediate_size": 20480},
-    "qwen3-8b": {"model_type": "qwen3", **QWEN2, "attention_bias": False, "head_dim": 128, "sliding_window": None, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096},
-    "qwen3-30b-a3b": {"model_type": "qwen3_moe", **QWEN2, **ROUTED, "attention_bias": False, "head_dim": 128, "sliding_window": None, "num_attention_heads": 32, "hidden_size": 2048},
-    "baichuan-7b": {"model_type": "baichuan", **BAICHUAN, "architectures": ["BaiChuanForCausalLM"], "vocab_size": 64000},
-    "baichuan-13b": {"model_type": "baichuan", **{k: v for k, v in BAICHUAN.items() if k != "max_position_embeddings"}, "_from_model_config": True, "model_max_length": 4096,
+    "qwen2-57b-a14b": {"model_type": "qwen2_moe", **QWEN2, **ROUTED, "num_experts": 64, "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 20480},
+    "qwen3-8b": {"model_type": "qwen3", **QWEN2, "attention_bias": False, "head_dim": 128, "sliding_window": None,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096},
+    "qwen3-30b-a3b": {"model_type": "qwen3_moe", **QWEN2, **ROUTED, "attention_bias": False, "head_dim": 128,
+        "sliding_window": None, "num_attention_heads": 32, "hidden_size": 2048},
+    "baichuan-7b": {"model_type": "baichuan", **BAICHUAN, "architectures": ["BaiChuanForCausalLM"],
+        "vocab_size": 64000},
+    "baichuan-13b": {"model_type": "baichuan", **{k: v for k, v in BAICHUAN.items() if k != "max_position_embeddings"},
+                     "_from_model_config": True, "model_max_length": 4096,
                      "num_attention_heads": 40, "hidden_size": 5120, "vocab_size": 64000},
-    "baichuan2-13b": {"model_type": "baichuan", **{k: v for k, v in BAICHUAN.items() if k != "max_position_embeddings"}, "model_max_length": 4096, "z_loss_weight": 0, "vocab_size": 125696,
+    "baichuan2-13b": {"model_type": "baichuan",
+                      **{k: v for k, v in BAICHUAN.items() if k != "max_position_embeddings"},
+                      "model_max_length": 4096, "z_loss_weight": 0, "vocab_size": 125696,
                       "num_attention_heads": 40, "hidden_size": 5120},
-    "chatglm-6b": {"model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384, "layernorm_epsilon": 1e-05, "max_sequence_length": 2048, "num_attention_heads": 32,
-                   "num_layers": 28, "position_encoding_2d": True, "vocab_size": 130528, "gmask_token_id": 130001, "mask_token_id": 130000, "pre_seq_len": None,
+    "chatglm-6b": {"model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384,
+                   "layernorm_epsilon": 1e-05, "max_sequence_length": 2048, "num_attention_heads": 32,
+                   "num_layers": 28, "position_encoding_2d": True, "vocab_size": 130528, "gmask_token_id": 130001,
+                   "mask_token_id": 130000, "pre_seq_len": None,
                    "prefix_projection": False, "quantization_bit": 0},
     "chatglm2-6b": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm2-6b"},
-    "chatglm2-6b-32k": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16},
-    "chatglm3-6b-32k": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm3-6b-32k", "rope_ratio": 50},
-    "glm-4-9b-chat": {"model_type": "chatglm", **GLM_REMOTE, "num_layers": 40, "padded_vocab_size": 151552, "rope_ratio": 500, "layernorm_epsilon": 1.5625e-07},
-    "glm-4-9b-hf": {"model_type": "glm", **LLAMA, "attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07, "mlp_bias": False},
-    "glm-4-9b-0414": {"model_type": "glm4", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "attention_bias": False, "head_dim": 128, "partial_rotary_factor": 0.5, "num_key_value_heads": 2},
-    "bloom-560m": {"model_type": "bloom", "apply_residual_connection_post_layernorm": False, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "hidden_size": 1024,
-                   "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True, "n_head": 16, "n_inner": None, "n_layer": 24, "offset_alibi": 100, "seq_length": 2048,
-                   "skip_bias_add": True, "skip_bias_add_qkv": False, "slow_but_exact": False, "unk_token_id": 0, "vocab_size": 250880},
-    "gpt2": {"model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_embd": 768, "n_head": 12,
-             "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
-             "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257},
-    "opt-350m": {"model_type": "opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu", "do_layer_norm_before": False, "dropout": 0.1,
-                 "ffn_dim": 4096, "hidden_size": 1024, "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "num_attention_heads": 16, "num_hidden_layers": 24,
+    "chatglm2-6b-32k": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm2-6b-32k",
+        "rope_ratio": 16},
+    "chatglm3-6b-32k": {"model_type": "chatglm", **GLM_REMOTE, "_name_or_path": "THUDM/chatglm3-6b-32k",
+        "rope_ratio": 50},
+    "glm-4-9b-chat": {"model_type": "chatglm", **GLM_REMOTE, "num_layers": 40, "padded_vocab_size": 151552,
+        "rope_ratio": 500, "layernorm_epsilon": 1.5625e-07},
+    "glm-4-9b-hf": {"model_type": "glm", **LLAMA, "attention_bias": True, "head_dim": 128,
+        "partial_rotary_factor": 0.5, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07, "mlp_bias": False},
+    "glm-4-9b-0414": {"model_type": "glm4", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"},
+        "attention_bias": False, "head_dim": 128, "partial_rotary_factor": 0.5, "num_key_value_heads": 2},
+    "bloom-560m": {"model_type": "bloom", "apply_residual_connection_post_layernorm": False,
+                   "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "hidden_size": 1024,
+                   "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True, "n_head": 16, "n_inner": None,
+                   "n_layer": 24, "offset_alibi": 100, "seq_length": 2048,
+                   "skip_bias_add": True, "skip_bias_add_qkv": False, "slow_but_exact": False, "unk_token_id": 0,
+                   "vocab_size": 250880},
+    "gpt2": {"model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+             "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+             "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+             "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+             "summary_type": "cls_index", "summary_use_proj": True,
+             "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257},
+    "opt-350m": {"model_type": "opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+                 "activation_function": "relu", "do_layer_norm_before": False, "dropout": 0.1,
+                 "ffn_dim": 4096, "hidden_size": 1024, "init_std": 0.02, "layerdrop": 0.0,
+                 "max_position_embeddings": 2048, "num_attention_heads": 16, "num_hidden_layers": 24,
                  "prefix": "</s>", "vocab_size": 50272, "word_embed_proj_dim": 512},
-    "internlm-7b": {"model_type": "internlm", **INTERNLM, "bias": True, "vocab_size": 103168, "rotary": {"base": 10000, "type": "dynamic"}},
-    "internlm2.5-7b": {"model_type": "internlm2", **INTERNLM, "bias": False, "num_key_value_heads": 8, "rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attn_implementation": "eager"},
-    "gemma-2b": {"model_type": "gemma", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "num_attention_heads": 8, "num_key_value_heads": 1,
+    "internlm-7b": {"model_type": "internlm", **INTERNLM, "bias": True, "vocab_size": 103168,
+        "rotary": {"base": 10000, "type": "dynamic"}},
+    "internlm2.5-7b": {"model_type": "internlm2", **INTERNLM, "bias": False, "num_key_value_heads": 8,
+        "rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attn_implementation": "eager"},
+    "gemma-2b": {"model_type": "gemma", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "head_dim": 256,
+                 "hidden_act": "gelu", "hidden_activation": None, "num_attention_heads": 8, "num_key_value_heads": 1,
                  "hidden_size": 2048, "vocab_size": 256000},
-    "gemma-2-9b": {"model_type": "gemma2", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 8,
-                   "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "gemma-2-9b": {"model_type": "gemma2", **{k: v for k, v in LLAMA.items() if k != "mlp_bias"}, "head_dim": 256,
+                   "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+                   "num_key_value_heads": 8,
+                   "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid",
+                   "query_pre_attn_scalar": 256, "sliding_window": 4096,
                    "sliding_window_size": 4096, "num_attention_heads": 16, "hidden_size": 3584},
     "deepseek-v2-lite": {"model_type": "deepseek_v2", **DEEPSEEK},
-    "deepseek-v3": {"model_type": "deepseek_v3", **DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "n_group": 8, "topk_group": 4,
-                    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "q_lora_rank": 1536, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1,
+    "deepseek-v3": {"model_type": "deepseek_v3", **DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+                    "norm_topk_prob": True, "n_group": 8, "topk_group": 4,
+                    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "q_lora_rank": 1536,
+                    "first_k_dense_replace": 3, "num_nextn_predict_layers": 1,
                     "routed_scaling_factor": 2.5},
 }  # fmt: skip
 

@@ -1,12 +1,11 @@
 """How long training stands still for a checkpoint: async_save beside a blocking save, and what a verified resume costs.
 
-    python tests/bench/bench_checkpoint.py                      # 134 M parameters, AdamW: 1.6 GB a checkpoint; needs 12 GB of memory
+    python tests/bench/bench_checkpoint.py        # 134 M parameters, AdamW: 1.6 GB a checkpoint; needs 12 GB of memory
     python tests/bench/bench_checkpoint.py --layers 2 --rounds 3
 
-Prints a markdown table. Stall: seconds in save(), the median of the rounds. An async save is waited for before the next one
-is timed, as saves are further apart than they take. Its buffers are made before. "behind":
-until the checkpoint is complete. Training meanwhile: matrix products of one thread a rank, in seconds beside what they take
-when nothing is written.
+Prints a markdown table. Stall: seconds in save(), median of the rounds. An async save is waited for before the next one
+is timed, as saves are further apart than they take; its buffers exist before. "behind": until the checkpoint is
+complete. Training meanwhile: matrix products of one thread per rank, in seconds relative to when nothing is written.
 """
 
 import argparse
@@ -50,26 +49,26 @@ def measure(folder, config, degrees, rounds):
         seconds = timed(lambda: run.save(step))
         found["blocking"] += [seconds] if step > 1 else []
     topology, path = run.topology, Path(folder) / "blocking" / f"checkpoint-{rounds + 1}"
-    topology.meet()
+    topology.barrier()
     found["verify"] = timed(lambda: checkpoint.damaged(path, topology))
-    topology.meet()
+    topology.barrier()
     found["load"] = timed(
         lambda: (
             checkpoint.load_trained(run.model, path, run.args),
             checkpoint.load_checkpoint(path, run.optimizer, run.shards),
         )
     )
-    topology.meet()
+    topology.barrier()
     if topology.rank == 0:
         shutil.rmtree(Path(folder) / "blocking")
-    topology.meet()
+    topology.barrier()
     del run
     run = Run(Path(folder) / "async", config, degrees, "async_save", save_total_limit=1)
     run.set(1)
     busy()
     found["alone"] = busy()
     for step in range(1, rounds + 2):
-        topology.meet()
+        topology.barrier()
         begin = time.perf_counter()
         run.save(step)
         stall = time.perf_counter() - begin
@@ -105,7 +104,8 @@ def main():
         "tie_word_embeddings": False,
     }
     print(
-        "| processes | a rank holds | blocking save | async: stall | less | the first | until complete | a product beside it | verify | load |"
+        "| processes | a rank holds | blocking save | async: stall | less | the first | until complete "
+        "| a product beside it | verify | load |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, degrees in (("1", {}), ("2: dp 2", {"dp": 2}), ("2: tp 2", {"tp": 2})):
@@ -128,7 +128,8 @@ def main():
             rank["beside"][i] / rank["alone"] for rank in found for i in range(len(rank["beside"]))
         )
         print(
-            f"| {name} | {found[0]['bytes'] / 1e9:.2f} GB | {blocking:.2f} s | {stall:.3f} s | {100 * (1 - stall / blocking):.1f} % | {slowest[0]:.2f} s "
+            f"| {name} | {found[0]['bytes'] / 1e9:.2f} GB | {blocking:.2f} s | {stall:.3f} s "
+            f"| {100 * (1 - stall / blocking):.1f} % | {slowest[0]:.2f} s "
             f"| {behind:.2f} s | {beside:.2f} x | {slowest[1]:.2f} s | {slowest[2]:.2f} s |",
             flush=True,
         )

@@ -12,7 +12,7 @@ from jobs_parallel import quick
 
 
 def train(script, keys):
-    """A run of a script: {"losses", "printed", "read": bytes of tensors read, "error": the line of a UserError, or None}."""
+    """Run a script: {"losses", "printed", "read": bytes of tensors read, "error": message of a UserError or None}."""
     import kernels
 
     import arguments
@@ -51,7 +51,7 @@ def train(script, keys):
 
 
 class Run:
-    """A model on a topology with moments, and its CheckpointManager; all values follow from a step."""
+    """A model on a topology with moments, and its CheckpointManager; all values are a function of the step."""
 
     def __init__(self, folder, config, degrees, options="", **keys):
         import adapters
@@ -80,7 +80,7 @@ class Run:
         self.optimizer = trainer.AdamW(self.shards.pieces, args)
         tokenizer = types.SimpleNamespace(save=lambda folder: None)
         self.checkpoints = checkpoint.CheckpointManager(
-            args, self.model, tokenizer, self.optimizer, self.shards, self.topology
+            args, self.model, tokenizer, optimizer=self.optimizer, shards=self.shards, topology=self.topology
         )
         self.args = args
 
@@ -101,7 +101,7 @@ class Run:
 
 
 def content(name, shape, step):
-    """Values of a weight in the file's layout at a step."""
+    """Values of a weight at a step, in the stored layout."""
     start = float(sum(name.encode()) % 1000 + 1000 * step)
     return (start + np.arange(int(np.prod(shape)), dtype=np.float32) / 7).reshape(shape)
 
@@ -118,7 +118,7 @@ def save_until_killed(folder, config, degrees, options, first):
 
 
 def save_one(folder, config, degrees, options="", step=1, **keys):
-    """One checkpoint, and the model written to be used; what an error said."""
+    """Save one checkpoint, and the model for use; returns the message of a UserError, or None."""
     from formats.files import UserError
 
     run = Run(folder, config, degrees, options, **keys)
@@ -135,7 +135,7 @@ def save_one(folder, config, degrees, options="", step=1, **keys):
 
 
 def save_to_full_disk(folder, config, degrees, options, rank):
-    """A checkpoint that fits, then one whose rank `rank` finds the disk full; what the errors said."""
+    """A checkpoint that fits, then one for which rank `rank` finds the disk full; returns the error's message."""
     import checkpoint
     from formats.files import UserError
 
@@ -160,7 +160,7 @@ def save_to_full_disk(folder, config, degrees, options, rank):
 
 
 def find(folder, degrees, path=True):
-    """(the checkpoint that is found, what was printed), or (None, the error's line)."""
+    """(the checkpoint found, what was printed), or (None, the error's message)."""
     import arguments
     import checkpoint
     import distributed.collectives

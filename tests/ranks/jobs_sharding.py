@@ -48,7 +48,9 @@ def make_model(name, place, adapter=None, recompute=False, **changes):
     if adapter == "prefix":
         adapters.apply_prefix(model, 3, seed=1)
     elif adapter:
-        adapters.apply_lora(model, 4, 8.0, dropout=0.2 if adapter == "dropout" else 0.0, dora=adapter == "dora", seed=1)
+        adapters.apply_lora(
+            model, 4, alpha=8.0, dropout=0.2 if adapter == "dropout" else 0.0, dora=adapter == "dora", seed=1
+        )
         rng = np.random.default_rng(5)
         for layer in adapters.lora_layers(model).values():
             M.set_parameter(layer.lora_B, (0.1 * rng.standard_normal(layer.lora_B.shape)).astype(np.float32))

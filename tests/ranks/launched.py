@@ -1,7 +1,8 @@
-"""A script of ours in which one rank goes wrong: `launched.py SCRIPT WHAT@RANK ARGUMENTS…`, for tests/test_distributed.py.
+"""A script in which one rank fails: `launched.py SCRIPT WHAT@RANK ARGUMENTS…`, for tests/test_distributed.py.
 
-After its second step that rank raises (user, bug), dies (kill, exit), stops or hangs; "early" fails before arguments are
-read; KEY=VALUE gives it another argument, config:KEY=VALUE another key of the model's configuration, "code" other scripts.
+WHAT happens after the second step of that rank: it raises (user, bug), dies (kill, exit), stops or hangs. "early" fails
+before arguments are read; KEY=VALUE gives the rank another argument, config:KEY=VALUE another key of the model's
+configuration, "code" other scripts.
 """
 
 import dataclasses
@@ -13,15 +14,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import model
 import parallel
 import trainer
-from arguments import parse_args
 from formats.files import UserError
 
 script, (what, _, rank) = importlib.import_module(sys.argv[1]), sys.argv[2].partition("@")
 if os.environ.get("PADDLE_TRAINER_ID", "0") == rank:
-    step, versions, build = trainer.Log.step, parallel._versions, model.build
+    step, versions, build = trainer.Log.step, parallel._versions, parallel.build
 
     def after(log, state, *args, **kwargs):
         step(log, state, *args, **kwargs)
@@ -29,7 +28,7 @@ if os.environ.get("PADDLE_TRAINER_ID", "0") == rank:
             if what == "user":
                 raise UserError("the record on line 7 has no src")
             if what == "bug":
-                1 / 0
+                raise ZeroDivisionError("division by zero")
             if what in ("kill", "stop"):
                 os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
             if what == "exit":
@@ -42,12 +41,12 @@ if os.environ.get("PADDLE_TRAINER_ID", "0") == rank:
 
     trainer.Log.step = after
     if what == "early":
-        parse_args = early
+        trainer.parse_args = early
     elif what == "code":
         parallel._versions = lambda: {**versions(), "model.py": "another"}
     elif what.startswith("config:"):
         key, _, value = what[7:].partition("=")
-        model.build = lambda config, *args: build(
+        parallel.build = lambda config, *args: build(
             dataclasses.replace(config, **{key: type(getattr(config, key))(value)}), *args
         )
     elif "=" in what:

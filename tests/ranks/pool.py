@@ -1,10 +1,10 @@
-"""Processes that stand for the ranks of a run, on this machine, for tests: started once, they do one job after another.
+"""Processes that stand for the ranks of a run, for tests: started once, they do one job after another.
 
     with Ranks(4) as ranks:
-        found = ranks.run("jobs_parallel:train", {...})        # [result of rank 0, of rank 1, …]
+        results = ranks.run("jobs_parallel:train", {...})        # [result of rank 0, of rank 1, …]
 
-A job is a function of a module under tests/, called on every rank with the same arguments; connections between ranks are
-kept from one job to the next. One that raises on any rank is an error here, with that rank's traceback, and ends all.
+A job is a function of a module under tests/, called on every rank with the same arguments; process groups are kept from
+one job to the next. If it raises on any rank, run() raises RuntimeError with that rank's traceback, and all are ended.
 """
 
 import importlib
@@ -21,8 +21,9 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 class Ranks:
-    def __init__(self, world, threads=1):
-        """threads: of each process."""
+    """`world` processes of `threads` compute threads each; they are started by the first run()."""
+
+    def __init__(self, world: int, threads: int = 1):
         self.world, self.threads, self.processes, self.pipes = world, str(threads), [], []
 
     def start(self):
@@ -41,29 +42,30 @@ class Ranks:
             command = [sys.executable, __file__, self.listener.address]
             self.processes.append(subprocess.Popen(command, env=environment, cwd=TESTS.parent))
         pipes = [self.listener.accept() for _ in range(self.world)]
-        self.pipes = [pipe for _, pipe in sorted(((pipe.recv(), pipe) for pipe in pipes), key=lambda found: found[0])]
+        self.pipes = [pipe for _, pipe in sorted(((pipe.recv(), pipe) for pipe in pipes), key=lambda entry: entry[0])]
 
     def run(self, job, *args, timeout=300, **kwargs):
-        """[what the job "module:function" returns on each rank]; RuntimeError with the traceback of every rank that has one."""
+        """[what the job "module:function" returns on each rank]; RuntimeError with the traceback of every rank that has
+        one."""
         if not self.processes:
             self.start()
         for pipe in self.pipes:
             pipe.send((job, args, kwargs))
-        found, end = [], time.monotonic() + timeout
+        answers, end = [], time.monotonic() + timeout
         for pipe in self.pipes:
             try:
                 there = pipe.poll(max(0.0, end - time.monotonic()))
-                found.append(pipe.recv() if there else (False, f"no answer within {timeout} s"))
+                answers.append(pipe.recv() if there else (False, f"no answer within {timeout} s"))
             except EOFError:
-                found.append((False, "it ended"))
-        wrong = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(found) if not fine]
-        if wrong:
+                answers.append((False, "it ended"))
+        errors = [f"rank {rank}: {text}" for rank, (succeeded, text) in enumerate(answers) if not succeeded]
+        if errors:
             self.stop()  # their connections may be broken
-            raise RuntimeError("\n".join(wrong))
-        return [result for _, result in found]
+            raise RuntimeError("\n".join(errors))
+        return [result for _, result in answers]
 
     def stop(self):
-        for process in reversed(self.processes):  # rank 0 last: without it the others would complain
+        for process in reversed(self.processes):  # rank 0 last: the others would report that it is gone
             process.kill()
             process.wait()
         if self.processes:
@@ -88,7 +90,7 @@ def _free_ports(count):
 
 
 def serve(address):
-    """One rank: do jobs until the other end is gone."""
+    """One rank: do jobs until the test process is gone."""
     sys.path[:0] = [str(TESTS.parent), str(TESTS), *(str(TESTS / name) for name in ("golden", "ranks", "bench"))]
     with Client(address, authkey=b"ranks") as pipe:
         pipe.send(int(os.environ["PADDLE_TRAINER_ID"]))
