@@ -919,7 +919,7 @@ def print_replies(records: list[dict], before: list[str], after: list[str]) -> N
     """Show the replies to the last user turn of these records before and after training."""
     for record, old, new in zip(records, before, after):
         turns = [record["src"]] if isinstance(record["src"], str) else record["src"]
-        earlier = f"(after {len(turns) - 1} earlier turns) " if len(turns) > 1 else ""
+        earlier = f"(turn {len(turns)} of {len(turns)}) " if len(turns) > 1 else ""
         print(f"\nprompt: {earlier}{turns[-1]}\nbefore: {old}\nafter:  {new}")
 
 

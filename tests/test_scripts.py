@@ -8,11 +8,13 @@ process has to die; as a later run starts with whatever earlier ones left behind
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -305,6 +307,64 @@ def test_evaluation_alone_of_a_saved_adapter(world, tmp_path):
     )
     found = [json.loads((tmp_path / name / "dev_results.json").read_text())["eval_loss"] for name in ("lora", "eval")]
     assert found[1] == pytest.approx(found[0], rel=1e-5) and tree(tmp_path / "lora") == before
+
+
+# ---------------------------------------------------------------------------------------------- what a newcomer sees
+
+
+def next_command(printed):
+    """(script, arguments) of the last line, which must be a command that runs as it stands."""
+    words = shlex.split(printed.splitlines()[-1])
+    assert words[:2] == ["next:", "python"] and (ROOT / words[2]).is_file(), words
+    return words[2], words[3:]
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune], ids=lambda script: script.__name__)
+def test_a_run_ends_with_the_next_command(script, world, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "an out"
+    run(script, keys_of(script, world, out, max_steps=1))
+    name, argv = next_command(capfd.readouterr().out)
+    monkeypatch.chdir(ROOT)
+    if script is finetune:
+        assert name == "serve.py" and parse_args(serve.Args, argv).model_name_or_path == str(out)
+    else:
+        assert name == "finetune.py" and parse_args(finetune.Args, argv).model_name_or_path == str(out)
+    run(script, keys_of(script, world, out, do_train=False, do_eval=True))
+    assert "next:" not in capfd.readouterr().out  # nothing was made
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune], ids=lambda script: script.__name__)
+def test_a_run_with_nothing_left_says_so(script, world, tmp_path, capfd):
+    keys = keys_of(script, world, tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2)
+    run(script, keys)
+    assert "nothing left" not in capfd.readouterr().out
+    run(script, keys | {"resume_from_checkpoint": True})
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("nothing left to train")]
+    assert lines == ["nothing left to train: step 2 of 2 is reached; raise max_steps or num_train_epochs"]
+
+
+def test_conversations_are_shown_before_and_after_too(world, tmp_path, capfd):
+    """Dev records whose src is a list of turns: their last turn is what the model answers."""
+    own = tmp_path / "own"
+    shutil.copytree(world, own)
+    records = [{"src": ["red lamp"], "tgt": ["ten"]}, {"src": ["blue hat", "and why"], "tgt": ["coins", "so"]}]
+    write_records(own / "sft" / "dev.json", records)
+    run(finetune, keys_of(finetune, own, tmp_path / "out", max_steps=1, do_eval=True))
+    printed = capfd.readouterr().out
+    assert re.findall(r"^prompt: (.*)", printed, re.M) == ["red lamp", "(turn 2 of 2) and why"]
+    assert [len(re.findall(rf"^{word}: ", printed, re.M)) for word in ("before", "after")] == [2, 2]
+
+
+def test_the_console_shows_only_arguments_that_differ_from_their_defaults(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    run(finetune, keys_of(finetune, world, out, max_steps=1))
+    printed = capfd.readouterr().out
+    shown = re.search(r"^arguments: (.*?)^step 1/1", printed, re.M | re.S)[1].split()
+    keys = {word.partition("=")[0] for word in shown if "=" in word}
+    assert {"output_dir", "learning_rate", "src_length"} <= keys and len(keys) < 20
+    saved = json.loads((out / "run_args.json").read_text())
+    defaults = {field.name: field.default for field in dataclasses.fields(finetune.Args)}
+    assert keys < saved.keys() and not {key for key in keys if saved[key] == defaults[key]}
 
 
 # ---------------------------------------------------------------------------------------------- resuming
