@@ -343,7 +343,7 @@ class CheckpointManager:
         self.pending, self.last, self.buffers = None, None, {} if "async_save" in self.options else None
         if "skip_save_model_weight" in self.options and not self.masters:
             self._say("skip_save_model_weight is ignored: no master weights are saved that could stand for the weights")
-        if self.rounds != "O0" and getattr(optimizer, "rounded", 0) >= MAX_QUANTIZATION_TIMES:
+        if self.rounds != "O0" and getattr(optimizer, "requantized", 0) >= MAX_QUANTIZATION_TIMES:
             self._say(
                 f"ckpt_quant_stage: {self.rounds} is ignored: the moments were in few bits once; again would lose more"
             )
@@ -410,7 +410,7 @@ class CheckpointManager:
             index["optimizer"] = {
                 "master_weights": self.masters,
                 "ckpt_quant_stage": self.rounds,
-                "quant_ckpt_resume_times": getattr(self.optimizer, "rounded", 0),
+                "quant_ckpt_resume_times": getattr(self.optimizer, "requantized", 0),
             }
         record = {
             **dataclasses.asdict(state),
@@ -764,7 +764,7 @@ def load_checkpoint(path, optimizer=None, shards=None, output_dir=None):
             raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
         optimizer.load(stored_tensors(path, ("optimizer.safetensors",)), shards)
         optimizer.steps, how = saved["optimizer_steps"], json.loads(index.read_text())
-        optimizer.rounded = how.get("quant_ckpt_resume_times", 0) + (how.get("ckpt_quant_stage", "O0") != "O0")
+        optimizer.requantized = how.get("quant_ckpt_resume_times", 0) + (how.get("ckpt_quant_stage", "O0") != "O0")
     state = TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
     if state.best_checkpoint and not (Path(output_dir or path.parent) / state.best_checkpoint).is_dir():
         state.best_metric = state.best_checkpoint = None

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import kernels  # noqa: F401, before paddle: it silences what paddle prints while it is imported
+import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
 
 import numpy as np
 import paddle
@@ -275,25 +275,18 @@ def check_model(model: CausalLM, args: Args) -> None:
     if model.prefix is not None:
         raise UserError(f"{path}: has a trained prefix, which preference training would lose")
     if config.position == "alibi":
-        raise UserError(
-            f"{path}: {config.family} uses ALiBi, which counts the tokens between a reply and its prompt: the second "
-            "of two replies that share a prompt would count the first one's; dpo.py does not support it"
-        )
-    limit = {
+        raise UserError(f"{path}: {config.family} has ALiBi, with which two replies cannot share a prompt in one row")
+    dynamic_rope = {  # rotates a prompt by the length of its reply
         "dynamic": config.max_position_embeddings,
         "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),
-    }.get(config.rope["rope_type"])
-    if limit and args.max_seq_len > limit:
-        raise UserError(
-            f"max_seq_len: {args.max_seq_len}: past {limit} positions dynamic rope rotates a prompt by the length of "
-            f"its reply, so that two replies cannot share one; at most {limit}"
-        )
-    window = min((w for w in config.windows if w), default=args.max_seq_len)
-    if args.max_seq_len > window:
-        raise UserError(
-            f"max_seq_len: {args.max_seq_len}: {config.family} attends to {window} tokens, so that the second of two "
-            f"replies to a prompt would see less of it than the first; at most {window}"
-        )
+    }
+    window = min((w for w in config.windows if w), default=None)  # the second reply would see less of the prompt
+    for kind, limit in (("dynamic rope", dynamic_rope.get(config.rope["rope_type"])), ("a sliding window", window)):
+        if limit and args.max_seq_len > limit:
+            raise UserError(
+                f"max_seq_len: {args.max_seq_len}: {config.family} has {kind}, with which two replies share a prompt "
+                f"within {limit} positions only; at most {limit}"
+            )
 
 
 def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -> None:
@@ -328,20 +321,6 @@ def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoade
     return loader
 
 
-def train_reference(model: CausalLM, loader: PreferenceLoader, args: Args, topology: Topology) -> np.ndarray | None:
-    """precompute_reference_logps() of all pairs of a run; None without a reference, or where LoRA can be switched off:
-    not in a pipeline, where a micro-batch runs through once."""
-    if args.reference_free or (args.lora and topology.pp.size == 1):
-        return None
-    start, per_epoch, ranks = time.perf_counter(), loader.batches_per_epoch, topology.data_size
-    steps, _ = trainer.total_steps(args, per_epoch, ranks)
-    batches = [index for step in range(steps) for index in trainer.micro_batches(step, args, per_epoch, ranks)]
-    logps = precompute_reference_logps(model, loader, batches, not args.disable_tqdm)
-    pairs = int((~np.isnan(logps[:, 0])).sum())
-    print(f"reference: log-probabilities of {pairs:,} pairs computed in {time.perf_counter() - start:.1f} s")
-    return logps
-
-
 def main(args: Args) -> None:
     # ====================================================================== 1. topology, output folder, tokenizer, data
     topology = parallel.init_parallel(args)
@@ -365,8 +344,8 @@ def main(args: Args) -> None:
         dev_reference = precompute_reference_logps(model, dev, batches, not args.disable_tqdm)
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     prompts = [dev.dataset.pair(i)[0] for i in shown]
-    limits = {"max_new_tokens": args.max_new_tokens, "max_length": model.config.max_model_len}
-    replies_before = trainer.generate_replies(model, tokenizer, prompts, **limits, batch_size=1)
+    limits = {"max_new_tokens": args.max_new_tokens, "max_length": model.config.max_model_len, "batch_size": 1}
+    replies_before = trainer.generate_replies(model, tokenizer, prompts, **limits)
 
     def evaluate():
         return evaluate_pairs(model, dev, dev_reference, args, topology)
@@ -374,7 +353,14 @@ def main(args: Args) -> None:
     if args.do_train:
         # ================================================================== 3. reference, adapter, optimizer, log
         before = evaluate() if dev else None
-        reference = train_reference(model, train, args, topology)
+        reference = None
+        if not args.reference_free and (not args.lora or topology.pp.size > 1):  # else LoRA can be switched off
+            start, per_epoch, ranks = time.perf_counter(), train.batches_per_epoch, topology.data_size
+            steps = range(trainer.total_steps(args, per_epoch, ranks)[0])
+            batches = [index for step in steps for index in trainer.micro_batches(step, args, per_epoch, ranks)]
+            reference = precompute_reference_logps(model, train, batches, not args.disable_tqdm)
+            pairs = int((~np.isnan(reference[:, 0])).sum())
+            print(f"reference: log-probabilities of {pairs:,} pairs computed in {time.perf_counter() - start:.1f} s")
         setup_adapter(model, args, checkpoint)
         run = trainer.setup_training(args, model, tokenizer, train, topology, checkpoint=checkpoint, metrics=METRICS)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
@@ -446,7 +432,7 @@ def main(args: Args) -> None:
                 old, new = (100 * values[f"eval_{name}/accuracies"] for values in (before, metrics))
                 print(f"  {quantity}: before {old:.1f} %, after {new:.1f} %")
     if shown:
-        replies = trainer.generate_replies(model, tokenizer, prompts, **limits, batch_size=1)
+        replies = trainer.generate_replies(model, tokenizer, prompts, **limits)
         trainer.print_replies([dev.dataset.record(i) for i in shown], replies_before, replies)
     if args.do_train:
         print(f"\nnext: python serve.py --model_name_or_path {shlex.quote(args.output_dir)}")

@@ -245,13 +245,7 @@ def setup_training(
         peak_flops = measure_matmul_peak()
         print(f"matmul peak: {peak_flops / 1e9:,.0f} GFLOP/s float32, measured; mfu is relative to it")
     log = Log(
-        args,
-        steps,
-        state,
-        flops_per_token=flops_per_token,
-        peak_flops=peak_flops,
-        topology=topology,
-        metrics=metrics,
+        args, steps, state, flops_per_token=flops_per_token, peak_flops=peak_flops, topology=topology, metrics=metrics
     )
     checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
     return Run(optimizer, shards, state, steps, steps_per_epoch, log, checkpoints)
@@ -460,7 +454,7 @@ class AdamW:
         assert len(set(names)) == len(names), f"names must be unique: {sorted(names)}"
         self.weights, self.args, self.lr_scale = weights, args, lr_scale or {}
         self.steps = 0  # updates so far; bias correction counts from 1
-        self.rounded = 0  # how often the moments were resumed from a checkpoint that quantizes them
+        self.requantized = 0  # how often the moments were resumed from a checkpoint that quantizes them
         self.on_host = "offload" in (getattr(args, "sharding", None) or "")
         if self.on_host and paddle.device.get_device().startswith("cpu"):
             print("sharding: offload has no effect: the device is the CPU, so moments are in host memory anyway")
@@ -535,14 +529,6 @@ class AdamW:
                 continue
             for i, array in enumerate(_moments_of(weight, found, shards.extent(weight))):
                 self.moments[weight.name][i].set_value(array)
-
-
-@paddle.no_grad()
-def global_grad_norm(weights: list) -> float:
-    """Euclidean norm over all gradients; squares are summed in float64."""
-    gradients = [weight.parameter.grad for weight in weights]
-    squares = [kernels.squared_norm(gradient) for gradient in gradients if gradient is not None]
-    return math.sqrt(float(paddle.stack(squares).sum())) if squares else 0.0
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

@@ -658,7 +658,7 @@ BAD = {  # name: (change(world, keys), what the line says)
     "dora_alone": (put(dora=True), "dora needs lora: true"),
     "prefix_tuning": (put(prefix_tuning=True), "prefix_tuning: True: use finetune.py for fine-tuning"),
     "prefix_model": (prefix_model, "has a trained prefix"),
-    "dynamic_rope": (dynamic_rope, "max_seq_len: 600: past 512 positions dynamic rope"),
+    "dynamic_rope": (dynamic_rope, "max_seq_len: 600: llama has dynamic rope, .* at most 512"),
     "best_by": (
         put(do_eval=True, evaluation_strategy="steps", save_strategy="steps", load_best_model_at_end=True, metric_for_best_model="ppl"),
         "metric_for_best_model: ppl; possible here are loss and accuracy",
