@@ -299,7 +299,7 @@ class _Given(typing.NamedTuple):
     is_text: bool  # from the command line, so still to be converted
 
 
-def parse_args(Args: type, argv: list[str] | None = None):
+def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
     """`argv` (default: the command line): JSON files, then --key value or --key=value, later wins -> a checked Args.
 
     Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
@@ -363,7 +363,7 @@ def _check_foreign_key(key: str, given: _Given, kinds: dict) -> list[str]:
     name, value, where, _ = given
     training_keys = {field.name for field in dataclasses.fields(TrainingArgs)}
     if key == "dry_run" and not _harmless(key, value):
-        raise UserError(f"{where}: dry_run: only pretrain.py, finetune.py and dpo.py have a dry run")
+        raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py have one; this script does not train")
     if key in training_keys:
         return [f"ignored: {name}: this script does not train"]
     if key in REFUSED and not _harmless(key, value):

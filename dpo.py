@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
@@ -155,7 +155,7 @@ LOSSES = {
 }
 
 
-def pair_counts(batches) -> tuple[int, int]:
+def pair_counts(batches: Iterable[dict]) -> tuple[int, int]:
     """(pairs, tokens of their chosen replies) of some batches: what the means of a step or an evaluation are over."""
     tokens = [batch["reply_tokens"][:, 0] for batch in batches if not batch.get("is_dummy")]
     return sum(map(len, tokens)), int(sum(part.sum() for part in tokens))

@@ -394,7 +394,7 @@ def test_what_an_adapter_trains(flags):
     args = parse_args(finetune.Args, ["--dry_run", "true", *map(str, argv)])
     args.lora_alpha = 8.0
     net = from_pretrained(ROOT / "demo" / "llama")
-    finetune.adapt(net, args, None)
+    trainer.setup_adapter(net, args)
     trained = sum(math.prod(weight.shape) for weight in trainable_weights(net))
     assert f"trained: {trained:,} (" in text and parameters(text) == 2951616
     assert memory(text)["gradients"] == pytest.approx(4e-9 * trained, abs=1e-6)

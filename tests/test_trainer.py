@@ -759,7 +759,7 @@ def kill_saves(folder, kills, seed):
 
 def test_kill_at_any_moment(tmp_path):
     command = [sys.executable, __file__, str(tmp_path / "out"), "30"]
-    path = os.pathsep.join([str(REPO), str(REPO / "tests" / "ranks")])
+    path = os.pathsep.join([str(REPO), *(str(REPO / "tests" / name) for name in ("ranks", "bench"))])
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
