@@ -750,7 +750,7 @@ def test_lengths_beyond_a_learned_table_are_refused(keys, words, world, tmp_path
     with pytest.raises(SystemExit):
         run_script(finetune, given)
     assert (
-        re.search(f"base: has learned 64 positions; .*{words}", capsys.readouterr().err)
+        re.search(f"base: has 64 learned positions, .*{words}", capsys.readouterr().err)
         and not (tmp_path / "out").exists()
     )
 
