@@ -1,10 +1,10 @@
-"""Scripts as a user runs them, finetune.py and pretrain.py above all: every mode, resuming, being killed, wrong input, upstream's configs.
+"""Scripts as a user runs them, mostly finetune.py and pretrain.py: every mode, resuming, kills, wrong input, configs.
 
     python -m pytest tests/test_scripts.py            # CPU, under a minute; -rP: the tables
     python -m pytest tests/test_scripts.py --slow     # and thirty kills instead of five
 
 Runs are tiny: two layers, random weights, a few of the demo's records. They happen in this process, except where a
-process has to die; as a later run starts with whatever earlier ones left behind in Paddle, equal results say the more.
+process has to die. A later run starts with the state that earlier ones left in Paddle and must give equal results.
 """
 
 import contextlib
@@ -1018,8 +1018,9 @@ def test_upstream_config(name, world, tmp_path, capfd):
 
 # ---------------------------------------------------------------------------------------------- our configs
 
-SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo, "gptq": quantize, "ptq": quantize,
-             "wint8": quantize, "hf": export, "static": export, "serve": serve}  # fmt: skip
+SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo,
+             "gptq": quantize, "ptq": quantize, "wint8": quantize, "hf": export, "static": export,
+             "serve": serve}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda path: path.name)

@@ -67,7 +67,8 @@ UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dro
     rslora_plus simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
     smooth_piecewise_search smooth_search_piece smooth_step src_length temperature tensor_parallel_output top_p
     train_dataset_path train_datasets update_iters use_flash_attention use_fused_head_and_loss_fn
-    ref_model_update_steps unified_checkpoint use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera weight_quant_method
+    ref_model_update_steps unified_checkpoint use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera
+    weight_quant_method
     weight_quantize_algo zero_padding""".split()
 
 
@@ -469,7 +470,7 @@ def constant(name, array):
 
 
 def whole(weights):
-    """What parallel.ZeroOptimizer says where nothing is cut up."""
+    """ZeroOptimizer of one process: nothing is sharded."""
     nowhere = types.SimpleNamespace(elsewhere=frozenset())
     return types.SimpleNamespace(
         weights=weights,
@@ -829,8 +830,8 @@ def test_logging_steps(tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 4, 8, 10]
 
 
-def test_communication_is_of_steps_alone(tmp_path):
-    """Shares of the steps' time since the last line, axis by axis; what is talked between steps is nobody's."""
+def test_communication_is_of_steps_only(tmp_path):
+    """Shares of the steps' time since the last line, axis by axis, without communication between steps."""
     topology, state = Topology(Degrees(dp=2, tp=2)), TrainState()
     log = Log(make_args(tmp_path, disable_tqdm=True, logging_steps=2), 4, state, topology=topology)
     for talked in (0.1, 0.2, 0.3, 0.5):
