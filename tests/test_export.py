@@ -592,7 +592,7 @@ def test_what_is_there_is_not_lost(tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match="overwrite_output_dir"):
         run(out, model_name_or_path=DEMO)
-    with pytest.raises(UserError, match="lies in output_dir"):
+    with pytest.raises(UserError, match="is inside output_dir"):
         run(out, model_name_or_path=out, overwrite_output_dir="true")
     adapter, _ = lora_folder(tmp_path, out)
     with pytest.raises(UserError, match="the base of"):

@@ -211,7 +211,7 @@ def test_what_does_not_train_is_refused_with_several_processes(script, monkeypat
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
     config = {quantize: "llama_gptq", export: "llama_hf", serve: "llama_serve"}[script]
     with pytest.raises(
-        UserError, match="this run has 2 processes, but this script works in one: start it without the launcher"
+        UserError, match="this script runs in one process, but 2 were started: start it without the launcher"
     ):
         parse_args(script.Args, [f"configs/{config}.json"])
 

@@ -34,8 +34,8 @@ from arguments import parse_args
 from families import ModelConfig
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, named_weights, save_pretrained
-from plan import CATALOGUE, _activations, dry_run, model_config, presets
 from parallel import Degrees
+from plan import CATALOGUE, _activations, dry_run, model_config, presets
 
 PRESETS = presets()
 OWN = [name for name, preset in PRESETS.items() if "like" not in preset]
@@ -400,7 +400,7 @@ def test_what_an_adapter_trains(flags):
     args = parse_args(finetune.Args, ["--dry_run", "true", *map(str, argv)])
     args.lora_alpha = 8.0
     net = from_pretrained(ROOT / "demo" / "llama")
-    finetune.adapt(net, args, None)
+    trainer.setup_adapter(net, args)
     trained = sum(math.prod(weight.shape) for weight in trainable_weights(net))
     assert f"trained: {trained:,} (" in text and parameters(text) == 2951616
     assert memory(text)["gradients"] == pytest.approx(4e-9 * trained, abs=1e-6)

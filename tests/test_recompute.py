@@ -233,7 +233,7 @@ def test_keys(script, tmp_path):
 
 def test_a_layer_that_is_not_there():
     model = tiny_models.build("llama")
-    with pytest.raises(UserError, match="no_recompute_layers: 2; the model's 2 layers are counted from 0"):
+    with pytest.raises(UserError, match="no_recompute_layers: 2; the model has 2 layers, counted from 0"):
         trainer.set_recompute(
             model, types.SimpleNamespace(recompute=True, recompute_granularity="full", no_recompute_layers=[0, 2])
         )
