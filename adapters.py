@@ -19,7 +19,7 @@ from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, _json_object, atomic_file
 from formats.tensor_files import read_safetensors, write_safetensors
 from formats.weights import SaveEntry, Weight, _paddlenlp_names, load_weights, named_weights, stored_tensors
-from model import Linear, QuantLinear, RNGTracker, block_linears, build, set_parameter
+from model import Linear, QuantLinear, RNGTracker, block_linears, build, linear_paths, set_parameter
 
 
 def trainable_weights(model):
@@ -140,12 +140,12 @@ class LoRALinear(nn.Layer):
         self.lora_B = self.create_parameter([rank, n_out], default_initializer=nn.initializer.Constant(0.0))
         self.lora_magnitude_vector = None
         self.initial = None
-        self.draws, self.key = RNGTracker(), ""  # apply_lora() gives it the model's, and its path
+        self.rng, self.key = RNGTracker(), ""  # apply_lora() sets the model's, and its path
         for p in base.parameters():
             p.stop_gradient = True
         if dora:
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
-            self.lora_magnitude_vector.set_value(base.norms(self.base.weight.astype("float32")))
+            self.lora_magnitude_vector.set_value(base.column_norms(self.base.weight.astype("float32")))
             if (cut := getattr(base.weight, "shard_spec", None)) is not None and cut.dim == 1:
                 self.lora_magnitude_vector.shard_spec = cut.of(0, cut.shape[1:])
 
@@ -171,7 +171,7 @@ class LoRALinear(nn.Layer):
         if self.lora_magnitude_vector is None:
             return y + update if bias is None else y + bias + update
         with paddle.no_grad():
-            norm = base.norms(base.weight.astype("float32") + self.delta())
+            norm = base.column_norms(base.weight.astype("float32") + self.delta())
         ratio = self.lora_magnitude_vector / norm  # (out,)
         plain = y if dropped is x else base.product(dropped)
         y = y if bias is None else y + bias
@@ -181,13 +181,13 @@ class LoRALinear(nn.Layer):
         """x after dropout."""
         if not self.training:
             return x
-        with self.draws.under(self.key):
+        with self.rng.fork(self.key):
             return F.dropout(x, self.dropout)
 
     @paddle.no_grad()
     def start_pissa(self):
         """A B = the R largest singular triples of the weight, which the base loses."""
-        u, s, vt = np.linalg.svd(self.base.whole_weight().astype(np.float64), full_matrices=False)
+        u, s, vt = np.linalg.svd(self.base.full_weight().astype(np.float64), full_matrices=False)
         rank = self.lora_A.shape[1]
         root = np.sqrt(s[:rank] / self.scaling)
         self.set_pissa((u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32))
@@ -211,7 +211,7 @@ class LoRALinear(nn.Layer):
             )
         weight = self.base.weight.astype("float32") + self.delta()
         if self.lora_magnitude_vector is not None:
-            weight = weight * (self.lora_magnitude_vector / self.base.norms(weight))
+            weight = weight * (self.lora_magnitude_vector / self.base.column_norms(weight))
         self.base.weight.set_value(weight.astype(self.base.weight.dtype))
         return self.base
 
@@ -223,12 +223,7 @@ def lora_layers(model):
 
 def linears_on_other_ranks(model):
     """{Hugging Face module path} of the linears of the blocks that other processes hold."""
-    rows = weight_names(model.config) if model.names_on_other_ranks else ()
-    paths = [
-        theirs.removesuffix(".weight")
-        for ours, theirs, _ in rows
-        if ours.startswith("layers.") and ours.endswith("_proj.weight")
-    ]
+    paths = [theirs for _, theirs in linear_paths(model.config)] if model.names_on_other_ranks else []
     return {path for path in paths if not model.names_on_other_ranks.isdisjoint((path + ".weight", path + ".qweight"))}
 
 
@@ -270,7 +265,7 @@ def apply_lora(model, rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False,
         generator = np.random.default_rng([seed, zlib.crc32(path.encode())])  # the start depends on seed and name alone
         bound = math.sqrt(1 / layer.n_in)
         set_parameter(lora.lora_A, generator.uniform(-bound, bound, lora.lora_A.shape).astype(np.float32))
-        lora.draws, lora.key = model.draws, path
+        lora.rng, lora.key = model.rng, path
         if pissa:
             lora.start_pissa()
         setattr(parent, attribute, lora)
@@ -327,6 +322,7 @@ class Prefix(nn.Layer):
             config.num_key_value_heads,
             config.head_dim,
         )
+        self.local_heads = None  # slice of the key heads that a rank of tp uses; None: all
         width = self.heads * self.head_dim
         self.embedding = self.create_parameter([tokens, width if projection else self.layers * 2 * width])
         self.hidden, self.output = None, None
@@ -341,12 +337,16 @@ class Prefix(nn.Layer):
             return self.embedding
         return self.output(paddle.tanh(self.hidden(self.embedding)))
 
-    def fill(self, cache, B):
-        table = self.table().reshape([self.tokens, self.layers, 2, self.heads, self.head_dim])
-        table = table.unsqueeze(0).expand([B, *table.shape])  # (B, P, L, 2, K, Dh)
-        for layer in range(self.layers):
-            cache.keys[layer], cache.values[layer] = table[:, :, layer, 0], table[:, :, layer, 1]
-        cache.tokens = cache.prefix_tokens = self.tokens
+    def keys_and_values(self, B, comm):
+        """[(k, v)] of each layer, each (B, P, K/tp, Dh); comm: model.LocalComm, or its version for several ranks."""
+        return comm.run_unit("prefix", self._keys_and_values, B)
+
+    def _keys_and_values(self, B):
+        table = self.table().clone().reshape([self.tokens, self.layers, 2, self.heads, self.head_dim])
+        if self.local_heads is not None:
+            table = table[:, :, :, self.local_heads]
+        table = table.unsqueeze(0).expand([B, *table.shape])  # (B, P, L, 2, K/tp, Dh)
+        return [(table[:, :, layer, 0], table[:, :, layer, 1]) for layer in range(self.layers)]
 
 
 def apply_prefix(model, tokens=128, projection=False, projection_hidden_size=None, seed=0):
@@ -437,7 +437,7 @@ def adapter_files(model, base_model=None):
         if prefix.hidden is None:
             return config, {"adapter_model.safetensors": (list(entries.values()), {})}
         with paddle.no_grad():
-            table = prefix.table().numpy()
+            table = model.comm.run_unit("prefix", lambda: prefix.table().clone()).numpy()
         made = SaveEntry({"prompt_embeddings": (list(table.shape), "float32")}, [], lambda: [table])
         return config, {
             "prefix_projection.safetensors": (list(entries.values()), {}),

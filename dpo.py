@@ -252,15 +252,24 @@ def count_wins(values):
 # ==================================================================================================== both models
 
 
+def logps_inputs(batch):
+    """What the model is called with to give plain -log p of the labels."""
+    return {**trainer.model_inputs(batch), "auxiliary_losses": False}
+
+
 def reply_logps(model, batch):
-    """(N, 2) float64: summed log-probabilities of the chosen and the rejected reply of each of the batch's N pairs.
+    """sum_of_replies() of this model."""
+    return sum_of_replies(model(**logps_inputs(batch)), batch)
+
+
+def sum_of_replies(losses, batch):
+    """losses (B, T), -log p -> (N, 2) float64: summed log-probabilities of the chosen and the rejected reply of each of the batch's N pairs.
 
     What is compared is a small difference of such sums: at 300 nats the next float32 is 3e-5 away.
     """
-    losses = model(**trainer.model_inputs(batch), additions=False).flatten()  # (B * T,), never a sequence's logits
     reply_ids = batch["reply_ids"].flatten()
     kept = np.flatnonzero(reply_ids >= 0)
-    losses = paddle.gather(losses, paddle.to_tensor(kept)).astype("float64")
+    losses = paddle.gather(losses.flatten(), paddle.to_tensor(kept)).astype("float64")
     return -paddle.geometric.segment_sum(losses, paddle.to_tensor(reply_ids[kept])).reshape([-1, 2])
 
 
@@ -285,7 +294,7 @@ def precompute_reference_logps(model, loader, batches, progress=False):
             if asked.all():
                 break
 
-    for batch, found in parallel.pipelined_map(model, needed(), functools.partial(reply_logps, model)):
+    for batch, found in parallel.pipelined_map(model, needed(), logps_inputs, sum_of_replies):
         known[np.concatenate(batch["sample_ids"])] = found.numpy()
     if was_training:
         model.train()
@@ -321,7 +330,10 @@ def evaluate_pairs(model, loader, known, args, topology=parallel.SINGLE):
     model.eval()
     counts, loss, sums = pair_counts(loader.batch(*where) for where in batches), 0.0, dict.fromkeys(METRICS, 0.0)
     places = ((loader.batch(*where), counted) for where, counted in trainer.local_micro_batches(batches, topology))
-    for (batch, counted), policy in parallel.pipelined_map(model, places, lambda place: reply_logps(model, place[0])):
+    forward = parallel.pipelined_map(
+        model, places, lambda place: logps_inputs(place[0]), lambda losses, batch: sum_of_replies(losses, batch[0])
+    )
+    for (batch, counted), policy in forward:
         reference = reference_logps(model, batch, known, args)
         part, figures = loss_and_metrics(policy, reference, batch["reply_tokens"], counts, args)
         if counted:
@@ -482,10 +494,12 @@ def main(args):
         checkpoints = CheckpointManager(args, model, tokenizer, optimizer, shards, topology)
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
-        def batch_loss(batch, size):
+        inputs = logps_inputs  # what the model is called with
+
+        def loss_of(losses, batch, size):
             """This micro-batch's part of the step's loss."""
             reference = reference_logps(model, batch, train_known, args)
-            part, figures = loss_and_metrics(reply_logps(model, batch), reference, batch["reply_tokens"], size, args)
+            part, figures = loss_and_metrics(sum_of_replies(losses, batch), reference, batch["reply_tokens"], size, args)
             if not batch.get("is_dummy"):
                 log.add(figures)
             return part
@@ -510,9 +524,8 @@ def main(args):
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
             size, loss = topology.total(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.forward_backward(
-                model, batches, functools.partial(batch_loss, size=size), seed
-            ):
+            part_loss = functools.partial(loss_of, size=size)
+            for part, batch in parallel.forward_backward(model, batches, inputs, part_loss, seed):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
             loss = topology.total(loss, stages=True)

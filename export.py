@@ -266,8 +266,8 @@ def round_weights(model, dtype):
 class _GivenRows(Cache):
     """A Cache that takes the mask rows of all keys, old and new, as given."""
 
-    def extend_rows(self, rows, B, T):
-        return rows
+    def extend_mask_rows(self, mask_rows, B, T):
+        return mask_rows
 
 
 class Prefill(nn.Layer):

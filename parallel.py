@@ -28,45 +28,50 @@ that shares a batch. With one process nothing here does anything. When one proce
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import math
 import re
-from collections import deque
 from pathlib import Path
+
+import kernels
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 
-from adapters import base_folders, load_adapter, lora_layers, merge
-from distributed.collectives import Axis, Gloo, Nccl, _backend, _together, enter, kept, make_expert_axes, mix_in
+from adapters import LoRALinear, base_folders, load_adapter, merge
+from distributed.collectives import Axis, Gloo, Nccl, _backend, _ScaleGradient, make_expert_axes
 from distributed.context import (
-    _RING_WITH_PREFIX,
-    apply_context_parallel,
+    TokenLayout,
     check_context,
     gather_tokens,
+    ring_attention,
     scatter_tokens,
-    spread,
+    shard_context,
+    token_layout,
+    ulysses_attention,
 )
-from distributed.expert import ExpertParallelMoE, apply_expert_parallel, is_expert_sharded
-from distributed.pipeline import PipelineCausalLM, apply_pipeline_parallel, check_pipeline, tied_axis
+from distributed.expert import apply_expert_parallel, is_expert_sharded
+from distributed.pipeline import apply_pipeline_parallel, check_pipeline, tied_axis
+from distributed.sharding import run_unit
 from distributed.tensor import (
-    COLUMN_PARALLEL,
-    ROW_PARALLEL,
-    VOCAB_PARALLEL,
-    RowParallelLinear,
-    TensorParallelPrefix,
-    _part_of,
+    AllReduceMax,
+    RowParallelLoRALinear,
     apply_tensor_parallel,
     check_tensor,
+    copy_to_tp_region,
+    gather_from_sequence_region,
+    gather_logits,
     local_heads,
+    reduce_from_tp_region,
+    scatter_to_sequence_region,
+    shard_parameter,
+    vocab_shard,
 )
 from distributed.watchdog import Launch, current_watchdog
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import load_weights
-from model import Linear, QuantLinear, build
+from model import CausalLM, LocalComm, block_linears, build, kernel_attention, linear_row
 
 # ============================================================================================ the grid
 
@@ -183,25 +188,26 @@ class Degrees:
     def world(self):
         return self.dp * self.pp * self.sharding * self.sep * self.tp
 
-    def cut(self, name, config):
-        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours): on the fullest."""
-        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    def tp_shards(self, name: str, config: ModelConfig) -> float:
+        """Number of shards of this parameter or linear (our name) under TP and EP: whole / the largest shard."""
+        row = linear_row(name)
+        units = row.units if row is not None else None
         H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
-        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
+        if units == "key heads":  # repeated where there are fewer heads than ranks
             return min(self.tp, K)
-        if layer == "qkv_proj":
+        if units == "query and key heads":
             return (H + 2 * K) / (H / self.tp + 2 * K / min(self.tp, K))
-        if layer in VOCAB_PARALLEL:
+        if units == "ids":
             return V / -(-V // self.tp)
-        cut = layer in COLUMN_PARALLEL or layer in ROW_PARALLEL and not name.endswith(".bias")
-        ways = self.tp if cut else 1
-        return min(ways * self.ep, self.world // self.pp) if ".experts." in name else ways
+        is_sharded = units is not None and not (row.parallel == "row" and name.endswith(".bias"))
+        shards = self.tp if is_sharded else 1
+        return min(shards * self.ep, self.world // self.pp) if ".experts." in name else shards
 
-    def shared(self, name, config):
-        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
+    def sharding_shards(self, name: str, config: ModelConfig) -> float:
+        """Number of shards that ZeRO makes of what tp_shards() leaves: experts may be sharded over these ranks already."""
         if ".experts." not in name:
             return self.sharding
-        return min(self.sharding, self.world // self.pp // self.cut(name, config))
+        return min(self.sharding, self.world // self.pp // self.tp_shards(name, config))
 
 
 class Topology:
@@ -219,11 +225,12 @@ class Topology:
             mine = next(line for line in lines if rank in line)
             setattr(self, name, Axis(name, [int(r) for r in mine], rank, groups))
         self.alone = Axis("alone", [rank], rank)
-        self.ep, self.copies = make_expert_axes(self.grid, order, degrees.ep, rank, groups)
+        self.tp.sequence_parallel = degrees.sequence_parallel and self.tp.size > 1
+        self.ep, self.expert_dp = make_expert_axes(self.grid, order, degrees.ep, rank, groups)
 
     @property
     def axes(self):
-        return [getattr(self, name) for name in AXES] + ([self.ep, self.copies] if self.ep.size > 1 else [])
+        return [getattr(self, name) for name in AXES] + ([self.ep, self.expert_dp] if self.ep.size > 1 else [])
 
     @property
     def data_rank(self):
@@ -276,141 +283,132 @@ def _flat(numbers):
     )
 
 
-def shard_adapters(model, topology):
-    """The same for LoRA and prefix, put on whole after apply_tensor_parallel()."""
-    tp = topology.tp
-    paths = {id(layer): path for path, layer in model.named_sublayers()}
-    for layer in model.sublayers():
-        if isinstance(layer, ExpertParallelMoE):
-            layer.dropout = bool(getattr(model, "lora_config", {}).get("lora_dropout"))
-    for layer in lora_layers(model).values() if topology.degrees.world > 1 else ():
-        cut = getattr(layer.base, "shard_spec", None)
-        if layer.dropout:
-            mix_in(layer, ShardedDropout, topology=topology, expert=".experts." in paths[id(layer)])
-        if cut is None:
-            continue
-        if cut.dim == 1:
-            layer.lora_B = _part_of(layer, layer.lora_B, cut.of(1, layer.lora_B.shape))
-        else:
-            layer.lora_A = _part_of(layer, layer.lora_A, cut.of(0, layer.lora_A.shape))
-            if isinstance(layer.base, RowParallelLinear):
-                mix_in(layer, RowParallelLinear, tp=tp)
-    if model.prefix is not None and model.distances_count and topology.sep.size > 1 and topology.degrees.context:
-        raise UserError(_RING_WITH_PREFIX)
-    if model.prefix is not None and tp.size > 1:
-        mix_in(model.prefix, TensorParallelPrefix, key_heads=local_heads(model.config, tp.size, tp.rank)[1])
+# ==================================================================================================== where ranks talk
 
 
-class ShardedDropout:
-    """A LoRALinear of which this process has some inputs, or tokens: its part of the mask that one process would draw."""
+class ParallelComm(LocalComm):
+    """LocalComm for the ranks of a topology; see there what each method is for."""
 
-    def dropped(self, x):
-        if not self.training:
-            return x
-        mask, cut = self._mask(x.shape[:-1]), getattr(self.base, "shard_spec", None)
-        if cut is not None and cut.dim == 0:
-            mask = paddle.concat([mask[..., slice(*r)] for r in cut.ranges], axis=-1)
-        return x * mask.astype(x.dtype)
+    def __init__(self, topology, config):
+        self.topology, self.config = topology, config
+        self.tp, self.sep, self.ring = topology.tp, topology.sep, topology.degrees.context
+        self.pipeline = None  # set by parallelize()
+        self.shards = None  # a ZeroOptimizer of stage 3, which sets itself
 
-    def _mask(self, tokens):
-        sep = self.topology.sep
-        if self.expert and self.topology.ep.pieces is not None:
-            return paddle.concat([self._of_piece(piece) for piece in self.topology.ep.pieces if piece.count])
-        if not self.expert and sep.places is not None:
-            return scatter_tokens(self._drawn([tokens[0], sep.whole]), sep)
-        return self._drawn(tokens)
+    @property
+    def is_last_stage(self):
+        return self.pipeline is None or self.pipeline.is_last_rank
 
-    def _of_piece(self, piece):
-        if piece.places is None:
-            return self._drawn([piece.count], piece.number)
-        mask = self._drawn([piece.whole], piece.number)
-        return paddle.index_select(mask, paddle.to_tensor(piece.places.clip(0)))  # tokens that fill rows up: anything
+    # ------------------------------------------------------------------------------ tokens: sep and sequence parallelism
 
-    def _drawn(self, tokens, number=None):
-        with self.draws.under(self.key, number):
-            return F.dropout(paddle.ones([*tokens, self.base.n_in]), self.dropout)
+    def token_layout(self, T, is_cached):
+        """Tokens are not sharded over sep where a cache holds keys: it has all of them, on every rank of sep."""
+        if self.sep.size > 1 and not is_cached:
+            return token_layout(T, self.sep, self.ring)
+        return TokenLayout(T) if self.tp.sequence_parallel else None
+
+    def shard_context(self, context):
+        return shard_context(context, self.sep, self.ring)
+
+    def local_tokens(self, x, layout, tp=True, fill=0):
+        x = scatter_tokens(x, layout, fill)
+        return scatter_to_sequence_region(x, self.tp) if tp and layout is not None else x
+
+    def gather_tokens(self, x, layout, tp=False, sum_gradients=False):
+        if tp and self.tp.sequence_parallel and layout is not None:
+            x = gather_from_sequence_region(x, layout, self.tp, sum_gradients=False)
+        return gather_tokens(x, layout, self.sep, sum_gradients)
+
+    def attention(self, q, k, v, past_k, past_v, mask_rows, layout, **options):
+        if layout is None or layout.token_indices is None:
+            return kernel_attention(q, k, v, past_k, past_v, mask_rows, **options)
+        if self.ring:
+            return ring_attention(q, k, v, past_k, past_v, mask_rows, self.sep, **options)
+        return ulysses_attention(q, k, v, past_k, past_v, mask_rows, layout, self.sep, **options)
+
+    # -------------------------------------------------------------------------- heads, channels and ids: tensor parallelism
+
+    def copy_to_tp_region(self, x, layout):
+        return copy_to_tp_region(x, layout, self.tp)
+
+    def reduce_from_tp_region(self, x):
+        return reduce_from_tp_region(x, self.tp)
+
+    def replicated_over_tp(self, x):
+        return x if self.tp.size == 1 else _ScaleGradient.apply(x, 1 / self.tp.size)
+
+    def cross_entropy(self, x, weight, labels, **options):
+        if self.tp.size > 1:
+            options["vocabulary"] = vocab_shard(self.config.vocab_size, self.tp)
+        return kernels.linear_cross_entropy(x, weight, labels, **options)
+
+    def max_over_vocab(self, x):
+        return x if self.tp.size == 1 else AllReduceMax.apply(x, self.tp)
+
+    def gather_logits(self, logits):
+        return gather_logits(logits, self.config.vocab_size, self.tp)
+
+    # ---------------------------------------------------------------------------------------- layers: ZeRO-3 and stages
+
+    def run_unit(self, name, function, *args):
+        return function(*args) if self.shards is None else run_unit(self.shards, name, function, args)
+
+    def run_stages(self, model, input_ids, context, cache):
+        if self.pipeline is None:
+            return model.run_all(input_ids, context, cache)
+        return self.pipeline.run_stages(model, input_ids, context, cache)
+
+    def broadcast_from_last_stage(self, outputs):
+        return outputs if self.pipeline is None else self.pipeline.broadcast_from_last_stage(outputs)
+
+    def num_parameters(self, model, trained):
+        """Of all ranks of tp, ep and pp, each parameter counted once. Ranks along pp call it together."""
+        topology, total = self.topology, 0
+        for path, parameter in model.named_parameters():
+            replicas = tied_axis(model, path)
+            if trained and parameter.stop_gradient or replicas is not None and replicas.rank > 0:
+                continue
+            spec = getattr(parameter, "shard_spec", None)
+            size = math.prod(parameter.shape if spec is None else spec.shape)
+            total += size * topology.ep.size if is_expert_sharded(path, topology) else size
+        return int(topology.pp.all_reduce(paddle.to_tensor(total, "int64")))
 
 
 # ==================================================================================== a model, and a step of it
 
 
-class ParallelCausalLM:
-    """A CausalLM of which this process has a part. It takes and gives what a whole one does."""
-
-    def begin(self, input_ids, caches):
-        """This rank's share of the tokens; one at a time, as it is generated, is not spread."""
-        self.share_tokens(input_ids.shape[1] if caches is None else None)
-        super().begin(input_ids, caches)
-
-    def share_tokens(self, T):
-        """Say which tokens of rows of T this rank works on; None: all. One token at a time cannot be spread."""
-        tp, sep = self.topology.tp, self.topology.sep
-        spread(sep, T, self.topology.degrees.context)
-        tp.tokens = (T if sep.places is None else len(sep.places)) if tp.sequence and T is not None else None
-
-    def hidden_states(self, *arguments, **options):
-        x, tp, sep = super().hidden_states(*arguments, **options), self.topology.tp, self.topology.sep
-        if tp.tokens is not None:
-            x, tp.tokens = _together(x, tp, False), None
-        x = gather_tokens(x, sep)
-        self.share_tokens(None)
-        return x
-
-    def read_by_head(self, x):
-        return enter(super().read_by_head(x), self.topology.tp)
-
-    def recomputed(self, function, *arguments):
-        T = self.topology.sep.whole
-
-        def same(*arguments):
-            self.share_tokens(T)
-            return function(*arguments)
-
-        return super().recomputed(same, *arguments)
-
-    def kept(self, x):
-        return kept(scatter_tokens(x, self.topology.sep), self.topology.tp)
-
-    def num_parameters(self, trained=False):
-        """Of all ranks of tp, ep and pp, each counted once. Ranks along pp call it together."""
-        topology, total = self.topology, 0
-        for path, parameter in self.named_parameters():
-            cut, copied = getattr(parameter, "shard_spec", None), tied_axis(self, path)
-            if trained and parameter.stop_gradient or copied is not None and copied.rank > 0:
-                continue
-            size = math.prod(parameter.shape if cut is None else cut.shape)
-            total += size * topology.ep.size if is_expert_sharded(path, topology) else size
-        return int(topology.pp.all_reduce(paddle.to_tensor(total, "int64")))
-
-    def flops_per_token(self, T):
-        experts, ep = self.config.experts, self.topology.ep
-        here = sum(
-            layer.n_in * layer.n_out
-            for path, layer in self.named_sublayers()
-            if isinstance(layer, (Linear, QuantLinear)) and is_expert_sharded(path, self.topology)
-        )
-        return super().flops_per_token(T) + (
-            6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0
-        )
-
-
-def parallelize(model, topology):
-    """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
+def parallelize(model: CausalLM, topology: Topology) -> CausalLM:
+    """Shard a model, as build() gives it, in place; returns it. Order: pipeline, tensor, experts."""
     model.topology, model.shards = topology, None
     if topology.degrees.world > 1:
         if wrong := topology.degrees.validate(model.config):
             raise UserError("; ".join(wrong))
         if topology.groups is not None:
             topology.groups.watchdog.agree("the model", dataclasses.asdict(model.config))
-        topology.tp.sequence = topology.degrees.sequence_parallel
-        apply_pipeline_parallel(model, topology)
+        model.comm = ParallelComm(topology, model.config)
+        model.comm.pipeline = apply_pipeline_parallel(model, topology)
         apply_tensor_parallel(model, topology.tp)
-        apply_context_parallel(model, topology)
         apply_expert_parallel(model, topology)
-        mix_in(model, ParallelCausalLM)
-        if topology.pp.size > 1:
-            mix_in(model, PipelineCausalLM)
     return model
+
+
+def shard_adapters(model: CausalLM, topology: Topology) -> None:
+    """Shard LoRA and a prefix that were put on a model after parallelize()."""
+    tp, sep = topology.tp, topology.sep
+    linears = [entry for entry in block_linears(model).values() if isinstance(entry[2], LoRALinear)]
+    for parent, attribute, layer in linears if topology.degrees.world > 1 else ():
+        if sep.size > 1:
+            layer.key += f" sep {sep.rank}"  # each rank draws the dropout mask of its own tokens
+        spec = getattr(layer.base, "shard_spec", None)
+        if spec is None:
+            continue
+        if spec.dim == 1:
+            layer.lora_B = shard_parameter(layer, layer.lora_B, spec.of(1, layer.lora_B.shape))
+        else:
+            layer.lora_A = shard_parameter(layer, layer.lora_A, spec.of(0, layer.lora_A.shape))
+            setattr(parent, attribute, RowParallelLoRALinear.from_lora(layer))
+    if model.prefix is not None and tp.size > 1:
+        model.prefix.local_heads = slice(*local_heads(model.config, tp.size, tp.rank)[1])
 
 
 def from_pretrained(path, topology, dtype="float32"):
@@ -426,46 +424,44 @@ def from_pretrained(path, topology, dtype="float32"):
     return model
 
 
-def forward_backward(model, batches, batch_loss, seed):
-    """Forward and backward of each of this rank's batches of a step; yields (loss, batch) after each.
+def forward_backward(model: CausalLM, batches: list, inputs, loss_of, seed):
+    """Forward and backward of each of this rank's micro-batches of a step; yields (loss, batch) after each.
 
-    batch_loss(batch): its part of the step's loss; in a pipeline it ends where it calls the model, but for the last stage,
-    and the loss is 0.0 where it is not known. seed(i): seeds the randomness of the i-th.
+    inputs(batch): the arguments of model.forward(). loss_of(outputs, batch): the micro-batch's part of the step's loss, a
+    scalar, from what forward() returns; in a pipeline only the last stage calls it, and yields a loss other than 0.0.
+    seed(i): seeds the randomness of the step's i-th micro-batch.
     """
     topology, shards = model.topology, model.shards
 
-    def forward(index):
+    def seed_of_rank(index):
         seed(index * topology.data_size + topology.data_rank)
-        return batch_loss(batches[index]) * (0.0 if batches[index].get("is_dummy") else 1.0)
+
+    def counted_loss(outputs, batch):
+        return loss_of(outputs, batch) * (0.0 if batch.get("is_dummy") else 1.0)
 
     if topology.pp.size > 1:
-        yield from model.pipeline.steps(batches, forward)
+        yield from model.comm.pipeline.train_step(model, batches, inputs, counted_loss, seed_of_rank)
         return
     for index, batch in enumerate(batches):
-        loss = forward(index)
+        seed_of_rank(index)
+        loss = counted_loss(model(**inputs(batch)), batch)
         with shards.backward(last=index == len(batches) - 1) if shards else contextlib.nullcontext():
             loss.backward()
         yield float(loss), batch
 
 
-def pipelined_map(model, batches, run):
-    """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
+def pipelined_map(model: CausalLM, batches, inputs, outputs_of):
+    """(batch, outputs_of(outputs, batch)) of each batch, without gradients; a pipeline works on several at once.
 
-    run calls the model once, and returns one or several tensors; nobody else calls it meanwhile.
+    inputs(batch): the arguments of model.forward(); outputs: what it returns. outputs_of() returns one or several tensors,
+    and no other call of the model may come between.
     """
-    pipeline = getattr(model, "pipeline", None)
-    if pipeline is None:
-        yield from ((batch, run(batch)) for batch in batches)
+    pipeline = getattr(model.comm, "pipeline", None)
+    if pipeline is not None:
+        yield from pipeline.map(model, batches, inputs, outputs_of)
         return
-    begun = deque()
     for batch in batches:
-        with paddle.no_grad():
-            begun.append((batch, pipeline.begin(functools.partial(run, batch))))
-        if len(begun) == pipeline.size - pipeline.rank:
-            batch, found = begun.popleft()
-            yield batch, pipeline.end(found)
-    for batch, found in begun:
-        yield batch, pipeline.end(found)
+        yield batch, outputs_of(model(**inputs(batch)), batch)
 
 
 def init_parallel(args):

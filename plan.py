@@ -14,11 +14,10 @@ import numpy as np
 from adapters import match_lora_targets
 from distributed.pipeline import partition_layers, pipeline_schedule
 from distributed.sharding import unit_of
-from distributed.tensor import ROW_PARALLEL
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import named_weights
-from model import block_linears, build
+from model import block_linears, build, linear_row
 from parallel import Degrees
 
 # ================================================================================ presets, and runs that only count
@@ -128,9 +127,9 @@ def _adapter_sizes(args, model, degrees):
             _, name, layer = found[path]
             name = (".experts." if ".experts." in path else ".") + name
             a, b = args.lora_rank * layer.n_in, (args.lora_rank + int(args.dora)) * layer.n_out
-            ways = degrees.cut(name, config)  # of the base: its cut side's matrix is cut with it, the other is whole
-            mine = a / ways + b if name.rpartition(".")[2] in ROW_PARALLEL else a + b / ways
-            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.shared(name, config)))
+            ways = degrees.tp_shards(name, config)  # of the base: its cut side's matrix is cut with it, the other is whole
+            mine = a / ways + b if linear_row(name).parallel == "row" else a + b / ways
+            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.sharding_shards(name, config)))
         return sizes
     if not getattr(args, "prefix_tuning", False):
         return None
@@ -173,7 +172,7 @@ def _memory(args, model, adapter, degrees, T):
         whole, again = _activation_bytes(args, model, degrees, rank, chunks)
         tokens = args.per_device_train_batch_size * T / degrees.sep
         head = model.config.norm_head and is_last  # divided by its columns' lengths: a second head
-        head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
+        head = math.prod(model.lm_head.weight.shape) / degrees.tp_shards("lm_head.weight", model.config) if head else 0.0
         for way, numbers in (("without recompute", whole), ("with recompute", again)):
             rows[f"activations {way}"] = (numbers * tokens + head) * bytes_of["activations"]
         for way in ("without recompute", "with recompute"):
@@ -195,8 +194,8 @@ def _numbers(model, degrees):
     """How many numbers a rank holds of the weights, [whole, when sharded]: of each layer (L, 2), before, after them."""
     layers, first, last = np.zeros([model.config.num_hidden_layers, 2]), np.zeros(2), np.zeros(2)
     for name, parameter in model.named_parameters():
-        mine = math.prod(parameter.shape) / degrees.cut(name, model.config)
-        mine = np.array([mine, mine / degrees.shared(name, model.config)])
+        mine = math.prod(parameter.shape) / degrees.tp_shards(name, model.config)
+        mine = np.array([mine, mine / degrees.sharding_shards(name, model.config)])
         if name.startswith("layers."):
             layers[int(name.split(".")[1])] += mine
         elif name.startswith(("embed", "project_in")):
@@ -227,7 +226,7 @@ def _transient_bytes(model, degrees, bytes_of, adapter):
     they were laid from, and in stage 3 its weights. (An adapter's gradients are small.)"""
     sizes, tied = collections.Counter(), model.lm_head is None
     for name, parameter in model.named_parameters():
-        sizes[unit_of(name, tied)] += math.prod(parameter.shape) / degrees.cut(name, model.config)
+        sizes[unit_of(name, tied)] += math.prod(parameter.shape) / degrees.tp_shards(name, model.config)
     copies = 0 if adapter is not None else min(2, degrees.stage)
     weights = bytes_of["weights"] if degrees.stage == 3 else 0
     return max(sizes.values()) * (copies * bytes_of["gradients"] + weights)
@@ -288,7 +287,7 @@ def _activations(block, config, degrees, names=("",)):
         if not name.startswith(names):
             continue
         part, routed = name.rpartition(".")[2], share if ".experts." in name else 1.0
-        ways = degrees.cut(f".{part}", config)
+        ways = degrees.tp_shards(f".{part}", config)
         if hasattr(layer, "epsilon"):  # a norm: of the whole width, of a part of it, or of each head
             width = layer.weight.shape[0]
             heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}.get(part)
@@ -299,5 +298,5 @@ def _activations(block, config, degrees, names=("",)):
         elif hasattr(layer, "n_out") and not (
             part == "up_proj" and config.activation == "relu"
         ):  # relu keeps its result
-            numbers += routed * (layer.n_in / ways + D if part in ROW_PARALLEL else layer.n_out / ways)
+            numbers += routed * (layer.n_in / ways + D if (row := linear_row(part)) is not None and row.parallel == "row" else layer.n_out / ways)
     return numbers

@@ -130,9 +130,11 @@ def main(args):
             """What the mean is over: target tokens."""
             return sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
-        def batch_loss(batch, size):
+        inputs = trainer.model_inputs  # what the model is called with
+
+        def loss_of(losses, batch, size):
             """This micro-batch's part of the step's loss."""
-            return model(**trainer.model_inputs(batch)).sum() / size
+            return losses.sum() / size
 
         # ================================================================== 4. training loop (the same in every script)
         model.train()
@@ -154,9 +156,8 @@ def main(args):
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
             size, loss = topology.total(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.forward_backward(
-                model, batches, functools.partial(batch_loss, size=size), seed
-            ):
+            part_loss = functools.partial(loss_of, size=size)
+            for part, batch in parallel.forward_backward(model, batches, inputs, part_loss, seed):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
             loss = topology.total(loss, stages=True)

@@ -649,11 +649,11 @@ def evaluate(model, loader, max_batches=None, topology=SINGLE):
     batches = loader.batches_per_epoch
     indices = list(range(min(max_batches, batches) if max_batches and max_batches > 0 else batches))
 
-    def run(place):
-        return model(**model_inputs(place[0]), return_predictions=True)
+    def inputs(item):
+        return {**model_inputs(item[0]), "return_predictions": True}
 
     places = ((loader.batch(0, index), counts) for index, counts in local_micro_batches(indices, topology))
-    for (batch, counts), (losses, predictions) in pipelined_map(model, places, run):
+    for (batch, counts), (losses, predictions) in pipelined_map(model, places, inputs, lambda outputs, batch: outputs):
         if not counts:
             continue
         target = batch["labels"] != -100  # (B, T)

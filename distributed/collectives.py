@@ -30,13 +30,7 @@ class Axis:
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
         self.groups, self.watchdog = groups, groups and groups.watchdog
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
-        self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens, …
-        self.tokens = None  # … of so many, T/sep, of the pass that is being made; None: not in this one
-        self.places = (
-            None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand; see spread()
-        )
-        self.whole = None
-        self.pieces = None  # ep: [ExpertTokens], whose tokens an expert is at work on; None: this rank's
+        self.sequence_parallel = False  # of tp: between attention and MLP a rank keeps its share of the tokens
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x, op="sum"):
@@ -60,14 +54,14 @@ class Axis:
         if self.size == 1:
             return x
         if _backend() == "gloo":  # has none
-            return self.share(self.all_reduce(x.clone()), dim)
+            return self.local_chunk(self.all_reduce(x.clone()), dim)
         with self._timed(x):
             parts = [part.contiguous() for part in x.split(self.size, axis=dim)]
             found = paddle.empty_like(parts[0])
             dist.reduce_scatter(found, parts, dist.ReduceOp.SUM, self.group)
         return found
 
-    def exchange(self, x, counts):
+    def all_to_all_v(self, x, counts):
         """All-to-all: of rows x (n, …) this rank sends counts[rank, r] to each rank r, one behind the other -> those sent here.
 
         counts: (ranks, ranks) numpy, the same on every rank.
@@ -120,7 +114,7 @@ class Axis:
             task.wait()
             self.seconds += time.perf_counter() - begin
             if scatter:  # a copy, so that x is not kept alive by its share
-                return self.share(x).clone() if share is None else share
+                return self.local_chunk(x).clone() if share is None else share
             return x
 
         return finish
@@ -174,7 +168,7 @@ class Axis:
                 dist.broadcast(x, self.ranks[source], self.group)
         return x
 
-    def share(self, x, dim=0):
+    def local_chunk(self, x, dim=0):
         """This rank's part of x along dim, cut into as many as there are ranks."""
         if self.size == 1:
             return x
@@ -319,7 +313,7 @@ class _AllGather(PyLayer):
     @staticmethod
     def backward(ctx, dy):
         axis, dim, summed = ctx.how
-        return axis.reduce_scatter(dy, dim) if summed else axis.share(dy, dim)
+        return axis.reduce_scatter(dy, dim) if summed else axis.local_chunk(dy, dim)
 
 
 class _ReduceScatter(PyLayer):
@@ -337,17 +331,17 @@ class _ReduceScatter(PyLayer):
 
 
 class _AllToAllV(PyLayer):
-    """Rows that the ranks have sent here (see Axis.exchange); their gradients go back the same way."""
+    """Rows that the ranks have sent here (see Axis.all_to_all_v); their gradients go back the same way."""
 
     @staticmethod
     def forward(ctx, x, axis, counts):
         ctx.how = axis, counts
-        return axis.exchange(x, counts)
+        return axis.all_to_all_v(x, counts)
 
     @staticmethod
     def backward(ctx, dy):
         axis, counts = ctx.how
-        return axis.exchange(dy, counts.T)
+        return axis.all_to_all_v(dy, counts.T)
 
 
 class _ScaleGradient(PyLayer):
@@ -363,34 +357,10 @@ class _ScaleGradient(PyLayer):
         return dy * ctx.factor
 
 
-def enter(x, tp):
-    """What all ranks of tp compute a part from: x (B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D)."""
-    if tp.size == 1:
-        return x
-    return _CopyToRegion.apply(x, tp) if tp.tokens is None else _together(x, tp, True)
-
-
-def _together(x, tp, summed):
-    x = _AllGather.apply(x, tp, 1, summed)
-    return x if x.shape[1] == tp.tokens else x[:, : tp.tokens]
-
-
-def leave(x, tp):
-    """(B, T, D) partial over tp -> their sum (B, T, D), or this rank's (B, T/tp, D) with sequence parallelism."""
-    if tp.size == 1:
-        return x
-    return _ReduceFromRegion.apply(x, tp) if tp.tokens is None else _ReduceScatter.apply(_filled(x, tp.size), tp, 1)
-
-
-def kept(x, tp):
-    """(B, T, …), the same on every rank of tp -> the tokens that this rank keeps between attention and MLP."""
-    return x if tp.size == 1 or tp.tokens is None else tp.share(_filled(x, tp.size), 1)
-
-
-def _filled(x, multiple):
-    """(B, T, …) -> zeros behind, so that T is a multiple. They are cut off wherever tokens come together again."""
-    more = -x.shape[1] % multiple
-    return paddle.concat([x, paddle.zeros([x.shape[0], more, *x.shape[2:]], x.dtype)], axis=1) if more else x
+def pad_to_multiple(x: paddle.Tensor, multiple: int) -> paddle.Tensor:
+    """(B, T, …) with zeros behind it, so that T is a multiple."""
+    missing = -x.shape[1] % multiple
+    return paddle.concat([x, paddle.zeros([x.shape[0], missing, *x.shape[2:]], x.dtype)], axis=1) if missing else x
 
 
 # ====================================================================================== tensor parallelism
@@ -439,11 +409,11 @@ class ShardSpec:
         return sum(last - first for first, last in self.ranges)
 
 
-def mix_in(layer, mixin, **attributes):
-    """Give a layer a mixin's methods in front of its class's, in place: names and parameters stay as they are."""
-    layer.__class__ = type(f"{mixin.__name__}{type(layer).__name__}", (mixin, type(layer)), {})
-    for name, value in attributes.items():
-        setattr(layer, name, value)
+def recast(layer: paddle.nn.Layer, cls: type) -> paddle.nn.Layer:
+    """The layer as an instance of cls, a subclass of its class: the same parameters, sublayers and attributes."""
+    new = cls.__new__(cls)
+    new.__dict__.update(layer.__dict__)
+    return new
 
 
 # ======================================================================================= expert parallelism
@@ -459,10 +429,10 @@ def make_expert_axes(grid, order, degree, rank, groups):
     line = next(line for line in line.reshape([-1, math.prod(line.shape[2:])]) if rank in line).reshape([-1, degree])
     (group, place), *_ = np.argwhere(line == rank)
     if degree == 1:
-        return Axis("ep", [rank], rank), Axis("copies", [rank], rank)
+        return Axis("ep", [rank], rank), Axis("expert_dp", [rank], rank)
     return tuple(
         Axis(name, [int(r) for r in ranks], rank, groups)
-        for name, ranks in (("ep", line[group]), ("copies", line[:, place]))
+        for name, ranks in (("ep", line[group]), ("expert_dp", line[:, place]))
     )
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from distributed.collectives import mix_in
 from distributed.expert import is_expert_sharded
 from distributed.pipeline import tied_axis
-from distributed.tensor import ROW_PARALLEL
+from model import linear_row
 
 # =============================================================================== gradients, and who updates what
 
@@ -34,7 +33,7 @@ def gradient_reduction_of(path, parameter, model):
     topology, copied = model.topology, tied_axis(model, path)
     tp, cut = topology.tp, getattr(parameter, "shard_spec", None)
     spread = is_expert_sharded(path, topology)  # sharded already: by whole experts
-    parts = [topology.copies] if spread else [topology.sep, topology.dp]
+    parts = [topology.expert_dp] if spread else [topology.sep, topology.dp]
     parts += [tp] * partial_over_tp(path, parameter, tp) + ([] if copied is None else [copied])
     parts = tuple(axis for axis in parts if axis.size > 1)
     sharded, apart = (topology.alone, (topology.ep,)) if spread else (topology.sharding, ())
@@ -52,8 +51,9 @@ def partial_over_tp(path, parameter, tp):
     if tp.size == 1 or getattr(parameter, "shard_spec", None) is not None:
         return False
     inside = re.match(r"layers\.\d+\.(attention|mlp)\.|prefix\.", path)
-    row_bias = re.search(rf"\.({'|'.join(ROW_PARALLEL)})\.(base\.)?bias$", path)
-    return tp.sequence or bool(inside and not row_bias)
+    row = linear_row(path.replace(".base.", "."))
+    is_row_bias = path.endswith(".bias") and row is not None and row.parallel == "row"
+    return tp.sequence_parallel or bool(inside and not is_row_bias)
 
 
 def unit_of(path, tied):
@@ -92,9 +92,9 @@ class Bucket:
         self.summed = [axis for axis in (self.axis, *rule.parts) if axis.size > 1] or [self.axis]
         self.gradient, self.pending, self.owned = None, [], None
         if stage == 3:
-            self.owned = self.axis.share(self.lay(parameters)).clone()
+            self.owned = self.axis.local_chunk(self.lay(parameters)).clone()
             self.owned.stop_gradient = names[0] is None
-            self.release()
+            self.reshard()
 
     def extent(self, index, rank=None):
         """(first, last) element of a parameter that a rank owns, and where the first lies in its range; or None."""
@@ -124,15 +124,15 @@ class Bucket:
         return found
 
     @paddle.no_grad()
-    def gather(self):
-        """Stage 3: the parameters get their values, until release()."""
+    def unshard(self):
+        """Stage 3: the parameters get their values, until reshard()."""
         self.take_over()
         for parameter, part in zip(
             self.parameters, self.parts_of(self.axis.all_gather_into_tensor(self.owned.detach()))
         ):
             part._share_buffer_to(parameter)
 
-    def release(self):
+    def reshard(self):
         for parameter in self.parameters:
             parameter._clear_data()
 
@@ -237,7 +237,8 @@ class ZeroOptimizer:
         mine = [self.mine[id(w.parameter)] for w in weights if id(w.parameter) in self.mine]
         self.pieces = mine if self.stage else weights
         if self.stage == 3:
-            fully_shard(model, self)
+            model.comm.shards = self  # see run_unit()
+            model.recompute = False  # each unit is computed again anyway
 
     def _make_units(self):
         grouped, trained = {}, {id(w.parameter): w for w in self.weights}
@@ -333,7 +334,7 @@ class ZeroOptimizer:
         if self.model.config.experts is None:
             self.arrived.update(weight.name for weight in self.weights)
             return
-        for name in ("sharding", "sep", "dp", "copies", "tp"):
+        for name in ("sharding", "sep", "dp", "expert_dp", "tp"):
             axis = getattr(self.topology, name)
             rules = [(w.name, self.rules[id(w.parameter)]) for w in self.weights]
             names = [name for name, rule in rules if axis.size > 1 and (axis in rule.parts or axis is rule.sharded)]
@@ -372,7 +373,7 @@ class ZeroOptimizer:
             return
         for bucket in self.buckets:
             if self.stage < 3:
-                flat = bucket.axis.all_gather_into_tensor(bucket.axis.share(bucket.lay(bucket.parameters)))
+                flat = bucket.axis.all_gather_into_tensor(bucket.axis.local_chunk(bucket.lay(bucket.parameters)))
                 for parameter, part in zip(bucket.parameters, bucket.parts_of(flat)):
                     parameter.set_value(part)
             else:
@@ -405,7 +406,7 @@ class ZeroOptimizer:
 
     def present(self, name):
         """While it is entered a unit's parameters have their values. Ranks along sharding enter it together."""
-        return self.units[name].whole() if self.stage == 3 and name in self.units else contextlib.nullcontext()
+        return self.units[name].unsharded() if self.stage == 3 and name in self.units else contextlib.nullcontext()
 
     def _bucket(self, weight):
         """(its bucket, its number in there) of a parameter."""
@@ -437,7 +438,7 @@ class ZeroOptimizer:
     def each_unit(self):
         """Yields the ids of each unit's parameters while they are whole. Ranks of sharding go through it together."""
         for unit in self.units.values():
-            with unit.whole() if self.stage == 3 else contextlib.nullcontext():
+            with unit.unsharded() if self.stage == 3 else contextlib.nullcontext():
                 yield {id(parameter) for bucket in unit.buckets for parameter in bucket.parameters}
 
     def take_over(self):
@@ -520,11 +521,11 @@ class FSDPUnit:
     # ------------------------------------------------------------------------------- stage 3
 
     @contextlib.contextmanager
-    def whole(self):
-        """The unit's parameters have their values."""
+    def unsharded(self):
+        """Inside, the unit's parameters have their values."""
         if not self.users:
             for bucket in self.buckets:
-                bucket.gather()
+                bucket.unshard()
         self.users += 1
         try:
             yield
@@ -532,7 +533,7 @@ class FSDPUnit:
             self.users -= 1
             if not self.users:
                 for bucket in self.buckets:
-                    bucket.release()
+                    bucket.reshard()
 
 
 def _add_overlaps(parameters, tp):
@@ -571,7 +572,7 @@ class _RecomputeSharded(PyLayer):
             inputs[-1].stop_gradient = frozen
         with contextlib.ExitStack() as stack:
             for unit in call.units:
-                stack.enter_context(unit.whole())
+                stack.enter_context(unit.unsharded())
             paddle.set_rng_state(ctx.random)
             with paddle.set_grad_enabled(True):
                 outputs = call.run(inputs)
@@ -591,92 +592,56 @@ class _RecomputeSharded(PyLayer):
 class _FlattenedCall:
     """A function, its units, and its arguments: tensors in any nesting of tuples, lists and dicts, and others."""
 
-    def __init__(self, units, function, args, options):
+    def __init__(self, units, function, args):
         self.units, self.function, self.tensors = units, function, []
-        self.arguments = _taken_apart((args, options), self.tensors)
+        self.arguments = _flatten(args, self.tensors)
         self.trained = [bucket.owned for unit in units for bucket in unit.trained]
 
     def __call__(self):
         wanted = self.trained or any(not t.stop_gradient for t in self.tensors)
         with contextlib.ExitStack() as stack:
             for unit in self.units:
-                stack.enter_context(unit.whole())
+                stack.enter_context(unit.unsharded())
             if paddle.is_grad_enabled() and wanted:
-                found = _RecomputeSharded.apply(self, *self.trained, *self.tensors)
+                outputs = _RecomputeSharded.apply(self, *self.trained, *self.tensors)
             else:
                 with paddle.no_grad():
-                    found = self.run(self.tensors)
-        return _put_together(self.result, found)
+                    outputs = self.run(self.tensors)
+        return _unflatten(self.result, outputs)
 
     def run(self, tensors):
-        """A tuple of the tensors that the function gives; `result` is how they belong together."""
-        args, options = _put_together(self.arguments, tensors)
-        found = []
-        self.result = _taken_apart(self.function(*args, **options), found)
-        return tuple(found)
+        """A tuple of the tensors that the function returns; `result` is their nesting."""
+        outputs = []
+        self.result = _flatten(self.function(*_unflatten(self.arguments, tensors)), outputs)
+        return tuple(outputs)
 
 
-_Place = namedtuple("_Place", "of")
+_TensorIndex = namedtuple("_TensorIndex", "index")
 
 
-def _taken_apart(value, tensors):
-    """The value with a _Place for each tensor in it, which is appended to `tensors`."""
+def _flatten(value, tensors):
+    """The value with a _TensorIndex in place of each tensor, which is appended to `tensors`."""
     if isinstance(value, paddle.Tensor):
         tensors.append(value)
-        return _Place(len(tensors) - 1)
+        return _TensorIndex(len(tensors) - 1)
     if isinstance(value, dict):
-        return {key: _taken_apart(part, tensors) for key, part in value.items()}
-    return type(value)([_taken_apart(part, tensors) for part in value]) if type(value) in (tuple, list) else value
+        return {key: _flatten(part, tensors) for key, part in value.items()}
+    return type(value)([_flatten(part, tensors) for part in value]) if type(value) in (tuple, list) else value
 
 
-def _put_together(value, tensors):
-    if isinstance(value, _Place):
-        return tensors[value.of]
+def _unflatten(value, tensors):
+    if isinstance(value, _TensorIndex):
+        return tensors[value.index]
     if isinstance(value, dict):
-        return {key: _put_together(part, tensors) for key, part in value.items()}
-    return type(value)([_put_together(part, tensors) for part in value]) if type(value) in (tuple, list) else value
+        return {key: _unflatten(part, tensors) for key, part in value.items()}
+    return type(value)([_unflatten(part, tensors) for part in value]) if type(value) in (tuple, list) else value
 
 
-class GatheredLayer:
-    """A layer whose unit is gathered while it computes."""
-
-    def forward(self, *args, **options):
-        return _FlattenedCall([self.unit], super().forward, args, options)()
+# Functions of a model, and the units whose parameters they read (a tied head reads the embedding).
+UNITS_READ_BY = {"embed": ("embed_tokens", "embed"), "head": ("head", "embed_tokens")}
 
 
-class GatheredTable:
-    """A Prefix of which the same holds."""
-
-    def table(self):
-        return _FlattenedCall([self.unit], lambda: super(GatheredTable, self).table().clone(), (), {})()
-
-
-class GatheredCausalLM:
-    """What a CausalLM does with its own parameters."""
-
-    def _units(self, *names):
-        return [self.shards.units[name] for name in names if name in self.shards.units]
-
-    def embed(self, *args, **options):
-        return _FlattenedCall(self._units("embed_tokens", "embed"), super().embed, args, options)()
-
-    def losses(self, *args, **options):
-        return _FlattenedCall(self._units(*self._head), super().losses, args, options)()
-
-    def logits(self, *args, **options):
-        return _FlattenedCall(self._units(*self._head), super().logits, args, options)()
-
-    @property
-    def _head(self):
-        return ("head", "embed_tokens") if self.lm_head is None else ("head",)
-
-
-def fully_shard(model, shards):
-    """Stage 3 of a model: who computes with a unit's weights has them gathered first, and released after."""
-    model.recompute = False  # each unit is computed again anyway
-    mix_in(model, GatheredCausalLM)
-    for name, layer in [*((f"layers.{i}", block) for i, block in enumerate(model.layers)), ("norm", model.norm)]:
-        if layer is not None:
-            mix_in(layer, GatheredLayer, unit=shards.units[name])
-    if model.prefix is not None:
-        mix_in(model.prefix, GatheredTable, unit=shards.units["prefix"])
+def run_unit(shards: "ZeroOptimizer", name: str, function, args: tuple):
+    """Stage 3: function(*args) while the units that it reads are unsharded; in backward it is computed again."""
+    names = UNITS_READ_BY.get(name, (name,))
+    return _FlattenedCall([shards.units[n] for n in names if n in shards.units], function, args)()

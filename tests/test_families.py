@@ -136,7 +136,8 @@ def test_recompute_gives_the_same_bits(name):
 def naive_balance(model, ids, positions, rows, kept):
     """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of each
     layer and row by itself, with shares of all choices."""
-    how, (_, probabilities) = model.config.experts, model.trunk(tensor(ids), tensor(positions), tensor(rows))
+    how, ids = model.config.experts, tensor(ids)
+    _, probabilities = model.run_all(ids, model.start_forward(ids, tensor(positions), tensor(rows)), None)
     layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.count) for layer in probabilities]
     together = [[p[b][kept[b]] for p in layers for b in range(len(kept))]]
     groups = [[p[b][kept[b]]] for p in layers for b in range(len(kept))] if how.aux_by_layer else together
@@ -157,7 +158,7 @@ def aux_loss(model, batch):
     ids, labels, positions, rows = (tensor(a) for a in batch)
     model.train()
     more = (
-        model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, additions=False)
+        model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, auxiliary_losses=False)
     ).numpy()
     model.eval()
     counted = more[batch[1] != -100]
@@ -180,7 +181,7 @@ def test_balancing_loss_counts_no_padding(name):
     how, with_it = model.config.experts, {}
     for ways in (True, False):
         zero_grad(model)
-        losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), additions=ways)
+        losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), auxiliary_losses=ways)
         losses.sum().backward()
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
         # One expert a token, whose weight is made 1: only the balance moves the router.
@@ -234,7 +235,7 @@ def test_experts_without_tokens_and_with_all_of_them(name):
             for n in range(len(flat)):
                 for w, e in zip(weights[n].numpy(), chosen[n].numpy()):
                     expected[n] += w * layer.mlp.experts[int(e)](flat[n : n + 1]).numpy()[0]
-            assert largest(layer.mlp.mix(flat, weights, chosen).numpy(), expected) < 1e-5
+            assert largest(layer.mlp.dispatch_and_combine(flat, weights, chosen).numpy(), expected) < 1e-5
     model.train()
     model(tensor(ids), labels=tensor(ids)).sum().backward()
     weights = adapters.trainable_weights(model)

@@ -107,10 +107,10 @@ def test_layers_that_keep_theirs(granularity, monkeypatch):
     )
     runs = [0, 0, 0]
     for i, block in enumerate(model.layers):
-        original = block.attention.rotated
+        original = block.attention.apply_rotary
         monkeypatch.setattr(
             block.attention,
-            "rotated",
+            "apply_rotary",
             lambda *a, i=i, original=original: runs.__setitem__(i, runs[i] + 1) or original(*a),
         )
     model(**trainer.model_inputs(jobs_tensor.batch("deepseek_v2", 0))).sum().backward()

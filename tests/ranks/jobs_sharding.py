@@ -98,13 +98,12 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
         for batch, counts in trainer.local_micro_batches(batches, place):
             mine.append(batch if counts else {**batch, "labels": np.full_like(batch["labels"], -100), "is_dummy": True})
 
-        def batch_loss(batch):
-            return model(**trainer.model_inputs(batch)).sum() / size
+        def loss_of(losses, batch):
+            return losses.sum() / size
 
         loss, left = 0.0, []
-        for part, _ in parallel.forward_backward(
-            model, mine, batch_loss, functools.partial(trainer.seed_step, 3, step)
-        ):
+        seeds = functools.partial(trainer.seed_step, 3, step)
+        for part, _ in parallel.forward_backward(model, mine, trainer.model_inputs, loss_of, seeds):
             loss += part
             left.append(sum(p.grad.size * 4 for p in model.parameters() if p.grad is not None))
         found["whole gradients"] = left
@@ -125,7 +124,7 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
     batch = batch_of(99, 0, model.config.vocab_size)
     with paddle.no_grad():
         found["evaluated"] = model(**trainer.model_inputs(batch), return_predictions=True)[0].numpy()
-    if not place.tp.sequence:
+    if not place.tp.sequence_parallel:
         found["generated"] = M.generate(model, batch["input_ids"][:1, :5], 4)
     return found if place.rank == 0 else {key: found[key] for key in ("losses", "norms", "bytes")}
 

@@ -102,12 +102,11 @@ def train(model, topology, batches, steps, seed=0, recompute=False):
         mine = [b for i, b in enumerate(batches) if i % topology.data_size == topology.data_rank]
         mine += [{**batches[0], "is_dummy": True}] * (-(-len(batches) // topology.data_size) - len(mine))
 
-        def batch_loss(b, size=size):
-            return model(**trainer.model_inputs(b)).sum() / size
+        def loss_of(losses, batch, size=size):
+            return losses.sum() / size
 
-        for part, _ in parallel.forward_backward(
-            model, mine, batch_loss, functools.partial(trainer.seed_step, seed, step)
-        ):
+        seeds = functools.partial(trainer.seed_step, seed, step)
+        for part, _ in parallel.forward_backward(model, mine, trainer.model_inputs, loss_of, seeds):
             loss += part
         norm = shards.reduce_gradients()
         if step == 0:
