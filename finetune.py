@@ -23,6 +23,7 @@ import trainer
 from adapters import (
     apply_lora,
     apply_prefix,
+    base_folders,
     cast_frozen_to_bf16,
     load_adapter,
     lora_layers,
@@ -33,10 +34,11 @@ from arguments import TrainingArgs
 from checkpoint import CheckpointManager, TrainState, find_checkpoint, load_checkpoint, load_trained, update_best
 from data import SFTDataset, SFTLoader
 from distributed.sharding import ZeroOptimizer
+from families import ModelConfig
 from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
 from formats.tokenizer import load_tokenizer
-from model import generate
+from model import distances_count, generate
 
 
 @dataclasses.dataclass
@@ -132,9 +134,10 @@ def answer(model, tokenizer, dataset, indices, args):
     indices, answers, topology = list(indices), {}, model.topology
     prompts = {i: dataset.prompt_ids(i) for i in indices}
     by_length = sorted(indices, key=lambda i: len(prompts[i]))
-    mine, of = topology.model_replica
-    for start in range(32 * mine, len(by_length), 32 * of):
-        batch = by_length[start : start + 32]
+    rank, replicas = topology.model_replica
+    rows = 1 if model.prefix is not None and model.distances_count else 32  # no padding between such a prefix and its text
+    for start in range(rows * rank, len(by_length), rows * replicas):
+        batch = by_length[start : start + rows]
         T = max(len(prompts[i]) for i in batch)
         ids, mask = np.zeros((len(batch), T), np.int64), np.zeros((len(batch), T), np.int64)
         for row, i in enumerate(batch):  # padded on the left
@@ -154,7 +157,7 @@ def answer(model, tokenizer, dataset, indices, args):
         )[:, T:]
         for row, i in enumerate(batch):
             answers[i] = tokenizer.decode_reply(out[row])
-    if of > 1:
+    if replicas > 1:
         answers = dict(pair for part in topology.exchange(list(answers.items())) for pair in part)
     return [answers[i] for i in indices]
 
@@ -230,13 +233,18 @@ def main(args):
             progress=not args.disable_tqdm,
         )
 
+    packs = args.zero_padding
+    if packs and args.prefix_tuning and distances_count(ModelConfig.from_json(base_folders(args.model_name_or_path)[-1])):
+        print("ignored: zero_padding: prefix tuning of a model with ALiBi or windows takes one sample a row")
+        packs = False
+
     def loader(dataset, batch_size, train):
         return SFTLoader(
             dataset,
             batch_size,
             args.max_length,
-            args.zero_padding,
-            args.greedy_zero_padding,
+            packs,
+            packs and args.greedy_zero_padding,
             args.seed,
             shuffle=train,
             pad_to_max_length=args.pad_to_max_length,

@@ -568,7 +568,7 @@ class CausalLM(nn.Layer):
         self.norm = _norm(config) if config.final_norm else None
         self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, bias=False)
         self.prefix = None  # set by apply_prefix()
-        self.distances_count = config.position == "alibi" or any(config.windows)  # between query and key
+        self.distances_count = distances_count(config)
         self.names_on_other_ranks = frozenset()  # names of weights that other processes hold
         self.recompute = False  # compute activations of each block again in backward instead of keeping them
         self.recompute_granularity = (
@@ -874,6 +874,11 @@ class CausalLM(nn.Layer):
 
 
 Z_LOSS_ROWS = 1024  # tokens whose logits are held at once while the largest is looked for
+
+
+def distances_count(config: ModelConfig) -> bool:
+    """Whether attention depends on the distance of query and key, so that each sample needs a prefix right before it."""
+    return config.position == "alibi" or any(config.windows)
 
 
 def check_one_sample_a_row(position_ids: paddle.Tensor, labels: paddle.Tensor) -> None:

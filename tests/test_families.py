@@ -79,7 +79,8 @@ def test_packed_padded_and_single_samples_agree(name):
 @pytest.mark.parametrize("name, kind", each_with(("plain", "projection")))
 def test_prefix_packed_padded_and_single_samples_agree(name, kind):
     model = prefixed(name, kind == "projection")
-    found = assert_layouts_agree(model, make_samples(name))
+    layouts = ("right",) if model.distances_count else ("packed", "left", "right")
+    found = assert_layouts_agree(model, make_samples(name), layouts)
     assert all(np.abs(g).max() > 0 for g in found.values())
 
 
@@ -99,6 +100,8 @@ def test_distances_to_a_prefix_are_those_of_a_single_sample(name, monkeypatch):
     model, packs = prefixed(name), make_samples(name)
     assert model.distances_count
     expected = losses_and_gradients(model, packs, "alone")[0]
+    with pytest.raises(UserError, match="a row holds several samples; put one in each row"):
+        losses_and_gradients(model, packs, "packed")
     monkeypatch.setattr(model, "distances_count", False)
     assert max(largest(a, b) for a, b in zip(losses_and_gradients(model, packs, "packed")[0], expected)) > 1e-3
 
@@ -216,8 +219,8 @@ def test_experts_without_tokens_and_with_all_of_them(name):
     """Every expert's share computed densely is the oracle; one expert takes all, most take none."""
     model = build(name)
     for layer in model.layers:
-        if isinstance(layer.mlp, M.MoE) and layer.mlp.how.choice_bias:
-            layer.mlp.choice_bias.set_value(paddle.linspace(0, 9, layer.mlp.how.count))
+        if isinstance(layer.mlp, M.MoE) and layer.mlp.moe.choice_bias:
+            layer.mlp.choice_bias.set_value(paddle.linspace(0, 9, layer.mlp.moe.count))
     ids = np.full((2, 7), 11)
     for text in (ids, ids[:1, :1], samples_of(name, 1, 1)[0], samples_of(name, 3, 5)[0]):
         for layer in model.layers:
@@ -260,6 +263,10 @@ def test_cached_generation_equals_whole_forwards(name, new, behind_prefix):
     mask, padded = np.ones((3, 13), np.int64), np.zeros((3, 13), np.int64)
     for row, pad in enumerate((5, 7, 10)):
         mask[row, :pad], padded[row, pad:] = 0, ids[row, pad - 5 :]
+    if model.prefix is not None and model.distances_count:
+        with pytest.raises(UserError, match="one prompt a batch"):
+            M.generate(model, padded, new, attention_mask=mask)
+        return
     found = M.generate(model, padded, new, attention_mask=mask)[:, 13:]
     for row, pad in enumerate((0, 2, 5)):
         assert np.array_equal(found[row], M.generate(model, ids[row : row + 1, pad:], new)[0, 8 - pad :]), row
@@ -284,8 +291,9 @@ def test_a_text_in_pieces_through_the_cache(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STRETCHED])
 def test_padded_rows_in_pieces_through_the_cache(name):
-    """Left-padded rows behind a prefix; the first piece comes with rows, the second with rows of its own, the third without."""
-    model, (ids, _) = prefixed(name), samples_of(name, 2, 10)
+    """Left-padded rows behind a prefix (where distances do not count); the first piece comes with rows, the second with rows of its own, the third without."""
+    model, (ids, _) = build(name), samples_of(name, 2, 10)
+    model = model if model.distances_count else prefixed(name)
     if name in TWO_POSITIONS:
         ids[:, 4:6], ids[:, 8:] = (SPECIAL["gmask"], SPECIAL["sop"]), 9
     mask = np.ones((2, 13), np.int64)
@@ -440,7 +448,10 @@ def test_a_few_steps_lower_the_loss(name, kind):
         adapters.apply_lora(model, rank=4, alpha=8.0)
     elif kind == "prefix":
         adapters.apply_prefix(model, 4)
-    ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
+    packs = make_samples(name)
+    if kind == "prefix" and model.distances_count:
+        packs = [[sample] for pack in packs for sample in pack]
+    ids, labels, positions, rows = (tensor(a) for a in packed_batch(packs, 32))
     model.train()
     args = TrainingArgs(output_dir="x")
     weights = adapters.trainable_weights(model)

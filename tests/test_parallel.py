@@ -109,7 +109,7 @@ LLAMA = tiny_models.config(
         (2, dict(sequence_parallel=True), "sequence_parallel needs a tensor_parallel_degree above 1"),
         (2, dict(sharding="stage5"), "sharding: 'stage5'; possible are stage1, stage2, stage3"),
         (2, dict(order="tp_first"), "hybrid_parallel_topo_order: 'tp_first'; possible are pp_first, sharding_first"),
-        (2, dict(expert=2), r"expert_parallel_degree 2 is for experts, of which there are none \(0\)"),
+        (2, dict(expert=2), r"expert_parallel_degree 2 needs a model with experts, this one has none \(0\)"),
         (2, dict(expert=4), "expert_parallel_degree: 4, but this run has 2 process"),
         (4, dict(context=4), r"context_parallel_degree 4 x 2 = 8 is more than tokens of a sequence \(3\)"),
     ],

@@ -62,7 +62,7 @@ def adapt(model, kind, seed=3):
     elif kind in ("prefix", "projection"):
         adapters.apply_prefix(model, 4, kind == "projection", 10, seed)
     elif kind == "one":
-        adapters.apply_lora(model, 3, 6.0, 0.2, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
+        adapters.apply_lora(model, 3, 6.0, 0.0, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
         fill_adapter(model, "lora_B.weight")
     elif kind != "full":
         adapters.apply_lora(
@@ -180,7 +180,6 @@ def both(
 
 
 def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, folder, adapter, one_expert):
-    batches = [batch(name, i, packed, T=T - 2 * i) for i in range(micro)]
     if folder is None:
         model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **dict(changes))), topology))
     else:
@@ -194,6 +193,8 @@ def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, f
     else:
         adapters.load_adapter(model, adapter, trainable=True)
     parallel.shard_adapters(model, topology)
+    packed = packed and not (model.prefix is not None and model.distances_count)  # which takes one sample a row
+    batches = [batch(name, i, packed, T=T - 2 * i) for i in range(micro)]
     elsewhere = {name.removesuffix(".weight") for name in model.names_on_other_ranks}
     return *train(model, topology, batches, steps, recompute=recompute), elsewhere
 
@@ -360,29 +361,6 @@ def exchanged(counts):
     wanted = [row for source in range(ep.size) for row in rows(source, ep.rank)]
     back = [] if x.grad is None else x.grad.numpy().tolist()
     return [y.numpy().tolist(), back], [wanted, mine]
-
-
-def spread_along_tokens(name, places, ep, changes=None):
-    """With tokens of rows of 9 at `places` of each rank of sep (9: one that fills up): how far from one process are what an
-    adapted linear gives, a sparse MLP, and NEFTune's noise, all with randomness."""
-    topology, found = grid(sep=len(places), ep=ep), []
-    mine = np.array(places[topology.rank])
-    x = np.random.default_rng(1).standard_normal([2, 10, 32]).astype(np.float32)
-    for where in (topology, parallel.SINGLE):
-        model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **(changes or {}))), where))
-        adapt(model, "dropout")
-        parallel.shard_adapters(model, where)
-        model.train()
-        paddle.seed(3)
-        model.draws.renew()
-        where.sep.places, where.sep.whole = (mine, 9) if where is topology else (None, None)
-        here = paddle.to_tensor(x[:, mine] if where is topology else x[:, :9])
-        linear = adapters.lora_layers(model)["model.layers.0.self_attn.q_proj"]
-        noise = model.kept(model.noise([2, 9, 32]))
-        found.append([y.numpy() for y in (linear(here), model.layers[0].mlp(here)[0], noise)])
-        where.sep.places = None
-    real = mine < 9
-    return [float(np.abs(cut[:, real] - whole[:, mine[real]]).max()) for cut, whole in zip(*found)]
 
 
 def counted(name, degrees, kind, changes=None):
