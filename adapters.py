@@ -199,7 +199,7 @@ class LoRALinear(nn.Layer):
         set_parameter(self.lora_B, b)
         self.initial, delta, weight = (a, b), self.delta(), self.base.weight
         if (cut := getattr(weight, "shard_spec", None)) is not None:
-            delta = paddle.to_tensor(cut.take(delta.numpy()))
+            delta = paddle.to_tensor(cut.slice(delta.numpy()))
         weight.set_value((weight.astype("float32") - delta).astype(weight.dtype))
 
     @paddle.no_grad()

@@ -142,7 +142,7 @@ class CheckpointShardWriter:
             elif part is not None:
                 shape = weight.shape[::-1] if weight.transposed else list(weight.shape)
                 if cut is not None:
-                    shape[cut.dim] = sum(b - a for a, b in cut.of_ranks[tp])
+                    shape[cut.dim] = sum(b - a for a, b in cut.ranges_by_rank[tp])
                 if tp not in parts:
                     parts[tp] = np.empty(shape, part.dtype)
                 parts[tp].reshape([-1])[start[0] : start[0] + part.size] = part.reshape([-1])
@@ -151,7 +151,7 @@ class CheckpointShardWriter:
         else:
             found = np.empty(cut.shape, next(iter(parts.values())).dtype)
             for tp, part in parts.items():
-                cut.put(found, part, tp)
+                cut.scatter_into(found, part, tp)
         return found.T if weight.transposed else found
 
 
@@ -180,7 +180,7 @@ def checksums(folder, sizes, topology):
     know all."""
     share = assign_writers(sizes, dict.fromkeys(sizes, range(topology.degrees.world)))
     mine = {name: crc32_of(Path(folder) / name) for name, rank in share.items() if rank == topology.rank}
-    return {name: found for part in topology.exchange(mine) for name, found in part.items()}
+    return {name: found for part in topology.all_gather_object(mine) for name, found in part.items()}
 
 
 def _remove(path):
@@ -351,7 +351,7 @@ class CheckpointManager:
         if (
             self.buffers is not None
         ):  # made, and touched, before training begins: the first save is as short as the others
-            topology.meet()
+            topology.barrier()
             CheckpointShardWriter(self._all_groups()[0], topology, self.buffers, SINGLE_FILE_GROUPS)
 
     def _say(self, text):
@@ -497,9 +497,9 @@ class CheckpointWriter:
                 self.temporary.mkdir()
             except OSError as wrong:
                 error = wrong
-        if any(texts := topology.exchange(error and self._text(error))):
+        if any(texts := topology.all_gather_object(error and self._text(error))):
             self._raise(error, texts)
-        if not all(seen := topology.exchange(self.temporary.is_dir(), met=True)):
+        if not all(seen := topology.all_gather_object(self.temporary.is_dir(), met=True)):
             raise UserError(
                 f"{self.final}: rank {seen.index(False)} does not see it; all processes need one output_dir"
             )
@@ -557,7 +557,7 @@ class CheckpointWriter:
         if self.error is not None and not isinstance(self.error, Exception):  # interrupted: the others are too
             self._raise(self.error, [])
         wrong = self.error is not None and not isinstance(self.error, PeerFailed)
-        texts = self.topology.exchange(self._text(self.error) if wrong else None)
+        texts = self.topology.all_gather_object(self._text(self.error) if wrong else None)
         if self.error is not None or any(texts):
             self._raise(self.error, texts)
 
@@ -686,7 +686,7 @@ def find_checkpoint(args, topology=SINGLE):
 
     if isinstance(wanted, str):
         reason = "there is no such folder" if not Path(wanted).is_dir() else incomplete(wanted)
-        if reason := next(filter(None, topology.exchange(reason)), None) or damaged(wanted, topology):
+        if reason := next(filter(None, topology.all_gather_object(reason)), None) or damaged(wanted, topology):
             raise UserError(f"resume_from_checkpoint: {wanted}: {reason}; give a complete one, or true for the newest")
         path = Path(wanted)
         newer = [p for p in list_checkpoints(args.output_dir) if int(p.name[11:]) > _step_of(path)]
@@ -697,7 +697,7 @@ def find_checkpoint(args, topology=SINGLE):
             )
     else:
         listed = [(str(path), incomplete(path)) for path in list_checkpoints(args.output_dir) if topology.rank == 0]
-        for path, reason in topology.exchange(listed)[0]:
+        for path, reason in topology.all_gather_object(listed)[0]:
             if (reason := reason or damaged(path, topology)) is None:
                 path = Path(path)
                 break

@@ -341,7 +341,10 @@ def evaluate_pairs(model, loader, known, args, topology=parallel.SINGLE):
             sums = {name: sums[name] + value for name, value in figures.items()}
     if was_training:
         model.train()
-    loss, sums = topology.total(loss), {f"eval_{name}": value for name, value in topology.total(sums).items()}
+    loss, sums = (
+        topology.all_reduce_sum(loss),
+        {f"eval_{name}": value for name, value in topology.all_reduce_sum(sums).items()},
+    )
     return {"eval_loss": loss, "eval_accuracy": sums["eval_rewards/accuracies"], **sums, "eval_pairs": counts[0]}
 
 
@@ -499,7 +502,9 @@ def main(args):
         def loss_of(losses, batch, size):
             """This micro-batch's part of the step's loss."""
             reference = reference_logps(model, batch, train_known, args)
-            part, figures = loss_and_metrics(sum_of_replies(losses, batch), reference, batch["reply_tokens"], size, args)
+            part, figures = loss_and_metrics(
+                sum_of_replies(losses, batch), reference, batch["reply_tokens"], size, args
+            )
             if not batch.get("is_dummy"):
                 log.add(figures)
             return part
@@ -522,20 +527,20 @@ def main(args):
             start = log.begin()
             batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = topology.total(step_size(batches)), 0.0
+            size, loss = topology.all_reduce_sum(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
             part_loss = functools.partial(loss_of, size=size)
             for part, batch in parallel.forward_backward(model, batches, inputs, part_loss, seed):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            loss = topology.total(loss, stages=True)
+            loss = topology.all_reduce_sum(loss, stages=True)
             grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
             shards.gather_weights()
             optimizer.zero_grad()
-            tokens = topology.total(sum(batch["tokens"] for batch in batches))
+            tokens = topology.all_reduce_sum(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)

@@ -16,7 +16,7 @@ into its base), and another adapter on top by lora_path or prefix_path.
               (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
     B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind a
     prefix, its keys and values are the first C and positions count on from it. With ALiBi there are no position_ids. Where
-    rope stretches with the length of a text there are also lengths (B, T) int64 (see model.rope_lengths). ChatGLM-6B's
+    rope stretches with the length of a text there are also lengths (B, T) int64 (see positions.rope_lengths). ChatGLM-6B's
     position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them. A graph cannot choose what to
     compute by values: every expert of a sparse MLP works on every token.
 
@@ -50,7 +50,8 @@ from formats.files import UserError, atomic_file
 from formats.tensor_files import from_bfloat16, read_safetensors, to_bfloat16, write_safetensors
 from formats.tokenizer import MODEL_FILES, load_tokenizer
 from formats.weights import named_weights, save_pretrained
-from model import Cache, Linear, QuantLinear, block_linears, build, glm_positions_and_mask, rope_lengths, set_parameter
+from model import Cache, Linear, QuantLinear, block_linears, build, set_parameter
+from positions import glm_positions_and_mask, rope_lengths
 
 DTYPES = ("float32", "bfloat16", "float16")
 STATIC_FORMAT = 2  # of static_config.json; serve.py reads this one

@@ -135,7 +135,9 @@ def answer(model, tokenizer, dataset, indices, args):
     prompts = {i: dataset.prompt_ids(i) for i in indices}
     by_length = sorted(indices, key=lambda i: len(prompts[i]))
     rank, replicas = topology.model_replica
-    rows = 1 if model.prefix is not None and model.distances_count else 32  # no padding between such a prefix and its text
+    rows = (
+        1 if model.prefix is not None and model.distances_count else 32
+    )  # no padding between such a prefix and its text
     for start in range(rows * rank, len(by_length), rows * replicas):
         batch = by_length[start : start + rows]
         T = max(len(prompts[i]) for i in batch)
@@ -158,7 +160,7 @@ def answer(model, tokenizer, dataset, indices, args):
         for row, i in enumerate(batch):
             answers[i] = tokenizer.decode_reply(out[row])
     if replicas > 1:
-        answers = dict(pair for part in topology.exchange(list(answers.items())) for pair in part)
+        answers = dict(pair for part in topology.all_gather_object(list(answers.items())) for pair in part)
     return [answers[i] for i in indices]
 
 
@@ -234,7 +236,11 @@ def main(args):
         )
 
     packs = args.zero_padding
-    if packs and args.prefix_tuning and distances_count(ModelConfig.from_json(base_folders(args.model_name_or_path)[-1])):
+    if (
+        packs
+        and args.prefix_tuning
+        and distances_count(ModelConfig.from_json(base_folders(args.model_name_or_path)[-1]))
+    ):
         print("ignored: zero_padding: prefix tuning of a model with ALiBi or windows takes one sample a row")
         packs = False
 
@@ -346,20 +352,20 @@ def main(args):
             start = log.begin()
             batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = topology.total(step_size(batches)), 0.0
+            size, loss = topology.all_reduce_sum(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
             part_loss = functools.partial(loss_of, size=size)
             for part, batch in parallel.forward_backward(model, batches, inputs, part_loss, seed):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            loss = topology.total(loss, stages=True)
+            loss = topology.all_reduce_sum(loss, stages=True)
             grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
             shards.gather_weights()
             optimizer.zero_grad()
-            tokens = topology.total(sum(batch["tokens"] for batch in batches))
+            tokens = topology.all_reduce_sum(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)

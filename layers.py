@@ -1,5 +1,7 @@
-"""Linears (of floats, of integers), embedding and norm, and LINEARS, the table that says how every linear is wired."""
+"""Linears (float and integer), embedding, norm, RNG; and LINEARS, the table that says how every linear is wired."""
 
+import contextlib
+import zlib
 from collections import namedtuple
 
 import kernels
@@ -10,11 +12,11 @@ from paddle import nn
 
 from formats.files import UserError
 
-# What each linear reads, and how it is sharded: the one table that tensor parallelism, quantization, LoRA and the memory
-# model look a linear up in, by the last part of our names.
-# input: the norm of the block whose output it reads alone; None: no norm. group: linears that read the same input together.
-# parallel: "column" shards its outputs over tp, "row" its inputs, "vocab" the ids. units: what a rank has whole ones of.
-# adaptable: LoRA and quantization apply to it.
+# What each linear reads, and how it is sharded: the one table that tensor parallelism, quantization, LoRA and the
+# memory model look a linear up in, by the last part of our names. input: the norm of the block whose output it reads
+# alone; None: no norm. group: linears that read the same input together. parallel: "column" shards its outputs over
+# tp, "row" its inputs, "vocab" the ids. units: what a rank has whole ones of. adaptable: LoRA and quantization apply
+# to it.
 LinearRow = namedtuple("LinearRow", "input group parallel units adaptable", defaults=(None, None, None, None, True))
 
 LINEARS = {
@@ -171,6 +173,27 @@ class Norm(nn.Layer):
 
     def add_bias(self) -> None:
         self.bias = self.create_parameter(self.weight.shape, is_bias=True)
+
+
+class RNGTracker:
+    """Counter-based RNG: a draw depends on (seed, pass, key, shape), so shards reproduce what one process draws."""
+
+    number = 0
+
+    def renew(self) -> None:
+        """A new pass begins."""
+        self.number = int(paddle.randint(0, (1 << 31) - 1, [1])[0])
+
+    @contextlib.contextmanager
+    def fork(self, key: str):
+        """Inside, Paddle draws under this key; the generators' states outside are unchanged."""
+        states = paddle.get_rng_state("cpu"), paddle.get_rng_state()
+        paddle.seed(zlib.crc32(f"{self.number} {key}".encode()))
+        try:
+            yield
+        finally:
+            paddle.set_rng_state(states[0], "cpu")
+            paddle.set_rng_state(states[1])
 
 
 def linear_row(path: str) -> LinearRow | None:

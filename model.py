@@ -5,26 +5,24 @@
     losses = model(input_ids, labels=labels)             # (B, T) float32 per token, without ever holding the logits
     tokens = generate(model, input_ids)                  # (B, T + new) int64 numpy
 
-The decoder asks for the traits of a ModelConfig, never for a family:
-RMSNorm or LayerNorm before, after or around each half of a block, the residual around either · positions by rotation
-(of all or some dims, halves or neighbors, in two dimensions; linear, dynamic, yarn, llama3 scaling), by ALiBi or learned ·
-grouped-query attention with FlashMask rows, with windows, soft caps and norms of heads, or through latents (MLA) · q, k, v
-in one linear or three, as the family's files have them, so that names, adapters and moments are one to one · MLPs with or
-without gate, dense or of routed and shared experts · tied, own or normalized head.
+The decoder asks for the traits of a ModelConfig, never for a family: RMSNorm or LayerNorm before, after or around
+each half of a block, the residual around either · positions by rotation (of all or some dims, halves or neighbors, in
+two dimensions; linear, dynamic, yarn, llama3 scaling), by ALiBi or learned · grouped-query attention with FlashMask
+rows, with windows, soft caps and norms of heads, or through latents (MLA) · q, k, v in one linear or three, as the
+family's files have them, so that names, adapters and moments are one to one · MLPs with or without gate, dense or of
+routed and shared experts · tied, own or normalized head.
 
 This file knows nothing of topology or hardware: it reshapes with -1, calls kernels.*, and calls `comm` wherever several
 ranks would have to talk (see LocalComm; parallel.ParallelComm is its version for several ranks). Labels come already
 shifted. There is no dropout in the decoder, whatever config.json says: only LoRA has its own.
 
-Letters: B batch, T sequence, D model width, H query heads, K key/value heads, Dh head dim, F feed-forward width,
-V vocabulary, E experts, L layers, N tokens of a batch, P prefix tokens, R LoRA rank, r rotary dims of a head. A dim with a
-divisor is sharded: (B, T/sep, H/tp, Dh). Residual stream: (B, T/sp, D), sp = sep, or sep · tp with sequence parallelism.
+Letters: B batch, T sequence, D model width, H query heads, K key/value heads, Dh head dim, F feed-forward width, V
+vocabulary, E experts, L layers, N tokens of a batch, P prefix tokens, R LoRA rank, r rotary dims of a head. A dim
+with a divisor is sharded: (B, T/sep, H/tp, Dh); sp is sep, or sep · tp with sequence parallelism.
 """
 
-import contextlib
 import dataclasses
 import math
-import zlib
 
 import kernels
 from kernels.reference import penalize, sample_logits
@@ -36,7 +34,7 @@ from paddle import nn
 
 from families import ModelConfig, MoEConfig, weight_names
 from formats.files import UserError
-from layers import LINEARS, Embedding, Linear, Norm, QuantLinear, linear_row
+from layers import LINEARS, Embedding, Linear, Norm, QuantLinear, RNGTracker, linear_row
 from layers import set_parameter as set_parameter  # for callers
 from positions import (
     NO_ROW,
@@ -48,10 +46,6 @@ from positions import (
     shape_of,
     sliding_window_rows,
 )
-from positions import glm_positions_of_prompt as glm_positions_of_prompt
-from positions import rope_cache_key as rope_cache_key
-from positions import rope_frequencies as rope_frequencies
-from positions import rope_lengths as rope_lengths
 
 
 def kernel_attention(q, k, v, past_k, past_v, mask_rows, **options) -> paddle.Tensor:
@@ -70,8 +64,9 @@ def kernel_attention(q, k, v, past_k, past_v, mask_rows, **options) -> paddle.Te
 class LocalComm:
     """Every point at which the ranks of a parallel model talk, for one process: nothing is sent, all is identity.
 
-    x (B, T/sp, D) is the residual stream; inside attention and MLP each rank of tp has all T/sep tokens of its heads and
-    channels. layout says which tokens of a row of T a rank has; None: all of them. parallel.ParallelComm does the rest.
+    x (B, T/sp, D) is the residual stream; inside attention and MLP each rank of tp has all T/sep tokens of its heads
+    and channels. layout says which tokens of a row of T a rank has; None: all of them. parallel.ParallelComm does the
+    rest.
     """
 
     is_last_stage = True  # of a pipeline: holds the head
@@ -84,11 +79,11 @@ class LocalComm:
         return context
 
     def local_tokens(self, x, layout, tp=True, fill=0):
-        """(B, T, …), the same on every rank -> (B, T/sp, …); (B, T/sep, …) with tp False. fill: for padding to a multiple."""
+        """(B, T, …), the same on every rank -> (B, T/sp, …); (B, T/sep, …) with tp False. fill: of padding."""
         return x
 
     def gather_tokens(self, x, layout, tp=False, sum_gradients=False):
-        """(B, T/sep, …) -> (B, T, …); from (B, T/sp, …) with tp. sum_gradients: ranks use different parts of the result."""
+        """(B, T/sep, …), with tp (B, T/sp, …) -> (B, T, …). sum_gradients: ranks use different parts of it."""
         return x
 
     def copy_to_tp_region(self, x, layout):
@@ -120,7 +115,7 @@ class LocalComm:
         return logits
 
     def run_unit(self, name: str, function, *args):
-        """function(*args), which reads the parameters of a unit; ZeRO-3 gathers them before it and releases them after."""
+        """function(*args), which reads the parameters of a unit; ZeRO-3 gathers them first, then releases them."""
         return function(*args)
 
     def run_stages(self, model, input_ids, context, cache):
@@ -158,7 +153,7 @@ class ForwardContext:
 
 
 class KVCache:
-    """Keys and values of the tokens before those of a pass. Implementations: Cache below, serving.runners.PagedRunner."""
+    """Keys and values of the tokens before those of a pass: Cache below, and serving.runners.PagedRunner."""
 
     prefix_tokens = 0  # trained tokens before position 0 of the text, which position_ids do not count
     lengths = None  # the sequence lengths that rope_tables() uses, see rope_lengths(); None: those of the samples
@@ -210,27 +205,6 @@ class Cache(KVCache):
         return {window: sliding_window_rows(mask_rows, B, self.tokens, window) for window in windows}
 
 
-class RNGTracker:
-    """Counter-based RNG: a draw depends on (paddle.seed, pass, key, shape), so shards reproduce what one process draws."""
-
-    number = 0
-
-    def renew(self) -> None:
-        """A new pass begins."""
-        self.number = int(paddle.randint(0, (1 << 31) - 1, [1])[0])
-
-    @contextlib.contextmanager
-    def fork(self, key: str):
-        """Inside, Paddle draws under this key; the generators' states outside are unchanged."""
-        states = paddle.get_rng_state("cpu"), paddle.get_rng_state()
-        paddle.seed(zlib.crc32(f"{self.number} {key}".encode()))
-        try:
-            yield
-        finally:
-            paddle.set_rng_state(states[0], "cpu")
-            paddle.set_rng_state(states[1])
-
-
 # ======================================================================================================== attention
 
 
@@ -268,8 +242,8 @@ class Attention(nn.Layer):
     def forward(self, x, context, past_k=None, past_v=None, cache=None, recompute_core=False):
         """x (B, T/sp, D) -> (B, T/sp, D).
 
-        past_k, past_v (B, P, K/tp, Dh): a trained prefix's. cache: a KVCache. recompute_core: all behind the first linears
-        is computed again in backward.
+        past_k, past_v (B, P, K/tp, Dh): a trained prefix's. cache: a KVCache. recompute_core: all behind the first
+        linears is computed again in backward.
         """
         states = self.qkv(context.comm.copy_to_tp_region(x, context.layout))
         if not recompute_core:
@@ -345,7 +319,7 @@ class MultiheadLatentAttention(Attention):
         self.kv_b_proj = Linear(latent.kv_rank, H * (latent.nope_dim + latent.value_dim), False)
 
     def qkv(self, x):
-        """q (B, T/sep, H/tp, nope + rope), keys and values (B, T/sep, H/tp, nope + value), the common key (B, T/sep, rope)."""
+        """q (B, T/sep, H/tp, nope + rope), k and v (B, T/sep, H/tp, nope + value), common key (B, T/sep, rope)."""
         latent = self.config.latent
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if latent.q_rank else self.q_proj(x)
         narrow, k_rope = self.kv_a_proj(x).split([latent.kv_rank, latent.rope_dim], axis=-1)
@@ -476,9 +450,9 @@ class MoE(nn.Layer):
 def load_balancing_loss(probabilities: list, moe: MoEConfig, real: paddle.Tensor) -> paddle.Tensor:
     """E · sum over experts of (share of the tokens that chose it) · (its mean probability), arXiv 2101.03961, Eq. 4-6.
 
-    probabilities: (B · T, E) of each sparse layer; shares and means are over the tokens of all layers together for which
-    real (B, T) is 1. With moe.aux_by_layer over those of one layer, and with aux_by_sequence of one row of it; their losses
-    are averaged over rows and added up over layers, and shares are of all choices.
+    probabilities: (B · T, E) of each sparse layer; shares and means are over the tokens of all layers together for
+    which real (B, T) is 1. With moe.aux_by_layer over those of one layer, and with aux_by_sequence of one row of it;
+    their losses are averaged over rows and added up over layers, and shares are of all choices.
     """
     E, rows = moe.count, len(real) if moe.aux_by_layer and moe.aux_by_sequence else 1
     layers = probabilities if moe.aux_by_layer else [paddle.concat(probabilities)]
@@ -590,10 +564,11 @@ class CausalLM(nn.Layer):
     ):
         """input_ids (B, T) int64 -> logits (B, T, V), or with labels (B, T) -> losses (B, T) float32, 0 where -100.
 
-        position_ids (B, T) default to 0…T-1 after what `caches` (a KVCache, extended in place) holds; startend_row_indices
-        (B, 1, T, 1) int32 are FlashMask rows. labels are already shifted: labels[t] is the target of position t.
-        return_predictions: (losses, argmax ids (B, T) int64). While training, a family's auxiliary losses of the batch
-        (router balance, z-loss) are added to every loss that counts; auxiliary_losses=False: plain -log p.
+        position_ids (B, T) default to 0…T-1 after what `caches` (a KVCache, extended in place) holds;
+        startend_row_indices (B, 1, T, 1) int32 are FlashMask rows. labels are already shifted: labels[t] is the
+        target of position t. return_predictions: (losses, argmax ids (B, T) int64). While training, a family's
+        auxiliary losses of the batch (router balance, z-loss) are added to every loss that counts;
+        auxiliary_losses=False: plain -log p.
         """
         context = self.start_forward(input_ids, position_ids, startend_row_indices, caches)
         x, probabilities = self.comm.run_stages(self, input_ids, context, caches)
@@ -603,7 +578,7 @@ class CausalLM(nn.Layer):
         return self.comm.broadcast_from_last_stage(outputs)
 
     def hidden_states(self, input_ids, position_ids=None, mask_rows=None, caches=None) -> paddle.Tensor:
-        """(B, T, D) after the final norm; arguments as in forward(). Paged caches need position_ids, of rope_2d (B, T, 2)."""
+        """(B, T, D) after the final norm; arguments as in forward(). A paged cache needs position_ids."""
         context = self.start_forward(input_ids, position_ids, mask_rows, caches)
         x, _ = self.comm.run_stages(self, input_ids, context, caches)
         if self.comm.is_last_stage:
@@ -618,7 +593,7 @@ class CausalLM(nn.Layer):
     # ------------------------------------------------------------------------------------------------ before the blocks
 
     def start_forward(self, input_ids, position_ids=None, mask_rows=None, caches=None) -> ForwardContext:
-        """The ForwardContext of a pass; a cache grows by the tokens. Without one a trained prefix stands before each row."""
+        """The ForwardContext of a pass; a cache grows by T. Without a cache a trained prefix stands before each row."""
         (B, T), config = input_ids.shape, self.config
         if self.training:
             self.rng.renew()
@@ -715,12 +690,12 @@ class CausalLM(nn.Layer):
     # ------------------------------------------------------------------------------------------------------- the blocks
 
     def run_all(self, input_ids, context, cache):
-        """Ids (B, T) -> hidden states (B, T/sp, D) after the final norm, and the routers' probabilities of sparse blocks."""
+        """Ids (B, T) -> hidden states (B, T/sp, D) after the final norm, and run_layers()' probabilities."""
         x, probabilities = self.run_layers(range(len(self.layers)), self.embed(input_ids, context), context, cache)
         return self.final_norm(x), probabilities
 
     def run_layers(self, layers, x, context, cache=None):
-        """x (B, T/sp, D) after these layers (indices), and a list of the probabilities (N, E) of the sparse ones' routers."""
+        """x (B, T/sp, D) after these layers (indices), and [probabilities (N, E)] of the sparse ones' routers."""
         probabilities = []
         for i in layers:
             past_k, past_v = (None, None) if context.past is None else context.past[i]
@@ -756,7 +731,7 @@ class CausalLM(nn.Layer):
     def final_norm(self, x):
         return x if self.norm is None else self.comm.run_unit("norm", self.norm, x)
 
-    # ------------------------------------------------------------------------------------------------- behind the blocks
+    # ---------------------------------------------------------------------------------------------- behind the blocks
 
     def outputs(self, x, probabilities, context, labels=None, return_predictions=False, auxiliary_losses=True):
         """What forward() returns, from the hidden states (B, T/sp, D) after the final norm."""
@@ -833,13 +808,13 @@ class CausalLM(nn.Layer):
         return loss
 
     def _largest_logits(self, x, weight, tied):
-        """x (N, D) -> the largest logit of each row (N,): its id is found without gradient, then only it is computed."""
+        """x (N, D) -> the largest logit of each row (N,): its id without gradient, then only that logit."""
         with paddle.no_grad():
             rows = x.split(-(-x.shape[0] // Z_LOSS_ROWS))
             best = paddle.concat([kernels.linear(part, weight.T if tied else weight).argmax(-1) for part in rows])
         return (x * kernels.embedding(best, weight if tied else weight.T)).sum(-1)
 
-    # ------------------------------------------------------------------------------------------------------------ others
+    # --------------------------------------------------------------------------------------------------------- others
 
     def new_cache(self, B: int) -> Cache:
         """An empty Cache for B sequences, or one that begins with the trained prefix."""
@@ -864,7 +839,7 @@ class CausalLM(nn.Layer):
         return total + tied
 
     def flops_per_token(self, T: int) -> float:
-        """Floating-point operations of one token's forward and backward in a causal sequence of T (arXiv 2204.02311, B).
+        """FLOPs of one token's forward and backward in a causal sequence of T (arXiv 2204.02311, B).
 
         6 per weight of every linear that a token passes, and 12 · H · Dh · T/2 a layer for attention.
         """
@@ -877,12 +852,12 @@ Z_LOSS_ROWS = 1024  # tokens whose logits are held at once while the largest is 
 
 
 def distances_count(config: ModelConfig) -> bool:
-    """Whether attention depends on the distance of query and key, so that each sample needs a prefix right before it."""
+    """Whether attention depends on the distance of query and key: then a prefix must be right before its sample."""
     return config.position == "alibi" or any(config.windows)
 
 
 def check_one_sample_a_row(position_ids: paddle.Tensor, labels: paddle.Tensor) -> None:
-    """UserError if a row has labels in a second sample: behind one prefix a row, it would see the prefix from too far."""
+    """UserError if a row has labels in a second sample, which would be too far from the row's prefix."""
     samples = (position_ids == 0).astype("int64").cumsum(1)
     if bool(((samples > 1) & (labels != -100)).any()):
         raise UserError(
@@ -892,7 +867,8 @@ def check_one_sample_a_row(position_ids: paddle.Tensor, labels: paddle.Tensor) -
 
 # ============================================================================================== making, linears by name
 
-# The tensors of a QuantLinear: our name, theirs, dtype on disk. (int8 weights lie as [out, in] there, packed ones as here.)
+# The tensors of a QuantLinear: our name, theirs, dtype on disk. (There int8 weights are [out, in], packed ones as
+# here.)
 _QUANTIZED = (("qweight", "qweight", None), ("scales", "scales", None), ("qzeros", "qzeros", "int32"),
               ("g_index", "g_idx", "int32"), ("input_scale", "input_scale", "float32"))  # fmt: skip
 
@@ -912,7 +888,7 @@ def build(config: ModelConfig, dtype: str = "float32") -> CausalLM:
 
 
 def _replace_by_quant_linears(model, quantization):
-    """Linears of the blocks become QuantLinear; after a shift, norms have biases and so have the linears that read them."""
+    """Linears of the blocks become QuantLinear; after a shift, norms and the linears that read them have biases."""
     only_weights, shifted = quantization["quant_method"] == "gptq", set()  # ids of linears
     for block in model.layers if quantization.get("shift") else ():
         layers = dict(block.named_sublayers())
@@ -934,7 +910,7 @@ def _replace_by_quant_linears(model, quantization):
 
 
 def norm_consumers(block: Block) -> dict[str, list[str]]:
-    """{norm: [layer, …]} by their names in a block of float linears: norms that only these layers read, and no residual."""
+    """{norm: [layer, …]} by their names in a block of float linears: norms that nothing else reads, no residual."""
     layers = [name for name, layer in block.named_sublayers() if isinstance(layer, Linear) and linear_row(name)]
     consumers = {row.input: [] for row in LINEARS.values() if row.input}
     for name in layers:
@@ -989,8 +965,8 @@ def generate(
 ) -> np.ndarray:
     """The oracle: one batch, one step after another, nothing clever. Returns (B, T + new) int64.
 
-    input_ids (B, T); rows may be padded on the left where attention_mask (B, T) is 0. A row that gave an eos_token_id is
-    continued with it until all rows are done.
+    input_ids (B, T); rows may be padded on the left where attention_mask (B, T) is 0. A row that gave an eos_token_id
+    is continued with it until all rows are done.
     """
     was_training, ids = model.training, np.asarray(input_ids, np.int64)
     model.eval()

@@ -1,29 +1,30 @@
-"""4D parallelism: the grid of processes, and what each of them keeps of a model, a batch and an optimizer.
+"""4D parallelism: the grid of processes, the order in which a model is sharded, and the steps of all ranks.
 
     python -m paddle.distributed.launch --nproc_per_node 8 pretrain.py CONFIG --tensor_parallel_degree 2 …
 
-Every process has one place on the grid [dp, pp, sharding, sep, tp], tp fastest (upstream's pp_first). 8 processes with
-tensor_parallel_degree 2, pipeline_parallel_degree 2 and, as what is left, dp 2:
+Each process has coordinates on the grid [dp, pp, sharding, sep, tp], tp fastest (upstream's pp_first). 8 processes with
+tensor_parallel_degree 2, pipeline_parallel_degree 2 and, from what is left, dp 2:
 
                       pp 0 (layers 0 … L/2-1)         pp 1 (layers L/2 … L-1)
                       tp 0            tp 1            tp 0            tp 1
         dp 0          rank 0          rank 1          rank 2          rank 3        one copy of the model: 0, 1, 2, 3
-        dp 1          rank 4          rank 5          rank 6          rank 7        another one, other batches
+        dp 1          rank 4          rank 5          rank 6          rank 7        another copy, other batches
 
-Along an axis talk those that differ in its coordinate alone: tp {0,1} {2,3} {4,5} {6,7}; pp {0,2} {1,3} {4,6} {5,7};
-dp {0,4} {1,5} {2,6} {3,7}. What goes along it: tp: partial sums of each attention and MLP. pp: what a block gives to the
-next one. sep: keys and values (context_parallel_degree: around a ring; sep_parallel_degree: heads for tokens). sharding:
-gradients there, weights back. dp: gradients. Of dp, sharding and sep together, expert_parallel_degree consecutive ranks
-share out the experts: tokens there, and back.
+Ranks that differ only in one coordinate form that axis's process group: tp {0,1} {2,3} {4,5} {6,7}; pp {0,2} {1,3}
+{4,6} {5,7}; dp {0,4} {1,5} {2,6} {3,7}. What they send: tp: partial sums of each attention and MLP. pp: hidden states
+to the next stage, gradients back. sep: keys and values (context_parallel_degree: around a ring; sep_parallel_degree:
+tokens for heads). sharding: gradients to be reduced, weights to be gathered. dp: gradients. Experts are sharded over
+expert_parallel_degree consecutive ranks of (dp, sharding, sep); tokens go there and back by all-to-all.
 
-The scripts do not see it: a parallel model takes whole batches and gives the losses of all their tokens, on every rank
-that shares a batch. With one process nothing here does anything. When one process fails, all end with its message (Watchdog).
+Scripts do not see it: a parallel model takes whole batches and returns the losses of all their tokens, on every rank
+that works on the same batch. With one process nothing is sent. When one process fails, all exit with its message
+(Watchdog).
 
-    topology = parallel.init_parallel(args)                           # which place this process has; groups are connected
-    model = parallel.from_pretrained(path, topology)          # its part of the model
-    shards = parallel.ZeroOptimizer(model, weights, topology)        # its part of gradients and of the optimizer
-    for loss, batch in parallel.forward_backward(model, batches, batch_loss, seeds): …
-    norm = shards.reduce_gradients(); optimizer.step(…); shards.gather_weights()
+    topology = init_parallel(args)                            # coordinates of this process; groups are connected
+    model = from_pretrained(path, topology)                   # this rank's part of the model shards =
+    ZeroOptimizer(model, weights, topology)          # its part of gradients and optimizer (distributed/sharding.py)
+    for loss, batch in forward_backward(model, batches, inputs, loss_of, seed): … norm = shards.reduce_gradients();
+    optimizer.step(…); shards.gather_weights()
 """
 
 import contextlib
@@ -81,7 +82,7 @@ AXES = ("dp", "pp", "sharding", "sep", "tp")  # slowest first
 ORDERS = {"pp_first": AXES, "sharding_first": ("dp", "sharding", "pp", "sep", "tp")}
 
 
-# What upstream's NAME_parallel_degree calls them; context is the sep axis too.
+# axis -> NAME in upstream's NAME_parallel_degree; context uses the sep axis.
 NAMES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
 
 
@@ -90,102 +91,80 @@ SHARDINGS = ("stage1", "stage2", "stage3", "offload")
 
 @dataclasses.dataclass(frozen=True)
 class Degrees:
-    """How many ways a run is cut, and along what. context: the sep axis is a ring (else heads are exchanged)."""
+    """The number of ranks along each axis of a run, and how they shard."""
 
     dp: int = 1
     pp: int = 1
     sharding: int = 1
     sep: int = 1
     tp: int = 1
-    ep: int = 1  # experts are spread over ranks that have other tokens, so it is no factor of the world
-    virtual: int = 1  # stages of the pipeline that a rank has
-    stage: int = 0  # of sharding; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
-    offload: bool = False  # moments and master weights lie in the host's memory
-    sequence_parallel: bool = False  # between attention and MLP a rank of tp keeps its share of the tokens
-    context: bool = False
-    order: str = "pp_first"  # a key of ORDERS
+    ep: int = 1  # expert groups reuse the data-parallel ranks, so ep is not a factor of the world size
+    virtual: int = 1  # pipeline stages of a rank
+    stage: int = 0  # of ZeRO; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
+    offload: bool = False  # moments and master weights are in the host's memory
+    sequence_parallel: bool = False  # between attention and MLP a rank of tp keeps only T/tp tokens
+    context: bool = False  # the sep axis is a ring (else Ulysses attention)
+    order: str = "pp_first"  # of the axes; a key of ORDERS
 
     @staticmethod
-    def of(args, config=None, T=None, world=None):
-        """From the arguments; UserError with all that does not fit, in one line.
+    def of(args, config: ModelConfig | None = None, T: int | None = None, world: int | None = None) -> "Degrees":
+        """The degrees that the arguments ask for; UserError with everything that does not fit, in one line.
 
-        config: the model's, T: the longest sequence, where they are known. world: of the processes that were launched, dp is
-        what the other degrees leave; None: a run that only counts, of as many as they ask for.
+        config, T: the model and its longest sequence, where they are known. world: the number of processes, of which
+        dp is what the other degrees leave; None: a dry run with as many as they ask for.
         """
-        asked = {axis: getattr(args, f"{name}_parallel_degree") for axis, name in NAMES.items()}
-        ways = {axis: max(1, degree) for axis, degree in asked.items()}
-        words = re.findall(r"[^\s,]+", getattr(args, "sharding", None) or "")
-        if unknown := [word for word in words if word not in SHARDINGS]:
-            raise UserError(
-                f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them"
-            )
+        requested = {axis: getattr(args, f"{name}_parallel_degree") for axis, name in NAMES.items()}
+        degree = {axis: max(1, count) for axis, count in requested.items()}
+        stages, offload = _sharding_words(getattr(args, "sharding", None) or "")
         order = getattr(args, "hybrid_parallel_topo_order", None) or "pp_first"
         if order not in ORDERS:
             raise UserError(f"hybrid_parallel_topo_order: {order!r}; possible are {', '.join(ORDERS)}")
-        if asked["sharding"] < 1 and words and world:  # as upstream: all that is left
-            left = world // (ways["pp"] * ways["sep"] * ways["context"] * ways["tp"])
-            ways["sharding"] = max(1, left)
-        stages = [int(word[-1]) for word in words if word != "offload"] or [1]
+        if requested["sharding"] < 1 and (stages or offload) and world:  # as upstream: all ranks that are left
+            degree["sharding"] = max(1, world // (degree["pp"] * degree["sep"] * degree["context"] * degree["tp"]))
+        stage = max(stages, default=1)
         degrees = Degrees(
-            pp=ways["pp"],
-            sharding=ways["sharding"],
-            sep=max(ways["sep"], ways["context"]),
-            tp=ways["tp"],
-            ep=ways["ep"],
+            pp=degree["pp"],
+            sharding=degree["sharding"],
+            sep=max(degree["sep"], degree["context"]),
+            tp=degree["tp"],
+            ep=degree["ep"],
             virtual=max(1, getattr(args, "virtual_pp_degree", 1)),
-            stage=max(stages) if ways["sharding"] > 1 else 0,
-            offload="offload" in words,
+            stage=stage if degree["sharding"] > 1 else 0,
+            offload=offload,
             sequence_parallel=getattr(args, "sequence_parallel", False),
-            context=ways["context"] > 1,
+            context=degree["context"] > 1,
             order=order,
         )
-        wrong = []
-        if ways["sep"] > 1 and ways["context"] > 1:
-            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
-        if world and world % degrees.world:
-            factors = " x ".join(
-                f"{NAMES[axis]}_parallel_degree {ways[axis]}" for axis in ("tp", "pp", "sharding", "sep", "context")
-            )
-            mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
-            wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {mend}")
-        elif world:
+        wrong = _contradictions(degrees, degree, stage, world)
+        if not world:  # as many data-parallel copies as the experts need
+            dp = degree["ep"] // math.gcd(degree["ep"], degree["sharding"] * degrees.sep)
+            degrees = dataclasses.replace(degrees, dp=dp)
+        elif world % degrees.world == 0:
             degrees = dataclasses.replace(degrees, dp=world // degrees.world)
-            if ways["ep"] > world:
-                wrong.append(f"expert_parallel_degree: {ways['ep']}, but this run has {world} process(es); set it to 1")
-        elif not world:  # as many copies of all else as its experts need
-            degrees = dataclasses.replace(
-                degrees, dp=ways["ep"] // math.gcd(ways["ep"], ways["sharding"] * degrees.sep)
-            )
-        if max(stages) > 1 and ways["pp"] > 1:
-            wrong.append(
-                f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1"
-            )
-        if degrees.virtual > 1 and ways["pp"] == 1 and config is None:  # else check_pipeline says it
+        if degrees.virtual > 1 and degree["pp"] == 1 and config is None:  # with a config check_pipeline() says it
             wrong.append(f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1")
-        if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
-            wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
         if config is not None:
             wrong += degrees.validate(config, T)
         if wrong:
             raise UserError("; ".join(wrong))
         return degrees
 
-    def validate(self, config, T=None):
-        """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
+    def validate(self, config: ModelConfig, T: int | None = None) -> list[str]:
+        """Why a model, or its sequences of T tokens, cannot be sharded so: the key, what it is, how many there are."""
         return check_tensor(config, self) + check_pipeline(config, self) + check_context(config, self, T)
 
     def __str__(self):
         names = {"dp": "data", **NAMES, "sep": "context" if self.context else "sep"}
         order = ("tp", "pp", "sharding", "sep", "dp", "ep")
-        ways = [f"{names[axis]} {getattr(self, axis)}" for axis in order if getattr(self, axis) > 1]
+        parts = [f"{names[axis]} {getattr(self, axis)}" for axis in order if getattr(self, axis) > 1]
         if self.virtual > 1:
-            ways.insert(1 + (self.tp > 1), f"virtual {self.virtual}")
+            parts.insert(1 + (self.tp > 1), f"virtual {self.virtual}")
         if self.stage:
-            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
-        return ", ".join(ways) or "one process"
+            parts.append(f"stage {self.stage}{' with offload' * self.offload}")
+        return ", ".join(parts) or "one process"
 
     @property
-    def world(self):
+    def world(self) -> int:
         return self.dp * self.pp * self.sharding * self.sep * self.tp
 
     def tp_shards(self, name: str, config: ModelConfig) -> float:
@@ -204,83 +183,104 @@ class Degrees:
         return min(shards * self.ep, self.world // self.pp) if ".experts." in name else shards
 
     def sharding_shards(self, name: str, config: ModelConfig) -> float:
-        """Number of shards that ZeRO makes of what tp_shards() leaves: experts may be sharded over these ranks already."""
+        """Number of shards that ZeRO makes of what tp_shards() leaves: experts may be on these ranks already."""
         if ".experts." not in name:
             return self.sharding
         return min(self.sharding, self.world // self.pp // self.tp_shards(name, config))
 
 
-class Topology:
-    """The place of one process on the grid: an Axis each for dp, pp, sharding, sep and tp."""
+def _sharding_words(text):
+    """([stages], offload) of the argument `sharding`."""
+    words = re.findall(r"[^\s,]+", text)
+    if unknown := [word for word in words if word not in SHARDINGS]:
+        raise UserError(
+            f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them"
+        )
+    return [int(word[-1]) for word in words if word != "offload"], "offload" in words
 
-    def __init__(self, degrees, rank=0, groups=None):
-        """groups: what connects ranks and lets all meet (Gloo); None: sizes alone."""
+
+def _contradictions(degrees, degree, stage, world):
+    """Lines about arguments that do not fit together, whatever the model."""
+    wrong = []
+    if degree["sep"] > 1 and degree["context"] > 1:
+        wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
+    if world and world % degrees.world:
+        axes = ("tp", "pp", "sharding", "sep", "context")
+        factors = " x ".join(f"{NAMES[axis]}_parallel_degree {degree[axis]}" for axis in axes)
+        advice = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
+        wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {advice}")
+    elif world and degree["ep"] > world:
+        wrong.append(f"expert_parallel_degree: {degree['ep']}, but this run has {world} process(es); set it to 1")
+    if stage > 1 and degree["pp"] > 1:
+        wrong.append(
+            f"sharding stage{stage} and pipeline_parallel_degree {degree['pp']} exclude each other: use stage1"
+        )
+    if degrees.sequence_parallel and degree["tp"] == 1 and world != 1:
+        wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
+    return wrong
+
+
+class Topology:
+    """The coordinates of one process on the grid, and an Axis each for dp, pp, sharding, sep and tp."""
+
+    def __init__(self, degrees: Degrees, rank: int = 0, groups=None):
+        """groups: distributed.collectives.Groups, which connect ranks; None: only sizes, nothing can be sent."""
         self.degrees, self.rank, self.groups = degrees, rank, groups
         order = ORDERS[degrees.order]
         sizes = [getattr(degrees, name) for name in order]
         self.grid = np.arange(degrees.world).reshape(sizes)
-        self.place = dict(zip(order, map(int, np.argwhere(self.grid == rank)[0])))
+        self.coords = dict(zip(order, map(int, np.argwhere(self.grid == rank)[0])))
         for dim, name in enumerate(order):
             lines = np.moveaxis(self.grid, dim, -1).reshape([-1, sizes[dim]])
-            mine = next(line for line in lines if rank in line)
-            setattr(self, name, Axis(name, [int(r) for r in mine], rank, groups))
+            line = next(line for line in lines if rank in line)
+            setattr(self, name, Axis(name, [int(r) for r in line], rank, groups))
         self.alone = Axis("alone", [rank], rank)
         self.tp.sequence_parallel = degrees.sequence_parallel and self.tp.size > 1
         self.ep, self.expert_dp = make_expert_axes(self.grid, order, degrees.ep, rank, groups)
 
     @property
-    def axes(self):
+    def axes(self) -> list[Axis]:
         return [getattr(self, name) for name in AXES] + ([self.ep, self.expert_dp] if self.ep.size > 1 else [])
 
     @property
-    def data_rank(self):
-        """Which share of a step's batches this rank works on, of data_size."""
+    def data_rank(self) -> int:
+        """This rank's index among the data_size data-parallel ranks."""
         return self.dp.rank * self.sharding.size + self.sharding.rank
 
     @property
-    def data_size(self):
+    def data_size(self) -> int:
         return self.dp.size * self.sharding.size
 
     @property
-    def model_replica(self):
-        """(which copy of the model this rank is of, how many there are) that can work without the others: none in stage 3,
-        whose weights come from all of them, nor where experts are elsewhere."""
-        together = self.degrees.stage == 3 or self.ep.size > 1
-        return (0, 1) if together else (self.data_rank, self.data_size)
+    def model_replica(self) -> tuple[int, int]:
+        """(index, count) of model replicas that can run independently; (0, 1) under ZeRO-3 or expert parallelism."""
+        coupled = self.degrees.stage == 3 or self.ep.size > 1
+        return (0, 1) if coupled else (self.data_rank, self.data_size)
 
-    def meet(self):
-        """Wait for all processes, however long they take."""
+    def barrier(self) -> None:
+        """Wait for all processes, without a time limit."""
         if self.groups is not None:
-            self.groups.meet()
+            self.groups.barrier()
 
-    def exchange(self, value, met=False):
-        """[what each process calls this with]: JSON values. met: they come within 30 seconds of each other, after meet(),
-        which then is not waited for."""
-        return [value] if self.groups is None else self.groups.exchange(value, met)
+    def all_gather_object(self, value, met: bool = False) -> list:
+        """The JSON values of all processes, by rank. met: they arrive within 30 seconds of each other, after
+        barrier()."""
+        return [value] if self.groups is None else self.groups.all_gather_object(value, met)
 
-    def total(self, numbers, stages=False):
-        """Numbers (one, a tuple of them, or a dict) added up over the ranks with other batches; stages: over pp's too."""
+    def all_reduce_sum(self, numbers, stages: bool = False):
+        """Sum over the data-parallel ranks of a number, a tuple or a dict of numbers; stages: also over pp."""
         axes = [axis for axis in (self.sharding, self.dp, *([self.pp] if stages else [])) if axis.size > 1]
         if not axes or numbers == {}:
             return numbers
-        flat = np.array(list(numbers.values()) if isinstance(numbers, dict) else numbers, np.float64).reshape([-1])
-        found = paddle.to_tensor(flat)
+        values = list(numbers.values()) if isinstance(numbers, dict) else numbers
+        values = list(values) if isinstance(values, (tuple, list)) else [values]
+        total = paddle.to_tensor(np.array(values, np.float64).reshape([-1]))
         for axis in axes:
-            axis.all_reduce(found)
-        found = [type(old)(new) for old, new in zip(_flat(numbers), found.numpy().tolist())]
+            axis.all_reduce(total)
+        sums = [type(old)(new) for old, new in zip(values, total.numpy().tolist())]
         if isinstance(numbers, dict):
-            return dict(zip(numbers, found))
-        return tuple(found) if isinstance(numbers, tuple) else found[0]
-
-
-def _flat(numbers):
-    return (
-        list(numbers.values())
-        if isinstance(numbers, dict)
-        else list(numbers)
-        if isinstance(numbers, tuple)
-        else [numbers]
-    )
+            return dict(zip(numbers, sums))
+        return tuple(sums) if isinstance(numbers, tuple) else sums[0]
 
 
 # ==================================================================================================== where ranks talk
@@ -299,7 +299,7 @@ class ParallelComm(LocalComm):
     def is_last_stage(self):
         return self.pipeline is None or self.pipeline.is_last_rank
 
-    # ------------------------------------------------------------------------------ tokens: sep and sequence parallelism
+    # --------------------------------------------------------------------------- tokens: sep and sequence parallelism
 
     def token_layout(self, T, is_cached):
         """Tokens are not sharded over sep where a cache holds keys: it has all of them, on every rank of sep."""
@@ -326,7 +326,7 @@ class ParallelComm(LocalComm):
             return ring_attention(q, k, v, past_k, past_v, mask_rows, self.sep, **options)
         return ulysses_attention(q, k, v, past_k, past_v, mask_rows, layout, self.sep, **options)
 
-    # -------------------------------------------------------------------------- heads, channels and ids: tensor parallelism
+    # -------------------------------------------------------------------- heads, channels and ids: tensor parallelism
 
     def copy_to_tp_region(self, x, layout):
         return copy_to_tp_region(x, layout, self.tp)
@@ -384,7 +384,7 @@ def parallelize(model: CausalLM, topology: Topology) -> CausalLM:
         if wrong := topology.degrees.validate(model.config):
             raise UserError("; ".join(wrong))
         if topology.groups is not None:
-            topology.groups.watchdog.agree("the model", dataclasses.asdict(model.config))
+            topology.groups.watchdog.check_equal_on_all_ranks("the model", dataclasses.asdict(model.config))
         model.comm = ParallelComm(topology, model.config)
         model.comm.pipeline = apply_pipeline_parallel(model, topology)
         apply_tensor_parallel(model, topology.tp)
@@ -411,8 +411,8 @@ def shard_adapters(model: CausalLM, topology: Topology) -> None:
         model.prefix.local_heads = slice(*local_heads(model.config, tp.size, tp.rank)[1])
 
 
-def from_pretrained(path, topology, dtype="float32"):
-    """model.from_pretrained() of this process's part of the model: nothing else of it is read, or takes memory."""
+def from_pretrained(path, topology: Topology, dtype: str = "float32") -> CausalLM:
+    """adapters.from_pretrained() of this rank's part of the model: nothing else is read or takes memory."""
     *adapters, base = base_folders(path)
     model = parallelize(build(ModelConfig.from_json(base), dtype), topology)
     load_weights(model, base)
@@ -427,9 +427,9 @@ def from_pretrained(path, topology, dtype="float32"):
 def forward_backward(model: CausalLM, batches: list, inputs, loss_of, seed):
     """Forward and backward of each of this rank's micro-batches of a step; yields (loss, batch) after each.
 
-    inputs(batch): the arguments of model.forward(). loss_of(outputs, batch): the micro-batch's part of the step's loss, a
-    scalar, from what forward() returns; in a pipeline only the last stage calls it, and yields a loss other than 0.0.
-    seed(i): seeds the randomness of the step's i-th micro-batch.
+    inputs(batch): the arguments of model.forward(). loss_of(outputs, batch): the micro-batch's part of the step's
+    loss, a scalar, from what forward() returns; in a pipeline only the last stage calls it, and yields a loss other
+    than 0.0. seed(i): seeds the randomness of the step's i-th micro-batch.
     """
     topology, shards = model.topology, model.shards
 
@@ -453,8 +453,8 @@ def forward_backward(model: CausalLM, batches: list, inputs, loss_of, seed):
 def pipelined_map(model: CausalLM, batches, inputs, outputs_of):
     """(batch, outputs_of(outputs, batch)) of each batch, without gradients; a pipeline works on several at once.
 
-    inputs(batch): the arguments of model.forward(); outputs: what it returns. outputs_of() returns one or several tensors,
-    and no other call of the model may come between.
+    inputs(batch): the arguments of model.forward(); outputs: what it returns. outputs_of() returns one or several
+    tensors, and no other call of the model may come between.
     """
     pipeline = getattr(model.comm, "pipeline", None)
     if pipeline is not None:
@@ -464,21 +464,21 @@ def pipelined_map(model: CausalLM, batches, inputs, outputs_of):
         yield batch, outputs_of(model(**inputs(batch)), batch)
 
 
-def init_parallel(args):
-    """The Topology of this process, from the arguments and what Paddle's launcher says; groups are connected."""
+def init_parallel(args) -> Topology:
+    """The Topology of this process, from the arguments and Paddle's launcher; groups are connected."""
     launch = Launch.of_environment()
     degrees = Degrees.of(args, world=launch.world)
     if launch.world == 1:
         return Topology(degrees)
-    together = current_watchdog()
-    together.agree("the scripts", _versions())
-    together.agree("arguments", vars(args))
-    together.meet()  # only now: connecting gives up on one that comes late
+    watchdog = current_watchdog()
+    watchdog.check_equal_on_all_ranks("the scripts", _versions())
+    watchdog.check_equal_on_all_ranks("arguments", vars(args))
+    watchdog.barrier()  # before connecting, which has a time limit
     return Topology(degrees, launch.rank, (Gloo if _backend() == "gloo" else Nccl)(launch))
 
 
 def _versions():
-    """{file: digest} of the project's code, and the versions of what it runs on."""
+    """{file: digest} of the project's code, and the versions of its libraries."""
     here = Path(__file__).resolve().parent
     rooms = [
         here.glob("*.py"),

@@ -1,4 +1,5 @@
-"""Positions and masks: rotary tables, ALiBi slopes, ChatGLM-6B's two positions, FlashMask rows of windows and caches."""
+"""Positions and masks: rotary tables, ALiBi slopes, ChatGLM-6B's two positions, FlashMask rows of windows and
+caches."""
 
 import math
 
@@ -15,7 +16,8 @@ NO_ROW = np.iinfo(np.int32).max  # a FlashMask row that no query stands on: the 
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """(r/2,) float32 angular frequencies of the r rotary dims, and the factor on cos and sin (other than 1 for yarn only).
+    """(r/2,) float32 angular frequencies of the r rotary dims, and the factor on cos and sin (other than 1 for yarn
+    only).
 
     linear: Chen et al., arXiv 2306.15595. yarn: Peng et al., arXiv 2309.00071, Eq. 22-25. llama3: the rule that Meta
     published with Llama 3.1. dynamic is the default up to max_position_embeddings (see rope_tables).
@@ -80,9 +82,9 @@ def rope_tables(config: ModelConfig, position_ids: paddle.Tensor, lengths: paddl
     """cos and sin, each (B, T, 1, r) float32 for the r rotary dims of a head; (None, None) without rotary positions.
 
     position_ids (B, T), or for rope_2d (B, T, 2), whose two tables are concatenated. dynamic: past
-    max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor packing
-    changes the result. qwen_ntk grows in powers of two. lengths (B, T) or (B, 1): the length each token is rotated for
-    (None: that of its sample), see rope_lengths().
+    max_position_embeddings the base grows with the length of the token's own sample, so that neither padding nor
+    packing changes the result. qwen_ntk grows in powers of two. lengths (B, T) or (B, 1): the length each token is
+    rotated for (None: that of its sample), see rope_lengths().
     """
     if not config.position.startswith("rope"):
         return None, None
@@ -128,10 +130,10 @@ def rope_cache_key(config: ModelConfig, prompt_length: int) -> int:
 def glm_positions_and_mask(config: ModelConfig, input_ids, position_ids, mask_rows) -> tuple:
     """ChatGLM-6B's positions (B, T, 2) and FlashMask rows (B, 1, T, 2) of complete samples (Du et al., 2103.10360).
 
-    A sample is a context, whose tokens all see each other, and from <sop> (bos) on an answer, which is causal. The first
-    position counts the context and stays at the mask token's index in the answer; the second is 0, then counts from 1.
-    The mask token is [gMASK] if there is one, else [MASK]. A sample without <sop> is causal and all context. position_ids
-    (B, T) restart at 0 with each sample; mask_rows (B, 1, T, 1), or None, are its causal rows.
+    A sample is a context, whose tokens all see each other, and from <sop> (bos) on an answer, which is causal. The
+    first position counts the context and stays at the mask token's index in the answer; the second is 0, then counts
+    from 1. The mask token is [gMASK] if there is one, else [MASK]. A sample without <sop> is causal and all context.
+    position_ids (B, T) restart at 0 with each sample; mask_rows (B, 1, T, 1), or None, are its causal rows.
     """
     B, T = input_ids.shape
     index = paddle.arange(T).unsqueeze(0).expand([B, T])
@@ -164,8 +166,8 @@ def glm_positions_and_mask(config: ModelConfig, input_ids, position_ids, mask_ro
 
 
 def glm_positions_of_prompt(config: ModelConfig, tokens: list, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (n, 2) int64 and FlashMask rows (1, 1, n, 2) int32 of one text: a prompt, then a causal reply, whose second
-    position counts on."""
+    """Positions (n, 2) int64 and FlashMask rows (1, 1, n, 2) int32 of one text: a prompt, then a causal reply, whose
+    second position counts on."""
     prompt, steps = paddle.to_tensor([tokens[:prompt_length]]), np.arange(len(tokens) - prompt_length)
     tensors = glm_positions_and_mask(config, prompt, paddle.arange(prompt_length).unsqueeze(0), None)
     positions, mask_rows = (tensor[0].numpy() for tensor in tensors)

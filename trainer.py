@@ -64,13 +64,13 @@ def run_script(main, Args, argv=None):
             _choose_device(args)
             main(args)
         if together is not None:
-            together.leave()
+            together.shutdown()
     except SystemExit:
         raise
     except BaseException as error:
         code, line = _exit_status(error, getattr(args, "output_dir", ""))
         if together is not None:
-            together.fail(error, code, line)
+            together.abort_on_error(error, code, line)
         if line is None:
             raise
         print(f"error: {line}" if code == 2 else line, file=sys.stderr)
@@ -153,10 +153,10 @@ def prepare_output_dir(args, topology=SINGLE):
     The first rank does it, between two meetings of all. Call it after data and model have been read: a mistyped path must not cost the run that is to be overwritten.
     """
     folder, old = Path(args.output_dir), check_output_dir(args)
-    topology.meet()
+    topology.barrier()
     if topology.rank == 0:
         _prepare(folder, old, args)
-    topology.meet()
+    topology.barrier()
 
 
 def _prepare(folder, old, args):
@@ -336,7 +336,7 @@ class AdamW:
         read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
         names = {key.rpartition("/")[0] for key in read}
         mine = {weight.name for weight in shards.weights}
-        shards.topology.meet()  # reading weights may have taken one of them longer
+        shards.topology.barrier()  # reading weights may have taken one of them longer
         trained = gather_tensor_index(dict.fromkeys(sorted(mine), 0), shards.topology)[0].keys()  # on any rank
         if names != trained:
             missing, extra = _some(trained - names), _some(names - trained)
@@ -426,7 +426,7 @@ class Log:
         for axis in self.topology.axes:
             if axis.size > 1:
                 self.talked[axis.name] += axis.seconds - self.before[axis.name]
-        added, self.figures = self.topology.total({n: self.figures.get(n, 0.0) for n in self.names}, True), {}
+        added, self.figures = self.topology.all_reduce_sum({n: self.figures.get(n, 0.0) for n in self.names}, True), {}
         recent = list(self.window)[-self.since :]
         speed = sum(t for t, _ in recent) / max(1e-9, sum(s for _, s in recent))
         eta = (self.total - state.step) * sum(s for _, s in self.window) / len(self.window)
@@ -450,7 +450,9 @@ class Log:
         if self.utilisation:
             row["mfu"] = round(speed * self.utilisation, 4)
         if (pp := self.topology.pp).size > 1:  # idle share of the step's forwards and backwards, beside the formula
-            row["bubble"] = round(self.topology.total(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4)
+            row["bubble"] = round(
+                self.topology.all_reduce_sum(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4
+            )
             row["bubble_formula"] = round(pp.bubble, 4)
         if self.talked:
             row["communication"] = {
@@ -662,7 +664,7 @@ def evaluate(model, loader, max_batches=None, topology=SINGLE):
         tokens += int(target.sum())
     if was_training:
         model.train()
-    loss, correct, tokens = topology.total((loss, correct, tokens))
+    loss, correct, tokens = topology.all_reduce_sum((loss, correct, tokens))
     if not tokens:
         raise UserError("evaluation: the data has no target token")
     mean = loss / tokens

@@ -177,9 +177,9 @@ class Axis:
 
     @contextlib.contextmanager
     def _timed(self, x):
-        begin, self.watchdog.place = time.perf_counter(), self
+        begin, self.watchdog.waiting_in = time.perf_counter(), self
         yield
-        self.watchdog.place = None  # an exception leaves it: there this rank was lost
+        self.watchdog.waiting_in = None  # an exception leaves it: there this rank was lost
         self.seconds += time.perf_counter() - begin
         self.bytes += x.size * x.element_size()
 
@@ -203,14 +203,14 @@ class Groups:
             self.groups[key] = self._connect(list(ranks), key)
         return self.groups[key]
 
-    def meet(self):
+    def barrier(self):
         """Wait for all processes, however long they take: a collective of gloo would give up after 30 seconds."""
-        self.watchdog.meet()
+        self.watchdog.barrier()
 
-    def exchange(self, value, met=False):
+    def all_gather_object(self, value, met=False):
         """[what each process calls this with], small JSON values. Not by the store, whose every answer takes 40 milliseconds."""
         if not met:
-            self.meet()
+            self.barrier()
         group, text, room = self.connect(list(range(self.launch.world))), json.dumps(value).encode(), 1024
 
         def gather(content, size):
@@ -374,31 +374,31 @@ class ShardSpec:
     """
 
     def __init__(self, dim, of_ranks, rank, shape):
-        self.dim, self.of_ranks, self.rank, self.shape = dim, of_ranks, rank, list(shape)
+        self.dim, self.ranges_by_rank, self.rank, self.shape = dim, of_ranks, rank, list(shape)
         self.ranges = of_ranks[rank]
-        self.overlaps = sum(last - first for ranges in of_ranks for first, last in ranges) > self.shape[dim]
+        self.replicated = sum(last - first for ranges in of_ranks for first, last in ranges) > self.shape[dim]
 
     def of(self, dim, shape):
         """The same ranges of another tensor."""
-        return ShardSpec(dim, self.of_ranks, self.rank, shape)
+        return ShardSpec(dim, self.ranges_by_rank, self.rank, shape)
 
-    def take(self, array):
+    def slice(self, array):
         """numpy, the whole -> the part."""
         index = (slice(None),) * self.dim
         parts = [array[(*index, slice(*r))] for r in self.ranges]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, self.dim)
 
-    def put(self, whole, part, rank=None):
+    def scatter_into(self, whole, part, rank=None):
         """Write the part (another rank's) to its places in the whole, in place; numpy."""
         index, start = (slice(None),) * self.dim, 0
-        for first, last in self.ranges if rank is None else self.of_ranks[rank]:
+        for first, last in self.ranges if rank is None else self.ranges_by_rank[rank]:
             whole[(*index, slice(first, last))] = part[(*index, slice(start, start + last - first))]
             start += last - first
 
-    def counted(self, shape):
+    def first_owner_mask(self, shape):
         """A tensor of the part's shape: 1 for what no lower rank has too, else 0."""
         lower = np.zeros(self.shape[self.dim], bool)
-        for first, last in (r for ranges in self.of_ranks[: self.rank] for r in ranges):
+        for first, last in (r for ranges in self.ranges_by_rank[: self.rank] for r in ranges):
             lower[first:last] = True
         mine = np.concatenate([~lower[slice(*r)] for r in self.ranges]).astype(np.float32)
         mine = mine.reshape([-1 if dim == self.dim else 1 for dim in range(len(shape))])
@@ -439,7 +439,7 @@ def make_expert_axes(grid, order, degree, rank, groups):
 @paddle.no_grad()
 def gather_full_tensor(tensor, cut, tp):
     """The whole of which each rank of tp has such a part, as numpy in our layout."""
-    widths = [sum(last - first for first, last in ranges) for ranges in cut.of_ranks]
+    widths = [sum(last - first for first, last in ranges) for ranges in cut.ranges_by_rank]
     tensor = tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor
     turned = paddle.moveaxis(tensor, cut.dim, 0)
     if max(widths) > cut.width:
@@ -448,7 +448,7 @@ def gather_full_tensor(tensor, cut, tp):
     parts = tp.all_gather(turned.unsqueeze(0)).numpy()
     found = np.empty(cut.shape, parts.dtype)
     for rank, width in enumerate(widths):
-        cut.put(found, np.moveaxis(parts[rank, :width], 0, cut.dim), rank)
+        cut.scatter_into(found, np.moveaxis(parts[rank, :width], 0, cut.dim), rank)
     return found
 
 
@@ -472,11 +472,11 @@ def gather_tensor_index(sizes, topology):
     Ranks with the same names send a digest of them alone. They have met.
     """
     text = json.dumps(sizes, sort_keys=True)
-    digests = topology.exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), met=True)
+    digests = topology.all_gather_object(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), met=True)
     lists = [sizes] * len(digests)
     if len(set(digests)) > 1:
         first = digests.index(digests[topology.rank]) == topology.rank
-        sent = topology.exchange(sizes if first else None, met=True)
+        sent = topology.all_gather_object(sizes if first else None, met=True)
         lists = [sent[digests.index(digest)] for digest in digests]
     everything, holders = {}, {}
     for rank, names in enumerate(lists):

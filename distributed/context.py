@@ -1,9 +1,9 @@
 """Context parallelism: the tokens of a row sharded over sep, with attention by all-to-all (Ulysses) or around a ring.
 
 All but attention works on a token by itself. For attention each rank either gets all tokens of some heads
-(sep_parallel_degree; DeepSpeed-Ulysses, arXiv 2309.14509), or keys and values go around (context_parallel_degree; ring
-attention, arXiv 2310.01889). What depends on a whole row (positions, masks, noise) is made of the whole row on every rank,
-then sliced.
+(sep_parallel_degree; DeepSpeed-Ulysses, arXiv 2309.14509), or keys and values go around (context_parallel_degree;
+ring attention, arXiv 2310.01889). What depends on a whole row (positions, masks, noise) is made of the whole row on
+every rank, then sliced.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class TokenLayout:
 def token_layout(T: int, sep: Axis, ring: bool) -> TokenLayout:
     """The layout of rows of T tokens.
 
-    An even run; in a ring the chunks r and 2·sep - 1 - r of 2·sep, an early one, which sees few keys, and a late one, which
-    sees many: with causal attention all ranks have as much to do.
+    An even run; in a ring the chunks r and 2·sep - 1 - r of 2·sep, an early one, which sees few keys, and a late one,
+    which sees many: with causal attention all ranks have as much to do.
     """
     if sep.size == 1:
         return TokenLayout(T)
@@ -76,7 +76,7 @@ def scatter_tokens(x: paddle.Tensor, layout: TokenLayout | None, fill: int = 0) 
 
 
 def gather_tokens(x: paddle.Tensor, layout: TokenLayout | None, sep: Axis, sum_gradients: bool = False):
-    """(B, T/sep, …) -> (B, T, …) in order. sum_gradients: ranks use different parts of the result, else all use it alike."""
+    """(B, T/sep, …) -> (B, T, …) in order. sum_gradients: ranks use different parts of it."""
     if layout is None or layout.token_indices is None:
         return x
     x = sep.all_gather(x, 1) if x.stop_gradient else _AllGather.apply(x, sep, 1, sum_gradients)
@@ -84,7 +84,8 @@ def gather_tokens(x: paddle.Tensor, layout: TokenLayout | None, sep: Axis, sum_g
 
 
 def shard_context(context: ForwardContext, sep: Axis, ring: bool) -> ForwardContext:
-    """Rotary tables of this rank's tokens; in a ring also its masks. (Ulysses attention needs the mask rows of whole rows.)"""
+    """Rotary tables of this rank's tokens; in a ring also its masks. (Ulysses attention needs the mask rows of
+    whole rows.)"""
     layout = context.layout
     if layout is None or layout.token_indices is None:
         return context
@@ -102,12 +103,11 @@ def shard_context(context: ForwardContext, sep: Axis, ring: bool) -> ForwardCont
 
 
 def ulysses_attention(q, k, v, past_k, past_v, mask_rows, layout: TokenLayout, sep: Axis, *, alibi_slopes, **options):
-    """kernel_attention() of whole rows for some heads: all-to-all from (B, T/sep, H/tp, Dh) to (B, T, H/(tp·sep), Dh), and back."""
+    """kernel_attention() of whole rows for some heads: all-to-all from (B, T/sep, H/tp, Dh) to (B, T, H/(tp·sep),
+    Dh), and back."""
     # If sep does not divide the key heads, each is repeated; gradients of the copies are added up.
     copies = sep.size // math.gcd(k.shape[2], sep.size)
-    k, v, past_k, past_v = (
-        x if x is None or copies == 1 else _repeat_heads(x, copies) for x in (k, v, past_k, past_v)
-    )
+    k, v, past_k, past_v = (x if x is None or copies == 1 else _repeat_heads(x, copies) for x in (k, v, past_k, past_v))
     sent = paddle.concat([_by_rank(x, sep) for x in (q, k, v)], axis=3)  # (sep, B, T/sep, (H + 2 K)/(tp·sep), Dh)
     received = _AllToAll.apply(sent, sep).transpose([1, 0, 2, 3, 4]).flatten(1, 2)[:, : layout.global_seq_len]
     q, k, v = received.split([q.shape[2] // sep.size, *[k.shape[2] // sep.size] * 2], axis=2)
@@ -149,7 +149,8 @@ class _AllToAll(PyLayer):
 
 
 class RingMask:
-    """FlashMask rows for a ring: what each of this rank's two chunks of queries sees of any chunk of keys, or of the prefix."""
+    """FlashMask rows for a ring: what each of this rank's two chunks of queries sees of any chunk of keys, or of
+    the prefix."""
 
     def __init__(self, mask_rows, prefix_tokens: int, layout: TokenLayout, sep: Axis):
         """mask_rows (B, 1, P + T, n) or None, of the keys of a prefix of P tokens and of T."""
@@ -162,7 +163,8 @@ class RingMask:
             self.rows = np.pad(mask_rows.numpy().astype(np.int64), [(0, 0), (0, 0), (0, padding), (0, 0)])
 
     def pair(self, queries: int, keys: int | None):
-        """(rows, offset) for kernels.attention_with_lse of two chunks (keys None: the prefix); None if nothing is seen."""
+        """(rows, offset) for kernels.attention_with_lse of two chunks (keys None: the prefix); None if nothing is
+        seen."""
         if (queries, keys) not in self.pairs:
             self.pairs[queries, keys] = self._pair(queries, keys)
         return self.pairs[queries, keys]
@@ -192,8 +194,8 @@ def ring_attention(q, k, v, past_k, past_v, mask: RingMask, sep: Axis, **options
 class _RingAttention(PyLayer):
     """Attention of this rank's queries with each rank's keys in turn; results are merged by their log-sum-exp.
 
-    Saved: q, k, v, the result and its lse, all of this rank's tokens. Backward circulates k, v and their accumulating dk,
-    dv; after a full round the gradients are back at their owner.
+    Saved: q, k, v, the result and its lse, all of this rank's tokens. Backward circulates k, v and their accumulating
+    dk, dv; after a full round the gradients are back at their owner.
     """
 
     @staticmethod
@@ -303,8 +305,8 @@ def check_context(config: ModelConfig, degrees, T: int | None = None) -> list[st
         heads = sorted({stop - first for (first, stop), _ in (local_heads(config, tp, rank) for rank in range(tp))})
         if any(n % sep for n in heads):
             of = f", which tensor_parallel_degree {tp} leaves a rank of {config.num_attention_heads}" if tp > 1 else ""
-            counts = " or ".join(map(str, heads))
-            wrong.append(f"{key} does not divide attention heads ({counts}{of}): context_parallel_degree takes any number")
+            counts, advice = " or ".join(map(str, heads)), "context_parallel_degree takes any number"
+            wrong.append(f"{key} does not divide attention heads ({counts}{of}): {advice}")
     parts, factors = (2 * sep, f" x 2 = {2 * sep}") if degrees.context else (sep, "")  # see token_layout()
     if T is not None and T < parts:
         wrong.append(f"{key}{factors} is more than tokens of a sequence ({T})")

@@ -20,7 +20,8 @@ from formats.weights import named_weights
 
 
 def partition_layers(layers: int, stages: int) -> list[range]:
-    """[range of layers] of each stage, as even as possible; the middle ones, without embedding or head, take the rest."""
+    """[range of layers] of each stage, as even as possible; the middle ones, without embedding or head, take the
+    rest."""
     order = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage == stages - 1, stage))
     sizes = [layers // stages + (order.index(stage) < layers % stages) for stage in range(stages)]
     ends = np.cumsum(sizes).tolist()
@@ -45,9 +46,10 @@ def pipeline_schedule(ranks: int, virtual: int, batches: int) -> list[list[tuple
     """For each rank its [("forward" or "backward", chunk, micro-batch)] of a step, in order.
 
     Chunk c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
-    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of as many as there are ranks, all of a group through
-    one chunk before the next; the last group may be smaller. A rank begins with as many forwards as lie between it and
-    the first backward; where that order would wait for itself, as it can with a smaller group, with more.
+    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of as many as there are ranks, all of a group
+    through one chunk before the next; the last group may be smaller. A rank begins with as many forwards as lie
+    between it and the first backward; where that order would wait for itself, as it can with a smaller group, with
+    more.
     """
     groups = [range(first, min(first + ranks, batches)) for first in range(0, batches, ranks)]
     forwards = [("forward", chunk, i) for group in groups for chunk in range(virtual) for i in group]
@@ -63,8 +65,9 @@ def pipeline_schedule(ranks: int, virtual: int, batches: int) -> list[list[tuple
             return plan
 
 
-def simulate_schedule(plan: list[list[tuple]], costs={"forward": 1.0, "backward": 2.0}) -> tuple[float, float] | None:
+def simulate_schedule(plan: list[list[tuple]], costs: dict | None = None) -> tuple[float, float] | None:
     """(duration of a pipeline_schedule, share of it in which a rank is idle); None if it deadlocks."""
+    costs = costs or {"forward": 1.0, "backward": 2.0}
     ranks, virtual = len(plan), 1 + max(chunk for _, chunk, _ in plan[0])
     last, finished, places, clocks = ranks * virtual - 1, {}, [0] * ranks, [0.0] * ranks
     while any(place < len(steps) for place, steps in zip(places, plan)):
@@ -100,8 +103,8 @@ def bubble_fraction(ranks: int, virtual: int, batches: int) -> float:
 class Channel:
     """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
 
-    A bell beside the group (a connection of Python's own) carries the headers, and says when both are ready: gloo gives up
-    after 30 seconds, and a neighbor may need longer. It also tells at once that the neighbor is gone.
+    A bell beside the group (a connection of Python's own) carries the headers, and says when both are ready: gloo
+    gives up after 30 seconds, and a neighbor may need longer. It also tells at once that the neighbor is gone.
     """
 
     def __init__(self, source, target, groups):
@@ -184,8 +187,8 @@ class Pipeline:
     """This rank's stages, and its messages with its neighbors.
 
     Chunk c of rank r is stage c · size + r; layers[c] are its layers. From stage to stage go x (B, T/sp, D) and the
-    probabilities of the routers before it, of which the last stage makes their loss; gradients of those that have one go
-    back.
+    probabilities of the routers before it, of which the last stage makes their loss; gradients of those that have one
+    go back.
     """
 
     def __init__(self, topology, layers: int):
@@ -219,7 +222,8 @@ class Pipeline:
         self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
 
     def receive(self, step: int, kind: str, chunk: int, microbatch: int | None) -> tuple:
-        """(rest of the header, tensors) of the message of this kind, chunk and micro-batch from the rank one step away."""
+        """(rest of the header, tensors) of the message of this kind, chunk and micro-batch from the rank one step
+        away."""
         begin, key = time.perf_counter(), (kind, chunk, microbatch)
         source = self.axis.ranks[(self.rank + step) % self.size]
         while not self.messages[key]:
@@ -355,7 +359,8 @@ class Pipeline:
         in_flight = deque()
         for batch in batches:
             with paddle.no_grad():
-                in_flight.append((batch, self._map_one(model, inputs(batch), functools.partial(outputs_of, batch=batch))))
+                outputs = self._map_one(model, inputs(batch), functools.partial(outputs_of, batch=batch))
+            in_flight.append((batch, outputs))
             if len(in_flight) == self.size - self.rank:
                 batch, outputs = in_flight.popleft()
                 yield batch, self.finish_inference(outputs)

@@ -1,4 +1,5 @@
-"""Tensor parallelism: heads, channels and vocabulary sharded over tp; sequence parallelism (arXiv 1909.08053, 2205.05198)."""
+"""Tensor parallelism: heads, channels and vocabulary sharded over tp; sequence parallelism (arXiv 1909.08053,
+2205.05198)."""
 
 from collections import namedtuple
 
@@ -139,7 +140,7 @@ def shard_parameter(layer, parameter: paddle.Tensor, spec: ShardSpec) -> paddle.
     """This rank's part of a whole parameter, as a parameter of the layer; without values if that has none yet."""
     shape = [spec.width if dim == spec.dim else n for dim, n in enumerate(spec.shape)]
     if parameter._is_initialized():
-        values = spec.take(parameter.numpy())
+        values = spec.slice(parameter.numpy())
         shard = layer.create_parameter(shape, dtype=parameter.dtype)
         set_parameter(shard, values)
     else:
@@ -198,7 +199,7 @@ class ColumnParallelQuantLinear(QuantLinear):
     @classmethod
     def from_linear(cls, linear: QuantLinear, spec: ShardSpec, tp: Axis) -> "ColumnParallelQuantLinear":
         layer = recast(linear, cls)
-        layer.tp, layer.shard_spec, ranges_by_rank = tp, spec, spec.of_ranks
+        layer.tp, layer.shard_spec, ranges_by_rank = tp, spec, spec.ranges_by_rank
         packed = 32 // int(linear.scheme[1:])
 
         def in_units(unit, dim, shape):
@@ -228,7 +229,7 @@ class ColumnParallelQuantLinear(QuantLinear):
 
     def local_rows(self):
         rows = np.arange(self.n_in)
-        return rows if self.shard_spec.dim == 1 else self.shard_spec.take(rows)
+        return rows if self.shard_spec.dim == 1 else self.shard_spec.slice(rows)
 
 
 class RowParallelQuantLinear(ColumnParallelQuantLinear):
@@ -288,7 +289,8 @@ QUANTIZED = {ColumnParallelLinear: ColumnParallelQuantLinear, RowParallelLinear:
 
 
 def apply_tensor_parallel(model: CausalLM, tp: Axis) -> None:
-    """Replace the layers of a model, as build() gives it, by those of TP_PLAN, with this rank's parts of the weights."""
+    """Replace the layers of a model, as build() gives it, by those of TP_PLAN, with this rank's parts of the
+    weights."""
     if tp.size == 1:
         return
     config, plan = model.config, dict(TP_PLAN)

@@ -49,7 +49,7 @@ class Watchdog:
         return Watchdog(launch)
 
     def __init__(self, launch):
-        self.launch, self.place, self.meetings, self.agreements = launch, None, 0, 0
+        self.launch, self.waiting_in, self.meetings, self.agreements = launch, None, 0, 0
         self.store = self._client(launch.rank == 0)
         self.parent = (
             os.getppid() if "PADDLE_LOG_DIR" in os.environ else None
@@ -66,7 +66,7 @@ class Watchdog:
         host, port = self.launch.endpoints[0].split(":")
         return paddle.base.core.TCPStore(host, int(port), opens, 1, 120)
 
-    def meet(self):
+    def barrier(self):
         """Wait for all processes, however long they take."""
         self.meetings += 1
         name = f"meeting {self.meetings}"
@@ -81,7 +81,7 @@ class Watchdog:
             time.sleep(pause)
             pause = min(0.1, 1.5 * pause)
 
-    def agree(self, what, values):
+    def check_equal_on_all_ranks(self, what, values):
         """UserError unless every process has the same {key: value}; it names the rank that differs from rank 0, and a key."""
         mine, self.agreements = {key: repr(value) for key, value in values.items()}, self.agreements + 1
         name = f"agreement {self.agreements}"
@@ -98,7 +98,7 @@ class Watchdog:
                     f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same"
                 )
 
-    def leave(self):
+    def shutdown(self):
         """At the end of a run: rank 0 stays until the others have gone, as the store is with it."""
         if self.launch.rank:
             self.stop()  # before rank 0 knows, as it may be gone at once
@@ -111,14 +111,18 @@ class Watchdog:
         if self.thread is not threading.current_thread():
             self.thread.join()
 
-    def fail(self, error, code, line):
+    def abort_on_error(self, error, code, line):
         """End this process, as `error` has ended its work: code 2 and a line for what the user can mend, else a traceback.
 
         One that only lost its company shows why: another's failure, or who is missing.
         """
-        lost = code == 1 and (self.place is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
+        lost = code == 1 and (self.waiting_in is not None or re.search(r"gloo|TCP (send|receive)|TCPStore", str(error)))
         if lost:
-            print(f"lost in {self.place.name if self.place else 'a message'}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"lost in {self.waiting_in.name if self.waiting_in else 'a message'}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
             time.sleep(0.5)  # a failure that is told in the store ends us here, by the other thread
             try:
                 code, line = 1, self._who_is_missing(str(error))
@@ -171,7 +175,9 @@ class Watchdog:
                 self._exit(*json.loads(store.get("failure")), store)
             beat += 1
             if beat % 4 == 1:
-                store.set(f"rank {rank}", json.dumps([beat, self.place and self.place.name, time.time()]).encode())
+                store.set(
+                    f"rank {rank}", json.dumps([beat, self.waiting_in and self.waiting_in.name, time.time()]).encode()
+                )
                 store.add(f"rank {rank} is there", int(beat == 1))
             if rank == 0 and beat % 20 == 0:
                 now = time.monotonic()
@@ -185,8 +191,8 @@ class Watchdog:
 
     def _who_is_missing(self, message):
         """The line about who did not come to the collective that this rank waited in."""
-        place = self.place.name if self.place else "a message"
-        ranks = self.place.ranks if self.place else range(self.launch.world)
+        place = self.waiting_in.name if self.waiting_in else "a message"
+        ranks = self.waiting_in.ranks if self.waiting_in else range(self.launch.world)
         closed = re.search(r"pair\.cc|onnection (closed|reset)|roken pipe", message)
 
         def signs():

@@ -15,7 +15,8 @@ import paddle
 from families import FAMILIES, IGNORED_WEIGHTS, _table, weight_names
 from formats.files import UserError, atomic_file
 from formats.tensor_files import BinFile, LazyTensor, _rows, read_pdparams, safetensors_header, write_safetensors
-from model import _QUANTIZED, QuantLinear, block_linears, rope_frequencies, set_parameter
+from model import _QUANTIZED, QuantLinear, block_linears, set_parameter
+from positions import rope_frequencies
 
 # ================================================================================= weights by their names
 
@@ -41,14 +42,18 @@ class Weight:
     def from_numpy(self, array):
         """All of it in their layout -> what the parameter holds of it, in ours."""
         array = array.T if self.transposed else array
-        return np.ascontiguousarray(_rows(array) if self.shard_spec is None else self.shard_spec.take(array))
+        return np.ascontiguousarray(_rows(array) if self.shard_spec is None else self.shard_spec.slice(array))
 
     def read(self, read, extent=None):
         """What the parameter holds of a stored tensor, in our layout; or, laid flat, the elements extent = (first, last) of that.
 
         read() gives all of it, or is a LazyTensor: of that no rows and columns are read but those with elements in them.
         """
-        cuts, row, shape = {} if self.shard_spec is None else {self.shard_spec.dim: self.shard_spec.ranges}, 0, self.parameter.shape
+        cuts, row, shape = (
+            {} if self.shard_spec is None else {self.shard_spec.dim: self.shard_spec.ranges},
+            0,
+            self.parameter.shape,
+        )
         if extent is not None and isinstance(read, LazyTensor):
             inner = math.prod(shape[1:])
             row, stop = extent[0] // inner, -(-extent[1] // inner)

@@ -139,7 +139,7 @@ def test_reading_a_piece_of_a_part(tmp_path):
         parameter, part = types.SimpleNamespace(shape=list(ours.shape)), ours
         if cut_dim is not None:
             parameter.shard_spec = ShardSpec(cut_dim, [[(0, 1)], [(1, 3), (4, 6)]], 1, ours.shape)
-            part = parameter.shard_spec.take(ours)
+            part = parameter.shard_spec.slice(ours)
             parameter.shape = list(part.shape)
         weight = formats.weights.Weight("w", parameter, transposed)
         assert np.array_equal(weight.read(read), part)
@@ -229,7 +229,7 @@ def test_parts_of_every_grid_become_whole(degrees, flat, copied, tmp_path):
                     shard_ranges(last, whole.shape[dim], config, topology.tp.size, r) for r in range(topology.tp.size)
                 ]
                 parameter.shard_spec = ShardSpec(dim, ranges, topology.tp.rank, whole.shape)
-                whole = parameter.shard_spec.take(whole)
+                whole = parameter.shard_spec.slice(whole)
                 parameter.shape = list(whole.shape)
             weight = formats.weights.Weight(name, parameter, transposed.get(last, False))
             whole = np.array(whole, order="C")

@@ -200,11 +200,11 @@ def test_who_lost_its_company_says_whose(signs, line, monkeypatch):
     import distributed.watchdog
 
     company, ended = object.__new__(distributed.watchdog.Watchdog), []
-    company.launch, company.place, company.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
+    company.launch, company.waiting_in, company.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
     for name in ("_exit", "end"):
         monkeypatch.setattr(company, name, lambda *told: ended.append(told))
     monkeypatch.setattr(distributed.watchdog.time, "sleep", lambda seconds: None)
-    company.fail(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
+    company.abort_on_error(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
     assert ended == [(1, f"{line}: it was killed, or ran out of memory")]
 
 

@@ -165,7 +165,7 @@ def test_places_on_the_grid(order):
     for rank, place in enumerate(places):
         place = dict(zip(names, place))
         topology = Topology(degrees, rank)
-        assert topology.place == place
+        assert topology.coords == place
         for axis in topology.axes:
             line = [
                 r
@@ -191,7 +191,7 @@ def test_the_drawn_example_is_right():
     ]
     for dp, row in re.findall(r"^ +dp (\d) +((?:rank \d +){4})", text, re.M):
         for (pp, tp), rank in zip(columns, map(int, re.findall(r"\d", row)), strict=True):
-            assert topologies[rank].place == dict(dp=int(dp), pp=pp, sharding=0, sep=0, tp=tp)
+            assert topologies[rank].coords == dict(dp=int(dp), pp=pp, sharding=0, sep=0, tp=tp)
     copy = re.search(r"one copy of the model: ([\d, ]+)", text)[1]
     assert [int(n) for n in copy.split(",")] == [t.rank for t in topologies if t.dp.rank == 0]
     drawn = {

@@ -129,7 +129,7 @@ def compare(ranks, name, degrees, count, tolerance=1e-5, **options):
                 # where a gradient is nearly nothing, so is its sign.
                 wanted = one[what].get(weight, np.zeros_like(array))
                 atol = tolerance * np.abs(wanted).max() + 1e-7 if what == "gradients" else 1e-4
-                np.testing.assert_allclose(array, wanted, rtol=0, atol=atol, err_msg=f"{place.place} {weight}")
+                np.testing.assert_allclose(array, wanted, rtol=0, atol=atol, err_msg=f"{place.coords} {weight}")
                 same = held.setdefault((what, weight, place.sep.rank), array)
                 np.testing.assert_array_equal(array, same, err_msg=weight)  # copies stay equal to the bit
         np.testing.assert_allclose(rank["evaluated"], one["evaluated"], atol=1e-4)

@@ -69,12 +69,12 @@ def test_every_part_of_a_weight_is_somewhere(name):
             if cut is None:
                 continue
             times = np.zeros(cut.shape[cut.dim], int)
-            for rank, ranges in enumerate(cut.of_ranks):
+            for rank, ranges in enumerate(cut.ranges_by_rank):
                 assert all(first < last for first, last in ranges), (weight.name, size, rank)
                 for first, last in ranges:
                     times[first:last] += 1
-            assert times.min() >= 1 and (times.max() > 1) == cut.overlaps, weight.name
-            assert not cut.overlaps or config.num_key_value_heads < size
+            assert times.min() >= 1 and (times.max() > 1) == cut.replicated, weight.name
+            assert not cut.replicated or config.num_key_value_heads < size
 
 
 def test_expert_ranks_are_neighbors_on_the_data_axes():
@@ -89,13 +89,13 @@ def test_expert_ranks_are_neighbors_on_the_data_axes():
     model = parallel.parallelize(M.build(tiny_models.config("qwen2_moe", num_experts=8)), topology)
     rules = {path: gradient_reduction_of(path, parameter, model) for path, parameter in model.named_parameters()}
     rule = rules[f"layers.1.mlp.experts.{2 * topology.ep.rank}.up_proj.weight"]
-    assert [axis.name for axis in (*rule.parts, rule.sharded, *rule.apart)] == ["expert_dp", "alone", "ep"]
+    assert [axis.name for axis in (*rule.sum_over, rule.shard_axis, *rule.norm_axes)] == ["expert_dp", "alone", "ep"]
     for path in (
         "layers.1.mlp.shared.up_proj.weight",
         "layers.1.mlp.router.weight",
         "layers.0.attention.q_proj.weight",
     ):
-        assert [axis.name for axis in (*rules[path].parts, rules[path].sharded, *rules[path].apart)] == [
+        assert [axis.name for axis in (*rules[path].sum_over, rules[path].shard_axis, *rules[path].norm_axes)] == [
             "sep",
             "dp",
             "sharding",

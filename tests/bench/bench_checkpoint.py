@@ -50,26 +50,26 @@ def measure(folder, config, degrees, rounds):
         seconds = timed(lambda: run.save(step))
         found["blocking"] += [seconds] if step > 1 else []
     topology, path = run.topology, Path(folder) / "blocking" / f"checkpoint-{rounds + 1}"
-    topology.meet()
+    topology.barrier()
     found["verify"] = timed(lambda: checkpoint.damaged(path, topology))
-    topology.meet()
+    topology.barrier()
     found["load"] = timed(
         lambda: (
             checkpoint.load_trained(run.model, path, run.args),
             checkpoint.load_checkpoint(path, run.optimizer, run.shards),
         )
     )
-    topology.meet()
+    topology.barrier()
     if topology.rank == 0:
         shutil.rmtree(Path(folder) / "blocking")
-    topology.meet()
+    topology.barrier()
     del run
     run = Run(Path(folder) / "async", config, degrees, "async_save", save_total_limit=1)
     run.set(1)
     busy()
     found["alone"] = busy()
     for step in range(1, rounds + 2):
-        topology.meet()
+        topology.barrier()
         begin = time.perf_counter()
         run.save(step)
         stall = time.perf_counter() - begin

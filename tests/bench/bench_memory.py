@@ -85,7 +85,7 @@ def measure(ways, lora):
 
     for weight in weights:  # as gradients arrive, and while a unit's are laid flat
         weight.parameter._register_backward_hook(lambda *_: held() and None)
-    lay, gather = distributed.sharding.Bucket.lay, distributed.sharding.Bucket.gather
+    lay, gather = distributed.sharding.Bucket.flatten, distributed.sharding.Bucket.unshard
 
     def laid(bucket, tensors):
         flat = lay(bucket, tensors)
@@ -99,7 +99,7 @@ def measure(ways, lora):
     model.train()
     rng, found = np.random.default_rng(place.data_rank), {}
     with (
-        mock.patch.object(distributed.sharding.Bucket, "lay", laid),
+        mock.patch.object(distributed.sharding.Bucket, "flatten", laid),
         mock.patch.object(distributed.sharding.Bucket, "unshard", gathered),
     ):
         for step in range(2):

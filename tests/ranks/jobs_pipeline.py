@@ -100,7 +100,7 @@ def train(
         seed = functools.partial(trainer.seed_step, 7, step)
         parts = list(parallel.forward_backward(model, mine, trainer.model_inputs, loss_of, seed))
         assert [batch is other for (_, batch), other in zip(parts, mine)] == [True] * len(mine)
-        found["losses"].append(place.total(float(sum(part for part, _ in parts)), stages=True))
+        found["losses"].append(place.all_reduce_sum(float(sum(part for part, _ in parts)), stages=True))
         found["norms"].append(shards.reduce_gradients())
         if step == 0:
             found["gradients"] = {

@@ -107,7 +107,7 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
             loss += part
             left.append(sum(p.grad.size * 4 for p in model.parameters() if p.grad is not None))
         found["whole gradients"] = left
-        found["losses"].append(place.total(loss))
+        found["losses"].append(place.all_reduce_sum(loss))
         norm = shards.reduce_gradients()
         found["norms"].append(norm)
         if step == 0:
@@ -118,7 +118,7 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
     found["bytes"] = bytes_of(model, shards, optimizer)
     found["moments"] = tensors_of(shards, weights, place, lambda piece: optimizer.moments[piece.name][0])
     found["weights"] = {}
-    for ids in shards.each_unit() if shards.units else [{id(w.parameter) for w in weights}]:
+    for ids in shards.unsharded_units() if shards.units else [{id(w.parameter) for w in weights}]:
         found["weights"] |= {w.name: whole(w, w.parameter, place) for w in weights if id(w.parameter) in ids}
     model.eval()
     batch = batch_of(99, 0, model.config.vocab_size)
@@ -141,7 +141,7 @@ def set_and_take_over(ways):
     }
     for weight in weights:
         M.set_parameter(weight.parameter, values[weight.name])
-    shards.take_over()
+    shards.adopt_full_values()
     left = [w.name for w in weights if w.parameter._is_initialized()]
     pieces = {piece.name: piece for piece in shards.pieces}
     for weight in weights:
@@ -150,7 +150,7 @@ def set_and_take_over(ways):
             np.testing.assert_array_equal(
                 piece.tensor.numpy(), values[weight.name].reshape([-1])[slice(*shards.extent(weight))]
             )
-        whole = shards.whole(weight, None if piece is None else piece.tensor)
+        whole = shards.gather_full(weight, None if piece is None else piece.tensor)
         np.testing.assert_array_equal(whole, values[weight.name])
     return left
 
@@ -165,7 +165,7 @@ def tensors_of(shards, weights, place, read):
             if tensor is not None:
                 found[weight.name] = whole(weight, tensor, place)
             continue
-        local = paddle.to_tensor(shards.whole(weight, tensor))
+        local = paddle.to_tensor(shards.gather_full(weight, tensor))
         found[weight.name] = whole(weight, local, place)
     return found
 

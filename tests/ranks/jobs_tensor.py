@@ -111,7 +111,7 @@ def train(model, topology, batches, steps, seed=0, recompute=False):
         norm = shards.reduce_gradients()
         if step == 0:
             gradients = gradients_of(shards, weights, topology)
-        rows.append((topology.total(loss), norm))
+        rows.append((topology.all_reduce_sum(loss), norm))
         optimizer.step(ARGS.learning_rate, trainer.clip_scale(norm, 1.0))
         shards.gather_weights()
         optimizer.zero_grad()
@@ -126,7 +126,7 @@ def gradients_of(shards, weights, topology):
     for weight in weights:
         piece = pieces.get(weight.name)
         if weight.name in shards.arrived:
-            gradient = paddle.to_tensor(shards.whole(weight, None if piece is None else piece.grad))
+            gradient = paddle.to_tensor(shards.gather_full(weight, None if piece is None else piece.grad))
             found[weight.name] = whole(weight, gradient, topology).copy()
     return found
 
@@ -312,7 +312,7 @@ def written(model, topology, folder):
     CheckpointManager(args, model, types.SimpleNamespace(save=lambda folder: None), topology=topology).write_model(
         folder
     )
-    topology.meet()
+    topology.barrier()
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= {
@@ -320,7 +320,7 @@ def written(model, topology, folder):
             for name, entry in formats.tensor_files.safetensors_header(path).items()
         }
     found["adapter_config.json"] = json.loads((folder / "adapter_config.json").read_text())
-    topology.meet()  # before it is written again
+    topology.barrier()  # before it is written again
     return found
 
 
