@@ -193,12 +193,22 @@ def count_wins(values: np.ndarray) -> float:
 # ==================================================================================================== both models
 
 
+def model_inputs(batch: dict) -> dict:
+    """What the model is called with to give -log p of the labels, without auxiliary losses."""
+    return {**trainer.model_inputs(batch), "auxiliary_losses": False}
+
+
 def reply_logps(model: CausalLM, batch: dict) -> Tensor:
-    """(N, 2) float64: summed log-probabilities of the chosen and the rejected reply of each of the batch's N pairs.
+    """sum_of_replies() by this model."""
+    return sum_of_replies(model(**model_inputs(batch)), batch)
+
+
+def sum_of_replies(losses: Tensor, batch: dict) -> Tensor:
+    """-log p (B, T) -> (N, 2) float64: summed log-probabilities of the chosen and the rejected reply of the N pairs.
 
     The loss compares a small difference of such sums: at 300 nats the next float32 is 3e-5 away.
     """
-    losses = model(**trainer.model_inputs(batch), additions=False).flatten()  # (B * T,), never a sequence's logits
+    losses = losses.flatten()  # (B * T,): a sequence's logits are never kept
     reply_ids = batch["reply_ids"].flatten()
     in_reply = np.flatnonzero(reply_ids >= 0)
     losses = paddle.gather(losses, paddle.to_tensor(in_reply)).astype("float64")
@@ -226,8 +236,7 @@ def precompute_reference_logps(
                 break
 
     with trainer.eval_mode(model):
-        run = functools.partial(reply_logps, model)
-        for batch, batch_logps in parallel.pipelined_map(model, batches_with_new_pairs(), run):
+        for batch, batch_logps in parallel.pipelined_map(model, batches_with_new_pairs(), model_inputs, sum_of_replies):
             logps[np.concatenate(batch["sample_ids"])] = batch_logps.numpy()
     return logps
 
@@ -254,13 +263,19 @@ def evaluate_pairs(
     counts = pair_counts(loader.batch(*index) for index in indices)
     items = ((loader.batch(*index), is_real) for index, is_real in trainer.local_micro_batches(indices, topology))
     with trainer.eval_mode(model):
-        for (batch, is_real), policy in parallel.pipelined_map(model, items, lambda item: reply_logps(model, item[0])):
+        policies = parallel.pipelined_map(
+            model, items, lambda item: model_inputs(item[0]), lambda losses, item: sum_of_replies(losses, item[0])
+        )
+        for (batch, is_real), policy in policies:
             reference = reference_logps(model, batch, precomputed, args)
             part, metrics = loss_and_metrics(policy, reference, batch["reply_tokens"], counts, args)
             if is_real:
                 loss += float(part)
                 sums = {name: sums[name] + value for name, value in metrics.items()}
-    loss, sums = topology.total(loss), {f"eval_{name}": value for name, value in topology.total(sums).items()}
+    loss, sums = (
+        topology.all_reduce_sum(loss),
+        {f"eval_{name}": value for name, value in topology.all_reduce_sum(sums).items()},
+    )
     return {"eval_loss": loss, "eval_accuracy": sums["eval_rewards/accuracies"], **sums, "eval_pairs": counts[0]}
 
 
@@ -367,10 +382,12 @@ def main(args: Args) -> None:
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
 
-        def batch_loss(batch, size):
-            """This micro-batch's part of the step's loss."""
-            base = reference_logps(model, batch, reference, args)
-            part, metrics = loss_and_metrics(reply_logps(model, batch), base, batch["reply_tokens"], size, args)
+        inputs = model_inputs  # what the model is called with
+
+        def loss_of(losses, batch, size):
+            """This micro-batch's part of the step's loss, from the model's losses (B, T)."""
+            base, policy = reference_logps(model, batch, reference, args), sum_of_replies(losses, batch)
+            part, metrics = loss_and_metrics(policy, base, batch["reply_tokens"], size, args)
             if not batch.get("is_dummy"):
                 log.add_metrics(metrics)
             return part
@@ -393,21 +410,20 @@ def main(args: Args) -> None:
             start = log.begin()
             batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = topology.total(step_size(batches)), 0.0
+            size, loss = topology.all_reduce_sum(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.forward_backward(
-                model, batches, functools.partial(batch_loss, size=size), seed
-            ):
+            part_loss = functools.partial(loss_of, size=size)
+            for part, batch in parallel.forward_backward(model, batches, inputs, part_loss, seed):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            loss = topology.total(loss, stages=True)
+            loss = topology.all_reduce_sum(loss, stages=True)
             grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
             shards.gather_weights()
             optimizer.zero_grad()
-            tokens = topology.total(sum(batch["tokens"] for batch in batches))
+            tokens = topology.all_reduce_sum(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)

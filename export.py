@@ -50,7 +50,8 @@ from formats.files import UserError, atomic_file
 from formats.tensor_files import from_bfloat16, to_bfloat16, write_safetensors
 from formats.tokenizer import MODEL_FILES, load_tokenizer
 from formats.weights import named_weights, save_pretrained
-from model import Cache, Linear, QuantLinear, block_linears, build, rope_lengths, set_parameter
+from model import Cache, Linear, QuantLinear, block_linears, build, set_parameter
+from positions import rope_lengths
 from serving.engine import ScheduledTokens
 from serving.runners import NEVER, STATIC_FORMAT, StaticRunner
 
@@ -266,8 +267,8 @@ def round_weights(model, dtype):
 class _GivenRows(Cache):
     """A Cache that takes the mask rows of all keys, old and new, as given."""
 
-    def extend_rows(self, rows, B, T):
-        return rows
+    def extend_mask_rows(self, mask_rows, B, T):
+        return mask_rows
 
 
 class Prefill(nn.Layer):

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import parallel
 import trainer
+from adapters import base_folders
 from arguments import LoraArgs
 from checkpoint import find_checkpoint, update_best
 from data import SFTDataset, SFTLoader
+from families import ModelConfig
 from formats.files import UserError, atomic_file
 from formats.tokenizer import Tokenizer
-from model import CausalLM
+from model import CausalLM, distances_count
 
 
 @dataclasses.dataclass
@@ -93,6 +95,8 @@ def generate_replies(
         model,
         tokenizer,
         prompts,
+        # No padding may come between such a prefix and its text.
+        batch_size=1 if model.prefix is not None and model.distances_count else 32,
         max_new_tokens=args.max_new_tokens,
         do_sample=args.top_k != 1,
         temperature=args.temperature,
@@ -123,8 +127,19 @@ def write_replies(path: Path, dataset: SFTDataset, replies: list[str]) -> None:
             file.write(json.dumps({**dataset.record(i), "output": text}, ensure_ascii=False) + "\n")
 
 
+def needs_one_sample_a_row(args: Args) -> bool:
+    """A trained prefix must stand right before its text where attention depends on distance."""
+    if not args.prefix_tuning:
+        return False
+    return distances_count(ModelConfig.from_json(base_folders(args.model_name_or_path)[-1]))
+
+
 def make_loaders(args: Args, tokenizer: Tokenizer) -> tuple[SFTLoader | None, SFTLoader | None, SFTLoader | None]:
     """(train, dev, test) loaders, each with its .dataset; None for what this run does not do."""
+    packs = args.zero_padding
+    if packs and needs_one_sample_a_row(args):
+        print("ignored: zero_padding: prefix tuning of a model with ALiBi or windows takes one sample a row")
+        packs = False
 
     def loader(split, batch_size, is_train=False):
         dataset = SFTDataset(
@@ -139,8 +154,8 @@ def make_loaders(args: Args, tokenizer: Tokenizer) -> tuple[SFTLoader | None, SF
             dataset,
             batch_size,
             max_length=args.max_length,
-            zero_padding=args.zero_padding,
-            greedy_zero_padding=args.greedy_zero_padding,
+            zero_padding=packs,
+            greedy_zero_padding=packs and args.greedy_zero_padding,
             seed=args.seed,
             shuffle=is_train,
             pad_to_max_length=args.pad_to_max_length,
@@ -203,9 +218,11 @@ def main(args: Args) -> None:
             """What the mean is over: target tokens."""
             return sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
-        def batch_loss(batch, size):
-            """This micro-batch's part of the step's loss."""
-            return model(**trainer.model_inputs(batch)).sum() / size
+        inputs = trainer.model_inputs  # what the model is called with
+
+        def loss_of(losses, batch, size):
+            """This micro-batch's part of the step's loss, from the model's losses (B, T)."""
+            return losses.sum() / size
 
         # ================================================================== 4. training loop (the same in every script)
         model.train()
@@ -225,21 +242,20 @@ def main(args: Args) -> None:
             start = log.begin()
             batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = topology.total(step_size(batches)), 0.0
+            size, loss = topology.all_reduce_sum(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.forward_backward(
-                model, batches, functools.partial(batch_loss, size=size), seed
-            ):
+            part_loss = functools.partial(loss_of, size=size)
+            for part, batch in parallel.forward_backward(model, batches, inputs, part_loss, seed):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            loss = topology.total(loss, stages=True)
+            loss = topology.all_reduce_sum(loss, stages=True)
             grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
             shards.gather_weights()
             optimizer.zero_grad()
-            tokens = topology.total(sum(batch["tokens"] for batch in batches))
+            tokens = topology.all_reduce_sum(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)

@@ -15,10 +15,10 @@ import numpy as np
 from adapters import match_lora_targets
 from distributed.pipeline import partition_layers, pipeline_schedule
 from distributed.sharding import unit_of
-from distributed.tensor import ROW_PARALLEL
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import named_weights
+from layers import linear_row
 from model import CausalLM, block_linears, build
 from parallel import Degrees
 
@@ -141,9 +141,11 @@ def _adapter_sizes(args, model, degrees):
             _, name, layer = linears[path]
             name = (".experts." if ".experts." in path else ".") + name
             a, b = args.lora_rank * layer.n_in, (args.lora_rank + int(args.dora)) * layer.n_out
-            shards = degrees.cut(name, config)  # of the base; the matrix on its sharded side is sharded too
-            local = a / shards + b if name.rpartition(".")[2] in ROW_PARALLEL else a + b / shards
-            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), a + b, local, local / degrees.shared(name, config)))
+            shards = degrees.tp_shards(name, config)  # of the base; the matrix on its sharded side is sharded too
+            local = a / shards + b if linear_row(name).parallel == "row" else a + b / shards
+            sizes.append(
+                (int(re.search(r"\.(\d+)\.", path)[1]), a + b, local, local / degrees.sharding_shards(name, config))
+            )
         return sizes
     if not getattr(args, "prefix_tuning", False):
         return None
@@ -182,7 +184,9 @@ def _memory(args, model, adapter, degrees, T):
         without, with_recompute = activation_bytes(args, model, degrees, rank, chunks)
         tokens = args.per_device_train_batch_size * T / degrees.sep
         head = model.config.norm_head and is_last  # a normalized head is a second head
-        head = math.prod(model.lm_head.weight.shape) / degrees.cut("lm_head.weight", model.config) if head else 0.0
+        head = (
+            math.prod(model.lm_head.weight.shape) / degrees.tp_shards("lm_head.weight", model.config) if head else 0.0
+        )
         for mode, per_token in (("without recompute", without), ("with recompute", with_recompute)):
             rows[f"activations {mode}"] = (per_token * tokens + head) * bytes_of["activations"]
         for mode in ("without recompute", "with recompute"):
@@ -204,8 +208,8 @@ def _local_elements(model, degrees):
     """Weight elements on a rank, [unsharded, with ZeRO sharding]: of each layer (L, 2), before and after the layers."""
     layers, first, last = np.zeros([model.config.num_hidden_layers, 2]), np.zeros(2), np.zeros(2)
     for name, parameter in model.named_parameters():
-        local = math.prod(parameter.shape) / degrees.cut(name, model.config)
-        local = np.array([local, local / degrees.shared(name, model.config)])
+        local = math.prod(parameter.shape) / degrees.tp_shards(name, model.config)
+        local = np.array([local, local / degrees.sharding_shards(name, model.config)])
         if name.startswith("layers."):
             layers[int(name.split(".")[1])] += local
         elif name.startswith(("embed", "project_in")):
@@ -239,7 +243,7 @@ def transient_bytes(model: CausalLM, degrees: Degrees, bytes_of: dict, adapter: 
     stage 3 the unsharded weights too. An adapter's gradients are too small to count."""
     sizes, tied = collections.Counter(), model.lm_head is None
     for name, parameter in model.named_parameters():
-        sizes[unit_of(name, tied)] += math.prod(parameter.shape) / degrees.cut(name, model.config)
+        sizes[unit_of(name, tied)] += math.prod(parameter.shape) / degrees.tp_shards(name, model.config)
     copies = 0 if adapter is not None else min(2, degrees.stage)
     weights = bytes_of["weights"] if degrees.stage == 3 else 0
     return max(sizes.values()) * (copies * bytes_of["gradients"] + weights)
@@ -302,7 +306,7 @@ def _activations(block, config, degrees, names=("",)):
         if not name.startswith(names):
             continue
         part, routed = name.rpartition(".")[2], share if ".experts." in name else 1.0
-        shards = degrees.cut(f".{part}", config)
+        shards = degrees.tp_shards(f".{part}", config)
         if hasattr(layer, "epsilon"):  # a norm: over the model width, over a part of it, or per head
             width = layer.weight.shape[0]
             heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}.get(part)
@@ -313,5 +317,7 @@ def _activations(block, config, degrees, names=("",)):
         elif hasattr(layer, "n_out") and not (
             part == "up_proj" and config.activation == "relu"
         ):  # relu keeps its output
-            elements += routed * (layer.n_in / shards + D if part in ROW_PARALLEL else layer.n_out / shards)
+            row = linear_row(part)
+            is_row_parallel = row is not None and row.parallel == "row"
+            elements += routed * (layer.n_in / shards + D if is_row_parallel else layer.n_out / shards)
     return elements

@@ -127,9 +127,11 @@ def main(args: Args) -> None:
             """What the mean is over: target tokens."""
             return sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
-        def batch_loss(batch, size):
+        inputs = trainer.model_inputs  # what the model is called with
+
+        def loss_of(losses, batch, size):
             """This micro-batch's part of the step's loss."""
-            return model(**trainer.model_inputs(batch)).sum() / size
+            return losses.sum() / size
 
         # ================================================================== 4. training loop (the same in every script)
         model.train()
@@ -149,21 +151,20 @@ def main(args: Args) -> None:
             start = log.begin()
             batches = trainer.step_micro_batches(train, state.step, args, topology)
             # The mean is over what the whole step holds: a mean of micro-batch means would weigh short ones more.
-            size, loss = topology.total(step_size(batches)), 0.0
+            size, loss = topology.all_reduce_sum(step_size(batches)), 0.0
             seed = functools.partial(trainer.seed_step, args.seed, state.step)
-            for part, batch in parallel.forward_backward(
-                model, batches, functools.partial(batch_loss, size=size), seed
-            ):
+            part_loss = functools.partial(loss_of, size=size)
+            for part, batch in parallel.forward_backward(model, batches, inputs, part_loss, seed):
                 loss += part
                 trainer.check_finite(loss, args.output_dir, state.step, batch)
-            loss = topology.total(loss, stages=True)
+            loss = topology.all_reduce_sum(loss, stages=True)
             grad_norm = shards.reduce_gradients()
             trainer.check_finite(grad_norm, args.output_dir, state.step, batches[-1])
             lr = trainer.learning_rate(state.step, args, total)
             optimizer.step(lr, trainer.clip_scale(grad_norm, args.max_grad_norm))
             shards.gather_weights()
             optimizer.zero_grad()
-            tokens = topology.total(sum(batch["tokens"] for batch in batches))
+            tokens = topology.all_reduce_sum(sum(batch["tokens"] for batch in batches))
             state.step, state.consumed_tokens = state.step + 1, state.consumed_tokens + tokens
             state.epoch = state.step / steps_per_epoch
             log.step(state, loss, lr, grad_norm, tokens, time.perf_counter() - start)

@@ -609,7 +609,7 @@ class Log:
         for axis in self.topology.axes:
             if axis.size > 1:
                 self.comm_seconds[axis.name] += axis.seconds - self.comm_before[axis.name]
-        added = self.topology.total({name: self.metrics.get(name, 0.0) for name in self.metric_names}, True)
+        added = self.topology.all_reduce_sum({name: self.metrics.get(name, 0.0) for name in self.metric_names}, True)
         self.metrics = {}
         recent = list(self.window)[-self.steps_since_line :]
         speed = sum(t for t, _ in recent) / max(1e-9, sum(s for _, s in recent))
@@ -647,7 +647,9 @@ class Log:
         if self.mfu_per_speed:
             row["mfu"] = round(speed * self.mfu_per_speed, 4)
         if (pp := self.topology.pp).size > 1:  # idle share of the step's forwards and backwards, and its formula
-            row["bubble"] = round(self.topology.total(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4)
+            row["bubble"] = round(
+                self.topology.all_reduce_sum(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4
+            )
             row["bubble_formula"] = round(pp.bubble, 4)
         if self.comm_seconds:
             seconds = max(1e-9, self.seconds_since_line)
@@ -852,19 +854,21 @@ def evaluate(model: CausalLM, loader: Loader, max_batches: int | None = None, to
     loss, correct, tokens = 0.0, 0, 0
     indices = eval_batches(loader, max_batches)
 
-    def run(item):
-        return model(**model_inputs(item[0]), return_predictions=True)
+    def inputs(item):
+        return {**model_inputs(item[0]), "return_predictions": True}
 
     items = ((loader.batch(*index), is_real) for index, is_real in local_micro_batches(indices, topology))
     with eval_mode(model):
-        for (batch, is_real), (losses, predictions) in pipelined_map(model, items, run):
+        for (batch, is_real), (losses, predictions) in pipelined_map(
+            model, items, inputs, lambda outputs, item: outputs
+        ):
             if not is_real:
                 continue
             target = batch["labels"] != -100  # (B, T)
             loss += float(losses.astype("float64").sum())
             correct += int((predictions.numpy() == batch["labels"])[target].sum())
             tokens += int(target.sum())
-    loss, correct, tokens = topology.total((loss, correct, tokens))
+    loss, correct, tokens = topology.all_reduce_sum((loss, correct, tokens))
     if not tokens:
         raise UserError("evaluation: the data has no target token")
     mean = loss / tokens

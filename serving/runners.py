@@ -16,11 +16,11 @@ from adapters import LoRALinear, load_adapter, lora_layers
 from families import ModelConfig
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
-from model import MoE, block_linears, glm_positions_of_prompt, rope_cache_key, rope_lengths
+from model import KVCache, MoE, block_linears
+from positions import NO_ROW as NEVER
+from positions import glm_positions_of_prompt, rope_cache_key, rope_lengths
 
 # ================================================================== 6. the model on a pool of blocks
-
-NEVER = np.iinfo(np.int32).max  # the mask row from which a key is hidden; 0 (of one column): hidden from all
 
 
 class AdapterLinear(paddle.nn.Layer):
@@ -40,7 +40,7 @@ class AdapterLinear(paddle.nn.Layer):
         return y if residual is None else residual + y
 
 
-class PagedRunner:
+class PagedRunner(KVCache):
     """Computes chunks with model.py and keeps their keys and values in blocks.
 
     run(chunks) -> (chunks, V) float32 numpy: the logits after each chunk's last token. The tokens of all chunks are one
@@ -99,16 +99,16 @@ class PagedRunner:
         for mlp in self.model.sublayers():
             layers = mlp.experts.sublayers() if isinstance(mlp, MoE) else ()
             if any(isinstance(layer, AdapterLinear) for layer in layers):
-                mlp.mix = functools.partial(self._mix_slices, mlp)
+                mlp.dispatch_and_combine = functools.partial(self._mix_slices, mlp)
         self.model.eval()
         return list(paths)
 
-    def _mix_slices(self, mlp, *routed):
-        """MoE.mix, one adapter's tokens after another's: inside, tokens stand in the order of their experts."""
+    def _mix_slices(self, mlp, flat, weights, chosen, layout=None):
+        """MoE.dispatch_and_combine, one adapter's tokens after another's: inside, tokens stand in the order of their experts."""
         slices, mixed = list(self.slices), []
         for name, first, end in slices:
             self.slices[:] = [(name, first, end)]
-            mixed.append(MoE.mix(mlp, *(x[first:end] for x in routed)))
+            mixed.append(MoE.dispatch_and_combine(mlp, *(x[first:end] for x in (flat, weights, chosen))))
         self.slices[:] = slices
         return paddle.concat(mixed)
 
@@ -194,10 +194,10 @@ class PagedRunner:
             first, end = end, end + sum(chunk.count for chunk in group)
             self.slices.append((name, first, end))
 
-    def attend(self, layer, q, k, v, scale=None, **options):
+    def attend(self, layer, q, k, v, *, mask_rows=None, scale=None, **options):
         """q (1, N, H, Dh), k and v (1, N, K, Dh) -> (1, N, H, Dh): keeps k and v, then reads the sequences' blocks.
 
-        scale and options are those of kernels.paged_attention.
+        scale and options (window, softcap, alibi_slopes) are those of kernels.paged_attention, which makes the masks.
         """
         pool, scales = self.pools[layer], self.scales[layer]
         kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)

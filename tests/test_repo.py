@@ -18,9 +18,10 @@ IMPORT_ORDER = """
 formats.files formats.paddlenlp
 distributed.watchdog
 formats.chat formats.tensor_files families kernels distributed.collectives
-formats.tokenizer model
+formats.tokenizer positions layers
+model
 data formats.weights distributed.expert
-adapters distributed.pipeline
+adapters calibration distributed.pipeline
 distributed.tensor serving.runners
 distributed.context distributed.sharding serving.engine
 parallel serving.http_server

@@ -89,7 +89,9 @@ def run_here(config, steps):
     ids, labels = paddle.to_tensor(ids), paddle.to_tensor(np.roll(ids, -1, 1))
 
     def step():
-        loss = model(ids, labels=labels, additions=False).mean()  # the peer has no balancing loss by default either
+        loss = model(
+            ids, labels=labels, auxiliary_losses=False
+        ).mean()  # the peer has no balancing loss by default either
         loss.backward()
         model.clear_gradients()
         float(loss)

@@ -24,6 +24,7 @@ import families
 import finetune
 import formats.weights
 import model as M
+import positions as rotary
 import pretrain
 import trainer
 from formats.tokenizer import load_tokenizer
@@ -140,13 +141,13 @@ def golden_model(folder, dialect="config.json", **changes):
 @contextlib.contextmanager
 def as_its_oracle(folder):
     """The oracle of dynamic rope kept the stretched frequencies of an earlier call with 31 tokens."""
-    before = M.document_lengths
+    before = rotary.document_lengths
     if "dynamic" in folder.name:
-        M.document_lengths = lambda positions: paddle.full(positions.shape, 31, "int64")
+        rotary.document_lengths = lambda positions: paddle.full(positions.shape, 31, "int64")
     try:
         yield
     finally:
-        M.document_lengths = before
+        rotary.document_lengths = before
 
 
 def hidden_states(model, ids):

@@ -6,7 +6,6 @@ import paddle
 import tiny_models
 
 import dpo
-import formats.files
 import model as M
 import parallel
 import trainer
@@ -59,13 +58,3 @@ def live_bytes(degrees, T, changes, kind="full"):
     kept = paddle.base.core.host_memory_stat_current_value("Allocated", 0) - before
     del losses
     return kept
-
-
-def refused(name, degrees, kind):
-    """What shard_adapters() says."""
-    model = parallel.parallelize(tiny_models.build(name), jobs_tensor.grid(**degrees))
-    jobs_tensor.adapt(model, kind)
-    try:
-        parallel.shard_adapters(model, model.topology)
-    except formats.files.UserError as error:
-        return str(error)
