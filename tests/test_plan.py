@@ -57,7 +57,8 @@ HARDWARE = {  # recipe: (processes, GB of each, as its _doc says it)
 # once and DeepSeek-V3's module for further tokens left out.
 PUBLISHED = """
     llama-7b 6738415616 llama-13b 13015864320 llama-30b 32528943616 llama-65b 65285660672 llama-2-7b 6738415616
-    llama-2-13b 13015864320 llama-2-70b 68976648192 llama-3-8b 8030261248 llama-3-70b 70553706496 llama-3.1-8b 8030261248
+    llama-2-13b 13015864320 llama-2-70b 68976648192 llama-3-8b 8030261248 llama-3-70b 70553706496
+    llama-3.1-8b 8030261248
     llama-3.1-70b 70553706496 llama-3.1-405b 405853388800 llama-3.2-1b 1235814400 llama-3.2-3b 3212749824
     codellama-7b 6738546688 codellama-13b 13016028160 codellama-34b 33743970304 tinyllama-1.1b 1100048384
     open-llama-3b 3426473600 smollm2-135m 134515008 smollm2-360m 361821120 smollm2-1.7b 1711376384 yi-6b 6061035520
@@ -218,16 +219,25 @@ def parameters(text):
 
 
 def test_405b_in_seconds_and_little_memory(tmp_path):
-    """README's command, as a user runs it: nothing but the name, and what README shows. Seconds of processors and peak memory are the
-    process's own, imports included."""
+    """The command of docs/models.md, as a user runs it, prints what that page shows.
+
+    Processor seconds and peak memory are the process's own, imports included.
+    """
     text = (ROOT / "docs" / "models.md").read_text()
     command, shown = re.search(
         r"^    python pretrain.py (--model_name_or_path llama-3.1.*?)  +# seconds.*?\n\n(.*?)\n\n", text, re.M | re.S
     ).groups()
     argv = command.replace("\\\n", " ").split()
-    script = "import resource, runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    script += "finally:\n    used = resource.getrusage(resource.RUSAGE_SELF)\n    peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
-    script += "    print(used.ru_utime + used.ru_stime, peak)"
+    script = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
+    print(used.ru_utime + used.ru_stime, peak)
+"""
     done = subprocess.run(
         [sys.executable, "-c", script, str(ROOT / "pretrain.py"), *argv],
         cwd=tmp_path,
@@ -343,16 +353,16 @@ def kept_bytes():
     return paddle.base.core.host_memory_stat_current_value("Allocated", 0)
 
 
-MEASURED = """llama-2-7b mistral-7b-v0.1 mixtral-8x7b qwen-7b qwen2-7b qwen3-8b qwen1.5-moe-a2.7b qwen3-30b-a3b baichuan-13b
-    baichuan2-7b chatglm-6b chatglm2-6b bloom-560m gpt2 opt-1.3b opt-350m internlm-7b internlm2-7b gemma-2b gemma-2-2b
-    deepseek-v2-lite deepseek-v2 deepseek-v3""".split()
+MEASURED = """llama-2-7b mistral-7b-v0.1 mixtral-8x7b qwen-7b qwen2-7b qwen3-8b qwen1.5-moe-a2.7b qwen3-30b-a3b
+    baichuan-13b baichuan2-7b chatglm-6b chatglm2-6b bloom-560m gpt2 opt-1.3b opt-350m internlm-7b internlm2-7b gemma-2b
+    gemma-2-2b deepseek-v2-lite deepseek-v2 deepseek-v3""".split()
 
 
 @pytest.mark.parametrize(
     "name, recompute", [*((name, False) for name in MEASURED), ("llama-2-7b", True), ("deepseek-v3", True)]
 )
 def test_the_memory_is_that_of_a_run(name, recompute, tmp_path):
-    """Weights, gradients and moments to the byte, activations within 4 %, of a small model of the family that really trains."""
+    """A small model really trains: weights, gradients and moments to the byte, activations within 4 %."""
     if paddle.device.get_device() != "cpu":
         pytest.skip("reads Paddle's count of bytes on the CPU")
     kernels.configure("cpu")
@@ -430,7 +440,7 @@ NEEDS = {
 
 @pytest.mark.parametrize("script", NEEDS, ids=lambda script: script.__name__)
 def test_a_model_that_is_not_here(script, tmp_path, capsys, monkeypatch):
-    """By preset, by repository, mistyped, unheard of: one line says what to get and where to put it; nothing is written."""
+    """Preset, repository, mistyped, unknown: one line says what to download and where to put it; nothing is written."""
     monkeypatch.chdir(tmp_path)
     rest = NEEDS[script].replace("OUT", str(tmp_path / "out")).split()
     for name, *said in (
@@ -472,18 +482,20 @@ def test_scripts_that_do_not_train_do_not_count(capsys):
 # ------------------------------------------------------------------------------------------- a config a family and task
 
 SMALL = {  # what makes a tiny model of any family's config.json
-    "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32, "intermediate_size": 48, "ffn_dim": 64, "ffn_hidden_size": 48, "inner_hidden_size": 128,
-    "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2,
-    "multi_query_group_num": 2, "kv_channels": 8, "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2,
-    "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "query_pre_attn_scalar": 8,
-    "vocab_size": 3072, "padded_vocab_size": 3072, "sliding_window": 16,
+    "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32, "intermediate_size": 48, "ffn_dim": 64,
+    "ffn_hidden_size": 48, "inner_hidden_size": 128, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2,
+    "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "multi_query_group_num": 2, "kv_channels": 8,
+    "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2,
+    "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "query_pre_attn_scalar": 8, "vocab_size": 3072, "padded_vocab_size": 3072, "sliding_window": 16,
 }  # fmt: skip
 MIDDLE = {
-    **SMALL, "hidden_size": 256, "n_embd": 256, "word_embed_proj_dim": 256, "intermediate_size": 704, "ffn_dim": 1024, "ffn_hidden_size": 704,
-    "inner_hidden_size": 1024, "kv_channels": 64, "head_dim": 64, "moe_intermediate_size": 192, "shared_expert_intermediate_size": 384,
-    "q_lora_rank": 96, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "sliding_window": 256,
-    "num_hidden_layers": 4, "n_layer": 4, "num_layers": 4,
+    **SMALL, "hidden_size": 256, "n_embd": 256, "word_embed_proj_dim": 256, "intermediate_size": 704, "ffn_dim": 1024,
+    "ffn_hidden_size": 704, "inner_hidden_size": 1024, "kv_channels": 64, "head_dim": 64,
+    "moe_intermediate_size": 192, "shared_expert_intermediate_size": 384, "q_lora_rank": 96, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "sliding_window": 256, "num_hidden_layers": 4,
+    "n_layer": 4, "num_layers": 4,
 }  # fmt: skip
 
 
@@ -678,7 +690,8 @@ def test_a_preset_from_scratch(small_world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
     tiny = {**PRESETS["llama-2-7b"], "config": shrink(PRESETS["llama-2-7b"]["config"])}
     monkeypatch.setattr(plan, "presets", lambda: {"tiny-llama": tiny})
-    flags = f"--input_dir {small_world / 'corpus'} --split 80,10,10 --do_train true --max_steps 1 --max_seq_length 48 --output_dir {tmp_path / 'out'}"
+    flags = "--split 80,10,10 --do_train true --max_steps 1 --max_seq_length 48"
+    flags += f" --input_dir {small_world / 'corpus'} --output_dir {tmp_path / 'out'}"
     argv = ["--model_name_or_path", "tiny-llama", *flags.split()]
     trainer.run_script(pretrain.main, pretrain.Args, [*argv, "--tokenizer_name_or_path", str(ROOT / "demo" / "llama")])
     written = ModelConfig.from_json(tmp_path / "out")
@@ -694,7 +707,7 @@ THEIRS = (
 
 @pytest.mark.torch
 def test_transformers_builds_as_many_parameters(hf_python, tmp_path):
-    """The catalogue's configs mean the same to transformers: its models, built without memory, have as many parameters."""
+    """Transformers reads the presets' configs alike: its models, built without memory, have as many parameters."""
     configs = {name: PRESETS[name]["config"] for name in OWN if PRESETS[name]["config"]["model_type"] in THEIRS}
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     script = """
@@ -705,7 +718,8 @@ for name, config in json.load(open(sys.argv[2])).items():
     config = AutoConfig.for_model(**config)
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(config)
-    arrays[name] = np.int64(sum(p.numel() for p in net.parameters()) + sum(b.numel() for n, b in net.named_buffers() if n.endswith("correction_bias")))
+    corrections = sum(b.numel() for n, b in net.named_buffers() if n.endswith("correction_bias"))
+    arrays[name] = np.int64(sum(p.numel() for p in net.parameters()) + corrections)
 """
     found = hf_python(script, tmp_path / "configs.json")
     assert {name: int(found[name]) for name in configs} == {name: PRESETS[name]["parameters"] for name in configs}

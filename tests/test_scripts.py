@@ -964,8 +964,9 @@ def git_files():
     return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
 
 
-SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo, "gptq": quantize, "ptq": quantize,
-             "wint8": quantize, "hf": export, "static": export, "serve": serve}  # fmt: skip
+SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo,
+             "gptq": quantize, "ptq": quantize, "wint8": quantize, "hf": export,
+             "static": export, "serve": serve}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda path: path.name)
