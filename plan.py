@@ -106,7 +106,10 @@ def dry_run(args: Any) -> str:
         trained = sum(size[1] for size in adapter)
         lines.append(f"trained: {trained:,} ({100 * trained / total:.4f} % of the parameters)")
     lines.append(f"FLOPs a token, forward and backward, in sequences of {T:,}: {flops:.4g}")
-    return "\n".join([*lines, "", *_memory(args, model, adapter, degrees, T)])
+    notes = ["not in the memory below: temporary tensors and logits, communication buffers, loading, evaluation"]
+    if args.bf16:
+        notes.append("assumed: weights and activations in bfloat16; the kernels here store float32, see --bf16 false")
+    return "\n".join([*lines, "", *notes, *_memory(args, model, adapter, degrees, T)])
 
 
 def _shapes(model):

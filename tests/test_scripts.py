@@ -43,7 +43,6 @@ from families import ModelConfig
 from formats.tensor_files import read_safetensors, write_safetensors
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
-from plan import presets
 
 DEMO = ROOT / "demo"
 CONFIG = {
@@ -1026,6 +1025,8 @@ SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora"
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda path: path.name)
 def test_configs_parse(path):
     args = parse_args(SCRIPT_OF[path.stem.rpartition("_")[2]].Args, [str(path)])
-    model_folder, preset = Path(args.model_name_or_path), args.model_name_or_path in presets()
-    assert model_folder.parts[0] == "checkpoints" or (ROOT / model_folder / "config.json").is_file() or preset
+    model_folder = Path(args.model_name_or_path)
+    assert model_folder.parts[0] == "checkpoints" or (ROOT / model_folder / "config.json").is_file()
+    script = SCRIPT_OF[path.stem.rpartition("_")[2]].__name__
+    assert f"python {script}.py configs/{path.name}" in json.loads(path.read_text())["_doc"]
     assert args.output_dir == "" or Path(args.output_dir).parts[0] == "checkpoints"
