@@ -1,4 +1,16 @@
-"""HTTP/1.1 on asyncio."""
+"""HTTP/1.1 on asyncio streams: h11 parses and frames; this room limits size, time and number.
+
+    server = HTTPServer(handler, refusal_body, Limits(...))
+    await server.listen("127.0.0.1", 8011)
+
+    async def handler(connection, request):
+        body = await connection.read_body(request)
+        await connection.respond(200, {"bytes": len(body)})
+
+One event loop holds every connection, so that a thousand idle or slow clients cost no threads. A client that
+disconnects is noticed while its request still waits, and every wait has a time limit. The loop never computes: a handler gives long
+work to a thread, and sleeps in `wait_until`.
+"""
 
 import asyncio
 import contextlib
@@ -6,33 +18,24 @@ import dataclasses
 import http
 import json
 import re
+import signal
 import socket
 import time
-from urllib.parse import urlsplit
+import urllib.parse
+from collections.abc import Awaitable, Callable
 
-from formats.files import brief
+import h11
 
-# ================================================================== 11. HTTP: one connection
-# HTTP/1.1 by hand on asyncio: one event loop holds every connection, so that a thousand idle or slow clients cost no
-# threads, a closed socket is seen while its request still waits, and every wait has a time limit. The loop never
-# computes: prompts are encoded in a thread, tokens come from the engine's thread.
+from formats.files import UserError
 
 MAX_HEADER_BYTES = 16 * 1024  # request line and headers together
-
-
 MAX_HEADERS = 100
-
-
+READ_SIZE = 16 * 1024  # bytes parsed between two looks at the other connections
 READ_AHEAD = 64 * 1024  # bytes taken from a client before it is its turn; then TCP makes it wait
-
-
 WRITE_AHEAD = 64 * 1024  # bytes kept for a client that reads slowly; then its request waits, write_timeout at most
-
-
-LINGER = 2.0  # seconds in which a refused client may finish sending, so that it reads the answer and not a reset
-
-
-TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a method or header name (RFC 9110, 5.6.2)
+LINGER = 2.0  # seconds in which a refused client may finish sending, so that it reads the reply and not a reset
+CONTINUE = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+BOTH_DONE = {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
 
 
 class ClientGone(Exception):
@@ -40,260 +43,310 @@ class ClientGone(Exception):
 
 
 class HTTPError(Exception):
-    """An answer other than 200, as OpenAI's error object; `param` names the field of the request that is wrong."""
+    """A reply other than 200. `code` is a word for programs, `message` a sentence for people."""
 
-    def __init__(self, status, message, code=None, param=None, headers=()):
+    def __init__(self, status: int, message: str, code: str | None = None, headers: dict | None = None):
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, dict(headers)
+        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
-    def body(self):
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+@dataclasses.dataclass
+class Limits:
+    max_connections: int  # more are refused with 503; of twice as many even that is too much
+    max_body_bytes: int
+    read_timeout: float  # seconds in which a request must have arrived, and an idle connection is kept
+    write_timeout: float  # seconds in which a client must take what is waiting for it
 
 
 @dataclasses.dataclass
 class HTTPRequest:
     method: str
     path: str  # without the query
-    version: str  # HTTP/1.0 or HTTP/1.1
     headers: dict  # lower-case name: value
-    keep_alive: bool
+
+    @classmethod
+    def from_event(cls, event: h11.Request, head: bytes) -> "HTTPRequest":
+        """head: the bytes that h11 parsed. HTTPError 400, 431 or 505 for what h11 lets pass."""
+        if event.http_version not in (b"1.0", b"1.1"):
+            raise HTTPError(505, f"HTTP/{event.http_version.decode()}: HTTP/1.0 and HTTP/1.1 are supported")
+        if len(head) > MAX_HEADER_BYTES:
+            raise HTTPError(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes")
+        if len(event.headers) > MAX_HEADERS:
+            raise HTTPError(431, f"more than {MAX_HEADERS} headers")
+        if re.search(rb"\n[ \t]", head):
+            raise HTTPError(400, "a header line must not be folded", "malformed_request")
+        target = event.target.decode()
+        try:
+            path = urllib.parse.urlsplit(target).path if target.startswith("http://") else target.partition("?")[0]
+        except ValueError:  # such as http://[
+            raise HTTPError(400, "the request's target is not a URL", "malformed_request") from None
+        headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
+        return cls(event.method.decode(), path, headers)
 
 
-def parse_head(head):
-    """Bytes up to the empty line -> HTTPRequest. HTTPError 400, 431 or 505 where they are not HTTP/1."""
-    line, *rest = head.split(b"\r\n")
-    parts = line.split(b" ")
-    if len(parts) != 3 or not TOKEN.fullmatch(parts[0]) or not re.fullmatch(rb"HTTP/\d\.\d", parts[2]):
-        raise HTTPError(400, "the request line must be METHOD PATH HTTP/1.1", "malformed_request")
-    method, target, version = (part.decode("latin-1") for part in parts)
-    if version not in ("HTTP/1.0", "HTTP/1.1"):
-        raise HTTPError(505, f"{version}: HTTP/1.0 and HTTP/1.1 are spoken here")
-    path = urlsplit(target).path if target.startswith("http://") else target.partition("?")[0]
-    if len(rest) > MAX_HEADERS:
-        raise HTTPError(431, f"more than {MAX_HEADERS} headers")
-    headers = {}
-    for line in rest:
-        name, colon, value = line.partition(b":")
-        if not colon or not TOKEN.fullmatch(name) or re.search(rb"[\r\n\0]", value):
-            raise HTTPError(400, "a header line must be NAME: VALUE", "malformed_request")
-        name, value = name.decode("latin-1").lower(), value.strip(b" \t").decode("latin-1")
-        if headers.get(name, value) != value and name in ("content-length", "transfer-encoding", "host"):
-            raise HTTPError(400, f"two different {name} headers", "malformed_request")
-        headers[name] = value
-    if version == "HTTP/1.1" and "host" not in headers:
-        raise HTTPError(400, "a Host header is needed in HTTP/1.1", "malformed_request")
-    keep_alive = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower()
-    return HTTPRequest(method, path, version, headers, keep_alive)
+class Connection:
+    """A client: what it sends and what it is sent, both bounded, and whether it is still there.
 
+    `http` is the h11.Connection of the current request; a new request gets a new one. `changed` wakes `wait_until`."""
 
-class Connection(asyncio.Protocol):
-    """A client's socket: what it sent and what it is sent, both bounded, and whether it is still there.
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, server: "HTTPServer"):
+        self.reader, self.writer, self.server, self.limits = reader, writer, server, server.limits
+        self.http, self.changed, self.watcher = h11.Connection(h11.SERVER), asyncio.Event(), None
+        self.method, self.busy, self.eof, self.probed = None, False, False, False
+        writer.transport.set_write_buffer_limits(high=WRITE_AHEAD)
 
-    Everything that changes sets `changed`, the one event that the connection's task sleeps on (`until`)."""
+    # ---- requests
+    async def next_request(self) -> HTTPRequest | None:
+        """None: no more, or the client was idle for read_timeout. HTTPError 400, 408, 431, 501, 505."""
+        if self.method is not None and (self.server.draining or self.http.states != BOTH_DONE):
+            return None
+        await self._stop_watching()
+        data = self.http.trailing_data[0].lstrip(b"\r\n")  # some clients end a body with an extra line
+        self.http, self.method = h11.Connection(h11.SERVER, MAX_HEADER_BYTES), None
+        deadline = time.monotonic() + self.limits.read_timeout
+        while not data:
+            with contextlib.suppress(HTTPError):
+                data = await self._read(deadline)
+            if not data:
+                return None
+            data = data.lstrip(b"\r\n")
+        self.busy, deadline, head = True, time.monotonic() + self.limits.read_timeout, bytearray(data)
+        self.http.receive_data(data)
+        event = await self._next_event(deadline, head)
+        self.method = event.method.decode()
+        return HTTPRequest.from_event(event, head[: len(head) - len(self.http.trailing_data[0])])
 
-    def __init__(self, server):
-        self.server, self.args = server, server.args
-        self.buffer, self.changed = bytearray(), asyncio.Event()
-        self.eof = self.lost = self.paused = self.busy = self.probed = False
-        self.writable = True
+    async def read_body(self, request: HTTPRequest) -> bytes:
+        """The whole body. HTTPError 400, 408, 411, 413."""
+        length, deadline = request.headers.get("content-length"), time.monotonic() + self.limits.read_timeout
+        if length is None and "transfer-encoding" not in request.headers and request.method == "POST":
+            raise HTTPError(411, "a Content-Length header or a chunked body is needed")
+        if length is not None and "transfer-encoding" in request.headers:
+            raise HTTPError(400, "Content-Length and Transfer-Encoding exclude each other", "malformed_request")
+        self._check_size(int(length or 0))
+        if self.http.they_are_waiting_for_100_continue:
+            self.writer.write(self.http.send(CONTINUE))
+        body = bytearray()
+        while isinstance(event := await self._next_event(deadline), h11.Data):
+            body += event.data
+            self._check_size(len(body))
+        return bytes(body)
 
-    # ---- called by asyncio
-    def connection_made(self, transport):
-        self.transport = transport
-        transport.set_write_buffer_limits(high=WRITE_AHEAD)
-        self.server.connections.add(self)
-        self.too_many = len(self.server.connections) > self.args.max_connections
-        if len(self.server.connections) > 2 * self.args.max_connections:  # refusals are connections, too
-            transport.abort()
-        self.task = asyncio.get_running_loop().create_task(self.server.converse(self))
+    def _check_size(self, size: int) -> None:
+        if size > self.limits.max_body_bytes:
+            raise HTTPError(413, f"the body is longer than {self.limits.max_body_bytes:,} bytes", "body_too_large")
 
-    def data_received(self, data):
-        self.buffer += data
-        if len(self.buffer) > READ_AHEAD and not self.paused:
-            self.paused = True
-            self.transport.pause_reading()
-        self.changed.set()
+    async def _next_event(self, deadline: float, received: bytearray | None = None) -> h11.Event:
+        """What is read from the client meanwhile is also appended to `received`."""
+        try:
+            while (event := self.http.next_event()) is h11.NEED_DATA:
+                data = await self._read(deadline)
+                self.http.receive_data(data)
+                if received is not None:
+                    received += data
+        except h11.RemoteProtocolError as error:
+            raise HTTPError(error.error_status_hint, str(error)[:200], "malformed_request") from None
+        return event
 
-    def eof_received(self):
-        self.eof = True
-        self.changed.set()
-        return True  # the other direction stays open: a half-closed client still gets its answer
+    async def _read(self, deadline: float) -> bytes:
+        """Some bytes; b"" at the end of what the client sends. HTTPError 408, ClientGone."""
+        try:
+            data = await asyncio.wait_for(self.reader.read(READ_SIZE), max(0.0, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise HTTPError(408, f"the request did not arrive within {self.limits.read_timeout:g} seconds") from None
+        except OSError:
+            raise ClientGone from None
+        self.eof = not data
+        return data
 
-    def connection_lost(self, error):
-        self.lost = True
-        self.server.connections.discard(self)
-        self.changed.set()
+    # ---- replies
+    @property
+    def may_respond(self) -> bool:
+        return self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE)
 
-    def pause_writing(self):
-        self.writable = False
+    async def respond(self, status: int, body: bytes | dict, headers: dict | None = None, close: bool = False) -> None:
+        """A whole reply; a dict becomes JSON. ASCII JSON carries any text through any client, lone surrogates too."""
+        content_type = "text/plain; charset=utf-8"
+        if isinstance(body, dict):
+            body, content_type = json.dumps(body).encode() + b"\n", "application/json"
+        headers = {"Content-Type": content_type, "Content-Length": str(len(body))} | (headers or {})
+        data = self._head(status, headers, close)
+        if self.method != "HEAD":
+            data += self.http.send(h11.Data(data=body))
+        await self._send(data + self.http.send(h11.EndOfMessage()))
 
-    def resume_writing(self):
-        self.writable = True
-        self.changed.set()
+    async def start_response(self, status: int, headers: dict) -> None:
+        """The head of a reply whose body comes in pieces, by send_data."""
+        await self._send(self._head(status, headers))
 
-    # ---- called by the server's task
-    async def until(self, ready, deadline):
-        """Sleep until ready() is true or time.monotonic() passes the deadline; returns ready()."""
-        loop = asyncio.get_running_loop()
-        while not ready() and (left := deadline - time.monotonic()) > 0:
-            timer = loop.call_later(left, self.changed.set)
+    async def send_data(self, data: bytes, last: bool = False) -> None:
+        data = self.http.send(h11.Data(data=data))
+        await self._send(data + self.http.send(h11.EndOfMessage()) if last else data)
+
+    def _head(self, status: int, headers: dict, close: bool = False) -> bytes:
+        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} | headers
+        if close or self.server.draining:
+            headers["Connection"] = "close"
+        items = [(name, str(value)) for name, value in headers.items()]
+        return self.http.send(h11.Response(status_code=status, headers=items, reason=http.HTTPStatus(status).phrase))
+
+    async def _send(self, data: bytes) -> None:
+        """Write; wait while the client is behind by more than WRITE_AHEAD, write_timeout at most, then cut it off."""
+        self.writer.write(data)
+        try:
+            await self._drain()
+        except (OSError, asyncio.TimeoutError):
+            self.writer.transport.abort()
+            raise ClientGone from None
+
+    async def _drain(self) -> None:
+        if self.writer.transport.get_write_buffer_size():
+            await asyncio.wait_for(self.writer.drain(), self.limits.write_timeout)
+        else:
+            await self.writer.drain()  # returns at once; ConnectionError if the client is gone
+
+    # ---- whether the client is still there
+    async def wait_until(self, ready: Callable[[], object], deadline: float) -> None:
+        """Sleep until `ready()` is true (looked at when `changed` is set), `deadline` (of time.monotonic) has passed, or
+        the client may have left: see client_disconnected."""
+        if self.watcher is None:
+            self.watcher = asyncio.create_task(self._watch())
+        if self.probed:  # a reset in reply to the probe wakes nobody
+            deadline = min(deadline, time.monotonic() + 0.05)
+        while (
+            not (ready() or self.lost or (self.eof and not self.probed)) and (left := deadline - time.monotonic()) > 0
+        ):
+            timer = asyncio.get_running_loop().call_later(left, self.changed.set)
             await self.changed.wait()
             timer.cancel()
             self.changed.clear()
-        return ready()
 
-    async def fill(self, deadline):
-        """Wait for more bytes of a request that has begun."""
-        size = len(self.buffer)
-        if self.paused and size <= READ_AHEAD:
-            self.paused = False
-            self.transport.resume_reading()
-        if not await self.until(lambda: len(self.buffer) > size or self.eof or self.lost, deadline):
-            raise HTTPError(408, f"the request did not arrive within {self.args.read_timeout:g} seconds")
-        if self.lost:
-            raise ClientGone
-        if len(self.buffer) == size:
-            raise HTTPError(400, "the request ends early", "malformed_request")
+    async def _watch(self) -> None:
+        """Read while a request is answered: the next requests, up to READ_AHEAD, and the end."""
+        with contextlib.suppress(OSError):
+            while len(self.http.trailing_data[0]) <= READ_AHEAD:
+                self.http.receive_data(data := await self.reader.read(READ_SIZE))
+                if not data:
+                    self.eof = True
+                    break
+        self.changed.set()
 
-    async def read_head(self):
-        """The next HTTPRequest, or None if none comes: the connection was closed or idle for too long."""
+    async def _stop_watching(self) -> None:
+        if self.watcher is not None:
+            self.watcher.cancel()
+            await asyncio.wait([self.watcher])
+            self.watcher = None
 
-        def ready():
-            while self.buffer[:2] == b"\r\n":  # some clients end a body with an extra line
-                del self.buffer[:2]
-            return self.buffer or self.eof or self.lost
+    @property
+    def lost(self) -> bool:
+        return self.writer.transport.is_closing()
 
-        await self.until(ready, time.monotonic() + self.args.read_timeout)
-        if not self.buffer or self.lost:
-            return None
-        self.busy, deadline = True, time.monotonic() + self.args.read_timeout
-        while (end := self.buffer.find(b"\r\n\r\n", 0, MAX_HEADER_BYTES)) < 0:
-            if len(self.buffer) >= MAX_HEADER_BYTES:
-                raise HTTPError(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes")
-            await self.fill(deadline)
-        head = bytes(self.buffer[:end])
-        del self.buffer[: end + 4]
-        return parse_head(head)
-
-    async def read_body(self, request):
-        """The body's bytes, by Content-Length or in chunks; HTTPError 400, 411, 413, 501."""
-        deadline, length = time.monotonic() + self.args.read_timeout, request.headers.get("content-length")
-        coding = request.headers.get("transfer-encoding")
-        if coding is None and length is None:
-            if request.method == "POST":
-                raise HTTPError(411, "a Content-Length header or a chunked body is needed")
-            return b""
-        if coding is not None and length is not None:
-            raise HTTPError(400, "Content-Length and Transfer-Encoding exclude each other", "malformed_request")
-        if coding is not None and coding.lower() != "chunked":
-            raise HTTPError(501, f"Transfer-Encoding: {brief(coding)}; chunked is understood")
-        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
-            raise HTTPError(400, f"Content-Length: a number of bytes is wanted, found {brief(length)}")
-        self._check_size(int(length or 0))
-        if request.headers.get("expect", "").lower() == "100-continue":
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if length is not None:
-            return await self._take(int(length), deadline)
-        body = bytearray()
-        while size := await self._chunk_size(deadline):
-            self._check_size(len(body) + size)
-            body += await self._take(size, deadline)
-            if await self._take(2, deadline) != b"\r\n":
-                raise HTTPError(400, "a chunk is longer than its size says", "malformed_request")
-        while await self._line(deadline):  # trailers say nothing that is needed here
-            pass
-        return bytes(body)
-
-    def _check_size(self, size):
-        if size > self.args.max_body_bytes:
-            raise HTTPError(413, f"the body is longer than {self.args.max_body_bytes:,} bytes", "body_too_large")
-
-    async def _take(self, size, deadline):
-        """Exactly `size` bytes."""
-        out = bytearray()
-        while len(out) < size:
-            if not self.buffer:
-                await self.fill(deadline)
-            part = self.buffer[: size - len(out)]
-            del self.buffer[: len(part)]
-            out += part
-        return bytes(out)
-
-    async def _line(self, deadline):
-        while (end := self.buffer.find(b"\r\n", 0, 1024)) < 0:
-            if len(self.buffer) >= 1024:
-                raise HTTPError(400, "a chunk's first line is too long", "malformed_request")
-            await self.fill(deadline)
-        return await self._take(end + 2, deadline) if end else (await self._take(2, deadline))[2:]
-
-    async def _chunk_size(self, deadline):
-        digits = (await self._line(deadline)).split(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits):
-            raise HTTPError(400, "a chunk's size must be a hexadecimal number", "malformed_request")
-        return int(digits, 16)
-
-    async def send(self, data):
-        """Write; wait while the client is behind by more than WRITE_AHEAD, write_timeout at most, then cut it off."""
-        if self.lost:
-            raise ClientGone
-        self.transport.write(data)
-        if not await self.until(lambda: self.writable or self.lost, time.monotonic() + self.args.write_timeout):
-            self.transport.abort()
-            raise ClientGone
-        if self.lost:
-            raise ClientGone
-
-    async def respond(self, status, body, headers=(), keep_alive=False, with_body=True):
-        """A whole answer; a dict becomes JSON. ASCII JSON carries any text through any client, lone surrogates too."""
-        kind = "text/plain; charset=utf-8"
-        if isinstance(body, dict):
-            body, kind = json.dumps(body).encode() + b"\n", "application/json"
-        lines = {
-            "Content-Type": kind,
-            "Content-Length": len(body),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            **dict(headers),
-        }
-        if not keep_alive:
-            lines["Connection"] = "close"
-        await self.send(response_head(status, lines) + (body if with_body else b""))
-
-    def client_left(self, probe):
+    def client_disconnected(self, probe: bytes = b"") -> bool:
         """Whether the client is known to have closed both directions.
 
-        A closed and a half-closed socket look alike until something is sent: `probe`, bytes that mean nothing to one
-        who still reads and draw a reset from one who does not. None: half-closed counts as gone."""
+        A closed and a half-closed socket look alike until something is sent: bytes that mean nothing to a client that
+        still reads and draw a reset from one that does not. Before a reply that is 100 Continue (RFC 9110, 15.2), which
+        HTTP/1.0 does not have: there, half-closed counts as gone. Within a body it is `probe`."""
         if self.eof and not self.probed:
             self.probed = True
-            if probe is None:
+            if self.http.our_state is h11.SEND_BODY:
+                self.writer.write(self.http.send(h11.Data(data=probe)))
+            elif self.http.their_http_version == b"1.1":
+                self.writer.write(self.http.send(CONTINUE))
+            else:
                 return True
-            self.transport.write(probe)
         if self.lost or not self.probed:
             return self.lost
-        return self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+        return self.writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
-    async def close(self):
+    async def close(self) -> None:
         """Flush and close, within limits; read on for a moment, since closing over unread bytes would reset the
-        connection and take the answer away from a client that is still sending."""
-        deadline = time.monotonic() + self.args.write_timeout
-        while not self.lost and self.transport.get_write_buffer_size() and time.monotonic() < deadline:
-            await self.until(lambda: self.lost, min(deadline, time.monotonic() + 0.02))
-        if not self.lost and not self.transport.get_write_buffer_size():
-            with contextlib.suppress(OSError):  # reset by the client, which the loop has not been told yet
-                self.transport.write_eof()
-            deadline = time.monotonic() + LINGER
-            while not (self.lost or self.eof) and time.monotonic() < deadline:
-                self.buffer.clear()
-                if self.paused:
-                    self.paused = False
-                    self.transport.resume_reading()
-                await self.until(lambda: self.buffer or self.lost or self.eof, deadline)
-        self.transport.abort()  # nothing is left to be sent, or nobody takes it
+        connection and take the reply away from a client that is still sending."""
+
+        async def discard():
+            while await self.reader.read(READ_SIZE):
+                pass
+
+        await self._stop_watching()
+        self.writer.transport.set_write_buffer_limits(high=0)  # now drain() waits for the last byte
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            await self._drain()
+            if not self.eof:
+                self.writer.write_eof()
+                await asyncio.wait_for(discard(), LINGER)
+        self.writer.transport.abort()  # nothing is left to be sent, or nobody takes it
 
 
-def response_head(status, headers):
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{lines}\r\n".encode("latin-1")
+class HTTPServer:
+    """Listens; gives the requests of each connection to `handler`, one after another, as they come.
+
+    The handler must read the body and send a whole reply, or raise: HTTPError before it replies (then `refusal_body`
+    makes the reply's JSON, as for what is not even a request, and the connection ends), or ClientGone."""
+
+    def __init__(
+        self,
+        handler: Callable[[Connection, HTTPRequest], Awaitable[None]],
+        refusal_body: Callable[[HTTPError], dict],
+        limits: Limits,
+    ):
+        self.handler, self.refusal_body, self.limits = handler, refusal_body, limits
+        self.connections, self.listener, self.port = set(), None, None
+        self.stop, self.force_stop = asyncio.Event(), asyncio.Event()
+
+    @property
+    def draining(self) -> bool:
+        """Replies are finished, and then connections closed."""
+        return self.stop.is_set()
+
+    async def listen(self, host: str, port: int) -> str:
+        """Returns the URL; port 0 is a free one. UserError where the port is taken."""
+        limit = READ_AHEAD // 2  # a StreamReader reads up to twice its limit
+        try:
+            self.listener = await asyncio.start_server(self.serve_connection, host, port, limit=limit, backlog=512)
+        except OSError as error:
+            reason = str(error.strerror).rpartition(": ")[2]
+            message = f"port: cannot listen on {host}:{port}: {reason}; give another --port, or --port 0 for a free one"
+            raise UserError(message) from None
+        host, self.port = self.listener.sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{self.port}/" if ":" in host else f"http://{host}:{self.port}/"
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM or SIGINT sets `stop`, a second one `force_stop`."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(
+                number, lambda: (self.force_stop if self.stop.is_set() else self.stop).set()
+            )
+
+    async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        most = self.limits.max_connections
+        if len(self.connections) >= 2 * most:  # refusals are connections, too
+            writer.transport.abort()
+            return
+        connection = Connection(reader, writer, self)
+        self.connections.add(connection)
+        try:
+            if len(self.connections) > most:
+                message = f"all {most} connections are taken"
+                raise HTTPError(503, message, "too_many_connections", {"Retry-After": "1"})
+            while request := await connection.next_request():
+                await self.handler(connection, request)
+                connection.busy = False
+        except HTTPError as error:  # the rest of this request cannot be told apart from the next one
+            with contextlib.suppress(ClientGone):
+                await connection.respond(error.status, self.refusal_body(error), error.headers, close=True)
+        except ClientGone:
+            pass
+        finally:
+            await connection.close()
+            self.connections.discard(connection)
+
+    async def close(self, timeout: float) -> None:
+        """Wait until all replies are taken, `timeout` seconds at most, and close everything."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and any(
+            connection.busy or connection.writer.transport.get_write_buffer_size() for connection in self.connections
+        ):
+            await asyncio.sleep(0.02)
+        self.listener.close()
+        for connection in self.connections:
+            connection.writer.transport.abort()

@@ -2,23 +2,21 @@
 
 import asyncio
 import base64
-import contextlib
 import dataclasses
 import hashlib
 import hmac
 import json
 import re
-import signal
 import sys
 import time
 import traceback
 import uuid
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from formats.files import UserError, brief
 from serving.engine import PromptTooLong, QueueFull, Request, SamplingParams, ShuttingDown, UnknownAdapter
-from serving.http_server import ClientGone, Connection, HTTPError, response_head
+from serving.http_server import ClientGone, HTTPError, HTTPServer, Limits
 
 # ================================================================== 12. HTTP: OpenAI's objects
 
@@ -56,8 +54,24 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 
 
+class APIError(HTTPError):
+    """`param` names the field of the request that is wrong."""
+
+    def __init__(self, status, message, code=None, param=None):
+        super().__init__(status, message, code)
+        self.param = param
+
+
+def error_body(error):
+    """OpenAI's error object."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    param = getattr(error, "param", None)
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
+
+
 def bad_request(message, param=None, code=None):
-    return HTTPError(400, message, code, param)
+    return APIError(400, message, code, param)
 
 
 def take_field(body, name, kind, least=None, most=None):
@@ -354,7 +368,7 @@ def read_page():
 
 
 class Server:
-    """The API and the page over one Engine. `converse` is a connection's life, `generate` an answer's.
+    """The API and the page over one Engine. `handle` answers a request, `generate` one for tokens.
 
     What runs where: everything here in the event loop, encoding of prompts in a thread, the engine in its own. The
     engine's callbacks come from there and are handed over by call_soon_threadsafe."""
@@ -365,8 +379,8 @@ class Server:
         self.created = int(time.time())
         self.fingerprint = f"fp_{hashlib.sha256(f'{self.model} {engine.max_model_len}'.encode()).hexdigest()[:10]}"
         self.page, self.page_headers = read_page()
-        self.connections, self.draining, self.port = set(), False, None
-        self.stop, self.hurry, self.running = asyncio.Event(), asyncio.Event(), set()  # running: ids of requests
+        limits = Limits(args.max_connections, args.max_body_bytes, args.read_timeout, args.write_timeout)
+        self.http, self.running = HTTPServer(self.handle, self.refusal_body, limits), set()  # running: ids of requests
         self.answers, self.latency, self.first_token = {}, Histogram(), Histogram()
         self.routes = {  # path: (method, handler, open to all)
             "/": ("GET", self.get_page, True),
@@ -377,34 +391,9 @@ class Server:
             "/v1/completions": ("POST", self.generate, False),
         }
 
-    # ---- a connection
-    async def converse(self, connection):
-        """Requests one after another, as they come, until either side has enough."""
-        try:
-            if connection.too_many:
-                raise HTTPError(
-                    503,
-                    f"all {self.args.max_connections} connections are taken",
-                    "too_many_connections",
-                    headers={"Retry-After": 1},
-                )
-            while await self.one_request(connection):
-                pass
-        except HTTPError as error:  # what comes next on this connection cannot be told apart from this request's rest
-            self.count("", error.status)
-            self.log(f"- refused: {error.status} {error.code or ''}")
-            with contextlib.suppress(ClientGone):
-                await connection.respond(error.status, error.body(), error.headers)
-        except ClientGone:
-            pass
-        finally:
-            await connection.close()
-
-    async def one_request(self, connection):
-        """Read and answer a request; returns whether the connection lives on. HTTPError: it cannot, and why."""
-        request = await connection.read_head()
-        if request is None:
-            return False
+    # ---- a request
+    async def handle(self, connection, request):
+        """Read the rest of a request and answer it. HTTPError before its body is here: the connection ends."""
         handler = self.route(request)  # before the body: whoever may not ask need not send it
         body = await connection.read_body(request)
         status = 500
@@ -412,19 +401,23 @@ class Server:
             status = await handler(connection, request, body)
         except HTTPError as error:
             status = error.status
-            request.keep_alive &= not self.draining
-            await connection.respond(status, error.body(), error.headers, request.keep_alive, request.method != "HEAD")
+            await connection.respond(status, error_body(error), error.headers)
         except ClientGone:
             status = 499
             raise
         except Exception:  # a bug; it must show, but not end the others' answers
             traceback.print_exc()
-            await connection.respond(500, HTTPError(500, "internal error", "internal_error").body())
-            return False
+            if connection.may_respond:
+                await connection.respond(
+                    500, error_body(HTTPError(500, "internal error", "internal_error")), close=True
+                )
         finally:
             self.count(request.path, status)
-            connection.busy = False
-        return request.keep_alive and not self.draining
+
+    def refusal_body(self, error):
+        self.count("", error.status)
+        self.log(f"- refused: {error.status} {error.code or ''}")
+        return error_body(error)
 
     def route(self, request):
         if request.path not in self.routes and not request.path.startswith("/v1/models/"):
@@ -439,7 +432,7 @@ class Server:
                 headers={"Allow": ", ".join(allowed)},
             )
         origin = request.headers.get("origin")
-        if origin and urlsplit(origin).netloc != request.headers.get("host"):  # another site's script in a browser
+        if origin and origin.partition("://")[2] != request.headers.get("host"):  # another site's script in a browser
             raise HTTPError(403, "pages of other origins may not ask this server", "wrong_origin")
         if self.args.api_key and not is_open:
             given = request.headers.get("authorization", "")
@@ -461,13 +454,12 @@ class Server:
 
     # ---- what can be looked at
     async def get_page(self, connection, request, body):
-        await connection.respond(200, self.page, self.page_headers, request.keep_alive, request.method != "HEAD")
+        await connection.respond(200, self.page, self.page_headers)
         return 200
 
     async def get_health(self, connection, request, body):
-        status = 503 if self.draining else 200
-        text = {"status": "draining" if self.draining else "ok"}
-        await connection.respond(status, text, (), request.keep_alive, request.method != "HEAD")
+        status = 503 if self.http.draining else 200
+        await connection.respond(status, {"status": "draining" if self.http.draining else "ok"})
         return status
 
     async def get_models(self, connection, request, body):
@@ -486,7 +478,7 @@ class Server:
         if request.path != "/v1/models":
             name = unquote(request.path.removeprefix("/v1/models/"))
             answer = next((row for row in rows if row["id"] == name), None) or self.no_model(name)
-        await connection.respond(200, answer, (), request.keep_alive, request.method != "HEAD")
+        await connection.respond(200, answer)
         return 200
 
     async def get_metrics(self, connection, request, body):
@@ -495,7 +487,7 @@ class Server:
             kind = "counter" if name.endswith("_total") and not name.startswith("blocks_") else "gauge"
             name = "llm_" + ("blocks" if name == "blocks_total" else name)
             lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
-        lines += ["# TYPE llm_connections gauge", f"llm_connections {len(self.connections)}"]
+        lines += ["# TYPE llm_connections gauge", f"llm_connections {len(self.http.connections)}"]
         lines.append("# TYPE llm_http_responses_total counter")
         for (path, status), count in sorted(self.answers.items()):
             lines.append(f'llm_http_responses_total{{path="{path}",status="{status}"}} {count}')
@@ -504,13 +496,12 @@ class Server:
             *self.first_token.lines("llm_time_to_first_token_seconds"),
         ]
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        text = "\n".join(lines) + "\n"
-        await connection.respond(200, text.encode(), headers, request.keep_alive, request.method != "HEAD")
+        await connection.respond(200, ("\n".join(lines) + "\n").encode(), headers)
         return 200
 
     def no_model(self, name):
         known = ", ".join((self.model, *self.engine.adapters))
-        raise HTTPError(404, f"model: {brief(name)} does not exist; there are {known}", "model_not_found", "model")
+        raise APIError(404, f"model: {brief(name)} does not exist; there are {known}", "model_not_found", "model")
 
     # ---- an answer
     def prepare(self, data, is_chat):
@@ -581,9 +572,9 @@ class Server:
                 self.engine.submit(request, lambda output, i=i: loop.call_soon_threadsafe(deliver, i, output))
                 self.running.add(request.request_id)
             except QueueFull as error:
-                raise HTTPError(429, str(error), "queue_full", headers={"Retry-After": 1}) from None
+                raise HTTPError(429, str(error), "queue_full", headers={"Retry-After": "1"}) from None
             except ShuttingDown:
-                raise self.going() from None
+                raise self.shutting_down_error() from None
             except PromptTooLong as error:
                 field = "messages" if job.is_chat else "prompt"
                 raise bad_request(str(error), field, "context_length_exceeded") from None
@@ -592,28 +583,28 @@ class Server:
             except UserError as error:
                 raise bad_request(str(error), str(error).partition(":")[0]) from None
 
-    def going(self):
-        return HTTPError(503, "the server is shutting down", "shutting_down", headers={"Retry-After": 5})
+    def shutting_down_error(self):
+        return HTTPError(503, "the server is shutting down", "shutting_down", headers={"Retry-After": "5"})
 
     async def generate(self, connection, request, data):
         """POST of either API: returns the status. Whatever happens, nothing of it stays in the engine."""
         start, job, status = time.monotonic(), None, 500
         try:
-            if self.draining:
-                raise self.going()
+            if self.http.draining:
+                raise self.shutting_down_error()
             job = await asyncio.to_thread(self.prepare, data, request.path == "/v1/chat/completions")
             if connection.lost:
                 raise ClientGone
             outputs = []
             self.submit(job, connection, outputs)
             if job.stream:
-                status = await self.stream(connection, request, job, outputs, start)
+                status = await self.stream(connection, job, outputs, start)
             else:
-                status = await self.answer(connection, request, job, outputs, start)
+                status = await self.answer(connection, job, outputs, start)
         except HTTPError as error:
             status = error.status
             if job is None:
-                self.log(f"- refused: {status} {error.code or error.param or ''}")
+                self.log(f"- refused: {status} {error.code or getattr(error, 'param', None) or ''}")
             raise
         except ClientGone:
             status = 499
@@ -627,29 +618,30 @@ class Server:
                 self.record(job, status, start)
         return status
 
-    async def pieces(self, connection, job, outputs, start, probe):
+    async def pieces(self, connection, job, outputs, start):
         """Yields lists of Pieces as they come, until all choices are finished. HTTPError: time is up, or the engine
         gave up; ClientGone."""
         deadline, lengths = start + self.args.request_timeout, {}
         while job.unfinished:
-            now = time.monotonic()
-            if connection.client_left(probe):
+            if connection.client_disconnected(b": still here\n\n"):
                 raise ClientGone
             if outputs:
                 batch = [self.piece(job, i, output, lengths) for i, output in outputs]
                 outputs.clear()
                 yield batch
-            elif now >= deadline:
+            elif time.monotonic() >= deadline:
                 raise HTTPError(504, f"not finished within {self.args.request_timeout:g} seconds", "timeout")
-            elif connection.probed:  # a reset in answer to the probe wakes nobody
-                await connection.until(lambda: outputs or connection.lost, min(deadline, now + 0.05))
             else:
-                await connection.until(lambda: outputs or connection.lost or connection.eof, deadline)
+                await connection.wait_until(lambda: outputs, deadline)
 
     def piece(self, job, i, output, lengths):
         if output.finish_reason in ("abort", "error"):
             job.finish = output.finish_reason
-            raise self.going() if self.draining else HTTPError(500, "the engine failed", "engine_error")
+            raise (
+                self.shutting_down_error()
+                if self.http.draining
+                else HTTPError(500, "the engine failed", "engine_error")
+            )
         params = job.requests[i].params
         index, text, logprobs = i * params.n + output.index, output.text, None
         if output.token_id is not None:
@@ -667,55 +659,43 @@ class Server:
             job.finish = output.finish_reason
         return ChoiceDelta(index, text, logprobs, output.finish_reason)
 
-    async def answer(self, connection, request, job, outputs, start):
-        """Not streamed. The probe is what may always be sent ahead of an answer (RFC 9110, 15.2): 100 Continue."""
-        probe = b"HTTP/1.1 100 Continue\r\n\r\n" if request.version == "HTTP/1.1" else None
+    async def answer(self, connection, job, outputs, start):
+        """Not streamed."""
         choices = {}
-        async for batch in self.pieces(connection, job, outputs, start, probe):
+        async for batch in self.pieces(connection, job, outputs, start):
             for piece in batch:
                 choices.setdefault(piece.index, []).append(piece)
         whole = [whole_choice(job, index, choices[index]) for index in sorted(choices)]
         reply = job.reply(whole, chunk=False) | {"usage": job.usage()}
-        request.keep_alive &= not self.draining
-        await connection.respond(200, reply, {"X-Request-Id": job.id}, request.keep_alive)
+        await connection.respond(200, reply, {"X-Request-Id": job.id})
         return 200
 
-    async def stream(self, connection, request, job, outputs, start):
+    async def stream(self, connection, job, outputs, start):
         """Server-sent events. Once they flow the status is 200; an error becomes an event."""
-        chunked = request.version == "HTTP/1.1"
-        request.keep_alive &= chunked and not self.draining
         headers = {
             "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-store",
             "X-Accel-Buffering": "no",
-            "X-Content-Type-Options": "nosniff",
             "X-Request-Id": job.id,
         }
-        headers |= {"Transfer-Encoding": "chunked"} if chunked else {}
-        headers |= {} if request.keep_alive else {"Connection": "close"}
-
-        def frame(text):
-            data = text.encode()
-            return b"%X\r\n%s\r\n" % (len(data), data) if chunked else data
 
         def event(reply):
             return f"data: {json.dumps(reply, separators=(',', ':'))}\n\n"
 
-        await connection.send(response_head(200, headers))
+        await connection.start_response(200, headers)
         started, usage, status = set(), {"usage": None} if job.include_usage else {}, 200
         try:
-            async for batch in self.pieces(connection, job, outputs, start, frame(": still here\n\n")):
+            async for batch in self.pieces(connection, job, outputs, start):
                 events = []
                 for piece in batch:
                     for choice in stream_choices(job, piece, piece.index not in started):
                         events.append(event(job.reply([choice], chunk=True) | usage))
                     started.add(piece.index)
                 if events:
-                    await connection.send(frame("".join(events)))
+                    await connection.send_data("".join(events).encode())
             last = event(job.reply([], chunk=True) | {"usage": job.usage()}) if job.include_usage else ""
         except HTTPError as error:
-            last, status = event(error.body()), error.status
-        await connection.send(frame(last + "data: [DONE]\n\n") + (b"0\r\n\r\n" if chunked else b""))
+            last, status = event(error_body(error)), error.status
+        await connection.send_data(f"{last}data: [DONE]\n\n".encode(), last=True)
         return status
 
     def record(self, job, status, start):
@@ -736,42 +716,27 @@ class Server:
 
     # ---- the whole
     async def run(self):
-        """Listen until `stop`; then new requests get a 503, and what runs has until `hurry` or drain_timeout."""
-        loop, args = asyncio.get_running_loop(), self.args
-        try:
-            listener = await loop.create_server(lambda: Connection(self), args.host, args.port, backlog=512)
-        except OSError as error:
-            reason = str(error.strerror).rpartition(": ")[2]
-            raise UserError(
-                f"port: cannot listen on {args.host}:{args.port}: {reason}; give another --port, or "
-                "--port 0 for a free one"
-            ) from None
-        host, self.port = listener.sockets[0].getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
+        """Listen until `stop`; then new requests get a 503, and what runs has until `force_stop` or drain_timeout."""
+        args, server = self.args, self.http
+        url = await server.listen(args.host, args.port)
         adapters = "".join(f"; adapter {name}" for name in self.engine.adapters)
         print(
-            f"serving {self.model} on http://{host}:{self.port}/ ({'with' if args.api_key else 'no'} API key); context "
+            f"serving {self.model} on {url} ({'with' if args.api_key else 'no'} API key); context "
             f"{self.engine.max_model_len} tokens, {args.max_connections} connections, {args.max_body_bytes:,} bytes a "
             f"body, {args.request_timeout:g} s a request{adapters}",
             flush=True,
         )
-        await self.stop.wait()
+        await server.stop.wait()
 
-        self.draining = True
         self.log(f"shutting down: {len(self.running)} requests are to be finished")
         shutdown = asyncio.create_task(asyncio.to_thread(self.engine.shutdown, True, args.drain_timeout))
-        await asyncio.wait((shutdown, asyncio.create_task(self.hurry.wait())), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            (shutdown, asyncio.create_task(server.force_stop.wait())), return_when=asyncio.FIRST_COMPLETED
+        )
         for request_id in list(self.running):
             self.engine.abort(request_id)
         await shutdown
-        deadline = time.monotonic() + min(5.0, args.write_timeout)  # for the last bytes to be taken
-        while (
-            any(c.busy or c.transport.get_write_buffer_size() for c in self.connections) and time.monotonic() < deadline
-        ):
-            await asyncio.sleep(0.02)
-        listener.close()
-        for connection in list(self.connections):
-            connection.transport.abort()
+        await server.close(min(5.0, args.write_timeout))
 
 
 def serve_http(engine, tokenizer, args):
@@ -782,10 +747,7 @@ def serve_http(engine, tokenizer, args):
 
     async def serve():
         server = Server(engine, tokenizer, args)
-        for each in (signal.SIGTERM, signal.SIGINT):  # a second one cuts the draining short
-            asyncio.get_running_loop().add_signal_handler(
-                each, lambda: (server.hurry if server.stop.is_set() else server.stop).set()
-            )
+        server.http.stop_on_signals()
         engine.start()
         try:
             await server.run()
