@@ -8,8 +8,8 @@
         await connection.respond(200, {"bytes": len(body)})
 
 One event loop holds every connection, so that a thousand idle or slow clients cost no threads. A client that
-disconnects is noticed while its request still waits, and every wait has a time limit. The loop never computes: a handler gives long
-work to a thread, and sleeps in `wait_until`.
+disconnects is noticed while its request still waits, and every wait has a time limit. The loop never computes: a
+handler gives long work to a thread and sleeps in `wait_until`.
 """
 
 import asyncio
@@ -187,39 +187,34 @@ class Connection:
         headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} | headers
         if close or self.server.draining:
             headers["Connection"] = "close"
-        items = [(name, str(value)) for name, value in headers.items()]
-        return self.http.send(h11.Response(status_code=status, headers=items, reason=http.HTTPStatus(status).phrase))
+        reason = http.HTTPStatus(status).phrase
+        return self.http.send(h11.Response(status_code=status, headers=list(headers.items()), reason=reason))
 
     async def _send(self, data: bytes) -> None:
         """Write; wait while the client is behind by more than WRITE_AHEAD, write_timeout at most, then cut it off."""
         self.writer.write(data)
         try:
-            await self._drain()
+            if self.writer.transport.get_write_buffer_size():
+                await asyncio.wait_for(self.writer.drain(), self.limits.write_timeout)
+            else:
+                await self.writer.drain()  # returns at once; OSError if the client is gone
         except (OSError, asyncio.TimeoutError):
             self.writer.transport.abort()
             raise ClientGone from None
 
-    async def _drain(self) -> None:
-        if self.writer.transport.get_write_buffer_size():
-            await asyncio.wait_for(self.writer.drain(), self.limits.write_timeout)
-        else:
-            await self.writer.drain()  # returns at once; ConnectionError if the client is gone
-
     # ---- whether the client is still there
-    async def wait_until(self, ready: Callable[[], object], deadline: float) -> None:
-        """Sleep until `ready()` is true (looked at when `changed` is set), `deadline` (of time.monotonic) has passed, or
-        the client may have left: see client_disconnected."""
+    async def wait_until(self, deadline: float) -> None:
+        """Sleep until `changed` is set, by the handler's own news or by the client's end, or until `deadline` (of
+        time.monotonic)."""
         if self.watcher is None:
             self.watcher = asyncio.create_task(self._watch())
+        seconds = deadline - time.monotonic()
         if self.probed:  # a reset in reply to the probe wakes nobody
-            deadline = min(deadline, time.monotonic() + 0.05)
-        while (
-            not (ready() or self.lost or (self.eof and not self.probed)) and (left := deadline - time.monotonic()) > 0
-        ):
-            timer = asyncio.get_running_loop().call_later(left, self.changed.set)
-            await self.changed.wait()
-            timer.cancel()
-            self.changed.clear()
+            seconds = min(seconds, 0.05)
+        timer = asyncio.get_running_loop().call_later(seconds, self.changed.set)
+        await self.changed.wait()
+        timer.cancel()
+        self.changed.clear()
 
     async def _watch(self) -> None:
         """Read while a request is answered: the next requests, up to READ_AHEAD, and the end."""
@@ -268,9 +263,9 @@ class Connection:
                 pass
 
         await self._stop_watching()
-        self.writer.transport.set_write_buffer_limits(high=0)  # now drain() waits for the last byte
-        with contextlib.suppress(OSError, asyncio.TimeoutError):
-            await self._drain()
+        self.writer.transport.set_write_buffer_limits(high=0)  # now _send waits for the last byte
+        with contextlib.suppress(ClientGone, OSError, asyncio.TimeoutError):
+            await self._send(b"")
             if not self.eof:
                 self.writer.write_eof()
                 await asyncio.wait_for(discard(), LINGER)

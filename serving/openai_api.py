@@ -632,7 +632,7 @@ class Server:
             elif time.monotonic() >= deadline:
                 raise HTTPError(504, f"not finished within {self.args.request_timeout:g} seconds", "timeout")
             else:
-                await connection.wait_until(lambda: outputs, deadline)
+                await connection.wait_until(deadline)
 
     def piece(self, job, i, output, lengths):
         if output.finish_reason in ("abort", "error"):
