@@ -57,12 +57,12 @@ MAX_LOGPROBS = 20
 class APIError(HTTPError):
     """`param` names the field of the request that is wrong."""
 
-    def __init__(self, status, message, code=None, param=None):
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(status, message, code)
         self.param = param
 
 
-def error_body(error):
+def error_body(error: HTTPError) -> dict:
     """OpenAI's error object."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
@@ -70,7 +70,7 @@ def error_body(error):
     return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
 
 
-def bad_request(message, param=None, code=None):
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
     return APIError(400, message, code, param)
 
 

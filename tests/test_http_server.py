@@ -267,3 +267,19 @@ def test_mutated_requests(echo):
         assert not out or out.startswith(b"HTTP/1.1 "), (data, out)
         assert set(statuses(out)) <= {100, 200, 400, 411, 413, 418, 431, 501, 505}, (data, out)
     assert eventually(lambda: not echo.server.connections) and statuses(echo.raw(GET + CLOSE + b"\r\n")) == [200]
+
+
+def test_twice_as_many_connections_as_are_allowed_are_cut_off():
+    echo, sockets = Echo(max_connections=1), []
+    for replies in (b"", b"HTTP/1.1 503 ", b""):
+        sockets.append(socket.create_connection(("127.0.0.1", echo.server.port), timeout=1))
+        with contextlib.suppress(OSError):  # the first is idle, the third is cut off
+            out = b""
+            out = sockets[-1].recv(13)
+        assert out == replies
+    assert len(echo.server.connections) == 2
+    for sock in sockets:
+        sock.close()
+    assert eventually(lambda: not echo.server.connections)
+    echo.loop.call_soon_threadsafe(echo.server.stop.set)
+    echo.thread.join(10)
