@@ -319,7 +319,7 @@ def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
         if key in kinds:
             fields[key] = _convert(value.value, kinds[key], f"{value.where}: {value.name}", value.is_text)
         else:
-            lines += _check_foreign_key(key, value, kinds)
+            lines += _check_foreign_key(key, value, kinds, {**REFUSED, **getattr(Args, "refused", {})})
     args = Args(**fields)
     lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
     if lines:
@@ -358,7 +358,7 @@ def _our_keys(given: _Given, kinds: dict):
             yield key, given._replace(value=value, is_text=False)
 
 
-def _check_foreign_key(key: str, given: _Given, kinds: dict) -> list[str]:
+def _check_foreign_key(key: str, given: _Given, kinds: dict, refused: dict) -> list[str]:
     """Lines to print for a key that is not a field of this script; UserError if it is refused or unknown."""
     name, value, where, _ = given
     training_keys = {field.name for field in dataclasses.fields(TrainingArgs)}
@@ -366,15 +366,15 @@ def _check_foreign_key(key: str, given: _Given, kinds: dict) -> list[str]:
         raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py have one; this script does not train")
     if key in training_keys:
         return [f"ignored: {name}: this script does not train"]
-    if key in REFUSED and not _harmless(key, value):
-        raise UserError(f"{where}: {name}: {value!r}: {REFUSED[key]}")
+    if key in refused and not _harmless(key, value):
+        raise UserError(f"{where}: {name}: {value!r}: {refused[key]}")
     if key in OPTIONS:
         return _check_options(key, value, where)
-    if key in IGNORED or key in REFUSED:
-        return [f"ignored: {name}: {IGNORED.get(key) or REFUSED[key]}"]
+    if key in IGNORED or key in refused:
+        return [f"ignored: {name}: {IGNORED.get(key) or refused[key]}"]
     if key == "_doc":
         return []
-    others = [*ALIASES, *IGNORED, *REFUSED, *OPTIONS, *training_keys]
+    others = [*ALIASES, *IGNORED, *refused, *OPTIONS, *training_keys]
     near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, others, 1)
     raise UserError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 

@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
+
 import parallel
 import trainer
 from adapters import base_folders

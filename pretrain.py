@@ -15,6 +15,8 @@ import math
 import shlex
 import time
 
+import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
+
 import parallel
 import trainer
 from arguments import TrainingArgs

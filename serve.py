@@ -22,6 +22,8 @@ import os
 import time
 from pathlib import Path
 
+import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
+
 import numpy as np
 import paddle
 from tqdm import tqdm

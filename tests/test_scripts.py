@@ -1030,3 +1030,11 @@ def test_configs_parse(path):
     script = SCRIPT_OF[path.stem.rpartition("_")[2]].__name__
     assert f"python {script}.py configs/{path.name}" in json.loads(path.read_text())["_doc"]
     assert args.output_dir == "" or Path(args.output_dir).parts[0] == "checkpoints"
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "dpo", "quantize", "export", "serve"])
+def test_help_says_nothing_else(script):
+    """Paddle prints warnings while it is imported, unless kernels is imported before."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "output_dir" in done.stdout and done.stderr == ""
