@@ -18,9 +18,10 @@ import pytest
 import data
 import formats.chat
 import formats.tokenizer
-from data import IGNORED, Corpus, CorpusLoader, SFTDataset, SFTLoader, best_fit_packs, in_order_packs
+from data import IGNORED, CorpusLoader, SFTDataset, SFTLoader, best_fit_packs, in_order_packs
 from formats.chat import ChatTemplate, compile_template, load_chat_template
 from formats.files import UserError
+from formats.megatron import Corpus
 from formats.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -875,7 +876,7 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     sizes = np.full(
         20_000, 2_500, np.int32
     )  # 100 MB of tokens, in a file with a hole: no disk, and no memory unless it is all read
-    (tmp_path / "c.idx").write_bytes(data.index_bytes(np.uint16, sizes))
+    (tmp_path / "c.idx").write_bytes(formats.megatron.index_bytes(np.uint16, sizes))
     with open(tmp_path / "c.bin", "wb") as stream:
         stream.truncate(int(sizes.sum()) * 2)
     script = (

@@ -16,6 +16,8 @@ from conftest import ROOT
 # A room imports only from the lines above its own.
 IMPORT_ORDER = """
 formats.files formats.paddlenlp
+formats.bpe formats.megatron
+formats.tokenizer_json
 distributed.watchdog
 formats.chat formats.tensor_files families kernels distributed.collectives
 formats.tokenizer positions layers

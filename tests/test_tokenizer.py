@@ -19,18 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS
 from formats.files import UserError
-from formats.tokenizer import (
-    BPE,
-    BYTE_CHARS,
-    GPT2_WORDS,
-    LLAMA3_WORDS,
-    QWEN_WORDS,
-    StreamDecoder,
-    clean_up,
-    load_tokenizer,
-    split_step,
-)
+from formats.tokenizer import LLAMA3_WORDS, QWEN_WORDS, StreamDecoder, clean_up, load_tokenizer
+from formats.tokenizer_json import split_step
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO.parent / "shared" / "golden" / "tokenizers"
