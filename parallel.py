@@ -386,7 +386,7 @@ def parallelize(model: CausalLM, topology: Topology) -> CausalLM:
         if topology.groups is not None:
             topology.groups.watchdog.check_equal_on_all_ranks("the model", dataclasses.asdict(model.config))
         model.comm = ParallelComm(topology, model.config)
-        model.comm.pipeline = apply_pipeline_parallel(model, topology)
+        model.comm.pipeline = model.pipeline = apply_pipeline_parallel(model, topology)
         apply_tensor_parallel(model, topology.tp)
         apply_expert_parallel(model, topology)
     return model
@@ -440,7 +440,7 @@ def forward_backward(model: CausalLM, batches: list, inputs, loss_of, seed):
         return loss_of(outputs, batch) * (0.0 if batch.get("is_dummy") else 1.0)
 
     if topology.pp.size > 1:
-        yield from model.comm.pipeline.train_step(model, batches, inputs, counted_loss, seed_of_rank)
+        yield from model.pipeline.train_step(model, batches, inputs, counted_loss, seed_of_rank)
         return
     for index, batch in enumerate(batches):
         seed_of_rank(index)
@@ -456,7 +456,7 @@ def pipelined_map(model: CausalLM, batches, inputs, outputs_of):
     inputs(batch): the arguments of model.forward(); outputs: what it returns. outputs_of() returns one or several
     tensors, and no other call of the model may come between.
     """
-    pipeline = getattr(model.comm, "pipeline", None)
+    pipeline = getattr(model, "pipeline", None)
     if pipeline is not None:
         yield from pipeline.map(model, batches, inputs, outputs_of)
         return
