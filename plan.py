@@ -127,9 +127,13 @@ def _adapter_sizes(args, model, degrees):
             _, name, layer = found[path]
             name = (".experts." if ".experts." in path else ".") + name
             a, b = args.lora_rank * layer.n_in, (args.lora_rank + int(args.dora)) * layer.n_out
-            ways = degrees.tp_shards(name, config)  # of the base: its cut side's matrix is cut with it, the other is whole
+            ways = degrees.tp_shards(
+                name, config
+            )  # of the base: its cut side's matrix is cut with it, the other is whole
             mine = a / ways + b if linear_row(name).parallel == "row" else a + b / ways
-            sizes.append((int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.sharding_shards(name, config)))
+            sizes.append(
+                (int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.sharding_shards(name, config))
+            )
         return sizes
     if not getattr(args, "prefix_tuning", False):
         return None
@@ -172,7 +176,9 @@ def _memory(args, model, adapter, degrees, T):
         whole, again = _activation_bytes(args, model, degrees, rank, chunks)
         tokens = args.per_device_train_batch_size * T / degrees.sep
         head = model.config.norm_head and is_last  # divided by its columns' lengths: a second head
-        head = math.prod(model.lm_head.weight.shape) / degrees.tp_shards("lm_head.weight", model.config) if head else 0.0
+        head = (
+            math.prod(model.lm_head.weight.shape) / degrees.tp_shards("lm_head.weight", model.config) if head else 0.0
+        )
         for way, numbers in (("without recompute", whole), ("with recompute", again)):
             rows[f"activations {way}"] = (numbers * tokens + head) * bytes_of["activations"]
         for way in ("without recompute", "with recompute"):
@@ -298,5 +304,9 @@ def _activations(block, config, degrees, names=("",)):
         elif hasattr(layer, "n_out") and not (
             part == "up_proj" and config.activation == "relu"
         ):  # relu keeps its result
-            numbers += routed * (layer.n_in / ways + D if (row := linear_row(part)) is not None and row.parallel == "row" else layer.n_out / ways)
+            numbers += routed * (
+                layer.n_in / ways + D
+                if (row := linear_row(part)) is not None and row.parallel == "row"
+                else layer.n_out / ways
+            )
     return numbers
