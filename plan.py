@@ -14,10 +14,11 @@ import numpy as np
 from adapters import match_lora_targets
 from distributed.pipeline import partition_layers, pipeline_schedule
 from distributed.sharding import unit_of
+from distributed.tensor import ROW_PARALLEL
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import named_weights
-from model import block_linears, build, linear_row
+from model import block_linears, build
 from parallel import Degrees
 
 # ================================================================================ presets, and runs that only count
@@ -130,7 +131,7 @@ def _adapter_sizes(args, model, degrees):
             ways = degrees.tp_shards(
                 name, config
             )  # of the base: its cut side's matrix is cut with it, the other is whole
-            mine = a / ways + b if linear_row(name).parallel == "row" else a + b / ways
+            mine = a / ways + b if name.rpartition(".")[2] in ROW_PARALLEL else a + b / ways
             sizes.append(
                 (int(re.search(r"\.(\d+)\.", path)[1]), a + b, mine, mine / degrees.sharding_shards(name, config))
             )
@@ -304,9 +305,5 @@ def _activations(block, config, degrees, names=("",)):
         elif hasattr(layer, "n_out") and not (
             part == "up_proj" and config.activation == "relu"
         ):  # relu keeps its result
-            numbers += routed * (
-                layer.n_in / ways + D
-                if (row := linear_row(part)) is not None and row.parallel == "row"
-                else layer.n_out / ways
-            )
+            numbers += routed * (layer.n_in / ways + D if part in ROW_PARALLEL else layer.n_out / ways)
     return numbers

@@ -162,7 +162,7 @@ class RingMask:
             padding = 2 * sep.size * self.C - layout.global_seq_len
             self.rows = np.pad(mask_rows.numpy().astype(np.int64), [(0, 0), (0, 0), (0, padding), (0, 0)])
 
-    def pair(self, queries: int, keys: int | None):
+    def pair(self, queries: int, keys: int | None) -> tuple | None:
         """(rows, offset) for kernels.attention_with_lse of two chunks (keys None: the prefix); None if nothing is
         seen."""
         if (queries, keys) not in self.pairs:
