@@ -263,8 +263,7 @@ class Topology:
             self.groups.barrier()
 
     def all_gather_object(self, value, met: bool = False) -> list:
-        """The JSON values of all processes, by rank. met: they arrive within 30 seconds of each other, after
-        barrier()."""
+        """The JSON values of all processes, by rank. met: they have passed a barrier() just before."""
         return [value] if self.groups is None else self.groups.all_gather_object(value, met)
 
     def all_reduce_sum(self, numbers, stages: bool = False):

@@ -20,8 +20,7 @@ from formats.weights import named_weights
 
 
 def partition_layers(layers: int, stages: int) -> list[range]:
-    """[range of layers] of each stage, as even as possible; the middle ones, without embedding or head, take the
-    rest."""
+    """[range of layers] of each stage, as even as possible; the middle ones, without embedding or head, take more."""
     order = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage == stages - 1, stage))
     sizes = [layers // stages + (order.index(stage) < layers % stages) for stage in range(stages)]
     ends = np.cumsum(sizes).tolist()
@@ -221,8 +220,7 @@ class Pipeline:
         self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
 
     def receive(self, step: int, kind: str, chunk: int, microbatch: int | None) -> tuple:
-        """(rest of the header, tensors) of the message of this kind, chunk and micro-batch from the rank one step
-        away."""
+        """(rest of the header, tensors) of the message of this kind, chunk and micro-batch; step: -1 or 1."""
         begin, key = time.perf_counter(), (kind, chunk, microbatch)
         source = self.axis.ranks[(self.rank + step) % self.size]
         while not self.messages[key]:

@@ -120,12 +120,12 @@ class Bucket:
 
     def unflatten(self, flat) -> list:
         """The flat tensor -> views of it in the parameters' shapes."""
-        found = []
+        views = []
         for start, size, parameter in zip(self.starts, self.sizes, self.parameters):
             part = flat._slice(start, start + size)
             part.get_tensor()._set_dims(parameter.shape)
-            found.append(part)
-        return found
+            views.append(part)
+        return views
 
     @paddle.no_grad()
     def unshard(self) -> None:
@@ -165,8 +165,8 @@ class Bucket:
 
     def finish_grad_sync(self) -> None:
         while self.pending:
-            found = self.pending.pop(0)()
-            self.gradient = found if self.gradient is None else self.gradient.add_(found)
+            part = self.pending.pop(0)()
+            self.gradient = part if self.gradient is None else self.gradient.add_(part)
 
 
 class ParamShard:
@@ -240,8 +240,8 @@ class ZeroOptimizer:
         self.arrived, self.early, self.in_flight = set(), False, []
         if degrees.world > 1:
             self._make_units()
-        mine = [self.shards_here[id(w.parameter)] for w in weights if id(w.parameter) in self.shards_here]
-        self.pieces = mine if self.stage else weights
+        owned = [self.shards_here[id(w.parameter)] for w in weights if id(w.parameter) in self.shards_here]
+        self.pieces = owned if self.stage else weights
         if self.stage == 3:
             model.comm.shards = self  # see run_unit()
             model.recompute = False  # each unit is computed again anyway
@@ -358,8 +358,8 @@ class ZeroOptimizer:
             rule, gradient = self.reductions[id(parameter)], piece.grad
             if gradient is None or not rule.counts_in_norm:
                 continue
-            if (cut := getattr(parameter, "shard_spec", None)) is not None and cut.replicated:
-                counted = cut.first_owner_mask(parameter.shape)
+            if (spec := getattr(parameter, "shard_spec", None)) is not None and spec.replicated:
+                counted = spec.first_owner_mask(parameter.shape)
                 gradient = gradient * (counted.reshape([-1])[piece.first : piece.last] if self.stage else counted)
             sums[rule.norm_axes, rule.shard_axis] += kernels.squared_norm(gradient)
         total = paddle.zeros([], "float64")
@@ -435,17 +435,16 @@ class ZeroOptimizer:
         extents = [bucket.extent(index, rank) for rank in range(bucket.axis.size)]
         most = max(extent[1] - extent[0] for extent in extents if extent)
         dtype = bucket.dtype if tensor is None else tensor.dtype
-        mine = paddle.zeros([most], dtype)
+        part = paddle.zeros([most], dtype)
         if tensor is not None:
-            mine[: tensor.shape[0]] = tensor
-        parts = bucket.axis.all_gather_into_tensor(mine).reshape([-1, most])
+            part[: tensor.shape[0]] = tensor
+        parts = bucket.axis.all_gather_into_tensor(part).reshape([-1, most])
         parts = (parts.astype("float32") if dtype == paddle.bfloat16 else parts).numpy()
         parts = [part[: extent[1] - extent[0]] for part, extent in zip(parts, extents) if extent]
         return np.concatenate(parts).reshape(parameter.shape)
 
     def unsharded_units(self):
-        """Yields the ids of each unit's parameters while they have their values. Ranks along sharding iterate
-        together."""
+        """Yields the ids of each unit's parameters while they are unsharded. Ranks along sharding iterate together."""
         for unit in self.units.values():
             with unit.unsharded() if self.stage == 3 else contextlib.nullcontext():
                 yield {id(parameter) for bucket in unit.buckets for parameter in bucket.parameters}
@@ -463,7 +462,7 @@ Frozen = namedtuple("Frozen", "name parameter")  # in place of a Weight; name: o
 def weight_tensors(model) -> list[tuple]:
     """(path, tensor) of parameters, and of the buffers that hold a quantized model's weights."""
     names = (".qweight", ".qzeros", ".scales", ".g_index")
-    return [*model.named_parameters(), *(found for found in model.named_buffers() if found[0].endswith(names))]
+    return [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0].endswith(names))]
 
 
 class FSDPUnit:
@@ -548,14 +547,14 @@ class FSDPUnit:
 def _add_overlaps(parameters, tp):
     """Add up, in place, gradients of rows that several ranks of tp have."""
     for parameter in parameters:
-        cut = getattr(parameter, "shard_spec", None)
-        if cut is None or not cut.replicated:
+        spec = getattr(parameter, "shard_spec", None)
+        if spec is None or not spec.replicated:
             continue
-        whole = np.zeros(cut.shape, np.float32)
+        full = np.zeros(spec.shape, np.float32)
         if parameter.grad is not None:
-            cut.scatter_into(whole, parameter.grad.numpy())
-        whole = tp.all_reduce(paddle.to_tensor(whole))
-        parameter.grad = paddle.to_tensor(cut.slice(whole.numpy()))
+            spec.scatter_into(full, parameter.grad.numpy())
+        full = tp.all_reduce(paddle.to_tensor(full))
+        parameter.grad = paddle.to_tensor(spec.slice(full.numpy()))
 
 
 # ---------------------------------------------------------------------------------- stage 3: unshard, compute, reshard

@@ -284,7 +284,7 @@ class VocabParallelEmbedding(Embedding):
         return reduce_from_tp_region(x * is_here.unsqueeze(-1).astype(x.dtype), self.tp)
 
 
-# name of a layer -> the class that takes its place; a QuantLinear's is QUANTIZED[of that].
+# (name of a layer, the class that replaces it); a QuantLinear is replaced by QUANTIZED[that class].
 _BY_KIND = {"column": ColumnParallelLinear, "row": RowParallelLinear, "vocab": ColumnParallelLinear}
 TP_PLAN = [(name, _BY_KIND[row.parallel]) for name, row in LINEARS.items() if row.parallel and name != "embed_tokens"]
 TP_PLAN.append(("embed_tokens", VocabParallelEmbedding))
@@ -292,8 +292,7 @@ QUANTIZED = {ColumnParallelLinear: ColumnParallelQuantLinear, RowParallelLinear:
 
 
 def apply_tensor_parallel(model: CausalLM, tp: Axis) -> None:
-    """Replace the layers of a model, as build() gives it, by those of TP_PLAN, with this rank's parts of the
-    weights."""
+    """Replace the layers of a model, as build() gives it, by those of TP_PLAN, with this rank's weights."""
     if tp.size == 1:
         return
     config, plan = model.config, dict(TP_PLAN)

@@ -160,14 +160,16 @@ class Together:
         self.values, self.barrier = [None] * world, threading.Barrier(world)
 
     def of(self, rank):
-        def exchange(value, met=False):
+        def all_gather_object(value, met=False):
             self.values[rank] = json.loads(json.dumps(value))
             self.barrier.wait(20)
             found = list(self.values)
             self.barrier.wait(20)
             return found
 
-        return types.SimpleNamespace(exchange=exchange, connect=lambda ranks, name="": None, company=None)
+        return types.SimpleNamespace(
+            all_gather_object=all_gather_object, connect=lambda ranks, name="": None, watchdog=None
+        )
 
 
 # what ranks hold: (degrees, whether moments are flat ranges over sharding)
