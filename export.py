@@ -199,6 +199,9 @@ def max_model_len(model):
 @paddle.no_grad()
 def dynamic_logits(model, ids, mask):
     """(3, 5, V) float32: after the prompt and after each token behind it, as model.generate computes them."""
+    if model.prefix is not None and model.distances_count and len(ids) > 1:  # no padding between prefix and text
+        rows = [(row[part.argmax() :][None], part[part.argmax() :][None]) for row, part in zip(ids, mask)]
+        return np.concatenate([dynamic_logits(model, *row) for row in rows])
     T, positions, cache = mask.shape[1], positions_of(mask), model.new_cache(len(ids))
     feed = [paddle.to_tensor(array) for array in (ids[:, :T], positions, rows_of(mask))]
     found = [model(*feed, caches=cache)[:, -1]]

@@ -52,11 +52,11 @@ class Linear(nn.Layer):
     def forward(self, x, residual=None):
         return kernels.linear(x, self.weight, self.bias, residual)
 
-    def product(self, x, bias=None):
+    def product(self, x, bias=None) -> paddle.Tensor:
         """x W, plus a bias if one is given."""
         return kernels.linear(x, self.weight, bias)
 
-    def column_norms(self, weight):
+    def column_norms(self, weight) -> paddle.Tensor:
         """(out,) lengths of the columns of a matrix of the weight's shape."""
         return weight.norm(axis=0)
 
@@ -110,7 +110,7 @@ class QuantLinear(nn.Layer):
         y = self.product(x, self.bias)
         return y if residual is None else residual + y
 
-    def product(self, x, bias=None):
+    def product(self, x, bias=None) -> paddle.Tensor:
         """x W, plus a bias if one is given."""
         groups = self._row_groups()
         return kernels.quant_linear(

@@ -78,27 +78,27 @@ class LocalComm:
         """Rotary tables and mask rows of whole rows -> those that attention of this rank's tokens needs."""
         return context
 
-    def local_tokens(self, x, layout, tp=True, fill=0):
+    def local_tokens(self, x, layout, tp=True, fill=0) -> paddle.Tensor:
         """(B, T, …), the same on every rank -> (B, T/sp, …); (B, T/sep, …) with tp False. fill: of padding."""
         return x
 
-    def gather_tokens(self, x, layout, tp=False, sum_gradients=False):
+    def gather_tokens(self, x, layout, tp=False, sum_gradients=False) -> paddle.Tensor:
         """(B, T/sep, …), with tp (B, T/sp, …) -> (B, T, …). sum_gradients: ranks use different parts of it."""
         return x
 
-    def copy_to_tp_region(self, x, layout):
+    def copy_to_tp_region(self, x, layout) -> paddle.Tensor:
         """(B, T/sp, D) -> (B, T/sep, D), read by each rank's heads, channels or ids; gradients are added up over tp."""
         return x
 
-    def reduce_from_tp_region(self, x):
+    def reduce_from_tp_region(self, x) -> paddle.Tensor:
         """(B, T/sep, D) partial over tp -> (B, T/sp, D)."""
         return x
 
-    def replicated_over_tp(self, x):
+    def replicated_over_tp(self, x) -> paddle.Tensor:
         """x, computed alike on all ranks of tp inside a region: its gradient is divided by their number."""
         return x
 
-    def attention(self, q, k, v, past_k, past_v, mask_rows, layout, **options):
+    def attention(self, q, k, v, past_k, past_v, mask_rows, layout, **options) -> paddle.Tensor:
         """q (B, T/sep, H/tp, Dh) over the keys of the whole row; by all-to-all (Ulysses) or around a ring."""
         return kernel_attention(q, k, v, past_k, past_v, mask_rows, **options)
 
@@ -106,11 +106,11 @@ class LocalComm:
         """x (N, D), weight (D, V/tp) -> losses (N,)."""
         return kernels.linear_cross_entropy(x, weight, labels, **options)
 
-    def max_over_vocab(self, x):
+    def max_over_vocab(self, x) -> paddle.Tensor:
         """(N,) the largest logit of V/tp -> of V."""
         return x
 
-    def gather_logits(self, logits):
+    def gather_logits(self, logits) -> paddle.Tensor:
         """(…, V/tp) -> (…, V)"""
         return logits
 
@@ -118,7 +118,7 @@ class LocalComm:
         """function(*args), which reads the parameters of a unit; ZeRO-3 gathers them first, then releases them."""
         return function(*args)
 
-    def run_stages(self, model, input_ids, context, cache):
+    def run_stages(self, model, input_ids, context, cache) -> tuple:
         """CausalLM.run_all(); in a pipeline each stage's layers in turn, and (None, []) on all but the last one."""
         return model.run_all(input_ids, context, cache)
 
@@ -126,7 +126,7 @@ class LocalComm:
         """The last stage's outputs, on every stage."""
         return outputs
 
-    def num_parameters(self, model, trained):
+    def num_parameters(self, model, trained) -> int:
         """Of the model of all ranks."""
         sizes = [math.prod(p.shape) for p in model.parameters() if not (trained and p.stop_gradient)]
         return sum(sizes)
@@ -186,14 +186,14 @@ class Cache(KVCache):
         self.rows = None  # (B, 1, tokens, 1 or 2) int32, once any token had mask rows
         self.tokens = 0
 
-    def attend(self, layer, q, k, v, *, mask_rows, window, **options):
+    def attend(self, layer, q, k, v, *, mask_rows, window, **options) -> paddle.Tensor:
         if self.keys[layer] is not None:
             k = paddle.concat([self.keys[layer], k], axis=1)
             v = paddle.concat([self.values[layer], v], axis=1)
         self.keys[layer], self.values[layer] = k, v
         return kernel_attention(q, k, v, None, None, mask_rows, **options)
 
-    def default_position_ids(self, B, T):
+    def default_position_ids(self, B, T) -> paddle.Tensor:
         return (paddle.arange(T) + (self.tokens - self.prefix_tokens)).unsqueeze(0).expand([B, T])
 
     def extend_mask_rows(self, mask_rows, B, T):
@@ -201,7 +201,7 @@ class Cache(KVCache):
         self.tokens += T
         return self.rows
 
-    def window_mask_rows(self, mask_rows, windows, B, T):
+    def window_mask_rows(self, mask_rows, windows, B, T) -> dict:
         return {window: sliding_window_rows(mask_rows, B, self.tokens, window) for window in windows}
 
 
@@ -227,7 +227,7 @@ class Attention(nn.Layer):
         self.make_projections(config)
         self.o_proj = Linear(H * self.value_dim, D, config.output_bias)
 
-    def make_projections(self, config):
+    def make_projections(self, config) -> None:
         D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.value_dim, bias = Dh, config.attention_bias
         if config.fused_qkv:
@@ -255,7 +255,7 @@ class Attention(nn.Layer):
 
         return context.checkpoint(core, *(states[i] for i in order), past_k, past_v)
 
-    def qkv(self, x):
+    def qkv(self, x) -> tuple:
         """x (B, T/sep, D) -> what apply_rotary() reads: q (B, T/sep, H/tp, Dh), k and v (B, T/sep, K/tp, Dh)."""
         Dh, G = self.head_dim, self.group
         if self.config.fused_qkv is None:
@@ -267,7 +267,7 @@ class Attention(nn.Layer):
         q, k, v = qkv.reshape([0, 0, -1, G + 2, Dh]).split([G, 1, 1], axis=3)  # (B, T/sep, K/tp, G | 1 | 1, Dh)
         return q.reshape([0, 0, -1, Dh]), k.squeeze(3), v.squeeze(3)
 
-    def core_attention(self, q, k, v, context, past_k=None, past_v=None, cache=None):
+    def core_attention(self, q, k, v, context, past_k=None, past_v=None, cache=None) -> paddle.Tensor:
         """What qkv() gives -> (B, T/sp, D)."""
         q, k, v = self.apply_rotary(q, k, v, context.cos, context.sin)
         q = q if context.q_scale is None else q * context.q_scale
@@ -281,7 +281,7 @@ class Attention(nn.Layer):
             out = out[..., : self.value_dim]  # values were padded to the width of keys
         return self.o_proj(out.reshape([0, 0, -1]))
 
-    def apply_rotary(self, q, k, v, cos, sin):
+    def apply_rotary(self, q, k, v, cos, sin) -> tuple:
         """What qkv() gives -> q (B, T/sep, H/tp, Dh), k and v (B, T/sep, K/tp, Dh), normed and rotated."""
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -304,7 +304,7 @@ class MultiheadLatentAttention(Attention):
 
     backward_order = (0, 1, 2)
 
-    def make_projections(self, config):
+    def make_projections(self, config) -> None:
         D, H, latent = config.hidden_size, config.num_attention_heads, config.latent
         self.value_dim = latent.value_dim
         width = H * (latent.nope_dim + latent.rope_dim)
@@ -318,7 +318,7 @@ class MultiheadLatentAttention(Attention):
         self.kv_a_norm = Norm(latent.kv_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(latent.kv_rank, H * (latent.nope_dim + latent.value_dim), False)
 
-    def qkv(self, x):
+    def qkv(self, x) -> tuple:
         """q (B, T/sep, H/tp, nope + rope), k and v (B, T/sep, H/tp, nope + value), common key (B, T/sep, rope)."""
         latent = self.config.latent
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if latent.q_rank else self.q_proj(x)
@@ -326,7 +326,7 @@ class MultiheadLatentAttention(Attention):
         kv = self.kv_b_proj(self.kv_a_norm(narrow)).reshape([0, 0, -1, latent.nope_dim + latent.value_dim])
         return q.reshape([0, 0, -1, self.head_dim]), kv, k_rope
 
-    def apply_rotary(self, q, kv, k_rope, cos, sin):
+    def apply_rotary(self, q, kv, k_rope, cos, sin) -> tuple:
         latent, interleaved = self.config.latent, self.config.rope_interleaved
         q_nope, q_rope = q.split([latent.nope_dim, latent.rope_dim], axis=-1)
         k_nope, v = kv.split([latent.nope_dim, latent.value_dim], axis=-1)
@@ -414,7 +414,7 @@ class MoE(nn.Layer):
         y, probabilities = context.comm.reduce_from_tp_region(y), context.comm.replicated_over_tp(probabilities)
         return y if residual is None else residual + y, probabilities
 
-    def route(self, flat):
+    def route(self, flat) -> tuple:
         """(N, D) -> weights (N, k) float32 and ids (N, k) of the chosen experts, probabilities (N, E)."""
         moe = self.moe
         logits = paddle.matmul(flat.astype("float32"), self.router.weight.astype("float32"))
@@ -426,7 +426,7 @@ class MoE(nn.Layer):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * moe.scale, chosen, scores
 
-    def dispatch_and_combine(self, flat, weights, chosen, layout=None):
+    def dispatch_and_combine(self, flat, weights, chosen, layout=None) -> paddle.Tensor:
         """Sort the tokens by expert, run every expert on its own, add up each token's k results: (N, D) -> (N, D)."""
         k = chosen.shape[-1]
         if not paddle.in_dynamic_mode():  # no shapes that depend on values: all experts on all tokens
@@ -440,7 +440,7 @@ class MoE(nn.Layer):
         y = paddle.index_select(y, restore_order).reshape([-1, k, flat.shape[-1]])
         return (y * weights.unsqueeze(-1).astype(y.dtype)).sum(1)
 
-    def run_experts(self, tokens, counts):
+    def run_experts(self, tokens, counts) -> paddle.Tensor:
         """tokens (n, D), sorted by expert, counts[e] of each -> (n, D), the experts' outputs."""
         parts = paddle.split(tokens, [int(n) for n in counts if n])
         used = [expert for expert, n in zip(self.experts, counts) if n]
@@ -689,12 +689,12 @@ class CausalLM(nn.Layer):
 
     # ------------------------------------------------------------------------------------------------------- the blocks
 
-    def run_all(self, input_ids, context, cache):
+    def run_all(self, input_ids, context, cache) -> tuple:
         """Ids (B, T) -> hidden states (B, T/sp, D) after the final norm, and run_layers()' probabilities."""
         x, probabilities = self.run_layers(range(len(self.layers)), self.embed(input_ids, context), context, cache)
         return self.final_norm(x), probabilities
 
-    def run_layers(self, layers, x, context, cache=None):
+    def run_layers(self, layers, x, context, cache=None) -> tuple:
         """x (B, T/sp, D) after these layers (indices), and [probabilities (N, E)] of the sparse ones' routers."""
         probabilities = []
         for i in layers:
@@ -728,7 +728,7 @@ class CausalLM(nn.Layer):
 
         return paddle.distributed.fleet.utils.recompute(in_this_pass, *tensors)
 
-    def final_norm(self, x):
+    def final_norm(self, x) -> paddle.Tensor:
         return x if self.norm is None else self.comm.run_unit("norm", self.norm, x)
 
     # ---------------------------------------------------------------------------------------------- behind the blocks
@@ -746,7 +746,7 @@ class CausalLM(nn.Layer):
         x = x if self.project_out is None else self.project_out(x)
         return self.comm.copy_to_tp_region(x, layout)
 
-    def head_weight(self):
+    def head_weight(self) -> tuple:
         """The head's weight (D, V/tp) and False, or, as a tied one is stored, (V/tp, D) and True."""
         if self.lm_head is None:
             return self.embed_tokens.weight, True
@@ -783,7 +783,7 @@ class CausalLM(nn.Layer):
             return losses
         return losses, self.comm.gather_tokens(predictions.reshape(labels.shape), layout)
 
-    def auxiliary_loss(self, x, labels, weight, tied, probabilities, layout):
+    def auxiliary_loss(self, x, labels, weight, tied, probabilities, layout) -> paddle.Tensor | None:
         """A family's addition to the mean loss of the batch, a scalar, or None; x (N, D), labels (B, T/sep).
 
         Over the tokens up to the last label of each row: behind it is padding, which would be balanced too.

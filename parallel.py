@@ -263,8 +263,7 @@ class Topology:
             self.groups.barrier()
 
     def all_gather_object(self, value, met: bool = False) -> list:
-        """The JSON values of all processes, by rank. met: they arrive within 30 seconds of each other, after
-        barrier()."""
+        """The JSON values of all processes, by rank. met: they have passed a barrier() just before."""
         return [value] if self.groups is None else self.groups.all_gather_object(value, met)
 
     def all_reduce_sum(self, numbers, stages: bool = False):
@@ -296,12 +295,12 @@ class ParallelComm(LocalComm):
         self.shards = None  # a ZeroOptimizer of stage 3, which sets itself
 
     @property
-    def is_last_stage(self):
+    def is_last_stage(self) -> bool:
         return self.pipeline is None or self.pipeline.is_last_rank
 
     # --------------------------------------------------------------------------- tokens: sep and sequence parallelism
 
-    def token_layout(self, T, is_cached):
+    def token_layout(self, T, is_cached) -> TokenLayout | None:
         """Tokens are not sharded over sep where a cache holds keys: it has all of them, on every rank of sep."""
         if self.sep.size > 1 and not is_cached:
             return token_layout(T, self.sep, self.ring)
@@ -310,16 +309,16 @@ class ParallelComm(LocalComm):
     def shard_context(self, context):
         return shard_context(context, self.sep, self.ring)
 
-    def local_tokens(self, x, layout, tp=True, fill=0):
+    def local_tokens(self, x, layout, tp=True, fill=0) -> paddle.Tensor:
         x = scatter_tokens(x, layout, fill)
         return scatter_to_sequence_region(x, self.tp) if tp and layout is not None else x
 
-    def gather_tokens(self, x, layout, tp=False, sum_gradients=False):
+    def gather_tokens(self, x, layout, tp=False, sum_gradients=False) -> paddle.Tensor:
         if tp and self.tp.sequence_parallel and layout is not None:
             x = gather_from_sequence_region(x, layout, self.tp, sum_gradients=False)
         return gather_tokens(x, layout, self.sep, sum_gradients)
 
-    def attention(self, q, k, v, past_k, past_v, mask_rows, layout, **options):
+    def attention(self, q, k, v, past_k, past_v, mask_rows, layout, **options) -> paddle.Tensor:
         if layout is None or layout.token_indices is None:
             return kernel_attention(q, k, v, past_k, past_v, mask_rows, **options)
         if self.ring:
@@ -328,13 +327,13 @@ class ParallelComm(LocalComm):
 
     # -------------------------------------------------------------------- heads, channels and ids: tensor parallelism
 
-    def copy_to_tp_region(self, x, layout):
+    def copy_to_tp_region(self, x, layout) -> paddle.Tensor:
         return copy_to_tp_region(x, layout, self.tp)
 
-    def reduce_from_tp_region(self, x):
+    def reduce_from_tp_region(self, x) -> paddle.Tensor:
         return reduce_from_tp_region(x, self.tp)
 
-    def replicated_over_tp(self, x):
+    def replicated_over_tp(self, x) -> paddle.Tensor:
         return x if self.tp.size == 1 else _ScaleGradient.apply(x, 1 / self.tp.size)
 
     def cross_entropy(self, x, weight, labels, **options):
@@ -342,10 +341,10 @@ class ParallelComm(LocalComm):
             options["vocabulary"] = vocab_shard(self.config.vocab_size, self.tp)
         return kernels.linear_cross_entropy(x, weight, labels, **options)
 
-    def max_over_vocab(self, x):
+    def max_over_vocab(self, x) -> paddle.Tensor:
         return x if self.tp.size == 1 else AllReduceMax.apply(x, self.tp)
 
-    def gather_logits(self, logits):
+    def gather_logits(self, logits) -> paddle.Tensor:
         return gather_logits(logits, self.config.vocab_size, self.tp)
 
     # ---------------------------------------------------------------------------------------- layers: ZeRO-3 and stages
@@ -353,7 +352,7 @@ class ParallelComm(LocalComm):
     def run_unit(self, name, function, *args):
         return function(*args) if self.shards is None else run_unit(self.shards, name, function, args)
 
-    def run_stages(self, model, input_ids, context, cache):
+    def run_stages(self, model, input_ids, context, cache) -> tuple:
         if self.pipeline is None:
             return model.run_all(input_ids, context, cache)
         return self.pipeline.run_stages(model, input_ids, context, cache)
@@ -361,7 +360,7 @@ class ParallelComm(LocalComm):
     def broadcast_from_last_stage(self, outputs):
         return outputs if self.pipeline is None else self.pipeline.broadcast_from_last_stage(outputs)
 
-    def num_parameters(self, model, trained):
+    def num_parameters(self, model, trained) -> int:
         """Of all ranks of tp, ep and pp, each parameter counted once. Ranks along pp call it together."""
         topology, total = self.topology, 0
         for path, parameter in model.named_parameters():
@@ -386,7 +385,7 @@ def parallelize(model: CausalLM, topology: Topology) -> CausalLM:
         if topology.groups is not None:
             topology.groups.watchdog.check_equal_on_all_ranks("the model", dataclasses.asdict(model.config))
         model.comm = ParallelComm(topology, model.config)
-        model.comm.pipeline = apply_pipeline_parallel(model, topology)
+        model.comm.pipeline = model.pipeline = apply_pipeline_parallel(model, topology)
         apply_tensor_parallel(model, topology.tp)
         apply_expert_parallel(model, topology)
     return model
@@ -440,7 +439,7 @@ def forward_backward(model: CausalLM, batches: list, inputs, loss_of, seed):
         return loss_of(outputs, batch) * (0.0 if batch.get("is_dummy") else 1.0)
 
     if topology.pp.size > 1:
-        yield from model.comm.pipeline.train_step(model, batches, inputs, counted_loss, seed_of_rank)
+        yield from model.pipeline.train_step(model, batches, inputs, counted_loss, seed_of_rank)
         return
     for index, batch in enumerate(batches):
         seed_of_rank(index)
@@ -456,7 +455,7 @@ def pipelined_map(model: CausalLM, batches, inputs, outputs_of):
     inputs(batch): the arguments of model.forward(); outputs: what it returns. outputs_of() returns one or several
     tensors, and no other call of the model may come between.
     """
-    pipeline = getattr(model.comm, "pipeline", None)
+    pipeline = getattr(model, "pipeline", None)
     if pipeline is not None:
         yield from pipeline.map(model, batches, inputs, outputs_of)
         return

@@ -84,8 +84,7 @@ def gather_tokens(x: paddle.Tensor, layout: TokenLayout | None, sep: Axis, sum_g
 
 
 def shard_context(context: ForwardContext, sep: Axis, ring: bool) -> ForwardContext:
-    """Rotary tables of this rank's tokens; in a ring also its masks. (Ulysses attention needs the mask rows of
-    whole rows.)"""
+    """Rotary tables of this rank's tokens; in a ring its masks too. Ulysses needs the complete mask rows."""
     layout = context.layout
     if layout is None or layout.token_indices is None:
         return context
@@ -149,8 +148,7 @@ class _AllToAll(PyLayer):
 
 
 class RingMask:
-    """FlashMask rows for a ring: what each of this rank's two chunks of queries sees of any chunk of keys, or of
-    the prefix."""
+    """FlashMask rows for a ring: what this rank's two chunks of queries see of any chunk of keys or of the prefix."""
 
     def __init__(self, mask_rows, prefix_tokens: int, layout: TokenLayout, sep: Axis):
         """mask_rows (B, 1, P + T, n) or None, of the keys of a prefix of P tokens and of T."""
@@ -162,9 +160,8 @@ class RingMask:
             padding = 2 * sep.size * self.C - layout.global_seq_len
             self.rows = np.pad(mask_rows.numpy().astype(np.int64), [(0, 0), (0, 0), (0, padding), (0, 0)])
 
-    def pair(self, queries: int, keys: int | None):
-        """(rows, offset) for kernels.attention_with_lse of two chunks (keys None: the prefix); None if nothing is
-        seen."""
+    def pair(self, queries: int, keys: int | None) -> tuple | None:
+        """(rows, offset) for kernels.attention_with_lse of two chunks (keys None: the prefix); None: nothing seen."""
         if (queries, keys) not in self.pairs:
             self.pairs[queries, keys] = self._pair(queries, keys)
         return self.pairs[queries, keys]

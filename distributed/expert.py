@@ -30,7 +30,7 @@ class ExpertParallelMoE(MoE):
             del layer.experts._sub_layers[str(e)]
         return layer
 
-    def dispatch_and_combine(self, flat, weights, chosen, layout=None):
+    def dispatch_and_combine(self, flat, weights, chosen, layout=None) -> paddle.Tensor:
         """As in MoE. Padding tokens of a rank of sep go to no expert: one that no token chose has no gradient."""
         real = np.ones(1, bool) if layout is None else layout.is_real
         if real.all() or not real.any():  # an operation on no rows at all is not worth its trouble
@@ -43,7 +43,7 @@ class ExpertParallelMoE(MoE):
         source[rows] = np.arange(len(rows))
         return paddle.index_select(paddle.concat([y, paddle.zeros([1, D], y.dtype)]), paddle.to_tensor(source))
 
-    def run_experts(self, tokens, counts):
+    def run_experts(self, tokens, counts) -> paddle.Tensor:
         ep = self.ep
         if ep.size == 1:
             return super().run_experts(tokens, counts)

@@ -20,8 +20,7 @@ from formats.weights import named_weights
 
 
 def partition_layers(layers: int, stages: int) -> list[range]:
-    """[range of layers] of each stage, as even as possible; the middle ones, without embedding or head, take the
-    rest."""
+    """[range of layers] of each stage, as even as possible; the middle ones, without embedding or head, take more."""
     order = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage == stages - 1, stage))
     sizes = [layers // stages + (order.index(stage) < layers % stages) for stage in range(stages)]
     ends = np.cumsum(sizes).tolist()
@@ -46,10 +45,9 @@ def pipeline_schedule(ranks: int, virtual: int, batches: int) -> list[list[tuple
     """For each rank its [("forward" or "backward", chunk, micro-batch)] of a step, in order.
 
     Chunk c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
-    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of as many as there are ranks, all of a group
-    through one chunk before the next; the last group may be smaller. A rank begins with as many forwards as lie
-    between it and the first backward; where that order would wait for itself, as it can with a smaller group, with
-    more.
+    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of one per rank, all of a group through one chunk
+    before the next; the last group may be smaller. A rank warms up with as many forwards as lie between it and the
+    first backward; with more if that order would deadlock, as it can with a smaller group.
     """
     groups = [range(first, min(first + ranks, batches)) for first in range(0, batches, ranks)]
     forwards = [("forward", chunk, i) for group in groups for chunk in range(virtual) for i in group]
@@ -103,41 +101,41 @@ def bubble_fraction(ranks: int, virtual: int, batches: int) -> float:
 class Channel:
     """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
 
-    A bell beside the group (a connection of Python's own) carries the headers, and says when both are ready: gloo
-    gives up after 30 seconds, and a neighbor may need longer. It also tells at once that the neighbor is gone.
+    A control socket beside the group carries the headers, and says when both ranks are ready: gloo gives up after 30
+    seconds, and a neighbor may need longer. It also tells at once that the neighbor has died.
     """
 
-    def __init__(self, source, target, groups):
+    def __init__(self, source: int, target: int, groups):
         self.source, self.target, self.error = source, target, None
-        self.group, mine = groups.connect([source, target], "channel "), groups.launch.rank
-        key = f"bell {source} {target}"
-        if mine == target:
+        self.group, rank = groups.connect([source, target], "channel "), groups.launch.rank
+        key = f"control {source} {target}"
+        if rank == target:
             host = groups.launch.endpoints[source].split(":")[0]
-            self.bell = Client((host, int(groups.store.get(key))))
+            self.control = Client((host, int(groups.store.get(key))))
         else:
             with Listener(("", 0)) as listener:
                 groups.store.set(key, str(listener.address[1]))
-                self.bell = listener.accept()
+                self.control = listener.accept()
         self.waiting, self.sent = queue.SimpleQueue(), []
         if _backend() != "gloo":  # the first call connects, and waits for that of the other
-            (dist.recv if mine == target else dist.send)(
-                paddle.zeros([1]), source if mine == target else target, self.group
+            (dist.recv if rank == target else dist.send)(
+                paddle.zeros([1]), source if rank == target else target, self.group
             )
-        elif mine == source:  # gloo's sends end when they are received
+        elif rank == source:  # gloo's sends end when they are received
             self.thread = threading.Thread(target=self._send_all, daemon=True)
             self.thread.start()
             atexit.register(self.close)
 
-    def send(self, header, tensors):
-        """header: what JSON can hold. Returns at once; the tensors must not change afterwards."""
+    def send(self, header, tensors) -> None:
+        """header: JSON values. Returns at once; the tensors must not change afterwards."""
         if self.error is not None:
-            raise RuntimeError(f"rank {self.target} takes no more from rank {self.source}") from self.error
+            raise RuntimeError(f"rank {self.target} accepts nothing more from rank {self.source}") from self.error
         tensors = [tensor.detach().contiguous() for tensor in tensors]
         header = [header, [[tensor.shape, str(tensor.dtype).rpartition(".")[2]] for tensor in tensors]]
         if _backend() == "gloo":
             self.waiting.put((header, tensors))
         else:
-            self.bell.send_bytes(json.dumps(header).encode())
+            self.control.send_bytes(json.dumps(header).encode())
             self.sent = [(task, tensor) for task, tensor in self.sent if not task.is_completed()]
             self.sent += [(dist.isend(tensor, self.target, self.group), tensor) for tensor in tensors]
 
@@ -145,38 +143,38 @@ class Channel:
         while (message := self.waiting.get()) is not None:
             header, tensors = message
             try:
-                self.bell.send_bytes(json.dumps(header).encode())
+                self.control.send_bytes(json.dumps(header).encode())
                 if tensors:
-                    self.bell.recv_bytes()  # now the other receives
+                    self.control.recv_bytes()  # the target is receiving now
                 for tensor in tensors:
                     dist.send(tensor, self.target, self.group)
             except Exception as error:  # send() raises it
                 self.error = error
-                self.bell.close()
+                self.control.close()
                 return
-            message = tensors = tensor = None  # else kept until the next comes
+            message = tensors = tensor = None  # else they stay in memory until the next message
 
-    def receive(self):
-        """(header, tensors) of the next message, however long it takes to come."""
+    def receive(self) -> tuple:
+        """(header, tensors) of the next message; waits without a time limit."""
         try:
-            header, kinds = json.loads(self.bell.recv_bytes())
-            if kinds and _backend() == "gloo":
-                self.bell.send_bytes(b"now")
+            header, specs = json.loads(self.control.recv_bytes())
+            if specs and _backend() == "gloo":
+                self.control.send_bytes(b"now")
         except (EOFError, ConnectionError):
-            raise RuntimeError(f"rank {self.source} of the pipeline is gone") from None
-        tensors = [paddle.empty(shape, dtype) for shape, dtype in kinds]
+            raise RuntimeError(f"rank {self.source} of the pipeline has died") from None
+        tensors = [paddle.empty(shape, dtype) for shape, dtype in specs]
         for tensor in tensors:
             dist.recv(tensor, self.source, self.group)
         return header, tensors
 
-    def close(self):
-        """What is not sent yet gets a little time."""
+    def close(self) -> None:
+        """Waits a little for messages that are not sent yet."""
         self.waiting.put(None)
         self.thread.join(20)
 
 
-@functools.cache  # a process has one
-def channel(source, target, groups):
+@functools.cache  # one per process
+def channel(source: int, target: int, groups) -> Channel:
     return Channel(source, target, groups)
 
 
@@ -222,8 +220,7 @@ class Pipeline:
         self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
 
     def receive(self, step: int, kind: str, chunk: int, microbatch: int | None) -> tuple:
-        """(rest of the header, tensors) of the message of this kind, chunk and micro-batch from the rank one step
-        away."""
+        """(rest of the header, tensors) of the message of this kind, chunk and micro-batch; step: -1 or 1."""
         begin, key = time.perf_counter(), (kind, chunk, microbatch)
         source = self.axis.ranks[(self.rank + step) % self.size]
         while not self.messages[key]:

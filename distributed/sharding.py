@@ -60,7 +60,7 @@ def partial_over_tp(path: str, parameter: paddle.Tensor, tp: Axis) -> bool:
     return tp.sequence_parallel or bool(inside and not is_row_bias)
 
 
-def unit_of(path, tied):
+def unit_of(path: str, tied: bool) -> str:
     """The unit of a parameter, by its path: units are reduced, and in stage 3 unsharded, as one."""
     if match := re.match(r"layers\.\d+", path):
         return match[0]
@@ -100,13 +100,13 @@ class Bucket:
             self.owned.stop_gradient = names[0] is None
             self.reshard()
 
-    def extent(self, index, rank=None):
+    def extent(self, index, rank=None) -> tuple | None:
         """(first, last) element of a parameter that a rank owns, and the index of the first in its part; or None."""
         start, size, rank = self.starts[index], self.sizes[index], self.axis.rank if rank is None else rank
         first, last = max(start, rank * self.width), min(start + size, (rank + 1) * self.width)
         return (first - start, last - start, first - rank * self.width) if first < last else None
 
-    def flatten(self, tensors):
+    def flatten(self, tensors) -> paddle.Tensor:
         """Tensors of the parameters' shapes (None: zeros) -> one flat tensor (width * ranks,)."""
         parts, end = [], 0
         for start, size, tensor in zip([*self.starts, self.width * self.axis.size], [*self.sizes, 0], [*tensors, None]):
@@ -118,17 +118,17 @@ class Bucket:
             end = start + size
         return paddle.concat(parts)
 
-    def unflatten(self, flat):
+    def unflatten(self, flat) -> list:
         """The flat tensor -> views of it in the parameters' shapes."""
-        found = []
+        views = []
         for start, size, parameter in zip(self.starts, self.sizes, self.parameters):
             part = flat._slice(start, start + size)
             part.get_tensor()._set_dims(parameter.shape)
-            found.append(part)
-        return found
+            views.append(part)
+        return views
 
     @paddle.no_grad()
-    def unshard(self):
+    def unshard(self) -> None:
         """Stage 3: the parameters get their values, until reshard()."""
         self.adopt_full_values()
         for parameter, part in zip(
@@ -136,12 +136,12 @@ class Bucket:
         ):
             part._share_buffer_to(parameter)
 
-    def reshard(self):
+    def reshard(self) -> None:
         for parameter in self.parameters:
             parameter._clear_data()
 
     @paddle.no_grad()
-    def adopt_full_values(self):
+    def adopt_full_values(self) -> None:
         """Stage 3: of parameters that were set to full values (by loading) keep this rank's part."""
         for index, parameter in enumerate(self.parameters):
             if not parameter._is_initialized():
@@ -152,7 +152,7 @@ class Bucket:
                 self.owned.detach()._slice(place, place + last - first).copy_(values, True)
             parameter._clear_data()
 
-    def start_grad_sync(self):
+    def start_grad_sync(self) -> list[str]:
         """Take the parameters' gradients and start their sum over the shard axis; returns the names that have one."""
         gradients = [p.grad for p in self.parameters]
         arrived = [name for name, gradient in zip(self.names, gradients) if gradient is not None]
@@ -163,10 +163,10 @@ class Bucket:
         self.pending.append(self.reduce_axes[0].reduce_async(flat, scatter=self.reduce_axes[0] is self.axis))
         return arrived
 
-    def finish_grad_sync(self):
+    def finish_grad_sync(self) -> None:
         while self.pending:
-            found = self.pending.pop(0)()
-            self.gradient = found if self.gradient is None else self.gradient.add_(found)
+            part = self.pending.pop(0)()
+            self.gradient = part if self.gradient is None else self.gradient.add_(part)
 
 
 class ParamShard:
@@ -178,34 +178,34 @@ class ParamShard:
         self.arrived = True  # some rank has a gradient
 
     @property
-    def extent(self):
+    def extent(self) -> tuple | None:
         """(first, last) of its elements in the flattened parameter."""
         return self.first, self.last
 
-    def set(self, array):
+    def set(self, array) -> None:
         """Set it to what Weight.read(…, extent) returns, (n,) numpy."""
         self.tensor.copy_(paddle.to_tensor(array).astype(self.bucket.dtype), True)
 
     @property
-    def shape(self):
+    def shape(self) -> list[int]:
         """Of the full weight: decay depends on its number of dimensions."""
         return self.weight.shape
 
     @property
-    def tensor(self):
+    def tensor(self) -> paddle.Tensor:
         """(n,) the elements, a view."""
         if self.bucket.owned is not None:
             return self.bucket.owned.detach()._slice(self.place, self.place + self.last - self.first)
         return self.weight.parameter.detach().view([-1])._slice(self.first, self.last)
 
     @property
-    def grad(self):
+    def grad(self) -> paddle.Tensor | None:
         """(n,) their gradient, or None."""
         if self.bucket.gradient is None or not self.arrived:
             return None
         return self.bucket.gradient._slice(self.place, self.place + self.last - self.first)
 
-    def clear_gradient(self):
+    def clear_gradient(self) -> None:
         self.bucket.gradient = None
 
 
@@ -240,8 +240,8 @@ class ZeroOptimizer:
         self.arrived, self.early, self.in_flight = set(), False, []
         if degrees.world > 1:
             self._make_units()
-        mine = [self.shards_here[id(w.parameter)] for w in weights if id(w.parameter) in self.shards_here]
-        self.pieces = mine if self.stage else weights
+        owned = [self.shards_here[id(w.parameter)] for w in weights if id(w.parameter) in self.shards_here]
+        self.pieces = owned if self.stage else weights
         if self.stage == 3:
             model.comm.shards = self  # see run_unit()
             model.recompute = False  # each unit is computed again anyway
@@ -272,7 +272,7 @@ class ZeroOptimizer:
                         self.units[name].watch(path, parameter)
 
     @property
-    def buckets(self):
+    def buckets(self) -> list[Bucket]:
         """The trained ones, in the order in which all ranks reduce them: backward's."""
         return [bucket for unit in reversed(self.units.values()) for bucket in unit.trained]
 
@@ -288,7 +288,7 @@ class ZeroOptimizer:
         self.early = False
 
     @paddle.no_grad()
-    def reduce_ready(self):
+    def reduce_ready(self) -> None:
         """Reduce the units that are ready, up to the first that is not, so that all ranks reduce in the same order."""
         for unit in reversed(self.units.values()):
             if not unit.reduced:
@@ -302,7 +302,7 @@ class ZeroOptimizer:
             unit.reduce_rest()
 
     @paddle.no_grad()
-    def reduce_gradients(self):
+    def reduce_gradients(self) -> float:
         """Finish the sums of gradients over the ranks; returns their Euclidean norm over the whole model."""
         if self.units and self.stage < 2:
             self._reduce_rest()
@@ -358,8 +358,8 @@ class ZeroOptimizer:
             rule, gradient = self.reductions[id(parameter)], piece.grad
             if gradient is None or not rule.counts_in_norm:
                 continue
-            if (cut := getattr(parameter, "shard_spec", None)) is not None and cut.replicated:
-                counted = cut.first_owner_mask(parameter.shape)
+            if (spec := getattr(parameter, "shard_spec", None)) is not None and spec.replicated:
+                counted = spec.first_owner_mask(parameter.shape)
                 gradient = gradient * (counted.reshape([-1])[piece.first : piece.last] if self.stage else counted)
             sums[rule.norm_axes, rule.shard_axis] += kernels.squared_norm(gradient)
         total = paddle.zeros([], "float64")
@@ -372,7 +372,7 @@ class ZeroOptimizer:
         return math.sqrt(float(total))
 
     @paddle.no_grad()
-    def gather_weights(self):
+    def gather_weights(self) -> None:
         """After the optimizer's step: get the weights that other ranks have updated; gradients are released."""
         self.arrived.clear()
         if not self.stage:
@@ -390,18 +390,18 @@ class ZeroOptimizer:
     # Moments are optimizer.moments[name], each (n,) of the piece of this name. Only the elements in extent() are read
     # of a file's moments, and those of parameter.piece of stage 3's weights.
 
-    def place_of(self, weight):
+    def place_of(self, weight) -> tuple:
         """(offset,) of this rank's shard in the flattened parameter; () if it holds the moments of all of it."""
         if not self.stage or self._bucket(weight)[0].axis.size == 1:
             return ()
         piece = self.shards_here.get(id(weight.parameter))
         return (0 if piece is None else piece.first,)
 
-    def laid(self, weight, moment):
+    def laid(self, weight, moment) -> paddle.Tensor | None:
         """A moment in the parameter's shape if all of it is here, else flat; or None."""
         return moment if moment is None or self.place_of(weight) else moment.reshape(weight.parameter.shape)
 
-    def held(self, weight):
+    def held(self, weight) -> tuple:
         """What this rank holds of a weight: (parameter,), or in stage 3 (its elements or None, their offset)."""
         if self.stage < 3 or id(weight.parameter) not in self.paths:  # a table that is computed
             return (weight.parameter,)
@@ -418,12 +418,12 @@ class ZeroOptimizer:
         unit = self.units[unit_of(self.paths[id(weight.parameter)], self.model.lm_head is None)]
         return next((b, i) for b in unit.buckets for i, p in enumerate(b.parameters) if p is weight.parameter)
 
-    def extent(self, weight):
+    def extent(self, weight) -> tuple | None:
         """(first, last) of the flattened elements that this rank updates; None: all of them."""
         return self.shards_here[id(weight.parameter)].extent if self.stage else None
 
     @paddle.no_grad()
-    def gather_full(self, weight, tensor):
+    def gather_full(self, weight, tensor) -> np.ndarray:
         """numpy of the parameter's shape, from each rank's tensor (n,) of its piece: a moment, a gradient, or the
         weight.
 
@@ -435,22 +435,21 @@ class ZeroOptimizer:
         extents = [bucket.extent(index, rank) for rank in range(bucket.axis.size)]
         most = max(extent[1] - extent[0] for extent in extents if extent)
         dtype = bucket.dtype if tensor is None else tensor.dtype
-        mine = paddle.zeros([most], dtype)
+        part = paddle.zeros([most], dtype)
         if tensor is not None:
-            mine[: tensor.shape[0]] = tensor
-        parts = bucket.axis.all_gather_into_tensor(mine).reshape([-1, most])
+            part[: tensor.shape[0]] = tensor
+        parts = bucket.axis.all_gather_into_tensor(part).reshape([-1, most])
         parts = (parts.astype("float32") if dtype == paddle.bfloat16 else parts).numpy()
         parts = [part[: extent[1] - extent[0]] for part, extent in zip(parts, extents) if extent]
         return np.concatenate(parts).reshape(parameter.shape)
 
     def unsharded_units(self):
-        """Yields the ids of each unit's parameters while they have their values. Ranks along sharding iterate
-        together."""
+        """Yields the ids of each unit's parameters while they are unsharded. Ranks along sharding iterate together."""
         for unit in self.units.values():
             with unit.unsharded() if self.stage == 3 else contextlib.nullcontext():
                 yield {id(parameter) for bucket in unit.buckets for parameter in bucket.parameters}
 
-    def adopt_full_values(self):
+    def adopt_full_values(self) -> None:
         """Stage 3: release full values (set by loading) now, not when the parameters are used next."""
         for unit in self.units.values():
             for bucket in unit.buckets if self.stage == 3 else ():
@@ -460,10 +459,10 @@ class ZeroOptimizer:
 Frozen = namedtuple("Frozen", "name parameter")  # in place of a Weight; name: our path
 
 
-def weight_tensors(model):
+def weight_tensors(model) -> list[tuple]:
     """(path, tensor) of parameters, and of the buffers that hold a quantized model's weights."""
     names = (".qweight", ".qzeros", ".scales", ".g_index")
-    return [*model.named_parameters(), *(found for found in model.named_buffers() if found[0].endswith(names))]
+    return [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0].endswith(names))]
 
 
 class FSDPUnit:
@@ -478,10 +477,10 @@ class FSDPUnit:
         self.always, self.missing, self.reduced, self.users = set(), set(), False, 0
 
     @property
-    def trained(self):
+    def trained(self) -> list[Bucket]:
         return [bucket for bucket in self.buckets if bucket.names[0] is not None]
 
-    def watch(self, path, parameter):
+    def watch(self, path, parameter) -> None:
         sparse, topology = self.shards.model.config.experts is not None, self.shards.topology
         if topology.sep.size > 1 or sparse and topology.ep.size > 1:
             # Ranks with other tokens use other experts, or have no label at all: their backwards may reach this unit
@@ -491,23 +490,23 @@ class FSDPUnit:
             self.always.add(path)
             parameter._register_backward_hook(functools.partial(self.arrived, path))
 
-    def start(self):
+    def start(self) -> None:
         self.missing, self.reduced = set(self.always), False
 
-    def arrived(self, path, *_):
+    def arrived(self, path, *_) -> None:
         self.missing.discard(path)
         if self.shards.early and not self.missing:
             self.shards.reduce_ready()
 
     @property
-    def is_ready(self):
+    def is_ready(self) -> bool:
         return bool(self.always) and not self.missing
 
-    def stays(self, bucket):
+    def stays(self, bucket) -> bool:
         """Whether its gradients need no reduction."""
         return not self.shards.stage and not bucket.rule.sum_over
 
-    def reduce(self):
+    def reduce(self) -> None:
         shards = self.shards
         for bucket in self.trained:
             _add_overlaps(bucket.parameters, shards.topology.tp)
@@ -519,7 +518,7 @@ class FSDPUnit:
                 shards.in_flight.pop(0).finish_grad_sync()
         self.reduced = True
 
-    def reduce_rest(self):
+    def reduce_rest(self) -> None:
         if not self.reduced:
             self.reduce()
             return
@@ -548,14 +547,14 @@ class FSDPUnit:
 def _add_overlaps(parameters, tp):
     """Add up, in place, gradients of rows that several ranks of tp have."""
     for parameter in parameters:
-        cut = getattr(parameter, "shard_spec", None)
-        if cut is None or not cut.replicated:
+        spec = getattr(parameter, "shard_spec", None)
+        if spec is None or not spec.replicated:
             continue
-        whole = np.zeros(cut.shape, np.float32)
+        full = np.zeros(spec.shape, np.float32)
         if parameter.grad is not None:
-            cut.scatter_into(whole, parameter.grad.numpy())
-        whole = tp.all_reduce(paddle.to_tensor(whole))
-        parameter.grad = paddle.to_tensor(cut.slice(whole.numpy()))
+            spec.scatter_into(full, parameter.grad.numpy())
+        full = tp.all_reduce(paddle.to_tensor(full))
+        parameter.grad = paddle.to_tensor(spec.slice(full.numpy()))
 
 
 # ---------------------------------------------------------------------------------- stage 3: unshard, compute, reshard

@@ -63,6 +63,9 @@ def gather_from_sequence_region(x: paddle.Tensor, layout, tp: Axis, sum_gradient
 
 # ============================================================================================= which part a rank has
 
+COLUMN_PARALLEL = tuple(name for name, row in LINEARS.items() if row.parallel == "column")  # outputs are sharded
+ROW_PARALLEL = tuple(name for name, row in LINEARS.items() if row.parallel == "row")  # inputs are sharded
+
 
 def local_heads(config: ModelConfig, size: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """((first, stop) of the query heads, (first, stop) of the key heads) of a rank of `size`.
@@ -131,7 +134,7 @@ def _join_adjacent(ranges):
 
 def shard_spec_of(name: str, shape: list, config: ModelConfig, tp: Axis) -> ShardSpec:
     """Which part of the weight (shape of the whole one) of the linear or embedding of this name each rank of tp has."""
-    dim = 0 if LINEARS[name].parallel == "row" or name == "embed_tokens" else 1
+    dim = 0 if name in ROW_PARALLEL or name == "embed_tokens" else 1
     ranges = [shard_ranges(name, shape[dim], config, tp.size, rank) for rank in range(tp.size)]
     return ShardSpec(dim, ranges, tp.rank, shape)
 
@@ -153,7 +156,7 @@ def shard_parameter(layer, parameter: paddle.Tensor, spec: ShardSpec) -> paddle.
 # ====================================================================================================== sharded layers
 
 
-def reduce_output(y, tp, bias, residual):
+def reduce_output(y, tp, bias, residual) -> paddle.Tensor:
     """y partial over tp -> its sum, then the bias and the residual, which are added once."""
     y = reduce_from_tp_region(y, tp)
     y = y if bias is None else y + bias
@@ -172,7 +175,7 @@ class ColumnParallelLinear(Linear):
             layer.bias = shard_parameter(layer, layer.bias, spec.of(0, layer.bias.shape))
         return layer
 
-    def full_weight(self):
+    def full_weight(self) -> np.ndarray:
         return gather_full_tensor(self.weight.astype("float32"), self.weight.shard_spec, self.tp)
 
 
@@ -186,7 +189,7 @@ class RowParallelLinear(ColumnParallelLinear):
             return super().forward(x, residual)
         return reduce_output(self.product(x), self.tp, self.bias, residual)
 
-    def column_norms(self, weight):
+    def column_norms(self, weight) -> paddle.Tensor:
         return paddle.sqrt(self.tp.all_reduce(weight.square().sum(0)))
 
 
@@ -227,7 +230,7 @@ class ColumnParallelQuantLinear(QuantLinear):
             layer.register_buffer(name, buffer)
         return layer
 
-    def local_rows(self):
+    def local_rows(self) -> np.ndarray:
         rows = np.arange(self.n_in)
         return rows if self.shard_spec.dim == 1 else self.shard_spec.slice(rows)
 
@@ -255,7 +258,7 @@ class RowParallelLoRALinear(LoRALinear):
             return super().forward(x, residual)
         return reduce_output(self.product(x), self.base.tp, self.base.bias, residual)
 
-    def dropped(self, x):
+    def dropped(self, x) -> paddle.Tensor:
         """x (…, in/tp) after dropout, under this rank's slice of the mask that one process draws."""
         if not self.training:
             return x
@@ -281,7 +284,7 @@ class VocabParallelEmbedding(Embedding):
         return reduce_from_tp_region(x * is_here.unsqueeze(-1).astype(x.dtype), self.tp)
 
 
-# name of a layer -> the class that takes its place; a QuantLinear's is QUANTIZED[of that].
+# (name of a layer, the class that replaces it); a QuantLinear is replaced by QUANTIZED[that class].
 _BY_KIND = {"column": ColumnParallelLinear, "row": RowParallelLinear, "vocab": ColumnParallelLinear}
 TP_PLAN = [(name, _BY_KIND[row.parallel]) for name, row in LINEARS.items() if row.parallel and name != "embed_tokens"]
 TP_PLAN.append(("embed_tokens", VocabParallelEmbedding))
@@ -289,8 +292,7 @@ QUANTIZED = {ColumnParallelLinear: ColumnParallelQuantLinear, RowParallelLinear:
 
 
 def apply_tensor_parallel(model: CausalLM, tp: Axis) -> None:
-    """Replace the layers of a model, as build() gives it, by those of TP_PLAN, with this rank's parts of the
-    weights."""
+    """Replace the layers of a model, as build() gives it, by those of TP_PLAN, with this rank's weights."""
     if tp.size == 1:
         return
     config, plan = model.config, dict(TP_PLAN)
@@ -306,7 +308,7 @@ def apply_tensor_parallel(model: CausalLM, tp: Axis) -> None:
         shape = [layer.n_in, layer.n_out] if isinstance(layer, QuantLinear) else layer.weight.shape
         cls = QUANTIZED[plan[name]] if isinstance(layer, QuantLinear) else plan[name]
         sharded = cls.from_linear(layer, shard_spec_of(name, shape, config, tp), tp)
-        if LINEARS[name].parallel == "row" and (".experts." in path or ".shared." in path):
+        if name in ROW_PARALLEL and (".experts." in path or ".shared." in path):
             sharded.reduce = False  # MoE.forward() does it once for all experts
         setattr(layers[parent], name, sharded)
 

@@ -331,7 +331,7 @@ def test_degrees_share_the_memory():
         ("--context_parallel_degree 2 --sep_parallel_degree 2", "exclude each other"),
         ("--sharding stage2 --pipeline_parallel_degree 2", "exclude each other: use stage1"),
         ("--sharding stage4", "sharding: 'stage4'; possible are stage1"),
-        ("--expert_parallel_degree 2", "expert_parallel_degree 2 is for experts, of which there are none (0)"),
+        ("--expert_parallel_degree 2", "expert_parallel_degree 2 needs a model with experts, this one has none (0)"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size: 0"),
     ],
 )
