@@ -38,6 +38,7 @@ import re
 import sys
 from array import array
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
@@ -48,7 +49,7 @@ import numpy as np
 
 from formats.files import UserError, brief, names_in, parse_json_line
 from formats.megatron import Corpus, index_bytes
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import Tokenizer, load_tokenizer
 
 IGNORED = -100  # label of a position that teaches nothing
 
@@ -680,7 +681,7 @@ def parse_blend(source: str) -> list[tuple[float, str]]:
     return [(weight / total, prefix) for weight, prefix in pairs]
 
 
-def split_documents(split: str, count, which: str) -> tuple[int, int]:
+def split_documents(split: str, count: int, which: str) -> tuple[int, int]:
     """Shares like "949,50,1" -> (first, last + 1) document of `which` (train | valid | test), by cumulated shares."""
     try:
         shares = [float(share) for share in re.split("[,/]", split)]

@@ -2,9 +2,11 @@
 
 import re
 import unicodedata
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from itertools import chain, starmap
 from operator import add
+from pathlib import Path
 
 from formats.files import UserError, brief, read_json
 
@@ -159,7 +161,7 @@ class BPE:
         return [symbol for symbol in symbols if symbol is not None]
 
 
-def check_vocabulary_ids(vocab: dict, where: str):
+def check_vocabulary_ids(vocab: dict, where: str) -> None:
     """UserError unless vocab is {symbol: id}, each id once."""
     if not isinstance(vocab, dict) or not vocab:
         raise UserError(f"{where}: an object of symbols and their ids is wanted, found {brief(vocab)}")
@@ -174,7 +176,7 @@ def check_vocabulary_ids(vocab: dict, where: str):
             raise UserError(f"{where}: the id {i} is given twice, to {seen[i]!r} and to {symbol!r}")
 
 
-def merge_ranks(merges: list, vocab: dict, where: str):
+def merge_ranks(merges: list, vocab: dict, where: str) -> dict:
     """[(left, right)...] in order of rank -> {(left, right): rank}. UserError from `where(rank)` for one that repeats or
     names a symbol that is not in the vocabulary."""
     ranks = dict(zip(merges, range(len(merges))))
@@ -197,7 +199,7 @@ def merge_ranks(merges: list, vocab: dict, where: str):
     return ranks
 
 
-def read_merges(path: Path, row, add_prefix_space, unk):
+def read_merges(path: Path, row: dict, add_prefix_space: bool, unk: str | None) -> BPE:
     """vocab.json with merges.txt beside it -> BPE over bytes."""
     vocab, merges_path = read_json(path), path.with_name("merges.txt")
     check_vocabulary_ids(vocab, path)
@@ -219,11 +221,11 @@ def read_merges(path: Path, row, add_prefix_space, unk):
     return BPE(vocab, ranks, steps, [to_nfc] if row.get("nfc") else [], unk=unk if unk in vocab else None)
 
 
-def to_nfc(text: str):
+def to_nfc(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def compile_words(pattern: str, where: str = "the built-in pattern"):
+def compile_words(pattern: str, where: str = "the built-in pattern") -> object:
     """Pattern of a tokenizer.json (Oniguruma's dialect) -> compiled. UserError for what the two would read differently."""
     import regex
 
@@ -239,7 +241,9 @@ def compile_words(pattern: str, where: str = "the built-in pattern"):
         raise UserError(f"{where}: cannot read the pattern {pattern!r}: {error}") from None
 
 
-def split_step(pattern: str, behavior: str = "Isolated", invert: bool = False, where: str = "the built-in pattern"):
+def split_step(
+    pattern: str, behavior: str = "Isolated", invert: bool = False, where: str = "the built-in pattern"
+) -> Callable:
     """Step that cuts each piece at the pattern's matches. Isolated: matches and what lies between are pieces; Removed:
     only what lies between; MergedWithPrevious, MergedWithNext: a match stays with what is before or after it."""
     compiled = compile_words(pattern, where)
@@ -275,5 +279,5 @@ def split_step(pattern: str, behavior: str = "Isolated", invert: bool = False, w
     return step
 
 
-def prefix_step(texts, at_start):
+def prefix_step(texts: list, at_start: bool) -> list[str]:
     return [text if text.startswith(" ") else f" {text}" for text in texts]

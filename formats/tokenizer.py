@@ -203,7 +203,7 @@ class SentencePieceModel:
 # ---- Readers: a folder's files -> an engine ----
 
 
-def tokenizer_class(folder: Path, config: dict):
+def tokenizer_class(folder: Path, config: dict) -> tuple:
     """(kind of file, the file, class) that a folder is read by: as transformers chooses, which prefers tokenizer.json,
     but for the classes that only ever read their own file. UserError when nothing fits."""
     name = (config.get("tokenizer_class") or "").removesuffix("Fast")
@@ -244,7 +244,7 @@ def tokenizer_class(folder: Path, config: dict):
     return kind, folder / file, name
 
 
-def read_tiktoken(path: str | Path, row):
+def read_tiktoken(path: str | Path, row: dict) -> BPE:
     """Lines of base64, a space and the rank, which is the id -> BPE over bytes."""
     vocab, seen = {}, {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -270,7 +270,7 @@ def read_tiktoken(path: str | Path, row):
 # ---- The door ----
 
 
-def trie_regex(words):
+def trie_regex(words: list) -> str:
     """Words -> a pattern that matches the longest of them at a place, as quickly for a thousand as for two."""
     prefix = os.path.commonprefix(words)
     rests, branches = {word[len(prefix) :] for word in words}, {}
@@ -280,14 +280,14 @@ def trie_regex(words):
     return re.escape(prefix) + (f"(?:{tail})" + "?" * ("" in rests) if tail else "")
 
 
-def clean_up(text: str):
+def clean_up(text: str) -> str:
     """transformers' clean_up_tokenization_spaces: no space before punctuation and English contractions."""
     for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(found, found.strip())
     return text
 
 
-def token_text(token, folder: Path):
+def token_text(token: object, folder: Path) -> str | None:
     """A token of a side file, text or {"content": text, ...} -> text; None for null."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):

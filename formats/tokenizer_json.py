@@ -2,8 +2,10 @@
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from formats.bpe import (
     BPE,
@@ -19,7 +21,7 @@ from formats.bpe import (
 from formats.files import UserError, brief, read_json
 
 
-def metaspace_step(replacement, scheme, split):
+def metaspace_step(replacement: str, scheme: str, split: bool) -> Callable:
     """Step that writes spaces as `replacement` and puts one before every piece (always), that at the text's beginning
     (first) or none (never); with split, each begins a new piece."""
     words = split_step(f"{re.escape(replacement)}[^{re.escape(replacement)}]*|[^{re.escape(replacement)}]+")
@@ -59,7 +61,7 @@ JSON_PARTS = {
 }  # fmt: skip
 
 
-def json_parts(spec, part, where):
+def json_parts(spec: object, part: str, where: str) -> list[tuple]:
     """A component of tokenizer.json -> [(where, type, its keys)...], sequences laid flat, [] for null. UserError for a
     type or key that is not in JSON_PARTS."""
     if spec is None:
@@ -83,7 +85,7 @@ def json_parts(spec, part, where):
     return [found for n, one in enumerate(inner) for found in json_parts(one, part, f"{where}.{key}[{n}]")]
 
 
-def pattern_text(pattern, where):
+def pattern_text(pattern: dict, where: str) -> str:
     """{"String": text} or {"Regex": text} -> a pattern."""
     (kind, text), *more = pattern.items() or [(None, None)]
     if more or kind not in ("String", "Regex") or not isinstance(text, str):
@@ -91,7 +93,7 @@ def pattern_text(pattern, where):
     return re.escape(text) if kind == "String" else text
 
 
-def json_normalizer(where, kind, values):
+def json_normalizer(where: str, kind: str, values: dict) -> Callable:
     """-> function str -> str."""
     if kind == "Prepend":
         return lambda text: values["prepend"] + text if text else text
@@ -101,7 +103,7 @@ def json_normalizer(where, kind, values):
     return to_nfc if kind == "NFC" else partial(unicodedata.normalize, kind)
 
 
-def json_steps(parts):
+def json_steps(parts: list) -> tuple[list, bool]:
     """Parts of a pre_tokenizer -> (steps, whether the last of them was ByteLevel)."""
     steps = []
     for n, (where, kind, values) in enumerate(parts):
@@ -128,7 +130,7 @@ def json_steps(parts):
     return steps, bool(parts) and parts[-1][1] == "ByteLevel"
 
 
-def json_around(parts):
+def json_around(parts: list) -> tuple[list, list]:
     """Parts of a post_processor -> (ids before a text, ids after it)."""
     head, tail = [], []
     for where, kind, values in parts:
@@ -154,7 +156,7 @@ def json_around(parts):
     return head, tail
 
 
-def json_decoder(parts, where):
+def json_decoder(parts: list, where: str) -> tuple[bool, int]:
     """Parts of a decoder -> (whether it is ByteLevel, how many leading spaces it drops)."""
     kinds = [kind for _, kind, _ in parts]
     if kinds == ["ByteLevel"]:
@@ -183,7 +185,7 @@ def json_decoder(parts, where):
     return False, lead
 
 
-def read_tokenizer_json(path: Path):
+def read_tokenizer_json(path: Path) -> tuple:
     """tokenizer.json -> (BPE, its added tokens, ids before a text, ids after it, leading spaces that decoding drops)."""
     spec = read_json(path)
     if not isinstance(spec, dict) or not spec.get("model"):
