@@ -23,10 +23,12 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle's at import that concerns nobody here
 os.environ.setdefault("GLOG_minloglevel", "1")  # nor do its notes about connections
-import paddle
+import numpy as np  # noqa: E402
+import paddle  # noqa: E402
 
 from formats.files import UserError
 
@@ -65,7 +67,7 @@ bf16 = False  # whether products of linears and of the head are made in bfloat16
 _table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
 
 
-def configure(device="auto", choice="auto", use_bf16=False):
+def configure(device: str = "auto", choice: str = "auto", use_bf16: bool = False) -> dict:
     """Decide device and back end of every op, and make them the current ones.
 
     device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else a name as in check_device(). use_bf16
@@ -110,7 +112,7 @@ def configure(device="auto", choice="auto", use_bf16=False):
     return {op: (backend, reason) for op, (_, backend, reason) in table.items()}
 
 
-def devices():
+def devices() -> list:
     """Names of the devices that this Paddle can use here, as check_device() takes them; "cpu" is the first."""
     found = ["cpu"]
     if paddle.is_compiled_with_cuda():
@@ -120,7 +122,7 @@ def devices():
     return found + (paddle.device.get_available_custom_device() or [])
 
 
-def check_device(device):
+def check_device(device: str) -> None:
     """What Paddle calls this device; UserError, with what is here and what the device would need, if it is not here.
 
     "cpu"; "gpu" or "gpu:1" (CUDA); "dcu:1" (ROCm, whose devices Paddle calls gpu); "xpu:0"; any other name is a device that
@@ -147,7 +149,7 @@ def _kind():
     return _gpu() if kind == "gpu" else kind
 
 
-def bf16_missing():
+def bf16_missing() -> str | None:
     """Why products cannot be made in bfloat16 here; None if they can."""
     kind = _kind()
     if not _exists(kind) or _table["linear"][1] != kind:
@@ -155,7 +157,7 @@ def bf16_missing():
     return _missing(kind, "bf16")
 
 
-def describe():
+def describe() -> str:
     """One line for the start of a run: `cpu · rms_norm cpu (device is cpu) · rope reference (…) · …`."""
     if not _table:
         configure()
@@ -165,7 +167,7 @@ def describe():
 
 
 @contextlib.contextmanager
-def use(choice):
+def use(choice: str) -> Iterator[None]:
     """`with kernels.use("reference"):` runs the block on that choice; for tests."""
     global bf16
     before, bf16_before = dict(_table), bf16
@@ -239,7 +241,7 @@ def _missing(backend, op):
     return asked and asked(op)
 
 
-def to_tensor(array):
+def to_tensor(array: np.ndarray) -> paddle.Tensor:
     """A numpy array's copy as a tensor, for hot paths.
 
     paddle.to_tensor (3.3.1) keeps 104 bytes of every call for ever, too much for a server, and paddle.assign looks at every
@@ -259,7 +261,9 @@ def _run(op, *args, **kwargs):
     return _table[op][0](*args, **kwargs)
 
 
-def rms_norm(x, weight, epsilon, residual=None):
+def rms_norm(
+    x: paddle.Tensor, weight: paddle.Tensor, epsilon: float, residual: paddle.Tensor | None = None
+) -> paddle.Tensor | tuple:
     """h / sqrt(mean(h^2) + epsilon) * weight over the last dim, h = x + residual (Zhang & Sennrich, arXiv 1910.07467).
 
     x, residual (..., D), weight (D,) -> (..., D), or (that, h) with a residual. Statistics in float32.
@@ -267,7 +271,9 @@ def rms_norm(x, weight, epsilon, residual=None):
     return _run("rms_norm", x, weight, epsilon, residual)
 
 
-def layer_norm(x, weight, bias, epsilon, residual=None):
+def layer_norm(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float, residual: paddle.Tensor | None = None
+) -> paddle.Tensor | tuple:
     """(h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias over the last dim, h = x + residual (Ba et al., arXiv 1607.06450).
 
     x, residual (..., D), weight, bias (D,) or bias None -> (..., D), or (that, h) with a residual. Statistics in float32.
@@ -275,7 +281,7 @@ def layer_norm(x, weight, bias, epsilon, residual=None):
     return _run("layer_norm", x, weight, bias, epsilon, residual)
 
 
-def rope(x, cos, sin, interleaved=False):
+def rope(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor, interleaved: bool = False) -> paddle.Tensor:
     """Rotary position embedding (Su et al., arXiv 2104.09864) of the first r dims of each head; the others stay as they are.
 
     x (B, T, heads, Dh); cos, sin (B, T, 1, r) float32, r even and at most Dh -> (B, T, heads, Dh). Pair i, of r/2, turns by
@@ -284,27 +290,29 @@ def rope(x, cos, sin, interleaved=False):
     return _run("rope", x, cos, sin, interleaved)
 
 
-def swiglu(gate, up):
+def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up (Shazeer, arXiv 2002.05202); both (..., F) -> (..., F)."""
     return _run("swiglu", gate, up)
 
 
-def geglu(gate, up, approximate=True):
+def geglu(gate: paddle.Tensor, up: paddle.Tensor, approximate: bool = True) -> paddle.Tensor:
     """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F). gelu(x) = x Phi(x), or approximate by tanh (arXiv 1606.08415)."""
     return _run("geglu", gate, up, approximate)
 
 
-def gelu(x, approximate=True):
+def gelu(x: paddle.Tensor, approximate: bool = True) -> paddle.Tensor:
     """gelu(x) as in geglu, of an MLP that has no gate: (..., F) -> (..., F)."""
     return _run("gelu", x, approximate)
 
 
-def embedding(ids, weight):
+def embedding(ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
     """weight[ids]; ids (...) int64, weight (V, D) -> (..., D). Gradients of equal ids are summed in the order of the ids."""
     return _run("embedding", ids, weight)
 
 
-def linear(x, weight, bias=None, residual=None):
+def linear(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None, residual: paddle.Tensor | None = None
+) -> paddle.Tensor:
     """x @ weight + bias + residual; x (..., in), weight (in, out), bias (out,), residual and result (..., out) in x's dtype.
 
     The weight may be stored in another dtype than x: it is converted for the product.
@@ -312,7 +320,15 @@ def linear(x, weight, bias=None, residual=None):
     return _run("linear", x, weight, bias, residual)
 
 
-def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+def lora_linear(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    lora_A: paddle.Tensor,
+    lora_B: paddle.Tensor,
+    scaling: float,
+    bias: paddle.Tensor | None = None,
+    dropped: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """x @ weight + bias + scaling * (dropped or x) @ lora_A @ lora_B (Hu et al., arXiv 2106.09685).
 
     x and dropped (x after dropout) (..., in), weight (in, out), lora_A (in, R), lora_B (R, out) -> (..., out).
@@ -320,7 +336,16 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
     return _run("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropped)
 
 
-def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
+def quant_linear(
+    x: paddle.Tensor,
+    qweight: paddle.Tensor,
+    scales: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    scheme: str = "w8",
+    qzeros: paddle.Tensor | None = None,
+    g_index: paddle.Tensor | None = None,
+    input_scale: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """x @ W + bias with W held as integers; x (..., in) -> (..., out) in x's dtype.
 
     scheme "w4", "w8" (weights alone; layout of GPTQ tools): qweight (in * bits/32, out) int32 holds the unsigned codes of
@@ -334,12 +359,27 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     return _run("quant_linear", x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
 
 
-def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
+def dequantize(
+    qweight: paddle.Tensor,
+    scales: paddle.Tensor,
+    bits: int,
+    qzeros: paddle.Tensor | None = None,
+    g_index: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """(in, out) float32 weights of packed codes; arguments as in quant_linear. Not a fast path: one implementation."""
     return importlib.import_module("kernels.reference").dequantize(qweight, scales, bits, qzeros, g_index)
 
 
-def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
+def attention(
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    softcap: float | None = None,
+) -> paddle.Tensor:
     """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), never a [Tq, Tk] matrix of more than a block.
 
     q (B, Tq, H, Dh), k and v (B, Tk, K, Dh) with K dividing H -> (B, Tq, H, Dh). Query i stands on row i + Tk - Tq, so
@@ -352,7 +392,17 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
 
 
-def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
+def attention_with_lse(
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None,
+    offset: int,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple:
     """Attention over some of the keys: (its result, lse), from which parallel.py's ring makes that over all of them.
 
     As in attention, but query i stands on row i + offset, counted from the first of these keys, so that causal queries may stand
@@ -363,8 +413,19 @@ def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale
 
 
 def attention_with_lse_backward(
-    q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
-):
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    out: paddle.Tensor,
+    lse: paddle.Tensor,
+    d_out: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None,
+    offset: int,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple:
     """Gradients of q, k and v from these keys alone, given out (B, Tq, H, Dh) and lse (B, H, Tq) of attention over all keys."""
     return _run(
         "attention_with_lse_backward",
@@ -384,19 +445,19 @@ def attention_with_lse_backward(
 
 
 def paged_attention(
-    q,
-    k_cache,
-    v_cache,
-    block_tables,
-    query_lengths,
-    context_lengths,
-    scale=None,
-    k_scales=None,
-    v_scales=None,
-    alibi_slopes=None,
-    window=None,
-    softcap=None,
-):
+    q: paddle.Tensor,
+    k_cache: paddle.Tensor,
+    v_cache: paddle.Tensor,
+    block_tables: np.ndarray,
+    query_lengths: np.ndarray,
+    context_lengths: np.ndarray,
+    scale: float | None = None,
+    k_scales: paddle.Tensor | None = None,
+    v_scales: paddle.Tensor | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> paddle.Tensor:
     """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180).
 
     q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the new
@@ -426,7 +487,15 @@ def paged_attention(
     )
 
 
-def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
+def write_cache(
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    k_cache: paddle.Tensor,
+    v_cache: paddle.Tensor,
+    slots: paddle.Tensor,
+    k_scales: paddle.Tensor | None = None,
+    v_scales: paddle.Tensor | None = None,
+) -> None:
     """Put new keys and values into a pool, in place: token i into slot slots[i] = block * block_size + place in the block.
 
     k, v (N, K, Dh) float32; caches and scales as in paged_attention; slots (N,) int64 tensor, none of them twice. int8
@@ -435,7 +504,7 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
     _run("write_cache", k, v, k_cache, v_cache, slots, k_scales, v_scales)
 
 
-def sample(logits, temperature, top_k, top_p, uniform):
+def sample(logits: paddle.Tensor, temperature: tuple, top_k: tuple, top_p: tuple, uniform: tuple) -> paddle.Tensor:
     """Choose an id of each row: model.sample says how; here the random number is given, and rows differ in their ways.
 
     logits (S, V) float32 tensor; per row, as numpy (S,): temperature (0: the likeliest, the first of equals), top_k (0: all),
@@ -446,15 +515,15 @@ def sample(logits, temperature, top_k, top_p, uniform):
 
 
 def linear_cross_entropy(
-    hidden,
-    weight,
-    labels,
-    transpose_weight=False,
-    ignore_index=-100,
-    return_predictions=False,
-    vocabulary=None,
-    softcap=None,
-):
+    hidden: paddle.Tensor,
+    weight: paddle.Tensor,
+    labels: paddle.Tensor,
+    transpose_weight: bool = False,
+    ignore_index: int = -100,
+    return_predictions: bool = False,
+    vocabulary: object = None,
+    softcap: float | None = None,
+) -> paddle.Tensor | tuple:
     """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
 
     hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
@@ -481,7 +550,19 @@ def linear_cross_entropy(
     )
 
 
-def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):
+def adamw(
+    parameter: paddle.Tensor,
+    gradient: paddle.Tensor,
+    moment1: paddle.Tensor,
+    moment2: paddle.Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> None:
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101), in place on parameter, moment1 and moment2.
 
     gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay * parameter.
@@ -492,6 +573,6 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
     )
 
 
-def squared_norm(x):
+def squared_norm(x: paddle.Tensor) -> paddle.Tensor:
     """The sum of squares of all values of x, () float64."""
     return _run("squared_norm", x)

@@ -24,7 +24,8 @@ if __name__ == "__main__":  # read once, when Paddle is first imported; its own 
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
 
 import kernels
-from kernels import __main__ as table
+
+import ops as table
 
 GEMMS = [(2048, 768, 2048), (2048, 2048, 768), (2048, 32000, 768), (16, 4096, 4096), (4096, 4096, 4096)]  # M, K, N
 LENGTHS, DOCUMENT, HEADS, HEAD_DIM = (512, 2048, 8192), 512, 12, 64
@@ -79,7 +80,7 @@ def alternate(cases, turns):
 
 
 def ours(op, **shape):
-    """({part: function for alternate()}, {part: work}) of an op's cases in kernels/__main__.py."""
+    """({part: function for alternate()}, {part: work}) of an op's cases in tests/bench/ops.py."""
     cases = list(table.CASES[op](**shape))
     runs = {case.part: lambda at_least, run=case.run: table.turn(run, at_least) for case in cases}
     return runs, {case.part: case.work for case in cases}

@@ -20,9 +20,9 @@ import time
 
 import kernels
 import kernels.reference
-from kernels import __main__ as table
 
 import numpy as np
+import ops as table
 import paddle
 import pytest
 from conftest import ROOT
@@ -194,7 +194,7 @@ def test_devices_are_asked_of_paddle(monkeypatch):
 
 def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
     """Its one op runs in a model's forward, once a block, and every other op is the reference's."""
-    text = (ROOT / "README.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
+    text = (ROOT / "docs" / "kernels.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
     (tmp_path / "pretend_chip.py").write_text("#" + text)
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
     monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "pretend_chip:0", "pretend_chip:1"])
@@ -260,11 +260,11 @@ def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
         kernels.configure("cpu")
 
 
-# ====================================================================================== python -m kernels
+# ====================================================================================== python tests/bench/ops.py
 
 
 def test_every_op_has_a_row_in_the_table():
-    """`python -m kernels` measures each: a new op needs an entry in CASES of kernels/__main__.py."""
+    """`python tests/bench/ops.py` measures each: a new op needs an entry in CASES of tests/bench/ops.py."""
     assert set(kernels.OPS) - set(table.CASES) == set()
     assert all(callable(getattr(kernels, op)) for op in kernels.OPS)
 
@@ -294,8 +294,9 @@ BITS_OF_ROWS = """
 import functools, hashlib, inspect, json, os, sys
 if sys.argv[1] == "1":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+sys.path.insert(0, "tests/bench")
+import ops as table
 import paddle, kernels
-from kernels import __main__ as table
 backends, sizes, found = kernels.configure("cpu", use_bf16=True), json.loads(sys.argv[2]), {}
 with_bf16 = table.IN_BFLOAT16 if kernels.bf16 else {}
 for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
