@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from formats.files import UserError
@@ -903,12 +904,12 @@ def _rope_parameters(source, path):
 # ====================================================================================== rotary positions
 
 
-def yarn_mscale(factor, m):
+def yarn_mscale(factor: float, m: float) -> float:
     """How much yarn raises the softmax's temperature at a context `factor` times as long (arXiv 2309.00071, Eq. 22)."""
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
-def weight_names(config, rows=None):
+def weight_names(config: ModelConfig, rows: list | None = None) -> Iterator[tuple]:
     """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
     experts = range(config.experts.count if config.experts else 0)
     for ours, theirs, transposed in rows or FAMILIES[config.family].names:

@@ -48,7 +48,15 @@ from positions import (
 )
 
 
-def kernel_attention(q, k, v, past_k, past_v, mask_rows, **options) -> paddle.Tensor:
+def kernel_attention(
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    past_k: paddle.Tensor | None,
+    past_v: paddle.Tensor | None,
+    mask_rows: paddle.Tensor | None,
+    **options,
+) -> paddle.Tensor:
     """q (B, T, H, Dh) over the past keys (B, past, K, Dh; None: there are none) and k (B, T, K, Dh) -> (B, T, H, Dh).
 
     mask_rows: FlashMask rows of all these keys; one column is causal, two are not.

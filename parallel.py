@@ -32,6 +32,7 @@ import dataclasses
 import hashlib
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import kernels
@@ -410,7 +411,7 @@ def shard_adapters(model: CausalLM, topology: Topology) -> None:
         model.prefix.local_heads = slice(*local_heads(model.config, tp.size, tp.rank)[1])
 
 
-def from_pretrained(path, topology: Topology, dtype: str = "float32") -> CausalLM:
+def from_pretrained(path: str | Path, topology: Topology, dtype: str = "float32") -> CausalLM:
     """adapters.from_pretrained() of this rank's part of the model: nothing else is read or takes memory."""
     *adapters, base = base_folders(path)
     model = parallelize(build(ModelConfig.from_json(base), dtype), topology)
@@ -423,7 +424,9 @@ def from_pretrained(path, topology: Topology, dtype: str = "float32") -> CausalL
     return model
 
 
-def forward_backward(model: CausalLM, batches: list, inputs, loss_of, seed):
+def forward_backward(
+    model: CausalLM, batches: list, inputs: Callable, loss_of: Callable, seed: Callable
+) -> Iterator[tuple[float, dict]]:
     """Forward and backward of each of this rank's micro-batches of a step; yields (loss, batch) after each.
 
     inputs(batch): the arguments of model.forward(). loss_of(outputs, batch): the micro-batch's part of the step's
@@ -449,7 +452,7 @@ def forward_backward(model: CausalLM, batches: list, inputs, loss_of, seed):
         yield float(loss), batch
 
 
-def pipelined_map(model: CausalLM, batches, inputs, outputs_of):
+def pipelined_map(model: CausalLM, batches: Iterable, inputs: Callable, outputs_of: Callable) -> Iterator[tuple]:
     """(batch, outputs_of(outputs, batch)) of each batch, without gradients; a pipeline works on several at once.
 
     inputs(batch): the arguments of model.forward(); outputs: what it returns. outputs_of() returns one or several
@@ -463,7 +466,7 @@ def pipelined_map(model: CausalLM, batches, inputs, outputs_of):
         yield batch, outputs_of(model(**inputs(batch)), batch)
 
 
-def init_parallel(args) -> Topology:
+def init_parallel(args: object) -> Topology:
     """The Topology of this process, from the arguments and Paddle's launcher; groups are connected."""
     launch = Launch.of_environment()
     degrees = Degrees.of(args, world=launch.world)

@@ -127,7 +127,9 @@ def rope_cache_key(config: ModelConfig, prompt_length: int) -> int:
     return max(prompt_length, config.max_position_embeddings) if config.rope["rope_type"] == "dynamic" else 0
 
 
-def glm_positions_and_mask(config: ModelConfig, input_ids, position_ids, mask_rows) -> tuple:
+def glm_positions_and_mask(
+    config: ModelConfig, input_ids: paddle.Tensor, position_ids: paddle.Tensor, mask_rows: paddle.Tensor | None
+) -> tuple:
     """ChatGLM-6B's positions (B, T, 2) and FlashMask rows (B, 1, T, 2) of complete samples (Du et al., 2103.10360).
 
     A sample is a context, whose tokens all see each other, and from <sop> (bos) on an answer, which is causal. The
@@ -188,7 +190,9 @@ def sliding_window_rows(mask_rows: paddle.Tensor | None, B: int, num_keys: int, 
     return end.expand([B, 1, num_keys, 1]) if mask_rows is None else paddle.minimum(mask_rows, end)
 
 
-def append_mask_rows(past_rows, mask_rows, B: int, past: int, T: int) -> paddle.Tensor | None:
+def append_mask_rows(
+    past_rows: paddle.Tensor | None, mask_rows: paddle.Tensor | None, B: int, past: int, T: int
+) -> paddle.Tensor | None:
     """Rows (B, 1, past + T, n) of all keys, from those of `past` keys and of T new ones (None: visible to all)."""
     if past_rows is None and mask_rows is None:
         return None
@@ -203,7 +207,7 @@ def append_mask_rows(past_rows, mask_rows, B: int, past: int, T: int) -> paddle.
     return paddle.concat([past_rows, new], axis=2)
 
 
-def shape_of(x):
+def shape_of(x: paddle.Tensor) -> list:
     """x.shape, also while a graph is traced, where it is -1 in part."""
     return x.shape if paddle.in_dynamic_mode() else paddle.shape(x)
 

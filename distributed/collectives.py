@@ -457,7 +457,7 @@ def recast(layer: paddle.nn.Layer, cls: type) -> paddle.nn.Layer:
 # ======================================================================================= expert parallelism
 
 
-def make_expert_axes(grid, order, degree, rank, groups):
+def make_expert_axes(grid: np.ndarray, order: tuple, degree: int, rank: int, groups: object) -> tuple[Axis, Axis]:
     """(the ranks that share out the experts, those with the same experts) around a rank; ranks are connected in this
     order.
 
@@ -476,7 +476,7 @@ def make_expert_axes(grid, order, degree, rank, groups):
     )
 
 
-def gather_tensor_index(sizes: dict[str, int], topology) -> tuple[dict[str, int], dict[str, list[int]]]:
+def gather_tensor_index(sizes: dict[str, int], topology: object) -> tuple[dict[str, int], dict[str, list[int]]]:
     """This rank's {name: bytes} -> ({name: bytes}, {name: [ranks that hold it]}) over all ranks; call it after a
     barrier.
 

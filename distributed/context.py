@@ -75,7 +75,9 @@ def scatter_tokens(x: paddle.Tensor, layout: TokenLayout | None, fill: int = 0) 
     return paddle.index_select(paddle.concat([x, paddle.full_like(x[:, :1], fill)], axis=1), indices, axis=1)
 
 
-def gather_tokens(x: paddle.Tensor, layout: TokenLayout | None, sep: Axis, sum_gradients: bool = False):
+def gather_tokens(
+    x: paddle.Tensor, layout: TokenLayout | None, sep: Axis, sum_gradients: bool = False
+) -> paddle.Tensor:
     """(B, T/sep, …) -> (B, T, …) in order. sum_gradients: ranks use different parts of it."""
     if layout is None or layout.token_indices is None:
         return x
@@ -101,7 +103,19 @@ def shard_context(context: ForwardContext, sep: Axis, ring: bool) -> ForwardCont
 # ===================================================================================================== Ulysses
 
 
-def ulysses_attention(q, k, v, past_k, past_v, mask_rows, layout: TokenLayout, sep: Axis, *, alibi_slopes, **options):
+def ulysses_attention(
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    past_k: paddle.Tensor | None,
+    past_v: paddle.Tensor | None,
+    mask_rows: paddle.Tensor | None,
+    layout: TokenLayout,
+    sep: Axis,
+    *,
+    alibi_slopes: paddle.Tensor | None,
+    **options,
+) -> paddle.Tensor:
     """kernel_attention() of whole rows for some heads: all-to-all from (B, T/sep, H/tp, Dh) to (B, T, H/(tp·sep),
     Dh), and back."""
     # If sep does not divide the key heads, each is repeated; gradients of the copies are added up.
@@ -182,7 +196,16 @@ class RingMask:
         return paddle.to_tensor(rows.clip(limits.min, limits.max).astype(np.int32)), offset
 
 
-def ring_attention(q, k, v, past_k, past_v, mask: RingMask, sep: Axis, **options) -> paddle.Tensor:
+def ring_attention(
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    past_k: paddle.Tensor | None,
+    past_v: paddle.Tensor | None,
+    mask: RingMask,
+    sep: Axis,
+    **options,
+) -> paddle.Tensor:
     """Attention of this rank's two chunks of tokens (B, T/sep, H/tp, Dh), while keys and values go around the ring."""
     ring = types.SimpleNamespace(mask=mask, sep=sep, options={"causal": mask.causal, **options})
     return _RingAttention.apply(q, k, v, past_k, past_v, ring)
@@ -292,7 +315,7 @@ class OnlineSoftmax:
 # ======================================================================================================== what fits
 
 
-def check_context(config: ModelConfig, degrees, T: int | None = None) -> list[str]:
+def check_context(config: ModelConfig, degrees: object, T: int | None = None) -> list[str]:
     """Why the tokens of this model cannot be sharded so, a line each; T: the longest row, where it is known."""
     sep, tp, wrong = degrees.sep, degrees.tp, []
     if sep == 1:

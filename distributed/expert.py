@@ -8,7 +8,7 @@ from families import FAMILIES
 from model import CausalLM, MoE
 
 
-def is_expert_sharded(path: str, topology) -> bool:
+def is_expert_sharded(path: str, topology: object) -> bool:
     """Whether the parameter of this path belongs to an expert that other ranks of topology.ep do not have."""
     return topology.ep.size > 1 and ".mlp.experts." in path
 
@@ -67,7 +67,7 @@ def _order_by_expert(counts):
     return np.concatenate([np.arange(end - n, end) for end, n in zip(ends.T.flat, counts.T.flat)])
 
 
-def apply_expert_parallel(model: CausalLM, topology) -> None:
+def apply_expert_parallel(model: CausalLM, topology: object) -> None:
     """Keep only this rank's experts. Those of other ranks take no memory and are not read."""
     ep, config = topology.ep, model.config
     if config.experts is None or ep.size == topology.sep.size == 1:

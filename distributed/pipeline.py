@@ -14,7 +14,9 @@ import paddle
 import paddle.distributed as dist
 
 from distributed.collectives import Axis, _backend
+from families import ModelConfig
 from formats.weights import named_weights
+from model import CausalLM
 
 # ========================================================================================================= pipeline
 
@@ -27,7 +29,7 @@ def partition_layers(layers: int, stages: int) -> list[range]:
     return [range(end - size, end) for size, end in zip(sizes, ends)]
 
 
-def check_pipeline(config, degrees) -> list[str]:
+def check_pipeline(config: ModelConfig, degrees: object) -> list[str]:
     """Why this model cannot be a pipeline of these degrees, a line each."""
     stages = degrees.pp * degrees.virtual
     if degrees.virtual > 1 and degrees.pp == 1:
@@ -174,7 +176,7 @@ class Channel:
 
 
 @functools.cache  # one per process
-def channel(source: int, target: int, groups) -> Channel:
+def channel(source: int, target: int, groups: object) -> Channel:
     return Channel(source, target, groups)
 
 
@@ -378,7 +380,7 @@ class MissingLayer(paddle.nn.Layer):
     """Stands in a model for a layer that another stage holds."""
 
 
-def apply_pipeline_parallel(model, topology) -> Pipeline | None:
+def apply_pipeline_parallel(model: CausalLM, topology: object) -> Pipeline | None:
     """Take out of a model, as build() gives it, what other stages hold.
 
     A tied head is a copy of the embedding on the last stage; model.tied is the axis of the two ranks that have it.
@@ -408,7 +410,7 @@ def apply_pipeline_parallel(model, topology) -> Pipeline | None:
     return pipeline
 
 
-def tied_axis(model, path: str) -> Axis | None:
+def tied_axis(model: CausalLM, path: str) -> Axis | None:
     """The axis of the stages that have a copy of the parameter of this path; None: only one stage has it."""
     if model.topology.pp.size > 1:
         if path.startswith("prefix."):

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections import namedtuple
+from collections.abc import Callable
 from typing import NamedTuple
 
 import kernels
@@ -16,7 +17,7 @@ from paddle.autograd import PyLayer
 from distributed.collectives import Axis
 from distributed.expert import is_expert_sharded
 from distributed.pipeline import tied_axis
-from model import linear_row
+from model import CausalLM, linear_row
 
 # =============================================================================== gradients, and who updates what
 
@@ -30,7 +31,7 @@ class GradReduction(NamedTuple):
     counts_in_norm: bool  # this rank adds its squares, so that each element of the model is in the norm once
 
 
-def gradient_reduction_of(path: str, parameter: paddle.Tensor, model) -> GradReduction:
+def gradient_reduction_of(path: str, parameter: paddle.Tensor, model: CausalLM) -> GradReduction:
     """The GradReduction of a parameter by its path: the one place that says who has which part of which gradient."""
     topology, replicas = model.topology, tied_axis(model, path)
     tp, spec = topology.tp, getattr(parameter, "shard_spec", None)
@@ -459,7 +460,7 @@ class ZeroOptimizer:
 Frozen = namedtuple("Frozen", "name parameter")  # in place of a Weight; name: our path
 
 
-def weight_tensors(model) -> list[tuple]:
+def weight_tensors(model: CausalLM) -> list[tuple]:
     """(path, tensor) of parameters, and of the buffers that hold a quantized model's weights."""
     names = (".qweight", ".qzeros", ".scales", ".g_index")
     return [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0].endswith(names))]
@@ -649,7 +650,7 @@ def _unflatten(value, tensors):
 UNITS_READ_BY = {"embed": ("embed_tokens", "embed"), "head": ("head", "embed_tokens")}
 
 
-def run_unit(shards: "ZeroOptimizer", name: str, function, args: tuple):
+def run_unit(shards: "ZeroOptimizer", name: str, function: Callable, args: tuple) -> object:
     """Stage 3: function(*args) while the units that it reads are unsharded; in backward it is computed again."""
     names = UNITS_READ_BY.get(name, (name,))
     return _FlattenedCall([shards.units[n] for n in names if n in shards.units], function, args)()

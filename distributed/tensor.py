@@ -32,7 +32,7 @@ from model import LINEARS, Attention, CausalLM, Embedding, Linear, QuantLinear, 
 # compute the same; or, with sequence parallelism, each the norms and residuals of its T/tp tokens.
 
 
-def copy_to_tp_region(x: paddle.Tensor, layout, tp: Axis) -> paddle.Tensor:
+def copy_to_tp_region(x: paddle.Tensor, layout: object, tp: Axis) -> paddle.Tensor:
     """(B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D); gradients are added up over tp."""
     if tp.size == 1:
         return x
@@ -55,7 +55,7 @@ def scatter_to_sequence_region(x: paddle.Tensor, tp: Axis) -> paddle.Tensor:
     return tp.local_chunk(pad_to_multiple(x, tp.size), 1) if tp.size > 1 and tp.sequence_parallel else x
 
 
-def gather_from_sequence_region(x: paddle.Tensor, layout, tp: Axis, sum_gradients: bool) -> paddle.Tensor:
+def gather_from_sequence_region(x: paddle.Tensor, layout: object, tp: Axis, sum_gradients: bool) -> paddle.Tensor:
     """(B, T/tp, …) -> (B, T, …). sum_gradients: ranks use different parts of the result."""
     x = _AllGather.apply(x, tp, 1, sum_gradients)
     return x if x.shape[1] == layout.local_seq_len else x[:, : layout.local_seq_len]
@@ -139,7 +139,7 @@ def shard_spec_of(name: str, shape: list, config: ModelConfig, tp: Axis) -> Shar
     return ShardSpec(dim, ranges, tp.rank, shape)
 
 
-def shard_parameter(layer, parameter: paddle.Tensor, spec: ShardSpec) -> paddle.Tensor:
+def shard_parameter(layer: paddle.nn.Layer, parameter: paddle.Tensor, spec: ShardSpec) -> paddle.Tensor:
     """This rank's part of a whole parameter, as a parameter of the layer; without values if that has none yet."""
     shape = [spec.width if dim == spec.dim else n for dim, n in enumerate(spec.shape)]
     if parameter._is_initialized():
@@ -156,7 +156,9 @@ def shard_parameter(layer, parameter: paddle.Tensor, spec: ShardSpec) -> paddle.
 # ====================================================================================================== sharded layers
 
 
-def reduce_output(y, tp, bias, residual) -> paddle.Tensor:
+def reduce_output(
+    y: paddle.Tensor, tp: Axis, bias: paddle.Tensor | None, residual: paddle.Tensor | None
+) -> paddle.Tensor:
     """y partial over tp -> its sum, then the bias and the residual, which are added once."""
     y = reduce_from_tp_region(y, tp)
     y = y if bias is None else y + bias
@@ -355,7 +357,7 @@ class AllReduceMax(PyLayer):
 # ======================================================================================================== what fits
 
 
-def check_tensor(config: ModelConfig, degrees) -> list[str]:
+def check_tensor(config: ModelConfig, degrees: object) -> list[str]:
     """Why tensor and expert parallelism cannot shard this model so, a line each."""
     return _check_tp(config, degrees.tp) + _check_ep(config, degrees)
 

@@ -59,7 +59,7 @@ IN_BFLOAT16 = 3  # of attention's: products in bfloat16
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
 
-def missing(op):
+def missing(op: str) -> str | None:
     """Why this op, or "bf16", cannot run here, or None. Builds the C++ the first time that it is asked for."""
     global _state
     if op not in OF_EXTENSION:
@@ -91,7 +91,7 @@ def _load():
     )
 
 
-def peak(memory, what):
+def peak(memory: bool, what: str) -> float:
     """What the processor does at best with all threads; what: see cpu/peak.cc. memory (n,) float32 is overwritten."""
     tasks = 16 * len(os.sched_getaffinity(0))
     return _C_ops._run_custom_op("cpu_peak", memory, what, tasks)[0].item()
@@ -110,7 +110,14 @@ def _op(name, *args):
     return _C_ops._run_custom_op(name, *args, INSTRUCTIONS)
 
 
-def bf16_matmul(x, y, transpose_x=False, transpose_y=False, bias=None, residual=None):
+def bf16_matmul(
+    x: paddle.Tensor,
+    y: paddle.Tensor,
+    transpose_x: bool = False,
+    transpose_y: bool = False,
+    bias: paddle.Tensor | None = None,
+    residual: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """x (M, K) or transposed, y (K, N) or transposed, float32 or bfloat16 -> x y + bias + residual (M, N) float32.
 
     Products are of bfloat16, sums in float32.

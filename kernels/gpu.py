@@ -47,7 +47,7 @@ LOGITS = 1 << 28  # held at a time by linear_cross_entropy: 512 MB in bfloat16, 
 _state = None  # True once our own ops are loaded, or the reason why they cannot be
 
 
-def missing(op):
+def missing(op: str) -> str | None:
     """Why this op, or "bf16", cannot run here, or None. Builds the CUDA the first time that it is asked for."""
     for kernel in OF_PADDLE.get(op, ()):
         if not _registered(kernel):

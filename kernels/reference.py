@@ -42,7 +42,7 @@ def rope(x, cos, sin, interleaved=False):
     return _Rope.apply(x, cos, sin, interleaved) if paddle.in_dynamic_mode() else _rotate(x, cos, sin, interleaved)
 
 
-def check_rope(x, cos):
+def check_rope(x: paddle.Tensor, cos: paddle.Tensor) -> None:
     """The widths of kernels.rope's arguments, for every back end."""
     assert cos.shape[-1] % 2 == 0 and cos.shape[-1] <= x.shape[-1], (
         f"tables of {cos.shape[-1]} columns for heads of {x.shape[-1]}"
@@ -159,14 +159,18 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale, softcap)
 
 
-def check_attention(q, k, rows, causal, softcap):
+def check_attention(
+    q: paddle.Tensor, k: paddle.Tensor, rows: paddle.Tensor | None, causal: bool, softcap: float | None
+) -> None:
     """The shapes of kernels.attention's arguments and its softcap, for every back end."""
     Tq, Tk = q.shape[1], k.shape[1]
     assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
     check_part(q, k, rows, causal, softcap)
 
 
-def check_part(q, k, rows, causal, softcap):
+def check_part(
+    q: paddle.Tensor, k: paddle.Tensor, rows: paddle.Tensor | None, causal: bool, softcap: float | None
+) -> None:
     """The same of kernels.attention_with_lse, whose keys may be fewer."""
     (B, _, H, _), (_, Tk, K, _) = q.shape, k.shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
@@ -177,7 +181,7 @@ def check_part(q, k, rows, causal, softcap):
         assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
 
 
-def check_scores(softcap, window=None):
+def check_scores(softcap: float | None, window: int | None = None) -> None:
     """What a score may be made to: 0 is not the same as None."""
     assert softcap is None or softcap > 0, f"a softcap of {softcap}"
     assert window is None or window >= 1, f"a window of {window} keys"
@@ -421,8 +425,16 @@ def linear_cross_entropy(
 
 
 def over_labelled_rows(
-    layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap
-):
+    layer: type,
+    hidden: paddle.Tensor,
+    weight: paddle.Tensor,
+    labels: paddle.Tensor,
+    transpose_weight: bool,
+    ignore_index: int,
+    return_predictions: bool,
+    vocabulary: object,
+    softcap: float | None,
+) -> paddle.Tensor | tuple:
     """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
     check_scores(softcap)
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
@@ -532,7 +544,9 @@ def _softmax_less_onehot(logits, labels, lse, how):
     return p if how.softcap is None else p * (1.0 - paddle.square(logits / how.softcap))
 
 
-def reduce_lse(most, total, target, best, how):
+def reduce_lse(
+    most: paddle.Tensor, total: paddle.Tensor, target: paddle.Tensor, best: paddle.Tensor, how: object
+) -> tuple:
     """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are several).
 
     Here: the largest logit, the sum of exp(logit - largest), the label's logit or 0, the largest's id.
@@ -639,12 +653,14 @@ def paged_attention(
     return paddle.gather(paddle.concat(parts), to_tensor(np.argsort(order)))
 
 
-def sliding_window_rows(context, window):
+def sliding_window_rows(context: int, window: int) -> paddle.Tensor:
     """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None without."""
     return None if window is None else (paddle.arange(context, dtype="int32") + window).reshape([1, 1, -1, 1])
 
 
-def check_paged(q_shape, cache_shape, tables, queries, contexts):
+def check_paged(
+    q_shape: list, cache_shape: list, tables: np.ndarray, queries: np.ndarray, contexts: np.ndarray
+) -> None:
     """Whether what paged_attention was given fits together."""
     (N, H, _), (_, block_size, K, _) = q_shape, cache_shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
@@ -755,7 +771,7 @@ class _Drawn:
         return (cumulated / cumulated[-1]).searchsorted(self.uniform, side="right")
 
 
-def penalize(logits, ids, mask, penalty):
+def penalize(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray, penalty: float) -> np.ndarray:
     """Divide (or, if negative, multiply) the logits of tokens already there by penalty (Keskar et al., arXiv 1909.05858)."""
     logits = logits.copy()
     for row, (seen, keep) in enumerate(zip(ids, mask)):
@@ -764,7 +780,9 @@ def penalize(logits, ids, mask, penalty):
     return logits
 
 
-def sample_logits(logits, temperature, top_k, top_p, generator):
+def sample_logits(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, generator: np.random.Generator
+) -> np.ndarray:
     """logits (B, V) -> ids (B,): temperature, then the top_k highest, then the least set whose mass reaches top_p."""
     assert temperature > 0, "temperature must be positive; greedy is do_sample=False"
     logits = logits.astype(np.float64) / temperature
