@@ -27,9 +27,8 @@ Order is a pure function of (seed, epoch), and batch(epoch, index) is random acc
 step number. Orders come from np.random.RandomState, whose stream numpy has frozen for good: an upgrade between the two
 halves of a run changes nothing.
 
-Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without it
-those of RECOGNISED are known).
-"""
+Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without
+it those of RECOGNISED are known)."""
 
 import argparse
 import bisect
@@ -195,11 +194,11 @@ def truncate_prompt(tokenizer: Tokenizer, rounds: list, context: dict, src_lengt
 class SFTDataset:
     """Tokenized src/tgt records of one or more JSON-lines files (or folders with {split}.json).
 
-    All records lie in one int32 array, ids of learnt tokens as they are and all others as ~id (negative), so prompt and
-    reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A million
-    records of 100 tokens are 400 MB, and never Python lists. Truncation: `truncate_templated`, `truncate_plain`. A record without
-    a learnt token left is dropped and counted in .dropped. autoregressive: prompts are learnt too. UserError: missing
-    or empty file, a bad line (file:line), nothing left to learn in any record."""
+    All records lie in one int32 array, ids of learnt tokens as they are and all others as ~id (negative), so prompt
+    and reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A
+    million records of 100 tokens are 400 MB, and never Python lists. Truncation: `truncate_templated`,
+    `truncate_plain`. A record without a learnt token left is dropped and counted in .dropped. autoregressive: prompts
+    are learnt too. UserError: missing or empty file, a bad line (file:line), nothing left to learn in any record."""
 
     def __init__(
         self, paths, tokenizer, src_length=1024, max_length=2048, split="train", autoregressive=False, progress=False
@@ -491,8 +490,8 @@ def truncate_pair(
 
     If the last turn and both replies do not fit, the prompt (system and last turn) loses its beginning down to
     max_prompt_len; if that is not enough, both replies lose their ends in proportion to their lengths. Earlier turns
-    stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that are
-    kept. A reply that is cut has no end mark."""
+    stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that
+    are kept. A reply that is cut has no end mark."""
     while True:
         system, encoded = tokenizer.encode_chat([*history, (user, chosen)], context, True)
         other = tokenizer.encode_chat([*history, (user, rejected)], context, True)[1][-1]
@@ -524,9 +523,9 @@ class PreferenceDataset:
     """Tokenized pairs of replies to one prompt, from a JSON-lines file (or a folder with {split}.json).
 
     Prompts and replies lie one after another in one int32 array; records are re-read from the file when asked for, as
-    in SFTDataset. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a token of each reply, no prompt,
-    the same reply twice) is dropped and counted in .dropped. UserError: missing or empty file, a bad line (file:line),
-    nothing left."""
+    in SFTDataset. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a token of each reply, no
+    prompt, the same reply twice) is dropped and counted in .dropped. UserError: missing or empty file, a bad line
+    (file:line), nothing left."""
 
     def __init__(self, path, tokenizer, max_seq_len=4096, max_prompt_len=2048, split="train", progress=False):
         self.files, self.dropped = sft_files(path, split), 0

@@ -3,25 +3,28 @@
     python export.py configs/llama_hf.json                               # any key again as --key value
     python export.py configs/llama_static.json --model_name_or_path checkpoints/llama_gptq
 
-In: a Hugging Face folder (safetensors or .bin, whole or in shards), a quantized folder, an adapter's folder (LoRA is merged
-into its base), and another adapter on top by lora_path or prefix_path.
+In: a Hugging Face folder (safetensors or .bin, whole or in shards), a quantized folder, an adapter's folder (LoRA is
+merged into its base), and another adapter on top by lora_path or prefix_path.
 
---format hf      config.json, model*.safetensors of at most max_shard_size in save_dtype, tokenizer. Integers of a quantized
+--format hf      config.json, model*.safetensors of at most max_shard_size in save_dtype, tokenizer. Integers of a
+quantized
                  model stay integers (save_dtype is for the rest); dequantize: true makes floats of them.
---format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs), static_config.json,
-                 tokenizer, and prefix.safetensors with a trained prefix: all that serve.py --mode static needs. float32.
+--format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs),
+static_config.json,
+                 tokenizer, and prefix.safetensors with a trained prefix: all that serve.py --mode static needs.
+                 float32.
     prefill   input_ids (B, T) int64, rows (B, 1, T, 1) int32, position_ids (B, T) int64 -> logits (B, V) of the last
               position, then keys of every layer and values of every layer (B, T, K, Dh)
     decode    the same of T new tokens (one, when text is generated), rows (B, 1, C + T, 1), and keys_0… and values_0…
               (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
-    B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind a
-    prefix, its keys and values are the first C and positions count on from it. With ALiBi there are no position_ids. Where
-    rope stretches with the length of a text there are also lengths (B, T) int64 (see model.rope_lengths). ChatGLM-6B's
-    position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them. A graph cannot choose what to
-    compute by values: every expert of a sparse MLP works on every token.
+    B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind
+    a prefix, its keys and values are the first C and positions count on from it. With ALiBi there are no position_ids.
+    Where rope stretches with the length of a text there are also lengths (B, T) int64 (see model.rope_lengths).
+    ChatGLM-6B's position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them. A graph
+    cannot choose what to compute by values: every expert of a sparse MLP works on every token.
 
-Every export is written aside, loaded again from there and its logits compared with those of the model in memory; only then
-does it take its place in output_dir, the file that marks it complete last. Not here: formats of other programs.
+Every export is written aside, loaded again from there and its logits compared with those of the model in memory; only
+then does it take its place in output_dir, the file that marks it complete last. Not here: formats of other programs.
 """
 
 import dataclasses

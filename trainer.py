@@ -495,8 +495,8 @@ class AdamW:
     def entries(self, shards, moment_bits: int = 32) -> list[SaveEntry]:
         """[SaveEntry] of moments and beta powers, with Unified Checkpoint's names and in the weights' file layout.
 
-        moment_bits: 32, 8 or 4, from ckpt_quant_stage. Every rank that holds a weight names it, also where another rank has its moments.
-        """
+        moment_bits: 32, 8 or 4, from ckpt_quant_stage. Every rank that holds a weight names it, also where another
+        rank has its moments."""
         powers = {f"beta{i}_pow_acc_0": getattr(self.args, f"adam_beta{i}") ** (self.steps + 1) for i in (1, 2)}
         found = []
         for weight in shards.weights:

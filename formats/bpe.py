@@ -12,8 +12,8 @@ from formats.files import UserError, brief, read_json
 
 # ============================== tokenizer ==============================
 # A family's tokenizer is data: the files of its folder and a row of CLASSES. Two engines turn text into ids:
-# SentencePieceModel (the C++ library) and BPE (ours); readers make one from the files; Tokenizer, the door, adds what stands
-# around it: special tokens, bos and eos, chat templates.
+# SentencePieceModel (the C++ library) and BPE (ours); readers make one from the files; Tokenizer, the door, adds what
+# stands around it: special tokens, bos and eos, chat templates.
 
 SPACE = "\u2581"  # how sentencepiece writes a space
 
@@ -177,8 +177,8 @@ def check_vocabulary_ids(vocab: dict, where: str) -> None:
 
 
 def merge_ranks(merges: list, vocab: dict, where: str) -> dict:
-    """[(left, right)...] in order of rank -> {(left, right): rank}. UserError from `where(rank)` for one that repeats or
-    names a symbol that is not in the vocabulary."""
+    """[(left, right)...] in order of rank -> {(left, right): rank}. UserError from `where(rank)` for one that repeats
+    or names a symbol that is not in the vocabulary."""
     ranks = dict(zip(merges, range(len(merges))))
     if len(ranks) != len(merges):
         number = next(n for n, pair in enumerate(merges) if ranks[pair] != n)
@@ -226,7 +226,8 @@ def to_nfc(text: str) -> str:
 
 
 def compile_words(pattern: str, where: str = "the built-in pattern") -> object:
-    """Pattern of a tokenizer.json (Oniguruma's dialect) -> compiled. UserError for what the two would read differently."""
+    """Pattern of a tokenizer.json (Oniguruma's dialect) -> compiled. UserError for what the two would read
+    differently."""
     import regex
 
     escaped = next((found for found in re.findall(r"\\.", pattern) if re.match(r"\\[^\W_pPsSdDrntfvux]", found)), None)

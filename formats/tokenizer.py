@@ -153,7 +153,8 @@ class SentencePieceModel:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.own_prefix = self.sp.encode("a", out_type=str)[0].startswith(SPACE)
             if not legacy:
-                # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3): false}
+                # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3):
+                # false}
                 self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise UserError(
@@ -166,7 +167,8 @@ class SentencePieceModel:
         self._unk_length = len(self.sp.encode(self._unk))
 
     def _decoded(self, i):
-        """PromptSegment number -> its bytes; control pieces have none, unk is a visible mark, as the library decodes them."""
+        """PromptSegment number -> its bytes; control pieces have none, unk is a visible mark, as the library decodes
+        them."""
         text = self.sp.id_to_piece(i)
         if self.sp.is_byte(i):  # written <0x0A>
             return bytes([int(text[3:5], 16)])
@@ -367,8 +369,8 @@ class Tokenizer:
 
     Special tokens written in a text become their ids, the text between them is the engine's. A folder is read as
     transformers would (tokenizer.json first), and ids and text equal its own, or those of the family's own code:
-    tests/test_tokenizer.py. What differs: bytes that are no UTF-8 are one U+FFFD each wherever there is byte fallback, as
-    in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
+    tests/test_tokenizer.py. What differs: bytes that are no UTF-8 are one U+FFFD each wherever there is byte fallback,
+    as in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
     sentencepiece models alone, as in transformers 5; Llama 3's own library cuts a text every 400,000 characters, and
     runs of letters or blanks every 25,000, this does not."""
 
@@ -446,8 +448,9 @@ class Tokenizer:
         return [*named, *((text, int(i), {}) for text, i in listed.items())]
 
     def _collect_special_tokens(self, settings, row, tokens):
-        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two files
-        that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is right."""
+        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two
+        files that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is
+        right."""
         self.added, self.flags = {}, {}
         for text, i, flags in [
             *((token["content"], token["id"], token) for token in tokens),
@@ -489,7 +492,8 @@ class Tokenizer:
         self._prepare_split(row)
 
     def _prepare_split(self, row):
-        """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalization, after it)}."""
+        """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalization, after
+        it)}."""
         everything = [text for text in self.added if text]
         sought = {
             None: row.get("parse", everything),
@@ -643,7 +647,8 @@ class Tokenizer:
         return sum(encode_conversation(self, segments, 3), [])
 
     def save(self, path):
-        """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it learnt."""
+        """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it
+        learnt."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:

@@ -186,7 +186,8 @@ def json_decoder(parts: list, where: str) -> tuple[bool, int]:
 
 
 def read_tokenizer_json(path: Path) -> tuple:
-    """tokenizer.json -> (BPE, its added tokens, ids before a text, ids after it, leading spaces that decoding drops)."""
+    """tokenizer.json -> (BPE, its added tokens, ids before a text, ids after it, leading spaces that decoding
+    drops)."""
     spec = read_json(path)
     if not isinstance(spec, dict) or not spec.get("model"):
         raise UserError(f"{path}: an object with a model is wanted, found {brief(spec)}")

@@ -1,8 +1,7 @@
 """Plain Paddle: every op, on any device that Paddle knows. The oracle that faster back ends are tested against.
 
-Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep their memory bound: both are PyLayers that
-compute in blocks, save their inputs only, and compute each block's probabilities again in backward.
-"""
+Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep their memory bound: both are PyLayers
+that compute in blocks, save their inputs only, and compute each block's probabilities again in backward."""
 
 import functools
 import types
@@ -249,9 +248,8 @@ def _hidden(row, at, causal):
 class _Attention(PyLayer):
     """Softmax over whole rows of one block of queries after another; saves q, k, v and the output, all linear in T.
 
-    With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO. With a softcap
-    dS is multiplied by the slope of what was made of the products, 1 - tanh^2.
-    """
+    With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO. With a
+    softcap dS is multiplied by the slope of what was made of the products, 1 - tanh^2."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale, softcap):
@@ -345,7 +343,8 @@ def _ungroup(x, T):
 
 
 def _scores(q, k, mask, block, scale, softcap):
-    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> scores (B, K, G*bq, bk), the mask's bias or None, the cap's slope or None."""
+    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> scores (B, K, G*bq, bk), the mask's bias or None, the cap's slope or
+    None."""
     i0, i1, j0, j1 = block
     B, K, rows, _ = q.shape
     s, slope = paddle.matmul(q * scale, k), None
@@ -435,7 +434,8 @@ def over_labelled_rows(
     vocabulary: object,
     softcap: float | None,
 ) -> paddle.Tensor | tuple:
-    """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
+    """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight,
+    labels, how)."""
     check_scores(softcap)
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
@@ -464,10 +464,9 @@ def over_labelled_rows(
 class _LinearCrossEntropy(PyLayer):
     """loss = lse - (h W)[label], lse = logsumexp(h W); d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
 
-    Logits come in chunks of tokens. Trained W: four products, as backward makes the logits again. Frozen W: two, as forward
-    also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss. With a softcap the logits l are
-    softcap * tanh(h W / softcap), and d(h W) has a factor 1 - (l / softcap)^2.
-    """
+    Logits come in chunks of tokens. Trained W: four products, as backward makes the logits again. Frozen W: two, as
+    forward also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss. With a softcap the
+    logits l are softcap * tanh(h W / softcap), and d(h W) has a factor 1 - (l / softcap)^2."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, how):
@@ -531,7 +530,8 @@ def _losses(logits, labels, how):
 
 
 def _place(labels, logits, how):
-    """Columns of the labels among these logits (c, 1), 0 where they are another rank's; and 1.0 or 0.0 for whether not."""
+    """Columns of the labels among these logits (c, 1), 0 where they are another rank's; and 1.0 or 0.0 for whether
+    not."""
     at = labels - how.start
     mine = (at >= 0) & (at < logits.shape[1])
     return paddle.where(mine, at, paddle.zeros_like(at)).unsqueeze(-1), mine.astype("float32")
@@ -547,7 +547,8 @@ def _softmax_less_onehot(logits, labels, lse, how):
 def reduce_lse(
     most: paddle.Tensor, total: paddle.Tensor, target: paddle.Tensor, best: paddle.Tensor, how: object
 ) -> tuple:
-    """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are several).
+    """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are
+    several).
 
     Here: the largest logit, the sum of exp(logit - largest), the label's logit or 0, the largest's id.
     """
@@ -654,7 +655,8 @@ def paged_attention(
 
 
 def sliding_window_rows(context: int, window: int) -> paddle.Tensor:
-    """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None without."""
+    """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None
+    without."""
     return None if window is None else (paddle.arange(context, dtype="int32") + window).reshape([1, 1, -1, 1])
 
 
@@ -699,8 +701,8 @@ def _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, soft
 
 @functools.lru_cache(maxsize=2)  # layers with a window and without may take turns
 def _decode_plan(tables, contexts, block_size, K, G, window):
-    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys); what to add to scores (S, K, G, keys), or None; and
-    how far before the query each key stands (S, 1, 1, keys).
+    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys); what to add to scores (S, K, G, keys), or None;
+    and how far before the query each key stands (S, 1, 1, keys).
 
     Row by row of one head each, since a transposed copy of the keys costs far more. The same for all layers of a step:
     tables (S, blocks) int32 and contexts (S,) int64 come as bytes, which can be compared with the last call's.
@@ -772,7 +774,8 @@ class _Drawn:
 
 
 def penalize(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray, penalty: float) -> np.ndarray:
-    """Divide (or, if negative, multiply) the logits of tokens already there by penalty (Keskar et al., arXiv 1909.05858)."""
+    """Divide (or, if negative, multiply) the logits of tokens already there by penalty (Keskar et al., arXiv
+    1909.05858)."""
     logits = logits.copy()
     for row, (seen, keep) in enumerate(zip(ids, mask)):
         seen = np.unique(seen[keep == 1])

@@ -3,9 +3,8 @@
     python -m pytest tests/test_context.py             # a minute on two cores
     python -m pytest tests/test_context.py --slow      # all 41 configurations of families.py
 
-Losses and norms of several steps of AdamW and every gradient of the first are compared (jobs_tensor.both); rows are of an odd
-length, packed or padded.
-"""
+Losses and norms of several steps of AdamW and every gradient of the first are compared (jobs_tensor.both); rows are of
+an odd length, packed or padded."""
 
 import functools
 import math

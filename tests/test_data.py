@@ -288,7 +288,8 @@ def test_plain_is_no_template(tokenizer):
 
 
 def test_saved_tokenizer_keeps_the_chat_template_in_use(chat_folder, tmp_path):
-    """A model trained with --chat_template chatml is asked in chatml by whoever opens its folder, and stops as it did."""
+    """A model trained with --chat_template chatml is asked in chatml by whoever opens its folder, and stops as it
+    did."""
     tokenizer = formats.tokenizer.load_tokenizer(chat_folder)
     tokenizer.chat_template = formats.chat.load_chat_template("chatml")
     tokenizer.save(tmp_path)

@@ -1,4 +1,5 @@
-"""export.py: Hugging Face folders and static programs, compared with the model they were made of; the runner of serve.py.
+"""export.py: Hugging Face folders and static programs, compared with the model they were made of; the runner of
+serve.py.
 
 python -m pytest tests/test_export.py                                    # CPU, half a minute
 python -m pytest tests/test_export.py --hf-python /path/to/bin/python    # and transformers opens the export

@@ -1,4 +1,5 @@
-"""Every family of tests/families.py: goldens, masks and positions, adapters, experts, generation, and the scripts on them.
+"""Every family of tests/families.py: goldens, masks and positions, adapters, experts, generation, and the scripts on
+them.
 
     python -m pytest tests/test_families.py                  # CPU, about a minute; goldens too if ../shared lies beside
     python -m pytest tests/test_families.py --slow           # every script on every family
@@ -141,8 +142,8 @@ def test_recompute_gives_the_same_bits(name):
 
 
 def naive_balance(model, ids, positions, rows, kept):
-    """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of each
-    layer and row by itself, with shares of all choices."""
+    """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of
+    each layer and row by itself, with shares of all choices."""
     how, ids = model.config.experts, tensor(ids)
     _, probabilities = model.run_all(ids, model.start_forward(ids, tensor(positions), tensor(rows)), None)
     layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.count) for layer in probabilities]
@@ -295,7 +296,8 @@ def test_a_text_in_pieces_through_the_cache(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STRETCHED])
 def test_padded_rows_in_pieces_through_the_cache(name):
-    """Left-padded rows behind a prefix (where distances do not count); the first piece comes with rows, the second with rows of its own, the third without."""
+    """Left-padded rows behind a prefix (where distances do not count); the first piece comes with rows, the second
+    with rows of its own, the third without."""
     model, (ids, _) = build(name), samples_of(name, 2, 10)
     model = model if model.distances_count else prefixed(name)
     if name in TWO_POSITIONS:
@@ -471,7 +473,8 @@ def test_a_few_steps_lower_the_loss(name, kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_training_step(name):
-    """LoRA over frozen weights kept in bfloat16 alone: near float32, gradients finite and of every adapter that is used."""
+    """LoRA over frozen weights kept in bfloat16 alone: near float32, gradients finite and of every adapter that is
+    used."""
     ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
     found = []
     for half in (False, True):
@@ -525,7 +528,8 @@ RECORDED = ROOT / "tests" / "golden" / "families.npz"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_what_was_recorded(name):
-    """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a regression."""
+    """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a
+    regression."""
     recorded, found = np.load(RECORDED), record(name)
     for key, value in found.items():
         assert value.dtype.kind in "fi"
@@ -592,7 +596,8 @@ def test_golden_residual_scale_of_chatglm():
 
 @with_goldens
 def test_golden_lengths_of_qwen():
-    """NTK and logn: each alone, neither, every length around a step, decoding with the base of the prefill, training."""
+    """NTK and logn: each alone, neither, every length around a step, decoding with the base of the prefill,
+    training."""
     folder = GOLDEN / "models" / "qwen-7b-ntk-logn"
     oracle, notes = golden_files(folder)
     ids = oracle["input_ids"].astype(np.int64)
@@ -684,8 +689,9 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
 
 @pytest.mark.torch
 def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
-    """Prefix and LoRA. Two exceptions, both over there: peft knows no prefix whose keys and values differ in width (MLA), and
-    transformers 5 holds the experts of these families as one tensor each, on which peft finds no linears."""
+    """Prefix and LoRA. Two exceptions, both over there: peft knows no prefix whose keys and values differ in width
+    (MLA), and transformers 5 holds the experts of these families as one tensor each, on which peft finds no
+    linears."""
     expected = {}
     for name in IN_TRANSFORMERS:
         tiny_models.write(tmp_path / "models" / name / "base", name)

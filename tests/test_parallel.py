@@ -1,4 +1,5 @@
-"""How a run is cut: degrees from arguments, what does not fit in one line, ranks' places on the grid, upstream's option strings."""
+"""How a run is cut: degrees from arguments, what does not fit in one line, ranks' places on the grid, upstream's
+option strings."""
 
 import itertools
 import re
@@ -203,7 +204,8 @@ def test_the_drawn_example_is_right():
         assert found == {tuple(getattr(t, axis).ranks) for t in topologies}, axis
 
 
-# ----------------------------------------------------------------------------------------------- the arguments of scripts
+# ----------------------------------------------------------------------------------------------- the arguments of
+# scripts
 
 
 @pytest.mark.parametrize("script", [quantize, export, serve])

@@ -125,8 +125,8 @@ def compare(ranks, name, degrees, count, tolerance=1e-5, **options):
         np.testing.assert_allclose(rank["norms"], one["norms"], rtol=tolerance)
         for what in ("gradients", "weights"):
             for weight, array in rank[what].items():
-                # An expert that no token chose has no gradient in one process, and zeros in several. Weights after AdamW:
-                # where a gradient is nearly nothing, so is its sign.
+                # An expert that no token chose has no gradient in one process, and zeros in several. Weights after
+                # AdamW: where a gradient is nearly nothing, so is its sign.
                 wanted = one[what].get(weight, np.zeros_like(array))
                 atol = tolerance * np.abs(wanted).max() + 1e-7 if what == "gradients" else 1e-4
                 np.testing.assert_allclose(array, wanted, rtol=0, atol=atol, err_msg=f"{place.coords} {weight}")

@@ -1,4 +1,5 @@
-"""QuantLinear and quant_linear: layouts, folders of integers, adapters on top of them; adapter folders opened as models.
+"""QuantLinear and quant_linear: layouts, folders of integers, adapters on top of them; adapter folders opened as
+models.
 
     python -m pytest tests/test_quant_linear.py            # CPU, a few seconds
 

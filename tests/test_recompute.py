@@ -2,11 +2,10 @@
 
     python -m pytest tests/test_recompute.py            # half a minute; --slow: every family
 
-full keeps the input of a block. full_attn keeps of attention what it reads, the normed hidden states, and what it gives.
-core_attn keeps the outputs of the first linears (of DeepSeek's latent attention those of the last before the heads meet) and
-what attention gives, and drops rotated queries and keys, the mixed values and their log-sum-exp; rotation, attention and the
-last linear are computed again.
-"""
+full keeps the input of a block. full_attn keeps of attention what it reads, the normed hidden states, and what it
+gives. core_attn keeps the outputs of the first linears (of DeepSeek's latent attention those of the last before the
+heads meet) and what attention gives, and drops rotated queries and keys, the mixed values and their log-sum-exp;
+rotation, attention and the last linear are computed again."""
 
 import json
 import types

@@ -339,7 +339,8 @@ def test_halved_weights_keep_their_place(two):
 
 
 def test_parameters_are_counted_once(two, four):
-    """On every rank those of the whole model: of parts, stages with a copy of the tied head or of the prefix, experts, shards."""
+    """On every rank those of the whole model: of parts, stages with a copy of the tied head or of the prefix, experts,
+    shards."""
     cases = [
         (two, "llama_bias_tied", {"pp": 2}, "full"),
         (two, "llama", {"pp": 2}, "prefix"),

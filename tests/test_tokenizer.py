@@ -1,8 +1,8 @@
 """data.py's tokenizers: ids and text equal those of the reference software; BPE against a naive oracle; bad files.
 
-    python -m pytest tests/test_tokenizer.py                            CPU, no network, under a minute
-    python -m pytest tests/test_tokenizer.py --hf-python .../python     also against the `tokenizers` library, run there
-    python tests/bench/bench_tokenizer.py                                     the table: strings tried, mismatches, speed
+    python -m pytest tests/test_tokenizer.py                            CPU, no network, under a minute python -m
+    pytest tests/test_tokenizer.py --hf-python .../python     also against the `tokenizers` library, run there python
+    tests/bench/bench_tokenizer.py                                     the table: strings tried, mismatches, speed
 
 Vocabularies of real models are read from ../shared where it is present, and never copied. The others are made here."""
 

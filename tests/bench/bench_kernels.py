@@ -4,11 +4,10 @@
     python tests/bench/bench_kernels.py --torch /path/to/venv/bin/python    # and torch's, in an interpreter that has it
     python tests/bench/bench_kernels.py --only gemm                         # or attention, others
 
-Ours and torch's take turns in one run, each with the machine to itself and with all its cores; a figure is the median of
---turns turns. float32 tensors go in and come out of ours, also where the products are in bfloat16: conversion and packing are
-inside. torch's bfloat16 takes and gives bfloat16. --small is for a test: sizes that take no time and say nothing.
-The last line is one JSON object with every row.
-"""
+Ours and torch's take turns in one run, each with the machine to itself and with all its cores; a figure is the median
+of --turns turns. float32 tensors go in and come out of ours, also where the products are in bfloat16: conversion and
+packing are inside. torch's bfloat16 takes and gives bfloat16. --small is for a test: sizes that take no time and say
+nothing. The last line is one JSON object with every row."""
 
 import argparse
 import json
@@ -68,7 +67,8 @@ class Torch:
 
 
 def alternate(cases, turns):
-    """{name: a function of the least seconds of a turn -> seconds of a call} -> {name: their median}, taken turn about."""
+    """{name: a function of the least seconds of a turn -> seconds of a call} -> {name: their median}, taken turn
+    about."""
     found = {name: [] for name in cases}
     for i in range(turns + 1):
         for name, run in cases.items():

@@ -1,17 +1,17 @@
 """Memory of a rank under each way to cut a run, measured, beside what --dry_run says of it.
 
-    python tests/bench/bench_memory.py                                              # sharding 2 and 4, stages 0 to 3; tp and pp 2 and 4
-    python tests/bench/bench_memory.py --ways "dp=2" "sharding=2 stage=3 tp=2"      # any others; the first of them may be "" (one process)
-    python tests/bench/bench_memory.py --lora                                       # LoRA of rank 8 in place of all weights
+    python tests/bench/bench_memory.py                                              # sharding 2 and 4, stages 0 to 3;
+    tp and pp 2 and 4 python tests/bench/bench_memory.py --ways "dp=2" "sharding=2 stage=3 tp=2"      # any others; the
+    first of them may be "" (one process) python tests/bench/bench_memory.py --lora
+    # LoRA of rank 8 in place of all weights
 
-The model is a Llama of 32 M parameters of random weights in float32; a step is two micro-batches of 1 x 128 tokens a rank.
-Each row has processes of its own. Weights, gradients and moments are the bytes of the live tensors that hold them, of the
-fullest rank: gradients between two micro-batches, and again right before the optimizer's step. `a unit at work` is what
-came on top of weights and gradients at the most: sharding lays a unit's gradients flat to send them, from stage 2 on in the
-middle of backward, and stage 3 has a unit's weights whole. In brackets what --dry_run says. `allocated` is the most that
-Paddle had allocated on the rank in the second step, activations and all, and `resident` the growth of the process's peak
-resident memory over its size before the model.
-"""
+The model is a Llama of 32 M parameters of random weights in float32; a step is two micro-batches of 1 x 128 tokens a
+rank. Each row has processes of its own. Weights, gradients and moments are the bytes of the live tensors that hold
+them, of the fullest rank: gradients between two micro-batches, and again right before the optimizer's step. `a unit at
+work` is what came on top of weights and gradients at the most: sharding lays a unit's gradients flat to send them,
+from stage 2 on in the middle of backward, and stage 3 has a unit's weights whole. In brackets what --dry_run says.
+`allocated` is the most that Paddle had allocated on the rank in the second step, activations and all, and `resident`
+the growth of the process's peak resident memory over its size before the model."""
 
 import argparse
 import json

@@ -3,10 +3,9 @@
     python tests/bench/ops.py                            # about 20 seconds
     python tests/bench/ops.py --device gpu:1 --kernels reference
 
-A row's rate is in operations a second (a multiply-add is two) or in bytes a second, of those that the op cannot do without: a
-matrix that it reads twice counts once. The share is of the peak that was measured before, on registers alone or by a pass
-over memory that no cache holds, with all the threads that this process may use.
-"""
+A row's rate is in operations a second (a multiply-add is two) or in bytes a second, of those that the op cannot do
+without: a matrix that it reads twice counts once. The share is of the peak that was measured before, on registers
+alone or by a pass over memory that no cache holds, with all the threads that this process may use."""
 
 import argparse
 import functools
@@ -59,7 +58,8 @@ def without_gradients(kind, function, inputs):
 
 
 def timed(shape, kind, function, inputs, parts):
-    """Cases of function(*inputs). parts: {name: (work, the indices of the inputs whose gradients are made; None: forward)}.
+    """Cases of function(*inputs). parts: {name: (work, the indices of the inputs whose gradients are made; None:
+    forward)}.
 
     Forward is that of a run without gradients: a graph that no backward follows would only fill the memory.
     """
@@ -121,7 +121,8 @@ def embedding(tokens=4096, V=8000, D=768):
 
 
 def linear(M=2048, K=768, N=2048, kind="float32", frozen=False):
-    """x (M, K) times weight (K, N); frozen: a weight without gradient, stored in bfloat16 where the products are, as training does."""
+    """x (M, K) times weight (K, N); frozen: a weight without gradient, stored in bfloat16 where the products are, as
+    training does."""
     work = 2.0 * M * K * N
     if frozen:
         parts = {"forward": (work, None), "dx": (work, [0])}
@@ -285,7 +286,8 @@ def turn(run, at_least=0.03):
 
 
 def measure(run, turns=5, at_most=1.0):
-    """The median of the seconds that a call takes in several turns, after one that does not count; `at_most` bounds the sum."""
+    """The median of the seconds that a call takes in several turns, after one that does not count; `at_most` bounds
+    the sum."""
     turn(run, 0.0)
     found, start = [], time.perf_counter()
     while len(found) < turns and (not found or time.perf_counter() - start < at_most):
@@ -296,8 +298,8 @@ def measure(run, turns=5, at_most=1.0):
 def peaks(turns=7):
     """({kind of a Case: the most that was seen, in operations or bytes a second}, how it was measured).
 
-    On a CPU by loops of our own (kernels/cpu/peak.cc); elsewhere, or without a compiler, by Paddle's largest product and copy.
-    """
+    On a CPU by loops of our own (kernels/cpu/peak.cc); elsewhere, or without a compiler, by Paddle's largest product
+    and copy."""
     found = {}
     if kernels._kind() == "cpu" and kernels._missing("cpu", "peak") is None:
         memory = paddle.ones([64 << 20])  # 256 MB

@@ -20,8 +20,8 @@ def collectives(size):
 
 
 def outside_of_training(name, degrees, T=11):
-    """How far from one process are, each relative to the largest: losses, logits, hidden states, reply_logps; and whether
-    predictions and generated tokens are the same."""
+    """How far from one process are, each relative to the largest: losses, logits, hidden states, reply_logps; and
+    whether predictions and generated tokens are the same."""
     topology, batch = jobs_tensor.grid(**degrees), jobs_tensor.batch(name, 3, packed=True, T=T)
     pairs = {**batch, "labels": np.where(batch["labels"] < 0, 5, batch["labels"]), "reply_ids": np.full([2, T], -1)}
     for row in range(2):

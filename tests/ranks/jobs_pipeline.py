@@ -66,8 +66,8 @@ def adapted(model, adapter, topology):
 def train(
     name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True, folder=None
 ):
-    """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the model before them, "losses",
-    "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
+    """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the
+    model before them, "losses", "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
     place = topology(degrees)
     if folder is None:
         model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **changes)), place))

@@ -1,4 +1,5 @@
-"""What the ranks of test_sharding.py do (see ranks.py): train a tiny model on a topology, and give back all that it came to."""
+"""What the ranks of test_sharding.py do (see ranks.py): train a tiny model on a topology, and give back all that it
+came to."""
 
 import functools
 import types
@@ -71,7 +72,8 @@ def batch_of(step, number, vocabulary):
 
 
 def train(name, ways, steps=3, micro=4, adapter=None, recompute=False, bf16=False, on_host=False, **changes):
-    """{"losses", "norms", "gradients" of the first step, "weights" after the last, "bytes"}; micro: batches of a step, of all ranks."""
+    """{"losses", "norms", "gradients" of the first step, "weights" after the last, "bytes"}; micro: batches of a step,
+    of all ranks."""
     if bf16:
         kernels.configure(use_bf16=True)
     try:
@@ -132,7 +134,8 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
 
 
 def set_and_take_over(ways):
-    """Whole values put into a stage 3 model, as by loading: what its pieces hold afterwards, and what is still whole."""
+    """Whole values put into a stage 3 model, as by loading: what its pieces hold afterwards, and what is still
+    whole."""
     place = topology(**ways)
     model = make_model("llama_bias_tied", place)
     weights = adapters.trainable_weights(model)

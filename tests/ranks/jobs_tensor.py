@@ -55,8 +55,8 @@ def batch(name, number, packed=False, B=2, T=13):
 
 
 def adapt(model, kind, seed=3):
-    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", all with noise: "neftune", or
-    LoRA on the first experts alone: "one"."""
+    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", all with noise:
+    "neftune", or LoRA on the first experts alone: "one"."""
     if kind == "neftune":
         model.neftune_noise_alpha = 5.0
     elif kind in ("prefix", "projection"):
@@ -145,12 +145,11 @@ def both(
     adapter=None,
     one_expert=False,
 ):
-    """Train cut and whole: (largest relative difference of losses and norms, largest of gradients relative to each one's
-    largest, its name, [norm of each step]).
+    """Train cut and whole: (largest relative difference of losses and norms, largest of gradients relative to each
+    one's largest, its name, [norm of each step]).
 
-    folder: where the model is read from; else it is drawn. adapter: a folder, put on in place of `kind`. one_expert: all
-    routers choose the same experts for every token.
-    """
+    folder: where the model is read from; else it is drawn. adapter: a folder, put on in place of `kind`. one_expert:
+    all routers choose the same experts for every token."""
     topology = grid(**degrees)
     options = dict(
         kind=kind,
@@ -245,7 +244,8 @@ def tokens(name, degrees, kind="full", folder=None, new=9, changes=None):
 
 
 def starts(name, degrees, changes=None):
-    """Names of the weights whose start, after init_weights, is not bitwise the part of one process's; (bytes here, of all)."""
+    """Names of the weights whose start, after init_weights, is not bitwise the part of one process's; (bytes here, of
+    all)."""
     topology, config = grid(**degrees), tiny_models.config(name, **(changes or {}))
     model, alone = parallel.parallelize(M.build(config), topology), M.build(config)
     formats.weights.init_weights(model, 5)
@@ -260,7 +260,8 @@ def starts(name, degrees, changes=None):
 
 
 def on_disk(base, adapter, degrees, folder):
-    """An adapter on a cut model: loaded to go on, written, loaded again, merged. Names of what differs from one process."""
+    """An adapter on a cut model: loaded to go on, written, loaded again, merged. Names of what differs from one
+    process."""
     topology, wrong = grid(**degrees), []
     model, alone = parallel.from_pretrained(base, topology), adapters.from_pretrained(base)
     for one in (model, alone):
@@ -325,7 +326,8 @@ def written(model, topology, folder):
 
 
 def halved(name, degrees):
-    """In bfloat16: frozen weights after cast_frozen_to_bf16() that have lost their place in the whole, and a loss beside one process's."""
+    """In bfloat16: frozen weights after cast_frozen_to_bf16() that have lost their place in the whole, and a loss
+    beside one process's."""
     import kernels
 
     topology, found = grid(**degrees), []
@@ -351,7 +353,8 @@ def halved(name, degrees):
 
 
 def exchanged(counts):
-    """Rows that this rank gets when each sends counts[from][to], and those that it should; forward, and gradients back."""
+    """Rows that this rank gets when each sends counts[from][to], and those that it should; forward, and gradients
+    back."""
     topology, counts = grid(dp=len(counts), ep=len(counts)), np.array(counts)
     ep, rows = topology.ep, lambda a, b: [[100 * a + 10 * b + i, -1] for i in range(counts[a][b])]
     mine = [row for to in range(ep.size) for row in rows(ep.rank, to)]
