@@ -546,7 +546,8 @@ class PreferenceDataset:
             raise UserError(
                 f"{self.files[0]}: "
                 + (
-                    f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
+                    f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and "
+                    "max_prompt_len "
                     f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
                     if self.dropped
                     else "the file is empty; JSON lines with src, tgt, response and sort are wanted"

@@ -302,7 +302,8 @@ class Decode(nn.Layer):
         return last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
 
 
-@paddle.jit.not_to_static  # nothing here depends on values, and rewriting the source as jit does took four times as long
+# nothing here depends on values, and rewriting the source as jit does took four times as long
+@paddle.jit.not_to_static
 def last_logits(model, input_ids, rows, position_ids, lengths, cache):
     """[logits (B, V) float32 of the last position, keys of each layer, values of each layer]"""
     cache.lengths = lengths
@@ -421,7 +422,8 @@ def refuse_own_base(args):
     for base in base_folders(args.model_name_or_path)[1:]:
         if base.resolve().is_relative_to(target):
             raise UserError(
-                f"output_dir: {args.output_dir} holds {base}, the base of {args.model_name_or_path}; choose another folder"
+                f"output_dir: {args.output_dir} holds {base}, the base of {args.model_name_or_path}; choose another "
+                "folder"
             )
 
 

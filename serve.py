@@ -194,7 +194,8 @@ def engine_of(model, tokenizer, num_blocks, adapters, args):
         args.cachekv_int8_type is not None,
     )
     print(
-        f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a sequence, "
+        f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a "
+        "sequence, "
         f"{args.batch_size} sequences at once"
         + (f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""),
         flush=True,
@@ -265,7 +266,8 @@ def answered(args):
             if record is None or found.get("src") != record.get("src") or "output" not in found:
                 which = f"line {number}" if record is not None else "no line"
                 raise UserError(
-                    f"{path}:{done + 1}: is not the answer to {which} of {args.data_file}; give another output_file or remove this one"
+                    f"{path}:{done + 1}: is not the answer to {which} of {args.data_file}; give another output_file "
+                    "or remove this one"
                 )
             done, whole = done + 1, whole + len(line)
     if whole < path.stat().st_size:
@@ -314,7 +316,8 @@ def answer_file(engine, tokenizer, args):
         engine.generate(requests(), progress)
     seconds = time.perf_counter() - start
     print(
-        f"{total} lines in {args.output_file}, {done} of them kept; {tokens:,} new tokens, {tokens / seconds:,.1f} tokens/s",
+        f"{total} lines in {args.output_file}, {done} of them kept; {tokens:,} new tokens, {tokens / seconds:,.1f} "
+        "tokens/s",
         flush=True,
     )
 
@@ -326,7 +329,8 @@ def benchmark(engine, args):
     new = min(args.max_length, 128, engine.max_model_len - prompt)
     ids = np.random.default_rng(args.seed)
     print(
-        f"prompts of {prompt} tokens, {new} new ones each\n{'batch':>5} {'first token ms':>15} {'prefill tokens/s':>17} {'decode tokens/s':>16}"
+        f"prompts of {prompt} tokens, {new} new ones each\n{'batch':>5} {'first token ms':>15} "
+        f"{'prefill tokens/s':>17} {'decode tokens/s':>16}"
     )
     for batch in [b for b in (1, 2, 4, 8, 16) if b <= engine.max_num_seqs]:
         rates = []

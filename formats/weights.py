@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from families import FAMILIES, IGNORED_WEIGHTS, ModelConfig, _table, weight_names
+from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, atomic_file
 from formats.tensor_files import (
     BinFile,
@@ -34,6 +34,7 @@ from formats.tensor_files import (
     to_contiguous,
     write_safetensors,
 )
+from formats.weight_names import IGNORED_WEIGHTS, _table
 from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, set_parameter
 from positions import rope_frequencies
 

@@ -142,7 +142,8 @@ PROMPTS = {  # name: prompt of CHAT[:-1], without the system message where the f
     ),
     "qwen2": (
         CHATML_SYSTEM + CHATML,
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nred lamp<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nred "
+        "lamp<|im_end|>\n<|im_start|>assistant\n",
     ),
     "qwen2.5": (
         CHATML_SYSTEM + CHATML,
@@ -637,7 +638,8 @@ for name, source in templates.items():
     texts[name] = []
     for chat in chats:
         try:
-            text = render_jinja_template([chat], chat_template=source, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")[0][0]
+            text = render_jinja_template([chat], chat_template=source, add_generation_prompt=True, bos_token="<s>",
+                eos_token="</s>")[0][0]
         except Exception as error:
             text = None
         texts[name].append(text)

@@ -36,8 +36,10 @@ from serving.runners import StaticRunner
 
 DEMO = ROOT / "demo" / "llama"
 SCHEMES = {  # name: quantization_config
-    "w4": {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False, "checkpoint_format": "gptq"},
-    "w8": {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": "gptq"},
+    "w4": {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False,
+        "checkpoint_format": "gptq"},
+    "w8": {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True, "desc_act": False,
+        "checkpoint_format": "gptq"},
     "a8w8": {"quant_method": "a8w8", "bits": 8, "activation": "per_token"},
 }  # fmt: skip
 

@@ -322,8 +322,10 @@ def test_a_slow_neighbor_is_waited_for(ranks, slow):
 RUN = {"overwrite_output_dir": True, "max_steps": 3, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3,
        "do_train": True, "do_eval": True, "disable_tqdm": True, "gradient_accumulation_steps": 4}  # fmt: skip
 SFT = {"model_name_or_path": "demo/llama", "dataset_name_or_path": "demo/sft", "src_length": 128, "max_length": 256,
-       "per_device_train_batch_size": 1, "zero_padding": True, "max_evaluate_steps": 2, "max_new_tokens": 6}  # fmt: skip
-PAIRS = {"model_name_or_path": "demo/llama", "train_dataset_path": "demo/preference", "dev_dataset_path": "demo/preference",
+       "per_device_train_batch_size": 1, "zero_padding": True, "max_evaluate_steps": 2,
+           "max_new_tokens": 6}  # fmt: skip
+PAIRS = {"model_name_or_path": "demo/llama", "train_dataset_path": "demo/preference",
+    "dev_dataset_path": "demo/preference",
          "max_seq_len": 300, "max_prompt_len": 128, "max_new_tokens": 6, "max_evaluate_steps": 2,
          "per_device_train_batch_size": 1}  # fmt: skip
 CORPUS = {"model_name_or_path": "demo/llama", "input_dir": str(ROOT / "demo/pretrain/corpus"), "max_seq_length": 128,

@@ -138,7 +138,8 @@ def run(T):
     losses.sum().backward()
     return kept
 run(64)
-for model.recompute, model.recompute_granularity in ((False, "none"), (True, "core_attn"), (True, "full_attn"), (True, "full")):
+for model.recompute, model.recompute_granularity in ((False, "none"), (True, "core_attn"), (True, "full_attn"),
+    (True, "full")):
     found[model.recompute_granularity] = run(T)
 model.no_recompute_layers = frozenset([1])
 found["all but one"] = run(T)

@@ -16,7 +16,7 @@ from conftest import ROOT
 # A room imports only from the lines above its own.
 IMPORT_ORDER = """
 formats.files formats.paddlenlp
-formats.bpe formats.megatron
+formats.bpe formats.megatron formats.weight_names
 formats.tokenizer_json
 distributed.watchdog
 formats.chat formats.tensor_files families kernels distributed.collectives

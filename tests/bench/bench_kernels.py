@@ -100,7 +100,8 @@ def milliseconds(row, name):
 
 def gemm(torch, most, options):
     print(
-        "\nproducts, GFLOP/s: M x K x N; bf16: float32 in and out, products in bfloat16;\nratio and share are of bf16, of frozen where there is no other"
+        "\nproducts, GFLOP/s: M x K x N; bf16: float32 in and out, products in bfloat16;\nratio and share are of "
+        "bf16, of frozen where there is no other"
     )
     names = ("bf16", "bf16, frozen", "fp32", "fp32, frozen", "torch bf16")
     print(f"{'':20} {'':8}" + "".join(f"{name:>14}" for name in names) + f"{'over torch':>12}{'of peak':>9}")
