@@ -9,7 +9,6 @@ from pathlib import Path
 
 from formats.files import UserError
 from formats.weight_names import (
-    NAMES_QWEN_MOE,
     NAMES_BAICHUAN,
     NAMES_BLOOM,
     NAMES_CHATGLM,
@@ -23,6 +22,7 @@ from formats.weight_names import (
     NAMES_MIXTRAL,
     NAMES_OPT,
     NAMES_QWEN,
+    NAMES_QWEN_MOE,
 )
 
 # ================================================================================================ config
@@ -882,7 +882,8 @@ _PADDLENLP_MARKS = {
 
 
 _PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
-    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|virtual_pp|mp_degree"
+    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|"
+    "virtual_pp|mp_degree"
 )
 
 

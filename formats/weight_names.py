@@ -213,5 +213,6 @@ NAMES_GEMMA2 = name_table(LLAMA_ATTENTION.replace(
 
 
 IGNORED_WEIGHTS = re.compile(  # in published files: tables that are computed, and masks
-    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.rotary_emb\.(cos|sin)_cached$|decoder\.version$"
+    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.rotary_emb\.(cos|sin)_cached$|"
+    r"decoder\.version$"
 )

@@ -561,7 +561,8 @@ import kernels
 from adapters import from_pretrained
 kernels.configure()
 paddle.matmul(paddle.ones([64, 64]), paddle.ones([64, 64]))
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
+# of this program: exec resets it
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 loaded = from_pretrained(sys.argv[1])
 after_load = peak()

@@ -149,7 +149,8 @@ def attention(torch, most, options):
                 label = f"{T} {'packed' if packed else 'full causal'}"
                 figures = "".join(f"{1e3 * row[name]:11.2f}" for name in names)
                 if torch:
-                    figures += f"{row['torch'] / row['ours']:10.2f}x{row['torch bf16'] / row.get('ours bf16', row['ours']):8.2f}x"
+                    in_bf16 = row["torch bf16"] / row.get("ours bf16", row["ours"])
+                    figures += f"{row['torch'] / row['ours']:10.2f}x{in_bf16:8.2f}x"
                 print(f"{label:22}{part:9}{figures}", flush=True)
                 found.append({"T": T, "packed": packed, "part": part, **row})
             if torch:

@@ -712,7 +712,8 @@ def test_gpu_has_the_signature_of_the_shim(op):
 
 
 def test_nothing_imports_the_gpu_back_end(run_python):
-    script = "import json, sys, kernels\nkernels.configure('cpu')\nkernels.describe()\nprint(json.dumps('kernels.gpu' in sys.modules))"
+    script = "import json, sys, kernels\nkernels.configure('cpu')\nkernels.describe()\n"
+    script += "print(json.dumps('kernels.gpu' in sys.modules))"
     assert run_python(script) is False
 
 

@@ -305,10 +305,12 @@ for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
     makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in with_bf16.get(op, ()))]
     for make in makers + [functools.partial(table.attention, document=70)] * (op == "attention"):
         paddle.seed(0)
-        for case in make(**{name: sizes[name] for name in inspect.signature(make).parameters if name in sizes and (name, op) != ("K", "paged_attention")}):
+        names = [n for n in inspect.signature(make).parameters if n in sizes and (n, op) != ("K", "paged_attention")]
+        for case in make(**{name: sizes[name] for name in names}):
             made = case.run()
             tensors = made if isinstance(made, (list, tuple)) else [made]
-            found[f"{op}, {case.kind}, {case.part}, {case.shape}"] = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+            digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+            found[f"{op}, {case.kind}, {case.part}, {case.shape}"] = digest
 print(json.dumps(found))
 """
 SIZES = {  # large enough that each has work for several threads, and no multiple of a tile
@@ -1268,7 +1270,8 @@ q, k, v = (paddle.randn([1, n, 1, 64]) for n in (Tq, T, T))
 q.stop_gradient = k.stop_gradient = v.stop_gradient = False
 rows = paddle.to_tensor((np.arange(T) // 1024 * 1024 + 1024).astype("int32").reshape(1, 1, T, 1)) if packed else None
 (paddle.matmul(q[0, :64, 0], k[0, :64, 0], transpose_y=True)).numpy()
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
+# of this program: exec resets it
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before, start = peak(), time.time()
 kernels.attention(q, k, v, rows).sum().backward()
 assert np.isfinite(q.grad.numpy()).all() and np.abs(v.grad.numpy().sum() - Tq * 64) < 0.01 * Tq * 64
@@ -1519,7 +1522,8 @@ h, w = paddle.randn([4096, 32]), paddle.randn([32, 50000])
 h.stop_gradient = w.stop_gradient = False
 labels = paddle.randint(0, 50000, [4096])
 paddle.matmul(h[:8], w).numpy()
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
+# of this program: exec resets it
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 kernels.linear_cross_entropy(h, w, labels).mean().backward()
 print(json.dumps(peak() - before))
