@@ -302,9 +302,7 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
     trainer.setup_adapter(model, args, checkpoint)
     for layer in lora_layers(model).values():
         if layer.pissa_init is not None:
-            raise UserError(
-                f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, so its base is not the reference"
-            )
+            raise UserError(f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, the reference")
         layer.dropout = 0.0
 
 

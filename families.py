@@ -882,8 +882,8 @@ _PADDLENLP_MARKS = {
 
 
 _PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
-    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|"
-    "virtual_pp|mp_degree"
+    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|"
+    "long_sequence_(init|strategy)|virtual_pp|mp_degree"
 )
 
 

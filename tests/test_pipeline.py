@@ -258,7 +258,7 @@ def test_deep_pipelines(ranks, degrees, count):
 def test_a_stage_knows_what_it_has_not(ranks, name):
     whole, _, _ = jobs_pipeline.held(name, {})
     found = ranks(2).run("jobs_pipeline:held", name, {"pp": 2})
-    for here, elsewhere, paths in found:
+    for here, elsewhere, _ in found:
         assert here | elsewhere == whole and not here & elsewhere
     first, last = (set(paths) for *_, paths in found)
     tied = tiny_models.config(name).tie_word_embeddings

@@ -215,7 +215,8 @@ def test_answers_are_shared_out(two, tmp_path, more):
         lines = (ROOT / "demo" / "sft" / f"{split}.json").read_text().splitlines()[:count]
         (tmp_path / f"{split}.json").write_text("\n".join(lines) + "\n")
     argv = f"""--dataset_name_or_path {tmp_path} --model_name_or_path demo/llama --do_train false --do_eval true
-               --max_length 128 --src_length 64 --max_new_tokens 4 --eval_with_do_generation true --save_generation_output true
+               --max_length 128 --src_length 64 --max_new_tokens 4 --eval_with_do_generation true
+               --save_generation_output true
                --disable_tqdm true""".split()
     import jobs_parallel
 

@@ -697,7 +697,8 @@ for name, (normalizer, pre_tokenizer, post_processor, decoder, keys) in job["pip
 WORDS = (
     """the lamp's water we'll don't I'M 2023 3.14 1,000,000 人工智能 你好，世界！ Привет мир नमस्ते สวัสดี안녕 Ångström naïve ﬁ ㍿
     Ⅷ ½
-été tool_é tool é <s> </s> <|call|> <|call|>s <unk> x86 camelCase snake_case == --> !!! ... 😀👨‍👩‍👧 e\u0301 \u2581 ſt K""".split()
+été tool_é tool é <s> </s> <|call|> <|call|>s <unk> x86 camelCase snake_case == --> !!! ... 😀👨‍👩‍👧
+    e\u0301 \u2581 ſt K""".split()
     + ["tool é"]
 )
 GAPS = [

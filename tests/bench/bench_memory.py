@@ -103,7 +103,7 @@ def measure(ways, lora):
         mock.patch.object(distributed.sharding.Bucket, "flatten", laid),
         mock.patch.object(distributed.sharding.Bucket, "unshard", gathered),
     ):
-        for step in range(2):
+        for _ in range(2):
             ids = rng.integers(3, MODEL["vocab_size"], (2, 1, TOKENS + 1))
             batches = [{"input_ids": paddle.to_tensor(i[:, :-1]), "labels": paddle.to_tensor(i[:, 1:])} for i in ids]
             core.host_memory_stat_reset_peak_value("Allocated", 0)

@@ -303,7 +303,7 @@ CASES = dict(
 def main():
     with tempfile.TemporaryDirectory() as folder:
         cores = Cores(build(folder, sanitize="--sanitized" in sys.argv))
-        for name, check in CASES.items():
+        for check in CASES.values():
             check(cores)
     print(f"{len(CASES)} cases")
 

@@ -111,7 +111,8 @@ def options(names, H):
     found = {"slopes": np.float64(0.9 ** np.arange(1, H + 1).astype(np.float32))} if "alibi" in names else {}
     if "softcap" in names:
         found["softcap"] = 1.5
-    return found | {"window": int(name) for name in names.split() if name.isdigit()}
+    windows = [int(name) for name in names.split() if name.isdigit()]
+    return found | ({"window": windows[-1]} if windows else {})
 
 
 @on_each
