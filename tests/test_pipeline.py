@@ -349,7 +349,8 @@ def test_a_script_on_two_stages(ranks, tmp_path, case):
         argv = [word for key, value in {**keys, **more}.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
         folder = tmp_path / str(world)
         rows, printed = ranks(world).run("jobs_parallel:script", script, [*argv, "--output_dir", str(folder)])[-1]
-        return rows, json.loads((folder / "dev_results.json").read_text()), printed[printed.rfind("\ndev: ") + 1 :]
+        printed = printed[printed.rfind("\ndev: ") + 1 : printed.rfind("next: ")]
+        return rows, json.loads((folder / "dev_results.json").read_text()), printed
 
     (one, metrics, shown), (two, found, also) = run(1), run(2, pipeline_parallel_degree=2)
     for a, b in zip(one, two, strict=True):
