@@ -41,7 +41,7 @@ from formats.weights import (
     paddlenlp_names,
     stored_tensors,
 )
-from model import CausalLM, Linear, QuantLinear, RNGTracker, block_linears, build, set_parameter
+from model import CausalLM, Linear, QuantLinear, RNGTracker, block_linears, build, linear_paths, set_parameter
 
 # ============================================================================================ models and their weights
 
@@ -138,12 +138,12 @@ class LoRALinear(nn.Layer):
         self.lora_B = self.create_parameter([rank, n_out], default_initializer=nn.initializer.Constant(0.0))
         self.lora_magnitude_vector = None
         self.pissa_init = None
-        self.draws, self.key = RNGTracker(), ""  # apply_lora() sets the model's tracker, and the layer's path
+        self.rng, self.key = RNGTracker(), ""  # apply_lora() sets the model's tracker, and the layer's path
         for parameter in base.parameters():
             parameter.stop_gradient = True
         if dora:
             self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
-            self.lora_magnitude_vector.set_value(base.norms(base.weight.astype("float32")))
+            self.lora_magnitude_vector.set_value(base.column_norms(base.weight.astype("float32")))
             shard_spec = getattr(base.weight, "shard_spec", None)
             if shard_spec is not None and shard_spec.dim == 1:
                 self.lora_magnitude_vector.shard_spec = shard_spec.of(0, shard_spec.shape[1:])
@@ -172,7 +172,7 @@ class LoRALinear(nn.Layer):
         if self.lora_magnitude_vector is None:
             return y + update if bias is None else y + bias + update
         with paddle.no_grad():
-            norm = base.norms(base.weight.astype("float32") + self.delta())
+            norm = base.column_norms(base.weight.astype("float32") + self.delta())
         ratio = self.lora_magnitude_vector / norm  # (D_out,)
         y_dropped = y if dropped is x else base.product(dropped)
         y = y if bias is None else y + bias
@@ -182,13 +182,13 @@ class LoRALinear(nn.Layer):
         """x after dropout; x itself in eval mode."""
         if not self.training:
             return x
-        with self.draws.under(self.key):
+        with self.rng.fork(self.key):
             return F.dropout(x, self.dropout)
 
     @paddle.no_grad()
     def init_pissa(self) -> None:
         """Set A B to the R largest singular triples of the weight, and take them out of the base."""
-        u, s, vt = np.linalg.svd(self.base.whole_weight().astype(np.float64), full_matrices=False)
+        u, s, vt = np.linalg.svd(self.base.full_weight().astype(np.float64), full_matrices=False)
         rank = self.lora_A.shape[1]
         root = np.sqrt(s[:rank] / self.scaling)
         self.set_pissa_init((u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32))
@@ -212,7 +212,7 @@ class LoRALinear(nn.Layer):
             )
         weight = self.base.weight.astype("float32") + self.delta()
         if self.lora_magnitude_vector is not None:
-            weight = weight * (self.lora_magnitude_vector / self.base.norms(weight))
+            weight = weight * (self.lora_magnitude_vector / self.base.column_norms(weight))
         self.base.weight.set_value(weight.astype(self.base.weight.dtype))
         return self.base
 
@@ -224,12 +224,7 @@ def lora_layers(model: CausalLM) -> dict[str, LoRALinear]:
 
 def linears_on_other_ranks(model: CausalLM) -> set[str]:
     """Hugging Face module paths of the blocks' linears that only other ranks hold."""
-    rows = weight_names(model.config) if model.names_on_other_ranks else ()
-    paths = [
-        theirs.removesuffix(".weight")
-        for ours, theirs, _ in rows
-        if ours.startswith("layers.") and ours.endswith("_proj.weight")
-    ]
+    paths = [theirs for _, theirs in linear_paths(model.config)] if model.names_on_other_ranks else []
     return {path for path in paths if not model.names_on_other_ranks.isdisjoint((path + ".weight", path + ".qweight"))}
 
 
@@ -288,7 +283,7 @@ def apply_lora(
         generator = np.random.default_rng([seed, zlib.crc32(path.encode())])  # depends on seed and name only
         bound = math.sqrt(1 / layer.n_in)
         set_parameter(lora.lora_A, generator.uniform(-bound, bound, lora.lora_A.shape).astype(np.float32))
-        lora.draws, lora.key = model.draws, path
+        lora.rng, lora.key = model.rng, path
         if pissa:
             lora.init_pissa()
         setattr(parent, attribute, lora)
@@ -343,6 +338,7 @@ class Prefix(nn.Layer):
         super().__init__()
         self.tokens, self.layers = tokens, config.num_hidden_layers
         self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.local_heads = None  # slice of the key heads that a rank of tp uses; None: all
         width = self.heads * self.head_dim
         self.embedding = self.create_parameter([tokens, width if projection else self.layers * 2 * width])
         self.hidden, self.output = None, None
@@ -357,13 +353,16 @@ class Prefix(nn.Layer):
             return self.embedding
         return self.output(paddle.tanh(self.hidden(self.embedding)))
 
-    def fill(self, cache, B: int) -> None:
-        """Put the prefix into an empty cache of B rows."""
-        table = self.table().reshape([self.tokens, self.layers, 2, self.heads, self.head_dim])
-        table = table.unsqueeze(0).expand([B, *table.shape])  # (B, P, L, 2, K, Dh)
-        for layer in range(self.layers):
-            cache.keys[layer], cache.values[layer] = table[:, :, layer, 0], table[:, :, layer, 1]
-        cache.tokens = cache.prefix_tokens = self.tokens
+    def keys_and_values(self, B: int, comm) -> list[tuple[paddle.Tensor, paddle.Tensor]]:
+        """(k, v) of each layer, each (B, P, K/tp, Dh); comm: model.LocalComm, or its version for several ranks."""
+        return comm.run_unit("prefix", self._keys_and_values, B)
+
+    def _keys_and_values(self, B):
+        table = self.table().clone().reshape([self.tokens, self.layers, 2, self.heads, self.head_dim])
+        if self.local_heads is not None:
+            table = table[:, :, :, self.local_heads]
+        table = table.unsqueeze(0).expand([B, *table.shape])  # (B, P, L, 2, K/tp, Dh)
+        return [(table[:, :, layer, 0], table[:, :, layer, 1]) for layer in range(self.layers)]
 
 
 def apply_prefix(
@@ -468,7 +467,7 @@ def _prefix_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
     if prefix.hidden is None:
         return config, {"adapter_model.safetensors": AdapterFile(entries)}
     with paddle.no_grad():
-        table = prefix.table().numpy()
+        table = model.comm.run_unit("prefix", lambda: prefix.table().clone()).numpy()
     computed = SaveEntry({"prompt_embeddings": (list(table.shape), "float32")}, [], lambda: [table])
     return config, {
         "prefix_projection.safetensors": AdapterFile(entries),

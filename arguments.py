@@ -1,4 +1,11 @@
-"""JSON files and the command line -> one dataclass, strictly."""
+"""JSON files and the command line -> one dataclass, strictly.
+
+    args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # JSON files, then --key value
+
+Names, defaults and meanings are PaddleNLP's, so that its JSON files run here with only their paths changed. A key that
+is not a field of Args is looked up in formats/paddlenlp.py: used under another name, ignored or refused, each with a
+reason. Anything else is an error that names the nearest key. A later value wins.
+"""
 
 import collections
 import dataclasses
@@ -15,25 +22,24 @@ import kernels
 
 from distributed.watchdog import Launch
 from formats.files import UserError
-from formats.paddlenlp import HARMLESS, IGNORED, OPTIONS, REFUSED
+from formats.paddlenlp import ALIASES, HARMLESS, IGNORED, OPTIONS, REFUSED, SHORTHANDS
 from parallel import Degrees
 from plan import missing_model_message
 
-# ================================================================================================ arguments
-
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
+METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall")
+DTYPES = ("float32", "bfloat16", "float16")
+UNIFIED = {  # the options of unified_checkpoint_config
+    "async_save": "training continues while a copy of the state is written",
+    "skip_save_model_weight": "bf16: no model*.safetensors; from_pretrained reads the float32 master weights instead",
+    "remove_master_weight": "bf16: no float32 master weights; resuming from bfloat16 ones is not an exact continuation",
+    "master_weight_compatible": "a checkpoint without master weights may be resumed, from its bfloat16 weights",
+    "enable_all_options": "skip_save_model_weight and master_weight_compatible",
+    "ignore_merge_optimizer": "ignored: the files always hold full moments, so that any topology can resume",
+}
 
 
-METRICS = (
-    "loss",
-    "accuracy",
-    "ppl",
-    "bleu4",
-    "rouge-1",
-    "rouge-2",
-    "rouge-l",
-    "keyword_recall",
-)  # what metric_for_best_model may name
+# ================================================================================================ the shared keys
 
 
 @dataclasses.dataclass
@@ -42,23 +48,22 @@ class ScriptArgs:
 
     output_dir: str = ""  # where the script writes to
     overwrite_output_dir: bool = False  # remove the run that output_dir holds
-    seed: int = 42  # of data order, initialization, dropout, sampling
-    device: str = "auto"  # auto, cpu, gpu, gpu:1, dcu (ROCm), xpu, npu, gcu, or another device of a plug-in of Paddle
+    seed: int = 42  # of data order, initialization, dropout and sampling
+    device: str = "auto"  # auto, cpu, gpu, gpu:1, dcu (ROCm), xpu, npu, gcu, or a plug-in device of Paddle
     kernels: str = "auto"  # back end of the fused ops, see kernels/__init__.py
-    bf16: bool = False  # training: products in bfloat16, trained weights and all else in float32
+    bf16: bool = False  # training: matrix products in bfloat16, trained weights and everything else in float32
     fp16: bool = False  # compute in float16
     disable_tqdm: bool | None = None  # true: plain lines, no bar; None: a bar if stderr is a terminal
-    tensor_parallel_degree: int = (
-        1  # data parallelism is what the product of the degrees leaves of the processes; -1 means 1
-    )
+    # The data-parallel degree is the number of processes divided by the product of these degrees; -1 means 1.
+    tensor_parallel_degree: int = 1
     pipeline_parallel_degree: int = 1
-    sharding_parallel_degree: int = -1  # -1: all that the others leave if `sharding` is set, else 1
-    sep_parallel_degree: int = 1  # a sequence is spread, by exchanging tokens for heads around attention
-    context_parallel_degree: int = 1  # a sequence is spread, keys and values going around; not beside sep
-    expert_parallel_degree: int = 1  # spread over the ranks of the others, so not a factor
+    sharding_parallel_degree: int = -1  # -1: all processes that the other degrees leave if `sharding` is set, else 1
+    sep_parallel_degree: int = 1  # split sequences; all-to-all swaps tokens for heads around attention (Ulysses)
+    context_parallel_degree: int = 1  # split sequences; keys and values go around a ring; not together with sep
+    expert_parallel_degree: int = 1  # shard experts over the data-parallel ranks, so not a factor
 
-    def check(self):
-        """Resolve values that depend on others and refuse those that contradict: UserError. Returns lines to print.
+    def check(self) -> list[str]:
+        """Resolve values that depend on others, refuse contradictions (UserError). Returns lines to print.
 
         A script's own Args extends it: `return super().check() + [...]`.
         """
@@ -66,8 +71,8 @@ class ScriptArgs:
             raise UserError(f"seed: {self.seed}; it must not be negative")
         return _check_hardware(self)
 
-    def check_model(self):
-        """UserError, before a run begins, for a model or tokenizer that is not here: what to download, and to where."""
+    def check_model(self) -> None:
+        """UserError if the model or tokenizer is not on this disk: what to download, and to where."""
         for key in ("model_name_or_path", "tokenizer_name_or_path"):
             path = getattr(self, key, None)
             if path and not Path(path).exists():
@@ -82,20 +87,19 @@ class TrainingArgs(ScriptArgs):
     """
 
     do_train: bool = False  # train
-    do_eval: bool = False  # evaluate on the dev data (during training: see evaluation_strategy) and at the end
+    do_eval: bool = False  # evaluate on the dev data at the end (and during training: see evaluation_strategy)
     do_predict: bool = False  # evaluate on the test data at the end
     per_device_train_batch_size: int = 8  # rows of one micro-batch
     per_device_eval_batch_size: int = 8  # rows of one evaluation batch
     gradient_accumulation_steps: int = 1  # micro-batches of one step
     num_train_epochs: float = 1.0  # passes over the data, unless max_steps is given
-    max_steps: int = -1  # > 0: this many steps, whatever num_train_epochs says
+    max_steps: int = -1  # > 0: number of steps, instead of num_train_epochs
     learning_rate: float = 5e-5  # the peak
     lr_scheduler_type: str = "linear"  # one of SCHEDULES
     warmup_steps: int = 0  # steps from 0 to the peak; > 0 wins over warmup_ratio
     warmup_ratio: float = 0.0  # the same as a fraction of all steps
-    min_learning_rate: float | None = None  # where linear and cosine end; None: min_lr
-    min_lr: float = 0.0  # upstream's other name for it
-    decay_steps: int | None = None  # linear and cosine are at their end from this step on; None or 0: at the last step
+    min_learning_rate: float = 0.0  # where linear and cosine end
+    decay_steps: int | None = None  # step at which linear and cosine reach their end; None or 0: the last step
     num_cycles: float = 0.5  # waves of cosine: 0.5 falls once
     lr_end: float = 1e-7  # where polynomial ends
     power: float = 1.0  # exponent of polynomial
@@ -104,59 +108,54 @@ class TrainingArgs(ScriptArgs):
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # global norm to clip the gradient to; 0: no clipping
-    logging_steps: int = 500  # a log line every so many steps
-    logging_first_step: bool = False  # and one for the first step
+    logging_steps: int = 500  # steps between log lines
+    logging_first_step: bool = False  # log the first step too
     logging_dir: str | None = None  # where visualdl writes; None: output_dir/vdl_log
     report_to: str | list[str] | None = None  # "visualdl" or "none"
     evaluation_strategy: str | None = None  # no, steps, epoch; None: steps if do_eval and eval_steps, else no
-    eval_steps: int | None = None  # evaluate every so many steps; None: logging_steps
-    max_evaluate_steps: int = -1  # > 0: at most this many batches an evaluation
+    eval_steps: int | None = None  # steps between evaluations; None: logging_steps
+    max_evaluate_steps: int = -1  # > 0: at most this many batches per evaluation
     save_strategy: str = "steps"  # no, steps or epoch
-    save_steps: int = 500  # a checkpoint every so many steps
-    save_total_limit: int | None = None  # keep the newest so many checkpoints, and the best; None or 0: all
+    save_steps: int = 500  # steps between checkpoints
+    save_total_limit: int | None = None  # number of newest checkpoints to keep, besides the best; None or 0: all
+    save_dtype: str = "float32"  # of the final model, unless it is an adapter; one of DTYPES
     load_best_model_at_end: bool = False  # end with the weights that evaluated best
     metric_for_best_model: str | None = None  # one of METRICS; None: loss
     greater_is_better: bool | None = None  # None: true unless the metric is loss or ppl
     resume_from_checkpoint: bool | str | None = None  # a path, or true: the newest complete one in output_dir
-    ignore_load_lr_and_optim: bool = False  # resume with the weights and the step, but fresh moments
-    ignore_save_lr_and_optim: bool = False  # checkpoints without the moments: smaller, no exact resume
-    unified_checkpoint: bool = True  # upstream's switch; checkpoints always are
-    unified_checkpoint_config: str | list[str] | None = None  # some of UNIFIED, separated by blanks or commas
+    ignore_load_lr_and_optim: bool = False  # resume weights and step, but not the optimizer's moments
+    ignore_save_lr_and_optim: bool = False  # checkpoints without moments: smaller, no exact resume
+    unified_checkpoint_config: str | list[str] | None = None  # keys of UNIFIED, separated by blanks or commas
     ckpt_quant_stage: str = "O0"  # moments in checkpoints: O0 float32, O1 8-bit, O2 4-bit integers
     dataloader_drop_last: bool = False  # drop the last incomplete batch of an epoch
-    recompute: bool = False  # recompute activations in backward instead of keeping them, of each block …
-    recompute_granularity: str = "full"  # … all; full_attn: attention's; core_attn: those behind its first linears; …
-    no_recompute_layers: list[int] | None = None  # … but not of these blocks, counted from 0
-    sharding: str | None = (
-        None  # stage1 (moments), stage2 (gradients too), stage3 (weights too), and offload; None: stage1
-    )
-    virtual_pp_degree: int = 1  # stages of the pipeline on each of its ranks
-    sequence_parallel: bool = False  # with tensor parallelism: tokens are spread between attention and MLP too
-    hybrid_parallel_topo_order: str | None = None  # which axis is outside: pp_first (also None) or sharding_first
-    dry_run: bool = False  # print shapes, parameters, FLOPs and memory a rank of the model, and end: no data is needed
+    recompute: bool = False  # recompute activations in backward instead of keeping them
+    recompute_granularity: str = "full"  # full: whole blocks; full_attn: attention; core_attn: attention after qkv
+    no_recompute_layers: list[int] | None = None  # blocks that keep their activations, counted from 0
+    sharding: str | None = None  # stage1 (moments; None too), stage2 (and gradients), stage3 (and weights); and offload
+    virtual_pp_degree: int = 1  # pipeline stages per pipeline rank
+    sequence_parallel: bool = False  # with tensor parallelism: also split tokens between attention and MLP
+    hybrid_parallel_topo_order: str | None = None  # outermost axis: pp_first (also None) or sharding_first
+    dry_run: bool = False  # print shapes, parameters, FLOPs and memory per rank, and end; no data is needed
 
-    def check(self):
+    def check(self) -> list[str]:
         _check_numbers(self)
         notes = super().check()
         if not self.output_dir:
             raise UserError("output_dir: missing; give the folder to write to")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError("nothing to do: none of do_train, do_eval, do_predict is true")
-        if getattr(self, "flash_mask", False) and not getattr(self, "zero_padding", True):
-            raise UserError("flash_mask: true needs zero_padding: true (the mask keeps packed samples apart)")
-        if self.min_learning_rate is None:
-            self.min_learning_rate = self.min_lr
-        elif self.min_lr not in (0.0, self.min_learning_rate):
-            raise UserError(f"min_lr {self.min_lr:g} is not min_learning_rate {self.min_learning_rate:g}; give one")
         end = self.lr_end if self.lr_scheduler_type == "polynomial" else self.min_learning_rate
         if self.lr_scheduler_type in ("linear", "cosine", "polynomial") and end > self.learning_rate:
-            raise UserError(f"learning_rate {self.learning_rate:g} is below {end:g}, {self.lr_scheduler_type}'s end")
+            raise UserError(
+                f"learning_rate {self.learning_rate:g} is below {end:g}, where lr_scheduler_type: "
+                f"{self.lr_scheduler_type} ends"
+            )
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
         return notes + _check_strategies(self) + _check_unified(self)
 
-    def check_dry_run(self):
-        """check() of a run that only counts: what names data, output or steps may be missing, and processes too."""
+    def check_dry_run(self) -> list[str]:
+        """check() for --dry_run: data, output and steps may be missing, and so may the processes."""
         _check_numbers(self)
         if not self.model_name_or_path:
             raise UserError("model_name_or_path: missing")
@@ -165,13 +164,35 @@ class TrainingArgs(ScriptArgs):
         return []
 
 
-def _check_numbers(args):
+@dataclasses.dataclass
+class LoraArgs(TrainingArgs):
+    """The keys of LoRA (arXiv 2106.09685) for the training scripts that have it."""
+
+    lora: bool = False  # train LoRA instead of all weights
+    lora_path: str | None = None  # continue from this adapter
+    lora_rank: int = 8
+    lora_alpha: float = -1  # -1: twice the rank, or 4 with rslora, as in PaddleNLP
+    lora_target_modules: str | list[str] | None = None  # names, or one regular expression; None: every linear
+    rslora: bool = False  # scale by alpha/sqrt(rank) (arXiv 2312.03732)
+    lora_plus_scale: float = 1.0  # LoRA+: learning rate of B over that of A (arXiv 2402.12354)
+    dora: bool = False  # train magnitudes beside directions (arXiv 2402.09353)
+
+    def check(self) -> list[str]:
+        for key in ("lora_path", "rslora", "dora", "pissa"):
+            if getattr(self, key, None) and not self.lora:
+                raise UserError(f"{key} needs lora: true")
+        if self.lora_alpha == -1:
+            self.lora_alpha = 4.0 if self.rslora else 2.0 * self.lora_rank
+        return super().check()
+
+
+def _check_numbers(args: TrainingArgs) -> None:
     """Ranges and choices, one key at a time."""
     batches = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
     for key in f"{batches} logging_steps save_steps eval_steps".split():
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"{key}: {getattr(args, key)}; it must be at least 1")
-    not_negative = "learning_rate min_learning_rate min_lr lr_end weight_decay max_grad_norm warmup_steps decay_steps"
+    not_negative = "learning_rate min_learning_rate lr_end weight_decay max_grad_norm warmup_steps decay_steps"
     for key in f"{not_negative} num_cycles power".split():
         if getattr(args, key) is not None and getattr(args, key) < 0:
             raise UserError(f"{key}: {getattr(args, key)}; it must not be negative")
@@ -179,12 +200,14 @@ def _check_numbers(args):
         if not low <= getattr(args, key) < 1:
             raise UserError(f"{key}: {getattr(args, key)}; it must be at least {low} and below 1")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise UserError(f"num_train_epochs: {args.num_train_epochs}; it must be positive, or max_steps be given")
+        raise UserError(f"num_train_epochs: {args.num_train_epochs}; it must be positive, or give max_steps")
     strategies, granularities = ("no", "steps", "epoch"), ("full", "full_attn", "core_attn")
     for key, choices in (
         ("lr_scheduler_type", SCHEDULES),
         ("evaluation_strategy", (*strategies, None)),
         ("save_strategy", strategies),
+        ("save_dtype", DTYPES),
+        ("ckpt_quant_stage", ("O0", "O1", "O2")),
         ("recompute_granularity", granularities),
         ("metric_for_best_model", (*METRICS, *(f"eval_{name}" for name in METRICS), "no", None)),
     ):
@@ -198,11 +221,11 @@ def _check_numbers(args):
             raise UserError(f"report_to: {name!r}; possible are visualdl and none (metrics.jsonl is always written)")
 
 
-def _check_hardware(args):
+def _check_hardware(args: ScriptArgs) -> list[str]:
     """Devices, precision and the number of processes."""
     world = Launch.of_environment().world
     if world > 1 and not isinstance(args, TrainingArgs):
-        raise UserError(f"this run has {world} processes, but this script works in one: start it without the launcher")
+        raise UserError(f"this script runs in one process, but {world} were started: start it without the launcher")
     Degrees.of(args, world=world)
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
@@ -210,7 +233,7 @@ def _check_hardware(args):
         kernels.check_device(args.device)
     notes = []
     if args.fp16:
-        notes.append("fp16: float16 is not here, so float32 is used")
+        notes.append("fp16: float16 is not supported, so float32 is used")
     if args.bf16 and not isinstance(args, TrainingArgs):
         notes.append("bf16: only training computes in bfloat16, so float32 is used")
     for key in ("sharding", "sequence_parallel"):
@@ -219,7 +242,7 @@ def _check_hardware(args):
     return notes
 
 
-def _check_strategies(args):
+def _check_strategies(args: TrainingArgs) -> list[str]:
     """When to evaluate and to save, and whether the best model can be known."""
     if args.evaluation_strategy is None:
         args.evaluation_strategy = "steps" if args.do_eval and args.eval_steps else "no"
@@ -235,45 +258,130 @@ def _check_strategies(args):
         args.load_best_model_at_end = False
         return ["load_best_model_at_end: nothing is evaluated (evaluation_strategy: no), so the last model is kept"]
     if args.save_strategy != args.evaluation_strategy:
-        both = f"save_strategy ({args.save_strategy}) to be evaluation_strategy ({args.evaluation_strategy})"
-        raise UserError(f"load_best_model_at_end needs {both}: only a saved model can be loaded again")
+        raise UserError(
+            f"load_best_model_at_end needs save_strategy ({args.save_strategy}) to equal evaluation_strategy "
+            f"({args.evaluation_strategy}): only a saved model can be loaded again"
+        )
     if args.save_strategy == "steps" and args.save_steps % args.eval_steps and args.eval_steps % args.save_steps:
-        both = f"save_steps ({args.save_steps}) to be a multiple of eval_steps ({args.eval_steps}), or the reverse"
-        raise UserError(f"load_best_model_at_end needs {both}")
+        raise UserError(
+            f"load_best_model_at_end needs save_steps ({args.save_steps}) to be a multiple of eval_steps "
+            f"({args.eval_steps}), or the reverse"
+        )
     return []
 
 
-UNIFIED = {  # the words of unified_checkpoint_config
-    "async_save": "training goes on while a copy of the state is written",
-    "skip_save_model_weight": "bf16: no model*.safetensors; the float32 master weights say it all, from_pretrained reads them",
-    "remove_master_weight": "bf16: no float32 master weights; resuming from the rounded ones is no exact continuation",
-    "master_weight_compatible": "resume from a checkpoint without master weights too, from its rounded weights",
-    "enable_all_options": "skip_save_model_weight and master_weight_compatible",
-    "ignore_merge_optimizer": "ignored: moments are always whole in the files, so that any topology can go on",
-}
-
-
-def _check_unified(args):
-    """The words of unified_checkpoint_config as a list of those that change something; lines to print."""
+def _check_unified(args: TrainingArgs) -> list[str]:
+    """Make unified_checkpoint_config the list of its options that change something; returns lines to print."""
     given = args.unified_checkpoint_config or ()
     words = re.split(r"[\s,]+", given.strip()) if isinstance(given, str) else list(given)
     for word in filter(None, words):
         if word not in UNIFIED:
-            raise UserError(f"unified_checkpoint_config: {word!r} is not here; there are {', '.join(UNIFIED)}")
-    if args.ckpt_quant_stage not in ("O0", "O1", "O2"):
-        raise UserError(f"ckpt_quant_stage: {args.ckpt_quant_stage!r}; possible are O0, O1, O2")
+            raise UserError(f"unified_checkpoint_config: unknown option {word!r}; possible are {', '.join(UNIFIED)}")
     if "enable_all_options" in words:
         words += ["skip_save_model_weight", "master_weight_compatible"]
-    notes = [] if args.unified_checkpoint else ["unified_checkpoint: false is ignored: it is the only layout here"]
+    notes = []
     if "ignore_merge_optimizer" in words:
         notes.append(f"unified_checkpoint_config: ignore_merge_optimizer is {UNIFIED['ignore_merge_optimizer']}")
-    aside = ("", "enable_all_options", "ignore_merge_optimizer")
-    args.unified_checkpoint_config = sorted({word for word in words if word not in aside})
+    without_effect = ("", "enable_all_options", "ignore_merge_optimizer")
+    args.unified_checkpoint_config = sorted({word for word in words if word not in without_effect})
     return notes
 
 
-def _options_of(key, value, where):
-    """Lines for the options in a key of OPTIONS; UserError for one that upstream does not have."""
+# ================================================================================================ parsing
+
+
+class _Given(typing.NamedTuple):
+    """One value that the user wrote."""
+
+    name: str  # the key as it was written; an alias perhaps
+    value: object
+    where: str  # a file, or "command line"
+    is_text: bool  # from the command line, so still to be converted
+
+
+def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
+    """`argv` (default: the command line): JSON files, then --key value or --key=value, later wins -> a checked Args.
+
+    Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
+    """
+    kinds = typing.get_type_hints(Args)
+    given = {}
+    aliases = {**ALIASES, **getattr(Args, "aliases", {})}
+    for key, value in _read_argv(sys.argv[1:] if argv is None else argv, kinds, aliases):
+        before = given.get(key, value)
+        if before.where == value.where and before.name != value.name and before.value != value.value:
+            raise UserError(
+                f"{value.where}: {key}: {before.name} sets it to {before.value!r}, {value.name} to {value.value!r}; "
+                "give one"
+            )
+        given[key] = value
+    fields, lines = {}, []
+    for key, value in given.items():
+        if key in kinds:
+            fields[key] = _convert(value.value, kinds[key], f"{value.where}: {value.name}", value.is_text)
+        else:
+            lines += _check_foreign_key(key, value, kinds, {**REFUSED, **getattr(Args, "refused", {})})
+    args = Args(**fields)
+    lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
+    if lines:
+        print("\n".join(lines), flush=True)
+    return args
+
+
+def _read_argv(argv: list[str], kinds: dict, aliases: dict):
+    """Yields (key, _Given) of JSON files and --key value pairs in their order; aliases become our keys."""
+    tokens = collections.deque(argv)
+    while tokens:
+        token = tokens.popleft()
+        if not token.startswith("--"):
+            for name, value in read_json_config(token).items():
+                yield from _our_keys(_Given(name, value, token, False), kinds, aliases)
+            continue
+        name, equals, value = token[2:].partition("=")
+        kind = kinds.get(aliases.get(name, name))
+        if not equals:
+            values = []
+            while tokens and not tokens[0].startswith("--") and (not values or _takes_list(kind)):
+                values.append(tokens.popleft())
+            if not values and kind is not None and bool not in _options(kind):
+                raise UserError(f"command line: --{name}: a value is missing")
+            value = ",".join(values) if values else "true"  # `--do_train` without a value is true
+        yield from _our_keys(_Given(name, value, "command line", True), kinds, aliases)
+
+
+def _our_keys(given: _Given, kinds: dict, aliases: dict):
+    """Yields (key, _Given): itself, under the name that an alias stands for, or the keys that a shorthand sets."""
+    keys = SHORTHANDS.get(given.name, {})
+    if given.name in kinds or not keys or not set(keys) <= set(kinds):
+        yield given.name if given.name in kinds else aliases.get(given.name, given.name), given
+    elif _convert(given.value, bool, f"{given.where}: {given.name}", given.is_text):
+        for key, value in keys.items():
+            yield key, given._replace(value=value, is_text=False)
+
+
+def _check_foreign_key(key: str, given: _Given, kinds: dict, refused: dict) -> list[str]:
+    """Lines to print for a key that is not a field of this script; UserError if it is refused or unknown."""
+    name, value, where, _ = given
+    training_keys = {field.name for field in dataclasses.fields(TrainingArgs)}
+    if key == "dry_run" and not _harmless(key, value):
+        raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py have one; this script does not train")
+    if key in training_keys:
+        return [f"ignored: {name}: this script does not train"]
+    if key in refused and not _harmless(key, value):
+        raise UserError(f"{where}: {name}: {value!r}: {refused[key]}")
+    if key in OPTIONS:
+        return _check_options(key, value, where)
+    if key in IGNORED or key in refused:
+        return [f"ignored: {name}: {IGNORED.get(key) or refused[key]}"]
+    if key == "_doc":
+        return []
+    others = [*ALIASES, *IGNORED, *refused, *OPTIONS, *training_keys]
+    near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, others, 1)
+    raise UserError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _check_options(key: str, value: object, where: str) -> list[str]:
+    """Lines for the options in a key of OPTIONS; UserError for one that PaddleNLP does not have."""
     words = re.findall(r"[^\s,]+", value) if isinstance(value, str) else value or []
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{where}: {key}: {value!r}; options separated by spaces or commas are needed")
@@ -284,64 +392,12 @@ def _options_of(key, value, where):
     return [f"ignored: {key}: {word}: no effect here: {OPTIONS[key][word]}" for word in words]
 
 
-def parse_args(Args, argv=None):
-    """`argv` (default: the command line): JSON files, then --key value (or --key=value), later wins -> a checked Args.
-
-    Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
-    """
-    given = {}  # key -> (value, where it stands, whether it is text from the command line)
-    tokens = collections.deque(sys.argv[1:] if argv is None else argv)
-    kinds = typing.get_type_hints(Args)
-    while tokens:
-        token = tokens.popleft()
-        if not token.startswith("--"):
-            given.update({key: (value, token, False) for key, value in read_json_config(token).items()})
-            continue
-        key, equals, value = token[2:].partition("=")
-        if not equals:
-            values = []
-            while tokens and not tokens[0].startswith("--") and (not values or _takes_list(kinds.get(key))):
-                values.append(tokens.popleft())
-            if not values and key in kinds and bool not in _options(kinds[key]):
-                raise UserError(f"command line: --{key}: a value is missing")
-            value = ",".join(values) if values else "true"  # `--do_train` alone is true
-        given[key] = (value, "command line", True)
-
-    fields, lines = {}, []
-    of_training = {field.name for field in dataclasses.fields(TrainingArgs)}
-    for key, (value, where, text) in given.items():
-        if key in kinds:
-            fields[key] = _convert(value, kinds[key], f"{where}: {key}", text)
-        elif key == "dry_run" and not _harmless(key, value):
-            raise UserError(
-                f"{where}: dry_run: pretrain.py, finetune.py and dpo.py count alone; this script does not train"
-            )
-        elif key in of_training:
-            lines.append(f"ignored: {key}: nothing is trained here")
-        elif key in REFUSED and not _harmless(key, value):
-            raise UserError(f"{where}: {key}: {value!r}: {REFUSED[key]}")
-        elif key in OPTIONS:
-            lines += _options_of(key, value, where)
-        elif key in IGNORED or key in REFUSED:
-            lines.append(f"ignored: {key}: {IGNORED.get(key) or REFUSED[key]}")
-        elif key != "_doc":
-            near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(
-                key, [*IGNORED, *REFUSED, *OPTIONS, *of_training], 1
-            )
-            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    args = Args(**fields)
-    lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
-    if lines:
-        print("\n".join(lines), flush=True)
-    return args
-
-
-def read_json_config(path):
+def read_json_config(path: str) -> dict:
     """{key: value} of one JSON file of flat keys. UserError with file and line for anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the arguments are JSON files, then --key value") from None
+        raise UserError(f"{path}: no such file; arguments are JSON files, then --key value") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text: {error}") from None
 
@@ -353,39 +409,40 @@ def read_json_config(path):
         return dict(pairs)
 
     def finite(name):
-        raise UserError(f"{path}: {name} is not a number of JSON")
+        raise UserError(f"{path}: {name} is not a JSON number")
 
     try:
-        found = json.loads(text, object_pairs_hook=unique, parse_constant=finite)
+        config = json.loads(text, object_pairs_hook=unique, parse_constant=finite)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
-    if not isinstance(found, dict):
-        raise UserError(f'{path}: holds a {type(found).__name__}; an object is needed: {{"learning_rate": 1e-4, …}}')
-    return found
+    if not isinstance(config, dict):
+        raise UserError(f'{path}: holds a {type(config).__name__}; an object is needed: {{"learning_rate": 1e-4, …}}')
+    return config
 
 
-def _options(kind):
+def _options(kind) -> tuple:
     """The alternatives of `X | Y | None`, or the one type itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
-def _takes_list(kind):
+def _takes_list(kind) -> bool:
     return any(typing.get_origin(option) is list for option in _options(kind))
 
 
-def _harmless(key, value):
+def _harmless(key: str, value: object) -> bool:
+    """Whether this value of a refused key asks for nothing that would have to be refused."""
     if key in HARMLESS:
         return (value.lower() if isinstance(value, str) else value) in HARMLESS[key]
     return not value or (isinstance(value, str) and value.lower() in ("false", "0", "none", "null", "no"))
 
 
-def _convert(value, kind, where, text):
+def _convert(value: object, kind, where: str, is_text: bool):
     """A JSON value, or text of the command line, as one of the alternatives of `kind`; UserError if it is none."""
     options = _options(kind)
-    if text and type(None) in options and value.lower() in ("none", "null"):
+    if is_text and type(None) in options and value.lower() in ("none", "null"):
         return None
     for option in options:
-        converted = _as(value, option, text)
+        converted = _as(value, option, is_text)
         if converted is not ...:
             return converted
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
@@ -393,30 +450,30 @@ def _convert(value, kind, where, text):
     raise UserError(f"{where}: {json.dumps(value, ensure_ascii=False):.60} is the wrong type; {wanted} is needed")
 
 
-def _list_of(kind):
+def _list_of(kind) -> str:
     return "a list of whole numbers" if int in typing.get_args(kind) else "a list of text"
 
 
-def _as(value, kind, text):
+def _as(value: object, kind, is_text: bool):
     """`value` as exactly this type, or ... if it is not one."""
     if kind is type(None):
         return None if value is None else ...
     if kind is bool:
-        if text:
+        if is_text:
             return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), ...)
         return bool(value) if value in (True, False) and isinstance(value, (bool, int)) else ...
     if kind in (int, float):
         try:
-            number = kind(value) if text else value
+            number = kind(value) if is_text else value
         except ValueError:
             return ...
         fits = isinstance(number, (int, float) if kind is float else int) and not isinstance(number, bool)
         return kind(number) if fits and math.isfinite(number) else ...
     if kind is str:
         return value if isinstance(value, str) else ...
-    if isinstance(value, str) and text:
+    if isinstance(value, str) and is_text:
         value = [part for part in re.split(r"[,\s]+", value) if part]
     if not isinstance(value, list):
         return ...
-    found = [_as(part, *typing.get_args(kind), text) for part in value]
-    return ... if ... in found else found
+    items = [_as(part, *typing.get_args(kind), is_text) for part in value]
+    return ... if ... in items else items

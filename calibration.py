@@ -78,7 +78,7 @@ class Calibration:
     """The hidden states of the calibration tokens before the block in hand."""
 
     def __init__(self, model, loader, batches):
-        self.items = []  # a batch: [x (B, T, D), model.Shared, places of real tokens or None]
+        self.items = []  # a batch: [x (B, T, D), model.ForwardContext, places of real tokens or None]
         model.eval()
         for index in range(batches):
             batch = loader.batch(0, index)
@@ -86,7 +86,9 @@ class Calibration:
             keys = ("input_ids", "position_ids", "startend_row_indices")
             arrays = (None if a is None else paddle.to_tensor(a) for a in (*(batch[key] for key in keys), real))
             *arrays, real = arrays
-            self.items.append([*model.prepare(*arrays), real])
+            ids, positions, mask_rows = arrays
+            context = model.start_forward(ids, positions, mask_rows)
+            self.items.append([model.embed(ids, context), context, real])
 
     @property
     def tokens(self):
@@ -97,9 +99,8 @@ class Calibration:
 
         every: experts that are given all tokens besides, for Recorders in them.
         """
-        for number, (x, shared, real) in enumerate(self.items):
-            turns, rows = (shared.cos, shared.sin), shared.rows_of(block)
-            output = functools.partial(block, x, *turns, rows, q_scale=shared.q_scale)
+        for number, (x, context, real) in enumerate(self.items):
+            output = functools.partial(block, x, context)
             with real_experts(block.mlp, real, every):
                 yield number, real, lambda: output()[0]
 
@@ -144,20 +145,20 @@ def real_experts(mlp: nn.Layer, real: paddle.Tensor | None, every: tuple = ()) -
         yield
         return
 
-    def mix(flat, weights, chosen):
+    def mix(flat, weights, chosen, layout=None):
         routed = flat, weights, chosen
         if real is not None:
             routed = [x.index_select(real) for x in routed]
         for expert in every:
             expert(routed[0])
-        mixed = MoE.mix(mlp, *routed)
+        mixed = MoE.dispatch_and_combine(mlp, *routed)
         return mixed if real is None else paddle.scatter(paddle.zeros_like(flat), real, mixed)
 
-    mlp.mix = mix
+    mlp.dispatch_and_combine = mix
     try:
         yield
     finally:
-        del mlp.mix
+        del mlp.dispatch_and_combine
 
 
 def real_positions(batch: dict, loader: object) -> np.ndarray:

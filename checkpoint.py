@@ -67,6 +67,7 @@ from formats.weights import (
     stored_tensors,
     weights_to_save,
 )
+from model import CausalLM
 from parallel import NAMES, ORDERS, SINGLE, Degrees, Topology
 
 DONE = ".checkpoint_done"
@@ -673,7 +674,7 @@ def checksums(folder: str | Path, sizes: dict[str, int], topology: Topology) -> 
 # =========================================================================================================== resuming
 
 
-def find_checkpoint(args, topology: Topology = SINGLE) -> Path | None:
+def find_checkpoint(args: object, topology: Topology = SINGLE) -> Path | None:
     """The checkpoint that resume_from_checkpoint means: a path (UserError unless complete), or true: the newest
     complete one.
 
@@ -747,7 +748,7 @@ def _describe_changes(path: Path, args, topology: Topology) -> str:
     return text + (f"; not an exact continuation, changed: {', '.join(changed)}" if changed else "")
 
 
-def load_trained(model, path: str | Path, args) -> None:
+def load_trained(model: CausalLM, path: str | Path, args: object) -> None:
     """Load the float32 weights of a checkpoint of full training into the model: its master weights, if it has any."""
     path = Path(path)
     if _read_state(path).get("weights") == "rounded":
@@ -765,7 +766,9 @@ def load_trained(model, path: str | Path, args) -> None:
     load_weights(model, path, (MASTER_WEIGHTS,) if has_master_weights else MODEL_FILES)
 
 
-def load_checkpoint(path: str | Path, optimizer=None, shards=None, output_dir: str | Path | None = None) -> TrainState:
+def load_checkpoint(
+    path: str | Path, optimizer: object = None, shards: object = None, output_dir: str | Path | None = None
+) -> TrainState:
     """TrainState of a checkpoint, and its moments into `optimizer` (None: ignore_load_lr_and_optim); no weights.
 
     Each rank reads what it holds of the moments, whatever topology wrote them. A best checkpoint that is not in
@@ -787,7 +790,7 @@ def load_checkpoint(path: str | Path, optimizer=None, shards=None, output_dir: s
     return state
 
 
-def update_best(args, state: TrainState, metrics: dict[str, float], checkpoints: CheckpointManager) -> bool:
+def update_best(args: object, state: TrainState, metrics: dict[str, float], checkpoints: CheckpointManager) -> bool:
     """Note in `state` that checkpoint-{state.step} is the best so far, if `metrics` say so; returns whether they do.
 
     An evaluation at a step that was not saved does not count: there would be nothing to go back to.

@@ -27,29 +27,28 @@ Order is a pure function of (seed, epoch), and batch(epoch, index) is random acc
 step number. Orders come from np.random.RandomState, whose stream numpy has frozen for good: an upgrade between the two
 halves of a run changes nothing.
 
-Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without it
-those of RECOGNISED are known).
-"""
+Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without
+it those of RECOGNISED are known)."""
 
 import argparse
 import bisect
 import os
 import re
-import struct
 import sys
 from array import array
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from formats.files import UserError, brief, names_in, parse_json_line
-from formats.tokenizer import load_tokenizer
+from formats.megatron import Corpus, index_bytes
+from formats.tokenizer import Tokenizer, load_tokenizer
 
 IGNORED = -100  # label of a position that teaches nothing
 
@@ -57,7 +56,7 @@ IGNORED = -100  # label of a position that teaches nothing
 # ============================== supervised records ==============================
 
 
-def sft_files(path, split="train"):
+def sft_files(path: str | Path, split: str = "train") -> list[Path]:
     """File -> [file]. Folder -> its train.json or train.jsonl, else train/*.json(l); so for "dev". UserError: none."""
     path = Path(path)
     if path.is_file():
@@ -73,7 +72,7 @@ def sft_files(path, split="train"):
     return files
 
 
-def numbered_lines(file, progress=False):
+def numbered_lines(file: Path, progress: bool = False) -> Iterator[tuple[int, int, bytes]]:
     """Yields (byte offset, line number, line) of the lines that are not blank."""
     from tqdm import tqdm
 
@@ -87,7 +86,7 @@ def numbered_lines(file, progress=False):
             bar.update(len(line))
 
 
-def record_at(files, place):
+def record_at(files: list[Path], place: np.ndarray) -> dict:
     """(file number, byte offset, line number) -> the JSON object that stands there."""
     number, offset, line = (int(v) for v in place)
     with open(files[number], "rb") as stream:
@@ -95,7 +94,7 @@ def record_at(files, place):
         return parse_json_line(stream.readline(), files[number], line)
 
 
-def parse_turns(record, where):
+def parse_turns(record: dict, where: str) -> tuple[list, dict]:
     """{"src", "tgt", "context"?} -> [(user, bot)...], context. UserError names file:line and the key that is wrong."""
     turns = []
     for key in ("src", "tgt"):
@@ -117,7 +116,9 @@ def parse_turns(record, where):
     return list(zip(*turns)), context
 
 
-def truncate_user_turn(tokenizer, user, bot, context, room, history=()):
+def truncate_user_turn(
+    tokenizer: Tokenizer, user: str, bot: str, context: dict, room: int, history: list = ()
+) -> list[int]:
     """User text -> ids of its rendered part in at most `room` tokens: the text loses its beginning, the template around
     it stays whole. history: the rounds before it."""
     ids, text = tokenizer.encode(user, False), user
@@ -130,7 +131,9 @@ def truncate_user_turn(tokenizer, user, bot, context, room, history=()):
         text = tokenizer.decode(ids[len(ids) - keep :], skip_special_tokens=False)
 
 
-def truncate_templated(tokenizer, rounds, context, src_length, max_length):
+def truncate_templated(
+    tokenizer: Tokenizer, rounds: list, context: dict, src_length: int, max_length: int
+) -> tuple[list, list]:
     """PaddleNLP's truncation with a template -> (system ids, [(user ids, bot ids)...]) of at most max_length tokens,
     unless the last user part alone is longer. The system stays; rounds are kept from the last to the first while they
     fit; the last one is always kept, its user part cut to src_length less the system, its reply to what is left. One
@@ -152,7 +155,9 @@ def truncate_templated(tokenizer, rounds, context, src_length, max_length):
     return system, [(user, bot[: max(0, room - len(user))])]
 
 
-def truncate_plain(tokenizer, rounds, context, src_length, max_length):
+def truncate_plain(
+    tokenizer: Tokenizer, rounds: list, context: dict, src_length: int, max_length: int
+) -> tuple[list, list]:
     """PaddleNLP's truncation without a template -> ([], [(src ids, tgt ids)...]). src keeps its last src_length tokens,
     special tokens included; tgt keeps its first max_length - len(src), and ends with eos only if it was not cut.
     PaddleNLP would drop all turns but the first; here the turns follow one another, and early ones go when they do not
@@ -173,7 +178,7 @@ def truncate_plain(tokenizer, rounds, context, src_length, max_length):
     return [], kept
 
 
-def truncate_prompt(tokenizer, rounds, context, src_length, max_length):
+def truncate_prompt(tokenizer: Tokenizer, rounds: list, context: dict, src_length: int, max_length: int) -> list[int]:
     """Ids up to the reply of the last round, which is to be written: the rounds that training would show, truncated as
     there (a reply given with the last round takes its part of max_length), the last in the template's query form."""
     template = tokenizer.chat_template
@@ -189,11 +194,11 @@ def truncate_prompt(tokenizer, rounds, context, src_length, max_length):
 class SFTDataset:
     """Tokenized src/tgt records of one or more JSON-lines files (or folders with {split}.json).
 
-    All records lie in one int32 array, ids of learnt tokens as they are and all others as ~id (negative), so prompt and
-    reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A million
-    records of 100 tokens are 400 MB, and never Python lists. Truncation: `truncate_templated`, `truncate_plain`. A record without
-    a learnt token left is dropped and counted in .dropped. autoregressive: prompts are learnt too. UserError: missing
-    or empty file, a bad line (file:line), nothing left to learn in any record."""
+    All records lie in one int32 array, ids of learnt tokens as they are and all others as ~id (negative), so prompt
+    and reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A
+    million records of 100 tokens are 400 MB, and never Python lists. Truncation: `truncate_templated`,
+    `truncate_plain`. A record without a learnt token left is dropped and counted in .dropped. autoregressive: prompts
+    are learnt too. UserError: missing or empty file, a bad line (file:line), nothing left to learn in any record."""
 
     def __init__(
         self, paths, tokenizer, src_length=1024, max_length=2048, split="train", autoregressive=False, progress=False
@@ -267,12 +272,12 @@ class SFTDataset:
 # ============================== batches of records ==============================
 
 
-def epoch_order(n, seed, epoch):
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of range(n), a function of (seed, epoch) alone."""
     return np.random.RandomState([seed & 0xFFFFFFFF, epoch]).permutation(n)
 
 
-def best_fit_packs(lengths, capacity):
+def best_fit_packs(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Longest first, each into the fullest pack that still has room (best-fit decreasing) -> (order, bounds): pack p
     holds order[bounds[p]:bounds[p+1]].
 
@@ -302,7 +307,7 @@ def best_fit_packs(lengths, capacity):
     return np.argsort(pack_of, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
 
 
-def in_order_packs(lengths, capacity):
+def in_order_packs(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Records in their order, a new pack when the next does not fit (PaddleNLP without greedy) -> (order, bounds)."""
     assert len(lengths) and lengths.max() <= capacity, (len(lengths), lengths.max(initial=0), capacity)
     bounds, used = [0], 0
@@ -314,7 +319,7 @@ def in_order_packs(lengths, capacity):
     return np.arange(len(lengths)), np.array([*bounds, len(lengths)])
 
 
-def collate(rows, sample, width, pad_token_id):
+def collate(rows: list, sample: Callable, width: int, pad_token_id: int) -> dict:
     """Record numbers of each row, sample(i) -> (input_ids, labels) -> the batch described at the top, T = width."""
     B = len(rows)
     input_ids = np.full((B, width), pad_token_id, np.int64)
@@ -426,7 +431,7 @@ class SFTLoader:
 # ============================== preference pairs ==============================
 
 
-def preference_pair(record, where):
+def preference_pair(record: dict, where: str) -> tuple:
     """{"src", "tgt"?, "response", "sort", "context"?} -> [(user, bot)... of earlier turns], user, chosen, rejected,
     context. The reply with the larger sort is the chosen one. UserError names file:line and what is wrong."""
     for key in ("src", "response", "sort"):
@@ -469,14 +474,24 @@ def preference_pair(record, where):
     return list(zip(users, bots)), users[-1], chosen, rejected, context
 
 
-def truncate_pair(tokenizer, history, user, chosen, rejected, context, max_seq_len, max_prompt_len, where):
+def truncate_pair(
+    tokenizer: Tokenizer,
+    history: list,
+    user: str,
+    chosen: str,
+    rejected: str,
+    context: dict,
+    max_seq_len: int,
+    max_prompt_len: int,
+    where: str,
+) -> tuple[list, list, list]:
     """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take len(prompt) - 1 + len(chosen) +
     len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
 
     If the last turn and both replies do not fit, the prompt (system and last turn) loses its beginning down to
     max_prompt_len; if that is not enough, both replies lose their ends in proportion to their lengths. Earlier turns
-    stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that are
-    kept. A reply that is cut has no end mark."""
+    stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that
+    are kept. A reply that is cut has no end mark."""
     while True:
         system, encoded = tokenizer.encode_chat([*history, (user, chosen)], context, True)
         other = tokenizer.encode_chat([*history, (user, rejected)], context, True)[1][-1]
@@ -508,9 +523,9 @@ class PreferenceDataset:
     """Tokenized pairs of replies to one prompt, from a JSON-lines file (or a folder with {split}.json).
 
     Prompts and replies lie one after another in one int32 array; records are re-read from the file when asked for, as
-    in SFTDataset. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a token of each reply, no prompt,
-    the same reply twice) is dropped and counted in .dropped. UserError: missing or empty file, a bad line (file:line),
-    nothing left."""
+    in SFTDataset. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a token of each reply, no
+    prompt, the same reply twice) is dropped and counted in .dropped. UserError: missing or empty file, a bad line
+    (file:line), nothing left."""
 
     def __init__(self, path, tokenizer, max_seq_len=4096, max_prompt_len=2048, split="train", progress=False):
         self.files, self.dropped = sft_files(path, split), 0
@@ -558,7 +573,7 @@ class PreferenceDataset:
         return record_at(self.files, self._places[i])
 
 
-def pair_sample(prompt, chosen, rejected):
+def pair_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> tuple:
     """Ids of one pair -> input_ids, labels, position_ids, rows, replies as one sequence; int32 [n - 1 + a + b].
 
         prompt p1 .. pn, chosen c1 .. ca, rejected r1 .. rb
@@ -578,7 +593,7 @@ def pair_sample(prompt, chosen, rejected):
     return input_ids, labels, position_ids, rows, np.repeat(np.array([-1, 0, 1], np.int32), [n, a, b])
 
 
-def collate_pairs(rows, sample, width, pad_token_id):
+def collate_pairs(rows: list, sample: Callable, width: int, pad_token_id: int) -> dict:
     """Pair numbers of each row, sample(i) as `pair_sample` -> the batch described at the top, T = width."""
     B = len(rows)
     batch = {
@@ -642,80 +657,7 @@ class PreferenceLoader(SFTLoader):
         return collate_pairs(pairs, self.dataset.sample, width, self.pad_token_id)
 
 
-# ============================== pretraining corpora ==============================
-# PREFIX.bin: tokens of all documents, one after another. PREFIX.idx, little endian: magic, u64 version 1, u8 dtype
-# code, u64 number of sequences, u64 length of doc_idx, int32 sizes[sequences], int64 pointers[sequences] (bytes into
-# .bin), int64 doc_idx (sequence at which each document starts, last = all).
-
-MAGIC = b"MMIDIDX\x00\x00"
-
-
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32, 10: np.uint64}
-
-
-def index_bytes(dtype, sizes):
-    """Header and arrays of the .idx of documents with these token counts (one sequence each)."""
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    sizes = np.asarray(sizes, "<i4")
-    pointers = np.zeros(len(sizes), "<i8")
-    np.cumsum(sizes[:-1].astype(np.int64) * np.dtype(dtype).itemsize, out=pointers[1:])
-    header = MAGIC + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1)
-    return header + sizes.tobytes() + pointers.tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
-
-
-def read_index(path):
-    """.idx -> (dtype, sizes int32 [sequences], doc_idx int64 [documents + 1]). UserError: not one, cut off, gaps."""
-    raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-    if raw[:9].tobytes() != MAGIC or len(raw) < 34:
-        raise UserError(f"{path}: not a Megatron index: it must begin with {MAGIC!r}, found {raw[:9].tobytes()!r}")
-    version, code, count, documents = struct.unpack("<QBQQ", raw[9:34].tobytes())
-    if version != 1 or code not in DTYPES:
-        raise UserError(f"{path}: version {version}, dtype code {code}; version 1 and one of {list(DTYPES)} are wanted")
-    if len(raw) != 34 + 12 * count + 8 * documents:
-        raise UserError(f"{path}: {len(raw)} bytes, not {34 + 12 * count + 8 * documents} as its header says: cut off")
-    sizes = raw[34 : 34 + 4 * count].view("<i4")
-    pointers = raw[34 + 4 * count : 34 + 12 * count].view("<i8")
-    doc_idx = raw[34 + 12 * count :].view("<i8")
-    ends = np.cumsum(sizes, dtype=np.int64) * np.dtype(DTYPES[code]).itemsize
-    if count and not (pointers[0] == 0 and np.array_equal(pointers[1:], ends[:-1])):
-        raise UserError(f"{path}: its sequences do not follow one another without gaps; write the corpus again")
-    return DTYPES[code], sizes, doc_idx
-
-
-class Corpus:
-    """One prefix: memory-mapped tokens and where each document starts. Only the pages that are asked for are read.
-
-    PREFIX_ids.npy + PREFIX_idx.npz (PaddleNLP's older form: lens, docs) is taken before PREFIX.bin + PREFIX.idx, as
-    upstream does."""
-
-    def __init__(self, prefix):
-        self.prefix = str(prefix)
-        ids, npz, idx, data = (Path(self.prefix + end) for end in ("_ids.npy", "_idx.npz", ".idx", ".bin"))
-        if npz.is_file() and ids.is_file():
-            try:
-                self.tokens, arrays = np.load(ids, mmap_mode="r"), np.load(npz)
-                sizes, doc_idx = arrays["lens"], arrays["docs"].astype(np.int64)
-            except (OSError, ValueError, KeyError, BadZipFile) as error:
-                raise UserError(f"{npz} and {ids.name} cannot be read as lens, docs and tokens: {error}") from None
-        elif idx.is_file() and data.is_file():
-            dtype, sizes, doc_idx = read_index(idx)
-            size, promised = data.stat().st_size, int(np.sum(sizes, dtype=np.int64)) * np.dtype(dtype).itemsize
-            if size != promised:
-                raise UserError(f"{data}: {size} bytes, {idx.name} promises {promised}: cut off or of another corpus")
-            self.tokens = np.memmap(data, dtype, "r") if size else np.zeros(0, dtype)
-        else:
-            raise UserError(f"{prefix}: neither its .bin with .idx nor its _ids.npy with _idx.npz is there")
-        ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        fits = len(doc_idx) and doc_idx[0] == 0 and doc_idx[-1] == len(sizes) and np.all(np.diff(doc_idx) >= 0)
-        if not fits or ends[-1] != len(self.tokens):
-            raise UserError(
-                f"{prefix}: its document boundaries do not fit its {len(sizes)} sequences and "
-                f"{len(self.tokens)} tokens; write the corpus again"
-            )
-        self.bounds = ends[doc_idx]  # (documents + 1,): document d is tokens[bounds[d]:bounds[d + 1]]
-
-
-def parse_blend(source):
+def parse_blend(source: str) -> list[tuple[float, str]]:
     """Folder | prefix | "w1 prefix1 w2 prefix2" -> [(weight, prefix)...], weights summing to 1. A folder's prefixes
     weigh the same, as upstream."""
     source = str(source)
@@ -738,7 +680,7 @@ def parse_blend(source):
     return [(weight / total, prefix) for weight, prefix in pairs]
 
 
-def split_documents(split, count, which):
+def split_documents(split: str, count: int, which: str) -> tuple[int, int]:
     """Shares like "949,50,1" -> (first, last + 1) document of `which` (train | valid | test), by cumulated shares."""
     try:
         shares = [float(share) for share in re.split("[,/]", split)]
@@ -881,7 +823,7 @@ class CorpusLoader:
 # ============================== python data.py corpus ==============================
 
 
-def read_documents(path):
+def read_documents(path: str | Path) -> Iterator[list]:
     """Yields chunks, lists of (line number, bytes) of about a megabyte: JSON lines, or the paragraphs of a .txt."""
     chunk, size, paragraph, begin = [], 0, [], 1
     with open(path, "rb") as stream:
@@ -904,12 +846,14 @@ def read_documents(path):
 
 
 @lru_cache(maxsize=1)
-def cached_tokenizer(path):
+def cached_tokenizer(path: str | Path) -> Tokenizer:
     """A worker process loads its tokenizer once."""
     return load_tokenizer(path)
 
 
-def encode_documents(chunk, path, tokenizer_path, json_key, append_eos, dtype):
+def encode_documents(
+    chunk: list, path: str | Path, tokenizer_path: str, json_key: str, append_eos: bool, dtype: type
+) -> tuple[bytes, array]:
     """ScheduledTokens of read_documents -> (tokens as bytes, tokens per document). Runs in a worker. UserError names
     file:line."""
     tokenizer, tokens, sizes = cached_tokenizer(tokenizer_path), [], array("i")
@@ -932,7 +876,7 @@ def encode_documents(chunk, path, tokenizer_path, json_key, append_eos, dtype):
     return b"".join(tokens), sizes
 
 
-def ordered_map(executor, function, chunks, window):
+def ordered_map(executor: ProcessPoolExecutor, function: Callable, chunks: Iterator, window: int) -> Iterator:
     """Like executor.map, but never more than `window` chunks ahead of the reader: the corpus is not in memory."""
     waiting = deque()
     for chunk in chunks:
@@ -945,7 +889,15 @@ def ordered_map(executor, function, chunks, window):
         yield done, result.result()
 
 
-def build_corpus(path, tokenizer_path, output, workers=1, json_key="text", append_eos=True, overwrite=False):
+def build_corpus(
+    path: str | Path,
+    tokenizer_path: str,
+    output: str,
+    workers: int = 1,
+    json_key: str = "text",
+    append_eos: bool = True,
+    overwrite: bool = False,
+) -> tuple[int, int]:
     """Text -> output.bin and output.idx; documents in input order whatever `workers` is. -> (documents, tokens).
 
     Written under temporary names, flushed to disk, then renamed, the index last: a prefix with an index is complete.
@@ -1013,13 +965,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `python data.py corpus --help`")
 
 
-def parse_bool(text):
+def parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
     return text.lower() in ("true", "1")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     parser = OneLineParser(prog="data.py", description="Turn text into the token files that pretrain.py reads.")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from formats.files import UserError
@@ -13,7 +14,8 @@ from formats.files import UserError
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """The sparse MLP of a block: each token goes to top_k of `count` experts, and to a shared one where there is one."""
+    """The sparse MLP of a block: each token goes to top_k of `count` experts, and to a shared one where there is
+    one."""
 
     count: int  # E
     top_k: int
@@ -29,15 +31,16 @@ class MoEConfig:
     choice_bias: bool = False  # a bias that moves the choice alone, not the weights (arXiv 2408.15664)
     dense_layers: tuple = ()  # layers whose MLP is an ordinary one
     aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added while training
-    # Each layer is balanced by itself, with shares of all choices, and the layers' losses are added up; False: the tokens
-    # of all layers together, with shares of all tokens.
+    # Each layer is balanced by itself, with shares of all choices, and the layers' losses are added up; False: the
+    # tokens of all layers together, with shares of all tokens.
     aux_by_layer: bool = False
     aux_by_sequence: bool = False  # ... and every sequence by itself (arXiv 2405.04434, 2.2.3)
 
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): queries and keys through a narrow layer each."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): queries and keys through a narrow layer
+    each."""
 
     q_rank: int | None  # None: queries come straight from the hidden state
     kv_rank: int
@@ -104,7 +107,8 @@ class ModelConfig:
 
     @property
     def max_model_len(self):
-        """Tokens of the longest sequence: as many as there are positions, more where rope stretches them; ALiBi has no end."""
+        """Tokens of the longest sequence: as many as there are positions, more where rope stretches them; ALiBi has no
+        end."""
         if self.position == "alibi":
             return 1 << 30
         factor = self.rope["factor"] if self.rope["rope_type"] == "dynamic" else 1
@@ -542,8 +546,8 @@ def _chatglm(source, fields):
 def _chatglm2(source, fields):
     multi_query, name = source.get("multi_query_attention", False), str(source.get("_name_or_path"))
     ratio = source.get("rope_ratio", 1)
-    # chatglm2-6b-32k divides positions by the ratio, ChatGLM3 and GLM-4 multiply the base with theirs (50 or more): the same
-    # keys, told apart by the name, or the size of the number.
+    # chatglm2-6b-32k divides positions by the ratio, ChatGLM3 and GLM-4 multiply the base with theirs (50 or more):
+    # the same keys, told apart by the name, or the size of the number.
     if ratio != 1 and ratio < 50 and not re.search("chatglm[23]|glm-4", name):
         raise UserError(
             f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3, GLM-4): _name_or_path = "
@@ -767,7 +771,8 @@ FAMILIES = {
 
 
 def _family_of(source, path):
-    """The row of FAMILIES for a config.json, by its model_type and, where rows share one, by the keys that tell them apart."""
+    """The row of FAMILIES for a config.json, by its model_type and, where rows share one, by the keys that tell them
+    apart."""
     kind, types = source.get("model_type"), {name: row.model_type or name for name, row in FAMILIES.items()}
     rows = [(name, FAMILIES[name].discriminating_keys) for name, model_type in types.items() if model_type == kind]
     told = [name for name, keys in rows if source.keys() & set(keys)]
@@ -778,7 +783,8 @@ def _family_of(source, path):
     return family
 
 
-# Keys that some family gives a meaning: where a family's `settings` do not list one, only the values here leave its maths alone.
+# Keys that some family gives a meaning: where a family's `settings` do not list one, only the values here leave its
+# maths alone.
 _NEUTRAL = {
     "sliding_window": (), "use_sliding_window": (False,), "partial_rotary_factor": (1.0, 1), "rotary_pct": (1.0, 1),
     "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,), "use_bias": (False,), "bias": (False,),
@@ -903,12 +909,12 @@ def _rope_parameters(source, path):
 # ====================================================================================== rotary positions
 
 
-def yarn_mscale(factor, m):
+def yarn_mscale(factor: float, m: float) -> float:
     """How much yarn raises the softmax's temperature at a context `factor` times as long (arXiv 2309.00071, Eq. 22)."""
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
-def weight_names(config, rows=None):
+def weight_names(config: ModelConfig, rows: list | None = None) -> Iterator[tuple]:
     """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
     experts = range(config.experts.count if config.experts else 0)
     for ours, theirs, transposed in rows or FAMILIES[config.family].names:

@@ -1,72 +1,79 @@
-"""4D parallelism: the grid of processes, and what each of them keeps of a model, a batch and an optimizer.
+"""4D parallelism: the grid of processes, the order in which a model is sharded, and the steps of all ranks.
 
     python -m paddle.distributed.launch --nproc_per_node 8 pretrain.py CONFIG --tensor_parallel_degree 2 …
 
-Every process has one place on the grid [dp, pp, sharding, sep, tp], tp fastest (upstream's pp_first). 8 processes with
-tensor_parallel_degree 2, pipeline_parallel_degree 2 and, as what is left, dp 2:
+Each process has coordinates on the grid [dp, pp, sharding, sep, tp], tp fastest (upstream's pp_first). 8 processes with
+tensor_parallel_degree 2, pipeline_parallel_degree 2 and, from what is left, dp 2:
 
                       pp 0 (layers 0 … L/2-1)         pp 1 (layers L/2 … L-1)
                       tp 0            tp 1            tp 0            tp 1
         dp 0          rank 0          rank 1          rank 2          rank 3        one copy of the model: 0, 1, 2, 3
-        dp 1          rank 4          rank 5          rank 6          rank 7        another one, other batches
+        dp 1          rank 4          rank 5          rank 6          rank 7        another copy, other batches
 
-Along an axis talk those that differ in its coordinate alone: tp {0,1} {2,3} {4,5} {6,7}; pp {0,2} {1,3} {4,6} {5,7};
-dp {0,4} {1,5} {2,6} {3,7}. What goes along it: tp: partial sums of each attention and MLP. pp: what a block gives to the
-next one. sep: keys and values (context_parallel_degree: around a ring; sep_parallel_degree: heads for tokens). sharding:
-gradients there, weights back. dp: gradients. Of dp, sharding and sep together, expert_parallel_degree consecutive ranks
-share out the experts: tokens there, and back.
+Ranks that differ only in one coordinate form that axis's process group: tp {0,1} {2,3} {4,5} {6,7}; pp {0,2} {1,3}
+{4,6} {5,7}; dp {0,4} {1,5} {2,6} {3,7}. What they send: tp: partial sums of each attention and MLP. pp: hidden states
+to the next stage, gradients back. sep: keys and values (context_parallel_degree: around a ring; sep_parallel_degree:
+tokens for heads). sharding: gradients to be reduced, weights to be gathered. dp: gradients. Experts are sharded over
+expert_parallel_degree consecutive ranks of (dp, sharding, sep); tokens go there and back by all-to-all.
 
-The scripts do not see it: a parallel model takes whole batches and gives the losses of all their tokens, on every rank
-that shares a batch. With one process nothing here does anything. When one process fails, all end with its message (Watchdog).
+Scripts do not see it: a parallel model takes whole batches and returns the losses of all their tokens, on every rank
+that works on the same batch. With one process nothing is sent. When one process fails, all exit with its message
+(Watchdog).
 
-    topology = parallel.init_parallel(args)                           # which place this process has; groups are connected
-    model = parallel.from_pretrained(path, topology)          # its part of the model
-    shards = parallel.ZeroOptimizer(model, weights, topology)        # its part of gradients and of the optimizer
-    for loss, batch in parallel.forward_backward(model, batches, batch_loss, seeds): …
-    norm = shards.reduce_gradients(); optimizer.step(…); shards.gather_weights()
+    topology = init_parallel(args)                            # coordinates of this process; groups are connected
+    model = from_pretrained(path, topology)                   # this rank's part of the model shards =
+    ZeroOptimizer(model, weights, topology)          # its part of gradients and optimizer (distributed/sharding.py)
+    for loss, batch in forward_backward(model, batches, inputs, loss_of, seed): … norm = shards.reduce_gradients();
+    optimizer.step(…); shards.gather_weights()
 """
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import math
 import re
-from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import kernels
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 
-from adapters import base_folders, load_adapter, lora_layers, merge
-from distributed.collectives import Axis, Gloo, Nccl, _backend, _together, enter, kept, make_expert_axes, mix_in
+from adapters import LoRALinear, base_folders, load_adapter, merge
+from distributed.collectives import Axis, Gloo, Nccl, _backend, _ScaleGradient, make_expert_axes
 from distributed.context import (
-    _RING_WITH_PREFIX,
-    apply_context_parallel,
+    TokenLayout,
     check_context,
     gather_tokens,
+    ring_attention,
     scatter_tokens,
-    spread,
+    shard_context,
+    token_layout,
+    ulysses_attention,
 )
-from distributed.expert import ExpertParallelMoE, apply_expert_parallel, is_expert_sharded
-from distributed.pipeline import PipelineCausalLM, apply_pipeline_parallel, check_pipeline, tied_axis
+from distributed.expert import apply_expert_parallel, is_expert_sharded
+from distributed.pipeline import apply_pipeline_parallel, check_pipeline, tied_axis
+from distributed.sharding import run_unit
 from distributed.tensor import (
-    COLUMN_PARALLEL,
-    ROW_PARALLEL,
-    VOCAB_PARALLEL,
-    RowParallelLinear,
-    TensorParallelPrefix,
-    _part_of,
+    AllReduceMax,
+    RowParallelLoRALinear,
     apply_tensor_parallel,
     check_tensor,
+    copy_to_tp_region,
+    gather_from_sequence_region,
+    gather_logits,
     local_heads,
+    reduce_from_tp_region,
+    scatter_to_sequence_region,
+    shard_parameter,
+    vocab_shard,
 )
 from distributed.watchdog import Launch, current_watchdog
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import load_weights
-from model import Linear, QuantLinear, build
+from model import CausalLM, LocalComm, block_linears, build, kernel_attention, linear_row
 
 # ============================================================================================ the grid
 
@@ -76,7 +83,7 @@ AXES = ("dp", "pp", "sharding", "sep", "tp")  # slowest first
 ORDERS = {"pp_first": AXES, "sharding_first": ("dp", "sharding", "pp", "sep", "tp")}
 
 
-# What upstream's NAME_parallel_degree calls them; context is the sep axis too.
+# axis -> NAME in upstream's NAME_parallel_degree; context uses the sep axis.
 NAMES = {"tp": "tensor", "pp": "pipeline", "sharding": "sharding", "sep": "sep", "context": "context", "ep": "expert"}
 
 
@@ -85,336 +92,327 @@ SHARDINGS = ("stage1", "stage2", "stage3", "offload")
 
 @dataclasses.dataclass(frozen=True)
 class Degrees:
-    """How many ways a run is cut, and along what. context: the sep axis is a ring (else heads are exchanged)."""
+    """The number of ranks along each axis of a run, and how they shard."""
 
     dp: int = 1
     pp: int = 1
     sharding: int = 1
     sep: int = 1
     tp: int = 1
-    ep: int = 1  # experts are spread over ranks that have other tokens, so it is no factor of the world
-    virtual: int = 1  # stages of the pipeline that a rank has
-    stage: int = 0  # of sharding; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
-    offload: bool = False  # moments and master weights lie in the host's memory
-    sequence_parallel: bool = False  # between attention and MLP a rank of tp keeps its share of the tokens
-    context: bool = False
-    order: str = "pp_first"  # a key of ORDERS
+    ep: int = 1  # expert groups reuse the data-parallel ranks, so ep is not a factor of the world size
+    virtual: int = 1  # pipeline stages of a rank
+    stage: int = 0  # of ZeRO; 0: none, 1: moments and master weights, 2: gradients too, 3: weights too
+    offload: bool = False  # moments and master weights are in the host's memory
+    sequence_parallel: bool = False  # between attention and MLP a rank of tp keeps only T/tp tokens
+    context: bool = False  # the sep axis is a ring (else Ulysses attention)
+    order: str = "pp_first"  # of the axes; a key of ORDERS
 
     @staticmethod
-    def of(args, config=None, T=None, world=None):
-        """From the arguments; UserError with all that does not fit, in one line.
+    def of(args, config: ModelConfig | None = None, T: int | None = None, world: int | None = None) -> "Degrees":
+        """The degrees that the arguments ask for; UserError with everything that does not fit, in one line.
 
-        config: the model's, T: the longest sequence, where they are known. world: of the processes that were launched, dp is
-        what the other degrees leave; None: a run that only counts, of as many as they ask for.
+        config, T: the model and its longest sequence, where they are known. world: the number of processes, of which
+        dp is what the other degrees leave; None: a dry run with as many as they ask for.
         """
-        asked = {axis: getattr(args, f"{name}_parallel_degree") for axis, name in NAMES.items()}
-        ways = {axis: max(1, degree) for axis, degree in asked.items()}
-        words = re.findall(r"[^\s,]+", getattr(args, "sharding", None) or "")
-        if unknown := [word for word in words if word not in SHARDINGS]:
-            raise UserError(
-                f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them"
-            )
+        requested = {axis: getattr(args, f"{name}_parallel_degree") for axis, name in NAMES.items()}
+        degree = {axis: max(1, count) for axis, count in requested.items()}
+        stages, offload = _sharding_words(getattr(args, "sharding", None) or "")
         order = getattr(args, "hybrid_parallel_topo_order", None) or "pp_first"
         if order not in ORDERS:
             raise UserError(f"hybrid_parallel_topo_order: {order!r}; possible are {', '.join(ORDERS)}")
-        if asked["sharding"] < 1 and words and world:  # as upstream: all that is left
-            left = world // (ways["pp"] * ways["sep"] * ways["context"] * ways["tp"])
-            ways["sharding"] = max(1, left)
-        stages = [int(word[-1]) for word in words if word != "offload"] or [1]
+        if requested["sharding"] < 1 and (stages or offload) and world:  # as upstream: all ranks that are left
+            degree["sharding"] = max(1, world // (degree["pp"] * degree["sep"] * degree["context"] * degree["tp"]))
+        stage = max(stages, default=1)
         degrees = Degrees(
-            pp=ways["pp"],
-            sharding=ways["sharding"],
-            sep=max(ways["sep"], ways["context"]),
-            tp=ways["tp"],
-            ep=ways["ep"],
+            pp=degree["pp"],
+            sharding=degree["sharding"],
+            sep=max(degree["sep"], degree["context"]),
+            tp=degree["tp"],
+            ep=degree["ep"],
             virtual=max(1, getattr(args, "virtual_pp_degree", 1)),
-            stage=max(stages) if ways["sharding"] > 1 else 0,
-            offload="offload" in words,
+            stage=stage if degree["sharding"] > 1 else 0,
+            offload=offload,
             sequence_parallel=getattr(args, "sequence_parallel", False),
-            context=ways["context"] > 1,
+            context=degree["context"] > 1,
             order=order,
         )
-        wrong = []
-        if ways["sep"] > 1 and ways["context"] > 1:
-            wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
-        if world and world % degrees.world:
-            factors = " x ".join(
-                f"{NAMES[axis]}_parallel_degree {ways[axis]}" for axis in ("tp", "pp", "sharding", "sep", "context")
-            )
-            mend = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
-            wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {mend}")
-        elif world:
+        wrong = _contradictions(degrees, degree, stage, world)
+        if not world:  # as many data-parallel copies as the experts need
+            dp = degree["ep"] // math.gcd(degree["ep"], degree["sharding"] * degrees.sep)
+            degrees = dataclasses.replace(degrees, dp=dp)
+        elif world % degrees.world == 0:
             degrees = dataclasses.replace(degrees, dp=world // degrees.world)
-            if ways["ep"] > world:
-                wrong.append(f"expert_parallel_degree: {ways['ep']}, but this run has {world} process(es); set it to 1")
-        elif not world:  # as many copies of all else as its experts need
-            degrees = dataclasses.replace(
-                degrees, dp=ways["ep"] // math.gcd(ways["ep"], ways["sharding"] * degrees.sep)
-            )
-        if max(stages) > 1 and ways["pp"] > 1:
-            wrong.append(
-                f"sharding stage{max(stages)} and pipeline_parallel_degree {ways['pp']} exclude each other: use stage1"
-            )
-        if degrees.virtual > 1 and ways["pp"] == 1 and config is None:  # else check_pipeline says it
+        if degrees.virtual > 1 and degree["pp"] == 1 and config is None:  # with a config check_pipeline() says it
             wrong.append(f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1")
-        if degrees.sequence_parallel and ways["tp"] == 1 and world != 1:
-            wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
         if config is not None:
             wrong += degrees.validate(config, T)
         if wrong:
             raise UserError("; ".join(wrong))
         return degrees
 
-    def validate(self, config, T=None):
-        """[what of a model, and of sequences of T tokens, cannot be cut so many ways]: key, what it is, and how many there are."""
+    def validate(self, config: ModelConfig, T: int | None = None) -> list[str]:
+        """Why a model, or its sequences of T tokens, cannot be sharded so: the key, what it is, how many there are."""
         return check_tensor(config, self) + check_pipeline(config, self) + check_context(config, self, T)
 
     def __str__(self):
         names = {"dp": "data", **NAMES, "sep": "context" if self.context else "sep"}
         order = ("tp", "pp", "sharding", "sep", "dp", "ep")
-        ways = [f"{names[axis]} {getattr(self, axis)}" for axis in order if getattr(self, axis) > 1]
+        parts = [f"{names[axis]} {getattr(self, axis)}" for axis in order if getattr(self, axis) > 1]
         if self.virtual > 1:
-            ways.insert(1 + (self.tp > 1), f"virtual {self.virtual}")
+            parts.insert(1 + (self.tp > 1), f"virtual {self.virtual}")
         if self.stage:
-            ways.append(f"stage {self.stage}{' with offload' * self.offload}")
-        return ", ".join(ways) or "one process"
+            parts.append(f"stage {self.stage}{' with offload' * self.offload}")
+        return ", ".join(parts) or "one process"
 
     @property
-    def world(self):
+    def world(self) -> int:
         return self.dp * self.pp * self.sharding * self.sep * self.tp
 
-    def cut(self, name, config):
-        """Over how many ranks tensor and expert parallelism spread a parameter or linear of this name (ours): on the fullest."""
-        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    def tp_shards(self, name: str, config: ModelConfig) -> float:
+        """Number of shards of this parameter or linear (our name) under TP and EP: whole / the largest shard."""
+        row = linear_row(name)
+        units = row.units if row is not None else None
         H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
-        if layer in ("k_proj", "v_proj"):  # repeated where there are fewer heads than ranks
+        if units == "key heads":  # repeated where there are fewer heads than ranks
             return min(self.tp, K)
-        if layer == "qkv_proj":
+        if units == "query and key heads":
             return (H + 2 * K) / (H / self.tp + 2 * K / min(self.tp, K))
-        if layer in VOCAB_PARALLEL:
+        if units == "ids":
             return V / -(-V // self.tp)
-        cut = layer in COLUMN_PARALLEL or layer in ROW_PARALLEL and not name.endswith(".bias")
-        ways = self.tp if cut else 1
-        return min(ways * self.ep, self.world // self.pp) if ".experts." in name else ways
+        is_sharded = units is not None and not (row.parallel == "row" and name.endswith(".bias"))
+        shards = self.tp if is_sharded else 1
+        return min(shards * self.ep, self.world // self.pp) if ".experts." in name else shards
 
-    def shared(self, name, config):
-        """Over how many ranks sharding spreads what cut() leaves of it: experts may have gone to these ranks already."""
+    def sharding_shards(self, name: str, config: ModelConfig) -> float:
+        """Number of shards that ZeRO makes of what tp_shards() leaves: experts may be on these ranks already."""
         if ".experts." not in name:
             return self.sharding
-        return min(self.sharding, self.world // self.pp // self.cut(name, config))
+        return min(self.sharding, self.world // self.pp // self.tp_shards(name, config))
+
+
+def _sharding_words(text):
+    """([stages], offload) of the argument `sharding`."""
+    words = re.findall(r"[^\s,]+", text)
+    if unknown := [word for word in words if word not in SHARDINGS]:
+        raise UserError(
+            f"sharding: {unknown[0]!r}; possible are stage1, stage2, stage3, and offload beside one of them"
+        )
+    return [int(word[-1]) for word in words if word != "offload"], "offload" in words
+
+
+def _contradictions(degrees, degree, stage, world):
+    """Lines about arguments that do not fit together, whatever the model."""
+    wrong = []
+    if degree["sep"] > 1 and degree["context"] > 1:
+        wrong.append("sep_parallel_degree and context_parallel_degree exclude each other")
+    if world and world % degrees.world:
+        axes = ("tp", "pp", "sharding", "sep", "context")
+        factors = " x ".join(f"{NAMES[axis]}_parallel_degree {degree[axis]}" for axis in axes)
+        advice = "set the degrees to 1" if world == 1 else f"give a product that divides {world}"
+        wrong.append(f"{factors} = {degrees.world} processes, but this run has {world}; {advice}")
+    elif world and degree["ep"] > world:
+        wrong.append(f"expert_parallel_degree: {degree['ep']}, but this run has {world} process(es); set it to 1")
+    if stage > 1 and degree["pp"] > 1:
+        wrong.append(
+            f"sharding stage{stage} and pipeline_parallel_degree {degree['pp']} exclude each other: use stage1"
+        )
+    if degrees.sequence_parallel and degree["tp"] == 1 and world != 1:
+        wrong.append("sequence_parallel needs a tensor_parallel_degree above 1")
+    return wrong
 
 
 class Topology:
-    """The place of one process on the grid: an Axis each for dp, pp, sharding, sep and tp."""
+    """The coordinates of one process on the grid, and an Axis each for dp, pp, sharding, sep and tp."""
 
-    def __init__(self, degrees, rank=0, groups=None):
-        """groups: what connects ranks and lets all meet (Gloo); None: sizes alone."""
+    def __init__(self, degrees: Degrees, rank: int = 0, groups=None):
+        """groups: distributed.collectives.Groups, which connect ranks; None: only sizes, nothing can be sent."""
         self.degrees, self.rank, self.groups = degrees, rank, groups
         order = ORDERS[degrees.order]
         sizes = [getattr(degrees, name) for name in order]
         self.grid = np.arange(degrees.world).reshape(sizes)
-        self.place = dict(zip(order, map(int, np.argwhere(self.grid == rank)[0])))
+        self.coords = dict(zip(order, map(int, np.argwhere(self.grid == rank)[0])))
         for dim, name in enumerate(order):
             lines = np.moveaxis(self.grid, dim, -1).reshape([-1, sizes[dim]])
-            mine = next(line for line in lines if rank in line)
-            setattr(self, name, Axis(name, [int(r) for r in mine], rank, groups))
+            line = next(line for line in lines if rank in line)
+            setattr(self, name, Axis(name, [int(r) for r in line], rank, groups))
         self.alone = Axis("alone", [rank], rank)
-        self.ep, self.copies = make_expert_axes(self.grid, order, degrees.ep, rank, groups)
+        self.tp.sequence_parallel = degrees.sequence_parallel and self.tp.size > 1
+        self.ep, self.expert_dp = make_expert_axes(self.grid, order, degrees.ep, rank, groups)
 
     @property
-    def axes(self):
-        return [getattr(self, name) for name in AXES] + ([self.ep, self.copies] if self.ep.size > 1 else [])
+    def axes(self) -> list[Axis]:
+        return [getattr(self, name) for name in AXES] + ([self.ep, self.expert_dp] if self.ep.size > 1 else [])
 
     @property
-    def data_rank(self):
-        """Which share of a step's batches this rank works on, of data_size."""
+    def data_rank(self) -> int:
+        """This rank's index among the data_size data-parallel ranks."""
         return self.dp.rank * self.sharding.size + self.sharding.rank
 
     @property
-    def data_size(self):
+    def data_size(self) -> int:
         return self.dp.size * self.sharding.size
 
     @property
-    def model_replica(self):
-        """(which copy of the model this rank is of, how many there are) that can work without the others: none in stage 3,
-        whose weights come from all of them, nor where experts are elsewhere."""
-        together = self.degrees.stage == 3 or self.ep.size > 1
-        return (0, 1) if together else (self.data_rank, self.data_size)
+    def model_replica(self) -> tuple[int, int]:
+        """(index, count) of model replicas that can run independently; (0, 1) under ZeRO-3 or expert parallelism."""
+        coupled = self.degrees.stage == 3 or self.ep.size > 1
+        return (0, 1) if coupled else (self.data_rank, self.data_size)
 
-    def barrier(self):
-        """Wait for all processes, however long they take."""
+    def barrier(self) -> None:
+        """Wait for all processes, without a time limit."""
         if self.groups is not None:
             self.groups.barrier()
 
-    def all_gather_object(self, value, met=False):
-        """[what each process calls this with]: JSON values. met: they come within 30 seconds of each other, after barrier(),
-        which then is not waited for."""
+    def all_gather_object(self, value, met: bool = False) -> list:
+        """The JSON values of all processes, by rank. met: they have passed a barrier() just before."""
         return [value] if self.groups is None else self.groups.all_gather_object(value, met)
 
-    def total(self, numbers, stages=False):
-        """Numbers (one, a tuple of them, or a dict) added up over the ranks with other batches; stages: over pp's too."""
+    def all_reduce_sum(self, numbers, stages: bool = False):
+        """Sum over the data-parallel ranks of a number, a tuple or a dict of numbers; stages: also over pp."""
         axes = [axis for axis in (self.sharding, self.dp, *([self.pp] if stages else [])) if axis.size > 1]
         if not axes or numbers == {}:
             return numbers
-        flat = np.array(list(numbers.values()) if isinstance(numbers, dict) else numbers, np.float64).reshape([-1])
-        found = paddle.to_tensor(flat)
+        values = list(numbers.values()) if isinstance(numbers, dict) else numbers
+        values = list(values) if isinstance(values, (tuple, list)) else [values]
+        total = paddle.to_tensor(np.array(values, np.float64).reshape([-1]))
         for axis in axes:
-            axis.all_reduce(found)
-        found = [type(old)(new) for old, new in zip(_flat(numbers), found.numpy().tolist())]
+            axis.all_reduce(total)
+        sums = [type(old)(new) for old, new in zip(values, total.numpy().tolist())]
         if isinstance(numbers, dict):
-            return dict(zip(numbers, found))
-        return tuple(found) if isinstance(numbers, tuple) else found[0]
+            return dict(zip(numbers, sums))
+        return tuple(sums) if isinstance(numbers, tuple) else sums[0]
 
 
-def _flat(numbers):
-    return (
-        list(numbers.values())
-        if isinstance(numbers, dict)
-        else list(numbers)
-        if isinstance(numbers, tuple)
-        else [numbers]
-    )
+# ==================================================================================================== where ranks talk
 
 
-def shard_adapters(model, topology):
-    """The same for LoRA and prefix, put on whole after apply_tensor_parallel()."""
-    tp = topology.tp
-    paths = {id(layer): path for path, layer in model.named_sublayers()}
-    for layer in model.sublayers():
-        if isinstance(layer, ExpertParallelMoE):
-            layer.dropout = bool(getattr(model, "lora_config", {}).get("lora_dropout"))
-    for layer in lora_layers(model).values() if topology.degrees.world > 1 else ():
-        cut = getattr(layer.base, "shard_spec", None)
-        if layer.dropout:
-            mix_in(layer, ShardedDropout, topology=topology, expert=".experts." in paths[id(layer)])
-        if cut is None:
-            continue
-        if cut.dim == 1:
-            layer.lora_B = _part_of(layer, layer.lora_B, cut.of(1, layer.lora_B.shape))
-        else:
-            layer.lora_A = _part_of(layer, layer.lora_A, cut.of(0, layer.lora_A.shape))
-            if isinstance(layer.base, RowParallelLinear):
-                mix_in(layer, RowParallelLinear, tp=tp)
-    if model.prefix is not None and model.distances_count and topology.sep.size > 1 and topology.degrees.context:
-        raise UserError(_RING_WITH_PREFIX)
-    if model.prefix is not None and tp.size > 1:
-        mix_in(model.prefix, TensorParallelPrefix, key_heads=local_heads(model.config, tp.size, tp.rank)[1])
+class ParallelComm(LocalComm):
+    """LocalComm for the ranks of a topology; see there what each method is for."""
 
+    def __init__(self, topology, config):
+        self.topology, self.config = topology, config
+        self.tp, self.sep, self.ring = topology.tp, topology.sep, topology.degrees.context
+        self.pipeline = None  # set by parallelize()
+        self.shards = None  # a ZeroOptimizer of stage 3, which sets itself
 
-class ShardedDropout:
-    """A LoRALinear of which this process has some inputs, or tokens: its part of the mask that one process would draw."""
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline is None or self.pipeline.is_last_rank
 
-    def dropped(self, x):
-        if not self.training:
-            return x
-        mask, cut = self._mask(x.shape[:-1]), getattr(self.base, "shard_spec", None)
-        if cut is not None and cut.dim == 0:
-            mask = paddle.concat([mask[..., slice(*r)] for r in cut.ranges], axis=-1)
-        return x * mask.astype(x.dtype)
+    # --------------------------------------------------------------------------- tokens: sep and sequence parallelism
 
-    def _mask(self, tokens):
-        sep = self.topology.sep
-        if self.expert and self.topology.ep.pieces is not None:
-            return paddle.concat([self._of_piece(piece) for piece in self.topology.ep.pieces if piece.count])
-        if not self.expert and sep.places is not None:
-            return scatter_tokens(self._drawn([tokens[0], sep.whole]), sep)
-        return self._drawn(tokens)
+    def token_layout(self, T, is_cached) -> TokenLayout | None:
+        """Tokens are not sharded over sep where a cache holds keys: it has all of them, on every rank of sep."""
+        if self.sep.size > 1 and not is_cached:
+            return token_layout(T, self.sep, self.ring)
+        return TokenLayout(T) if self.tp.sequence_parallel else None
 
-    def _of_piece(self, piece):
-        if piece.places is None:
-            return self._drawn([piece.count], piece.number)
-        mask = self._drawn([piece.whole], piece.number)
-        return paddle.index_select(mask, paddle.to_tensor(piece.places.clip(0)))  # tokens that fill rows up: anything
+    def shard_context(self, context):
+        return shard_context(context, self.sep, self.ring)
 
-    def _drawn(self, tokens, number=None):
-        with self.draws.under(self.key, number):
-            return F.dropout(paddle.ones([*tokens, self.base.n_in]), self.dropout)
+    def local_tokens(self, x, layout, tp=True, fill=0) -> paddle.Tensor:
+        x = scatter_tokens(x, layout, fill)
+        return scatter_to_sequence_region(x, self.tp) if tp and layout is not None else x
+
+    def gather_tokens(self, x, layout, tp=False, sum_gradients=False) -> paddle.Tensor:
+        if tp and self.tp.sequence_parallel and layout is not None:
+            x = gather_from_sequence_region(x, layout, self.tp, sum_gradients=False)
+        return gather_tokens(x, layout, self.sep, sum_gradients)
+
+    def attention(self, q, k, v, past_k, past_v, mask_rows, layout, **options) -> paddle.Tensor:
+        if layout is None or layout.token_indices is None:
+            return kernel_attention(q, k, v, past_k, past_v, mask_rows, **options)
+        if self.ring:
+            return ring_attention(q, k, v, past_k, past_v, mask_rows, self.sep, **options)
+        return ulysses_attention(q, k, v, past_k, past_v, mask_rows, layout, self.sep, **options)
+
+    # -------------------------------------------------------------------- heads, channels and ids: tensor parallelism
+
+    def copy_to_tp_region(self, x, layout) -> paddle.Tensor:
+        return copy_to_tp_region(x, layout, self.tp)
+
+    def reduce_from_tp_region(self, x) -> paddle.Tensor:
+        return reduce_from_tp_region(x, self.tp)
+
+    def replicated_over_tp(self, x) -> paddle.Tensor:
+        return x if self.tp.size == 1 else _ScaleGradient.apply(x, 1 / self.tp.size)
+
+    def cross_entropy(self, x, weight, labels, **options):
+        if self.tp.size > 1:
+            options["vocabulary"] = vocab_shard(self.config.vocab_size, self.tp)
+        return kernels.linear_cross_entropy(x, weight, labels, **options)
+
+    def max_over_vocab(self, x) -> paddle.Tensor:
+        return x if self.tp.size == 1 else AllReduceMax.apply(x, self.tp)
+
+    def gather_logits(self, logits) -> paddle.Tensor:
+        return gather_logits(logits, self.config.vocab_size, self.tp)
+
+    # ---------------------------------------------------------------------------------------- layers: ZeRO-3 and stages
+
+    def run_unit(self, name, function, *args):
+        return function(*args) if self.shards is None else run_unit(self.shards, name, function, args)
+
+    def run_stages(self, model, input_ids, context, cache) -> tuple:
+        if self.pipeline is None:
+            return model.run_all(input_ids, context, cache)
+        return self.pipeline.run_stages(model, input_ids, context, cache)
+
+    def broadcast_from_last_stage(self, outputs):
+        return outputs if self.pipeline is None else self.pipeline.broadcast_from_last_stage(outputs)
+
+    def num_parameters(self, model, trained) -> int:
+        """Of all ranks of tp, ep and pp, each parameter counted once. Ranks along pp call it together."""
+        topology, total = self.topology, 0
+        for path, parameter in model.named_parameters():
+            replicas = tied_axis(model, path)
+            if trained and parameter.stop_gradient or replicas is not None and replicas.rank > 0:
+                continue
+            spec = getattr(parameter, "shard_spec", None)
+            size = math.prod(parameter.shape if spec is None else spec.shape)
+            total += size * topology.ep.size if is_expert_sharded(path, topology) else size
+        return int(topology.pp.all_reduce(paddle.to_tensor(total, "int64")))
 
 
 # ==================================================================================== a model, and a step of it
 
 
-class ParallelCausalLM:
-    """A CausalLM of which this process has a part. It takes and gives what a whole one does."""
-
-    def begin(self, input_ids, caches):
-        """This rank's share of the tokens; one at a time, as it is generated, is not spread."""
-        self.share_tokens(input_ids.shape[1] if caches is None else None)
-        super().begin(input_ids, caches)
-
-    def share_tokens(self, T):
-        """Say which tokens of rows of T this rank works on; None: all. One token at a time cannot be spread."""
-        tp, sep = self.topology.tp, self.topology.sep
-        spread(sep, T, self.topology.degrees.context)
-        tp.tokens = (T if sep.places is None else len(sep.places)) if tp.sequence and T is not None else None
-
-    def hidden_states(self, *arguments, **options):
-        x, tp, sep = super().hidden_states(*arguments, **options), self.topology.tp, self.topology.sep
-        if tp.tokens is not None:
-            x, tp.tokens = _together(x, tp, False), None
-        x = gather_tokens(x, sep)
-        self.share_tokens(None)
-        return x
-
-    def read_by_head(self, x):
-        return enter(super().read_by_head(x), self.topology.tp)
-
-    def recomputed(self, function, *arguments):
-        T = self.topology.sep.whole
-
-        def same(*arguments):
-            self.share_tokens(T)
-            return function(*arguments)
-
-        return super().recomputed(same, *arguments)
-
-    def kept(self, x):
-        return kept(scatter_tokens(x, self.topology.sep), self.topology.tp)
-
-    def num_parameters(self, trained=False):
-        """Of all ranks of tp, ep and pp, each counted once. Ranks along pp call it together."""
-        topology, total = self.topology, 0
-        for path, parameter in self.named_parameters():
-            cut, copied = getattr(parameter, "shard_spec", None), tied_axis(self, path)
-            if trained and parameter.stop_gradient or copied is not None and copied.rank > 0:
-                continue
-            size = math.prod(parameter.shape if cut is None else cut.shape)
-            total += size * topology.ep.size if is_expert_sharded(path, topology) else size
-        return int(topology.pp.all_reduce(paddle.to_tensor(total, "int64")))
-
-    def flops_per_token(self, T):
-        experts, ep = self.config.experts, self.topology.ep
-        here = sum(
-            layer.n_in * layer.n_out
-            for path, layer in self.named_sublayers()
-            if isinstance(layer, (Linear, QuantLinear)) and is_expert_sharded(path, self.topology)
-        )
-        return super().flops_per_token(T) + (
-            6.0 * here * (ep.size - 1) * experts.top_k / experts.count if here else 0.0
-        )
-
-
-def parallelize(model, topology):
-    """Make of a model, as build() gives it, this process's part of it, in place; returns it. Order: tp, then the loop of forward()."""
+def parallelize(model: CausalLM, topology: Topology) -> CausalLM:
+    """Shard a model, as build() gives it, in place; returns it. Order: pipeline, tensor, experts."""
     model.topology, model.shards = topology, None
     if topology.degrees.world > 1:
         if wrong := topology.degrees.validate(model.config):
             raise UserError("; ".join(wrong))
         if topology.groups is not None:
             topology.groups.watchdog.check_equal_on_all_ranks("the model", dataclasses.asdict(model.config))
-        topology.tp.sequence = topology.degrees.sequence_parallel
-        apply_pipeline_parallel(model, topology)
+        model.comm = ParallelComm(topology, model.config)
+        model.comm.pipeline = model.pipeline = apply_pipeline_parallel(model, topology)
         apply_tensor_parallel(model, topology.tp)
-        apply_context_parallel(model, topology)
         apply_expert_parallel(model, topology)
-        mix_in(model, ParallelCausalLM)
-        if topology.pp.size > 1:
-            mix_in(model, PipelineCausalLM)
     return model
 
 
-def from_pretrained(path, topology, dtype="float32"):
-    """model.from_pretrained() of this process's part of the model: nothing else of it is read, or takes memory."""
+def shard_adapters(model: CausalLM, topology: Topology) -> None:
+    """Shard LoRA and a prefix that were put on a model after parallelize()."""
+    tp, sep = topology.tp, topology.sep
+    linears = [entry for entry in block_linears(model).values() if isinstance(entry[2], LoRALinear)]
+    for parent, attribute, layer in linears if topology.degrees.world > 1 else ():
+        if sep.size > 1:
+            layer.key += f" sep {sep.rank}"  # each rank draws the dropout mask of its own tokens
+        spec = getattr(layer.base, "shard_spec", None)
+        if spec is None:
+            continue
+        if spec.dim == 1:
+            layer.lora_B = shard_parameter(layer, layer.lora_B, spec.of(1, layer.lora_B.shape))
+        else:
+            layer.lora_A = shard_parameter(layer, layer.lora_A, spec.of(0, layer.lora_A.shape))
+            setattr(parent, attribute, RowParallelLoRALinear.from_lora(layer))
+    if model.prefix is not None and tp.size > 1:
+        model.prefix.local_heads = slice(*local_heads(model.config, tp.size, tp.rank)[1])
+
+
+def from_pretrained(path: str | Path, topology: Topology, dtype: str = "float32") -> CausalLM:
+    """adapters.from_pretrained() of this rank's part of the model: nothing else is read or takes memory."""
     *adapters, base = base_folders(path)
     model = parallelize(build(ModelConfig.from_json(base), dtype), topology)
     load_weights(model, base)
@@ -426,63 +424,63 @@ def from_pretrained(path, topology, dtype="float32"):
     return model
 
 
-def forward_backward(model, batches, batch_loss, seed):
-    """Forward and backward of each of this rank's batches of a step; yields (loss, batch) after each.
+def forward_backward(
+    model: CausalLM, batches: list, inputs: Callable, loss_of: Callable, seed: Callable
+) -> Iterator[tuple[float, dict]]:
+    """Forward and backward of each of this rank's micro-batches of a step; yields (loss, batch) after each.
 
-    batch_loss(batch): its part of the step's loss; in a pipeline it ends where it calls the model, but for the last stage,
-    and the loss is 0.0 where it is not known. seed(i): seeds the randomness of the i-th.
+    inputs(batch): the arguments of model.forward(). loss_of(outputs, batch): the micro-batch's part of the step's
+    loss, a scalar, from what forward() returns; in a pipeline only the last stage calls it, and yields a loss other
+    than 0.0. seed(i): seeds the randomness of the step's i-th micro-batch.
     """
     topology, shards = model.topology, model.shards
 
-    def forward(index):
+    def seed_of_rank(index):
         seed(index * topology.data_size + topology.data_rank)
-        return batch_loss(batches[index]) * (0.0 if batches[index].get("is_dummy") else 1.0)
+
+    def counted_loss(outputs, batch):
+        return loss_of(outputs, batch) * (0.0 if batch.get("is_dummy") else 1.0)
 
     if topology.pp.size > 1:
-        yield from model.pipeline.steps(batches, forward)
+        yield from model.pipeline.train_step(model, batches, inputs, counted_loss, seed_of_rank)
         return
     for index, batch in enumerate(batches):
-        loss = forward(index)
+        seed_of_rank(index)
+        loss = counted_loss(model(**inputs(batch)), batch)
         with shards.backward(last=index == len(batches) - 1) if shards else contextlib.nullcontext():
             loss.backward()
         yield float(loss), batch
 
 
-def pipelined_map(model, batches, run):
-    """(batch, run(batch)) of each, without gradients; in a pipeline several are on their way at once.
+def pipelined_map(model: CausalLM, batches: Iterable, inputs: Callable, outputs_of: Callable) -> Iterator[tuple]:
+    """(batch, outputs_of(outputs, batch)) of each batch, without gradients; a pipeline works on several at once.
 
-    run calls the model once, and returns one or several tensors; nobody else calls it meanwhile.
+    inputs(batch): the arguments of model.forward(); outputs: what it returns. outputs_of() returns one or several
+    tensors, and no other call of the model may come between.
     """
     pipeline = getattr(model, "pipeline", None)
-    if pipeline is None:
-        yield from ((batch, run(batch)) for batch in batches)
+    if pipeline is not None:
+        yield from pipeline.map(model, batches, inputs, outputs_of)
         return
-    begun = deque()
     for batch in batches:
-        with paddle.no_grad():
-            begun.append((batch, pipeline.begin(functools.partial(run, batch))))
-        if len(begun) == pipeline.size - pipeline.rank:
-            batch, found = begun.popleft()
-            yield batch, pipeline.end(found)
-    for batch, found in begun:
-        yield batch, pipeline.end(found)
+        yield batch, outputs_of(model(**inputs(batch)), batch)
 
 
-def init_parallel(args):
-    """The Topology of this process, from the arguments and what Paddle's launcher says; groups are connected."""
+def init_parallel(args: object) -> Topology:
+    """The Topology of this process, from the arguments and Paddle's launcher; groups are connected."""
     launch = Launch.of_environment()
     degrees = Degrees.of(args, world=launch.world)
     if launch.world == 1:
         return Topology(degrees)
-    together = current_watchdog()
-    together.check_equal_on_all_ranks("the scripts", _versions())
-    together.check_equal_on_all_ranks("arguments", vars(args))
-    together.barrier()  # only now: connecting gives up on one that comes late
+    watchdog = current_watchdog()
+    watchdog.check_equal_on_all_ranks("the scripts", _versions())
+    watchdog.check_equal_on_all_ranks("arguments", vars(args))
+    watchdog.barrier()  # before connecting, which has a time limit
     return Topology(degrees, launch.rank, (Gloo if _backend() == "gloo" else Nccl)(launch))
 
 
 def _versions():
-    """{file: digest} of the project's code, and the versions of what it runs on."""
+    """{file: digest} of the project's code, and the versions of its libraries."""
     here = Path(__file__).resolve().parent
     rooms = [
         here.glob("*.py"),

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
+
 import numpy as np
 import paddle
 from paddle import nn
@@ -46,7 +48,7 @@ from formats.weights import named_weights, save_pretrained
 from model import CausalLM, QuantLinear, block_linears, norm_consumers, set_parameter, shiftable_norms
 
 BITS = {"weight_only_int8": 8, "wint8": 8, "weight_only_int4": 4, "wint4": 4, "a8w8": 8}  # the known quant_type
-NOT_HERE = {  # keys that are refused when they ask for something, and why
+REFUSED = {  # PaddleNLP's keys that are refused when they ask for something, and why
     "do_awq": "AWQ is not here; do_gptq: true compresses to 4 bits with calibration",
     "auto_clip": "clipping search is not here; do_gptq: true chooses ranges by their error",
     "do_qat": "quantization-aware training is not here; quantization is done after training",
@@ -100,20 +102,13 @@ class Args(ScriptArgs):
     search_scale_min: float = 1.0  # constant factors that are tried as well, in steps of 0.5
     search_scale_max: float = 5.0
     search_tokens: int = 512  # calibration tokens that an error is measured on
-    do_awq: bool = False  # this and the next four: see NOT_HERE
-    auto_clip: bool = False
-    do_qat: bool = False
-    load_quant_model: bool = False
-    shift_all_linears: bool = False
-    skip_list_names: list[str] | None = None
+
+    refused = REFUSED
 
     def check(self):
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key):
                 raise UserError(f"{key}: missing")
-        for key, why in NOT_HERE.items():
-            if getattr(self, key):
-                raise UserError(f"{key}: {why}")
         if self.do_ptq == self.do_gptq:
             count = "both" if self.do_ptq else "neither"
             raise UserError(f"{count} of do_ptq and do_gptq: true; choose one")

@@ -1,19 +1,18 @@
 """Answer prompts: one engine with continuous batching behind a terminal, a file of prompts, or an HTTP server.
 
-    python serve.py configs/llama_serve.json                                  # OpenAI's HTTP interface and a page to chat
-    python serve.py configs/llama_serve.json --prompt "type#dress*color#red"   # one reply, as it is written
-    python serve.py configs/llama_serve.json --data_file in.jsonl --output_file out.jsonl
-    python serve.py configs/llama_serve.json --benchmark
+    python serve.py configs/llama_serve.json                                  # OpenAI's HTTP interface and a page to
+    chat python serve.py configs/llama_serve.json --prompt "type#dress*color#red"   # one reply, as it is written
+    python serve.py configs/llama_serve.json --data_file in.jsonl --output_file out.jsonl python serve.py
+    configs/llama_serve.json --benchmark
 
-Opens full, merged, quantized, LoRA and prefix-tuned folders; `lora_path "name=path,name2=path2"` serves several adapters of
-one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`.
+Opens full, merged, quantized, LoRA and prefix-tuned folders; `lora_path "name=path,name2=path2"` serves several
+adapters of one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`.
 
-The engine: requests join and leave at every step; a step computes one token of every running sequence and, with what is
-left of `max_num_batched_tokens`, pieces of new prompts. Keys and values lie in a pool of blocks (Kwon et al., arXiv
-2309.06180); identical full blocks are kept once; when the pool runs dry the youngest sequence waits and is computed again.
-The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory. Not here: beam search, speculative decoding,
-more than one process.
-"""
+The engine: requests join and leave at every step; a step computes one token of every running sequence and, with what
+is left of `max_num_batched_tokens`, pieces of new prompts. Keys and values lie in a pool of blocks (Kwon et al., arXiv
+2309.06180); identical full blocks are kept once; when the pool runs dry the youngest sequence waits and is computed
+again. The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory. Not here: beam search, speculative
+decoding, more than one process."""
 
 import collections
 import dataclasses
@@ -21,6 +20,8 @@ import json
 import os
 import time
 from pathlib import Path
+
+import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
 
 import numpy as np
 import paddle
@@ -182,15 +183,15 @@ def engine_of(model, tokenizer, num_blocks, adapters, args):
     engine = Engine(
         model,
         tokenizer,
-        num_blocks,
-        args.block_size,
-        args.batch_size,
-        args.max_num_batched_tokens,
-        args.total_max_length,
-        args.max_queue,
-        args.seed,
-        adapters,
-        args.cachekv_int8_type is not None,
+        num_blocks=num_blocks,
+        block_size=args.block_size,
+        max_num_seqs=args.batch_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=args.total_max_length,
+        max_queue=args.max_queue,
+        seed=args.seed,
+        adapters=adapters,
+        int8_cache=args.cachekv_int8_type is not None,
     )
     print(
         f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a sequence, "
@@ -244,7 +245,8 @@ def read_records(path):
 
 
 def answered(args):
-    """How many lines of output_file are done: they must be those of data_file. A last line cut off by a kill is removed."""
+    """How many lines of output_file are done: they must be those of data_file. A last line cut off by a kill is
+    removed."""
     path = Path(args.output_file)
     if not path.exists():
         return 0
@@ -318,7 +320,8 @@ def answer_file(engine, tokenizer, args):
 
 
 def benchmark(engine, args):
-    """Time to first token and tokens/s of 1, 2, 4, 8 and 16 prompts of random ids at once, greedily, to the last token."""
+    """Time to first token and tokens/s of 1, 2, 4, 8 and 16 prompts of random ids at once, greedily, to the last
+    token."""
     prompt = min(args.src_length or 128, engine.max_model_len // 2)
     new = min(args.max_length, 128, engine.max_model_len - prompt)
     ids = np.random.default_rng(args.seed)

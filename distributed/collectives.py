@@ -39,13 +39,7 @@ class Axis:
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
         self.groups, self.watchdog = groups, groups and groups.watchdog
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
-        self.sequence = False  # tp: between attention and MLP a rank keeps its share of the tokens, …
-        self.tokens = None  # … of so many, T/sep, of the pass that is being made; None: not in this one
-        self.places = (
-            None  # sep: (T,) int64 numpy, where in whole rows of `whole` tokens this rank's tokens stand; see spread()
-        )
-        self.whole = None
-        self.pieces = None  # ep: [ExpertTokens], whose tokens an expert is at work on; None: this rank's
+        self.sequence_parallel = False  # of tp: between attention and MLP a rank keeps its share of the tokens
         self.seconds, self.bytes = 0.0, 0
 
     def all_reduce(self, x: paddle.Tensor, op: str = "sum") -> paddle.Tensor:
@@ -378,34 +372,10 @@ class _ScaleGradient(PyLayer):
         return dy * ctx.factor
 
 
-def enter(x, tp):
-    """What all ranks of tp compute a part from: x (B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D)."""
-    if tp.size == 1:
-        return x
-    return _CopyToRegion.apply(x, tp) if tp.tokens is None else _together(x, tp, True)
-
-
-def _together(x, tp, summed):
-    x = _AllGather.apply(x, tp, 1, summed)
-    return x if x.shape[1] == tp.tokens else x[:, : tp.tokens]
-
-
-def leave(x, tp):
-    """(B, T, D) partial over tp -> their sum (B, T, D), or this rank's (B, T/tp, D) with sequence parallelism."""
-    if tp.size == 1:
-        return x
-    return _ReduceFromRegion.apply(x, tp) if tp.tokens is None else _ReduceScatter.apply(_filled(x, tp.size), tp, 1)
-
-
-def kept(x, tp):
-    """(B, T, …), the same on every rank of tp -> the tokens that this rank keeps between attention and MLP."""
-    return x if tp.size == 1 or tp.tokens is None else tp.local_chunk(_filled(x, tp.size), 1)
-
-
-def _filled(x, multiple):
-    """(B, T, …) -> zeros behind, so that T is a multiple. They are cut off wherever tokens come together again."""
-    more = -x.shape[1] % multiple
-    return paddle.concat([x, paddle.zeros([x.shape[0], more, *x.shape[2:]], x.dtype)], axis=1) if more else x
+def pad_to_multiple(x: paddle.Tensor, multiple: int) -> paddle.Tensor:
+    """(B, T, …) with zeros behind it, so that T is a multiple."""
+    missing = -x.shape[1] % multiple
+    return paddle.concat([x, paddle.zeros([x.shape[0], missing, *x.shape[2:]], x.dtype)], axis=1) if missing else x
 
 
 # ============================================================================= which part of a tensor a rank holds
@@ -477,17 +447,17 @@ def gather_full_tensor(tensor: paddle.Tensor, shard_spec: ShardSpec, tp: Axis) -
     return full
 
 
-def mix_in(layer, mixin, **attributes):
-    """Give a layer a mixin's methods in front of its class's, in place: names and parameters stay as they are."""
-    layer.__class__ = type(f"{mixin.__name__}{type(layer).__name__}", (mixin, type(layer)), {})
-    for name, value in attributes.items():
-        setattr(layer, name, value)
+def recast(layer: paddle.nn.Layer, cls: type) -> paddle.nn.Layer:
+    """The layer as an instance of cls, a subclass of its class: the same parameters, sublayers and attributes."""
+    new = cls.__new__(cls)
+    new.__dict__.update(layer.__dict__)
+    return new
 
 
 # ======================================================================================= expert parallelism
 
 
-def make_expert_axes(grid, order, degree, rank, groups):
+def make_expert_axes(grid: np.ndarray, order: tuple, degree: int, rank: int, groups: object) -> tuple[Axis, Axis]:
     """(the ranks that share out the experts, those with the same experts) around a rank; ranks are connected in this
     order.
 
@@ -499,14 +469,14 @@ def make_expert_axes(grid, order, degree, rank, groups):
     line = next(line for line in line.reshape([-1, math.prod(line.shape[2:])]) if rank in line).reshape([-1, degree])
     (group, place), *_ = np.argwhere(line == rank)
     if degree == 1:
-        return Axis("ep", [rank], rank), Axis("copies", [rank], rank)
+        return Axis("ep", [rank], rank), Axis("expert_dp", [rank], rank)
     return tuple(
         Axis(name, [int(r) for r in ranks], rank, groups)
-        for name, ranks in (("ep", line[group]), ("copies", line[:, place]))
+        for name, ranks in (("ep", line[group]), ("expert_dp", line[:, place]))
     )
 
 
-def gather_tensor_index(sizes: dict[str, int], topology) -> tuple[dict[str, int], dict[str, list[int]]]:
+def gather_tensor_index(sizes: dict[str, int], topology: object) -> tuple[dict[str, int], dict[str, list[int]]]:
     """This rank's {name: bytes} -> ({name: bytes}, {name: [ranks that hold it]}) over all ranks; call it after a
     barrier.
 

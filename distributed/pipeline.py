@@ -14,21 +14,23 @@ import paddle
 import paddle.distributed as dist
 
 from distributed.collectives import Axis, _backend
+from families import ModelConfig
 from formats.weights import named_weights
+from model import CausalLM
 
 # ========================================================================================================= pipeline
 
 
-def partition_layers(layers, stages):
-    """[range of layers] of each stage: as even as can be; stages in the middle, which have no embedding or head, take more."""
+def partition_layers(layers: int, stages: int) -> list[range]:
+    """[range of layers] of each stage, as even as possible; the middle ones, without embedding or head, take more."""
     order = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage == stages - 1, stage))
     sizes = [layers // stages + (order.index(stage) < layers % stages) for stage in range(stages)]
     ends = np.cumsum(sizes).tolist()
     return [range(end - size, end) for size, end in zip(sizes, ends)]
 
 
-def check_pipeline(config, degrees):
-    """[what stands against a pipeline of this model so, a line each]."""
+def check_pipeline(config: ModelConfig, degrees: object) -> list[str]:
+    """Why this model cannot be a pipeline of these degrees, a line each."""
     stages = degrees.pp * degrees.virtual
     if degrees.virtual > 1 and degrees.pp == 1:
         return [f"virtual_pp_degree {degrees.virtual} needs a pipeline_parallel_degree above 1"]
@@ -41,13 +43,13 @@ def check_pipeline(config, degrees):
 
 
 @functools.cache
-def pipeline_schedule(ranks, virtual, batches):
-    """For each rank of a pipeline its [("forward" or "backward", chunk, micro-batch)] of a step, in order.
+def pipeline_schedule(ranks: int, virtual: int, batches: int) -> list[list[tuple]]:
+    """For each rank its [("forward" or "backward", chunk, micro-batch)] of a step, in order.
 
-    ScheduledTokens c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
-    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of as many as there are ranks, all of a group through
-    one chunk before the next; the last group may be smaller. A rank begins with as many forwards as lie between it and
-    the first backward; where that order would wait for itself, as it can with a smaller group, with more.
+    Chunk c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
+    interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of one per rank, all of a group through one chunk
+    before the next; the last group may be smaller. A rank warms up with as many forwards as lie between it and the
+    first backward; with more if that order would deadlock, as it can with a smaller group.
     """
     groups = [range(first, min(first + ranks, batches)) for first in range(0, batches, ranks)]
     forwards = [("forward", chunk, i) for group in groups for chunk in range(virtual) for i in group]
@@ -63,8 +65,9 @@ def pipeline_schedule(ranks, virtual, batches):
             return plan
 
 
-def simulate_schedule(plan, costs={"forward": 1.0, "backward": 2.0}):
-    """How long a pipeline_schedule takes, and the share of that time in which a rank is idle; None if it waits for itself."""
+def simulate_schedule(plan: list[list[tuple]], costs: dict | None = None) -> tuple[float, float] | None:
+    """(duration of a pipeline_schedule, share of it in which a rank is idle); None if it deadlocks."""
+    costs = costs or {"forward": 1.0, "backward": 2.0}
     ranks, virtual = len(plan), 1 + max(chunk for _, chunk, _ in plan[0])
     last, finished, places, clocks = ranks * virtual - 1, {}, [0] * ranks, [0.0] * ranks
     while any(place < len(steps) for place, steps in zip(places, plan)):
@@ -87,10 +90,10 @@ def simulate_schedule(plan, costs={"forward": 1.0, "backward": 2.0}):
     return max(clocks), 1 - busy / (ranks * max(clocks))
 
 
-def bubble_fraction(ranks, virtual, batches):
-    """The share of a step in which a rank of a pipeline is idle, if all stages take equally long: (p-1) / (v·m + p-1).
+def bubble_fraction(ranks: int, virtual: int, batches: int) -> float:
+    """The share of a step in which a rank is idle, if all stages take equally long: (p-1) / (v·m + p-1).
 
-    With virtual stages, and micro-batches that are no multiple of the ranks, there is no formula: the pipeline_schedule's own.
+    With virtual stages and micro-batches that are not a multiple of the ranks there is no formula: it is simulated.
     """
     if virtual == 1 or batches % ranks == 0:
         return (ranks - 1) / (virtual * batches + ranks - 1)
@@ -100,41 +103,41 @@ def bubble_fraction(ranks, virtual, batches):
 class Channel:
     """Messages, a header and tensors of any shapes, from one process to another, in the order of sending.
 
-    A bell beside the group (a connection of Python's own) carries the headers, and says when both are ready: gloo gives up
-    after 30 seconds, and a neighbor may need longer. It also tells at once that the neighbor is gone.
+    A control socket beside the group carries the headers, and says when both ranks are ready: gloo gives up after 30
+    seconds, and a neighbor may need longer. It also tells at once that the neighbor has died.
     """
 
-    def __init__(self, source, target, groups):
+    def __init__(self, source: int, target: int, groups):
         self.source, self.target, self.error = source, target, None
-        self.group, mine = groups.connect([source, target], "channel "), groups.launch.rank
-        key = f"bell {source} {target}"
-        if mine == target:
+        self.group, rank = groups.connect([source, target], "channel "), groups.launch.rank
+        key = f"control {source} {target}"
+        if rank == target:
             host = groups.launch.endpoints[source].split(":")[0]
-            self.bell = Client((host, int(groups.store.get(key))))
+            self.control = Client((host, int(groups.store.get(key))))
         else:
             with Listener(("", 0)) as listener:
                 groups.store.set(key, str(listener.address[1]))
-                self.bell = listener.accept()
+                self.control = listener.accept()
         self.waiting, self.sent = queue.SimpleQueue(), []
         if _backend() != "gloo":  # the first call connects, and waits for that of the other
-            (dist.recv if mine == target else dist.send)(
-                paddle.zeros([1]), source if mine == target else target, self.group
+            (dist.recv if rank == target else dist.send)(
+                paddle.zeros([1]), source if rank == target else target, self.group
             )
-        elif mine == source:  # gloo's sends end when they are received
+        elif rank == source:  # gloo's sends end when they are received
             self.thread = threading.Thread(target=self._send_all, daemon=True)
             self.thread.start()
             atexit.register(self.close)
 
-    def send(self, header, tensors):
-        """header: what JSON can hold. Returns at once; the tensors must not change afterwards."""
+    def send(self, header, tensors) -> None:
+        """header: JSON values. Returns at once; the tensors must not change afterwards."""
         if self.error is not None:
-            raise RuntimeError(f"rank {self.target} takes no more from rank {self.source}") from self.error
+            raise RuntimeError(f"rank {self.target} accepts nothing more from rank {self.source}") from self.error
         tensors = [tensor.detach().contiguous() for tensor in tensors]
         header = [header, [[tensor.shape, str(tensor.dtype).rpartition(".")[2]] for tensor in tensors]]
         if _backend() == "gloo":
             self.waiting.put((header, tensors))
         else:
-            self.bell.send_bytes(json.dumps(header).encode())
+            self.control.send_bytes(json.dumps(header).encode())
             self.sent = [(task, tensor) for task, tensor in self.sent if not task.is_completed()]
             self.sent += [(dist.isend(tensor, self.target, self.group), tensor) for tensor in tensors]
 
@@ -142,266 +145,255 @@ class Channel:
         while (message := self.waiting.get()) is not None:
             header, tensors = message
             try:
-                self.bell.send_bytes(json.dumps(header).encode())
+                self.control.send_bytes(json.dumps(header).encode())
                 if tensors:
-                    self.bell.recv_bytes()  # now the other receives
+                    self.control.recv_bytes()  # the target is receiving now
                 for tensor in tensors:
                     dist.send(tensor, self.target, self.group)
             except Exception as error:  # send() raises it
                 self.error = error
-                self.bell.close()
+                self.control.close()
                 return
-            message = tensors = tensor = None  # else kept until the next comes
+            message = tensors = tensor = None  # else they stay in memory until the next message
 
-    def receive(self):
-        """(header, tensors) of the next message, however long it takes to come."""
+    def receive(self) -> tuple:
+        """(header, tensors) of the next message; waits without a time limit."""
         try:
-            header, kinds = json.loads(self.bell.recv_bytes())
-            if kinds and _backend() == "gloo":
-                self.bell.send_bytes(b"now")
+            header, specs = json.loads(self.control.recv_bytes())
+            if specs and _backend() == "gloo":
+                self.control.send_bytes(b"now")
         except (EOFError, ConnectionError):
-            raise RuntimeError(f"rank {self.source} of the pipeline is gone") from None
-        tensors = [paddle.empty(shape, dtype) for shape, dtype in kinds]
+            raise RuntimeError(f"rank {self.source} of the pipeline has died") from None
+        tensors = [paddle.empty(shape, dtype) for shape, dtype in specs]
         for tensor in tensors:
             dist.recv(tensor, self.source, self.group)
         return header, tensors
 
-    def close(self):
-        """What is not sent yet gets a little time."""
+    def close(self) -> None:
+        """Waits a little for messages that are not sent yet."""
         self.waiting.put(None)
         self.thread.join(20)
 
 
-@functools.cache  # a process has one
-def channel(source, target, groups):
+@functools.cache  # one per process
+def channel(source: int, target: int, groups: object) -> Channel:
     return Channel(source, target, groups)
 
 
-class HandedOn(Exception):
-    """Raised inside a model's forward() where this rank's part of it ends, and the next rank's begins."""
-
-
-MicrobatchIO = namedtuple(
-    "MicrobatchIO", "inputs asked outputs"
-)  # of a chunk's forward, for its backward; see Pipeline.take()
+MicrobatchIO = namedtuple("MicrobatchIO", "inputs wants_gradient outputs")  # of a chunk's forward, for its backward
 
 
 class Pipeline:
-    """This rank's place in a pipeline, and its talk with its neighbors.
+    """This rank's stages, and its messages with its neighbors.
 
-    ScheduledTokens c of it is stage c · size + rank; layers[c] are its layers. From stage to stage go x (B, T, D) and the
-    probabilities of the routers before it, of which the last stage makes their loss; back go the gradients of those that
-    have one. now: (chunk, micro-batch) of the forward that is being made while training, else None.
+    Chunk c of rank r is stage c · size + r; layers[c] are its layers. From stage to stage go x (B, T/sp, D) and the
+    probabilities of the routers before it, of which the last stage makes their loss; gradients of those that have one
+    go back.
     """
 
-    def __init__(self, topology, layers):
+    def __init__(self, topology, layers: int):
         pp = topology.pp
         self.axis, self.rank, self.size, self.virtual = pp, pp.rank, pp.size, topology.degrees.virtual
         stages = partition_layers(layers, self.size * self.virtual)
         self.layers, self.last = stages[self.rank :: self.size], len(stages) - 1
-        self.now, self.starts, self.whole, self.begun = None, False, False, 0
-        self.flights, self.arrived = {}, defaultdict(deque)  # messages, by (kind, chunk, micro-batch)
+        self.microbatches, self.messages = {}, defaultdict(deque)  # messages: by (kind, chunk, micro-batch)
+        self.pending_results = 0  # of start_inference()
         self.waited = 0.0  # seconds, for messages
-        pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and of bubble_fraction()
-        # In an order of all, or ranks would wait for each other in a circle: every other edge first, at the same time.
+        pp.idle = pp.bubble = 0.0  # share of the last step in which this rank waited, and bubble_fraction() of it
+        # Every other edge first, all of these at the same time: in a circle the ranks would wait for each other.
         edges = sorted(range(self.size if self.virtual > 1 else self.size - 1), key=lambda rank: (rank % 2, rank))
         edges = [(pp.ranks[rank], pp.ranks[(rank + 1) % self.size]) for rank in edges]
         pairs = dict.fromkeys(pair for a, b in edges for pair in ((a, b), (b, a)) if topology.rank in pair)
         self.channels = {pair: channel(*pair, topology.groups) for pair in pairs if topology.groups is not None}
 
-    def stage(self, chunk):
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank == self.size - 1
+
+    def stage(self, chunk: int) -> int:
         return chunk * self.size + self.rank
 
-    def send(self, step, header, tensors):
+    # --------------------------------------------------------------------------------------------------- messages
+
+    def send(self, step: int, header: list, tensors: list) -> None:
         """To the next rank (step 1) or the one before (-1); header: [kind, chunk there, micro-batch, …]."""
         target = (self.rank + step) % self.size
         self.axis.bytes += sum(tensor.size * tensor.element_size() for tensor in tensors)
         self.channels[self.axis.ranks[self.rank], self.axis.ranks[target]].send(header, tensors)
 
-    def receive(self, step, kind, chunk, batch):
-        """What the rank one step away sent of this kind for a chunk and a micro-batch: (rest of the header, tensors)."""
-        begin, key = time.perf_counter(), (kind, chunk, batch)
+    def receive(self, step: int, kind: str, chunk: int, microbatch: int | None) -> tuple:
+        """(rest of the header, tensors) of the message of this kind, chunk and micro-batch; step: -1 or 1."""
+        begin, key = time.perf_counter(), (kind, chunk, microbatch)
         source = self.axis.ranks[(self.rank + step) % self.size]
-        while not self.arrived[key]:
-            (*found, rest), tensors = self.channels[source, self.axis.ranks[self.rank]].receive()
-            self.arrived[tuple(found)].append((rest, tensors))
+        while not self.messages[key]:
+            (*header, rest), tensors = self.channels[source, self.axis.ranks[self.rank]].receive()
+            self.messages[tuple(header)].append((rest, tensors))
         self.waited += time.perf_counter() - begin
-        return self.arrived[key].popleft()
+        return self.messages[key].popleft()
 
-    def take(self, chunk, recompute):
-        """[x, *probabilities] that the stage before gave for a chunk. asked: which of them shall have a gradient."""
-        batch = None if self.now is None else self.now[1]
-        asked, tensors = self.receive(-1, "forward", chunk, batch)
-        for tensor, wanted in zip(tensors, asked):
+    def recv_activations(self, chunk: int, microbatch: int | None, recompute: bool) -> tuple:
+        """([x, *probabilities] that the stage before sent for a chunk, [whether each gets a gradient])."""
+        wants_gradient, tensors = self.receive(-1, "forward", chunk, microbatch)
+        for tensor, wanted in zip(tensors, wants_gradient):
             tensor.stop_gradient = not wanted
-        if recompute:  # see CausalLM.embed()
+        if recompute:  # see CausalLM._embed()
             tensors[0].stop_gradient = False
-        return tensors, asked
+        return tensors, wants_gradient
 
-    def give(self, chunk, tensors):
+    def send_activations(self, chunk: int, microbatch: int | None, tensors: list) -> None:
         """[x, *probabilities] of a chunk to the next stage."""
-        batch = None if self.now is None else self.now[1]
-        there = chunk + (self.rank == self.size - 1)
-        self.send(1, ["forward", there, batch, [not tensor.stop_gradient for tensor in tensors]], tensors)
+        target_chunk = chunk + self.is_last_rank
+        header = ["forward", target_chunk, microbatch, [not tensor.stop_gradient for tensor in tensors]]
+        self.send(1, header, tensors)
 
-    def backward(self, chunk, batch):
-        """The backward of a chunk's forward: gradients come from the next stage and go to the one before."""
-        inputs, asked, outputs = self.flights.pop((chunk, batch))
-        passed = []  # gradients of probabilities that only passed through
-        if self.stage(chunk) == self.last:
-            outputs[0].backward()
-        else:
-            there = chunk + (self.rank == self.size - 1)
-            gradients = iter(self.receive(1, "backward", there, batch)[1])
-            own = [(tensor, next(gradients)) for tensor in outputs if not tensor.stop_gradient]
-            passed = list(gradients)
-            if own:
-                paddle.autograd.backward(*map(list, zip(*own)))
-        if self.stage(chunk) > 0:
-            wanted = [tensor for tensor, wanted in zip(inputs, asked) if wanted]
-            if passed:
-                wanted = wanted[: len(wanted) - len(passed)]
-            found = [paddle.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in wanted]
-            self.send(-1, ["backward", chunk, batch, None], [*found, *passed])
+    # --------------------------------------------------------------------------------------------------- training
 
-    def steps(self, batches, forward):
-        """forward_backward() of a pipeline. forward(i): the loss of the i-th batch, or HandedOn."""
+    def train_step(self, model, batches: list, inputs, loss_of, seed):
+        """forward_backward() of a pipeline: yields (loss, batch); the loss is 0.0 but on the last stage."""
         begin, waited, losses = time.perf_counter(), self.waited, {}
         for kind, chunk, i in pipeline_schedule(self.size, self.virtual, len(batches))[self.rank]:
             if kind == "forward":
-                self.now = chunk, i
-                try:
-                    loss = forward(i)
-                    self.flights[self.now] = self.flights[self.now]._replace(outputs=[loss])
-                    losses[i] = float(loss)
-                except HandedOn:
-                    pass
-                finally:
-                    self.now = None
+                seed(i)
+                loss = self.forward(model, chunk, i, inputs(batches[i]), functools.partial(loss_of, batch=batches[i]))
+                losses[i] = 0.0 if loss is None else float(loss)
                 continue
             self.backward(chunk, i)
             if chunk == 0:
-                yield losses.pop(i, 0.0), batches[i]
-        # The first rank is the last to end; who went on to a collective would wait too long for gloo.
+                yield losses.pop(i), batches[i]
+        # The first rank ends last; gloo's collectives would time out on the others.
         if self.rank > 0:
             self.receive(-1, "end", 0, 0)
-        if self.rank < self.size - 1:
+        if not self.is_last_rank:
             self.send(1, ["end", 0, 0, None], [])
         seconds = time.perf_counter() - begin
         self.axis.idle = (self.waited - waited) / seconds
         self.axis.bubble = bubble_fraction(self.size, self.virtual, len(batches))
 
-    def everywhere(self, run):
-        """What run() returns on the last stage, a tensor or several, on all ranks; elsewhere it raises HandedOn."""
-        if self.now is not None or self.whole:
-            return run()
+    def forward(self, model, chunk: int, microbatch: int, inputs: dict, loss_of):
+        """The forward of one chunk; inputs: CausalLM.forward()'s arguments. The loss of the last stage, else None."""
+        inputs = dict(inputs)
+        ids, positions = inputs.pop("input_ids"), inputs.pop("position_ids", None)
+        context = model.start_forward(ids, positions, inputs.pop("startend_row_indices", None))
+        received, wants_gradient = [model.embed(ids, context)] if self.stage(chunk) == 0 else [], []
+        if self.stage(chunk) > 0:
+            recompute = model.recompute and model.training
+            received, wants_gradient = self.recv_activations(chunk, microbatch, recompute)
+        x, probabilities = model.run_layers(self.layers[chunk], received[0], context)
+        outputs, loss = [x, *probabilities], None
+        probabilities = [*probabilities, *received[1:]]  # in this order: those that only pass through come last
+        if self.stage(chunk) == self.last:
+            loss = loss_of(model.outputs(model.final_norm(x), probabilities, context, **inputs))
+            outputs = [loss]
+        else:
+            self.send_activations(chunk, microbatch, [x, *probabilities])
+        self.microbatches[chunk, microbatch] = MicrobatchIO(received if wants_gradient else [], wants_gradient, outputs)
+        return loss
+
+    def backward(self, chunk: int, microbatch: int) -> None:
+        """The backward of a chunk's forward: gradients come from the next stage and go to the one before."""
+        inputs, wants_gradient, outputs = self.microbatches.pop((chunk, microbatch))
+        passed = []  # gradients of probabilities that only passed through
+        if self.stage(chunk) == self.last:
+            outputs[0].backward()
+        else:
+            gradients = iter(self.receive(1, "backward", chunk + self.is_last_rank, microbatch)[1])
+            own = [(tensor, next(gradients)) for tensor in outputs if not tensor.stop_gradient]
+            passed = list(gradients)
+            if own:
+                paddle.autograd.backward(*map(list, zip(*own)))
+        if self.stage(chunk) > 0:
+            wanted = [tensor for tensor, wanted in zip(inputs, wants_gradient) if wanted]
+            if passed:
+                wanted = wanted[: len(wanted) - len(passed)]
+            gradients = [paddle.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in wanted]
+            self.send(-1, ["backward", chunk, microbatch, None], [*gradients, *passed])
+
+    # -------------------------------------------------------------------------------------------------- inference
+
+    def run_stages(self, model, input_ids, context, cache) -> tuple:
+        """CausalLM.run_all() without gradients: this rank's stages; (None, []) but on the last rank."""
         if paddle.is_grad_enabled():
-            raise RuntimeError(
-                "a pipeline is trained by parallel.forward_backward(), and runs by itself in paddle.no_grad() alone"
-            )
-        if self.begun:
+            raise RuntimeError("a pipeline is trained by parallel.forward_backward(); call it in paddle.no_grad()")
+        for chunk, layers in enumerate(self.layers):
+            if self.stage(chunk) == 0:
+                x, received = model.embed(input_ids, context), []
+            else:
+                (x, *received), _ = self.recv_activations(chunk, None, False)
+            x, probabilities = model.run_layers(layers, x, context, cache)
+            if self.stage(chunk) == self.last:
+                return model.final_norm(x), [*probabilities, *received]
+            self.send_activations(chunk, None, [x, *probabilities, *received] if model.training else [x])
+        return None, []
+
+    def broadcast_from_last_stage(self, outputs):
+        """The last rank's outputs, a tensor or a tuple of them, on every rank."""
+        if self.pending_results:
             raise RuntimeError("a pipeline that works on batches pipelined_map() takes no other call")
-        return self.end(self.begin(run))
+        self.start_inference(outputs)
+        return self.finish_inference(outputs)
 
-    def begin(self, run):
-        """This rank's part of run(), without gradients: its result on the last stage, which goes back at once, else None."""
-        self.whole = True
-        self.begun += 1
-        try:
-            found = run()
-        except HandedOn:
-            return None
-        finally:
-            self.whole = False
-        self._back(found)
-        return found
+    def start_inference(self, outputs) -> None:
+        """This rank has done its stages of a batch; the last one sends its outputs back."""
+        self.pending_results += 1
+        if self.is_last_rank:
+            self._send_back(outputs)
 
-    def end(self, found):
-        """The result of the oldest begin() that has none yet."""
-        self.begun -= 1
-        if found is None:
-            several, found = self.receive(1, "result", 0, 0)
-            found = tuple(found) if several else found[0]
-            self._back(found)
-        return found
+    def finish_inference(self, outputs):
+        """The outputs of the oldest start_inference() that has not been finished."""
+        self.pending_results -= 1
+        if self.is_last_rank:
+            return outputs
+        is_tuple, tensors = self.receive(1, "result", 0, 0)
+        outputs = tuple(tensors) if is_tuple else tensors[0]
+        self._send_back(outputs)
+        return outputs
 
-    def _back(self, found):
+    def _send_back(self, outputs):
         if self.rank > 0:
-            several = isinstance(found, tuple)
-            self.send(-1, ["result", 0, 0, several], found if several else [found])
+            is_tuple = isinstance(outputs, tuple)
+            self.send(-1, ["result", 0, 0, is_tuple], list(outputs) if is_tuple else [outputs])
 
+    def map(self, model, batches, inputs, outputs_of):
+        """pipelined_map(): as many batches are in flight as there are ranks from this one on."""
+        in_flight = deque()
+        for batch in batches:
+            with paddle.no_grad():
+                outputs = self._map_one(model, inputs(batch), functools.partial(outputs_of, batch=batch))
+            in_flight.append((batch, outputs))
+            if len(in_flight) == self.size - self.rank:
+                batch, outputs = in_flight.popleft()
+                yield batch, self.finish_inference(outputs)
+        for batch, outputs in in_flight:
+            yield batch, self.finish_inference(outputs)
 
-class PipelineCausalLM:
-    """A ParallelCausalLM of which this process has some layers. Without gradients a call runs through all of them."""
-
-    def forward(self, *inputs, **options):
-        forward = super().forward
-        return self.pipeline.everywhere(lambda: forward(*inputs, **options))
-
-    def hidden_states(self, *inputs, **options):
-        hidden_states = super().hidden_states
-        return self.pipeline.everywhere(lambda: hidden_states(*inputs, **options))
-
-    def logits(self, x):
-        logits = super().logits
-
-        def run():
-            if self.pipeline.rank < self.pipeline.size - 1:
-                raise HandedOn
-            return logits(x)
-
-        return self.pipeline.everywhere(run)
-
-    def trunk(self, input_ids, position_ids=None, rows=None, caches=None):
-        pipeline = self.pipeline
-        self.begin(input_ids, caches)
-        if caches is None and self.prefix is not None:
-            caches = self.new_cache(input_ids.shape[0])
-        chunks = range(pipeline.virtual) if pipeline.now is None else pipeline.now[:1]
-        pipeline.starts = pipeline.stage(chunks[0]) == 0
-        x, shared = self.prepare(input_ids, position_ids, rows, caches)
-        for chunk in chunks:
-            inputs, asked = [x], []
-            if pipeline.stage(chunk) > 0:
-                inputs, asked = pipeline.take(chunk, self.recompute and self.training)
-            x, probabilities = self.through(pipeline.layers[chunk], inputs[0], shared, caches)
-            if pipeline.now is not None:
-                assert pipeline.now not in pipeline.flights, "a model is called once for a micro-batch"
-                pipeline.flights[pipeline.now] = MicrobatchIO(inputs if asked else [], asked, [x, *probabilities])
-            probabilities = [*probabilities, *inputs[1:]]  # in this order: those that pass through come last
-            if pipeline.stage(chunk) == pipeline.last:
-                return self.last_norm(x), probabilities
-            pipeline.give(chunk, [x, *probabilities] if self.training else [x])
-        raise HandedOn
-
-    def embed(self, input_ids, position_ids, before=0):
-        return super().embed(input_ids, position_ids, before) if self.pipeline.starts else None
-
-    def flops_per_token(self, T):
-        fixed, each = self.whole_flops
-        return fixed + each * T
+    def _map_one(self, model, inputs, outputs_of):
+        inputs = dict(inputs)
+        ids, positions = inputs.pop("input_ids"), inputs.pop("position_ids", None)
+        context = model.start_forward(ids, positions, inputs.pop("startend_row_indices", None))
+        x, probabilities = self.run_stages(model, ids, context, None)
+        outputs = outputs_of(model.outputs(x, probabilities, context, **inputs)) if self.is_last_rank else None
+        self.start_inference(outputs)
+        return outputs
 
 
 class MissingLayer(paddle.nn.Layer):
-    """Stands in a model for a layer that another stage of the pipeline holds."""
+    """Stands in a model for a layer that another stage holds."""
 
 
-def apply_pipeline_parallel(model, topology):
-    """Pipeline parallelism of a model as it was built: what other stages hold is taken out.
+def apply_pipeline_parallel(model: CausalLM, topology: object) -> Pipeline | None:
+    """Take out of a model, as build() gives it, what other stages hold.
 
     A tied head is a copy of the embedding on the last stage; model.tied is the axis of the two ranks that have it.
     """
+    model.tied = None
     if topology.pp.size == 1:
-        return
+        return None
     names = {weight.name for weight in named_weights(model)}
-    fixed = model.flops_per_token(0)
-    model.whole_flops = fixed, model.flops_per_token(1) - fixed
-    pipeline = model.pipeline = Pipeline(topology, model.config.num_hidden_layers)
-    first, last = pipeline.rank == 0, pipeline.rank == pipeline.size - 1
+    pipeline = Pipeline(topology, model.config.num_hidden_layers)
+    first, last, tied = pipeline.rank == 0, pipeline.is_last_rank, model.lm_head is None
     for i in set(range(len(model.layers))) - {i for layers in pipeline.layers for i in layers}:
         model.layers[i] = MissingLayer()
-    tied = model.lm_head is None
-    for name, kept in (
+    for name, is_here in (
         ("embed_tokens", first or tied and last),
         ("embed_positions", first),
         ("embed_norm", first),
@@ -410,15 +402,16 @@ def apply_pipeline_parallel(model, topology):
         ("project_out", last),
         ("lm_head", last),
     ):
-        if getattr(model, name) is not None and not kept:
+        if getattr(model, name) is not None and not is_here:
             setattr(model, name, MissingLayer())
     ends = [topology.pp.ranks[0], topology.pp.ranks[-1]]
     model.tied = Axis("tied", ends, topology.rank, topology.groups) if tied and (first or last) else None
     model.names_on_other_ranks |= names - {weight.name for weight in named_weights(model)}
+    return pipeline
 
 
-def tied_axis(model, path):
-    """The axis over whose ranks, stages of a pipeline, there are copies of the parameter of this path; None: it is alone."""
+def tied_axis(model: CausalLM, path: str) -> Axis | None:
+    """The axis of the stages that have a copy of the parameter of this path; None: only one stage has it."""
     if model.topology.pp.size > 1:
         if path.startswith("prefix."):
             return model.topology.pp

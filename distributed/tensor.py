@@ -1,4 +1,5 @@
-"""Tensor parallelism: heads, channels and vocabulary sharded over tp; sequence parallelism."""
+"""Tensor parallelism: heads, channels and vocabulary sharded over tp; sequence parallelism (arXiv 1909.08053,
+2205.05198)."""
 
 from collections import namedtuple
 
@@ -10,340 +11,393 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 
 from adapters import LoRALinear
-from distributed.collectives import ShardSpec, _AllGather, _ScaleGradient, enter, gather_full_tensor, leave, mix_in
-from distributed.pipeline import MissingLayer
-from formats.files import UserError
-from model import MLP, Attention, MoE, QuantLinear, set_parameter
-
-# How tensor parallelism cuts a linear, by the last part of our names: its outputs, its inputs, or the vocabulary.
-COLUMN_PARALLEL = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "qkv_proj",
-    "q_b_proj",
-    "kv_b_proj",
-    "gate_proj",
-    "up_proj",
-    "gate_up_proj",
+from distributed.collectives import (
+    Axis,
+    ShardSpec,
+    _AllGather,
+    _CopyToRegion,
+    _ReduceFromRegion,
+    _ReduceScatter,
+    gather_full_tensor,
+    pad_to_multiple,
+    recast,
 )
+from distributed.pipeline import MissingLayer
+from families import ModelConfig
+from model import LINEARS, Attention, CausalLM, Embedding, Linear, QuantLinear, set_parameter
+
+# ================================================================================ into a region of tp, and out of it
+#
+# A region is what each rank computes with its heads, channels or ids: attention, an MLP, the head. Outside, ranks of tp
+# compute the same; or, with sequence parallelism, each the norms and residuals of its T/tp tokens.
 
 
-ROW_PARALLEL = ("o_proj", "down_proj")
+def copy_to_tp_region(x: paddle.Tensor, layout: object, tp: Axis) -> paddle.Tensor:
+    """(B, T, D), or (B, T/tp, D) with sequence parallelism -> (B, T, D); gradients are added up over tp."""
+    if tp.size == 1:
+        return x
+    if tp.sequence_parallel and layout is not None:
+        return gather_from_sequence_region(x, layout, tp, sum_gradients=True)
+    return _CopyToRegion.apply(x, tp)
 
 
-VOCAB_PARALLEL = ("embed_tokens", "lm_head")
+def reduce_from_tp_region(x: paddle.Tensor, tp: Axis) -> paddle.Tensor:
+    """(B, T, D) partial over tp -> their sum (B, T, D), or with sequence parallelism this rank's (B, T/tp, D) of it."""
+    if tp.size == 1:
+        return x
+    if tp.sequence_parallel:
+        return _ReduceScatter.apply(pad_to_multiple(x, tp.size), tp, 1)
+    return _ReduceFromRegion.apply(x, tp)
 
 
-def local_heads(config, size, rank):
+def scatter_to_sequence_region(x: paddle.Tensor, tp: Axis) -> paddle.Tensor:
+    """(B, T, …), the same on every rank -> (B, T/tp, …) with sequence parallelism."""
+    return tp.local_chunk(pad_to_multiple(x, tp.size), 1) if tp.size > 1 and tp.sequence_parallel else x
+
+
+def gather_from_sequence_region(x: paddle.Tensor, layout: object, tp: Axis, sum_gradients: bool) -> paddle.Tensor:
+    """(B, T/tp, …) -> (B, T, …). sum_gradients: ranks use different parts of the result."""
+    x = _AllGather.apply(x, tp, 1, sum_gradients)
+    return x if x.shape[1] == layout.local_seq_len else x[:, : layout.local_seq_len]
+
+
+# ============================================================================================= which part a rank has
+
+COLUMN_PARALLEL = tuple(name for name, row in LINEARS.items() if row.parallel == "column")  # outputs are sharded
+ROW_PARALLEL = tuple(name for name, row in LINEARS.items() if row.parallel == "row")  # inputs are sharded
+
+
+def local_heads(config: ModelConfig, size: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """((first, stop) of the query heads, (first, stop) of the key heads) of a rank of `size`.
 
-    Ranks have whole groups of a key head and its queries, as even as they come; where there are fewer key heads than
-    ranks, one each, which other ranks have too, and some of its queries.
+    A rank has whole groups of a key head and its queries, spread evenly. With fewer key heads than ranks it has one key
+    head, which other ranks have too, and some of its queries.
     """
     H, K = config.num_attention_heads, config.num_key_value_heads
     G = H // K
     if K >= size:
-        first, last = rank * K // size, (rank + 1) * K // size
-        return (first * G, last * G), (first, last)
+        first, stop = rank * K // size, (rank + 1) * K // size
+        return (first * G, stop * G), (first, stop)
     key = rank * K // size
-    same = [r for r in range(size) if r * K // size == key]
-    first, last = (key * G + (same.index(rank) + i) * G // len(same) for i in (0, 1))
-    return (first, last), (key, key + 1)
+    same_key = [r for r in range(size) if r * K // size == key]
+    first, stop = (key * G + (same_key.index(rank) + i) * G // len(same_key) for i in (0, 1))
+    return (first, stop), (key, key + 1)
 
 
-def shard_ranges(name, width, config, size, rank):
-    """The [(start, stop), …] of the cut dim, `width` wide, of the linear of this name (its last part) on a rank of `size`."""
+def shard_ranges(name: str, width: int, config: ModelConfig, size: int, rank: int) -> list[tuple[int, int]]:
+    """[(start, stop), …] of the sharded dim, `width` wide, of the linear of this name on a rank of `size`."""
+    units = LINEARS[name].units
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     queries, keys = local_heads(config, size, rank)
 
     def of_heads(heads, Dh, start=0):
         return start + heads[0] * Dh, start + heads[1] * Dh
 
-    def evenly(first, last):
-        n = (last - first) // unit
+    def evenly(first, stop, unit):
+        n = (stop - first) // unit
         return first + rank * n // size * unit, first + (rank + 1) * n // size * unit
 
-    if name in ("q_proj", "q_b_proj", "kv_b_proj", "o_proj"):
+    if units == "query heads":
         return [of_heads(queries, width // H)]
-    if name in ("k_proj", "v_proj"):
+    if units == "key heads":
         return [of_heads(keys, Dh)]
-    if name == "qkv_proj" and config.fused_qkv == "blocks":
+    if units == "query and key heads" and config.fused_qkv == "blocks":
         return [of_heads(queries, Dh), of_heads(keys, Dh, H * Dh), of_heads(keys, Dh, (H + K) * Dh)]
-    if name == "qkv_proj":  # each key head's queries, its key, its value
+    if units == "query and key heads":  # each key head's queries, its key, its value
         G, ranges = H // K, []
         for k in range(*keys):
             start = k * (G + 2)
-            first, last = max(queries[0], k * G) - k * G, min(queries[1], (k + 1) * G) - k * G
-            ranges += [(start + first, start + last), (start + G, start + G + 2)]
-        return [(a * Dh, b * Dh) for a, b in _joined(ranges)]
-    unit = 1 if name in VOCAB_PARALLEL else _unit(config)
-    if name == "gate_up_proj":
-        return [evenly(0, width // 2), evenly(width // 2, width)]
-    return [evenly(0, width)]  # channels of the MLP, or ids
+            first, stop = max(queries[0], k * G) - k * G, min(queries[1], (k + 1) * G) - k * G
+            ranges += [(start + first, start + stop), (start + G, start + G + 2)]
+        return [(a * Dh, b * Dh) for a, b in _join_adjacent(ranges)]
+    if units == "gate and up channels":
+        unit = packed_channels(config)
+        return [evenly(0, width // 2, unit), evenly(width // 2, width, unit)]
+    return [evenly(0, width, packed_channels(config) if units == "channels" else 1)]
 
 
-def _unit(config):
-    """Channels that cannot be parted: those whose weights are packed into one word."""
-    return (
-        32 // config.quantization["bits"]
-        if config.quantization and config.quantization["quant_method"] == "gptq"
-        else 1
-    )
+def packed_channels(config: ModelConfig) -> int:
+    """Channels whose weights are packed into one word, and so stay together."""
+    quantization = config.quantization
+    return 32 // quantization["bits"] if quantization and quantization["quant_method"] == "gptq" else 1
 
 
-def _joined(ranges):
-    found = [list(ranges[0])]
-    for first, last in ranges[1:]:
-        if first == found[-1][1]:
-            found[-1][1] = last
+def _join_adjacent(ranges):
+    joined = [list(ranges[0])]
+    for first, stop in ranges[1:]:
+        if first == joined[-1][1]:
+            joined[-1][1] = stop
         else:
-            found.append([first, last])
-    return [tuple(r) for r in found]
+            joined.append([first, stop])
+    return [tuple(r) for r in joined]
 
 
-class Region:
-    """Attention or MLP of which each rank of tp has its heads or channels: it reads whole tokens."""
-
-    def forward(self, x, *rest, **options):
-        return super().forward(enter(x, self.tp), *rest, **options)
-
-
-class TensorParallelMoE:
-    """A MoE whose experts are cut: routed alike on every rank, parts of the sum added up at the end."""
-
-    def forward(self, x, residual=None):
-        mixed, probabilities = self.mixture(enter(x, self.tp))
-        mixed = leave(mixed, self.tp)
-        # Each rank will have the whole gradient of the probabilities' loss, and its part of the gradient of the rest.
-        probabilities = _ScaleGradient.apply(probabilities, 1 / self.tp.size)
-        return mixed if residual is None else residual + mixed, probabilities
+def shard_spec_of(name: str, shape: list, config: ModelConfig, tp: Axis) -> ShardSpec:
+    """Which part of the weight (shape of the whole one) of the linear or embedding of this name each rank of tp has."""
+    dim = 0 if name in ROW_PARALLEL or name == "embed_tokens" else 1
+    ranges = [shard_ranges(name, shape[dim], config, tp.size, rank) for rank in range(tp.size)]
+    return ShardSpec(dim, ranges, tp.rank, shape)
 
 
-class ColumnParallelLinear:
-    """A linear of which each rank has a part."""
+def shard_parameter(layer: paddle.nn.Layer, parameter: paddle.Tensor, spec: ShardSpec) -> paddle.Tensor:
+    """This rank's part of a whole parameter, as a parameter of the layer; without values if that has none yet."""
+    shape = [spec.width if dim == spec.dim else n for dim, n in enumerate(spec.shape)]
+    if parameter._is_initialized():
+        values = spec.slice(parameter.numpy())
+        shard = layer.create_parameter(shape, dtype=parameter.dtype)
+        set_parameter(shard, values)
+    else:
+        with paddle.LazyGuard():
+            shard = layer.create_parameter(shape, dtype=parameter.dtype)
+    shard.shard_spec, shard.stop_gradient = spec, parameter.stop_gradient
+    return shard
 
-    def whole_weight(self):
+
+# ====================================================================================================== sharded layers
+
+
+def reduce_output(
+    y: paddle.Tensor, tp: Axis, bias: paddle.Tensor | None, residual: paddle.Tensor | None
+) -> paddle.Tensor:
+    """y partial over tp -> its sum, then the bias and the residual, which are added once."""
+    y = reduce_from_tp_region(y, tp)
+    y = y if bias is None else y + bias
+    return y if residual is None else residual + y
+
+
+class ColumnParallelLinear(Linear):
+    """A linear with this rank's outputs: (…, in) -> (…, out/tp)."""
+
+    @classmethod
+    def from_linear(cls, linear: Linear, spec: ShardSpec, tp: Axis) -> "ColumnParallelLinear":
+        layer = recast(linear, cls)
+        layer.tp, layer.shard_spec = tp, spec
+        layer.weight = shard_parameter(layer, linear.weight, spec)
+        if spec.dim == 1 and layer.bias is not None:
+            layer.bias = shard_parameter(layer, layer.bias, spec.of(0, layer.bias.shape))
+        return layer
+
+    def full_weight(self) -> np.ndarray:
         return gather_full_tensor(self.weight.astype("float32"), self.weight.shard_spec, self.tp)
 
 
-class RowParallelPartial(ColumnParallelLinear):
-    """One of which each rank has some inputs: its output is partial over tp."""
+class RowParallelLinear(ColumnParallelLinear):
+    """A linear with this rank's inputs: (…, in/tp) -> (…, out); reduce False: partial over tp, a MoE adds up later."""
 
-    def norms(self, weight):
+    reduce = True
+
+    def forward(self, x, residual=None):
+        if not self.reduce:
+            return super().forward(x, residual)
+        return reduce_output(self.product(x), self.tp, self.bias, residual)
+
+    def column_norms(self, weight) -> paddle.Tensor:
         return paddle.sqrt(self.tp.all_reduce(weight.square().sum(0)))
 
 
-class RowParallelLinear(RowParallelPartial):
-    """The same, where the parts of the product are added up here, then the bias."""
+class ColumnParallelQuantLinear(QuantLinear):
+    """A QuantLinear in groups with this rank's outputs; g_index names groups of the whole one.
+
+    Weights are packed along the inputs, the groups' zeros along the outputs.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: QuantLinear, spec: ShardSpec, tp: Axis) -> "ColumnParallelQuantLinear":
+        layer = recast(linear, cls)
+        layer.tp, layer.shard_spec, ranges_by_rank = tp, spec, spec.ranges_by_rank
+        packed = 32 // int(linear.scheme[1:])
+
+        def in_units(unit, dim, shape):
+            ranges = [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in ranges_by_rank]
+            return ShardSpec(dim, ranges, tp.rank, shape)
+
+        def rows_of(unit, *names):
+            return {name: in_units(unit, 0, getattr(layer, name).shape) for name in names}
+
+        if spec.dim == 1:
+            specs = {name: in_units(1, 1, getattr(layer, name).shape) for name in ("qweight", "scales")}
+            specs["qzeros"] = in_units(packed, 1, layer.qzeros.shape)
+            if layer.bias is not None:
+                layer.bias = shard_parameter(layer, layer.bias, spec.of(0, layer.bias.shape))
+        else:
+            specs = {**rows_of(packed, "qweight"), **rows_of(1, "g_index")}
+            if any(stop % layer.group_size for ranges in ranges_by_rank[:-1] for _, stop in ranges):
+                layer.in_order = layer.group_size >= layer.n_in  # a group is on two ranks: g_index must be read
+            elif layer.in_order and layer.group_size < layer.n_in:
+                specs |= rows_of(layer.group_size, "scales", "qzeros")
+        for name, part in specs.items():
+            shape = [part.width if dim == part.dim else n for dim, n in enumerate(part.shape)]
+            buffer = paddle.zeros(shape, getattr(layer, name).dtype)
+            buffer.shard_spec = part
+            layer.register_buffer(name, buffer)
+        return layer
+
+    def local_rows(self) -> np.ndarray:
+        rows = np.arange(self.n_in)
+        return rows if self.shard_spec.dim == 1 else self.shard_spec.slice(rows)
+
+
+class RowParallelQuantLinear(ColumnParallelQuantLinear):
+    """The same with this rank's inputs, see RowParallelLinear."""
+
+    reduce = True
 
     def forward(self, x, residual=None):
-        y = leave(self.product(x), self.tp)
-        bias = self.base.bias if isinstance(self, LoRALinear) else self.bias
-        y = y if bias is None else y + bias
-        return y if residual is None else residual + y
+        if not self.reduce:
+            return super().forward(x, residual)
+        return reduce_output(self.product(x), self.tp, self.bias, residual)
 
 
-class VocabParallel:
-    """The embedding and the head of a CausalLM of which each rank has the rows of some ids."""
+class RowParallelLoRALinear(LoRALinear):
+    """A LoRALinear around a row-parallel linear: lora_A (in/tp, R) and lora_B (R, out)."""
 
-    def look_up(self, input_ids):
-        weight, tp = self.embed_tokens.weight, self.topology.tp
-        place = input_ids - weight.shard_spec.ranges[0][0]
-        mine = (place >= 0) & (place < weight.shape[0])
-        x = kernels.embedding(paddle.where(mine, place, paddle.zeros_like(place)), weight)
-        return leave(x * mine.unsqueeze(-1).astype(x.dtype), tp)
+    @classmethod
+    def from_lora(cls, lora: LoRALinear) -> "RowParallelLoRALinear":
+        return recast(lora, cls)
 
-    def cross_entropy(self, x, weight, labels, tied, return_predictions):
-        tp = self.topology.tp
-        part = VocabShard(self._ids()[0], tp.all_reduce)
-        return kernels.linear_cross_entropy(
-            x,
-            weight,
-            labels,
-            transpose_weight=tied,
-            return_predictions=return_predictions,
-            vocabulary=part,
-            softcap=self.config.final_softcap,
-        )
+    def forward(self, x, residual=None):
+        if not self.base.reduce:
+            return super().forward(x, residual)
+        return reduce_output(self.product(x), self.base.tp, self.base.bias, residual)
 
-    def logits(self, x):
-        found, tp, V = super().logits(x), self.topology.tp, self.config.vocab_size
-        widest = -(-V // tp.size)  # of the parts
-        found = F.pad(found, [0, 0] * (found.ndim - 1) + [0, widest - found.shape[-1]])
-        found = _AllGather.apply(found, tp, found.ndim - 1, False)
-        if V % tp.size:
-            ids = [
-                np.arange(r * V // tp.size, (r + 1) * V // tp.size) - r * V // tp.size + r * widest
-                for r in range(tp.size)
-            ]
-            found = paddle.index_select(found, paddle.to_tensor(np.concatenate(ids)), -1)
-        return found
-
-    def largest_logits(self, x, weight, tied):
-        return _AllReduceMax.apply(super().largest_logits(x, weight, tied), self.topology.tp)
-
-    def _ids(self):
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return weight.shard_spec.ranges[0]
+    def dropped(self, x) -> paddle.Tensor:
+        """x (…, in/tp) after dropout, under this rank's slice of the mask that one process draws."""
+        if not self.training:
+            return x
+        with self.rng.fork(self.key):
+            mask = F.dropout(paddle.ones([*x.shape[:-1], self.base.n_in]), self.dropout)
+        mask = paddle.concat([mask[..., slice(*r)] for r in self.base.shard_spec.ranges], axis=-1)
+        return x * mask.astype(x.dtype)
 
 
-VocabShard = namedtuple("VocabShard", "start all_reduce")
+class VocabParallelEmbedding(Embedding):
+    """An embedding with the rows of this rank's ids: (V/tp, D)."""
+
+    @classmethod
+    def from_linear(cls, embedding: Embedding, spec: ShardSpec, tp: Axis) -> "VocabParallelEmbedding":
+        layer = recast(embedding, cls)
+        layer.tp, layer.weight = tp, shard_parameter(layer, embedding.weight, spec)
+        return layer
+
+    def forward(self, ids):
+        index = ids - self.weight.shard_spec.ranges[0][0]
+        is_here = (index >= 0) & (index < self.weight.shape[0])
+        x = kernels.embedding(paddle.where(is_here, index, paddle.zeros_like(index)), self.weight)
+        return reduce_from_tp_region(x * is_here.unsqueeze(-1).astype(x.dtype), self.tp)
 
 
-class _AllReduceMax(PyLayer):
-    """The largest over the ranks; the gradient goes to who had it (the lowest rank, of several)."""
+# (name of a layer, the class that replaces it); a QuantLinear is replaced by QUANTIZED[that class].
+_BY_KIND = {"column": ColumnParallelLinear, "row": RowParallelLinear, "vocab": ColumnParallelLinear}
+TP_PLAN = [(name, _BY_KIND[row.parallel]) for name, row in LINEARS.items() if row.parallel and name != "embed_tokens"]
+TP_PLAN.append(("embed_tokens", VocabParallelEmbedding))
+QUANTIZED = {ColumnParallelLinear: ColumnParallelQuantLinear, RowParallelLinear: RowParallelQuantLinear}
+
+
+def apply_tensor_parallel(model: CausalLM, tp: Axis) -> None:
+    """Replace the layers of a model, as build() gives it, by those of TP_PLAN, with this rank's weights."""
+    if tp.size == 1:
+        return
+    config, plan = model.config, dict(TP_PLAN)
+    (first, stop), (first_key, stop_key) = local_heads(config, tp.size, tp.rank)
+    layers = {"": model, **dict(model.named_sublayers())}
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        if isinstance(layer, Attention):
+            layer.group = (stop - first) // (stop_key - first_key)
+            layer.slopes = None if layer.slopes is None else layer.slopes[first:stop]
+        if name not in plan or isinstance(layer, MissingLayer):
+            continue
+        shape = [layer.n_in, layer.n_out] if isinstance(layer, QuantLinear) else layer.weight.shape
+        cls = QUANTIZED[plan[name]] if isinstance(layer, QuantLinear) else plan[name]
+        sharded = cls.from_linear(layer, shard_spec_of(name, shape, config, tp), tp)
+        if name in ROW_PARALLEL and (".experts." in path or ".shared." in path):
+            sharded.reduce = False  # MoE.forward() does it once for all experts
+        setattr(layers[parent], name, sharded)
+
+
+# ========================================================================================================= vocabulary
+
+VocabShard = namedtuple("VocabShard", "start all_reduce")  # what kernels.linear_cross_entropy takes of a sharded head
+
+
+def vocab_shard(vocab_size: int, tp: Axis) -> VocabShard:
+    return VocabShard(tp.rank * vocab_size // tp.size, tp.all_reduce)
+
+
+def gather_logits(logits: paddle.Tensor, vocab_size: int, tp: Axis) -> paddle.Tensor:
+    """(…, V/tp) -> (…, V)"""
+    if tp.size == 1:
+        return logits
+    widest = -(-vocab_size // tp.size)
+    padded = F.pad(logits, [0, 0] * (logits.ndim - 1) + [0, widest - logits.shape[-1]])
+    gathered = _AllGather.apply(padded, tp, padded.ndim - 1, False)
+    if vocab_size % tp.size == 0:
+        return gathered
+    starts = [rank * vocab_size // tp.size for rank in range(tp.size + 1)]
+    columns = [np.arange(stop - start) + rank * widest for rank, (start, stop) in enumerate(zip(starts, starts[1:]))]
+    return paddle.index_select(gathered, paddle.to_tensor(np.concatenate(columns)), -1)
+
+
+class AllReduceMax(PyLayer):
+    """The largest over the ranks; the gradient goes to the rank that had it (the lowest of several)."""
 
     @staticmethod
     def forward(ctx, x, axis):
-        most = axis.all_reduce(x.clone(), "max")
-        first = paddle.where(x == most, paddle.full_like(x, -axis.rank), paddle.full_like(x, -axis.size))
-        ctx.save_for_backward((axis.all_reduce(first, "max") == -axis.rank).astype(x.dtype))
-        return most
+        largest = axis.all_reduce(x.clone(), "max")
+        rank = paddle.where(x == largest, paddle.full_like(x, -axis.rank), paddle.full_like(x, -axis.size))
+        ctx.save_for_backward((axis.all_reduce(rank, "max") == -axis.rank).astype(x.dtype))
+        return largest
 
     @staticmethod
     def backward(ctx, dy):
-        (mine,) = ctx.saved_tensor()
-        return dy * mine
+        (is_owner,) = ctx.saved_tensor()
+        return dy * is_owner
 
 
-class TensorParallelPrefix:
-    """A Prefix in a model whose heads are spread: all of the table on every rank, its own heads' keys and values used."""
-
-    def fill(self, cache, B):
-        super().fill(cache, B)
-        for states in (cache.keys, cache.values):
-            states[:] = [None if x is None else x[:, :, slice(*self.key_heads)] for x in states]
+# ======================================================================================================== what fits
 
 
-def check_tensor(config, degrees):
-    """[what stands against cutting this model so, a line each]: tensor and expert parallelism."""
-    tp, ep, found = degrees.tp, degrees.ep, []
-    key, experts, word = f"tensor_parallel_degree {tp}", config.experts, _unit(config)
-    words = f", in words of {word} packed weights" if word > 1 else ""
+def check_tensor(config: ModelConfig, degrees: object) -> list[str]:
+    """Why tensor and expert parallelism cannot shard this model so, a line each."""
+    return _check_tp(config, degrees.tp) + _check_ep(config, degrees)
+
+
+def _check_tp(config, tp):
+    moe, word, key = config.experts, packed_channels(config), f"tensor_parallel_degree {tp}"
+    if tp == 1:
+        return []
+    in_words = f", in words of {word} packed weights" if word > 1 else ""
     counts = {"attention heads": config.num_attention_heads, "ids of the vocabulary": config.vocab_size}
-    if experts is None or experts.dense_layers:
-        counts[f"channels of the MLP{words}"] = config.intermediate_size // word
-    if experts is not None:
-        counts[f"channels of an expert{words}"] = experts.width // word
-        counts[f"channels of the shared expert{words}"] = (experts.shared_width or experts.width) // word
-    if tp > 1:
-        found += [f"{key} is more than {what} ({n})" for what, n in counts.items() if n < tp]
-        if experts is not None and config.mlp_bias:
-            found.append(f"{key}: experts with biases are not cut")
-        if config.quantization is not None and config.quantization["quant_method"] != "gptq":
-            found.append(f"{key}: a model quantized to a8w8 is not cut: its activations are rounded whole")
-        else:
-            latent, heads = config.latent, [config.head_dim]
-            heads += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
-            found += [
-                f"{key} cuts between heads, whose channels ({n}) are not whole words of {word} packed weights"
-                for n in heads
-                if n % word
-            ]
-    if ep > 1:
-        ranks, key = degrees.dp * degrees.sharding * degrees.sep, f"expert_parallel_degree {ep}"
+    if moe is None or moe.dense_layers:
+        counts[f"channels of the MLP{in_words}"] = config.intermediate_size // word
+    if moe is not None:
+        counts[f"channels of an expert{in_words}"] = moe.width // word
+        counts[f"channels of the shared expert{in_words}"] = (moe.shared_width or moe.width) // word
+    wrong = [f"{key} is more than {what} ({n})" for what, n in counts.items() if n < tp]
+    if moe is not None and config.mlp_bias:
+        wrong.append(f"{key}: experts with biases cannot be sharded")
+    if config.quantization is not None and config.quantization["quant_method"] != "gptq":
+        wrong.append(f"{key}: a model quantized to a8w8 cannot be sharded: each token's activations share one scale")
+        return wrong
+    latent, widths = config.latent, [config.head_dim]
+    widths += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
+    return wrong + [
+        f"{key} splits between heads, whose channels ({n}) are not whole words of {word} packed weights"
+        for n in widths
+        if n % word
+    ]
+
+
+def _check_ep(config, degrees):
+    ep, moe, wrong = degrees.ep, config.experts, []
+    ranks, key = degrees.dp * degrees.sharding * degrees.sep, f"expert_parallel_degree {ep}"
+    if ep == 1:
+        return []
+    if moe is None:
+        wrong.append(f"{key} needs a model with experts, this one has none (0)")
+    elif moe.count % ep:
+        wrong.append(f"{key} does not divide experts ({moe.count})")
+    if ranks % ep:
         factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep} = {ranks}"
-        if experts is None:
-            found.append(f"{key} is for experts, of which there are none (0)")
-        elif experts.count % ep:
-            found.append(f"{key} does not divide experts ({experts.count})")
-        if ranks % ep:
-            found.append(f"{key} does not divide ranks with other tokens ({factors})")
-    return found
-
-
-def apply_tensor_parallel(model, tp):
-    """Tensor parallelism of a model as it was built: parameters become parts, layers get the mixins above."""
-    config = model.config
-    if tp.size == 1:
-        return
-    for path, layer in list(model.named_sublayers()):
-        if isinstance(layer, MissingLayer):
-            continue
-        name = path.rpartition(".")[2]
-        inside = ".experts." in path or ".shared." in path  # of a MoE, which adds up
-        if name in COLUMN_PARALLEL + ROW_PARALLEL + VOCAB_PARALLEL:
-            (_cut_integers if isinstance(layer, QuantLinear) else _cut_linear)(layer, name, config, tp)
-        if name in ROW_PARALLEL:
-            mix_in(layer, RowParallelPartial if inside else RowParallelLinear, tp=tp)
-        elif name in COLUMN_PARALLEL:
-            mix_in(layer, ColumnParallelLinear, tp=tp)
-        elif isinstance(layer, Attention):
-            (first, last), (first_key, last_key) = local_heads(config, tp.size, tp.rank)
-            layer.group = (last - first) // (last_key - first_key)
-            layer.slopes = None if layer.slopes is None else layer.slopes[first:last]
-            mix_in(layer, Region, tp=tp)
-        elif isinstance(layer, MLP) and not inside and name != "shared":
-            mix_in(layer, Region, tp=tp)
-        elif isinstance(layer, MoE):
-            mix_in(layer, TensorParallelMoE, tp=tp)
-    mix_in(model, VocabParallel)
-
-
-def _cut_linear(layer, name, config, tp):
-    dim = 0 if name in ROW_PARALLEL or name == "embed_tokens" else 1
-    whole = layer.weight.shape
-    of_ranks = [shard_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    layer.shard_spec = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
-    layer.weight = _part_of(layer, layer.weight, cut)
-    if dim == 1 and getattr(layer, "bias", None) is not None:
-        layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
-
-
-def _cut_integers(layer, name, config, tp):
-    """A QuantLinear of weights in groups, packed along the inputs; the groups' zeros are packed along the outputs."""
-    dim, whole, packed = 0 if name in ROW_PARALLEL else 1, [layer.n_in, layer.n_out], _unit(config)
-    of_ranks = [shard_ranges(name, whole[dim], config, tp.size, rank) for rank in range(tp.size)]
-    layer.shard_spec = cut = ShardSpec(dim, of_ranks, tp.rank, whole)
-
-    def of(unit, dim, shape):
-        return ShardSpec(dim, [[(a // unit, -(-b // unit)) for a, b in ranges] for ranges in of_ranks], tp.rank, shape)
-
-    if dim == 1:
-        cuts = {
-            "qweight": of(1, 1, layer.qweight.shape),
-            "scales": of(1, 1, layer.scales.shape),
-            "qzeros": of(packed, 1, layer.qzeros.shape),
-        }
-        if layer.bias is not None:
-            layer.bias = _part_of(layer, layer.bias, cut.of(0, layer.bias.shape))
-    else:
-        cuts = {"qweight": of(packed, 0, layer.qweight.shape), "g_index": of(1, 0, layer.g_index.shape)}
-        if any(end % layer.group_size for ranges in of_ranks[:-1] for _, end in ranges):
-            layer.in_order = layer.group_size >= layer.n_in  # groups are parted: rows say of which they are
-        elif layer.in_order and layer.group_size < layer.n_in:
-            cuts |= {name: of(layer.group_size, 0, getattr(layer, name).shape) for name in ("scales", "qzeros")}
-    for name, cut in cuts.items():
-        shape = [cut.width if dim == cut.dim else n for dim, n in enumerate(cut.shape)]
-        part = paddle.zeros(shape, getattr(layer, name).dtype)
-        part.shard_spec = cut
-        layer.register_buffer(name, part)
-    mix_in(layer, TensorParallelQuantLinear)
-
-
-class TensorParallelQuantLinear:
-    """A QuantLinear of which each rank has some columns, or rows: what g_index names is a group of the whole."""
-
-    def check(self, path, name):
-        rows, groups = np.arange(self.n_in), self.g_index.numpy()
-        rows = rows if self.shard_spec.dim == 1 else self.shard_spec.slice(rows)
-        last = -(-self.n_in // self.group_size) - 1
-        if groups.min() < 0 or groups.max() > last:
-            raise UserError(f"{path}: {name}.g_idx names group {groups.max()}, {name}.scales has 0 to {last}")
-        if self.in_order and not np.array_equal(groups, rows // self.group_size):
-            raise UserError(f"{path}: {name}.g_idx is not in order, but desc_act is false")
-
-
-def _part_of(layer, parameter, cut):
-    """A parameter in place of a whole one: its part. What has no values yet gets none."""
-    shape = [cut.width if dim == cut.dim else n for dim, n in enumerate(cut.shape)]
-    if parameter._is_initialized():
-        values = cut.slice(parameter.numpy())
-        found = layer.create_parameter(shape, dtype=parameter.dtype)
-        set_parameter(found, values)
-    else:
-        with paddle.LazyGuard():
-            found = layer.create_parameter(shape, dtype=parameter.dtype)
-    found.shard_spec, found.stop_gradient = cut, parameter.stop_gradient
-    return found
+        wrong.append(f"{key} does not divide the data-parallel ranks ({factors})")
+    return wrong

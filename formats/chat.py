@@ -658,7 +658,7 @@ def save_chat_template(template: ChatTemplate | ChatFormat | JinjaTemplate | Non
 # ============================== conversations to ids ==============================
 
 
-def encode_conversation(tokenizer, segments: list[PromptSegment], parts: int) -> list[list[int]]:
+def encode_conversation(tokenizer: object, segments: list[PromptSegment], parts: int) -> list[list[int]]:
     """[PromptSegment, …] -> `parts` lists of ids."""
     ids_of = [[] for _ in range(parts)]
     for kind, run in groupby(segments, key=lambda segment: segment.kind):
@@ -674,7 +674,7 @@ def encode_conversation(tokenizer, segments: list[PromptSegment], parts: int) ->
     return ids_of
 
 
-def encode_segments(tokenizer, run: list[PromptSegment], behind: bool = False) -> list[tuple[int, list[int]]]:
+def encode_segments(tokenizer: object, run: list[PromptSegment], behind: bool = False) -> list[tuple[int, list[int]]]:
     """Adjacent "text" segments, read as one text, -> [(part, ids), …], divided where the parts change.
 
     A token across a boundary belongs to the part after it. Before a reply the text itself is divided: a reply is
@@ -697,7 +697,7 @@ def encode_segments(tokenizer, run: list[PromptSegment], behind: bool = False) -
     return [*out, (run[-1].part, all_ids[done:])]
 
 
-def encode_continuation(tokenizer, text: str) -> list[int]:
+def encode_continuation(tokenizer: object, text: str) -> list[int]:
     """Ids of a text that continues another one: without the space that sentencepiece puts in front."""
     line, ids = tokenizer.encode("\n", False), tokenizer.encode(text, False)
     if tokenizer.encode("\na", False) == line + tokenizer.encode("a", False):
@@ -706,7 +706,7 @@ def encode_continuation(tokenizer, text: str) -> list[int]:
     return both[len(line) :] if both[: len(line)] == line else ids
 
 
-def starts_with_special(text: str, tokenizer) -> bool:
+def starts_with_special(text: str, tokenizer: object) -> bool:
     starts = (token for token in tokenizer.special if text.startswith(token))
     return any(not tokenizer.flags.get(token, {}).get("lstrip") for token in starts)
 

@@ -61,7 +61,7 @@ class UserError(ValueError):
     """A mistake that the user can mend, in one line: where it is, what was found, what would be right."""
 
 
-def read_json(path: str | Path):
+def read_json(path: str | Path) -> object:
     """JSON file -> value. UserError with file:line when it is missing, not UTF-8 or not JSON."""
     try:
         return json.loads(Path(path).read_bytes())
@@ -95,7 +95,7 @@ def parse_json_line(line: bytes, path: str | Path, number: int) -> dict:
     return record
 
 
-def brief(value) -> str:
+def brief(value: object) -> str:
     """A JSON value in at most 60 characters, for a message."""
     return json.dumps(value, ensure_ascii=False)[:60]
 

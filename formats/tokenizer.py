@@ -5,26 +5,12 @@ import codecs
 import os
 import re
 import shutil
-import unicodedata
-from functools import partial
-from heapq import heapify, heappop, heappush
-from itertools import chain, starmap
-from operator import add
 from pathlib import Path
 
+from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
 from formats.chat import TEMPLATE_FILE, check_messages, encode_conversation, folder_template, save_chat_template
 from formats.files import UserError, brief, names_in, read_json
-
-# ============================== tokenizer ==============================
-# A family's tokenizer is data: the files of its folder and a row of CLASSES. Two engines turn text into ids:
-# SentencePieceModel (the C++ library) and BPE (ours); readers make one from the files; Tokenizer, the door, adds what stands
-# around it: special tokens, bos and eos, chat templates.
-
-SPACE = "\u2581"  # how sentencepiece writes a space
-
-
-WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-
+from formats.tokenizer_json import read_tokenizer_json
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
 
@@ -36,9 +22,6 @@ SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 LLAMA3_WORDS = (
@@ -170,7 +153,8 @@ class SentencePieceModel:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.own_prefix = self.sp.encode("a", out_type=str)[0].startswith(SPACE)
             if not legacy:
-                # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3): false}
+                # Bytes appended to a protobuf message are merged into it: normalizer_spec (3) {add_dummy_prefix (3):
+                # false}
                 self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise UserError(
@@ -183,7 +167,8 @@ class SentencePieceModel:
         self._unk_length = len(self.sp.encode(self._unk))
 
     def _decoded(self, i):
-        """PromptSegment number -> its bytes; control pieces have none, unk is a visible mark, as the library decodes them."""
+        """PromptSegment number -> its bytes; control pieces have none, unk is a visible mark, as the library decodes
+        them."""
         text = self.sp.id_to_piece(i)
         if self.sp.is_byte(i):  # written <0x0A>
             return bytes([int(text[3:5], 16)])
@@ -217,149 +202,10 @@ class SentencePieceModel:
         return [self.shift + i for i in ids] if self.shift else ids
 
 
-# GPT-2 writes the 256 bytes as characters that can be seen: printable Latin-1 as itself, the others from U+0100 on.
-_seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-
-
-BYTE_CHARS = {b: chr(b) for b in _seen} | {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(_seen)))}
-
-
-CHAR_BYTES = {char: b for b, char in BYTE_CHARS.items()}
-
-
-class WordCache(dict):
-    """cache[word] = function(word), called once a word. Emptied when full, and long words are not kept: its memory is
-    bounded whatever is encoded."""
-
-    WORDS, LETTERS = 1 << 17, 64
-
-    def __init__(self, function):
-        self.function = function
-
-    def __missing__(self, word):
-        value = self.function(word)
-        if len(word) <= self.LETTERS:
-            if len(self) >= self.WORDS:
-                self.clear()
-            self[word] = value
-        return value
-
-
-class BPE:
-    """Byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909), over bytes (GPT-2) or over characters.
-
-    A text is cut into words by `steps`, functions (list of str, at_start) -> list of str. A word begins as its bytes
-    (byte_level; symbols are written in BYTE_CHARS) or its characters; then the two neighbors of lowest rank are joined,
-    the leftmost first, until no two have a rank. ranks: {(left, right): rank}; None ranks a pair by the id of what it
-    makes, as tiktoken does. whole_words: a word of the vocabulary is its id, whatever the ranks say. A character that
-    the vocabulary lacks is its bytes <0x00>... (byte_fallback), else unk (once for a run of them: fuse_unk), else
-    nothing. normalizers are functions str -> str that Tokenizer applies before."""
-
-    def __init__(
-        self,
-        vocab,
-        ranks,
-        steps,
-        normalizers=(),
-        byte_level=True,
-        whole_words=False,
-        unk=None,
-        fuse_unk=False,
-        byte_fallback=False,
-    ):
-        self.vocab, self.byte_level, self.whole_words, self.normalizers = vocab, byte_level, whole_words, normalizers
-        self.unk, self.fuse_unk, self.byte_fallback = unk, fuse_unk, byte_fallback
-        self.rank = (lambda pair: vocab.get(pair[0] + pair[1])) if ranks is None else ranks.get
-        self.steps = list(steps)
-        if (
-            not (byte_level or whole_words)
-            and SPACE in vocab
-            and not any(right[0] == SPACE != left[-1] for left, right in ranks)
-        ):  # no pair reaches over the beginning of a word: a text may be cut there, and words can be remembered
-            self.steps.append(split_step(f"{SPACE}*[^{SPACE}]+|{SPACE}+"))
-        self.size = max(vocab.values(), default=-1) + 1
-        self.symbols = [None] * self.size
-        for symbol, i in vocab.items():
-            self.symbols[i] = symbol
-        is_byte = re.compile("<0x[0-9A-F]{2}>").fullmatch
-        self.byte_ids = (
-            range(self.size) if byte_level else {i for s, i in vocab.items() if byte_fallback and is_byte(s)}
-        )
-        self.errors = "replace" if byte_level else "one_mark_per_byte"
-        self._ids_of_word = WordCache(self._encode_word)
-
-    def own_special_tokens(self):
-        return [None, None, self.unk, None]
-
-    def id_of(self, symbol):
-        return self.vocab.get(symbol)
-
-    def piece_bytes(self, token_id):
-        symbol = self.symbols[token_id] if 0 <= token_id < self.size else None
-        if symbol is None:
-            return b""
-        if self.byte_level:
-            known = all(char in CHAR_BYTES for char in symbol)  # others stand for themselves
-            return bytes([CHAR_BYTES[char] for char in symbol]) if known else symbol.encode()
-        return bytes([int(symbol[3:5], 16)]) if token_id in self.byte_ids else symbol.replace(SPACE, " ").encode()
-
-    def encode(self, text, at_start):
-        words = [text]
-        for step in self.steps:
-            words = step(words, at_start)
-        return list(chain.from_iterable(map(self._ids_of_word.__getitem__, words)))
-
-    def _encode_word(self, word):
-        if self.byte_level:
-            word = word.encode().decode("latin-1").translate(BYTE_CHARS)
-        if self.whole_words and word in self.vocab:
-            return [self.vocab[word]]
-        symbols = list(word)
-        if not all(map(self.vocab.__contains__, symbols)):
-            symbols = self._without_unknown(symbols)
-        return [self.vocab[symbol] for symbol in self._joined(symbols)]
-
-    def _without_unknown(self, characters):
-        out = []
-        for char in characters:
-            as_bytes = [f"<0x{b:02X}>" for b in char.encode()] if self.byte_fallback else [char]
-            if char in self.vocab:
-                out.append(char)
-            elif all(map(self.vocab.__contains__, as_bytes)):
-                out += as_bytes
-            elif self.unk is not None and not (self.fuse_unk and out[-1:] == [self.unk]):
-                out.append(self.unk)
-        return out
-
-    def _joined(self, symbols):
-        """Symbols of a word -> those after all merges. A heap of (rank, place): O(n log n), however long the word."""
-        count, rank = len(symbols), self.rank
-        after, before = [*range(1, count + 1)], [*range(-1, count - 1)]  # places of the neighbors that are still there
-        ranks = map(rank, zip(symbols, symbols[1:]))
-        heap = [(r, place) for place, r in enumerate(ranks) if r is not None]
-        heapify(heap)
-        while heap:
-            r, left = heappop(heap)
-            right = after[left]
-            if symbols[left] is None or right == count or rank((symbols[left], symbols[right])) != r:
-                continue  # one of the two was joined with another meanwhile
-            symbols[left] += symbols[right]
-            symbols[right] = None
-            beyond, previous = after[right], before[left]
-            after[left] = beyond
-            if beyond < count:
-                before[beyond] = left
-                if (r := rank((symbols[left], symbols[beyond]))) is not None:
-                    heappush(heap, (r, left))
-            if previous >= 0 and (r := rank((symbols[previous], symbols[left]))) is not None:
-                heappush(heap, (r, previous))
-        return [symbol for symbol in symbols if symbol is not None]
-
-
 # ---- Readers: a folder's files -> an engine ----
 
 
-def tokenizer_class(folder, config):
+def tokenizer_class(folder: Path, config: dict) -> tuple:
     """(kind of file, the file, class) that a folder is read by: as transformers chooses, which prefers tokenizer.json,
     but for the classes that only ever read their own file. UserError when nothing fits."""
     name = (config.get("tokenizer_class") or "").removesuffix("Fast")
@@ -400,67 +246,7 @@ def tokenizer_class(folder, config):
     return kind, folder / file, name
 
 
-def check_vocabulary_ids(vocab, where):
-    """UserError unless vocab is {symbol: id}, each id once."""
-    if not isinstance(vocab, dict) or not vocab:
-        raise UserError(f"{where}: an object of symbols and their ids is wanted, found {brief(vocab)}")
-    ids = vocab.values()
-    if set(map(type, ids)) == {int} and min(ids) >= 0 and len(set(ids)) == len(vocab):
-        return
-    seen = {}
-    for symbol, i in vocab.items():
-        if type(i) is not int or i < 0:
-            raise UserError(f"{where}: the id of {symbol!r} must be a number from 0 on, found {brief(i)}")
-        if seen.setdefault(i, symbol) is not symbol:
-            raise UserError(f"{where}: the id {i} is given twice, to {seen[i]!r} and to {symbol!r}")
-
-
-def merge_ranks(merges, vocab, where):
-    """[(left, right)...] in order of rank -> {(left, right): rank}. UserError from `where(rank)` for one that repeats or
-    names a symbol that is not in the vocabulary."""
-    ranks = dict(zip(merges, range(len(merges))))
-    if len(ranks) != len(merges):
-        number = next(n for n, pair in enumerate(merges) if ranks[pair] != n)
-        raise UserError(
-            f"{where(ranks[merges[number]])}: the merge {' '.join(merges[number])!r} has a rank already, "
-            f"that of {where(number)}"
-        )
-    if not all(map(vocab.__contains__, chain(chain.from_iterable(merges), starmap(add, merges)))):
-        number, missing = next(
-            (number, symbol)
-            for number, (left, right) in enumerate(merges)
-            for symbol in (left, right, left + right)
-            if symbol not in vocab
-        )
-        raise UserError(
-            f"{where(number)}: the merge {' '.join(merges[number])!r} names {missing!r}, which is not in the vocabulary"
-        )
-    return ranks
-
-
-def read_merges(path, row, add_prefix_space, unk):
-    """vocab.json with merges.txt beside it -> BPE over bytes."""
-    vocab, merges_path = read_json(path), path.with_name("merges.txt")
-    check_vocabulary_ids(vocab, path)
-    try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{merges_path}: not UTF-8 at byte {error.start}") from None
-    first = 1 if lines[0].startswith("#version") else 0
-    last = len(lines) - 1 if not lines[-1] else len(lines)  # the file ends with a line break
-    merges = [tuple(line.rstrip("\r").split(" ")) for line in lines[first:last]]
-    for number, pair in enumerate(merges):
-        if len(pair) != 2 or not (pair[0] and pair[1]):
-            raise UserError(
-                f"{merges_path}:{first + number + 1}: two symbols with one space between them are wanted, "
-                f"found {lines[first + number]!r}"
-            )
-    ranks = merge_ranks(merges, vocab, lambda number: f"{merges_path}:{first + number + 1}")
-    steps = [*([prefix_step] if add_prefix_space else []), split_step(row["words"])]
-    return BPE(vocab, ranks, steps, [to_nfc] if row.get("nfc") else [], unk=unk if unk in vocab else None)
-
-
-def read_tiktoken(path, row):
+def read_tiktoken(path: str | Path, row: dict) -> BPE:
     """Lines of base64, a space and the rank, which is the id -> BPE over bytes."""
     vocab, seen = {}, {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -483,282 +269,10 @@ def read_tiktoken(path, row):
     return BPE(vocab, None, [split_step(row["words"])], [to_nfc] if row.get("nfc") else [], whole_words=True)
 
 
-def to_nfc(text):
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
-
-
-def compile_words(pattern, where="the built-in pattern"):
-    """Pattern of a tokenizer.json (Oniguruma's dialect) -> compiled. UserError for what the two would read differently."""
-    import regex
-
-    escaped = next((found for found in re.findall(r"\\.", pattern) if re.match(r"\\[^\W_pPsSdDrntfvux]", found)), None)
-    group = re.search(r"\(\?(?!-?i?[:)]|[=!>]|<[=!])..?|--|~~|\|\|", re.sub(r"\\.", "", pattern))
-    if escaped or group:
-        raise UserError(f"{where}: {escaped or group[0]!r} in the pattern {pattern!r} is not supported")
-    # Tried at every blank of a long run, \s+$ would take quadratic time; it can only match from the run's beginning.
-    pattern = re.sub(r"^\\s\+\$$", r"(?<!\\s)\\s+$", pattern)
-    try:
-        return regex.compile(pattern, regex.VERSION1 | regex.MULTILINE)  # nested sets; ^ and $ are a line's, as there
-    except regex.error as error:
-        raise UserError(f"{where}: cannot read the pattern {pattern!r}: {error}") from None
-
-
-def split_step(pattern, behavior="Isolated", invert=False, where="the built-in pattern"):
-    """Step that cuts each piece at the pattern's matches. Isolated: matches and what lies between are pieces; Removed:
-    only what lies between; MergedWithPrevious, MergedWithNext: a match stays with what is before or after it."""
-    compiled = compile_words(pattern, where)
-    findall = compiled.findall if not compiled.groups else lambda text: [match[0] for match in compiled.finditer(text)]
-
-    def cut(text):
-        at, marked = 0, []  # [piece, whether it is a match]
-        for match in compiled.finditer(text):
-            marked += [[text[at : match.start()], invert], [match[0], not invert]]
-            at = match.end()
-        marked = [mark for mark in [*marked, [text[at:], invert]] if mark[0]]
-        if behavior == "Isolated":
-            return [piece for piece, _ in marked]
-        if behavior == "Removed":
-            return [piece for piece, is_match in marked if not is_match]
-        forwards = behavior == "MergedWithPrevious"
-        out, after_match = [], False
-        for piece, is_match in marked if forwards else reversed(marked):
-            if is_match and not after_match and out:
-                out[-1] = out[-1] + piece if forwards else piece + out[-1]
-            else:
-                out.append(piece)
-            after_match = is_match
-        return out if forwards else out[::-1]
-
-    def step(texts, at_start):
-        out = []
-        for text in texts:
-            found = findall(text) if behavior == "Isolated" else ()
-            out += found if sum(map(len, found)) == len(text) else cut(text)  # no gaps: the usual case, and fast
-        return out
-
-    return step
-
-
-def prefix_step(texts, at_start):
-    return [text if text.startswith(" ") else f" {text}" for text in texts]
-
-
-def metaspace_step(replacement, scheme, split):
-    """Step that writes spaces as `replacement` and puts one before every piece (always), that at the text's beginning
-    (first) or none (never); with split, each begins a new piece."""
-    words = split_step(f"{re.escape(replacement)}[^{re.escape(replacement)}]*|[^{re.escape(replacement)}]+")
-
-    def step(texts, at_start):
-        texts = [text.replace(" ", replacement) for text in texts]
-        for n, text in enumerate(texts):
-            if not text.startswith(replacement) and (scheme == "always" or scheme == "first" and at_start and n == 0):
-                texts[n] = replacement + text
-        return words(texts, at_start) if split else texts
-
-    return step
-
-
-# What may stand in a tokenizer.json: part -> type -> its keys, with the default or, where one must be given, the type.
-JSON_PARTS = {
-    "normalizer": {
-        "NFC": {}, "NFD": {}, "NFKC": {}, "NFKD": {}, "Prepend": {"prepend": str},
-        "Replace": {"pattern": dict, "content": str}, "Sequence": {"normalizers": list}},
-    "pre_tokenizer": {
-        "ByteLevel": {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "Split": {"pattern": dict, "behavior": str, "invert": False}, "Digits": {"individual_digits": False},
-        "Metaspace": {"replacement": SPACE, "add_prefix_space": True, "prepend_scheme": "always", "split": True,
-                      "str_rep": SPACE}, "Sequence": {"pretokenizers": list}},
-    "post_processor": {
-        "ByteLevel": {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "TemplateProcessing": {"single": list, "pair": [], "special_tokens": dict}, "Sequence": {"processors": list}},
-    "decoder": {
-        "ByteLevel": {"add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "Metaspace": {"replacement": SPACE, "add_prefix_space": True, "prepend_scheme": "always", "split": True,
-                      "str_rep": SPACE},
-        "Replace": {"pattern": dict, "content": str}, "ByteFallback": {}, "Fuse": {},
-        "Strip": {"content": str, "start": 0, "stop": 0}, "Sequence": {"decoders": list}},
-    "model": {
-        "BPE": {"vocab": dict, "merges": list, "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}},
-}  # fmt: skip
-
-
-def json_parts(spec, part, where):
-    """A component of tokenizer.json -> [(where, type, its keys)...], sequences laid flat, [] for null. UserError for a
-    type or key that is not in JSON_PARTS."""
-    if spec is None:
-        return []
-    known, kind = JSON_PARTS[part], spec.get("type") if isinstance(spec, dict) else None
-    if kind is None and part == "model" and isinstance(spec, dict) and "merges" in spec:
-        kind = "BPE"  # files of 2020 do not say
-    if kind not in known:
-        raise UserError(f"{where}: {brief(kind or spec)} is not supported; known are {', '.join(known)}")
-    values = known[kind] | {key: value for key, value in spec.items() if key != "type"}
-    if unknown := sorted(set(values) - set(known[kind])):
-        raise UserError(f"{where}: unknown key {unknown[0]!r} of {kind}; known are {', '.join(known[kind]) or 'none'}")
-    for key, default in known[kind].items():
-        wanted = default if isinstance(default, type) else type(default)
-        if default is not None and not isinstance(values[key], wanted):
-            found = "nothing" if values[key] is default else brief(values[key])
-            raise UserError(f"{where}.{key}: a {wanted.__name__} is wanted, found {found}")
-    if kind != "Sequence":
-        return [(where, kind, values)]
-    ((key, inner),) = values.items()
-    return [found for n, one in enumerate(inner) for found in json_parts(one, part, f"{where}.{key}[{n}]")]
-
-
-def pattern_text(pattern, where):
-    """{"String": text} or {"Regex": text} -> a pattern."""
-    (kind, text), *more = pattern.items() or [(None, None)]
-    if more or kind not in ("String", "Regex") or not isinstance(text, str):
-        raise UserError(f'{where}.pattern: {{"String": text}} or {{"Regex": text}} is wanted, found {brief(pattern)}')
-    return re.escape(text) if kind == "String" else text
-
-
-def json_normalizer(where, kind, values):
-    """-> function str -> str."""
-    if kind == "Prepend":
-        return lambda text: values["prepend"] + text if text else text
-    if kind == "Replace":
-        compiled, content = compile_words(pattern_text(values["pattern"], where), where), values["content"]
-        return lambda text: compiled.sub(lambda match: content, text)
-    return to_nfc if kind == "NFC" else partial(unicodedata.normalize, kind)
-
-
-def json_steps(parts):
-    """Parts of a pre_tokenizer -> (steps, whether the last of them was ByteLevel)."""
-    steps = []
-    for n, (where, kind, values) in enumerate(parts):
-        if kind == "ByteLevel":
-            if n + 1 < len(parts):
-                raise UserError(f"{where}: ByteLevel must come last; {parts[n + 1][1]} follows")
-            steps += [prefix_step] if values["add_prefix_space"] else []
-            steps += [split_step(GPT2_WORDS)] if values["use_regex"] else []
-        elif kind == "Metaspace":
-            scheme = values["prepend_scheme"] if values["add_prefix_space"] else "never"
-            if scheme not in ("always", "first", "never"):
-                raise UserError(f"{where}.prepend_scheme: always, first or never is wanted, found {brief(scheme)}")
-            steps.append(metaspace_step(values["replacement"], scheme, values["split"]))
-        elif kind == "Digits":
-            steps.append(split_step(r"\p{N}" if values["individual_digits"] else r"\p{N}+"))
-        elif values["behavior"] not in ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext"):
-            raise UserError(
-                f"{where}.behavior: {brief(values['behavior'])} is not supported; known are Isolated, Removed, "
-                "MergedWithPrevious, MergedWithNext"
-            )
-        else:
-            pattern = pattern_text(values["pattern"], where)
-            steps.append(split_step(pattern, values["behavior"], values["invert"], where))
-    return steps, bool(parts) and parts[-1][1] == "ByteLevel"
-
-
-def json_around(parts):
-    """Parts of a post_processor -> (ids before a text, ids after it)."""
-    head, tail = [], []
-    for where, kind, values in parts:
-        if kind == "ByteLevel":
-            continue  # moves offsets, which nobody here asks for
-        side = None
-        for n, item in enumerate(values["single"]):
-            what, about = next(iter(item.items())) if isinstance(item, dict) and item else (None, None)
-            token = about.get("id") if isinstance(about, dict) else None
-            if what == "Sequence" and token == "A" and side is None:
-                side = tail
-                continue
-            entry = values["special_tokens"].get(token) if what == "SpecialToken" else None
-            ids = entry.get("ids") if isinstance(entry, dict) else None
-            if not isinstance(ids, list):
-                raise UserError(
-                    f"{where}.single[{n}]: a SpecialToken of special_tokens or, once, the Sequence A is wanted, "
-                    f"found {brief(item)}"
-                )
-            (head if side is None else tail).extend(ids)
-        if side is None:
-            raise UserError(f"{where}.single: it has no Sequence A, the text itself")
-    return head, tail
-
-
-def json_decoder(parts, where):
-    """Parts of a decoder -> (whether it is ByteLevel, how many leading spaces it drops)."""
-    kinds = [kind for _, kind, _ in parts]
-    if kinds == ["ByteLevel"]:
-        return True, 0
-    lead = 0
-    for at, kind, values in parts:
-        if kind == "Metaspace":
-            lead = int(values["add_prefix_space"] and values["prepend_scheme"] != "never")
-        elif kind == "Strip":
-            lead = values["start"]
-        if (
-            kind == "ByteLevel"
-            or kind == "Replace"
-            and (values["pattern"], values["content"]) != ({"String": SPACE}, " ")
-            or kind == "Strip"
-            and (values["content"], values["stop"]) != (" ", 0)
-            or kind == "Metaspace"
-            and values["replacement"] != SPACE
-        ):
-            raise UserError(f"{at}: this {kind} is not supported here: {brief(values)}")
-    if not {"Replace", "Metaspace"} & set(kinds):
-        raise UserError(
-            f"{where}: ByteLevel, or a Sequence with Metaspace or with {SPACE!r} replaced by a space, is "
-            f"wanted; found {', '.join(kinds) or 'null'}"
-        )
-    return False, lead
-
-
-def read_tokenizer_json(path):
-    """tokenizer.json -> (BPE, its added tokens, ids before a text, ids after it, leading spaces that decoding drops)."""
-    spec = read_json(path)
-    if not isinstance(spec, dict) or not spec.get("model"):
-        raise UserError(f"{path}: an object with a model is wanted, found {brief(spec)}")
-    parts = {name: json_parts(spec.get(name), name, f"{path}: {name}") for name in JSON_PARTS}
-    where, _, model = parts["model"][0]
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model[key]:
-            raise UserError(f"{where}.{key}: {brief(model[key])} is not supported")
-    vocab, unk = model["vocab"], model["unk_token"]
-    check_vocabulary_ids(vocab, f"{where}.vocab")
-    if unk is not None and (not isinstance(unk, str) or unk not in vocab):
-        raise UserError(f"{where}.unk_token: {brief(unk)} is not in the vocabulary")
-    merges = [
-        tuple(pair.split(" ") if isinstance(pair, str) else pair if isinstance(pair, list) else ())
-        for pair in model["merges"]
-    ]
-    if {*map(len, merges)} - {2} or {*map(type, chain.from_iterable(merges))} - {str}:
-        number = next(n for n, pair in enumerate(merges) if len(pair) != 2 or {*map(type, pair)} != {str})
-        raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
-    ranks = merge_ranks(merges, vocab, lambda number: f"{where}.merges[{number}]")
-    steps, byte_level = json_steps(parts["pre_tokenizer"])
-    decodes_bytes, lead = json_decoder(parts["decoder"], f"{path}: decoder")
-    if byte_level != decodes_bytes:
-        raise UserError(
-            f"{path}: pre_tokenizer and decoder must both be ByteLevel or both not; one is, the other is not"
-        )
-    added = spec.get("added_tokens") or []
-    for n, token in enumerate(added):
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
-            raise UserError(f"{path}: added_tokens[{n}]: an object with content and id is wanted, found {brief(token)}")
-        if token.get("single_word"):
-            raise UserError(f"{path}: added_tokens[{n}]: single_word of {token['content']!r} is not supported")
-    engine = BPE(
-        vocab,
-        ranks,
-        steps,
-        [json_normalizer(*part) for part in parts["normalizer"]],
-        byte_level,
-        model["ignore_merges"],
-        unk,
-        model["fuse_unk"],
-        model["byte_fallback"],
-    )
-    return engine, added, *json_around(parts["post_processor"]), lead
-
-
 # ---- The door ----
 
 
-def trie_regex(words):
+def trie_regex(words: list) -> str:
     """Words -> a pattern that matches the longest of them at a place, as quickly for a thousand as for two."""
     prefix = os.path.commonprefix(words)
     rests, branches = {word[len(prefix) :] for word in words}, {}
@@ -768,14 +282,14 @@ def trie_regex(words):
     return re.escape(prefix) + (f"(?:{tail})" + "?" * ("" in rests) if tail else "")
 
 
-def clean_up(text):
+def clean_up(text: str) -> str:
     """transformers' clean_up_tokenization_spaces: no space before punctuation and English contractions."""
     for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(found, found.strip())
     return text
 
 
-def token_text(token, folder):
+def token_text(token: object, folder: Path) -> str | None:
     """A token of a side file, text or {"content": text, ...} -> text; None for null."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
@@ -855,8 +369,8 @@ class Tokenizer:
 
     Special tokens written in a text become their ids, the text between them is the engine's. A folder is read as
     transformers would (tokenizer.json first), and ids and text equal its own, or those of the family's own code:
-    tests/test_tokenizer.py. What differs: bytes that are no UTF-8 are one U+FFFD each wherever there is byte fallback, as
-    in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
+    tests/test_tokenizer.py. What differs: bytes that are no UTF-8 are one U+FFFD each wherever there is byte fallback,
+    as in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
     sentencepiece models alone, as in transformers 5; Llama 3's own library cuts a text every 400,000 characters, and
     runs of letters or blanks every 25,000, this does not."""
 
@@ -934,8 +448,9 @@ class Tokenizer:
         return [*named, *((text, int(i), {}) for text, i in listed.items())]
 
     def _collect_special_tokens(self, settings, row, tokens):
-        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two files
-        that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is right."""
+        """Fills added {text: id}, flags {text: dict}, special (texts), special_ids, and bos, eos, unk and pad. Of two
+        files that know a token, the first of tokenizer.json, added_tokens_decoder, added_tokens.json and the rest is
+        right."""
         self.added, self.flags = {}, {}
         for text, i, flags in [
             *((token["content"], token["id"], token) for token in tokens),
@@ -977,7 +492,8 @@ class Tokenizer:
         self._prepare_split(row)
 
     def _prepare_split(self, row):
-        """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalization, after it)}."""
+        """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalization, after
+        it)}."""
         everything = [text for text in self.added if text]
         sought = {
             None: row.get("parse", everything),
@@ -1131,7 +647,8 @@ class Tokenizer:
         return sum(encode_conversation(self, segments, 3), [])
 
     def save(self, path):
-        """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it learnt."""
+        """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it
+        learnt."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
@@ -1140,6 +657,6 @@ class Tokenizer:
         save_chat_template(self.chat_template, path)
 
 
-def load_tokenizer(path):
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Folder with MODEL_FILES and perhaps SIDE_FILES -> Tokenizer. UserError for what CLASSES and JSON_PARTS lack."""
     return Tokenizer(path)

@@ -34,7 +34,8 @@ from formats.tensor_files import (
     to_contiguous,
     write_safetensors,
 )
-from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, rope_frequencies, set_parameter
+from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, set_parameter
+from positions import rope_frequencies
 
 # ================================================================================= weights by their names
 

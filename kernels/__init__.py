@@ -4,13 +4,15 @@
     kernels.configure(device="cpu", choice="auto")         # or choice="reference", or "rms_norm=reference,adamw=cpu"
     y = kernels.rms_norm(x, weight, 1e-5)
 
-A back end is a module of this package with functions of the same names as the ops below: `reference.py` (plain Paddle, on
-every device that Paddle knows, and the oracle of the tests) has all of them; `cpu.py` has those for which Paddle's own
-CPU operators, or our own C++ under kernels/cpu/, are faster. A new chip is one more file, `kernels/<device>.py`, holding just
-the ops it wants to override and, if it likes, missing(op) -> why one of them cannot run on this machine, or None.
+A back end is a module of this package with functions of the same names as the ops below: `reference.py` (plain Paddle,
+on every device that Paddle knows, and the oracle of the tests) has all of them; `cpu.py` has those for which Paddle's
+own CPU operators, or our own C++ under kernels/cpu/, are faster. A new chip is one more file, `kernels/<device>.py`,
+holding just the ops it wants to override and, if it likes, missing(op) -> why one of them cannot run on this machine,
+or None.
 
-Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. A name forces that back
-end for every op that it has (an unknown name is an error); `op=backend` forces one op and raises if the back end lacks it.
+Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. A name forces that
+back end for every op that it has (an unknown name is an error); `op=backend` forces one op and raises if the back end
+lacks it.
 
 Letters: B batch, T sequence (Tq queries, Tk keys), D model width, H query heads, K key/value heads, Dh head dim,
 F feed-forward width, V vocabulary, N = B * T tokens.
@@ -23,10 +25,12 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle's at import that concerns nobody here
 os.environ.setdefault("GLOG_minloglevel", "1")  # nor do its notes about connections
-import paddle
+import numpy as np  # noqa: E402
+import paddle  # noqa: E402
 
 from formats.files import UserError
 
@@ -65,12 +69,12 @@ bf16 = False  # whether products of linears and of the head are made in bfloat16
 _table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
 
 
-def configure(device="auto", choice="auto", use_bf16=False):
+def configure(device: str = "auto", choice: str = "auto", use_bf16: bool = False) -> dict:
     """Decide device and back end of every op, and make them the current ones.
 
-    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else a name as in check_device(). use_bf16
-    asks for products in bfloat16 where the back end has them: see bf16, and bf16_missing() for why it may stay False.
-    Returns {op: (back end, reason)}. Raises UserError for a device, back end or op that does not exist.
+    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else a name as in check_device().
+    use_bf16 asks for products in bfloat16 where the back end has them: see bf16, and bf16_missing() for why it may
+    stay False. Returns {op: (back end, reason)}. Raises UserError for a device, back end or op that does not exist.
     """
     if device != "auto":
         name = check_device(device)
@@ -110,7 +114,7 @@ def configure(device="auto", choice="auto", use_bf16=False):
     return {op: (backend, reason) for op, (_, backend, reason) in table.items()}
 
 
-def devices():
+def devices() -> list:
     """Names of the devices that this Paddle can use here, as check_device() takes them; "cpu" is the first."""
     found = ["cpu"]
     if paddle.is_compiled_with_cuda():
@@ -120,12 +124,11 @@ def devices():
     return found + (paddle.device.get_available_custom_device() or [])
 
 
-def check_device(device):
+def check_device(device: str) -> None:
     """What Paddle calls this device; UserError, with what is here and what the device would need, if it is not here.
 
-    "cpu"; "gpu" or "gpu:1" (CUDA); "dcu:1" (ROCm, whose devices Paddle calls gpu); "xpu:0"; any other name is a device that
-    one of Paddle's plug-ins brings: "npu", "gcu:1", …. Without a number Paddle takes the process's first.
-    """
+    "cpu"; "gpu" or "gpu:1" (CUDA); "dcu:1" (ROCm, whose devices Paddle calls gpu); "xpu:0"; any other name is a device
+    that one of Paddle's plug-ins brings: "npu", "gcu:1", …. Without a number Paddle takes the process's first."""
     kind, colon, index = device.partition(":")
     kind = _gpu() if kind == "gpu" else kind
     here = [(name.split(":") + ["0"])[:2] for name in devices()]  # the only device of a plug-in has no number
@@ -147,7 +150,7 @@ def _kind():
     return _gpu() if kind == "gpu" else kind
 
 
-def bf16_missing():
+def bf16_missing() -> str | None:
     """Why products cannot be made in bfloat16 here; None if they can."""
     kind = _kind()
     if not _exists(kind) or _table["linear"][1] != kind:
@@ -155,7 +158,7 @@ def bf16_missing():
     return _missing(kind, "bf16")
 
 
-def describe():
+def describe() -> str:
     """One line for the start of a run: `cpu · rms_norm cpu (device is cpu) · rope reference (…) · …`."""
     if not _table:
         configure()
@@ -165,7 +168,7 @@ def describe():
 
 
 @contextlib.contextmanager
-def use(choice):
+def use(choice: str) -> Iterator[None]:
     """`with kernels.use("reference"):` runs the block on that choice; for tests."""
     global bf16
     before, bf16_before = dict(_table), bf16
@@ -181,8 +184,8 @@ def use(choice):
 def _prepare_cpu():
     """Four settings of the process, without which Paddle's own CPU operators run several times slower than they can.
 
-    Threads: Paddle starts with one for matmul; take one for each core that this process may run on, or its share of them
-    where the launcher has started several here (our C++ is told by the environment, see cpu/threads.h).
+    Threads: Paddle starts with one for matmul; take one for each core that this process may run on, or its share of
+    them where the launcher has started several here (our C++ is told by the environment, see cpu/threads.h).
 
     Memory: the C library gives every large block back to the system at once, so each new tensor costs page faults; told
     to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
@@ -239,12 +242,11 @@ def _missing(backend, op):
     return asked and asked(op)
 
 
-def to_tensor(array):
+def to_tensor(array: np.ndarray) -> paddle.Tensor:
     """A numpy array's copy as a tensor, for hot paths.
 
-    paddle.to_tensor (3.3.1) keeps 104 bytes of every call for ever, too much for a server, and paddle.assign looks at every
-    element in Python (0.85 ms for 3,000 of them). Filling an empty tensor takes 2 µs and keeps nothing.
-    """
+    paddle.to_tensor (3.3.1) keeps 104 bytes of every call for ever, too much for a server, and paddle.assign looks at
+    every element in Python (0.85 ms for 3,000 of them). Filling an empty tensor takes 2 µs and keeps nothing."""
     place = paddle.framework._current_expected_place()
     if paddle.in_dynamic_mode() and isinstance(place, paddle.CPUPlace):
         tensor = paddle._C_ops.empty([0], paddle.float32, place)
@@ -259,7 +261,9 @@ def _run(op, *args, **kwargs):
     return _table[op][0](*args, **kwargs)
 
 
-def rms_norm(x, weight, epsilon, residual=None):
+def rms_norm(
+    x: paddle.Tensor, weight: paddle.Tensor, epsilon: float, residual: paddle.Tensor | None = None
+) -> paddle.Tensor | tuple:
     """h / sqrt(mean(h^2) + epsilon) * weight over the last dim, h = x + residual (Zhang & Sennrich, arXiv 1910.07467).
 
     x, residual (..., D), weight (D,) -> (..., D), or (that, h) with a residual. Statistics in float32.
@@ -267,52 +271,69 @@ def rms_norm(x, weight, epsilon, residual=None):
     return _run("rms_norm", x, weight, epsilon, residual)
 
 
-def layer_norm(x, weight, bias, epsilon, residual=None):
-    """(h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias over the last dim, h = x + residual (Ba et al., arXiv 1607.06450).
+def layer_norm(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float, residual: paddle.Tensor | None = None
+) -> paddle.Tensor | tuple:
+    """(h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias over the last dim, h = x + residual (Ba et al., arXiv
+    1607.06450).
 
-    x, residual (..., D), weight, bias (D,) or bias None -> (..., D), or (that, h) with a residual. Statistics in float32.
-    """
+    x, residual (..., D), weight, bias (D,) or bias None -> (..., D), or (that, h) with a residual. Statistics in
+    float32."""
     return _run("layer_norm", x, weight, bias, epsilon, residual)
 
 
-def rope(x, cos, sin, interleaved=False):
-    """Rotary position embedding (Su et al., arXiv 2104.09864) of the first r dims of each head; the others stay as they are.
+def rope(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor, interleaved: bool = False) -> paddle.Tensor:
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of the first r dims of each head; the others stay as
+    they are.
 
-    x (B, T, heads, Dh); cos, sin (B, T, 1, r) float32, r even and at most Dh -> (B, T, heads, Dh). Pair i, of r/2, turns by
-    the angle of column i, which column i + r/2 repeats: it is (i, i + r/2), or, interleaved, (2 i, 2 i + 1).
+    x (B, T, heads, Dh); cos, sin (B, T, 1, r) float32, r even and at most Dh -> (B, T, heads, Dh). Pair i, of r/2,
+    turns by the angle of column i, which column i + r/2 repeats: it is (i, i + r/2), or, interleaved, (2 i, 2 i + 1).
     """
     return _run("rope", x, cos, sin, interleaved)
 
 
-def swiglu(gate, up):
+def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up (Shazeer, arXiv 2002.05202); both (..., F) -> (..., F)."""
     return _run("swiglu", gate, up)
 
 
-def geglu(gate, up, approximate=True):
-    """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F). gelu(x) = x Phi(x), or approximate by tanh (arXiv 1606.08415)."""
+def geglu(gate: paddle.Tensor, up: paddle.Tensor, approximate: bool = True) -> paddle.Tensor:
+    """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F). gelu(x) = x Phi(x), or approximate by tanh (arXiv
+    1606.08415)."""
     return _run("geglu", gate, up, approximate)
 
 
-def gelu(x, approximate=True):
+def gelu(x: paddle.Tensor, approximate: bool = True) -> paddle.Tensor:
     """gelu(x) as in geglu, of an MLP that has no gate: (..., F) -> (..., F)."""
     return _run("gelu", x, approximate)
 
 
-def embedding(ids, weight):
-    """weight[ids]; ids (...) int64, weight (V, D) -> (..., D). Gradients of equal ids are summed in the order of the ids."""
+def embedding(ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+    """weight[ids]; ids (...) int64, weight (V, D) -> (..., D). Gradients of equal ids are summed in the order of the
+    ids."""
     return _run("embedding", ids, weight)
 
 
-def linear(x, weight, bias=None, residual=None):
-    """x @ weight + bias + residual; x (..., in), weight (in, out), bias (out,), residual and result (..., out) in x's dtype.
+def linear(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None, residual: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """x @ weight + bias + residual; x (..., in), weight (in, out), bias (out,), residual and result (..., out) in x's
+    dtype.
 
     The weight may be stored in another dtype than x: it is converted for the product.
     """
     return _run("linear", x, weight, bias, residual)
 
 
-def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
+def lora_linear(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    lora_A: paddle.Tensor,
+    lora_B: paddle.Tensor,
+    scaling: float,
+    bias: paddle.Tensor | None = None,
+    dropped: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """x @ weight + bias + scaling * (dropped or x) @ lora_A @ lora_B (Hu et al., arXiv 2106.09685).
 
     x and dropped (x after dropout) (..., in), weight (in, out), lora_A (in, R), lora_B (R, out) -> (..., out).
@@ -320,52 +341,98 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
     return _run("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropped)
 
 
-def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_index=None, input_scale=None):
+def quant_linear(
+    x: paddle.Tensor,
+    qweight: paddle.Tensor,
+    scales: paddle.Tensor,
+    bias: paddle.Tensor | None = None,
+    scheme: str = "w8",
+    qzeros: paddle.Tensor | None = None,
+    g_index: paddle.Tensor | None = None,
+    input_scale: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """x @ W + bias with W held as integers; x (..., in) -> (..., out) in x's dtype.
 
-    scheme "w4", "w8" (weights alone; layout of GPTQ tools): qweight (in * bits/32, out) int32 holds the unsigned codes of
-    32/bits consecutive input rows, lowest bits first; scales (groups, out) float32; qzeros (groups, out * bits/32) int32
-    holds zero points less one, packed along out (None: 2^(bits-1), symmetric); g_index (in,) int32 is the group of each
-    input row (None: equal runs in order). W[i, o] = scales[g[i], o] * (code[i, o] - zero[g[i], o]).
+    scheme "w4", "w8" (weights alone; layout of GPTQ tools): qweight (in * bits/32, out) int32 holds the unsigned codes
+    of 32/bits consecutive input rows, lowest bits first; scales (groups, out) float32; qzeros (groups, out * bits/32)
+    int32 holds zero points less one, packed along out (None: 2^(bits-1), symmetric); g_index (in,) int32 is the group
+    of each input row (None: equal runs in order). W[i, o] = scales[g[i], o] * (code[i, o] - zero[g[i], o]).
 
-    scheme "a8w8": qweight (in, out) int8, scales (out,) float32; x is rounded to int8 too, with input_scale (1,) for all
-    of it, or with its own largest value / 127 per token where input_scale is None. No gradient with respect to x.
+    scheme "a8w8": qweight (in, out) int8, scales (out,) float32; x is rounded to int8 too, with input_scale (1,) for
+    all of it, or with its own largest value / 127 per token where input_scale is None. No gradient with respect to x.
     """
     return _run("quant_linear", x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
 
 
-def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
+def dequantize(
+    qweight: paddle.Tensor,
+    scales: paddle.Tensor,
+    bits: int,
+    qzeros: paddle.Tensor | None = None,
+    g_index: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """(in, out) float32 weights of packed codes; arguments as in quant_linear. Not a fast path: one implementation."""
     return importlib.import_module("kernels.reference").dequantize(qweight, scales, bits, qzeros, g_index)
 
 
-def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
-    """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), never a [Tq, Tk] matrix of more than a block.
+def attention(
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    softcap: float | None = None,
+) -> paddle.Tensor:
+    """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), never a [Tq, Tk] matrix of more than a
+    block.
 
     q (B, Tq, H, Dh), k and v (B, Tk, K, Dh) with K dividing H -> (B, Tq, H, Dh). Query i stands on row i + Tk - Tq, so
     that with a cache or a prefix the last query sees the last key. startend_row_indices int32 (B, 1 | K | H, Tk, n)
     names for each key the rows that must not see it: causal n=1 rows >= [0]; n=2 rows in [0, 1); not causal n=2 rows
-    >= [0] or < [1]; n=4 rows in [0, 1) or in [2, 3). softcap makes softcap * tanh(s / softcap) of each scaled product s
-    (Gemma 2, arXiv 2408.00118), after which alibi_slopes (H,) adds -slope * (row - key) (arXiv 2108.12409). A query that
-    sees no key gets zeros. scale defaults to Dh ** -0.5.
-    """
+    >= [0] or < [1]; n=4 rows in [0, 1) or in [2, 3). softcap makes softcap * tanh(s / softcap) of each scaled product
+    s (Gemma 2, arXiv 2408.00118), after which alibi_slopes (H,) adds -slope * (row - key) (arXiv 2108.12409). A query
+    that sees no key gets zeros. scale defaults to Dh ** -0.5."""
     return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
 
 
-def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
+def attention_with_lse(
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None,
+    offset: int,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple:
     """Attention over some of the keys: (its result, lse), from which parallel.py's ring makes that over all of them.
 
-    As in attention, but query i stands on row i + offset, counted from the first of these keys, so that causal queries may stand
-    before or behind all of them: rows are counted likewise and may be negative. lse (B, H, Tq) float32 is the logarithm of the
-    sum of the exponentials of a query's scores, -inf where it sees no key. No gradients: see attention_with_lse_backward.
-    """
+    As in attention, but query i stands on row i + offset, counted from the first of these keys, so that causal queries
+    may stand before or behind all of them: rows are counted likewise and may be negative. lse (B, H, Tq) float32 is
+    the logarithm of the sum of the exponentials of a query's scores, -inf where it sees no key. No gradients: see
+    attention_with_lse_backward."""
     return _run("attention_with_lse", q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
 
 
 def attention_with_lse_backward(
-    q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
-):
-    """Gradients of q, k and v from these keys alone, given out (B, Tq, H, Dh) and lse (B, H, Tq) of attention over all keys."""
+    q: paddle.Tensor,
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    out: paddle.Tensor,
+    lse: paddle.Tensor,
+    d_out: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None,
+    offset: int,
+    causal: bool = True,
+    scale: float | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple:
+    """Gradients of q, k and v from these keys alone, given out (B, Tq, H, Dh) and lse (B, H, Tq) of attention over all
+    keys."""
     return _run(
         "attention_with_lse_backward",
         q,
@@ -384,31 +451,31 @@ def attention_with_lse_backward(
 
 
 def paged_attention(
-    q,
-    k_cache,
-    v_cache,
-    block_tables,
-    query_lengths,
-    context_lengths,
-    scale=None,
-    k_scales=None,
-    v_scales=None,
-    alibi_slopes=None,
-    window=None,
-    softcap=None,
-):
-    """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180).
+    q: paddle.Tensor,
+    k_cache: paddle.Tensor,
+    v_cache: paddle.Tensor,
+    block_tables: np.ndarray,
+    query_lengths: np.ndarray,
+    context_lengths: np.ndarray,
+    scale: float | None = None,
+    k_scales: paddle.Tensor | None = None,
+    v_scales: paddle.Tensor | None = None,
+    alibi_slopes: paddle.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> paddle.Tensor:
+    """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv
+    2309.06180).
 
-    q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the new
-    tokens in place already; block_tables (S, most blocks) int32, query_lengths and context_lengths (S,), numpy: a
+    q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the
+    new tokens in place already; block_tables (S, most blocks) int32, query_lengths and context_lengths (S,), numpy: a
     sequence's context includes its queries, query j stands at context - query + j -> (N, H, Dh). Arrays that are not
-    writeable may be taken for the same as in the last call if they are the same objects: of a step's layers, all but the
-    first are spared the look at them.
+    writeable may be taken for the same as in the last call if they are the same objects: of a step's layers, all but
+    the first are spared the look at them.
 
-    Caches may be int8 with k_scales, v_scales (blocks, block_size, K) float32: a value is its code times the scale of its
-    slot and head. With a window a query at p sees the keys above p - window alone; alibi_slopes and softcap are as in
-    attention. No gradients.
-    """
+    Caches may be int8 with k_scales, v_scales (blocks, block_size, K) float32: a value is its code times the scale of
+    its slot and head. With a window a query at p sees the keys above p - window alone; alibi_slopes and softcap are as
+    in attention. No gradients."""
     return _run(
         "paged_attention",
         q,
@@ -426,8 +493,17 @@ def paged_attention(
     )
 
 
-def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
-    """Put new keys and values into a pool, in place: token i into slot slots[i] = block * block_size + place in the block.
+def write_cache(
+    k: paddle.Tensor,
+    v: paddle.Tensor,
+    k_cache: paddle.Tensor,
+    v_cache: paddle.Tensor,
+    slots: paddle.Tensor,
+    k_scales: paddle.Tensor | None = None,
+    v_scales: paddle.Tensor | None = None,
+) -> None:
+    """Put new keys and values into a pool, in place: token i into slot slots[i] = block * block_size + place in the
+    block.
 
     k, v (N, K, Dh) float32; caches and scales as in paged_attention; slots (N,) int64 tensor, none of them twice. int8
     caches take round(x * 127 / most) and the scale most / 127, most being the largest absolute value of a token's head.
@@ -435,36 +511,35 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
     _run("write_cache", k, v, k_cache, v_cache, slots, k_scales, v_scales)
 
 
-def sample(logits, temperature, top_k, top_p, uniform):
+def sample(logits: paddle.Tensor, temperature: tuple, top_k: tuple, top_p: tuple, uniform: tuple) -> paddle.Tensor:
     """Choose an id of each row: model.sample says how; here the random number is given, and rows differ in their ways.
 
-    logits (S, V) float32 tensor; per row, as numpy (S,): temperature (0: the likeliest, the first of equals), top_k (0: all),
-    top_p, and uniform in [0, 1), what numpy's Generator.choice would draw -> (S,) int64 tensor, -1 for a row with NaN
-    or whose largest logit is infinite.
-    """
+    logits (S, V) float32 tensor; per row, as numpy (S,): temperature (0: the likeliest, the first of equals), top_k
+    (0: all), top_p, and uniform in [0, 1), what numpy's Generator.choice would draw -> (S,) int64 tensor, -1 for a row
+    with NaN or whose largest logit is infinite."""
     return _run("sample", logits, temperature, top_k, top_p, uniform)
 
 
 def linear_cross_entropy(
-    hidden,
-    weight,
-    labels,
-    transpose_weight=False,
-    ignore_index=-100,
-    return_predictions=False,
-    vocabulary=None,
-    softcap=None,
-):
+    hidden: paddle.Tensor,
+    weight: paddle.Tensor,
+    labels: paddle.Tensor,
+    transpose_weight: bool = False,
+    ignore_index: int = -100,
+    return_predictions: bool = False,
+    vocabulary: object = None,
+    softcap: float | None = None,
+) -> paddle.Tensor | tuple:
     """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
 
     hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
     ignored; with return_predictions also the argmax ids (N,) int64, -1 where ignored. Rows with an ignored label are
     not computed at all. Gradients of hidden with a frozen weight are made in forward: two products in place of three.
 
-    vocabulary: several ranks hold V columns each (arXiv 1909.08053, 3). An object with `start`, the id of this rank's first
-    column, and all_reduce(tensor, "max" | "sum") -> tensor over the ranks. labels are ids of the whole vocabulary; losses and
-    predictions come out the same on every rank (the lowest id, of several largest logits), the gradient of hidden is this
-    rank's part, which the caller adds up.
+    vocabulary: several ranks hold V columns each (arXiv 1909.08053, 3). An object with `start`, the id of this rank's
+    first column, and all_reduce(tensor, "max" | "sum") -> tensor over the ranks. labels are ids of the whole
+    vocabulary; losses and predictions come out the same on every rank (the lowest id, of several largest logits), the
+    gradient of hidden is this rank's part, which the caller adds up.
 
     softcap makes softcap * tanh(l / softcap) of each logit l (Gemma 2, arXiv 2408.00118).
     """
@@ -481,17 +556,28 @@ def linear_cross_entropy(
     )
 
 
-def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale=1.0):
+def adamw(
+    parameter: paddle.Tensor,
+    gradient: paddle.Tensor,
+    moment1: paddle.Tensor,
+    moment2: paddle.Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> None:
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101), in place on parameter, moment1 and moment2.
 
-    gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay * parameter.
-    parameter and gradient float32, bfloat16 or float16, moments float32: all is computed in float32.
-    """
+    gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay *
+    parameter. parameter and gradient float32, bfloat16 or float16, moments float32: all is computed in float32."""
     return _run(
         "adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale
     )
 
 
-def squared_norm(x):
+def squared_norm(x: paddle.Tensor) -> paddle.Tensor:
     """The sum of squares of all values of x, () float64."""
     return _run("squared_norm", x)

@@ -9,12 +9,13 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import paddle
 
 
-def attempt(load):
+def attempt(load: Callable) -> bool | str:
     """True once load() has run, or in one line why it could not; the exceptions are those that a build can end in."""
     try:
         load()
@@ -23,7 +24,7 @@ def attempt(load):
         return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def load(name, folder, suffix, compiler, language, announce, **flags):
+def load(name: str, folder: str | Path, suffix: str, compiler: str, language: str, announce: str, **flags) -> None:
     """Load the operators of folder/*suffix from the cache, or build them into it with flags, cpp_extension.load's own.
 
     announce is printed before a build. Raises OSError if there is no compiler or the build fails.

@@ -1,31 +1,31 @@
 """Ops for which Paddle's CPU operators are slow: our own C++ (kernels/cpu/*.cc), or another of Paddle's operators.
 
-The C++ is built on first use (_build.py); it holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a compiler
-the ops that need it are not there (see missing()), and the reference runs instead.
+The C++ is built on first use (_build.py); it holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a
+compiler the ops that need it are not there (see missing()), and the reference runs instead.
 
-rms_norm and layer_norm with their residual, rope, swiglu, geglu, gelu: one pass forward, one backward, at the speed of memory
-(both of an rms_norm of (2048, 2048) in 4 ms, Paddle's operators 137; of a gelu of (2048, 3072) in 5 ms, Paddle's 12.8 by tanh
-and 20 without; its relu, at 5, needs no help). embedding: see _Embedding. adamw: one pass over parameter,
-gradient and both moments, 25 M values in 16 ms (Paddle's own with clipping 144); squared_norm: one over the gradient, 3.5 ms
-(67). Best of 6 to 30 turn about, two cores of an EPYC with AVX-512, busy with other work.
+rms_norm and layer_norm with their residual, rope, swiglu, geglu, gelu: one pass forward, one backward, at the speed of
+memory (both of an rms_norm of (2048, 2048) in 4 ms, Paddle's operators 137; of a gelu of (2048, 3072) in 5 ms,
+Paddle's 12.8 by tanh and 20 without; its relu, at 5, needs no help). embedding: see _Embedding. adamw: one pass over
+parameter, gradient and both moments, 25 M values in 16 ms (Paddle's own with clipping 144); squared_norm: one over the
+gradient, 3.5 ms (67). Best of 6 to 30 turn about, two cores of an EPYC with AVX-512, busy with other work.
 
-linear, lora_linear: with kernels.bf16, products in bfloat16 (vdpbf16ps) of tensors that are converted and packed inside, LoRA's
-in one with the base's; else Paddle's own.
+linear, lora_linear: with kernels.bf16, products in bfloat16 (vdpbf16ps) of tensors that are converted and packed
+inside, LoRA's in one with the base's; else Paddle's own.
 
-linear_cross_entropy: on blocks of the head whose logits stay in the cache, by Paddle's products or, with kernels.bf16, ours. Of
-2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98 of them its gradient), 71 with
-a frozen one, however it is stored.
+linear_cross_entropy: on blocks of the head whose logits stay in the cache, by Paddle's products or, with kernels.bf16,
+ours. Of 2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98 of them its
+gradient), 71 with a frozen one, however it is stored.
 
-quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more. a8w8: products of int8
-by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored, no packed copy is kept.
+quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more. a8w8: products of
+int8 by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored, no packed copy is kept.
 
-attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped; q, k, v,
-the output and one float a query are kept for backward, where a softcap's tanh is made again as the scores are. Sums are in an
-order that depends on shapes alone.
+attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped;
+q, k, v, the output and one float a query are kept for backward, where a softcap's tanh is made again as the scores
+are. Sums are in an order that depends on shapes alone.
 
 paged_attention, write_cache: blocks of the pool are read and written where they lie, int8 ones rounded and widened in
-registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows; what a window
-hides is not read.
+registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows; what
+a window hides is not read.
 
 sample: float64 as the oracle, sorting only what can be among the likeliest that make up top_p.
 """
@@ -59,7 +59,7 @@ IN_BFLOAT16 = 3  # of attention's: products in bfloat16
 _state = None  # True once the built ops are loaded, or the reason why they cannot be
 
 
-def missing(op):
+def missing(op: str) -> str | None:
     """Why this op, or "bf16", cannot run here, or None. Builds the C++ the first time that it is asked for."""
     global _state
     if op not in OF_EXTENSION:
@@ -91,7 +91,7 @@ def _load():
     )
 
 
-def peak(memory, what):
+def peak(memory: bool, what: str) -> float:
     """What the processor does at best with all threads; what: see cpu/peak.cc. memory (n,) float32 is overwritten."""
     tasks = 16 * len(os.sched_getaffinity(0))
     return _C_ops._run_custom_op("cpu_peak", memory, what, tasks)[0].item()
@@ -110,7 +110,14 @@ def _op(name, *args):
     return _C_ops._run_custom_op(name, *args, INSTRUCTIONS)
 
 
-def bf16_matmul(x, y, transpose_x=False, transpose_y=False, bias=None, residual=None):
+def bf16_matmul(
+    x: paddle.Tensor,
+    y: paddle.Tensor,
+    transpose_x: bool = False,
+    transpose_y: bool = False,
+    bias: paddle.Tensor | None = None,
+    residual: paddle.Tensor | None = None,
+) -> paddle.Tensor:
     """x (M, K) or transposed, y (K, N) or transposed, float32 or bfloat16 -> x y + bias + residual (M, N) float32.
 
     Products are of bfloat16, sums in float32.
@@ -144,7 +151,8 @@ def linear(x, weight, bias=None, residual=None):
 
 
 def _sum_of_rows(x):
-    """(N, n) -> (n,). As a product: 0.1 ms for (2048, 1024), where Paddle's sum takes 27 ms and the gradient of its add 35."""
+    """(N, n) -> (n,). As a product: 0.1 ms for (2048, 1024), where Paddle's sum takes 27 ms and the gradient of its
+    add 35."""
     return paddle.matmul(paddle.ones([1, x.shape[0]], x.dtype), x).reshape([-1])
 
 
@@ -277,7 +285,8 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
 
 
 def _how(q, rows, offset, causal, scale, slopes, softcap):
-    """What the C++ takes beside q, k and v; a plain object, as a PyLayer would take tensors among its arguments for inputs."""
+    """What the C++ takes beside q, k and v; a plain object, as a PyLayer would take tensors among its arguments for
+    inputs."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return types.SimpleNamespace(
         rows=None if rows is None else rows.astype("int32").contiguous(),
@@ -379,7 +388,8 @@ def paged_attention(
 
 
 def _paged_tensors(q, k_cache, arrays):
-    """Block tables (S, blocks) and lengths (2, S) as int32 tensors: the last ones, if the arrays cannot have changed since."""
+    """Block tables (S, blocks) and lengths (2, S) as int32 tensors: the last ones, if the arrays cannot have changed
+    since."""
     global _paged
     if _paged is None or any(a is not b for a, b in zip(_paged[0], arrays)):
         tables, queries, contexts = (np.ascontiguousarray(a, np.int32) for a in arrays)
@@ -433,8 +443,8 @@ def _norm(x, residual, weight, bias, epsilon, op):
 class _Norm(PyLayer):
     """y = z w (+ b) with z = (h - mean) r, h = x + residual; RMSNorm: mean 0, r = rsqrt(mean(h^2) + eps).
 
-    With g = dy w: dh += r (g - mean(g) - z mean(g z)), RMSNorm without mean(g); dw = sum(dy z), db = sum(dy). Kept: h, mean, r.
-    """
+    With g = dy w: dh += r (g - mean(g) - z mean(g z)), RMSNorm without mean(g); dw = sum(dy z), db = sum(dy). Kept: h,
+    mean, r."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, epsilon, op):
@@ -505,8 +515,8 @@ def _gate(gate, up, kind):
 
 
 class _Gate(PyLayer):
-    """y = a(g) u, u 1 where it is not given: dg = dy u a'(g), du = dy a(g). a: 0 silu, g s with s = sigmoid(g), a' = s (1 + g (1 - s));
-    1, 2 gelu, g Phi(g), 1 by tanh."""
+    """y = a(g) u, u 1 where it is not given: dg = dy u a'(g), du = dy a(g). a: 0 silu, g s with s = sigmoid(g), a' = s
+    (1 + g (1 - s)); 1, 2 gelu, g Phi(g), 1 by tanh."""
 
     @staticmethod
     def forward(ctx, gate, up, kind):
@@ -530,10 +540,10 @@ class _Embedding(PyLayer):
     """y = w[ids]; dw = the rows of dy added up in the order of ids.
 
     dw is always a tensor of its own. To add rows to a weight.grad that is there, without one, would be wrong under
-    paddle.grad(), twice wrong where a hook changes gradients, and in a tied head the gradient is not there yet: Paddle adds
-    up all uses of a leaf before it fills grad. But a dw of 32 MB or more is made of pages that are fresh from the system:
-    zeros that nobody wrote, and that take memory only where rows are. Of (32000, 768) and 2,048 tokens forward and backward
-    took 6 ms, Paddle's 68; where a gradient was there, 31 and 76: Paddle adds dw to it, page after page.
+    paddle.grad(), twice wrong where a hook changes gradients, and in a tied head the gradient is not there yet: Paddle
+    adds up all uses of a leaf before it fills grad. But a dw of 32 MB or more is made of pages that are fresh from the
+    system: zeros that nobody wrote, and that take memory only where rows are. Of (32000, 768) and 2,048 tokens forward
+    and backward took 6 ms, Paddle's 68; where a gradient was there, 31 and 76: Paddle adds dw to it, page after page.
     """
 
     @staticmethod
@@ -570,12 +580,11 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(PyLayer):
     """loss = lse - (h W)[label], lse = logsumexp(h W); d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
 
-    Logits are made in blocks of columns of W, small enough to stay in the cache from one product to the next; maximum and sum
-    go on from block to block. Trained W: four products, as backward makes the logits again. Frozen W: two, as forward also
-    makes the rows (p - onehot) W^T, of which backward needs the multiple d loss: sums of exp(logit - max so far) W^T,
-    shrunk when the maximum grows (Milakov & Gimelshein, arXiv 1805.02867). With a softcap the logits l are those of
-    softcap * tanh(h W / softcap), and each p - onehot has a factor 1 - (l / softcap)^2.
-    """
+    Logits are made in blocks of columns of W, small enough to stay in the cache from one product to the next; maximum
+    and sum go on from block to block. Trained W: four products, as backward makes the logits again. Frozen W: two, as
+    forward also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss: sums of exp(logit - max
+    so far) W^T, shrunk when the maximum grows (Milakov & Gimelshein, arXiv 1805.02867). With a softcap the logits l
+    are those of softcap * tanh(h W / softcap), and each p - onehot has a factor 1 - (l / softcap)^2."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, how):
@@ -671,7 +680,8 @@ def _blocks_of(weight, turned, tokens):
 
 
 class _Bf16CrossEntropy(PyLayer):
-    """loss = logsumexp(l) - l[label], l = h W or softcap * tanh(h W / softcap), over the vocabulary in blocks; see gemm.cc.
+    """loss = logsumexp(l) - l[label], l = h W or softcap * tanh(h W / softcap), over the vocabulary in blocks; see
+    gemm.cc.
 
     With a frozen W the gradient of h, but for the factor d loss of each row, is made together with the loss (an online
     softmax). Else the logits are made again in backward.

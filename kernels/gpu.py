@@ -1,21 +1,22 @@
-"""NVIDIA GPUs: Paddle's own fused operators first, our CUDA (kernels/cuda) for what they lack, built on first use (_build.py).
+"""NVIDIA GPUs: Paddle's own fused operators first, our CUDA (kernels/cuda) for what they lack, built on first use
+(_build.py).
 
-Paddle's: attention (flashmask_attention), rms_norm (fused_rms_norm), rope (fused_rotary_position_embedding), swiglu, adamw
-(adamw_; master weights are the trainer's matter). Ours: rms_norm with residual, as the gradient of Paddle's has no place for
-the sum's own; linear_cross_entropy, whose softmax, loss and gradient take two passes over a chunk of logits, the second in place;
-paged_attention for one query a sequence, from float or int8 caches, the keys split over blocks; quant_linear for up to ROWS
-rows of 4- or 8-bit weights.
+Paddle's: attention (flashmask_attention), rms_norm (fused_rms_norm), rope (fused_rotary_position_embedding), swiglu,
+adamw (adamw_; master weights are the trainer's matter). Ours: rms_norm with residual, as the gradient of Paddle's has
+no place for the sum's own; linear_cross_entropy, whose softmax, loss and gradient take two passes over a chunk of
+logits, the second in place; paged_attention for one query a sequence, from float or int8 caches, the keys split over
+blocks; quant_linear for up to ROWS rows of 4- or 8-bit weights.
 
-Not used: paddle.nn.quant.weight_only_linear. It knows no zero points, groups of 64 or 128 alone, scales of x's own type, and
-codes in an order of its own that only weight_quantize makes, from floats, rounding again: our layouts cannot be converted
-exactly. More than ROWS rows are a product with weights that one pass has dequantized.
+Not used: paddle.nn.quant.weight_only_linear. It knows no zero points, groups of 64 or 128 alone, scales of x's own
+type, and codes in an order of its own that only weight_quantize makes, from floats, rounding again: our layouts cannot
+be converted exactly. More than ROWS rows are a product with weights that one pass has dequantized.
 
-The reference runs, as no operator has it: attention in float32 (unless kernels.bf16), with ALiBi or a softcap, with Dh over 256
-or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first key), a prompt
-behind a cache with a window among them; rope of neighboring dims; gelu; act order and a8w8; a part of the vocabulary;
-operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of float32 tensors in bfloat16.
-The cores are tested on the CPU (tests/gpu/cuda_on_cpu.h) and timed by tests/gpu/cuda_harness.cu; no figure is known yet.
-"""
+The reference runs, as no operator has it: attention in float32 (unless kernels.bf16), with ALiBi or a softcap, with Dh
+over 256 or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first
+key), a prompt behind a cache with a window among them; rope of neighboring dims; gelu; act order and a8w8; a part of
+the vocabulary; operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of
+float32 tensors in bfloat16. The cores are tested on the CPU (tests/gpu/cuda_on_cpu.h) and timed by
+tests/gpu/cuda_harness.cu; no figure is known yet."""
 
 import functools
 import types
@@ -47,7 +48,7 @@ LOGITS = 1 << 28  # held at a time by linear_cross_entropy: 512 MB in bfloat16, 
 _state = None  # True once our own ops are loaded, or the reason why they cannot be
 
 
-def missing(op):
+def missing(op: str) -> str | None:
     """Why this op, or "bf16", cannot run here, or None. Builds the CUDA the first time that it is asked for."""
     for kernel in OF_PADDLE.get(op, ()):
         if not _registered(kernel):
@@ -235,7 +236,8 @@ def _fused_rms_norm(x, weight, epsilon):
 
 
 class _RMSNormResidual(PyLayer):
-    """h = x + residual, y = h r w; d residual = dx = r (dy w - h r^2 mean(dy w h)) + dh, dw = sum(dy h r). Keeps h and r."""
+    """h = x + residual, y = h r w; d residual = dx = r (dy w - h r^2 mean(dy w h)) + dh, dw = sum(dy h r). Keeps h and
+    r."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, epsilon):
@@ -335,10 +337,11 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(PyLayer):
-    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss; with a softcap see cross_entropy.cuh.
+    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss; with a softcap see
+    cross_entropy.cuh.
 
-    Logits come in chunks, and twice; with a frozen weight once, since d h for d loss = 1 can then be made beside the loss.
-    """
+    Logits come in chunks, and twice; with a frozen weight once, since d h for d loss = 1 can then be made beside the
+    loss."""
 
     @staticmethod
     def forward(ctx, hidden, weight, how):

@@ -1,8 +1,7 @@
 """Plain Paddle: every op, on any device that Paddle knows. The oracle that faster back ends are tested against.
 
-Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep their memory bound: both are PyLayers that
-compute in blocks, save their inputs only, and compute each block's probabilities again in backward.
-"""
+Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep their memory bound: both are PyLayers
+that compute in blocks, save their inputs only, and compute each block's probabilities again in backward."""
 
 import functools
 import types
@@ -42,7 +41,7 @@ def rope(x, cos, sin, interleaved=False):
     return _Rope.apply(x, cos, sin, interleaved) if paddle.in_dynamic_mode() else _rotate(x, cos, sin, interleaved)
 
 
-def check_rope(x, cos):
+def check_rope(x: paddle.Tensor, cos: paddle.Tensor) -> None:
     """The widths of kernels.rope's arguments, for every back end."""
     assert cos.shape[-1] % 2 == 0 and cos.shape[-1] <= x.shape[-1], (
         f"tables of {cos.shape[-1]} columns for heads of {x.shape[-1]}"
@@ -159,14 +158,18 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
     return _Attention.apply(q, k, v, mask, Dh**-0.5 if scale is None else scale, softcap)
 
 
-def check_attention(q, k, rows, causal, softcap):
+def check_attention(
+    q: paddle.Tensor, k: paddle.Tensor, rows: paddle.Tensor | None, causal: bool, softcap: float | None
+) -> None:
     """The shapes of kernels.attention's arguments and its softcap, for every back end."""
     Tq, Tk = q.shape[1], k.shape[1]
     assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
     check_part(q, k, rows, causal, softcap)
 
 
-def check_part(q, k, rows, causal, softcap):
+def check_part(
+    q: paddle.Tensor, k: paddle.Tensor, rows: paddle.Tensor | None, causal: bool, softcap: float | None
+) -> None:
     """The same of kernels.attention_with_lse, whose keys may be fewer."""
     (B, _, H, _), (_, Tk, K, _) = q.shape, k.shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
@@ -177,7 +180,7 @@ def check_part(q, k, rows, causal, softcap):
         assert n in ((1, 2) if causal else (2, 4)), f"{n} columns of rows with causal={causal}"
 
 
-def check_scores(softcap, window=None):
+def check_scores(softcap: float | None, window: int | None = None) -> None:
     """What a score may be made to: 0 is not the same as None."""
     assert softcap is None or softcap > 0, f"a softcap of {softcap}"
     assert window is None or window >= 1, f"a window of {window} keys"
@@ -245,9 +248,8 @@ def _hidden(row, at, causal):
 class _Attention(PyLayer):
     """Softmax over whole rows of one block of queries after another; saves q, k, v and the output, all linear in T.
 
-    With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO. With a softcap
-    dS is multiplied by the slope of what was made of the products, 1 - tanh^2.
-    """
+    With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO. With a
+    softcap dS is multiplied by the slope of what was made of the products, 1 - tanh^2."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale, softcap):
@@ -341,7 +343,8 @@ def _ungroup(x, T):
 
 
 def _scores(q, k, mask, block, scale, softcap):
-    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> scores (B, K, G*bq, bk), the mask's bias or None, the cap's slope or None."""
+    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> scores (B, K, G*bq, bk), the mask's bias or None, the cap's slope or
+    None."""
     i0, i1, j0, j1 = block
     B, K, rows, _ = q.shape
     s, slope = paddle.matmul(q * scale, k), None
@@ -421,9 +424,18 @@ def linear_cross_entropy(
 
 
 def over_labelled_rows(
-    layer, hidden, weight, labels, transpose_weight, ignore_index, return_predictions, vocabulary, softcap
-):
-    """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight, labels, how)."""
+    layer: type,
+    hidden: paddle.Tensor,
+    weight: paddle.Tensor,
+    labels: paddle.Tensor,
+    transpose_weight: bool,
+    ignore_index: int,
+    return_predictions: bool,
+    vocabulary: object,
+    softcap: float | None,
+) -> paddle.Tensor | tuple:
+    """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight,
+    labels, how)."""
     check_scores(softcap)
     kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
@@ -452,10 +464,9 @@ def over_labelled_rows(
 class _LinearCrossEntropy(PyLayer):
     """loss = lse - (h W)[label], lse = logsumexp(h W); d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
 
-    Logits come in chunks of tokens. Trained W: four products, as backward makes the logits again. Frozen W: two, as forward
-    also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss. With a softcap the logits l are
-    softcap * tanh(h W / softcap), and d(h W) has a factor 1 - (l / softcap)^2.
-    """
+    Logits come in chunks of tokens. Trained W: four products, as backward makes the logits again. Frozen W: two, as
+    forward also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss. With a softcap the
+    logits l are softcap * tanh(h W / softcap), and d(h W) has a factor 1 - (l / softcap)^2."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, how):
@@ -519,7 +530,8 @@ def _losses(logits, labels, how):
 
 
 def _place(labels, logits, how):
-    """Columns of the labels among these logits (c, 1), 0 where they are another rank's; and 1.0 or 0.0 for whether not."""
+    """Columns of the labels among these logits (c, 1), 0 where they are another rank's; and 1.0 or 0.0 for whether
+    not."""
     at = labels - how.start
     mine = (at >= 0) & (at < logits.shape[1])
     return paddle.where(mine, at, paddle.zeros_like(at)).unsqueeze(-1), mine.astype("float32")
@@ -532,8 +544,11 @@ def _softmax_less_onehot(logits, labels, lse, how):
     return p if how.softcap is None else p * (1.0 - paddle.square(logits / how.softcap))
 
 
-def reduce_lse(most, total, target, best, how):
-    """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are several).
+def reduce_lse(
+    most: paddle.Tensor, total: paddle.Tensor, target: paddle.Tensor, best: paddle.Tensor, how: object
+) -> tuple:
+    """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are
+    several).
 
     Here: the largest logit, the sum of exp(logit - largest), the label's logit or 0, the largest's id.
     """
@@ -639,12 +654,15 @@ def paged_attention(
     return paddle.gather(paddle.concat(parts), to_tensor(np.argsort(order)))
 
 
-def sliding_window_rows(context, window):
-    """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None without."""
+def sliding_window_rows(context: int, window: int) -> paddle.Tensor:
+    """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None
+    without."""
     return None if window is None else (paddle.arange(context, dtype="int32") + window).reshape([1, 1, -1, 1])
 
 
-def check_paged(q_shape, cache_shape, tables, queries, contexts):
+def check_paged(
+    q_shape: list, cache_shape: list, tables: np.ndarray, queries: np.ndarray, contexts: np.ndarray
+) -> None:
     """Whether what paged_attention was given fits together."""
     (N, H, _), (_, block_size, K, _) = q_shape, cache_shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
@@ -683,8 +701,8 @@ def _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, soft
 
 @functools.lru_cache(maxsize=2)  # layers with a window and without may take turns
 def _decode_plan(tables, contexts, block_size, K, G, window):
-    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys); what to add to scores (S, K, G, keys), or None; and
-    how far before the query each key stands (S, 1, 1, keys).
+    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys); what to add to scores (S, K, G, keys), or None;
+    and how far before the query each key stands (S, 1, 1, keys).
 
     Row by row of one head each, since a transposed copy of the keys costs far more. The same for all layers of a step:
     tables (S, blocks) int32 and contexts (S,) int64 come as bytes, which can be compared with the last call's.
@@ -755,8 +773,9 @@ class _Drawn:
         return (cumulated / cumulated[-1]).searchsorted(self.uniform, side="right")
 
 
-def penalize(logits, ids, mask, penalty):
-    """Divide (or, if negative, multiply) the logits of tokens already there by penalty (Keskar et al., arXiv 1909.05858)."""
+def penalize(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray, penalty: float) -> np.ndarray:
+    """Divide (or, if negative, multiply) the logits of tokens already there by penalty (Keskar et al., arXiv
+    1909.05858)."""
     logits = logits.copy()
     for row, (seen, keep) in enumerate(zip(ids, mask)):
         seen = np.unique(seen[keep == 1])
@@ -764,7 +783,9 @@ def penalize(logits, ids, mask, penalty):
     return logits
 
 
-def sample_logits(logits, temperature, top_k, top_p, generator):
+def sample_logits(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, generator: np.random.Generator
+) -> np.ndarray:
     """logits (B, V) -> ids (B,): temperature, then the top_k highest, then the least set whose mass reaches top_p."""
     assert temperature > 0, "temperature must be positive; greedy is do_sample=False"
     logits = logits.astype(np.float64) / temperature

@@ -4,19 +4,19 @@ import asyncio
 import base64
 import dataclasses
 import hashlib
+import hmac
 import json
 import re
-import signal
+import sys
 import time
+import traceback
 import uuid
 from pathlib import Path
 from urllib.parse import unquote
 
-import h11
-
 from formats.files import UserError, brief
 from serving.engine import PromptTooLong, QueueFull, Request, SamplingParams, ShuttingDown, UnknownAdapter
-from serving.http_server import CONTINUE, ClientGone, HTTPError, HTTPServer
+from serving.http_server import ClientGone, HTTPError, HTTPServer, Limits
 
 # ================================================================== 12. HTTP: OpenAI's objects
 
@@ -54,8 +54,24 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 
 
-def bad_request(message, param=None, code=None):
-    return HTTPError(400, message, code, param)
+class APIError(HTTPError):
+    """`param` names the field of the request that is wrong."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+        super().__init__(status, message, code)
+        self.param = param
+
+
+def error_body(error: HTTPError) -> dict:
+    """OpenAI's error object."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    param = getattr(error, "param", None)
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    return APIError(400, message, code, param)
 
 
 def take_field(body, name, kind, least=None, most=None):
@@ -351,21 +367,21 @@ def read_page():
     return page.encode(), headers
 
 
-class Server(HTTPServer):
-    """The API and the page over one Engine. `generate` is the life of an answer.
+class Server:
+    """The API and the page over one Engine. `handle` answers a request, `generate` one for tokens.
 
     What runs where: everything here in the event loop, encoding of prompts in a thread, the engine in its own. The
     engine's callbacks come from there and are handed over by call_soon_threadsafe."""
 
     def __init__(self, engine, tokenizer, args):
-        super().__init__(args)
-        self.engine, self.tokenizer = engine, tokenizer
+        self.engine, self.tokenizer, self.args = engine, tokenizer, args
         self.model = args.served_model_name or Path(args.model_name_or_path).resolve().name
         self.created = int(time.time())
         self.fingerprint = f"fp_{hashlib.sha256(f'{self.model} {engine.max_model_len}'.encode()).hexdigest()[:10]}"
         self.page, self.page_headers = read_page()
-        self.running = set()  # ids of requests
-        self.latency, self.first_token = Histogram(), Histogram()
+        limits = Limits(args.max_connections, args.max_body_bytes, args.read_timeout, args.write_timeout)
+        self.http, self.running = HTTPServer(self.handle, self.refusal_body, limits), set()  # running: ids of requests
+        self.answers, self.latency, self.first_token = {}, Histogram(), Histogram()
         self.routes = {  # path: (method, handler, open to all)
             "/": ("GET", self.get_page, True),
             "/health": ("GET", self.get_health, True),
@@ -375,20 +391,75 @@ class Server(HTTPServer):
             "/v1/completions": ("POST", self.generate, False),
         }
 
-    def find_route(self, path):
-        if path.startswith("/v1/models/"):
-            return "GET", self.get_models, False
-        return self.routes.get(path)
+    # ---- a request
+    async def handle(self, connection, request):
+        """Read the rest of a request and answer it. HTTPError before its body is here: the connection ends."""
+        handler = self.route(request)  # before the body: whoever may not ask need not send it
+        body = await connection.read_body(request)
+        status = 500
+        try:
+            status = await handler(connection, request, body)
+        except HTTPError as error:
+            status = error.status
+            await connection.respond(status, error_body(error), error.headers)
+        except ClientGone:
+            status = 499
+            raise
+        except Exception:  # a bug; it must show, but not end the others' answers
+            traceback.print_exc()
+            if connection.may_respond:
+                await connection.respond(
+                    500, error_body(HTTPError(500, "internal error", "internal_error")), close=True
+                )
+        finally:
+            self.count(request.path, status)
+
+    def refusal_body(self, error):
+        self.count("", error.status)
+        self.log(f"- refused: {error.status} {error.code or ''}")
+        return error_body(error)
+
+    def route(self, request):
+        if request.path not in self.routes and not request.path.startswith("/v1/models/"):
+            raise HTTPError(404, "no such path; there are " + ", ".join(self.routes), "unknown_path")
+        method, handler, is_open = self.routes.get(request.path, ("GET", self.get_models, False))
+        allowed = {"GET": ("GET", "HEAD"), "POST": ("POST",)}[method]
+        if request.method not in allowed:
+            raise HTTPError(
+                405,
+                f"{request.path} takes {' and '.join(allowed)}",
+                "method_not_allowed",
+                headers={"Allow": ", ".join(allowed)},
+            )
+        origin = request.headers.get("origin")
+        if origin and origin.partition("://")[2] != request.headers.get("host"):  # another site's script in a browser
+            raise HTTPError(403, "pages of other origins may not ask this server", "wrong_origin")
+        if self.args.api_key and not is_open:
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.args.api_key}".encode()):
+                raise HTTPError(
+                    401,
+                    "a valid key is needed: Authorization: Bearer KEY",
+                    "invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        return handler
+
+    def log(self, line):
+        print(line, file=sys.stderr, flush=True)
+
+    def count(self, path, status):
+        path = path if path in self.routes else "other"
+        self.answers[path, status] = self.answers.get((path, status), 0) + 1
 
     # ---- what can be looked at
     async def get_page(self, connection, request, body):
-        await connection.respond(200, self.page, self.page_headers, request)
+        await connection.respond(200, self.page, self.page_headers)
         return 200
 
     async def get_health(self, connection, request, body):
-        status = 503 if self.draining else 200
-        text = {"status": "draining" if self.draining else "ok"}
-        await connection.respond(status, text, (), request)
+        status = 503 if self.http.draining else 200
+        await connection.respond(status, {"status": "draining" if self.http.draining else "ok"})
         return status
 
     async def get_models(self, connection, request, body):
@@ -407,7 +478,7 @@ class Server(HTTPServer):
         if request.path != "/v1/models":
             name = unquote(request.path.removeprefix("/v1/models/"))
             answer = next((row for row in rows if row["id"] == name), None) or self.no_model(name)
-        await connection.respond(200, answer, (), request)
+        await connection.respond(200, answer)
         return 200
 
     async def get_metrics(self, connection, request, body):
@@ -416,7 +487,7 @@ class Server(HTTPServer):
             kind = "counter" if name.endswith("_total") and not name.startswith("blocks_") else "gauge"
             name = "llm_" + ("blocks" if name == "blocks_total" else name)
             lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
-        lines += ["# TYPE llm_connections gauge", f"llm_connections {len(self.connections)}"]
+        lines += ["# TYPE llm_connections gauge", f"llm_connections {len(self.http.connections)}"]
         lines.append("# TYPE llm_http_responses_total counter")
         for (path, status), count in sorted(self.answers.items()):
             lines.append(f'llm_http_responses_total{{path="{path}",status="{status}"}} {count}')
@@ -425,13 +496,12 @@ class Server(HTTPServer):
             *self.first_token.lines("llm_time_to_first_token_seconds"),
         ]
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        text = "\n".join(lines) + "\n"
-        await connection.respond(200, text.encode(), headers, request)
+        await connection.respond(200, ("\n".join(lines) + "\n").encode(), headers)
         return 200
 
     def no_model(self, name):
         known = ", ".join((self.model, *self.engine.adapters))
-        raise HTTPError(404, f"model: {brief(name)} does not exist; there are {known}", "model_not_found", "model")
+        raise APIError(404, f"model: {brief(name)} does not exist; there are {known}", "model_not_found", "model")
 
     # ---- an answer
     def prepare(self, data, is_chat):
@@ -502,7 +572,7 @@ class Server(HTTPServer):
                 self.engine.submit(request, lambda output, i=i: loop.call_soon_threadsafe(deliver, i, output))
                 self.running.add(request.request_id)
             except QueueFull as error:
-                raise HTTPError(429, str(error), "queue_full", headers={"Retry-After": 1}) from None
+                raise HTTPError(429, str(error), "queue_full", headers={"Retry-After": "1"}) from None
             except ShuttingDown:
                 raise self.shutting_down_error() from None
             except PromptTooLong as error:
@@ -513,11 +583,14 @@ class Server(HTTPServer):
             except UserError as error:
                 raise bad_request(str(error), str(error).partition(":")[0]) from None
 
+    def shutting_down_error(self):
+        return HTTPError(503, "the server is shutting down", "shutting_down", headers={"Retry-After": "5"})
+
     async def generate(self, connection, request, data):
         """POST of either API: returns the status. Whatever happens, nothing of it stays in the engine."""
         start, job, status = time.monotonic(), None, 500
         try:
-            if self.draining:
+            if self.http.draining:
                 raise self.shutting_down_error()
             job = await asyncio.to_thread(self.prepare, data, request.path == "/v1/chat/completions")
             if connection.lost:
@@ -525,13 +598,13 @@ class Server(HTTPServer):
             outputs = []
             self.submit(job, connection, outputs)
             if job.stream:
-                status = await self.stream(connection, request, job, outputs, start)
+                status = await self.stream(connection, job, outputs, start)
             else:
-                status = await self.answer(connection, request, job, outputs, start)
+                status = await self.answer(connection, job, outputs, start)
         except HTTPError as error:
             status = error.status
             if job is None:
-                self.log(f"- refused: {status} {error.code or error.param or ''}")
+                self.log(f"- refused: {status} {error.code or getattr(error, 'param', None) or ''}")
             raise
         except ClientGone:
             status = 499
@@ -545,29 +618,30 @@ class Server(HTTPServer):
                 self.record(job, status, start)
         return status
 
-    async def pieces(self, connection, job, outputs, start, probe):
+    async def pieces(self, connection, job, outputs, start):
         """Yields lists of Pieces as they come, until all choices are finished. HTTPError: time is up, or the engine
         gave up; ClientGone."""
         deadline, lengths = start + self.args.request_timeout, {}
         while job.unfinished:
-            now = time.monotonic()
-            if connection.client_disconnected(probe):
+            if connection.client_disconnected(b": still here\n\n"):
                 raise ClientGone
             if outputs:
                 batch = [self.piece(job, i, output, lengths) for i, output in outputs]
                 outputs.clear()
                 yield batch
-            elif now >= deadline:
+            elif time.monotonic() >= deadline:
                 raise HTTPError(504, f"not finished within {self.args.request_timeout:g} seconds", "timeout")
-            elif connection.probed:  # a reset in answer to the probe wakes nobody
-                await connection.wait_until(lambda: outputs or connection.lost, min(deadline, now + 0.05))
             else:
-                await connection.wait_until(lambda: outputs or connection.lost or connection.eof, deadline)
+                await connection.wait_until(deadline)
 
     def piece(self, job, i, output, lengths):
         if output.finish_reason in ("abort", "error"):
             job.finish = output.finish_reason
-            raise self.shutting_down_error() if self.draining else HTTPError(500, "the engine failed", "engine_error")
+            raise (
+                self.shutting_down_error()
+                if self.http.draining
+                else HTTPError(500, "the engine failed", "engine_error")
+            )
         params = job.requests[i].params
         index, text, logprobs = i * params.n + output.index, output.text, None
         if output.token_id is not None:
@@ -585,48 +659,43 @@ class Server(HTTPServer):
             job.finish = output.finish_reason
         return ChoiceDelta(index, text, logprobs, output.finish_reason)
 
-    async def answer(self, connection, request, job, outputs, start):
-        """Not streamed. The probe is what may always be sent ahead of an answer (RFC 9110, 15.2): 100 Continue."""
-        probe = CONTINUE if request.version == "HTTP/1.1" else None
+    async def answer(self, connection, job, outputs, start):
+        """Not streamed."""
         choices = {}
-        async for batch in self.pieces(connection, job, outputs, start, probe):
+        async for batch in self.pieces(connection, job, outputs, start):
             for piece in batch:
                 choices.setdefault(piece.index, []).append(piece)
         whole = [whole_choice(job, index, choices[index]) for index in sorted(choices)]
         reply = job.reply(whole, chunk=False) | {"usage": job.usage()}
-        request.keep_alive &= not self.draining
-        await connection.respond(200, reply, {"X-Request-Id": job.id}, request)
+        await connection.respond(200, reply, {"X-Request-Id": job.id})
         return 200
 
-    async def stream(self, connection, request, job, outputs, start):
+    async def stream(self, connection, job, outputs, start):
         """Server-sent events. Once they flow the status is 200; an error becomes an event."""
-        request.keep_alive &= request.version == "HTTP/1.1" and not self.draining
         headers = {
             "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-store",
             "X-Accel-Buffering": "no",
-            "X-Content-Type-Options": "nosniff",
             "X-Request-Id": job.id,
         }
 
         def event(reply):
             return f"data: {json.dumps(reply, separators=(',', ':'))}\n\n"
 
-        await connection.start_stream(200, headers, request)
+        await connection.start_response(200, headers)
         started, usage, status = set(), {"usage": None} if job.include_usage else {}, 200
         try:
-            async for batch in self.pieces(connection, job, outputs, start, h11.Data(data=b": still here\n\n")):
+            async for batch in self.pieces(connection, job, outputs, start):
                 events = []
                 for piece in batch:
                     for choice in stream_choices(job, piece, piece.index not in started):
                         events.append(event(job.reply([choice], chunk=True) | usage))
                     started.add(piece.index)
                 if events:
-                    await connection.send(h11.Data(data="".join(events).encode()))
+                    await connection.send_data("".join(events).encode())
             last = event(job.reply([], chunk=True) | {"usage": job.usage()}) if job.include_usage else ""
         except HTTPError as error:
-            last, status = event(error.body()), error.status
-        await connection.send(h11.Data(data=f"{last}data: [DONE]\n\n".encode()), h11.EndOfMessage())
+            last, status = event(error_body(error)), error.status
+        await connection.send_data(f"{last}data: [DONE]\n\n".encode(), last=True)
         return status
 
     def record(self, job, status, start):
@@ -648,26 +717,26 @@ class Server(HTTPServer):
     # ---- the whole
     async def run(self):
         """Listen until `stop`; then new requests get a 503, and what runs has until `force_stop` or drain_timeout."""
-        args, listener = self.args, await self.listen()
-        host = listener.sockets[0].getsockname()[0]
-        host = f"[{host}]" if ":" in host else host
+        args, server = self.args, self.http
+        url = await server.listen(args.host, args.port)
         adapters = "".join(f"; adapter {name}" for name in self.engine.adapters)
         print(
-            f"serving {self.model} on http://{host}:{self.port}/ ({'with' if args.api_key else 'no'} API key); context "
+            f"serving {self.model} on {url} ({'with' if args.api_key else 'no'} API key); context "
             f"{self.engine.max_model_len} tokens, {args.max_connections} connections, {args.max_body_bytes:,} bytes a "
             f"body, {args.request_timeout:g} s a request{adapters}",
             flush=True,
         )
-        await self.stop.wait()
+        await server.stop.wait()
 
-        self.draining = True
         self.log(f"shutting down: {len(self.running)} requests are to be finished")
         shutdown = asyncio.create_task(asyncio.to_thread(self.engine.shutdown, True, args.drain_timeout))
-        await asyncio.wait((shutdown, asyncio.create_task(self.force_stop.wait())), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            (shutdown, asyncio.create_task(server.force_stop.wait())), return_when=asyncio.FIRST_COMPLETED
+        )
         for request_id in list(self.running):
             self.engine.abort(request_id)
         await shutdown
-        await self.close_connections(listener)
+        await server.close(min(5.0, args.write_timeout))
 
 
 def serve_http(engine, tokenizer, args):
@@ -678,10 +747,7 @@ def serve_http(engine, tokenizer, args):
 
     async def serve():
         server = Server(engine, tokenizer, args)
-        for each in (signal.SIGTERM, signal.SIGINT):  # a second one cuts the draining short
-            asyncio.get_running_loop().add_signal_handler(
-                each, lambda: (server.force_stop if server.stop.is_set() else server.stop).set()
-            )
+        server.http.stop_on_signals()
         engine.start()
         try:
             await server.run()

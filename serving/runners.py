@@ -28,9 +28,8 @@ from adapters import LoRALinear, load_adapter, lora_layers
 from families import ModelConfig
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
-from model import CausalLM, MoE, block_linears, rope_cache_key, rope_lengths
-
-NO_ROW = np.iinfo(np.int32).max  # a FlashMask row: the key is hidden from no query; 0 hides it from all
+from model import CausalLM, KVCache, MoE, block_linears
+from positions import NO_ROW, rope_cache_key, rope_lengths
 
 # ============================================================================================ what a runner reads
 
@@ -102,17 +101,17 @@ def install_adapters(model: CausalLM, paths: dict[str, str], slices: list) -> li
     for mlp in model.sublayers():
         experts = mlp.experts.sublayers() if isinstance(mlp, MoE) else ()
         if any(isinstance(layer, AdapterLinear) for layer in experts):
-            mlp.mix = functools.partial(_mix_slices, mlp, slices)
+            mlp.dispatch_and_combine = functools.partial(_mix_slices, mlp, slices)
     model.eval()
     return list(paths)
 
 
-def _mix_slices(mlp, slices, *routed):
-    """MoE.mix for each adapter's tokens separately: inside it, tokens are in the order of their experts."""
+def _mix_slices(mlp, slices, flat, weights, chosen, layout=None):
+    """MoE.dispatch_and_combine for each adapter's tokens separately: inside it, tokens are in the order of experts."""
     all_slices, mixed = list(slices), []
     for name, first, end in all_slices:
         slices[:] = [(name, first, end)]
-        mixed.append(MoE.mix(mlp, *(x[first:end] for x in routed)))
+        mixed.append(MoE.dispatch_and_combine(mlp, *(x[first:end] for x in (flat, weights, chosen))))
     slices[:] = all_slices
     return paddle.concat(mixed)
 
@@ -120,7 +119,7 @@ def _mix_slices(mlp, slices, *routed):
 # ==================================================================================== the model on a pool of blocks
 
 
-class PagedRunner:
+class PagedRunner(KVCache):
     """Computes scheduled tokens with model.py and keeps their keys and values in blocks.
 
     The tokens of all sequences are one row of the model; only attention knows sequences, through attend(). A token is
@@ -201,10 +200,10 @@ class PagedRunner:
             first, end = end, end + sum(tokens.count for tokens in group)
             self.slices.append((name, first, end))
 
-    def attend(self, layer, q, k, v, scale=None, **options):
+    def attend(self, layer: int, q, k, v, *, mask_rows=None, scale=None, **options) -> paddle.Tensor:
         """q (1, N, H, Dh), k and v (1, N, K, Dh) -> (1, N, H, Dh): keeps k and v, then reads the sequences' blocks.
 
-        scale and options are those of kernels.paged_attention.
+        scale and options (window, softcap, alibi_slopes) are those of kernels.paged_attention, which makes the masks.
         """
         pool, scales = self.pools[layer], self.scales[layer]
         kernels.write_cache(k[0], v[0], *pool, self.slots, *scales)

@@ -1,4 +1,5 @@
-"""ForwardContext by all tests: the repository root on sys.path, the `torch` and `slow` markers, --hf-python, small fixtures.
+"""ForwardContext by all tests: the repository root on sys.path, the `torch` and `slow` markers, --hf-python, small
+fixtures.
 
 python -m pytest tests                                          # everything that needs neither torch nor a GPU
 python -m pytest tests --slow                                   # also what takes more than 20 seconds a test
@@ -74,7 +75,8 @@ def hf_python(request, tmp_path):
 
 @pytest.fixture
 def run_python():
-    """Runs a script text with this Python in a new process at the repository root; returns the JSON of its last line."""
+    """Runs a script text with this Python in a new process at the repository root; returns the JSON of its last
+    line."""
 
     def run(script, *args, timeout=300):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,9 +1,11 @@
 """Chat formats: what every family writes of a conversation, as text and as ids; templates of Hugging Face
 tokenizers; what is learned of a conversation; conversations that are refused.
 
-    pytest tests/test_chat.py [--hf-python PATH]     no accelerator; the latter compares with transformers' own rendering
+    pytest tests/test_chat.py [--hf-python PATH]     no accelerator; the latter compares with transformers' own
+    rendering
 
-Formats are tried on a small tokenizer made here, and on the goldens' vocabularies where those lie beside the repository."""
+Formats are tried on a small tokenizer made here, and on the goldens' vocabularies where those lie beside the
+repository."""
 
 import json
 import re
@@ -506,7 +508,8 @@ REASONING = """{%- for m in messages %}<|im_start|>{{ m.role }}
 
 
 def test_replies_of_a_template_that_drops_earlier_reasoning_are_told_apart():
-    """As Qwen3's: beginnings of the conversation are no beginnings of its text, but an equal format knows the replies."""
+    """As Qwen3's: beginnings of the conversation are no beginnings of its text, but an equal format knows the
+    replies."""
     template = JinjaTemplate(REASONING, "t")
     assert template.equal_format(SmallTokenizer()) is FORMATS["qwen3"]
     turns = [("a", "<think>\nx\n</think>\n\nb"), ("c", "<think>\ny\n</think>\n\nd")]

@@ -18,9 +18,10 @@ import pytest
 import data
 import formats.chat
 import formats.tokenizer
-from data import IGNORED, Corpus, CorpusLoader, SFTDataset, SFTLoader, best_fit_packs, in_order_packs
+from data import IGNORED, CorpusLoader, SFTDataset, SFTLoader, best_fit_packs, in_order_packs
 from formats.chat import ChatTemplate, compile_template, load_chat_template
 from formats.files import UserError
+from formats.megatron import Corpus
 from formats.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -287,7 +288,8 @@ def test_plain_is_no_template(tokenizer):
 
 
 def test_saved_tokenizer_keeps_the_chat_template_in_use(chat_folder, tmp_path):
-    """A model trained with --chat_template chatml is asked in chatml by whoever opens its folder, and stops as it did."""
+    """A model trained with --chat_template chatml is asked in chatml by whoever opens its folder, and stops as it
+    did."""
     tokenizer = formats.tokenizer.load_tokenizer(chat_folder)
     tokenizer.chat_template = formats.chat.load_chat_template("chatml")
     tokenizer.save(tmp_path)
@@ -875,7 +877,7 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     sizes = np.full(
         20_000, 2_500, np.int32
     )  # 100 MB of tokens, in a file with a hole: no disk, and no memory unless it is all read
-    (tmp_path / "c.idx").write_bytes(data.index_bytes(np.uint16, sizes))
+    (tmp_path / "c.idx").write_bytes(formats.megatron.index_bytes(np.uint16, sizes))
     with open(tmp_path / "c.bin", "wb") as stream:
         stream.truncate(int(sizes.sum()) * 2)
     script = (

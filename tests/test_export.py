@@ -1,4 +1,5 @@
-"""export.py: Hugging Face folders and static programs, compared with the model they were made of; the runner of serve.py.
+"""export.py: Hugging Face folders and static programs, compared with the model they were made of; the runner of
+serve.py.
 
 python -m pytest tests/test_export.py                                    # CPU, half a minute
 python -m pytest tests/test_export.py --hf-python /path/to/bin/python    # and transformers opens the export
@@ -8,7 +9,6 @@ import dataclasses
 import json
 import shutil
 import struct
-import types
 import zipfile
 
 import kernels
@@ -31,7 +31,7 @@ from arguments import parse_args
 from data import SFTDataset
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
-from serving.runners import StaticRunner
+from serving.runners import ScheduledTokens, StaticRunner, TokenSequence
 
 DEMO = ROOT / "demo" / "llama"
 SCHEMES = {  # name: quantization_config
@@ -275,37 +275,31 @@ def prompts():
     return [dataset.prompt_ids(i) for i in range(50)]
 
 
-def chunk(sequence, start, count):
-    return types.SimpleNamespace(sequence=sequence, start=start, count=count)
-
-
-class Text:
+def text_of(runner, prompt):
     """A sequence as the engine has it: virtual tokens of a prefix, the prompt, the reply."""
-
-    def __init__(self, runner, prompt):
-        self.tokens, self.num_prompt_tokens = (
-            [-1] * runner.num_virtual_tokens + list(prompt),
-            runner.num_virtual_tokens + len(prompt),
-        )
+    P = runner.num_virtual_tokens
+    return TokenSequence([-1] * P + list(prompt), P + len(prompt))
 
 
 def greedy_static(runner, prompts, new, stop_ids, at_once=30):
     """New tokens of each prompt, greedily: at most `at_once` in the batch, the next joins when one has ended."""
-    texts, running = [Text(runner, prompt) for prompt in prompts], []
+    texts, running = [text_of(runner, prompt) for prompt in prompts], []
     waiting = list(texts)
     while waiting or running:
-        chunks = [chunk(text, len(text.tokens) - 1, 1) for text in running]
+        chunks = [ScheduledTokens(text, len(text.tokens) - 1, 1) for text in running]
         while waiting and len(running) < at_once:
             running.append(waiting.pop(0))
             chunks.append(
-                chunk(running[-1], runner.num_virtual_tokens, running[-1].num_prompt_tokens - runner.num_virtual_tokens)
+                ScheduledTokens(
+                    running[-1], runner.num_virtual_tokens, running[-1].num_prompt_tokens - runner.num_virtual_tokens
+                )
             )
         for text, row in zip(list(running), runner.run(chunks)):
             text.tokens.append(int(row.argmax()))
             if text.tokens[-1] in stop_ids or len(text.tokens) == text.num_prompt_tokens + new:
                 running.remove(text)
                 runner.release(text)
-    assert not runner.records
+    assert not runner.caches
     return [text.tokens[text.num_prompt_tokens :] for text in texts]
 
 
@@ -328,7 +322,7 @@ def test_static_writes_the_same_tokens(tmp_path, prompts, scheme):
     source = DEMO if scheme == "float32" else quantized(scheme, tmp_path / "source")
     folder = run(tmp_path / "static", model_name_or_path=source, format="static")
     runner, model = StaticRunner(folder), adapters.from_pretrained(source)
-    assert (runner.vocab_size, runner.max_positions, runner.num_virtual_tokens, runner.chunked) == (
+    assert (runner.vocab_size, runner.max_positions, runner.num_virtual_tokens, runner.chunked_prefill) == (
         3072,
         1024,
         0,
@@ -428,9 +422,7 @@ def test_floats_of_shifted_integers_where_biases_have_a_place(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["chatglm", "qwen_ntk", "llama_dynamic", "bloom", "gpt2", "mistral", "deepseek_v2_lite"]
-)
+@pytest.mark.parametrize("name", ["qwen_ntk", "llama_dynamic", "bloom", "gpt2", "mistral", "deepseek_v2_lite"])
 def test_static_goes_on_as_it_began(tmp_path, name):
     """Behind a prefix, in pieces, and computed again with part of the reply, as the engine does after it made room."""
     source = of_family(tmp_path, name)
@@ -444,17 +436,17 @@ def test_static_goes_on_as_it_began(tmp_path, name):
         run(tmp_path / "static", model_name_or_path=source, prefix_path=tmp_path / "prefix", format="static")
     )
     assert runner.num_virtual_tokens == 5
-    runner.piece = runner.piece if name == "chatglm" else 4
+    runner.PREFILL_CHUNK = 4
     texts, model = texts_of(model.config, (4, 9)), model.eval()
     expected = [greedy_dynamic(model, [text], 7, [])[0] for text in texts]
     assert greedy_static(runner, texts, 7, []) == expected
     for text, reply in zip(texts, expected):
-        again = Text(runner, text)
+        again = text_of(runner, text)
         again.tokens += reply[:3]
-        logits = runner.run([chunk(again, 5, len(again.tokens) - 5)])
+        logits = runner.run([ScheduledTokens(again, 5, len(again.tokens) - 5)])
         assert logits.argmax() == reply[3]
         again.tokens.append(reply[3])
-        assert runner.run([chunk(again, len(again.tokens) - 1, 1)]).argmax() == reply[4]
+        assert runner.run([ScheduledTokens(again, len(again.tokens) - 1, 1)]).argmax() == reply[4]
 
 
 def test_static_behind_a_prefix(tmp_path, prompts):
@@ -478,15 +470,15 @@ def test_static_runner_cuts_long_prompts_and_takes_any_order(tmp_path, monkeypat
         StaticRunner(run(tmp_path / "static", model_name_or_path=source, format="static")),
         adapters.from_pretrained(source),
     )
-    monkeypatch.setattr(runner, "piece", 7)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 7)
     monkeypatch.setattr(runner, "BATCH_TOKENS", 12)
     generator = np.random.default_rng(0)
-    texts = [Text(runner, generator.integers(3, 3072, n).tolist()) for n in (30, 5, 7, 1, 22)]
+    texts = [text_of(runner, generator.integers(3, 3072, n).tolist()) for n in (30, 5, 7, 1, 22)]
 
     def expected(text):
         return model.eval()(paddle.to_tensor([text.tokens])).numpy()[0, -1]
 
-    logits = runner.run([chunk(text, 0, len(text.tokens)) for text in texts[:4]])
+    logits = runner.run([ScheduledTokens(text, 0, len(text.tokens)) for text in texts[:4]])
     for text, row in zip(texts, logits):
         np.testing.assert_allclose(row, expected(text), atol=1e-4)
     for order in (
@@ -498,16 +490,18 @@ def test_static_runner_cuts_long_prompts_and_takes_any_order(tmp_path, monkeypat
     ):  # 4 joins with its prompt in the third
         chunks = []
         for i in order:
-            known = texts[i] in runner.records
+            known = texts[i] in runner.caches
             texts[i].tokens += [int(generator.integers(3, 3072))] if known else []
             chunks.append(
-                chunk(texts[i], len(texts[i].tokens) - 1, 1) if known else chunk(texts[i], 0, len(texts[i].tokens))
+                ScheduledTokens(texts[i], len(texts[i].tokens) - 1, 1)
+                if known
+                else ScheduledTokens(texts[i], 0, len(texts[i].tokens))
             )
         for i, row in zip(order, runner.run(chunks)):
             np.testing.assert_allclose(row, expected(texts[i]), atol=1e-4)
     runner.release(texts[0])
     runner.release(texts[0])
-    assert texts[0] not in runner.records and len(runner.records) == 4
+    assert texts[0] not in runner.caches and len(runner.caches) == 4
 
 
 def test_static_folder_that_is_not_whole(tmp_path):
@@ -546,9 +540,9 @@ def test_static_with_lora_beside_integers(tmp_path):
     plain = small(tmp_path)
     source, (adapter, _) = quantized("w8", tmp_path / "w8", plain), lora_folder(tmp_path, plain)
     runner = StaticRunner(run(tmp_path / "static", model_name_or_path=source, lora_path=adapter, format="static"))
-    model, text = adapters.load_adapter(adapters.from_pretrained(source), adapter).eval(), Text(runner, range(5, 25))
+    model, text = adapters.load_adapter(adapters.from_pretrained(source), adapter).eval(), text_of(runner, range(5, 25))
     expected = model(paddle.to_tensor([text.tokens])).numpy()[:, -1]
-    np.testing.assert_allclose(runner.run([chunk(text, 0, 20)]), expected, atol=1e-3)
+    np.testing.assert_allclose(runner.run([ScheduledTokens(text, 0, 20)]), expected, atol=1e-3)
     with pytest.raises(UserError, match="cannot be merged into integers"):
         run(tmp_path / "hf", model_name_or_path=source, lora_path=adapter)
 
@@ -568,7 +562,7 @@ def test_static_with_lora_beside_integers(tmp_path):
         ({"lora_path": "no/such"}, "lora_path: no/such: no such folder"),
         ({"lora_path": DEMO, "format": "hf"}, "adapter_config.json: no such file"),
         ({"prefix_path": DEMO, "format": "hf"}, "cannot hold a prefix"),
-        ({"output_path": "elsewhere"}, "output_path: 'elsewhere', but output_dir is"),
+        ({"output_path": "elsewhere"}, "output_path to 'elsewhere'; give one"),
         ({"dequantize": "true"}, "is not quantized"),
         ({"model_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model, tokenizer.json"),
         ({"tokenizer_name_or_path": ROOT / "demo" / "sft"}, "no tokenizer.model, tokenizer.json"),
@@ -592,7 +586,7 @@ def test_what_is_there_is_not_lost(tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match="overwrite_output_dir"):
         run(out, model_name_or_path=DEMO)
-    with pytest.raises(UserError, match="lies in output_dir"):
+    with pytest.raises(UserError, match="is inside output_dir"):
         run(out, model_name_or_path=out, overwrite_output_dir="true")
     adapter, _ = lora_folder(tmp_path, out)
     with pytest.raises(UserError, match="the base of"):

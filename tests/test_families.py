@@ -1,4 +1,5 @@
-"""Every family of tests/families.py: goldens, masks and positions, adapters, experts, generation, and the scripts on them.
+"""Every family of tests/families.py: goldens, masks and positions, adapters, experts, generation, and the scripts on
+them.
 
     python -m pytest tests/test_families.py                  # CPU, about a minute; goldens too if ../shared lies beside
     python -m pytest tests/test_families.py --slow           # every script on every family
@@ -17,6 +18,7 @@ import numpy as np
 import paddle
 import pytest
 import tiny_models
+from bench_train import global_grad_norm
 from conftest import ROOT
 from family_cells import (
     GOLDEN,
@@ -45,6 +47,7 @@ import families
 import finetune
 import formats.weights
 import model as M
+import positions as rotary
 import trainer
 from arguments import TrainingArgs
 from data import collate_pairs, pair_sample
@@ -79,7 +82,8 @@ def test_packed_padded_and_single_samples_agree(name):
 @pytest.mark.parametrize("name, kind", each_with(("plain", "projection")))
 def test_prefix_packed_padded_and_single_samples_agree(name, kind):
     model = prefixed(name, kind == "projection")
-    found = assert_layouts_agree(model, make_samples(name))
+    layouts = ("right",) if model.distances_count else ("packed", "left", "right")
+    found = assert_layouts_agree(model, make_samples(name), layouts)
     assert all(np.abs(g).max() > 0 for g in found.values())
 
 
@@ -101,6 +105,8 @@ def test_distances_to_a_prefix_are_those_of_a_single_sample(name, monkeypatch):
     model, packs = prefixed(name), make_samples(name)
     assert model.distances_count
     expected = losses_and_gradients(model, packs, "alone")[0]
+    with pytest.raises(UserError, match="a row holds several samples; put one in each row"):
+        losses_and_gradients(model, packs, "packed")
     monkeypatch.setattr(model, "distances_count", False)
     assert max(largest(a, b) for a, b in zip(losses_and_gradients(model, packs, "packed")[0], expected)) > 1e-3
 
@@ -136,9 +142,10 @@ def test_recompute_gives_the_same_bits(name):
 
 
 def naive_balance(model, ids, positions, rows, kept):
-    """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of each
-    layer and row by itself, with shares of all choices."""
-    how, (_, probabilities) = model.config.experts, model.trunk(tensor(ids), tensor(positions), tensor(rows))
+    """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of
+    each layer and row by itself, with shares of all choices."""
+    how, ids = model.config.experts, tensor(ids)
+    _, probabilities = model.run_all(ids, model.start_forward(ids, tensor(positions), tensor(rows)), None)
     layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.count) for layer in probabilities]
     together = [[p[b][kept[b]] for p in layers for b in range(len(kept))]]
     groups = [[p[b][kept[b]]] for p in layers for b in range(len(kept))] if how.aux_by_layer else together
@@ -159,7 +166,7 @@ def aux_loss(model, batch):
     ids, labels, positions, rows = (tensor(a) for a in batch)
     model.train()
     more = (
-        model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, additions=False)
+        model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, auxiliary_losses=False)
     ).numpy()
     model.eval()
     counted = more[batch[1] != -100]
@@ -182,7 +189,7 @@ def test_balancing_loss_counts_no_padding(name):
     how, with_it = model.config.experts, {}
     for ways in (True, False):
         zero_grad(model)
-        losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), additions=ways)
+        losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), auxiliary_losses=ways)
         losses.sum().backward()
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
         # One expert a token, whose weight is made 1: only the balance moves the router.
@@ -217,8 +224,8 @@ def test_experts_without_tokens_and_with_all_of_them(name):
     """Every expert's share computed densely is the oracle; one expert takes all, most take none."""
     model = build(name)
     for layer in model.layers:
-        if isinstance(layer.mlp, M.MoE) and layer.mlp.how.choice_bias:
-            layer.mlp.choice_bias.set_value(paddle.linspace(0, 9, layer.mlp.how.count))
+        if isinstance(layer.mlp, M.MoE) and layer.mlp.moe.choice_bias:
+            layer.mlp.choice_bias.set_value(paddle.linspace(0, 9, layer.mlp.moe.count))
     ids = np.full((2, 7), 11)
     for text in (ids, ids[:1, :1], samples_of(name, 1, 1)[0], samples_of(name, 3, 5)[0]):
         for layer in model.layers:
@@ -236,12 +243,12 @@ def test_experts_without_tokens_and_with_all_of_them(name):
             for n in range(len(flat)):
                 for w, e in zip(weights[n].numpy(), chosen[n].numpy()):
                     expected[n] += w * layer.mlp.experts[int(e)](flat[n : n + 1]).numpy()[0]
-            assert largest(layer.mlp.mix(flat, weights, chosen).numpy(), expected) < 1e-5
+            assert largest(layer.mlp.dispatch_and_combine(flat, weights, chosen).numpy(), expected) < 1e-5
     model.train()
     model(tensor(ids), labels=tensor(ids)).sum().backward()
     weights = adapters.trainable_weights(model)
     assert any(w.parameter.grad is None for w in weights), "nobody chose these experts"
-    assert np.isfinite(trainer.global_grad_norm(weights))
+    assert np.isfinite(global_grad_norm(weights))
 
 
 # ========================================================================================================== generate
@@ -261,6 +268,10 @@ def test_cached_generation_equals_whole_forwards(name, new, behind_prefix):
     mask, padded = np.ones((3, 13), np.int64), np.zeros((3, 13), np.int64)
     for row, pad in enumerate((5, 7, 10)):
         mask[row, :pad], padded[row, pad:] = 0, ids[row, pad - 5 :]
+    if model.prefix is not None and model.distances_count:
+        with pytest.raises(UserError, match="one prompt a batch"):
+            M.generate(model, padded, new, attention_mask=mask)
+        return
     found = M.generate(model, padded, new, attention_mask=mask)[:, 13:]
     for row, pad in enumerate((0, 2, 5)):
         assert np.array_equal(found[row], M.generate(model, ids[row : row + 1, pad:], new)[0, 8 - pad :]), row
@@ -285,8 +296,10 @@ def test_a_text_in_pieces_through_the_cache(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STRETCHED])
 def test_padded_rows_in_pieces_through_the_cache(name):
-    """Left-padded rows behind a prefix; the first piece comes with rows, the second with rows of its own, the third without."""
-    model, (ids, _) = prefixed(name), samples_of(name, 2, 10)
+    """Left-padded rows behind a prefix (where distances do not count); the first piece comes with rows, the second
+    with rows of its own, the third without."""
+    model, (ids, _) = build(name), samples_of(name, 2, 10)
+    model = model if model.distances_count else prefixed(name)
     if name in TWO_POSITIONS:
         ids[:, 4:6], ids[:, 8:] = (SPECIAL["gmask"], SPECIAL["sop"]), 9
     mask = np.ones((2, 13), np.int64)
@@ -441,7 +454,10 @@ def test_a_few_steps_lower_the_loss(name, kind):
         adapters.apply_lora(model, rank=4, alpha=8.0)
     elif kind == "prefix":
         adapters.apply_prefix(model, 4)
-    ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
+    packs = make_samples(name)
+    if kind == "prefix" and model.distances_count:
+        packs = [[sample] for pack in packs for sample in pack]
+    ids, labels, positions, rows = (tensor(a) for a in packed_batch(packs, 32))
     model.train()
     args = TrainingArgs(output_dir="x")
     weights = adapters.trainable_weights(model)
@@ -457,7 +473,8 @@ def test_a_few_steps_lower_the_loss(name, kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_training_step(name):
-    """LoRA over frozen weights kept in bfloat16 alone: near float32, gradients finite and of every adapter that is used."""
+    """LoRA over frozen weights kept in bfloat16 alone: near float32, gradients finite and of every adapter that is
+    used."""
     ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
     found = []
     for half in (False, True):
@@ -511,7 +528,8 @@ RECORDED = ROOT / "tests" / "golden" / "families.npz"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_what_was_recorded(name):
-    """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a regression."""
+    """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a
+    regression."""
     recorded, found = np.load(RECORDED), record(name)
     for key, value in found.items():
         assert value.dtype.kind in "fi"
@@ -541,7 +559,7 @@ def test_golden_tokens(folder):
         ours = [families.ModelConfig.from_json(folder / dialect) for dialect in ("config.json", "config_v4.json")]
         same = [{key: value for key, value in vars(config).items() if key not in ("source", "rope")} for config in ours]
         assert same[0] == same[1]
-        assert all(np.array_equal(*(M.rope_frequencies(config)[k] for config in ours)) for k in (0, 1))
+        assert all(np.array_equal(*(rotary.rope_frequencies(config)[k] for config in ours)) for k in (0, 1))
         assert ours[0].rope["rope_type"] == ours[1].rope["rope_type"]
 
 
@@ -578,7 +596,8 @@ def test_golden_residual_scale_of_chatglm():
 
 @with_goldens
 def test_golden_lengths_of_qwen():
-    """NTK and logn: each alone, neither, every length around a step, decoding with the base of the prefill, training."""
+    """NTK and logn: each alone, neither, every length around a step, decoding with the base of the prefill,
+    training."""
     folder = GOLDEN / "models" / "qwen-7b-ntk-logn"
     oracle, notes = golden_files(folder)
     ids = oracle["input_ids"].astype(np.int64)
@@ -670,8 +689,9 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
 
 @pytest.mark.torch
 def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
-    """Prefix and LoRA. Two exceptions, both over there: peft knows no prefix whose keys and values differ in width (MLA), and
-    transformers 5 holds the experts of these families as one tensor each, on which peft finds no linears."""
+    """Prefix and LoRA. Two exceptions, both over there: peft knows no prefix whose keys and values differ in width
+    (MLA), and transformers 5 holds the experts of these families as one tensor each, on which peft finds no
+    linears."""
     expected = {}
     for name in IN_TRANSFORMERS:
         tiny_models.write(tmp_path / "models" / name / "base", name)
@@ -751,7 +771,7 @@ def test_lengths_beyond_a_learned_table_are_refused(keys, words, world, tmp_path
     with pytest.raises(SystemExit):
         run_script(finetune, given)
     assert (
-        re.search(f"base: has learned 64 positions; .*{words}", capsys.readouterr().err)
+        re.search(f"base: has 64 learned positions, .*{words}", capsys.readouterr().err)
         and not (tmp_path / "out").exists()
     )
 
@@ -790,7 +810,7 @@ def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path
 
 def test_the_table_in_readme_names_every_family():
     """family_table.py writes it from a run of every cell."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "tests" / "RESULTS.md").read_text()
     table = text[text.index(family_table.BEGIN) : text.index(family_table.END)]
     rows = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
     assert set(rows) == set(families.FAMILIES)

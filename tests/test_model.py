@@ -1,7 +1,7 @@
 """model.py without adapters: goldens of transformers, files on disk, packing, caches, counters, sampling.
 
-python -m pytest tests/test_model.py            # CPU, about 40 s; larger goldens too if ../shared lies beside the repository
-"""
+python -m pytest tests/test_model.py            # CPU, about 40 s; larger goldens too if ../shared lies beside the
+repository"""
 
 import io
 import json
@@ -164,7 +164,7 @@ def test_shared_goldens(name, dialect, tmp_path, monkeypatch):
         assert largest(model(tensor(oracle["input_ids"])).numpy(), oracle["logits"]) < 1e-4 or "dynamic" in name
         return
     if "dynamic" in name:  # its oracle kept the stretched frequencies of an earlier call with 31 tokens
-        monkeypatch.setattr(M, "document_lengths", lambda p: paddle.full(p.shape, 31, "int64"))
+        monkeypatch.setattr("positions.document_lengths", lambda p: paddle.full(p.shape, 31, "int64"))
     assert largest(model(tensor(oracle["input_ids"])).numpy(), oracle["logits"]) < 1e-4
     positions, rows = left_padding(mask)
     assert (
@@ -717,7 +717,8 @@ def test_all_labels_ignored_gives_zero_gradients():
 @pytest.mark.parametrize(
     "case, by_hand",
     [
-        # a layer: q 32·32, k and v 32·16 each, o 32·32, three of 32·40; head 32·56; attention 2 products of T/2 keys, 3 times
+        # a layer: q 32·32, k and v 32·16 each, o 32·32, three of 32·40; head 32·56; attention 2 products of T/2 keys,
+        # 3 times
         (
             "gqa",
             6 * (2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 40) + 32 * 56) + 3 * 2 * (2 * 2 * 4 * 8 * 100 / 2),

@@ -1,4 +1,5 @@
-"""How a run is cut: degrees from arguments, what does not fit in one line, ranks' places on the grid, upstream's option strings."""
+"""How a run is cut: degrees from arguments, what does not fit in one line, ranks' places on the grid, upstream's
+option strings."""
 
 import itertools
 import re
@@ -109,7 +110,7 @@ LLAMA = tiny_models.config(
         (2, dict(sequence_parallel=True), "sequence_parallel needs a tensor_parallel_degree above 1"),
         (2, dict(sharding="stage5"), "sharding: 'stage5'; possible are stage1, stage2, stage3"),
         (2, dict(order="tp_first"), "hybrid_parallel_topo_order: 'tp_first'; possible are pp_first, sharding_first"),
-        (2, dict(expert=2), r"expert_parallel_degree 2 is for experts, of which there are none \(0\)"),
+        (2, dict(expert=2), r"expert_parallel_degree 2 needs a model with experts, this one has none \(0\)"),
         (2, dict(expert=4), "expert_parallel_degree: 4, but this run has 2 process"),
         (4, dict(context=4), r"context_parallel_degree 4 x 2 = 8 is more than tokens of a sequence \(3\)"),
     ],
@@ -165,7 +166,7 @@ def test_places_on_the_grid(order):
     for rank, place in enumerate(places):
         place = dict(zip(names, place))
         topology = Topology(degrees, rank)
-        assert topology.place == place
+        assert topology.coords == place
         for axis in topology.axes:
             line = [
                 r
@@ -191,7 +192,7 @@ def test_the_drawn_example_is_right():
     ]
     for dp, row in re.findall(r"^ +dp (\d) +((?:rank \d +){4})", text, re.M):
         for (pp, tp), rank in zip(columns, map(int, re.findall(r"\d", row)), strict=True):
-            assert topologies[rank].place == dict(dp=int(dp), pp=pp, sharding=0, sep=0, tp=tp)
+            assert topologies[rank].coords == dict(dp=int(dp), pp=pp, sharding=0, sep=0, tp=tp)
     copy = re.search(r"one copy of the model: ([\d, ]+)", text)[1]
     assert [int(n) for n in copy.split(",")] == [t.rank for t in topologies if t.dp.rank == 0]
     drawn = {
@@ -203,7 +204,8 @@ def test_the_drawn_example_is_right():
         assert found == {tuple(getattr(t, axis).ranks) for t in topologies}, axis
 
 
-# ----------------------------------------------------------------------------------------------- the arguments of scripts
+# ----------------------------------------------------------------------------------------------- the arguments of
+# scripts
 
 
 @pytest.mark.parametrize("script", [quantize, export, serve])
@@ -211,7 +213,7 @@ def test_what_does_not_train_is_refused_with_several_processes(script, monkeypat
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
     config = {quantize: "llama_gptq", export: "llama_hf", serve: "llama_serve"}[script]
     with pytest.raises(
-        UserError, match="this run has 2 processes, but this script works in one: start it without the launcher"
+        UserError, match="this script runs in one process, but 2 were started: start it without the launcher"
     ):
         parse_args(script.Args, [f"configs/{config}.json"])
 

@@ -1,4 +1,5 @@
-"""A part of tests/bench/parallel_table.py, on two processes; with --slow all of README's cells, and what the table's judgement is worth."""
+"""A part of tests/bench/parallel_table.py, on two processes; with --slow all of README's cells, and what the table's
+judgement is worth."""
 
 import parallel_table as table
 import pytest

@@ -1,6 +1,6 @@
 """The catalogue of presets, dry runs, the line that says what to download, and recipes that fit their hardware.
 
-python -m pytest tests/test_plan.py            # --slow: every config trains a tiny model of its family
+python -m pytest tests/test_plan.py            # --slow: each recipe of RUNS trains a tiny model of every family
 """
 
 import gc
@@ -34,24 +34,31 @@ from arguments import parse_args
 from families import ModelConfig
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, named_weights, save_pretrained
-from plan import CATALOGUE, _activations, dry_run, model_config, presets
 from parallel import Degrees
+from plan import CATALOGUE, _activations, dry_run, model_config, presets
 
 PRESETS = presets()
 OWN = [name for name, preset in PRESETS.items() if "like" not in preset]
 RECIPES = ROOT / "configs" / "recipes"
 SCRIPTS = {"pretrain": pretrain, "sft": finetune, "lora": finetune, "prefix": finetune, "dpo": dpo}
 GPU_GB, CPU_GB = 80, 24
-HARDWARE = {  # recipe: (processes, GB of each)
-    "lora_7b": (1, GPU_GB), "prefix_7b": (1, GPU_GB), "sft_7b": (8, GPU_GB), "dpo_7b": (8, GPU_GB), "lora_cpu": (1, CPU_GB),
-    "pretrain_7b": (8, GPU_GB), "pretrain_moe": (32, GPU_GB), "pretrain_70b": (128, GPU_GB),
-}  # fmt: skip
+HARDWARE = {  # recipe: (processes, GB of each, as its _doc says it)
+    "lora_7b": (1, GPU_GB, "one GPU of 80 GB"),
+    "prefix_7b": (1, GPU_GB, "one GPU of 80 GB"),
+    "sft_7b": (8, GPU_GB, "eight GPUs of 80 GB"),
+    "dpo_7b": (8, GPU_GB, "eight GPUs of 80 GB"),
+    "lora_cpu": (1, CPU_GB, "two CPU cores with 24 GB"),
+    "pretrain_7b": (8, GPU_GB, "eight GPUs of 80 GB"),
+    "pretrain_moe": (32, GPU_GB, "32 GPUs of 80 GB"),
+    "pretrain_70b": (128, GPU_GB, "128 GPUs of 80 GB"),
+}
 
 # Parameters as published: what the safetensors files of the repository hold, a head or embedding that is tied counted
 # once and DeepSeek-V3's module for further tokens left out.
 PUBLISHED = """
     llama-7b 6738415616 llama-13b 13015864320 llama-30b 32528943616 llama-65b 65285660672 llama-2-7b 6738415616
-    llama-2-13b 13015864320 llama-2-70b 68976648192 llama-3-8b 8030261248 llama-3-70b 70553706496 llama-3.1-8b 8030261248
+    llama-2-13b 13015864320 llama-2-70b 68976648192 llama-3-8b 8030261248 llama-3-70b 70553706496
+    llama-3.1-8b 8030261248
     llama-3.1-70b 70553706496 llama-3.1-405b 405853388800 llama-3.2-1b 1235814400 llama-3.2-3b 3212749824
     codellama-7b 6738546688 codellama-13b 13016028160 codellama-34b 33743970304 tinyllama-1.1b 1100048384
     open-llama-3b 3426473600 smollm2-135m 134515008 smollm2-360m 361821120 smollm2-1.7b 1711376384 yi-6b 6061035520
@@ -212,16 +219,25 @@ def parameters(text):
 
 
 def test_405b_in_seconds_and_little_memory(tmp_path):
-    """README's command, as a user runs it: nothing but the name, and what README shows. Seconds of processors and peak memory are the
-    process's own, imports included."""
+    """The command of docs/models.md, as a user runs it, prints what that page shows.
+
+    Processor seconds and peak memory are the process's own, imports included.
+    """
     text = (ROOT / "docs" / "models.md").read_text()
     command, shown = re.search(
         r"^    python pretrain.py (--model_name_or_path llama-3.1.*?)  +# seconds.*?\n\n(.*?)\n\n", text, re.M | re.S
     ).groups()
     argv = command.replace("\\\n", " ").split()
-    script = "import resource, runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    script += "finally:\n    used = resource.getrusage(resource.RUSAGE_SELF)\n    peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
-    script += "    print(used.ru_utime + used.ru_stime, peak)"
+    script = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
+    print(used.ru_utime + used.ru_stime, peak)
+"""
     done = subprocess.run(
         [sys.executable, "-c", script, str(ROOT / "pretrain.py"), *argv],
         cwd=tmp_path,
@@ -315,7 +331,7 @@ def test_degrees_share_the_memory():
         ("--context_parallel_degree 2 --sep_parallel_degree 2", "exclude each other"),
         ("--sharding stage2 --pipeline_parallel_degree 2", "exclude each other: use stage1"),
         ("--sharding stage4", "sharding: 'stage4'; possible are stage1"),
-        ("--expert_parallel_degree 2", "expert_parallel_degree 2 is for experts, of which there are none (0)"),
+        ("--expert_parallel_degree 2", "expert_parallel_degree 2 needs a model with experts, this one has none (0)"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size: 0"),
     ],
 )
@@ -337,16 +353,16 @@ def kept_bytes():
     return paddle.base.core.host_memory_stat_current_value("Allocated", 0)
 
 
-MEASURED = """llama-2-7b mistral-7b-v0.1 mixtral-8x7b qwen-7b qwen2-7b qwen3-8b qwen1.5-moe-a2.7b qwen3-30b-a3b baichuan-13b
-    baichuan2-7b chatglm-6b chatglm2-6b bloom-560m gpt2 opt-1.3b opt-350m internlm-7b internlm2-7b gemma-2b gemma-2-2b
-    deepseek-v2-lite deepseek-v2 deepseek-v3""".split()
+MEASURED = """llama-2-7b mistral-7b-v0.1 mixtral-8x7b qwen-7b qwen2-7b qwen3-8b qwen1.5-moe-a2.7b qwen3-30b-a3b
+    baichuan-13b baichuan2-7b chatglm-6b chatglm2-6b bloom-560m gpt2 opt-1.3b opt-350m internlm-7b internlm2-7b gemma-2b
+    gemma-2-2b deepseek-v2-lite deepseek-v2 deepseek-v3""".split()
 
 
 @pytest.mark.parametrize(
     "name, recompute", [*((name, False) for name in MEASURED), ("llama-2-7b", True), ("deepseek-v3", True)]
 )
 def test_the_memory_is_that_of_a_run(name, recompute, tmp_path):
-    """Weights, gradients and moments to the byte, activations within 4 %, of a small model of the family that really trains."""
+    """A small model really trains: weights, gradients and moments to the byte, activations within 4 %."""
     if paddle.device.get_device() != "cpu":
         pytest.skip("reads Paddle's count of bytes on the CPU")
     kernels.configure("cpu")
@@ -400,7 +416,7 @@ def test_what_an_adapter_trains(flags):
     args = parse_args(finetune.Args, ["--dry_run", "true", *map(str, argv)])
     args.lora_alpha = 8.0
     net = from_pretrained(ROOT / "demo" / "llama")
-    finetune.adapt(net, args, None)
+    trainer.setup_adapter(net, args)
     trained = sum(math.prod(weight.shape) for weight in trainable_weights(net))
     assert f"trained: {trained:,} (" in text and parameters(text) == 2951616
     assert memory(text)["gradients"] == pytest.approx(4e-9 * trained, abs=1e-6)
@@ -424,7 +440,7 @@ NEEDS = {
 
 @pytest.mark.parametrize("script", NEEDS, ids=lambda script: script.__name__)
 def test_a_model_that_is_not_here(script, tmp_path, capsys, monkeypatch):
-    """By preset, by repository, mistyped, unheard of: one line says what to get and where to put it; nothing is written."""
+    """Preset, repository, mistyped, unknown: one line says what to download and where to put it; nothing is written."""
     monkeypatch.chdir(tmp_path)
     rest = NEEDS[script].replace("OUT", str(tmp_path / "out")).split()
     for name, *said in (
@@ -466,18 +482,20 @@ def test_scripts_that_do_not_train_do_not_count(capsys):
 # ------------------------------------------------------------------------------------------- a config a family and task
 
 SMALL = {  # what makes a tiny model of any family's config.json
-    "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32, "intermediate_size": 48, "ffn_dim": 64, "ffn_hidden_size": 48, "inner_hidden_size": 128,
-    "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2,
-    "multi_query_group_num": 2, "kv_channels": 8, "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2,
-    "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "query_pre_attn_scalar": 8,
-    "vocab_size": 3072, "padded_vocab_size": 3072, "sliding_window": 16,
+    "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32, "intermediate_size": 48, "ffn_dim": 64,
+    "ffn_hidden_size": 48, "inner_hidden_size": 128, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2,
+    "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "multi_query_group_num": 2, "kv_channels": 8,
+    "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2,
+    "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "query_pre_attn_scalar": 8, "vocab_size": 3072, "padded_vocab_size": 3072, "sliding_window": 16,
 }  # fmt: skip
 MIDDLE = {
-    **SMALL, "hidden_size": 256, "n_embd": 256, "word_embed_proj_dim": 256, "intermediate_size": 704, "ffn_dim": 1024, "ffn_hidden_size": 704,
-    "inner_hidden_size": 1024, "kv_channels": 64, "head_dim": 64, "moe_intermediate_size": 192, "shared_expert_intermediate_size": 384,
-    "q_lora_rank": 96, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "sliding_window": 256,
-    "num_hidden_layers": 4, "n_layer": 4, "num_layers": 4,
+    **SMALL, "hidden_size": 256, "n_embd": 256, "word_embed_proj_dim": 256, "intermediate_size": 704, "ffn_dim": 1024,
+    "ffn_hidden_size": 704, "inner_hidden_size": 1024, "kv_channels": 64, "head_dim": 64,
+    "moe_intermediate_size": 192, "shared_expert_intermediate_size": 384, "q_lora_rank": 96, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "sliding_window": 256, "num_hidden_layers": 4,
+    "n_layer": 4, "num_layers": 4,
 }  # fmt: skip
 
 
@@ -523,22 +541,60 @@ def test_every_recipe_has_its_hardware():
 
 @pytest.mark.parametrize("recipe", HARDWARE)
 def test_a_recipe_fits_the_hardware_it_states(recipe):
-    """--dry_run says how much the fullest rank needs; a tenth of the memory stays free for what it does not count."""
-    processes, gb = HARDWARE[recipe]
-    keys, script = json.loads((RECIPES / f"{recipe}.json").read_text()), script_of(recipe)
-    stated = "two CPU cores with 24 GB" if gb == CPU_GB else "one GPU" if processes == 1 else f"{processes} GPUs"
-    assert stated.replace("8 GPUs", "eight GPUs") in keys["_doc"] or stated in keys["_doc"]
-    assert f"{script.__name__}.py configs/recipes/{recipe}.json" in keys["_doc"] and len(keys) <= 41
-    args = parse_args(script.Args, [str(RECIPES / f"{recipe}.json"), "--dry_run", "true"])
-    Degrees.of(args, model_config(args.model_name_or_path), world=processes)
-    used = memory(dry_run(args))
-    assert used[f"in all with{'' if args.recompute else 'out'} recompute"] <= 0.9 * gb, used
+    """--dry_run says how much the fullest rank needs; a tenth of the memory stays free for what it does not count.
+
+    In bfloat16 as the recipe says, and in float32, which is what the kernels here store.
+    """
+    processes, gb, stated = HARDWARE[recipe]
+    path, script = RECIPES / f"{recipe}.json", script_of(recipe)
+    doc = json.loads(path.read_text())["_doc"]
+    assert stated in doc and f"{script.__name__}.py configs/recipes/{recipe}.json" in doc
+    launched = re.search(r"(?:--nnodes (\d+) )?--nproc_per_node (\d+)", doc)
+    assert processes == (math.prod(int(count or 1) for count in launched.groups()) if launched else 1)
+    for bf16 in ("false", "true") if gb == GPU_GB else ("false",):
+        args = parse_args(script.Args, [str(path), "--dry_run", "true", "--bf16", bf16])
+        Degrees.of(args, model_config(args.model_name_or_path), world=processes)
+        used = memory(dry_run(args))
+        assert used[f"in all with{'' if args.recompute else 'out'} recompute"] <= 0.9 * gb, used
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b-instruct", "qwen3-8b", "mistral-7b-instruct-v0.3", "gemma-2-9b-it"])
+@pytest.mark.parametrize("recipe", HARDWARE)
+def test_a_recipe_is_short_and_counts_its_batch(recipe):
+    """At most 40 flat keys beside _doc; rows and tokens of a step as _doc multiplies them."""
+    keys = json.loads((RECIPES / f"{recipe}.json").read_text())
+    doc = keys.pop("_doc")
+    assert len(keys) <= 40 and not any(isinstance(value, (dict, list)) for value in keys.values())
+    args = parse_args(script_of(recipe).Args, [str(RECIPES / f"{recipe}.json"), "--dry_run", "true"])
+    degrees = Degrees.of(args, model_config(args.model_name_or_path), world=HARDWARE[recipe][0])
+    replicas = HARDWARE[recipe][0] // (degrees.tp * degrees.pp * degrees.sep)
+    rows = replicas * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    length = next(keys[key] for key in ("max_seq_length", "max_length", "max_seq_len") if key in keys)
+    factors = re.search(r"A step: (.*?) = ", doc)[1]
+    assert f" x {args.gradient_accumulation_steps} accumulation steps" in factors
+    if recipe == "dpo_7b":
+        assert f"= {rows} rows of up to {length:,} tokens" in doc
+    else:
+        assert f" x {length:,} tokens = {rows * length:,} tokens" in doc
+    assert math.prod(int(n.replace(",", "")) for n in re.findall(r"[\d,]+", factors)) in (rows, rows * length)
+
+
+def test_the_dry_run_says_what_it_assumes():
+    text = dry(finetune, "--model_name_or_path", "llama-2-7b")
+    assert "not in the memory below: temporary tensors" in text and "assumed:" not in text
+    assert "assumed: weights and activations in bfloat16" in dry(
+        finetune, "--model_name_or_path", "llama-2-7b", "--bf16", "true"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    """qwen2.5-7b-instruct llama-3.1-8b-instruct qwen3-8b mistral-7b-instruct-v0.3 gemma-2-9b-it glm-4-9b-chat
+    chatglm-6b bloomz-7b1-mt deepseek-v2-lite-chat Qwen/Qwen2.5-14B-Instruct""".split(),
+)
 def test_a_recipe_takes_another_model_by_name(name):
-    args = parse_args(finetune.Args, [str(RECIPES / "lora_7b.json"), "--model_name_or_path", name])
-    assert memory(dry_run(args))["in all with recompute"] <= 0.9 * GPU_GB
+    text = dry(finetune, RECIPES / "lora_7b.json", "--model_name_or_path", name, "--output_dir", "checkpoints/other")
+    preset = plan.find_preset(name)[1]
+    assert parameters(text) == preset["parameters"] and memory(text)["in all with recompute"] <= 0.9 * GPU_GB
 
 
 FAMILIES = """baichuan2-7b-chat baichuan-13b-chat bloomz-7b1-mt chatglm2-6b chatglm-6b deepseek-v2-lite-chat deepseek-r1
@@ -548,6 +604,7 @@ FAMILIES = """baichuan2-7b-chat baichuan-13b-chat bloomz-7b1-mt chatglm2-6b chat
 RUNS = ("pretrain_7b", "sft_7b", "lora_7b", "prefix_7b")
 ONE_PROCESS = {  # a recipe's degrees, taken back
     "tensor_parallel_degree": 1, "sequence_parallel": "false", "sharding": "", "sharding_parallel_degree": 1,
+    "pipeline_parallel_degree": 1, "expert_parallel_degree": 1,
 }  # fmt: skip
 
 
@@ -566,7 +623,17 @@ def test_the_families_are_those_of_the_presets():
     ],
 )
 def test_recipes_train_a_tiny_model_of_every_family(name, recipe, small_world, tmp_path, monkeypatch):
-    """Each file as it is, but for paths, lengths, steps and degrees."""
+    train_tiny(name, recipe, small_world, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in HARDWARE if recipe not in RUNS])
+def test_other_recipes_train_a_tiny_model_of_their_own(recipe, small_world, tmp_path, monkeypatch):
+    name = json.loads((RECIPES / f"{recipe}.json").read_text())["model_name_or_path"]
+    train_tiny(name, recipe, small_world, tmp_path, monkeypatch)
+
+
+def train_tiny(name, recipe, small_world, tmp_path, monkeypatch):
+    """Two steps of a recipe on a tiny model of a preset: the file but for paths, lengths, steps and degrees."""
     monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
     script, path = script_of(recipe), RECIPES / f"{recipe}.json"
@@ -592,6 +659,11 @@ def test_recipes_train_a_tiny_model_of_every_family(name, recipe, small_world, t
     }
     if script is pretrain:
         flags |= {"input_dir": small_world / "corpus", "max_seq_length": 48, "split": "80,10,10"}
+    elif script is dpo:
+        flags |= {
+            f"{split}_dataset_path": ROOT / "demo" / "preference" / f"{split}.jsonl" for split in ("train", "dev")
+        }
+        flags |= {"max_seq_len": 512, "max_prompt_len": 128, "evaluation_strategy": "no", "save_strategy": "no"}
     else:
         flags |= {
             "dataset_name_or_path": small_world / "sft",
@@ -618,7 +690,8 @@ def test_a_preset_from_scratch(small_world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
     tiny = {**PRESETS["llama-2-7b"], "config": shrink(PRESETS["llama-2-7b"]["config"])}
     monkeypatch.setattr(plan, "presets", lambda: {"tiny-llama": tiny})
-    flags = f"--input_dir {small_world / 'corpus'} --split 80,10,10 --do_train true --max_steps 1 --max_seq_length 48 --output_dir {tmp_path / 'out'}"
+    flags = "--split 80,10,10 --do_train true --max_steps 1 --max_seq_length 48"
+    flags += f" --input_dir {small_world / 'corpus'} --output_dir {tmp_path / 'out'}"
     argv = ["--model_name_or_path", "tiny-llama", *flags.split()]
     trainer.run_script(pretrain.main, pretrain.Args, [*argv, "--tokenizer_name_or_path", str(ROOT / "demo" / "llama")])
     written = ModelConfig.from_json(tmp_path / "out")
@@ -634,7 +707,7 @@ THEIRS = (
 
 @pytest.mark.torch
 def test_transformers_builds_as_many_parameters(hf_python, tmp_path):
-    """The catalogue's configs mean the same to transformers: its models, built without memory, have as many parameters."""
+    """Transformers reads the presets' configs alike: its models, built without memory, have as many parameters."""
     configs = {name: PRESETS[name]["config"] for name in OWN if PRESETS[name]["config"]["model_type"] in THEIRS}
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     script = """
@@ -645,7 +718,8 @@ for name, config in json.load(open(sys.argv[2])).items():
     config = AutoConfig.for_model(**config)
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(config)
-    arrays[name] = np.int64(sum(p.numel() for p in net.parameters()) + sum(b.numel() for n, b in net.named_buffers() if n.endswith("correction_bias")))
+    corrections = sum(b.numel() for n, b in net.named_buffers() if n.endswith("correction_bias"))
+    arrays[name] = np.int64(sum(p.numel() for p in net.parameters()) + corrections)
 """
     found = hf_python(script, tmp_path / "configs.json")
     assert {name: int(found[name]) for name in configs} == {name: PRESETS[name]["parameters"] for name in configs}

@@ -1,4 +1,5 @@
-"""QuantLinear and quant_linear: layouts, folders of integers, adapters on top of them; adapter folders opened as models.
+"""QuantLinear and quant_linear: layouts, folders of integers, adapters on top of them; adapter folders opened as
+models.
 
     python -m pytest tests/test_quant_linear.py            # CPU, a few seconds
 
@@ -354,15 +355,13 @@ def test_a_cache_that_attends_by_itself_gives_the_same_logits():
     model, ids = build().eval(), inputs()[0]
     c, size = model.config, 4
 
-    class Pool:
-        prefix_tokens, lengths = 0, None
-
+    class Pool(M.KVCache):
         def __init__(self):
             shape = [16, size, c.num_key_value_heads, c.head_dim]
             self.k, self.v = ([paddle.zeros(shape) for _ in model.layers] for _ in "kv")
             self.tables = np.array([[3, 9, 1, 4], [8, 2, 7, 0]], np.int32)
 
-        def attend(self, layer, q, k, v, **options):
+        def attend(self, layer, q, k, v, *, mask_rows, **options):
             for pool, new in ((self.k[layer], k), (self.v[layer], v)):
                 at = 0
                 for s, (start, stop) in enumerate(self.spans):

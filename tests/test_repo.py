@@ -16,11 +16,14 @@ from conftest import ROOT
 # A room imports only from the lines above its own.
 IMPORT_ORDER = """
 formats.files formats.paddlenlp
+formats.bpe formats.megatron
+formats.tokenizer_json
 distributed.watchdog
 formats.chat formats.tensor_files families kernels distributed.collectives
-formats.tokenizer model
+formats.tokenizer positions layers
+model
 data formats.weights distributed.expert
-adapters distributed.pipeline
+adapters calibration distributed.pipeline
 distributed.tensor serving.runners
 distributed.context distributed.sharding serving.engine
 parallel serving.http_server
@@ -158,15 +161,21 @@ def test_the_environment_is_read_in_two_places_only():
 
 
 def test_public_functions_and_classes_have_types():
-    """Parameters and results of what a room offers to others."""
+    """Parameters and results of what a room offers to others. The ops of a back end have the signatures of the shim."""
+    shim = ast.parse((ROOT / "kernels" / "__init__.py").read_text())
+    ops = {node.name for node in shim.body if isinstance(node, ast.FunctionDef)}
     untyped = []
     for name in product_files():
+        is_back_end = name in ("kernels/reference.py", "kernels/cpu.py", "kernels/gpu.py")
         for node in ast.parse((ROOT / name).read_text()).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                if is_back_end and node.name in ops:
+                    continue
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 if node.returns is None or any(argument.annotation is None for argument in arguments):
                     untyped.append(f"{name}:{node.lineno} {node.name}")
-    assert not untyped, f"{len(untyped)}: " + ", ".join(untyped)
+    print("\n".join(untyped))
+    assert not untyped, f"{len(untyped)} functions"
 
 
 def test_readme_is_read_in_five_minutes():

@@ -14,8 +14,8 @@ from conftest import ROOT
 from distributed.sharding import ALIGNED, Bucket, GradReduction, unit_of
 from parallel import Degrees, Topology
 
-# Of a tiny model: what is trained, and what else happens. Batches are of odd lengths, other ones on every rank; five and nine
-# of a step leave some ranks a batch for company alone. Clipping, decay and LoRA+ are always on.
+# Of a tiny model: what is trained, and what else happens. Batches are of odd lengths, other ones on every rank; five
+# and nine of a step leave some ranks a batch for company alone. Clipping, decay and LoRA+ are always on.
 CASES = {
     "full": ("llama", {"micro": 5, "steps": 10}),
     "recompute": ("llama", {"recompute": True}),
@@ -165,7 +165,8 @@ def test_when_whole_gradients_are_gone(two):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_products_in_bfloat16(two, stage):
-    """Trained weights stay float32. A sum in another order moves a product's operand to its neighbor in bfloat16 here and there."""
+    """Trained weights stay float32. A sum in another order moves a product's operand to its neighbor in bfloat16 here
+    and there."""
     for adapter in (None, "lora"):
         expected = one("llama", bf16=True, adapter=adapter)
         found = two.run("jobs_sharding:train", "llama", {"sharding": 2, "stage": stage}, bf16=True, adapter=adapter)[0]
@@ -201,7 +202,7 @@ def test_a_script_with_sharding_and_offload(two, tmp_path):
     alone, _ = jobs_parallel.script(
         "finetune", [*argv, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one")]
     )
-    assert printed.count("offload changes nothing here") == 1
+    assert printed.count("offload has no effect") == 1
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([row[key] for row in rows[:3]], [row[key] for row in alone[:3]], rtol=1e-5)
 

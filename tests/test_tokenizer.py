@@ -1,8 +1,8 @@
 """data.py's tokenizers: ids and text equal those of the reference software; BPE against a naive oracle; bad files.
 
-    python -m pytest tests/test_tokenizer.py                            CPU, no network, under a minute
-    python -m pytest tests/test_tokenizer.py --hf-python .../python     also against the `tokenizers` library, run there
-    python tests/bench/bench_tokenizer.py                                     the table: strings tried, mismatches, speed
+    python -m pytest tests/test_tokenizer.py                            CPU, no network, under a minute python -m
+    pytest tests/test_tokenizer.py --hf-python .../python     also against the `tokenizers` library, run there python
+    tests/bench/bench_tokenizer.py                                     the table: strings tried, mismatches, speed
 
 Vocabularies of real models are read from ../shared where it is present, and never copied. The others are made here."""
 
@@ -19,18 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS
 from formats.files import UserError
-from formats.tokenizer import (
-    BPE,
-    BYTE_CHARS,
-    GPT2_WORDS,
-    LLAMA3_WORDS,
-    QWEN_WORDS,
-    StreamDecoder,
-    clean_up,
-    load_tokenizer,
-    split_step,
-)
+from formats.tokenizer import LLAMA3_WORDS, QWEN_WORDS, StreamDecoder, clean_up, load_tokenizer
+from formats.tokenizer_json import split_step
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO.parent / "shared" / "golden" / "tokenizers"

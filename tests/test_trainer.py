@@ -22,8 +22,12 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from bench_train import global_grad_norm
 
+import dpo
+import finetune
 import parallel
+import pretrain
 import trainer
 from arguments import TrainingArgs, parse_args
 from checkpoint import (
@@ -39,7 +43,7 @@ from checkpoint import (
     update_best,
 )
 from formats.files import UserError
-from formats.paddlenlp import HARMLESS, IGNORED, OPTIONS, REFUSED
+from formats.paddlenlp import ALIASES, HARMLESS, IGNORED, OPTIONS, REFUSED, SHORTHANDS
 from formats.tensor_files import read_safetensors
 from formats.weights import SaveEntry, Weight
 from parallel import Degrees, Topology
@@ -58,13 +62,14 @@ UPSTREAM_KEYS = """act_quant_method actor_model_name_or_path attention_probs_dro
     input_dir intervention_type kl_coeff kl_loss_coeff label_smoothing lazy lokr lora lora_rank loss_type max_dec_len
     max_length max_prompt_len max_seq_len max_seq_length min_dec_len normalize_advantage normalize_reward
     normalize_score_during_training normalizer_momentum normalizer_type offload_level per_device_prompt_batch_size
-    pipeline_parallel_config pissa placeholder_token prefix_tuning process_reward prompt_key ptq_step ptx_coeff
+    min_lr pipeline_parallel_config pissa placeholder_token prefix_tuning process_reward prompt_key ptq_step ptx_coeff
     ptx_datasets quant_type regularization release_grads remove_unused_columns repetition_penalty response_key
     reward_model_name_or_path reward_server reward_tokens recompute_use_reentrant reft rl_algorithm rollout_n
     rslora_plus simpo_gamma skip_profile_timer smooth smooth_all_linears smooth_k_piece
     smooth_piecewise_search smooth_search_piece smooth_step src_length temperature tensor_parallel_output top_p
     train_dataset_path train_datasets update_iters use_flash_attention use_fused_head_and_loss_fn
-    use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera weight_quant_method
+    ref_model_update_steps unified_checkpoint use_fused_rms_norm use_fused_rope use_fusemt use_mora use_rm_server vera
+    weight_quant_method
     weight_quantize_algo zero_padding""".split()
 
 
@@ -76,7 +81,6 @@ class Args(TrainingArgs):
     tokenizer_name_or_path: str | None = None
     dataset_name_or_path: str = ""
     zero_padding: bool = False
-    flash_mask: bool = False
     lora: bool = False
     lora_target_modules: list[str] | None = None
 
@@ -127,7 +131,6 @@ def test_json_then_command_line_later_wins(tmp_path, capsys):
         ({"tensor_parallel_degree": 8}, "tensor_parallel_degree 8 x pipeline_parallel_degree 1 x sharding"),
         ({"expert_parallel_degree": 4}, "expert_parallel_degree: 4, but this run has 1 process"),
         ({"bf16": True, "fp16": True}, "fp16 and bf16 are both true"),
-        ({"flash_mask": True}, "flash_mask: true needs zero_padding: true"),
         ({"device": "abacus"}, "device: 'abacus' is not in this Paddle"),
         ({"output_dir": ""}, "output_dir: missing"),
         ({"do_train": False}, "nothing to do"),
@@ -139,18 +142,21 @@ def test_json_then_command_line_later_wins(tmp_path, capsys):
         ({"save_strategy": "epochs"}, "save_strategy: 'epochs'; possible are no, steps, epoch"),
         ({"metric_for_best_model": "acc"}, "metric_for_best_model: 'acc'; possible are loss, accuracy"),
         ({"report_to": "wandb"}, "report_to: 'wandb'; possible are visualdl and none"),
-        ({"min_lr": 1e-6, "min_learning_rate": 1e-7}, "min_lr 1e-06 is not min_learning_rate 1e-07"),
+        (
+            {"min_lr": 1e-6, "min_learning_rate": 1e-7},
+            "min_learning_rate: min_lr sets it to 1e-06, min_learning_rate to 1e-07",
+        ),
         ({"min_learning_rate": 1e-3}, "learning_rate 5e-05 is below 0.001"),
         ({"warmup_steps": 10, "decay_steps": 10}, "decay_steps 10 must be more than warmup_steps 10"),
-        ({"load_best_model_at_end": True, "evaluation_strategy": "epoch"}, "needs save_strategy (steps) to be eval"),
+        ({"load_best_model_at_end": True, "evaluation_strategy": "epoch"}, "needs save_strategy (steps) to equal eval"),
         (
             {"load_best_model_at_end": True, "evaluation_strategy": "steps", "eval_steps": 200},
             "save_steps (500) to be a multiple of eval_steps (200)",
         ),
         ({"tensor_parallel_degree": 2, "sharding_parallel_degree": 4}, "= 8 processes, but this run has 1"),
-        ({"vera": True}, "vera: True: this adapter is not here"),
-        ({"do_ptq": 1}, "do_ptq: 1: quantizing is done by quantize.py"),
-        ({"optim": "sgd"}, "optim: 'sgd': the optimizer is adamw"),
+        ({"vera": True}, "vera: True: this adapter is not supported"),
+        ({"do_ptq": 1}, "do_ptq: 1: use quantize.py to quantize"),
+        ({"optim": "sgd"}, "optim: 'sgd': the only optimizer is adamw"),
         ({"dataloader_shuffle": False}, "dataloader_shuffle: False: training data is always shuffled"),
     ],
 )
@@ -168,7 +174,7 @@ def test_bad_arguments(tmp_path, capsys, keys, message):
         ('{"seed": 1,\n "max_steps" 2}', "args.json:2: not JSON"),
         ('{"seed": 1,\n "max_steps": 2,\n "seed": 1}', "args.json:3: key 'seed' is given 2 times"),
         ("[1]", "args.json: holds a list; an object is needed"),
-        ('{"learning_rate": NaN}', "args.json: NaN is not a number of JSON"),
+        ('{"learning_rate": NaN}', "args.json: NaN is not a JSON number"),
         (b"\xff\xfe", "args.json: not readable as UTF-8 text"),
     ],
 )
@@ -200,7 +206,7 @@ def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
     parse(tmp_path, load_best_model_at_end=True, recompute=True, recompute_granularity="full_attn", **keys)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
-    assert lines[0] == "ignored: use_flash_attention: which kernels run is chosen by `kernels`"
+    assert lines[0] == "ignored: use_flash_attention: the key `kernels` chooses which kernels run"
     assert [line.split(":")[1].strip() for line in lines[:3]] == ["use_flash_attention", "vera", "optim"]
     assert "float32 is used" in lines[3] and lines[4] == "ignored: sharding: this run has one process"
     assert "last model is kept" in lines[5]
@@ -208,13 +214,53 @@ def test_ignored_and_notes_are_one_line_each(tmp_path, capsys):
 
 def test_every_upstream_key_is_known():
     fields = {field.name for field in dataclasses.fields(TrainingArgs)}
-    tables = {**IGNORED, **REFUSED, **OPTIONS}
+    tables = {**IGNORED, **REFUSED, **OPTIONS, **ALIASES}
     assert not set(UPSTREAM_KEYS) - set(tables)
-    assert not fields & set(tables) and len(tables) == len(IGNORED) + len(REFUSED) + len(OPTIONS)
+    sizes = len(IGNORED) + len(REFUSED) + len(OPTIONS) + len(ALIASES)
+    assert not fields & set(tables) and len(tables) == sizes
     assert set(HARMLESS) <= set(REFUSED) and all(why for why in tables.values())
     for path in CONFIGS.glob("**/*.json"):
         keys = set(json.loads(path.read_text())) - fields - {"model_name_or_path", "tokenizer_name_or_path"}
         assert not keys - set(UPSTREAM_KEYS), path
+
+
+def test_no_field_exists_only_to_be_ignored_or_refused():
+    """--help lists what a script uses: a key of the tables is not a field of any training script."""
+    for script in (pretrain, finetune, dpo):
+        fields = {field.name for field in dataclasses.fields(script.Args)}
+        assert not fields & {*ALIASES, *SHORTHANDS, *OPTIONS}
+        assert not fields & {"flash_mask", "unified_checkpoint", "ref_model_update_steps", "min_lr", "rslora_plus"}
+    assert {"pissa", "lora_dropout"}.isdisjoint(field.name for field in dataclasses.fields(dpo.Args))
+    for targets in [*([key] for key in ALIASES.values()), *SHORTHANDS.values()]:
+        assert any(set(targets) <= {f.name for f in dataclasses.fields(s.Args)} for s in (pretrain, finetune, dpo))
+
+
+def test_aliases_and_shorthands_set_our_keys(tmp_path, capsys):
+    args = parse(tmp_path, "--min_lr", "2e-6", min_learning_rate=1e-6, gradient_checkpointing=True)  # later wins
+    assert args.min_learning_rate == 2e-6 and args.recompute is True and capsys.readouterr().out == ""
+    assert parse(tmp_path, min_lr=1e-6, min_learning_rate=1e-6).min_learning_rate == 1e-6
+    assert parse(tmp_path, "--eval_strategy", "epoch").evaluation_strategy == "epoch"
+    with pytest.raises(UserError, match='args.json: min_lr: "low" is the wrong type; a number is needed'):
+        parse(tmp_path, min_lr="low")
+    keys = {"model_name_or_path": "m", "train_dataset_path": "t", "output_dir": "out", "do_train": True, "lora": True}
+    path = tmp_path / "dpo.json"
+    for more in ({"rslora_plus": True, "dpo_beta": 0.3}, {"rslora_plus": False}):
+        path.write_text(json.dumps(keys | more))
+        args = parse_args(dpo.Args, [str(path)])
+        on = more["rslora_plus"]
+        assert (args.rslora, args.lora_plus_scale, args.lora_alpha) == ((True, 4.0, 4.0) if on else (False, 1.0, 16.0))
+        assert args.beta == (0.3 if on else 0.1)
+    path.write_text(json.dumps(keys | {"rslora_plus": True, "lora_alpha": 8}))
+    with pytest.raises(UserError, match="lora_alpha: rslora_plus sets it to 4.0, lora_alpha to 8; give one"):
+        parse_args(dpo.Args, [str(path)])
+    path.write_text(json.dumps(keys | {"flash_mask": True, "unified_checkpoint": True, "ref_model_update_steps": -1}))
+    capsys.readouterr()
+    parse_args(dpo.Args, [str(path)])
+    assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
+        " flash_mask",
+        " unified_checkpoint",
+        " ref_model_update_steps",
+    ]
 
 
 def test_derived_values(tmp_path):
@@ -259,7 +305,9 @@ def test_output_dir_of_another_run_is_refused_then_replaced(tmp_path, capsys):
     args = make_args(out)
     trainer.prepare_output_dir(args)
     assert json.loads((out / "run_args.json").read_text())["seed"] == 7
-    assert "arguments: output_dir=" in capsys.readouterr().out
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert printed.startswith(f"arguments: output_dir={str(out)!r} seed=7 do_train=True logging_steps=1 ")
+    assert "learning_rate" not in printed and "=None" not in printed  # what has its default is only in run_args.json
     trainer.prepare_output_dir(args)  # nothing was trained: no other run
     (out / "checkpoint-3").mkdir()
     (out / "metrics.jsonl").write_text("")
@@ -268,7 +316,7 @@ def test_output_dir_of_another_run_is_refused_then_replaced(tmp_path, capsys):
     with pytest.raises(UserError, match="holds another run .*checkpoint-3.*overwrite_output_dir"):
         trainer.prepare_output_dir(args)
     inside = make_args(out, overwrite_output_dir=True, model_name_or_path=str(out / "checkpoint-3"))
-    with pytest.raises(UserError, match="model_name_or_path: .*checkpoint-3 lies in output_dir"):
+    with pytest.raises(UserError, match="model_name_or_path: .*checkpoint-3 is inside output_dir"):
         trainer.prepare_output_dir(inside)
     assert sorted(out.rglob("*")) == before
     trainer.prepare_output_dir(make_args(out, do_train=False, do_eval=True))  # reads a trained run: leaves it as it is
@@ -315,7 +363,7 @@ def test_steps_and_micro_batches(tmp_path):
         ("linear", {"min_learning_rate": 0.2, "decay_steps": 50}, {0: 1, 25: 0.6, 50: 0.2, 80: 0.2}),
         ("cosine", {"warmup_steps": 20}, {10: 0.5, 20: 1, 40: (1 + math.sqrt(0.5)) / 2, 60: 0.5, 100: 0}),
         ("cosine", {"min_learning_rate": 0.1, "decay_steps": 80}, {0: 1, 40: 0.55, 80: 0.1, 99: 0.1}),
-        ("cosine", {"min_lr": 0.1, "decay_steps": 0}, {50: 0.55, 100: 0.1}),
+        ("cosine", {"min_learning_rate": 0.1, "decay_steps": 0}, {50: 0.55, 100: 0.1}),
         ("cosine", {"num_cycles": 1.0}, {25: 0.5, 50: 0, 75: 0.5, 90: (1 + math.cos(1.8 * math.pi)) / 2}),
         ("constant", {"warmup_steps": 10}, {0: 1, 99: 1}),
         ("constant_with_warmup", {"warmup_steps": 10}, {0: 0, 5: 0.5, 10: 1, 99: 1}),
@@ -385,9 +433,9 @@ def test_adamw_leaves_what_has_no_gradient(tmp_path):
 
 def test_grad_norm_and_clipping():
     weights = tiny(0)
-    assert trainer.global_grad_norm(weights) == 0.0
+    assert global_grad_norm(weights) == 0.0
     (3 * weights[0].parameter.sum() + 4 * weights[1].parameter.sum()).backward()
-    assert trainer.global_grad_norm(weights) == pytest.approx(math.sqrt(9 * 35 + 16 * 7), rel=1e-7)
+    assert global_grad_norm(weights) == pytest.approx(math.sqrt(9 * 35 + 16 * 7), rel=1e-7)
     assert [trainer.clip_scale(norm, 1.0) for norm in (0.5, 1.0, 4.0)] == [1.0, 1.0, 0.25]
     assert trainer.clip_scale(4.0, 0.0) == 1.0
 
@@ -423,7 +471,7 @@ def constant(name, array):
 
 
 def whole(weights):
-    """What parallel.ZeroOptimizer says where nothing is cut up."""
+    """ZeroOptimizer of one process: nothing is sharded."""
     nowhere = types.SimpleNamespace(elsewhere=frozenset())
     return types.SimpleNamespace(
         weights=weights,
@@ -456,7 +504,7 @@ def train(folder, weights, stop, resume=False, save=(), **keys):
             loss = tiny_loss(weights, state.step, micro)
             loss.backward()
             total += float(loss)
-        norm = trainer.global_grad_norm(weights) * 0.5
+        norm = global_grad_norm(weights) * 0.5
         optimizer.step(trainer.learning_rate(state.step, args, 9), 0.5 * trainer.clip_scale(norm, args.max_grad_norm))
         optimizer.zero_grad()
         losses.append(total)
@@ -713,7 +761,7 @@ def kill_saves(folder, kills, seed):
 
 def test_kill_at_any_moment(tmp_path):
     command = [sys.executable, __file__, str(tmp_path / "out"), "30"]
-    path = os.pathsep.join([str(REPO), str(REPO / "tests" / "ranks")])
+    path = os.pathsep.join([str(REPO), *(str(REPO / "tests" / name) for name in ("ranks", "bench"))])
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
@@ -783,8 +831,8 @@ def test_logging_steps(tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 4, 8, 10]
 
 
-def test_communication_is_of_steps_alone(tmp_path):
-    """Shares of the steps' time since the last line, axis by axis; what is talked between steps is nobody's."""
+def test_communication_is_of_steps_only(tmp_path):
+    """Shares of the steps' time since the last line, axis by axis, without communication between steps."""
     topology, state = Topology(Degrees(dp=2, tp=2)), TrainState()
     log = Log(make_args(tmp_path, disable_tqdm=True, logging_steps=2), 4, state, topology=topology)
     for talked in (0.1, 0.2, 0.3, 0.5):
@@ -803,7 +851,7 @@ def test_bar_and_missing_matplotlib(tmp_path, capsys, monkeypatch):
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     log, _ = log_steps(make_args(tmp_path, disable_tqdm=False), 0, 10)
-    log.say("between")
+    log.print("between")
     log.close()
     out, err = capsys.readouterr()
     assert "10/10" in err and "loss 0.1000, lr 1.00e-01, 200 tokens/s" in err

@@ -3,10 +3,9 @@
     python tests/bench/bench_families.py --peer PYTHON                       # PYTHON has torch and transformers
     python tests/bench/bench_families.py --peer PYTHON --only mixtral,gpt2 --rounds 3
 
-Both sides run in processes of their own, turn about, on two threads, with the same config.json and random weights of their
-own (the speed does not depend on them). Prints a line a family: tokens/s here and there, the best of --steps steps, as
-medians over --rounds turns, and the ratio with its range. No optimizer: that is bench_train.py's.
-"""
+Both sides run in processes of their own, turn about, on two threads, with the same config.json and random weights of
+their own (the speed does not depend on them). Prints a line a family: tokens/s here and there, the best of --steps
+steps, as medians over --rounds turns, and the ratio with its range. No optimizer: that is bench_train.py's."""
 
 import argparse
 import json
@@ -89,7 +88,9 @@ def run_here(config, steps):
     ids, labels = paddle.to_tensor(ids), paddle.to_tensor(np.roll(ids, -1, 1))
 
     def step():
-        loss = model(ids, labels=labels, additions=False).mean()  # the peer has no balancing loss by default either
+        loss = model(
+            ids, labels=labels, auxiliary_losses=False
+        ).mean()  # the peer has no balancing loss by default either
         loss.backward()
         model.clear_gradients()
         float(loss)

@@ -4,11 +4,10 @@
     python tests/bench/bench_kernels.py --torch /path/to/venv/bin/python    # and torch's, in an interpreter that has it
     python tests/bench/bench_kernels.py --only gemm                         # or attention, others
 
-Ours and torch's take turns in one run, each with the machine to itself and with all its cores; a figure is the median of
---turns turns. float32 tensors go in and come out of ours, also where the products are in bfloat16: conversion and packing are
-inside. torch's bfloat16 takes and gives bfloat16. --small is for a test: sizes that take no time and say nothing.
-The last line is one JSON object with every row.
-"""
+Ours and torch's take turns in one run, each with the machine to itself and with all its cores; a figure is the median
+of --turns turns. float32 tensors go in and come out of ours, also where the products are in bfloat16: conversion and
+packing are inside. torch's bfloat16 takes and gives bfloat16. --small is for a test: sizes that take no time and say
+nothing. The last line is one JSON object with every row."""
 
 import argparse
 import json
@@ -24,7 +23,8 @@ if __name__ == "__main__":  # read once, when Paddle is first imported; its own 
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
 
 import kernels
-from kernels import __main__ as table
+
+import ops as table
 
 GEMMS = [(2048, 768, 2048), (2048, 2048, 768), (2048, 32000, 768), (16, 4096, 4096), (4096, 4096, 4096)]  # M, K, N
 LENGTHS, DOCUMENT, HEADS, HEAD_DIM = (512, 2048, 8192), 512, 12, 64
@@ -67,7 +67,8 @@ class Torch:
 
 
 def alternate(cases, turns):
-    """{name: a function of the least seconds of a turn -> seconds of a call} -> {name: their median}, taken turn about."""
+    """{name: a function of the least seconds of a turn -> seconds of a call} -> {name: their median}, taken turn
+    about."""
     found = {name: [] for name in cases}
     for i in range(turns + 1):
         for name, run in cases.items():
@@ -79,7 +80,7 @@ def alternate(cases, turns):
 
 
 def ours(op, **shape):
-    """({part: function for alternate()}, {part: work}) of an op's cases in kernels/__main__.py."""
+    """({part: function for alternate()}, {part: work}) of an op's cases in tests/bench/ops.py."""
     cases = list(table.CASES[op](**shape))
     runs = {case.part: lambda at_least, run=case.run: table.turn(run, at_least) for case in cases}
     return runs, {case.part: case.work for case in cases}

@@ -1,17 +1,17 @@
 """Memory of a rank under each way to cut a run, measured, beside what --dry_run says of it.
 
-    python tests/bench/bench_memory.py                                              # sharding 2 and 4, stages 0 to 3; tp and pp 2 and 4
-    python tests/bench/bench_memory.py --ways "dp=2" "sharding=2 stage=3 tp=2"      # any others; the first of them may be "" (one process)
-    python tests/bench/bench_memory.py --lora                                       # LoRA of rank 8 in place of all weights
+    python tests/bench/bench_memory.py                                              # sharding 2 and 4, stages 0 to 3;
+    tp and pp 2 and 4 python tests/bench/bench_memory.py --ways "dp=2" "sharding=2 stage=3 tp=2"      # any others; the
+    first of them may be "" (one process) python tests/bench/bench_memory.py --lora
+    # LoRA of rank 8 in place of all weights
 
-The model is a Llama of 32 M parameters of random weights in float32; a step is two micro-batches of 1 x 128 tokens a rank.
-Each row has processes of its own. Weights, gradients and moments are the bytes of the live tensors that hold them, of the
-fullest rank: gradients between two micro-batches, and again right before the optimizer's step. `a unit at work` is what
-came on top of weights and gradients at the most: sharding lays a unit's gradients flat to send them, from stage 2 on in the
-middle of backward, and stage 3 has a unit's weights whole. In brackets what --dry_run says. `allocated` is the most that
-Paddle had allocated on the rank in the second step, activations and all, and `resident` the growth of the process's peak
-resident memory over its size before the model.
-"""
+The model is a Llama of 32 M parameters of random weights in float32; a step is two micro-batches of 1 x 128 tokens a
+rank. Each row has processes of its own. Weights, gradients and moments are the bytes of the live tensors that hold
+them, of the fullest rank: gradients between two micro-batches, and again right before the optimizer's step. `a unit at
+work` is what came on top of weights and gradients at the most: sharding lays a unit's gradients flat to send them,
+from stage 2 on in the middle of backward, and stage 3 has a unit's weights whole. In brackets what --dry_run says.
+`allocated` is the most that Paddle had allocated on the rank in the second step, activations and all, and `resident`
+the growth of the process's peak resident memory over its size before the model."""
 
 import argparse
 import json
@@ -85,7 +85,7 @@ def measure(ways, lora):
 
     for weight in weights:  # as gradients arrive, and while a unit's are laid flat
         weight.parameter._register_backward_hook(lambda *_: held() and None)
-    lay, gather = distributed.sharding.Bucket.lay, distributed.sharding.Bucket.gather
+    lay, gather = distributed.sharding.Bucket.flatten, distributed.sharding.Bucket.unshard
 
     def laid(bucket, tensors):
         flat = lay(bucket, tensors)
@@ -99,15 +99,15 @@ def measure(ways, lora):
     model.train()
     rng, found = np.random.default_rng(place.data_rank), {}
     with (
-        mock.patch.object(distributed.sharding.Bucket, "lay", laid),
-        mock.patch.object(distributed.sharding.Bucket, "gather", gathered),
+        mock.patch.object(distributed.sharding.Bucket, "flatten", laid),
+        mock.patch.object(distributed.sharding.Bucket, "unshard", gathered),
     ):
         for step in range(2):
             ids = rng.integers(3, MODEL["vocab_size"], (2, 1, TOKENS + 1))
             batches = [{"input_ids": paddle.to_tensor(i[:, :-1]), "labels": paddle.to_tensor(i[:, 1:])} for i in ids]
             core.host_memory_stat_reset_peak_value("Allocated", 0)
             for _ in parallel.forward_backward(
-                model, batches, lambda batch: model(**batch).mean() / 2, lambda number: None
+                model, batches, lambda batch: batch, lambda losses, batch: losses.mean() / 2, lambda number: None
             ):
                 found["gradients"] = max(found.get("gradients", 0), held()["gradients"])
             norm = shards.reduce_gradients()

@@ -1,8 +1,8 @@
 """Step time of pretraining over several processes of this machine, beside one process at the same global batch.
 
-    python tests/bench/bench_parallel.py                                     # the table of README
-    python tests/bench/bench_parallel.py --topologies tp2 pp2 --rounds 5     # some of it
-    python tests/bench/bench_parallel.py --config A                          # a model of 134 M parameters in place of 28 M
+    python tests/bench/bench_parallel.py                                     # the table of README python
+    tests/bench/bench_parallel.py --topologies tp2 pp2 --rounds 5     # some of it python tests/bench/bench_parallel.py
+    --config A                          # a model of 134 M parameters in place of 28 M
 
 A step is 8 rows of 512 ids, forward, backward, AdamW. One process has two threads, two have one each, so both use two
 cores. Topologies take turns, `--rounds` times; shown is the median over rounds of the median step after two that warm

@@ -1,14 +1,14 @@
 """How fast this repository answers, by the contract by which the project times what a user would use instead.
 
-    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 16            # 128 ids in, 128 out, greedy
-    python tests/bench/bench_serve.py --task generate --config A --dtype fp32 --mode wint8 --batch 1
-    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 1 --profile    # where the time goes
+    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 16            # 128 ids in, 128
+    out, greedy python tests/bench/bench_serve.py --task generate --config A --dtype fp32 --mode wint8 --batch 1 python
+    tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 1 --profile    # where the time goes
 
-Models: as in bench_train.py, read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if they are there, else drawn here
-in the same shape. A mode rounds the linears of the blocks to integers in memory, to nearest, by output channel (the head
-stays float): wint8 and wint4 the weights alone, a8w8 the activations of each token as well. The prompts go through the
-engine of serve.py, all at once. The last line of the output is one JSON object; the first repetition does not count.
-"""
+Models: as in bench_train.py, read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if they are there, else drawn
+here in the same shape. A mode rounds the linears of the blocks to integers in memory, to nearest, by output channel
+(the head stays float): wint8 and wint4 the weights alone, a8w8 the activations of each token as well. The prompts go
+through the engine of serve.py, all at once. The last line of the output is one JSON object; the first repetition does
+not count."""
 
 import argparse
 import cProfile
@@ -92,7 +92,8 @@ def main(argv=None):
         round_weights(model, SCHEMES[options.mode])
     batch, prompt, new = options.batch, options.prompt, options.new
     blocks = batch * -(-(prompt + new) // 16) + 1
-    engine = Engine(model, None, blocks, 16, max_num_seqs=batch, max_num_batched_tokens=batch * prompt, max_queue=batch)
+    limits = {"max_num_seqs": batch, "max_num_batched_tokens": batch * prompt, "max_queue": batch}
+    engine = Engine(model, num_blocks=blocks, block_size=16, **limits)
     generator = np.random.default_rng(3)
     prompts = generator.integers(10, SHAPES[options.config]["vocab_size"], (batch, prompt)).tolist()
     prefill, decode, whole = [], [], []

@@ -1,11 +1,11 @@
 """Tokenizers: strings tried against the reference, mismatches, and how fast they are.
 
-    python tests/bench/bench_tokenizer.py                     two minutes, one core; needs ../shared for real vocabularies
+    python tests/bench/bench_tokenizer.py                     two minutes, one core; needs ../shared for real
+    vocabularies
 
-English is the demo's conversations and this repository's LICENSE and README, a megabyte of it; "cold" is the first time
-this text is seen, "warm" the best of five passes after that. Code is this repository's Python. The long word has a million
-random letters. All by the processor's time that it took, so another program that runs disturbs little.
-"""
+English is the demo's conversations and this repository's LICENSE and README, a megabyte of it; "cold" is the first
+time this text is seen, "warm" the best of five passes after that. Code is this repository's Python. The long word has
+a million random letters. All by the processor's time that it took, so another program that runs disturbs little."""
 
 import json
 import random

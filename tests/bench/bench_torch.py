@@ -1,8 +1,7 @@
 """torch's side of bench_kernels.py, which starts it: a request a line on stdin, the seconds of a call a line on stdout.
 
-A request names an op, a part of it (forward, backward, …), its shape and the least seconds of the turn; what it needs is made
-at the first such request and kept until {"forget": true}.
-"""
+A request names an op, a part of it (forward, backward, …), its shape and the least seconds of the turn; what it needs
+is made at the first such request and kept until {"forget": true}."""
 
 import json
 import os

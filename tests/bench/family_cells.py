@@ -24,6 +24,7 @@ import families
 import finetune
 import formats.weights
 import model as M
+import positions as rotary
 import pretrain
 import trainer
 from formats.tokenizer import load_tokenizer
@@ -140,13 +141,13 @@ def golden_model(folder, dialect="config.json", **changes):
 @contextlib.contextmanager
 def as_its_oracle(folder):
     """The oracle of dynamic rope kept the stretched frequencies of an earlier call with 31 tokens."""
-    before = M.document_lengths
+    before = rotary.document_lengths
     if "dynamic" in folder.name:
-        M.document_lengths = lambda positions: paddle.full(positions.shape, 31, "int64")
+        rotary.document_lengths = lambda positions: paddle.full(positions.shape, 31, "int64")
     try:
         yield
     finally:
-        M.document_lengths = before
+        rotary.document_lengths = before
 
 
 def hidden_states(model, ids):
@@ -166,7 +167,8 @@ def hidden_states(model, ids):
 
 
 def compare_with_golden(folder):
-    """{"logits", "hidden", "loss", "norm", "gradients", "padded"}: largest differences, those of norms and gradients relative."""
+    """{"logits", "hidden", "loss", "norm", "gradients", "padded"}: largest differences, those of norms and gradients
+    relative."""
     oracle, notes = golden_files(folder)
     ids, model = oracle["input_ids"].astype(np.int64), golden_model(folder)
     labels = np.concatenate([oracle.get("labels", ids)[:, 1:], np.full((len(ids), 1), -100)], 1).astype(np.int64)
@@ -283,7 +285,8 @@ def make_world(folder):
 
 
 def give_tokenizer(folder, world):
-    """The world's tokenizer into a model's folder; for ChatGLM-6B with its special ids, and prompts that end with them."""
+    """The world's tokenizer into a model's folder; for ChatGLM-6B with its special ids, and prompts that end with
+    them."""
     config = families.ModelConfig.from_json(folder)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(world / name, folder / name)
@@ -322,7 +325,8 @@ TUNINGS = {
 
 
 def tune(folder, world, out, kind):
-    """finetune.py with packed rows, stopped after 4 of 8 steps and resumed; the loss falls; the result opens and answers."""
+    """finetune.py with packed rows, stopped after 4 of 8 steps and resumed; the loss falls; the result opens and
+    answers."""
     kind_keys, rate = TUNINGS[kind]
     keys = {
         "model_name_or_path": str(folder),

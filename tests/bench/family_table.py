@@ -1,6 +1,6 @@
 """Writes README's table of families: every cell of it is run on the tiny goldens of ../shared, none is assumed.
 
-    python tests/bench/family_table.py            # all families, a few minutes; README.md between the two marks
+    python tests/bench/family_table.py            # all families, a few minutes; tests/RESULTS.md between the two marks
     python tests/bench/family_table.py bloom opt  # some, to the screen
 
 A mark stands only where the cell ran on every golden of the family and passed; what failed is printed and has none. The
@@ -144,6 +144,6 @@ if __name__ == "__main__":
     text = table(sys.argv[1:])
     print(text)
     if not sys.argv[1:]:
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        readme = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
         before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-        (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        (ROOT / "tests" / "RESULTS.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

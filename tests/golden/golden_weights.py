@@ -1,8 +1,7 @@
 """The configs and weights behind tests/golden: drawn from a seed and the key list, so that no checkpoint is stored.
 
-Pure numpy: make_golden.py (torch) and the tests (Paddle) both import it, and so hold the same model.
-Letters: B batch, T sequence, D model width, H query heads, K key/value heads, Dh head dim, F feed-forward width, V vocabulary.
-"""
+Pure numpy: make_golden.py (torch) and the tests (Paddle) both import it, and so hold the same model. Letters: B batch,
+T sequence, D model width, H query heads, K key/value heads, Dh head dim, F feed-forward width, V vocabulary."""
 
 import zlib
 

@@ -6,10 +6,10 @@
     write(folder, name, ...)             the same as a Hugging Face folder
     MOE, WINDOWED, ...                   names by what is particular about them
 
-Sizes are small and odd on purpose: one key head, heads that are no power of two, head_dim * heads unequal to hidden_size,
-a first dense layer, windows of 3 to 5. Nothing here is a published model; every weight comes from (seed, its name) alone
-(golden_weights.draw), and all are loud enough that exchanging two shows. VocabShard: V ids; SPECIAL are not ordinary text.
-"""
+Sizes are small and odd on purpose: one key head, heads that are no power of two, head_dim * heads unequal to
+hidden_size, a first dense layer, windows of 3 to 5. Nothing here is a published model; every weight comes from (seed,
+its name) alone (golden_weights.draw), and all are loud enough that exchanging two shows. VocabShard: V ids; SPECIAL
+are not ordinary text."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The cores of kernels/cuda, run on the CPU by cuda_on_cpu.h, each against float64 in numpy. Needs numpy and g++ alone.
 
-    python tests/gpu/cuda_on_cpu.py               # every case
-    python tests/gpu/cuda_on_cpu.py --sanitize    # with g++'s address, alignment and bounds checks, in a process of its own
+    python tests/gpu/cuda_on_cpu.py               # every case python tests/gpu/cuda_on_cpu.py --sanitize    # with
+    g++'s address, alignment and bounds checks, in a process of its own
 
 test_gpu.py runs these cases one by one. Letters as in kernels/__init__.py, S sequences.
 """
@@ -51,7 +51,8 @@ KINDS = {"long": ctypes.c_long, "int": ctypes.c_int, "float": ctypes.c_float, "c
 
 
 class Cores:
-    """The library's `extern "C"` functions by name; argument types come from the sources, arrays are passed as pointers."""
+    """The library's `extern "C"` functions by name; argument types come from the sources, arrays are passed as
+    pointers."""
 
     def __init__(self, library, text=None):
         self.library = ctypes.CDLL(str(library))

@@ -1,12 +1,12 @@
 """The GPU back end without a GPU: kernels/gpu.py, its CUDA cores and their bindings.
 
-    python -m pytest tests/gpu/test_gpu.py            # about 50 s; needs g++, and nvcc for one test that is skipped without it
-    python -m pytest tests/gpu/test_gpu.py --slow     # also: cores under g++'s sanitizers, every nvcc build
+    python -m pytest tests/gpu/test_gpu.py            # about 50 s; needs g++, and nvcc for one test that is skipped
+    without it python -m pytest tests/gpu/test_gpu.py --slow     # also: cores under g++'s sanitizers, every nvcc build
 
-Cores run on the CPU (cuda_on_cpu.h). The bindings are compiled against them as operators for CPU tensors, and what only Paddle's
-GPU build has gets kernels of documented meaning (phi_on_cpu.cc): so gpu.py itself runs, and Paddle infers shapes of its calls.
-Not shown here: speed, Paddle's own GPU kernels, and what a GPU does that this emulation does not (see cuda_on_cpu.h).
-"""
+Cores run on the CPU (cuda_on_cpu.h). The bindings are compiled against them as operators for CPU tensors, and what
+only Paddle's GPU build has gets kernels of documented meaning (phi_on_cpu.cc): so gpu.py itself runs, and Paddle
+infers shapes of its calls. Not shown here: speed, Paddle's own GPU kernels, and what a GPU does that this emulation
+does not (see cuda_on_cpu.h)."""
 
 import ctypes
 import inspect
@@ -59,7 +59,8 @@ class Build(threading.Thread):
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory):
-    """name -> (path, Build): the bindings with the cores for CPU tensors, Paddle's GPU operators, and the bindings by nvcc."""
+    """name -> (path, Build): the bindings with the cores for CPU tensors, Paddle's GPU operators, and the bindings by
+    nvcc."""
     folder = tmp_path_factory.mktemp("built")
     ops, phi, cuda = (folder / name for name in ("ops.so", "phi.so", "ops.o"))
     found = {
@@ -160,7 +161,8 @@ def test_cores_under_the_sanitizers():
 
 
 def test_the_harness_for_a_gpu_knows_what_is_right(tmp_path):
-    """Its own references and error limits, on small shapes on the CPU (its times mean nothing here); a wrong one is seen."""
+    """Its own references and error limits, on small shapes on the CPU (its times mean nothing here); a wrong one is
+    seen."""
     text = (HERE / "cuda_harness.cu").read_text()
     (tmp_path / "right.cu").write_text(text)
     (tmp_path / "wrong.cu").write_text(text.replace("value * scale * weight)", "value * scale)"))

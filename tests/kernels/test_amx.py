@@ -1,5 +1,6 @@
-"""kernels/cpu/amx.h, on a processor without AMX: the same text over emulated tiles (tests/gpu/emulated_tiles.h), which also refuse
-what the processor would, and memory that no test named. With AMX, the instructions themselves against the same numbers.
+"""kernels/cpu/amx.h, on a processor without AMX: the same text over emulated tiles (tests/gpu/emulated_tiles.h), which
+also refuse what the processor would, and memory that no test named. With AMX, the instructions themselves against the
+same numbers.
 
     python -m pytest tests/kernels/test_amx.py            # CPU with g++, a few seconds
 """
@@ -84,7 +85,8 @@ def bfloat16(x):
 
 
 def operands(integers, M, K, N, seed=0):
-    """A (M, K), B (K, N), C (M, N) as the numbers that the product sees, and A and B in words as amx.h describes them."""
+    """A (M, K), B (K, N), C (M, N) as the numbers that the product sees, and A and B in words as amx.h describes
+    them."""
     rng, per_word = np.random.default_rng([seed, M, K, N]), 4 if integers else 2
     words = -(-K // per_word)
     a, b = np.zeros((M, -(-words // 16) * 16 * per_word)), np.zeros((words * per_word, 64))
@@ -163,7 +165,8 @@ def test_nothing_to_multiply(emulated, integers):
 
 
 def test_four_loads_feed_four_products(emulated):
-    """96 x 64, 512 deep: 16 steps of 6 blocks; one configuration serves all; what is not loaded once more is stored once."""
+    """96 x 64, 512 deep: 16 steps of 6 blocks; one configuration serves all; what is not loaded once more is stored
+    once."""
     check(emulated, False, 96, 512, 64, False)
     assert [emulated.count(i) for i in range(4)] == [1, 4 * 16 * 6, 4 * 16 * 6, 4 * 6]
     check(emulated, False, 40, 512, 64, True)  # 8 rows are left: another configuration, and C is loaded
@@ -188,7 +191,8 @@ def test_the_largest_integers_do_not_saturate(emulated):
 
 
 def test_bfloat16_as_the_instruction_has_it(emulated):
-    """Denormal numbers count as zero, in and out; halves of a pair are summed apart: 2^30 + 1 - 2^30 - 1 is not the sum in order."""
+    """Denormal numbers count as zero, in and out; halves of a pair are summed apart: 2^30 + 1 - 2^30 - 1 is not the
+    sum in order."""
 
     def one(a, b, c=0.0):
         words = lambda x: np.ascontiguousarray(np.pad(bfloat16(x), (0, 32 - len(x)))).view(np.uint32)

@@ -243,7 +243,8 @@ def attend(bf16, arrays, upstream, **kwargs):
 )
 @pytest.mark.parametrize("mask", ["causal", "rows", "bidirectional", "alibi", "softcap", "prefix, alibi, softcap"])
 def test_attention_in_bf16(in_bf16, B, Tq, Tk, H, K, Dh, mask):
-    """Against float32 on the same rounded q, k, v and upstream: what is left is the rounding of softmax and of its gradient."""
+    """Against float32 on the same rounded q, k, v and upstream: what is left is the rounding of softmax and of its
+    gradient."""
     arrays = [rounded(normal(s, i)) for i, s in enumerate([(B, Tq, H, Dh), (B, Tk, K, Dh), (B, Tk, K, Dh)])]
     upstream = rounded(normal((B, Tq, H, Dh), 3))
     more = {"causal": mask != "bidirectional" and "prefix" not in mask}

@@ -126,7 +126,8 @@ def test_sums_are_exact_and_scaled_once(multiply, rows, n_in, n_out, given):
 
 
 def test_the_largest_codes_do_not_saturate(multiply):
-    """4,096 products of (-128)(-128) and (-128) 127: past the 2^24 of float32 sums, past the 2^15 of pmaddubsw's pairs."""
+    """4,096 products of (-128)(-128) and (-128) 127: past the 2^24 of float32 sums, past the 2^15 of pmaddubsw's
+    pairs."""
     x, w = np.full((3, 4096), -200.0, np.float32), np.full((4096, 70), -128, np.int8)
     x[1] = 200.0
     w[:, 1::2] = 127

@@ -1,6 +1,7 @@
 """Every op of kernels/ on every back end that has it, forward and backward, against a naive float64 version in numpy.
 
-    python -m pytest tests/kernels/test_ops.py          # CPU, about 40 s, and 15 once to build the C++ ops; --hf-python: beside torch
+    python -m pytest tests/kernels/test_ops.py          # CPU, about 40 s, and 15 once to build the C++ ops;
+    --hf-python: beside torch
 
 Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
 """
@@ -20,9 +21,9 @@ import time
 
 import kernels
 import kernels.reference
-from kernels import __main__ as table
 
 import numpy as np
+import ops as table
 import paddle
 import pytest
 from conftest import ROOT
@@ -194,7 +195,7 @@ def test_devices_are_asked_of_paddle(monkeypatch):
 
 def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
     """Its one op runs in a model's forward, once a block, and every other op is the reference's."""
-    text = (ROOT / "README.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
+    text = (ROOT / "docs" / "kernels.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
     (tmp_path / "pretend_chip.py").write_text("#" + text)
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
     monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "pretend_chip:0", "pretend_chip:1"])
@@ -260,11 +261,11 @@ def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
         kernels.configure("cpu")
 
 
-# ====================================================================================== python -m kernels
+# ====================================================================================== python tests/bench/ops.py
 
 
 def test_every_op_has_a_row_in_the_table():
-    """`python -m kernels` measures each: a new op needs an entry in CASES of kernels/__main__.py."""
+    """`python tests/bench/ops.py` measures each: a new op needs an entry in CASES of tests/bench/ops.py."""
     assert set(kernels.OPS) - set(table.CASES) == set()
     assert all(callable(getattr(kernels, op)) for op in kernels.OPS)
 
@@ -294,8 +295,9 @@ BITS_OF_ROWS = """
 import functools, hashlib, inspect, json, os, sys
 if sys.argv[1] == "1":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+sys.path.insert(0, "tests/bench")
+import ops as table
 import paddle, kernels
-from kernels import __main__ as table
 backends, sizes, found = kernels.configure("cpu", use_bf16=True), json.loads(sys.argv[2]), {}
 with_bf16 = table.IN_BFLOAT16 if kernels.bf16 else {}
 for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
@@ -680,7 +682,8 @@ def test_embedding(backend, ids, V, D):
 
 @backends("embedding")
 def test_embedding_gradients_wherever_they_are_asked_for(backend):
-    """With one that is there already (accumulation), by paddle.grad(), in a tied head, seen by a hook, of a frozen table."""
+    """With one that is there already (accumulation), by paddle.grad(), in a tied head, seen by a hook, of a frozen
+    table."""
     ids, weight = np.array([1, 1, 3]), tensor(normal((5, 4)))
     once = np.array([0, 2, 0, 1, 0])[:, None] * np.ones((5, 4))
     embed(backend, ids, weight).sum().backward()
@@ -1012,9 +1015,9 @@ def test_a_softcap_of_zero_is_refused(backend):
 def prefix_rows(documents, Tk):
     """Rows (1, 1, Tk, 2 | 4) of a packed batch whose documents each begin with a context that all of the document sees.
 
-    documents: (length, length of the context). The rows that must not see key j of a document [a, b) are all before a, and, if
-    j is behind the context, those before j; and all from b on: with one document n=2 says it, and so it does with several.
-    """
+    documents: (length, length of the context). The rows that must not see key j of a document [a, b) are all before a,
+    and, if j is behind the context, those before j; and all from b on: with one document n=2 says it, and so it does
+    with several."""
     rows, a = [], 0
     for length, context in documents:
         rows += [(a + length, a if j < context else a + j) for j in range(length)]
@@ -1088,7 +1091,8 @@ def test_attention_head_dims(backend, Dh, kind):
 @backends("attention")
 @pytest.mark.parametrize("H, K", [(5, 1), (6, 3), (7, 7), (12, 4), (71, 1)])
 def test_attention_head_counts(backend, H, K):
-    """One key/value head for all, and numbers of heads that are no power of two, as in Falcon, Bloom and Baichuan-13B."""
+    """One key/value head for all, and numbers of heads that are no power of two, as in Falcon, Bloom and
+    Baichuan-13B."""
     check_attention(backend, 2, 9, 70, H, K, 16, slopes=0.9 ** np.arange(H))
 
 
@@ -1249,7 +1253,8 @@ def test_attention_test_can_fail():
     "queries, packed", [(32768, True), (2048, False), pytest.param(32768, False, marks=pytest.mark.slow)]
 )
 def test_attention_of_32768_tokens_stays_under_2_gb(queries, packed, run_python):
-    """One head, forward and backward: the [T, T] scores alone would be 4.3 GB. 2,048 queries need as much at a time as all."""
+    """One head, forward and backward: the [T, T] scores alone would be 4.3 GB. 2,048 queries need as much at a time as
+    all."""
     script = """
 import json, sys, time
 import numpy as np, paddle
@@ -1378,7 +1383,8 @@ def test_linear_cross_entropy_with_a_frozen_weight(backend, transpose, scale, bl
 
 @backends("linear_cross_entropy")
 def test_linear_cross_entropy_makes_gradients_early_only_where_they_are_wanted(backend, monkeypatch):
-    """Products made: 1 without a gradient, 2 with a frozen weight, 4 with a trained one, 3 with only the weight trained."""
+    """Products made: 1 without a gradient, 2 with a frozen weight, 4 with a trained one, 3 with only the weight
+    trained."""
     products, plain = [], paddle.matmul
     monkeypatch.setattr(paddle, "matmul", lambda *args, **kwargs: products.append(1) or plain(*args, **kwargs))
 
@@ -1414,7 +1420,8 @@ def test_linear_cross_entropy_with_a_weight_stored_in_bfloat16(backend, transpos
 @backends("linear_cross_entropy")
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_linear_cross_entropy_of_logits_that_are_no_numbers(backend, softcap):
-    """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count, or are as low as a softcap lets them."""
+    """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count, or are as low as a
+    softcap lets them."""
     weight = normal((1, 200))
     loss = lambda w: lce(backend, np.ones((1, 1)), w, np.array([3]), np.ones(1), softcap=softcap)[0][0]
     for column in (0, 3, 150, 199):
@@ -1699,7 +1706,8 @@ for name in sorted({key.split(":")[0] for key in given}):
 @with_bf16
 @pytest.mark.torch
 def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path):
-    """Against float64: at most 1.5 times the error of torch's bfloat16 op on the same numbers, in the mean and at worst."""
+    """Against float64: at most 1.5 times the error of torch's bfloat16 op on the same numbers, in the mean and at
+    worst."""
     given, exact, found = {}, {}, {}
 
     def case(name, arrays, upstream, function, expected, labels=None):

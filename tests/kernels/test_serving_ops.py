@@ -1,4 +1,5 @@
-"""The ops that only serving uses, on every back end that has them: paged attention, the cache, few-row products, sampling.
+"""The ops that only serving uses, on every back end that has them: paged attention, the cache, few-row products,
+sampling.
 
     python -m pytest tests/kernels/test_serving_ops.py          # CPU, about 20 s, and as much once to build the C++ ops
 

@@ -6,7 +6,6 @@ import paddle
 import tiny_models
 
 import dpo
-import formats.files
 import model as M
 import parallel
 import trainer
@@ -21,8 +20,8 @@ def collectives(size):
 
 
 def outside_of_training(name, degrees, T=11):
-    """How far from one process are, each relative to the largest: losses, logits, hidden states, reply_logps; and whether
-    predictions and generated tokens are the same."""
+    """How far from one process are, each relative to the largest: losses, logits, hidden states, reply_logps; and
+    whether predictions and generated tokens are the same."""
     topology, batch = jobs_tensor.grid(**degrees), jobs_tensor.batch(name, 3, packed=True, T=T)
     pairs = {**batch, "labels": np.where(batch["labels"] < 0, 5, batch["labels"]), "reply_ids": np.full([2, T], -1)}
     for row in range(2):
@@ -59,13 +58,3 @@ def live_bytes(degrees, T, changes, kind="full"):
     kept = paddle.base.core.host_memory_stat_current_value("Allocated", 0) - before
     del losses
     return kept
-
-
-def refused(name, degrees, kind):
-    """What shard_adapters() says."""
-    model = parallel.parallelize(tiny_models.build(name), jobs_tensor.grid(**degrees))
-    jobs_tensor.adapt(model, kind)
-    try:
-        parallel.shard_adapters(model, model.topology)
-    except formats.files.UserError as error:
-        return str(error)

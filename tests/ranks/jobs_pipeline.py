@@ -66,8 +66,8 @@ def adapted(model, adapter, topology):
 def train(
     name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True, folder=None
 ):
-    """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the model before them, "losses",
-    "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
+    """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the
+    model before them, "losses", "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
     place = topology(degrees)
     if folder is None:
         model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **changes)), place))
@@ -94,13 +94,13 @@ def train(
             company = {"labels": np.full_like(batch["labels"], -100), "is_dummy": True}
             mine.append(batch if counts else {**batch, **company})
 
-        def batch_loss(batch):
-            return model(**trainer.model_inputs(batch)).sum() / size
+        def loss_of(losses, batch):
+            return losses.sum() / size
 
         seed = functools.partial(trainer.seed_step, 7, step)
-        parts = list(parallel.forward_backward(model, mine, batch_loss, seed))
+        parts = list(parallel.forward_backward(model, mine, trainer.model_inputs, loss_of, seed))
         assert [batch is other for (_, batch), other in zip(parts, mine)] == [True] * len(mine)
-        found["losses"].append(place.total(float(sum(part for part, _ in parts)), stages=True))
+        found["losses"].append(place.all_reduce_sum(float(sum(part for part, _ in parts)), stages=True))
         found["norms"].append(shards.reduce_gradients())
         if step == 0:
             found["gradients"] = {
@@ -118,20 +118,18 @@ def train(
 def evaluated(model, kind):
     """Losses and predictions of a batch, and its logits."""
     model.eval()
-    inputs = trainer.model_inputs(batches(2, 9, kind)[1])
-    losses, predictions = model(**inputs, return_predictions=True)
-    alone = model(**inputs)
+    given = trainer.model_inputs(batches(2, 9, kind)[1])
+    losses, predictions = model(**given, return_predictions=True)
+    alone = model(**given)
     assert (losses - alone).abs().max() < 1e-6
     every = batches(5, 9, kind)  # several on their way at once
 
-    def run(batch):
-        return model(**trainer.model_inputs(batch))
-
-    found = list(parallel.pipelined_map(model, iter(every), run))
+    inputs = trainer.model_inputs
+    found = list(parallel.pipelined_map(model, iter(every), inputs, lambda outputs, batch: outputs))
     assert [other is batch for batch, (other, _) in zip(every, found, strict=True)] == [True] * 5
-    assert all((losses == run(batch)).all() for batch, losses in found)
-    inputs.pop("labels")
-    return np.concatenate([losses.numpy()[..., None], model(**inputs).numpy()], -1), predictions.numpy()
+    assert all((losses == model(**inputs(batch))).all() for batch, losses in found)
+    given.pop("labels")
+    return np.concatenate([losses.numpy()[..., None], model(**given).numpy()], -1), predictions.numpy()
 
 
 def plain_call(degrees):

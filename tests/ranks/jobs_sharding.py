@@ -1,4 +1,5 @@
-"""What the ranks of test_sharding.py do (see ranks.py): train a tiny model on a topology, and give back all that it came to."""
+"""What the ranks of test_sharding.py do (see ranks.py): train a tiny model on a topology, and give back all that it
+came to."""
 
 import functools
 import types
@@ -71,7 +72,8 @@ def batch_of(step, number, vocabulary):
 
 
 def train(name, ways, steps=3, micro=4, adapter=None, recompute=False, bf16=False, on_host=False, **changes):
-    """{"losses", "norms", "gradients" of the first step, "weights" after the last, "bytes"}; micro: batches of a step, of all ranks."""
+    """{"losses", "norms", "gradients" of the first step, "weights" after the last, "bytes"}; micro: batches of a step,
+    of all ranks."""
     if bf16:
         kernels.configure(use_bf16=True)
     try:
@@ -100,17 +102,16 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
         for batch, counts in trainer.local_micro_batches(batches, place):
             mine.append(batch if counts else {**batch, "labels": np.full_like(batch["labels"], -100), "is_dummy": True})
 
-        def batch_loss(batch):
-            return model(**trainer.model_inputs(batch)).sum() / size
+        def loss_of(losses, batch):
+            return losses.sum() / size
 
         loss, left = 0.0, []
-        for part, _ in parallel.forward_backward(
-            model, mine, batch_loss, functools.partial(trainer.seed_step, 3, step)
-        ):
+        seeds = functools.partial(trainer.seed_step, 3, step)
+        for part, _ in parallel.forward_backward(model, mine, trainer.model_inputs, loss_of, seeds):
             loss += part
             left.append(sum(p.grad.size * 4 for p in model.parameters() if p.grad is not None))
         found["whole gradients"] = left
-        found["losses"].append(place.total(loss))
+        found["losses"].append(place.all_reduce_sum(loss))
         norm = shards.reduce_gradients()
         found["norms"].append(norm)
         if step == 0:
@@ -121,19 +122,20 @@ def _train(name, place, steps, micro, adapter, recompute, bf16, on_host, **chang
     found["bytes"] = bytes_of(model, shards, optimizer)
     found["moments"] = tensors_of(shards, weights, place, lambda piece: optimizer.moments[piece.name][0])
     found["weights"] = {}
-    for ids in shards.each_unit() if shards.units else [{id(w.parameter) for w in weights}]:
+    for ids in shards.unsharded_units() if shards.units else [{id(w.parameter) for w in weights}]:
         found["weights"] |= {w.name: whole(w, w.parameter, place) for w in weights if id(w.parameter) in ids}
     model.eval()
     batch = batch_of(99, 0, model.config.vocab_size)
     with paddle.no_grad():
         found["evaluated"] = model(**trainer.model_inputs(batch), return_predictions=True)[0].numpy()
-    if not place.tp.sequence:
+    if not place.tp.sequence_parallel:
         found["generated"] = M.generate(model, batch["input_ids"][:1, :5], 4)
     return found if place.rank == 0 else {key: found[key] for key in ("losses", "norms", "bytes")}
 
 
 def set_and_take_over(ways):
-    """Whole values put into a stage 3 model, as by loading: what its pieces hold afterwards, and what is still whole."""
+    """Whole values put into a stage 3 model, as by loading: what its pieces hold afterwards, and what is still
+    whole."""
     place = topology(**ways)
     model = make_model("llama_bias_tied", place)
     weights = adapters.trainable_weights(model)
@@ -144,7 +146,7 @@ def set_and_take_over(ways):
     }
     for weight in weights:
         M.set_parameter(weight.parameter, values[weight.name])
-    shards.take_over()
+    shards.adopt_full_values()
     left = [w.name for w in weights if w.parameter._is_initialized()]
     pieces = {piece.name: piece for piece in shards.pieces}
     for weight in weights:
@@ -153,7 +155,7 @@ def set_and_take_over(ways):
             np.testing.assert_array_equal(
                 piece.tensor.numpy(), values[weight.name].reshape([-1])[slice(*shards.extent(weight))]
             )
-        whole = shards.whole(weight, None if piece is None else piece.tensor)
+        whole = shards.gather_full(weight, None if piece is None else piece.tensor)
         np.testing.assert_array_equal(whole, values[weight.name])
     return left
 
@@ -168,7 +170,7 @@ def tensors_of(shards, weights, place, read):
             if tensor is not None:
                 found[weight.name] = whole(weight, tensor, place)
             continue
-        local = paddle.to_tensor(shards.whole(weight, tensor))
+        local = paddle.to_tensor(shards.gather_full(weight, tensor))
         found[weight.name] = whole(weight, local, place)
     return found
 

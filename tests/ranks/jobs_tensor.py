@@ -55,24 +55,24 @@ def batch(name, number, packed=False, B=2, T=13):
 
 
 def adapt(model, kind, seed=3):
-    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", all with noise: "neftune", or
-    LoRA on the first experts alone: "one"."""
+    """What is trained: "full", "lora", "dora", "rslora", "pissa", "dropout", "prefix", "projection", all with noise:
+    "neftune", or LoRA on the first experts alone: "one"."""
     if kind == "neftune":
         model.neftune_noise_alpha = 5.0
     elif kind in ("prefix", "projection"):
-        adapters.apply_prefix(model, 4, projection=kind == "projection", projection_hidden_size=10, seed=seed)
+        adapters.apply_prefix(model, 4, kind == "projection", 10, seed)
     elif kind == "one":
-        adapters.apply_lora(model, 3, alpha=6.0, dropout=0.2, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
+        adapters.apply_lora(model, 3, 6.0, 0.0, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
         fill_adapter(model, "lora_B.weight")
     elif kind != "full":
         adapters.apply_lora(
             model,
             3,
-            alpha=6.0,
-            dropout=0.3 if "dropout" in kind else 0.0,
-            rslora=kind == "rslora",
-            dora="dora" in kind,
-            pissa=kind == "pissa",
+            6.0,
+            0.3 if "dropout" in kind else 0.0,
+            kind == "rslora",
+            "dora" in kind,
+            kind == "pissa",
             seed=seed,
         )
         if kind != "pissa":  # B starts at 0, and A would have no gradient
@@ -102,17 +102,16 @@ def train(model, topology, batches, steps, seed=0, recompute=False):
         mine = [b for i, b in enumerate(batches) if i % topology.data_size == topology.data_rank]
         mine += [{**batches[0], "is_dummy": True}] * (-(-len(batches) // topology.data_size) - len(mine))
 
-        def batch_loss(b, size=size):
-            return model(**trainer.model_inputs(b)).sum() / size
+        def loss_of(losses, batch, size=size):
+            return losses.sum() / size
 
-        for part, _ in parallel.forward_backward(
-            model, mine, batch_loss, functools.partial(trainer.seed_step, seed, step)
-        ):
+        seeds = functools.partial(trainer.seed_step, seed, step)
+        for part, _ in parallel.forward_backward(model, mine, trainer.model_inputs, loss_of, seeds):
             loss += part
         norm = shards.reduce_gradients()
         if step == 0:
             gradients = gradients_of(shards, weights, topology)
-        rows.append((topology.total(loss), norm))
+        rows.append((topology.all_reduce_sum(loss), norm))
         optimizer.step(ARGS.learning_rate, trainer.clip_scale(norm, 1.0))
         shards.gather_weights()
         optimizer.zero_grad()
@@ -127,7 +126,7 @@ def gradients_of(shards, weights, topology):
     for weight in weights:
         piece = pieces.get(weight.name)
         if weight.name in shards.arrived:
-            gradient = paddle.to_tensor(shards.whole(weight, None if piece is None else piece.grad))
+            gradient = paddle.to_tensor(shards.gather_full(weight, None if piece is None else piece.grad))
             found[weight.name] = whole(weight, gradient, topology).copy()
     return found
 
@@ -146,12 +145,11 @@ def both(
     adapter=None,
     one_expert=False,
 ):
-    """Train cut and whole: (largest relative difference of losses and norms, largest of gradients relative to each one's
-    largest, its name, [norm of each step]).
+    """Train cut and whole: (largest relative difference of losses and norms, largest of gradients relative to each
+    one's largest, its name, [norm of each step]).
 
-    folder: where the model is read from; else it is drawn. adapter: a folder, put on in place of `kind`. one_expert: all
-    routers choose the same experts for every token.
-    """
+    folder: where the model is read from; else it is drawn. adapter: a folder, put on in place of `kind`. one_expert:
+    all routers choose the same experts for every token."""
     topology = grid(**degrees)
     options = dict(
         kind=kind,
@@ -181,7 +179,6 @@ def both(
 
 
 def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, folder, adapter, one_expert):
-    batches = [batch(name, i, packed, T=T - 2 * i) for i in range(micro)]
     if folder is None:
         model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **dict(changes))), topology))
     else:
@@ -195,6 +192,8 @@ def trained(name, topology, kind, steps, packed, micro, recompute, changes, T, f
     else:
         adapters.load_adapter(model, adapter, trainable=True)
     parallel.shard_adapters(model, topology)
+    packed = packed and not (model.prefix is not None and model.distances_count)  # which takes one sample a row
+    batches = [batch(name, i, packed, T=T - 2 * i) for i in range(micro)]
     elsewhere = {name.removesuffix(".weight") for name in model.names_on_other_ranks}
     return *train(model, topology, batches, steps, recompute=recompute), elsewhere
 
@@ -245,7 +244,8 @@ def tokens(name, degrees, kind="full", folder=None, new=9, changes=None):
 
 
 def starts(name, degrees, changes=None):
-    """Names of the weights whose start, after init_weights, is not bitwise the part of one process's; (bytes here, of all)."""
+    """Names of the weights whose start, after init_weights, is not bitwise the part of one process's; (bytes here, of
+    all)."""
     topology, config = grid(**degrees), tiny_models.config(name, **(changes or {}))
     model, alone = parallel.parallelize(M.build(config), topology), M.build(config)
     formats.weights.init_weights(model, 5)
@@ -260,7 +260,8 @@ def starts(name, degrees, changes=None):
 
 
 def on_disk(base, adapter, degrees, folder):
-    """An adapter on a cut model: loaded to go on, written, loaded again, merged. Names of what differs from one process."""
+    """An adapter on a cut model: loaded to go on, written, loaded again, merged. Names of what differs from one
+    process."""
     topology, wrong = grid(**degrees), []
     model, alone = parallel.from_pretrained(base, topology), adapters.from_pretrained(base)
     for one in (model, alone):
@@ -325,7 +326,8 @@ def written(model, topology, folder):
 
 
 def halved(name, degrees):
-    """In bfloat16: frozen weights after cast_frozen_to_bf16() that have lost their place in the whole, and a loss beside one process's."""
+    """In bfloat16: frozen weights after cast_frozen_to_bf16() that have lost their place in the whole, and a loss
+    beside one process's."""
     import kernels
 
     topology, found = grid(**degrees), []
@@ -351,7 +353,8 @@ def halved(name, degrees):
 
 
 def exchanged(counts):
-    """Rows that this rank gets when each sends counts[from][to], and those that it should; forward, and gradients back."""
+    """Rows that this rank gets when each sends counts[from][to], and those that it should; forward, and gradients
+    back."""
     topology, counts = grid(dp=len(counts), ep=len(counts)), np.array(counts)
     ep, rows = topology.ep, lambda a, b: [[100 * a + 10 * b + i, -1] for i in range(counts[a][b])]
     mine = [row for to in range(ep.size) for row in rows(ep.rank, to)]
@@ -361,29 +364,6 @@ def exchanged(counts):
     wanted = [row for source in range(ep.size) for row in rows(source, ep.rank)]
     back = [] if x.grad is None else x.grad.numpy().tolist()
     return [y.numpy().tolist(), back], [wanted, mine]
-
-
-def spread_along_tokens(name, places, ep, changes=None):
-    """With tokens of rows of 9 at `places` of each rank of sep (9: one that fills up): how far from one process are what an
-    adapted linear gives, a sparse MLP, and NEFTune's noise, all with randomness."""
-    topology, found = grid(sep=len(places), ep=ep), []
-    mine = np.array(places[topology.rank])
-    x = np.random.default_rng(1).standard_normal([2, 10, 32]).astype(np.float32)
-    for where in (topology, parallel.SINGLE):
-        model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **(changes or {}))), where))
-        adapt(model, "dropout")
-        parallel.shard_adapters(model, where)
-        model.train()
-        paddle.seed(3)
-        model.draws.renew()
-        where.sep.places, where.sep.whole = (mine, 9) if where is topology else (None, None)
-        here = paddle.to_tensor(x[:, mine] if where is topology else x[:, :9])
-        linear = adapters.lora_layers(model)["model.layers.0.self_attn.q_proj"]
-        noise = model.kept(model.noise([2, 9, 32]))
-        found.append([y.numpy() for y in (linear(here), model.layers[0].mlp(here)[0], noise)])
-        where.sep.places = None
-    real = mine < 9
-    return [float(np.abs(cut[:, real] - whole[:, mine[real]]).max()) for cut, whole in zip(*found)]
 
 
 def counted(name, degrees, kind, changes=None):
