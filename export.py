@@ -3,21 +3,22 @@
     python export.py configs/llama_hf.json                               # any key again as --key value
     python export.py configs/llama_static.json --model_name_or_path checkpoints/llama_gptq
 
-Input: a Hugging Face folder (safetensors or .bin, whole or in shards), a quantized folder, an adapter's folder (a LoRA is
-merged into its base), and another adapter on top by lora_path or prefix_path.
+Input: a Hugging Face folder (safetensors or .bin, whole or in shards), a quantized folder, an adapter's folder (a LoRA
+is merged into its base), and another adapter on top by lora_path or prefix_path.
 
 --format hf      config.json, model*.safetensors of at most max_shard_size in save_dtype, tokenizer. Integers of a
                  quantized model stay integers (save_dtype is for the rest); dequantize: true makes floats of them.
---format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs), static_config.json,
-                 tokenizer, and prefix.safetensors with a trained prefix: all that serve.py --mode static needs. float32.
+--format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs),
+                 static_config.json, tokenizer, and prefix.safetensors with a trained prefix: all that
+                 serve.py --mode static needs. float32.
     prefill   input_ids (B, T) int64, rows (B, 1, T, 1) int32, position_ids (B, T) int64 -> logits (B, V) of the last
               position, then keys of every layer and values of every layer (B, T, K, Dh)
     decode    the same of T new tokens (one, when text is generated), rows (B, 1, C + T, 1), and keys_0… and values_0…
               (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
     B, T and C are free. Inputs are padded on the left; rows are 0 where a key is padding, else the largest int32. A
-    prefix's keys and values are the first C, and positions count on from it. With ALiBi there are no position_ids. Where
-    rope depends on the length of a text, lengths (B, T) int64 are another input (see positions.rope_lengths). A graph
-    cannot choose what to compute by values: every expert of a sparse MLP works on every token.
+    prefix's keys and values are the first C, and positions count on from it. With ALiBi there are no position_ids.
+    Where rope depends on the length of a text, lengths (B, T) int64 are another input (see positions.rope_lengths).
+    A graph cannot choose what to compute by values: every expert of a sparse MLP works on every token.
 
 Every export is written to a temporary folder, loaded again from there, and its logits are compared with those of the
 model in memory. Only then it moves to output_dir, the file that marks it complete last. Not supported: formats of other
@@ -102,7 +103,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-# ================================================================================================== the model and the tokenizer
+# ======================================================================================= the model and the tokenizer
 
 
 def load_model(args: Args, tokenizer: Tokenizer) -> CausalLM:
@@ -227,9 +228,8 @@ def difference(logits: np.ndarray, expected: np.ndarray, tolerance: float, subje
     """The largest difference of logits; UserError beyond `tolerance` times the largest logit."""
     largest, limit = float(np.abs(logits - expected).max()), tolerance * float(np.abs(expected).max())
     if not (math.isfinite(largest) and largest <= limit):
-        raise UserError(
-            f"export refused: {subject}: logits differ by {largest:.3g}, at most {limit:.3g} is right; nothing was written"
-        )
+        found = f"logits differ by {largest:.3g}, at most {limit:.3g} is right"
+        raise UserError(f"export refused: {subject}: {found}; nothing was written")
     return largest
 
 
@@ -312,7 +312,7 @@ def _last_logits(model, input_ids, rows, position_ids, lengths, cache):
 
 
 def export_static(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
-    """Write both programs, one file of weights and static_config.json, and run them; returns a line about differences."""
+    """Write both programs, their weights and static_config.json, and run them; returns a line about the differences."""
     model = load_model(args, tokenizer)
     ids, mask = probe(model)
     expected, room, prefix_tokens = dynamic_logits(model, ids, mask), max_model_len(model), 0

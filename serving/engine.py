@@ -7,16 +7,16 @@
 The life of a request:
 1. Engine.submit checks it, in any thread, and makes a Sequence for each of its n replies. They wait in `inbox`.
 2. Engine.step, in the engine's thread, moves them to the end of the queue `waiting` and ends those that were aborted.
-3. _schedule chooses the tokens of this step: the next one of every running sequence, then prompts, or pieces of them, up
-   to max_num_batched_tokens. Where the pool has no block left, the youngest sequence goes back to the queue (preemption).
+3. _schedule chooses the tokens of this step: the next one of every running sequence, then prompts, or pieces of them,
+   up to max_num_batched_tokens. If the pool has no free block, the youngest sequence returns to the queue (preemption).
 4. _admit gives the first of the queue its blocks. Full blocks that another sequence has computed are shared: BlockPool
    finds them by a hash of all tokens up to their end.
 5. runner.run (runners.py) computes the scheduled tokens, writes their keys and values into the blocks, and returns the
    logits after the last token of each sequence.
 6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch draws the next token
    from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
-7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text, or
-   the length. on_output gets a TokenOutput.
+7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text,
+   or the length. on_output gets a TokenOutput.
 8. _finish releases the blocks of an ended reply. Those that hold full blocks stay findable until they are needed.
 """
 
@@ -180,7 +180,7 @@ class Sampler:
         return logits
 
     def logprobs_of(self, logits: np.ndarray, token: int) -> tuple:
-        """(log-probability of the token, [(id, log-probability)] of the likeliest) by the model's logits (V,), or Nones."""
+        """(log-probability of the token, [(id, log-probability)] of the likeliest) by logits (V,), or Nones."""
         p = self.params
         if p.logprobs is None:
             return None, None
@@ -206,7 +206,7 @@ def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
 
 
 class Detokenizer:
-    """Ids of a reply -> its text, as soon as it is final: half a character or the beginning of a stop text is held back."""
+    """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
     def __init__(self, tokenizer, stop: tuple[str, ...]):
         self.decoder = tokenizer.stream_decoder() if tokenizer is not None else None
@@ -347,8 +347,8 @@ class Sequence(TokenSequence):
 class Engine:
     """Requests in, tokens and text out, many at once.
 
-    generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that calls
-    step(), shutdown() ends it. model: a CausalLM, or a runner (runners.StaticRunner). adapters: {name: folder of a LoRA}.
+    generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
+    calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
     """
 
     def __init__(
@@ -376,8 +376,8 @@ class Engine:
         self.max_model_len = min(room, max_model_len or room)
         if self.max_model_len < 2:
             raise UserError(
-                f"{num_blocks} blocks of {block_size} and {model.max_positions} positions leave no room for a prompt and "
-                f"a token after {model.num_virtual_tokens} tokens of a prefix; raise num_blocks"
+                f"{num_blocks} blocks of {block_size} and {model.max_positions} positions leave no room for a prompt "
+                f"and a token after {model.num_virtual_tokens} tokens of a prefix; raise num_blocks"
             )
         self.adapters = list(model.adapters)
         self.watermark = max(1, num_blocks // 100)  # blocks left free when a sequence joins others
@@ -527,7 +527,7 @@ class Engine:
         return scheduled, preempted
 
     def _add_prefill(self, scheduled, sequence, budget):
-        """Schedule a prompt's next tokens within the budget (all, if the runner takes no pieces); returns their count."""
+        """Schedule a prompt's next tokens within the budget (all, if the runner takes no pieces); returns how many."""
         count = len(sequence.tokens) - sequence.num_computed_tokens
         count = min(count, budget) if self.runner.chunked_prefill else count
         if count > 0:
@@ -695,7 +695,7 @@ class Engine:
                 self._fail()
 
     def _fail(self):
-        """After a step that failed: end the running sequences with "error", since their keys and values may be wrong."""
+        """After a failed step: end the running sequences with "error", since their keys and values may be wrong."""
         failed = list(self.running) or list(self.waiting)
         self.totals["errors"] += len(failed)
         for sequence in failed:

@@ -7,7 +7,7 @@ PagedRunner        any model of model.py but ChatGLM-6B: one batch of tokens, ke
 SequentialRunner   ChatGLM-6B, whose prompts see themselves both ways: one sequence after another, as generate() does it
 StaticRunner       the graphs of a folder that export.py wrote, by paddle.inference
 
-Letters: S sequences, N tokens of a step, C tokens of a cache, P tokens of a trained prefix; otherwise those of model.py.
+Letters: S sequences, N tokens of a step, C of a cache, P of a trained prefix; otherwise those of model.py.
 """
 
 import collections
