@@ -306,7 +306,8 @@ def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
     """
     kinds = typing.get_type_hints(Args)
     given = {}
-    for key, value in _read_argv(sys.argv[1:] if argv is None else argv, kinds):
+    aliases = {**ALIASES, **getattr(Args, "aliases", {})}
+    for key, value in _read_argv(sys.argv[1:] if argv is None else argv, kinds, aliases):
         before = given.get(key, value)
         if before.where == value.where and before.name != value.name and before.value != value.value:
             raise UserError(
@@ -327,17 +328,17 @@ def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
     return args
 
 
-def _read_argv(argv: list[str], kinds: dict):
+def _read_argv(argv: list[str], kinds: dict, aliases: dict):
     """Yields (key, _Given) of JSON files and --key value pairs in their order; aliases become our keys."""
     tokens = collections.deque(argv)
     while tokens:
         token = tokens.popleft()
         if not token.startswith("--"):
             for name, value in read_json_config(token).items():
-                yield from _our_keys(_Given(name, value, token, False), kinds)
+                yield from _our_keys(_Given(name, value, token, False), kinds, aliases)
             continue
         name, equals, value = token[2:].partition("=")
-        kind = kinds.get(ALIASES.get(name, name))
+        kind = kinds.get(aliases.get(name, name))
         if not equals:
             values = []
             while tokens and not tokens[0].startswith("--") and (not values or _takes_list(kind)):
@@ -345,14 +346,14 @@ def _read_argv(argv: list[str], kinds: dict):
             if not values and kind is not None and bool not in _options(kind):
                 raise UserError(f"command line: --{name}: a value is missing")
             value = ",".join(values) if values else "true"  # `--do_train` without a value is true
-        yield from _our_keys(_Given(name, value, "command line", True), kinds)
+        yield from _our_keys(_Given(name, value, "command line", True), kinds, aliases)
 
 
-def _our_keys(given: _Given, kinds: dict):
+def _our_keys(given: _Given, kinds: dict, aliases: dict):
     """Yields (key, _Given): itself, under the name that an alias stands for, or the keys that a shorthand sets."""
     keys = SHORTHANDS.get(given.name, {})
     if given.name in kinds or not keys or not set(keys) <= set(kinds):
-        yield given.name if given.name in kinds else ALIASES.get(given.name, given.name), given
+        yield given.name if given.name in kinds else aliases.get(given.name, given.name), given
     elif _convert(given.value, bool, f"{given.where}: {given.name}", given.is_text):
         for key, value in keys.items():
             yield key, given._replace(value=value, is_text=False)

@@ -3,28 +3,26 @@
     python export.py configs/llama_hf.json                               # any key again as --key value
     python export.py configs/llama_static.json --model_name_or_path checkpoints/llama_gptq
 
-In: a Hugging Face folder (safetensors or .bin, whole or in shards), a quantized folder, an adapter's folder (LoRA is
-merged into its base), and another adapter on top by lora_path or prefix_path.
+Input: a Hugging Face folder (safetensors or .bin, whole or in shards), a quantized folder, an adapter's folder (a LoRA
+is merged into its base), and another adapter on top by lora_path or prefix_path.
 
 --format hf      config.json, model*.safetensors of at most max_shard_size in save_dtype, tokenizer. Integers of a
-quantized
-                 model stay integers (save_dtype is for the rest); dequantize: true makes floats of them.
+                 quantized model stay integers (save_dtype is for the rest); dequantize: true makes floats of them.
 --format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs),
-static_config.json,
-                 tokenizer, and prefix.safetensors with a trained prefix: all that serve.py --mode static needs.
-                 float32.
+                 static_config.json, tokenizer, and prefix.safetensors with a trained prefix: all that
+                 serve.py --mode static needs. float32.
     prefill   input_ids (B, T) int64, rows (B, 1, T, 1) int32, position_ids (B, T) int64 -> logits (B, V) of the last
               position, then keys of every layer and values of every layer (B, T, K, Dh)
     decode    the same of T new tokens (one, when text is generated), rows (B, 1, C + T, 1), and keys_0… and values_0…
               (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
-    B, T and C are free. Rows are padded on the left; rows are 0 where a key is padding, else the largest int32. Behind
-    a prefix, its keys and values are the first C and positions count on from it. With ALiBi there are no position_ids.
-    Where rope stretches with the length of a text there are also lengths (B, T) int64 (see model.rope_lengths).
-    ChatGLM-6B's position_ids are (B, T, 2), its rows (B, 1, C + T, 2), as model.two_positions makes them. A graph
-    cannot choose what to compute by values: every expert of a sparse MLP works on every token.
+    B, T and C are free. Inputs are padded on the left; rows are 0 where a key is padding, else the largest int32. A
+    prefix's keys and values are the first C, and positions count on from it. With ALiBi there are no position_ids.
+    Where rope depends on the length of a text, lengths (B, T) int64 are another input (see positions.rope_lengths).
+    A graph cannot choose what to compute by values: every expert of a sparse MLP works on every token.
 
-Every export is written aside, loaded again from there and its logits compared with those of the model in memory; only
-then does it take its place in output_dir, the file that marks it complete last. Not here: formats of other programs.
+Every export is written to a temporary folder, loaded again from there, and its logits are compared with those of the
+model in memory. Only then it moves to output_dir, the file that marks it complete last. Not supported: formats of other
+programs, and static graphs of ChatGLM-6B.
 """
 
 import dataclasses
@@ -36,7 +34,7 @@ import re
 import shutil
 from pathlib import Path
 
-import kernels  # before paddle: it silences what paddle says while it is imported
+import kernels  # before paddle: it silences what paddle prints while it is imported
 
 import numpy as np
 
@@ -48,15 +46,15 @@ from paddle.static import InputSpec
 import trainer
 from adapters import base_folders, from_pretrained, load_adapter, lora_layers, merge
 from arguments import ScriptArgs
+from families import ModelConfig
 from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
 from formats.tensor_files import from_bfloat16, to_bfloat16, write_safetensors
-from formats.tokenizer import MODEL_FILES, load_tokenizer
+from formats.tokenizer import MODEL_FILES, Tokenizer, load_tokenizer
 from formats.weights import named_weights, save_pretrained
-from model import Cache, Linear, QuantLinear, block_linears, build, set_parameter
+from model import Cache, CausalLM, Linear, QuantLinear, block_linears, build, set_parameter
 from positions import rope_lengths
-from serving.engine import ScheduledTokens
-from serving.runners import NEVER, STATIC_FORMAT, StaticRunner
+from serving.runners import NO_ROW, STATIC_FORMAT, ScheduledTokens, StaticRunner, TokenSequence
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -68,20 +66,14 @@ class Args(ScriptArgs):
     prefix_path: str | None = None  # a prefix to put before it; format static only
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; None: with the adapter or the model
     chat_template: str | None = None  # as in finetune.py; None: the tokenizer's own
-    output_path: str | None = None  # upstream's name of output_dir
     format: str = "hf"  # hf or static
     save_dtype: str | None = None  # format hf: float32, bfloat16 or float16; None: the one that config.json names
-    dtype: str | None = None  # upstream's name of save_dtype
     max_shard_size: str = "5GB"  # format hf: most bytes of one file, in B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB
     dequantize: bool = False  # floats instead of the integers of a quantized model
 
-    def check(self):
-        for ours, theirs in (("output_dir", "output_path"), ("save_dtype", "dtype")):
-            given = getattr(self, theirs)
-            if given and getattr(self, ours) not in ("", None, given):
-                raise UserError(f"{theirs}: {given!r}, but {ours} is {getattr(self, ours)!r}; give one")
-            setattr(self, ours, getattr(self, ours) or given)
-            setattr(self, theirs, None)
+    aliases = {"output_path": "output_dir", "dtype": "save_dtype"}  # PaddleNLP's names, in this script only
+
+    def check(self) -> list[str]:
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key):
                 raise UserError(f"{key}: missing")
@@ -100,22 +92,22 @@ class Args(ScriptArgs):
         return notes
 
 
-def parse_size(text):
-    """ "200MB" -> bytes; units as transformers has them: KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
+def parse_size(text: str) -> int:
+    """ "200MB" -> bytes; units as in transformers: KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
     size = 0
-    if found and not (found[3] and not found[2]):
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " "))
+    if match and not (match[3] and not match[2]):
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " "))
     if size < 1:
         raise UserError(f'max_shard_size: {text!r} is not a size such as "5GB" or "200MB"')
     return size
 
 
-# ================================================================================================== what is read
+# ======================================================================================= the model and the tokenizer
 
 
-def load_model(args, tokenizer):
-    """The model, its adapters merged, its prefix put on; LoRA on integers stays beside them (format static only)."""
+def load_model(args: Args, tokenizer: Tokenizer) -> CausalLM:
+    """The model with its LoRA merged and its prefix installed. LoRA on integers is not merged (format static only)."""
     model = from_pretrained(args.model_name_or_path)
     if args.dequantize:
         dequantize(model, args.model_name_or_path)
@@ -132,13 +124,17 @@ def load_model(args, tokenizer):
             )
     if args.format == "hf" and model.prefix is not None:
         raise UserError(f"{args.model_name_or_path}: a Hugging Face folder cannot hold its prefix; use format: static")
+    if args.format == "static" and model.config.position == "rope_2d":
+        raise UserError(
+            f"format: static is not supported for ChatGLM-6B; serve.py serves {args.model_name_or_path} in mode dynamic"
+        )
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
     model.eval()
     return model
 
 
-def open_tokenizer(args):
-    """The Tokenizer given, else the adapter's, the model's, or that of the model under the adapter."""
+def open_tokenizer(args: Args) -> Tokenizer:
+    """tokenizer_name_or_path, else the adapter's, the model's, or that of the adapter's base."""
     given = [args.tokenizer_name_or_path] if args.tokenizer_name_or_path else []
     folders = given or [*filter(None, [args.lora_path, args.prefix_path]), *base_folders(args.model_name_or_path)]
     for folder in map(Path, folders):
@@ -151,93 +147,97 @@ def open_tokenizer(args):
     raise UserError(f"no tokenizer.model, tokenizer.json or other vocabulary in {where}; give tokenizer_name_or_path")
 
 
-def dequantize(model, path):
-    """Every QuantLinear of the model becomes a Linear of the floats that its integers stand for."""
+def dequantize(model: CausalLM, path: str) -> None:
+    """Replace every QuantLinear by a Linear of the floats that its integers stand for."""
     if model.config.quantization is None:
         raise UserError(f"dequantize: {path} is not quantized")
     for parent, attribute, layer in block_linears(model).values():
         if isinstance(layer, QuantLinear):
-            plain = Linear(layer.n_in, layer.n_out, layer.bias is not None)
-            plain.weight.set_value(layer.dequantized())
+            linear = Linear(layer.n_in, layer.n_out, layer.bias is not None)
+            linear.weight.set_value(layer.dequantized())
             if layer.bias is not None:
-                plain.bias.set_value(layer.bias)
-            setattr(parent, attribute, plain)
+                linear.bias.set_value(layer.bias)
+            setattr(parent, attribute, linear)
     source = {key: value for key, value in model.config.source.items() if key != "quantization_config"}
     model.config = dataclasses.replace(model.config, quantization=None, source=source)
-    plain = {weight.name for weight in named_weights(build(model.config))}
-    if added := [weight.name for weight in named_weights(model) if weight.name not in plain]:
-        places = f"{added[0]} and {len(added) - 1} more have no place in a float {model.config.family}"
-        raise UserError(f"dequantize: {path} was shifted: {places}")
+    float_names = {weight.name for weight in named_weights(build(model.config))}
+    if added := [weight.name for weight in named_weights(model) if weight.name not in float_names]:
+        names = f"{added[0]} and {len(added) - 1} more have no place in a float {model.config.family}"
+        raise UserError(f"dequantize: {path} was shifted: {names}")
 
 
-def saved_dtype(args, config):
-    """What format hf stores floats in."""
-    named = args.save_dtype or config.source.get("dtype") or config.source.get("torch_dtype")
-    return named if named in DTYPES else "float32"
+def saved_dtype(args: Args, config: ModelConfig) -> str:
+    """In what format hf stores floats."""
+    dtype = args.save_dtype or config.source.get("dtype") or config.source.get("torch_dtype")
+    return dtype if dtype in DTYPES else "float32"
 
 
 # ========================================================================================== logits to compare
 
 
-def probe(model):
-    """A ragged batch, padded on the left, with four more tokens to decode: ids (3, T + 4), mask (3, T)."""
+def probe(model: CausalLM) -> tuple[np.ndarray, np.ndarray]:
+    """Three prompts padded on the left and four more tokens to decode: ids (3, T + 4), mask (3, T)."""
     room = max_model_len(model)
     if room < 6:
         raise UserError(f"the model has room for {room} tokens: too few to check an export with")
-    most = min(room, 28)
-    generator, T = np.random.default_rng(0), most - 4
+    length = min(room, 28)
+    generator, T = np.random.default_rng(0), length - 4
     mask = np.arange(T) >= T - np.array([[T], [1 + T // 4], [1 + T // 2]])
-    ids, source = generator.integers(0, model.config.vocab_size, (3, most)), model.config.source
+    ids, source = generator.integers(0, model.config.vocab_size, (3, length)), model.config.source
     if model.config.position == "rope_2d":  # a prompt is a context, the mask token, <sop>
         for column, key in ((T - 2, "gmask_token_id"), (T - 1, "bos_token_id")):
             ids[:, column] = source.get(key, ids[0, column])
     return ids, mask.astype(np.int64)
 
 
-def max_model_len(model):
+def max_model_len(model: CausalLM) -> int:
     """Tokens of prompt and reply together."""
     return model.config.max_model_len - (model.prefix.tokens if model.prefix is not None else 0)
 
 
 @paddle.no_grad()
-def dynamic_logits(model, ids, mask):
-    """(3, 5, V) float32: after the prompt and after each token behind it, as model.generate computes them."""
+def dynamic_logits(model: CausalLM, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(3, 5, V) float32: after the prompt and after each of the four tokens, as model.generate computes them."""
     if model.prefix is not None and model.distances_count and len(ids) > 1:  # no padding between prefix and text
         rows = [(row[part.argmax() :][None], part[part.argmax() :][None]) for row, part in zip(ids, mask)]
         return np.concatenate([dynamic_logits(model, *row) for row in rows])
-    T, positions, cache = mask.shape[1], positions_of(mask), model.new_cache(len(ids))
-    feed = [paddle.to_tensor(array) for array in (ids[:, :T], positions, rows_of(mask))]
-    found = [model(*feed, caches=cache)[:, -1]]
+    T, cache = mask.shape[1], model.new_cache(len(ids))
+    positions = np.maximum(mask.cumsum(1) - 1, 0)  # (3, T)
+    mask_rows = np.where(mask[:, None, :, None] == 1, NO_ROW, 0).astype(np.int32)  # (3, 1, T, 1) hides the padding
+    logits = [model(*map(paddle.to_tensor, (ids[:, :T], positions, mask_rows)), caches=cache)[:, -1]]
     for step in range(T, ids.shape[1]):
-        at = positions[:, -1:] + step - T + 1
-        found.append(model(paddle.to_tensor(ids[:, step : step + 1]), paddle.to_tensor(at), caches=cache)[:, -1])
-    return paddle.stack(found, axis=1).astype("float32").numpy()
+        position = positions[:, -1:] + step - T + 1
+        token = paddle.to_tensor(ids[:, step : step + 1])
+        logits.append(model(token, paddle.to_tensor(position), caches=cache)[:, -1])
+    return paddle.stack(logits, axis=1).astype("float32").numpy()
 
 
-def positions_of(mask):
-    return np.maximum(mask.cumsum(1) - 1, 0)
+def static_logits(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(3, 5, V) float32: as dynamic_logits, by the programs of the folder as the engine runs them."""
+    runner, T = StaticRunner(folder), mask.shape[1]
+    P, sequences = runner.num_virtual_tokens, []
+    for row, length in zip(ids, mask.sum(1)):
+        sequences.append(TokenSequence([-1] * P + row[T - length :].tolist(), P + int(length)))
+    logits = [runner.run([ScheduledTokens(s, P, s.num_prompt_tokens - P) for s in sequences])]
+    for step in range(ids.shape[1] - T):
+        logits.append(runner.run([ScheduledTokens(s, s.num_prompt_tokens + step, 1) for s in sequences]))
+    return np.stack(logits, axis=1)
 
 
-def rows_of(mask):
-    """(B, 1, T, 1) int32: padding is hidden from every row."""
-    return np.where(mask[:, None, :, None] == 1, NEVER, 0).astype(np.int32)
-
-
-def difference(found, expected, tolerance, what):
+def difference(logits: np.ndarray, expected: np.ndarray, tolerance: float, subject: str) -> float:
     """The largest difference of logits; UserError beyond `tolerance` times the largest logit."""
-    largest, limit = float(np.abs(found - expected).max()), tolerance * float(np.abs(expected).max())
+    largest, limit = float(np.abs(logits - expected).max()), tolerance * float(np.abs(expected).max())
     if not (math.isfinite(largest) and largest <= limit):
-        raise UserError(
-            f"export refused: {what}: logits differ by {largest:.3g}, at most {limit:.3g} is right; nothing was written"
-        )
+        found = f"logits differ by {largest:.3g}, at most {limit:.3g} is right"
+        raise UserError(f"export refused: {subject}: {found}; nothing was written")
     return largest
 
 
 # ===================================================================================================== format hf
 
 
-def export_hf(tokenizer, folder, args):
-    """Writes a Hugging Face folder and opens it again; returns what to print of the differences."""
+def export_hf(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
+    """Write a Hugging Face folder and load it again; returns a line about the differences."""
     model = load_model(args, tokenizer)
     ids, mask = probe(model)
     dtype, exact = saved_dtype(args, model.config), dynamic_logits(model, ids, mask)
@@ -251,18 +251,18 @@ def export_hf(tokenizer, folder, args):
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     del model  # one at a time in memory
-    again = from_pretrained(folder).eval()
-    largest = difference(dynamic_logits(again, ids, mask), rounded, 1e-4, "the folder, loaded again")
+    reloaded = from_pretrained(folder).eval()
+    largest = difference(dynamic_logits(reloaded, ids, mask), rounded, 1e-4, "the folder, loaded again")
     note = "" if dtype == "float32" else f"; {rounding:.3g} from rounding to {dtype}"
     return f"largest difference of logits {largest:.3g}{note}"
 
 
-def round_weights(model, dtype):
-    """The float weights to what `dtype` can hold, in place: what save_pretrained will write."""
+def round_weights(model: CausalLM, dtype: str) -> None:
+    """Round the float weights in place to `dtype`, which save_pretrained will write."""
     for weight in named_weights(model):
         if weight.stored is None:
             array = weight.parameter.numpy()
-            with np.errstate(over="ignore"):  # beyond float16: infinite, which the comparison refuses
+            with np.errstate(over="ignore"):  # overflow becomes infinity, which difference() refuses
                 rounded = from_bfloat16(to_bfloat16(array)) if dtype == "bfloat16" else array.astype(np.float16)
             set_parameter(weight.parameter, rounded.astype(np.float32))
 
@@ -273,47 +273,46 @@ def round_weights(model, dtype):
 class _GivenRows(Cache):
     """A Cache that takes the mask rows of all keys, old and new, as given."""
 
-    def extend_mask_rows(self, mask_rows, B, T):
+    def extend_mask_rows(self, mask_rows, B: int, T: int):
         return mask_rows
 
 
 class Prefill(nn.Layer):
-    """The first program: a prompt, without past."""
+    """The first program: a prompt, with nothing before it."""
 
-    def __init__(self, model):
+    def __init__(self, model: CausalLM):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, rows, position_ids=None, lengths=None):
+    def forward(self, input_ids, rows, position_ids=None, lengths=None) -> list[paddle.Tensor]:
         cache = _GivenRows(len(self.model.layers))
-        return last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
+        return _last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
 
 
 class Decode(nn.Layer):
-    """The second program: more tokens after the keys and values of those before."""
+    """The second program: more tokens after those whose keys and values are given."""
 
-    def __init__(self, model):
+    def __init__(self, model: CausalLM):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, rows, past, position_ids=None, lengths=None):
+    def forward(self, input_ids, rows, past, position_ids=None, lengths=None) -> list[paddle.Tensor]:
         cache, layers = _GivenRows(len(self.model.layers)), len(self.model.layers)
         cache.keys, cache.values = list(past[:layers]), list(past[layers:])
-        return last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
+        return _last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
 
 
-# nothing here depends on values, and rewriting the source as jit does took four times as long
-@paddle.jit.not_to_static
-def last_logits(model, input_ids, rows, position_ids, lengths, cache):
+@paddle.jit.not_to_static  # no branch here depends on values; without it jit rewrites the source: four times as slow
+def _last_logits(model, input_ids, rows, position_ids, lengths, cache):
     """[logits (B, V) float32 of the last position, keys of each layer, values of each layer]"""
     cache.lengths = lengths
-    position_ids = input_ids if position_ids is None else position_ids  # ALiBi reads none of them
+    position_ids = input_ids if position_ids is None else position_ids  # ALiBi reads no positions
     logits = model.logits(model.hidden_states(input_ids, position_ids, rows, cache)[:, -1])  # (B, V)
     return [logits.astype("float32"), *cache.keys, *cache.values]
 
 
-def export_static(tokenizer, folder, args):
-    """Writes both programs, one file of weights and static_config.json, runs them; returns what to print."""
+def export_static(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
+    """Write both programs, their weights and static_config.json, and run them; returns a line about the differences."""
     model = load_model(args, tokenizer)
     ids, mask = probe(model)
     expected, room, prefix_tokens = dynamic_logits(model, ids, mask), max_model_len(model), 0
@@ -322,11 +321,51 @@ def export_static(tokenizer, folder, args):
         model.prefix = None  # its keys and values are an input
     trace(model, folder)
     tokenizer.save(folder)
+    write_static_config(
+        folder,
+        model.config,
+        source=str(args.model_name_or_path),
+        max_model_len=room,
+        prefix_tokens=prefix_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        stop_ids=tokenizer.stop_ids,
+    )
+    # Rounding of activations is a step function: where float32 noise crosses a step, a8w8 logits jump.
+    quantization = model.config.quantization
+    is_a8w8 = quantization is not None and quantization["quant_method"] == "a8w8"
+    largest = difference(static_logits(folder, ids, mask), expected, 0.02 if is_a8w8 else 1e-4, "the static programs")
+    return f"largest difference of logits {largest:.3g}"
+
+
+def trace(model: CausalLM, folder: Path) -> None:
+    """Write prefill.json, decode.json and static.pdiparams, the one file of weights for both programs."""
     config = model.config
+    caches = [
+        InputSpec([None, None, config.num_key_value_heads, config.head_dim], "float32", f"{kind}_{i}")
+        for kind in ("keys", "values")
+        for i in range(config.num_hidden_layers)
+    ]
+    inputs = [InputSpec([None, None], "int64", "input_ids"), InputSpec([None, 1, None, 1], "int32", "rows")]
+    positions = []
+    if config.position != "alibi":  # jit refuses an input that nothing reads
+        positions.append(InputSpec([None, None], "int64", "position_ids"))
+    if rope_lengths(config, 1, np.zeros(1)) is not None:
+        positions.append(InputSpec([None, None], "int64", "lengths"))
+    with kernels.use("reference"):  # the ops of other back ends are not all traceable
+        for name, layer, past in (("prefill", Prefill(model), []), ("decode", Decode(model), [caches])):
+            layer.eval()
+            program = paddle.jit.to_static(layer, input_spec=[*inputs, *past, *positions], full_graph=True)
+            paddle.jit.save(program, str(folder / name))
+    assert filecmp.cmp(folder / "prefill.pdiparams", folder / "decode.pdiparams", shallow=False), "weights differ"
+    (folder / "decode.pdiparams").unlink()
+    (folder / "prefill.pdiparams").rename(folder / "static.pdiparams")
+
+
+def write_static_config(folder: Path, config: ModelConfig, **facts) -> None:
+    """Write static_config.json: what StaticRunner needs to know, and the sizes of all other files."""
     description = {
         "format_version": STATIC_FORMAT,
         "paddle_version": paddle.__version__,
-        "source": str(args.model_name_or_path),
         "dtype": "float32",
         "quantization": config.quantization,
         "family": config.family,
@@ -335,103 +374,39 @@ def export_static(tokenizer, folder, args):
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "model_config": {key: value for key, value in config.source.items() if key != "quantization_config"},
-        "max_model_len": room,
-        "prefix_tokens": prefix_tokens,
-        "eos_token_id": tokenizer.eos_token_id,
-        "stop_ids": tokenizer.stop_ids,
+        **facts,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
     with atomic_file(folder / "static_config.json") as file:
         json.dump(description, file, indent=2, ensure_ascii=False)
-    # Rounding of activations is a step: where float32 noise crosses one, a8w8 logits jump.
-    a8w8 = config.quantization is not None and config.quantization["quant_method"] == "a8w8"
-    found = static_logits(folder, ids, mask)
-    largest = difference(found, expected, 0.02 if a8w8 else 1e-4, "the static programs")
-    return f"largest difference of logits {largest:.3g}"
-
-
-def trace(model, folder):
-    """prefill.json, decode.json and static.pdiparams: both programs have the same weights, so the file is kept once."""
-    config = model.config
-    cache = [
-        InputSpec([None, None, config.num_key_value_heads, config.head_dim], "float32", f"{kind}_{i}")
-        for kind in ("keys", "values")
-        for i in range(config.num_hidden_layers)
-    ]
-    two = config.position == "rope_2d"
-    tokens = [
-        InputSpec([None, None], "int64", "input_ids"),
-        InputSpec([None, 1, None, 2 if two else 1], "int32", "rows"),
-    ]
-    stretched = rope_lengths(config, 1, np.zeros(1)) is not None
-    places = [InputSpec([None, None, 2] if two else [None, None], "int64", "position_ids")]
-    places = [] if config.position == "alibi" else places  # which jit would refuse as an input that nothing reads
-    places += [InputSpec([None, None], "int64", "lengths")] if stretched else []
-    with kernels.use("reference"):  # the ops of other back ends are not all traceable
-        for name, layer, past in (("prefill", Prefill(model), []), ("decode", Decode(model), [cache])):
-            layer.eval()
-            specs = [*tokens, *past, *places]
-            program = paddle.jit.to_static(layer, input_spec=specs, full_graph=True)
-            paddle.jit.save(program, str(folder / name))
-    assert filecmp.cmp(folder / "prefill.pdiparams", folder / "decode.pdiparams", shallow=False), "weights differ"
-    (folder / "decode.pdiparams").unlink()
-    (folder / "prefill.pdiparams").rename(folder / "static.pdiparams")
 
 
 @paddle.no_grad()
-def write_prefix(model, path):
-    """The prefix as the keys and values (P, K, Dh) that it begins every cache with; returns P."""
-    cache = model.new_cache(1)
-    write_safetensors(
-        path,
-        {
-            f"{kind}.{i}": array[0].numpy()
-            for kind, arrays in (("keys", cache.keys), ("values", cache.values))
-            for i, array in enumerate(arrays)
-        },
-    )
+def write_prefix(model: CausalLM, path: Path) -> int:
+    """Write the prefix's keys and values (P, K, Dh), with which every cache begins; returns P."""
+    cache, tensors = model.new_cache(1), {}
+    for kind, layers in (("keys", cache.keys), ("values", cache.values)):
+        tensors |= {f"{kind}.{i}": array[0].numpy() for i, array in enumerate(layers)}
+    write_safetensors(path, tensors)
     return cache.prefix_tokens
-
-
-class _Text:
-    """What StaticRunner reads of the engine's sequences."""
-
-    def __init__(self, tokens, num_prompt_tokens):
-        self.tokens, self.num_prompt_tokens = tokens, num_prompt_tokens
-
-
-def static_logits(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(3, 5, V) float32: as dynamic_logits, by the programs of the folder as the engine runs them."""
-    runner, T = StaticRunner(folder), mask.shape[1]
-    before, texts = runner.num_virtual_tokens, []
-    for row, length in zip(ids, mask.sum(1)):
-        texts.append(_Text([-1] * before + row[T - length :].tolist(), before + int(length)))
-    prompts = [ScheduledTokens(text, before, text.num_prompt_tokens - before) for text in texts]
-    logits = [runner.run(prompts)]
-    for step in range(ids.shape[1] - T):
-        logits.append(runner.run([ScheduledTokens(text, text.num_prompt_tokens + step, 1) for text in texts]))
-    return np.stack(logits, axis=1)
 
 
 # ========================================================================================================== main
 
 
-def refuse_own_base(args):
-    """An adapter's base in output_dir would be gone once it is overwritten."""
+def check_base_is_elsewhere(args: Args) -> None:
+    """UserError if output_dir holds the adapter's base, which overwriting would delete."""
     target = Path(args.output_dir).resolve()
     for base in base_folders(args.model_name_or_path)[1:]:
         if base.resolve().is_relative_to(target):
-            raise UserError(
-                f"output_dir: {args.output_dir} holds {base}, the base of {args.model_name_or_path}; choose another "
-                "folder"
-            )
+            reason = f"holds {base}, the base of {args.model_name_or_path}"
+            raise UserError(f"output_dir: {args.output_dir} {reason}; choose another folder")
 
 
-def move_into_place(temporary, folder):
-    """Every file by renaming it, config.json or static_config.json last: without it the folder is no model."""
-    files = sorted(
-        temporary.iterdir(), key=lambda path: (path.name in ("config.json", "static_config.json"), path.name)
-    )
+def move_into_place(temporary: Path, folder: Path) -> list[Path]:
+    """Rename every file into the folder, config.json or static_config.json last: without it the folder is no model."""
+    markers = ("config.json", "static_config.json")
+    files = sorted(temporary.iterdir(), key=lambda path: (path.name in markers, path.name))
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -441,13 +416,13 @@ def move_into_place(temporary, folder):
     return [folder / path.name for path in files]
 
 
-def main(args):
-    # ====================================================================== 1. what can be refused at once
+def main(args: Args) -> None:
+    # ====================================================================== 1. check the folders, open the tokenizer
     for key in ("model_name_or_path", "lora_path", "prefix_path", "tokenizer_name_or_path"):
         if getattr(args, key) and not Path(getattr(args, key)).is_dir():
             raise UserError(f"{key}: {getattr(args, key)}: no such folder")
     trainer.check_output_dir(args)
-    refuse_own_base(args)
+    check_base_is_elsewhere(args)
     tokenizer, folder = open_tokenizer(args), Path(args.output_dir)
     is_new, temporary = not folder.exists(), folder / ".unfinished"
     try:
@@ -456,11 +431,11 @@ def main(args):
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}") from None
 
-    # ====================================================================== 2. written aside, loaded again, compared
+    # ====================================================================== 2. export to a temporary folder and compare
     try:
         compared = {"hf": export_hf, "static": export_static}[args.format](tokenizer, temporary, args)
 
-        # ================================================================== 3. into place
+        # ================================================================== 3. move into output_dir
         trainer.prepare_output_dir(args)
         files = move_into_place(temporary, folder)
     finally:
@@ -471,6 +446,8 @@ def main(args):
         print(f"  {path.name}: {path.stat().st_size:,} bytes")
     total = sum(path.stat().st_size for path in files)
     print(f"export: {folder}, format {args.format}, {len(files)} files, {total:,} bytes; {compared}")
+    mode = " --mode static" if args.format == "static" else ""
+    print(f"next: python serve.py{mode} --model_name_or_path {folder}")
 
 
 if __name__ == "__main__":

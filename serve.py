@@ -183,15 +183,15 @@ def engine_of(model, tokenizer, num_blocks, adapters, args):
     engine = Engine(
         model,
         tokenizer,
-        num_blocks,
-        args.block_size,
-        args.batch_size,
-        args.max_num_batched_tokens,
-        args.total_max_length,
-        args.max_queue,
-        args.seed,
-        adapters,
-        args.cachekv_int8_type is not None,
+        num_blocks=num_blocks,
+        block_size=args.block_size,
+        max_num_seqs=args.batch_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=args.total_max_length,
+        max_queue=args.max_queue,
+        seed=args.seed,
+        adapters=adapters,
+        int8_cache=args.cachekv_int8_type is not None,
     )
     print(
         f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a "

@@ -1,4 +1,24 @@
-"""The inference engine: scheduler, block pool, sequences, sampler, detokenizer."""
+"""The inference engine: many requests at once, one batch of tokens a step.
+
+    engine = Engine(model, tokenizer, num_blocks=256)
+    completions = engine.generate([Request(tokenizer.encode("Once"), SamplingParams(max_tokens=20))])[0]
+    for output in engine.stream(request): print(output.text, end="")
+
+The life of a request:
+1. Engine.submit checks it, in any thread, and makes a Sequence for each of its n replies. They wait in `inbox`.
+2. Engine.step, in the engine's thread, moves them to the end of the queue `waiting` and ends those that were aborted.
+3. _schedule chooses the tokens of this step: the next one of every running sequence, then prompts, or pieces of them,
+   up to max_num_batched_tokens. If the pool has no free block, the youngest sequence returns to the queue (preemption).
+4. _admit gives the first of the queue its blocks. Full blocks that another sequence has computed are shared: BlockPool
+   finds them by a hash of all tokens up to their end.
+5. runner.run (runners.py) computes the scheduled tokens, writes their keys and values into the blocks, and returns the
+   logits after the last token of each sequence.
+6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch draws the next token
+   from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
+7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text,
+   or the length. on_output gets a TokenOutput.
+8. _finish releases the blocks of an ended reply. Those that hold full blocks stay findable until they are needed.
+"""
 
 import bisect
 import collections
@@ -11,7 +31,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
 import kernels
 from kernels.reference import penalize
@@ -20,29 +40,29 @@ import numpy as np
 
 from formats.files import UserError
 from model import CausalLM
-from serving.runners import PagedRunner
+from serving.runners import ScheduledTokens, TokenSequence, make_runner
 
-# ================================================================== 2. requests and what comes back
+# ======================================================================================= requests and their results
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     max_tokens: int = 64  # most new tokens
-    min_tokens: int = 0  # no end of sequence and no stop before so many
+    min_tokens: int = 0  # before as many new tokens, neither end of sequence nor stop ends the reply
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     repetition_penalty: float = 1.0  # on tokens of prompt and reply (arXiv 1909.05858)
-    presence_penalty: float = 0.0  # taken off the logit of every token that the reply has
-    frequency_penalty: float = 0.0  # the same, times how often it has it
-    seed: int | None = None  # the same seed gives the same text, whatever else runs
+    presence_penalty: float = 0.0  # subtracted from the logit of every token that the reply contains
+    frequency_penalty: float = 0.0  # the same, times its number of occurrences
+    seed: int | None = None  # the same seed gives the same text, whatever else is running
     stop: tuple = ()  # texts that end the reply; they are not part of it
     stop_token_ids: tuple = ()  # ids that end it, besides the tokenizer's
-    ignore_eos: bool = False  # go on past the tokenizer's
-    logprobs: int | None = None  # report log-probabilities, of the chosen token and of so many likeliest
+    ignore_eos: bool = False  # continue after the tokenizer's stop ids
+    logprobs: int | None = None  # report log-probabilities of the chosen token and of this many likeliest ones
     n: int = 1  # replies to the one prompt
 
-    def check(self):
+    def check(self) -> None:
         """UserError naming the field."""
         for key, low, high in (
             ("max_tokens", 1, None),
@@ -55,12 +75,8 @@ class SamplingParams:
             value = getattr(self, key)
             if value is None and key in ("seed", "logprobs"):
                 continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or value < low
-                or (high is not None and value > high)
-            ):
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if not is_int or value < low or (high is not None and value > high):
                 limits = f"of at least {low}" if high is None else f"between {low} and {high}"
                 raise UserError(f"{key}: {value!r}; it must be a whole number {limits}")
         for key, low, high in (
@@ -70,20 +86,20 @@ class SamplingParams:
             ("presence_penalty", -100, 100),
             ("frequency_penalty", -100, 100),
         ):
-            value = getattr(self, key)
-            bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high
-            if bad or (value == 0 and key in ("top_p", "repetition_penalty")):
-                above = "above 0, up to" if key in ("top_p", "repetition_penalty") else f"between {low} and"
-                raise UserError(f"{key}: {value!r}; it must be a number {above} {high}")
+            value, positive = getattr(self, key), key in ("top_p", "repetition_penalty")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high or (positive and value == 0):
+                limits = f"above 0, up to {high}" if positive else f"between {low} and {high}"
+                raise UserError(f"{key}: {value!r}; it must be a number {limits}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop: {self.stop!r}; it must be texts, none of them empty")
+            raise UserError(f"stop: {self.stop!r}; it must be a tuple of texts that are not empty")
         if not isinstance(self.stop_token_ids, tuple) or not all(isinstance(i, int) for i in self.stop_token_ids):
-            raise UserError(f"stop_token_ids: {self.stop_token_ids!r}; it must be ids")
+            raise UserError(f"stop_token_ids: {self.stop_token_ids!r}; it must be a tuple of token ids")
 
 
 @dataclasses.dataclass
 class Request:
-    prompt_ids: list  # of int
+    prompt_ids: list[int]
     params: SamplingParams = SamplingParams()
     adapter: str | None = None  # name of a loaded LoRA; None: the base model
     request_id: str = dataclasses.field(default_factory=lambda: os.urandom(12).hex())
@@ -91,33 +107,33 @@ class Request:
 
 @dataclasses.dataclass(slots=True)
 class TokenOutput:
-    """One token of one of the n replies. Its text may be "" while half a character or a possible stop text is held back."""
+    """One token of one of the n replies. Its text may be "" while Detokenizer holds some back."""
 
     index: int  # 0..n-1
     token_id: int | None = None  # None: the reply ended without one (abort, error)
     text: str = ""
-    logprob: float | None = None  # of the distribution as the model gives it: before penalties and temperature
+    logprob: float | None = None  # of the model's own distribution: before penalties and temperature
     top_logprobs: list | None = None  # [(token_id, logprob)], the likeliest first
     finish_reason: str | None = None  # stop, length, abort, error: on the last TokenOutput of a reply
-    cached_tokens: int = 0  # of the prompt, found in blocks that were there already
+    cached_tokens: int = 0  # tokens of the prompt whose blocks were already computed
 
 
 @dataclasses.dataclass
 class Completion:
     text: str
-    token_ids: list
-    finish_reason: str
-    logprobs: list | None  # [(logprob, [(token_id, logprob)])] a token
+    token_ids: list[int]
+    finish_reason: str | None
+    logprobs: list | None  # [(logprob, [(token_id, logprob)])], one a token
     prompt_tokens: int
     cached_tokens: int
 
 
 class PromptTooLong(UserError):
-    """No room for a single new token after the prompt."""
+    """There is no room for a single new token after the prompt."""
 
 
 class QueueFull(UserError):
-    """Too many are waiting: come again."""
+    """Too many sequences are waiting; the client may try again later."""
 
 
 class UnknownAdapter(UserError):
@@ -125,48 +141,46 @@ class UnknownAdapter(UserError):
 
 
 class ShuttingDown(UserError):
-    """The engine takes no more requests."""
+    """The engine accepts no more requests."""
 
 
-# ================================================================== 3. from logits to a token, from tokens to text
+# ===================================================================== from logits to a token, from tokens to text
 
 
 class Sampler:
-    """How one sequence chooses: its penalties, its bans and its own stream of random numbers, one draw a token."""
+    """How one sequence chooses: its penalties, its bans and its own random numbers, one a token."""
 
-    def __init__(self, params, index, stop_ids, seed):
-        self.params = params
-        self.stops = {*(() if params.ignore_eos else stop_ids), *params.stop_token_ids}
+    def __init__(self, params: SamplingParams, index: int, stop_ids: list[int], seed: int):
+        self.params = p = params
+        self.stop_ids = {*(() if p.ignore_eos else stop_ids), *p.stop_token_ids}
         self.generator = np.random.default_rng([seed, index])
-        self.greedy = params.temperature < 1e-5
+        self.greedy = p.temperature < 1e-5
         self.counts = collections.Counter()  # of the reply's tokens
-        p = params
-        self.plain = self.greedy and p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
-        self.plain = self.plain and p.logprobs is None  # then the argmax is all there is to it, from min_tokens on
+        no_penalty = p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
+        self.argmax_suffices = self.greedy and no_penalty and p.logprobs is None  # from min_tokens on
 
-    def choose(self, logits, seen):
-        """logits (V,) float32, seen: ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
-        (token,) = sample_batch([self], self.apply_penalties(logits, seen)[None])
+    def choose(self, logits: np.ndarray, token_ids: list[int]) -> tuple:
+        """logits (V,) float32, ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
+        (token,) = sample_batch([self], self.apply_penalties(logits, token_ids)[None])
         return token, *self.logprobs_of(logits, token)
 
-    def apply_penalties(self, logits, seen):
-        """The same with penalties and bans; logits themselves where there are none."""
+    def apply_penalties(self, logits: np.ndarray, token_ids: list[int]) -> np.ndarray:
+        """logits (V,) with penalties, and without the stop ids before min_tokens; the same array where none apply."""
         p = self.params
         if p.repetition_penalty != 1.0:
-            logits = penalize(logits[None], np.array([seen]), np.ones((1, len(seen)), np.int64), p.repetition_penalty)[
-                0
-            ]
+            ids, mask = np.array([token_ids]), np.ones((1, len(token_ids)), np.int64)
+            logits = penalize(logits[None], ids, mask, p.repetition_penalty)[0]
         if (p.presence_penalty or p.frequency_penalty) and self.counts:
-            ids, counts = (np.array(list(part)) for part in (self.counts.block_hashes(), self.counts.values()))
+            ids, counts = np.array(list(self.counts.keys())), np.array(list(self.counts.values()))
             logits = logits.copy()
             logits[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
-        if self.stops and self.counts.total() < p.min_tokens:
+        if self.stop_ids and self.counts.total() < p.min_tokens:
             logits = logits.copy()
-            logits[[i for i in self.stops if i < len(logits)]] = -np.inf
+            logits[[i for i in self.stop_ids if i < len(logits)]] = -np.inf
         return logits
 
-    def logprobs_of(self, logits, token):
-        """What is told of the token chosen: (log-probability, likeliest), of the logits as the model gave them, or Nones."""
+    def logprobs_of(self, logits: np.ndarray, token: int) -> tuple:
+        """(log-probability of the token, [(id, log-probability)] of the likeliest) by logits (V,), or Nones."""
         p = self.params
         if p.logprobs is None:
             return None, None
@@ -178,13 +192,13 @@ class Sampler:
         return float(x[token]), [(int(i), float(x[i])) for i in best]
 
 
-def sample_batch(samplers, logits):
-    """One id for each sampler from its row of logits (S, V) float32; each takes one number of its own stream."""
-    ways = [
+def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
+    """One id for each sampler from its row of logits (S, V) float32; each draws one number of its own generator."""
+    options = [
         (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
         for s in samplers
     ]
-    temperature, top_k, top_p, uniform = zip(*ways)
+    temperature, top_k, top_p, uniform = zip(*options)
     ids = kernels.sample(kernels.to_tensor(logits), temperature, top_k, top_p, uniform).tolist()
     for sampler, token in zip(samplers, ids):
         sampler.counts[token] += 1
@@ -192,290 +206,280 @@ def sample_batch(samplers, logits):
 
 
 class Detokenizer:
-    """Ids of a reply in, text out as soon as it is certain that it stays: no half character, no beginning of a stop text."""
+    """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
-    def __init__(self, tokenizer, stop):
+    def __init__(self, tokenizer, stop: tuple[str, ...]):
         self.decoder = tokenizer.stream_decoder() if tokenizer is not None else None
-        self.stop, self.held = stop, ""
+        self.stop, self.pending = stop, ""
 
-    def push(self, token_id, may_stop=True):
-        """(text, whether a stop text was met; what follows it is dropped)"""
-        return ("", False) if self.decoder is None else self._certain(self.decoder.push(token_id), may_stop)
+    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
+        """(text, whether a stop text was found; the text after it is dropped)"""
+        return ("", False) if self.decoder is None else self._final_text(self.decoder.push(token_id), may_stop)
 
-    def flush(self, may_stop=True):
-        """The same for what was held back, when no more comes."""
+    def flush(self, may_stop: bool = True) -> tuple[str, bool]:
+        """As push() for the text that was held back, at the end of the reply."""
         if self.decoder is None:
             return "", False
-        text, stopped = self._certain(self.decoder.flush(), may_stop)
-        held, self.held = self.held, ""
-        return (text, True) if stopped else (text + held, False)
+        text, stopped = self._final_text(self.decoder.flush(), may_stop)
+        pending, self.pending = self.pending, ""
+        return (text, True) if stopped else (text + pending, False)
 
-    def _certain(self, new, may_stop):
-        text = self.held + new
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0] if new and may_stop else []
-        if found:
-            self.held = ""
-            return text[: min(found)], True
-        keep = 0  # the longest end of the text that begins a stop text
+    def _final_text(self, new, may_stop):
+        text = self.pending + new
+        starts = [at for at in (text.find(stop) for stop in self.stop) if at >= 0] if new and may_stop else []
+        if starts:
+            self.pending = ""
+            return text[: min(starts)], True
+        keep = 0  # length of the longest end of the text with which a stop text begins
         for stop in self.stop if may_stop else ():
             for length in range(min(len(stop) - 1, len(text)), keep, -1):
                 if text.endswith(stop[:length]):
                     keep = length
                     break
-        self.held = text[len(text) - keep :]
+        self.pending = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
 
-# ================================================================== 4. the pool of blocks
+# ============================================================================================= the pool of blocks
 
 
 class BlockPool:
-    """Which block of the pool holds what: reference counts, and full blocks found again by the chain of their tokens.
+    """Reference counts of blocks, and full blocks found again by the hash of all tokens up to their end.
 
-    A block is in use (count > 0), or free: empty, or cached, which means that a later sequence with the same tokens may
-    take it back until it is needed for something else, the longest unused one first.
+    A block is in use (count > 0) or free. A free one is empty or cached: a later sequence with the same tokens may take
+    a cached block back until it is needed for something else. The least recently used one is taken first.
     """
 
-    def __init__(self, num_blocks, block_size, reuse=True):
+    def __init__(self, num_blocks: int, block_size: int, reuse: bool = True):
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
-        self.counts = [0] * num_blocks
-        self.hashes = [None] * num_blocks  # the block hash of a block whose tokens are known
-        self.block_of = {}  # block hash -> block
-        self.cached = 0  # free blocks that are known
+        self.ref_counts = [0] * num_blocks
+        self.hashes = [None] * num_blocks  # of each block that others may share
+        self.block_of = {}  # hash -> block
+        self.num_cached = 0  # free blocks with a hash
         self.free = collections.OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
 
-    def block_hash(self, parent, tokens):
-        """The key of a block: a digest of all tokens up to its end, and of what `parent` says of their beginning."""
+    def block_hash(self, parent: bytes, tokens: list[int]) -> bytes:
+        """Hash of a full block: of its tokens and of its parent's hash (for the first block, the sequence's seed)."""
         return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), key=parent, digest_size=16).digest()
 
-    def match_prefix(self, hashes):
-        """Take the longest run of cached blocks with these hashes; returns the blocks."""
+    def match_prefix(self, block_hashes: list[bytes]) -> list[int]:
+        """Take the longest run of blocks with these hashes; returns the blocks."""
         blocks = []
-        for key in hashes if self.reuse else ():
+        for key in block_hashes if self.reuse else ():
             block = self.block_of.get(key)
             if block is None:
                 break
-            if self.counts[block] == 0:
+            if self.ref_counts[block] == 0:
                 del self.free[block]
-                self.cached -= 1
-            self.counts[block] += 1
+                self.num_cached -= 1
+            self.ref_counts[block] += 1
             blocks.append(block)
         return blocks
 
-    def allocate(self):
-        """An empty block; there must be a free one."""
+    def allocate(self) -> int:
+        """An empty block; KeyError if none is free."""
         block, _ = self.free.popitem(last=False)
         if self.hashes[block] is not None:
             del self.block_of[self.hashes[block]]
             self.hashes[block] = None
-            self.cached -= 1
-        self.counts[block] = 1
+            self.num_cached -= 1
+        self.ref_counts[block] = 1
         return block
 
-    def cache_block(self, block, key):
-        """The block is full and computed: others may share it. The first of several equal ones is the one that is found."""
-        if self.reuse and key not in self.block_of:
-            self.block_of[key], self.hashes[block] = block, key
+    def cache_block(self, block: int, block_hash: bytes) -> None:
+        """The block is full and computed: others may share it. Of several equal blocks the first is found."""
+        if self.reuse and block_hash not in self.block_of:
+            self.block_of[block_hash], self.hashes[block] = block, block_hash
 
-    def release(self, blocks):
-        """Give back a sequence's blocks. The last goes first: without its parent a block would never be found again."""
+    def release(self, blocks: list[int]) -> None:
+        """Give back a sequence's blocks, the last one first: no block is found without its parent."""
         for block in reversed(blocks):
-            self.counts[block] -= 1
-            assert self.counts[block] >= 0, f"block {block} was released twice"
-            if self.counts[block] == 0:
+            self.ref_counts[block] -= 1
+            assert self.ref_counts[block] >= 0, f"block {block} was released twice"
+            if self.ref_counts[block] == 0:
                 self.free[block] = None
                 if self.hashes[block] is None:
-                    self.free.move_to_end(block, last=False)  # empty ones are taken before cached ones
+                    self.free.move_to_end(block, last=False)  # empty blocks are taken before cached ones
                 else:
-                    self.cached += 1
+                    self.num_cached += 1
 
-    def reset_prefix_cache(self):
-        """Nothing cached is to be found again."""
+    def reset_prefix_cache(self) -> None:
+        """Forget all hashes: no block is found again."""
         self.block_of.clear()
-        self.hashes, self.cached = [None] * self.num_blocks, 0
+        self.hashes, self.num_cached = [None] * self.num_blocks, 0
 
 
-# ================================================================== 5. sequences
+# ====================================================================================================== sequences
 
 
-WAITING, PREFILL, DECODE, DONE = "waiting", "prefill", "decode", "done"  # stored, never derived from lengths
+WAITING, PREFILL, DECODE, DONE = "waiting", "prefill", "decode", "done"
 
 
-class Sequence:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Sequence(TokenSequence):
     """One of the n replies of a request, from the queue to its end."""
 
-    def __init__(self, request, index, arrival, on_output, leader, sampler, text, num_virtual_tokens, hash_seed):
-        self.request, self.index, self.arrival, self.on_output = request, index, arrival, on_output
-        self.leader = leader  # the sequence of the same request whose prompt this one waits to share, or None
-        self.sampler, self.text = sampler, text
-        self.num_virtual_tokens = num_virtual_tokens  # tokens of a trained prefix in front, as -1
-        self.tokens = [-1] * num_virtual_tokens + list(request.prompt_ids)  # and then the reply's
-        self.num_prompt_tokens = len(self.tokens)
-        self.phase = WAITING
-        self.num_computed_tokens = 0  # tokens whose keys and values are in the blocks
-        self.blocks = []
-        self.block_hashes = [hash_seed]  # block hashs: the root and one for each full block
-        self.cached_tokens = None  # set when first admitted
+    request: Request
+    index: int  # 0..n-1
+    arrival: int  # in order of submission
+    on_output: Callable
+    leader: "Sequence | None"  # the first of the request's sequences: the others wait to share its prompt's blocks
+    sampler: Sampler
+    detokenizer: Detokenizer
+    num_virtual_tokens: int  # of a trained prefix
+    block_hashes: list[bytes]  # the seed, then one for each full block
+    phase: str = WAITING
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the blocks
+    num_cached_tokens: int | None = None  # of the prompt, found in the pool when it was first admitted
 
     @property
-    def generated(self):
+    def num_new_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
 
-
-class ScheduledTokens(NamedTuple):
-    """What a step computes of one sequence: tokens[start : start + count]."""
-
-    sequence: Sequence
-    start: int
-    count: int
+    @property
+    def needs_only_argmax(self) -> bool:
+        return self.sampler.argmax_suffices and self.num_new_tokens >= self.sampler.params.min_tokens
 
 
-# ================================================================== 8. the engine
+# ===================================================================================================== the engine
 
 
 class Engine:
     """Requests in, tokens and text out, many at once.
 
-    generate() and stream() block; submit() and abort() may be called from any thread, with start() and shutdown() for
-    the thread that then calls step(). model: a CausalLM, or a runner such as StaticRunner: anything with PagedRunner's
-    run, fill_prefix, release, chunked (and then root), adapters, virtual, vocab_size and max_positions. adapters: {name:
-    folder of a LoRA}.
+    generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
+    calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
     """
 
     def __init__(
         self,
         model,
         tokenizer=None,
-        num_blocks=256,
-        block_size=16,
-        max_num_seqs=16,
-        max_num_batched_tokens=512,
-        max_model_len=None,
-        max_queue=256,
-        seed=0,
-        adapters=None,
-        int8_cache=False,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 16,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
+        max_model_len: int | None = None,
+        max_queue: int = 256,
+        seed: int = 0,
+        adapters: dict | None = None,
+        int8_cache: bool = False,
     ):
-        paged = isinstance(model, CausalLM)
-        self.runner = runner = PagedRunner(model, num_blocks, block_size, adapters, int8_cache) if paged else model
-        self.tokenizer = tokenizer
-        self.pool = BlockPool(num_blocks, block_size, reuse=runner.chunked)
+        if isinstance(model, CausalLM):
+            model = make_runner(model, num_blocks, block_size, adapters, int8_cache)
+        self.runner, self.tokenizer = model, tokenizer
+        self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
-        self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # every running sequence gets its token
-        room = min(runner.max_positions, num_blocks * block_size) - runner.num_virtual_tokens
+        self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # one token for each running sequence
+        room = min(model.max_positions, num_blocks * block_size) - model.num_virtual_tokens
         self.max_model_len = min(room, max_model_len or room)
         if self.max_model_len < 2:
             raise UserError(
-                f"{num_blocks} blocks of {block_size} and {runner.max_positions} positions leave no room for a prompt "
-                f"and a token after {runner.num_virtual_tokens} tokens of a prefix; raise num_blocks"
+                f"{num_blocks} blocks of {block_size} and {model.max_positions} positions leave no room for a prompt "
+                f"and a token after {model.num_virtual_tokens} tokens of a prefix; raise num_blocks"
             )
-        self.adapters = list(runner.adapters)
-        self.watermark = max(1, num_blocks // 100)  # blocks left free when a sequence is admitted beside others
+        self.adapters = list(model.adapters)
+        self.watermark = max(1, num_blocks // 100)  # blocks left free when a sequence joins others
         self.stop_ids = tokenizer.stop_ids if tokenizer is not None else []
-        self.running, self.waiting = [], collections.deque()  # by arrival
-        self.seeds = np.random.default_rng(seed)
-        self.arrivals = itertools.count()
-        self.totals = dict.fromkeys(
-            (
-                "requests",
-                "prompt_tokens",
-                "cached_tokens",
-                "generation_tokens",
-                "preemptions",
-                "aborted",
-                "errors",
-                "steps",
-            ),
-            0,
-        )
-        # What other threads touch, under the condition's lock:
+        self.running, self.waiting = [], collections.deque()  # both by arrival
+        self.seeds, self.arrivals = np.random.default_rng(seed), itertools.count()
+        counters = "requests prompt_tokens cached_tokens generation_tokens preemptions aborted errors steps"
+        self.totals = dict.fromkeys(counters.split(), 0)
+        # Shared with other threads, under the condition's lock; live: request_id -> number of replies not finished
         self.condition = threading.Condition()
-        self.inbox, self.to_abort, self.live = [], set(), {}  # live: request_id -> replies not finished
+        self.inbox, self.to_abort, self.live = [], set(), {}
         self.thread, self.closing, self.stopped = None, False, False
 
-    # ---------------------------------------------------------------- in from any thread
+    # ---------------------------------------------------------------- called from any thread
 
-    def submit(self, request, on_output):
-        """Queue a request; on_output(TokenOutput) is called from the engine's thread for each token of each reply."""
+    def submit(self, request: Request, on_output: Callable) -> None:
+        """Queue a request; on_output(TokenOutput) is called from the engine's thread for each token of each reply.
+
+        UserError, or one of its kinds above, where the request cannot be served.
+        """
         params, prompt = request.params, request.prompt_ids
         params.check()
         if request.adapter is not None and request.adapter not in self.adapters:
-            raise UnknownAdapter(
-                f"adapter: {request.adapter!r} is not loaded; loaded are {', '.join(self.adapters) or 'none'}"
-            )
+            names = ", ".join(self.adapters) or "none"
+            raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
         if not len(prompt):
             raise UserError("prompt: empty; at least one token is needed")
         if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
             raise UserError(f"prompt: ids must be between 0 and {self.runner.vocab_size - 1}")
         if len(prompt) >= self.max_model_len:
-            raise PromptTooLong(
-                f"prompt: {len(prompt)} tokens; at most {self.max_model_len - 1} fit, with one new token, in {self.max_model_len}"
-            )
+            limit = f"at most {self.max_model_len - 1} fit, with one new token, in {self.max_model_len}"
+            raise PromptTooLong(f"prompt: {len(prompt)} tokens; {limit}")
         with self.condition:
             if self.closing:
                 raise ShuttingDown("the server is shutting down")
             if len(self.inbox) + len(self.waiting) >= self.max_queue:
-                raise QueueFull(f"{self.max_queue} replies are waiting already; try again later")
+                raise QueueFull(f"{self.max_queue} replies are already waiting; try again later")
             if request.request_id in self.live:
-                raise UserError(f"request_id: {request.request_id!r} is running already")
+                raise UserError(f"request_id: {request.request_id!r} is already running")
             self.live[request.request_id] = params.n
-            seed = int(self.seeds.integers(1 << 62)) if params.seed is None else params.seed
-            # Cached keys and values depend on more than the tokens: on the rotation and on the adapter.
-            rotation = self.runner.hash_seed(len(prompt) + self.runner.num_virtual_tokens) if self.pool.reuse else 0
-            root, leader = (
-                hashlib.blake2b(f"{rotation} {request.adapter or ''}".encode(), digest_size=16).digest(),
-                None,
-            )
-            for index in range(params.n):
-                sampler = Sampler(params, index, self.stop_ids, seed)
-                text = Detokenizer(self.tokenizer, params.stop)
-                sequence = Sequence(
-                    request,
-                    index,
-                    next(self.arrivals),
-                    on_output,
-                    leader,
-                    sampler,
-                    text,
-                    self.runner.num_virtual_tokens,
-                    root,
-                )
-                leader = leader or sequence
-                self.inbox.append(sequence)
+            self._add_sequences(request, on_output)
             self.totals["requests"] += 1
             self.totals["prompt_tokens"] += len(prompt)
             self.condition.notify_all()
 
-    def abort(self, request_id):
+    def _add_sequences(self, request, on_output):
+        """Put the request's n sequences into the inbox."""
+        params, num_virtual_tokens = request.params, self.runner.num_virtual_tokens
+        tokens = [-1] * num_virtual_tokens + list(request.prompt_ids)
+        seed = int(self.seeds.integers(1 << 62)) if params.seed is None else params.seed
+        # Cached keys and values depend on more than the tokens: on the rotation and on the adapter.
+        rotation = self.runner.hash_seed(len(tokens)) if self.pool.reuse else 0
+        hash_seed = hashlib.blake2b(f"{rotation} {request.adapter or ''}".encode(), digest_size=16).digest()
+        leader = None
+        for index in range(params.n):
+            sequence = Sequence(
+                tokens=list(tokens),
+                num_prompt_tokens=len(tokens),
+                adapter=request.adapter,
+                request=request,
+                index=index,
+                arrival=next(self.arrivals),
+                on_output=on_output,
+                leader=leader,
+                sampler=Sampler(params, index, self.stop_ids, seed),
+                detokenizer=Detokenizer(self.tokenizer, params.stop),
+                num_virtual_tokens=num_virtual_tokens,
+                block_hashes=[hash_seed],
+            )
+            leader = leader or sequence
+            self.inbox.append(sequence)
+
+    def abort(self, request_id: str) -> None:
         """End a request before the next step; unknown or finished ones are ignored."""
         with self.condition:
             if request_id in self.live:
                 self.to_abort.add(request_id)
                 self.condition.notify_all()
 
-    def stats(self):
-        """{name: number}; blocks_free counts the cached ones, too."""
+    def stats(self) -> dict[str, int]:
+        """blocks_free includes blocks_cached."""
         return {
             "running": len(self.running),
             "waiting": len(self.waiting) + len(self.inbox),
             "blocks_total": self.pool.num_blocks,
             "blocks_free": len(self.pool.free),
-            "blocks_cached": self.pool.cached,
+            "blocks_cached": self.pool.num_cached,
             **{f"{name}_total": value for name, value in self.totals.items()},
         }
 
     # ---------------------------------------------------------------- one step
 
-    def step(self):
-        """Admit, compute one batch, hand out its tokens. False: there was nothing to do."""
+    def step(self) -> bool:
+        """Schedule, compute one batch, deliver its tokens. False: there was nothing to do."""
         self._take_inbox()
-        chunks = self._schedule()
-        if not chunks:
-            assert not self.running and not self.waiting, "a step without chunks while sequences wait"
+        scheduled = self._schedule()
+        if not scheduled:
+            assert not self.running and not self.waiting, "nothing was scheduled while sequences wait"
             return False
-        logits = self.runner.run(chunks)
+        logits = self.runner.run(scheduled)
         self.totals["steps"] += 1
-        self._advance(chunks, logits)
+        self._advance(scheduled, logits)
         return True
 
     def _take_inbox(self):
@@ -488,8 +492,29 @@ class Engine:
             self._finish(sequence, "abort")
 
     def _schedule(self):
-        """The chunks of this step: a token of every running sequence, then pieces of prompts, the oldest first."""
-        chunks, size, preempted, whole = [], self.pool.block_size, False, not self.runner.chunked
+        """The tokens of this step: one of every decoding sequence, then pieces of prompts, the oldest first."""
+        scheduled, preempted = self._schedule_decodes()
+        budget = self.max_num_batched_tokens - len(scheduled)
+        for sequence in [s for s in self.running if s.phase == PREFILL]:
+            budget -= self._add_prefill(scheduled, sequence, budget)
+        chunked, skipped = self.runner.chunked_prefill, []  # skipped: waiting for their leader to compute the prompt
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not preempted:
+            sequence = self.waiting[0]
+            leader = sequence.leader
+            if chunked and leader and leader.phase in (WAITING, PREFILL) and not sequence.num_new_tokens:
+                skipped.append(self.waiting.popleft())
+                continue
+            if not chunked and len(sequence.tokens) > budget and any(tokens.count > 1 for tokens in scheduled):
+                break  # a whole prompt beyond the budget is the only prompt of its step
+            if not self._admit(sequence):
+                break
+            budget -= self._add_prefill(scheduled, sequence, budget)
+        self.waiting.extendleft(reversed(skipped))
+        return scheduled
+
+    def _schedule_decodes(self):
+        """([one token of every decoding sequence], whether a sequence was preempted to make room for them)"""
+        scheduled, size, preempted = [], self.pool.block_size, False
         for sequence in [s for s in self.running if s.phase == DECODE]:
             while sequence.phase == DECODE and len(sequence.blocks) * size <= sequence.num_computed_tokens:
                 if self.pool.free:
@@ -498,43 +523,27 @@ class Engine:
                     self._preempt(max(self.running, key=lambda s: s.arrival))
                     preempted = True
             if sequence.phase == DECODE:
-                chunks.append(ScheduledTokens(sequence, sequence.num_computed_tokens, 1))
-        budget = self.max_num_batched_tokens - len(chunks)
-        for sequence in [s for s in self.running if s.phase == PREFILL]:
-            budget -= self._add_prefill(chunks, sequence, budget)
-        passed = []  # replies that wait for the first one of their request to compute the prompt
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not preempted:
-            sequence = self.waiting[0]
-            leader = sequence.leader
-            if leader is not None and not whole and leader.phase in (WAITING, PREFILL) and not sequence.generated:
-                passed.append(self.waiting.popleft())
-                continue
-            if whole and len(sequence.tokens) > budget and any(chunk.count > 1 for chunk in chunks):
-                break  # a prompt of more than the budget comes alone
-            if not self._admit(sequence):
-                break
-            budget -= self._add_prefill(chunks, sequence, budget)
-        self.waiting.extendleft(reversed(passed))
-        return chunks
+                scheduled.append(ScheduledTokens(sequence, sequence.num_computed_tokens, 1))
+        return scheduled, preempted
 
-    def _add_prefill(self, chunks, sequence, budget):
-        """A chunk of a prompt within the budget (the whole of it, if the runner takes no pieces): its tokens."""
+    def _add_prefill(self, scheduled, sequence, budget):
+        """Schedule a prompt's next tokens within the budget (all, if the runner takes no pieces); returns how many."""
         count = len(sequence.tokens) - sequence.num_computed_tokens
-        count = min(count, budget) if self.runner.chunked else count
+        count = min(count, budget) if self.runner.chunked_prefill else count
         if count > 0:
-            chunks.append(ScheduledTokens(sequence, sequence.num_computed_tokens, count))
+            scheduled.append(ScheduledTokens(sequence, sequence.num_computed_tokens, count))
         return count
 
     def _admit(self, sequence):
-        """Give the head of the queue its blocks; False if they are not free.
+        """Give the first of the queue its blocks; False if not enough are free.
 
-        Full blocks that are cached are shared, but never all of the sequence: its last token must be computed, since it
-        is its logits that are wanted.
+        Cached full blocks are shared, but never all of the sequence: its last token must be computed for its logits.
         """
         assert sequence is self.waiting[0] and sequence.phase == WAITING and not sequence.blocks
         size, length = self.pool.block_size, len(sequence.tokens)
-        self._extend_hashes(sequence, (length - 1) // size)
-        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + (length - 1) // size])
+        shareable = (length - 1) // size
+        self._extend_block_hashes(sequence, shareable)
+        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + shareable])
         missing = -(-length // size) - len(shared)
         if missing > len(self.pool.free) - (self.watermark if self.running else 0):
             self.pool.release(shared)
@@ -542,9 +551,9 @@ class Engine:
         self.waiting.popleft()
         sequence.blocks = shared + [self.pool.allocate() for _ in range(missing)]
         sequence.num_computed_tokens = len(shared) * size
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = max(0, sequence.num_computed_tokens - sequence.num_virtual_tokens)
-            self.totals["cached_tokens"] += sequence.cached_tokens
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = max(0, sequence.num_computed_tokens - sequence.num_virtual_tokens)
+            self.totals["cached_tokens"] += sequence.num_cached_tokens
         if sequence.num_computed_tokens < sequence.num_virtual_tokens:
             self.runner.fill_prefix(sequence, sequence.num_computed_tokens)
             sequence.num_computed_tokens = sequence.num_virtual_tokens
@@ -552,87 +561,89 @@ class Engine:
         bisect.insort(self.running, sequence, key=lambda s: s.arrival)
         return True
 
-    def _extend_hashes(self, sequence, blocks):
-        """The block hashs of the first so many blocks, from tokens that are all there."""
-        size = self.pool.block_size
-        for i in range(len(sequence.block_hashes) - 1, blocks if self.pool.reuse else 0):
-            sequence.block_hashes.append(
-                self.pool.block_hash(sequence.block_hashes[i], sequence.tokens[i * size : (i + 1) * size])
-            )
+    def _extend_block_hashes(self, sequence, num_blocks):
+        """Hash the first num_blocks blocks, whose tokens are all known."""
+        size, hashes = self.pool.block_size, sequence.block_hashes
+        for i in range(len(hashes) - 1, num_blocks if self.pool.reuse else 0):
+            hashes.append(self.pool.block_hash(hashes[i], sequence.tokens[i * size : (i + 1) * size]))
 
     def _preempt(self, sequence):
-        """Back to the head of the queue, with its tokens and its random state; what it had computed is given up."""
-        self._give_back(sequence)
+        """Back to the head of the queue, with its tokens and random state; its keys and values are computed again."""
+        self._release(sequence)
         self.running.remove(sequence)
         sequence.phase, sequence.num_computed_tokens = WAITING, 0
         self.waiting.appendleft(sequence)
         self.totals["preemptions"] += 1
 
-    def _give_back(self, sequence):
+    def _release(self, sequence):
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         self.runner.release(sequence)
 
-    def _advance(self, chunks, logits):
-        """What was computed is kept and, where a sequence is computed to its end, the next token chosen."""
+    def _advance(self, scheduled, logits):
+        """Count the computed tokens; where a sequence is computed to its end, append the next one. logits (S, V)"""
         best, finite = logits.argmax(-1).tolist(), np.isfinite(logits.max(-1)).tolist()
-        chosen = self._draw(chunks, logits, finite)
-        for row, chunk in enumerate(chunks):
-            sequence, size = chunk.sequence, self.pool.block_size
-            full = sequence.num_computed_tokens // size
-            sequence.num_computed_tokens += chunk.count
-            if sequence.num_computed_tokens // size > full:
-                self._extend_hashes(sequence, sequence.num_computed_tokens // size)
-                for i in range(full, sequence.num_computed_tokens // size if self.pool.reuse else full):
-                    self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
+        sampled = self._sample(scheduled, logits, finite)
+        for row, (sequence, _, count) in enumerate(scheduled):
+            self._count_computed(sequence, count)
             if sequence.num_computed_tokens < len(sequence.tokens):
                 continue
             sequence.phase = DECODE
             if not finite[row]:
                 print(f"request {sequence.request.request_id}: the logits are not finite", file=sys.stderr, flush=True)
                 self._finish(sequence, "error")
-            elif sequence.sampler.plain and sequence.generated >= sequence.sampler.params.min_tokens:
-                self._append(sequence, best[row], None, None)
+            elif row in sampled:
+                self._append(sequence, sampled[row], *sequence.sampler.logprobs_of(logits[row], sampled[row]))
             else:
-                self._append(sequence, chosen[row], *sequence.sampler.logprobs_of(logits[row], chosen[row]))
+                self._append(sequence, best[row], None, None)
 
-    def _draw(self, chunks, logits, finite):
-        """{row: id} of the rows that are computed to their end and for which the argmax is not all."""
-        rows = []
-        for row, (s, start, count) in enumerate(chunks):
-            plain = s.sampler.plain and s.generated >= s.sampler.params.min_tokens
-            if start + count == len(s.tokens) and finite[row] and not plain:
-                rows.append(row)
+    def _count_computed(self, sequence, count):
+        """Add to the computed tokens, and let others share the blocks that are full now."""
+        size = self.pool.block_size
+        full_before = sequence.num_computed_tokens // size
+        sequence.num_computed_tokens += count
+        full = sequence.num_computed_tokens // size
+        if full > full_before and self.pool.reuse:
+            self._extend_block_hashes(sequence, full)
+            for i in range(full_before, full):
+                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
+
+    def _sample(self, scheduled, logits, finite):
+        """{row: id} for the rows that are computed to their end and need more than the argmax."""
+        rows = [
+            row
+            for row, (sequence, start, count) in enumerate(scheduled)
+            if start + count == len(sequence.tokens) and finite[row] and not sequence.needs_only_argmax
+        ]
         if not rows:
             return {}
-        samplers = [chunks[row].sequence.sampler for row in rows]
-        adjusted = [
-            s.apply_penalties(logits[row], chunks[row].sequence.tokens[chunks[row].sequence.num_virtual_tokens :])
-            for row, s in zip(rows, samplers)
+        sequences = [scheduled[row].sequence for row in rows]
+        penalized = [
+            s.sampler.apply_penalties(logits[row], s.tokens[s.num_virtual_tokens :]) for row, s in zip(rows, sequences)
         ]
-        return dict(zip(rows, sample_batch(samplers, np.stack(adjusted))))
+        return dict(zip(rows, sample_batch([s.sampler for s in sequences], np.stack(penalized))))
 
-    def _append(self, sequence, token, logprob, top):
-        """A new token: is it the last, what text is certain with it?"""
-        params, sampler = sequence.request.params, sequence.sampler
+    def _append(self, sequence, token, logprob, top_logprobs):
+        """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
+        params, sampler, detokenizer = sequence.request.params, sequence.sampler, sequence.detokenizer
         sequence.tokens.append(token)
         self.totals["generation_tokens"] += 1
-        may_stop = sequence.generated >= params.min_tokens
-        full = (
-            sequence.generated >= params.max_tokens
-            or len(sequence.tokens) - sequence.num_virtual_tokens >= self.max_model_len
-        )
-        if may_stop and token in sampler.stops:
-            text, reason = sequence.text.flush()[0], "stop"
+        may_stop = sequence.num_new_tokens >= params.min_tokens
+        text_length = len(sequence.tokens) - sequence.num_virtual_tokens
+        full = sequence.num_new_tokens >= params.max_tokens or text_length >= self.max_model_len
+        if may_stop and token in sampler.stop_ids:
+            text, reason = detokenizer.flush()[0], "stop"
         else:
-            text, stopped = sequence.text.push(token, may_stop)
+            text, stopped = detokenizer.push(token, may_stop)
             if full and not stopped:
-                rest, stopped = sequence.text.flush(may_stop)
+                rest, stopped = detokenizer.flush(may_stop)
                 text += rest
             reason = "stop" if stopped else "length" if full else None
-        output = TokenOutput(sequence.index, token, text, logprob, top, None, sequence.cached_tokens)
+        output = TokenOutput(
+            sequence.index, token, text, logprob, top_logprobs, cached_tokens=sequence.num_cached_tokens
+        )
         if reason is None:
-            self._hand_out(sequence, output)
+            self._deliver(sequence, output)
         else:
             self._finish(sequence, reason, output)
 
@@ -643,18 +654,18 @@ class Engine:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self._give_back(sequence)
+            self._release(sequence)
         sequence.phase = DONE
         with self.condition:
             name = sequence.request.request_id
             self.live[name] -= 1
             if not self.live[name]:
                 del self.live[name]
-        output = output or TokenOutput(sequence.index, cached_tokens=sequence.cached_tokens or 0)
+        output = output or TokenOutput(sequence.index, cached_tokens=sequence.num_cached_tokens or 0)
         output.finish_reason = reason
-        self._hand_out(sequence, output)
+        self._deliver(sequence, output)
 
-    def _hand_out(self, sequence, output):
+    def _deliver(self, sequence, output):
         try:
             sequence.on_output(output)
         except Exception:
@@ -663,9 +674,9 @@ class Engine:
 
     # ---------------------------------------------------------------- the thread
 
-    def start(self):
-        """Step from now on in a thread of its own."""
-        assert self.thread is None, "the engine runs already"
+    def start(self) -> None:
+        """Begin a thread that calls step()."""
+        assert self.thread is None, "the engine's thread is already running"
         self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.thread.start()
 
@@ -684,15 +695,15 @@ class Engine:
                 self._fail()
 
     def _fail(self):
-        """A step has failed: end what ran with "error", since what it had computed cannot be trusted; then go on."""
+        """After a failed step: end the running sequences with "error", since their keys and values may be wrong."""
         failed = list(self.running) or list(self.waiting)
         self.totals["errors"] += len(failed)
         for sequence in failed:
             self._finish(sequence, "error")
         self.pool.reset_prefix_cache()
 
-    def shutdown(self, drain=True, timeout=None):
-        """Refuse new requests; drain: finish what there is, for at most `timeout` seconds; abort what is left."""
+    def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Refuse new requests; drain: finish the others, for at most `timeout` seconds; abort what is left."""
         with self.condition:
             self.closing = True
         if self.thread is not None:
@@ -710,40 +721,40 @@ class Engine:
 
     # ---------------------------------------------------------------- blocking calls
 
-    def generate(self, requests, progress=None):
-        """[Request, …], or an iterator that is read as there is room -> for each the list of its n Completions.
+    def generate(self, requests: Iterable[Request], progress: Callable | None = None) -> list:
+        """Requests, or an iterator that is read as there is room -> for each the list of its n Completions.
 
-        progress(i, completions) is called as soon as request i is complete, and then nothing is kept of it.
+        progress(i, completions) is called as soon as request i is complete, and its result is returned in their place.
         """
-        requests, finished, results, left = enumerate(requests), queue.SimpleQueue(), {}, 0
-        pending = next(requests, None)
-        while pending is not None or left:
-            while pending is not None and len(self.waiting) + len(self.inbox) < min(self.max_num_seqs, self.max_queue):
+        requests, finished, results, unfinished = enumerate(requests), queue.SimpleQueue(), {}, 0
+        pending, room = next(requests, None), min(self.max_num_seqs, self.max_queue)
+        while pending is not None or unfinished:
+            while pending is not None and len(self.waiting) + len(self.inbox) < room:
                 i, request = pending
                 self.submit(request, _Collector(i, request, finished))
-                left, pending = left + 1, next(requests, None)
+                unfinished, pending = unfinished + 1, next(requests, None)
             if self.thread is None:
                 self.step()
-            elif not left:
+            elif not unfinished:
                 time.sleep(0.001)  # the queue is full of others' requests
-            while left and (self.thread is not None or not finished.empty()):
+            while unfinished and (self.thread is not None or not finished.empty()):
                 i, completions = finished.get()
-                left -= 1
+                unfinished -= 1
                 results[i] = completions if progress is None else progress(i, completions)
                 if self.thread is not None:
                     break
         return [results[i] for i in range(len(results))]
 
-    def stream(self, request):
-        """Iterator of the request's Outputs; closing it aborts the request."""
-        outputs, left = queue.SimpleQueue(), request.params.n
+    def stream(self, request: Request) -> Iterator[TokenOutput]:
+        """The request's TokenOutputs as they come; closing the iterator aborts the request."""
+        outputs, unfinished = queue.SimpleQueue(), request.params.n
         self.submit(request, outputs.put)
         try:
-            while left:
+            while unfinished:
                 while self.thread is None and outputs.empty():
                     self.step()
                 output = outputs.get()
-                left -= output.finish_reason is not None
+                unfinished -= output.finish_reason is not None
                 yield output
         finally:
             self.abort(request.request_id)
@@ -756,7 +767,7 @@ class _Collector:
 
     def __init__(self, i, request, finished):
         n, prompt, wanted = request.params.n, len(request.prompt_ids), request.params.logprobs is not None
-        self.i, self.left, self.finished = i, n, finished
+        self.i, self.unfinished, self.finished = i, n, finished
         self.completions = [Completion("", [], None, [] if wanted else None, prompt, 0) for _ in range(n)]
 
     def __call__(self, output):
@@ -769,6 +780,6 @@ class _Collector:
                 c.logprobs.append((output.logprob, output.top_logprobs))
         if output.finish_reason is not None:
             c.finish_reason = output.finish_reason
-            self.left -= 1
-            if self.left == 0:
+            self.unfinished -= 1
+            if self.unfinished == 0:
                 self.finished.put((self.i, self.completions))

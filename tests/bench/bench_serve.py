@@ -92,7 +92,8 @@ def main(argv=None):
         round_weights(model, SCHEMES[options.mode])
     batch, prompt, new = options.batch, options.prompt, options.new
     blocks = batch * -(-(prompt + new) // 16) + 1
-    engine = Engine(model, None, blocks, 16, max_num_seqs=batch, max_num_batched_tokens=batch * prompt, max_queue=batch)
+    limits = {"max_num_seqs": batch, "max_num_batched_tokens": batch * prompt, "max_queue": batch}
+    engine = Engine(model, num_blocks=blocks, block_size=16, **limits)
     generator = np.random.default_rng(3)
     prompts = generator.integers(10, SHAPES[options.config]["vocab_size"], (batch, prompt)).tolist()
     prefill, decode, whole = [], [], []
