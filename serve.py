@@ -33,7 +33,7 @@ from arguments import ScriptArgs
 from data import numbered_lines, parse_turns, truncate_prompt
 from formats.chat import load_chat_template
 from formats.files import UserError, parse_json_line
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import Tokenizer, load_tokenizer
 from serving.engine import Engine, Request, SamplingParams
 from serving.openai_api import serve_http
 from serving.runners import PagedRunner, StaticRunner
@@ -131,7 +131,7 @@ class Args(ScriptArgs):
 # ================================================================== 9. from a folder to an engine
 
 
-def adapter_paths(lora_path):
+def adapter_paths(lora_path: str | None) -> dict[str, str]:
     """`lora_path` -> {name: folder}; one folder without a name is called by its last part."""
     found = {}
     for part in (lora_path or "").split(","):
@@ -147,7 +147,7 @@ def adapter_paths(lora_path):
     return found
 
 
-def build_engine(args):
+def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     """(engine, tokenizer) as the arguments say."""
     path = Path(args.model_name_or_path)
     if not path.is_dir():
@@ -179,7 +179,7 @@ def build_engine(args):
     return engine_of(model, tokenizer, num_blocks, adapters, args), tokenizer
 
 
-def engine_of(model, tokenizer, num_blocks, adapters, args):
+def engine_of(model: object, tokenizer: Tokenizer, num_blocks: int, adapters: dict, args: Args) -> Engine:
     engine = Engine(
         model,
         tokenizer,
@@ -206,12 +206,12 @@ def engine_of(model, tokenizer, num_blocks, adapters, args):
 # ================================================================== 10. offline: a prompt, a file, a benchmark
 
 
-def prompt_ids(tokenizer, rounds, context, src_length):
+def prompt_ids(tokenizer: Tokenizer, rounds: list, context: dict, src_length: int) -> list[int]:
     """[(user, bot)…] whose last bot is to be written -> ids, at most src_length where they can be cut."""
     return truncate_prompt(tokenizer, [*rounds[:-1], (rounds[-1][0], "")], context, src_length, src_length)
 
 
-def lengths(engine, args):
+def lengths(engine: Engine, args: Args) -> tuple:
     """(most tokens of a prompt, SamplingParams) of the offline modes, which must fit the engine together."""
     total = engine.max_model_len
     if args.src_length is not None and args.src_length >= total:
@@ -220,7 +220,7 @@ def lengths(engine, args):
     return src_length, args.sampling()
 
 
-def answer_prompt(engine, tokenizer, args):
+def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """Print one reply as it is written."""
     src_length, params = lengths(engine, args)
     params = dataclasses.replace(params, seed=args.seed)
@@ -236,7 +236,7 @@ def answer_prompt(engine, tokenizer, args):
     print(f"\n\n{len(ids)} tokens of prompt, {tokens} new; first after {1000 * first:,.0f} ms{speed}", flush=True)
 
 
-def read_records(path):
+def read_records(path: str) -> list:
     """Yields (line number, record, rounds, context) of the lines that are not blank."""
     for _, number, line in numbered_lines(Path(path)):
         record = parse_json_line(line, path, number)
@@ -245,7 +245,7 @@ def read_records(path):
         yield number, record, *parse_turns({"tgt": without, **record}, f"{path}:{number}")
 
 
-def answered(args):
+def answered(args: Args) -> set:
     """How many lines of output_file are done: they must be those of data_file. A last line cut off by a kill is
     removed."""
     path = Path(args.output_file)
@@ -275,7 +275,7 @@ def answered(args):
     return done
 
 
-def answer_file(engine, tokenizer, args):
+def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """data_file -> output_file, in its order, each line written as soon as all before it are."""
     src_length, params = lengths(engine, args)
     total = sum(1 for _ in read_records(args.data_file))  # every line is checked before the first is answered
@@ -322,7 +322,7 @@ def answer_file(engine, tokenizer, args):
     )
 
 
-def benchmark(engine, args):
+def benchmark(engine: Engine, args: Args) -> None:
     """Time to first token and tokens/s of 1, 2, 4, 8 and 16 prompts of random ids at once, greedily, to the last
     token."""
     prompt = min(args.src_length or 128, engine.max_model_len // 2)
@@ -341,7 +341,7 @@ def benchmark(engine, args):
         print(f"{batch:>5} {first:>15,.1f} {prefill:>17,.0f} {decode:>16,.1f}", flush=True)
 
 
-def measure(engine, prompts, new):
+def measure(engine: Engine, prompts: list, new: int) -> tuple:
     """(seconds until every prompt has its first token, seconds until all have `new`), without the cache of blocks."""
     engine.pool.reset_prefix_cache()
     firsts, params = [], SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
@@ -366,7 +366,7 @@ def measure(engine, prompts, new):
 # ================================================================== 14. main
 
 
-def main(args):
+def main(args: Args) -> None:
     engine, tokenizer = build_engine(args)
     if args.benchmark:
         benchmark(engine, args)
