@@ -393,9 +393,8 @@ def write_prefix(model: CausalLM, path: Path) -> int:
 
 def check_base_is_elsewhere(args: Args) -> None:
     """UserError if output_dir holds the adapter's base, which overwriting would delete."""
-    target = Path(args.output_dir).resolve()
     for base in base_folders(args.model_name_or_path)[1:]:
-        if base.resolve().is_relative_to(target):
+        if base.resolve().is_relative_to(Path(args.output_dir).resolve()):
             reason = f"holds {base}, the base of {args.model_name_or_path}"
             raise UserError(f"output_dir: {args.output_dir} {reason}; choose another folder")
 
