@@ -1,24 +1,27 @@
 """Answer prompts: one engine with continuous batching behind a terminal, a file of prompts, or an HTTP server.
 
-    python serve.py configs/llama_serve.json                                  # OpenAI's HTTP interface and a page to
-    chat python serve.py configs/llama_serve.json --prompt "type#dress*color#red"   # one reply, as it is written
-    python serve.py configs/llama_serve.json --data_file in.jsonl --output_file out.jsonl python serve.py
-    configs/llama_serve.json --benchmark
+    python serve.py configs/llama_serve.json                                   # OpenAI's HTTP interface and a chat page
+    python serve.py configs/llama_serve.json --prompt "type#dress*color#red"   # one reply, as it is written
+    python serve.py configs/llama_serve.json --data_file in.jsonl --output_file out.jsonl
+    python serve.py configs/llama_serve.json --benchmark
 
 Opens full, merged, quantized, LoRA and prefix-tuned folders; `lora_path "name=path,name2=path2"` serves several
-adapters of one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`.
+adapters of one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`. Messages
+of a chat are written in the model's chat template; a model without one gets plain text, as finetune.py trains it.
 
-The engine: requests join and leave at every step; a step computes one token of every running sequence and, with what
-is left of `max_num_batched_tokens`, pieces of new prompts. Keys and values lie in a pool of blocks (Kwon et al., arXiv
-2309.06180); identical full blocks are kept once; when the pool runs dry the youngest sequence waits and is computed
-again. The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory. Not here: beam search, speculative
-decoding, more than one process."""
+The engine (serving/engine.py): requests join and leave at every step; a step computes one token of every running
+sequence and, with the rest of `max_num_batched_tokens`, pieces of new prompts. Keys and values are kept in a pool of
+blocks (Kwon et al., arXiv 2309.06180); identical full blocks are shared; when no block is free, the youngest sequence
+waits and is computed again. The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory. Not supported:
+beam search, speculative decoding, more than one process.
+"""
 
 import collections
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
@@ -34,11 +37,12 @@ from data import numbered_lines, parse_turns, truncate_prompt
 from formats.chat import load_chat_template
 from formats.files import UserError, parse_json_line
 from formats.tokenizer import Tokenizer, load_tokenizer
+from model import CausalLM
 from serving.engine import Engine, Request, SamplingParams
 from serving.openai_api import serve_http
 from serving.runners import PagedRunner, StaticRunner
 
-# ================================================================== 1. arguments
+# ====================================================================================================== 1. arguments
 
 
 @dataclasses.dataclass
@@ -48,16 +52,14 @@ class Args(ScriptArgs):
     lora_path: str | None = None  # an adapter's folder, or several: "name=folder,name2=folder2"
     prefix_path: str | None = None  # folder of a trained prefix
     mode: str = "dynamic"  # dynamic: model.py and a pool of blocks; static: the graph that export.py wrote
-    chat_template: str | None = (
-        None  # a name of FORMATS, plain, none, a chat_template.json or .jinja; None: the model's own
-    )
+    chat_template: str | None = None  # name in chat.FORMATS, plain, none, or a template file; None: the model's own
     src_length: int | None = None  # most tokens of a prompt; None: total_max_length - max_length
     max_length: int = 1024  # most new tokens of a reply
     min_length: int = 1  # fewest
     total_max_length: int = 4096  # most tokens of prompt and reply; never more than the model's positions
     decode_strategy: str = "sampling"  # or greedy_search, which is temperature 0
     temperature: float = 0.95
-    top_k: int = 0  # sample among so many likeliest; 0: all
+    top_k: int = 0  # sample among this many likeliest tokens; 0: all
     top_p: float = 0.7  # sample among the likeliest whose probabilities sum to it
     repetition_penalty: float = 1.0
     batch_size: int = 16  # most sequences at once
@@ -82,7 +84,7 @@ class Args(ScriptArgs):
     drain_timeout: float = 60.0  # seconds that running requests have to finish after SIGTERM
     max_connections: int = 256  # at once
 
-    def check(self):
+    def check(self) -> list[str]:
         notes = super().check()
         if not self.model_name_or_path:
             raise UserError("model_name_or_path: missing")
@@ -115,8 +117,8 @@ class Args(ScriptArgs):
         self.sampling().check()
         return notes
 
-    def sampling(self):
-        """The SamplingParams of the offline modes; over HTTP, what a request leaves out is OpenAI's default."""
+    def sampling(self) -> SamplingParams:
+        """For the offline modes; over HTTP, OpenAI's defaults apply to what a request leaves out."""
         greedy = self.decode_strategy == "greedy_search"
         return SamplingParams(
             max_tokens=self.max_length,
@@ -128,12 +130,12 @@ class Args(ScriptArgs):
         )
 
 
-# ================================================================== 9. from a folder to an engine
+# ======================================================================================= 2. from a folder to an engine
 
 
 def adapter_paths(lora_path: str | None) -> dict[str, str]:
-    """`lora_path` -> {name: folder}; one folder without a name is called by its last part."""
-    found = {}
+    """`lora_path` -> {name: folder}; a folder without a name is called by its last part."""
+    paths = {}
     for part in (lora_path or "").split(","):
         if part.strip():
             name, equals, path = part.strip().partition("=")
@@ -141,14 +143,13 @@ def adapter_paths(lora_path: str | None) -> dict[str, str]:
             name = name if equals else Path(path).name
             if not Path(path).is_dir():
                 raise UserError(f"lora_path: {path}: no such folder")
-            if not name or name in found:
-                raise UserError(f"lora_path: {part.strip()!r}: a name of its own is needed: name=folder,name2=folder2")
-            found[name] = path
-    return found
+            if not name or name in paths:
+                raise UserError(f"lora_path: {part.strip()!r}: each needs a name of its own: name=folder,name2=folder2")
+            paths[name] = path
+    return paths
 
 
 def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
-    """(engine, tokenizer) as the arguments say."""
     path = Path(args.model_name_or_path)
     if not path.is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
@@ -157,33 +158,23 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     adapters = adapter_paths(args.lora_path)
     if args.mode == "static":
-        runner = StaticRunner(path, paddle.get_device())
-        length = min(args.total_max_length + runner.num_virtual_tokens, runner.max_positions)
-        num_blocks = args.num_blocks or args.batch_size * -(-length // args.block_size)
-        return engine_of(runner, tokenizer, num_blocks, None, args), tokenizer
-    model = from_pretrained(path)
-    trainer.check_vocabulary(model, tokenizer, path)
-    if args.prefix_path:
-        if model.prefix is not None:
-            raise UserError(f"prefix_path: {path} has a prefix of its own")
-        load_adapter(model, args.prefix_path)
-        if model.prefix is None:
-            raise UserError(f"prefix_path: {args.prefix_path} holds a LoRA; give it as lora_path")
-    virtual = model.prefix.tokens if model.prefix is not None else 0
-    length = min(args.total_max_length + virtual, model.config.max_model_len)
-    wanted = 2 * args.batch_size * -(-length // args.block_size)  # as much again to keep prompts for later ones
-    block = PagedRunner.block_bytes(model.config, args.block_size, args.cachekv_int8_type is not None)
-    num_blocks = args.num_blocks or min(wanted, int(args.kv_cache_gb * 1e9) // block)
-    if num_blocks < 1:
-        raise UserError(f"kv_cache_gb: {args.kv_cache_gb} holds no block of {block / 1e6:.1f} MB; raise it")
-    return engine_of(model, tokenizer, num_blocks, adapters, args), tokenizer
-
-
-def engine_of(model: object, tokenizer: Tokenizer, num_blocks: int, adapters: dict, args: Args) -> Engine:
+        model = StaticRunner(path, paddle.get_device())
+        num_blocks = blocks_in_use(args, model.num_virtual_tokens, model.max_positions)
+    else:
+        model = open_model(path, args.prefix_path)
+        trainer.check_vocabulary(model, tokenizer, path)
+        num_virtual_tokens = model.prefix.tokens if model.prefix is not None else 0
+        # twice what can be in use at once: the other half keeps prompts for later requests
+        wanted = 2 * blocks_in_use(args, num_virtual_tokens, model.config.max_model_len)
+        block_bytes = PagedRunner.block_bytes(model.config, args.block_size, args.cachekv_int8_type is not None)
+        num_blocks = min(wanted, int(args.kv_cache_gb * 1e9) // block_bytes)
+        if num_blocks < 1 and args.num_blocks is None:
+            megabytes = block_bytes / 1e6
+            raise UserError(f"kv_cache_gb: {args.kv_cache_gb} holds no block of {megabytes:.1f} MB; raise it")
     engine = Engine(
         model,
         tokenizer,
-        num_blocks=num_blocks,
+        num_blocks=args.num_blocks or num_blocks,
         block_size=args.block_size,
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -194,38 +185,58 @@ def engine_of(model: object, tokenizer: Tokenizer, num_blocks: int, adapters: di
         int8_cache=args.cachekv_int8_type is not None,
     )
     print(
-        f"engine: {num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens a "
-        "sequence, "
-        f"{args.batch_size} sequences at once"
+        f"engine: {engine.pool.num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} "
+        "tokens "
+        f"a sequence, {args.batch_size} sequences at once"
         + (f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""),
         flush=True,
     )
-    return engine
+    return engine, tokenizer
 
 
-# ================================================================== 10. offline: a prompt, a file, a benchmark
+def blocks_in_use(args: Args, num_virtual_tokens: int, max_positions: int) -> int:
+    """Blocks that batch_size sequences of the greatest length take."""
+    length = min(args.total_max_length + num_virtual_tokens, max_positions)
+    return args.batch_size * -(-length // args.block_size)
 
 
-def prompt_ids(tokenizer: Tokenizer, rounds: list, context: dict, src_length: int) -> list[int]:
-    """[(user, bot)…] whose last bot is to be written -> ids, at most src_length where they can be cut."""
-    return truncate_prompt(tokenizer, [*rounds[:-1], (rounds[-1][0], "")], context, src_length, src_length)
+def open_model(path: Path, prefix_path: str | None) -> CausalLM:
+    """The model with a trained prefix, if there is one."""
+    model = from_pretrained(path)
+    if prefix_path:
+        if model.prefix is not None:
+            raise UserError(f"prefix_path: {path} has a prefix of its own")
+        load_adapter(model, prefix_path)
+        if model.prefix is None:
+            raise UserError(f"prefix_path: {prefix_path} holds a LoRA; give it as lora_path")
+    return model
 
 
-def lengths(engine: Engine, args: Args) -> tuple:
-    """(most tokens of a prompt, SamplingParams) of the offline modes, which must fit the engine together."""
+# ==================================================================== 3. offline: one prompt, a file, a benchmark
+
+
+def prompt_ids(tokenizer: Tokenizer, turns: list, context: dict, src_length: int) -> list[int]:
+    """[(user, bot), …], the last bot to be written -> ids, at most src_length where they can be cut."""
+    return truncate_prompt(tokenizer, [*turns[:-1], (turns[-1][0], "")], context, src_length, src_length)
+
+
+def prompt_limit(engine: Engine, args: Args) -> int:
+    """Most tokens of a prompt, which must leave room for a reply."""
     total = engine.max_model_len
     if args.src_length is not None and args.src_length >= total:
         raise UserError(f"src_length: {args.src_length} leaves no room for a reply in {total} tokens")
-    src_length = args.src_length or max(total - args.max_length, total // 2)
-    return src_length, args.sampling()
+    return args.src_length or max(total - args.max_length, total // 2)
+
+
+def only_adapter(engine: Engine) -> str | None:
+    """The adapter that the offline modes use: the one that is loaded, if it is one."""
+    return engine.adapters[0] if len(engine.adapters) == 1 else None
 
 
 def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """Print one reply as it is written."""
-    src_length, params = lengths(engine, args)
-    params = dataclasses.replace(params, seed=args.seed)
-    ids = prompt_ids(tokenizer, [(args.prompt, None)], {}, src_length)
-    request = Request(ids, params, engine.adapters[0] if len(engine.adapters) == 1 else None)
+    ids = prompt_ids(tokenizer, [(args.prompt, None)], {}, prompt_limit(engine, args))
+    request = Request(ids, dataclasses.replace(args.sampling(), seed=args.seed), only_adapter(engine))
     start, first, tokens = time.perf_counter(), None, 0
     for output in engine.stream(request):
         first = first or time.perf_counter() - start
@@ -236,17 +247,17 @@ def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     print(f"\n\n{len(ids)} tokens of prompt, {tokens} new; first after {1000 * first:,.0f} ms{speed}", flush=True)
 
 
-def read_records(path: str) -> list:
-    """Yields (line number, record, rounds, context) of the lines that are not blank."""
+def read_records(path: str | Path) -> Iterator[tuple]:
+    """Yields (line number, record, turns, context) of the lines that are not blank."""
     for _, number, line in numbered_lines(Path(path)):
         record = parse_json_line(line, path, number)
         src = record.get("src")
-        without = [""] * len(src) if isinstance(src, list) else ""  # the last reply is to be written: it may be missing
-        yield number, record, *parse_turns({"tgt": without, **record}, f"{path}:{number}")
+        empty = [""] * len(src) if isinstance(src, list) else ""  # the reply is to be written, so tgt may be missing
+        yield number, record, *parse_turns({"tgt": empty, **record}, f"{path}:{number}")
 
 
-def answered(args: Args) -> set:
-    """How many lines of output_file are done: they must be those of data_file. A last line cut off by a kill is
+def count_answered(args: Args) -> int:
+    """How many lines of output_file are done; they must be those of data_file. A last line cut off by a kill is
     removed."""
     path = Path(args.output_file)
     if not path.exists():
@@ -255,41 +266,38 @@ def answered(args: Args) -> set:
         raise UserError(f"output_file: {path} is a folder")
     if path.resolve() == Path(args.data_file).resolve():
         raise UserError(f"output_file: {path} is the data_file")
-    done, whole = 0, 0
+    done, size = 0, 0  # of whole lines
     records = read_records(args.data_file)
     with open(path, "rb") as stream:
         for line in stream:
             if not line.endswith(b"\n"):
                 break
             number, record, _, _ = next(records, (None, None, None, None))
-            found = parse_json_line(line, path, done + 1)
-            if record is None or found.get("src") != record.get("src") or "output" not in found:
-                which = f"line {number}" if record is not None else "no line"
-                raise UserError(
-                    f"{path}:{done + 1}: is not the answer to {which} of {args.data_file}; give another output_file "
-                    "or remove this one"
-                )
-            done, whole = done + 1, whole + len(line)
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
+            answer = parse_json_line(line, path, done + 1)
+            if record is None or answer.get("src") != record.get("src") or "output" not in answer:
+                question = f"line {number}" if record is not None else "no line"
+                reason = f"is not the answer to {question} of {args.data_file}"
+                raise UserError(f"{path}:{done + 1}: {reason}; give another output_file or remove this one")
+            done, size = done + 1, size + len(line)
+    if size < path.stat().st_size:
+        os.truncate(path, size)
     return done
 
 
 def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
-    """data_file -> output_file, in its order, each line written as soon as all before it are."""
-    src_length, params = lengths(engine, args)
+    """data_file -> output_file, in its order; each line is written as soon as all before it are."""
+    src_length, params, adapter = prompt_limit(engine, args), args.sampling(), only_adapter(engine)
     total = sum(1 for _ in read_records(args.data_file))  # every line is checked before the first is answered
     if not total:
-        raise UserError(f"data_file: {args.data_file} is empty; JSON lines with src and tgt are wanted")
-    done = answered(args)
-    adapter = engine.adapters[0] if len(engine.adapters) == 1 else None
-    records = collections.deque()  # those handed to the engine and not written yet
+        raise UserError(f"data_file: {args.data_file} is empty; it needs JSON lines with src and tgt")
+    done = count_answered(args)
+    records = collections.deque()  # those that the engine has and that are not written yet
 
     def requests():
-        for i, (number, record, rounds, context) in enumerate(read_records(args.data_file)):
+        for i, (number, record, turns, context) in enumerate(read_records(args.data_file)):
             if i >= done:
                 records.append(record)
-                ids = prompt_ids(tokenizer, rounds, context, src_length)
+                ids = prompt_ids(tokenizer, turns, context, src_length)
                 if len(ids) >= engine.max_model_len:
                     raise UserError(f"{args.data_file}:{number}: {len(ids)} tokens; {engine.max_model_len - 1} fit")
                 yield Request(ids, dataclasses.replace(params, seed=args.seed + i), adapter)
@@ -314,56 +322,40 @@ def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
             bar.update(1)
 
         engine.generate(requests(), progress)
-    seconds = time.perf_counter() - start
-    print(
-        f"{total} lines in {args.output_file}, {done} of them kept; {tokens:,} new tokens, {tokens / seconds:,.1f} "
-        "tokens/s",
-        flush=True,
-    )
+    speed = f"{tokens:,} new tokens, {tokens / (time.perf_counter() - start):,.1f} tokens/s"
+    print(f"{total} lines in {args.output_file}, {done} of them kept; {speed}", flush=True)
 
 
 def benchmark(engine: Engine, args: Args) -> None:
-    """Time to first token and tokens/s of 1, 2, 4, 8 and 16 prompts of random ids at once, greedily, to the last
-    token."""
+    """Time to first token and tokens/s for 1, 2, 4, 8 and 16 greedy prompts of random ids at once."""
     prompt = min(args.src_length or 128, engine.max_model_len // 2)
     new = min(args.max_length, 128, engine.max_model_len - prompt)
-    ids = np.random.default_rng(args.seed)
-    print(
-        f"prompts of {prompt} tokens, {new} new ones each\n{'batch':>5} {'first token ms':>15} "
-        f"{'prefill tokens/s':>17} {'decode tokens/s':>16}"
-    )
-    for batch in [b for b in (1, 2, 4, 8, 16) if b <= engine.max_num_seqs]:
+    generator = np.random.default_rng(args.seed)
+    print(f"prompts of {prompt} tokens, {new} new ones each")
+    print(f"{'batch':>5} {'first token ms':>15} {'prefill tokens/s':>17} {'decode tokens/s':>16}")
+    for batch in [size for size in (1, 2, 4, 8, 16) if size <= engine.max_num_seqs]:
         rates = []
-        for _ in range(3):  # the first to warm up
-            first, last = measure(engine, ids.integers(10, engine.runner.vocab_size, (batch, prompt)).tolist(), new)
+        for _ in range(3):  # the first is the warm-up
+            prompts = generator.integers(10, engine.runner.vocab_size, (batch, prompt)).tolist()
+            first, last = measure(engine, prompts, new)
             rates.append((1000 * first, batch * prompt / first, batch * (new - 1) / max(last - first, 1e-9)))
         first, prefill, decode = np.median(rates[1:], axis=0)
         print(f"{batch:>5} {first:>15,.1f} {prefill:>17,.0f} {decode:>16,.1f}", flush=True)
 
 
-def measure(engine: Engine, prompts: list, new: int) -> tuple:
-    """(seconds until every prompt has its first token, seconds until all have `new`), without the cache of blocks."""
+def measure(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, float]:
+    """Seconds until every prompt has its first token, and until all have `new`; no block is reused."""
     engine.pool.reset_prefix_cache()
-    firsts, params = [], SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-    start, seen = time.perf_counter(), set()
-
-    def listen(request_id):
-        def on_output(output):
-            if request_id not in seen:
-                seen.add(request_id)
-                firsts.append(time.perf_counter() - start)
-
-        return on_output
-
-    for prompt in prompts:
-        request = Request(prompt, params)
-        engine.submit(request, listen(request.request_id))
+    first_times, params = {}, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        engine.submit(Request(prompt, params), lambda _, i=i: first_times.setdefault(i, time.perf_counter() - start))
     while engine.step():
         pass
-    return max(firsts), time.perf_counter() - start
+    return max(first_times.values()), time.perf_counter() - start
 
 
-# ================================================================== 14. main
+# =========================================================================================================== 4. main
 
 
 def main(args: Args) -> None:
@@ -375,6 +367,9 @@ def main(args: Args) -> None:
     elif args.data_file is not None:
         answer_file(engine, tokenizer, args)
     else:
+        if not tokenizer.has_chat_format:
+            path = args.tokenizer_name_or_path or args.model_name_or_path
+            print(f"chat: {path} has no chat template; messages are plain text, or give --chat_template", flush=True)
         serve_http(engine, tokenizer, args)
 
 

@@ -1198,6 +1198,7 @@ def write_tokenizer(folder, count):
             "sp_model_kwargs": {},
         },
     )
+    write_json(folder / "chat_template.json", {"chat_format": "plain"})
 
 
 CONFIG = {

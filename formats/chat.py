@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from formats.files import UserError, brief, read_json, read_text
 
 TEMPLATE_FILE = "chat_template.json"
+PLAIN = {"chat_format": "plain"}  # what TEMPLATE_FILE holds where plain text is meant, and a template is not missing
 
 
 # ============================== rendering ==============================
@@ -615,6 +616,8 @@ def load_chat_template(name: str | Path | None) -> ChatTemplate | ChatFormat | J
     config = read_json(path)
     if isinstance(config, dict) and set(config) == {"chat_template"}:
         return JinjaTemplate(config["chat_template"], str(path))
+    if config == PLAIN:
+        return None
     if isinstance(config, dict) and set(config) == {"chat_format"}:
         if config["chat_format"] not in FORMATS:
             raise UserError(f"{path}: no chat format {brief(config['chat_format'])}; known are {', '.join(FORMATS)}")
@@ -640,9 +643,16 @@ def folder_template(folder: Path) -> ChatTemplate | ChatFormat | JinjaTemplate |
     return None if source is None else JinjaTemplate(source, f"{path}: chat_template")
 
 
-def save_chat_template(template: ChatTemplate | ChatFormat | JinjaTemplate | None, folder: Path) -> None:
-    """Write the template (None: none) into a folder that holds a copy of a tokenizer's files; remove any other."""
-    files = {} if template is None else template.files()
+def is_plain(folder: Path) -> bool:
+    """Whether a tokenizer's folder says that plain text is its format."""
+    return (folder / TEMPLATE_FILE).is_file() and read_json(folder / TEMPLATE_FILE) == PLAIN
+
+
+def save_chat_template(
+    template: ChatTemplate | ChatFormat | JinjaTemplate | None, folder: Path, plain: bool = False
+) -> None:
+    """Write the template (None: none, or with `plain` PLAIN) into a copy of a tokenizer's folder; remove any other."""
+    files = template.files() if template is not None else {TEMPLATE_FILE: json.dumps(PLAIN) + "\n"} if plain else {}
     for name in {TEMPLATE_FILE, JINJA_FILE} - set(files):
         (folder / name).unlink(missing_ok=True)
     for name, text in files.items():

@@ -8,7 +8,14 @@ import shutil
 from pathlib import Path
 
 from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
-from formats.chat import TEMPLATE_FILE, check_messages, encode_conversation, folder_template, save_chat_template
+from formats.chat import (
+    TEMPLATE_FILE,
+    check_messages,
+    encode_conversation,
+    folder_template,
+    is_plain,
+    save_chat_template,
+)
 from formats.files import UserError, brief, names_in, read_json
 from formats.tokenizer_json import read_tokenizer_json
 
@@ -418,6 +425,7 @@ class Tokenizer:
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
         self._chat_template = None
         self.chat_template = folder_template(self.folder)
+        self.has_chat_format = self.chat_template is not None or is_plain(self.folder)  # False: plain text is a guess
 
     def _read_side_files(self):
         """tokenizer_config.json over special_tokens_map.json, {} without them."""
@@ -534,7 +542,7 @@ class Tokenizer:
                 f"chat_template {template.name!r}: the vocabulary of {self.folder} has no token "
                 f"{token!r}; give a tokenizer that has it or another chat_template"
             )
-        self._chat_template = template
+        self._chat_template, self.has_chat_format = template, True
 
     def token_id(self, text):
         """The id of a token by its text, special or of the vocabulary; None if there is none."""
@@ -654,7 +662,7 @@ class Tokenizer:
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
             if source.is_file() and source.resolve() != (path / source.name).resolve():
                 shutil.copyfile(source, path / source.name)
-        save_chat_template(self.chat_template, path)
+        save_chat_template(self.chat_template, path, plain=self.has_chat_format)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

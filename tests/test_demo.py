@@ -69,7 +69,7 @@ def test_committed_tokenizer_is_what_the_script_trains(tmp_path, tokenizer):
     assert again.get_piece_size() == tokenizer.get_piece_size() == make_demo.VOCAB_SIZE
     for index in range(make_demo.VOCAB_SIZE):
         assert again.id_to_piece(index) == tokenizer.id_to_piece(index)
-    for name in ("tokenizer_config.json", "config.json"):
+    for name in ("tokenizer_config.json", "chat_template.json", "config.json"):
         written, committed = [json.loads((folder / "llama" / name).read_text()) for folder in (tmp_path, DEMO)]
         assert {key: committed.get(key) for key in written} == written, name
 

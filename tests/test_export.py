@@ -144,7 +144,7 @@ def test_hf_from_shards_and_back(tmp_path, capsys):
     assert load_tokenizer(folder).encode("hello") == load_tokenizer(DEMO).encode("hello")
     last = capsys.readouterr().out.splitlines()[-2]
     total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "run_args.json")
-    assert f"format hf, {len(files) + 4} files, {total:,} bytes; largest difference of logits 0" in last
+    assert f"format hf, {len(files) + 5} files, {total:,} bytes; largest difference of logits 0" in last
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left aside
 
 
@@ -365,8 +365,7 @@ def of_family(tmp_path, name):
 def texts_of(lengths=(3, 14, 9), seed=0):
     """Prompts of random ids."""
     generator = np.random.default_rng(seed)
-    texts = [generator.integers(70, 3072, n).tolist() for n in lengths]
-    return texts
+    return [generator.integers(70, 3072, n).tolist() for n in lengths]
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
@@ -607,12 +606,12 @@ def test_what_is_there_is_not_lost(tmp_path):
 def test_an_export_that_differs_is_refused(tmp_path, monkeypatch, format):
     source, real = small(tmp_path), export.save_pretrained if format == "hf" else export.trace
 
-    def damaged(model, *args):
+    def damaged(model, *args, **options):
         """What is written is of a model with one wrong weight."""
         weight = model.layers[1].mlp.up_proj.weight
         array = weight.numpy()
         M.set_parameter(weight, array * 1.5)
-        real(model, *args)
+        real(model, *args, **options)
         M.set_parameter(weight, array)
 
     monkeypatch.setattr(export, real.__name__, damaged)
