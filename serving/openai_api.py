@@ -196,12 +196,6 @@ def chat_prompt(body: dict, tokenizer: object) -> list:
             )
         role = "system" if message["role"] == "developer" else message["role"]
         turns.append({"role": role, "content": message_text(message, f"messages[{i}]")})
-    if tokenizer.chat_template is None:
-        raise bad_request(
-            "the model's tokenizer has no chat template: ask /v1/completions, or start the server with a chat_template",
-            "messages",
-            "no_chat_template",
-        )
     return [(tokenizer.apply_chat(turns, add_generation_prompt=True), None)]
 
 
