@@ -62,7 +62,7 @@ def sft_files(path: str | Path, split: str = "train") -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; a JSON-lines file or a folder with {split}.json is wanted")
+        raise UserError(f"{path}: no such file or folder; a JSON-lines file or a folder with {split}.json is expected")
     for name in (f"{split}.json", f"{split}.jsonl"):
         if (path / name).is_file():
             return [path / name]
@@ -201,11 +201,11 @@ def truncate_prompt(tokenizer: Tokenizer, rounds: list, context: dict, src_lengt
 class SFTDataset:
     """Tokenized src/tgt records of one or more JSON-lines files (or folders with {split}.json).
 
-    All records lie in one int32 array, ids of learnt tokens as they are and all others as ~id (negative), so prompt
+    All records lie in one int32 array, ids of learned tokens as they are and all others as ~id (negative), so prompt
     and reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A
     million records of 100 tokens are 400 MB, and never Python lists. Truncation: `truncate_templated`,
-    `truncate_plain`. A record without a learnt token left is dropped and counted in .dropped. autoregressive: prompts
-    are learnt too. UserError: missing or empty file, a bad line (file:line), nothing left to learn in any record."""
+    `truncate_plain`. A record without a learned token left is dropped and counted in .dropped. autoregressive: prompts
+    are learned too. UserError: missing or empty file, a bad line (file:line), nothing left to learn in any record."""
 
     def __init__(
         self, paths, tokenizer, src_length=1024, max_length=2048, split="train", autoregressive=False, progress=False
@@ -232,7 +232,7 @@ class SFTDataset:
                     f"nothing to learn is left in any of the {self.dropped} records with max_length {max_length} and "
                     f"src_length {src_length}; raise max_length or lower src_length"
                     if self.dropped
-                    else "the file is empty; JSON lines with src and tgt are wanted"
+                    else "the file is empty; JSON lines with src and tgt are expected"
                 )
             )
         self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
@@ -244,7 +244,7 @@ class SFTDataset:
         return fit(self.tokenizer, rounds, context, self.src_length, self.max_length)
 
     def _flatten(self, rounds, context, autoregressive):
-        """Rounds -> list of at most max_length tokens, ~id where nothing is learnt."""
+        """Rounds -> list of at most max_length tokens, ~id where nothing is learned."""
         system, encoded = self._fit(rounds, context)
         flat = [~i for i in system]
         for user, bot in encoded:
@@ -258,7 +258,7 @@ class SFTDataset:
 
     def sample(self, i):
         """Record number -> (input_ids, labels), int32 [lengths[i]]; labels[t] is the target of input_ids[t], -100 where
-        nothing is learnt."""
+        nothing is learned."""
         tokens = self._tokens[self._ends[i] : self._ends[i + 1]]
         return np.where(tokens < 0, ~tokens, tokens)[:-1], np.where(tokens < 0, IGNORED, tokens)[1:]
 
@@ -548,7 +548,7 @@ class PreferenceDataset:
                     "max_prompt_len "
                     f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
                     if self.dropped
-                    else "the file is empty; JSON lines with src, tgt, response and sort are wanted"
+                    else "the file is empty; JSON lines with src, tgt, response and sort are expected"
                 )
             )
         self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
@@ -667,7 +667,7 @@ def split_documents(split: str, count: int, which: str) -> tuple[int, int]:
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
-        raise UserError(f"split {split!r}: up to three shares are wanted: train,valid,test as in '949,50,1'")
+        raise UserError(f"split {split!r}: up to three shares are expected: train,valid,test as in '949,50,1'")
     edges = np.concatenate([[0], np.cumsum(shares + [0.0] * (3 - len(shares)))]) / sum(shares)
     edges = np.round(edges * count).astype(np.int64)
     part = ("train", "valid", "test").index(which)
@@ -717,7 +717,7 @@ class CorpusLoader:
 
     which: "train" | "valid" | "test" by documents. num_samples: how many samples an epoch has (a training run asks for
     all it will use, as one epoch; data shorter than that are passed over again, reshuffled); None: one pass over
-    everything, the tail padded with eos and not learnt. mask_across_documents: positions restart and attention ends at
+    everything, the tail padded with eos and not learned. mask_across_documents: positions restart and attention ends at
     each document's end, and the last token of a document is not asked to predict the first of the next. UserError:
     nothing there, damaged index, a split without documents."""
 
@@ -908,9 +908,9 @@ def build_corpus(
     path, output = Path(path), str(output)
     names = {end: Path(output + end) for end in (".bin", ".idx")}
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a .jsonl or .txt is wanted")
+        raise UserError(f"{path}: no such file; a .jsonl or .txt is expected")
     if path.suffix not in (".jsonl", ".json", ".txt"):
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; .jsonl or .txt is wanted")
+        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; .jsonl or .txt is expected")
     if not overwrite and (found := [str(name) for name in names.values() if name.exists()]):
         raise UserError(f"{' and '.join(found)}: already there; give another --output, or --overwrite true")
     tokenizer = cached_tokenizer(str(tokenizer_path))
@@ -972,7 +972,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.workers < 1:
-            raise UserError(f"--workers {args.workers}: at least 1 is wanted")
+            raise UserError(f"--workers {args.workers}: at least 1 is expected")
         documents, tokens = build_corpus(
             args.corpus, args.tokenizer, args.output, args.workers, args.json_key, args.append_eos, args.overwrite
         )

@@ -164,7 +164,7 @@ class BPE:
 def check_vocabulary_ids(vocab: dict, where: str) -> None:
     """UserError unless vocab is {symbol: id}, each id once."""
     if not isinstance(vocab, dict) or not vocab:
-        raise UserError(f"{where}: an object of symbols and their ids is wanted, found {brief(vocab)}")
+        raise UserError(f"{where}: an object of symbols and their ids is expected, found {brief(vocab)}")
     ids = vocab.values()
     if set(map(type, ids)) == {int} and min(ids) >= 0 and len(set(ids)) == len(vocab):
         return
@@ -213,7 +213,7 @@ def read_merges(path: Path, row: dict, add_prefix_space: bool, unk: str | None) 
     for number, pair in enumerate(merges):
         if len(pair) != 2 or not (pair[0] and pair[1]):
             raise UserError(
-                f"{merges_path}:{first + number + 1}: two symbols with one space between them are wanted, "
+                f"{merges_path}:{first + number + 1}: two symbols with one space between them are expected, "
                 f"found {lines[first + number]!r}"
             )
     ranks = merge_ranks(merges, vocab, lambda number: f"{merges_path}:{first + number + 1}")

@@ -32,7 +32,7 @@ PLAIN = {"chat_format": "plain"}  # what TEMPLATE_FILE holds where plain text is
 
 
 class _Missing(jinja2.Undefined):
-    """A variable that a record does not give: false in a condition, an error where its text is wanted."""
+    """A variable that a record does not give: false in a condition, an error where its text is expected."""
 
     def __str__(self) -> str:
         self._fail_with_undefined_error()

@@ -91,7 +91,7 @@ def parse_json_line(line: bytes, path: str | Path, number: int) -> dict:
         shown = line[:40].decode("utf-8", "replace").strip()
         raise UserError(f"{path}:{number}: not a JSON object on one line: {error}; found {shown!r}") from None
     if not isinstance(record, dict):
-        raise UserError(f"{path}:{number}: a JSON object is wanted on each line, found {brief(record)}")
+        raise UserError(f"{path}:{number}: a JSON object is expected on each line, found {brief(record)}")
     return record
 
 

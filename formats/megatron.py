@@ -36,7 +36,9 @@ def read_index(path: Path) -> tuple[type, np.ndarray, np.ndarray]:
         raise UserError(f"{path}: not a Megatron index: it must begin with {MAGIC!r}, found {raw[:9].tobytes()!r}")
     version, code, count, documents = struct.unpack("<QBQQ", raw[9:34].tobytes())
     if version != 1 or code not in DTYPES:
-        raise UserError(f"{path}: version {version}, dtype code {code}; version 1 and one of {list(DTYPES)} are wanted")
+        raise UserError(
+            f"{path}: version {version}, dtype code {code}; version 1 and one of {list(DTYPES)} are expected"
+        )
     if len(raw) != 34 + 12 * count + 8 * documents:
         raise UserError(f"{path}: {len(raw)} bytes, not {34 + 12 * count + 8 * documents} as its header says: cut off")
     sizes = raw[34 : 34 + 4 * count].view("<i4")

@@ -264,7 +264,7 @@ def read_tiktoken(path: str | Path, row: dict) -> BPE:
             symbol, rank = base64.b64decode(text, validate=True).decode("latin-1").translate(BYTE_CHARS), int(rank)
         except ValueError:
             shown = line[:40].decode("utf-8", "replace")
-            raise UserError(f"{path}:{number}: base64, a space and a rank are wanted, found {shown!r}") from None
+            raise UserError(f"{path}:{number}: base64, a space and a rank are expected, found {shown!r}") from None
         if rank < 0 or seen.setdefault(rank, number) != number:
             found = f"the rank {rank} is that of line {seen[rank]} too" if rank >= 0 else f"the rank {rank} is below 0"
             raise UserError(f"{path}:{number}: {found}")
@@ -398,7 +398,7 @@ class Tokenizer:
             shift = config.get("num_image_tokens", 0) if self.kind == "ice_text" else 0
             if type(shift) is not int or shift < 0:
                 raise UserError(
-                    f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is wanted, found {brief(shift)}"
+                    f"{self.folder / SIDE_FILES[0]}: num_image_tokens: a count is expected, found {brief(shift)}"
                 )
             self.engine = SentencePieceModel(path, legacy, row.get("blanks", False), shift)
             if legacy:
@@ -430,13 +430,13 @@ class Tokenizer:
     def _read_side_files(self):
         """tokenizer_config.json over special_tokens_map.json, {} without them."""
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: no such folder; a folder with a tokenizer's files is wanted")
+            raise UserError(f"{self.folder}: no such folder; a folder with a tokenizer's files is expected")
         config = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (self.folder / name).is_file():
                 content = read_json(self.folder / name)
                 if not isinstance(content, dict):
-                    raise UserError(f"{self.folder / name}: an object is wanted, found a {type(content).__name__}")
+                    raise UserError(f"{self.folder / name}: an object is expected, found a {type(content).__name__}")
                 config |= content
         return config
 
@@ -448,7 +448,7 @@ class Tokenizer:
             if not isinstance(ids, dict) or not all(
                 str(i).isdecimal() for i in (ids if ids is decoder else ids.values())
             ):
-                raise UserError(f"{where}: an object of tokens and their ids is wanted, found {brief(ids)}")
+                raise UserError(f"{where}: an object of tokens and their ids is expected, found {brief(ids)}")
         named = [
             (token_text(token, self.folder), int(i), token if isinstance(token, dict) else {})
             for i, token in decoder.items()
@@ -491,7 +491,7 @@ class Tokenizer:
                 self.added[token] = free if self.engine.id_of(token) is None else self.engine.id_of(token)
         for name in SPECIAL_NAMES:
             setattr(self, f"{name}_id", self.added.get(getattr(self, name)))
-        if self.pad_token_id is None:  # padding is never seen nor learnt, any id will do
+        if self.pad_token_id is None:  # padding is never seen nor learned, any id will do
             self.pad_token_id = next((i for i in (self.unk_token_id, self.eos_token_id) if i is not None), 0)
         self.special, self.special_ids = set(special), {self.added[token] for token in special}
         self.added_ids = {i: text for text, i in self.added.items()}
@@ -656,7 +656,7 @@ class Tokenizer:
 
     def save(self, path):
         """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it
-        learnt."""
+        learned."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:

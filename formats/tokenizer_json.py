@@ -78,7 +78,7 @@ def json_parts(spec: object, part: str, where: str) -> list[tuple]:
         wanted = default if isinstance(default, type) else type(default)
         if default is not None and not isinstance(values[key], wanted):
             found = "nothing" if values[key] is default else brief(values[key])
-            raise UserError(f"{where}.{key}: a {wanted.__name__} is wanted, found {found}")
+            raise UserError(f"{where}.{key}: a {wanted.__name__} is expected, found {found}")
     if kind != "Sequence":
         return [(where, kind, values)]
     ((key, inner),) = values.items()
@@ -89,7 +89,7 @@ def pattern_text(pattern: dict, where: str) -> str:
     """{"String": text} or {"Regex": text} -> a pattern."""
     (kind, text), *more = pattern.items() or [(None, None)]
     if more or kind not in ("String", "Regex") or not isinstance(text, str):
-        raise UserError(f'{where}.pattern: {{"String": text}} or {{"Regex": text}} is wanted, found {brief(pattern)}')
+        raise UserError(f'{where}.pattern: {{"String": text}} or {{"Regex": text}} is expected, found {brief(pattern)}')
     return re.escape(text) if kind == "String" else text
 
 
@@ -115,7 +115,7 @@ def json_steps(parts: list) -> tuple[list, bool]:
         elif kind == "Metaspace":
             scheme = values["prepend_scheme"] if values["add_prefix_space"] else "never"
             if scheme not in ("always", "first", "never"):
-                raise UserError(f"{where}.prepend_scheme: always, first or never is wanted, found {brief(scheme)}")
+                raise UserError(f"{where}.prepend_scheme: always, first or never is expected, found {brief(scheme)}")
             steps.append(metaspace_step(values["replacement"], scheme, values["split"]))
         elif kind == "Digits":
             steps.append(split_step(r"\p{N}" if values["individual_digits"] else r"\p{N}+"))
@@ -147,7 +147,7 @@ def json_around(parts: list) -> tuple[list, list]:
             ids = entry.get("ids") if isinstance(entry, dict) else None
             if not isinstance(ids, list):
                 raise UserError(
-                    f"{where}.single[{n}]: a SpecialToken of special_tokens or, once, the Sequence A is wanted, "
+                    f"{where}.single[{n}]: a SpecialToken of special_tokens or, once, the Sequence A is expected, "
                     f"found {brief(item)}"
                 )
             (head if side is None else tail).extend(ids)
@@ -190,7 +190,7 @@ def read_tokenizer_json(path: Path) -> tuple:
     drops)."""
     spec = read_json(path)
     if not isinstance(spec, dict) or not spec.get("model"):
-        raise UserError(f"{path}: an object with a model is wanted, found {brief(spec)}")
+        raise UserError(f"{path}: an object with a model is expected, found {brief(spec)}")
     parts = {name: json_parts(spec.get(name), name, f"{path}: {name}") for name in JSON_PARTS}
     where, _, model = parts["model"][0]
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -206,7 +206,7 @@ def read_tokenizer_json(path: Path) -> tuple:
     ]
     if {*map(len, merges)} - {2} or {*map(type, chain.from_iterable(merges))} - {str}:
         number = next(n for n, pair in enumerate(merges) if len(pair) != 2 or {*map(type, pair)} != {str})
-        raise UserError(f"{where}.merges[{number}]: two symbols are wanted, found {brief(model['merges'][number])}")
+        raise UserError(f"{where}.merges[{number}]: two symbols are expected, found {brief(model['merges'][number])}")
     ranks = merge_ranks(merges, vocab, lambda number: f"{where}.merges[{number}]")
     steps, byte_level = json_steps(parts["pre_tokenizer"])
     decodes_bytes, lead = json_decoder(parts["decoder"], f"{path}: decoder")
@@ -217,7 +217,9 @@ def read_tokenizer_json(path: Path) -> tuple:
     added = spec.get("added_tokens") or []
     for n, token in enumerate(added):
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
-            raise UserError(f"{path}: added_tokens[{n}]: an object with content and id is wanted, found {brief(token)}")
+            raise UserError(
+                f"{path}: added_tokens[{n}]: an object with content and id is expected, found {brief(token)}"
+            )
         if token.get("single_word"):
             raise UserError(f"{path}: added_tokens[{n}]: single_word of {token['content']!r} is not supported")
     engine = BPE(

@@ -172,7 +172,7 @@ class _AddBias(PyLayer):
 
 
 def _few_rows(x, weight, bias):
-    """x @ weight + bias of at most 32 rows, where no gradient is wanted and the C++ takes them; else None.
+    """x @ weight + bias of at most 32 rows, where no gradient is expected and the C++ takes them; else None.
 
     Bound by reading the weight, which may be stored in bfloat16: then half the bytes.
     """

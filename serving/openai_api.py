@@ -92,7 +92,7 @@ def take_field(body: dict, name: str, kind: type, least: float | None = None, mo
     right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not right or (least is not None and not least <= value <= most):
         bounds = "" if least is None else f" between {least} and {most}"
-        raise bad_request(f"{name}: {KINDS[kind]}{bounds} is wanted, found {brief(value)}", name)
+        raise bad_request(f"{name}: {KINDS[kind]}{bounds} is expected, found {brief(value)}", name)
     return float(value) if kind is float else value
 
 
@@ -122,7 +122,7 @@ def take_strings(body: dict, name: str, most: float | None) -> list[str]:
     value = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(value, list) or len(value) > most or not all(isinstance(part, str) and part for part in value):
         raise bad_request(
-            f"{name}: a string or a list of at most {most} is wanted, none empty, found {brief(value)}", name
+            f"{name}: a string or a list of at most {most} is expected, none empty, found {brief(value)}", name
         )
     return tuple(value)
 
@@ -130,7 +130,9 @@ def take_strings(body: dict, name: str, most: float | None) -> list[str]:
 def take_ids(value: object, name: str, vocab_size: int) -> list[int]:
     for token_id in value:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-            raise bad_request(f"{name}: token ids from 0 to {vocab_size - 1} are wanted, found {brief(token_id)}", name)
+            raise bad_request(
+                f"{name}: token ids from 0 to {vocab_size - 1} are expected, found {brief(token_id)}", name
+            )
     return value
 
 
@@ -176,7 +178,7 @@ def message_text(message: dict, where: str) -> str:
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise bad_request(
-            f"{where}.content: a string or a list of text parts is wanted, found {brief(content)}", "messages"
+            f"{where}.content: a string or a list of text parts is expected, found {brief(content)}", "messages"
         )
     return content
 
@@ -185,12 +187,12 @@ def chat_prompt(body: dict, tokenizer: object) -> list:
     """messages -> [(ids, None)]. Their roles are system (or developer), user and assistant, in turn."""
     messages = take_field(body, "messages", list)
     if not messages:
-        raise bad_request("messages: a list of at least one message is wanted", "messages")
+        raise bad_request("messages: a list of at least one message is expected", "messages")
     turns = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
             raise bad_request(
-                f'messages[{i}]: an object with the role "system", "user" or "assistant" is wanted, '
+                f'messages[{i}]: an object with the role "system", "user" or "assistant" is expected, '
                 f"found {brief(message)}",
                 "messages",
             )
@@ -220,7 +222,7 @@ def completion_prompts(body: dict, tokenizer: object) -> list:
             take_ids(part, "prompt", tokenizer.vocab_size)
             out.append((part, tokenizer.decode(part) if echo else None))
         else:
-            raise bad_request(f"prompt: a string or a list of token ids is wanted, found {brief(part)}", "prompt")
+            raise bad_request(f"prompt: a string or a list of token ids is expected, found {brief(part)}", "prompt")
     return out
 
 

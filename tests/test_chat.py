@@ -202,7 +202,7 @@ PROMPTS = {  # name: prompt of CHAT[:-1], without the system message where the f
         "<s><｜User｜>red lamp<｜Assistant｜><think>\n",
     ),
 }  # fmt: skip
-ENDS = {  # what the last reply is learnt with, beside its text and the end-of-turn token
+ENDS = {  # what the last reply is learned with, beside its text and the end-of-turn token
     "llama2": " quiet water </s>", "llama2-hf": " quiet water </s>", "llama3": "quiet water<|eot_id|>",
     "llama3-hf": "quiet water<|eot_id|>", "llama3.1": "quiet water<|eot_id|>", "llama3.2": "quiet water<|eot_id|>",
     "mistral-v1": " quiet water</s>", "mixtral": " quiet water</s>", "mistral-v3": " quiet water</s>",
@@ -337,7 +337,7 @@ def test_golden_chats(tmp_path, folder, file, name, config):
         assert ids == chat["ids"]
 
 
-# ------------------------------ what is learnt ------------------------------
+# ------------------------------ what is learned ------------------------------
 
 
 def write_lines(path, records):
@@ -347,13 +347,13 @@ def write_lines(path, records):
 
 @pytest.mark.parametrize("dummy", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_only_replies_are_learnt(tmp_path, name, dummy):
+def test_only_replies_are_learned(tmp_path, name, dummy):
     tokenizer = small(name, dummy=dummy)
     system = {} if name in NO_SYSTEM else {"context": {"system": "be kind"}}
     record = {"src": ["red lamp", "blue chair"], "tgt": ["ten coins", "quiet water"], **system}
     dataset = SFTDataset(write_lines(tmp_path / "train.json", [record]), tokenizer)
     ids, labels = dataset.sample(0)
-    whole, learnt = [*ids.tolist(), int(labels[-1])], [int(i) for i in labels if i != data.IGNORED]
+    whole, learned = [*ids.tolist(), int(labels[-1])], [int(i) for i in labels if i != data.IGNORED]
     messages = CHAT[1:] if name in NO_SYSTEM else CHAT
     assert whole == tokenizer.apply_chat(messages, False)
     prompt = tokenizer.apply_chat(messages[:-1], True)
@@ -362,8 +362,8 @@ def test_only_replies_are_learnt(tmp_path, name, dummy):
     end = ENDS.get(name, "quiet water<|im_end|>\n")
     shown = tokenizer.decode(reply, False)
     assert shown == end or dummy and shown.split() == end.split()  # with a space wherever a text is read by itself
-    assert learnt[-len(reply) :] == reply
-    earlier = tokenizer.decode(learnt[: -len(reply)], False)
+    assert learned[-len(reply) :] == reply
+    earlier = tokenizer.decode(learned[: -len(reply)], False)
     if FORMATS[name].reply_in_prompt:
         assert earlier == ""
     else:
@@ -386,9 +386,9 @@ def test_pairs_share_their_prompt(tmp_path, name):
 
 
 def test_a_reply_that_would_melt_into_its_prompt():
-    """ChatML's header ends in a line break; a reply that begins with one would make them a single token. What is learnt
-    is what can be generated: the prompt's ids, then the reply's. In a prompt earlier replies are read as the family's
-    own code reads the rendered text."""
+    """ChatML's header ends in a line break; a reply that begins with one would make them a single token. What is
+    learned is what can be generated: the prompt's ids, then the reply's. In a prompt earlier replies are read as the
+    family's own code reads the rendered text."""
     tokenizer = small("chatml")
     rounds = [("a", "\nb"), ("c", "\n\nd")]
     _, encoded = tokenizer.encode_chat(rounds, {}, True)

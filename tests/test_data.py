@@ -404,7 +404,7 @@ def test_template_file_errors(tmp_path):
 # ------------------------------ supervised records ------------------------------
 
 
-def learnt(dataset, i):
+def learned(dataset, i):
     ids, labels = dataset.sample(i)
     assert len(ids) == len(labels) == dataset.lengths[i]
     return dataset.tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=False)
@@ -437,7 +437,7 @@ def test_multi_turn(tmp_path, tokenizer, template):
     }
     dataset = SFTDataset(write_lines(tmp_path / "train.json", [record]), tokenizer)
     space = " " if template == "llama2" else ""
-    assert learnt(dataset, 0) == f"ten coins{space}</s> quiet water{space}</s>"
+    assert learned(dataset, 0) == f"ten coins{space}</s> quiet water{space}</s>"
     assert dataset.record(0) == record and dataset.reference(0) == "quiet water"
     ids, _ = dataset.sample(0)
     prompt = dataset.prompt_ids(0)

@@ -503,7 +503,7 @@ def refused(folder):
     [
         ({"model": {"type": "Unigram"}}, 'tokenizer.json: model: "Unigram" is not supported; known are BPE'),
         ({"model": {"type": "WordPiece"}}, 'tokenizer.json: model: "WordPiece" is not supported'),
-        ({"model": None}, "tokenizer.json: an object with a model is wanted"),
+        ({"model": None}, "tokenizer.json: an object with a model is expected"),
         (
             {"normalizer": {"type": "Lowercase"}},
             'tokenizer.json: normalizer: "Lowercase" is not supported; known are NFC',
@@ -515,7 +515,7 @@ def refused(folder):
         ({"normalizer": {"type": "NFC", "strength": 3}}, "normalizer: unknown key 'strength' of NFC"),
         (
             {"normalizer": {"type": "Replace", "pattern": {"String": "a"}}},
-            "normalizer.content: a str is wanted, found nothing",
+            "normalizer.content: a str is expected, found nothing",
         ),
         ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, 'pre_tokenizer: "BertPreTokenizer" is not supported'),
         (
@@ -528,7 +528,7 @@ def refused(folder):
         ({"pre_tokenizer": split("(?m:a.b)")}, "'(?m:' in the pattern"),
         (
             {"pre_tokenizer": {"type": "Split", "pattern": "a", "behavior": "Isolated"}},
-            "pre_tokenizer.pattern: a dict is wanted",
+            "pre_tokenizer.pattern: a dict is expected",
         ),
         ({"pre_tokenizer": None}, "pre_tokenizer and decoder must both be ByteLevel or both not"),
         ({"post_processor": {"type": "RobertaProcessing"}}, 'post_processor: "RobertaProcessing" is not supported'),
@@ -538,12 +538,12 @@ def refused(folder):
         ),
         ({"decoder": None}, "decoder: ByteLevel, or a Sequence with Metaspace"),
         ({"decoder": {"type": "WordPiece"}}, 'decoder: "WordPiece" is not supported'),
-        ({"added_tokens": [{"content": "x"}]}, "added_tokens[0]: an object with content and id is wanted"),
+        ({"added_tokens": [{"content": "x"}]}, "added_tokens[0]: an object with content and id is expected"),
         ({"added_tokens": [{"content": "x", "id": 7, "single_word": True}]}, "added_tokens[0]: single_word of 'x'"),
         ({"merges": ["a b", "a zz"]}, "model.merges[1]: the merge 'a zz' names 'zz', which is not in the vocabulary"),
         ({"merges": ["a b", "a b"]}, "model.merges[1]: the merge 'a b' has a rank already, that of "),
-        ({"merges": ["a b", "abc"]}, 'model.merges[1]: two symbols are wanted, found "abc"'),
-        ({"merges": [["a", 3]]}, "model.merges[0]: two symbols are wanted"),
+        ({"merges": ["a b", "abc"]}, 'model.merges[1]: two symbols are expected, found "abc"'),
+        ({"merges": [["a", 3]]}, "model.merges[0]: two symbols are expected"),
         ({"vocab": {"a": 0, "b": 0}}, "model.vocab: the id 0 is given twice, to 'a' and to 'b'"),
         ({"vocab": {"a": "x"}}, "model.vocab: the id of 'a' must be a number from 0 on, found \"x\""),
         ({"unk_token": "<unk>"}, 'model.unk_token: "<unk>" is not in the vocabulary'),
@@ -567,7 +567,7 @@ def test_damaged_files(small, tmp_path):
     folder = write_folder(tmp_path / "merges", small, "merges")
     good = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     for line, message in (
-        ("a b c", "merges.txt:4: two symbols with one space between them are wanted, found 'a b c'"),
+        ("a b c", "merges.txt:4: two symbols with one space between them are expected, found 'a b c'"),
         ("a \u4f60", "merges.txt:4: the merge 'a \u4f60' names '\u4f60'"),
         (good[2], "merges.txt:4: the merge"),
         ("", "merges.txt:4: two symbols with one space"),
@@ -581,7 +581,7 @@ def test_damaged_files(small, tmp_path):
     folder = write_folder(tmp_path / "tiktoken", small, "tiktoken")
     good = (folder / "qwen.tiktoken").read_text().split("\n")
     for line, message in (
-        ("!!! 3", "qwen.tiktoken:4: base64, a space and a rank are wanted, found '!!! 3'"),
+        ("!!! 3", "qwen.tiktoken:4: base64, a space and a rank are expected, found '!!! 3'"),
         ("YQ==", "qwen.tiktoken:4: base64, a space and a rank"),
         ("enp6 1", "qwen.tiktoken:4: the rank 1 is that of line 2 too"),
         (good[0].split()[0] + " 9999", "qwen.tiktoken:4: these bytes have the rank 0 already"),
@@ -602,12 +602,12 @@ def test_damaged_files(small, tmp_path):
     folder = write_folder(tmp_path / "token", small, "merges", {"eos_token": 5})
     assert "a token in tokenizer_config.json or special_tokens_map.json is text" in refused(folder)
     (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {"content": "y"}}}')
-    assert "added_tokens_decoder: an object of tokens and their ids is wanted" in refused(folder)
+    assert "added_tokens_decoder: an object of tokens and their ids is expected" in refused(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "added_tokens.json").write_text('{"x": "y"}')
-    assert "added_tokens.json: an object of tokens and their ids is wanted" in refused(folder)
+    assert "added_tokens.json: an object of tokens and their ids is expected" in refused(folder)
     (folder / "tokenizer_config.json").write_text("[]")
-    assert "tokenizer_config.json: an object is wanted, found a list" in refused(folder)
+    assert "tokenizer_config.json: an object is expected, found a list" in refused(folder)
 
 
 # ------------------------------ against the tokenizers library ------------------------------

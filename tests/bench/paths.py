@@ -1,7 +1,7 @@
-"""Puts the repository and the other folders of tests/ on sys.path, for scripts that are started by hand."""
+"""Puts the repository, tests/ and its folders on sys.path, for scripts that are started by hand."""
 
 import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ("golden", "ranks", "bench"))]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), *(str(TESTS / name) for name in ("golden", "ranks", "bench"))]
