@@ -1,10 +1,13 @@
-"""Any published config.json -> ModelConfig: one row of traits and one table of weight names per family."""
+"""Any published config.json -> ModelConfig: one row of traits per family, in FAMILIES.
+
+Weight names are in formats/weight_names.py; PaddleNLP's config.json is translated to Hugging Face's keys first.
+"""
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from formats.files import UserError
@@ -43,9 +46,7 @@ class MoEConfig:
     n_group: int = 1  # groups of experts; only experts of the best topk_group groups can be selected
     topk_group: int = 1  # (arXiv 2405.04434, 2.2.1)
     group_topk_sum: int = 1  # a group's score is the sum of this many of its best scores
-    correction_bias: bool = (
-        False  # a bias that changes which experts are selected, not their weights (arXiv 2408.15664)
-    )
+    correction_bias: bool = False  # a bias on the selection of experts, not on their weights (arXiv 2408.15664)
     dense_layers: tuple = ()  # layers with an ordinary MLP
     aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added in training
     # True: one loss per layer, from shares of all choices, summed over layers. False: one loss over the tokens of all
@@ -67,7 +68,7 @@ class MLAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What decides a model. The defaults are Llama's; a family's row in FAMILIES says where it differs."""
+    """The architecture of a model. Defaults are Llama's; the traits in a family's row of FAMILIES say what differs."""
 
     family: str  # a key of FAMILIES
     vocab_size: int
@@ -80,34 +81,38 @@ class ModelConfig:
     max_position_embeddings: int
     norm_eps: float
     initializer_range: float
-    rope: dict  # {"rope_type", "rope_theta", and what that type needs}
-    source: dict  # config.json as read: what it says beyond the above is written back unchanged
-    quantization: dict | None = None  # how linears of the blocks are held as integers (QUANTIZATIONS); None: floats
+    rope: dict  # {"rope_type", "rope_theta", and the parameters of that type}
+    source: dict  # config.json as read; keys without a field here are written back unchanged
+    quantization: dict | None = None  # quantization_config of the blocks' linears (see QUANTIZATIONS); None: floats
 
     norm: str = "rms"  # "rms" or "layer"
     norm_offset: float = 0.0  # added to every norm's weight (Gemma: 1)
-    norm_place: str = "before"  # of each half of a block; "after" (with its residual), or "both" (also on what it adds)
-    residual_scale: float | None = None  # the residual is the norm's output times this, in place of its input
+    norm_place: str = (
+        "before"  # of each half of a block: "before", "after" (the residual sum), or "both" (input and output)
+    )
+    residual_scale: float | None = None  # the residual is the norm's output times this, not the norm's input
 
-    embedding_size: int | None = None  # another width than D: projected in and, for the head, out
+    embedding_size: int | None = None  # if not D: embeddings are projected to D, and back before the head
     embedding_scale: float = 1.0
     embedding_norm: bool = False
     final_norm: bool = True
 
     position: str = "rope"  # "rope", "rope_2d" (ChatGLM-6B), "alibi" (arXiv 2108.12409) or "learned"
-    position_offset: int = 0  # rows of the learned table before position 0
+    position_offset: int = 0  # row of the learned table that holds position 0
     rotary_dim: int = 0  # of each head; 0: all
     rope_interleaved: bool = False  # pairs are (2i, 2i+1) in place of (i, i + r/2)
-    stored_frequencies: str | None = None  # name of RoPE's frequencies, where the files hold them too; {i}: the layer
-    logn_length: int | None = None  # past so many tokens queries grow by log(position) to this base; not in training
+    stored_frequencies: str | None = None  # tensor name of RoPE's frequencies if files store them; {i}: layer
+    logn_length: int | None = (
+        None  # beyond this position, queries are scaled by log(position, base logn_length); inference
+    )
 
     attention_bias: bool = False  # on q, k and v
     output_bias: bool = False  # on o
-    fused_qkv: str | None = None  # q, k, v in one linear: "blocks" q|k|v, or "groups": each key head's queries, k, v
+    fused_qkv: str | None = None  # one linear: "blocks" q|k|v, or "groups": per key/value head its queries, k, v
     qk_norm: bool = False  # an RMSNorm over every head of q and k
     attention_scale: float | None = None  # None: Dh ** -0.5
     attention_softcap: float | None = None  # s -> c · tanh(s / c)
-    windows: tuple = ()  # per layer: how many keys a query sees, itself included; None, or no entry: all
+    windows: tuple = ()  # per layer: number of keys that a query sees, itself included; None or no entry: all
     latent: MLAConfig | None = None
 
     activation: str = "silu"  # "silu", "gelu", "gelu_tanh" or "relu"
@@ -117,22 +122,21 @@ class ModelConfig:
     experts: MoEConfig | None = None
 
     tie_word_embeddings: bool = False
-    norm_head: bool = False  # the head's columns are divided by their length (Baichuan 2, arXiv 2309.10305)
-    z_loss_weight: float = 0.0  # of the mean squared largest logit, added while training
+    norm_head: bool = False  # columns of the head are L2-normalized (Baichuan 2, arXiv 2309.10305)
+    z_loss_weight: float = 0.0  # times the mean squared largest logit, added in training
     final_softcap: float | None = None  # of the logits
 
     @property
-    def max_model_len(self):
-        """Tokens of the longest sequence: as many as there are positions, more where rope stretches them; ALiBi has no
-        end."""
+    def max_model_len(self) -> int:
+        """Longest sequence in tokens: max_position_embeddings, times the factor of dynamic RoPE; no limit for ALiBi."""
         if self.position == "alibi":
             return 1 << 30
         factor = self.rope["factor"] if self.rope["rope_type"] == "dynamic" else 1
         return int(self.max_position_embeddings * factor)
 
     @staticmethod
-    def from_json(path):
-        """config.json of transformers 4 (rope_theta, rope_scaling, torch_dtype) or 5 (rope_parameters, dtype)."""
+    def from_json(path: str | Path) -> "ModelConfig":
+        """path: config.json or its folder, of transformers 4 (rope_scaling, …) or 5 (rope_parameters, …)."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
@@ -146,7 +150,8 @@ class ModelConfig:
         return ModelConfig.from_dict(source, path)
 
     @staticmethod
-    def from_dict(source, path="config"):
+    def from_dict(source: dict, path: str | Path = "config") -> "ModelConfig":
+        """source: the object of a config.json, Hugging Face's or PaddleNLP's; path: its name in error messages."""
         source = _huggingface_source(source, path)
         family = _family_of(source, path)
         row = FAMILIES[family]
@@ -189,14 +194,14 @@ class ModelConfig:
             raise UserError(f"{path}: {error}") from None
         config = ModelConfig(family=family, source=source, **fields)
         if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
-            raise UserError(f"{path}: rotary positions turn pairs: {config.rotary_dim or config.head_dim} dims are odd")
+            raise UserError(f"{path}: rotary dims must be even, found {config.rotary_dim or config.head_dim}")
         return config
 
-    def to_json(self, dtype):
-        """The text of config.json, in the dialect it was read in, with the dtype that the weights are saved in."""
+    def to_json(self, dtype: str) -> str:
+        """The text of config.json with the keys it was read with; dtype: of the saved weights, such as "float32"."""
         source = dict(self.source)
         source["dtype" if "rope_parameters" in source or "dtype" in source else "torch_dtype"] = dtype
-        for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):  # what a script may have changed
+        for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):  # which a script may have changed
             if (key := _key(source, field)) is not None:
                 source[key] = getattr(self, field)
         source.setdefault("architectures", [FAMILIES[self.family].architecture])
@@ -206,7 +211,7 @@ class ModelConfig:
         return json.dumps(source, indent=2, ensure_ascii=False) + "\n"
 
 
-SYNONYMS = {  # our field: the keys of config.json that hold it, the first that is there
+SYNONYMS = {  # our field: its keys in config.json, in order of preference
     "vocab_size": ("padded_vocab_size", "vocab_size"),
     "hidden_size": ("hidden_size", "n_embd", "n_embed"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_hidden_size", "n_inner"),
@@ -223,7 +228,7 @@ SYNONYMS = {  # our field: the keys of config.json that hold it, the first that 
 
 
 def _key(source, field):
-    """The key of config.json that holds this field; None: it is not said."""
+    """The key of config.json that holds this field; None if there is none."""
     return next((key for key in SYNONYMS[field] if source.get(key) is not None), None)
 
 
@@ -232,20 +237,21 @@ def _key(source, field):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family: how its config.json is read, and what its weights are called."""
+    """One family: how to read its config.json, and the names of its weights."""
 
-    architecture: str  # what its software calls the class
-    names: tuple  # rows of _table(): (our name, theirs, transposed); {i} is the layer, {e} the expert
-    traits: callable = lambda source, fields: {}  # config.json, fields read so far -> fields that differ from Llama's
-    tied_by_default: bool = False  # tie_word_embeddings when config.json is silent
-    norm_eps: float = 1e-6  # when config.json is silent
-    ffn_is_4x: bool = False  # intermediate_size is 4 D when config.json is silent
-    rope_theta: float = 10000.0  # when config.json is silent
-    prefix: str = "model."  # of the names of all but the head; some published files leave it out
-    also_stores_head: bool = False  # a tied head is written to its files as well
-    model_type: str | None = None  # in config.json, where it is not the row's own name
-    discriminating_keys: tuple = ()  # keys of config.json, any of which tells the family from another of its model_type
-    settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
+    architecture: str  # class name in its own software
+    names: tuple  # rows of name_table(): (our name, theirs, transposed); {i}: layer, {e}: expert
+    traits: Callable = lambda source, fields: {}  # config.json, fields read so far -> fields that differ from Llama's
+    tied_by_default: bool = False  # tie_word_embeddings if config.json does not say
+    norm_eps: float = 1e-6  # if config.json does not say
+    ffn_is_4x: bool = False  # intermediate_size is 4 D if config.json does not say
+    rope_theta: float = 10000.0  # if config.json does not say
+    prefix: str = "model."  # of all weight names but the head's; some published files omit it
+    also_stores_head: bool = False  # its files hold a tied head as well
+    model_type: str | None = None  # in config.json, if it is not the name of the row
+    discriminating_keys: tuple = ()  # any of these keys in config.json marks this family among those of its model_type
+    # Keys of config.json that change the maths: the values that this family supports; ...: any value.
+    supported_values: dict = dataclasses.field(default_factory=dict)
 
 
 def _llama(source, fields):
@@ -259,7 +265,9 @@ def _windowed(source, fields):
 
 
 def _mistral(source, fields):
-    return _windowed({"sliding_window": 4096, **source}, fields)  # null is none, no key is the class's own
+    return _windowed(
+        {"sliding_window": 4096, **source}, fields
+    )  # null means no window; without the key, the class has 4096
 
 
 def _mixtral(source, fields):
@@ -274,7 +282,7 @@ def _mixtral(source, fields):
 
 
 def _qwen(source, fields):
-    rope, length = fields["rope"], source.get("seq_length", 8192)
+    length = source.get("seq_length", 8192)
     rope = {"rope_type": "default", "rope_theta": float(source.get("rotary_emb_base", 10000.0))}
     if source.get("use_dynamic_ntk", True):
         rope |= {"rope_type": "qwen_ntk", "original_max_position_embeddings": length}
@@ -311,10 +319,10 @@ def _qwen_moe(source, fields):
 
 
 def _baichuan(source, fields):
-    # 13B has no rotary positions and so no max_position_embeddings. Baichuan 2 writes z_loss_weight and has another
-    # vocabulary; its 7B also spells the class as the 13B does.
+    # The 13B models use ALiBi and have no max_position_embeddings. Baichuan 2 has z_loss_weight or its own vocabulary
+    # size; its 7B model also names the class as the 13B model does.
     rope = "max_position_embeddings" in source
-    two = (
+    baichuan2 = (
         "z_loss_weight" in source
         or fields["vocab_size"] == 125696
         or rope
@@ -323,14 +331,14 @@ def _baichuan(source, fields):
     return dict(
         fused_qkv="blocks",
         position="rope" if rope else "alibi",
-        norm_head=two,
-        stored_frequencies="model.layers.{i}.self_attn.rotary_emb.inv_freq" if rope and not two else None,
+        norm_head=baichuan2,
+        stored_frequencies="model.layers.{i}.self_attn.rotary_emb.inv_freq" if rope and not baichuan2 else None,
         z_loss_weight=float(source.get("z_loss_weight") or 0.0),
     )
 
 
 def _chatglm(source, fields):
-    # The official code gives every model the residual scale of 28 layers, the depth of the one that was published.
+    # The official code always uses the scale of 28 layers, the depth of the published model.
     return dict(
         norm="layer",
         position="rope_2d",
@@ -348,13 +356,12 @@ def _chatglm(source, fields):
 def _chatglm2(source, fields):
     multi_query, name = source.get("multi_query_attention", False), str(source.get("_name_or_path"))
     ratio = source.get("rope_ratio", 1)
-    # chatglm2-6b-32k divides positions by the ratio, ChatGLM3 and GLM-4 multiply the base with theirs (50 or more):
-    # the same keys, told apart by the name, or the size of the number.
+    # chatglm2-6b-32k divides positions by the ratio; ChatGLM3 and GLM-4 multiply the base by it (50 or more). The key
+    # is the same, so the model's name or the size of the ratio decides.
     if ratio != 1 and ratio < 50 and not re.search("chatglm[23]|glm-4", name):
         raise UserError(
             f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3, GLM-4): "
-            "_name_or_path = "
-            f"{name!r} must name the model, chatglm2, chatglm3 or glm-4"
+            f"_name_or_path = {name!r} must name the model, chatglm2, chatglm3 or glm-4"
         )
     rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio}
     if "chatglm2" in name and ratio != 1:
@@ -417,11 +424,11 @@ _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def _opt(source, fields):
-    before, width = source.get("do_layer_norm_before", True), source.get("word_embed_proj_dim")
+    pre_norm, width = source.get("do_layer_norm_before", True), source.get("word_embed_proj_dim")
     bias = source.get("enable_bias", True)
     return dict(
         norm="layer",
-        norm_place="before" if before else "after",
+        norm_place="before" if pre_norm else "after",
         position="learned",
         position_offset=2,
         attention_bias=bias,
@@ -430,7 +437,7 @@ def _opt(source, fields):
         gated=False,
         activation=_GELU.get(source.get("activation_function"), source.get("activation_function", "relu")),
         embedding_size=None if width == fields["hidden_size"] else width,
-        final_norm=before and not source.get("_remove_final_layer_norm", False),
+        final_norm=pre_norm and not source.get("_remove_final_layer_norm", False),
     )
 
 
@@ -503,7 +510,7 @@ def _deepseek(source, fields):
 
 def _internlm(source, fields):
     rotary, rope = source.get("rotary"), fields["rope"]
-    if rotary is not None:  # {"type": "origin"} or, as Hugging Face's "dynamic", {"type": "dynamic"}
+    if rotary is not None:  # {"type": "origin" | "dynamic", …}
         rope = {"rope_type": "default", "rope_theta": float(rotary["base"])}
         if rotary["type"] == "dynamic":
             rope |= {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
@@ -522,29 +529,31 @@ _SILU = {"hidden_act": ("silu",)}
 _GELU_TANH = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", "gelu"))
 
 
-_NO_WINDOW = {"use_sliding_window": (False,), "sliding_window": ...}  # unused then, as max_window_layers is
+_NO_WINDOW = {"use_sliding_window": (False,), "sliding_window": ...}  # without use_sliding_window, the window is unused
 
 
 _BIAS = {"attention_bias": (True, False)}
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", NAMES_LLAMA, _llama, settings=_SILU | _BIAS | {"mlp_bias": (True, False)}),
-    "mistral": Family("MistralForCausalLM", NAMES_LLAMA, _mistral, settings=_SILU | {"sliding_window": ...}),
+    "llama": Family(
+        "LlamaForCausalLM", NAMES_LLAMA, _llama, supported_values=_SILU | _BIAS | {"mlp_bias": (True, False)}
+    ),
+    "mistral": Family("MistralForCausalLM", NAMES_LLAMA, _mistral, supported_values=_SILU | {"sliding_window": ...}),
     "mixtral": Family(
         "MixtralForCausalLM",
         NAMES_MIXTRAL,
         _mixtral,
         norm_eps=1e-5,
         rope_theta=1e6,
-        settings=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...},
+        supported_values=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...},
     ),
     "qwen": Family(
         "QWenLMHeadModel",
         NAMES_QWEN,
         _qwen,
         prefix="transformer.",
-        settings={
+        supported_values={
             "no_bias": (True,),
             "rotary_pct": (1.0, 1),
             "scale_attn_weights": (True,),
@@ -557,34 +566,37 @@ FAMILIES = {
         "Qwen2ForCausalLM",
         NAMES_LLAMA,
         lambda source, fields: dict(attention_bias=True),
-        settings=_SILU | _NO_WINDOW | {"attention_bias": ...},
+        supported_values=_SILU | _NO_WINDOW | {"attention_bias": ...},
     ),  # which its class does not read
     "qwen2_moe": Family(
-        "Qwen2MoeForCausalLM", NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)}
+        "Qwen2MoeForCausalLM",
+        NAMES_QWEN_MOE,
+        _qwen_moe,
+        supported_values=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         NAMES_LLAMA,
         lambda source, fields: _llama(source, fields) | dict(qk_norm=True),
-        settings=_SILU | _NO_WINDOW | _BIAS,
+        supported_values=_SILU | _NO_WINDOW | _BIAS,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         NAMES_QWEN_MOE,
         _qwen_moe,
-        settings=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...},
+        supported_values=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...},
     ),
-    "baichuan": Family("BaichuanForCausalLM", NAMES_BAICHUAN, _baichuan, settings=_SILU),
+    "baichuan": Family("BaichuanForCausalLM", NAMES_BAICHUAN, _baichuan, supported_values=_SILU),
     "chatglm": Family(
         "ChatGLMModel",
         NAMES_CHATGLM,
         _chatglm,
-        True,
-        1e-5,
+        tied_by_default=True,
+        norm_eps=1e-5,
         prefix="transformer.",
         also_stores_head=True,
         discriminating_keys=("position_encoding_2d", "inner_hidden_size"),
-        settings={"position_encoding_2d": (True,)},
+        supported_values={"position_encoding_2d": (True,)},
     ),
     "chatglm2": Family(
         "ChatGLMModel",
@@ -593,7 +605,7 @@ FAMILIES = {
         norm_eps=1e-5,
         prefix="transformer.",
         model_type="chatglm",
-        settings={
+        supported_values={
             "apply_residual_connection_post_layernorm": (False,),
             "rmsnorm": (True,),
             "post_layer_norm": (True,),
@@ -606,30 +618,38 @@ FAMILIES = {
         },
     ),
     "glm": Family(
-        "GlmForCausalLM", NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}
+        "GlmForCausalLM",
+        NAMES_GLM,
+        _glm,
+        norm_eps=1.5625e-7,
+        supported_values=_SILU | _BIAS | {"partial_rotary_factor": ...},
     ),
     "glm4": Family(
-        "Glm4ForCausalLM", NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}
+        "Glm4ForCausalLM",
+        NAMES_GLM,
+        _glm,
+        norm_eps=1.5625e-7,
+        supported_values=_SILU | _BIAS | {"partial_rotary_factor": ...},
     ),
     "bloom": Family(
         "BloomForCausalLM",
         NAMES_BLOOM,
         _bloom,
-        True,
-        1e-5,
-        True,
+        tied_by_default=True,
+        norm_eps=1e-5,
+        ffn_is_4x=True,
         prefix="transformer.",
-        settings={"apply_residual_connection_post_layernorm": (True, False), "offset_alibi": ...},
+        supported_values={"apply_residual_connection_post_layernorm": (True, False), "offset_alibi": ...},
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         NAMES_GPT2,
         _gpt2,
-        True,
-        1e-5,
-        True,
+        tied_by_default=True,
+        norm_eps=1e-5,
+        ffn_is_4x=True,
         prefix="transformer.",
-        settings={
+        supported_values={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
@@ -641,21 +661,26 @@ FAMILIES = {
         "OPTForCausalLM",
         NAMES_OPT,
         _opt,
-        True,
-        1e-5,
-        settings={"activation_function": ("relu", "gelu", "gelu_new"), "layer_norm_elementwise_affine": (True,)},
+        tied_by_default=True,
+        norm_eps=1e-5,
+        supported_values={
+            "activation_function": ("relu", "gelu", "gelu_new"),
+            "layer_norm_elementwise_affine": (True,),
+        },
     ),
     "internlm": Family(
-        "InternLMForCausalLM", NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False), "rotary": ...}
+        "InternLMForCausalLM", NAMES_LLAMA, _internlm, supported_values=_SILU | {"bias": (True, False), "rotary": ...}
     ),
-    "internlm2": Family("InternLM2ForCausalLM", NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
-    "gemma": Family("GemmaForCausalLM", NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
+    "internlm2": Family(
+        "InternLM2ForCausalLM", NAMES_INTERNLM2, _internlm2, supported_values=_SILU | {"bias": (True, False)}
+    ),
+    "gemma": Family("GemmaForCausalLM", NAMES_LLAMA, _gemma, tied_by_default=True, supported_values=_GELU_TANH | _BIAS),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         NAMES_GEMMA2,
         _gemma2,
-        True,
-        settings=_GELU_TANH
+        tied_by_default=True,
+        supported_values=_GELU_TANH
         | _BIAS
         | dict.fromkeys(
             (
@@ -672,7 +697,7 @@ FAMILIES = {
         "DeepseekV2ForCausalLM",
         NAMES_DEEPSEEK,
         _deepseek,
-        settings=_SILU
+        supported_values=_SILU
         | _BIAS
         | {
             "topk_method": ("greedy", "group_limited_greedy"),
@@ -685,7 +710,7 @@ FAMILIES = {
         "DeepseekV3ForCausalLM",
         NAMES_DEEPSEEK,
         _deepseek,
-        settings=_SILU
+        supported_values=_SILU
         | _BIAS
         | {
             "topk_method": ("noaux_tc",),
@@ -698,35 +723,34 @@ FAMILIES = {
 
 
 def _family_of(source, path):
-    """The row of FAMILIES for a config.json, by its model_type and, where rows share one, by the keys that tell them
-    apart."""
+    """The name of the row of FAMILIES: by model_type and, if several rows have it, by their discriminating_keys."""
     kind, types = source.get("model_type"), {name: row.model_type or name for name, row in FAMILIES.items()}
     rows = [(name, FAMILIES[name].discriminating_keys) for name, model_type in types.items() if model_type == kind]
-    told = [name for name, keys in rows if source.keys() & set(keys)]
-    family = next(iter(told or [name for name, keys in rows if not keys]), None)
+    by_key = [name for name, keys in rows if source.keys() & set(keys)]
+    family = next(iter(by_key or [name for name, keys in rows if not keys]), None)
     if family is None:
         known = ", ".join(sorted(set(types.values())))
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported are {known}")
     return family
 
 
-# Keys that some family gives a meaning: where a family's `settings` do not list one, only the values here leave its
-# maths alone.
+# Keys that have a meaning in some family. If a family's supported_values do not list such a key, only the values here
+# leave its maths unchanged.
 _NEUTRAL = {
     "sliding_window": (), "use_sliding_window": (False,), "partial_rotary_factor": (1.0, 1), "rotary_pct": (1.0, 1),
     "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,), "use_bias": (False,), "bias": (False,),
     "attn_logit_softcapping": (), "final_logit_softcapping": (), "query_pre_attn_scalar": (), "use_qk_norm": (False,),
     "qk_norm": (False,), "qk_layernorm": (False,), "clip_qkv": (), "logit_scale": (1.0, 1), "alibi": (False,),
     "attention_multiplier": (), "residual_multiplier": (1.0, 1), "embedding_multiplier": (1.0, 1),
-        "logits_scaling": (1.0, 1),
+    "logits_scaling": (1.0, 1),
     "attention_chunk_size": (), "no_rope_layers": (), "parallel_attn": (False,), "use_parallel_residual": (False,),
     "rope_local_base_freq": (), "use_bidirectional_attention": (False,), "is_encoder_decoder": (False,),
-        "num_local_experts": (),
+    "num_local_experts": (),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "router_jitter_noise": (0, 0.0),
     "apply_residual_connection_post_layernorm": (False,), "pre_seq_len": (), "position_encoding_2d": (False,),
-        "use_mla": (False,),
+    "use_mla": (False,),
     "rope_ratio": (1, 1.0), "use_dynamic_ntk": (False,), "use_logn_attn": (False,), "original_rope": (True,),
-        "swiglu": (True,),
+    "swiglu": (True,),
 }  # fmt: skip
 
 
@@ -736,16 +760,18 @@ _LIKE_MATHS = re.compile(
 
 
 def _refuse_other_maths(source, family, path):
-    """Every key that would change what the decoder computes is either read here or refused by its name."""
-    settings, rope = FAMILIES[family].settings, _rope_object(source, path)
+    """UserError for a key that would change what the decoder computes and that this room does not read."""
+    supported_values, rope = FAMILIES[family].supported_values, _rope_object(source, path)
     inside = {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
     for key, value in (source | inside).items():
-        allowed = settings.get(key, _NEUTRAL.get(key))
+        allowed = supported_values.get(key, _NEUTRAL.get(key))
         if allowed is None and key not in _READ_KEYS and _LIKE_MATHS.search(key):
             allowed = (False, 0, 0.0, 1, 1.0)
         if allowed is None or allowed is ... or value is None or value in ([], {}):
             continue
-        if value in allowed and (value is not True or any(choice is True for choice in allowed)):  # 1 is not true here
+        if value in allowed and (
+            value is not True or any(choice is True for choice in allowed)
+        ):  # 1 == True in Python, not here
             continue
         right = " or ".join(json.dumps(choice) for choice in allowed) or "no such key"
         raise UserError(
@@ -754,17 +780,17 @@ def _refuse_other_maths(source, family, path):
         )
 
 
-_READ_KEYS = {  # keys that read like maths, and are read above or change nothing
+_READ_KEYS = {  # keys that match _LIKE_MATHS, and are read above or change nothing
     *(key for keys in SYNONYMS.values() for key in keys),
     "rope_scaling", "rope_parameters", "rope_theta", "max_window_layers", "routed_scaling_factor",
-        "word_embed_proj_dim",
+    "word_embed_proj_dim",
     "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "hidden_act", "attention_softmax_in_fp32",
-        "fp32_residual_connection",
+    "fp32_residual_connection",
     "masked_softmax_fusion", "slow_but_exact", "_sliding_window_pattern", "use_flash_attn", "scale_attn_weights",
 }  # fmt: skip
 
 
-QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the values that can be read
+QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
     "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
     "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
 }
@@ -772,70 +798,66 @@ QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs
 
 def _quantization(source, path):
     """quantization_config, checked; None for a model of floats."""
-    found = source.get("quantization_config")
-    if found is None:
+    quantization = source.get("quantization_config")
+    if quantization is None:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else found
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method not in QUANTIZATIONS:
         raise UserError(f"{path}: quant_method {method!r} cannot be read; readable are {', '.join(QUANTIZATIONS)}")
     for key, allowed in QUANTIZATIONS[method].items():
-        if found.get(key) not in allowed:
+        if quantization.get(key) not in allowed:
             choices = ", ".join(str(a) for a in allowed if a is not None)
-            raise UserError(f"{path}: quantization_config: {key} = {found.get(key)!r}; readable are {choices}")
-    group = found.get("group_size", -1)
+            raise UserError(f"{path}: quantization_config: {key} = {quantization.get(key)!r}; readable are {choices}")
+    group = quantization.get("group_size", -1)
     if not isinstance(group, int) or group == 0 or group < -1:
         raise UserError(f"{path}: quantization_config: group_size = {group!r}; it must be -1 or positive")
     for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"):
-        if found.get(key):
+        if quantization.get(key):
             raise UserError(
-                f"{path}: quantization_config: {key} = {found[key]!r} is not supported: every linear of the blocks, "
-                "and only these"
+                f"{path}: quantization_config: {key} = {quantization[key]!r} is not supported: quantized "
+                "are all linears of the blocks and no others"
             )
-    return found
+    return quantization
 
 
 def _rope_object(source, path):
-    """What config.json says of RoPE in either dialect, {} if nothing."""
+    """The RoPE object of config.json: rope_parameters (transformers 5) or rope_scaling (4), {} if there is none."""
     key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
     if not isinstance(source.get(key) or {}, dict):
         raise UserError(f"{path}: {key} must be an object, found {source[key]!r}")
     return source.get(key) or {}
 
 
+_ROPE_NEEDS = {  # rope_type: the numbers that it needs besides rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+_ROPE_KEYS = {
+    "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+    "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "truncate",
+    "partial_rotary_factor",
+}  # fmt: skip
+
+
 def _rope_parameters(source, path):
-    """{"rope_type", "rope_theta", …} from either dialect, checked."""
+    """{"rope_type", "rope_theta", …}, checked; of transformers 4 or 5."""
     rope = dict(_rope_object(source, path))
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    known = {
-        "rope_type",
-        "rope_theta",
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "low_freq_factor",
-        "high_freq_factor",
-        "truncate",
-        "partial_rotary_factor",
-    }
     rope.setdefault("rope_theta", source.get("rope_theta", 10000.0))
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if rope["rope_type"] not in needed:
-        raise UserError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(needed)}")
-    for key in rope.keys() - known:
+    if rope["rope_type"] not in _ROPE_NEEDS:
+        raise UserError(
+            f"{path}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(_ROPE_NEEDS)}"
+        )
+    for key in rope.keys() - _ROPE_KEYS:
         if rope[key] is not None:
-            found = f"rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])}"
-            raise UserError(f"{path}: {found} is not supported: it may change the maths")
-    for key in ("rope_theta", *needed[rope["rope_type"]]):
+            entry = f"rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])}"
+            raise UserError(f"{path}: {entry} is not supported: it may change the maths")
+    for key in ("rope_theta", *_ROPE_NEEDS[rope["rope_type"]]):
         if not isinstance(rope.get(key), (int, float)):
             raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
     return rope
@@ -845,12 +867,15 @@ def _rope_parameters(source, path):
 
 
 def yarn_mscale(factor: float, m: float) -> float:
-    """How much yarn raises the softmax's temperature at a context `factor` times as long (arXiv 2309.00071, Eq. 22)."""
+    """YaRN's attention scale for a context `factor` times as long (arXiv 2309.00071, Eq. 22)."""
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
 def weight_names(config: ModelConfig, rows: list | None = None) -> Iterator[tuple]:
-    """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
+    """(our name, theirs, transposed) for every layer and expert, from the family's table or `rows`.
+
+    Some names may not exist in this model: a table covers all variants of a family.
+    """
     experts = range(config.experts.num_experts if config.experts else 0)
     for ours, theirs, transposed in rows or FAMILIES[config.family].names:
         for i in range(config.num_hidden_layers) if "{i}" in ours else (0,):
@@ -858,21 +883,24 @@ def weight_names(config: ModelConfig, rows: list | None = None) -> Iterator[tupl
                 yield ours.format(i=i, e=e), theirs.format(i=i, e=e), transposed
 
 
-_PADDLENLP_KEYS = {  # model_type: its keys that have another name in Hugging Face's config.json of that family
-    "gpt": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
-                "hidden_activation": "activation_function"},
-    "opt": {"intermediate_size": "ffn_dim", "normalize_before": "do_layer_norm_before",
-        "hidden_act": "activation_function"},
+_PADDLENLP_KEYS = {  # PaddleNLP's model_type: {its key: Hugging Face's}
+    "gpt": {
+        "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+        "hidden_activation": "activation_function",
+    },
+    "opt": {
+        "intermediate_size": "ffn_dim", "normalize_before": "do_layer_norm_before", "hidden_act": "activation_function",
+    },
     "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
     "chatglm": {"num_hidden_layers": "num_layers"},
-    "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size",
-        "max_sequence_length": "seq_length"},
+    "chatglm_v2": {
+        "num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "max_sequence_length": "seq_length",
+    },
 }  # fmt: skip
 
 
-_PADDLENLP_MARKS = {
+_PADDLENLP_MARKS = {  # only PaddleNLP's config.json has these keys
     "paddlenlp_version",
     "fuse_attention_qkv",
     "fuse_attention_ffn",
@@ -881,18 +909,18 @@ _PADDLENLP_MARKS = {
 }
 
 
-_PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
+_PADDLENLP_RUNTIME = re.compile(  # keys that change how it computes, not what
     "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|"
     "long_sequence_(init|strategy)|virtual_pp|mp_degree"
 )
 
 
 def _huggingface_source(source, path):
-    """config.json of PaddleNLP in the words of Hugging Face's; any other as it is."""
+    """PaddleNLP's config.json with Hugging Face's keys; any other unchanged."""
     kind = str(source.get("model_type"))
     if not (_PADDLENLP_MARKS & source.keys() or kind in ("gpt", "chatglm_v2")):
         return source
-    source = {key: value for key, value in source.items() if not _PADDLENLP_MACHINE.search(key)}
+    source = {key: value for key, value in source.items() if not _PADDLENLP_RUNTIME.search(key)}
     if source.pop("use_long_sequence_strategies", False) or kind == "gpt" and not source.pop("normalize_before", True):
         refused = "use_long_sequence_strategies = true and, for GPT, normalize_before = false"
         raise UserError(f"{path}: {refused} are not supported")
@@ -902,15 +930,15 @@ def _huggingface_source(source, path):
     source["model_type"] = {"gpt": "gpt2", "chatglm_v2": "chatglm"}.get(kind, kind)
     source.pop("architectures", None)
     if kind in ("gpt", "opt", "bloom", "chatglm"):
-        source.pop("tie_word_embeddings", None)  # its classes tie them whatever it says
+        source.pop("tie_word_embeddings", None)  # its classes tie the weights whatever this key says
         if source.get("activation_function") == "gelu":
             source["activation_function"] = "gelu_new"
-    stretch, factor = source.pop("rope_scaling_type", None), source.pop("rope_scaling_factor", 1.0)
-    if stretch == "ntk":
+    scaling, factor = source.pop("rope_scaling_type", None), source.pop("rope_scaling_factor", 1.0)
+    if scaling == "ntk":
         dim = source.get("head_dim") or source["hidden_size"] // source["num_attention_heads"]
         source["rope_theta"] = source.get("rope_theta", 10000.0) * factor ** (dim / (dim - 2))
-    elif stretch is not None:
-        source["rope_scaling"] = {"type": {"dynamic_ntk": "dynamic"}.get(stretch, stretch), "factor": factor}
-    if kind == "llama" and source.pop("alibi", False):  # Baichuan-13B, which has no class of its own there
+    elif scaling is not None:
+        source["rope_scaling"] = {"type": {"dynamic_ntk": "dynamic"}.get(scaling, scaling), "factor": factor}
+    if kind == "llama" and source.pop("alibi", False):  # Baichuan-13B, which PaddleNLP runs as Llama with ALiBi
         source |= {"model_type": "baichuan", "model_max_length": source.pop("max_position_embeddings", 4096)}
     return source
