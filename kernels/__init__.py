@@ -4,15 +4,15 @@
     kernels.configure(device="cpu", choice="auto")         # or choice="reference", or "rms_norm=reference,adamw=cpu"
     y = kernels.rms_norm(x, weight, 1e-5)
 
-A back end is a module of this package with functions of the same names as the ops below: `reference.py` (plain Paddle,
-on every device that Paddle knows, and the oracle of the tests) has all of them; `cpu.py` has those for which Paddle's
-own CPU operators, or our own C++ under kernels/cpu/, are faster. A new chip is one more file, `kernels/<device>.py`,
-holding just the ops it wants to override and, if it likes, missing(op) -> why one of them cannot run on this machine,
-or None.
+A back end is a module of this package with functions that have the names of the ops below. `reference.py` has all ops
+in plain Paddle, for every device that Paddle supports; the tests compare the others with it. `cpu.py` has the ops for
+which other Paddle operators, or our C++ in kernels/cpu/, are faster; `gpu.py` is the same for NVIDIA GPUs. A new chip
+is one more file, `kernels/<device>.py`, with the ops that it overrides and, optionally, missing(op) -> the reason why
+an op cannot run on this machine, or None.
 
-Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. A name forces that
-back end for every op that it has (an unknown name is an error); `op=backend` forces one op and raises if the back end
-lacks it.
+Choice: "auto" takes, per op, the file named after the device if it has the op, else the reference. The name of a back
+end forces it for every op that it has (an unknown name is an error). `op=backend` forces one op, and raises an error if
+the back end lacks it.
 
 Letters: B batch, T sequence (Tq queries, Tk keys), D model width, H query heads, K key/value heads, Dh head dim,
 F feed-forward width, V vocabulary, N = B * T tokens.
@@ -27,8 +27,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle's at import that concerns nobody here
-os.environ.setdefault("GLOG_minloglevel", "1")  # nor do its notes about connections
+warnings.filterwarnings("ignore", message="No ccache found")  # printed when Paddle is imported; no use here
+os.environ.setdefault("GLOG_minloglevel", "1")  # the same for its notes about connections
 import numpy as np
 import paddle
 
@@ -56,8 +56,8 @@ OPS = (
     "squared_norm",
 )
 
-WHEELS = "https://www.paddlepaddle.org.cn/packages/stable"  # Paddle's own index: what PyPI does not have
-NEEDED = {  # device -> what has to be installed for it, beside the maker's driver
+WHEELS = "https://www.paddlepaddle.org.cn/packages/stable"  # Paddle's index, for packages that are not on PyPI
+NEEDED = {  # device: the package that it needs besides the maker's driver
     "gpu": f"is NVIDIA's: paddlepaddle-gpu instead of paddlepaddle, from {WHEELS}/cu126/",
     "dcu": f"is Hygon's: paddlepaddle-dcu (Paddle for ROCm) instead of paddlepaddle, from {WHEELS}/dcu/",
     "xpu": f"is Kunlun's: paddlepaddle-xpu instead of paddlepaddle, from {WHEELS}/xpu-p800/",
@@ -65,16 +65,17 @@ NEEDED = {  # device -> what has to be installed for it, beside the maker's driv
     "gcu": f"is Enflame's: the plug-in paddle-custom-gcu beside paddlepaddle, from {WHEELS}/gcu/",
 }
 
-bf16 = False  # whether products of linears and of the head are made in bfloat16; set by configure()
-_table = {}  # op -> (function, back end, reason); filled by configure(), on first use at the latest
+bf16 = False  # matrix products in bfloat16; set by configure()
+_table = {}  # op: (function, back end, reason); filled by configure(), at the latest on first use
 
 
 def configure(device: str = "auto", choice: str = "auto", use_bf16: bool = False) -> dict:
     """Decide device and back end of every op, and make them the current ones.
 
-    device "auto" keeps Paddle's own choice (an accelerator if this Paddle has one); else a name as in check_device().
-    use_bf16 asks for products in bfloat16 where the back end has them: see bf16, and bf16_missing() for why it may
-    stay False. Returns {op: (back end, reason)}. Raises UserError for a device, back end or op that does not exist.
+    device: "auto" (Paddle's choice: an accelerator if this Paddle has one) or a name as in check_device(). choice: see
+    the top of this file. use_bf16: compute products in bfloat16 if the back end can; sets kernels.bf16, and
+    bf16_missing() gives the reason if it cannot. Returns {op: (back end, reason)}. Raises UserError for an unknown
+    device, back end or op.
     """
     if device != "auto":
         name = check_device(device)
@@ -114,30 +115,31 @@ def configure(device: str = "auto", choice: str = "auto", use_bf16: bool = False
     return {op: (backend, reason) for op, (_, backend, reason) in table.items()}
 
 
-def devices() -> list:
-    """Names of the devices that this Paddle can use here, as check_device() takes them; "cpu" is the first."""
-    found = ["cpu"]
+def devices() -> list[str]:
+    """Names of the devices that this Paddle can use on this machine, as check_device() takes them; "cpu" first."""
+    names = ["cpu"]
     if paddle.is_compiled_with_cuda():
-        found += [f"{_gpu()}:{i}" for i in range(paddle.device.cuda.device_count())]
+        names += [f"{_gpu()}:{i}" for i in range(paddle.device.cuda.device_count())]
     if paddle.is_compiled_with_xpu():
-        found += [f"xpu:{i}" for i in range(paddle.device.xpu.device_count())]
-    return found + (paddle.device.get_available_custom_device() or [])
+        names += [f"xpu:{i}" for i in range(paddle.device.xpu.device_count())]
+    return names + (paddle.device.get_available_custom_device() or [])
 
 
-def check_device(device: str) -> None:
-    """What Paddle calls this device; UserError, with what is here and what the device would need, if it is not here.
+def check_device(device: str) -> str:
+    """Paddle's name of this device. Raises UserError, with the devices that exist and what this one needs, if missing.
 
-    "cpu"; "gpu" or "gpu:1" (CUDA); "dcu:1" (ROCm, whose devices Paddle calls gpu); "xpu:0"; any other name is a device
-    that one of Paddle's plug-ins brings: "npu", "gcu:1", …. Without a number Paddle takes the process's first."""
+    device: "cpu"; "gpu" or "gpu:1" (CUDA); "dcu:1" (ROCm; Paddle calls it gpu); "xpu:0"; or a device of a Paddle
+    plug-in: "npu", "gcu:1", …. Without a number, Paddle takes the first device of the process.
+    """
     kind, colon, index = device.partition(":")
     kind = _gpu() if kind == "gpu" else kind
-    here = [(name.split(":") + ["0"])[:2] for name in devices()]  # the only device of a plug-in has no number
+    here = [(name.split(":") + ["0"])[:2] for name in devices()]  # a plug-in's only device has no number
     kinds = {name for name, _ in here}
     if kind in kinds and (not colon or kind != "cpu" and [kind, index] in here):
         return ("gpu" if kind == "dcu" else kind) + colon + index
-    found = f"device: {device!r} is not in this Paddle ({paddle.__version__}), which has {', '.join(devices())}"
-    needed = NEEDED.get(kind, "is no name that Paddle itself has: a plug-in for the chip would bring it")
-    raise UserError(found if kind in kinds else f"{found}; {kind} {needed}")
+    message = f"device: {device!r} is not in this Paddle ({paddle.__version__}), which has {', '.join(devices())}"
+    needed = NEEDED.get(kind, "is not a device of Paddle itself: it needs a plug-in of the chip's maker")
+    raise UserError(message if kind in kinds else f"{message}; {kind} {needed}")
 
 
 def _gpu():
@@ -145,16 +147,16 @@ def _gpu():
 
 
 def _kind():
-    """The current device's name without its number, which is that of its back end's file."""
+    """The current device without its number: the name of its back end's file."""
     kind = paddle.get_device().split(":")[0]
     return _gpu() if kind == "gpu" else kind
 
 
 def bf16_missing() -> str | None:
-    """Why products cannot be made in bfloat16 here; None if they can."""
+    """The reason why matrix products in bfloat16 are not possible here; None if they are."""
     kind = _kind()
     if not _exists(kind) or _table["linear"][1] != kind:
-        return f"the linear of {kind} has none yet"
+        return f"the linear of {kind} cannot do it yet"
     return _missing(kind, "bf16")
 
 
@@ -169,7 +171,7 @@ def describe() -> str:
 
 @contextlib.contextmanager
 def use(choice: str) -> Iterator[None]:
-    """`with kernels.use("reference"):` runs the block on that choice; for tests."""
+    """`with kernels.use("reference"):` runs the block with that choice; for tests."""
     global bf16
     before, bf16_before = dict(_table), bf16
     configure(choice=choice, use_bf16=bf16)
@@ -182,18 +184,19 @@ def use(choice: str) -> Iterator[None]:
 
 
 def _prepare_cpu():
-    """Four settings of the process, without which Paddle's own CPU operators run several times slower than they can.
+    """Four settings of the process; without them, Paddle's CPU operators run several times slower.
 
-    Threads: Paddle starts with one for matmul; take one for each core that this process may run on, or its share of
-    them where the launcher has started several here (our C++ is told by the environment, see cpu/threads.h).
+    Threads: Paddle starts with one for matmul. Set one per core of this process, or its share of the cores if the
+    launcher started several processes here. Our C++ reads the number from the environment (see cpu/threads.h).
 
-    Memory: the C library gives every large block back to the system at once, so each new tensor costs page faults; told
-    to keep freed memory, an addition of two 15 MB tensors took 0.55 ms instead of 6.5. AMD: the MKL in Paddle's wheel
-    takes its slowest path unless the vendor is Intel; named the instruction set, a float32 matmul of 1024^3 took 232
-    GFLOP/s instead of 45. Both seen on two cores of an EPYC with AVX-512.
+    Memory: the C library returns every large block to the system at once, so each new tensor costs page faults. With
+    freed memory kept, the sum of two 15 MB tensors takes 0.55 ms instead of 6.5.
 
-    OpenMP: MKL's threads wait busily for 0.2 s after each of its products, on the cores that our C++ could use; told to
-    sleep at once, LoRA on 134 M parameters in bfloat16 made 1,090 tokens/s instead of 950, in float32 nothing changed.
+    AMD: MKL takes its slowest path unless the vendor is Intel. With the instruction set named, a float32 matmul of
+    1024^3 reaches 232 GFLOP/s instead of 45. Memory and AMD were measured on two cores of an EPYC with AVX-512.
+
+    OpenMP: MKL's threads spin for 0.2 s after each product, on cores that our C++ could use. If they sleep at once,
+    LoRA on 134 M parameters in bfloat16 runs at 1,090 tokens/s instead of 950; float32 does not change.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -202,7 +205,7 @@ def _prepare_cpu():
     os.environ["PADDLE_LLM_THREADS"] = str(threads)
     try:
         ctypes.CDLL("libiomp5.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW).kmp_set_blocktime(0)
-    except OSError:  # a Paddle without it
+    except OSError:  # this Paddle has no libiomp5
         pass
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
@@ -237,22 +240,23 @@ def _load(backend, op):
 
 
 def _missing(backend, op):
-    """Why a back end's op cannot run on this machine (no compiler, …), as its module says; None if it can."""
-    asked = getattr(_module(backend), "missing", None)
-    return asked and asked(op)
+    """The reason why a back end's op cannot run on this machine (no compiler, …); None if it can."""
+    missing = getattr(_module(backend), "missing", None)
+    return missing and missing(op)
 
 
 def to_tensor(array: np.ndarray) -> paddle.Tensor:
-    """A numpy array's copy as a tensor, for hot paths.
+    """Copy a numpy array into a tensor; for hot paths.
 
-    paddle.to_tensor (3.3.1) keeps 104 bytes of every call for ever, too much for a server, and paddle.assign looks at
-    every element in Python (0.85 ms for 3,000 of them). Filling an empty tensor takes 2 µs and keeps nothing."""
+    paddle.to_tensor (3.3.1) leaks 104 bytes per call, too much for a server, and paddle.assign visits every element in
+    Python (0.85 ms for 3,000). Filling an empty tensor takes 2 µs and leaks nothing.
+    """
     place = paddle.framework._current_expected_place()
     if paddle.in_dynamic_mode() and isinstance(place, paddle.CPUPlace):
         tensor = paddle._C_ops.empty([0], paddle.float32, place)
-        tensor.get_tensor().set(array, place)  # takes over dtype and shape
+        tensor.get_tensor().set(array, place)  # sets dtype and shape too
         return tensor
-    return paddle.assign(array) if array.size <= 1 << 20 else paddle.to_tensor(array)  # assign takes no more than that
+    return paddle.assign(array) if array.size <= 1 << 20 else paddle.to_tensor(array)  # the limit of assign
 
 
 def _run(op, *args, **kwargs):
@@ -266,28 +270,31 @@ def rms_norm(
 ) -> paddle.Tensor | tuple:
     """h / sqrt(mean(h^2) + epsilon) * weight over the last dim, h = x + residual (Zhang & Sennrich, arXiv 1910.07467).
 
-    x, residual (..., D), weight (D,) -> (..., D), or (that, h) with a residual. Statistics in float32.
+    x, residual (..., D), weight (D,) -> y (..., D), or (y, h) with a residual. Statistics in float32.
     """
     return _run("rms_norm", x, weight, epsilon, residual)
 
 
 def layer_norm(
-    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, epsilon: float, residual: paddle.Tensor | None = None
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    bias: paddle.Tensor | None,
+    epsilon: float,
+    residual: paddle.Tensor | None = None,
 ) -> paddle.Tensor | tuple:
-    """(h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias over the last dim, h = x + residual (Ba et al., arXiv
-    1607.06450).
+    """(h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias over the last dim, h = x + residual (arXiv 1607.06450).
 
-    x, residual (..., D), weight, bias (D,) or bias None -> (..., D), or (that, h) with a residual. Statistics in
-    float32."""
+    x, residual (..., D), weight (D,), bias (D,) or None -> y (..., D), or (y, h) with a residual. Statistics in
+    float32.
+    """
     return _run("layer_norm", x, weight, bias, epsilon, residual)
 
 
 def rope(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor, interleaved: bool = False) -> paddle.Tensor:
-    """Rotary position embedding (Su et al., arXiv 2104.09864) of the first r dims of each head; the others stay as
-    they are.
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of the first r dims of each head; the rest is unchanged.
 
-    x (B, T, heads, Dh); cos, sin (B, T, 1, r) float32, r even and at most Dh -> (B, T, heads, Dh). Pair i, of r/2,
-    turns by the angle of column i, which column i + r/2 repeats: it is (i, i + r/2), or, interleaved, (2 i, 2 i + 1).
+    x (B, T, heads, Dh); cos, sin (B, T, 1, r) float32, r even and at most Dh -> (B, T, heads, Dh). Column i and column
+    i + r/2 of the tables hold the angle of pair i < r/2: dims (i, i + r/2) or, if interleaved, dims (2 i, 2 i + 1).
     """
     return _run("rope", x, cos, sin, interleaved)
 
@@ -298,29 +305,30 @@ def swiglu(gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
 
 
 def geglu(gate: paddle.Tensor, up: paddle.Tensor, approximate: bool = True) -> paddle.Tensor:
-    """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F). gelu(x) = x Phi(x), or approximate by tanh (arXiv
-    1606.08415)."""
+    """gelu(gate) * up (arXiv 2002.05202); both (..., F) -> (..., F).
+
+    gelu(x) = x Phi(x); approximate: the tanh formula (arXiv 1606.08415).
+    """
     return _run("geglu", gate, up, approximate)
 
 
 def gelu(x: paddle.Tensor, approximate: bool = True) -> paddle.Tensor:
-    """gelu(x) as in geglu, of an MLP that has no gate: (..., F) -> (..., F)."""
+    """gelu(x) as in geglu, for an MLP without a gate: (..., F) -> (..., F)."""
     return _run("gelu", x, approximate)
 
 
 def embedding(ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
-    """weight[ids]; ids (...) int64, weight (V, D) -> (..., D). Gradients of equal ids are summed in the order of the
-    ids."""
+    """weight[ids]; ids (...) int64, weight (V, D) -> (..., D). Gradients of equal ids are summed in order."""
     return _run("embedding", ids, weight)
 
 
 def linear(
     x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None, residual: paddle.Tensor | None = None
 ) -> paddle.Tensor:
-    """x @ weight + bias + residual; x (..., in), weight (in, out), bias (out,), residual and result (..., out) in x's
-    dtype.
+    """x @ weight + bias + residual.
 
-    The weight may be stored in another dtype than x: it is converted for the product.
+    x (..., in), weight (in, out), bias (out,), residual (..., out) -> (..., out) in x's dtype. A weight of another
+    dtype is converted to x's for the product.
     """
     return _run("linear", x, weight, bias, residual)
 
@@ -336,7 +344,7 @@ def lora_linear(
 ) -> paddle.Tensor:
     """x @ weight + bias + scaling * (dropped or x) @ lora_A @ lora_B (Hu et al., arXiv 2106.09685).
 
-    x and dropped (x after dropout) (..., in), weight (in, out), lora_A (in, R), lora_B (R, out) -> (..., out).
+    x (..., in), dropped (x after dropout) (..., in), weight (in, out), lora_A (in, R), lora_B (R, out) -> (..., out).
     """
     return _run("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropped)
 
@@ -351,15 +359,15 @@ def quant_linear(
     g_index: paddle.Tensor | None = None,
     input_scale: paddle.Tensor | None = None,
 ) -> paddle.Tensor:
-    """x @ W + bias with W held as integers; x (..., in) -> (..., out) in x's dtype.
+    """x @ W + bias with W stored as integers; x (..., in) -> (..., out) in x's dtype.
 
-    scheme "w4", "w8" (weights alone; layout of GPTQ tools): qweight (in * bits/32, out) int32 holds the unsigned codes
-    of 32/bits consecutive input rows, lowest bits first; scales (groups, out) float32; qzeros (groups, out * bits/32)
-    int32 holds zero points less one, packed along out (None: 2^(bits-1), symmetric); g_index (in,) int32 is the group
-    of each input row (None: equal runs in order). W[i, o] = scales[g[i], o] * (code[i, o] - zero[g[i], o]).
+    scheme "w4", "w8" (only weights; layout of GPTQ tools): qweight (in * bits/32, out) int32 packs the unsigned codes
+    of 32/bits consecutive input rows, lowest bits first. scales (groups, out) float32. qzeros (groups, out * bits/32)
+    int32 packs zero points minus 1 along out; None: 2^(bits-1), symmetric. g_index (in,) int32: the group of each input
+    row; None: groups are equal runs of rows. W[i, o] = scales[g[i], o] * (code[i, o] - zero[g[i], o]).
 
-    scheme "a8w8": qweight (in, out) int8, scales (out,) float32; x is rounded to int8 too, with input_scale (1,) for
-    all of it, or with its own largest value / 127 per token where input_scale is None. No gradient with respect to x.
+    scheme "a8w8": qweight (in, out) int8, scales (out,) float32. x is rounded to int8 too, with input_scale (1,) for
+    all tokens or, if None, with max |x| / 127 per token. No gradient with respect to x.
     """
     return _run("quant_linear", x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
 
@@ -371,7 +379,7 @@ def dequantize(
     qzeros: paddle.Tensor | None = None,
     g_index: paddle.Tensor | None = None,
 ) -> paddle.Tensor:
-    """(in, out) float32 weights of packed codes; arguments as in quant_linear. Not a fast path: one implementation."""
+    """Packed codes -> weights (in, out) float32; arguments as in quant_linear. Has only a reference implementation."""
     return importlib.import_module("kernels.reference").dequantize(qweight, scales, bits, qzeros, g_index)
 
 
@@ -385,15 +393,17 @@ def attention(
     alibi_slopes: paddle.Tensor | None = None,
     softcap: float | None = None,
 ) -> paddle.Tensor:
-    """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), never a [Tq, Tk] matrix of more than a
-    block.
+    """Scaled dot-product attention with FlashMask rows (arXiv 2410.01359), in blocks: memory is linear in T.
 
-    q (B, Tq, H, Dh), k and v (B, Tk, K, Dh) with K dividing H -> (B, Tq, H, Dh). Query i stands on row i + Tk - Tq, so
-    that with a cache or a prefix the last query sees the last key. startend_row_indices int32 (B, 1 | K | H, Tk, n)
-    names for each key the rows that must not see it: causal n=1 rows >= [0]; n=2 rows in [0, 1); not causal n=2 rows
-    >= [0] or < [1]; n=4 rows in [0, 1) or in [2, 3). softcap makes softcap * tanh(s / softcap) of each scaled product
-    s (Gemma 2, arXiv 2408.00118), after which alibi_slopes (H,) adds -slope * (row - key) (arXiv 2108.12409). A query
-    that sees no key gets zeros. scale defaults to Dh ** -0.5."""
+    q (B, Tq, H, Dh), k and v (B, Tk, K, Dh), K divides H -> (B, Tq, H, Dh). Query i has row i + Tk - Tq: with a cache
+    or a prefix, the last query sees the last key. scale: None means Dh ** -0.5. A query that sees no key gets zeros.
+
+    startend_row_indices int32 (B, 1 | K | H, Tk, n) gives, per key, the rows that must not see it. causal: n=1 rows
+    >= [0]; n=2 rows in [0, 1). Not causal: n=2 rows >= [0] or < [1]; n=4 rows in [0, 1) or in [2, 3).
+
+    softcap: a scaled score s becomes softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118). alibi_slopes (H,): then
+    -slope * (row - key) is added (arXiv 2108.12409).
+    """
     return _run("attention", q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
 
 
@@ -408,12 +418,12 @@ def attention_with_lse(
     alibi_slopes: paddle.Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple:
-    """Attention over some of the keys: (its result, lse), from which parallel.py's ring makes that over all of them.
+    """Attention over a part of the keys, for ring attention: (out, lse), from which parts are merged.
 
-    As in attention, but query i stands on row i + offset, counted from the first of these keys, so that causal queries
-    may stand before or behind all of them: rows are counted likewise and may be negative. lse (B, H, Tq) float32 is
-    the logarithm of the sum of the exponentials of a query's scores, -inf where it sees no key. No gradients: see
-    attention_with_lse_backward."""
+    As attention, but query i has row i + offset, counted from the first of these keys; causal queries may be before or
+    after all of them, and rows may be negative. lse (B, H, Tq) float32: logsumexp of a query's scores, -inf if it sees
+    no key. No gradients: see attention_with_lse_backward.
+    """
     return _run("attention_with_lse", q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
 
 
@@ -431,8 +441,7 @@ def attention_with_lse_backward(
     alibi_slopes: paddle.Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple:
-    """Gradients of q, k and v from these keys alone, given out (B, Tq, H, Dh) and lse (B, H, Tq) of attention over all
-    keys."""
+    """Gradients (dq, dk, dv) from a part of the keys; out (B, Tq, H, Dh) and lse (B, H, Tq) are those of all keys."""
     return _run(
         "attention_with_lse_backward",
         q,
@@ -464,18 +473,17 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> paddle.Tensor:
-    """Causal attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv
-    2309.06180).
+    """Causal attention of S sequences whose keys and values are in blocks of a pool (Kwon et al., arXiv 2309.06180).
 
-    q (N, H, Dh): the queries of all S sequences one after another; k_cache, v_cache (blocks, block_size, K, Dh), the
-    new tokens in place already; block_tables (S, most blocks) int32, query_lengths and context_lengths (S,), numpy: a
-    sequence's context includes its queries, query j stands at context - query + j -> (N, H, Dh). Arrays that are not
-    writeable may be taken for the same as in the last call if they are the same objects: of a step's layers, all but
-    the first are spared the look at them.
+    q (N, H, Dh): the queries of all sequences in a row -> (N, H, Dh). k_cache, v_cache (blocks, block_size, K, Dh)
+    already contain the new tokens. numpy: block_tables (S, max_blocks) int32, query_lengths (S,), context_lengths (S,),
+    which count the queries too: query j is at position context - query + j. Arrays that are not writeable and are the
+    same objects as in the last call are taken as unchanged, which saves checks in all layers of a step but the first.
 
-    Caches may be int8 with k_scales, v_scales (blocks, block_size, K) float32: a value is its code times the scale of
-    its slot and head. With a window a query at p sees the keys above p - window alone; alibi_slopes and softcap are as
-    in attention. No gradients."""
+    int8 caches have k_scales, v_scales (blocks, block_size, K) float32: a value is code * scale of its slot and head.
+    window: a query at position p sees only keys at positions > p - window. alibi_slopes, softcap: as in attention. No
+    gradients.
+    """
     return _run(
         "paged_attention",
         q,
@@ -502,21 +510,23 @@ def write_cache(
     k_scales: paddle.Tensor | None = None,
     v_scales: paddle.Tensor | None = None,
 ) -> None:
-    """Put new keys and values into a pool, in place: token i into slot slots[i] = block * block_size + place in the
-    block.
+    """Write new keys and values into a pool, in place: token i to slot slots[i] = block * block_size + index in block.
 
-    k, v (N, K, Dh) float32; caches and scales as in paged_attention; slots (N,) int64 tensor, none of them twice. int8
-    caches take round(x * 127 / most) and the scale most / 127, most being the largest absolute value of a token's head.
+    k, v (N, K, Dh) float32; caches and scales as in paged_attention; slots (N,) int64 tensor, all different. An int8
+    cache gets round(x * 127 / m) and the scale m / 127, where m is max |x| of a token's head.
     """
     _run("write_cache", k, v, k_cache, v_cache, slots, k_scales, v_scales)
 
 
-def sample(logits: paddle.Tensor, temperature: tuple, top_k: tuple, top_p: tuple, uniform: tuple) -> paddle.Tensor:
-    """Choose an id of each row: model.sample says how; here the random number is given, and rows differ in their ways.
+def sample(
+    logits: paddle.Tensor, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, uniform: np.ndarray
+) -> paddle.Tensor:
+    """Sample one id per row, as reference.sample_logits does, with the random numbers given.
 
-    logits (S, V) float32 tensor; per row, as numpy (S,): temperature (0: the likeliest, the first of equals), top_k
-    (0: all), top_p, and uniform in [0, 1), what numpy's Generator.choice would draw -> (S,) int64 tensor, -1 for a row
-    with NaN or whose largest logit is infinite."""
+    logits (S, V) float32. numpy (S,): temperature (0: the largest logit, the first of equals), top_k (0: all), top_p,
+    and uniform in [0, 1), which numpy's Generator.choice would draw -> ids (S,) int64 tensor; -1 for a row that has NaN
+    or an infinite largest logit.
+    """
     return _run("sample", logits, temperature, top_k, top_p, uniform)
 
 
@@ -530,18 +540,18 @@ def linear_cross_entropy(
     vocabulary: object = None,
     softcap: float | None = None,
 ) -> paddle.Tensor | tuple:
-    """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the [N, V] logits never exist at once.
+    """Cross-entropy of softmax(hidden @ weight) against labels, in chunks: the (N, V) logits never exist at once.
 
-    hidden (N, D), weight (D, V) or, with transpose_weight, (V, D); labels (N,) int64 -> losses (N,) float32, 0 where
-    ignored; with return_predictions also the argmax ids (N,) int64, -1 where ignored. Rows with an ignored label are
-    not computed at all. Gradients of hidden with a frozen weight are made in forward: two products in place of three.
+    hidden (N, D), weight (D, V) or, with transpose_weight, (V, D), labels (N,) int64 -> losses (N,) float32, 0 where
+    the label is ignore_index; with return_predictions also the argmax ids (N,) int64, -1 there. Ignored rows are not
+    computed. With a frozen weight, the gradient of hidden is made in forward: two products instead of three.
 
-    vocabulary: several ranks hold V columns each (arXiv 1909.08053, 3). An object with `start`, the id of this rank's
-    first column, and all_reduce(tensor, "max" | "sum") -> tensor over the ranks. labels are ids of the whole
-    vocabulary; losses and predictions come out the same on every rank (the lowest id, of several largest logits), the
-    gradient of hidden is this rank's part, which the caller adds up.
+    vocabulary: the columns of the weight are sharded over ranks (arXiv 1909.08053, 3). An object with `start`, the id
+    of this rank's first column, and all_reduce(tensor, "max" | "sum") -> tensor. labels are global ids. Losses and
+    predictions are equal on all ranks (the lowest id among equal logits); the gradient of hidden is this rank's partial
+    sum, which the caller all-reduces.
 
-    softcap makes softcap * tanh(l / softcap) of each logit l (Gemma 2, arXiv 2408.00118).
+    softcap: a logit l becomes softcap * tanh(l / softcap) (Gemma 2, arXiv 2408.00118).
     """
     return _run(
         "linear_cross_entropy",
@@ -571,13 +581,12 @@ def adamw(
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101), in place on parameter, moment1 and moment2.
 
-    gradient is multiplied by grad_scale (clipping) first; step counts from 1. The decay is lr * weight_decay *
-    parameter. parameter and gradient float32, bfloat16 or float16, moments float32: all is computed in float32."""
-    return _run(
-        "adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale
-    )
+    gradient is multiplied by grad_scale (clipping) first; step counts from 1; the decay is lr * weight_decay *
+    parameter. parameter, gradient: float32, bfloat16 or float16; moments: float32. Computed in float32.
+    """
+    _run("adamw", parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon, weight_decay, grad_scale)
 
 
 def squared_norm(x: paddle.Tensor) -> paddle.Tensor:
-    """The sum of squares of all values of x, () float64."""
+    """Sum of squares of all elements of x -> () float64."""
     return _run("squared_norm", x)

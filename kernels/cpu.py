@@ -1,33 +1,33 @@
-"""Ops for which Paddle's CPU operators are slow: our own C++ (kernels/cpu/*.cc), or another of Paddle's operators.
+"""Ops that our C++ (kernels/cpu/*.cc), or another Paddle operator, computes faster than Paddle's usual CPU operator.
 
-The C++ is built on first use (_build.py); it holds code for AVX-512, AVX2 and SSE2 and chooses at run time. Without a
-compiler the ops that need it are not there (see missing()), and the reference runs instead.
+The C++ is built on first use (_build.py). It contains code for AVX-512, AVX2 and SSE2 and chooses at run time. Without
+a compiler the ops that need it are missing (see missing()), and the reference runs instead.
 
 rms_norm and layer_norm with their residual, rope, swiglu, geglu, gelu: one pass forward, one backward, at the speed of
-memory (both of an rms_norm of (2048, 2048) in 4 ms, Paddle's operators 137; of a gelu of (2048, 3072) in 5 ms,
-Paddle's 12.8 by tanh and 20 without; its relu, at 5, needs no help). embedding: see _Embedding. adamw: one pass over
-parameter, gradient and both moments, 25 M values in 16 ms (Paddle's own with clipping 144); squared_norm: one over the
-gradient, 3.5 ms (67). Best of 6 to 30 turn about, two cores of an EPYC with AVX-512, busy with other work.
+memory. Forward and backward of rms_norm of (2048, 2048): 4 ms, Paddle's operators 137; gelu of (2048, 3072): 5 ms,
+Paddle's 12.8 by tanh and 20 without (its relu, at 5, is fast enough). embedding: see _Embedding. adamw: one pass over
+parameter, gradient and both moments, 25 M values in 16 ms (Paddle's with clipping 144). squared_norm: one pass over the
+gradient, 3.5 ms (67). Best of 6 to 30 alternating runs on two cores of an EPYC with AVX-512 under other load.
 
-linear, lora_linear: with kernels.bf16, products in bfloat16 (vdpbf16ps) of tensors that are converted and packed
-inside, LoRA's in one with the base's; else Paddle's own.
+linear, lora_linear: with kernels.bf16, products in bfloat16 (vdpbf16ps); tensors are converted and packed inside, and
+LoRA's products are fused with the base's. Without it, Paddle's products.
 
-linear_cross_entropy: on blocks of the head whose logits stay in the cache, by Paddle's products or, with kernels.bf16,
-ours. Of 2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98 of them its
-gradient), 71 with a frozen one, however it is stored.
+linear_cross_entropy: blocks of columns of the head whose logits stay in the cache, with Paddle's products or, with
+kernels.bf16, ours. For 2,048 tokens, D 768, V 32,000, forward and backward add at most 164 MB with a trained head (98
+of them its gradient) and 71 MB with a frozen one, in any storage dtype.
 
-quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more. a8w8: products of
-int8 by AMX, AVX512-VNNI or pmaddwd, sums exact. Weights are read as they are stored, no packed copy is kept.
+quant_linear: 4- and 8-bit weights are unpacked in registers for up to 32 rows, in one pass for more. a8w8: int8
+products by AMX, AVX512-VNNI or pmaddwd, with exact sums. Weights are read as stored; there is no packed copy.
 
-attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691), masked tiles skipped;
-q, k, v, the output and one float a query are kept for backward, where a softcap's tanh is made again as the scores
-are. Sums are in an order that depends on shapes alone.
+attention: tiles of 72 (bfloat16: 96) queries by 64 keys, online softmax (Dao, arXiv 2307.08691); masked tiles are
+skipped. Saves q, k, v, the output and one float per query for backward, which recomputes scores and the tanh of a
+softcap. The order of sums depends only on shapes.
 
-paged_attention, write_cache: blocks of the pool are read and written where they lie, int8 ones rounded and widened in
-registers. A decode is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows; what
-a window hides is not read.
+paged_attention, write_cache: blocks of the pool are read and written in place; int8 is converted in registers. A decode
+step is split over sequences, key/value heads and runs of 256 keys, a prompt over tiles of 64 rows; keys outside the
+window are not read.
 
-sample: float64 as the oracle, sorting only what can be among the likeliest that make up top_p.
+sample: float64 like the oracle, but sorts only candidates for the top_p set.
 """
 
 import math
@@ -47,21 +47,21 @@ SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample rms_norm
     layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear linear_cross_entropy adamw squared_norm bf16
-    peak""".split()  # what needs it: ops, products in bfloat16
-LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
-LOGITS_ROWS = 8192  # … of at most so many tokens
+    peak""".split()  # ops that need it, and products in bfloat16
+LOGITS = 1 << 22  # of one block of linear_cross_entropy (16 MB, which stays in the cache)
+LOGITS_ROWS = 8192  # most tokens of a block
 SMALL = (
     1 << 18
 )  # values of a weight below which one row is faster by Paddle's product: 12 us instead of 29 of (256, 688)
-INSTRUCTIONS = -1  # of the ops that can be told: 2 AVX-512, 1 AVX2, 0 SSE2, -1 the best there is (tests set it)
+INSTRUCTIONS = -1  # of our C++: 2 AVX-512, 1 AVX2, 0 SSE2, -1 the best available (tests set it)
 
-IN_BFLOAT16 = 3  # of attention's: products in bfloat16
+IN_BFLOAT16 = 3  # the value of INSTRUCTIONS for attention with products in bfloat16
 
-_state = None  # True once the built ops are loaded, or the reason why they cannot be
+_state = None  # True when the built ops are loaded, or the reason why they cannot be
 
 
 def missing(op: str) -> str | None:
-    """Why this op, or "bf16", cannot run here, or None. Builds the C++ the first time that it is asked for."""
+    """The reason why this op, or "bf16", cannot run here, or None. Builds the C++ ops on first use."""
     global _state
     if op not in OF_EXTENSION:
         return None
@@ -93,7 +93,7 @@ def _load():
 
 
 def peak(memory: bool, what: str) -> float:
-    """What the processor does at best with all threads; what: see cpu/peak.cc. memory (n,) float32 is overwritten."""
+    """Peak rate with all threads, per second; what: see cpu/peak.cc. memory (n,) float32 is overwritten."""
     tasks = 16 * len(os.sched_getaffinity(0))
     return _C_ops._run_custom_op("cpu_peak", memory, what, tasks)[0].item()
 
@@ -102,12 +102,12 @@ def peak(memory: bool, what: str) -> float:
 
 
 def _plain(*tensors):
-    """Whether the C++ takes these: float32 on a dynamic graph."""
+    """Whether the C++ takes these tensors: float32, dynamic graph."""
     return paddle.in_dynamic_mode() and all(t.dtype == paddle.float32 for t in tensors)
 
 
 def _op(name, *args):
-    """A C++ op that is told which instructions to use."""
+    """Run a C++ op with INSTRUCTIONS as its last argument."""
     return _C_ops._run_custom_op(name, *args, INSTRUCTIONS)
 
 
@@ -121,14 +121,14 @@ def bf16_matmul(
 ) -> paddle.Tensor:
     """x (M, K) or transposed, y (K, N) or transposed, float32 or bfloat16 -> x y + bias + residual (M, N) float32.
 
-    Products are of bfloat16, sums in float32.
+    Products in bfloat16, sums in float32.
     """
     operands = x.contiguous(), y.contiguous(), bias, residual
     return _C_ops._run_custom_op("cpu_bf16_matmul", *operands, transpose_x, transpose_y)[0]
 
 
 def _takes_bf16(x, *weights):
-    """Whether the C++ makes this product in bfloat16: asked for, on a dynamic graph, and x float32."""
+    """Whether the C++ computes this product in bfloat16: requested, dynamic graph, x float32."""
     stored = (paddle.float32, paddle.bfloat16)
     return (
         kernels.bf16
@@ -139,11 +139,11 @@ def _takes_bf16(x, *weights):
 
 
 def linear(x, weight, bias=None, residual=None):
-    if (few := _few_rows(x, weight, bias)) is not None:
-        return few if residual is None else few + residual
+    if (product := _few_rows(x, weight, bias)) is not None:
+        return product if residual is None else product + residual
     n_in, n_out = weight.shape
-    wide = kernels.bf16 and min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the product saves
-    if wide and _takes_bf16(x, weight):
+    wide = min(x.size // n_in, n_in, n_out) >= 32  # below, packing costs more than the product saves
+    if kernels.bf16 and wide and _takes_bf16(x, weight):
         return _Bf16Linear.apply(x, weight, bias, residual)
     if bias is None or bias.stop_gradient or not paddle.is_grad_enabled() or not paddle.in_dynamic_mode():
         return reference.linear(x, weight, bias, residual)
@@ -152,8 +152,7 @@ def linear(x, weight, bias=None, residual=None):
 
 
 def _sum_of_rows(x):
-    """(N, n) -> (n,). As a product: 0.1 ms for (2048, 1024), where Paddle's sum takes 27 ms and the gradient of its
-    add 35."""
+    """(N, n) -> (n,), as a product: (2048, 1024) in 0.1 ms; Paddle's sum takes 27 ms, the gradient of its add 35."""
     return paddle.matmul(paddle.ones([1, x.shape[0]], x.dtype), x).reshape([-1])
 
 
@@ -168,21 +167,21 @@ class _AddBias(PyLayer):
     @staticmethod
     def backward(ctx, dy):
         db = _sum_of_rows(dy.reshape([-1, dy.shape[-1]])).astype(ctx.dtype)
-        return None if ctx.frozen else dy.clone(), db  # Paddle adds to a gradient in place
+        return None if ctx.frozen else dy.clone(), db  # a copy: Paddle adds to gradients in place
 
 
 def _few_rows(x, weight, bias):
-    """x @ weight + bias of at most 32 rows, where no gradient is expected and the C++ takes them; else None.
+    """x @ weight + bias for at most 32 rows without gradients, if the C++ takes them; else None.
 
-    Bound by reading the weight, which may be stored in bfloat16: then half the bytes.
+    Bound by reading the weight, which may be stored in bfloat16 (half the bytes).
     """
     if _state is not True or weight.dtype not in (paddle.float32, paddle.bfloat16) or not _plain(x):
         return None
-    wanted = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
+    needs_gradient = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
     rows = math.prod(x.shape[:-1])
     if rows == 1 and weight.dtype == paddle.float32 and math.prod(weight.shape) < SMALL:
         return None
-    if wanted or rows > 32 or (bias is not None and bias.dtype != paddle.float32):
+    if needs_gradient or rows > 32 or (bias is not None and bias.dtype != paddle.float32):
         return None
     return _op("cpu_few_rows_linear", x.contiguous(), weight, bias)[0]
 
@@ -196,21 +195,21 @@ class _Bf16Linear(PyLayer):
         ctx.frozen = [t is None or t.stop_gradient for t in (x, weight, bias, residual)]
         ctx.given = [t is not None for t in (x, weight, bias, residual)]
         n_in, n_out = weight.shape
-        more = bias, None if residual is None else residual.reshape([-1, n_out]).contiguous()
-        return bf16_matmul(x.reshape([-1, n_in]), weight, False, False, *more).reshape([*x.shape[:-1], n_out])
+        addends = bias, None if residual is None else residual.reshape([-1, n_out]).contiguous()
+        return bf16_matmul(x.reshape([-1, n_in]), weight, False, False, *addends).reshape([*x.shape[:-1], n_out])
 
     @staticmethod
     def backward(ctx, dy):
         (x, weight), frozen = ctx.saved_tensor(), ctx.frozen
         n_in, n_out = weight.shape
         rows = dy.reshape([-1, n_out])
-        found = [
+        gradients = [
             None if frozen[0] else bf16_matmul(rows, weight, transpose_y=True).reshape(x.shape),
             None if frozen[1] else bf16_matmul(x.reshape([-1, n_in]), rows, transpose_x=True),
             None if frozen[2] else _sum_of_rows(rows),
-            None if frozen[3] else dy.clone(),  # Paddle adds to a gradient in place
+            None if frozen[3] else dy.clone(),  # a copy: Paddle adds to gradients in place
         ]
-        return tuple(d for d, given in zip(found, ctx.given) if given)
+        return tuple(d for d, given in zip(gradients, ctx.given) if given)
 
 
 def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
@@ -223,7 +222,9 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
         and _takes_bf16(x, weight, lora_A, lora_B)
     ):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropped)
-    held = types.SimpleNamespace(weight=weight, bias=bias, scaling=float(scaling))  # frozen: no inputs of the PyLayer
+    held = types.SimpleNamespace(
+        weight=weight, bias=bias, scaling=float(scaling)
+    )  # frozen, so not inputs of the PyLayer
     return _Bf16LoRA.apply(x, dropped, lora_A, lora_B, held)
 
 
@@ -261,14 +262,14 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     if not _plain(*floats) or qweight.shape[1] < 4:
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
     packed = qweight, scales, qzeros, g_index
-    if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # faster as one product with floats
+    if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # dequantize once: faster
         return linear(x, _op("cpu_dequantize", *packed, bits)[0], bias)
     return _op("cpu_quant_linear", x.contiguous(), *packed, bias, bits)[0]
 
 
 def _int8_linear(x, weight, scales, bias, input_scale):
     floats = [t for t in (x, scales, bias, input_scale) if t is not None]
-    if not _plain(*floats) or weight.shape[0] >= 1 << 17:  # more products may not fit in 32 bits
+    if not _plain(*floats) or weight.shape[0] >= 1 << 17:  # sums of more products may overflow 32 bits
         return reference.quant_linear(x, weight, scales, bias, "a8w8", input_scale=input_scale)
     return _op("cpu_int8_linear", x.contiguous(), weight, scales, bias, input_scale)[0]
 
@@ -281,13 +282,12 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
         return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
     rows = startend_row_indices
     reference.check_attention(q, k, rows, causal, softcap)
-    how = _how(q, rows, k.shape[1] - q.shape[1], causal, scale, alibi_slopes, softcap)
-    return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), how)
+    options = _options(q, rows, k.shape[1] - q.shape[1], causal, scale, alibi_slopes, softcap)
+    return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), options)
 
 
-def _how(q, rows, offset, causal, scale, slopes, softcap):
-    """What the C++ takes beside q, k and v; a plain object, as a PyLayer would take tensors among its arguments for
-    inputs."""
+def _options(q, rows, offset, causal, scale, slopes, softcap):
+    """The other arguments of the C++; a plain object, because a PyLayer treats tensor arguments as inputs."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return types.SimpleNamespace(
         rows=None if rows is None else rows.astype("int32").contiguous(),
@@ -299,11 +299,11 @@ def _how(q, rows, offset, causal, scale, slopes, softcap):
 def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
     if q.dtype != paddle.float32:
         return reference.attention_with_lse(q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
-    reference.check_part(q, k, startend_row_indices, causal, softcap)
-    how = _how(q, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    reference.check_attention_with_lse(q, k, startend_row_indices, causal, softcap)
+    options = _options(q, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     inputs = q.contiguous(), k.contiguous(), v.contiguous()
-    out, lse = _C_ops._run_custom_op("cpu_attention", *inputs, how.rows, how.slopes, *how.rest)
-    return out, paddle.where(paddle.isinf(lse), paddle.full_like(lse, -math.inf), lse)  # the C++ says +inf
+    out, lse = _C_ops._run_custom_op("cpu_attention", *inputs, options.rows, options.slopes, *options.rest)
+    return out, paddle.where(paddle.isinf(lse), paddle.full_like(lse, -math.inf), lse)  # the C++ writes +inf
 
 
 def attention_with_lse_backward(
@@ -312,42 +312,34 @@ def attention_with_lse_backward(
     rest = startend_row_indices, offset, causal, scale, alibi_slopes, softcap
     if q.dtype != paddle.float32:
         return reference.attention_with_lse_backward(q, k, v, out, lse, d_out, *rest)
-    how = _how(q, *rest)
+    options = _options(q, *rest)
     lse = paddle.where(paddle.isinf(lse), paddle.full_like(lse, math.inf), lse)
-    inputs = (
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        how.rows,
-        how.slopes,
-        out.contiguous(),
-        lse,
-        d_out.contiguous(),
-    )
-    return tuple(_C_ops._run_custom_op("cpu_attention_backward", *inputs, *how.rest))
+    q, k, v, out, d_out = (t.contiguous() for t in (q, k, v, out, d_out))
+    inputs = q, k, v, options.rows, options.slopes, out, lse, d_out
+    return tuple(_C_ops._run_custom_op("cpu_attention_backward", *inputs, *options.rest))
 
 
 class _Attention(PyLayer):
     @staticmethod
-    def forward(ctx, q, k, v, how):
-        out, lse = _C_ops._run_custom_op("cpu_attention", q, k, v, how.rows, how.slopes, *how.rest)
+    def forward(ctx, q, k, v, options):
+        out, lse = _C_ops._run_custom_op("cpu_attention", q, k, v, options.rows, options.slopes, *options.rest)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.how, ctx.frozen = how, [t.stop_gradient for t in (q, k, v)]
+        ctx.options, ctx.frozen = options, [t.stop_gradient for t in (q, k, v)]
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensor()
-        how = ctx.how
-        found = _C_ops._run_custom_op(
-            "cpu_attention_backward", q, k, v, how.rows, how.slopes, out, lse, d_out.contiguous(), *how.rest
+        options = ctx.options
+        gradients = _C_ops._run_custom_op(
+            "cpu_attention_backward", q, k, v, options.rows, options.slopes, out, lse, d_out.contiguous(), *options.rest
         )
-        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+        return tuple(None if frozen else d for d, frozen in zip(gradients, ctx.frozen))
 
 
 # ---------------------------------------------------------------------------------------- paged attention
 
-_paged = None  # (arrays of the last call, tensors made of them)
+_paged = None  # (arrays of the last call, their tensors)
 
 
 def paged_attention(
@@ -384,21 +376,20 @@ def paged_attention(
     reference.check_scores(softcap, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     slopes = None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous()
-    more = k_scales, v_scales, slopes, scale, window or 0, float(softcap or 0)
-    return _op("cpu_paged_attention", q.contiguous(), k_cache, v_cache, tables, lengths, *more)[0]
+    rest = k_scales, v_scales, slopes, scale, window or 0, float(softcap or 0)
+    return _op("cpu_paged_attention", q.contiguous(), k_cache, v_cache, tables, lengths, *rest)[0]
 
 
 def _paged_tensors(q, k_cache, arrays):
-    """Block tables (S, blocks) and lengths (2, S) as int32 tensors: the last ones, if the arrays cannot have changed
-    since."""
+    """Block tables (S, blocks) and lengths (2, S) as int32 tensors; cached if the arrays cannot have changed."""
     global _paged
     if _paged is None or any(a is not b for a, b in zip(_paged[0], arrays)):
         tables, queries, contexts = (np.ascontiguousarray(a, np.int32) for a in arrays)
         reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
-        found = kernels.to_tensor(tables), kernels.to_tensor(np.stack([queries, contexts]))
+        tensors = kernels.to_tensor(tables), kernels.to_tensor(np.stack([queries, contexts]))
         if any(getattr(a, "flags", None) is None or a.flags.writeable for a in arrays):
-            return found
-        _paged = arrays, found
+            return tensors
+        _paged = arrays, tensors
     return _paged[1]
 
 
@@ -411,8 +402,8 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
 def sample(logits, temperature, top_k, top_p, uniform):
     if not _plain(logits):
         return reference.sample(logits, temperature, top_k, top_p, uniform)
-    how = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
-    return _op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), how)[0]
+    parameters = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
+    return _op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), parameters)[0]
 
 
 # ------------------------------------------------------------------------------------- norm, rotation, gate
@@ -435,17 +426,17 @@ def _norm(x, residual, weight, bias, epsilon, op):
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if paddle.is_grad_enabled():
         return _Norm.apply(x, residual, weight, bias, epsilon, op)
-    y, h, *_ = _op(
-        op, x, residual, weight, *(() if op == "cpu_rms_norm" else (bias,)), epsilon
-    )  # decoding: a PyLayer costs more
+    inputs = (x, residual, weight) if op == "cpu_rms_norm" else (x, residual, weight, bias)
+    y, h, *_ = _op(op, *inputs, epsilon)  # in decoding a PyLayer costs more time than the norm
     return y if residual is None else (y, h)
 
 
 class _Norm(PyLayer):
     """y = z w (+ b) with z = (h - mean) r, h = x + residual; RMSNorm: mean 0, r = rsqrt(mean(h^2) + eps).
 
-    With g = dy w: dh += r (g - mean(g) - z mean(g z)), RMSNorm without mean(g); dw = sum(dy z), db = sum(dy). Kept: h,
-    mean, r."""
+    With g = dy w: dh += r (g - mean(g) - z mean(g z)), RMSNorm without mean(g); dw = sum(dy z), db = sum(dy). Saves h,
+    mean, r.
+    """
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, epsilon, op):
@@ -454,8 +445,8 @@ class _Norm(PyLayer):
         h = x if residual is None else h
         ctx.save_for_backward(*((h, weight, r) if op == "cpu_rms_norm" else (h, weight, mean, r)))
         ctx.op, ctx.given = op, [t is not None for t in (x, residual, weight, bias)]
-        ctx.wanted = [t is not None and not t.stop_gradient for t in (x, residual, weight, bias)]
-        ctx.set_materialize_grads(False)  # the gradient of y or h is None where it has none
+        ctx.needs_gradient = [t is not None and not t.stop_gradient for t in (x, residual, weight, bias)]
+        ctx.set_materialize_grads(False)  # None for an output without a gradient
         return y if residual is None else (y, h)
 
     @staticmethod
@@ -463,9 +454,9 @@ class _Norm(PyLayer):
         saved = ctx.saved_tensor()
         dy = paddle.zeros_like(saved[0]) if dy is None else dy.contiguous()
         dh = None if dh is None else dh.contiguous()
-        dx, again, dw, db = _op(ctx.op + "_backward", *saved, dy, dh, ctx.wanted[0] and ctx.wanted[1])
-        found = dx, again if ctx.wanted[0] else dx, dw, db
-        return tuple(d if w else None for d, w, is_tensor in zip(found, ctx.wanted, ctx.given) if is_tensor)
+        dx, dx_copy, dw, db = _op(ctx.op + "_backward", *saved, dy, dh, ctx.needs_gradient[0] and ctx.needs_gradient[1])
+        gradients = dx, dx_copy if ctx.needs_gradient[0] else dx, dw, db
+        return tuple(d if w else None for d, w, is_tensor in zip(gradients, ctx.needs_gradient, ctx.given) if is_tensor)
 
 
 def rope(x, cos, sin, interleaved=False):
@@ -474,13 +465,13 @@ def rope(x, cos, sin, interleaved=False):
     reference.check_rope(x, cos)
     if cos.shape[:2] != x.shape[:2]:
         cos, sin = cos.expand([*x.shape[:2], 1, -1]), sin.expand([*x.shape[:2], 1, -1])
-    if x.stop_gradient or not paddle.is_grad_enabled():  # decoding: a PyLayer costs as much as the rotation
+    if x.stop_gradient or not paddle.is_grad_enabled():  # decoding: a PyLayer costs as much time as the rotation
         return _op("cpu_rope", x.contiguous(), cos.contiguous(), sin.contiguous(), 1.0, interleaved)[0]
     return _Rope.apply(x.contiguous(), cos, sin, interleaved)
 
 
 class _Rope(PyLayer):
-    """A rotation: its gradient is the rotation back. Nothing but the tables is kept."""
+    """The gradient of a rotation is the rotation by the negative angle. Saves only the tables."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
@@ -516,8 +507,10 @@ def _gate(gate, up, kind):
 
 
 class _Gate(PyLayer):
-    """y = a(g) u, u 1 where it is not given: dg = dy u a'(g), du = dy a(g). a: 0 silu, g s with s = sigmoid(g), a' = s
-    (1 + g (1 - s)); 1, 2 gelu, g Phi(g), 1 by tanh."""
+    """y = a(g) u, u = 1 if None: dg = dy u a'(g), du = dy a(g).
+
+    kind 0: silu, a = g s with s = sigmoid(g), a' = s (1 + g (1 - s)). kind 1, 2: gelu, a = g Phi(g), 1 by tanh.
+    """
 
     @staticmethod
     def forward(ctx, gate, up, kind):
@@ -527,8 +520,8 @@ class _Gate(PyLayer):
 
     @staticmethod
     def backward(ctx, dy):
-        found = _op("cpu_gate_backward", *ctx.saved_tensor(), dy.contiguous(), ctx.kind)
-        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+        gradients = _op("cpu_gate_backward", *ctx.saved_tensor(), dy.contiguous(), ctx.kind)
+        return tuple(None if frozen else d for d, frozen in zip(gradients, ctx.frozen))
 
 
 def embedding(ids, weight):
@@ -538,24 +531,24 @@ def embedding(ids, weight):
 
 
 class _Embedding(PyLayer):
-    """y = w[ids]; dw = the rows of dy added up in the order of ids.
+    """y = w[ids]; dw: the rows of dy summed in the order of ids.
 
-    dw is always a tensor of its own. To add rows to a weight.grad that is there, without one, would be wrong under
-    paddle.grad(), twice wrong where a hook changes gradients, and in a tied head the gradient is not there yet: Paddle
-    adds up all uses of a leaf before it fills grad. But a dw of 32 MB or more is made of pages that are fresh from the
-    system: zeros that nobody wrote, and that take memory only where rows are. Of (32000, 768) and 2,048 tokens forward
-    and backward took 6 ms, Paddle's 68; where a gradient was there, 31 and 76: Paddle adds dw to it, page after page.
+    dw is always a new tensor. Adding rows into an existing weight.grad would be wrong under paddle.grad(), wrong where
+    a hook changes gradients, and for a tied head grad is not there yet: Paddle sums all uses of a leaf before it fills
+    grad. But a dw of 32 MB or more consists of fresh pages of the system: zeros that nobody wrote and that take memory
+    only where rows are written. For (32000, 768) and 2,048 tokens, forward and backward take 6 ms, Paddle's 68; with an
+    existing gradient 31 and 76, because Paddle adds all of dw to it.
     """
 
     @staticmethod
-    def forward(ctx, weight, how):
+    def forward(ctx, weight, options):
         ctx.save_for_backward(weight)
-        ctx.how = how
-        return _C_ops._run_custom_op("cpu_embedding", how.ids, weight.contiguous())[0]
+        ctx.options = options
+        return _C_ops._run_custom_op("cpu_embedding", options.ids, weight.contiguous())[0]
 
     @staticmethod
     def backward(ctx, dy):
-        return _C_ops._run_custom_op("cpu_embedding_backward", ctx.how.ids, *ctx.saved_tensor(), dy.contiguous())[0]
+        return _C_ops._run_custom_op("cpu_embedding_backward", ctx.options.ids, *ctx.saved_tensor(), dy.contiguous())[0]
 
 
 # ----------------------------------------------------------------------------------- linear cross-entropy
@@ -581,22 +574,25 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(PyLayer):
     """loss = lse - (h W)[label], lse = logsumexp(h W); d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
 
-    Logits are made in blocks of columns of W, small enough to stay in the cache from one product to the next; maximum
-    and sum go on from block to block. Trained W: four products, as backward makes the logits again. Frozen W: two, as
-    forward also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss: sums of exp(logit - max
-    so far) W^T, shrunk when the maximum grows (Milakov & Gimelshein, arXiv 1805.02867). With a softcap the logits l
-    are those of softcap * tanh(h W / softcap), and each p - onehot has a factor 1 - (l / softcap)^2."""
+    Logits are computed in blocks of columns of W, small enough to stay in the cache between products; maximum and sum
+    are carried from block to block. Trained W: four products, because backward recomputes the logits. Frozen W: two,
+    because forward also computes the rows (p - onehot) W^T, which backward multiplies by d loss: sums of
+    exp(logit - max so far) W^T, rescaled when the maximum grows (Milakov & Gimelshein, arXiv 1805.02867). With a
+    softcap, logits l are softcap * tanh(h W / softcap), and each p - onehot has the factor 1 - (l / softcap)^2.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, how):
-        how.frozen = [hidden.stop_gradient, weight.stop_gradient]
-        rows_too = how.grad and how.frozen == [False, True]
-        found = [_chunk_of_losses(hidden[c], weight, labels[c], how, rows_too) for c in _token_chunks(labels)]
-        losses, lse, rows, best = ([f[i] for f in found] for i in range(4))
-        if how.predictions is not None:
-            how.predictions.extend(best)
-        ctx.how, ctx.rows_too = how, rows_too
-        if rows_too:
+    def forward(ctx, hidden, weight, labels, options):
+        options.frozen = [hidden.stop_gradient, weight.stop_gradient]
+        d_hidden_in_forward = options.grad and options.frozen == [False, True]
+        chunks = [
+            _chunk_of_losses(hidden[c], weight, labels[c], options, d_hidden_in_forward) for c in _token_chunks(labels)
+        ]
+        losses, lse, rows, best = ([chunk[i] for chunk in chunks] for i in range(4))
+        if options.predictions is not None:
+            options.predictions.extend(best)
+        ctx.options, ctx.d_hidden_in_forward = options, d_hidden_in_forward
+        if d_hidden_in_forward:
             ctx.save_for_backward(paddle.concat(rows))
         else:
             ctx.save_for_backward(hidden, weight, labels, paddle.concat(lse))
@@ -604,62 +600,70 @@ class _LinearCrossEntropy(PyLayer):
 
     @staticmethod
     def backward(ctx, d_losses):
-        if ctx.rows_too:
+        if ctx.d_hidden_in_forward:
             return ctx.saved_tensor()[0] * d_losses.unsqueeze(-1), None, None
         hidden, weight, labels, lse = ctx.saved_tensor()
-        how, turned = ctx.how, ctx.how.transpose_weight
-        d_hidden, d_weight = [], None if how.frozen[1] else paddle.empty(weight.shape, "float32")
+        options, transposed = ctx.options, ctx.options.transpose_weight
+        d_hidden, d_weight = [], None if options.frozen[1] else paddle.empty(weight.shape, "float32")
         for number, c in enumerate(_token_chunks(labels)):
             h, d_chunk = hidden[c], None
-            for first, block in _blocks_of(weight, turned, h.shape[0]):
-                p = paddle.matmul(h, block, transpose_y=turned)
+            for first, block in _blocks_of(weight, transposed, h.shape[0]):
+                p = paddle.matmul(h, block, transpose_y=transposed)
                 _op(
                     "cpu_softmax_less_onehot",
                     p,
                     labels[c],
                     lse[c],
                     d_losses[c].contiguous(),
-                    how.start + first,
-                    float(how.softcap or 0),
+                    options.start + first,
+                    float(options.softcap or 0),
                 )
-                if not how.frozen[0]:
-                    d = paddle.matmul(p, block, transpose_y=not turned)
+                if not options.frozen[0]:
+                    d = paddle.matmul(p, block, transpose_y=not transposed)
                     d_chunk = d if d_chunk is None else d_chunk.add_(d)
-                if not how.frozen[1]:
-                    d = paddle.matmul(*((p, h) if turned else (h, p)), transpose_x=True)
-                    _op("cpu_put_block", d_weight, d, *((first, 0) if turned else (0, first)), number > 0)
-                del p, d  # before the next block's are made
+                if not options.frozen[1]:
+                    d = paddle.matmul(*((p, h) if transposed else (h, p)), transpose_x=True)
+                    _op("cpu_put_block", d_weight, d, *((first, 0) if transposed else (0, first)), number > 0)
+                del p, d  # before the next block's
             d_hidden.append(d_chunk)
-        d_hidden = None if how.frozen[0] else paddle.concat(d_hidden)
-        return d_hidden, None if how.frozen[1] else d_weight.astype(weight.dtype), None
+        d_hidden = None if options.frozen[0] else paddle.concat(d_hidden)
+        return d_hidden, None if options.frozen[1] else d_weight.astype(weight.dtype), None
 
 
-def _chunk_of_losses(hidden, weight, labels, how, rows_too):
-    """losses, logsumexp (c,), rows (p - onehot) W^T (c, D) or None, and where asked for predictions (c,), else None."""
-    c, turned, vocabulary = labels.shape[0], how.transpose_weight, how.vocabulary
+def _chunk_of_losses(hidden, weight, labels, options, d_hidden_in_forward):
+    """(losses (c,), logsumexp (c,), rows (p - onehot) W^T (c, D) or None, predictions (c,) or None)."""
+    c, transposed, vocabulary = labels.shape[0], options.transpose_weight, options.vocabulary
     state, best = paddle.empty([c, 4]), paddle.empty([c], "int64")  # see loss.cc
-    rows, of_labels = None, paddle.zeros_like(hidden) if rows_too else None
-    for first, block in _blocks_of(weight, turned, c):
-        logits, first = paddle.matmul(hidden, block, transpose_y=turned), how.start + first
+    rows, of_labels = None, paddle.zeros_like(hidden) if d_hidden_in_forward else None
+    for first, block in _blocks_of(weight, transposed, c):
+        logits, first = paddle.matmul(hidden, block, transpose_y=transposed), options.start + first
         _op(
-            "cpu_logits_seen", logits, labels, state, best, first, first == how.start, rows_too, float(how.softcap or 0)
+            "cpu_logits_seen",
+            logits,
+            labels,
+            state,
+            best,
+            first,
+            first == options.start,
+            d_hidden_in_forward,
+            float(options.softcap or 0),
         )
-        if rows_too:
-            more = paddle.matmul(logits, block, transpose_y=not turned)
-            rows = more if rows is None else _op("cpu_scaled_add", rows, more, state)[0]
-            _C_ops._run_custom_op("cpu_label_rows", of_labels, block, labels, first, turned)
-            del more
-        del logits  # before the next block's are made
-    most, total, target, _ = (t.contiguous() for t in state.unbind(-1))
+        if d_hidden_in_forward:
+            block_rows = paddle.matmul(logits, block, transpose_y=not transposed)
+            rows = block_rows if rows is None else _op("cpu_scaled_add", rows, block_rows, state)[0]
+            _C_ops._run_custom_op("cpu_label_rows", of_labels, block, labels, first, transposed)
+            del block_rows
+        del logits  # before the next block's
+    largest, total, target, _ = (t.contiguous() for t in state.unbind(-1))
     if vocabulary is None:
-        lse = most + paddle.log(total)
-        share, predictions = 1.0 / total, best if how.predictions is not None else None
+        lse = largest + paddle.log(total)
+        share, predictions = 1.0 / total, best if options.predictions is not None else None
     else:
-        lse, target, predictions = reference.reduce_lse(most, total, target, best, how)
-        share = paddle.exp(most - lse)
-    if rows_too:
-        if how.softcap is not None:
-            of_labels = of_labels * (1.0 - paddle.square(target / how.softcap)).unsqueeze(-1)
+        lse, target, predictions = reference.reduce_lse(largest, total, target, best, options)
+        share = paddle.exp(largest - lse)
+    if d_hidden_in_forward:
+        if options.softcap is not None:
+            of_labels = of_labels * (1.0 - paddle.square(target / options.softcap)).unsqueeze(-1)
         rows = rows * share.unsqueeze(-1) - of_labels
     return lse - target, lse, rows, predictions
 
@@ -668,59 +672,60 @@ def _token_chunks(labels):
     return [slice(i, min(i + LOGITS_ROWS, labels.shape[0])) for i in range(0, labels.shape[0], LOGITS_ROWS)]
 
 
-def _blocks_of(weight, turned, tokens):
-    """(first column, its block of W in float32): (D, n) or, turned, (n, D), contiguous."""
-    V, D = weight.shape if turned else weight.shape[::-1]
+def _blocks_of(weight, transposed, tokens):
+    """Yields (first column, block of W in float32): (D, n) or, transposed, (n, D), contiguous."""
+    V, D = weight.shape if transposed else weight.shape[::-1]
     width = max(64, LOGITS // max(tokens, D) // 64 * 64)
     if V <= width and weight.dtype == paddle.float32:
         yield 0, weight
         return
     for first in range(0, V, width):
         n = min(width, V - first)
-        yield first, _op("cpu_block", weight, *((first, n, 0, D) if turned else (0, D, first, n)))[0]
+        yield first, _op("cpu_block", weight, *((first, n, 0, D) if transposed else (0, D, first, n)))[0]
 
 
 class _Bf16CrossEntropy(PyLayer):
-    """loss = logsumexp(l) - l[label], l = h W or softcap * tanh(h W / softcap), over the vocabulary in blocks; see
-    gemm.cc.
+    """loss = logsumexp(l) - l[label], l = h W or softcap * tanh(h W / softcap), in blocks of the vocabulary; gemm.cc.
 
-    With a frozen W the gradient of h, but for the factor d loss of each row, is made together with the loss (an online
-    softmax). Else the logits are made again in backward.
+    With a frozen W, forward also computes the gradient of h up to the factor d loss per row (online softmax). Otherwise
+    backward recomputes the logits.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, how):
-        how.frozen = [hidden.stop_gradient, weight.stop_gradient]
-        ctx.how, ctx.online = how, how.grad and how.frozen == [False, True]
-        labels = labels - how.start if how.start else labels
-        how.rest = how.transpose_weight, float(how.softcap or 0)
-        found = _C_ops._run_custom_op("cpu_bf16_cross_entropy", hidden, weight, labels, *how.rest, ctx.online)
-        most, total, target, best, acc = found
-        if how.vocabulary is None:
-            lse = most + paddle.log(total)
+    def forward(ctx, hidden, weight, labels, options):
+        options.frozen = [hidden.stop_gradient, weight.stop_gradient]
+        ctx.options, ctx.online = options, options.grad and options.frozen == [False, True]
+        labels = labels - options.start if options.start else labels
+        options.rest = options.transpose_weight, float(options.softcap or 0)
+        outputs = _C_ops._run_custom_op("cpu_bf16_cross_entropy", hidden, weight, labels, *options.rest, ctx.online)
+        largest, total, target, best, acc = outputs
+        if options.vocabulary is None:
+            lse = largest + paddle.log(total)
         else:
-            lse, target, best = reference.reduce_lse(most, total, target, best + how.start, how)
-        if how.predictions is not None:
-            how.predictions.append(best)
-        kept = (target, acc, paddle.exp(most - lse)) if ctx.online else (hidden, lse)
-        ctx.save_for_backward(weight, labels, *kept)
+            lse, target, best = reference.reduce_lse(largest, total, target, best + options.start, options)
+        if options.predictions is not None:
+            options.predictions.append(best)
+        saved = (target, acc, paddle.exp(largest - lse)) if ctx.online else (hidden, lse)
+        ctx.save_for_backward(weight, labels, *saved)
         return lse - target
 
     @staticmethod
     def backward(ctx, d_losses):
-        weight, labels, *kept = ctx.saved_tensor()
-        d_losses, how = d_losses.contiguous(), ctx.how
+        weight, labels, *saved = ctx.saved_tensor()
+        d_losses, options = d_losses.contiguous(), ctx.options
         if ctx.online:
-            target, acc, factor = kept
+            target, acc, factor = saved
             return (
-                _C_ops._run_custom_op("cpu_softmax_part", acc, factor, weight, labels, target, d_losses, *how.rest)[0],
+                _C_ops._run_custom_op("cpu_softmax_part", acc, factor, weight, labels, target, d_losses, *options.rest)[
+                    0
+                ],
                 None,
                 None,
             )
-        hidden, lse = kept
-        args = hidden, weight, labels, lse, d_losses, *how.rest, how.frozen[1]
-        found = _C_ops._run_custom_op("cpu_bf16_cross_entropy_backward", *args)
-        return *(None if frozen else d for frozen, d in zip(how.frozen, found)), None
+        hidden, lse = saved
+        args = hidden, weight, labels, lse, d_losses, *options.rest, options.frozen[1]
+        gradients = _C_ops._run_custom_op("cpu_bf16_cross_entropy_backward", *args)
+        return *(None if frozen else d for frozen, d in zip(options.frozen, gradients)), None
 
 
 # ---------------------------------------------------------------------------------------------- optimizer
@@ -745,7 +750,7 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
         (1 - beta2**step) ** -0.5,
         epsilon,
     ]
-    # A leaf that is trained may not be written to, whatever is tracked; its memory under another name may.
+    # Paddle forbids in-place writes to a trained leaf; detach() is the same memory without that check.
     _op("cpu_adamw", parameter.detach(), gradient.contiguous(), moment1.detach(), moment2.detach(), constants)
 
 

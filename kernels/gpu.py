@@ -1,22 +1,24 @@
-"""NVIDIA GPUs: Paddle's own fused operators first, our CUDA (kernels/cuda) for what they lack, built on first use
-(_build.py).
+"""NVIDIA GPUs: Paddle's fused operators first, and our CUDA (kernels/cuda, built on first use) for what they lack.
 
 Paddle's: attention (flashmask_attention), rms_norm (fused_rms_norm), rope (fused_rotary_position_embedding), swiglu,
-adamw (adamw_; master weights are the trainer's matter). Ours: rms_norm with residual, as the gradient of Paddle's has
-no place for the sum's own; linear_cross_entropy, whose softmax, loss and gradient take two passes over a chunk of
-logits, the second in place; paged_attention for one query a sequence, from float or int8 caches, the keys split over
-blocks; quant_linear for up to ROWS rows of 4- or 8-bit weights.
+adamw (adamw_; the trainer handles master weights).
 
-Not used: paddle.nn.quant.weight_only_linear. It knows no zero points, groups of 64 or 128 alone, scales of x's own
-type, and codes in an order of its own that only weight_quantize makes, from floats, rounding again: our layouts cannot
-be converted exactly. More than ROWS rows are a product with weights that one pass has dequantized.
+Ours: rms_norm with a residual, because Paddle's gradient has no input for the gradient of the sum;
+linear_cross_entropy, whose softmax, loss and gradient take two passes over a chunk of logits, the second in place;
+paged_attention for one query per sequence, from float or int8 caches, with keys split over blocks; quant_linear for up
+to ROWS rows of 4- or 8-bit weights. More rows: a product with weights that one pass has dequantized.
 
-The reference runs, as no operator has it: attention in float32 (unless kernels.bf16), with ALiBi or a softcap, with Dh
-over 256 or no multiple of 8, or with rows where Tq != Tk (Paddle counts rows from the first query, we from the first
-key), a prompt behind a cache with a window among them; rope of neighboring dims; gelu; act order and a8w8; a part of
-the vocabulary; operands of different types. kernels.bf16 computes linear, attention and linear_cross_entropy of
-float32 tensors in bfloat16. The cores are tested on the CPU (tests/gpu/cuda_on_cpu.h) and timed by
-tests/gpu/cuda_harness.cu; no figure is known yet."""
+Not used: paddle.nn.quant.weight_only_linear. It has no zero points, only groups of 64 or 128, scales in x's dtype, and
+codes in its own order that only weight_quantize produces, from floats with new rounding. Our layouts cannot be
+converted exactly.
+
+The reference runs where neither has an operator: attention in float32 (unless kernels.bf16), with ALiBi or a softcap,
+with Dh over 256 or not a multiple of 8, or with mask rows if Tq != Tk (Paddle counts rows from the first query, we from
+the first key), which includes a prompt behind a cache with a window; rope of neighboring dims; gelu; act order and
+a8w8; a sharded vocabulary; operands of different dtypes. With kernels.bf16, linear, attention and linear_cross_entropy
+of float32 tensors run in bfloat16. The CUDA code is tested on the CPU (tests/gpu/cuda_on_cpu.h) and timed by
+tests/gpu/cuda_harness.cu; it has not been timed yet.
+"""
 
 import functools
 import types
@@ -33,7 +35,7 @@ from paddle.autograd import PyLayer
 from paddle.incubate.nn import functional as fused
 
 SOURCES = Path(__file__).with_name("cuda")
-OF_PADDLE = {  # Paddle's GPU kernels that an op needs, forward and backward
+OF_PADDLE = {  # op: the GPU kernels of Paddle that it needs, forward and backward
     "attention": ("flash_attn", "flash_attn_grad", "flashmask_attention", "flashmask_attention_grad"),
     "rms_norm": ("fused_rms_norm_quant", "fused_rms_norm_quant_grad"),
     "rope": ("fused_rotary_position_embedding", "fused_rotary_position_embedding_grad"),
@@ -41,15 +43,15 @@ OF_PADDLE = {  # Paddle's GPU kernels that an op needs, forward and backward
     "adamw": ("adamw",),
 }
 OF_EXTENSION = "linear_cross_entropy paged_attention quant_linear".split()
-ROWS = 16  # of x, up to which quant_linear reads packed weights
-EVERY_KEY = 2**31 - 1  # the CUDA's window for none
-LOGITS = 1 << 28  # held at a time by linear_cross_entropy: 512 MB in bfloat16, about 2,000 rows of 128,000 words
+ROWS = 16  # most rows of x for which quant_linear reads packed weights
+EVERY_KEY = 2**31 - 1  # window of our CUDA that means none
+LOGITS = 1 << 28  # of one chunk of linear_cross_entropy: 512 MB in bfloat16, about 2,000 rows of 128,000 words
 
-_state = None  # True once our own ops are loaded, or the reason why they cannot be
+_state = None  # True when our own ops are loaded, or the reason why they cannot be
 
 
 def missing(op: str) -> str | None:
-    """Why this op, or "bf16", cannot run here, or None. Builds the CUDA the first time that it is asked for."""
+    """The reason why this op, or "bf16", cannot run here, or None. Builds the CUDA ops on first use."""
     for kernel in OF_PADDLE.get(op, ()):
         if not _registered(kernel):
             return f"this Paddle has no {kernel} for GPUs"
@@ -59,7 +61,7 @@ def missing(op: str) -> str | None:
 
 
 def _registered(kernel):
-    """Whether this Paddle has it for GPUs."""
+    """Whether this Paddle has this kernel for GPUs."""
     return any("gpu" in str(key).lower() for key in _all_kernels().get(kernel, ()))
 
 
@@ -94,21 +96,21 @@ def _load():
 
 
 def _same(*tensors):
-    """Whether our CUDA takes these: one type that it knows, on a dynamic graph."""
+    """Whether our CUDA takes these tensors: one supported dtype, dynamic graph."""
     kind = tensors[0].dtype
     known = kind in (paddle.float32, paddle.bfloat16, paddle.float16)
     return known and paddle.in_dynamic_mode() and all(t.dtype == kind for t in tensors)
 
 
-def _lowered(*tensors):
-    """With kernels.bf16, float32 as bfloat16; the conversion has its own gradient."""
+def _to_bf16(*tensors):
+    """With kernels.bf16: float32 tensors as bfloat16 (differentiable)."""
     return [t.astype("bfloat16") if kernels.bf16 and t.dtype == paddle.float32 else t for t in tensors]
 
 
 def linear(x, weight, bias=None, residual=None):
     if not kernels.bf16 or x.dtype != paddle.float32:
         return reference.linear(x, weight, bias, residual)
-    y = paddle.matmul(*_lowered(x, weight)).astype("float32")
+    y = paddle.matmul(*_to_bf16(x, weight)).astype("float32")
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
 
@@ -118,22 +120,22 @@ def linear(x, weight, bias=None, residual=None):
 
 def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi_slopes=None, softcap=None):
     rows, Tq, Dh, Tk = startend_row_indices, q.shape[1], q.shape[3], k.shape[1]
-    half = _lowered(q, k, v)
+    half = _to_bf16(q, k, v)
     takes = alibi_slopes is None and softcap is None and Dh % 8 == 0 and Dh <= 256 and (rows is None or Tq == Tk)
     if not takes or not _same(*half) or half[0].dtype == paddle.float32:
-        # In float32, which the reference's masks are made in.
+        # In float32, the dtype of the reference's masks.
         q32, k32, v32 = (t if t.dtype == paddle.float32 else t.astype("float32") for t in (q, k, v))
         return reference.attention(q32, k32, v32, rows, causal, scale, alibi_slopes, softcap).astype(q.dtype)
     reference.check_attention(q, k, rows, causal, softcap)
     rows = None if rows is None else rows.astype("int32")
     if scale is not None and scale != Dh**-0.5:
-        # Paddle's scale is fixed. Exact for a power of two, else q is rounded once more.
+        # Paddle's scale is Dh ** -0.5. Exact for a power of two; else q is rounded once more.
         half[0] = half[0] * (scale * Dh**0.5)
     return _flash_attention(*half, rows, causal).astype(q.dtype)
 
 
 def _flash_attention(q, k, v, rows, causal):
-    """q, k, v in a 2-byte type, rows int32 or None -> as q."""
+    """q, k, v in a 2-byte dtype, rows int32 or None -> (B, T, H, Dh) in q's dtype."""
     return F.flashmask_attention(q, k, v, rows, causal=bool(causal))
 
 
@@ -156,7 +158,7 @@ def paged_attention(
     queries, contexts = np.asarray(query_lengths, np.int64), np.asarray(context_lengths, np.int64)
     tables = np.asarray(block_tables, np.int32)
     scale = Dh**-0.5 if scale is None else float(scale)
-    scores = alibi_slopes, window, softcap  # how they differ from products
+    scores = alibi_slopes, window, softcap  # how scores differ from q k
     cache = _same(q, k_cache, v_cache) if k_scales is None else k_cache.dtype == paddle.int8
     if not (_same(q) and cache and Dh % 8 == 0 and Dh <= 256):
         return reference.paged_attention(
@@ -165,7 +167,7 @@ def paged_attention(
     reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
     reference.check_scores(softcap, window)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
-    parts, order = [], []  # outputs, and the rows of q that they belong to
+    parts, order = [], []  # outputs, and their rows of q
     if len(decodes):
         rows = q if len(decodes) == N else paddle.gather(q, to_tensor(first[decodes]))
         pool = k_cache, v_cache, tables[decodes], contexts[decodes]
@@ -197,7 +199,7 @@ def _gathered(cache, blocks, scales, dtype):
 
 
 def _paged_decode(q, k_cache, v_cache, tables, contexts, scale, k_scales, v_scales, alibi_slopes, window, softcap):
-    """One query of each of S sequences: q (S, H, Dh) -> (S, H, Dh)."""
+    """One query per sequence: q (S, H, Dh) -> (S, H, Dh)."""
     plan = _on_device(tables.tobytes(), contexts.astype(np.int32).tobytes(), len(contexts), paddle.get_device())
     slopes = None if alibi_slopes is None else alibi_slopes.astype("float32").contiguous()
     longest = int(contexts.max())
@@ -210,7 +212,7 @@ def _paged_decode(q, k_cache, v_cache, tables, contexts, scale, k_scales, v_scal
 
 @functools.lru_cache(maxsize=1)
 def _on_device(tables, contexts, S, device):
-    """Block tables and context lengths as tensors: the same for all layers of a step, so they travel once."""
+    """Block tables and context lengths as tensors; copied once per step, for all layers."""
     tables, contexts = (np.frombuffer(x, np.int32) for x in (tables, contexts))
     return to_tensor(tables.reshape(S, -1).copy()), to_tensor(contexts.copy())
 
@@ -225,7 +227,9 @@ def rms_norm(x, weight, epsilon, residual=None):
     if residual is None:
         return _fused_rms_norm(x, weight, epsilon)
     D, vector = weight.shape[0], 4 if x.dtype == paddle.float32 else 8
-    if _own_missing() or D > (2048 * vector if D % vector == 0 else 8192):  # longer rows do not fit a block's registers
+    if _own_missing() or D > (
+        2048 * vector if D % vector == 0 else 8192
+    ):  # longer rows do not fit into a block's registers
         h = x + residual
         return _fused_rms_norm(h, weight, epsilon), h
     return _RMSNormResidual.apply(x.contiguous(), residual.contiguous(), weight, epsilon)
@@ -255,25 +259,27 @@ class _RMSNormResidual(PyLayer):
 
 
 def rope(x, cos, sin, interleaved=False):
-    (B, T, _, Dh), turned = x.shape, cos.shape[-1]
-    if not _same(x) or interleaved or turned == 0:
+    (B, T, _, Dh), r = x.shape, cos.shape[-1]
+    if not _same(x) or interleaved or r == 0:
         return reference.rope(x, cos, sin, interleaved)
     reference.check_rope(x, cos)
-    if turned < Dh:
-        return paddle.concat([rope(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)
-    cos, sin = (t.detach().astype(x.dtype) for t in (cos, sin))  # Paddle's operator wants one type; it sums in float32
+    if r < Dh:
+        return paddle.concat([rope(x[..., :r], cos, sin), x[..., r:]], axis=-1)
+    cos, sin = (
+        t.detach().astype(x.dtype) for t in (cos, sin)
+    )  # Paddle's operator needs one dtype; it computes in float32
     if cos.shape[0] == 1:
         return _fused_rope(x, cos, sin, None)
-    # One table for the whole batch, and for each token the row of it.
+    # One table for the batch, and per token its row.
     cos, sin = (t.reshape([1, B * T, 1, Dh]) for t in (cos, sin))
     return _fused_rope(x, cos, sin, _positions(B, T, paddle.get_device()))
 
 
 def _fused_rope(x, cos, sin, positions):
-    """x (B, T, heads, Dh); cos, sin (1, rows, 1, Dh) of x's type; positions (B, T) int64, or None where rows == T."""
+    """x (B, T, heads, Dh); cos, sin (1, rows, 1, Dh) of x's dtype; positions (B, T) int64, or None where rows == T."""
     return fused.fused_rotary_position_embedding(
         x, sin=sin, cos=cos, position_ids=positions, use_neox_rotary_style=False
-    )[0]  # "not neox" is what turns halves; the other turns neighbors
+    )[0]  # in Paddle, "not neox" rotates (i, i + r/2), "neox" rotates neighbors
 
 
 @functools.lru_cache(maxsize=4)
@@ -293,15 +299,12 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     layout = scheme != "a8w8" and g_index is None and n_in % groups == 0 and _same(x)
     if not (layout and n_out % (32 // int(scheme[1:])) == 0 and n_in // groups % (32 // int(scheme[1:])) == 0):
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
-    how, rows = (
-        (qweight, scales if scales.dtype == paddle.float32 else scales.astype("float32"), qzeros),
-        x.size // n_in,
-    )
-    bits, group = int(scheme[1:]), n_in // groups
+    packed = qweight, scales if scales.dtype == paddle.float32 else scales.astype("float32"), qzeros
+    rows, bits, group = x.size // n_in, int(scheme[1:]), n_in // groups
     if rows > ROWS or paddle.is_grad_enabled() and not x.stop_gradient:
-        return linear(x, _C_ops._run_custom_op("gpu_dequantize", x, *how, bits, group)[0], bias)
+        return linear(x, _C_ops._run_custom_op("gpu_dequantize", x, *packed, bits, group)[0], bias)
     bias = None if bias is None else bias.astype(x.dtype)
-    y = _C_ops._run_custom_op("gpu_quant_linear", x.reshape([rows, n_in]).contiguous(), *how, bias, bits, group)[0]
+    y = _C_ops._run_custom_op("gpu_quant_linear", x.reshape([rows, n_in]).contiguous(), *packed, bias, bits, group)[0]
     return y.reshape([*x.shape[:-1], n_out])
 
 
@@ -322,53 +325,57 @@ def linear_cross_entropy(
     if vocabulary is not None:
         return reference.linear_cross_entropy(*arguments, vocabulary, softcap)
     reference.check_scores(softcap)
-    hidden, weight = _lowered(hidden, weight if weight.dtype == hidden.dtype else weight.astype(hidden.dtype))
-    kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
-    if kept.shape[0] == 0 or not _same(hidden):
+    hidden, weight = _to_bf16(hidden, weight if weight.dtype == hidden.dtype else weight.astype(hidden.dtype))
+    labelled = paddle.nonzero(labels != ignore_index).flatten()  # (M,)
+    if labelled.shape[0] == 0 or not _same(hidden):
         return reference.linear_cross_entropy(*arguments, softcap=softcap)
-    how = types.SimpleNamespace(labels=paddle.gather(labels, kept), transpose=transpose_weight, predictions=[])
-    how.softcap = float(softcap or 0)
-    how.at_once = paddle.is_grad_enabled() and weight.stop_gradient and not hidden.stop_gradient
-    kept_losses = _LinearCrossEntropy.apply(paddle.gather(hidden, kept), weight, how)
-    losses = paddle.scatter(paddle.zeros([labels.shape[0]], "float32"), kept, kept_losses)
+    options = types.SimpleNamespace(labels=paddle.gather(labels, labelled), transpose=transpose_weight, predictions=[])
+    options.softcap = float(softcap or 0)
+    options.d_hidden_in_forward = paddle.is_grad_enabled() and weight.stop_gradient and not hidden.stop_gradient
+    row_losses = _LinearCrossEntropy.apply(paddle.gather(hidden, labelled), weight, options)
+    losses = paddle.scatter(paddle.zeros([labels.shape[0]], "float32"), labelled, row_losses)
     if not return_predictions:
         return losses
-    return losses, paddle.scatter(paddle.full([labels.shape[0]], -1, "int64"), kept, paddle.concat(how.predictions))
+    return losses, paddle.scatter(
+        paddle.full([labels.shape[0]], -1, "int64"), labelled, paddle.concat(options.predictions)
+    )
 
 
 class _LinearCrossEntropy(PyLayer):
-    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss; with a softcap see
-    cross_entropy.cuh.
+    """loss = lse(h W) - (h W)[label]; d(h W) = (exp(h W - lse) - onehot(label)) * d loss; softcap: cross_entropy.cuh.
 
-    Logits come in chunks, and twice; with a frozen weight once, since d h for d loss = 1 can then be made beside the
-    loss."""
+    Logits are computed in chunks, in forward and in backward; with a frozen weight only in forward, which then also
+    computes the gradient of hidden for d loss = 1.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, how):
+    def forward(ctx, hidden, weight, options):
         losses, sums, d_hidden = [], [], []
-        for chunk in _chunks(hidden, weight, how.transpose):
-            logits, labels = paddle.matmul(hidden[chunk], weight, transpose_y=how.transpose), how.labels[chunk]
-            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, labels, how.softcap)
+        for chunk in _chunks(hidden, weight, options.transpose):
+            logits, labels = paddle.matmul(hidden[chunk], weight, transpose_y=options.transpose), options.labels[chunk]
+            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, labels, options.softcap)
             sums.append(lse)
             losses.append(lse - target)
-            how.predictions.append(best)
-            if how.at_once:
-                d_hidden.append(_d_hidden(logits, labels, lse, paddle.ones_like(lse), weight, how)[1])
-        ctx.how, ctx.frozen = how, [hidden.stop_gradient, weight.stop_gradient]
-        ctx.save_for_backward(*([paddle.concat(d_hidden)] if how.at_once else [hidden, weight, paddle.concat(sums)]))
+            options.predictions.append(best)
+            if options.d_hidden_in_forward:
+                d_hidden.append(_d_hidden(logits, labels, lse, paddle.ones_like(lse), weight, options)[1])
+        ctx.options, ctx.frozen = options, [hidden.stop_gradient, weight.stop_gradient]
+        ctx.save_for_backward(
+            *([paddle.concat(d_hidden)] if options.d_hidden_in_forward else [hidden, weight, paddle.concat(sums)])
+        )
         return paddle.concat(losses)
 
     @staticmethod
     def backward(ctx, d_losses):
-        how, labels, transpose, (fixed, frozen) = ctx.how, ctx.how.labels, ctx.how.transpose, ctx.frozen
-        if how.at_once:
+        options, labels, transpose, (fixed, frozen) = ctx.options, ctx.options.labels, ctx.options.transpose, ctx.frozen
+        if options.d_hidden_in_forward:
             (d_hidden,) = ctx.saved_tensor()
             return d_hidden * d_losses.unsqueeze(-1).astype(d_hidden.dtype), None
         hidden, weight, sums = ctx.saved_tensor()
         parts, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(hidden, weight, transpose):
             logits = paddle.matmul(hidden[chunk], weight, transpose_y=transpose)
-            d, d_hidden = _d_hidden(logits, labels[chunk], sums[chunk], d_losses[chunk], weight, how)
+            d, d_hidden = _d_hidden(logits, labels[chunk], sums[chunk], d_losses[chunk], weight, options)
             parts.append(d_hidden)
             if not frozen:
                 pair = (d, hidden[chunk]) if transpose else (hidden[chunk], d)
@@ -376,10 +383,10 @@ class _LinearCrossEntropy(PyLayer):
         return None if fixed else paddle.concat(parts), None if frozen else d_weight.astype(weight.dtype)
 
 
-def _d_hidden(logits, labels, lse, d_losses, weight, how):
-    """The gradient of the logits, which it takes the place of, and of what they were made from."""
-    (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, labels, lse, d_losses, how.softcap)
-    return d, paddle.matmul(d, weight, transpose_y=not how.transpose)
+def _d_hidden(logits, labels, lse, d_losses, weight, options):
+    """(gradient of the logits, in place of the logits, gradient of hidden)."""
+    (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, labels, lse, d_losses, options.softcap)
+    return d, paddle.matmul(d, weight, transpose_y=not options.transpose)
 
 
 def _chunks(hidden, weight, transpose):
@@ -410,7 +417,7 @@ def adamw(parameter, gradient, moment1, moment2, step, lr, beta1, beta2, epsilon
 
 
 def _adamw(parameter, gradient, lr, moment1, moment2, power1, power2, beta1, beta2, epsilon, weight_decay):
-    """lr and the betas to the power of the step are tensors (1,), which use_global_beta_pow leaves as they are."""
+    """lr, power1 and power2 (beta ** step) are tensors (1,); use_global_beta_pow keeps Paddle from changing them."""
     return _C_ops.adamw_(
         parameter,
         gradient,
@@ -438,5 +445,5 @@ def _adamw(parameter, gradient, lr, moment1, moment2, power1, power2, beta1, bet
 
 @functools.lru_cache(maxsize=16)
 def _on_gpu(value, device):
-    """(1,) float32, filled on the device: the same for all parameters of a step."""
+    """(1,) float32 on the device; cached for all parameters of a step."""
     return paddle.full([1], value, "float32")

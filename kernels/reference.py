@@ -1,7 +1,8 @@
-"""Plain Paddle: every op, on any device that Paddle knows. The oracle that faster back ends are tested against.
+"""Every op in plain Paddle, for any device that Paddle supports: the oracle that faster back ends are tested with.
 
-Nothing here is tuned for one chip, yet attention and linear_cross_entropy keep their memory bound: both are PyLayers
-that compute in blocks, save their inputs only, and compute each block's probabilities again in backward."""
+Nothing is tuned for one chip, but the memory of attention and linear_cross_entropy is bounded: both are PyLayers that
+compute in blocks, save only their inputs, and recompute each block's probabilities in backward.
+"""
 
 import functools
 import types
@@ -13,9 +14,9 @@ import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 
-MASKED = -1e30  # finite, so that a fully masked row gives no NaN; its output is set to zero afterwards
-BLOCK_ELEMENTS = 1 << 23  # scores held at a time by attention (32 MB)
-LOGITS = 1 << 25  # logits held at a time by linear_cross_entropy (128 MB): fewer than 1,000 rows are a slow product
+MASKED = -1e30  # finite, so that a fully masked row does not give NaN; its output is then set to 0
+BLOCK_ELEMENTS = 1 << 23  # scores of one block of attention (32 MB)
+LOGITS = 1 << 25  # of one chunk of linear_cross_entropy (128 MB); products of fewer than 1,000 rows are slow
 
 
 def rms_norm(x, weight, epsilon, residual=None):
@@ -42,14 +43,14 @@ def rope(x, cos, sin, interleaved=False):
 
 
 def check_rope(x: paddle.Tensor, cos: paddle.Tensor) -> None:
-    """The widths of kernels.rope's arguments, for every back end."""
+    """Assert the widths of kernels.rope's arguments; for all back ends."""
     assert cos.shape[-1] % 2 == 0 and cos.shape[-1] <= x.shape[-1], (
         f"tables of {cos.shape[-1]} columns for heads of {x.shape[-1]}"
     )
 
 
 class _Rope(PyLayer):
-    """A rotation: its gradient is the rotation back. Nothing but the tables is kept."""
+    """The gradient of a rotation is the rotation by the negative angle. Saves only the tables."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
@@ -63,18 +64,16 @@ class _Rope(PyLayer):
 
 
 def _rotate(x, cos, sin, interleaved):
-    turned, heads, Dh = cos.shape[-1], x.shape[2], x.shape[3]
-    half = turned // 2
+    r, heads, Dh = cos.shape[-1], x.shape[2], x.shape[3]
+    half = r // 2
     cos, sin = cos[..., :half], sin[..., :half]
-    if heads > 0:  # not known (-1) in a graph that export.py traces
+    if heads > 0:  # -1 (unknown) in a static graph
         cos, sin = (paddle.tile(t, [1, 1, heads, 1]) for t in (cos, sin))  # faster than broadcasting on the CPU
-    a, b = (
-        (x[..., 0:turned:2], x[..., 1:turned:2]) if interleaved else (x[..., :half], x[..., half:turned])
-    )  # (B, T, heads, r/2)
+    a, b = (x[..., 0:r:2], x[..., 1:r:2]) if interleaved else (x[..., :half], x[..., half:r])  # (B, T, heads, r/2)
     pair = a * cos - b * sin, b * cos + a * sin
     y = paddle.stack(pair, axis=-1).flatten(-2) if interleaved else paddle.concat(pair, axis=-1)
     y = y.astype(x.dtype)
-    return y if turned == Dh else paddle.concat([y, x[..., turned:]], axis=-1)
+    return y if r == Dh else paddle.concat([y, x[..., r:]], axis=-1)
 
 
 def swiglu(gate, up):
@@ -95,9 +94,7 @@ def embedding(ids, weight):
 
 def linear(x, weight, bias=None, residual=None):
     weight = weight if weight.dtype == x.dtype else weight.astype(x.dtype)
-    y = (
-        paddle.matmul(x, weight) if bias is None else F.linear(x, weight, bias)
-    )  # F.linear's own Python costs 10 us a call
+    y = paddle.matmul(x, weight) if bias is None else F.linear(x, weight, bias)  # F.linear costs 10 us more per call
     return y if residual is None else y + residual
 
 
@@ -116,13 +113,13 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     if scale is None:
         scale = h.abs().max(-1, keepdim=True).clip(min=1e-8) / 127.0  # (..., 1)
     codes = paddle.clip(paddle.round(h / scale), -128.0, 127.0)
-    # Integers in float32: sums are exact up to 2^24, past that they are rounded like any float32 product.
+    # Integers in float32: sums are exact up to 2^24 and rounded like other float32 sums above.
     y = paddle.matmul(codes, qweight.astype("float32")) * scale * scales
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
 def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
-    """(in, out) float32 weights of the packed codes; arguments as in kernels.quant_linear."""
+    """Packed codes -> weights (in, out) float32; arguments as in kernels.quant_linear."""
     codes = _unpack(qweight, bits, axis=1)  # (in, out)
     if qzeros is None:
         zeros = paddle.full_like(scales, 2.0 ** (bits - 1))
@@ -138,7 +135,7 @@ def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
 
 
 def _unpack(packed, bits, axis):
-    """int32 words, each of 32/bits codes along rows (axis 1) or columns (axis 2) -> int32 codes."""
+    """int32 words of 32/bits codes along rows (axis 1) or columns (axis 2) -> int32 codes."""
     shifts = paddle.arange(0, 32, bits, dtype="int32")
     shifts = shifts.unsqueeze(-1) if axis == 1 else shifts
     codes = paddle.bitwise_right_shift(packed.unsqueeze(axis), shifts)  # (rows, 32/bits, cols) or (rows, cols, 32/bits)
@@ -161,16 +158,16 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
 def check_attention(
     q: paddle.Tensor, k: paddle.Tensor, rows: paddle.Tensor | None, causal: bool, softcap: float | None
 ) -> None:
-    """The shapes of kernels.attention's arguments and its softcap, for every back end."""
+    """Assert the shapes of kernels.attention's arguments and its softcap; for all back ends."""
     Tq, Tk = q.shape[1], k.shape[1]
     assert not causal or Tk >= Tq, f"causal attention of {Tq} queries over {Tk} keys"
-    check_part(q, k, rows, causal, softcap)
+    check_attention_with_lse(q, k, rows, causal, softcap)
 
 
-def check_part(
+def check_attention_with_lse(
     q: paddle.Tensor, k: paddle.Tensor, rows: paddle.Tensor | None, causal: bool, softcap: float | None
 ) -> None:
-    """The same of kernels.attention_with_lse, whose keys may be fewer."""
+    """The same for kernels.attention_with_lse, which may have fewer keys than queries."""
     (B, _, H, _), (_, Tk, K, _) = q.shape, k.shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     check_scores(softcap)
@@ -181,38 +178,39 @@ def check_part(
 
 
 def check_scores(softcap: float | None, window: int | None = None) -> None:
-    """What a score may be made to: 0 is not the same as None."""
+    """Assert softcap and window: positive or None; 0 does not mean None."""
     assert softcap is None or softcap > 0, f"a softcap of {softcap}"
     assert window is None or window >= 1, f"a window of {window} keys"
 
 
 class _Mask:
-    """What may be seen, and the ALiBi bias, as an additive float block for queries [i0, i1) and keys [j0, j1)."""
+    """Mask and ALiBi bias as an additive float block for queries [i0, i1) and keys [j0, j1)."""
 
     def __init__(self, rows, causal, alibi_slopes, B, Tq, Tk, H, K, offset=None):
         self.causal, self.offset, self.Tk, self.H, self.K = causal, Tk - Tq if offset is None else offset, Tk, H, K
         self.rows = rows
         self.slopes = alibi_slopes
         per_block = max(1, BLOCK_ELEMENTS // (B * H * Tk))
-        size = min(Tq, max(64, min(per_block, 512 if rows is None else 128)))  # with rows, small blocks see few keys
+        size = min(
+            Tq, max(64, min(per_block, 512 if rows is None else 128))
+        )  # with mask rows, a small block sees few keys
         self.blocks = [(i, min(i + size, Tq)) for i in range(0, Tq, size)]
-        # The last row that sees a key, over the whole batch: lets a block of queries start at its first visible key.
+        # Per key, the first row that no longer sees it: a block of queries starts at its first visible key.
         self.last_row = (
             rows[..., 0].max(axis=[0, 1]).numpy() if causal and rows is not None and rows.shape[-1] == 1 else None
         )
 
     def keys(self, i0, i1):
-        """The range of keys that any query of the block can see."""
-        j1 = (
-            max(1, min(self.Tk, i1 + self.offset)) if self.causal else self.Tk
-        )  # of queries before all keys: one, hidden
+        """The range of keys that at least one query of the block sees."""
+        # At least one key, for queries before all keys; it is masked.
+        j1 = max(1, min(self.Tk, i1 + self.offset)) if self.causal else self.Tk
         if self.last_row is None:
             return 0, j1
         visible = self.last_row[:j1] > i0 + self.offset
         return (int(visible.argmax()), j1) if visible.any() else (0, j1)
 
     def bias(self, i0, i1, j0, j1):
-        """(1 | B, 1 | K, 1 | H/K, i1-i0, j1-j0) float32 to add to the scores, or None if nothing is masked."""
+        """(1 | B, 1 | K, 1 | H/K, i1-i0, j1-j0) float32, added to the scores; None if nothing is masked."""
         row = paddle.arange(i0 + self.offset, i1 + self.offset, dtype="int32").unsqueeze(-1)  # (bq, 1)
         key = paddle.arange(j0, j1, dtype="int32")
         masked = None
@@ -233,7 +231,7 @@ class _Mask:
 
 
 def _hidden(row, at, causal):
-    """Which rows (q, 1) must not see a key, by the columns at (…, 1, keys, n) of its rows: (…, q, keys) bool."""
+    """row (q, 1), mask rows at (…, 1, keys, n) -> bool (…, q, keys): whether the row must not see the key."""
     n = at.shape[-1]
     hidden = row >= at[..., 0]
     if n == 2 and causal or n == 4:
@@ -246,10 +244,11 @@ def _hidden(row, at, causal):
 
 
 class _Attention(PyLayer):
-    """Softmax over whole rows of one block of queries after another; saves q, k, v and the output, all linear in T.
+    """Softmax over all keys, one block of queries at a time; saves q, k, v and the output, all linear in T.
 
     With P = softmax(S) and dP = dO V^T: dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q, dV = P^T dO. With a
-    softcap dS is multiplied by the slope of what was made of the products, 1 - tanh^2."""
+    softcap, dS is multiplied by the slope 1 - tanh^2.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale, softcap):
@@ -268,12 +267,12 @@ class _Attention(PyLayer):
 
     @staticmethod
     def backward(ctx, d_out):
-        found = _gradients(*ctx.saved_tensor(), d_out, ctx.mask, ctx.scale, ctx.softcap)
-        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+        gradients = _gradients(*ctx.saved_tensor(), d_out, ctx.mask, ctx.scale, ctx.softcap)
+        return tuple(None if frozen else d for d, frozen in zip(gradients, ctx.frozen))
 
 
 def _gradients(q, k, v, out, d_out, mask, scale, softcap, lse=None):
-    """Those of q, k and v. lse (B, H, Tq): of scores over more keys than these, out likewise; None: these are all."""
+    """Gradients of q, k and v. If these are only a part of the keys: out and lse (B, H, Tq) are those of all keys."""
     K = mask.K
     k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 3, 1])  # both (B, K, Dh, Tk)
     d_q, d_k, d_v = [], paddle.zeros_like(k_all), paddle.zeros_like(v_all)
@@ -290,7 +289,7 @@ def _gradients(q, k, v, out, d_out, mask, scale, softcap, lse=None):
         if seen is not None:
             d_block = d_block * seen
         delta = (d_block * _group(out[:, i0:i1], K)).sum(-1, keepdim=True)
-        # dO V^T - delta as one product, since broadcasting delta over the scores costs more than the product.
+        # dO V^T - delta as one product: broadcasting delta over the scores costs more than the product.
         d_s = p * paddle.matmul(paddle.concat([d_block, -delta], axis=-1), v_and_one[..., j0:j1])  # (B, K, G*bq, bk)
         d_s = d_s if slope is None else d_s * slope
         d_q.append(_ungroup(paddle.matmul(d_s, k_block, transpose_y=True), i1 - i0) * scale)
@@ -301,37 +300,37 @@ def _gradients(q, k, v, out, d_out, mask, scale, softcap, lse=None):
 
 
 def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None):
-    mask, scale = _part(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    mask, scale = _mask_and_scale(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     out, lse, (B, _, H, _) = [], [], q.shape
     k_all, v_all = k.transpose([0, 2, 3, 1]), v.transpose([0, 2, 1, 3])  # (B, K, Dh, Tk), (B, K, Tk, Dh)
     for i0, i1 in mask.blocks:
         j0, j1 = mask.keys(i0, i1)
         s, _, _ = _scores(_group(q[:, i0:i1], mask.K), k_all[..., j0:j1], mask, (i0, i1, j0, j1), scale, softcap)
-        most = s.max(-1, keepdim=True)
-        p, seen = paddle.exp(s - most), (most > MASKED / 2).astype(s.dtype)  # (B, K, G*bq, bk), (B, K, G*bq, 1)
+        largest = s.max(-1, keepdim=True)
+        p, seen = paddle.exp(s - largest), (largest > MASKED / 2).astype(s.dtype)  # (B, K, G*bq, bk), (B, K, G*bq, 1)
         total = p.sum(-1, keepdim=True)
         out.append(_ungroup(paddle.matmul(p, v_all[:, :, j0:j1]) / total * seen, i1 - i0))
-        found = paddle.where(seen > 0, most + paddle.log(total), paddle.full_like(most, -np.inf))
-        lse.append(found.reshape([B, H, -1]))
+        lse_block = paddle.where(seen > 0, largest + paddle.log(total), paddle.full_like(largest, -np.inf))
+        lse.append(lse_block.reshape([B, H, -1]))
     return paddle.concat(out, axis=1), paddle.concat(lse, axis=-1).astype("float32")
 
 
 def attention_with_lse_backward(
     q, k, v, out, lse, d_out, startend_row_indices, offset, causal=True, scale=None, alibi_slopes=None, softcap=None
 ):
-    mask, scale = _part(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
-    lse = paddle.where(paddle.isinf(lse), paddle.zeros_like(lse), lse)  # of who sees nothing: its scores make p zero
+    mask, scale = _mask_and_scale(q, k, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    lse = paddle.where(paddle.isinf(lse), paddle.zeros_like(lse), lse)  # a query that sees no key: p is 0 by its scores
     return _gradients(q, k, v, out, d_out, mask, scale, softcap, lse)
 
 
-def _part(q, k, rows, offset, causal, scale, slopes, softcap):
-    check_part(q, k, rows, causal, softcap)
+def _mask_and_scale(q, k, rows, offset, causal, scale, slopes, softcap):
+    check_attention_with_lse(q, k, rows, causal, softcap)
     (B, Tq, H, Dh), (_, Tk, K, _) = q.shape, k.shape
     return _Mask(rows, causal, slopes, B, Tq, Tk, H, K, offset), Dh**-0.5 if scale is None else scale
 
 
 def _group(x, K):
-    """(B, bq, H, Dh) -> (B, K, G*bq, Dh): the G = H/K query heads of a key/value head become rows of one product."""
+    """(B, bq, H, Dh) -> (B, K, G*bq, Dh): the G = H/K query heads of a key/value head are rows of one product."""
     B, T, _, Dh = x.shape
     return x.reshape([B, T, K, -1, Dh]).transpose([0, 2, 3, 1, 4]).reshape([B, K, -1, Dh])
 
@@ -343,8 +342,7 @@ def _ungroup(x, T):
 
 
 def _scores(q, k, mask, block, scale, softcap):
-    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> scores (B, K, G*bq, bk), the mask's bias or None, the cap's slope or
-    None."""
+    """q (B, K, G*bq, Dh), k (B, K, Dh, bk) -> scores (B, K, G*bq, bk), mask bias or None, slope of the cap or None."""
     i0, i1, j0, j1 = block
     B, K, rows, _ = q.shape
     s, slope = paddle.matmul(q * scale, k), None
@@ -352,16 +350,14 @@ def _scores(q, k, mask, block, scale, softcap):
         t = paddle.tanh(s / softcap)
         s, slope = t * softcap, 1.0 - t * t
     bias = mask.bias(i0, i1, j0, j1)
-    if bias is not None:  # tile, as Paddle's CPU broadcasting is many times slower
-        bias_of_all = paddle.tile(
-            bias, [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1]
-        )
-        s = s + bias_of_all.reshape(s.shape)
+    if bias is not None:  # tile: Paddle's broadcasting on the CPU is many times slower
+        repeats = [B // bias.shape[0], K // bias.shape[1], rows // (i1 - i0) // bias.shape[2], 1, 1]
+        s = s + paddle.tile(bias, repeats).reshape(s.shape)
     return s, bias, slope
 
 
 def _probabilities(q, k, mask, block, scale, softcap):
-    """As _scores -> softmax (B, K, G*bq, bk), which rows see a key (None: all do), the cap's slope or None."""
+    """As _scores -> softmax (B, K, G*bq, bk), whether a row sees a key (None: all do), slope of the cap or None."""
     i0, i1 = block[:2]
     B, K, rows, _ = q.shape
     s, bias, slope = _scores(q, k, mask, block, scale, softcap)
@@ -373,15 +369,13 @@ def _probabilities(q, k, mask, block, scale, softcap):
 
 
 def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes, softcap):
-    """The same for a graph that export.py traces: no backward, lengths unknown, so all scores [Tq, Tk] at once."""
-    assert rows is None or rows.shape[1] == 1, "rows of a head each are not traceable"
+    """attention in a static graph: no backward, unknown lengths, all scores [Tq, Tk] at once."""
+    assert rows is None or rows.shape[1] == 1, "mask rows per head cannot be traced"
     (Tk, K), Tq, Dh = paddle.shape(k)[1:3], paddle.shape(q)[1], q.shape[3]
     q_rows = (q * (Dh**-0.5 if scale is None else scale)).reshape([0, 0, K, -1, Dh]).transpose([0, 2, 3, 1, 4])
     k_all, v_all = k.transpose([0, 2, 3, 1]).unsqueeze(2), v.transpose([0, 2, 1, 3]).unsqueeze(2)  # (B, K, 1, …)
-    row, key = (
-        paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1),
-        paddle.arange(0, Tk, dtype="int32"),
-    )  # (Tq, 1), (Tk,)
+    row = paddle.arange(Tk - Tq, Tk, dtype="int32").unsqueeze(-1)  # (Tq, 1)
+    key = paddle.arange(0, Tk, dtype="int32")  # (Tk,)
     masked = (key > row if causal else row < 0).unsqueeze([0, 1, 2])  # (1, 1, 1, Tq, Tk | 1)
     if rows is not None:
         masked = masked | _hidden(row, rows.unsqueeze([2, 3]), causal)  # (B, 1, 1, Tq, Tk)
@@ -392,9 +386,8 @@ def _traced_attention(q, k, v, rows, causal, scale, alibi_slopes, softcap):
     if alibi_slopes is not None:
         s = s - alibi_slopes.reshape([1, K, -1, 1, 1]) * (row - key).astype("float32")
     seen = (bias.max(-1, keepdim=True) > MASKED / 2).astype(q.dtype)
-    return (
-        (paddle.matmul(F.softmax(s + bias, axis=-1), v_all) * seen).transpose([0, 3, 1, 2, 4]).reshape([0, 0, -1, Dh])
-    )
+    out = paddle.matmul(F.softmax(s + bias, axis=-1), v_all) * seen  # (B, K, H/K, Tq, Dh)
+    return out.transpose([0, 3, 1, 2, 4]).reshape([0, 0, -1, Dh])
 
 
 # ----------------------------------------------------------------------------------- linear cross-entropy
@@ -434,27 +427,29 @@ def over_labelled_rows(
     vocabulary: object,
     softcap: float | None,
 ) -> paddle.Tensor | tuple:
-    """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight,
-    labels, how)."""
+    """kernels.linear_cross_entropy by a PyLayer that gets only the labelled rows.
+
+    layer.apply(hidden (M, D), weight, labels (M,), options) -> losses (M,)
+    """
     check_scores(softcap)
-    kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
+    labelled = paddle.nonzero(labels != ignore_index).flatten()  # (M,)
     losses = paddle.zeros([labels.shape[0]], "float32")
     predictions = paddle.full([labels.shape[0]], -1, "int64")
-    how = types.SimpleNamespace(
+    options = types.SimpleNamespace(
         transpose_weight=transpose_weight,
         vocabulary=vocabulary,
         softcap=softcap,
         start=0 if vocabulary is None else vocabulary.start,
-        predictions=[] if return_predictions else None,  # the layer adds those of one chunk after another
-        grad=paddle.is_grad_enabled(),  # which is always off within a PyLayer
+        predictions=[] if return_predictions else None,  # the layer appends those of each chunk
+        grad=paddle.is_grad_enabled(),  # always off inside a PyLayer
     )
-    if kept.shape[0] > 0:
-        kept_losses = layer.apply(paddle.gather(hidden, kept), weight, paddle.gather(labels, kept), how)
-        losses = paddle.scatter(losses, kept, kept_losses)
+    if labelled.shape[0] > 0:
+        row_losses = layer.apply(paddle.gather(hidden, labelled), weight, paddle.gather(labels, labelled), options)
+        losses = paddle.scatter(losses, labelled, row_losses)
         if return_predictions:
-            predictions = paddle.scatter(predictions, kept, paddle.concat(how.predictions))
+            predictions = paddle.scatter(predictions, labelled, paddle.concat(options.predictions))
     else:
-        # Keeps the graph: rows without targets have zero gradients, the weight's too, as ranks wait for each other's.
+        # Keep the graph, with zero gradients of both inputs: other ranks wait for this rank's gradients.
         losses = losses + hidden.astype("float32").sum(-1) * 0.0
         if not weight.stop_gradient:
             losses = losses + weight.astype("float32").sum() * 0.0
@@ -464,113 +459,116 @@ def over_labelled_rows(
 class _LinearCrossEntropy(PyLayer):
     """loss = lse - (h W)[label], lse = logsumexp(h W); d(h W) = (exp(h W - lse) - onehot(label)) * d loss.
 
-    Logits come in chunks of tokens. Trained W: four products, as backward makes the logits again. Frozen W: two, as
-    forward also makes the rows (p - onehot) W^T, of which backward needs the multiple d loss. With a softcap the
-    logits l are softcap * tanh(h W / softcap), and d(h W) has a factor 1 - (l / softcap)^2."""
+    Logits are computed in chunks of tokens. Trained W: four products, because backward recomputes the logits. Frozen W:
+    two, because forward also computes the rows (p - onehot) W^T, which backward multiplies by d loss. With a softcap,
+    logits l are softcap * tanh(h W / softcap), and d(h W) has the factor 1 - (l / softcap)^2.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, how):
-        turned = how.transpose_weight
-        how.frozen = [hidden.stop_gradient, weight.stop_gradient]
-        rows_too = how.grad and how.frozen == [False, True]
-        losses, every_lse, rows = [], [], []
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
-            logits = _logits(hidden[chunk], weight, how)
-            loss, lse, best = _losses(logits, labels[chunk], how)
+    def forward(ctx, hidden, weight, labels, options):
+        transposed = options.transpose_weight
+        options.frozen = [hidden.stop_gradient, weight.stop_gradient]
+        d_hidden_in_forward = options.grad and options.frozen == [False, True]
+        losses, all_lse, rows = [], [], []
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1]):
+            logits = _logits(hidden[chunk], weight, options)
+            loss, lse, best = _losses(logits, labels[chunk], options)
             losses.append(loss)
-            every_lse.append(lse)
-            if how.predictions is not None:
-                how.predictions.append(best)
-            if rows_too:
-                p = _softmax_less_onehot(logits, labels[chunk], lse, how).astype(hidden.dtype)
-                rows.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not turned))
-        ctx.how, ctx.rows_too = how, rows_too
-        if rows_too:
+            all_lse.append(lse)
+            if options.predictions is not None:
+                options.predictions.append(best)
+            if d_hidden_in_forward:
+                p = _softmax_less_onehot(logits, labels[chunk], lse, options).astype(hidden.dtype)
+                rows.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not transposed))
+        ctx.options, ctx.d_hidden_in_forward = options, d_hidden_in_forward
+        if d_hidden_in_forward:
             ctx.save_for_backward(paddle.concat(rows))
         else:
-            ctx.save_for_backward(hidden, weight, labels, paddle.concat(every_lse))
+            ctx.save_for_backward(hidden, weight, labels, paddle.concat(all_lse))
         return paddle.concat(losses)
 
     @staticmethod
     def backward(ctx, d_losses):
-        how, turned = ctx.how, ctx.how.transpose_weight
-        if ctx.rows_too:
+        options, transposed = ctx.options, ctx.options.transpose_weight
+        if ctx.d_hidden_in_forward:
             (rows,) = ctx.saved_tensor()
             return rows * d_losses.unsqueeze(-1).astype(rows.dtype), None, None
         hidden, weight, labels, lse = ctx.saved_tensor()
-        frozen = how.frozen[1]
+        frozen = options.frozen[1]
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
-            d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied where the rows are short
-            p = _softmax_less_onehot(_logits(hidden[chunk], weight, how), labels[chunk], lse[chunk], how)
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1]):
+            d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied into (c, D), not (c, V)
+            p = _softmax_less_onehot(_logits(hidden[chunk], weight, options), labels[chunk], lse[chunk], options)
             p = p.astype(hidden.dtype)
-            d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not turned) * d_loss)
+            d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not transposed) * d_loss)
             if not frozen:
                 scaled = hidden[chunk] * d_loss
-                pair = (p, scaled) if turned else (scaled, p)
+                pair = (p, scaled) if transposed else (scaled, p)
                 d_weight.add_(paddle.matmul(*pair, transpose_x=True).astype("float32"))
-        d_hidden = None if how.frozen[0] else paddle.concat(d_hidden)
+        d_hidden = None if options.frozen[0] else paddle.concat(d_hidden)
         return d_hidden, None if frozen else d_weight.astype(weight.dtype), None
 
 
-def _losses(logits, labels, how):
-    """losses, logsumexp and largest logits' ids (where asked for), each (c,).
+def _losses(logits, labels, options):
+    """losses, logsumexp and, if options.predictions, argmax ids, each (c,).
 
-    Not F.cross_entropy: on the CPU (Paddle 3.3.1) it caps losses at 64, and makes a finite one of a logit that is NaN.
+    Not F.cross_entropy: on the CPU (Paddle 3.3.1) it caps losses at 64, and turns a NaN logit into a finite loss.
     """
-    at, mine = _place(labels, logits, how)
-    target = paddle.take_along_axis(logits, at, 1).flatten() * mine
-    best = None if how.predictions is None else logits.argmax(-1) + how.start
-    if how.vocabulary is None:
+    at, is_local = _local_columns(labels, logits, options)
+    target = paddle.take_along_axis(logits, at, 1).flatten() * is_local
+    best = None if options.predictions is None else logits.argmax(-1) + options.start
+    if options.vocabulary is None:
         lse = paddle.logsumexp(logits, -1)
     else:
-        most = logits.max(-1)
-        lse, target, best = reduce_lse(most, paddle.exp(logits - most.unsqueeze(-1)).sum(-1), target, best, how)
+        largest = logits.max(-1)
+        lse, target, best = reduce_lse(
+            largest, paddle.exp(logits - largest.unsqueeze(-1)).sum(-1), target, best, options
+        )
     return lse - target, lse, best
 
 
-def _place(labels, logits, how):
-    """Columns of the labels among these logits (c, 1), 0 where they are another rank's; and 1.0 or 0.0 for whether
-    not."""
-    at = labels - how.start
-    mine = (at >= 0) & (at < logits.shape[1])
-    return paddle.where(mine, at, paddle.zeros_like(at)).unsqueeze(-1), mine.astype("float32")
+def _local_columns(labels, logits, options):
+    """Columns of the labels in these logits (c, 1), 0 if another rank has the label; 1.0 or 0.0 (c,): is it here."""
+    at = labels - options.start
+    is_local = (at >= 0) & (at < logits.shape[1])
+    return paddle.where(is_local, at, paddle.zeros_like(at)).unsqueeze(-1), is_local.astype("float32")
 
 
-def _softmax_less_onehot(logits, labels, lse, how):
+def _softmax_less_onehot(logits, labels, lse, options):
     p = paddle.exp(logits - lse.unsqueeze(-1))
-    at, mine = _place(labels, logits, how)
-    p.put_along_axis_(at, -mine.unsqueeze(-1), 1, reduce="add")
-    return p if how.softcap is None else p * (1.0 - paddle.square(logits / how.softcap))
+    at, is_local = _local_columns(labels, logits, options)
+    p.put_along_axis_(at, -is_local.unsqueeze(-1), 1, reduce="add")
+    return p if options.softcap is None else p * (1.0 - paddle.square(logits / options.softcap))
 
 
 def reduce_lse(
-    most: paddle.Tensor, total: paddle.Tensor, target: paddle.Tensor, best: paddle.Tensor, how: object
+    largest: paddle.Tensor, total: paddle.Tensor, target: paddle.Tensor, best: paddle.Tensor, options: object
 ) -> tuple:
-    """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are
-    several).
+    """Reduce over the ranks of options.vocabulary -> (logsumexp, label's logit, argmax id, the lowest of equals), (c,).
 
-    Here: the largest logit, the sum of exp(logit - largest), the label's logit or 0, the largest's id.
+    Per rank, each (c,): largest logit, total = sum of exp(logit - largest), target = the label's logit or 0 if another
+    rank has it, best = argmax id.
     """
-    all_reduce = how.vocabulary.all_reduce
-    most_of_all = all_reduce(most.clone(), "max")
-    sums = all_reduce(paddle.stack([total * paddle.exp(most - most_of_all), target]), "sum")
-    if how.predictions is None:
+    all_reduce = options.vocabulary.all_reduce
+    global_max = all_reduce(largest.clone(), "max")
+    sums = all_reduce(paddle.stack([total * paddle.exp(largest - global_max), target]), "sum")
+    if options.predictions is None:
         best = None
     else:
-        best = -all_reduce(paddle.where(most == most_of_all, -best, paddle.full_like(best, -(1 << 62))), "max")
-    return most_of_all + paddle.log(sums[0]), sums[1], best
+        best = -all_reduce(paddle.where(largest == global_max, -best, paddle.full_like(best, -(1 << 62))), "max")
+    return global_max + paddle.log(sums[0]), sums[1], best
 
 
 def _chunks(tokens, vocabulary):
+    """Slices of tokens, of at most LOGITS logits."""
     size = max(16, LOGITS // vocabulary)
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
-def _logits(hidden, weight, how):
+def _logits(hidden, weight, options):
     """(c, V) float32"""
-    logits = paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=how.transpose_weight).astype("float32")
-    return logits if how.softcap is None else paddle.tanh(logits / how.softcap) * how.softcap
+    logits = paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=options.transpose_weight).astype("float32")
+    return logits if options.softcap is None else paddle.tanh(logits / options.softcap) * options.softcap
 
 
 # -------------------------------------------------------------------------------------------------- adamw
@@ -615,9 +613,9 @@ def paged_attention(
     check_paged(q.shape, k_cache.shape, tables, queries, contexts)
     check_scores(softcap, window)
     scale, caches = Dh**-0.5 if scale is None else scale, ((k_cache, k_scales), (v_cache, v_scales))
-    if q.dtype != paddle.float32:  # which masks and scores are made in
+    if q.dtype != paddle.float32:  # the dtype of masks and scores
         return paged_attention(
-            _single(q),
+            _to_float32(q),
             k_cache,
             v_cache,
             tables,
@@ -633,7 +631,7 @@ def paged_attention(
     if N == len(queries):
         return _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, softcap)
     first, decodes = np.cumsum(queries) - queries, np.flatnonzero(queries == 1)
-    parts, order = [], []  # outputs, and the rows of q that they belong to
+    parts, order = [], []  # outputs, and their rows of q
     if len(decodes):
         rows = paddle.gather(q, to_tensor(first[decodes]))
         parts.append(
@@ -655,15 +653,14 @@ def paged_attention(
 
 
 def sliding_window_rows(context: int, window: int) -> paddle.Tensor:
-    """FlashMask rows (1, 1, context, 1) of a causal attention of which a query at p sees keys above p - window; None
-    without."""
+    """FlashMask rows (1, 1, context, 1) for causal attention in which a query at p sees keys > p - window, or None."""
     return None if window is None else (paddle.arange(context, dtype="int32") + window).reshape([1, 1, -1, 1])
 
 
 def check_paged(
     q_shape: list, cache_shape: list, tables: np.ndarray, queries: np.ndarray, contexts: np.ndarray
 ) -> None:
-    """Whether what paged_attention was given fits together."""
+    """Assert that the arguments of paged_attention fit together."""
     (N, H, _), (_, block_size, K, _) = q_shape, cache_shape
     assert H % K == 0, f"{H} query heads are not a multiple of {K} key/value heads"
     assert queries.sum() == N and (queries >= 1).all(), f"{N} queries, query_lengths {queries}"
@@ -673,16 +670,16 @@ def check_paged(
 
 def _gathered(cache, scales, rows):
     """Rows of a cache (…, Dh) in float32."""
-    found = _single(paddle.gather(cache, rows))
-    return found if scales is None else found * paddle.gather(scales, rows).unsqueeze(-1)
+    values = _to_float32(paddle.gather(cache, rows))
+    return values if scales is None else values * paddle.gather(scales, rows).unsqueeze(-1)
 
 
-def _single(x):
+def _to_float32(x):
     return x if x.dtype == paddle.float32 else x.astype("float32")
 
 
 def _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, softcap):
-    """One query of each of S sequences, as one product padded to the longest: q (S, H, Dh) -> (S, H, Dh)."""
+    """One query per sequence, as one product padded to the longest context: q (S, H, Dh) -> (S, H, Dh)."""
     S, H, Dh = q.shape
     _, block_size, K, _ = caches[0][0].shape
     rows, bias, distance = _decode_plan(
@@ -699,19 +696,19 @@ def _paged_decode(q, caches, tables, contexts, scale, alibi_slopes, window, soft
     return paddle.matmul(p, v).reshape([S, H, Dh])
 
 
-@functools.lru_cache(maxsize=2)  # layers with a window and without may take turns
+@functools.lru_cache(maxsize=2)  # a model may alternate layers with and without a window
 def _decode_plan(tables, contexts, block_size, K, G, window):
-    """Rows of the pool, as (slots * K, Dh), in the order (S, K, keys); what to add to scores (S, K, G, keys), or None;
-    and how far before the query each key stands (S, 1, 1, keys).
+    """(rows of the pool (slots * K, Dh), ordered (S, K, keys); score bias (S, K, G, keys) or None; key distances).
 
-    Row by row of one head each, since a transposed copy of the keys costs far more. The same for all layers of a step:
-    tables (S, blocks) int32 and contexts (S,) int64 come as bytes, which can be compared with the last call's.
+    Distances from key to query are (S, 1, 1, keys). Rows are of one head each, because a transposed copy of the keys
+    costs far more. All layers of a step share the plan: tables (S, blocks) int32 and contexts (S,) int64 are bytes, so
+    that lru_cache can compare them.
     """
     contexts = np.frombuffer(contexts, np.int64)
     tables = np.frombuffer(tables, np.int32).reshape(len(contexts), -1)
     keys = np.arange(contexts.max())
     hidden = keys >= contexts[:, None]  # (S, keys)
-    blocks = np.where(hidden, tables[:, :1], tables[:, keys // block_size])  # behind the end any block of its own
+    blocks = np.where(hidden, tables[:, :1], tables[:, keys // block_size])  # after the end: any block of the sequence
     rows = (blocks * block_size + keys % block_size)[:, None].astype(np.int64) * K + np.arange(K)[:, None]
     distance = contexts[:, None] - 1 - keys
     if window is not None:
@@ -729,16 +726,16 @@ def _decode_plan(tables, contexts, block_size, K, G, window):
 def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
     for x, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
         if scales is not None:
-            most = x.abs().max(-1)  # (N, K)
-            _put(scales, slots, most / 127.0)
-            x = paddle.round(x * (127.0 / paddle.clip(most, min=1e-30)).unsqueeze(-1)).astype("int8")
+            largest = x.abs().max(-1)  # (N, K)
+            _put(scales, slots, largest / 127.0)
+            x = paddle.round(x * (127.0 / paddle.clip(largest, min=1e-30)).unsqueeze(-1)).astype("int8")
         _put(cache, slots, x)
 
 
 def _put(cache, slots, x):
-    """cache (blocks, block_size, …), x (N, …): row slots[i] becomes x[i], in place, whatever the pool's size."""
+    """cache (blocks, block_size, …), x (N, …): row slots[i] of the cache = x[i], in place, without copying the pool."""
     rows = cache.reshape([-1, *cache.shape[2:]])
-    assert rows.data_ptr() == cache.data_ptr(), "a reshape has copied"
+    assert rows.data_ptr() == cache.data_ptr(), "reshape made a copy"
     if x.dtype == paddle.int8:
         paddle.index_put_(rows, (slots,), x)  # scatter_ has no int8 on the CPU
     else:
@@ -750,20 +747,20 @@ def _put(cache, slots, x):
 
 def sample(logits, temperature, top_k, top_p, uniform):
     rows = logits.astype("float32").numpy()
-    found, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
-    found[~finite] = -1
+    sampled, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
+    sampled[~finite] = -1
     for s in np.flatnonzero(finite & (np.asarray(temperature) > 0)):
         row, ids = rows[s : s + 1], None
-        if 0 < top_k[s] < row.shape[1]:  # only the candidates need be looked at, in the order of their ids
+        if 0 < top_k[s] < row.shape[1]:  # only the top_k candidates, in the order of their ids
             ids = np.flatnonzero(row[0] >= np.partition(row[0], -top_k[s])[-top_k[s]])
             row = row[:, ids]
-        (at,) = sample_logits(row, temperature[s], 0, top_p[s], _Drawn(uniform[s]))
-        found[s] = at if ids is None else ids[at]
-    return to_tensor(found.astype(np.int64))
+        (at,) = sample_logits(row, temperature[s], 0, top_p[s], _DrawnUniform(uniform[s]))
+        sampled[s] = at if ids is None else ids[at]
+    return to_tensor(sampled.astype(np.int64))
 
 
-class _Drawn:
-    """numpy's Generator.choice for a uniform number that has been drawn already."""
+class _DrawnUniform:
+    """numpy's Generator.choice with a uniform number that is already drawn."""
 
     def __init__(self, uniform):
         self.uniform = uniform
@@ -774,8 +771,10 @@ class _Drawn:
 
 
 def penalize(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray, penalty: float) -> np.ndarray:
-    """Divide (or, if negative, multiply) the logits of tokens already there by penalty (Keskar et al., arXiv
-    1909.05858)."""
+    """Repetition penalty (Keskar et al., arXiv 1909.05858) for ids (B, T) where mask (B, T) is 1.
+
+    logits (B, V): positive logits of these ids are divided by the penalty, negative ones multiplied.
+    """
     logits = logits.copy()
     for row, (seen, keep) in enumerate(zip(ids, mask)):
         seen = np.unique(seen[keep == 1])
@@ -786,7 +785,7 @@ def penalize(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray, penalty: flo
 def sample_logits(
     logits: np.ndarray, temperature: float, top_k: int, top_p: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """logits (B, V) -> ids (B,): temperature, then the top_k highest, then the least set whose mass reaches top_p."""
+    """logits (B, V) -> ids (B,): temperature, then the top_k largest, then the smallest set with probability top_p."""
     assert temperature > 0, "temperature must be positive; greedy is do_sample=False"
     logits = logits.astype(np.float64) / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -797,7 +796,7 @@ def sample_logits(
     if top_p < 1.0:
         order = np.argsort(-p, axis=-1, kind="stable")
         sorted_p = np.take_along_axis(p, order, -1)
-        sorted_p[sorted_p.cumsum(-1) - sorted_p >= top_p] = 0.0  # the token that crosses top_p is kept
+        sorted_p[sorted_p.cumsum(-1) - sorted_p >= top_p] = 0.0  # keeps the token that crosses top_p
         np.put_along_axis(p, order, sorted_p, -1)
         p /= p.sum(-1, keepdims=True)
     return np.array([generator.choice(p.shape[-1], p=row) for row in p], np.int64)

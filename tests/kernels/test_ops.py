@@ -241,7 +241,7 @@ def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
         table = kernels.configure("pretend_chip:1")
         assert table.pop("swiglu") == ("pretend_chip", "device is pretend_chip")
         assert set(table.values()) == {("reference", "no faster one for pretend_chip")}
-        assert not kernels.bf16 and kernels.bf16_missing() == "the linear of pretend_chip has none yet"
+        assert not kernels.bf16 and kernels.bf16_missing() == "the linear of pretend_chip cannot do it yet"
         close(tiny(tensor(ids, "int64")).numpy(), expected)
         assert calls == {
             ("kernels.pretend_chip", "swiglu"): 3,
