@@ -1,7 +1,7 @@
-// AdamW, one pass over parameter, gradient and both moments, and the sum of squares that clipping needs.
+// AdamW: one pass over parameter, gradient and both moments; and the sum of squares for clipping.
 //
-// Parameter and gradient are float32 or bfloat16, each; moments float32. Bias corrections come with the constants:
-// p = p * keep - rate * m1 / (sqrt(m2) * correction + epsilon), rate = lr / (1 - beta1^t), correction = (1 -
+// Parameter and gradient are each float32 or bfloat16; moments are float32. The constants include bias corrections: p
+// = p * keep - rate * m1 / (sqrt(m2) * correction + epsilon), rate = lr / (1 - beta1^t), correction = (1 -
 // beta2^t)^(-1/2).
 #include <algorithm>
 #include <cmath>
@@ -53,7 +53,7 @@ std::vector<Tensor> SquaredNorm(const Tensor& x, int instructions) {
   return {out};
 }
 
-// Without functions for shapes and dtypes: these run on a dynamic graph alone.
+// No shape and dtype inference: these run only on a dynamic graph.
 PD_BUILD_OP(cpu_adamw)
     .Inputs({"p", "g", "moment1", "moment2"})
     .Outputs({"p_out", "moment1_out", "moment2_out"})

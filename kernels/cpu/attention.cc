@@ -1,8 +1,8 @@
 // Attention with FlashMask rows on the CPU: forward and backward in tiles, memory linear in T, masked tiles skipped.
 //
 // Products in float32 for every instruction set, or in bfloat16. q (B, Tq, H, Dh), k and v (B, Tk, K, Dh), float32;
-// rows int32 (B, 1 | K | H, Tk, n) as kernels.attention describes them. Saved for backward: q, k, v, out and lse (B, H,
-// Tq). The order of every sum depends on shapes alone, not on threads.
+// rows int32 (B, 1 | K | H, Tk, n), see kernels.attention. Saved for backward: q, k, v, out and lse (B, H, Tq). The
+// order of every sum depends on shapes, not on threads.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -19,20 +19,20 @@
 #include "threads.h"
 
 struct Shape {
-  long B, Tq, Tk, H, K, Dh, n;  // n: columns of rows, 0 without
-  long row_heads;               // heads that rows are given for: 1, K or H
+  long B, Tq, Tk, H, K, Dh, n;  // n: columns of mask rows, 0 if there are none
+  long row_heads;               // heads of the mask rows: 1, K or H
   long q_stride, k_stride;      // floats from one token to the next: H * Dh, K * Dh
   bool causal;
-  float scale, softcap;  // softcap: 0 without
-  long offset;           // query i stands on row i + offset
+  float scale, softcap;  // softcap: 0 means none
+  long offset;           // query i has row i + offset
 };
 struct Range {
   int least, most;
-};  // of one column of rows over a block of keys
+};  // of one column of mask rows over a block of keys
 struct Interval {
   int start, stop;
-};            // columns that name the hidden rows [start, stop); -1: open
-class Room {  // words of 4 bytes, not initialised, aligned to a cache line
+};  // columns of the hidden rows [start, stop); -1: open end
+class Room {  // uninitialized words of 4 bytes, aligned to a cache line
  public:
   explicit Room(size_t n) : p_(std::aligned_alloc(64, (n * 4 + 64) / 64 * 64)) {}
   Room(const Room&) = delete;
@@ -71,8 +71,8 @@ namespace half {
 #undef NV
 }  // namespace half
 #pragma GCC pop_options
-constexpr int HALF =
-    3;  // of the ops' attribute `instructions`: products in bfloat16; else the most that every_isa.h may take
+// Value of the ops' attribute `instructions` for products in bfloat16; other values are levels of every_isa.h.
+constexpr int HALF = 3;
 
 static Shape shape_of(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::optional<paddle::Tensor>& rows,
                       bool causal, float scale, float softcap, long offset) {

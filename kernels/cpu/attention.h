@@ -2,7 +2,7 @@
 // attention.cc. Included once per instruction set and kind of product, inside a namespace, after attention_single.h or
 // attention_half.h.
 
-struct Head {  // what backward needs of one query head
+struct Head {  // inputs of backward for one query head
   const word *q, *d_out, *q_right, *d_out_right;
   const float *lse, *delta;
   float* d_q_rows;
@@ -12,9 +12,9 @@ struct Head {  // what backward needs of one query head
 };
 struct Packed {
   const word *kt, *vt, *k;
-};  // one key/value head: blocks as pack_turned and pack_right leave them
+};  // one key/value head: blocks packed by pack_transposed and pack_right
 
-// What a tile of queries [i0, i1) may see of keys [j0, j1): 0 nothing, 1 some, 2 all.
+// What queries [i0, i1) see of keys [j0, j1): 0 nothing, 1 some, 2 all.
 static int visibility(const Shape& s, const int* rows, const Range* ranges, long i0, long i1, long j0, long j1) {
   const long r0 = i0 + s.offset, r1 = i1 + s.offset;  // rows of the queries
   int seen = 2;
@@ -24,7 +24,7 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
   }
   if (!rows) return seen;
   const Range* at = ranges + (j0 / BC) * s.n;
-  // Hidden rows of key j are [start, stop); the whole tile is hidden if that holds of the latest start and earliest
+  // Hidden rows of key j are [start, stop). All rows are hidden if they are within the latest start and the earliest
   // stop.
   for (int part = 0; part < parts(s); part++) {
     const Interval of = interval(s, part);
@@ -37,11 +37,11 @@ static int visibility(const Shape& s, const int* rows, const Range* ranges, long
   return seen;
 }
 
-// Scores of a tile, scaled, with softcap and ALiBi, and -inf where masked: S (BR, BC). bend, if given: the cap's slope,
-// 1 - tanh^2.
+// Scores of a tile S (BR, BC): scaled, with softcap and ALiBi, -inf where masked. slope_block (or null): 1 - tanh^2 of
+// the cap.
 static void scores(const Shape& s, const word* q, const word* kt, const int* rows, float slope, int seen, long i0,
-                   long i1, long j0, long j1, float* S, float* bend = nullptr) {
-  multiply_turned(i1 - i0, s.Dh, q + i0 * left_width(s.Dh), kt, S);
+                   long i1, long j0, long j1, float* S, float* slope_block = nullptr) {
+  multiply_transposed(i1 - i0, s.Dh, q + i0 * left_width(s.Dh), kt, S);
   const long width = j1 - j0;
   const float before_cap = s.softcap ? s.scale / s.softcap : 0.0f;
   for (long i = i0; i < i1; i++) {
@@ -53,7 +53,7 @@ static void scores(const Shape& s, const word* q, const word* kt, const int* row
       for (long j = 0; j < BC; j += VL) {
         const vf t = vtanh(load(row + j) * before_cap);
         store(row + j, t * s.softcap);
-        if (bend) store(bend + (i - i0) * BC + j, 1.0f - t * t);
+        if (slope_block) store(slope_block + (i - i0) * BC + j, 1.0f - t * t);
       }
     }
     if (slope != 0)
@@ -74,7 +74,7 @@ static void scores(const Shape& s, const word* q, const word* kt, const int* row
   }
 }
 
-// One tile of queries of one head: out (rows of out_stride), lse. Fully masked queries: zeros and lse +inf.
+// One tile of queries of one head: out (rows of out_stride), lse. Queries without visible keys: out 0 and lse +inf.
 static void forward_tile(const Shape& s, const word* q, const word* kt, const word* v, const int* rows,
                          const Range* ranges, float slope, long i0, float* out, float* lse) {
   const long i1 = std::min(i0 + BR, s.Tq), Dp = padded(s.Dh);
@@ -88,7 +88,7 @@ static void forward_tile(const Shape& s, const word* q, const word* kt, const wo
       if (s.causal && j0 > i1 - 1 + s.offset) break;
       continue;
     }
-    scores(s, q, kt + j0 / BC * turned_words(s.Dh), rows, slope, seen, i0, i1, j0, j1, S);
+    scores(s, q, kt + j0 / BC * transposed_words(s.Dh), rows, slope, seen, i0, i1, j0, j1, S);
     for (long i = 0; i < i1 - i0; i++) {
       float* row = S + i * BC;
       vf m = load(row);
@@ -121,15 +121,15 @@ static void forward_tile(const Shape& s, const word* q, const word* kt, const wo
   }
 }
 
-// P and dS of a tile from what forward kept. S, dS (BR, BC): probabilities, and the products' gradient times scale;
-// bend: room for as many with a softcap, else null.
+// P and dS of a tile, recomputed. S (BR, BC): probabilities; dS (BR, BC): gradient of q k^T times scale; slope (BR,
+// BC): room for the slope of a softcap, or null without.
 static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long i0, long i1, long j0, long j1,
-                            float* S, float* dS, float* bend) {
+                            float* S, float* dS, float* slope_block) {
   const int seen = visibility(s, h.rows, h.ranges, i0, i1, j0, j1);
   if (!seen) return false;
-  const long block = j0 / BC * turned_words(s.Dh);
-  scores(s, h.q, p.kt + block, h.rows, h.slope, seen, i0, i1, j0, j1, S, bend);
-  multiply_turned(i1 - i0, s.Dh, h.d_out + i0 * left_width(s.Dh), p.vt + block, dS);
+  const long block = j0 / BC * transposed_words(s.Dh);
+  scores(s, h.q, p.kt + block, h.rows, h.slope, seen, i0, i1, j0, j1, S, slope_block);
+  multiply_transposed(i1 - i0, s.Dh, h.d_out + i0 * left_width(s.Dh), p.vt + block, dS);
   for (long i = 0; i < i1 - i0; i++) {
     const float lse = h.lse[i0 + i], delta = h.delta[i0 + i];
     for (long j = 0; j < BC; j += VL) {
@@ -137,26 +137,26 @@ static bool backward_scores(const Shape& s, const Head& h, const Packed& p, long
       store(S + i * BC + j, prob);
       store(dS + i * BC + j, prob * (load(dS + i * BC + j) - delta) * s.scale);
     }
-    if (bend)
-      for (long j = 0; j < BC; j += VL) store(dS + i * BC + j, load(dS + i * BC + j) * load(bend + i * BC + j));
+    if (slope_block)
+      for (long j = 0; j < BC; j += VL) store(dS + i * BC + j, load(dS + i * BC + j) * load(slope_block + i * BC + j));
   }
   return true;
 }
 
-// dK and dV of one block of keys, over all queries of the heads that share it; with d_q also their dQ.
+// dK and dV of one block of keys, over all queries of the heads that share it; with_d_q: also their dQ.
 static void backward_keys(const Shape& s, const std::vector<Head>& heads, const Packed& p, long j0, float* d_k,
                           float* d_v, bool with_d_q) {
   const long j1 = std::min(j0 + BC, s.Tk), Dp = padded(s.Dh);
   alignas(64) float S[BR * BC], dS[BR * BC];
-  std::vector<float> K((size_t)BC * Dp, 0.0f), V((size_t)BC * Dp, 0.0f), bend(s.softcap ? BR * BC : 0);
+  std::vector<float> K((size_t)BC * Dp, 0.0f), V((size_t)BC * Dp, 0.0f), slope_block(s.softcap ? BR * BC : 0);
   for (const Head& h : heads) {
     const long first = s.causal ? std::max(0L, j0 - s.offset) / BR * BR : 0;
     for (long i0 = first; i0 < s.Tq; i0 += BR) {
       const long i1 = std::min(i0 + BR, s.Tq);
-      if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? bend.data() : nullptr)) continue;
+      if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? slope_block.data() : nullptr)) continue;
       const long right = i0 / BR * right_words(BR, s.Dh);
-      mix_turned(i1 - i0, j1 - j0, s.Dh, S, h.d_out_right + right, V.data());
-      mix_turned(i1 - i0, j1 - j0, s.Dh, dS, h.q_right + right, K.data());
+      mix_transposed(i1 - i0, j1 - j0, s.Dh, S, h.d_out_right + right, V.data());
+      mix_transposed(i1 - i0, j1 - j0, s.Dh, dS, h.q_right + right, K.data());
       if (with_d_q) mix(i1 - i0, j1 - j0, s.Dh, dS, p.k + j0 / BC * right_words(BC, s.Dh), h.d_q_rows + i0 * Dp);
     }
   }
@@ -167,20 +167,19 @@ static void backward_keys(const Shape& s, const std::vector<Head>& heads, const 
     }
 }
 
-// dQ of one tile of queries alone, in the same order of sums as backward_keys.
+// Only dQ of one tile of queries, in the order of sums of backward_keys.
 static void backward_queries(const Shape& s, const Head& h, const Packed& p, long i0) {
   const long i1 = std::min(i0 + BR, s.Tq), Dp = padded(s.Dh);
   alignas(64) float S[BR * BC], dS[BR * BC];
-  std::vector<float> bend(s.softcap ? BR * BC : 0);
+  std::vector<float> slope_block(s.softcap ? BR * BC : 0);
   for (long j0 = 0; j0 < s.Tk; j0 += BC) {
     const long j1 = std::min(j0 + BC, s.Tk);
     if (s.causal && j0 > i1 - 1 + s.offset) break;
-    if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? bend.data() : nullptr)) continue;
+    if (!backward_scores(s, h, p, i0, i1, j0, j1, S, dS, s.softcap ? slope_block.data() : nullptr)) continue;
     mix(i1 - i0, j1 - j0, s.Dh, dS, p.k + j0 / BC * right_words(BC, s.Dh), h.d_q_rows + i0 * Dp);
   }
 }
-// ------------------------------------------------------------- whole tensors: packing, and the tasks that threads
-// share
+// ------------------------------------------------------------- whole tensors: packing, and tasks for threads
 
 static const int* rows_of(const Shape& s, const int* rows, long b, long h) {
   const long head = s.row_heads == 1 ? 0 : s.row_heads == s.K ? h / (s.H / s.K) : h;
@@ -203,8 +202,7 @@ static const Range* ranges_at(const Shape& s, const std::vector<Range>& ranges, 
   return ranges.empty() ? nullptr : ranges.data() + (b * s.row_heads + head) * ((s.Tk + BC - 1) / BC) * s.n;
 }
 
-// x (T, Dh) with `stride` between rows, in blocks of `block` rows as right operands; the last block has room for as
-// many.
+// x (T, Dh), row stride `stride`, packed in blocks of `block` rows as right operands; the last block has full size.
 static void pack_rights(const float* x, long T, long stride, long Dh, long block, word* out) {
   for (long t = 0; t < T; t += block)
     pack_right(x + t * stride, std::min(block, T - t), stride, Dh, out + t / block * right_words(block, Dh));
@@ -213,14 +211,14 @@ static void pack_rights(const float* x, long T, long stride, long Dh, long block
 static void forward(const Shape& s, const float* q, const float* k, const float* v, const int* rows,
                     const float* slopes, float* out, float* lse) {
   const long blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K;
-  const size_t of_block = turned_words(s.Dh), of_v = right_words(BC, s.Dh),
+  const size_t of_block = transposed_words(s.Dh), of_v = right_words(BC, s.Dh),
                of_q = (size_t)tiles * BR * left_width(s.Dh);
   const Room kt(s.B * s.K * blocks * of_block), vp(s.B * s.K * blocks * of_v), qp(s.B * s.H * of_q);
   const std::vector<Range> ranges = ranges_of(s, rows);
   parallel(s.B * s.K * blocks, [&](long at) {
     const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
     const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
-    pack_turned(k + from, n, s.k_stride, s.Dh, kt.at<word>(at * of_block));
+    pack_transposed(k + from, n, s.k_stride, s.Dh, kt.at<word>(at * of_block));
     pack_right(v + from, n, s.k_stride, s.Dh, vp.at<word>(at * of_v));
   });
   parallel(s.B * s.H * tiles, [&](long at) {
@@ -238,7 +236,7 @@ static void backward(const Shape& s, const float* q, const float* k, const float
                      float* d_k, float* d_v) {
   const long Dp = padded(s.Dh), blocks = (s.Tk + BC - 1) / BC, tiles = (s.Tq + BR - 1) / BR, G = s.H / s.K,
              heads_q = s.B * s.H, heads_k = s.B * s.K;
-  const size_t of_block = turned_words(s.Dh), of_k = blocks * right_words(BC, s.Dh),
+  const size_t of_block = transposed_words(s.Dh), of_k = blocks * right_words(BC, s.Dh),
                of_q = (size_t)tiles * BR * left_width(s.Dh),
                of_right = LEFT_IS_RIGHT ? 0 : tiles * right_words(BR, s.Dh);
   const Room kt(heads_k * blocks * of_block), vt(heads_k * blocks * of_block), kp(heads_k * of_k), qp(heads_q * of_q),
@@ -265,12 +263,12 @@ static void backward(const Shape& s, const float* q, const float* k, const float
                  slopes ? slopes[bh % s.H] : 0.0f};
   }
   const bool together =
-      heads_k >= 4;  // enough tasks for the threads with one per key/value head; else dQ apart, same sums
+      heads_k >= 4;  // one task per key/value head is enough; else dQ is computed separately, with the same sums
   parallel(heads_k * blocks, [&](long at) {
     const long bk = at / blocks, j0 = at % blocks * BC, n = std::min(BC, s.Tk - j0);
     const long from = (bk / s.K * s.Tk + j0) * s.k_stride + bk % s.K * s.Dh;
-    pack_turned(k + from, n, s.k_stride, s.Dh, kt.at<word>(at * of_block));
-    pack_turned(v + from, n, s.k_stride, s.Dh, vt.at<word>(at * of_block));
+    pack_transposed(k + from, n, s.k_stride, s.Dh, kt.at<word>(at * of_block));
+    pack_transposed(v + from, n, s.k_stride, s.Dh, vt.at<word>(at * of_block));
     pack_right(k + from, n, s.k_stride, s.Dh, kp.at<word>(bk * of_k + j0 / BC * right_words(BC, s.Dh)));
   });
   parallel(heads_q, [&](long bh) {

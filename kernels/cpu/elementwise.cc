@@ -16,14 +16,14 @@ using Tensor = paddle::Tensor;
 using Optional = paddle::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 using Type = paddle::DataType;
-constexpr long ROWS = 64, VALUES = 1 << 14;  // of one task
+constexpr long ROWS = 64, VALUES = 1 << 14;  // per task
 
 static long rows_of(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.shape().back()); }
 static long tasks(long n, long size) { return (n + size - 1) / size; }
 static Tensor like(const Tensor& x) { return paddle::empty(x.shape(), x.dtype(), x.place()); }
 static Tensor nothing(const Tensor& x) {
   return paddle::empty({0}, x.dtype(), x.place());
-}  // an output that is not asked for
+}  // for an output that is not needed
 
 // Outputs y, h = x + residual, mean (CENTER), r.
 template <bool CENTER>
@@ -43,18 +43,18 @@ static std::vector<Tensor> norm(const Tensor& x, const Optional& residual, const
   });
   return {y, h, mean, r};
 }
-// dw and db: a part for each task, added up in their order. `again`: dx a second time, for the residual: Paddle adds to
-// gradients in place, so that one tensor for two inputs would go wrong.
+// dw and db: one partial sum per task, added in order. dx_copy: a second tensor for the residual, because Paddle adds
+// to gradients in place and one tensor for two inputs would be wrong.
 template <bool CENTER>
 static std::vector<Tensor> norm_backward(const Tensor& x, const Tensor& w, const Tensor& mean, const Tensor& r,
-                                         const Tensor& dy, const Optional& dh, bool again, int instructions) {
+                                         const Tensor& dy, const Optional& dh, bool dx_copy, int instructions) {
   const long D = x.shape().back(), rows = rows_of(x), which = level(instructions), wide = CENTER ? 2 * D : D;
-  const long size = std::max(ROWS, tasks(rows, 64)), parts = tasks(rows, size);  // at most 64, whatever the length
-  Tensor dx = like(x), copy = again ? like(x) : nothing(x), dw = like(w), db = CENTER ? like(w) : nothing(x);
+  const long size = std::max(ROWS, tasks(rows, 64)), parts = tasks(rows, size);  // at most 64 tasks, for any length
+  Tensor dx = like(x), copy = dx_copy ? like(x) : nothing(x), dw = like(w), db = CENTER ? like(w) : nothing(x);
   std::vector<float> sums(parts * wide, 0.0f);
   const float *X = x.data<float>(), *W = w.data<float>(), *M = mean.data<float>(), *R = r.data<float>(),
               *DY = dy.data<float>(), *DH = dh ? dh->data<float>() : nullptr;
-  float *DX = dx.data<float>(), *COPY = again ? copy.data<float>() : nullptr, *DW = dw.data<float>(),
+  float *DX = dx.data<float>(), *COPY = dx_copy ? copy.data<float>() : nullptr, *DW = dw.data<float>(),
         *DB = CENTER ? db.data<float>() : nullptr;
   parallel(parts, [&](long t) {
     float* part = sums.data() + t * wide;
@@ -74,30 +74,30 @@ std::vector<Tensor> RmsNorm(const Tensor& x, const Optional& residual, const Ten
   return norm<false>(x, residual, w, paddle::none, epsilon, instructions);
 }
 std::vector<Tensor> RmsNormBackward(const Tensor& x, const Tensor& w, const Tensor& r, const Tensor& dy,
-                                    const Optional& dh, bool again, int instructions) {
-  return norm_backward<false>(x, w, r, r, dy, dh, again, instructions);
+                                    const Optional& dh, bool dx_copy, int instructions) {
+  return norm_backward<false>(x, w, r, r, dy, dh, dx_copy, instructions);
 }
 std::vector<Tensor> LayerNorm(const Tensor& x, const Optional& residual, const Tensor& w, const Optional& b,
                               float epsilon, int instructions) {
   return norm<true>(x, residual, w, b, epsilon, instructions);
 }
 std::vector<Tensor> LayerNormBackward(const Tensor& x, const Tensor& w, const Tensor& mean, const Tensor& r,
-                                      const Tensor& dy, const Optional& dh, bool again, int instructions) {
-  return norm_backward<true>(x, w, mean, r, dy, dh, again, instructions);
+                                      const Tensor& dy, const Optional& dh, bool dx_copy, int instructions) {
+  return norm_backward<true>(x, w, mean, r, dy, dh, dx_copy, instructions);
 }
 
-std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign, bool neighbours,
+std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, float sign, bool interleaved,
                          int instructions) {
   const auto shape = x.shape();
-  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3], turned = cos.shape()[3],
+  const long tokens = shape[0] * shape[1], heads = shape[2], Dh = shape[3], rotary = cos.shape()[3],
              which = level(instructions);
   Tensor y = like(x);
   const float *X = x.data<float>(), *C = cos.data<float>(), *S = sin.data<float>();
   float* Y = y.data<float>();
-  const auto rotate = neighbours ? PICK(which, rotate_token<true>) : PICK(which, rotate_token<false>);
+  const auto rotate = interleaved ? PICK(which, rotate_token<true>) : PICK(which, rotate_token<false>);
   parallel(tasks(tokens, ROWS), [&](long t) {
     for (long i = t * ROWS; i < std::min(tokens, (t + 1) * ROWS); i++)
-      rotate(X + i * heads * Dh, C + i * turned, S + i * turned, heads, Dh, turned, sign, Y + i * heads * Dh);
+      rotate(X + i * heads * Dh, C + i * rotary, S + i * rotary, heads, Dh, rotary, sign, Y + i * heads * Dh);
   });
   return {y};
 }
@@ -106,7 +106,7 @@ std::vector<Tensor> Rope(const Tensor& x, const Tensor& cos, const Tensor& sin, 
 #define BY_KIND(function) \
   (kind == 0 ? PICK(which, function<0>) : kind == 1 ? PICK(which, function<1>) : PICK(which, function<2>))
 
-// y = a(gate) up, or a(gate) alone.
+// y = a(gate) up, or a(gate) if up is null.
 std::vector<Tensor> Gate(const Tensor& gate, const Optional& up, int kind, int instructions) {
   Tensor y = like(gate);
   const long n = gate.numel(), which = level(instructions);
@@ -130,8 +130,7 @@ std::vector<Tensor> GateBackward(const Tensor& gate, const Optional& up, const T
   return {dg, du};
 }
 
-// Rows of w (V, D) by ids; and their gradient: rows of dy added up in the order of the ids, COLUMNS columns by each
-// thread.
+// Rows of w (V, D) by ids, and their gradient: rows of dy summed in the order of ids, COLUMNS columns per task.
 std::vector<Tensor> Embedding(const Tensor& ids, const Tensor& w) {
   const long V = w.shape()[0], D = w.shape()[1], n = ids.numel();
   auto shape = ids.shape();
@@ -148,8 +147,7 @@ std::vector<Tensor> Embedding(const Tensor& ids, const Tensor& w) {
 }
 std::vector<Tensor> EmbeddingBackward(const Tensor& ids, const Tensor& w, const Tensor& dy) {
   const long D = w.shape()[1], n = ids.numel(), COLUMNS = 128;
-  // Pages that are fresh from the system are zeros, and take memory only once they are written: large tables stay
-  // sparse.
+  // Fresh pages of the system are zeros and take memory only when written: a large table stays sparse.
   void* memory = std::calloc(w.numel() + 16, sizeof(float));
   PD_CHECK(memory, "no memory for the gradient of an embedding");
   float* DW = (float*)(((uintptr_t)memory + 63) / 64 * 64);
@@ -168,7 +166,7 @@ std::vector<Tensor> EmbeddingBackward(const Tensor& ids, const Tensor& w, const 
 static std::vector<Shape> RopeShape(const Shape& x, const Shape& cos, const Shape& sin) { return {x}; }
 static std::vector<Type> RopeType(Type x, Type cos, Type sin) { return {x}; }
 
-// Without functions for shapes and dtypes: these run on a dynamic graph alone.
+// No shape and dtype inference: these run only on a dynamic graph.
 PD_BUILD_OP(cpu_rms_norm)
     .Inputs({"x", paddle::Optional("residual"), "w"})
     .Outputs({"y", "h", "mean", "r"})
@@ -176,7 +174,7 @@ PD_BUILD_OP(cpu_rms_norm)
     .SetKernelFn(PD_KERNEL(RmsNorm));
 PD_BUILD_OP(cpu_rms_norm_backward)
     .Inputs({"x", "w", "r", "dy", paddle::Optional("dh")})
-    .Outputs({"dx", "again", "dw", "db"})
+    .Outputs({"dx", "dx_copy", "dw", "db"})
     .Attrs({"twice: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(RmsNormBackward));
 PD_BUILD_OP(cpu_layer_norm)
@@ -186,7 +184,7 @@ PD_BUILD_OP(cpu_layer_norm)
     .SetKernelFn(PD_KERNEL(LayerNorm));
 PD_BUILD_OP(cpu_layer_norm_backward)
     .Inputs({"x", "w", "mean", "r", "dy", paddle::Optional("dh")})
-    .Outputs({"dx", "again", "dw", "db"})
+    .Outputs({"dx", "dx_copy", "dw", "db"})
     .Attrs({"twice: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(LayerNormBackward));
 PD_BUILD_OP(cpu_gate)
@@ -207,7 +205,7 @@ PD_BUILD_OP(cpu_embedding_backward)
 PD_BUILD_OP(cpu_rope)
     .Inputs({"x", "cos", "sin"})
     .Outputs({"y"})
-    .Attrs({"sign: float", "neighbours: bool", "instructions: int"})
+    .Attrs({"sign: float", "interleaved: bool", "instructions: int"})
     .SetKernelFn(PD_KERNEL(Rope))
     .SetInferShapeFn(PD_INFER_SHAPE(RopeShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(RopeType));

@@ -1,12 +1,12 @@
-// Norm, rotation and gate in one pass each; see elementwise.cc. Included once per instruction set after simd.h.
+// Norm, rotation and gate, one pass each; see elementwise.cc. Included once per instruction set after simd.h.
 
 static INLINE void store_part(float* p, vf x, long n) { std::memcpy(p, &x, n * sizeof(float)); }
 
 static INLINE vf get(const float* p, long n) { return n == VL ? load(p) : load_part(p, n); }
 static INLINE void put(float* p, vf x, long n) { n == VL ? store(p, x) : store_part(p, x, n); }
 
-// f(at, how many, k) for every vector of n values; the last may be short. k is 0, 1, 0, 1, …: of two sums, which to add
-// to, so that additions need not wait for each other.
+// Calls f(at, count, k) for each vector of n values; the last may be short. k alternates 0, 1: two partial sums, so
+// that additions do not wait for each other.
 template <class F>
 static INLINE void each(long n, F f) {
   long i = 0;
@@ -15,9 +15,8 @@ static INLINE void each(long n, F f) {
 }
 #define EACH(at, n, k) [&](long at, long n, int k) __attribute__((always_inline))
 
-// y = (h - mean) r w + b with h = x + residual; CENTER: LayerNorm, else mean is 0 and b absent: RMSNorm.
-// stats: mean (CENTER alone), r. Values past the end are zeros and would count in a sum around the mean: they are left
-// out.
+// y = (h - mean) r w + b with h = x + residual. CENTER: LayerNorm; else RMSNorm: mean is 0 and there is no b. stats:
+// mean (only CENTER), r. Zeros past the end would count in a sum around the mean, so they are left out.
 template <bool CENTER>
 static void norm_row(const float* x, const float* residual, const float* w, const float* b, long D, float epsilon,
                      float* h, float* y, float* mean, float* r) {
@@ -48,11 +47,11 @@ static void norm_row(const float* x, const float* residual, const float* w, cons
   *r = scale;
 }
 
-// With z = (x - mean) r and g = dy w: dx = r (g - mean(g) - z mean(g z)) + dh, written twice if asked for; dw += dy z,
+// With z = (x - mean) r and g = dy w: dx = r (g - mean(g) - z mean(g z)) + dh, written twice if requested; dw += dy z,
 // db += dy.
 template <bool CENTER>
 static void norm_row_backward(const float* x, const float* w, float m, float r, const float* dy, const float* dh,
-                              long D, float* dx, float* again, float* dw, float* db) {
+                              long D, float* dx, float* dx_copy, float* dw, float* db) {
   vf sum[2] = {}, dot[2] = {};
   each(
       D, EACH(d, n, k) {
@@ -71,16 +70,16 @@ static void norm_row_backward(const float* x, const float* w, float m, float r, 
         v *= r;
         if (dh) v += get(dh + d, n);
         put(dx + d, v, n);
-        if (again) put(again + d, v, n);
+        if (dx_copy) put(dx_copy + d, v, n);
       });
 }
 
-// heads x Dh values of one token, of whose first `turned` dims pairs are (i, i + turned/2), or (2 i, 2 i + 1); sign -1
-// turns back
+// heads x Dh values of one token; pairs of the first `rotary` dims are (i, i + rotary/2) or (2 i, 2 i + 1); sign -1
+// rotates back.
 template <bool NEIGHBOURS>
 static void rotate_token(const float* __restrict x, const float* cos, const float* sin, long heads, long Dh,
-                         long turned, float sign, float* __restrict y) {
-  const long half = turned / 2;
+                         long rotary, float sign, float* __restrict y) {
+  const long half = rotary / 2;
   for (long h = 0; h < heads; h++, x += Dh, y += Dh) {
     for (long i = 0; i < half; i++) {
       const long p = NEIGHBOURS ? 2 * i : i, q = NEIGHBOURS ? 2 * i + 1 : i + half;
@@ -88,17 +87,17 @@ static void rotate_token(const float* __restrict x, const float* cos, const floa
       y[p] = a * c - b * s;
       y[q] = b * c + a * s;
     }
-    std::copy(x + turned, x + Dh, y + turned);
+    std::copy(x + rotary, x + Dh, y + rotary);
   }
 }
 
 static INLINE vf sigmoid(vf x) {
-  const vf e = vexp(x < 0 ? x : -x);  // of a value that is not positive, so that nothing overflows
+  const vf e = vexp(x < 0 ? x : -x);  // the argument is <= 0, so that nothing overflows
   return (x < 0 ? e : splat(1.0f)) / (1.0f + e);
 }
 
-// Phi(-u) e^(u^2/2), the normal distribution's tail without its Gaussian, for u >= 0: a polynomial in 1 / (1 + 0.35 u)
-// fitted for the least relative error, 3e-8 before rounding.
+// Phi(-u) e^(u^2/2) for u >= 0, the tail of the normal distribution without its Gaussian: a polynomial in 1 / (1 +
+// 0.35 u), fitted for the smallest relative error, 3e-8 before rounding.
 static INLINE vf tail(vf u) {
   const vf t = 1.0f / (1.0f + 0.35f * u);
   vf p = splat(-0.0291461386f);
@@ -115,7 +114,7 @@ static INLINE vf tail(vf u) {
 
 enum { SILU, GELU_TANH, GELU };
 
-// a(g) and its slope.
+// a(g) and its derivative.
 template <int KIND>
 static INLINE vf activation(vf g, vf* slope) {
   if (KIND == SILU) {
@@ -133,7 +132,7 @@ static INLINE vf activation(vf g, vf* slope) {
   return g * phi;
 }
 
-template <int KIND>  // u may be null: 1
+template <int KIND>  // u null means 1
 static void gate(const float* g, const float* u, long n, float* y) {
   each(
       n, EACH(i, n, k) {

@@ -1,5 +1,5 @@
-// Includes simd.h and the file named by BODY once per instruction set, each time in a namespace of its own, and PICK to
-// call the one that suits this processor: 2 AVX-512, 1 AVX2 with FMA, 0 what every x86-64 has.
+// Includes simd.h and the file named by BODY once per instruction set, each in its own namespace, and defines PICK to
+// call one of them: 2 AVX-512, 1 AVX2 with FMA, 0 baseline x86-64.
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")

@@ -1,7 +1,7 @@
-// y = x W + b for the few rows of a decode step: bound by reading W, which is float32 or bfloat16 and read once, by
-// columns of 64 rows at a time. x is turned over first, so that the rows' factors of one weight row lie side by side.
+// y = x W + b for the few rows of a decode step. Bound by reading W (float32 or bfloat16), which is read once, 64 rows
+// at a time. x is transposed first, so that the factors of one weight row are contiguous.
 //
-// The sum over input rows goes on in their order, whatever the threads.
+// The sum over input rows is in their order, for any number of threads.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -32,15 +32,15 @@ std::vector<paddle::Tensor> FewRows(const paddle::Tensor& x, const paddle::Tenso
   shape.back() = f.out;
   auto y = paddle::empty(shape, x.dtype(), x.place());
   const float* X = x.data<float>();
-  std::vector<float> turned(f.rows > 1 ? f.rows * f.in : 0);
+  std::vector<float> transposed(f.rows > 1 ? f.rows * f.in : 0);
   for (long m = 0; m < (f.rows > 1 ? f.rows : 0); m++)
-    for (long k = 0; k < f.in; k++) turned[k * f.rows + m] = X[m * f.in + k];
-  const float* by_columns = f.rows > 1 ? turned.data() : X;
+    for (long k = 0; k < f.in; k++) transposed[k * f.rows + m] = X[m * f.in + k];
+  const float* by_columns = f.rows > 1 ? transposed.data() : X;
   float* Y = y.data<float>();
   const bool half = w.dtype() == paddle::DataType::BFLOAT16;
   const void* W = w.data();
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  const long part = f.out >= 768 ? 384 : 144;  // columns of a task: whole tiles of every instruction set
+  const long part = f.out >= 768 ? 384 : 144;  // columns per task: whole tiles of every instruction set
   const auto columns = [&](long t) {
     const long from = t * part, to = std::min(f.out, from + part);
     if (half) PICK(which, few_bfloat16)(f, W, by_columns, from, to, Y);

@@ -2,7 +2,7 @@
 
 typedef unsigned short vh __attribute__((vector_size(VL * 2)));
 
-constexpr long DEPTH = 64;  // input rows of the weight that are taken at a time: so many streams of memory
+constexpr long DEPTH = 64;  // input rows of the weight per step, each one stream of memory
 
 static INLINE vf weights(const float* p) { return load(p); }
 static INLINE vf weights(const uint16_t* p) {  // bfloat16: the upper half of a float
@@ -11,7 +11,7 @@ static INLINE vf weights(const uint16_t* p) {  // bfloat16: the upper half of a 
   return (vf)(__builtin_convertvector(x, vi) << 16);
 }
 
-// y[m, c] (+)= sum over k of x[k, m] w[k, c] for M rows and N vectors of columns; x by columns (k, ldx).
+// y[m, c] (+)= sum over k of x[k, m] w[k, c] for M rows and N vectors of columns; x column-major (k, ldx).
 template <int M, int N, class T>
 static INLINE void few_tile(long depth, const float* x, long ldx, const T* w, long ldw, float* y, long ldy, bool add) {
   vf c[M][N];
@@ -24,7 +24,7 @@ static INLINE void few_tile(long depth, const float* x, long ldx, const T* w, lo
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       b[n] = weights(w + k * ldw + n * VL);
-      __builtin_prefetch(w + k * ldw + (N + n) * VL);  // the tile to the right, of the same rows
+      __builtin_prefetch(w + k * ldw + (N + n) * VL);  // the tile to the right
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -51,7 +51,7 @@ static INLINE void few_rows_of(long rows, long depth, const float* x, long ldx, 
   if (rows - m == 1) few_tile<1, N>(depth, x + m, ldx, w, ldw, y + m * ldy, ldy, add);
 }
 
-// Columns [from, to) of y (rows, out); x by columns (in, rows).
+// Columns [from, to) of y (rows, out); x column-major (in, rows).
 template <class T>
 static void few_columns(const Few& f, const T* w, const float* x, long from, long to, float* y) {
   constexpr int N = VL == 16 ? 3 : 2;

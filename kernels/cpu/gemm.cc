@@ -1,10 +1,9 @@
-// Products in bfloat16 (kernels.linear, lora_linear and linear_cross_entropy with kernels.bf16) of float32 or bfloat16
-// tensors.
+// Products in bfloat16 of float32 or bfloat16 tensors, for kernels.linear, lora_linear and linear_cross_entropy with
+// kernels.bf16.
 //
-// Operands are converted and packed inside, sums and results are float32. LoRA's products are no passes of their own: x
-// A B is done by R more columns of x and rows of W. The cross-entropy goes over the vocabulary in blocks, so that
-// logits stay in the cache; what is kept of a block is at most its softmax in bfloat16, as the operand of the next
-// products.
+// Operands are converted and packed inside; sums and results are float32. LoRA's product x A B is fused: R more
+// columns of x and R more rows of W. Cross-entropy goes over the vocabulary in blocks, so that logits stay in the
+// cache; what is stored of a block is at most its softmax in bfloat16, as the operand of the next products.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -35,17 +34,19 @@ namespace {
 #undef MR
 #include "gemm.h"
 
-Matrix matrix(const Tensor& x, bool turned = false) {  // (…, cols): leading dims are rows
+Matrix matrix(const Tensor& x, bool column_major = false) {  // (…, cols): leading dims become rows
   const long stride = x.shape().back(), rows = x.numel() / std::max(1L, stride);
-  return {x.data(), turned ? stride : rows, turned ? rows : stride, stride, turned, x.dtype() == Type::BFLOAT16};
+  return {x.data(),     column_major ? stride : rows, column_major ? rows : stride, stride,
+          column_major, x.dtype() == Type::BFLOAT16};
 }
 Matrix columns(const Matrix& x, long from, long to) {
-  return {x.half ? (const void*)x.bits(0, from) : x.single(0, from), x.rows, to - from, x.stride, x.turned, x.half};
+  return {
+      x.half ? (const void*)x.bits(0, from) : x.single(0, from), x.rows, to - from, x.stride, x.column_major, x.half};
 }
 auto panels_of(const Matrix& b) {
   return [b](long n, uint32_t* out) { pack_panel(b, n, out); };
 }
-// Panels of b with those of `more` behind them, along the inner dimension.
+// Panels of b followed by those of `more`, along the inner dimension.
 auto panels_of(const Matrix& b, const Matrix& more) {
   return
       [b, more](long n, uint32_t* out) { pack_panel(b, n, out), pack_panel(more, n, out + inner_words(b.rows) * NR); };
@@ -88,7 +89,7 @@ void lora(const Matrix& x, const Matrix* dropped, const Matrix& w, const Matrix&
   });
 }
 
-// dt = scaling dy B^T; dx = [dy dt] [W^T; A^T], or, with dropout, dx = dy W^T and d_dropped = dt A^T; dA = (dropped or
+// dt = scaling dy B^T; dx = [dy dt] [W^T; A^T] or, with dropout, dx = dy W^T and d_dropped = dt A^T; dA = (dropped or
 // x)^T dt; dB = t^T dy
 void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Matrix& w, const Matrix& a,
                    const Matrix& b, float scaling, float* dx, float* d_dropped, float* da, float* db) {
@@ -96,12 +97,12 @@ void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Mat
              stride = of_y + of_t;
   const Words packed = words(up(M, 16) * stride);
   const Rows rows = pack_all(dy, packed.get(), stride);
-  std::vector<float> sums(M * R), da_turned(R * K);
+  std::vector<float> sums(M * R), da_t(R * K);
   float* dt = sums.data();
   product(rows, R, of_y, panels_of(b.transposed()), dt, R, false,
           [=](long m0, long m1, long n0, long n1) { scale_block(dt, R, scaling, m0, m1, n0, n1); });
-  const Matrix turned{dt, R, M, R, true, false};
-  const Rows rows_t = pack_all(turned.transposed(), packed.get() + of_y, stride);
+  const Matrix dt_t{dt, R, M, R, true, false};
+  const Rows rows_t = pack_all(dt_t.transposed(), packed.get() + of_y, stride);
   if (dx && d_dropped) {
     product(rows, K, of_y, panels_of(w.transposed()), dx, K, false, nothing);
     product(rows_t, K, of_t, panels_of(a.transposed()), d_dropped, K, false, nothing);
@@ -110,18 +111,18 @@ void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Mat
   }
   const long of_m = inner_words(M);
   const Words few = words(up(R, 16) * of_m);
-  product(pack_all(turned, few.get(), of_m), K, of_m, panels_of(x), da_turned.data(), K, false, nothing);
+  product(pack_all(dt_t, few.get(), of_m), K, of_m, panels_of(x), da_t.data(), K, false, nothing);
   for (long k = 0; k < K; k++)
-    for (long r = 0; r < R; r++) da[k * R + r] = da_turned[r * K + k];
+    for (long r = 0; r < R; r++) da[k * R + r] = da_t[r * K + k];
   product(pack_all(t.transposed(), few.get(), of_m), N, of_m, panels_of(dy), db, N, false, nothing);
 }
 
 // ------------------------------------------------------------------------------------------- cross-entropy
 
-constexpr long WIDTH = 1024;  // columns of the vocabulary at a time; with 96 rows of float32 logits 384 KB
+constexpr long WIDTH = 1024;  // columns of the vocabulary per block; 96 rows of float32 logits are 384 KB
 
-// Logits of every row for columns [n0, n0 + width), a block of rows at a time: use(m, logits) with zeros up to a
-// multiple of 32. With a softcap, other than 0, they are softcap * tanh(logit / softcap).
+// Logits of all rows for columns [n0, n0 + width), a block of rows at a time: calls use(m, logits), zero-padded to a
+// multiple of 32. If softcap is not 0, logits are softcap * tanh(logit / softcap).
 template <class Use>
 void logits_of(const Rows& hidden, const Matrix& weight, long n0, long width, long count, float softcap,
                uint32_t* panels, Use use) {
@@ -152,27 +153,29 @@ float single_of(uint16_t half) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-// g times the softcap's slope at a logit that it made; g without one.
-vf bent(vf g, vf logit, float softcap) {
+// g times the derivative of the softcap, given the capped logit; g if softcap is 0.
+vf times_cap_slope(vf g, vf logit, float softcap) {
   if (!softcap) return g;
   const vf t = logit * (1.0f / softcap);
   return g * (1.0f - t * t);
 }
-float bent(float g, float logit, float softcap) { return bent(splat(g), splat(logit), softcap)[0]; }
+float times_cap_slope(float g, float logit, float softcap) {
+  return times_cap_slope(splat(g), splat(logit), softcap)[0];
+}
 vf part(const float* p, long n, float otherwise) {
   return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(otherwise), first(n), p);
 }
 
-struct Seen {  // of one row: largest logit, its column, sum of exp(logit - most), the target's logit (0 if it is not
-               // among the columns)
+// Per row: largest logit, its column, sum of exp(logit - most), the target's logit (0 if not among the columns).
+struct RowStatistics {
   float *most, *sum, *target;
   int64_t* best;
 };
 
-// One row's logits for columns [n0, n0 + width) into what was seen before; exp(logit - most), bent, to `half` if given.
-// Returns by what earlier sums are to be multiplied.
-float see(const Seen& seen, long m, const float* logits, long n0, long width, int64_t label, float softcap,
-          uint16_t* half) {
+// Updates the statistics of row m with its logits for columns [n0, n0 + width), and writes exp(logit - most), times
+// the cap's slope, to `half` unless null. Returns the factor for earlier sums.
+float update_row(const RowStatistics& seen, long m, const float* logits, long n0, long width, int64_t label,
+                 float softcap, uint16_t* half) {
   vf top = splat(-std::numeric_limits<float>::infinity());
   for (long n = 0; n < width; n += VL) top = vmax(top, part(logits + n, width - n, logits[0]));
   const float before = seen.most[m], most = std::max(before, hmax(top));
@@ -186,17 +189,17 @@ float see(const Seen& seen, long m, const float* logits, long n0, long width, in
   for (long n = 0; n < up(width, 32); n += VL) {
     const vf e = vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - most);
     sum += e;
-    if (half) store_half(half + n, bent(e, part(logits + n, width - n, 0.0f), softcap));
+    if (half) store_half(half + n, times_cap_slope(e, part(logits + n, width - n, 0.0f), softcap));
   }
   const float by = std::exp(before - most);
   seen.most[m] = most, seen.sum[m] = seen.sum[m] * by + hsum(sum);
   return by;
 }
 
-// What losses are made of, and, if `acc` is given, acc[m] = sum over columns of exp(logit - most), bent, weight^T: the
-// softmax's part of the gradient of hidden, in one go with the logits (an online softmax, as attention's).
-void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, float softcap, const Seen& seen,
-                   float* acc) {
+// Statistics for the losses and, unless acc is null, acc[m] = sum over columns of exp(logit - most) weight^T, times
+// the cap's slope: the softmax part of the gradient of hidden, computed with the logits (online softmax).
+void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* labels, float softcap,
+                   const RowStatistics& seen, float* acc) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D);
   const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(acc ? M * WIDTH / 2 : 1);
   const Rows rows = pack_all(hidden, packed.get(), count);
@@ -207,7 +210,7 @@ void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* la
     const long width = std::min(WIDTH, V - n0);
     logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
       uint16_t* half = acc ? (uint16_t*)halves.get() + m * WIDTH : nullptr;
-      const float by = see(seen, m, logits, n0, width, labels[m], softcap, half);
+      const float by = update_row(seen, m, logits, n0, width, labels[m], softcap, half);
       if (acc && n0 && by != 1.0f) scale_block(acc + m * D, 0, by, 0, 1, 0, D);
     });
     if (acc)
@@ -216,47 +219,48 @@ void cross_entropy(const Matrix& hidden, const Matrix& weight, const int64_t* la
   }
 }
 
-// G = d_loss (softmax - onehot), bent, in bfloat16, a block of columns at a time; d_hidden = G weight^T, d_weight =
-// hidden^T G.
+// G = d_loss (softmax - onehot), times the cap's slope, in bfloat16, a block of columns at a time; d_hidden = G
+// weight^T, d_weight = hidden^T G.
 void cross_entropy_backward(const Matrix& hidden, const Matrix& weight, const int64_t* labels, const float* lse,
                             const float* d_loss, float softcap, float* d_hidden, float* d_weight) {
   const long M = hidden.rows, D = hidden.cols, V = weight.cols, count = inner_words(D), of_m = inner_words(M);
   const Words packed = words(up(M, 16) * count), panels = words(WIDTH * count), halves = words(M * WIDTH / 2);
   const Rows rows = pack_all(hidden, packed.get(), count);
-  // The weight lies (V, D), so its gradient is G^T hidden, or (D, V): hidden^T G.
+  // weight (V, D): its gradient is G^T hidden; weight (D, V): hidden^T G.
   const bool trained = d_weight != nullptr;
-  const Words turned = words(!trained        ? 1
-                             : weight.turned ? up(WIDTH, 16) * of_m
-                                             : up(D, 16) * of_m),
-              hidden_panels = words(trained && weight.turned ? up(D, NR) * of_m : 1);
-  Rows hidden_turned{};
-  if (trained && weight.turned)
+  const Words transposed_rows = words(!trained              ? 1
+                                      : weight.column_major ? up(WIDTH, 16) * of_m
+                                                            : up(D, 16) * of_m),
+              hidden_panels = words(trained && weight.column_major ? up(D, NR) * of_m : 1);
+  Rows hidden_t{};
+  if (trained && weight.column_major)
     parallel((D + NR - 1) / NR, [&](long p) { pack_panel(hidden, p * NR, hidden_panels.get() + p * NR * of_m); });
-  else if (trained) hidden_turned = pack_all(hidden.transposed(), turned.get(), of_m);
+  else if (trained) hidden_t = pack_all(hidden.transposed(), transposed_rows.get(), of_m);
   for (long n0 = 0; n0 < V; n0 += WIDTH) {
     const long width = std::min(WIDTH, V - n0);
     logits_of(rows, weight, n0, width, count, softcap, panels.get(), [&](long m, const float* logits) {
       uint16_t* half = (uint16_t*)halves.get() + m * WIDTH;
       for (long n = 0; n < up(width, 32); n += VL)
         store_half(half + n,
-                   bent(vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - lse[m]) * d_loss[m],
-                        part(logits + n, width - n, 0.0f), softcap));
+                   times_cap_slope(
+                       vexp(part(logits + n, width - n, -std::numeric_limits<float>::infinity()) - lse[m]) * d_loss[m],
+                       part(logits + n, width - n, 0.0f), softcap));
       if (const long n = labels[m] - n0; n >= 0 && n < width)
-        half[n] = half_of(bent((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m], logits[n], softcap));
+        half[n] = half_of(times_cap_slope((std::exp(logits[n] - lse[m]) - 1.0f) * d_loss[m], logits[n], softcap));
     });
     product(Rows{halves.get(), M, WIDTH / 2}, D, inner_words(width),
             panels_of(columns(weight, n0, n0 + width).transposed()), d_hidden, D, n0 > 0, nothing);
     const Matrix g{halves.get(), M, width, WIDTH, false, true};
-    if (trained && weight.turned)
-      multiply(pack_all(g.transposed(), turned.get(), of_m), D, of_m, hidden_panels.get(), d_weight + n0 * D, D, false,
-               nothing);
-    else if (trained) product(hidden_turned, width, of_m, panels_of(g), d_weight + n0, V, false, nothing);
+    if (trained && weight.column_major)
+      multiply(pack_all(g.transposed(), transposed_rows.get(), of_m), D, of_m, hidden_panels.get(), d_weight + n0 * D,
+               D, false, nothing);
+    else if (trained) product(hidden_t, width, of_m, panels_of(g), d_weight + n0, V, false, nothing);
   }
 }
 
-// d_loss[m] (acc[m] factor[m] - weight^T[label]), the second part, bent, only for labels that are among the columns,
-// whose logit is target[m]. Weight and slope are rounded there as they were in acc: of a probability near 1 their
-// difference is what counts.
+// d_loss[m] (acc[m] factor[m] - weight^T[label]). The second part, times the cap's slope, only for labels in these
+// columns, with target[m] as their logit. Weight and slope are rounded as in acc: for a probability near 1 the
+// difference is what matters.
 void softmax_gradient(const Matrix& weight, const float* acc, const float* factor, const int64_t* labels,
                       const float* target, const float* d_loss, float softcap, long M, float* out) {
   const long D = weight.rows;
@@ -264,7 +268,7 @@ void softmax_gradient(const Matrix& weight, const float* acc, const float* facto
     for (long m = block * MC; m < std::min(M, (block + 1) * MC); m++) {
       const float by = factor[m] * d_loss[m];
       for (long d = 0; d < D; d++) out[m * D + d] = acc[m * D + d] * by;
-      const float pull = d_loss[m] * (softcap ? single_of(half_of(bent(1.0f, target[m], softcap))) : 1.0f);
+      const float pull = d_loss[m] * (softcap ? single_of(half_of(times_cap_slope(1.0f, target[m], softcap))) : 1.0f);
       if (labels[m] >= 0 && labels[m] < weight.cols)
         for (long d = 0; d < D; d++)
           out[m * D + d] -=
@@ -282,8 +286,8 @@ static Tensor fresh(const Shape& shape, const Tensor& like) {
 static const float* floats(const MaybeTensor& x) { return x ? x->data<float>() : nullptr; }
 
 std::vector<Tensor> Bf16Matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias, const MaybeTensor& residual,
-                               bool a_turned, bool b_turned) {
-  const Matrix x = matrix(a, a_turned), y = matrix(b, b_turned);
+                               bool a_column_major, bool b_column_major) {
+  const Matrix x = matrix(a, a_column_major), y = matrix(b, b_column_major);
   PD_CHECK(x.cols == y.rows, "inner dimensions differ");
   Tensor out = fresh({x.rows, y.cols}, a);
   matmul(x, y, floats(bias), floats(residual), out.data<float>());
@@ -311,32 +315,33 @@ std::vector<Tensor> Bf16LoraBackward(const Tensor& dy, const Tensor& x, const Te
   return {dx, d_dropped, da, db};
 }
 
-std::vector<Tensor> Bf16CrossEntropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels, bool turned,
-                                     float softcap, bool want_acc) {
-  const Matrix h = matrix(hidden), w = matrix(weight, turned);
+std::vector<Tensor> Bf16CrossEntropy(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                     bool column_major, float softcap, bool want_acc) {
+  const Matrix h = matrix(hidden), w = matrix(weight, column_major);
   Tensor most = fresh({h.rows}, hidden), sum = fresh({h.rows}, hidden), target = fresh({h.rows}, hidden),
          best = paddle::empty({h.rows}, Type::INT64, hidden.place());
   Tensor acc = fresh({want_acc ? h.rows : 0, h.cols}, hidden);
   cross_entropy(h, w, labels.data<int64_t>(), softcap,
-                Seen{most.data<float>(), sum.data<float>(), target.data<float>(), best.data<int64_t>()},
+                RowStatistics{most.data<float>(), sum.data<float>(), target.data<float>(), best.data<int64_t>()},
                 want_acc ? acc.data<float>() : nullptr);
   return {most, sum, target, best, acc};
 }
 
 std::vector<Tensor> Bf16CrossEntropyBackward(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-                                             const Tensor& lse, const Tensor& d_loss, bool turned, float softcap,
+                                             const Tensor& lse, const Tensor& d_loss, bool column_major, float softcap,
                                              bool frozen) {
   const Matrix h = matrix(hidden);
   Tensor d_hidden = fresh(hidden.shape(), hidden), d_weight = fresh(frozen ? Shape{0, 1} : weight.shape(), weight);
-  cross_entropy_backward(h, matrix(weight, turned), labels.data<int64_t>(), lse.data<float>(), d_loss.data<float>(),
-                         softcap, d_hidden.data<float>(), frozen ? nullptr : d_weight.data<float>());
+  cross_entropy_backward(h, matrix(weight, column_major), labels.data<int64_t>(), lse.data<float>(),
+                         d_loss.data<float>(), softcap, d_hidden.data<float>(),
+                         frozen ? nullptr : d_weight.data<float>());
   return {d_hidden, d_weight};
 }
 
 std::vector<Tensor> SoftmaxGradient(const Tensor& acc, const Tensor& factor, const Tensor& weight, const Tensor& labels,
-                                    const Tensor& target, const Tensor& d_loss, bool turned, float softcap) {
+                                    const Tensor& target, const Tensor& d_loss, bool column_major, float softcap) {
   Tensor out = fresh(acc.shape(), acc);
-  softmax_gradient(matrix(weight, turned), acc.data<float>(), factor.data<float>(), labels.data<int64_t>(),
+  softmax_gradient(matrix(weight, column_major), acc.data<float>(), factor.data<float>(), labels.data<int64_t>(),
                    target.data<float>(), d_loss.data<float>(), softcap, acc.shape()[0], out.data<float>());
   return {out};
 }
@@ -344,7 +349,7 @@ std::vector<Tensor> SoftmaxGradient(const Tensor& acc, const Tensor& factor, con
 PD_BUILD_OP(cpu_bf16_matmul)
     .Inputs({"a", "b", paddle::Optional("bias"), paddle::Optional("residual")})
     .Outputs({"c"})
-    .Attrs({"a_turned: bool", "b_turned: bool"})
+    .Attrs({"a_column_major: bool", "b_column_major: bool"})
     .SetKernelFn(PD_KERNEL(Bf16Matmul));
 PD_BUILD_OP(cpu_bf16_lora)
     .Inputs({"x", paddle::Optional("dropped"), "w", "a", "b", paddle::Optional("bias")})
@@ -359,15 +364,15 @@ PD_BUILD_OP(cpu_bf16_lora_backward)
 PD_BUILD_OP(cpu_bf16_cross_entropy)
     .Inputs({"hidden", "weight", "labels"})
     .Outputs({"most", "sum", "target", "best", "acc"})
-    .Attrs({"turned: bool", "softcap: float", "want_acc: bool"})
+    .Attrs({"column_major: bool", "softcap: float", "want_acc: bool"})
     .SetKernelFn(PD_KERNEL(Bf16CrossEntropy));
 PD_BUILD_OP(cpu_bf16_cross_entropy_backward)
     .Inputs({"hidden", "weight", "labels", "lse", "d_loss"})
     .Outputs({"d_hidden", "d_weight"})
-    .Attrs({"turned: bool", "softcap: float", "frozen: bool"})
+    .Attrs({"column_major: bool", "softcap: float", "frozen: bool"})
     .SetKernelFn(PD_KERNEL(Bf16CrossEntropyBackward));
 PD_BUILD_OP(cpu_softmax_part)
     .Inputs({"acc", "factor", "weight", "labels", "target", "d_loss"})
     .Outputs({"d_hidden"})
-    .Attrs({"turned: bool", "softcap: float"})
+    .Attrs({"column_major: bool", "softcap: float"})
     .SetKernelFn(PD_KERNEL(SoftmaxGradient));

@@ -1,26 +1,28 @@
-// Products of matrices in bfloat16 with float32 sums: packing, tiles and the loops over blocks; see gemm.cc.
+// Matrix products in bfloat16 with float32 sums: packing, tiles, and the loops over blocks; see gemm.cc.
 //
-// Both operands are packed as words of two bfloat16, (k, k + 1) of the inner dimension: A into rows, B into panels of
-// 64 columns. A tile of C is 6 x 64 in registers (vdpbf16ps), or 32 x 32 in AMX tiles. Each block of C is made by one
-// thread, its sums in order of k: the same bits whatever the number of threads. Included after amx.h, under a target
+// Both operands are packed as words of two bfloat16, (k, k + 1) of the inner dimension: A as rows, B as panels of 64
+// columns. A tile of C is 6 x 64 in registers (vdpbf16ps), or 32 x 32 in AMX tiles. One thread computes each block of
+// C, with sums in order of k: the bits do not depend on the number of threads. Included after amx.h, under a target
 // pragma and in a namespace.
 
 constexpr long NR = 64, MR = 6;     // columns of a panel; rows of a tile
-constexpr long MC = 96, GROUP = 8;  // rows and panels of a block of C: it stays in the second-level cache (192 KB)
+constexpr long MC = 96, GROUP = 8;  // rows and panels of a block of C, which stays in the second-level cache (192 KB)
 constexpr long DEPTH = 512;         // words of the inner dimension of a block: a panel is 128 KB
-constexpr long PACKED = 1 << 20;    // words of B that are packed at a time (4 MB)
+constexpr long PACKED = 1 << 20;    // words of B that are packed at once (4 MB)
 
-// rows x cols; element (r, c) is data[r * stride + c], or, turned, data[c * stride + r]; float32, or bfloat16 where
-// half.
+// rows x cols; element (r, c) is data[r * stride + c] or, if column_major, data[c * stride + r]; float32, or bfloat16
+// if half.
 struct Matrix {
   const void* data;
   long rows, cols, stride;
-  bool turned, half;
-  const float* single(long r, long c) const { return (const float*)data + (turned ? c * stride + r : r * stride + c); }
-  const uint16_t* bits(long r, long c) const {
-    return (const uint16_t*)data + (turned ? c * stride + r : r * stride + c);
+  bool column_major, half;
+  const float* single(long r, long c) const {
+    return (const float*)data + (column_major ? c * stride + r : r * stride + c);
   }
-  Matrix transposed() const { return {data, cols, rows, stride, !turned, half}; }
+  const uint16_t* bits(long r, long c) const {
+    return (const uint16_t*)data + (column_major ? c * stride + r : r * stride + c);
+  }
+  Matrix transposed() const { return {data, cols, rows, stride, !column_major, half}; }
 };
 
 struct Free {
@@ -30,7 +32,7 @@ using Words = std::unique_ptr<uint32_t, Free>;
 static Words words(size_t n) { return Words((uint32_t*)std::aligned_alloc(64, (n * 4 + 63) / 64 * 64)); }
 
 static long up(long n, long unit) { return (n + unit - 1) / unit * unit; }
-static long inner_words(long K) { return up(K, 32) / 2; }  // of a row: whole cache lines
+static long inner_words(long K) { return up(K, 32) / 2; }  // words of a row, whole cache lines
 static INLINE __mmask16 first(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
 
 // ------------------------------------------------------------------------------------------------- packing
@@ -40,8 +42,7 @@ static INLINE __m512i pairs(__m512 even, __m512 odd) {
                 b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
   return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
 }
-// Elements (r … r + 15, c) and (r … r + 15, c + 1) of a matrix whose columns are contiguous, as 16 words; zeros past
-// its end.
+// Elements (r … r + 15, c) and (r … r + 15, c + 1) of a column-major matrix as 16 words; zeros past its end.
 static INLINE __m512i across(const Matrix& x, long r, long c) {
   const __mmask16 keep = first(x.rows - r), odd = c + 1 < x.cols ? keep : 0;
   if (c >= x.cols || !keep) return _mm512_setzero_si512();
@@ -51,7 +52,7 @@ static INLINE __m512i across(const Matrix& x, long r, long c) {
                 b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, x.bits(r, c) + x.stride));
   return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
 }
-// Elements (r, c … c + 31) of a matrix whose rows are contiguous, as 16 words; zeros past its end.
+// Elements (r, c … c + 31) of a row-major matrix as 16 words; zeros past its end.
 static INLINE __m512i along(const Matrix& x, long r, long c) {
   const long n = x.cols - c;
   if (r >= x.rows || n <= 0) return _mm512_setzero_si512();
@@ -87,7 +88,7 @@ static INLINE void transpose16(__m512i* a) {
   }
 }
 template <class Load>
-static INLINE void turned16(uint32_t* out, long stride, Load load) {  // out[j][i] = load(i)[j]
+static INLINE void transposed16(uint32_t* out, long stride, Load load) {  // out[j][i] = load(i)[j]
   __m512i block[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) block[i] = load(i);
@@ -96,23 +97,23 @@ static INLINE void turned16(uint32_t* out, long stride, Load load) {  // out[j][
   for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * stride, block[i]);
 }
 
-// Rows [r0, r1) of x, all of its columns, to out[row][word], `stride` words a row, r1 - r0 rounded up to 16 rows.
+// Rows [r0, r1) of x, all columns, to out[row][word], `stride` words a row; the number of rows is padded to 16.
 static void pack_rows(const Matrix& x, long r0, long r1, uint32_t* out, long stride) {
   const long count = inner_words(x.cols);
-  if (!x.turned) {
+  if (!x.column_major) {
     for (long r = r0; r < r1; r++)
       for (long w = 0; w < count; w += 16) _mm512_storeu_si512(out + (r - r0) * stride + w, along(x, r, 2 * w));
     return;
   }
   for (long r = r0; r < r1; r += 16)
     for (long w = 0; w < count; w += 16)
-      turned16(out + (r - r0) * stride + w, stride, [&](int i) { return across(x, r, 2 * (w + i)); });
+      transposed16(out + (r - r0) * stride + w, stride, [&](int i) { return across(x, r, 2 * (w + i)); });
 }
-// Columns [c, c + 64) of x, all of its rows, to out[word][64]; zeros past its end.
+// Columns [c, c + 64) of x, all rows, to out[word][64]; zeros past its end.
 static void pack_panel(const Matrix& x, long c, uint32_t* out) {
   const long count = inner_words(x.rows);
   const Matrix t = x.transposed();
-  if (!x.turned) {
+  if (!x.column_major) {
     for (long w = 0; w < count; w++)
 #pragma GCC unroll 4
       for (long n = 0; n < NR; n += 16) _mm512_storeu_si512(out + w * NR + n, across(t, c + n, 2 * w));
@@ -120,7 +121,7 @@ static void pack_panel(const Matrix& x, long c, uint32_t* out) {
   }
   for (long n = 0; n < NR; n += 16) {
     for (long w = 0; w < count; w += 16)
-      turned16(out + w * NR + n, NR, [&](int i) { return along(t, c + n + i, 2 * w); });
+      transposed16(out + w * NR + n, NR, [&](int i) { return along(t, c + n + i, 2 * w); });
   }
 }
 
@@ -174,7 +175,7 @@ static void tiles(long M, long count, const uint32_t* A, long a_stride, const ui
 
 // --------------------------------------------------------------------------------------------------- loops
 
-// Packed rows of A: `rows` of them, `stride` words each.
+// Packed rows of A: `rows` rows of `stride` words.
 struct Rows {
   const uint32_t* at;
   long rows, stride;
@@ -195,8 +196,8 @@ static void block_of(const Rows& A, long m0, long m1, const uint32_t* panels, lo
             ldc, std::min(NR, N - n), add || k > 0);
 }
 
-// C (A.rows, N) (+)= A B for packed panels of `count` words; afterwards finish(m0, m1, n0, n1) is called for each block
-// of C by the thread that made it.
+// C (A.rows, N) (+)= A B for packed panels of `count` words. The thread that computed a block of C then calls
+// finish(m0, m1, n0, n1) for it.
 template <class Finish>
 static void multiply(const Rows& A, long N, long count, const uint32_t* panels, float* C, long ldc, bool add,
                      Finish finish) {
@@ -208,7 +209,7 @@ static void multiply(const Rows& A, long N, long count, const uint32_t* panels, 
     finish(m0, m1, n0, n1);
   });
 }
-// The same for a B that pack(column, out) packs a panel of.
+// The same; pack(column, out) packs a panel of B.
 template <class Pack, class Finish>
 static void product(const Rows& A, long N, long count, Pack pack, float* C, long ldc, bool add, Finish finish) {
   const long most = std::max(NR, PACKED / count / NR * NR), width = std::min(most, up(N, NR));

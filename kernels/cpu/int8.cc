@@ -1,4 +1,4 @@
-// kernels.quant_linear with scheme a8w8 on the CPU, as an operator; the work is done in int8.h.
+// The operator of kernels.quant_linear with scheme a8w8 on the CPU; the work is in int8.h.
 #include "int8.h"
 
 #include "op.h"
@@ -7,9 +7,9 @@ using Shape = std::vector<int64_t>;
 using Type = paddle::DataType;
 using Maybe = paddle::optional<paddle::Tensor>;
 
-extern "C" int cpu_int8_way(long rows) { return int8::best(rows); }  // for a test of what the processor is used for
+extern "C" int cpu_int8_way(long rows) { return int8::best(rows); }  // for a test: the method that is used here
 
-// `instructions` names one of int8.h's ways, for tests; -1 the best.
+// instructions: a method of int8.h, for tests; -1 the best.
 std::vector<paddle::Tensor> Int8Product(const paddle::Tensor& x, const paddle::Tensor& weight,
                                         const paddle::Tensor& scales, const Maybe& bias, const Maybe& input_scale,
                                         int instructions) {

@@ -1,10 +1,9 @@
-// y = x W + b with x rounded to int8 by rows and W in int8 by columns (scheme a8w8 of kernels.quant_linear), sums
+// y = x W + b with x rounded to int8 by rows and W in int8 by columns (scheme a8w8 of kernels.quant_linear); sums are
 // exact.
 //
-// W is read as it is stored, (in, out), and interleaved as it passes: per task and some hundred input rows, in panels
-// of 64 columns of words, four codes of consecutive k each (two, as int16, before VNNI). That costs the product of a
-// few rows of x as much time as reading W from the first cache, so that no packed copy need be kept. Products by the
-// best of
+// W is read as stored, (in, out), and interleaved on the way: per task and a few hundred input rows, into panels of 64
+// columns of words, each with four codes of consecutive k (two, as int16, before VNNI). For a few rows of x this takes
+// as long as reading W from the first-level cache, so no packed copy is stored. The products use the best of
 //   4  AMX-int8: signed x signed;
 //   3  AVX512-VNNI, unsigned x signed: with w + 128 for w, and 128 times the sum of the row's codes taken off again;
 //   2, 1, 0  pmaddwd of AVX-512, AVX2, SSE2: pairs of int16.
@@ -20,9 +19,8 @@
 #include "threads.h"
 
 namespace int8 {
-// Of a task: rows; panels, of which many are read together if rows are few, since W's rows are then long runs of
-// memory; the most sums and the most panels times words that are held at a time. AHEAD: rows of W asked for before they
-// are needed.
+// Per task: rows; panels (many are read together if there are few rows, because then reads of W's rows are long); the
+// maximum of sums, and of panels times words, in memory. AHEAD: how many rows of W ahead are prefetched.
 constexpr long HEIGHT = 192, WIDTH = 32, SUMS = 1 << 16, PACKED = 512, AHEAD = 4;
 }  // namespace int8
 
@@ -34,23 +32,23 @@ struct Int8Linear {
   const float* x;              // (rows, in)
   const signed char* w;        // (in, out)
   const float *scales, *bias;  // (out), bias may be null
-  const float* input_scale;    // of all of x; null: each row's largest / 127
+  const float* input_scale;    // for all of x; null: max |row| / 127 per row
   float* y;                    // (rows, out)
 };
 
 namespace int8 {
 static inline int best(long rows) {
   static const bool vnni = level() == 2 && __builtin_cpu_supports("avx512vnni");
-  return vnni && rows >= 16 && amx_int8_ready() ? 4 : vnni ? 3 : level();  // a few rows would leave tiles mostly empty
+  return vnni && rows >= 16 && amx_int8_ready() ? 4 : vnni ? 3 : level();  // few rows would leave tiles mostly empty
 }
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
-// Rows row … row + 3 of w, columns c … c + 63 -> to[n]; each byte xor `flip`; zeros past in and out (flipped).
+// Rows row … row + 3 of w, columns c … c + 63 -> to[n]; each byte xor `flip`; zeros (flipped) past in and out.
 static INLINE void pack_quad(const signed char* w, long in, long out, long row, long c, char flip, uint32_t* to) {
   const __mmask64 keep = out - c < 64 ? (1ull << (out - c)) - 1 : ~0ull;
   const __m512i flips = _mm512_set1_epi8(flip);
-  // Four columns of lane l and place i come from 16 i + 4 l, so that the unpacking below leaves them in order.
+  // Four columns of lane l and index i come from 16 i + 4 l, so that the unpacking below restores the order.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m512i r[4];
 #pragma GCC unroll 4
@@ -59,7 +57,7 @@ static INLINE void pack_quad(const signed char* w, long in, long out, long row, 
         order, _mm512_xor_si512(flips, _mm512_maskz_loadu_epi8(row + i < in ? keep : 0, w + (row + i) * out + c)));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
-    __builtin_prefetch(w + (row + i + AHEAD) * out + c);  // the processor does not guess across pages
+    __builtin_prefetch(w + (row + i + AHEAD) * out + c);  // the hardware prefetcher stops at a page's end
   const __m512i low = _mm512_unpacklo_epi8(r[0], r[1]), high = _mm512_unpackhi_epi8(r[0], r[1]);
   const __m512i low2 = _mm512_unpacklo_epi8(r[2], r[3]), high2 = _mm512_unpackhi_epi8(r[2], r[3]);
   _mm512_store_si512(to, _mm512_unpacklo_epi16(low, low2));
@@ -67,7 +65,7 @@ static INLINE void pack_quad(const signed char* w, long in, long out, long row, 
   _mm512_store_si512(to + 32, _mm512_unpacklo_epi16(high, high2));
   _mm512_store_si512(to + 48, _mm512_unpackhi_epi16(high, high2));
 }
-// The same for `words` rows of words and `columns`, a panel every `panel` words.
+// The same for `words` rows of words and `columns` columns, one panel every `panel` words.
 static void pack_quads(const signed char* w, long in, long out, long row, long words, long c, long columns, char flip,
                        uint32_t* to, long panel) {
   for (long q = 0; q < words; q++)
@@ -116,9 +114,9 @@ static void quad_tiles(long M, long words, const uint32_t* A, long a_stride, con
 }
 #pragma GCC pop_options
 
-// x in words of codes, row by row, and what its sums are multiplied by and lessened by.
+// x as words of codes, row by row, with the factor and the offset of each row's sums.
 struct Codes {
-  long words, stride;  // of a row: in use, and from one to the next, a multiple of 16
+  long words, stride;  // words of a row, and from one row to the next (a multiple of 16)
   std::unique_ptr<uint32_t, void (*)(void*)> codes;
   std::unique_ptr<float[]> scale;
   std::unique_ptr<int[]> less;

@@ -1,11 +1,11 @@
-// Rows of codes, their products in pairs of int16 (pmaddwd, exact), and what becomes of the sums; see int8.h. Included
-// once per instruction set after simd.h.
+// Rows of codes, their products in pairs of int16 (pmaddwd, exact), and scaling of the sums; see int8.h. Included once
+// per instruction set after simd.h.
 
 typedef signed char vb __attribute__((vector_size(VL)));
 typedef short vh __attribute__((vector_size(VL * 2)));
 typedef int vi_u __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-// x (n) -> codes, int8 or int16, zeros past n up to `width`; returns what a code stands for, and the sum of the codes.
+// x (n) -> codes, int8 or int16, zeros past n up to `width`; returns the scale of a code and the sum of the codes.
 template <class Code>
 static float round_row(const float* x, long n, long width, const float* given, Code* codes, int* sum) {
   typedef Code vc __attribute__((vector_size(VL * sizeof(Code))));
@@ -69,7 +69,7 @@ static INLINE void pack_pair(const signed char* w, long in, long out, long row, 
     *(vi_u*)(to + n) = (__builtin_convertvector(low, vi) & 0xFFFF) | (__builtin_convertvector(high, vi) << 16);
   }
 }
-// The same for `words` pairs of rows and `columns`, a panel every `panel` words.
+// The same for `words` pairs of rows and `columns` columns, one panel every `panel` words.
 static void pack_pairs(const signed char* w, long in, long out, long row, long words, long c, long columns,
                        uint32_t* to, long panel) {
   for (long p = 0; p < words; p++)
@@ -120,13 +120,13 @@ static void pair_tiles(long M, long words, const uint32_t* A, long a_stride, con
   }
 }
 
-// y = (sums - less) * of_row * scales + bias
-static void finish_row(const int32_t* sums, int less, float of_row, const float* scales, const float* bias, long n,
+// y = (sums - offset) * row_scale * scales + bias
+static void finish_row(const int32_t* sums, int offset, float row_scale, const float* scales, const float* bias, long n,
                        float* y) {
   long c = 0;
   for (; c + VL <= n; c += VL) {
-    const vf value = __builtin_convertvector(*(const vi_u*)(sums + c) - less, vf) * of_row * load(scales + c);
+    const vf value = __builtin_convertvector(*(const vi_u*)(sums + c) - offset, vf) * row_scale * load(scales + c);
     store(y + c, bias ? value + load(bias + c) : value);
   }
-  for (; c < n; c++) y[c] = (float)(sums[c] - less) * of_row * scales[c] + (bias ? bias[c] : 0.0f);
+  for (; c < n; c++) y[c] = (float)(sums[c] - offset) * row_scale * scales[c] + (bias ? bias[c] : 0.0f);
 }

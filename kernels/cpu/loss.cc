@@ -1,6 +1,5 @@
-// Cross-entropy of softmax(h W) for kernels/cpu.py, which makes the products: what happens to a block of columns of the
-// logits in one pass, and columns of W copied out and gradients copied in, as blocks that stay in the cache between two
-// products.
+// Cross-entropy of softmax(h W) for kernels/cpu.py, which computes the products: one pass over a block of columns of
+// the logits; copies of blocks of W, and writes of blocks of its gradient, which stay in the cache between products.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,8 +9,8 @@
 #include "op.h"
 #include "threads.h"
 
-// What is known of a row after some columns: the largest logit, the sum of exp(logit - max), the label's logit, and by
-// what the sum was multiplied when the last columns raised the maximum.
+// Statistics of a row after some columns: largest logit, sum of exp(logit - max), the label's logit, and the factor of
+// the sum when the last columns raised the maximum.
 struct Row {
   float max, sum, target, factor;
 };
@@ -20,7 +19,7 @@ struct Row {
 #include "every_isa.h"
 
 using Tensor = paddle::Tensor;
-constexpr long ROWS = 8;  // of one task
+constexpr long ROWS = 8;  // per task
 static long tasks(long n) { return (n + ROWS - 1) / ROWS; }
 template <class F>
 static void by_rows(long rows, F f) {
@@ -29,8 +28,8 @@ static void by_rows(long rows, F f) {
   });
 }
 
-// logits (N, n), columns first … of the whole; labels (N,); state (N, 4), a Row each; best (N,) the largest logit's
-// column. They are softened first unless softcap is 0.
+// logits (N, n), columns `first` and on of the vocabulary; labels (N,); state (N, 4), a Row each; best (N,): column of
+// the largest logit. The softcap is applied first unless it is 0.
 std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Tensor& best, int64_t first, bool begin,
                         bool write, float softcap, int instructions) {
   const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
@@ -38,7 +37,7 @@ std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Ten
   Row* S = (Row*)state.data<float>();
   const int64_t* L = labels.data<int64_t>();
   int64_t* B = best.data<int64_t>();
-  const auto row = softcap ? PICK(which, see<true>) : PICK(which, see<false>);
+  const auto row = softcap ? PICK(which, update_row<true>) : PICK(which, update_row<false>);
   by_rows(N, [&](long i) {
     if (begin) S[i] = {-INFINITY, 0.0f, 0.0f, 1.0f}, B[i] = first;
     row(X + i * n, n, first, L[i], write, softcap, S + i, B + i);
@@ -46,7 +45,7 @@ std::vector<Tensor> See(Tensor& logits, const Tensor& labels, Tensor& state, Ten
   return {};
 }
 
-// logits (N, n) -> (softmax - onehot) * scale * the softcap's slope, in place, with the logsumexp of whole rows.
+// logits (N, n) -> (softmax - onehot) * scale * slope of the softcap, in place, given the logsumexp of whole rows.
 std::vector<Tensor> SoftmaxLessOnehot(Tensor& logits, const Tensor& labels, const Tensor& lse, const Tensor& scale,
                                       int64_t first, float softcap, int instructions) {
   const long N = logits.shape()[0], n = logits.shape()[1], which = level(instructions);
@@ -58,7 +57,7 @@ std::vector<Tensor> SoftmaxLessOnehot(Tensor& logits, const Tensor& labels, cons
   return {};
 }
 
-// total (N, D) = total * factor of state's rows + more
+// total (N, D) = total * factor in state + more
 std::vector<Tensor> ScaledAdd(Tensor& total, const Tensor& more, const Tensor& state, int instructions) {
   const long N = total.shape()[0], D = total.shape()[1], which = level(instructions);
   float* T = total.data<float>();
@@ -68,7 +67,7 @@ std::vector<Tensor> ScaledAdd(Tensor& total, const Tensor& more, const Tensor& s
   return {};
 }
 
-// Rows and columns of a matrix of float32 or bfloat16 as a float32 matrix.
+// A block of a float32 or bfloat16 matrix as a float32 matrix.
 std::vector<Tensor> Block(const Tensor& whole, int64_t row, int64_t rows, int64_t column, int64_t columns,
                           int instructions) {
   const long stride = whole.shape()[1], which = level(instructions);
@@ -81,7 +80,7 @@ std::vector<Tensor> Block(const Tensor& whole, int64_t row, int64_t rows, int64_
   return {out};
 }
 
-// A float32 block into its place in a matrix, or added to what is there.
+// Writes a float32 block into a matrix, or adds it.
 std::vector<Tensor> PutBlock(Tensor& whole, const Tensor& block, int64_t row, int64_t column, bool add,
                              int instructions) {
   const long stride = whole.shape()[1], rows = block.shape()[0], columns = block.shape()[1],
@@ -96,23 +95,23 @@ std::vector<Tensor> PutBlock(Tensor& whole, const Tensor& block, int64_t row, in
   return {};
 }
 
-// rows (N, D): where a label lies in a block of W, first … of the whole, its column (turned: its row) of the block.
-std::vector<Tensor> LabelRows(Tensor& rows, const Tensor& block, const Tensor& labels, int64_t first, bool turned) {
-  const long N = rows.shape()[0], D = rows.shape()[1], n = block.shape()[!turned];
+// rows (N, D): where a label is in a block of W that starts at `first`, its column (or row, if W is (V, D)).
+std::vector<Tensor> LabelRows(Tensor& rows, const Tensor& block, const Tensor& labels, int64_t first, bool transposed) {
+  const long N = rows.shape()[0], D = rows.shape()[1], n = block.shape()[!transposed];
   float* R = rows.data<float>();
   const float* W = block.data<float>();
   const int64_t* L = labels.data<int64_t>();
   by_rows(N, [&](long i) {
     const long at = L[i] - first;
     if (at < 0 || at >= n) return;
-    if (turned) std::copy_n(W + at * D, D, R + i * D);
+    if (transposed) std::copy_n(W + at * D, D, R + i * D);
     else
       for (long d = 0; d < D; d++) R[i * D + d] = W[d * n + at];
   });
   return {};
 }
 
-// Without functions for shapes and dtypes: these run on a dynamic graph alone.
+// No shape and dtype inference: these run only on a dynamic graph.
 PD_BUILD_OP(cpu_logits_seen)
     .Inputs({"logits", "labels", "state", "best"})
     .Outputs({"logits_out", "state_out", "best_out"})
@@ -145,6 +144,6 @@ PD_BUILD_OP(cpu_put_block)
 PD_BUILD_OP(cpu_label_rows)
     .Inputs({"rows", "block", "labels"})
     .Outputs({"rows_out"})
-    .Attrs({"first: int64_t", "turned: bool"})
+    .Attrs({"first: int64_t", "transposed: bool"})
     .SetInplaceMap({{"rows", "rows_out"}})
     .SetKernelFn(PD_KERNEL(LabelRows));

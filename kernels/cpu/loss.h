@@ -6,10 +6,10 @@ static INLINE vf some(const float* p, long n, float rest) {  // the first n floa
   std::memcpy(&x, p, n * sizeof(float));
   return x;
 }
-static INLINE vf exp_or_nan(vf x) { return x == x ? vexp(x) : x; }  // vexp makes 0 of what is not a number
+static INLINE vf exp_or_nan(vf x) { return x == x ? vexp(x) : x; }  // vexp(NaN) is 0
 
 // x = cap tanh(x / cap)
-static void soften(float* x, long n, float cap) {
+static void apply_softcap(float* x, long n, float cap) {
   const float by = 1.0f / cap;
   long i = 0;
   for (; i + VL <= n; i += VL) store(x + i, vtanh(load(x + i) * by) * cap);
@@ -18,16 +18,17 @@ static void soften(float* x, long n, float cap) {
     std::memcpy(x + i, &t, (n - i) * sizeof(float));
   }
 }
-// g times the slope of soften, by what it made of x.
+// g times the derivative of the softcap, given the capped value.
 template <bool CAP>
-static INLINE vf bent(vf g, vf softened, float by) {
-  return CAP ? g * (1.0f - (softened * by) * (softened * by)) : g;
+static INLINE vf times_cap_slope(vf g, vf capped, float by) {
+  return CAP ? g * (1.0f - (capped * by) * (capped * by)) : g;
 }
 
-// Columns first … first + n - 1, softened where CAP. With `write`, exp(logit - max), bent, in place of them.
+// Updates a row with columns first … first + n - 1, capped if CAP. write: exp(logit - max), times the cap's slope,
+// replaces them.
 template <bool CAP>
-static void see(float* x, long n, long first, long label, bool write, float cap, Row* row, int64_t* best) {
-  if (CAP) soften(x, n, cap);
+static void update_row(float* x, long n, long first, long label, bool write, float cap, Row* row, int64_t* best) {
+  if (CAP) apply_softcap(x, n, cap);
   const float by = 1.0f / cap;
   constexpr float LEAST = -INFINITY;
   vf tops[4] = {splat(LEAST), splat(LEAST), splat(LEAST), splat(LEAST)};
@@ -46,43 +47,43 @@ static void see(float* x, long n, long first, long label, bool write, float cap,
     *best = first + at;
   }
   if (label >= first && label < first + n) row->target = x[label - first];
-  const float max = row->max == LEAST ? 0.0f : row->max;  // so that columns of -inf alone add nothing
+  const float max = row->max == LEAST ? 0.0f : row->max;  // so that columns of only -inf add 0
   vf sums[2] = {};
   i = 0;
   for (; i + 2 * VL <= n; i += 2 * VL)
     for (int k = 0; k < 2; k++) {
       const vf l = load(x + i + k * VL), e = exp_or_nan(l - max);
       sums[k] += e;
-      if (write) store(x + i + k * VL, bent<CAP>(e, l, by));
+      if (write) store(x + i + k * VL, times_cap_slope<CAP>(e, l, by));
     }
   for (; i < n; i += VL) {
     const long left = std::min<long>(VL, n - i);
     const vf l = some(x + i, left, -INFINITY), e = exp_or_nan(l - max);
     sums[0] += e;
-    const vf written = bent<CAP>(e, l, by);
+    const vf written = times_cap_slope<CAP>(e, l, by);
     if (write) std::memcpy(x + i, &written, left * sizeof(float));
   }
   row->sum += hsum(sums[0] + sums[1]);
 }
 
-// x = (exp(l - lse) - onehot(label)) * scale, bent, l being x, softened where CAP; a label outside of 0 … n - 1 is
-// another block's.
+// x = (exp(l - lse) - onehot(label)) * scale, times the cap's slope, with l = x, capped if CAP. A label outside of 0 …
+// n - 1 is in another block.
 template <bool CAP>
 static void gradient(float* x, long n, float lse, long label, float scale, float cap) {
-  if (CAP) soften(x, n, cap);
+  if (CAP) apply_softcap(x, n, cap);
   const float by = 1.0f / cap;
-  const bool mine = label >= 0 && label < n;
-  const float less = mine ? bent<CAP>(splat(scale), splat(x[label]), by)[0] : 0.0f;
+  const bool has_label = label >= 0 && label < n;
+  const float less = has_label ? times_cap_slope<CAP>(splat(scale), splat(x[label]), by)[0] : 0.0f;
   long i = 0;
   for (; i + VL <= n; i += VL) {
     const vf l = load(x + i);
-    store(x + i, bent<CAP>(exp_or_nan(l - lse) * scale, l, by));
+    store(x + i, times_cap_slope<CAP>(exp_or_nan(l - lse) * scale, l, by));
   }
   if (i < n) {
-    const vf l = some(x + i, n - i, 0.0f), p = bent<CAP>(exp_or_nan(l - lse) * scale, l, by);
+    const vf l = some(x + i, n - i, 0.0f), p = times_cap_slope<CAP>(exp_or_nan(l - lse) * scale, l, by);
     std::memcpy(x + i, &p, (n - i) * sizeof(float));
   }
-  if (mine) x[label] -= less;
+  if (has_label) x[label] -= less;
 }
 
 static void scaled_add(float* total, const float* more, float factor, long n) {

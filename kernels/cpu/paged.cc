@@ -1,9 +1,9 @@
-// Attention of several sequences whose keys and values lie in blocks of a pool (Kwon et al., arXiv 2309.06180), read
-// where they lie, and the writing of new keys and values; float32, or int8 with a scale a slot and head.
+// Attention of several sequences whose keys and values are in blocks of a pool (Kwon et al., arXiv 2309.06180), read
+// in place; and writing of new keys and values. Caches are float32, or int8 with a scale per slot and head.
 //
-// Decode (one query): tasks of 256 keys of one key/value head, whose query heads share what is loaded; their partial
-// results are put together in order. Prefill (several): tiles of 64 (query, head) rows against 64 keys at a time,
-// online softmax (Dao, arXiv 2307.08691). What a task computes depends on shapes alone, so threads do not change a bit.
+// Decode (one query): a task is 256 keys of one key/value head, whose query heads share the loads; partial results are
+// merged in order. Prefill (several queries): tiles of 64 (query, head) rows by 64 keys, online softmax (Dao, arXiv
+// 2307.08691). Tasks depend only on shapes, so the number of threads does not change a bit.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 #include "threads.h"
 
 struct Paged {
-  long S, H, K, Dh, block_size, width;  // width: blocks of a row of the tables
+  long S, H, K, Dh, block_size, width;  // width: blocks per row of the tables
   float scale;
   const float* q;
   const void *k, *v;                 // (slots, K, Dh), float or int8
@@ -25,12 +25,13 @@ struct Paged {
   const long* first;  // row of q of each sequence's first query
   float* out;
   const float* slopes;  // (H,) of ALiBi, or null
-  long window;          // a query at p sees keys above p - window: INT_MAX without
-  float softcap;        // 0 without
+  long window;          // a query at p sees keys > p - window; INT_MAX: no window
+  float softcap;        // 0 means none
   long seen_from(long s, long query) const { return std::max(0L, contexts[s] - queries[s] + query + 1 - window); }
   long slot(long s, long j) const { return (long)tables[s * width + j / block_size] * block_size + j % block_size; }
 };
-constexpr double SMALL = 1 << 18;  // multiplications below which waking another thread costs more than it saves
+// Below this number of multiplications, waking another thread costs more than it saves.
+constexpr double SMALL = 1 << 18;
 
 #define BODY "paged.h"
 #include "every_isa.h"
@@ -102,7 +103,7 @@ PD_BUILD_OP(cpu_paged_attention)
     .SetInferShapeFn(PD_INFER_SHAPE(PagedShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(PagedType));
 
-// k and v (N, K, Dh) into rows `slots` (N,) of the caches, in place; rounded where the caches are int8.
+// k and v (N, K, Dh) into rows `slots` (N,) of the caches, in place; rounded if the caches are int8.
 void WriteCache(const paddle::Tensor& k, const paddle::Tensor& v, paddle::Tensor& k_cache, paddle::Tensor& v_cache,
                 const paddle::Tensor& slots, paddle::optional<paddle::Tensor>& k_scales,
                 paddle::optional<paddle::Tensor>& v_scales, int instructions) {

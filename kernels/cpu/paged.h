@@ -1,11 +1,11 @@
 // Attention over a paged cache, and writing it; see paged.cc. Included once per instruction set after simd.h.
 
-constexpr long CHUNK = 256;  // keys of a decode task
-constexpr long ROWS = 64;    // (query, head) rows of a prefill task
-constexpr long KEYS = 64;    // keys that a prefill task takes at a time
+constexpr long CHUNK = 256;  // keys per decode task
+constexpr long ROWS = 64;    // (query, head) rows per prefill task
+constexpr long KEYS = 64;    // keys per step of a prefill task
 
 static INLINE vf widen(const float* p) { return load(p); }
-static INLINE vf widen(const int8_t* p) {  // by name: from __builtin_convertvector GCC makes one value after another
+static INLINE vf widen(const int8_t* p) {  // intrinsics: GCC's __builtin_convertvector converts one value at a time
 #if VL == 16
   return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif VL == 8
@@ -14,13 +14,13 @@ static INLINE vf widen(const int8_t* p) {  // by name: from __builtin_convertvec
   int word;
   std::memcpy(&word, p, sizeof(word));
   __m128i x = _mm_cvtsi32_si128(word);
-  x = _mm_unpacklo_epi8(x, x), x = _mm_unpacklo_epi16(x, x);  // each byte four times, of which the highest counts
+  x = _mm_unpacklo_epi8(x, x), x = _mm_unpacklo_epi16(x, x);  // each byte four times; the highest one is used
   return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(x, 24));
 #endif
 }
 template <class T>
 static INLINE vf widen_part(const T* p,
-                            long n) {  // the first n values, zeros after them: what follows may be another's
+                            long n) {  // the first n values, then zeros: what follows may belong to others
   T x[VL] = {};
   std::memcpy(x, p, n * sizeof(T));
   return widen(x);
@@ -32,7 +32,7 @@ static INLINE vf widen_at(const T* p, long d, long Dh) {
 
 static INLINE long padded(long Dh) { return (Dh + VL - 1) / VL * VL; }
 
-// Lane i of the result is the sum of part[i]: pairs of neighbours are added, log2(VL) times.
+// Lane i of the result is the sum of part[i]: adjacent lanes are added, log2(VL) times.
 static INLINE vf sums_of(vf (&part)[VL]) {
   vi even, odd;
 #pragma GCC unroll 16
@@ -76,8 +76,7 @@ static void weigh_all(const float* p, const T* v, const long* slot, long stride,
   for (; d < Dh; d += VL) weigh<HEADS, 1>(p, v + d, slot, stride, width, std::min((long)VL, Dh - d), out + d, ldo);
 }
 
-// One query of sequence s, keys [j0, j1), all the heads of one key/value head: out (G, padded Dh) not yet divided by
-// sum.
+// One query of sequence s, keys [j0, j1), all heads of one key/value head: out (G, padded Dh), not yet divided by sum.
 template <class T>
 static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, float* out, float* most, float* sum) {
   const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, width = j1 - j0, stride = a.K * Dh;
@@ -92,7 +91,7 @@ static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, floa
   for (long j = 0; j < width; j += VL) {
     const T* row[VL];
     alignas(64) float scales[VL];
-    for (int i = 0; i < VL; i++) {  // behind the end the last key again
+    for (int i = 0; i < VL; i++) {  // past the end: the last key again
       const long at = slot[std::min(j + i, width - 1)];
       row[i] = k + at * stride;
       scales[i] = a.k_scales ? a.k_scales[at * a.K + kv] : 1.0f;
@@ -140,8 +139,8 @@ static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, floa
   if (g < G) weigh_all<1>(p + g * CHUNK, v, slot, stride, width, Dh, out + g * Dp, Dp);
 }
 
-// Rows [r0, r0 + ROWS) of (query, head) of one key/value head of sequence s, over all the keys that they see.
-// Scores are kept as (key, row), so that the softmax of many rows is one vector operation a key.
+// Rows [r0, r0 + ROWS) of (query, head) of one key/value head of sequence s, over all keys that they see. Scores are
+// (key, row), so that the softmax of many rows takes one vector operation per key.
 template <class T>
 static void prefill_tile(const Paged& a, long s, long kv, long r0) {
   const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, rows = std::min(ROWS, a.queries[s] * G - r0), N = padded(rows),
@@ -209,7 +208,7 @@ static void prefill_tile(const Paged& a, long s, long kv, long r0) {
   }
 }
 
-// The partial results of a sequence's chunks, in their order, become the output of its G heads.
+// Merges the partial results of a sequence's chunks, in order, into the output of its G heads.
 static void merge(const Paged& a, long s, long kv, long chunks, const float* outs, const float* most,
                   const float* sum) {
   const long Dp = padded(a.Dh), G = a.H / a.K;
@@ -242,7 +241,7 @@ static void attend(const Paged& a) {
     if (a.queries[s] > 1)
       for (long kv = 0; kv < a.K; kv++)
         for (long r = (a.queries[s] * G - 1) / ROWS * ROWS; r >= 0; r -= ROWS)
-          tasks.push_back({s, kv, r, -1});  // the longest first
+          tasks.push_back({s, kv, r, -1});  // longest first
   for (long s = 0; s < a.S; s++) {
     work += (double)a.queries[s] * (a.contexts[s] - a.seen_from(s, 0));
     if (a.queries[s] > 1) continue;
@@ -273,7 +272,7 @@ static void attend(const Paged& a) {
 static void attend_float(const Paged& a) { attend<float>(a); }
 static void attend_int8(const Paged& a) { attend<int8_t>(a); }
 
-// One head of one token, rounded to int8 with its own scale: largest absolute value / 127.
+// One head of one token, rounded to int8 with its scale: max |x| / 127.
 static void round_head(const float* x, long Dh, int8_t* out, float* scale) {
   vf m = {};
   for (long d = 0; d < Dh; d += VL) {

@@ -1,9 +1,8 @@
-// What this processor does at best, for `python -m kernels`: products on registers alone on every thread, and a pass
-// over memory.
+// Peak rates of this processor, for tests/bench/ops.py: products in registers on every thread, and passes over memory.
 //
-// One call measures one thing: 0 float32, 1 bfloat16 (vdpbf16ps), 2 int8 (vpdpbusd), 3 bfloat16 by AMX, 4 int8 by AMX,
-// all in operations a second (a multiply-add is two), 5 reading, 6 copying `memory`, in bytes a second. 0 where the
-// processor has it not.
+// One call measures one rate: 0 float32, 1 bfloat16 (vdpbf16ps), 2 int8 (vpdpbusd), 3 bfloat16 by AMX, 4 int8 by AMX,
+// all in operations per second (a multiply-add is two); 5 reading, 6 copying `memory`, in bytes per second. 0 if the
+// processor does not have it.
 #include <immintrin.h>
 
 #include <atomic>
@@ -18,12 +17,12 @@
 #define BODY "peak.h"
 #include "every_isa.h"
 
-static std::atomic<float> sink{0.0f};  // results go somewhere, or the compiler drops the loops
+static std::atomic<float> sink{0.0f};  // a use of the results, or the compiler removes the loops
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 static float dot_bf16(long rounds) {  // 24 chains of 32 multiply-adds
-  __m512 c[24];                       // each starts elsewhere: the compiler makes equal chains one
+  __m512 c[24];                       // different start values: the compiler merges equal chains
 #pragma GCC unroll 24
   for (int i = 0; i < 24; i++) c[i] = _mm512_set1_ps((float)i);
   const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3F803F80),
@@ -44,7 +43,7 @@ static float dot_int8(long rounds) {  // 24 chains of 64
 #pragma GCC unroll 24
     for (int i = 0; i < 24; i++) {
       c[i] = _mm512_dpbusd_epi32(c[i], a, b);
-      asm volatile("" : "+v"(c[i]));  // GCC 12 would copy the sums to and fro
+      asm volatile("" : "+v"(c[i]));  // otherwise GCC 12 copies the sums back and forth
     }
 #pragma GCC unroll 24
   for (int i = 1; i < 24; i++) c[0] = _mm512_add_epi32(c[0], c[i]);
@@ -97,11 +96,11 @@ static float tiles_int8(long rounds) {  // 4 chains of 16 x 16 x 64
 #pragma GCC pop_options
 
 std::vector<paddle::Tensor> Peak(const paddle::Tensor& memory, int what, int tasks) {
-  float* at = const_cast<float*>(memory.data<float>());  // scratch of the caller's
+  float* at = const_cast<float*>(memory.data<float>());  // the caller's scratch memory
   const long rounds = what == 3 || what == 4 ? 1 << 14 : 1 << 17, part = memory.numel() / tasks;
   const bool wide = level() == 2;
   float (*loop)(long) = nullptr;
-  double work = 0.0;  // of a task
+  double work = 0.0;  // per task
   if (what == 0) loop = PICK(level(), multiply_add), work = PICK(level(), work_of_a_round)();
   if (what == 1 && wide && __builtin_cpu_supports("avx512bf16")) loop = dot_bf16, work = 24 * 32 * 2;
   if (what == 2 && wide && __builtin_cpu_supports("avx512vnni")) loop = dot_int8, work = 24 * 64 * 2;

@@ -1,11 +1,10 @@
-// Multiply-adds of float32 on registers alone; see peak.cc. Included once per instruction set after simd.h.
+// Float32 multiply-adds in registers; see peak.cc. Included once per instruction set after simd.h.
 
-constexpr int CHAINS =
-    VL == 16 ? 24 : 12;  // sums that do not wait for each other: two a cycle, four cycles each, and some more
-constexpr long ROUND = 2L * VL * CHAINS;  // operations
+constexpr int CHAINS = VL == 16 ? 24 : 12;  // independent sums: two per cycle with a latency of four, and a few more
+constexpr long ROUND = 2L * VL * CHAINS;    // operations
 
 static float multiply_add(long rounds) {
-  vf c[CHAINS];  // each starts elsewhere: the compiler makes equal chains one
+  vf c[CHAINS];  // different start values: the compiler merges equal chains
 #pragma GCC unroll 24
   for (int i = 0; i < CHAINS; i++) c[i] = splat((float)i);
   const vf a = splat(0.5f), b = splat(1.0f);

@@ -1,9 +1,9 @@
-// y = x W + b with W packed to 4 or 8 bits (kernels.quant_linear), for the few rows of a decode step, on the CPU; and W
-// unpacked.
+// y = x W + b with W packed to 4 or 8 bits (kernels.quant_linear), for the few rows of a decode step, on the CPU; and
+// unpacking of W.
 //
-// The weights are read as they are stored, an eighth or a quarter of float32, and unpacked in registers. Where all rows
-// of a word share a group, which is so but for act order, the codes of a run of words are summed before they are
-// scaled: y = sum over runs of scale (sum_i x_i code_i - zero sum_i x_i).
+// Weights are read as stored, an eighth or a quarter of float32, and unpacked in registers. If all rows of each word
+// share a group (always without act order), the codes of a run of words are summed before scaling: y = sum over runs
+// of scale (sum_i x_i code_i - zero sum_i x_i).
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -17,7 +17,7 @@ struct Packed {
   const int* codes;     // (in * bits / 32, out)
   const float* scales;  // (groups, out)
   const int* zeros;     // (groups, out * bits / 32), null: 2^(bits - 1)
-  const int* index;     // (in), the group of each row, null: equal runs in order
+  const int* index;     // (in), group of each row; null: equal runs in order
   long group_of(long row) const { return index ? index[row] : row / (in / groups); }
 };
 struct Run {
@@ -32,7 +32,7 @@ using Type = paddle::DataType;
 using Maybe = paddle::optional<paddle::Tensor>;
 using MaybeShape = paddle::optional<Shape>;
 using MaybeType = paddle::optional<Type>;
-constexpr long COLUMNS = 128;  // of a task
+constexpr long COLUMNS = 128;  // per task
 
 static Packed packed(const paddle::Tensor& codes, const paddle::Tensor& scales, const Maybe& qzeros,
                      const Maybe& g_index, int bits) {
@@ -51,7 +51,7 @@ static Packed packed(const paddle::Tensor& codes, const paddle::Tensor& scales, 
     PD_CHECK(w.index[i] >= 0 && w.index[i] < w.groups, "g_index names a group that is not there");
   return w;
 }
-// Runs of words of one group each; none if the rows of some word differ.
+// Runs of words of one group; none if the rows of some word have different groups.
 static std::vector<Run> runs_of(const Packed& w) {
   const long per_word = 32 / w.bits;
   std::vector<Run> runs;
@@ -68,7 +68,7 @@ static std::vector<Run> runs_of(const Packed& w) {
   }
   return runs;
 }
-static int chosen(int instructions, long out) {  // a vector must not be longer than a row
+static int chosen(int instructions, long out) {  // a vector must not exceed a row
   return std::min({instructions < 0 ? 2 : instructions, level(), out >= 16 ? 2 : out >= 8 ? 1 : 0});
 }
 static long column_tasks(long out) { return std::max(1L, out / COLUMNS); }

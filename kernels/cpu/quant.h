@@ -1,9 +1,9 @@
-// Packed integer weights: a few rows times them, and as floats; see quant.cc. Included once per instruction set after
-// simd.h.
+// Packed integer weights: products with a few rows, and unpacking to floats; see quant.cc. Included once per
+// instruction set after simd.h.
 
 static INLINE vf codes_of(vi packed, vi mask) { return __builtin_convertvector(packed & mask, vf); }
 
-// Zero points of columns [from, to), multiples of 32 / BITS, as floats: out (groups, to - from). Stored less one.
+// Zero points of columns [from, to), multiples of 32 / BITS, as floats: out (groups, to - from). Stored minus 1.
 typedef int ints4 __attribute__((vector_size(16)));
 typedef int ints8 __attribute__((vector_size(32)));
 typedef float floats4 __attribute__((vector_size(16)));
@@ -40,7 +40,7 @@ static void sum_runs(const Packed& w, const std::vector<Run>& runs, const float*
   }
 }
 
-// What all tiles of a task share; zeros (groups, width) begin at column `first`.
+// Shared by all tiles of a task; zeros (groups, width) start at column `first`.
 struct Columns {
   const Packed& w;
   const std::vector<Run>& runs;  // none: a row's group is w.index[row]
@@ -49,7 +49,7 @@ struct Columns {
   float* y;
 };
 
-// y[m, c] for M rows and N vectors of columns: the codes of a run are summed first, then scaled once.
+// y[m, c] for M rows and N vectors of columns: the codes of a run are summed, then scaled once.
 template <int M, int N>
 static void tile_of_runs(const Columns& t, long column) {
   const Packed& w = t.w;
@@ -64,7 +64,7 @@ static void tile_of_runs(const Columns& t, long column) {
       for (int n = 0; n < N; n++) {
         const int* at = w.codes + word * w.out + column + n * VL;
         std::memcpy(&packed[n], at, sizeof(vi));
-        __builtin_prefetch(at + 4 * w.out);  // the processor does not guess across pages
+        __builtin_prefetch(at + 4 * w.out);  // the hardware prefetcher stops at a page's end
       }
       for (long j = 0; j < per_word; j++) {
         const float* row = t.x + word * per_word + j;
@@ -93,7 +93,7 @@ static void tile_of_runs(const Columns& t, long column) {
       store(t.y + m * w.out + column + n * VL, t.bias ? total[m][n] + load(t.bias + column + n * VL) : total[m][n]);
 }
 
-// The same where the groups of neighbouring rows differ (act order): every code is scaled by itself.
+// The same if neighboring rows have different groups (act order): every code is scaled.
 template <int M, int N>
 static void tile_of_rows(const Columns& t, long column) {
   const Packed& w = t.w;
@@ -133,10 +133,10 @@ static void some_rows(const Columns& t) {
   long c = t.first;
   for (; c + N * VL <= to; c += N * VL) wide_tile(t, c);
   for (; c + VL <= to; c += VL) tile(t, c);
-  if (c < to) tile(t, to - VL);  // the last vector, over columns that are there already: the same sums again
+  if (c < to) tile(t, to - VL);  // the last vector overlaps earlier columns: the same sums again
 }
 
-// Columns [from, to), at least VL, of all rows, eight at a time.
+// Columns [from, to), at least VL, of all rows, eight rows at a time.
 static void quant_columns(const Packed& w, const std::vector<Run>& runs, const float* x, const float* sums,
                           const float* bias, long rows, long from, long to, float* y) {
   const std::vector<float> zeros = unpack_zeros(w, from, to);

@@ -1,8 +1,8 @@
-// From logits to ids: temperature, top_k, top_p and a uniform number each row, as kernels.sample says; rows are shared
-// by threads.
+// Logits to ids: temperature, top_k, top_p and a uniform number per row, see kernels.sample; rows are split over
+// threads.
 //
-// Probabilities are float64, as the oracle's. For top_p, masses are added up in buckets of like probability; only of
-// the bucket in which top_p is reached the values are sorted: what comes before it is kept, what comes after is not.
+// Probabilities are float64, as in the oracle. For top_p, probabilities are summed in buckets of similar values; only
+// the bucket in which top_p is reached is sorted: values before it are kept, values after it are not.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -20,7 +20,7 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
   if (best < 0 || temperature == 0) return best;
   const double most = x[best];
   std::vector<float> kept;
-  std::vector<long> ids;  // of what is kept, ascending; empty: all
+  std::vector<long> ids;  // of the kept candidates, ascending; empty: all
   if (0 < top_k && top_k < V) {
     const float least = PICK(which, lower_bound_of_kth)(x, V, top_k);
     for (long i = 0; i < V; i++)
@@ -37,7 +37,7 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
   for (double& value : p) value /= sum;
   if (top_p < 1.0) {
     constexpr long BUCKETS = 2048;
-    constexpr double STEP = 64;  // buckets for a factor e
+    constexpr double STEP = 64;  // buckets per factor of e
     std::vector<uint16_t> of(V);
     double mass[BUCKETS] = {}, total = 0;
     for (long i = 0; i < V; i++) {
@@ -45,7 +45,7 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
       of[i] = below < BUCKETS - 1 ? (uint16_t)below : BUCKETS - 1;
       mass[of[i]] += p[i];
     }
-    // Rounding depends on the order of a sum; a difference of 1e-9 cannot come from it.
+    // A sum's rounding depends on its order, but by less than 1e-9.
     long first = 0, last;
     while (first < BUCKETS - 1 && total + mass[first] < top_p - 1e-9) total += mass[first++];
     double reached = total;
@@ -58,7 +58,7 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
     std::sort(edge.begin(), edge.end());
     const size_t certain = order.size();
     for (const auto& [negative, i] : edge) {
-      if (total >= top_p) break;  // the one that crosses top_p is kept
+      if (total >= top_p) break;  // keeps the one that crosses top_p
       order.push_back(i), total -= negative;
     }
     const size_t count = order.size();

@@ -4,7 +4,7 @@ typedef double vd __attribute__((vector_size(VL * 4)));
 typedef long long vl __attribute__((vector_size(VL * 4)));
 typedef float vf_half __attribute__((vector_size(VL * 2)));
 
-// exp(x) of x <= 0, 0 below -708: 2^n p(r) with r = x - n ln 2; the error is about one unit of the last place.
+// exp(x) for x <= 0, 0 below -708: 2^n p(r) with r = x - n ln 2; error about one unit in the last place.
 static INLINE vd dexp(vd x) {
   const vd low = vd{} - 708.0;
   const vl keep = x > low;
@@ -32,7 +32,7 @@ static INLINE vd dexp(vd x) {
   return (vd)((vl)(p * (vd)bits) & keep);
 }
 
-// The first place of the largest logit; -1 if it, or any logit, is NaN, or it is infinite.
+// Index of the first largest logit; -1 if any logit is NaN or the largest is infinite.
 static long largest(const float* x, long V) {
   vf m = splat(-INFINITY);
   vi bad = {};
@@ -55,7 +55,7 @@ static double exponentials(const float* x, long n, double most, double temperatu
   vd sum = {};
   for (long i = 0; i < n; i += W) {
     const long width = std::min(W, n - i);
-    vf_half part = vf_half{} - INFINITY;  // which gives zero
+    vf_half part = vf_half{} - INFINITY;  // exp gives 0
     std::memcpy(&part, x + i, width * sizeof(float));
     const vd y = dexp(__builtin_convertvector(part, vd) / temperature - most / temperature);
     std::memcpy(e + i, &y, width * sizeof(double));
@@ -66,7 +66,7 @@ static double exponentials(const float* x, long n, double most, double temperatu
   return total;
 }
 
-// A value that at least k of n reach: the k-th of the largest ones of runs of places; -infinity if there are too few
+// A value that at least k of n values reach: the k-th largest of the maxima of runs; -infinity if there are fewer
 // runs.
 static float lower_bound_of_kth(const float* x, long n, long k) {
   constexpr long RUN = 4 * VL;

@@ -1,8 +1,8 @@
-// Vectors of VL floats and a small matrix product on them; included once per instruction set, inside its namespace.
+// Vectors of VL floats and a small matrix product; included once per instruction set, inside its namespace.
 //
-// GCC's vector extensions instead of intrinsics: the same text becomes AVX-512, AVX2 or SSE2 code under `#pragma GCC
-// target`. Before including: VL (floats of a vector), NV (vectors of a tile's row), MR (rows of a tile) and no include
-// guard here.
+// GCC's vector extensions, not intrinsics: one source becomes AVX-512, AVX2 or SSE2 code under `#pragma GCC target`.
+// Define before including: VL (floats of a vector), NV (vectors of a tile's row), MR (rows of a tile). There is no
+// include guard.
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int vi __attribute__((vector_size(VL * 4)));
@@ -55,8 +55,7 @@ static INLINE vf vexp(vf x) {
   return (vf)((vi)(p * (vf)bits) & keep);
 }
 
-// tanh(x) to a relative error of 2e-7; what is not a number stays so. Near 0 an odd polynomial, as 1 - 2 / (1 + e^2x)
-// would cancel.
+// tanh(x) with relative error 2e-7; NaN stays NaN. Near 0 an odd polynomial, because 1 - 2 / (1 + e^2x) would cancel.
 static INLINE vf vtanh(vf x) {
   const vf u = x < 0 ? -x : x, z = x * x, e = vexp(-2.0f * u), far = (1.0f - e) / (1.0f + e);
   vf p = splat(-5.70498872745e-3f);
@@ -67,8 +66,7 @@ static INLINE vf vtanh(vf x) {
   return u >= 0.625f ? (x < 0 ? -far : far) : p * z * x + x;
 }
 
-// C[m, n] (+)= sum_k A[m, k] B[k, n]; A by strides, B and C by rows; n a multiple of VL. Products are summed in order
-// of k.
+// C[m, n] (+)= sum_k A[m, k] B[k, n]; A by strides, B and C by rows; n is a multiple of VL. Sums in order of k.
 template <int M, int N>
 static INLINE void tile(long K, const float* A, long ars, long acs, const float* B, long ldb, float* C, long ldc,
                         bool add) {

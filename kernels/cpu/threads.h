@@ -1,7 +1,6 @@
-// A pool of threads of our own: parallel(n, task) calls task(i) for every i of 0 … n-1, each once, on whichever thread
-// is free.
+// A thread pool: parallel(n, task) calls task(i) once for every i of 0 … n-1, on any free thread.
 //
-// Not OpenMP: GCC's runtime beside the one that Paddle's MKL brings would put two waiting threads on every core.
+// Not OpenMP: with GCC's runtime beside the one in Paddle's MKL, two spinning threads would compete for every core.
 #pragma once
 #include <sched.h>
 #include <unistd.h>
@@ -19,13 +18,14 @@
 class Pool {
  public:
   static Pool& get() {
-    static Pool* pool = new Pool();  // never destroyed: its threads sleep when the process ends
+    static Pool* pool = new Pool();  // never destroyed: its threads still sleep when the process ends
     return *pool;
   }
   int threads() const { return want_; }
   void parallel(long n, const std::function<void(long)>& task) {
     std::unique_lock<std::mutex> one(calls_, std::try_to_lock);
-    // A call from within a task, from another thread, or in a forked child, which has no workers, runs by itself.
+    // A call from within a task, from another thread, or in a forked child (which has no workers) runs all tasks
+    // itself.
     if (n < 2 || want_ < 2 || !one || getpid() != owner_) {
       for (long i = 0; i < n; i++) task(i);
       return;
@@ -34,8 +34,7 @@ class Pool {
       workers_.emplace_back([this] { work(); });
       workers_.back().detach();
     }
-    next_.store((round_ << 32) +
-                NONE);  // before n_ changes: a thread that is late must not take a task of the last round
+    next_.store((round_ << 32) + NONE);  // before n_ changes: a late thread must not take a task of the last round
     task_ = &task, done_.store(0), n_.store(n);
     {
       std::lock_guard<std::mutex> lock(sleep_);
@@ -44,8 +43,8 @@ class Pool {
     }
     wake_.notify_all();
     run(round_);
-    // Tasks that others took are waited for, others that still wake up are not: in a small call that takes longest of
-    // all.
+    // Wait for tasks that workers took, but not for workers that are still waking up: in a small call that takes
+    // longest.
     for (int spins = 0; done_.load() < n; spins++)
       if (spins > 1000) std::this_thread::yield();
   }
@@ -55,11 +54,11 @@ class Pool {
     cpu_set_t allowed;
     want_ = sched_getaffinity(0, sizeof(allowed), &allowed) ? 1 : CPU_COUNT(&allowed);
     if (const char* share = getenv("PADDLE_LLM_THREADS"))
-      want_ = std::max(1, std::min(want_, atoi(share)));  // kernels/__init__.py
+      want_ = std::max(1, std::min(want_, atoi(share)));  // set by kernels/__init__.py
   }
   static constexpr uint64_t NONE = 0xFFFFFFFF;
-  // Take tasks of this round until there are none, or the round is over. A thread that is late may read n_ or task_ of
-  // a later round, but then next_ has changed, and it takes nothing.
+  // Take tasks of this round until there are none or the round is over. A late thread may read n_ or task_ of a later
+  // round, but then next_ has changed and it takes nothing.
   void run(uint64_t round) {
     for (;;) {
       uint64_t now = next_.load();
@@ -85,15 +84,15 @@ class Pool {
   std::mutex calls_, sleep_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
-  uint64_t round_ = 0;             // counts the calls, in 32 bits; changes while both mutexes are held
-  std::atomic<uint64_t> next_{0};  // the round and, in the lower half, its next task
+  uint64_t round_ = 0;             // number of calls, in 32 bits; changes only with both mutexes held
+  std::atomic<uint64_t> next_{0};  // upper half: the round; lower half: its next task
   std::atomic<long> done_{0}, n_{0};
   const std::function<void(long)>* task_ = nullptr;
   const pid_t owner_ = getpid();
-  int want_;  // threads, the caller's among them
+  int want_;  // threads, including the caller's
 };
 
 static inline void parallel(long n, const std::function<void(long)>& task) { Pool::get().parallel(n, task); }
 static inline int threads() {
   return Pool::get().threads();
-}  // integer sums alone may be split by this: float ones by shapes
+}  // only for integer sums; splits of float sums depend on shapes

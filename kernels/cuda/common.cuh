@@ -1,9 +1,10 @@
-// What the cores of kernels/cuda share: element types, 16-byte vectors, sums over a warp and a block, launching.
+// Shared by the kernels of kernels/cuda: element types, 16-byte vectors, sums over a warp and a block, launching.
 //
-// A core is framework-free: raw pointers, sizes, a stream; its launchers are `extern "C"`, return a cudaError_t as int,
-// and are defined in a header that one source file a program includes (ops.cu for Paddle, tests/gpu/cuda_harness.cu for
-// a bare GPU). tests/gpu/cuda_on_cpu.h, included first, lets the same text run as host code. Statistics and sums are
-// float32 whatever the element type, in an order that depends on shapes alone: the same inputs give the same bits.
+// The kernels do not depend on a framework: raw pointers, sizes, a stream. Launchers are `extern "C"`, return a
+// cudaError_t as int, and are defined in headers that exactly one source file of a program includes (ops.cu for
+// Paddle, tests/gpu/cuda_harness.cu for a bare GPU). tests/gpu/cuda_on_cpu.h, if included first, makes the same source
+// host code. Statistics and sums are float32 for every element type, in an order that depends only on shapes: equal
+// inputs give equal bits.
 #pragma once
 #include <cfloat>
 #include <cstdint>
@@ -12,7 +13,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-// `kernel` is the name of a function or a pointer to one (a template's arguments hold commas, which would split the
+// kernel: the name of a function or a pointer to one (template arguments contain commas, which would split the
 // macro's).
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define SHARED(type, name)                   \
@@ -63,7 +64,7 @@ __device__ inline __half from_float<__half>(float x) {
   return __float2half(x);
 }
 
-// N values that are loaded and stored together, 16 bytes at a time where they are that many.
+// N values, loaded and stored together, in 16-byte accesses if they are that large.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T at[N];
@@ -86,8 +87,8 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// The sum over all threads of the block, in every thread; `shared` holds 32 floats. The block is a multiple of 32
-// threads.
+// Sum over all threads of the block, returned in every thread; `shared` holds 32 floats. The block size is a multiple
+// of 32.
 __device__ inline float block_sum(float x, float* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   x = warp_sum(x);

@@ -1,9 +1,9 @@
-// Cross-entropy over rows of logits: the statistics of a row in one pass, and the gradient in place in another.
+// Cross-entropy over rows of logits: statistics of a row in one pass, the gradient in place in another.
 //
-// For a row l with label t: lse = log sum_i exp l_i, loss = lse - l_t, and d loss / d l_i = exp(l_i - lse) - (i == t).
-// Maximum and sum are found together: a sum is scaled by exp(old maximum - new maximum) when the maximum grows (Milakov
-// & Gimelshein, arXiv 1805.02867). The logits are read once forward; once read and once written backward. With a
-// softcap, other than 0, l is softcap * tanh(logit / softcap), and the gradient has its slope for a factor.
+// For a row l with label t: lse = log sum_i exp l_i, loss = lse - l_t, d loss / d l_i = exp(l_i - lse) - (i == t).
+// Maximum and sum are computed together: the sum is scaled by exp(old maximum - new maximum) when the maximum grows
+// (Milakov & Gimelshein, arXiv 1805.02867). Forward reads the logits once; backward reads and writes them once. If
+// softcap is not 0, l is softcap * tanh(logit / softcap), and the gradient has its derivative as a factor.
 #pragma once
 #include "common.cuh"
 
@@ -12,7 +12,7 @@ __device__ inline float slope_of(float softened, float cap) {
   return cap > 0.0f ? 1.0f - softened * softened / (cap * cap) : 1.0f;
 }
 
-struct Row {  // of some of a row's logits: the largest, where it is first found, sum exp(l - largest)
+struct Row {  // of a part of a row: largest logit, its first column, sum exp(l - largest)
   float top, sum;
   long at;
 };
@@ -31,7 +31,7 @@ __device__ inline Row warp_merged(Row row) {
   return row;
 }
 
-// One block a row. target: the label's logit, 0 where the label is none of this row's (another rank's part of V).
+// One block per row. target: the label's logit, 0 if the label is not in this row (sharded vocabulary).
 template <typename T, int N>
 __global__ void cross_entropy_rows(const T* logits, const int64_t* labels, long V, float cap, float* lse, float* target,
                                    int64_t* best) {
@@ -66,7 +66,7 @@ __global__ void cross_entropy_rows(const T* logits, const int64_t* labels, long 
   best[row] = mine.at;
 }
 
-// `chunks` blocks a row, each of which writes CHUNK * N values a thread.
+// `chunks` blocks per row, each writes CHUNK * N values per thread.
 constexpr int CHUNK = 4;
 template <typename T, int N>
 __global__ void softmax_gradient_rows(T* logits, const int64_t* labels, const float* lse, const float* d_losses, long V,

@@ -1,7 +1,7 @@
-// The cores as Paddle operators: shapes and types are read off the tensors, outputs made, the tensor's stream passed
-// on. Formulas and limits are in the headers; kernels/gpu.py is the only caller and asserts what users could get wrong.
+// The kernels as Paddle operators: read shapes and dtypes from tensors, allocate outputs, pass the stream. Formulas
+// and limits are in the headers; kernels/gpu.py is the only caller and checks what users could get wrong.
 #include "cross_entropy.cuh"
-// op_meta_info.h, not all of paddle/extension.h: the Python part of that needs the libraries of the CUDA toolkit.
+// op_meta_info.h, not all of paddle/extension.h, whose Python part needs libraries of the CUDA toolkit.
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/ext/tensor_compat.h"
 #include "paged_attention.cuh"
@@ -69,7 +69,7 @@ PD_BUILD_OP(gpu_cross_entropy)
     .SetKernelFn(PD_KERNEL(CrossEntropy))
     .SetInferShapeFn(PD_INFER_SHAPE(CrossEntropyShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(CrossEntropyType));
-PD_BUILD_OP(gpu_softmax_backward)  // Paddle takes a name with _grad in it for the gradient of another operator
+PD_BUILD_OP(gpu_softmax_backward)  // Paddle treats an operator with _grad in its name as a gradient operator
     .Inputs({"logits", "labels", "lse", "d_losses"})
     .Outputs({"d_logits"})
     .Attrs({"softcap: float"})
@@ -170,7 +170,7 @@ std::vector<Tensor> QuantLinear(const Tensor& x, const Tensor& codes, const Tens
         "quant_linear");
   return {y};
 }
-// like: any tensor of the type that the weights are wanted in
+// like: any tensor with the dtype of the result
 std::vector<Tensor> Dequantize(const Tensor& like, const Tensor& codes, const Tensor& scales, const Optional& zeros,
                                int bits, int group) {
   const int64_t in = codes.shape()[0] * (32 / bits), out = codes.shape()[1];

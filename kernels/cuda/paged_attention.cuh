@@ -1,18 +1,19 @@
-// One query a sequence against keys and values in blocks of a pool: paged decode attention, the keys split over blocks.
+// Paged decode attention: one query per sequence over keys and values in blocks of a pool, the keys split over thread
+// blocks.
 //
-// A block of threads takes one sequence, one key/value head with up to 8 of its query heads (each key and value is read
+// A thread block takes one sequence, one key/value head with up to 8 of its query heads (each key and value is read
 // once for all of them), and one run of keys; a second kernel merges the runs (flash-decoding: Dao et al., 2023).
-// Within a block `lanes` threads hold 8 values each of one key, the other threads other keys; softmax is online in
-// base 2. An int8 cache is value = int8 * scale with a scale for each slot and key/value head: a key's scale multiplies
-// its scores, a value's its weight. MORE: of a window, the last so many keys, no others are read, and scores are capped
-// and biased (ALiBi) where they are whole; for at most 4 query heads, as with 8 the registers would not do.
+// Within a block, `lanes` threads hold 8 values each of one key, other threads hold other keys; online softmax in base
+// 2. An int8 value is int8 * scale, with a scale per slot and key/value head: a key's scale multiplies its scores, a
+// value's its weight. MORE: reads only the keys of the window, and applies softcap and ALiBi to complete scores; for
+// at most 4 query heads, because 8 need too many registers.
 #pragma once
 #include <climits>
 
 #include "common.cuh"
 
 constexpr int DECODE_THREADS = 128, DECODE_WARPS = DECODE_THREADS / 32,
-              IN_FLIGHT = 4;  // keys that a thread loads before it uses the first
+              IN_FLIGHT = 4;  // keys that a thread loads before it uses the first one
 constexpr float LOG2E = 1.44269504088896340736f;
 
 template <typename T, typename C, int G, bool MORE>
@@ -42,7 +43,7 @@ __global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, con
   }
 
   for (int base = begin; base < end;
-       base += slots * IN_FLIGHT) {  // the same for all threads: the shuffles below need them all
+       base += slots * IN_FLIGHT) {  // the same for all threads, as the shuffles below need
     Vec<C, 8> keys[IN_FLIGHT], values[IN_FLIGHT];
     float k_scale[IN_FLIGHT], v_scale[IN_FLIGHT];
 #pragma unroll
@@ -96,7 +97,7 @@ __global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, con
   }
 
 #pragma unroll
-  for (int g = 0; g < G; g++) {  // the keys of one warp, then of all
+  for (int g = 0; g < G; g++) {  // keys of one warp, then of all warps
     for (int o = lanes; o < 32; o <<= 1) {
       const float other = __shfl_xor_sync(WARP, top[g], o), largest = fmaxf(top[g], other);
       const float mine = exp2f(top[g] - largest), theirs = exp2f(other - largest);
@@ -132,7 +133,7 @@ __global__ void paged_decode(const T* q, const C* k_cache, const C* v_cache, con
   }
 }
 
-// One block a query head: its runs of keys, in order. A run past the sequence's end has no weight.
+// One block per query head: merges its runs of keys in order. A run past the sequence's end has no weight.
 template <typename T>
 __global__ void merge_splits(const float* partial, int splits, int Dh, T* out) {
   const float* from = partial + (long)blockIdx.x * splits * (Dh + 2);
@@ -150,7 +151,7 @@ __global__ void merge_splits(const float* partial, int splits, int Dh, T* out) {
 
 static int heads_of_block(int group) { return group == 1 ? 1 : group <= 4 ? 4 : 8; }
 
-// Runs that the keys are split into: enough blocks for a GPU of a hundred multiprocessors, of at least 128 keys each.
+// Number of runs of keys: enough blocks for a GPU of about a hundred multiprocessors, at least 128 keys each.
 extern "C" int paged_attention_splits(int S, int H, int K, int longest) {
   const long blocks = (long)S * K * ceil_div(H / K, heads_of_block(H / K)), wanted = ceil_div(4 * 132, blocks),
              most = ceil_div(longest, 128);
@@ -179,10 +180,10 @@ static void paged_decode_launch(const void* q, const void* k_cache, const void* 
   LAUNCH(merge, dim3(S * H), dim3(Dh <= 64 ? 64 : 128), 0, stream, partial, splits, Dh, (T*)out);
 }
 
-// q, out (S, H, Dh); caches (blocks, block_size, K, Dh) of q's type, or int8 where k_scales and v_scales (blocks,
-// block_size, K) are given; tables (S, most_blocks), contexts (S,): keys of each sequence, of which the last `window`
-// (INT_MAX: all) are seen, at most `longest`; slopes (H,) or null; cap 0: none; partial: S * H * splits * (Dh + 2)
-// floats where splits > 1. Dh a multiple of 8 up to 256, all rows 16-byte aligned.
+// q, out (S, H, Dh); caches (blocks, block_size, K, Dh) of q's dtype, or int8 with k_scales and v_scales (blocks,
+// block_size, K); tables (S, most_blocks); contexts (S,): keys of each sequence, at most `longest`, of which the last
+// `window` (INT_MAX: all) are visible; slopes (H,) or null; cap 0: none; partial: S * H * splits * (Dh + 2) floats if
+// splits > 1. Dh is a multiple of 8 up to 256, all rows are 16-byte aligned.
 extern "C" int launch_paged_attention(const void* q, const void* k_cache, const void* v_cache, const float* k_scales,
                                       const float* v_scales, const int* tables, const int* contexts, int S, int H,
                                       int K, int Dh, int block_size, int most_blocks, int longest, int splits,

@@ -1,17 +1,17 @@
-// y = x W with W held as 4- or 8-bit codes (layout: kernels.quant_linear), for a few rows of x; and W unpacked, for
-// many.
+// y = x W with W stored as 4- or 8-bit codes (layout: kernels.quant_linear), for a few rows of x; and unpacking of W,
+// for many rows.
 //
-// The rows are limited by how fast the codes can be read: each once, 16 bytes a load (4 columns), 8 loads in flight a
-// thread. A block takes 128 columns and 64 words of input rows (8 warps, 8 words each); the parts along the input rows
-// are added up by a second kernel in order. code - zero is exact: the code becomes the low bits of the float 2^23,
-// which leaves (2^23 + zero) to subtract. Products and sums are float32, the scale is applied once a run of a group.
+// Few rows are bound by reading the codes: each once, 16 bytes per load (4 columns), 8 loads in flight per thread. A
+// block takes 128 columns and 64 words of input rows (8 warps, 8 words each); a second kernel sums the parts along the
+// input rows in order. code - zero is exact: the code becomes the low bits of the float 2^23, from which (2^23 + zero)
+// is subtracted. Products and sums are float32; the scale is applied once per run of a group.
 #pragma once
 #include "common.cuh"
 
 constexpr int BLOCK_WORDS = 64, WARP_WORDS = 8, COLUMNS = 128, QUANT_WARPS = BLOCK_WORDS / WARP_WORDS;
 
 __device__ inline float zero_point(const int* zeros, long group, long out, long column,
-                                   int bits) {  // stored less one; null: symmetric
+                                   int bits) {  // stored minus 1; null: symmetric
   if (zeros == nullptr) return (float)(1 << (bits - 1));
   const unsigned word = zeros[(group * out + column) * bits / 32];
   return (float)(((word >> (column * bits % 32)) + 1) & ((1u << bits) - 1));
@@ -48,7 +48,7 @@ __global__ void quant_rows(const T* x, const int* codes, const float* scales, co
     for (int w = 0; w < WARP_WORDS; w++) {
       const long word = first + warp * WARP_WORDS + w, g = word * PER / group;
       if (word >= words) break;
-      if (g != current) {  // the same for all threads of the warp
+      if (g != current) {  // uniform over the warp
 #pragma unroll
         for (int c = 0; c < 4; c++) {
 #pragma unroll

@@ -1,17 +1,16 @@
-// rms_norm with the addition before it: h = x + residual, y = h r w with r = 1 / sqrt(mean(h^2) + epsilon); backward
-// too.
+// rms_norm after an addition: h = x + residual, y = h r w with r = 1 / sqrt(mean(h^2) + epsilon); and its backward.
 //
-// Forward reads x and residual once and writes h and y; a row lies in the block's registers between the two. Backward,
-// with g = dy w: dx = d residual = r (g - h r^2 mean(g h)) + dh, dw = sum over rows of dy h r. Each block adds up dw of
-// its rows in registers and writes it once; a second kernel adds the blocks' parts up in order.
+// Forward reads x and residual once and writes h and y; the row stays in the block's registers. Backward, with g = dy
+// w: dx = d residual = r (g - h r^2 mean(g h)) + dh, dw = sum over rows of dy h r. Each block sums dw of its rows in
+// registers and writes it once; a second kernel sums the blocks' parts in order.
 #pragma once
 #include "common.cuh"
 
-constexpr int MOST_THREADS = 512;  // of a block, which leaves each 128 registers
-constexpr int MOST_PARTS =
-    264;  // blocks of the backward pass, and with them the order of dw's sum: two for each of 132 multiprocessors
+constexpr int MOST_THREADS = 512;  // per block, which leaves 128 registers per thread
+// Blocks of the backward pass, two for each of 132 multiprocessors; they determine the order of dw's sum.
+constexpr int MOST_PARTS = 264;
 
-// N values a vector, PER vectors a thread: a block covers N * PER * blockDim.x >= D values.
+// N values per vector, PER vectors per thread: a block covers N * PER * blockDim.x >= D values.
 template <typename T, int N, int PER>
 __global__ void __launch_bounds__(MOST_THREADS)
     rms_norm_rows(const T* x, const T* residual, const T* w, long D, float epsilon, T* h, T* y, float* r) {
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
   }
 }
 
-// dw[d] = sum over parts: 32 columns a block, whose 8 warps take every eighth part each.
+// dw[d] = sum over parts: 32 columns per block, whose 8 warps take every eighth part.
 template <typename T>
 __global__ void sum_of_parts(const float* parts, int count, long D, T* dw) {
   SHARED(float, shared);
@@ -113,9 +112,9 @@ __global__ void sum_of_parts(const float* parts, int count, long D, T* dw) {
 
 // ------------------------------------------------------------------------------------------------- launchers
 
-// Runs the code with N values a vector, PER vectors a thread and `threads` for a row of D values: about 256 threads,
-// and more where a thread would hold more than four vectors. `whole`: D is a multiple of a 16-byte vector and all rows
-// are aligned.
+// Runs the code with N values per vector, PER vectors per thread and `threads` threads for a row of D values: about
+// 256 threads, more if a thread would hold more than four vectors. `whole`: D is a multiple of a 16-byte vector and
+// all rows are aligned.
 #define WITH_VECTORS_OF(n, per, vectors, ...)                      \
   {                                                                \
     constexpr int N = n, PER = per;                                \
@@ -136,7 +135,7 @@ __global__ void sum_of_parts(const float* parts, int count, long D, T* dw) {
 extern "C" long rms_norm_parts(long rows) { return rows < MOST_PARTS ? rows : MOST_PARTS; }
 
 // x, residual (or null: then h is not written) (rows, D), w (D,) -> h, y (rows, D), r (rows,).
-// D at most 8,192, or 16,384 in 2-byte types where it is a multiple of 8; else cudaErrorInvalidValue.
+// D at most 8,192, or 16,384 in 2-byte dtypes if it is a multiple of 8; else cudaErrorInvalidValue.
 extern "C" int launch_rms_norm(const void* x, const void* residual, const void* w, long rows, long D, float epsilon,
                                void* h, void* y, float* r, int dtype, cudaStream_t stream) {
   if (rows < 1 || D < 1) return (int)cudaErrorInvalidValue;
@@ -152,8 +151,7 @@ extern "C" int launch_rms_norm(const void* x, const void* residual, const void* 
   return (int)cudaGetLastError();
 }
 
-// dh (or null) is the gradient that arrives at h. parts: rms_norm_parts(rows) * D floats of workspace -> dx (rows, D),
-// dw (D,).
+// dh (or null): gradient of h. parts: workspace of rms_norm_parts(rows) * D floats -> dx (rows, D), dw (D,).
 extern "C" int launch_rms_norm_backward(const void* h, const void* w, const float* r, const void* dy, const void* dh,
                                         long rows, long D, void* dx, void* dw, float* parts, int dtype,
                                         cudaStream_t stream) {
