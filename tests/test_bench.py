@@ -63,7 +63,7 @@ def test_dpo_counts_the_prompt_twice_and_pads_nothing(tiny, capsys):
     assert abs(result["loss"][0] - 0.693) < 0.02 and result["loss"][1] < result["loss"][0]
 
 
-def test_samples_are_the_peers():
+def test_samples_equal_those_of_the_peers():
     """Their lengths, ids and targets, so that tokens per second mean the same work."""
     samples = bench_train.Samples("A")
     assert len(samples) == 32 and samples.lengths[:6].tolist() == [144, 117, 218, 142, 85, 174]

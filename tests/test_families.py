@@ -67,7 +67,7 @@ def each_with(kinds):
 # ==================================================================================== packing, padding, one by one
 
 
-def test_every_family_is_here():
+def test_every_family_has_a_tiny_model():
     assert {tiny_models.family(name) for name in NAMES} == set(families.FAMILIES)
 
 
@@ -278,7 +278,7 @@ def test_cached_generation_equals_whole_forwards(name, new, behind_prefix):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_text_in_pieces_through_the_cache(name):
+def test_chunks_through_the_cache_equal_one_forward(name):
     """Logits of the pieces 1, 5, 1, 3 (ChatGLM-6B: its context first) are those of the whole."""
     model = build(name)
     ids, _ = samples_of(name, 2, 10)
@@ -295,7 +295,7 @@ def test_a_text_in_pieces_through_the_cache(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STRETCHED])
-def test_padded_rows_in_pieces_through_the_cache(name):
+def test_padded_chunks_through_the_cache_equal_one_forward(name):
     """Left-padded rows behind a prefix (where distances do not count); the first piece comes with rows, the second
     with rows of its own, the third without."""
     model, (ids, _) = build(name), samples_of(name, 2, 10)
@@ -340,7 +340,7 @@ def pair_batch(name, seed=3, window=64):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ALIBI, *STRETCHED)])
-def test_pairs_that_share_a_prompt_are_as_two_samples(name):
+def test_pairs_with_a_shared_prompt_equal_two_samples(name):
     """Policy in training mode against sums over single samples in eval mode; gradients too."""
     model = build(name) if name not in tiny_models.WINDOWED else build(name, sliding_window=40)
     batch, pairs = pair_batch(name)
@@ -527,7 +527,7 @@ RECORDED = ROOT / "tests" / "golden" / "families.npz"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_what_was_recorded(name):
+def test_equals_recorded_numbers(name):
     """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a
     regression."""
     recorded, found = np.load(RECORDED), record(name)
@@ -545,7 +545,7 @@ with_goldens = pytest.mark.skipif(not GOLDENS, reason="no ../shared/golden besid
 
 @with_goldens
 @pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
-def test_goldens_of_their_own_software(folder):
+def test_equals_the_software_of_the_family(folder):
     found = compare_with_golden(folder)
     limits = {"logits": 1e-4, "hidden": 1e-5, "loss": 1e-5, "norm": 1e-4, "gradients": 1e-4, "padded": 1e-4}
     assert found.keys() == limits.keys() and all(found[key] < limit for key, limit in limits.items()), found
@@ -813,7 +813,7 @@ def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path
             assert labels[b, start:end][-1] == SPECIAL["eop"]
 
 
-def test_the_table_in_readme_names_every_family():
+def test_the_family_table_names_every_family():
     """family_table.py writes it from a run of every cell."""
     text = (ROOT / "tests" / "RESULTS.md").read_text()
     table = text[text.index(family_table.BEGIN) : text.index(family_table.END)]

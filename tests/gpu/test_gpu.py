@@ -148,19 +148,19 @@ def pretend(operators, monkeypatch):
 
 @pytest.mark.parametrize("order", [1, 2], ids=["down", "random"])
 @pytest.mark.parametrize("case", CASES)
-def test_core(cores, case, order):
+def test_kernel(cores, case, order):
     """Every kernel against float64, with the threads of a block run in two orders between barriers."""
     cores.order(order)
     CASES[case](cores)
 
 
 @pytest.mark.slow
-def test_cores_under_the_sanitizers():
+def test_kernels_under_the_sanitizers():
     done = subprocess.run([sys.executable, HERE / "cuda_on_cpu.py", "--sanitize"], capture_output=True, text=True)
     assert done.returncode == 0 and f"{len(CASES)} cases" in done.stdout, done.stderr[-3000:]
 
 
-def test_the_harness_for_a_gpu_knows_what_is_right(tmp_path):
+def test_the_gpu_harness_detects_a_wrong_kernel(tmp_path):
     """Its own references and error limits, on small shapes on the CPU (its times mean nothing here); a wrong one is
     seen."""
     text = (HERE / "cuda_harness.cu").read_text()
@@ -179,7 +179,7 @@ def test_the_harness_for_a_gpu_knows_what_is_right(tmp_path):
     )  # two lines of rms_norm, and the last
 
 
-def test_cores_give_the_same_bits_in_every_order(cores):
+def test_kernels_give_the_same_bits_in_every_order(cores):
     found = []
     for order in (0, 1, 2):
         cores.order(order)
@@ -206,7 +206,7 @@ def test_cores_give_the_same_bits_in_every_order(cores):
         ("launch_quant_linear", *[None] * 5, 1, 16, 16, 2, 16, None, None, 0, None),
     ],
 )
-def test_what_a_core_cannot_do_is_an_error(cores, call):
+def test_unsupported_arguments_are_errors(cores, call):
     with pytest.raises(RuntimeError, match="error 1 "):
         cores.call(*call)
 
@@ -289,7 +289,7 @@ def test_the_emulated_types_round_as_numpy(cores):
 
 
 @needs_nvcc
-def test_nvcc_builds_bindings_and_cores_for_sm_90(builds):
+def test_nvcc_builds_operators_and_kernels_for_sm_90(builds):
     """Against the headers of this CPU wheel, which are the GPU wheel's."""
     path, build = builds["cuda"]
     spilled(build.wait().stderr)
@@ -381,8 +381,8 @@ def test_swiglu(pretend, shape):
 @pytest.mark.parametrize("decay, grad_scale", [(0.0, 1.0), (0.1, 0.3)])
 def test_adamw(pretend, decay, grad_scale):
     cases.test_adamw_over_several_steps("gpu", (5, 123), decay, grad_scale)
-    cases.test_adamw_far_into_a_run("gpu")
-    cases.test_adamw_leaves_the_gradient_alone("gpu")
+    cases.test_adamw_at_a_late_step("gpu")
+    cases.test_adamw_does_not_change_the_gradient("gpu")
 
 
 @pytest.mark.parametrize("size", ["whole", "chunks"])
@@ -395,7 +395,7 @@ def test_linear_cross_entropy(pretend, monkeypatch, size, N, D, V, transpose, ig
         cases.test_linear_cross_entropy_with_a_softcap("gpu", N, D, V, transpose, frozen, softcap, None)
 
 
-def test_linear_cross_entropy_at_its_edges(pretend):
+def test_linear_cross_entropy_edge_cases(pretend):
     cases.test_linear_cross_entropy_with_every_label_ignored("gpu")
     for softcap in (None, 0.6):
         cases.test_linear_cross_entropy_gradients_against_differences("gpu", softcap)
@@ -427,7 +427,7 @@ def test_attention(pretend, shape, n, causal, version):
         close(out.astype("float32").numpy(), expected, 2e-2)
 
 
-def test_attention_asks_the_reference_for_what_flash_attention_lacks(pretend, monkeypatch):
+def test_attention_uses_the_reference_for_what_flash_attention_lacks(pretend, monkeypatch):
     asked = []
     monkeypatch.setattr(reference, "attention", lambda q, *rest: asked.append(rest[-1]) or q)
     make = lambda Dh, dtype="bfloat16", T=4: tensor(normal((1, T, 2, Dh)), frozen=True).astype(dtype)
@@ -652,7 +652,7 @@ def test_paddle_refuses_a_wrong_call(inferred, name):
     assert str(inferred[name]).startswith("error") and REFUSED[name] in inferred[name]
 
 
-def test_every_inference_is_looked_at(inferred):
+def test_every_shape_inference_is_tested(inferred):
     assert set(inferred) == {*INFERRED, *REFUSED}
 
 
@@ -688,7 +688,7 @@ def test_paddle_has_the_signature_that_is_called(function, positional, named):
     assert {name: parameters[name].default for name in named} == named
 
 
-def test_weight_only_linear_has_no_place_for_our_layouts():
+def test_weight_only_linear_does_not_support_our_layouts():
     """Why gpu.py does not use it: no zero points, and groups of 64 or 128 alone."""
     from paddle.nn.quant import weight_only_linear
 

@@ -161,7 +161,7 @@ def test_tiles_of_this_processor(real, integers):
 
 
 @both
-def test_nothing_to_multiply(emulated, integers):
+def test_empty_products(emulated, integers):
     for M, N in ((0, 5), (5, 0)):
         emulated.forget()
         emulated.products(integers, M, 1, None, 16, np.zeros(64, np.uint32).ctypes.data, None, 5, N, 0)
@@ -194,7 +194,7 @@ def test_the_largest_integers_do_not_saturate(emulated):
     assert np.array_equal(found, a @ b)
 
 
-def test_bfloat16_as_the_instruction_has_it(emulated):
+def test_bfloat16_rounds_like_the_instruction(emulated):
     """Denormal numbers count as zero, in and out; halves of a pair are summed apart: 2^30 + 1 - 2^30 - 1 is not the
     sum in order."""
 
@@ -232,7 +232,7 @@ def test_the_emulator_refuses_a_wrong_configuration(emulated, configuration, nam
     emulated.forget()
 
 
-def test_the_emulator_sees_misuse(emulated):
+def test_the_emulator_detects_misuse(emulated):
     data = np.zeros((16, 16), np.uint32)
     at = data.ctypes.data
     shape = (16, 16, 16, 16)
@@ -261,14 +261,14 @@ def test_the_emulator_sees_misuse(emulated):
 
 
 @both
-def test_a_wrong_answer_is_found(emulated, integers):
+def test_a_wrong_answer_is_detected(emulated, integers):
     a, b, c, a_words, b_words = operands(integers, 5, 70, 9)
     b_words[-1, 3] ^= 0x40404040
     with pytest.raises(AssertionError):
         assert np.abs(multiply(emulated, integers, 70, c, a_words, b_words, 0, 9 + 5) - a @ b).max() < 1e-3
 
 
-def test_a_short_buffer_is_found(emulated):
+def test_a_short_buffer_is_detected(emulated):
     a, b, c, a_words, b_words = operands(False, 20, 70, 9)
     emulated.forget()
     emulated.allow(a_words.ctypes.data, a_words.nbytes - 4, 0)

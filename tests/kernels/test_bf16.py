@@ -145,7 +145,7 @@ def test_lora_linear_in_bf16(in_bf16, shape, n_out, rank, bias, dropped):
 
 
 @with_bf16
-def test_an_adapter_that_is_still_zero_leaves_every_bit_of_the_base(in_bf16):
+def test_a_zero_adapter_does_not_change_a_bit(in_bf16):
     """DPO's policy and its reference are the same before the first step."""
     base = Linear(96, 80, bias=False)
     x = tensor(normal((50, 96)))
@@ -154,7 +154,7 @@ def test_an_adapter_that_is_still_zero_leaves_every_bit_of_the_base(in_bf16):
 
 
 @with_bf16
-def test_halve_frozen_keeps_bits_and_trained_weights(in_bf16):
+def test_cast_frozen_to_bf16_keeps_bits_and_trained_weights(in_bf16):
     net = paddle.nn.Sequential(Linear(64, 96, bias=True), LoRALinear(Linear(96, 40, bias=False), rank=4, alpha=8))
     x = tensor(normal((50, 64)))
     before = net(x).numpy()

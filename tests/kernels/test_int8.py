@@ -50,7 +50,7 @@ def tensor(array):
     return None if array is None else paddle.to_tensor(array)
 
 
-def way_of_this_processor(rows):
+def method_of_this_processor(rows):
     """The instructions that the op chooses, asked of the library that is loaded."""
     library = re.search(r"\S*kernels_cpu\S*\.so", Path("/proc/self/maps").read_text())
     return ctypes.CDLL(library.group()).cpu_int8_way(ctypes.c_long(rows))
@@ -64,7 +64,7 @@ def op(x, w, scales, bias=None, given=None, instructions=-1):
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The same over AMX tiles that are emulated; W is interleaved by AVX-512, which every processor with AMX has."""
-    if COMPILER is None or way_of_this_processor(1) < 2:
+    if COMPILER is None or method_of_this_processor(1) < 2:
         pytest.skip("needs g++ and AVX-512")
     folder = tmp_path_factory.mktemp("int8")
     (folder / "int8.cc").write_text("""
@@ -105,7 +105,7 @@ extern "C" long products() { return emulated_counts()[2]; }
     return run
 
 
-BEST = -1 if cpu.missing("quant_linear") else way_of_this_processor(1 << 20)
+BEST = -1 if cpu.missing("quant_linear") else method_of_this_processor(1 << 20)
 
 
 @pytest.fixture(params=[way for way, level in WAYS.items() if level <= BEST] + ["amx emulated"])
@@ -139,7 +139,7 @@ def test_the_largest_codes_do_not_saturate(multiply):
     )
 
 
-def test_halves_go_to_the_even_neighbor(multiply):
+def test_halves_round_to_even(multiply):
     x = np.array(
         [
             [
@@ -169,7 +169,7 @@ def test_halves_go_to_the_even_neighbor(multiply):
     assert found[0].tolist() == [-2, -2, 0, 0, 2, 2, 3, 126, 127, 127, -128, -128, 0, 8, 10, 10, 11, 0]
 
 
-def test_what_is_no_number_stays_none(multiply):
+def test_nan_stays_nan(multiply):
     x = np.ones((6, 40), np.float32)
     x[1, 3], x[2, 39], x[3, 7], x[4] = np.nan, np.nan, np.inf, 0.0
     w, ones = np.ones((40, 5), np.int8), np.ones(5, np.float32)
@@ -213,7 +213,7 @@ def test_a_view_and_half_precision():
     assert np.array_equal(a, r), "the reference's"
 
 
-def test_this_processor_is_used():
+def test_the_best_method_of_this_processor_is_used():
     flags = Path("/proc/cpuinfo").read_text().split()
     expected = (
         4
@@ -226,12 +226,12 @@ def test_this_processor_is_used():
         if "avx2" in flags
         else 0
     )
-    assert way_of_this_processor(2048) == expected and way_of_this_processor(1) == min(expected, 3), (
+    assert method_of_this_processor(2048) == expected and method_of_this_processor(1) == min(expected, 3), (
         "a few rows need no tiles"
     )
 
 
-def test_a_wrong_sum_is_found():
+def test_a_wrong_sum_is_detected():
     x, w, scales, _ = draw(3, 123, 7)
     codes, scale = codes_of(x)
     right = (codes @ w.astype(np.int64)).astype(np.float32) * scale

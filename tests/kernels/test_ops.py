@@ -137,7 +137,7 @@ def test_configure_chooses_and_gives_reasons(monkeypatch):
         ("=cpu", "op"),
     ],
 )
-def test_configure_refuses_what_is_not_there(choice, named):
+def test_configure_refuses_unknown_ops_and_back_ends(choice, named):
     before = kernels.describe()
     with pytest.raises(UserError, match=named):
         kernels.configure("cpu", choice)
@@ -157,7 +157,7 @@ def test_configure_refuses_what_is_not_there(choice, named):
         ("", "a plug-in"),
     ],
 )
-def test_configure_refuses_a_device_that_is_not_there(device, needs):
+def test_configure_refuses_a_missing_device(device, needs):
     before, where = kernels.describe(), paddle.get_device()
     with pytest.raises(
         UserError, match=f"device: '{device}' is not in this Paddle .*which has cpu.*{needs}"
@@ -167,7 +167,7 @@ def test_configure_refuses_a_device_that_is_not_there(device, needs):
     assert kernels.describe() == before and paddle.get_device() == where
 
 
-def test_the_names_of_devices(monkeypatch):
+def test_device_names(monkeypatch):
     """With CUDA, with ROCm, which Paddle calls gpu as well, and with plug-ins of one chip and of two."""
     monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "gpu:0", "gpu:1", "one", "two:0", "two:1"])
     same = "cpu gpu gpu:0 gpu:1 one one:0 two two:1".split()
@@ -182,7 +182,7 @@ def test_the_names_of_devices(monkeypatch):
     assert kernels._kind() == "dcu", "CUDA's kernels are not for it"
 
 
-def test_devices_are_asked_of_paddle(monkeypatch):
+def test_devices_come_from_paddle(monkeypatch):
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
     monkeypatch.setattr(paddle, "is_compiled_with_xpu", lambda: True)
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
@@ -193,7 +193,7 @@ def test_devices_are_asked_of_paddle(monkeypatch):
     assert kernels.devices()[1:3] == ["dcu:0", "dcu:1"]
 
 
-def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
+def test_a_new_chip_is_one_file_as_in_the_docs(monkeypatch, tmp_path):
     """Its one op runs in a model's forward, once a block, and every other op is the reference's."""
     text = (ROOT / "docs" / "kernels.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
     (tmp_path / "pretend_chip.py").write_text("#" + text)
@@ -264,7 +264,7 @@ def test_a_new_chip_is_the_file_that_readme_shows(monkeypatch, tmp_path):
 # ====================================================================================== python tests/bench/ops.py
 
 
-def test_every_op_has_a_row_in_the_table():
+def test_every_op_has_a_case_in_the_benchmark():
     """`python tests/bench/ops.py` measures each: a new op needs an entry in CASES of tests/bench/ops.py."""
     assert set(kernels.OPS) - set(table.CASES) == set()
     assert all(callable(getattr(kernels, op)) for op in kernels.OPS)
@@ -278,7 +278,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("op", kernels.OPS)
-def test_the_rows_of_an_op_run_and_count_their_work(op):
+def test_every_case_of_an_op_runs_and_counts_its_work(op):
     kernels.configure("cpu")
     makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in table.IN_BFLOAT16.get(op, ()))]
     for make in makers:
@@ -342,7 +342,7 @@ def test_products_in_bfloat16_are_what_is_measured(monkeypatch):
     assert len(seen) == 6 and not any(seen[:3]) and all(seen[3:])
 
 
-def test_the_work_of_an_attention_is_that_of_the_pairs_that_are_seen():
+def test_attention_work_counts_visible_pairs():
     flops = {
         document: [case.work for case in table.attention(T=10, H=2, Dh=4, document=document)] for document in (None, 4)
     }
@@ -360,7 +360,7 @@ def test_peaks_are_above_what_a_product_reaches():
     assert 1e9 < most["memory"] < 2e12
 
 
-def test_the_table_on_the_command_line(capsys, monkeypatch):
+def test_the_benchmark_prints_a_line_per_case(capsys, monkeypatch):
     monkeypatch.setattr(
         table,
         "CASES",
@@ -394,7 +394,7 @@ def test_the_table_on_the_command_line(capsys, monkeypatch):
         kernels.configure("cpu")
 
 
-def test_the_command_line_refuses_in_one_line():
+def test_the_command_line_refuses_an_unknown_back_end_in_one_line():
     done = subprocess.run(
         [sys.executable, "-m", "kernels", "--device", "npu"], cwd=ROOT, capture_output=True, text=True
     )
@@ -513,7 +513,7 @@ def test_layer_norm_gradients_against_differences(backend):
 
 
 @backends("rms_norm")
-def test_norms_with_a_residual_of_which_one_output_is_used(backend):
+def test_norms_with_a_residual_and_an_unused_output(backend):
     """And gradients of x and residual that are not one tensor: what is added to one must not appear in the other."""
     x, residual, weight = (tensor(normal(s, i)) for i, s in enumerate([(4, 6), (4, 6), (6,)]))
     with kernels.use(f"rms_norm={backend}"):
@@ -709,7 +709,7 @@ def test_embedding_gradients_wherever_they_are_asked_for(backend):
 
 
 @backends("embedding")
-def test_embedding_refuses_ids_that_are_not_there(backend):
+def test_embedding_refuses_ids_out_of_range(backend):
     for ids in ([5], [-1])[
         : 1 if backend == "reference" else 2
     ]:  # Paddle's own reads what lies before the table for -1
@@ -718,7 +718,7 @@ def test_embedding_refuses_ids_that_are_not_there(backend):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS["embedding"], reason="no C++ ops")
-def test_embedding_gradient_takes_memory_for_its_rows_alone(run_python):
+def test_embedding_gradient_takes_memory_only_for_its_rows(run_python):
     """A table of 164 MB, 100 rows used; the gradient is read as well."""
     script = """
 import json
@@ -1046,7 +1046,7 @@ def prefix_rows(documents, Tk):
 )
 @pytest.mark.parametrize("columns", [2, 4])
 @pytest.mark.parametrize("H, K, Dh", [(4, 2, 8), (3, 1, 24)])
-def test_attention_with_a_prefix_that_is_seen_both_ways(backend, documents, Tq, columns, H, K, Dh):
+def test_attention_with_a_bidirectional_prefix(backend, documents, Tq, columns, H, K, Dh):
     """ChatGLM's mask, alone, packed, and behind a cache; the same rows as two intervals that hide are n=4."""
     Tk = sum(length for length, _ in documents)
     rows = prefix_rows(documents, Tk)
@@ -1104,7 +1104,7 @@ def test_attention_head_counts(backend, H, K):
 @backends("attention_with_lse")
 @pytest.mark.parametrize("T, cuts", [(9, (0, 4, 9)), (150, (0, 10, 80, 150)), (140, (0, 140))])
 @pytest.mark.parametrize("kind", ["causal", "full", "rows", "window", "context", "alibi", "softcap", "alibi and rows"])
-def test_parts_of_attention_are_attention(backend, T, cuts, kind):
+def test_merged_parts_of_attention_equal_attention(backend, T, cuts, kind):
     """Every piece of the queries with every piece of the keys, results merged; backward with what all keys gave."""
     B, H, K, Dh = 2, 4, 2, 6
     q, k, v, upstream = (normal((B, T, n, Dh), s) for s, n in enumerate((H, K, K, H)))
@@ -1388,7 +1388,7 @@ def test_linear_cross_entropy_with_a_frozen_weight(backend, transpose, scale, bl
 
 
 @backends("linear_cross_entropy")
-def test_linear_cross_entropy_makes_gradients_early_only_where_they_are_wanted(backend, monkeypatch):
+def test_linear_cross_entropy_computes_gradients_in_forward_only_if_needed(backend, monkeypatch):
     """Products made: 1 without a gradient, 2 with a frozen weight, 4 with a trained one, 3 with only the weight
     trained."""
     products, plain = [], paddle.matmul
@@ -1425,7 +1425,7 @@ def test_linear_cross_entropy_with_a_weight_stored_in_bfloat16(backend, transpos
 
 @backends("linear_cross_entropy")
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_linear_cross_entropy_of_logits_that_are_no_numbers(backend, softcap):
+def test_linear_cross_entropy_of_nan_and_infinite_logits(backend, softcap):
     """One NaN makes the loss NaN, wherever it lies: training must stop. Words at -inf do not count, or are as low as a
     softcap lets them."""
     weight = normal((1, 200))
@@ -1457,7 +1457,7 @@ class Shard:
 @pytest.mark.parametrize("ends", [(0, 150, 300), (0, 1, 130, 300)])
 @pytest.mark.parametrize("transpose, frozen", list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_linear_cross_entropy_of_a_vocabulary_in_parts(backend, ends, transpose, frozen, softcap, blocks):
+def test_linear_cross_entropy_of_a_sharded_vocabulary(backend, ends, transpose, frozen, softcap, blocks):
     hidden, weight, upstream = normal((40, 6)), normal((6, 300), 1), normal((40,), 2)
     weight[:, 200] = weight[:, 5]  # so that largest logits come twice
     hidden[3], hidden[4] = weight[:, 5] * 3, weight[:, 5] * 4
@@ -1559,7 +1559,7 @@ def test_adamw_over_several_steps(backend, shape, decay, grad_scale):
 
 
 @backends("adamw")
-def test_adamw_leaves_the_gradient_alone(backend):
+def test_adamw_does_not_change_the_gradient(backend):
     parameter, gradient = tensor(normal((4,))), tensor(normal((4,), 1))
     with kernels.use(f"adamw={backend}"):
         kernels.adamw(parameter, gradient, tensor(np.zeros(4)), tensor(np.zeros(4)), 1, 0.1, 0.9, 0.999, 1e-8, 0.0, 0.5)
@@ -1567,7 +1567,7 @@ def test_adamw_leaves_the_gradient_alone(backend):
 
 
 @backends("adamw")
-def test_adamw_far_into_a_run(backend):
+def test_adamw_at_a_late_step(backend):
     """Step 100,000, where the bias corrections are 1 to float32."""
     value, m1, m2, g = normal((9,)), normal((9,), 1), normal((9,), 2) ** 2, normal((9,), 3)
     parameter, moment1, moment2 = tensor(value), tensor(m1), tensor(m2)
@@ -1624,7 +1624,7 @@ def rounded(array):
     "M, N, K", [(1, 1, 1), (5, 123, 7), (7, 64, 33), (97, 65, 1030), (100, 200, 600), (33, 2100, 40)]
 )
 @pytest.mark.parametrize("turned", list(itertools.product([False, True], repeat=2)))
-def test_bf16_products_are_exact_but_for_the_operands(M, N, K, turned):
+def test_bf16_products_round_only_the_operands(M, N, K, turned):
     a, b = normal((K, M) if turned[0] else (M, K)), normal((N, K) if turned[1] else (K, N), 1)
     found = cpu.bf16_matmul(tensor(a), tensor(b), *turned).numpy()
     left, right = (rounded(x).T if t else rounded(x) for x, t in zip((a, b), turned))
@@ -1668,7 +1668,7 @@ def test_linear_cross_entropy_in_bf16(in_bf16, transpose, frozen):
 
 
 @with_bf16
-def test_linear_cross_entropy_in_bf16_of_words_that_are_all_but_certain(in_bf16):
+def test_linear_cross_entropy_in_bf16_of_almost_certain_tokens(in_bf16):
     """p - onehot is next to nothing there, and must come out so although the product rounds p and W."""
     weight = normal((8, 40))
     labels = np.arange(40)
@@ -1804,8 +1804,8 @@ def test_fused_ops_with_every_instruction_set(instructions, monkeypatch):
     for frozen in (False, True):
         test_linear_cross_entropy_with_a_softcap("cpu", 40, 6, 300, True, frozen, 0.5, None)
     test_linear_cross_entropy_with_a_weight_stored_in_bfloat16("cpu", True, None)
-    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu", None)
-    test_linear_cross_entropy_of_logits_that_are_no_numbers("cpu", 30.0)
+    test_linear_cross_entropy_of_nan_and_infinite_logits("cpu", None)
+    test_linear_cross_entropy_of_nan_and_infinite_logits("cpu", 30.0)
     for kinds in itertools.product(["float32", "bfloat16"], repeat=2):
         test_adamw_of_bfloat16("cpu", *kinds)
     test_squared_norm("cpu", (5, 123), "bfloat16")
@@ -1907,7 +1907,7 @@ def test_processes_that_start_at_once_build_once(sources, tmp_path):
 
 
 @built
-def test_a_build_that_was_killed_is_made_anew(sources, tmp_path):
+def test_a_killed_build_is_repeated(sources, tmp_path):
     cache = tmp_path / "cache" / "paddle-llm-kernels"
     process = start(tmp_path / "cache", sources)
     while not list(cache.glob("*.building/kernels_cpu/build/**/*")) and process.poll() is None:

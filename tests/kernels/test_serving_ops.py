@@ -127,7 +127,7 @@ def test_paged_attention_with_a_bias_a_window_and_a_cap(backend, int8, case, nam
 
 
 @on_each
-def test_paged_attention_with_windows_that_take_turns(backend):
+def test_paged_attention_with_alternating_windows(backend):
     """As in Gemma 2, layer by layer, of arrays that the back end may take for the same."""
     q, k, v, *arrays = paged_case([1, 1, 4], [30, 20, 60], 16, 4, 2, 32)[0]
     for a in arrays:
@@ -174,7 +174,7 @@ def test_paged_attention_sees_nothing_beyond_its_contexts(backend):
 
 
 @on_each
-def test_paged_attention_takes_frozen_arrays_for_the_same_only_if_they_are(backend):
+def test_paged_attention_reuses_tables_only_for_the_same_frozen_arrays(backend):
     arguments, _, expected = paged_case([1, 1], [30, 20], 16, 4, 2, 32)
     tensors, arrays = arguments[:3], [a.copy() for a in arguments[3:]]
     with kernels.use(f"paged_attention={backend}"):
@@ -285,7 +285,7 @@ def test_linear_of_few_rows(rows, n_in, n_out, stored, monkeypatch):
 
 
 @built
-def test_few_rows_are_left_to_others_where_a_gradient_is_wanted_or_the_rows_are_many():
+def test_the_few_rows_kernel_is_not_used_with_gradients_or_many_rows():
     x, w = paddle.to_tensor(random((2, 8)), stop_gradient=False), paddle.to_tensor(random((8, 4)))
     assert cpu._few_rows(x, w, None) is None
     (kernels.linear(x, w).sum()).backward()
@@ -313,7 +313,7 @@ def drawn(logits, temperature, top_k, top_p, seeds):
 @on_each
 @pytest.mark.parametrize("S, V", [(1, 1), (40, 5), (60, 123), (30, 4096), (3, 32000)])
 @pytest.mark.parametrize("kind", ["spread", "flat", "ties", "banned"])
-def test_sample_draws_what_the_oracle_draws(backend, S, V, kind):
+def test_sample_equals_the_oracle(backend, S, V, kind):
     g = np.random.default_rng([S, V])
     logits = g.standard_normal((S, V)).astype(np.float32) * {"spread": 4, "flat": 0.01, "ties": 2, "banned": 3}[kind]
     if kind == "ties":
@@ -337,7 +337,7 @@ def test_sample_draws_what_the_oracle_draws(backend, S, V, kind):
 
 
 @on_each
-def test_sample_where_masses_meet_top_p_exactly(backend):
+def test_sample_with_probabilities_that_sum_to_exactly_top_p(backend):
     """Four ids of a quarter each and top_p of a half: two are kept, and a uniform number on an edge takes the next."""
     logits = paddle.to_tensor(np.array([[1, 0, 1, 1, 1]] * 5, np.float32) * 1e4)
     uniform = np.array([0.0, 0.49999, 0.5, 0.75, 0.99999])
