@@ -225,8 +225,8 @@ def difference(logits: np.ndarray, expected: np.ndarray, tolerance: float, subje
     """The largest difference of logits; UserError beyond `tolerance` times the largest logit."""
     largest, limit = float(np.abs(logits - expected).max()), tolerance * float(np.abs(expected).max())
     if not (math.isfinite(largest) and largest <= limit):
-        found = f"logits differ by {largest:.3g}, at most {limit:.3g} is right"
-        raise UserError(f"export refused: {subject}: {found}; nothing was written")
+        problem = f"logits differ by {largest:.3g}, at most {limit:.3g} is right"
+        raise UserError(f"export refused: {subject}: {problem}; nothing was written")
     return largest
 
 

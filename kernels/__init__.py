@@ -116,12 +116,12 @@ def configure(device: str = "auto", choice: str = "auto", use_bf16: bool = False
 
 def devices() -> list:
     """Names of the devices that this Paddle can use here, as check_device() takes them; "cpu" is the first."""
-    found = ["cpu"]
+    names = ["cpu"]
     if paddle.is_compiled_with_cuda():
-        found += [f"{_gpu()}:{i}" for i in range(paddle.device.cuda.device_count())]
+        names += [f"{_gpu()}:{i}" for i in range(paddle.device.cuda.device_count())]
     if paddle.is_compiled_with_xpu():
-        found += [f"xpu:{i}" for i in range(paddle.device.xpu.device_count())]
-    return found + (paddle.device.get_available_custom_device() or [])
+        names += [f"xpu:{i}" for i in range(paddle.device.xpu.device_count())]
+    return names + (paddle.device.get_available_custom_device() or [])
 
 
 def check_device(device: str) -> None:
@@ -135,9 +135,9 @@ def check_device(device: str) -> None:
     kinds = {name for name, _ in here}
     if kind in kinds and (not colon or kind != "cpu" and [kind, index] in here):
         return ("gpu" if kind == "dcu" else kind) + colon + index
-    found = f"device: {device!r} is not in this Paddle ({paddle.__version__}), which has {', '.join(devices())}"
+    problem = f"device: {device!r} is not in this Paddle ({paddle.__version__}), which has {', '.join(devices())}"
     needed = NEEDED.get(kind, "is no name that Paddle itself has: a plug-in for the chip would bring it")
-    raise UserError(found if kind in kinds else f"{found}; {kind} {needed}")
+    raise UserError(problem if kind in kinds else f"{problem}; {kind} {needed}")
 
 
 def _gpu():

@@ -58,7 +58,7 @@ def _build(name, sources, folder, language, flags):
     sys.stdout.flush()
     sys.stderr.flush()
     with open(folder / "build.log", "w") as log:
-        kept = [os.dup(1), os.dup(2)]
+        saved_streams = [os.dup(1), os.dup(2)]
         for stream in (1, 2):  # not only Python's: a process of its own compiles
             os.dup2(log.fileno(), stream)
         try:
@@ -66,6 +66,6 @@ def _build(name, sources, folder, language, flags):
         except (RuntimeError, OSError) as error:
             raise OSError(f"building the {language} ops failed, see {folder / 'build.log'}") from error
         finally:
-            for stream, before in zip((1, 2), kept):
+            for stream, before in zip((1, 2), saved_streams):
                 os.dup2(before, stream)
                 os.close(before)

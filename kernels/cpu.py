@@ -204,13 +204,13 @@ class _Bf16Linear(PyLayer):
         (x, weight), frozen = ctx.saved_tensor(), ctx.frozen
         n_in, n_out = weight.shape
         rows = dy.reshape([-1, n_out])
-        found = [
+        grads = [
             None if frozen[0] else bf16_matmul(rows, weight, transpose_y=True).reshape(x.shape),
             None if frozen[1] else bf16_matmul(x.reshape([-1, n_in]), rows, transpose_x=True),
             None if frozen[2] else _sum_of_rows(rows),
             None if frozen[3] else dy.clone(),  # Paddle adds to a gradient in place
         ]
-        return tuple(d for d, given in zip(found, ctx.given) if given)
+        return tuple(d for d, given in zip(grads, ctx.given) if given)
 
 
 def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None, dropped=None):
@@ -281,11 +281,11 @@ def attention(q, k, v, startend_row_indices=None, causal=True, scale=None, alibi
         return reference.attention(q, k, v, startend_row_indices, causal, scale, alibi_slopes, softcap)
     rows = startend_row_indices
     reference.check_attention(q, k, rows, causal, softcap)
-    how = _how(q, rows, k.shape[1] - q.shape[1], causal, scale, alibi_slopes, softcap)
-    return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), how)
+    options = _attention_options(q, rows, k.shape[1] - q.shape[1], causal, scale, alibi_slopes, softcap)
+    return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), options)
 
 
-def _how(q, rows, offset, causal, scale, slopes, softcap):
+def _attention_options(q, rows, offset, causal, scale, slopes, softcap):
     """What the C++ takes beside q, k and v; a plain object, as a PyLayer would take tensors among its arguments for
     inputs."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -300,9 +300,9 @@ def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale
     if q.dtype != paddle.float32:
         return reference.attention_with_lse(q, k, v, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     reference.check_part(q, k, startend_row_indices, causal, softcap)
-    how = _how(q, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
+    options = _attention_options(q, startend_row_indices, offset, causal, scale, alibi_slopes, softcap)
     inputs = q.contiguous(), k.contiguous(), v.contiguous()
-    out, lse = _C_ops._run_custom_op("cpu_attention", *inputs, how.rows, how.slopes, *how.rest)
+    out, lse = _C_ops._run_custom_op("cpu_attention", *inputs, options.rows, options.slopes, *options.rest)
     return out, paddle.where(paddle.isinf(lse), paddle.full_like(lse, -math.inf), lse)  # the C++ says +inf
 
 
@@ -312,37 +312,37 @@ def attention_with_lse_backward(
     rest = startend_row_indices, offset, causal, scale, alibi_slopes, softcap
     if q.dtype != paddle.float32:
         return reference.attention_with_lse_backward(q, k, v, out, lse, d_out, *rest)
-    how = _how(q, *rest)
+    options = _attention_options(q, *rest)
     lse = paddle.where(paddle.isinf(lse), paddle.full_like(lse, math.inf), lse)
     inputs = (
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        how.rows,
-        how.slopes,
+        options.rows,
+        options.slopes,
         out.contiguous(),
         lse,
         d_out.contiguous(),
     )
-    return tuple(_C_ops._run_custom_op("cpu_attention_backward", *inputs, *how.rest))
+    return tuple(_C_ops._run_custom_op("cpu_attention_backward", *inputs, *options.rest))
 
 
 class _Attention(PyLayer):
     @staticmethod
-    def forward(ctx, q, k, v, how):
-        out, lse = _C_ops._run_custom_op("cpu_attention", q, k, v, how.rows, how.slopes, *how.rest)
+    def forward(ctx, q, k, v, options):
+        out, lse = _C_ops._run_custom_op("cpu_attention", q, k, v, options.rows, options.slopes, *options.rest)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.how, ctx.frozen = how, [t.stop_gradient for t in (q, k, v)]
+        ctx.options, ctx.frozen = options, [t.stop_gradient for t in (q, k, v)]
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensor()
-        how = ctx.how
-        found = _C_ops._run_custom_op(
-            "cpu_attention_backward", q, k, v, how.rows, how.slopes, out, lse, d_out.contiguous(), *how.rest
+        options = ctx.options
+        grads = _C_ops._run_custom_op(
+            "cpu_attention_backward", q, k, v, options.rows, options.slopes, out, lse, d_out.contiguous(), *options.rest
         )
-        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+        return tuple(None if frozen else d for d, frozen in zip(grads, ctx.frozen))
 
 
 # ---------------------------------------------------------------------------------------- paged attention
@@ -395,10 +395,10 @@ def _paged_tensors(q, k_cache, arrays):
     if _paged is None or any(a is not b for a, b in zip(_paged[0], arrays)):
         tables, queries, contexts = (np.ascontiguousarray(a, np.int32) for a in arrays)
         reference.check_paged(q.shape, k_cache.shape, tables, queries, contexts)
-        found = kernels.to_tensor(tables), kernels.to_tensor(np.stack([queries, contexts]))
+        tensors = kernels.to_tensor(tables), kernels.to_tensor(np.stack([queries, contexts]))
         if any(getattr(a, "flags", None) is None or a.flags.writeable for a in arrays):
-            return found
-        _paged = arrays, found
+            return tensors
+        _paged = arrays, tensors
     return _paged[1]
 
 
@@ -411,8 +411,8 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
 def sample(logits, temperature, top_k, top_p, uniform):
     if not _plain(logits):
         return reference.sample(logits, temperature, top_k, top_p, uniform)
-    how = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
-    return _op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), how)[0]
+    options = kernels.to_tensor(np.array([temperature, top_p, uniform], np.float64))
+    return _op("cpu_sample", logits.contiguous(), kernels.to_tensor(np.asarray(top_k, np.int64)), options)[0]
 
 
 # ------------------------------------------------------------------------------------- norm, rotation, gate
@@ -464,8 +464,8 @@ class _Norm(PyLayer):
         dy = paddle.zeros_like(saved[0]) if dy is None else dy.contiguous()
         dh = None if dh is None else dh.contiguous()
         dx, again, dw, db = _op(ctx.op + "_backward", *saved, dy, dh, ctx.wanted[0] and ctx.wanted[1])
-        found = dx, again if ctx.wanted[0] else dx, dw, db
-        return tuple(d if w else None for d, w, is_tensor in zip(found, ctx.wanted, ctx.given) if is_tensor)
+        grads = dx, again if ctx.wanted[0] else dx, dw, db
+        return tuple(d if w else None for d, w, is_tensor in zip(grads, ctx.wanted, ctx.given) if is_tensor)
 
 
 def rope(x, cos, sin, interleaved=False):
@@ -527,8 +527,8 @@ class _Gate(PyLayer):
 
     @staticmethod
     def backward(ctx, dy):
-        found = _op("cpu_gate_backward", *ctx.saved_tensor(), dy.contiguous(), ctx.kind)
-        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+        grads = _op("cpu_gate_backward", *ctx.saved_tensor(), dy.contiguous(), ctx.kind)
+        return tuple(None if frozen else d for d, frozen in zip(grads, ctx.frozen))
 
 
 def embedding(ids, weight):
@@ -548,14 +548,14 @@ class _Embedding(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, weight, how):
+    def forward(ctx, weight, options):
         ctx.save_for_backward(weight)
-        ctx.how = how
-        return _C_ops._run_custom_op("cpu_embedding", how.ids, weight.contiguous())[0]
+        ctx.options = options
+        return _C_ops._run_custom_op("cpu_embedding", options.ids, weight.contiguous())[0]
 
     @staticmethod
     def backward(ctx, dy):
-        return _C_ops._run_custom_op("cpu_embedding_backward", ctx.how.ids, *ctx.saved_tensor(), dy.contiguous())[0]
+        return _C_ops._run_custom_op("cpu_embedding_backward", ctx.options.ids, *ctx.saved_tensor(), dy.contiguous())[0]
 
 
 # ----------------------------------------------------------------------------------- linear cross-entropy
@@ -588,14 +588,14 @@ class _LinearCrossEntropy(PyLayer):
     are those of softcap * tanh(h W / softcap), and each p - onehot has a factor 1 - (l / softcap)^2."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, how):
-        how.frozen = [hidden.stop_gradient, weight.stop_gradient]
-        rows_too = how.grad and how.frozen == [False, True]
-        found = [_chunk_of_losses(hidden[c], weight, labels[c], how, rows_too) for c in _token_chunks(labels)]
-        losses, lse, rows, best = ([f[i] for f in found] for i in range(4))
-        if how.predictions is not None:
-            how.predictions.extend(best)
-        ctx.how, ctx.rows_too = how, rows_too
+    def forward(ctx, hidden, weight, labels, options):
+        options.frozen = [hidden.stop_gradient, weight.stop_gradient]
+        rows_too = options.grad and options.frozen == [False, True]
+        chunks = [_chunk_of_losses(hidden[c], weight, labels[c], options, rows_too) for c in _token_chunks(labels)]
+        losses, lse, rows, best = ([f[i] for f in chunks] for i in range(4))
+        if options.predictions is not None:
+            options.predictions.extend(best)
+        ctx.options, ctx.rows_too = options, rows_too
         if rows_too:
             ctx.save_for_backward(paddle.concat(rows))
         else:
@@ -607,8 +607,8 @@ class _LinearCrossEntropy(PyLayer):
         if ctx.rows_too:
             return ctx.saved_tensor()[0] * d_losses.unsqueeze(-1), None, None
         hidden, weight, labels, lse = ctx.saved_tensor()
-        how, turned = ctx.how, ctx.how.transpose_weight
-        d_hidden, d_weight = [], None if how.frozen[1] else paddle.empty(weight.shape, "float32")
+        options, turned = ctx.options, ctx.options.transpose_weight
+        d_hidden, d_weight = [], None if options.frozen[1] else paddle.empty(weight.shape, "float32")
         for number, c in enumerate(_token_chunks(labels)):
             h, d_chunk = hidden[c], None
             for first, block in _blocks_of(weight, turned, h.shape[0]):
@@ -619,30 +619,38 @@ class _LinearCrossEntropy(PyLayer):
                     labels[c],
                     lse[c],
                     d_losses[c].contiguous(),
-                    how.start + first,
-                    float(how.softcap or 0),
+                    options.start + first,
+                    float(options.softcap or 0),
                 )
-                if not how.frozen[0]:
+                if not options.frozen[0]:
                     d = paddle.matmul(p, block, transpose_y=not turned)
                     d_chunk = d if d_chunk is None else d_chunk.add_(d)
-                if not how.frozen[1]:
+                if not options.frozen[1]:
                     d = paddle.matmul(*((p, h) if turned else (h, p)), transpose_x=True)
                     _op("cpu_put_block", d_weight, d, *((first, 0) if turned else (0, first)), number > 0)
                 del p, d  # before the next block's are made
             d_hidden.append(d_chunk)
-        d_hidden = None if how.frozen[0] else paddle.concat(d_hidden)
-        return d_hidden, None if how.frozen[1] else d_weight.astype(weight.dtype), None
+        d_hidden = None if options.frozen[0] else paddle.concat(d_hidden)
+        return d_hidden, None if options.frozen[1] else d_weight.astype(weight.dtype), None
 
 
-def _chunk_of_losses(hidden, weight, labels, how, rows_too):
+def _chunk_of_losses(hidden, weight, labels, options, rows_too):
     """losses, logsumexp (c,), rows (p - onehot) W^T (c, D) or None, and where asked for predictions (c,), else None."""
-    c, turned, vocabulary = labels.shape[0], how.transpose_weight, how.vocabulary
+    c, turned, vocabulary = labels.shape[0], options.transpose_weight, options.vocabulary
     state, best = paddle.empty([c, 4]), paddle.empty([c], "int64")  # see loss.cc
     rows, of_labels = None, paddle.zeros_like(hidden) if rows_too else None
     for first, block in _blocks_of(weight, turned, c):
-        logits, first = paddle.matmul(hidden, block, transpose_y=turned), how.start + first
+        logits, first = paddle.matmul(hidden, block, transpose_y=turned), options.start + first
         _op(
-            "cpu_logits_seen", logits, labels, state, best, first, first == how.start, rows_too, float(how.softcap or 0)
+            "cpu_logits_seen",
+            logits,
+            labels,
+            state,
+            best,
+            first,
+            first == options.start,
+            rows_too,
+            float(options.softcap or 0),
         )
         if rows_too:
             more = paddle.matmul(logits, block, transpose_y=not turned)
@@ -653,13 +661,13 @@ def _chunk_of_losses(hidden, weight, labels, how, rows_too):
     most, total, target, _ = (t.contiguous() for t in state.unbind(-1))
     if vocabulary is None:
         lse = most + paddle.log(total)
-        share, predictions = 1.0 / total, best if how.predictions is not None else None
+        share, predictions = 1.0 / total, best if options.predictions is not None else None
     else:
-        lse, target, predictions = reference.reduce_lse(most, total, target, best, how)
+        lse, target, predictions = reference.reduce_lse(most, total, target, best, options)
         share = paddle.exp(most - lse)
     if rows_too:
-        if how.softcap is not None:
-            of_labels = of_labels * (1.0 - paddle.square(target / how.softcap)).unsqueeze(-1)
+        if options.softcap is not None:
+            of_labels = of_labels * (1.0 - paddle.square(target / options.softcap)).unsqueeze(-1)
         rows = rows * share.unsqueeze(-1) - of_labels
     return lse - target, lse, rows, predictions
 
@@ -689,19 +697,19 @@ class _Bf16CrossEntropy(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, how):
-        how.frozen = [hidden.stop_gradient, weight.stop_gradient]
-        ctx.how, ctx.online = how, how.grad and how.frozen == [False, True]
-        labels = labels - how.start if how.start else labels
-        how.rest = how.transpose_weight, float(how.softcap or 0)
-        found = _C_ops._run_custom_op("cpu_bf16_cross_entropy", hidden, weight, labels, *how.rest, ctx.online)
-        most, total, target, best, acc = found
-        if how.vocabulary is None:
+    def forward(ctx, hidden, weight, labels, options):
+        options.frozen = [hidden.stop_gradient, weight.stop_gradient]
+        ctx.options, ctx.online = options, options.grad and options.frozen == [False, True]
+        labels = labels - options.start if options.start else labels
+        options.rest = options.transpose_weight, float(options.softcap or 0)
+        grads = _C_ops._run_custom_op("cpu_bf16_cross_entropy", hidden, weight, labels, *options.rest, ctx.online)
+        most, total, target, best, acc = grads
+        if options.vocabulary is None:
             lse = most + paddle.log(total)
         else:
-            lse, target, best = reference.reduce_lse(most, total, target, best + how.start, how)
-        if how.predictions is not None:
-            how.predictions.append(best)
+            lse, target, best = reference.reduce_lse(most, total, target, best + options.start, options)
+        if options.predictions is not None:
+            options.predictions.append(best)
         kept = (target, acc, paddle.exp(most - lse)) if ctx.online else (hidden, lse)
         ctx.save_for_backward(weight, labels, *kept)
         return lse - target
@@ -709,18 +717,20 @@ class _Bf16CrossEntropy(PyLayer):
     @staticmethod
     def backward(ctx, d_losses):
         weight, labels, *kept = ctx.saved_tensor()
-        d_losses, how = d_losses.contiguous(), ctx.how
+        d_losses, options = d_losses.contiguous(), ctx.options
         if ctx.online:
             target, acc, factor = kept
             return (
-                _C_ops._run_custom_op("cpu_softmax_part", acc, factor, weight, labels, target, d_losses, *how.rest)[0],
+                _C_ops._run_custom_op("cpu_softmax_part", acc, factor, weight, labels, target, d_losses, *options.rest)[
+                    0
+                ],
                 None,
                 None,
             )
         hidden, lse = kept
-        args = hidden, weight, labels, lse, d_losses, *how.rest, how.frozen[1]
-        found = _C_ops._run_custom_op("cpu_bf16_cross_entropy_backward", *args)
-        return *(None if frozen else d for frozen, d in zip(how.frozen, found)), None
+        args = hidden, weight, labels, lse, d_losses, *options.rest, options.frozen[1]
+        grads = _C_ops._run_custom_op("cpu_bf16_cross_entropy_backward", *args)
+        return *(None if frozen else d for frozen, d in zip(options.frozen, grads)), None
 
 
 # ---------------------------------------------------------------------------------------------- optimizer

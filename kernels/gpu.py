@@ -293,15 +293,15 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     layout = scheme != "a8w8" and g_index is None and n_in % groups == 0 and _same(x)
     if not (layout and n_out % (32 // int(scheme[1:])) == 0 and n_in // groups % (32 // int(scheme[1:])) == 0):
         return reference.quant_linear(x, qweight, scales, bias, scheme, qzeros, g_index, input_scale)
-    how, rows = (
+    packed, rows = (
         (qweight, scales if scales.dtype == paddle.float32 else scales.astype("float32"), qzeros),
         x.size // n_in,
     )
     bits, group = int(scheme[1:]), n_in // groups
     if rows > ROWS or paddle.is_grad_enabled() and not x.stop_gradient:
-        return linear(x, _C_ops._run_custom_op("gpu_dequantize", x, *how, bits, group)[0], bias)
+        return linear(x, _C_ops._run_custom_op("gpu_dequantize", x, *packed, bits, group)[0], bias)
     bias = None if bias is None else bias.astype(x.dtype)
-    y = _C_ops._run_custom_op("gpu_quant_linear", x.reshape([rows, n_in]).contiguous(), *how, bias, bits, group)[0]
+    y = _C_ops._run_custom_op("gpu_quant_linear", x.reshape([rows, n_in]).contiguous(), *packed, bias, bits, group)[0]
     return y.reshape([*x.shape[:-1], n_out])
 
 
@@ -323,17 +323,19 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(*arguments, vocabulary, softcap)
     reference.check_scores(softcap)
     hidden, weight = _lowered(hidden, weight if weight.dtype == hidden.dtype else weight.astype(hidden.dtype))
-    kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
-    if kept.shape[0] == 0 or not _same(hidden):
+    counted = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
+    if counted.shape[0] == 0 or not _same(hidden):
         return reference.linear_cross_entropy(*arguments, softcap=softcap)
-    how = types.SimpleNamespace(labels=paddle.gather(labels, kept), transpose=transpose_weight, predictions=[])
-    how.softcap = float(softcap or 0)
-    how.at_once = paddle.is_grad_enabled() and weight.stop_gradient and not hidden.stop_gradient
-    kept_losses = _LinearCrossEntropy.apply(paddle.gather(hidden, kept), weight, how)
-    losses = paddle.scatter(paddle.zeros([labels.shape[0]], "float32"), kept, kept_losses)
+    options = types.SimpleNamespace(labels=paddle.gather(labels, counted), transpose=transpose_weight, predictions=[])
+    options.softcap = float(softcap or 0)
+    options.at_once = paddle.is_grad_enabled() and weight.stop_gradient and not hidden.stop_gradient
+    counted_losses = _LinearCrossEntropy.apply(paddle.gather(hidden, counted), weight, options)
+    losses = paddle.scatter(paddle.zeros([labels.shape[0]], "float32"), counted, counted_losses)
     if not return_predictions:
         return losses
-    return losses, paddle.scatter(paddle.full([labels.shape[0]], -1, "int64"), kept, paddle.concat(how.predictions))
+    return losses, paddle.scatter(
+        paddle.full([labels.shape[0]], -1, "int64"), counted, paddle.concat(options.predictions)
+    )
 
 
 class _LinearCrossEntropy(PyLayer):
@@ -344,31 +346,33 @@ class _LinearCrossEntropy(PyLayer):
     loss."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, how):
+    def forward(ctx, hidden, weight, options):
         losses, sums, d_hidden = [], [], []
-        for chunk in _chunks(hidden, weight, how.transpose):
-            logits, labels = paddle.matmul(hidden[chunk], weight, transpose_y=how.transpose), how.labels[chunk]
-            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, labels, how.softcap)
+        for chunk in _chunks(hidden, weight, options.transpose):
+            logits, labels = paddle.matmul(hidden[chunk], weight, transpose_y=options.transpose), options.labels[chunk]
+            lse, target, best = _C_ops._run_custom_op("gpu_cross_entropy", logits, labels, options.softcap)
             sums.append(lse)
             losses.append(lse - target)
-            how.predictions.append(best)
-            if how.at_once:
-                d_hidden.append(_d_hidden(logits, labels, lse, paddle.ones_like(lse), weight, how)[1])
-        ctx.how, ctx.frozen = how, [hidden.stop_gradient, weight.stop_gradient]
-        ctx.save_for_backward(*([paddle.concat(d_hidden)] if how.at_once else [hidden, weight, paddle.concat(sums)]))
+            options.predictions.append(best)
+            if options.at_once:
+                d_hidden.append(_d_hidden(logits, labels, lse, paddle.ones_like(lse), weight, options)[1])
+        ctx.options, ctx.frozen = options, [hidden.stop_gradient, weight.stop_gradient]
+        ctx.save_for_backward(
+            *([paddle.concat(d_hidden)] if options.at_once else [hidden, weight, paddle.concat(sums)])
+        )
         return paddle.concat(losses)
 
     @staticmethod
     def backward(ctx, d_losses):
-        how, labels, transpose, (fixed, frozen) = ctx.how, ctx.how.labels, ctx.how.transpose, ctx.frozen
-        if how.at_once:
+        options, labels, transpose, (fixed, frozen) = ctx.options, ctx.options.labels, ctx.options.transpose, ctx.frozen
+        if options.at_once:
             (d_hidden,) = ctx.saved_tensor()
             return d_hidden * d_losses.unsqueeze(-1).astype(d_hidden.dtype), None
         hidden, weight, sums = ctx.saved_tensor()
         parts, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(hidden, weight, transpose):
             logits = paddle.matmul(hidden[chunk], weight, transpose_y=transpose)
-            d, d_hidden = _d_hidden(logits, labels[chunk], sums[chunk], d_losses[chunk], weight, how)
+            d, d_hidden = _d_hidden(logits, labels[chunk], sums[chunk], d_losses[chunk], weight, options)
             parts.append(d_hidden)
             if not frozen:
                 pair = (d, hidden[chunk]) if transpose else (hidden[chunk], d)
@@ -376,10 +380,10 @@ class _LinearCrossEntropy(PyLayer):
         return None if fixed else paddle.concat(parts), None if frozen else d_weight.astype(weight.dtype)
 
 
-def _d_hidden(logits, labels, lse, d_losses, weight, how):
+def _d_hidden(logits, labels, lse, d_losses, weight, options):
     """The gradient of the logits, which it takes the place of, and of what they were made from."""
-    (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, labels, lse, d_losses, how.softcap)
-    return d, paddle.matmul(d, weight, transpose_y=not how.transpose)
+    (d,) = _C_ops._run_custom_op("gpu_softmax_backward", logits, labels, lse, d_losses, options.softcap)
+    return d, paddle.matmul(d, weight, transpose_y=not options.transpose)
 
 
 def _chunks(hidden, weight, transpose):

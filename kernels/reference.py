@@ -268,8 +268,8 @@ class _Attention(PyLayer):
 
     @staticmethod
     def backward(ctx, d_out):
-        found = _gradients(*ctx.saved_tensor(), d_out, ctx.mask, ctx.scale, ctx.softcap)
-        return tuple(None if frozen else d for d, frozen in zip(found, ctx.frozen))
+        grads = _gradients(*ctx.saved_tensor(), d_out, ctx.mask, ctx.scale, ctx.softcap)
+        return tuple(None if frozen else d for d, frozen in zip(grads, ctx.frozen))
 
 
 def _gradients(q, k, v, out, d_out, mask, scale, softcap, lse=None):
@@ -311,8 +311,8 @@ def attention_with_lse(q, k, v, startend_row_indices, offset, causal=True, scale
         p, seen = paddle.exp(s - most), (most > MASKED / 2).astype(s.dtype)  # (B, K, G*bq, bk), (B, K, G*bq, 1)
         total = p.sum(-1, keepdim=True)
         out.append(_ungroup(paddle.matmul(p, v_all[:, :, j0:j1]) / total * seen, i1 - i0))
-        found = paddle.where(seen > 0, most + paddle.log(total), paddle.full_like(most, -np.inf))
-        lse.append(found.reshape([B, H, -1]))
+        chunk_lse = paddle.where(seen > 0, most + paddle.log(total), paddle.full_like(most, -np.inf))
+        lse.append(chunk_lse.reshape([B, H, -1]))
     return paddle.concat(out, axis=1), paddle.concat(lse, axis=-1).astype("float32")
 
 
@@ -435,12 +435,12 @@ def over_labelled_rows(
     softcap: float | None,
 ) -> paddle.Tensor | tuple:
     """kernels.linear_cross_entropy by a PyLayer that sees the rows that count alone: layer.apply(hidden, weight,
-    labels, how)."""
+    labels, options)."""
     check_scores(softcap)
-    kept = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
+    counted = paddle.nonzero(labels != ignore_index).flatten()  # (M,) tokens that count
     losses = paddle.zeros([labels.shape[0]], "float32")
     predictions = paddle.full([labels.shape[0]], -1, "int64")
-    how = types.SimpleNamespace(
+    options = types.SimpleNamespace(
         transpose_weight=transpose_weight,
         vocabulary=vocabulary,
         softcap=softcap,
@@ -448,11 +448,11 @@ def over_labelled_rows(
         predictions=[] if return_predictions else None,  # the layer adds those of one chunk after another
         grad=paddle.is_grad_enabled(),  # which is always off within a PyLayer
     )
-    if kept.shape[0] > 0:
-        kept_losses = layer.apply(paddle.gather(hidden, kept), weight, paddle.gather(labels, kept), how)
-        losses = paddle.scatter(losses, kept, kept_losses)
+    if counted.shape[0] > 0:
+        counted_losses = layer.apply(paddle.gather(hidden, counted), weight, paddle.gather(labels, counted), options)
+        losses = paddle.scatter(losses, counted, counted_losses)
         if return_predictions:
-            predictions = paddle.scatter(predictions, kept, paddle.concat(how.predictions))
+            predictions = paddle.scatter(predictions, counted, paddle.concat(options.predictions))
     else:
         # Keeps the graph: rows without targets have zero gradients, the weight's too, as ranks wait for each other's.
         losses = losses + hidden.astype("float32").sum(-1) * 0.0
@@ -469,22 +469,22 @@ class _LinearCrossEntropy(PyLayer):
     logits l are softcap * tanh(h W / softcap), and d(h W) has a factor 1 - (l / softcap)^2."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, how):
-        turned = how.transpose_weight
-        how.frozen = [hidden.stop_gradient, weight.stop_gradient]
-        rows_too = how.grad and how.frozen == [False, True]
+    def forward(ctx, hidden, weight, labels, options):
+        turned = options.transpose_weight
+        options.frozen = [hidden.stop_gradient, weight.stop_gradient]
+        rows_too = options.grad and options.frozen == [False, True]
         losses, every_lse, rows = [], [], []
         for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
-            logits = _logits(hidden[chunk], weight, how)
-            loss, lse, best = _losses(logits, labels[chunk], how)
+            logits = _logits(hidden[chunk], weight, options)
+            loss, lse, best = _losses(logits, labels[chunk], options)
             losses.append(loss)
             every_lse.append(lse)
-            if how.predictions is not None:
-                how.predictions.append(best)
+            if options.predictions is not None:
+                options.predictions.append(best)
             if rows_too:
-                p = _softmax_less_onehot(logits, labels[chunk], lse, how).astype(hidden.dtype)
+                p = _softmax_less_onehot(logits, labels[chunk], lse, options).astype(hidden.dtype)
                 rows.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not turned))
-        ctx.how, ctx.rows_too = how, rows_too
+        ctx.options, ctx.rows_too = options, rows_too
         if rows_too:
             ctx.save_for_backward(paddle.concat(rows))
         else:
@@ -493,69 +493,69 @@ class _LinearCrossEntropy(PyLayer):
 
     @staticmethod
     def backward(ctx, d_losses):
-        how, turned = ctx.how, ctx.how.transpose_weight
+        options, turned = ctx.options, ctx.options.transpose_weight
         if ctx.rows_too:
             (rows,) = ctx.saved_tensor()
             return rows * d_losses.unsqueeze(-1).astype(rows.dtype), None, None
         hidden, weight, labels, lse = ctx.saved_tensor()
-        frozen = how.frozen[1]
+        frozen = options.frozen[1]
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
         for chunk in _chunks(labels.shape[0], weight.shape[0 if turned else 1]):
             d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied where the rows are short
-            p = _softmax_less_onehot(_logits(hidden[chunk], weight, how), labels[chunk], lse[chunk], how)
+            p = _softmax_less_onehot(_logits(hidden[chunk], weight, options), labels[chunk], lse[chunk], options)
             p = p.astype(hidden.dtype)
             d_hidden.append(paddle.matmul(p, weight.astype(hidden.dtype), transpose_y=not turned) * d_loss)
             if not frozen:
                 scaled = hidden[chunk] * d_loss
                 pair = (p, scaled) if turned else (scaled, p)
                 d_weight.add_(paddle.matmul(*pair, transpose_x=True).astype("float32"))
-        d_hidden = None if how.frozen[0] else paddle.concat(d_hidden)
+        d_hidden = None if options.frozen[0] else paddle.concat(d_hidden)
         return d_hidden, None if frozen else d_weight.astype(weight.dtype), None
 
 
-def _losses(logits, labels, how):
+def _losses(logits, labels, options):
     """losses, logsumexp and largest logits' ids (where asked for), each (c,).
 
     Not F.cross_entropy: on the CPU (Paddle 3.3.1) it caps losses at 64, and makes a finite one of a logit that is NaN.
     """
-    at, mine = _place(labels, logits, how)
-    target = paddle.take_along_axis(logits, at, 1).flatten() * mine
-    best = None if how.predictions is None else logits.argmax(-1) + how.start
-    if how.vocabulary is None:
+    at, in_range = _place(labels, logits, options)
+    target = paddle.take_along_axis(logits, at, 1).flatten() * in_range
+    best = None if options.predictions is None else logits.argmax(-1) + options.start
+    if options.vocabulary is None:
         lse = paddle.logsumexp(logits, -1)
     else:
         most = logits.max(-1)
-        lse, target, best = reduce_lse(most, paddle.exp(logits - most.unsqueeze(-1)).sum(-1), target, best, how)
+        lse, target, best = reduce_lse(most, paddle.exp(logits - most.unsqueeze(-1)).sum(-1), target, best, options)
     return lse - target, lse, best
 
 
-def _place(labels, logits, how):
+def _place(labels, logits, options):
     """Columns of the labels among these logits (c, 1), 0 where they are another rank's; and 1.0 or 0.0 for whether
     not."""
-    at = labels - how.start
-    mine = (at >= 0) & (at < logits.shape[1])
-    return paddle.where(mine, at, paddle.zeros_like(at)).unsqueeze(-1), mine.astype("float32")
+    at = labels - options.start
+    in_range = (at >= 0) & (at < logits.shape[1])
+    return paddle.where(in_range, at, paddle.zeros_like(at)).unsqueeze(-1), in_range.astype("float32")
 
 
-def _softmax_less_onehot(logits, labels, lse, how):
+def _softmax_less_onehot(logits, labels, lse, options):
     p = paddle.exp(logits - lse.unsqueeze(-1))
-    at, mine = _place(labels, logits, how)
-    p.put_along_axis_(at, -mine.unsqueeze(-1), 1, reduce="add")
-    return p if how.softcap is None else p * (1.0 - paddle.square(logits / how.softcap))
+    at, in_range = _place(labels, logits, options)
+    p.put_along_axis_(at, -in_range.unsqueeze(-1), 1, reduce="add")
+    return p if options.softcap is None else p * (1.0 - paddle.square(logits / options.softcap))
 
 
 def reduce_lse(
-    most: paddle.Tensor, total: paddle.Tensor, target: paddle.Tensor, best: paddle.Tensor, how: object
+    most: paddle.Tensor, total: paddle.Tensor, target: paddle.Tensor, best: paddle.Tensor, options: object
 ) -> tuple:
     """Of the logits of all ranks, each (c,): logsumexp, the label's logit, the largest's id (the lowest, if there are
     several).
 
     Here: the largest logit, the sum of exp(logit - largest), the label's logit or 0, the largest's id.
     """
-    all_reduce = how.vocabulary.all_reduce
+    all_reduce = options.vocabulary.all_reduce
     most_of_all = all_reduce(most.clone(), "max")
     sums = all_reduce(paddle.stack([total * paddle.exp(most - most_of_all), target]), "sum")
-    if how.predictions is None:
+    if options.predictions is None:
         best = None
     else:
         best = -all_reduce(paddle.where(most == most_of_all, -best, paddle.full_like(best, -(1 << 62))), "max")
@@ -567,10 +567,10 @@ def _chunks(tokens, vocabulary):
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
-def _logits(hidden, weight, how):
+def _logits(hidden, weight, options):
     """(c, V) float32"""
-    logits = paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=how.transpose_weight).astype("float32")
-    return logits if how.softcap is None else paddle.tanh(logits / how.softcap) * how.softcap
+    logits = paddle.matmul(hidden, weight.astype(hidden.dtype), transpose_y=options.transpose_weight).astype("float32")
+    return logits if options.softcap is None else paddle.tanh(logits / options.softcap) * options.softcap
 
 
 # -------------------------------------------------------------------------------------------------- adamw
@@ -673,8 +673,8 @@ def check_paged(
 
 def _gathered(cache, scales, rows):
     """Rows of a cache (…, Dh) in float32."""
-    found = _single(paddle.gather(cache, rows))
-    return found if scales is None else found * paddle.gather(scales, rows).unsqueeze(-1)
+    values = _single(paddle.gather(cache, rows))
+    return values if scales is None else values * paddle.gather(scales, rows).unsqueeze(-1)
 
 
 def _single(x):
@@ -750,16 +750,16 @@ def _put(cache, slots, x):
 
 def sample(logits, temperature, top_k, top_p, uniform):
     rows = logits.astype("float32").numpy()
-    found, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
-    found[~finite] = -1
+    ids_of_rows, finite = rows.argmax(-1), np.isfinite(rows.max(-1, initial=-np.inf))
+    ids_of_rows[~finite] = -1
     for s in np.flatnonzero(finite & (np.asarray(temperature) > 0)):
         row, ids = rows[s : s + 1], None
         if 0 < top_k[s] < row.shape[1]:  # only the candidates need be looked at, in the order of their ids
             ids = np.flatnonzero(row[0] >= np.partition(row[0], -top_k[s])[-top_k[s]])
             row = row[:, ids]
         (at,) = sample_logits(row, temperature[s], 0, top_p[s], _Drawn(uniform[s]))
-        found[s] = at if ids is None else ids[at]
-    return to_tensor(found.astype(np.int64))
+        ids_of_rows[s] = at if ids is None else ids[at]
+    return to_tensor(ids_of_rows.astype(np.int64))
 
 
 class _Drawn:
