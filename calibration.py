@@ -246,8 +246,10 @@ def values_group(present: list, config: ModelConfig) -> LinearGroup:
     """The group of o_proj, whose inputs are means of the values that one linear puts out beside other things."""
     H, K, Dh, latent = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.latent
     if latent is not None:  # each head's keys, then its values
-        wide = np.arange(H * (latent.nope_dim + latent.value_dim)).reshape(H, -1)
-        return LinearGroup(("attention.o_proj",), "attention.kv_b_proj", wide[:, latent.nope_dim :].reshape(-1), (H, 1))
+        wide = np.arange(H * (latent.qk_nope_head_dim + latent.v_head_dim)).reshape(H, -1)
+        return LinearGroup(
+            ("attention.o_proj",), "attention.kv_b_proj", wide[:, latent.qk_nope_head_dim :].reshape(-1), (H, 1)
+        )
     if "attention.v_proj" in present:
         return LinearGroup(("attention.o_proj",), "attention.v_proj", None, (K, H // K))
     wide = np.arange((H + 2 * K) * Dh)

@@ -30,39 +30,39 @@ from formats.weight_names import (
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """The sparse MLP of a block: each token goes to top_k of `count` experts, and to a shared one where there is
-    one."""
+    """The sparse MLP of a block: each token goes to top_k of num_experts experts, and to a shared one, if any."""
 
-    count: int  # E
+    num_experts: int  # E
     top_k: int
-    width: int  # F of one expert
-    shared_width: int = 0  # F of the expert that every token goes to; 0: there is none
-    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid of its own
+    expert_intermediate_size: int  # F of one expert
+    shared_expert_intermediate_size: int = 0  # F of the expert that every token goes to; 0: there is none
+    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid gate
     scoring: str = "softmax"  # of the router: "softmax" or "sigmoid"
-    normalize: bool = True  # the chosen experts' weights are made to add up to 1
-    scale: float = 1.0  # of the chosen experts' weights
-    groups: int = 1  # experts are chosen from the best `chosen_groups` of so many groups (arXiv 2405.04434, 2.2.1)
-    chosen_groups: int = 1
-    group_score_of: int = 1  # a group is judged by the sum of its so many best experts
-    choice_bias: bool = False  # a bias that moves the choice alone, not the weights (arXiv 2408.15664)
-    dense_layers: tuple = ()  # layers whose MLP is an ordinary one
-    aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added while training
-    # Each layer is balanced by itself, with shares of all choices, and the layers' losses are added up; False: the
-    # tokens of all layers together, with shares of all tokens.
+    norm_topk_prob: bool = True  # the weights of the selected experts are normalized to a sum of 1
+    routed_scaling_factor: float = 1.0  # multiplies the weights of the selected experts
+    n_group: int = 1  # groups of experts; only experts of the best topk_group groups can be selected
+    topk_group: int = 1  # (arXiv 2405.04434, 2.2.1)
+    group_topk_sum: int = 1  # a group's score is the sum of this many of its best scores
+    correction_bias: bool = (
+        False  # a bias that changes which experts are selected, not their weights (arXiv 2408.15664)
+    )
+    dense_layers: tuple = ()  # layers with an ordinary MLP
+    aux_loss_coef: float = 0.0  # of the load-balancing loss (arXiv 2101.03961, Eq. 4), added in training
+    # True: one loss per layer, from shares of all choices, summed over layers. False: one loss over the tokens of all
+    # layers, from shares of all tokens.
     aux_by_layer: bool = False
-    aux_by_sequence: bool = False  # ... and every sequence by itself (arXiv 2405.04434, 2.2.3)
+    aux_by_sequence: bool = False  # with aux_by_layer: one loss per sequence (arXiv 2405.04434, 2.2.3)
 
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): queries and keys through a narrow layer
-    each."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): low-rank projections of queries and keys."""
 
-    q_rank: int | None  # None: queries come straight from the hidden state
-    kv_rank: int
-    nope_dim: int  # dims of a head without position
-    rope_dim: int  # dims of a head with it; the keys' are shared by all heads
-    value_dim: int
+    q_lora_rank: int | None  # None: queries are projected from the hidden state directly
+    kv_lora_rank: int
+    qk_nope_head_dim: int  # dims of a head without position
+    qk_rope_head_dim: int  # rotary dims of a head; those of the key are shared by all heads
+    v_head_dim: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,9 +265,9 @@ def _mistral(source, fields):
 def _mixtral(source, fields):
     return _windowed(source, fields) | dict(
         experts=MoEConfig(
-            source["num_local_experts"],
-            source["num_experts_per_tok"],
-            fields["intermediate_size"],
+            num_experts=source["num_local_experts"],
+            top_k=source["num_experts_per_tok"],
+            expert_intermediate_size=fields["intermediate_size"],
             aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
         )
     )
@@ -298,12 +298,12 @@ def _qwen_moe(source, fields):
         output_bias=False if qwen2 else bool(source.get("attention_bias", False)),
         qk_norm=not qwen2,
         experts=MoEConfig(
-            source.get("num_local_experts") or source["num_experts"],
-            source["num_experts_per_tok"],
-            source["moe_intermediate_size"],
-            shared,
-            qwen2,
-            normalize=bool(source.get("norm_topk_prob", False)),
+            num_experts=source.get("num_local_experts") or source["num_experts"],
+            top_k=source["num_experts_per_tok"],
+            expert_intermediate_size=source["moe_intermediate_size"],
+            shared_expert_intermediate_size=shared,
+            shared_gate=qwen2,
+            norm_topk_prob=bool(source.get("norm_topk_prob", False)),
             dense_layers=tuple(sorted(dense)),
             aux_loss_coef=source.get("router_aux_loss_coef", 0.001),
         ),
@@ -459,29 +459,29 @@ def _gemma2(source, fields):
 def _deepseek(source, fields):
     v3, rope = source["model_type"] == "deepseek_v3", fields["rope"]
     latent = MLAConfig(
-        source["q_lora_rank"],
-        source["kv_lora_rank"],
-        source["qk_nope_head_dim"],
-        source["qk_rope_head_dim"],
-        source["v_head_dim"],
+        q_lora_rank=source["q_lora_rank"],
+        kv_lora_rank=source["kv_lora_rank"],
+        qk_nope_head_dim=source["qk_nope_head_dim"],
+        qk_rope_head_dim=source["qk_rope_head_dim"],
+        v_head_dim=source["v_head_dim"],
     )
-    scale = (latent.nope_dim + latent.rope_dim) ** -0.5
+    scale = (latent.qk_nope_head_dim + latent.qk_rope_head_dim) ** -0.5
     if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
         scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     dense = range(min(source["first_k_dense_replace"], fields["num_hidden_layers"]))
     grouped = v3 or source.get("topk_method") == "group_limited_greedy"
     experts = MoEConfig(
-        source["n_routed_experts"],
-        source["num_experts_per_tok"],
-        source["moe_intermediate_size"],
-        (source["n_shared_experts"] or 0) * source["moe_intermediate_size"],
+        num_experts=source["n_routed_experts"],
+        top_k=source["num_experts_per_tok"],
+        expert_intermediate_size=source["moe_intermediate_size"],
+        shared_expert_intermediate_size=(source["n_shared_experts"] or 0) * source["moe_intermediate_size"],
         scoring="sigmoid" if v3 else "softmax",
-        normalize=bool(v3 and source.get("norm_topk_prob", True)),
-        scale=source.get("routed_scaling_factor", 1.0),
-        groups=source["n_group"] if grouped else 1,
-        chosen_groups=source["topk_group"] if grouped else 1,
-        group_score_of=2 if v3 else 1,
-        choice_bias=v3,
+        norm_topk_prob=bool(v3 and source.get("norm_topk_prob", True)),
+        routed_scaling_factor=source.get("routed_scaling_factor", 1.0),
+        n_group=source["n_group"] if grouped else 1,
+        topk_group=source["topk_group"] if grouped else 1,
+        group_topk_sum=2 if v3 else 1,
+        correction_bias=v3,
         dense_layers=tuple(dense),
         aux_loss_coef=0.0 if v3 else source.get("aux_loss_alpha", 0.0),
         aux_by_layer=True,
@@ -493,8 +493,8 @@ def _deepseek(source, fields):
         output_bias=bias,
         num_key_value_heads=fields["num_attention_heads"],
         latent=latent,
-        head_dim=latent.nope_dim + latent.rope_dim,
-        rotary_dim=latent.rope_dim,
+        head_dim=latent.qk_nope_head_dim + latent.qk_rope_head_dim,
+        rotary_dim=latent.qk_rope_head_dim,
         attention_scale=scale,
         rope_interleaved=bool(source.get("rope_interleave", True)),
         experts=experts,
@@ -851,7 +851,7 @@ def yarn_mscale(factor: float, m: float) -> float:
 
 def weight_names(config: ModelConfig, rows: list | None = None) -> Iterator[tuple]:
     """The rows of the family's table, or others, for every layer and expert; not every name is one of this model."""
-    experts = range(config.experts.count if config.experts else 0)
+    experts = range(config.experts.num_experts if config.experts else 0)
     for ours, theirs, transposed in rows or FAMILIES[config.family].names:
         for i in range(config.num_hidden_layers) if "{i}" in ours else (0,):
             for e in experts if "{e}" in ours else (0,):

@@ -234,11 +234,11 @@ class Attention(nn.Layer):
         self.options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
         self.slopes = alibi_slopes(H) if config.position == "alibi" else None
         self.make_projections(config)
-        self.o_proj = Linear(H * self.value_dim, D, config.output_bias)
+        self.o_proj = Linear(H * self.v_head_dim, D, config.output_bias)
 
     def make_projections(self, config) -> None:
         D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.value_dim, bias = Dh, config.attention_bias
+        self.v_head_dim, bias = Dh, config.attention_bias
         if config.fused_qkv:
             self.qkv_proj = Linear(D, (H + 2 * K) * Dh, bias)
         else:
@@ -286,8 +286,8 @@ class Attention(nn.Layer):
             out = cache.attend(self.layer, q, k, v, mask_rows=mask_rows, window=self.window, **options)
         else:
             out = context.comm.attention(q, k, v, past_k, past_v, mask_rows, context.layout, **options)
-        if self.value_dim != self.head_dim:
-            out = out[..., : self.value_dim]  # values were padded to the width of keys
+        if self.v_head_dim != self.head_dim:
+            out = out[..., : self.v_head_dim]  # values were padded to the width of keys
         return self.o_proj(out.reshape([0, 0, -1]))
 
     def apply_rotary(self, q, k, v, cos, sin) -> tuple:
@@ -315,30 +315,30 @@ class MultiheadLatentAttention(Attention):
 
     def make_projections(self, config) -> None:
         D, H, latent = config.hidden_size, config.num_attention_heads, config.latent
-        self.value_dim = latent.value_dim
-        width = H * (latent.nope_dim + latent.rope_dim)
-        if latent.q_rank:
-            self.q_a_proj = Linear(D, latent.q_rank, config.attention_bias)
-            self.q_a_norm = Norm(latent.q_rank, LATENT_NORM_EPS)
-            self.q_b_proj = Linear(latent.q_rank, width, False)
+        self.v_head_dim = latent.v_head_dim
+        width = H * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
+        if latent.q_lora_rank:
+            self.q_a_proj = Linear(D, latent.q_lora_rank, config.attention_bias)
+            self.q_a_norm = Norm(latent.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(latent.q_lora_rank, width, False)
         else:
             self.q_proj = Linear(D, width, False)
-        self.kv_a_proj = Linear(D, latent.kv_rank + latent.rope_dim, config.attention_bias)
-        self.kv_a_norm = Norm(latent.kv_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(latent.kv_rank, H * (latent.nope_dim + latent.value_dim), False)
+        self.kv_a_proj = Linear(D, latent.kv_lora_rank + latent.qk_rope_head_dim, config.attention_bias)
+        self.kv_a_norm = Norm(latent.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(latent.kv_lora_rank, H * (latent.qk_nope_head_dim + latent.v_head_dim), False)
 
     def qkv(self, x) -> tuple:
         """q (B, T/sep, H/tp, nope + rope), k and v (B, T/sep, H/tp, nope + value), common key (B, T/sep, rope)."""
         latent = self.config.latent
-        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if latent.q_rank else self.q_proj(x)
-        narrow, k_rope = self.kv_a_proj(x).split([latent.kv_rank, latent.rope_dim], axis=-1)
-        kv = self.kv_b_proj(self.kv_a_norm(narrow)).reshape([0, 0, -1, latent.nope_dim + latent.value_dim])
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if latent.q_lora_rank else self.q_proj(x)
+        narrow, k_rope = self.kv_a_proj(x).split([latent.kv_lora_rank, latent.qk_rope_head_dim], axis=-1)
+        kv = self.kv_b_proj(self.kv_a_norm(narrow)).reshape([0, 0, -1, latent.qk_nope_head_dim + latent.v_head_dim])
         return q.reshape([0, 0, -1, self.head_dim]), kv, k_rope
 
     def apply_rotary(self, q, kv, k_rope, cos, sin) -> tuple:
         latent, interleaved = self.config.latent, self.config.rope_interleaved
-        q_nope, q_rope = q.split([latent.nope_dim, latent.rope_dim], axis=-1)
-        k_nope, v = kv.split([latent.nope_dim, latent.value_dim], axis=-1)
+        q_nope, q_rope = q.split([latent.qk_nope_head_dim, latent.qk_rope_head_dim], axis=-1)
+        k_nope, v = kv.split([latent.qk_nope_head_dim, latent.v_head_dim], axis=-1)
         q_rope = kernels.rope(q_rope, cos, sin, interleaved)
         k_rope = kernels.rope(k_rope.unsqueeze(2), cos, sin, interleaved)  # (B, T/sep, 1, rope)
         k_rope = k_rope.expand([-1, -1, shape_of(k_nope)[2], -1])
@@ -389,12 +389,12 @@ class MLP(nn.Layer):
 
 def select_experts(scores: paddle.Tensor, moe: MoEConfig) -> paddle.Tensor:
     """(N, E) -> (N, k): the ids of the highest scores; with groups, from the best groups."""
-    if moe.groups > 1:
-        grouped = scores.reshape([-1, moe.groups, moe.count // moe.groups])
-        best = paddle.topk(grouped, moe.group_score_of, axis=-1)[0].sum(-1)  # (N, groups)
-        allowed = F.one_hot(paddle.topk(best, moe.chosen_groups, axis=-1)[1], moe.groups).sum(1)  # (N, groups)
+    if moe.n_group > 1:
+        grouped = scores.reshape([-1, moe.n_group, moe.num_experts // moe.n_group])
+        best = paddle.topk(grouped, moe.group_topk_sum, axis=-1)[0].sum(-1)  # (N, groups)
+        allowed = F.one_hot(paddle.topk(best, moe.topk_group, axis=-1)[1], moe.n_group).sum(1)  # (N, groups)
         never = paddle.full_like(grouped, -math.inf)
-        scores = paddle.where(allowed.unsqueeze(-1).expand(grouped.shape) > 0, grouped, never).reshape([-1, moe.count])
+        scores = paddle.where(allowed.unsqueeze(-1).expand(grouped.shape) > 0, grouped, never).flatten(1)
     return paddle.topk(scores, moe.top_k, axis=-1)[1]
 
 
@@ -404,12 +404,12 @@ class MoE(nn.Layer):
     def __init__(self, config):
         super().__init__()
         self.moe = moe = config.experts
-        self.router = Linear(config.hidden_size, moe.count, False)
-        self.experts = nn.LayerList([MLP(config, moe.width) for _ in range(moe.count)])
-        self.shared = MLP(config, moe.shared_width) if moe.shared_width else None
+        self.router = Linear(config.hidden_size, moe.num_experts, False)
+        self.experts = nn.LayerList([MLP(config, moe.expert_intermediate_size) for _ in range(moe.num_experts)])
+        self.shared = MLP(config, moe.shared_expert_intermediate_size) if moe.shared_expert_intermediate_size else None
         self.shared_gate = Linear(config.hidden_size, 1, False) if moe.shared_gate else None
-        if moe.choice_bias:
-            self.register_buffer("choice_bias", paddle.zeros([moe.count]))
+        if moe.correction_bias:
+            self.register_buffer("correction_bias", paddle.zeros([moe.num_experts]))
 
     def forward(self, x, context, residual=None):
         """x (B, T/sp, D) -> ((B, T/sp, D), the router's probabilities (B · T/sep, E) float32)"""
@@ -428,22 +428,22 @@ class MoE(nn.Layer):
         moe = self.moe
         logits = paddle.matmul(flat.astype("float32"), self.router.weight.astype("float32"))
         scores = F.sigmoid(logits) if moe.scoring == "sigmoid" else F.softmax(logits, axis=-1)
-        choice = scores.detach() + self.choice_bias if moe.choice_bias else scores.detach()
+        choice = scores.detach() + self.correction_bias if moe.correction_bias else scores.detach()
         chosen = select_experts(choice, moe)
         weights = paddle.take_along_axis(scores, chosen, axis=-1)
-        if moe.normalize:
+        if moe.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * moe.scale, chosen, scores
+        return weights * moe.routed_scaling_factor, chosen, scores
 
     def dispatch_and_combine(self, flat, weights, chosen, layout=None) -> paddle.Tensor:
         """Sort the tokens by expert, run every expert on its own, add up each token's k results: (N, D) -> (N, D)."""
         k = chosen.shape[-1]
         if not paddle.in_dynamic_mode():  # no shapes that depend on values: all experts on all tokens
-            share = (F.one_hot(chosen, self.moe.count) * weights.unsqueeze(-1)).sum(1)  # (N, E)
+            share = (F.one_hot(chosen, self.moe.num_experts) * weights.unsqueeze(-1)).sum(1)  # (N, E)
             return sum(expert(flat) * share[:, e : e + 1] for e, expert in enumerate(self.experts))
         ids = chosen.flatten()  # (N · k,)
         order = paddle.argsort(ids, stable=True)
-        counts = np.bincount(ids.numpy(), minlength=self.moe.count)
+        counts = np.bincount(ids.numpy(), minlength=self.moe.num_experts)
         y = self.run_experts(paddle.index_select(flat, order // k), counts)
         restore_order = paddle.argsort(order)
         y = paddle.index_select(y, restore_order).reshape([-1, k, flat.shape[-1]])
@@ -463,7 +463,7 @@ def load_balancing_loss(probabilities: list, moe: MoEConfig, real: paddle.Tensor
     which real (B, T) is 1. With moe.aux_by_layer over those of one layer, and with aux_by_sequence of one row of it;
     their losses are averaged over rows and added up over layers, and shares are of all choices.
     """
-    E, rows = moe.count, len(real) if moe.aux_by_layer and moe.aux_by_sequence else 1
+    E, rows = moe.num_experts, len(real) if moe.aux_by_layer and moe.aux_by_sequence else 1
     layers = probabilities if moe.aux_by_layer else [paddle.concat(probabilities)]
     real, total = real.flatten().tile([len(probabilities) // len(layers)]).reshape([rows, -1, 1]), 0.0
     share = real / real.sum(1, keepdim=True).clip(min=1.0)  # adds up to 1
@@ -843,7 +843,7 @@ class CausalLM(nn.Layer):
         moe, total = self.config.experts, 0.0
         for name, layer in self.named_sublayers():
             if isinstance(layer, Linear):
-                total += layer.n_in * layer.n_out * (moe.top_k / moe.count if ".experts." in name else 1.0)
+                total += layer.n_in * layer.n_out * (moe.top_k / moe.num_experts if ".experts." in name else 1.0)
         tied = self.config.vocab_size * self.embed_tokens.weight.shape[1] if self.lm_head is None else 0
         return total + tied
 
@@ -853,7 +853,7 @@ class CausalLM(nn.Layer):
         6 per weight of every linear that a token passes, and 12 · H · Dh · T/2 a layer for attention.
         """
         c = self.config
-        width = c.head_dim if c.latent is None else (c.head_dim + c.latent.value_dim) / 2
+        width = c.head_dim if c.latent is None else (c.head_dim + c.latent.v_head_dim) / 2
         return 6.0 * self.active_weights + 6.0 * c.num_hidden_layers * c.num_attention_heads * width * T
 
 

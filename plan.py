@@ -303,7 +303,7 @@ def _activations(block, config, degrees, names=("",)):
     D, share = config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1), 1.0
     elements = 0.0 if config.residual_scale is None or names != ("",) else D  # the scaled residual
     if hasattr(block.mlp, "experts") and names == ("",):  # the token's copy for each selected expert, and their sum
-        share = config.experts.top_k / config.experts.count
+        share = config.experts.top_k / config.experts.num_experts
         elements += (config.experts.top_k + 1) * D
     for name, layer in block.named_sublayers():
         if not name.startswith(names):

@@ -26,7 +26,7 @@ class ExpertParallelMoE(MoE):
     def from_moe(cls, moe: MoE, ep: Axis) -> "ExpertParallelMoE":
         layer = recast(moe, cls)
         layer.ep = ep
-        for e in set(range(moe.moe.count)) - set(local_experts(moe.moe.count, ep)):
+        for e in set(range(moe.moe.num_experts)) - set(local_experts(moe.moe.num_experts, ep)):
             del layer.experts._sub_layers[str(e)]
         return layer
 
@@ -76,12 +76,12 @@ def apply_expert_parallel(model: CausalLM, topology: object) -> None:
         if isinstance(getattr(block, "mlp", None), MoE):
             block.mlp = ExpertParallelMoE.from_moe(block.mlp, ep)
     rows = [row for row in FAMILIES[config.family].names if "{e}" in row[0]]
-    here = local_experts(config.experts.count, ep)
+    here = local_experts(config.experts.num_experts, ep)
     on_other_ranks = {
         theirs.format(i=i, e=e)
         for _, theirs, _ in rows
         for i in range(config.num_hidden_layers)
-        for e in range(config.experts.count)
+        for e in range(config.experts.num_experts)
         if e not in here
     }
     model.names_on_other_ranks = model.names_on_other_ranks | on_other_ranks

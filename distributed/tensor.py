@@ -371,8 +371,10 @@ def _check_tp(config, tp):
     if moe is None or moe.dense_layers:
         counts[f"channels of the MLP{in_words}"] = config.intermediate_size // word
     if moe is not None:
-        counts[f"channels of an expert{in_words}"] = moe.width // word
-        counts[f"channels of the shared expert{in_words}"] = (moe.shared_width or moe.width) // word
+        counts[f"channels of an expert{in_words}"] = moe.expert_intermediate_size // word
+        counts[f"channels of the shared expert{in_words}"] = (
+            moe.shared_expert_intermediate_size or moe.expert_intermediate_size
+        ) // word
     wrong = [f"{key} is more than {what} ({n})" for what, n in counts.items() if n < tp]
     if moe is not None and config.mlp_bias:
         wrong.append(f"{key}: experts with biases cannot be sharded")
@@ -380,7 +382,7 @@ def _check_tp(config, tp):
         wrong.append(f"{key}: a model quantized to a8w8 cannot be sharded: each token's activations share one scale")
         return wrong
     latent, widths = config.latent, [config.head_dim]
-    widths += [] if latent is None else [latent.value_dim, latent.nope_dim + latent.value_dim]
+    widths += [] if latent is None else [latent.v_head_dim, latent.qk_nope_head_dim + latent.v_head_dim]
     return wrong + [
         f"{key} splits between heads, whose channels ({n}) are not whole words of {word} packed weights"
         for n in widths
@@ -395,8 +397,8 @@ def _check_ep(config, degrees):
         return []
     if moe is None:
         wrong.append(f"{key} needs a model with experts, this one has none (0)")
-    elif moe.count % ep:
-        wrong.append(f"{key} does not divide experts ({moe.count})")
+    elif moe.num_experts % ep:
+        wrong.append(f"{key} does not divide experts ({moe.num_experts})")
     if ranks % ep:
         factors = f"dp {degrees.dp} x sharding {degrees.sharding} x sep {degrees.sep} = {ranks}"
         wrong.append(f"{key} does not divide the data-parallel ranks ({factors})")

@@ -77,7 +77,7 @@ NAMES_DEEPSEEK = name_table(LLAMA_ATTENTION + LLAMA_MLP + LLAMA_EXPERTS + """
     layers.{i}.attention.kv_a_proj  model.layers.{i}.self_attn.kv_a_proj_with_mqa
     layers.{i}.attention.kv_a_norm  model.layers.{i}.self_attn.kv_a_layernorm
     layers.{i}.attention.kv_b_proj  model.layers.{i}.self_attn.kv_b_proj
-    layers.{i}.mlp.choice_bias!     model.layers.{i}.mlp.gate.e_score_correction_bias
+    layers.{i}.mlp.correction_bias!     model.layers.{i}.mlp.gate.e_score_correction_bias
     layers.{i}.mlp.shared.gate_proj model.layers.{i}.mlp.shared_experts.gate_proj
     layers.{i}.mlp.shared.up_proj   model.layers.{i}.mlp.shared_experts.up_proj
     layers.{i}.mlp.shared.down_proj model.layers.{i}.mlp.shared_experts.down_proj

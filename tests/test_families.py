@@ -146,18 +146,18 @@ def naive_balance(model, ids, positions, rows, kept):
     each layer and row by itself, with shares of all choices."""
     how, ids = model.config.experts, tensor(ids)
     _, probabilities = model.run_all(ids, model.start_forward(ids, tensor(positions), tensor(rows)), None)
-    layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.count) for layer in probabilities]
+    layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.num_experts) for layer in probabilities]
     together = [[p[b][kept[b]] for p in layers for b in range(len(kept))]]
     groups = [[p[b][kept[b]]] for p in layers for b in range(len(kept))] if how.aux_by_layer else together
     total = 0.0
     for group in groups:
-        chosen, tokens = np.zeros(how.count), np.concatenate(group)
+        chosen, tokens = np.zeros(how.num_experts), np.concatenate(group)
         for p in tokens:
-            teams = p.reshape(how.groups, -1)
-            allowed = np.argsort(-teams.max(1), kind="stable")[: how.chosen_groups]
-            p = np.where(np.isin(np.arange(how.count) // teams.shape[1], allowed), p, -1.0)
+            teams = p.reshape(how.n_group, -1)
+            allowed = np.argsort(-teams.max(1), kind="stable")[: how.topk_group]
+            p = np.where(np.isin(np.arange(how.num_experts) // teams.shape[1], allowed), p, -1.0)
             chosen[np.argsort(-p, kind="stable")[: how.top_k]] += 1
-        total += how.count * (chosen / len(tokens) * tokens.mean(0)).sum()
+        total += how.num_experts * (chosen / len(tokens) * tokens.mean(0)).sum()
     return total / len(kept) / how.top_k if how.aux_by_layer else total
 
 
@@ -194,7 +194,7 @@ def test_balancing_loss_counts_no_padding(name):
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
         # One expert a token, whose weight is made 1: only the balance moves the router.
         assert router and all(
-            (np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.normalize) for g in router.values()
+            (np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.norm_topk_prob) for g in router.values()
         )
         assert all(largest(g, with_it[key]) > 1e-5 for key, g in router.items() if with_it), (
             "the balance moves the router"
@@ -224,8 +224,8 @@ def test_experts_without_tokens_and_with_all_of_them(name):
     """Every expert's share computed densely is the oracle; one expert takes all, most take none."""
     model = build(name)
     for layer in model.layers:
-        if isinstance(layer.mlp, M.MoE) and layer.mlp.moe.choice_bias:
-            layer.mlp.choice_bias.set_value(paddle.linspace(0, 9, layer.mlp.moe.count))
+        if isinstance(layer.mlp, M.MoE) and layer.mlp.moe.correction_bias:
+            layer.mlp.correction_bias.set_value(paddle.linspace(0, 9, layer.mlp.moe.num_experts))
     ids = np.full((2, 7), 11)
     for text in (ids, ids[:1, :1], samples_of(name, 1, 1)[0], samples_of(name, 3, 5)[0]):
         for layer in model.layers:

@@ -160,7 +160,7 @@ def test_a_rank_reads_its_experts_alone(tmp_path, name, names, monkeypatch):
     )
     assert all(np.array_equal(w.to_numpy(), wanted[w.name]) for w in weights)
     assert len(read) == len(weights) and {w.name for w in weights} == set(wanted) - model.names_on_other_ranks
-    E = whole.config.experts.count
+    E = whole.config.experts.num_experts
     assert {int(n.partition(".experts.")[2].partition(".")[0]) for n in model.names_on_other_ranks} == set(
         range(E // 2)
     )
