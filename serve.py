@@ -5,9 +5,9 @@
     python serve.py configs/llama_serve.json --data_file in.jsonl --output_file out.jsonl
     python serve.py configs/llama_serve.json --benchmark
 
-Opens full, merged, quantized, LoRA and prefix-tuned folders; `lora_path "name=path,name2=path2"` serves several adapters
-of one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`. Messages of a chat
-are written in the model's chat template; a model without one gets plain text, as finetune.py trains it.
+Opens full, merged, quantized, LoRA and prefix-tuned folders; `lora_path "name=path,name2=path2"` serves several
+adapters of one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`. Messages of
+a chat are written in the model's chat template; a model without one gets plain text, as finetune.py trains it.
 
 The engine (serving/engine.py): requests join and leave at every step; a step computes one token of every running
 sequence and, with the rest of `max_num_batched_tokens`, pieces of new prompts. Keys and values are kept in a pool of
@@ -184,12 +184,10 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         adapters=adapters,
         int8_cache=args.cachekv_int8_type is not None,
     )
-    print(
-        f"engine: {engine.pool.num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} tokens "
-        f"a sequence, {args.batch_size} sequences at once"
-        + (f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""),
-        flush=True,
-    )
+    blocks = f"{engine.pool.num_blocks:,} blocks of {args.block_size} tokens"
+    sequences = f"at most {engine.max_model_len:,} tokens a sequence, {args.batch_size} sequences at once"
+    names = f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""
+    print(f"engine: {blocks}, {sequences}{names}", flush=True)
     return engine, tokenizer
 
 
@@ -256,7 +254,7 @@ def read_records(path: str | Path) -> Iterator[tuple]:
 
 
 def count_answered(args: Args) -> int:
-    """How many lines of output_file are done; they must be those of data_file. A last line cut off by a kill is removed."""
+    """How many lines of output_file are done; they must be those of data_file. Removes a last line cut off by a kill."""
     path = Path(args.output_file)
     if not path.exists():
         return 0
