@@ -1,4 +1,4 @@
-"""From a file on disk to a batch of numpy arrays: tokenizers, chat templates, packing, corpora. Never imports paddle.
+"""From a file on disk to a batch of numpy arrays: records, pairs, packing, corpora. Never imports paddle.
 
     python data.py corpus corpus.jsonl --tokenizer demo/model --output data/corpus --workers 2
 
@@ -94,25 +94,32 @@ def record_at(files: list[Path], place: np.ndarray) -> dict:
         return parse_json_line(stream.readline(), files[number], line)
 
 
+def _texts(record, key, where):
+    """record[key], a string or a list of strings, as a list."""
+    if key not in record:
+        raise UserError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
+    value = [record[key]] if isinstance(record[key], str) else record[key]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
+    return value
+
+
+def _context(record, where):
+    context = record.get("context") or {}
+    if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
+        raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
+    return context
+
+
 def parse_turns(record: dict, where: str) -> tuple[list, dict]:
     """{"src", "tgt", "context"?} -> [(user, bot)...], context. UserError names file:line and the key that is wrong."""
-    turns = []
-    for key in ("src", "tgt"):
-        value = record.get(key)
-        if key not in record:
-            raise UserError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
-        turns.append(value)
+    turns = [_texts(record, key, where) for key in ("src", "tgt")]
     if len(turns[0]) != len(turns[1]) or not turns[0]:
         raise UserError(
             f"{where}: 'src' has {len(turns[0])} turns and 'tgt' has {len(turns[1])}; both need the same "
             "number, at least one"
         )
-    context = record.get("context") or {}
-    if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
-        raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
+    context = _context(record, where)
     return list(zip(*turns)), context
 
 
@@ -437,14 +444,7 @@ def preference_pair(record: dict, where: str) -> tuple:
     for key in ("src", "response", "sort"):
         if key not in record:
             raise UserError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
-    turns = []
-    for key in ("src", "tgt"):
-        value = record.get(key) or []
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
-        turns.append(value)
-    users, bots = turns[0] or ([""] if record["src"] == "" else []), turns[1]
+    users, bots = _texts(record, "src", where), _texts({"tgt": record.get("tgt") or []}, "tgt", where)
     if len(users) != len(bots) + 1:
         raise UserError(
             f"{where}: 'src' has {len(users)} turns and 'tgt' has {len(bots)}; 'tgt' holds the replies to "
@@ -467,9 +467,7 @@ def preference_pair(record: dict, where: str) -> tuple:
             f"{where}: 'sort' is {brief(sort)}: equal, so neither reply is the better one; the chosen "
             "one's must be larger"
         )
-    context = record.get("context") or {}
-    if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
-        raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
+    context = _context(record, where)
     chosen, rejected = replies if sort[0] > sort[1] else replies[::-1]
     return list(zip(users, bots)), users[-1], chosen, rejected, context
 
@@ -546,7 +544,8 @@ class PreferenceDataset:
             raise UserError(
                 f"{self.files[0]}: "
                 + (
-                    f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
+                    f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and "
+                    "max_prompt_len "
                     f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
                     if self.dropped
                     else "the file is empty; JSON lines with src, tgt, response and sort are wanted"
@@ -625,28 +624,9 @@ class PreferenceLoader(SFTLoader):
     """Batches of a PreferenceDataset: several pairs a row of at most max_seq_len (greedy_zero_padding: best fit, else
     in the order of the file), rows padded to the longest of their batch; else as SFTLoader with zero_padding."""
 
-    def __init__(
-        self,
-        dataset,
-        batch_size,
-        max_seq_len,
-        greedy_zero_padding=False,
-        seed=0,
-        shuffle=True,
-        drop_last=False,
-        pad_token_id=0,
-    ):
-        super().__init__(
-            dataset,
-            batch_size,
-            max_seq_len,
-            True,
-            greedy_zero_padding,
-            seed,
-            shuffle,
-            drop_last=drop_last,
-            pad_token_id=pad_token_id,
-        )
+    def __init__(self, dataset: PreferenceDataset, batch_size: int, max_seq_len: int, **options):
+        """options: greedy_zero_padding, seed, shuffle, drop_last and pad_token_id of SFTLoader."""
+        super().__init__(dataset, batch_size, max_length=max_seq_len, zero_padding=True, **options)
         self.fixed_width = None
 
     def batch(self, epoch, index):
@@ -854,7 +834,7 @@ def cached_tokenizer(path: str | Path) -> Tokenizer:
 def encode_documents(
     chunk: list, path: str | Path, tokenizer_path: str, json_key: str, append_eos: bool, dtype: type
 ) -> tuple[bytes, array]:
-    """ScheduledTokens of read_documents -> (tokens as bytes, tokens per document). Runs in a worker. UserError names
+    """Chunks of read_documents -> (tokens as bytes, tokens per document). Runs in a worker. UserError names
     file:line."""
     tokenizer, tokens, sizes = cached_tokenizer(tokenizer_path), [], array("i")
     for number, raw in chunk:
@@ -889,6 +869,28 @@ def ordered_map(executor: ProcessPoolExecutor, function: Callable, chunks: Itera
         yield done, result.result()
 
 
+def _write_corpus(results, files, path, dtype):
+    """(chunk, (tokens as bytes, tokens per document)) of `path` -> both files, flushed to disk; tokens per document."""
+    from tqdm import tqdm
+
+    sizes = array("i")
+    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="tokenizing")
+    with open(files[".bin"], "wb") as stream, bar:
+        for chunk, (tokens, counts) in results:
+            stream.write(tokens)
+            sizes.extend(counts)
+            bar.update(sum(len(raw) for _, raw in chunk))
+        stream.flush()
+        os.fsync(stream.fileno())
+    if not sizes:
+        raise UserError(f"{path}: no text in it")
+    with open(files[".idx"], "wb") as stream:
+        stream.write(index_bytes(dtype, sizes))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return sizes
+
+
 def build_corpus(
     path: str | Path,
     tokenizer_path: str,
@@ -903,8 +905,6 @@ def build_corpus(
     Written under temporary names, flushed to disk, then renamed, the index last: a prefix with an index is complete.
     uint16 when the vocabulary is smaller than 65,535, else int32. UserError: missing or empty input, a bad line
     (file:line), an output that is there already."""
-    from tqdm import tqdm
-
     path, output = Path(path), str(output)
     names = {end: Path(output + end) for end in (".bin", ".idx")}
     if not path.is_file():
@@ -927,26 +927,12 @@ def build_corpus(
     )
     names[".bin"].parent.mkdir(parents=True, exist_ok=True)
     temporary = {end: Path(f"{output}{end}.tmp-{os.getpid()}") for end in names}
-    sizes = array("i")
     # spawn: a fork of a process that has threads (tqdm's, the caller's) may hang
     executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
     try:
         chunks = read_documents(path)
         results = ordered_map(executor, encode, chunks, 2 * workers) if executor else ((c, encode(c)) for c in chunks)
-        bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="tokenizing")
-        with open(temporary[".bin"], "wb") as stream, bar:
-            for chunk, (tokens, counts) in results:
-                stream.write(tokens)
-                sizes.extend(counts)
-                bar.update(sum(len(raw) for _, raw in chunk))
-            stream.flush()
-            os.fsync(stream.fileno())
-        if not sizes:
-            raise UserError(f"{path}: no text in it")
-        with open(temporary[".idx"], "wb") as stream:
-            stream.write(index_bytes(dtype, sizes))
-            stream.flush()
-            os.fsync(stream.fileno())
+        sizes = _write_corpus(results, temporary, path, dtype)
         names[".idx"].unlink(missing_ok=True)  # with --overwrite: never an old index beside new tokens
         for end in (".bin", ".idx"):
             os.replace(temporary[end], names[end])

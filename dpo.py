@@ -8,7 +8,6 @@ a row. Trains all weights or LoRA. The reference is the model before training: w
 off; otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no second model).
 Writes what finetune.py writes. Ends with reward accuracy on the dev pairs and replies to three of their prompts, before
 and after training; before, policy and reference are equal, so each pair counts one half (accuracy 50 %).
-Not supported: KTO, a reference that is updated.
 """
 
 import dataclasses
@@ -161,9 +160,7 @@ def pair_counts(batches: Iterable[dict]) -> tuple[int, int]:
     return sum(map(len, tokens)), int(sum(part.sum() for part in tokens))
 
 
-def loss_and_metrics(
-    policy: Tensor, reference: Tensor, reply_tokens: np.ndarray, counts: tuple[int, int], args: Args
-) -> tuple[Tensor, dict[str, float]]:
+def loss_and_metrics(policy: Tensor, reference: Tensor, reply_tokens: np.ndarray, counts: tuple, args: Args) -> tuple:
     """A batch's part of the loss of all pairs that `counts` counts, and of METRICS.
 
     policy, reference (N, 2): summed log-probabilities of the batch's replies; reply_tokens (N, 2): their tokens.
@@ -263,19 +260,15 @@ def evaluate_pairs(
     counts = pair_counts(loader.batch(*index) for index in indices)
     items = ((loader.batch(*index), is_real) for index, is_real in trainer.local_micro_batches(indices, topology))
     with trainer.eval_mode(model):
-        policies = parallel.pipelined_map(
-            model, items, lambda item: model_inputs(item[0]), lambda losses, item: sum_of_replies(losses, item[0])
-        )
-        for (batch, is_real), policy in policies:
+        inputs, outputs = (lambda item: model_inputs(item[0])), (lambda losses, item: sum_of_replies(losses, item[0]))
+        for (batch, is_real), policy in parallel.pipelined_map(model, items, inputs, outputs):
             reference = reference_logps(model, batch, precomputed, args)
             part, metrics = loss_and_metrics(policy, reference, batch["reply_tokens"], counts, args)
             if is_real:
                 loss += float(part)
                 sums = {name: sums[name] + value for name, value in metrics.items()}
-    loss, sums = (
-        topology.all_reduce_sum(loss),
-        {f"eval_{name}": value for name, value in topology.all_reduce_sum(sums).items()},
-    )
+    loss, sums = topology.all_reduce_sum(loss), topology.all_reduce_sum(sums)
+    sums = {f"eval_{name}": value for name, value in sums.items()}
     return {"eval_loss": loss, "eval_accuracy": sums["eval_rewards/accuracies"], **sums, "eval_pairs": counts[0]}
 
 
@@ -309,8 +302,7 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
     trainer.setup_adapter(model, args, checkpoint)
     for layer in lora_layers(model).values():
         if layer.pissa_init is not None:
-            path = checkpoint or args.lora_path
-            raise UserError(f"{path}: a PiSSA adapter changes the base weights, so its base is not the reference")
+            raise UserError(f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, the reference")
         layer.dropout = 0.0
 
 
@@ -329,10 +321,7 @@ def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoade
         drop_last=is_train and args.dataloader_drop_last,
         pad_token_id=tokenizer.pad_token_id,
     )
-    print(
-        f"{split}: {len(dataset):,} pairs ({dataset.dropped} dropped), {loader.batches_per_epoch:,} batches an epoch, "
-        f"{100 * loader.fill:.1f} % of positions real"
-    )
+    trainer.print_data(split, "pairs", loader)
     return loader
 
 

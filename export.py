@@ -45,7 +45,7 @@ from paddle.static import InputSpec
 
 import trainer
 from adapters import base_folders, from_pretrained, load_adapter, lora_layers, merge
-from arguments import ScriptArgs
+from arguments import DTYPES, ScriptArgs
 from families import ModelConfig
 from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
@@ -55,8 +55,6 @@ from formats.weights import named_weights, save_pretrained
 from model import Cache, CausalLM, Linear, QuantLinear, block_linears, build, set_parameter
 from positions import rope_lengths
 from serving.runners import NO_ROW, STATIC_FORMAT, ScheduledTokens, StaticRunner, TokenSequence
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass
@@ -94,8 +92,7 @@ class Args(ScriptArgs):
 
 def parse_size(text: str) -> int:
     """ "200MB" -> bytes; units as in transformers: KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
-    size = 0
+    match, size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE), 0
     if match and not (match[3] and not match[2]):
         size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " "))
     if size < 1:
@@ -396,9 +393,8 @@ def write_prefix(model: CausalLM, path: Path) -> int:
 
 def check_base_is_elsewhere(args: Args) -> None:
     """UserError if output_dir holds the adapter's base, which overwriting would delete."""
-    target = Path(args.output_dir).resolve()
     for base in base_folders(args.model_name_or_path)[1:]:
-        if base.resolve().is_relative_to(target):
+        if base.resolve().is_relative_to(Path(args.output_dir).resolve()):
             reason = f"holds {base}, the base of {args.model_name_or_path}"
             raise UserError(f"output_dir: {args.output_dir} {reason}; choose another folder")
 

@@ -8,6 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from formats.files import UserError
+from formats.weight_names import (
+    NAMES_BAICHUAN,
+    NAMES_BLOOM,
+    NAMES_CHATGLM,
+    NAMES_CHATGLM2,
+    NAMES_DEEPSEEK,
+    NAMES_GEMMA2,
+    NAMES_GLM,
+    NAMES_GPT2,
+    NAMES_INTERNLM2,
+    NAMES_LLAMA,
+    NAMES_MIXTRAL,
+    NAMES_OPT,
+    NAMES_QWEN,
+    NAMES_QWEN_MOE,
+)
 
 # ================================================================================================ config
 
@@ -232,220 +248,6 @@ class Family:
     settings: dict = dataclasses.field(default_factory=dict)  # keys of config.json with the values read here, see below
 
 
-def _table(text, linears_as_is=False):
-    """Rows from lines "ours theirs" of modules, for weight and bias, or of one parameter where ours ends in "!".
-
-    transposed: theirs is [out, in] as torch.nn.Linear has it, ours [in, out]. linears_as_is: theirs is [in, out] too.
-    """
-    rows = []
-    for line in filter(str.strip, text.splitlines()):
-        ours, theirs = line.split()
-        if ours.endswith("!"):
-            rows.append((ours[:-1], theirs, False))
-            continue
-        linear = ours.endswith(("_proj", "lm_head", "router", "shared_gate", "project_in", "project_out"))
-        transposed = linear and not (linears_as_is and ours.startswith("layers."))
-        rows.append((f"{ours}.weight", f"{theirs}.weight", transposed))
-        rows.append((f"{ours}.bias", f"{theirs}.bias", False))
-    return tuple(rows)
-
-
-_LLAMA_ATTENTION = """
-    embed_tokens                    model.embed_tokens
-    layers.{i}.attention_norm       model.layers.{i}.input_layernorm
-    layers.{i}.attention.q_proj     model.layers.{i}.self_attn.q_proj
-    layers.{i}.attention.k_proj     model.layers.{i}.self_attn.k_proj
-    layers.{i}.attention.v_proj     model.layers.{i}.self_attn.v_proj
-    layers.{i}.attention.o_proj     model.layers.{i}.self_attn.o_proj
-    layers.{i}.attention.q_norm     model.layers.{i}.self_attn.q_norm
-    layers.{i}.attention.k_norm     model.layers.{i}.self_attn.k_norm
-    layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm
-    norm                            model.norm
-    lm_head                         lm_head
-"""
-
-
-_LLAMA_MLP = """
-    layers.{i}.mlp.gate_proj        model.layers.{i}.mlp.gate_proj
-    layers.{i}.mlp.up_proj          model.layers.{i}.mlp.up_proj
-    layers.{i}.mlp.down_proj        model.layers.{i}.mlp.down_proj
-"""
-
-
-_LLAMA_EXPERTS = """
-    layers.{i}.mlp.router           model.layers.{i}.mlp.gate
-    layers.{i}.mlp.experts.{e}.gate_proj  model.layers.{i}.mlp.experts.{e}.gate_proj
-    layers.{i}.mlp.experts.{e}.up_proj    model.layers.{i}.mlp.experts.{e}.up_proj
-    layers.{i}.mlp.experts.{e}.down_proj  model.layers.{i}.mlp.experts.{e}.down_proj
-"""
-
-
-_NAMES_LLAMA = _table(_LLAMA_ATTENTION + _LLAMA_MLP)
-
-
-_NAMES_MIXTRAL = _table(_LLAMA_ATTENTION + """
-    layers.{i}.mlp.router           model.layers.{i}.block_sparse_moe.gate
-    layers.{i}.mlp.experts.{e}.gate_proj  model.layers.{i}.block_sparse_moe.experts.{e}.w1
-    layers.{i}.mlp.experts.{e}.up_proj    model.layers.{i}.block_sparse_moe.experts.{e}.w3
-    layers.{i}.mlp.experts.{e}.down_proj  model.layers.{i}.block_sparse_moe.experts.{e}.w2
-""")  # fmt: skip
-
-
-_NAMES_QWEN_MOE = _table(_LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_EXPERTS + """
-    layers.{i}.mlp.shared.gate_proj model.layers.{i}.mlp.shared_expert.gate_proj
-    layers.{i}.mlp.shared.up_proj   model.layers.{i}.mlp.shared_expert.up_proj
-    layers.{i}.mlp.shared.down_proj model.layers.{i}.mlp.shared_expert.down_proj
-    layers.{i}.mlp.shared_gate      model.layers.{i}.mlp.shared_expert_gate
-""")  # fmt: skip
-
-
-_NAMES_DEEPSEEK = _table(_LLAMA_ATTENTION + _LLAMA_MLP + _LLAMA_EXPERTS + """
-    layers.{i}.attention.q_a_proj   model.layers.{i}.self_attn.q_a_proj
-    layers.{i}.attention.q_a_norm   model.layers.{i}.self_attn.q_a_layernorm
-    layers.{i}.attention.q_b_proj   model.layers.{i}.self_attn.q_b_proj
-    layers.{i}.attention.kv_a_proj  model.layers.{i}.self_attn.kv_a_proj_with_mqa
-    layers.{i}.attention.kv_a_norm  model.layers.{i}.self_attn.kv_a_layernorm
-    layers.{i}.attention.kv_b_proj  model.layers.{i}.self_attn.kv_b_proj
-    layers.{i}.mlp.choice_bias!     model.layers.{i}.mlp.gate.e_score_correction_bias
-    layers.{i}.mlp.shared.gate_proj model.layers.{i}.mlp.shared_experts.gate_proj
-    layers.{i}.mlp.shared.up_proj   model.layers.{i}.mlp.shared_experts.up_proj
-    layers.{i}.mlp.shared.down_proj model.layers.{i}.mlp.shared_experts.down_proj
-""")  # fmt: skip
-
-
-_NAMES_QWEN = _table("""
-    embed_tokens                    transformer.wte
-    layers.{i}.attention_norm       transformer.h.{i}.ln_1
-    layers.{i}.attention.qkv_proj   transformer.h.{i}.attn.c_attn
-    layers.{i}.attention.o_proj     transformer.h.{i}.attn.c_proj
-    layers.{i}.mlp_norm             transformer.h.{i}.ln_2
-    layers.{i}.mlp.gate_proj        transformer.h.{i}.mlp.w2
-    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.w1
-    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.c_proj
-    norm                            transformer.ln_f
-    lm_head                         lm_head
-""")
-
-
-_NAMES_BAICHUAN = _table("""
-    embed_tokens                    model.embed_tokens
-    layers.{i}.attention_norm       model.layers.{i}.input_layernorm
-    layers.{i}.attention.qkv_proj   model.layers.{i}.self_attn.W_pack
-    layers.{i}.attention.o_proj     model.layers.{i}.self_attn.o_proj
-    layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm
-    norm                            model.norm
-    lm_head                         lm_head
-""" + _LLAMA_MLP)  # fmt: skip
-
-
-_NAMES_CHATGLM = _table("""
-    embed_tokens                    transformer.word_embeddings
-    layers.{i}.attention_norm       transformer.layers.{i}.input_layernorm
-    layers.{i}.attention.qkv_proj   transformer.layers.{i}.attention.query_key_value
-    layers.{i}.attention.o_proj     transformer.layers.{i}.attention.dense
-    layers.{i}.mlp_norm             transformer.layers.{i}.post_attention_layernorm
-    layers.{i}.mlp.up_proj          transformer.layers.{i}.mlp.dense_h_to_4h
-    layers.{i}.mlp.down_proj        transformer.layers.{i}.mlp.dense_4h_to_h
-    norm                            transformer.final_layernorm
-    lm_head                         lm_head
-""")
-
-
-_NAMES_CHATGLM2 = _table("""
-    embed_tokens                    transformer.embedding.word_embeddings
-    layers.{i}.attention_norm       transformer.encoder.layers.{i}.input_layernorm
-    layers.{i}.attention.qkv_proj   transformer.encoder.layers.{i}.self_attention.query_key_value
-    layers.{i}.attention.o_proj     transformer.encoder.layers.{i}.self_attention.dense
-    layers.{i}.mlp_norm             transformer.encoder.layers.{i}.post_attention_layernorm
-    layers.{i}.mlp.gate_up_proj     transformer.encoder.layers.{i}.mlp.dense_h_to_4h
-    layers.{i}.mlp.down_proj        transformer.encoder.layers.{i}.mlp.dense_4h_to_h
-    norm                            transformer.encoder.final_layernorm
-    lm_head                         transformer.output_layer
-""")
-
-
-_NAMES_GLM = _table(_LLAMA_ATTENTION + """
-    layers.{i}.attention_post_norm  model.layers.{i}.post_self_attn_layernorm
-    layers.{i}.mlp.gate_up_proj     model.layers.{i}.mlp.gate_up_proj
-    layers.{i}.mlp.down_proj        model.layers.{i}.mlp.down_proj
-    layers.{i}.mlp_post_norm        model.layers.{i}.post_mlp_layernorm
-""")  # fmt: skip
-
-
-_NAMES_BLOOM = _table("""
-    embed_tokens                    transformer.word_embeddings
-    embed_norm                      transformer.word_embeddings_layernorm
-    layers.{i}.attention_norm       transformer.h.{i}.input_layernorm
-    layers.{i}.attention.qkv_proj   transformer.h.{i}.self_attention.query_key_value
-    layers.{i}.attention.o_proj     transformer.h.{i}.self_attention.dense
-    layers.{i}.mlp_norm             transformer.h.{i}.post_attention_layernorm
-    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.dense_h_to_4h
-    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.dense_4h_to_h
-    norm                            transformer.ln_f
-    lm_head                         lm_head
-""")
-
-
-_NAMES_GPT2 = _table("""
-    embed_tokens                    transformer.wte
-    embed_positions                 transformer.wpe
-    layers.{i}.attention_norm       transformer.h.{i}.ln_1
-    layers.{i}.attention.qkv_proj   transformer.h.{i}.attn.c_attn
-    layers.{i}.attention.o_proj     transformer.h.{i}.attn.c_proj
-    layers.{i}.mlp_norm             transformer.h.{i}.ln_2
-    layers.{i}.mlp.up_proj          transformer.h.{i}.mlp.c_fc
-    layers.{i}.mlp.down_proj        transformer.h.{i}.mlp.c_proj
-    norm                            transformer.ln_f
-    lm_head                         lm_head
-""", linears_as_is=True)  # fmt: skip
-
-
-_NAMES_OPT = _table("""
-    embed_tokens                    model.decoder.embed_tokens
-    embed_positions                 model.decoder.embed_positions
-    project_in                      model.decoder.project_in
-    project_out                     model.decoder.project_out
-    layers.{i}.attention_norm       model.decoder.layers.{i}.self_attn_layer_norm
-    layers.{i}.attention.q_proj     model.decoder.layers.{i}.self_attn.q_proj
-    layers.{i}.attention.k_proj     model.decoder.layers.{i}.self_attn.k_proj
-    layers.{i}.attention.v_proj     model.decoder.layers.{i}.self_attn.v_proj
-    layers.{i}.attention.o_proj     model.decoder.layers.{i}.self_attn.out_proj
-    layers.{i}.mlp_norm             model.decoder.layers.{i}.final_layer_norm
-    layers.{i}.mlp.up_proj          model.decoder.layers.{i}.fc1
-    layers.{i}.mlp.down_proj        model.decoder.layers.{i}.fc2
-    norm                            model.decoder.final_layer_norm
-    lm_head                         lm_head
-""")
-
-
-_NAMES_INTERNLM2 = _table("""
-    embed_tokens                    model.tok_embeddings
-    layers.{i}.attention_norm       model.layers.{i}.attention_norm
-    layers.{i}.attention.qkv_proj   model.layers.{i}.attention.wqkv
-    layers.{i}.attention.o_proj     model.layers.{i}.attention.wo
-    layers.{i}.mlp_norm             model.layers.{i}.ffn_norm
-    layers.{i}.mlp.gate_proj        model.layers.{i}.feed_forward.w1
-    layers.{i}.mlp.up_proj          model.layers.{i}.feed_forward.w3
-    layers.{i}.mlp.down_proj        model.layers.{i}.feed_forward.w2
-    norm                            model.norm
-    lm_head                         output
-""")
-
-
-_NAMES_GEMMA2 = _table(_LLAMA_ATTENTION.replace(
-    "layers.{i}.mlp_norm             model.layers.{i}.post_attention_layernorm",
-    "layers.{i}.mlp_norm             model.layers.{i}.pre_feedforward_layernorm",
-) + _LLAMA_MLP + """
-    layers.{i}.attention_post_norm  model.layers.{i}.post_attention_layernorm
-    layers.{i}.mlp_post_norm        model.layers.{i}.post_feedforward_layernorm
-""")  # fmt: skip
-
-
-IGNORED_WEIGHTS = re.compile(  # in published files: tables that are computed, and masks
-    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.rotary_emb\.(cos|sin)_cached$|decoder\.version$"
-)
-
-
 def _llama(source, fields):
     bias = bool(source.get("attention_bias", False))
     return dict(attention_bias=bias, output_bias=bias, mlp_bias=bool(source.get("mlp_bias", False)))
@@ -550,7 +352,8 @@ def _chatglm2(source, fields):
     # the same keys, told apart by the name, or the size of the number.
     if ratio != 1 and ratio < 50 and not re.search("chatglm[23]|glm-4", name):
         raise UserError(
-            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3, GLM-4): _name_or_path = "
+            f"rope_ratio = {ratio} may divide positions (ChatGLM2) or multiply rope's base (ChatGLM3, GLM-4): "
+            "_name_or_path = "
             f"{name!r} must name the model, chatglm2, chatglm3 or glm-4"
         )
     rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio}
@@ -726,48 +529,172 @@ _BIAS = {"attention_bias": (True, False)}
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _NAMES_LLAMA, _llama, settings=_SILU | _BIAS | {"mlp_bias": (True, False)}),
-    "mistral": Family("MistralForCausalLM", _NAMES_LLAMA, _mistral, settings=_SILU | {"sliding_window": ...}),
-    "mixtral": Family("MixtralForCausalLM", _NAMES_MIXTRAL, _mixtral, norm_eps=1e-5, rope_theta=1e6,
-                      settings=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...}),
-    "qwen": Family("QWenLMHeadModel", _NAMES_QWEN, _qwen, prefix="transformer.",
-                   settings={"no_bias": (True,), "rotary_pct": (1.0, 1), "scale_attn_weights": (True,), "rotary_emb_base": ...,
-                             "use_dynamic_ntk": (True, False), "use_logn_attn": (True, False)}),
-    "qwen2": Family("Qwen2ForCausalLM", _NAMES_LLAMA, lambda source, fields: dict(attention_bias=True),
-                    settings=_SILU | _NO_WINDOW | {"attention_bias": ...}),  # which its class does not read
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)}),
-    "qwen3": Family("Qwen3ForCausalLM", _NAMES_LLAMA, lambda source, fields: _llama(source, fields) | dict(qk_norm=True),
-                    settings=_SILU | _NO_WINDOW | _BIAS),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", _NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...}),
-    "baichuan": Family("BaichuanForCausalLM", _NAMES_BAICHUAN, _baichuan, settings=_SILU),
-    "chatglm": Family("ChatGLMModel", _NAMES_CHATGLM, _chatglm, True, 1e-5, prefix="transformer.", also_stores_head=True,
-                      discriminating_keys=("position_encoding_2d", "inner_hidden_size"), settings={"position_encoding_2d": (True,)}),
-    "chatglm2": Family("ChatGLMModel", _NAMES_CHATGLM2, _chatglm2, norm_eps=1e-5, prefix="transformer.", model_type="chatglm",
-                       settings={"apply_residual_connection_post_layernorm": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
-                                 "original_rope": (True,), "apply_query_key_layer_scaling": (True, False), "add_qkv_bias": (True, False),
-                                 "add_bias_linear": (True, False), "rope_ratio": ..., "multi_query_attention": (True, False)}),
-    "glm": Family("GlmForCausalLM", _NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}),
-    "glm4": Family("Glm4ForCausalLM", _NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}),
-    "bloom": Family("BloomForCausalLM", _NAMES_BLOOM, _bloom, True, 1e-5, True, prefix="transformer.",
-                    settings={"apply_residual_connection_post_layernorm": (True, False), "offset_alibi": ...}),
-    "gpt2": Family("GPT2LMHeadModel", _NAMES_GPT2, _gpt2, True, 1e-5, True, prefix="transformer.",
-                   settings={"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"), "scale_attn_weights": (True,),
-                             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "reorder_and_upcast_attn": ...}),
-    "opt": Family("OPTForCausalLM", _NAMES_OPT, _opt, True, 1e-5,
-                  settings={"activation_function": ("relu", "gelu", "gelu_new"), "layer_norm_elementwise_affine": (True,)}),
-    "internlm": Family("InternLMForCausalLM", _NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False), "rotary": ...}),
-    "internlm2": Family("InternLM2ForCausalLM", _NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
-    "gemma": Family("GemmaForCausalLM", _NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
-    "gemma2": Family("Gemma2ForCausalLM", _NAMES_GEMMA2, _gemma2, True,
-                     settings=_GELU_TANH | _BIAS | dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-                                                                  "query_pre_attn_scalar", "sliding_window_size"), ...)),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
-                          settings=_SILU | _BIAS | {"topk_method": ("greedy", "group_limited_greedy"), "scoring_func": ("softmax",),
-                                                    "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", _NAMES_DEEPSEEK, _deepseek,
-                          settings=_SILU | _BIAS | {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "rope_interleave": (True, False),
-                                                    "moe_layer_freq": (1,)}),
-}  # fmt: skip
+    "llama": Family("LlamaForCausalLM", NAMES_LLAMA, _llama, settings=_SILU | _BIAS | {"mlp_bias": (True, False)}),
+    "mistral": Family("MistralForCausalLM", NAMES_LLAMA, _mistral, settings=_SILU | {"sliding_window": ...}),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        NAMES_MIXTRAL,
+        _mixtral,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        settings=_SILU | {"sliding_window": ..., "router_jitter_noise": (0, 0.0), "num_local_experts": ...},
+    ),
+    "qwen": Family(
+        "QWenLMHeadModel",
+        NAMES_QWEN,
+        _qwen,
+        prefix="transformer.",
+        settings={
+            "no_bias": (True,),
+            "rotary_pct": (1.0, 1),
+            "scale_attn_weights": (True,),
+            "rotary_emb_base": ...,
+            "use_dynamic_ntk": (True, False),
+            "use_logn_attn": (True, False),
+        },
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        NAMES_LLAMA,
+        lambda source, fields: dict(attention_bias=True),
+        settings=_SILU | _NO_WINDOW | {"attention_bias": ...},
+    ),  # which its class does not read
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM", NAMES_QWEN_MOE, _qwen_moe, settings=_SILU | _NO_WINDOW | {"qkv_bias": (True, False)}
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        NAMES_LLAMA,
+        lambda source, fields: _llama(source, fields) | dict(qk_norm=True),
+        settings=_SILU | _NO_WINDOW | _BIAS,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        NAMES_QWEN_MOE,
+        _qwen_moe,
+        settings=_SILU | _NO_WINDOW | _BIAS | {"num_local_experts": ...},
+    ),
+    "baichuan": Family("BaichuanForCausalLM", NAMES_BAICHUAN, _baichuan, settings=_SILU),
+    "chatglm": Family(
+        "ChatGLMModel",
+        NAMES_CHATGLM,
+        _chatglm,
+        True,
+        1e-5,
+        prefix="transformer.",
+        also_stores_head=True,
+        discriminating_keys=("position_encoding_2d", "inner_hidden_size"),
+        settings={"position_encoding_2d": (True,)},
+    ),
+    "chatglm2": Family(
+        "ChatGLMModel",
+        NAMES_CHATGLM2,
+        _chatglm2,
+        norm_eps=1e-5,
+        prefix="transformer.",
+        model_type="chatglm",
+        settings={
+            "apply_residual_connection_post_layernorm": (False,),
+            "rmsnorm": (True,),
+            "post_layer_norm": (True,),
+            "original_rope": (True,),
+            "apply_query_key_layer_scaling": (True, False),
+            "add_qkv_bias": (True, False),
+            "add_bias_linear": (True, False),
+            "rope_ratio": ...,
+            "multi_query_attention": (True, False),
+        },
+    ),
+    "glm": Family(
+        "GlmForCausalLM", NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM", NAMES_GLM, _glm, norm_eps=1.5625e-7, settings=_SILU | _BIAS | {"partial_rotary_factor": ...}
+    ),
+    "bloom": Family(
+        "BloomForCausalLM",
+        NAMES_BLOOM,
+        _bloom,
+        True,
+        1e-5,
+        True,
+        prefix="transformer.",
+        settings={"apply_residual_connection_post_layernorm": (True, False), "offset_alibi": ...},
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        NAMES_GPT2,
+        _gpt2,
+        True,
+        1e-5,
+        True,
+        prefix="transformer.",
+        settings={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            "reorder_and_upcast_attn": ...,
+        },
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        NAMES_OPT,
+        _opt,
+        True,
+        1e-5,
+        settings={"activation_function": ("relu", "gelu", "gelu_new"), "layer_norm_elementwise_affine": (True,)},
+    ),
+    "internlm": Family(
+        "InternLMForCausalLM", NAMES_LLAMA, _internlm, settings=_SILU | {"bias": (True, False), "rotary": ...}
+    ),
+    "internlm2": Family("InternLM2ForCausalLM", NAMES_INTERNLM2, _internlm2, settings=_SILU | {"bias": (True, False)}),
+    "gemma": Family("GemmaForCausalLM", NAMES_LLAMA, _gemma, True, settings=_GELU_TANH | _BIAS),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        NAMES_GEMMA2,
+        _gemma2,
+        True,
+        settings=_GELU_TANH
+        | _BIAS
+        | dict.fromkeys(
+            (
+                "sliding_window",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+                "query_pre_attn_scalar",
+                "sliding_window_size",
+            ),
+            ...,
+        ),
+    ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        NAMES_DEEPSEEK,
+        _deepseek,
+        settings=_SILU
+        | _BIAS
+        | {
+            "topk_method": ("greedy", "group_limited_greedy"),
+            "scoring_func": ("softmax",),
+            "norm_topk_prob": (False,),
+            "moe_layer_freq": (1,),
+        },
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        NAMES_DEEPSEEK,
+        _deepseek,
+        settings=_SILU
+        | _BIAS
+        | {
+            "topk_method": ("noaux_tc",),
+            "scoring_func": ("sigmoid",),
+            "rope_interleave": (True, False),
+            "moe_layer_freq": (1,),
+        },
+    ),
+}
 
 
 def _family_of(source, path):
@@ -790,12 +717,16 @@ _NEUTRAL = {
     "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,), "use_bias": (False,), "bias": (False,),
     "attn_logit_softcapping": (), "final_logit_softcapping": (), "query_pre_attn_scalar": (), "use_qk_norm": (False,),
     "qk_norm": (False,), "qk_layernorm": (False,), "clip_qkv": (), "logit_scale": (1.0, 1), "alibi": (False,),
-    "attention_multiplier": (), "residual_multiplier": (1.0, 1), "embedding_multiplier": (1.0, 1), "logits_scaling": (1.0, 1),
+    "attention_multiplier": (), "residual_multiplier": (1.0, 1), "embedding_multiplier": (1.0, 1),
+        "logits_scaling": (1.0, 1),
     "attention_chunk_size": (), "no_rope_layers": (), "parallel_attn": (False,), "use_parallel_residual": (False,),
-    "rope_local_base_freq": (), "use_bidirectional_attention": (False,), "is_encoder_decoder": (False,), "num_local_experts": (),
+    "rope_local_base_freq": (), "use_bidirectional_attention": (False,), "is_encoder_decoder": (False,),
+        "num_local_experts": (),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "router_jitter_noise": (0, 0.0),
-    "apply_residual_connection_post_layernorm": (False,), "pre_seq_len": (), "position_encoding_2d": (False,), "use_mla": (False,),
-    "rope_ratio": (1, 1.0), "use_dynamic_ntk": (False,), "use_logn_attn": (False,), "original_rope": (True,), "swiglu": (True,),
+    "apply_residual_connection_post_layernorm": (False,), "pre_seq_len": (), "position_encoding_2d": (False,),
+        "use_mla": (False,),
+    "rope_ratio": (1, 1.0), "use_dynamic_ntk": (False,), "use_logn_attn": (False,), "original_rope": (True,),
+        "swiglu": (True,),
 }  # fmt: skip
 
 
@@ -818,14 +749,17 @@ def _refuse_other_maths(source, family, path):
             continue
         right = " or ".join(json.dumps(choice) for choice in allowed) or "no such key"
         raise UserError(
-            f"{path}: {key} = {json.dumps(value)} is not supported for {family}: it changes the maths; supported is {right}"
+            f"{path}: {key} = {json.dumps(value)} is not supported for {family}: it changes the maths; supported is "
+            f"{right}"
         )
 
 
 _READ_KEYS = {  # keys that read like maths, and are read above or change nothing
     *(key for keys in SYNONYMS.values() for key in keys),
-    "rope_scaling", "rope_parameters", "rope_theta", "max_window_layers", "routed_scaling_factor", "word_embed_proj_dim",
-    "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "hidden_act", "attention_softmax_in_fp32", "fp32_residual_connection",
+    "rope_scaling", "rope_parameters", "rope_theta", "max_window_layers", "routed_scaling_factor",
+        "word_embed_proj_dim",
+    "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "hidden_act", "attention_softmax_in_fp32",
+        "fp32_residual_connection",
     "masked_softmax_fusion", "slow_but_exact", "_sliding_window_pattern", "use_flash_attn", "scale_attn_weights",
 }  # fmt: skip
 
@@ -854,7 +788,8 @@ def _quantization(source, path):
     for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"):
         if found.get(key):
             raise UserError(
-                f"{path}: quantization_config: {key} = {found[key]!r} is not supported: every linear of the blocks, and only these"
+                f"{path}: quantization_config: {key} = {found[key]!r} is not supported: every linear of the blocks, "
+                "and only these"
             )
     return found
 
@@ -924,12 +859,16 @@ def weight_names(config: ModelConfig, rows: list | None = None) -> Iterator[tupl
 
 
 _PADDLENLP_KEYS = {  # model_type: its keys that have another name in Hugging Face's config.json of that family
-    "gpt": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions", "hidden_act": "activation_function", "hidden_activation": "activation_function"},
-    "opt": {"intermediate_size": "ffn_dim", "normalize_before": "do_layer_norm_before", "hidden_act": "activation_function"},
+    "gpt": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+                "hidden_activation": "activation_function"},
+    "opt": {"intermediate_size": "ffn_dim", "normalize_before": "do_layer_norm_before",
+        "hidden_act": "activation_function"},
     "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
     "chatglm": {"num_hidden_layers": "num_layers"},
-    "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "max_sequence_length": "seq_length"},
+    "chatglm_v2": {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size",
+        "max_sequence_length": "seq_length"},
 }  # fmt: skip
 
 
@@ -943,7 +882,8 @@ _PADDLENLP_MARKS = {
 
 
 _PADDLENLP_MACHINE = re.compile(  # keys of how it computes, not what
-    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|long_sequence_(init|strategy)|virtual_pp|mp_degree"
+    "paddlenlp_version|fuse_|_fused|fused_|parallel|recompute|use_flash|rope_fusion_level|"
+    "long_sequence_(init|strategy)|virtual_pp|mp_degree"
 )
 
 

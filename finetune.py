@@ -168,10 +168,7 @@ def make_loaders(args: Args, tokenizer: Tokenizer) -> tuple[SFTLoader | None, SF
 
     train = loader("train", args.per_device_train_batch_size, is_train=True) if args.do_train else None
     if train is not None:
-        print(
-            f"train: {len(train.dataset):,} records ({train.dataset.dropped} dropped), {train.batches_per_epoch:,} "
-            f"batches an epoch, {100 * train.fill:.1f} % of positions real"
-        )
+        trainer.print_data("train", "records", train)
     dev = loader("dev", args.per_device_eval_batch_size) if args.do_eval else None
     test = loader("test", args.per_device_eval_batch_size) if args.do_predict else None
     return train, dev, test

@@ -40,6 +40,7 @@ from positions import (
     NO_ROW,
     alibi_slopes,
     append_mask_rows,
+    check_one_sample_a_row,
     document_lengths,
     glm_positions_and_mask,
     rope_tables,
@@ -862,15 +863,6 @@ Z_LOSS_ROWS = 1024  # tokens whose logits are held at once while the largest is 
 def distances_count(config: ModelConfig) -> bool:
     """Whether attention depends on the distance of query and key: then a prefix must be right before its sample."""
     return config.position == "alibi" or any(config.windows)
-
-
-def check_one_sample_a_row(position_ids: paddle.Tensor, labels: paddle.Tensor) -> None:
-    """UserError if a row has labels in a second sample, which would be too far from the row's prefix."""
-    samples = (position_ids == 0).astype("int64").cumsum(1)
-    if bool(((samples > 1) & (labels != -100)).any()):
-        raise UserError(
-            "prefix tuning of a model with ALiBi or windows: a row holds several samples; put one in each row"
-        )
 
 
 # ============================================================================================== making, linears by name

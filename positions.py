@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 
 from families import ModelConfig, yarn_mscale
+from formats.files import UserError
 
 NO_ROW = np.iinfo(np.int32).max  # a FlashMask row that no query stands on: the key is hidden from none
 
@@ -219,3 +220,12 @@ def alibi_slopes(heads: int) -> np.ndarray:
     slopes = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
     slopes += [2.0 ** (-4 * (2 * i + 1) / below) for i in range(heads - below)]
     return np.array(slopes, np.float32)
+
+
+def check_one_sample_a_row(position_ids: paddle.Tensor, labels: paddle.Tensor) -> None:
+    """UserError if a row has labels in a second sample, which would be too far from the row's prefix."""
+    samples = (position_ids == 0).astype("int64").cumsum(1)
+    if bool(((samples > 1) & (labels != -100)).any()):
+        raise UserError(
+            "prefix tuning of a model with ALiBi or windows: a row holds several samples; put one in each row"
+        )

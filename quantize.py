@@ -41,9 +41,8 @@ from arguments import ScriptArgs
 from calibration import ActivationStats, Calibration, linear_refs, sequential_groups
 from data import CorpusLoader, SFTDataset, SFTLoader
 from families import ModelConfig
-from formats.chat import load_chat_template
 from formats.files import UserError, atomic_file
-from formats.tokenizer import Tokenizer, load_tokenizer
+from formats.tokenizer import Tokenizer
 from formats.weights import named_weights, save_pretrained
 from model import CausalLM, QuantLinear, block_linears, norm_consumers, set_parameter, shiftable_norms
 
@@ -653,8 +652,7 @@ class A8W8:
     def observes(self, args) -> dict:
         return {"keep_rows": args.search_tokens}
 
-    def prepare_block(self, block, refs, stats, config, args) -> list:
-        return prepare_block(block, refs, stats, config, args)
+    prepare_block = staticmethod(prepare_block)
 
     def prepare(self, stats, args):
         return None
@@ -759,24 +757,26 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
     if not args.dataset_name_or_path:
         return None, 0, None
     path = Path(args.dataset_name_or_path)
-    steps = (
-        args.gptq_step
-        if args.quant_type != "a8w8"
-        else max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
-    )
+    a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
+    steps = a8w8_steps if args.quant_type == "a8w8" else args.gptq_step
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
-        size = args.per_device_train_batch_size
-        corpus = (path, args.split)
-        calibration = CorpusLoader(*corpus, "train", steps * size, args.max_length, size, args.seed)
-        dev = CorpusLoader(*corpus, "valid", None, args.max_length, args.per_device_eval_batch_size, shuffle=False)
+        size, T = args.per_device_train_batch_size, args.max_length
+        calibration = CorpusLoader(path, args.split, "train", steps * size, T, size, seed=args.seed)
+        dev = CorpusLoader(path, args.split, "valid", None, T, args.per_device_eval_batch_size, shuffle=False)
         return calibration, steps, dev if args.do_eval else None
 
     def loader(split, batch_size, shuffle):
-        lengths, progress = (args.src_length, args.max_length), not args.disable_tqdm
-        records = SFTDataset(path, tokenizer, *lengths, split, progress=progress)
-        packing = args.zero_padding, args.greedy_zero_padding
+        lengths = args.src_length, args.max_length
+        records = SFTDataset(path, tokenizer, *lengths, split=split, progress=not args.disable_tqdm)
         return SFTLoader(
-            records, batch_size, args.max_length, *packing, args.seed, shuffle, pad_token_id=tokenizer.pad_token_id
+            records,
+            batch_size,
+            args.max_length,
+            zero_padding=args.zero_padding,
+            greedy_zero_padding=args.greedy_zero_padding,
+            seed=args.seed,
+            shuffle=shuffle,
+            pad_token_id=tokenizer.pad_token_id,
         )
 
     own = any((path / name).exists() for name in ("quant.json", "quant.jsonl", "quant"))
@@ -796,9 +796,8 @@ def open_model(args: Args) -> CausalLM:
         method = model.config.quantization["quant_method"]
         raise UserError(f"{args.model_name_or_path}: is quantized already ({method}); give the float model")
     if model.prefix is not None:
-        raise UserError(
-            f"{args.lora_path or args.model_name_or_path}: a prefix cannot be quantized; quantize its base model"
-        )
+        path = args.lora_path or args.model_name_or_path
+        raise UserError(f"{path}: a prefix cannot be quantized; quantize its base model")
     return model
 
 
@@ -826,9 +825,7 @@ def main(args: Args) -> None:
     folder = Path(args.output_dir).absolute()
     if not os.access(next(p for p in (folder, *folder.parents) if p.exists()), os.W_OK):
         raise UserError(f"output_dir: {args.output_dir} cannot be written to")
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
-    if args.chat_template is not None:
-        tokenizer.chat_template = load_chat_template(args.chat_template)
+    tokenizer = trainer.setup_tokenizer(args)
     calibration_loader, batches, dev = loaders(args, tokenizer)
     model = open_model(args)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
@@ -838,9 +835,8 @@ def main(args: Args) -> None:
     }
     if args.lora_path:
         report["bytes_before"] += weight_bytes(args.lora_path)
-    if args.group_size != -1 and (
-        uneven := {l.n_in for *_, l in block_linears(model).values() if l.n_in % args.group_size}
-    ):
+    widths = {layer.n_in for *_, layer in block_linears(model).values()}
+    if args.group_size != -1 and (uneven := {n_in for n_in in widths if n_in % args.group_size}):
         print(f"group_size {args.group_size} does not divide {sorted(uneven)} input rows: their last group is shorter")
 
     # ====================================================================== 2. before

@@ -840,6 +840,15 @@ def eval_mode(model: CausalLM) -> Iterator[None]:
         model.train()
 
 
+def print_data(split: str, unit: str, loader: Loader) -> None:
+    """One line on what a loader holds."""
+    dataset = loader.dataset
+    print(
+        f"{split}: {len(dataset):,} {unit} ({dataset.dropped} dropped), {loader.batches_per_epoch:,} batches an epoch, "
+        f"{100 * loader.fill:.1f} % of positions real"
+    )
+
+
 def eval_batches(loader: Loader, max_batches: int | None = None) -> list[tuple[int, int]]:
     """[(epoch, index)] of the batches of an evaluation: epoch 0, or its first max_batches if > 0."""
     batches = loader.batches_per_epoch

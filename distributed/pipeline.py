@@ -358,7 +358,7 @@ class Pipeline:
         in_flight = deque()
         for batch in batches:
             with paddle.no_grad():
-                outputs = self._map_one(model, inputs(batch), functools.partial(outputs_of, batch=batch))
+                outputs = self._map_one(model, inputs(batch), lambda outputs, batch=batch: outputs_of(outputs, batch))
             in_flight.append((batch, outputs))
             if len(in_flight) == self.size - self.rank:
                 batch, outputs = in_flight.popleft()

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from families import FAMILIES, IGNORED_WEIGHTS, ModelConfig, _table, weight_names
+from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, atomic_file
 from formats.tensor_files import (
     BinFile,
@@ -34,6 +34,7 @@ from formats.tensor_files import (
     to_contiguous,
     write_safetensors,
 )
+from formats.weight_names import IGNORED_WEIGHTS, name_table
 from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, set_parameter
 from positions import rope_frequencies
 
@@ -400,7 +401,7 @@ _PADDLENLP_PREFIX = {"gpt2": "gpt", "chatglm": "chatglm.transformer", "chatglm2"
 
 
 _PADDLENLP_TABLES = {
-    "gpt2": _table("""
+    "gpt2": name_table("""
         embed_tokens                gpt.embeddings.word_embeddings
         embed_positions             gpt.embeddings.position_embeddings
         layers.{i}.attention_norm   gpt.decoder.layers.{i}.norm1
@@ -411,7 +412,7 @@ _PADDLENLP_TABLES = {
         layers.{i}.mlp.down_proj    gpt.decoder.layers.{i}.linear2
         norm                        gpt.decoder.norm
     """),
-    "opt": _table("""
+    "opt": name_table("""
         embed_tokens                opt.embeddings.word_embeddings
         embed_positions             opt.embeddings.position_embeddings
         project_in                  opt.embeddings.project_in

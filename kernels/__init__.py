@@ -29,8 +29,8 @@ from collections.abc import Iterator
 
 warnings.filterwarnings("ignore", message="No ccache found")  # a line of Paddle's at import that concerns nobody here
 os.environ.setdefault("GLOG_minloglevel", "1")  # nor do its notes about connections
-import numpy as np  # noqa: E402
-import paddle  # noqa: E402
+import numpy as np
+import paddle
 
 from formats.files import UserError
 

@@ -45,8 +45,9 @@ from paddle.autograd import PyLayer
 
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample rms_norm layer_norm rope swiglu geglu gelu embedding lora_linear
-    quant_linear linear_cross_entropy adamw squared_norm bf16 peak""".split()  # what needs it: ops, products in bfloat16
+OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample rms_norm
+    layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear linear_cross_entropy adamw squared_norm bf16
+    peak""".split()  # what needs it: ops, products in bfloat16
 LOGITS = 1 << 22  # logits held at a time by linear_cross_entropy (16 MB, so that they stay in the cache), …
 LOGITS_ROWS = 8192  # … of at most so many tokens
 SMALL = (

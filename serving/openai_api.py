@@ -11,11 +11,21 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 from formats.files import UserError, brief
-from serving.engine import PromptTooLong, QueueFull, Request, SamplingParams, ShuttingDown, UnknownAdapter
+from serving.engine import (
+    Engine,
+    PromptTooLong,
+    QueueFull,
+    Request,
+    SamplingParams,
+    ShuttingDown,
+    TokenOutput,
+    UnknownAdapter,
+)
 from serving.http_server import ClientGone, HTTPError, HTTPServer, Limits
 
 # ================================================================== 12. HTTP: OpenAI's objects
@@ -74,7 +84,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, code, param)
 
 
-def take_field(body, name, kind, least=None, most=None):
+def take_field(body: dict, name: str, kind: type, least: float | None = None, most: float | None = None) -> object:
     """body[name], None if absent or null; HTTPError 400 if it is not of this kind or not within least..most."""
     value = body.get(name)
     if value is None:
@@ -86,7 +96,7 @@ def take_field(body, name, kind, least=None, most=None):
     return float(value) if kind is float else value
 
 
-def parse_body(data):
+def parse_body(data: bytes) -> dict:
     """Bytes -> dict; HTTPError 400 where they are no JSON object."""
 
     def refuse(constant):
@@ -106,7 +116,7 @@ def parse_body(data):
     return body
 
 
-def take_strings(body, name, most):
+def take_strings(body: dict, name: str, most: float | None) -> list[str]:
     """A string or a list of at most `most` strings, none of them empty -> tuple."""
     value = body.get(name)
     value = [] if value is None else [value] if isinstance(value, str) else value
@@ -117,14 +127,14 @@ def take_strings(body, name, most):
     return tuple(value)
 
 
-def take_ids(value, name, vocab_size):
+def take_ids(value: object, name: str, vocab_size: int) -> list[int]:
     for token_id in value:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
             raise bad_request(f"{name}: token ids from 0 to {vocab_size - 1} are wanted, found {brief(token_id)}", name)
     return value
 
 
-def sampling_fields(body, is_chat, vocab_size):
+def sampling_fields(body: dict, is_chat: bool, vocab_size: int) -> dict:
     """The request's fields -> SamplingParams' (max_tokens None: as many as the model has room for)."""
     fields = {name: value for name, row in NUMBERS.items() if (value := take_field(body, name, *row)) is not None}
     if fields.get("top_k") == -1:
@@ -153,7 +163,7 @@ def sampling_fields(body, is_chat, vocab_size):
     }
 
 
-def message_text(message, where):
+def message_text(message: dict, where: str) -> str:
     """A message's content, a string or a list of text parts -> str."""
     content = message.get("content")
     if isinstance(content, list):
@@ -171,7 +181,7 @@ def message_text(message, where):
     return content
 
 
-def chat_prompt(body, tokenizer):
+def chat_prompt(body: dict, tokenizer: object) -> list:
     """messages -> [(ids, None)]. Their roles are system (or developer), user and assistant, in turn."""
     messages = take_field(body, "messages", list)
     if not messages:
@@ -195,7 +205,7 @@ def chat_prompt(body, tokenizer):
     return [(tokenizer.apply_chat(turns, add_generation_prompt=True), None)]
 
 
-def completion_prompts(body, tokenizer):
+def completion_prompts(body: dict, tokenizer: object) -> list:
     """prompt (text, texts, ids or lists of ids) -> [(ids, text to be echoed or None)...]."""
     prompt, echo = body.get("prompt"), take_field(body, "echo", bool)
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
@@ -278,13 +288,13 @@ class ChoiceDelta:
     finish_reason: str | None
 
 
-def token_logprob(tokenizer, token_id, logprob):
+def token_logprob(tokenizer: object, token_id: int, logprob: float) -> dict:
     data = tokenizer.piece_bytes(token_id)
     # OpenAI's smallest: JSON has no -inf.
     return {"token": data.decode("utf-8", "replace"), "logprob": max(float(logprob), -9999.0), "bytes": list(data)}
 
 
-def output_logprobs(job, output, tokenizer, offset):
+def output_logprobs(job: APICall, output: TokenOutput, tokenizer: object, offset: int) -> list | dict:
     """An TokenOutput -> the logprobs object of its API, of one token; `offset`: characters of the choice before it."""
     chosen = token_logprob(tokenizer, output.token_id, output.logprob)
     top = [token_logprob(tokenizer, *pair) for pair in output.top_logprobs or ()]
@@ -298,7 +308,7 @@ def output_logprobs(job, output, tokenizer, offset):
     }
 
 
-def stream_choices(job, piece, is_first):
+def stream_choices(job: APICall, piece: ChoiceDelta, is_first: bool) -> Iterator[dict]:
     """A piece -> the choices of the chunks that carry it; a chat has the role first and finish_reason by itself."""
     if not job.is_chat:
         if piece.text or piece.logprobs or piece.finish_reason:
@@ -313,7 +323,7 @@ def stream_choices(job, piece, is_first):
         yield {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def whole_choice(job, index, pieces):
+def whole_choice(job: APICall, index: int, pieces: list) -> dict:
     """All pieces of a choice -> the choice of an answer that is not streamed."""
     text, parts = "".join(piece.text for piece in pieces), [piece.logprobs for piece in pieces if piece.logprobs]
     logprobs = {key: [row for part in parts for row in part[key]] for key in parts[0]} if parts else None
@@ -347,7 +357,7 @@ class Histogram:
         yield f"{name}_count {self.count}"
 
 
-def read_page():
+def read_page() -> tuple[bytes, dict]:
     """page.html -> (bytes, headers): its policy allows its own inline script and style, by hash, and nothing else."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     inline = {}
@@ -739,7 +749,7 @@ class Server:
         await server.close(min(5.0, args.write_timeout))
 
 
-def serve_http(engine, tokenizer, args):
+def serve_http(engine: Engine, tokenizer: object, args: object) -> None:
     """Serve until SIGTERM; returns when everything has been answered. UserError where the port cannot be had.
 
     args: host, port (0: a free one), api_key, model_name_or_path, served_model_name, max_connections, max_body_bytes,

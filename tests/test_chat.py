@@ -30,7 +30,8 @@ from formats.files import UserError
 from formats.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "tokenizers"
-SPECIAL = """<s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> [INST] [/INST]
+SPECIAL = """<s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>
+    [INST] [/INST]
     <start_of_turn> <end_of_turn> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> [gMASK] sop <sop> <|system|> <|user|>
     <|assistant|> <|observation|> <eoh> <eoa>""".split()
 CHAT = [
@@ -98,7 +99,10 @@ def split(messages):
 # ------------------------------ what each family writes ------------------------------
 
 LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}".format
-CHATML = "<|im_start|>user\nred lamp<|im_end|>\n<|im_start|>assistant\nten coins<|im_end|>\n<|im_start|>user\nblue chair<|im_end|>\n<|im_start|>assistant\n"
+CHATML = (
+    "<|im_start|>user\nred lamp<|im_end|>\n<|im_start|>assistant\nten coins<|im_end|>\n"
+    "<|im_start|>user\nblue chair<|im_end|>\n<|im_start|>assistant\n"
+)
 CHATML_SYSTEM = "<|im_start|>system\nbe kind<|im_end|>\n"
 PROMPTS = {  # name: prompt of CHAT[:-1], without the system message where the family knows none; prompt of one question
     "llama2": (
@@ -142,7 +146,8 @@ PROMPTS = {  # name: prompt of CHAT[:-1], without the system message where the f
     ),
     "qwen2": (
         CHATML_SYSTEM + CHATML,
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nred lamp<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nred "
+        "lamp<|im_end|>\n<|im_start|>assistant\n",
     ),
     "qwen2.5": (
         CHATML_SYSTEM + CHATML,
@@ -396,7 +401,8 @@ def test_a_reply_that_would_melt_into_its_prompt():
         {"role": "assistant", "content": "\nb"},
         {"role": "user", "content": "c"},
     ]
-    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\nb<|im_end|>\n"
+    text += "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat(messages) == tokenizer.encode(text, False)
     trained = tokenizer.encode_chat([rounds[0], ("c", None)], {})[1]
     assert len(tokenizer.apply_chat(messages)) == len([*trained[0][0], *trained[0][1], *trained[1][0]]) - 1
@@ -476,7 +482,10 @@ def test_bad_conversations(template, messages, generate, words):
 
 # ------------------------------ templates of Hugging Face tokenizers ------------------------------
 
-SHORT = """{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"""
+SHORT = (
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
 
 
 def golden_template(folder):
@@ -637,7 +646,8 @@ for name, source in templates.items():
     texts[name] = []
     for chat in chats:
         try:
-            text = render_jinja_template([chat], chat_template=source, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")[0][0]
+            text = render_jinja_template([chat], chat_template=source, add_generation_prompt=True, bos_token="<s>",
+                eos_token="</s>")[0][0]
         except Exception as error:
             text = None
         texts[name].append(text)

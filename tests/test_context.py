@@ -272,8 +272,9 @@ def test_what_can_be_shared():
 @pytest.mark.parametrize("key", ["sep_parallel_degree", "context_parallel_degree"])
 def test_a_script(two, tmp_path, key):
     """finetune.py, packed, as the same with one process: losses, norms, evaluation."""
-    argv = "--dataset_name_or_path demo/sft --model_name_or_path demo/llama --do_train true --zero_padding true --max_length 96 --src_length 48 --max_steps 2 --lora true"
-    argv = f"{argv} --logging_steps 1 --save_strategy no --learning_rate 1e-3 --per_device_train_batch_size 1 --disable_tqdm true".split()
+    argv = """--dataset_name_or_path demo/sft --model_name_or_path demo/llama --do_train true --zero_padding true
+        --max_length 96 --src_length 48 --max_steps 2 --lora true --logging_steps 1 --save_strategy no
+        --learning_rate 1e-3 --per_device_train_batch_size 1 --disable_tqdm true""".split()
     found = []
     for more in ([f"--{key}", "2"], []):
         folder = str(tmp_path / f"{len(found)}")

@@ -312,7 +312,7 @@ def test_pairs_that_cannot_be_learned_are_dropped(tmp_path, tokenizer):
 def test_loader_covers_every_pair_once_an_epoch(tokenizer):
     pairs = data.PreferenceDataset(DEMO / "preference" / "dev.jsonl", tokenizer, 300, 128)
     for greedy in (False, True):
-        loader = data.PreferenceLoader(pairs, 2, 300, greedy, seed=3)
+        loader = data.PreferenceLoader(pairs, 2, 300, greedy_zero_padding=greedy, seed=3)
         for epoch in (0, 1):
             batches = [loader.batch(epoch, i) for i in range(loader.batches_per_epoch)]
             seen = [i for batch in batches for row in batch["sample_ids"] for i in row]

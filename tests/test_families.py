@@ -673,7 +673,8 @@ import pathlib, torch, transformers
 arrays = {}
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     given = np.load(folder / "inputs.npz")
-    make = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
+    make = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
+        experts_implementation="eager", dtype=torch.float32).eval()
     model, ids, labels = make(), torch.from_numpy(given["ids"]), torch.from_numpy(given["labels"])
     logits = model(ids).logits
     loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
@@ -681,8 +682,10 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     norms = np.array([float(p.grad.norm()) for p in model.parameters() if p.grad is not None])
     model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
     steps = int(given["steps"])
-    out = make().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, eos_token_id=None)
-    for key, value in dict(logits=logits.detach().numpy(), loss=np.float32(loss.item()), norms=norms, generated=out.numpy()).items():
+    out = make().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False,
+        eos_token_id=None)
+    for key, value in dict(logits=logits.detach().numpy(), loss=np.float32(loss.item()), norms=norms,
+        generated=out.numpy()).items():
         arrays[f"{folder.name}/{key}"] = value
 """
 
@@ -721,10 +724,12 @@ arrays, ids = {}, torch.from_numpy(np.load(sys.argv[3]))
 for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     for kind in ("lora", "prefix"):
         if (folder / kind).is_dir():
-            base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
+            base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager",
+                experts_implementation="eager", dtype=torch.float32)
             model = peft.PeftModel.from_pretrained(base, folder / kind).eval()
             with torch.no_grad():
-                arrays[f"{folder.name}/{kind}"] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+                arrays[f"{folder.name}/{kind}"] = model(input_ids=ids,
+                    attention_mask=torch.ones_like(ids)).logits.numpy()
 """
 
 

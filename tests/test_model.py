@@ -196,7 +196,8 @@ def test_transformers_opens_what_we_save(hf_python, tmp_path):
 import pathlib, torch, transformers
 arrays = {}
 for folder in pathlib.Path(sys.argv[2]).iterdir():
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
+        output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
     assert model.dtype == torch.float32, (folder, model.dtype)
     arrays[folder.name] = model(torch.from_numpy(np.load(sys.argv[3]))).logits.detach().numpy()
@@ -560,7 +561,8 @@ import kernels
 from adapters import from_pretrained
 kernels.configure()
 paddle.matmul(paddle.ones([64, 64]), paddle.ones([64, 64]))
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
+# of this program: exec resets it
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 loaded = from_pretrained(sys.argv[1])
 after_load = peak()

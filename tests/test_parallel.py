@@ -20,8 +20,10 @@ from formats.paddlenlp import OPTIONS
 from model import build
 from parallel import Degrees, Topology
 
-SHORT = {"tensor": "tensor_parallel_degree", "pipeline": "pipeline_parallel_degree", "sharding_degree": "sharding_parallel_degree",
-         "sep": "sep_parallel_degree", "context": "context_parallel_degree", "expert": "expert_parallel_degree", "virtual": "virtual_pp_degree",
+SHORT = {"tensor": "tensor_parallel_degree", "pipeline": "pipeline_parallel_degree",
+    "sharding_degree": "sharding_parallel_degree",
+         "sep": "sep_parallel_degree", "context": "context_parallel_degree", "expert": "expert_parallel_degree",
+             "virtual": "virtual_pp_degree",
          "order": "hybrid_parallel_topo_order"}  # fmt: skip
 
 
@@ -80,7 +82,8 @@ LLAMA = tiny_models.config(
         (
             16,
             dict(tensor=16),
-            r"tensor_parallel_degree 16 is more than attention heads \(8\); .* ids of the vocabulary \(7\); .* channels of the MLP \(5\)",
+            r"tensor_parallel_degree 16 is more than attention heads \(8\); .* ids of the vocabulary \(7\); .* "
+            r"channels of the MLP \(5\)",
         ),
         (8, dict(tensor=8), r"tensor_parallel_degree 8 is more than ids of the vocabulary \(7\)"),
         (8, dict(pipeline=8), r"pipeline_parallel_degree 8 is more than layers \(4\)"),
@@ -98,7 +101,8 @@ LLAMA = tiny_models.config(
         (
             8,
             dict(sep=4, tensor=4),
-            r"sep_parallel_degree 4 does not divide attention heads \(2, which tensor_parallel_degree 4 leaves a rank of 8\)",
+            r"sep_parallel_degree 4 does not divide attention heads \(2, which tensor_parallel_degree 4 leaves a "
+            r"rank of 8\)",
         ),
         (4, dict(sep=2, context=2), "sep_parallel_degree and context_parallel_degree exclude each other"),
         (
@@ -246,9 +250,19 @@ def test_options_of_upstream(key, capsys):
 def test_option_names_are_upstreams():
     """The lists of upstream's documentation, copied."""
     wanted = {
-        "tensor_parallel_config": "enable_mp_async_allreduce, enable_mp_skip_c_identity, enable_mp_fused_linear_param_grad_add, enable_sp_async_reduce_scatter, enable_delay_scale_loss, sync_param, sync_grad, sync_moment, replace_with_c_embedding, replace_with_parallel_cross_entropy",
-        "pipeline_parallel_config": "disable_p2p_cache_shape, disable_partial_send_recv, enable_delay_scale_loss, enable_dp_comm_overlap, enable_sharding_comm_overlap, enable_timer, enable_release_grads, enable_clear_every_step_cache, enable_overlap_p2p_comm, disable_batch_p2p_comm, best_unbalanced_scheduler, enable_offload_queue, use_dualpipev, forward_backward_overlap_scheduler, enable_dynamic_shape",
-        "sharding_parallel_config": "enable_stage1_tensor_fusion, enable_stage1_overlap, enable_stage2_overlap, split_param, disable_stage1_reduce_avg, enable_stage1_broadcast_overlap, enable_stage1_allgather_overlap, enable_release_grads, enable_fuse_optimizer_states",
+        "tensor_parallel_config": "enable_mp_async_allreduce, enable_mp_skip_c_identity, "
+        "enable_mp_fused_linear_param_grad_add, enable_sp_async_reduce_scatter, "
+        "enable_delay_scale_loss, sync_param, sync_grad, sync_moment, "
+        "replace_with_c_embedding, replace_with_parallel_cross_entropy",
+        "pipeline_parallel_config": "disable_p2p_cache_shape, disable_partial_send_recv, enable_delay_scale_loss, "
+        "enable_dp_comm_overlap, enable_sharding_comm_overlap, enable_timer, "
+        "enable_release_grads, enable_clear_every_step_cache, enable_overlap_p2p_comm, "
+        "disable_batch_p2p_comm, best_unbalanced_scheduler, enable_offload_queue, "
+        "use_dualpipev, forward_backward_overlap_scheduler, enable_dynamic_shape",
+        "sharding_parallel_config": "enable_stage1_tensor_fusion, enable_stage1_overlap, enable_stage2_overlap, "
+        "split_param, disable_stage1_reduce_avg, enable_stage1_broadcast_overlap, "
+        "enable_stage1_allgather_overlap, enable_release_grads, "
+        "enable_fuse_optimizer_states",
         "data_parallel_config": "enable_allreduce_avg_in_gradinent_scale, gradient_sync_after_accumulate",
         "sequence_parallel_config": "enable_allreduce_avg_in_gradinent_scale, gradient_sync_after_accumulate",
     }

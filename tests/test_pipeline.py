@@ -258,7 +258,7 @@ def test_deep_pipelines(ranks, degrees, count):
 def test_a_stage_knows_what_it_has_not(ranks, name):
     whole, _, _ = jobs_pipeline.held(name, {})
     found = ranks(2).run("jobs_pipeline:held", name, {"pp": 2})
-    for here, elsewhere, paths in found:
+    for here, elsewhere, _ in found:
         assert here | elsewhere == whole and not here & elsewhere
     first, last = (set(paths) for *_, paths in found)
     tied = tiny_models.config(name).tie_word_embeddings
@@ -322,8 +322,10 @@ def test_a_slow_neighbor_is_waited_for(ranks, slow):
 RUN = {"overwrite_output_dir": True, "max_steps": 3, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3,
        "do_train": True, "do_eval": True, "disable_tqdm": True, "gradient_accumulation_steps": 4}  # fmt: skip
 SFT = {"model_name_or_path": "demo/llama", "dataset_name_or_path": "demo/sft", "src_length": 128, "max_length": 256,
-       "per_device_train_batch_size": 1, "zero_padding": True, "max_evaluate_steps": 2, "max_new_tokens": 6}  # fmt: skip
-PAIRS = {"model_name_or_path": "demo/llama", "train_dataset_path": "demo/preference", "dev_dataset_path": "demo/preference",
+       "per_device_train_batch_size": 1, "zero_padding": True, "max_evaluate_steps": 2,
+           "max_new_tokens": 6}  # fmt: skip
+PAIRS = {"model_name_or_path": "demo/llama", "train_dataset_path": "demo/preference",
+    "dev_dataset_path": "demo/preference",
          "max_seq_len": 300, "max_prompt_len": 128, "max_new_tokens": 6, "max_evaluate_steps": 2,
          "per_device_train_batch_size": 1}  # fmt: skip
 CORPUS = {"model_name_or_path": "demo/llama", "input_dir": str(ROOT / "demo/pretrain/corpus"), "max_seq_length": 128,
@@ -347,7 +349,8 @@ def test_a_script_on_two_stages(ranks, tmp_path, case):
         argv = [word for key, value in {**keys, **more}.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
         folder = tmp_path / str(world)
         rows, printed = ranks(world).run("jobs_parallel:script", script, [*argv, "--output_dir", str(folder)])[-1]
-        return rows, json.loads((folder / "dev_results.json").read_text()), printed[printed.rfind("\ndev: ") + 1 :]
+        printed = printed[printed.rfind("\ndev: ") + 1 : printed.rfind("next: ")]
+        return rows, json.loads((folder / "dev_results.json").read_text()), printed
 
     (one, metrics, shown), (two, found, also) = run(1), run(2, pipeline_parallel_degree=2)
     for a, b in zip(one, two, strict=True):

@@ -25,10 +25,13 @@ from formats.files import UserError
 
 IDS = tensor(inputs()[0])
 SCHEMES = {  # name: quantization_config
-    "w4": {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": "gptq"},
-    "w4_groups": {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": False, "checkpoint_format": "gptq"},
+    "w4": {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False,
+        "checkpoint_format": "gptq"},
+    "w4_groups": {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": False,
+        "checkpoint_format": "gptq"},
     "w4_short_group": {"quant_method": "gptq", "bits": 4, "group_size": 20, "sym": False, "desc_act": False},
-    "w8_shuffled": {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": True, "desc_act": True, "checkpoint_format": "gptq"},
+    "w8_shuffled": {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": True, "desc_act": True,
+        "checkpoint_format": "gptq"},
     "a8w8": {"quant_method": "a8w8", "bits": 8, "activation": "per_token"},
     "a8w8_shift": {"quant_method": "a8w8", "bits": 8, "activation": "per_tensor", "shift": True},
 }  # fmt: skip

@@ -375,13 +375,18 @@ def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
 # ------------------------------------------------------------------------------------------------ every family
 
 _WIDE = {"head_dim": 16}
-_LATENT = {"hidden_size": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16,
+_LATENT = {"hidden_size": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "moe_intermediate_size": 16,
            "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 PACKABLE = {  # changes that make every linear's sizes multiples of 8, as eight 4-bit codes share a word
-    "llama_mqa": _WIDE | {"hidden_size": 24}, "qwen2": _WIDE | {"hidden_size": 48}, "qwen2_moe": {"shared_expert_intermediate_size": 24},
-    "mistral": {"hidden_size": 40}, "mixtral": {"hidden_size": 32}, "qwen3": _WIDE, "qwen3_moe": _WIDE, "glm": _WIDE, "gemma": _WIDE, "gemma2": _WIDE, "gpt2": {"n_embd": 48},
-    "chatglm2_mha": {"kv_channels": 16}, "bloom_7heads": {"hidden_size": 56}, "opt": {"ffn_dim": 40}, "opt_350m": {"ffn_dim": 40},
-    "deepseek_v2": _LATENT | {"q_lora_rank": 24}, "deepseek_v2_lite": _LATENT, "deepseek_v3": _LATENT | {"q_lora_rank": 24},
+    "llama_mqa": _WIDE | {"hidden_size": 24}, "qwen2": _WIDE | {"hidden_size": 48},
+        "qwen2_moe": {"shared_expert_intermediate_size": 24},
+    "mistral": {"hidden_size": 40}, "mixtral": {"hidden_size": 32}, "qwen3": _WIDE, "qwen3_moe": _WIDE, "glm": _WIDE,
+        "gemma": _WIDE, "gemma2": _WIDE, "gpt2": {"n_embd": 48},
+    "chatglm2_mha": {"kv_channels": 16}, "bloom_7heads": {"hidden_size": 56}, "opt": {"ffn_dim": 40},
+        "opt_350m": {"ffn_dim": 40},
+    "deepseek_v2": _LATENT | {"q_lora_rank": 24}, "deepseek_v2_lite": _LATENT,
+        "deepseek_v3": _LATENT | {"q_lora_rank": 24},
 }  # fmt: skip
 
 
@@ -416,8 +421,10 @@ def logits_of_texts(net):
 RESIDUAL = "the residual reads the norm, too"
 NO_BIAS = "a router reads the norm, and has no bias to take the constant"
 LEFT_OUT = {  # name: the lines that say what is not done
-    "opt_350m": {f"{way}: not before {name}: {RESIDUAL}" for way in ("shift", "smooth") for name in ("q_proj", "up_proj")},
-    "chatglm": {f"{way}: not before {name}: {RESIDUAL}" for way in ("shift", "smooth") for name in ("qkv_proj", "up_proj")}
+    "opt_350m": {f"{way}: not before {name}: {RESIDUAL}" for way in ("shift", "smooth") for name in ("q_proj",
+        "up_proj")},
+    "chatglm": {f"{way}: not before {name}: {RESIDUAL}" for way in ("shift", "smooth") for name in ("qkv_proj",
+        "up_proj")}
     | {"smooth: not before down_proj: gelu_tanh lies between, which no factor passes"},
     "bloom": {"smooth: not before down_proj: gelu_tanh lies between, which no factor passes"},
     "mixtral": {f"shift: not before gate_proj: {NO_BIAS}"},

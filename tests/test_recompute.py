@@ -138,7 +138,8 @@ def run(T):
     losses.sum().backward()
     return kept
 run(64)
-for model.recompute, model.recompute_granularity in ((False, "none"), (True, "core_attn"), (True, "full_attn"), (True, "full")):
+for model.recompute, model.recompute_granularity in ((False, "none"), (True, "core_attn"), (True, "full_attn"),
+    (True, "full")):
     found[model.recompute_granularity] = run(T)
 model.no_recompute_layers = frozenset([1])
 found["all but one"] = run(T)
@@ -169,7 +170,8 @@ def test_memory_by_granularity(run_python, tmp_path):
 
     def said(**keys):
         argv = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-        argv += f"--model_name_or_path {tmp_path} --dry_run true --per_device_train_batch_size 1 --max_seq_length 2048 --recompute true".split()
+        argv += f"--model_name_or_path {tmp_path} --dry_run true --per_device_train_batch_size 1".split()
+        argv += "--max_seq_length 2048 --recompute true".split()
         lines = dry_run(parse_args(pretrain.Args, argv)).splitlines()
         return {
             line.strip().rpartition("  ")[0].strip(): float(line.split()[-1].replace(",", "")) * 1e6

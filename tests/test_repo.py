@@ -13,27 +13,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-# A room imports only from the lines above its own.
-IMPORT_ORDER = """
-formats.files formats.paddlenlp
-formats.bpe formats.megatron
-formats.tokenizer_json
-distributed.watchdog
-formats.chat formats.tensor_files families kernels distributed.collectives
-formats.tokenizer positions layers
-model
-data formats.weights distributed.expert
-adapters calibration distributed.pipeline
-distributed.tensor serving.runners
-distributed.context distributed.sharding serving.engine
-parallel serving.http_server
-serving.openai_api
-checkpoint plan
-arguments
-trainer
-pretrain finetune dpo quantize export serve
-"""
-LEVELS = {room: level for level, line in enumerate(IMPORT_ORDER.split("\n")) for room in line.split()}
+# docs/ARCHITECTURE.md: numbered lines; a room imports only from the lines above its own.
+IMPORT_ORDER = re.findall(r"^ ?(\d+)  ([a-z_. ]+)$", (ROOT / "docs" / "ARCHITECTURE.md").read_text(), re.M)
+LEVELS = {room: int(number) for number, rooms in IMPORT_ORDER for room in rooms.split()}
 SCRIPTS = ("pretrain", "finetune", "dpo", "quantize", "export", "serve")
 MAX_ROOM_LINES, MAX_SCRIPT_LINES, MAX_QUANTIZE_LINES = 1000, 450, 900
 MAX_FUNCTION_LINES, MAX_MAIN_LINES, MAX_COLUMNS, MAX_README_WORDS = 60, 130, 120, 1300

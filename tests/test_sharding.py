@@ -190,8 +190,9 @@ def test_whole_values_become_pieces_again(two):
 
 
 def test_a_script_with_sharding_and_offload(two, tmp_path):
-    argv = """--dataset_name_or_path demo/sft --model_name_or_path demo/llama --do_train true --zero_padding true --max_length 128
-              --src_length 64 --max_steps 3 --logging_steps 1 --save_strategy no --learning_rate 1e-3 --lora true --lora_plus_scale 4
+    argv = """--dataset_name_or_path demo/sft --model_name_or_path demo/llama --do_train true --zero_padding true
+              --max_length 128 --src_length 64 --max_steps 3 --logging_steps 1 --save_strategy no --learning_rate 1e-3
+              --lora true --lora_plus_scale 4
               --per_device_train_batch_size 1 --disable_tqdm true""".split()
     sharded = ["--sharding", "stage2 offload", "--sharding_parallel_degree", "2", "--gradient_accumulation_steps", "2"]
     rows, printed = two.run(
@@ -213,8 +214,10 @@ def test_answers_are_shared_out(two, tmp_path, more):
     for split, count in (("train", 4), ("dev", 40)):
         lines = (ROOT / "demo" / "sft" / f"{split}.json").read_text().splitlines()[:count]
         (tmp_path / f"{split}.json").write_text("\n".join(lines) + "\n")
-    argv = f"""--dataset_name_or_path {tmp_path} --model_name_or_path demo/llama --do_train false --do_eval true --max_length 128
-               --src_length 64 --max_new_tokens 4 --eval_with_do_generation true --save_generation_output true --disable_tqdm true""".split()
+    argv = f"""--dataset_name_or_path {tmp_path} --model_name_or_path demo/llama --do_train false --do_eval true
+               --max_length 128 --src_length 64 --max_new_tokens 4 --eval_with_do_generation true
+               --save_generation_output true
+               --disable_tqdm true""".split()
     import jobs_parallel
 
     folders = tmp_path / "two", tmp_path / "one"

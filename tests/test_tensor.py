@@ -27,7 +27,8 @@ from formats.files import UserError
 from parallel import Degrees, Topology
 
 EVEN = {"mixtral": {"num_local_experts": 4}, "mixtral_window": {"num_local_experts": 4, "num_experts_per_tok": 1},
-        "qwen2_moe": {"num_experts": 6}, "qwen3_moe": {"num_experts": 8}}  # experts that two ranks share out  # fmt: skip
+        "qwen2_moe": {"num_experts": 6},
+            "qwen3_moe": {"num_experts": 8}}  # experts that two ranks share out  # fmt: skip
 
 
 def compare(ranks, cases, tolerance=1e-5, of_gradients=2e-5):

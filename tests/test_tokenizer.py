@@ -74,7 +74,8 @@ CASES = {
     "mistral_v1 legacy": ("mistral_v1", "golden.json", SPM, LEGACY, {"hf_legacy_true": NONE, "raw": (False, False)}),
     "mistral_v3": ("mistral_v3", "golden.json", SPM, MODERN, {"hf_legacy_false": NONE, "hf_with_bos": SPECIAL}),
     "mistral_v3 legacy": ("mistral_v3", "golden.json", SPM, LEGACY, {"hf_legacy_true": NONE, "raw": (False, False)}),
-    "mistral_v3 json": ("mistral_v3", "golden_tokenizer_json.json", None, None, {"hf": NONE, "hf_with_special": SPECIAL}),
+    "mistral_v3 json": ("mistral_v3", "golden_tokenizer_json.json", None, None, {"hf": NONE,
+        "hf_with_special": SPECIAL}),
     "internlm1": ("internlm1", "golden.json", SPM, MODERN, {"hf_legacy_false": NONE, "hf_with_bos": SPECIAL}),
     "internlm1 legacy": ("internlm1", "golden.json", SPM, LEGACY, {"hf_legacy_true": NONE, "raw": (False, False)}),
     "internlm1 own class": (
@@ -630,7 +631,8 @@ PIPELINES = {  # name: normalizer, pre_tokenizer, post_processor, decoder, keys 
     "bloom": (None, sequence("pretokenizers", split(BLOOM_WORDS), bytes_of()), bytes_of(), bytes_of(), {}),
     "deepseek": (
         sequence("normalizers"),
-        sequence("pretokenizers", *map(split, DEEPSEEK_WORDS), {"type": "Digits", "individual_digits": True}, bytes_of()),
+        sequence("pretokenizers", *map(split, DEEPSEEK_WORDS), {"type": "Digits", "individual_digits": True},
+            bytes_of()),
         bytes_of(), bytes_of(), {}),
     "splits": (
         {"type": "NFKC"},
@@ -651,11 +653,13 @@ PIPELINES = {  # name: normalizer, pre_tokenizer, post_processor, decoder, keys 
     "unknown characters": (
         {"type": "NFD"}, metaspace("always", True), None, metaspace("always", True),
         {"fuse_unk": True, "unk_token": "<unk>"}),
-    "each unknown character": ({"type": "NFKD"}, metaspace("never", True), None, metaspace("never", True), {"unk_token": "<unk>"}),
+    "each unknown character": ({"type": "NFKD"}, metaspace("never", True), None, metaspace("never", True),
+        {"unk_token": "<unk>"}),
 }  # fmt: skip
 ADDED = [  # content, special, lstrip, rstrip, normalized
     ("<unk>", True, False, False, False), ("<s>", True, False, False, False), ("</s>", True, False, True, False),
-    ("<|call|>", False, False, False, False), ("<|call|>s", False, True, True, False), ("tool é", False, False, False, True),
+    ("<|call|>", False, False, False, False), ("<|call|>s", False, True, True, False), ("tool é", False, False, False,
+        True),
 ]  # fmt: skip
 THERE = """
 import json, random
@@ -691,8 +695,10 @@ for name, (normalizer, pre_tokenizer, post_processor, decoder, keys) in job["pip
     (folder / name / "answers.json").write_text(json.dumps(answers))
 """
 WORDS = (
-    """the lamp's water we'll don't I'M 2023 3.14 1,000,000 人工智能 你好，世界！ Привет мир नमस्ते สวัสดี안녕 Ångström naïve ﬁ ㍿ Ⅷ ½
-été tool_é tool é <s> </s> <|call|> <|call|>s <unk> x86 camelCase snake_case == --> !!! ... 😀👨‍👩‍👧 e\u0301 \u2581 ſt K""".split()
+    """the lamp's water we'll don't I'M 2023 3.14 1,000,000 人工智能 你好，世界！ Привет мир नमस्ते สวัสดี안녕 Ångström naïve ﬁ ㍿
+    Ⅷ ½
+été tool_é tool é <s> </s> <|call|> <|call|>s <unk> x86 camelCase snake_case == --> !!! ... 😀👨‍👩‍👧
+    e\u0301 \u2581 ſt K""".split()
     + ["tool é"]
 )
 GAPS = [

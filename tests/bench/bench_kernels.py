@@ -100,7 +100,8 @@ def milliseconds(row, name):
 
 def gemm(torch, most, options):
     print(
-        "\nproducts, GFLOP/s: M x K x N; bf16: float32 in and out, products in bfloat16;\nratio and share are of bf16, of frozen where there is no other"
+        "\nproducts, GFLOP/s: M x K x N; bf16: float32 in and out, products in bfloat16;\nratio and share are of "
+        "bf16, of frozen where there is no other"
     )
     names = ("bf16", "bf16, frozen", "fp32", "fp32, frozen", "torch bf16")
     print(f"{'':20} {'':8}" + "".join(f"{name:>14}" for name in names) + f"{'over torch':>12}{'of peak':>9}")
@@ -148,7 +149,8 @@ def attention(torch, most, options):
                 label = f"{T} {'packed' if packed else 'full causal'}"
                 figures = "".join(f"{1e3 * row[name]:11.2f}" for name in names)
                 if torch:
-                    figures += f"{row['torch'] / row['ours']:10.2f}x{row['torch bf16'] / row.get('ours bf16', row['ours']):8.2f}x"
+                    in_bf16 = row["torch bf16"] / row.get("ours bf16", row["ours"])
+                    figures += f"{row['torch'] / row['ours']:10.2f}x{in_bf16:8.2f}x"
                 print(f"{label:22}{part:9}{figures}", flush=True)
                 found.append({"T": T, "packed": packed, "part": part, **row})
             if torch:

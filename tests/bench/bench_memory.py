@@ -24,7 +24,8 @@ from unittest import mock
 
 import paths  # noqa: F401
 
-MODEL = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+MODEL = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408,
+    "num_hidden_layers": 8,
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
          "tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}  # fmt: skip
 TOKENS = 128
@@ -102,7 +103,7 @@ def measure(ways, lora):
         mock.patch.object(distributed.sharding.Bucket, "flatten", laid),
         mock.patch.object(distributed.sharding.Bucket, "unshard", gathered),
     ):
-        for step in range(2):
+        for _ in range(2):
             ids = rng.integers(3, MODEL["vocab_size"], (2, 1, TOKENS + 1))
             batches = [{"input_ids": paddle.to_tensor(i[:, :-1]), "labels": paddle.to_tensor(i[:, 1:])} for i in ids]
             core.host_memory_stat_reset_peak_value("Allocated", 0)
@@ -163,7 +164,8 @@ def main():
     from pool import Ranks
 
     print(
-        f"`{' '.join(['python', 'tests/bench/bench_memory.py', *sys.argv[1:]])}`: MB (1e6 bytes) of the fullest rank, measured (in brackets: --dry_run)\n"
+        f"`{' '.join(['python', 'tests/bench/bench_memory.py', *sys.argv[1:]])}`: MB (1e6 bytes) of the fullest "
+        "rank, measured (in brackets: --dry_run)\n"
     )
     print(
         "| | weights | gradients | moments | a unit at work | gradients before the step | allocated | resident |\n|---|"

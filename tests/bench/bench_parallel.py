@@ -22,10 +22,12 @@ import paths  # noqa: F401
 import numpy as np
 from pool import Ranks
 
-COMMON = dict(model_type="llama", max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
+COMMON = dict(model_type="llama", max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0,
+    hidden_act="silu",
               tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, initializer_range=0.02)  # fmt: skip
 SHAPES = {
-    "S": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1376,
+    "S": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
+        intermediate_size=1376,
               vocab_size=4096),
     "A": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
               intermediate_size=2048, vocab_size=32000),

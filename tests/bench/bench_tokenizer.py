@@ -47,7 +47,8 @@ def main():
     english, code = texts()
     long_word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000))
     print(
-        f"{'family':20} {'kind':13} {'strings':>7} {'mismatches':>10} {'load s':>7} {'cold':>6} {'warm':>6} {'code':>6} "
+        f"{'family':20} {'kind':13} {'strings':>7} {'mismatches':>10} {'load s':>7} {'cold':>6} {'warm':>6} "
+        f"{'code':>6} "
         f"{'decode':>7} MB/s {'long word s':>11}"
     )
     for name in CASES:

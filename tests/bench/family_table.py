@@ -28,10 +28,14 @@ ROOT = paths.TESTS.parent
 
 BEGIN, END = "<!-- families: written by tests/bench/family_table.py -->", "<!-- families end -->"
 WHAT = {  # family: what stands in the table for it
-    "llama": "Llama 1, 2, 3, 3.x", "mistral": "Mistral, sliding window", "mixtral": "Mixtral", "qwen": "Qwen, dynamic NTK and logn",
-    "qwen2": "Qwen1.5, 2, 2.5", "qwen2_moe": "Qwen1.5/2-MoE", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "baichuan": "Baichuan 1 and 2, 7B and 13B",
-    "chatglm": "ChatGLM-6B", "chatglm2": "ChatGLM2, ChatGLM3, GLM-4-9B", "glm": "GLM-4, transformers' names", "glm4": "GLM-4-0414", "bloom": "Bloom",
-    "gpt2": "GPT-2, GPT-3", "opt": "OPT, 350m too", "internlm": "InternLM", "internlm2": "InternLM2", "gemma": "Gemma", "gemma2": "Gemma 2",
+    "llama": "Llama 1, 2, 3, 3.x", "mistral": "Mistral, sliding window", "mixtral": "Mixtral",
+        "qwen": "Qwen, dynamic NTK and logn",
+    "qwen2": "Qwen1.5, 2, 2.5", "qwen2_moe": "Qwen1.5/2-MoE", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE",
+        "baichuan": "Baichuan 1 and 2, 7B and 13B",
+    "chatglm": "ChatGLM-6B", "chatglm2": "ChatGLM2, ChatGLM3, GLM-4-9B", "glm": "GLM-4, transformers' names",
+        "glm4": "GLM-4-0414", "bloom": "Bloom",
+    "gpt2": "GPT-2, GPT-3", "opt": "OPT, 350m too", "internlm": "InternLM", "internlm2": "InternLM2", "gemma": "Gemma",
+        "gemma2": "Gemma 2",
     "deepseek_v2": "DeepSeek-V2, V2-Lite", "deepseek_v3": "DeepSeek-V3",
 }  # fmt: skip
 

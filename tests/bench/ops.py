@@ -327,7 +327,8 @@ def hardware():
         with open("/proc/cpuinfo") as file:
             info = dict(line.split(":", 1) for line in file.read(10000).split("\n\n")[0].splitlines() if ":" in line)
         info = {key.strip(): value.strip() for key, value in info.items()}
-        known = "avx2 fma avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8"
+        known = "avx2 fma avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16"
+        known += " amx_tile amx_bf16 amx_int8"
         flags = info.get("flags", "").split()
         parts += [info.get("model name", "an unnamed processor"), f"{len(os.sched_getaffinity(0))} threads"]
         parts.append(" ".join(flag for flag in known.split() if flag in flags) or "no instruction set above SSE2")

@@ -70,7 +70,8 @@ TOPOLOGIES = {
     "tp2 sharding2 stage2": _way(4, 2, tp=2, shards=2, sharding="stage2"),
     "tp2 sharding2 stage3": _way(4, 2, tp=2, shards=2, sharding="stage3"),
     "pp2 sharding2": _way(4, 2, pp=2, shards=2, sharding="stage1"),
-    "pp2 sharding2, sharding first": _way(4, 2, pp=2, shards=2, sharding="stage1", hybrid_parallel_topo_order="sharding_first"),
+    "pp2 sharding2, sharding first": _way(4, 2, pp=2, shards=2, sharding="stage1",
+        hybrid_parallel_topo_order="sharding_first"),
     "pp2 dp2": _way(4, 2, pp=2),
     "sharding2 stage2 dp2": _way(4, 4, shards=2, sharding="stage2"),
     "sep2 tp2": _way(4, sep=2, tp=2),
@@ -85,7 +86,8 @@ TOPOLOGIES = {
 # name: (script, keys); the data of both is that of family_cells.make_world().
 _TUNE = {"src_length": 20, "max_length": 44, "max_new_tokens": 4, "zero_padding": True, "flash_mask": True}
 TASKS = {
-    "pretrain": ("pretrain", {"split": "90,10,0", "max_seq_length": 41, "mask_across_documents": True, "learning_rate": 1e-3}),
+    "pretrain": ("pretrain", {"split": "90,10,0", "max_seq_length": 41, "mask_across_documents": True,
+        "learning_rate": 1e-3}),
     "sft": ("finetune", {**_TUNE, "learning_rate": 1e-3}),
     "lora": ("finetune", {**_TUNE, "lora": True, "lora_rank": 3, "lora_dropout": 0.1, "learning_rate": 2e-3}),
     "prefix": ("finetune", {**_TUNE, "prefix_tuning": True, "num_prefix_tokens": 3, "learning_rate": 1e-2}),

@@ -582,13 +582,18 @@ with paddle.static.program_guard(paddle.static.Program()):
         infer(f"weight_only {algo}", both)
     run = _C_ops._run_custom_op
     infer("our cross_entropy", lambda: run("gpu_cross_entropy", a([-1, 1000]), a([-1], "int64"), 0.0))
-    infer("our softmax", lambda: run("gpu_softmax_backward", a([-1, 1000]), a([-1], "int64"), a([-1], "float32"), a([-1], "float32"), 30.0))
+    infer("our softmax", lambda: run("gpu_softmax_backward", a([-1, 1000]), a([-1], "int64"), a([-1], "float32"),
+        a([-1], "float32"), 30.0))
     infer("our rms_norm", lambda: run("gpu_rms_norm_residual", a([2, 5, 64]), a([2, 5, 64]), a([64]), 1e-5))
-    infer("our rms_norm backward", lambda: run("gpu_rms_norm_residual_backward", a([2, 5, 64]), a([64]), a([10], "float32"), a([2, 5, 64]), a([2, 5, 64])))
+    infer("our rms_norm backward", lambda: run("gpu_rms_norm_residual_backward", a([2, 5, 64]), a([64]), a([10],
+        "float32"), a([2, 5, 64]), a([2, 5, 64])))
     cache, scales = a([-1, 16, 2, 64], "int8"), a([-1, 16, 2], "float32")
-    infer("our paged_decode", lambda: run("gpu_paged_decode", a([-1, 8, 64]), cache, cache, a([-1, -1], "int32"), a([-1], "int32"), scales, scales, a([8], "float32"), 0.125, 99, 99, 0.0))
-    infer("our quant_linear", lambda: run("gpu_quant_linear", a([-1, 128]), a([16, 256], "int32"), a([1, 256], "float32"), None, None, 4, 128))
-    infer("our dequantize", lambda: run("gpu_dequantize", a([1]), a([16, 256], "int32"), a([1, 256], "float32"), a([1, 32], "int32"), 4, 128))
+    infer("our paged_decode", lambda: run("gpu_paged_decode", a([-1, 8, 64]), cache, cache, a([-1, -1], "int32"),
+        a([-1], "int32"), scales, scales, a([8], "float32"), 0.125, 99, 99, 0.0))
+    infer("our quant_linear", lambda: run("gpu_quant_linear", a([-1, 128]), a([16, 256], "int32"), a([1, 256],
+        "float32"), None, None, 4, 128))
+    infer("our dequantize", lambda: run("gpu_dequantize", a([1]), a([16, 256], "int32"), a([1, 256], "float32"),
+        a([1, 32], "int32"), 4, 128))
 print(json.dumps(found))
 """
 INFERRED = {
@@ -707,7 +712,8 @@ def test_gpu_has_the_signature_of_the_shim(op):
 
 
 def test_nothing_imports_the_gpu_back_end(run_python):
-    script = "import json, sys, kernels\nkernels.configure('cpu')\nkernels.describe()\nprint(json.dumps('kernels.gpu' in sys.modules))"
+    script = "import json, sys, kernels\nkernels.configure('cpu')\nkernels.describe()\n"
+    script += "print(json.dumps('kernels.gpu' in sys.modules))"
     assert run_python(script) is False
 
 

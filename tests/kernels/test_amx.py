@@ -22,7 +22,8 @@ DOORS = """
 #include "amx.h"
 extern "C" {
 int ready(int integers) { return integers ? amx_int8_ready() : amx_bf16_ready(); }
-void products(int integers, long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, void* C, long ldc, long N, int add) {
+void products(int integers, long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, void* C,
+    long ldc, long N, int add) {
   if (integers) amx_int8_tiles(M, words, A, a_stride, B, (int32_t*)C, ldc, N, add);
   else amx_bf16_tiles(M, words, A, a_stride, B, (float*)C, ldc, N, add);
 }
@@ -31,8 +32,10 @@ void products(int integers, long M, long words, const uint32_t* A, long a_stride
 MISUSES = """
 extern "C" {
 const char* fault() { return emulated_fault(); }
-void forget() { *emulated_fault() = 0; emulated_regions().clear(); std::memset(emulated_counts(), 0, 4 * sizeof(long)); emulated_release(); }
-void allow(const uint8_t* from, long bytes, int writable) { emulated_regions().push_back({from, from + bytes, writable != 0}); }
+void forget() { *emulated_fault() = 0; emulated_regions().clear(); std::memset(emulated_counts(), 0,
+    4 * sizeof(long)); emulated_release(); }
+void allow(const uint8_t* from, long bytes, int writable) { emulated_regions().push_back({from, from + bytes,
+    writable != 0}); }
 long count(int of) { return emulated_counts()[of]; }
 void configure(long r0, long r1, long c0, long c1) { amx_configure({{r0, r1}, {c0, c1}}); }
 void raw(const void* configuration) { _tile_loadconfig(configuration); }
@@ -135,7 +138,8 @@ def check(lib, integers, M, K, N, add, ldc=None):
 
 
 SHAPES = [  # M, K, N
-    (1, 1, 1), (5, 123, 7), (16, 64, 16), (17, 65, 17), (32, 128, 32), (33, 63, 33), (48, 31, 48), (96, 200, 64), (95, 97, 63), (31, 1030, 40), (2, 2, 64), (64, 3, 5),
+    (1, 1, 1), (5, 123, 7), (16, 64, 16), (17, 65, 17), (32, 128, 32), (33, 63, 33), (48, 31, 48), (96, 200, 64), (95,
+        97, 63), (31, 1030, 40), (2, 2, 64), (64, 3, 5),
 ]  # fmt: skip
 both = pytest.mark.parametrize("integers", [False, True], ids=["bf16", "int8"])
 

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 WAYS = {"sse2": 0, "avx2": 1, "avx512": 2, "vnni": 3, "amx": 4}
 SHAPES = [  # rows, in, out
-    (1, 1, 1), (5, 123, 7), (1, 768, 200), (3, 66, 64), (7, 131, 65), (37, 520, 130), (200, 70, 300), (2, 4, 2100), (193, 257, 33),
+    (1, 1, 1), (5, 123, 7), (1, 768, 200), (3, 66, 64), (7, 131, 65), (37, 520, 130), (200, 70, 300), (2, 4, 2100),
+        (193, 257, 33),
 ]  # fmt: skip
 
 
@@ -69,7 +70,8 @@ def emulated(tmp_path_factory):
     (folder / "int8.cc").write_text("""
 #include "emulated_tiles.h"
 #include "int8.h"
-extern "C" void run(long rows, long in, long out, const float* x, const signed char* w, const float* scales, const float* bias, const float* given, float* y) {
+extern "C" void run(long rows, long in, long out, const float* x, const signed char* w, const float* scales,
+    const float* bias, const float* given, float* y) {
   int8::linear({rows, in, out, x, w, scales, bias, given, y}, 4);
 }
 extern "C" const char* fault() { return emulated_fault(); }

@@ -271,7 +271,8 @@ def test_every_op_has_a_row_in_the_table():
 
 
 SMALL = {
-    "rows": 3, "D": 8, "T": 6, "heads": 2, "H": 2, "Dh": 4, "F": 8, "M": 40, "K": 32, "N": 33, "n_in": 64, "n_out": 32, "group": 32, "tokens": 8, "V": 16,
+    "rows": 3, "D": 8, "T": 6, "heads": 2, "H": 2, "Dh": 4, "F": 8, "M": 40, "K": 32, "N": 33, "n_in": 64, "n_out": 32,
+        "group": 32, "tokens": 8, "V": 16,
     "size": 9, "sequences": 2, "context": 8, "block": 4,
 }  # fmt: skip
 
@@ -304,14 +305,17 @@ for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
     makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in with_bf16.get(op, ()))]
     for make in makers + [functools.partial(table.attention, document=70)] * (op == "attention"):
         paddle.seed(0)
-        for case in make(**{name: sizes[name] for name in inspect.signature(make).parameters if name in sizes and (name, op) != ("K", "paged_attention")}):
+        names = [n for n in inspect.signature(make).parameters if n in sizes and (n, op) != ("K", "paged_attention")]
+        for case in make(**{name: sizes[name] for name in names}):
             made = case.run()
             tensors = made if isinstance(made, (list, tuple)) else [made]
-            found[f"{op}, {case.kind}, {case.part}, {case.shape}"] = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+            digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+            found[f"{op}, {case.kind}, {case.part}, {case.shape}"] = digest
 print(json.dumps(found))
 """
 SIZES = {  # large enough that each has work for several threads, and no multiple of a tile
-    "rows": 300, "D": 520, "T": 300, "heads": 3, "Dh": 40, "F": 700, "M": 300, "K": 520, "N": 200, "n_in": 256, "n_out": 512, "group": 32, "tokens": 320, "V": 1000,
+    "rows": 300, "D": 520, "T": 300, "heads": 3, "Dh": 40, "F": 700, "M": 300, "K": 520, "N": 200, "n_in": 256,
+        "n_out": 512, "group": 32, "tokens": 320, "V": 1000,
     "size": 300_001, "sequences": 3, "context": 80,
 }  # fmt: skip
 
@@ -906,7 +910,8 @@ def check_attention(
 
 
 SHAPES = [  # B, Tq, Tk, H, K, Dh
-    (1, 1, 1, 1, 1, 2), (2, 7, 7, 4, 2, 8), (1, 13, 13, 3, 3, 5), (1, 1, 9, 4, 1, 6), (2, 5, 12, 6, 2, 4), (1, 33, 33, 2, 1, 16),
+    (1, 1, 1, 1, 1, 2), (2, 7, 7, 4, 2, 8), (1, 13, 13, 3, 3, 5), (1, 1, 9, 4, 1, 6), (2, 5, 12, 6, 2, 4), (1, 33, 33,
+        2, 1, 16),
 ]  # fmt: skip
 
 
@@ -1265,7 +1270,8 @@ q, k, v = (paddle.randn([1, n, 1, 64]) for n in (Tq, T, T))
 q.stop_gradient = k.stop_gradient = v.stop_gradient = False
 rows = paddle.to_tensor((np.arange(T) // 1024 * 1024 + 1024).astype("int32").reshape(1, 1, T, 1)) if packed else None
 (paddle.matmul(q[0, :64, 0], k[0, :64, 0], transpose_y=True)).numpy()
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
+# of this program: exec resets it
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before, start = peak(), time.time()
 kernels.attention(q, k, v, rows).sum().backward()
 assert np.isfinite(q.grad.numpy()).all() and np.abs(v.grad.numpy().sum() - Tq * 64) < 0.01 * Tq * 64
@@ -1516,7 +1522,8 @@ h, w = paddle.randn([4096, 32]), paddle.randn([32, 50000])
 h.stop_gradient = w.stop_gradient = False
 labels = paddle.randint(0, 50000, [4096])
 paddle.matmul(h[:8], w).numpy()
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # of this program: exec resets it
+# of this program: exec resets it
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 kernels.linear_cross_entropy(h, w, labels).mean().backward()
 print(json.dumps(peak() - before))
@@ -1761,7 +1768,8 @@ def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path)
                 for e in (a - exact[name][i] for a in (ours, torchs[f"{name}:{i}"]))
             ]
             print(
-                f"{name:24} {('out', 'gradient 1', 'gradient 2', 'gradient 3')[i]:11} error {errors[0][0]:.2e}, torch's {errors[1][0]:.2e}, "
+                f"{name:24} {('out', 'gradient 1', 'gradient 2', 'gradient 3')[i]:11} error {errors[0][0]:.2e}, "
+                f"torch's {errors[1][0]:.2e}, "
                 f"ratio {errors[0][0] / max(errors[1][0], 1e-9):.2f}; at worst {errors[0][1]:.2e}, {errors[1][1]:.2e}"
             )
             assert all(a <= 1.5 * b + 1e-6 for a, b in zip(*errors)), f"{name}, {i}: {errors}"
@@ -1811,7 +1819,8 @@ if sys.argv[1] == "1":
 import numpy as np, kernels, paddle
 kernels.configure("cpu", use_bf16=True)
 x = [paddle.to_tensor(np.random.default_rng(i).standard_normal(s).astype("float32"), stop_gradient=False)
-     for i, s in enumerate([(1, 300, 2, 40), (1, 300, 1, 40), (1, 300, 1, 40), (300, 520), (520, 96), (20000, 64), (520,), (520,)])]
+     for i, s in enumerate([(1, 300, 2, 40), (1, 300, 1, 40), (1, 300, 1, 40), (300, 520), (520, 96), (20000, 64),
+         (520,), (520,)])]
 y = kernels.attention(*x[:3]) + kernels.attention(*x[:3], softcap=2.0, alibi_slopes=paddle.ones([2]))
 y = y + kernels.rope(y, *(t[:, :, :1, :24].detach() for t in x[1:3]), interleaved=True)
 z = kernels.linear(*x[3:5])
@@ -1819,15 +1828,18 @@ table, labels = x[5], paddle.arange(0, 600, 2)
 e = kernels.embedding(labels % 7, table)
 n, h = kernels.rms_norm(x[3], x[6], 1e-5, x[3] * 2)
 n = kernels.layer_norm(n, x[6], x[7], 1e-5) + kernels.geglu(n, h)
-l = [kernels.linear_cross_entropy(e, w, labels, True, softcap=cap) for w in (table, table.detach()) for cap in (None, 3.0)]
+l = [kernels.linear_cross_entropy(e, w, labels, True, softcap=cap) for w in (table,
+    table.detach()) for cap in (None, 3.0)]
 (y.sum() + (z * z).sum() + n.sum() + sum(losses.sum() for losses in l)).backward()
 norm = kernels.squared_norm(table.grad)
 kernels.adamw(table, table.grad, paddle.zeros_like(table), paddle.zeros_like(table), 1, 0.1, 0.9, 0.99, 1e-8, 0.1)
-draw = lambda low, high, shape, dtype: paddle.to_tensor(np.random.default_rng(9).integers(low, high, shape).astype(dtype))
+draw = lambda low, high, shape, dtype: paddle.to_tensor(np.random.default_rng(9).integers(low, high,
+    shape).astype(dtype))
 rows, scales = x[3].detach()[:20], paddle.ones([1, 300])
 q = [kernels.quant_linear(rows, draw(-128, 128, (520, 300), "int8"), scales[0], scheme="a8w8"),
      kernels.quant_linear(rows, draw(-2**31, 2**31, (65, 300), "int32"), scales, scheme="w4")]
-print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z, n, *l, *q, norm, table] + [t.grad for t in x])).hexdigest()))
+print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in [y, z, n, *l, *q, norm,
+    table] + [t.grad for t in x])).hexdigest()))
 """
 
 

@@ -64,17 +64,17 @@ def adapted(model, adapter, topology):
 
 
 def train(
-    name, degrees, count, steps=1, adapter=None, changes={}, kind="packed", options={}, generate=True, folder=None
+    name, degrees, count, steps=1, adapter=None, changes=None, kind="packed", options=None, generate=True, folder=None
 ):
     """Steps of AdamW on a model of families.py, or one in a folder. {"evaluated", "predictions", "tokens": of the
     model before them, "losses", "norms", "gradients" of the first step, "weights" after all, "bubble"}."""
     place = topology(degrees)
     if folder is None:
-        model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **changes)), place))
+        model = tiny_models.fill(parallel.parallelize(M.build(tiny_models.config(name, **(changes or {}))), place))
     else:
         model = parallel.from_pretrained(folder, place)
     adapted(model, adapter, place)
-    for key, value in options.items():
+    for key, value in (options or {}).items():
         setattr(model, key, value)
     weights = adapters.trainable_weights(model)
     shards = ZeroOptimizer(model, weights, place)
@@ -151,7 +151,7 @@ def slow_neighbor(degrees, slow, seconds):
 
 def held(name, degrees, **changes):
     """Names of the weights of this process, those it knows to be elsewhere, and the paths of its parameters."""
-    model = parallel.parallelize(M.build(tiny_models.config(name, **changes)), topology(degrees))
+    model = parallel.parallelize(M.build(tiny_models.config(name, **(changes or {}))), topology(degrees))
     return (
         {w.name for w in formats.weights.named_weights(model)},
         set(model.names_on_other_ranks),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Listener, wait
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -51,15 +51,18 @@ class Ranks:
             self.start()
         for pipe in self.pipes:
             pipe.send((job, args, kwargs))
-        answers, end = [], time.monotonic() + timeout
-        for pipe in self.pipes:
-            try:
-                there = pipe.poll(max(0.0, end - time.monotonic()))
-                answers.append(pipe.recv() if there else (False, f"no answer within {timeout} s"))
-            except EOFError:
-                answers.append((False, "it ended"))
-        errors = [f"rank {rank}: {text}" for rank, (succeeded, text) in enumerate(answers) if not succeeded]
-        if errors:
+        answers, end = {}, time.monotonic() + timeout
+        while len(answers) < self.world and time.monotonic() < end:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            for pipe in wait(waiting, timeout=1.0):
+                try:
+                    answers[self.pipes.index(pipe)] = pipe.recv()
+                except EOFError:
+                    answers[self.pipes.index(pipe)] = False, "it ended"
+            if any(not succeeded for succeeded, _ in answers.values()):
+                end = min(end, time.monotonic() + 5.0)  # the others wait for it; some have a reason of their own
+        answers = [answers.get(rank, (False, f"no answer within {timeout} s")) for rank in range(self.world)]
+        if errors := [f"rank {rank}: {text}" for rank, (succeeded, text) in enumerate(answers) if not succeeded]:
             self.stop()  # their connections may be broken
             raise RuntimeError("\n".join(errors))
         return [result for _, result in answers]
