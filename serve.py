@@ -6,8 +6,8 @@
     python serve.py configs/llama_serve.json --benchmark
 
 Opens full, merged, quantized, LoRA and prefix-tuned folders; `lora_path "name=path,name2=path2"` serves several
-adapters of one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`. Messages of
-a chat are written in the model's chat template; a model without one gets plain text, as finetune.py trains it.
+adapters of one base, chosen by each request. `mode: static` runs what export.py wrote with `format: static`. Messages
+of a chat are written in the model's chat template; a model without one gets plain text, as finetune.py trains it.
 
 The engine (serving/engine.py): requests join and leave at every step; a step computes one token of every running
 sequence and, with the rest of `max_num_batched_tokens`, pieces of new prompts. Keys and values are kept in a pool of
@@ -254,7 +254,7 @@ def read_records(path: str | Path) -> Iterator[tuple]:
 
 
 def count_answered(args: Args) -> int:
-    """How many lines of output_file are done; they must be those of data_file. Removes a last line cut off by a kill."""
+    """How many lines of output_file are done: they must be those of data_file. Removes a last line cut by a kill."""
     path = Path(args.output_file)
     if not path.exists():
         return 0
