@@ -814,7 +814,7 @@ def read_moments(weight: Weight, tensors: dict[str, StoredTensor], extent: tuple
     quantized = scale_names[0] in tensors
     for name in names[:1] if quantized else names:
         if name not in tensors:
-            raise UserError(f"optimizer state is not of what is trained now: missing {name}; unexpected none")
+            raise UserError(f"the optimizer state is of other weights: missing {name}; unexpected none")
         if (shape := list(tensors[name].shape)) != weight.shape:
             raise UserError(f"optimizer state: {weight.name}: {shape} found, {weight.shape} needed")
     if not quantized:
