@@ -614,12 +614,12 @@ def _load_lora(model: CausalLM, config: dict, tensors: dict, config_path: Path, 
 
 def _load_prefix(model: CausalLM, config: dict, tensors: dict, config_path: Path, trainable: bool) -> None:
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-    wanted = layers, heads, heads * model.config.head_dim
-    found = config["num_layers"], config["num_attention_heads"], config["token_dim"]
-    if found != wanted:
+    model_sizes = layers, heads, heads * model.config.head_dim
+    sizes = config["num_layers"], config["num_attention_heads"], config["token_dim"]
+    if sizes != model_sizes:
         raise UserError(
-            f"{config_path}: prefix of {found[0]} layers, {found[1]} heads, width {found[2]}; "
-            f"the model has {wanted[0]}, {wanted[1]}, {wanted[2]}"
+            f"{config_path}: prefix of {sizes[0]} layers, {sizes[1]} heads, width {sizes[2]}; "
+            f"the model has {model_sizes[0]}, {model_sizes[1]}, {model_sizes[2]}"
         )
     tokens, projection = config["num_virtual_tokens"], config_path.parent / "prefix_projection.safetensors"
     if trainable and projection.is_file():

@@ -659,8 +659,8 @@ def damaged(path: str | Path, topology: Topology = SINGLE) -> str | None:
     """Which file of a complete checkpoint differs from what was written; ranks share the reading."""
     files = json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))["files"]
     files = {name: written for name, written in files.items() if isinstance(written, dict)}
-    found = checksums(path, {name: written["size"] for name, written in files.items()}, topology)
-    wrong = sorted(name for name, written in files.items() if found[name] != written["crc32"])
+    read = checksums(path, {name: written["size"] for name, written in files.items()}, topology)
+    wrong = sorted(name for name, written in files.items() if read[name] != written["crc32"])
     return f"{wrong[0]} is damaged: its checksum differs from what was written" if wrong else None
 
 
@@ -814,7 +814,7 @@ def read_moments(weight: Weight, tensors: dict[str, StoredTensor], extent: tuple
     quantized = scale_names[0] in tensors
     for name in names[:1] if quantized else names:
         if name not in tensors:
-            raise UserError(f"optimizer state is not of what is trained now: missing {name}; unexpected none")
+            raise UserError(f"the optimizer state is of other weights: missing {name}; unexpected none")
         if (shape := list(tensors[name].shape)) != weight.shape:
             raise UserError(f"optimizer state: {weight.name}: {shape} found, {weight.shape} needed")
     if not quantized:

@@ -197,7 +197,7 @@ def dynamic_logits(model: CausalLM, ids: np.ndarray, mask: np.ndarray) -> np.nda
     """(3, 5, V) float32: after the prompt and after each of the four tokens, as model.generate computes them."""
     if model.prefix is not None and model.distances_count and len(ids) > 1:  # no padding between prefix and text
         rows = [(row[part.argmax() :][None], part[part.argmax() :][None]) for row, part in zip(ids, mask)]
-        return np.concatenate([dynamic_logits(model, *row) for row in rows])
+        return np.concatenate([dynamic_logits.__wrapped__(model, *row) for row in rows])  # no_grad does not nest
     T, cache = mask.shape[1], model.new_cache(len(ids))
     positions = np.maximum(mask.cumsum(1) - 1, 0)  # (3, T)
     mask_rows = np.where(mask[:, None, :, None] == 1, NO_ROW, 0).astype(np.int32)  # (3, 1, T, 1) hides the padding
@@ -225,8 +225,8 @@ def difference(logits: np.ndarray, expected: np.ndarray, tolerance: float, subje
     """The largest difference of logits; UserError beyond `tolerance` times the largest logit."""
     largest, limit = float(np.abs(logits - expected).max()), tolerance * float(np.abs(expected).max())
     if not (math.isfinite(largest) and largest <= limit):
-        found = f"logits differ by {largest:.3g}, at most {limit:.3g} is right"
-        raise UserError(f"export refused: {subject}: {found}; nothing was written")
+        problem = f"logits differ by {largest:.3g}, at most {limit:.3g} is right"
+        raise UserError(f"export refused: {subject}: {problem}; nothing was written")
     return largest
 
 

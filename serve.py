@@ -184,13 +184,10 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         adapters=adapters,
         int8_cache=args.cachekv_int8_type is not None,
     )
-    print(
-        f"engine: {engine.pool.num_blocks:,} blocks of {args.block_size} tokens, at most {engine.max_model_len:,} "
-        "tokens "
-        f"a sequence, {args.batch_size} sequences at once"
-        + (f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""),
-        flush=True,
-    )
+    blocks = f"{engine.pool.num_blocks:,} blocks of {args.block_size} tokens"
+    sequences = f"at most {engine.max_model_len:,} tokens a sequence, {args.batch_size} sequences at once"
+    names = f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""
+    print(f"engine: {blocks}, {sequences}{names}", flush=True)
     return engine, tokenizer
 
 
@@ -257,8 +254,7 @@ def read_records(path: str | Path) -> Iterator[tuple]:
 
 
 def count_answered(args: Args) -> int:
-    """How many lines of output_file are done; they must be those of data_file. A last line cut off by a kill is
-    removed."""
+    """How many lines of output_file are done: they must be those of data_file. Removes a last line cut by a kill."""
     path = Path(args.output_file)
     if not path.exists():
         return 0

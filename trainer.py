@@ -523,9 +523,9 @@ class AdamW:
         """
         read = {key: value for key, value in found.items() if "@" not in key and not key.endswith("_pow_acc_0")}
         names = {key.rpartition("/")[0] for key in read}
-        mine = {weight.name for weight in shards.weights}
+        own_names = {weight.name for weight in shards.weights}
         shards.topology.barrier()  # reading weights may have taken one of them longer
-        trained = gather_tensor_index(dict.fromkeys(sorted(mine), 0), shards.topology)[0].keys()  # on any rank
+        trained = gather_tensor_index(dict.fromkeys(sorted(own_names), 0), shards.topology)[0].keys()  # on any rank
         if names != trained:
             missing, extra = _some(trained - names), _some(names - trained)
             raise UserError(f"the optimizer state is of other weights: missing {missing}; unexpected {extra}")

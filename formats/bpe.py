@@ -273,8 +273,8 @@ def split_step(
     def step(texts, at_start):
         out = []
         for text in texts:
-            found = findall(text) if behavior == "Isolated" else ()
-            out += found if sum(map(len, found)) == len(text) else cut(text)  # no gaps: the usual case, and fast
+            matches = findall(text) if behavior == "Isolated" else ()
+            out += matches if sum(map(len, matches)) == len(text) else cut(text)  # no gaps: the usual case, and fast
         return out
 
     return step

@@ -266,8 +266,10 @@ def read_tiktoken(path: str | Path, row: dict) -> BPE:
             shown = line[:40].decode("utf-8", "replace")
             raise UserError(f"{path}:{number}: base64, a space and a rank are expected, found {shown!r}") from None
         if rank < 0 or seen.setdefault(rank, number) != number:
-            found = f"the rank {rank} is that of line {seen[rank]} too" if rank >= 0 else f"the rank {rank} is below 0"
-            raise UserError(f"{path}:{number}: {found}")
+            problem = (
+                f"the rank {rank} is that of line {seen[rank]} too" if rank >= 0 else f"the rank {rank} is below 0"
+            )
+            raise UserError(f"{path}:{number}: {problem}")
         if symbol in vocab:
             raise UserError(f"{path}:{number}: these bytes have the rank {vocab[symbol]} already")
         vocab[symbol] = rank
@@ -291,8 +293,8 @@ def trie_regex(words: list) -> str:
 
 def clean_up(text: str) -> str:
     """transformers' clean_up_tokenization_spaces: no space before punctuation and English contractions."""
-    for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(found, found.strip())
+    for pattern in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(pattern, pattern.strip())
     return text
 
 
@@ -331,8 +333,8 @@ class StreamDecoder:
         else:
             text = piece.decode("utf-8")
             if self.lead and text:
-                kept = text[min(self.lead, len(text) - len(text.lstrip(" "))) :]
-                text, self.lead = kept, 0 if kept else self.lead - len(text)
+                stripped = text[min(self.lead, len(text) - len(text.lstrip(" "))) :]
+                text, self.lead = stripped, 0 if stripped else self.lead - len(text)
             text = self._rest_of_bytes() + text
         if self.gap:
             text = self._between_special(text, is_special)

@@ -1,4 +1,10 @@
-"""OpenAI's requests and replies over an Engine."""
+"""OpenAI's requests and replies over an Engine, and the chat page.
+
+    serve_http(engine, tokenizer, args)          # until SIGTERM; args: serve.Args
+
+A request's body becomes an APICall: one engine Request for each prompt, n choices each. The engine's TokenOutputs
+become ChoiceDeltas, which are sent as server-sent events, or added up to one answer.
+"""
 
 import asyncio
 import base64
@@ -28,7 +34,7 @@ from serving.engine import (
 )
 from serving.http_server import ClientGone, HTTPError, HTTPServer, Limits
 
-# ================================================================== 12. HTTP: OpenAI's objects
+# ================================================================================== the fields of a request
 
 KINDS = {
     bool: "true or false",
@@ -40,7 +46,7 @@ KINDS = {
 }
 
 
-# Fields that would change the answer but that the engine has not, and the values with which they change nothing.
+# Fields that would change the answer and are not supported, with the values that change nothing.
 REFUSED = {"tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",),
            "response_format": ({"type": "text"},), "logit_bias": ({},), "suffix": ("",), "modalities": (["text"],),
            "audio": (), "prediction": (), "min_p": (0,), "bad_words": ([],), "use_beam_search": (False,),
@@ -48,19 +54,14 @@ REFUSED = {"tools": ([],), "tool_choice": ("none",), "functions": ([],), "functi
            "structured_outputs": ()}  # fmt: skip
 
 
-# field: its kind, the least and the most
+# field: (type, minimum, maximum)
 NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 0, 1), "top_k": (int, -1, 2**31),
            "seed": (int, -(2**63), 2**63), "presence_penalty": (float, -2, 2), "frequency_penalty": (float, -2, 2),
            "repetition_penalty": (float, 0.01, 100), "min_tokens": (int, 0, 2**31),
            "ignore_eos": (bool, None, None)}  # fmt: skip
 
-
 MAX_CHOICES = 128  # of one request: prompts times n
-
-
 MAX_STOPS = 16
-
-
 MAX_LOGPROBS = 20
 
 
@@ -84,23 +85,24 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, code, param)
 
 
-def take_field(body: dict, name: str, kind: type, least: float | None = None, most: float | None = None) -> object:
-    """body[name], None if absent or null; HTTPError 400 if it is not of this kind or not within least..most."""
+def take_field(body: dict, name: str, kind: type, low: float | None = None, high: float | None = None) -> object:
+    """body[name], None if absent or null; HTTPError 400 if it is not of this type or not between low and high."""
     value = body.get(name)
     if value is None:
         return None
-    right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not right or (least is not None and not least <= value <= most):
-        bounds = "" if least is None else f" between {least} and {most}"
-        raise bad_request(f"{name}: {KINDS[kind]}{bounds} is expected, found {brief(value)}", name)
+    types = (int, float) if kind is float else kind
+    is_kind = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+    if not is_kind or (low is not None and not low <= value <= high):
+        limits = "" if low is None else f" between {low} and {high}"
+        raise bad_request(f"{name}: must be {KINDS[kind]}{limits}, found {brief(value)}", name)
     return float(value) if kind is float else value
 
 
 def parse_body(data: bytes) -> dict:
-    """Bytes -> dict; HTTPError 400 where they are no JSON object."""
+    """Bytes -> dict; HTTPError 400 where they are not a JSON object, or ask for what is not supported."""
 
     def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     try:
         body = json.loads(data.decode("utf-8"), parse_constant=refuse)
@@ -110,50 +112,48 @@ def parse_body(data: bytes) -> dict:
         raise bad_request(f"the body must be a JSON object, found {brief(body)}", code="invalid_json")
     for name, harmless in REFUSED.items():
         if body.get(name) is not None and body[name] not in harmless:
-            raise bad_request(f"{name}: not supported here", name, "unsupported_parameter")
+            raise bad_request(f"{name}: not supported", name, "unsupported_parameter")
     if body.get("best_of") not in (None, body.get("n") or 1):
-        raise bad_request("best_of: not supported here, except equal to n", "best_of", "unsupported_parameter")
+        raise bad_request("best_of: only supported if equal to n", "best_of", "unsupported_parameter")
     return body
 
 
-def take_strings(body: dict, name: str, most: float | None) -> list[str]:
-    """A string or a list of at most `most` strings, none of them empty -> tuple."""
+def take_strings(body: dict, name: str, limit: int) -> tuple[str, ...]:
+    """body[name], a string or a list of at most `limit` strings, none of them empty."""
     value = body.get(name)
     value = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or len(value) > most or not all(isinstance(part, str) and part for part in value):
-        raise bad_request(
-            f"{name}: a string or a list of at most {most} is expected, none empty, found {brief(value)}", name
-        )
+    if not isinstance(value, list) or len(value) > limit or not all(isinstance(part, str) and part for part in value):
+        expected = f"a string or a list of at most {limit} strings, none of them empty"
+        raise bad_request(f"{name}: must be {expected}, found {brief(value)}", name)
     return tuple(value)
 
 
-def take_ids(value: object, name: str, vocab_size: int) -> list[int]:
+def take_ids(value: list, name: str, vocab_size: int) -> list[int]:
+    """The list, if all of it are token ids."""
     for token_id in value:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-            raise bad_request(
-                f"{name}: token ids from 0 to {vocab_size - 1} are expected, found {brief(token_id)}", name
-            )
+            raise bad_request(f"{name}: token ids are from 0 to {vocab_size - 1}, found {brief(token_id)}", name)
     return value
 
 
 def sampling_fields(body: dict, is_chat: bool, vocab_size: int) -> dict:
-    """The request's fields -> SamplingParams' (max_tokens None: as many as the model has room for)."""
+    """The request's fields -> those of SamplingParams (max_tokens None: as many as the model has room for)."""
     fields = {name: value for name, row in NUMBERS.items() if (value := take_field(body, name, *row)) is not None}
     if fields.get("top_k") == -1:
         fields["top_k"] = 0
     if "seed" in fields:
         fields["seed"] %= 2**63
     if fields.get("top_p") == 0:
-        fields["top_p"] = 1e-6  # OpenAI's clients may say 0 for the likeliest alone
+        fields["top_p"] = 1e-6  # OpenAI's clients may use 0 for greedy decoding
     limit = take_field(body, "max_tokens", int, 1, 2**31)
     if is_chat:
         limit = take_field(body, "max_completion_tokens", int, 1, 2**31) or limit
-        wanted, logprobs = take_field(body, "logprobs", bool), take_field(body, "top_logprobs", int, 0, MAX_LOGPROBS)
-        if logprobs is not None and not wanted:
+        enabled, logprobs = take_field(body, "logprobs", bool), take_field(body, "top_logprobs", int, 0, MAX_LOGPROBS)
+        if logprobs is not None and not enabled:
             raise bad_request("top_logprobs: needs logprobs: true", "top_logprobs")
-        logprobs = (logprobs or 0) if wanted else None
+        logprobs = (logprobs or 0) if enabled else None
     else:
-        limit = 16 if limit is None else limit  # OpenAI's
+        limit = 16 if limit is None else limit  # OpenAI's default
         logprobs = take_field(body, "logprobs", int, 0, MAX_LOGPROBS)
     stop_ids = take_field(body, "stop_token_ids", list) or []
     return fields | {
@@ -171,64 +171,58 @@ def message_text(message: dict, where: str) -> str:
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise bad_request(
-                    f'{where}.content: text parts {{"type": "text", "text": ...}} are understood, found {brief(part)}',
-                    "messages",
-                )
+                expected = 'text parts {"type": "text", "text": ...}'
+                raise bad_request(f"{where}.content: only {expected} are supported, found {brief(part)}", "messages")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise bad_request(
-            f"{where}.content: a string or a list of text parts is expected, found {brief(content)}", "messages"
-        )
+        expected = "a string or a list of text parts"
+        raise bad_request(f"{where}.content: must be {expected}, found {brief(content)}", "messages")
     return content
 
 
-def chat_prompt(body: dict, tokenizer: object) -> list:
+def chat_prompt(body: dict, tokenizer: object) -> list[tuple]:
     """messages -> [(ids, None)]. Their roles are system (or developer), user and assistant, in turn."""
     messages = take_field(body, "messages", list)
     if not messages:
-        raise bad_request("messages: a list of at least one message is expected", "messages")
+        raise bad_request("messages: must be a list of at least one message", "messages")
     turns = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
-            raise bad_request(
-                f'messages[{i}]: an object with the role "system", "user" or "assistant" is expected, '
-                f"found {brief(message)}",
-                "messages",
-            )
+            expected = 'an object with the role "system", "user" or "assistant"'
+            raise bad_request(f"messages[{i}]: must be {expected}, found {brief(message)}", "messages")
         role = "system" if message["role"] == "developer" else message["role"]
         turns.append({"role": role, "content": message_text(message, f"messages[{i}]")})
     return [(tokenizer.apply_chat(turns, add_generation_prompt=True), None)]
 
 
-def completion_prompts(body: dict, tokenizer: object) -> list:
-    """prompt (text, texts, ids or lists of ids) -> [(ids, text to be echoed or None)...]."""
+def completion_prompts(body: dict, tokenizer: object) -> list[tuple]:
+    """prompt (text, texts, ids or lists of ids) -> [(ids, text to echo or None), …]."""
     prompt, echo = body.get("prompt"), take_field(body, "echo", bool)
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt or len(prompt) > MAX_CHOICES:
-        raise bad_request(
-            f"prompt: a string, a list of token ids, or a list of at most {MAX_CHOICES} of these is "
-            f"wanted, found {brief(prompt)}",
-            "prompt",
-        )
+        expected = f"a string, a list of token ids, or a list of at most {MAX_CHOICES} of these"
+        raise bad_request(f"prompt: must be {expected}, found {brief(prompt)}", "prompt")
     if echo and body.get("logprobs") is not None:
         raise bad_request("echo: not supported together with logprobs", "echo", "unsupported_parameter")
-    out = []
+    prompts = []
     for part in prompt:
         if isinstance(part, str):
-            out.append((tokenizer.encode(part), part if echo else None))
+            prompts.append((tokenizer.encode(part), part if echo else None))
         elif isinstance(part, list):
             take_ids(part, "prompt", tokenizer.vocab_size)
-            out.append((part, tokenizer.decode(part) if echo else None))
+            prompts.append((part, tokenizer.decode(part) if echo else None))
         else:
-            raise bad_request(f"prompt: a string or a list of token ids is expected, found {brief(part)}", "prompt")
-    return out
+            raise bad_request(f"prompt: each must be a string or a list of token ids, found {brief(part)}", "prompt")
+    return prompts
+
+
+# ====================================================================================== the objects of an answer
 
 
 @dataclasses.dataclass
 class APICall:
-    """One call of the API while it runs: one engine request a prompt, n choices each."""
+    """One call of the API: one engine request for each prompt, n choices each."""
 
     id: str
     model: str  # as the client named it
@@ -241,7 +235,7 @@ class APICall:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     unfinished: int = 0  # choices
     completion_tokens: int = 0
-    cached: dict = dataclasses.field(default_factory=dict)  # prompt: how many of its tokens were found in the cache
+    cached: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> tokens of it found in the cache
     first_token: float | None = None  # time.monotonic()
     last_token: float | None = None
     finish: str = "-"  # for the log
@@ -276,7 +270,7 @@ class APICall:
 
 @dataclasses.dataclass
 class ChoiceDelta:
-    """What one token adds to one choice; a choice is the sum of its pieces, streamed or not."""
+    """What one token adds to one choice; a choice is the sum of its deltas, streamed or not."""
 
     index: int
     text: str
@@ -286,15 +280,15 @@ class ChoiceDelta:
 
 def token_logprob(tokenizer: object, token_id: int, logprob: float) -> dict:
     data = tokenizer.piece_bytes(token_id)
-    # OpenAI's smallest: JSON has no -inf.
+    # -9999.0 is OpenAI's smallest: JSON has no -inf
     return {"token": data.decode("utf-8", "replace"), "logprob": max(float(logprob), -9999.0), "bytes": list(data)}
 
 
-def output_logprobs(job: APICall, output: TokenOutput, tokenizer: object, offset: int) -> list | dict:
-    """An TokenOutput -> the logprobs object of its API, of one token; `offset`: characters of the choice before it."""
+def output_logprobs(call: APICall, output: TokenOutput, tokenizer: object, offset: int) -> list | dict:
+    """The logprobs object of one token; offset: number of characters of the choice before it."""
     chosen = token_logprob(tokenizer, output.token_id, output.logprob)
     top = [token_logprob(tokenizer, *pair) for pair in output.top_logprobs or ()]
-    if job.is_chat:
+    if call.is_chat:
         return {"content": [chosen | {"top_logprobs": top}]}
     return {
         "tokens": [chosen["token"]],
@@ -304,32 +298,32 @@ def output_logprobs(job: APICall, output: TokenOutput, tokenizer: object, offset
     }
 
 
-def stream_choices(job: APICall, piece: ChoiceDelta, is_first: bool) -> Iterator[dict]:
-    """A piece -> the choices of the chunks that carry it; a chat has the role first and finish_reason by itself."""
-    if not job.is_chat:
-        if piece.text or piece.logprobs or piece.finish_reason:
-            yield dataclasses.asdict(piece)
+def stream_choices(call: APICall, delta: ChoiceDelta, is_first: bool) -> Iterator[dict]:
+    """A delta -> the choices of the chunks that carry it; a chat has the role first and finish_reason by itself."""
+    if not call.is_chat:
+        if delta.text or delta.logprobs or delta.finish_reason:
+            yield dataclasses.asdict(delta)
         return
     rows = [({"role": "assistant", "content": ""}, None, None)] if is_first else []
-    if piece.text or piece.logprobs:
-        rows.append(({"content": piece.text}, piece.logprobs, None))
-    if piece.finish_reason:
-        rows.append(({}, None, piece.finish_reason))
-    for delta, logprobs, finish_reason in rows:
-        yield {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    if delta.text or delta.logprobs:
+        rows.append(({"content": delta.text}, delta.logprobs, None))
+    if delta.finish_reason:
+        rows.append(({}, None, delta.finish_reason))
+    for fields, logprobs, finish_reason in rows:
+        yield {"index": delta.index, "delta": fields, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def whole_choice(job: APICall, index: int, pieces: list) -> dict:
-    """All pieces of a choice -> the choice of an answer that is not streamed."""
-    text, parts = "".join(piece.text for piece in pieces), [piece.logprobs for piece in pieces if piece.logprobs]
+def full_choice(call: APICall, index: int, deltas: list) -> dict:
+    """All deltas of a choice -> the choice of an answer that is not streamed."""
+    text, parts = "".join(delta.text for delta in deltas), [delta.logprobs for delta in deltas if delta.logprobs]
     logprobs = {key: [row for part in parts for row in part[key]] for key in parts[0]} if parts else None
-    choice = {"index": index, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
-    if not job.is_chat:
+    choice = {"index": index, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
+    if not call.is_chat:
         return choice | {"text": text}
     return choice | {"message": {"role": "assistant", "content": text, "refusal": None}}
 
 
-# ================================================================== 13. HTTP: the server
+# =============================================================================================== the server
 
 
 class Histogram:
@@ -354,7 +348,7 @@ class Histogram:
 
 
 def read_page() -> tuple[bytes, dict]:
-    """page.html -> (bytes, headers): its policy allows its own inline script and style, by hash, and nothing else."""
+    """page.html -> (bytes, headers). The policy allows its own inline script and style, by hash, and nothing else."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     inline = {}
     for tag in ("script", "style"):
@@ -376,8 +370,9 @@ def read_page() -> tuple[bytes, dict]:
 class Server:
     """The API and the page over one Engine. `handle` answers a request, `generate` one for tokens.
 
-    What runs where: everything here in the event loop, encoding of prompts in a thread, the engine in its own. The
-    engine's callbacks come from there and are handed over by call_soon_threadsafe."""
+    Everything here runs in the event loop, except the encoding of prompts, which has a thread. The engine has its own
+    thread; its callbacks are handed over by call_soon_threadsafe.
+    """
 
     def __init__(self, engine, tokenizer, args):
         self.engine, self.tokenizer, self.args = engine, tokenizer, args
@@ -386,7 +381,7 @@ class Server:
         self.fingerprint = f"fp_{hashlib.sha256(f'{self.model} {engine.max_model_len}'.encode()).hexdigest()[:10]}"
         self.page, self.page_headers = read_page()
         limits = Limits(args.max_connections, args.max_body_bytes, args.read_timeout, args.write_timeout)
-        self.http, self.running = HTTPServer(self.handle, self.refusal_body, limits), set()  # running: ids of requests
+        self.http, self.running = HTTPServer(self.handle, self.refusal_body, limits), set()  # running: request ids
         self.answers, self.latency, self.first_token = {}, Histogram(), Histogram()
         self.routes = {  # path: (method, handler, open to all)
             "/": ("GET", self.get_page, True),
@@ -400,7 +395,7 @@ class Server:
     # ---- a request
     async def handle(self, connection, request):
         """Read the rest of a request and answer it. HTTPError before its body is here: the connection ends."""
-        handler = self.route(request)  # before the body: whoever may not ask need not send it
+        handler = self.route(request)  # before the body: a refused client need not send it
         body = await connection.read_body(request)
         status = 500
         try:
@@ -411,7 +406,7 @@ class Server:
         except ClientGone:
             status = 499
             raise
-        except Exception:  # a bug; it must show, but not end the others' answers
+        except Exception:  # a bug: it is printed, and other answers go on
             traceback.print_exc()
             if connection.may_respond:
                 await connection.respond(
@@ -438,8 +433,10 @@ class Server:
                 headers={"Allow": ", ".join(allowed)},
             )
         origin = request.headers.get("origin")
-        if origin and origin.partition("://")[2] != request.headers.get("host"):  # another site's script in a browser
-            raise HTTPError(403, "pages of other origins may not ask this server", "wrong_origin")
+        if origin and origin.partition("://")[2] != request.headers.get(
+            "host"
+        ):  # a browser, with another site's script
+            raise HTTPError(403, "pages of other origins may not use this server", "wrong_origin")
         if self.args.api_key and not is_open:
             given = request.headers.get("authorization", "")
             if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.args.api_key}".encode()):
@@ -458,7 +455,7 @@ class Server:
         path = path if path in self.routes else "other"
         self.answers[path, status] = self.answers.get((path, status), 0) + 1
 
-    # ---- what can be looked at
+    # ---- pages and lists
     async def get_page(self, connection, request, body):
         await connection.respond(200, self.page, self.page_headers)
         return 200
@@ -511,7 +508,7 @@ class Server:
 
     # ---- an answer
     def prepare(self, data, is_chat):
-        """The body's bytes -> APICall. Runs in a thread, as encoding a long prompt takes its time."""
+        """The body's bytes -> APICall. Runs in a thread, as encoding a long prompt takes time."""
         body = parse_body(data)
         name = take_field(body, "model", str) or self.model
         if name != self.model and name not in self.engine.adapters:
@@ -525,12 +522,12 @@ class Server:
         try:
             prompts = (chat_prompt if is_chat else completion_prompts)(body, self.tokenizer)
         except UnicodeEncodeError:
-            raise bad_request(f"{field}: a lone surrogate is no character", field) from None
+            raise bad_request(f"{field}: a lone surrogate is not a character", field) from None
         except UserError as error:
             raise bad_request(str(error), field) from None
         if len(prompts) * fields["n"] > MAX_CHOICES:
             raise bad_request(f"n: {len(prompts)} prompts times n are more than {MAX_CHOICES} choices", "n")
-        job = APICall(
+        call = APICall(
             f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             name,
             is_chat,
@@ -545,13 +542,9 @@ class Server:
             if not ids:
                 raise bad_request(f"{field}: empty", field)
             if room < 1:
-                raise bad_request(
-                    f"{field}: {len(ids)} tokens; the model takes {self.engine.max_model_len}, prompt "
-                    "and answer together",
-                    field,
-                    "context_length_exceeded",
-                )
-            # A limit that is too high is no error: the answer ends with finish_reason length where the room does.
+                limit = f"the model takes {self.engine.max_model_len}, prompt and answer together"
+                raise bad_request(f"{field}: {len(ids)} tokens; {limit}", field, "context_length_exceeded")
+            # A limit that is too high is not an error: the answer ends with finish_reason length where the room ends.
             limit = min(fields["max_tokens"] or room, room)
             params = SamplingParams(
                 **fields | {"max_tokens": limit, "min_tokens": min(fields.get("min_tokens", 0), room)}
@@ -561,19 +554,19 @@ class Server:
             except UserError as error:
                 raise bad_request(str(error), str(error).partition(":")[0]) from None
             adapter = None if name == self.model else name
-            job.requests.append(Request(ids, params, adapter, f"{job.id}-{i}"))
-        job.unfinished = len(prompts) * fields["n"]
-        return job
+            call.requests.append(Request(ids, params, adapter, f"{call.id}-{i}"))
+        call.unfinished = len(prompts) * fields["n"]
+        return call
 
-    def submit(self, job, connection, outputs):
-        """Hand the job's requests to the engine; its Outputs will be appended to `outputs`, in the loop's thread."""
+    def submit(self, call, connection, outputs):
+        """Give the requests to the engine; (prompt index, TokenOutput) will be appended to `outputs` in the loop."""
         loop = asyncio.get_running_loop()
 
         def deliver(i, output):
             outputs.append((i, output))
             connection.changed.set()
 
-        for i, request in enumerate(job.requests):
+        for i, request in enumerate(call.requests):
             try:
                 self.engine.submit(request, lambda output, i=i: loop.call_soon_threadsafe(deliver, i, output))
                 self.running.add(request.request_id)
@@ -582,10 +575,10 @@ class Server:
             except ShuttingDown:
                 raise self.shutting_down_error() from None
             except PromptTooLong as error:
-                field = "messages" if job.is_chat else "prompt"
+                field = "messages" if call.is_chat else "prompt"
                 raise bad_request(str(error), field, "context_length_exceeded") from None
             except UnknownAdapter:
-                self.no_model(job.model)
+                self.no_model(call.model)
             except UserError as error:
                 raise bad_request(str(error), str(error).partition(":")[0]) from None
 
@@ -593,46 +586,48 @@ class Server:
         return HTTPError(503, "the server is shutting down", "shutting_down", headers={"Retry-After": "5"})
 
     async def generate(self, connection, request, data):
-        """POST of either API: returns the status. Whatever happens, nothing of it stays in the engine."""
-        start, job, status = time.monotonic(), None, 500
+        """POST of either API; returns the status. However it ends, none of its requests stays in the engine."""
+        start, call, status = time.monotonic(), None, 500
         try:
             if self.http.draining:
                 raise self.shutting_down_error()
-            job = await asyncio.to_thread(self.prepare, data, request.path == "/v1/chat/completions")
+            call = await asyncio.to_thread(self.prepare, data, request.path == "/v1/chat/completions")
             if connection.lost:
                 raise ClientGone
             outputs = []
-            self.submit(job, connection, outputs)
-            if job.stream:
-                status = await self.stream(connection, job, outputs, start)
+            self.submit(call, connection, outputs)
+            if call.stream:
+                status = await self.stream(connection, call, outputs, start)
             else:
-                status = await self.answer(connection, job, outputs, start)
+                status = await self.answer(connection, call, outputs, start)
         except HTTPError as error:
             status = error.status
-            if job is None:
+            if call is None:
                 self.log(f"- refused: {status} {error.code or getattr(error, 'param', None) or ''}")
             raise
         except ClientGone:
             status = 499
             raise
         finally:
-            for each in job.requests if job else ():
+            for each in call.requests if call else ():
                 self.running.discard(each.request_id)
-                if job.unfinished:
+                if call.unfinished:
                     self.engine.abort(each.request_id)
-            if job:
-                self.record(job, status, start)
+            if call:
+                self.record(call, status, start)
         return status
 
-    async def pieces(self, connection, job, outputs, start):
-        """Yields lists of Pieces as they come, until all choices are finished. HTTPError: time is up, or the engine
-        gave up; ClientGone."""
+    async def deltas(self, connection, call, outputs, start):
+        """Yields lists of ChoiceDeltas as they come, until all choices are finished.
+
+        HTTPError: the time is up, or the engine failed. ClientGone.
+        """
         deadline, lengths = start + self.args.request_timeout, {}
-        while job.unfinished:
+        while call.unfinished:
             if connection.client_disconnected(b": still here\n\n"):
                 raise ClientGone
             if outputs:
-                batch = [self.piece(job, i, output, lengths) for i, output in outputs]
+                batch = [self.to_delta(call, i, output, lengths) for i, output in outputs]
                 outputs.clear()
                 yield batch
             elif time.monotonic() >= deadline:
@@ -640,89 +635,89 @@ class Server:
             else:
                 await connection.wait_until(deadline)
 
-    def piece(self, job, i, output, lengths):
+    def to_delta(self, call, i, output, lengths):
         if output.finish_reason in ("abort", "error"):
-            job.finish = output.finish_reason
+            call.finish = output.finish_reason
             raise (
                 self.shutting_down_error()
                 if self.http.draining
                 else HTTPError(500, "the engine failed", "engine_error")
             )
-        params = job.requests[i].params
+        params = call.requests[i].params
         index, text, logprobs = i * params.n + output.index, output.text, None
         if output.token_id is not None:
-            job.last_token = time.monotonic()
-            job.first_token = job.first_token or job.last_token
-            job.completion_tokens += 1
-            job.cached.setdefault(i, output.cached_tokens)
-        if index not in lengths and job.echoes[i] is not None:
-            text = job.echoes[i] + text
+            call.last_token = time.monotonic()
+            call.first_token = call.first_token or call.last_token
+            call.completion_tokens += 1
+            call.cached.setdefault(i, output.cached_tokens)
+        if index not in lengths and call.echoes[i] is not None:
+            text = call.echoes[i] + text
         if params.logprobs is not None and output.token_id is not None:
-            logprobs = output_logprobs(job, output, self.tokenizer, lengths.get(index, 0))
+            logprobs = output_logprobs(call, output, self.tokenizer, lengths.get(index, 0))
         lengths[index] = lengths.get(index, 0) + len(text)
         if output.finish_reason:
-            job.unfinished -= 1
-            job.finish = output.finish_reason
+            call.unfinished -= 1
+            call.finish = output.finish_reason
         return ChoiceDelta(index, text, logprobs, output.finish_reason)
 
-    async def answer(self, connection, job, outputs, start):
-        """Not streamed."""
+    async def answer(self, connection, call, outputs, start):
+        """Send one answer, not streamed."""
         choices = {}
-        async for batch in self.pieces(connection, job, outputs, start):
-            for piece in batch:
-                choices.setdefault(piece.index, []).append(piece)
-        whole = [whole_choice(job, index, choices[index]) for index in sorted(choices)]
-        reply = job.reply(whole, chunk=False) | {"usage": job.usage()}
-        await connection.respond(200, reply, {"X-Request-Id": job.id})
+        async for batch in self.deltas(connection, call, outputs, start):
+            for delta in batch:
+                choices.setdefault(delta.index, []).append(delta)
+        full = [full_choice(call, index, choices[index]) for index in sorted(choices)]
+        reply = call.reply(full, chunk=False) | {"usage": call.usage()}
+        await connection.respond(200, reply, {"X-Request-Id": call.id})
         return 200
 
-    async def stream(self, connection, job, outputs, start):
-        """Server-sent events. Once they flow the status is 200; an error becomes an event."""
+    async def stream(self, connection, call, outputs, start):
+        """Send server-sent events. The status is 200 from the first one on; an error becomes an event."""
         headers = {
             "Content-Type": "text/event-stream; charset=utf-8",
             "X-Accel-Buffering": "no",
-            "X-Request-Id": job.id,
+            "X-Request-Id": call.id,
         }
 
         def event(reply):
             return f"data: {json.dumps(reply, separators=(',', ':'))}\n\n"
 
         await connection.start_response(200, headers)
-        started, usage, status = set(), {"usage": None} if job.include_usage else {}, 200
+        started, usage, status = set(), {"usage": None} if call.include_usage else {}, 200
         try:
-            async for batch in self.pieces(connection, job, outputs, start):
+            async for batch in self.deltas(connection, call, outputs, start):
                 events = []
-                for piece in batch:
-                    for choice in stream_choices(job, piece, piece.index not in started):
-                        events.append(event(job.reply([choice], chunk=True) | usage))
-                    started.add(piece.index)
+                for delta in batch:
+                    for choice in stream_choices(call, delta, delta.index not in started):
+                        events.append(event(call.reply([choice], chunk=True) | usage))
+                    started.add(delta.index)
                 if events:
                     await connection.send_data("".join(events).encode())
-            last = event(job.reply([], chunk=True) | {"usage": job.usage()}) if job.include_usage else ""
+            last = event(call.reply([], chunk=True) | {"usage": call.usage()}) if call.include_usage else ""
         except HTTPError as error:
             last, status = event(error_body(error)), error.status
         await connection.send_data(f"{last}data: [DONE]\n\n".encode(), last=True)
         return status
 
-    def record(self, job, status, start):
-        """One line on stderr, and the histograms; nothing of what was asked or answered."""
+    def record(self, call, status, start):
+        """One line on stderr, and the histograms; no text of prompt or answer."""
         seconds, first, rate = time.monotonic() - start, "-", "-"
-        if job.first_token is not None:
-            first = f"{job.first_token - start:.3f}"
-            if job.completion_tokens > 1:
-                rate = f"{(job.completion_tokens - 1) / max(job.last_token - job.first_token, 1e-6):.1f}"
+        if call.first_token is not None:
+            first = f"{call.first_token - start:.3f}"
+            if call.completion_tokens > 1:
+                rate = f"{(call.completion_tokens - 1) / max(call.last_token - call.first_token, 1e-6):.1f}"
             if status == 200:
                 self.latency.add(seconds)
-                self.first_token.add(job.first_token - start)
+                self.first_token.add(call.first_token - start)
         self.log(
-            f"{job.id} {job.model}: prompt {job.prompt_tokens} (cached {job.cached_tokens}), completion "
-            f"{job.completion_tokens}, first token {first} s, {rate} tokens/s, total {seconds:.3f} s, "
-            f"{job.finish} {status}"
+            f"{call.id} {call.model}: prompt {call.prompt_tokens} (cached {call.cached_tokens}), completion "
+            f"{call.completion_tokens}, first token {first} s, {rate} tokens/s, total {seconds:.3f} s, "
+            f"{call.finish} {status}"
         )
 
-    # ---- the whole
+    # ---- start and end
     async def run(self):
-        """Listen until `stop`; then new requests get a 503, and what runs has until `force_stop` or drain_timeout."""
+        """Listen until `stop`. Then new requests get a 503, and running ones have until force_stop or drain_timeout."""
         args, server = self.args, self.http
         url = await server.listen(args.host, args.port)
         adapters = "".join(f"; adapter {name}" for name in self.engine.adapters)
@@ -732,9 +727,10 @@ class Server:
             f"body, {args.request_timeout:g} s a request{adapters}",
             flush=True,
         )
+        print(f"chat in a browser: {url}   OpenAI's API: {url}v1   end: ctrl-C", flush=True)
         await server.stop.wait()
 
-        self.log(f"shutting down: {len(self.running)} requests are to be finished")
+        self.log(f"shutting down: {len(self.running)} requests are still running")
         shutdown = asyncio.create_task(asyncio.to_thread(self.engine.shutdown, True, args.drain_timeout))
         await asyncio.wait(
             (shutdown, asyncio.create_task(server.force_stop.wait())), return_when=asyncio.FIRST_COMPLETED
@@ -746,7 +742,7 @@ class Server:
 
 
 def serve_http(engine: Engine, tokenizer: object, args: object) -> None:
-    """Serve until SIGTERM; returns when everything has been answered. UserError where the port cannot be had.
+    """Serve until SIGTERM; returns when everything has been answered. UserError if the port is taken.
 
     args: host, port (0: a free one), api_key, model_name_or_path, served_model_name, max_connections, max_body_bytes,
     read_timeout, write_timeout, request_timeout, drain_timeout."""

@@ -602,6 +602,14 @@ def test_what_is_there_is_not_lost(tmp_path):
     assert (out / "static_config.json").is_file() and not (out / "config.json").exists()
 
 
+def test_the_check_leaves_gradients_on(tmp_path):
+    """ALiBi behind a prefix is checked row by row; Paddle's no_grad decorator does not nest."""
+    model = adapters.apply_prefix(tiny_models.build("bloom"), 2)
+    ids, mask = np.ones((3, 8), np.int64), np.ones((3, 4), np.int64)
+    assert export.dynamic_logits(model, ids, mask).shape[:2] == (3, 5)
+    assert paddle.is_grad_enabled()
+
+
 @pytest.mark.parametrize("format", ["hf", "static"])
 def test_an_export_that_differs_is_refused(tmp_path, monkeypatch, format):
     source, real = small(tmp_path), export.save_pretrained if format == "hf" else export.trace

@@ -28,7 +28,7 @@ import pytest
 
 import serve
 from formats.files import UserError
-from serving.engine import QueueFull, SamplingParams, ShuttingDown, TokenOutput
+from serving.engine import Engine, QueueFull, SamplingParams, ShuttingDown, TokenOutput
 from serving.openai_api import Server, serve_http
 
 ROOT = Path(serve.__file__).resolve().parent
@@ -532,12 +532,25 @@ def test_unknown_model_and_long_prompt(server):
     )
 
 
-def test_a_model_without_a_chat_template_chats_in_plain_text(start):
-    """The page and every client chat with what the demo's commands make."""
-    tokenizer = ByteTokenizer()
-    tokenizer.chat_template = None
-    status, _, reply = start(tokenizer=tokenizer).chat()
-    assert status == 200 and reply["choices"][0]["message"]["role"] == "assistant"
+def test_chat_without_a_template_is_plain_text(start):
+    """As finetune.py trains a model without one: user turns begin like any text, replies end with eos."""
+    import adapters
+    from formats.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(ROOT / "demo" / "llama")
+    assert tokenizer.chat_template is None and tokenizer.has_chat_format  # the folder says so
+    model = adapters.from_pretrained(ROOT / "demo" / "llama")
+    engine, asked = Engine(model, tokenizer, num_blocks=16), []
+    submit = engine.submit
+    engine.submit = lambda request, on_output: (asked.append(request.prompt_ids), submit(request, on_output))
+    server = start(engine, tokenizer)
+    turns = [("type#dress", "A dress."), ("now in red", None)]
+    messages = [{"role": "user", "content": turns[0][0]}, {"role": "assistant", "content": turns[0][1]}]
+    messages.append({"role": "user", "content": turns[1][0]})
+    status, _, reply = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 3})
+    assert status == 200 and reply["usage"]["completion_tokens"] <= 3
+    _, ((user, bot), (last, _)) = tokenizer.encode_chat(turns)
+    assert asked == [user + bot + last] and user[0] == tokenizer.bos_token_id and bot[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("key", [None, "Bearer wrong", "Bearer ", "secret", "Bearer secret2", "Bearer s\xe9cret"])

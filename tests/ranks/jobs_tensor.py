@@ -60,19 +60,19 @@ def adapt(model, kind, seed=3):
     if kind == "neftune":
         model.neftune_noise_alpha = 5.0
     elif kind in ("prefix", "projection"):
-        adapters.apply_prefix(model, 4, kind == "projection", 10, seed)
+        adapters.apply_prefix(model, 4, projection=kind == "projection", projection_hidden_size=10, seed=seed)
     elif kind == "one":
-        adapters.apply_lora(model, 3, 6.0, 0.0, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
+        adapters.apply_lora(model, 3, alpha=6.0, targets=r".*layers\.\d\..*experts\.0\..*", seed=seed)
         fill_adapter(model, "lora_B.weight")
     elif kind != "full":
         adapters.apply_lora(
             model,
             3,
-            6.0,
-            0.3 if "dropout" in kind else 0.0,
-            kind == "rslora",
-            "dora" in kind,
-            kind == "pissa",
+            alpha=6.0,
+            dropout=0.3 if "dropout" in kind else 0.0,
+            rslora=kind == "rslora",
+            dora="dora" in kind,
+            pissa=kind == "pissa",
             seed=seed,
         )
         if kind != "pissa":  # B starts at 0, and A would have no gradient
