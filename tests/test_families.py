@@ -1,11 +1,10 @@
-"""Every family of tests/families.py: goldens, masks and positions, adapters, experts, generation, and the scripts on
-them.
+"""Every family of tests/golden/tiny_models.py: goldens, masks, positions, adapters, experts, generation, scripts.
 
-    python -m pytest tests/test_families.py                  # CPU, about a minute; goldens too if ../shared lies beside
+    python -m pytest tests/test_families.py                  # CPU, about a minute; with goldens if ../shared is there
     python -m pytest tests/test_families.py --slow           # every script on every family
-    python -m pytest tests/test_families.py --hf-python PY   # also: transformers computes the same on the same weights
+    python -m pytest tests/test_families.py --hf-python PY   # also compares with transformers on the same weights
 
-What a sample computes may not depend on how it came into a batch: packed with others, padded left or right, or alone.
+The result for a sample must not depend on its batch: packed with others, padded left or right, or by itself.
 """
 
 import math
@@ -56,7 +55,7 @@ from formats.tokenizer import load_tokenizer
 
 
 def each_with(kinds):
-    """(name, kind) of every family and kind: one kind a family by default, in turn, the rest with --slow."""
+    """(name, kind) for all families and kinds: by default one kind per family, in rotation; the rest with --slow."""
     return [
         pytest.param(name, kind, marks=[] if (i - k) % len(kinds) == 0 else [pytest.mark.slow])
         for i, name in enumerate(NAMES)
@@ -64,7 +63,7 @@ def each_with(kinds):
     ]
 
 
-# ==================================================================================== packing, padding, one by one
+# ==================================================================================== packing, padding, single samples
 
 
 def test_every_family_has_a_tiny_model():
@@ -74,8 +73,8 @@ def test_every_family_has_a_tiny_model():
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_padded_and_single_samples_agree(name):
     model = build(name)
-    found = assert_layouts_agree(model, make_samples(name))
-    silent = [key for key, g in found.items() if not np.abs(g).max()]
+    actual = assert_layouts_agree(model, make_samples(name))
+    silent = [key for key, g in actual.items() if not np.abs(g).max()]
     assert not silent or name in MOE, f"no gradient: {silent}"
 
 
@@ -83,12 +82,12 @@ def test_packed_padded_and_single_samples_agree(name):
 def test_prefix_packed_padded_and_single_samples_agree(name, kind):
     model = prefixed(name, kind == "projection")
     layouts = ("right",) if model.distances_count else ("packed", "left", "right")
-    found = assert_layouts_agree(model, make_samples(name), layouts)
-    assert all(np.abs(g).max() > 0 for g in found.values())
+    actual = assert_layouts_agree(model, make_samples(name), layouts)
+    assert all(np.abs(g).max() > 0 for g in actual.values())
 
 
 def prefixed(name, projection=False, tokens=3):
-    """With a prefix whose every value has been moved."""
+    """The model with a prefix of random values."""
     model = adapters.apply_prefix(
         build(name), tokens, projection=projection, projection_hidden_size=20 if projection else None
     )
@@ -101,7 +100,7 @@ def prefixed(name, projection=False, tokens=3):
 
 @pytest.mark.parametrize("name", ALIBI + ("mistral", "gemma2"))
 def test_distances_to_a_prefix_are_those_of_a_single_sample(name, monkeypatch):
-    """The check above can fail: with one prefix before the whole row, later samples would see it from too far."""
+    """The test above can fail: with one prefix per packed row, later samples would be too far from it."""
     model, packs = prefixed(name), make_samples(name)
     assert model.distances_count
     expected = losses_and_gradients(model, packs, "alone")[0]
@@ -112,7 +111,7 @@ def test_distances_to_a_prefix_are_those_of_a_single_sample(name, monkeypatch):
 
 
 def samples_of(name, n=2, T=12, seed=5):
-    """(B, T) ids, one prompt a row (ChatGLM-6B: the whole of it a context that ends with <sop>), and shifted labels."""
+    """ids (B, T), one prompt per row (ChatGLM-6B: a context that ends with <sop>), and shifted labels (B, T)."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(3, 50, (n, T))
     if name in TWO_POSITIONS:
@@ -124,8 +123,8 @@ def samples_of(name, n=2, T=12, seed=5):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recompute_gives_the_same_bits(name):
-    """In training mode, with the family's own additions to the loss."""
-    found = []
+    """In training mode, with the family's auxiliary losses."""
+    actual = []
     for recompute in (False, True):
         model = build(name)
         model.train()
@@ -133,44 +132,46 @@ def test_recompute_gives_the_same_bits(name):
         ids, labels, positions, rows = packed_batch(make_samples(name), 32)
         losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels))
         losses.sum().backward()
-        found.append((losses.numpy(), gradients(model)))
-    assert np.array_equal(found[0][0], found[1][0])
-    assert all(np.array_equal(found[0][1][key], found[1][1][key]) for key in found[0][1])
+        actual.append((losses.numpy(), gradients(model)))
+    assert np.array_equal(actual[0][0], actual[1][0])
+    assert all(np.array_equal(actual[0][1][key], actual[1][1][key]) for key in actual[0][1])
 
 
 # =========================================================================================================== experts
 
 
 def naive_balance(model, ids, positions, rows, kept):
-    """The balancing loss by loops over tokens where kept (B, T) is true: of all layers together, or DeepSeek-V2's, of
-    each layer and row by itself, with shares of all choices."""
-    how, ids = model.config.experts, tensor(ids)
+    """The balancing loss by loops over the tokens that are not padding (kept (B, T)).
+
+    Of all layers together or, for DeepSeek-V2, per layer and row, with shares of all choices.
+    """
+    moe, ids = model.config.experts, tensor(ids)
     _, probabilities = model.run_all(ids, model.start_forward(ids, tensor(positions), tensor(rows)), None)
-    layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, how.num_experts) for layer in probabilities]
-    together = [[p[b][kept[b]] for p in layers for b in range(len(kept))]]
-    groups = [[p[b][kept[b]]] for p in layers for b in range(len(kept))] if how.aux_by_layer else together
+    layers = [layer.numpy().astype(np.float64).reshape(*kept.shape, moe.num_experts) for layer in probabilities]
+    all_layers = [[p[b][kept[b]] for p in layers for b in range(len(kept))]]
+    groups = [[p[b][kept[b]]] for p in layers for b in range(len(kept))] if moe.aux_by_layer else all_layers
     total = 0.0
     for group in groups:
-        chosen, tokens = np.zeros(how.num_experts), np.concatenate(group)
+        chosen, tokens = np.zeros(moe.num_experts), np.concatenate(group)
         for p in tokens:
-            teams = p.reshape(how.n_group, -1)
-            allowed = np.argsort(-teams.max(1), kind="stable")[: how.topk_group]
-            p = np.where(np.isin(np.arange(how.num_experts) // teams.shape[1], allowed), p, -1.0)
-            chosen[np.argsort(-p, kind="stable")[: how.top_k]] += 1
-        total += how.num_experts * (chosen / len(tokens) * tokens.mean(0)).sum()
-    return total / len(kept) / how.top_k if how.aux_by_layer else total
+            teams = p.reshape(moe.n_group, -1)
+            allowed = np.argsort(-teams.max(1), kind="stable")[: moe.topk_group]
+            p = np.where(np.isin(np.arange(moe.num_experts) // teams.shape[1], allowed), p, -1.0)
+            chosen[np.argsort(-p, kind="stable")[: moe.top_k]] += 1
+        total += moe.num_experts * (chosen / len(tokens) * tokens.mean(0)).sum()
+    return total / len(kept) / moe.top_k if moe.aux_by_layer else total
 
 
 def aux_loss(model, batch):
-    """What training adds to every loss that counts."""
+    """The term that training adds to the loss of each labelled token."""
     ids, labels, positions, rows = (tensor(a) for a in batch)
     model.train()
-    more = (
+    added = (
         model(ids, positions, rows, labels=labels) - model(ids, positions, rows, labels=labels, auxiliary_losses=False)
     ).numpy()
     model.eval()
-    counted = more[batch[1] != -100]
-    assert np.abs(more[batch[1] == -100]).max(initial=0) == 0 and np.ptp(counted) < 1e-6
+    counted = added[batch[1] != -100]
+    assert np.abs(added[batch[1] == -100]).max(initial=0) == 0 and np.ptp(counted) < 1e-6
     return counted.mean()
 
 
@@ -186,15 +187,17 @@ def test_balancing_loss_counts_no_padding(name):
         expected = coefficient * naive_balance(model, ids, positions, rows, kept)
         assert aux_loss(model, (ids, labels, positions, rows)) == pytest.approx(expected, rel=1e-3), T
     model.train()
-    how, with_it = model.config.experts, {}
-    for ways in (True, False):
+    moe, with_it = model.config.experts, {}
+    for with_balance in (True, False):
         zero_grad(model)
-        losses = model(tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), auxiliary_losses=ways)
+        losses = model(
+            tensor(ids), tensor(positions), tensor(rows), labels=tensor(labels), auxiliary_losses=with_balance
+        )
         losses.sum().backward()
         router = {key: g for key, g in gradients(model).items() if key.endswith("gate.weight") and "shared" not in key}
-        # One expert a token, whose weight is made 1: only the balance moves the router.
+        # With one expert per token, whose weight is normalized to 1, only the balancing loss moves the router.
         assert router and all(
-            (np.abs(g).max() > 0) == (ways or how.top_k > 1 or not how.norm_topk_prob) for g in router.values()
+            (np.abs(g).max() > 0) == (with_balance or moe.top_k > 1 or not moe.norm_topk_prob) for g in router.values()
         )
         assert all(largest(g, with_it[key]) > 1e-5 for key, g in router.items() if with_it), (
             "the balance moves the router"
@@ -207,7 +210,7 @@ def test_deepseek_v3_has_no_balancing_loss():
 
 
 def test_micro_batches_weigh_the_balance_by_their_tokens():
-    """As trainer.py accumulates: the sum of micro-batch losses over the step's target tokens."""
+    """As in gradient accumulation: the sum of micro-batch losses over the step's target tokens."""
     model, packs = build("mixtral"), make_samples("mixtral")
     parts = [packed_batch([pack], 32) for pack in packs]
     counts = [int((part[1] != -100).sum()) for part in parts]
@@ -221,7 +224,7 @@ def test_micro_batches_weigh_the_balance_by_their_tokens():
 
 @pytest.mark.parametrize("name", MOE)
 def test_experts_without_tokens_and_with_all_of_them(name):
-    """Every expert's share computed densely is the oracle; one expert takes all, most take none."""
+    """Oracle: each expert on each token in a loop. One expert gets all tokens, most get none."""
     model = build(name)
     for layer in model.layers:
         if isinstance(layer.mlp, M.MoE) and layer.mlp.moe.correction_bias:
@@ -236,7 +239,7 @@ def test_experts_without_tokens_and_with_all_of_them(name):
                 .standard_normal([*text.shape, model.config.hidden_size])
                 .astype("float32")
             )
-            x = x if text.size != ids.size else x[:1, :1].expand(x.shape)  # all the same token: the same experts
+            x = x if text.size != ids.size else x[:1, :1].expand(x.shape)  # equal tokens: the same experts
             flat = x.reshape([-1, x.shape[-1]])
             weights, chosen, _ = layer.mlp.route(flat)
             expected = np.zeros(flat.shape, np.float64)
@@ -247,7 +250,7 @@ def test_experts_without_tokens_and_with_all_of_them(name):
     model.train()
     model(tensor(ids), labels=tensor(ids)).sum().backward()
     weights = adapters.trainable_weights(model)
-    assert any(w.parameter.grad is None for w in weights), "nobody chose these experts"
+    assert any(w.parameter.grad is None for w in weights), "every expert was selected"
     assert np.isfinite(global_grad_norm(weights))
 
 
@@ -257,7 +260,7 @@ def test_experts_without_tokens_and_with_all_of_them(name):
 @pytest.mark.parametrize("new, behind_prefix", [(9, False), (7, True)], ids=["plain", "prefix"])
 @pytest.mark.parametrize("name", NAMES)
 def test_cached_generation_equals_whole_forwards(name, new, behind_prefix):
-    """Greedy, and left-padded rows == rows alone; where a length stretches all positions, only the latter."""
+    """Greedy. Left-padded rows equal single rows; for dynamic RoPE only this is checked."""
     model = prefixed(name) if behind_prefix else build(name)
     ids, _ = samples_of(name, 3, 8)
     if name not in STRETCHED:
@@ -272,14 +275,14 @@ def test_cached_generation_equals_whole_forwards(name, new, behind_prefix):
         with pytest.raises(UserError, match="one prompt a batch"):
             M.generate(model, padded, new, attention_mask=mask)
         return
-    found = M.generate(model, padded, new, attention_mask=mask)[:, 13:]
+    actual = M.generate(model, padded, new, attention_mask=mask)[:, 13:]
     for row, pad in enumerate((0, 2, 5)):
-        assert np.array_equal(found[row], M.generate(model, ids[row : row + 1, pad:], new)[0, 8 - pad :]), row
+        assert np.array_equal(actual[row], M.generate(model, ids[row : row + 1, pad:], new)[0, 8 - pad :]), row
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_through_the_cache_equal_one_forward(name):
-    """Logits of the pieces 1, 5, 1, 3 (ChatGLM-6B: its context first) are those of the whole."""
+    """Logits of chunks of 1, 5, 1 and 3 tokens (ChatGLM-6B: its context first) equal those of one forward."""
     model = build(name)
     ids, _ = samples_of(name, 2, 10)
     ends = (1, 6, 7, 10)
@@ -296,8 +299,7 @@ def test_chunks_through_the_cache_equal_one_forward(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STRETCHED])
 def test_padded_chunks_through_the_cache_equal_one_forward(name):
-    """Left-padded rows behind a prefix (where distances do not count); the first piece comes with rows, the second
-    with rows of its own, the third without."""
+    """Left-padded rows, with a prefix if distances do not count; chunks with mask rows, with their own, and without."""
     model, (ids, _) = build(name), samples_of(name, 2, 10)
     model = model if model.distances_count else prefixed(name)
     if name in TWO_POSITIONS:
@@ -319,8 +321,8 @@ def test_padded_chunks_through_the_cache_equal_one_forward(name):
                 cache,
             ).numpy()
         )
-    found = np.concatenate(parts, 1)
-    assert largest(found[mask == 1], whole[mask == 1]) < 2e-5
+    actual = np.concatenate(parts, 1)
+    assert largest(actual[mask == 1], whole[mask == 1]) < 2e-5
     for row, pad in ((0, 3), (1, 5)):
         assert largest(whole[row, pad:], model(tensor(padded[row : row + 1, pad:])).numpy()[0]) < 2e-5
 
@@ -329,7 +331,7 @@ def test_padded_chunks_through_the_cache_equal_one_forward(name):
 
 
 def pair_batch(name, seed=3, window=64):
-    """Two rows of pairs as data.py packs them, and [(prompt, chosen, rejected)]."""
+    """Two rows of pairs, packed by data.py, and [(prompt, chosen, rejected)]."""
     generator, pairs = np.random.default_rng(seed), []
     for n, a, b in ((9, 4, 6), (5, 1, 3), (12, 7, 2)):
         prompt, chosen, rejected = (generator.integers(3, 50, size) for size in (n, a, b))
@@ -341,12 +343,12 @@ def pair_batch(name, seed=3, window=64):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ALIBI, *STRETCHED)])
 def test_pairs_with_a_shared_prompt_equal_two_samples(name):
-    """Policy in training mode against sums over single samples in eval mode; gradients too."""
+    """Log-probabilities and gradients in training mode equal sums over single samples in eval mode."""
     model = build(name) if name not in tiny_models.WINDOWED else build(name, sliding_window=40)
     batch, pairs = pair_batch(name)
     model.train()
-    found = dpo.reply_logps(model, batch)
-    (found * tensor(np.arange(1.0, 7.0, dtype="float32").reshape(3, 2))).sum().backward()
+    actual = dpo.reply_logps(model, batch)
+    (actual * tensor(np.arange(1.0, 7.0, dtype="float32").reshape(3, 2))).sum().backward()
     shared = gradients(model)
     zero_grad(model)
     model.eval()
@@ -355,7 +357,7 @@ def test_pairs_with_a_shared_prompt_equal_two_samples(name):
             ids = np.concatenate([prompt, reply])
             labels = np.where(np.arange(len(ids) - 1) < len(prompt) - 1, -100, ids[1:])
             logp = -model(tensor(ids[None, :-1]), labels=tensor(labels[None])).sum()
-            assert float(logp) == pytest.approx(float(found[n, side]), abs=3e-5)
+            assert float(logp) == pytest.approx(float(actual[n, side]), abs=3e-5)
             (logp * float(2 * n + side + 1)).backward()
     scale = max(np.abs(g).max() for g in shared.values())
     assert all(largest(g, shared[key]) < 2e-5 * scale for key, g in gradients(model).items())
@@ -448,7 +450,7 @@ def test_prefix_round_trip(name, tmp_path):
 
 @pytest.mark.parametrize("name, kind", each_with(("full", "lora", "prefix")))
 def test_a_few_steps_lower_the_loss(name, kind):
-    """The trainer's own optimizer, on one packed batch, in training mode."""
+    """With the trainer's AdamW on one packed batch, in training mode."""
     model = build(name)
     if kind == "lora":
         adapters.apply_lora(model, rank=4, alpha=8.0)
@@ -473,10 +475,9 @@ def test_a_few_steps_lower_the_loss(name, kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_training_step(name):
-    """LoRA over frozen weights kept in bfloat16 alone: near float32, gradients finite and of every adapter that is
-    used."""
+    """LoRA with frozen weights in bfloat16: loss and gradient norm near those of float32."""
     ids, labels, positions, rows = (tensor(a) for a in packed_batch(make_samples(name), 32))
-    found = []
+    actual = []
     for half in (False, True):
         model = moved(adapters.apply_lora(build(name), rank=2, alpha=3.0))
         model.train()
@@ -488,17 +489,17 @@ def test_bfloat16_training_step(name):
             assert {p.dtype for n, p in model.named_parameters() if n.endswith("base.weight")} == {paddle.bfloat16}
         losses = model(ids, positions, rows, labels=labels)
         losses.sum().backward()
-        found.append((losses.numpy(), gradients(model)))
-    (a, ga), (b, gb) = found
+        actual.append((losses.numpy(), gradients(model)))
+    (a, ga), (b, gb) = actual
     assert 0 < np.abs(a - b).mean() < 0.05 * np.abs(a).mean()
     norms = [np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gs.values())) for gs in (ga, gb)]
     assert (
         norms[1] == pytest.approx(norms[0], rel=0.1) if name not in MOE else np.isfinite(norms[1])
-    )  # another expert, another path
+    )  # rounding may select other experts
 
 
 def test_positions_beyond_a_learned_table():
-    """The table's last row is reached, behind a prefix too; one more is an error, not another row."""
+    """The last row of the table is used, with a prefix too; one position more is an error, not another row."""
     for name in tiny_models.LEARNED:
         for model, room in ((build(name), 64), (prefixed(name), 61)):
             ids = np.random.default_rng(0).integers(3, 50, (1, room))
@@ -510,7 +511,7 @@ def test_positions_beyond_a_learned_table():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_smallest_shapes(name):
-    """B = 1 and T = 1: forward, loss and generation, behind a prefix too."""
+    """B = 1 and T = 1: forward, loss and generation, also with a prefix."""
     for model in (build(name), prefixed(name)):
         ids = np.array([[7]])
         losses = model(tensor(ids), labels=tensor(ids + 1))
@@ -528,10 +529,9 @@ RECORDED = ROOT / "tests" / "golden" / "families.npz"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_recorded_numbers(name):
-    """Made by make_families_golden.py when everything here agreed with ../shared: a change of numbers is a
-    regression."""
-    recorded, found = np.load(RECORDED), record(name)
-    for key, value in found.items():
+    """Recorded by make_families_golden.py when all goldens of ../shared passed: any change is a regression."""
+    recorded, actual = np.load(RECORDED), record(name)
+    for key, value in actual.items():
         assert value.dtype.kind in "fi"
         if value.dtype.kind == "i":
             assert np.array_equal(value, recorded[f"{name}/{key}"]), key
@@ -546,16 +546,16 @@ with_goldens = pytest.mark.skipif(not GOLDENS, reason="no ../shared/golden besid
 @with_goldens
 @pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
 def test_equals_the_software_of_the_family(folder):
-    found = compare_with_golden(folder)
+    actual = compare_with_golden(folder)
     limits = {"logits": 1e-4, "hidden": 1e-5, "loss": 1e-5, "norm": 1e-4, "gradients": 1e-4, "padded": 1e-4}
-    assert found.keys() == limits.keys() and all(found[key] < limit for key, limit in limits.items()), found
+    assert actual.keys() == limits.keys() and all(actual[key] < limit for key, limit in limits.items()), actual
 
 
 @with_goldens
 @pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
 def test_golden_tokens(folder):
     assert golden_tokens(folder)
-    if (folder / "config_v4.json").is_file():  # the dialect of transformers 4 says the same
+    if (folder / "config_v4.json").is_file():  # config.json of transformers 4 means the same
         ours = [families.ModelConfig.from_json(folder / dialect) for dialect in ("config.json", "config_v4.json")]
         same = [{key: value for key, value in vars(config).items() if key not in ("source", "rope")} for config in ours]
         assert same[0] == same[1]
@@ -566,7 +566,7 @@ def test_golden_tokens(folder):
 @with_goldens
 @pytest.mark.parametrize("name", ["baichuan2-7b", "baichuan2-13b"])
 def test_golden_z_loss(name):
-    """Of all shifted positions, those whose label is ignored among them."""
+    """Over all shifted positions, including those with an ignored label."""
     folder = GOLDEN / "models" / name
     oracle, notes = golden_files(folder)
     labels = np.concatenate([oracle["labels"][:, 1:], np.full((2, 1), -100)], 1).astype(np.int64)
@@ -580,13 +580,13 @@ def test_golden_z_loss(name):
 @pytest.mark.parametrize("name", ["baichuan-13b", "baichuan-13b-6heads", "baichuan2-13b"])
 def test_golden_beyond_the_length_of_alibi(name):
     oracle, _ = golden_files(GOLDEN / "models" / name)
-    found = golden_model(GOLDEN / "models" / name)(tensor(oracle["long_input_ids"].astype(np.int64))).numpy()[:, -4:]
-    assert largest(found, oracle["long_logits_last"]) < 1e-4
+    actual = golden_model(GOLDEN / "models" / name)(tensor(oracle["long_input_ids"].astype(np.int64))).numpy()[:, -4:]
+    assert largest(actual, oracle["long_logits_last"]) < 1e-4
 
 
 @with_goldens
 def test_golden_residual_scale_of_chatglm():
-    """Three layers as the official code has them, which gives every model the scale of 28."""
+    """The official code gives a model of three layers the scale of 28."""
     folder = GOLDEN / "models" / "chatglm-6b-3l"
     model, (oracle, _) = golden_model(folder), golden_files(folder)
     for block in model.layers:
@@ -596,8 +596,7 @@ def test_golden_residual_scale_of_chatglm():
 
 @with_goldens
 def test_golden_lengths_of_qwen():
-    """NTK and logn: each alone, neither, every length around a step, decoding with the base of the prefill,
-    training."""
+    """NTK and logn: each one, neither, lengths around a step, decoding with the base of the prefill, training."""
     folder = GOLDEN / "models" / "qwen-7b-ntk-logn"
     oracle, notes = golden_files(folder)
     ids = oracle["input_ids"].astype(np.int64)
@@ -606,19 +605,22 @@ def test_golden_lengths_of_qwen():
         assert largest(model(tensor(ids)).numpy(), oracle[f"logits_{key}"]) < 1e-4, key
     model = golden_model(folder)
     for length in (12, 16, 17, 24, 31, 32, 33, 40):
-        found = model(tensor(ids[:, :length])).numpy()[:, -1]
-        assert largest(found, oracle[f"logits_last_len{length}"]) < 1e-4, length
+        actual = model(tensor(ids[:, :length])).numpy()[:, -1]
+        assert largest(actual, oracle[f"logits_last_len{length}"]) < 1e-4, length
     for suffix in ("", "_short"):
-        prompt, wanted = oracle[f"gen_prompt{suffix}"].astype(np.int64), oracle[f"gen_ids{suffix}"].astype(np.int64)
+        prompt, expected_tokens = (
+            oracle[f"gen_prompt{suffix}"].astype(np.int64),
+            oracle[f"gen_ids{suffix}"].astype(np.int64),
+        )
         for row in range(2):
             cache, start = model.new_cache(1), prompt.shape[1]
             steps = [model(tensor(prompt[row : row + 1]), caches=cache).numpy()[0, -1]]
             steps += [
-                model(tensor(wanted[row : row + 1, at : at + 1]), caches=cache).numpy()[0, -1]
-                for at in range(start, wanted.shape[1] - 1)
+                model(tensor(expected_tokens[row : row + 1, at : at + 1]), caches=cache).numpy()[0, -1]
+                for at in range(start, expected_tokens.shape[1] - 1)
             ]
             assert largest(np.stack(steps), oracle[f"gen_step_logits{suffix}"][row]) < 1e-4, suffix
-            assert np.array_equal(M.generate(model, prompt[row : row + 1], 12)[0], wanted[row])
+            assert np.array_equal(M.generate(model, prompt[row : row + 1], 12)[0], expected_tokens[row])
     model.train()
     labels = np.concatenate([oracle["labels"][:, 1:], np.full((2, 1), -100)], 1).astype(np.int64)
     assert largest(model(tensor(ids)).numpy(), oracle["logits_trainmode"]) < 1e-4
@@ -630,7 +632,7 @@ def test_golden_lengths_of_qwen():
 @with_goldens
 @pytest.mark.parametrize("name", ["chatglm-6b-3l", "chatglm-6b-28l"])
 def test_golden_masks_and_positions_of_chatglm(name):
-    """FlashMask rows and positions, made of the ids alone, say what the official code's dense mask and ids say."""
+    """FlashMask rows and positions, computed from the ids, equal the official code's dense mask and position ids."""
     oracle, _ = golden_files(GOLDEN / "models" / name)
     ids = oracle["input_ids"].astype(np.int64)
     T = ids.shape[1]
@@ -651,21 +653,21 @@ IN_TRANSFORMERS = tuple(
 
 @pytest.mark.torch
 def test_recorded_numbers_equal_transformers(hf_python, tmp_path):
-    """Logits, loss, gradient norms and tokens of all families that transformers has, on these very weights."""
+    """Logits, loss, gradient norms and tokens of all families in transformers, on the same weights."""
     for name in IN_TRANSFORMERS:
         tiny_models.write(tmp_path / "models" / name, name)
         np.savez(
             tmp_path / "models" / name / "inputs.npz", **dict(zip(("ids", "labels"), samples_of(name))), steps=STEPS
         )
-    found = hf_python(TRANSFORMERS, tmp_path / "models")
+    actual = hf_python(TRANSFORMERS, tmp_path / "models")
     for name in IN_TRANSFORMERS:
-        mine = record(name, every_logit=True)
+        ours = record(name, every_logit=True)
         for key in ("logits", "loss", "norms", "generated"):
-            if key == "norms":  # experts are one tensor over there
-                ours, other = np.linalg.norm(mine[key]), np.linalg.norm(found[f"{name}/{key}"])
+            if key == "norms":  # transformers has one tensor for all experts
+                ours, other = np.linalg.norm(ours[key]), np.linalg.norm(actual[f"{name}/{key}"])
                 assert ours == pytest.approx(other, rel=1e-4), name
             else:
-                assert largest(mine[key], found[f"{name}/{key}"]) < (1 if key == "generated" else 1e-4), (name, key)
+                assert largest(ours[key], actual[f"{name}/{key}"]) < (1 if key == "generated" else 1e-4), (name, key)
 
 
 TRANSFORMERS = """
@@ -692,9 +694,8 @@ for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
 
 @pytest.mark.torch
 def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
-    """Prefix and LoRA. Two exceptions, both over there: peft knows no prefix whose keys and values differ in width
-    (MLA), and transformers 5 holds the experts of these families as one tensor each, on which peft finds no
-    linears."""
+    """Prefix and LoRA. Two limits of others: peft has no prefix whose keys and values differ in width (MLA), and
+    transformers 5 stores the experts of these families as one tensor each, in which peft finds no linears."""
     expected = {}
     for name in IN_TRANSFORMERS:
         tiny_models.write(tmp_path / "models" / name / "base", name)
@@ -712,9 +713,9 @@ def test_peft_opens_the_adapters_of_every_family(hf_python, tmp_path):
             )
             expected[f"{name}/{kind}"] = model(tensor(samples_of(name)[0])).numpy()
     np.save(tmp_path / "ids.npy", samples_of("llama")[0])
-    found = hf_python(PEFT, tmp_path / "models", tmp_path / "ids.npy")
-    assert found.keys() == expected.keys()
-    errors = {key: largest(found[key], value) for key, value in expected.items()}
+    actual = hf_python(PEFT, tmp_path / "models", tmp_path / "ids.npy")
+    assert actual.keys() == expected.keys()
+    errors = {key: largest(actual[key], value) for key, value in expected.items()}
     assert max(errors.values()) < 2e-5, errors
 
 
@@ -743,7 +744,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("name, kind", each_with(("sft", "lora", "prefix", "pretrain")))
 def test_scripts(name, kind, world, tmp_path):
-    """finetune.py with packed rows and pretrain.py: stopped, resumed, evaluated, saved, opened again."""
+    """finetune.py with packed rows, and pretrain.py: stopped, resumed, evaluated, saved, loaded."""
     folder = tiny_models.write(tmp_path / "base", name)
     give_tokenizer(folder, world)
     if kind == "pretrain":
@@ -782,7 +783,7 @@ def test_lengths_beyond_a_learned_table_are_refused(keys, words, world, tmp_path
 
 
 def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path):
-    """What finetune.py packs: every context ends with [gMASK] <sop>, sees itself whole, and the answer is causal."""
+    """Batches of finetune.py: a context ends with [gMASK] <sop> and is bidirectional; the answer is causal."""
     folder = tiny_models.write(tmp_path / "base", "chatglm")
     give_tokenizer(folder, world)
     dataset = data.SFTDataset(str(world / "sft"), load_tokenizer(folder), 20, 44, "train")
@@ -796,11 +797,11 @@ def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path
     for b in range(len(ids)):
         starts = [t for t in range(44) if places[b, t] == 0]
         for start, end in zip(starts, [*starts[1:], 44]):
-            found = np.flatnonzero(ids[b, start:end] == SPECIAL["sop"])
-            if not len(found):
-                assert (labels[b, start:end] == -100).all(), "padding alone has no <sop>"
+            actual = np.flatnonzero(ids[b, start:end] == SPECIAL["sop"])
+            if not len(actual):
+                assert (labels[b, start:end] == -100).all(), "only padding has no <sop>"
                 continue
-            sop = start + found[0]
+            sop = start + actual[0]
             assert (
                 ids[b, sop - 1] == SPECIAL["gmask"] and labels[b, sop] != -100 and (labels[b, start:sop] == -100).all()
             )
@@ -814,7 +815,7 @@ def test_chatglm_batches_end_their_prompts_with_the_mask_and_sop(world, tmp_path
 
 
 def test_the_family_table_names_every_family():
-    """family_table.py writes it from a run of every cell."""
+    """family_table.py writes the table of tests/RESULTS.md by running every cell."""
     text = (ROOT / "tests" / "RESULTS.md").read_text()
     table = text[text.index(family_table.BEGIN) : text.index(family_table.END)]
     rows = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}

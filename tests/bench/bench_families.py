@@ -3,9 +3,10 @@
     python tests/bench/bench_families.py --peer PYTHON                       # PYTHON has torch and transformers
     python tests/bench/bench_families.py --peer PYTHON --only mixtral,gpt2 --rounds 3
 
-Both sides run in processes of their own, turn about, on two threads, with the same config.json and random weights of
-their own (the speed does not depend on them). Prints a line a family: tokens/s here and there, the best of --steps
-steps, as medians over --rounds turns, and the ratio with its range. No optimizer: that is bench_train.py's."""
+Each side runs in its own processes, alternating, on two threads, with the same config.json and its own random weights.
+Prints a line per family: tokens/s here and there, the best of --steps steps, medians over --rounds turns, and the
+ratio with its range. Without the optimizer, which bench_train.py measures.
+"""
 
 import argparse
 import json

@@ -1,13 +1,13 @@
-"""How fast the ops of kernels/ are, beside torch's and beside what the processor can do at best.
+"""Speed of the ops of kernels/ beside torch's and beside the processor's peak.
 
-    python tests/bench/bench_kernels.py                                     # ours alone
+    python tests/bench/bench_kernels.py                                     # only ours
     python tests/bench/bench_kernels.py --torch /path/to/venv/bin/python    # and torch's, in an interpreter that has it
     python tests/bench/bench_kernels.py --only gemm                         # or attention, others
 
-Ours and torch's take turns in one run, each with the machine to itself and with all its cores; a figure is the median
-of --turns turns. float32 tensors go in and come out of ours, also where the products are in bfloat16: conversion and
-packing are inside. torch's bfloat16 takes and gives bfloat16. --small is for a test: sizes that take no time and say
-nothing. The last line is one JSON object with every row."""
+Ours and torch's alternate in one run, each with all cores; a figure is the median of --turns turns. Ours takes and
+returns float32, also with products in bfloat16: conversion and packing are included. torch's bfloat16 takes and returns
+bfloat16. --small is for tests: tiny sizes whose figures mean nothing. The last line is a JSON object with all rows.
+"""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ REST = 0.25  # seconds before a turn: idle threads of the other's last one spin 
 
 
 class Torch:
-    """Another process with torch; it is asked for one turn at a time: bench_torch.py has the ops."""
+    """Another process, with torch, that runs one turn per request: bench_torch.py has the ops."""
 
     def __init__(self, python):
         script = Path(__file__).with_name("bench_torch.py")
@@ -58,7 +58,7 @@ class Torch:
         return json.loads(line)
 
     def case(self, **request):
-        """A function that gives the seconds of a call of {"op", "part", …}, one turn."""
+        """A function that measures {"op", "part", …} in one turn: seconds per call."""
         return lambda at_least: self.ask(**request, at_least=at_least)
 
     def close(self):
@@ -67,8 +67,7 @@ class Torch:
 
 
 def alternate(cases, turns):
-    """{name: a function of the least seconds of a turn -> seconds of a call} -> {name: their median}, taken turn
-    about."""
+    """{name: function(seconds of a turn) -> seconds per call} -> {name: median}; the cases alternate."""
     found = {name: [] for name in cases}
     for i in range(turns + 1):
         for name, run in cases.items():
@@ -87,7 +86,7 @@ def ours(op, **shape):
 
 
 def ratio(row):
-    """torch's time over ours, where both are there."""
+    """torch's time over ours, if both were measured."""
     return f"{row['torch'] / row['ours']:7.2f}x" if "torch" in row else ""
 
 
@@ -98,7 +97,7 @@ def milliseconds(row, name):
 # ================================================================================================== the tables
 
 
-def gemm(torch, most, options):
+def gemm(torch, peak_rates, options):
     print(
         "\nproducts, GFLOP/s: M x K x N; bf16: float32 in and out, products in bfloat16;\nratio and share are of "
         "bf16, of frozen where there is no other"
@@ -122,18 +121,18 @@ def gemm(torch, most, options):
             rate = {name: 1e-9 * work[part] / s for name, s in alternate(cases, options.turns).items()}
             best = rate.get("bf16", rate.get("bf16, frozen"))
             over = f"{best / rate['torch bf16']:11.2f}x" if torch and best else ""
-            share = f"{best * 1e9 / most['bfloat16']:9.0%}" if best and "bfloat16" in most else ""
+            share = f"{best * 1e9 / peak_rates['bfloat16']:9.0%}" if best and "bfloat16" in peak_rates else ""
             figures = "".join(f"{rate[name]:14.0f}" if name in rate else f"{'':14}" for name in names)
             print(f"{f'{M} x {K} x {N}':20} {part:8}{figures}{over:>12}{share}", flush=True)
             found.append({"M": M, "K": K, "N": N, "part": part, **{name: round(r, 1) for name, r in rate.items()}})
     return found
 
 
-def attention(torch, most, options):
+def attention(torch, peak_rates, options):
     lengths, document = ((96,), 32) if options.small else (LENGTHS, DOCUMENT)
     H, Dh = (2, 16) if options.small else (HEADS, HEAD_DIM)
     print(f"\nattention, ms: {H} heads x {Dh}; packed: documents of {document}, a dense mask for torch")
-    bf16 = "bfloat16" in most
+    bf16 = "bfloat16" in peak_rates
     names = ["ours"] + ["ours bf16"] * bf16 + ["torch", "torch bf16"] * bool(torch)
     print(f"{'':31}" + "".join(f"{name:>11}" for name in names) + f"{'over torch':>11}{'of bf16':>9}" * bool(torch))
     found = []
@@ -158,20 +157,20 @@ def attention(torch, most, options):
     T, documents = (96, (96, 32)) if options.small else (SPARSE_LENGTH, DOCUMENTS)
     print(f"\nattention over documents that do not see each other, ms: {T} tokens; time falls with what is visible")
     print(f"{'documents of':14}{'visible':>9}{'forward':>10}{'of all':>9}{'backward':>10}{'of all':>9}")
-    whole = {}
+    full = {}
     for document in documents:
         runs, work = ours("attention", T=T, H=H, Dh=Dh, document=document)
         seconds = alternate(runs, options.turns)
-        whole = whole or {part: (seconds[part], work[part]) for part in runs}
-        share = {part: seconds[part] / whole[part][0] for part in runs}
-        visible = work["forward"] / whole["forward"][1]
+        full = full or {part: (seconds[part], work[part]) for part in runs}
+        share = {part: seconds[part] / full[part][0] for part in runs}
+        visible = work["forward"] / full["forward"][1]
         figures = "".join(f"{milliseconds(seconds, part)}{share[part]:9.1%}" for part in ("forward", "backward"))
         print(f"{document:<14}{visible:9.1%}{figures}", flush=True)
         found.append({"T": T, "document": document, "visible": visible, **seconds})
     return found
 
 
-def others(torch, most, options):
+def others(torch, peak_rates, options):
     print("\nthe rest, ms; torch in float32 (and its losses of bfloat16 logits beside ours with products in bfloat16)")
     print(f"{'':28}{'':36}{'':9}{'ours':>10}{'torch':>10}{'over torch':>11}")
     small = {"rows": 8, "D": 16, "F": 16, "T": 8, "heads": 2, "Dh": 8, "N": 8, "V": 32, "size": 64}
@@ -210,16 +209,20 @@ def main(argv=None):
     options = parser.parse_args(argv)
     kernels.configure("cpu", options.kernels)
     print(table.hardware())
-    most, how = table.peaks(1 if options.small else 7)
-    print("peak: " + " · ".join(f"{kind} {table.amount(kind, rate)}" for kind, rate in most.items()) + f" ({how})")
+    peak_rates, method = table.peaks(1 if options.small else 7)
+    print(
+        "peak: "
+        + " · ".join(f"{kind} {table.amount(kind, rate)}" for kind, rate in peak_rates.items())
+        + f" ({method})"
+    )
     torch = Torch(options.torch) if options.torch else None
-    result = {"threads": len(os.sched_getaffinity(0)), "turns": options.turns, "peak": most}
+    result = {"threads": len(os.sched_getaffinity(0)), "turns": options.turns, "peak": peak_rates}
     if torch:
         result["torch"] = torch.version
         print(f"torch {torch.version}")
     for run in (gemm, attention, others):
         if options.only in (None, run.__name__):
-            result[run.__name__] = run(torch, most, options)
+            result[run.__name__] = run(torch, peak_rates, options)
     if torch:
         torch.close()
     print(json.dumps(result), flush=True)

@@ -1,9 +1,8 @@
-"""What is run of every family, by test_families.py on families.py and the goldens, and by family_table.py for README.
+"""Checks of one family, for test_families.py (tiny models and goldens) and family_table.py (tests/RESULTS.md).
 
-Layouts: the same samples packed, padded left, padded right, alone: losses and every gradient must agree.
-Goldens: what the family's own software computed, ../shared/golden/hf and ../shared/golden/models.
-Scripts: finetune.py (all weights, LoRA, prefix) and pretrain.py on a tiny world of their own, stopped and resumed, and
-what they wrote opened again.
+Layouts: the same samples packed, padded left, padded right, and single: losses and all gradients must agree.
+Goldens: numbers of the family's own software, ../shared/golden/hf and ../shared/golden/models.
+Scripts: finetune.py (all weights, LoRA, prefix) and pretrain.py on tiny data: stopped, resumed, their output loaded.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ LENGTHS = ((9, 1, 14, 5), (17, 12), (30,), (1,))
 
 
 def make_samples(name, lengths=LENGTHS, seed=1, special=SPECIAL):
-    """Packs of (ids, labels): a third of each sample is a prompt; ChatGLM-6B's ends with its mask token and <sop>."""
+    """Packs of (ids, labels); the first third of a sample is its prompt, for ChatGLM-6B with a mask token and <sop>."""
     generator = np.random.default_rng(seed)
     packs = []
     for row in lengths:
@@ -52,7 +51,7 @@ def make_samples(name, lengths=LENGTHS, seed=1, special=SPECIAL):
 
 
 def batches(packs, layout):
-    """[(ids, labels, positions, rows)] of these samples; and where each sample is: [(batch, row, first, end)]."""
+    """[(ids, labels, positions, mask rows)], and where each sample is: [(batch, row, first, end)]."""
     samples = [sample for pack in packs for sample in pack]
     if layout == "packed":
         T, where = 32, []
@@ -61,8 +60,8 @@ def batches(packs, layout):
             where += [(0, b, end - len(ids), end) for end, (ids, _) in zip(ends, pack)]
         return [packed_batch(packs, T)], where
     if layout == "alone":
-        found = [(ids[None], labels[None], None, None) for ids, labels in samples]
-        return found, [(i, 0, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
+        singles = [(ids[None], labels[None], None, None) for ids, labels in samples]
+        return singles, [(i, 0, 0, len(ids)) for i, (ids, _) in enumerate(samples)]
     T = max(len(ids) for ids, _ in samples) + 2
     if layout == "right":
         return [packed_batch([[sample] for sample in samples], T)], [
@@ -79,11 +78,11 @@ def batches(packs, layout):
 
 
 def losses_and_gradients(model, packs, layout):
-    """[losses of each sample], {name: gradient of their mean}."""
+    """([losses (T,) of each sample], {name: gradient of the mean loss})."""
     zero_grad(model)
-    found, where = batches(packs, layout)
+    layout_batches, where = batches(packs, layout)
     total, losses = sum(int((labels != -100).sum()) for pack in packs for _, labels in pack), []
-    for ids, labels, positions, rows in found:
+    for ids, labels, positions, rows in layout_batches:
         optional = [None if a is None else tensor(a) for a in (positions, rows)]
         loss = model(tensor(ids), *optional, labels=tensor(labels))
         losses.append(loss.numpy())
@@ -95,14 +94,14 @@ def assert_layouts_agree(model, packs, layouts=("packed", "left", "right")):
     expected, expected_gradients = losses_and_gradients(model, packs, "alone")
     scale = max(np.abs(g).max() for g in expected_gradients.values())
     for layout in layouts:
-        losses, found = losses_and_gradients(model, packs, layout)
+        losses, actual = losses_and_gradients(model, packs, layout)
         for i, (a, b) in enumerate(zip(losses, expected)):
             assert largest(a, b) < 2e-5 * max(1.0, np.abs(b).max()), (layout, i, largest(a, b))
         for key in expected_gradients:
-            assert largest(found[key], expected_gradients[key]) < 2e-5 * scale, (
+            assert largest(actual[key], expected_gradients[key]) < 2e-5 * scale, (
                 layout,
                 key,
-                largest(found[key], expected_gradients[key]),
+                largest(actual[key], expected_gradients[key]),
                 scale,
             )
     return expected_gradients
@@ -111,7 +110,7 @@ def assert_layouts_agree(model, packs, layouts=("packed", "left", "right")):
 # ========================================================================================================= goldens
 
 GOLDEN = SHARED / "golden"
-NOT_OURS = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")  # in the folder, of families that are not here
+NOT_OURS = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")  # goldens of families that FAMILIES does not have
 GOLDENS = sorted(
     path.parent
     for kind in ("hf", "models")
@@ -121,7 +120,7 @@ GOLDENS = sorted(
 
 
 def golden_files(folder):
-    """{name in the oracle: array}, and what golden.json says (nothing for hf)."""
+    """({name: array}, the object of golden.json or {}) of a golden folder."""
     oracle = dict(
         np.load(folder / ("oracle.npz" if (folder / "oracle.npz").is_file() else "golden.npz"), allow_pickle=False)
     )
@@ -140,7 +139,7 @@ def golden_model(folder, dialect="config.json", **changes):
 
 @contextlib.contextmanager
 def as_its_oracle(folder):
-    """The oracle of dynamic rope kept the stretched frequencies of an earlier call with 31 tokens."""
+    """The oracle of dynamic RoPE used the frequencies of an earlier call with 31 tokens."""
     before = rotary.document_lengths
     if "dynamic" in folder.name:
         rotary.document_lengths = lambda positions: paddle.full(positions.shape, 31, "int64")
@@ -151,81 +150,80 @@ def as_its_oracle(folder):
 
 
 def hidden_states(model, ids):
-    """[what the first block reads, what each block gives, after the final norm], each (B, T, D) numpy."""
-    found, embed = [], model.embed
+    """[input of the first block, output of each block, output of the final norm], each (B, T, D) numpy."""
+    states, embed = [], model.embed
     hooks = [
-        layer.register_forward_post_hook(lambda layer, given, out: found.append(out[0].numpy()))
+        layer.register_forward_post_hook(lambda layer, given, out: states.append(out[0].numpy()))
         for layer in model.layers
     ]
-    model.embed = lambda *args: found.append(embed(*args)) or found[0]
+    model.embed = lambda *args: states.append(embed(*args)) or states[0]
     with paddle.no_grad():
-        found.append(model.hidden_states(tensor(ids)).numpy())
+        states.append(model.hidden_states(tensor(ids)).numpy())
     del model.embed
     for hook in hooks:
         hook.remove()
-    return [found[0].numpy(), *found[1:]]
+    return [states[0].numpy(), *states[1:]]
 
 
 def compare_with_golden(folder):
-    """{"logits", "hidden", "loss", "norm", "gradients", "padded"}: largest differences, those of norms and gradients
-    relative."""
+    """{"logits", "hidden", "loss", "norm", "gradients", "padded"}: largest differences, relative for the gradients."""
     oracle, notes = golden_files(folder)
     ids, model = oracle["input_ids"].astype(np.int64), golden_model(folder)
     labels = np.concatenate([oracle.get("labels", ids)[:, 1:], np.full((len(ids), 1), -100)], 1).astype(np.int64)
-    found = {}
+    differences = {}
     with as_its_oracle(folder):
         with paddle.no_grad():
-            found["logits"] = largest(model(tensor(ids)).numpy(), oracle["logits"])
-        found["hidden"] = compare_hidden(model, ids, oracle)
+            differences["logits"] = largest(model(tensor(ids)).numpy(), oracle["logits"])
+        differences["hidden"] = compare_hidden(model, ids, oracle)
         loss = mean_loss(model(tensor(ids), labels=tensor(labels)), labels)
         loss.backward()
-        found["loss"] = abs(float(loss) - float(notes.get("loss", oracle["loss"])))
-        mine = gradients(model)
-        found["norm"], found["gradients"] = compare_gradients(model, mine, oracle, notes)
-        found["padded"] = compare_padded(model, oracle, folder)
-    return found
+        differences["loss"] = abs(float(loss) - float(notes.get("loss", oracle["loss"])))
+        ours = gradients(model)
+        differences["norm"], differences["gradients"] = compare_gradients(model, ours, oracle, notes)
+        differences["padded"] = compare_padded(model, oracle, folder)
+    return differences
 
 
 def compare_hidden(model, ids, oracle):
-    """Of all hidden states: relative to the largest value of each."""
-    mine = hidden_states(model, ids)
+    """Largest difference of the hidden states, relative to the largest value of each."""
+    ours = hidden_states(model, ids)
     if "hidden_embed" in oracle:
         theirs = [oracle["hidden_embed"], *(oracle[f"hidden_layer_{i}"] for i in range(len(model.layers)))]
-        mine, theirs = [*mine[:-1], mine[-1]], [*theirs, oracle["hidden_final_norm"]]
-    else:  # transformers gives the last one after the final norm alone
+        ours, theirs = [*ours[:-1], ours[-1]], [*theirs, oracle["hidden_final_norm"]]
+    else:  # transformers returns the last one only after the final norm
         theirs = [oracle[f"hidden_{i}"] for i in range(len(model.layers) + 1)]
-        mine = [*mine[:-2], mine[-1]]
+        ours = [*ours[:-2], ours[-1]]
         if model.project_out is not None:
-            mine[-1] = model.project_out(tensor(mine[-1])).numpy()
-    return max(largest(a, b) / max(1.0, np.abs(b).max()) for a, b in zip(mine, theirs, strict=True))
+            ours[-1] = model.project_out(tensor(ours[-1])).numpy()
+    return max(largest(a, b) / max(1.0, np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def compare_gradients(model, mine, oracle, notes):
-    """Of the norm (all weights', or each one's), and of the gradients that the oracle holds."""
+def compare_gradients(model, ours, oracle, notes):
+    """(relative difference of the gradient norms, largest difference of the gradients in the oracle)."""
     if "grad_norm" in oracle:
-        norms = [(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in mine.values())), float(oracle["grad_norm"]))]
+        norms = [(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in ours.values())), float(oracle["grad_norm"]))]
         theirs = {str(name): oracle[f"grad_{i}"] for i, name in enumerate(oracle["grad_names"])}
     else:
         norms = [
-            (np.linalg.norm(mine[name].astype(np.float64)), norm)
+            (np.linalg.norm(ours[name].astype(np.float64)), norm)
             for name, norm in notes["grad_norms"].items()
-            if name in mine
+            if name in ours
         ]
         theirs = {key[5:]: value for key, value in oracle.items() if key.startswith("grad:")}
-    unknown = [name for name in theirs if name not in mine and not name.endswith(("gate_up_proj", "experts.down_proj"))]
-    assert not unknown and any(name in mine for name in theirs), unknown
-    worst = max(largest(mine[name], g) / max(1.0, np.abs(g).max()) for name, g in theirs.items() if name in mine)
+    unknown = [name for name in theirs if name not in ours and not name.endswith(("gate_up_proj", "experts.down_proj"))]
+    assert not unknown and any(name in ours for name in theirs), unknown
+    worst = max(largest(ours[name], g) / max(1.0, np.abs(g).max()) for name, g in theirs.items() if name in ours)
     return max(abs(a / b - 1) for a, b in norms), worst
 
 
 def compare_padded(model, oracle, folder):
-    """Of the left-padded batch, where it is not padding."""
+    """Largest difference of the logits of the left-padded batch, without padding."""
     ids = oracle["lp_input_ids" if "lp_input_ids" in oracle else "pad_input_ids"].astype(np.int64)
     mask = oracle["lp_attention_mask" if "lp_attention_mask" in oracle else "pad_attention_mask"]
     theirs = oracle["lp_logits" if "lp_logits" in oracle else "pad_logits"]
-    if mask.ndim == 4:  # ChatGLM-6B's says what is hidden: padding is what nobody sees
+    if mask.ndim == 4:  # ChatGLM-6B's marks hidden keys: padding is hidden from all
         mask = 1 - mask[:, 0].all(1).astype(np.int64)
-    if "ntk" in folder.name:  # its logn counts the padding: there a row gives other numbers than alone, here not
+    if "ntk" in folder.name:  # its logn counts padding, so a padded row differs from a single one; ours does not
         alone = model(tensor(ids[1:, mask[1] == 1])).numpy()
         theirs = np.concatenate([theirs[:1], np.concatenate([theirs[1:, : ids.shape[1] - alone.shape[1]], alone], 1)])
     positions, rows = left_padding(mask)
@@ -234,25 +232,27 @@ def compare_padded(model, oracle, folder):
 
 
 def golden_tokens(folder, dialect="config.json"):
-    """Whether greedy tokens, of rows alone and of a left-padded batch where there is one, are the golden's."""
+    """Whether greedy tokens of single rows, and of a left-padded batch if there is one, equal the golden's."""
     oracle, _ = golden_files(folder)
     model, right = golden_model(folder, dialect), True
-    prompt, wanted = oracle["gen_prompt"].astype(np.int64), oracle["gen_out" if "gen_out" in oracle else "gen_ids"]
-    wanted = wanted[:, prompt.shape[1] :] if wanted.shape[1] > 20 else wanted
+    prompt = oracle["gen_prompt"].astype(np.int64)
+    expected_tokens = oracle["gen_out" if "gen_out" in oracle else "gen_ids"]
+    expected_tokens = expected_tokens[:, prompt.shape[1] :] if expected_tokens.shape[1] > 20 else expected_tokens
     for row in range(len(prompt)):
         right &= np.array_equal(
-            M.generate(model, prompt[row : row + 1], wanted.shape[1])[0, prompt.shape[1] :], wanted[row]
+            M.generate(model, prompt[row : row + 1], expected_tokens.shape[1])[0, prompt.shape[1] :],
+            expected_tokens[row],
         )
     if "lpgen_out" in oracle and "dynamic" not in folder.name:
-        ids, mask, wanted = oracle["lp_input_ids"], oracle["lp_attention_mask"], oracle["lpgen_out"]
-        found = M.generate(model, ids, 20, attention_mask=mask)
-        right &= np.array_equal(found[:, -20:], wanted[:, -20:])
+        ids, mask, expected_tokens = oracle["lp_input_ids"], oracle["lp_attention_mask"], oracle["lpgen_out"]
+        actual = M.generate(model, ids, 20, attention_mask=mask)
+        right &= np.array_equal(actual[:, -20:], expected_tokens[:, -20:])
     return right
 
 
 # ========================================================================================================= scripts
 
-COLOURS = ("red", "blue", "green", "grey", "black", "white")
+COLORS = ("red", "blue", "green", "grey", "black", "white")
 THINGS = ("shirt", "coat", "lamp", "sofa", "shoe", "scarf", "bag")
 
 
@@ -261,7 +261,7 @@ def make_world(folder):
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(f"{color} {thing}", f"a {color} {thing} to love.") for color in COLOURS for thing in THINGS]
+    pairs = [(f"{color} {thing}", f"a {color} {thing} to love.") for color in COLORS for thing in THINGS]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text for pair in pairs for text in pair]),
         model_prefix=str(folder / "tokenizer"),
@@ -285,8 +285,7 @@ def make_world(folder):
 
 
 def give_tokenizer(folder, world):
-    """The world's tokenizer into a model's folder; for ChatGLM-6B with its special ids, and prompts that end with
-    them."""
+    """Copy the tokenizer into a model's folder; for ChatGLM-6B with its special ids and its chat template."""
     config = families.ModelConfig.from_json(folder)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(world / name, folder / name)
@@ -325,8 +324,7 @@ TUNINGS = {
 
 
 def tune(folder, world, out, kind):
-    """finetune.py with packed rows, stopped after 4 of 8 steps and resumed; the loss falls; the result opens and
-    answers."""
+    """finetune.py with packed rows, stopped after 4 of 8 steps, resumed; the loss falls, the result can generate."""
     kind_keys, rate = TUNINGS[kind]
     keys = {
         "model_name_or_path": str(folder),
@@ -368,7 +366,7 @@ def tune(folder, world, out, kind):
 
 
 def pretrain_and_go_on(folder, world, out):
-    """pretrain.py from scratch on the configuration, stopped and resumed likewise."""
+    """pretrain.py from random weights, stopped after 4 of 8 steps, resumed; the loss falls."""
     keys = {
         "model_name_or_path": str(folder),
         "input_dir": str(world / "corpus"),
@@ -402,7 +400,7 @@ def log_rows(out):
 
 
 def loss_on(model, dataset):
-    """Mean loss of the target tokens, every sample alone and with default positions."""
+    """Mean loss of the target tokens, one sample at a time with default positions."""
     total, tokens = 0.0, 0
     with paddle.no_grad():
         for i in range(len(dataset)):

@@ -1,10 +1,10 @@
-"""Writes README's table of families: every cell of it is run on the tiny goldens of ../shared, none is assumed.
+"""Writes the table of families in tests/RESULTS.md: every cell is run on the tiny goldens of ../shared.
 
-    python tests/bench/family_table.py            # all families, a few minutes; tests/RESULTS.md between the two marks
-    python tests/bench/family_table.py bloom opt  # some, to the screen
+    python tests/bench/family_table.py            # all families, a few minutes; writes between the marks
+    python tests/bench/family_table.py bloom opt  # prints the rows of some families
 
-A mark stands only where the cell ran on every golden of the family and passed; what failed is printed and has none. The
-same functions (family_cells.py) are run by test_families.py on the configurations of families.py.
+A cell has a mark only if it passed on every golden of the family; a failure is printed. test_families.py runs the same
+functions (family_cells.py) on the tiny models.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import formats.weights
 ROOT = paths.TESTS.parent
 
 BEGIN, END = "<!-- families: written by tests/bench/family_table.py -->", "<!-- families end -->"
-WHAT = {  # family: what stands in the table for it
+MODELS = {  # family: its published models
     "llama": "Llama 1, 2, 3, 3.x", "mistral": "Mistral, sliding window", "mixtral": "Mixtral",
         "qwen": "Qwen, dynamic NTK and logn",
     "qwen2": "Qwen1.5, 2, 2.5", "qwen2_moe": "Qwen1.5/2-MoE", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE",
@@ -41,27 +41,27 @@ WHAT = {  # family: what stands in the table for it
 
 
 def load(folder, work):
-    """Logits, hidden states, loss, gradients and left padding are the golden's; returns the differences."""
-    found = cells.compare_with_golden(folder)
+    """Logits, hidden states, loss, gradients and left padding equal the golden's; returns the differences."""
+    results = cells.compare_with_golden(folder)
     limits = {"logits": 1e-4, "hidden": 1e-5, "loss": 1e-5, "norm": 1e-4, "gradients": 1e-4, "padded": 1e-4}
-    assert all(found[key] < limit for key, limit in limits.items()), found
-    return found
+    assert all(results[key] < limit for key, limit in limits.items()), results
+    return results
 
 
 def save(folder, work):
-    """Their files again, tensor by tensor, in their dialect of config.json."""
+    """A saved model has the tensors of the golden's files, and the keys of its config.json."""
     formats.weights.save_pretrained(cells.golden_model(folder), work / "saved")
     theirs = {name: read() for name, (read, _) in formats.weights.stored_tensors(folder).items()}
     ours = {name: read() for name, (read, _) in formats.weights.stored_tensors(work / "saved").items()}
     assert ours.keys() == theirs.keys(), set(ours) ^ set(theirs)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    kept = json.loads((folder / "config.json").read_text())
+    source_config = json.loads((folder / "config.json").read_text())
     written = json.loads((work / "saved" / "config.json").read_text())
-    assert all(written[key] == kept[key] for key in kept if key not in ("torch_dtype", "dtype"))
+    assert all(written[key] == source_config[key] for key in source_config if key not in ("torch_dtype", "dtype"))
 
 
 def packed(folder, work):
-    """Samples packed behind one another by FlashMask rows, padded and alone: losses and every gradient."""
+    """Samples packed with FlashMask rows, padded, and single: losses and all gradients agree."""
     model = cells.golden_model(folder)
     source = model.config.source
     special = {
@@ -97,7 +97,7 @@ CELLS = {"load": load, "save": save, "SFT": script("sft"), "LoRA": script("lora"
 
 
 def run(folder, work):
-    """{cell: True, or the error}, and the numbers of the first."""
+    """({cell: True or the error}, the differences that `load` returns)."""
     passed, numbers = {}, {}
     for name, cell in CELLS.items():
         output = io.StringIO()
@@ -115,7 +115,7 @@ def run(folder, work):
 
 
 def table(only=()):
-    """The text of the table."""
+    """The table in Markdown, of all families or some."""
     rows = {family: [] for family in families.FAMILIES}
     with tempfile.TemporaryDirectory() as temporary:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -127,17 +127,17 @@ def table(only=()):
                 rows[family].append(run(folder, Path(temporary) / folder.name))
     heads = ["family", "", *CELLS, "logits", "loss", "gradient norm"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for family, found in rows.items():
-        if not found:
+    for family, results in rows.items():
+        if not results:
             continue
-        marks = ["✓" if all(passed[cell] is True for passed, _ in found) else " " for cell in CELLS]
+        marks = ["✓" if all(passed[cell] is True for passed, _ in results) else " " for cell in CELLS]
         numbers = [""] * 3
         if marks[0] == "✓":
             numbers = [
-                f"{max(n[key] for _, n in found):.1e}".replace("e-0", "e-").replace("0.0e+00", "0")
+                f"{max(n[key] for _, n in results):.1e}".replace("e-0", "e-").replace("0.0e+00", "0")
                 for key in ("logits", "loss", "norm")
             ]
-        goldens = f"{WHAT[family]} ({len(found)})"
+        goldens = f"{MODELS[family]} ({len(results)})"
         lines.append("| " + " | ".join([f"`{family}`", goldens, *marks, *numbers]) + " |")
     return "\n".join(lines)
 
@@ -148,6 +148,6 @@ if __name__ == "__main__":
     text = table(sys.argv[1:])
     print(text)
     if not sys.argv[1:]:
-        readme = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
-        before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+        results = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
+        before, after = results.split(BEGIN)[0], results.split(END)[1]
         (ROOT / "tests" / "RESULTS.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

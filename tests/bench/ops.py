@@ -1,11 +1,12 @@
-"""Which back end runs each op here, why, and how fast it was just seen to be.
+"""Measures every op of kernels/ on this machine, beside the machine's peak.
 
     python tests/bench/ops.py                            # about 20 seconds
     python tests/bench/ops.py --device gpu:1 --kernels reference
 
-A row's rate is in operations a second (a multiply-add is two) or in bytes a second, of those that the op cannot do
-without: a matrix that it reads twice counts once. The share is of the peak that was measured before, on registers
-alone or by a pass over memory that no cache holds, with all the threads that this process may use."""
+A rate is in operations per second (a multiply-add is two) or in bytes per second, counting only necessary work: a
+matrix that is read twice counts once. The share is of the peak that was measured first, in registers or by a pass over
+memory larger than the caches, with all threads of this process.
+"""
 
 import argparse
 import functools
@@ -27,13 +28,13 @@ from formats.files import UserError
 
 
 class Case(NamedTuple):
-    """Something to time."""
+    """One measurement."""
 
     shape: str  # in words
     part: str  # forward, backward, dx, dw, …
-    kind: str  # which peak it is held against: memory, float32, bfloat16, int8
-    work: float  # bytes (memory) or operations of a call
-    run: Callable  # without arguments; returns what it made or changed
+    kind: str  # the peak that it is compared with: memory, float32, bfloat16, int8
+    work: float  # bytes (memory) or operations per call
+    run: Callable  # without arguments; returns its results
 
 
 # ------------------------------------------------------------------------------------------------- what is timed
@@ -44,7 +45,7 @@ def values(*shape):
 
 
 def in_products_of(kind, function, inputs):
-    """function(*inputs) with products in bfloat16, or not; the backward of what it returns does as it did."""
+    """function(*inputs) with products of this kind, in forward and in backward of the result."""
     before, kernels.bf16 = kernels.bf16, kind == "bfloat16"
     try:
         return function(*inputs)
@@ -71,8 +72,8 @@ def timed(shape, kind, function, inputs, parts):
         for i in chosen:
             leaves[i].stop_gradient = False
         out = in_products_of(kind, function, leaves)
-        upstream, wanted = values(*out.shape), [leaves[i] for i in chosen]
-        run = lambda how=(out, wanted, upstream): paddle.grad(*how, retain_graph=True)
+        upstream, leaves_with_grad = values(*out.shape), [leaves[i] for i in chosen]
+        run = lambda args=(out, leaves_with_grad, upstream): paddle.grad(*args, retain_graph=True)
         yield Case(shape, part, kind, work, run)
 
 
@@ -148,7 +149,7 @@ def quant_linear(rows=1, n_in=4096, n_out=4096, group=128):
         codes = paddle.randint(-(2**31), 2**31 - 1, [n_in * bits // 32, n_out], "int64").astype("int32")
         scales, zeros = values(n_in // group, n_out).abs() * 1e-3, codes[: n_in // group, : n_out * bits // 32]
         x = values(rows, n_in)
-        run = lambda x=x, how=(codes, scales, None, f"w{bits}", zeros.contiguous()): kernels.quant_linear(x, *how)
+        run = lambda x=x, args=(codes, scales, None, f"w{bits}", zeros.contiguous()): kernels.quant_linear(x, *args)
         yield Case(f"{rows} x {n_in} x {n_out}", f"w{bits}", "memory", n_in * n_out * bits / 8 + 4 * scales.size, run)
     M, K, N = 512, 2048, 2048
     x, codes, scales = values(M, K), paddle.randint(-127, 128, [K, N]).astype("int8"), values(N).abs() * 1e-3
@@ -207,8 +208,8 @@ def write_cache(tokens=2048, K=4, Dh=64, block=16):
 
 def sample(rows=8, V=32000):
     logits, uniform = values(rows, V), np.random.default_rng(0).random(rows)
-    how = np.full(rows, 0.8), np.full(rows, 50), np.full(rows, 0.9), uniform  # temperature, top_k, top_p
-    yield Case(f"{rows} x {V}", "draw", "memory", 4.0 * rows * V, lambda: kernels.sample(logits, *how))
+    parameters = np.full(rows, 0.8), np.full(rows, 50), np.full(rows, 0.9), uniform  # temperature, top_k, top_p
+    yield Case(f"{rows} x {V}", "draw", "memory", 4.0 * rows * V, lambda: kernels.sample(logits, *parameters))
 
 
 def linear_cross_entropy(N=512, D=768, V=32000, kind="float32"):
@@ -268,13 +269,13 @@ IN_BFLOAT16 = {  # again, with products in bfloat16
 
 
 def wait():
-    """Until the device has done what it was given; a CPU has."""
+    """Wait for the device; not needed on a CPU."""
     if kernels._kind() != "cpu":
         paddle.device.synchronize()
 
 
 def turn(run, at_least=0.03):
-    """Seconds of one call, the mean of as many as take `at_least` seconds."""
+    """Seconds per call, the mean over calls of at least `at_least` seconds in total."""
     calls, start = 0, time.perf_counter()
     while True:
         run()
@@ -286,8 +287,7 @@ def turn(run, at_least=0.03):
 
 
 def measure(run, turns=5, at_most=1.0):
-    """The median of the seconds that a call takes in several turns, after one that does not count; `at_most` bounds
-    the sum."""
+    """Median seconds per call over several turns after a warm-up; stops after `at_most` seconds."""
     turn(run, 0.0)
     found, start = [], time.perf_counter()
     while len(found) < turns and (not found or time.perf_counter() - start < at_most):
@@ -296,10 +296,10 @@ def measure(run, turns=5, at_most=1.0):
 
 
 def peaks(turns=7):
-    """({kind of a Case: the most that was seen, in operations or bytes a second}, how it was measured).
+    """({kind of a Case: highest rate, in operations or bytes per second}, the method).
 
-    On a CPU by loops of our own (kernels/cpu/peak.cc); elsewhere, or without a compiler, by Paddle's largest product
-    and copy."""
+    On a CPU by our loops (kernels/cpu/peak.cc); elsewhere, or without a compiler, by a large product and a copy.
+    """
     found = {}
     if kernels._kind() == "cpu" and kernels._missing("cpu", "peak") is None:
         memory = paddle.ones([64 << 20])  # 256 MB
@@ -321,7 +321,7 @@ def peaks(turns=7):
 
 
 def hardware():
-    """One line: Paddle, device, processor, threads, the instruction sets that matter here."""
+    """One line: Paddle, device, processor, threads, instruction sets."""
     parts = [f"Paddle {paddle.__version__}", paddle.get_device()]
     if kernels._kind() == "cpu" and sys.platform.startswith("linux"):
         with open("/proc/cpuinfo") as file:
@@ -336,17 +336,17 @@ def hardware():
 
 
 def amount(kind, rate):
-    """A rate in words."""
+    """A rate with its unit."""
     unit = "GB/s" if kind == "memory" else "GOP/s" if kind == "int8" else "GFLOP/s"
     return f"{rate / 1e9:,.{0 if rate >= 1e11 else 1}f} {unit}"
 
 
-def report(cases, most):
+def report(cases, peak_rates):
     """Measure each case and print its line."""
     for case in cases:
         seconds = measure(case.run)
         rate = case.work / seconds
-        share = f"{rate / most[case.kind]:.0%} of {case.kind}" if case.kind in most else f"({case.kind})"
+        share = f"{rate / peak_rates[case.kind]:.0%} of {case.kind}" if case.kind in peak_rates else f"({case.kind})"
         print(
             f"  {case.part:10}{case.shape:46}{seconds * 1e3:9.2f} ms{amount(case.kind, rate):>14}   {share}", flush=True
         )
@@ -362,14 +362,14 @@ def main(argv=None):
     table = kernels.configure(options.device, options.kernels)
     no_bf16 = kernels.bf16_missing()
     print(hardware(), flush=True)
-    most, how = peaks()
-    print("peak: " + " · ".join(f"{kind} {amount(kind, rate)}" for kind, rate in most.items()) + f" ({how})\n")
+    peak_rates, method = peaks()
+    print("peak: " + " · ".join(f"{kind} {amount(kind, rate)}" for kind, rate in peak_rates.items()) + f" ({method})\n")
     for op in kernels.OPS:
         backend, reason = table[op]
         print(f"{op}: {backend} ({reason})")
-        report(CASES[op](), most)
+        report(CASES[op](), peak_rates)
         for make in () if no_bf16 else IN_BFLOAT16.get(op, ()):
-            report(make(kind="bfloat16"), most)
+            report(make(kind="bfloat16"), peak_rates)
     if no_bf16:
         print(f"no products in bfloat16: {no_bf16}")
 

@@ -62,12 +62,14 @@ def shapes(config):
     """{Hugging Face name: shape} of a config.json."""
     D, F, H = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     K, Dh = config["num_key_value_heads"], config.get("head_dim") or D // H
-    found = {"model.embed_tokens.weight": (config["vocab_size"], D), "model.norm.weight": (D,)}
+    shapes_by_name = {"model.embed_tokens.weight": (config["vocab_size"], D), "model.norm.weight": (D,)}
     if not config.get("tie_word_embeddings"):
-        found["lm_head.weight"] = (config["vocab_size"], D)
+        shapes_by_name["lm_head.weight"] = (config["vocab_size"], D)
     for i in range(config["num_hidden_layers"]):
         block = f"model.layers.{i}."
-        found[block + "input_layernorm.weight"] = found[block + "post_attention_layernorm.weight"] = (D,)
+        shapes_by_name[block + "input_layernorm.weight"] = shapes_by_name[block + "post_attention_layernorm.weight"] = (
+            D,
+        )
         rows = [
             ("self_attn.q_proj", H * Dh, D),
             ("self_attn.k_proj", K * Dh, D),
@@ -78,14 +80,14 @@ def shapes(config):
             ("mlp.down_proj", D, F),
         ]
         for name, n_out, n_in in rows:
-            found[f"{block}{name}.weight"] = (n_out, n_in)
+            shapes_by_name[f"{block}{name}.weight"] = (n_out, n_in)
             if config.get("attention_bias" if "attn" in name else "mlp_bias"):
-                found[f"{block}{name}.bias"] = (n_out,)
-    return found
+                shapes_by_name[f"{block}{name}.bias"] = (n_out,)
+    return shapes_by_name
 
 
 def draw(names_and_shapes, seed=0):
-    """{name: float32 array}, each from (seed, name) alone; loud enough that a swapped tensor shows."""
+    """{name: float32 array}, each from (seed, name) alone; large enough that a swapped tensor is visible."""
     arrays = {}
     for name, shape in names_and_shapes.items():
         noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)

@@ -1,15 +1,16 @@
-"""One tiny config.json of every family and variant that model.py reads, and folders of them with weights from a seed.
+"""A tiny config.json for every family and variant, and model folders with weights from a seed.
 
     CONFIGS[name]                        config.json as a dict; names are FAMILY or FAMILY_VARIANT
-    family(name)                         the row of model.FAMILIES that it belongs to
+    family(name)                         its row of families.FAMILIES
     build(name, seed=0, **changes)       a CausalLM; changes replace keys of config.json
     write(folder, name, ...)             the same as a Hugging Face folder
-    MOE, WINDOWED, ...                   names by what is particular about them
+    MOE, WINDOWED, ...                   names by a trait
 
-Sizes are small and odd on purpose: one key head, heads that are no power of two, head_dim * heads unequal to
+Sizes are deliberately small and odd: one key head, heads that are no power of two, head_dim * heads unequal to
 hidden_size, a first dense layer, windows of 3 to 5. Nothing here is a published model; every weight comes from (seed,
-its name) alone (golden_weights.draw), and all are loud enough that exchanging two shows. VocabShard: V ids; SPECIAL
-are not ordinary text."""
+its name) (golden_weights.draw), large enough that exchanging two is visible. The vocabulary has V ids; SPECIAL ids are
+not ordinary text.
+"""
 
 import json
 from pathlib import Path
@@ -25,7 +26,7 @@ SPECIAL = {"bos": 1, "eos": 2, "pad": 0, "mask": 57, "gmask": 58, "sop": 60, "eo
 
 
 def _config(family, **keys):
-    """Keys that most families share; None takes one of them away, and is null for any other."""
+    """Keys that most families share; None removes one of them, and is null for other keys."""
     common = {
         "model_type": family,
         "vocab_size": V,
@@ -49,7 +50,7 @@ def _config(family, **keys):
 
 
 def _plain(family, **keys):
-    """Without the keys of Llama's dialect: families that name everything otherwise."""
+    """Without the keys of Llama's config.json, for families with other names."""
     none = dict.fromkeys(
         (
             "intermediate_size",

@@ -70,10 +70,10 @@ class Cores:
         """A launcher's error is raised as RuntimeError with what the host's run said."""
         for a in arguments:
             assert not isinstance(a, np.ndarray) or a.flags.c_contiguous
-        found = getattr(self.library, name)(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments))
-        if name.startswith("launch_") and found:
-            raise RuntimeError(f"{name}: error {found} {self.library.cuda_on_cpu_message().decode()}")
-        return found
+        result = getattr(self.library, name)(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments))
+        if name.startswith("launch_") and result:
+            raise RuntimeError(f"{name}: error {result} {self.library.cuda_on_cpu_message().decode()}")
+        return result
 
 
 # ------------------------------------------------------------------------------------------------ element types
@@ -107,13 +107,13 @@ def normal(shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
-def close(found, expected, dtype="float32", noise=2e-6, what=""):
+def close(actual, expected, dtype="float32", noise=2e-6, what=""):
     """One rounding to dtype, and float32 noise in units of the largest value."""
-    assert found.shape == expected.shape, f"{what}: {found.shape} != {expected.shape}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} != {expected.shape}"
     allowed = HALF_STEP[dtype] * 1.01 * np.abs(expected) + noise * max(1.0, np.abs(expected).max())
-    wrong = ~(np.abs(wide(found) - expected) <= allowed)
+    wrong = ~(np.abs(wide(actual) - expected) <= allowed)
     assert not wrong.any(), (
-        f"{what}: {wrong.sum()} of {wrong.size} wrong, first {wide(found)[wrong][0]} for {expected[wrong][0]}"
+        f"{what}: {wrong.sum()} of {wrong.size} wrong, first {wide(actual)[wrong][0]} for {expected[wrong][0]}"
     )
 
 
@@ -310,7 +310,7 @@ def main():
 
 if __name__ == "__main__":
     if "--sanitize" in sys.argv:
-        found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-        os.environ.update(LD_PRELOAD=found, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")
+        libasan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+        os.environ.update(LD_PRELOAD=libasan, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")
         os.execv(sys.executable, [sys.executable, __file__, "--sanitized"])
     main()

@@ -63,7 +63,7 @@ def builds(tmp_path_factory):
     nvcc."""
     folder = tmp_path_factory.mktemp("built")
     ops, phi, cuda = (folder / name for name in ("ops.so", "phi.so", "ops.o"))
-    found = {
+    actual = {
         "ops": (
             ops,
             Build("g++", *cuda_on_cpu.FLAGS, "-x", "c++", *PADDLE, cuda_on_cpu.CORES / "ops.cu", "-o", ops, *LINK),
@@ -76,9 +76,9 @@ def builds(tmp_path_factory):
         ),
     }
     if shutil.which("nvcc"):
-        needed_first = [build for _, build in found.values()]
-        found["cuda"] = (cuda, nvcc(cuda_on_cpu.CORES / "ops.cu", cuda, "sm_90", after=needed_first))
-    return found
+        needed_first = [build for _, build in actual.values()]
+        actual["cuda"] = (cuda, nvcc(cuda_on_cpu.CORES / "ops.cu", cuda, "sm_90", after=needed_first))
+    return actual
 
 
 def nvcc(source, target, arch, after=()):
@@ -180,7 +180,7 @@ def test_the_gpu_harness_detects_a_wrong_kernel(tmp_path):
 
 
 def test_kernels_give_the_same_bits_in_every_order(cores):
-    found = []
+    actual = []
     for order in (0, 1, 2):
         cores.order(order)
         x, w, h, y, r = (
@@ -191,8 +191,8 @@ def test_kernels_give_the_same_bits_in_every_order(cores):
         cores.call("launch_rms_norm", x, x, w, 9, 300, 1e-5, h, y, r, 0, None)
         dx, dw, parts = np.empty((9, 300), np.float32), np.empty(300, np.float32), np.empty((9, 300), np.float32)
         cores.call("launch_rms_norm_backward", h, w, r, y, x, 9, 300, dx, dw, parts, 0, None)
-        found.append(b"".join(a.tobytes() for a in (y, dx, dw)))
-    assert len(set(found)) == 1
+        actual.append(b"".join(a.tobytes() for a in (y, dx, dw)))
+    assert len(set(actual)) == 1
 
 
 @pytest.mark.parametrize(
@@ -359,10 +359,11 @@ def test_rms_norm_is_paddles_where_there_is_no_residual(pretend):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    "shape, turned", [((1, 1, 1, 2), 2), ((2, 5, 3, 8), 8), ((3, 7, 2, 6), 6), ((2, 5, 3, 12), 4), ((2, 5, 3, 4), 0)]
+    "shape, rotary_dims",
+    [((1, 1, 1, 2), 2), ((2, 5, 3, 8), 8), ((3, 7, 2, 6), 6), ((2, 5, 3, 12), 4), ((2, 5, 3, 4), 0)],
 )
-def test_rope(pretend, shape, turned, interleaved):
-    cases.test_rope("gpu", shape, turned, interleaved)
+def test_rope(pretend, shape, rotary_dims, interleaved):
+    cases.test_rope("gpu", shape, rotary_dims, interleaved)
 
 
 def test_rope_with_one_table_for_all_sequences(pretend):
@@ -468,7 +469,7 @@ def test_paged_attention(pretend, queries, contexts, int8):
         scales, floats = [None, None], [tensor(normal(shape, i), frozen=True) for i in (2, 3)]
         caches = floats
     slopes = tensor([0.5, 0.25, 0.1, 0.0], frozen=True)
-    for more in (
+    for score_options in (
         {},
         {"scale": 0.7},
         {"alibi_slopes": slopes},
@@ -476,21 +477,21 @@ def test_paged_attention(pretend, queries, contexts, int8):
         {"softcap": 0.5},
         {"alibi_slopes": slopes, "window": 7, "softcap": 2.0},
     ):
-        expected = reference.paged_attention(q, *floats, tables, queries, contexts, **more)
-        found = gpu.paged_attention(
-            q, *caches, tables, queries, contexts, k_scales=scales[0], v_scales=scales[1], **more
+        expected = reference.paged_attention(q, *floats, tables, queries, contexts, **score_options)
+        actual = gpu.paged_attention(
+            q, *caches, tables, queries, contexts, k_scales=scales[0], v_scales=scales[1], **score_options
         )
-        close(found.numpy(), expected.numpy(), 5e-6)
+        close(actual.numpy(), expected.numpy(), 5e-6)
         if not int8:  # in two bytes: by the kernel, and, with no multiple of 8, by the reference
             for cut in (Dh, 12):
                 given = [t[..., :cut].contiguous() for t in (q, *caches)]
                 halves = [t.astype("bfloat16") for t in given]
                 expected = reference.paged_attention(
-                    *(t.astype("float32") for t in halves), tables, queries, contexts, **more
+                    *(t.astype("float32") for t in halves), tables, queries, contexts, **score_options
                 )
-                found = gpu.paged_attention(*halves, tables, queries, contexts, **more)
-                assert found.dtype == paddle.bfloat16
-                close(found.astype("float32").numpy(), expected.numpy(), 2e-2)
+                actual = gpu.paged_attention(*halves, tables, queries, contexts, **score_options)
+                assert actual.dtype == paddle.bfloat16
+                close(actual.astype("float32").numpy(), expected.numpy(), 2e-2)
 
 
 @pytest.mark.parametrize("scheme", ["w4", "w8"])
@@ -538,7 +539,7 @@ import paddle.nn.quant as quant
 flags = {"FLAGS_cudnn_deterministic": False, "FLAGS_flash_attn_version": 2}
 paddle.get_flags = paddle.base.framework.get_flags = lambda names: {n: flags[n] for n in names}
 paddle.enable_static()
-found, count = {}, 0
+results, count = {}, 0
 
 def a(shape, dtype="bfloat16"):
     global count
@@ -549,10 +550,10 @@ def infer(name, call):
     try:
         out = call()
     except Exception as error:
-        found[name] = "error: " + (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+        results[name] = "error: " + (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
         return
     out = out if isinstance(out, (list, tuple)) else [out]
-    found[name] = [[list(o.shape), str(o.dtype)[7:]] for o in out if hasattr(o, "shape") and o.is_dense_tensor_type()]
+    results[name] = [[list(o.shape), str(o.dtype)[7:]] for o in out if hasattr(o, "shape") and o.is_dense_tensor_type()]
 
 with paddle.static.program_guard(paddle.static.Program()):
     q, k, rows = a([-1, -1, 8, 64]), a([-1, -1, 2, 64]), a([-1, 1, -1, 1], "int32")
@@ -594,7 +595,7 @@ with paddle.static.program_guard(paddle.static.Program()):
         "float32"), None, None, 4, 128))
     infer("our dequantize", lambda: run("gpu_dequantize", a([1]), a([16, 256], "int32"), a([1, 256], "float32"),
         a([1, 32], "int32"), 4, 128))
-print(json.dumps(found))
+print(json.dumps(results))
 """
 INFERRED = {
     **{
@@ -770,8 +771,8 @@ def test_a_build_that_fails_names_its_log(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "_state", None)
     seen = {}
 
-    def fails(**how):
-        seen.update(how)
+    def fails(**options):
+        seen.update(options)
         raise RuntimeError("ninja: error")
 
     monkeypatch.setattr(paddle.utils.cpp_extension, "load", fails)

@@ -61,14 +61,14 @@ def library(folder, name, text, *flags):
         *flags,
     ]
     subprocess.run([*command, f"{name}.cc", "-o", f"{name}.so"], cwd=folder, check=True)
-    found = ctypes.CDLL(str(folder / f"{name}.so"))
+    actual = ctypes.CDLL(str(folder / f"{name}.so"))
     L, P, I = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
-    found.products.argtypes = [I, L, L, P, L, P, P, L, L, I]
+    actual.products.argtypes = [I, L, L, P, L, P, P, L, L, I]
     if "fault" in text:
-        found.fault.restype, found.count.restype, found.raw.argtypes = ctypes.c_char_p, L, [P]
-        found.allow.argtypes, found.configure.argtypes = [P, L, I], [L] * 4
-        found.load.argtypes, found.store.argtypes = [I, P, L], [I, P, L]
-    return found
+        actual.fault.restype, actual.count.restype, actual.raw.argtypes = ctypes.c_char_p, L, [P]
+        actual.allow.argtypes, actual.configure.argtypes = [P, L, I], [L] * 4
+        actual.load.argtypes, actual.store.argtypes = [I, P, L], [I, P, L]
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +121,20 @@ def multiply(lib, integers, K, c, a_words, b_words, add, ldc):
     lib.products(
         integers, M, b_words.shape[0], a_words.ctypes.data, a_words.shape[1], b_words.ctypes.data, corner, ldc, N, add
     )
-    found = framed[1 : M + 1, 3 : N + 3].copy()
+    actual = framed[1 : M + 1, 3 : N + 3].copy()
     framed[1 : M + 1, 3 : N + 3] = 77
     assert (framed == 77).all(), "written outside of C"
-    return found
+    return actual
 
 
 def check(lib, integers, M, K, N, add, ldc=None):
     a, b, c, a_words, b_words = operands(integers, M, K, N)
-    found = multiply(lib, integers, K, c, a_words, b_words, add, ldc or N + 5)
+    actual = multiply(lib, integers, K, c, a_words, b_words, add, ldc or N + 5)
     expected = a @ b + (c if add else 0)
     if integers:
-        assert np.array_equal(found, expected)
+        assert np.array_equal(actual, expected)
     else:
-        assert np.abs(found - expected).max() < 1e-6 * np.sqrt(K) * max(1.0, np.abs(expected).max())
+        assert np.abs(actual - expected).max() < 1e-6 * np.sqrt(K) * max(1.0, np.abs(expected).max())
 
 
 SHAPES = [  # M, K, N
@@ -181,7 +181,7 @@ def test_the_largest_integers_do_not_saturate(emulated):
     a, b = np.full((3, 4096), -128), np.full((4096, 64), -128)
     b[:, 1::2] = 127
     words = b.astype(np.int8).view(np.uint8).reshape(1024, 4, 64).transpose(0, 2, 1)
-    found = multiply(
+    actual = multiply(
         emulated,
         True,
         4096,
@@ -191,7 +191,7 @@ def test_the_largest_integers_do_not_saturate(emulated):
         0,
         70,
     )
-    assert np.array_equal(found, a @ b)
+    assert np.array_equal(actual, a @ b)
 
 
 def test_bfloat16_rounds_like_the_instruction(emulated):

@@ -58,16 +58,16 @@ def test_linear_in_bf16_with_bias_and_residual(in_bf16):
 
 @with_bf16
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (5, 123, 7), (97, 65, 1030), (33, 1100, 40)])
-@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
-def test_operands_stored_in_bf16_give_the_same_bits(M, N, K, turned):
-    a, b = tensor(normal((K, M) if turned[0] else (M, K))), tensor(normal((N, K) if turned[1] else (K, N), 1))
-    expected = cpu.bf16_matmul(a, b, *turned).numpy()
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
+def test_operands_stored_in_bf16_give_the_same_bits(M, N, K, transposed):
+    a, b = tensor(normal((K, M) if transposed[0] else (M, K))), tensor(normal((N, K) if transposed[1] else (K, N), 1))
+    expected = cpu.bf16_matmul(a, b, *transposed).numpy()
     for left, right in (
         (a, b.astype("bfloat16")),
         (a.astype("bfloat16"), b),
         (a.astype("bfloat16"), b.astype("bfloat16")),
     ):
-        assert np.array_equal(cpu.bf16_matmul(left, right, *turned).numpy(), expected)
+        assert np.array_equal(cpu.bf16_matmul(left, right, *transposed).numpy(), expected)
 
 
 # ==================================================================================================== LoRA
@@ -116,8 +116,8 @@ def test_lora_linear(backend, shape, n_out, rank, bias, dropped):
     x2 = normal(shape, 5) if dropped else None
     args = x, weight, a, b, 0.5, normal((n_out,), 4) if bias else None, x2, normal((*shape[:-1], n_out), 6)
     y, expected = naive_lora(*args)
-    found, gradients = run_lora(backend, *args)
-    close(found, y)
+    actual, gradients = run_lora(backend, *args)
+    close(actual, y)
     for gradient, right in zip(gradients, expected):
         close(gradient, right)
 
@@ -136,12 +136,12 @@ def test_lora_linear_in_bf16(in_bf16, shape, n_out, rank, bias, dropped):
     x2 = normal(shape, 5) if dropped else None
     args = x, weight, a, b, 0.5, normal((n_out,), 4) if bias else None, x2, normal((*shape[:-1], n_out), 6)
     y, expected = naive_lora(*args)
-    found, gradients = run_lora("cpu", *args)
-    for ours, right in zip([found, *gradients], [y, *expected]):
+    actual, gradients = run_lora("cpu", *args)
+    for ours, right in zip([actual, *gradients], [y, *expected]):
         assert np.sqrt(np.mean((ours - right) ** 2)) < 2**-8 * np.sqrt(np.mean(right**2))
-    assert np.abs(found - y).max() > 1e-4 * np.abs(y).max(), "this would be float32"
+    assert np.abs(actual - y).max() > 1e-4 * np.abs(y).max(), "this would be float32"
     again, others = run_lora("cpu", *args, stored="bfloat16")  # what is stored rounded is rounded once, not twice
-    assert all(np.array_equal(p, q) for p, q in zip([found, *gradients], [again, *others]))
+    assert all(np.array_equal(p, q) for p, q in zip([actual, *gradients], [again, *others]))
 
 
 @with_bf16
@@ -247,19 +247,19 @@ def test_attention_in_bf16(in_bf16, B, Tq, Tk, H, K, Dh, mask):
     gradient."""
     arrays = [rounded(normal(s, i)) for i, s in enumerate([(B, Tq, H, Dh), (B, Tk, K, Dh), (B, Tk, K, Dh)])]
     upstream = rounded(normal((B, Tq, H, Dh), 3))
-    more = {"causal": mask != "bidirectional" and "prefix" not in mask}
+    options = {"causal": mask != "bidirectional" and "prefix" not in mask}
     if mask == "rows" or "prefix" in mask:
-        more["startend_row_indices"] = tensor(
-            random_rows(1 if more["causal"] else 2, 1, B, Tk, more["causal"]), "int32"
+        options["startend_row_indices"] = tensor(
+            random_rows(1 if options["causal"] else 2, 1, B, Tk, options["causal"]), "int32"
         )
     if "alibi" in mask:
-        more["alibi_slopes"] = tensor(2.0 ** -np.arange(1, H + 1), frozen=True)
+        options["alibi_slopes"] = tensor(2.0 ** -np.arange(1, H + 1), frozen=True)
     if "softcap" in mask:
-        more["softcap"] = 1.5
-    expected, found = attend(False, arrays, upstream, **more), attend(True, arrays, upstream, **more)
-    for ours, right in zip(found, expected):
+        options["softcap"] = 1.5
+    expected, actual = attend(False, arrays, upstream, **options), attend(True, arrays, upstream, **options)
+    for ours, right in zip(actual, expected):
         error, size = np.sqrt(np.mean((ours - right) ** 2)), np.sqrt(np.mean(right**2))
         assert error < 2**-8 * max(size, 1e-2), f"{error:.2e} of {size:.2e}"
     if Tk > 1:
-        assert np.abs(found[0] - expected[0]).max() > 1e-5, "this would be float32"
-    assert np.array_equal((found[0] == 0).all(-1), (expected[0] == 0).all(-1)), "a query that sees no key gets zeros"
+        assert np.abs(actual[0] - expected[0]).max() > 1e-5, "this would be float32"
+    assert np.array_equal((actual[0] == 0).all(-1), (expected[0] == 0).all(-1)), "a query that sees no key gets zeros"

@@ -123,8 +123,8 @@ def test_sums_are_exact_and_scaled_once(multiply, rows, n_in, n_out, given):
     sums = (codes @ w.astype(np.int64)).astype(np.float32)  # below 2^24: exact in float32
     assert np.abs(sums).max() < 1 << 24
     assert np.array_equal(multiply(x, w, np.ones_like(scales), None, given), sums * scale)
-    found, want = multiply(x, w, scales, bias, given), sums.astype(np.float64) * scale * scales + bias
-    assert np.abs(found - want).max() < 3e-7 * max(1.0, np.abs(want).max())
+    actual, want = multiply(x, w, scales, bias, given), sums.astype(np.float64) * scale * scales + bias
+    assert np.abs(actual - want).max() < 3e-7 * max(1.0, np.abs(want).max())
 
 
 def test_the_largest_codes_do_not_saturate(multiply):
@@ -165,27 +165,27 @@ def test_halves_round_to_even(multiply):
         ],
         np.float32,
     )
-    found = multiply(x, np.eye(18, dtype=np.int8), np.ones(18, np.float32), None, 1.0)
-    assert found[0].tolist() == [-2, -2, 0, 0, 2, 2, 3, 126, 127, 127, -128, -128, 0, 8, 10, 10, 11, 0]
+    actual = multiply(x, np.eye(18, dtype=np.int8), np.ones(18, np.float32), None, 1.0)
+    assert actual[0].tolist() == [-2, -2, 0, 0, 2, 2, 3, 126, 127, 127, -128, -128, 0, 8, 10, 10, 11, 0]
 
 
 def test_nan_stays_nan(multiply):
     x = np.ones((6, 40), np.float32)
     x[1, 3], x[2, 39], x[3, 7], x[4] = np.nan, np.nan, np.inf, 0.0
     w, ones = np.ones((40, 5), np.int8), np.ones(5, np.float32)
-    found = multiply(x, w, ones, ones)
-    assert np.isnan(found[1:4]).all() and (found[4] == 1).all() and np.allclose(found[[0, 5]], 41)
-    found = multiply(x, w, ones, None, 0.5)
-    assert np.isnan(found[1:3]).all() and np.array_equal(found[3], np.full(5, (39 * 2 + 127) * 0.5, np.float32))
+    actual = multiply(x, w, ones, ones)
+    assert np.isnan(actual[1:4]).all() and (actual[4] == 1).all() and np.allclose(actual[[0, 5]], 41)
+    actual = multiply(x, w, ones, None, 0.5)
+    assert np.isnan(actual[1:3]).all() and np.array_equal(actual[3], np.full(5, (39 * 2 + 127) * 0.5, np.float32))
 
 
 def both(x, *args, **kwargs):
-    found = []
+    actual = []
     for backend in ("cpu", "reference"):
         with kernels.use(f"quant_linear={backend}"), paddle.no_grad():
-            found.append(kernels.quant_linear(x, *args, scheme="a8w8", **kwargs))
-    assert found[0].shape == found[1].shape and found[0].dtype == found[1].dtype
-    return [f.astype("float32").numpy() for f in found]
+            actual.append(kernels.quant_linear(x, *args, scheme="a8w8", **kwargs))
+    assert actual[0].shape == actual[1].shape and actual[0].dtype == actual[1].dtype
+    return [f.astype("float32").numpy() for f in actual]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 96), (2, 3, 5, 96), (96,), (0, 96), (700, 96)])
@@ -206,8 +206,8 @@ def test_the_op_equals_the_reference(shape, given, bias):
 
 def test_a_view_and_half_precision():
     x, w, scales, _ = draw(6, 96, 50)
-    turned = tensor(np.ascontiguousarray(x.T)).T
-    a, r = both(turned, tensor(w), tensor(scales))
+    strided = tensor(np.ascontiguousarray(x.T)).T
+    a, r = both(strided, tensor(w), tensor(scales))
     assert np.abs(a - r).max() < 3e-7 * np.abs(r).max()
     a, r = both(tensor(x).astype("bfloat16"), tensor(w), tensor(scales))
     assert np.array_equal(a, r), "the reference's"

@@ -72,12 +72,12 @@ def run_all(op, backend, arrays, upstreams, residual=None, **kwargs):
     return [o.numpy() for o in outs], [i.grad.numpy() for i in [*inputs, *more.values()] if i is not None]
 
 
-def close(found, expected, tolerance=1e-5, what=""):
+def close(actual, expected, tolerance=1e-5, what=""):
     """Absolute, in units of the largest expected number (or 1)."""
     expected = np.asarray(expected)
-    assert list(found.shape) == list(expected.shape), f"{what}: {found.shape} != {expected.shape}"
+    assert list(actual.shape) == list(expected.shape), f"{what}: {actual.shape} != {expected.shape}"
     error, scale = (
-        np.abs(found - expected).max() if expected.size else 0.0,
+        np.abs(actual - expected).max() if expected.size else 0.0,
         max(1.0, np.abs(expected).max()) if expected.size else 1.0,
     )
     assert error < tolerance * scale, f"{what}: error {error:.2e} with values up to {scale:.2e}"
@@ -292,14 +292,14 @@ def test_every_case_of_an_op_runs_and_counts_its_work(op):
     assert not kernels.bf16, "a row in bfloat16 leaves no trace"
 
 
-BITS_OF_ROWS = """
+BITS_OF_CASES = """
 import functools, hashlib, inspect, json, os, sys
 if sys.argv[1] == "1":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 sys.path.insert(0, "tests/bench")
 import ops as table
 import paddle, kernels
-backends, sizes, found = kernels.configure("cpu", use_bf16=True), json.loads(sys.argv[2]), {}
+backends, sizes, digests = kernels.configure("cpu", use_bf16=True), json.loads(sys.argv[2]), {}
 with_bf16 = table.IN_BFLOAT16 if kernels.bf16 else {}
 for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
     makers = [table.CASES[op], *(functools.partial(make, kind="bfloat16") for make in with_bf16.get(op, ()))]
@@ -310,8 +310,8 @@ for op in (op for op in kernels.OPS if backends[op][0] == "cpu"):
             made = case.run()
             tensors = made if isinstance(made, (list, tuple)) else [made]
             digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
-            found[f"{op}, {case.kind}, {case.part}, {case.shape}"] = digest
-print(json.dumps(found))
+            digests[f"{op}, {case.kind}, {case.part}, {case.shape}"] = digest
+print(json.dumps(digests))
 """
 SIZES = {  # large enough that each has work for several threads, and no multiple of a tile
     "rows": 300, "D": 520, "T": 300, "heads": 3, "Dh": 40, "F": 700, "M": 300, "K": 520, "N": 200, "n_in": 256,
@@ -322,7 +322,7 @@ SIZES = {  # large enough that each has work for several threads, and no multipl
 
 def test_every_kernel_gives_the_same_bits_with_one_thread_and_with_all(run_python):
     """Forward and backward of each op that runs here in its CPU back end, by the rows of the table."""
-    one, every = (run_python(BITS_OF_ROWS, threads, json.dumps(SIZES)) for threads in ("1", "all"))
+    one, every = (run_python(BITS_OF_CASES, threads, json.dumps(SIZES)) for threads in ("1", "all"))
     assert {row.split(",")[0] for row in one} == {
         op for op, (backend, _) in kernels.configure("cpu").items() if backend == "cpu"
     }
@@ -426,10 +426,10 @@ def test_rms_norm(backend, shape, scale):
     g = upstream * weight
     dx = r * (g - x * r**2 * (g * x).mean(-1, keepdims=True))
     dw = (upstream * x * r).reshape(-1, shape[-1]).sum(0)
-    out, (found_dx, found_dw) = run("rms_norm", backend, (x, weight), upstream, epsilon=eps)
+    out, (actual_dx, actual_dw) = run("rms_norm", backend, (x, weight), upstream, epsilon=eps)
     close(out, x * r * weight, 3e-6)
-    close(found_dx, dx, 3e-6)
-    close(found_dw, dw)
+    close(actual_dx, dx, 3e-6)
+    close(actual_dw, dw)
 
 
 @backends("rms_norm")
@@ -455,10 +455,10 @@ def test_rms_norm_with_a_residual(backend, shape):
     r = 1 / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
     g = upstreams[0] * weight
     dh = r * (g - h * r**2 * (g * h).mean(-1, keepdims=True)) + upstreams[1]
-    for found, expected in zip(
+    for actual, expected in zip(
         [*outs, *grads], [h * r * weight, h, dh, (upstreams[0] * h * r).reshape(-1, shape[-1]).sum(0), dh]
     ):
-        close(found, expected)
+        close(actual, expected)
 
 
 def naive_layer_norm(h, weight, bias, upstream, epsilon=1e-5):
@@ -481,8 +481,8 @@ def test_layer_norm(backend, shape, offset, bias):
     outs, grads = run_all(
         "layer_norm", backend, (x, weight, b) if bias else (x, weight, None), (upstream,), epsilon=1e-5
     )
-    for found, value in zip([*outs, *grads], expected):
-        close(found, value, 5e-5 if offset else 1e-5)  # 30 in float32 is known to 2e-6
+    for actual, value in zip([*outs, *grads], expected):
+        close(actual, value, 5e-5 if offset else 1e-5)  # 30 in float32 is known to 2e-6
 
 
 @backends("layer_norm")
@@ -498,8 +498,8 @@ def test_layer_norm_with_a_residual(backend, bias):
     y, dh, *d_rest = naive_layer_norm(x + residual, weight, b if bias else 0.0, upstreams[0])
     outs, grads = run_all("layer_norm", backend, (x, weight, b), upstreams, epsilon=1e-5, residual=residual)
     dh = dh + upstreams[1]
-    for found, expected in zip([*outs, *grads], [y, x + residual, dh, *d_rest[: 1 + bias], dh]):
-        close(found, expected)
+    for actual, expected in zip([*outs, *grads], [y, x + residual, dh, *d_rest[: 1 + bias], dh]):
+        close(actual, expected)
 
 
 @backends("layer_norm")
@@ -539,7 +539,7 @@ def test_norms_with_a_residual_and_an_unused_output(backend):
 
 
 def naive_rope(x, angle, interleaved):
-    """x (B, T, heads, Dh) with its first dims turned by angle (B, T, 1, r/2), one pair after another."""
+    """x (B, T, heads, Dh) with its first dims rotated by angle (B, T, 1, r/2), one pair after another."""
     half, y = angle.shape[-1], x.copy()
     for i in range(half):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
@@ -561,7 +561,7 @@ def rope(backend, x, angle, interleaved, upstream):
 @backends("rope")
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    "shape, turned",
+    "shape, rotary_dims",
     [
         ((1, 1, 1, 2), 2),
         ((2, 5, 3, 8), 8),
@@ -575,14 +575,16 @@ def rope(backend, x, angle, interleaved, upstream):
         ((2, 3, 4, 16), 0),
     ],
 )
-def test_rope(backend, shape, turned, interleaved):
+def test_rope(backend, shape, rotary_dims, interleaved):
     B, T, _, _ = shape
     x, upstream = normal(shape), normal(shape, 1)
-    angle = np.random.default_rng(0).uniform(0, 60, (B, T, 1, turned // 2))
+    angle = np.random.default_rng(0).uniform(0, 60, (B, T, 1, rotary_dims // 2))
     out, gradient = rope(backend, x, angle, interleaved, upstream)
     close(out, naive_rope(x, angle, interleaved), 3e-6)
     close(gradient, naive_rope(upstream, -angle, interleaved), 3e-6)
-    assert np.array_equal(out[..., turned:], x[..., turned:].astype(np.float32)), "what is not turned passes bit by bit"
+    assert np.array_equal(out[..., rotary_dims:], x[..., rotary_dims:].astype(np.float32)), (
+        "the other dims pass unchanged"
+    )
 
 
 @backends("rope")
@@ -745,10 +747,10 @@ print(json.dumps(now() - before))
 def test_linear(backend, shape, n_out, bias):
     x, weight, upstream = normal(shape), normal((shape[-1], n_out), 1), normal((*shape[:-1], n_out), 2)
     arrays = (x, weight, normal((n_out,), 3)) if bias else (x, weight)
-    out, found = run("linear", backend, arrays, upstream)
+    out, actual = run("linear", backend, arrays, upstream)
     close(out, x @ weight + (arrays[2] if bias else 0))
     flat, flat_up = x.reshape(-1, shape[-1]), upstream.reshape(-1, n_out)
-    for gradient, expected in zip(found, (upstream @ weight.T, flat.T @ flat_up, flat_up.sum(0))):
+    for gradient, expected in zip(actual, (upstream @ weight.T, flat.T @ flat_up, flat_up.sum(0))):
         close(gradient, expected)
 
 
@@ -776,8 +778,8 @@ def packed(codes, bits, axis):
 @pytest.mark.parametrize(
     "shape, n_out, group", [((1, 8), 16, 8), ((5, 120), 24, 40), ((3, 11, 64), 48, 32), ((2, 256), 160, 64)]
 )
-@pytest.mark.parametrize("how", ["symmetric", "zeros", "act order"])
-def test_quant_linear(backend, bits, shape, n_out, group, how):
+@pytest.mark.parametrize("layout", ["symmetric", "zeros", "act order"])
+def test_quant_linear(backend, bits, shape, n_out, group, layout):
     generator, n_in = np.random.default_rng(bits), shape[-1]
     codes, zeros = (
         generator.integers(0, 2**bits, (n_in, n_out)),
@@ -789,13 +791,13 @@ def test_quant_linear(backend, bits, shape, n_out, group, how):
         normal((*shape[:-1], n_out), 1),
     )
     of = np.repeat(np.arange(n_in // group), group)
-    if how == "act order":
+    if layout == "act order":
         generator.shuffle(of)
-    zero = np.full((n_in // group, n_out), 2 ** (bits - 1)) if how == "symmetric" else zeros[:, :n_out]
+    zero = np.full((n_in // group, n_out), 2 ** (bits - 1)) if layout == "symmetric" else zeros[:, :n_out]
     weight = (codes - zero[of]) * scales[of].astype(np.float64)
     given = tensor(packed(codes, bits, 0), "int32"), tensor(scales)
-    qzeros = None if how == "symmetric" else tensor(packed(zeros - 1, bits, 1)[:, : n_out * bits // 32], "int32")
-    g_index = tensor(of, "int32") if how == "act order" else None
+    qzeros = None if layout == "symmetric" else tensor(packed(zeros - 1, bits, 1)[:, : n_out * bits // 32], "int32")
+    g_index = tensor(of, "int32") if layout == "act order" else None
     for trained in (True, False):  # with a gradient the product may be another
         inputs, bias = tensor(x, frozen=not trained), normal((n_out,), 2)
         with kernels.use(f"quant_linear={backend}"):
@@ -890,7 +892,7 @@ def check_attention(
     expected, gradients = naive_attention(
         q, k, v, upstream, seen, Dh**-0.5 if scale is None else scale, slopes, softcap
     )
-    out, found = run(
+    out, actual = run(
         "attention",
         backend,
         (q, k, v),
@@ -902,10 +904,10 @@ def check_attention(
         softcap=softcap,
     )
     close(out, expected, tolerance, "out")
-    for name, a, b in zip(("dq", "dk", "dv"), found, gradients):
+    for name, a, b in zip(("dq", "dk", "dv"), actual, gradients):
         close(a, b, tolerance, name)
     blind = ~seen.any(-1)  # (B, H, Tq)
-    assert (out.transpose(0, 2, 1, 3)[blind] == 0).all() and (found[0].transpose(0, 2, 1, 3)[blind] == 0).all()
+    assert (out.transpose(0, 2, 1, 3)[blind] == 0).all() and (actual[0].transpose(0, 2, 1, 3)[blind] == 0).all()
     return seen
 
 
@@ -1117,7 +1119,7 @@ def test_merged_parts_of_attention_equal_attention(backend, T, cuts, kind):
     rows, causal = of.get(kind), kind not in ("full", "context")
     slopes = 0.5 ** np.arange(1, H + 1) if "alibi" in kind else None
     softcap = 0.7 if kind == "softcap" else None
-    how = {
+    options = {
         "causal": causal,
         "alibi_slopes": None if slopes is None else tensor(slopes, frozen=True),
         "softcap": softcap,
@@ -1134,7 +1136,7 @@ def test_merged_parts_of_attention_equal_attention(backend, T, cuts, kind):
         out, lse = np.zeros((B, T, H, Dh)), np.full((B, H, T), -np.inf)
         for a, b, c, d in pieces:
             inputs, here, offset = at(a, b, c, d)
-            o, l = (x.numpy().astype(float) for x in kernels.attention_with_lse(*inputs, here, offset, **how))
+            o, l = (x.numpy().astype(float) for x in kernels.attention_with_lse(*inputs, here, offset, **options))
             new = np.logaddexp(lse[:, :, a:b], l)
             share = lambda x: np.exp(np.where(np.isinf(x), -np.inf, x - np.where(np.isinf(new), 0, new))).transpose(
                 0, 2, 1
@@ -1142,16 +1144,16 @@ def test_merged_parts_of_attention_equal_attention(backend, T, cuts, kind):
             out[:, a:b] = out[:, a:b] * share(lse[:, :, a:b]) + o * share(l)
             lse[:, :, a:b] = new
         close(out, expected, 5e-6, "out")
-        found = [np.zeros_like(x) for x in (q, k, v)]
+        actual = [np.zeros_like(x) for x in (q, k, v)]
         for a, b, c, d in pieces:
             inputs, here, offset = at(a, b, c, d)
             given = [tensor(x[:, a:b], frozen=True) for x in (out, upstream)]
             parts = kernels.attention_with_lse_backward(
-                *inputs, given[0], tensor(lse[:, :, a:b], frozen=True), given[1], here, offset, **how
+                *inputs, given[0], tensor(lse[:, :, a:b], frozen=True), given[1], here, offset, **options
             )
-            for whole, part, (i, j) in zip(found, parts, ((a, b), (c, d), (c, d))):
-                whole[:, i:j] += part.numpy()
-    for name, a, b in zip(("dq", "dk", "dv"), found, gradients):
+            for total, part, (i, j) in zip(actual, parts, ((a, b), (c, d), (c, d))):
+                total[:, i:j] += part.numpy()
+    for name, a, b in zip(("dq", "dk", "dv"), actual, gradients):
         close(a, b, 5e-6, name)
 
 
@@ -1179,7 +1181,7 @@ def test_attention_gradients_against_differences(backend, softcap):
     rows = np.array([3, 4, 4, 4]).reshape(1, 1, 4, 1)
     seen = visible(rows, True, 1, 2, 4, 4)
     arrays = [q, k, v]
-    _, found = run(
+    _, actual = run(
         "attention",
         backend,
         arrays,
@@ -1191,7 +1193,7 @@ def test_attention_gradients_against_differences(backend, softcap):
         function = lambda a, i=i: naive_attention(
             *arrays[:i], a, *arrays[i + 1 :], upstream, seen, 3**-0.5, softcap=softcap
         )[0]
-        close(found[i], numeric_gradient(function, arrays[i], upstream), 2e-6)
+        close(actual[i], numeric_gradient(function, arrays[i], upstream), 2e-6)
 
 
 class Traced(paddle.nn.Layer):
@@ -1202,11 +1204,11 @@ class Traced(paddle.nn.Layer):
         self.interleaved, self.options = interleaved, options
 
     def forward(self, q, k, v, cos, sin, rows=None):
-        return turned_and_attended(q, k, v, cos, sin, rows, self.interleaved, self.options)
+        return rotate_and_attend(q, k, v, cos, sin, rows, self.interleaved, self.options)
 
 
 @paddle.jit.not_to_static
-def turned_and_attended(q, k, v, cos, sin, rows, interleaved, options):
+def rotate_and_attend(q, k, v, cos, sin, rows, interleaved, options):
     slopes = options["alibi_slopes"]  # numpy, which becomes a constant of the graph
     options = options | {"alibi_slopes": None if slopes is None else kernels.to_tensor(slopes)}
     return kernels.attention(kernels.rope(q, cos, sin, interleaved), k, v, rows, **options)
@@ -1215,16 +1217,16 @@ def turned_and_attended(q, k, v, cos, sin, rows, interleaved, options):
 @pytest.mark.parametrize("n, causal", [(0, True), (0, False), (1, True), (2, True), (2, False), (4, False)])
 @pytest.mark.parametrize("alibi, softcap", [(False, None), (True, 0.7)])
 def test_attention_and_rope_in_an_exported_graph(n, causal, alibi, softcap, tmp_path):
-    B, Tq, Tk, H, K, Dh, turned = 2, 5, 9, 4, 2, 8, 6
+    B, Tq, Tk, H, K, Dh, rotary_dims = 2, 5, 9, 4, 2, 8, 6
     q, k, v, angle = (
         normal((B, Tq, H, Dh)),
         normal((B, Tk, K, Dh), 1),
         normal((B, Tk, K, Dh), 2),
-        normal((B, Tq, 1, turned // 2), 3),
+        normal((B, Tq, 1, rotary_dims // 2), 3),
     )
     slopes = 0.5 ** np.arange(H) if alibi else None
     net = Traced(n % 2 == 0, causal=causal, softcap=softcap, alibi_slopes=slopes.astype("float32") if alibi else None)
-    shapes = [(H, Dh), (K, Dh), (K, Dh), (1, turned), (1, turned)]
+    shapes = [(H, Dh), (K, Dh), (K, Dh), (1, rotary_dims), (1, rotary_dims)]
     specs = [paddle.static.InputSpec([None, None, *shape], "float32") for shape in shapes] + [
         paddle.static.InputSpec([None, 1, None, n], "int32")
     ] * (n > 0)
@@ -1234,12 +1236,12 @@ def test_attention_and_rope_in_an_exported_graph(n, causal, alibi, softcap, tmp_
     given = [
         tensor(a, frozen=True) for a in (q, k, v, *(np.concatenate([t, t], -1) for t in (np.cos(angle), np.sin(angle))))
     ]
-    found = paddle.jit.load(str(tmp_path / "net"))(*given, *([tensor(rows, "int32")] if n else []))
+    actual = paddle.jit.load(str(tmp_path / "net"))(*given, *([tensor(rows, "int32")] if n else []))
     seen = visible(rows, causal, B, H, Tq, Tk)
     expected, _ = naive_attention(
         naive_rope(q, angle, n % 2 == 0), k, v, np.zeros_like(q), seen, Dh**-0.5, slopes, softcap
     )
-    close(found.numpy(), expected, 5e-6)
+    close(actual.numpy(), expected, 5e-6)
 
 
 def test_attention_test_can_fail():
@@ -1277,9 +1279,9 @@ kernels.attention(q, k, v, rows).sum().backward()
 assert np.isfinite(q.grad.numpy()).all() and np.abs(v.grad.numpy().sum() - Tq * 64) < 0.01 * Tq * 64
 print(json.dumps({"peak": peak() - before, "seconds": time.time() - start}))
 """
-    found = run_python(script, queries, packed)
-    print(f"{found['peak'] / 1e6:.0f} MB above the start, {found['seconds']:.1f} s")
-    assert found["peak"] < 2e9
+    actual = run_python(script, queries, packed)
+    print(f"{actual['peak'] / 1e6:.0f} MB above the start, {actual['seconds']:.1f} s")
+    assert actual["peak"] < 2e9
 
 
 # ===================================================================================== linear cross-entropy
@@ -1321,12 +1323,14 @@ def test_linear_cross_entropy(backend, N, D, V, transpose, ignored, blocks):
     hidden, weight, upstream = normal((N, D)), normal((D, V), 1), normal((N,), 2)
     labels = np.where(generator.random(N) < ignored, -100, generator.integers(0, V, N))
     losses, d_hidden, d_weight, predictions = naive_cross_entropy(hidden, weight, labels, upstream)
-    found = lce(backend, hidden, weight.T.copy() if transpose else weight, labels, upstream, transpose_weight=transpose)
-    close(found[0], losses)
-    assert np.array_equal(found[1], predictions)
+    actual = lce(
+        backend, hidden, weight.T.copy() if transpose else weight, labels, upstream, transpose_weight=transpose
+    )
+    close(actual[0], losses)
+    assert np.array_equal(actual[1], predictions)
     if (labels != -100).any():
-        close(found[2].numpy(), d_hidden)
-        close(found[3].numpy(), d_weight.T if transpose else d_weight)
+        close(actual[2].numpy(), d_hidden)
+        close(actual[3].numpy(), d_weight.T if transpose else d_weight)
 
 
 @backends("linear_cross_entropy")
@@ -1340,7 +1344,7 @@ def test_linear_cross_entropy_with_a_softcap(backend, N, D, V, transpose, frozen
     labels = np.where(generator.random(N) < 0.3, -100, generator.integers(0, V, N))
     labels[0] = V - 1
     losses, d_hidden, d_weight, predictions = naive_cross_entropy(hidden, weight, labels, upstream, softcap)
-    found = lce(
+    actual = lce(
         backend,
         hidden,
         weight.T.copy() if transpose else weight,
@@ -1350,12 +1354,12 @@ def test_linear_cross_entropy_with_a_softcap(backend, N, D, V, transpose, frozen
         transpose_weight=transpose,
         softcap=softcap,
     )
-    close(found[0], losses)
+    close(actual[0], losses)
     if softcap > 1:  # what the cap makes equal in float32 it need not in float64
-        assert np.array_equal(found[1], predictions)
-    close(found[2].numpy(), d_hidden)
+        assert np.array_equal(actual[1], predictions)
+    close(actual[2].numpy(), d_hidden)
     if not frozen:
-        close(found[3].numpy(), d_weight.T if transpose else d_weight)
+        close(actual[3].numpy(), d_weight.T if transpose else d_weight)
 
 
 @backends("linear_cross_entropy")
@@ -1373,7 +1377,7 @@ def test_linear_cross_entropy_with_a_frozen_weight(backend, transpose, scale, bl
     hidden, weight, upstream = normal((70, 4)) * scale, normal((4, 300), 1), normal((70,), 2)
     labels = np.where(np.arange(70) % 2, (hidden @ weight).argmax(-1), np.arange(70) * 4)
     losses, d_hidden, _, _ = naive_cross_entropy(hidden, weight, labels, upstream)
-    found = lce(
+    actual = lce(
         backend,
         hidden,
         weight.T.copy() if transpose else weight,
@@ -1382,9 +1386,9 @@ def test_linear_cross_entropy_with_a_frozen_weight(backend, transpose, scale, bl
         frozen=True,
         transpose_weight=transpose,
     )
-    close(found[0], losses)
-    close(found[2].numpy(), d_hidden, 1e-5 * scale)  # logits of some hundreds are known to 1e-5
-    assert found[3] is None
+    close(actual[0], losses)
+    close(actual[2].numpy(), d_hidden, 1e-5 * scale)  # logits of some hundreds are known to 1e-5
+    assert actual[3] is None
 
 
 @backends("linear_cross_entropy")
@@ -1464,7 +1468,7 @@ def test_linear_cross_entropy_of_a_sharded_vocabulary(backend, ends, transpose, 
     labels = np.where(np.arange(40) % 5 == 2, -100, np.arange(40) * 7)
     losses, d_hidden, d_weight, predictions = naive_cross_entropy(hidden, weight, labels, upstream, softcap)
     count = len(ends) - 1
-    shared, found = {"values": [None] * count, "barrier": threading.Barrier(count, timeout=60)}, [None] * count
+    shared, actual = {"values": [None] * count, "barrier": threading.Barrier(count, timeout=60)}, [None] * count
     ids = paddle.to_tensor(labels)
     inputs = []
     for a, b in zip(ends, ends[1:]):
@@ -1472,7 +1476,7 @@ def test_linear_cross_entropy_of_a_sharded_vocabulary(backend, ends, transpose, 
         inputs.append((tensor(hidden), tensor(part.T.copy() if transpose else part, frozen=frozen)))
 
     def rank(i):
-        found[i] = kernels.linear_cross_entropy(
+        actual[i] = kernels.linear_cross_entropy(
             *inputs[i], ids, transpose, return_predictions=True, vocabulary=Shard(ends[i], i, shared), softcap=softcap
         )
 
@@ -1484,10 +1488,10 @@ def test_linear_cross_entropy_of_a_sharded_vocabulary(backend, ends, transpose, 
             thread.join()
     total = np.zeros_like(hidden)
     for i, (h, w) in enumerate(inputs):
-        assert np.array_equal(found[i][0].numpy(), found[0][0].numpy()), "the same on every rank"
-        close(found[i][0].numpy(), losses)
-        assert np.array_equal(found[i][1].numpy(), predictions)
-        found[i][0].backward(tensor(upstream))
+        assert np.array_equal(actual[i][0].numpy(), actual[0][0].numpy()), "the same on every rank"
+        close(actual[i][0].numpy(), losses)
+        assert np.array_equal(actual[i][1].numpy(), predictions)
+        actual[i][0].backward(tensor(upstream))
         total += h.grad.numpy()
         if not frozen:
             expected = d_weight[:, ends[i] : ends[i + 1]]
@@ -1499,14 +1503,14 @@ def test_linear_cross_entropy_of_a_sharded_vocabulary(backend, ends, transpose, 
 @pytest.mark.parametrize("softcap", [None, 0.6])
 def test_linear_cross_entropy_gradients_against_differences(backend, softcap):
     hidden, weight, labels, upstream = normal((3, 2)), normal((2, 5), 1), np.array([1, -100, 4]), normal((3,), 2)
-    found = lce(backend, hidden, weight, labels, upstream, softcap=softcap)
+    actual = lce(backend, hidden, weight, labels, upstream, softcap=softcap)
     close(
-        found[2].numpy(),
+        actual[2].numpy(),
         numeric_gradient(lambda h: naive_cross_entropy(h, weight, labels, upstream, softcap)[0], hidden, upstream),
         2e-6,
     )
     close(
-        found[3].numpy(),
+        actual[3].numpy(),
         numeric_gradient(lambda w: naive_cross_entropy(hidden, w, labels, upstream, softcap)[0], weight, upstream),
         2e-6,
     )
@@ -1603,9 +1607,9 @@ def test_adamw_of_bfloat16(backend, kind, gradient_kind):
 def test_squared_norm(backend, shape, kind):
     x = tensor(normal(shape) * 1e3).astype(kind)
     with kernels.use(f"squared_norm={backend}"):
-        found = kernels.squared_norm(x)
+        actual = kernels.squared_norm(x)
     expected = (x.astype("float32").numpy().astype(np.float64) ** 2).sum()
-    assert found.dtype == paddle.float64 and found.shape == [] and abs(float(found) / expected - 1) < 1e-6
+    assert actual.dtype == paddle.float64 and actual.shape == [] and abs(float(actual) / expected - 1) < 1e-6
 
 
 # ====================================================================================== our own C++ on the CPU
@@ -1623,12 +1627,12 @@ def rounded(array):
 @pytest.mark.parametrize(
     "M, N, K", [(1, 1, 1), (5, 123, 7), (7, 64, 33), (97, 65, 1030), (100, 200, 600), (33, 2100, 40)]
 )
-@pytest.mark.parametrize("turned", list(itertools.product([False, True], repeat=2)))
-def test_bf16_products_round_only_the_operands(M, N, K, turned):
-    a, b = normal((K, M) if turned[0] else (M, K)), normal((N, K) if turned[1] else (K, N), 1)
-    found = cpu.bf16_matmul(tensor(a), tensor(b), *turned).numpy()
-    left, right = (rounded(x).T if t else rounded(x) for x, t in zip((a, b), turned))
-    assert np.abs(found - left @ right).max() < 2e-6 * np.sqrt(K) * 3
+@pytest.mark.parametrize("transposed", list(itertools.product([False, True], repeat=2)))
+def test_bf16_products_round_only_the_operands(M, N, K, transposed):
+    a, b = normal((K, M) if transposed[0] else (M, K)), normal((N, K) if transposed[1] else (K, N), 1)
+    actual = cpu.bf16_matmul(tensor(a), tensor(b), *transposed).numpy()
+    left, right = (rounded(x).T if t else rounded(x) for x, t in zip((a, b), transposed))
+    assert np.abs(actual - left @ right).max() < 2e-6 * np.sqrt(K) * 3
 
 
 @pytest.fixture
@@ -1658,13 +1662,13 @@ def test_linear_cross_entropy_in_bf16(in_bf16, transpose, frozen):
     hidden, weight, upstream = normal((70, 48)), normal((48, 90), 1) * 0.3, normal((70,), 2)
     labels = np.random.default_rng(0).integers(0, 90, 70)
     losses, d_hidden, d_weight, _ = naive_cross_entropy(rounded(hidden), rounded(weight), labels, upstream)
-    found = lce(
+    actual = lce(
         "cpu", hidden, weight.T.copy() if transpose else weight, labels, upstream, frozen, transpose_weight=transpose
     )
-    close(found[0], losses)
-    close(found[2].numpy(), d_hidden, 1e-2)  # the softmax is rounded as well
+    close(actual[0], losses)
+    close(actual[2].numpy(), d_hidden, 1e-2)  # the softmax is rounded as well
     if not frozen:
-        close(found[3].numpy(), d_weight.T if transpose else d_weight, 1e-2)
+        close(actual[3].numpy(), d_weight.T if transpose else d_weight, 1e-2)
 
 
 @with_bf16
@@ -1674,9 +1678,9 @@ def test_linear_cross_entropy_in_bf16_of_almost_certain_tokens(in_bf16):
     labels = np.arange(40)
     hidden = weight.T * 9 / (weight.T**2).sum(-1, keepdims=True) * np.linspace(1, 8, 40)[:, None]
     expected = naive_cross_entropy(rounded(hidden), rounded(weight), labels, np.ones(40))[1]
-    found = lce("cpu", hidden, weight, labels, np.ones(40), frozen=True)[2].numpy()
+    actual = lce("cpu", hidden, weight, labels, np.ones(40), frozen=True)[2].numpy()
     sure = np.abs(expected).max(-1) < 0.01
-    assert sure.sum() > 10 and np.abs(found - expected)[sure].max() < 1e-3 * 0.01 + 1e-2 * np.abs(expected[sure]).max()
+    assert sure.sum() > 10 and np.abs(actual - expected)[sure].max() < 1e-3 * 0.01 + 1e-2 * np.abs(expected[sure]).max()
 
 
 IN_TORCH = """
@@ -1697,16 +1701,16 @@ arrays = {}
 for name in sorted({key.split(":")[0] for key in given}):
     at = lambda key: f"{name}:{key}"
     if name.startswith("linear "):
-        found = run(lambda x, w: x @ w, [at("x"), at("w")], at("up"))
+        tensors = run(lambda x, w: x @ w, [at("x"), at("w")], at("up"))
     elif name.startswith("attention"):
         def attend(q, k, v):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        found = run(attend, [at("q"), at("k"), at("v")], at("up"))
+        tensors = run(attend, [at("q"), at("k"), at("v")], at("up"))
     else:
         labels = torch.from_numpy(given[at("labels")])
-        found = run(lambda h, w: F.cross_entropy(h @ w, labels, reduction="none"), [at("x"), at("w")], at("up"))
-    arrays |= {f"{name}:{i}": array for i, array in enumerate(found)}
+        tensors = run(lambda h, w: F.cross_entropy(h @ w, labels, reduction="none"), [at("x"), at("w")], at("up"))
+    arrays |= {f"{name}:{i}": array for i, array in enumerate(tensors)}
 """
 
 
@@ -1715,7 +1719,7 @@ for name in sorted({key.split(":")[0] for key in given}):
 def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path):
     """Against float64: at most 1.5 times the error of torch's bfloat16 op on the same numbers, in the mean and at
     worst."""
-    given, exact, found = {}, {}, {}
+    given, exact, actual = {}, {}, {}
 
     def case(name, arrays, upstream, function, expected, labels=None):
         float32 = [a.astype(np.float32) for a in (*arrays, upstream)]
@@ -1729,7 +1733,7 @@ def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path)
         inputs = [tensor(a) for a in arrays]
         out = function(*inputs)
         (out * tensor(upstream, frozen=True)).sum().backward()
-        found[name] = [out.numpy(), *(i.grad.numpy() for i in inputs)]
+        actual[name] = [out.numpy(), *(i.grad.numpy() for i in inputs)]
         exact[name] = expected(*arrays, upstream)
 
     for M, K, N in [(1, 1, 1), (5, 123, 7), (33, 130, 70), (97, 1030, 65), (130, 64, 513), (256, 768, 320)]:
@@ -1761,7 +1765,7 @@ def test_errors_in_bf16_are_at_most_those_of_torch(in_bf16, hf_python, tmp_path)
         )
     np.savez(tmp_path / "given.npz", **given)
     torchs = hf_python(IN_TORCH, tmp_path / "given.npz")
-    for name, arrays in found.items():
+    for name, arrays in actual.items():
         for i, ours in enumerate(arrays):
             errors = [
                 [np.sqrt((e**2).mean()), np.abs(e).max()]
@@ -1856,10 +1860,10 @@ from kernels import cpu
 if sys.argv[1] != "all":
     cpu.SOURCES = Path(sys.argv[1])
     cpu._load()
-    found = paddle._C_ops._run_custom_op("the_only_op", paddle.zeros([1]))[0].item()
+    result = paddle._C_ops._run_custom_op("the_only_op", paddle.zeros([1]))[0].item()
 else:
-    found = [backend for backend, _ in kernels.configure("cpu").values()].count("cpu")
-print(json.dumps(found))
+    result = [backend for backend, _ in kernels.configure("cpu").values()].count("cpu")
+print(json.dumps(result))
 """
 ONE_OP = """
 #include "paddle/phi/api/ext/op_meta_info.h"
@@ -1942,6 +1946,6 @@ def test_without_a_compiler_the_reference_runs_and_an_explicit_choice_is_refused
 def test_every_op_is_tested_on_every_back_end():
     texts = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
     assert [op for op in kernels.OPS if f'@backends("{op}")' not in texts and f"kernels.{op}(" not in texts] == []
-    assert {(op, b) for op, found in BACKENDS.items() for b in found} >= set(
+    assert {(op, b) for op, actual in BACKENDS.items() for b in actual} >= set(
         itertools.product(kernels.OPS, ["reference"])
     )

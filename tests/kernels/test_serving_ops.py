@@ -102,17 +102,17 @@ CASES = [  # queries, contexts, block_size, H, K, Dh
 def test_paged_attention(backend, int8, case):
     arguments, extra, expected = paged_case(*case, int8=int8)
     with kernels.use(f"paged_attention={backend}"):
-        found = kernels.paged_attention(*arguments, **extra).numpy()
-    assert found.shape == expected.shape and np.abs(found - expected).max() < 5e-6 * max(1, np.abs(expected).max())
+        actual = kernels.paged_attention(*arguments, **extra).numpy()
+    assert actual.shape == expected.shape and np.abs(actual - expected).max() < 5e-6 * max(1, np.abs(expected).max())
 
 
 def options(names, H):
     """Keyword arguments of paged_case: of "alibi", "softcap" and numbers, which are windows."""
-    found = {"slopes": np.float64(0.9 ** np.arange(1, H + 1).astype(np.float32))} if "alibi" in names else {}
+    actual = {"slopes": np.float64(0.9 ** np.arange(1, H + 1).astype(np.float32))} if "alibi" in names else {}
     if "softcap" in names:
-        found["softcap"] = 1.5
+        actual["softcap"] = 1.5
     windows = [int(name) for name in names.split() if name.isdigit()]
-    return found | ({"window": windows[-1]} if windows else {})
+    return actual | ({"window": windows[-1]} if windows else {})
 
 
 @on_each
@@ -122,8 +122,8 @@ def options(names, H):
 def test_paged_attention_with_a_bias_a_window_and_a_cap(backend, int8, case, names):
     arguments, extra, expected = paged_case(*case, int8=int8, **options(names, case[3]))
     with kernels.use(f"paged_attention={backend}"):
-        found = kernels.paged_attention(*arguments, **extra).numpy()
-    assert found.shape == expected.shape and np.abs(found - expected).max() < 5e-6 * max(1, np.abs(expected).max())
+        actual = kernels.paged_attention(*arguments, **extra).numpy()
+    assert actual.shape == expected.shape and np.abs(actual - expected).max() < 5e-6 * max(1, np.abs(expected).max())
 
 
 @on_each
@@ -133,9 +133,9 @@ def test_paged_attention_with_alternating_windows(backend):
     for a in arrays:
         a.flags.writeable = False
     with kernels.use(f"paged_attention={backend}"):
-        found = [kernels.paged_attention(q, k, v, *arrays, window=window).numpy() for window in (None, 8, None, 8, 25)]
-    assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
-    assert np.abs(found[0] - found[1]).max() > 0.1 and np.abs(found[1] - found[4]).max() > 0.1
+        actual = [kernels.paged_attention(q, k, v, *arrays, window=window).numpy() for window in (None, 8, None, 8, 25)]
+    assert np.array_equal(actual[0], actual[2]) and np.array_equal(actual[1], actual[3])
+    assert np.abs(actual[0] - actual[1]).max() > 0.1 and np.abs(actual[1] - actual[4]).max() > 0.1
     with kernels.use(f"paged_attention={backend}"):
         for wrong, says in (({"window": 0}, "a window of 0 keys"), ({"softcap": 0.0}, "a softcap of 0.0")):
             with pytest.raises(AssertionError, match=says):
@@ -146,8 +146,8 @@ def test_paged_attention_with_alternating_windows(backend):
 def test_paged_attention_with_large_scores(backend):
     (q, *rest), extra, _ = paged_case([1, 70], [600, 130], 16, 4, 2, 64)
     with kernels.use(f"paged_attention={backend}"):
-        found = kernels.paged_attention(q * 200.0, *rest, scale=1.0).numpy()
-    assert np.isfinite(found).all() and np.abs(found).max() < 10
+        actual = kernels.paged_attention(q * 200.0, *rest, scale=1.0).numpy()
+    assert np.isfinite(actual).all() and np.abs(actual).max() < 10
 
 
 @built
@@ -169,8 +169,8 @@ def test_paged_attention_sees_nothing_beyond_its_contexts(backend):
             arguments, extra, expected = paged_case(*case, int8=int8, spoil=np.nan, **options(names, 4))
             if backend == "reference":
                 continue  # reads a sequence's own last block to its end and multiplies by zero
-            found = kernels.paged_attention(*arguments, **extra).numpy()
-            assert np.abs(found - expected).max() < 5e-6
+            actual = kernels.paged_attention(*arguments, **extra).numpy()
+            assert np.abs(actual - expected).max() < 5e-6
 
 
 @on_each
@@ -247,12 +247,12 @@ def test_write_cache_with_every_instruction_set(instructions):
         kernels.to_tensor(np.arange(9)[::-1].copy()),
     )
     k, v = k
-    found = []
+    actual = []
     for which in (instructions, -1):
         made = [paddle.zeros([3, 3, 2, 20], "int8") for _ in range(2)] + [paddle.zeros([3, 3, 2]) for _ in range(2)]
         cpu._C_ops._run_custom_op("cpu_write_cache", k, v, *made[:2], slots, *made[2:], which)
-        found.append([t.numpy() for t in made])
-    for a, b in zip(*found):
+        actual.append([t.numpy() for t in made])
+    for a, b in zip(*actual):
         assert (a == b).all()
 
 
@@ -273,11 +273,11 @@ def test_linear_of_few_rows(rows, n_in, n_out, stored, monkeypatch):
     shape = [rows, n_in] if rows % 2 else [1, rows, n_in]
     bias = paddle.to_tensor(b)
     with paddle.no_grad():
-        found = kernels.linear(paddle.to_tensor(x).reshape(shape), w, bias)
-        assert cpu._few_rows(paddle.to_tensor(x), w, bias) is not None and found.dtype == paddle.float32
+        actual = kernels.linear(paddle.to_tensor(x).reshape(shape), w, bias)
+        assert cpu._few_rows(paddle.to_tensor(x), w, bias) is not None and actual.dtype == paddle.float32
     assert (
-        found.shape == [*shape[:-1], n_out]
-        and (np.abs(found.numpy().reshape(expected.shape) - expected) < 2e-6 * (scale + 1)).all()
+        actual.shape == [*shape[:-1], n_out]
+        and (np.abs(actual.numpy().reshape(expected.shape) - expected) < 2e-6 * (scale + 1)).all()
     )
     for which in (0, 1, 2):
         y = cpu._C_ops._run_custom_op("cpu_few_rows_linear", paddle.to_tensor(x), w, bias, which)[0].numpy()
@@ -325,13 +325,13 @@ def test_sample_equals_the_oracle(backend, S, V, kind):
     top_k, top_p = g.choice([0, 1, 7, 40, V, V + 3], S), g.choice([1e-6, 0.2, 0.7, 0.95, 1.0], S)
     expected, uniform = drawn(logits, temperature, top_k, top_p, range(100, 100 + S))
     with kernels.use(f"sample={backend}"):
-        found = kernels.sample(paddle.to_tensor(logits), temperature, top_k, top_p, uniform)
-    assert found.dtype == paddle.int64 and found.numpy().tolist() == expected.tolist()
+        actual = kernels.sample(paddle.to_tensor(logits), temperature, top_k, top_p, uniform)
+    assert actual.dtype == paddle.int64 and actual.numpy().tolist() == expected.tolist()
     if backend == "cpu":
-        how = kernels.to_tensor(np.array([temperature, top_p, uniform]))
+        parameters = kernels.to_tensor(np.array([temperature, top_p, uniform]))
         for which in (0, 1):
             again = cpu._C_ops._run_custom_op(
-                "cpu_sample", paddle.to_tensor(logits), kernels.to_tensor(top_k.astype(np.int64)), how, which
+                "cpu_sample", paddle.to_tensor(logits), kernels.to_tensor(top_k.astype(np.int64)), parameters, which
             )[0]
             assert again.numpy().tolist() == expected.tolist()
 
@@ -352,10 +352,10 @@ def test_sample_reports_rows_that_are_not_finite(backend):
     rows[0, 3], rows[1, 49], rows[2], rows[3, 7] = np.nan, np.inf, -np.inf, -np.inf
     for temperature in (0.0, 1.0):
         with kernels.use(f"sample={backend}"):
-            found = kernels.sample(
+            actual = kernels.sample(
                 paddle.to_tensor(rows), np.full(5, temperature), np.zeros(5, int), np.full(5, 0.9), np.full(5, 0.5)
             )
-        assert (found.numpy() < 0).tolist() == [True, True, True, False, False]
+        assert (actual.numpy() < 0).tolist() == [True, True, True, False, False]
 
 
 # ================================================================================================== determinism
@@ -371,11 +371,11 @@ n = lambda *s: paddle.to_tensor(g.standard_normal(s).astype("float32"))
 tables = np.arange(300, dtype=np.int32).reshape(3, 100)
 with paddle.no_grad():
     lengths = np.array([1, 78, 1]), np.array([1600, 500, 3])
-    found = [kernels.paged_attention(n(80, 8, 64), n(300, 16, 2, 64), n(300, 16, 2, 64), tables, *lengths, **more)
+    results = [kernels.paged_attention(n(80, 8, 64), n(300, 16, 2, 64), n(300, 16, 2, 64), tables, *lengths, **more)
              for more in ({}, {"alibi_slopes": n(8).abs(), "window": 700, "softcap": 2.0})]
-    found += [kernels.sample(n(16, 4096), np.full(16, 0.8), np.zeros(16, int), np.full(16, 0.9), g.random(16))]
-    found += [kernels.linear(n(m, 300), n(300, 1000)) for m in (1, 16)]
-print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in found)).hexdigest()))
+    results += [kernels.sample(n(16, 4096), np.full(16, 0.8), np.zeros(16, int), np.full(16, 0.9), g.random(16))]
+    results += [kernels.linear(n(m, 300), n(300, 1000)) for m in (1, 16)]
+print(json.dumps(hashlib.sha256(b"".join(t.numpy().tobytes() for t in results)).hexdigest()))
 """
 
 
