@@ -1,7 +1,7 @@
-"""The cores of kernels/cuda, run on the CPU by cuda_on_cpu.h, each against float64 in numpy. Needs numpy and g++ alone.
+"""The kernels of kernels/cuda, run on the CPU by cuda_on_cpu.h, against float64 in numpy. Needs only numpy and g++.
 
-    python tests/gpu/cuda_on_cpu.py               # every case python tests/gpu/cuda_on_cpu.py --sanitize    # with
-    g++'s address, alignment and bounds checks, in a process of its own
+    python tests/gpu/cuda_on_cpu.py               # every case
+    python tests/gpu/cuda_on_cpu.py --sanitize    # with g++'s address, alignment and bounds checks, in another process
 
 test_gpu.py runs these cases one by one. Letters as in kernels/__init__.py, S sequences.
 """
@@ -35,7 +35,7 @@ HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # o
 
 
 def build(folder, text=None, sanitize=False):
-    """Compile all cores, or a test's own kernels, to a library; its path."""
+    """Compile all kernels, or those of a test, into a library; returns its path."""
     source, library = Path(folder) / "cores.cc", Path(folder) / "cores.so"
     source.write_text(text or "".join(f'#include "{p.name}"\n' for p in sorted(CORES.glob("*.cuh"))))
     done = subprocess.run(
@@ -80,7 +80,7 @@ class Cores:
 
 
 def stored(values, dtype):
-    """float values as the kernels hold them: float32, float16, or bfloat16 as uint16."""
+    """float values as the kernels store them: float32, float16, or bfloat16 as uint16."""
     values = np.asarray(values, np.float32)
     if dtype != "bfloat16":
         return np.ascontiguousarray(values.astype(dtype))
@@ -89,7 +89,7 @@ def stored(values, dtype):
 
 
 def wide(array):
-    """What `stored` made, in float64."""
+    """The values of a `stored` array in float64."""
     return (
         (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         if array.dtype == np.uint16
@@ -98,7 +98,7 @@ def wide(array):
 
 
 def blank(shape, dtype):
-    """Not zero: what a kernel forgets to write is NaN (integers: -1)."""
+    """An array of NaN (integers: -1), which shows what a kernel did not write."""
     kind = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32, "int64": np.int64}[dtype]
     return np.frombuffer(bytearray(b"\xff" * (int(np.prod(shape)) * np.dtype(kind).itemsize)), kind).reshape(shape)
 
@@ -108,7 +108,7 @@ def normal(shape, seed=0):
 
 
 def close(actual, expected, dtype="float32", noise=2e-6, what=""):
-    """One rounding to dtype, and float32 noise in units of the largest value."""
+    """Allows one rounding to dtype, and float32 noise relative to the largest value."""
     assert actual.shape == expected.shape, f"{what}: {actual.shape} != {expected.shape}"
     allowed = HALF_STEP[dtype] * 1.01 * np.abs(expected) + noise * max(1.0, np.abs(expected).max())
     wrong = ~(np.abs(wide(actual) - expected) <= allowed)
@@ -235,7 +235,7 @@ def paged_attention(
 
 
 def pack(codes, bits, axis):
-    """QuantizedWeight of neighbors along an axis into int32 words, the first lowest."""
+    """Packs codes along an axis into int32 words, the first one lowest."""
     codes = np.moveaxis(codes.astype(np.uint32), axis, -1)
     codes = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
     words = (codes << (np.arange(32 // bits, dtype=np.uint32) * bits)).sum(-1, dtype=np.uint32)

@@ -1,12 +1,12 @@
-"""The GPU back end without a GPU: kernels/gpu.py, its CUDA cores and their bindings.
+"""The GPU back end without a GPU: kernels/gpu.py, its CUDA kernels and their Paddle operators.
 
-    python -m pytest tests/gpu/test_gpu.py            # about 50 s; needs g++, and nvcc for one test that is skipped
-    without it python -m pytest tests/gpu/test_gpu.py --slow     # also: cores under g++'s sanitizers, every nvcc build
+    python -m pytest tests/gpu/test_gpu.py           # about 50 s; needs g++, and nvcc for one test (else skipped)
+    python -m pytest tests/gpu/test_gpu.py --slow    # also: kernels under g++'s sanitizers, every nvcc build
 
-Cores run on the CPU (cuda_on_cpu.h). The bindings are compiled against them as operators for CPU tensors, and what
-only Paddle's GPU build has gets kernels of documented meaning (phi_on_cpu.cc): so gpu.py itself runs, and Paddle
-infers shapes of its calls. Not shown here: speed, Paddle's own GPU kernels, and what a GPU does that this emulation
-does not (see cuda_on_cpu.h)."""
+The CUDA kernels run on the CPU (cuda_on_cpu.h) behind Paddle operators for CPU tensors, and Paddle's GPU operators are
+replaced by CPU ones with their documented meaning (phi_on_cpu.cc). So gpu.py itself runs, and Paddle infers the shapes
+of its calls. Not tested: speed, Paddle's own GPU kernels, and GPU behavior that is not emulated (see cuda_on_cpu.h).
+"""
 
 import ctypes
 import inspect
@@ -39,7 +39,7 @@ normal, tensor, close = cases.normal, cases.tensor, cases.close
 
 
 class Build(threading.Thread):
-    """A compiler at work beside the tests."""
+    """A compiler that runs in parallel with the tests."""
 
     def __init__(self, *command, after=()):
         super().__init__(daemon=True)
@@ -82,7 +82,7 @@ def builds(tmp_path_factory):
 
 
 def nvcc(source, target, arch, after=()):
-    """As paddle.utils.cpp_extension calls it for a .cu file."""
+    """nvcc with the arguments of paddle.utils.cpp_extension for a .cu file."""
     like_paddle = [
         "-DPADDLE_WITH_CUDA",
         "-DEIGEN_USE_GPU",
@@ -119,7 +119,7 @@ def cores(builds):
 
 @pytest.fixture(scope="module")
 def operators(builds):
-    """Our operators and Paddle's GPU ones, for CPU tensors, in this process for good."""
+    """Loads our operators, and Paddle's GPU ones for CPU tensors, into this process, permanently."""
     for _, build in (builds["ops"], builds["phi"]):
         build.wait()
     ctypes.CDLL(str(builds["phi"][0]), ctypes.RTLD_GLOBAL)
@@ -128,7 +128,7 @@ def operators(builds):
 
 @pytest.fixture
 def pretend(operators, monkeypatch):
-    """gpu.py as on a GPU of compute capability 9.0, on CPU tensors."""
+    """gpu.py as if on a GPU of compute capability 9.0, with CPU tensors."""
     monkeypatch.setattr(gpu, "_state", True)
     monkeypatch.setattr(gpu, "_registered", lambda op: True)
     monkeypatch.setattr(gpu, "_capability", lambda: 90)
@@ -275,7 +275,7 @@ def test_a_missing_barrier_changes_the_result(wrong):
 
 
 def test_the_emulated_types_round_as_numpy(cores):
-    """dequantize with scale 1 / 3 and code 1: one rounding to each type."""
+    """dequantize with scale 1 / 3 and code 1: one rounding to each dtype."""
     codes, scales = cuda_on_cpu.pack(np.ones((8, 8), int), 4, 0), np.linspace(1e-6, 3.3, 8).astype(np.float32)
     zeros = cuda_on_cpu.pack(np.full((1, 8), 15), 4, 1)  # zero points of 0, stored less one
     for kind, dtype in enumerate(cuda_on_cpu.TYPES):
@@ -297,7 +297,7 @@ def test_nvcc_builds_operators_and_kernels_for_sm_90(builds):
 
 
 def spilled(report):
-    """No kernel may keep registers in slow memory, and each must fit: ptxas's report names both."""
+    """No kernel spills registers, and each fits: both are in ptxas's report."""
     kernels_seen = report.count("Compiling entry function")
     assert kernels_seen > 50 and report.count("0 bytes spill stores, 0 bytes spill loads") == kernels_seen, report[
         -3000:
@@ -410,7 +410,7 @@ def test_linear_cross_entropy_edge_cases(pretend):
 @pytest.mark.parametrize("n, causal", [(0, True), (0, False), (1, True), (2, True), (2, False), (4, False)])
 @pytest.mark.parametrize("version", [2, 3])
 def test_attention(pretend, shape, n, causal, version):
-    """Which rows a key is hidden from, heads, scale: in bfloat16, by the reference where rows come with Tq != Tk."""
+    """Mask rows, heads and scale in bfloat16; the reference runs for mask rows with Tq != Tk."""
     pretend["FLAGS_flash_attn_version"] = version
     B, Tq, Tk, H, K, Dh = shape
     q, k, v = (
@@ -644,7 +644,7 @@ def inferred(builds):
 
 @pytest.mark.parametrize("name", INFERRED)
 def test_paddle_infers_the_shapes_of_a_call(inferred, name):
-    """Symbolic shapes through the very calls of gpu.py: Paddle's own inference, no kernel runs."""
+    """Symbolic shapes through the calls of gpu.py: Paddle's shape inference; no kernel runs."""
     assert inferred[name] == INFERRED[name]
 
 
@@ -690,7 +690,7 @@ def test_paddle_has_the_signature_that_is_called(function, positional, named):
 
 
 def test_weight_only_linear_does_not_support_our_layouts():
-    """Why gpu.py does not use it: no zero points, and groups of 64 or 128 alone."""
+    """Why gpu.py does not use it: no zero points, only groups of 64 or 128."""
     from paddle.nn.quant import weight_only_linear
 
     assert not any("zero" in name for name in inspect.signature(weight_only_linear).parameters)
@@ -742,7 +742,7 @@ def test_what_this_paddle_lacks_has_a_reason(monkeypatch):
 
 
 def test_the_names_of_paddles_kernels_are_right():
-    """An operator that Paddle's Python calls is there, whether or not this build has a kernel for it."""
+    """Operators that Paddle's Python calls exist, even if this build has no kernel for them."""
     for name in {name for names in gpu.OF_PADDLE.values() for name in names}:
         assert hasattr(paddle._C_ops, name) or hasattr(paddle._C_ops, f"{name}_"), name
 

@@ -1,6 +1,6 @@
-"""kernels/cpu/amx.h, on a processor without AMX: the same text over emulated tiles (tests/gpu/emulated_tiles.h), which
-also refuse what the processor would, and memory that no test named. With AMX, the instructions themselves against the
-same numbers.
+"""kernels/cpu/amx.h on emulated tiles (tests/gpu/emulated_tiles.h), and on real ones if the processor has AMX.
+
+The emulator also rejects what the processor would reject, and accesses to memory that no test declared.
 
     python -m pytest tests/kernels/test_amx.py            # CPU with g++, a few seconds
 """
@@ -88,8 +88,7 @@ def bfloat16(x):
 
 
 def operands(integers, M, K, N, seed=0):
-    """A (M, K), B (K, N), C (M, N) as the numbers that the product sees, and A and B in words as amx.h describes
-    them."""
+    """A (M, K), B (K, N), C (M, N) as numbers, and A and B as words in the layout of amx.h."""
     rng, per_word = np.random.default_rng([seed, M, K, N]), 4 if integers else 2
     words = -(-K // per_word)
     a, b = np.zeros((M, -(-words // 16) * 16 * per_word)), np.zeros((words * per_word, 64))
@@ -108,7 +107,7 @@ def operands(integers, M, K, N, seed=0):
 
 
 def multiply(lib, integers, K, c, a_words, b_words, add, ldc):
-    """C by the library; a frame around C must stay as it was."""
+    """C from the library; a margin around C must not change."""
     (M, N), framed = c.shape, np.full((c.shape[0] + 2, ldc), 77, c.dtype)
     framed[1 : M + 1, 3 : N + 3] = c
     corner = framed[1:, 3:].ctypes.data

@@ -1,6 +1,6 @@
-"""Products: linear with what follows it, LoRA in one product, and bfloat16, against float64 in numpy.
+"""Products: linear with bias and residual, fused LoRA, and bfloat16, against float64 in numpy.
 
-python -m pytest tests/kernels/test_bf16.py          # CPU; bfloat16 where the processor has it
+python -m pytest tests/kernels/test_bf16.py          # CPU; bfloat16 if the processor has it
 """
 
 import kernels
@@ -74,7 +74,7 @@ def test_operands_stored_in_bf16_give_the_same_bits(M, N, K, transposed):
 
 
 def naive_lora(x, weight, a, b, scaling, bias, dropped, upstream):
-    """y and the gradients of x, A, B (and dropped, whose part of x's is not in x's then)."""
+    """y and the gradients of x, A, B (and of dropped, whose part is then not in that of x)."""
     flat = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
     up = upstream.reshape(-1, b.shape[1])
     y = x @ weight + (0 if bias is None else bias) + scaling * (flat @ a @ b).reshape(upstream.shape)
@@ -146,7 +146,7 @@ def test_lora_linear_in_bf16(in_bf16, shape, n_out, rank, bias, dropped):
 
 @with_bf16
 def test_a_zero_adapter_does_not_change_a_bit(in_bf16):
-    """DPO's policy and its reference are the same before the first step."""
+    """With B = 0, as at the first step: DPO's policy must equal its reference."""
     base = Linear(96, 80, bias=False)
     x = tensor(normal((50, 96)))
     plain = base(x).numpy()
@@ -199,7 +199,7 @@ def test_cross_entropy_in_bf16(in_bf16, N, D, V, transpose, frozen, stored, soft
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("softcap", [None, 15.0])
 def test_gradient_in_bf16_of_a_token_that_is_almost_certain(in_bf16, frozen, softcap):
-    """softmax - onehot is 1e-4 there: far below the rounding of either of them in bfloat16."""
+    """softmax - onehot is 1e-4, far below the rounding of either in bfloat16."""
     hidden, labels = np.full((3, 64), 0.25), np.array([5, 5, 5])
     weight = normal((64, 40)) * 0.05
     weight[:, 5] += 0.8
@@ -213,7 +213,7 @@ def test_gradient_in_bf16_of_a_token_that_is_almost_certain(in_bf16, frozen, sof
 
 
 def attend(bf16, arrays, upstream, **kwargs):
-    """out and the gradients of q, k and v."""
+    """Output and the gradients of q, k and v."""
     kernels.configure("cpu", use_bf16=bf16)
     inputs = [tensor(a) for a in arrays]
     out = kernels.attention(*inputs, **kwargs)

@@ -51,7 +51,7 @@ def tensor(array):
 
 
 def method_of_this_processor(rows):
-    """The instructions that the op chooses, asked of the library that is loaded."""
+    """The method that the op chooses, as the loaded library reports it."""
     library = re.search(r"\S*kernels_cpu\S*\.so", Path("/proc/self/maps").read_text())
     return ctypes.CDLL(library.group()).cpu_int8_way(ctypes.c_long(rows))
 
@@ -63,7 +63,7 @@ def op(x, w, scales, bias=None, given=None, instructions=-1):
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The same over AMX tiles that are emulated; W is interleaved by AVX-512, which every processor with AMX has."""
+    """The same with emulated AMX tiles; W is interleaved by AVX-512, which every processor with AMX has."""
     if COMPILER is None or method_of_this_processor(1) < 2:
         pytest.skip("needs g++ and AVX-512")
     folder = tmp_path_factory.mktemp("int8")

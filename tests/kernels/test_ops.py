@@ -1,9 +1,9 @@
 """Every op of kernels/ on every back end that has it, forward and backward, against a naive float64 version in numpy.
 
-    python -m pytest tests/kernels/test_ops.py          # CPU, about 40 s, and 15 once to build the C++ ops;
-    --hf-python: beside torch
+    python -m pytest tests/kernels/test_ops.py                   # CPU, about 40 s, and 15 once to build the C++ ops
+    python -m pytest tests/kernels/test_ops.py --hf-python PY    # also beside torch
 
-Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 a rounding, times what the sums add up.
+Letters as in kernels/__init__.py. Tolerances are for float32: a relative 2e-6 per rounding, times the length of sums.
 """
 
 import collections
@@ -62,7 +62,7 @@ def run(op, backend, arrays, upstream, **kwargs):
 
 
 def run_all(op, backend, arrays, upstreams, residual=None, **kwargs):
-    """As run, of an op of one output or several; arrays may be None. Gradients of the arrays, then of the residual."""
+    """As run, for one or several outputs; arrays may be None. Gradients of the arrays, then of the residual."""
     inputs = [a if a is None else tensor(a) for a in arrays]
     more = {} if residual is None else {"residual": tensor(residual)}
     with kernels.use(f"{op}={backend}"):
@@ -73,7 +73,7 @@ def run_all(op, backend, arrays, upstreams, residual=None, **kwargs):
 
 
 def close(actual, expected, tolerance=1e-5, what=""):
-    """Absolute, in units of the largest expected number (or 1)."""
+    """Maximum error, relative to the largest expected value (or 1)."""
     expected = np.asarray(expected)
     assert list(actual.shape) == list(expected.shape), f"{what}: {actual.shape} != {expected.shape}"
     error, scale = (
@@ -84,7 +84,7 @@ def close(actual, expected, tolerance=1e-5, what=""):
 
 
 def numeric_gradient(function, array, upstream, epsilon=1e-6):
-    """Central differences of sum(function(array) * upstream), one element after another."""
+    """Central differences of sum(function(array) * upstream), element by element."""
     gradient = np.zeros_like(array)
     for index in np.ndindex(*array.shape):
         plus, minus = array.copy(), array.copy()
@@ -168,7 +168,7 @@ def test_configure_refuses_a_missing_device(device, needs):
 
 
 def test_device_names(monkeypatch):
-    """With CUDA, with ROCm, which Paddle calls gpu as well, and with plug-ins of one chip and of two."""
+    """CUDA, ROCm (which Paddle calls gpu too), and plug-ins with one and with two devices."""
     monkeypatch.setattr(kernels, "devices", lambda: ["cpu", "gpu:0", "gpu:1", "one", "two:0", "two:1"])
     same = "cpu gpu gpu:0 gpu:1 one one:0 two two:1".split()
     assert [kernels.check_device(name) for name in same] == same
@@ -194,7 +194,7 @@ def test_devices_come_from_paddle(monkeypatch):
 
 
 def test_a_new_chip_is_one_file_as_in_the_docs(monkeypatch, tmp_path):
-    """Its one op runs in a model's forward, once a block, and every other op is the reference's."""
+    """Its op runs once per block in a model's forward; all other ops are the reference's."""
     text = (ROOT / "docs" / "kernels.md").read_text().split("```python\n# kernels/npu.py", 1)[1].split("```", 1)[0]
     (tmp_path / "pretend_chip.py").write_text("#" + text)
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
@@ -265,7 +265,7 @@ def test_a_new_chip_is_one_file_as_in_the_docs(monkeypatch, tmp_path):
 
 
 def test_every_op_has_a_case_in_the_benchmark():
-    """`python tests/bench/ops.py` measures each: a new op needs an entry in CASES of tests/bench/ops.py."""
+    """A new op needs an entry in CASES of tests/bench/ops.py."""
     assert set(kernels.OPS) - set(table.CASES) == set()
     assert all(callable(getattr(kernels, op)) for op in kernels.OPS)
 
@@ -321,7 +321,7 @@ SIZES = {  # large enough that each has work for several threads, and no multipl
 
 
 def test_every_kernel_gives_the_same_bits_with_one_thread_and_with_all(run_python):
-    """Forward and backward of each op that runs here in its CPU back end, by the rows of the table."""
+    """Forward and backward of each op that runs in the CPU back end here, with the cases of the benchmark."""
     one, every = (run_python(BITS_OF_CASES, threads, json.dumps(SIZES)) for threads in ("1", "all"))
     assert {row.split(",")[0] for row in one} == {
         op for op, (backend, _) in kernels.configure("cpu").items() if backend == "cpu"
@@ -351,7 +351,7 @@ def test_attention_work_counts_visible_pairs():
 
 @pytest.mark.skipif(cpu.missing("peak") is not None, reason="no C++ ops")
 def test_peaks_are_above_what_a_product_reaches():
-    """The loops are really run: one that the compiler shortened gives ten times what the processor can do."""
+    """A loop that the compiler shortened would show ten times the possible rate."""
     most, _ = table.peaks(5)
     assert ("bfloat16" in most) == (cpu.missing("bf16") is None)
     a = tensor(normal((768, 768)))
@@ -443,7 +443,7 @@ def test_rms_norm_with_a_frozen_weight(backend):
 @backends("rms_norm")
 @pytest.mark.parametrize("shape", [(1, 1), (5, 123), (70, 3, 40)])
 def test_rms_norm_with_a_residual(backend, shape):
-    """y and h, and the gradient of both in each of x and residual."""
+    """y and h, and the gradients of both with respect to x and residual."""
     x, residual, weight, upstreams = (
         normal(shape),
         normal(shape, 1),
@@ -514,7 +514,7 @@ def test_layer_norm_gradients_against_differences(backend):
 
 @backends("rms_norm")
 def test_norms_with_a_residual_and_an_unused_output(backend):
-    """And gradients of x and residual that are not one tensor: what is added to one must not appear in the other."""
+    """Gradients of x and residual are separate tensors: an addition to one must not change the other."""
     x, residual, weight = (tensor(normal(s, i)) for i, s in enumerate([(4, 6), (4, 6), (6,)]))
     with kernels.use(f"rms_norm={backend}"):
         kernels.rms_norm(x, weight, 1e-6, residual)[1].sum().backward()
@@ -721,7 +721,7 @@ def test_embedding_refuses_ids_out_of_range(backend):
 
 @pytest.mark.skipif("cpu" not in BACKENDS["embedding"], reason="no C++ ops")
 def test_embedding_gradient_takes_memory_only_for_its_rows(run_python):
-    """A table of 164 MB, 100 rows used; the gradient is read as well."""
+    """A table of 164 MB with 100 rows in use; the gradient is read too."""
     script = """
 import json
 import paddle, kernels
@@ -767,7 +767,7 @@ def test_linear_with_a_weight_stored_in_bfloat16(backend):
 
 
 def packed(codes, bits, axis):
-    """Unsigned codes (in, out), 32/bits consecutive ones along an axis in a word, lowest bits first, int32."""
+    """Packs unsigned codes (in, out), 32/bits consecutive ones along an axis per int32 word, lowest bits first."""
     codes = np.moveaxis(codes, axis, 0).reshape(-1, 32 // bits, codes.shape[1 - axis]).astype(np.uint32)
     words = sum(codes[:, i] << np.uint32(bits * i) for i in range(32 // bits))
     return np.moveaxis(words.astype(np.uint32).view(np.int32), 0, axis)
@@ -839,7 +839,7 @@ def test_quant_linear_of_int8_by_int8(backend, shape, n_out, static):
 
 
 def visible(rows, causal, B, H, Tq, Tk):
-    """(B, H, Tq, Tk) bool, from the words of kernels.attention's docstring, one entry after another."""
+    """(B, H, Tq, Tk) bool, by the docstring of kernels.attention, entry by entry."""
     seen = np.ones((B, H, Tq, Tk), bool)
     for b, h, i, j in np.ndindex(B, H, Tq, Tk):
         row = i + Tk - Tq
@@ -858,7 +858,7 @@ def visible(rows, causal, B, H, Tq, Tk):
 
 
 def naive_attention(q, k, v, upstream, seen, scale, slopes=None, softcap=None):
-    """Output and gradients of q, k, v in float64, a whole (Tq, Tk) matrix a head."""
+    """Output and gradients of q, k, v in float64, with a full (Tq, Tk) matrix per head."""
     B, Tq, H, Dh = q.shape
     Tk, group = k.shape[1], H // k.shape[2]
     out, d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
@@ -918,7 +918,7 @@ SHAPES = [  # B, Tq, Tk, H, K, Dh
 
 
 def random_rows(n, heads, B, Tk, causal, seed=0):
-    """(B, heads, Tk, n) int32, some of which hide nothing and some everything that they can."""
+    """(B, heads, Tk, n) int32; some entries hide nothing, some hide everything."""
     generator = np.random.default_rng([seed, n, heads, Tk])
     pick = lambda: generator.integers(0, Tk + 2, (B, heads, Tk))
     if n == 1:
@@ -932,7 +932,7 @@ def random_rows(n, heads, B, Tk, causal, seed=0):
 
 @pytest.fixture(params=["whole", "blocks"])
 def blocks(request, monkeypatch):
-    """Small blocks, so that every sum over blocks is exercised: 64 query rows is the least that the reference takes."""
+    """Small blocks, so that every sum over blocks runs: 64 query rows is the minimum of the reference."""
     if request.param == "blocks":
         monkeypatch.setattr(kernels.reference, "BLOCK_ELEMENTS", 8)
         monkeypatch.setattr(kernels.reference, "LOGITS", 8)
@@ -982,7 +982,7 @@ def test_attention_alibi(backend, rows, causal):
 @pytest.mark.parametrize("kind", ["causal", "full", "rows", "alibi", "rows and alibi", "prefix"])
 @pytest.mark.parametrize("softcap", [0.3, 50.0])
 def test_attention_with_a_softcap(backend, shape, kind, softcap):
-    """Scores of up to 10: a cap of 0.3 leaves little of them, one of 50 nearly all."""
+    """Scores up to 10: a cap of 0.3 flattens nearly all of them, one of 50 nearly none."""
     B, _, Tk, H, K, _ = shape
     rows = {
         "rows": random_rows(1, 1, B, Tk, True),
@@ -1004,7 +1004,7 @@ def test_attention_with_a_softcap(backend, shape, kind, softcap):
 
 @backends("attention")
 def test_attention_with_a_softcap_far_out(backend):
-    """Scores of some thousands times the cap: they are all the cap or its negative, and have no slope."""
+    """Scores of thousands times the cap: all are the cap or its negative, with slope 0."""
     check_attention(backend, 1, 9, 9, 2, 1, 4, scale=1e6, softcap=30.0, tolerance=1e-4)
 
 
@@ -1049,7 +1049,7 @@ def prefix_rows(documents, Tk):
 @pytest.mark.parametrize("columns", [2, 4])
 @pytest.mark.parametrize("H, K, Dh", [(4, 2, 8), (3, 1, 24)])
 def test_attention_with_a_bidirectional_prefix(backend, documents, Tq, columns, H, K, Dh):
-    """ChatGLM's mask, alone, packed, and behind a cache; the same rows as two intervals that hide are n=4."""
+    """ChatGLM's mask: single, packed, and behind a cache; as two hidden intervals the same rows are n=4."""
     Tk = sum(length for length, _ in documents)
     rows = prefix_rows(documents, Tk)
     if columns == 4:
@@ -1071,7 +1071,7 @@ def test_attention_with_a_bidirectional_prefix(backend, documents, Tq, columns, 
 @pytest.mark.parametrize("T, Tk", [(200, 200), (130, 157)])
 @pytest.mark.parametrize("kind", ["none", "packed", "random", "alibi", "full", "four"])
 def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
-    """Several blocks of 64 queries; packed rows let a block skip the keys that no query of it sees."""
+    """Several blocks of 64 queries; with packed rows a block skips keys that no query of it sees."""
     monkeypatch.setattr(kernels.reference, "LOGITS", 8)
     ends = np.repeat([70, 71, 128, 150, Tk], np.diff([0, 70, 71, 128, 150, Tk]))
     rows = {
@@ -1087,7 +1087,7 @@ def test_attention_in_blocks(backend, T, Tk, kind, monkeypatch):
 @pytest.mark.parametrize("Dh", [8, 24, 64, 80, 96, 112, 120, 128, 192, 256, 576])
 @pytest.mark.parametrize("kind", ["causal", "packed", "full", "alibi"])
 def test_attention_head_dims(backend, Dh, kind):
-    """A tile of queries and of keys each, and some more; two query heads for a key."""
+    """One tile of queries and keys and a few more; two query heads per key head."""
     T = 77
     rows = np.repeat([30, T], [30, T - 30]).reshape(1, 1, T, 1) if kind == "packed" else None
     check_attention(
@@ -1107,7 +1107,7 @@ def test_attention_head_counts(backend, H, K):
 @pytest.mark.parametrize("T, cuts", [(9, (0, 4, 9)), (150, (0, 10, 80, 150)), (140, (0, 140))])
 @pytest.mark.parametrize("kind", ["causal", "full", "rows", "window", "context", "alibi", "softcap", "alibi and rows"])
 def test_merged_parts_of_attention_equal_attention(backend, T, cuts, kind):
-    """Every piece of the queries with every piece of the keys, results merged; backward with what all keys gave."""
+    """Every part of the queries with every part of the keys, merged; backward with out and lse of all keys."""
     B, H, K, Dh = 2, 4, 2, 6
     q, k, v, upstream = (normal((B, T, n, Dh), s) for s, n in enumerate((H, K, K, H)))
     of = {
@@ -1160,7 +1160,7 @@ def test_merged_parts_of_attention_equal_attention(backend, T, cuts, kind):
 @backends("attention")
 @pytest.mark.parametrize("rows", [None, [5, 0], [3, 1], [0, 0]])
 def test_attention_over_one_key(backend, rows):
-    """Its weight is 1 wherever it is seen, so that queries and keys have no gradient."""
+    """Its weight is 1 wherever it is seen, so queries and keys have no gradient."""
     rows = None if rows is None else np.array(rows).reshape(1, 1, 1, 2)
     check_attention(backend, 1, 5, 1, 4, 2, 64, rows, causal=False)
     check_attention(backend, 1, 1, 1, 2, 1, 96, None if rows is None else rows[..., :1], causal=True)
@@ -1168,14 +1168,14 @@ def test_attention_over_one_key(backend, rows):
 
 @backends("attention")
 def test_attention_with_large_scores(backend):
-    """Softmax must not overflow: scores of some hundreds."""
+    """Scores of hundreds: softmax must not overflow."""
     check_attention(backend, 1, 9, 9, 2, 1, 4, scale=100.0, tolerance=1e-4)
 
 
 @backends("attention")
 @pytest.mark.parametrize("softcap", [None, 0.6])
 def test_attention_gradients_against_differences(backend, softcap):
-    """The oracle above is our own formula: here numbers alone."""
+    """The oracle above is our formula; this test needs none."""
     q, k, v, upstream = (normal((1, 4, 2, 3), s) for s in range(4))
     k, v = k[:, :, :1], v[:, :, :1]
     rows = np.array([3, 4, 4, 4]).reshape(1, 1, 4, 1)
@@ -1444,7 +1444,7 @@ def test_linear_cross_entropy_of_nan_and_infinite_logits(backend, softcap):
 
 
 class Shard:
-    """The part of a vocabulary that one of several threads holds; all_reduce waits for the others, as ranks do."""
+    """The vocabulary shard of one of several threads; all_reduce waits for the others, like ranks."""
 
     def __init__(self, start, number, shared):
         self.start, self.number, self.shared = start, number, shared
@@ -1517,7 +1517,7 @@ def test_linear_cross_entropy_gradients_against_differences(backend, softcap):
 
 
 def test_linear_cross_entropy_never_holds_all_logits(run_python):
-    """4,096 tokens over 50,000 words: the logits would be 819 MB, and as much again for their gradient."""
+    """4,096 tokens and a vocabulary of 50,000: the logits would take 819 MB, and their gradient as much."""
     script = """
 import json
 import paddle, kernels
@@ -1572,7 +1572,7 @@ def test_adamw_does_not_change_the_gradient(backend):
 
 @backends("adamw")
 def test_adamw_at_a_late_step(backend):
-    """Step 100,000, where the bias corrections are 1 to float32."""
+    """Step 100,000: bias corrections are 1 in float32."""
     value, m1, m2, g = normal((9,)), normal((9,), 1), normal((9,), 2) ** 2, normal((9,), 3)
     parameter, moment1, moment2 = tensor(value), tensor(m1), tensor(m2)
     with kernels.use(f"adamw={backend}"):
@@ -1584,7 +1584,7 @@ def test_adamw_at_a_late_step(backend):
 @backends("adamw")
 @pytest.mark.parametrize("kind, gradient_kind", list(itertools.product(["float32", "bfloat16"], repeat=2)))
 def test_adamw_of_bfloat16(backend, kind, gradient_kind):
-    """Computed in float32 from what is stored, then rounded to the nearest; moments never rounded."""
+    """Computed in float32 and rounded to the nearest bfloat16; moments are not rounded."""
     parameter, gradient = tensor(normal((5, 123))).astype(kind), tensor(normal((5, 123), 1)).astype(gradient_kind)
     value, g = (t.astype("float32").numpy().astype(np.float64) for t in (parameter, gradient))
     moments = [tensor(np.zeros((5, 123))) for _ in range(2)]
@@ -1619,7 +1619,7 @@ with_bf16 = pytest.mark.skipif(cpu.missing("bf16") is not None, reason=f"no bflo
 
 
 def rounded(array):
-    """To bfloat16 and back."""
+    """Rounded to bfloat16, as float32."""
     return tensor(array).astype("bfloat16").astype("float32").numpy().astype(np.float64)
 
 
@@ -1673,7 +1673,7 @@ def test_linear_cross_entropy_in_bf16(in_bf16, transpose, frozen):
 
 @with_bf16
 def test_linear_cross_entropy_in_bf16_of_almost_certain_tokens(in_bf16):
-    """p - onehot is next to nothing there, and must come out so although the product rounds p and W."""
+    """p - onehot is nearly 0, and must be in the result although the products round p and W."""
     weight = normal((8, 40))
     labels = np.arange(40)
     hidden = weight.T * 9 / (weight.T**2).sum(-1, keepdims=True) * np.linspace(1, 8, 40)[:, None]
@@ -1873,7 +1873,7 @@ PD_BUILD_OP(the_only_op).Inputs({"x"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Run)
 
 
 def start(cache, sources):
-    """A process of its own group that builds what is not in the cache, and loads it."""
+    """A process in its own group that builds what is not in the cache, and loads it."""
     return subprocess.Popen(
         [sys.executable, "-c", START, str(sources)],
         cwd=ROOT,

@@ -1,9 +1,8 @@
-"""The ops that only serving uses, on every back end that has them: paged attention, the cache, few-row products,
-sampling.
+"""Ops of serving on every back end that has them: paged attention, the cache, products of few rows, sampling.
 
     python -m pytest tests/kernels/test_serving_ops.py          # CPU, about 20 s, and as much once to build the C++ ops
 
-Oracles: naive float64 attention of each sequence, and model.sample. Letters as in kernels/__init__.py; S sequences.
+Oracles: float64 attention per sequence, and reference.sample_logits. Letters as in kernels/__init__.py; S sequences.
 """
 
 import itertools
@@ -107,7 +106,7 @@ def test_paged_attention(backend, int8, case):
 
 
 def options(names, H):
-    """Keyword arguments of paged_case: of "alibi", "softcap" and numbers, which are windows."""
+    """Keyword arguments of paged_case for names: "alibi", "softcap" or a number (window)."""
     actual = {"slopes": np.float64(0.9 ** np.arange(1, H + 1).astype(np.float32))} if "alibi" in names else {}
     if "softcap" in names:
         actual["softcap"] = 1.5
@@ -128,7 +127,7 @@ def test_paged_attention_with_a_bias_a_window_and_a_cap(backend, int8, case, nam
 
 @on_each
 def test_paged_attention_with_alternating_windows(backend):
-    """As in Gemma 2, layer by layer, of arrays that the back end may take for the same."""
+    """As in Gemma 2, layer by layer, with arrays that the back end may reuse."""
     q, k, v, *arrays = paged_case([1, 1, 4], [30, 20, 60], 16, 4, 2, 32)[0]
     for a in arrays:
         a.flags.writeable = False
@@ -163,7 +162,7 @@ def test_paged_attention_with_every_instruction_set(instructions, int8, Dh, name
 
 @on_each
 def test_paged_attention_sees_nothing_beyond_its_contexts(backend):
-    """Not even NaN in the rest of a block, in other heads' neighbors, or in blocks of others."""
+    """Not even NaN in the rest of a block, in slots of other heads, or in other blocks."""
     for int8, names in itertools.product((False, True), ("", "4", "alibi 21 softcap")):
         for case in (([1, 1], [33, 5], 16, 4, 2, 20), ([20, 1], [33, 5], 16, 4, 2, 20)):
             arguments, extra, expected = paged_case(*case, int8=int8, spoil=np.nan, **options(names, 4))
@@ -220,7 +219,7 @@ def test_write_cache_in_float(backend, K, Dh):
 @on_each
 @pytest.mark.parametrize("K, Dh", [(2, 64), (1, 5), (3, 20)])
 def test_write_cache_in_int8(backend, K, Dh):
-    """Each value comes back within half a step of its own token and head; nothing else changes; zeros stay zeros."""
+    """Each value is within half a step of its token and head; nothing else changes; zeros stay zeros."""
     k, v, slots = random((7, K, Dh), 1) * 3, random((7, K, Dh), 2), np.array([5, 0, 11, 3, 4, 9, 7])
     k[2], v[3, -1] = 0.0, 0.0
     caches = [paddle.full([4, 3, K, Dh], 9, "int8") for _ in range(2)]
@@ -301,7 +300,7 @@ def test_the_few_rows_kernel_is_not_used_with_gradients_or_many_rows():
 
 
 def drawn(logits, temperature, top_k, top_p, seeds):
-    """model.sample of each row with a generator of its own; and the uniform numbers that those generators give."""
+    """sample_logits of each row with its own generator, and the uniform numbers that the generators draw."""
     rows = zip(logits, temperature, top_k, top_p, seeds)
     ids = [
         kernels.reference.sample_logits(x[None], t, k, p, np.random.default_rng(seed))[0] if t else x.argmax()
@@ -338,7 +337,7 @@ def test_sample_equals_the_oracle(backend, S, V, kind):
 
 @on_each
 def test_sample_with_probabilities_that_sum_to_exactly_top_p(backend):
-    """Four ids of a quarter each and top_p of a half: two are kept, and a uniform number on an edge takes the next."""
+    """Four ids of probability 1/4 and top_p 1/2: two are kept; a uniform number on the boundary selects the next id."""
     logits = paddle.to_tensor(np.array([[1, 0, 1, 1, 1]] * 5, np.float32) * 1e4)
     uniform = np.array([0.0, 0.49999, 0.5, 0.75, 0.99999])
     with kernels.use(f"sample={backend}"):
