@@ -95,8 +95,12 @@ def run_python():
 
 
 @pytest.fixture(autouse=True)
-def float32_again():
-    """A test that computed in bfloat16 leaves float32 to the next."""
+def configured_kernels():
+    """Configures before any product: MKL reads its instruction set at the first one, and without it bits differ from
+    call to call. A test that computed in bfloat16 leaves float32 to the next."""
+    kernels = sys.modules.get("kernels")
+    if kernels is not None and not kernels._table:
+        kernels.configure()
     yield
     if "kernels" in sys.modules:
         sys.modules["kernels"].bf16 = False
