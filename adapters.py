@@ -88,7 +88,8 @@ def trainable_weights(model: CausalLM) -> list[Weight]:
             raise UserError(
                 "the model is quantized: its weights are integers; train LoRA or a prefix, or the float model"
             )
-    return [w for w in named_weights(model) + adapter_weights(model) if not w.parameter.stop_gradient]
+    weights = {id(w.parameter): w for w in named_weights(model) + adapter_weights(model)}  # a score head may be in both
+    return [w for w in weights.values() if not w.parameter.stop_gradient]
 
 
 def cast_frozen_to_bf16(model: CausalLM) -> None:
@@ -316,9 +317,14 @@ def adapter_disabled(model: CausalLM) -> Iterator[CausalLM]:
 
 def merge(model: CausalLM) -> CausalLM:
     """Merge every LoRA into its base weight, in place; the model is a plain one afterwards. A prefix stays."""
+    is_merged = False
     for parent, attribute, layer in block_linears(model).values():
         if isinstance(layer, LoRALinear):
             setattr(parent, attribute, layer.merged())
+            is_merged = True
+    for name, parameter in model.named_parameters() if is_merged else ():
+        if not name.startswith("prefix."):  # apply_lora() froze them
+            parameter.stop_gradient = False
     return model
 
 
@@ -400,6 +406,8 @@ def adapter_weights(model: CausalLM) -> list[Weight]:
         ]
         if layer.lora_magnitude_vector is not None:
             weights.append(Weight(stem + "lora_magnitude_vector", layer.lora_magnitude_vector, False))
+    if weights and model.score is not None:  # peft's modules_to_save
+        weights.append(Weight("base_model.model.score.weight", model.score.weight, True))
     if (prefix := model.prefix) is not None:
         name = "prompt_embeddings" if prefix.hidden is None else "embedding.weight"
         weights.append(Weight(name, prefix.embedding, False))
@@ -485,6 +493,8 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
         "init_lora_weights": True,
         **model.lora_config,
     }
+    if model.score is not None:
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     layers = lora_layers(model)
     if any(layer.pissa_init is not None for layer in layers.values()):
         for path, layer in layers.items():
@@ -581,7 +591,8 @@ def load_adapter(model: CausalLM, path: str | Path, *, trainable: bool = False) 
 
 def _load_lora(model: CausalLM, config: dict, tensors: dict, config_path: Path, trainable: bool) -> None:
     for key in UNSUPPORTED_PEFT_KEYS:
-        if config.get(key):
+        is_score_head = key == "modules_to_save" and config.get(key) == ["score"] and model.score is not None
+        if config.get(key) and not is_score_head:
             raise UserError(f"{config_path}: {key} = {config[key]!r} is not supported")
     if config.get("bias", "none") != "none":
         raise UserError(f'{config_path}: bias = {config["bias"]!r} is not supported; only "none"')
