@@ -2,7 +2,7 @@
 
     model = load_reward_model(path, topology)         # any model's folder; the head is new unless the folder has one
     scores = ScoreModel(model)(input_ids, position_ids, startend_row_indices)      # (B, T) float32
-    add_score_head(model, seed)                       # beside the language head: values of the policy
+    add_score_head(model, np.zeros(D))                # beside the language head: values of the policy
 
 The head is one linear of D weights without a bias, `score.weight` in files. A reward model has it in place of the
 language head and is saved as transformers' AutoModelForSequenceClassification with num_labels 1, or as an adapter of
@@ -31,15 +31,17 @@ CLASSIFIER = "ForSequenceClassification"  # the end of the architecture's name i
 ENTROPY_ROWS = 256  # tokens whose logits are held at once by entropies with a gradient
 
 
-def add_score_head(model: CausalLM, seed: int | None) -> None:
-    """Give the model a head of D weights: Normal(0, 1 / (D + 1)) by seed, as Stiennon et al., arXiv 2009.01325, start
-    it, or empty until it is loaded (None)."""
-    D = model.config.hidden_size
+def add_score_head(model: CausalLM, weights: np.ndarray | None) -> None:
+    """Give the model a head of these D weights; None: empty until it is loaded."""
     with paddle.LazyGuard():
-        model.score = Linear(D, 1, bias=False)
-    if seed is not None:
-        array = np.random.default_rng([seed, 5]).standard_normal([D, 1]) / np.sqrt(D + 1)
-        set_parameter(model.score.weight, array.astype(np.float32))
+        model.score = Linear(model.config.hidden_size, 1, bias=False)
+    if weights is not None:
+        set_parameter(model.score.weight, weights.reshape([-1, 1]).astype(np.float32))
+
+
+def initial_score_weights(D: int, seed: int) -> np.ndarray:
+    """(D,) Normal(0, 1 / (D + 1)), as Stiennon et al., arXiv 2009.01325, start a reward model's head."""
+    return np.random.default_rng([seed, D]).standard_normal(D) / np.sqrt(D + 1)
 
 
 def remove_language_head(model: CausalLM) -> None:
@@ -83,12 +85,12 @@ def load_reward_model(path: str | Path, topology: Topology, seed: int | None = N
         adapters_left = adapters
     elif is_reward_model(path):
         model = from_pretrained(base, topology)
-        add_score_head(model, seed=0)
+        add_score_head(model, np.zeros(config.hidden_size))
         remove_language_head(model)
         adapters_left = adapters
     elif seed is not None:
         model = from_pretrained(path, topology)
-        add_score_head(model, seed)
+        add_score_head(model, initial_score_weights(config.hidden_size, seed))
         remove_language_head(model)
         adapters_left = []
     else:
@@ -124,6 +126,27 @@ def check_shared_prompts(model: CausalLM, path: str, key: str, longest: int) -> 
                 f"{key}: {longest}: {config.family} has {kind}, with which replies share a prompt within {limit} "
                 f"positions only; at most {limit}"
             )
+
+
+def scored_sample(prompt: np.ndarray, replies: list) -> tuple[np.ndarray, ...]:
+    """Ids of a prompt and its replies -> input_ids, position_ids, rows, replies as one sequence, int64.
+
+        prompt p1 .. pn, replies a1 .. aj, b1 .. bk
+        input_ids     p1 .. pn       a1 ..   aj         b1 ..   bk
+        position_ids  0 .... n-1     n ..    n+j-1      n ..    n+k-1
+        rows          end of all     end of a           end of b           FlashMask: rows from there on do not see it
+        replies       -1             -1 ...  0          -1 ...  1          the last token of a reply has its score
+
+    So every token sees what it would see in a sequence of prompt and one reply, at the same positions.
+    """
+    n, lengths = len(prompt), np.array([len(reply) for reply in replies])
+    ends = n + np.cumsum(lengths)
+    numbers = np.full(ends[-1], -1)
+    numbers[ends - 1] = np.arange(len(replies))
+    input_ids = np.concatenate([prompt, *replies])
+    positions = np.concatenate([np.arange(n), *(n + np.arange(length) for length in lengths)])
+    rows = np.concatenate([np.full(n, ends[-1]), np.repeat(ends, lengths)])
+    return tuple(array.astype(np.int64) for array in (input_ids, positions, rows, numbers))
 
 
 # ============================================================================== what parallel.forward_backward calls

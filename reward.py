@@ -29,7 +29,7 @@ from checkpoint import find_checkpoint, update_best
 from data import IGNORED, PreferenceDataset, PreferenceLoader
 from formats.files import UserError
 from formats.tokenizer import Tokenizer
-from heads import ScoreModel, check_shared_prompts, load_reward_model
+from heads import ScoreModel, check_shared_prompts, load_reward_model, scored_sample
 from model import CausalLM
 from parallel import SINGLE, Topology
 from rl_math import preference_losses
@@ -80,8 +80,11 @@ class ScoredPairs(PreferenceDataset):
         self.lengths = self.lengths + 1
 
     def sample(self, i: int) -> tuple[np.ndarray, ...]:
-        """Pair number -> input_ids, labels, position_ids, rows, replies; see scored_sample()."""
-        return scored_sample(*self.pair(i))
+        """Pair number -> input_ids, labels, position_ids, rows, replies of heads.scored_sample(); a label stands where
+        there is a score."""
+        prompt, chosen, rejected = self.pair(i)
+        input_ids, position_ids, rows, replies = scored_sample(prompt, [chosen, rejected])
+        return input_ids, np.where(replies >= 0, input_ids, IGNORED), position_ids, rows, replies
 
     def margin(self, i: int) -> float:
         """By how much the chosen reply should score higher; 0 if the record has no "margin"."""
@@ -89,28 +92,6 @@ class ScoredPairs(PreferenceDataset):
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
             raise UserError(f"{self.files[0]}: pair {i}: 'margin' must be a number, found {margin!r}")
         return float(margin)
-
-
-def scored_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Ids of one pair -> input_ids, labels, position_ids, rows, replies as one sequence; int32 [n + a + b].
-
-        prompt p1 .. pn, chosen c1 .. ca, rejected r1 .. rb
-        input_ids     p1 .. pn       c1 ..      ca       r1 ..      rb
-        labels        -100 ........  -100 ..... ca       -100 ..... rb     where there is a score
-        position_ids  0 .... n-1     n ..       n+a-1    n ..       n+b-1
-        rows          end of pair    end of chosen       end of pair       FlashMask: rows from there on do not see it
-        replies       -1             -1 ......  0        -1 ......  1
-
-    So every token sees what it would see in a sequence of prompt and one reply, at the same positions.
-    """
-    n, a, b = len(prompt), len(chosen), len(rejected)
-    input_ids = np.concatenate([prompt, chosen, rejected]).astype(np.int32)
-    labels, replies = np.full(n + a + b, IGNORED, np.int32), np.full(n + a + b, -1, np.int32)
-    for side, end in enumerate((n + a - 1, n + a + b - 1)):
-        labels[end], replies[end] = input_ids[end], side
-    position_ids = np.concatenate([np.arange(n), n + np.arange(a), n + np.arange(b)]).astype(np.int32)
-    rows = np.repeat(np.array([n + a + b, n + a, n + a + b], np.int32), [n, a, b])
-    return input_ids, labels, position_ids, rows, replies
 
 
 def pair_count(batches: list[dict]) -> int:

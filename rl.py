@@ -19,6 +19,7 @@ from pathlib import Path
 
 import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
 
+import numpy as np
 import paddle
 from paddle import Tensor
 
@@ -31,7 +32,7 @@ from arguments import LoraArgs
 from checkpoint import find_checkpoint, update_best
 from formats.files import UserError
 from formats.tokenizer import Tokenizer
-from heads import Policy, check_shared_prompts
+from heads import Policy, add_score_head, check_shared_prompts
 from model import CausalLM
 from rewards import load_reward_functions
 from rollouts import PromptDataset
@@ -40,6 +41,7 @@ METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_len
            "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
            "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
            "time/reward", "time/update")  # fmt: skip
+VALUE_METRICS = ("value_loss", "value_clip_ratio")
 ALGORITHMS = {"grpo": "grpo", "rloo": "rloo", "reinforce_plus_plus": "reinforce_plus_plus", "ppo": "gae"}
 
 
@@ -58,6 +60,7 @@ class Args(LoraArgs):
     max_length: int | None = None  # most positions of a packed row; None: those of the longest prompt and a reply
     reward_funcs: str | list[str] | None = None  # FILE.py:FUNCTION, …; see docs/rl.md for the signature
     reward_weights: list[float] | None = None  # weight of each; None: 1
+    reward_model_name_or_path: str | None = None  # folder of a reward model, whose score is one more reward
     reward_timeout: float = 0.0  # most seconds of one call of a reward function; 0: no limit
     clip_range_score: float = 10.0  # rewards are clipped to [-this, this]
     normalize_reward: bool = False  # whiten the rewards of a rollout
@@ -65,7 +68,7 @@ class Args(LoraArgs):
     overlong_reward_buffer: int = 256  # tokens before max_dec_len over which the penalty grows
     overlong_penalty_factor: float = 1.0
     mask_truncated_completions: bool = False  # learn nothing from replies that reached max_dec_len
-    rl_algorithm: str | None = None  # grpo, rloo, reinforce_plus_plus: sets advantage_estimator
+    rl_algorithm: str | None = None  # a name in ALGORITHMS: sets advantage_estimator
     advantage_estimator: str | None = None  # one of rollouts.ESTIMATORS; None: grpo
     loss_type: str = "dapo"  # one of rl_math.LOSS_TYPES
     importance_sampling_level: str = "token"  # or sequence (GSPO)
@@ -77,6 +80,9 @@ class Args(LoraArgs):
     clip_range_ratio_low: float | None = None  # downwards; None: clip_range_ratio
     clip_range_ratio_high: float | None = None  # upwards; None: clip_range_ratio
     dual_clip: float | None = None  # largest ratio of tokens with a negative advantage, above 1
+    clip_range_value: float = 5.0  # gae: how far a value may move from the one before the updates
+    value_loss_coeff: float = 0.1  # gae: weight of the value loss
+    critic_learning_rate: float | None = None  # gae: of the value head; None: learning_rate
     pg_loss_coeff: float = 1.0  # weight of the policy loss
     kl_loss_coeff: float | None = None  # weight of KL (k3) in the loss; None: 0.001, or 0 where KL is in the reward
     kl_coeff: float | None = None  # weight of KL in the reward; None: 0.02 with reinforce_plus_plus and gae, else 0
@@ -92,10 +98,37 @@ class Args(LoraArgs):
     save_rollouts: bool = False  # write every rollout to output_dir/rollouts
     replay: str | None = None  # train on a file or folder that save_rollouts wrote, and sample nothing
 
+    # Of PaddleNLP and dpo.py, of TRL, of verl; docs/rl.md has them as a table.
+    aliases = dict(
+        pair.split("=")
+        for pair in """
+        actor_model_name_or_path=model_name_or_path train_dataset_path=train_datasets dev_dataset_path=eval_datasets
+        num_generations=rollout_n max_prompt_length=max_src_len max_completion_length=max_dec_len
+        epsilon=clip_range_ratio epsilon_high=clip_range_ratio_high delta=dual_clip beta=kl_loss_coeff
+        num_iterations=update_iters cliprange_value=clip_range_value vf_coef=value_loss_coeff kl_coef=kl_coeff
+        lam=gae_lambda whiten_rewards=normalize_reward entropy_coef=entropy_coeff adv_estimator=advantage_estimator
+        train_batch_size=global_batch_size ppo_mini_batch_size=global_mini_batch_size ppo_epochs=update_iters
+        clip_ratio=clip_range_ratio clip_ratio_low=clip_range_ratio_low clip_ratio_high=clip_range_ratio_high
+        clip_ratio_c=dual_clip kl_loss_coef=kl_loss_coeff max_response_length=max_dec_len
+    """.split()
+    )
+    refused = {
+        "critic_model_name_or_path": "PPO's values come from a value head on the policy, which starts at 0",
+        "reward_critic_model_name_or_path": "PPO's values come from a value head on the policy, which starts at 0",
+        "reward_server": "rewards come from Python functions (reward_funcs), which may ask a server, or a reward model",
+        "use_rm_server": "rewards come from Python functions (reward_funcs), which may ask a server",
+        "dynamic_sampling": "not supported yet: groups whose rewards are equal stay in the batch with advantage 0",
+        "use_ema": "an average of the policy is not supported yet",
+        "ptx_datasets": "a language-model loss beside the policy's is not supported yet",
+        "rollout_quant_type": "rollouts run on the weights that are trained",
+        "repetition_penalty": "log-probabilities with a penalty would not be those that training computes",
+        "offload_level": "a frozen reference stays on the device; with lora: true there is none",
+    }
+
     def check(self) -> list[str]:
         notes = super().check()
         needed = {"model_name_or_path": True, "train_datasets": self.do_train, "eval_datasets": self.do_eval}
-        needed["reward_funcs"] = True
+        needed["reward_funcs"] = not self.reward_model_name_or_path
         for key, is_needed in needed.items():
             if is_needed and not getattr(self, key):
                 raise UserError(f"{key}: missing")
@@ -116,7 +149,15 @@ class Args(LoraArgs):
     def _check_numbers(self):
         lows = {"max_src_len": 1, "max_dec_len": 1, "min_dec_len": 1, "global_batch_size": 1, "rollout_n": 1}
         lows |= {"update_iters": 1, "top_k": 0, "overlong_reward_buffer": 1, "overlong_penalty_factor": 0}
-        lows |= {"reward_timeout": 0, "clip_range_ratio": 0, "kl_loss_coeff": 0, "kl_coeff": 0, "gamma": 0}
+        lows |= {
+            "reward_timeout": 0,
+            "clip_range_value": 0,
+            "value_loss_coeff": 0,
+            "clip_range_ratio": 0,
+            "kl_loss_coeff": 0,
+            "kl_coeff": 0,
+            "gamma": 0,
+        }
         for key, low in lows.items():
             if getattr(self, key) is not None and getattr(self, key) < low:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
@@ -142,8 +183,6 @@ class Args(LoraArgs):
                 f"rl_algorithm {self.rl_algorithm} and advantage_estimator {self.advantage_estimator} differ; give one"
             )
         self.advantage_estimator = self.advantage_estimator or of_algorithm or "grpo"
-        if self.advantage_estimator == "gae":
-            raise UserError("advantage_estimator: gae (PPO) is not supported yet")
         per_token = self.advantage_estimator in rollouts.TOKEN_LEVEL
         if self.kl_coeff is None:
             self.kl_coeff = 0.02 if per_token else 0.0
@@ -202,10 +241,11 @@ def loss_and_metrics(
 ) -> tuple[Tensor, dict]:
     """A micro-batch's part of an update's loss, and of kl, clip ratios and the log-probabilities' difference.
 
-    outputs: of heads.Policy. loss = pg_loss_coeff · policy + kl_loss_coeff · KL - entropy_coeff · entropy, each a mean
-    as loss_type says.
+    outputs: of heads.Policy. loss = pg_loss_coeff · policy loss + kl_loss_coeff · KL + value_loss_coeff · value loss
+    - entropy_coeff · entropy, each a mean as loss_type says.
     """
-    arrays = {name: paddle.to_tensor(batch[name]) for name in ("logps", "advantages", "ref_logps") if name in batch}
+    names = ("logps", "advantages", "ref_logps", "values", "returns")
+    arrays = {name: paddle.to_tensor(batch[name]) for name in names if name in batch}
     logps, segments = outputs["logps"].astype("float64"), batch["segments"]
     options = rl_math.LossOptions(
         loss_type=args.loss_type,
@@ -222,6 +262,12 @@ def loss_and_metrics(
         metrics["kl"] = float(kl.sum()) / max(1, counts.tokens)
         if args.kl_loss_coeff:
             losses = losses + args.kl_loss_coeff * kl
+    if args.advantage_estimator == "gae":
+        values = outputs["values"].astype("float64")
+        of_values, clipped = rl_math.value_losses(values, arrays["values"], arrays["returns"], args.clip_range_value)
+        metrics["value_loss"] = float(of_values.sum()) / max(1, counts.tokens)
+        metrics["value_clip_ratio"] = float(clipped.sum()) / max(1, counts.tokens)
+        losses = losses + args.value_loss_coeff * of_values
     if args.entropy_coeff:
         losses = losses - args.entropy_coeff * outputs["entropies"].astype("float64")
     return rl_math.mean_loss(losses, segments, batch["reply_tokens"], args.loss_type, counts, args.max_dec_len), metrics
@@ -231,8 +277,12 @@ def loss_and_metrics(
 
 
 def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -> None:
-    """trainer.setup_adapter() without dropout, and without PiSSA, which changes the reference."""
+    """trainer.setup_adapter() without dropout, and without PiSSA, which changes the reference; and a value head."""
+    if args.advantage_estimator == "gae":
+        add_score_head(model, np.zeros(model.config.hidden_size))
     trainer.setup_adapter(model, args, checkpoint)
+    if model.score is not None:
+        model.score.weight.stop_gradient = False
     for layer in lora_layers(model).values():
         if layer.pissa_init is not None:
             raise UserError(f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, the reference")
@@ -263,6 +313,8 @@ def main(args: Args) -> None:
     checkpoint = find_checkpoint(args, topology) if args.do_train else None
     functions = load_reward_functions(args.reward_funcs, args.reward_weights, args.reward_timeout)
     tokenizer = trainer.setup_tokenizer(args)
+    if args.reward_model_name_or_path:
+        functions.append(rollouts.RewardModel(args.reward_model_name_or_path, tokenizer, topology))
     train = make_prompts(args, tokenizer, "train") if args.do_train else None
     dev = make_prompts(args, tokenizer, "dev") if args.do_eval else None
 
@@ -292,9 +344,14 @@ def main(args: Args) -> None:
         of_functions = [f"rewards/{name}/{what}" for name in maker.names for what in ("mean", "std")]
         updates = math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout
         steps = Steps(updates * topology.data_size)
-        names = (*METRICS, *of_functions)
+        names = (*METRICS, *(VALUE_METRICS if args.advantage_estimator == "gae" else ()), *of_functions)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
+        if args.critic_learning_rate is not None:
+            scale = args.critic_learning_rate / args.learning_rate
+            optimizer.lr_scale |= {
+                weight.name: scale for weight in shards.weights if weight.name.endswith("score.weight")
+            }
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
         policy, rollout = Policy(model, args.temperature, with_entropy=bool(args.entropy_coeff)), None
 
@@ -358,6 +415,9 @@ def main(args: Args) -> None:
         # ================================================================== end of the training loop
 
         trainer.finish_training(run, model, args)
+        if model.score is not None:
+            model.score = None  # what output_dir holds can be served; checkpoints keep the values
+            checkpoints.write_model(args.output_dir, args.save_dtype)
     else:
         trainer.prepare_output_dir(args, topology)
 

@@ -186,11 +186,11 @@ def mean_loss(
     if loss_type in ("dapo", "cispo"):
         return losses.sum() / max(1, counts.tokens)
     if loss_type == "dr_grpo":
-        return losses.sum() / (counts.replies * max_dec_len)
+        return losses.sum() / (max(1, counts.replies) * max_dec_len)
     if loss_type == "bnpo":
-        return losses.sum() / max(1, int(reply_tokens.sum())) / counts.micro_batches
+        return losses.sum() / max(1, int(reply_tokens.sum())) / max(1, counts.micro_batches)
     assert loss_type == "grpo", loss_type
-    return segment_means(losses, segments).sum() / counts.replies
+    return segment_means(losses, segments).sum() / max(1, counts.replies)
 
 
 def segment_means(x: Tensor, segments: np.ndarray) -> Tensor:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import paddle
 
 import parallel
 import rl_math
@@ -31,8 +32,8 @@ import trainer
 from adapters import adapter_disabled
 from data import IGNORED, epoch_order, numbered_lines, record_at, sft_files, truncate_prompt
 from formats.files import UserError, atomic_file, brief, parse_json_line
-from formats.tokenizer import Tokenizer
-from heads import Policy
+from formats.tokenizer import Tokenizer, load_tokenizer
+from heads import Policy, ScoreModel, load_reward_model, scored_sample
 from model import CausalLM
 from parallel import Topology
 from serving.engine import Engine, Request, SamplingParams
@@ -253,6 +254,42 @@ def group_of(row: dict) -> Group:
 # =========================================================================================== rewards and advantages
 
 
+class RewardModel:
+    """A reward model's folder as a reward: the score of each reply's last token, after its prompt."""
+
+    name, weight = "reward_model", 1.0
+    ROWS = 8  # groups scored at once
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, topology: Topology):
+        theirs = load_tokenizer(path)
+        if theirs.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"reward_model_name_or_path: {path}: its tokenizer has {theirs.vocab_size} ids, the policy's "
+                f"{tokenizer.vocab_size}; one that shares the policy's tokenizer is needed"
+            )
+        self.model, self.pad_token_id = ScoreModel(load_reward_model(path, topology)), tokenizer.pad_token_id
+
+    @paddle.no_grad()
+    def scores(self, groups: list[Group]) -> list[float]:
+        """Of all replies, group by group."""
+        found = []
+        for first in range(0, len(groups), self.ROWS):
+            samples = [
+                scored_sample(group.prompt_ids, [reply.token_ids for reply in group.replies])
+                for group in groups[first : first + self.ROWS]
+            ]
+            B, T = len(samples), max(len(sample[0]) for sample in samples)
+            ids, positions = np.full((B, T), self.pad_token_id, np.int64), np.zeros((B, T), np.int64)
+            mask_rows, last = np.full((B, 1, T, 1), T, np.int32), np.zeros((B, T), bool)
+            for b, sample in enumerate(samples):
+                n = len(sample[0])
+                ids[b, :n], positions[b, :n], mask_rows[b, 0, :n, 0], last[b, :n] = *sample[:3], sample[3] >= 0
+                positions[b, n:] = np.arange(T - n)
+            scores = self.model(*(paddle.to_tensor(array) for array in (ids, positions, mask_rows)))
+            found += scores.numpy()[last].tolist()
+        return found
+
+
 def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -> None:
     """reply.scores of all replies by these functions; each function is called once with all of them."""
     replies = [reply for group in groups for reply in group.replies]
@@ -265,7 +302,9 @@ def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -
     for reply in replies:
         reply.scores = []
     for function in functions:
-        for reply, score in zip(replies, function(prompts, texts, ids, columns, where)):
+        is_model = isinstance(function, RewardModel)
+        scores = function.scores(groups) if is_model else function(prompts, texts, ids, columns, where)
+        for reply, score in zip(replies, scores):
             reply.scores.append(score)
 
 
@@ -528,7 +567,7 @@ class RolloutMaker:
             path = Path(args.output_dir) / "rollouts" / f"{number:06d}.jsonl"
             write_rollouts(path, number, groups, self.names)
         local = self._pack(groups)
-        self._reference_logps(groups, local)
+        self._before_updates(groups, local)
         estimate_advantages(groups, args)
         for batches in local:
             for batch in batches:
@@ -587,19 +626,26 @@ class RolloutMaker:
             local.append([batch if is_real else {**batch, "tokens": 0, "is_dummy": True} for batch, is_real in pairs])
         return local
 
-    def _reference_logps(self, groups, local):
-        """reply.ref_logps of all replies, if a KL is asked for."""
-        if self.reference is None:
+    def _before_updates(self, groups, local):
+        """reply.ref_logps of all replies, if a KL is asked for, and reply.values, if there is a value head."""
+        names = ["ref_logps"] * (self.reference is not None) + ["values"] * (self.model.score is not None)
+        if not names:
             return
-        own = []
+        own, temperature = [], self.args.temperature
         for batch in (batch for batches in local for batch in batches):
-            with trainer.eval_mode(self.model), self.reference() as model:
-                logps = Policy(model, self.args.temperature)(**trainer.model_inputs(batch))["logps"]
-            detach(batch, groups, "ref_logps", logps.numpy())
-            own += [(g, i, groups[g].replies[i].ref_logps.tolist()) for g, i in batch["places"]]
+            inputs = trainer.model_inputs(batch)
+            with trainer.eval_mode(self.model):
+                if "ref_logps" in names:
+                    with self.reference() as model:
+                        detach(batch, groups, "ref_logps", Policy(model, temperature)(**inputs)["logps"].numpy())
+                if "values" in names:
+                    detach(batch, groups, "values", Policy(self.model, temperature)(**inputs)["values"].numpy())
+            replies = [(g, i, groups[g].replies[i]) for g, i in batch["places"]]
+            own += [(g, i, [getattr(reply, name).tolist() for name in names]) for g, i, reply in replies]
         for part in self.topology.all_gather_object(own) if self.topology.data_size > 1 else ():
-            for g, i, logps in part:
-                groups[g].replies[i].ref_logps = np.array(logps)
+            for g, i, arrays in part:
+                for name, array in zip(names, arrays):
+                    setattr(groups[g].replies[i], name, np.array(array))
 
 
 def make_reference(model: CausalLM, args: object, topology: Topology) -> Callable | None:
