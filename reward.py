@@ -193,6 +193,7 @@ def main(args: Args) -> None:
 
     # ====================================================================== 2. model and head
     network = load_reward_model(args.model_name_or_path, topology, seed=args.seed if args.do_train else None)
+    network.config.source.setdefault("pad_token_id", tokenizer.pad_token_id)  # transformers batches only with one
     trainer.set_recompute(network, args)
     check_shared_prompts(network, args.model_name_or_path, "max_seq_len", args.max_seq_len)
     trainer.check_vocabulary(network, tokenizer, args.model_name_or_path)
