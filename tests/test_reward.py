@@ -158,8 +158,9 @@ model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
 model.config.pad_token_id = 0
 with torch.no_grad():
     arrays = {"full": model(torch.tensor([ids])).logits.numpy()}
-from peft import AutoPeftModelForSequenceClassification
-model = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=1).eval()
+from peft import PeftModel
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[5], num_labels=1)
+model = PeftModel.from_pretrained(model, adapter).eval()
 with torch.no_grad():
     arrays["lora"] = model(torch.tensor([ids])).logits.numpy()
 """
@@ -172,6 +173,6 @@ def test_transformers_and_peft_give_the_same_scores(hf_python, world, tmp_path):
         run(keys_of(world, tmp_path / kind, lora=kind == "lora", max_steps=4, do_eval=False))
         model = heads.load_reward_model(tmp_path / kind, parallel.SINGLE)
         expected[kind] = score_alone(model, ids)
-    theirs = hf_python(HF, tmp_path / "full", tmp_path / "lora", ",".join(map(str, ids)))
+    theirs = hf_python(HF, tmp_path / "full", tmp_path / "lora", ",".join(map(str, ids)), world / "base")
     for kind, score in expected.items():
         assert abs(theirs[kind].item() - score) < 1e-5, kind
