@@ -499,6 +499,26 @@ def test_equal_rewards_say_so_and_move_nothing(world, tmp_path):
     assert logged(tmp_path / "out")[0]["grad_norm"] == 0.0
 
 
+def options(keys):
+    """Keys as the command line has them."""
+    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in keys.items()}
+    return [part for key, value in values.items() for part in (f"--{key}", value)]
+
+
+@pytest.mark.parametrize("sharding", [None, "stage2"])
+def test_two_ranks_equal_one_process(sharding, two, world, tmp_path):
+    """Rollouts that one process made, trained on by two; and rollouts of their own, of which each makes half."""
+    alone = keys_of(world, tmp_path / "alone", global_batch_size=3, rollout_n=4, save_rollouts=True, kl_coeff=0.05)
+    run(alone)
+    two_ranks = {**alone, "overwrite_output_dir": True} | ({"sharding": sharding} if sharding else {})
+    for name, more in (("replayed", {"replay": str(tmp_path / "alone" / "rollouts")}), ("sampled", {})):
+        results = two.run("jobs_parallel:script", "rl", options(two_ranks | more | {"output_dir": tmp_path / name}))
+        for ours, theirs in zip(logged(tmp_path / "alone"), results[0][0]):
+            assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["reward"] - theirs["reward"]) < 1e-6
+            assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * ours["grad_norm"]
+            assert theirs["engine_kl"] < 1e-8 and abs(ours["kl"] - theirs["kl"]) < 1e-6
+
+
 BAD = {
     "a function that raises": (
         {"reward_funcs": "broken"},
