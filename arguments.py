@@ -29,6 +29,7 @@ from plan import missing_model_message
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall")
 DTYPES = ("float32", "bfloat16", "float16")
+REPORTS = ("visualdl", "tensorboard", "wandb")  # what report_to can name; logger.WRITERS has their classes
 UNIFIED = {  # the options of unified_checkpoint_config
     "async_save": "training continues while a copy of the state is written",
     "skip_save_model_weight": "bf16: no model*.safetensors; from_pretrained reads the float32 master weights instead",
@@ -110,8 +111,9 @@ class TrainingArgs(ScriptArgs):
     max_grad_norm: float = 1.0  # global norm to clip the gradient to; 0: no clipping
     logging_steps: int = 500  # steps between log lines
     logging_first_step: bool = False  # log the first step too
-    logging_dir: str | None = None  # where visualdl writes; None: output_dir/vdl_log
-    report_to: str | list[str] | None = None  # "visualdl" or "none"
+    logging_dir: str | None = None  # where report_to's writers write; None: their own folders in output_dir
+    report_to: str | list[str] | None = None  # some of REPORTS, all (that are installed), or none (also None)
+    run_name: str | None = None  # of the run in wandb
     evaluation_strategy: str | None = None  # no, steps, epoch; None: steps if do_eval and eval_steps, else no
     eval_steps: int | None = None  # steps between evaluations; None: logging_steps
     max_evaluate_steps: int = -1  # > 0: at most this many batches per evaluation
@@ -216,9 +218,11 @@ def _check_numbers(args: TrainingArgs) -> None:
     for layer in args.no_recompute_layers or ():
         if layer < 0:
             raise UserError(f"no_recompute_layers: {layer}; layers are counted from 0")
-    for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
-        if name not in ("visualdl", "none"):
-            raise UserError(f"report_to: {name!r}; possible are visualdl and none (metrics.jsonl is always written)")
+    names = args.report_to or []
+    args.report_to = re.findall(r"[^\s,]+", names) if isinstance(names, str) else names
+    for name in args.report_to:
+        if name not in (*REPORTS, "all", "none"):
+            raise UserError(f"report_to: {name!r}; possible are {', '.join(REPORTS)}, all and none")
 
 
 def _check_hardware(args: ScriptArgs) -> list[str]:

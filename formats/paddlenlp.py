@@ -77,8 +77,8 @@ IGNORED = _table([
         recompute_use_reentrant refined_recompute offload_recompute_inputs pp_recompute_interval"""),
     ("these models have no dropout", "hidden_dropout_prob attention_probs_dropout_prob dropout_warmup_steps"),
     ("nothing is uploaded", """
-        aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token run_name wandb_api_key
-        wandb_http_proxy"""),
+        aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token"""),
+    ("wandb's own settings say it: `wandb login`", "wandb_api_key wandb_http_proxy"),
     ("the tokenizer defines it", "pad_token_id eos_token"),
     ("the model's config.json defines it", "model_init_kwargs"),
     ("experts have no capacity limit", "expert_max_capacity expert_min_capacity"),

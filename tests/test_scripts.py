@@ -115,7 +115,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Drawing and measuring take longer than the tiny runs themselves."""
-    monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
+    monkeypatch.setattr("logger.draw_curves", lambda folder: None)
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
 
 
