@@ -35,7 +35,8 @@ class Args(LoraArgs):
     model_name_or_path: str = ""  # Hugging Face folder of the base model
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
     dataset_name_or_path: str = ""  # one file, or a folder with train.json, dev.json, test.json (.jsonl, or folders)
-    src_length: int = 1024  # most tokens of a prompt
+    dev_dataset_path: str | None = None  # a file, or a folder with dev.json; None: dataset_name_or_path
+    src_length: int | None = None  # most tokens of a prompt; None: 1024, or half of a max_length below 2048
     max_length: int = 2048  # most tokens of prompt and reply; of a packed row with zero_padding
     chat_template: str | None = None  # name in chat.FORMATS, plain, none, or a template file; None: the tokenizer's own
     zero_padding: bool = False  # pack several samples into a row, separated by FlashMask, instead of padding
@@ -70,6 +71,7 @@ class Args(LoraArgs):
             raise UserError("pissa and dora are both true; choose one: both redefine the base weight")
         if self.greedy_zero_padding and not self.zero_padding:
             raise UserError("greedy_zero_padding: true needs zero_padding: true")
+        self.src_length = self.src_length or min(1024, self.max_length // 2)
         if self.src_length >= self.max_length:
             raise UserError(f"src_length {self.src_length} leaves no room for a reply in max_length {self.max_length}")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
@@ -145,7 +147,7 @@ def make_loaders(args: Args, tokenizer: Tokenizer) -> tuple[SFTLoader | None, SF
 
     def loader(split, batch_size, is_train=False):
         dataset = SFTDataset(
-            args.dataset_name_or_path,
+            args.dev_dataset_path if split == "dev" and args.dev_dataset_path else args.dataset_name_or_path,
             tokenizer,
             src_length=args.src_length,
             max_length=args.max_length,
@@ -236,6 +238,8 @@ def main(args: Args) -> None:
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
                     update_best(args, state, metrics, checkpoints)
+                if trainer.stops_early(args, state, metrics, log):
+                    break
             if state.step >= total:
                 break
             start = log.begin()

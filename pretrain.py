@@ -148,6 +148,8 @@ def main(args: Args) -> None:
                 log.evaluation(state.step, metrics)
                 if args.load_best_model_at_end:
                     update_best(args, state, metrics, checkpoints)
+                if trainer.stops_early(args, state, metrics, log):
+                    break
             if state.step >= total:
                 break
             start = log.begin()

@@ -46,6 +46,7 @@ from checkpoint import (
     quantized_moments,
     read_moments,
     remove_path,
+    saved_arguments,
 )
 from data import CorpusLoader, SFTLoader
 from distributed.collectives import gather_tensor_index
@@ -121,7 +122,7 @@ def _choose_device(args):
             "gives each process its device"
         )
     kernels.configure(args.device, args.kernels, train_in_bf16)
-    print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
+    print(f"device: {paddle.device.get_device()}; kernels: {kernels.summary()}", flush=True)
     if kernels.bf16:
         print(
             "bf16: linears, attention and head multiply in bfloat16, frozen linears are stored in it; "
@@ -232,6 +233,7 @@ def setup_training(
             load_trained(model, checkpoint, args)
         moments = None if args.ignore_load_lr_and_optim else optimizer
         state = load_checkpoint(checkpoint, moments, shards, args.output_dir)
+        check_resumed_arguments(args, checkpoint, state, topology)
     prepare_output_dir(args, topology)
 
     if state.step >= steps:
@@ -245,6 +247,28 @@ def setup_training(
     )
     checkpoints = CheckpointManager(args, model, tokenizer, optimizer=optimizer, shards=shards, topology=topology)
     return Run(optimizer, shards, state, steps, steps_per_epoch, log, checkpoints)
+
+
+def check_resumed_arguments(args: TrainingArgs, checkpoint: Path, state: TrainState, topology: Topology) -> None:
+    """Say which arguments a resumed run does not use because the checkpoint decides, and forget another metric's best.
+
+    UserError for a prefix of another shape than the checkpoint's. setup_adapter() checks what concerns LoRA.
+    """
+    saved, lines = saved_arguments(checkpoint), []
+    changed = {key for key, value in dataclasses.asdict(args).items() if key in saved and saved[key] != value}
+    if getattr(args, "prefix_tuning", False):
+        for key in {"prefix_projection", "prefix_projection_hidden_size"} & changed:
+            raise UserError(f"{key}: {getattr(args, key)!r}; the prefix in {checkpoint} has {saved[key]!r}; keep it")
+    read_from = ("lora_path", "prefix_path") if trains_adapter(args) else ("model_name_or_path", "continue_training")
+    for key in read_from:
+        if key in changed and getattr(args, key):
+            lines.append(f"resume: {key}: {getattr(args, key)!r} is not used: what is trained comes from {checkpoint}")
+    if {"metric_for_best_model", "greater_is_better"} & changed:
+        state.best_metric = state.best_checkpoint = state.early_stopping_best = None
+        state.early_stopping_counter = 0
+        lines.append("resume: metric_for_best_model has changed, so the best checkpoint so far is forgotten")
+    for line in lines if topology.rank == 0 else ():
+        print(line, flush=True)
 
 
 def finish_training(run: Run, model: CausalLM, args: TrainingArgs) -> None:
@@ -410,6 +434,32 @@ def step_micro_batches(loader: Loader, step: int, args: TrainingArgs, topology: 
 def is_due(strategy: str, every: int, step: int, steps_per_epoch: int) -> bool:
     """Whether evaluating or saving with this strategy ("no", "steps", "epoch") is due after `step` steps."""
     return step > 0 and {"no": False, "steps": step % every == 0, "epoch": step % steps_per_epoch == 0}[strategy]
+
+
+def stops_early(args: TrainingArgs, state: TrainState, metrics: dict[str, float], log: Log) -> bool:
+    """Whether early_stopping_patience evaluations in a row were not better than the best before them; counts this one.
+
+    Better is more than early_stopping_threshold away from the best of all evaluations, as in transformers'
+    EarlyStoppingCallback. Best and counter are in trainer_state.json.
+    """
+    if not args.early_stopping_patience:
+        return False
+    name = f"eval_{args.metric_for_best_model}"
+    if name not in metrics:
+        raise UserError(f"metric_for_best_model: {name} is not computed here; there are {', '.join(metrics)}")
+    value, best = metrics[name], state.early_stopping_best
+    gain = math.inf if best is None else value - best if args.greater_is_better else best - value
+    if gain > 0 and math.isfinite(value):
+        state.early_stopping_best = value
+    is_better = gain > args.early_stopping_threshold and math.isfinite(value)
+    state.early_stopping_counter = 0 if is_better else state.early_stopping_counter + 1
+    if state.early_stopping_counter < args.early_stopping_patience:
+        return False
+    log.print(
+        f"early stopping at step {state.step}: {state.early_stopping_counter} evaluations in a row without a better "
+        f"{args.metric_for_best_model} (best: {state.early_stopping_best})"
+    )
+    return True
 
 
 def learning_rate(step: int, args: TrainingArgs, total: int) -> float:
