@@ -576,7 +576,7 @@ def _harmless(key: str, value: object) -> bool:
     """Whether this value of a refused key asks for nothing that would have to be refused."""
     if key in HARMLESS:
         return str(value).lower() in HARMLESS[key]
-    return not value or (isinstance(value, str) and value.lower() in ("false", "0", "none", "null", "no"))
+    return not value or (isinstance(value, str) and value.lower() in ("false", "0", "0.0", "none", "null", "no", "{}"))
 
 
 def _convert(value: object, kind, where: str, is_text: bool):

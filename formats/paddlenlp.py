@@ -236,10 +236,14 @@ IGNORED = _table([
         attn_implementation _attn_implementation attn_impl flash_attn tf32 torch_compile torch_compile_backend
         torch_compile_mode use_liger_kernel enable_liger_kernel liger_kernel_config use_unsloth use_unsloth_gc
         use_v1_kernels use_ipex jit_mode_eval torch_empty_cache_steps use_cache use_kv_cache low_cpu_mem_usage
-        use_fast_tokenizer fuse_linear fuse_rope fuse_rms_norm fuse_swiglu fuse_softmax_mask"""),
+        use_fast_tokenizer fuse_linear fuse_rope rope_3d fuse_rms_norm fuse_swiglu fuse_softmax_mask
+        fuse_gate_detach_matmul use_mem_eff_attn use_flash_attn_with_mask use_attn_mask_startend_row_indices
+        use_sparse_flash_attn use_sparse_head_and_loss_fn loss_subbatch_seqlen use_recompute_loss_fn use_recompute_moe
+        infer_backend offload_folder use_huggingface_model"""),
     ("Paddle's launcher and this code's collectives decide it", """
         ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config
-        parallelism_config overlap_p2p_comm batch_p2p_comm moe_token_dispatcher_type eval_use_gather_object"""),
+        parallelism_config overlap_p2p_comm batch_p2p_comm moe_token_dispatcher_type moe_group
+        use_sp_callback server_tp_degree pp_seg_method add_tail_layers eval_use_gather_object"""),
     ("recompute recomputes whole blocks, or what recompute_granularity says", """
         use_reentrant use_reentrant_gc preserve_rng_state recompute_method recompute_num_layers
         activation_offloading"""),
@@ -249,14 +253,21 @@ IGNORED = _table([
     ("no code of a model's folder is run", "trust_remote_code"),
     ("checkpoints are safetensors, complete, and continue bit for bit", """
         save_safetensors save_checkpoint_format load_checkpoint_format restore_callback_states_from_checkpoint
-        enable_jit_checkpoint full_determinism"""),
+        enable_jit_checkpoint full_determinism disable_ckpt_quant"""),
     ("metrics.jsonl, eval_metrics.jsonl and the console have it", """
         log_level log_level_replica include_num_input_tokens_seen include_tokens_per_second
         include_effective_tokens_per_second include_for_metrics batch_eval_metrics eval_do_concat_batches
-        compute_accuracy plot_loss print_param_status debug"""),
+        compute_accuracy plot_loss print_param_status debug
+        sft_benchmark dpo_benchmark max_estimate_samples"""),
     ("a loss that is not finite stops the run", "logging_nan_inf_filter"),
     ("padded batches have samples of similar length", "group_by_length length_column_name"),
-    ("greedy_zero_padding: true packs by best fit", "packing_strategy greedy_intokens padding_free"),
+    ("greedy_zero_padding: true packs by best fit", """
+        packing_strategy greedy_intokens in_tokens_batching padding_free truncate_packing"""),
+    ("top_k: 1 is greedy, more samples", "do_sample"),
+    ("replies are shown without special tokens", "skip_special_tokens"),
+    ("a reply is learned with its end", "mask_out_eos_token"),
+    ("models read text only", "freeze_vision_tower freeze_multi_modal_projector freeze_language_model"),
+    ("the chat template writes whole conversations", "encode_one_turn template_backend"),
     ("training data is always shuffled, by seed and epoch", "shuffle_dataset random_shuffle"),
     ("what is too long loses early rounds first, then the beginning of its prompt", "truncation_mode"),
     ("records are told apart by their keys", "train_dataset_type eval_dataset_type"),
@@ -268,7 +279,11 @@ IGNORED = _table([
         freeze_trainable_modules freeze_extra_modules oft_rank oft_block_size oft_target module_dropout
         bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage quantization_method quantization_type
         double_quantization quantization_device_map f_alpha_divergence_coef discopop_tau swanlab_project
-        swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir fsdp_config"""),
+        swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir swanlab_api_key
+        swanlab_lark_webhook_url swanlab_lark_secret fsdp_config fp8_backend fp8_enable_fsdp_float8_all_gather
+        kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
+        reward_model_quantization_bit reward_model_type use_cls num_comparisons export_device export_legacy_format
+        export_hub_model_id"""),
     ("it belongs to reinforcement learning", """
         global_gen_batch_size global_mini_batch_size per_device_rollout_batch_size
         per_device_logprob_batch_size per_device_reward_batch_size per_device_value_batch_size
@@ -334,14 +349,28 @@ REFUSED = _table([
     ("replies are greedy, or sampled by top_k, top_p and temperature", "num_beams eval_num_beams"),
     ("put test.json into the folder dataset_name_or_path", "test_file test_dataset_path"),
     ("the model's own files define it: tokenizer_config.json, generation_config.json, config.json", """
-        eos_token config_name config_overrides rope_scaling split_special_tokens"""),
+        eos_token eos_token_id bos_token_id config_name config_overrides rope_scaling split_special_tokens"""),
     ("a model is a folder on this disk; put that revision there", "model_revision"),
     ("only the weights of LoRA itself are trained beside the frozen model", """
         lora_modules_to_save modules_to_save additional_target lora_target_parameters lora_bias"""),
     ("lora_path continues from an adapter; merge it with export.py to put another on top", "create_new_adapter"),
     ("the adapter is saved as PiSSA; export.py merges it", "pissa_convert"),
     ("this task is not supported: models continue text", "lora_task_type"),
+    ("give one folder as adapter_name_or_path", "adapter_folder"),
+    ("the new rows start as the mean of the others, as transformers does",
+     "new_special_tokens_config init_special_tokens"),
+    ("put the system text into the records", "default_system"),
+    ("the chat template and the records decide about thinking", "enable_thinking"),
+    ("chat_template: none trains on plain text", "use_template"),
+    ("a conversation is one sample; all its replies are learned", "split_multi_turn"),
+    ("dev data is evaluated as a whole", "eval_on_each_dataset"),
+    ("the learning rate is the same in all layers", "layerwise_lr_decay_bound"),
+    ("max_samples limits the records", "num_samples_each_epoch"),
+    ("give it as dataset_name_or_path", "offline_dataset_path"),
+    ("use quantize.py to quantize", "export_quantization_bit export_quantization_dataset"),
     ("not supported", """
+        reward_model reward_model_adapters length_penalty normalize_logps ignore_eos_token use_fp8
+        num_nextn_predict_layers moe_router_bias_update_rate
         use_llama_pro use_mca shift_attn mixture_of_depths upcast_layernorm upcast_lmhead_output use_swanlab fp8
         ignore_bias_buffers tool_format"""),
     ("pretrain.py trains from random weights", "train_from_scratch"),
@@ -349,7 +378,8 @@ REFUSED = _table([
     ("results are written to output_dir only", "push_to_hub"),
     ("embedding models are not supported", "max_query_len max_passage_len"),
     ("max_shard_size says it with a unit: 5GB", "export_size"),
-    ("training data is always shuffled, by seed and epoch", "dataloader_shuffle train_sampling_strategy"),
+    ("training data is always shuffled, by seed and epoch", """
+        dataloader_shuffle train_sampling_strategy disable_shuffling"""),
     ("the log is written by steps; set logging_steps", "logging_strategy"),
     ("no data is skipped; remove the records from the data", "skip_data_intervals"),
     ("use finetune.py for fine-tuning", "lora prefix_tuning neftune"),
@@ -379,6 +409,11 @@ HARMLESS = {
     "train_sampling_strategy": ("random", "group_by_length"),
     "logging_strategy": ("steps",),
     "rope_scaling_factor": ("1", "1.0"),
+    "length_penalty": ("1", "1.0", "none"),
+    "layerwise_lr_decay_bound": ("1", "1.0", "none"),
+    "init_special_tokens": ("noise_init", "none"),
+    "enable_thinking": ("true", "none"),
+    "use_template": ("true", "1"),
     "ref_model_update_steps": ("-1", "0"),
     "loss_type": ("nll",),
     "average_tokens_across_devices": ("true",),

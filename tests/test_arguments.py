@@ -6,7 +6,9 @@ python -m pytest tests/test_arguments.py --hf-python PYTHON         # also every
 
 import dataclasses
 import json
+import math
 import sys
+import types
 
 import pytest
 
@@ -16,7 +18,9 @@ import finetune
 import pretrain
 import quantize
 import serve
+import trainer
 from arguments import _Script, lora_targets, parse_args
+from checkpoint import TrainState
 from formats.config_files import read_config
 from formats.files import UserError
 from formats.paddlenlp import ALIASES, CHOICES, HARMLESS, IGNORED, NESTED, OPTIONS, REFUSED, REFUSED_IN, SHORTHANDS
@@ -369,10 +373,8 @@ def test_yaml_values_and_lines(tmp_path, monkeypatch):
     lines = 'a: 1e-4|b: "1"|c: no|d: 0x10|e: null|f:|  - x|  - true|g: {h: 1.}|i: 010|j: 2024-01-01|k: on|l: ~'
     path.write_text(lines.replace("|", "\n"))
     found = read_config(str(path))
-    assert {key: value for key, (value, _) in found.items()} == {
-        "a": 1e-4, "b": "1", "c": "no", "d": 16, "e": None, "f": ["x", True], "g": {"h": 1.0}, "i": 10,
-        "j": "2024-01-01", "k": "on", "l": None,
-    }  # fmt: skip
+    values = [1e-4, "1", "no", 16, None, ["x", True], {"h": 1.0}, 10, "2024-01-01", "on", None]
+    assert [value for value, _ in found.values()] == values and "".join(found) == "abcdefgijkl"
     assert [line for _, line in found.values()] == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
     path.write_text("do_train: true\nmax_step: 3\n")
     with pytest.raises(UserError, match="a.yaml:2: unknown key 'max_step'; did you mean 'max_steps'?"):
@@ -429,3 +431,41 @@ def test_every_name_of_trl_and_transformers_is_known(hf_python):
         fields = {field.name for field in dataclasses.fields(script.Args)}
         known = fields | {*ALIASES, *CHOICES, *NESTED, *IGNORED, *REFUSED, *OPTIONS}
         assert not set(names.tolist()) - known, (tool, set(names.tolist()) - known)
+
+
+STOPS = """
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
+rng, arrays = np.random.default_rng(0), {}
+for run in range(200):
+    values = rng.integers(0, 8, 12) / 4  # ties and steps of exactly the threshold
+    patience, threshold, greater = int(rng.integers(1, 4)), float(rng.choice([0, 0.25, 0.5])), bool(rng.integers(2))
+    callback = EarlyStoppingCallback(patience, threshold)
+    args = TrainingArguments(sys.argv[1] + ".d", metric_for_best_model="loss", greater_is_better=greater)
+    state, control, best = TrainerState(), TrainerControl(), None
+    for stop, value in enumerate(values):
+        callback.on_evaluate(args, state, control, {"eval_loss": value})
+        if control.should_training_stop:
+            break
+        if state.best_metric is None or (value > state.best_metric if greater else value < state.best_metric):
+            state.best_metric = value  # Trainer._determine_best_metric
+    arrays[f"run{run}"] = np.array([patience, threshold, greater, stop, control.should_training_stop, *values])
+"""
+
+
+@pytest.mark.torch
+def test_early_stopping_stops_where_transformers_does(hf_python):
+    for patience, threshold, greater, stop, stopped, *values in hf_python(STOPS).values():
+        args = parse("finetune", f"--early_stopping_patience {int(patience)} --evaluation_strategy steps")
+        args.early_stopping_threshold, args.greater_is_better = threshold, bool(greater)
+        state, log = TrainState(), types.SimpleNamespace(print=lambda text: None)
+        steps = [i for i, value in enumerate(values) if trainer.stops_early(args, state, {"eval_loss": value}, log)]
+        assert (steps[0] if steps else len(values) - 1, bool(steps)) == (int(stop), bool(stopped))
+
+
+def test_early_stopping_counts_what_is_not_finite_as_no_gain():
+    args = parse("finetune", "--early_stopping_patience 2 --evaluation_strategy steps --load_best_model_at_end false")
+    state, log = TrainState(), types.SimpleNamespace(print=lambda text: None)
+    found = [
+        trainer.stops_early(args, state, {"eval_loss": value}, log) for value in (math.nan, 1.0, math.inf, math.nan)
+    ]
+    assert found == [False, False, False, True] and state.early_stopping_best == 1.0
