@@ -23,6 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from formats.files import UserError, brief, read_json, read_text
+from formats.messages import parse_messages as parse_messages
 
 TEMPLATE_FILE = "chat_template.json"
 PLAIN = {"chat_format": "plain"}  # what TEMPLATE_FILE holds where plain text is meant, and a template is not missing
