@@ -446,6 +446,7 @@ def _convert(value: object, kind, where: str, is_text: bool):
         if converted is not ...:
             return converted
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    names[dict] = "an object"
     wanted = " or ".join(names.get(option, _list_of(option)) for option in options)
     raise UserError(f"{where}: {json.dumps(value, ensure_ascii=False):.60} is the wrong type; {wanted} is needed")
 
@@ -469,8 +470,8 @@ def _as(value: object, kind, is_text: bool):
             return ...
         fits = isinstance(number, (int, float) if kind is float else int) and not isinstance(number, bool)
         return kind(number) if fits and math.isfinite(number) else ...
-    if kind is str:
-        return value if isinstance(value, str) else ...
+    if kind in (str, dict):
+        return value if isinstance(value, kind) else ...
     if isinstance(value, str) and is_text:
         value = [part for part in re.split(r"[,\s]+", value) if part]
     if not isinstance(value, list):

@@ -286,6 +286,8 @@ def check_positions(model: CausalLM, path: str, needed: dict[str, int]) -> None:
     key, tokens = max(needed.items(), key=lambda item: item[1])
     if model.config.position == "learned" and tokens > limit:
         raise UserError(f"{path}: has {limit} learned positions, but {key} asks for {tokens}; lower it")
+    if model.config.position != "alibi" and tokens > model.config.max_model_len:
+        print(f"{key}: {tokens:,} positions are asked for, but {path} was trained on {model.config.max_model_len:,}")
 
 
 # ======================================================================================================= output folder
@@ -919,12 +921,10 @@ def generate_replies(
     return [replies[i] for i in range(len(prompts))]
 
 
-def print_replies(records: list[dict], before: list[str], after: list[str]) -> None:
-    """Show the replies to the last user turn of these records before and after training."""
-    for record, old, new in zip(records, before, after):
-        turns = [record["src"]] if isinstance(record["src"], str) else record["src"]
-        earlier = f"(turn {len(turns)} of {len(turns)}) " if len(turns) > 1 else ""
-        print(f"\nprompt: {earlier}{turns[-1]}\nbefore: {old}\nafter:  {new}")
+def print_replies(prompts: list[str], before: list[str], after: list[str]) -> None:
+    """Show the replies to these prompts before and after training."""
+    for prompt, old, new in zip(prompts, before, after):
+        print(f"\nprompt: {prompt}\nbefore: {old}\nafter:  {new}")
 
 
 def keyword_recall(replies: list[str], records: list[dict]) -> float | None:
@@ -934,7 +934,7 @@ def keyword_recall(replies: list[str], records: list[dict]) -> float | None:
     """
     mentioned = total = 0
     for text, record in zip(replies, records):
-        for word in record.get("keywords", ()):
+        for word in map(str, keywords if isinstance(keywords := record.get("keywords"), list) else ()):
             pattern = rf"(?<!\w){re.escape(word)}(?!\w)" if word.isascii() else re.escape(word)
             mentioned += bool(re.search(pattern, text, re.IGNORECASE))
             total += 1
