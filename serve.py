@@ -214,10 +214,10 @@ def open_model(path: Path, prefix_path: str | None) -> CausalLM:
 # ==================================================================== 3. offline: one prompt, a file, a benchmark
 
 
-def prompt_ids(tokenizer: Tokenizer, conversation: Conversation, src_length: int) -> list[int]:
-    """Conversation, its last reply to be written -> ids, at most src_length where they can be cut."""
-    *rounds, (prompt, _) = conversation.rounds
-    return conversation_prompt(tokenizer, conversation._replace(rounds=[*rounds, (prompt, "")]), src_length, src_length)
+def prompt_ids(tokenizer: Tokenizer, turns: list, context: dict, src_length: int, is_plain: bool = False) -> list[int]:
+    """[(prompt, reply), …], the last to be written -> ids, at most src_length where they can be cut. See Conversation."""
+    conversation = Conversation(context, [*turns[:-1], (turns[-1][0], "")], [], is_plain)
+    return conversation_prompt(tokenizer, conversation, src_length, src_length)
 
 
 def prompt_limit(engine: Engine, args: Args) -> int:
@@ -235,7 +235,7 @@ def only_adapter(engine: Engine) -> str | None:
 
 def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """Print one reply as it is written."""
-    ids = prompt_ids(tokenizer, Conversation({}, [(args.prompt, None)], []), prompt_limit(engine, args))
+    ids = prompt_ids(tokenizer, [(args.prompt, None)], {}, prompt_limit(engine, args))
     request = Request(ids, dataclasses.replace(args.sampling(), seed=args.seed), only_adapter(engine))
     start, first, tokens = time.perf_counter(), None, 0
     for output in engine.stream(request):
@@ -274,10 +274,11 @@ def count_answered(args: Args) -> int:
         for line in stream:
             if not line.endswith(b"\n"):
                 break
-            where, record, _ = next(records, (f"any line of {args.data_file}", None, None))
+            where, record, _ = next(records, (None, None, None))
             answer = parse_json_line(line, path, done + 1)
             if record is None or "output" not in answer or with_output(record, answer["output"]) != answer:
-                reason = f"is not the answer to {where}"
+                question = f"line {where.rpartition(':')[2]}" if where else "no line"
+                reason = f"is not the answer to {question} of {args.data_file}"
                 raise UserError(f"{path}:{done + 1}: {reason}; give another output_file or remove this one")
             done, size = done + 1, size + len(line)
     if size < path.stat().st_size:
@@ -298,7 +299,8 @@ def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
         for i, (where, record, conversation) in enumerate(read_records(args.data_file)):
             if i >= done:
                 records.append(record)
-                ids = prompt_ids(tokenizer, conversation, src_length)
+                context, turns, _, is_plain = conversation
+                ids = prompt_ids(tokenizer, turns, context, src_length, is_plain)
                 if len(ids) >= engine.max_model_len:
                     raise UserError(f"{where}: {len(ids)} tokens; {engine.max_model_len - 1} fit")
                 yield Request(ids, dataclasses.replace(params, seed=args.seed + i), adapter)
