@@ -215,7 +215,7 @@ def open_model(path: Path, prefix_path: str | None) -> CausalLM:
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: list, context: dict, src_length: int, is_plain: bool = False) -> list[int]:
-    """[(prompt, reply), …], the last to be written -> ids, at most src_length where they can be cut. See Conversation."""
+    """[(prompt, reply), …], the last to be written -> at most src_length ids where they can be cut."""
     conversation = Conversation(context, [*turns[:-1], (turns[-1][0], "")], [], is_plain)
     return conversation_prompt(tokenizer, conversation, src_length, src_length)
 
