@@ -42,11 +42,12 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.chat import PromptSegment, encode_conversation, load_chat_template
+from formats.chat import encode_conversation, load_chat_template
 from formats.files import UserError
 from formats.megatron import Corpus, build_corpus
 from formats.record_files import RecordOptions, RecordReader, blend_records
 from formats.records import CONVERSATIONS, PAIRS, Conversation, Pair, parse_conversation, parse_pair, record_format
+from formats.rendering import PromptSegment
 from formats.tokenizer import Tokenizer, load_tokenizer
 
 IGNORED = -100  # label of a position that teaches nothing

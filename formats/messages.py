@@ -90,6 +90,49 @@ def parse_tools(tools: list | str | None, where: str = "messages") -> list:
     return parsed
 
 
+def conversation(rounds: list, context: dict) -> tuple[list, list[int]]:
+    """Rounds and context of parse_messages -> (messages, the number of messages before each reply)."""
+    messages = [{"role": "system", "content": context["system"]}] if context.get("system") is not None else []
+    starts = []
+    for prompt, reply in rounds:
+        messages += [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        starts.append(len(messages))
+        if reply is not None:
+            messages.append({"role": "assistant", "content": reply} if isinstance(reply, str) else reply)
+    return messages, starts
+
+
+def plain_rounds(rounds: list, context: dict, name: str, advice: str = "") -> list[tuple[str, str | None]]:
+    """Rounds of which a format without tools can write everything -> [(text, text or None), …]; names are left out.
+
+    UserError that names the message, what `name`, a format, has no place for, and `advice`.
+    """
+    if context.get("tools"):
+        raise UserError(f"messages: {name} has no tools{advice}")
+    messages, _ = conversation(rounds, context)
+    first = int(context.get("system") is not None)
+    for i, message in enumerate(messages[first:], first):
+        role, expected = message["role"], ("user", "assistant")[(i - first) % 2]
+        extra = next((key for key in ("tool_calls", "reasoning_content") if key in message), None)
+        if role == "system":
+            raise UserError(f"messages[{i}]: a system message can only be the first for {name}{advice}")
+        if role == "tool" or extra:
+            raise UserError(f"messages[{i}]: {name} has no {extra or 'tool results'}{advice}")
+        if role != expected:
+            raise UserError(
+                f"messages[{i}]: the roles must be [system,] user, assistant, user, ... for {name}; found {role!r} "
+                f"where {expected!r} is expected{advice}"
+            )
+    texts = [message["content"] for message in messages[first:]]
+    return list(zip(texts[::2], [*texts[1::2], *([None] * (len(texts) % 2))]))
+
+
+def is_plain(rounds: list, context: dict) -> bool:
+    """Whether all prompts and replies are texts, and there are no tools and no arguments for a template."""
+    plain = all(isinstance(prompt, str) and (reply is None or isinstance(reply, str)) for prompt, reply in rounds)
+    return plain and not context.get("tools") and not context.get("chat_template_kwargs")
+
+
 def _content_text(content, where):
     if isinstance(content, str):
         return content
