@@ -46,7 +46,16 @@ from formats.chat import encode_conversation, load_chat_template
 from formats.files import UserError
 from formats.megatron import Corpus, build_corpus
 from formats.record_files import RecordOptions, RecordReader, blend_records
-from formats.records import CONVERSATIONS, PAIRS, Conversation, Pair, parse_conversation, parse_pair, record_format
+from formats.records import (
+    CONVERSATIONS,
+    PAIRS,
+    Conversation,
+    Pair,
+    located,
+    parse_conversation,
+    parse_pair,
+    record_format,
+)
 from formats.rendering import PromptSegment
 from formats.tokenizer import Tokenizer, load_tokenizer
 
@@ -167,10 +176,8 @@ class TokenizedRecords:
         self.reader, self.files, self.why_dropped = reader, reader.files, Counter()
         tokens, ends, places = array("i"), array("q", [0]), array("q")  # places: file number, byte offset, line number
         for place, where, record in reader:
-            try:
+            with located(where):
                 lists = encode(record, where)
-            except UserError as error:
-                raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
             if isinstance(lists, str):
                 self.why_dropped[lists] += 1
                 continue

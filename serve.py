@@ -37,7 +37,7 @@ from data import conversation_prompt
 from formats.chat import load_chat_template
 from formats.files import UserError, parse_json_line
 from formats.record_files import RecordReader
-from formats.records import Conversation, parse_prompt
+from formats.records import Conversation, located, parse_prompt
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
 from serving.engine import Engine, Request, SamplingParams
@@ -300,7 +300,8 @@ def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
             if i >= done:
                 records.append(record)
                 context, turns, _, is_plain = conversation
-                ids = prompt_ids(tokenizer, turns, context, src_length, is_plain)
+                with located(where):
+                    ids = prompt_ids(tokenizer, turns, context, src_length, is_plain)
                 if len(ids) >= engine.max_model_len:
                     raise UserError(f"{where}: {len(ids)} tokens; {engine.max_model_len - 1} fit")
                 yield Request(ids, dataclasses.replace(params, seed=args.seed + i), adapter)

@@ -31,6 +31,7 @@ from formats.records import CONVERSATIONS, KNOWN_KEYS, PAIRS
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
 SPLITS = {"dev": ("dev", "validation", "valid", "val", "eval")}  # other names of a split's files
+PIECE = 1 << 20  # bytes of a JSON array that are read at once
 CELLS = {"src", "tgt", "response", "sort", "context", "history"}  # keys whose CSV cells are JSON text
 
 
@@ -174,7 +175,7 @@ def _array_records(stream, file):
             yield None, line, _compact(value)
             line, at = line + text.count("\n", at, end), end
             continue
-        chunk = stream.read(max(1 << 20, len(text) - at))
+        chunk = stream.read(max(PIECE, len(text) - at))
         if not chunk:
             raise UserError(problem)
         try:

@@ -6,9 +6,10 @@
 A format is known by its keys: CONVERSATIONS and PAIRS are the tables, docs/data.md has an example of each row.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from formats.files import UserError, brief
@@ -51,6 +52,12 @@ def _text(record, key, where, default=None):
     if not isinstance(value, str) and value is not default:
         raise UserError(f"{where}: {key!r} must be a string, found {brief(value)}")
     return value
+
+
+def _object(record, key, where):
+    if not isinstance(record[key], dict):
+        raise UserError(f"{where}: {key!r} must be an object, found {brief(record[key])}")
+    return record[key]
 
 
 def _context(record, where):
@@ -106,9 +113,11 @@ def _with_system(record, messages, where):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _chat(messages, tools, where):
-    """Messages -> Conversation up to its last reply: what follows it teaches nothing."""
-    context, rounds = parse_messages(messages, tools, where)
+def _chat(record, messages, where):
+    """Messages, and a record's tools and chat_template_kwargs -> Conversation."""
+    context, rounds = parse_messages(messages, record.get("tools"), where)
+    if record.get("chat_template_kwargs") is not None:
+        context["chat_template_kwargs"] = _object(record, "chat_template_kwargs", where)
     learned = [_is_learned(m, f"{where}[{i}]") for i, m in enumerate(messages) if m.get("role") == "assistant"]
     return Conversation(context, rounds, learned + [False] * (len(rounds) - len(learned)))
 
@@ -127,13 +136,13 @@ def src_tgt(record: dict, where: str) -> Conversation:
 
 def openai_messages(record: dict, where: str) -> Conversation:
     """`messages` and `tools` of OpenAI, TRL and transformers."""
-    return _chat(_messages(record, "messages", where), record.get("tools"), f"{where}: messages")
+    return _chat(record, _messages(record, "messages", where), f"{where}: messages")
 
 
 def sharegpt(record: dict, where: str) -> Conversation:
     """`conversations` of from and value, `system` and `tools` (JSON text) of ShareGPT and LLaMA-Factory."""
     messages = _with_system(record, _messages(record, "conversations", where), where)
-    return _chat(messages, record.get("tools"), f"{where}: conversations")
+    return _chat(record, messages, f"{where}: conversations")
 
 
 def prompt_completion(record: dict, where: str) -> Conversation:
@@ -147,7 +156,7 @@ def prompt_completion(record: dict, where: str) -> Conversation:
         raise UserError(f"{where}: 'prompt' and 'completion' must both be texts or both be messages")
     before = _messages(record, "prompt", where)
     messages = before + (_messages(record, "completion", where) if completion else [])
-    conversation = _chat(messages, record.get("tools"), f"{where}: prompt + completion")
+    conversation = _chat(record, messages, f"{where}: prompt + completion")
     replies = sum(isinstance(m, dict) and m.get("role") == "assistant" for m in before)
     learned = [flag and i >= replies for i, flag in enumerate(conversation.learned)]  # TRL learns the completion
     return conversation._replace(learned=learned)
@@ -203,8 +212,9 @@ def response_sort(record: dict, where: str) -> Pair:
     return Pair(list(zip(users, bots)), users[-1], chosen, rejected, context)
 
 
-def _pair_of_messages(prompt, chosen, rejected, tools, where):
-    """Messages of a prompt and of two replies -> Pair; what both replies begin with belongs to the prompt."""
+def _pair_of_messages(record, prompt, chosen, rejected, where):
+    """Messages of a prompt and of two replies, and the record's tools -> Pair; what both replies begin with belongs to
+    the prompt."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -217,8 +227,8 @@ def _pair_of_messages(prompt, chosen, rejected, tools, where):
                 f"{where}: after what both replies share, {name!r} must be one message of the assistant, found "
                 f"{len(end)} messages: {brief(end)}"
             )
-    context, rounds = parse_messages([*prompt, *ends[0]], tools, f"{where}: prompt + chosen")
-    _, others = parse_messages([*prompt, *ends[1]], tools, f"{where}: prompt + rejected")
+    context, rounds, _, _ = _chat(record, [*prompt, *ends[0]], f"{where}: prompt + chosen")
+    others = _chat(record, [*prompt, *ends[1]], f"{where}: prompt + rejected").rounds
     return Pair(rounds[:-1], rounds[-1][0], rounds[-1][1], others[-1][1], context)
 
 
@@ -241,7 +251,7 @@ def prompt_chosen_rejected(record: dict, where: str) -> Pair:
             raise UserError(f"{where}: 'prompt' is a text and 'chosen' are messages that do not begin with it")
         prompt = None
     before = [] if prompt is None else _messages(record, "prompt", where)
-    return _pair_of_messages(_with_system(record, before, where), chosen, rejected, record.get("tools"), where)
+    return _pair_of_messages(record, _with_system(record, before, where), chosen, rejected, where)
 
 
 def openai_preference(record: dict, where: str) -> Pair:
@@ -250,13 +260,13 @@ def openai_preference(record: dict, where: str) -> Pair:
     if not isinstance(given, dict) or given.get("messages") is None:
         raise UserError(f"{where}: 'input' must be an object with 'messages', found {brief(given)}")
     ends = [_messages(record, key, where) for key in ("preferred_output", "non_preferred_output")]
-    return _pair_of_messages(_messages(given, "messages", where), *ends, given.get("tools"), where)
+    return _pair_of_messages(given, _messages(given, "messages", where), *ends, where)
 
 
 def sharegpt_pair(record: dict, where: str) -> Pair:
     """LLaMA-Factory's conversations with chosen and rejected, {"from", "value"} each."""
     before, *ends = (_messages(record, key, where) for key in ("conversations", "chosen", "rejected"))
-    return _pair_of_messages(_with_system(record, before, where), *ends, record.get("tools"), where)
+    return _pair_of_messages(record, _with_system(record, before, where), *ends, where)
 
 
 def alpaca_pair(record: dict, where: str) -> Pair:
@@ -281,7 +291,7 @@ class RecordFormat(NamedTuple):
 # The first row fits whose keys are all there, so what is in several formats' keys is decided here.
 CONVERSATIONS = (
     RecordFormat(("src", "tgt"), src_tgt, ("context",)),
-    RecordFormat(("messages",), openai_messages, ("tools",)),
+    RecordFormat(("messages",), openai_messages, ("tools", "chat_template_kwargs")),
     RecordFormat(("conversations",), sharegpt, ("system", "tools")),
     RecordFormat(("prompt", "completion"), prompt_completion, ("tools",)),
     RecordFormat(("instruction", "output"), alpaca, ("input", "system", "history")),
@@ -298,6 +308,15 @@ KTO = RecordFormat(("prompt", "completion", "label"), prompt_completion)
 REPLY_KEYS = {"src": "tgt", "prompt": "completion", "instruction": "output"}  # what a record to be answered may lack
 KNOWN_KEYS = tuple(dict.fromkeys(key for row in (*CONVERSATIONS, *PAIRS) for key in (*row.keys, *row.others)))
 NOT_HERE = "not trained on here: finetune.py takes conversations, dpo.py pairs with chosen and rejected"
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """A UserError in here names file:line: what a tokenizer or a template refuses does not know them."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
 
 
 def record_format(record: dict, rows: tuple) -> RecordFormat | None:
@@ -349,5 +368,5 @@ def parse_prompt(record: dict, where: str) -> Conversation:
 def parse_pair(record: dict, where: str) -> Pair:
     """A record of PAIRS. UserError names file:line, what is wrong, the formats."""
     if record_format(record, PAIRS) is None and record_format(record, (KTO,)):
-        raise UserError(f"{where}: prompt, completion and label is an unpaired preference (KTO), which is {NOT_HERE}")
+        return _parse(record, where, (KTO,), (), "")
     return _parse(record, where, PAIRS, CONVERSATIONS, "finetune.py")
