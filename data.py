@@ -97,6 +97,13 @@ def truncate_templated(
     fit; the last one is always kept, its user part cut to src_length less the system, its reply to what is left. One
     deviation: index and is_first count the rounds that are kept, so that what a template says at the beginning (bos,
     Llama 2's system text) is there when early rounds had to go."""
+    count = 64  # of very many rounds, so many that some do not fit, or all
+    while count < len(rounds):
+        system, encoded = tokenizer.encode_chat(rounds[-count:], context, True)
+        if len(system) + sum(len(user) + len(bot) for user, bot in encoded) > max_length:
+            break
+        count *= 2
+    rounds = rounds[-count:]
     while True:
         system, encoded = tokenizer.encode_chat(rounds, context, True)
         room = max_length - len(system)
