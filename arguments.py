@@ -237,18 +237,12 @@ def lora_targets(value: str | list[str] | None) -> str | list[str] | None:
 
 def _check_dev_data(args: TrainingArgs) -> None:
     """Evaluation never reads the records that are trained on."""
-    train, dev = (getattr(args, f"{split}_dataset_path", None) for split in ("train", "dev"))
-    held_out = getattr(args, "val_size", None)
-    if dev and dev == train and Path(dev).is_file() and args.do_train and args.do_eval:
-        if not held_out:
-            raise UserError(
-                f"dev_dataset_path: {dev} is trained on; give other data, a folder with dev.json, or val_size"
-            )
-        args.dev_dataset_path = dev = ""
-    if held_out and dev:
-        raise UserError(
-            f"val_size {held_out} holds dev data out of the training data, but dev_dataset_path is given too"
-        )
+    train = getattr(args, "train_dataset_path", None) or getattr(args, "dataset_name_or_path", None)
+    dev, held_out = getattr(args, "dev_dataset_path", None), getattr(args, "val_size", None)
+    if held_out and dev and dev != train:
+        raise UserError("val_size and dev_dataset_path are both given; choose one")
+    if not held_out and dev == train and train and Path(train).is_file() and args.do_train and args.do_eval:
+        raise UserError(f"dev_dataset_path: {dev} is trained on; give other data, a folder with dev.json, or val_size")
 
 
 def _check_numbers(args: TrainingArgs) -> None:
@@ -589,6 +583,7 @@ def _convert(value: object, kind, where: str, is_text: bool):
         if converted is not ...:
             return converted
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    names[dict] = "an object"
     wanted = " or ".join(names.get(option, _list_of(option)) for option in options)
     raise UserError(f"{where}: {json.dumps(value, ensure_ascii=False):.60} is the wrong type; {wanted} is needed")
 
@@ -614,8 +609,8 @@ def _as(value: object, kind, is_text: bool):
             return ...
         fits = isinstance(number, (int, float) if kind is float else int) and not isinstance(number, bool)
         return kind(number) if fits and math.isfinite(number) else ...
-    if kind is str:
-        return value if isinstance(value, str) else ...
+    if kind in (str, dict):
+        return value if isinstance(value, kind) else ...
     if isinstance(value, str) and is_text:
         value = [part for part in re.split(r"[,\s]+", value) if part]
     if not isinstance(value, list):

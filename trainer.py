@@ -47,6 +47,7 @@ from checkpoint import (
     read_moments,
     remove_path,
     saved_arguments,
+    update_best,
 )
 from data import CorpusLoader, SFTLoader
 from distributed.collectives import gather_tensor_index
@@ -307,6 +308,8 @@ def check_positions(model: CausalLM, path: str, needed: dict[str, int]) -> None:
     key, tokens = max(needed.items(), key=lambda item: item[1])
     if model.config.position == "learned" and tokens > limit:
         raise UserError(f"{path}: has {limit} learned positions, but {key} asks for {tokens}; lower it")
+    if model.config.position != "alibi" and tokens > model.config.max_model_len:
+        print(f"{key}: {tokens:,} positions are asked for, but {path} was trained on {model.config.max_model_len:,}")
 
 
 # ======================================================================================================= output folder
@@ -434,6 +437,15 @@ def step_micro_batches(loader: Loader, step: int, args: TrainingArgs, topology: 
 def is_due(strategy: str, every: int, step: int, steps_per_epoch: int) -> bool:
     """Whether evaluating or saving with this strategy ("no", "steps", "epoch") is due after `step` steps."""
     return step > 0 and {"no": False, "steps": step % every == 0, "epoch": step % steps_per_epoch == 0}[strategy]
+
+
+def note_evaluation(
+    args: TrainingArgs, state: TrainState, metrics: dict[str, float], checkpoints: CheckpointManager, log: Log
+) -> bool:
+    """Keep in `state` which checkpoint is the best, if the best is loaded at the end; returns stops_early()."""
+    if args.load_best_model_at_end:
+        update_best(args, state, metrics, checkpoints)
+    return stops_early(args, state, metrics, log)
 
 
 def stops_early(args: TrainingArgs, state: TrainState, metrics: dict[str, float], log: Log) -> bool:
@@ -718,12 +730,10 @@ def generate_replies(
     return [replies[i] for i in range(len(prompts))]
 
 
-def print_replies(records: list[dict], before: list[str], after: list[str]) -> None:
-    """Show the replies to the last user turn of these records before and after training."""
-    for record, old, new in zip(records, before, after):
-        turns = [record["src"]] if isinstance(record["src"], str) else record["src"]
-        earlier = f"(turn {len(turns)} of {len(turns)}) " if len(turns) > 1 else ""
-        print(f"\nprompt: {earlier}{turns[-1]}\nbefore: {old}\nafter:  {new}")
+def print_replies(prompts: list[str], before: list[str], after: list[str]) -> None:
+    """Show the replies to these prompts before and after training."""
+    for prompt, old, new in zip(prompts, before, after):
+        print(f"\nprompt: {prompt}\nbefore: {old}\nafter:  {new}")
 
 
 def keyword_recall(replies: list[str], records: list[dict]) -> float | None:
@@ -733,7 +743,7 @@ def keyword_recall(replies: list[str], records: list[dict]) -> float | None:
     """
     mentioned = total = 0
     for text, record in zip(replies, records):
-        for word in record.get("keywords", ()):
+        for word in map(str, keywords if isinstance(keywords := record.get("keywords"), list) else ()):
             pattern = rf"(?<!\w){re.escape(word)}(?!\w)" if word.isascii() else re.escape(word)
             mentioned += bool(re.search(pattern, text, re.IGNORECASE))
             total += 1
