@@ -433,6 +433,9 @@ class _Script:
         choices, where = CHOICES[given.name], f"{given.where}: {given.name}"
         if given.value is None:
             return
+        if given.text not in choices and "*" in choices:
+            yield choices["*"], given
+            return
         keys = choices.get(given.text, f"possible are {', '.join(choices)}")
         if isinstance(keys, str):
             raise UserError(f"{where}: {given.value!r}: {keys}")

@@ -75,7 +75,7 @@ def run_script(main: Callable, Args: type, argv: list[str] | None = None) -> Non
     tokens = sys.argv[1:] if argv is None else argv
     if not tokens or {"-h", "--help"} & set(tokens):
         print((sys.modules[main.__module__].__doc__ or "").strip())
-        print("\nKeys, in JSON or as --key value, and their defaults:")
+        print("\nKeys, in JSON or YAML or as --key value, and their defaults:")
         for field in dataclasses.fields(Args):
             print(f"  {field.name} = {field.default!r}")
         return

@@ -70,7 +70,6 @@ ALIASES = _table([
     ("beta", "pref_beta"),
     ("loss_type", "pref_loss"),
     ("sft_loss_ratio", "pref_ftx"),
-    ("chat_template", "template"),
     ("total_max_length max_length max_seq_length", "cutoff_len"),
     ("dataset_name_or_path train_dataset_path+dev_dataset_path", "dataset"),
     ("dev_dataset_path", "eval_dataset"),
@@ -99,7 +98,10 @@ ALIASES = _table([
     ("tokenizer_name_or_path", "tokenizer tokenizer_path"),
     ("bf16", "pure_bf16"),
 ])  # fmt: skip
-# Keys whose values stand for keys of ours: {name: {value in lower case: {key: value}, or the reason of a refusal}}.
+
+
+# Keys whose values stand for keys of ours: {name: {value in lower case: {key: value}, or the reason of a refusal}}; "*"
+# is the key that any other value goes to.
 _TUNING = {
     "lora": {"lora": True},
     "full": {"lora": False},
@@ -120,6 +122,14 @@ CHOICES = {
     "disable_gradient_checkpointing": {"true": {"recompute": False}, "false": {}},  # LLaMA-Factory
     "mask_history": {"true": {"train_on": "last"}, "false": {}},  # LLaMA-Factory
     "init_lora_weights": {"true": {}, "pissa": {"pissa": True}},  # peft
+    "template": {  # LLaMA-Factory: names that mean something else than chat_template's
+        "qwen": {"chat_template": "qwen2.5"},
+        "qwen3_nothink": {"chat_template": "chatml"},
+        "glm4": {"chat_template": "glm-4"},
+        "llama2": "set chat_template to llama2 (Meta's ids) or llama2-hf; without it the model's own template is used",
+        **dict.fromkeys(("default", "empty"), "set chat_template: plain, or leave it out for the model's own template"),
+        "*": "chat_template",
+    },
 }
 
 

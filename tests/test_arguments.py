@@ -101,6 +101,7 @@ finetune --mask_history true              train_on='last'
 finetune --mask_history false             train_on='all'
 finetune --max_train_samples 9            max_samples=9
 finetune --template qwen2                 chat_template='qwen2'
+finetune --template qwen                  chat_template='qwen2.5'
 finetune --stage sft                      do_train=True
 finetune --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr":1e-6}   min_learning_rate=1e-6
 dpo      --dataset_name_or_path MINE      train_dataset_path='MINE' dev_dataset_path='MINE'
@@ -157,6 +158,7 @@ finetune --stage dpo                      this is finetune.py; run dpo.py
 finetune --stage kto                      this is finetune.py; possible are pt, sft, dpo
 finetune --lora_bias all                  only the weights of LoRA itself are trained
 finetune --assistant_only_loss false      only replies are learned
+finetune --template llama2                without it the model's own template is used
 finetune --max_target_length 9            a prompt and a reply share one limit
 finetune --num_hidden_layers 2            the model's config.json defines it
 finetune --tensor_model_parallel_size 2   = 2 processes, but this run has 1
