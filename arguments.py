@@ -170,7 +170,10 @@ class TrainingArgs(ScriptArgs):
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
         _check_dev_data(self)
-        return notes + _check_strategies(self) + _check_unified(self)
+        notes += _check_strategies(self) + _check_unified(self)
+        if not self.do_eval and getattr(self, "dev_dataset_path", None):
+            notes.append("dev_dataset_path is not read: do_eval is false and evaluation_strategy is no")
+        return notes
 
     def check_dry_run(self) -> list[str]:
         """check() for --dry_run: data, output and steps may be missing, and so may the processes."""
@@ -197,6 +200,8 @@ class LoraArgs(TrainingArgs):
 
     def __post_init__(self):
         self.lora_target_modules = lora_targets(self.lora_target_modules)
+        if getattr(self, "val_size", None) == 0:  # LLaMA-Factory's default: nothing is held out
+            self.val_size = None
 
     def check(self) -> list[str]:
         for key in ("lora_path", "rslora", "dora", "pissa"):

@@ -97,6 +97,7 @@ finetune --early_stopping_steps 2 --eval_strategy steps       early_stopping_pat
 finetune --use_cpu true                   device='cpu'
 finetune --save_only_model true           ignore_save_lr_and_optim=True
 finetune --eval_split_ratio 0.1            val_size=0.1
+finetune --val_size 0                     val_size=None
 finetune --mask_history true              train_on='last'
 finetune --mask_history false             train_on='all'
 finetune --max_train_samples 9            max_samples=9
