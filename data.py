@@ -196,7 +196,8 @@ class TokenizedRecords:
         if not places:
             expected = "the file is empty; records are expected, see docs/data.md"
             if reader.options.val_size is not None and not self.dropped:
-                expected = f"val_size {reader.options.val_size:g} leaves no record on this side"
+                side = "dev" if reader.wants_held_out else "train"
+                expected = f"val_size {reader.options.val_size:g} leaves no {side} record; equal records stay together"
             raise UserError(f"{self.files[0]}: {nothing_left.format(self.dropped) if self.dropped else expected}")
         self._tokens, self._places = np.frombuffer(tokens, np.int32), np.frombuffer(places, np.int64).reshape(-1, 3)
         self._ends = np.frombuffer(ends, np.int64)

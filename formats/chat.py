@@ -285,14 +285,40 @@ def encode_segments(tokenizer: object, run: list[PromptSegment]) -> list[tuple[i
     encoded, start = [], 0
     for end in range(1, len(run) + 1):  # a special token separates the texts around it: no beginning is encoded twice
         if end == len(run) or starts_with_special(run[end][1], tokenizer):
-            encoded += _encode_stretch(tokenizer, run[start:end])
+            encoded += _encode_long_stretch(tokenizer, run[start:end])
             start = end
     return encoded
 
 
-def _encode_stretch(tokenizer, run):
-    """[(part, text), …] -> [(part, ids), …] as encode_segments, by encoding every beginning."""
-    encoded, encode = [], partial(tokenizer.encode, add_special_tokens=False)
+EXACT_PARTS = 32  # up to here every beginning of a stretch without special tokens is encoded
+
+
+def _encode_long_stretch(tokenizer, run):
+    """[(part, text), …] -> [(part, ids), …] as encode_segments, in a time that grows with the length.
+
+    It is cut before replies, where the ids of a prompt end, but not where the reply by itself would have others."""
+    replies = [i for i, (part, _) in enumerate(run) if i and part % 2 == 0] if len(run) > EXACT_PARTS else []
+    encoded, start = [], 0
+    for cut, end in zip([*replies, len(run)], [*replies[1:], len(run), len(run)]):
+        if cut < len(run):
+            before, behind = ("".join(text for _, text in run[i:j]) for i, j in ((start, cut), (cut, end)))
+            encode = (
+                partial(encode_continuation, tokenizer)
+                if start
+                else partial(tokenizer.encode, add_special_tokens=False)
+            )
+            ids, all_ids = encode(before), encode(before + behind)
+            if all_ids[: len(ids)] == ids and all_ids[len(ids) :] != encode_continuation(tokenizer, behind):
+                continue
+        encoded += _encode_stretch(tokenizer, run[start:cut], behind=start > 0)
+        start = cut
+    return encoded
+
+
+def _encode_stretch(tokenizer, run, behind=False):
+    """The same, by encoding every beginning. behind: the stretch continues an earlier text."""
+    encode = partial(encode_continuation, tokenizer) if behind else partial(tokenizer.encode, add_special_tokens=False)
+    encoded = []
     while run:
         all_ids, done, text, restart = encode("".join(text for _, text in run)), 0, "", None
         for i, (part, part_text) in enumerate(run[:-1]):

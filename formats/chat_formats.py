@@ -59,6 +59,7 @@ class ChatFormat:
     required_tokens: tuple = ()  # tokens that the vocabulary must have
     template: tuple = ()  # (a file of TEMPLATES that writes tools, the settings that it begins with)
     tool_tokens: tuple = ()  # tokens that the vocabulary must have for tools
+    thoughts: bool = False  # the template writes reasoning_content
     name: str = ""
 
     def files(self) -> dict[str, str]:
@@ -97,6 +98,8 @@ class ChatFormat:
 
     def segments(self, rounds: list, context: dict, tokenizer, is_training=False, split=True) -> list[PromptSegment]:
         """As ChatTemplate.segments. UserError for a system text, tools or messages that the family has no place for."""
+        if not self.thoughts:
+            rounds = self._without_thoughts(rounds, is_training)
         if self.template and not is_plain(rounds, context):
             if context.get("tools") and (
                 token := next((t for t in self.tool_tokens if not tokenizer.has_token(t)), None)
@@ -127,6 +130,19 @@ class ChatFormat:
             values |= {"round": k, "number": k + 1}
             segments += self._turn(k, user, bot, values, k == last)
         return segments
+
+    def _without_thoughts(self, rounds, is_training):
+        """Rounds without reasoning_content, which clients send back with earlier replies; UserError where it would have
+        to be learned."""
+        for k, (prompt, reply) in enumerate(rounds):
+            if isinstance(reply, dict) and "reasoning_content" in reply:
+                if is_training:
+                    raise UserError(
+                        f"messages: reply {k + 1} has reasoning_content, which chat format {self.name!r} does not write"
+                    )
+                rest = {key: value for key, value in reply.items() if key != "reasoning_content"}
+                rounds = [*rounds[:k], (prompt, rest["content"] if len(rest) == 2 else rest), *rounds[k + 1 :]]
+        return rounds
 
     def _turn(self, k, user, bot, values, is_last):
         """[PromptSegment, …] of turn k."""
@@ -316,6 +332,7 @@ DEEPSEEK3 = ChatFormat(
     clean_reply=after_thoughts,
     stops=("<｜end▁of▁sentence｜>",),
     template=("deepseek.jinja", {"thoughts": "false"}),
+    thoughts=True,
     tool_tokens=(
         "<｜tool▁calls▁begin｜>",
         "<｜tool▁calls▁end｜>",
@@ -393,6 +410,7 @@ FORMATS = {
         clean_reply=qwen3_reply,
         not_user=("<tool_response>", "</tool_response>"),
         template=("chatml.jinja", THOUGHTS),
+        thoughts=True,
     ),
     "qwen3-no-thinking": replace(
         CHATML,
@@ -400,6 +418,7 @@ FORMATS = {
         generation_prompt="<think>\n\n</think>\n\n",
         not_user=("<tool_response>", "</tool_response>"),
         template=("chatml.jinja", {**THOUGHTS, "enable_thinking": "enable_thinking is true"}),
+        thoughts=True,
     ),
     "baichuan2": ChatFormat((195, "{user}"), ("{bot}",), header=(196,), system=("{system}",), finish=("{eos}",)),
     "chatglm": ChatFormat(

@@ -163,7 +163,9 @@ class RenderedTemplate:
         """
         if context.get("tools") and "tools" not in self.source:
             raise UserError(f"messages: {self.name} has no tools; give a chat_template that has them")
-        render = lambda messages, generate: self.render(messages, tokenizer, generate, context)
+        if starts[-1] == 0:
+            raise UserError("messages[0]: expected a message that the assistant answers, found the assistant's")
+        render = lambda messages, generate: self.render(messages, tokenizer, generate, context) if messages else ""
         prompt, is_finished = render(messages[: starts[-1]], True), len(messages) > starts[-1]
         whole = render(messages, False) if is_finished else prompt
         if self.marks_replies and (split or is_finished):
@@ -266,7 +268,7 @@ def _find_reply(render, messages, starts, whole):
     that stands behind any text in its place."""
     start, next_start = starts
     prompt = render(messages[:start], True)
-    if not whole.startswith(prompt):
+    if not start or not whole.startswith(prompt):  # an answer to nothing is never served
         return None
     finished = render(messages[: start + 1], False)
     if whole.startswith(finished) and finished.startswith(prompt):
@@ -301,5 +303,6 @@ def _replies_by_windows(render, messages, starts, whole):
         finished = window(start + 1, False)
         if not finished.startswith(prompt) or not whole.startswith(finished[len(prompt) :], done):
             return None
-        spans.append((done, done + len(finished) - len(prompt)))
-        done = spans[-1][1]
+        end = done + len(finished) - len(prompt)
+        spans.append((done, end) if start else None)
+        done = end
