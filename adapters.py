@@ -83,9 +83,9 @@ def base_folders(path: str | Path) -> list[Path]:
     return folders
 
 
-def tokenizer_folder(path: str | Path) -> Path:
-    """The first of base_folders() that has a tokenizer's files: an adapter's folder may leave them to its base."""
-    folders = base_folders(path)
+def tokenizer_folder(path: str | Path, adapter: str | Path | None = None) -> Path:
+    """The first folder with a tokenizer's files of an adapter, of base_folders(path); path if none has."""
+    folders = [*([Path(adapter)] if adapter else []), *base_folders(path)]
     return next((f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)), Path(path))
 
 
@@ -197,6 +197,7 @@ def apply_lora(
     rows, paths = None, embedding_paths(model.config)
     if trained_tokens:
         modules = paths[: 1 if model.config.tie_word_embeddings else 2]
+        modules = [path for path in modules if path not in match_lora_targets(model, targets)]
         rows = {path.rpartition(".")[2]: list(trained_tokens) for path in modules}
     config = LoraConfig(
         r=rank,
@@ -227,8 +228,8 @@ def attach_lora(model: CausalLM, config: LoraConfig, seed: int = 0) -> None:
     layers, others = {**block_linears(model), **embedding_layers(model)}, linears_on_other_ranks(model)
     chosen = [path for path in (block_linears(model) if config.all_linear else layers) if config.targets(path)]
     if not (chosen or tokens or config.modules_to_save or any(config.targets(path) for path in others)):
-        raise UserError(f"target_modules: {config.target_modules!r} matches no linear layer; there are "
-                        f"{_last_names(layers)}")  # fmt: skip
+        there = _last_names(layers)
+        raise UserError(f"target_modules: {config.target_modules!r} matches no linear layer; there are {there}")
     if config.all_linear:
         names = sorted({path.rpartition(".")[2] for path in {*block_linears(model), *others}})
         config = dataclasses.replace(config, target_modules=names)
@@ -339,21 +340,31 @@ def merge(model: CausalLM) -> CausalLM:
     return model
 
 
-def _with_rank_times(config: LoraConfig, factor: float, model_config: ModelConfig) -> LoraConfig:
-    """The config with ranks times `factor` and the same scaling, but for an embedding's, which has no other start."""
-    alpha_factor, embed = math.sqrt(factor) if config.use_rslora else factor, embedding_paths(model_config)[0]
-    rank_pattern = {name: int(rank * factor) for name, rank in config.rank_pattern.items()}
-    alpha_pattern = {name: alpha * alpha_factor for name, alpha in config.alpha_pattern.items()}
-    if not config.all_linear and config.targets(embed):
-        rank_pattern = {re.escape(embed): 0} | rank_pattern | {re.escape(embed): config.rank_of(embed)}
-        alpha_pattern = {re.escape(embed): 0} | alpha_pattern | {re.escape(embed): config.alpha_of(embed)}
+def _with_rank_times(config: LoraConfig, up: int, down: int, keep: set[str]) -> LoraConfig:
+    """The config with ranks times up/down and the same scaling, but for the layers of these paths."""
+
+    def times(value, up, down):
+        return int(value * up / down) if value * up / down == int(value * up / down) else value * up / down
+
+    roots = (math.sqrt(up), math.sqrt(down)) if config.use_rslora else (up, down)
+    ranks = {name: times(rank, up, down) for name, rank in config.rank_pattern.items()}
+    alphas = {name: times(alpha, *roots) for name, alpha in config.alpha_pattern.items()}
+    kept = {re.escape(path): path for path in sorted(keep)}
     return dataclasses.replace(
         config,
-        r=int(config.r * factor),
-        lora_alpha=config.lora_alpha * alpha_factor,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
+        r=times(config.r, up, down),
+        lora_alpha=times(config.lora_alpha, *roots),
+        rank_pattern=dict.fromkeys(kept, 0) | ranks | {name: config.rank_of(path) for name, path in kept.items()},
+        alpha_pattern=dict.fromkeys(kept, 0) | alphas | {name: config.alpha_of(path) for name, path in kept.items()},
     )
+
+
+def _without_start(model: CausalLM, config: LoraConfig, stored: set[str]) -> set[str]:
+    """Paths of the layers that PiSSA and OLoRA do not start in a way of their own: an embedding's, and a head's whose
+    base weight the file holds."""
+    embed, head = embedding_paths(model.config)
+    paths = {embed} | ({head} & stored)
+    return {path for path in paths if not config.all_linear and config.targets(path)}
 
 
 # ====================================================================================================== prefix tuning
@@ -527,6 +538,8 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
     layers = lora_layers(model)
     if any(layer.pissa_init is not None for layer in layers.values()):
         for path, layer in layers.items():
+            if layer.pissa_init is None:
+                continue
             a, b = (weights[f"{PEFT_ROOT}{path}.lora_{x}.weight"] for x in "AB")  # stored (R, D_in), (D_out, R)
             a0, b0 = (start.T for start in layer.pissa_init)
             entries[a.name] = SaveEntry(
@@ -539,7 +552,11 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
                 [SaveSource(b, b.parameter)],
                 lambda b, b0=b0: [np.concatenate([b, -b0], 1)],
             )
-        config |= _with_rank_times(LoraConfig(**model.lora_config), 2, model.config).to_json()
+        lora, stored = (
+            LoraConfig(**model.lora_config),
+            {name.removesuffix(".weight") for name in weights_in_adapter(model)},
+        )
+        config |= _with_rank_times(lora, 2, 1, _without_start(model, lora, stored)).to_json()
         metadata["pissa_start_included"] = "true"
     return config, {"adapter_model.safetensors": AdapterFile(list(entries.values()), metadata)}
 
@@ -608,51 +625,62 @@ def load_adapter(model: CausalLM, path: str | Path, *, trainable: bool = False) 
 
 def _load_lora(model: CausalLM, config: dict, tensors: dict, config_path: Path, trainable: bool) -> None:
     lora, weights_path = LoraConfig.from_json(config, config_path), config_path.parent / WEIGHT_FILES[0]
-    start, includes_start = lora.start, weights_path.is_file() and (
-        safetensors_metadata(weights_path).get("pissa_start_included") == "true"
-    )  # fmt: skip
+    start, includes_start = lora.start, False
+    if weights_path.is_file():
+        includes_start = safetensors_metadata(weights_path).get("pissa_start_included") == "true"
     if trainable and config.get("init_lora_weights") == "mica":
         raise UserError(f"{config_path}: init_lora_weights = 'mica' cannot be trained further: its B stays frozen")
     if config.get("ensure_weight_tying") and model.config.tie_word_embeddings:
         raise UserError(f"{config_path}: ensure_weight_tying = true is not supported with a tied head")
-    if trainable and includes_start:  # [A A0] [B; -B0] are split again, so that training goes on where it was
-        lora = _with_rank_times(lora, 1 / 2, model.config)
+    expand = start != "keep" and not trainable  # [A A0] [B; -B0], so that the base stays as it is
+    split = trainable and includes_start  # [A A0] [B; -B0] were saved: training goes on where it was
+    stored = _stored_embeddings(model, tensors)
+    keep = _without_start(model, lora, stored.keys())
     try:
-        if start != "keep" and not trainable:  # so that the base stays as it is
-            _attach_with_stored(model, _with_rank_times(lora, 2, model.config), tensors)
-        else:
-            _attach_with_stored(model, lora, tensors)
+        factor = (2, 1) if expand else (1, 2)
+        wanted = _with_rank_times(lora, *factor, keep) if expand or split else lora
+        _attach_with_stored(model, wanted, tensors, stored)
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from None
-    for path, layer in lora_layers(model).items() if start != "keep" or trainable and includes_start else ():
+    for path, layer in lora_layers(model).items() if start != "keep" or split else ():
         a_name, b_name = (f"{PEFT_ROOT}{path}.lora_{x}.weight" for x in "AB")
-        if not {a_name, b_name} <= tensors.keys():
+        if path in keep or not {a_name, b_name} <= tensors.keys():
             continue  # fill_adapter() names what is missing
-        a, b, rank = tensors[a_name].T, tensors[b_name].T, lora.rank_of(path)  # (D_in, R), (R, D_out)
-        if start == "keep":
+        a, b = tensors[a_name].T, tensors[b_name].T  # (D_in, R), (R, D_out)
+        if split:
+            rank = layer.lora_A.shape[1]
             layer.set_pissa_init(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[a_name], tensors[b_name] = a[:, :rank].T, b[:rank].T
-        elif trainable:
-            layer.set_pissa_init(*layer.decompose(start, rank))
+            continue
+        a0, b0 = layer.decompose(start, lora.rank_of(path))
+        if trainable:
+            layer.set_pissa_init(a0, b0)
         else:
-            a0, b0 = layer.decompose(start, rank)
             tensors[a_name], tensors[b_name] = np.concatenate([a, a0], 1).T, np.concatenate([b, -b0]).T
     fill_adapter(model, tensors, weights_path)
 
 
-def _attach_with_stored(model: CausalLM, config: LoraConfig, tensors: dict[str, np.ndarray]) -> None:
-    """attach_lora(), after the model got the rows of an embedding and a head that the adapter's file holds.
-
-    peft saves them where the vocabulary was resized, and where LoRA is on one of them. Tensors of the file that are
-    copies are taken out of `tensors`.
-    """
-    stored, (embed, head) = {}, embedding_paths(model.config)
-    for name in [name for name in tensors if name.endswith(".token_adapter.trainable_tokens_original")]:
-        del tensors[name]
-    for path in (embed, head):
+def _stored_embeddings(model: CausalLM, tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    """{path of embedding or head: name of its whole weight in an adapter's file}; drops copies from `tensors`."""
+    stored = {}
+    for name in list(tensors):
+        if ".modules_to_save." in name:  # some versions of peft write both
+            tensors.setdefault(name.replace(".modules_to_save.", "."), tensors[name])
+        if re.search(r"\.(modules_to_save|original_module)\.|\.token_adapter\.trainable_tokens_original$", name):
+            del tensors[name]
+    for path in embedding_paths(model.config):
         for within in ("", "base_layer.", "token_adapter.base_layer."):
             if (name := f"{PEFT_ROOT}{path}.{within}weight") in tensors:
                 stored[path] = name
+    return stored
+
+
+def _attach_with_stored(model: CausalLM, config: LoraConfig, tensors: dict, stored: dict[str, str]) -> None:
+    """attach_lora(), after the model got the rows of an embedding and a head that the adapter's file holds.
+
+    peft saves them where the vocabulary was resized, and where LoRA is on one of them. stored: _stored_embeddings().
+    """
+    embed, head = embedding_paths(model.config)
     if model.config.tie_word_embeddings and head in stored and not (config.is_saved(embed) or config.is_saved(head)):
         if embed in stored and np.array_equal(tensors[stored[embed]], tensors[stored[head]]):
             del tensors[stored.pop(head)]
@@ -754,3 +782,104 @@ def _paddlenlp_lora(model: CausalLM, path: Path) -> tuple[dict, dict[str, np.nda
         "lora_dropout": config.get("lora_dropout", 0.0),
         "target_modules": sorted(targets),
     }, tensors
+
+
+# =============================================================================================== what arguments ask for
+
+
+def setup_adapter(model: CausalLM, args: object, checkpoint: Path | None = None) -> None:
+    """Attach the LoRA or prefix that is trained: from a checkpoint, from lora_path or prefix_path, or a new one.
+
+    args: TrainingArgs of a script. A saved adapter that differs from what the arguments ask for is a UserError; where
+    they ask for nothing, it is said in one line.
+    """
+    lora, new_ids = getattr(args, "lora", False), getattr(model, "new_ids", None)
+    if not (lora or getattr(args, "prefix_tuning", False)):
+        return
+    path = checkpoint or args.lora_path or getattr(args, "prefix_path", None)
+    if path:
+        targets = lora and args.lora_target_modules is not None and match_lora_targets(model, args.lora_target_modules)
+        load_adapter(model, path, trainable=True)
+        wanted = f"LoRA of rank {args.lora_rank}" if lora else f"a prefix of {args.num_prefix_tokens} tokens"
+        if adapted_layers(model):
+            loaded = f"LoRA of rank {model.lora_config['r']}"
+        else:
+            loaded = f"a prefix of {model.prefix.tokens} tokens"
+        if loaded != wanted:
+            raise UserError(f"{path}: holds {loaded}, but the arguments ask for {wanted}")
+        if lora:
+            _compare_with_arguments(model, args, path, targets)
+        if new_ids and not {*new_ids} <= _trained_ids(model):
+            raise UserError(
+                f"{path}: does not train the rows of new tokens; merge it first (export.py), then add_tokens"
+            )
+    elif lora:
+        apply_lora(
+            model,
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=getattr(args, "lora_dropout", 0.0),
+            rslora=args.rslora,
+            dora=args.dora,
+            pissa=getattr(args, "pissa", False),
+            targets=args.lora_target_modules,
+            trained_tokens=new_ids,
+            seed=args.seed,
+        )
+    else:
+        apply_prefix(
+            model,
+            tokens=args.num_prefix_tokens,
+            projection=args.prefix_projection,
+            projection_hidden_size=args.prefix_projection_hidden_size,
+            seed=args.seed,
+        )
+
+
+def _compare_with_arguments(model, args, path, targets):
+    """UserError where a saved LoRA differs from an argument that was given; a line on what it has besides.
+
+    targets: the paths that lora_target_modules names; False: not given.
+    """
+    config, given, kept = model.lora_config, [], []
+    default_alpha = 4.0 if args.rslora else 2.0 * args.lora_rank
+    rows = [
+        ("lora_alpha", config["lora_alpha"], args.lora_alpha, default_alpha),
+        ("lora_dropout", config["lora_dropout"], getattr(args, "lora_dropout", None), 0.0),
+        ("rslora", config["use_rslora"], args.rslora, False),
+        ("dora", config["use_dora"], args.dora, False),
+        (
+            "pissa",
+            any(x.pissa_init is not None for x in lora_layers(model).values()),
+            getattr(args, "pissa", None),
+            False,
+        ),
+    ]
+    if targets is not False:
+        same = {*targets} == adapted_layers(model).keys() - {*_token_layers(model)}
+        names = json.dumps(config["target_modules"])
+        rows.append(("lora_target_modules", names, names if same else json.dumps(args.lora_target_modules), None))
+    for key, has, wanted, default in rows:
+        if wanted is not None and has != wanted:
+            (kept if wanted == default else given).append((key, has, wanted))
+    if given:
+        key, has, wanted = given[0]
+        raise UserError(
+            f"{path}: holds a LoRA with {key}: {has}, but the arguments ask for {wanted}; leave {key} out, or train a "
+            "new adapter"
+        )
+    if kept:
+        print(f"{path}: its own {', '.join(f'{key}: {has}' for key, has, _ in kept)}")
+
+
+def _token_layers(model) -> list[str]:
+    return [path for path, (_, _, layer) in adapted_layers(model).items() if isinstance(layer, TrainedTokens)]
+
+
+def _trained_ids(model) -> set[int]:
+    """Ids whose rows of the embedding are trained."""
+    embed = embedding_paths(model.config)[0]
+    if isinstance(model.embed_tokens, TrainedTokens):
+        return {*model.embed_tokens.tokens}
+    all_rows = isinstance(model.embed_tokens, LoRAEmbedding) or weights_in_adapter(model).get(f"{embed}.weight")
+    return {*range(model.config.vocab_size)} if all_rows else set()

@@ -7,12 +7,16 @@ Letters: V ids, D width, n new ids.
 """
 
 import dataclasses
+import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 
 from families import ModelConfig, weight_names
 from formats.files import UserError
+from formats.tensor_files import safetensors_header
+from formats.tokenizer import Tokenizer
 from layers import Embedding, Linear, set_parameter
 from model import CausalLM
 
@@ -92,3 +96,37 @@ def grown(rows: np.ndarray, size: int, seed: list[int]) -> np.ndarray:
         part = rows[start : start + 65536]
         new += generator.standard_normal((size - V, len(part))) @ (part - mean) * np.sqrt(NEW_ROW_VARIANCE / V)
     return np.concatenate([rows, new.astype(np.float32)])
+
+
+def stored_rows(model: CausalLM, adapter: str | Path) -> int:
+    """Rows of the embedding that an adapter's file holds; 0: it holds none."""
+    file = Path(adapter) / "adapter_model.safetensors"
+    pattern = (
+        rf"base_model\.model\.{re.escape(embedding_paths(model.config)[0])}\.(token_adapter\.)?(base_layer\.)?weight"
+    )
+    entries = safetensors_header(file).items() if file.is_file() else ()
+    return max((entry.shape[0] for name, entry in entries if re.fullmatch(pattern, name)), default=0)
+
+
+def check_vocabulary(model: CausalLM, tokenizer: Tokenizer, path: str, args: object = None) -> None:
+    """UserError if the tokenizer has ids that the model's embedding has no row for, unless the arguments ask for rows.
+
+    args: of a script that trains; with add_tokens, add_special_tokens or resize_vocab the model is resized.
+    """
+    old, size = model.config.vocab_size, tokenizer.vocab_size
+    asked = any(getattr(args, key, None) for key in ("add_tokens", "add_special_tokens", "resize_vocab"))
+    lora_path = getattr(args, "lora_path", None)
+    if not asked and lora_path and stored_rows(model, lora_path) >= size > old:  # the adapter brings the rows
+        resize_embeddings(model, size)
+        old = size
+    if asked and getattr(args, "prefix_tuning", False):
+        raise UserError("prefix_tuning: a prefix does not train the rows of new tokens; use lora: true, or all weights")
+    if size > old and not asked:
+        raise UserError(
+            f"{path}: vocab_size {old} in config.json, but the tokenizer has {size} ids; they belong to different "
+            "models, or tokens were added: resize_vocab: true (or add_tokens) in finetune.py or dpo.py gives them rows"
+        )
+    model.new_ids = sorted({*tokenizer.new_ids, *range(old, size)}) if asked else []
+    if size > old:
+        resize_embeddings(model, size, args.seed)
+        print(f"vocabulary: {size - old} rows added to embedding and head, now {size}")

@@ -108,7 +108,7 @@ class LoraConfig:
         always = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "bias")
         fields = [field for field in dataclasses.fields(self) if field.name != "start"]
         values = {field.name: getattr(self, field.name) for field in fields}
-        return {key: value for key, value in values.items() if key in always or value not in (None, False, {}, [])}
+        return {key: v for key, v in values.items() if key in always or not (v is None or v is False or v in ({}, []))}
 
     @property
     def all_linear(self) -> bool:
