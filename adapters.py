@@ -44,7 +44,14 @@ from formats.weights import (
 from layers import Embedding, Linear, set_parameter
 from lora import LoRAEmbedding, LoRALinear, TrainedTokens
 from model import CausalLM, block_linears, build, linear_paths
-from vocabulary import embedding_layers, embedding_paths, refuse_sharded, resize_embeddings, untie_head
+from vocabulary import (
+    embedding_layers,
+    embedding_paths,
+    refuse_sharded,
+    resize_embeddings,
+    stored_rows,
+    untie_head,
+)
 
 # ============================================================================================ models and their weights
 
@@ -799,6 +806,7 @@ def setup_adapter(model: CausalLM, args: object, checkpoint: Path | None = None)
     path = checkpoint or args.lora_path or getattr(args, "prefix_path", None)
     if path:
         targets = lora and args.lora_target_modules is not None and match_lora_targets(model, args.lora_target_modules)
+        _check_rows(model, path, new_ids, is_resumed=checkpoint is not None)
         load_adapter(model, path, trainable=True)
         wanted = f"LoRA of rank {args.lora_rank}" if lora else f"a prefix of {args.num_prefix_tokens} tokens"
         if adapted_layers(model):
@@ -834,6 +842,20 @@ def setup_adapter(model: CausalLM, args: object, checkpoint: Path | None = None)
             projection_hidden_size=args.prefix_projection_hidden_size,
             seed=args.seed,
         )
+
+
+def _check_rows(model, path, new_ids, is_resumed):
+    """UserError where the rows of an adapter's embedding are not those of the run's tokenizer."""
+    rows, size = stored_rows(model, path), model.config.vocab_size
+    if new_ids and rows not in (0, size):
+        raise UserError(
+            f"{path}: holds rows for {rows} ids, with add_tokens there are {size}; merge it first (export.py), then "
+            "add tokens to the merged model"
+        )
+    if rows > size and is_resumed:
+        raise UserError(f"{path}: holds rows for {rows} ids, the tokenizer has {size}; give add_tokens as in that run")
+    if rows > size:
+        print(f"{path}: holds rows for {rows} ids, the tokenizer knows {size} of them")
 
 
 def _compare_with_arguments(model, args, path, targets):
