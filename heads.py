@@ -18,7 +18,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from adapters import base_folders, load_adapter, merge
+from adapters import base_folders, load_adapter, lora_layers, merge
 from families import FAMILIES, ModelConfig
 from formats.files import UserError
 from formats.weights import load_weights, stored_tensors
@@ -37,6 +37,22 @@ def add_score_head(model: CausalLM, weights: np.ndarray | None) -> None:
         model.score = Linear(model.config.hidden_size, 1, bias=False)
     if weights is not None:
         set_parameter(model.score.weight, weights.reshape([-1, 1]).astype(np.float32))
+
+
+def train_score_head(model: CausalLM) -> None:
+    """Let the head have a gradient, and an adapter's folder hold it; after LoRA has been attached."""
+    model.score.weight.stop_gradient = False
+    if lora_layers(model):
+        model.lora_config = {**model.lora_config, "modules_to_save": ["score"]}
+        model.replaced_weights = {**model.replaced_weights, "score.weight": True}
+
+
+def remove_score_head(model: CausalLM) -> None:
+    """Make it a language model again, also for what is saved."""
+    model.score = None
+    if lora_layers(model):
+        model.lora_config = {key: value for key, value in model.lora_config.items() if key != "modules_to_save"}
+        model.replaced_weights = {k: v for k, v in model.replaced_weights.items() if k != "score.weight"}
 
 
 def initial_score_weights(D: int, seed: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
     python reward.py configs/llama_reward.json                           # any key again as --key value
 
-Reads src/tgt/response/sort records, and "margin" where they have it (see data.py). Prompt, chosen and rejected reply
-are one sequence, several pairs are a row; a reply's score is the head's output at its last token. Trains all weights or
+Reads pairs in many formats (docs/data.md), and "margin" where they have it. Prompt, chosen and rejected reply are one
+sequence, several pairs are a row; a reply's score is the head's output at its last token. Trains all weights or
 LoRA, and the head. Writes a folder of transformers' AutoModelForSequenceClassification with num_labels 1, or with LoRA
 a PEFT adapter of task type SEQ_CLS; rl.py takes either as reward_model_name_or_path.
 """
@@ -25,11 +25,12 @@ import parallel
 import trainer
 from adapters import lora_layers
 from arguments import LoraArgs
-from checkpoint import find_checkpoint, update_best
+from checkpoint import find_checkpoint
 from data import IGNORED, PreferenceDataset, PreferenceLoader
 from formats.files import UserError
+from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
-from heads import ScoreModel, check_shared_prompts, load_reward_model, scored_sample
+from heads import ScoreModel, check_shared_prompts, load_reward_model, scored_sample, train_score_head
 from model import CausalLM
 from parallel import SINGLE, Topology
 from rl_math import preference_losses
@@ -41,8 +42,11 @@ METRICS = ("accuracy", "margin", "mean_reward", "std_reward")
 class Args(LoraArgs):
     model_name_or_path: str = ""  # folder of the language model, or reward model, to start from; an adapter's is merged
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
-    train_dataset_path: str = ""  # pairs to learn: a JSON-lines file, or a folder with train.json(l)
+    train_dataset_path: str = ""  # pairs to learn: a file, a folder with train.json(l), or a blend: docs/data.md
     dev_dataset_path: str = ""  # pairs to evaluate on: a file, or a folder with dev.json(l)
+    max_samples: int | None = None  # take only the first so many pairs of each source
+    val_size: float | None = None  # without dev_dataset_path: hold out this share (< 1) or number of the training pairs
+    columns: str | dict | None = None  # other names of a record's keys: {"chosen": "good", …}
     max_seq_len: int = 4096  # most positions of a packed row, so of a prompt and both replies
     max_prompt_len: int = 2048  # most tokens of a prompt whose pair is longer than max_seq_len
     greedy_zero_padding: bool = False  # pack by best fit over all data, instead of in order
@@ -53,6 +57,7 @@ class Args(LoraArgs):
 
     def check(self) -> list[str]:
         notes = super().check()
+        self.dev_dataset_path = RecordOptions.of(self).dev_path(self.train_dataset_path, self.dev_dataset_path)
         needed = {"model_name_or_path": True, "train_dataset_path": self.do_train, "dev_dataset_path": self.do_eval}
         for key, is_needed in needed.items():
             if is_needed and not getattr(self, key):
@@ -75,8 +80,8 @@ class Args(LoraArgs):
 class ScoredPairs(PreferenceDataset):
     """Pairs as one sequence whose replies end with a token that gets a score. Truncation is PreferenceDataset's."""
 
-    def __init__(self, path: str, tokenizer: Tokenizer, max_seq_len: int, max_prompt_len: int, **options):
-        super().__init__(path, tokenizer, max_seq_len - 1, max_prompt_len, **options)
+    def __init__(self, path: str, tokenizer: Tokenizer, max_seq_len: int, *options):
+        super().__init__(path, tokenizer, max_seq_len - 1, *options)
         self.lengths = self.lengths + 1
 
     def sample(self, i: int) -> tuple[np.ndarray, ...]:
@@ -90,7 +95,7 @@ class ScoredPairs(PreferenceDataset):
         """By how much the chosen reply should score higher; 0 if the record has no "margin"."""
         margin = self.record(i).get("margin") or 0.0
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-            raise UserError(f"{self.files[0]}: pair {i}: 'margin' must be a number, found {margin!r}")
+            raise UserError(f"{self.where(i)}: 'margin' must be a number, found {margin!r}")
         return float(margin)
 
 
@@ -160,14 +165,14 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
     trainer.setup_adapter(model, args, checkpoint)
     for layer in lora_layers(model).values():
         layer.dropout = 0.0
-    model.score.weight.stop_gradient = False
+    train_score_head(model)
 
 
 def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoader:
     """The loader of the pairs for "train" or "dev"."""
-    is_train, progress = split == "train", not args.disable_tqdm
-    path = args.train_dataset_path if is_train else args.dev_dataset_path
-    dataset = ScoredPairs(path, tokenizer, args.max_seq_len, args.max_prompt_len, split=split, progress=progress)
+    is_train, limits = split == "train", (args.max_seq_len, args.max_prompt_len)
+    path, options = getattr(args, f"{split}_dataset_path"), RecordOptions.of(args)
+    dataset = ScoredPairs(path, tokenizer, *limits, split, not args.disable_tqdm, options)
     loader = PreferenceLoader(
         dataset,
         args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size,
@@ -196,7 +201,7 @@ def main(args: Args) -> None:
     network.config.source.setdefault("pad_token_id", tokenizer.pad_token_id)  # transformers batches only with one
     trainer.set_recompute(network, args)
     check_shared_prompts(network, args.model_name_or_path, "max_seq_len", args.max_seq_len)
-    trainer.check_vocabulary(network, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(network, tokenizer, args.model_name_or_path, args)
     trainer.check_positions(network, args.model_name_or_path, {"max_seq_len": args.max_seq_len})
     model, before = ScoreModel(network), None  # model: ids -> scores
 
@@ -233,8 +238,8 @@ def main(args: Args) -> None:
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
-                if args.load_best_model_at_end:
-                    update_best(args, state, metrics, checkpoints)
+                if trainer.note_evaluation(args, state, metrics, checkpoints, log):  # no longer better: early stopping
+                    break
             if state.step >= total:
                 break
             start = log.begin()

@@ -27,12 +27,13 @@ import parallel
 import rl_math
 import rollouts
 import trainer
-from adapters import lora_layers
+from adapters import changes_base, lora_layers
 from arguments import LoraArgs
-from checkpoint import find_checkpoint, update_best
+from checkpoint import find_checkpoint
 from formats.files import UserError
+from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
-from heads import Policy, add_score_head, check_shared_prompts
+from heads import Policy, add_score_head, check_shared_prompts, remove_score_head, train_score_head
 from model import CausalLM
 from rewards import load_reward_functions
 from rollouts import PromptDataset
@@ -49,10 +50,11 @@ ALGORITHMS = {"grpo": "grpo", "rloo": "rloo", "reinforce_plus_plus": "reinforce_
 class Args(LoraArgs):
     model_name_or_path: str = ""  # folder of the policy before training, which is also the reference
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
-    train_datasets: str = ""  # prompts to learn from: a JSON-lines file, or a folder with train.json(l)
-    eval_datasets: str = ""  # prompts to evaluate on: a file, or a folder with dev.json(l)
-    prompt_key: str = "src"  # key of a record that holds the prompt
-    response_key: str = "tgt"  # key that holds the replies to earlier turns
+    train_datasets: str = ""  # prompts to learn from: a file, a folder with train.json, or a blend: docs/data.md
+    eval_datasets: str = ""  # prompts to evaluate on: a file, or a folder with dev.json
+    prompt_key: str | None = None  # other name of the key that holds the prompt; None: as in docs/data.md
+    max_samples: int | None = None  # take only the first so many records of each source
+    columns: str | dict | None = None  # other names of a record's keys: {"src": "question", …}
     chat_template: str | None = None  # name in chat.FORMATS, plain, none, or a template file; None: the tokenizer's own
     max_src_len: int = 3072  # most tokens of a prompt, which loses its beginning
     max_dec_len: int = 512  # most tokens of a reply
@@ -282,19 +284,20 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         add_score_head(model, np.zeros(model.config.hidden_size))
     trainer.setup_adapter(model, args, checkpoint)
     if model.score is not None:
-        model.score.weight.stop_gradient = False
+        train_score_head(model)
+    if changes_base(model):
+        raise UserError(f"{checkpoint or args.lora_path}: the adapter changes the base weights, the reference")
     for layer in lora_layers(model).values():
-        if layer.pissa_init is not None:
-            raise UserError(f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, the reference")
         layer.dropout = 0.0
 
 
 def make_prompts(args: Args, tokenizer: Tokenizer, split: str) -> PromptDataset:
     """The prompts of "train" or "dev"."""
     path = args.train_datasets if split == "train" else args.eval_datasets
-    keys = {"prompt_key": args.prompt_key, "response_key": args.response_key}
-    progress = not args.disable_tqdm
-    dataset = PromptDataset(path, tokenizer, args.max_src_len, split=split, progress=progress, **keys)
+    options = RecordOptions.of(args)
+    if args.prompt_key:
+        options.columns = {**options.columns, "src": args.prompt_key}
+    dataset = PromptDataset(path, tokenizer, args.max_src_len, split, not args.disable_tqdm, options)
     print(f"{split}: {len(dataset):,} prompts of at most {dataset.longest} tokens")
     return dataset
 
@@ -323,7 +326,7 @@ def main(args: Args) -> None:
     trainer.set_recompute(model, args)
     longest = max(data.longest for data in (train, dev) if data)
     check_shared_prompts(model, args.model_name_or_path, "max_src_len + max_dec_len", longest + args.max_dec_len)
-    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     trainer.check_positions(model, args.model_name_or_path, {"max_src_len + max_dec_len": longest + args.max_dec_len})
     if args.do_train:
         setup_adapter(model, args, checkpoint)
@@ -386,8 +389,8 @@ def main(args: Args) -> None:
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
-                if args.load_best_model_at_end:
-                    update_best(args, state, metrics, checkpoints)
+                if trainer.note_evaluation(args, state, metrics, checkpoints, log):  # no longer better: early stopping
+                    break
             if state.step >= total:
                 break
             start = log.begin()
@@ -416,7 +419,7 @@ def main(args: Args) -> None:
 
         trainer.finish_training(run, model, args)
         if model.score is not None:
-            model.score = None  # what output_dir holds can be served; checkpoints keep the values
+            remove_score_head(model)  # what output_dir holds can be served; checkpoints keep the values
             checkpoints.write_model(args.output_dir, args.save_dtype)
     else:
         trainer.prepare_output_dir(args, topology)
@@ -431,8 +434,7 @@ def main(args: Args) -> None:
                 f"reward of greedy replies to dev prompts: before {before[0]['eval_reward']:.4f}, "
                 f"after {metrics['eval_reward']:.4f}"
             )
-            shown = [{"src": dev.text(dev.record(i))} for i in range(min(3, len(dev)))]
-            trainer.print_replies(shown, before[1], replies)
+            trainer.print_replies([dev.text(i) for i in range(min(3, len(dev)))], before[1], replies)
     if args.do_train:
         print(f"\nnext: python serve.py --model_name_or_path {shlex.quote(args.output_dir)}")
 

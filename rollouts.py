@@ -30,8 +30,10 @@ import parallel
 import rl_math
 import trainer
 from adapters import adapter_disabled
-from data import IGNORED, epoch_order, numbered_lines, record_at, sft_files, truncate_prompt
-from formats.files import UserError, atomic_file, brief, parse_json_line
+from data import IGNORED, TokenizedRecords, conversation_prompt, epoch_order, longest_text
+from formats.files import UserError, atomic_file, parse_json_line
+from formats.record_files import RecordOptions, RecordReader
+from formats.records import PAIRS, Conversation, parse_pair, parse_prompt, record_format
 from formats.tokenizer import Tokenizer, load_tokenizer
 from heads import Policy, ScoreModel, load_reward_model, scored_sample
 from model import CausalLM
@@ -43,76 +45,45 @@ BLOCK_SIZE = 16  # tokens of a block of the engine's cache
 # =========================================================================================================== prompts
 
 
-class PromptDataset:
-    """Prompts of a JSON-lines file (or a folder with {split}.json), tokenized and truncated to max_src_len.
+class PromptDataset(TokenizedRecords):
+    """Prompts of a file, a folder with {split}.json, several of them, or a blend; truncated to max_src_len.
 
-    A record is {prompt_key: text or list of user turns, response_key?: reply, or replies to the earlier turns, …}; its
-    other keys are columns for the reward functions. UserError: missing or empty file, or a bad line (file:line).
+    A record has any of the formats of docs/data.md; its last reply, if there is one, is not shown. All keys of a record
+    are columns for the reward functions. UserError: missing or empty file, or a bad record (file:line).
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | list,
         tokenizer: Tokenizer,
         max_src_len: int,
-        *,
-        prompt_key: str = "src",
-        response_key: str = "tgt",
         split: str = "train",
         progress: bool = False,
+        options: RecordOptions | None = None,
     ):
-        self.files, self.prompt_key, self.response_key = sft_files(path, split), prompt_key, response_key
-        self.ids, places = [], []
-        for number, file in enumerate(self.files):
-            for offset, line_number, line in numbered_lines(file, progress):
-                record, where = parse_json_line(line, file, line_number), f"{file}:{line_number}"
-                rounds, context = self._rounds(record, where)
-                ids = truncate_prompt(tokenizer, rounds, context, max_src_len, max_src_len)
-                if not ids:
-                    raise UserError(f"{where}: {prompt_key!r} has no tokens")
-                self.ids.append(np.array(ids, np.int32))
-                places.append((number, offset, line_number))
-        if not places:
-            raise UserError(f"{self.files[0]}: the file is empty; JSON lines with {prompt_key!r} are expected")
-        self.places = np.array(places, np.int64)
-        self.longest = max(map(len, self.ids))
+        self.tokenizer, self.max_src_len = tokenizer, max_src_len
+        self._read(RecordReader(path, split, options, progress), self._encode, 1, "none of the {} prompts has tokens")
+        self.longest = int(self.lengths.max()) + 1
 
-    def _rounds(self, record, where):
-        """[(user, reply)…, (last user, "")] and context of a record."""
-        if self.prompt_key not in record:
-            keys = ", ".join(map(repr, record)) or "no keys"
-            raise UserError(f"{where}: key {self.prompt_key!r} (prompt_key) is missing; found {keys}")
-        turns, replies = record[self.prompt_key], record.get(self.response_key) or []
-        turns, replies = ([x] if isinstance(x, str) else x for x in (turns, replies))
-        for key, texts in ((self.prompt_key, turns), (self.response_key, replies)):
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
-        if not turns or (len(turns) > 1 and len(replies) not in (len(turns) - 1, len(turns))):
-            raise UserError(
-                f"{where}: {self.prompt_key!r} has {len(turns)} turns and {self.response_key!r} {len(replies)}; the "
-                "replies to all turns but the last are needed"
-            )
-        context = record.get("context") or {}
-        if not isinstance(context, dict):
-            raise UserError(f"{where}: 'context' must be an object, found {brief(context)}")
-        return list(zip(turns, [*replies[: len(turns) - 1], ""])), context
+    def _conversation(self, record, where):
+        if record_format(record, PAIRS) is None:
+            return parse_prompt(record, where)
+        pair = parse_pair(record, where)
+        return Conversation(pair.context, [*pair.history, (pair.prompt, "")], [], pair.is_plain)
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def _encode(self, record, where):
+        conversation = self._conversation(record, where)
+        ids = conversation_prompt(self.tokenizer, conversation, self.max_src_len, self.max_src_len)
+        return [ids] if ids else "no prompt"
 
-    def record(self, i: int) -> dict:
-        """The JSON object of prompt i, read again from the file."""
-        return record_at(self.files, self.places[i])
+    def ids(self, i: int) -> np.ndarray:
+        """Prompt number -> its ids, int32."""
+        return self._tokens[self._ends[self.numbers[i]] : self._ends[self.numbers[i] + 1]]
 
-    def text(self, record: dict) -> str:
-        """The last user turn of a record."""
-        turns = record[self.prompt_key]
-        return turns if isinstance(turns, str) else turns[-1]
-
-    def where(self, i: int) -> str:
-        """file:line of prompt i."""
-        number, _, line = self.places[i]
-        return f"{self.files[number]}:{line}"
+    def text(self, i: int) -> str:
+        """Prompt number -> the text of its last user turn."""
+        conversation = self._conversation(self.reader.rename(self.record(i)), self.where(i))
+        return longest_text(conversation.rounds[-1][0])
 
     def numbers_of(self, rollout: int, count: int, seed: int) -> list[int]:
         """The prompts of a rollout. They are one stream over all epochs, so that every rollout has `count` of them."""
@@ -201,7 +172,7 @@ def sampling_params(args: object, seed: int) -> SamplingParams:
 
 def generate_groups(engine: Engine, dataset: PromptDataset, numbers: list[int], params: list) -> list[Group]:
     """The replies to these prompts, with params[i] for the i-th."""
-    prompts = [dataset.ids[number] for number in numbers]
+    prompts = [dataset.ids(number) for number in numbers]
     requests = [Request(ids.tolist(), p) for ids, p in zip(prompts, params)]
     groups = []
     for number, ids, completions in zip(numbers, prompts, engine.generate(requests)):
@@ -293,12 +264,20 @@ class RewardModel:
 def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -> None:
     """reply.scores of all replies by these functions; each function is called once with all of them."""
     replies = [reply for group in groups for reply in group.replies]
-    records = [dataset.record(group.number) for group in groups for _ in group.replies]
-    where = [dataset.where(group.number) for group in groups for _ in group.replies]
-    keys = {key for record in records for key in record} - {dataset.prompt_key, "prompts", "completions"}
+    records, prompts, where = [], [], []
+    for group in groups:
+        record = dataset.record(group.number)
+        prompt = record["prompt"] if isinstance(record.get("prompt"), list) else dataset.text(group.number)
+        records += [record] * len(group.replies)
+        prompts += [prompt] * len(group.replies)
+        where += [dataset.where(group.number)] * len(group.replies)
+    keys = {key for record in records for key in record} - {"prompt", "completion", "prompts", "completions"}
     columns = {key: [record.get(key) for record in records] for key in keys - {"completion_ids"}}
-    prompts = [dataset.text(record) for record in records]
-    texts, ids = [reply.text for reply in replies], [reply.token_ids for reply in replies]
+    ids = [reply.token_ids for reply in replies]
+    texts = [  # as TRL, a message where the prompt is messages
+        [{"role": "assistant", "content": reply.text}] if isinstance(prompt, list) else reply.text
+        for reply, prompt in zip(replies, prompts)
+    ]
     for reply in replies:
         reply.scores = []
     for function in functions:
@@ -502,7 +481,7 @@ def rollout_metrics(groups: list[Group], names: list[str]) -> dict[str, float]:
     metrics = {
         "reward": float(np.mean(rl_math.known(rewards))) if len(rl_math.known(rewards)) else math.nan,
         "reward_std": rl_math.sample_std(rl_math.known(rewards)),
-        "frac_reward_zero_std": float(np.mean([std < 1e-8 for std in stds])),
+        "frac_reward_zero_std": float(np.mean([std < 1e-8 for std in stds])) if len(replies) > len(groups) else 0.0,
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean([reply.is_cut for reply in replies])),
