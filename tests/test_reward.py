@@ -136,7 +136,7 @@ def test_resume_is_bitwise(world, tmp_path):
     [
         ({"do_train": False}, r"base: has no score head; reward.py makes"),
         ({"max_seq_len": 3}, r"max_seq_len: 3; it must be at least 4"),
-        ({"train_dataset_path": "margin.jsonl"}, r"margin.jsonl: pair 0: 'margin' must be a number, found 'big'"),
+        ({"train_dataset_path": "margin.jsonl"}, r"margin.jsonl:[123]: 'margin' must be a number, found 'big'"),
         ({"tensor_parallel_degree": 2}, r"tensor_parallel_degree"),
         ({"process_reward": True}, r"process_reward"),
     ],

@@ -532,7 +532,7 @@ BAD = {
     "one reply": ({"rollout_n": 1}, r"rollout_n: 1: grpo compares replies"),
     "estimator": ({"advantage_estimator": "dpo"}, r"advantage_estimator: 'dpo'; possible are grpo"),
     "save in the middle": ({"update_iters": 2, "save_strategy": "steps", "save_steps": 3}, r"save_steps: 3; .* 2"),
-    "prompt_key": ({"prompt_key": "question"}, r"train.jsonl:1: key 'question' \(prompt_key\) is missing"),
+    "prompt_key": ({"prompt_key": "question"}, r"no record of \S*train.jsonl has a key 'question'"),
     "no reward model": ({"reward_model_name_or_path": "base"}, r"base: has no score head; reward.py"),
     "critic": ({"critic_model_name_or_path": "x"}, r"critic_model_name_or_path: 'x': .*value head"),
 }
