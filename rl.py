@@ -148,6 +148,10 @@ class Args(LoraArgs):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
         return notes
 
+    def check_dry_run(self) -> list[str]:
+        self.max_length = self.max_length or self.max_src_len + self.max_dec_len
+        return super().check_dry_run()
+
     def _check_numbers(self):
         lows = {"max_src_len": 1, "max_dec_len": 1, "min_dec_len": 1, "global_batch_size": 1, "rollout_n": 1}
         lows |= {"update_iters": 1, "top_k": 0, "overlong_reward_buffer": 1, "overlong_penalty_factor": 0}

@@ -39,6 +39,7 @@ from heads import Policy, ScoreModel, load_reward_model, scored_sample
 from model import CausalLM
 from parallel import Topology
 from serving.engine import Engine, Request, SamplingParams
+from serving.runners import make_runner
 
 BLOCK_SIZE = 16  # tokens of a block of the engine's cache
 
@@ -141,13 +142,17 @@ class Group:
 def make_engine(
     model: CausalLM, tokenizer: Tokenizer, longest_prompt: int, max_dec_len: int, sequences: int, replies: int
 ) -> Engine:
-    """An Engine on the model's own weights with room for `sequences` replies at once, `replies` to each prompt."""
+    """An Engine on the model's own weights with room for `sequences` replies at once, `replies` to each prompt.
+
+    Its runner computes with the model's layers, LoRA included: no copy of the weights could be out of date.
+    """
     prompts = -(-sequences // replies)
     prompt_blocks, reply_blocks = -(-longest_prompt // BLOCK_SIZE), -(-max_dec_len // BLOCK_SIZE) + 1
+    num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
     return Engine(
-        model,
+        make_runner(model, num_blocks, BLOCK_SIZE),
         tokenizer,
-        num_blocks=prompts * prompt_blocks + sequences * reply_blocks + 1,
+        num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_num_seqs=sequences,
         max_num_batched_tokens=2048,
