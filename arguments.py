@@ -536,9 +536,7 @@ def _check_foreign_key(key: str, given: _Given, script: _Script) -> list[str]:
             raise UserError(f"{where}: stage: {value!r}: this is {script.name}.py; {done_by}")
         return []
     if key == "dry_run" and not _harmless(key, value):
-        raise UserError(
-            f"{where}: dry_run: pretrain.py, finetune.py, dpo.py, reward.py and rl.py have one; this script does not train"
-        )
+        raise UserError(f"{where}: dry_run: only the training scripts have one; this script does not train")
     if key == "resume_from_checkpoint" and given.text not in ("true", "1") and not _harmless(key, value):
         raise UserError(f"{where}: {name}: {value!r}: this script does not train; give it as model_name_or_path")
     if key in training_keys:
