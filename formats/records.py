@@ -325,15 +325,19 @@ def record_format(record: dict, rows: tuple) -> RecordFormat | None:
     return next((row for row in rows if found.issuperset(row.keys)), None)
 
 
+def _names(record):
+    return ", ".join(map(repr, record))[:120] or "no keys"
+
+
 def _parse(record, where, rows, other_rows, other_script):
     """The record by its row. UserError names file:line, the keys and the formats."""
-    found = ", ".join(map(repr, record))[:120] or "no keys"
-    row, taken = record_format(record, rows), f"taken are {', '.join(row.name for row in rows)}: see docs/data.md"
+    row = record_format(record, rows)
     if row is not None:
         try:
             return row.parse(record, where)
         except UserError as error:
-            raise UserError(f"{error}; keys {found}; formats: docs/data.md") from None
+            raise UserError(f"{error}; keys {_names(record)}; formats: docs/data.md") from None
+    found, taken = _names(record), f"taken are {', '.join(row.name for row in rows)}: see docs/data.md"
     if other := record_format(record, other_rows):
         raise UserError(f"{where}: found {found}; {other.name} is for {other_script}; {taken}")
     near = max(rows, key=lambda row: sum(record.get(key) is not None for key in row.keys) / len(row.keys))
@@ -347,7 +351,7 @@ def parse_conversation(record: dict, where: str) -> Conversation:
     conversation = _parse(record, where, CONVERSATIONS, PAIRS, "dpo.py")
     rounds = conversation.rounds[:-1] if conversation.rounds[-1][1] is None else conversation.rounds
     if not rounds:
-        raise UserError(f"{where}: no message of the assistant to learn; keys {', '.join(map(repr, record))[:120]}")
+        raise UserError(f"{where}: no message of the assistant to learn; keys {_names(record)}")
     return conversation._replace(rounds=rounds, learned=conversation.learned[: len(rounds)])
 
 
