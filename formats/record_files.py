@@ -116,8 +116,9 @@ def raw_records(file: Path, progress: bool = False) -> Iterator[tuple[int | None
         try:
             text = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
             for offset, number, raw in _records_of(text, file, name.removesuffix(".gz")):
-                yield offset if text is stream else None, number, raw
-                bar.update(stream.tell() - bar.n)
+                offset = offset if text is stream else None
+                yield offset, number, raw
+                bar.update(stream.tell() - bar.n if offset is None else len(raw))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{file}: damaged gzip file: {error}") from None
 

@@ -310,19 +310,29 @@ KNOWN_KEYS = tuple(dict.fromkeys(key for row in (*CONVERSATIONS, *PAIRS) for key
 NOT_HERE = "not trained on here: finetune.py takes conversations, dpo.py pairs with chosen and rejected"
 
 
+def with_place(error: UserError, where: str) -> UserError:
+    """The error, beginning with file:line."""
+    return error if str(error).startswith(where) else UserError(f"{where}: {error}")
+
+
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
     """A UserError in here names file:line: what a tokenizer or a template refuses does not know them."""
     try:
         yield
     except UserError as error:
-        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+        raise with_place(error, where) from None
 
 
 def record_format(record: dict, rows: tuple) -> RecordFormat | None:
     """The first row whose keys the record has, None if there is none. A key with null counts as missing."""
-    found = {key for key, value in record.items() if value is not None}
-    return next((row for row in rows if found.issuperset(row.keys)), None)
+    for row in rows:
+        for key in row.keys:
+            if record.get(key) is None:
+                break
+        else:
+            return row
+    return None
 
 
 def _names(record):
