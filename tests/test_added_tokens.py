@@ -40,7 +40,7 @@ def byte_level_folder(path, **config):
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
              "merges": ["h e"]}  # fmt: skip
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [eos], "normalizer": None,
-               "pre_tokenizer": pre, "post_processor": None, "decoder": {"type": "ByteLevel"},
+               "pre_tokenizer": pre, "post_processor": None, "decoder": pre,
                "model": model}  # fmt: skip
     (path / "tokenizer.json").write_text(json.dumps(content))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **config}
