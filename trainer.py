@@ -35,6 +35,7 @@ from tqdm import tqdm
 from adapters import (
     apply_lora,
     apply_prefix,
+    base_folders,
     cast_frozen_to_bf16,
     load_adapter,
     lora_layers,
@@ -152,7 +153,8 @@ class Run:
 
 def setup_tokenizer(args: ScriptArgs) -> Tokenizer:
     """The tokenizer of tokenizer_name_or_path, else of model_name_or_path, with chat_template if that is given."""
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+    folders = base_folders(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path, folders)
     if getattr(args, "chat_template", None) is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     return tokenizer
@@ -880,9 +882,8 @@ def evaluate(model: CausalLM, loader: Loader, max_batches: int | None = None, to
     loss, correct, tokens = topology.all_reduce_sum((loss, correct, tokens))
     if not tokens:
         raise UserError("evaluation: the data has no target token")
-    mean = loss / tokens
-    ppl = math.exp(mean) if mean < 700 else math.inf
-    return {"eval_loss": mean, "eval_accuracy": correct / tokens, "eval_ppl": ppl, "eval_tokens": tokens}
+    ppl = math.exp(loss / tokens) if loss / tokens < 700 else math.inf
+    return {"eval_loss": loss / tokens, "eval_accuracy": correct / tokens, "eval_ppl": ppl, "eval_tokens": tokens}
 
 
 def generate_replies(
@@ -992,8 +993,7 @@ def _lcs_length(a, b):
     positions = collections.defaultdict(int)  # token -> bits of its positions in a
     for i, token in enumerate(a):
         positions[token] |= 1 << i
-    all_ones = (1 << len(a)) - 1
-    row = all_ones
+    row = all_ones = (1 << len(a)) - 1
     for token in b:
         hits = row & positions[token]
         row = ((row + hits) | (row - hits)) & all_ones

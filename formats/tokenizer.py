@@ -5,6 +5,7 @@ import codecs
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
@@ -17,6 +18,7 @@ from formats.chat import (
     save_chat_template,
 )
 from formats.files import UserError, brief, names_in, read_json
+from formats.generation_config import eos_ids, read_generation_config, write_generation_config
 from formats.tokenizer_json import read_tokenizer_json
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
@@ -425,6 +427,7 @@ class Tokenizer:
             self.tail = self._ids_around(row.get("tail", [self.eos_token] if adds_eos else []))
         self.special_ids |= {*self.head, *self.tail}
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
+        self.generation_config = read_generation_config([self.folder])  # load_tokenizer() sets its model's
         self._chat_template = None
         self.chat_template = folder_template(self.folder)
         self.has_chat_format = self.chat_template is not None or is_plain(self.folder)  # False: plain text is a guess
@@ -556,9 +559,11 @@ class Tokenizer:
 
     @property
     def stop_ids(self):
-        """Ids that end a reply: eos, and the tokens with which the chat template ends a turn."""
+        """Ids that end a reply: eos, those of the model's generation_config.json or config.json, and the tokens with
+        which the chat template ends a turn."""
         ends = self.chat_template.stops if self.chat_template else []
-        ids = [self.eos_token_id, *(self.token_id(end) for end in ends if self.has_token(end))]
+        ids = [self.eos_token_id, *eos_ids(self.generation_config)]
+        ids += [self.token_id(end) for end in ends if self.has_token(end)]
         return [i for i in dict.fromkeys(ids) if i is not None]
 
     def normalize(self, text):
@@ -657,16 +662,24 @@ class Tokenizer:
         return sum(encode_conversation(self, segments, 3), [])
 
     def save(self, path):
-        """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it
-        learned."""
+        """Copies the tokenizer's files and writes its chat template and generation_config.json, so that whoever opens
+        the folder asks as it learned and stops where it stops."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
             if source.is_file() and source.resolve() != (path / source.name).resolve():
                 shutil.copyfile(source, path / source.name)
         save_chat_template(self.chat_template, path, plain=self.has_chat_format)
+        pad_id = None if self.pad_token is None else self.pad_token_id
+        write_generation_config(path, self.generation_config, self.stop_ids, self.bos_token_id, pad_id)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Folder with MODEL_FILES and perhaps SIDE_FILES -> Tokenizer. UserError for what CLASSES and JSON_PARTS lack."""
-    return Tokenizer(path)
+def load_tokenizer(path: str | Path, model_folders: Iterable[str | Path] = ()) -> Tokenizer:
+    """Folder with MODEL_FILES and perhaps SIDE_FILES -> Tokenizer. UserError for what CLASSES and JSON_PARTS lack.
+
+    model_folders: of the model that it is for, an adapter's before its base's: Tokenizer.stop_ids holds what their
+    generation_config.json or config.json says; by default, what those of `path` say.
+    """
+    tokenizer = Tokenizer(path)
+    tokenizer.generation_config = read_generation_config(model_folders) or tokenizer.generation_config
+    return tokenizer
