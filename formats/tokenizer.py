@@ -9,16 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
-from formats.chat import (
-    TEMPLATE_FILE,
-    check_messages,
-    encode_conversation,
-    folder_template,
-    is_plain,
-    save_chat_template,
-)
+from formats.chat import encode_conversation, folder_template, is_plain_folder, save_chat_template
+from formats.chat_formats import TEMPLATE_FILE
 from formats.files import UserError, brief, names_in, read_json
 from formats.generation_config import eos_ids, read_generation_config, write_generation_config
+from formats.messages import parse_messages, plain_rounds
 from formats.tokenizer_json import read_tokenizer_json
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")  # Hugging Face's name, PaddleNLP's name
@@ -430,7 +425,9 @@ class Tokenizer:
         self.generation_config = read_generation_config([self.folder])  # load_tokenizer() sets its model's
         self._chat_template = None
         self.chat_template = folder_template(self.folder)
-        self.has_chat_format = self.chat_template is not None or is_plain(self.folder)  # False: plain text is a guess
+        self.has_chat_format = self.chat_template is not None or is_plain_folder(
+            self.folder
+        )  # False: plain text is a guess
 
     def _read_side_files(self):
         """tokenizer_config.json over special_tokens_map.json, {} without them."""
@@ -561,9 +558,11 @@ class Tokenizer:
     def stop_ids(self):
         """Ids that end a reply: eos, those of the model's generation_config.json or config.json, and the tokens with
         which the chat template ends a turn."""
-        ends = self.chat_template.stops if self.chat_template else []
         ids = [self.eos_token_id, *eos_ids(self.generation_config)]
-        ids += [self.token_id(end) for end in ends if self.has_token(end)]
+        for end in self.chat_template.stops if self.chat_template else ():
+            if not self.has_token(end):  # such as an end mark, a line break and eos
+                end = max((token for token in self.special if end.startswith(token)), key=len, default=None)
+            ids.append(None if end is None else self.token_id(end))
         return [i for i in dict.fromkeys(ids) if i is not None]
 
     def normalize(self, text):
@@ -629,30 +628,37 @@ class Tokenizer:
         return self.decode(ids[:stop]).strip()
 
     def encode_chat(self, rounds, context=None, is_training=False):
-        """[(user, bot)...] -> system ids, [(user ids, bot ids)...]. The last bot may be None: still to be generated.
+        """[(prompt, reply)...] as parse_messages gives them -> system ids, [(prompt ids, reply ids)...].
 
-        A prompt is the same ids in training and in generation, whatever reply follows it. Without a template: each user
-        turn with special tokens, each bot turn followed by eos, and a context's system text on a line of its own before
-        the first user turn."""
+        The last reply may be None: still to be generated. A prompt is the same ids in training and in generation,
+        whatever reply follows it. reply ids are what is learned: [] for a reply that the template shows and that is
+        not learned (formats/rendering.py). Without a template: each user turn with special tokens, each reply followed
+        by eos, and a context's system text on a line of its own before the first user turn."""
         context, template = context or {}, self.chat_template
         if template is None:
             system = f"{context['system']}\n" if context.get("system") else ""
             eos = [] if self.eos_token_id is None else [self.eos_token_id]
-            users = [self.encode((system if i == 0 else "") + user) for i, (user, _) in enumerate(rounds)]
-            bots = [None if bot is None else self.encode(bot, False) + eos for _, bot in rounds]
+            turns = plain_rounds(rounds, context, "plain text without a chat template")
+            users = [self.encode((system if i == 0 else "") + user) for i, (user, _) in enumerate(turns)]
+            bots = [None if bot is None else self.encode(bot, False) + eos for _, bot in turns]
             return [], list(zip(users, bots))
         segments = template.segments(rounds, context, self, is_training)
-        system_ids, *turns = encode_conversation(self, segments, 1 + 2 * len(rounds))
-        bots = [None if bot is None else ids for (_, bot), ids in zip(rounds, turns[1::2])]
-        return system_ids, list(zip(turns[::2], bots))
+        system_ids, *parts = encode_conversation(self, segments, 1 + 2 * len(rounds))
+        bots = [None if bot is None else ids for (_, bot), ids in zip(rounds, parts[1::2])]
+        return system_ids, list(zip(parts[::2], bots))
 
-    def apply_chat(self, messages, add_generation_prompt=True):
-        """[{"role": "system" | "user" | "assistant", "content": str}...] -> ids by the chat template (plain text
-        without one).
-
-        UserError unless the roles are: system at most once and first, then user and assistant in turn, a user last if a
-        reply is to follow."""
-        context, rounds = check_messages(messages, add_generation_prompt)
+    def apply_chat(self, messages, add_generation_prompt=True, *, tools=None, template_kwargs=None):
+        """Messages of OpenAI or transformers, tools, chat_template_kwargs -> ids by the chat template (plain text
+        without one). UserError for messages that parse_messages or the template refuses, and unless the last message
+        is the assistant's or, with add_generation_prompt, another's."""
+        context, rounds = parse_messages(messages, tools)
+        if template_kwargs:
+            context["chat_template_kwargs"] = template_kwargs
+        if (rounds[-1][1] is None) != add_generation_prompt or rounds[-1] == ([], None):
+            raise UserError(
+                "messages: the last must be the user's or a tool's if a reply is to be generated, else the "
+                f"assistant's; found {brief(messages[-1].get('role'))}"
+            )
         if self.chat_template is None:
             _, encoded = self.encode_chat(rounds, context)
             return [i for user, bot in encoded for i in user + (bot or [])]

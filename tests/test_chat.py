@@ -17,16 +17,16 @@ import pytest
 import data
 from data import PreferenceDataset, SFTDataset
 from formats.chat import (
-    FORMATS,
     JinjaTemplate,
-    PromptSegment,
-    check_messages,
     encode_conversation,
     folder_template,
     load_chat_template,
     save_chat_template,
 )
+from formats.chat_formats import FORMATS
 from formats.files import UserError
+from formats.messages import parse_messages
+from formats.rendering import PromptSegment
 from formats.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "tokenizers"
@@ -93,7 +93,7 @@ def message(error):
 
 
 def split(messages):
-    return check_messages(messages, messages[-1]["role"] == "user")
+    return parse_messages(messages)
 
 
 # ------------------------------ what each family writes ------------------------------
@@ -450,7 +450,7 @@ def test_ends_of_replies():
 USER, BOT, SYSTEM = CHAT[1], CHAT[2], CHAT[0]
 
 
-@pytest.mark.parametrize("template", [None, "chatml", "chatglm3"])
+@pytest.mark.parametrize("template", [None, "qwen2", "chatglm3"])
 @pytest.mark.parametrize(
     "messages, generate, words",
     [
@@ -621,9 +621,9 @@ def test_saving_leaves_one_template(tmp_path):
     assert files() == ["chat_template.jinja", "tokenizer_config.json"] and folder_template(tmp_path).source == SHORT
     assert json.loads(config.read_bytes())["chat_template"] == SHORT
     save_chat_template(FORMATS["chatglm3"], tmp_path)
-    assert (
-        files() == ["chat_template.json", "tokenizer_config.json"] and folder_template(tmp_path) is FORMATS["chatglm3"]
-    )
+    assert files() == ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+    assert folder_template(tmp_path) is FORMATS["chatglm3"]  # the other is for transformers
+    assert (tmp_path / "chat_template.jinja").read_text() == FORMATS["chatglm3"].jinja()
     assert json.loads(config.read_bytes()) == {"bos_token": "<s>"}
     save_chat_template(None, tmp_path)
     assert files() == ["tokenizer_config.json"] and folder_template(tmp_path) is None
