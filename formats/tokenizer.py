@@ -11,7 +11,7 @@ from pathlib import Path
 from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
 from formats.chat import encode_conversation, folder_template, is_plain_folder, save_chat_template
 from formats.chat_formats import TEMPLATE_FILE
-from formats.files import UserError, brief, names_in, read_json
+from formats.files import UserError, brief, names_in, read_json, refuse_lfs_pointer
 from formats.generation_config import eos_ids, read_generation_config, write_generation_config
 from formats.messages import parse_messages, plain_rounds
 from formats.tokenizer_json import read_tokenizer_json
@@ -161,6 +161,7 @@ class SentencePieceModel:
                 # false}
                 self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except RuntimeError:
+            refuse_lfs_pointer(path)
             raise UserError(
                 f"{path}: neither a sentencepiece model nor tiktoken text (base64, a space, the rank)"
             ) from None
