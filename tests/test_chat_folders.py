@@ -236,7 +236,7 @@ def trained(folder, chat_format):
     formats.weights.save_pretrained(model, base)
     write(base / "generation_config.json", BASE_GENERATION)
     byte_tokenizer(base, tokens)
-    (folder / "sft").mkdir()
+    (folder / "sft").mkdir(parents=True)
     (folder / "sft" / "train.json").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     keys = {
         "model_name_or_path": str(base),
@@ -290,7 +290,7 @@ def check_folder(folder, chat_format):
     assert (source["eos_token_id"], source["bos_token_id"]) == (257, 256)
     assert (folder / "chat_template.jinja").is_file()
     found = served(folder)
-    assert [text for *_, text in found] == ["It is warm.", "Five each!", "Cold, I think."]
+    assert [text.strip() for *_, text in found] == ["It is warm.", "Five each!", "Cold, I think."]
     assert all(reply[-1] == end for _, reply, _ in found)
     return found
 
@@ -325,9 +325,7 @@ import json, pathlib, sys, vllm
 chats, answers = json.loads(pathlib.Path(sys.argv[1]).read_text()), {}
 for folder in map(pathlib.Path, sys.argv[2:]):
     model = vllm.LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=192)
-    params = vllm.SamplingParams(temperature=0.0, max_tokens=60)
-    params.update_from_generation_config(model.llm_engine.model_config.try_get_generation_config())
-    outputs = model.chat(chats, params, use_tqdm=False)
+    outputs = model.chat(chats, vllm.SamplingParams(temperature=0.0, max_tokens=60), use_tqdm=False)
     answers[folder.parent.name] = [[list(o.prompt_token_ids), list(o.outputs[0].token_ids), o.outputs[0].text]
                                    for o in outputs]
     del model
@@ -335,22 +333,39 @@ print(json.dumps(answers))
 """
 
 
+@pytest.fixture(scope="module")
+def chat_folders(tmp_path_factory, request):
+    """({format: folder of its SFT}, {format: what served() gives}, chats.json)."""
+    if request.config.getoption("--hf-python") is None:
+        pytest.skip("needs --hf-python: a Python with torch and transformers")
+    folder = tmp_path_factory.mktemp("formats")
+    write(folder / "chats.json", CHATS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_curves", lambda folder: None)
+        patch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
+        folders = {name: trained(folder / name, name) for name in FORMATS}
+    return folders, {name: check_folder(path, name) for name, path in folders.items()}, folder / "chats.json"
+
+
 @pytest.mark.torch
-def test_transformers_and_vllm_chat_as_this_server_does(tmp_path, quick, hf_python, request):
+def test_transformers_chats_as_this_server_does(chat_folders, hf_python):
     """The same prompt ids, greedy ids with the stop token, and text, for four formats."""
-    folders = {name: trained(tmp_path / name, name) for name in FORMATS if not (tmp_path / name).mkdir()}
-    ours = {name: check_folder(folder, name) for name, folder in folders.items()}
-    write(tmp_path / "chats.json", CHATS)
-    theirs = hf_python(TRANSFORMERS, tmp_path / "chats.json", *folders.values())
+    folders, ours, chats = chat_folders
+    theirs = hf_python(TRANSFORMERS, chats, *folders.values())
     for name, replies in ours.items():
         for i, (prompt, reply, text) in enumerate(replies):
             assert theirs[f"{name} {i} prompt"].tolist() == prompt, (name, i)
             assert theirs[f"{name} {i} reply"].tolist() == reply and str(theirs[f"{name} {i} text"]) == text, (name, i)
         assert theirs[f"{name} temperature"] == 0.6
+
+
+@pytest.mark.torch
+def test_vllm_chats_as_this_server_does(chat_folders, tmp_path, request):
+    folders, ours, chats = chat_folders
     python = Path(request.config.getoption("--hf-python")).parents[2] / "vllm" / "bin" / "python"
     if not python.is_file():
-        pytest.skip(f"transformers agrees on {len(ours)} formats; vLLM is not installed at {python}")
-    command = [python, "-c", VLLM, tmp_path / "chats.json", *folders.values()]
+        pytest.skip(f"no vLLM at {python}")
+    command = [python, "-c", VLLM, chats, *folders.values()]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, replies in json.loads(done.stdout.splitlines()[-1]).items():

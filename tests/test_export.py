@@ -144,7 +144,7 @@ def test_hf_from_shards_and_back(tmp_path, capsys):
     assert load_tokenizer(folder).encode("hello") == load_tokenizer(DEMO).encode("hello")
     last = capsys.readouterr().out.splitlines()[-2]
     total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "run_args.json")
-    assert f"format hf, {len(files) + 5} files, {total:,} bytes; largest difference of logits 0" in last
+    assert f"format hf, {len(files) + 6} files, {total:,} bytes; largest difference of logits 0" in last
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left aside
 
 
