@@ -217,7 +217,7 @@ def test_hf_keeps_every_file_of_a_tokenizer(tmp_path):
     for name, text in (
         ("tokenizer.json", json.dumps(tokenizer)),
         ("merges.txt", "a b\n"),
-        ("generation_config.json", "{}"),
+        ("generation_config.json", '{\n  "unknown": 1,\n  "eos_token_id": 2\n}\n'),
     ):
         (source / name).write_text(text)
     folder = run(tmp_path / "out", model_name_or_path=source)
