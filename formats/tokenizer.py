@@ -423,7 +423,7 @@ class Tokenizer:
             self.tail = self._ids_around(row.get("tail", [self.eos_token] if adds_eos else []))
         self.special_ids |= {*self.head, *self.tail}
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
-        self.generation_config = read_generation_config([self.folder])  # load_tokenizer() sets its model's
+        self.generation_config = read_generation_config([self.folder]) or None  # None: of a model that is not known
         self._chat_template = None
         self.chat_template = folder_template(self.folder)
         self.has_chat_format = self.chat_template is not None or is_plain_folder(
@@ -559,7 +559,7 @@ class Tokenizer:
     def stop_ids(self):
         """Ids that end a reply: eos, those of the model's generation_config.json or config.json, and the tokens with
         which the chat template ends a turn."""
-        ids = [self.eos_token_id, *eos_ids(self.generation_config)]
+        ids = [self.eos_token_id, *eos_ids(self.generation_config or {})]
         for end in self.chat_template.stops if self.chat_template else ():
             if not self.has_token(end):  # such as an end mark, a line break and eos
                 end = max((token for token in self.special if end.startswith(token)), key=len, default=None)
@@ -669,16 +669,17 @@ class Tokenizer:
         return sum(encode_conversation(self, segments, 3), [])
 
     def save(self, path):
-        """Copies the tokenizer's files and writes its chat template and generation_config.json, so that whoever opens
-        the folder asks as it learned and stops where it stops."""
+        """Copies the tokenizer's files and writes its chat template and, for a model, generation_config.json, so that
+        whoever opens the folder asks as it learned and stops where it stops."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
             if source.is_file() and source.resolve() != (path / source.name).resolve():
                 shutil.copyfile(source, path / source.name)
         save_chat_template(self.chat_template, path, plain=self.has_chat_format)
-        pad_id = None if self.pad_token is None else self.pad_token_id
-        write_generation_config(path, self.generation_config, self.stop_ids, self.bos_token_id, pad_id)
+        if self.generation_config is not None:
+            pad_id = None if self.pad_token is None else self.pad_token_id
+            write_generation_config(path, self.generation_config, self.stop_ids, self.bos_token_id, pad_id)
 
 
 def load_tokenizer(path: str | Path, model_folders: Iterable[str | Path] = ()) -> Tokenizer:
@@ -688,5 +689,6 @@ def load_tokenizer(path: str | Path, model_folders: Iterable[str | Path] = ()) -
     generation_config.json or config.json says; by default, what those of `path` say.
     """
     tokenizer = Tokenizer(path)
-    tokenizer.generation_config = read_generation_config(model_folders) or tokenizer.generation_config
+    if folders := list(model_folders):
+        tokenizer.generation_config = read_generation_config(folders) or tokenizer.generation_config or {}
     return tokenizer
