@@ -429,7 +429,10 @@ def _split_experts(name: str, tensor: StoredTensor, config: ModelConfig) -> dict
 def save_pretrained(
     model: CausalLM, path: str | Path, dtype: str = "float32", *, max_shard_bytes: int = 5 << 30
 ) -> None:
-    """Write config.json and model*.safetensors in Hugging Face's layout; each file atomically, config.json last."""
+    """Write config.json and model*.safetensors in Hugging Face's layout; each file atomically, config.json last.
+
+    A model.safetensors or index that is there in the other layout is removed: it would be read in place of the new one.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     files, sizes = [{}], [0]  # a file: {name: (function, shape, dtype)}
@@ -450,6 +453,8 @@ def save_pretrained(
         weight_map = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
         with atomic_file(path / "model.safetensors.index.json") as file:
             json.dump({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, file, indent=2)
+    stale = "model.safetensors.index.json" if len(files) == 1 else "model.safetensors"  # of another layout
+    (path / stale).unlink(missing_ok=True)
     with atomic_file(path / "config.json") as file:
         file.write(model.config.to_json(dtype))
 

@@ -357,6 +357,8 @@ def test_transformers_chats_as_this_server_does(chat_folders, hf_python):
             assert theirs[f"{name} {i} prompt"].tolist() == prompt, (name, i)
             assert theirs[f"{name} {i} reply"].tolist() == reply and str(theirs[f"{name} {i} text"]) == text, (name, i)
         assert theirs[f"{name} temperature"] == 0.6
+        lengths = [f"{len(prompt)} + {len(reply)}" for prompt, reply, _ in replies]
+        print(f"| {name} | {FORMATS[name][0]} | {', '.join(lengths)} | `{ENDS[name]}` | equal |")
 
 
 @pytest.mark.torch
