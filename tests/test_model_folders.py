@@ -204,6 +204,15 @@ def test_which_of_several_weight_files_is_read(tmp_path):
         logits(folder)
 
 
+def test_saving_in_another_layout_removes_what_would_be_read_first(tmp_path):
+    a, b = tiny_models.build("llama", 0), tiny_models.build("llama", 1)
+    for model, size in ((a, 1 << 30), (b, 8_000), (a, 1 << 30)):
+        formats.weights.save_pretrained(model, tmp_path, max_shard_bytes=size)
+        again = adapters.from_pretrained(tmp_path)
+        for saved, read in zip(formats.weights.named_weights(model), formats.weights.named_weights(again)):
+            np.testing.assert_array_equal(saved.to_numpy(), read.to_numpy())
+
+
 def test_shards_in_a_subfolder_of_the_index_and_none_outside(tmp_path):
     folder = tiny_models.write(tmp_path / "a", "llama")
     expected = logits(folder)
