@@ -176,6 +176,9 @@ class LoraArgs(TrainingArgs):
     rslora: bool = False  # scale by alpha/sqrt(rank) (arXiv 2312.03732)
     lora_plus_scale: float = 1.0  # LoRA+: learning rate of B over that of A (arXiv 2402.12354)
     dora: bool = False  # train magnitudes beside directions (arXiv 2402.09353)
+    add_tokens: str | list[str] | None = None  # new tokens, with rows of embedding and head that are trained
+    add_special_tokens: str | list[str] | None = None  # the same, left out of decoded text
+    resize_vocab: bool = False  # rows for all ids of a tokenizer that has more than the model
 
     def check(self) -> list[str]:
         for key in ("lora_path", "rslora", "dora", "pissa"):

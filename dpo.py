@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import parallel
 import trainer
-from adapters import adapter_disabled, lora_layers
+from adapters import adapter_disabled, changes_base, lora_layers
 from arguments import LoraArgs
 from checkpoint import find_checkpoint, update_best
 from data import PreferenceDataset, PreferenceLoader
@@ -300,9 +300,11 @@ def check_model(model: CausalLM, args: Args) -> None:
 def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -> None:
     """trainer.setup_adapter() for a policy that starts equal to its reference: neither PiSSA nor dropout."""
     trainer.setup_adapter(model, args, checkpoint)
+    if changes_base(model):
+        pissa = any(layer.pissa_init is not None for layer in lora_layers(model).values())
+        kind = "a PiSSA adapter" if pissa else "an adapter with trained biases or modules_to_save"
+        raise UserError(f"{checkpoint or args.lora_path}: {kind} changes the base weights, the reference")
     for layer in lora_layers(model).values():
-        if layer.pissa_init is not None:
-            raise UserError(f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, the reference")
         layer.dropout = 0.0
 
 
@@ -338,7 +340,7 @@ def main(args: Args) -> None:
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
     check_model(model, args)
-    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     reply_end = args.max_prompt_len + args.max_new_tokens
     needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}
     trainer.check_positions(model, args.model_name_or_path, needed)

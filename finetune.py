@@ -186,7 +186,7 @@ def main(args: Args) -> None:
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
     model.neftune_noise_alpha = args.neftune_noise_alpha
-    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     prefix_tokens = args.num_prefix_tokens if args.prefix_tuning else 0
     needed = {"max_length": args.max_length, "src_length + max_new_tokens": args.src_length + args.max_new_tokens}
     needed = {key: tokens + prefix_tokens for key, tokens in needed.items()}

@@ -32,16 +32,8 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
-from adapters import (
-    apply_lora,
-    apply_prefix,
-    base_folders,
-    cast_frozen_to_bf16,
-    load_adapter,
-    lora_layers,
-    restore_adapter,
-    trainable_weights,
-)
+from adapters import base_folders, cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
+from adapters import setup_adapter as setup_adapter  # for the scripts
 from arguments import ScriptArgs, TrainingArgs, parse_args
 from checkpoint import (
     CheckpointManager,
@@ -56,6 +48,7 @@ from data import CorpusLoader, SFTLoader
 from distributed.collectives import gather_tensor_index
 from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch, current_watchdog
+from formats.added_tokens import split_tokens
 from formats.chat import load_chat_template
 from formats.files import UserError, _disk_full, atomic_file
 from formats.tokenizer import Tokenizer, load_tokenizer
@@ -63,6 +56,7 @@ from formats.weights import SaveEntry, SaveSource
 from model import CausalLM, generate
 from parallel import SINGLE, Topology, pipelined_map, shard_adapters
 from plan import dry_run
+from vocabulary import check_vocabulary as check_vocabulary  # for the scripts
 
 Loader = SFTLoader | CorpusLoader  # .batches_per_epoch, .batch(epoch, index) -> the dict described in data.py
 
@@ -152,9 +146,12 @@ class Run:
 
 
 def setup_tokenizer(args: ScriptArgs) -> Tokenizer:
-    """The tokenizer of tokenizer_name_or_path, else of model_name_or_path, with chat_template if that is given."""
-    folders = base_folders(args.model_name_or_path)
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path, folders)
+    """The tokenizer of tokenizer_name_or_path, else of lora_path or model_name_or_path (or of the base model of these),
+    with add_tokens, and with chat_template if that is given."""
+    folder = args.tokenizer_name_or_path or tokenizer_folder(args.model_name_or_path, getattr(args, "lora_path", None))
+    tokenizer = load_tokenizer(folder, base_folders(args.model_name_or_path))
+    for key, special in (("add_tokens", False), ("add_special_tokens", True)):
+        tokenizer.add_tokens(split_tokens(getattr(args, key, None), key), special)
     if getattr(args, "chat_template", None) is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     return tokenizer
@@ -163,42 +160,6 @@ def setup_tokenizer(args: ScriptArgs) -> Tokenizer:
 def trains_adapter(args: TrainingArgs) -> bool:
     """Whether LoRA or a prefix is trained, not the model's own weights."""
     return getattr(args, "lora", False) or getattr(args, "prefix_tuning", False)
-
-
-def setup_adapter(model: CausalLM, args: TrainingArgs, checkpoint: Path | None = None) -> None:
-    """Attach the LoRA or prefix that is trained: from a checkpoint, from lora_path or prefix_path, or a new one."""
-    if not trains_adapter(args):
-        return
-    path = checkpoint or args.lora_path or getattr(args, "prefix_path", None)
-    if path:
-        load_adapter(model, path, trainable=True)
-        wanted = f"LoRA of rank {args.lora_rank}" if args.lora else f"a prefix of {args.num_prefix_tokens} tokens"
-        if lora_layers(model):
-            loaded = f"LoRA of rank {model.lora_config['r']}"
-        else:
-            loaded = f"a prefix of {model.prefix.tokens} tokens"
-        if loaded != wanted:
-            raise UserError(f"{path}: holds {loaded}, but the arguments ask for {wanted}")
-    elif args.lora:
-        apply_lora(
-            model,
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            dropout=getattr(args, "lora_dropout", 0.0),
-            rslora=args.rslora,
-            dora=args.dora,
-            pissa=getattr(args, "pissa", False),
-            targets=args.lora_target_modules,
-            seed=args.seed,
-        )
-    else:
-        apply_prefix(
-            model,
-            tokens=args.num_prefix_tokens,
-            projection=args.prefix_projection,
-            projection_hidden_size=args.prefix_projection_hidden_size,
-            seed=args.seed,
-        )
 
 
 def setup_training(
@@ -271,15 +232,6 @@ def set_recompute(model: CausalLM, args: TrainingArgs) -> None:
         raise UserError(f"no_recompute_layers: {max(layers)}; the model has {L} layers, counted from 0")
     model.recompute, model.recompute_granularity = args.recompute, args.recompute_granularity
     model.no_recompute_layers = frozenset(layers)
-
-
-def check_vocabulary(model: CausalLM, tokenizer: Tokenizer, path: str) -> None:
-    """UserError if the tokenizer has ids that the model's embedding has no row for."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{path}: vocab_size {model.config.vocab_size} in config.json, but the tokenizer has "
-            f"{tokenizer.vocab_size} ids; they belong to different models"
-        )
 
 
 def check_positions(model: CausalLM, path: str, needed: dict[str, int]) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from formats.added_tokens import AddedToken, write_added_tokens
 from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
 from formats.chat import encode_conversation, folder_template, is_plain_folder, save_chat_template
 from formats.chat_formats import TEMPLATE_FILE
@@ -385,7 +386,7 @@ class Tokenizer:
         self.folder = Path(folder)
         config = self._read_side_files()
         self.kind, path, name = tokenizer_class(self.folder, config)
-        row = CLASSES.get(self.kind, {}).get(name, {})
+        row = self._row = CLASSES.get(self.kind, {}).get(name, {})
         settings = {**row, **config}
         tokens, legacy = (), bool(settings.get("legacy"))
         self._white_space = WHITE_SPACE if self.kind == "json" else None
@@ -424,6 +425,7 @@ class Tokenizer:
         self.special_ids |= {*self.head, *self.tail}
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
         self.generation_config = read_generation_config([self.folder]) or None  # None: of a model that is not known
+        self.new_tokens, self.new_ids = [], []  # of add_tokens(): AddedTokens, and ids that no file has
         self._chat_template = None
         self.chat_template = folder_template(self.folder)
         self.has_chat_format = self.chat_template is not None or is_plain_folder(
@@ -501,6 +503,21 @@ class Tokenizer:
         if row.get("strips"):
             self.flags = {text: {"lstrip": True, "rstrip": True} | self.flags.get(text, {}) for text in self.added}
         self._prepare_split(row)
+
+    def add_tokens(self, tokens, special=False):
+        """Makes texts tokens: with an id of their own after all others, unless the vocabulary has them; save() writes
+        them. special: left out of decoded text."""
+        for text in tokens:
+            token_id = self.token_id(text)
+            if token_id is None:
+                token_id, self.vocab_size = self.vocab_size, self.vocab_size + 1
+                self.new_ids.append(token_id)
+            if text not in self.added or special and text not in self.special:
+                self.new_tokens.append(AddedToken(text, token_id, special))
+                self.added[text], self.added_ids[token_id], self.flags[text] = token_id, text, {"special": special}
+                self.special |= {text} if special else set()
+                self.special_ids |= {token_id} if special else set()
+        self._prepare_split(self._row)
 
     def _prepare_split(self, row):
         """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalization, after
@@ -676,6 +693,8 @@ class Tokenizer:
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
             if source.is_file() and source.resolve() != (path / source.name).resolve():
                 shutil.copyfile(source, path / source.name)
+        if self.new_tokens:
+            write_added_tokens(path, self.new_tokens)
         save_chat_template(self.chat_template, path, plain=self.has_chat_format)
         if self.generation_config is not None:
             pad_id = None if self.pad_token is None else self.pad_token_id
