@@ -2,7 +2,7 @@
 its ids in every script, and the same greedy replies from this server, transformers and vLLM.
 
 python -m pytest tests/test_chat_folders.py                                  # CPU, half a minute
-python -m pytest tests/test_chat_folders.py --hf-python /path/to/bin/python  # four formats in transformers, and in vLLM
+python -m pytest tests/test_chat_folders.py --hf-python /path/to/bin/python  # five formats in transformers, and in vLLM
                                                                              # if a venv "vllm" lies beside that one
 """
 
@@ -171,8 +171,15 @@ FORMATS = {  # chat_template: the family, (bos, eos, the format's own tokens …
     ),
     "gemma": ("gemma", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
     "mistral-v3": ("mistral", ("<s>", "</s>", "[INST]", "[/INST]")),
+    "chatml by add_special_tokens": ("llama", ("<s>", "</s>", "<|im_start|>", "<|im_end|>")),
 }
-ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral-v3": "</s>"}
+ENDS = {
+    "chatml": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "mistral-v3": "</s>",
+    "chatml by add_special_tokens": "<|im_end|>",
+}
 RECORDS = [
     {"src": ["red lamp"], "tgt": ["It is warm."]},
     {"src": ["ten coins?"], "tgt": ["Five each!"]},
@@ -225,7 +232,8 @@ def byte_tokenizer(folder, tokens):
 
 def trained(folder, chat_format):
     """A base model without a chat format -> the folder of its SFT on three conversations in this format."""
-    family, tokens = FORMATS[chat_format]
+    (family, tokens), adds = FORMATS[chat_format], chat_format.endswith("add_special_tokens")
+    tokens, added = (tokens[:2], tokens[2:]) if adds else (tokens, ())
     base, out = folder / "base", folder / "out"
     size = {"vocab_size": 256 + len(tokens), "hidden_size": 48, "head_dim": 12, "num_hidden_layers": 2}
     size |= {"intermediate_size": 96, "max_position_embeddings": 256, "rope_theta": 10000.0, "sliding_window": None}
@@ -242,7 +250,7 @@ def trained(folder, chat_format):
         "model_name_or_path": str(base),
         "dataset_name_or_path": str(folder / "sft"),
         "output_dir": str(out),
-        "chat_template": chat_format,
+        "chat_template": chat_format.split()[0],
         "max_steps": 90,
         "learning_rate": 0.01,
         "per_device_train_batch_size": 3,
@@ -251,7 +259,7 @@ def trained(folder, chat_format):
         "do_train": True,
         "save_strategy": "no",
         "disable_tqdm": True,
-    }
+    } | ({"add_special_tokens": " ".join(added)} if added else {})
     argv = [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in keys.items()]
     finetune.main(parse_args(finetune.Args, argv))
     return out
@@ -349,7 +357,7 @@ def chat_folders(tmp_path_factory, request):
 
 @pytest.mark.torch
 def test_transformers_chats_as_this_server_does(chat_folders, hf_python):
-    """The same prompt ids, greedy ids with the stop token, and text, for four formats."""
+    """The same prompt ids, greedy ids with the stop token, and text, for every format."""
     folders, ours, chats = chat_folders
     theirs = hf_python(TRANSFORMERS, chats, *folders.values())
     for name, replies in ours.items():
