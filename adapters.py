@@ -39,6 +39,7 @@ from formats.weights import (
     load_weights,
     named_weights,
     paddlenlp_names,
+    read_config,
     stored_tensors,
 )
 from layers import Embedding, Linear, set_parameter
@@ -63,7 +64,7 @@ def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
     with LoRA merged into it or the prefix put on.
     """
     *adapters, base = base_folders(path)
-    model = build(ModelConfig.from_json(base), dtype)
+    model = build(read_config(base), dtype)
     load_weights(model, base)
     for adapter in reversed(adapters):
         merge(load_adapter(model, adapter))

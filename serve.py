@@ -31,7 +31,7 @@ import paddle
 from tqdm import tqdm
 
 import trainer
-from adapters import from_pretrained, load_adapter, tokenizer_folder
+from adapters import base_folders, from_pretrained, load_adapter, tokenizer_folder
 from arguments import ScriptArgs
 from data import conversation_prompt
 from formats.chat import load_chat_template
@@ -158,7 +158,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
     if not path.is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path))
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     adapters = adapter_paths(args.lora_path)
