@@ -9,6 +9,7 @@ peft cannot share a process with Paddle here, so what it computes comes from tes
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -23,6 +24,7 @@ import families
 import formats.tensor_files
 import formats.weights
 import model as M
+import serving.runners
 from formats.files import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -217,6 +219,31 @@ for folder in pathlib.Path(sys.argv[2]).iterdir():
     errors = {name: largest(theirs[name], logits(model)) for name, model in models.items()}
     print(errors)
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("case", ["gqa", "bias_tied"])
+def test_a_new_lora_on_embedding_and_head(case, targets):
+    """It starts as the base model and can be switched off; with sharded embeddings it is refused."""
+    plain = logits(build(case))
+    model = adapters.apply_lora(build(case), rank=2, targets=targets).eval()
+    assert largest(logits(model), plain) < 1e-5
+    descend(model)
+    descend(model)
+    assert largest(logits(model), plain) > 1e-3
+    with adapters.adapter_disabled(model):
+        assert largest(logits(model), plain) < 1e-5
+    assert not adapters.changes_base(model)
+    sharded = build(case)
+    sharded.topology = SimpleNamespace(tp=SimpleNamespace(size=2), pp=SimpleNamespace(size=1))
+    with pytest.raises(UserError, match="LoRA on .*(embed_tokens|lm_head).*: not possible with tensor_parallel_degree"):
+        adapters.apply_lora(sharded, targets=targets)
+
+
+def test_adapters_beside_each_other_share_embedding_and_head(tmp_path):
+    adapters.save_adapter(adapters.apply_lora(build(), targets=["lm_head"]), tmp_path)
+    with pytest.raises(UserError, match="lora_path: .* changes embedding, head.* give it as model_name_or_path"):
+        serving.runners.install_adapters(build(), {"a": str(tmp_path)}, [])
 
 
 # ======================================================================================= what an adapter computes

@@ -204,7 +204,8 @@ def test_a_saved_lora_against_the_arguments(world, tmp_path, capsys):  # noqa: F
     more = {"lora": True, "lora_rank": 2, "max_steps": 1, "lora_path": str(out)}
     capsys.readouterr()
     run(finetune, keys_of(finetune, world, tmp_path / "more", **more))
-    assert f"{out}: its own lora_alpha: 6.0, lora_dropout: 0.1\n" in capsys.readouterr().out
+    own = 'lora_alpha: 6.0, lora_dropout: 0.1, lora_target_modules: ["q_proj", "up_proj"]'
+    assert f"{out}: its own {own}\n" in capsys.readouterr().out
     run(finetune, keys_of(finetune, world, tmp_path / "onto", model_name_or_path=str(out), max_steps=1))
     assert load_tokenizer(tmp_path / "onto").vocab_size == load_tokenizer(world / "base").vocab_size
     for key, wanted in {"lora_alpha": 64.0, "lora_dropout": 0.5, "rslora": True, "dora": True, "pissa": True,
