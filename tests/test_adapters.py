@@ -27,6 +27,8 @@ import model as M
 import serving.runners
 from formats.files import UserError
 
+pytestmark = pytest.mark.sweep(keep=8)
+
 GOLDEN = ROOT / "tests" / "golden"
 ADAPTERS = {  # name: (base model, how it is made)
     "lora": ("gqa", lambda m: adapters.apply_lora(m, rank=4, alpha=6.0)),
