@@ -133,6 +133,7 @@ def tolerance(name):
     return 3e-5 if "pissa" in name else 1e-5
 
 
+@pytest.mark.sweep(keep=16)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_of_peft(name, options, tmp_path):
     """Opened, merged, trained a step and saved: logits equal to peft's with the same folder."""
