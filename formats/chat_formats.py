@@ -184,7 +184,7 @@ JINJA_NAMES = {
     "number": "(loop.index0 // 2 + 1)",
 }
 
-JINJA_FORMAT = """{%%- if tools %%}
+JINJA_FORMAT = """{%%- if tools or messages | selectattr('tool_calls') | list %%}
     {{- raise_exception('this chat format has no tools') }}
 {%%- endif %%}
 {%%- set first = 1 if messages[0].role == 'system' else 0 %%}

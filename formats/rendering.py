@@ -129,8 +129,8 @@ class RenderedTemplate:
     ) -> str:
         """Messages -> text; context: {"tools"?: list, "chat_template_kwargs"?: dict}.
 
-        Arguments of tool calls are objects and a content is text; a template that fails with these, or would leave
-        the calls out, gets JSON text and null. UserError when the template refuses the messages or fails.
+        Arguments of tool calls are objects and a content is text. A template that fails with these, or leaves calls or
+        the last question out, gets JSON text, null or text parts. UserError when it refuses the messages or fails.
         """
         context = context or {}
         template = compile_template(self.source, self.name, marked=marked)
@@ -138,19 +138,21 @@ class RenderedTemplate:
         variables = {name: token for name in names if (token := getattr(tokenizer, name, None)) is not None}
         variables |= {"tools": context.get("tools"), "documents": None, **(context.get("chat_template_kwargs") or {})}
         variables["add_generation_prompt"] = add_generation_prompt
-        calls = [call for message in messages for call in message.get("tool_calls", ())]
-        failure = None
-        for as_null, as_json in ((False, False), (True, False), (False, True), (True, True)):
+        question = next((m["content"].strip() for m in reversed(messages) if m["role"] == "user"), "")
+        functions = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+        first_text = problem = None
+        for form in FORMS if functions else (FORMS[0], FORMS[-1]):
             try:
-                text = template.render(messages=_call_forms(messages, as_null, as_json), **variables)
+                text = template.render(messages=[_in_form(message, *form) for message in messages], **variables)
             except Exception as error:  # somebody else's program: it may fail in any way
-                failure = failure or one_line(error)
-            else:
-                if all(call["function"]["name"] in text for call in calls):
-                    return text
-            if not calls:
-                break
-        problem = failure or "it writes no tool calls"
+                problem = problem or one_line(error)
+                continue
+            if question in text and all(function in text for function in functions):
+                return text
+            first_text = first_text or text
+            problem = problem or "it writes no tool calls"
+        if first_text is not None and all(function in first_text for function in functions):
+            return first_text  # the template changes what a user writes
         raise UserError(f"messages: {self.name} refuses this conversation: {problem}") from None
 
     def divided(
@@ -223,24 +225,23 @@ def _segments(whole, spans, needs_end, tokenizer):
     return segments
 
 
-def _call_forms(messages, as_null, as_json):
-    """Messages in which tool calls have null for an empty content, and JSON text for their arguments."""
-    if not as_null and not as_json:
-        return messages
-    changed = []
-    for message in messages:
-        if "tool_calls" in message:
-            message = dict(message)
-            if as_null and message["content"] == "":
-                message["content"] = None
-            if as_json:
-                functions = [
-                    {**call["function"], "arguments": _to_json(call["function"]["arguments"])}
-                    for call in message["tool_calls"]
-                ]
-                calls = zip(message["tool_calls"], functions)
-                message["tool_calls"] = [{**call, "function": function} for call, function in calls]
-        changed.append(message)
+# Forms of a message: null for an empty content beside tool calls, arguments as JSON text, content as text parts.
+FORMS = (False, False, False), (True, False, False), (False, True, False), (True, True, False), (False, False, True)
+
+
+def _in_form(message, as_null, as_json, as_parts):
+    """A message as some templates want it; reasoning also under the name that gpt-oss has for it."""
+    changed = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
+    changed |= message
+    if as_null and "tool_calls" in message and message["content"] == "":
+        changed["content"] = None
+    if as_parts:
+        changed["content"] = [{"type": "text", "text": message["content"]}]
+    if as_json and "tool_calls" in message:
+        changed["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
     return changed
 
 
