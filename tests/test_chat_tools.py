@@ -10,7 +10,7 @@ import re
 import time
 
 import pytest
-from test_chat import CHAT, NO_SYSTEM, SHORT, SPECIAL, SmallTokenizer, message
+from test_chat import CHAT, GOLDEN, NO_SYSTEM, SHORT, SPECIAL, SmallTokenizer, message
 
 from formats import chat, rendering
 from formats.chat import JinjaTemplate, encode_segments
@@ -18,6 +18,7 @@ from formats.chat_formats import FORMATS
 from formats.files import UserError
 from formats.messages import parse_messages
 from formats.rendering import PromptSegment, RenderedTemplate
+from formats.tokenizer import load_tokenizer
 
 TOOL_TOKENS = """[AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]
     <｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁call▁begin｜>
@@ -435,3 +436,55 @@ def test_templates_of_trl_and_published_ones(hf_python, tmp_path):
         for end in ("True|True", "True|False", "False|True", "False|False"):
             a, b = out["texts"][f"ours {ours}|{key}|{end}"], out["texts"][f"{theirs}|{key}|{end}"]
             assert a == b, (ours, key, end)
+
+
+APPLY = """
+import json, os
+from transformers import AutoTokenizer
+root, chats, tools = sys.argv[2], *json.load(open(sys.argv[3]))
+ids = {}
+for name in sorted(os.listdir(root)):
+    tokenizer = AutoTokenizer.from_pretrained(os.path.join(root, name))
+    for key, chat in chats.items():
+        for with_tools in (False, True):
+            try:
+                out = tokenizer.apply_chat_template(chat, tools=tools if with_tools else None,
+                    add_generation_prompt=chat[-1]["role"] != "assistant", return_dict=False)
+            except Exception:
+                out = None
+            ids[f"{name}|{key}|{with_tools}"] = out
+arrays = {"out": np.array(json.dumps(ids))}
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("folder", ["qwen2", "mistral_v3"])
+def test_saved_folders_chat_in_transformers(folder, hf_python, tmp_path):
+    """AutoTokenizer of a saved folder gives our ids for every format that the vocabulary has the tokens of."""
+    if not (GOLDEN / folder).is_dir():
+        pytest.skip(f"{GOLDEN / folder} is not beside this repository")
+    chats = {"plain": CHAT[:4], "short": CHAT[1:2], "finished": CHAT, **CONVERSATIONS}
+    chats |= {f"{name}, prompt": messages[:-1] for name, messages in CONVERSATIONS.items()}
+    tokenizers = {}
+    for name, chat_format in FORMATS.items():
+        tokenizer = load_tokenizer(GOLDEN / folder)
+        if chat_format.missing(tokenizer) is None and not any(isinstance(i, int) for i in chat_format.user):
+            tokenizer.chat_template = chat_format
+            tokenizer.save(tmp_path / "saved" / name)
+            tokenizers[name] = load_tokenizer(tmp_path / "saved" / name)
+            assert tokenizers[name].chat_template is chat_format
+    (tmp_path / "chats").write_text(json.dumps([chats, [TOOL]]))
+    theirs = json.loads(str(hf_python(APPLY, tmp_path / "saved", tmp_path / "chats")["out"]))
+    equal = 0
+    for place, expected in theirs.items():
+        name, key, with_tools = place.split("|")
+        messages, tools = chats[key], [TOOL] if with_tools == "True" else None
+        generate = messages[-1]["role"] != "assistant"
+        try:
+            ours = tokenizers[name].apply_chat(messages, generate, tools=tools)
+        except UserError:
+            continue  # refused there too, or tokens of tools that this vocabulary lacks
+        if generate or name != "deepseek-r1":
+            assert ours == expected, place
+            equal += 1
+    assert equal > 60, equal
