@@ -176,7 +176,8 @@ def _tool_calls(calls, where):
 
 def _from_json(text, where):
     try:
-        return json.loads(text)
+        text = json.dumps(json.loads(text), ensure_ascii=False)  # half a character in it becomes U+FFFD
+        return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {' '.join(str(error).split())}; found {brief(text)}") from None
 

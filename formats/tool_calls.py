@@ -14,7 +14,7 @@ STYLES = {
     "deepseek": "<｜tool▁call▁begin｜>",
     "mistral": "[TOOL_CALLS]",
     "hermes": '<tool_call>\\n{"name"',
-    "llama3": '"parameters": ',
+    "llama3": "<|start_header_id|>ipython",
     "glm-4": "<|observation|>",
 }
 
