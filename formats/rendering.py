@@ -136,7 +136,10 @@ class RenderedTemplate:
         template = compile_template(self.source, self.name, marked=marked)
         names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad")]
         variables = {name: token for name in names if (token := getattr(tokenizer, name, None)) is not None}
-        variables |= {"tools": context.get("tools"), "documents": None, **(context.get("chat_template_kwargs") or {})}
+        kwargs = context.get("chat_template_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise UserError(f"chat_template_kwargs must be an object, found {brief(kwargs)}")
+        variables |= {"tools": context.get("tools"), "documents": None, **kwargs}
         variables["add_generation_prompt"] = add_generation_prompt
         question = next((m["content"].strip() for m in reversed(messages) if m["role"] == "user"), "")
         functions = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
