@@ -179,7 +179,7 @@ class RenderedTemplate:
         elif whole.startswith(prompt):
             spans = [None] * (len(starts) - 1) + [(len(prompt), len(whole))]
             if split:
-                spans[:-1] = find_replies(render, messages, starts, whole)
+                spans[:-1] = find_replies(render, messages, starts, whole, len(prompt))
         else:
             raise UserError(
                 f"{self.name}: this template's prompt is not the beginning of the finished conversation, so that "
@@ -251,62 +251,64 @@ def _in_form(message, as_null, as_json, as_parts):
 # ============================== where the replies are ==============================
 
 
-def find_replies(render: Callable, messages: list, starts: list[int], whole: str) -> list[tuple[int, int] | None]:
+def find_replies(
+    render: Callable, messages: list, starts: list[int], whole: str, prompt_length: int
+) -> list[tuple[int, int] | None]:
     """Of all replies but the last: where each stands in the rendered conversation; None if its prompt was another.
 
-    render: (messages, add_generation_prompt) -> text. starts: the number of messages before each reply. Every beginning
+    render: (messages, add_generation_prompt) -> text. starts: the number of messages before each reply.
+    prompt_length: characters of the whole before the last reply. Every beginning
     of a short conversation is rendered. A long one is rendered by windows of two rounds, in a time that grows with its
     length; only if their texts, one after another, are not the whole, every beginning is.
     """
-    if len(starts) > EXACT_ROUNDS and (spans := _replies_by_windows(render, messages, starts, whole)) is not None:
+    if len(starts) > EXACT_ROUNDS and (spans := _replies_by_windows(render, messages, starts, whole, prompt_length)):
         return spans
     if len(starts) > MOST_RENDERED_ROUNDS:
         return [None] * (len(starts) - 1)
-    return [_find_reply(render, messages, starts[k : k + 2], whole) for k in range(len(starts) - 1)]
+    return [_find_reply(render, messages[:end], start, whole) for start, end in zip(starts, starts[1:])]
 
 
-def _find_reply(render, messages, starts, whole):
-    """(start, end) of a reply in the whole; None if the whole does not begin with its prompt.
+def _find_reply(render, messages, start, whole):
+    """(start, end) in the whole of the reply behind `start` messages; None if the whole does not begin with its prompt.
 
-    A reply that is written otherwise while it is the last (Qwen3 gives it empty thoughts) ends where the end mark ends
-    that stands behind any text in its place."""
-    start, next_start = starts
+    messages: those before the next reply. A reply that is written otherwise while it is the last (Qwen3 gives it empty
+    thoughts) ends where the end mark ends that stands behind any text in its place."""
     prompt = render(messages[:start], True)
     if not start or not whole.startswith(prompt):  # an answer to nothing is never served
         return None
     finished = render(messages[: start + 1], False)
     if whole.startswith(finished) and finished.startswith(prompt):
         return len(prompt), len(finished)
-    following = render(messages[:next_start], True)
+    following = render(messages, True)
     if not whole.startswith(following) or not following.startswith(prompt):
         return None
     other = [*messages[:start], {"role": "assistant", "content": "reply"}]
     end = render(other, False).rpartition("reply")[2]
-    behind = render([*other, *messages[start + 1 : next_start]], True)[len(prompt) :].partition("reply")[2]
+    behind = render([*other, *messages[start + 1 :]], True)[len(prompt) :].partition("reply")[2]
     if not behind.startswith(end) or not following.endswith(behind):
         return None
     return len(prompt), len(following) - len(behind) + len(end)
 
 
-def _replies_by_windows(render, messages, starts, whole):
-    """The same for all replies but the last, from what two rounds in a row add to one; None if that is not the whole.
+def _replies_by_windows(render, messages, starts, whole, prompt_length):
+    """find_replies from what each round adds to the two before it; None if that is not the whole.
 
-    A window begins with the system message, if there is one, and the round before."""
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    spans, done = [], 0
-    for k, start in enumerate(starts):
-        first = 0 if k < 2 else starts[k - 2] + 1
-        window = lambda end, generate: render([*(system if first else []), *messages[first:end]], generate)
-        before = window(starts[k - 1] + 1, False) if k else ""
-        prompt = window(start, True)
-        if not prompt.startswith(before) or not whole.startswith(prompt[len(before) :], done):
+    A window begins with the system message and the last question, if it would have none."""
+    prompt = render(messages[: starts[0]], True)
+    if not whole.startswith(prompt):
+        return None
+    spans, done, question = [], len(prompt), []
+    for k, (start, end) in enumerate(zip(starts, starts[1:])):
+        first = starts[k - 2] + 1 if k > 1 else 0
+        questions = [message for message in messages[first:start] if message["role"] == "user"]
+        head = messages[:1] if first and messages[0]["role"] == "system" else []
+        head = [*head, *([] if questions or not first else question)]
+        question = questions[-1:] or question
+        window, before = [*head, *messages[first:end]], len(head) + start - first
+        prompt, following = render(window[:before], True), render(window, True)
+        if not following.startswith(prompt) or not whole.startswith(following[len(prompt) :], done):
             return None
-        done += len(prompt) - len(before)
-        if k == len(starts) - 1:
-            return spans
-        finished = window(start + 1, False)
-        if not finished.startswith(prompt) or not whole.startswith(finished[len(prompt) :], done):
-            return None
-        end = done + len(finished) - len(prompt)
-        spans.append((done, end) if start else None)
-        done = end
+        span = _find_reply(render, window, before, following)
+        spans.append(span and (span[0] - len(prompt) + done, span[1] - len(prompt) + done))
+        done += len(following) - len(prompt)
+    return spans if done == prompt_length else None
