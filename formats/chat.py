@@ -131,7 +131,7 @@ class JinjaTemplate(RenderedTemplate):
             except UserError:
                 continue
             follows = finished.removeprefix(prompt) if finished.startswith(prompt) else ""
-            ends[follows.rpartition("reply")[2].strip(" \n\"'}])")] = None
+            ends[follows.rpartition("reply")[2].lstrip(" \n\"'}])").rstrip()] = None  # behind a call's JSON
         return [end for end in ends if end]
 
     def files(self) -> dict[str, str]:
