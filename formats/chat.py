@@ -35,6 +35,8 @@ class ChatTemplate:
     bos_token and eos_token. UserError names the file and what is wrong in it.
     """
 
+    not_learned = 0  # as in RenderedTemplate: here all replies are learned
+
     def __init__(self, config, where: str):
         config = config if isinstance(config, dict) else {}
         system, turn, query = config.get("system") or "", config.get("conversation"), config.get("query")

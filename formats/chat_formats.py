@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from string import Formatter
 
@@ -74,6 +74,16 @@ class ChatFormat:
             return "".join(lines) + read_text(TEMPLATES / file)
         return jinja_of_fields(self)
 
+    @cached_property
+    def rendered(self) -> RenderedTemplate:
+        """The template that writes what is not plain."""
+        return RenderedTemplate(self.jinja(), f"chat format {self.name!r}")
+
+    @property
+    def not_learned(self) -> int:
+        """Replies that were shown and not learned so far (formats/rendering.py)."""
+        return self.rendered.not_learned
+
     def missing(self, tokenizer) -> str | None:
         """The first required token that the vocabulary lacks, or that encoding a text does not give as one token."""
         texts = [getattr(self, field.name) for field in fields(self)]
@@ -107,8 +117,7 @@ class ChatFormat:
                 raise UserError(
                     f"messages: chat format {self.name!r} writes tools with {token}, which is no token here"
                 )
-            rendered = RenderedTemplate(self.jinja(), f"chat format {self.name!r}")
-            return rendered.divided(*conversation(rounds, context), context, tokenizer, is_training, split)
+            return self.rendered.divided(*conversation(rounds, context), context, tokenizer, is_training, split)
         names = ", ".join(name for name, chat_format in FORMATS.items() if chat_format.template)
         turns = plain_rounds(rounds, context, f"chat format {self.name!r}", f"; formats with tools: {names}")
         system, last = context.get("system"), len(turns) - 1
@@ -184,7 +193,7 @@ JINJA_NAMES = {
     "number": "(loop.index0 // 2 + 1)",
 }
 
-JINJA_FORMAT = """{%%- if tools %%}
+JINJA_FORMAT = """{%%- if tools or messages | selectattr('tool_calls') | list %%}
     {{- raise_exception('this chat format has no tools') }}
 {%%- endif %%}
 {%%- set first = 1 if messages[0].role == 'system' else 0 %%}

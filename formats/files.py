@@ -97,7 +97,11 @@ def parse_json_line(line: bytes, path: str | Path, number: int) -> dict:
 
 def brief(value: object) -> str:
     """A JSON value in at most 60 characters, for a message."""
-    return json.dumps(value, ensure_ascii=False)[:60]
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # nested too deep, or a number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text[:60].encode("utf-8", "backslashreplace").decode()
 
 
 def names_in(folder: Path) -> str:
