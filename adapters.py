@@ -39,6 +39,7 @@ from formats.weights import (
     load_weights,
     named_weights,
     paddlenlp_names,
+    read_config,
     stored_tensors,
 )
 from layers import Embedding, Linear, set_parameter
@@ -63,7 +64,7 @@ def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
     with LoRA merged into it or the prefix put on.
     """
     *adapters, base = base_folders(path)
-    model = build(ModelConfig.from_json(base), dtype)
+    model = build(read_config(base), dtype)
     load_weights(model, base)
     for adapter in reversed(adapters):
         merge(load_adapter(model, adapter))
@@ -884,10 +885,10 @@ def _compare_with_arguments(model, args, path, targets):
             False,
         ),
     ]
-    if targets is not False:
-        same = {*targets} == adapted_layers(model).keys() - {*_token_layers(model)}
-        names = json.dumps(config["target_modules"])
-        rows.append(("lora_target_modules", names, names if same else json.dumps(args.lora_target_modules), None))
+    has = adapted_layers(model).keys() - {*_token_layers(model)}
+    names, wanted = json.dumps(config["target_modules"]), json.dumps(args.lora_target_modules)
+    same = has == {*(block_linears(model) if targets is False else targets)}
+    rows.append(("lora_target_modules", names, names if same else wanted, json.dumps(None)))
     for key, has, wanted, default in rows:
         if wanted is not None and has != wanted:
             (kept if wanted == default else given).append((key, has, wanted))

@@ -51,10 +51,10 @@ from formats.records import (
     PAIRS,
     Conversation,
     Pair,
-    located,
     parse_conversation,
     parse_pair,
     record_format,
+    with_place,
 )
 from formats.rendering import PromptSegment
 from formats.tokenizer import Tokenizer, load_tokenizer
@@ -183,8 +183,10 @@ class TokenizedRecords:
         self.reader, self.files, self.why_dropped = reader, reader.files, Counter()
         tokens, ends, places = array("i"), array("q", [0]), array("q")  # places: file number, byte offset, line number
         for place, where, record in reader:
-            with located(where):
+            try:
                 lists = encode(record, where)
+            except UserError as error:
+                raise with_place(error, where) from None
             if isinstance(lists, str):
                 self.why_dropped[lists] += 1
                 continue

@@ -62,6 +62,7 @@ class Wandb:
 
     def __init__(self, module, args: TrainingArgs):
         folder = args.logging_dir or args.output_dir
+        Path(folder).mkdir(parents=True, exist_ok=True)  # else wandb would write somewhere else
         self.run = module.init(name=args.run_name, dir=folder, config=dataclasses.asdict(args))
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -31,7 +31,7 @@ import paddle
 from tqdm import tqdm
 
 import trainer
-from adapters import from_pretrained, load_adapter, tokenizer_folder
+from adapters import base_folders, from_pretrained, load_adapter, tokenizer_folder
 from arguments import ScriptArgs
 from data import conversation_prompt
 from formats.chat import load_chat_template
@@ -158,7 +158,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
     if not path.is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path))
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     adapters = adapter_paths(args.lora_path)
@@ -251,9 +251,9 @@ def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     print(f"\n\n{len(ids)} tokens of prompt, {tokens} new; first after {1000 * first:,.0f} ms{speed}", flush=True)
 
 
-def read_records(path: str | Path) -> Iterator[tuple]:
+def read_records(path: str | Path, says_replaced: bool = False) -> Iterator[tuple]:
     """Yields ("file:line", record, Conversation) of every record; the reply is to be written, so it may be missing."""
-    for _, where, record in RecordReader(path):
+    for _, where, record in RecordReader(path, says_replaced=says_replaced):
         yield where, record, parse_prompt(record, where)
 
 
@@ -293,7 +293,7 @@ def count_answered(args: Args) -> int:
 def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """data_file -> output_file, in its order; each line is written as soon as all before it are."""
     src_length, params, adapter = prompt_limit(engine, args), args.sampling(), only_adapter(engine)
-    total = sum(1 for _ in read_records(args.data_file))  # every line is checked before the first is answered
+    total = sum(1 for _ in read_records(args.data_file, True))  # every line is checked before the first is answered
     if not total:
         raise UserError(f"data_file: {args.data_file} is empty; it needs records, see docs/data.md")
     done = count_answered(args)

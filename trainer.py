@@ -28,7 +28,7 @@ import kernels
 import numpy as np
 import paddle
 
-from adapters import cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
+from adapters import base_folders, cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
 from adapters import setup_adapter as setup_adapter  # for the scripts
 from arguments import ScriptArgs, TrainingArgs, parse_args
 from checkpoint import (
@@ -148,7 +148,7 @@ def setup_tokenizer(args: ScriptArgs) -> Tokenizer:
     """The tokenizer of tokenizer_name_or_path, else of lora_path or model_name_or_path (or of the base model of these),
     with add_tokens, and with chat_template if that is given."""
     folder = args.tokenizer_name_or_path or tokenizer_folder(args.model_name_or_path, getattr(args, "lora_path", None))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, base_folders(args.model_name_or_path))
     for key, special in (("add_tokens", False), ("add_special_tokens", True)):
         tokenizer.add_tokens(split_tokens(getattr(args, key, None), key), special)
     if getattr(args, "chat_template", None) is not None:
@@ -645,9 +645,8 @@ def evaluate(model: CausalLM, loader: Loader, max_batches: int | None = None, to
     loss, correct, tokens = topology.all_reduce_sum((loss, correct, tokens))
     if not tokens:
         raise UserError("evaluation: the data has no target token")
-    mean = loss / tokens
-    ppl = math.exp(mean) if mean < 700 else math.inf
-    return {"eval_loss": mean, "eval_accuracy": correct / tokens, "eval_ppl": ppl, "eval_tokens": tokens}
+    ppl = math.exp(loss / tokens) if loss / tokens < 700 else math.inf
+    return {"eval_loss": loss / tokens, "eval_accuracy": correct / tokens, "eval_ppl": ppl, "eval_tokens": tokens}
 
 
 def generate_replies(
@@ -755,8 +754,7 @@ def _lcs_length(a, b):
     positions = collections.defaultdict(int)  # token -> bits of its positions in a
     for i, token in enumerate(a):
         positions[token] |= 1 << i
-    all_ones = (1 << len(a)) - 1
-    row = all_ones
+    row = all_ones = (1 << len(a)) - 1
     for token in b:
         hits = row & positions[token]
         row = ((row + hits) | (row - hits)) & all_ones

@@ -34,7 +34,7 @@ def embedding_layers(model: CausalLM) -> dict[str, tuple]:
     layers = {}
     for path, attribute in zip(embedding_paths(model.config), ("embed_tokens", "lm_head")):
         layer = getattr(model, attribute)
-        if getattr(layer, "weight", None) is not None:
+        if getattr(getattr(layer, "base", layer), "weight", None) is not None:
             layers[path] = (model, attribute, layer)
     return layers
 

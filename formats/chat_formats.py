@@ -11,12 +11,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from string import Formatter
 
 from formats.files import UserError, read_text
-from formats.messages import conversation, is_plain, plain_rounds
+from formats.messages import conversation, is_plain, plain_rounds, without_thoughts
 from formats.rendering import PromptSegment, RenderedTemplate
 
 TEMPLATE_FILE = "chat_template.json"
@@ -74,6 +74,16 @@ class ChatFormat:
             return "".join(lines) + read_text(TEMPLATES / file)
         return jinja_of_fields(self)
 
+    @cached_property
+    def rendered(self) -> RenderedTemplate:
+        """The template that writes what is not plain."""
+        return RenderedTemplate(self.jinja(), f"chat format {self.name!r}")
+
+    @property
+    def not_learned(self) -> int:
+        """Replies that were shown and not learned so far (formats/rendering.py)."""
+        return self.rendered.not_learned
+
     def missing(self, tokenizer) -> str | None:
         """The first required token that the vocabulary lacks, or that encoding a text does not give as one token."""
         texts = [getattr(self, field.name) for field in fields(self)]
@@ -99,7 +109,7 @@ class ChatFormat:
     def segments(self, rounds: list, context: dict, tokenizer, is_training=False, split=True) -> list[PromptSegment]:
         """As ChatTemplate.segments. UserError for a system text, tools or messages that the family has no place for."""
         if not self.thoughts:
-            rounds = self._without_thoughts(rounds, is_training)
+            rounds = without_thoughts(rounds, f"chat format {self.name!r}", is_training)
         if self.template and not is_plain(rounds, context):
             if context.get("tools") and (
                 token := next((t for t in self.tool_tokens if not tokenizer.has_token(t)), None)
@@ -107,8 +117,7 @@ class ChatFormat:
                 raise UserError(
                     f"messages: chat format {self.name!r} writes tools with {token}, which is no token here"
                 )
-            rendered = RenderedTemplate(self.jinja(), f"chat format {self.name!r}")
-            return rendered.divided(*conversation(rounds, context), context, tokenizer, is_training, split)
+            return self.rendered.divided(*conversation(rounds, context), context, tokenizer, is_training, split)
         names = ", ".join(name for name, chat_format in FORMATS.items() if chat_format.template)
         turns = plain_rounds(rounds, context, f"chat format {self.name!r}", f"; formats with tools: {names}")
         system, last = context.get("system"), len(turns) - 1
@@ -130,19 +139,6 @@ class ChatFormat:
             values |= {"round": k, "number": k + 1}
             segments += self._turn(k, user, bot, values, k == last)
         return segments
-
-    def _without_thoughts(self, rounds, is_training):
-        """Rounds without reasoning_content, which clients send back with earlier replies; UserError where it would have
-        to be learned."""
-        for k, (prompt, reply) in enumerate(rounds):
-            if isinstance(reply, dict) and "reasoning_content" in reply:
-                if is_training:
-                    raise UserError(
-                        f"messages: reply {k + 1} has reasoning_content, which chat format {self.name!r} does not write"
-                    )
-                rest = {key: value for key, value in reply.items() if key != "reasoning_content"}
-                rounds = [*rounds[:k], (prompt, rest["content"] if len(rest) == 2 else rest), *rounds[k + 1 :]]
-        return rounds
 
     def _turn(self, k, user, bot, values, is_last):
         """[PromptSegment, …] of turn k."""
@@ -184,7 +180,7 @@ JINJA_NAMES = {
     "number": "(loop.index0 // 2 + 1)",
 }
 
-JINJA_FORMAT = """{%%- if tools %%}
+JINJA_FORMAT = """{%%- if tools or messages | selectattr('tool_calls') | list %%}
     {{- raise_exception('this chat format has no tools') }}
 {%%- endif %%}
 {%%- set first = 1 if messages[0].role == 'system' else 0 %%}

@@ -25,7 +25,8 @@ def parse_messages(messages: list, tools: list | str | None = None, where: str =
 
     Roles are system (or developer), user, assistant and tool (or function, ipython). content is a string, a list of
     text parts, which are joined, or null beside tool_calls. Arguments of tool calls are objects in the result, also
-    where they were JSON text. Keys with null and keys that no chat template reads (weight, id, …) are left out.
+    where they were JSON text. thinking and reasoning are read as reasoning_content, function_call as tool_calls. Keys
+    with null and keys that no chat template reads (weight, id, …) are left out.
     UserError: one line that names `where`[i] and what is right.
     """
     if not isinstance(messages, list) or not messages:
@@ -57,6 +58,9 @@ def parse_message(message: dict, where: str) -> dict:
             f'{where}: expected an object with the role "system", "user", "assistant" or "tool", found {brief(message)}'
         )
     kept = {key: message[key] for key in KEPT_KEYS if message.get(key) is not None}
+    for key in ("thinking", "reasoning"):  # other names of reasoning_content, in transformers' order
+        if role == "assistant" and message.get(key) is not None:
+            kept.setdefault("reasoning_content", message[key])
     if message.get("function_call") is not None:  # OpenAI's older form of one tool call
         kept.setdefault("tool_calls", [message["function_call"]])
     for key in ("name", "tool_call_id", "reasoning_content"):
@@ -127,6 +131,25 @@ def plain_rounds(rounds: list, context: dict, name: str, advice: str = "") -> li
     return list(zip(texts[::2], [*texts[1::2], *([None] * (len(texts) % 2))]))
 
 
+def without_thoughts(rounds: list, name: str, is_training: bool, inside: bool = False) -> list:
+    """Rounds without reasoning_content, which clients send back with earlier replies.
+
+    inside: as a <think> block of the content. Otherwise UserError where it would have to be learned: `name`, a
+    template, writes none."""
+    changed = list(rounds)
+    for k, (prompt, reply) in enumerate(rounds):
+        if not isinstance(reply, dict) or "reasoning_content" not in reply:
+            continue
+        if is_training and not inside:
+            raise UserError(f"messages: reply {k + 1} has reasoning_content, which {name} does not write")
+        reply = dict(reply)
+        thoughts = reply.pop("reasoning_content")
+        if inside:
+            reply["content"] = f"<think>\n{thoughts}\n</think>\n\n{reply['content']}"
+        changed[k] = prompt, reply["content"] if _is_plain(reply) else reply
+    return changed
+
+
 def is_plain(rounds: list, context: dict) -> bool:
     """Whether all prompts and replies are texts, and there are no tools and no arguments for a template."""
     plain = all(isinstance(prompt, str) and (reply is None or isinstance(reply, str)) for prompt, reply in rounds)
@@ -172,7 +195,8 @@ def _tool_calls(calls, where):
 
 def _from_json(text, where):
     try:
-        return json.loads(text)
+        text = json.dumps(json.loads(text), ensure_ascii=False)  # half a character in it becomes U+FFFD
+        return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {' '.join(str(error).split())}; found {brief(text)}") from None
 

@@ -455,19 +455,22 @@ REFUSED_IN = {
     "pretrain": _table([
         ("pretrain.py reads token files: make them with `python data.py corpus`, give them as input_dir",
          f"{_RECORDS} {_LISTS}"),
-        ("a sample has max_seq_length tokens", "src_length max_prompt_len total_max_length max_new_tokens"),
+        ("a sample has max_seq_length tokens", "src_length max_prompt_len total_max_length max_new_tokens block_size"),
         ("`split` holds documents out", "val_size"),
         ("max_steps limits what is read", "max_samples"),
         ("use finetune.py for adapters", "lora_path prefix_path")]),
     "finetune": _table([
         ("finetune.py reads records: give them as dataset_name_or_path", f"input_dir {_LISTS}"),
         ("a folder has train.json, dev.json and test.json; or give dev_dataset_path", "split"),
-        ("src_length limits a prompt, max_length prompt and reply", "total_max_length"),
+        ("src_length limits a prompt, max_length prompt and reply", "total_max_length block_size"),
+        ("set lora_rank", "rank"),
+        ("set lora_dropout", "dropout"),
         ("the model's config.json defines it", "num_hidden_layers")]),
     "dpo": _table([
         ("dpo.py reads pairs: give them as train_dataset_path and dev_dataset_path", f"input_dir split {_LISTS}"),
         ("it limits a prompt with one reply; max_seq_len limits a row, so a prompt with both replies: twice the number "
-         "holds every such pair", "max_length total_max_length"),
+         "holds every such pair", "max_length total_max_length block_size"),
+        ("set lora_rank", "rank"),
         ("dpo.py trains all weights or LoRA", "prefix_path"),
         ("the model's config.json defines it", "num_hidden_layers")]),
     "quantize": _table([

@@ -116,8 +116,9 @@ def raw_records(file: Path, progress: bool = False) -> Iterator[tuple[int | None
         try:
             text = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
             for offset, number, raw in _records_of(text, file, name.removesuffix(".gz")):
-                yield offset if text is stream else None, number, raw
-                bar.update(stream.tell() - bar.n)
+                offset = offset if text is stream else None
+                yield offset, number, raw
+                bar.update(stream.tell() - bar.n if offset is None else len(raw))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{file}: damaged gzip file: {error}") from None
 
@@ -339,7 +340,7 @@ class RecordReader:
     A place is (file number, byte offset, line number), int64 [3]; records of files that are not plain JSON lines are
     kept as compact JSON. With val_size, "train" has the training files' records but those held out, and "dev" these: by
     a hash of the record with its keys sorted, so that a record never changes sides and equal records are on one.
-    .replaced counts lone surrogates made U+FFFD."""
+    .replaced counts lone surrogates made U+FFFD; after the last file a line says it, unless says_replaced is false."""
 
     def __init__(
         self,
@@ -347,8 +348,9 @@ class RecordReader:
         split: str = "train",
         options: RecordOptions | None = None,
         progress: bool = False,
+        says_replaced: bool = True,
     ):
-        self.options, self.progress = options or RecordOptions(), progress
+        self.options, self.progress, self.says_replaced = options or RecordOptions(), progress, says_replaced
         self.options.check()
         sources = parse_sources(paths)
         self.holds_out = self.options.val_size is not None and split in ("train", "dev")
@@ -405,7 +407,7 @@ class RecordReader:
             yield (number, offset, line), f"{self.files[number]}:{line}", self.rename(record)
         if unused := [name for name in self.options.columns.values() if name not in self._seen] if self._seen else []:
             raise UserError(f"columns: no record of {self.files[0]} has a key {unused[0]!r}")
-        if self.replaced:
+        if self.replaced and self.says_replaced:
             print(f"{self.files[0]}: {self.replaced:,} lone surrogates became U+FFFD", flush=True)
 
     def rename(self, record: dict) -> dict:

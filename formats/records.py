@@ -310,36 +310,49 @@ KNOWN_KEYS = tuple(dict.fromkeys(key for row in (*CONVERSATIONS, *PAIRS) for key
 NOT_HERE = "not trained on here: finetune.py takes conversations, dpo.py pairs with chosen and rejected"
 
 
+def with_place(error: UserError, where: str) -> UserError:
+    """The error, beginning with file:line."""
+    return error if str(error).startswith(where) else UserError(f"{where}: {error}")
+
+
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
     """A UserError in here names file:line: what a tokenizer or a template refuses does not know them."""
     try:
         yield
     except UserError as error:
-        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+        raise with_place(error, where) from None
 
 
 def record_format(record: dict, rows: tuple) -> RecordFormat | None:
     """The first row whose keys the record has, None if there is none. A key with null counts as missing."""
-    found = {key for key, value in record.items() if value is not None}
-    return next((row for row in rows if found.issuperset(row.keys)), None)
+    for row in rows:
+        for key in row.keys:
+            if record.get(key) is None:
+                break
+        else:
+            return row
+    return None
+
+
+def _names(record):
+    return ", ".join(map(repr, record))[:120] or "no keys"
 
 
 def _parse(record, where, rows, other_rows, other_script):
     """The record by its row. UserError names file:line, the keys and the formats."""
-    found = ", ".join(map(repr, record))[:120] or "no keys"
-    row, taken = record_format(record, rows), f"taken are {', '.join(row.name for row in rows)}: see docs/data.md"
+    row = record_format(record, rows)
     if row is not None:
         try:
             return row.parse(record, where)
         except UserError as error:
-            raise UserError(f"{error}; keys {found}; formats: docs/data.md") from None
+            raise UserError(f"{error}; keys {_names(record)}; formats: docs/data.md") from None
+    found, taken = _names(record), f"taken are {', '.join(row.name for row in rows)}: see docs/data.md"
     if other := record_format(record, other_rows):
         raise UserError(f"{where}: found {found}; {other.name} is for {other_script}; {taken}")
     near = max(rows, key=lambda row: sum(record.get(key) is not None for key in row.keys) / len(row.keys))
-    missing = [key for key in near.keys if record.get(key) is None]
-    reason = f"key {missing[0]!r} is missing" if len(missing) < len(near.keys) else "no key of a known format"
-    raise UserError(f"{where}: {reason}; found {found}; {taken}; other names: columns")
+    missing = next(key for key in near.keys if record.get(key) is None)
+    raise UserError(f"{where}: key {missing!r} is missing; found {found}; {taken}; other names: columns")
 
 
 def parse_conversation(record: dict, where: str) -> Conversation:
@@ -347,7 +360,7 @@ def parse_conversation(record: dict, where: str) -> Conversation:
     conversation = _parse(record, where, CONVERSATIONS, PAIRS, "dpo.py")
     rounds = conversation.rounds[:-1] if conversation.rounds[-1][1] is None else conversation.rounds
     if not rounds:
-        raise UserError(f"{where}: no message of the assistant to learn; keys {', '.join(map(repr, record))[:120]}")
+        raise UserError(f"{where}: no message of the assistant to learn; keys {_names(record)}")
     return conversation._replace(rounds=rounds, learned=conversation.learned[: len(rounds)])
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
+from os.path import commonprefix
 from typing import NamedTuple
 
 import jinja2
@@ -129,28 +130,33 @@ class RenderedTemplate:
     ) -> str:
         """Messages -> text; context: {"tools"?: list, "chat_template_kwargs"?: dict}.
 
-        Arguments of tool calls are objects and a content is text; a template that fails with these, or would leave
-        the calls out, gets JSON text and null. UserError when the template refuses the messages or fails.
+        Arguments of tool calls are objects and a content is text. A template that fails with these, or leaves calls or
+        the last question out, gets JSON text, null or text parts. UserError when it refuses the messages or fails.
         """
         context = context or {}
         template = compile_template(self.source, self.name, marked=marked)
         names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad")]
         variables = {name: token for name in names if (token := getattr(tokenizer, name, None)) is not None}
-        variables |= {"tools": context.get("tools"), "documents": None, **(context.get("chat_template_kwargs") or {})}
+        kwargs = context.get("chat_template_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise UserError(f"chat_template_kwargs must be an object, found {brief(kwargs)}")
+        variables |= {"tools": context.get("tools"), "documents": None, **kwargs}
         variables["add_generation_prompt"] = add_generation_prompt
-        calls = [call for message in messages for call in message.get("tool_calls", ())]
-        failure = None
-        for as_null, as_json in ((False, False), (True, False), (False, True), (True, True)):
+        question = next((m["content"].strip() for m in reversed(messages) if m["role"] == "user"), "")
+        functions = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+        first_text = problem = None
+        for form in FORMS if functions else (FORMS[0], FORMS[-1]):
             try:
-                text = template.render(messages=_call_forms(messages, as_null, as_json), **variables)
+                text = template.render(messages=[_in_form(message, *form) for message in messages], **variables)
             except Exception as error:  # somebody else's program: it may fail in any way
-                failure = failure or one_line(error)
-            else:
-                if all(call["function"]["name"] in text for call in calls):
-                    return text
-            if not calls:
-                break
-        problem = failure or "it writes no tool calls"
+                problem = problem or one_line(error)
+                continue
+            if question in text and all(function in text for function in functions):
+                return text
+            first_text = first_text or text
+            problem = problem or "it writes no tool calls"
+        if first_text is not None and all(function in first_text for function in functions):
+            return first_text  # the template changes what a user writes
         raise UserError(f"messages: {self.name} refuses this conversation: {problem}") from None
 
     def divided(
@@ -174,7 +180,7 @@ class RenderedTemplate:
         elif whole.startswith(prompt):
             spans = [None] * (len(starts) - 1) + [(len(prompt), len(whole))]
             if split:
-                spans[:-1] = find_replies(render, messages, starts, whole)
+                spans[:-1] = find_replies(render, messages, starts, whole, len(prompt))
         else:
             raise UserError(
                 f"{self.name}: this template's prompt is not the beginning of the finished conversation, so that "
@@ -223,86 +229,92 @@ def _segments(whole, spans, needs_end, tokenizer):
     return segments
 
 
-def _call_forms(messages, as_null, as_json):
-    """Messages in which tool calls have null for an empty content, and JSON text for their arguments."""
-    if not as_null and not as_json:
-        return messages
-    changed = []
-    for message in messages:
-        if "tool_calls" in message:
-            message = dict(message)
-            if as_null and message["content"] == "":
-                message["content"] = None
-            if as_json:
-                functions = [
-                    {**call["function"], "arguments": _to_json(call["function"]["arguments"])}
-                    for call in message["tool_calls"]
-                ]
-                calls = zip(message["tool_calls"], functions)
-                message["tool_calls"] = [{**call, "function": function} for call, function in calls]
-        changed.append(message)
+# Forms of a message: null for an empty content beside tool calls, arguments as JSON text, content as text parts.
+FORMS = (False, False, False), (True, False, False), (False, True, False), (True, True, False), (False, False, True)
+
+
+def _in_form(message, as_null, as_json, as_parts):
+    """A message as some templates want it; reasoning also under the name that gpt-oss has for it."""
+    changed = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
+    changed |= message
+    if as_null and "tool_calls" in message and message["content"] == "":
+        changed["content"] = None
+    if as_parts:
+        changed["content"] = [{"type": "text", "text": message["content"]}]
+    if as_json and "tool_calls" in message:
+        changed["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
     return changed
 
 
 # ============================== where the replies are ==============================
 
 
-def find_replies(render: Callable, messages: list, starts: list[int], whole: str) -> list[tuple[int, int] | None]:
+def find_replies(
+    render: Callable, messages: list, starts: list[int], whole: str, prompt_length: int
+) -> list[tuple[int, int] | None]:
     """Of all replies but the last: where each stands in the rendered conversation; None if its prompt was another.
 
-    render: (messages, add_generation_prompt) -> text. starts: the number of messages before each reply. Every beginning
-    of a short conversation is rendered. A long one is rendered by windows of two rounds, in a time that grows with its
-    length; only if their texts, one after another, are not the whole, every beginning is.
+    render: (messages, add_generation_prompt) -> text. starts: the number of messages before each reply. prompt_length:
+    characters of the whole before the last reply. Every beginning of a short conversation is rendered. A long one is
+    rendered by windows of two rounds, in a time that grows with its length; only if their texts, one after another, are
+    not the whole, every beginning is.
     """
-    if len(starts) > EXACT_ROUNDS and (spans := _replies_by_windows(render, messages, starts, whole)) is not None:
+    if len(starts) > EXACT_ROUNDS and (spans := _replies_by_windows(render, messages, starts, whole, prompt_length)):
         return spans
     if len(starts) > MOST_RENDERED_ROUNDS:
         return [None] * (len(starts) - 1)
-    return [_find_reply(render, messages, starts[k : k + 2], whole) for k in range(len(starts) - 1)]
+    return [_find_reply(render, messages[:end], start, whole) for start, end in zip(starts, starts[1:])]
 
 
-def _find_reply(render, messages, starts, whole):
-    """(start, end) of a reply in the whole; None if the whole does not begin with its prompt.
+def _find_reply(render, messages, start, whole):
+    """(start, end) in the whole of the reply behind `start` messages; None if the whole does not begin with its prompt.
 
-    A reply that is written otherwise while it is the last (Qwen3 gives it empty thoughts) ends where the end mark ends
-    that stands behind any text in its place."""
-    start, next_start = starts
+    messages: those before the next reply. A reply that is written otherwise while it is the last (Qwen3 gives it empty
+    thoughts) ends where the end mark ends that stands behind any text in its place."""
     prompt = render(messages[:start], True)
     if not start or not whole.startswith(prompt):  # an answer to nothing is never served
         return None
     finished = render(messages[: start + 1], False)
     if whole.startswith(finished) and finished.startswith(prompt):
         return len(prompt), len(finished)
-    following = render(messages[:next_start], True)
+    following = render(messages, True)
     if not whole.startswith(following) or not following.startswith(prompt):
         return None
     other = [*messages[:start], {"role": "assistant", "content": "reply"}]
     end = render(other, False).rpartition("reply")[2]
-    behind = render([*other, *messages[start + 1 : next_start]], True)[len(prompt) :].partition("reply")[2]
-    if not behind.startswith(end) or not following.endswith(behind):
+    behind = render([*other, *messages[start + 1 :]], True)[len(prompt) :].partition("reply")[2]
+    if not following.endswith(behind):
         return None
+    if not behind.startswith(end):  # such as Phi-3's eos, which only the last has: what both have, in whole marks
+        end = WHOLE_MARKS.match(commonprefix([behind, end]))[0]
     return len(prompt), len(following) - len(behind) + len(end)
 
 
-def _replies_by_windows(render, messages, starts, whole):
-    """The same for all replies but the last, from what two rounds in a row add to one; None if that is not the whole.
+WHOLE_MARKS = re.compile(r"(?:.*[\s>\]])?", re.S)
 
-    A window begins with the system message, if there is one, and the round before."""
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    spans, done = [], 0
-    for k, start in enumerate(starts):
-        first = 0 if k < 2 else starts[k - 2] + 1
-        window = lambda end, generate: render([*(system if first else []), *messages[first:end]], generate)
-        before = window(starts[k - 1] + 1, False) if k else ""
-        prompt = window(start, True)
-        if not prompt.startswith(before) or not whole.startswith(prompt[len(before) :], done):
+
+def _replies_by_windows(render, messages, starts, whole, prompt_length):
+    """find_replies from what each round adds to the two before it; None if that is not the whole.
+
+    A window begins with the system message and the last question, if it would have none."""
+    prompt = render(messages[: starts[0]], True)
+    if not whole.startswith(prompt):
+        return None
+    spans, done, question = [], len(prompt), []
+    for k, (start, end) in enumerate(zip(starts, starts[1:])):
+        first = starts[k - 2] + 1 if k > 1 else 0
+        questions = [message for message in messages[first:start] if message["role"] == "user"]
+        head = messages[:1] if first and messages[0]["role"] == "system" else []
+        head = [*head, *([] if questions or not first else question)]
+        question = questions[-1:] or question
+        window, before = [*head, *messages[first:end]], len(head) + start - first
+        prompt, following = render(window[:before], True), render(window, True)
+        if not following.startswith(prompt) or not whole.startswith(following[len(prompt) :], done):
             return None
-        done += len(prompt) - len(before)
-        if k == len(starts) - 1:
-            return spans
-        finished = window(start + 1, False)
-        if not finished.startswith(prompt) or not whole.startswith(finished[len(prompt) :], done):
-            return None
-        end = done + len(finished) - len(prompt)
-        spans.append((done, end) if start else None)
-        done = end
+        span = _find_reply(render, window, before, following)
+        spans.append(span and (span[0] - len(prompt) + done, span[1] - len(prompt) + done))
+        done += len(following) - len(prompt)
+    return spans if done == prompt_length else None

@@ -159,6 +159,9 @@ finetune --stage dpo                      this is finetune.py; run dpo.py
 finetune --stage kto                      this is finetune.py; possible are pt, sft, dpo
 finetune --lora_bias all                  only the weights of LoRA itself are trained
 finetune --assistant_only_loss false      only replies are learned
+finetune --block_size 512                 src_length limits a prompt, max_length prompt and reply
+finetune --rank 16                        set lora_rank
+pretrain --block_size 512                 a sample has max_seq_length tokens
 finetune --template llama2                without it the model's own template is used
 finetune --max_target_length 9            a prompt and a reply share one limit
 finetune --num_hidden_layers 2            the model's config.json defines it

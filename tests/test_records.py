@@ -249,7 +249,7 @@ def test_truncation_of_new_formats(tmp_path, tokenizer):
     [
         ({"prompt": "a", "completion": "b", "label": True}, "unpaired preference (KTO), which is not trained on here"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen+rejected is for dpo.py; taken are src+tgt, messages"),
-        ({"question": "a", "answer": "b"}, "no key of a known format; found 'question', 'answer'; taken are src+tgt"),
+        ({"question": "a", "answer": "b"}, "key 'src' is missing; found 'question', 'answer'; taken are src+tgt"),
         ({"instruction": "a", "response": "b"}, "key 'output' is missing; found 'instruction', 'response'"),
         ({"messages": said("a")}, "no message of the assistant to learn"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0]: expected an object with the role"),
@@ -790,3 +790,50 @@ def write_jinja(path):
         "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}"
         "{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
+
+
+# ------------------------------ the scripts' keys ------------------------------
+
+
+def test_keys_of_the_scripts(tmp_path, capsys):
+    """columns as JSON text or an object of a JSON file; val_size of dpo.py stands for the dev data."""
+    import dpo
+    import finetune
+    from arguments import parse_args
+
+    columns = {"instruction": "question", "output": "answer"}
+    (tmp_path / "c.json").write_text(json.dumps({"columns": columns, "max_samples": 3, "train_on": "last"}))
+    basic = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--do_train", "--do_eval"]
+    tuned = [*basic, "--dataset_name_or_path", "d", str(tmp_path / "c.json")]
+    args = parse_args(finetune.Args, tuned)
+    assert RecordOptions.of(args) == RecordOptions(3, None, columns, "last")
+    args = parse_args(finetune.Args, [*tuned, "--columns", json.dumps(columns), "--val_size", "0.1"])
+    assert RecordOptions.of(args) == RecordOptions(3, 0.1, columns, "last")
+    for more, message in (
+        (["--train_on", "first"], "train_on: 'first'; possible are all and last"),
+        (["--val_size", "1.5"], "val_size: 1.5; a share between 0 and 1 or a whole number of records is needed"),
+        (["--columns", "question"], "columns: not JSON"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_args(finetune.Args, [*tuned, *more])
+        assert message in one_line(error)
+    args = parse_args(dpo.Args, [*basic, "--train_dataset_path", "p", "--val_size", "7"])
+    assert args.dev_dataset_path == "p" and RecordOptions.of(args).val_size == 7
+    with pytest.raises(UserError, match="val_size and dev_dataset_path are both given"):
+        parse_args(dpo.Args, [*basic, "--train_dataset_path", "p", "--dev_dataset_path", "q", "--val_size", "7"])
+
+
+def test_what_scripts_print(capsys):
+    """One line where more positions are asked for than a model was trained on; odd keywords."""
+    from types import SimpleNamespace
+
+    import trainer
+
+    config = SimpleNamespace(max_position_embeddings=1024, position="rope", max_model_len=1024)
+    trainer.check_positions(SimpleNamespace(config=config), "demo", {"max_length": 2048, "src_length": 9})
+    trainer.check_positions(SimpleNamespace(config=config), "demo", {"max_length": 1024})
+    assert capsys.readouterr().out == "max_length: 2,048 positions are asked for, but demo was trained on 1,024\n"
+    trainer.print_replies(["(turn 2 of 2) b"], ["x"], ["y"])
+    assert capsys.readouterr().out == "\nprompt: (turn 2 of 2) b\nbefore: x\nafter:  y\n"
+    records = [{"keywords": None}, {"keywords": "red"}, {"keywords": ["red", 7]}]
+    assert trainer.keyword_recall(["red"] * 3, records) == 0.5 and trainer.keyword_recall(["a"], [{}]) is None

@@ -46,6 +46,8 @@ from formats.tensor_files import read_safetensors, write_safetensors
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
 
+pytestmark = pytest.mark.sweep(keep=6)
+
 DEMO = ROOT / "demo"
 CONFIG = {
     "model_type": "llama",
@@ -488,10 +490,8 @@ def test_the_first_line_is_short_and_a_wrong_target_names_the_linears(world, tmp
     with pytest.raises(SystemExit):
         run(finetune, keys | {"lora_target_modules": "q_prj,v_proj"})
     out, err = capfd.readouterr()
-    assert (
-        "'q_prj' matches no linear layer; there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-        in err
-    )
+    names = re.search(r"'q_prj' matches no linear layer; there are (.*)", err)[1].split(", ")
+    assert {"down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"} <= {*names}
     assert len(out.splitlines()[0]) < 160 and out.startswith("device: ")
     run(finetune, keys | {"lora_target_modules": "q_proj v_proj"})
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -953,7 +953,9 @@ def test_bad_input_of_a_real_process(world, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     paddles = ("UserWarning", "warnings.warn")  # what Paddle itself says when it is imported
     lines = [line for line in done.stderr.splitlines() if not any(word in line for word in paddles)]
-    assert len(lines) == 1 and re.search(r"^error: .*train\.json:4: key 'src' is missing", lines[0]), done.stderr
+    assert len(lines) == 1 and re.search(
+        r"^error: .*train\.json:4: no key of a known format; found no keys", lines[0]
+    ), done.stderr
     assert done.returncode == 2 and not (tmp_path / "out").exists()
 
 
