@@ -93,6 +93,8 @@ class Args(LoraArgs):
     rollout_n: int = 8  # replies to each prompt
     global_mini_batch_size: int = -1  # prompts of one update; -1: all of the rollout
     update_iters: int = 1  # passes over a rollout
+    dynamic_sampling: bool = False  # replace groups whose rewards are all equal by groups of further prompts
+    max_gen_batches: int = 32  # most batches of prompts for that, the first one included
     rollout_max_num_seqs: int = -1  # most replies the engine writes at once; -1: all, at most 128
     temperature: float = 1.0  # of the sampling; log-probabilities are those of the scaled distribution
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
@@ -119,7 +121,6 @@ class Args(LoraArgs):
         "reward_critic_model_name_or_path": "PPO's values come from a value head on the policy, which starts at 0",
         "reward_server": "rewards come from Python functions (reward_funcs), which may ask a server, or a reward model",
         "use_rm_server": "rewards come from Python functions (reward_funcs), which may ask a server",
-        "dynamic_sampling": "not supported yet: groups whose rewards are equal stay in the batch with advantage 0",
         "use_ema": "an average of the policy is not supported yet",
         "ptx_datasets": "a language-model loss beside the policy's is not supported yet",
         "rollout_quant_type": "rollouts run on the weights that are trained",
@@ -156,6 +157,7 @@ class Args(LoraArgs):
         lows = {"max_src_len": 1, "max_dec_len": 1, "min_dec_len": 1, "global_batch_size": 1, "rollout_n": 1}
         lows |= {"update_iters": 1, "top_k": 0, "overlong_reward_buffer": 1, "overlong_penalty_factor": 0}
         lows |= {
+            "max_gen_batches": 1,
             "reward_timeout": 0,
             "clip_range_value": 0,
             "value_loss_coeff": 0,

@@ -536,14 +536,11 @@ class RolloutMaker:
 
     def make(self, number: int) -> Rollout:
         """Rollout `number` of the run, counted from 0."""
-        args, start = self.args, time.perf_counter()
-        groups = self._replay(number) if self.replayed else self._generate(number)
-        generated = time.perf_counter()
-        if not self.replayed:
-            score_groups(groups, self.functions, self.dataset)
-            groups = self._gather_groups(groups)
+        args, seconds = self.args, {"time/generate": 0.0, "time/reward": 0.0}
+        groups = self._replay(number) if self.replayed else self._scored_groups(number, 0, seconds)
+        if args.dynamic_sampling and not self.replayed:
+            groups = self._with_differences(groups, number, seconds)
         combine_scores(groups, [function.weight for function in self.functions], args)
-        scored = time.perf_counter()
         metrics = rollout_metrics(groups, self.names)
         if math.isnan(metrics["reward"]):
             raise UserError(f"rollout {number}: no reward function applies to any reply: all returned None")
@@ -556,15 +553,42 @@ class RolloutMaker:
         for batches in local:
             for batch in batches:
                 attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns"))
-        metrics |= {"time/generate": generated - start, "time/reward": scored - generated}
-        return Rollout(groups, local, metrics)
+        return Rollout(groups, local, metrics | seconds)
 
-    def _generate(self, number):
+    def _scored_groups(self, number, batch, seconds):
+        """The groups of all ranks with their scores; `seconds` grows. batch: see _with_differences()."""
+        start = time.perf_counter()
+        groups = self._generate(number, batch)
+        generated = time.perf_counter()
+        score_groups(groups, self.functions, self.dataset)
+        groups = self._gather_groups(groups)
+        seconds["time/generate"] += generated - start
+        seconds["time/reward"] += time.perf_counter() - generated
+        return groups
+
+    def _with_differences(self, groups, number, seconds):
+        """DAPO's dynamic sampling: groups whose rewards are all equal give way to groups of further prompts, of up to
+        max_gen_batches batches in all; Yu et al., arXiv 2503.14476, Eq. 11. The prompts of each further batch are a
+        stream of their own, so that which they are depends on nothing that has to be saved."""
+        args, weights = self.args, [function.weight for function in self.functions]
+
+        def teaches(group):
+            combine_scores([group], weights, args)
+            return rl_math.sample_std(rl_math.known(np.array([reply.reward for reply in group.replies]))) > 1e-8
+
+        kept, equal = [group for group in groups if teaches(group)], [group for group in groups if not teaches(group)]
+        for batch in range(1, args.max_gen_batches):
+            if len(kept) >= args.global_batch_size:
+                break
+            kept += [group for group in self._scored_groups(number, batch, seconds) if teaches(group)]
+        return [*kept, *equal][: args.global_batch_size]
+
+    def _generate(self, number, batch):
         """This rank's groups."""
         args, topology = self.args, self.topology
-        numbers = self.dataset.numbers_of(number, args.global_batch_size, args.seed)
+        numbers = self.dataset.numbers_of(number, args.global_batch_size, args.seed + 7919 * batch)
         local = range(topology.data_rank, len(numbers), topology.data_size)
-        params = [sampling_params(args, seed_of(args.seed, number, i)) for i in local]
+        params = [sampling_params(args, seed_of(args.seed, number, batch, i)) for i in local]
         self.engine.weights_changed()
         with trainer.eval_mode(self.model):
             return generate_groups(self.engine, self.dataset, [numbers[i] for i in local], params)

@@ -375,6 +375,7 @@ REWARDS = """
 import math
 def short(completions, **_): return [-len(text) / 10 for text in completions]
 def same(completions, **_): return [1.0] * len(completions)
+def half(completion_ids, number, **_): return [float(sum(ids) % 97) * (n % 2) for ids, n in zip(completion_ids, number)]
 def broken(completions, number, **_): return [1 / n for n in number]
 def not_a_number(completions, number, **_): return [math.nan if n == 0 else 1.0 for n in number]
 def too_few(completions, **_): return [1.0]
@@ -488,6 +489,19 @@ def test_replay_trains_on_dumped_rollouts(world, tmp_path):
     assert_same(tmp_path / "live", tmp_path / "replayed")
 
 
+def test_dynamic_sampling_replaces_groups_without_differences(world, tmp_path):
+    """Half of the prompts have equal rewards."""
+    keys = {"reward_funcs": f"{world}/rewards.py:half", "global_batch_size": 4, "max_steps": 2, "save_rollouts": True}
+    run(keys_of(world, tmp_path / "plain", **keys))
+    run(keys_of(world, tmp_path / "dynamic", **keys, dynamic_sampling=True))
+    run(keys_of(world, tmp_path / "one batch", **keys, dynamic_sampling=True, max_gen_batches=1))
+    found = {name: [row["frac_reward_zero_std"] for row in logged(tmp_path / name)] for name in ("plain", "dynamic")}
+    assert max(found["plain"]) > 0 and found["dynamic"] == [0.0, 0.0]
+    assert [row["frac_reward_zero_std"] for row in logged(tmp_path / "one batch")][0] == found["plain"][0]
+    numbers = {group.number for group in rollouts.read_rollouts(tmp_path / "dynamic" / "rollouts")[0]}
+    assert all(number % 2 for number in numbers)
+
+
 def test_cut_replies_can_be_left_out(world, tmp_path):
     """All replies of a random model are cut."""
     run(keys_of(world, tmp_path / "out", mask_truncated_completions=True, max_steps=1))
@@ -524,7 +538,7 @@ def test_two_ranks_equal_one_process(sharding, two, world, tmp_path):
 BAD = {
     "a function that raises": (
         {"reward_funcs": "broken"},
-        r"broken: \S*train.jsonl:1: \S*rewards.py:5: ZeroDivisionError",
+        r"broken: \S*train.jsonl:1: \S*rewards.py:6: ZeroDivisionError",
     ),
     "nan": ({"reward_funcs": "not_a_number"}, r"not_a_number: \S*train.jsonl:1: returned nan"),
     "too few": ({"reward_funcs": "too_few"}, r"too_few: returned 1 values; a list of 24"),

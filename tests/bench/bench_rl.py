@@ -107,7 +107,7 @@ class Prompts:
 def naive_groups(maker):
     """A function in place of RolloutMaker's generation: model.generate(), one batch, no engine."""
 
-    def make(number):
+    def make(number, batch):
         prompts = np.concatenate([np.repeat(ids[None], REPLIES, 0) for ids in maker.dataset.rows]).astype(np.int64)
         with trainer.eval_mode(maker.model):
             out = generate(maker.model, prompts, maker.args.max_dec_len, do_sample=True, seed=number)[
