@@ -471,15 +471,27 @@ def test_runs(kind, world, tmp_path, capfd):
         assert "reward of greedy replies to dev prompts: before" in out and out.count("after: ") == 2
 
 
-@pytest.mark.parametrize("kind", ["grpo lora", "ppo"])
+@pytest.mark.parametrize("kind", ["grpo lora", "ppo", "ppo of all weights"])
 def test_resume_is_bitwise(kind, world, tmp_path):
-    changes = KINDS[kind] | {"do_eval": False}
+    changes = KINDS.get(kind) or KINDS["ppo"] | {"lora": False}
+    changes = changes | {"do_eval": False}
     run(keys_of(world, tmp_path / "whole", **changes))
     changes |= {"save_strategy": "steps", "save_steps": 2}
     with crash_after_saving(2):
         run(keys_of(world, tmp_path / "parts", **changes))
     run(keys_of(world, tmp_path / "parts", **changes, resume_from_checkpoint=True))
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_the_best_is_kept_and_loaded(world, tmp_path, capfd):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "do_eval": True, "lora": True}
+    best |= {"evaluation_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run(keys_of(world, tmp_path / "out", **best))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "eval_metrics.jsonl").read_text().splitlines()]
+    results = json.loads((tmp_path / "out" / "dev_results.json").read_text())
+    assert [row["step"] for row in rows] == [2, 4]
+    assert results["eval_reward"] == max(row["eval_reward"] for row in rows)
+    assert "best: checkpoint-" in capfd.readouterr().out
 
 
 def test_replay_trains_on_dumped_rollouts(world, tmp_path):
