@@ -1,16 +1,18 @@
 """From a file on disk to a batch of numpy arrays: records, pairs, packing, corpora. Never imports paddle.
 
-    python data.py corpus corpus.jsonl --tokenizer demo/model --output data/corpus --workers 2
+    python data.py show my_data/train.json --tokenizer demo/llama          # records as the model will see them
+    python data.py corpus corpus.jsonl --tokenizer demo/llama --output data/corpus --workers 2
 
-turns text (`.jsonl`: one {"text": ...} a line; `.txt`: documents separated by blank lines) into Megatron's `.bin/.idx`,
-which pretrain.py reads by memory map. Everything else here is used by import:
+`corpus` turns text into Megatron's `.bin/.idx`, which pretrain.py reads by memory map. By import:
 
     tokenizer = load_tokenizer(folder)                  sentencepiece, byte pairs; special tokens, chat template
-    dataset = SFTDataset(path, tokenizer, src_length, max_length)         src/tgt JSON lines -> one flat int32 array
+    dataset = SFTDataset(path, tokenizer, src_length, max_length)         conversations -> one flat int32 array
     loader = SFTLoader(dataset, batch_size, max_length, ...)              .batch(epoch, index) -> dict of arrays
     dataset = PreferenceDataset(path, tokenizer, max_seq_len, ...)        pairs of replies, one better than the other
     loader = PreferenceLoader(dataset, batch_size, max_seq_len, ...)      the same, several pairs a row
     loader = CorpusLoader(prefix, "949,50,1", "train", ...)               the same over memory-mapped tokens
+
+Which records and files are read: docs/data.md, formats/records.py, formats/record_files.py.
 
 A batch, everywhere (B batch, T sequence):
     input_ids, position_ids     int64 [B, T]   positions restart in each sample
@@ -25,29 +27,36 @@ Padding is a segment of its own: it sees itself, nobody sees it, and no row is f
 
 Order is a pure function of (seed, epoch), and batch(epoch, index) is random access, so resuming needs no state but the
 step number. Orders come from np.random.RandomState, whose stream numpy has frozen for good: an upgrade between the two
-halves of a run changes nothing.
-
-Not here: Unigram and WordPiece in tokenizer.json, tools in chats, Jinja of our own (jinja2 renders templates; without
-it those of RECOGNISED are known)."""
+halves of a run changes nothing."""
 
 import argparse
 import bisect
-import os
+import dataclasses
 import re
 import sys
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from formats.files import UserError, brief, names_in, parse_json_line
-from formats.megatron import Corpus, index_bytes
+from formats.chat import encode_conversation, load_chat_template
+from formats.files import UserError
+from formats.megatron import Corpus, build_corpus
+from formats.record_files import RecordOptions, RecordReader, blend_records
+from formats.records import (
+    CONVERSATIONS,
+    PAIRS,
+    Conversation,
+    Pair,
+    parse_conversation,
+    parse_pair,
+    record_format,
+    with_place,
+)
+from formats.rendering import PromptSegment
 from formats.tokenizer import Tokenizer, load_tokenizer
 
 IGNORED = -100  # label of a position that teaches nothing
@@ -56,82 +65,24 @@ IGNORED = -100  # label of a position that teaches nothing
 # ============================== supervised records ==============================
 
 
-def sft_files(path: str | Path, split: str = "train") -> list[Path]:
-    """File -> [file]. Folder -> its train.json or train.jsonl, else train/*.json(l); so for "dev". UserError: none."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; a JSON-lines file or a folder with {split}.json is expected")
-    for name in (f"{split}.json", f"{split}.jsonl"):
-        if (path / name).is_file():
-            return [path / name]
-    files = sorted([*path.glob(f"{split}/*.json"), *path.glob(f"{split}/*.jsonl")])
-    if not files:
-        raise UserError(f"{path}: none of {split}.json, {split}.jsonl, {split}/*.json in it; found {names_in(path)}")
-    return files
-
-
-def numbered_lines(file: Path, progress: bool = False) -> Iterator[tuple[int, int, bytes]]:
-    """Yields (byte offset, line number, line) of the lines that are not blank."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=os.path.getsize(file), unit="B", unit_scale=True, desc=file.name, disable=not progress or None)
-    with open(file, "rb") as stream, bar:
-        offset = 0
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield offset, number, line
-            offset += len(line)
-            bar.update(len(line))
-
-
-def record_at(files: list[Path], place: np.ndarray) -> dict:
-    """(file number, byte offset, line number) -> the JSON object that stands there."""
-    number, offset, line = (int(v) for v in place)
-    with open(files[number], "rb") as stream:
-        stream.seek(offset)
-        return parse_json_line(stream.readline(), files[number], line)
-
-
-def _texts(record, key, where):
-    """record[key], a string or a list of strings, as a list."""
-    if key not in record:
-        raise UserError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
-    value = [record[key]] if isinstance(record[key], str) else record[key]
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise UserError(f"{where}: {key!r} must be a string or a list of strings, found {brief(record[key])}")
-    return value
-
-
-def _context(record, where):
-    context = record.get("context") or {}
-    if not isinstance(context, dict) or not isinstance(context.get("system", ""), str):
-        raise UserError(f"{where}: 'context' must be an object, and its 'system' a string; found {brief(context)}")
-    return context
-
-
-def parse_turns(record: dict, where: str) -> tuple[list, dict]:
-    """{"src", "tgt", "context"?} -> [(user, bot)...], context. UserError names file:line and the key that is wrong."""
-    turns = [_texts(record, key, where) for key in ("src", "tgt")]
-    if len(turns[0]) != len(turns[1]) or not turns[0]:
-        raise UserError(
-            f"{where}: 'src' has {len(turns[0])} turns and 'tgt' has {len(turns[1])}; both need the same "
-            "number, at least one"
-        )
-    context = _context(record, where)
-    return list(zip(*turns)), context
+def longest_text(prompt: str | list) -> str:
+    """A prompt's text; of several messages the longest one's."""
+    return prompt if isinstance(prompt, str) else max((m["content"] for m in prompt), key=len, default="")
 
 
 def truncate_user_turn(
-    tokenizer: Tokenizer, user: str, bot: str, context: dict, room: int, history: list = ()
+    tokenizer: Tokenizer, user: str | list, bot: str | dict, context: dict, room: int, history: list = ()
 ) -> list[int]:
-    """User text -> ids of its rendered part in at most `room` tokens: the text loses its beginning, the template around
-    it stays whole. history: the rounds before it."""
-    ids, text = tokenizer.encode(user, False), user
+    """Prompt -> ids of its rendered part in at most `room` tokens: its text loses its beginning, the template around
+    it stays whole; of several messages the longest text does. history: the rounds before it."""
+    longest = text = longest_text(user)
+    ids = tokenizer.encode(text, False)
     keep = len(ids)
     while True:
-        part = tokenizer.encode_chat([*history, (text, bot)], context, True)[1][-1][0]
+        shorter = (
+            text if isinstance(user, str) else [{**m, "content": text} if m["content"] is longest else m for m in user]
+        )
+        part = tokenizer.encode_chat([*history, (shorter, bot)], context, True)[1][-1][0]
         if len(part) <= room or keep == 0:
             return part
         keep = max(0, keep - (len(part) - room))
@@ -146,6 +97,13 @@ def truncate_templated(
     fit; the last one is always kept, its user part cut to src_length less the system, its reply to what is left. One
     deviation: index and is_first count the rounds that are kept, so that what a template says at the beginning (bos,
     Llama 2's system text) is there when early rounds had to go."""
+    count = 64  # of very many rounds, so many that some do not fit, or all
+    while count < len(rounds):
+        system, encoded = tokenizer.encode_chat(rounds[-count:], context, True)
+        if len(system) + sum(len(user) + len(bot) for user, bot in encoded) > max_length:
+            break
+        count *= 2
+    rounds = rounds[-count:]
     while True:
         system, encoded = tokenizer.encode_chat(rounds, context, True)
         room = max_length - len(system)
@@ -198,82 +156,170 @@ def truncate_prompt(tokenizer: Tokenizer, rounds: list, context: dict, src_lengt
     return system + [t for user, bot in encoded[:-1] for t in user + bot] + encoded[-1][0]
 
 
-class SFTDataset:
-    """Tokenized src/tgt records of one or more JSON-lines files (or folders with {split}.json).
+def encode_plain(tokenizer: Tokenizer, prompt: str, reply: str) -> tuple[list[int], list[int]]:
+    """Texts that no template surrounds -> ids (prompt, reply with eos). They are read as one text, as TRL does, but for
+    a token across their border: the reply is learned as it would be generated, after the prompt's own ids."""
+    segments = [PromptSegment(1, "text", prompt), PromptSegment(2, "text", reply)]
+    _, before, after = encode_conversation(tokenizer, segments, 3)
+    eos = [] if tokenizer.eos_token_id is None or after[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+    return tokenizer.head + before, after + eos
 
-    All records lie in one int32 array, ids of learned tokens as they are and all others as ~id (negative), so prompt
-    and reply are told apart without a second array; a record's own JSON is re-read from the file when asked for. A
-    million records of 100 tokens are 400 MB, and never Python lists. Truncation: `truncate_templated`,
-    `truncate_plain`. A record without a learned token left is dropped and counted in .dropped. autoregressive: prompts
-    are learned too. UserError: missing or empty file, a bad line (file:line), nothing left to learn in any record."""
+
+def cut_plain(tokenizer: Tokenizer, ids: list[int], room: int) -> list[int]:
+    """Ids of a prompt of encode_plain -> its last `room`, with what the tokenizer puts before every text."""
+    head = len(tokenizer.head)
+    return ids if len(ids) <= room else ids[:head] + ids[len(ids) - max(0, room - head) :]
+
+
+class TokenizedRecords:
+    """Ids of records in one int32 array: a million records of 100 tokens are 400 MB, and never Python lists. A record's
+    own JSON is read again from its file when asked for.
+
+    Sample i is record numbers[i] of those that are kept: the same, unless a blend gives a record twice or not at all.
+    Records that teach nothing are dropped: why_dropped counts them by reason, dropped is their number."""
+
+    def _read(self, reader: RecordReader, encode: Callable, parts: int, nothing_left: str) -> None:
+        """encode(record, where) -> the record as lists of ids, so many as `parts`, or the reason to drop it."""
+        self.reader, self.files, self.why_dropped = reader, reader.files, Counter()
+        tokens, ends, places = array("i"), array("q", [0]), array("q")  # places: file number, byte offset, line number
+        for place, where, record in reader:
+            try:
+                lists = encode(record, where)
+            except UserError as error:
+                raise with_place(error, where) from None
+            if isinstance(lists, str):
+                self.why_dropped[lists] += 1
+                continue
+            for ids in lists:
+                tokens.extend(ids)
+                ends.append(len(tokens))
+            places.extend(place)
+        self.dropped, self.replaced = sum(self.why_dropped.values()), reader.replaced
+        if not places:
+            expected = "the file is empty; records are expected, see docs/data.md"
+            if reader.options.val_size is not None and not self.dropped:
+                side = "dev" if reader.wants_held_out else "train"
+                expected = f"val_size {reader.options.val_size:g} leaves no {side} record; equal records stay together"
+            raise UserError(f"{self.files[0]}: {nothing_left.format(self.dropped) if self.dropped else expected}")
+        self._tokens, self._places = np.frombuffer(tokens, np.int32), np.frombuffer(places, np.int64).reshape(-1, 3)
+        self._ends = np.frombuffer(ends, np.int64)
+        sizes = np.bincount(reader.source_of_file[self._places[:, 0]], minlength=len(reader.weights))
+        self.numbers = blend_records(sizes.tolist(), reader.weights)
+        self.lengths = (np.diff(self._ends[::parts])[self.numbers] - 1).astype(np.int32)  # positions: tokens less one
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def record(self, i):
+        """Sample number -> its record, read again, as the file has it."""
+        return self.reader.record(self._places[self.numbers[i]])
+
+    def where(self, i):
+        """Sample number -> "file:line"."""
+        number, _, line = self._places[self.numbers[i]]
+        return f"{self.files[number]}:{line}"
+
+
+class SFTDataset(TokenizedRecords):
+    """Tokenized conversations: of a file, a folder with {split}.json, several of them, or a blend.
+
+    Ids of learned tokens are kept as they are and all others as ~id (negative), so prompt and reply are told apart
+    without a second array. Truncation: `truncate_templated`, `truncate_plain`. A record without a learned token left is
+    dropped. autoregressive: prompts are learned too. UserError: missing or empty file, a bad record (file:line),
+    nothing left to learn in any record."""
 
     def __init__(
-        self, paths, tokenizer, src_length=1024, max_length=2048, split="train", autoregressive=False, progress=False
+        self,
+        paths: str | Path | list,
+        tokenizer: Tokenizer,
+        src_length: int = 1024,
+        max_length: int = 2048,
+        split: str = "train",
+        autoregressive: bool = False,
+        progress: bool = False,
+        options: RecordOptions | None = None,
     ):
         self.tokenizer, self.src_length, self.max_length = tokenizer, src_length, max_length
-        paths = [paths] if isinstance(paths, (str, Path)) else paths
-        self.files = [file for path in paths for file in sft_files(path, split)]
-        self.dropped = 0
-        tokens, ends, places = array("i"), array("q", [0]), array("q")  # places: file number, byte offset, line number
-        for number, file in enumerate(self.files):
-            for offset, line_number, line in numbered_lines(file, progress):
-                where = f"{file}:{line_number}"
-                flat = self._flatten(*parse_turns(parse_json_line(line, file, line_number), where), autoregressive)
-                if not any(token >= 0 for token in flat[1:]):
-                    self.dropped += 1
-                    continue
-                tokens.extend(flat)
-                ends.append(len(tokens))
-                places.extend((number, offset, line_number))
-        if not places:
-            raise UserError(
-                f"{self.files[0]}: "
-                + (
-                    f"nothing to learn is left in any of the {self.dropped} records with max_length {max_length} and "
-                    f"src_length {src_length}; raise max_length or lower src_length"
-                    if self.dropped
-                    else "the file is empty; JSON lines with src and tgt are expected"
-                )
-            )
-        self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
-        self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
-        self.lengths = (np.diff(self._ends) - 1).astype(np.int32)  # positions: one less than tokens
+        self.autoregressive = autoregressive
+        self.train_on = (options or RecordOptions()).train_on
+        nothing_left = (
+            f"nothing to learn is left in any of the {{}} records with max_length {max_length} and src_length "
+            f"{src_length}; raise max_length or lower src_length"
+        )
+        self._read(RecordReader(paths, split, options, progress), self._encode, 1, nothing_left)
+
+    def _encode(self, record, where):
+        conversation = parse_conversation(record, where)
+        if self.train_on == "last":
+            *_, last = conversation.learned
+            conversation = conversation._replace(learned=[False] * (len(conversation.learned) - 1) + [last])
+        if not any(conversation.learned) and not self.autoregressive:
+            return "no reply is to be learned"
+        flat = self._flatten(conversation)
+        return [flat] if any(token >= 0 for token in flat[1:]) else "nothing to learn is left within max_length"
 
     def _fit(self, rounds, context):
         fit = truncate_plain if self.tokenizer.chat_template is None else truncate_templated
         return fit(self.tokenizer, rounds, context, self.src_length, self.max_length)
 
-    def _flatten(self, rounds, context, autoregressive):
-        """Rounds -> list of at most max_length tokens, ~id where nothing is learned."""
-        system, encoded = self._fit(rounds, context)
+    def _flatten(self, conversation: Conversation):
+        """-> list of at most max_length tokens, ~id where nothing is learned."""
+        if conversation.is_plain:
+            user, bot = encode_plain(self.tokenizer, *conversation.rounds[0])
+            system, encoded = [], [(cut_plain(self.tokenizer, user, self.src_length), bot)]
+        else:
+            system, encoded = self._fit(conversation.rounds, conversation.context)
         flat = [~i for i in system]
-        for user, bot in encoded:
+        for (user, bot), learned in zip(encoded, conversation.learned[-len(encoded) :]):
             flat += [~i for i in user]
-            flat += bot
+            flat += bot if learned else [~i for i in bot]
         flat = flat[: self.max_length]
-        return [i if i >= 0 else ~i for i in flat] if autoregressive else flat
-
-    def __len__(self):
-        return len(self.lengths)
+        return [i if i >= 0 else ~i for i in flat] if self.autoregressive else flat
 
     def sample(self, i):
-        """Record number -> (input_ids, labels), int32 [lengths[i]]; labels[t] is the target of input_ids[t], -100 where
+        """Sample number -> (input_ids, labels), int32 [lengths[i]]; labels[t] is the target of input_ids[t], -100 where
         nothing is learned."""
-        tokens = self._tokens[self._ends[i] : self._ends[i + 1]]
-        return np.where(tokens < 0, ~tokens, tokens)[:-1], np.where(tokens < 0, IGNORED, tokens)[1:]
+        ids, learned = self.tokens(i)
+        return ids[:-1], np.where(learned, ids, IGNORED)[1:]
 
-    def record(self, i):
-        """Record number -> its JSON object, read again from the file."""
-        return record_at(self.files, self._places[i])
+    def tokens(self, i):
+        """Sample number -> (all its ids, whether each is learned), [lengths[i] + 1]; the first is never a target."""
+        i = self.numbers[i]
+        tokens = self._tokens[self._ends[i] : self._ends[i + 1]]
+        return np.where(tokens < 0, ~tokens, tokens), tokens >= 0
+
+    def conversation(self, i):
+        """Sample number -> its Conversation. Of a plain text the first half is the prompt, the second the reply."""
+        found = parse_conversation(self.reader.rename(self.record(i)), self.where(i))
+        text = found.rounds[0][1]
+        if found.is_plain and not found.rounds[0][0]:
+            return found._replace(rounds=[(text[: len(text) // 2], text[len(text) // 2 :])])
+        return found
 
     def prompt_ids(self, i):
-        """Record number -> ids up to the last reply: the rounds that training showed, the last in the query form."""
-        rounds, context = parse_turns(self.record(i), f"record {i}")
-        return truncate_prompt(self.tokenizer, rounds, context, self.src_length, self.max_length)
+        """Sample number -> ids up to the last reply: the rounds that training showed, the last in the query form."""
+        return conversation_prompt(self.tokenizer, self.conversation(i), self.src_length, self.max_length)
+
+    def prompt_text(self, i):
+        """Sample number -> the text of its last prompt, for a person."""
+        rounds = self.conversation(i).rounds
+        prompt = rounds[-1][0]
+        text = prompt if isinstance(prompt, str) else " | ".join(f"{m['role']}: {m['content']}" for m in prompt)
+        return f"(turn {len(rounds)} of {len(rounds)}) {text}" if len(rounds) > 1 else text
 
     def reference(self, i):
-        """Record number -> text of its last reply."""
-        return parse_turns(self.record(i), f"record {i}")[0][-1][1]
+        """Sample number -> text of its last reply."""
+        reply = self.conversation(i).rounds[-1][1]
+        return reply if isinstance(reply, str) else reply["content"]
+
+
+def conversation_prompt(
+    tokenizer: Tokenizer, conversation: Conversation, src_length: int, max_length: int
+) -> list[int]:
+    """Ids up to the last reply of a conversation, which is to be written; see truncate_prompt."""
+    if conversation.is_plain:
+        return cut_plain(tokenizer, tokenizer.encode(conversation.rounds[0][0]), src_length)
+    return truncate_prompt(tokenizer, conversation.rounds, conversation.context, src_length, max_length)
 
 
 # ============================== batches of records ==============================
@@ -438,50 +484,24 @@ class SFTLoader:
 # ============================== preference pairs ==============================
 
 
-def preference_pair(record: dict, where: str) -> tuple:
-    """{"src", "tgt"?, "response", "sort", "context"?} -> [(user, bot)... of earlier turns], user, chosen, rejected,
-    context. The reply with the larger sort is the chosen one. UserError names file:line and what is wrong."""
-    for key in ("src", "response", "sort"):
-        if key not in record:
-            raise UserError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
-    users, bots = _texts(record, "src", where), _texts({"tgt": record.get("tgt") or []}, "tgt", where)
-    if len(users) != len(bots) + 1:
+def encode_pair(tokenizer: Tokenizer, pair: Pair, history: list, where: str) -> tuple[list, list, list, list]:
+    """Pair after these rounds -> ids: system, [(turn, reply), …] of the rounds, prompt, (chosen, rejected)."""
+    if pair.is_plain:
+        (last, good), (_, bad) = (encode_plain(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
+        return [], [], last, (good, bad)
+    system, encoded = tokenizer.encode_chat([*history, (pair.prompt, pair.chosen)], pair.context, True)
+    other = tokenizer.encode_chat([*history, (pair.prompt, pair.rejected)], pair.context, True)[1][-1]
+    (last, good), bad = encoded[-1], other[1]
+    if last != other[0]:
         raise UserError(
-            f"{where}: 'src' has {len(users)} turns and 'tgt' has {len(bots)}; 'tgt' holds the replies to "
-            "all turns but the last, so it must have one fewer"
+            f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, so that two "
+            "replies cannot share one"
         )
-    replies, sort = record["response"], record["sort"]
-    if not isinstance(replies, list) or len(replies) != 2 or not all(isinstance(text, str) for text in replies):
-        single = isinstance(replies, list) and len(replies) == 1
-        raise UserError(
-            f"{where}: 'response' must be a list of two strings, found {brief(replies)}"
-            + ("; single replies (KTO) are not trained on here" if single else "")
-        )
-    if empty := [i for i, text in enumerate(replies) if not text.strip()]:
-        raise UserError(f"{where}: 'response' number {empty[0] + 1} is empty; both must have text")
-    numbers = isinstance(sort, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in sort)
-    if not numbers or len(sort) != 2:
-        raise UserError(f"{where}: 'sort' must be a list of two numbers, found {brief(sort)}")
-    if sort[0] == sort[1]:
-        raise UserError(
-            f"{where}: 'sort' is {brief(sort)}: equal, so neither reply is the better one; the chosen "
-            "one's must be larger"
-        )
-    context = _context(record, where)
-    chosen, rejected = replies if sort[0] > sort[1] else replies[::-1]
-    return list(zip(users, bots)), users[-1], chosen, rejected, context
+    return system, encoded[:-1], last, (good, bad)
 
 
 def truncate_pair(
-    tokenizer: Tokenizer,
-    history: list,
-    user: str,
-    chosen: str,
-    rejected: str,
-    context: dict,
-    max_seq_len: int,
-    max_prompt_len: int,
-    where: str,
+    tokenizer: Tokenizer, pair: Pair, max_seq_len: int, max_prompt_len: int, where: str
 ) -> tuple[list, list, list]:
     """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take len(prompt) - 1 + len(chosen) +
     len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
@@ -490,86 +510,76 @@ def truncate_pair(
     max_prompt_len; if that is not enough, both replies lose their ends in proportion to their lengths. Earlier turns
     stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that
     are kept. A reply that is cut has no end mark."""
+    history = pair.history
     while True:
-        system, encoded = tokenizer.encode_chat([*history, (user, chosen)], context, True)
-        other = tokenizer.encode_chat([*history, (user, rejected)], context, True)[1][-1]
-        (last, good), bad = encoded[-1], other[1]
-        if last != other[0]:
-            raise UserError(
-                f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, "
-                "so that two replies cannot share one"
-            )
+        system, encoded, last, (good, bad) = encode_pair(tokenizer, pair, history, where)
         room = max_seq_len + 1 - len(system)  # + 1: the prompt's last token is counted with the chosen reply
         if len(last) + len(good) + len(bad) > room:
             if len(system) + len(last) > max_prompt_len:
-                last = truncate_user_turn(
-                    tokenizer, user, chosen, context, max(0, max_prompt_len - len(system)), history
+                prompt_room = max(0, max_prompt_len - len(system))
+                last = (
+                    cut_plain(tokenizer, last, prompt_room)
+                    if pair.is_plain
+                    else truncate_user_turn(tokenizer, pair.prompt, pair.chosen, pair.context, prompt_room, history)
                 )
             if len(good) + len(bad) > room - len(last):
                 left = max(0, room - len(last))
                 keep = min(max(1, round(left * len(good) / (len(good) + len(bad)))), left - 1)
                 good, bad = (good[:keep], bad[: left - keep]) if left >= 2 else ([], [])
-        sizes = [len(turn) + len(reply) for turn, reply in encoded[:-1]]
+        sizes = [len(turn) + len(reply) for turn, reply in encoded]
         room -= len(last) + len(good) + len(bad)
         if not history or sum(sizes) <= room:
-            return system + [i for turn, reply in encoded[:-1] for i in turn + reply] + last, good, bad
+            return system + [i for turn, reply in encoded for i in turn + reply] + last, good, bad
         fits = int(np.searchsorted(np.cumsum(sizes[::-1]), room, side="right"))
         history = history[len(history) - fits :]
 
 
-class PreferenceDataset:
-    """Tokenized pairs of replies to one prompt, from a JSON-lines file (or a folder with {split}.json).
+class PreferenceDataset(TokenizedRecords):
+    """Tokenized pairs of replies to one prompt: of a file, a folder with {split}.json, several of them, or a blend.
 
-    Prompts and replies lie one after another in one int32 array; records are re-read from the file when asked for, as
-    in SFTDataset. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a token of each reply, no
-    prompt, the same reply twice) is dropped and counted in .dropped. UserError: missing or empty file, a bad line
+    Prompts and replies lie one after another. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a
+    token of each reply, no prompt, the same reply twice) is dropped. UserError: missing or empty file, a bad record
     (file:line), nothing left."""
 
-    def __init__(self, path, tokenizer, max_seq_len=4096, max_prompt_len=2048, split="train", progress=False):
-        self.files, self.dropped = sft_files(path, split), 0
-        tokens, ends, places = array("i"), array("q", [0]), array("q")  # ends: of the prompt, the chosen, the rejected
-        for number, file in enumerate(self.files):
-            for offset, line_number, line in numbered_lines(file, progress):
-                where = f"{file}:{line_number}"
-                pair = preference_pair(parse_json_line(line, file, line_number), where)
-                prompt, chosen, rejected = truncate_pair(tokenizer, *pair, max_seq_len, max_prompt_len, where)
-                if not (prompt and chosen and rejected) or chosen == rejected:
-                    self.dropped += 1
-                    continue
-                for part in (prompt, chosen, rejected):
-                    tokens.extend(part)
-                    ends.append(len(tokens))
-                places.extend((number, offset, line_number))
-        if not places:
-            raise UserError(
-                f"{self.files[0]}: "
-                + (
-                    f"none of the {self.dropped} pairs can be learned with max_seq_len {max_seq_len} and "
-                    "max_prompt_len "
-                    f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
-                    if self.dropped
-                    else "the file is empty; JSON lines with src, tgt, response and sort are expected"
-                )
-            )
-        self._tokens, self._ends = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64)
-        self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
-        self.lengths = (np.diff(self._ends[::3]) - 1).astype(np.int32)
+    def __init__(
+        self,
+        path: str | Path | list,
+        tokenizer: Tokenizer,
+        max_seq_len: int = 4096,
+        max_prompt_len: int = 2048,
+        split: str = "train",
+        progress: bool = False,
+        options: RecordOptions | None = None,
+    ):
+        self.tokenizer, self.max_seq_len, self.max_prompt_len = tokenizer, max_seq_len, max_prompt_len
+        nothing_left = (
+            f"none of the {{}} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
+            f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
+        )
+        self._read(RecordReader(path, split, options, progress), self._encode, 3, nothing_left)
 
-    def __len__(self):
-        return len(self.lengths)
+    def _encode(self, record, where):
+        pair = parse_pair(record, where)
+        prompt, chosen, rejected = truncate_pair(self.tokenizer, pair, self.max_seq_len, self.max_prompt_len, where)
+        if chosen and chosen == rejected:
+            return "the same reply twice"
+        if not prompt:
+            return "no prompt"
+        return [prompt, chosen, rejected] if chosen and rejected else "no room for both replies within max_seq_len"
 
     def pair(self, i):
-        """Pair number -> ids (prompt, chosen, rejected), int32."""
-        begin, *ends = self._ends[3 * i : 3 * i + 4]
+        """Sample number -> ids (prompt, chosen, rejected), int32."""
+        begin, *ends = self._ends[3 * self.numbers[i] : 3 * self.numbers[i] + 4]
         return tuple(np.split(self._tokens[begin : ends[2]], [ends[0] - begin, ends[1] - begin]))
 
     def sample(self, i):
-        """Pair number -> input_ids, labels, position_ids, rows, replies; int32 [lengths[i]]. See `pair_sample`."""
+        """Sample number -> input_ids, labels, position_ids, rows, replies; int32 [lengths[i]]. See `pair_sample`."""
         return pair_sample(*self.pair(i))
 
-    def record(self, i):
-        """Pair number -> its JSON object, read again from the file."""
-        return record_at(self.files, self._places[i])
+    def prompt_text(self, i):
+        """Sample number -> the text of its last prompt, for a person."""
+        pair = parse_pair(self.reader.rename(self.record(i)), self.where(i))
+        return pair.prompt if isinstance(pair.prompt, str) else longest_text(pair.prompt)
 
 
 def pair_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> tuple:
@@ -800,155 +810,79 @@ class CorpusLoader:
         return batch
 
 
-# ============================== python data.py corpus ==============================
+# ============================== command line ==============================
 
 
-def read_documents(path: str | Path) -> Iterator[list]:
-    """Yields chunks, lists of (line number, bytes) of about a megabyte: JSON lines, or the paragraphs of a .txt."""
-    chunk, size, paragraph, begin = [], 0, [], 1
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if path.suffix == ".txt":
-                if line.strip():
-                    begin = begin if paragraph else number
-                    paragraph.append(line)
-                    continue
-                line, paragraph, number = b"".join(paragraph), [], begin
-            if line.strip():
-                chunk.append((number, line))
-                size += len(line)
-            if size > 1 << 20 or len(chunk) >= 1024:
-                yield chunk
-                chunk, size = [], 0
-    chunk += [(begin, b"".join(paragraph))] if paragraph else []
-    if chunk:
-        yield chunk
+def marked_text(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray, color: bool) -> str:
+    """Ids -> their text; what is learned is green, or between [[ and ]] without color."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
+    decoder, text, inside = tokenizer.stream_decoder(False), "", False
+    for i, is_learned in zip(ids.tolist(), learned.tolist()):
+        if is_learned != inside:
+            text, inside = text + decoder.flush() + (begin if is_learned else end), is_learned
+        text += decoder.push(i)
+    return text + decoder.flush() + end * inside
 
 
-@lru_cache(maxsize=1)
-def cached_tokenizer(path: str | Path) -> Tokenizer:
-    """A worker process loads its tokenizer once."""
-    return load_tokenizer(path)
+def show_sample(dataset: SFTDataset | PreferenceDataset, i: int, color: bool) -> None:
+    """Print a record as the model will see it: where it is, ids, text, which tokens are learned."""
+    if isinstance(dataset, PreferenceDataset):
+        texts = dict(zip(("prompt", "chosen", "rejected"), dataset.pair(i)))
+        parts = [(name, ids, np.full(len(ids), name != "prompt")) for name, ids in texts.items()]
+    else:
+        ids, flags = dataset.tokens(i)
+        parts = [("", ids, flags)]
+    row = record_format(dataset.reader.rename(dataset.record(i)), PAIRS if len(parts) > 1 else CONVERSATIONS)
+    tokens, learned = (sum(len(ids) for _, ids, _ in parts), sum(int(flags.sum()) for _, _, flags in parts))
+    print(f"{dataset.where(i)}: {row.name}, {tokens:,} tokens, {learned:,} learned")
+    for name, ids, flags in parts:
+        name = name and f"{name} "
+        print(f"  {name}ids: {' '.join(map(str, ids.tolist()))}")
+        print(f"  {name}text: {marked_text(dataset.tokenizer, ids, flags, color)}")
 
 
-def encode_documents(
-    chunk: list, path: str | Path, tokenizer_path: str, json_key: str, append_eos: bool, dtype: type
-) -> tuple[bytes, array]:
-    """Chunks of read_documents -> (tokens as bytes, tokens per document). Runs in a worker. UserError names
-    file:line."""
-    tokenizer, tokens, sizes = cached_tokenizer(tokenizer_path), [], array("i")
-    for number, raw in chunk:
-        if path.suffix == ".txt":
-            try:
-                text = raw.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number + raw[: error.start].count(10)}: not UTF-8: {error.reason}") from None
-        else:
-            record = parse_json_line(raw, path, number)
-            text = record.get(json_key)
-            if not isinstance(text, str):
-                raise UserError(f"{path}:{number}: key {json_key!r} must be there and a string; found {brief(record)}")
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if ids:  # an empty text is no document
-            ids += [tokenizer.eos_token_id] if append_eos else []
-            tokens.append(np.array(ids, dtype).tobytes())
-            sizes.append(len(ids))
-    return b"".join(tokens), sizes
+def show_counts(dataset: SFTDataset | PreferenceDataset) -> None:
+    """Print how many records there are, which were dropped and why, and a histogram of their tokens."""
+    unit = "pairs" if isinstance(dataset, PreferenceDataset) else "records"
+    print(f"\n{len(dataset):,} {unit}, {dataset.dropped:,} dropped")
+    for reason, count in dataset.why_dropped.items():
+        print(f"  {count:,}: {reason}")
+    tokens = dataset.lengths.astype(np.int64) + 1
+    print(f"tokens: {tokens.min():,} to {tokens.max():,}, median {np.median(tokens):,.0f}, {tokens.sum():,} in all")
+    bins = np.frexp(tokens)[1] - 1  # the power of two below
+    for power in range(int(bins.min()), int(bins.max()) + 1):
+        count = int((bins == power).sum())
+        print(f"{2**power:>9,} - {2 ** (power + 1) - 1:<9,} {count:>9,} {'#' * -(-40 * count // len(bins))}")
 
 
-def ordered_map(executor: ProcessPoolExecutor, function: Callable, chunks: Iterator, window: int) -> Iterator:
-    """Like executor.map, but never more than `window` chunks ahead of the reader: the corpus is not in memory."""
-    waiting = deque()
-    for chunk in chunks:
-        waiting.append((chunk, executor.submit(function, chunk)))
-        if len(waiting) >= window:
-            done, result = waiting.popleft()
-            yield done, result.result()
-    while waiting:
-        done, result = waiting.popleft()
-        yield done, result.result()
-
-
-def _write_corpus(results, files, path, dtype):
-    """(chunk, (tokens as bytes, tokens per document)) of `path` -> both files, flushed to disk; tokens per document."""
-    from tqdm import tqdm
-
-    sizes = array("i")
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="tokenizing")
-    with open(files[".bin"], "wb") as stream, bar:
-        for chunk, (tokens, counts) in results:
-            stream.write(tokens)
-            sizes.extend(counts)
-            bar.update(sum(len(raw) for _, raw in chunk))
-        stream.flush()
-        os.fsync(stream.fileno())
-    if not sizes:
-        raise UserError(f"{path}: no text in it")
-    with open(files[".idx"], "wb") as stream:
-        stream.write(index_bytes(dtype, sizes))
-        stream.flush()
-        os.fsync(stream.fileno())
-    return sizes
-
-
-def build_corpus(
-    path: str | Path,
-    tokenizer_path: str,
-    output: str,
-    workers: int = 1,
-    json_key: str = "text",
-    append_eos: bool = True,
-    overwrite: bool = False,
-) -> tuple[int, int]:
-    """Text -> output.bin and output.idx; documents in input order whatever `workers` is. -> (documents, tokens).
-
-    Written under temporary names, flushed to disk, then renamed, the index last: a prefix with an index is complete.
-    uint16 when the vocabulary is smaller than 65,535, else int32. UserError: missing or empty input, a bad line
-    (file:line), an output that is there already."""
-    path, output = Path(path), str(output)
-    names = {end: Path(output + end) for end in (".bin", ".idx")}
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a .jsonl or .txt is expected")
-    if path.suffix not in (".jsonl", ".json", ".txt"):
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; .jsonl or .txt is expected")
-    if not overwrite and (found := [str(name) for name in names.values() if name.exists()]):
-        raise UserError(f"{' and '.join(found)}: already there; give another --output, or --overwrite true")
-    tokenizer = cached_tokenizer(str(tokenizer_path))
-    if append_eos and tokenizer.eos_token_id is None:
-        raise UserError(f"{tokenizer_path}: the tokenizer has no eos token to append; give --append_eos false")
-    dtype = np.uint16 if tokenizer.vocab_size < 65535 else np.int32
-    encode = partial(
-        encode_documents,
-        path=path,
-        tokenizer_path=str(tokenizer_path),
-        json_key=json_key,
-        append_eos=append_eos,
-        dtype=dtype,
-    )
-    names[".bin"].parent.mkdir(parents=True, exist_ok=True)
-    temporary = {end: Path(f"{output}{end}.tmp-{os.getpid()}") for end in names}
-    # spawn: a fork of a process that has threads (tqdm's, the caller's) may hang
-    executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
-    try:
-        chunks = read_documents(path)
-        results = ordered_map(executor, encode, chunks, 2 * workers) if executor else ((c, encode(c)) for c in chunks)
-        sizes = _write_corpus(results, temporary, path, dtype)
-        names[".idx"].unlink(missing_ok=True)  # with --overwrite: never an old index beside new tokens
-        for end in (".bin", ".idx"):
-            os.replace(temporary[end], names[end])
-    finally:
-        if executor:
-            executor.shutdown(cancel_futures=True)
-        for name in temporary.values():
-            name.unlink(missing_ok=True)
-    return len(sizes), int(np.sum(np.frombuffer(sizes, np.int32), dtype=np.int64))
+def show(args: argparse.Namespace) -> None:
+    """`python data.py show`: some records of a file as the model will see them, and counts of all."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    if args.chat_template is not None:
+        tokenizer.chat_template = load_chat_template(args.chat_template)
+    options = RecordOptions.of(args)
+    if args.max_length < 2 or args.n < 0:
+        raise UserError(f"--max_length {args.max_length}, -n {args.n}: at least 2 and 0 are expected")
+    first = next(iter(RecordReader(args.file, args.split, options)), (None, None, {}))[2]
+    if record_format(first, PAIRS):
+        dataset = PreferenceDataset(
+            args.file, tokenizer, args.max_length, args.src_length or args.max_length // 2, args.split, True, options
+        )
+    else:
+        src_length = args.src_length or min(1024, args.max_length // 2)
+        dataset = SFTDataset(
+            args.file, tokenizer, src_length, args.max_length, args.split, progress=True, options=options
+        )
+    for i in range(min(args.n, len(dataset))):
+        show_sample(dataset, i, sys.stdout.isatty())
+    show_counts(dataset)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse prints its usage before an error; here an error is one line."""
 
     def error(self, message):
-        raise UserError(f"{message}; see `python data.py corpus --help`")
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def parse_bool(text: str) -> bool:
@@ -957,20 +891,39 @@ def parse_bool(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
-    parser = OneLineParser(prog="data.py", description="Turn text into the token files that pretrain.py reads.")
+def arguments() -> argparse.ArgumentParser:
+    """The parser of `python data.py show` and `python data.py corpus`."""
+    parser = OneLineParser(prog="python data.py", description="Look at records, or turn text into token files.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("corpus", help="text -> PREFIX.bin and PREFIX.idx")
-    command.add_argument("corpus", help=".jsonl (a JSON object a line) or .txt (a document per paragraph)")
+    command = commands.add_parser("show", help="print records as the model will see them, and counts")
+    command.add_argument("file", help="a file of records, a folder or a blend, see docs/data.md")
+    command.add_argument("--tokenizer", required=True, help="folder with a tokenizer's files")
+    command.add_argument("--chat_template", help="a name of formats/chat.py, plain or a file; default: its own")
+    command.add_argument("--max_length", type=int, default=2048, help="most tokens of a record, or of a pair")
+    command.add_argument("--src_length", type=int, help="most tokens of a prompt that is too long")
+    command.add_argument("--split", default="train", help="of a folder: train, dev or test")
+    command.add_argument("-n", type=int, default=3, help="records to print")
+    for field in dataclasses.fields(RecordOptions):
+        kind = {"max_samples": int, "val_size": float}.get(field.name, str)
+        command.add_argument(f"--{field.name}", type=kind, default=field.default, help="as in finetune.py")
+    command = commands.add_parser("corpus", help="text -> PREFIX.bin and PREFIX.idx, which pretrain.py reads")
+    command.add_argument("corpus", help=".jsonl, .json, .csv, .parquet, .txt (a document per paragraph), or a folder")
     command.add_argument("--tokenizer", required=True, help="folder with a tokenizer's files")
     command.add_argument("--output", required=True, help="prefix of the files to write")
     command.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     command.add_argument("--json_key", default="text", help="key of the text in each JSON object")
     command.add_argument("--append_eos", type=parse_bool, default=True, help="end each document with eos")
     command.add_argument("--overwrite", type=parse_bool, default=False, help="replace files that are there already")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     try:
-        args = parser.parse_args(argv)
+        args = arguments().parse_args(argv)
+        if args.command == "show":
+            show(args)
+            return 0
         if args.workers < 1:
             raise UserError(f"--workers {args.workers}: at least 1 is expected")
         documents, tokens = build_corpus(

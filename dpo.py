@@ -3,11 +3,10 @@
     python dpo.py configs/llama_dpo.json                                 # any key again as --key value
     python dpo.py configs/llama_dpo.json --loss_type simpo --beta 2.0 --simpo_gamma 1.0
 
-Reads src/tgt/response/sort records (see data.py). Prompt, chosen and rejected reply are one sequence, several pairs are
-a row. Trains all weights or LoRA. The reference is the model before training: with LoRA the same model with the adapter
-off; otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no second model).
-Writes what finetune.py writes. Ends with reward accuracy on the dev pairs and replies to three of their prompts, before
-and after training; before, policy and reference are equal, so each pair counts one half (accuracy 50 %).
+Reads pairs in many formats (docs/data.md). Prompt, chosen and rejected reply are one sequence, several pairs are a row.
+Trains all weights or LoRA. The reference is the model before training: with LoRA the same model with the adapter off;
+otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no second model). Ends
+with reward accuracy on the dev pairs (50 % before: policy and reference are equal) and replies to three prompts.
 """
 
 import dataclasses
@@ -27,11 +26,12 @@ from tqdm import tqdm
 
 import parallel
 import trainer
-from adapters import adapter_disabled, lora_layers
+from adapters import adapter_disabled, changes_base, lora_layers
 from arguments import LoraArgs
-from checkpoint import find_checkpoint, update_best
+from checkpoint import find_checkpoint
 from data import PreferenceDataset, PreferenceLoader
 from formats.files import UserError
+from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
 from model import CausalLM
 from parallel import SINGLE, Topology
@@ -44,8 +44,11 @@ METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/r
 class Args(LoraArgs):
     model_name_or_path: str = ""  # folder of the model to align, which is also the reference; an adapter's is merged
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
-    train_dataset_path: str = ""  # pairs to learn: a JSON-lines file, or a folder with train.json(l)
+    train_dataset_path: str = ""  # pairs to learn: a file, a folder with train.json(l), or a blend: docs/data.md
     dev_dataset_path: str = ""  # pairs to evaluate on: a file, or a folder with dev.json(l)
+    max_samples: int | None = None  # take only the first so many pairs of each source
+    val_size: float | None = None  # without dev_dataset_path: hold out this share (< 1) or number of the training pairs
+    columns: str | dict | None = None  # other names of a record's keys: {"chosen": "good", …}
     max_seq_len: int = 4096  # most positions of a packed row, so of a prompt and both replies
     max_prompt_len: int = 2048  # most tokens of a prompt whose pair is longer than max_seq_len
     greedy_zero_padding: bool = False  # pack by best fit over all data, instead of in order
@@ -61,6 +64,7 @@ class Args(LoraArgs):
 
     def check(self) -> list[str]:
         notes = super().check()
+        self.dev_dataset_path = RecordOptions.of(self).dev_path(self.train_dataset_path, self.dev_dataset_path)
         needed = {"model_name_or_path": True, "train_dataset_path": self.do_train, "dev_dataset_path": self.do_eval}
         for key, is_needed in needed.items():
             if is_needed and not getattr(self, key):
@@ -300,17 +304,19 @@ def check_model(model: CausalLM, args: Args) -> None:
 def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -> None:
     """trainer.setup_adapter() for a policy that starts equal to its reference: neither PiSSA nor dropout."""
     trainer.setup_adapter(model, args, checkpoint)
+    if changes_base(model):
+        pissa = any(layer.pissa_init is not None for layer in lora_layers(model).values())
+        kind = "a PiSSA adapter" if pissa else "an adapter with trained biases or modules_to_save"
+        raise UserError(f"{checkpoint or args.lora_path}: {kind} changes the base weights, the reference")
     for layer in lora_layers(model).values():
-        if layer.pissa_init is not None:
-            raise UserError(f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, the reference")
         layer.dropout = 0.0
 
 
 def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoader:
     """The loader of the pairs for "train" or "dev"."""
-    is_train, progress = split == "train", not args.disable_tqdm
-    path = args.train_dataset_path if is_train else args.dev_dataset_path
-    dataset = PreferenceDataset(path, tokenizer, args.max_seq_len, args.max_prompt_len, split=split, progress=progress)
+    is_train, limits = split == "train", (args.max_seq_len, args.max_prompt_len)
+    path, options = getattr(args, f"{split}_dataset_path"), RecordOptions.of(args)
+    dataset = PreferenceDataset(path, tokenizer, *limits, split, not args.disable_tqdm, options)
     loader = PreferenceLoader(
         dataset,
         args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size,
@@ -338,14 +344,14 @@ def main(args: Args) -> None:
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
     check_model(model, args)
-    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     reply_end = args.max_prompt_len + args.max_new_tokens
     needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}
     trainer.check_positions(model, args.model_name_or_path, needed)
     dev_reference = before = None
     if dev and not args.reference_free:
-        batches = trainer.eval_batches(dev, args.max_evaluate_steps)
-        dev_reference = precompute_reference_logps(model, dev, batches, not args.disable_tqdm)
+        indices = trainer.eval_batches(dev, args.max_evaluate_steps)
+        dev_reference = precompute_reference_logps(model, dev, indices, not args.disable_tqdm)
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     prompts = [dev.dataset.pair(i)[0] for i in shown]
     limits = {"max_new_tokens": args.max_new_tokens, "max_length": model.config.max_model_len, "batch_size": 1}
@@ -356,8 +362,7 @@ def main(args: Args) -> None:
 
     if args.do_train:
         # ================================================================== 3. reference, adapter, optimizer, log
-        before = evaluate() if dev else None
-        reference = None
+        before, reference = evaluate() if dev else None, None
         if not args.reference_free and (not args.lora or topology.pp.size > 1):  # else LoRA can be switched off
             start, per_epoch, ranks = time.perf_counter(), train.batches_per_epoch, topology.data_size
             steps = range(trainer.total_steps(args, per_epoch, ranks)[0])
@@ -370,7 +375,6 @@ def main(args: Args) -> None:
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
-
         inputs = model_inputs  # what the model is called with
 
         def loss_of(losses, batch, size):
@@ -392,8 +396,8 @@ def main(args: Args) -> None:
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
-                if args.load_best_model_at_end:
-                    update_best(args, state, metrics, checkpoints)
+                if trainer.note_evaluation(args, state, metrics, checkpoints, log):  # no longer better: early stopping
+                    break
             if state.step >= total:
                 break
             start = log.begin()
@@ -436,9 +440,8 @@ def main(args: Args) -> None:
             for name, quantity in (("rewards", "reward"), ("logps", "log-probability")):
                 old, new = (100 * values[f"eval_{name}/accuracies"] for values in (before, metrics))
                 print(f"  {quantity}: before {old:.1f} %, after {new:.1f} %")
-    if shown:
-        replies = trainer.generate_replies(model, tokenizer, prompts, **limits)
-        trainer.print_replies([dev.dataset.record(i) for i in shown], replies_before, replies)
+    replies = trainer.generate_replies(model, tokenizer, prompts, **limits)
+    trainer.print_replies([dev.dataset.prompt_text(i) for i in shown], replies_before, replies)
     if args.do_train:
         print(f"\nnext: python serve.py --model_name_or_path {shlex.quote(args.output_dir)}")
 

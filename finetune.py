@@ -3,9 +3,9 @@
     python finetune.py configs/llama_lora.json                           # any key again as --key value
     python finetune.py configs/llama_sft.json --learning_rate 1e-4
 
-Reads src/tgt records (see data.py), learns only the replies, and packs them without padding (`zero_padding`). Writes
-a Hugging Face folder, or with LoRA and prefix tuning a PEFT adapter. Ends with the replies to three dev prompts before
-and after training.
+Reads conversations in many formats (docs/data.md), learns only the replies, and packs them without padding
+(`zero_padding`). Writes a Hugging Face folder, or with LoRA and prefix tuning a PEFT adapter. Ends with the replies to
+three dev prompts before and after training.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ import parallel
 import trainer
 from adapters import base_folders
 from arguments import LoraArgs
-from checkpoint import find_checkpoint, update_best
+from checkpoint import find_checkpoint
 from data import SFTDataset, SFTLoader
 from families import ModelConfig
 from formats.files import UserError, atomic_file
+from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
 from model import CausalLM, distances_count
 
@@ -34,8 +35,13 @@ from model import CausalLM, distances_count
 class Args(LoraArgs):
     model_name_or_path: str = ""  # Hugging Face folder of the base model
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
-    dataset_name_or_path: str = ""  # one file, or a folder with train.json, dev.json, test.json (.jsonl, or folders)
-    src_length: int = 1024  # most tokens of a prompt
+    dataset_name_or_path: str = ""  # a file, a folder with train.json and dev.json, or a blend: docs/data.md
+    dev_dataset_path: str | None = None  # a file, a folder with dev.json, or a blend; None: dataset_name_or_path
+    max_samples: int | None = None  # take only the first so many records of each source
+    val_size: float | None = None  # hold out this share (< 1) or number of the training records as the dev data
+    columns: str | dict | None = None  # other names of a record's keys: {"instruction": "question", …}
+    train_on: str = "all"  # learn all replies of a conversation, or only the last
+    src_length: int | None = None  # most tokens of a prompt; None: 1024, or half of a max_length below 2048
     max_length: int = 2048  # most tokens of prompt and reply; of a packed row with zero_padding
     chat_template: str | None = None  # name in chat.FORMATS, plain, none, or a template file; None: the tokenizer's own
     zero_padding: bool = False  # pack several samples into a row, separated by FlashMask, instead of padding
@@ -70,6 +76,8 @@ class Args(LoraArgs):
             raise UserError("pissa and dora are both true; choose one: both redefine the base weight")
         if self.greedy_zero_padding and not self.zero_padding:
             raise UserError("greedy_zero_padding: true needs zero_padding: true")
+        RecordOptions.of(self)
+        self.src_length = self.src_length or min(1024, self.max_length // 2)
         if self.src_length >= self.max_length:
             raise UserError(f"src_length {self.src_length} leaves no room for a reply in max_length {self.max_length}")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
@@ -145,12 +153,13 @@ def make_loaders(args: Args, tokenizer: Tokenizer) -> tuple[SFTLoader | None, SF
 
     def loader(split, batch_size, is_train=False):
         dataset = SFTDataset(
-            args.dataset_name_or_path,
+            args.dev_dataset_path if split == "dev" and args.dev_dataset_path else args.dataset_name_or_path,
             tokenizer,
             src_length=args.src_length,
             max_length=args.max_length,
             split=split,
             progress=not args.disable_tqdm,
+            options=RecordOptions.of(args),
         )
         return SFTLoader(
             dataset,
@@ -186,7 +195,7 @@ def main(args: Args) -> None:
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
     model.neftune_noise_alpha = args.neftune_noise_alpha
-    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     prefix_tokens = args.num_prefix_tokens if args.prefix_tuning else 0
     needed = {"max_length": args.max_length, "src_length + max_new_tokens": args.src_length + args.max_new_tokens}
     needed = {key: tokens + prefix_tokens for key, tokens in needed.items()}
@@ -234,8 +243,8 @@ def main(args: Args) -> None:
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
-                if args.load_best_model_at_end:
-                    update_best(args, state, metrics, checkpoints)
+                if trainer.note_evaluation(args, state, metrics, checkpoints, log):  # no longer better: early stopping
+                    break
             if state.step >= total:
                 break
             start = log.begin()
@@ -286,7 +295,7 @@ def main(args: Args) -> None:
         print(f"test: {trainer.format_metrics(metrics)}")
     if before:
         after = generate_replies(model, tokenizer, dev.dataset, shown, args)
-        trainer.print_replies([dev.dataset.record(i) for i in shown], before, after)
+        trainer.print_replies([dev.dataset.prompt_text(i) for i in shown], before, after)
     if args.do_train:
         print(f"\nnext: python serve.py --model_name_or_path {shlex.quote(args.output_dir)}")
 

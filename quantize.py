@@ -756,7 +756,7 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
     """(calibration loader, how many of its batches, dev loader or None); (None, 0, None) without data."""
     if not args.dataset_name_or_path:
         return None, 0, None
-    path = Path(args.dataset_name_or_path)
+    path = args.dataset_name_or_path
     a8w8_steps = max(args.ptq_step, args.shift_step * args.shift, args.smooth_step * args.smooth)
     steps = a8w8_steps if args.quant_type == "a8w8" else args.gptq_step
     if Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file():
@@ -779,7 +779,7 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    own = any((path / name).exists() for name in ("quant.json", "quant.jsonl", "quant"))
+    own = any((Path(path) / name).exists() for name in ("quant.json", "quant.jsonl", "quant"))
     calibration = loader("quant" if own else "train", args.per_device_train_batch_size, True)
     if calibration.batches_per_epoch < steps:
         print(f"calibration: the data has {calibration.batches_per_epoch} batches, {steps} were asked for")

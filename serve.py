@@ -31,11 +31,13 @@ import paddle
 from tqdm import tqdm
 
 import trainer
-from adapters import from_pretrained, load_adapter
+from adapters import base_folders, from_pretrained, load_adapter, tokenizer_folder
 from arguments import ScriptArgs
-from data import numbered_lines, parse_turns, truncate_prompt
+from data import conversation_prompt
 from formats.chat import load_chat_template
 from formats.files import UserError, parse_json_line
+from formats.record_files import RecordReader
+from formats.records import Conversation, located, parse_prompt
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
 from serving.engine import Engine, Request, SamplingParams
@@ -70,8 +72,9 @@ class Args(ScriptArgs):
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
     prompt: str | None = None  # answer this and exit
-    data_file: str | None = None  # answer every {"src", "tgt"} line of this file
-    output_file: str = "output.json"  # into this one, as {"src", "tgt", "output"}; lines already there are kept
+    system: str | None = None  # the system text before prompt
+    data_file: str | None = None  # answer every record of this file; the replies may be missing: docs/data.md
+    output_file: str = "output.json"  # into this one, each with "output"; lines already there are kept
     benchmark: bool = False  # print time to first token and tokens/s by batch size, and exit
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8011
@@ -112,6 +115,8 @@ class Args(ScriptArgs):
             raise UserError("mode: static keeps keys and values in float32; cachekv_int8_type is for dynamic")
         if sum(map(bool, (self.prompt, self.data_file, self.benchmark))) > 1:
             raise UserError("prompt, data_file and benchmark are different ways to run; give one")
+        if self.system and self.prompt is None:
+            raise UserError("system is the system text before prompt; records and HTTP requests have their own")
         if self.data_file and not Path(self.data_file).is_file():
             raise UserError(f"data_file: {self.data_file}: no such file")
         self.sampling().check()
@@ -153,7 +158,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
     if not path.is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or path)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     adapters = adapter_paths(args.lora_path)
@@ -212,9 +217,10 @@ def open_model(path: Path, prefix_path: str | None) -> CausalLM:
 # ==================================================================== 3. offline: one prompt, a file, a benchmark
 
 
-def prompt_ids(tokenizer: Tokenizer, turns: list, context: dict, src_length: int) -> list[int]:
-    """[(user, bot), …], the last bot to be written -> ids, at most src_length where they can be cut."""
-    return truncate_prompt(tokenizer, [*turns[:-1], (turns[-1][0], "")], context, src_length, src_length)
+def prompt_ids(tokenizer: Tokenizer, turns: list, context: dict, src_length: int, is_plain: bool = False) -> list[int]:
+    """[(prompt, reply), …], the last to be written -> at most src_length ids where they can be cut."""
+    conversation = Conversation(context, [*turns[:-1], (turns[-1][0], "")], [], is_plain)
+    return conversation_prompt(tokenizer, conversation, src_length, src_length)
 
 
 def prompt_limit(engine: Engine, args: Args) -> int:
@@ -232,7 +238,8 @@ def only_adapter(engine: Engine) -> str | None:
 
 def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """Print one reply as it is written."""
-    ids = prompt_ids(tokenizer, [(args.prompt, None)], {}, prompt_limit(engine, args))
+    context = {"system": args.system} if args.system else {}
+    ids = prompt_ids(tokenizer, [(args.prompt, None)], context, prompt_limit(engine, args))
     request = Request(ids, dataclasses.replace(args.sampling(), seed=args.seed), only_adapter(engine))
     start, first, tokens = time.perf_counter(), None, 0
     for output in engine.stream(request):
@@ -244,13 +251,16 @@ def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     print(f"\n\n{len(ids)} tokens of prompt, {tokens} new; first after {1000 * first:,.0f} ms{speed}", flush=True)
 
 
-def read_records(path: str | Path) -> Iterator[tuple]:
-    """Yields (line number, record, turns, context) of the lines that are not blank."""
-    for _, number, line in numbered_lines(Path(path)):
-        record = parse_json_line(line, path, number)
-        src = record.get("src")
-        empty = [""] * len(src) if isinstance(src, list) else ""  # the reply is to be written, so tgt may be missing
-        yield number, record, *parse_turns({"tgt": empty, **record}, f"{path}:{number}")
+def read_records(path: str | Path, says_replaced: bool = False) -> Iterator[tuple]:
+    """Yields ("file:line", record, Conversation) of every record; the reply is to be written, so it may be missing."""
+    for _, where, record in RecordReader(path, says_replaced=says_replaced):
+        yield where, record, parse_prompt(record, where)
+
+
+def with_output(record: dict, text: str) -> dict:
+    """A record and its answer, as a line of output_file has them."""
+    kept = {"src": record["src"], "tgt": record.get("tgt", "")} if "src" in record else record
+    return {**kept, "output": text}
 
 
 def count_answered(args: Args) -> int:
@@ -268,10 +278,10 @@ def count_answered(args: Args) -> int:
         for line in stream:
             if not line.endswith(b"\n"):
                 break
-            number, record, _, _ = next(records, (None, None, None, None))
+            where, record, _ = next(records, (None, None, None))
             answer = parse_json_line(line, path, done + 1)
-            if record is None or answer.get("src") != record.get("src") or "output" not in answer:
-                question = f"line {number}" if record is not None else "no line"
+            if record is None or "output" not in answer or with_output(record, answer["output"]) != answer:
+                question = f"line {where.rpartition(':')[2]}" if where else "no line"
                 reason = f"is not the answer to {question} of {args.data_file}"
                 raise UserError(f"{path}:{done + 1}: {reason}; give another output_file or remove this one")
             done, size = done + 1, size + len(line)
@@ -283,19 +293,21 @@ def count_answered(args: Args) -> int:
 def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """data_file -> output_file, in its order; each line is written as soon as all before it are."""
     src_length, params, adapter = prompt_limit(engine, args), args.sampling(), only_adapter(engine)
-    total = sum(1 for _ in read_records(args.data_file))  # every line is checked before the first is answered
+    total = sum(1 for _ in read_records(args.data_file, True))  # every line is checked before the first is answered
     if not total:
-        raise UserError(f"data_file: {args.data_file} is empty; it needs JSON lines with src and tgt")
+        raise UserError(f"data_file: {args.data_file} is empty; it needs records, see docs/data.md")
     done = count_answered(args)
     records = collections.deque()  # those that the engine has and that are not written yet
 
     def requests():
-        for i, (number, record, turns, context) in enumerate(read_records(args.data_file)):
+        for i, (where, record, conversation) in enumerate(read_records(args.data_file)):
             if i >= done:
                 records.append(record)
-                ids = prompt_ids(tokenizer, turns, context, src_length)
+                context, turns, _, is_plain = conversation
+                with located(where):
+                    ids = prompt_ids(tokenizer, turns, context, src_length, is_plain)
                 if len(ids) >= engine.max_model_len:
-                    raise UserError(f"{args.data_file}:{number}: {len(ids)} tokens; {engine.max_model_len - 1} fit")
+                    raise UserError(f"{where}: {len(ids)} tokens; {engine.max_model_len - 1} fit")
                 yield Request(ids, dataclasses.replace(params, seed=args.seed + i), adapter)
 
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
@@ -311,8 +323,7 @@ def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
             ready[i] = completions[0].text.strip()
             tokens += len(completions[0].token_ids)
             while written in ready:
-                record = records.popleft()
-                line = {"src": record["src"], "tgt": record.get("tgt", ""), "output": ready.pop(written)}
+                line = with_output(records.popleft(), ready.pop(written))
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())  # one write: a whole line or none
                 written += 1
             bar.update(1)

@@ -939,7 +939,7 @@ def test_damaged_corpora(tmp_path):
             "BAD.jsonl:1: key 'body' must be there and a string",
         ),
         (["corpus", "EMPTY.txt", "--tokenizer", "TOKENIZER", "--output", "OUT"], "no text"),
-        (["corpus", "ODD.csv", "--tokenizer", "TOKENIZER", "--output", "OUT"], "'.csv'"),
+        (["corpus", "ODD.docx", "--tokenizer", "TOKENIZER", "--output", "OUT"], "'.docx'"),
         (["corpus", "BYTES.txt", "--tokenizer", "TOKENIZER", "--output", "OUT"], "BYTES.txt:4: not UTF-8"),
         (["corpus", "BAD.jsonl", "--tokenizer", "nowhere", "--output", "OUT"], "no such folder"),
         (["corpus", "BAD.jsonl", "--workers", "two"], "--workers"),
@@ -952,7 +952,7 @@ def test_command_line_errors(tmp_path, folder, monkeypatch, capsys, arguments, m
     monkeypatch.chdir(tmp_path)
     Path("BAD.jsonl").write_text('{"text": "red lamp"}\n{"text": "blue\n')
     Path("EMPTY.txt").write_text("\n\n")
-    Path("ODD.csv").write_text("a\n")
+    Path("ODD.docx").write_text("a\n")
     Path("BYTES.txt").write_bytes(b"red\n\nlamp\nblue \xff chair\n")
     Path("THERE.idx").write_text("mine")
     assert data.main([str(folder) if a == "TOKENIZER" else a for a in arguments]) == 2
@@ -961,7 +961,7 @@ def test_command_line_errors(tmp_path, folder, monkeypatch, capsys, arguments, m
     ]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert (
-        sorted(os.listdir()) == ["BAD.jsonl", "BYTES.txt", "EMPTY.txt", "ODD.csv", "THERE.idx"]
+        sorted(os.listdir()) == ["BAD.jsonl", "BYTES.txt", "EMPTY.txt", "ODD.docx", "THERE.idx"]
         and Path("THERE.idx").read_text() == "mine"
     )
 
