@@ -8,7 +8,8 @@
     load_adapter(model, folder, trainable=True)  # onto the plain base model
     merge(model)                                 # LoRA into the base weights: a plain model again
 
-Adapters on disk are peft's: adapter_config.json and adapter_model.safetensors. LoRA folders of PaddleNLP are read too.
+Adapters on disk are peft's: adapter_config.json and adapter_model.safetensors; docs/adapters.md says which keys are
+honored. LoRA folders of PaddleNLP are read too. The layers of LoRA are in lora.py.
 
 Shapes: D_in, D_out of a linear, R LoRA rank, P prefix tokens, L layers, K key/value heads, Dh head dim.
 """
@@ -22,16 +23,15 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import kernels
-
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, _json_object, atomic_file
+from formats.peft import LoraConfig
 from formats.tensor_files import read_safetensors, safetensors_metadata, write_safetensors
+from formats.tokenizer import MODEL_FILES as TOKENIZER_FILES
 from formats.weights import (
     SaveEntry,
     SaveSource,
@@ -39,9 +39,20 @@ from formats.weights import (
     load_weights,
     named_weights,
     paddlenlp_names,
+    read_config,
     stored_tensors,
 )
-from model import CausalLM, Linear, QuantLinear, RNGTracker, block_linears, build, linear_paths, set_parameter
+from layers import Embedding, Linear, set_parameter
+from lora import LoRAEmbedding, LoRALinear, TrainedTokens
+from model import CausalLM, block_linears, build, linear_paths
+from vocabulary import (
+    embedding_layers,
+    embedding_paths,
+    refuse_sharded,
+    resize_embeddings,
+    stored_rows,
+    untie_head,
+)
 
 # ============================================================================================ models and their weights
 
@@ -53,7 +64,7 @@ def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
     with LoRA merged into it or the prefix put on.
     """
     *adapters, base = base_folders(path)
-    model = build(ModelConfig.from_json(base), dtype)
+    model = build(read_config(base), dtype)
     load_weights(model, base)
     for adapter in reversed(adapters):
         merge(load_adapter(model, adapter))
@@ -70,11 +81,20 @@ def base_folders(path: str | Path) -> list[Path]:
             break
         base = _json_object(file).get("base_model_name_or_path")
         if not isinstance(base, str) or not Path(base).is_dir():
-            raise UserError(f"{file}: base_model_name_or_path: {base!r} is not a folder of a model")
+            raise UserError(
+                f"{file}: base_model_name_or_path: {base!r} is not a folder on this disk; write the base model's "
+                "folder there, or give it as model_name_or_path and this adapter as lora_path"
+            )
         if Path(base).resolve() in [folder.resolve() for folder in folders]:
             raise UserError(f"{file}: base_model_name_or_path: {base!r} is built on this adapter itself")
         folders.append(Path(base))
     return folders
+
+
+def tokenizer_folder(path: str | Path, adapter: str | Path | None = None) -> Path:
+    """The first folder with a tokenizer's files of an adapter, of base_folders(path); path if none has."""
+    folders = [*([Path(adapter)] if adapter else []), *base_folders(path)]
+    return next((f for f in folders if any((f / name).is_file() for name in TOKENIZER_FILES)), Path(path))
 
 
 def trainable_weights(model: CausalLM) -> list[Weight]:
@@ -88,7 +108,9 @@ def trainable_weights(model: CausalLM) -> list[Weight]:
             raise UserError(
                 "the model is quantized: its weights are integers; train LoRA or a prefix, or the float model"
             )
-    return [w for w in named_weights(model) + adapter_weights(model) if not w.parameter.stop_gradient]
+    in_adapter = weights_in_adapter(model)
+    weights = [w for w in named_weights(model) if w.name not in in_adapter] + adapter_weights(model)
+    return [w for w in weights if not w.parameter.stop_gradient]
 
 
 def cast_frozen_to_bf16(model: CausalLM) -> None:
@@ -107,119 +129,29 @@ def cast_frozen_to_bf16(model: CausalLM) -> None:
 # =============================================================================================================== LoRA
 
 
-class LoRALinear(nn.Layer):
-    """base(x) + scaling · dropout(x) A B (Hu et al., arXiv 2106.09685) around any linear layer `base`.
-
-    scaling is alpha/R, or alpha/sqrt(R) (rsLoRA, arXiv 2312.03732). DoRA (arXiv 2402.09353) rescales every output to
-    the trained magnitude; its norm is a constant to the gradient (their section 4.3). PiSSA (arXiv 2404.02948) starts A
-    B at the largest singular values and takes them out of the base weight; `pissa_init` keeps that start, (A, B) of the
-    full weight.
-    """
-
-    def __init__(
-        self,
-        base: nn.Layer,
-        rank: int,
-        alpha: float,
-        *,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        dora: bool = False,
-    ):
-        super().__init__()
-        n_in, n_out = base.n_in, base.n_out
-        if dora and isinstance(base, QuantLinear):
-            raise UserError("DoRA needs the base model's float weights; this one is quantized")
-        self.base, self.dropout = base, dropout
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.enabled = True
-        bound = math.sqrt(1 / n_in)  # Kaiming uniform with a = sqrt(5), as in the paper's code and peft
-        self.lora_A = self.create_parameter([n_in, rank], default_initializer=nn.initializer.Uniform(-bound, bound))
-        self.lora_B = self.create_parameter([rank, n_out], default_initializer=nn.initializer.Constant(0.0))
-        self.lora_magnitude_vector = None
-        self.pissa_init = None
-        self.rng, self.key = RNGTracker(), ""  # apply_lora() sets the model's tracker, and the layer's path
-        for parameter in base.parameters():
-            parameter.stop_gradient = True
-        if dora:
-            self.lora_magnitude_vector = self.create_parameter(base.weight.shape[1:])
-            self.lora_magnitude_vector.set_value(base.column_norms(base.weight.astype("float32")))
-            shard_spec = getattr(base.weight, "shard_spec", None)
-            if shard_spec is not None and shard_spec.dim == 1:
-                self.lora_magnitude_vector.shard_spec = shard_spec.of(0, shard_spec.shape[1:])
-
-    def delta(self) -> paddle.Tensor:
-        """(D_in, D_out) float32: what the adapter adds to the weight."""
-        return paddle.matmul(self.lora_A, self.lora_B) * self.scaling
-
-    def forward(self, x: paddle.Tensor, residual: paddle.Tensor | None = None) -> paddle.Tensor:
-        y = self.product(x, self.base.bias) if self.enabled else self.base(x)
-        return y if residual is None else residual + y
-
-    def product(self, x: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
-        """x (…, D_in) times the adapted weight (the base weight while the adapter is off), plus a bias."""
-        base = self.base
-        if not self.enabled:
-            return base.product(x)
-        dropped = self.dropped(x) if self.dropout else x
-        if isinstance(base, Linear) and self.lora_magnitude_vector is None:
-            dropped_or_none = None if dropped is x else dropped
-            return kernels.lora_linear(
-                x, base.weight, self.lora_A, self.lora_B, self.scaling, bias=bias, dropped=dropped_or_none
-            )
-        y = base.product(x)
-        update = kernels.linear(kernels.linear(dropped, self.lora_A) * self.scaling, self.lora_B)
-        if self.lora_magnitude_vector is None:
-            return y + update if bias is None else y + bias + update
-        with paddle.no_grad():
-            norm = base.column_norms(base.weight.astype("float32") + self.delta())
-        ratio = self.lora_magnitude_vector / norm  # (D_out,)
-        y_dropped = y if dropped is x else base.product(dropped)
-        y = y if bias is None else y + bias
-        return y + y_dropped * (ratio - 1) + update * ratio
-
-    def dropped(self, x: paddle.Tensor) -> paddle.Tensor:
-        """x after dropout; x itself in eval mode."""
-        if not self.training:
-            return x
-        with self.rng.fork(self.key):
-            return F.dropout(x, self.dropout)
-
-    @paddle.no_grad()
-    def init_pissa(self) -> None:
-        """Set A B to the R largest singular triples of the weight, and take them out of the base."""
-        u, s, vt = np.linalg.svd(self.base.full_weight().astype(np.float64), full_matrices=False)
-        rank = self.lora_A.shape[1]
-        root = np.sqrt(s[:rank] / self.scaling)
-        self.set_pissa_init((u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32))
-
-    @paddle.no_grad()
-    def set_pissa_init(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Start at these A (D_in, R) and B (R, D_out) of the full weight, which the base loses."""
-        set_parameter(self.lora_A, a)
-        set_parameter(self.lora_B, b)
-        self.pissa_init, delta, weight = (a, b), self.delta(), self.base.weight
-        if (shard_spec := getattr(weight, "shard_spec", None)) is not None:
-            delta = paddle.to_tensor(shard_spec.slice(delta.numpy()))
-        weight.set_value((weight.astype("float32") - delta).astype(weight.dtype))
-
-    @paddle.no_grad()
-    def merged(self) -> nn.Layer:
-        """The base layer, with the adapter added to its weight."""
-        if isinstance(self.base, QuantLinear):
-            raise UserError(
-                "an adapter cannot be merged into quantized weights; merge it into the float model, then quantize"
-            )
-        weight = self.base.weight.astype("float32") + self.delta()
-        if self.lora_magnitude_vector is not None:
-            weight = weight * (self.lora_magnitude_vector / self.base.column_norms(weight))
-        self.base.weight.set_value(weight.astype(self.base.weight.dtype))
-        return self.base
+def adapted_layers(model: CausalLM) -> dict[str, tuple]:
+    """{Hugging Face module path: (parent layer, attribute, layer)} of the layers of lora.py on this rank."""
+    layers = {**block_linears(model), **embedding_layers(model)}
+    kinds = LoRALinear, LoRAEmbedding, TrainedTokens
+    return {path: entry for path, entry in layers.items() if isinstance(entry[2], kinds)}
 
 
 def lora_layers(model: CausalLM) -> dict[str, LoRALinear]:
-    """{Hugging Face module path: LoRALinear} on this rank."""
-    return {path: layer for path, (_, _, layer) in block_linears(model).items() if isinstance(layer, LoRALinear)}
+    """{Hugging Face module path: LoRALinear} on this rank: of the blocks, and of a head."""
+    return {path: layer for path, (_, _, layer) in adapted_layers(model).items() if isinstance(layer, LoRALinear)}
+
+
+def weights_in_adapter(model: CausalLM) -> dict[str, bool]:
+    """{name: whether it is trained} of the base model's weights that the adapter replaces and its folder holds.
+
+    They are modules_to_save and biases, which are trained, and a resized vocabulary's embedding and head.
+    """
+    return getattr(model, "replaced_weights", {})
+
+
+def changes_base(model: CausalLM) -> bool:
+    """Whether the base weights are not those of the base model any more, so that there is no going back to it."""
+    return any(weights_in_adapter(model).values()) or any(x.pissa_init is not None for x in lora_layers(model).values())
 
 
 def linears_on_other_ranks(model: CausalLM) -> set[str]:
@@ -228,23 +160,21 @@ def linears_on_other_ranks(model: CausalLM) -> set[str]:
     return {path for path in paths if not model.names_on_other_ranks.isdisjoint((path + ".weight", path + ".qweight"))}
 
 
-def _all_linear(targets: str | list[str] | None) -> bool:
-    return targets in (None, "all-linear", [])
-
-
 def match_lora_targets(model: CausalLM, targets: str | list[str] | None = None) -> list[str]:
-    """Hugging Face paths of this rank's linears that `targets` names (see apply_lora); each must match something."""
-    local = block_linears(model)
-    if _all_linear(targets):
-        return list(local)
-    names = [targets] if isinstance(targets, str) else targets
-    patterns = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(target)}" for target in targets]
-    paths = {*local, *linears_on_other_ranks(model)}
-    for pattern, name in zip(patterns, names):
-        if not any(re.fullmatch(pattern, path) for path in paths):
-            linears = sorted({path.rpartition(".")[2] for path in paths})
-            raise UserError(f"lora_target_modules: {name!r} matches no linear layer; there are {', '.join(linears)}")
-    return [path for path in local if any(re.fullmatch(pattern, path) for pattern in patterns)]
+    """Hugging Face paths of this rank's layers that `targets` names (see apply_lora); each must match something."""
+    config, local = LoraConfig(target_modules=targets), {**block_linears(model), **embedding_layers(model)}
+    if config.all_linear:
+        return list(block_linears(model))
+    paths = {*local, *linears_on_other_ranks(model), *embedding_paths(model.config)}
+    for name in [targets] if isinstance(targets, str) else targets:
+        part = LoraConfig(target_modules=name if isinstance(targets, str) else [name])
+        if not any(part.targets(path) for path in paths):
+            raise UserError(f"lora_target_modules: {name!r} matches no linear layer; there are {_last_names(paths)}")
+    return [path for path in local if config.targets(path)]
+
+
+def _last_names(paths) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
 
 
 def apply_lora(
@@ -257,52 +187,143 @@ def apply_lora(
     dora: bool = False,
     pissa: bool = False,
     targets: str | list[str] | None = None,
+    trained_tokens: list[int] | None = None,
     seed: int = 0,
 ) -> CausalLM:
     """Freeze the model and put a LoRALinear around every linear named in `targets` (default: all of the blocks).
 
     targets: names such as "q_proj", matched as the end of the Hugging Face module path; or one string: a regular
-    expression over the whole path, or "all-linear". A target that matches nothing is a UserError, and nothing is
-    changed.
+    expression over the whole path, or "all-linear". Embedding and head ("embed_tokens", "lm_head") must be named. A
+    target that matches nothing is a UserError, and nothing is changed. trained_tokens: ids whose rows of embedding and
+    head are trained too.
     """
-    assert not lora_layers(model), "the model has LoRA already"
     if rank < 1 or not 0 <= dropout < 1:
         raise UserError(f"lora_rank must be at least 1 and lora_dropout in [0, 1): found {rank} and {dropout}")
     if pissa and dora:
         raise UserError("pissa and dora exclude each other: both redefine what the base weight is")
-    if pissa and model.config.quantization is not None:
-        raise UserError("PiSSA needs the base model's float weights; this one is quantized")
-    linears, chosen = block_linears(model), match_lora_targets(model, targets)
-    if _all_linear(targets):
-        targets = sorted({path.rpartition(".")[2] for path in {*linears, *linears_on_other_ranks(model)}})
+    match_lora_targets(model, targets)
+    rows, paths = None, embedding_paths(model.config)
+    if trained_tokens:
+        modules = paths[: 1 if model.config.tie_word_embeddings else 2]
+        modules = [path for path in modules if path not in match_lora_targets(model, targets)]
+        rows = {path.rpartition(".")[2]: list(trained_tokens) for path in modules}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        use_dora=dora,
+        target_modules=targets,
+        trainable_token_indices=rows,
+        start="pissa" if pissa else "keep",
+    )
+    attach_lora(model, config, seed)
+    for layer in lora_layers(model).values() if pissa else ():
+        layer.set_pissa_init(*layer.decompose("pissa", rank))
+    return model
+
+
+def attach_lora(model: CausalLM, config: LoraConfig, seed: int = 0) -> None:
+    """Freeze the model and put the layers of lora.py where a LoraConfig says; A and B as for a new adapter."""
+    assert not adapted_layers(model), "the model has LoRA already"
+    if config.start != "keep" and model.config.quantization is not None:
+        raise UserError("PiSSA and OLoRA need the base model's float weights; this one is quantized")
+    if config.start == "olora" and _stores_in_out(model.config):
+        raise UserError(
+            "init_lora_weights = 'olora' is not possible, as in peft: this family stores linears as [in, out]"
+        )
+    tokens = _prepare_embeddings(model, config)
+    layers, others = {**block_linears(model), **embedding_layers(model)}, linears_on_other_ranks(model)
+    chosen = [path for path in (block_linears(model) if config.all_linear else layers) if config.targets(path)]
+    if not (chosen or tokens or config.modules_to_save or any(config.targets(path) for path in others)):
+        there = _last_names(layers)
+        raise UserError(f"target_modules: {config.target_modules!r} matches no linear layer; there are {there}")
+    if config.all_linear:
+        names = sorted({path.rpartition(".")[2] for path in {*block_linears(model), *others}})
+        config = dataclasses.replace(config, target_modules=names)
     for parameter in model.parameters():
         parameter.stop_gradient = True
     for path in chosen:
-        parent, attribute, layer = linears[path]
-        lora = LoRALinear(layer, rank, alpha, dropout=dropout, rslora=rslora, dora=dora)
-        generator = np.random.default_rng([seed, zlib.crc32(path.encode())])  # depends on seed and name only
+        parent, attribute, layer = layers[path]
+        setattr(parent, attribute, _new_lora(model, layer, path, config, seed))
+    for path, ids in tokens.items():
+        setattr(model, layers[path][1], TrainedTokens(layers[path][2], ids))
+    targets = config.target_modules
+    config = dataclasses.replace(config, target_modules=targets if isinstance(targets, str) else sorted(targets))
+    model.lora_config, model.replaced_weights = config.to_json(), _replaced_weights(model, config)
+
+
+def _new_lora(model, layer, path, config, seed):
+    """A LoRALinear or LoRAEmbedding around a layer; its start depends on seed and path only."""
+    rank, alpha = config.rank_of(path), config.alpha_of(path)
+    generator = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    options = {"rslora": config.use_rslora, "dora": config.use_dora}
+    if isinstance(layer, Embedding):
+        lora = LoRAEmbedding(layer, rank, alpha, **options)
+        set_parameter(lora.lora_embedding_B, generator.standard_normal(lora.lora_embedding_B.shape, np.float32))
+    else:
+        lora = LoRALinear(layer, rank, alpha, dropout=config.lora_dropout, bias=config.lora_bias, **options)
         bound = math.sqrt(1 / layer.n_in)
         set_parameter(lora.lora_A, generator.uniform(-bound, bound, lora.lora_A.shape).astype(np.float32))
-        lora.rng, lora.key = model.rng, path
-        if pissa:
-            lora.init_pissa()
-        setattr(parent, attribute, lora)
-    model.lora_config = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "use_rslora": rslora,
-        "use_dora": dora,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
-    }
-    return model
+        lora.rng = model.rng
+    lora.key = path
+    return lora
+
+
+def _prepare_embeddings(model, config) -> dict[str, list[int]]:
+    """{path: ids of trained rows}; refuses what cannot be had with embedding and head, unties the head if it has to."""
+    embed, head = paths = embedding_paths(model.config)
+    targeted = {path for path in paths if not config.all_linear and config.targets(path)}
+    saved, tied, rows = {path for path in paths if config.is_saved(path)}, model.config.tie_word_embeddings, {}
+    wanted = config.trainable_token_indices or {}
+    for name, ids in wanted.items() if isinstance(wanted, dict) else [(embed, wanted)]:
+        path = next((path for path in paths if path.endswith(name)), None)
+        if path is None:
+            raise UserError(f"trainable_token_indices: {name!r} is no embedding; there are {_last_names(paths)}")
+        rows[path] = ids
+    if tied and len(rows) == 2:
+        if rows[embed] != rows[head]:
+            raise UserError("trainable_token_indices: embedding and head are tied, but their ids differ")
+        del rows[head]
+    if both := rows.keys() & (targeted | saved):
+        raise UserError(f"trainable_token_indices: {_last_names(both)} is in target_modules or modules_to_save too")
+    if tied and head in targeted and config.start != "keep":
+        raise UserError(f"init_lora_weights = {config.start!r} is not possible with a target lm_head that is tied")
+    for is_there, what in (
+        (targeted, f"LoRA on {_last_names(targeted)}"),
+        (rows, "trainable_token_indices (add_tokens)"),
+        (config.modules_to_save, "modules_to_save"),
+        (config.bias != "none", "bias"),
+        (config.lora_bias, "lora_bias"),
+    ):
+        if is_there:
+            refuse_sharded(model, what)
+    if head in targeted or saved or rows.keys() == {head}:
+        untie_head(model)
+    return rows
+
+
+def _replaced_weights(model, config) -> dict[str, bool]:
+    """See weights_in_adapter()."""
+    names, adapted = {}, lora_layers(model)
+    if getattr(model, "resized", False):
+        names = {f"{path}.weight": False for path in embedding_layers(model)}
+    for weight in named_weights(model) if config.modules_to_save or config.bias != "none" else ():
+        module, _, leaf = weight.name.rpartition(".")
+        parts = module.split(".")
+        saved = any(config.is_saved(".".join(parts[:end])) for end in range(1, len(parts) + 1))
+        is_bias = leaf == "bias" and (config.bias == "all" or config.bias == "lora_only" and module in adapted)
+        if saved or is_bias:
+            names[weight.name] = True
+            weight.parameter.stop_gradient = False
+    return names
 
 
 @contextlib.contextmanager
 def adapter_disabled(model: CausalLM) -> Iterator[CausalLM]:
-    """The base model inside the block, the adapted one after it. Not for PiSSA, which has changed the base weights."""
-    layers, prefix = lora_layers(model).values(), model.prefix
-    assert all(layer.pissa_init is None for layer in layers), "PiSSA changes the base: there is no base to go back to"
+    """The base model inside the block, the adapted one after it. Not where changes_base()."""
+    layers, prefix = [layer for _, _, layer in adapted_layers(model).values()], model.prefix
+    assert not changes_base(model), "the adapter changes the base weights: there is no base to go back to"
     for layer in layers:
         layer.enabled = False
     model.prefix = None
@@ -315,11 +336,43 @@ def adapter_disabled(model: CausalLM) -> Iterator[CausalLM]:
 
 
 def merge(model: CausalLM) -> CausalLM:
-    """Merge every LoRA into its base weight, in place; the model is a plain one afterwards. A prefix stays."""
-    for parent, attribute, layer in block_linears(model).values():
-        if isinstance(layer, LoRALinear):
-            setattr(parent, attribute, layer.merged())
+    """Merge every LoRA into its base weight, in place; the model is a plain one afterwards. A prefix stays.
+
+    A head tied to an embedding that has LoRA is untied: the adapter was trained beside the head's old weights.
+    """
+    if isinstance(model.embed_tokens, LoRAEmbedding):
+        untie_head(model)
+    for parent, attribute, layer in adapted_layers(model).values():
+        setattr(parent, attribute, layer.merged())
+    model.replaced_weights = {}
     return model
+
+
+def _with_rank_times(config: LoraConfig, up: int, down: int, keep: set[str]) -> LoraConfig:
+    """The config with ranks times up/down and the same scaling, but for the layers of these paths."""
+
+    def times(value, up, down):
+        return int(value * up / down) if value * up / down == int(value * up / down) else value * up / down
+
+    roots = (math.sqrt(up), math.sqrt(down)) if config.use_rslora else (up, down)
+    ranks = {name: times(rank, up, down) for name, rank in config.rank_pattern.items()}
+    alphas = {name: times(alpha, *roots) for name, alpha in config.alpha_pattern.items()}
+    kept = {re.escape(path): path for path in sorted(keep)}
+    return dataclasses.replace(
+        config,
+        r=times(config.r, up, down),
+        lora_alpha=times(config.lora_alpha, *roots),
+        rank_pattern=dict.fromkeys(kept, 0) | ranks | {name: config.rank_of(path) for name, path in kept.items()},
+        alpha_pattern=dict.fromkeys(kept, 0) | alphas | {name: config.alpha_of(path) for name, path in kept.items()},
+    )
+
+
+def _without_start(model: CausalLM, config: LoraConfig, stored: set[str]) -> set[str]:
+    """Paths of the layers that PiSSA and OLoRA do not start in a way of their own: an embedding's, and a head's whose
+    base weight the file holds."""
+    embed, head = embedding_paths(model.config)
+    paths = {embed} | ({head} & stored)
+    return {path for path in paths if not config.all_linear and config.targets(path)}
 
 
 # ====================================================================================================== prefix tuning
@@ -389,17 +442,22 @@ def apply_prefix(
 # ============================================================================================ saving, in peft's format
 
 
+PEFT_ROOT = "base_model.model."
+
+
 def adapter_weights(model: CausalLM) -> list[Weight]:
-    """The weights of LoRA and prefix under the names that peft gives them."""
-    weights = []
-    for path, layer in lora_layers(model).items():
-        stem = f"base_model.model.{path}."
+    """The weights of LoRA and prefix under the names that peft gives them, and those of weights_in_adapter()."""
+    weights, adapted, in_adapter = [], adapted_layers(model), weights_in_adapter(model)
+    for path, (_, _, layer) in adapted.items():
         weights += [
-            Weight(stem + "lora_A.weight", layer.lora_A, True),
-            Weight(stem + "lora_B.weight", layer.lora_B, True),
+            Weight(f"{PEFT_ROOT}{path}.{name}", tensor, transposed) for name, tensor, transposed in layer.parts()
         ]
-        if layer.lora_magnitude_vector is not None:
-            weights.append(Weight(stem + "lora_magnitude_vector", layer.lora_magnitude_vector, False))
+    for weight in named_weights(model) if in_adapter else ():
+        if weight.name in in_adapter:
+            module, _, leaf = weight.name.rpartition(".")
+            layer = adapted[module][2] if module in adapted else None
+            within = "" if layer is None else "token_adapter." * isinstance(layer, TrainedTokens) + "base_layer."
+            weights.append(dataclasses.replace(weight, name=f"{PEFT_ROOT}{module}.{within}{leaf}"))
     if (prefix := model.prefix) is not None:
         name = "prompt_embeddings" if prefix.hidden is None else "embedding.weight"
         weights.append(Weight(name, prefix.embedding, False))
@@ -488,7 +546,9 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
     layers = lora_layers(model)
     if any(layer.pissa_init is not None for layer in layers.values()):
         for path, layer in layers.items():
-            a, b = (weights[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")  # stored (R, D_in), (D_out, R)
+            if layer.pissa_init is None:
+                continue
+            a, b = (weights[f"{PEFT_ROOT}{path}.lora_{x}.weight"] for x in "AB")  # stored (R, D_in), (D_out, R)
             a0, b0 = (start.T for start in layer.pissa_init)
             entries[a.name] = SaveEntry(
                 {a.name: ([2 * a.shape[0], a.shape[1]], "float32")},
@@ -500,8 +560,11 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
                 [SaveSource(b, b.parameter)],
                 lambda b, b0=b0: [np.concatenate([b, -b0], 1)],
             )
-        config["r"] *= 2
-        config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2  # so that the scaling stays
+        lora, stored = (
+            LoraConfig(**model.lora_config),
+            {name.removesuffix(".weight") for name in weights_in_adapter(model)},
+        )
+        config |= _with_rank_times(lora, 2, 1, _without_start(model, lora, stored)).to_json()
         metadata["pissa_start_included"] = "true"
     return config, {"adapter_model.safetensors": AdapterFile(list(entries.values()), metadata)}
 
@@ -513,23 +576,6 @@ def _stores_in_out(config: ModelConfig) -> bool:
 
 
 # ============================================================================================================= loading
-
-# Keys that must be absent or false, as what they ask for is not here.
-UNSUPPORTED_PEFT_KEYS = (
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-    "exclude_modules",
-    "trainable_token_indices",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_bdlora",
-)
 
 UNSUPPORTED_PADDLENLP_KEYS = (
     "use_mora",
@@ -548,22 +594,25 @@ NUMBERS = {  # of adapter_config.json, by peft_type
 }
 
 
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
 def load_adapter(model: CausalLM, path: str | Path, *, trainable: bool = False) -> CausalLM:
     """Put a saved LoRA or prefix onto a plain model: saved by save_adapter, by peft, or a LoRA by PaddleNLP.
 
     trainable: to train it further, exactly from where it was saved (PiSSA and a prefix's projection too).
     """
     path = Path(path)
-    config_path, weights_path = path / "adapter_config.json", path / "adapter_model.safetensors"
+    config_path = path / "adapter_config.json"
     if (path / "lora_config.json").is_file() and not config_path.is_file():
         config, tensors = _paddlenlp_lora(model, path)
     else:
-        for needed in (config_path, weights_path):
-            if not needed.is_file():
-                raise UserError(
-                    f"{needed}: no such file; an adapter is a folder with adapter_config.json and "
-                    "adapter_model.safetensors"
-                )
+        if not config_path.is_file() or not any((path / name).is_file() for name in WEIGHT_FILES):
+            missing = path / WEIGHT_FILES[0] if config_path.is_file() else config_path
+            raise UserError(
+                f"{missing}: no such file; an adapter is a folder with adapter_config.json and "
+                "adapter_model.safetensors or adapter_model.bin"
+            )
         config, tensors = _json_object(config_path), None
     kind = config.get("peft_type")
     if kind not in NUMBERS:
@@ -571,45 +620,92 @@ def load_adapter(model: CausalLM, path: str | Path, *, trainable: bool = False) 
     for key in NUMBERS[kind]:
         if not isinstance(config.get(key), (int, float)):
             raise UserError(f"{config_path}: {key} must be a number, found {config.get(key)!r}")
-    tensors = read_safetensors(weights_path) if tensors is None else tensors
+    if tensors is None:
+        tensors = {name: tensor.read() for name, tensor in stored_tensors(path, WEIGHT_FILES).items()}
     load = _load_lora if kind == "LORA" else _load_prefix
     load(model, config, tensors, config_path, trainable)
+    frozen = {name for name, is_trained in weights_in_adapter(model).items() if not is_trained}
+    frozen = {id(weight.parameter) for weight in named_weights(model) if weight.name in frozen}
     for weight in adapter_weights(model):
-        weight.parameter.stop_gradient = not trainable
+        weight.parameter.stop_gradient = not trainable or id(weight.parameter) in frozen
     return model
 
 
 def _load_lora(model: CausalLM, config: dict, tensors: dict, config_path: Path, trainable: bool) -> None:
-    for key in UNSUPPORTED_PEFT_KEYS:
-        if config.get(key):
-            raise UserError(f"{config_path}: {key} = {config[key]!r} is not supported")
-    if config.get("bias", "none") != "none":
-        raise UserError(f'{config_path}: bias = {config["bias"]!r} is not supported; only "none"')
-    weights_path = config_path.parent / "adapter_model.safetensors"
-    resume_pissa = (
-        trainable
-        and weights_path.is_file()
-        and safetensors_metadata(weights_path).get("pissa_start_included") == "true"
-    )
-    rank, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
-    if resume_pissa:  # split [A A0] [B; -B0] again, so that training goes on where it was
-        rank, alpha = rank // 2, alpha / (math.sqrt(2) if rslora else 2)
-    apply_lora(
-        model,
-        rank,
-        alpha=alpha,
-        dropout=config.get("lora_dropout") or 0.0,
-        rslora=rslora,
-        dora=bool(config.get("use_dora")),
-        targets=config.get("target_modules"),
-    )
-    if resume_pissa:
-        for path, layer in lora_layers(model).items():
-            a_name, b_name = (f"base_model.model.{path}.lora_{x}.weight" for x in "AB")
-            a, b = tensors[a_name].T, tensors[b_name].T  # (D_in, 2R), (2R, D_out)
+    lora, weights_path = LoraConfig.from_json(config, config_path), config_path.parent / WEIGHT_FILES[0]
+    start, includes_start = lora.start, False
+    if weights_path.is_file():
+        includes_start = safetensors_metadata(weights_path).get("pissa_start_included") == "true"
+    if trainable and config.get("init_lora_weights") == "mica":
+        raise UserError(f"{config_path}: init_lora_weights = 'mica' cannot be trained further: its B stays frozen")
+    if config.get("ensure_weight_tying") and model.config.tie_word_embeddings:
+        raise UserError(f"{config_path}: ensure_weight_tying = true is not supported with a tied head")
+    expand = start != "keep" and not trainable  # [A A0] [B; -B0], so that the base stays as it is
+    split = trainable and includes_start  # [A A0] [B; -B0] were saved: training goes on where it was
+    stored = _stored_embeddings(model, tensors)
+    keep = _without_start(model, lora, stored.keys())
+    try:
+        factor = (2, 1) if expand else (1, 2)
+        wanted = _with_rank_times(lora, *factor, keep) if expand or split else lora
+        _attach_with_stored(model, wanted, tensors, stored)
+    except UserError as error:
+        raise UserError(f"{config_path}: {error}") from None
+    for path, layer in lora_layers(model).items() if start != "keep" or split else ():
+        a_name, b_name = (f"{PEFT_ROOT}{path}.lora_{x}.weight" for x in "AB")
+        if path in keep or not {a_name, b_name} <= tensors.keys():
+            continue  # fill_adapter() names what is missing
+        a, b = tensors[a_name].T, tensors[b_name].T  # (D_in, R), (R, D_out)
+        if split:
+            rank = layer.lora_A.shape[1]
             layer.set_pissa_init(np.ascontiguousarray(a[:, rank:]), np.ascontiguousarray(-b[rank:]))
             tensors[a_name], tensors[b_name] = a[:, :rank].T, b[:rank].T
+            continue
+        a0, b0 = layer.decompose(start, lora.rank_of(path))
+        if trainable:
+            layer.set_pissa_init(a0, b0)
+        else:
+            tensors[a_name], tensors[b_name] = np.concatenate([a, a0], 1).T, np.concatenate([b, -b0]).T
     fill_adapter(model, tensors, weights_path)
+
+
+def _stored_embeddings(model: CausalLM, tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    """{path of embedding or head: name of its whole weight in an adapter's file}; drops copies from `tensors`."""
+    stored = {}
+    for name in list(tensors):
+        if ".modules_to_save." in name:  # some versions of peft write both
+            tensors.setdefault(name.replace(".modules_to_save.", "."), tensors[name])
+        if re.search(r"\.(modules_to_save|original_module)\.|\.token_adapter\.trainable_tokens_original$", name):
+            del tensors[name]
+    for path in embedding_paths(model.config):
+        for within in ("", "base_layer.", "token_adapter.base_layer."):
+            if (name := f"{PEFT_ROOT}{path}.{within}weight") in tensors:
+                stored[path] = name
+    return stored
+
+
+def _attach_with_stored(model: CausalLM, config: LoraConfig, tensors: dict, stored: dict[str, str]) -> None:
+    """attach_lora(), after the model got the rows of an embedding and a head that the adapter's file holds.
+
+    peft saves them where the vocabulary was resized, and where LoRA is on one of them. stored: _stored_embeddings().
+    """
+    embed, head = embedding_paths(model.config)
+    if model.config.tie_word_embeddings and head in stored and not (config.is_saved(embed) or config.is_saved(head)):
+        if embed in stored and np.array_equal(tensors[stored[embed]], tensors[stored[head]]):
+            del tensors[stored.pop(head)]
+        else:
+            untie_head(model)
+    sizes = {len(tensors[name]) for name in stored.values()}
+    if stored and max(sizes) > model.config.vocab_size:
+        wanted = {embed} if model.config.tie_word_embeddings and not config.modules_to_save else {embed, head}
+        if len(sizes) > 1 or stored.keys() < wanted:
+            found = ", ".join(f"{name} with {len(tensors[name])} rows" for name in stored.values())
+            raise UserError(
+                f"the vocabulary was resized from {model.config.vocab_size} ids, but the file has only {found}; in "
+                "peft, save it with save_embedding_layers=True"
+            )
+        resize_embeddings(model, *sizes)
+    attach_lora(model, config)
+    model.replaced_weights = {f"{path}.weight": False for path in stored} | model.replaced_weights
 
 
 def _load_prefix(model: CausalLM, config: dict, tensors: dict, config_path: Path, trainable: bool) -> None:
@@ -638,7 +734,7 @@ def restore_adapter(model: CausalLM, path: str | Path) -> None:
     tensors = read_safetensors(file)
     for module, layer in lora_layers(model).items():
         if layer.pissa_init is not None:  # PiSSA is saved as [A A0] [B; -B0]
-            a, b = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
+            a, b = (f"{PEFT_ROOT}{module}.lora_{x}.weight" for x in "AB")
             rank = layer.lora_A.shape[1]
             tensors[a], tensors[b] = tensors[a][:rank], tensors[b][:, :rank]
     fill_adapter(model, tensors, file)
@@ -653,7 +749,7 @@ def fill_adapter(model: CausalLM, tensors: dict[str, np.ndarray], path: Path) ->
     weights, other_linears = {w.name: w for w in adapter_weights(model)}, linears_on_other_ranks(model)
     mismatches = [f"missing {name}" for name in weights if name not in tensors]
     for name in tensors:
-        linear = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        linear = name.removeprefix(PEFT_ROOT).partition(".lora_")[0]
         if name not in weights and linear not in other_linears:
             mismatches.append(f"unexpected {name}")
     mismatches += [
@@ -685,7 +781,7 @@ def _paddlenlp_lora(model: CausalLM, path: Path) -> tuple[dict, dict[str, np.nda
             why = "the model has no linear of that name, or q, k and v in one where this has them apart"
             raise UserError(f"{path}: {name}: {why}")
         targets.add(peft_path_of[ours])
-        tensors[f"base_model.model.{peft_path_of[ours]}.{which}.weight"] = tensor.read().T
+        tensors[f"{PEFT_ROOT}{peft_path_of[ours]}.{which}.weight"] = tensor.read().T
     return {
         "peft_type": "LORA",
         "r": config.get("r", 8),
@@ -694,3 +790,119 @@ def _paddlenlp_lora(model: CausalLM, path: Path) -> tuple[dict, dict[str, np.nda
         "lora_dropout": config.get("lora_dropout", 0.0),
         "target_modules": sorted(targets),
     }, tensors
+
+
+# =============================================================================================== what arguments ask for
+
+
+def setup_adapter(model: CausalLM, args: object, checkpoint: Path | None = None) -> None:
+    """Attach the LoRA or prefix that is trained: from a checkpoint, from lora_path or prefix_path, or a new one.
+
+    args: TrainingArgs of a script. A saved adapter that differs from what the arguments ask for is a UserError; where
+    they ask for nothing, it is said in one line.
+    """
+    lora, new_ids = getattr(args, "lora", False), getattr(model, "new_ids", None)
+    if not (lora or getattr(args, "prefix_tuning", False)):
+        return
+    path = checkpoint or args.lora_path or getattr(args, "prefix_path", None)
+    if path:
+        targets = lora and args.lora_target_modules is not None and match_lora_targets(model, args.lora_target_modules)
+        _check_rows(model, path, new_ids, is_resumed=checkpoint is not None)
+        load_adapter(model, path, trainable=True)
+        wanted = f"LoRA of rank {args.lora_rank}" if lora else f"a prefix of {args.num_prefix_tokens} tokens"
+        if adapted_layers(model):
+            loaded = f"LoRA of rank {model.lora_config['r']}"
+        else:
+            loaded = f"a prefix of {model.prefix.tokens} tokens"
+        if loaded != wanted:
+            raise UserError(f"{path}: holds {loaded}, but the arguments ask for {wanted}")
+        if lora:
+            _compare_with_arguments(model, args, path, targets)
+        if new_ids and not {*new_ids} <= _trained_ids(model):
+            raise UserError(
+                f"{path}: does not train the rows of new tokens; merge it first (export.py), then add_tokens"
+            )
+    elif lora:
+        apply_lora(
+            model,
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=getattr(args, "lora_dropout", 0.0),
+            rslora=args.rslora,
+            dora=args.dora,
+            pissa=getattr(args, "pissa", False),
+            targets=args.lora_target_modules,
+            trained_tokens=new_ids,
+            seed=args.seed,
+        )
+    else:
+        apply_prefix(
+            model,
+            tokens=args.num_prefix_tokens,
+            projection=args.prefix_projection,
+            projection_hidden_size=args.prefix_projection_hidden_size,
+            seed=args.seed,
+        )
+
+
+def _check_rows(model, path, new_ids, is_resumed):
+    """UserError where the rows of an adapter's embedding are not those of the run's tokenizer."""
+    rows, size = stored_rows(model, path), model.config.vocab_size
+    if new_ids and rows not in (0, size):
+        raise UserError(
+            f"{path}: holds rows for {rows} ids, with add_tokens there are {size}; merge it first (export.py), then "
+            "add tokens to the merged model"
+        )
+    if rows > size and is_resumed:
+        raise UserError(f"{path}: holds rows for {rows} ids, the tokenizer has {size}; give add_tokens as in that run")
+    if rows > size:
+        print(f"{path}: holds rows for {rows} ids, the tokenizer knows {size} of them")
+
+
+def _compare_with_arguments(model, args, path, targets):
+    """UserError where a saved LoRA differs from an argument that was given; a line on what it has besides.
+
+    targets: the paths that lora_target_modules names; False: not given.
+    """
+    config, given, kept = model.lora_config, [], []
+    default_alpha = 4.0 if args.rslora else 2.0 * args.lora_rank
+    rows = [
+        ("lora_alpha", config["lora_alpha"], args.lora_alpha, default_alpha),
+        ("lora_dropout", config["lora_dropout"], getattr(args, "lora_dropout", None), 0.0),
+        ("rslora", config["use_rslora"], args.rslora, False),
+        ("dora", config["use_dora"], args.dora, False),
+        (
+            "pissa",
+            any(x.pissa_init is not None for x in lora_layers(model).values()),
+            getattr(args, "pissa", None),
+            False,
+        ),
+    ]
+    if targets is not False:
+        same = {*targets} == adapted_layers(model).keys() - {*_token_layers(model)}
+        names = json.dumps(config["target_modules"])
+        rows.append(("lora_target_modules", names, names if same else json.dumps(args.lora_target_modules), None))
+    for key, has, wanted, default in rows:
+        if wanted is not None and has != wanted:
+            (kept if wanted == default else given).append((key, has, wanted))
+    if given:
+        key, has, wanted = given[0]
+        raise UserError(
+            f"{path}: holds a LoRA with {key}: {has}, but the arguments ask for {wanted}; leave {key} out, or train a "
+            "new adapter"
+        )
+    if kept:
+        print(f"{path}: its own {', '.join(f'{key}: {has}' for key, has, _ in kept)}")
+
+
+def _token_layers(model) -> list[str]:
+    return [path for path, (_, _, layer) in adapted_layers(model).items() if isinstance(layer, TrainedTokens)]
+
+
+def _trained_ids(model) -> set[int]:
+    """Ids whose rows of the embedding are trained."""
+    embed = embedding_paths(model.config)[0]
+    if isinstance(model.embed_tokens, TrainedTokens):
+        return {*model.embed_tokens.tokens}
+    all_rows = isinstance(model.embed_tokens, LoRAEmbedding) or weights_in_adapter(model).get(f"{embed}.weight")
+    return {*range(model.config.vocab_size)} if all_rows else set()

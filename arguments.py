@@ -1,15 +1,16 @@
-"""JSON files and the command line -> one dataclass, strictly.
+"""JSON or YAML files and the command line -> one dataclass, strictly.
 
-    args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # JSON files, then --key value
+    args = parse_args(Args, ["configs/llama_lora.json", "--learning_rate", "1e-4"])    # files, then --key value
 
 Names, defaults and meanings are PaddleNLP's, so that its JSON files run here with only their paths changed. A key that
 is not a field of Args is looked up in formats/paddlenlp.py: used under another name, ignored or refused, each with a
-reason. Anything else is an error that names the nearest key. A later value wins.
+reason. Anything else is an error that names the nearest key of the script. A later value wins.
 """
 
 import collections
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import re
@@ -21,14 +22,27 @@ from pathlib import Path
 import kernels
 
 from distributed.watchdog import Launch
+from formats.config_files import read_config
 from formats.files import UserError
-from formats.paddlenlp import ALIASES, HARMLESS, IGNORED, OPTIONS, REFUSED, SHORTHANDS
+from formats.paddlenlp import (
+    ALIASES,
+    CHOICES,
+    HARMLESS,
+    IGNORED,
+    NESTED,
+    OPTIONS,
+    REFUSED,
+    REFUSED_IN,
+    SHORTHANDS,
+    STAGES,
+)
 from parallel import Degrees
 from plan import missing_model_message
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall")
 DTYPES = ("float32", "bfloat16", "float16")
+REPORTS = ("visualdl", "tensorboard", "wandb")  # what report_to can name; logger.WRITERS has their classes
 UNIFIED = {  # the options of unified_checkpoint_config
     "async_save": "training continues while a copy of the state is written",
     "skip_save_model_weight": "bf16: no model*.safetensors; from_pretrained reads the float32 master weights instead",
@@ -96,7 +110,7 @@ class TrainingArgs(ScriptArgs):
     max_steps: int = -1  # > 0: number of steps, instead of num_train_epochs
     learning_rate: float = 5e-5  # the peak
     lr_scheduler_type: str = "linear"  # one of SCHEDULES
-    warmup_steps: int = 0  # steps from 0 to the peak; > 0 wins over warmup_ratio
+    warmup_steps: int | float = 0  # steps from 0 to the peak; > 0 wins over warmup_ratio; below 1: the same as it
     warmup_ratio: float = 0.0  # the same as a fraction of all steps
     min_learning_rate: float = 0.0  # where linear and cosine end
     decay_steps: int | None = None  # step at which linear and cosine reach their end; None or 0: the last step
@@ -110,8 +124,9 @@ class TrainingArgs(ScriptArgs):
     max_grad_norm: float = 1.0  # global norm to clip the gradient to; 0: no clipping
     logging_steps: int = 500  # steps between log lines
     logging_first_step: bool = False  # log the first step too
-    logging_dir: str | None = None  # where visualdl writes; None: output_dir/vdl_log
-    report_to: str | list[str] | None = None  # "visualdl" or "none"
+    logging_dir: str | None = None  # where report_to's writers write; None: their own folders in output_dir
+    report_to: str | list[str] | None = None  # some of REPORTS, all (that are installed), or none (also None)
+    run_name: str | None = None  # of the run in wandb
     evaluation_strategy: str | None = None  # no, steps, epoch; None: steps if do_eval and eval_steps, else no
     eval_steps: int | None = None  # steps between evaluations; None: logging_steps
     max_evaluate_steps: int = -1  # > 0: at most this many batches per evaluation
@@ -122,6 +137,8 @@ class TrainingArgs(ScriptArgs):
     load_best_model_at_end: bool = False  # end with the weights that evaluated best
     metric_for_best_model: str | None = None  # one of METRICS; None: loss
     greater_is_better: bool | None = None  # None: true unless the metric is loss or ppl
+    early_stopping_patience: int | None = None  # evaluations in a row without a better metric that end training
+    early_stopping_threshold: float = 0.0  # by more than this a metric must be better to count for that
     resume_from_checkpoint: bool | str | None = None  # a path, or true: the newest complete one in output_dir
     ignore_load_lr_and_optim: bool = False  # resume weights and step, but not the optimizer's moments
     ignore_save_lr_and_optim: bool = False  # checkpoints without moments: smaller, no exact resume
@@ -152,7 +169,11 @@ class TrainingArgs(ScriptArgs):
             )
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
-        return notes + _check_strategies(self) + _check_unified(self)
+        _check_dev_data(self)
+        notes += _check_strategies(self) + _check_unified(self)
+        if not self.do_eval and getattr(self, "dev_dataset_path", None):
+            notes.append("dev_dataset_path is not read: do_eval is false and evaluation_strategy is no")
+        return notes
 
     def check_dry_run(self) -> list[str]:
         """check() for --dry_run: data, output and steps may be missing, and so may the processes."""
@@ -172,10 +193,18 @@ class LoraArgs(TrainingArgs):
     lora_path: str | None = None  # continue from this adapter
     lora_rank: int = 8
     lora_alpha: float = -1  # -1: twice the rank, or 4 with rslora, as in PaddleNLP
-    lora_target_modules: str | list[str] | None = None  # names, or one regular expression; None: every linear
+    lora_target_modules: str | list[str] | None = None  # names, a regular expression, all-linear (None too)
     rslora: bool = False  # scale by alpha/sqrt(rank) (arXiv 2312.03732)
     lora_plus_scale: float = 1.0  # LoRA+: learning rate of B over that of A (arXiv 2402.12354)
     dora: bool = False  # train magnitudes beside directions (arXiv 2402.09353)
+    add_tokens: str | list[str] | None = None  # new tokens, with rows of embedding and head that are trained
+    add_special_tokens: str | list[str] | None = None  # the same, left out of decoded text
+    resize_vocab: bool = False  # rows for all ids of a tokenizer that has more than the model
+
+    def __post_init__(self):
+        self.lora_target_modules = lora_targets(self.lora_target_modules)
+        if getattr(self, "val_size", None) == 0:  # LLaMA-Factory's default: nothing is held out
+            self.val_size = None
 
     def check(self) -> list[str]:
         for key in ("lora_path", "rslora", "dora", "pissa"):
@@ -186,14 +215,59 @@ class LoraArgs(TrainingArgs):
         return super().check()
 
 
+def lora_targets(value: str | list[str] | None) -> str | list[str] | None:
+    """lora_target_modules in one of the forms that peft knows: a list of names, or one regular expression.
+
+    Names are ends of module paths: q_proj, "q_proj,v_proj", "q_proj v_proj", a list or its JSON text. all and
+    all-linear are every linear. What has other characters is a regular expression over whole paths; in a list, as in
+    PaddleNLP's files, each may be one.
+    """
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                pass  # a character class
+        elif re.fullmatch(r"[\w.\s,-]*", value):
+            value = re.findall(r"[^\s,]+", value)
+    if isinstance(value, list) and {"all", "all-linear"} & set(value):
+        return "all-linear"
+    if isinstance(value, list) and not all(re.fullmatch(r"[\w.-]+", name) for name in value):
+        names = [rf"(.*\.)?{re.escape(name)}" if re.fullmatch(r"[\w.-]+", name) else name for name in value]
+        value = "|".join(f"(?:{name})" for name in names)
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise UserError(f"lora_target_modules: {value!r} is no regular expression: {error}") from None
+    return value
+
+
+def _check_dev_data(args: TrainingArgs) -> None:
+    """Evaluation never reads the records that are trained on."""
+    train = getattr(args, "train_dataset_path", None) or getattr(args, "dataset_name_or_path", None)
+    dev, held_out = getattr(args, "dev_dataset_path", None), getattr(args, "val_size", None)
+    if held_out and dev and dev != train:
+        raise UserError("val_size and dev_dataset_path are both given; choose one")
+    if not held_out and dev == train and train and Path(train).is_file() and args.do_train and args.do_eval:
+        raise UserError(f"dev_dataset_path: {dev} is trained on; give other data, a folder with dev.json, or val_size")
+
+
 def _check_numbers(args: TrainingArgs) -> None:
     """Ranges and choices, one key at a time."""
+    if 0 < args.warmup_steps < 1:
+        args.warmup_ratio, args.warmup_steps = args.warmup_steps, 0
+    if args.warmup_steps != int(args.warmup_steps):
+        raise UserError(f"warmup_steps: {args.warmup_steps}; a whole number is needed, or a share of all steps below 1")
+    args.warmup_steps = int(args.warmup_steps)
+    if args.lr_scheduler_type == "cosine_with_min_lr":  # transformers' name
+        args.lr_scheduler_type = "cosine"
     batches = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
-    for key in f"{batches} logging_steps save_steps eval_steps".split():
+    for key in f"{batches} logging_steps save_steps eval_steps early_stopping_patience".split():
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"{key}: {getattr(args, key)}; it must be at least 1")
     not_negative = "learning_rate min_learning_rate lr_end weight_decay max_grad_norm warmup_steps decay_steps"
-    for key in f"{not_negative} num_cycles power".split():
+    for key in f"{not_negative} num_cycles power early_stopping_threshold".split():
         if getattr(args, key) is not None and getattr(args, key) < 0:
             raise UserError(f"{key}: {getattr(args, key)}; it must not be negative")
     for key, low in (("warmup_ratio", 0), ("adam_beta1", 0), ("adam_beta2", 0), ("adam_epsilon", 1e-30)):
@@ -216,9 +290,11 @@ def _check_numbers(args: TrainingArgs) -> None:
     for layer in args.no_recompute_layers or ():
         if layer < 0:
             raise UserError(f"no_recompute_layers: {layer}; layers are counted from 0")
-    for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
-        if name not in ("visualdl", "none"):
-            raise UserError(f"report_to: {name!r}; possible are visualdl and none (metrics.jsonl is always written)")
+    names = args.report_to or []
+    args.report_to = re.findall(r"[^\s,]+", names) if isinstance(names, str) else names
+    for name in args.report_to:
+        if name not in (*REPORTS, "all", "none"):
+            raise UserError(f"report_to: {name!r}; possible are {', '.join(REPORTS)}, all and none")
 
 
 def _check_hardware(args: ScriptArgs) -> list[str]:
@@ -252,8 +328,14 @@ def _check_strategies(args: TrainingArgs) -> list[str]:
     args.metric_for_best_model = metric = "loss" if metric == "no" else metric
     if args.greater_is_better is None:
         args.greater_is_better = metric not in ("loss", "ppl")
+    notes = []
+    if args.early_stopping_patience and args.do_train:
+        if args.evaluation_strategy == "no":
+            raise UserError("early_stopping_patience needs evaluation_strategy: steps or epoch")
+        if not args.load_best_model_at_end:
+            notes.append("early_stopping_patience without load_best_model_at_end: the last model is kept, not the best")
     if not (args.load_best_model_at_end and args.do_train):
-        return []
+        return notes
     if args.evaluation_strategy == "no":
         args.load_best_model_at_end = False
         return ["load_best_model_at_end: nothing is evaluated (evaluation_strategy: no), so the last model is kept"]
@@ -267,7 +349,7 @@ def _check_strategies(args: TrainingArgs) -> list[str]:
             f"load_best_model_at_end needs save_steps ({args.save_steps}) to be a multiple of eval_steps "
             f"({args.eval_steps}), or the reverse"
         )
-    return []
+    return notes
 
 
 def _check_unified(args: TrainingArgs) -> list[str]:
@@ -295,89 +377,183 @@ class _Given(typing.NamedTuple):
 
     name: str  # the key as it was written; an alias perhaps
     value: object
-    where: str  # a file, or "command line"
+    source: str  # a file, or "command line"
+    line: int | None  # in the file
     is_text: bool  # from the command line, so still to be converted
+    is_weak: bool = False  # gives way to another value of the same source: the second key of "a+b"
+
+    @property
+    def where(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+    @property
+    def text(self) -> str:
+        """The value in lower case, as a table of values has it."""
+        return str(self.value).lower()
+
+
+class _Script:
+    """The keys that one script takes, and what other names mean in it."""
+
+    def __init__(self, Args: type):
+        self.name = Path(inspect.getfile(Args)).stem
+        self.kinds = typing.get_type_hints(Args)
+        self.own_aliases = getattr(Args, "aliases", {})
+        self.refused = {**REFUSED, **REFUSED_IN.get(self.name, {}), **getattr(Args, "refused", {})}
+
+    def targets(self, name: str) -> list[str]:
+        """The keys that an alias sets here; those that it would set elsewhere if this script has none of them."""
+        choices = [choice.split("+") for choice in {**ALIASES, **self.own_aliases}.get(name, name).split()]
+        return next((keys for keys in choices if set(keys) <= set(self.kinds)), choices[0])
+
+    def takes(self, name: str) -> bool:
+        """Whether this name sets a key here."""
+        if name in CHOICES:
+            results = [keys for keys in CHOICES[name].values() if isinstance(keys, dict)]
+            return all(set(keys) <= set(self.kinds) for keys in results)
+        keys = SHORTHANDS.get(name) or self.targets(name)
+        return set(keys) <= set(self.kinds)
+
+    def resolve(self, given: _Given):
+        """Yields (key, _Given): under its own name, or the keys that an alias, a choice or a shorthand sets."""
+        name = given.name
+        if name in self.kinds:
+            yield name, given
+        elif name in self.own_aliases:
+            yield self.own_aliases[name], given
+        elif name in NESTED:
+            yield from self._nested(given)
+        elif name in CHOICES:
+            yield from self._choice(given)
+        elif name in SHORTHANDS and self.takes(name):
+            if _convert(given.value, bool, f"{given.where}: {name}", given.is_text):
+                for key, value in SHORTHANDS[name].items():
+                    yield key, given._replace(value=value, is_text=False)
+        else:
+            keys = self.targets(name)
+            kind = self.kinds.get(keys[0], str)
+            if name in ALIASES and given.value is None and type(None) not in _options(kind):
+                return  # null in another tool's file: not given
+            for i, key in enumerate(keys):
+                yield key, given._replace(is_weak=i > 0)
+
+    def _choice(self, given):
+        choices, where = CHOICES[given.name], f"{given.where}: {given.name}"
+        if given.value is None:
+            return
+        if given.text not in choices and "*" in choices:
+            yield choices["*"], given
+            return
+        keys = choices.get(given.text, f"possible are {', '.join(choices)}")
+        if isinstance(keys, str):
+            raise UserError(f"{where}: {given.value!r}: {keys}")
+        for key, value in keys.items():
+            yield key, given._replace(value=value, is_text=False)
+
+    def _nested(self, given):
+        value, where = given.value, f"{given.where}: {given.name}"
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                pass
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f'{where}: {given.value!r}; an object of keys is needed: {{"key": 1}}')
+        for name, inner in (value or {}).items():
+            name = NESTED[given.name].get(name, name)
+            yield from self.resolve(given._replace(name=name, value=inner, is_text=False))
+
+    def nearest(self, name: str) -> str | None:
+        """The key of this script whose name is most like it."""
+        names = {*self.kinds, *self.own_aliases, *filter(self.takes, {**ALIASES, **CHOICES, **SHORTHANDS})}
+        near = difflib.get_close_matches(name, sorted(names - {"dry_run"}), 1, cutoff=0.7)
+        return near[0] if near else None
 
 
 def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
-    """`argv` (default: the command line): JSON files, then --key value or --key=value, later wins -> a checked Args.
+    """`argv` (default: the command line): files, then --key value or --key=value, later wins -> a checked Args.
 
     Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
     """
-    kinds = typing.get_type_hints(Args)
-    given = {}
-    aliases = {**ALIASES, **getattr(Args, "aliases", {})}
-    for key, value in _read_argv(sys.argv[1:] if argv is None else argv, kinds, aliases):
-        before = given.get(key, value)
-        if before.where == value.where and before.name != value.name and before.value != value.value:
-            raise UserError(
-                f"{value.where}: {key}: {before.name} sets it to {before.value!r}, {value.name} to {value.value!r}; "
-                "give one"
-            )
-        given[key] = value
+    script, given = _Script(Args), {}
+    for written in _read_argv(sys.argv[1:] if argv is None else argv, script):
+        for key, value in script.resolve(written):
+            before = given.get(key, value)
+            if before.source == value.source and before is not value:
+                if value.is_weak and not before.is_weak:
+                    continue
+                if before.name != value.name and before.value != value.value and before.is_weak == value.is_weak:
+                    raise UserError(
+                        f"{value.where}: {key}: {before.name} sets it to {before.value!r}, {value.name} to "
+                        f"{value.value!r}; give one"
+                    )
+            given[key] = value
     fields, lines = {}, []
     for key, value in given.items():
-        if key in kinds:
-            fields[key] = _convert(value.value, kinds[key], f"{value.where}: {value.name}", value.is_text)
+        if key in script.kinds:
+            kind = script.kinds[key]
+            fields[key] = _convert(value.value, kind, f"{value.where}: {value.name}", value.is_text)
         else:
-            lines += _check_foreign_key(key, value, kinds, {**REFUSED, **getattr(Args, "refused", {})})
+            lines += _check_foreign_key(key, value, script)
     args = Args(**fields)
     lines += args.check_dry_run() if getattr(args, "dry_run", False) else args.check()
     if lines:
-        print("\n".join(lines), flush=True)
+        print("\n".join(dict.fromkeys(lines)), flush=True)
     return args
 
 
-def _read_argv(argv: list[str], kinds: dict, aliases: dict):
-    """Yields (key, _Given) of JSON files and --key value pairs in their order; aliases become our keys."""
+def _read_argv(argv: list[str], script: _Script):
+    """Yields the _Given of files and --key value pairs in their order."""
     tokens = collections.deque(argv)
     while tokens:
         token = tokens.popleft()
         if not token.startswith("--"):
-            for name, value in read_json_config(token).items():
-                yield from _our_keys(_Given(name, value, token, False), kinds, aliases)
+            for name, (value, line) in read_config(token).items():
+                yield _Given(name, value, token, line, False)
             continue
         name, equals, value = token[2:].partition("=")
-        kind = kinds.get(aliases.get(name, name))
+        kind = script.kinds.get(script.targets(name)[0])
         if not equals:
             values = []
             while tokens and not tokens[0].startswith("--") and (not values or _takes_list(kind)):
                 values.append(tokens.popleft())
             if not values and kind is not None and bool not in _options(kind):
                 raise UserError(f"command line: --{name}: a value is missing")
-            value = ",".join(values) if values else "true"  # `--do_train` without a value is true
-        yield from _our_keys(_Given(name, value, "command line", True), kinds, aliases)
+            value = values[0] if len(values) == 1 else "true"  # `--do_train` without a value is true
+            if len(values) > 1:
+                value = [part for value in values for part in value.split(",") if part]
+        yield _Given(name, value, "command line", None, True)
 
 
-def _our_keys(given: _Given, kinds: dict, aliases: dict):
-    """Yields (key, _Given): itself, under the name that an alias stands for, or the keys that a shorthand sets."""
-    keys = SHORTHANDS.get(given.name, {})
-    if given.name in kinds or not keys or not set(keys) <= set(kinds):
-        yield given.name if given.name in kinds else aliases.get(given.name, given.name), given
-    elif _convert(given.value, bool, f"{given.where}: {given.name}", given.is_text):
-        for key, value in keys.items():
-            yield key, given._replace(value=value, is_text=False)
-
-
-def _check_foreign_key(key: str, given: _Given, kinds: dict, refused: dict) -> list[str]:
+def _check_foreign_key(key: str, given: _Given, script: _Script) -> list[str]:
     """Lines to print for a key that is not a field of this script; UserError if it is refused or unknown."""
-    name, value, where, _ = given
+    name, value, where, refused = given.name, given.value, given.where, script.refused
     training_keys = {field.name for field in dataclasses.fields(TrainingArgs)}
+    if name == "stage":
+        wanted = STAGES.get(given.text)
+        if wanted != script.name:
+            done_by = f"run {wanted}.py" if wanted else f"possible are {', '.join(STAGES)}"
+            raise UserError(f"{where}: stage: {value!r}: this is {script.name}.py; {done_by}")
+        return []
     if key == "dry_run" and not _harmless(key, value):
         raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py have one; this script does not train")
+    if key == "resume_from_checkpoint" and given.text not in ("true", "1") and not _harmless(key, value):
+        raise UserError(f"{where}: {name}: {value!r}: this script does not train; give it as model_name_or_path")
     if key in training_keys:
         return [f"ignored: {name}: this script does not train"]
-    if key in refused and not _harmless(key, value):
-        raise UserError(f"{where}: {name}: {value!r}: {refused[key]}")
-    if key in OPTIONS:
-        return _check_options(key, value, where)
-    if key in IGNORED or key in refused:
-        return [f"ignored: {name}: {IGNORED.get(key) or refused[key]}"]
     if key == "_doc":
         return []
-    others = [*ALIASES, *IGNORED, *refused, *OPTIONS, *training_keys]
-    near = difflib.get_close_matches(key, kinds, 1) or difflib.get_close_matches(key, others, 1)
-    raise UserError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    reason = refused.get(name, refused.get(key))
+    if reason and not _harmless(name if name in refused else key, value):
+        raise UserError(f"{where}: {name}: {value!r}: {reason}")
+    if key in OPTIONS:
+        return _check_options(key, value, where)
+    if reason or name in IGNORED or key in IGNORED:
+        return [f"ignored: {name}: {IGNORED.get(name) or IGNORED.get(key) or reason}"]
+    if name != key:
+        raise UserError(f"{where}: {name}: {value!r}: it stands for {key}, which {script.name}.py does not have")
+    near = script.nearest(key)
+    raise UserError(f"{where}: unknown key {name!r}" + (f"; did you mean {near!r}?" if near else ""))
 
 
 def _check_options(key: str, value: object, where: str) -> list[str]:
@@ -392,34 +568,6 @@ def _check_options(key: str, value: object, where: str) -> list[str]:
     return [f"ignored: {key}: {word}: no effect here: {OPTIONS[key][word]}" for word in words]
 
 
-def read_json_config(path: str) -> dict:
-    """{key: value} of one JSON file of flat keys. UserError with file and line for anything else."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; arguments are JSON files, then --key value") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text: {error}") from None
-
-    def unique(pairs):
-        for key, count in collections.Counter(key for key, _ in pairs).items():
-            if count > 1:
-                line = 1 + text.count("\n", 0, [m.start() for m in re.finditer(rf'"{re.escape(key)}"\s*:', text)][-1])
-                raise UserError(f"{path}:{line}: key {key!r} is given {count} times; keep one")
-        return dict(pairs)
-
-    def finite(name):
-        raise UserError(f"{path}: {name} is not a JSON number")
-
-    try:
-        config = json.loads(text, object_pairs_hook=unique, parse_constant=finite)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
-    if not isinstance(config, dict):
-        raise UserError(f'{path}: holds a {type(config).__name__}; an object is needed: {{"learning_rate": 1e-4, …}}')
-    return config
-
-
 def _options(kind) -> tuple:
     """The alternatives of `X | Y | None`, or the one type itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
@@ -432,14 +580,14 @@ def _takes_list(kind) -> bool:
 def _harmless(key: str, value: object) -> bool:
     """Whether this value of a refused key asks for nothing that would have to be refused."""
     if key in HARMLESS:
-        return (value.lower() if isinstance(value, str) else value) in HARMLESS[key]
-    return not value or (isinstance(value, str) and value.lower() in ("false", "0", "none", "null", "no"))
+        return str(value).lower() in HARMLESS[key]
+    return not value or (isinstance(value, str) and value.lower() in ("false", "0", "0.0", "none", "null", "no", "{}"))
 
 
 def _convert(value: object, kind, where: str, is_text: bool):
     """A JSON value, or text of the command line, as one of the alternatives of `kind`; UserError if it is none."""
     options = _options(kind)
-    if is_text and type(None) in options and value.lower() in ("none", "null"):
+    if is_text and type(None) in options and str(value).lower() in ("none", "null"):
         return None
     for option in options:
         converted = _as(value, option, is_text)
@@ -457,6 +605,8 @@ def _list_of(kind) -> str:
 
 def _as(value: object, kind, is_text: bool):
     """`value` as exactly this type, or ... if it is not one."""
+    if isinstance(value, list) and typing.get_origin(kind) is not list:
+        return ...  # several words after one --key
     if kind is type(None):
         return None if value is None else ...
     if kind is bool:

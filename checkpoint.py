@@ -90,6 +90,8 @@ class TrainState:
     consumed_tokens: int = 0  # real input tokens so far
     best_metric: float | None = None  # of metric_for_best_model
     best_checkpoint: str | None = None  # "checkpoint-120", a folder of output_dir
+    early_stopping_best: float | None = None  # of metric_for_best_model, over all evaluations
+    early_stopping_counter: int = 0  # evaluations in a row that were not better by early_stopping_threshold
     log_history: list = dataclasses.field(default_factory=list)  # the last 20 log lines
 
 
@@ -722,11 +724,17 @@ def _read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
+def saved_arguments(checkpoint: Path) -> dict:
+    """{key: value} of the arguments of the run that wrote a checkpoint."""
+    return _read_state(checkpoint)["args"]
+
+
 # Arguments that change no training step.
 HARMLESS_CHANGES = {
     *"resume_from_checkpoint overwrite_output_dir output_dir disable_tqdm logging_dir logging_steps".split(),
     *"logging_first_step report_to save_strategy save_steps save_total_limit unified_checkpoint".split(),
     *"unified_checkpoint_config evaluation_strategy eval_steps max_evaluate_steps sharding virtual_pp_degree".split(),
+    *"run_name early_stopping_patience early_stopping_threshold".split(),
     *"sequence_parallel hybrid_parallel_topo_order gradient_accumulation_steps".split(),
     *(f"{name}_parallel_degree" for name in NAMES.values()),
 }
@@ -784,7 +792,8 @@ def load_checkpoint(
         optimizer.steps, index = saved["optimizer_steps"], json.loads(index_path.read_text())
         was_quantized = index.get("ckpt_quant_stage", "O0") != "O0"
         optimizer.requantized = index.get("quant_ckpt_resume_times", 0) + was_quantized
-    state = TrainState(**{field.name: saved[field.name] for field in dataclasses.fields(TrainState)})
+    names = [field.name for field in dataclasses.fields(TrainState)]
+    state = TrainState(**{name: saved[name] for name in names if name in saved})
     if state.best_checkpoint and not (Path(output_dir or path.parent) / state.best_checkpoint).is_dir():
         state.best_metric = state.best_checkpoint = None
     return state

@@ -5,9 +5,8 @@
 
 Reads pairs in many formats (docs/data.md). Prompt, chosen and rejected reply are one sequence, several pairs are a row.
 Trains all weights or LoRA. The reference is the model before training: with LoRA the same model with the adapter off;
-otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no second model). Writes
-what finetune.py writes. Ends with reward accuracy on the dev pairs (50 % before: policy and reference are equal) and
-replies to three of their prompts, before and after training.
+otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no second model). Ends
+with reward accuracy on the dev pairs (50 % before: policy and reference are equal) and replies to three prompts.
 """
 
 import dataclasses
@@ -27,9 +26,9 @@ from tqdm import tqdm
 
 import parallel
 import trainer
-from adapters import adapter_disabled, lora_layers
+from adapters import adapter_disabled, changes_base, lora_layers
 from arguments import LoraArgs
-from checkpoint import find_checkpoint, update_best
+from checkpoint import find_checkpoint
 from data import PreferenceDataset, PreferenceLoader
 from formats.files import UserError
 from formats.record_files import RecordOptions
@@ -305,17 +304,19 @@ def check_model(model: CausalLM, args: Args) -> None:
 def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -> None:
     """trainer.setup_adapter() for a policy that starts equal to its reference: neither PiSSA nor dropout."""
     trainer.setup_adapter(model, args, checkpoint)
+    if changes_base(model):
+        pissa = any(layer.pissa_init is not None for layer in lora_layers(model).values())
+        kind = "a PiSSA adapter" if pissa else "an adapter with trained biases or modules_to_save"
+        raise UserError(f"{checkpoint or args.lora_path}: {kind} changes the base weights, the reference")
     for layer in lora_layers(model).values():
-        if layer.pissa_init is not None:
-            raise UserError(f"{checkpoint or args.lora_path}: a PiSSA adapter changes the base weights, the reference")
         layer.dropout = 0.0
 
 
 def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoader:
     """The loader of the pairs for "train" or "dev"."""
     is_train, limits = split == "train", (args.max_seq_len, args.max_prompt_len)
-    path = args.train_dataset_path if is_train else args.dev_dataset_path
-    dataset = PreferenceDataset(path, tokenizer, *limits, split, not args.disable_tqdm, RecordOptions.of(args))
+    path, options = getattr(args, f"{split}_dataset_path"), RecordOptions.of(args)
+    dataset = PreferenceDataset(path, tokenizer, *limits, split, not args.disable_tqdm, options)
     loader = PreferenceLoader(
         dataset,
         args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size,
@@ -343,14 +344,14 @@ def main(args: Args) -> None:
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
     check_model(model, args)
-    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     reply_end = args.max_prompt_len + args.max_new_tokens
     needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}
     trainer.check_positions(model, args.model_name_or_path, needed)
     dev_reference = before = None
     if dev and not args.reference_free:
-        batches = trainer.eval_batches(dev, args.max_evaluate_steps)
-        dev_reference = precompute_reference_logps(model, dev, batches, not args.disable_tqdm)
+        indices = trainer.eval_batches(dev, args.max_evaluate_steps)
+        dev_reference = precompute_reference_logps(model, dev, indices, not args.disable_tqdm)
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     prompts = [dev.dataset.pair(i)[0] for i in shown]
     limits = {"max_new_tokens": args.max_new_tokens, "max_length": model.config.max_model_len, "batch_size": 1}
@@ -374,7 +375,6 @@ def main(args: Args) -> None:
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
         step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
-
         inputs = model_inputs  # what the model is called with
 
         def loss_of(losses, batch, size):
@@ -396,8 +396,8 @@ def main(args: Args) -> None:
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
-                if args.load_best_model_at_end:
-                    update_best(args, state, metrics, checkpoints)
+                if trainer.note_evaluation(args, state, metrics, checkpoints, log):  # no longer better: early stopping
+                    break
             if state.step >= total:
                 break
             start = log.begin()

@@ -136,7 +136,7 @@ def open_tokenizer(args: Args) -> Tokenizer:
     folders = given or [*filter(None, [args.lora_path, args.prefix_path]), *base_folders(args.model_name_or_path)]
     for folder in map(Path, folders):
         if any((folder / name).is_file() for name in MODEL_FILES) or args.format == "static" and given:
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, base_folders(args.model_name_or_path))
             if args.chat_template is not None:
                 tokenizer.chat_template = load_chat_template(args.chat_template)
             return tokenizer
@@ -244,9 +244,6 @@ def export_hf(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
     rounding = difference(rounded, exact, 0.1, f"save_dtype {dtype} is too coarse for these weights")
     save_pretrained(model, folder, dtype, max_shard_bytes=parse_size(args.max_shard_size))
     tokenizer.save(folder)
-    for source in reversed(base_folders(args.model_name_or_path)):
-        if (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     del model  # one at a time in memory
     reloaded = from_pretrained(folder).eval()
     largest = difference(dynamic_logits(reloaded, ids, mask), rounded, 1e-4, "the folder, loaded again")

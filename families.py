@@ -140,7 +140,9 @@ class ModelConfig:
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"{path}: no such file; a model is a Hugging Face folder with config.json and its weights")
+            found = next((path.parent / "snapshots").glob("*/config.json"), None)  # of Hugging Face's download cache
+            what = f"the model is in {found.parent}" if found else "a model is a Hugging Face folder with config.json"
+            raise UserError(f"{path}: no such file; {what} and its weights")
         try:
             source = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -199,8 +201,8 @@ class ModelConfig:
 
     def to_json(self, dtype: str) -> str:
         """The text of config.json with the keys it was read with; dtype: of the saved weights, such as "float32"."""
-        source = dict(self.source)
-        source["dtype" if "rope_parameters" in source or "dtype" in source else "torch_dtype"] = dtype
+        source = {key: value for key, value in self.source.items() if key not in ("dtype", "torch_dtype")}
+        source["dtype" if "rope_parameters" in source or "dtype" in self.source else "torch_dtype"] = dtype
         for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):  # which a script may have changed
             if (key := _key(source, field)) is not None:
                 source[key] = getattr(self, field)
@@ -407,7 +409,6 @@ def _bloom(source, fields):
 
 
 def _gpt2(source, fields):
-    activation = source.get("activation_function", "gelu_new")
     return dict(
         norm="layer",
         position="learned",
@@ -416,11 +417,14 @@ def _gpt2(source, fields):
         mlp_bias=True,
         fused_qkv="blocks",
         gated=False,
-        activation=_GELU.get(activation, activation),
+        activation=_ACTIVATIONS[source.get("activation_function") or "gelu_new"],
     )
 
 
-_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_TANH = "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"  # five names of one formula
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fromkeys(
+    _TANH, "gelu_tanh"
+)  # name in Hugging Face's config.json: ModelConfig.activation
 
 
 def _opt(source, fields):
@@ -435,7 +439,7 @@ def _opt(source, fields):
         output_bias=bias,
         mlp_bias=bias,
         gated=False,
-        activation=_GELU.get(source.get("activation_function"), source.get("activation_function", "relu")),
+        activation=_ACTIVATIONS[source.get("activation_function") or "relu"],
         embedding_size=None if width == fields["hidden_size"] else width,
         final_norm=pre_norm and not source.get("_remove_final_layer_norm", False),
     )
@@ -455,6 +459,7 @@ def _gemma2(source, fields):
     window, layers = source.get("sliding_window", 4096), fields["num_hidden_layers"]
     types = source.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return _gemma(source, fields) | dict(
+        activation=_ACTIVATIONS[source.get("hidden_activation") or "gelu_pytorch_tanh"],
         norm_place="both",
         attention_scale=float(source.get("query_pre_attn_scalar", 256)) ** -0.5,
         attention_softcap=source.get("attn_logit_softcapping", 50.0),
@@ -523,10 +528,15 @@ def _internlm2(source, fields):
     return _internlm(source, fields) | dict(fused_qkv="groups")
 
 
-_SILU = {"hidden_act": ("silu",)}
+_SILU = {"hidden_act": ("silu", "swish")}
 
 
-_GELU_TANH = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", "gelu"))
+_GELU_TANH = dict.fromkeys(
+    ("hidden_act", "hidden_activation"), (*_TANH, "gelu")
+)  # "gelu" of Gemma 1 means tanh as well
+
+
+_ANY_ACTIVATION = {"activation_function": tuple(name for name in _ACTIVATIONS if _ACTIVATIONS[name] != "silu")}
 
 
 _NO_WINDOW = {"use_sliding_window": (False,), "sliding_window": ...}  # without use_sliding_window, the window is unused
@@ -649,8 +659,8 @@ FAMILIES = {
         norm_eps=1e-5,
         ffn_is_4x=True,
         prefix="transformer.",
-        supported_values={
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu"),
+        supported_values=_ANY_ACTIVATION
+        | {
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
@@ -663,10 +673,7 @@ FAMILIES = {
         _opt,
         tied_by_default=True,
         norm_eps=1e-5,
-        supported_values={
-            "activation_function": ("relu", "gelu", "gelu_new"),
-            "layer_norm_elementwise_affine": (True,),
-        },
+        supported_values=_ANY_ACTIVATION | {"layer_norm_elementwise_affine": (True,)},
     ),
     "internlm": Family(
         "InternLMForCausalLM", NAMES_LLAMA, _internlm, supported_values=_SILU | {"bias": (True, False), "rotary": ...}
@@ -728,6 +735,12 @@ def _family_of(source, path):
     rows = [(name, FAMILIES[name].discriminating_keys) for name, model_type in types.items() if model_type == kind]
     by_key = [name for name, keys in rows if source.keys() & set(keys)]
     family = next(iter(by_key or [name for name, keys in rows if not keys]), None)
+    if family is None and isinstance(source.get("text_config"), dict):
+        text = source["text_config"].get("model_type")
+        raise UserError(
+            f"{path}: model_type {kind!r} is multimodal (text_config: model_type {text!r}), which is not supported; "
+            "give a folder of a language model alone"
+        )
     if family is None:
         known = ", ".join(sorted(set(types.values())))
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported are {known}")

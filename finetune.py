@@ -22,7 +22,7 @@ import parallel
 import trainer
 from adapters import base_folders
 from arguments import LoraArgs
-from checkpoint import find_checkpoint, update_best
+from checkpoint import find_checkpoint
 from data import SFTDataset, SFTLoader
 from families import ModelConfig
 from formats.files import UserError, atomic_file
@@ -36,11 +36,12 @@ class Args(LoraArgs):
     model_name_or_path: str = ""  # Hugging Face folder of the base model
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; default: model_name_or_path
     dataset_name_or_path: str = ""  # a file, a folder with train.json and dev.json, or a blend: docs/data.md
+    dev_dataset_path: str | None = None  # a file, a folder with dev.json, or a blend; None: dataset_name_or_path
     max_samples: int | None = None  # take only the first so many records of each source
     val_size: float | None = None  # hold out this share (< 1) or number of the training records as the dev data
     columns: str | dict | None = None  # other names of a record's keys: {"instruction": "question", …}
     train_on: str = "all"  # learn all replies of a conversation, or only the last
-    src_length: int = 1024  # most tokens of a prompt
+    src_length: int | None = None  # most tokens of a prompt; None: 1024, or half of a max_length below 2048
     max_length: int = 2048  # most tokens of prompt and reply; of a packed row with zero_padding
     chat_template: str | None = None  # name in chat.FORMATS, plain, none, or a template file; None: the tokenizer's own
     zero_padding: bool = False  # pack several samples into a row, separated by FlashMask, instead of padding
@@ -76,6 +77,7 @@ class Args(LoraArgs):
         if self.greedy_zero_padding and not self.zero_padding:
             raise UserError("greedy_zero_padding: true needs zero_padding: true")
         RecordOptions.of(self)
+        self.src_length = self.src_length or min(1024, self.max_length // 2)
         if self.src_length >= self.max_length:
             raise UserError(f"src_length {self.src_length} leaves no room for a reply in max_length {self.max_length}")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
@@ -151,7 +153,7 @@ def make_loaders(args: Args, tokenizer: Tokenizer) -> tuple[SFTLoader | None, SF
 
     def loader(split, batch_size, is_train=False):
         dataset = SFTDataset(
-            args.dataset_name_or_path,
+            args.dev_dataset_path if split == "dev" and args.dev_dataset_path else args.dataset_name_or_path,
             tokenizer,
             src_length=args.src_length,
             max_length=args.max_length,
@@ -193,7 +195,7 @@ def main(args: Args) -> None:
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
     model.neftune_noise_alpha = args.neftune_noise_alpha
-    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path)
+    trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     prefix_tokens = args.num_prefix_tokens if args.prefix_tuning else 0
     needed = {"max_length": args.max_length, "src_length + max_new_tokens": args.src_length + args.max_new_tokens}
     needed = {key: tokens + prefix_tokens for key, tokens in needed.items()}
@@ -241,8 +243,8 @@ def main(args: Args) -> None:
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
-                if args.load_best_model_at_end:
-                    update_best(args, state, metrics, checkpoints)
+                if trainer.note_evaluation(args, state, metrics, checkpoints, log):  # no longer better: early stopping
+                    break
             if state.step >= total:
                 break
             start = log.begin()

@@ -72,7 +72,7 @@ from distributed.tensor import (
 from distributed.watchdog import Launch, current_watchdog
 from families import ModelConfig
 from formats.files import UserError
-from formats.weights import load_weights
+from formats.weights import load_weights, read_config
 from model import CausalLM, LocalComm, block_linears, build, kernel_attention, linear_row
 
 # ============================================================================================ the grid
@@ -414,7 +414,7 @@ def shard_adapters(model: CausalLM, topology: Topology) -> None:
 def from_pretrained(path: str | Path, topology: Topology, dtype: str = "float32") -> CausalLM:
     """adapters.from_pretrained() of this rank's part of the model: nothing else is read or takes memory."""
     *adapters, base = base_folders(path)
-    model = parallelize(build(ModelConfig.from_json(base), dtype), topology)
+    model = parallelize(build(read_config(base), dtype), topology)
     load_weights(model, base)
     for adapter in reversed(adapters):
         load_adapter(model, adapter)

@@ -21,6 +21,7 @@ from formats.weights import named_weights
 from layers import linear_row
 from model import CausalLM, block_linears, build
 from parallel import Degrees
+from vocabulary import embedding_layers
 
 # ============================================================================================ published configurations
 
@@ -139,8 +140,12 @@ def _adapter_sizes(args, model, degrees):
     """[(layer or None, elements in all, on a rank, on a rank with sharding)] of an adapter; None without an adapter."""
     config, sizes = model.config, []
     if getattr(args, "lora", False):
-        linears = block_linears(model)
+        linears, embeddings = block_linears(model), embedding_layers(model)
         for path in match_lora_targets(model, args.lora_target_modules):
+            if path in embeddings:  # not sharded over tp
+                total = args.lora_rank * sum(embeddings[path][2].weight.shape)
+                sizes.append((None, total, total, total / degrees.sharding))
+                continue
             _, name, layer = linears[path]
             name = (".experts." if ".experts." in path else ".") + name
             a, b = args.lora_rank * layer.n_in, (args.lora_rank + int(args.dora)) * layer.n_out

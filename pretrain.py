@@ -20,7 +20,7 @@ import kernels  # noqa: F401, before paddle: it silences what paddle prints at i
 import parallel
 import trainer
 from arguments import TrainingArgs
-from checkpoint import find_checkpoint, update_best
+from checkpoint import find_checkpoint
 from data import CorpusLoader
 from formats.files import UserError
 from formats.weights import init_weights
@@ -146,8 +146,8 @@ def main(args: Args) -> None:
             if trainer.is_due(args.evaluation_strategy, args.eval_steps, state.step, steps_per_epoch):
                 metrics = evaluate()
                 log.evaluation(state.step, metrics)
-                if args.load_best_model_at_end:
-                    update_best(args, state, metrics, checkpoints)
+                if trainer.note_evaluation(args, state, metrics, checkpoints, log):  # no longer better: early stopping
+                    break
             if state.step >= total:
                 break
             start = log.begin()

@@ -31,7 +31,7 @@ import paddle
 from tqdm import tqdm
 
 import trainer
-from adapters import from_pretrained, load_adapter
+from adapters import base_folders, from_pretrained, load_adapter, tokenizer_folder
 from arguments import ScriptArgs
 from data import conversation_prompt
 from formats.chat import load_chat_template
@@ -72,6 +72,7 @@ class Args(ScriptArgs):
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
     prompt: str | None = None  # answer this and exit
+    system: str | None = None  # the system text before prompt
     data_file: str | None = None  # answer every record of this file; the replies may be missing: docs/data.md
     output_file: str = "output.json"  # into this one, each with "output"; lines already there are kept
     benchmark: bool = False  # print time to first token and tokens/s by batch size, and exit
@@ -114,6 +115,8 @@ class Args(ScriptArgs):
             raise UserError("mode: static keeps keys and values in float32; cachekv_int8_type is for dynamic")
         if sum(map(bool, (self.prompt, self.data_file, self.benchmark))) > 1:
             raise UserError("prompt, data_file and benchmark are different ways to run; give one")
+        if self.system and self.prompt is None:
+            raise UserError("system is the system text before prompt; records and HTTP requests have their own")
         if self.data_file and not Path(self.data_file).is_file():
             raise UserError(f"data_file: {self.data_file}: no such file")
         self.sampling().check()
@@ -155,7 +158,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
     if not path.is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or path)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     adapters = adapter_paths(args.lora_path)
@@ -235,7 +238,8 @@ def only_adapter(engine: Engine) -> str | None:
 
 def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """Print one reply as it is written."""
-    ids = prompt_ids(tokenizer, [(args.prompt, None)], {}, prompt_limit(engine, args))
+    context = {"system": args.system} if args.system else {}
+    ids = prompt_ids(tokenizer, [(args.prompt, None)], context, prompt_limit(engine, args))
     request = Request(ids, dataclasses.replace(args.sampling(), seed=args.seed), only_adapter(engine))
     start, first, tokens = time.perf_counter(), None, 0
     for output in engine.stream(request):

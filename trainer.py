@@ -1,4 +1,4 @@
-"""What the training scripts share: start and exit, set-up, output folder, schedule, AdamW, log, evaluation.
+"""What the training scripts share: start and exit, set-up, output folder, schedule, AdamW, evaluation.
 
     run = setup_training(args, model, tokenizer, train, topology)   # optimizer, resume, output_dir, log
     while state.step < total:                                       # the loop itself is written out in each script
@@ -13,16 +13,13 @@ resumed run equals the uninterrupted one bit for bit.
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
 import math
 import re
-import resource
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -30,17 +27,9 @@ import kernels
 
 import numpy as np
 import paddle
-from tqdm import tqdm
 
-from adapters import (
-    apply_lora,
-    apply_prefix,
-    cast_frozen_to_bf16,
-    load_adapter,
-    lora_layers,
-    restore_adapter,
-    trainable_weights,
-)
+from adapters import base_folders, cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
+from adapters import setup_adapter as setup_adapter  # for the scripts
 from arguments import ScriptArgs, TrainingArgs, parse_args
 from checkpoint import (
     CheckpointManager,
@@ -50,18 +39,23 @@ from checkpoint import (
     quantized_moments,
     read_moments,
     remove_path,
+    saved_arguments,
+    update_best,
 )
 from data import CorpusLoader, SFTLoader
 from distributed.collectives import gather_tensor_index
 from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch, current_watchdog
+from formats.added_tokens import split_tokens
 from formats.chat import load_chat_template
 from formats.files import UserError, _disk_full, atomic_file
 from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import SaveEntry, SaveSource
+from logger import Log, find_writers, format_metrics, measure_matmul_peak, peak_memory  # noqa: F401, for scripts
 from model import CausalLM, generate
 from parallel import SINGLE, Topology, pipelined_map, shard_adapters
 from plan import dry_run
+from vocabulary import check_vocabulary as check_vocabulary  # for the scripts
 
 Loader = SFTLoader | CorpusLoader  # .batches_per_epoch, .batch(epoch, index) -> the dict described in data.py
 
@@ -76,7 +70,7 @@ def run_script(main: Callable, Args: type, argv: list[str] | None = None) -> Non
     tokens = sys.argv[1:] if argv is None else argv
     if not tokens or {"-h", "--help"} & set(tokens):
         print((sys.modules[main.__module__].__doc__ or "").strip())
-        print("\nKeys, in JSON or as --key value, and their defaults:")
+        print("\nKeys, in JSON or YAML or as --key value, and their defaults:")
         for field in dataclasses.fields(Args):
             print(f"  {field.name} = {field.default!r}")
         return
@@ -124,7 +118,7 @@ def _choose_device(args):
             "gives each process its device"
         )
     kernels.configure(args.device, args.kernels, train_in_bf16)
-    print(f"device: {paddle.device.get_device()}; kernels: {kernels.describe()}", flush=True)
+    print(f"device: {paddle.device.get_device()}; kernels: {kernels.summary()}", flush=True)
     if kernels.bf16:
         print(
             "bf16: linears, attention and head multiply in bfloat16, frozen linears are stored in it; "
@@ -146,13 +140,17 @@ class Run:
     state: TrainState  # step, epoch, tokens, best checkpoint
     total_steps: int  # step at which the run ends
     steps_per_epoch: int
-    log: "Log"
+    log: Log
     checkpoints: CheckpointManager
 
 
 def setup_tokenizer(args: ScriptArgs) -> Tokenizer:
-    """The tokenizer of tokenizer_name_or_path, else of model_name_or_path, with chat_template if that is given."""
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+    """The tokenizer of tokenizer_name_or_path, else of lora_path or model_name_or_path (or of the base model of these),
+    with add_tokens, and with chat_template if that is given."""
+    folder = args.tokenizer_name_or_path or tokenizer_folder(args.model_name_or_path, getattr(args, "lora_path", None))
+    tokenizer = load_tokenizer(folder, base_folders(args.model_name_or_path))
+    for key, special in (("add_tokens", False), ("add_special_tokens", True)):
+        tokenizer.add_tokens(split_tokens(getattr(args, key, None), key), special)
     if getattr(args, "chat_template", None) is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
     return tokenizer
@@ -161,42 +159,6 @@ def setup_tokenizer(args: ScriptArgs) -> Tokenizer:
 def trains_adapter(args: TrainingArgs) -> bool:
     """Whether LoRA or a prefix is trained, not the model's own weights."""
     return getattr(args, "lora", False) or getattr(args, "prefix_tuning", False)
-
-
-def setup_adapter(model: CausalLM, args: TrainingArgs, checkpoint: Path | None = None) -> None:
-    """Attach the LoRA or prefix that is trained: from a checkpoint, from lora_path or prefix_path, or a new one."""
-    if not trains_adapter(args):
-        return
-    path = checkpoint or args.lora_path or getattr(args, "prefix_path", None)
-    if path:
-        load_adapter(model, path, trainable=True)
-        wanted = f"LoRA of rank {args.lora_rank}" if args.lora else f"a prefix of {args.num_prefix_tokens} tokens"
-        if lora_layers(model):
-            loaded = f"LoRA of rank {model.lora_config['r']}"
-        else:
-            loaded = f"a prefix of {model.prefix.tokens} tokens"
-        if loaded != wanted:
-            raise UserError(f"{path}: holds {loaded}, but the arguments ask for {wanted}")
-    elif args.lora:
-        apply_lora(
-            model,
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            dropout=getattr(args, "lora_dropout", 0.0),
-            rslora=args.rslora,
-            dora=args.dora,
-            pissa=getattr(args, "pissa", False),
-            targets=args.lora_target_modules,
-            seed=args.seed,
-        )
-    else:
-        apply_prefix(
-            model,
-            tokens=args.num_prefix_tokens,
-            projection=args.prefix_projection,
-            projection_hidden_size=args.prefix_projection_hidden_size,
-            seed=args.seed,
-        )
 
 
 def setup_training(
@@ -217,7 +179,7 @@ def setup_training(
     already. metrics: names of further numbers in each log line, see Log. flops_per_token: adds model FLOPs utilization
     to the log.
     """
-    _visualdl(args)
+    find_writers(args)
     shard_adapters(model, topology)
     if kernels.bf16:
         cast_frozen_to_bf16(model)
@@ -235,6 +197,7 @@ def setup_training(
             load_trained(model, checkpoint, args)
         moments = None if args.ignore_load_lr_and_optim else optimizer
         state = load_checkpoint(checkpoint, moments, shards, args.output_dir)
+        check_resumed_arguments(args, checkpoint, state, topology)
     prepare_output_dir(args, topology)
 
     if state.step >= steps:
@@ -248,6 +211,28 @@ def setup_training(
     )
     checkpoints = CheckpointManager(args, model, tokenizer, optimizer=optimizer, shards=shards, topology=topology)
     return Run(optimizer, shards, state, steps, steps_per_epoch, log, checkpoints)
+
+
+def check_resumed_arguments(args: TrainingArgs, checkpoint: Path, state: TrainState, topology: Topology) -> None:
+    """Say which arguments a resumed run does not use because the checkpoint decides, and forget another metric's best.
+
+    UserError for a prefix of another shape than the checkpoint's. setup_adapter() checks what concerns LoRA.
+    """
+    saved, lines = saved_arguments(checkpoint), []
+    changed = {key for key, value in dataclasses.asdict(args).items() if key in saved and saved[key] != value}
+    if getattr(args, "prefix_tuning", False):
+        for key in {"prefix_projection", "prefix_projection_hidden_size"} & changed:
+            raise UserError(f"{key}: {getattr(args, key)!r}; the prefix in {checkpoint} has {saved[key]!r}; keep it")
+    read_from = ("lora_path", "prefix_path") if trains_adapter(args) else ("model_name_or_path", "continue_training")
+    for key in read_from:
+        if key in changed and getattr(args, key):
+            lines.append(f"resume: {key}: {getattr(args, key)!r} is not used: what is trained comes from {checkpoint}")
+    if {"metric_for_best_model", "greater_is_better"} & changed:
+        state.best_metric = state.best_checkpoint = state.early_stopping_best = None
+        state.early_stopping_counter = 0
+        lines.append("resume: metric_for_best_model has changed, so the best checkpoint so far is forgotten")
+    for line in lines if topology.rank == 0 else ():
+        print(line, flush=True)
 
 
 def finish_training(run: Run, model: CausalLM, args: TrainingArgs) -> None:
@@ -271,15 +256,6 @@ def set_recompute(model: CausalLM, args: TrainingArgs) -> None:
     model.no_recompute_layers = frozenset(layers)
 
 
-def check_vocabulary(model: CausalLM, tokenizer: Tokenizer, path: str) -> None:
-    """UserError if the tokenizer has ids that the model's embedding has no row for."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{path}: vocab_size {model.config.vocab_size} in config.json, but the tokenizer has "
-            f"{tokenizer.vocab_size} ids; they belong to different models"
-        )
-
-
 def check_positions(model: CausalLM, path: str, needed: dict[str, int]) -> None:
     """UserError if a model with learned positions has too few. needed: {name of the key: positions it asks for}."""
     limit = model.config.max_position_embeddings
@@ -296,10 +272,10 @@ def check_positions(model: CausalLM, path: str, needed: dict[str, int]) -> None:
 ARTIFACTS = """tmp-checkpoint-* tmp-model checkpoint-* config.json generation_config.json model*.safetensors
     *.safetensors.index.json adapter_config.json adapter_model.safetensors pytorch_model*.bin tokenizer.model
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json metrics.jsonl
-    eval_metrics.jsonl curves.png vdl_log *_results.json generated_output.json nonfinite-step-*.json predictions.jsonl
-    prefix_projection.safetensors quant_report.json static_config.json prefill.json prefill.pdiparams decode.json
-    decode.pdiparams static.pdiparams prefix.safetensors vocab.json merges.txt *.tiktoken ice_text.model
-    sentencepiece.bpe.model chat_template.jinja""".split()
+    eval_metrics.jsonl curves.png vdl_log tensorboard_log wandb *_results.json generated_output.json
+    nonfinite-step-*.json predictions.jsonl prefix_projection.safetensors quant_report.json static_config.json
+    prefill.json prefill.pdiparams decode.json decode.pdiparams static.pdiparams prefix.safetensors vocab.json
+    merges.txt *.tiktoken ice_text.model sentencepiece.bpe.model chat_template.jinja""".split()
 TEMPORARY = ("tmp-checkpoint-*", "tmp-model", ".*.tmp")
 
 
@@ -415,6 +391,41 @@ def step_micro_batches(loader: Loader, step: int, args: TrainingArgs, topology: 
 def is_due(strategy: str, every: int, step: int, steps_per_epoch: int) -> bool:
     """Whether evaluating or saving with this strategy ("no", "steps", "epoch") is due after `step` steps."""
     return step > 0 and {"no": False, "steps": step % every == 0, "epoch": step % steps_per_epoch == 0}[strategy]
+
+
+def note_evaluation(
+    args: TrainingArgs, state: TrainState, metrics: dict[str, float], checkpoints: CheckpointManager, log: Log
+) -> bool:
+    """Keep in `state` which checkpoint is the best, if the best is loaded at the end; returns stops_early()."""
+    if args.load_best_model_at_end:
+        update_best(args, state, metrics, checkpoints)
+    return stops_early(args, state, metrics, log)
+
+
+def stops_early(args: TrainingArgs, state: TrainState, metrics: dict[str, float], log: Log) -> bool:
+    """Whether early_stopping_patience evaluations in a row were not better than the best before them; counts this one.
+
+    Better is more than early_stopping_threshold away from the best of all evaluations, as in transformers'
+    EarlyStoppingCallback. Best and counter are in trainer_state.json.
+    """
+    if not args.early_stopping_patience:
+        return False
+    name = f"eval_{args.metric_for_best_model}"
+    if name not in metrics:
+        raise UserError(f"metric_for_best_model: {name} is not computed here; there are {', '.join(metrics)}")
+    value, best = metrics[name], state.early_stopping_best
+    gain = math.inf if best is None else value - best if args.greater_is_better else best - value
+    if gain > 0 and math.isfinite(value):
+        state.early_stopping_best = value
+    is_better = gain > args.early_stopping_threshold and math.isfinite(value)
+    state.early_stopping_counter = 0 if is_better else state.early_stopping_counter + 1
+    if state.early_stopping_counter < args.early_stopping_patience:
+        return False
+    log.print(
+        f"early stopping at step {state.step}: {state.early_stopping_counter} evaluations in a row without a better "
+        f"{args.metric_for_best_model} (best: {state.early_stopping_best})"
+    )
+    return True
 
 
 def learning_rate(step: int, args: TrainingArgs, total: int) -> float:
@@ -549,248 +560,6 @@ def seed_step(seed: int, step: int, micro_step: int = 0) -> None:
     paddle.seed(int.from_bytes(digest, "little") & 0x7FFFFFFF)
 
 
-# ================================================================================================================= log
-
-
-class Log:
-    """The log of a run: a tqdm bar or plain lines, metrics.jsonl, eval_metrics.jsonl, curves.png, visualdl if asked.
-
-        log = Log(args, total, state)              # removes lines of an earlier attempt that come after state.step
-        log.add_metrics({"sft_loss": 0.3})         # a micro-batch's part of further numbers of the current step
-        start = log.begin()                        # before every step: the time
-        log.step(state, loss=, lr=, grad_norm=, tokens=, seconds=)    # after it; state.step counts it already
-        log.evaluation(state.step, metrics); log.print("text"); log.close()
-
-    tokens: real input tokens of the step; seconds: its duration, without evaluation and saving. flops_per_token and
-    peak_flops (of measure_matmul_peak) add model FLOPs utilization, "mfu". metrics: the names that add_metrics() sums.
-    With several processes, "communication" is, for each axis, the share of the time since the last line that this rank
-    spent in the axis's collectives, including waiting for slower ranks. Waiting for pipeline messages is "bubble".
-    """
-
-    def __init__(
-        self,
-        args: TrainingArgs,
-        total: int,
-        state: TrainState,
-        *,
-        flops_per_token: float | None = None,
-        peak_flops: float | None = None,
-        topology: Topology = SINGLE,
-        metrics: Iterable[str] = (),
-    ):
-        self.args, self.total, self.folder = args, total, Path(args.output_dir)
-        self.topology, self.writes = topology, topology.rank == 0
-        self.mfu_per_speed = flops_per_token / peak_flops if flops_per_token and peak_flops else None
-        self.window = collections.deque(maxlen=50)  # (tokens, seconds) of the last steps
-        self.steps_since_line, self.seconds_since_line = 0, 0.0
-        self.comm_seconds = {axis.name: 0.0 for axis in topology.axes if axis.size > 1}  # since the last line
-        self.begin()
-        self.metric_names = tuple(metrics)
-        self.metrics = {}  # sums of the current step, see add_metrics()
-        for name in ("metrics.jsonl", "eval_metrics.jsonl") if self.writes else ():
-            _keep_lines(self.folder / name, lambda row: row["step"] <= state.step)
-        LogWriter = _visualdl(args) if self.writes else None
-        self.writer = LogWriter and LogWriter(logdir=args.logging_dir or str(self.folder / "vdl_log"))
-        hidden = args.disable_tqdm if args.disable_tqdm is not None else not (self.writes and sys.stderr.isatty())
-        self.bar = None if hidden else tqdm(total=total, initial=state.step, desc="train", dynamic_ncols=True)
-
-    def begin(self) -> float:
-        """The time. Communication from here on belongs to the step, not to an evaluation or a checkpoint."""
-        self.comm_before = {axis.name: axis.seconds for axis in self.topology.axes}
-        return time.perf_counter()
-
-    def add_metrics(self, metrics: dict[str, float]) -> None:
-        """Add a micro-batch's part of further numbers to the line of the current step."""
-        for name, value in metrics.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + value
-
-    def step(self, state: TrainState, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float) -> None:
-        """Count a step; at logging steps and the last one, write its own loss, lr and grad_norm (not means)."""
-        self.window.append((tokens, seconds))
-        self.steps_since_line, self.seconds_since_line = self.steps_since_line + 1, self.seconds_since_line + seconds
-        for axis in self.topology.axes:
-            if axis.size > 1:
-                self.comm_seconds[axis.name] += axis.seconds - self.comm_before[axis.name]
-        added = self.topology.all_reduce_sum({name: self.metrics.get(name, 0.0) for name in self.metric_names}, True)
-        self.metrics = {}
-        recent = list(self.window)[-self.steps_since_line :]
-        speed = sum(t for t, _ in recent) / max(1e-9, sum(s for _, s in recent))
-        eta = (self.total - state.step) * sum(s for _, s in self.window) / len(self.window)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s", refresh=False)
-            self.bar.update(1)
-        first = state.step == 1 and self.args.logging_first_step
-        if state.step % self.args.logging_steps and state.step != self.total and not first:
-            return
-        row = {
-            "step": state.step,
-            "epoch": round(state.epoch, 4),
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens_per_second": round(speed, 1),
-            "consumed_tokens": state.consumed_tokens,
-            "eta_seconds": round(eta, 1),
-            "peak_memory_gb": round(peak_memory() / 1e9, 3),
-        }
-        row |= self._utilization(speed) | added
-        self.steps_since_line, self.seconds_since_line = 0, 0.0
-        self.comm_seconds = dict.fromkeys(self.comm_seconds, 0.0)
-        state.log_history = (state.log_history + [row])[-20:]
-        if self.writes:
-            _append_line(self.folder / "metrics.jsonl", row)
-        self._report("train", row)
-        if self.bar is None:
-            print(self._line(row, added, speed, eta), flush=True)
-
-    def _utilization(self, speed):
-        """{name: number} of a row: mfu, pipeline bubble, communication. speed: tokens per second."""
-        row = {}
-        if self.mfu_per_speed:
-            row["mfu"] = round(speed * self.mfu_per_speed, 4)
-        if (pp := self.topology.pp).size > 1:  # idle share of the step's forwards and backwards, and its formula
-            row["bubble"] = round(
-                self.topology.all_reduce_sum(pp.idle, stages=True) / (pp.size * self.topology.data_size), 4
-            )
-            row["bubble_formula"] = round(pp.bubble, 4)
-        if self.comm_seconds:
-            seconds = max(1e-9, self.seconds_since_line)
-            row["communication"] = {name: round(comm / seconds, 4) for name, comm in self.comm_seconds.items()}
-        return row
-
-    def _line(self, row, added, speed, eta):
-        """A row as one line for the console; speed and eta before they were rounded for the row."""
-        parts = [
-            f"step {row['step']}/{self.total} ({100 * row['step'] / self.total:.1f} %)",
-            f"loss {row['loss']:.4f}",
-            f"lr {row['lr']:.3e}",
-            f"grad_norm {row['grad_norm']:.3f}",
-            f"{speed:,.0f} tokens/s",
-        ]
-        if "mfu" in row:
-            parts.append(f"mfu {100 * row['mfu']:.1f} %")
-        if "bubble" in row:
-            parts.append(f"bubble {100 * row['bubble']:.1f} % (formula {100 * row['bubble_formula']:.1f} %)")
-        parts.append(f"eta {datetime.timedelta(seconds=round(eta))}")
-        parts.append(f"peak {row['peak_memory_gb']:.2f} GB")
-        if added:
-            parts.append(format_metrics(added))
-        return " | ".join(parts)
-
-    def evaluation(self, step: int, metrics: dict) -> None:
-        """Print an evaluation's metrics and keep them: one line a step, also where a resumed run evaluates again."""
-        path = self.folder / "eval_metrics.jsonl"
-        if self.writes:
-            _keep_lines(path, lambda row: row["step"] != step)
-            _append_line(path, {"step": step, **metrics})
-        self._report("eval", {"step": step, **metrics})
-        self.print(f"evaluation at step {step}: {format_metrics(metrics)}")
-
-    def print(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self.bar is None:
-            print(text, flush=True)
-        else:
-            tqdm.write(text)
-
-    def _report(self, group, row):
-        if self.writer is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{group}/{name}", value, row["step"])
-
-    def close(self) -> None:
-        """End the bar and draw curves.png."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-        if self.writer is not None:
-            self.writer.close()
-        if self.writes and (line := draw_curves(self.folder)):
-            print(line, flush=True)
-
-
-def _visualdl(args):
-    """visualdl's LogWriter class if report_to asks for it, else None; UserError if it is not installed."""
-    if "visualdl" not in (args.report_to or ()):
-        return None
-    try:
-        from visualdl import LogWriter
-    except ImportError:
-        raise UserError("report_to: visualdl is not installed: pip install visualdl") from None
-    return LogWriter
-
-
-def draw_curves(folder: Path) -> str:
-    """Draw loss and learning rate over steps from the two .jsonl files as curves.png; returns a line to print."""
-    rows, evaluations = (_read_lines(Path(folder) / name) for name in ("metrics.jsonl", "eval_metrics.jsonl"))
-    if not rows:
-        return "curves.png: no step was logged, nothing to draw"
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "curves.png is not drawn: it needs matplotlib: pip install matplotlib"
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    above.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="train")
-    points = [(row["step"], row["eval_loss"]) for row in evaluations if row.get("eval_loss") is not None]
-    if points:
-        above.plot(*zip(*points), "o-", label="eval")
-    above.set_ylabel("loss")
-    above.legend()
-    below.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="tab:green")
-    below.set_ylabel("learning rate")
-    below.set_xlabel("step")
-    with atomic_file(Path(folder) / "curves.png", "wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-    return f"curves: {Path(folder) / 'curves.png'}"
-
-
-def _read_lines(path):
-    """The objects of a .jsonl file, without a last line that was cut off when the run was killed."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def _keep_lines(path, wanted):
-    """Rewrite a .jsonl file with the rows for which wanted(row) is true."""
-    if path.is_file():
-        rows = [row for row in _read_lines(path) if wanted(row)]
-        with atomic_file(path) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _append_line(path, row):
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no nan
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def peak_memory() -> int:
-    """Peak memory in bytes: of the device on a GPU, else the process's resident set."""
-    if paddle.device.get_device().startswith("gpu"):
-        return paddle.device.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def measure_matmul_peak(seconds: float = 0.8) -> float:
-    """FLOP/s of the fastest of a few float32 matmuls of 1024 x 1024: the reference for model FLOPs utilization."""
-    n, best, end = 1024, math.inf, time.perf_counter() + seconds
-    a = paddle.ones([n, n], "float32")
-    float(paddle.matmul(a, a)[0, 0])  # the first one starts the threads
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        float(paddle.matmul(a, a)[0, 0])  # float() waits for the device
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n**3 / best if best < math.inf else 2 * n**3 / seconds
-
-
 def save_nonfinite_report(output_dir: str | Path, step: int, batch: dict) -> Path:
     """Write a batch whose loss is not finite (ids, labels, record indices) to nonfinite-step-N.json -> its path."""
     path = Path(output_dir) / f"nonfinite-step-{step}.json"
@@ -810,12 +579,6 @@ def check_finite(value: float, output_dir: str | Path, step: int, batch: dict) -
 
 
 # ========================================================================================================== evaluation
-
-
-def format_metrics(metrics: dict) -> str:
-    """`loss 1.2345 | accuracy 0.6000 | …` for a line of output."""
-    names = ((key.removeprefix("eval_"), value) for key, value in metrics.items())
-    return " | ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in names)
 
 
 def write_results(output_dir: str, name: str, metrics: dict, topology: Topology = SINGLE) -> None:
@@ -882,9 +645,8 @@ def evaluate(model: CausalLM, loader: Loader, max_batches: int | None = None, to
     loss, correct, tokens = topology.all_reduce_sum((loss, correct, tokens))
     if not tokens:
         raise UserError("evaluation: the data has no target token")
-    mean = loss / tokens
-    ppl = math.exp(mean) if mean < 700 else math.inf
-    return {"eval_loss": mean, "eval_accuracy": correct / tokens, "eval_ppl": ppl, "eval_tokens": tokens}
+    ppl = math.exp(loss / tokens) if loss / tokens < 700 else math.inf
+    return {"eval_loss": loss / tokens, "eval_accuracy": correct / tokens, "eval_ppl": ppl, "eval_tokens": tokens}
 
 
 def generate_replies(
@@ -992,8 +754,7 @@ def _lcs_length(a, b):
     positions = collections.defaultdict(int)  # token -> bits of its positions in a
     for i, token in enumerate(a):
         positions[token] |= 1 << i
-    all_ones = (1 << len(a)) - 1
-    row = all_ones
+    row = all_ones = (1 << len(a)) - 1
     for token in b:
         hits = row & positions[token]
         row = ((row + hits) | (row - hits)) & all_ones

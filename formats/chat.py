@@ -9,6 +9,7 @@ Three kinds of templates have the same four methods: ChatFormat (built in, for f
 """
 
 import json
+import re
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,7 @@ import jinja2
 
 from formats.chat_formats import FORMATS, JINJA_FILE, TEMPLATE_FILE, ChatFormat
 from formats.files import UserError, brief, read_json, read_text
-from formats.messages import conversation, is_plain, plain_rounds
+from formats.messages import conversation, is_plain, plain_rounds, without_thoughts
 from formats.messages import parse_messages as parse_messages
 from formats.rendering import PromptSegment, RenderedTemplate, compile_template, one_line
 
@@ -107,6 +108,9 @@ PROBES = (
 )
 
 
+THOUGHTS = re.compile(r"""[.'"](?:reasoning_content|thinking)\b""")  # in a template that reads them by this name
+
+
 class JinjaTemplate(RenderedTemplate):
     """The chat_template of a Hugging Face tokenizer."""
 
@@ -127,7 +131,7 @@ class JinjaTemplate(RenderedTemplate):
             except UserError:
                 continue
             follows = finished.removeprefix(prompt) if finished.startswith(prompt) else ""
-            ends[follows.rpartition("reply")[2].strip(" \n\"'}])")] = None
+            ends[follows.rpartition("reply")[2].lstrip(" \n\"'}])").rstrip()] = None  # behind a call's JSON
         return [end for end in ends if end]
 
     def files(self) -> dict[str, str]:
@@ -154,6 +158,8 @@ class JinjaTemplate(RenderedTemplate):
     def segments(self, rounds: list, context: dict, tokenizer, is_training=False, split=True) -> list[PromptSegment]:
         """As ChatTemplate.segments, for all that parse_messages gives. A built-in format that writes the same prompt
         tells the replies apart; otherwise they are found in the rendered text (formats/rendering.py)."""
+        if not THOUGHTS.search(self.source):
+            rounds = without_thoughts(rounds, self.name, is_training, inside="</think>" in self.source)
         messages, starts = conversation(rounds, context)
         equal = None
         if is_plain(rounds, context) and not self.marks_replies:

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Formatter
 
 from formats.files import UserError, read_text
-from formats.messages import conversation, is_plain, plain_rounds
+from formats.messages import conversation, is_plain, plain_rounds, without_thoughts
 from formats.rendering import PromptSegment, RenderedTemplate
 
 TEMPLATE_FILE = "chat_template.json"
@@ -109,7 +109,7 @@ class ChatFormat:
     def segments(self, rounds: list, context: dict, tokenizer, is_training=False, split=True) -> list[PromptSegment]:
         """As ChatTemplate.segments. UserError for a system text, tools or messages that the family has no place for."""
         if not self.thoughts:
-            rounds = self._without_thoughts(rounds, is_training)
+            rounds = without_thoughts(rounds, f"chat format {self.name!r}", is_training)
         if self.template and not is_plain(rounds, context):
             if context.get("tools") and (
                 token := next((t for t in self.tool_tokens if not tokenizer.has_token(t)), None)
@@ -139,19 +139,6 @@ class ChatFormat:
             values |= {"round": k, "number": k + 1}
             segments += self._turn(k, user, bot, values, k == last)
         return segments
-
-    def _without_thoughts(self, rounds, is_training):
-        """Rounds without reasoning_content, which clients send back with earlier replies; UserError where it would have
-        to be learned."""
-        for k, (prompt, reply) in enumerate(rounds):
-            if isinstance(reply, dict) and "reasoning_content" in reply:
-                if is_training:
-                    raise UserError(
-                        f"messages: reply {k + 1} has reasoning_content, which chat format {self.name!r} does not write"
-                    )
-                rest = {key: value for key, value in reply.items() if key != "reasoning_content"}
-                rounds = [*rounds[:k], (prompt, rest["content"] if len(rest) == 2 else rest), *rounds[k + 1 :]]
-        return rounds
 
     def _turn(self, k, user, bot, values, is_last):
         """[PromptSegment, …] of turn k."""

@@ -39,6 +39,7 @@ def _json_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, found {type(value).__name__}")
@@ -61,6 +62,15 @@ class UserError(ValueError):
     """A mistake that the user can mend, in one line: where it is, what was found, what would be right."""
 
 
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """UserError for the three lines of text that git leaves in place of a large file where git-lfs did not run."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        folder = Path(path).parent
+        raise UserError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in {folder}")
+
+
 def read_json(path: str | Path) -> object:
     """JSON file -> value. UserError with file:line when it is missing, not UTF-8 or not JSON."""
     try:
@@ -68,6 +78,7 @@ def read_json(path: str | Path) -> object:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON in UTF-8: {error}") from None

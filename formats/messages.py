@@ -131,6 +131,25 @@ def plain_rounds(rounds: list, context: dict, name: str, advice: str = "") -> li
     return list(zip(texts[::2], [*texts[1::2], *([None] * (len(texts) % 2))]))
 
 
+def without_thoughts(rounds: list, name: str, is_training: bool, inside: bool = False) -> list:
+    """Rounds without reasoning_content, which clients send back with earlier replies.
+
+    inside: as a <think> block of the content. Otherwise UserError where it would have to be learned: `name`, a
+    template, writes none."""
+    changed = list(rounds)
+    for k, (prompt, reply) in enumerate(rounds):
+        if not isinstance(reply, dict) or "reasoning_content" not in reply:
+            continue
+        if is_training and not inside:
+            raise UserError(f"messages: reply {k + 1} has reasoning_content, which {name} does not write")
+        reply = dict(reply)
+        thoughts = reply.pop("reasoning_content")
+        if inside:
+            reply["content"] = f"<think>\n{thoughts}\n</think>\n\n{reply['content']}"
+        changed[k] = prompt, reply["content"] if _is_plain(reply) else reply
+    return changed
+
+
 def is_plain(rounds: list, context: dict) -> bool:
     """Whether all prompts and replies are texts, and there are no tools and no arguments for a template."""
     plain = all(isinstance(prompt, str) and (reply is None or isinstance(reply, str)) for prompt, reply in rounds)

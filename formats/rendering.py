@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
+from os.path import commonprefix
 from typing import NamedTuple
 
 import jinja2
@@ -256,10 +257,10 @@ def find_replies(
 ) -> list[tuple[int, int] | None]:
     """Of all replies but the last: where each stands in the rendered conversation; None if its prompt was another.
 
-    render: (messages, add_generation_prompt) -> text. starts: the number of messages before each reply.
-    prompt_length: characters of the whole before the last reply. Every beginning
-    of a short conversation is rendered. A long one is rendered by windows of two rounds, in a time that grows with its
-    length; only if their texts, one after another, are not the whole, every beginning is.
+    render: (messages, add_generation_prompt) -> text. starts: the number of messages before each reply. prompt_length:
+    characters of the whole before the last reply. Every beginning of a short conversation is rendered. A long one is
+    rendered by windows of two rounds, in a time that grows with its length; only if their texts, one after another, are
+    not the whole, every beginning is.
     """
     if len(starts) > EXACT_ROUNDS and (spans := _replies_by_windows(render, messages, starts, whole, prompt_length)):
         return spans
@@ -285,9 +286,14 @@ def _find_reply(render, messages, start, whole):
     other = [*messages[:start], {"role": "assistant", "content": "reply"}]
     end = render(other, False).rpartition("reply")[2]
     behind = render([*other, *messages[start + 1 :]], True)[len(prompt) :].partition("reply")[2]
-    if not behind.startswith(end) or not following.endswith(behind):
+    if not following.endswith(behind):
         return None
+    if not behind.startswith(end):  # such as Phi-3's eos, which only the last has: what both have, in whole marks
+        end = WHOLE_MARKS.match(commonprefix([behind, end]))[0]
     return len(prompt), len(following) - len(behind) + len(end)
+
+
+WHOLE_MARKS = re.compile(r"(?:.*[\s>\]])?", re.S)
 
 
 def _replies_by_windows(render, messages, starts, whole, prompt_length):

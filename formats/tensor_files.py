@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from formats.files import UserError, atomic_file
+from formats.files import UserError, atomic_file, refuse_lfs_pointer
 
 # =========================================================================================== safetensors
 
@@ -39,8 +39,10 @@ _SAFETENSORS = {  # name of a dtype in the file: numpy's; bfloat16 is read as it
     "F64": "<f8",
     "I64": "<i8",
     "I32": "<i4",
+    "I16": "<i2",
     "I8": "<i1",
     "U8": "<u1",
+    "BOOL": "|b1",
 }
 
 
@@ -84,6 +86,7 @@ def safetensors_header(path: str | Path) -> dict[str, TensorEntry]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= file_size - 8:
+            refuse_lfs_pointer(path)
             raise UserError(
                 f"{path}: not a complete safetensors file: {file_size} bytes, its header should take {length}"
             )
@@ -292,6 +295,7 @@ class BinFile:
             self.zip = zipfile.ZipFile(path)
             pickles = [n for n in self.zip.namelist() if n.endswith("data.pkl")]
         except zipfile.BadZipFile:
+            refuse_lfs_pointer(path)
             raise UserError(
                 f"{path}: not a torch zip file, or a truncated one; save it again with torch >= 1.6"
             ) from None
@@ -415,6 +419,7 @@ def read_pdparams(path: str | Path) -> dict[str, StoredTensor]:
         except UserError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
+            refuse_lfs_pointer(path)
             kind = type(error).__name__
             raise UserError(f"{path}: not a complete file of paddle.save(): {kind} while it was read") from None
     if not isinstance(state_dict, dict):

@@ -5,12 +5,15 @@ import codecs
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from formats.added_tokens import AddedToken, write_added_tokens
 from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
 from formats.chat import encode_conversation, folder_template, is_plain_folder, save_chat_template
 from formats.chat_formats import TEMPLATE_FILE
-from formats.files import UserError, brief, names_in, read_json
+from formats.files import UserError, brief, names_in, read_json, refuse_lfs_pointer
+from formats.generation_config import eos_ids, read_generation_config, write_generation_config
 from formats.messages import parse_messages, plain_rounds
 from formats.tokenizer_json import read_tokenizer_json
 
@@ -159,6 +162,7 @@ class SentencePieceModel:
                 # false}
                 self.sp = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except RuntimeError:
+            refuse_lfs_pointer(path)
             raise UserError(
                 f"{path}: neither a sentencepiece model nor tiktoken text (base64, a space, the rank)"
             ) from None
@@ -382,7 +386,7 @@ class Tokenizer:
         self.folder = Path(folder)
         config = self._read_side_files()
         self.kind, path, name = tokenizer_class(self.folder, config)
-        row = CLASSES.get(self.kind, {}).get(name, {})
+        row = self._row = CLASSES.get(self.kind, {}).get(name, {})
         settings = {**row, **config}
         tokens, legacy = (), bool(settings.get("legacy"))
         self._white_space = WHITE_SPACE if self.kind == "json" else None
@@ -420,6 +424,8 @@ class Tokenizer:
             self.tail = self._ids_around(row.get("tail", [self.eos_token] if adds_eos else []))
         self.special_ids |= {*self.head, *self.tail}
         self.vocab_size = max([self.engine.size, *(i + 1 for i in self.added.values())])
+        self.generation_config = read_generation_config([self.folder]) or None  # None: of a model that is not known
+        self.new_tokens, self.new_ids = [], []  # of add_tokens(): AddedTokens, and ids that no file has
         self._chat_template = None
         self.chat_template = folder_template(self.folder)
         self.has_chat_format = self.chat_template is not None or is_plain_folder(
@@ -498,6 +504,21 @@ class Tokenizer:
             self.flags = {text: {"lstrip": True, "rstrip": True} | self.flags.get(text, {}) for text in self.added}
         self._prepare_split(row)
 
+    def add_tokens(self, tokens, special=False):
+        """Makes texts tokens: with an id of their own after all others, unless the vocabulary has them; save() writes
+        them. special: left out of decoded text."""
+        for text in tokens:
+            token_id = self.token_id(text)
+            if token_id is None:
+                token_id, self.vocab_size = self.vocab_size, self.vocab_size + 1
+                self.new_ids.append(token_id)
+            if text not in self.added or special and text not in self.special:
+                self.new_tokens.append(AddedToken(text, token_id, special))
+                self.added[text], self.added_ids[token_id], self.flags[text] = token_id, text, {"special": special}
+                self.special |= {text} if special else set()
+                self.special_ids |= {token_id} if special else set()
+        self._prepare_split(self._row)
+
     def _prepare_split(self, row):
         """Fills _token_ids {text as it is found: id} and _patterns {special_in_text: (before normalization, after
         it)}."""
@@ -553,8 +574,9 @@ class Tokenizer:
 
     @property
     def stop_ids(self):
-        """Ids that end a reply: eos, and the tokens with which the chat template ends a turn."""
-        ids = [self.eos_token_id]
+        """Ids that end a reply: eos, those of the model's generation_config.json or config.json, and the tokens with
+        which the chat template ends a turn."""
+        ids = [self.eos_token_id, *eos_ids(self.generation_config or {})]
         for end in self.chat_template.stops if self.chat_template else ():
             if not self.has_token(end):  # such as an end mark, a line break and eos
                 end = max((token for token in self.special if end.startswith(token)), key=len, default=None)
@@ -664,16 +686,28 @@ class Tokenizer:
         return sum(encode_conversation(self, segments, 3), [])
 
     def save(self, path):
-        """Copies the tokenizer's files and writes its chat template, so that whoever opens the folder asks as it
-        learned."""
+        """Copies the tokenizer's files and writes its chat template and, for a model, generation_config.json, so that
+        whoever opens the folder asks as it learned and stops where it stops."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for source in [self.folder / name for name in (*MODEL_FILES, *SIDE_FILES) if name != TEMPLATE_FILE]:
             if source.is_file() and source.resolve() != (path / source.name).resolve():
                 shutil.copyfile(source, path / source.name)
+        if self.new_tokens:
+            write_added_tokens(path, self.new_tokens)
         save_chat_template(self.chat_template, path, plain=self.has_chat_format)
+        if self.generation_config is not None:
+            pad_id = None if self.pad_token is None else self.pad_token_id
+            write_generation_config(path, self.generation_config, self.stop_ids, self.bos_token_id, pad_id)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Folder with MODEL_FILES and perhaps SIDE_FILES -> Tokenizer. UserError for what CLASSES and JSON_PARTS lack."""
-    return Tokenizer(path)
+def load_tokenizer(path: str | Path, model_folders: Iterable[str | Path] = ()) -> Tokenizer:
+    """Folder with MODEL_FILES and perhaps SIDE_FILES -> Tokenizer. UserError for what CLASSES and JSON_PARTS lack.
+
+    model_folders: of the model that it is for, an adapter's before its base's: Tokenizer.stop_ids holds what their
+    generation_config.json or config.json says; by default, what those of `path` say.
+    """
+    tokenizer = Tokenizer(path)
+    if folders := list(model_folders):
+        tokenizer.generation_config = read_generation_config(folders) or tokenizer.generation_config or {}
+    return tokenizer

@@ -1,6 +1,6 @@
 """A model <-> named tensors, under Hugging Face's and PaddleNLP's names.
 
-    model = build(ModelConfig.from_json(path))
+    model = build(read_config(path))                  # config.json, as the weight files bear it out
     load_weights(model, path)                         # from a folder of either, whatever the file type
     save_pretrained(model, path, dtype="bfloat16")    # a folder in Hugging Face's layout
     for weight in named_weights(model):               # Weight: name, parameter, how the stored layout differs from ours
@@ -200,7 +200,11 @@ def weights_to_save(model: CausalLM) -> list[Weight]:
 
 
 def _head_name(config: ModelConfig) -> str:
-    return next(theirs for ours, theirs, _ in FAMILIES[config.family].names if ours == "lm_head.weight")
+    return _stored_name("lm_head.weight", config)
+
+
+def _stored_name(our_name: str, config: ModelConfig) -> str:
+    return next(theirs for ours, theirs, _ in FAMILIES[config.family].names if ours == our_name)
 
 
 def _quantized_weights(parameters: dict, ours: str, theirs: str) -> list[Weight]:
@@ -235,32 +239,43 @@ MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams",
 
 
 def stored_tensors(path: str | Path, candidates: tuple[str, ...] = MODEL_FILES) -> dict[str, StoredTensor]:
-    """{name: StoredTensor} of a folder: from the first of `candidates` that is there, as one file or as an index."""
+    """{name: StoredTensor} of a folder: from the first of `candidates` that is there, as one file or as an index.
+
+    transformers' order: one file before an index, safetensors before .bin; consolidated.*, subfolders and other weight
+    files beside them are not read.
+    """
     path = Path(path)
     for candidate in candidates:
         index = path / f"{candidate}.index.json"
-        if index.is_file():
-            files = _files_of_index(index)
-        elif (path / candidate).is_file():
+        if (path / candidate).is_file():
             files = [candidate]
+        elif index.is_file():
+            files = _files_of_index(index)
         else:
             continue
         tensors = {}
         for file in files:
-            if Path(file).name != file or not (path / file).is_file():
-                raise UserError(f"{index}: names the file {file}, which is not there")
             tensors |= _tensors_of_file(path / file)
         return tensors
     if shards := sorted(path.glob("model_state.*.pdparams")):
         raise UserError(f"{shards[0]}: a shard of a model saved under tensor or pipeline parallelism: merge them first")
-    raise UserError(f"{path}: no {', '.join(candidates)} or an index of them")
+    others = sorted(file.name for end in ("safetensors", "bin", "pth", "gguf") for file in path.glob(f"*.{end}"))
+    found = f"; {', '.join(others[:4])} cannot be opened without it" if others else ""
+    raise UserError(f"{path}: no {', '.join(candidates)} or an index of them{found}")
 
 
 def _files_of_index(index: Path) -> list[str]:
+    """The files that an index names, each of them there and in its folder."""
     try:
-        return sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({str(file) for file in weight_map.values()})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: not an index with a weight_map") from None
+    for file in files:
+        is_inside = not Path(file).is_absolute() and ".." not in Path(file).parts
+        if not is_inside or not (index.parent / file).is_file():
+            raise UserError(f"{index}: names the file {file}, which is not there")
+    return files
 
 
 def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
@@ -277,6 +292,47 @@ def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """ModelConfig of a folder with its weights: untied if they hold a head that differs from a tied embedding.
+
+    transformers keeps both then; a line says so, and what is saved says tie_word_embeddings: false.
+    """
+    config = ModelConfig.from_json(path)
+    if not config.tie_word_embeddings:
+        return config
+    tensors = stored_tensors(path)
+    head, embedding = _head_and_embedding(tensors, config)
+    if head not in tensors or embedding not in tensors or _are_equal(tensors[head], tensors[embedding]):
+        return config
+    found = f"tie_word_embeddings is true, but {head} differs from {embedding}"
+    print(f"{path}: {found}: both are kept, untied", flush=True)
+    source = {**config.source, "tie_word_embeddings": False}
+    return dataclasses.replace(config, tie_word_embeddings=False, source=source)
+
+
+def _head_and_embedding(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[str | None, str]:
+    """Names of the two in a folder's files, Hugging Face's or PaddleNLP's; None: the latter has no head."""
+    if _is_paddlenlp(tensors, config):
+        names = {ours: theirs for ours, theirs, _ in paddlenlp_names(config)}
+        return names.get("lm_head.weight"), names["embed_tokens.weight"]
+    embedding, prefix = _stored_name("embed_tokens.weight", config), FAMILIES[config.family].prefix
+    if embedding not in tensors and embedding.removeprefix(prefix) in tensors:
+        embedding = embedding.removeprefix(prefix)
+    return _head_name(config), embedding
+
+
+def _are_equal(head: StoredTensor, embedding: StoredTensor) -> bool:
+    """Whether all values are, read a block of rows at a time. PaddleNLP stores a head as (V, D) or (D, V)."""
+    if head.shape == embedding.shape[::-1] != embedding.shape:
+        return np.array_equal(head.read().T, embedding.read())
+    if list(head.shape) != list(embedding.shape):
+        return False
+    if not (isinstance(head.read, LazyTensor) and isinstance(embedding.read, LazyTensor)):
+        return np.array_equal(head.read(), embedding.read())
+    blocks = ({0: [(first, min(first + 4096, head.shape[0]))]} for first in range(0, head.shape[0], 4096))
+    return all(np.array_equal(head.read.read_slices(rows), embedding.read.read_slices(rows)) for rows in blocks)
+
+
 def load_weights(model: CausalLM, path: str | Path, candidates: tuple[str, ...] = MODEL_FILES) -> None:
     """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; each rank reads its
     shards.
@@ -284,8 +340,8 @@ def load_weights(model: CausalLM, path: str | Path, candidates: tuple[str, ...] 
     All tensors that are missing, unexpected or of another shape are named in one UserError.
     """
     config, tensors = model.config, stored_tensors(path, candidates)
-    paddlenlp = paddlenlp_names(config)
-    if paddlenlp and any(name.startswith(paddlenlp[0][1].partition(".")[0] + ".") for name in tensors):
+    if _is_paddlenlp(tensors, config):
+        paddlenlp = paddlenlp_names(config)
         weights = {w.name: w for w in named_weights(model, paddlenlp)}
         tensors = _split_or_fuse_paddlenlp(tensors, config, paddlenlp)
         other_paths = {ours for ours, name, _ in weight_names(config) if name in model.names_on_other_ranks}
@@ -315,6 +371,12 @@ def load_weights(model: CausalLM, path: str | Path, candidates: tuple[str, ...] 
             layer.check(path, name)
 
 
+def _is_paddlenlp(tensors: dict[str, StoredTensor], config: ModelConfig) -> bool:
+    """Whether a folder's tensors have PaddleNLP's names: those of its table begin with the class's own word."""
+    prefix = paddlenlp_names(config)[0][1].partition(".")[0] + "."
+    return any(name.startswith(prefix) for name in tensors)
+
+
 def _published_names(tensors: dict[str, StoredTensor], config: ModelConfig, names: set[str]) -> dict[str, StoredTensor]:
     """stored_tensors() of a Hugging Face folder under the names of the family's table, without what is not a weight.
 
@@ -335,8 +397,8 @@ def _published_names(tensors: dict[str, StoredTensor], config: ModelConfig, name
             result |= _split_experts(name, tensor, config)
         else:
             result[name] = tensor
-    if config.tie_word_embeddings:
-        result.pop(_head_name(config), None)
+    if config.tie_word_embeddings and (head := result.pop(_head_name(config), None)) is not None:
+        result.setdefault(_stored_name("embed_tokens.weight", config), head)  # a file may hold only one of the two
     if config.source.get("num_nextn_predict_layers"):
         layer = re.compile(r"model\.layers\.(\d+)\.")
         result = {n: t for n, t in result.items() if not (m := layer.match(n)) or int(m[1]) < config.num_hidden_layers}
@@ -367,7 +429,10 @@ def _split_experts(name: str, tensor: StoredTensor, config: ModelConfig) -> dict
 def save_pretrained(
     model: CausalLM, path: str | Path, dtype: str = "float32", *, max_shard_bytes: int = 5 << 30
 ) -> None:
-    """Write config.json and model*.safetensors in Hugging Face's layout; each file atomically, config.json last."""
+    """Write config.json and model*.safetensors in Hugging Face's layout; each file atomically, config.json last.
+
+    A model.safetensors or index that is there in the other layout is removed: it would be read in place of the new one.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     files, sizes = [{}], [0]  # a file: {name: (function, shape, dtype)}
@@ -388,6 +453,8 @@ def save_pretrained(
         weight_map = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
         with atomic_file(path / "model.safetensors.index.json") as file:
             json.dump({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, file, indent=2)
+    stale = "model.safetensors.index.json" if len(files) == 1 else "model.safetensors"  # of another layout
+    (path / stale).unlink(missing_ok=True)
     with atomic_file(path / "config.json") as file:
         file.write(model.config.to_json(dtype))
 
@@ -455,8 +522,14 @@ def _split_or_fuse_paddlenlp(
     K, G, Dh = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim
     names = {ours: theirs for ours, theirs, _ in rows}
     result = {name: tensor for name, tensor in tensors.items() if not IGNORED_WEIGHTS.search(name)}
+    head = result.get("lm_head.weight")  # (D, V), or (V, D) of a class that ties it
+    is_rows = head is not None and head.shape == [config.vocab_size, config.hidden_size] != head.shape[::-1]
     if config.tie_word_embeddings:
         result = {name: tensor for name, tensor in result.items() if not name.startswith("lm_head.")}
+        if head is not None:
+            result.setdefault(names["embed_tokens.weight"], head if is_rows else _transposed(head))
+    elif is_rows:
+        result["lm_head.weight"] = _transposed(head)
     for name in list(result):
         stem, _, kind = name.rpartition(".")
         stem, _, module = stem.rpartition(".")
@@ -476,6 +549,10 @@ def _split_or_fuse_paddlenlp(
             if None not in parts:
                 result[name.replace(".q_proj.", ".qkv_proj.")] = _concatenated(parts)
     return result
+
+
+def _transposed(tensor: StoredTensor) -> StoredTensor:
+    return StoredTensor(lambda: tensor.read().T, tensor.shape[::-1])
 
 
 def _columns(tensor: StoredTensor, begin: int, end: int, group: int) -> StoredTensor:

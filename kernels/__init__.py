@@ -169,6 +169,19 @@ def describe() -> str:
     )
 
 
+def summary() -> str:
+    """describe() in a few words: `19 ops by cpu (device is cpu)`; back ends with few ops name them."""
+    if not _table:
+        configure()
+    groups = {}
+    for op, (_, backend, reason) in _table.items():
+        groups.setdefault((backend, reason), []).append(op)
+    parts = []
+    for (backend, reason), ops in sorted(groups.items(), key=lambda item: -len(item[1])):
+        parts.append(f"{', '.join(ops) if len(ops) < 4 else f'{len(ops)} ops'} by {backend} ({reason})")
+    return "; ".join(parts)
+
+
 @contextlib.contextmanager
 def use(choice: str) -> Iterator[None]:
     """`with kernels.use("reference"):` runs the block with that choice; for tests."""

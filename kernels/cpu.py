@@ -177,7 +177,7 @@ def _few_rows(x, weight, bias):
     """
     if _state is not True or weight.dtype not in (paddle.float32, paddle.bfloat16) or not _plain(x):
         return None
-    needs_gradient = paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
+    needs_gradient = paddle.is_grad_enabled() and not all(t is None or t.stop_gradient for t in (x, weight, bias))
     rows = math.prod(x.shape[:-1])
     if rows == 1 and weight.dtype == paddle.float32 and math.prod(weight.shape) < SMALL:
         return None

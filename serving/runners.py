@@ -24,7 +24,7 @@ import kernels
 import numpy as np
 import paddle
 
-from adapters import LoRALinear, load_adapter, lora_layers
+from adapters import LoRALinear, adapted_layers, load_adapter, lora_layers, weights_in_adapter
 from families import ModelConfig
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
@@ -90,6 +90,11 @@ def install_adapters(model: CausalLM, paths: dict[str, str], slices: list) -> li
         load_adapter(model, path)
         if model.prefix is not None:
             raise UserError(f"lora_path: {path} holds a prefix; give it as prefix_path")
+        if weights_in_adapter(model) or adapted_layers(model).keys() - block_linears(model).keys():
+            raise UserError(
+                f"lora_path: {path} changes embedding, head, biases or whole modules, which all adapters share; "
+                "give it as model_name_or_path"
+            )
         for module, layer in lora_layers(model).items():
             layers_of[module][name] = layer
         for parent, attribute, layer in block_linears(model).values():

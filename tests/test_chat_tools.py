@@ -6,6 +6,7 @@ Jinja template; long conversations.
 """
 
 import json
+import random
 import re
 import time
 
@@ -254,6 +255,32 @@ def test_a_reply_behind_another_prompt_is_not_learned():
     assert template.not_learned == 2
 
 
+def test_an_end_that_only_the_last_reply_has():
+    """Phi-3's template writes eos behind the last reply; <|im_end|> stands here for its <|end|>."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% else %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = small(JinjaTemplate(source, "t"))
+    prompt, learned = trained(tokenizer, [*CHAT, USER, BOT])
+    assert learned == ["ten coins<|im_end|>\n", "quiet water<|im_end|>\n", "ten coins<|im_end|>\n</s>"]
+    assert prompt == tokenizer.apply_chat([*CHAT, USER])
+    assert tokenizer.stop_ids == [1, tokenizer.added["<|im_end|>"]]
+
+
+def test_thoughts_for_templates_that_do_not_read_them_by_name():
+    """They become a <think> block where the template looks for one; elsewhere they would be lost."""
+    chat = [USER, thinking("a", "hm"), CHAT[3], thinking("b", "so")]
+    text = "{{ (m.content if loop.last else m.content.split('</think>')[-1]) }}"
+    tokenizer = small(JinjaTemplate(SHORT.replace("{{ m['content'] }}", text), "t"))
+    assert trained(tokenizer, chat)[1][-1] == "<think>\nso\n</think>\n\nb</s>"
+    with pytest.raises(UserError) as error:
+        trained(small(JinjaTemplate(SHORT, "t.jinja")), chat)
+    assert "reply 1 has reasoning_content, which t.jinja does not write" in message(error)
+    tokenizer = small(JinjaTemplate(SHORT, "t"))
+    assert tokenizer.apply_chat(chat[:3]) == tokenizer.apply_chat([USER, {**BOT, "content": "a"}, CHAT[3]])
+
+
 GENERATION = """{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
 {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
 
@@ -357,6 +384,47 @@ def test_a_conversation_of_many_rounds():
     assert time.monotonic() - begun < 60
 
 
+def test_odd_messages_are_refused_in_one_line():
+    """Any JSON in any place: ids or a UserError, never another exception."""
+    draw = random.Random(0)
+    deep = json.loads("[" * 500 + "]" * 500)
+    odd = [
+        None,
+        3,
+        True,
+        "",
+        "{",
+        '{"a": "\\ud800"}',
+        [],
+        {},
+        [1],
+        {"a": 1},
+        deep,
+        [{"type": "text"}],
+        "\ufdd0",
+        "\ud800",
+    ]
+    tokenizers = [
+        small(name) for name in ("chatml", "qwen3", "llama3.1", "mistral-v3", "glm-4", "deepseek-r1", "llama2")
+    ]
+    tokenizers += [small(JinjaTemplate(SHORT, "t")), small(JinjaTemplate(GENERATION, "t")), SmallTokenizer()]
+    outcomes = []
+    for _ in range(600):
+        messages = json.loads(json.dumps(draw.choice([*CONVERSATIONS.values(), CHAT])))
+        for _ in range(draw.choice([0, 1, 1, 2])):
+            keys = ["role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content", "function_call", "x"]
+            draw.choice(messages)[draw.choice(keys)] = draw.choice(odd)
+        tools = draw.choice([None, [TOOL], draw.choice(odd), [draw.choice(odd)]])
+        kwargs = draw.choice([None, None, {"enable_thinking": False}, {"messages": 3}, draw.choice(odd)])
+        try:
+            draw.choice(tokenizers).apply_chat(messages[:-1], tools=tools, template_kwargs=kwargs)
+            outcomes.append("ids")
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 900
+            outcomes.append("refused")
+    assert outcomes.count("ids") > 60 and outcomes.count("refused") > 60
+
+
 def test_long_stretches_have_the_ids_of_short_ones(monkeypatch):
     tokenizer = SmallTokenizer(dummy=True)
     run = [PromptSegment(1 + i, "text", ("a lamp\n", "\nten", " x ")[i % 3]) for i in range(40)]
@@ -426,10 +494,13 @@ def test_templates_of_trl_and_published_ones(hf_python, tmp_path):
         if template.marks_replies and generate == "False" and messages[-1]["role"] == "assistant":
             if tools and "tools" not in template.source or name == "diffusion_gemma_training" and "text" in key:
                 continue  # refused: a conversation with tools; two marked stretches in one reply
+            if "thoughts" in key and not chat.THOUGHTS.search(template.source):
+                continue  # left out there; refused here, or put into the content
             learned = trained(tokenizer, messages, tools)[1]
             assert "".join(learned) == "".join(out["spans"][place]), place
             marked += 1
-    assert rendered > 3000 and marked > 300, (rendered, marked)
+    print(f"{len(out['sources'])} templates: {rendered} texts and {marked} conversations with masks are equal")
+    assert rendered > 3000 and marked > 300
     pairs = {"qwen2.5": "qwen2_5", "qwen3": "qwen3", "chatml": "qwen3_instruct_2507", "llama3.1": "llama3_1"}
     pairs |= {"llama3.2": "llama3_2"}
     for (ours, theirs), key in ((pair, key) for pair in pairs.items() for key in chats):

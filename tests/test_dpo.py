@@ -446,7 +446,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
+    monkeypatch.setattr("logger.draw_curves", lambda folder: None)
 
 
 def keys_of(world, output_dir, **changes):

@@ -146,7 +146,7 @@ def test_hf_from_shards_and_back(tmp_path, capsys):
     assert load_tokenizer(folder).encode("hello") == load_tokenizer(DEMO).encode("hello")
     last = capsys.readouterr().out.splitlines()[-2]
     total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "run_args.json")
-    assert f"format hf, {len(files) + 5} files, {total:,} bytes; largest difference of logits 0" in last
+    assert f"format hf, {len(files) + 6} files, {total:,} bytes; largest difference of logits 0" in last
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left aside
 
 
@@ -219,7 +219,7 @@ def test_hf_keeps_every_file_of_a_tokenizer(tmp_path):
     for name, text in (
         ("tokenizer.json", json.dumps(tokenizer)),
         ("merges.txt", "a b\n"),
-        ("generation_config.json", "{}"),
+        ("generation_config.json", '{\n  "unknown": 1,\n  "eos_token_id": 2\n}\n'),
     ):
         (source / name).write_text(text)
     folder = run(tmp_path / "out", model_name_or_path=source)

@@ -636,7 +636,7 @@ def test_other_recipes_train_a_tiny_model_of_their_own(recipe, small_world, tmp_
 
 def train_tiny(name, recipe, small_world, tmp_path, monkeypatch):
     """Two steps of a recipe on a tiny model of a preset: the file but for paths, lengths, steps and degrees."""
-    monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
+    monkeypatch.setattr("logger.draw_curves", lambda folder: None)
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
     script, path = script_of(recipe), RECIPES / f"{recipe}.json"
     keys = {**json.loads(path.read_text()), "model_name_or_path": name}
@@ -688,7 +688,7 @@ def train_tiny(name, recipe, small_world, tmp_path, monkeypatch):
 
 def test_a_preset_from_scratch(small_world, tmp_path, monkeypatch, capsys):
     """pretrain.py takes the shape from the catalogue and the tokenizer from elsewhere."""
-    monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
+    monkeypatch.setattr("logger.draw_curves", lambda folder: None)
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
     tiny = {**PRESETS["llama-2-7b"], "config": shrink(PRESETS["llama-2-7b"]["config"])}
     monkeypatch.setattr(plan, "presets", lambda: {"tiny-llama": tiny})

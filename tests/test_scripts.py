@@ -117,7 +117,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Drawing and measuring take longer than the tiny runs themselves."""
-    monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
+    monkeypatch.setattr("logger.draw_curves", lambda folder: None)
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
 
 
@@ -433,6 +433,67 @@ def test_resume_is_bitwise(name, world, tmp_path, capfd):
     assert f"resume: from {parts / 'checkpoint-2'}" in printed and f"resume: from {parts / 'checkpoint-6'}" in printed
     assert sorted(path.name for path in parts.glob("*checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     assert_same(parts, whole)
+
+
+def test_early_stopping_ends_the_run_and_survives_resuming(world, tmp_path, capfd, monkeypatch):
+    """The second of nine evaluations is the best; with patience 3 five are made, also in two parts."""
+    curve = iter([])
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: {"eval_loss": next(curve)})
+    found = [1.0, 0.9, 0.95, 0.91, 0.9, 0.8, 0.7, 0.6, 0.5]
+    keys = {"do_eval": True, "evaluation_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    keys |= {"max_steps": 9, "load_best_model_at_end": True, "early_stopping_patience": 3, **KINDS["lora"]}
+    curve = iter([*found, 0.3])
+    run(finetune, keys_of(finetune, world, tmp_path / "whole", **keys))
+    printed = capfd.readouterr().out
+    assert "early stopping at step 5: 3 evaluations in a row without a better loss (best: 0.9)" in printed
+    assert len(losses(tmp_path / "whole")) == 5 and "best: checkpoint-2" in printed
+    curve = iter(found)
+    with crash_after_saving(4):
+        run(finetune, keys_of(finetune, world, tmp_path / "parts", **keys))
+    curve = iter([*found[3:5], 0.3])  # the evaluation at step 4 is made again
+    run(finetune, keys_of(finetune, world, tmp_path / "parts", resume_from_checkpoint=True, **keys))
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    state = json.loads((tmp_path / "parts" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert (state["early_stopping_counter"], state["early_stopping_best"]) == (
+        2,
+        0.9,
+    )  # saved before step 5's evaluation
+
+
+def test_arguments_that_a_checkpoint_overrides_are_said(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "do_eval": True, "evaluation_strategy": "steps"}
+    keys |= {"eval_steps": 1, "load_best_model_at_end": True}
+    run(finetune, keys_of(finetune, world, out, **keys))
+    other = write_model(tmp_path / "other")
+    again = keys_of(finetune, world, out, **keys | {"max_steps": 2}, resume_from_checkpoint=True)
+    run(finetune, again | {"model_name_or_path": str(other), "metric_for_best_model": "accuracy"})
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("resume: ")]
+    assert (
+        f"resume: model_name_or_path: {str(other)!r} is not used: what is trained comes from {out}/checkpoint-1"
+        in lines
+    )
+    assert "resume: metric_for_best_model has changed, so the best checkpoint so far is forgotten" in lines
+    assert json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["best_metric"] <= 1  # an accuracy
+    prefix = tmp_path / "prefix"
+    run(finetune, keys_of(finetune, world, prefix, **keys, **KINDS["prefix"]))
+    again = keys_of(finetune, world, prefix, **keys, **KINDS["prefix"], resume_from_checkpoint=True)
+    with pytest.raises(SystemExit):
+        run(finetune, again | {"prefix_projection": True})
+    assert "prefix_projection: True; the prefix in" in capfd.readouterr().err
+
+
+def test_the_first_line_is_short_and_a_wrong_target_names_the_linears(world, tmp_path, capfd):
+    keys = keys_of(finetune, world, tmp_path / "out", max_steps=1, **KINDS["lora"])
+    with pytest.raises(SystemExit):
+        run(finetune, keys | {"lora_target_modules": "q_prj,v_proj"})
+    out, err = capfd.readouterr()
+    names = re.search(r"'q_prj' matches no linear layer; there are (.*)", err)[1].split(", ")
+    assert {"down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"} <= {*names}
+    assert len(out.splitlines()[0]) < 160 and out.startswith("device: ")
+    run(finetune, keys | {"lora_target_modules": "q_proj v_proj"})
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_evaluations_between_do_not_change_a_resumed_run(world, tmp_path):
@@ -890,7 +951,9 @@ def test_bad_input_of_a_real_process(world, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     paddles = ("UserWarning", "warnings.warn")  # what Paddle itself says when it is imported
     lines = [line for line in done.stderr.splitlines() if not any(word in line for word in paddles)]
-    assert len(lines) == 1 and re.search(r"^error: .*train\.json:4: key 'src' is missing", lines[0]), done.stderr
+    assert len(lines) == 1 and re.search(
+        r"^error: .*train\.json:4: no key of a known format; found no keys", lines[0]
+    ), done.stderr
     assert done.returncode == 2 and not (tmp_path / "out").exists()
 
 

@@ -29,7 +29,7 @@ import finetune
 import parallel
 import pretrain
 import trainer
-from arguments import TrainingArgs, parse_args
+from arguments import REPORTS, TrainingArgs, parse_args
 from checkpoint import (
     DONE,
     CheckpointManager,
@@ -46,8 +46,9 @@ from formats.files import UserError
 from formats.paddlenlp import ALIASES, HARMLESS, IGNORED, OPTIONS, REFUSED, SHORTHANDS
 from formats.tensor_files import read_safetensors
 from formats.weights import SaveEntry, Weight
+from logger import WRITERS, Log, find_writers
 from parallel import Degrees, Topology
-from trainer import AdamW, Log
+from trainer import AdamW
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIGS = REPO.parent / "shared" / "upstream" / "configs" / "llama"
@@ -141,7 +142,8 @@ def test_json_then_command_line_later_wins(tmp_path, capsys):
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: 'cosin'; possible are linear, cosine"),
         ({"save_strategy": "epochs"}, "save_strategy: 'epochs'; possible are no, steps, epoch"),
         ({"metric_for_best_model": "acc"}, "metric_for_best_model: 'acc'; possible are loss, accuracy"),
-        ({"report_to": "wandb"}, "report_to: 'wandb'; possible are visualdl and none"),
+        ({"report_to": "mlflow"}, "report_to: 'mlflow'; possible are visualdl, tensorboard, wandb, all and none"),
+        ({"report_to": ["wandb", "board"]}, "report_to: 'board'; possible are visualdl"),
         (
             {"min_lr": 1e-6, "min_learning_rate": 1e-7},
             "min_learning_rate: min_lr sets it to 1e-06, min_learning_rate to 1e-07",
@@ -216,8 +218,8 @@ def test_every_upstream_key_is_known():
     fields = {field.name for field in dataclasses.fields(TrainingArgs)}
     tables = {**IGNORED, **REFUSED, **OPTIONS, **ALIASES}
     assert not set(UPSTREAM_KEYS) - set(tables)
-    sizes = len(IGNORED) + len(REFUSED) + len(OPTIONS) + len(ALIASES)
-    assert not fields & set(tables) and len(tables) == sizes
+    sizes = len(IGNORED) + len(REFUSED) + len(OPTIONS)
+    assert not fields & set(tables) and len({**IGNORED, **REFUSED, **OPTIONS}) == sizes
     assert set(HARMLESS) <= set(REFUSED) and all(why for why in tables.values())
     for path in CONFIGS.glob("**/*.json"):
         keys = set(json.loads(path.read_text())) - fields - {"model_name_or_path", "tokenizer_name_or_path"}
@@ -228,10 +230,10 @@ def test_no_field_exists_only_to_be_ignored_or_refused():
     """--help lists what a script uses: a key of the tables is not a field of any training script."""
     for script in (pretrain, finetune, dpo):
         fields = {field.name for field in dataclasses.fields(script.Args)}
-        assert not fields & {*ALIASES, *SHORTHANDS, *OPTIONS}
+        assert not fields & {*SHORTHANDS, *OPTIONS}
         assert not fields & {"flash_mask", "unified_checkpoint", "ref_model_update_steps", "min_lr", "rslora_plus"}
     assert {"pissa", "lora_dropout"}.isdisjoint(field.name for field in dataclasses.fields(dpo.Args))
-    for targets in [*([key] for key in ALIASES.values()), *SHORTHANDS.values()]:
+    for targets in SHORTHANDS.values():
         assert any(set(targets) <= {f.name for f in dataclasses.fields(s.Args)} for s in (pretrain, finetune, dpo))
 
 
@@ -240,7 +242,7 @@ def test_aliases_and_shorthands_set_our_keys(tmp_path, capsys):
     assert args.min_learning_rate == 2e-6 and args.recompute is True and capsys.readouterr().out == ""
     assert parse(tmp_path, min_lr=1e-6, min_learning_rate=1e-6).min_learning_rate == 1e-6
     assert parse(tmp_path, "--eval_strategy", "epoch").evaluation_strategy == "epoch"
-    with pytest.raises(UserError, match='args.json: min_lr: "low" is the wrong type; a number is needed'):
+    with pytest.raises(UserError, match='args.json:1: min_lr: "low" is the wrong type; a number is needed'):
         parse(tmp_path, min_lr="low")
     keys = {"model_name_or_path": "m", "train_dataset_path": "t", "output_dir": "out", "do_train": True, "lora": True}
     path = tmp_path / "dpo.json"
@@ -858,10 +860,59 @@ def test_bar_and_missing_matplotlib(tmp_path, capsys, monkeypatch):
     assert "curves.png is not drawn: it needs matplotlib: pip install matplotlib" in out and "| loss" not in out
 
 
-def test_visualdl_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "visualdl", None)
-    with pytest.raises(UserError, match="pip install visualdl"):
-        Log(make_args(tmp_path, report_to=["visualdl"]), 10, TrainState())
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_that_is_not_installed(name, tmp_path, monkeypatch):
+    for writer in WRITERS.values():
+        for module in writer.modules:
+            monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"report_to: {name} is not installed: pip install {WRITERS[name].install}$"):
+        Log(make_args(tmp_path, report_to=["none", name]), 10, TrainState())
+    assert find_writers(make_args(tmp_path, report_to="all")) == []  # of those that are installed, as in transformers
+
+
+class FakeWriter:
+    """visualdl's LogWriter, tensorboardX's SummaryWriter, and a run of wandb."""
+
+    def __init__(self, *args, **kwargs):
+        self.made, self.values, self.closed = (args, kwargs), [], False
+
+    def add_scalar(self, name, value, step):
+        self.log({name: value}, step)
+
+    def log(self, values, step):
+        self.values += [(step, name, value) for name, value in values.items()]
+
+    def close(self):
+        self.closed = True
+
+    finish = close
+
+
+def test_report_to_several_writers(tmp_path, monkeypatch, capsys):
+    """A list, text with commas or blanks, and "all" make the same writers, which get the same numbers."""
+    made = {}
+    for module, name in (("visualdl", "LogWriter"), ("tensorboardX", "SummaryWriter"), ("wandb", "init")):
+        fake = types.ModuleType(module)
+        setattr(fake, name, lambda *args, _name=module, **kwargs: made.setdefault(_name, FakeWriter(*args, **kwargs)))
+        monkeypatch.setitem(sys.modules, module, fake)
+    assert tuple(WRITERS) == REPORTS
+    for names in ("tensorboard, wandb visualdl", list(REPORTS), "all"):
+        made.clear()
+        args = make_args(tmp_path, report_to=names, run_name="first", disable_tqdm=True)
+        log, state = log_steps(args, 0, 2)
+        log.evaluation(2, {"eval_loss": 0.5, "eval_note": "text"})
+        log.close()
+        assert made.keys() == {"visualdl", "tensorboardX", "wandb"}
+        for writer in made.values():
+            assert writer.closed and (2, "train/loss", 0.5) in writer.values and (2, "eval/loss", 0.5) in writer.values
+            assert not any(name == "eval/note" for _, name, _ in writer.values)
+        assert made["visualdl"].made == ((), {"logdir": str(tmp_path / "vdl_log")})
+        assert made["tensorboardX"].made == ((str(tmp_path / "tensorboard_log"),), {})
+        keys = made["wandb"].made[1]
+        assert keys["name"] == "first" and keys["dir"] == str(tmp_path) and keys["config"]["seed"] == 7
+    made.clear()
+    log_steps(make_args(tmp_path, report_to="none", disable_tqdm=True), 0, 1)
+    assert not made
 
 
 class FakeModel:

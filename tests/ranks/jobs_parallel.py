@@ -36,11 +36,12 @@ def script(name, argv):
 @contextlib.contextmanager
 def quick():
     """Drawing and measuring take longer than tiny runs themselves."""
+    import logger
     import trainer
 
-    before = trainer.draw_curves, trainer.measure_matmul_peak
-    trainer.draw_curves, trainer.measure_matmul_peak = (lambda folder: None), (lambda: 1e11)
+    before = logger.draw_curves, trainer.measure_matmul_peak
+    logger.draw_curves, trainer.measure_matmul_peak = (lambda folder: None), (lambda: 1e11)
     try:
         yield
     finally:
-        trainer.draw_curves, trainer.measure_matmul_peak = before
+        logger.draw_curves, trainer.measure_matmul_peak = before
