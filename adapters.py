@@ -878,10 +878,10 @@ def _compare_with_arguments(model, args, path, targets):
             False,
         ),
     ]
-    if targets is not False:
-        same = {*targets} == adapted_layers(model).keys() - {*_token_layers(model)}
-        names = json.dumps(config["target_modules"])
-        rows.append(("lora_target_modules", names, names if same else json.dumps(args.lora_target_modules), None))
+    has = adapted_layers(model).keys() - {*_token_layers(model)}
+    names, wanted = json.dumps(config["target_modules"]), json.dumps(args.lora_target_modules)
+    same = has == {*(block_linears(model) if targets is False else targets)}
+    rows.append(("lora_target_modules", names, names if same else wanted, json.dumps(None)))
     for key, has, wanted, default in rows:
         if wanted is not None and has != wanted:
             (kept if wanted == default else given).append((key, has, wanted))

@@ -44,7 +44,7 @@ from paddle import nn
 from paddle.static import InputSpec
 
 import trainer
-from adapters import base_folders, from_pretrained, load_adapter, lora_layers, merge
+from adapters import adapted_layers, base_folders, from_pretrained, load_adapter, merge, weights_in_adapter
 from arguments import DTYPES, ScriptArgs
 from families import ModelConfig
 from formats.chat import load_chat_template
@@ -110,7 +110,7 @@ def load_model(args: Args, tokenizer: Tokenizer) -> CausalLM:
         dequantize(model, args.model_name_or_path)
     if path := args.lora_path or args.prefix_path:
         load_adapter(model, path)
-        if bool(lora_layers(model)) != bool(args.lora_path):
+        if bool(adapted_layers(model) or weights_in_adapter(model)) != bool(args.lora_path):
             holds, key = ("LoRA", "lora_path") if args.prefix_path else ("a prefix", "prefix_path")
             raise UserError(f"{path}: holds {holds}; give it as {key}")
         if model.config.quantization is None:

@@ -9,6 +9,7 @@ peft cannot share a process with Paddle here, so what it computes comes from tes
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -23,6 +24,7 @@ import families
 import formats.tensor_files
 import formats.weights
 import model as M
+import serving.runners
 from formats.files import UserError
 
 pytestmark = pytest.mark.sweep(keep=8)
@@ -131,6 +133,7 @@ def tolerance(name):
     return 3e-5 if "pissa" in name else 1e-5
 
 
+@pytest.mark.sweep(keep=16)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_of_peft(name, options, tmp_path):
     """Opened, merged, trained a step and saved: logits equal to peft's with the same folder."""
@@ -197,6 +200,47 @@ for folder in pathlib.Path(sys.argv[2]).iterdir():
 
 
 @pytest.mark.torch
+def test_linears_stored_as_in_out_with_peft_itself(hf_python, tmp_path):
+    """GPT-2, whose files hold linears as [in, out] (fan_in_fan_out), and whose modules have other names."""
+    script = """
+import torch, transformers, peft
+torch.manual_seed(0)
+root, arrays = sys.argv[2], {}
+sizes = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+for parameter in base.parameters():
+    parameter.data.add_(torch.randn_like(parameter) * 0.1)
+base.save_pretrained(root + "/base")
+opened = lambda: transformers.AutoModelForCausalLM.from_pretrained(root + "/base")
+arrays["ids"] = ids = torch.randint(0, 64, (2, 8))
+for name, options in {
+    "plain": dict(target_modules=["c_attn", "c_proj", "c_fc"]),
+    "pissa": dict(target_modules=["c_attn"], init_lora_weights="pissa"),
+    "dora": dict(target_modules=["c_attn", "c_fc"], use_dora=True),
+    "bias": dict(target_modules=["c_attn"], bias="all"),
+    "wte": dict(target_modules=["c_attn", "wte"]),
+    "modules": dict(target_modules=["c_attn"], modules_to_save=["ln_f", "wte", "wpe"]),
+    "tokens": dict(target_modules=["c_fc"], trainable_token_indices=[3, 5]),
+}.items():
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, fan_in_fan_out=True, **options)
+    model = peft.get_peft_model(opened(), config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2 * parameter.requires_grad)
+    model.save_pretrained(root + "/" + name)
+    with torch.no_grad():
+        arrays[name] = peft.PeftModel.from_pretrained(opened(), root + "/" + name).eval()(input_ids=ids).logits
+"""
+    theirs, errors = hf_python(script, tmp_path), {}
+    ids = tensor(theirs.pop("ids"))
+    for name, array in theirs.items():
+        model = adapters.load_adapter(adapters.from_pretrained(tmp_path / "base"), tmp_path / name).eval()
+        errors[name] = largest(logits(model, ids), array)
+        assert largest(logits(adapters.merge(model), ids), array) < 1e-5
+    print(errors)
+    assert len(errors) == 7 and max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.torch
 def test_peft_opens_what_we_save(hf_python, tmp_path):
     models = {name: trained(name) for name in ADAPTERS}
     for name, model in models.items():
@@ -219,6 +263,31 @@ for folder in pathlib.Path(sys.argv[2]).iterdir():
     errors = {name: largest(theirs[name], logits(model)) for name, model in models.items()}
     print(errors)
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("case", ["gqa", "bias_tied"])
+def test_a_new_lora_on_embedding_and_head(case, targets):
+    """It starts as the base model and can be switched off; with sharded embeddings it is refused."""
+    plain = logits(build(case))
+    model = adapters.apply_lora(build(case), rank=2, targets=targets).eval()
+    assert largest(logits(model), plain) < 1e-5
+    descend(model)
+    descend(model)
+    assert largest(logits(model), plain) > 1e-3
+    with adapters.adapter_disabled(model):
+        assert largest(logits(model), plain) < 1e-5
+    assert not adapters.changes_base(model)
+    sharded = build(case)
+    sharded.topology = SimpleNamespace(tp=SimpleNamespace(size=2), pp=SimpleNamespace(size=1))
+    with pytest.raises(UserError, match="LoRA on .*(embed_tokens|lm_head).*: not possible with tensor_parallel_degree"):
+        adapters.apply_lora(sharded, targets=targets)
+
+
+def test_adapters_beside_each_other_share_embedding_and_head(tmp_path):
+    adapters.save_adapter(adapters.apply_lora(build(), targets=["lm_head"]), tmp_path)
+    with pytest.raises(UserError, match="lora_path: .* changes embedding, head.* give it as model_name_or_path"):
+        serving.runners.install_adapters(build(), {"a": str(tmp_path)}, [])
 
 
 # ======================================================================================= what an adapter computes

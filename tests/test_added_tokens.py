@@ -34,14 +34,37 @@ def byte_level_folder(path, **config):
     path.mkdir()
     vocab = {char: i for i, char in enumerate(BYTE_CHARS.values())} | {"he": 256}
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    eos = {"id": 257, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-           "special": True}  # fmt: skip
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
-             "merges": ["h e"]}  # fmt: skip
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [eos], "normalizer": None,
-               "pre_tokenizer": pre, "post_processor": None, "decoder": pre,
-               "model": model}  # fmt: skip
+    eos = {
+        "id": 257,
+        "content": "</s>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "vocab": vocab,
+        "merges": ["h e"],
+    }
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [eos],
+        "normalizer": None,
+        "pre_tokenizer": pre,
+        "post_processor": None,
+        "decoder": pre,
+        "model": model,
+    }
     (path / "tokenizer.json").write_text(json.dumps(content))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **config}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -173,8 +196,16 @@ def test_lora_trains_the_rows_of_new_tokens(world, tagged, tmp_path):  # noqa: F
     keys["add_tokens"] = "<c>"
     with pytest.raises(UserError, match="merge it first"):
         run(finetune, {**keys, "output_dir": str(tmp_path / "most")})
-    run(export, {"model_name_or_path": str(world / "base"), "lora_path": str(out), "output_dir": str(tmp_path / "hf"),
-                 "format": "hf", "save_dtype": "float32"})  # fmt: skip
+    run(
+        export,
+        {
+            "model_name_or_path": str(world / "base"),
+            "lora_path": str(out),
+            "output_dir": str(tmp_path / "hf"),
+            "format": "hf",
+            "save_dtype": "float32",
+        },
+    )
     assert largest(adapters.from_pretrained(tmp_path / "hf")(ids).numpy(), live) < 1e-5
 
 
@@ -196,19 +227,35 @@ def test_all_weights_with_new_tokens(world, tagged, tmp_path):  # noqa: F811
 
 def test_a_saved_lora_against_the_arguments(world, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
-    keys = keys_of(finetune, world, out, lora=True, lora_rank=2, lora_alpha=6.0, max_steps=1, lora_dropout=0.1,
-                   lora_target_modules=["q_proj", "up_proj"])  # fmt: skip
+    keys = keys_of(
+        finetune,
+        world,
+        out,
+        lora=True,
+        lora_rank=2,
+        lora_alpha=6.0,
+        max_steps=1,
+        lora_dropout=0.1,
+        lora_target_modules=["q_proj", "up_proj"],
+    )
     run(finetune, keys)
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.json"):
         (out / name).unlink(missing_ok=True)  # as peft would have written the folder: the base's tokenizer is used
     more = {"lora": True, "lora_rank": 2, "max_steps": 1, "lora_path": str(out)}
     capsys.readouterr()
     run(finetune, keys_of(finetune, world, tmp_path / "more", **more))
-    assert f"{out}: its own lora_alpha: 6.0, lora_dropout: 0.1\n" in capsys.readouterr().out
+    own = 'lora_alpha: 6.0, lora_dropout: 0.1, lora_target_modules: ["q_proj", "up_proj"]'
+    assert f"{out}: its own {own}\n" in capsys.readouterr().out
     run(finetune, keys_of(finetune, world, tmp_path / "onto", model_name_or_path=str(out), max_steps=1))
     assert load_tokenizer(tmp_path / "onto").vocab_size == load_tokenizer(world / "base").vocab_size
-    for key, wanted in {"lora_alpha": 64.0, "lora_dropout": 0.5, "rslora": True, "dora": True, "pissa": True,
-                        "lora_target_modules": ["q_proj"]}.items():  # fmt: skip
+    for key, wanted in {
+        "lora_alpha": 64.0,
+        "lora_dropout": 0.5,
+        "rslora": True,
+        "dora": True,
+        "pissa": True,
+        "lora_target_modules": ["q_proj"],
+    }.items():
         with pytest.raises(
             UserError, match=f"holds a LoRA with {key}: .*, but the arguments ask for .*leave {key} out"
         ):
