@@ -176,7 +176,10 @@ class TokenizedRecords:
     own JSON is read again from its file when asked for.
 
     Sample i is record numbers[i] of those that are kept: the same, unless a blend gives a record twice or not at all.
-    Records that teach nothing are dropped: why_dropped counts them by reason, dropped is their number."""
+    Records that teach nothing are dropped: why_dropped counts them by reason, dropped is their number. not_learned:
+    replies that the chat template shows otherwise in training than when they are served, so that they teach nothing."""
+
+    not_learned = 0
 
     def _read(self, reader: RecordReader, encode: Callable, parts: int, nothing_left: str) -> None:
         """encode(record, where) -> the record as lists of ids, so many as `parts`, or the reason to drop it."""
@@ -273,6 +276,7 @@ class SFTDataset(TokenizedRecords):
         for (user, bot), learned in zip(encoded, conversation.learned[-len(encoded) :]):
             flat += [~i for i in user]
             flat += bot if learned else [~i for i in bot]
+            self.not_learned += learned and not bot
         flat = flat[: self.max_length]
         return [i if i >= 0 else ~i for i in flat] if self.autoregressive else flat
 
@@ -847,6 +851,8 @@ def show_counts(dataset: SFTDataset | PreferenceDataset) -> None:
     print(f"\n{len(dataset):,} {unit}, {dataset.dropped:,} dropped")
     for reason, count in dataset.why_dropped.items():
         print(f"  {count:,}: {reason}")
+    if dataset.not_learned:
+        print(f"{dataset.not_learned:,} replies are shown but not learned: docs/chat.md")
     tokens = dataset.lengths.astype(np.int64) + 1
     print(f"tokens: {tokens.min():,} to {tokens.max():,}, median {np.median(tokens):,.0f}, {tokens.sum():,} in all")
     bins = np.frexp(tokens)[1] - 1  # the power of two below

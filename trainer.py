@@ -612,6 +612,8 @@ def print_data(split: str, unit: str, loader: Loader) -> None:
         f"{split}: {len(dataset):,} {unit} ({dataset.dropped} dropped), {loader.batches_per_epoch:,} batches an epoch, "
         f"{100 * loader.fill:.1f} % of positions real"
     )
+    if dataset.not_learned:
+        print(f"{split}: {dataset.not_learned:,} replies are shown but not learned, see docs/chat.md")
 
 
 def eval_batches(loader: Loader, max_batches: int | None = None) -> list[tuple[int, int]]:

@@ -55,7 +55,7 @@ class SmallTokenizer(Tokenizer):
         self.bos_token_id, self.eos_token_id = 0, 1
         self.head, self.tail, self.words = [0], [], {}
         self.pattern = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-        self._chat_template = None
+        self._chat_template = self.generation_config = None
 
     def has_token(self, text):
         return text in self.added

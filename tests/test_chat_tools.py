@@ -13,6 +13,7 @@ import time
 import pytest
 from test_chat import CHAT, GOLDEN, NO_SYSTEM, SHORT, SPECIAL, SmallTokenizer, message
 
+import data
 from formats import chat, rendering
 from formats.chat import JinjaTemplate, encode_segments
 from formats.chat_formats import FORMATS
@@ -253,6 +254,15 @@ def test_a_reply_behind_another_prompt_is_not_learned():
     _, learned = trained(small(template), CONVERSATIONS["two questions"], [TOOL])
     assert learned[:2] == ["", ""] and "Bergen" in learned[2] and learned[3] == " ten coins</s>"
     assert template.not_learned == 2
+
+
+def test_a_data_set_counts_what_is_shown_and_not_learned(tmp_path, capsys):
+    record = {"messages": CONVERSATIONS["two questions"], "tools": [TOOL]}
+    (tmp_path / "train.json").write_text(json.dumps(record) + "\n")
+    dataset = data.SFTDataset(tmp_path, small(JinjaTemplate(FORMATS["mistral-v3"].jinja(), "t")))
+    assert dataset.not_learned == 2
+    data.show_counts(dataset)
+    assert "2 replies are shown but not learned" in capsys.readouterr().out
 
 
 def test_an_end_that_only_the_last_reply_has():
