@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import bench_rl
 import numpy as np
 import paddle
 import pytest
@@ -512,6 +513,17 @@ def test_dynamic_sampling_replaces_groups_without_differences(world, tmp_path):
     assert [row["frac_reward_zero_std"] for row in logged(tmp_path / "one batch")][0] == found["plain"][0]
     numbers = {group.number for group in rollouts.read_rollouts(tmp_path / "dynamic" / "rollouts")[0]}
     assert all(number % 2 for number in numbers)
+
+
+@pytest.mark.parametrize("generate_by", ["engine", "naive"])
+def test_the_benchmark_runs(generate_by, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("PEERS", str(tmp_path))  # no models there: the weights are drawn
+    tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setitem(bench_rl.bench_train.SHAPES, "B", tiny | {"intermediate_size": 48, "vocab_size": 101})
+    command = ["--config", "B", "--prompt", "9", "--new", "3", "--reps", "1", "--generate", generate_by]
+    result = bench_rl.main(command)
+    assert result["seconds"]["n"] == 1 and result["generate"] > 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == result
 
 
 def test_cut_replies_can_be_left_out(world, tmp_path):
