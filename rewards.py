@@ -9,10 +9,13 @@ that it does not apply to that reply.
 
 import dataclasses
 import functools
+import http.client
 import importlib.util
+import json
 import math
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +135,23 @@ def load_reward_functions(
     if len({function.name for function in functions}) < len(functions):
         raise UserError(f"reward_funcs: {', '.join(names)}: each function needs its own name, which the log shows")
     return functions
+
+
+def server_reward(url: str, timeout: float = 0.0) -> RewardFunction:
+    """A reward server of PaddleNLP's: POST {"src", "tgt", "response"}, lists of text -> {"score": [number, …]}."""
+
+    def reward_server(prompts, completions, tgt=None, **_):
+        body = {"src": prompts, "tgt": tgt or [""] * len(prompts), "response": completions}
+        data, headers = json.dumps(body, ensure_ascii=False).encode(), {"Content-Type": "application/json"}
+        try:
+            request = urllib.request.Request(url, data, headers)
+            with urllib.request.urlopen(request, timeout=timeout or None) as answer:
+                return json.loads(answer.read())["score"]
+        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
+            raise UserError(f'reward_server: {url}: {reason}; an answer like {{"score": [1.0, …]}} is needed') from None
+
+    return RewardFunction("reward_server", reward_server)
 
 
 @functools.lru_cache(16)

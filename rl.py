@@ -35,7 +35,7 @@ from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
 from heads import Policy, add_score_head, check_shared_prompts, remove_score_head, train_score_head
 from model import CausalLM
-from rewards import load_reward_functions
+from rewards import load_reward_functions, server_reward
 from rollouts import PromptDataset
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
@@ -63,6 +63,7 @@ class Args(LoraArgs):
     reward_funcs: str | list[str] | None = None  # FILE.py:FUNCTION, …; see docs/rl.md for the signature
     reward_weights: list[float] | None = None  # weight of each; None: 1
     reward_model_name_or_path: str | None = None  # folder of a reward model, whose score is one more reward
+    reward_server: str | None = None  # URL of a reward server that speaks PaddleNLP's JSON, for one more reward
     reward_timeout: float = 0.0  # most seconds of one call of a reward function; 0: no limit
     clip_range_score: float = 10.0  # rewards are clipped to [-this, this]
     normalize_reward: bool = False  # whiten the rewards of a rollout
@@ -108,6 +109,7 @@ class Args(LoraArgs):
         for pair in """
         actor_model_name_or_path=model_name_or_path train_dataset_path=train_datasets dev_dataset_path=eval_datasets
         num_generations=rollout_n max_prompt_length=max_src_len max_completion_length=max_dec_len
+        max_prompt_len=max_src_len
         epsilon=clip_range_ratio epsilon_high=clip_range_ratio_high delta=dual_clip beta=kl_loss_coeff
         num_iterations=update_iters cliprange_value=clip_range_value vf_coef=value_loss_coeff kl_coef=kl_coeff
         lam=gae_lambda whiten_rewards=normalize_reward entropy_coef=entropy_coeff adv_estimator=advantage_estimator
@@ -119,8 +121,6 @@ class Args(LoraArgs):
     refused = {
         "critic_model_name_or_path": "PPO's values come from a value head on the policy, which starts at 0",
         "reward_critic_model_name_or_path": "PPO's values come from a value head on the policy, which starts at 0",
-        "reward_server": "rewards come from Python functions (reward_funcs), which may ask a server, or a reward model",
-        "use_rm_server": "rewards come from Python functions (reward_funcs), which may ask a server",
         "use_ema": "an average of the policy is not supported yet",
         "ptx_datasets": "a language-model loss beside the policy's is not supported yet",
         "rollout_quant_type": "rollouts run on the weights that are trained",
@@ -131,7 +131,7 @@ class Args(LoraArgs):
     def check(self) -> list[str]:
         notes = super().check()
         needed = {"model_name_or_path": True, "train_datasets": self.do_train, "eval_datasets": self.do_eval}
-        needed["reward_funcs"] = not self.reward_model_name_or_path
+        needed["reward_funcs"] = not (self.reward_model_name_or_path or self.reward_server)
         for key, is_needed in needed.items():
             if is_needed and not getattr(self, key):
                 raise UserError(f"{key}: missing")
@@ -321,6 +321,7 @@ def main(args: Args) -> None:
     trainer.check_output_dir(args)
     checkpoint = find_checkpoint(args, topology) if args.do_train else None
     functions = load_reward_functions(args.reward_funcs, args.reward_weights, args.reward_timeout)
+    functions += [server_reward(args.reward_server, args.reward_timeout)] if args.reward_server else []
     tokenizer = trainer.setup_tokenizer(args)
     if args.reward_model_name_or_path:
         functions.append(rollouts.RewardModel(args.reward_model_name_or_path, tokenizer, topology))

@@ -5,11 +5,13 @@ python -m pytest tests/test_rl.py --hf-python PYTHON_WITH_TRL       # and TRL 1.
 PYTHONPATH=. python tests/test_rl.py PYTHON_WITH_TRL                # write tests/golden/rl_trl.json anew
 """
 
+import http.server
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import bench_rl
@@ -513,6 +515,32 @@ def test_dynamic_sampling_replaces_groups_without_differences(world, tmp_path):
     assert [row["frac_reward_zero_std"] for row in logged(tmp_path / "one batch")][0] == found["plain"][0]
     numbers = {group.number for group in rollouts.read_rollouts(tmp_path / "dynamic" / "rollouts")[0]}
     assert all(number % 2 for number in numbers)
+
+
+def test_a_reward_server_is_asked_in_paddlenlps_json(world, tmp_path, capfd):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            answer = json.dumps({"score": [-float(len(text)) for text in asked[-1]["response"]]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    asked, server = [], http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    run(keys_of(world, tmp_path / "out", reward_funcs=None, reward_server=url, max_steps=1))
+    server.shutdown()
+    server.server_close()
+    assert {key: len(values) for key, values in asked[0].items()} == {"src": 8, "tgt": 8, "response": 8}
+    (row,) = logged(tmp_path / "out")
+    assert row["rewards/reward_server/mean"] < 0 and row["reward"] >= -10
+    path = tmp_path / "gone.json"
+    path.write_text(json.dumps(keys_of(world, tmp_path / "gone", reward_funcs=None, reward_server=url)))
+    assert re.search(r"reward_server: http\S+: .*refused.*score", fails(rl, [path], capfd))
 
 
 @pytest.mark.parametrize("generate_by", ["engine", "naive"])
