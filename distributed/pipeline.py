@@ -108,15 +108,15 @@ class Channel:
     """
 
     def __init__(self, source: int, target: int, groups):
-        self.source, self.target, self.error = source, target, None
+        self.source, self.target, self.error, self.watchdog = source, target, None, groups.watchdog
         self.group, rank = groups.connect([source, target], "channel "), groups.launch.rank
         key = f"control {source} {target}"
         if rank == target:
             host = groups.launch.endpoints[source].split(":")[0]
-            self.control = Client((host, int(groups.store.get(key))))
+            self.control = Client((host, self.watchdog.ask("get", key)))
         else:
             with Listener(("", 0)) as listener:
-                groups.store.set(key, str(listener.address[1]))
+                self.watchdog.ask("set", key, listener.address[1])
                 self.control = listener.accept()
         self.waiting, self.sent = queue.SimpleQueue(), []
         if _backend() != "gloo":  # the first call connects, and waits for that of the other
@@ -157,13 +157,15 @@ class Channel:
             message = tensors = tensor = None  # else they stay in memory until the next message
 
     def receive(self) -> tuple:
-        """(header, tensors) of the next message; waits without a time limit."""
+        """(header, tensors) of the next message; waits as long as the watchdog lets it."""
+        self.watchdog.since["pp"] = "pp", [self.source], self.watchdog.moved()
         try:
             header, specs = json.loads(self.control.recv_bytes())
             if specs and _backend() == "gloo":
                 self.control.send_bytes(b"now")
         except (EOFError, ConnectionError):
             raise RuntimeError(f"rank {self.source} of the pipeline has died") from None
+        self.watchdog.since.pop("pp")
         tensors = [paddle.empty(shape, dtype) for shape, dtype in specs]
         for tensor in tensors:
             dist.recv(tensor, self.source, self.group)

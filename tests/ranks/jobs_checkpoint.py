@@ -16,6 +16,7 @@ def train(script, keys):
     import kernels
 
     import arguments
+    import checkpoint
     import trainer
     from formats.files import UserError
     from formats.tensor_files import LazyTensor
@@ -37,6 +38,8 @@ def train(script, keys):
             error = str(wrong)
         finally:
             kernels.bf16 = False
+            if "args" in locals():
+                checkpoint.unlock_output_dir(args)  # this process lives on
     log = out / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {
@@ -136,27 +139,41 @@ def save_one(folder, config, degrees, options="", step=1, **keys):
 
 def save_to_full_disk(folder, config, degrees, options, rank):
     """A checkpoint that fits, then one for which rank `rank` finds the disk full; returns the error's message."""
-    import checkpoint
+    import distributed.shard_files
     from formats.files import UserError
 
-    run, real = Run(folder, config, degrees, options), checkpoint.write_safetensors
+    run, real = Run(folder, config, degrees, options), distributed.shard_files.write_safetensors
     run.set(1)
     run.save(1)
     run.checkpoints.wait()
 
     def full(path, *args, **more):
-        if path.name.startswith(f"optimizer.{rank}"):
+        if path.name.startswith(f"optimizer-{rank + 1:05d}"):
             raise OSError(28, "No space left on device")
         return real(path, *args, **more)
 
-    checkpoint.write_safetensors = full
+    distributed.shard_files.write_safetensors = full
     try:
         run.save(2)
         run.checkpoints.wait()
     except UserError as error:
         return str(error)
     finally:
-        checkpoint.write_safetensors = real
+        distributed.shard_files.write_safetensors = real
+
+
+def save_until_full(folder, config, degrees, options):
+    """Save until that fails; returns the message."""
+    from formats.files import UserError
+
+    run = Run(folder, config, degrees, options)
+    try:
+        for step in range(1, 9):
+            run.set(step)
+            run.save(step)
+            run.checkpoints.wait()
+    except UserError as error:
+        return str(error)
 
 
 def find(folder, degrees, path=True):
