@@ -751,6 +751,7 @@ def test_what_does_not_fit_is_named(pool, world, saved, tmp_path):
 
 def check_saves(folder, last):
     """Every complete checkpoint holds what its step says, and the newest is at least the last that was reported."""
+    found = find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=True))  # recovers, too
     newest = 0
     for path in list_checkpoints(folder):
         if incomplete(path) is None:
@@ -763,7 +764,6 @@ def check_saves(folder, last):
                     tensors[f"{w.name}/moment2_0"], whole * 2
                 )
             newest = max(newest, step)
-    found = find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=True))
     assert newest >= last and (found is None or load_checkpoint(found).step == newest), (newest, last)
     return newest
 

@@ -94,8 +94,10 @@ class Run:
         for weight in self.weights:
             values = weight.from_numpy(content(weight.name, weight.shape, step))
             set_parameter(weight.parameter, values)
-            for i, moment in enumerate(self.optimizer.moments[weight.name], 1):
-                moment.set_value(values * i)
+            for i, moment in enumerate(self.optimizer.moments.get(weight.name, ()), 1):
+                extent = self.shards.extent(weight)
+                moment.set_value((values if extent is None else values.reshape([-1])[slice(*extent)]) * i)
+        self.shards.adopt_full_values()
 
     def save(self, step):
         import checkpoint
