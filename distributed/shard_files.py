@@ -44,18 +44,19 @@ class SaveLayout:
     """
 
     def __init__(self, entries: dict[str, SaveEntry], topology: Topology):
-        self.digest, local = layout_digest(entries), flat_extents(entries)
+        self.digest = layout_digest(entries)
         sizes, holders = gather_tensor_index({key: entry.nbytes for key, entry in entries.items()}, topology)
         for key in sizes:
             if group_of(key) in SINGLE_FILE_GROUPS:
                 holders[key] = holders[key][:1]
         self.writer, self.extents = assign_writers(sizes, holders), {}
-        is_flat = topology.all_gather_object(1 if local else None, "first")
-        for rank, found in enumerate(topology.all_gather_object(local)) if is_flat else ():
-            for key, places in found.items():
-                for index, place in enumerate(places):
-                    if place is not None and place[1]:
-                        self.extents.setdefault((key, index), {})[rank] = tuple(place)
+        keys = sorted(sizes)  # by number: names would be most of the message
+        number = {key: i for i, key in enumerate(keys)}
+        local = [[number[key], *extent] for key, *extent in flat_extents(entries) if extent[-1]]
+        if topology.all_gather_object(1 if local else None, "first"):
+            for rank, found in enumerate(topology.all_gather_object(local)):
+                for i, index, offset, size in found:
+                    self.extents.setdefault((keys[i], index), {})[rank] = offset, size
         self.file_names, self.files = {}, {}
         self._name_files(sizes, topology.rank)
 
@@ -95,16 +96,14 @@ def layout_digest(entries: dict[str, SaveEntry]) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def flat_extents(entries: dict[str, SaveEntry]) -> dict[str, list]:
-    """{key: [(offset, size) of each source, None where ZeRO does not shard it]} of the entries that have any."""
-    found = {}
-    for key, entry in entries.items():
-        if any(source.offset is not None for source in entry.sources):
-            found[key] = [
-                None if s.offset is None else (s.offset, 0 if s.tensor is None else int(np.prod(s.tensor.shape)))
-                for s in entry.sources
-            ]
-    return found
+def flat_extents(entries: dict[str, SaveEntry]) -> list[tuple]:
+    """[(key, index of the source, offset, size)] of what this rank holds of sources that ZeRO shards, perhaps 0."""
+    return [
+        (key, index, source.offset, 0 if source.tensor is None else int(np.prod(source.tensor.shape)))
+        for key, entry in entries.items()
+        for index, source in enumerate(entry.sources)
+        if source.offset is not None
+    ]
 
 
 def entries_of(groups: dict[str, list[SaveEntry]]) -> dict[str, SaveEntry]:

@@ -158,6 +158,17 @@ def test_a_rank_goes_wrong(base, what):
     print(f"{what}\t{shown[-1]}\t{seconds:.0f} s")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["slow@1", "pause@1", "pause@0"])
+def test_a_slow_rank_is_not_a_dead_one(base, what):
+    """It computes, or is stopped, for longer than gloo waits (30 s): a line after a tenth of ddp_timeout, no more."""
+    options = ("--tensor_parallel_degree=2", "--max_steps=4", "--ddp_timeout=200")
+    text, code, _ = console(start(base, what, *options), base)
+    assert code == 0 and len(logged(base)) == 4, text[-3000:]
+    if what != "pause@0":  # rank 0 would print it
+        assert re.search(r"^waiting: rank 1 .*; the run ends after ddp_timeout, 200 s$", text, re.M), text[-3000:]
+
+
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named(base, rank):
     """The launcher or another rank names it, whichever notices first; no other rank's log has a traceback."""

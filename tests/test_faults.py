@@ -402,6 +402,8 @@ def test_experts_are_sharded_over_their_copies(degrees, tmp_path):
     layers, first, last = plan._local_elements(M.build(config), degrees)
     predicted = (layers.sum(0) + first + last)[1 if degrees.stage else 0]
     assert max(held) == pytest.approx(predicted, rel=0.02)  # parts are multiples of 16 elements
+
+
 # ---------------------------------------------------------------------------------------------- kills
 
 
@@ -413,5 +415,3 @@ def test_random_kills(tmp_path):
 
     total, _ = kill_runs(tmp_path, 2 * len(TOPOLOGIES), seed=int(time.time()))
     assert total["lost"] == 0 and total["half"] > 0
-
-

@@ -56,7 +56,7 @@ def train(script, keys):
 class Run:
     """A model on a topology with moments, and its CheckpointManager; all values are a function of the step."""
 
-    def __init__(self, folder, config, degrees, options="", **keys):
+    def __init__(self, folder, config, degrees, options="", topology=None, **keys):
         import adapters
         import arguments
         import checkpoint
@@ -73,9 +73,11 @@ class Run:
         args = arguments.TrainingArgs(output_dir=str(folder), unified_checkpoint_config=options, do_train=True, **keys)
         args.device = "cpu"
         args.check()
-        launch = distributed.watchdog.Launch.of_environment()
-        groups = distributed.collectives.Gloo(launch) if launch.world > 1 else None
-        self.topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, groups)
+        if topology is None:
+            launch = distributed.watchdog.Launch.of_environment()
+            groups = distributed.collectives.Gloo(launch) if launch.world > 1 else None
+            topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, groups)
+        self.topology = topology
         self.model = parallel.parallelize(M.build(families.ModelConfig.from_dict(config)), self.topology)
         formats.weights.init_weights(self.model, 1)
         self.weights = adapters.trainable_weights(self.model)
