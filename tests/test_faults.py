@@ -404,6 +404,78 @@ def test_experts_are_sharded_over_their_copies(degrees, tmp_path):
     assert max(held) == pytest.approx(predicted, rel=0.02)  # parts are multiples of 16 elements
 
 
+# ---------------------------------------------------------------------------------------------- case 11: interleaving
+
+
+def most_held(plan):
+    """The largest number of forwards whose backward is still to come, of any rank."""
+    return max(max(np.cumsum([1 if kind == "forward" else -1 for kind, _, _ in steps]), default=0) for steps in plan)
+
+
+@pytest.mark.parametrize(
+    "ranks, virtual, batches", [(8, 4, 36), (8, 4, 1), (4, 2, 5), (3, 3, 7), (2, 2, 1), (4, 1, 6), (16, 4, 500)]
+)
+def test_a_smaller_last_group_costs_no_memory(ranks, virtual, batches):
+    """Each step once, no deadlock, at most what full groups hold (Megatron's), built in under a second."""
+    from distributed.pipeline import pipeline_schedule, simulate_schedule
+
+    begin = time.perf_counter()
+    plan = pipeline_schedule.__wrapped__(ranks, virtual, batches)
+    assert time.perf_counter() - begin < 1.0
+    full = pipeline_schedule(ranks, virtual, -(-batches // ranks) * ranks)
+    steps = {(kind, chunk, i) for kind in ("forward", "backward") for chunk in range(virtual) for i in range(batches)}
+    assert all(len(row) == len(steps) and set(row) == steps for row in plan)
+    assert most_held(plan) <= most_held(full) and simulate_schedule(plan)[0] <= simulate_schedule(full)[0]
+
+
+# ---------------------------------------------------------------------------------------------- case 9: many ranks
+
+
+@pytest.mark.parametrize("topology", ["dp", "sharding", "tp8 sharding"])
+def test_files_and_messages_of_a_save_grow_as_the_ranks(topology, tmp_path):
+    """16 ranks in threads: one data file and one file of parts a rank, nine messages a rank, no message of all to
+    all. Larger: tests/bench/bench_scale.py."""
+    from bench_scale import TOPOLOGIES, simulate_save
+
+    ranks = 16
+    found = simulate_save(ranks, TOPOLOGIES[topology](ranks), tmp_path)
+    assert found["data files a rank"] == 1 and found["data files"] <= ranks and found["files of parts"] <= ranks
+    assert found["all files"] <= 2 * ranks + 6
+    assert found["messages"] <= 12 * (ranks - 1) and found["waiting"] <= 100
+
+
+def test_watching_costs_a_rank_the_same_whatever_their_number():
+    """A minute of heartbeats and a barrier at 8, 64 and 1,024 ranks."""
+    from bench_scale import simulate_watch
+
+    from distributed.tree import FAN_OUT
+
+    small, middle, large = (simulate_watch(ranks) for ranks in (8, 64, 1024))
+    most = 12 * (2 * FAN_OUT + 1)  # neighbors, to each of which it beats every five seconds
+    assert max(found["of any rank"] for found in (small, middle, large)) <= most and large["messages"] == 24 * 1023
+    assert large["depth"] <= 4 and large["barrier"] <= 4 * middle["barrier"]
+    assert small["messages"] == 24 * 7
+
+
+def test_a_silent_rank_of_1024_is_named():
+    """It neither beats nor answers: first a line, after ddp_timeout all ranks end with one message."""
+    import simulated
+
+    network, ended = simulated.Network(1024), {}
+    for rank, node in enumerate(network.nodes):
+        node.on_end = lambda code, text, rank=rank: ended.setdefault(rank, (code, text))
+    deaf = network.nodes[517]
+    deaf.receive = lambda *message: None
+    dogs = simulated.watch_minute(network, limit=40.0, seconds=60, stopped=[517])
+    assert len(dogs) == 1024 and set(ended) == set(range(1024)) - {517}
+    (message,) = set(ended.values())
+    assert (
+        message[0] == 1
+        and message[1].startswith("rank 517 gives no sign of life for 4")
+        and "ddp_timeout 40" in message[1]
+    )
+
+
 # ---------------------------------------------------------------------------------------------- kills
 
 

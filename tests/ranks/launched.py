@@ -1,8 +1,8 @@
 """A script in which one rank fails: `launched.py SCRIPT WHAT@RANK ARGUMENTS…`, for tests/test_distributed.py.
 
-WHAT happens after the second step of that rank: it raises (user, bug), dies (kill, exit), stops or hangs; "slow" and "pause" go on after 36 seconds. "early" fails
-before arguments are read; KEY=VALUE gives the rank another argument, config:KEY=VALUE another key of the model's
-configuration, "code" other scripts.
+WHAT happens after the second step of that rank: it raises (user, bug), dies (kill, exit), stops or hangs; "slow" and
+"pause" go on after 36 seconds. "early" fails before arguments are read; KEY=VALUE gives the rank another argument,
+config:KEY=VALUE another key of the model's configuration, "code" other scripts.
 """
 
 import dataclasses

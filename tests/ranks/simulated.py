@@ -70,8 +70,9 @@ class Network:
         return max(map(of, range(self.world)))
 
 
-def watch_minute(network, limit=600.0, seconds=60):
-    """The watchdog's ticks of every rank for so many seconds; counters are in the network afterwards."""
+def watch_minute(network, limit=600.0, seconds=60, stopped=()):
+    """The watchdog's ticks of every rank but the stopped ones for so many seconds; counters are in the network
+    afterwards."""
     clock, real = types.SimpleNamespace(now=0.0), distributed.watchdog.time
     network.time = 0.0
     distributed.watchdog.time = types.SimpleNamespace(monotonic=lambda: clock.now)
@@ -89,8 +90,9 @@ def watch_minute(network, limit=600.0, seconds=60):
         network.reset()
         for second in range(1, seconds + 1):
             clock.now = network.time = float(second)
-            for dog in dogs:
-                dog._tick()
+            for rank, dog in enumerate(dogs):
+                if rank not in stopped:
+                    dog._tick()
             network.deliver()
     finally:
         distributed.watchdog.time = real
