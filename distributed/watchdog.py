@@ -74,6 +74,7 @@ class Watchdog:
             # The launcher ends ranks by SIGTERM; Paddle's own handler would print a C++ stack.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.last_tick = self.last_beat = self.last_suspicion = time.monotonic()
+        self.stack, self.place = None, ""  # of the main thread at the last tick, see _look()
         self.told, self.ended = {}, threading.Event()
         self.at_exit = []  # calls before the process ends by a failure
         self.links = TreeLinks(launch.rank, launch.endpoints, self._tick, _vanished)
@@ -191,6 +192,7 @@ class Watchdog:
         if pause > 5.0:  # this process was stopped, perhaps all were: nobody was silent while nobody listened
             node.heard = dict.fromkeys(node.heard, now)
             self.since = {key: (*wait[:2], now) for key, wait in list(self.since.items())}
+        self._look()
         if self.launcher_pid is not None and os.getppid() != self.launcher_pid:
             node.fail(1, "the launcher is gone")
         if now - self.last_beat >= min(5.0, self.limit / 20):
@@ -200,16 +202,31 @@ class Watchdog:
         if silent.get(node.parent, 0.0) > 1.2 * self.limit:  # cut off from rank 0, which names the rank at `limit`
             self._terminate(1, f"rank {node.parent} gives no sign of life for {silent[node.parent]:.0f} s")
         waited = [now - since for _, _, since in list(self.since.values())]
+        waited += [now - self.progressed] if now - self.progressed > self.limit else []
         if max([*waited, *silent.values()], default=0.0) > warn and now - self.last_suspicion > warn:
             self.last_suspicion = now
             node.suspect()
         node.evaluate(3.0)
 
+    def _look(self) -> None:
+        """The main thread makes progress if its Python stack is not what it was a second ago."""
+        frame = sys._current_frames().get(threading.main_thread().ident)
+        stack, place = [], ""
+        while frame is not None:
+            stack.append((frame.f_code, frame.f_lasti))
+            name = os.path.basename(frame.f_code.co_filename)
+            if not place and "-packages" not in frame.f_code.co_filename:
+                place = f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
+            frame = frame.f_back
+        if stack != self.stack:
+            self.stack, self.place = stack, place
+            self.moved()
+
     def _status(self) -> dict:
-        """What this rank does: {"waits": [[what, ranks or None, seconds], …], "idle": seconds without progress}."""
+        """{"waits": [[what, ranks or None, seconds], …], "idle": seconds without progress, "at": where it is}."""
         now = time.monotonic()
         waits = [[what, ranks, now - since] for what, ranks, since in list(self.since.values())]
-        return {"waits": waits, "idle": now - self.progressed}
+        return {"waits": waits, "idle": now - self.progressed, "at": self.place}
 
     def _judge(self, statuses: dict[int, dict]) -> None:
         """Rank 0, with a report of all ranks: say who is late, or end the run."""
@@ -253,13 +270,19 @@ def find_late(statuses: dict[int, dict], world: int) -> tuple[int, float, str] |
         rank = max(late, key=late.get)
         seconds, what = late[rank]
         what = what.replace("collective ", "collective (") + ")" if what.startswith("a collective") else "a barrier"
-        return rank, seconds, f"rank {rank} hangs or is far behind: others have waited {seconds:.0f} s for it in {what}"
+        text = f"rank {rank} hangs or is far behind: others have waited {seconds:.0f} s for it in {what}"
+        return rank, seconds, text + (f"; it is at {at}" if (at := statuses[rank].get("at")) else "")
     if len(statuses) == world and all(status["waits"] for status in statuses.values()):
         waits = {rank: max(status["waits"], key=lambda wait: wait[2]) for rank, status in statuses.items()}
         if len({what for what, _, _ in waits.values()}) > 1:
             shown = ", ".join(f"rank {rank} in {what}" for rank, (what, _, _) in list(waits.items())[:8])
             seconds = min(wait[2] for wait in waits.values())
             return 0, seconds, f"ranks wait for each other: {shown}"
+    if len(statuses) == world and not any(status["waits"] for status in statuses.values()):
+        # Between accelerators a collective returns at once; where its result is needed, nobody knows whom it waits for.
+        rank = max(statuses, key=lambda one: statuses[one]["idle"])
+        seconds = min(status["idle"] for status in statuses.values())
+        return rank, seconds, f"no rank has made progress for {seconds:.0f} s; rank {rank} is at {statuses[rank]['at']}"
     return None
 
 

@@ -180,18 +180,25 @@ def test_a_killed_rank_is_named(base, rank):
     assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
 
 
-def status(waits=(), idle=0.0, silent=()):
-    return {"waits": [list(wait) for wait in waits], "idle": idle, "silent": dict(silent)}
+def status(waits=(), idle=0.0, silent=(), at=""):
+    return {"waits": [list(wait) for wait in waits], "idle": idle, "silent": dict(silent), "at": at}
 
 
 @pytest.mark.parametrize(
     "statuses, found",
     [
-        ([status(), status(), status()], None),
+        (
+            [status(idle=630.0), status(idle=660.0, at="data.py:7 (batch)"), status(idle=620.0)],
+            (1, 620.0, "no rank has made progress for 620 s; rank 1 is at data.py:7 (batch)"),
+        ),
         # Rank 2 computes while 0 and 1 wait, for each other's axis and for it.
         (
-            [status([("tp", [0, 1], 40.0)]), status([("dp", [1, 2], 70.0)]), status(idle=75.0)],
-            (2, 70.0, "rank 2 hangs or is far behind: others have waited 70 s for it in a collective (dp)"),
+            [status([("tp", [0, 1], 40.0)]), status([("dp", [1, 2], 70.0)]), status(idle=75.0, at="x.py:1")],
+            (
+                2,
+                70.0,
+                "rank 2 hangs or is far behind: others have waited 70 s for it in a collective (dp); it is at x.py:1",
+            ),
         ),
         # It writes or computes, so it is slow and does not hang.
         (
