@@ -313,6 +313,7 @@ class Nccl(Groups):
 
     def __init__(self, launch: Launch):
         Groups.__init__(self, launch)
+        self.watchdog.choose_master()
         dist.init_parallel_env()  # takes the device that the launcher chose
 
     def _connect(self, ranks: list[int], key: str) -> dist.collective.Group:

@@ -25,6 +25,7 @@ import functools
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -117,6 +118,17 @@ class Watchdog:
                 raise UserError(
                     f"{what}: {key} is {here:.80} here and {there:.80} on rank 0; all processes must have the same"
                 )
+
+    def choose_master(self) -> None:
+        """Give Paddle's own store a free port: with the launcher's --ips its address is the one of this tree's root."""
+        port = None
+        if self.launch.rank == 0:
+            with socket.create_server(("", 0)) as probe:
+                port = probe.getsockname()[1]
+        host = self.launch.endpoints[0].rpartition(":")[0]
+        os.environ["PADDLE_MASTER"] = f"{host}:{self.gather(port, 'first')}"
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
 
     def moved(self) -> float:
         """This rank makes progress; returns the time."""

@@ -221,6 +221,34 @@ def test_which_rank_is_late(statuses, found):
     assert find_late({rank: s for rank, s in enumerate(statuses) if s is not None}, len(statuses)) == found
 
 
+MASTER = """import os, sys
+sys.path.insert(0, {root!r})
+import paddle
+from distributed.watchdog import current_watchdog
+watchdog, before = current_watchdog(), os.environ["PADDLE_MASTER"]
+assert before == watchdog.launch.endpoints[0]
+watchdog.choose_master()
+store = paddle.base.core.create_or_get_global_tcp_store()  # as dist.init_parallel_env() does between accelerators
+store.add("there", 1)
+watchdog.barrier()
+print("met:", store.add("there", 0), os.environ["PADDLE_MASTER"] != before, flush=True)
+watchdog.shutdown()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_launched_by_ips_paddles_store_has_a_port_of_its_own(tmp_path):
+    (tmp_path / "script.py").write_text(MASTER.format(root=str(ROOT)))
+    command = [*LAUNCH, "--ips", "127.0.0.1", "--nproc_per_node", "2", "--log_dir", str(tmp_path / "log")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PADDLE_")}
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=150
+    )
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert done.returncode == 0 and all("met: 2 True" in log for log in logs), logs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_process_outlives_the_launcher(base, number):
