@@ -404,6 +404,18 @@ def test_experts_are_sharded_over_their_copies(degrees, tmp_path):
     assert max(held) == pytest.approx(predicted, rel=0.02)  # parts are multiples of 16 elements
 
 
+# ---------------------------------------------------------------------------------------------- case 10: vocabulary
+
+
+def test_an_uneven_vocabulary_is_chunked_alike_on_all_ranks(two):
+    """Else they would reduce tensors of different shapes."""
+    found = two.run("jobs_checkpoint:uneven_vocabulary", timeout=60)
+    (_, (losses, gradients)) = found[0]
+    for shard, _ in found:
+        assert np.allclose(shard[0], losses, atol=1e-5)
+    assert np.allclose([row for shard, _ in found for row in shard[1]], gradients, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------- case 11: interleaving
 
 

@@ -50,6 +50,37 @@ def train(script, keys):
     }
 
 
+def uneven_vocabulary(V=33, M=100, D=8):
+    """(losses, gradients) of a head whose ids the ranks share out unevenly, in chunks of few tokens, on the reference
+    kernels; and what one process has of them."""
+    import kernels.reference as reference
+
+    import paddle
+
+    from distributed.collectives import Axis, Gloo
+    from distributed.tensor import vocab_shard
+    from distributed.watchdog import Launch
+
+    launch, generator, results, limit = Launch.of_environment(), np.random.default_rng(0), [], reference.LOGITS
+    tp = Axis("tp", list(range(launch.world)), launch.rank, Gloo(launch))
+    arrays = [generator.standard_normal(shape).astype(np.float32) for shape in ((M, D), (D, V))]
+    labels = paddle.to_tensor(generator.integers(0, V, M))
+    reference.LOGITS = 20 * -(-V // tp.size)  # the narrower shard would take 21 tokens at a time
+    try:
+        for start, stop, shard in (
+            (tp.rank * V // tp.size, (tp.rank + 1) * V // tp.size, vocab_shard(V, tp)),
+            (0, V, None),
+        ):
+            hidden, weight = paddle.to_tensor(arrays[0]), paddle.to_tensor(arrays[1][:, start:stop])
+            hidden.stop_gradient = weight.stop_gradient = False
+            losses = reference.linear_cross_entropy(hidden, weight, labels, vocabulary=shard)
+            losses.sum().backward()
+            results.append([losses.numpy().tolist(), weight.grad.numpy().T.tolist()])
+    finally:
+        reference.LOGITS = limit
+    return results
+
+
 # ------------------------------------------------------------------------------------------- saves without training
 
 
