@@ -217,8 +217,7 @@ class CheckpointManager:
         )
         writer.start()
         writer.finish()
-        if folder == Path(self.args.output_dir):  # the last write of a run
-            unlock_output_dir(self.args)
+        unlock_output_dir(folder)  # the last write of a run
 
     def tensors_to_save(self, dtype: str | None = None) -> SavePlan:
         """The model or adapter. dtype: of a model that is written for use; None: what a checkpoint holds."""
@@ -548,9 +547,9 @@ def lock_output_dir(args: object, topology: Topology = SINGLE) -> None:
         raise UserError(f"output_dir: {args.output_dir} cannot be written to: {error.strerror}") from None
 
 
-def unlock_output_dir(args: object) -> None:
-    """The end of what lock_output_dir began; nothing on the other ranks."""
-    if lock := RunLock.held.get(Path(args.output_dir).resolve() / LOCK):
+def unlock_output_dir(folder: str | Path) -> None:
+    """The end of what lock_output_dir began; nothing where this process holds no lock of the folder."""
+    if lock := RunLock.held.get(Path(folder).resolve() / LOCK):
         lock.release()
 
 

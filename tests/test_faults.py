@@ -69,7 +69,7 @@ def test_pruning_never_deletes_the_last_good_checkpoint(how, limit, tmp_path):
     assert names(tmp_path) == [f"checkpoint-{step}" for step in ((5, 9) if limit == 1 else (3, 5, 9))]
     save(run, 9)  # the damaged one is replaced
     assert find_checkpoint(args).name == "checkpoint-9"
-    checkpoint.unlock_output_dir(args)
+    checkpoint.unlock_output_dir(args.output_dir)
 
 
 def test_nothing_is_pruned_for_a_checkpoint_that_is_not_there(tmp_path, monkeypatch, capsys):
@@ -98,7 +98,7 @@ def test_a_checkpoint_killed_before_its_rename_is_recovered(tmp_path, capsys):
     assert find_checkpoint(args).name == "checkpoint-2"
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "tmp-checkpoint-3"]
     assert capsys.readouterr().out.count("its run was killed before it got its name") == 2
-    checkpoint.unlock_output_dir(args)
+    checkpoint.unlock_output_dir(args.output_dir)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"12 34", b"999"])
@@ -347,7 +347,7 @@ def test_the_line_of_a_resume_names_changed_data(tmp_path, capsys):
         find_checkpoint(args)
     finally:
         checkpoint.data_fingerprints = real
-        checkpoint.unlock_output_dir(args)
+        checkpoint.unlock_output_dir(args.output_dir)
     line = "not an exact continuation, changed: "
     printed = capsys.readouterr().out
     assert line in printed and "data dataset_name_or_path/train.json: its content, size unchanged" in printed

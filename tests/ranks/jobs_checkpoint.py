@@ -39,7 +39,7 @@ def train(script, keys):
         finally:
             kernels.bf16 = False
             if "args" in locals():
-                checkpoint.unlock_output_dir(args)  # this process lives on
+                checkpoint.unlock_output_dir(args.output_dir)  # this process lives on
     log = out / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {
