@@ -479,6 +479,9 @@ MORE_PAIRS = [
     ("moe", "sharding2-stage1", "tp2"),
     ("moe", "sharding2-stage3", "dp2-ep2"),
     ("moe", "tp2-dp2", "tp2"),
+    ("moe", "dp2-sharding2-ep2-stage1", "1"),  # experts over the two copies of each, one of dp and one of sharding
+    ("moe", "sharding4-ep2-stage3", "sharding4-ep2-stage3"),
+    ("moe", "sharding4-ep2-stage2", "dp2-sharding2-ep2-stage3"),
     ("gemma2", "1", "tp2"),
     ("gemma2", "tp2", "dp2"),
     ("lora", "tp2", "1"),
