@@ -1,8 +1,8 @@
-"""ForwardContext by all tests: the repository root on sys.path, the `torch` and `slow` markers, --hf-python, small
-fixtures.
+"""Shared by all tests: the `torch`, `sweep` and `slow` markers, --hf-python, small fixtures.
 
 python -m pytest tests                                          # everything that needs neither torch nor a GPU
-python -m pytest tests --slow                                   # also what takes more than 20 seconds a test
+python -m pytest tests --sweeps                                 # every case of the long sweeps too, as CI does
+python -m pytest tests --slow                                   # that, and what takes more than 20 seconds a test
 python -m pytest tests --hf-python /path/to/venv/bin/python     # also what needs transformers and peft, run over there
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,32 @@ def pytest_addoption(parser):
     parser.addoption(
         "--chat-templates", default=None, help="a folder of published chat templates, for the test that renders them"
     )
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--sweeps", action="store_true", help="also run all cases of the tests marked sweep")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and all cases of sweeps")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "torch: needs --hf-python, a Python with torch, transformers and peft")
+    config.addinivalue_line("markers", "sweep(keep): many cases of one check; the default run takes `keep` of them")
     config.addinivalue_line("markers", "slow: takes more than 20 seconds")
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = config.getoption("--slow")
+    cases_of = {}
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if "slow" in item.keywords and not slow:
             item.add_marker(pytest.mark.skip(reason="takes more than 20 seconds; run with --slow"))
+        elif marker := item.get_closest_marker("sweep"):
+            cases_of.setdefault((item.parent.nodeid, item.originalname), []).append((item, marker.kwargs["keep"]))
+    if slow or config.getoption("--sweeps") or any("::" in argument for argument in config.args):
+        return  # a test that is asked for by name runs in full
+    for (_, name), cases in cases_of.items():
+        keep, offset = cases[0][1], zlib.crc32(name.encode())  # other tests keep other cases
+        chosen = {(offset + i * len(cases) // keep) % len(cases) for i in range(keep)}
+        for i, (item, _) in enumerate(cases):
+            if i not in chosen:
+                item.add_marker(pytest.mark.skip(reason="one of many cases; run with --sweeps"))
 
 
 @pytest.fixture(scope="module")

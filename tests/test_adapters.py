@@ -24,6 +24,8 @@ import formats.weights
 import model as M
 from formats.files import UserError
 
+pytestmark = pytest.mark.sweep(keep=8)
+
 GOLDEN = ROOT / "tests" / "golden"
 ADAPTERS = {  # name: (base model, how it is made)
     "lora": ("gqa", lambda m: adapters.apply_lora(m, rank=4, alpha=6.0)),

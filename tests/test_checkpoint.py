@@ -57,6 +57,8 @@ from formats.tokenizer import load_tokenizer
 from formats.weights import SaveSource
 from parallel import Degrees, Topology
 
+pytestmark = pytest.mark.sweep(keep=4)
+
 DEMO = ROOT / "demo"
 TINY = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,

@@ -23,6 +23,8 @@ from distributed.context import RingMask, check_context, token_layout, zigzag_in
 from distributed.tensor import check_tensor
 from parallel import Degrees, Topology
 
+pytestmark = pytest.mark.sweep(keep=3)
+
 ALIBI, WINDOW = "baichuan_13b", "mistral"
 
 

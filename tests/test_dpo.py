@@ -42,6 +42,8 @@ from formats.chat import ChatTemplate, load_chat_template
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.sweep(keep=8)
+
 DEMO = ROOT / "demo"
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "dpo_trl.json").read_text())
 

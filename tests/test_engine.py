@@ -45,6 +45,8 @@ from serving.engine import (
 )
 from serving.runners import PagedRunner, TokenSequence
 
+pytestmark = pytest.mark.sweep(keep=8)
+
 DEMO = "demo/llama"
 V, POSITIONS = 3072, 160  # the demo's vocabulary, so that its tokenizer fits the tiny models
 

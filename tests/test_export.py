@@ -33,6 +33,8 @@ from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from serving.runners import ScheduledTokens, StaticRunner, TokenSequence
 
+pytestmark = pytest.mark.sweep(keep=4)
+
 DEMO = ROOT / "demo" / "llama"
 GPTQ = {"quant_method": "gptq", "desc_act": False, "checkpoint_format": "gptq"}
 SCHEMES = {  # name: quantization_config

@@ -53,6 +53,8 @@ from data import collate_pairs, pair_sample
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.sweep(keep=10)
+
 
 def each_with(kinds):
     """(name, kind) for all families and kinds: by default one kind per family, in rotation; the rest with --slow."""

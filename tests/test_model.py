@@ -26,6 +26,8 @@ import formats.weights
 import model as M
 from formats.files import UserError
 
+pytestmark = pytest.mark.sweep(keep=12)
+
 GOLDEN = ROOT / "tests" / "golden"
 HF = SHARED / "golden" / "hf"
 

@@ -20,6 +20,8 @@ from formats.paddlenlp import OPTIONS
 from model import build
 from parallel import Degrees, Topology
 
+pytestmark = pytest.mark.sweep(keep=4)
+
 SHORT = {"tensor": "tensor_parallel_degree", "pipeline": "pipeline_parallel_degree",
     "sharding_degree": "sharding_parallel_degree",
          "sep": "sep_parallel_degree", "context": "context_parallel_degree", "expert": "expert_parallel_degree",

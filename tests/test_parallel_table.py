@@ -4,6 +4,8 @@ judgement is worth."""
 import parallel_table as table
 import pytest
 
+pytestmark = pytest.mark.sweep(keep=3)
+
 PART = [
     ("tp2 sequence parallel", "lora"),
     ("pp2", "pretrain"),

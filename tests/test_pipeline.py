@@ -21,6 +21,8 @@ import formats.weights
 import parallel
 from distributed.pipeline import bubble_fraction, check_pipeline, partition_layers, pipeline_schedule, simulate_schedule
 
+pytestmark = pytest.mark.sweep(keep=3)
+
 # ============================================================================================== the pipeline_schedule
 
 RANKS, VIRTUAL, BATCHES = (2, 3, 4, 8), (1, 2, 3), range(1, 18)

@@ -23,6 +23,8 @@ import formats.weights
 import model as M
 from formats.files import UserError
 
+pytestmark = pytest.mark.sweep(keep=12)
+
 IDS = tensor(inputs()[0])
 SCHEMES = {  # name: quantization_config
     "w4": {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False,

@@ -30,6 +30,8 @@ from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
 from serving.engine import Engine, Request, SamplingParams
 
+pytestmark = pytest.mark.sweep(keep=8)
+
 DEMO = ROOT / "demo"
 CONFIG = {
     "model_type": "llama",

@@ -28,6 +28,8 @@ from arguments import parse_args
 from formats.files import UserError
 from plan import dry_run
 
+pytestmark = pytest.mark.sweep(keep=4)
+
 GRANULARITIES = ("full", "full_attn", "core_attn")
 NAMES = (
     "llama_mqa",

@@ -44,6 +44,8 @@ from formats.tensor_files import read_safetensors, write_safetensors
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
 
+pytestmark = pytest.mark.sweep(keep=6)
+
 DEMO = ROOT / "demo"
 CONFIG = {
     "model_type": "llama",

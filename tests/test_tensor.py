@@ -26,6 +26,8 @@ from distributed.tensor import check_tensor, local_heads
 from formats.files import UserError
 from parallel import Degrees, Topology
 
+pytestmark = pytest.mark.sweep(keep=4)
+
 EVEN = {"mixtral": {"num_local_experts": 4}, "mixtral_window": {"num_local_experts": 4, "num_experts_per_tok": 1},
         "qwen2_moe": {"num_experts": 6},
             "qwen3_moe": {"num_experts": 8}}  # experts that two ranks share out  # fmt: skip

@@ -30,6 +30,8 @@ from checkpoint import CheckpointManager, TrainState, find_checkpoint, load_chec
 from distributed.sharding import ZeroOptimizer
 from formats.files import UserError
 
+pytestmark = pytest.mark.sweep(keep=12)
+
 NOT_IN_FAMILIES = ("ernie4_5", "gemma3_text", "gpt_neox", "phi3")
 FOLDERS = sorted(p.parent for group in ("hf", "models") for p in (SHARED / "golden" / group).glob("*/config.json")
                  if p.parent.name not in NOT_IN_FAMILIES)  # fmt: skip

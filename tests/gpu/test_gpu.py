@@ -30,6 +30,8 @@ from cuda_on_cpu import CASES, Cores
 
 from formats.files import UserError
 
+pytestmark = pytest.mark.sweep(keep=4)
+
 HERE = Path(__file__).resolve().parent
 INCLUDE = Path(paddle.sysconfig.get_include())
 PADDLE = [f"-I{INCLUDE}", f"-I{INCLUDE / 'third_party'}"]

@@ -26,6 +26,8 @@ from test_ops import (
 from adapters import LoRALinear, cast_frozen_to_bf16
 from model import Linear
 
+pytestmark = pytest.mark.sweep(keep=12)
+
 assert in_bf16  # a fixture
 
 

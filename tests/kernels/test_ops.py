@@ -33,6 +33,8 @@ from families import ModelConfig
 from formats.files import UserError
 from formats.weights import init_weights
 
+pytestmark = pytest.mark.sweep(keep=12)
+
 cpu = kernels._module("cpu")
 BACKENDS = {
     op: ["reference"] + [b for b in ("cpu",) if hasattr(kernels._module(b), op) and not kernels._missing(b, op)]

@@ -14,6 +14,8 @@ import numpy as np
 import paddle
 import pytest
 
+pytestmark = pytest.mark.sweep(keep=12)
+
 cpu = kernels._module("cpu")
 BACKENDS = ["reference"] + ([] if cpu.missing("paged_attention") else ["cpu"])
 built = pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiler")
