@@ -675,7 +675,7 @@ def load_trained(model: CausalLM, path: str | Path, args: object) -> None:
                 flush=True,
             )
     has_master_weights = (path / f"{MASTER_WEIGHTS}.index.json").is_file()
-    load_weights(model, path, (MASTER_WEIGHTS,) if has_master_weights else MODEL_FILES)
+    load_weights(model, path, (MASTER_WEIGHTS,) if has_master_weights else MODEL_FILES, trust_index=True)
 
 
 def load_checkpoint(
@@ -692,7 +692,7 @@ def load_checkpoint(
         index_path = path / "optimizer.safetensors.index.json"
         if not index_path.is_file():
             raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
-        optimizer.load(stored_tensors(path, ("optimizer.safetensors",)), shards)
+        optimizer.load(stored_tensors(path, ("optimizer.safetensors",), trust_index=True), shards)
         optimizer.steps, index = saved["optimizer_steps"], json.loads(index_path.read_text())
         was_quantized = index.get("ckpt_quant_stage", "O0") != "O0"
         optimizer.requantized = index.get("quant_ckpt_resume_times", 0) + was_quantized

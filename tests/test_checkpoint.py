@@ -734,16 +734,24 @@ def test_what_does_not_fit_is_named(pool, world, saved, tmp_path):
     assert "checkpoint-3: model-00001-of-00002.safetensors is missing" in fails(copy)
     state = json.loads((copy / "trainer_state.json").read_text())
     name, left = "optimizer-00002-of-00002.safetensors", {}
-    state["files"] = {}  # as if it had been written so
-    for file in copy.glob("*.json"):
-        state["files"][file.name] = file.stat().st_size
+
+    def mark():  # as if it had been written so
+        state["files"] = {file.name: file.stat().st_size for file in copy.glob("*.json")}
+        del state["files"]["trainer_state.json"]
+        (copy / "trainer_state.json").write_text(json.dumps(state))
+        (copy / DONE).write_text(str(crc32_of(copy / "trainer_state.json")))
+
     shutil.copy(out / "checkpoint-3" / "model-00001-of-00002.safetensors", copy)
     left = formats.tensor_files.read_safetensors(copy / name)
     gone = next(key for key in left if key.endswith("moment2_0"))
     formats.tensor_files.write_safetensors(copy / name, {key: array for key, array in left.items() if key != gone})
-    del state["files"]["trainer_state.json"]
-    (copy / "trainer_state.json").write_text(json.dumps(state))
-    (copy / DONE).write_text(str(crc32_of(copy / "trainer_state.json")))
+    mark()
+    assert f"{name}: has no tensor {gone}, which the index says it has" in fails(copy)
+    index = copy / "optimizer.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][gone]
+    index.write_text(json.dumps(content))
+    mark()
     assert f"the optimizer state is of other weights: missing {gone}" in fails(copy)
     tied = fails(saved("tied", "tp2")[0] / "checkpoint-3")
     assert "tensors do not fit" in tied and "missing lm_head.weight" in tied

@@ -456,6 +456,26 @@ def test_files_and_messages_of_a_save_grow_as_the_ranks(topology, tmp_path):
     assert found["messages"] <= 12 * (ranks - 1) and found["waiting"] <= 100
 
 
+def test_resuming_opens_only_files_that_a_rank_reads(tmp_path, monkeypatch):
+    """Eight files, one tensor each; a tensor that is not where the index says is named."""
+    import formats.tensor_files
+    import formats.weights
+
+    opened, real = [], formats.weights.safetensors_header
+    weight_map = {f"w{i}": f"optimizer-{i}.safetensors" for i in range(8)}
+    for name, file in weight_map.items():
+        formats.tensor_files.write_safetensors(tmp_path / file, {name: np.full([2, 3], int(name[1]), np.float32)})
+    index = tmp_path / "optimizer.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {**weight_map, "gone": "optimizer-2.safetensors"}}))
+    monkeypatch.setattr(formats.weights, "safetensors_header", lambda path: opened.append(path.name) or real(path))
+    found = formats.weights.stored_tensors(tmp_path, ("optimizer.safetensors",), trust_index=True)
+    assert len(found) == 9 and opened == []
+    assert found["w3"].read().tolist() == [[3.0] * 3] * 2 and found["w3"].shape == [2, 3]
+    assert opened == ["optimizer-3.safetensors"]
+    with pytest.raises(UserError, match="optimizer-2.safetensors: has no tensor gone, which the index says it has"):
+        found["gone"].read()
+
+
 def test_watching_costs_a_rank_the_same_whatever_their_number():
     """A minute of heartbeats and a barrier at 8, 64 and 1,024 ranks."""
     from bench_scale import simulate_watch
