@@ -130,6 +130,8 @@ class CheckpointShardWriter:
     ):
         self.topology, self.rank, self.metadata, self.layout = topology, topology.rank, metadata, layout
         self.entries, self.progress = entries_of(groups), progress
+        coords = np.indices(topology.grid.shape).reshape([topology.grid.ndim, -1]).tolist()  # of every rank, by axis
+        self.coords = dict(zip(ORDERS[topology.degrees.order], coords))
         self.parts = {}  # {(key, index of the source): numpy array, None where this rank holds nothing of it}
         for key, entry in self.entries.items():
             for index, source in enumerate(entry.sources):
@@ -138,19 +140,18 @@ class CheckpointShardWriter:
 
     def _contributors(self, key: str, index: int, source: SaveSource) -> list[int]:
         """The ranks that together hold all of a source; of copies, the writer's own or the next after it."""
-        topology, writer = self.topology, self.layout.writer[key]
-        order, shape = ORDERS[topology.degrees.order], topology.grid.shape
-        coords = dict(zip(order, np.unravel_index(writer, shape)))
+        topology, writer, tp, pp = self.topology, self.layout.writer[key], self.coords["tp"], self.coords["pp"]
         is_sharded = source.weight.shard_spec is not None
         if source.offset is None:
-            lines = tuple(slice(None) if axis == "tp" and is_sharded else coords[axis] for axis in order)
-            return [int(rank) for rank in topology.grid[lines].reshape([-1])]
-        nearest = {}  # {(rank of tp, offset): rank}
+            axes = ORDERS[topology.degrees.order]
+            lines = (slice(None) if axis == "tp" and is_sharded else self.coords[axis][writer] for axis in axes)
+            return topology.grid[tuple(lines)].reshape([-1]).tolist()
+        nearest, world = {}, topology.grid.size  # {(rank of tp, offset): rank}
         for rank, (offset, _) in self.layout.extents[key, index].items():
-            there = dict(zip(order, np.unravel_index(rank, shape)))
-            if there["pp"] == coords["pp"] and (is_sharded or there["tp"] == coords["tp"]):
-                copies = nearest.get((int(there["tp"]), offset), rank), rank
-                nearest[int(there["tp"]), offset] = min(copies, key=lambda one: (one - writer) % topology.grid.size)
+            if pp[rank] == pp[writer] and (is_sharded or tp[rank] == tp[writer]):
+                other = nearest.setdefault((tp[rank], offset), rank)
+                if (rank - writer) % world < (other - writer) % world:
+                    nearest[tp[rank], offset] = rank
         return sorted(nearest.values())
 
     # ------------------------------------------------------------------------------------------- parts
@@ -200,7 +201,7 @@ class CheckpointShardWriter:
         weight, spec, tp_shards = source.weight, source.weight.shard_spec, {}  # tp_shards: {rank of tp: array}
         for rank in self._contributors(key, index, source):
             part = self.parts[key, index] if rank == self.rank else inbox.read(rank, f"{key} {index}")
-            tp = int(np.argwhere(self.topology.grid == rank)[0][-1])  # tp is the last axis in every order
+            tp = self.coords["tp"][rank]
             if source.offset is None:
                 tp_shards[tp] = part
                 continue
