@@ -317,7 +317,11 @@ class CheckpointWriter:
             self._clean()
             raise
         if buffers is None:
-            self._run()
+            try:
+                self._run()
+            except BaseException:  # interrupted: so are the others
+                self._clean()
+                raise
         else:
             # Not a daemon: a run that ends by an error still completes the checkpoint that it has started.
             self.thread = threading.Thread(target=self._run, name="checkpoint")
@@ -433,15 +437,19 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
-def prune_checkpoints(output_dir: str | Path, limit: int | None, best: str | None, saved: str) -> None:
+def prune_checkpoints(
+    output_dir: str | Path, limit: int | None, best: str | None = None, saved: str | None = None
+) -> None:
     """Remove the oldest complete checkpoints beyond `limit`.
 
-    saved: the folder's name of the one that has just been written and verified: it stays, and so does the best (a
-    folder's name); both are counted. Incomplete folders are not counted, so that they never take the place of a good
-    one. Checkpoints of later steps are of another attempt, which this run did not resume from: they are neither counted
-    nor removed.
+    saved: the folder's name of the one that has just been written and verified; None: the newest complete one. It
+    stays, and so does the best (a folder's name); both are counted. Incomplete folders are not counted, so that they
+    never take the place of a good one. Checkpoints of later steps are of another attempt, which this run did not resume
+    from: they are neither counted nor removed.
     """
-    if not limit or limit < 1:
+    if saved is None:
+        saved = next((path.name for path in list_checkpoints(output_dir) if incomplete(path) is None), None)
+    if not limit or limit < 1 or saved is None:
         return
     step = int(saved.rpartition("-")[2])
     earlier = [path for path in list_checkpoints(output_dir) if int(path.name[11:]) <= step]

@@ -165,7 +165,7 @@ class Channel:
                 self.control.send_bytes(b"now")
         except (EOFError, ConnectionError):
             raise RuntimeError(f"rank {self.source} of the pipeline has died") from None
-        self.watchdog.since.pop("pp")
+        self.watchdog.since.pop("pp", None)
         tensors = [paddle.empty(shape, dtype) for shape, dtype in specs]
         for tensor in tensors:
             dist.recv(tensor, self.source, self.group)

@@ -14,11 +14,13 @@ connections, so that its neighbors know it at once. One that stops without closi
 import contextlib
 import hashlib
 import json
+import os
 import selectors
 import socket
 import struct
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 
@@ -248,7 +250,7 @@ class TreeLinks:
         self.rank, self.endpoints, self.tick, self.on_lost = rank, endpoints, tick, on_lost
         self.job = hashlib.blake2b("|".join(endpoints).encode(), digest_size=8).hexdigest()
         self.selector, self.calls = selectors.DefaultSelector(), deque()
-        self.sockets, self.received, self.outbox, self.left = {}, {}, {}, set()
+        self.sockets, self.received, self.outbox, self.left = {}, {}, {}, {}
         self.node = TreeNode(rank, tree_parents(hosts), self._send, time.monotonic)
         self.wakes, self.waker = socket.socketpair()
         self.waker.setblocking(False)
@@ -389,6 +391,13 @@ class TreeLinks:
                 connection.shutdown(socket.SHUT_WR)
 
     def _run(self) -> None:
+        try:
+            self._serve_all()
+        except BaseException:  # without this thread the process would hear of nothing any more
+            traceback.print_exc()
+            os._exit(1)
+
+    def _serve_all(self) -> None:
         next_tick = time.monotonic() + self.TICK
         while not (self.leaving and not self.sockets):
             for key, events in self.selector.select(max(0.0, next_tick - time.monotonic())):
@@ -401,6 +410,9 @@ class TreeLinks:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self.TICK
                 self.tick()
+                for rank, since in self.left.items():  # all leave together, at the end of a run
+                    if not self.leaving and time.monotonic() - since > 5.0:
+                        self.node.fail(1, f"rank {rank} has ended before the others")
                 if self.leaving and time.monotonic() > self.leaving:
                     break
         self.stopped.set()
@@ -430,7 +442,7 @@ class TreeLinks:
             message = json.loads(bytes(buffer[4 : 4 + size]))
             del buffer[: 4 + size]
             if message[0] == "bye":
-                self.left.add(rank)
+                self.left[rank] = time.monotonic()
             else:
                 self.node.receive(rank, message)
 

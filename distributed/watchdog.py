@@ -74,7 +74,7 @@ class Watchdog:
         if threading.current_thread() is threading.main_thread():
             # The launcher ends ranks by SIGTERM; Paddle's own handler would print a C++ stack.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.last_tick = self.last_beat = self.last_suspicion = time.monotonic()
+        self.last_tick = self.last_beat = self.last_suspicion = self.resumed = time.monotonic()
         self.stack, self.place = None, ""  # of the main thread at the last tick, see _look()
         self.told, self.ended = {}, threading.Event()
         self.at_exit = []  # calls before the process ends by a failure
@@ -97,7 +97,7 @@ class Watchdog:
         try:
             return self.links.gather(name, value, kind)
         finally:
-            self.since.pop(channel)
+            self.since.pop(channel, None)
             self.moved()
 
     def barrier(self) -> None:
@@ -203,7 +203,7 @@ class Watchdog:
         pause, self.last_tick = now - self.last_tick, now
         if pause > 5.0:  # this process was stopped, perhaps all were: nobody was silent while nobody listened
             node.heard = dict.fromkeys(node.heard, now)
-            self.since = {key: (*wait[:2], now) for key, wait in list(self.since.items())}
+            self.resumed = now
         self._look()
         if self.launcher_pid is not None and os.getppid() != self.launcher_pid:
             node.fail(1, "the launcher is gone")
@@ -213,8 +213,9 @@ class Watchdog:
         silent = node.silent()
         if silent.get(node.parent, 0.0) > 1.2 * self.limit:  # cut off from rank 0, which names the rank at `limit`
             self._terminate(1, f"rank {node.parent} gives no sign of life for {silent[node.parent]:.0f} s")
-        waited = [now - since for _, _, since in list(self.since.values())]
-        waited += [now - self.progressed] if now - self.progressed > self.limit else []
+        status = self._status()
+        waited = [seconds for _, _, seconds in status["waits"]]
+        waited += [status["idle"]] if status["idle"] > self.limit else []
         if max([*waited, *silent.values()], default=0.0) > warn and now - self.last_suspicion > warn:
             self.last_suspicion = now
             node.suspect()
@@ -236,9 +237,9 @@ class Watchdog:
 
     def _status(self) -> dict:
         """{"waits": [[what, ranks or None, seconds], …], "idle": seconds without progress, "at": where it is}."""
-        now = time.monotonic()
-        waits = [[what, ranks, now - since] for what, ranks, since in list(self.since.values())]
-        return {"waits": waits, "idle": now - self.progressed, "at": self.place}
+        now, resumed = time.monotonic(), self.resumed
+        waits = [[what, ranks, now - max(since, resumed)] for what, ranks, since in list(self.since.values())]
+        return {"waits": waits, "idle": now - max(self.progressed, resumed), "at": self.place}
 
     def _judge(self, statuses: dict[int, dict]) -> None:
         """Rank 0, with a report of all ranks: say who is late, or end the run."""

@@ -138,7 +138,7 @@ WRITE_ERRORS = {  # errno: (what it says, what would help)
 
 def write_error(error: BaseException, folder: str | Path) -> str | None:
     """One line for an error of the disk below a file or `folder`, which the user can mend; None: another error."""
-    if not isinstance(error, OSError) or error.errno not in WRITE_ERRORS:
+    if not isinstance(error, OSError) or error.errno not in WRITE_ERRORS or not (error.filename or _disk_full(error)):
         return None
     what, remedy = WRITE_ERRORS[error.errno]
     return f"{error.filename or folder}: {what}; {remedy}"

@@ -241,6 +241,8 @@ class IndexedTensor:
         self.name, self.path, self.headers = name, path, headers
 
     def _entry(self):
+        if not self.path.is_file():
+            raise UserError(f"{self.path.parent}: an index names the file {self.path.name}, which is not there")
         if self.path not in self.headers:
             self.headers[self.path] = safetensors_header(self.path)
         if self.name not in self.headers[self.path]:

@@ -133,6 +133,7 @@ WRONG = {  # what: (the line that the console ends with, exit code)
     "hang@1": (f"error: rank 1 hangs or is far behind: others have waited {SECONDS} s for it in a collective (tp)", 1),
     "stop@1": (f"error: rank 1 gives no sign of life for {SECONDS} s", 1),
     "exit@1": (r"error: rank 1 has vanished: it was killed, or ran out of memory", 1),
+    "leave@1": (r"error: rank 1 has ended before the others", 1),
     "code@1": ("error: rank 1: the scripts: model.py is 'another' here and '", 2),
     "config:max_position_embeddings=7@1": (
         "error: rank 1: the model: max_position_embeddings is 7 here and 64 on rank 0",

@@ -83,7 +83,7 @@ def watch_minute(network, limit=600.0, seconds=60, stopped=()):
             dog = object.__new__(distributed.watchdog.Watchdog)
             dog.launch = distributed.watchdog.Launch(rank, network.world, ())
             dog.limit, dog.since, dog.launcher_pid, dog.told, dog.progressed = limit, {}, None, {}, 0.0
-            dog.last_tick = dog.last_beat = dog.last_suspicion = 0.0
+            dog.last_tick = dog.last_beat = dog.last_suspicion = dog.resumed = 0.0
             dog.stack, dog.place, dog._look = None, "", lambda: None
             dog.links = types.SimpleNamespace(node=node)
             node.heard = dict.fromkeys(node.neighbors, 0.0)
