@@ -17,7 +17,7 @@ from pathlib import Path
 
 import paths  # noqa: F401
 
-MODEL = {"model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+MODEL = {"model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
          "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
          "rope_theta": 1e4, "tie_word_embeddings": False}  # fmt: skip
 
