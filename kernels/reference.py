@@ -470,7 +470,7 @@ class _LinearCrossEntropy(PyLayer):
         options.frozen = [hidden.stop_gradient, weight.stop_gradient]
         d_hidden_in_forward = options.grad and options.frozen == [False, True]
         losses, all_lse, rows = [], [], []
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1]):
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1], options):
             logits = _logits(hidden[chunk], weight, options)
             loss, lse, best = _losses(logits, labels[chunk], options)
             losses.append(loss)
@@ -496,7 +496,7 @@ class _LinearCrossEntropy(PyLayer):
         hidden, weight, labels, lse = ctx.saved_tensor()
         frozen = options.frozen[1]
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1]):
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1], options):
             d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied into (c, D), not (c, V)
             p = _softmax_less_onehot(_logits(hidden[chunk], weight, options), labels[chunk], lse[chunk], options)
             p = p.astype(hidden.dtype)
@@ -559,9 +559,9 @@ def reduce_lse(
     return global_max + paddle.log(sums[0]), sums[1], best
 
 
-def _chunks(tokens, vocabulary):
-    """Slices of tokens, of at most LOGITS logits."""
-    size = max(16, LOGITS // vocabulary)
+def _chunks(tokens, width, options):
+    """Slices of tokens, of at most LOGITS logits. Ranks that shard the vocabulary unevenly all make the same ones."""
+    size = max(16, LOGITS // (width if options.vocabulary is None else options.vocabulary.widest))
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
