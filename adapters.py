@@ -151,7 +151,8 @@ def weights_in_adapter(model: CausalLM) -> dict[str, bool]:
 
 def changes_base(model: CausalLM) -> bool:
     """Whether the base weights are not those of the base model any more, so that there is no going back to it."""
-    return any(weights_in_adapter(model).values()) or any(x.pissa_init is not None for x in lora_layers(model).values())
+    trained = any(is_trained for name, is_trained in weights_in_adapter(model).items() if name != "score.weight")
+    return trained or any(x.pissa_init is not None for x in lora_layers(model).values())
 
 
 def linears_on_other_ranks(model: CausalLM) -> set[str]:
@@ -342,8 +343,12 @@ def merge(model: CausalLM) -> CausalLM:
     """
     if isinstance(model.embed_tokens, LoRAEmbedding):
         untie_head(model)
-    for parent, attribute, layer in adapted_layers(model).values():
+    adapted = adapted_layers(model)
+    for parent, attribute, layer in adapted.values():
         setattr(parent, attribute, layer.merged())
+    for name, parameter in model.named_parameters() if adapted else ():
+        if not name.startswith("prefix."):  # attach_lora() froze them
+            parameter.stop_gradient = False
     model.replaced_weights = {}
     return model
 
@@ -543,6 +548,8 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
         "init_lora_weights": True,
         **model.lora_config,
     }
+    if model.score is not None:
+        config["task_type"] = "SEQ_CLS"
     layers = lora_layers(model)
     if any(layer.pissa_init is not None for layer in layers.values()):
         for path, layer in layers.items():

@@ -40,7 +40,7 @@ from parallel import Degrees
 from plan import missing_model_message
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
-METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall")
+METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall", "reward")
 DTYPES = ("float32", "bfloat16", "float16")
 REPORTS = ("visualdl", "tensorboard", "wandb")  # what report_to can name; logger.WRITERS has their classes
 UNIFIED = {  # the options of unified_checkpoint_config
@@ -537,7 +537,7 @@ def _check_foreign_key(key: str, given: _Given, script: _Script) -> list[str]:
             raise UserError(f"{where}: stage: {value!r}: this is {script.name}.py; {done_by}")
         return []
     if key == "dry_run" and not _harmless(key, value):
-        raise UserError(f"{where}: dry_run: pretrain.py, finetune.py and dpo.py have one; this script does not train")
+        raise UserError(f"{where}: dry_run: only the training scripts have one; this script does not train")
     if key == "resume_from_checkpoint" and given.text not in ("true", "1") and not _harmless(key, value):
         raise UserError(f"{where}: {name}: {value!r}: this script does not train; give it as model_name_or_path")
     if key in training_keys:

@@ -551,6 +551,7 @@ class CausalLM(nn.Layer):
         self.norm = _norm(config) if config.final_norm else None
         self.lm_head = None if config.tie_word_embeddings else Linear(width, config.vocab_size, bias=False)
         self.prefix = None  # set by apply_prefix()
+        self.score = None  # a head of one output, set by heads.add_score_head()
         self.distances_count = distances_count(config)
         self.names_on_other_ranks = frozenset()  # names of weights that other processes hold
         self.recompute = False  # compute activations of each block again in backward instead of keeping them

@@ -219,7 +219,7 @@ IGNORED = _table([
     ("the reference's log-probabilities are computed once, without dropout, where that is possible", """
         precompute_ref_log_probs precompute_ref_batch_size disable_dropout ref_model_mixup_alpha
         ref_model_sync_steps"""),
-    ("it belongs to reward models", """
+    ("it belongs to process rewards, or it is a key of reward.py", """
         placeholder_token reward_tokens normalize_score_during_training normalizer_type normalizer_momentum
         regularization"""),
     ("it belongs to embedding models", """
@@ -294,7 +294,7 @@ IGNORED = _table([
         kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
         reward_model_quantization_bit reward_model_type use_cls num_comparisons export_device export_legacy_format
         export_hub_model_id"""),
-    ("it belongs to reinforcement learning", """
+    ("a key of rl.py", """
         global_gen_batch_size global_mini_batch_size per_device_rollout_batch_size
         per_device_logprob_batch_size per_device_reward_batch_size per_device_value_batch_size
         per_device_prompt_batch_size kl_coeff kl_loss_coeff pg_loss_coeff entropy_coeff clip_range_ratio
@@ -402,11 +402,11 @@ REFUSED = _table([
     ("pretrain.py trains from random weights; this script continues", "continue_training"),
     ("only finetune.py adds noise to embeddings", "neftune_noise_alpha"),
     ("the reference model is never updated during training; set it to -1", "ref_model_update_steps"),
-    ("reward models are not supported", "process_reward"),
+    ("process rewards are not supported; reward.py learns from pairs", "process_reward"),
     ("speculative decoding is not supported", "speculate_method draft_model_name_or_path"),
     ("only serve.py has a key/value cache", "cachekv_int8_type"),
     ("KTO is not supported; dpo.py learns from pairs", "desirable_weight undesirable_weight"),
-    ("reinforcement learning is not supported", """
+    ("use rl.py for reinforcement learning", """
         rl_algorithm actor_model_name_or_path reward_model_name_or_path critic_model_name_or_path
         reward_critic_model_name_or_path"""),
 ])  # fmt: skip

@@ -177,7 +177,7 @@ def named_weights(model: CausalLM, rows: Iterable | None = None) -> list[Weight]
     """Weights of the base model (no adapters, no prefix), in the order of its family's name table, or of `rows`."""
     parameters = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
     weights = []
-    for path, name, transposed in weight_names(model.config, rows):
+    for path, name, transposed in (*weight_names(model.config, rows), ("score.weight", "score.weight", True)):
         if (parameter := parameters.get(path)) is not None:
             weights.append(Weight(name, parameter, transposed))
         elif path.removesuffix("weight") + "qweight" in parameters:

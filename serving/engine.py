@@ -61,6 +61,7 @@ class SamplingParams:
     ignore_eos: bool = False  # continue after the tokenizer's stop ids
     logprobs: int | None = None  # report log-probabilities of the chosen token and of this many likeliest ones
     n: int = 1  # replies to the one prompt
+    scaled_logprobs: bool = False  # report log-probabilities after temperature, and entropies: those of rl.py
 
     def check(self) -> None:
         """UserError naming the field."""
@@ -112,8 +113,9 @@ class TokenOutput:
     index: int  # 0..n-1
     token_id: int | None = None  # None: the reply ended without one (abort, error)
     text: str = ""
-    logprob: float | None = None  # of the model's own distribution: before penalties and temperature
+    logprob: float | None = None  # of the model's own distribution, before penalties; scaled_logprobs: at temperature
     top_logprobs: list | None = None  # [(token_id, logprob)], the likeliest first
+    entropy: float | None = None  # with scaled_logprobs, of the distribution at temperature, in nats
     finish_reason: str | None = None  # stop, length, abort, error: on the last TokenOutput of a reply
     cached_tokens: int = 0  # tokens of the prompt whose blocks were already computed
 
@@ -126,6 +128,7 @@ class Completion:
     logprobs: list | None  # [(logprob, [(token_id, logprob)])], one a token
     prompt_tokens: int
     cached_tokens: int
+    entropies: list | None = None  # with scaled_logprobs, one a token; logprobs then holds (logprob, None)
 
 
 class PromptTooLong(UserError):
@@ -157,7 +160,8 @@ class Sampler:
         self.greedy = p.temperature < 1e-5
         self.counts = collections.Counter()  # of the reply's tokens
         no_penalty = p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
-        self.argmax_suffices = self.greedy and no_penalty and p.logprobs is None  # from min_tokens on
+        reports = p.logprobs is not None or p.scaled_logprobs
+        self.argmax_suffices = self.greedy and no_penalty and not reports  # from min_tokens on
 
     def choose(self, logits: np.ndarray, token_ids: list[int]) -> tuple:
         """logits (V,) float32, ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
@@ -203,6 +207,16 @@ def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
     for sampler, token in zip(samplers, ids):
         sampler.counts[token] += 1
     return ids
+
+
+def scaled_logprobs(logits: np.ndarray, ids: list[int], temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """logits (S, V) float32 -> log-probabilities of ids (S,) in softmax(logits / temperature), and its entropies."""
+    x = logits / np.array(temperatures, np.float32)[:, None]
+    x -= x.max(-1, keepdims=True)
+    weights = np.exp(x)
+    total = weights.sum(-1, dtype=np.float64)
+    entropies = np.log(total) - np.einsum("sv,sv->s", weights, x, dtype=np.float64) / total
+    return x[np.arange(len(ids)), ids] - np.log(total), entropies
 
 
 class Detokenizer:
@@ -457,6 +471,15 @@ class Engine:
                 self.to_abort.add(request_id)
                 self.condition.notify_all()
 
+    def weights_changed(self) -> None:
+        """The model's weights were updated in place: keys and values in the pool are of the old ones.
+
+        UserError while requests are running: their replies would be of two models.
+        """
+        if self.running or self.waiting or self.inbox:
+            raise UserError("the weights were updated while the engine was answering requests; let them finish first")
+        self.pool.reset_prefix_cache()
+
     def stats(self) -> dict[str, int]:
         """blocks_free includes blocks_cached."""
         return {
@@ -593,7 +616,7 @@ class Engine:
                 print(f"request {sequence.request.request_id}: the logits are not finite", file=sys.stderr, flush=True)
                 self._finish(sequence, "error")
             elif row in sampled:
-                self._append(sequence, sampled[row], *sequence.sampler.logprobs_of(logits[row], sampled[row]))
+                self._append(sequence, *sampled[row])
             else:
                 self._append(sequence, best[row], None, None)
 
@@ -609,7 +632,8 @@ class Engine:
                 self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
 
     def _sample(self, scheduled, logits, finite):
-        """{row: id} for the rows that are computed to their end and need more than the argmax."""
+        """{row: (id, log-probability, likeliest, entropy)} for the rows that are computed to their end and need more
+        than the argmax."""
         rows = [
             row
             for row, (sequence, start, count) in enumerate(scheduled)
@@ -621,9 +645,21 @@ class Engine:
         penalized = [
             s.sampler.apply_penalties(logits[row], s.tokens[s.num_virtual_tokens :]) for row, s in zip(rows, sequences)
         ]
-        return dict(zip(rows, sample_batch([s.sampler for s in sequences], np.stack(penalized))))
+        ids = sample_batch([s.sampler for s in sequences], np.stack(penalized))
+        sampled = {
+            row: (token, *s.sampler.logprobs_of(logits[row], token), None)
+            for row, s, token in zip(rows, sequences, ids)
+        }
+        scaled = [(row, s) for row, s in zip(rows, sequences) if s.sampler.params.scaled_logprobs]
+        if scaled:
+            chosen = [sampled[row][0] for row, _ in scaled]
+            temperatures = [1.0 if s.sampler.greedy else s.sampler.params.temperature for _, s in scaled]
+            numbers = scaled_logprobs(logits[[row for row, _ in scaled]], chosen, temperatures)
+            for (row, _), token, logprob, entropy in zip(scaled, chosen, *(values.tolist() for values in numbers)):
+                sampled[row] = token, logprob, None, entropy
+        return sampled
 
-    def _append(self, sequence, token, logprob, top_logprobs):
+    def _append(self, sequence, token, logprob, top_logprobs, entropy=None):
         """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
         params, sampler, detokenizer = sequence.request.params, sequence.sampler, sequence.detokenizer
         sequence.tokens.append(token)
@@ -640,7 +676,7 @@ class Engine:
                 text += rest
             reason = "stop" if stopped else "length" if full else None
         output = TokenOutput(
-            sequence.index, token, text, logprob, top_logprobs, cached_tokens=sequence.num_cached_tokens
+            sequence.index, token, text, logprob, top_logprobs, entropy, cached_tokens=sequence.num_cached_tokens
         )
         if reason is None:
             self._deliver(sequence, output)
@@ -766,9 +802,12 @@ class _Collector:
     """on_output of generate(): puts (i, completions) into `finished` when all n replies are."""
 
     def __init__(self, i, request, finished):
-        n, prompt, wanted = request.params.n, len(request.prompt_ids), request.params.logprobs is not None
+        n, prompt, scaled = request.params.n, len(request.prompt_ids), request.params.scaled_logprobs
+        wanted = scaled or request.params.logprobs is not None
         self.i, self.unfinished, self.finished = i, n, finished
-        self.completions = [Completion("", [], None, [] if wanted else None, prompt, 0) for _ in range(n)]
+        self.completions = [
+            Completion("", [], None, [] if wanted else None, prompt, 0, [] if scaled else None) for _ in range(n)
+        ]
 
     def __call__(self, output):
         c = self.completions[output.index]
@@ -778,6 +817,8 @@ class _Collector:
             c.token_ids.append(output.token_id)
             if c.logprobs is not None:
                 c.logprobs.append((output.logprob, output.top_logprobs))
+            if c.entropies is not None:
+                c.entropies.append(output.entropy)
         if output.finish_reason is not None:
             c.finish_reason = output.finish_reason
             self.unfinished -= 1

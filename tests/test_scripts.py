@@ -34,6 +34,8 @@ import finetune
 import model
 import pretrain
 import quantize
+import reward
+import rl
 import serve
 import trainer
 from adapters import from_pretrained, load_adapter, trainable_weights
@@ -1084,7 +1086,7 @@ def test_upstream_config(name, world, tmp_path, capfd):
 
 SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo,
              "gptq": quantize, "ptq": quantize, "wint8": quantize, "hf": export, "static": export,
-             "serve": serve}  # fmt: skip
+             "serve": serve, "reward": reward, "rl": rl, "ppo": rl}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda path: path.name)

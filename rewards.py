@@ -1,0 +1,146 @@
+"""Rewards of replies: Python functions with TRL's signature, their weighted sum, and what is done to it.
+
+    functions = load_reward_functions("rewards.py:accuracy,rewards.py:format", weights=[1.0, 0.2])
+    scores = functions[0](prompts, completions, completion_ids, columns, where)        # a float or None for each
+
+A function gets prompts, completions and completion_ids, one for each reply, and the records' keys by name. None means
+that it does not apply to that reply.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from formats.files import UserError, brief
+
+
+@dataclasses.dataclass
+class RewardFunction:
+    """f(prompts=…, completions=…, completion_ids=…, **columns) -> list of a float or None for each completion.
+
+    The signature is TRL's. Columns are the keys of the records, one value for each completion.
+    """
+
+    name: str  # in the log
+    fn: Callable
+    weight: float = 1.0
+    timeout: float = 0.0  # seconds of one call; 0: no limit
+
+    def __call__(self, prompts: list, completions: list, completion_ids: list, columns: dict, where: list) -> list:
+        """The rewards. UserError with the function, the record (of `where`) and what is wrong."""
+        results = self._call(prompts, completions, completion_ids, columns, where)
+        if not isinstance(results, (list, tuple, np.ndarray)) or len(results) != len(completions):
+            found = f"{len(results)} values" if isinstance(results, (list, tuple, np.ndarray)) else brief(repr(results))
+            raise UserError(
+                f"reward_funcs: {self.name}: returned {found}; a list of {len(completions)} rewards is needed"
+            )
+        for place, value in zip(where, results):
+            is_number = isinstance(value, (int, float, np.number)) and math.isfinite(value)
+            if value is not None and not is_number:
+                raise UserError(
+                    f"reward_funcs: {self.name}: {place}: returned {value!r}; a finite number, or None, is needed"
+                )
+        return [None if value is None else float(value) for value in results]
+
+    def _call(self, prompts, completions, completion_ids, columns, where):
+        def call(part=slice(None)):
+            some = {key: values[part] for key, values in columns.items()}
+            return self.fn(
+                prompts=prompts[part], completions=completions[part], completion_ids=completion_ids[part], **some
+            )
+
+        try:
+            return call() if not self.timeout else _within(self.timeout, call, self.name)
+        except UserError:
+            raise
+        except Exception as raised:
+            error, culprit = self._first_failure(call, where) or (raised, where[0])
+            text = f"{_line_of(error, self.fn)}{type(error).__name__}: {error}"
+            raise UserError(f"reward_funcs: {self.name}: {culprit}: {text}") from error
+
+    @staticmethod
+    def _first_failure(call, where):
+        """(exception, record) of the first record with which the function fails alone; None: it does with none."""
+        for i, place in enumerate(where):
+            try:
+                call(slice(i, i + 1))
+            except Exception as error:
+                return error, place
+        return None
+
+
+def _line_of(error, fn):
+    """'file:line: ' of the innermost frame of the function's own file."""
+    file, line, traceback = getattr(fn, "__code__", None) and fn.__code__.co_filename, None, error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == file:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return f"{file}:{line}: " if line else ""
+
+
+def _within(seconds, call, name):
+    """call(), or UserError after so many seconds."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append((call(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name=f"reward {name}")
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise UserError(f"reward_funcs: {name}: no result after {seconds:g} s (reward_timeout)")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def load_reward_functions(
+    funcs: str | list[str] | None, weights: list[float] | None, timeout: float = 0.0
+) -> list[RewardFunction]:
+    """Functions named "FILE.py:NAME", separated by commas or in a list. UserError for what cannot be loaded."""
+    names = [part.strip() for part in (funcs.split(",") if isinstance(funcs, str) else funcs or [])]
+    if weights is not None and len(weights) != len(names):
+        raise UserError(f"reward_weights: {len(weights)} numbers for {len(names)} reward_funcs")
+    functions = []
+    for name, weight in zip(names, weights or [1.0] * len(names)):
+        path, _, function = name.rpartition(":")
+        if not path.endswith(".py") or not function:
+            raise UserError(f"reward_funcs: {name!r}: FILE.py:FUNCTION is needed")
+        if not Path(path).is_file():
+            raise UserError(f"reward_funcs: {path}: no such file")
+        module = _load_module(Path(path).resolve())
+        fn = getattr(module, function, None)
+        if not callable(fn):
+            offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise UserError(
+                f"reward_funcs: {path}: has no function {function!r}; it has {', '.join(offered) or 'none'}"
+            )
+        functions.append(RewardFunction(function, fn, weight, timeout))
+    if len({function.name for function in functions}) < len(functions):
+        raise UserError(f"reward_funcs: {', '.join(names)}: each function needs its own name, which the log shows")
+    return functions
+
+
+@functools.lru_cache(16)
+def _load_module(path):
+    spec = importlib.util.spec_from_file_location(f"reward_funcs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"reward_funcs: {path}: cannot be imported: {type(error).__name__}: {error}") from error
+    return module

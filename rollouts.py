@@ -1,0 +1,697 @@
+"""Prompts -> replies of the live model -> rewards -> packed batches: what rl.py learns from.
+
+    maker = RolloutMaker(args, model, tokenizer, prompts, reward_functions, topology)
+    rollout = maker.make(number)                 # does what follows
+        groups = generate_groups(engine, prompts, numbers, params)         # rollout_n replies to each prompt
+        score_groups(groups, reward_functions, prompts)                    # reply.scores
+        combine_scores(groups, weights, args)                              # reply.reward
+        estimate_advantages(groups, args)                                  # reply.advantages, one a token
+        batches = pack_groups(groups, rows, max_length, pad_token_id)      # the prompt once, its replies side by side
+
+A group is one sequence of a packed row. Its replies share the prompt and do not see each other (FlashMask), so that
+every token sees what the engine's token saw, at the same position. See group_sample().
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+import parallel
+import rl_math
+import trainer
+from adapters import adapter_disabled
+from data import IGNORED, TokenizedRecords, conversation_prompt, epoch_order, longest_text
+from formats.files import UserError, atomic_file, parse_json_line
+from formats.record_files import RecordOptions, RecordReader
+from formats.records import PAIRS, Conversation, parse_pair, parse_prompt, record_format
+from formats.tokenizer import Tokenizer, load_tokenizer
+from heads import Policy, ScoreModel, load_reward_model, scored_sample
+from model import CausalLM
+from parallel import Topology
+from serving.engine import Engine, Request, SamplingParams
+from serving.runners import make_runner
+
+BLOCK_SIZE = 16  # tokens of a block of the engine's cache
+
+# =========================================================================================================== prompts
+
+
+class PromptDataset(TokenizedRecords):
+    """Prompts of a file, a folder with {split}.json, several of them, or a blend; truncated to max_src_len.
+
+    A record has any of the formats of docs/data.md; its last reply, if there is one, is not shown. All keys of a record
+    are columns for the reward functions. UserError: missing or empty file, or a bad record (file:line).
+    """
+
+    def __init__(
+        self,
+        path: str | Path | list,
+        tokenizer: Tokenizer,
+        max_src_len: int,
+        split: str = "train",
+        progress: bool = False,
+        options: RecordOptions | None = None,
+    ):
+        self.tokenizer, self.max_src_len = tokenizer, max_src_len
+        self._read(RecordReader(path, split, options, progress), self._encode, 1, "none of the {} prompts has tokens")
+        self.longest = int(self.lengths.max()) + 1
+
+    def _conversation(self, record, where):
+        if record_format(record, PAIRS) is None:
+            return parse_prompt(record, where)
+        pair = parse_pair(record, where)
+        return Conversation(pair.context, [*pair.history, (pair.prompt, "")], [], pair.is_plain)
+
+    def _encode(self, record, where):
+        conversation = self._conversation(record, where)
+        ids = conversation_prompt(self.tokenizer, conversation, self.max_src_len, self.max_src_len)
+        return [ids] if ids else "no prompt"
+
+    def ids(self, i: int) -> np.ndarray:
+        """Prompt number -> its ids, int32."""
+        return self._tokens[self._ends[self.numbers[i]] : self._ends[self.numbers[i] + 1]]
+
+    def text(self, i: int) -> str:
+        """Prompt number -> the text of its last user turn."""
+        conversation = self._conversation(self.reader.rename(self.record(i)), self.where(i))
+        return longest_text(conversation.rounds[-1][0])
+
+    def numbers_of(self, rollout: int, count: int, seed: int) -> list[int]:
+        """The prompts of a rollout. They are one stream over all epochs, so that every rollout has `count` of them."""
+        n, numbers = len(self), []
+        for k in range(rollout * count, (rollout + 1) * count):
+            numbers.append(int(_order(n, seed, k // n)[k % n]))
+        return numbers
+
+
+@functools.lru_cache(2)
+def _order(n, seed, epoch):
+    return epoch_order(n, seed, epoch)
+
+
+# =========================================================================================================== replies
+
+
+@dataclasses.dataclass
+class Reply:
+    """One reply of the model; T tokens, the end token among them if it was given."""
+
+    token_ids: list[int]
+    logps: np.ndarray  # (T,) float64, by the engine when it sampled them
+    text: str
+    is_cut: bool = False  # it reached max_dec_len without an end
+    entropy: float = 0.0  # mean over its tokens, in nats
+    scores: list = dataclasses.field(default_factory=list)  # of each reward function; None: it does not apply
+    reward: float = math.nan  # nan: no function applies, so nothing is learned from it
+    ref_logps: np.ndarray | None = None  # (T,) under the reference
+    values: np.ndarray | None = None  # (T,) by the value head before the updates
+    advantages: np.ndarray | None = None  # (T,)
+    returns: np.ndarray | None = None  # (T,) what the value head learns
+
+    def to_json(self) -> dict:
+        """What a file of rollouts holds of it."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "logps": [float(x) for x in self.logps],
+            "is_cut": self.is_cut,
+            "entropy": self.entropy,
+            "scores": self.scores,
+        }
+
+
+@dataclasses.dataclass
+class Group:
+    """A prompt and the replies to it."""
+
+    number: int  # of the prompt in its dataset
+    prompt_ids: np.ndarray
+    replies: list[Reply]
+
+
+def make_engine(
+    model: CausalLM, tokenizer: Tokenizer, longest_prompt: int, max_dec_len: int, sequences: int, replies: int
+) -> Engine:
+    """An Engine on the model's own weights with room for `sequences` replies at once, `replies` to each prompt.
+
+    Its runner computes with the model's layers, LoRA included: no copy of the weights could be out of date.
+    """
+    prompts = -(-sequences // replies)
+    prompt_blocks, reply_blocks = -(-longest_prompt // BLOCK_SIZE), -(-max_dec_len // BLOCK_SIZE) + 1
+    num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
+    return Engine(
+        make_runner(model, num_blocks, BLOCK_SIZE),
+        tokenizer,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=2048,
+        max_model_len=longest_prompt + max_dec_len,
+        max_queue=max(256, 2 * sequences),
+    )
+
+
+def sampling_params(args: object, seed: int) -> SamplingParams:
+    """How replies are sampled for training."""
+    return SamplingParams(
+        max_tokens=args.max_dec_len,
+        min_tokens=max(0, args.min_dec_len - 1),  # an end token is a token of the reply
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=seed,
+        n=args.rollout_n,
+        scaled_logprobs=True,
+    )
+
+
+def generate_groups(engine: Engine, dataset: PromptDataset, numbers: list[int], params: list) -> list[Group]:
+    """The replies to these prompts, with params[i] for the i-th."""
+    prompts = [dataset.ids(number) for number in numbers]
+    requests = [Request(ids.tolist(), p) for ids, p in zip(prompts, params)]
+    groups = []
+    for number, ids, completions in zip(numbers, prompts, engine.generate(requests)):
+        replies = []
+        for completion in completions:
+            if completion.finish_reason == "error":
+                raise UserError(f"{dataset.where(number)}: the model's logits are not finite; lower learning_rate")
+            logps = np.array([logprob for logprob, _ in completion.logprobs or ()])
+            entropy = float(np.mean(completion.entropies)) if completion.entropies else 0.0
+            is_cut = completion.finish_reason == "length"
+            replies.append(Reply(completion.token_ids, logps, completion.text, is_cut, entropy))
+        groups.append(Group(number, ids, replies))
+    return groups
+
+
+def write_rollouts(path: Path, rollout: int, groups: list[Group], names: list[str]) -> None:
+    """One JSON line a group: rollout, prompt's number and ids, and its replies with their scores by name."""
+    path.parent.mkdir(exist_ok=True)
+    with atomic_file(path) as file:
+        for group in groups:
+            row = {"rollout": rollout, "number": group.number, "prompt_ids": group.prompt_ids.tolist()}
+            row |= {"reward_funcs": names, "replies": [reply.to_json() for reply in group.replies]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_rollouts(path: str | Path) -> dict[int, list[Group]]:
+    """{number of the rollout: its groups} of a file of write_rollouts(), or of all files of a folder."""
+    files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]
+    rollouts = collections.defaultdict(list)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"replay: {file}: no such file; rl.py writes rollouts with save_rollouts: true")
+        for line_number, line in enumerate(file.read_bytes().splitlines(), 1):
+            row = parse_json_line(line, file, line_number)
+            try:
+                rollouts[row["rollout"]].append(group_of(row))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{file}:{line_number}: not a line of rollouts: {error!r}") from None
+    if not rollouts:
+        raise UserError(f"replay: {path}: holds no rollouts")
+    return dict(rollouts)
+
+
+def group_of(row: dict) -> Group:
+    """A line of a file of rollouts -> Group."""
+    replies = [Reply(**{**reply, "logps": np.array(reply["logps"])}) for reply in row["replies"]]
+    return Group(row["number"], np.array(row["prompt_ids"], np.int32), replies)
+
+
+# =========================================================================================== rewards and advantages
+
+
+class RewardModel:
+    """A reward model's folder as a reward: the score of each reply's last token, after its prompt."""
+
+    name, weight = "reward_model", 1.0
+    ROWS = 8  # groups scored at once
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, topology: Topology):
+        theirs = load_tokenizer(path)
+        if theirs.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"reward_model_name_or_path: {path}: its tokenizer has {theirs.vocab_size} ids, the policy's "
+                f"{tokenizer.vocab_size}; one that shares the policy's tokenizer is needed"
+            )
+        self.model, self.pad_token_id = ScoreModel(load_reward_model(path, topology)), tokenizer.pad_token_id
+
+    @paddle.no_grad()
+    def scores(self, groups: list[Group]) -> list[float]:
+        """Of all replies, group by group."""
+        found = []
+        for first in range(0, len(groups), self.ROWS):
+            samples = [
+                scored_sample(group.prompt_ids, [reply.token_ids for reply in group.replies])
+                for group in groups[first : first + self.ROWS]
+            ]
+            B, T = len(samples), max(len(sample[0]) for sample in samples)
+            ids, positions = np.full((B, T), self.pad_token_id, np.int64), np.zeros((B, T), np.int64)
+            mask_rows, last = np.full((B, 1, T, 1), T, np.int32), np.zeros((B, T), bool)
+            for b, sample in enumerate(samples):
+                n = len(sample[0])
+                ids[b, :n], positions[b, :n], mask_rows[b, 0, :n, 0], last[b, :n] = *sample[:3], sample[3] >= 0
+                positions[b, n:] = np.arange(T - n)
+            scores = self.model(*(paddle.to_tensor(array) for array in (ids, positions, mask_rows)))
+            found += scores.numpy()[last].tolist()
+        return found
+
+
+def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -> None:
+    """reply.scores of all replies by these functions; each function is called once with all of them."""
+    replies = [reply for group in groups for reply in group.replies]
+    records, prompts, where = [], [], []
+    for group in groups:
+        record = dataset.record(group.number)
+        prompt = record["prompt"] if isinstance(record.get("prompt"), list) else dataset.text(group.number)
+        records += [record] * len(group.replies)
+        prompts += [prompt] * len(group.replies)
+        where += [dataset.where(group.number)] * len(group.replies)
+    keys = {key for record in records for key in record} - {"prompt", "completion", "prompts", "completions"}
+    columns = {key: [record.get(key) for record in records] for key in keys - {"completion_ids"}}
+    ids = [reply.token_ids for reply in replies]
+    texts = [  # as TRL, a message where the prompt is messages
+        [{"role": "assistant", "content": reply.text}] if isinstance(prompt, list) else reply.text
+        for reply, prompt in zip(replies, prompts)
+    ]
+    for reply in replies:
+        reply.scores = []
+    for function in functions:
+        is_model = isinstance(function, RewardModel)
+        scores = function.scores(groups) if is_model else function(prompts, texts, ids, columns, where)
+        for reply, score in zip(replies, scores):
+            reply.scores.append(score)
+
+
+def combine_scores(groups: list[Group], weights: list[float], args: object) -> None:
+    """reply.reward: the weighted sum of the scores that apply, clipped to clip_range_score, with the penalty of long
+    replies; normalize_reward: whitened over the rollout."""
+    replies = [reply for group in groups for reply in group.replies]
+    for reply in replies:
+        known = [weight * score for weight, score in zip(weights, reply.scores) if score is not None]
+        limit = args.clip_range_score
+        reply.reward = max(-limit, min(limit, sum(known))) if known else math.nan
+    if args.enable_overlong_reward_buffer:
+        lengths = np.array([len(reply.token_ids) for reply in replies])
+        options = args.max_dec_len, args.overlong_reward_buffer, args.overlong_penalty_factor
+        for reply, penalty in zip(replies, rl_math.overlong_penalty(lengths, *options)):
+            reply.reward += float(penalty)
+    if args.normalize_reward:
+        rewards = np.array([reply.reward for reply in replies])
+        known = rl_math.known(rewards)
+        for reply in replies:
+            std = rl_math.sample_std(known)
+            reply.reward = (reply.reward - float(known.mean())) / (std + rl_math.EPSILON)
+
+
+ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "gae")
+TOKEN_LEVEL = ("reinforce_plus_plus", "gae")  # a reward for each token; KL is in it, and advantages are whitened
+
+
+def estimate_advantages(groups: list[Group], args: object) -> None:
+    """reply.advantages, and with gae reply.returns, by args.advantage_estimator."""
+    replies = [reply for group in groups for reply in group.replies]
+    if args.advantage_estimator in TOKEN_LEVEL:
+        for reply in replies:
+            reward = 0.0 if math.isnan(reply.reward) else reply.reward
+            rewards = rl_math.token_rewards(reward, reply.logps, reply.ref_logps, args.kl_coeff)
+            if args.advantage_estimator == "gae":
+                estimate = rl_math.generalized_advantages(rewards, reply.values, args.gamma, args.gae_lambda)
+                reply.advantages, reply.returns = estimate
+            else:
+                reply.advantages = rl_math.discounted_returns(rewards, args.gamma)
+    else:
+        rewards = np.array([[_sequence_reward(reply, args) for reply in group.replies] for group in groups])  # (P, G)
+        if args.advantage_estimator == "grpo":
+            advantages = rl_math.group_advantages(rewards, args.scale_rewards)
+        else:
+            advantages = rl_math.leave_one_out_advantages(rewards)
+        for reply, advantage in zip(replies, advantages.reshape(-1)):
+            reply.advantages = np.full(len(reply.token_ids), advantage)
+    if args.normalize_advantage:
+        white = rl_math.whiten(np.concatenate([reply.advantages for reply in replies]))
+        ends = np.cumsum([len(reply.token_ids) for reply in replies])
+        for reply, part in zip(replies, np.split(white, ends[:-1])):
+            reply.advantages = part
+
+
+def _sequence_reward(reply, args):
+    kl = 0.0 if reply.ref_logps is None else float((reply.logps - reply.ref_logps).sum())
+    return reply.reward - args.kl_coeff * kl
+
+
+# ============================================================================================================ batches
+
+
+def group_sample(prompt: np.ndarray, replies: list[list[int]]) -> tuple[np.ndarray, ...]:
+    """Ids of a prompt and G replies -> input_ids, labels, position_ids, rows, replies as one sequence, int64.
+
+        prompt p1 .. pn, replies a1 .. aj, b1 .. bk
+        input_ids     p1 .. p(n-1)   pn  a1 .. a(j-1)   pn  b1 .. b(k-1)
+        labels        -100 ........  a1  a2 .. aj       b1  b2 .. bk
+        position_ids  0 .... n-2     n-1 n .. n+j-2     n-1 n .. n+k-2
+        rows          end of group   end of a           end of b           FlashMask: rows from there on do not see it
+        replies       -1             0                  1
+
+    It is data.pair_sample() for any number of replies.
+    """
+    n, lengths = len(prompt) - 1, np.array([len(reply) for reply in replies])
+    ends = n + np.cumsum(lengths)
+    input_ids = np.concatenate([prompt[:n], *(part for ids in replies for part in (prompt[n:], ids[:-1]))])
+    labels = np.concatenate([np.full(n, IGNORED), *replies])
+    positions = np.concatenate([np.arange(n), *(n + np.arange(length) for length in lengths)])
+    rows = np.concatenate([np.full(n, ends[-1]), np.repeat(ends, lengths)])
+    numbers = np.concatenate([np.full(n, -1), np.repeat(np.arange(len(replies)), lengths)])
+    return tuple(array.astype(np.int64) for array in (input_ids, labels, positions, rows, numbers))
+
+
+def pack_groups(groups: list[Group], rows: int, max_length: int, pad_token_id: int, skip_cut: bool) -> list[dict]:
+    """Groups -> micro-batches of `rows` rows of at most max_length tokens, in order: a row takes what still fits.
+
+    A group that does not fit is split between its replies, and its prompt repeated. skip_cut: replies that are cut are
+    left out, but the first one if nothing else is left. A batch is data.py's, and also has places [(group, reply)] of
+    its replies and reply_tokens (n,).
+    """
+    pieces = []  # (group number, reply numbers)
+    for g, group in enumerate(groups):
+        room, piece = 0, None
+        for i, reply in enumerate(group.replies):
+            if skip_cut and reply.is_cut:
+                continue
+            length = len(reply.token_ids)
+            if piece is None or length > room:
+                piece, room = [], max_length - (len(group.prompt_ids) - 1)
+                pieces.append((g, piece))
+            piece.append(i)
+            room -= length
+    if not pieces:
+        pieces = [(0, [0])]
+    packed, room = [], -1  # rows, each a list of pieces
+    for g, numbers in pieces:
+        length = len(groups[g].prompt_ids) - 1 + sum(len(groups[g].replies[i].token_ids) for i in numbers)
+        if length > room:
+            packed.append([])
+            room = max_length
+        packed[-1].append((g, numbers))
+        room -= length
+    return [_collate(packed[first : first + rows], groups, pad_token_id) for first in range(0, len(packed), rows)]
+
+
+def _collate(rows, groups, pad_token_id):
+    """Rows of pieces -> a batch as wide as its longest row."""
+    samples = [
+        [group_sample(groups[g].prompt_ids, [groups[g].replies[i].token_ids for i in numbers]) for g, numbers in row]
+        for row in rows
+    ]
+    B, T = len(rows), max(sum(len(sample[0]) for sample in row) for row in samples)
+    batch = {
+        "input_ids": np.full((B, T), pad_token_id, np.int64),
+        "labels": np.full((B, T), IGNORED, np.int64),
+        "position_ids": np.zeros((B, T), np.int64),
+        "startend_row_indices": np.full((B, 1, T, 1), T, np.int32),
+        "places": [(g, i) for row in rows for g, numbers in row for i in numbers],
+        "sample_ids": [[groups[g].number for g, _ in row] for row in rows],
+        "tokens": sum(len(sample[0]) for row in samples for sample in row),
+    }
+    for b, row in enumerate(samples):
+        start = 0
+        for ids, labels, positions, mask_rows, _ in row:
+            here = np.s_[b, start : start + len(ids)]
+            batch["input_ids"][here], batch["labels"][here], batch["position_ids"][here] = ids, labels, positions
+            batch["startend_row_indices"][b, 0, start : start + len(ids), 0] = start + mask_rows
+            start += len(ids)
+        batch["position_ids"][b, start:] = np.arange(T - start)
+    batch["reply_tokens"] = np.array([len(groups[g].replies[i].token_ids) for g, i in batch["places"]], np.int64)
+    batch["segments"] = np.repeat(np.arange(len(batch["places"])), batch["reply_tokens"])
+    return batch
+
+
+def attach(batch: dict, groups: list[Group], names: Iterable[str]) -> None:
+    """Put these arrays of the batch's replies into it, one number a token: {name: (M,) float64}; None stays out."""
+    for name in names:
+        parts = [getattr(groups[g].replies[i], name) for g, i in batch["places"]]
+        if all(part is not None for part in parts):
+            batch[name] = np.concatenate(parts)
+
+
+def detach(batch: dict, groups: list[Group], name: str, numbers: np.ndarray) -> None:
+    """Numbers (M,) of a batch's tokens -> the attribute `name` of its replies."""
+    ends = np.cumsum(batch["reply_tokens"])
+    for (g, i), part in zip(batch["places"], np.split(np.asarray(numbers, np.float64), ends[:-1])):
+        setattr(groups[g].replies[i], name, part)
+
+
+# ========================================================================================================= a rollout
+
+
+class Rollout:
+    """The replies that a few updates learn from: groups, this rank's micro-batches of each update, and metrics."""
+
+    def __init__(self, groups: list[Group], mini_batches: list[list[dict]], metrics: dict[str, float]):
+        self.groups, self.mini_batches, self.metrics = groups, mini_batches, metrics
+        self.differences = []  # (M,) of each micro-batch of the first update: trainer's minus engine's log-probability
+
+    def update_metrics(self, seconds: float, topology: Topology) -> dict[str, float]:
+        """The rollout's metrics and the time of an update that took so long, as this rank's part of a sum over ranks.
+
+        engine_kl: k3 of the engine's log-probabilities and the trainer's before the first update, mean over tokens.
+        """
+        if is_first := "engine_kl" not in self.metrics:
+            d = np.concatenate(self.differences or [np.zeros(1)])
+            sums = [float((np.exp(d) - d - 1).sum()), float(abs(d).sum()), d.size, float(abs(d).max())]
+            rows = topology.all_gather_object(sums) if topology.data_size > 1 else [sums]
+            kl, total, tokens = (sum(column) for column in list(zip(*rows))[:3])
+            self.metrics["engine_kl"] = kl / tokens
+            self.metrics["sampling/sampling_logp_difference/mean"] = total / tokens
+            self.metrics["sampling/sampling_logp_difference/max"] = max(row[3] for row in rows)
+        spent = self.metrics["time/generate"] + self.metrics["time/reward"] if is_first else 0.0
+        metrics = {**self.metrics, "time/update": seconds - spent}
+        return {name: value / topology.data_size for name, value in metrics.items()}
+
+
+def rollout_metrics(groups: list[Group], names: list[str]) -> dict[str, float]:
+    """TRL's metrics of rewards and replies."""
+    replies = [reply for group in groups for reply in group.replies]
+    rewards, lengths = np.array([r.reward for r in replies]), np.array([len(r.token_ids) for r in replies])
+    stds = [rl_math.sample_std(rl_math.known(np.array([r.reward for r in group.replies]))) for group in groups]
+    metrics = {
+        "reward": float(np.mean(rl_math.known(rewards))) if len(rl_math.known(rewards)) else math.nan,
+        "reward_std": rl_math.sample_std(rl_math.known(rewards)),
+        "frac_reward_zero_std": float(np.mean([std < 1e-8 for std in stds])) if len(replies) > len(groups) else 0.0,
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(np.mean([reply.is_cut for reply in replies])),
+        "entropy": float(np.average([reply.entropy for reply in replies], weights=lengths)),
+    }
+    for i, name in enumerate(names):
+        scores = np.array([r.scores[i] for r in replies if r.scores[i] is not None])
+        metrics[f"rewards/{name}/mean"] = float(scores.mean()) if len(scores) else math.nan
+        metrics[f"rewards/{name}/std"] = rl_math.sample_std(scores)
+    return metrics
+
+
+def seed_of(seed: int, *numbers: int) -> int:
+    """The engine's seed for one prompt of one rollout: a function of these numbers alone."""
+    digest = hashlib.blake2b(" ".join(map(str, (seed, *numbers))).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+class RolloutMaker:
+    """Makes Rollouts from the live model: generate, score, compare with the reference, estimate advantages, pack."""
+
+    def __init__(
+        self,
+        args: object,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        dataset: PromptDataset,
+        functions: list,
+        topology: Topology,
+    ):
+        self.args, self.model, self.dataset, self.functions, self.topology = args, model, dataset, functions, topology
+        self.pad_token_id = tokenizer.pad_token_id
+        self.max_length = args.max_length or dataset.longest + args.max_dec_len
+        if self.max_length < dataset.longest + args.max_dec_len - 1:
+            needed = dataset.longest + args.max_dec_len
+            raise UserError(f"max_length: {self.max_length}; the longest prompt and a reply need {needed}")
+        self.replayed = read_rollouts(args.replay) if args.replay else None
+        replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n
+        sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
+        shape = dataset.longest, args.max_dec_len, sequences, args.rollout_n
+        self.engine = None if self.replayed else make_engine(model, tokenizer, *shape)
+        self.reference = make_reference(model, args, topology)
+
+    @property
+    def names(self) -> list[str]:
+        return [function.name for function in self.functions]
+
+    def make(self, number: int) -> Rollout:
+        """Rollout `number` of the run, counted from 0."""
+        args, seconds = self.args, {"time/generate": 0.0, "time/reward": 0.0}
+        groups = self._replay(number) if self.replayed else self._scored_groups(number, 0, seconds)
+        if args.dynamic_sampling and not self.replayed:
+            groups = self._with_differences(groups, number, seconds)
+        combine_scores(groups, [function.weight for function in self.functions], args)
+        metrics = rollout_metrics(groups, self.names)
+        if math.isnan(metrics["reward"]):
+            raise UserError(f"rollout {number}: no reward function applies to any reply: all returned None")
+        if args.save_rollouts and self.topology.rank == 0:
+            path = Path(args.output_dir) / "rollouts" / f"{number:06d}.jsonl"
+            write_rollouts(path, number, groups, self.names)
+        local = self._pack(groups)
+        self._before_updates(groups, local)
+        estimate_advantages(groups, args)
+        for batches in local:
+            for batch in batches:
+                attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns"))
+        return Rollout(groups, local, metrics | seconds)
+
+    def _scored_groups(self, number, batch, seconds):
+        """The groups of all ranks with their scores; `seconds` grows. batch: see _with_differences()."""
+        start = time.perf_counter()
+        groups = self._generate(number, batch)
+        generated = time.perf_counter()
+        score_groups(groups, self.functions, self.dataset)
+        groups = self._gather_groups(groups)
+        seconds["time/generate"] += generated - start
+        seconds["time/reward"] += time.perf_counter() - generated
+        return groups
+
+    def _with_differences(self, groups, number, seconds):
+        """DAPO's dynamic sampling: groups whose rewards are all equal give way to groups of further prompts, of up to
+        max_gen_batches batches in all; Yu et al., arXiv 2503.14476, Eq. 11. The prompts of each further batch are a
+        stream of their own, so that which they are depends on nothing that has to be saved."""
+        args, weights = self.args, [function.weight for function in self.functions]
+
+        def teaches(group):
+            combine_scores([group], weights, args)
+            return rl_math.sample_std(rl_math.known(np.array([reply.reward for reply in group.replies]))) > 1e-8
+
+        kept, equal = [group for group in groups if teaches(group)], [group for group in groups if not teaches(group)]
+        for batch in range(1, args.max_gen_batches):
+            if len(kept) >= args.global_batch_size:
+                break
+            kept += [group for group in self._scored_groups(number, batch, seconds) if teaches(group)]
+        return [*kept, *equal][: args.global_batch_size]
+
+    def _generate(self, number, batch):
+        """This rank's groups."""
+        args, topology = self.args, self.topology
+        numbers = self.dataset.numbers_of(number, args.global_batch_size, args.seed + 7919 * batch)
+        local = range(topology.data_rank, len(numbers), topology.data_size)
+        params = [sampling_params(args, seed_of(args.seed, number, batch, i)) for i in local]
+        self.engine.weights_changed()
+        with trainer.eval_mode(self.model):
+            return generate_groups(self.engine, self.dataset, [numbers[i] for i in local], params)
+
+    def _replay(self, number):
+        if number not in self.replayed:
+            raise UserError(f"replay: {self.args.replay}: has no rollout {number}; set max_steps to what it holds")
+        return self.replayed[number]
+
+    def _gather_groups(self, groups):
+        """The groups of all ranks, in the order of the rollout's prompts."""
+        topology = self.topology
+        if topology.data_size == 1:
+            return groups
+        rows = [{"number": g.number, "prompt_ids": g.prompt_ids.tolist()} for g in groups]
+        rows = [row | {"replies": [r.to_json() for r in g.replies]} for row, g in zip(rows, groups)]
+        parts = dict(topology.all_gather_object([topology.data_rank, rows]))
+        ordered = [None] * self.args.global_batch_size
+        for rank, part in parts.items():
+            ordered[rank :: topology.data_size] = [group_of(row) for row in part]
+        return ordered
+
+    def _pack(self, groups):
+        """This rank's micro-batches of each mini-batch."""
+        args, local = self.args, []
+        size = args.global_mini_batch_size if args.global_mini_batch_size > 0 else args.global_batch_size
+        for first in range(0, len(groups), size):
+            some = groups[first : first + size]
+            batches = pack_groups(
+                some,
+                args.per_device_train_batch_size,
+                self.max_length,
+                self.pad_token_id,
+                args.mask_truncated_completions,
+            )
+            for batch in batches:
+                batch["places"] = [(first + g, i) for g, i in batch["places"]]
+            packed, replies = sum(len(batch["places"]) for batch in batches), sum(len(group.replies) for group in some)
+            batches[0]["skipped_replies"] = replies - packed
+            if args.mask_truncated_completions and all(reply.is_cut for group in some for reply in group.replies):
+                batches[0]["is_dummy"] = True
+            pairs = trainer.local_micro_batches(batches, self.topology)
+            local.append([batch if is_real else {**batch, "tokens": 0, "is_dummy": True} for batch, is_real in pairs])
+        return local
+
+    def _before_updates(self, groups, local):
+        """reply.ref_logps of all replies, if a KL is asked for, and reply.values, if there is a value head."""
+        names = ["ref_logps"] * (self.reference is not None) + ["values"] * (self.model.score is not None)
+        if not names:
+            return
+        own, temperature = [], self.args.temperature
+        for batch in (batch for batches in local for batch in batches):
+            inputs = trainer.model_inputs(batch)
+            with trainer.eval_mode(self.model):
+                if "ref_logps" in names:
+                    with self.reference() as model:
+                        detach(batch, groups, "ref_logps", Policy(model, temperature)(**inputs)["logps"].numpy())
+                if "values" in names:
+                    detach(batch, groups, "values", Policy(self.model, temperature)(**inputs)["values"].numpy())
+            replies = [(g, i, groups[g].replies[i]) for g, i in batch["places"]]
+            own += [(g, i, [getattr(reply, name).tolist() for name in names]) for g, i, reply in replies]
+        for part in self.topology.all_gather_object(own) if self.topology.data_size > 1 else ():
+            for g, i, arrays in part:
+                for name, array in zip(names, arrays):
+                    setattr(groups[g].replies[i], name, np.array(array))
+
+
+def make_reference(model: CausalLM, args: object, topology: Topology) -> Callable | None:
+    """A function that gives a context with the reference: the model with its adapter off, or a frozen copy of what it
+    was before training. None: no KL is asked for."""
+    if not args.needs_reference:
+        return None
+    if args.lora:
+        return functools.partial(adapter_disabled, model)
+    print("reference: a frozen copy of the model; with lora: true it would take no memory", flush=True)
+    return functools.partial(contextlib.nullcontext, parallel.from_pretrained(args.model_name_or_path, topology))
+
+
+def evaluate_prompts(
+    engine: Engine, dataset: PromptDataset, functions: list, args: object, topology: Topology
+) -> tuple[dict[str, float], list[str]]:
+    """({"eval_reward", "eval_rewards/NAME", "eval_length"}, the greedy replies): means over the prompts."""
+    count = args.max_evaluate_steps * args.per_device_eval_batch_size
+    numbers = list(range(min(count, len(dataset)) if count > 0 else len(dataset)))
+    engine.weights_changed()
+    params = SamplingParams(max_tokens=args.max_dec_len, temperature=0.0)
+    local = numbers[topology.data_rank :: topology.data_size]
+    with trainer.eval_mode(engine.runner.model):
+        groups = generate_groups(engine, dataset, local, [params] * len(local))
+    score_groups(groups, functions, dataset)
+    combine_scores(groups, [function.weight for function in functions], args)
+    rows = [[g.number, g.replies[0].reward, g.replies[0].scores, len(g.replies[0].token_ids)] for g in groups]
+    texts = {g.number: g.replies[0].text for g in groups}
+    if topology.data_size > 1:
+        parts = topology.all_gather_object([rows, list(texts.items())])
+        rows = sorted({row[0]: row for part, _ in parts for row in part}.values())
+        texts = dict(pair for _, part in parts for pair in part)
+    metrics = {"eval_reward": _mean([row[1] for row in rows])}
+    for i, function in enumerate(functions):
+        metrics[f"eval_rewards/{function.name}"] = _mean([row[2][i] for row in rows])
+    return metrics | {"eval_length": _mean([row[3] for row in rows])}, [texts[number] for number in numbers]
+
+
+def _mean(numbers):
+    known = [number for number in numbers if number is not None and not math.isnan(number)]
+    return float(np.mean(known)) if known else math.nan
