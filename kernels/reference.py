@@ -729,7 +729,7 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
             largest = x.abs().max(-1)  # (N, K)
             _put(scales, slots, largest / 127.0)
             x = paddle.round(x * (127.0 / paddle.clip(largest, min=1e-30)).unsqueeze(-1)).astype("int8")
-        _put(cache, slots, x)
+        _put(cache, slots, x.astype(cache.dtype))
 
 
 def _put(cache, slots, x):

@@ -18,6 +18,12 @@ static INLINE vf widen(const int8_t* p) {  // intrinsics: GCC's __builtin_conver
   return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(x, 24));
 #endif
 }
+typedef uint16_t halves __attribute__((vector_size(VL * 2)));
+static INLINE vf widen(const uint16_t* p) {  // bfloat16: the upper half of a float
+  halves x;
+  std::memcpy(&x, p, sizeof(x));
+  return (vf)(__builtin_convertvector(x, vi) << 16);
+}
 template <class T>
 static INLINE vf widen_part(const T* p,
                             long n) {  // the first n values, then zeros: what follows may belong to others
@@ -270,6 +276,7 @@ static void attend(const Paged& a) {
   else parallel(a.S * a.K, join);
 }
 static void attend_float(const Paged& a) { attend<float>(a); }
+static void attend_bfloat16(const Paged& a) { attend<uint16_t>(a); }
 static void attend_int8(const Paged& a) { attend<int8_t>(a); }
 
 // One head of one token, rounded to int8 with its scale: max |x| / 127.
