@@ -16,10 +16,10 @@ import ctypes
 import dataclasses
 from typing import NamedTuple
 
+from kernels import cpu
+
 import numpy as np
 import paddle
-
-from kernels import cpu
 
 INPUT_BLOCK = 128  # input rows that share a scale of x; cpu/panels.cc takes the largest part of it that fits a group
 CACHES = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -221,7 +221,7 @@ class FusedMultiTransformer:
         cos: np.ndarray | None = None,
         sin: np.ndarray | None = None,
         q_scale: np.ndarray | None = None,
-    ) -> paddle.Tensor:
+    ) -> np.ndarray:
         """Logits (S, V) float32 after the last token of each sequence.
 
         ids, slots (N,) int64: of the tokens of all sequences in a row; slots as in kernels.write_cache. tables
@@ -229,7 +229,7 @@ class FusedMultiTransformer:
         positions. cos, sin (N, rotary / 2) and q_scale (N,) float32, or None.
         """
         ends = np.cumsum(queries, dtype=np.int64)
-        logits = paddle.empty([len(queries), self.shape.V], "float32")
+        logits = np.empty((len(queries), self.shape.V), np.float32)
         given = dict(ids=ids, rows=rows, slots=slots, first=ends - queries, last=ends - 1, tables=tables)
         given |= dict(queries=queries, contexts=contexts, cos=cos, sin=sin, q_scale=q_scale)
         types = dict.fromkeys(("tables", "queries", "contexts"), np.int32)
@@ -241,7 +241,7 @@ class FusedMultiTransformer:
         }
         pointers = {name: array.ctypes.data for name, array in arrays.items()}
         sizes = dict(tokens=len(ids), sequences=len(queries), width=tables.shape[1])
-        step = _Step(**sizes, **pointers, logits=logits.data_ptr())
+        step = _Step(**sizes, **pointers, logits=logits.ctypes.data)
         self._library.fused_step(self._model, ctypes.byref(step))
         return logits
 

@@ -350,6 +350,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
+    dtype, int8_head: of serving.fused.
     """
 
     def __init__(
@@ -367,9 +368,10 @@ class Engine:
         adapters: dict | None = None,
         int8_cache: bool = False,
         dtype: str = "float32",
+        int8_head: bool = False,
     ):
         if isinstance(model, CausalLM):
-            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype)
+            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
         self.runner, self.tokenizer = model, tokenizer
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue

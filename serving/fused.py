@@ -9,14 +9,18 @@ inputs of products to bfloat16; sums, norms and softmax stay float32.
 Letters as in runners.py.
 """
 
+import ctypes
+
 import kernels
 from kernels.fused import FusedMultiTransformer, FusedShape, Weight, gate_and_up, storage_missing
+from kernels.rounding import round_to_nearest
 
 import numpy as np
 import paddle
 
+from formats.files import UserError
 from layers import Linear, QuantLinear
-from model import CausalLM, MoE
+from model import CausalLM
 from positions import alibi_slopes, rope_tables
 from serving.runners import PagedRunner, SequentialRunner, make_runner
 
@@ -39,7 +43,9 @@ def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | N
             return f"it does not cover {name}"
     if why := kernels.fused_missing():
         return why
-    storages = {_storage(layer, dtype) for layer in model.layers.sublayers() if isinstance(layer, (Linear, QuantLinear))}
+    storages = {
+        _storage(layer, dtype) for layer in model.layers.sublayers() if isinstance(layer, (Linear, QuantLinear))
+    }
     for storage in sorted(storages):
         if storage in ("w8", "w4") and dtype == "float32":
             return f"{storage} rounds the inputs of products too, which dtype float32 excludes"
@@ -50,6 +56,17 @@ def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | N
             if why := _why_not_together(layers):
                 return f"{name}: {why}"
     return None
+
+
+def choose_dtype(model: CausalLM, adapters: dict | None, asked: str) -> str:
+    """What is asked for, or for "auto" bfloat16 where FusedRunner can, else float32.
+
+    UserError where bfloat16 was asked for and cannot be.
+    """
+    why = why_not_fused(model, adapters, "bfloat16") if asked != "float32" else None
+    if asked == "bfloat16" and why:
+        raise UserError(f"dtype: bfloat16 is not possible here: {why}; auto takes float32 then")
+    return "float32" if asked == "float32" or why else "bfloat16"
 
 
 def _storage(layer, dtype):
@@ -167,7 +184,18 @@ def _norm(layer):
     return weight, bias, layer.epsilon, layer.kind == "layer"
 
 
-def pack_model(model: CausalLM, block_size: int, dtype: str, cache: str) -> FusedMultiTransformer:
+def _head(model, dtype, int8) -> Weight:
+    weight, tied = model.head_weight()
+    values = weight.astype("float32").numpy()
+    if not int8:
+        return Weight(dtype, values, transposed=tied)
+    found = round_to_nearest(values.T if tied else values, 8)
+    return Weight("w8", found.codes, scales=found.scales)
+
+
+def pack_model(
+    model: CausalLM, block_size: int, dtype: str, cache: str, int8_head: bool = False
+) -> FusedMultiTransformer:
     """The model's weights in the layout of the instruction set; the caches are still to be set."""
     c = model.config
     shape = FusedShape(
@@ -206,8 +234,7 @@ def pack_model(model: CausalLM, block_size: int, dtype: str, cache: str) -> Fuse
                 packed.set_norm(i, name, *_norm(norm))
         for name, layers in _products(block).items():
             packed.set_linear(i, name, _weight(name, layers, c, dtype))
-    weight, tied = model.head_weight()
-    packed.set_linear(None, "head", Weight(dtype, weight.astype("float32").numpy(), transposed=tied))
+    packed.set_linear(None, "head", _head(model, dtype, int8_head))
     return packed
 
 
@@ -217,17 +244,42 @@ def pack_model(model: CausalLM, block_size: int, dtype: str, cache: str) -> Fuse
 class FusedRunner(PagedRunner):
     """PagedRunner's steps, each one call of FusedMultiTransformer.step()."""
 
-    def __init__(self, model: CausalLM, num_blocks: int, block_size: int, int8: bool = False, dtype: str = "float32"):
+    def __init__(
+        self,
+        model: CausalLM,
+        num_blocks: int,
+        block_size: int,
+        int8: bool = False,
+        dtype: str = "float32",
+        int8_head: bool = False,
+    ):
         super().__init__(model, num_blocks, block_size, int8=int8, dtype=dtype)
-        self.packed = pack_model(model, block_size, dtype, "int8" if int8 else dtype)
+        self._pack = lambda: pack_model(model, block_size, dtype, "int8" if int8 else dtype, int8_head)
+        self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
+        self.pack()
+
+    def pack(self) -> None:
+        """Pack the model's weights, as they are now."""
+        self.packed = self._pack()
         windows = self.config.windows or [None] * self.config.num_hidden_layers
         for layer, (pool, scales, window) in enumerate(zip(self.pools, self.scales, windows)):
             self.packed.set_cache(layer, *pool, *scales, window)
-        self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self):
+        """Where each parameter is, and its first, middle and last word: training changes every value."""
+        found = []
+        for parameter in self.model.parameters():
+            at, words = parameter.data_ptr(), parameter.size * parameter.element_size() // 4
+            offsets = {0, words // 2, words - 1} if words else ()
+            found.append((at, *(ctypes.c_uint32.from_address(at + 4 * i).value for i in offsets)))
+        return found
 
     @paddle.no_grad()
     def run(self, scheduled) -> np.ndarray:
         """(S, V) float32: the logits after the last token of each."""
+        if any(tokens.count > 1 for tokens in scheduled) and self.fingerprint != self._fingerprint():
+            self.pack()  # the model was trained since
         step, c = self.layout(scheduled), self.config
         cos, sin = self._rotary(step)
         q_scale = None
@@ -235,7 +287,7 @@ class FusedRunner(PagedRunner):
             q_scale = np.maximum(np.log((step.positions + 1).astype(np.float32)) / np.log(c.logn_length), 1.0)
         rows = step.positions + c.position_offset if self.model.embed_positions is not None else None
         arrays = step.ids, step.slots, step.tables, step.query_lengths, step.context_lengths
-        return self.packed.step(*arrays, rows=rows, cos=cos, sin=sin, q_scale=q_scale).numpy()
+        return self.packed.step(*arrays, rows=rows, cos=cos, sin=sin, q_scale=q_scale)
 
     def _rotary(self, step) -> tuple:
         """cos and sin (N, r/2) of the step's tokens."""
@@ -264,11 +316,12 @@ def fastest_runner(
     adapters: dict | None = None,
     int8: bool = False,
     dtype: str = "float32",
+    int8_head: bool = False,
 ) -> PagedRunner | SequentialRunner:
-    """FusedRunner where it covers the model, else that of make_runner(), after a line that says why."""
+    """FusedRunner where it covers the model, else that of make_runner(), in float32, after a line that says why."""
     model.eval()
-    why = why_not_fused(model, adapters, dtype)
+    why = why_not_fused(model, adapters, dtype) or (storage_missing("w8") if int8_head else None)
     if why is None:
-        return FusedRunner(model, num_blocks, block_size, int8, dtype)
+        return FusedRunner(model, num_blocks, block_size, int8, dtype, int8_head)
     print(f"fused_multi_transformer: not used, {why}; the model's layers run one by one", flush=True)
     return make_runner(model, num_blocks, block_size, adapters, int8)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import kernels
+from kernels.rounding import rounded_tensors
 
 import numpy as np
 import paddle
@@ -28,7 +29,8 @@ from adapters import LoRALinear, load_adapter, lora_layers
 from families import ModelConfig
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
-from model import CausalLM, KVCache, MoE, block_linears
+from layers import Linear, QuantLinear
+from model import CausalLM, KVCache, MoE, block_linears, set_parameter
 from positions import NO_ROW, rope_cache_key, rope_lengths
 
 # ============================================================================================ what a runner reads
@@ -73,6 +75,30 @@ def make_runner(
     if int8:
         raise UserError("cachekv_int8_type: ChatGLM-6B keeps keys and values in float32; leave the key out")
     return SequentialRunner(model, adapters)
+
+
+@paddle.no_grad()
+def round_linears(model: CausalLM, scheme: str, group_size: int = -1) -> None:
+    """Every float linear of the blocks becomes a QuantLinear, rounded to nearest; scheme "w8", "w4" or "a8w8".
+
+    group_size: input rows that share a scale, in linears that have a multiple of it; -1 and others: all rows.
+    UserError, naming the linear, where one cannot be packed.
+    """
+    for path, (parent, attribute, layer) in block_linears(model).items():
+        if not isinstance(layer, Linear):
+            raise UserError(f"quant: {path} is {type(layer).__name__}; quant rounds a model of float weights")
+        group = group_size if layer.n_in % group_size == 0 else -1
+        try:
+            new = QuantLinear(layer.n_in, layer.n_out, scheme, group, layer.bias is not None)
+            tensors = rounded_tensors(layer.full_weight(), scheme, group)
+        except UserError as error:
+            raise UserError(f"quant: {path}: {error}") from None
+        for name, array in tensors.items():
+            set_parameter(getattr(new, name), array)
+        if layer.bias is not None:
+            set_parameter(new.bias, layer.bias.astype("float32").numpy())
+        setattr(parent, attribute, new)
+        layer.weight._clear_data()  # one linear at a time has both
 
 
 # ================================================================================================== LoRA by name

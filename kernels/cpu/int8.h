@@ -75,7 +75,8 @@ static void pack_quads(const signed char* w, long in, long out, long row, long w
 
 // FLIP: B is signed, and its codes plus 128 are multiplied.
 template <int M, bool FLIP>
-static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, bool add) {
+static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, bool add,
+                      long ahead) {
   __m512i c[M][4];
 #pragma GCC unroll 6
   for (int m = 0; m < M; m++)
@@ -86,6 +87,7 @@ static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) {
       b[n] = _mm512_load_si512(B + q * 64 + 16 * n);
+      if (ahead) __builtin_prefetch(B + q * 64 + 16 * n + ahead);
       if (FLIP) b[n] = _mm512_xor_si512(b[n], _mm512_set1_epi8((char)0x80));
     }
 #pragma GCC unroll 6
@@ -100,21 +102,18 @@ static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) _mm512_storeu_si512(C + m * ldc + 16 * n, c[m][n]);
 }
+// ahead: how many words ahead in B the second tile fetches; the first one waits for its words. 0: none.
 template <bool FLIP = false>
 static void quad_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc,
-                       bool add) {
-  for (; M >= 6; M -= 6, A += 6 * a_stride, C += 6 * ldc) quad_tile<6, FLIP>(words, A, a_stride, B, C, ldc, add);
-  switch (M) {
-    case 5:
-      return quad_tile<5, FLIP>(words, A, a_stride, B, C, ldc, add);
-    case 4:
-      return quad_tile<4, FLIP>(words, A, a_stride, B, C, ldc, add);
-    case 3:
-      return quad_tile<3, FLIP>(words, A, a_stride, B, C, ldc, add);
-    case 2:
-      return quad_tile<2, FLIP>(words, A, a_stride, B, C, ldc, add);
-    case 1:
-      return quad_tile<1, FLIP>(words, A, a_stride, B, C, ldc, add);
+                       bool add, long ahead = 0) {
+  for (long m = 0; m < M; m += 6, A += 6 * a_stride, C += 6 * ldc) {
+    const auto run = [&](auto tile) { tile(words, A, a_stride, B, C, ldc, add, m == 6 ? ahead : 0); };
+    if (M - m >= 6) run(quad_tile<6, FLIP>);
+    else if (M - m == 5) run(quad_tile<5, FLIP>);
+    else if (M - m == 4) run(quad_tile<4, FLIP>);
+    else if (M - m == 3) run(quad_tile<3, FLIP>);
+    else if (M - m == 2) run(quad_tile<2, FLIP>);
+    else run(quad_tile<1, FLIP>);
   }
 }
 #pragma GCC pop_options

@@ -51,17 +51,18 @@ void sums_bfloat16(const Panels& w, const Inputs& x, long m0, long m1, long pane
   const long depth = rows > MR ? 64 : count;  // 64 words of a panel (16 KB) stay in the first-level cache
   for (long k = 0; k < count; k += depth) {
     const long part = std::min(depth, count - k);
-    long m = 0;
-    for (; m + MR <= rows; m += MR)
-      half_tile<MR, 4>(part, a + m * x.stride + k, x.stride, b + k * NR, c + m * ldc, ldc, NR, k > 0);
-    const auto rest = [&](auto tile) {
-      tile(part, a + m * x.stride + k, x.stride, b + k * NR, c + m * ldc, ldc, NR, k > 0);
-    };
-    if (rows - m == 5) rest(half_tile<5, 4>);
-    if (rows - m == 4) rest(half_tile<4, 4>);
-    if (rows - m == 3) rest(half_tile<3, 4>);
-    if (rows - m == 2) rest(half_tile<2, 4>);
-    if (rows - m == 1) rest(half_tile<1, 4>);
+    for (long m = 0; m < rows; m += MR) {
+      const long ahead = m == MR ? depth * NR : 0;  // the second tile fetches the next part; the first waits for this
+      const auto run = [&](auto tile) {
+        tile(part, a + m * x.stride + k, x.stride, b + k * NR, c + m * ldc, ldc, NR, k > 0, ahead);
+      };
+      if (rows - m >= MR) run(half_tile<MR, 4>);
+      else if (rows - m == 5) run(half_tile<5, 4>);
+      else if (rows - m == 4) run(half_tile<4, 4>);
+      else if (rows - m == 3) run(half_tile<3, 4>);
+      else if (rows - m == 2) run(half_tile<2, 4>);
+      else run(half_tile<1, 4>);
+    }
   }
 }
 #pragma GCC pop_options

@@ -26,6 +26,36 @@ void unpack(const uint32_t* from, long pairs, uint32_t* to) {
     }
 }
 
+// sums (M, 64) of few rows and codes that are not unpacked first: an upper half counts 16 times what it says.
+template <int M>
+void four_bit_tile(long pairs, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* sums) {
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8((char)0xF0);
+  __m512i c[M][4] = {}, upper[M][4] = {};
+  for (long i = 0; i < pairs; i++, B += 64) {
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; n++) {
+      v[n] = _mm512_load_si512(B + 16 * n);
+      __builtin_prefetch(B + 16 * n + 1024);
+    }
+#pragma GCC unroll 3
+    for (int m = 0; m < M; m++) {
+      const __m512i a = _mm512_set1_epi32((int)A[m * a_stride + 2 * i]),
+                    b = _mm512_set1_epi32((int)A[m * a_stride + 2 * i + 1]);
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; n++) {
+        c[m][n] = _mm512_dpbusd_epi32(c[m][n], _mm512_and_si512(v[n], low), a);
+        upper[m][n] = _mm512_dpbusd_epi32(upper[m][n], _mm512_and_si512(v[n], high), b);
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; n++)
+      _mm512_store_si512(sums + m * 64 + 16 * n, _mm512_add_epi32(c[m][n], _mm512_srai_epi32(upper[m][n], 4)));
+}
+
 // c (+)= (sums - zero sum of x) scale of x [scale of W], 64 columns; zeros and scales may be null.
 void scale_row(const int32_t* sums, int less, float x_sum, float x_scale, const float* scales, const float* zeros,
                float* c, bool add) {
@@ -103,14 +133,20 @@ void sums_codes(const Panels& w, const Inputs& x, long m0, long m1, long panel, 
   for (long b = 0; b < blocks; b++) {
     const long from = b * w.block / 4, to = quads(std::min(w.in, (b + 1) * w.block));
     const long part = rows > 6 || w.storage == INT4 ? PART : to - from;
-    for (long q = from; q < to; q += part) {
-      const long n = std::min(part, to - q);
-      const uint32_t *at = of_panel + q * 64, *A = x.words + m0 * x.stride + q;
-      if (w.storage == INT4) unpack(of_panel + q / 2 * 64, (n + 1) / 2, unpacked), at = unpacked;
-      if (tiles) amx_int8_tiles(rows, n, A, x.stride, at, sums, 64, 64, q > from);
-      else if (is_signed) int8::quad_tiles<true>(rows, n, A, x.stride, at, sums, 64, q > from);
-      else int8::quad_tiles<false>(rows, n, A, x.stride, at, sums, 64, q > from);
-    }
+    const uint32_t* A = x.words + m0 * x.stride;
+    if (w.storage == INT4 && rows < 4 && w.block <= 128) {  // else an upper half's sum might not fit
+      const auto tile = rows == 1 ? four_bit_tile<1> : rows == 2 ? four_bit_tile<2> : four_bit_tile<3>;
+      tile((to - from + 1) / 2, A + from, x.stride, of_panel + from / 2 * 64, sums);
+    } else
+      for (long q = from; q < to; q += part) {
+        const long n = std::min(part, to - q);
+        const uint32_t* at = of_panel + q * 64;
+        if (w.storage == INT4) unpack(of_panel + q / 2 * 64, (n + 1) / 2, unpacked), at = unpacked;
+        const long ahead = w.storage == INT4 ? 0 : PART * 64;
+        if (tiles) amx_int8_tiles(rows, n, A + q, x.stride, at, sums, 64, 64, q > from);
+        else if (is_signed) int8::quad_tiles<true>(rows, n, A + q, x.stride, at, sums, 64, q > from, ahead);
+        else int8::quad_tiles<false>(rows, n, A + q, x.stride, at, sums, 64, q > from, ahead);
+      }
     const float *scales = nullptr, *zeros = nullptr;
     if (w.groups() > 1) scales = &w.scales[b * w.block / w.group * columns + panel * 64];
     if (!w.zeros.empty()) zeros = &w.zeros[b * w.block / w.group * columns + panel * 64];

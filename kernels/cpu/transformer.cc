@@ -187,7 +187,7 @@ void run(Model& m, const Step& step) {
 }
 }  // namespace
 
-// ------------------------------------------------------------------------------------------- called by kernels/fused.py
+// --------------------------------------------------------------------------------- called by kernels/fused.py
 
 extern "C" {
 Model* fused_new(const Shape* shape) {
