@@ -97,6 +97,11 @@ static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, floa
   for (long j = 0; j < width; j += VL) {
     const T* row[VL];
     alignas(64) float scales[VL];
+    for (long i = j; i < std::min(j + VL, width); i++)  // rows lie far apart, which the hardware does not foresee
+      for (long d = 0; d < Dh * (long)sizeof(T); d += 64) {
+        __builtin_prefetch((const char*)(k + slot[std::min(i + VL, width - 1)] * stride) + d);
+        __builtin_prefetch((const char*)(v + slot[i] * stride) + d);
+      }
     for (int i = 0; i < VL; i++) {  // past the end: the last key again
       const long at = slot[std::min(j + i, width - 1)];
       row[i] = k + at * stride;

@@ -26,34 +26,57 @@ void unpack(const uint32_t* from, long pairs, uint32_t* to) {
     }
 }
 
-// sums (M, 64) of few rows and codes that are not unpacked first: an upper half counts 16 times what it says.
+// c (M, 64) of a whole panel of four-bit codes for one or two rows: codes are not unpacked into memory, and sums stay in
+// registers. An upper half counts 16 times what it says, which is divided out once a block.
 template <int M>
-void four_bit_tile(long pairs, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* sums) {
+void four_bit_panel(const Panels& w, const Inputs& x, long row, long panel, float* c, long ldc) {
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8((char)0xF0);
-  __m512i c[M][4] = {}, upper[M][4] = {};
-  for (long i = 0; i < pairs; i++, B += 64) {
-    __m512i v[4];
+  const long blocks = w.blocks(), columns = 64 * w.panels(), grouped = w.groups() > 1;
+  const uint32_t* b = (const uint32_t*)w.data.get() + panel * words_of(w) * 64;
+  const uint32_t* a = x.words + row * x.stride;
+  __m512 total[M][4] = {};
+  for (long block = 0; block < blocks; block++) {
+    const long k = block * w.block, pairs = (std::min(w.block, w.in - k) + 7) / 8;
+    __m512i lower[M][4] = {}, upper[M][4] = {};
+    for (long i = 0; i < pairs; i++, b += 64) {
+      __m512i v[4];
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) {
-      v[n] = _mm512_load_si512(B + 16 * n);
-      __builtin_prefetch(B + 16 * n + 1024);
+      for (int n = 0; n < 4; n++) v[n] = _mm512_load_si512(b + 16 * n);
+#pragma GCC unroll 2
+      for (int m = 0; m < M; m++) {
+        const uint32_t* at = a + m * x.stride + k / 4 + 2 * i;
+        const __m512i first = _mm512_set1_epi32((int)at[0]), second = _mm512_set1_epi32((int)at[1]);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+          lower[m][n] = _mm512_dpbusd_epi32(lower[m][n], _mm512_and_si512(v[n], low), first);
+          upper[m][n] = _mm512_dpbusd_epi32(upper[m][n], _mm512_and_si512(v[n], high), second);
+        }
+      }
+      __builtin_prefetch(b + 1024);
+      __builtin_prefetch(b + 1040);
+      __builtin_prefetch(b + 1056);
+      __builtin_prefetch(b + 1072);
     }
-#pragma GCC unroll 3
+    const long at = (grouped ? k / w.group * columns : 0) + panel * 64;
+#pragma GCC unroll 2
     for (int m = 0; m < M; m++) {
-      const __m512i a = _mm512_set1_epi32((int)A[m * a_stride + 2 * i]),
-                    b = _mm512_set1_epi32((int)A[m * a_stride + 2 * i + 1]);
+      const long i = (row + m) * blocks + block;
+      const __m512i less = _mm512_set1_epi32(w.zero * x.sums[i]);
+      const __m512 sum = _mm512_set1_ps((float)x.sums[i]), scale = _mm512_set1_ps(x.scales[i]);
 #pragma GCC unroll 4
       for (int n = 0; n < 4; n++) {
-        c[m][n] = _mm512_dpbusd_epi32(c[m][n], _mm512_and_si512(v[n], low), a);
-        upper[m][n] = _mm512_dpbusd_epi32(upper[m][n], _mm512_and_si512(v[n], high), b);
+        const __m512i all = _mm512_add_epi32(lower[m][n], _mm512_srai_epi32(upper[m][n], 4));
+        __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(all, less));
+        if (!w.zeros.empty()) y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_loadu_ps(&w.zeros[at + 16 * n]), sum));
+        if (grouped) y = _mm512_mul_ps(y, _mm512_loadu_ps(&w.scales[at + 16 * n]));
+        total[m][n] = _mm512_fmadd_ps(y, scale, total[m][n]);
       }
     }
   }
-#pragma GCC unroll 3
+#pragma GCC unroll 2
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n++)
-      _mm512_store_si512(sums + m * 64 + 16 * n, _mm512_add_epi32(c[m][n], _mm512_srai_epi32(upper[m][n], 4)));
+    for (int n = 0; n < 4; n++) _mm512_storeu_ps(c + m * ldc + 16 * n, total[m][n]);
 }
 
 // c (+)= (sums - zero sum of x) scale of x [scale of W], 64 columns; zeros and scales may be null.
@@ -128,25 +151,23 @@ void sums_codes(const Panels& w, const Inputs& x, long m0, long m1, long panel, 
   alignas(64) uint32_t unpacked[PART * 64];
   alignas(64) int32_t sums[96 * 64];
   const long rows = m1 - m0, blocks = w.blocks(), columns = 64 * w.panels();
+  if (w.storage == INT4 && rows <= 2)
+    return rows == 1 ? four_bit_panel<1>(w, x, m0, panel, c, ldc) : four_bit_panel<2>(w, x, m0, panel, c, ldc);
   const bool tiles = rows >= 16 && amx_int8_ready(), is_signed = w.storage == INT8 && amx_int8_ready();
   const uint32_t* of_panel = (const uint32_t*)w.data.get() + panel * words_of(w) * 64;
   for (long b = 0; b < blocks; b++) {
     const long from = b * w.block / 4, to = quads(std::min(w.in, (b + 1) * w.block));
     const long part = rows > 6 || w.storage == INT4 ? PART : to - from;
     const uint32_t* A = x.words + m0 * x.stride;
-    if (w.storage == INT4 && rows < 4 && w.block <= 128) {  // else an upper half's sum might not fit
-      const auto tile = rows == 1 ? four_bit_tile<1> : rows == 2 ? four_bit_tile<2> : four_bit_tile<3>;
-      tile((to - from + 1) / 2, A + from, x.stride, of_panel + from / 2 * 64, sums);
-    } else
-      for (long q = from; q < to; q += part) {
-        const long n = std::min(part, to - q);
-        const uint32_t* at = of_panel + q * 64;
-        if (w.storage == INT4) unpack(of_panel + q / 2 * 64, (n + 1) / 2, unpacked), at = unpacked;
-        const long ahead = w.storage == INT4 ? 0 : PART * 64;
-        if (tiles) amx_int8_tiles(rows, n, A + q, x.stride, at, sums, 64, 64, q > from);
-        else if (is_signed) int8::quad_tiles<true>(rows, n, A + q, x.stride, at, sums, 64, q > from, ahead);
-        else int8::quad_tiles<false>(rows, n, A + q, x.stride, at, sums, 64, q > from, ahead);
-      }
+    for (long q = from; q < to; q += part) {
+      const long n = std::min(part, to - q);
+      const uint32_t* at = of_panel + q * 64;
+      if (w.storage == INT4) unpack(of_panel + q / 2 * 64, (n + 1) / 2, unpacked), at = unpacked;
+      const long ahead = w.storage == INT4 ? 0 : PART * 64;
+      if (tiles) amx_int8_tiles(rows, n, A + q, x.stride, at, sums, 64, 64, q > from);
+      else if (is_signed) int8::quad_tiles<true>(rows, n, A + q, x.stride, at, sums, 64, q > from, ahead);
+      else int8::quad_tiles<false>(rows, n, A + q, x.stride, at, sums, 64, q > from, ahead);
+    }
     const float *scales = nullptr, *zeros = nullptr;
     if (w.groups() > 1) scales = &w.scales[b * w.block / w.group * columns + panel * 64];
     if (!w.zeros.empty()) zeros = &w.zeros[b * w.block / w.group * columns + panel * 64];
