@@ -736,8 +736,8 @@ def _put(cache, slots, x):
     """cache (blocks, block_size, …), x (N, …): row slots[i] of the cache = x[i], in place, without copying the pool."""
     rows = cache.reshape([-1, *cache.shape[2:]])
     assert rows.data_ptr() == cache.data_ptr(), "reshape made a copy"
-    if x.dtype == paddle.int8:
-        paddle.index_put_(rows, (slots,), x)  # scatter_ has no int8 on the CPU
+    if x.dtype in (paddle.int8, paddle.bfloat16):
+        paddle.index_put_(rows, (slots,), x)  # scatter_ has neither on the CPU
     else:
         paddle.scatter_(rows, slots, x)
 
