@@ -729,15 +729,15 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
             largest = x.abs().max(-1)  # (N, K)
             _put(scales, slots, largest / 127.0)
             x = paddle.round(x * (127.0 / paddle.clip(largest, min=1e-30)).unsqueeze(-1)).astype("int8")
-        _put(cache, slots, x)
+        _put(cache, slots, x.astype(cache.dtype))
 
 
 def _put(cache, slots, x):
     """cache (blocks, block_size, …), x (N, …): row slots[i] of the cache = x[i], in place, without copying the pool."""
     rows = cache.reshape([-1, *cache.shape[2:]])
     assert rows.data_ptr() == cache.data_ptr(), "reshape made a copy"
-    if x.dtype == paddle.int8:
-        paddle.index_put_(rows, (slots,), x)  # scatter_ has no int8 on the CPU
+    if x.dtype in (paddle.int8, paddle.bfloat16):
+        paddle.index_put_(rows, (slots,), x)  # scatter_ has neither on the CPU
     else:
         paddle.scatter_(rows, slots, x)
 
