@@ -75,6 +75,7 @@ class ScriptArgs:
     sep_parallel_degree: int = 1  # split sequences; all-to-all swaps tokens for heads around attention (Ulysses)
     context_parallel_degree: int = 1  # split sequences; keys and values go around a ring; not together with sep
     expert_parallel_degree: int = 1  # shard experts over the data-parallel ranks, so not a factor
+    ddp_timeout: float = 600.0  # seconds without a sign of life, or of progress while others wait, that end a run
 
     def check(self) -> list[str]:
         """Resolve values that depend on others, refuse contradictions (UserError). Returns lines to print.

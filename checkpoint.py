@@ -21,12 +21,10 @@ Layout of a checkpoint, which Hugging Face's tools open as a model's folder, and
         trainer_state.json            TrainState, arguments, topology; size and checksum of every file
         .checkpoint_done              completion marker, written last: the checksum of trainer_state.json
 
-Who writes what. Every stored tensor is full: shards of tensor parallelism and ZeRO are put together. assign_writers
-gives each tensor to one rank that holds some of it, evenly by bytes. The other ranks that hold parts (contributors)
-write them as files for that rank into the temporary folder. So a part is sent once, no rank waits for another before it
-has sent all its own, no collective is needed, and everything after the copy can run in a thread behind training. Rank 0
-waits for all, gives the files their final names, writes trainer_state.json, syncs, sets the marker and renames the
-folder.
+Who writes what: distributed/shard_files.py. Each tensor is written by one rank, from parts that other ranks hand to it
+in one file each. Ranks tell each other by three messages how far they are, and if one has failed; no collective is
+needed, so everything after the copy can run in a thread behind training. Rank 0 waits for all, writes the indexes,
+trainer_state.json and the marker, and renames the folder.
 
 Resume on another topology. Because stored tensors are full and named as Hugging Face names them, whatever wrote them,
 each rank reads the rows and columns that it holds under the new topology (Weight.read) and nothing else.
@@ -35,27 +33,29 @@ each rank reads the rows and columns that it holds under the new topology (Weigh
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
 import re
 import shutil
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import kernels
 
 import numpy as np
-import paddle
 from tqdm import tqdm
 
 from adapters import adapter_files
-from distributed.collectives import gather_tensor_index
-from formats.files import UserError, _disk_full, _sync, atomic_file, crc32_of
-from formats.tensor_files import StoredTensor, read_safetensors, read_tensor, safetensors_header, write_safetensors
+from data import parse_blend
+from distributed.run_lock import LOCK, RunLock
+from distributed.shard_files import CheckpointShardWriter, SaveLayout, assign_writers, entries_of, layout_digest
+from distributed.watchdog import current_watchdog
+from formats.files import UserError, _disk_full, _sync, atomic_file, crc32_of, fingerprint
+from formats.quantized_moments import MAX_QUANTIZATION_TIMES, MOMENT_BITS, dequantize_4, dequantize_8
+from formats.tensor_files import StoredTensor, read_safetensors, write_safetensors
 from formats.weights import (
     MASTER_WEIGHTS,
     MODEL_FILES,
@@ -63,22 +63,13 @@ from formats.weights import (
     SaveSource,
     Weight,
     load_weights,
-    stored_bytes,
     stored_tensors,
     weights_to_save,
 )
 from model import CausalLM
-from parallel import NAMES, ORDERS, SINGLE, Degrees, Topology
+from parallel import NAMES, SINGLE, Degrees, Topology
 
 DONE = ".checkpoint_done"
-
-SINGLE_FILE_GROUPS = ("adapter_model", "prefix_projection")  # one file each, as peft has them
-
-FILE_BYTES = 5 << 30  # a rank starts another file before one grows larger
-
-MOMENT_BITS = {"O0": 32, "O1": 8, "O2": 4}  # ckpt_quant_stage: bits of a stored moment
-
-MAX_QUANTIZATION_TIMES = 1  # moments that come from a quantized checkpoint are not quantized again
 
 
 @dataclasses.dataclass
@@ -127,6 +118,8 @@ class CheckpointManager:
         self.pending: CheckpointWriter | None = None  # the save that is being written
         self.last_step: int | None = None  # of the last save, pending or not
         self.buffers = {} if "async_save" in self.options else None  # host copies of what is being written
+        self.layout: SaveLayout | None = None  # of the last save
+        self.data = data_fingerprints(args) if topology.rank == 0 else {}  # now: it may be edited during the run
         self.said_limit = False
         if "skip_save_model_weight" in self.options and not self.save_master_weights:
             self._print(
@@ -140,8 +133,9 @@ class CheckpointManager:
             self.moment_bits = 32
         if self.buffers is not None:
             # Allocate and touch the buffers before training, so that the first save stalls no longer than later ones.
-            topology.barrier()
-            CheckpointShardWriter(self._training_plan(), topology, buffers=self.buffers)
+            plan = self._training_plan()
+            self.layout = SaveLayout(entries_of(plan.groups), topology)
+            CheckpointShardWriter(plan.groups, plan.metadata, topology, self.layout, buffers=self.buffers)
 
     def _print(self, text: str) -> None:
         if self.topology.rank == 0:
@@ -158,16 +152,19 @@ class CheckpointManager:
             "data_position": {"epoch": int(state.epoch), "next_step": state.step, "seed": args.seed},
             "weights": "rounded" if self.bf16_weights and not self.save_master_weights else "exact",
             "degrees": dataclasses.asdict(self.topology.degrees),
+            "data": self.data,
             "args": dataclasses.asdict(args),
         }
 
         def commit(temporary: Path, files: dict) -> None:
+            if lock := RunLock.held.get(output_dir.resolve() / LOCK):
+                lock.check()
             _mark_complete(temporary, files, record)
-            if final.exists():  # a step made again after resuming from an earlier checkpoint
-                remove_path(final)
-            temporary.rename(final)
-            _sync(output_dir)
-            prune_checkpoints(output_dir, args.save_total_limit, best)
+            replace_checkpoint(temporary, final)
+            if reason := incomplete(final):  # what was written is not there: keep all others
+                self._print(f"{final}: {reason}; earlier checkpoints are kept")
+            else:
+                prune_checkpoints(output_dir, args.save_total_limit, best, final.name)
 
         if args.save_total_limit == 1 and best not in (None, final.name) and not self.said_limit:
             self._print(f"save_total_limit: 1 keeps two checkpoints: the last one and the best one, {best}")
@@ -181,7 +178,7 @@ class CheckpointManager:
             on_failure="this checkpoint was not written, earlier ones are intact",
         )
         self.last_step, self.pending = state.step, writer
-        writer.start(self.buffers)
+        self.layout = writer.start(self.layout, self.buffers)
         if self.buffers is None:
             self.wait()
         return final
@@ -222,6 +219,7 @@ class CheckpointManager:
         )
         writer.start()
         writer.finish()
+        unlock_output_dir(folder)  # the last write of a run
 
     def tensors_to_save(self, dtype: str | None = None) -> SavePlan:
         """The model or adapter. dtype: of a model that is written for use; None: what a checkpoint holds."""
@@ -276,133 +274,138 @@ class CheckpointManager:
 # ============================================================================================ one folder, all ranks
 
 
-class PeerFailed(Exception):
-    """Another rank has failed; its own message says why."""
-
-
 class CheckpointWriter:
-    """Writes one folder: every rank its tensor files into `temporary`, then rank 0 names them and commits.
+    """Writes one folder: every rank its tensor files into `temporary`, then rank 0 adds the rest and commits.
 
-    commit(temporary, {file: {"size", "crc32"}}) moves it to `final`. Ranks signal by empty files in `temporary` that
-    they are done or have failed. on_failure: what a message says of the state that a failure leaves behind.
+    commit(temporary, {file: {"size", "crc32"}}) moves it to `final`. Ranks tell each other by messages that they are
+    done or have failed, never by files: a disk that takes no file more must not keep the others waiting. on_failure:
+    what a message says of the state that a failure leaves behind. layout: of an earlier save of the same tensors.
     """
 
     def __init__(self, temporary: Path, final: Path, plan: SavePlan, *, commit, topology: Topology, on_failure: str):
         self.temporary, self.final, self.plan, self.commit = temporary, final, plan, commit
         self.topology, self.on_failure = topology, on_failure
-        self.thread, self.error = None, None
+        self.parts = temporary.with_name(f"{temporary.name}-parts")
+        self.thread, self.error, self.failure = None, None, None
 
-    def start(self, buffers: dict | None = None) -> None:
+    def start(self, layout: SaveLayout | None = None, buffers: dict | None = None) -> SaveLayout:
         """buffers: the state is copied into them and the rest runs in a thread; None: all is done when it returns."""
-        topology, error = self.topology, None
+        topology, failure = self.topology, None
         if topology.rank == 0:
             try:
                 self.temporary.parent.mkdir(parents=True, exist_ok=True)
-                for left_over in {*self.temporary.parent.glob("tmp-checkpoint-*"), self.temporary}:
+                for left_over in {*self.temporary.parent.glob("tmp-checkpoint-*"), self.temporary, self.parts}:
                     if left_over.exists():
                         shutil.rmtree(left_over)
                 self.temporary.mkdir()
-            except OSError as raised:
-                error = raised
-        if any(messages := topology.all_gather_object(error and self._message(error))):
-            self._raise(error, messages)
-        if not all(visible := topology.all_gather_object(self.temporary.is_dir(), met=True)):
-            rank = visible.index(False)
+                self.parts.mkdir()
+            except OSError as error:
+                failure = self._message(error)
+        if failure := topology.all_gather_object(failure, "first"):
+            self._clean()
+            raise UserError(failure)
+        unseen = None if self.parts.is_dir() else topology.rank
+        if (rank := topology.all_gather_object(unseen, "first")) is not None:
             raise UserError(f"{self.final}: rank {rank} does not see it; all processes need one output_dir")
         try:
-            self.shard_writer = CheckpointShardWriter(self.plan, topology, buffers=buffers)
+            entries = entries_of(self.plan.groups)
+            changed = 1 if layout is None or layout.digest != layout_digest(entries) else None
+            if topology.all_gather_object(changed, "first"):
+                layout = SaveLayout(entries, topology)
+            self.shard_writer = CheckpointShardWriter(
+                self.plan.groups, self.plan.metadata, topology, layout, buffers=buffers, progress=topology.moved
+            )
         except BaseException:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            self._clean()
             raise
         if buffers is None:
-            self._run()
+            try:
+                self._run()
+            except BaseException:  # interrupted: so are the others
+                self._clean()
+                raise
         else:
             # Not a daemon: a run that ends by an error still completes the checkpoint that it has started.
             self.thread = threading.Thread(target=self._run, name="checkpoint")
             self.thread.start()
+        return layout
 
     def _run(self) -> None:
-        rank, world = self.topology.rank, self.topology.degrees.world
-        try:
-            report = self.shard_writer.write(self.temporary, self._wait_for)
-            with atomic_file(self.temporary / f".done-{rank}", sync=False) as file:
-                json.dump(report, file)
+        """Three messages of all ranks: the parts are written, the files are written, the folder is committed."""
+        gather, rank = functools.partial(self.topology.all_gather_object, channel="save"), self.topology.rank
+        _, failure = self._try(self.shard_writer.send_parts, self.parts)
+        failure = gather(failure, "first")
+        if failure is None:
+            answer = gather(self._try(self.shard_writer.write, self.temporary, self.parts), "root")
             if rank == 0:
-                self.plan.write_sidecar_files(self.temporary)
-                reports = []
-                for path in [self.temporary / f".done-{other}" for other in range(world)]:
-                    self._wait_for(path)
-                    reports.append(json.loads(path.read_text()))
-                    path.unlink()
-                self.commit(self.temporary, _name_files(self.temporary, reports, self.plan))
-            else:
-                self._wait_for(self.temporary, exists=False)  # so that all ranks end together
-        except BaseException as error:
-            self.error = error
-            with contextlib.suppress(OSError):
-                (self.temporary / f".failed-{rank}").touch()
+                failure = next((text for _, text in answer if text), None)
+                if failure is None:
+                    _, failure = self._try(self._complete, [report for report, _ in answer])
+            failure = gather(failure, "first")
+        self.failure = failure
+        if failure is not None:
+            self._clean()
 
-    def _wait_for(self, path: Path, exists: bool = True) -> None:
-        """Wait until another rank has created the file, or removed it; PeerFailed if a rank failed or is gone."""
-        pause, deadline = 0.001, None
-        while path.exists() != exists:
-            with contextlib.suppress(FileNotFoundError):  # committed meanwhile
-                if any(name.startswith(".failed-") for name in os.listdir(self.temporary)):
-                    raise PeerFailed
-            if not threading.main_thread().is_alive():  # this process is ending, so others may have ended
-                deadline = deadline or time.monotonic() + 30
-                if time.monotonic() > deadline:
-                    raise PeerFailed
-            time.sleep(pause)
-            pause = min(0.05, pause * 1.5)
+    def _try(self, function: Callable, *args) -> tuple[object, str | None]:
+        """(result of function(*args), None) or (None, the message of its error)."""
+        try:
+            return function(*args), None
+        except Exception as error:
+            self.error = error
+            return None, self._message(error)
+
+    def _complete(self, reports: list[dict]) -> None:
+        self.plan.write_sidecar_files(self.temporary)
+        self.commit(self.temporary, _index_files(self.temporary, reports, self.plan))
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _clean(self) -> None:
+        if self.topology.rank == 0:
+            for folder in (self.temporary, self.parts):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Wait until it is committed; an error on any rank is raised on all."""
         if self.thread is not None:
             self.thread.join()
-        if self.error is not None and not isinstance(self.error, Exception):  # interrupted: so are the others
-            self._raise(self.error, [])
-        own_error = self.error is not None and not isinstance(self.error, PeerFailed)
-        messages = self.topology.all_gather_object(self._message(self.error) if own_error else None)
-        if self.error is not None or any(messages):
-            self._raise(self.error, messages)
+        if self.failure is not None:
+            if self.error is not None and not isinstance(self.error, (OSError, UserError)):
+                raise self.error  # a bug, with its traceback
+            raise UserError(self.failure) from None
 
     def _message(self, error: BaseException) -> str:
         if _disk_full(error):
-            free = f"{shutil.disk_usage(self.temporary.parent).free / 1e6:.1f} MB free"
-            return f"{self.final}: the disk is full ({free}); {self.on_failure}; free some space, then resume"
-        return f"{self.final}: {type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):
+                usage, left = shutil.disk_usage(self.temporary.parent), os.statvfs(self.temporary.parent)
+                free = f"{usage.free / 1e6:.1f} MB free" + ("" if left.f_favail else ", but no inodes for more files")
+                return f"{self.final}: the disk is full ({free}); {self.on_failure}; free some space, then resume"
+        if isinstance(error, UserError):
+            return str(error)
+        if isinstance(error, OSError):
+            return f"{self.final}: cannot be written: {error.strerror or error}; {self.on_failure}; then resume"
+        return f"{self.final}: rank {self.topology.rank}: {type(error).__name__}: {error}"
 
-    def _raise(self, error: BaseException | None, messages: list[str | None]) -> None:
-        if self.topology.rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        if error is None or isinstance(error, PeerFailed) or _disk_full(error):
-            raise UserError(next(filter(None, messages), f"{self.final}: another rank has ended")) from None
-        raise error
 
-
-def _name_files(folder: Path, reports: list[dict], plan: SavePlan) -> dict[str, dict]:
-    """Give the files of all ranks their final names, and write the indexes; {name: {"size", "crc32"}} of all in the
-    folder.
+def _index_files(folder: Path, reports: list[dict], plan: SavePlan) -> dict[str, dict]:
+    """Write the indexes of all ranks' files; {name: {"size", "crc32"}} of all in the folder, which are on the disk.
 
     reports: of CheckpointShardWriter.write on each rank.
     """
     files = {}
     for group in sorted({group for report in reports for group in report}):
         parts = [part for report in reports for part in report.get(group, {}).items()]
-        if group in SINGLE_FILE_GROUPS and len(parts) > 1:  # one per pipeline stage
+        if parts[0][0].startswith("."):  # one per pipeline stage
             tensors = {name: array for part, _ in parts for name, array in read_safetensors(folder / part).items()}
-            merged = f"{group}.merged"
-            parts = [(merged, write_safetensors(folder / merged, tensors, plan.metadata.get(group)))]
-        single = len(parts) == 1 and group not in ("optimizer", "master_weights")
+            written = write_safetensors(folder / f"{group}.safetensors", tensors, plan.metadata.get(group))
+            for part, _ in parts:
+                (folder / part).unlink()
+            parts = [(f"{group}.safetensors", written)]
         weight_map, total = {}, 0
-        for i, (part, written) in enumerate(parts, 1):
-            name = f"{group}.safetensors" if single else f"{group}-{i:05d}-of-{len(parts):05d}.safetensors"
-            (folder / part).rename(folder / name)
+        for name, written in parts:
             files[name] = {key: written[key] for key in ("size", "crc32")}
             for tensor, size in written.get("tensors", {}).items():
                 weight_map[tensor], total = name, total + size
-        if not single:
+        if parts[0][0] != f"{group}.safetensors":
             content = {
                 "metadata": {"total_size": total},
                 **plan.index.get(group, {}),
@@ -412,197 +415,19 @@ def _name_files(folder: Path, reports: list[dict], plan: SavePlan) -> dict[str, 
                 json.dump(content, file, indent=1)
     for path in folder.rglob("*"):
         if path.is_file() and not path.name.startswith(".") and path.name not in files:
+            _sync(path)
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "crc32": crc32_of(path)}
     return files
 
 
 def _mark_complete(folder: Path, files: dict[str, dict], record: dict) -> None:
-    """Write trainer_state.json, sync everything, then write the marker."""
+    """Write trainer_state.json, then the marker, each after all that it stands for is on the disk."""
     with atomic_file(folder / "trainer_state.json") as file:
         json.dump({**record, "files": files}, file, indent=1, ensure_ascii=False)
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+    _sync(folder)
     (folder / DONE).write_text(str(crc32_of(folder / "trainer_state.json")))
     _sync(folder / DONE)
     _sync(folder)
-
-
-# ==================================================================================== one rank's share of the tensors
-
-
-class CheckpointShardWriter:
-    """Writes the tensors assigned to this rank, and hands the parts that it holds of other tensors to their writers.
-
-    The parts are taken when it is made: as they are, or, with buffers (a dict, used again by the next one), copied to
-    host memory, so that training may go on before write(). All ranks make it together, just after a barrier.
-    """
-
-    def __init__(self, plan: SavePlan, topology: Topology, *, buffers: dict | None = None):
-        self.topology, self.rank, self.metadata = topology, topology.rank, plan.metadata
-        self.entries = {  # "GROUP TENSOR …": what is computed and written together
-            " ".join((group, *entry.tensors)): entry for group, entries in plan.groups.items() for entry in entries
-        }
-        sizes, holders = gather_tensor_index({key: entry.nbytes for key, entry in self.entries.items()}, topology)
-        for key in sizes:
-            if _group_of(key) in SINGLE_FILE_GROUPS:
-                holders[key] = holders[key][:1]
-        self.writer = assign_writers(sizes, holders)  # {key: rank}
-        self.parts = {}  # {(key, index of the source): numpy array, None where this rank holds nothing of it}
-        for key, entry in self.entries.items():
-            for index, source in enumerate(entry.sources):
-                if self.rank in self._contributors(self.writer[key], source):
-                    self.parts[key, index] = _copy(source.tensor, buffers, (key, index))
-
-    def _contributors(self, writer: int, source: SaveSource) -> list[int]:
-        """The ranks that together hold all of a source: the writer's along those of tp and sharding that shard it."""
-        grid, order = self.topology.grid, ORDERS[self.topology.degrees.order]
-        sharded = {"tp": source.weight.shard_spec is not None, "sharding": source.offset is not None}
-        coords = np.argwhere(grid == writer)[0]
-        lines = tuple(slice(None) if sharded.get(axis) else coord for axis, coord in zip(order, coords))
-        return [int(rank) for rank in grid[lines].reshape([-1])]
-
-    def write(self, folder: str | Path, wait_for: Callable[[Path], None]) -> dict:
-        """Write this rank's files, called GROUP.RANK.NUMBER; wait_for(path) waits until another rank wrote it.
-
-        Returns {group: {file: {"size", "crc32", "tensors": {name: bytes}}}}.
-        """
-        folder = Path(folder)
-        self._send_parts(folder)
-        inbox, report = PartReader(folder, self.rank, wait_for), {}
-        for group, files in self._files().items():
-            for number, keys in enumerate(files):
-                tensors = {}
-                for key in keys:
-                    tensors |= self._tensors(key, inbox)
-                name = f"{group}.{self.rank}.{number}"
-                written = write_safetensors(folder / name, tensors, self.metadata.get(group))
-                sizes = {tensor: stored_bytes(shape, dtype) for tensor, (_, shape, dtype) in tensors.items()}
-                report.setdefault(group, {})[name] = {**written, "tensors": sizes}
-        inbox.close()
-        return report
-
-    def _send_parts(self, folder: Path) -> None:
-        """Write .parts-FROM-TO for each rank that waits for parts of this one; it is empty if this one holds none."""
-        outbox = {self.writer[key]: {} for key, _ in self.parts if self.writer[key] != self.rank}
-        for (key, index), part in self.parts.items():
-            if self.writer[key] != self.rank and part is not None:
-                name, offset = f"{key} {index}", self.entries[key].sources[index].offset
-                outbox[self.writer[key]] |= {name: part, f"{name} offset": np.array([offset or 0], np.int64)}
-        for receiver in sorted(outbox):
-            write_safetensors(folder / f".parts-{self.rank}-{receiver}", outbox[receiver], sync=False)
-
-    def _files(self) -> dict[str, list[list[str]]]:
-        """{group: [keys of a file]} that this rank writes, each file of at most FILE_BYTES or one entry."""
-        files, sizes = {}, Counter()
-        for key, entry in self.entries.items():
-            if self.writer[key] == self.rank:
-                group = _group_of(key)
-                keys_of_files = files.setdefault(group, [[]])
-                if sizes[group] and sizes[group] + entry.nbytes > FILE_BYTES:
-                    keys_of_files.append([])
-                    sizes[group] = 0
-                keys_of_files[-1].append(key)
-                sizes[group] += entry.nbytes
-        return files
-
-    def _tensors(self, key: str, inbox: "PartReader") -> dict[str, tuple]:
-        """{name: (function, shape, dtype)} of an entry, for write_safetensors; the first call gathers its sources."""
-        entry, arrays = self.entries[key], []
-
-        def array(index: int) -> np.ndarray:
-            if index == 0:
-                arrays[:] = entry.arrays(*(self._full_source(key, i, inbox) for i in range(len(entry.sources))))
-            result, arrays[index] = arrays[index], None  # not kept longer than it is needed
-            return result
-
-        tensors = enumerate(entry.tensors.items())
-        return {name: (functools.partial(array, i), shape, dtype) for i, (name, (shape, dtype)) in tensors}
-
-    def _full_source(self, key: str, index: int, inbox: "PartReader") -> np.ndarray:
-        """A source of an entry, put together from all ranks that hold some of it, in the stored layout."""
-        source, name = self.entries[key].sources[index], f"{key} {index}"
-        weight, spec, tp_shards = source.weight, source.weight.shard_spec, {}  # tp_shards: {rank of tp: array}
-        for rank in self._contributors(self.rank, source):
-            if rank == self.rank:
-                part, offset = self.parts[key, index], source.offset
-            else:
-                part, offset = inbox.read(rank, name), inbox.read(rank, f"{name} offset")
-            tp = int(np.argwhere(self.topology.grid == rank)[0][-1])  # tp is the last axis in every order
-            if source.offset is None:
-                tp_shards[tp] = part
-            elif part is not None:  # flat elements, from `offset` on, of this tp shard
-                if tp not in tp_shards:
-                    shape = weight.shape[::-1] if weight.transposed else list(weight.shape)
-                    if spec is not None:
-                        shape[spec.dim] = sum(stop - start for start, stop in spec.ranges_by_rank[tp])
-                    tp_shards[tp] = np.empty(shape, part.dtype)
-                start = int(np.asarray(offset).reshape([-1])[0])
-                tp_shards[tp].reshape([-1])[start : start + part.size] = part.reshape([-1])
-        if spec is None:
-            (full,) = tp_shards.values()
-        else:
-            full = np.empty(spec.shape, next(iter(tp_shards.values())).dtype)
-            for tp, shard in tp_shards.items():
-                spec.scatter_into(full, shard, tp)
-        return full.T if weight.transposed else full
-
-
-class PartReader:
-    """Reads what other ranks hand to this one, in files .parts-FROM-TO of the folder; close() removes them."""
-
-    def __init__(self, folder: Path, rank: int, wait_for: Callable[[Path], None]):
-        self.folder, self.rank, self.wait_for = folder, rank, wait_for
-        self.headers = {}  # {sender: (path, header)}
-
-    def read(self, sender: int, name: str) -> np.ndarray | None:
-        """None: the sender holds nothing of it."""
-        if sender not in self.headers:
-            path = self.folder / f".parts-{sender}-{self.rank}"
-            self.wait_for(path)
-            self.headers[sender] = path, safetensors_header(path)
-        path, header = self.headers[sender]
-        return read_tensor(path, header[name]) if name in header else None
-
-    def close(self) -> None:
-        for path, _ in self.headers.values():
-            path.unlink()
-
-
-def assign_writers(sizes: dict[str, int], holders: dict[str, Iterable[int]]) -> dict[str, int]:
-    """{name: rank that writes it}. Greedy balance: largest tensor first, to the least-loaded rank that holds it.
-
-    sizes: {name: bytes}; holders: {name: ranks}. If every rank holds everything, the largest load is at most the mean
-    plus the largest tensor.
-    """
-    writers, load = {}, Counter()
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        writers[name] = min(holders[name], key=lambda rank: (load[rank], rank))
-        load[writers[name]] += sizes[name]
-    return writers
-
-
-def _group_of(key: str) -> str:
-    return key.partition(" ")[0]
-
-
-def _copy(tensor, buffers: dict | None, key: tuple) -> np.ndarray | None:
-    """to_host(tensor), with buffers a copy in buffers[key], which is used again if it has the right shape."""
-    array = to_host(tensor)
-    if buffers is None or array is None:
-        return array
-    if key not in buffers or buffers[key].shape != array.shape:
-        buffers[key] = np.empty_like(array)
-    np.copyto(buffers[key], array)
-    return buffers[key]
-
-
-def to_host(tensor: paddle.Tensor | np.ndarray | None) -> np.ndarray | None:
-    """numpy array of a tensor, without a copy if it is in host memory; bfloat16 as float32; None of None."""
-    if tensor is None or isinstance(tensor, np.ndarray):
-        return tensor
-    if tensor.dtype == paddle.bfloat16:
-        return tensor.astype("float32").numpy()
-    return np.from_dlpack(tensor.detach()) if tensor.place.is_cpu_place() and tensor.size else tensor.numpy()
 
 
 # ====================================================================================== the checkpoints of output_dir
@@ -614,16 +439,55 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
-def prune_checkpoints(output_dir: str | Path, limit: int | None, best: str | None = None) -> None:
-    """Remove the oldest beyond `limit`; the newest and the best (a folder's name) always stay and are counted."""
-    checkpoints = list_checkpoints(output_dir)
-    if not limit or limit < 1:
+def prune_checkpoints(
+    output_dir: str | Path, limit: int | None, best: str | None = None, saved: str | None = None
+) -> None:
+    """Remove the oldest complete checkpoints beyond `limit`.
+
+    saved: the folder's name of the one that has just been written and verified; None: the newest complete one. It
+    stays, and so does the best (a folder's name); both are counted. Incomplete folders are not counted, so that they
+    never take the place of a good one. Checkpoints of later steps are of another attempt, which this run did not resume
+    from: they are neither counted nor removed.
+    """
+    if saved is None:
+        saved = next((path.name for path in list_checkpoints(output_dir) if incomplete(path) is None), None)
+    if not limit or limit < 1 or saved is None:
         return
-    keep = [path for i, path in enumerate(checkpoints) if i == 0 or (best and path.name == Path(best).name)]
-    keep += [path for path in checkpoints if path not in keep][: max(0, limit - len(keep))]
-    for path in reversed(checkpoints):
-        if path not in keep:
-            remove_path(path)
+    step = int(saved.rpartition("-")[2])
+    earlier = [path for path in list_checkpoints(output_dir) if int(path.name[11:]) <= step]
+    keep = {path.name for path in earlier if path.name in (saved, best and Path(best).name)}
+    remove = []
+    for path in earlier:  # newest first
+        if path.name not in keep and len(keep) < limit and incomplete(path) is None:
+            keep.add(path.name)
+        elif path.name not in keep and len(keep) >= limit:
+            remove.append(path)
+    for path in reversed(remove):
+        remove_path(path)
+
+
+def replace_checkpoint(temporary: Path, final: Path) -> None:
+    """Rename a complete folder; what had its name is removed after that (a step made again after resuming)."""
+    old = final.with_name(f"tmp-{final.name}-old")
+    if old.exists():
+        shutil.rmtree(old)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    _sync(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def recover_checkpoints(output_dir: str | Path) -> list[str]:
+    """Give folders their names that a killed run had completed, and not yet renamed; returns lines that say so."""
+    lines = []
+    for temporary in sorted(Path(output_dir).glob("tmp-checkpoint-*")):
+        final = temporary.with_name(temporary.name.removeprefix("tmp-").removesuffix("-old"))
+        if re.fullmatch(r"checkpoint-\d+", final.name) and not final.exists() and incomplete(temporary) is None:
+            temporary.rename(final)
+            lines.append(f"resume: {final} was complete, but its run was killed before it got its name")
+    return lines
 
 
 def remove_path(path: Path) -> None:
@@ -640,14 +504,18 @@ def remove_path(path: Path) -> None:
 def incomplete(path: str | Path) -> str | None:
     """What a checkpoint lacks, by marker, checksum of trainer_state.json and file sizes; None: it is complete."""
     path = Path(path)
-    if not (path / DONE).is_file():
-        return "it has no completion marker"
-    marked, state = (path / DONE).read_text(), path / "trainer_state.json"
     try:
-        files = json.loads(state.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        marked = (path / DONE).read_bytes().strip()
+    except OSError:
+        return "it has no completion marker"
+    state = path / "trainer_state.json"
+    try:
+        files = dict(json.loads(state.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return "trainer_state.json is missing or damaged"
-    if marked and marked != str(crc32_of(state)):
+    if not marked.isdigit():
+        return f"{DONE} is damaged: it holds no checksum"
+    if int(marked) != crc32_of(state):
         return "trainer_state.json is damaged: its checksum differs"
     for name, written in files.items():
         wanted = written["size"] if isinstance(written, dict) else written  # a number: saved before checksums were
@@ -676,6 +544,25 @@ def checksums(folder: str | Path, sizes: dict[str, int], topology: Topology) -> 
 # =========================================================================================================== resuming
 
 
+def lock_output_dir(args: object, topology: Topology = SINGLE) -> None:
+    """From here on no other run may write to output_dir, until unlock_output_dir(). UserError that names the run which
+    does. Only rank 0 looks; a run that does not train needs no lock."""
+    if topology.rank or not args.output_dir or not getattr(args, "do_train", True):
+        return
+    try:
+        lock = RunLock.take(args.output_dir)
+        if (watchdog := current_watchdog()) is not None:
+            watchdog.at_exit.append(lock.release)
+    except OSError as error:
+        raise UserError(f"output_dir: {args.output_dir} cannot be written to: {error.strerror}") from None
+
+
+def unlock_output_dir(folder: str | Path) -> None:
+    """The end of what lock_output_dir began; nothing where this process holds no lock of the folder."""
+    if lock := RunLock.held.get(Path(folder).resolve() / LOCK):
+        lock.release()
+
+
 def find_checkpoint(args: object, topology: Topology = SINGLE) -> Path | None:
     """The checkpoint that resume_from_checkpoint means: a path (UserError unless complete), or true: the newest
     complete one.
@@ -686,6 +573,7 @@ def find_checkpoint(args: object, topology: Topology = SINGLE) -> Path | None:
     wanted = args.resume_from_checkpoint
     if not wanted:
         return None
+    lock_output_dir(args, topology)  # before anything in there is looked at
     path, lines = _check_given(Path(wanted), args, topology) if isinstance(wanted, str) else _newest(args, topology)
     if path is not None:
         lines.append(f"resume: from {path}{_describe_changes(path, args, topology)}")
@@ -695,9 +583,8 @@ def find_checkpoint(args: object, topology: Topology = SINGLE) -> Path | None:
 
 
 def _check_given(path: Path, args, topology: Topology) -> tuple[Path, list[str]]:
-    reason = "there is no such folder" if not path.is_dir() else incomplete(path)
-    reasons = topology.all_gather_object(reason)
-    if reason := next(filter(None, reasons), None) or damaged(path, topology):
+    reason = "there is no such folder" if not path.is_dir() else incomplete(path) if topology.rank == 0 else None
+    if reason := topology.all_gather_object(reason, "first") or damaged(path, topology):
         raise UserError(f"resume_from_checkpoint: {path}: {reason}; give a complete one, or true for the newest")
     step = _read_state(path)["step"]
     later = [other for other in list_checkpoints(args.output_dir) if int(other.name[11:]) > step]
@@ -711,9 +598,11 @@ def _check_given(path: Path, args, topology: Topology) -> tuple[Path, list[str]]
 
 def _newest(args, topology: Topology) -> tuple[Path | None, list[str]]:
     """(the newest complete checkpoint of output_dir or None, lines about the others); rank 0 lists them for all."""
-    candidates = [(str(path), incomplete(path)) for path in list_checkpoints(args.output_dir) if topology.rank == 0]
-    lines = []
-    for path, reason in topology.all_gather_object(candidates)[0]:
+    lines, candidates = [], None
+    if topology.rank == 0:
+        lines = recover_checkpoints(args.output_dir)
+        candidates = [(str(path), incomplete(path)) for path in list_checkpoints(args.output_dir)]
+    for path, reason in topology.all_gather_object(candidates, "first"):
         if (reason := reason or damaged(path, topology)) is None:
             return Path(path), lines
         lines.append(f"resume: {path} is passed over: {reason}")
@@ -736,6 +625,7 @@ HARMLESS_CHANGES = {
     *"unified_checkpoint_config evaluation_strategy eval_steps max_evaluate_steps sharding virtual_pp_degree".split(),
     *"run_name early_stopping_patience early_stopping_threshold".split(),
     *"sequence_parallel hybrid_parallel_topo_order gradient_accumulation_steps".split(),
+    "ddp_timeout",
     *(f"{name}_parallel_degree" for name in NAMES.values()),
 }
 
@@ -752,8 +642,38 @@ def _describe_changes(path: Path, args, topology: Topology) -> str:
     before = old_args["gradient_accumulation_steps"] * old_degrees.dp * old_degrees.sharding
     if before != (now := args.gradient_accumulation_steps * topology.data_size):
         changed.append(f"micro-batches of a step {before} -> {now}")
+    changed += changed_data(saved.get("data") or {}, data_fingerprints(args)) if topology.rank == 0 else []
     text = "" if str(old_degrees) == str(topology.degrees) else f"; {old_degrees} -> {topology.degrees}"
     return text + (f"; not an exact continuation, changed: {', '.join(changed)}" if changed else "")
+
+
+def data_fingerprints(args: object) -> dict[str, list]:
+    """{name of a training file, from its key on: [size, hash]}; {} of arguments without data."""
+    files = {}
+    for key in ("dataset_name_or_path", "train_dataset_path"):
+        path = Path(getattr(args, key, None) or "")
+        if path.is_dir() and getattr(args, key, None):
+            found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            train = [file for file in found if file.relative_to(path).parts[0].startswith("train")]
+            files |= {f"{key}/{file.relative_to(path)}": file for file in train or found}
+        elif path.is_file():
+            files[f"{key}/{path.name}"] = path
+    if getattr(args, "input_dir", None):
+        for _, prefix in parse_blend(args.input_dir):
+            for file in sorted(Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}[._]*")):
+                files[f"input_dir/{file.name}"] = file
+    return {name: fingerprint(path) for name, path in files.items()}
+
+
+def changed_data(before: dict[str, list], now: dict[str, list]) -> list[str]:
+    """What changed in the training files between two data_fingerprints(); [] where one of them is {}."""
+    lines = []
+    for name in sorted({**before, **now}) if before and now else ():
+        old, new = (side.get(name, ("no file", "")) for side in (before, now))
+        if tuple(old) != tuple(new):
+            sizes = f"{old[0]} -> {new[0]}" + " bytes" * (name in before and name in now)
+            lines.append(f"data {name}: {'its content, size unchanged' if old[0] == new[0] else sizes}")
+    return lines
 
 
 def load_trained(model: CausalLM, path: str | Path, args: object) -> None:
@@ -771,7 +691,7 @@ def load_trained(model: CausalLM, path: str | Path, args: object) -> None:
                 flush=True,
             )
     has_master_weights = (path / f"{MASTER_WEIGHTS}.index.json").is_file()
-    load_weights(model, path, (MASTER_WEIGHTS,) if has_master_weights else MODEL_FILES)
+    load_weights(model, path, (MASTER_WEIGHTS,) if has_master_weights else MODEL_FILES, trust_index=True)
 
 
 def load_checkpoint(
@@ -788,7 +708,7 @@ def load_checkpoint(
         index_path = path / "optimizer.safetensors.index.json"
         if not index_path.is_file():
             raise UserError(f"{path}: was saved without optimizer state; resume with ignore_load_lr_and_optim: true")
-        optimizer.load(stored_tensors(path, ("optimizer.safetensors",)), shards)
+        optimizer.load(stored_tensors(path, ("optimizer.safetensors",), trust_index=True), shards)
         optimizer.steps, index = saved["optimizer_steps"], json.loads(index_path.read_text())
         was_quantized = index.get("ckpt_quant_stage", "O0") != "O0"
         optimizer.requantized = index.get("quant_ckpt_resume_times", 0) + was_quantized
@@ -831,86 +751,3 @@ def read_moments(weight: Weight, tensors: dict[str, StoredTensor], extent: tuple
     stored = [tensors[name].read() for name in (*names, *scale_names) if name in tensors]
     full = (dequantize_8 if len(stored) == 5 else dequantize_4)(*stored)
     return [weight.read(lambda moment=moment: moment, extent) for moment in full]
-
-
-# ================================================================================ quantized moments (ckpt_quant_stage)
-
-# PaddleNLP's scheme. The first moment m is stored in equal steps up to its largest absolute value; of the second moment
-# v, the ratio 1 / (sqrt(v) + 1e-8) that Adam multiplies by is stored in equal steps between its extremes. O1: 8 bits,
-# scales per row of the stored layout (outputs). O2: 4 bits, scales per 32 elements of a row, both numbers in one byte
-# under the first moment's name. Scales are float32: NAME@scales of m, NAME@min_scales and NAME@max_scales of v.
-GROUP = 32
-
-
-def quantized_moments(names: list[str], shape: list[int], sources: list[SaveSource], moment_bits: int) -> SaveEntry:
-    """The SaveEntry of both moments (names, sources) of a weight of this stored shape, in 8 or 4 bits."""
-    rows, columns = int(np.prod(shape[:-1])), shape[-1]
-    scale_shape = [rows] if moment_bits == 8 else [rows, -(-columns // GROUP)]
-    tensors = {names[0]: (shape, "int8")}
-    if moment_bits == 8:
-        tensors[names[1]] = (shape, "uint8")
-    for name in (f"{names[0]}@scales", f"{names[1]}@min_scales", f"{names[1]}@max_scales"):
-        tensors[name] = (scale_shape, "float32")
-    return SaveEntry(tensors, sources, quantize_8 if moment_bits == 8 else quantize_4)
-
-
-def quantize_8(m: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
-    """Moments (…, n) -> [int8 m, uint8 ratio, scales of m, min and max of ratio (rows,)]."""
-    shape, n = m.shape, m.shape[-1]
-    m, ratio = m.reshape([-1, n]), _ratio(v.reshape([-1, n]))
-    scales, low, high = _scales(m, ratio)
-    m = np.round(m / scales * 127).astype(np.int8)
-    ratio = np.round((ratio - low) / np.maximum(high - low, 1e-30) * 255).astype(np.uint8)
-    return [m.reshape(shape), ratio.reshape(shape), scales[:, 0], low[:, 0], high[:, 0]]
-
-
-def dequantize_8(
-    m: np.ndarray, ratio: np.ndarray, scales: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What quantize_8 returns -> float32 moments (…, n)."""
-    shape, scales, low, high = m.shape, scales[:, None], low[:, None], high[:, None]
-    m, ratio = m.reshape([-1, shape[-1]]).astype(np.float32), ratio.reshape([-1, shape[-1]]).astype(np.float32)
-    return (m / 127 * scales).reshape(shape), _second_moment(ratio / 255 * (high - low) + low).reshape(shape)
-
-
-def quantize_4(m: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
-    """Moments (…, n) -> [int8: m in the upper 4 bits, ratio in the lower; scales, min, max of ratio (rows, n / 32)]."""
-    shape, n = m.shape, m.shape[-1]
-    m, ratio = _grouped(m), _grouped(_ratio(v))
-    scales, low, high = _scales(m, ratio)
-    m = np.round(m / scales * 7).astype(np.int8)
-    ratio = np.round((ratio - low) / np.maximum(high - low, 1e-30) * 15).astype(np.int8)
-    packed = ((m << 4) | ratio).reshape([-1, scales.shape[1] * GROUP])[:, :n].reshape(shape)
-    return [packed, scales[..., 0], low[..., 0], high[..., 0]]
-
-
-def dequantize_4(
-    packed: np.ndarray, scales: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What quantize_4 returns -> float32 moments (…, n)."""
-    shape, n = packed.shape, packed.shape[-1]
-    packed, scales, low, high = _grouped(packed), scales[..., None], low[..., None], high[..., None]
-    m = (packed >> 4).astype(np.float32) / 7 * scales
-    ratio = (packed & 15).astype(np.float32) / 15 * (high - low) + low
-    return tuple(x.reshape([len(x), -1])[:, :n].reshape(shape) for x in (m, _second_moment(ratio)))
-
-
-def _grouped(x: np.ndarray) -> np.ndarray:
-    """(…, n) -> (rows, groups, 32), the last group padded by its row's last element."""
-    x = x.reshape([-1, x.shape[-1]])
-    return np.pad(x, [(0, 0), (0, -x.shape[1] % GROUP)], "edge").reshape([len(x), -1, GROUP])
-
-
-def _scales(m: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Largest |m|, smallest and largest ratio along the last dim, which stays with size 1."""
-    largest = np.abs(m).max(-1, keepdims=True)
-    return np.where(largest > 0, largest, np.float32(1e-8)), ratio.min(-1, keepdims=True), ratio.max(-1, keepdims=True)
-
-
-def _ratio(v: np.ndarray) -> np.ndarray:
-    return 1 / (np.sqrt(v) + np.float32(1e-8))
-
-
-def _second_moment(ratio: np.ndarray) -> np.ndarray:
-    """The inverse of _ratio."""
-    return np.maximum(1 / ratio - np.float32(1e-8), 0) ** 2

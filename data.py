@@ -688,32 +688,42 @@ def split_documents(split: str, count: int, which: str) -> tuple[int, int]:
     return int(edges[part]), int(edges[part + 1])
 
 
+def interleave(sizes: list[int], weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(corpus of each sample of a blend, its number there). Sample j of a corpus of weight w is due at (j + 1/2) / w:
+    sorted by time, every stretch has the blend's weights, and a longer run begins as a shorter one does."""
+    due = np.concatenate([(np.arange(n) + 0.5) / weight for n, weight in zip(sizes, weights)])
+    order = np.argsort(due, kind="stable")
+    return np.repeat(np.arange(len(sizes)), sizes)[order], np.concatenate([np.arange(n) for n in sizes])[order]
+
+
 class CorpusSamples:
     """Samples of seq_length + 1 tokens from the documents first..last of a corpus, laid end to end in an order shuffled
     anew for each pass.
 
     Sample k covers tokens k * seq_length ... (k + 1) * seq_length of that stream (one shared, as it is a target first
     and an input then); the samples of a pass come in shuffled order too, so nothing is seen twice before everything is
-    seen once. num_samples None: one pass, the last sample padded."""
+    seen once. More samples extend the order. num_samples None: one pass, the last sample padded."""
 
     def __init__(self, corpus, first, last, num_samples, seq_length, seed, shuffle, eos_token_id):
         sizes = np.diff(corpus.bounds[first : last + 1])
         total = int(sizes.sum())
         self.tokens, self.seq_length, self.eos_token_id = corpus.tokens, seq_length, eos_token_id
         self.num_samples = -(-(total - 1) // seq_length) if num_samples is None else num_samples
-        passes = 1 if num_samples is None else -(-(num_samples * seq_length + 1) // total)
+        edges = [0, self.num_samples]  # the passes' first samples; each pass is shuffled whole, whatever is used of it
+        if num_samples is not None:
+            count = num_samples * seq_length // total + 1
+            edges = -(-np.arange(count + 1) * total // seq_length)
+        passes = 1 if num_samples is None else -(-(int(edges[-1]) * seq_length + 1) // total)
         numbers = [epoch_order(len(sizes), seed, e) if shuffle else np.arange(len(sizes)) for e in range(passes)]
         order = np.concatenate(numbers)
         self.starts = corpus.bounds[first:last][order]  # (passes * documents,) where each document of the stream lies
         self.stream = np.concatenate([[0], np.cumsum(sizes[order])])  # (passes * documents + 1,) and in the stream
-        edges = np.minimum(-(-np.arange(passes + 1) * total // seq_length), self.num_samples)  # passes' first samples
-        edges[-1] = self.num_samples
-        self.order = np.concatenate(
-            [
-                a + (epoch_order(b - a, seed + 1, e) if shuffle else np.arange(b - a))
-                for e, (a, b) in enumerate(zip(edges[:-1], edges[1:]))
-            ]
-        )
+        orders = []
+        for e, (a, b) in enumerate(zip(edges[:-1], edges[1:])):
+            order = epoch_order(b - a, seed + 1, e) if shuffle else np.arange(b - a)
+            last = order == b - a - 1  # it reaches into the next pass, so it comes when all else was seen
+            orders.append(a + np.concatenate([order[~last], order[last]]))
+        self.order = np.concatenate(orders)[: self.num_samples]
 
     def sample(self, index):
         """-> tokens (int64), number of the document in the stream (-1: padding), whether real; [seq_length + 1]."""
@@ -761,20 +771,20 @@ class CorpusLoader:
                     f"{documents} documents; change the split"
                 )
             self.parts.append((weight, corpus, first, last))
+        weights = [weight for weight, _ in blend]
         if num_samples is None:
-            self.counts = [None] * len(blend)
-            self.num_samples = sum(-(-(int(c.bounds[b] - c.bounds[a]) - 1) // seq_length) for _, c, a, b in self.parts)
+            sizes = [-(-(int(c.bounds[b] - c.bounds[a]) - 1) // seq_length) for _, c, a, b in self.parts]
+            self.counts, self.num_samples, weights = [None] * len(blend), sum(sizes), [max(1, n) for n in sizes]
         else:
-            ends = np.round(np.cumsum([weight for weight, _ in blend]) * num_samples).astype(np.int64)
-            self.counts, self.num_samples = np.diff(ends, prepend=0).tolist(), num_samples
+            self.num_samples, sizes = num_samples, [int(weight * num_samples) + len(blend) + 1 for weight in weights]
+        self._corpus_of, self._number_of = (row[: self.num_samples] for row in interleave(sizes, weights))
+        if num_samples is not None:
+            self.counts = np.bincount(self._corpus_of, minlength=len(blend)).tolist()
         self.batches_per_epoch = -(-self.num_samples // batch_size)
         self._epoch = None
 
     def _epoch_samples(self, epoch):
-        """Sets the CorpusSamples and, per sample of the blend, its corpus and its number there; kept as in SFTLoader.
-
-        Sample j of a corpus with n is due at time (j + 1/2) / n: sorted by time, every stretch of the run has the
-        blend's weights."""
+        """Sets the CorpusSamples of each corpus; kept as in SFTLoader."""
         if self._epoch != epoch:
             seq_length, shuffle, eos_token_id, seed = self.args
             self._samples = [
@@ -783,11 +793,6 @@ class CorpusLoader:
                 else None
                 for (_, corpus, first, last), count in zip(self.parts, self.counts)
             ]
-            sizes = [part.num_samples if part else 0 for part in self._samples]
-            due = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in sizes])
-            order = np.argsort(due, kind="stable")
-            self._corpus_of = np.repeat(np.arange(len(sizes)), sizes)[order]
-            self._number_of = np.concatenate([np.arange(n) for n in sizes])[order]
             self._epoch = epoch
 
     def batch(self, epoch, index):

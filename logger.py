@@ -123,7 +123,8 @@ class Log:
     ):
         self.args, self.total, self.folder = args, total, Path(args.output_dir)
         self.topology, self.writes = topology, topology.rank == 0
-        self.mfu_per_speed = flops_per_token / peak_flops if flops_per_token and peak_flops else None
+        flops_per_process = (flops_per_token or 0) / topology.degrees.world
+        self.mfu_per_speed = flops_per_process / peak_flops if flops_per_process and peak_flops else None
         self.window = collections.deque(maxlen=50)  # (tokens, seconds) of the last steps
         self.steps_since_line, self.seconds_since_line = 0, 0.0
         self.comm_seconds = {axis.name: 0.0 for axis in topology.axes if axis.size > 1}  # since the last line

@@ -184,10 +184,10 @@ class Degrees:
         return min(shards * self.ep, self.world // self.pp) if ".experts." in name else shards
 
     def sharding_shards(self, name: str, config: ModelConfig) -> float:
-        """Number of shards that ZeRO makes of what tp_shards() leaves: experts may be on these ranks already."""
-        if ".experts." not in name:
+        """Number of shards that ZeRO makes of what tp_shards() leaves: of experts, one for each rank with the same."""
+        if ".experts." not in name or self.ep == 1 or self.sharding == 1:
             return self.sharding
-        return min(self.sharding, self.world // self.pp // self.tp_shards(name, config))
+        return max(1, self.dp * self.sharding * self.sep // self.ep)
 
 
 def _sharding_words(text):
@@ -263,9 +263,16 @@ class Topology:
         if self.groups is not None:
             self.groups.barrier()
 
-    def all_gather_object(self, value, met: bool = False) -> list:
-        """The JSON values of all processes, by rank. met: they have passed a barrier() just before."""
-        return [value] if self.groups is None else self.groups.all_gather_object(value, met)
+    def all_gather_object(self, value, kind: str = "all", channel: str = "main"):
+        """The JSON values of all processes, by rank; kind, channel: see Watchdog.gather."""
+        if self.groups is None:
+            return value if kind == "first" else [value]
+        return self.groups.all_gather_object(value, kind, channel)
+
+    def moved(self) -> None:
+        """Tell the watchdog that this rank makes progress."""
+        if self.groups is not None:
+            self.groups.watchdog.moved()
 
     def all_reduce_sum(self, numbers, stages: bool = False):
         """Sum over the data-parallel ranks of a number, a tuple or a dict of numbers; stages: also over pp."""
@@ -473,6 +480,7 @@ def init_parallel(args: object) -> Topology:
     if launch.world == 1:
         return Topology(degrees)
     watchdog = current_watchdog()
+    watchdog.limit = getattr(args, "ddp_timeout", watchdog.limit)
     watchdog.check_equal_on_all_ranks("the scripts", _versions())
     watchdog.check_equal_on_all_ranks("arguments", vars(args))
     watchdog.barrier()  # before connecting, which has a time limit

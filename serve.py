@@ -41,8 +41,11 @@ from formats.records import Conversation, located, parse_prompt
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
 from serving.engine import Engine, Request, SamplingParams
+from serving.fused import choose_dtype
 from serving.openai_api import serve_http
-from serving.runners import PagedRunner, StaticRunner
+from serving.runners import PagedRunner, StaticRunner, round_linears
+
+QUANT_GROUPS = {"w8": -1, "w4": 64, "a8w8": -1}  # `quant`: input rows that share a scale; -1: all
 
 # ====================================================================================================== 1. arguments
 
@@ -69,6 +72,8 @@ class Args(ScriptArgs):
     num_blocks: int | None = None  # blocks of the pool; None: what kv_cache_gb holds, but no more than can be in use
     kv_cache_gb: float = 1.0  # memory of the pool
     cachekv_int8_type: str | None = None  # dynamic: the pool in int8 with a scale a token and head; None: float32
+    dtype: str | None = None  # float32, bfloat16, or auto: bfloat16 where possible; None: float32, with quant auto
+    quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
     prompt: str | None = None  # answer this and exit
@@ -95,6 +100,8 @@ class Args(ScriptArgs):
             ("mode", ("dynamic", "static")),
             ("decode_strategy", ("sampling", "greedy_search")),
             ("cachekv_int8_type", (None, "dynamic")),
+            ("dtype", (None, "auto", "float32", "bfloat16")),
+            ("quant", (None, *QUANT_GROUPS)),
         ):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")
@@ -113,6 +120,8 @@ class Args(ScriptArgs):
             raise UserError("mode: static has its weights in the graph; export the merged model instead of an adapter")
         if self.mode == "static" and self.cachekv_int8_type:
             raise UserError("mode: static keeps keys and values in float32; cachekv_int8_type is for dynamic")
+        if self.mode == "static" and (self.quant or self.dtype not in (None, "float32")):
+            raise UserError("mode: static has its weights in the graph; dtype and quant are for dynamic")
         if sum(map(bool, (self.prompt, self.data_file, self.benchmark))) > 1:
             raise UserError("prompt, data_file and benchmark are different ways to run; give one")
         if self.system and self.prompt is None:
@@ -161,17 +170,21 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
-    adapters = adapter_paths(args.lora_path)
+    adapters, dtype = adapter_paths(args.lora_path), "float32"
     if args.mode == "static":
         model = StaticRunner(path, paddle.get_device())
         num_blocks = blocks_in_use(args, model.num_virtual_tokens, model.max_positions)
     else:
         model = open_model(path, args.prefix_path)
         trainer.check_vocabulary(model, tokenizer, path)
+        if args.quant:
+            round_linears(model, args.quant, QUANT_GROUPS[args.quant])
+        dtype = choose_dtype(model, adapters, args.dtype or ("auto" if args.quant else "float32"))
         num_virtual_tokens = model.prefix.tokens if model.prefix is not None else 0
         # twice what can be in use at once: the other half keeps prompts for later requests
         wanted = 2 * blocks_in_use(args, num_virtual_tokens, model.config.max_model_len)
-        block_bytes = PagedRunner.block_bytes(model.config, args.block_size, args.cachekv_int8_type is not None)
+        int8 = args.cachekv_int8_type is not None
+        block_bytes = PagedRunner.block_bytes(model.config, args.block_size, int8, dtype)
         num_blocks = min(wanted, int(args.kv_cache_gb * 1e9) // block_bytes)
         if num_blocks < 1 and args.num_blocks is None:
             megabytes = block_bytes / 1e6
@@ -188,6 +201,8 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         seed=args.seed,
         adapters=adapters,
         int8_cache=args.cachekv_int8_type is not None,
+        dtype=dtype,
+        int8_head=args.quant in ("w8", "w4"),
     )
     blocks = f"{engine.pool.num_blocks:,} blocks of {args.block_size} tokens"
     sequences = f"at most {engine.max_model_len:,} tokens a sequence, {args.batch_size} sequences at once"

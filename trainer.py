@@ -36,7 +36,7 @@ from checkpoint import (
     TrainState,
     load_checkpoint,
     load_trained,
-    quantized_moments,
+    lock_output_dir,
     read_moments,
     remove_path,
     saved_arguments,
@@ -48,7 +48,8 @@ from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch, current_watchdog
 from formats.added_tokens import split_tokens
 from formats.chat import load_chat_template
-from formats.files import UserError, _disk_full, atomic_file
+from formats.files import UserError, _disk_full, atomic_file, write_error
+from formats.quantized_moments import quantized_moments
 from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import SaveEntry, SaveSource
 from logger import Log, find_writers, format_metrics, measure_matmul_peak, peak_memory  # noqa: F401, for scripts
@@ -101,8 +102,8 @@ def exit_status(error: BaseException, folder: str) -> tuple[int, str | None]:
     """(exit code, line to print; None for a bug, which keeps its traceback) of the error that ended a script."""
     if isinstance(error, UserError):
         return 2, str(error)
-    if _disk_full(error):
-        return 2, f"{error.filename or folder}: the disk is full; free some space, then resume"
+    if line := write_error(error, folder):
+        return 2, line
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     return 1, None
@@ -310,11 +311,9 @@ def check_output_dir(args: ScriptArgs) -> list[Path]:
 
 
 def prepare_output_dir(args: ScriptArgs, topology: Topology = SINGLE) -> None:
-    """Create or empty output_dir, print the arguments and write them to run_args.json.
-
-    Rank 0 does it between two barriers. Call it once nothing can be refused any more.
-    """
+    """Rank 0 locks and empties output_dir and writes run_args.json; call it once nothing can be refused any more."""
     folder, old = Path(args.output_dir), check_output_dir(args)
+    lock_output_dir(args, topology)
     topology.barrier()
     if topology.rank == 0:
         _prepare(folder, old, args)

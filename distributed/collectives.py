@@ -39,6 +39,7 @@ class Axis:
         self.name, self.ranks, self.size, self.rank = name, ranks, len(ranks), ranks.index(rank)
         self.groups, self.watchdog = groups, groups and groups.watchdog
         self.group = groups.connect(ranks) if groups is not None and self.size > 1 else None
+        self.gate = groups.gate(ranks) if self.group is not None else None
         self.sequence_parallel = False  # of tp: between attention and MLP a rank keeps its share of the tokens
         self.seconds, self.bytes = 0.0, 0
 
@@ -187,9 +188,12 @@ class Axis:
 
     @contextlib.contextmanager
     def _timed(self, x: paddle.Tensor) -> Iterator[None]:
-        start, self.watchdog.waiting_in = time.perf_counter(), self
+        start = time.perf_counter()
+        self.watchdog.enter(self)
+        if self.gate is not None:
+            self.gate.wait()
         yield
-        self.watchdog.waiting_in = None  # not reset on exception: records where this rank was waiting
+        self.watchdog.leave()  # not on an exception: waiting_in says where this rank was waiting
         self.seconds += time.perf_counter() - start
         self.bytes += x.size * x.element_size()
 
@@ -207,7 +211,6 @@ class Groups:
 
     def __init__(self, launch: Launch):
         self.launch, self.watchdog, self.groups = launch, Watchdog.of(launch), {}
-        self.store = self.watchdog.store
 
     def connect(self, ranks: list[int], prefix: str = "") -> dist.collective.Group:
         """The group of these global ranks, which all call it. prefix: tells several groups of the same ranks apart."""
@@ -217,29 +220,49 @@ class Groups:
         return self.groups[key]
 
     def barrier(self) -> None:
-        """Wait for all processes, without a time limit: a collective of gloo would give up after 30 seconds."""
+        """Wait for all processes; a collective of gloo would give up after 30 seconds."""
         self.watchdog.barrier()
 
-    def all_gather_object(self, value, met: bool = False) -> list:
-        """[value of each rank]: small JSON values. met: all ranks have just passed a barrier, so none is needed here.
+    def all_gather_object(self, value, kind: str = "all", channel: str = "main") -> list:
+        """[value of each rank]: small JSON values, see Watchdog.gather."""
+        return self.watchdog.gather(value, kind, channel)
 
-        Through a process group, not the store: each answer of the store takes 40 milliseconds.
-        """
-        if not met:
-            self.barrier()
-        group, text, frame = self.connect(list(range(self.launch.world))), json.dumps(value).encode(), 1024
+    def gate(self, ranks: list[int]) -> "Gate | None":
+        """What ranks pass before a collective, where the library would not wait long enough for a slow rank."""
 
-        def gather(content: bytes, size: int) -> list[bytes]:
-            received = []
-            padded = np.frombuffer(content.ljust(size, b" "), np.uint8)
-            dist.all_gather(received, paddle.to_tensor(padded), group)
-            return [part.numpy().tobytes() for part in received]
 
-        # One frame of fixed size: 16 digits of length, then the text. A second gather only if some text is longer.
-        frames = gather(b"%016d" % len(text) + text[: frame - 16], frame)
-        if (longest := max(int(part[:16]) for part in frames)) > frame - 16:
-            return [json.loads(part) for part in gather(text, longest)]
-        return [json.loads(part[16:]) for part in frames]
+class Gate:
+    """Where the ranks of a group wait for each other before a collective of gloo, which would fail after 30 seconds.
+
+    A dissemination barrier (Hensgen et al., 1988): in round k each rank sends a byte to the rank 2^k further on, and
+    waits for one from the rank 2^k before it: log2(ranks) rounds. Two ranks: 0.03 ms.
+    """
+
+    def __init__(self, launch: Launch, ranks: list[int], watchdog: Watchdog):
+        rank, size, name = ranks.index(launch.rank), len(ranks), "-".join(map(str, ranks))
+        hosts = [launch.endpoints[r].rpartition(":")[0] for r in ranks]
+        steps = [1 << k for k in range((size - 1).bit_length())]
+        with socket.create_server(("", 0), backlog=len(steps)) as listener:
+            watchdog.ask("set", f"gate {name} {rank}", listener.getsockname()[1])
+            self.targets, arrived = [], {}
+            for step in steps:
+                target = (rank + step) % size
+                port = watchdog.ask("get", f"gate {name} {target}")
+                self.targets.append(socket.create_connection((hosts[target], port)))
+                self.targets[-1].sendall(step.to_bytes(4, "little"))
+            while len(arrived) < len(steps):
+                connection, _ = listener.accept()
+                arrived[int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "little")] = connection
+        self.sources = [arrived[step] for step in steps]
+        for connection in (*self.targets, *self.sources):
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def wait(self) -> None:
+        for target, source in zip(self.targets, self.sources):
+            target.sendall(b"x")
+            if not source.recv(1):
+                raise ConnectionError("gate: connection closed by a peer")
 
 
 @functools.cache  # one per process
@@ -248,9 +271,19 @@ class Gloo(Groups):
 
     Every group has a TCP store of its own: Paddle's gloo groups write their addresses under keys that do not name the
     group, so two groups in one store would read each other's. The first rank of a group opens its store and publishes
-    the port in the store of all processes; the others connect only then, as a connection that comes too early waits
+    the port among the values of all processes; the others connect only then, as a connection that comes too early waits
     three seconds.
     """
+
+    @functools.cached_property
+    def gates(self) -> dict[str, Gate]:
+        return {}
+
+    def gate(self, ranks: list[int]) -> Gate:
+        key = str(ranks)
+        if key not in self.gates:
+            self.gates[key] = Gate(self.launch, ranks, self.watchdog)
+        return self.gates[key]
 
     def _connect(self, ranks: list[int], key: str) -> dist.collective.Group:
         core, local_rank = paddle.base.core, ranks.index(self.launch.rank)
@@ -260,11 +293,11 @@ class Gloo(Groups):
                 probe.bind(("", 0))
                 port = probe.getsockname()[1]
             # Paddle wants an id that no other group of a process has, and the same one on all ranks of a group.
-            group_id = 1000 + self.store.add("groups", 1)
+            group_id = 1000 + self.watchdog.ask("add", "groups", 1)
             store = core.TCPStore(host, port, True, 1, 900)
-            self.store.set(f"group {key}", f"{port} {group_id}")
+            self.watchdog.ask("set", f"group {key}", [port, group_id])
         else:
-            port, group_id = map(int, self.store.get(f"group {key}").split())
+            port, group_id = self.watchdog.ask("get", f"group {key}")
             store = core.TCPStore(host, port, False, 1, 900)
         group = core.ProcessGroupGloo.create(store, local_rank, len(ranks), group_id)
         return dist.collective.Group(local_rank, group_id, ranks, group, key)
@@ -280,12 +313,13 @@ class Nccl(Groups):
 
     def __init__(self, launch: Launch):
         Groups.__init__(self, launch)
+        self.watchdog.choose_master()
         dist.init_parallel_env()  # takes the device that the launcher chose
 
     def _connect(self, ranks: list[int], key: str) -> dist.collective.Group:
         if ranks.index(self.launch.rank) == 0:
-            self.store.set(f"group {key}", str(1000 + self.store.add("groups", 1)).encode())
-        dist.collective._set_custom_gid(int(self.store.get(f"group {key}")))
+            self.watchdog.ask("set", f"group {key}", 1000 + self.watchdog.ask("add", "groups", 1))
+        dist.collective._set_custom_gid(self.watchdog.ask("get", f"group {key}"))
         try:
             return dist.new_group(ranks)
         finally:
@@ -477,19 +511,18 @@ def make_expert_axes(grid: np.ndarray, order: tuple, degree: int, rank: int, gro
 
 
 def gather_tensor_index(sizes: dict[str, int], topology: object) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """This rank's {name: bytes} -> ({name: bytes}, {name: [ranks that hold it]}) over all ranks; call it after a
-    barrier.
+    """This rank's {name: bytes} -> ({name: bytes}, {name: [ranks that hold it]}) over all ranks.
 
     It is gathered, not derived from the grid: pipeline stages hold other layers, ranks of expert parallelism other
     experts. Ranks exchange digests first, and only one rank of those with equal names sends them.
     """
     text = json.dumps(sizes, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    digests = topology.all_gather_object(digest, met=True)
+    digests = topology.all_gather_object(digest)
     size_tables = [sizes] * len(digests)
     if len(set(digests)) > 1:
         sends = digests.index(digest) == topology.rank
-        sent = topology.all_gather_object(sizes if sends else None, met=True)
+        sent = topology.all_gather_object(sizes if sends else None)
         size_tables = [sent[digests.index(digest)] for digest in digests]
     all_sizes, holders = {}, {}
     for rank, table in enumerate(size_tables):

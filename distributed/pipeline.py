@@ -48,21 +48,21 @@ def pipeline_schedule(ranks: int, virtual: int, batches: int) -> list[list[tuple
 
     Chunk c of rank r is stage c · ranks + r. One forward, one backward (arXiv 2006.09503) with one chunk a rank, else
     interleaved (arXiv 2104.04473, 2.2): micro-batches go in groups of one per rank, all of a group through one chunk
-    before the next; the last group may be smaller. A rank warms up with as many forwards as lie between it and the
-    first backward; with more if that order would deadlock, as it can with a smaller group.
+    before the next. A rank warms up with as many forwards as lie between it and the first backward. If the last group
+    is smaller, the schedule is that of a full one without the steps of the micro-batches that are missing: an order in
+    which nothing waits for a later step stays one when a micro-batch is left out.
     """
-    groups = [range(first, min(first + ranks, batches)) for first in range(0, batches, ranks)]
+    groups = [range(first, first + ranks) for first in range(0, batches, ranks)]
     forwards = [("forward", chunk, i) for group in groups for chunk in range(virtual) for i in group]
     backwards = [("backward", chunk, i) for group in groups for chunk in reversed(range(virtual)) for i in group]
-    for more in range(len(forwards) + 1):
-        plan = []
-        for rank in range(ranks):
-            ahead = ranks - rank - 1 if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks
-            ahead = min(ahead + more, len(forwards))
-            steady = [step for pair in zip(forwards[ahead:], backwards) for step in pair]
-            plan.append([*forwards[:ahead], *steady, *backwards[len(forwards) - ahead :]])
-        if simulate_schedule(plan) is not None:
-            return plan
+    plan = []
+    for rank in range(ranks):
+        ahead = ranks - rank - 1 if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks
+        ahead = min(ahead, len(forwards))
+        steady = [step for pair in zip(forwards[ahead:], backwards) for step in pair]
+        steps = [*forwards[:ahead], *steady, *backwards[len(forwards) - ahead :]]
+        plan.append([step for step in steps if step[2] < batches])
+    return plan
 
 
 def simulate_schedule(plan: list[list[tuple]], costs: dict | None = None) -> tuple[float, float] | None:
@@ -108,15 +108,15 @@ class Channel:
     """
 
     def __init__(self, source: int, target: int, groups):
-        self.source, self.target, self.error = source, target, None
+        self.source, self.target, self.error, self.watchdog = source, target, None, groups.watchdog
         self.group, rank = groups.connect([source, target], "channel "), groups.launch.rank
         key = f"control {source} {target}"
         if rank == target:
             host = groups.launch.endpoints[source].split(":")[0]
-            self.control = Client((host, int(groups.store.get(key))))
+            self.control = Client((host, self.watchdog.ask("get", key)))
         else:
             with Listener(("", 0)) as listener:
-                groups.store.set(key, str(listener.address[1]))
+                self.watchdog.ask("set", key, listener.address[1])
                 self.control = listener.accept()
         self.waiting, self.sent = queue.SimpleQueue(), []
         if _backend() != "gloo":  # the first call connects, and waits for that of the other
@@ -157,13 +157,15 @@ class Channel:
             message = tensors = tensor = None  # else they stay in memory until the next message
 
     def receive(self) -> tuple:
-        """(header, tensors) of the next message; waits without a time limit."""
+        """(header, tensors) of the next message; waits as long as the watchdog lets it."""
+        self.watchdog.since["pp"] = "pp", [self.source], self.watchdog.moved()
         try:
             header, specs = json.loads(self.control.recv_bytes())
             if specs and _backend() == "gloo":
                 self.control.send_bytes(b"now")
         except (EOFError, ConnectionError):
             raise RuntimeError(f"rank {self.source} of the pipeline has died") from None
+        self.watchdog.since.pop("pp", None)
         tensors = [paddle.empty(shape, dtype) for shape, dtype in specs]
         for tensor in tensors:
             dist.recv(tensor, self.source, self.group)

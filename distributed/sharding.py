@@ -35,13 +35,16 @@ def gradient_reduction_of(path: str, parameter: paddle.Tensor, model: CausalLM) 
     """The GradReduction of a parameter by its path: the one place that says who has which part of which gradient."""
     topology, replicas = model.topology, tied_axis(model, path)
     tp, spec = topology.tp, getattr(parameter, "shard_spec", None)
-    is_expert = is_expert_sharded(path, topology)  # sharded already, by whole experts
-    sum_over = [topology.expert_dp] if is_expert else [topology.sep, topology.dp]
+    is_expert = is_expert_sharded(path, topology)  # sharded already, by whole experts: the rest over their copies
+    shard_axis = topology.sharding
+    if is_expert:
+        shard_axis = topology.expert_dp if topology.sharding.size > 1 else topology.alone
+    sum_over = [topology.expert_dp] * (shard_axis is topology.alone) if is_expert else [topology.sep, topology.dp]
     sum_over += [tp] * partial_over_tp(path, parameter, tp) + ([] if replicas is None else [replicas])
     counts = (spec is not None or tp.rank == 0) and (replicas is None or replicas.rank == 0)
     return GradReduction(
         sum_over=tuple(axis for axis in sum_over if axis.size > 1),
-        shard_axis=topology.alone if is_expert else topology.sharding,
+        shard_axis=shard_axis,
         norm_axes=(topology.ep,) if is_expert else (),
         counts_in_norm=counts,
     )
@@ -219,6 +222,8 @@ class ZeroOptimizer:
     owns a part of. Trained weights are float32 in bf16 runs too, where only products are in bfloat16: they are the
     master weights.
 
+    Experts of expert parallelism are sharded over all ranks that have the same ones, which may be more or fewer than n.
+
     What a rank of n along the sharding axis holds (Rajbhandari et al., arXiv 1910.02054): stage 1: 1/n of the
     moments. Full gradients, until those of the last micro-batch are there; then 1/n too. stage 2: 1/n of the
     gradients, and those of the unit (embedding, block, norm, head) whose backward is under way. stage 3: 1/n of the
@@ -353,7 +358,7 @@ class ZeroOptimizer:
         topology = self.topology
         sums = {((), topology.sharding): paddle.zeros([], "float64")}
         if topology.ep.size > 1:  # also on a rank that trains none of its experts: the others wait for it
-            sums[(topology.ep,), topology.alone] = paddle.zeros([], "float64")
+            sums[(topology.ep,), topology.expert_dp if self.stage else topology.alone] = paddle.zeros([], "float64")
         for piece in self.pieces:
             parameter = piece.weight.parameter if self.stage else piece.parameter
             rule, gradient = self.reductions[id(parameter)], piece.grad

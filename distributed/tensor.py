@@ -317,11 +317,12 @@ def apply_tensor_parallel(model: CausalLM, tp: Axis) -> None:
 
 # ========================================================================================================= vocabulary
 
-VocabShard = namedtuple("VocabShard", "start all_reduce")  # what kernels.linear_cross_entropy takes of a sharded head
+# What kernels.linear_cross_entropy takes of a sharded head; widest: ids of the largest shard, by which all ranks chunk.
+VocabShard = namedtuple("VocabShard", "start all_reduce widest")
 
 
 def vocab_shard(vocab_size: int, tp: Axis) -> VocabShard:
-    return VocabShard(tp.rank * vocab_size // tp.size, tp.all_reduce)
+    return VocabShard(tp.rank * vocab_size // tp.size, tp.all_reduce, -(-vocab_size // tp.size))
 
 
 def gather_logits(logits: paddle.Tensor, vocab_size: int, tp: Axis) -> paddle.Tensor:

@@ -10,6 +10,7 @@ UserError is what every room raises for a mistake that the user can mend: traine
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import zlib
@@ -56,6 +57,22 @@ def crc32_of(path: str | Path) -> int | None:
     except OSError:
         return None
     return checksum
+
+
+SAMPLED_BYTES, SAMPLES = 64 << 20, 1024  # of a file for fingerprint(), evenly spread; a smaller file is read whole
+
+
+def fingerprint(path: str | Path) -> list:
+    """[size, hash of the bytes] of a file; above 64 MB, of 1,024 blocks of it from first to last."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        block = SAMPLED_BYTES // SAMPLES
+        starts = [0] if size <= SAMPLED_BYTES else [i * (size - block) // (SAMPLES - 1) for i in range(SAMPLES)]
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(SAMPLED_BYTES if size <= SAMPLED_BYTES else block))
+    return [size, digest.hexdigest()]
 
 
 class UserError(ValueError):
@@ -122,6 +139,24 @@ def names_in(folder: Path) -> str:
 
 def _disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+WRITE_ERRORS = {  # errno: (what it says, what would help)
+    errno.ENOSPC: ("the disk is full", "free some space, then resume"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, then resume"),
+    errno.EROFS: ("the file system is read-only now", "make it writable again, then resume"),
+    errno.EIO: ("the disk reports an input/output error", "see to it, then resume"),
+    errno.ESTALE: ("the file server has lost the folder", "mount it again, then resume"),
+    errno.ENOTCONN: ("the file server is gone", "mount it again, then resume"),
+}
+
+
+def write_error(error: BaseException, folder: str | Path) -> str | None:
+    """One line for an error of the disk below a file or `folder`, which the user can mend; None: another error."""
+    if not isinstance(error, OSError) or error.errno not in WRITE_ERRORS or not (error.filename or _disk_full(error)):
+        return None
+    what, remedy = WRITE_ERRORS[error.errno]
+    return f"{error.filename or folder}: {what}; {remedy}"
 
 
 def _sync(path: str | Path) -> None:

@@ -238,15 +238,46 @@ MASTER_WEIGHTS = "master_weights.safetensors"  # float32 weights beside, or in p
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTER_WEIGHTS)
 
 
-def stored_tensors(path: str | Path, candidates: tuple[str, ...] = MODEL_FILES) -> dict[str, StoredTensor]:
+class IndexedTensor:
+    """A StoredTensor of a file that an index names: the file's header is read when `read` or `shape` is asked for."""
+
+    def __init__(self, name: str, path: Path, headers: dict):
+        self.name, self.path, self.headers = name, path, headers
+
+    def _entry(self):
+        if not self.path.is_file():
+            raise UserError(f"{self.path.parent}: an index names the file {self.path.name}, which is not there")
+        if self.path not in self.headers:
+            self.headers[self.path] = safetensors_header(self.path)
+        if self.name not in self.headers[self.path]:
+            raise UserError(f"{self.path}: has no tensor {self.name}, which the index says it has")
+        return self.headers[self.path][self.name]
+
+    @property
+    def read(self) -> LazyTensor:
+        return LazyTensor(self.path, self._entry())
+
+    @property
+    def shape(self) -> list[int]:
+        return self._entry().shape
+
+
+def stored_tensors(
+    path: str | Path, candidates: tuple[str, ...] = MODEL_FILES, trust_index: bool = False
+) -> dict[str, StoredTensor]:
     """{name: StoredTensor} of a folder: from the first of `candidates` that is there, as one file or as an index.
 
     transformers' order: one file before an index, safetensors before .bin; consolidated.*, subfolders and other weight
     files beside them are not read.
+    trust_index: names are the index's, and only files of which something is read are opened. A thousand ranks that
+    each open a thousand files would keep a file server busy for minutes.
     """
     path = Path(path)
     for candidate in candidates:
         index = path / f"{candidate}.index.json"
+        if index.is_file() and not (path / candidate).is_file() and trust_index:
+            weight_map, headers = json.loads(index.read_text(encoding="utf-8"))["weight_map"], {}
+            return {name: IndexedTensor(name, path / file, headers) for name, file in weight_map.items()}
         if (path / candidate).is_file():
             files = [candidate]
         elif index.is_file():
@@ -333,13 +364,15 @@ def _are_equal(head: StoredTensor, embedding: StoredTensor) -> bool:
     return all(np.array_equal(head.read.read_slices(rows), embedding.read.read_slices(rows)) for rows in blocks)
 
 
-def load_weights(model: CausalLM, path: str | Path, candidates: tuple[str, ...] = MODEL_FILES) -> None:
+def load_weights(
+    model: CausalLM, path: str | Path, candidates: tuple[str, ...] = MODEL_FILES, trust_index: bool = False
+) -> None:
     """Fill the base weights from a folder of Hugging Face's or PaddleNLP's, tensor by tensor; each rank reads its
-    shards.
+    shards. trust_index: see stored_tensors().
 
     All tensors that are missing, unexpected or of another shape are named in one UserError.
     """
-    config, tensors = model.config, stored_tensors(path, candidates)
+    config, tensors = model.config, stored_tensors(path, candidates, trust_index)
     if _is_paddlenlp(tensors, config):
         paddlenlp = paddlenlp_names(config)
         weights = {w.name: w for w in named_weights(model, paddlenlp)}

@@ -160,6 +160,18 @@ def bf16_missing() -> str | None:
     return _missing(kind, "bf16")
 
 
+def fused_missing() -> str | None:
+    """The reason why kernels.fused.FusedMultiTransformer cannot run a server's steps here; None if it can."""
+    if not _table:
+        configure()
+    kind = _kind()
+    if kind != "cpu":
+        return f"there is no fused_multi_transformer for {kind}"
+    if _table["paged_attention"][1] != kind:
+        return f"paged_attention is {_table['paged_attention'][1]} ({_table['paged_attention'][2]})"
+    return _missing(kind, "fused_multi_transformer")
+
+
 def describe() -> str:
     """One line for the start of a run: `cpu · rms_norm cpu (device is cpu) · rope reference (…) · …`."""
     if not _table:

@@ -30,6 +30,8 @@ window are not read.
 sample: float64 like the oracle, but sorts only candidates for the top_p set.
 """
 
+import ctypes
+import functools
 import math
 import os
 import types
@@ -47,7 +49,7 @@ SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample rms_norm
     layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear linear_cross_entropy adamw squared_norm bf16
-    peak""".split()  # ops that need it, and products in bfloat16
+    peak fused_multi_transformer""".split()  # ops that need it, and products in bfloat16
 LOGITS = 1 << 22  # of one block of linear_cross_entropy (16 MB, which stays in the cache)
 LOGITS_ROWS = 8192  # most tokens of a block
 SMALL = (
@@ -75,8 +77,22 @@ def missing(op: str) -> str | None:
 
 
 def _has_bfloat16():
+    return has_instructions("avx512_bf16")
+
+
+@functools.cache
+def has_instructions(flag: str) -> bool:
+    """Whether /proc/cpuinfo lists this flag."""
     with open("/proc/cpuinfo") as file:
-        return " avx512_bf16" in file.read(10000)
+        return flag in file.read(10000).split()
+
+
+def library() -> ctypes.CDLL:
+    """The built C++, for functions that are no operators (fused.py)."""
+    assert missing("fused_multi_transformer") is None
+    with open("/proc/self/maps") as file:
+        path = next(line.split()[-1] for line in file if line.rstrip().endswith("kernels_cpu.so"))
+    return ctypes.CDLL(path)
 
 
 def _load():
@@ -356,8 +372,7 @@ def paged_attention(
     window=None,
     softcap=None,
 ):
-    cache = paddle.float32 if k_scales is None else paddle.int8
-    if not (_plain(q) and k_cache.dtype == v_cache.dtype == cache):
+    if not (_plain(q) and k_cache.dtype == v_cache.dtype and _takes_cache(k_cache, k_scales)):
         return reference.paged_attention(
             q,
             k_cache,
@@ -393,8 +408,12 @@ def _paged_tensors(q, k_cache, arrays):
     return _paged[1]
 
 
+def _takes_cache(cache, scales):
+    return cache.dtype in ((paddle.float32, paddle.bfloat16) if scales is None else (paddle.int8,))
+
+
 def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
-    if not _plain(k, v) or k_cache.dtype != (paddle.float32 if k_scales is None else paddle.int8):
+    if not _plain(k, v) or not _takes_cache(k_cache, k_scales):
         return reference.write_cache(k, v, k_cache, v_cache, slots, k_scales, v_scales)
     _op("cpu_write_cache", k.contiguous(), v.contiguous(), k_cache, v_cache, slots, k_scales, v_scales)
 

@@ -470,7 +470,7 @@ class _LinearCrossEntropy(PyLayer):
         options.frozen = [hidden.stop_gradient, weight.stop_gradient]
         d_hidden_in_forward = options.grad and options.frozen == [False, True]
         losses, all_lse, rows = [], [], []
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1]):
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1], options):
             logits = _logits(hidden[chunk], weight, options)
             loss, lse, best = _losses(logits, labels[chunk], options)
             losses.append(loss)
@@ -496,7 +496,7 @@ class _LinearCrossEntropy(PyLayer):
         hidden, weight, labels, lse = ctx.saved_tensor()
         frozen = options.frozen[1]
         d_hidden, d_weight = [], None if frozen else paddle.zeros(weight.shape, "float32")
-        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1]):
+        for chunk in _chunks(labels.shape[0], weight.shape[0 if transposed else 1], options):
             d_loss = d_losses[chunk].unsqueeze(-1).astype(hidden.dtype)  # (c, 1), multiplied into (c, D), not (c, V)
             p = _softmax_less_onehot(_logits(hidden[chunk], weight, options), labels[chunk], lse[chunk], options)
             p = p.astype(hidden.dtype)
@@ -559,9 +559,9 @@ def reduce_lse(
     return global_max + paddle.log(sums[0]), sums[1], best
 
 
-def _chunks(tokens, vocabulary):
-    """Slices of tokens, of at most LOGITS logits."""
-    size = max(16, LOGITS // vocabulary)
+def _chunks(tokens, width, options):
+    """Slices of tokens, of at most LOGITS logits. Ranks that shard the vocabulary unevenly all make the same ones."""
+    size = max(16, LOGITS // (width if options.vocabulary is None else options.vocabulary.widest))
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
@@ -729,15 +729,15 @@ def write_cache(k, v, k_cache, v_cache, slots, k_scales=None, v_scales=None):
             largest = x.abs().max(-1)  # (N, K)
             _put(scales, slots, largest / 127.0)
             x = paddle.round(x * (127.0 / paddle.clip(largest, min=1e-30)).unsqueeze(-1)).astype("int8")
-        _put(cache, slots, x)
+        _put(cache, slots, x.astype(cache.dtype))
 
 
 def _put(cache, slots, x):
     """cache (blocks, block_size, …), x (N, …): row slots[i] of the cache = x[i], in place, without copying the pool."""
     rows = cache.reshape([-1, *cache.shape[2:]])
     assert rows.data_ptr() == cache.data_ptr(), "reshape made a copy"
-    if x.dtype == paddle.int8:
-        paddle.index_put_(rows, (slots,), x)  # scatter_ has no int8 on the CPU
+    if x.dtype in (paddle.int8, paddle.bfloat16):
+        paddle.index_put_(rows, (slots,), x)  # scatter_ has neither on the CPU
     else:
         paddle.scatter_(rows, slots, x)
 

@@ -40,7 +40,8 @@ import numpy as np
 
 from formats.files import UserError
 from model import CausalLM
-from serving.runners import ScheduledTokens, TokenSequence, make_runner
+from serving.fused import fastest_runner
+from serving.runners import ScheduledTokens, TokenSequence
 
 # ======================================================================================= requests and their results
 
@@ -363,6 +364,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
+    dtype, int8_head: of serving.fused.
     """
 
     def __init__(
@@ -379,9 +381,11 @@ class Engine:
         seed: int = 0,
         adapters: dict | None = None,
         int8_cache: bool = False,
+        dtype: str = "float32",
+        int8_head: bool = False,
     ):
         if isinstance(model, CausalLM):
-            model = make_runner(model, num_blocks, block_size, adapters, int8_cache)
+            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
         self.runner, self.tokenizer = model, tokenizer
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import kernels
+from kernels.rounding import rounded_tensors
 
 import numpy as np
 import paddle
@@ -28,7 +29,8 @@ from adapters import LoRALinear, adapted_layers, load_adapter, lora_layers, weig
 from families import ModelConfig
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
-from model import CausalLM, KVCache, MoE, block_linears
+from layers import Linear, QuantLinear
+from model import CausalLM, KVCache, MoE, block_linears, set_parameter
 from positions import NO_ROW, rope_cache_key, rope_lengths
 
 # ============================================================================================ what a runner reads
@@ -52,6 +54,18 @@ class ScheduledTokens(NamedTuple):
     count: int
 
 
+class StepLayout(NamedTuple):
+    """The tokens of a step in a row, and where they are."""
+
+    ids: np.ndarray  # (N,) int64
+    positions: np.ndarray  # (N,) in their sequences, with the tokens of a trained prefix
+    slots: np.ndarray  # (N,) int64 of the pool
+    tables: np.ndarray  # (S, blocks) int32 of each sequence
+    query_lengths: np.ndarray  # (S,)
+    context_lengths: np.ndarray  # (S,)
+    lengths: np.ndarray | None  # (N,) see rope_lengths()
+
+
 def make_runner(
     model: CausalLM, num_blocks: int, block_size: int, adapters: dict | None = None, int8: bool = False
 ) -> "PagedRunner | SequentialRunner":
@@ -61,6 +75,30 @@ def make_runner(
     if int8:
         raise UserError("cachekv_int8_type: ChatGLM-6B keeps keys and values in float32; leave the key out")
     return SequentialRunner(model, adapters)
+
+
+@paddle.no_grad()
+def round_linears(model: CausalLM, scheme: str, group_size: int = -1) -> None:
+    """Every float linear of the blocks becomes a QuantLinear, rounded to nearest; scheme "w8", "w4" or "a8w8".
+
+    group_size: input rows that share a scale, in linears that have a multiple of it; -1 and others: all rows.
+    UserError, naming the linear, where one cannot be packed.
+    """
+    for path, (parent, attribute, layer) in block_linears(model).items():
+        if not isinstance(layer, Linear):
+            raise UserError(f"quant: {path} is {type(layer).__name__}; quant rounds a model of float weights")
+        group = group_size if layer.n_in % group_size == 0 else -1
+        try:
+            new = QuantLinear(layer.n_in, layer.n_out, scheme, group, layer.bias is not None)
+            tensors = rounded_tensors(layer.full_weight(), scheme, group)
+        except UserError as error:
+            raise UserError(f"quant: {path}: {error}") from None
+        for name, array in tensors.items():
+            set_parameter(getattr(new, name), array)
+        if layer.bias is not None:
+            set_parameter(new.bias, layer.bias.astype("float32").numpy())
+        setattr(parent, attribute, new)
+        layer.weight._clear_data()  # one linear at a time has both
 
 
 # ================================================================================================== LoRA by name
@@ -135,15 +173,22 @@ class PagedRunner(KVCache):
     chunked_prefill = True  # a prompt may come in pieces, and share blocks with others
 
     def __init__(
-        self, model: CausalLM, num_blocks: int, block_size: int, adapters: dict | None = None, int8: bool = False
+        self,
+        model: CausalLM,
+        num_blocks: int,
+        block_size: int,
+        adapters: dict | None = None,
+        int8: bool = False,
+        dtype: str = "float32",
     ):
+        """int8, dtype: of the pool; dtype is "float32" or "bfloat16"."""
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
         self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.max_model_len
         self.prefix_tokens = 0  # KVCache: the positions that the model gets count the virtual tokens already
         self.num_virtual_tokens = model.prefix.tokens if model.prefix is not None else 0
         shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
-        dtype, layers = "int8" if int8 else "float32", range(c.num_hidden_layers)
+        dtype, layers = "int8" if int8 else dtype, range(c.num_hidden_layers)
         self.pools = [(paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)) for _ in layers]  # keys, values
         self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
         self.slices = []
@@ -152,8 +197,8 @@ class PagedRunner(KVCache):
         self.slots = self.tables = self.query_lengths = self.context_lengths = self.lengths = None
 
     @staticmethod
-    def block_bytes(config: ModelConfig, block_size: int, int8: bool = False) -> int:
-        bytes_of_head = config.head_dim + 4 if int8 else 4 * config.head_dim
+    def block_bytes(config: ModelConfig, block_size: int, int8: bool = False, dtype: str = "float32") -> int:
+        bytes_of_head = config.head_dim + 4 if int8 else config.head_dim * {"float32": 4, "bfloat16": 2}[dtype]
         return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * bytes_of_head
 
     def hash_seed(self, num_prompt_tokens: int) -> int:
@@ -176,27 +221,36 @@ class PagedRunner(KVCache):
 
     def _prepare(self, scheduled):
         """Ids (1, N); on self the step's positions (1, N), slots (N,), block tables and lengths."""
-        size, counts = self.block_size, [tokens.count for tokens in scheduled]
+        step = self.layout(scheduled)
+        self.tables, self.query_lengths, self.context_lengths = step.tables, step.query_lengths, step.context_lengths
+        for array in (self.tables, self.query_lengths, self.context_lengths):
+            array.flags.writeable = False  # so that kernels may keep what they derive from it for the next layers
+        self.slots = kernels.to_tensor(step.slots)
+        self.lengths = None if step.lengths is None else kernels.to_tensor(step.lengths[None])
+        self.positions = kernels.to_tensor(step.positions[None])
+        return kernels.to_tensor(step.ids[None])
+
+    def layout(self, scheduled: list[ScheduledTokens]) -> StepLayout:
+        """Where the tokens of a step are in their sequences and in the pool."""
+        size, counts = self.block_size, np.array([tokens.count for tokens in scheduled])
         starts = np.array([tokens.start for tokens in scheduled])
-        self.query_lengths = np.array(counts)  # (S,)
-        self.context_lengths = starts + self.query_lengths  # (S,)
-        self.tables = np.zeros((len(scheduled), -(-int(self.context_lengths.max()) // size)), np.int32)
+        contexts = starts + counts
+        tables = np.zeros((len(scheduled), -(-int(contexts.max()) // size)), np.int32)
         ids = []
         for row, (sequence, start, count) in enumerate(scheduled):
             ids += sequence.tokens[start : start + count]
             blocks = sequence.blocks[: -(-(start + count) // size)]
-            self.tables[row, : len(blocks)] = blocks
-        for array in (self.tables, self.query_lengths, self.context_lengths):
-            array.flags.writeable = False  # so that kernels may keep what they derive from it for the next layers
+            tables[row, : len(blocks)] = blocks
         rows = np.repeat(np.arange(len(scheduled)), counts)  # (N,) the sequence of each token
-        firsts = np.repeat(self.query_lengths.cumsum() - counts, counts)
+        firsts = np.repeat(counts.cumsum() - counts, counts)
         positions = np.arange(len(ids)) - firsts + starts[rows]
-        self.slots = kernels.to_tensor(self.tables[rows, positions // size].astype(np.int64) * size + positions % size)
-        prompts = [tokens.sequence.num_prompt_tokens for tokens in scheduled]
-        lengths = [rope_lengths(self.config, prompt, positions[rows == row]) for row, prompt in enumerate(prompts)]
-        self.lengths = None if lengths[0] is None else kernels.to_tensor(np.concatenate(lengths)[None])
-        self.positions = kernels.to_tensor(positions[None])
-        return kernels.to_tensor(np.array([ids], np.int64))
+        slots = tables[rows, positions // size].astype(np.int64) * size + positions % size
+        lengths = None
+        if self.config.rope["rope_type"] in ("qwen_ntk", "dynamic"):
+            prompts = [tokens.sequence.num_prompt_tokens for tokens in scheduled]
+            lengths = [rope_lengths(self.config, prompt, positions[rows == row]) for row, prompt in enumerate(prompts)]
+            lengths = np.concatenate(lengths)
+        return StepLayout(np.array(ids, np.int64), positions, slots, tables, counts, contexts, lengths)
 
     def _set_slices(self, scheduled):
         self.slices.clear()

@@ -34,6 +34,7 @@ from tiny_models import write as write_family
 import adapters
 import checkpoint
 import data
+import distributed.shard_files
 import families
 import formats.tensor_files
 import formats.weights
@@ -41,21 +42,17 @@ import model as M
 from arguments import TrainingArgs
 from checkpoint import (
     DONE,
-    CheckpointShardWriter,
-    assign_writers,
-    dequantize_4,
-    dequantize_8,
     find_checkpoint,
     incomplete,
     list_checkpoints,
     load_checkpoint,
     load_trained,
-    quantize_4,
-    quantize_8,
 )
 from distributed.collectives import ShardSpec
+from distributed.shard_files import CheckpointShardWriter, SaveLayout, assign_writers, entries_of
 from distributed.tensor import COLUMN_PARALLEL, ROW_PARALLEL, shard_ranges
 from formats.files import UserError, crc32_of
+from formats.quantized_moments import dequantize_4, dequantize_8, quantize_4, quantize_8
 from formats.tokenizer import load_tokenizer
 from formats.weights import SaveSource
 from parallel import Degrees, Topology
@@ -165,14 +162,17 @@ class ThreadGroups:
         self.values, self.barrier = [None] * world, threading.Barrier(world)
 
     def of(self, rank):
-        def all_gather_object(value, met=False):
+        def all_gather_object(value, kind="all", channel="main"):
             self.values[rank] = json.loads(json.dumps(value))
             self.barrier.wait(20)
             gathered = list(self.values)
             self.barrier.wait(20)
-            return gathered
+            return next((v for v in gathered if v is not None), None) if kind == "first" else gathered
 
-        return types.SimpleNamespace(all_gather_object=all_gather_object, connect=lambda ranks: None, watchdog=None)
+        watchdog = types.SimpleNamespace(moved=lambda: None)
+        return types.SimpleNamespace(
+            all_gather_object=all_gather_object, connect=lambda ranks: None, watchdog=watchdog, gate=lambda ranks: None
+        )
 
 
 # (degrees, whether ranks hold flat ranges over sharding, as ZeRO does)
@@ -230,13 +230,6 @@ def entry_of_rank(name, full, topology, flat):
     return formats.weights.SaveEntry({name: (weight.shape, "float32")}, [source])
 
 
-def wait_for(path):
-    end = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < end, path
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize(
     "degrees, flat",
     GRIDS,
@@ -247,19 +240,22 @@ def test_parts_of_every_grid_make_full_tensors(degrees, flat, copied, tmp_path):
     """Threads as ranks. Each has its parts of: a stage's matrices, sharded by outputs, by inputs, and by replicated key
     heads; a tensor that all have; one of both stages; one expert per data rank."""
     degrees = Degrees(**degrees)
-    groups, full, reports = ThreadGroups(degrees.world), full_tensors(degrees), {}
+    groups, full, reports, parts = ThreadGroups(degrees.world), full_tensors(degrees), {}, tmp_path / "parts"
+    parts.mkdir()
 
     def work(rank):
         topology = Topology(degrees, rank, groups.of(rank))
         names = [f"{topology.pp.rank}.{name}" for name in LINEARS] + ["tied", f"expert{topology.dp.rank}"]
         entries = [entry_of_rank(name, full[name], topology, flat) for name in names]
-        plan = checkpoint.SavePlan({"model": entries}, {}, lambda folder: None)
-        writer = CheckpointShardWriter(plan, topology, buffers={} if copied else None)
+        layout = SaveLayout(entries_of({"model": entries}), topology)
+        writer = CheckpointShardWriter({"model": entries}, {}, topology, layout, buffers={} if copied else None)
         if copied:
             for entry in entries:
                 if entry.sources[0].tensor is not None:
                     entry.sources[0].tensor[:] = np.nan  # training goes on
-        reports[rank] = writer.write(tmp_path, wait_for)
+        writer.send_parts(parts)
+        topology.all_gather_object(None)
+        reports[rank] = writer.write(tmp_path, parts)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(degrees.world)]
     for thread in threads:
@@ -268,11 +264,12 @@ def test_parts_of_every_grid_make_full_tensors(degrees, flat, copied, tmp_path):
         thread.join()
     assert sorted(reports) == list(range(degrees.world))
     written, sizes = {}, Counter()
-    for path in tmp_path.iterdir():  # no other files are left
+    assert len(list(parts.iterdir())) <= degrees.world
+    for rank, path in [(r, tmp_path / n) for r, report in reports.items() for g in report.values() for n in g]:
         for name, array in formats.tensor_files.read_safetensors(path).items():
             assert name not in written, "written twice"
             written[name] = array
-            sizes[int(path.name.split(".")[1])] += array.nbytes
+            sizes[rank] += array.nbytes
     assert written.keys() == full.keys()
     for name, array in full.items():
         transposed = LINEARS.get(name.partition(".")[2], (None, False))[1]
@@ -484,6 +481,9 @@ MORE_PAIRS = [
     ("moe", "sharding2-stage1", "tp2"),
     ("moe", "sharding2-stage3", "dp2-ep2"),
     ("moe", "tp2-dp2", "tp2"),
+    ("moe", "dp2-sharding2-ep2-stage1", "1"),  # experts over the two copies of each, one of dp and one of sharding
+    ("moe", "sharding4-ep2-stage3", "sharding4-ep2-stage3"),
+    ("moe", "sharding4-ep2-stage2", "dp2-sharding2-ep2-stage3"),
     ("gemma2", "1", "tp2"),
     ("gemma2", "tp2", "dp2"),
     ("lora", "tp2", "1"),
@@ -734,16 +734,24 @@ def test_what_does_not_fit_is_named(pool, world, saved, tmp_path):
     assert "checkpoint-3: model-00001-of-00002.safetensors is missing" in fails(copy)
     state = json.loads((copy / "trainer_state.json").read_text())
     name, left = "optimizer-00002-of-00002.safetensors", {}
-    state["files"] = {}  # as if it had been written so
-    for file in copy.glob("*.json"):
-        state["files"][file.name] = file.stat().st_size
+
+    def mark():  # as if it had been written so
+        state["files"] = {file.name: file.stat().st_size for file in copy.glob("*.json")}
+        del state["files"]["trainer_state.json"]
+        (copy / "trainer_state.json").write_text(json.dumps(state))
+        (copy / DONE).write_text(str(crc32_of(copy / "trainer_state.json")))
+
     shutil.copy(out / "checkpoint-3" / "model-00001-of-00002.safetensors", copy)
     left = formats.tensor_files.read_safetensors(copy / name)
     gone = next(key for key in left if key.endswith("moment2_0"))
     formats.tensor_files.write_safetensors(copy / name, {key: array for key, array in left.items() if key != gone})
-    del state["files"]["trainer_state.json"]
-    (copy / "trainer_state.json").write_text(json.dumps(state))
-    (copy / DONE).write_text("")
+    mark()
+    assert f"{name}: has no tensor {gone}, which the index says it has" in fails(copy)
+    index = copy / "optimizer.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][gone]
+    index.write_text(json.dumps(content))
+    mark()
     assert f"the optimizer state is of other weights: missing {gone}" in fails(copy)
     tied = fails(saved("tied", "tp2")[0] / "checkpoint-3")
     assert "tensors do not fit" in tied and "missing lm_head.weight" in tied
@@ -756,6 +764,7 @@ def test_what_does_not_fit_is_named(pool, world, saved, tmp_path):
 
 def check_saves(folder, last):
     """Every complete checkpoint holds what its step says, and the newest is at least the last that was reported."""
+    found = find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=True))  # recovers, too
     newest = 0
     for path in list_checkpoints(folder):
         if incomplete(path) is None:
@@ -768,7 +777,6 @@ def check_saves(folder, last):
                     tensors[f"{w.name}/moment2_0"], whole * 2
                 )
             newest = max(newest, step)
-    found = find_checkpoint(TrainingArgs(output_dir=str(folder), resume_from_checkpoint=True))
     assert newest >= last and (found is None or load_checkpoint(found).step == newest), (newest, last)
     return newest
 
@@ -827,7 +835,7 @@ def test_a_failed_write_is_raised_at_the_next_save_or_at_the_end(tmp_path, monke
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *args, **more)
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    monkeypatch.setattr(distributed.shard_files, "write_safetensors", full)
     saver.save(2)
     with pytest.raises(UserError, match="checkpoint-2: the disk is full .*earlier ones are intact"):
         saver.save(3)
@@ -858,7 +866,7 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
         order.append(path.name)
         return real(path, *args, **more)
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", slow)
+    monkeypatch.setattr(distributed.shard_files, "write_safetensors", slow)
     saver.set(1)
     saver.save(1)
     assert order == [] and not (tmp_path / "checkpoint-1").exists() and saver.checkpoints.has(1)

@@ -119,6 +119,7 @@ def test_two_processes_as_one(base):
     assert "step 4/4" in (base / "log" / "workerlog.1").read_text()
 
 
+SECONDS = r"1\d"  # ddp_timeout is 12 here, and rank 0 looks once a second
 WRONG = {  # what: (the line that the console ends with, exit code)
     "max_steps=5@1": (
         "error: rank 1: arguments: max_steps is 5 here and 4 on rank 0; all processes must have the same",
@@ -129,9 +130,10 @@ WRONG = {  # what: (the line that the console ends with, exit code)
     "bug@1": ("error: rank 1: ZeroDivisionError: division by zero (its traceback is in its own log)", 1),
     "early@0": ("error: rank 0: this file cannot be read here", 2),
     "early@1": ("error: rank 1: this file cannot be read here", 2),
-    "hang@1": ("error: rank 1 hangs or is far behind: others waited 30 s for it in a collective (tp)", 1),
-    "stop@1": ("error: rank 1 gives no sign of life; others waited 30 s for it in a collective (tp)", 1),
+    "hang@1": (f"error: rank 1 hangs or is far behind: others have waited {SECONDS} s for it in a collective (tp)", 1),
+    "stop@1": (f"error: rank 1 gives no sign of life for {SECONDS} s", 1),
     "exit@1": (r"error: rank 1 has vanished: it was killed, or ran out of memory", 1),
+    "leave@1": (r"error: rank 1 has ended before the others", 1),
     "code@1": ("error: rank 1: the scripts: model.py is 'another' here and '", 2),
     "config:max_position_embeddings=7@1": (
         "error: rank 1: the model: max_position_embeddings is 7 here and 64 on rank 0",
@@ -146,14 +148,26 @@ WRONG = {  # what: (the line that the console ends with, exit code)
 def test_a_rank_goes_wrong(base, what):
     """Its own message is the last line of the run, and all ranks end with its exit code within a minute."""
     line, wanted = WRONG[what]
-    text, code, seconds = console(
-        start(base, what, "--tensor_parallel_degree", "2", "--max_steps=9" if "=" not in what else "--max_steps=4"),
-        base,
-    )
+    steps = "--max_steps=9" if "=" not in what else "--max_steps=4"
+    text, code, seconds = console(start(base, what, "--tensor_parallel_degree=2", steps, "--ddp_timeout=12"), base)
     shown = [row for row in text.splitlines() if row.strip() and not row.startswith(("LAUNCH", "Container"))]
-    assert shown[-1].startswith(line), text[-3000:]
+    line = re.escape(line).replace(re.escape(SECONDS), SECONDS)
+    assert re.match(line, shown[-1]), text[-3000:]
+    if what in ("hang@1", "stop@1"):
+        assert re.search(r"^waiting: rank 1 .*; the run ends after ddp_timeout, 12 s$", text, re.M), text[-3000:]
     assert code == wanted
     print(f"{what}\t{shown[-1]}\t{seconds:.0f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["slow@1", "pause@1", "pause@0"])
+def test_a_slow_rank_is_not_a_dead_one(base, what):
+    """It computes, or is stopped, for longer than gloo waits (30 s): a line after a tenth of ddp_timeout, no more."""
+    options = ("--tensor_parallel_degree=2", "--max_steps=4", "--ddp_timeout=200")
+    text, code, _ = console(start(base, what, *options), base)
+    assert code == 0 and len(logged(base)) == 4, text[-3000:]
+    if what != "pause@0":  # rank 0 would print it
+        assert re.search(r"^waiting: rank 1 .*; the run ends after ddp_timeout, 200 s$", text, re.M), text[-3000:]
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -167,48 +181,73 @@ def test_a_killed_rank_is_named(base, rank):
     assert "Traceback" not in (base / "log" / f"workerlog.{1 - rank}").read_text()
 
 
-class Store:
-    """In place of Paddle's TCPStore, with {rank: (beat, waiting in, seconds)}; None: a store whose server is gone.
-
-    A rank at beat LAST is dead: its heartbeat does not change any more.
-    """
-
-    LAST = 50
-
-    def __init__(self, signs):
-        self.signs = signs
-
-    def add(self, key, _):
-        if self.signs is None:
-            raise RuntimeError("TCP send error: Broken pipe")
-        return int(any(key == f"heartbeat {rank} is set" for rank in self.signs))
-
-    def get(self, key):
-        beat, place, when = self.signs[int(key.split()[1])]
-        self.signs[int(key.split()[1])] = beat + (beat < self.LAST), place, when
-        return json.dumps([beat, place, when]).encode()
+def status(waits=(), idle=0.0, silent=(), at=""):
+    return {"waits": [list(wait) for wait in waits], "idle": idle, "silent": dict(silent), "at": at}
 
 
 @pytest.mark.parametrize(
-    "signs, line",
+    "statuses, found",
     [
-        (None, "rank 0 has vanished"),
         (
-            {0: (1, None, 9.0), 1: (2, "dp", 9.0), 2: (Store.LAST, "tp", 7.5), 3: (Store.LAST, None, 6.0)},
-            "rank 3 has vanished",
-        ),  # the launcher ended 2 because of 3
+            [status(idle=630.0), status(idle=660.0, at="data.py:7 (batch)"), status(idle=620.0)],
+            (1, 620.0, "no rank has made progress for 620 s; rank 1 is at data.py:7 (batch)"),
+        ),
+        # Rank 2 computes while 0 and 1 wait, for each other's axis and for it.
+        (
+            [status([("tp", [0, 1], 40.0)]), status([("dp", [1, 2], 70.0)]), status(idle=75.0, at="x.py:1")],
+            (
+                2,
+                70.0,
+                "rank 2 hangs or is far behind: others have waited 70 s for it in a collective (dp); it is at x.py:1",
+            ),
+        ),
+        # It writes or computes, so it is slow and does not hang.
+        (
+            [status([("save 3", None, 900.0)]), status(idle=2.0), status([("save 3", None, 900.0)])],
+            (1, 2.0, "rank 1 hangs or is far behind: others have waited 2 s for it in a barrier"),
+        ),
+        (
+            [status([("dp", [0, 2], 90.0)]), status(silent={"2": 95.0}), None],
+            (2, 95.0, "rank 2 gives no sign of life for 95 s"),
+        ),
+        (
+            [status([("tp", [0, 1], 90.0)]), status([("main 4", None, 80.0)])],
+            (0, 80.0, "ranks wait for each other: rank 0 in tp, rank 1 in main 4"),
+        ),
     ],
 )
-def test_a_lost_connection_names_the_rank_that_vanished(signs, line, monkeypatch):
-    import distributed.watchdog
+def test_which_rank_is_late(statuses, found):
+    from distributed.watchdog import find_late
 
-    watchdog, ended = object.__new__(distributed.watchdog.Watchdog), []
-    watchdog.launch, watchdog.waiting_in, watchdog.store = distributed.watchdog.Launch(1, 4, ()), None, Store(signs)
-    for name in ("_terminate", "abort"):
-        monkeypatch.setattr(watchdog, name, lambda *failure: ended.append(failure))
-    monkeypatch.setattr(distributed.watchdog.time, "sleep", lambda seconds: None)
-    watchdog.abort_on_error(RuntimeError("gloo/transport/tcp/pair.cc:584: Connection closed by peer"), 1, None)
-    assert ended == [(1, f"{line}: it was killed, or ran out of memory")]
+    assert find_late({rank: s for rank, s in enumerate(statuses) if s is not None}, len(statuses)) == found
+
+
+MASTER = """import os, sys
+sys.path.insert(0, {root!r})
+import paddle
+from distributed.watchdog import current_watchdog
+watchdog, before = current_watchdog(), os.environ["PADDLE_MASTER"]
+assert before == watchdog.launch.endpoints[0]
+watchdog.choose_master()
+store = paddle.base.core.create_or_get_global_tcp_store()  # as dist.init_parallel_env() does between accelerators
+store.add("there", 1)
+watchdog.barrier()
+print("met:", store.add("there", 0), os.environ["PADDLE_MASTER"] != before, flush=True)
+watchdog.shutdown()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_launched_by_ips_paddles_store_has_a_port_of_its_own(tmp_path):
+    (tmp_path / "script.py").write_text(MASTER.format(root=str(ROOT)))
+    command = [*LAUNCH, "--ips", "127.0.0.1", "--nproc_per_node", "2", "--log_dir", str(tmp_path / "log")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PADDLE_")}
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=150
+    )
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert done.returncode == 0 and all("met: 2 True" in log for log in logs), logs
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import time
 
 import kernels
 import kernels.reference
+from kernels.fused import storage_missing
 
 import numpy as np
 import paddle
@@ -43,6 +44,7 @@ from serving.engine import (
     ShuttingDown,
     UnknownAdapter,
 )
+from serving.fused import FusedRunner
 from serving.runners import PagedRunner, TokenSequence
 
 pytestmark = pytest.mark.sweep(keep=8)
@@ -1186,26 +1188,58 @@ def test_the_shipped_config_parses():
     assert args.model_name_or_path.startswith("checkpoints/")
 
 
+# ==================================================================================== weights rounded at load
+
+
+@pytest.mark.parametrize("keys", [["--quant", "w4"], ["--quant", "a8w8"], ["--dtype", "auto"], ["--dtype", "bfloat16"]])
+def test_serving_rounds_weights_when_it_loads_them(keys):
+    if why := storage_missing("bfloat16") or storage_missing("w4"):
+        pytest.skip(why)
+    args = parse_args(serve.Args, ["--model_name_or_path", DEMO, "--kv_cache_gb", "0.01", *keys])
+    engine, _ = serve.build_engine(args)
+    assert isinstance(engine.runner, FusedRunner) and str(engine.runner.pools[0][0].dtype) == "paddle.bfloat16"
+    text = prompts(1)[0]
+    (exact,) = run(Engine(from_pretrained(DEMO)), [Request(text, greedy(3))])
+    (found,) = run(engine, [Request(text, greedy(3))])
+    assert len(found[0]) == 3 and found[0][0] == exact[0][0]  # which the demo is sure of
+
+
+@pytest.mark.parametrize(
+    "keys,message",
+    [
+        (["--quant", "w3"], "quant: 'w3'; possible are w8, w4, a8w8"),
+        (["--dtype", "float16"], "dtype: 'float16'"),
+        (["--mode", "static", "--quant", "w8"], "mode: static has its weights in the graph"),
+    ],
+)
+def test_bad_dtypes_and_schemes_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(serve.Args, ["--model_name_or_path", DEMO, *keys])
+
+
 # ================================================================================================ benchmark
 
 
-@pytest.mark.parametrize("mode", ["", "wint4", "a8w8"])
-def test_the_benchmark_ends_with_its_line(mode, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("dtype,mode", [("fp32", ""), ("fp32", "wint4"), ("fp32", "a8w8"), ("bf16", "wint4")])
+def test_the_benchmark_ends_with_its_line(dtype, mode, monkeypatch, tmp_path, capsys):
     import bench_serve
 
+    if dtype == "bf16" and (why := storage_missing("bfloat16")):
+        pytest.skip(why)
     monkeypatch.setenv("PEERS", str(tmp_path))  # no models there: weights are drawn
     monkeypatch.setitem(bench_serve.SHAPES["B"], "num_hidden_layers", 1)
-    bench_serve.main(["--config", "B", "--mode", mode, "--batch", "2", "--prompt", "9", "--new", "3", "--reps", "2"])
+    options = ["--config", "B", "--dtype", dtype, "--mode", mode, "--prompt", "9", "--new", "3", "--reps", "2"]
+    bench_serve.main([*options, "--batch", "2"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {
         "peer": "ours",
         "task": "generate",
-        "dtype": "fp32",
+        "dtype": dtype,
         "mode": mode,
         "batch": 2,
         "weights": "drawn",
     }.items() <= line.items()
     assert line["prefill_tok_s"]["n"] == line["decode_tok_s"]["n"] == 2 and line["peak_rss_mb"] > 100
     with pytest.raises(SystemExit):
-        bench_serve.main(["--dtype", "bf16"])
-    assert "serving computes in float32" in capsys.readouterr().err
+        bench_serve.main(["--new", "1"])
+    assert "--new at least 2" in capsys.readouterr().err

@@ -92,6 +92,12 @@ def test_expert_ranks_are_neighbors_on_the_data_axes():
     model = parallel.parallelize(M.build(tiny_models.config("qwen2_moe", num_experts=8)), topology)
     rules = {path: gradient_reduction_of(path, parameter, model) for path, parameter in model.named_parameters()}
     rule = rules[f"layers.1.mlp.experts.{2 * topology.ep.rank}.up_proj.weight"]
+    # Sharded over all that have the same experts, here one of dp and one of sharding.
+    assert [axis.name for axis in (*rule.sum_over, rule.shard_axis, *rule.norm_axes)] == ["expert_dp", "ep"]
+    unsharded = Topology(Degrees(dp=4, sep=2, ep=4), 6)
+    other = parallel.parallelize(M.build(tiny_models.config("qwen2_moe", num_experts=8)), unsharded)
+    path = f"layers.1.mlp.experts.{2 * unsharded.ep.rank}.up_proj.weight"
+    rule = gradient_reduction_of(path, dict(other.named_parameters())[path], other)
     assert [axis.name for axis in (*rule.sum_over, rule.shard_axis, *rule.norm_axes)] == ["expert_dp", "alone", "ep"]
     for path in (
         "layers.1.mlp.shared.up_proj.weight",

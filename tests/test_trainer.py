@@ -325,7 +325,7 @@ def test_output_dir_of_another_run_is_refused_then_replaced(tmp_path, capsys):
     trainer.prepare_output_dir(make_args(out, resume_from_checkpoint=True, overwrite_output_dir=True))
     assert sorted(out.rglob("*")) == before
     trainer.prepare_output_dir(make_args(out, overwrite_output_dir=True))
-    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "run_args.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".run_lock", "notes.txt", "run_args.json"]
 
 
 def test_output_dir_that_is_a_model_or_a_file_is_never_emptied(tmp_path):

@@ -129,7 +129,7 @@ static void pack_panel(const Matrix& x, long c, uint32_t* out) {
 
 template <int M, int V>
 static INLINE void half_tile(long count, const uint32_t* A, long a_stride, const uint32_t* B, float* C, long ldc,
-                             long N, bool add) {
+                             long N, bool add, long ahead = 0) {  // ahead: words of B that are fetched meanwhile
   __m512 c[M][V];
   __mmask16 keep[V];
 #pragma GCC unroll 4
@@ -143,6 +143,9 @@ static INLINE void half_tile(long count, const uint32_t* A, long a_stride, const
     __m512bh b[V];
 #pragma GCC unroll 4
     for (int n = 0; n < V; n++) b[n] = (__m512bh)_mm512_load_si512(B + p * NR + 16 * n);
+    if (ahead)
+#pragma GCC unroll 4
+      for (int n = 0; n < V; n++) __builtin_prefetch(B + p * NR + 16 * n + ahead);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const __m512bh a = (__m512bh)_mm512_set1_epi32((int)A[m * a_stride + p]);

@@ -73,8 +73,10 @@ static void pack_quads(const signed char* w, long in, long out, long row, long w
       pack_quad(w, in, out, row + 4 * q, c + n, flip, to + n / 64 * panel + q * 64);
 }
 
-template <int M>
-static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, bool add) {
+// FLIP: B is signed, and its codes plus 128 are multiplied.
+template <int M, bool FLIP>
+static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc, bool add,
+                      long ahead) {
   __m512i c[M][4];
 #pragma GCC unroll 6
   for (int m = 0; m < M; m++)
@@ -83,7 +85,11 @@ static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32
   for (long q = 0; q < words; q++) {
     __m512i b[4];
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) b[n] = _mm512_load_si512(B + q * 64 + 16 * n);
+    for (int n = 0; n < 4; n++) {
+      b[n] = _mm512_load_si512(B + q * 64 + 16 * n);
+      if (ahead) __builtin_prefetch(B + q * 64 + 16 * n + ahead);
+      if (FLIP) b[n] = _mm512_xor_si512(b[n], _mm512_set1_epi8((char)0x80));
+    }
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++) {
       const __m512i a = _mm512_set1_epi32((int)A[m * a_stride + q]);
@@ -96,20 +102,18 @@ static void quad_tile(long words, const uint32_t* A, long a_stride, const uint32
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) _mm512_storeu_si512(C + m * ldc + 16 * n, c[m][n]);
 }
+// ahead: how many words ahead in B the second tile fetches; the first one waits for its words. 0: none.
+template <bool FLIP = false>
 static void quad_tiles(long M, long words, const uint32_t* A, long a_stride, const uint32_t* B, int32_t* C, long ldc,
-                       bool add) {
-  for (; M >= 6; M -= 6, A += 6 * a_stride, C += 6 * ldc) quad_tile<6>(words, A, a_stride, B, C, ldc, add);
-  switch (M) {
-    case 5:
-      return quad_tile<5>(words, A, a_stride, B, C, ldc, add);
-    case 4:
-      return quad_tile<4>(words, A, a_stride, B, C, ldc, add);
-    case 3:
-      return quad_tile<3>(words, A, a_stride, B, C, ldc, add);
-    case 2:
-      return quad_tile<2>(words, A, a_stride, B, C, ldc, add);
-    case 1:
-      return quad_tile<1>(words, A, a_stride, B, C, ldc, add);
+                       bool add, long ahead = 0) {
+  for (long m = 0; m < M; m += 6, A += 6 * a_stride, C += 6 * ldc) {
+    const auto run = [&](auto tile) { tile(words, A, a_stride, B, C, ldc, add, m == 6 ? ahead : 0); };
+    if (M - m >= 6) run(quad_tile<6, FLIP>);
+    else if (M - m == 5) run(quad_tile<5, FLIP>);
+    else if (M - m == 4) run(quad_tile<4, FLIP>);
+    else if (M - m == 3) run(quad_tile<3, FLIP>);
+    else if (M - m == 2) run(quad_tile<2, FLIP>);
+    else run(quad_tile<1, FLIP>);
   }
 }
 #pragma GCC pop_options

@@ -1,5 +1,6 @@
 // Attention of several sequences whose keys and values are in blocks of a pool (Kwon et al., arXiv 2309.06180), read
-// in place; and writing of new keys and values. Caches are float32, or int8 with a scale per slot and head.
+// in place; and writing of new keys and values. Caches are float32, bfloat16, or int8 with a scale per slot
+// and head.
 //
 // Decode (one query): a task is 256 keys of one key/value head, whose query heads share the loads; partial results are
 // merged in order. Prefill (several queries): tiles of 64 (query, head) rows by 64 keys, online softmax (Dao, arXiv
@@ -13,28 +14,40 @@
 #include <vector>
 
 #include "op.h"
+#include "paged_op.h"
 #include "threads.h"
 
-struct Paged {
-  long S, H, K, Dh, block_size, width;  // width: blocks per row of the tables
-  float scale;
-  const float* q;
-  const void *k, *v;                 // (slots, K, Dh), float or int8
-  const float *k_scales, *v_scales;  // (slots, K), or null
-  const int *tables, *queries, *contexts;
-  const long* first;  // row of q of each sequence's first query
-  float* out;
-  const float* slopes;  // (H,) of ALiBi, or null
-  long window;          // a query at p sees keys > p - window; INT_MAX: no window
-  float softcap;        // 0 means none
-  long seen_from(long s, long query) const { return std::max(0L, contexts[s] - queries[s] + query + 1 - window); }
-  long slot(long s, long j) const { return (long)tables[s * width + j / block_size] * block_size + j % block_size; }
-};
 // Below this number of multiplications, waking another thread costs more than it saves.
 constexpr double SMALL = 1 << 18;
 
 #define BODY "paged.h"
 #include "every_isa.h"
+
+void paged_attend(const Paged& a, CacheType type, int which) {
+  if (type == CACHE_INT8) PICK(which, attend_int8)(a);
+  else if (type == CACHE_BFLOAT16) PICK(which, attend_bfloat16)(a);
+  else PICK(which, attend_float)(a);
+}
+
+static uint16_t to_bfloat16(float x) {  // to the nearest, half to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return (uint16_t)(bits >> 16 | 64);
+  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+void write_slot(const float* x, long K, long Dh, long slot, void* cache, float* scales, CacheType type, int which) {
+  const long at = slot * K * Dh;
+  if (type == CACHE_FLOAT) std::memcpy((float*)cache + at, x, K * Dh * sizeof(float));
+  if (type == CACHE_BFLOAT16)
+    for (long i = 0; i < K * Dh; i++) ((uint16_t*)cache)[at + i] = to_bfloat16(x[i]);
+  if (type == CACHE_INT8)
+    for (long h = 0; h < K; h++)
+      PICK(which, round_head)(x + h * Dh, Dh, (int8_t*)cache + at + h * Dh, scales + slot * K + h);
+}
+static CacheType type_of(const paddle::Tensor& cache) {
+  if (cache.dtype() == paddle::DataType::INT8) return CACHE_INT8;
+  return cache.dtype() == paddle::DataType::BFLOAT16 ? CACHE_BFLOAT16 : CACHE_FLOAT;
+}
 
 std::vector<paddle::Tensor> PagedAttention(const paddle::Tensor& q, const paddle::Tensor& k, const paddle::Tensor& v,
                                            const paddle::Tensor& tables, const paddle::Tensor& lengths,
@@ -73,8 +86,7 @@ std::vector<paddle::Tensor> PagedAttention(const paddle::Tensor& q, const paddle
       PD_CHECK(a.tables[s * a.width + b] >= 0 && a.tables[s * a.width + b] < of_k[0], "block ",
                a.tables[s * a.width + b], " of sequence ", s, " is not one of ", of_k[0]);
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  if (a.k_scales) PICK(which, attend_int8)(a);
-  else PICK(which, attend_float)(a);
+  paged_attend(a, type_of(k), which);
   return {out};
 }
 
@@ -112,19 +124,12 @@ void WriteCache(const paddle::Tensor& k, const paddle::Tensor& v, paddle::Tensor
   for (long i = 0; i < N; i++) PD_CHECK(at[i] >= 0 && at[i] < room, "slot ", at[i], " is not one of ", room);
   const float* from[2] = {k.data<float>(), v.data<float>()};
   const int which = instructions < 0 ? level() : std::min(instructions, level());
-  const auto token = [&](long i, int c) {
+  for (int c = 0; c < 2; c++) {
     paddle::Tensor& cache = c ? v_cache : k_cache;
-    const float* x = from[c] + i * K * Dh;
-    if (!k_scales) {
-      std::memcpy(cache.data<float>() + at[i] * K * Dh, x, K * Dh * sizeof(float));
-      return;
-    }
-    int8_t* to = cache.data<int8_t>() + at[i] * K * Dh;
-    float* scales = (c ? v_scales : k_scales)->data<float>() + at[i] * K;
-    for (long h = 0; h < K; h++) PICK(which, round_head)(x + h * Dh, Dh, to + h * Dh, scales + h);
-  };
-  for (int c = 0; c < 2; c++)
-    for (long i = 0; i < N; i++) token(i, c);
+    float* scales = k_scales ? (c ? v_scales : k_scales)->data<float>() : nullptr;
+    for (long i = 0; i < N; i++)
+      write_slot(from[c] + i * K * Dh, K, Dh, at[i], cache.data(), scales, type_of(cache), which);
+  }
 }
 
 PD_BUILD_OP(cpu_write_cache)

@@ -18,6 +18,12 @@ static INLINE vf widen(const int8_t* p) {  // intrinsics: GCC's __builtin_conver
   return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(x, 24));
 #endif
 }
+typedef uint16_t halves __attribute__((vector_size(VL * 2)));
+static INLINE vf widen(const uint16_t* p) {  // bfloat16: the upper half of a float
+  halves x;
+  std::memcpy(&x, p, sizeof(x));
+  return (vf)(__builtin_convertvector(x, vi) << 16);
+}
 template <class T>
 static INLINE vf widen_part(const T* p,
                             long n) {  // the first n values, then zeros: what follows may belong to others
@@ -91,6 +97,11 @@ static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, floa
   for (long j = 0; j < width; j += VL) {
     const T* row[VL];
     alignas(64) float scales[VL];
+    for (long i = j; i < std::min(j + VL, width); i++)  // rows lie far apart, which the hardware does not foresee
+      for (long d = 0; d < Dh * (long)sizeof(T); d += 64) {
+        __builtin_prefetch((const char*)(k + slot[std::min(i + VL, width - 1)] * stride) + d);
+        __builtin_prefetch((const char*)(v + slot[i] * stride) + d);
+      }
     for (int i = 0; i < VL; i++) {  // past the end: the last key again
       const long at = slot[std::min(j + i, width - 1)];
       row[i] = k + at * stride;
@@ -270,6 +281,7 @@ static void attend(const Paged& a) {
   else parallel(a.S * a.K, join);
 }
 static void attend_float(const Paged& a) { attend<float>(a); }
+static void attend_bfloat16(const Paged& a) { attend<uint16_t>(a); }
 static void attend_int8(const Paged& a) { attend<int8_t>(a); }
 
 // One head of one token, rounded to int8 with its scale: max |x| / 127.

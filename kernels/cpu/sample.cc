@@ -1,8 +1,8 @@
 // Logits to ids: temperature, top_k, top_p and a uniform number per row, see kernels.sample; rows are split over
 // threads.
 //
-// Probabilities are float64, as in the oracle. For top_p, probabilities are summed in buckets of similar values; only
-// the bucket in which top_p is reached is sorted: values before it are kept, values after it are not.
+// Probabilities are float64, as in the oracle. For top_p, those that can be kept are summed in buckets of similar
+// values; only the bucket in which top_p is reached is sorted: values before it are kept, values after it are not.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -32,18 +32,21 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
       if (x[i] >= kth) kept.push_back(x[i]), ids.push_back(i);
     x = kept.data(), V = kept.size();
   }
-  std::vector<double> p(V);
+  static thread_local std::vector<double> p;
+  p.resize(V);
   const double sum = PICK(which, exponentials)(x, V, most, temperature, p.data());
-  for (double& value : p) value /= sum;
+  PICK(which, normalize)(p.data(), V, sum);
   if (top_p < 1.0) {
     constexpr long BUCKETS = 2048;
     constexpr double STEP = 64;  // buckets per factor of e
-    std::vector<uint16_t> of(V);
+    std::vector<long> of_p;  // candidates, ascending: the values below add up to less than 1 - top_p
+    PICK(which, at_least)(p.data(), V, top_p < 0.9999 ? 0.999 * (1.0 - top_p) / V : 0.0, of_p);
+    std::vector<uint16_t> bucket(of_p.size());
     double mass[BUCKETS] = {}, total = 0;
-    for (long i = 0; i < V; i++) {
-      const double below = (most - x[i]) / temperature * STEP;
-      of[i] = below < BUCKETS - 1 ? (uint16_t)below : BUCKETS - 1;
-      mass[of[i]] += p[i];
+    for (size_t j = 0; j < of_p.size(); j++) {
+      const double below = (most - x[of_p[j]]) / temperature * STEP;
+      bucket[j] = below < BUCKETS - 1 ? (uint16_t)below : BUCKETS - 1;
+      mass[bucket[j]] += p[of_p[j]];
     }
     // A sum's rounding depends on its order, but by less than 1e-9.
     long first = 0, last;
@@ -52,29 +55,27 @@ static long one_row(const float* x, long V, double temperature, long top_k, doub
     for (last = first; last < BUCKETS - 1 && (reached += mass[last]) < top_p + 1e-9;) last++;
     std::vector<std::pair<double, long>> edge;
     std::vector<long> order;
-    for (long i = 0; i < V; i++)
-      if (of[i] < first) order.push_back(i);
-      else if (of[i] <= last) edge.push_back({-p[i], i});
+    for (size_t j = 0; j < of_p.size(); j++)
+      if (bucket[j] < first) order.push_back(of_p[j]);
+      else if (bucket[j] <= last) edge.push_back({-p[of_p[j]], of_p[j]});
     std::sort(edge.begin(), edge.end());
     const size_t certain = order.size();
     for (const auto& [negative, i] : edge) {
       if (total >= top_p) break;  // keeps the one that crosses top_p
       order.push_back(i), total -= negative;
     }
-    const size_t count = order.size();
     std::sort(order.begin() + certain, order.end());
     std::inplace_merge(order.begin(), order.begin() + certain, order.end());
-    std::vector<double> q(count);
-    for (size_t i = 0; i < count; i++) {
-      q[i] = p[order[i]];
+    for (size_t i = 0; i < order.size(); i++) {  // order ascends, so no value is overwritten before it is read
+      p[i] = p[order[i]];
       if (!ids.empty()) order[i] = ids[order[i]];
     }
-    p = std::move(q), ids = std::move(order);
+    p.resize(order.size()), ids = std::move(order);
   }
   std::partial_sum(p.begin(), p.end(), p.begin());
   const double whole = p.back();
-  for (double& value : p) value /= whole;
-  const size_t at = std::min<size_t>(std::upper_bound(p.begin(), p.end(), uniform) - p.begin(), p.size() - 1);
+  const auto above = [&](double u, double value) { return u < value / whole; };
+  const size_t at = std::min<size_t>(std::upper_bound(p.begin(), p.end(), uniform, above) - p.begin(), p.size() - 1);
   return ids.empty() ? (long)at : ids[at];
 }
 

@@ -53,17 +53,58 @@ static long largest(const float* x, long V) {
 static double exponentials(const float* x, long n, double most, double temperature, double* e) {
   constexpr long W = VL / 2;
   vd sum = {};
-  for (long i = 0; i < n; i += W) {
-    const long width = std::min(W, n - i);
-    vf_half part = vf_half{} - INFINITY;  // exp gives 0
-    std::memcpy(&part, x + i, width * sizeof(float));
-    const vd y = dexp(__builtin_convertvector(part, vd) / temperature - most / temperature);
-    std::memcpy(e + i, &y, width * sizeof(double));
-    sum += y;
+  const auto part = [&](const float* from, double* to) __attribute__((always_inline)) {
+    vf_half y;
+    std::memcpy(&y, from, sizeof(y));
+    const vd z = dexp(__builtin_convertvector(y, vd) / temperature - most / temperature);
+    std::memcpy(to, &z, sizeof(z));
+    sum += z;
+  };
+  long i = 0;
+  for (; i + W <= n; i += W) part(x + i, e + i);
+  if (i < n) {
+    float rest[W];
+    double values[W];
+    for (long l = 0; l < W; l++) rest[l] = i + l < n ? x[i + l] : -INFINITY;  // exp gives 0
+    part(rest, values);
+    std::copy(values, values + (n - i), e + i);
   }
   double total = 0;
   for (long l = 0; l < W; l++) total += sum[l];
   return total;
+}
+
+// p / sum in place.
+static void normalize(double* p, long n, double sum) {
+  constexpr long W = VL / 2;
+  long i = 0;
+  for (; i + W <= n; i += W) {
+    vd y;
+    std::memcpy(&y, p + i, sizeof(y));
+    y /= sum;
+    std::memcpy(p + i, &y, sizeof(y));
+  }
+  for (; i < n; i++) p[i] /= sum;
+}
+
+// Indices of the values of at least `least`, ascending.
+static void at_least(const double* p, long n, double least, std::vector<long>& ids) {
+  constexpr long W = VL / 2;
+  long i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    vl any = {};
+    for (long j = 0; j < 4; j++) {
+      vd y;
+      std::memcpy(&y, p + i + j * W, sizeof(y));
+      any |= y >= least;
+    }
+    long long found = 0;
+    for (long l = 0; l < W; l++) found |= any[l];
+    for (long j = i; found && j < i + 4 * W; j++)
+      if (p[j] >= least) ids.push_back(j);
+  }
+  for (; i < n; i++)
+    if (p[i] >= least) ids.push_back(i);
 }
 
 // A value that at least k of n values reach: the k-th largest of the maxima of runs; -infinity if there are fewer

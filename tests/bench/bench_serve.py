@@ -1,12 +1,14 @@
 """How fast this repository answers, by the contract by which the project times what a user would use instead.
 
-    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 16            # 128 ids in, 128
-    out, greedy python tests/bench/bench_serve.py --task generate --config A --dtype fp32 --mode wint8 --batch 1 python
-    tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 1 --profile    # where the time goes
+    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --batch 16    # 128 in, 128 out, greedy
+    python tests/bench/bench_serve.py --task generate --config A --dtype bf16 --mode wint8
+    python tests/bench/bench_serve.py --task generate --config B --dtype fp32 --profile         # where the time goes
 
 Models: as in bench_train.py, read from $PEERS/models/{A,B} (default ~/.cache/llm-peers) if they are there, else drawn
 here in the same shape. A mode rounds the linears of the blocks to integers in memory, to nearest, by output channel
-(the head stays float): wint8 and wint4 the weights alone, a8w8 the activations of each token as well. The prompts go
+(wint4: in groups of 64): wint8 and wint4 the weights alone, a8w8 the activations of each token as well. The head is
+rounded to 8 bits with them. With --dtype bf16, floats that remain are bfloat16, and the inputs of wint8 and wint4 are
+rounded to int8 too (see serving/fused.py); with fp32 they run the model's layers. The prompts go
 through the engine of serve.py, all at once. The last line of the output is one JSON object; the first repetition does
 not count."""
 
@@ -31,34 +33,11 @@ import numpy as np
 import paddle
 from bench_train import SHAPES, load_model, summary
 
-import quantize
-from model import QuantLinear, block_linears, set_parameter
 from serve import measure
 from serving.engine import Engine
+from serving.runners import round_linears
 
 SCHEMES = {"": None, "wint8": "w8", "wint4": "w4", "a8w8": "a8w8"}
-
-
-@paddle.no_grad()
-def round_weights(model, scheme):
-    """Every linear of the blocks becomes a QuantLinear, rounded to nearest."""
-    for parent, attribute, layer in block_linears(model).values():
-        weight, new = layer.weight.numpy(), QuantLinear(layer.n_in, layer.n_out, scheme)
-        if scheme == "a8w8":
-            codes, scales = quantize.int8_weight(weight)
-            tensors = {"qweight": codes, "scales": scales}
-        else:
-            bits = int(scheme[1:])
-            found = quantize.round_to_nearest(weight, bits)
-            tensors = {
-                "qweight": quantize.pack_rows(found.codes, bits),
-                "scales": found.scales,
-                "qzeros": quantize.pack_zeros(found.zeros, bits),
-                "g_index": found.groups,
-            }
-        for name, array in tensors.items():
-            set_parameter(getattr(new, name), array)
-        setattr(parent, attribute, new)
 
 
 def parse(argv):
@@ -74,8 +53,6 @@ def parse(argv):
     parser.add_argument("--kernels", default="auto", help="back ends, see kernels/__init__.py")
     parser.add_argument("--profile", action="store_true", help="Python's profile of one more repetition, on stderr")
     options = parser.parse_args(argv)
-    if options.dtype == "bf16":
-        parser.error("--dtype bf16: serving computes in float32, so there is nothing to time; give fp32")
     if min(options.batch, options.prompt, options.reps) < 1 or options.new < 2:
         parser.error("--batch, --prompt and --reps must be at least 1, --new at least 2")
     return options
@@ -89,11 +66,19 @@ def main(argv=None):
     print(f"kernels: {kernels.describe()}")
     model, source = load_model(options.config)
     if SCHEMES[options.mode]:
-        round_weights(model, SCHEMES[options.mode])
+        round_linears(model, SCHEMES[options.mode], 64 if options.mode == "wint4" else -1)
     batch, prompt, new = options.batch, options.prompt, options.new
     blocks = batch * -(-(prompt + new) // 16) + 1
     limits = {"max_num_seqs": batch, "max_num_batched_tokens": batch * prompt, "max_queue": batch}
-    engine = Engine(model, num_blocks=blocks, block_size=16, **limits)
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[options.dtype]
+    engine = Engine(
+        model,
+        num_blocks=blocks,
+        block_size=16,
+        dtype=dtype,
+        int8_head=options.mode != "" and dtype == "bfloat16",
+        **limits,
+    )
     generator = np.random.default_rng(3)
     prompts = generator.integers(10, SHAPES[options.config]["vocab_size"], (batch, prompt)).tolist()
     prefill, decode, whole = [], [], []

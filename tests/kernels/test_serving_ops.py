@@ -107,6 +107,29 @@ def test_paged_attention(backend, int8, case):
     assert actual.shape == expected.shape and np.abs(actual - expected).max() < 5e-6 * max(1, np.abs(expected).max())
 
 
+@on_each
+@pytest.mark.parametrize("case", CASES[:6] + CASES[8:11])
+def test_paged_attention_of_a_bfloat16_cache(backend, case):
+    (q, k, v, *rest), _, _ = paged_case(*case)
+    halves = [t.astype("bfloat16") for t in (k, v)]
+    with kernels.use(f"paged_attention={backend}"):
+        actual = kernels.paged_attention(q, *halves, *rest).numpy()
+        expected = kernels.paged_attention(q, *(t.astype("float32") for t in halves), *rest).numpy()
+    assert np.abs(actual - expected).max() < 1e-6 * max(1, np.abs(expected).max())
+
+
+@on_each
+def test_a_bfloat16_cache_is_written_rounded(backend):
+    k, v, slots = random((3, 2, 5)), random((3, 2, 5), 1), np.array([4, 0, 7])
+    caches = [paddle.zeros([3, 3, 2, 5], "bfloat16") for _ in range(2)]
+    with kernels.use(f"write_cache={backend}"):
+        kernels.write_cache(*map(paddle.to_tensor, (k, v)), *caches, paddle.to_tensor(slots))
+    for x, cache in zip((k, v), caches):
+        expected = np.zeros((9, 2, 5), np.float32)
+        expected[slots] = paddle.to_tensor(x).astype("bfloat16").astype("float32").numpy()
+        assert np.array_equal(cache.astype("float32").numpy().reshape(9, 2, 5), expected)
+
+
 def options(names, H):
     """Keyword arguments of paged_case for names: "alibi", "softcap" or a number (window)."""
     actual = {"slopes": np.float64(0.9 ** np.arange(1, H + 1).astype(np.float32))} if "alibi" in names else {}

@@ -16,6 +16,7 @@ def train(script, keys):
     import kernels
 
     import arguments
+    import checkpoint
     import trainer
     from formats.files import UserError
     from formats.tensor_files import LazyTensor
@@ -37,6 +38,8 @@ def train(script, keys):
             error = str(wrong)
         finally:
             kernels.bf16 = False
+            if "args" in locals():
+                checkpoint.unlock_output_dir(args.output_dir)  # this process lives on
     log = out / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {
@@ -47,13 +50,44 @@ def train(script, keys):
     }
 
 
+def uneven_vocabulary(V=33, M=100, D=8):
+    """(losses, gradients) of a head whose ids the ranks share out unevenly, in chunks of few tokens, on the reference
+    kernels; and what one process has of them."""
+    import kernels.reference as reference
+
+    import paddle
+
+    from distributed.collectives import Axis, Gloo
+    from distributed.tensor import vocab_shard
+    from distributed.watchdog import Launch
+
+    launch, generator, results, limit = Launch.of_environment(), np.random.default_rng(0), [], reference.LOGITS
+    tp = Axis("tp", list(range(launch.world)), launch.rank, Gloo(launch))
+    arrays = [generator.standard_normal(shape).astype(np.float32) for shape in ((M, D), (D, V))]
+    labels = paddle.to_tensor(generator.integers(0, V, M))
+    reference.LOGITS = 20 * -(-V // tp.size)  # the narrower shard would take 21 tokens at a time
+    try:
+        for start, stop, shard in (
+            (tp.rank * V // tp.size, (tp.rank + 1) * V // tp.size, vocab_shard(V, tp)),
+            (0, V, None),
+        ):
+            hidden, weight = paddle.to_tensor(arrays[0]), paddle.to_tensor(arrays[1][:, start:stop])
+            hidden.stop_gradient = weight.stop_gradient = False
+            losses = reference.linear_cross_entropy(hidden, weight, labels, vocabulary=shard)
+            losses.sum().backward()
+            results.append([losses.numpy().tolist(), weight.grad.numpy().T.tolist()])
+    finally:
+        reference.LOGITS = limit
+    return results
+
+
 # ------------------------------------------------------------------------------------------- saves without training
 
 
 class Run:
     """A model on a topology with moments, and its CheckpointManager; all values are a function of the step."""
 
-    def __init__(self, folder, config, degrees, options="", **keys):
+    def __init__(self, folder, config, degrees, options="", topology=None, **keys):
         import adapters
         import arguments
         import checkpoint
@@ -70,9 +104,11 @@ class Run:
         args = arguments.TrainingArgs(output_dir=str(folder), unified_checkpoint_config=options, do_train=True, **keys)
         args.device = "cpu"
         args.check()
-        launch = distributed.watchdog.Launch.of_environment()
-        groups = distributed.collectives.Gloo(launch) if launch.world > 1 else None
-        self.topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, groups)
+        if topology is None:
+            launch = distributed.watchdog.Launch.of_environment()
+            groups = distributed.collectives.Gloo(launch) if launch.world > 1 else None
+            topology = parallel.Topology(parallel.Degrees(**degrees), launch.rank, groups)
+        self.topology = topology
         self.model = parallel.parallelize(M.build(families.ModelConfig.from_dict(config)), self.topology)
         formats.weights.init_weights(self.model, 1)
         self.weights = adapters.trainable_weights(self.model)
@@ -91,8 +127,10 @@ class Run:
         for weight in self.weights:
             values = weight.from_numpy(content(weight.name, weight.shape, step))
             set_parameter(weight.parameter, values)
-            for i, moment in enumerate(self.optimizer.moments[weight.name], 1):
-                moment.set_value(values * i)
+            for i, moment in enumerate(self.optimizer.moments.get(weight.name, ()), 1):
+                extent = self.shards.extent(weight)
+                moment.set_value((values if extent is None else values.reshape([-1])[slice(*extent)]) * i)
+        self.shards.adopt_full_values()
 
     def save(self, step):
         import checkpoint
@@ -136,27 +174,41 @@ def save_one(folder, config, degrees, options="", step=1, **keys):
 
 def save_to_full_disk(folder, config, degrees, options, rank):
     """A checkpoint that fits, then one for which rank `rank` finds the disk full; returns the error's message."""
-    import checkpoint
+    import distributed.shard_files
     from formats.files import UserError
 
-    run, real = Run(folder, config, degrees, options), checkpoint.write_safetensors
+    run, real = Run(folder, config, degrees, options), distributed.shard_files.write_safetensors
     run.set(1)
     run.save(1)
     run.checkpoints.wait()
 
     def full(path, *args, **more):
-        if path.name.startswith(f"optimizer.{rank}"):
+        if path.name.startswith(f"optimizer-{rank + 1:05d}"):
             raise OSError(28, "No space left on device")
         return real(path, *args, **more)
 
-    checkpoint.write_safetensors = full
+    distributed.shard_files.write_safetensors = full
     try:
         run.save(2)
         run.checkpoints.wait()
     except UserError as error:
         return str(error)
     finally:
-        checkpoint.write_safetensors = real
+        distributed.shard_files.write_safetensors = real
+
+
+def save_until_full(folder, config, degrees, options):
+    """Save until that fails; returns the message."""
+    from formats.files import UserError
+
+    run = Run(folder, config, degrees, options)
+    try:
+        for step in range(1, 9):
+            run.set(step)
+            run.save(step)
+            run.checkpoints.wait()
+    except UserError as error:
+        return str(error)
 
 
 def find(folder, degrees, path=True):

@@ -1,14 +1,15 @@
 """A script in which one rank fails: `launched.py SCRIPT WHAT@RANK ARGUMENTS…`, for tests/test_distributed.py.
 
-WHAT happens after the second step of that rank: it raises (user, bug), dies (kill, exit), stops or hangs. "early" fails
-before arguments are read; KEY=VALUE gives the rank another argument, config:KEY=VALUE another key of the model's
-configuration, "code" other scripts.
+WHAT happens after the second step of that rank: it raises (user, bug), dies (kill, exit, leave), stops or hangs; "slow"
+and "pause" go on after 36 seconds. "early" fails before arguments are read; KEY=VALUE gives the rank another argument,
+config:KEY=VALUE another key of the model's configuration, "code" other scripts.
 """
 
 import dataclasses
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,10 +32,15 @@ if os.environ.get("PADDLE_TRAINER_ID", "0") == rank:
                 raise ZeroDivisionError("division by zero")
             if what in ("kill", "stop"):
                 os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+            if what == "leave":
+                sys.exit(0)
             if what == "exit":
                 os._exit(0)
-            if what == "hang":
-                time.sleep(1000)
+            if what in ("hang", "slow"):
+                time.sleep(1000 if what == "hang" else 36)
+            if what == "pause":
+                subprocess.Popen(["sh", "-c", f"sleep 36; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
 
     def early(*args):
         raise UserError("this file cannot be read here")

@@ -9,6 +9,7 @@ one job to the next. If it raises on any rank, run() raises RuntimeError with th
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,7 +69,9 @@ class Ranks:
         return [result for _, result in answers]
 
     def stop(self):
-        for process in reversed(self.processes):  # rank 0 last: the others would report that it is gone
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)  # else one would report that another is gone
+        for process in self.processes:
             process.kill()
             process.wait()
         if self.processes:

@@ -1,0 +1,225 @@
+// All blocks of a decoder for one step of a server, in one call: kernels/fused.py describes the model and gives the
+// tokens; products are those of panels.h, attention is that of paged_op.h.
+//
+//   x = embedding [+ position]
+//   for each block, norm before:  x += O attention(QKV norm(x));  x += down(act(gate norm(x)) up norm(x))
+//                   norm after:   x = norm(x + …)                 norm both: x += norm(… norm(x))
+//   logits of the last token of each sequence = head norm(x)
+//
+// The last block computes only those tokens behind its keys and values. C functions, called through ctypes: a call
+// costs microseconds and other Python threads run meanwhile.
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "paged_op.h"
+#include "panels.h"
+#include "threads.h"
+
+struct NormWeights {
+  std::vector<float> weight, bias;  // weight empty: there is no such norm
+  float epsilon = 0.0f;
+  bool center = false;
+};
+
+#define BODY "transformer.h"
+#include "every_isa.h"
+
+namespace {
+enum Place { BEFORE, AFTER, BOTH };
+enum NormName { ATTENTION_NORM, MLP_NORM, ATTENTION_POST_NORM, MLP_POST_NORM, Q_NORM, K_NORM, NORMS };
+enum LinearName { QKV, OUTPUT, UP, DOWN, LINEARS };  // UP: up, or gate and up in turn
+
+struct Layer {
+  Panels linears[LINEARS];
+  NormWeights norms[NORMS];
+  long window = INT_MAX;
+  void *k = nullptr, *v = nullptr;  // (slots, K, Dh)
+  float *k_scales = nullptr, *v_scales = nullptr;
+};
+
+// As kernels/fused.py fills it, in this order.
+struct Shape {
+  int64_t layers, D, H, K, Dh, rotary, F, V, place, activation, gated, neighbours, cache, block_size, half_embedding;
+  int64_t instructions;
+  double attention_scale, attention_softcap, final_softcap, embedding_scale;
+};
+
+struct Model {
+  Shape s;
+  std::vector<Layer> layers;
+  NormWeights embedding_norm, final_norm;
+  Panels head;
+  const void* embedding = nullptr;   // (V, D), kept by the caller
+  const float* positions = nullptr;  // (rows, D), or null
+  std::vector<float> slopes;
+  Room x, y, z, qkv, rotated, attended, inner;
+  InputRoom inputs;
+};
+
+struct Step {
+  int64_t tokens, sequences, width;
+  const int64_t *ids, *rows, *slots, *first, *last;  // rows: of the learned positions; first, last: token of a sequence
+  const int32_t *tables, *queries, *contexts;
+  const float *cos, *sin, *q_scale;  // (tokens, rotary / 2) twice, (tokens,); each may be null
+  float* logits;                     // (sequences, V)
+};
+
+template <class Task>
+void rows_of(long n, const Task& task) {  // few rows: waking another thread would take longer
+  if (n <= 8)
+    for (long i = 0; i < n; i++) task(i);
+  else parallel((n + 7) / 8, [&](long t) {
+    for (long i = 8 * t; i < std::min(n, 8 * t + 8); i++) task(i);
+  });
+}
+
+void normalize(const NormWeights& w, const float* x, long n, long D, float* y, int which) {
+  rows_of(n, [&](long i) { PICK(which, norm_token)(w, x + i * D, D, y + i * D); });
+}
+
+void product(Model& m, const Panels& w, const float* x, long n, const Sink& sink, int which) {
+  multiply_panels(w, prepare(w, x, n, m.inputs, which), sink, which);
+}
+
+void embed(Model& m, const Step& step, float* x, int which) {
+  const long D = m.s.D;
+  rows_of(step.tokens, [&](long i) {
+    float* to = x + i * D;
+    const long at = step.ids[i] * D;
+    if (m.s.half_embedding)
+      for (long d = 0; d < D; d++) {
+        const uint32_t bits = (uint32_t)((const uint16_t*)m.embedding)[at + d] << 16;
+        std::memcpy(to + d, &bits, 4);
+      }
+    else std::copy((const float*)m.embedding + at, (const float*)m.embedding + at + D, to);
+    if (m.s.embedding_scale != 1.0)
+      for (long d = 0; d < D; d++) to[d] *= (float)m.s.embedding_scale;
+    if (m.positions) PICK(which, add_row)(m.positions + step.rows[i] * D, D, to);
+    if (!m.embedding_norm.weight.empty()) {
+      std::vector<float> copy(to, to + D);
+      PICK(which, norm_token)(m.embedding_norm, copy.data(), D, to);
+    }
+  });
+}
+
+// Norms and rotation of the heads of every token: queries to q (tokens, H, Dh), keys and values into the cache.
+void write_heads(Model& m, Layer& layer, const Step& step, const float* qkv, float* q, int which) {
+  const long H = m.s.H, K = m.s.K, Dh = m.s.Dh, row = (H + 2 * K) * Dh;
+  rows_of(step.tokens, [&](long i) {
+    static thread_local std::vector<float> room;
+    room.resize((H + 2 * K) * Dh + K * Dh);
+    float *from = room.data(), *k = from + row;
+    const float *of = qkv + i * row, *cos = step.cos ? step.cos + i * (m.s.rotary / 2) : nullptr,
+                *sin = step.cos ? step.sin + i * (m.s.rotary / 2) : nullptr;
+    if (!layer.norms[Q_NORM].weight.empty()) {
+      for (long h = 0; h < H + K; h++)
+        PICK(which, norm_token)(layer.norms[h < H ? Q_NORM : K_NORM], of + h * Dh, Dh, from + h * Dh);
+      std::copy(of + (H + K) * Dh, of + row, from + (H + K) * Dh);
+      of = from;
+    }
+    PICK(which, rotate_heads)(of, cos, sin, H, Dh, m.s.rotary, m.s.neighbours, q + i * H * Dh);
+    PICK(which, rotate_heads)(of + H * Dh, cos, sin, K, Dh, m.s.rotary, m.s.neighbours, k);
+    if (step.q_scale)
+      for (long d = 0; d < H * Dh; d++) q[i * H * Dh + d] *= step.q_scale[i];
+    write_slot(k, K, Dh, step.slots[i], layer.k, layer.k_scales, (CacheType)m.s.cache, which);
+    write_slot(of + (H + K) * Dh, K, Dh, step.slots[i], layer.v, layer.v_scales, (CacheType)m.s.cache, which);
+  });
+}
+
+void attention(Model& m, Layer& layer, const Step& step, const float* q, float* out, int which) {
+  Paged a{};
+  a.S = step.sequences, a.H = m.s.H, a.K = m.s.K, a.Dh = m.s.Dh, a.block_size = m.s.block_size, a.width = step.width;
+  a.scale = (float)m.s.attention_scale, a.q = q, a.k = layer.k, a.v = layer.v;
+  a.k_scales = layer.k_scales, a.v_scales = layer.v_scales;
+  a.tables = step.tables, a.queries = step.queries, a.contexts = step.contexts, a.first = (const long*)step.first;
+  a.out = out, a.slopes = m.slopes.empty() ? nullptr : m.slopes.data();
+  a.window = layer.window, a.softcap = (float)m.s.attention_softcap;
+  paged_attend(a, (CacheType)m.s.cache, which);
+}
+
+void gather(const int64_t* rows, long n, long width, const float* x, float* y) {
+  for (long i = 0; i < n; i++) std::memmove(y + i * width, x + rows[i] * width, width * sizeof(float));  // rows ascend
+}
+
+void run(Model& m, const Step& step) {
+  const Shape& s = m.s;
+  const int which = level((int)s.instructions);
+  const long D = s.D, wide = s.H * s.Dh;
+  long n = step.tokens;
+  float *x = m.x.get<float>(n * D), *y = m.y.get<float>(n * D), *z = m.z.get<float>(n * D);
+  float *qkv = m.qkv.get<float>(n * (wide + 2 * s.K * s.Dh)), *q = m.rotated.get<float>(n * wide),
+        *attended = m.attended.get<float>(n * wide), *inner = m.inner.get<float>(n * s.F);
+  embed(m, step, x, which);
+  // x becomes x + product(w, of), in the order of the norm's place; norm: behind the product (BOTH) or the sum (AFTER)
+  const auto residual = [&](const Panels& w, const float* of, const NormWeights& norm) {
+    if (s.place == BOTH) {
+      product(m, w, of, n, {STORE, y, D}, which);
+      normalize(norm, y, n, D, z, which);
+      rows_of(n, [&](long i) { PICK(which, add_row)(z + i * D, D, x + i * D); });
+      return;
+    }
+    product(m, w, of, n, {ADD, x, D}, which);
+    if (s.place == AFTER) normalize(norm, x, n, D, y, which), std::swap(x, y);
+  };
+  for (Layer& layer : m.layers) {
+    const bool before = s.place != AFTER;
+    if (before) normalize(layer.norms[ATTENTION_NORM], x, n, D, y, which);
+    product(m, layer.linears[QKV], before ? y : x, n, {STORE, qkv, wide + 2 * s.K * s.Dh}, which);
+    write_heads(m, layer, step, qkv, q, which);
+    attention(m, layer, step, q, attended, which);
+    if (&layer == &m.layers.back() && step.sequences < n) {
+      gather(step.last, step.sequences, wide, attended, attended);
+      gather(step.last, step.sequences, D, x, x);
+      n = step.sequences;
+    }
+    residual(layer.linears[OUTPUT], attended, layer.norms[before ? ATTENTION_POST_NORM : ATTENTION_NORM]);
+    if (before) normalize(layer.norms[MLP_NORM], x, n, D, y, which);
+    product(m, layer.linears[UP], before ? y : x, n, {s.gated ? GATE : ACTIVATE, inner, s.F, (Activation)s.activation},
+            which);
+    residual(layer.linears[DOWN], inner, layer.norms[before ? MLP_POST_NORM : MLP_NORM]);
+  }
+  if (!m.final_norm.weight.empty()) normalize(m.final_norm, x, n, D, y, which), std::swap(x, y);
+  product(m, m.head, x, n, {STORE, step.logits, s.V}, which);
+  if (s.final_softcap)
+    parallel(n, [&](long i) { PICK(which, cap_row)((float)s.final_softcap, s.V, step.logits + i * s.V); });
+}
+}  // namespace
+
+// --------------------------------------------------------------------------------- called by kernels/fused.py
+
+extern "C" {
+Model* fused_new(const Shape* shape) {
+  Model* m = new Model();
+  m->s = *shape;
+  m->layers.resize(shape->layers);
+  return m;
+}
+void fused_free(Model* m) { delete m; }
+
+// layer -1: the norms of the embedding (0) and of the end (1).
+void fused_norm(Model* m, long layer, long name, const float* weight, const float* bias, long n, double epsilon,
+                long center) {
+  NormWeights& w = layer < 0 ? (name ? m->final_norm : m->embedding_norm) : m->layers[layer].norms[name];
+  w.weight.assign(weight, weight + n), w.epsilon = (float)epsilon, w.center = center;
+  if (bias) w.bias.assign(bias, bias + n);
+  else if (center) w.bias.assign(n, 0.0f);
+}
+// layer -1: the head. Returns the bytes of the packed weight.
+long fused_linear(Model* m, long layer, long name, const Source* from) {
+  Panels& w = layer < 0 ? m->head : m->layers[layer].linears[name];
+  w = pack(*from);
+  return (long)w.bytes();
+}
+void fused_layer(Model* m, long layer, long window, void* k, void* v, float* k_scales, float* v_scales) {
+  Layer& to = m->layers[layer];
+  to.window = window ? window : INT_MAX;
+  to.k = k, to.v = v, to.k_scales = k_scales, to.v_scales = v_scales;
+}
+void fused_inputs(Model* m, const void* embedding, const float* positions, const float* slopes) {
+  m->embedding = embedding, m->positions = positions;
+  if (slopes) m->slopes.assign(slopes, slopes + m->s.H);
+}
+void fused_step(Model* m, const Step* step) { run(*m, *step); }
+}

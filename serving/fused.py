@@ -1,0 +1,327 @@
+"""The runner whose steps are one C++ call: a model of model.py, packed for kernels.fused.
+
+    why = why_not_fused(model, adapters, dtype)     # None, or why PagedRunner must run the model's layers instead
+    runner = FusedRunner(model, num_blocks=64, block_size=16, dtype="bfloat16")
+
+dtype "float32" is PagedRunner's arithmetic. "bfloat16" stores float weights, keys and values in bfloat16 and rounds the
+inputs of products to bfloat16; sums, norms and softmax stay float32.
+
+Letters as in runners.py.
+"""
+
+import ctypes
+
+import kernels
+from kernels.fused import FusedMultiTransformer, FusedShape, Weight, gate_and_up, storage_missing
+from kernels.rounding import round_to_nearest
+
+import numpy as np
+import paddle
+
+from formats.files import UserError
+from layers import Linear, QuantLinear
+from model import CausalLM
+from positions import alibi_slopes, rope_tables
+from serving.runners import PagedRunner, SequentialRunner, make_runner
+
+# ==================================================================================== which models, and their weights
+
+
+def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | None:
+    """The reason why FusedRunner cannot run this model here; None if it can."""
+    c = model.config
+    not_covered = {
+        "latent attention (MLA)": c.latent,
+        "experts": c.experts,
+        "two-dimensional positions": c.position == "rope_2d",
+        "scaled residuals": c.residual_scale is not None,
+        "an embedding narrower than the model": model.project_in is not None,
+        "LoRA adapters": adapters,
+    }
+    for name, found in not_covered.items():
+        if found:
+            return f"it does not cover {name}"
+    if why := kernels.fused_missing():
+        return why
+    storages = {
+        _storage(layer, dtype) for layer in model.layers.sublayers() if isinstance(layer, (Linear, QuantLinear))
+    }
+    for storage in sorted(storages):
+        if storage in ("w8", "w4") and dtype == "float32":
+            return f"{storage} rounds the inputs of products too, which dtype float32 excludes"
+        if why := storage_missing(storage):
+            return why
+    for block in model.layers:
+        for name, layers in _products(block).items():
+            if why := _why_not_together(layers):
+                return f"{name}: {why}"
+    return None
+
+
+def choose_dtype(model: CausalLM, adapters: dict | None, asked: str) -> str:
+    """What is asked for, or for "auto" bfloat16 where FusedRunner can, else float32.
+
+    UserError where bfloat16 was asked for and cannot be.
+    """
+    why = why_not_fused(model, adapters, "bfloat16") if asked != "float32" else None
+    if asked == "bfloat16" and why:
+        raise UserError(f"dtype: bfloat16 is not possible here: {why}; auto takes float32 then")
+    return "float32" if asked == "float32" or why else "bfloat16"
+
+
+def _storage(layer, dtype):
+    return layer.scheme if isinstance(layer, QuantLinear) else dtype
+
+
+def _products(block):
+    """{a key of kernels.fused.LINEARS: the layers of one product, whose outputs are side by side}"""
+    attention, mlp = block.attention, block.mlp
+    fused_qkv = attention.config.fused_qkv is not None
+    up = mlp.gate_up_proj if mlp.gate_up_proj is not None else mlp.up_proj
+    return {
+        "qkv": [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj],
+        "output": [attention.o_proj],
+        "up": [up] if mlp.gate_proj is None else [mlp.gate_proj, up],
+        "down": [mlp.down_proj],
+    }
+
+
+def _why_not_together(layers):
+    """Why these layers are not the columns of one weight; None if they are."""
+    first = layers[0]
+    for layer in layers:
+        if type(layer) not in (Linear, QuantLinear):
+            return f"it does not cover {type(layer).__name__}"
+        if type(layer) is not type(first):
+            return "float and integer weights read one input"
+        if isinstance(layer, Linear):
+            continue
+        if (layer.scheme, layer.group_size) != (first.scheme, first.group_size):
+            return "weights of several schemes or group sizes read one input"
+        if layer.scheme != "a8w8" and layer.group_size < layer.n_in and (layer.group_size % 8 or layer.n_in % 8):
+            return f"groups of {layer.group_size} rows are no multiple of 8"
+        if not layer.in_order and layer.n_in % layer.group_size:
+            return "groups in any order of which one is shorter"
+        for name in ("input_scale", "g_index"):
+            tensors = [getattr(layer, name), getattr(first, name)]
+            used = name == "input_scale" or not layer.in_order
+            if used and tensors[0] is not None and not np.array_equal(*(t.numpy() for t in tensors)):
+                return f"weights with several {name} read one input"
+    return None
+
+
+def _unpacked(words, bits):
+    """int32 (n · bits / 32, out) -> codes (n, out) uint8, the lowest bits first."""
+    shifts = (bits * np.arange(32 // bits, dtype=np.uint32))[:, None]
+    codes = (words.view(np.uint32)[:, None] >> shifts) & np.uint32((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(-1, words.shape[1])
+
+
+def _columns(layer, dtype) -> dict:
+    """The fields of Weight that have a column of each output: values, bias, scales, zeros; the last axis is outputs."""
+    n_out = layer.n_out
+    bias = np.zeros(n_out, np.float32) if layer.bias is None else layer.bias.astype("float32").numpy()
+    if isinstance(layer, Linear):
+        return {"values": layer.full_weight(), "bias": bias}
+    scales = layer.scales.numpy().reshape(-1, n_out)
+    if layer.scheme == "a8w8":
+        return {"values": layer.qweight.numpy().view(np.uint8) ^ np.uint8(128), "bias": bias, "scales": scales}
+    bits = int(layer.scheme[1:])
+    codes = _unpacked(layer.qweight.numpy(), bits)
+    zeros = np.full(scales.shape, 1 << (bits - 1), np.float32)
+    if layer.qzeros is not None:
+        packed = np.ascontiguousarray(layer.qzeros.numpy().T)  # along the outputs
+        zeros = ((_unpacked(packed, bits).T.astype(np.int32) + 1) & ((1 << bits) - 1)).astype(np.float32)
+    return {"values": codes, "bias": bias, "scales": scales, "zeros": zeros}
+
+
+def _heads_apart(columns, config):
+    """Columns of a fused_qkv linear in groups, per key head its queries, k, v -> all queries, all keys, all values."""
+    K, G, Dh = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim
+
+    def apart(x):
+        x = x.reshape(*x.shape[:-1], K, G + 2, Dh)
+        parts = x[..., :G, :], x[..., G : G + 1, :], x[..., G + 1 :, :]
+        return np.concatenate([part.reshape(*x.shape[:-3], -1) for part in parts], axis=-1)
+
+    return {name: apart(x) for name, x in columns.items()}
+
+
+def _weight(name, layers, config, dtype) -> Weight:
+    first = layers[0]
+    parts = [_columns(layer, dtype) for layer in layers]
+    if name == "qkv" and config.fused_qkv == "groups":
+        parts = [_heads_apart(parts[0], config)]
+    if name == "up" and config.gated:
+        if len(parts) == 1:  # gate and up in one linear
+            parts = [{key: half for key, half in zip(parts[0], halves)} for halves in _halves(parts[0])]
+        columns = {key: gate_and_up(parts[0][key], parts[1][key]) for key in parts[0]}
+    else:
+        columns = {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+    if not columns["bias"].any():
+        columns["bias"] = None
+    if isinstance(first, Linear):
+        return Weight(dtype, **columns)
+    options = {"group_size": first.group_size}
+    if first.scheme == "a8w8":
+        options["input_scale"] = 0.0 if first.input_scale is None else first.input_scale.item()
+    elif (columns["zeros"][columns["scales"] > 0] == 1 << (int(first.scheme[1:]) - 1)).all():
+        columns["zeros"] = None
+    if not first.in_order:  # rows of a group one after another
+        options["order"] = np.argsort(first.g_index.numpy(), kind="stable")
+        columns["values"] = columns["values"][options["order"]]
+    return Weight(first.scheme, **columns, **options)
+
+
+def _halves(columns):
+    return zip(*(np.split(x, 2, axis=-1) for x in columns.values()))
+
+
+def _norm(layer):
+    """(weight, bias, epsilon, center) of a Norm."""
+    weight = layer.weight.astype("float32").numpy() + np.float32(layer.offset)
+    bias = None if layer.bias is None else layer.bias.astype("float32").numpy()
+    return weight, bias, layer.epsilon, layer.kind == "layer"
+
+
+def _head(model, dtype, int8) -> Weight:
+    weight, tied = model.head_weight()
+    values = weight.astype("float32").numpy()
+    if not int8:
+        return Weight(dtype, values, transposed=tied)
+    found = round_to_nearest(values.T if tied else values, 8)
+    return Weight("w8", found.codes, scales=found.scales)
+
+
+def pack_model(
+    model: CausalLM, block_size: int, dtype: str, cache: str, int8_head: bool = False
+) -> FusedMultiTransformer:
+    """The model's weights in the layout of the instruction set; the caches are still to be set."""
+    c = model.config
+    shape = FusedShape(
+        layers=c.num_hidden_layers,
+        D=c.hidden_size,
+        H=c.num_attention_heads,
+        K=c.num_key_value_heads,
+        Dh=c.head_dim,
+        rotary=c.rotary_dim or c.head_dim,
+        F=c.intermediate_size,
+        V=c.vocab_size,
+        norm_place=c.norm_place,
+        activation=c.activation,
+        gated=c.gated,
+        interleaved=c.rope_interleaved,
+        cache=cache,
+        block_size=block_size,
+        attention_scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+        attention_softcap=c.attention_softcap,
+        final_softcap=c.final_softcap,
+        embedding_scale=c.embedding_scale,
+    )
+    table = model.embed_tokens.weight
+    positions = None if model.embed_positions is None else model.embed_positions.weight.astype("float32")
+    slopes = alibi_slopes(shape.H) if c.position == "alibi" else None
+    packed = FusedMultiTransformer(shape, table, positions, slopes)
+    for name, norm in (("embedding", model.embed_norm), ("final", model.norm)):
+        if norm is not None:
+            packed.set_norm(None, name, *_norm(norm))
+    for i, block in enumerate(model.layers):
+        norms = {"attention": block.attention_norm, "mlp": block.mlp_norm}
+        norms |= {"attention_post": block.attention_post_norm, "mlp_post": block.mlp_post_norm}
+        norms |= {"q": block.attention.q_norm, "k": block.attention.k_norm}
+        for name, norm in norms.items():
+            if norm is not None:
+                packed.set_norm(i, name, *_norm(norm))
+        for name, layers in _products(block).items():
+            packed.set_linear(i, name, _weight(name, layers, c, dtype))
+    packed.set_linear(None, "head", _head(model, dtype, int8_head))
+    return packed
+
+
+# ========================================================================================================= the runner
+
+
+class FusedRunner(PagedRunner):
+    """PagedRunner's steps, each one call of FusedMultiTransformer.step()."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        num_blocks: int,
+        block_size: int,
+        int8: bool = False,
+        dtype: str = "float32",
+        int8_head: bool = False,
+    ):
+        super().__init__(model, num_blocks, block_size, int8=int8, dtype=dtype)
+        self._pack = lambda: pack_model(model, block_size, dtype, "int8" if int8 else dtype, int8_head)
+        self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
+        self.pack()
+
+    def pack(self) -> None:
+        """Pack the model's weights, as they are now."""
+        self.packed = self._pack()
+        windows = self.config.windows or [None] * self.config.num_hidden_layers
+        for layer, (pool, scales, window) in enumerate(zip(self.pools, self.scales, windows)):
+            self.packed.set_cache(layer, *pool, *scales, window)
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self):
+        """Where each parameter is, and its first, middle and last word: training changes every value."""
+        found = []
+        for parameter in self.model.parameters():
+            at, words = parameter.data_ptr(), parameter.size * parameter.element_size() // 4
+            offsets = {0, words // 2, words - 1} if words else ()
+            found.append((at, *(ctypes.c_uint32.from_address(at + 4 * i).value for i in offsets)))
+        return found
+
+    @paddle.no_grad()
+    def run(self, scheduled) -> np.ndarray:
+        """(S, V) float32: the logits after the last token of each."""
+        if any(tokens.count > 1 for tokens in scheduled) and self.fingerprint != self._fingerprint():
+            self.pack()  # the model was trained since
+        step, c = self.layout(scheduled), self.config
+        cos, sin = self._rotary(step)
+        q_scale = None
+        if c.logn_length is not None:
+            q_scale = np.maximum(np.log((step.positions + 1).astype(np.float32)) / np.log(c.logn_length), 1.0)
+        rows = step.positions + c.position_offset if self.model.embed_positions is not None else None
+        arrays = step.ids, step.slots, step.tables, step.query_lengths, step.context_lengths
+        return self.packed.step(*arrays, rows=rows, cos=cos, sin=sin, q_scale=q_scale)
+
+    def _rotary(self, step) -> tuple:
+        """cos and sin (N, r/2) of the step's tokens."""
+        if not self.config.position.startswith("rope"):
+            return None, None
+        if step.lengths is not None:  # the rotation depends on more than the position
+            lengths = kernels.to_tensor(step.lengths[None])
+            tables = rope_tables(self.config, kernels.to_tensor(step.positions[None]), lengths)
+            return tuple(self._half(table) for table in tables)
+        last = int(step.positions.max())
+        if last >= len(self.cos):
+            positions = paddle.arange(max(256, 2 * last)).unsqueeze(0)
+            self.cos, self.sin = (self._half(table) for table in rope_tables(self.config, positions))
+        return self.cos[step.positions], self.sin[step.positions]
+
+    @staticmethod
+    def _half(table):
+        """(1, N, 1, r) -> (N, r/2): both halves hold the same angles."""
+        return np.ascontiguousarray(table.numpy()[0, :, 0, : table.shape[-1] // 2])
+
+
+def fastest_runner(
+    model: CausalLM,
+    num_blocks: int,
+    block_size: int,
+    adapters: dict | None = None,
+    int8: bool = False,
+    dtype: str = "float32",
+    int8_head: bool = False,
+) -> PagedRunner | SequentialRunner:
+    """FusedRunner where it covers the model, else that of make_runner(), in float32, after a line that says why."""
+    model.eval()
+    why = why_not_fused(model, adapters, dtype) or (storage_missing("w8") if int8_head else None)
+    if why is None:
+        return FusedRunner(model, num_blocks, block_size, int8, dtype, int8_head)
+    print(f"fused_multi_transformer: not used, {why}; the model's layers run one by one", flush=True)
+    return make_runner(model, num_blocks, block_size, adapters, int8)

@@ -1,0 +1,200 @@
+"""kernels.fused: packed products against float64, and whole models against their layers, step by step.
+
+    python -m pytest tests/kernels/test_fused.py          # CPU, about 15 s, and as much once to build the C++ ops
+
+The oracle of a model is PagedRunner, which runs the layers of model.py; of integers, the weights that they stand for.
+"""
+
+import functools
+
+import kernels
+import kernels.fused
+import kernels.rounding
+
+import numpy as np
+import pytest
+import tiny_models
+
+from serving.fused import FusedRunner, choose_dtype, fastest_runner, why_not_fused
+from serving.runners import PagedRunner, ScheduledTokens, TokenSequence, round_linears
+
+cpu = kernels._module("cpu")
+pytestmark = pytest.mark.skipif(cpu.missing("fused_multi_transformer") is not None, reason="no compiler")
+NOT_COVERED = {
+    "mixtral": "experts",
+    "mixtral_window": "experts",
+    "qwen2_moe": "experts",
+    "qwen3_moe": "experts",
+    "chatglm": "two-dimensional positions",
+    "bloom_post": "scaled residuals",
+    "opt_350m": "an embedding narrower than the model",
+    "deepseek_v2": "latent attention (MLA)",
+    "deepseek_v2_lite": "latent attention (MLA)",
+    "deepseek_v3": "latent attention (MLA)",
+}
+STEPS = [  # (sequence, first token, how many): pieces of prompts and decodes in one step, over the blocks' ends
+    [(0, 0, 5), (1, 0, 7)],
+    [(0, 5, 1), (1, 7, 4), (2, 0, 2)],
+    [(0, 6, 1), (1, 11, 1), (2, 2, 1), (3, 0, 20)],
+    [(0, 7, 1), (1, 12, 1), (2, 3, 1), (3, 20, 1)],
+]
+
+
+def needs(storage):
+    """Skip where the processor lacks the instructions of a storage."""
+    if why := kernels.fused.storage_missing(storage):
+        pytest.skip(why)
+
+
+def sequences():
+    generator = np.random.default_rng(0)
+    blocks = [(generator.permutation(8) + 8 * i).tolist() for i in range(4)]
+    return [
+        TokenSequence(generator.integers(3, 60, 30).tolist(), n, blocks=blocks[i]) for i, n in enumerate((5, 11, 2, 20))
+    ]
+
+
+def logits_of_steps(runner):
+    """Logits of every step, one row a sequence."""
+    texts = sequences()
+    return np.concatenate([runner.run([ScheduledTokens(texts[s], i, n) for s, i, n in step]) for step in STEPS])
+
+
+@functools.cache
+def llama(**changes):
+    model = tiny_models.build("llama", **changes)
+    model.eval()
+    return model
+
+
+def difference(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+# ========================================================================================================= products
+
+
+@pytest.mark.parametrize("name", sorted(set(tiny_models.CONFIGS) - set(NOT_COVERED)))
+def test_logits_in_float32_are_those_of_the_layers(name):
+    model = tiny_models.build(name)
+    layers, fused = (logits_of_steps(runner(model, 32, 4)) for runner in (PagedRunner, FusedRunner))
+    assert difference(fused, layers) < 1e-5 and (fused.argmax(-1) == layers.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("name", sorted(NOT_COVERED))
+def test_a_model_that_is_not_covered_runs_its_layers_and_says_why(name, capsys):
+    model = tiny_models.build(name)
+    assert NOT_COVERED[name] in why_not_fused(model, None, "float32")
+    assert type(fastest_runner(model, 32, 4)) is not FusedRunner
+    assert NOT_COVERED[name] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("instructions", [0, 1])
+def test_every_instruction_set_gives_the_same_logits(instructions, monkeypatch):
+    expected = logits_of_steps(FusedRunner(llama(), 32, 4))
+    monkeypatch.setattr(cpu, "INSTRUCTIONS", instructions)
+    assert difference(logits_of_steps(FusedRunner(llama(), 32, 4)), expected) < 1e-5
+
+
+def test_an_int8_cache_is_that_of_the_layers():
+    layers, fused = (logits_of_steps(runner(llama(), 32, 4, int8=True)) for runner in (PagedRunner, FusedRunner))
+    assert difference(fused, layers) < 1e-4  # a code at the edge may round the other way
+
+
+def test_bfloat16_moves_the_logits_by_its_rounding():
+    needs("bfloat16")
+    expected = logits_of_steps(PagedRunner(llama(), 32, 4))
+    found = logits_of_steps(FusedRunner(llama(), 32, 4, dtype="bfloat16"))
+    assert 1e-4 < difference(found, expected) < 0.03
+    pool = FusedRunner(llama(), 32, 4, dtype="bfloat16").pools[0][0]
+    assert 2 * pool.size * len(llama().layers) * 2 == 32 * FusedRunner.block_bytes(llama().config, 4, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("scheme,group", [("w8", -1), ("w4", 16), ("w4", -1), ("a8w8", -1)])
+def test_integer_weights_move_the_logits_by_the_rounding_of_inputs(scheme, group):
+    needs("bfloat16")
+    needs(scheme)
+    model = tiny_models.build("qwen2", hidden_size=96, intermediate_size=112)  # with biases
+    round_linears(model, scheme, group)
+    expected = logits_of_steps(PagedRunner(model, 32, 4))  # inputs of a8w8 are rounded here too
+    found = logits_of_steps(FusedRunner(model, 32, 4, dtype="bfloat16"))
+    assert 1e-4 < difference(found, expected) < 0.03
+    if scheme == "a8w8":
+        exact = logits_of_steps(FusedRunner(model, 32, 4))
+        assert difference(exact, expected) < 1e-4
+    else:
+        assert "excludes" in why_not_fused(model, None, "float32")
+    head = logits_of_steps(FusedRunner(model, 32, 4, dtype="bfloat16", int8_head=True))
+    assert 1e-5 < difference(head, found) < 0.03
+
+
+def test_weights_that_were_trained_are_packed_again():
+    model = tiny_models.build("llama")
+    runner = FusedRunner(model, 32, 4)
+    before = logits_of_steps(runner)
+    weight = model.layers[0].mlp.down_proj.weight
+    weight.set_value(weight * 3)
+    after = logits_of_steps(runner)
+    assert difference(after, before) > 1e-2 and difference(after, logits_of_steps(PagedRunner(model, 32, 4))) < 1e-5
+    zeros = weight * 0
+    kernels.adamw(weight, zeros + 1, zeros.clone(), zeros.clone(), 1, 0.1, 0.9, 0.99, 1e-8, 0.0)
+    assert difference(logits_of_steps(runner), logits_of_steps(PagedRunner(model, 32, 4))) < 1e-5
+
+
+def test_auto_takes_float32_where_bfloat16_cannot_be():
+    assert choose_dtype(tiny_models.build("mixtral"), None, "auto") == "float32"
+    with pytest.raises(kernels.UserError, match="bfloat16 is not possible here: it does not cover experts"):
+        choose_dtype(tiny_models.build("mixtral"), None, "bfloat16")
+    with kernels.use("reference"):
+        assert "reference" in why_not_fused(llama(), None, "float32")
+
+
+# --------------------------------------------------------------------------------------------- one product
+
+
+def product(weight: kernels.fused.Weight, x):
+    """x (rows, in) through a model without blocks: its embedding is x, its head the weight."""
+    n_out = weight.values.shape[0 if weight.transposed else 1]
+    sizes = dict(layers=0, D=x.shape[1], H=1, K=1, Dh=2, rotary=2, F=2, V=n_out)
+    options = dict(norm_place="before", activation="silu", gated=False, interleaved=False, cache="float32")
+    shape = kernels.fused.FusedShape(**sizes, **options, block_size=4, attention_scale=1.0)
+    model = kernels.fused.FusedMultiTransformer(shape, kernels.to_tensor(x))
+    model.set_linear(None, "head", weight)
+    ids = np.arange(len(x))
+    return model.step(ids, ids, ids[:, None], np.ones_like(ids), np.ones_like(ids))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 37, 130])
+@pytest.mark.parametrize(
+    "storage", ["float32", "bfloat16", "w8", "a8w8", "w4", "w4 groups", "w4 zeros", "w4 act order"]
+)
+def test_products(storage, rows):
+    scheme, _, variant = storage.partition(" ")
+    needs(scheme)
+    generator = np.random.default_rng([rows, len(storage)])
+    n_in, n_out = (192, 150) if variant else (203, 150) if scheme != "w4" else (208, 150)
+    x = generator.standard_normal((rows, n_in)).astype(np.float32)
+    float_weight = generator.standard_normal((n_in, n_out)).astype(np.float32)
+    bias = generator.standard_normal(n_out).astype(np.float32)
+    if scheme in ("float32", "bfloat16"):
+        weight, exact = kernels.fused.Weight(scheme, float_weight.T, bias, transposed=True), float_weight
+    elif scheme == "a8w8":
+        codes, scales = kernels.rounding.int8_weight(float_weight)
+        weight = kernels.fused.Weight(scheme, codes.view(np.uint8) ^ np.uint8(128), bias, scales=scales[None])
+        exact = codes * scales
+    else:
+        size = {"": -1, "groups": 32, "zeros": 64, "act order": 16}[variant]
+        found = kernels.rounding.round_to_nearest(float_weight, int(scheme[1:]), size, variant != "zeros")
+        zeros = found.zeros.astype(np.float32) if variant == "zeros" else None
+        options = dict(scales=found.scales, zeros=zeros, group_size=n_in if size == -1 else size)
+        exact = found.weight()
+        if variant == "act order":  # the rows of the weight as they are grouped; x comes in another order
+            options["order"] = generator.permutation(n_in)
+            exact = exact[np.argsort(options["order"])]
+        weight = kernels.fused.Weight(scheme, found.codes, bias, **options)
+    found = product(weight, x)
+    expected = x.astype(np.float64) @ exact + bias
+    bound = {"float32": 1e-6, "bfloat16": 4e-3}.get(scheme, 1.2e-2)  # of rounding x: half a step of 127
+    assert difference(found, expected) < bound
+    alone = np.concatenate([product(weight, row[None]) for row in x[:3]])
+    assert difference(found[:3], alone) < 1e-6
