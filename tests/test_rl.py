@@ -584,7 +584,8 @@ def test_two_ranks_equal_one_process(sharding, two, world, tmp_path):
         for ours, theirs in zip(logged(tmp_path / "alone"), results[0][0]):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["reward"] - theirs["reward"]) < 1e-6
             assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * ours["grad_norm"]
-            assert theirs["engine_kl"] < 1e-8 and abs(ours["kl"] - theirs["kl"]) < 1e-6
+            # exp() of float32 log-probabilities after four updates of a large rate: relative, as the gradient
+            assert theirs["engine_kl"] < 1e-8 and abs(ours["kl"] - theirs["kl"]) < 1e-5 * max(0.1, ours["kl"])
 
 
 BAD = {
