@@ -43,9 +43,7 @@ def time_steps(config, batches, formats, reps, steps):
     """Print a row for each batch and format."""
     runners = {name: runner_of(load_model(config)[0], name, max(batches)) for name in formats}
     generator, memory = np.random.default_rng(0), paddle.zeros([64 << 20])
-    print(
-        f"{'batch':>5} {'format':9} {'MB':>5} {'decode ms':>10} {'median':>7} {'tokens/s':>9} {'GB/s':>5} {'prefill tokens/s':>17}"
-    )
+    print(print("batch format       MB  decode ms  median  tokens/s  GB/s  prefill tokens/s"))
     for batch in batches:
         texts = [
             TokenSequence(
