@@ -351,8 +351,9 @@ def _parse(record, where, rows, other_rows, other_script):
     if other := record_format(record, other_rows):
         raise UserError(f"{where}: found {found}; {other.name} is for {other_script}; {taken}")
     near = max(rows, key=lambda row: sum(record.get(key) is not None for key in row.keys) / len(row.keys))
-    missing = next(key for key in near.keys if record.get(key) is None)
-    raise UserError(f"{where}: key {missing!r} is missing; found {found}; {taken}; other names: columns")
+    missing = [key for key in near.keys if record.get(key) is None]
+    reason = f"key {missing[0]!r} is missing" if len(missing) < len(near.keys) else "no key of a known format"
+    raise UserError(f"{where}: {reason}; found {found}; {taken}; other names: columns")
 
 
 def parse_conversation(record: dict, where: str) -> Conversation:

@@ -267,7 +267,7 @@ def trained(folder, chat_format):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(trainer, "draw_curves", lambda folder: None)
+    monkeypatch.setattr("logger.draw_curves", lambda folder: None)
     monkeypatch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
 
 
@@ -349,7 +349,7 @@ def chat_folders(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("formats")
     write(folder / "chats.json", CHATS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_curves", lambda folder: None)
+        patch.setattr("logger.draw_curves", lambda folder: None)
         patch.setattr(trainer, "measure_matmul_peak", lambda: 1e11)
         folders = {name: trained(folder / name, name) for name in FORMATS}
     return folders, {name: check_folder(path, name) for name, path in folders.items()}, folder / "chats.json"

@@ -249,7 +249,7 @@ def test_truncation_of_new_formats(tmp_path, tokenizer):
     [
         ({"prompt": "a", "completion": "b", "label": True}, "unpaired preference (KTO), which is not trained on here"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen+rejected is for dpo.py; taken are src+tgt, messages"),
-        ({"question": "a", "answer": "b"}, "key 'src' is missing; found 'question', 'answer'; taken are src+tgt"),
+        ({"question": "a", "answer": "b"}, "no key of a known format; found 'question', 'answer'; taken are src+tgt"),
         ({"instruction": "a", "response": "b"}, "key 'output' is missing; found 'instruction', 'response'"),
         ({"messages": said("a")}, "no message of the assistant to learn"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0]: expected an object with the role"),
