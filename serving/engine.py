@@ -204,7 +204,7 @@ def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
         for s in samplers
     ]
     temperature, top_k, top_p, uniform = zip(*options)
-    ids = kernels.sample(kernels.to_tensor(logits), temperature, top_k, top_p, uniform).tolist()
+    ids = kernels.sample(kernels.to_tensor(logits, share=True), temperature, top_k, top_p, uniform).tolist()
     for sampler, token in zip(samplers, ids):
         sampler.counts[token] += 1
     return ids
