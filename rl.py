@@ -100,6 +100,7 @@ class Args(LoraArgs):
     temperature: float = 1.0  # of the sampling; log-probabilities are those of the scaled distribution
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # < 1: sample among the likeliest tokens whose probabilities sum to it
+    repetition_penalty: float = 1.0  # only 1: with a penalty, training would compute other log-probabilities
     save_rollouts: bool = False  # write every rollout to output_dir/rollouts
     replay: str | None = None  # train on a file or folder that save_rollouts wrote, and sample nothing
 
@@ -124,7 +125,6 @@ class Args(LoraArgs):
         "use_ema": "an average of the policy is not supported yet",
         "ptx_datasets": "a language-model loss beside the policy's is not supported yet",
         "rollout_quant_type": "rollouts run on the weights that are trained",
-        "repetition_penalty": "log-probabilities with a penalty would not be those that training computes",
         "offload_level": "a frozen reference stays on the device; with lora: true there is none",
     }
 
@@ -177,9 +177,9 @@ class Args(LoraArgs):
             raise UserError(f"dual_clip: {self.dual_clip}; it must be above 1")
         choices = {"loss_type": rl_math.LOSS_TYPES, "importance_sampling_level": ("token", "sequence")}
         choices |= {"scale_rewards": ("group", "batch", "none"), "advantage_estimator": (*rollouts.ESTIMATORS, None)}
-        for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None)}).items():
+        for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None), "repetition_penalty": (1.0,)}).items():
             if getattr(self, key) not in possible:
-                names = ", ".join(filter(None, possible))
+                names = ", ".join(str(value) for value in possible if value is not None)
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {names}")
         if self.load_best_model_at_end and self.metric_for_best_model != "reward":
             raise UserError(f"metric_for_best_model: {self.metric_for_best_model}; possible here is reward")

@@ -419,7 +419,6 @@ HARMLESS = {
     "train_sampling_strategy": ("random", "group_by_length"),
     "logging_strategy": ("steps",),
     "rope_scaling_factor": ("1", "1.0"),
-    "repetition_penalty": ("1", "1.0"),
     "response_key": ("tgt",),
     "length_penalty": ("1", "1.0", "none"),
     "layerwise_lr_decay_bound": ("1", "1.0", "none"),
