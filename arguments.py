@@ -36,6 +36,7 @@ from formats.paddlenlp import (
     SHORTHANDS,
     STAGES,
 )
+from formats.record_files import parse_sources, record_files
 from parallel import Degrees
 from plan import missing_model_message
 
@@ -170,10 +171,12 @@ class TrainingArgs(ScriptArgs):
             )
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}")
-        _check_dev_data(self)
         notes += _check_strategies(self) + _check_unified(self)
+        _check_dev_data(self)
         if not self.do_eval and getattr(self, "dev_dataset_path", None):
             notes.append("dev_dataset_path is not read: do_eval is false and evaluation_strategy is no")
+        if not self.do_eval and getattr(self, "val_size", None):
+            notes.append("val_size: records are held out and not read: do_eval is false and evaluation_strategy is no")
         return notes
 
     def check_dry_run(self) -> list[str]:
@@ -245,13 +248,38 @@ def lora_targets(value: str | list[str] | None) -> str | list[str] | None:
 
 
 def _check_dev_data(args: TrainingArgs) -> None:
-    """Evaluation never reads the records that are trained on."""
-    train = getattr(args, "train_dataset_path", None) or getattr(args, "dataset_name_or_path", None)
-    dev, held_out = getattr(args, "dev_dataset_path", None), getattr(args, "val_size", None)
+    """Evaluation and prediction never read the records that are trained on."""
+    train_key = next((key for key in ("dataset_name_or_path", "train_datasets") if hasattr(args, key)), "")
+    train_key = train_key or "train_dataset_path"
+    train, held_out = getattr(args, train_key, None), getattr(args, "val_size", None)
+    dev_key = "eval_datasets" if hasattr(args, "eval_datasets") else "dev_dataset_path"
+    dev = getattr(args, dev_key, None) or (train if train_key == "dataset_name_or_path" else None)
     if held_out and dev and dev != train:
-        raise UserError("val_size and dev_dataset_path are both given; choose one")
-    if not held_out and dev == train and train and Path(train).is_file() and args.do_train and args.do_eval:
-        raise UserError(f"dev_dataset_path: {dev} is trained on; give other data, a folder with dev.json, or val_size")
+        raise UserError(f"val_size and {dev_key} are both given; choose one")
+    if not train or not args.do_train:
+        return
+    if args.do_eval and dev and not held_out and (same := _files_in_common(train, dev, "dev")):
+        held = ", val_size: 0.05 to hold records out" if hasattr(args, "val_size") else ""
+        raise UserError(
+            f"{train_key if dev == train else dev_key}: {same} is trained on and cannot be the dev data too; give "
+            f"{dev_key}, a folder with train.json and dev.json{held}, or do_eval: false"
+        )
+    if args.do_predict and train_key == "dataset_name_or_path" and (same := _files_in_common(train, train, "test")):
+        raise UserError(
+            f"do_predict: {same} is trained on and cannot be the test data too; give a folder with train.json and "
+            "test.json, or predict in a run of its own, without do_train"
+        )
+
+
+def _files_in_common(train: str | list, other: str | list, split: str) -> Path | None:
+    """A file that is read both for training and for this split; None too where files are missing, which is said when
+    they are read."""
+    try:
+        trained = {file.resolve() for _, path in parse_sources(train) for file in record_files(path)}
+        others = [file for _, path in parse_sources(other) for file in record_files(path, split)]
+    except (UserError, OSError):
+        return None
+    return next((file for file in others if file.resolve() in trained), None)
 
 
 def _check_numbers(args: TrainingArgs) -> None:

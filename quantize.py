@@ -710,6 +710,8 @@ def loaders(args: Args, tokenizer: Tokenizer) -> tuple:
     if calibration.batches_per_epoch < steps:
         print(f"calibration: the data has {calibration.batches_per_epoch} batches, {steps} were asked for")
     dev = loader("dev", args.per_device_eval_batch_size, False) if args.do_eval else None
+    if dev and steps and set(dev.dataset.files) & set(calibration.dataset.files):
+        print(f"do_eval: {dev.dataset.files[0]} is the calibration data too; a folder with dev.json has its own")
     return calibration, min(steps, calibration.batches_per_epoch), dev
 
 

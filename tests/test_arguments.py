@@ -18,6 +18,7 @@ import export
 import finetune
 import pretrain
 import quantize
+import rl
 import serve
 import trainer
 from arguments import _Script, lora_targets, parse_args
@@ -210,11 +211,28 @@ def test_no_key_of_data_model_or_a_limit_is_ignored(capsys):
             assert "ignored" not in capsys.readouterr().out, (script, name)
 
 
-def test_evaluation_is_never_on_the_pairs_that_are_trained_on(tmp_path):
-    """One file given as the whole data set is not both; a folder has two files."""
-    (tmp_path / "pairs.json").write_text("{}")
-    line = refusal("dpo", f"--dataset_name_or_path {tmp_path}/pairs.json --do_eval true")
-    assert "pairs.json is trained on" in line
+def test_evaluation_is_never_on_the_records_that_are_trained_on(tmp_path):
+    """One file given as the whole data set is not both, whatever it is called; a folder has two files."""
+    for name in ("mine.json", "train.json", "dev.json"):
+        (tmp_path / name).write_text("{}")
+    file, other = tmp_path / "mine.json", tmp_path / "dev.json"
+    same = f"{tmp_path}/../{tmp_path.name}/train.json"
+    for script, keys in (
+        ("dpo", f"--dataset_name_or_path {file} --do_eval true"),
+        ("dpo", f"--train_dataset_path {tmp_path} --dev_dataset_path {same} --do_eval true"),
+        ("finetune", f"--dataset_name_or_path {file} --evaluation_strategy epoch"),
+    ):
+        line = refusal(script, keys)
+        assert "is trained on and cannot be the dev data too" in line and "val_size: 0.05" in line, line
+    keys = {"model_name_or_path": "m", "output_dir": "o", "do_train": True, "do_eval": True}
+    blend = finetune.Args(**keys, dataset_name_or_path=f"0.5 {file} 0.5 {tmp_path}")
+    prompts = rl.Args(**keys, train_datasets=str(file), eval_datasets=str(file), reward_funcs="x.py:f")
+    for args in (blend, prompts):
+        with pytest.raises(UserError, match="mine.json is trained on"):
+            args.check()
+    assert "test.json" in refusal("finetune", f"--dataset_name_or_path {file} --val_size 0.1 --do_predict true")
+    for keys in ("--do_eval 1 --val_size 0.1", f"--do_eval 1 --dev_dataset_path {other}", "--do_train 0 --do_eval 1"):
+        parse("finetune", f"--dataset_name_or_path {file} {keys}")
     assert parse("dpo", f"--dataset_name_or_path {tmp_path} --do_eval true").dev_dataset_path == str(tmp_path)
 
 
