@@ -214,9 +214,12 @@ class LoraArgs(TrainingArgs):
         for key in ("lora_path", "rslora", "dora", "pissa"):
             if getattr(self, key, None) and not self.lora:
                 raise UserError(f"{key} needs lora: true")
+        keys = "lora_rank lora_alpha lora_target_modules lora_plus_scale lora_dropout".split()
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in keys}
+        unread = [key for key in defaults if not self.lora and getattr(self, key) != defaults[key]]
         if self.lora_alpha == -1:
             self.lora_alpha = 4.0 if self.rslora else 2.0 * self.lora_rank
-        return super().check()
+        return super().check() + [f"{key} is not read: lora is false" for key in unread]
 
 
 def lora_targets(value: str | list[str] | None) -> str | list[str] | None:
@@ -358,6 +361,8 @@ def _check_strategies(args: TrainingArgs) -> list[str]:
     if args.greater_is_better is None:
         args.greater_is_better = metric not in ("loss", "ppl")
     notes = []
+    if args.early_stopping_threshold and not args.early_stopping_patience:
+        raise UserError("early_stopping_threshold needs early_stopping_patience, a number of evaluations")
     if args.early_stopping_patience and args.do_train:
         if args.evaluation_strategy == "no":
             raise UserError("early_stopping_patience needs evaluation_strategy: steps or epoch")

@@ -13,11 +13,13 @@ file server's clock.
 import atexit
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import socket
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from formats.files import UserError
@@ -111,28 +113,22 @@ class RunLock:
         return True
 
     def _remove_stale(self) -> None:
-        """Remove another run's lock if that run is dead; else UserError."""
-        other = _read(self.path)
-        if other is None and not self.path.exists():
-            return
-        age = self._age()
-        reason = _stale(other, age)
-        if reason is None:
-            seen = f"last sign of life {age:.0f} s ago"
-            raise UserError(
-                f"output_dir: {self.path.parent}: {_name(other)} is writing there ({seen}); stop it, or choose "
-                "another output_dir"
-            )
-        aside = self.path.with_name(f"{LOCK}.{self.owner['id']}.stale")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(aside)
-            moved = _read(aside)
-            if moved != other:  # a third run was faster, and this is its lock
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)
-            else:
-                print(f"output_dir: the lock of {_name(other)} is taken over: {reason}", flush=True)
-            aside.unlink()
+        """Remove another run's lock if that run is dead; else UserError. One run at a time reads, decides and removes:
+        otherwise a slow one would remove the new lock of a faster one."""
+        with _exclusively(self.path.parent):
+            other = _read(self.path)
+            if other is None and not self.path.exists():
+                return
+            age = self._age()
+            reason = _stale(other, age)
+            if reason is None:
+                seen = f"last sign of life {age:.0f} s ago"
+                raise UserError(
+                    f"output_dir: {self.path.parent}: {_name(other)} is writing there ({seen}); stop it, or choose "
+                    "another output_dir"
+                )
+            self.path.unlink(missing_ok=True)
+            print(f"output_dir: the lock of {_name(other)} is taken over: {reason}", flush=True)
 
     def _age(self) -> float:
         """Seconds since the file was touched, by the file server's clock."""
@@ -154,6 +150,19 @@ class RunLock:
             with contextlib.suppress(OSError):  # check() notices
                 if self._is_own():
                     os.utime(self.path)
+
+
+@contextlib.contextmanager
+def _exclusively(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time in here, and none after the death of one; nothing on file systems that
+    cannot lock a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: Path) -> dict | None:

@@ -147,7 +147,7 @@ SHORTHANDS = {"rslora_plus": {"rslora": True, "lora_plus_scale": 4.0, "lora_alph
 
 
 # {value of stage in LLaMA-Factory and PaddleFormers: the script that does it}
-STAGES = {"pt": "pretrain", "sft": "finetune", "dpo": "dpo"}
+STAGES = {"pt": "pretrain", "sft": "finetune", "rm": "reward", "dpo": "dpo", "ppo": "rl"}
 
 
 # Accepted, with one printed line each: keys that have no meaning here.
@@ -251,7 +251,7 @@ IGNORED = _table([
         use_sparse_flash_attn use_sparse_head_and_loss_fn loss_subbatch_seqlen use_recompute_loss_fn use_recompute_moe
         infer_backend offload_folder use_huggingface_model"""),
     ("Paddle's launcher and this code's collectives decide it", """
-        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config
+        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend accelerator_config
         parallelism_config overlap_p2p_comm batch_p2p_comm moe_token_dispatcher_type moe_group
         use_sp_callback server_tp_degree pp_seg_method add_tail_layers eval_use_gather_object"""),
     ("recompute recomputes whole blocks, or what recompute_granularity says", """

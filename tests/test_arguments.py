@@ -18,6 +18,7 @@ import export
 import finetune
 import pretrain
 import quantize
+import reward
 import rl
 import serve
 import trainer
@@ -27,11 +28,13 @@ from formats.config_files import read_config
 from formats.files import UserError
 from formats.paddlenlp import ALIASES, CHOICES, HARMLESS, IGNORED, NESTED, OPTIONS, REFUSED, REFUSED_IN, SHORTHANDS
 
-SCRIPTS = {script.__name__: script for script in (pretrain, finetune, dpo, quantize, export, serve)}
+SCRIPTS = {script.__name__: script for script in (pretrain, finetune, dpo, reward, rl, quantize, export, serve)}
 NEEDED = {
     "pretrain": "--model_name_or_path m --input_dir d --output_dir o --do_train true --max_steps 1",
     "finetune": "--model_name_or_path m --dataset_name_or_path d --output_dir o --do_train true",
     "dpo": "--model_name_or_path m --train_dataset_path d --output_dir o --do_train true",
+    "reward": "--model_name_or_path m --train_dataset_path d --output_dir o --do_train true",
+    "rl": "--model_name_or_path m --train_dataset_path d --output_dir o --do_train true --reward_funcs r.py:f",
     "quantize": "--model_name_or_path m --dataset_name_or_path d --output_dir o --do_ptq true",
     "export": "--model_name_or_path m --output_dir o",
     "serve": "--model_name_or_path m",
@@ -157,7 +160,7 @@ finetune --optim sgd                      the only optimizer is adamw
 finetune --load_in_4bit true              QLoRA
 finetune --deepspeed ds.json              sharding: stage1, stage2 or stage3
 finetune --stage dpo                      this is finetune.py; run dpo.py
-finetune --stage kto                      this is finetune.py; possible are pt, sft, dpo
+finetune --stage kto                      this is finetune.py; possible are pt, sft, rm, dpo, ppo
 finetune --lora_bias all                  only the weights of LoRA itself are trained
 finetune --assistant_only_loss false      only replies are learned
 finetune --block_size 512                 src_length limits a prompt, max_length prompt and reply
@@ -234,6 +237,21 @@ def test_evaluation_is_never_on_the_records_that_are_trained_on(tmp_path):
     for keys in ("--do_eval 1 --val_size 0.1", f"--do_eval 1 --dev_dataset_path {other}", "--do_train 0 --do_eval 1"):
         parse("finetune", f"--dataset_name_or_path {file} {keys}")
     assert parse("dpo", f"--dataset_name_or_path {tmp_path} --do_eval true").dev_dataset_path == str(tmp_path)
+
+
+def test_keys_without_the_key_that_they_belong_to(capsys):
+    """They are said or refused, never ignored."""
+    parse("finetune", "--lora_r 4 --lora_target q_proj --val_size 0.1")
+    printed = capsys.readouterr().out
+    for key in (
+        "lora_rank is not read: lora is false",
+        "lora_target_modules is not read",
+        "val_size: records are held",
+    ):
+        assert key in printed
+    parse("finetune", "--lora_r 4 --use_lora true")
+    assert "not read" not in capsys.readouterr().out
+    assert "needs early_stopping_patience" in refusal("finetune", "--early_stopping_threshold 0.1")
 
 
 # ---------------------------------------------------------------------------------------------- hints
@@ -368,7 +386,7 @@ def test_yaml_of_other_tools(tmp_path, capsys):
     assert found == (True, "all-linear", "my_data", "qwen2", 2048) and args.seed == 7
     assert (args.learning_rate, args.num_train_epochs, args.bf16, args.report_to) == (1e-4, 3.0, True, ["none"])
     ignored = [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()]
-    assert ignored == ["trust_remote_code", "preprocessing_num_workers", "plot_loss", "ddp_timeout"]
+    assert ignored == ["trust_remote_code", "preprocessing_num_workers", "plot_loss"]
     path.write_text(PADDLEFORMERS)
     args = parse_args(dpo.Args, [str(path)])
     assert (args.train_dataset_path, args.dev_dataset_path) == ("./train.jsonl", "./eval.jsonl")

@@ -661,6 +661,7 @@ def test_a_zero_rank_reads_its_shards(stage, shared, pool, world, saved, tmp_pat
         ),
     ],
 )
+@pytest.mark.sweep(keep=2)
 def test_the_best_model_at_the_end(task, topology, pool, world, tmp_path):
     """The largest loss counts as best here, so the first checkpoint wins and six more steps are undone."""
     metric = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}

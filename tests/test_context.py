@@ -111,6 +111,7 @@ def test_chunks_see_what_rows_say(kind, T, size, before):
 
 
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.sweep(keep=1)
 def test_collectives_of_an_axis(size, two, four):
     for rank, (passed, parts, sent) in enumerate((two if size == 2 else four).run("jobs_context:collectives", size)):
         assert (passed == (rank - 1) % size).all()
@@ -172,6 +173,7 @@ def test_four_ranks(four, way):
 
 
 @pytest.mark.parametrize("way", [heads, ring])
+@pytest.mark.sweep(keep=1)
 def test_beside_tensor_and_data_parallelism(four, way):
     cases = [
         ("llama", {"degrees": way(2, tp=2), "packed": True, "steps": 2}),

@@ -28,12 +28,14 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize("topology, task", PART)
+@pytest.mark.sweep(keep=2)
 def test_llama(bench, topology, task):
     cell = bench.cell(table.TOPOLOGIES[topology], bench.model("llama", table.LLAMA), task)
     assert table.fine(cell), table.shown(cell)
 
 
 @pytest.mark.parametrize("name, topology", OF_FAMILIES)
+@pytest.mark.sweep(keep=1)
 def test_families(bench, name, topology):
     cell = bench.cell(table.TOPOLOGIES[topology], bench.model(name, table.FAMILIES[name]), "sft")
     assert table.fine(cell), table.shown(cell)

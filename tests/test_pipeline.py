@@ -225,6 +225,7 @@ def test_noise_on_embeddings(ranks):
     ],
     ids=lambda degrees: "".join(f"{k}{v}" for k, v in degrees.items()),
 )
+@pytest.mark.sweep(keep=1)
 def test_four_ranks(ranks, degrees):
     compare(ranks, "llama_bias_tied", degrees, 5, steps=2, changes=LAYERS, kind="padded")
 
@@ -343,6 +344,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("case", SCRIPTS)
+@pytest.mark.sweep(keep=1)
 def test_a_script_on_two_stages(ranks, tmp_path, case):
     script, keys = SCRIPTS[case]
     keys = {**RUN, **keys}

@@ -809,6 +809,7 @@ SCALED = {"factor": 30.0}
 OFF_CENTRE = {"factor": 30.0, "offset": 50.0}
 
 
+@pytest.mark.sweep(keep=0)
 def test_methods_rank_as_they_should_on_planted_outliers():
     train, dev = make_loader(256, 4), make_loader(256, 4, split="dev")
 

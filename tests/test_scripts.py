@@ -706,6 +706,7 @@ def kill_while_saving(keys, kills, generator):
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.sweep(keep=1)
 def test_killed_runs_go_on_bitwise(kills, world, tmp_path):
     keys = KINDS["lora"] | {
         "lora_dropout": 0.1,
@@ -1100,6 +1101,7 @@ def test_configs_parse(path):
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune", "dpo", "quantize", "export", "serve"])
+@pytest.mark.sweep(keep=2)
 def test_help_says_nothing_else(script):
     """Paddle prints warnings while it is imported, unless kernels is imported before."""
     command = [sys.executable, str(ROOT / f"{script}.py"), "--help"]

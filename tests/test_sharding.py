@@ -132,6 +132,7 @@ def test_dp_without_sharding(two, case):
 
 
 @pytest.mark.parametrize("ways", AXES, ids=str)
+@pytest.mark.sweep(keep=1)
 def test_four_ranks_train_as_one_process(four, ways):
     check(four, ways, "llama", {"micro": 9})
 

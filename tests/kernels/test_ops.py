@@ -1261,6 +1261,7 @@ def test_attention_test_can_fail():
 @pytest.mark.parametrize(
     "queries, packed", [(32768, True), (2048, False), pytest.param(32768, False, marks=pytest.mark.slow)]
 )
+@pytest.mark.sweep(keep=0)
 def test_attention_of_32768_tokens_stays_under_2_gb(queries, packed, run_python):
     """One head, forward and backward: the [T, T] scores alone would be 4.3 GB. 2,048 queries need as much at a time as
     all."""
@@ -1448,8 +1449,8 @@ def test_linear_cross_entropy_of_nan_and_infinite_logits(backend, softcap):
 class Shard:
     """The vocabulary shard of one of several threads; all_reduce waits for the others, like ranks."""
 
-    def __init__(self, start, number, shared):
-        self.start, self.number, self.shared = start, number, shared
+    def __init__(self, start, number, shared, widest):
+        self.start, self.number, self.shared, self.widest = start, number, shared, widest
 
     def all_reduce(self, value, kind):
         self.shared["values"][self.number] = value
@@ -1477,9 +1478,12 @@ def test_linear_cross_entropy_of_a_sharded_vocabulary(backend, ends, transpose, 
         part = weight[:, a:b]
         inputs.append((tensor(hidden), tensor(part.T.copy() if transpose else part, frozen=frozen)))
 
+    widest = max(b - a for a, b in zip(ends, ends[1:]))
+
     def rank(i):
+        shard = Shard(ends[i], i, shared, widest)
         actual[i] = kernels.linear_cross_entropy(
-            *inputs[i], ids, transpose, return_predictions=True, vocabulary=Shard(ends[i], i, shared), softcap=softcap
+            *inputs[i], ids, transpose, return_predictions=True, vocabulary=shard, softcap=softcap
         )
 
     with kernels.use(f"linear_cross_entropy={backend}"):
@@ -1897,6 +1901,7 @@ def sources(request, tmp_path):
 
 
 @built
+@pytest.mark.sweep(keep=1)
 def test_processes_that_start_at_once_build_once(sources, tmp_path):
     processes = [start(tmp_path / "cache", sources) for _ in range(3)]
     outputs = [process.communicate(timeout=300) for process in processes]
@@ -1913,6 +1918,7 @@ def test_processes_that_start_at_once_build_once(sources, tmp_path):
 
 
 @built
+@pytest.mark.sweep(keep=0)
 def test_a_killed_build_is_repeated(sources, tmp_path):
     cache = tmp_path / "cache" / "paddle-llm-kernels"
     process = start(tmp_path / "cache", sources)
