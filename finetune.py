@@ -26,7 +26,7 @@ from checkpoint import find_checkpoint
 from data import SFTDataset, SFTLoader
 from families import ModelConfig
 from formats.files import UserError, atomic_file
-from formats.record_files import RecordOptions
+from formats.record_files import RecordOptions, with_reply
 from formats.tokenizer import Tokenizer
 from model import CausalLM, distances_count
 
@@ -131,10 +131,10 @@ def generation_metrics(
 
 
 def write_replies(path: Path, dataset: SFTDataset, replies: list[str]) -> None:
-    """One JSON line per record: its own keys and "output"."""
+    """One JSON line per record: its own keys and "output" (Alpaca's own output is then "reference")."""
     with atomic_file(path) as file:
         for i, text in enumerate(replies):
-            file.write(json.dumps({**dataset.record(i), "output": text}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(with_reply(dataset.record(i), text), ensure_ascii=False) + "\n")
 
 
 def needs_one_sample_a_row(args: Args) -> bool:

@@ -17,6 +17,7 @@ beam search, speculative decoding, more than one process.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,7 +37,7 @@ from arguments import ScriptArgs
 from data import conversation_prompt
 from formats.chat import load_chat_template
 from formats.files import UserError, parse_json_line
-from formats.record_files import RecordReader
+from formats.record_files import RecordOptions, RecordReader, with_reply
 from formats.records import Conversation, located, parse_prompt
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
@@ -79,6 +80,7 @@ class Args(ScriptArgs):
     prompt: str | None = None  # answer this and exit
     system: str | None = None  # the system text before prompt
     data_file: str | None = None  # answer every record of this file; the replies may be missing: docs/data.md
+    columns: str | dict | None = None  # other names of its keys: {"instruction": "question", …}
     output_file: str = "output.json"  # into this one, each with "output"; lines already there are kept
     benchmark: bool = False  # print time to first token and tokens/s by batch size, and exit
     host: str = "127.0.0.1"  # address to listen on
@@ -126,6 +128,7 @@ class Args(ScriptArgs):
             raise UserError("prompt, data_file and benchmark are different ways to run; give one")
         if self.system and self.prompt is None:
             raise UserError("system is the system text before prompt; records and HTTP requests have their own")
+        RecordOptions.of(self)
         if self.data_file and not Path(self.data_file).is_file():
             raise UserError(f"data_file: {self.data_file}: no such file")
         self.sampling().check()
@@ -266,20 +269,20 @@ def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     print(f"\n\n{len(ids)} tokens of prompt, {tokens} new; first after {1000 * first:,.0f} ms{speed}", flush=True)
 
 
-def read_records(path: str | Path, says_replaced: bool = False) -> Iterator[tuple]:
+def read_records(args: Args, says_replaced: bool = False) -> Iterator[tuple]:
     """Yields ("file:line", record, Conversation) of every record; the reply is to be written, so it may be missing."""
-    for _, where, record in RecordReader(path, says_replaced=says_replaced):
+    for _, where, record in RecordReader(args.data_file, options=RecordOptions.of(args), says_replaced=says_replaced):
         yield where, record, parse_prompt(record, where)
 
 
 def with_output(record: dict, text: str) -> dict:
     """A record and its answer, as a line of output_file has them."""
-    kept = {"src": record["src"], "tgt": record.get("tgt", "")} if "src" in record else record
-    return {**kept, "output": text}
+    return with_reply({"src": record["src"], "tgt": record.get("tgt", "")} if "src" in record else record, text)
 
 
 def count_answered(args: Args) -> int:
-    """How many lines of output_file are done: they must be those of data_file. Removes a last line cut by a kill."""
+    """How many lines of output_file are done: they must be those of data_file. Removes a last line cut by a kill, if it
+    is the beginning of the answer that is due: any other file stays as it is."""
     path = Path(args.output_file)
     if not path.exists():
         return 0
@@ -288,17 +291,24 @@ def count_answered(args: Args) -> int:
     if path.resolve() == Path(args.data_file).resolve():
         raise UserError(f"output_file: {path} is the data_file")
     done, size = 0, 0  # of whole lines
-    records = read_records(args.data_file)
+    records = read_records(args)
     with open(path, "rb") as stream:
         for line in stream:
-            if not line.endswith(b"\n"):
-                break
             where, record, _ = next(records, (None, None, None))
-            answer = parse_json_line(line, path, done + 1)
-            if record is None or "output" not in answer or with_output(record, answer["output"]) != answer:
+            is_cut, is_answer = not line.endswith(b"\n"), False
+            if is_cut and record is not None:
+                start = json.dumps(with_output(record, ""), ensure_ascii=False).encode()[: -len(b'"}')]
+                is_answer = line.startswith(start) or start.startswith(line)
+            elif record is not None:
+                with contextlib.suppress(UserError):
+                    answer = parse_json_line(line, path, done + 1)
+                    is_answer = "output" in answer and with_output(record, answer["output"]) == answer
+            if not is_answer:
                 question = f"line {where.rpartition(':')[2]}" if where else "no line"
                 reason = f"is not the answer to {question} of {args.data_file}"
                 raise UserError(f"{path}:{done + 1}: {reason}; give another output_file or remove this one")
+            if is_cut:
+                break
             done, size = done + 1, size + len(line)
     if size < path.stat().st_size:
         os.truncate(path, size)
@@ -308,14 +318,14 @@ def count_answered(args: Args) -> int:
 def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
     """data_file -> output_file, in its order; each line is written as soon as all before it are."""
     src_length, params, adapter = prompt_limit(engine, args), args.sampling(), only_adapter(engine)
-    total = sum(1 for _ in read_records(args.data_file, True))  # every line is checked before the first is answered
+    total = sum(1 for _ in read_records(args, True))  # every line is checked before the first is answered
     if not total:
         raise UserError(f"data_file: {args.data_file} is empty; it needs records, see docs/data.md")
     done = count_answered(args)
     records = collections.deque()  # those that the engine has and that are not written yet
 
     def requests():
-        for i, (where, record, conversation) in enumerate(read_records(args.data_file)):
+        for i, (where, record, conversation) in enumerate(read_records(args)):
             if i >= done:
                 records.append(record)
                 context, turns, _, is_plain = conversation

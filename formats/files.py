@@ -117,6 +117,8 @@ def parse_json_line(line: bytes, path: str | Path, number: int) -> dict:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         shown = line[:40].decode("utf-8", "replace").strip()
+        if isinstance(error, json.JSONDecodeError) and shown == "{":
+            error = "it goes on in the next lines; write each record on one line, or all in one array [{…}, {…}]"
         raise UserError(f"{path}:{number}: not a JSON object on one line: {error}; found {shown!r}") from None
     if not isinstance(record, dict):
         raise UserError(f"{path}:{number}: a JSON object is expected on each line, found {brief(record)}")

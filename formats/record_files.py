@@ -204,6 +204,9 @@ def _csv_records(stream, file, delimiter):
     rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
+        if len(rows.fieldnames or ()) == 1 and (other := re.search(r"[;\t|]", rows.fieldnames[0])):
+            expected = "a comma is expected" + "; name the file .tsv" * (other[0] == "\t")
+            raise UserError(f"{file}:1: the cells are separated by {other[0]!r}, where {expected}")
         while rows.fieldnames:  # None in an empty file
             line = rows.line_num + 1
             row = next(rows, None)
@@ -429,6 +432,12 @@ class RecordReader:
                 stream.seek(offset)
                 raw = stream.readline()
         return parse_record(raw, file, line)[0]
+
+
+def with_reply(record: dict, reply: str) -> dict:
+    """The record and, last, the model's reply as "output"; an output of its own, as Alpaca's, becomes "reference"."""
+    kept = {"reference" if key == "output" else key: value for key, value in record.items()}
+    return {**kept, "output": reply}
 
 
 def record_digest(record: dict) -> int:

@@ -336,7 +336,7 @@ def record_format(record: dict, rows: tuple) -> RecordFormat | None:
 
 
 def _names(record):
-    return ", ".join(map(repr, record))[:120] or "no keys"
+    return ", ".join(f"{key!r}{' (null)' * (value is None)}" for key, value in record.items())[:120] or "no keys"
 
 
 def _parse(record, where, rows, other_rows, other_script):

@@ -1072,6 +1072,28 @@ def test_a_file_is_answered_in_order_and_resumed(records, tmp_path, capsys):
         offline(path, output)
 
 
+def test_other_files_are_never_touched_and_references_stay(tmp_path):
+    """A file of one line without an end is not an answer cut by a kill; an output of the record is not lost."""
+    path, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    path.write_text("question,answer\ntype#dress,A dress.\ntype#hat,A hat.\n")
+    columns = {"columns": '{"instruction": "question", "output": "answer"}'}
+    for theirs in (b'[{"instruction": "mine", "output": "precious"}]', b"question,answer\nmine", b"my notes"):
+        output.write_bytes(theirs)
+        with pytest.raises(UserError, match="out.jsonl:1: is not the answer to line 2 of"):
+            offline(path, output, **columns)
+        assert output.read_bytes() == theirs
+    output.unlink()
+    found = offline(path, output, **columns)
+    assert [(line["instruction"], line["reference"]) for line in found] == [
+        ("type#dress", "A dress."),
+        ("type#hat", "A hat."),
+    ]
+    whole = output.read_bytes()
+    for cut in (9, len(whole.splitlines()[0]) - 3, len(whole) - 1):
+        output.write_bytes(whole[:cut])
+        assert offline(path, output, **columns) == found and output.read_bytes() == whole
+
+
 def test_a_file_sampled_again_after_a_kill_is_the_same(records, tmp_path):
     (path, _), one, two = records, tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     sampled = {"decode_strategy": "sampling", "top_p": 0.95, "temperature": 1.0, "top_k": 20}

@@ -369,6 +369,14 @@ def test_lines_of_a_json_array_are_named(tmp_path, tokenizer, monkeypatch):
         (text.replace("1", '"c"').replace("]", ""), ":6: the JSON array does not end with ]"),
         (text.replace("1", '"c"') + "{}", ":5: the JSON array ends here, but more text follows"),
         ("[[1]]", ":1: a JSON object is expected"),
+        (
+            '{\n  "text": "a"\n}',
+            ":1: not a JSON object on one line: it goes on in the next lines; write each record on one",
+        ),
+        (
+            '{"instruction": null, "output": "a"}',
+            ":1: key 'instruction' is missing; found 'instruction' (null), 'output'",
+        ),
         ('{"text": "a"}\n' + "[" * 5000, ":2: not a JSON object on one line: maximum recursion"),
         ("[" * 5000, ":1: nested more than 100 deep"),
         ('[{"text": "\udcff"}]', ":1: not UTF-8"),
@@ -386,6 +394,12 @@ def test_lines_of_a_json_array_are_named(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "x.csv").write_text('text\n"a"\n"b",c\n')
     with pytest.raises(UserError, match="x.csv:3: more cells than the header has names"):
         SFTDataset(tmp_path / "x.csv", tokenizer)
+    for separator, hint in ((";", "expected"), ("\t", "name the file .tsv")):
+        (tmp_path / "x.csv").write_text(f"instruction{separator}output\na{separator}b\n")
+        with pytest.raises(
+            UserError, match=f"x.csv:1: the cells are separated by .* where a comma is expected.*{hint}|{hint}"
+        ):
+            SFTDataset(tmp_path / "x.csv", tokenizer)
     long = [{"text": "red lamp " * n} for n in range(300)]  # more than one piece of the file
     (tmp_path / "long.json").write_text(json.dumps(long, indent=2))
     monkeypatch.setattr(record_files, "PIECE", 1000)
