@@ -203,7 +203,11 @@ class TokenizedRecords:
             if reader.options.val_size is not None and not self.dropped:
                 side = "dev" if reader.wants_held_out else "train"
                 expected = f"val_size {reader.options.val_size:g} leaves no {side} record; equal records stay together"
-            raise UserError(f"{self.files[0]}: {nothing_left.format(self.dropped) if self.dropped else expected}")
+            if self.dropped and any(" within max_" in reason for reason in self.why_dropped):
+                expected = nothing_left.format(self.dropped)
+            elif self.dropped:  # whatever the lengths
+                expected = f"none of the {self.dropped} records can be learned: {', '.join(self.why_dropped)}"
+            raise UserError(f"{self.files[0]}: {expected}")
         self._tokens, self._places = np.frombuffer(tokens, np.int32), np.frombuffer(places, np.int64).reshape(-1, 3)
         self._ends = np.frombuffer(ends, np.int64)
         sizes = np.bincount(reader.source_of_file[self._places[:, 0]], minlength=len(reader.weights))

@@ -361,6 +361,16 @@ def test_parquet(tmp_path, tokenizer, monkeypatch):
     assert marked(dataset).endswith(TOOL_CHAT) and marked(dataset, 1) == chat("a", "c")
 
 
+def test_why_nothing_can_be_learned(tmp_path, tokenizer):
+    """Lengths are named where lengths are the reason."""
+    pair = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    with pytest.raises(UserError, match="none of the 1 records can be learned: the same reply twice"):
+        PreferenceDataset(write_lines(tmp_path / "a.jsonl", pair), tokenizer)
+    unlearned = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    with pytest.raises(UserError, match="none of the 1 records can be learned: no reply is to be learned"):
+        SFTDataset(write_lines(tmp_path / "b.jsonl", unlearned), tokenizer)
+
+
 def test_lines_of_a_json_array_are_named(tmp_path, tokenizer, monkeypatch):
     text = '[\n{"text": "a"},\n\n{"text": 1},\n{"text": "b"}]\n'
     for content, message in (
