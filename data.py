@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 
 from formats.chat import encode_conversation, load_chat_template
-from formats.files import UserError
+from formats.files import UserError, readers_may_leave
 from formats.megatron import Corpus, build_corpus
 from formats.record_files import RecordOptions, RecordReader, blend_records
 from formats.records import (
@@ -937,7 +937,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments().parse_args(argv)
         if args.command == "show":
-            show(args)
+            with readers_may_leave():
+                show(args)
             return 0
         if args.workers < 1:
             raise UserError(f"--workers {args.workers}: at least 1 is expected")
@@ -948,7 +949,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or getattr(args, 'output', args.command)}: {error.strerror}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
         print(f"error: --workers {args.workers}: a worker was killed (out of memory?); use fewer", file=sys.stderr)

@@ -48,7 +48,7 @@ from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch, current_watchdog
 from formats.added_tokens import split_tokens
 from formats.chat import load_chat_template
-from formats.files import UserError, _disk_full, atomic_file, write_error
+from formats.files import UserError, _disk_full, atomic_file, readers_may_leave, write_error
 from formats.quantized_moments import quantized_moments
 from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import SaveEntry, SaveSource
@@ -70,10 +70,11 @@ def run_script(main: Callable, Args: type, argv: list[str] | None = None) -> Non
     """
     tokens = sys.argv[1:] if argv is None else argv
     if not tokens or {"-h", "--help"} & set(tokens):
-        print((sys.modules[main.__module__].__doc__ or "").strip())
-        print("\nKeys, in JSON or YAML or as --key value, and their defaults:")
-        for field in dataclasses.fields(Args):
-            print(f"  {field.name} = {field.default!r}")
+        with readers_may_leave():
+            print((sys.modules[main.__module__].__doc__ or "").strip())
+            print("\nKeys, in JSON or YAML or as --key value, and their defaults:")
+            for field in dataclasses.fields(Args):
+                print(f"  {field.name} = {field.default!r}")
         return
     together, args = current_watchdog(), None  # first of all, so that an error from here on ends all processes
     try:

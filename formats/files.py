@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,16 @@ def parse_json_line(line: bytes, path: str | Path, number: int) -> dict:
     if not isinstance(record, dict):
         raise UserError(f"{path}:{number}: a JSON object is expected on each line, found {brief(record)}")
     return record
+
+
+@contextlib.contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Printing stops without a traceback when its reader does, as in `… | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
 
 
 def brief(value: object) -> str:

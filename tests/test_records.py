@@ -11,7 +11,9 @@ import copy
 import gzip
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -359,6 +361,13 @@ def test_parquet(tmp_path, tokenizer, monkeypatch):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
     dataset = SFTDataset(tmp_path, tokenizer)
     assert marked(dataset).endswith(TOOL_CHAT) and marked(dataset, 1) == chat("a", "c")
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    root = Path(record_files.__file__).resolve().parents[1]
+    line = f"{sys.executable} data.py show demo/sft --tokenizer demo/llama -n 300 | head -1"
+    done = subprocess.run(line, shell=True, cwd=root, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.startswith("demo/sft/train.json:1: src+tgt")
 
 
 def test_why_nothing_can_be_learned(tmp_path, tokenizer):
