@@ -57,7 +57,7 @@ from formats.tokenizer import load_tokenizer
 from formats.weights import SaveSource
 from parallel import Degrees, Topology
 
-pytestmark = pytest.mark.sweep(keep=4)
+pytestmark = pytest.mark.sweep(keep=3)
 
 DEMO = ROOT / "demo"
 TINY = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

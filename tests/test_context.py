@@ -23,7 +23,7 @@ from distributed.context import RingMask, check_context, token_layout, zigzag_in
 from distributed.tensor import check_tensor
 from parallel import Degrees, Topology
 
-pytestmark = pytest.mark.sweep(keep=3)
+pytestmark = pytest.mark.sweep(keep=2)
 
 ALIBI, WINDOW = "baichuan_13b", "mistral"
 
@@ -138,6 +138,7 @@ BY_RING = ("llama_mqa", "gpt2", "deepseek_v2", "qwen2_moe", "baichuan2_13b", "op
 
 @pytest.mark.parametrize("way", [heads, ring])
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.sweep(keep=1)
 def test_families(two, way, packed):
     names = FAMILIES + (BY_RING if way is ring else ())
     compare(two, [(name, {"degrees": way(2), "steps": 2, "packed": packed}) for name in names])
@@ -274,6 +275,7 @@ def test_what_can_be_shared():
 
 
 @pytest.mark.parametrize("key", ["sep_parallel_degree", "context_parallel_degree"])
+@pytest.mark.sweep(keep=1)
 def test_a_script(two, tmp_path, key):
     """finetune.py, packed, as the same with one process: losses, norms, evaluation."""
     argv = """--dataset_name_or_path demo/sft --model_name_or_path demo/llama --do_train true --zero_padding true

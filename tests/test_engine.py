@@ -47,7 +47,7 @@ from serving.engine import (
 from serving.fused import FusedRunner
 from serving.runners import PagedRunner, TokenSequence
 
-pytestmark = pytest.mark.sweep(keep=8)
+pytestmark = pytest.mark.sweep(keep=4)
 
 DEMO = "demo/llama"
 V, POSITIONS = 3072, 160  # the demo's vocabulary, so that its tokenizer fits the tiny models

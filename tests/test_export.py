@@ -33,7 +33,7 @@ from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from serving.runners import ScheduledTokens, StaticRunner, TokenSequence
 
-pytestmark = pytest.mark.sweep(keep=4)
+pytestmark = pytest.mark.sweep(keep=2)
 
 DEMO = ROOT / "demo" / "llama"
 GPTQ = {"quant_method": "gptq", "desc_act": False, "checkpoint_format": "gptq"}
@@ -454,6 +454,7 @@ def test_static_goes_on_as_it_began(tmp_path, name):
         assert runner.run([ScheduledTokens(again, len(again.tokens) - 1, 1)]).argmax() == reply[4]
 
 
+@pytest.mark.sweep(keep=0)
 def test_static_behind_a_prefix(tmp_path, prompts):
     model = adapters.apply_prefix(adapters.from_pretrained(DEMO), tokens=6)
     table = np.random.default_rng(0).standard_normal(model.prefix.embedding.shape).astype(np.float32)

@@ -53,7 +53,7 @@ from data import collate_pairs, pair_sample
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.sweep(keep=10)
+pytestmark = pytest.mark.sweep(keep=6)
 
 
 def each_with(kinds):

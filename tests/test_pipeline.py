@@ -21,7 +21,7 @@ import formats.weights
 import parallel
 from distributed.pipeline import bubble_fraction, check_pipeline, partition_layers, pipeline_schedule, simulate_schedule
 
-pytestmark = pytest.mark.sweep(keep=3)
+pytestmark = pytest.mark.sweep(keep=2)
 
 # ============================================================================================== the pipeline_schedule
 
@@ -230,6 +230,7 @@ def test_four_ranks(ranks, degrees):
     compare(ranks, "llama_bias_tied", degrees, 5, steps=2, changes=LAYERS, kind="padded")
 
 
+@pytest.mark.sweep(keep=0)
 def test_four_ranks_of_experts_and_adapters(ranks):
     compare(ranks, "mixtral", {"pp": 2, "dp": 2}, 3, changes=LAYERS)
     compare(ranks, "llama", {"pp": 4}, 2, changes=LAYERS, adapter={"tokens": 3})

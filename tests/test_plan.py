@@ -37,7 +37,7 @@ from formats.weights import init_weights, named_weights, save_pretrained
 from parallel import Degrees
 from plan import CATALOGUE, _activations, dry_run, model_config, presets
 
-pytestmark = pytest.mark.sweep(keep=4)
+pytestmark = pytest.mark.sweep(keep=2)
 
 PRESETS = presets()
 OWN = [name for name, preset in PRESETS.items() if "like" not in preset]

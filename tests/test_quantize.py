@@ -30,7 +30,7 @@ from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
 from serving.engine import Engine, Request, SamplingParams
 
-pytestmark = pytest.mark.sweep(keep=8)
+pytestmark = pytest.mark.sweep(keep=4)
 
 DEMO = ROOT / "demo"
 CONFIG = {

@@ -28,7 +28,7 @@ from arguments import parse_args
 from formats.files import UserError
 from plan import dry_run
 
-pytestmark = pytest.mark.sweep(keep=4)
+pytestmark = pytest.mark.sweep(keep=3)
 
 GRANULARITIES = ("full", "full_attn", "core_attn")
 NAMES = (
@@ -202,6 +202,7 @@ def two():
         yield ranks
 
 
+@pytest.mark.sweep(keep=0)
 def test_beside_parallelism(two):
     """What is computed again talks to other ranks again."""
     ways = ({"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"sep": 2}, {"sep": 2, "context": True})

@@ -14,7 +14,7 @@ from conftest import ROOT
 from distributed.sharding import ALIGNED, Bucket, GradReduction, unit_of
 from parallel import Degrees, Topology
 
-pytestmark = pytest.mark.sweep(keep=3)
+pytestmark = pytest.mark.sweep(keep=2)
 
 # Of a tiny model: what is trained, and what else happens. Batches are of odd lengths, other ones on every rank; five
 # and nine of a step leave some ranks a batch for company alone. Clipping, decay and LoRA+ are always on.

@@ -26,7 +26,7 @@ from distributed.tensor import check_tensor, local_heads
 from formats.files import UserError
 from parallel import Degrees, Topology
 
-pytestmark = pytest.mark.sweep(keep=4)
+pytestmark = pytest.mark.sweep(keep=2)
 
 EVEN = {"mixtral": {"num_local_experts": 4}, "mixtral_window": {"num_local_experts": 4, "num_experts_per_tok": 1},
         "qwen2_moe": {"num_experts": 6},
@@ -371,6 +371,7 @@ def test_rows_reach_the_ranks_they_are_for(four):
 # ======================================================================================= training, four ranks
 
 
+@pytest.mark.sweep(keep=0)
 def test_four_ranks(four):
     """Key heads that several ranks have, experts with copies, all at once."""
     both = ways(2, dp=2, ep=2, sequence_parallel=True)

@@ -322,6 +322,7 @@ SIZES = {  # large enough that each has work for several threads, and no multipl
 }  # fmt: skip
 
 
+@pytest.mark.sweep(keep=0)
 def test_every_kernel_gives_the_same_bits_with_one_thread_and_with_all(run_python):
     """Forward and backward of each op that runs in the CPU back end here, with the cases of the benchmark."""
     one, every = (run_python(BITS_OF_CASES, threads, json.dumps(SIZES)) for threads in ("1", "all"))
