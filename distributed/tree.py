@@ -335,6 +335,7 @@ class TreeLinks:
             try:
                 connection = socket.create_connection((host, int(port)), timeout=10.0)
                 if connection.getsockname() == connection.getpeername():  # TCP connects to itself on its own port
+                    connection.close()  # or the other rank could never listen on it
                     raise ConnectionRefusedError
                 break
             except OSError as error:

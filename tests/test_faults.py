@@ -22,7 +22,7 @@ from tiny_models import write as write_family
 import checkpoint
 from arguments import TrainingArgs
 from checkpoint import DONE, find_checkpoint, incomplete, list_checkpoints
-from distributed import run_lock
+from distributed import run_lock, tree
 from distributed.run_lock import LOCK, RunLock
 from formats.files import UserError
 
@@ -519,3 +519,35 @@ def test_random_kills(tmp_path):
 
     total, _ = kill_runs(tmp_path, 2 * len(TOPOLOGIES), seed=int(time.time()))
     assert total["lost"] == 0 and total["half"] > 0
+
+
+def test_a_connection_to_itself_does_not_keep_the_port(monkeypatch):
+    """TCP may connect to itself while nobody listens on a port; kept open, that would keep the rank from listening."""
+    made = []
+
+    class Connection:
+        closed = False
+
+        def __init__(self, itself):
+            self.itself = itself
+
+        def getsockname(self):
+            return ("host", 1)
+
+        def getpeername(self):
+            return ("host", 1 if self.itself else 2)
+
+        def close(self):
+            self.closed = True
+
+        def sendall(self, content):
+            pass
+
+    def connect(address, timeout):
+        made.append(Connection(itself=not made))
+        return made[-1]
+
+    monkeypatch.setattr(tree.socket, "create_connection", connect)
+    links = tree.TreeLinks.__new__(tree.TreeLinks)
+    links.endpoints, links.job, links.rank = ("host:1",), "job", 1
+    assert links._dial(0) is made[1] and made[0].closed
