@@ -235,7 +235,7 @@ def trained(folder, chat_format):
     (family, tokens), adds = FORMATS[chat_format], chat_format.endswith("add_special_tokens")
     tokens, added = (tokens[:2], tokens[2:]) if adds else (tokens, ())
     base, out = folder / "base", folder / "out"
-    size = {"vocab_size": 256 + len(tokens), "hidden_size": 48, "head_dim": 12, "num_hidden_layers": 2}
+    size = {"vocab_size": 256 + len(tokens), "hidden_size": 48, "head_dim": 32, "num_hidden_layers": 2}
     size |= {"intermediate_size": 96, "max_position_embeddings": 256, "rope_theta": 10000.0, "sliding_window": None}
     size |= {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": None}
     config = {key: value for key, value in {**tiny_models.CONFIGS[family], **size}.items() if value is not None}
@@ -329,7 +329,9 @@ for folder in map(pathlib.Path, sys.argv[3:]):
 """
 
 VLLM = """
-import json, pathlib, sys, vllm
+import json, os, pathlib, sys
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+import vllm
 chats, answers = json.loads(pathlib.Path(sys.argv[1]).read_text()), {}
 for folder in map(pathlib.Path, sys.argv[2:]):
     model = vllm.LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=192)
