@@ -279,28 +279,6 @@ def evaluate_pairs(
 # ======================================================================================================== set-up
 
 
-def check_model(model: CausalLM, args: Args) -> None:
-    """UserError for a model that cannot be aligned, or would be aligned wrongly."""
-    path, config = args.model_name_or_path, model.config
-    if config.quantization is not None:
-        raise UserError(f"{path}: is quantized; align the model before quantize.py")
-    if model.prefix is not None:
-        raise UserError(f"{path}: has a trained prefix, which preference training would lose")
-    if config.position == "alibi":
-        raise UserError(f"{path}: {config.family} has ALiBi, with which two replies cannot share a prompt in one row")
-    dynamic_rope = {  # rotates a prompt by the length of its reply
-        "dynamic": config.max_position_embeddings,
-        "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),
-    }
-    window = min((w for w in config.windows if w), default=None)  # the second reply would see less of the prompt
-    for kind, limit in (("dynamic rope", dynamic_rope.get(config.rope["rope_type"])), ("a sliding window", window)):
-        if limit and args.max_seq_len > limit:
-            raise UserError(
-                f"max_seq_len: {args.max_seq_len}: {config.family} has {kind}, with which two replies share a prompt "
-                f"within {limit} positions only; at most {limit}"
-            )
-
-
 def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -> None:
     """trainer.setup_adapter() for a policy that starts equal to its reference: neither PiSSA nor dropout."""
     trainer.setup_adapter(model, args, checkpoint)
@@ -343,7 +321,7 @@ def main(args: Args) -> None:
     # ====================================================================== 2. model, and what it does before training
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
-    check_model(model, args)
+    trainer.check_shared_prompts(model, args.model_name_or_path, "max_seq_len", args.max_seq_len)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     reply_end = args.max_prompt_len + args.max_new_tokens
     needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}

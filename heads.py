@@ -119,31 +119,6 @@ def load_reward_model(path: str | Path, topology: Topology, seed: int | None = N
     return model
 
 
-def check_shared_prompts(model: CausalLM, path: str, key: str, longest: int) -> None:
-    """UserError for a model with which replies cannot share a prompt in one row, or would see it wrongly.
-
-    longest: most positions of a prompt and one reply; key: what sets it.
-    """
-    config = model.config
-    if config.quantization is not None:
-        raise UserError(f"{path}: is quantized; train the model before quantize.py")
-    if model.prefix is not None:
-        raise UserError(f"{path}: has a trained prefix, which training would lose")
-    if config.position in ("alibi", "rope_2d"):
-        raise UserError(f"{path}: {config.family}'s positions do not let replies share a prompt in one row")
-    dynamic_rope = {  # rotates a prompt by the length of its reply
-        "dynamic": config.max_position_embeddings,
-        "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),
-    }
-    window = min((w for w in config.windows if w), default=None)  # the second reply would see less of the prompt
-    for kind, limit in (("dynamic rope", dynamic_rope.get(config.rope["rope_type"])), ("a sliding window", window)):
-        if limit and longest > limit:
-            raise UserError(
-                f"{key}: {longest}: {config.family} has {kind}, with which replies share a prompt within {limit} "
-                f"positions only; at most {limit}"
-            )
-
-
 def scored_sample(prompt: np.ndarray, replies: list) -> tuple[np.ndarray, ...]:
     """Ids of a prompt and its replies -> input_ids, position_ids, rows, replies as one sequence, int64.
 

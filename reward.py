@@ -30,7 +30,7 @@ from data import IGNORED, PreferenceDataset, PreferenceLoader
 from formats.files import UserError
 from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
-from heads import ScoreModel, check_shared_prompts, load_reward_model, scored_sample, train_score_head
+from heads import ScoreModel, load_reward_model, scored_sample, train_score_head
 from model import CausalLM
 from parallel import SINGLE, Topology
 from rl_math import preference_losses
@@ -200,7 +200,8 @@ def main(args: Args) -> None:
     network = load_reward_model(args.model_name_or_path, topology, seed=args.seed if args.do_train else None)
     network.config.source.setdefault("pad_token_id", tokenizer.pad_token_id)  # transformers batches only with one
     trainer.set_recompute(network, args)
-    check_shared_prompts(network, args.model_name_or_path, "max_seq_len", args.max_seq_len)
+    refused = ("alibi", "rope_2d")
+    trainer.check_shared_prompts(network, args.model_name_or_path, "max_seq_len", args.max_seq_len, refused)
     trainer.check_vocabulary(network, tokenizer, args.model_name_or_path, args)
     trainer.check_positions(network, args.model_name_or_path, {"max_seq_len": args.max_seq_len})
     model, before = ScoreModel(network), None  # model: ids -> scores

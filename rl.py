@@ -33,7 +33,7 @@ from checkpoint import find_checkpoint
 from formats.files import UserError
 from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
-from heads import Policy, add_score_head, check_shared_prompts, remove_score_head, train_score_head
+from heads import Policy, add_score_head, remove_score_head, train_score_head
 from model import CausalLM
 from rewards import load_reward_functions, server_reward
 from rollouts import PromptDataset
@@ -331,10 +331,10 @@ def main(args: Args) -> None:
     # ====================================================================== 2. model, and what it does before training
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
-    longest = max(data.longest for data in (train, dev) if data)
-    check_shared_prompts(model, args.model_name_or_path, "max_src_len + max_dec_len", longest + args.max_dec_len)
+    key, longest = "max_src_len + max_dec_len", max(d.longest for d in (train, dev) if d) + args.max_dec_len
+    trainer.check_shared_prompts(model, args.model_name_or_path, key, longest, ("alibi", "rope_2d"))
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
-    trainer.check_positions(model, args.model_name_or_path, {"max_src_len + max_dec_len": longest + args.max_dec_len})
+    trainer.check_positions(model, args.model_name_or_path, {key: longest})
     if args.do_train:
         setup_adapter(model, args, checkpoint)
     elif args.lora_path:

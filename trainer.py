@@ -258,6 +258,33 @@ def set_recompute(model: CausalLM, args: TrainingArgs) -> None:
     model.no_recompute_layers = frozenset(layers)
 
 
+def check_shared_prompts(
+    model: CausalLM, path: str, key: str, longest: int, refused_positions: tuple[str, ...] = ("alibi",)
+) -> None:
+    """UserError for a model with which replies cannot share a prompt in one row, or would see it wrongly.
+
+    longest: most positions of a prompt and its replies; key: what sets it.
+    """
+    config = model.config
+    if config.quantization is not None:
+        raise UserError(f"{path}: is quantized; train the model before quantize.py")
+    if model.prefix is not None:
+        raise UserError(f"{path}: has a trained prefix, which training would lose")
+    if config.position in refused_positions:
+        raise UserError(f"{path}: {config.family}'s positions do not let replies share a prompt in one row")
+    dynamic_rope = {  # rotates a prompt by the length of its reply
+        "dynamic": config.max_position_embeddings,
+        "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),
+    }
+    window = min((w for w in config.windows if w), default=None)  # the second reply would see less of the prompt
+    for kind, limit in (("dynamic rope", dynamic_rope.get(config.rope["rope_type"])), ("a sliding window", window)):
+        if limit and longest > limit:
+            raise UserError(
+                f"{key}: {longest}: {config.family} has {kind}, with which replies share a prompt within {limit} "
+                f"positions only; at most {limit}"
+            )
+
+
 def check_positions(model: CausalLM, path: str, needed: dict[str, int]) -> None:
     """UserError if a model with learned positions has too few. needed: {name of the key: positions it asks for}."""
     limit = model.config.max_position_embeddings

@@ -204,6 +204,23 @@ def test_packed_equals_separate_passes(loss_type):
         assert np.abs(ours[name] - theirs[name]).max() < 1e-5 * max(1, np.abs(theirs[name]).max()), name
 
 
+def test_packed_pairs_of_chatglm_6b():
+    """Its prompts end in [gMASK]<sop> and see each other; each reply has positions of its own."""
+    import tiny_models
+
+    model = tiny_models.build("chatglm").eval()
+    ends = [model.config.source[f"{name}_token_id"] for name in ("gmask", "bos")]
+    pairs = [(prompt + ends, *replies) for prompt, *replies in random_pairs((4, 5, 7), (3, 3, 2))]
+    packed = dpo.reply_logps(model, collated(pairs, [[0, 1]], 32)).numpy()
+    for i, (prompt, *replies) in enumerate(pairs):
+        for side, reply in enumerate(replies):
+            ids = np.array([prompt + reply])
+            labels = np.full_like(ids, -100)
+            labels[0, len(prompt) - 1 : -1] = reply
+            alone = -float(model(paddle.to_tensor(ids), labels=paddle.to_tensor(labels)).sum())
+            assert packed[i, side] == pytest.approx(alone, abs=1e-5)
+
+
 def test_a_packed_pair_does_not_see_its_neighbors():
     """Other tokens in the first reply, or in another pair, leave the rest of the row bit for bit as it was."""
     model, pairs = opened(), random_pairs((6, 5, 9), (4, 7, 3))
