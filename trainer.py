@@ -271,7 +271,8 @@ def check_shared_prompts(
     if model.prefix is not None:
         raise UserError(f"{path}: has a trained prefix, which training would lose")
     if config.position in refused_positions:
-        raise UserError(f"{path}: {config.family}'s positions do not let replies share a prompt in one row")
+        kind = {"alibi": "ALiBi", "rope_2d": "positions in two dimensions"}[config.position]
+        raise UserError(f"{path}: {config.family} has {kind}, with which replies cannot share a prompt in one row")
     dynamic_rope = {  # rotates a prompt by the length of its reply
         "dynamic": config.max_position_embeddings,
         "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),

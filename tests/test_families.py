@@ -378,7 +378,7 @@ def test_pairs_with_a_shared_prompt_equal_two_samples(name):
 )
 def test_pairs_that_cannot_share_a_prompt_are_refused(name, words):
     with pytest.raises(UserError, match=words):
-        dpo.check_model(build(name), dpo.Args(model_name_or_path=name, max_seq_len=40))
+        trainer.check_shared_prompts(build(name), name, "max_seq_len", 40)
 
 
 # ======================================================================================================== adapters
