@@ -41,10 +41,11 @@ from formats.record_files import RecordOptions, RecordReader, with_reply
 from formats.records import Conversation, located, parse_prompt
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
-from serving.engine import Engine, Request, SamplingParams
+from serving.engine import Engine, Request
 from serving.fused import choose_dtype
 from serving.openai_api import serve_http
 from serving.runners import PagedRunner, StaticRunner, round_linears
+from serving.sampling import SamplingParams
 
 QUANT_GROUPS = {"w8": -1, "w4": 64, "a8w8": -1}  # `quant`: input rows that share a scale; -1: all
 

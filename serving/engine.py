@@ -13,8 +13,8 @@ The life of a request:
    finds them by a hash of all tokens up to their end.
 5. runner.run (runners.py) computes the scheduled tokens, writes their keys and values into the blocks, and returns the
    logits after the last token of each sequence.
-6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch draws the next token
-   from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
+6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch (sampling.py) draws
+   the next token from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
 7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text,
    or the length. on_output gets a TokenOutput.
 8. _finish releases the blocks of an ended reply. Those that hold full blocks stay findable until they are needed.
@@ -33,70 +33,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
-import kernels
-from kernels.reference import penalize
-
 import numpy as np
 
 from formats.files import UserError
 from model import CausalLM
 from serving.fused import fastest_runner
 from serving.runners import ScheduledTokens, TokenSequence
+from serving.sampling import Sampler, SamplingParams, sample_batch, scaled_logprobs
 
 # ======================================================================================= requests and their results
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    max_tokens: int = 64  # most new tokens
-    min_tokens: int = 0  # before as many new tokens, neither end of sequence nor stop ends the reply
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0  # on tokens of prompt and reply (arXiv 1909.05858)
-    presence_penalty: float = 0.0  # subtracted from the logit of every token that the reply contains
-    frequency_penalty: float = 0.0  # the same, times its number of occurrences
-    seed: int | None = None  # the same seed gives the same text, whatever else is running
-    stop: tuple = ()  # texts that end the reply; they are not part of it
-    stop_token_ids: tuple = ()  # ids that end it, besides the tokenizer's
-    ignore_eos: bool = False  # continue after the tokenizer's stop ids
-    logprobs: int | None = None  # report log-probabilities of the chosen token and of this many likeliest ones
-    n: int = 1  # replies to the one prompt
-    scaled_logprobs: bool = False  # report log-probabilities after temperature, and entropies: those of rl.py
-
-    def check(self) -> None:
-        """UserError naming the field."""
-        for key, low, high in (
-            ("max_tokens", 1, None),
-            ("min_tokens", 0, self.max_tokens),
-            ("top_k", 0, None),
-            ("seed", 0, (1 << 63) - 1),
-            ("logprobs", 0, 20),
-            ("n", 1, 128),
-        ):
-            value = getattr(self, key)
-            if value is None and key in ("seed", "logprobs"):
-                continue
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            if not is_int or value < low or (high is not None and value > high):
-                limits = f"of at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"{key}: {value!r}; it must be a whole number {limits}")
-        for key, low, high in (
-            ("temperature", 0, 100),
-            ("top_p", 0, 1),
-            ("repetition_penalty", 0, 100),
-            ("presence_penalty", -100, 100),
-            ("frequency_penalty", -100, 100),
-        ):
-            value, positive = getattr(self, key), key in ("top_p", "repetition_penalty")
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not low <= value <= high or (positive and value == 0):
-                limits = f"above 0, up to {high}" if positive else f"between {low} and {high}"
-                raise UserError(f"{key}: {value!r}; it must be a number {limits}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop: {self.stop!r}; it must be a tuple of texts that are not empty")
-        if not isinstance(self.stop_token_ids, tuple) or not all(isinstance(i, int) for i in self.stop_token_ids):
-            raise UserError(f"stop_token_ids: {self.stop_token_ids!r}; it must be a tuple of token ids")
 
 
 @dataclasses.dataclass
@@ -148,76 +93,7 @@ class ShuttingDown(UserError):
     """The engine accepts no more requests."""
 
 
-# ===================================================================== from logits to a token, from tokens to text
-
-
-class Sampler:
-    """How one sequence chooses: its penalties, its bans and its own random numbers, one a token."""
-
-    def __init__(self, params: SamplingParams, index: int, stop_ids: list[int], seed: int):
-        self.params = p = params
-        self.stop_ids = {*(() if p.ignore_eos else stop_ids), *p.stop_token_ids}
-        self.generator = np.random.default_rng([seed, index])
-        self.greedy = p.temperature < 1e-5
-        self.counts = collections.Counter()  # of the reply's tokens
-        no_penalty = p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
-        reports = p.logprobs is not None or p.scaled_logprobs
-        self.argmax_suffices = self.greedy and no_penalty and not reports  # from min_tokens on
-
-    def choose(self, logits: np.ndarray, token_ids: list[int]) -> tuple:
-        """logits (V,) float32, ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
-        (token,) = sample_batch([self], self.apply_penalties(logits, token_ids)[None])
-        return token, *self.logprobs_of(logits, token)
-
-    def apply_penalties(self, logits: np.ndarray, token_ids: list[int]) -> np.ndarray:
-        """logits (V,) with penalties, and without the stop ids before min_tokens; the same array where none apply."""
-        p = self.params
-        if p.repetition_penalty != 1.0:
-            ids, mask = np.array([token_ids]), np.ones((1, len(token_ids)), np.int64)
-            logits = penalize(logits[None], ids, mask, p.repetition_penalty)[0]
-        if (p.presence_penalty or p.frequency_penalty) and self.counts:
-            ids, counts = np.array(list(self.counts.keys())), np.array(list(self.counts.values()))
-            logits = logits.copy()
-            logits[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
-        if self.stop_ids and self.counts.total() < p.min_tokens:
-            logits = logits.copy()
-            logits[[i for i in self.stop_ids if i < len(logits)]] = -np.inf
-        return logits
-
-    def logprobs_of(self, logits: np.ndarray, token: int) -> tuple:
-        """(log-probability of the token, [(id, log-probability)] of the likeliest) by logits (V,), or Nones."""
-        p = self.params
-        if p.logprobs is None:
-            return None, None
-        x = logits.astype(np.float64)
-        x -= x.max()
-        x -= np.log(np.exp(x).sum())
-        best = np.argpartition(-x, min(p.logprobs, len(x) - 1))[: p.logprobs]
-        best = best[np.lexsort((best, -x[best]))]
-        return float(x[token]), [(int(i), float(x[i])) for i in best]
-
-
-def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
-    """One id for each sampler from its row of logits (S, V) float32; each draws one number of its own generator."""
-    options = [
-        (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
-        for s in samplers
-    ]
-    temperature, top_k, top_p, uniform = zip(*options)
-    ids = kernels.sample(kernels.to_tensor(logits, share=True), temperature, top_k, top_p, uniform).tolist()
-    for sampler, token in zip(samplers, ids):
-        sampler.counts[token] += 1
-    return ids
-
-
-def scaled_logprobs(logits: np.ndarray, ids: list[int], temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """logits (S, V) float32 -> log-probabilities of ids (S,) in softmax(logits / temperature), and its entropies."""
-    x = logits / np.array(temperatures, np.float32)[:, None]
-    x -= x.max(-1, keepdims=True)
-    weights = np.exp(x)
-    total = weights.sum(-1, dtype=np.float64)
-    entropies = np.log(total) - np.einsum("sv,sv->s", weights, x, dtype=np.float64) / total
-    return x[np.arange(len(ids)), ids] - np.log(total), entropies
+# ============================================================================================ from tokens to text
 
 
 class Detokenizer:

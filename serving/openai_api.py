@@ -27,12 +27,12 @@ from serving.engine import (
     PromptTooLong,
     QueueFull,
     Request,
-    SamplingParams,
     ShuttingDown,
     TokenOutput,
     UnknownAdapter,
 )
 from serving.http_server import ClientGone, HTTPError, HTTPServer, Limits
+from serving.sampling import SamplingParams
 
 # ================================================================================== the fields of a request
 

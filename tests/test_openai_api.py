@@ -28,8 +28,9 @@ import pytest
 
 import serve
 from formats.files import UserError
-from serving.engine import Engine, QueueFull, SamplingParams, ShuttingDown, TokenOutput
+from serving.engine import Engine, QueueFull, ShuttingDown, TokenOutput
 from serving.openai_api import Server, serve_http
+from serving.sampling import SamplingParams
 
 ROOT = Path(serve.__file__).resolve().parent
 
