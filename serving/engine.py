@@ -12,9 +12,11 @@ The life of a request:
 4. _admit gives the first of the queue its blocks. Full blocks that another sequence has computed are shared: BlockPool
    finds them by a hash of all tokens up to their end.
 5. runner.run (runners.py) computes the scheduled tokens, writes their keys and values into the blocks, and returns the
-   logits after the last token of each sequence.
+   logits after the last token of each sequence; where a speculator (speculation.py) has guessed further tokens, after
+   each of them as well.
 6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch (sampling.py) draws
    the next token from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
+   If it is the guessed one, the token after it follows at once.
 7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text,
    or the length. on_output gets a TokenOutput.
 8. _finish releases the blocks of an ended reply. Those that hold full blocks stay findable until they are needed.
@@ -40,6 +42,7 @@ from model import CausalLM
 from serving.fused import fastest_runner
 from serving.runners import ScheduledTokens, TokenSequence
 from serving.sampling import Sampler, SamplingParams, sample_batch, scaled_logprobs
+from serving.speculation import DraftSpeculator, NgramSpeculator, rows_with_drafts
 
 # ======================================================================================= requests and their results
 
@@ -64,6 +67,8 @@ class TokenOutput:
     entropy: float | None = None  # with scaled_logprobs, of the distribution at temperature, in nats
     finish_reason: str | None = None  # stop, length, abort, error: on the last TokenOutput of a reply
     cached_tokens: int = 0  # tokens of the prompt whose blocks were already computed
+    draft_tokens: int = 0  # of the reply so far: tokens that were guessed,
+    accepted_tokens: int = 0  # and those of them that the model chose
 
 
 @dataclasses.dataclass
@@ -75,6 +80,8 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int
     entropies: list | None = None  # with scaled_logprobs, one a token; logprobs then holds (logprob, None)
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class PromptTooLong(UserError):
@@ -222,6 +229,8 @@ class Sequence(TokenSequence):
     phase: str = WAITING
     num_computed_tokens: int = 0  # tokens whose keys and values are in the blocks
     num_cached_tokens: int | None = None  # of the prompt, found in the pool when it was first admitted
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def num_new_tokens(self) -> int:
@@ -240,7 +249,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
-    dtype, int8_head: of serving.fused.
+    dtype, int8_head: of serving.fused. speculator: of serving.speculation; replies are the same with it.
     """
 
     def __init__(
@@ -259,10 +268,17 @@ class Engine:
         int8_cache: bool = False,
         dtype: str = "float32",
         int8_head: bool = False,
+        speculator: NgramSpeculator | DraftSpeculator | None = None,
     ):
         if isinstance(model, CausalLM):
             model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
-        self.runner, self.tokenizer = model, tokenizer
+        if speculator is not None and not model.chunked_prefill:
+            raise UserError(
+                f"speculate_method: {type(model).__name__} computes one token of a reply a step; leave it out"
+            )
+        if speculator is not None:
+            speculator.check_vocabulary(model.vocab_size)
+        self.runner, self.tokenizer, self.speculator = model, tokenizer, speculator
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # one token for each running sequence
@@ -279,7 +295,8 @@ class Engine:
         self.running, self.waiting = [], collections.deque()  # both by arrival
         self.seeds, self.arrivals = np.random.default_rng(seed), itertools.count()
         counters = "requests prompt_tokens cached_tokens generation_tokens preemptions aborted errors steps"
-        self.totals = dict.fromkeys(counters.split(), 0)
+        drafts = "spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens"
+        self.totals = dict.fromkeys(f"{counters} {drafts}".split(), 0)
         # Shared with other threads, under the condition's lock; live: request_id -> number of replies not finished
         self.condition = threading.Condition()
         self.inbox, self.to_abort, self.live = [], set(), {}
@@ -380,9 +397,12 @@ class Engine:
         if not scheduled:
             assert not self.running and not self.waiting, "nothing was scheduled while sequences wait"
             return False
-        logits = self.runner.run(scheduled)
+        drafts = self._draft(scheduled) if self.speculator is not None else {}
+        logits = self.runner.run(rows_with_drafts(scheduled, drafts) if drafts else scheduled)
+        if self.speculator is not None:
+            self.speculator.computed([tokens for tokens in scheduled if tokens.sequence.phase == PREFILL])
         self.totals["steps"] += 1
-        self._advance(scheduled, logits)
+        self._advance(scheduled, drafts, logits)
         return True
 
     def _take_inbox(self):
@@ -428,6 +448,31 @@ class Engine:
             if sequence.phase == DECODE:
                 scheduled.append(ScheduledTokens(sequence, sequence.num_computed_tokens, 1))
         return scheduled, preempted
+
+    def _draft(self, scheduled):
+        """{decoding sequence: ids that may come next}, where the step and the pool have room for them."""
+        room = self.max_num_batched_tokens - sum(tokens.count for tokens in scheduled)
+        sequences, limits = [tokens.sequence for tokens in scheduled if tokens.sequence.phase == DECODE], []
+        for sequence in sequences:
+            limit = min(self.speculator.max_draft_tokens, room, self._tokens_left(sequence) - 1)
+            while len(sequence.blocks) * self.pool.block_size < len(sequence.tokens) + limit:
+                if len(self.pool.free) <= self.watermark:
+                    limit = len(sequence.blocks) * self.pool.block_size - len(sequence.tokens)
+                    break
+                sequence.blocks.append(self.pool.allocate())
+            room -= max(0, limit)
+            limits.append(limit)
+        drafts = {s: draft for s, draft in zip(sequences, self.speculator.propose(sequences, limits)) if draft}
+        for sequence, draft in drafts.items():
+            sequence.num_draft_tokens += len(draft)
+        self.totals["spec_decode_num_drafts"] += len(drafts)
+        self.totals["spec_decode_num_draft_tokens"] += sum(map(len, drafts.values()))
+        return drafts
+
+    def _tokens_left(self, sequence):
+        """The most tokens that the reply may still get."""
+        text_length = len(sequence.tokens) - sequence.num_virtual_tokens
+        return min(sequence.request.params.max_tokens - sequence.num_new_tokens, self.max_model_len - text_length)
 
     def _add_prefill(self, scheduled, sequence, budget):
         """Schedule a prompt's next tokens within the budget (all, if the runner takes no pieces); returns how many."""
@@ -482,23 +527,45 @@ class Engine:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         self.runner.release(sequence)
+        if self.speculator is not None:
+            self.speculator.release(sequence)
 
-    def _advance(self, scheduled, logits):
-        """Count the computed tokens; where a sequence is computed to its end, append the next one. logits (S, V)"""
-        best, finite = logits.argmax(-1).tolist(), np.isfinite(logits.max(-1)).tolist()
-        sampled = self._sample(scheduled, logits, finite)
-        for row, (sequence, _, count) in enumerate(scheduled):
+    def _advance(self, scheduled, drafts, logits):
+        """Count the computed tokens; where a sequence is computed to its end, append the next one, and those after it
+        while they are what was drafted. logits (rows, V): a row of each sequence, and one for each token of its draft.
+        """
+        row, ended = 0, []  # [(sequence, row of its logits, draft)]
+        for sequence, _, count in scheduled:
+            draft = drafts.get(sequence, ())
             self._count_computed(sequence, count)
-            if sequence.num_computed_tokens < len(sequence.tokens):
-                continue
-            sequence.phase = DECODE
-            if not finite[row]:
-                print(f"request {sequence.request.request_id}: the logits are not finite", file=sys.stderr, flush=True)
-                self._finish(sequence, "error")
-            elif row in sampled:
-                self._append(sequence, *sampled[row])
-            else:
-                self._append(sequence, best[row], None, None)
+            if sequence.num_computed_tokens == len(sequence.tokens):
+                sequence.phase = DECODE
+                ended.append((sequence, row, draft))
+            row += 1 + len(draft)
+        best, finite = logits.argmax(-1).tolist(), np.isfinite(logits.max(-1)).tolist()
+        place = 0  # in the drafts
+        while ended:
+            rows = [row + place for _, row, _ in ended]
+            sampled = self._sample([sequence for sequence, _, _ in ended], rows, logits, finite)
+            accepted = []
+            for (sequence, first, draft), row in zip(ended, rows):
+                if not finite[row]:
+                    name = sequence.request.request_id
+                    print(f"request {name}: the logits are not finite", file=sys.stderr, flush=True)
+                    self._finish(sequence, "error")
+                    continue
+                token, *numbers = sampled.get(row) or (best[row], None, None)
+                if place < len(draft) and token == draft[place]:
+                    self._accept(sequence)
+                    accepted.append((sequence, first, draft))
+                self._append(sequence, token, *numbers)
+            ended, place = [entry for entry in accepted if entry[0].phase == DECODE], place + 1
+            for sequence, _, _ in ended:
+                self._count_computed(sequence, 1)
+
+    def _accept(self, sequence):
+        sequence.num_accepted_tokens += 1
+        self.totals["spec_decode_num_accepted_tokens"] += 1
 
     def _count_computed(self, sequence, count):
         """Add to the computed tokens, and let others share the blocks that are full now."""
@@ -511,17 +578,12 @@ class Engine:
             for i in range(full_before, full):
                 self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
 
-    def _sample(self, scheduled, logits, finite):
-        """{row: (id, log-probability, likeliest, entropy)} for the rows that are computed to their end and need more
-        than the argmax."""
-        rows = [
-            row
-            for row, (sequence, start, count) in enumerate(scheduled)
-            if start + count == len(sequence.tokens) and finite[row] and not sequence.needs_only_argmax
-        ]
-        if not rows:
+    def _sample(self, sequences, rows, logits, finite):
+        """{row: (id, log-probability, likeliest, entropy)} for the sequences that need more than the argmax."""
+        wanted = [(s, row) for s, row in zip(sequences, rows) if finite[row] and not s.needs_only_argmax]
+        if not wanted:
             return {}
-        sequences = [scheduled[row].sequence for row in rows]
+        sequences, rows = zip(*wanted)
         penalized = [
             s.sampler.apply_penalties(logits[row], s.tokens[s.num_virtual_tokens :]) for row, s in zip(rows, sequences)
         ]
@@ -556,7 +618,15 @@ class Engine:
                 text += rest
             reason = "stop" if stopped else "length" if full else None
         output = TokenOutput(
-            sequence.index, token, text, logprob, top_logprobs, entropy, cached_tokens=sequence.num_cached_tokens
+            sequence.index,
+            token,
+            text,
+            logprob,
+            top_logprobs,
+            entropy,
+            cached_tokens=sequence.num_cached_tokens,
+            draft_tokens=sequence.num_draft_tokens,
+            accepted_tokens=sequence.num_accepted_tokens,
         )
         if reason is None:
             self._deliver(sequence, output)
@@ -577,7 +647,12 @@ class Engine:
             self.live[name] -= 1
             if not self.live[name]:
                 del self.live[name]
-        output = output or TokenOutput(sequence.index, cached_tokens=sequence.num_cached_tokens or 0)
+        output = output or TokenOutput(
+            sequence.index,
+            cached_tokens=sequence.num_cached_tokens or 0,
+            draft_tokens=sequence.num_draft_tokens,
+            accepted_tokens=sequence.num_accepted_tokens,
+        )
         output.finish_reason = reason
         self._deliver(sequence, output)
 
@@ -693,6 +768,7 @@ class _Collector:
         c = self.completions[output.index]
         c.text += output.text
         c.cached_tokens = output.cached_tokens
+        c.draft_tokens, c.accepted_tokens = output.draft_tokens, output.accepted_tokens
         if output.token_id is not None:
             c.token_ids.append(output.token_id)
             if c.logprobs is not None:

@@ -236,6 +236,7 @@ class APICall:
     unfinished: int = 0  # choices
     completion_tokens: int = 0
     cached: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> tokens of it found in the cache
+    drafted: tuple[int, int] = (0, 0)  # tokens of drafts that were accepted and rejected
     first_token: float | None = None  # time.monotonic()
     last_token: float | None = None
     finish: str = "-"  # for the log
@@ -243,6 +244,10 @@ class APICall:
     @property
     def prompt_tokens(self):
         return sum(len(request.prompt_ids) for request in self.requests)
+
+    @property
+    def predictions(self):  # of speculative decoding
+        return {"accepted_prediction_tokens": self.drafted[0], "rejected_prediction_tokens": self.drafted[1]}
 
     @property
     def cached_tokens(self):
@@ -254,6 +259,7 @@ class APICall:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **({"completion_tokens_details": self.predictions} if any(self.predictions.values()) else {}),
         }
 
     def reply(self, choices, chunk):
@@ -487,6 +493,9 @@ class Server:
     async def get_metrics(self, connection, request, body):
         lines = []
         for name, value in self.engine.stats().items():
+            if name.startswith("spec_decode_"):
+                lines += [f"# TYPE vllm:{name} counter", f"vllm:{name} {value}"]
+                continue
             kind = "counter" if name.endswith("_total") and not name.startswith("blocks_") else "gauge"
             name = "llm_" + ("blocks" if name == "blocks_total" else name)
             lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
@@ -656,6 +665,8 @@ class Server:
             logprobs = output_logprobs(call, output, self.tokenizer, lengths.get(index, 0))
         lengths[index] = lengths.get(index, 0) + len(text)
         if output.finish_reason:
+            accepted, rejected = output.accepted_tokens, output.draft_tokens - output.accepted_tokens
+            call.drafted = call.drafted[0] + accepted, call.drafted[1] + rejected
             call.unfinished -= 1
             call.finish = output.finish_reason
         return ChoiceDelta(index, text, logprobs, output.finish_reason)

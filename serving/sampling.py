@@ -83,11 +83,22 @@ class Sampler:
         self.params = p = params
         self.stop_ids = {*(() if p.ignore_eos else stop_ids), *p.stop_token_ids}
         self.generator = np.random.default_rng([seed, index])
+        self.ahead = collections.deque()  # its next numbers, as far as peek() has drawn them
         self.greedy = p.temperature < 1e-5
         self.counts = collections.Counter()  # of the reply's tokens
         no_penalty = p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
         reports = p.logprobs is not None or p.scaled_logprobs
         self.argmax_suffices = self.greedy and no_penalty and not reports  # from min_tokens on
+
+    def uniform(self) -> float:
+        """The next number of [0, 1)."""
+        return self.ahead.popleft() if self.ahead else self.generator.random()
+
+    def peek(self, n: int) -> float:
+        """What uniform() will return after n more calls."""
+        while len(self.ahead) <= n:
+            self.ahead.append(self.generator.random())
+        return self.ahead[n]
 
     def choose(self, logits: np.ndarray, token_ids: list[int]) -> tuple:
         """logits (V,) float32, ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
@@ -125,7 +136,7 @@ class Sampler:
 def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
     """One id for each sampler from its row of logits (S, V) float32; each draws one number of its own generator."""
     options = [
-        (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
+        (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.uniform())
         for s in samplers
     ]
     temperature, top_k, top_p, uniform = zip(*options)
