@@ -27,12 +27,13 @@ from serving.engine import (
     PromptTooLong,
     QueueFull,
     Request,
-    SamplingParams,
     ShuttingDown,
     TokenOutput,
     UnknownAdapter,
 )
 from serving.http_server import ClientGone, HTTPError, HTTPServer, Limits
+from serving.sampling import SamplingParams
+from serving.structured_output import constraint_of
 
 # ================================================================================== the fields of a request
 
@@ -48,20 +49,19 @@ KINDS = {
 
 # Fields that would change the answer and are not supported, with the values that change nothing.
 REFUSED = {"tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",),
-           "response_format": ({"type": "text"},), "logit_bias": ({},), "suffix": ("",), "modalities": (["text"],),
-           "audio": (), "prediction": (), "min_p": (0,), "bad_words": ([],), "use_beam_search": (False,),
-           "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
-           "structured_outputs": ()}  # fmt: skip
+           "suffix": ("",), "modalities": (["text"],), "audio": (), "prediction": (), "use_beam_search": (False,),
+           "grammar": (), "guided_grammar": ()}  # fmt: skip
 
 
 # field: (type, minimum, maximum)
 NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 0, 1), "top_k": (int, -1, 2**31),
            "seed": (int, -(2**63), 2**63), "presence_penalty": (float, -2, 2), "frequency_penalty": (float, -2, 2),
-           "repetition_penalty": (float, 0.01, 100), "min_tokens": (int, 0, 2**31),
+           "repetition_penalty": (float, 0.01, 100), "min_p": (float, 0, 1), "min_tokens": (int, 0, 2**31),
            "ignore_eos": (bool, None, None)}  # fmt: skip
 
 MAX_CHOICES = 128  # of one request: prompts times n
 MAX_STOPS = 16
+MAX_BAD_WORDS = 1000
 MAX_LOGPROBS = 20
 
 
@@ -136,6 +136,26 @@ def take_ids(value: list, name: str, vocab_size: int) -> list[int]:
     return value
 
 
+def take_logit_bias(body: dict, vocab_size: int) -> tuple:
+    """logit_bias {"id": number of -100 to 100} -> pairs (id, number)."""
+    pairs = []
+    for key, value in (take_field(body, "logit_bias", dict) or {}).items():
+        take_ids([int(key) if re.fullmatch("[0-9]{1,9}", key) else key], "logit_bias", vocab_size)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -100 <= value <= 100:
+            raise bad_request(
+                f"logit_bias: a number between -100 and 100 is expected, found {brief(value)}", "logit_bias"
+            )
+        pairs.append((int(key), float(value)))
+    return tuple(pairs)
+
+
+def take_bad_words(body: dict, tokenizer: object) -> tuple:
+    """bad_words -> tuples of ids: each word as it is written at the beginning of a text and after a space."""
+    words = take_strings(body, "bad_words", MAX_BAD_WORDS)
+    ids = [tuple(tokenizer.encode(space + word, False)) for word in words for space in ("", " ")]
+    return tuple(dict.fromkeys(filter(None, ids)))
+
+
 def sampling_fields(body: dict, is_chat: bool, vocab_size: int) -> dict:
     """The request's fields -> those of SamplingParams (max_tokens None: as many as the model has room for)."""
     fields = {name: value for name, row in NUMBERS.items() if (value := take_field(body, name, *row)) is not None}
@@ -156,11 +176,14 @@ def sampling_fields(body: dict, is_chat: bool, vocab_size: int) -> dict:
         limit = 16 if limit is None else limit  # OpenAI's default
         logprobs = take_field(body, "logprobs", int, 0, MAX_LOGPROBS)
     stop_ids = take_field(body, "stop_token_ids", list) or []
+    allowed_ids = take_field(body, "allowed_token_ids", list) or []
     return fields | {
         "max_tokens": limit,
         "logprobs": logprobs,
         "stop": take_strings(body, "stop", MAX_STOPS),
         "stop_token_ids": tuple(take_ids(stop_ids, "stop_token_ids", vocab_size)),
+        "logit_bias": take_logit_bias(body, vocab_size),
+        "allowed_token_ids": tuple(take_ids(allowed_ids, "allowed_token_ids", vocab_size)),
         "n": take_field(body, "n", int, 1, MAX_CHOICES) or 1,
     }
 
@@ -236,6 +259,7 @@ class APICall:
     unfinished: int = 0  # choices
     completion_tokens: int = 0
     cached: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> tokens of it found in the cache
+    drafted: tuple[int, int] = (0, 0)  # tokens of drafts that were accepted and rejected
     first_token: float | None = None  # time.monotonic()
     last_token: float | None = None
     finish: str = "-"  # for the log
@@ -243,6 +267,10 @@ class APICall:
     @property
     def prompt_tokens(self):
         return sum(len(request.prompt_ids) for request in self.requests)
+
+    @property
+    def predictions(self):  # of speculative decoding
+        return {"accepted_prediction_tokens": self.drafted[0], "rejected_prediction_tokens": self.drafted[1]}
 
     @property
     def cached_tokens(self):
@@ -254,6 +282,7 @@ class APICall:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **({"completion_tokens_details": self.predictions} if any(self.predictions.values()) else {}),
         }
 
     def reply(self, choices, chunk):
@@ -487,6 +516,9 @@ class Server:
     async def get_metrics(self, connection, request, body):
         lines = []
         for name, value in self.engine.stats().items():
+            if name.startswith("spec_decode_"):
+                lines += [f"# TYPE vllm:{name} counter", f"vllm:{name} {value}"]
+                continue
             kind = "counter" if name.endswith("_total") and not name.startswith("blocks_") else "gauge"
             name = "llm_" + ("blocks" if name == "blocks_total" else name)
             lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
@@ -518,6 +550,11 @@ class Server:
             raise bad_request("stream_options: needs stream: true", "stream_options")
         include_usage = take_field(options or {}, "include_usage", bool) or False
         fields = sampling_fields(body, is_chat, self.tokenizer.vocab_size)
+        fields["bad_words"] = take_bad_words(body, self.tokenizer)
+        try:
+            fields["guide"] = constraint_of(body, self.tokenizer)
+        except UserError as error:
+            raise bad_request(str(error), str(error).partition(":")[0]) from None
         field = "messages" if is_chat else "prompt"
         try:
             prompts = (chat_prompt if is_chat else completion_prompts)(body, self.tokenizer)
@@ -656,6 +693,8 @@ class Server:
             logprobs = output_logprobs(call, output, self.tokenizer, lengths.get(index, 0))
         lengths[index] = lengths.get(index, 0) + len(text)
         if output.finish_reason:
+            accepted, rejected = output.accepted_tokens, output.draft_tokens - output.accepted_tokens
+            call.drafted = call.drafted[0] + accepted, call.drafted[1] + rejected
             call.unfinished -= 1
             call.finish = output.finish_reason
         return ChoiceDelta(index, text, logprobs, output.finish_reason)

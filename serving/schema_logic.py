@@ -153,10 +153,12 @@ def _merge_properties(one, two, result, refuse):
             refuse("patternProperties", "with additionalProperties and another schema's properties it is not supported")
     mine, others = one.get("properties", {}), two.get("properties", {})
     result["properties"] = {
-        name: _together(mine.get(name, one.get("additionalProperties", True)),
-                        others.get(name, two.get("additionalProperties", True)))
+        name: _together(
+            mine.get(name, one.get("additionalProperties", True)),
+            others.get(name, two.get("additionalProperties", True)),
+        )
         for name in [*mine, *(name for name in others if name not in mine)]
-    }  # fmt: skip
+    }
     additional = [schema["additionalProperties"] for schema in (one, two) if "additionalProperties" in schema]
     if additional:
         result["additionalProperties"] = _together(additional[0], additional[-1])

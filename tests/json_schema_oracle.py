@@ -19,17 +19,32 @@ def equal(a, b):
 
 def has_type(value, kind):
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"null": value is None, "boolean": isinstance(value, bool), "string": isinstance(value, str),
-            "number": is_number, "integer": is_number and value == int(value), "array": isinstance(value, list),
-            "object": isinstance(value, dict)}[kind]  # fmt: skip
+    return {
+        "null": value is None,
+        "boolean": isinstance(value, bool),
+        "string": isinstance(value, str),
+        "number": is_number,
+        "integer": is_number and value == int(value),
+        "array": isinstance(value, list),
+        "object": isinstance(value, dict),
+    }[kind]
 
 
 def has_format(text, name):
-    checks = {"date": datetime.date.fromisoformat, "time": datetime.time.fromisoformat, "uuid": uuid.UUID,
-              "date-time": datetime.datetime.fromisoformat, "ipv4": ipaddress.IPv4Address,
-              "ipv6": ipaddress.IPv6Address}  # fmt: skip
-    patterns = {"email": r"[^@\s]+@[^@\s]+\.[^@\s]+", "uri": r"https?://[^\s/]+(/\S*)?", "hostname": r"[\w.-]+",
-                "duration": r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+S)?)?)"}  # fmt: skip
+    checks = {
+        "date": datetime.date.fromisoformat,
+        "time": datetime.time.fromisoformat,
+        "uuid": uuid.UUID,
+        "date-time": datetime.datetime.fromisoformat,
+        "ipv4": ipaddress.IPv4Address,
+        "ipv6": ipaddress.IPv6Address,
+    }
+    patterns = {
+        "email": r"[^@\s]+@[^@\s]+\.[^@\s]+",
+        "uri": r"https?://[^\s/]+(/\S*)?",
+        "hostname": r"[\w.-]+",
+        "duration": r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+S)?)?)",
+    }
     if name in patterns:
         return re.fullmatch(patterns[name], text) is not None
     try:

@@ -38,14 +38,13 @@ from serving.engine import (
     PromptTooLong,
     QueueFull,
     Request,
-    Sampler,
-    SamplingParams,
     ScheduledTokens,
     ShuttingDown,
     UnknownAdapter,
 )
 from serving.fused import FusedRunner
 from serving.runners import PagedRunner, TokenSequence
+from serving.sampling import Sampler, SamplingParams
 
 pytestmark = pytest.mark.sweep(keep=4)
 
