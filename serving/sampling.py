@@ -12,6 +12,7 @@ Letters: S sequences, V vocabulary.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -243,15 +244,23 @@ def choose_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[li
 
 def likeliest(logits: np.ndarray, ids: list[int], counts: list[int]) -> list[tuple]:
     """(log-probability of ids[s], [(id, log-probability)] of the counts[s] likeliest) of each row of logits (S, V)."""
-    most = logits.max(-1)
-    total = np.exp(logits - most[:, None]).sum(-1, dtype=np.float64)
-    shift = most.astype(np.float64) + np.log(total)
     found = []
-    for x, token, count, less in zip(logits, ids, counts, shift):
-        best = np.argpartition(-x, min(count, len(x) - 1))[:count]
-        best = best[np.lexsort((best, -x[best]))]
+    for x, token, count in zip(logits, ids, counts):  # row by row: a row stays in the cache
+        most = x.max()
+        less = float(most) + math.log(np.exp(x - most).sum(dtype=np.float64))
+        best = largest(x, count) if count else ()
         found.append((float(x[token] - less), [(int(i), float(x[i] - less)) for i in best]))
     return found
+
+
+def largest(x: np.ndarray, count: int, width: int = 64) -> np.ndarray:
+    """Indices of the `count` largest of x (V,), the largest first: they are in the runs with the largest maxima."""
+    runs, candidates = len(x) // width, np.arange(len(x))
+    if 0 < count < runs:
+        maxima = x[: runs * width].reshape(runs, width).max(-1)
+        best = np.sort(np.argpartition(maxima, runs - count)[runs - count :])
+        candidates = np.concatenate([(best[:, None] * width + np.arange(width)).ravel(), candidates[runs * width :]])
+    return candidates[np.lexsort((candidates, -x[candidates]))[:count]]
 
 
 def scaled_logprobs(logits: np.ndarray, ids: list[int], temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:
