@@ -406,7 +406,7 @@ def benchmark(engine: Engine, args: Args) -> None:
 
 
 def measure(engine: Engine, prompts: list[list[int]], new: int, **sampling: object) -> tuple[float, float]:
-    """Seconds until each prompt has its first token, and until all have `new`; by default greedy. No block is reused."""
+    """Seconds until prompts have a first token, and until all have `new`; greedy by default. No block is reused."""
     engine.pool.reset_prefix_cache()
     first_times, params = {}, SamplingParams(**{"temperature": 0.0} | sampling, max_tokens=new, ignore_eos=True)
     start = time.perf_counter()
