@@ -23,7 +23,7 @@ from serving.engine import Engine, Request
 from serving.guide import vocabulary_of
 from serving.numbers import exact, integer_term, number_term
 from serving.patterns import Characters, compile_pattern
-from serving.sampling import Sampler, SamplingParams
+from serving.sampling import Sampler, SamplingParams, sample_batch
 from serving.schema import compile_schema
 from serving.speculation import NgramSpeculator
 from serving.structured_output import constraint_from, constraint_of
@@ -499,22 +499,25 @@ def test_rules_of_sampling():
     logits = np.array([2.0, 1.0, 0.5, -1.0, 3.0, 0.0], np.float32)
 
     def after(reply=(), **fields):
-        sampler = Sampler(SamplingParams(**fields), 0, [5], 0)
+        sampler, result = Sampler(SamplingParams(**fields), 0, [5], 0), logits.copy()
         for token in reply:
             sampler.follow(token)
-        result = sampler.apply_penalties(logits, [1, 1, *reply])
-        return [round(float(x), 4) for x in result], sampler
+        sampler.apply_rules(result, [1, 1, *reply])
+        return [round(float(x), 4) for x in result]
 
     low = -np.inf
-    assert after(logit_bias=((1, 2.5), (4, -100.0)))[0] == [2.0, 3.5, 0.5, -1.0, -97.0, 0.0]
-    assert after(allowed_token_ids=(1, 3))[0] == [low, 1.0, low, -1.0, low, 0.0]
-    assert after([2, 3], bad_words=((0,), (3, 4), (2, 1)))[0] == [low, 1.0, 0.5, -1.0, low, 0.0]
+    assert after(logit_bias=((1, 2.5), (4, -100.0))) == [2.0, 3.5, 0.5, -1.0, -97.0, 0.0]
+    assert after(allowed_token_ids=(1, 3)) == [low, 1.0, low, -1.0, low, 0.0]
+    assert after([2, 3], bad_words=((0,), (3, 4), (2, 1))) == [low, 1.0, 0.5, -1.0, low, 0.0]
     probabilities = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum()
     kept = probabilities >= 0.05 * probabilities.max()
-    assert after(min_p=0.05, temperature=0.5)[0] == np.where(kept, logits, low).tolist() and 1 < kept.sum() < 6
-    result, sampler = after(temperature=0.0)
-    assert sampler.argmax_suffices and not sampler.has_rules and result == logits.tolist()
-    assert not after(temperature=0.0, logit_bias=((1, 9.0),))[1].argmax_suffices
+    assert after(min_p=0.05, temperature=0.5) == np.where(kept, logits, low).tolist() and 1 < kept.sum() < 6
+    assert not Sampler(SamplingParams(temperature=0.0), 0, [], 0).has_rules
+    before = np.tile(logits, (3, 1))
+    fields = [dict(logit_bias=((3, 9.0),)), {}, dict(bad_words=((4,),), repetition_penalty=3.0)]
+    samplers = [Sampler(SamplingParams(temperature=0.0, **each), 0, [], 0) for each in fields]
+    after_all = before.copy()
+    assert sample_batch(samplers, after_all, [[0], [0], [0]]) == [3, 4, 1] and (after_all == before).all()
     for field, value in (("min_p", 2), ("logit_bias", ((1, 101),)), ("bad_words", ((),))):
         with pytest.raises(UserError, match=f"^{field}"):
             SamplingParams(**{field: value}).check()
