@@ -16,7 +16,9 @@ from json_schema_oracle import is_valid
 from json_schemas import REFUSED, SHAPES, TREE, random_schema
 from test_engine import shared_model, tokenizer
 
+from adapters import from_pretrained
 from formats.files import UserError
+from formats.tokenizer import load_tokenizer
 from formats.tool_calls import STYLES, parse_reply
 from serving.automaton import EMPTY, Automaton, Terms
 from serving.engine import Engine, Request
@@ -521,3 +523,96 @@ def test_rules_of_sampling():
     for field, value in (("min_p", 2), ("logit_bias", ((1, 101),)), ("bad_words", ((),))):
         with pytest.raises(UserError, match=f"^{field}"):
             SamplingParams(**{field: value}).check()
+
+
+# ========================================================================================================= a real model
+
+
+@pytest.fixture
+def chat_model(request):
+    folder = request.config.getoption("--chat-model", None)
+    if folder is None:
+        pytest.skip("needs --chat-model: the folder of a real chat model")
+    return folder
+
+
+QUESTIONS = {  # what is asked: the schema of the answer
+    "Invent a person with a name, an age and three hobbies.": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "age": {"type": "integer", "minimum": 18, "maximum": 99},
+            "hobbies": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 3, "maxItems": 3},
+        },
+        "required": ["name", "age", "hobbies"],
+        "additionalProperties": False,
+    },
+    "What is the capital of France, and how many people live there?": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "pattern": "^[A-Z][a-z]{1,20}$"},
+            "population": {"type": "integer", "minimum": 1, "maximum": 50_000_000},
+            "is_capital": {"type": "boolean"},
+        },
+        "required": ["city", "population", "is_capital"],
+    },
+    "Is this review positive: 'I loved every minute of it'? Answer with the mood and how sure you are.": {
+        "type": "object",
+        "properties": {
+            "mood": {"enum": ["positive", "negative", "neutral"]},
+            "sure": {"type": "number", "minimum": 0, "maximum": 1},
+            "when": {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]},
+        },
+        "required": ["mood", "sure", "when"],
+    },
+    "Invent a small family.": {
+        "$defs": {
+            "person": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "minLength": 2, "maxLength": 12},
+                    "age": {"type": "integer", "minimum": 0, "maximum": 99},
+                },
+                "required": ["name", "age"],
+            }
+        },
+        "type": "object",
+        "properties": {
+            "mother": {"$ref": "#/$defs/person"},
+            "father": {"$ref": "#/$defs/person"},
+            "children": {"type": "array", "items": {"$ref": "#/$defs/person"}, "maxItems": 2},
+        },
+        "required": ["mother", "father", "children"],
+    },
+    "Which shape do you like?": {
+        "oneOf": [
+            {
+                "type": "object",
+                "properties": {"shape": {"const": shape}, size: {"type": "number", "minimum": 0.5}},
+                "required": ["shape", size],
+                "additionalProperties": False,
+            }
+            for shape, size in (("circle", "radius"), ("square", "side"))
+        ]
+    },
+}
+
+
+@pytest.mark.slow
+def test_answers_of_a_real_model_are_valid(chat_model):
+    """5 schemas, each greedy and with 3 seeds: 20 answers, all complete and valid. -s prints them."""
+    tok = load_tokenizer(chat_model)
+    engine = Engine(from_pretrained(chat_model), tok, num_blocks=400, max_num_seqs=20)
+    requests = []
+    for question, schema in QUESTIONS.items():
+        prompt = tok.apply_chat([{"role": "user", "content": f"{question} Answer in JSON."}])
+        guide = constraint_from(tok, response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+        fields = dict(max_tokens=300, guide=guide)
+        requests += [Request(prompt, SamplingParams(temperature=0.0, **fields))]
+        requests += [Request(prompt, SamplingParams(temperature=0.8, top_p=0.95, seed=1, n=3, **fields))]
+    completions = [completion for each in engine.generate(requests) for completion in each]
+    wanted = [schema for schema in QUESTIONS.values() for _ in range(4)]
+    assert len(completions) == 20
+    for completion, schema in zip(completions, wanted):
+        print(completion.finish_reason, completion.text)
+        assert completion.finish_reason == "stop" and is_valid(json.loads(completion.text), schema)
