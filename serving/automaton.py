@@ -290,7 +290,8 @@ class Automaton:
         self.has_row[0] = True
         self.special = {}  # state -> {k: state} by special tokens
 
-    def _state(self, term):
+    def state_of(self, term: int) -> int:
+        """The number of a term's state."""
         found = self._state_of.get(term)
         if found is None:
             found = self._state_of[term] = len(self.term_of)
@@ -306,7 +307,7 @@ class Automaton:
             return
         row, special = np.zeros(256, np.int32), {}
         for symbols, rest in self.terms.edges(self.term_of[state]):
-            target = self._state(rest)
+            target = self.state_of(rest)
             if low := symbols & BYTES:
                 row[np.unpackbits(np.frombuffer(low.to_bytes(32, "little"), np.uint8), bitorder="little") == 1] = target
             high, k = symbols >> 256, 0
