@@ -14,6 +14,7 @@ as bits, the least recently used go first. Guides are kept per vocabulary, so th
 import collections
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -22,7 +23,9 @@ import numpy as np
 from formats.files import UserError
 from serving.automaton import EMPTY, Automaton, Terms, TooComplex
 
-MAX_GUIDES, MAX_MASKS = 64, 512  # kept: guides of a vocabulary, masks of a guide (V / 8 bytes each)
+MAX_GUIDES, MAX_GUIDE_BYTES = 64, 512 << 20  # kept of a vocabulary; the size is estimated
+MAX_MASKS = 512  # kept of a guide (V / 8 bytes each)
+COMPILE_SECONDS, MASK_SECONDS = 5.0, 1.0  # the most for a grammar, for a mask
 MAX_FIRSTS = 32  # walks kept of a guide (V bytes each)
 MAX_STATES = 20_000  # of a guide that is used again; beyond it the next request compiles anew (1 KB a state)
 
@@ -95,10 +98,12 @@ class Vocabulary:
                 self._guides.move_to_end(key)
                 return found
         terms = Terms(len(self.special_ids))
+        terms.deadline = time.monotonic() + COMPILE_SECONDS
         try:
             root = build(terms)
         except RecursionError:
             raise UserError("nested too deep") from None
+        terms.deadline = None
         if root == EMPTY:
             raise UserError("nothing matches")
         guide = Guide(self, Automaton(terms, root))
@@ -106,8 +111,9 @@ class Vocabulary:
             raise UserError("no token of the vocabulary begins what matches")
         with self._lock:
             self._guides[key] = guide
-            while len(self._guides) > MAX_GUIDES:
-                self._guides.popitem(last=False)
+            size = sum(guide.nbytes() for guide in self._guides.values())
+            while len(self._guides) > MAX_GUIDES or (size > MAX_GUIDE_BYTES and len(self._guides) > 1):
+                size -= self._guides.popitem(last=False)[1].nbytes()
         return guide
 
 
@@ -132,6 +138,12 @@ class Guide:
         self.vocabulary, self.automaton = vocabulary, automaton
         self._masks, self._lock = collections.OrderedDict(), threading.Lock()
         self._firsts = collections.OrderedDict()  # term -> what _walk_term gave for it
+
+    def nbytes(self) -> int:
+        """About the memory that it takes."""
+        automaton, V = self.automaton, self.vocabulary.size
+        terms = 500 * len(automaton.terms.nodes)
+        return terms + automaton.table.nbytes + len(self._masks) * V // 8 + len(self._firsts) * V
 
     def advance(self, state: int, token: int) -> int:
         """The state after one more token; 0 if the token may not come."""
@@ -184,13 +196,16 @@ class Guide:
         return result
 
     def _allowed(self, state):
-        """(V,) bool; nothing where the automaton has no room for more states."""
+        """(V,) bool; nothing where the automaton has no room or no time for more states."""
         automaton = self.automaton
+        automaton.terms.deadline = time.monotonic() + MASK_SECONDS
         try:
             allowed = self._walk_term(automaton.term_of[state])[0].copy()
             automaton.fill_row(state)
         except (TooComplex, RecursionError):
             return np.zeros(self.vocabulary.size, bool)
+        finally:
+            automaton.terms.deadline = None
         for k in automaton.special.get(state, ()):
             allowed[self.vocabulary.special_ids[k]] = True
         return allowed
