@@ -9,6 +9,7 @@ from operator import add
 from pathlib import Path
 
 from formats.files import UserError, brief, read_json
+from formats.progress import check_progress
 
 # ============================== tokenizer ==============================
 # A family's tokenizer is data: the files of its folder and a row of CLASSES. Two engines turn text into ids:
@@ -30,6 +31,9 @@ BYTE_CHARS = {b: chr(b) for b in _seen} | {b: chr(256 + n) for n, b in enumerate
 
 
 CHAR_BYTES = {char: b for b, char in BYTE_CHARS.items()}
+
+
+WORDS_A_CHECK, MERGES_A_CHECK = 1024, 4096  # between two calls of check_progress
 
 
 class WordCache(dict):
@@ -112,7 +116,11 @@ class BPE:
         words = [text]
         for step in self.steps:
             words = step(words, at_start)
-        return list(chain.from_iterable(map(self._ids_of_word.__getitem__, words)))
+        ids, check = [], check_progress.get()
+        for start in range(0, len(words), WORDS_A_CHECK):
+            check(len(ids))
+            ids.extend(chain.from_iterable(map(self._ids_of_word.__getitem__, words[start : start + WORDS_A_CHECK])))
+        return ids
 
     def _encode_word(self, word):
         if self.byte_level:
@@ -143,7 +151,11 @@ class BPE:
         ranks = map(rank, zip(symbols, symbols[1:]))
         heap = [(r, place) for place, r in enumerate(ranks) if r is not None]
         heapify(heap)
+        check, pops = check_progress.get(), 0
         while heap:
+            pops += 1
+            if pops == MERGES_A_CHECK:
+                check(pops := 0)
             r, left = heappop(heap)
             right = after[left]
             if symbols[left] is None or right == count or rank((symbols[left], symbols[right])) != r:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from formats.added_tokens import AddedToken, write_added_tokens
@@ -625,6 +626,22 @@ class Tokenizer:
                 if piece:
                     ids += [self._token_ids[piece]] if i % 2 else self.engine.encode(piece, i == 0)
         return self.head + ids + self.tail if add_special_tokens else ids
+
+    @cached_property
+    def _most_bytes(self):
+        """Of a token."""
+        return max(len(self.piece_bytes(i)) for i in range(self.vocab_size))
+
+    def fewest_tokens(self, text):
+        """A number of ids that encode(text) has at least, without encoding it: no token stands for more bytes than the
+        longest. 0 where characters may be dropped or runs of them become one."""
+        if not self.engine.byte_ids:
+            return 0
+        size = len(re.sub(r"\s+", " ", text).encode("utf-8", "replace"))  # special tokens may swallow spaces
+        shrinks = (
+            4 if self.engine.normalizers or self.kind in ("sentencepiece", "ice_text") else 1
+        )  # NFC, sentencepiece's own normalizer
+        return size // (self._most_bytes * shrinks)
 
     def piece_bytes(self, token_id):
         """id -> its UTF-8 bytes, one for a byte-fallback token, none beyond the vocabulary (models pad theirs)."""
