@@ -173,17 +173,22 @@ class BPE:
         return [symbol for symbol in symbols if symbol is not None]
 
 
+MOST_IDS = 1 << 24  # more than any vocabulary has; a table of that many fits into memory
+
+
 def check_vocabulary_ids(vocab: dict, where: str) -> None:
     """UserError unless vocab is {symbol: id}, each id once."""
     if not isinstance(vocab, dict) or not vocab:
         raise UserError(f"{where}: an object of symbols and their ids is expected, found {brief(vocab)}")
     ids = vocab.values()
-    if set(map(type, ids)) == {int} and min(ids) >= 0 and len(set(ids)) == len(vocab):
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < MOST_IDS and len(set(ids)) == len(vocab):
         return
     seen = {}
     for symbol, i in vocab.items():
         if type(i) is not int or i < 0:
             raise UserError(f"{where}: the id of {symbol!r} must be a number from 0 on, found {brief(i)}")
+        if i >= MOST_IDS:
+            raise UserError(f"{where}: the id {i} of {symbol!r} is beyond {MOST_IDS:,}, which no vocabulary has")
         if seen.setdefault(i, symbol) is not symbol:
             raise UserError(f"{where}: the id {i} is given twice, to {seen[i]!r} and to {symbol!r}")
 
