@@ -469,7 +469,8 @@ def read_pdparams(path: str | Path) -> dict[str, StoredTensor]:
             continue
         array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
         if not isinstance(name, str) or not isinstance(array, _PickledArray) or not array.is_sound:
-            raise UserError(f"{path}: refused: {brief(name)} is not a tensor of {', '.join(_PADDLE_DTYPES)}")
+            shown = name if isinstance(name, str) else brief(name)
+            raise UserError(f"{path}: refused: {shown} is not a tensor of {', '.join(_PADDLE_DTYPES)}")
         tensors[name] = StoredTensor(functools.partial(_read_pickled, path, name, array), list(array.shape))
     return tensors
 

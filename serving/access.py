@@ -8,6 +8,7 @@ access.check_key(request)                          # HTTPError 401
 import hmac
 import ipaddress
 import urllib.parse
+from pathlib import Path
 
 from formats.files import UserError
 from serving.http_server import HTTPError, HTTPRequest
@@ -21,6 +22,12 @@ def words(value: str | list | None) -> list[str]:
     """ "a, b" or ["a", "b"] -> the parts that are not empty."""
     parts = value.split(",") if isinstance(value, str) else value or ()
     return [part.strip() for part in parts if part.strip()]
+
+
+def model_names(served_model_name: str | list | None, path: str) -> list[str]:
+    """What clients may call the model, the first in replies: the last part of its path unless names are given."""
+    names = list(dict.fromkeys(words(served_model_name)))
+    return names or [Path(path).resolve().name]
 
 
 def read_origins(value: str | list | None) -> list[str]:

@@ -22,6 +22,7 @@ The life of a request:
 
 import bisect
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -407,6 +408,7 @@ class Engine:
         # Shared with other threads, under the condition's lock; live: request_id -> number of replies not finished
         self.condition = threading.Condition()
         self.inbox, self.to_abort, self.live = [], set(), {}
+        self.calls = []  # (function, its Future) for between two steps
         self.thread, self.closing, self.stopped = None, False, False
 
     # ---------------------------------------------------------------- called from any thread
@@ -418,9 +420,6 @@ class Engine:
         """
         params, prompt = request.params, request.prompt_ids
         params.check()
-        if request.adapter is not None and request.adapter not in self.adapters:
-            names = ", ".join(self.adapters) or "none"
-            raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
         if not len(prompt):
             raise UserError("prompt: empty; at least one token is needed")
         if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
@@ -431,6 +430,9 @@ class Engine:
         with self.condition:
             if self.closing:
                 raise ShuttingDown("the server is shutting down")
+            if request.adapter is not None and request.adapter not in self.adapters:  # here, as they come and go
+                names = ", ".join(self.adapters) or "none"
+                raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
             if len(self.inbox) + len(self.waiting) >= self.max_queue:
                 raise QueueFull(f"{self.max_queue} replies are already waiting; try again later")
             if request.request_id in self.live:
@@ -475,6 +477,19 @@ class Engine:
                 self.to_abort.add(request_id)
                 self.condition.notify_all()
 
+    def between_steps(self, function: Callable) -> concurrent.futures.Future:
+        """function() in the engine's thread, while no step is computed; without a thread, in the next step()."""
+        future = concurrent.futures.Future()
+        with self.condition:
+            self.calls.append((function, future))
+            self.condition.notify_all()
+        return future
+
+    def uses_adapter(self, name: str) -> bool:
+        """Whether a reply that is not finished needs the adapter. In the engine's thread."""
+        with self.condition:
+            return any(s.adapter == name for s in (*self.running, *self.waiting, *self.inbox))
+
     def weights_changed(self) -> None:
         """The model's weights were updated in place: keys and values in the pool are of the old ones.
 
@@ -510,6 +525,14 @@ class Engine:
         return True
 
     def _take_inbox(self):
+        with self.condition:
+            calls, self.calls = self.calls, []
+        for function, future in calls:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # its caller's
+                    future.set_exception(error)
         with self.condition:
             self.waiting += self.inbox
             self.inbox.clear()
@@ -724,7 +747,7 @@ class Engine:
         while True:
             with self.condition:
                 self.condition.wait_for(
-                    lambda: self.inbox or self.to_abort or self.running or self.waiting or self.stopped
+                    lambda: self.inbox or self.to_abort or self.calls or self.running or self.waiting or self.stopped
                 )
                 if self.stopped:
                     return

@@ -84,10 +84,8 @@ def torch_zip(path, data, storage=b"", compression=zipfile.ZIP_STORED):
 def tensor_pickle(name=b"\x8c\x01a", offset=b"K\x00", size=b"K\x02\x85", stride=b"K\x01\x85", persid=None):
     """The pickle of {name: a float tensor of 2}, as torch writes it; arguments are opcodes."""
     persid = persid or b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x02t"
-    return (
-        b"\x80\x02}" + name + b"ctorch._utils\n_rebuild_tensor_v2\n(" + persid + b"Q" + offset + size + stride
-        + b"\x89ccollections\nOrderedDict\n)RtRs."
-    )  # fmt: skip
+    call = persid + b"Q" + offset + size + stride + b"\x89ccollections\nOrderedDict\n)RtRs."
+    return b"\x80\x02}" + name + b"ctorch._utils\n_rebuild_tensor_v2\n(" + call
 
 
 FLOATS = np.arange(2, dtype="<f4").tobytes()
