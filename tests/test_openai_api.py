@@ -42,7 +42,7 @@ class ByteTokenizer:
 
     vocab_size, eos, stop_ids, chat_template = 257, 256, [256], "chat"
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         return list(text.encode())
 
     def fewest_tokens(self, text):
@@ -98,6 +98,7 @@ class FakeEngine:
             "blocks_total": 100,
             "blocks_free": 100 - count,
             "generation_tokens_total": self.tokens,
+            **dict.fromkeys(("prompt_tokens_total", "cached_tokens_total", "preemptions_total"), 0),
             "aborted_total": self.aborts,
         }
 
