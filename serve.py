@@ -36,8 +36,9 @@ from serving.access import Access, model_names
 from serving.engine import Engine, SamplingParams
 from serving.fused import choose_dtype
 from serving.offline import answer_file, answer_prompt, benchmark
-from serving.openai_api import serve_http
+from serving.pooling import POOLINGS
 from serving.runners import PagedRunner, StaticRunner, round_linears
+from serving.server import serve_http
 
 QUANT_GROUPS = {"w8": -1, "w4": 64, "a8w8": -1}  # `quant`: input rows that share a scale; -1: all
 
@@ -82,6 +83,7 @@ class Args(ScriptArgs):
     allowed_origins: str | list | None = None  # of pages besides the server's own: "https://a.example,…", "*": all
     trusted_proxies: str | list | None = "127.0.0.1,::1"  # addresses whose X-Forwarded-Host holds; "*": all
     served_model_name: str | list | None = None  # what clients call it, or several names; None: its path's last part
+    pooling_type: str = "last"  # of /v1/embeddings: the last token's hidden state, or "mean" of all
     allow_runtime_lora: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter
     request_timeout: float = 600.0  # seconds a request may take
     max_body_bytes: int = 1 << 20  # of a request
@@ -100,6 +102,7 @@ class Args(ScriptArgs):
             ("cachekv_int8_type", (None, "dynamic")),
             ("dtype", (None, "auto", "float32", "bfloat16")),
             ("quant", (None, *QUANT_GROUPS)),
+            ("pooling_type", POOLINGS),
         ):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")

@@ -6,6 +6,7 @@ metrics.request(prompt_tokens=9, ...)          # at its end
 text = metrics.text(engine.stats(), connections=3)
 """
 
+import time
 from collections.abc import Iterator
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -118,6 +119,20 @@ class Metrics:
         """Seconds since the token before it of the same reply."""
         self.add("inter_token_latency_seconds", seconds)
         self.add("time_per_output_token_seconds", seconds)
+
+    def request(self, call: object, start: float) -> None:
+        """At the end of a call (openai_api.APICall) that began at `start` of time.monotonic()."""
+        params, lengths = call.requests[0].params, call.lengths.values()
+        self.add("time_to_first_token_seconds", call.first_token - start)
+        self.add("e2e_request_latency_seconds", time.monotonic() - start)
+        self.add("request_decode_time_seconds", call.last_token - call.first_token)
+        if max(lengths) > 1:
+            self.add("request_time_per_output_token_seconds", (call.last_token - call.first_token) / (max(lengths) - 1))
+        self.add("request_prompt_tokens", call.prompt_tokens)
+        self.add("request_generation_tokens", call.completion_tokens)
+        self.add("request_max_num_generation_tokens", max(lengths))
+        self.add("request_params_max_tokens", params.max_tokens)
+        self.add("request_params_n", params.n)
 
     def response(self, path: str, status: int) -> None:
         self.responses[path, status] = self.responses.get((path, status), 0) + 1

@@ -1,29 +1,22 @@
-"""OpenAI's requests and replies over an Engine, and the chat page.
+"""OpenAI's requests and replies over an Engine.
 
-    serve_http(engine, tokenizer, args)          # until SIGTERM; args: serve.Args
+    class Server(openai_api.Server)              # in server.py: the paths that lead here, and what else there is
 
 A request's body becomes an APICall: one engine Request for each prompt, n choices each. The engine's TokenOutputs
 become ChoiceDeltas, which are sent as server-sent events, or added up to one answer.
 """
 
 import asyncio
-import base64
 import dataclasses
 import hashlib
-import hmac
 import json
-import re
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import unquote
 
 from formats.files import UserError, brief
 from serving.engine import (
-    Engine,
     PromptTooLong,
     QueueFull,
     Request,
@@ -32,7 +25,9 @@ from serving.engine import (
     TokenOutput,
     UnknownAdapter,
 )
-from serving.http_server import ClientGone, HTTPError, HTTPServer, Limits
+from serving.http_server import ClientGone, HTTPError
+from serving.lanes import Lanes, TooManyTokens
+from serving.metrics import Metrics
 
 # ================================================================================== the fields of a request
 
@@ -105,7 +100,7 @@ def parse_body(data: bytes) -> dict:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        body = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        body = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
@@ -195,6 +190,19 @@ def chat_prompt(body: dict, tokenizer: object) -> list[tuple]:
     return [(tokenizer.apply_chat(turns, add_generation_prompt=True), None)]
 
 
+def texts_of(body: dict, is_chat: bool) -> list[str]:
+    """The texts that all become tokens of the prompt: a template may leave out others, such as earlier thoughts."""
+    if not is_chat:
+        prompt = body.get("prompt")
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        return [max((part for part in prompts if isinstance(part, str)), key=len, default="")]
+    messages = body.get("messages")
+    users = (
+        [m for m in messages if isinstance(m, dict) and m.get("role") == "user"] if isinstance(messages, list) else []
+    )
+    return [message["content"] for message in users if isinstance(message.get("content"), str)]
+
+
 def completion_prompts(body: dict, tokenizer: object) -> list[tuple]:
     """prompt (text, texts, ids or lists of ids) -> [(ids, text to echo or None), …]."""
     prompt, echo = body.get("prompt"), take_field(body, "echo", bool)
@@ -238,6 +246,8 @@ class APICall:
     cached: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> tokens of it found in the cache
     first_token: float | None = None  # time.monotonic()
     last_token: float | None = None
+    token_times: dict = dataclasses.field(default_factory=dict)  # index of a choice -> when its last token came
+    lengths: dict = dataclasses.field(default_factory=dict)  # index of a choice -> its tokens
     finish: str = "-"  # for the log
 
     @property
@@ -326,47 +336,6 @@ def full_choice(call: APICall, index: int, deltas: list) -> dict:
 # =============================================================================================== the server
 
 
-class Histogram:
-    """Prometheus' cumulative histogram of seconds."""
-
-    BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-    def __init__(self):
-        self.counts, self.total, self.count = [0] * len(self.BOUNDS), 0.0, 0
-
-    def add(self, seconds):
-        self.total, self.count = self.total + seconds, self.count + 1
-        for i, bound in enumerate(self.BOUNDS):
-            self.counts[i] += seconds <= bound
-
-    def lines(self, name):
-        yield f"# TYPE {name} histogram"
-        for bound, count in (*zip(self.BOUNDS, self.counts), ("+Inf", self.count)):
-            yield f'{name}_bucket{{le="{bound}"}} {count}'
-        yield f"{name}_sum {self.total:.6f}"
-        yield f"{name}_count {self.count}"
-
-
-def read_page() -> tuple[bytes, dict]:
-    """page.html -> (bytes, headers). The policy allows its own inline script and style, by hash, and nothing else."""
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    inline = {}
-    for tag in ("script", "style"):
-        content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL).group(1)
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        inline[tag] = f"{tag}-src 'sha256-{digest}'"
-    policy = (
-        f"default-src 'none'; {inline['script']}; {inline['style']}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": policy,
-        "Referrer-Policy": "no-referrer",
-    }
-    return page.encode(), headers
-
-
 class Server:
     """The API and the page over one Engine. `handle` answers a request, `generate` one for tokens.
 
@@ -376,142 +345,20 @@ class Server:
 
     def __init__(self, engine, tokenizer, args):
         self.engine, self.tokenizer, self.args = engine, tokenizer, args
-        self.model = args.served_model_name or Path(args.model_name_or_path).resolve().name
+        self.model = self.names[0]  # set in server.py
         self.created = int(time.time())
         self.fingerprint = f"fp_{hashlib.sha256(f'{self.model} {engine.max_model_len}'.encode()).hexdigest()[:10]}"
-        self.page, self.page_headers = read_page()
-        limits = Limits(args.max_connections, args.max_body_bytes, args.read_timeout, args.write_timeout)
-        self.http, self.running = HTTPServer(self.handle, self.refusal_body, limits), set()  # running: request ids
-        self.answers, self.latency, self.first_token = {}, Histogram(), Histogram()
-        self.routes = {  # path: (method, handler, open to all)
-            "/": ("GET", self.get_page, True),
-            "/health": ("GET", self.get_health, True),
-            "/metrics": ("GET", self.get_metrics, False),
-            "/v1/models": ("GET", self.get_models, False),
-            "/v1/chat/completions": ("POST", self.generate, False),
-            "/v1/completions": ("POST", self.generate, False),
-        }
-
-    # ---- a request
-    async def handle(self, connection, request):
-        """Read the rest of a request and answer it. HTTPError before its body is here: the connection ends."""
-        handler = self.route(request)  # before the body: a refused client need not send it
-        body = await connection.read_body(request)
-        status = 500
-        try:
-            status = await handler(connection, request, body)
-        except HTTPError as error:
-            status = error.status
-            await connection.respond(status, error_body(error), error.headers)
-        except ClientGone:
-            status = 499
-            raise
-        except Exception:  # a bug: it is printed, and other answers go on
-            traceback.print_exc()
-            if connection.may_respond:
-                await connection.respond(
-                    500, error_body(HTTPError(500, "internal error", "internal_error")), close=True
-                )
-        finally:
-            self.count(request.path, status)
-
-    def refusal_body(self, error):
-        self.count("", error.status)
-        self.log(f"- refused: {error.status} {error.code or ''}")
-        return error_body(error)
-
-    def route(self, request):
-        if request.path not in self.routes and not request.path.startswith("/v1/models/"):
-            raise HTTPError(404, "no such path; there are " + ", ".join(self.routes), "unknown_path")
-        method, handler, is_open = self.routes.get(request.path, ("GET", self.get_models, False))
-        allowed = {"GET": ("GET", "HEAD"), "POST": ("POST",)}[method]
-        if request.method not in allowed:
-            raise HTTPError(
-                405,
-                f"{request.path} takes {' and '.join(allowed)}",
-                "method_not_allowed",
-                headers={"Allow": ", ".join(allowed)},
-            )
-        origin = request.headers.get("origin")
-        if origin and origin.partition("://")[2] != request.headers.get(
-            "host"
-        ):  # a browser, with another site's script
-            raise HTTPError(403, "pages of other origins may not use this server", "wrong_origin")
-        if self.args.api_key and not is_open:
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.args.api_key}".encode()):
-                raise HTTPError(
-                    401,
-                    "a valid key is needed: Authorization: Bearer KEY",
-                    "invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        return handler
+        self.running, self.metrics, self.lanes = set(), Metrics(self.model, engine.max_model_len), Lanes()
 
     def log(self, line):
         print(line, file=sys.stderr, flush=True)
-
-    def count(self, path, status):
-        path = path if path in self.routes else "other"
-        self.answers[path, status] = self.answers.get((path, status), 0) + 1
-
-    # ---- pages and lists
-    async def get_page(self, connection, request, body):
-        await connection.respond(200, self.page, self.page_headers)
-        return 200
-
-    async def get_health(self, connection, request, body):
-        status = 503 if self.http.draining else 200
-        await connection.respond(status, {"status": "draining" if self.http.draining else "ok"})
-        return status
-
-    async def get_models(self, connection, request, body):
-        rows = [
-            {
-                "id": name,
-                "object": "model",
-                "created": self.created,
-                "owned_by": "local",
-                "max_model_len": self.engine.max_model_len,
-                "parent": None if name == self.model else self.model,
-            }
-            for name in (self.model, *self.engine.adapters)
-        ]
-        answer = {"object": "list", "data": rows}
-        if request.path != "/v1/models":
-            name = unquote(request.path.removeprefix("/v1/models/"))
-            answer = next((row for row in rows if row["id"] == name), None) or self.no_model(name)
-        await connection.respond(200, answer)
-        return 200
-
-    async def get_metrics(self, connection, request, body):
-        lines = []
-        for name, value in self.engine.stats().items():
-            kind = "counter" if name.endswith("_total") and not name.startswith("blocks_") else "gauge"
-            name = "llm_" + ("blocks" if name == "blocks_total" else name)
-            lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
-        lines += ["# TYPE llm_connections gauge", f"llm_connections {len(self.http.connections)}"]
-        lines.append("# TYPE llm_http_responses_total counter")
-        for (path, status), count in sorted(self.answers.items()):
-            lines.append(f'llm_http_responses_total{{path="{path}",status="{status}"}} {count}')
-        lines += [
-            *self.latency.lines("llm_request_seconds"),
-            *self.first_token.lines("llm_time_to_first_token_seconds"),
-        ]
-        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        await connection.respond(200, ("\n".join(lines) + "\n").encode(), headers)
-        return 200
-
-    def no_model(self, name):
-        known = ", ".join((self.model, *self.engine.adapters))
-        raise APIError(404, f"model: {brief(name)} does not exist; there are {known}", "model_not_found", "model")
 
     # ---- an answer
     def prepare(self, data, is_chat):
         """The body's bytes -> APICall. Runs in a thread, as encoding a long prompt takes time."""
         body = parse_body(data)
         name = take_field(body, "model", str) or self.model
-        if name != self.model and name not in self.engine.adapters:
+        if name not in self.names and name not in self.engine.adapters:
             self.no_model(name)
         stream, options = take_field(body, "stream", bool) or False, take_field(body, "stream_options", dict)
         if options and not stream:
@@ -519,12 +366,15 @@ class Server:
         include_usage = take_field(options or {}, "include_usage", bool) or False
         fields = sampling_fields(body, is_chat, self.tokenizer.vocab_size)
         field = "messages" if is_chat else "prompt"
+        self.refuse_long(field, texts_of(body, is_chat))
         try:
             prompts = (chat_prompt if is_chat else completion_prompts)(body, self.tokenizer)
         except UnicodeEncodeError:
             raise bad_request(f"{field}: a lone surrogate is not a character", field) from None
         except UserError as error:
             raise bad_request(str(error), field) from None
+        except TooManyTokens:
+            raise self.too_long(field, f"more than {self.engine.max_model_len}") from None
         if len(prompts) * fields["n"] > MAX_CHOICES:
             raise bad_request(f"n: {len(prompts)} prompts times n are more than {MAX_CHOICES} choices", "n")
         call = APICall(
@@ -542,8 +392,7 @@ class Server:
             if not ids:
                 raise bad_request(f"{field}: empty", field)
             if room < 1:
-                limit = f"the model takes {self.engine.max_model_len}, prompt and answer together"
-                raise bad_request(f"{field}: {len(ids)} tokens; {limit}", field, "context_length_exceeded")
+                raise self.too_long(field, len(ids))
             # A limit that is too high is not an error: the answer ends with finish_reason length where the room ends.
             limit = min(fields["max_tokens"] or room, room)
             params = SamplingParams(
@@ -553,10 +402,14 @@ class Server:
                 params.check()
             except UserError as error:
                 raise bad_request(str(error), str(error).partition(":")[0]) from None
-            adapter = None if name == self.model else name
+            adapter = None if name in self.names else name
             call.requests.append(Request(ids, params, adapter, f"{call.id}-{i}"))
         call.unfinished = len(prompts) * fields["n"]
         return call
+
+    def too_long(self, field, count):
+        limit = f"the model takes {self.engine.max_model_len}, prompt and answer together"
+        return bad_request(f"{field}: {count} tokens; {limit}", field, "context_length_exceeded")
 
     def submit(self, call, connection, outputs):
         """Give the requests to the engine; (prompt index, TokenOutput) will be appended to `outputs` in the loop."""
@@ -591,9 +444,8 @@ class Server:
         try:
             if self.http.draining:
                 raise self.shutting_down_error()
-            call = await asyncio.to_thread(self.prepare, data, request.path == "/v1/chat/completions")
-            if connection.lost:
-                raise ClientGone
+            deadline, is_chat = start + self.args.request_timeout, request.path == "/v1/chat/completions"
+            call = await self.lanes.run(connection, deadline, len(data), self.prepare, data, is_chat)
             outputs = []
             self.submit(call, connection, outputs)
             if call.stream:
@@ -638,6 +490,7 @@ class Server:
     def to_delta(self, call, i, output, lengths):
         if output.finish_reason in ("abort", "error"):
             call.finish = output.finish_reason
+            self.metrics.finished[output.finish_reason] += 1
             raise (
                 self.shutting_down_error()
                 if self.http.draining
@@ -648,6 +501,10 @@ class Server:
         if output.token_id is not None:
             call.last_token = time.monotonic()
             call.first_token = call.first_token or call.last_token
+            if index in call.token_times:
+                self.metrics.token(call.last_token - call.token_times[index])
+            call.token_times[index] = call.last_token
+            call.lengths[index] = call.lengths.get(index, 0) + 1
             call.completion_tokens += 1
             call.cached.setdefault(i, output.cached_tokens)
         if index not in lengths and call.echoes[i] is not None:
@@ -658,6 +515,7 @@ class Server:
         if output.finish_reason:
             call.unfinished -= 1
             call.finish = output.finish_reason
+            self.metrics.finished[output.finish_reason] += 1
         return ChoiceDelta(index, text, logprobs, output.finish_reason)
 
     async def answer(self, connection, call, outputs, start):
@@ -707,53 +565,9 @@ class Server:
             if call.completion_tokens > 1:
                 rate = f"{(call.completion_tokens - 1) / max(call.last_token - call.first_token, 1e-6):.1f}"
             if status == 200:
-                self.latency.add(seconds)
-                self.first_token.add(call.first_token - start)
+                self.metrics.request(call, start)
         self.log(
             f"{call.id} {call.model}: prompt {call.prompt_tokens} (cached {call.cached_tokens}), completion "
             f"{call.completion_tokens}, first token {first} s, {rate} tokens/s, total {seconds:.3f} s, "
             f"{call.finish} {status}"
         )
-
-    # ---- start and end
-    async def run(self):
-        """Listen until `stop`. Then new requests get a 503, and running ones have until force_stop or drain_timeout."""
-        args, server = self.args, self.http
-        url = await server.listen(args.host, args.port)
-        adapters = "".join(f"; adapter {name}" for name in self.engine.adapters)
-        print(
-            f"serving {self.model} on {url} ({'with' if args.api_key else 'no'} API key); context "
-            f"{self.engine.max_model_len} tokens, {args.max_connections} connections, {args.max_body_bytes:,} bytes a "
-            f"body, {args.request_timeout:g} s a request{adapters}",
-            flush=True,
-        )
-        print(f"chat in a browser: {url}   OpenAI's API: {url}v1   end: ctrl-C", flush=True)
-        await server.stop.wait()
-
-        self.log(f"shutting down: {len(self.running)} requests are still running")
-        shutdown = asyncio.create_task(asyncio.to_thread(self.engine.shutdown, True, args.drain_timeout))
-        await asyncio.wait(
-            (shutdown, asyncio.create_task(server.force_stop.wait())), return_when=asyncio.FIRST_COMPLETED
-        )
-        for request_id in list(self.running):
-            self.engine.abort(request_id)
-        await shutdown
-        await server.close(min(5.0, args.write_timeout))
-
-
-def serve_http(engine: Engine, tokenizer: object, args: object) -> None:
-    """Serve until SIGTERM; returns when everything has been answered. UserError if the port is taken.
-
-    args: host, port (0: a free one), api_key, model_name_or_path, served_model_name, max_connections, max_body_bytes,
-    read_timeout, write_timeout, request_timeout, drain_timeout."""
-
-    async def serve():
-        server = Server(engine, tokenizer, args)
-        server.http.stop_on_signals()
-        engine.start()
-        try:
-            await server.run()
-        finally:
-            await asyncio.to_thread(engine.shutdown, False, 0)
-
-    asyncio.run(serve())

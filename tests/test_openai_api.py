@@ -29,7 +29,7 @@ import pytest
 import serve
 from formats.files import UserError
 from serving.engine import Engine, QueueFull, SamplingParams, ShuttingDown, TokenOutput
-from serving.openai_api import Server, serve_http
+from serving.server import Server, serve_http
 
 ROOT = Path(serve.__file__).resolve().parent
 
@@ -42,10 +42,13 @@ class ByteTokenizer:
 
     vocab_size, eos, stop_ids, chat_template = 257, 256, [256], "chat"
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         return list(text.encode())
 
-    def decode(self, ids):
+    def fewest_tokens(self, text):
+        return len(text)
+
+    def decode(self, ids, skip_special_tokens=True):
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
     def piece_bytes(self, token_id):
@@ -95,6 +98,7 @@ class FakeEngine:
             "blocks_total": 100,
             "blocks_free": 100 - count,
             "generation_tokens_total": self.tokens,
+            **dict.fromkeys(("prompt_tokens_total", "cached_tokens_total", "preemptions_total"), 0),
             "aborted_total": self.aborts,
         }
 
@@ -167,7 +171,8 @@ class FakeEngine:
 
 LIMITS = {"host": "127.0.0.1", "port": 0, "api_key": None, "model_name_or_path": "some/base", "served_model_name": None,
           "max_connections": 200, "max_body_bytes": 100_000, "read_timeout": 20.0, "write_timeout": 20.0,
-          "request_timeout": 60.0, "drain_timeout": 20.0}  # fmt: skip
+          "request_timeout": 60.0, "drain_timeout": 20.0, "allowed_origins": None,
+          "trusted_proxies": "127.0.0.1", "pooling_type": "last", "allow_runtime_lora": False}  # fmt: skip
 
 
 class Running:
@@ -425,7 +430,9 @@ def test_models_health_metrics_page(server):
     status, headers, text = server.ask("GET", "/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
     for line in text.splitlines():
-        assert re.fullmatch(r"# TYPE \w+ (counter|gauge|histogram)|\w+(\{[^{}]*\})? [0-9.e+-]+", line), line
+        assert re.fullmatch(
+            r"# TYPE [\w:]+ (counter|gauge|histogram)|# HELP [\w:]+ .+|[\w:]+(\{[^{}]*\})? [0-9.e+-]+", line
+        ), line
     assert "# TYPE llm_blocks gauge\nllm_blocks 100\n" in text and "# TYPE llm_generation_tokens_total counter" in text
     assert 'llm_http_responses_total{path="/v1/chat/completions",status="200"}' in text
     count = server.metric("llm_request_seconds_count")
@@ -573,13 +580,13 @@ def test_paths_methods_and_origins(server):
         "/%2e%2e/data.py",
         "//etc/passwd",
         "/serve.py",
-        "/v1/chat/completions/",
     ):
         assert server.ask("GET", path)[0] == 404
     for method, path, allow in (
         ("POST", "/", "GET, HEAD"),
         ("GET", "/v1/completions", "POST"),
         ("OPTIONS", "/v1/completions", "POST"),
+        ("GET", "/v1/chat/completions/", "POST"),
         ("DELETE", "/health", "GET, HEAD"),
         ("PUT", "/v1/models", "GET, HEAD"),
     ):
@@ -778,8 +785,9 @@ def test_connections_are_limited(start):
     server = start(max_connections=3)
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
     assert eventually(lambda: len(server.server.http.connections) == 3)
-    status, headers, reply = server.ask("GET", "/health")
+    status, headers, reply = server.ask("GET", "/v1/models")
     assert (status, reply["error"]["code"], headers["Retry-After"]) == (503, "too_many_connections", "1")
+    assert server.ask("GET", "/health")[0] == 200
     for sock in idle:
         sock.close()
     assert eventually(lambda: not server.server.http.connections)
@@ -881,7 +889,7 @@ def test_64_clients_for_two_minutes(start):
 CHILD = """
 from types import SimpleNamespace
 import serve, test_openai_api
-from serving.openai_api import serve_http
+from serving.server import serve_http
 args = SimpleNamespace(**test_openai_api.LIMITS)
 serve_http(test_openai_api.FakeEngine(delay=0.02, reply_bytes=150), test_openai_api.ByteTokenizer(), args)
 """
