@@ -1,7 +1,7 @@
 """Anthropic's Messages: its requests as bodies of chat completions, and its replies.
 
-    body = to_chat(parse_body(data))             # what openai_api.py reads
-    reply = MessagesReply(call)                  # call: openai_api.APICall
+    body = MessagesReply.to_chat(parse_body(data))               # what openai_api.py reads
+    reply = MessagesReply(call)                                  # call: openai_api.APICall
     reply.whole(choices), or reply.begin(), reply.events(delta), …, reply.end()
 
 Names and shapes are those of https://docs.anthropic.com/en/api/messages.
@@ -50,7 +50,9 @@ def to_chat(body: dict) -> dict:
     if output.get("format") is not None:
         form = output["format"]
         if not isinstance(form, dict) or form.get("type") != "json_schema":
-            raise bad_request(f"output_config.format: the type must be json_schema, found {brief(form)}", "output_config")
+            raise bad_request(
+                f"output_config.format: the type must be json_schema, found {brief(form)}", "output_config"
+            )
         chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
     if output.get("effort") is not None:
         chat["reasoning_effort"] = output["effort"]
@@ -82,7 +84,10 @@ def _messages(message, where):
     for k, block in enumerate(content):
         kind, place = block.get("type"), f"{where}.content[{k}]"
         if kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {}, ensure_ascii=False)}
+            function = {
+                "name": block.get("name"),
+                "arguments": json.dumps(block.get("input") or {}, ensure_ascii=False),
+            }
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
             text = _text(block.get("content") or "", place)
@@ -114,7 +119,9 @@ def _tools(body):
     if chosen is not None:
         kind = chosen.get("type")
         if kind not in (*TOOL_CHOICES, "tool"):
-            raise bad_request(f"tool_choice: the type must be auto, any, tool or none, found {brief(kind)}", "tool_choice")
+            raise bad_request(
+                f"tool_choice: the type must be auto, any, tool or none, found {brief(kind)}", "tool_choice"
+            )
         named = {"type": "function", "function": {"name": chosen.get("name")}}
         fields["tool_choice"] = named if kind == "tool" else TOOL_CHOICES[kind]
         fields["parallel_tool_calls"] = chosen.get("disable_parallel_tool_use") is not True
@@ -137,10 +144,16 @@ def _thinking(thinking):
 class MessagesReply:
     """The reply to a request, whole or as events. A part of another kind than the one before opens a new block."""
 
+    id_prefix, is_chat, tail = "msg", True, ""
     error_body = staticmethod(error_body)
 
     def __init__(self, call: object):
         self.call, self.blocks, self.open = call, 0, None
+
+    @classmethod
+    def to_chat(cls, body: dict, stored: object = None) -> dict:
+        """A request of Messages -> the same as a body of chat completions. HTTPError 400 names the field."""
+        return to_chat(body)
 
     def _message(self, content, finish_reason=None, stop_text=None):
         usage, cached = self.call.usage(), self.call.cached_tokens
@@ -171,11 +184,10 @@ class MessagesReply:
         for part in (part for delta in deltas for part in delta.parts):
             kind, value = next(iter(part.items()))
             if kind == "tool_calls":
-                content += [
-                    {"type": "tool_use", "id": call["id"], "name": call["function"]["name"],
-                     "input": json.loads(call["function"]["arguments"])}
-                    for call in value
-                ]  # fmt: skip
+                for call in value:
+                    arguments = json.loads(call["function"]["arguments"])
+                    block = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
+                    content.append(block | {"input": arguments})
                 continue
             name = "thinking" if kind == "reasoning_content" else "text"
             if not content or content[-1]["type"] != name:
@@ -209,6 +221,9 @@ class MessagesReply:
 
     def end(self) -> list[dict]:
         return [{"type": "message_stop"}]
+
+    def failed(self, error: HTTPError) -> list[dict]:
+        return [error_body(error)]
 
     def _open(self, block):
         self.open = block["type"]
