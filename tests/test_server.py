@@ -23,6 +23,7 @@ from arguments import parse_args
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from serving.access import Access, is_same_origin
+from serving.engine import TokenOutput
 from serving.metrics import Histogram, token_bounds
 
 DEMO = ROOT / "demo" / "llama"
