@@ -1,7 +1,7 @@
 """Tools, thoughts, Responses and Messages over HTTP, and with the official clients where they are installed.
 
     python -m pytest tests/test_agent_api.py                                       # plain HTTP, and openai's client
-    python -m pytest tests/test_agent_api.py --client-python /path/to/bin/python   # anthropic, litellm, langchain, instructor
+    python -m pytest tests/test_agent_api.py --client-python /path/to/bin/python   # and four more clients
 
 The engine's replies are scripts: what is tested is how they are read and sent.
 """
