@@ -14,7 +14,7 @@ The life of a request:
 5. runner.run (runners.py) computes the scheduled tokens, writes their keys and values into the blocks, and returns the
    logits after the last token of each sequence; where a speculator (speculation.py) has guessed further tokens, after
    each of them as well.
-6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch (sampling.py) draws
+6. _advance marks full blocks as shareable. Where a sequence is computed to its end, choose_batch (sampling.py) draws
    the next token from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
    If it is the guessed one, the token after it follows at once.
 7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text,
@@ -42,7 +42,7 @@ from formats.files import UserError
 from model import CausalLM
 from serving.fused import fastest_runner
 from serving.runners import ScheduledTokens, TokenSequence
-from serving.sampling import Sampler, SamplingParams, sample_batch, scaled_logprobs
+from serving.sampling import Sampler, SamplingParams, choose_batch
 from serving.speculation import DraftSpeculator, NgramSpeculator, rows_with_drafts
 
 # ======================================================================================= requests and their results
@@ -238,10 +238,6 @@ class Sequence(TokenSequence):
     @property
     def num_new_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
-
-    @property
-    def needs_only_argmax(self) -> bool:
-        return self.sampler.argmax_suffices and self.num_new_tokens >= self.sampler.params.min_tokens
 
 
 # ===================================================================================================== the engine
@@ -567,23 +563,21 @@ class Engine:
                 sequence.phase = DECODE
                 ended.append((sequence, row, draft))
             row += 1 + len(draft)
-        best, finite = logits.argmax(-1).tolist(), np.isfinite(logits.max(-1)).tolist()
         place = 0  # in the drafts
         while ended:
-            rows = [row + place for _, row, _ in ended]
-            sampled = self._sample([sequence for sequence, _, _ in ended], rows, logits, finite)
-            accepted = []
-            for (sequence, first, draft), row in zip(ended, rows):
-                if not finite[row]:
+            rows, sequences = [row + place for _, row, _ in ended], [sequence for sequence, _, _ in ended]
+            part = logits if len(rows) == len(logits) else logits[rows]
+            choices, accepted = choose_batch([s.sampler for s in sequences], part, [s.tokens for s in sequences]), []
+            for (sequence, row, draft), choice in zip(ended, choices):
+                if choice.token_id < 0:
                     name = sequence.request.request_id
                     print(f"request {name}: the logits are not finite", file=sys.stderr, flush=True)
                     self._finish(sequence, "error")
                     continue
-                token, *numbers = sampled.get(row) or (best[row], None, None)
-                if place < len(draft) and token == draft[place]:
+                if place < len(draft) and choice.token_id == draft[place]:
                     self._accept(sequence)
-                    accepted.append((sequence, first, draft))
-                self._append(sequence, token, *numbers)
+                    accepted.append((sequence, row, draft))
+                self._append(sequence, *choice)
             ended, place = [entry for entry in accepted if entry[0].phase == DECODE], place + 1
             for sequence, _, _ in ended:
                 self._count_computed(sequence, 1)
@@ -603,30 +597,7 @@ class Engine:
             for i in range(full_before, full):
                 self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
 
-    def _sample(self, sequences, rows, logits, finite):
-        """{row: (id, log-probability, likeliest, entropy)} for the sequences that need more than the argmax."""
-        wanted = [(s, row) for s, row in zip(sequences, rows) if finite[row] and not s.needs_only_argmax]
-        if not wanted:
-            return {}
-        sequences, rows = zip(*wanted)
-        penalized = [
-            s.sampler.apply_penalties(logits[row], s.tokens[s.num_virtual_tokens :]) for row, s in zip(rows, sequences)
-        ]
-        ids = sample_batch([s.sampler for s in sequences], np.stack(penalized))
-        sampled = {
-            row: (token, *s.sampler.logprobs_of(logits[row], token), None)
-            for row, s, token in zip(rows, sequences, ids)
-        }
-        scaled = [(row, s) for row, s in zip(rows, sequences) if s.sampler.params.scaled_logprobs]
-        if scaled:
-            chosen = [sampled[row][0] for row, _ in scaled]
-            temperatures = [1.0 if s.sampler.greedy else s.sampler.params.temperature for _, s in scaled]
-            numbers = scaled_logprobs(logits[[row for row, _ in scaled]], chosen, temperatures)
-            for (row, _), token, logprob, entropy in zip(scaled, chosen, *(values.tolist() for values in numbers)):
-                sampled[row] = token, logprob, None, entropy
-        return sampled
-
-    def _append(self, sequence, token, logprob, top_logprobs, entropy=None):
+    def _append(self, sequence, token, logprob, top_logprobs, entropy):
         """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
         params, sampler, detokenizer = sequence.request.params, sequence.sampler, sequence.detokenizer
         sequence.tokens.append(token)
