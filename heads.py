@@ -186,6 +186,8 @@ class Policy(HeadedModel):
     def __init__(self, model: CausalLM, temperature: float, with_entropy: bool = False):
         super().__init__(model)
         self.temperature, self.with_entropy = temperature, with_entropy
+        if with_entropy and model.shards is not None:
+            model.shards.overlaps = False  # the head's weight gets a gradient from each chunk
 
     def __call__(self, input_ids, position_ids, startend_row_indices, labels) -> dict[str, Tensor]:
         """Tensors of the M positions that have a label: "logps", and "entropies" and "values" if there are any."""

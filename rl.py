@@ -142,9 +142,9 @@ class Args(LoraArgs):
         self._check_numbers()
         self._resolve_algorithm()
         self._check_steps()
-        for key in ("pipeline", "context", "sep", "expert", "tensor"):
+        for key in ("pipeline", "context", "sep", "expert"):
             if getattr(self, f"{key}_parallel_degree") > 1:
-                raise UserError(f"{key}_parallel_degree: rl.py runs with data parallelism and sharding only")
+                raise UserError(f"{key}_parallel_degree: rl.py runs with data and tensor parallelism and sharding only")
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
         return notes
@@ -339,17 +339,16 @@ def main(args: Args) -> None:
         setup_adapter(model, args, checkpoint)
     elif args.lora_path:
         setup_adapter(model, args)
+        parallel.shard_adapters(model, topology)
     before = engine = None
     if dev:
-        engine = rollouts.make_engine(model, tokenizer, dev.longest, args.max_dec_len, min(64, len(dev)), 1)
+        engine = rollouts.make_engine(model, tokenizer, dev.longest, args.max_dec_len, min(64, len(dev)), 1, topology)
 
     def evaluate():
         return rollouts.evaluate_prompts(engine, dev, functions, args, topology)[0]
 
     if args.do_train:
         # ================================================================== 3. reference, optimizer, rollouts, log
-        if dev:
-            before = rollouts.evaluate_prompts(engine, dev, functions, args, topology)
         maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology)
         of_functions = [f"rewards/{name}/{what}" for name in maker.names for what in ("mean", "std")]
         updates = math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout
@@ -357,6 +356,7 @@ def main(args: Args) -> None:
         names = (*METRICS, *(VALUE_METRICS if args.advantage_estimator == "gae" else ()), *of_functions)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
+        before = rollouts.evaluate_prompts(engine, dev, functions, args, topology) if dev else None
         if args.critic_learning_rate is not None:
             scale = args.critic_learning_rate / args.learning_rate
             optimizer.lr_scale |= {

@@ -31,6 +31,7 @@ import rl_math
 import trainer
 from adapters import adapter_disabled
 from data import IGNORED, TokenizedRecords, conversation_prompt, epoch_order, longest_text
+from distributed.tensor import local_heads
 from formats.files import UserError, atomic_file, parse_json_line
 from formats.record_files import RecordOptions, RecordReader
 from formats.records import PAIRS, Conversation, parse_pair, parse_prompt, record_format
@@ -140,17 +141,25 @@ class Group:
 
 
 def make_engine(
-    model: CausalLM, tokenizer: Tokenizer, longest_prompt: int, max_dec_len: int, sequences: int, replies: int
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    longest_prompt: int,
+    max_dec_len: int,
+    sequences: int,
+    replies: int,
+    topology: Topology,
 ) -> Engine:
     """An Engine on the model's own weights with room for `sequences` replies at once, `replies` to each prompt.
 
-    Its runner computes with the model's layers, LoRA included: no copy of the weights could be out of date.
+    Its runner computes with the model's layers, LoRA included: no copy of the weights could be out of date. Under
+    tensor parallelism all ranks of tp take the same steps: logits are gathered, and every rank samples the same tokens.
     """
+    first_key, stop_key = local_heads(model.config, topology.tp.size, topology.tp.rank)[1]
     prompts = -(-sequences // replies)
     prompt_blocks, reply_blocks = -(-longest_prompt // BLOCK_SIZE), -(-max_dec_len // BLOCK_SIZE) + 1
     num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
     return Engine(
-        make_runner(model, num_blocks, BLOCK_SIZE),
+        make_runner(model, num_blocks, BLOCK_SIZE, key_heads=stop_key - first_key),
         tokenizer,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
@@ -266,8 +275,11 @@ class RewardModel:
         return found
 
 
-def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -> None:
-    """reply.scores of all replies by these functions; each function is called once with all of them."""
+def score_groups(groups: list[Group], functions: list, dataset: PromptDataset, topology: Topology) -> None:
+    """reply.scores of all replies by these functions; each function is called once with all of them.
+
+    Of the ranks of tp, which have the same replies, only the first calls Python functions; the others have no scores.
+    """
     replies = [reply for group in groups for reply in group.replies]
     records, prompts, where = [], [], []
     for group in groups:
@@ -286,8 +298,12 @@ def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -
     for reply in replies:
         reply.scores = []
     for function in functions:
-        is_model = isinstance(function, RewardModel)
-        scores = function.scores(groups) if is_model else function(prompts, texts, ids, columns, where)
+        if isinstance(function, RewardModel):
+            scores = function.scores(groups)
+        elif topology.tp.rank == 0:
+            scores = function(prompts, texts, ids, columns, where)
+        else:
+            scores = [None] * len(replies)
         for reply, score in zip(replies, scores):
             reply.scores.append(score)
 
@@ -527,7 +543,7 @@ class RolloutMaker:
         replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n
         sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
         shape = dataset.longest, args.max_dec_len, sequences, args.rollout_n
-        self.engine = None if self.replayed else make_engine(model, tokenizer, *shape)
+        self.engine = None if self.replayed else make_engine(model, tokenizer, *shape, topology)
         self.reference = make_reference(model, args, topology)
 
     @property
@@ -560,7 +576,7 @@ class RolloutMaker:
         start = time.perf_counter()
         groups = self._generate(number, batch)
         generated = time.perf_counter()
-        score_groups(groups, self.functions, self.dataset)
+        score_groups(groups, self.functions, self.dataset, self.topology)
         groups = self._gather_groups(groups)
         seconds["time/generate"] += generated - start
         seconds["time/reward"] += time.perf_counter() - generated
@@ -599,15 +615,15 @@ class RolloutMaker:
         return self.replayed[number]
 
     def _gather_groups(self, groups):
-        """The groups of all ranks, in the order of the rollout's prompts."""
+        """The groups of all data-parallel ranks, in the order of the rollout's prompts, with the scores of tp rank 0."""
         topology = self.topology
-        if topology.data_size == 1:
+        if topology.degrees.world == 1:
             return groups
         rows = [{"number": g.number, "prompt_ids": g.prompt_ids.tolist()} for g in groups]
         rows = [row | {"replies": [r.to_json() for r in g.replies]} for row, g in zip(rows, groups)]
-        parts = dict(topology.all_gather_object([topology.data_rank, rows]))
+        parts = topology.all_gather_object([topology.data_rank, rows] if topology.tp.rank == 0 else None)
         ordered = [None] * self.args.global_batch_size
-        for rank, part in parts.items():
+        for rank, part in filter(None, parts):
             ordered[rank :: topology.data_size] = [group_of(row) for row in part]
         return ordered
 
@@ -678,12 +694,12 @@ def evaluate_prompts(
     local = numbers[topology.data_rank :: topology.data_size]
     with trainer.eval_mode(engine.runner.model):
         groups = generate_groups(engine, dataset, local, [params] * len(local))
-    score_groups(groups, functions, dataset)
+    score_groups(groups, functions, dataset, topology)
     combine_scores(groups, [function.weight for function in functions], args)
     rows = [[g.number, g.replies[0].reward, g.replies[0].scores, len(g.replies[0].token_ids)] for g in groups]
     texts = {g.number: g.replies[0].text for g in groups}
-    if topology.data_size > 1:
-        parts = topology.all_gather_object([rows, list(texts.items())])
+    if topology.degrees.world > 1:
+        parts = topology.all_gather_object([rows, list(texts.items())] if topology.tp.rank == 0 else [[], []])
         rows = sorted({row[0]: row for part, _ in parts for row in part}.values())
         texts = dict(pair for _, part in parts for pair in part)
     metrics = {"eval_reward": _mean([row[1] for row in rows])}

@@ -573,14 +573,37 @@ def options(keys):
     return [part for key, value in values.items() for part in (f"--{key}", value)]
 
 
-@pytest.mark.parametrize("sharding", [None, "stage2"])
-def test_two_ranks_equal_one_process(sharding, two, world, tmp_path):
-    """Rollouts that one process made, trained on by two; and rollouts of their own, of which each makes half."""
-    alone = keys_of(world, tmp_path / "alone", global_batch_size=3, rollout_n=4, save_rollouts=True, kl_coeff=0.05)
+TOPOLOGIES = {
+    "dp2": {},
+    "sharding2": {"sharding": "stage2"},
+    "tp2": {"tensor_parallel_degree": 2},
+    "tp2 sequence parallel, ppo": {
+        "tensor_parallel_degree": 2, "sequence_parallel": True, "advantage_estimator": "gae", "lora": True,
+    },
+    "dp2 tp2, entropy": {"tensor_parallel_degree": 2, "entropy_coeff": 0.01, "temperature": 0.8},
+    "sharding2 tp2, lora": {"tensor_parallel_degree": 2, "sharding": "stage1", "lora": True},
+    "dp4": {},
+}  # fmt: skip
+
+
+@pytest.mark.sweep(keep=2)
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_topologies_equal_one_process(name, request, world, tmp_path):
+    """Rollouts that one process made, trained on by several; and rollouts of their own, of which each makes a part."""
+    changes = TOPOLOGIES[name]
+    of_topology = {key: changes[key] for key in changes if key in ("sharding", "sequence_parallel") or "degree" in key}
+    others = {key: value for key, value in changes.items() if key not in of_topology}
+    if name.startswith(("dp4", "dp2 tp2", "sharding2 tp2")):
+        ranks = request.getfixturevalue("four")
+    else:
+        ranks = request.getfixturevalue("two")
+    keys = {"global_batch_size": 3, "rollout_n": 4, "save_rollouts": True, "kl_coeff": 0.05, "max_steps": 5}
+    alone = keys_of(world, tmp_path / "alone", **keys, **others, do_eval=True)
     run(alone)
-    two_ranks = {**alone, "overwrite_output_dir": True} | ({"sharding": sharding} if sharding else {})
+    several = {**alone, "overwrite_output_dir": True} | of_topology
     for name, more in (("replayed", {"replay": str(tmp_path / "alone" / "rollouts")}), ("sampled", {})):
-        results = two.run("jobs_parallel:script", "rl", options(two_ranks | more | {"output_dir": tmp_path / name}))
+        results = ranks.run("jobs_parallel:script", "rl", options(several | more | {"output_dir": tmp_path / name}))
+        assert len(logged(tmp_path / "alone")) == len(results[0][0]) == 5
         for ours, theirs in zip(logged(tmp_path / "alone"), results[0][0]):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["reward"] - theirs["reward"]) < 1e-6
             assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * ours["grad_norm"]
