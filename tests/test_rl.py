@@ -18,7 +18,7 @@ import bench_rl
 import numpy as np
 import paddle
 import pytest
-from test_scripts import crash_after_saving, fails, tensors, write_model, write_records
+from test_scripts import crash_after_saving, fails, options, tensors, write_model, write_records
 from test_scripts import rows as logged
 
 import adapters
@@ -565,12 +565,6 @@ def test_equal_rewards_say_so_and_move_nothing(world, tmp_path):
     run(keys_of(world, tmp_path / "out", reward_funcs=f"{world}/rewards.py:same", max_steps=2))
     assert [row["frac_reward_zero_std"] for row in logged(tmp_path / "out")] == [1.0, 1.0]
     assert logged(tmp_path / "out")[0]["grad_norm"] == 0.0
-
-
-def options(keys):
-    """Keys as the command line has them."""
-    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in keys.items()}
-    return [part for key, value in values.items() for part in (f"--{key}", value)]
 
 
 TOPOLOGIES = {
