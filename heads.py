@@ -213,7 +213,8 @@ class Policy(HeadedModel):
         """(M, D), (M,) -> log p of the labels and entropies of the distributions, (M,) each; nats."""
 
         def of_chunk(rows, labels):
-            logps = paddle.nn.functional.log_softmax(self.model.logits(rows).astype("float32"))  # (m, V)
+            logits = self.model.logits(rows).astype("float32")  # (m, V)
+            logps = logits - paddle.logsumexp(logits, -1, keepdim=True)  # paddle's log_softmax is 400 times slower here
             return paddle.take_along_axis(logps, labels.unsqueeze(-1), 1).squeeze(-1), -(logps.exp() * logps).sum(-1)
 
         parts = []

@@ -30,19 +30,24 @@ import trainer
 from adapters import changes_base, lora_layers
 from arguments import LoraArgs
 from checkpoint import find_checkpoint
+from environments import load_toolbox
 from formats.files import UserError
-from formats.record_files import RecordOptions
-from formats.tokenizer import Tokenizer
 from heads import Policy, add_score_head, remove_score_head, train_score_head
 from model import CausalLM
 from rewards import load_reward_functions, server_reward
-from rollouts import PromptDataset
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
            "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
            "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
            "time/reward", "time/update")  # fmt: skip
+TOOL_METRICS = ("tools/call_frequency", "tools/failure_frequency")
 VALUE_METRICS = ("value_loss", "value_clip_ratio")
+LOWS = {
+    0: "top_k overlong_penalty_factor reward_timeout clip_range_value value_loss_coeff clip_range_ratio kl_loss_coeff "
+    "kl_coeff gamma",
+    1: "max_src_len max_dec_len min_dec_len global_batch_size rollout_n update_iters overlong_reward_buffer "
+    "max_gen_batches max_turns",
+}
 ALGORITHMS = {"grpo": "grpo", "rloo": "rloo", "reinforce_plus_plus": "reinforce_plus_plus", "ppo": "gae"}
 
 
@@ -64,7 +69,10 @@ class Args(LoraArgs):
     reward_weights: list[float] | None = None  # weight of each; None: 1
     reward_model_name_or_path: str | None = None  # folder of a reward model, whose score is one more reward
     reward_server: str | None = None  # URL of a reward server that speaks PaddleNLP's JSON, for one more reward
-    reward_timeout: float = 0.0  # most seconds of one call of a reward function; 0: no limit
+    reward_timeout: float = 0.0  # most seconds of one call of a reward function or a tool; 0: no limit
+    tools: str | list[str] | None = None  # FILE.py:FUNCTION, …: what a reply may call; see docs/rl.md
+    environment_factory: str | None = None  # FILE.py:CLASS: an object for each reply, whose methods it may call
+    max_turns: int = 8  # most turns of a reply that calls tools
     clip_range_score: float = 10.0  # rewards are clipped to [-this, this]
     normalize_reward: bool = False  # whiten the rewards of a rollout
     enable_overlong_reward_buffer: bool = False  # subtract up to overlong_penalty_factor from long replies
@@ -117,6 +125,7 @@ class Args(LoraArgs):
         train_batch_size=global_batch_size ppo_mini_batch_size=global_mini_batch_size ppo_epochs=update_iters
         clip_ratio=clip_range_ratio clip_ratio_low=clip_range_ratio_low clip_ratio_high=clip_range_ratio_high
         clip_ratio_c=dual_clip kl_loss_coef=kl_loss_coeff max_response_length=max_dec_len
+        max_assistant_turns=max_turns
     """.split()
     )
     refused = {
@@ -145,6 +154,8 @@ class Args(LoraArgs):
         for key in ("pipeline", "context", "sep", "expert"):
             if getattr(self, f"{key}_parallel_degree") > 1:
                 raise UserError(f"{key}_parallel_degree: rl.py runs with data and tensor parallelism and sharding only")
+        if (self.tools or self.environment_factory) and self.tensor_parallel_degree > 1:
+            raise UserError("tools: each rank of tensor parallelism would call them; leave tensor_parallel_degree out")
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
         return notes
@@ -154,21 +165,10 @@ class Args(LoraArgs):
         return super().check_dry_run()
 
     def _check_numbers(self):
-        lows = {"max_src_len": 1, "max_dec_len": 1, "min_dec_len": 1, "global_batch_size": 1, "rollout_n": 1}
-        lows |= {"update_iters": 1, "top_k": 0, "overlong_reward_buffer": 1, "overlong_penalty_factor": 0}
-        lows |= {
-            "max_gen_batches": 1,
-            "reward_timeout": 0,
-            "clip_range_value": 0,
-            "value_loss_coeff": 0,
-            "clip_range_ratio": 0,
-            "kl_loss_coeff": 0,
-            "kl_coeff": 0,
-            "gamma": 0,
-        }
-        for key, low in lows.items():
-            if getattr(self, key) is not None and getattr(self, key) < low:
-                raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
+        for low, keys in LOWS.items():
+            for key in keys.split():
+                if getattr(self, key) is not None and getattr(self, key) < low:
+                    raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
         if self.rollout_n > 128:
             raise UserError(f"rollout_n: {self.rollout_n}; at most 128 replies to a prompt")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.clip_range_score <= 0:
@@ -297,17 +297,6 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         layer.dropout = 0.0
 
 
-def make_prompts(args: Args, tokenizer: Tokenizer, split: str) -> PromptDataset:
-    """The prompts of "train" or "dev"."""
-    path = args.train_datasets if split == "train" else args.eval_datasets
-    options = RecordOptions.of(args)
-    if args.prompt_key:
-        options.columns = {**options.columns, "src": args.prompt_key}
-    dataset = PromptDataset(path, tokenizer, args.max_src_len, split, not args.disable_tqdm, options)
-    print(f"{split}: {len(dataset):,} prompts of at most {dataset.longest} tokens")
-    return dataset
-
-
 @dataclasses.dataclass
 class Steps:
     """What trainer.setup_training() must know of the data: how many updates are an epoch."""
@@ -325,8 +314,9 @@ def main(args: Args) -> None:
     tokenizer = trainer.setup_tokenizer(args)
     if args.reward_model_name_or_path:
         functions.append(rollouts.RewardModel(args.reward_model_name_or_path, tokenizer, topology))
-    train = make_prompts(args, tokenizer, "train") if args.do_train else None
-    dev = make_prompts(args, tokenizer, "dev") if args.do_eval else None
+    toolbox = load_toolbox(args.tools, args.environment_factory, tokenizer, args.reward_timeout, args.max_turns)
+    train = rollouts.make_prompts(args, tokenizer, "train", toolbox) if args.do_train else None
+    dev = rollouts.make_prompts(args, tokenizer, "dev", toolbox) if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
     model = parallel.from_pretrained(args.model_name_or_path, topology)
@@ -351,9 +341,9 @@ def main(args: Args) -> None:
         # ================================================================== 3. reference, optimizer, rollouts, log
         maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology)
         of_functions = [f"rewards/{name}/{what}" for name in maker.names for what in ("mean", "std")]
-        updates = math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout
-        steps = Steps(updates * topology.data_size)
-        names = (*METRICS, *(VALUE_METRICS if args.advantage_estimator == "gae" else ()), *of_functions)
+        steps = Steps(math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout * topology.data_size)
+        of_values = VALUE_METRICS if args.advantage_estimator == "gae" else ()
+        names = (*METRICS, *of_values, *(TOOL_METRICS if toolbox else ()), *of_functions)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         before = rollouts.evaluate_prompts(engine, dev, functions, args, topology) if dev else None

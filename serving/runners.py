@@ -187,7 +187,7 @@ class PagedRunner(KVCache):
         dtype: str = "float32",
         key_heads: int | None = None,
     ):
-        """int8, dtype: of the pool; dtype is "float32" or "bfloat16". key_heads: this rank's, under tensor parallelism."""
+        """int8, dtype: of the pool; dtype is "float32" or "bfloat16". key_heads: this rank's of tp; None: all."""
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
         self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.max_model_len

@@ -254,7 +254,8 @@ SIZES = [(7, [4, 1, 6]), (1, [3, 3, 2]), (5, [9, 2, 5])]
 
 
 def test_one_group_by_hand():
-    ids, labels, positions, mask_rows, numbers = rollouts.group_sample(np.array([11, 12, 13]), [[21, 22], [31]])
+    replies = [rollouts.Reply([21, 22], np.zeros(2), ""), rollouts.Reply([31], np.zeros(1), "")]
+    ids, labels, positions, mask_rows, numbers = rollouts.group_sample(np.array([11, 12, 13]), replies)
     assert ids.tolist() == [11, 12, 13, 21, 13]
     assert labels.tolist() == [-100, -100, 21, 22, 31]
     assert positions.tolist() == [0, 1, 2, 3, 2]
@@ -580,7 +581,7 @@ TOPOLOGIES = {
 }  # fmt: skip
 
 
-@pytest.mark.sweep(keep=2)
+@pytest.mark.sweep(keep=1)
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_topologies_equal_one_process(name, request, world, tmp_path):
     """Rollouts that one process made, trained on by several; and rollouts of their own, of which each makes a part."""
