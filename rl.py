@@ -41,6 +41,7 @@ METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_len
            "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
            "time/reward", "time/update")  # fmt: skip
 TOOL_METRICS = ("tools/call_frequency", "tools/failure_frequency")
+RATIO_METRICS = tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max"))
 VALUE_METRICS = ("value_loss", "value_clip_ratio")
 LOWS = {
     0: "top_k overlong_penalty_factor reward_timeout clip_range_value value_loss_coeff clip_range_ratio kl_loss_coeff "
@@ -90,6 +91,9 @@ class Args(LoraArgs):
     clip_range_ratio: float = 0.2  # how far a token's probability may move in an update, relative to the engine's
     clip_range_ratio_low: float | None = None  # downwards; None: clip_range_ratio
     clip_range_ratio_high: float | None = None  # upwards; None: clip_range_ratio
+    importance_sampling_mode: str | None = None  # one of rl_math.SAMPLING_CORRECTIONS, for rollouts in other arithmetic
+    importance_sampling_clip_min: float | None = None  # least weight by it
+    importance_sampling_clip_max: float = 3.0  # largest weight by it
     dual_clip: float | None = None  # largest ratio of tokens with a negative advantage, above 1
     clip_range_value: float = 5.0  # gae: how far a value may move from the one before the updates
     value_loss_coeff: float = 0.1  # gae: weight of the value loss
@@ -125,7 +129,9 @@ class Args(LoraArgs):
         train_batch_size=global_batch_size ppo_mini_batch_size=global_mini_batch_size ppo_epochs=update_iters
         clip_ratio=clip_range_ratio clip_ratio_low=clip_range_ratio_low clip_ratio_high=clip_range_ratio_high
         clip_ratio_c=dual_clip kl_loss_coef=kl_loss_coeff max_response_length=max_dec_len
-        max_assistant_turns=max_turns
+        max_assistant_turns=max_turns vllm_importance_sampling_mode=importance_sampling_mode
+        vllm_importance_sampling_clip_max=importance_sampling_clip_max
+        vllm_importance_sampling_clip_min=importance_sampling_clip_min
     """.split()
     )
     refused = {
@@ -176,6 +182,7 @@ class Args(LoraArgs):
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError(f"dual_clip: {self.dual_clip}; it must be above 1")
         choices = {"loss_type": rl_math.LOSS_TYPES, "importance_sampling_level": ("token", "sequence")}
+        choices |= {"importance_sampling_mode": (*rl_math.SAMPLING_CORRECTIONS, None)}
         choices |= {"scale_rewards": ("group", "batch", "none"), "advantage_estimator": (*rollouts.ESTIMATORS, None)}
         for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None), "repetition_penalty": (1.0,)}).items():
             if getattr(self, key) not in possible:
@@ -252,7 +259,7 @@ def loss_and_metrics(
     outputs: of heads.Policy. loss = pg_loss_coeff · policy loss + kl_loss_coeff · KL + value_loss_coeff · value loss
     - entropy_coeff · entropy, each a mean as loss_type says.
     """
-    names = ("logps", "advantages", "ref_logps", "values", "returns")
+    names = ("logps", "advantages", "ref_logps", "values", "returns", "weights")
     arrays = {name: paddle.to_tensor(batch[name]) for name in names if name in batch}
     logps, segments = outputs["logps"].astype("float64"), batch["segments"]
     options = rl_math.LossOptions(
@@ -263,7 +270,7 @@ def loss_and_metrics(
         dual_clip=args.dual_clip,
     )
     losses, clipped = rl_math.policy_losses(logps, arrays["logps"], arrays["advantages"], segments, options)
-    losses = args.pg_loss_coeff * losses
+    losses = args.pg_loss_coeff * losses * arrays.get("weights", 1.0)
     metrics = {name: float(where.sum()) / max(1, counts.tokens) for name, where in clipped.items()}
     if "ref_logps" in arrays:
         kl = rl_math.kl_estimates(logps, arrays["ref_logps"])
@@ -295,6 +302,15 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         raise UserError(f"{checkpoint or args.lora_path}: the adapter changes the base weights, the reference")
     for layer in lora_layers(model).values():
         layer.dropout = 0.0
+
+
+def more_metrics(args: Args) -> tuple[str, ...]:
+    """Names in the log of what only some runs have."""
+    return (
+        *(VALUE_METRICS if args.advantage_estimator == "gae" else ()),
+        *(RATIO_METRICS if args.importance_sampling_mode else ()),
+        *(TOOL_METRICS if args.tools or args.environment_factory else ()),
+    )
 
 
 @dataclasses.dataclass
@@ -342,8 +358,7 @@ def main(args: Args) -> None:
         maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology)
         of_functions = [f"rewards/{name}/{what}" for name in maker.names for what in ("mean", "std")]
         steps = Steps(math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout * topology.data_size)
-        of_values = VALUE_METRICS if args.advantage_estimator == "gae" else ()
-        names = (*METRICS, *of_values, *(TOOL_METRICS if toolbox else ()), *of_functions)
+        names = (*METRICS, *more_metrics(args), *of_functions)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         before = rollouts.evaluate_prompts(engine, dev, functions, args, topology) if dev else None

@@ -139,7 +139,7 @@ class Reply:
     """
 
     token_ids: list[int]
-    logps: np.ndarray  # (M,) float64, by the engine when it sampled them
+    logps: np.ndarray  # (M,) float64, by the engine when it sampled them; see correct_sampling()
     text: str  # of the last turn
     is_cut: bool = False  # it reached max_dec_len without an end
     entropy: float = 0.0  # mean over the model's tokens, in nats
@@ -151,6 +151,8 @@ class Reply:
     reward: float = math.nan  # nan: no function applies, so nothing is learned from it
     ref_logps: np.ndarray | None = None  # (M,) under the reference
     values: np.ndarray | None = None  # (M,) by the value head before the updates
+    old_logps: np.ndarray | None = None  # (M,) by the trainer before the updates, if sampling is corrected
+    weights: np.ndarray | None = None  # (M,) rl_math.sampling_weights()
     advantages: np.ndarray | None = None  # (M,)
     returns: np.ndarray | None = None  # (M,) what the value head learns
     environment: object = None  # whose methods are its tools
@@ -477,6 +479,22 @@ def _sequence_reward(reply, args):
     return reply.reward - args.kl_coeff * kl
 
 
+def correct_sampling(groups: list[Group], args: object) -> dict[str, float]:
+    """reply.weights, and reply.logps become the trainer's; returns TRL's metrics of the weights before the limits."""
+    ratios = []
+    for reply in (reply for group in groups for reply in group.replies):
+        limits = args.importance_sampling_clip_min, args.importance_sampling_clip_max
+        weights = functools.partial(
+            rl_math.sampling_weights, reply.old_logps, reply.logps, args.importance_sampling_mode
+        )
+        reply.weights = weights(*limits)
+        ratios.append(weights(None, math.inf))
+        reply.logps = reply.old_logps
+    ratios = np.concatenate(ratios)
+    found = {"min": ratios.min(), "mean": ratios.mean(), "max": ratios.max()}
+    return {f"sampling/importance_sampling_ratio/{name}": float(value) for name, value in found.items()}
+
+
 # ============================================================================================================ batches
 
 
@@ -682,10 +700,12 @@ class RolloutMaker:
             write_rollouts(path, number, groups, self.names)
         local = self._pack(groups)
         self._before_updates(groups, local)
+        if args.importance_sampling_mode is not None:
+            metrics |= correct_sampling(groups, args)
         estimate_advantages(groups, args)
         for batches in local:
             for batch in batches:
-                attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns"))
+                attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns", "weights"))
         return Rollout(groups, local, metrics | seconds)
 
     def _scored_groups(self, number, batch, seconds):
@@ -768,8 +788,14 @@ class RolloutMaker:
         return local
 
     def _before_updates(self, groups, local):
-        """reply.ref_logps of all replies, if a KL is asked for, and reply.values, if there is a value head."""
-        names = ["ref_logps"] * (self.reference is not None) + ["values"] * (self.model.score is not None)
+        """reply.ref_logps of all replies, if a KL is asked for, reply.values, if there is a value head, and
+        reply.old_logps, if sampling is corrected."""
+        own_names = {
+            "values": self.model.score is not None,
+            "old_logps": self.args.importance_sampling_mode is not None,
+        }
+        own_names = [name for name, is_asked in own_names.items() if is_asked]
+        names = ["ref_logps"] * (self.reference is not None) + own_names
         if not names:
             return
         own, temperature = [], self.args.temperature
@@ -779,8 +805,9 @@ class RolloutMaker:
                 if "ref_logps" in names:
                     with self.reference() as model:
                         detach(batch, groups, "ref_logps", Policy(model, temperature)(**inputs)["logps"].numpy())
-                if "values" in names:
-                    detach(batch, groups, "values", Policy(self.model, temperature)(**inputs)["values"].numpy())
+                outputs = Policy(self.model, temperature)(**inputs) if own_names else {}
+                for name in own_names:
+                    detach(batch, groups, name, outputs[name.removeprefix("old_")].numpy())
             replies = [(g, i, groups[g].replies[i]) for g, i in batch["places"]]
             own += [(g, i, [getattr(reply, name).tolist() for name in names]) for g, i, reply in replies]
         for part in self.topology.all_gather_object(own) if self.topology.data_size > 1 else ():

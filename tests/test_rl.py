@@ -93,6 +93,18 @@ for scale in ("group", "batch", "none"):
     arrays["grpo " + scale] = run(
         grpo_trainer, 'if self.multi_objective_aggregation == "sum_then_normalize"', "advantages = torch.nan_to_num",
         self=fake, rewards_per_func=rewards.reshape(-1, 1), device="cpu", num_generations=G, unscorable_mask=unscorable)
+lines = inspect.getsource(grpo_trainer).splitlines()
+first = next(i for i, line in enumerate(lines) if "per_token_logps_diff = (old_per_token_logps" in line)
+last = next(i for i, line in enumerate(lines) if i > first and 'f"Unknown vLLM importance sampling' in line) + 1
+code = textwrap.dedent("\\n".join(lines[first:last + 1]))
+for mode, low, high in given["corrections"]:
+    fake = types.SimpleNamespace(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low,
+                                 vllm_importance_sampling_clip_max=high)
+    space = {**vars(grpo_trainer), "self": fake, "mask": numbers["mask"], "old_per_token_logps": numbers["logps"],
+             "sampling_per_token_logps": numbers["old"]}
+    exec(code, space)
+    weights = space["vllm_importance_sampling_ratio"].expand(numbers["mask"].shape) * numbers["mask"]
+    arrays["weights " + mode] = weights.numpy()
 arrays["rloo"] = run(
     rloo_trainer, "grouped_rewards = rewards.view(-1, num_generations)", "advantages = torch.nan_to_num",
     self=types.SimpleNamespace(normalize_advantages=False), rewards=rewards.reshape(-1), num_generations=G)
@@ -127,6 +139,12 @@ def given_numbers():
         "max_dec_len": 9,
         "cases": CASES,
         "rewards": rewards.tolist(),
+        "corrections": [
+            ("token_truncate", None, 1.1),
+            ("token_mask", 0.85, 1.15),
+            ("sequence_truncate", 0.7, 1.2),
+            ("sequence_mask", None, 1.1),
+        ],
         "scores": draw.normal(0, 2, (5, 2)).tolist(),
         "reward_cases": [(None, None), ([0.5, 0, 1, 0.1, 2], None), (None, 0.02), ([0.5, 0, 1, 0.1, 2], 0.1)],
     }
@@ -160,6 +178,11 @@ def our_numbers():
         gradient = np.zeros(mask.shape)
         gradient[mask] = logps.grad.numpy()
         out[f"loss {number}"], out[f"gradient {number}"] = float(loss), gradient
+    for mode, *limits in given["corrections"]:
+        out["weights " + mode] = weights = np.zeros(mask.shape)
+        for row, n in enumerate(lengths):
+            new, sampled = (np.array(given[key])[row, :n] for key in ("logps", "old"))
+            weights[row, :n] = rl_math.sampling_weights(new, sampled, mode, *limits)
     given_rewards = np.array(given["rewards"])
     for scale in ("group", "batch", "none"):
         out["grpo " + scale] = rl_math.group_advantages(given_rewards, scale).reshape(-1)
