@@ -493,49 +493,59 @@ class SFTLoader:
 
 
 def encode_pair(tokenizer: Tokenizer, pair: Pair, history: list, where: str) -> tuple[list, list, list, list]:
-    """Pair after these rounds -> ids: system, [(turn, reply), …] of the rounds, prompt, (chosen, rejected)."""
-    if pair.is_plain:
-        (last, good), (_, bad) = (encode_plain(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
-        return [], [], last, (good, bad)
-    system, encoded = tokenizer.encode_chat([*history, (pair.prompt, pair.chosen)], pair.context, True)
-    other = tokenizer.encode_chat([*history, (pair.prompt, pair.rejected)], pair.context, True)[1][-1]
-    (last, good), bad = encoded[-1], other[1]
-    if last != other[0]:
-        raise UserError(
-            f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, so that two "
-            "replies cannot share one"
-        )
-    return system, encoded[:-1], last, (good, bad)
+    """Pair after these rounds -> ids: system, [(turn, reply), …] of the rounds, prompt, (chosen, rejected); a reply
+    that is None is []."""
+    first, replies = None, []
+    for reply in (pair.chosen, pair.rejected):
+        if reply is None:
+            replies.append([])
+        elif pair.is_plain:
+            prompt, ids = encode_plain(tokenizer, pair.prompt, reply)
+            first = first or ([], [], prompt)
+            replies.append(ids)
+        else:
+            system, encoded = tokenizer.encode_chat([*history, (pair.prompt, reply)], pair.context, True)
+            first = first or (system, encoded[:-1], encoded[-1][0])
+            if encoded[-1][0] != first[2]:
+                raise UserError(
+                    f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, so that "
+                    "two replies cannot share one"
+                )
+            replies.append(encoded[-1][1])
+    return *first, tuple(replies)
 
 
 def truncate_pair(
-    tokenizer: Tokenizer, pair: Pair, max_seq_len: int, max_prompt_len: int, where: str
+    tokenizer: Tokenizer, pair: Pair, max_seq_len: int, max_prompt_len: int, where: str, prompts: int = 1
 ) -> tuple[list, list, list]:
-    """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take len(prompt) - 1 + len(chosen) +
-    len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
+    """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take prompts * (len(prompt) - 1) +
+    len(chosen) + len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
 
     If the last turn and both replies do not fit, the prompt (system and last turn) loses its beginning down to
     max_prompt_len; if that is not enough, both replies lose their ends in proportion to their lengths. Earlier turns
     stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that
     are kept. A reply that is cut has no end mark."""
-    history = pair.history
+    history, sides = pair.history, sum(reply is not None for reply in (pair.chosen, pair.rejected))
     while True:
         system, encoded, last, (good, bad) = encode_pair(tokenizer, pair, history, where)
-        room = max_seq_len + 1 - len(system)  # + 1: the prompt's last token is counted with the chosen reply
-        if len(last) + len(good) + len(bad) > room:
+        room = max_seq_len + prompts * (1 - len(system))  # 1: a prompt's last token is counted with the reply
+        if prompts * len(last) + len(good) + len(bad) > room:
             if len(system) + len(last) > max_prompt_len:
                 prompt_room = max(0, max_prompt_len - len(system))
+                reply = pair.rejected if pair.chosen is None else pair.chosen
                 last = (
                     cut_plain(tokenizer, last, prompt_room)
                     if pair.is_plain
-                    else truncate_user_turn(tokenizer, pair.prompt, pair.chosen, pair.context, prompt_room, history)
+                    else truncate_user_turn(tokenizer, pair.prompt, reply, pair.context, prompt_room, history)
                 )
-            if len(good) + len(bad) > room - len(last):
-                left = max(0, room - len(last))
+            left = max(0, room - prompts * len(last))
+            if sides == 1:
+                good, bad = good[:left], bad[:left]
+            elif len(good) + len(bad) > left:
                 keep = min(max(1, round(left * len(good) / (len(good) + len(bad)))), left - 1)
                 good, bad = (good[:keep], bad[: left - keep]) if left >= 2 else ([], [])
-        sizes = [len(turn) + len(reply) for turn, reply in encoded]
-        room -= len(last) + len(good) + len(bad)
+        sizes = [prompts * (len(turn) + len(reply)) for turn, reply in encoded]
+        room -= prompts * len(last) + len(good) + len(bad)
         if not history or sum(sizes) <= room:
             return system + [i for turn, reply in encoded for i in turn + reply] + last, good, bad
         fits = int(np.searchsorted(np.cumsum(sizes[::-1]), room, side="right"))
@@ -548,6 +558,8 @@ class PreferenceDataset(TokenizedRecords):
     Prompts and replies lie one after another. Truncation: `truncate_pair`. A pair that cannot be learned (no room for a
     token of each reply, no prompt, the same reply twice) is dropped. UserError: missing or empty file, a bad record
     (file:line), nothing left."""
+
+    PARTS = 3  # lists of a record: prompt, chosen, rejected
 
     def __init__(
         self,
@@ -564,7 +576,7 @@ class PreferenceDataset(TokenizedRecords):
             f"none of the {{}} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
             f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
         )
-        self._read(RecordReader(path, split, options, progress), self._encode, 3, nothing_left)
+        self._read(RecordReader(path, split, options, progress), self._encode, self.PARTS, nothing_left)
 
     def _encode(self, record, where):
         pair = parse_pair(record, where)
@@ -586,8 +598,7 @@ class PreferenceDataset(TokenizedRecords):
 
     def prompt_text(self, i):
         """Sample number -> the text of its last prompt, for a person."""
-        pair = parse_pair(self.reader.rename(self.record(i)), self.where(i))
-        return pair.prompt if isinstance(pair.prompt, str) else longest_text(pair.prompt)
+        return longest_text(parse_pair(self.reader.rename(self.record(i)), self.where(i)).prompt)
 
 
 def pair_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> tuple:
@@ -610,8 +621,9 @@ def pair_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) ->
     return input_ids, labels, position_ids, rows, np.repeat(np.array([-1, 0, 1], np.int32), [n, a, b])
 
 
-def collate_pairs(rows: list, sample: Callable, width: int, pad_token_id: int) -> dict:
-    """Pair numbers of each row, sample(i) as `pair_sample` -> the batch described at the top, T = width."""
+def collate_pairs(rows: list, sample: Callable, width: int, pad_token_id: int, sides: int = 2) -> dict:
+    """Pair numbers of each row, sample(i) as `pair_sample` -> the batch described at the top, T = width. sides: 1 for
+    single replies."""
     B = len(rows)
     batch = {
         "input_ids": np.full((B, width), pad_token_id, np.int64),
@@ -630,8 +642,8 @@ def collate_pairs(rows: list, sample: Callable, width: int, pad_token_id: int) -
             here = np.s_[b, start : start + len(ids)]
             batch["input_ids"][here], batch["labels"][here], batch["position_ids"][here] = ids, labels, positions
             batch["startend_row_indices"][b, 0, start : start + len(ids), 0] = start + mask_rows
-            batch["reply_ids"][here] = np.where(replies < 0, -1, 2 * len(reply_tokens) + replies)
-            reply_tokens.append([int((replies == side).sum()) for side in (0, 1)])
+            batch["reply_ids"][here] = np.where(replies < 0, -1, sides * len(reply_tokens) + replies)
+            reply_tokens.append([int((replies == side).sum()) for side in range(sides)])
             start += len(ids)
         batch["tokens"] += start
         batch["position_ids"][b, start:] = np.arange(width - start)  # padding, as in `collate`

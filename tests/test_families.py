@@ -41,12 +41,12 @@ from tiny_models import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, bu
 
 import adapters
 import data
-import dpo
 import families
 import finetune
 import formats.weights
 import model as M
 import positions as rotary
+import preference
 import trainer
 from arguments import TrainingArgs
 from data import collate_pairs, pair_sample
@@ -349,7 +349,7 @@ def test_pairs_with_a_shared_prompt_equal_two_samples(name):
     model = build(name) if name not in tiny_models.WINDOWED else build(name, sliding_window=40)
     batch, pairs = pair_batch(name)
     model.train()
-    actual = dpo.reply_logps(model, batch)
+    actual = preference.reply_logps(model, batch)
     (actual * tensor(np.arange(1.0, 7.0, dtype="float32").reshape(3, 2))).sum().backward()
     shared = gradients(model)
     zero_grad(model)

@@ -249,7 +249,7 @@ def test_truncation_of_new_formats(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "unpaired preference (KTO), which is not trained on here"),
+        ({"prompt": "a", "completion": "b", "label": True}, "unpaired preference: dpo.py with loss_type kto"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen+rejected is for dpo.py; taken are src+tgt, messages"),
         ({"question": "a", "answer": "b"}, "no key of a known format; found 'question', 'answer'; taken are src+tgt"),
         ({"instruction": "a", "response": "b"}, "key 'output' is missing; found 'instruction', 'response'"),
@@ -274,7 +274,7 @@ def test_refused_conversations(tmp_path, tokenizer, record, message):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
+        ({"prompt": "a", "completion": "b", "label": True}, "loss_type kto"),
         ({"messages": said("a", "b")}, "messages is for finetune.py; taken are src+response+sort"),
         ({"prompt": "a", "chosen": "b"}, "key 'rejected' is missing; found 'prompt', 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": said("a")}, "must all be texts or all be messages"),
