@@ -209,13 +209,13 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         layer.dropout = 0.0
 
 
-def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoader:
-    """The loader of the pairs for "train" or "dev"."""
+def make_loader(args: Args, tokenizer: Tokenizer, split: str, share_within: float) -> PreferenceLoader:
+    """The loader of the pairs for "train" or "dev". share_within: of data.pair_sample."""
     is_train, limits = split == "train", (args.max_seq_len, args.max_prompt_len)
     path, options = getattr(args, f"{split}_dataset_path"), RecordOptions.of(args)
-    Dataset, Loader = (UnpairedDataset, UnpairedLoader) if args.is_unpaired else (PreferenceDataset, PreferenceLoader)
-    loader = Loader(
-        Dataset(path, tokenizer, *limits, split, not args.disable_tqdm, options),
+    given = path, tokenizer, *limits, split, not args.disable_tqdm, options
+    loader = (UnpairedLoader if args.is_unpaired else PreferenceLoader)(
+        UnpairedDataset(*given) if args.is_unpaired else PreferenceDataset(*given, share_within),
         args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size,
         max_seq_len=args.max_seq_len,
         greedy_zero_padding=args.greedy_zero_padding,
@@ -245,13 +245,14 @@ def main(args: Args) -> None:
     trainer.check_output_dir(args)
     checkpoint = find_checkpoint(args, topology) if args.do_train else None
     tokenizer = trainer.setup_tokenizer(args)
-    train = make_loader(args, tokenizer, "train") if args.do_train else None
-    dev = make_loader(args, tokenizer, "dev") if args.do_eval else None
+    share_within = trainer.share_within(args.model_name_or_path, "max_seq_len", args.max_seq_len)
+    train = make_loader(args, tokenizer, "train", share_within) if args.do_train else None
+    dev = make_loader(args, tokenizer, "dev", share_within) if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
     model = parallel.from_pretrained(args.model_name_or_path, topology)
     trainer.set_recompute(model, args)
-    trainer.check_shared_prompts(model, args.model_name_or_path, "max_seq_len", args.max_seq_len)
+    trainer.check_trainable(model, args.model_name_or_path)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
     reply_end = args.max_prompt_len + args.max_new_tokens
     needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}

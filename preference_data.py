@@ -11,7 +11,7 @@ A batch is that of data.py with one reply a sample (reply_ids 0 … N - 1, reply
 
 import numpy as np
 
-from data import IGNORED, PreferenceDataset, PreferenceLoader, collate_pairs, longest_text, truncate_pair
+from data import PreferenceDataset, PreferenceLoader, collate_pairs, longest_text, reply_sample, truncate_pair
 from formats.files import UserError
 from formats.records import parse_unpaired
 
@@ -64,11 +64,7 @@ class UnpairedDataset(PreferenceDataset):
         prompt, reply = self.reply(i)
         if mismatched:
             reply = self.reply(self.partners[i])[1][: self.max_seq_len + 1 - len(prompt)]
-        n, a = len(prompt) - 1, len(reply)
-        labels = np.concatenate([np.full(n, IGNORED), reply]).astype(np.int32)
-        replies = np.repeat(np.array([-1, 0], np.int32), [n, a])
-        positions, rows = np.arange(n + a, dtype=np.int32), np.full(n + a, n + a, np.int32)
-        return np.concatenate([prompt, reply[:-1]]), labels, positions, rows, replies
+        return reply_sample(prompt, reply)
 
     def pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """reply(), by the name that scripts take a prompt from."""

@@ -19,6 +19,7 @@ import types
 import numpy as np
 import paddle
 import pytest
+import tiny_models
 from conftest import ROOT, SHARED
 from golden_weights import CASES, draw, shapes
 from test_scripts import (
@@ -267,8 +268,6 @@ def test_packed_equals_separate_passes(loss_type):
 
 def test_packed_pairs_of_chatglm_6b():
     """Its prompts end in [gMASK]<sop> and see each other; each reply has positions of its own."""
-    import tiny_models
-
     model = tiny_models.build("chatglm").eval()
     ends = [model.config.source[f"{name}_token_id"] for name in ("gmask", "bos")]
     pairs = [(prompt + ends, *replies) for prompt, *replies in random_pairs((4, 5, 7), (3, 3, 2))]
@@ -758,6 +757,26 @@ def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
     assert [json.loads(line)["step"] for line in (out / "eval_metrics.jsonl").read_text().splitlines()] == [2, 4]
 
 
+def test_a_window_splits_the_long_pairs_of_a_run(world, tmp_path, capfd):
+    """Mistral with a window of 40: as a window that never matters where pairs are short, and said in a line."""
+    pairs = [record(src=f"lamp {i}", response=[f"red {i}", f"ten {i} " * (12 * (i % 2) + 1)]) for i in range(6)]
+    write_records(tmp_path / "pairs" / "train.jsonl", pairs)
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = CONFIG | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 40}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    keys = {"model_name_or_path": str(tmp_path / "base"), "train_dataset_path": str(tmp_path / "pairs")}
+    run(keys_of(world, tmp_path / "out", **keys, max_seq_len=120, greedy_zero_padding=True))
+    printed = capfd.readouterr().out
+    assert "max_seq_len: 120: mistral has a sliding window, so pairs of more than 40 positions have their" in printed
+    assert rows(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    tokenizer = load_tokenizer(world / "base")
+    whole, parts = (data.PreferenceDataset(tmp_path / "pairs", tokenizer, 200, 50, share_within=n) for n in (200, 40))
+    assert (parts.lengths > whole.lengths).tolist() == (whole.lengths > 40).tolist() == [False, True] * 3
+    assert parts.lengths.tolist() == [len(parts.sample(i)[0]) for i in range(6)]
+    cut = data.PreferenceDataset(tmp_path / "pairs", tokenizer, 44, 50, share_within=40)
+    assert cut.lengths.max() <= 44 and len(cut) == 6
+
+
 def test_the_adapter_switched_off_is_the_base_model(world):
     """The reference of LoRA against another copy of the base, after the adapter has moved; the policy differs."""
     base, model = adapters.from_pretrained(world / "base"), adapters.from_pretrained(world / "base")
@@ -870,9 +889,9 @@ def pissa_adapter(world, keys):
     keys.update(lora=True, lora_rank=4, lora_path=str(world / "pissa"))
 
 
-def dynamic_rope(world, keys):
-    path = world / "base" / "config.json"
-    path.write_text(json.dumps(CONFIG | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}))
+def stretched_qwen(world, keys):
+    path, old = world / "base" / "config.json", tiny_models.CONFIGS["qwen_ntk"]
+    path.write_text(json.dumps(old))
     keys["max_seq_len"] = 600
 
 
@@ -927,7 +946,7 @@ BAD = {  # name: (change(world, keys), what the line says)
     "dora_alone": (put(dora=True), "dora needs lora: true"),
     "prefix_tuning": (put(prefix_tuning=True), "prefix_tuning: True: use finetune.py for fine-tuning"),
     "prefix_model": (prefix_model, "has a trained prefix"),
-    "dynamic_rope": (dynamic_rope, "max_seq_len: 600: llama has dynamic rope, .* at most 512"),
+    "stretched_qwen": (stretched_qwen, "max_seq_len: 600: qwen stretches its positions behind 8 only outside"),
     "best_by": (
         put(do_eval=True, evaluation_strategy="steps", save_strategy="steps", metric_for_best_model="ppl",
             load_best_model_at_end=True),
@@ -1004,8 +1023,6 @@ def test_demo_config_parses():
 
 def test_replies_end_with_the_table_of_positions():
     """A learned table has an end; a prompt longer than max_prompt_len is kept where its pair fits."""
-    import tiny_models
-
     model = tiny_models.build("gpt2").eval()
     limit = model.config.max_position_embeddings
     prompt = np.arange(limit - 3) % model.config.vocab_size
