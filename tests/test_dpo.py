@@ -859,6 +859,38 @@ def test_evaluation_alone_of_a_saved_adapter(world, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-5) and tree(tmp_path / "lora") == before
 
 
+TOPOLOGIES = {
+    "dp2": {},
+    "tp2": {"tensor_parallel_degree": 2},
+    "pp2": {"pipeline_parallel_degree": 2},
+    "sharding2": {"sharding": "stage2", "sharding_parallel_degree": 2},
+}
+OF_A_STEP = {  # losses that need numbers of all pairs of a step, and a reference that moves
+    "pairs": {"loss_type": ["kto_pair", "aot_unpaired", "aot", "sft"], "loss_weights": [1.0, 0.5, 0.5, 0.1]},
+    "moving": {"ref_model_update_steps": 1, "ref_model_mixup_alpha": 0.5, "ld_alpha": 0.5},
+    "kto": {"loss_type": "kto", "undesirable_weight": 1.5},
+    "kto_lora": {"loss_type": "kto", "lora": True, "lora_rank": 4},
+}
+
+
+@pytest.mark.parametrize("way, case", [(way, case) for case in OF_A_STEP for way in TOPOLOGIES])
+@pytest.mark.sweep(keep=2)
+def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, way, case):
+    """Each logged number of three steps of four micro-batches, and the evaluation, against one process."""
+    common = {"max_steps": 3, "do_eval": True, "max_seq_len": 300, "learning_rate": 1e-3, **OF_A_STEP[case]}
+    run(keys_of(world, tmp_path / "one", gradient_accumulation_steps=4, **common))
+    ranks = 2 if way in ("dp2", "sharding2") else 1
+    keys = keys_of(world, tmp_path / "two", gradient_accumulation_steps=4 // ranks, **common, **TOPOLOGIES[way])
+    (tmp_path / "two.json").write_text(json.dumps(keys))
+    two.run("jobs_parallel:script", "dpo", [str(tmp_path / "two.json")])
+    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        names = {"loss", "grad_norm", "kl", "sft_loss", "rewards/margins", "rewards/chosen", "logps/rejected"}
+        for name in names & set(one):
+            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=2e-6), name
+    results = [json.loads((tmp_path / name / "dev_results.json").read_text()) for name in ("one", "two")]
+    assert results[1] == pytest.approx(results[0], rel=2e-4, abs=2e-5)
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
