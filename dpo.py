@@ -39,11 +39,13 @@ from preference import (
     MovingReference,
     batch_loss,
     evaluate_pairs,
+    has_auxiliary_losses,
     model_inputs,
     pair_counts,
     precompute_reference_logps,
     prepare_step,
     reference_logps,
+    training_inputs,
 )
 from preference_data import UnpairedDataset, UnpairedLoader
 from preference_losses import LOSSES, UNPAIRED_LOSSES, Loss
@@ -84,6 +86,11 @@ class Args(LoraArgs):
     sync_ref_model: bool = False  # TRL's switch: ref_model_update_steps is ref_model_sync_steps
     ref_model_sync_steps: int = 512  # for sync_ref_model
     max_new_tokens: int = 128  # most tokens of the replies before and after
+    prefix_tuning: bool = False  # train a prefix of keys and values (arXiv 2101.00190); the reference has none
+    prefix_path: str | None = None  # continue from this prefix
+    num_prefix_tokens: int = 128
+    prefix_projection: bool = False  # an MLP computes the prefix while training
+    prefix_projection_hidden_size: int | None = None  # width of that MLP; None: the model's
 
     aliases = {"kto_chosen_weight": "desirable_weight", "kto_rejected_weight": "undesirable_weight"}  # LLaMA-Factory's
 
@@ -101,6 +108,10 @@ class Args(LoraArgs):
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
         if self.load_best_model_at_end and self.metric_for_best_model not in ("loss", "accuracy"):
             raise UserError(f"metric_for_best_model: {self.metric_for_best_model}; possible here are loss and accuracy")
+        if self.lora and self.prefix_tuning:
+            raise UserError("lora and prefix_tuning are both true; choose one")
+        if self.prefix_path and not self.prefix_tuning:
+            raise UserError("prefix_path needs prefix_tuning: true")
         return notes + self._check_loss() + self._check_reference()
 
     @property
@@ -186,8 +197,10 @@ class Args(LoraArgs):
         where = f"ref_model_update_steps: {self.ref_model_update_steps}"
         if self.reference_free:
             raise UserError(f"{where}: loss_type {self.loss_type} has no reference that could be updated")
-        if self.lora:
-            raise UserError(f"{where}: with LoRA the reference is the base model, which is not updated; set it to -1")
+        if trainer.trains_adapter(self):
+            raise UserError(
+                f"{where}: the reference of an adapter is the base model, which is not updated; set it to -1"
+            )
         if "stage3" in (self.sharding or ""):
             raise UserError(f"{where}: the reference is a whole model beside the policy; use sharding stage1 or stage2")
         if self.resume_from_checkpoint:
@@ -207,6 +220,16 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         raise UserError(f"{checkpoint or args.lora_path}: {kind} changes the base weights, the reference")
     for layer in lora_layers(model).values():
         layer.dropout = 0.0
+
+
+def check_lengths(model: CausalLM, args: Args) -> None:
+    """UserError if the model has too few positions, or no place for a prefix."""
+    prefix_tokens, reply_end = args.num_prefix_tokens * args.prefix_tuning, args.max_prompt_len + args.max_new_tokens
+    needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}
+    needed = {key: tokens + prefix_tokens for key, tokens in needed.items()}
+    trainer.check_positions(model, args.model_name_or_path, needed)
+    if prefix_tokens and model.distances_count:
+        raise UserError("prefix_tuning: a prefix of a model with ALiBi or windows stands before one sample, not a pair")
 
 
 def make_loader(args: Args, tokenizer: Tokenizer, split: str, share_within: float) -> PreferenceLoader:
@@ -254,9 +277,7 @@ def main(args: Args) -> None:
     trainer.set_recompute(model, args)
     trainer.check_trainable(model, args.model_name_or_path)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
-    reply_end = args.max_prompt_len + args.max_new_tokens
-    needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}
-    trainer.check_positions(model, args.model_name_or_path, needed)
+    check_lengths(model, args)
     dev_reference = before = moving = None
     if dev and not args.reference_free:
         dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha
@@ -278,7 +299,7 @@ def main(args: Args) -> None:
         before, reference = evaluate() if dev else None, None
         if args.ref_model_update_steps > 0:
             moving = MovingReference(args, topology)
-        elif not args.reference_free and (not args.lora or topology.pp.size > 1):  # else LoRA can be switched off
+        elif not args.reference_free and (not trainer.trains_adapter(args) or topology.pp.size > 1):
             start, per_epoch, ranks = time.perf_counter(), train.batches_per_epoch, topology.data_size
             steps = range(trainer.total_steps(args, per_epoch, ranks)[0])
             batches = [index for step in steps for index in trainer.micro_batches(step, args, per_epoch, ranks)]
@@ -286,11 +307,12 @@ def main(args: Args) -> None:
             known, unit = int((~np.isnan(reference[:, 0])).sum()), "replies" if args.is_unpaired else "pairs"
             print(f"reference: log-probabilities of {known:,} {unit} computed in {time.perf_counter() - start:.1f} s")
         setup_adapter(model, args, checkpoint)
-        names = UNPAIRED_METRICS if args.is_unpaired else METRICS
+        auxiliary = has_auxiliary_losses(model)
+        names = (*(UNPAIRED_METRICS if args.is_unpaired else METRICS), *(["aux_loss"] if auxiliary else []))
         run = trainer.setup_training(args, model, tokenizer, train, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
-        inputs = model_inputs  # what the model is called with
+        inputs = training_inputs if auxiliary else model_inputs  # what the model is called with
 
         def step_size(batches):
             """What the means are over: pairs, and tokens of chosen replies. First, what the step's losses need."""
@@ -302,7 +324,7 @@ def main(args: Args) -> None:
         def loss_of(losses, batch, size):
             """This micro-batch's part of the step's loss, from the model's losses (B, T)."""
             base = reference_logps(model, batch, reference, args)
-            part, metrics = batch_loss(losses, batch, base, size, args)
+            part, metrics = batch_loss(losses, batch, base, size, args, auxiliary)
             if not batch.get("is_dummy"):
                 log.add_metrics(metrics)
             return part
@@ -349,7 +371,7 @@ def main(args: Args) -> None:
             moving.follow(model, state.step)
         trainer.finish_training(run, model, args)
     else:
-        if args.lora_path:
+        if args.lora_path or args.prefix_path:
             setup_adapter(model, args)
             parallel.shard_adapters(model, topology)
         trainer.prepare_output_dir(args, topology)

@@ -22,6 +22,7 @@ import parallel
 import trainer
 from adapters import adapter_disabled
 from data import PreferenceLoader
+from formats.files import UserError
 from model import CausalLM
 from parallel import SINGLE, Topology
 from preference_losses import UNPAIRED_LOSSES
@@ -114,13 +115,29 @@ def unpaired_loss_and_metrics(
     return args.pref_loss_ratio * preference + args.sft_loss_ratio * sft, metrics
 
 
-def batch_loss(losses: Tensor, batch: dict, reference: Tensor, counts: tuple, args: object) -> tuple[Tensor, dict]:
-    """A batch's part of the loss and of the metrics, from the model's losses (B, T) and the reference's sums."""
+def batch_loss(
+    losses: Tensor, batch: dict, reference: Tensor, counts: tuple, args: object, auxiliary: bool = False
+) -> tuple[Tensor, dict[str, float]]:
+    """A batch's part of the loss and of the metrics, from the model's losses (B, T) and the reference's sums.
+
+    auxiliary: losses are those of training_inputs() of a model with auxiliary losses, which are added; "aux_loss".
+    """
     policy = sum_of_replies(losses, batch, args.ld_alpha)
     if args.is_unpaired:
-        return unpaired_loss_and_metrics(policy, reference, batch, counts, args)
-    sft = None if args.ld_alpha is None else sum_of_replies(losses, batch)[:, 0]
-    return loss_and_metrics(policy, reference, batch["reply_tokens"], counts, args, batch.get("of_step"), sft)
+        loss, metrics = unpaired_loss_and_metrics(policy, reference, batch, counts, args)
+    else:
+        sft = None if args.ld_alpha is None else sum_of_replies(losses, batch)[:, 0]
+        given = batch["reply_tokens"], counts, args, batch.get("of_step"), sft
+        loss, metrics = loss_and_metrics(policy, reference, *given)
+    if auxiliary:
+        apart = np.flatnonzero(batch["labels"] == -100)
+        if not len(apart):
+            raise UserError(
+                "a row has prompts of one token only, which leave no place for the model's auxiliary losses"
+            )
+        part = losses.flatten()[int(apart[0])] * (len(policy) / counts[0])
+        loss, metrics = loss + part.astype(loss.dtype), {**metrics, "aux_loss": float(part)}
+    return loss, metrics
 
 
 def step_values(policy: np.ndarray, reference: np.ndarray, args: object) -> dict[str, dict[str, np.ndarray]]:
@@ -157,6 +174,17 @@ def count_wins(values: np.ndarray) -> float:
 def model_inputs(batch: dict) -> dict:
     """What the model is called with to give -log p of the labels, without auxiliary losses."""
     return {**trainer.model_inputs(batch), "auxiliary_losses": False}
+
+
+def has_auxiliary_losses(model: CausalLM) -> bool:
+    """Whether training adds a balance of experts or a z-loss, see CausalLM.auxiliary_loss()."""
+    config = model.config
+    return bool(config.z_loss_weight or config.experts is not None and config.experts.aux_loss_coef)
+
+
+def training_inputs(batch: dict) -> dict:
+    """model_inputs() with auxiliary losses, which stand where no loss counts; see batch_loss()."""
+    return {**trainer.model_inputs(batch), "auxiliary_losses": "apart"}
 
 
 def reply_logps(model: CausalLM, batch: dict, ld_alpha: float | None = None) -> Tensor:

@@ -472,7 +472,6 @@ REFUSED_IN = {
         ("it limits a prompt with one reply; max_seq_len limits a row, so a prompt with both replies: twice the number "
          "holds every such pair", "max_length total_max_length block_size"),
         ("set lora_rank", "rank"),
-        ("dpo.py trains all weights or LoRA", "prefix_path"),
         ("the model's config.json defines it", "num_hidden_layers")]),
     "quantize": _table([
         ("give records or a corpus as dataset_name_or_path", f"input_dir dev_dataset_path {_LISTS}"),

@@ -757,6 +757,51 @@ def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
     assert [json.loads(line)["step"] for line in (out / "eval_metrics.jsonl").read_text().splitlines()] == [2, 4]
 
 
+def test_the_balance_of_experts_is_added(tmp_path):
+    """Mixtral: the gradient is that of the preference loss plus the balance of the row, and replies stay -log p."""
+    model, args = tiny_models.build("mixtral"), dpo.Args(beta=0.3, reference_free=True)
+    batch = collated(random_pairs((6, 5, 9), (4, 7, 3)), [[0, 1]], 40)
+    model.train()
+    plain = preference.reply_logps(model, batch)
+    no_reference, counts = paddle.zeros_like(plain), preference.pair_counts([batch])
+    loss, _ = preference.loss_and_metrics(plain, no_reference, batch["reply_tokens"], counts, args)
+    labelled = model(**{**preference.model_inputs(batch), "auxiliary_losses": True})
+    auxiliary = (labelled - model(**preference.model_inputs(batch))).flatten()[int(np.argmax(batch["labels"] >= 0))]
+    assert preference.has_auxiliary_losses(model) and float(auxiliary) > 1e-3
+    (loss + auxiliary.astype(loss.dtype)).backward()
+    expected = gradients(model)
+    losses = model(**preference.training_inputs(batch))
+    both, figures = preference.batch_loss(losses, batch, no_reference, counts, args, auxiliary=True)
+    both.backward()
+    assert figures["aux_loss"] == pytest.approx(float(auxiliary), rel=1e-5)
+    assert np.abs(preference.sum_of_replies(losses, batch).numpy() - plain.numpy()).max() < 1e-6
+    found = gradients(model)
+    for name in expected:
+        assert np.abs(found[name] - expected[name]).max() < 1e-5 * max(1, np.abs(expected[name]).max()), name
+
+
+def test_a_prefix_learns_its_pairs(world, tmp_path):
+    """The reference is the model without a prefix; resuming is bit for bit."""
+    keys = {"prefix_tuning": True, "num_prefix_tokens": 4, "learning_rate": 0.05, "per_device_train_batch_size": 20}
+    run(keys_of(world, tmp_path / "whole", **keys))
+    found = rows(tmp_path / "whole")
+    assert found[-1]["loss"] < found[0]["loss"] - 0.02
+    tuned = adapters.load_adapter(adapters.from_pretrained(world / "base"), tmp_path / "whole")
+    pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(world / "base"), 400, 96)
+    batch = data.PreferenceLoader(pairs, 2, 400).batch(0, 0)
+    reference = preference.reference_logps(tuned, batch, None, dpo.Args(prefix_tuning=True)).numpy()
+    base = preference.reply_logps(adapters.from_pretrained(world / "base"), batch).numpy()
+    assert reference.tobytes() == base.tobytes()
+    packed = preference.reply_logps(tuned, batch).numpy()
+    for number, i in enumerate(np.concatenate(batch["sample_ids"])[:2]):
+        prompt, *replies = pairs.pair(i)
+        for side, reply in enumerate(replies):
+            ids, labels, *_ = data.reply_sample(prompt, reply)
+            ids, labels = (paddle.to_tensor(array[None].astype("int64")) for array in (ids, labels))
+            alone = -float(tuned(ids, labels=labels).sum())
+            assert packed[number, side] == pytest.approx(alone, abs=1e-4)
+
+
 def test_a_window_splits_the_long_pairs_of_a_run(world, tmp_path, capfd):
     """Mistral with a window of 40: as a window that never matters where pairs are short, and said in a line."""
     pairs = [record(src=f"lamp {i}", response=[f"red {i}", f"ten {i} " * (12 * (i % 2) + 1)]) for i in range(6)]
@@ -968,7 +1013,7 @@ BAD = {  # name: (change(world, keys), what the line says)
     "smoothing": (put(label_smoothing=0.5), "label_smoothing: 0.5; it must be at least 0 and below 0.5"),
     "smoothing_of_hinge": (put(label_smoothing=0.1, loss_type="hinge"), "label_smoothing: loss_type hinge has none"),
     "nothing_to_learn": (put(pref_loss_ratio=0), "pref_loss_ratio and sft_loss_ratio are both 0"),
-    "updated_reference": (put(ref_model_update_steps=10, lora=True), "ref_model_update_steps: 10: with LoRA the ref"),
+    "updated_reference": (put(ref_model_update_steps=10, lora=True), "ref_model_update_steps: 10: the reference of an"),
     "pissa": (put(lora=True, pissa=True), "pissa: True: only finetune.py trains PiSSA: it changes the base weights"),
     "pissa_adapter": (pissa_adapter, "pissa: a PiSSA adapter changes the base weights"),
     "adapter_rank": (
@@ -976,7 +1021,7 @@ BAD = {  # name: (change(world, keys), what the line says)
         "holds LoRA of rank 4, but the arguments ask for LoRA of rank 8",
     ),
     "dora_alone": (put(dora=True), "dora needs lora: true"),
-    "prefix_tuning": (put(prefix_tuning=True), "prefix_tuning: True: use finetune.py for fine-tuning"),
+    "prefix_and_lora": (put(prefix_tuning=True, lora=True), "lora and prefix_tuning are both true; choose one"),
     "prefix_model": (prefix_model, "has a trained prefix"),
     "stretched_qwen": (stretched_qwen, "max_seq_len: 600: qwen stretches its positions behind 8 only outside"),
     "best_by": (
@@ -1047,8 +1092,9 @@ def test_upstream_config(name, world, tmp_path, capfd):
     assert len(losses(tmp_path / "out")) == 2 and "a key of" not in capfd.readouterr().out
 
 
-def test_demo_config_parses():
-    args = parse_args(dpo.Args, [str(ROOT / "configs" / "llama_dpo.json")])
+@pytest.mark.parametrize("name", ["llama_dpo", "llama_kto"])
+def test_demo_config_parses(name):
+    args = parse_args(dpo.Args, [str(ROOT / "configs" / f"{name}.json")])
     assert args.do_train and args.lora and args.model_name_or_path == "checkpoints/llama_lora"
     assert (ROOT / args.train_dataset_path).is_file() and (ROOT / args.dev_dataset_path).is_file()
 
