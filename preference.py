@@ -207,7 +207,7 @@ def sum_of_replies(losses: Tensor, batch: dict, ld_alpha: float | None = None) -
         begins = np.concatenate([[0], np.cumsum(tokens.ravel())[:-1]])  # replies lie one after another, in order
         is_tail = np.arange(len(replies)) - begins[replies] >= np.repeat(tokens.min(1), 2)[replies]
         losses = losses * paddle.to_tensor(np.where(is_tail, ld_alpha, 1.0))
-    return -paddle.geometric.segment_sum(losses, paddle.to_tensor(replies)).reshape(list(batch["reply_tokens"].shape))
+    return -paddle.geometric.segment_sum(losses, paddle.to_tensor(replies)).reshape([-1, 1 if "column" in batch else 2])
 
 
 # =========================================================================================================== reference
