@@ -377,7 +377,7 @@ def evaluate_pairs(
         return losses, sum_of_replies(losses, item[0], args.ld_alpha)
 
     kl = mismatched_kl(model, items(), precomputed, args, topology) if args.is_unpaired else 0.0
-    names = ("reply_ids", "reply_tokens", "desirable")
+    names = ("reply_ids", "reply_tokens", "desirable", "column")
     parts, logps = [], [np.zeros((0, 4))]  # (losses, batch, reference) of each batch
     with trainer.eval_mode(model):
         for (batch, is_real), (losses, policy) in parallel.pipelined_map(model, items(), inputs, outputs):
