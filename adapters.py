@@ -29,6 +29,7 @@ from paddle import nn
 
 from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, _json_object, atomic_file
+from formats.gguf_folder import open_folder
 from formats.peft import LoraConfig
 from formats.tensor_files import read_safetensors, safetensors_metadata, write_safetensors
 from formats.tokenizer import MODEL_FILES as TOKENIZER_FILES
@@ -73,21 +74,24 @@ def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
 
 
 def base_folders(path: str | Path) -> list[Path]:
-    """A model's folder -> [it]; an adapter's -> [it, the base that it names, …, down to a model's folder]."""
-    folders = [Path(path)]
+    """A model's folder -> [it]; an adapter's -> [it, the base that it names, …, down to a model's folder].
+
+    A GGUF file, or a folder with one, stands as the folder that formats/gguf_folder.py makes of it.
+    """
+    folders = [open_folder(path)]
     while not (folders[-1] / "config.json").is_file():
         files = [folders[-1] / name for name in ("adapter_config.json", "lora_config.json")]  # peft's, PaddleNLP's
         if (file := next(filter(Path.is_file, files), None)) is None:
             break
         base = _json_object(file).get("base_model_name_or_path")
-        if not isinstance(base, str) or not Path(base).is_dir():
+        if not isinstance(base, str) or not open_folder(base).is_dir():
             raise UserError(
                 f"{file}: base_model_name_or_path: {base!r} is not a folder on this disk; write the base model's "
                 "folder there, or give it as model_name_or_path and this adapter as lora_path"
             )
         if Path(base).resolve() in [folder.resolve() for folder in folders]:
             raise UserError(f"{file}: base_model_name_or_path: {base!r} is built on this adapter itself")
-        folders.append(Path(base))
+        folders.append(open_folder(base))
     return folders
 
 

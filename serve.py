@@ -37,6 +37,7 @@ from arguments import ScriptArgs
 from data import conversation_prompt
 from formats.chat import load_chat_template
 from formats.files import UserError, parse_json_line
+from formats.gguf_folder import open_folder
 from formats.record_files import RecordOptions, RecordReader, with_reply
 from formats.records import Conversation, located, parse_prompt
 from formats.tokenizer import Tokenizer, load_tokenizer
@@ -168,7 +169,7 @@ def adapter_paths(lora_path: str | None) -> dict[str, str]:
 
 def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
-    if not path.is_dir():
+    if not open_folder(path).is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:

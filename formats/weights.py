@@ -25,6 +25,7 @@ import paddle
 
 from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, atomic_file
+from formats.gguf import huggingface_tensors
 from formats.tensor_files import (
     BinFile,
     LazyTensor,
@@ -235,7 +236,7 @@ def init_weights(model: CausalLM, seed: int) -> None:
 MASTER_WEIGHTS = "master_weights.safetensors"  # float32 weights beside, or in place of, those in bfloat16
 
 
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTER_WEIGHTS)
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTER_WEIGHTS, "model.gguf")
 
 
 class IndexedTensor:
@@ -312,6 +313,8 @@ def _files_of_index(index: Path) -> list[str]:
 def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".pdparams":
         return read_pdparams(path)
+    if path.suffix == ".gguf":
+        return {name: StoredTensor(*tensor) for name, tensor in huggingface_tensors(path).items()}
     if path.suffix == ".bin":
         file = BinFile(path)
         return {
