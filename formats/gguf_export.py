@@ -18,7 +18,7 @@ from formats.bpe import GPT2_WORDS, SPACE
 from formats.chat import JinjaTemplate
 from formats.chat_formats import JINJA_FILE
 from formats.files import UserError, atomic_file, read_json
-from formats.gguf import _GLOBAL, ARCHITECTURES, permute, write_gguf
+from formats.gguf import _GLOBAL, ARCHITECTURES, Architecture, permute, write_gguf
 from formats.gguf_blocks import block_size, decode, encode
 from formats.gguf_folder import (
     BYTE,
@@ -50,7 +50,7 @@ FAMILIES = {  # ours: key of ARCHITECTURES
 # ======================================================================================================= tensors
 
 
-def gguf_name(name: str, row) -> str | None:
+def gguf_name(name: str, row: Architecture) -> str | None:
     """Hugging Face's name of a weight -> llama.cpp's, "{e}" dropped; None: there is no place for it."""
     stem, _, kind = name.rpartition(".")
     if match := re.fullmatch(r"model\.layers\.(\d+)\.(.*)", stem):

@@ -117,6 +117,8 @@ def _family_keys(model_type: str, file: GGUFFile, values: dict) -> dict:
     result = {}
     if model_type in ("llama", "qwen3", "qwen3_moe"):
         result["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if model_type == "llama":
+        result["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     if model_type.startswith("gemma"):
         result["hidden_act"] = result["hidden_activation"] = "gelu_pytorch_tanh"
     if model_type == "gemma2":

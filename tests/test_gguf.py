@@ -25,8 +25,13 @@ from formats.tokenizer import load_tokenizer
 
 GOLDEN = ROOT / "tests" / "golden" / "gguf_blocks.npz"
 IDS = np.random.default_rng(0).integers(3, 3000, (2, 11))
-FAMILIES = "llama_llama3 llama_bias_tied mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2".split()
-CHANGES = {"llama_bias_tied": {"mlp_bias": True}, "gemma2": {"query_pre_attn_scalar": 10}}
+FAMILIES = "llama_llama3 llama_bias_tied mistral_full mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2".split()
+SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}
+CHANGES = {
+    "qwen2_moe": SPARSE | {"norm_topk_prob": False},
+    "qwen3_moe": SPARSE | {"norm_topk_prob": True},
+    "gemma2": {"query_pre_attn_scalar": 10},
+}
 
 
 def logits(path):
