@@ -45,6 +45,7 @@ from formats.weights import (
 )
 from layers import Embedding, Linear, set_parameter
 from lora import LoRAEmbedding, LoRALinear, TrainedTokens
+from low_bit import ALGORITHMS, LowBit, round_base
 from model import CausalLM, block_linears, build, linear_paths
 from vocabulary import (
     embedding_layers,
@@ -68,9 +69,25 @@ def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
     model = build(read_config(base), dtype)
     load_weights(model, base)
     for adapter in reversed(adapters):
+        round_as_trained(model, adapter)
         merge(load_adapter(model, adapter))
     model.eval()
     return model
+
+
+def round_as_trained(model: CausalLM, adapter: str | Path) -> None:
+    """Round a float base as it was while this adapter was trained on it (weight_quantize_algo), before it is merged."""
+    file = Path(adapter) / "adapter_config.json"
+    saved = _json_object(file).get("base_quantization") if file.is_file() else None
+    if saved is None or model.config.quantization is not None:
+        return
+    try:
+        low_bit = LowBit(**saved)
+    except TypeError:
+        raise UserError(f"{file}: base_quantization = {json.dumps(saved)} is not what finetune.py writes") from None
+    if low_bit.algo not in ALGORITHMS:
+        raise UserError(f"{file}: base_quantization: algo {low_bit.algo!r}; possible are {', '.join(ALGORITHMS)}")
+    round_base(block_linears(model), low_bit)
 
 
 def base_folders(path: str | Path) -> list[Path]:
@@ -552,6 +569,8 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
         "init_lora_weights": True,
         **model.lora_config,
     }
+    if (rounded := getattr(model, "base_quantization", None)) is not None:
+        config["base_quantization"] = rounded
     if model.score is not None:
         config["task_type"] = "SEQ_CLS"
     layers = lora_layers(model)

@@ -319,7 +319,7 @@ def main(args: Args) -> None:
     dev = make_loader(args, tokenizer, "dev") if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
-    model = parallel.from_pretrained(args.model_name_or_path, topology)
+    model = parallel.from_pretrained(args.model_name_or_path, topology, low_bit=parallel.LowBit.of(args))
     trainer.set_recompute(model, args)
     trainer.check_shared_prompts(model, args.model_name_or_path, "max_seq_len", args.max_seq_len)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)

@@ -36,6 +36,7 @@ from formats.tensor_files import (
     write_safetensors,
 )
 from formats.weight_names import IGNORED_WEIGHTS, name_table
+from low_bit import LowBitLinear
 from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, set_parameter
 from positions import rope_frequencies
 
@@ -177,6 +178,8 @@ def stored_bytes(shape: list[int], dtype: str) -> int:
 def named_weights(model: CausalLM, rows: Iterable | None = None) -> list[Weight]:
     """Weights of the base model (no adapters, no prefix), in the order of its family's name table, or of `rows`."""
     parameters = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
+    rounded = [(name, layer) for name, layer in model.named_sublayers() if isinstance(layer, LowBitLinear)]
+    parameters |= {f"{name.removesuffix('.base')}.weight": layer.weight for name, layer in rounded}
     weights = []
     for path, name, transposed in (*weight_names(model.config, rows), ("score.weight", "score.weight", True)):
         if (parameter := parameters.get(path)) is not None:
