@@ -72,13 +72,11 @@ class LowBit:
 
 @functools.cache
 def _nearest(algo: str) -> tuple[np.ndarray, np.ndarray]:
-    """Midpoints between the sorted values of a table, and their codes in that order."""
+    """Midpoints between the sorted values of a table, and their codes in that order. -0 of fp4 is not used."""
     table = TABLES[algo]
     codes = np.argsort(table, kind="stable").astype(np.uint8)
-    if algo == "fp4":
-        codes = codes[codes != 8]  # -0 is 0
-    values = table[codes]
-    return (values[1:] + values[:-1]) / 2, codes
+    codes = codes[codes != 8] if algo == "fp4" else codes
+    return (table[codes[1:]] + table[codes[:-1]]) / 2, codes
 
 
 @functools.cache
