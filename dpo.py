@@ -273,7 +273,7 @@ def main(args: Args) -> None:
     dev = make_loader(args, tokenizer, "dev", share_within) if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
-    model = parallel.from_pretrained(args.model_name_or_path, topology)
+    model = parallel.from_pretrained(args.model_name_or_path, topology, low_bit=parallel.LowBit.of(args))
     trainer.set_recompute(model, args)
     trainer.check_trainable(model, args.model_name_or_path)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)

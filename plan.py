@@ -17,6 +17,7 @@ from distributed.pipeline import partition_layers, pipeline_schedule
 from distributed.sharding import unit_of
 from families import ModelConfig
 from formats.files import UserError
+from formats.gguf_folder import open_folder
 from formats.weights import named_weights
 from layers import linear_row
 from model import CausalLM, block_linears, build
@@ -74,7 +75,7 @@ def missing_model_message(key: str, path: str) -> str:
 def model_config(path: str) -> ModelConfig:
     """ModelConfig of a folder, or of a preset."""
     if Path(path).exists() or (item := find_preset(path)) is None:
-        return ModelConfig.from_json(path)
+        return ModelConfig.from_json(open_folder(path))
     return ModelConfig.from_dict(dict(item[1]["config"]), f"{CATALOGUE.name}: {item[0]}")
 
 

@@ -56,6 +56,8 @@ class Args(LoraArgs):
     aliases = {"regularization": "center_rewards_coefficient"}  # PaddleNLP's
 
     def check(self) -> list[str]:
+        if self.weight_quantize_algo:
+            raise UserError("weight_quantize_algo: reward.py keeps its base in float; finetune.py and dpo.py round it")
         notes = super().check()
         self.dev_dataset_path = RecordOptions.of(self).dev_path(self.train_dataset_path, self.dev_dataset_path)
         needed = {"model_name_or_path": True, "train_dataset_path": self.do_train, "dev_dataset_path": self.do_eval}

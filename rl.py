@@ -335,7 +335,7 @@ def main(args: Args) -> None:
     dev = rollouts.make_prompts(args, tokenizer, "dev", toolbox) if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
-    model = parallel.from_pretrained(args.model_name_or_path, topology)
+    model = parallel.from_pretrained(args.model_name_or_path, topology, low_bit=parallel.LowBit.of(args))
     trainer.set_recompute(model, args)
     key, longest = "max_src_len + max_dec_len", max(d.longest for d in (train, dev) if d) + args.max_dec_len
     trainer.check_shared_prompts(model, args.model_name_or_path, key, longest, ("alibi", "rope_2d"))

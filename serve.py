@@ -30,6 +30,7 @@ from adapters import base_folders, from_pretrained, load_adapter, tokenizer_fold
 from arguments import ScriptArgs
 from formats.chat import load_chat_template
 from formats.files import UserError
+from formats.gguf_folder import open_folder
 from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
@@ -191,7 +192,7 @@ def check_names(names: list[str], adapters: dict) -> None:
 
 def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
-    if not path.is_dir():
+    if not open_folder(path).is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:

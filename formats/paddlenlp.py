@@ -206,7 +206,7 @@ IGNORED = _table([
     ("experts have no capacity limit", "expert_max_capacity expert_min_capacity"),
     ("it belongs to an adapter that is not supported", """
         vera_rank lokr_dim layers position intervention_type rank act_fn add_bias dropout"""),
-    ("it belongs to 4-bit LoRA, which is not supported", """
+    ("it belongs to weight_quantize_algo of finetune.py", """
         qlora_weight_blocksize qlora_weight_double_quant qlora_weight_double_quant_block_size"""),
     ("it belongs to use_long_sequence_strategies or use_ssa, which are not supported", """
         strategy_type strategy_name ssa_group_size_ratio"""),
@@ -319,8 +319,8 @@ IGNORED = _table([
 REFUSED = _table([
     ("this adapter is not supported; use lora (with rslora, lora_plus_scale, pissa or dora) or prefix_tuning", """
         vera lokr lokr_path reft use_mora lora_use_mixer"""),
-    ("training on quantized weights (QLoRA) is not supported yet", """
-        weight_quantize_algo load_in_4bit load_in_8bit quantization_bit"""),
+    ("only LoRA trains on quantized weights (QLoRA): finetune.py, dpo.py and rl.py have it", "weight_quantize_algo"),
+    ("QLoRA: give weight_quantize_algo: nf4 or weight_only_int8", "load_in_4bit load_in_8bit quantization_bit"),
     ("rope_scaling in the model's config.json scales positions", """
         use_long_sequence_strategies rope_scaling_factor use_pose_convert"""),
     ("shifted sparse attention (LongLoRA) is not supported; attention is exact and its memory linear", "use_ssa"),
