@@ -38,7 +38,7 @@ from formats.paddlenlp import (
 )
 from formats.record_files import parse_sources, record_files
 from parallel import Degrees
-from plan import missing_model_message
+from presets import missing_model_message
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall", "reward")

@@ -53,9 +53,9 @@ from formats.quantized_moments import quantized_moments
 from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import SaveEntry, SaveSource
 from logger import Log, find_writers, format_metrics, measure_matmul_peak, peak_memory  # noqa: F401, for scripts
+from memory_model import dry_run
 from model import CausalLM, generate
 from parallel import SINGLE, Topology, pipelined_map, shard_adapters
-from plan import dry_run
 from vocabulary import check_vocabulary as check_vocabulary  # for the scripts
 
 Loader = SFTLoader | CorpusLoader  # .batches_per_epoch, .batch(epoch, index) -> the dict described in data.py
