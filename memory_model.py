@@ -15,7 +15,7 @@ import functools
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kernels import cpu, gpu, reference
 
@@ -155,7 +155,17 @@ def _memory_lines(args, memory, degrees):
         f"memory of the fullest rank in {unit} (1e{9 if size == 1e9 else 6} bytes): {degrees}; {kind}; "
         f"{args.per_device_train_batch_size} x {memory.T:,} tokens a micro-batch"
     ]
-    return lines + [f"  {name:<34}{value / size:>14,.3f}" for name, value in rows.items()]
+    return lines + [f"  {name:<40}{value / size:>14,.3f}" for name, value in rows.items()]
+
+
+class Stage(NamedTuple):
+    """What a rank of the pipeline holds."""
+
+    rank: int
+    layers: list[int]
+    kinds: collections.Counter  # {kind: how many of its layers}
+    chunks: tuple[tuple, ...]  # (kind, whether it keeps its activations) of each layer of each chunk
+    counts: list[collections.Counter]  # the same, counted
 
 
 class MemoryModel:
@@ -233,15 +243,22 @@ class MemoryModel:
 
     # ------------------------------------------------------------------------------------------------- the ranks
 
-    def stages(self, degrees: Degrees) -> list[tuple[int, list[range]]]:
-        """[(rank of the pipeline, layers of each of its chunks)]: one of the ranks that hold the same, the first one,
-        which has the most micro-batches in flight; and the last rank."""
+    def stages(self, degrees: Degrees) -> list["Stage"]:
+        """One of the ranks of the pipeline that hold the same, the first one, which has the most micro-batches in
+        flight; and the last rank."""
+        return self.cached(("stages", degrees.pp, degrees.virtual), lambda: self._make_stages(degrees))
+
+    def _make_stages(self, degrees):
         stages = partition_layers(self.config.num_hidden_layers, degrees.pp * degrees.virtual)
         kept, found = frozenset(self.args.no_recompute_layers or ()), {}
         for rank in range(degrees.pp):
             chunks = stages[rank :: degrees.pp]
             what = tuple(tuple((self.kinds[i], i in kept) for i in chunk) for chunk in chunks)
-            found.setdefault((what, rank == 0, rank == degrees.pp - 1), (rank, chunks))
+            key = what, rank == 0, rank == degrees.pp - 1
+            if key not in found:
+                layers = [i for chunk in chunks for i in chunk]
+                kinds = collections.Counter(self.kinds[i] for i in layers)
+                found[key] = Stage(rank, layers, kinds, what, [collections.Counter(chunk) for chunk in what])
         return list(found.values())
 
     def fullest(self, degrees: Degrees, batch_size: int, accumulation: int, recompute: bool | None = None) -> dict:
@@ -254,27 +271,25 @@ class MemoryModel:
         kinds, first, last, unit = self._elements(degrees)
         adapter, ranks = self._adapter_elements(degrees) if self.is_adapter else None, []
         tokens = batch_size * self.T / degrees.sep
-        for rank, chunks in self.stages(degrees):
+        for stage in self.stages(degrees):
+            rank, counts = stage.rank, stage.kinds
             is_first, is_last = rank == 0, rank == degrees.pp - 1
-            layers = [i for chunk in chunks for i in chunk]
-            counts = collections.Counter(self.kinds[i] for i in layers)
             elements = sum(n * kinds[kind] for kind, n in counts.items()) + is_first * first + is_last * last
             trained = None
             if adapter is not None:
-                trained = adapter[layers].sum(0) + adapter[-1]
+                trained = adapter[stage.layers].sum(0) + adapter[-1]
             rows = self._state_bytes(degrees, elements, trained)
             rows |= self._transient_bytes(degrees, unit, tokens, is_last)
-            temporary = max(_activations(self.blocks[kind], self.config, degrees, ("mlp.",)) for kind in counts)
+            temporary = max(self._mlp_activations(kind, degrees) for kind in counts)
             rows["gradients of activations"] = temporary * tokens * FLOAT32
-            flights = in_flight(degrees.pp, degrees.virtual, accumulation, rank)
-            without, kept, recomputed = self._activation_elements(degrees, rank, chunks, flights, granularity)
+            without, kept, recomputed = self._activation_elements(degrees, stage, accumulation, granularity)
             head = self._normalized_head(degrees) if is_last else 0.0
-            for mode, per_token in zip(
-                MODES, (kept + recomputed if degrees.stage == 3 else without, kept + recomputed)
-            ):
+            with_recompute = kept + recomputed
+            without = with_recompute if degrees.stage == 3 else without
+            for mode, per_token in zip(MODES, (without, with_recompute)):
                 rows[f"activations {mode}"] = float((per_token * tokens + head) * FLOAT32)
             rows["of these recomputed"] = float(recomputed * tokens * FLOAT32)
-            self._add_half_weights(rows, degrees, kinds, counts, flights)
+            self._add_half_weights(rows, degrees, kinds, stage, accumulation)
             for mode in MODES:
                 rows[f"in all {mode}"] = self._peak(rows, degrees, mode, accumulation)
             ranks.append(rows)
@@ -344,14 +359,15 @@ class MemoryModel:
             return 0.0
         return math.prod(self.model.lm_head.weight.shape) / degrees.tp_shards("lm_head.weight", self.config)
 
-    def _add_half_weights(self, rows, degrees, kinds, counts, flights):
+    def _add_half_weights(self, rows, degrees, kinds, stage, accumulation):
         """bf16 on an accelerator: each product keeps a bfloat16 copy of its trained weight until its backward."""
         if not self.args.bf16 or self.on_cpu or self.is_adapter:
             return
-        largest = max(kinds[kind][2] for kind in counts) * BFLOAT16
-        of_rank = sum(n * kinds[kind][2] for kind, n in counts.items()) * BFLOAT16
-        in_flight = flights.sum(1).max() / flights.shape[1]  # micro-batches whose backward is to come
-        for mode, size in zip(MODES, (largest if degrees.stage == 3 else of_rank * in_flight, largest)):
+        largest = max(kinds[kind][2] for kind in stage.kinds) * BFLOAT16
+        of_rank = sum(n * kinds[kind][2] for kind, n in stage.kinds.items()) * BFLOAT16
+        flights = in_flight(degrees.pp, degrees.virtual, accumulation, stage.rank)
+        waiting = flights.sum(1).max() / degrees.virtual  # micro-batches whose backward is to come
+        for mode, size in zip(MODES, (largest if degrees.stage == 3 else of_rank * waiting, largest)):
             rows[f"half-precision weights {mode}"] = float(size)
 
     def _peak(self, rows, degrees, mode, accumulation):
@@ -367,41 +383,50 @@ class MemoryModel:
 
     # ------------------------------------------------------------------------------------------------- activations
 
-    def _activation_elements(self, degrees, rank, chunks, flights, granularity):
+    def _activation_elements(self, degrees, stage, accumulation, granularity):
         """Most elements per token that a pipeline rank keeps: (without recompute, with it, of the block at work).
 
         A chunk keeps the activations of all micro-batches that are between their forward and their backward. With
         recompute, one block at a time is recomputed on top of what all blocks keep.
         """
+        shape = (degrees.pp, degrees.virtual, accumulation, stage.rank)
+        key = ("activations", shape, degrees.tp, degrees.ep, degrees.sequence_parallel, granularity, degrees.stage == 3)
+        make = functools.partial(self._count_activations, degrees, stage, in_flight(*shape), granularity)
+        return self.cached(key, make)
+
+    def _count_activations(self, degrees, stage, flights, granularity):
         without, with_recompute, recomputed = [], [], 0.0
         width = self.config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1)
-        for chunk, layers in enumerate(chunks):
-            is_first, is_last = rank == chunk == 0, (rank, chunk) == (degrees.pp - 1, degrees.virtual - 1)
-            split = [self.block_activations(i, degrees, granularity) for i in layers]
+        for chunk, (layers, counts) in enumerate(zip(stage.chunks, stage.counts)):
+            is_first = stage.rank == chunk == 0
+            is_last = (stage.rank, chunk) == (degrees.pp - 1, degrees.virtual - 1)
+            split = {layer: self.block_activations(*layer, degrees, granularity) for layer in counts}
             ends = (is_first + is_last) * width  # the first block's input; the final norm's output
-            without.append(sum(total for total, _, _ in split) + ends)
+            without.append(sum(n * split[layer][0] for layer, n in counts.items()) + ends)
             # A block that is recomputed in full counts its input, any other block its output.
-            inputs = [left == width for _, left, _ in split]
-            ends += width * (is_last * inputs[-1] - is_first * inputs[0])
-            with_recompute.append(sum(left for _, left, _ in split) + ends)
-            recomputed = max(recomputed, *(part for _, _, part in split))
+            ends += width * (is_last * (split[layers[-1]][1] == width) - is_first * (split[layers[0]][1] == width))
+            with_recompute.append(sum(n * split[layer][1] for layer, n in counts.items()) + ends)
+            recomputed = max(recomputed, *(part for _, _, part in split.values()))
         return (flights @ without).max(), (flights @ with_recompute).max(), recomputed
 
-    def block_activations(self, layer: int, degrees: Degrees, granularity: str | None = None) -> tuple:
-        """Elements per token of a block on a rank: (kept without recompute, kept with it, recomputed)."""
-        granularity = granularity or self.args.recompute_granularity
-        if degrees.stage == 3:
-            granularity = "full"
-        is_kept = layer in (self.args.no_recompute_layers or ())
-        key = ("block", self.kinds[layer], is_kept, granularity, degrees.tp, degrees.sequence_parallel)
-        block = self.blocks[self.kinds[layer]]
+    def block_activations(self, kind: int, is_kept: bool, degrees: Degrees, granularity: str | None = None) -> tuple:
+        """Elements per token of a block on a rank: (kept without recompute, kept with it, recomputed).
+
+        is_kept: it is one of no_recompute_layers.
+        """
+        granularity = "full" if degrees.stage == 3 else granularity or self.args.recompute_granularity
+        key = ("block", kind, is_kept, granularity, degrees.tp, degrees.ep, degrees.sequence_parallel)
 
         def make():
-            kept = (0.0, 0.0) if is_kept else _recomputed(granularity, block, self.config, degrees)
-            total = _activations(block, self.config, degrees)
-            return (total, total, 0.0) if is_kept else (total, *kept)
+            total = _activations(self.blocks[kind], self.config, degrees)
+            split = (total, 0.0) if is_kept else _recomputed(granularity, self.blocks[kind], self.config, degrees)
+            return total, *split
 
         return self.cached(key, make)
+
+    def _mlp_activations(self, kind, degrees):
+        key = ("mlp", kind, degrees.tp, degrees.ep, degrees.sequence_parallel)
+        return self.cached(key, lambda: _activations(self.blocks[kind], self.config, degrees, ("mlp.",)))
 
 
 def _sharding_key(degrees):

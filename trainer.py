@@ -31,6 +31,7 @@ import paddle
 from adapters import base_folders, cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
 from adapters import setup_adapter as setup_adapter  # for the scripts
 from arguments import ScriptArgs, TrainingArgs, parse_args
+from auto_parallel import take_first_plan
 from checkpoint import (
     CheckpointManager,
     TrainState,
@@ -84,6 +85,8 @@ def run_script(main: Callable, Args: type, argv: list[str] | None = None) -> Non
         else:
             args.check_model()
             _choose_device(args)
+            if getattr(args, "auto_parallel", False):
+                print(take_first_plan(args, together), flush=True)
             main(args)
         if together is not None:
             together.shutdown()
