@@ -11,7 +11,7 @@ Formulas and where they come from:
     other ops                  kept activations written and read: 2 passes forward, 4 backward, over the bandwidth
     recompute                  full: a block's forward again; core_attn: attention; full_attn: with its linears
     all-reduce of S bytes      2 ⌈log2 n⌉ α + 2 (n-1)/n S/β            (alpha-beta: Thakur et al., IJHPCA 2005)
-    all-gather, reduce-scatter   ⌈log2 n⌉ α +   (n-1)/n S/β
+    all-gather, reduce-scatter   Σ α of a ring + (n-1)/n S/β           (NCCL has trees for all-reduce only)
     all-to-all                   (n-1) α +      (n-1)/n S/β
     message to a neighbor        α + S/β
     tensor parallelism         2 all-reduces a block forward, 2 backward (arXiv 1909.08053); with sequence parallelism
@@ -48,6 +48,9 @@ from parallel import Degrees, Topology
 # Published figures of a GPU by its dense bfloat16 TFLOP/s: bytes/s of its memory, of NVLink in one direction.
 GPUS = {125: (0.9e12, 150e9), 312: (2.0e12, 300e9), 990: (3.35e12, 450e9), 2250: (8.0e12, 900e9)}
 ADAMW_BYTES = 28  # of an element: weight, gradient and two moments are read, all but the gradient written
+FLOAT32_SHARE = 16  # a GPU's bfloat16 FLOP/s over its float32 ones
+SCORE_PASSES = 6  # over scores in memory by attention that is not fused: written, mask, softmax (2), product, kept
+LINKS = 0.8  # of a link's published rate that collectives reach
 HIDDEN = 0.9  # of the time of a backward, at most so much can hide a reduction
 
 
@@ -68,6 +71,8 @@ class Machine:
     overlaps: bool = True  # collectives run beside computing (NCCL); gloo's block
     shares_cores: bool = False  # ranks of a node share its rates: processes on CPUs
     product_bytes: int = 2  # of an element of a product's operands
+    fused_attention: bool = True  # else scores are in memory
+    stored_bytes: int = 4  # of an element of activations, and of weights that stage 3 gathers: float32 here
 
     @staticmethod
     def of_gpus(peak_flops: float, interconnect: str) -> "Machine":
@@ -81,7 +86,7 @@ class Machine:
         kind, ranks, rate, network = found.groups()
         memory, nvlink = GPUS[min(GPUS, key=lambda peak: abs(math.log(peak_flops / 1e12 / peak)))]
         node = float(rate) * 1e9 if rate else nvlink if kind == "nvlink" else 25e9
-        return Machine(peak_flops, memory, int(ranks), node, float(network or 0) / 8 * 1e9)
+        return Machine(peak_flops, memory, int(ranks), LINKS * node, LINKS * float(network or 0) / 8 * 1e9)
 
     @staticmethod
     def load(path: str | Path) -> "Machine":
@@ -129,8 +134,12 @@ class Machine:
 
     def all_gather(self, ranks: tuple, size: float) -> float:
         """size: of what all ranks have together."""
-        (alpha, beta), n = self.link(ranks), len(ranks)
-        return 0.0 if n == 1 else math.ceil(math.log2(n)) * alpha + (n - 1) / n * size / beta
+        n = len(ranks)
+        if n == 1:
+            return 0.0
+        nodes = len({rank // self.ranks_per_node for rank in ranks})
+        hops = (n - nodes) * self.node_latency + (nodes if nodes > 1 else 0) * self.network_latency
+        return hops + (n - 1) / n * size / self.link(ranks)[1]
 
     def reduce_scatter(self, ranks: tuple, size: float) -> float:
         """gloo has none: all-reduce (Axis.reduce_scatter)."""
@@ -210,7 +219,7 @@ class CostModel:
         talk = {name: Communication() for name, group in ranks.items() if len(group) > 1}
         stages = self._stages(degrees, batch_size, accumulation, granularity, machine, ranks, talk)
         width = self.config.hidden_size / (degrees.tp if degrees.sequence_parallel else 1)
-        size = batch_size * self.T / degrees.sep * width * FLOAT32
+        size = batch_size * self.T / degrees.sep * width * machine.stored_bytes
         neighbors = ranks["pp"][:2]
         cost = StepCost(stages, machine.message(neighbors, size), size, talk, 0.0, 0.0, 0.0)
         if degrees.pp > 1:
@@ -293,7 +302,7 @@ class CostModel:
         products = self._products(kind, degrees, tokens, machine)
         attention, mlp = products["attention"], products["mlp"] + products["expert"]
         core = self._attention(degrees, tokens, machine)
-        passes = machine.passes(self.memory.block_activations(kind, True, degrees)[0] * tokens * FLOAT32)
+        passes = machine.passes(self.memory.block_activations(kind, True, degrees)[0] * tokens * machine.stored_bytes)
         casts = 0.0
         if self.args.bf16 and not self.memory.is_adapter:  # each product rounds its float32 weight, see kernels/gpu.py
             elements = self.memory._elements(degrees)[0][kind][2]
@@ -307,12 +316,12 @@ class CostModel:
         self._tensor_talk(cost, parts, degrees, tokens, granularity, machine, ranks["tp"])
         self._context_talk(cost, parts, degrees, tokens, granularity, machine, ranks["sep"])
         if hasattr(block.mlp, "experts") and degrees.ep > 1:
-            size = tokens * self.config.experts.top_k * self.config.hidden_size * FLOAT32
+            size = tokens * self.config.experts.top_k * self.config.hidden_size * machine.stored_bytes
             times = 3 if granularity == "full" else 2
             seconds = machine.all_to_all_v(ranks["ep"], size)
             self._talk(cost, parts, "ep", 2 * size, 2 * seconds, 2 * (times - 1) * size, 2 * (times - 1) * seconds)
         if degrees.stage == 3:
-            size = self.memory._elements(degrees)[0][kind][0] * FLOAT32
+            size = self.memory._elements(degrees)[0][kind][0] * machine.stored_bytes
             gather, group = machine.all_gather(ranks["sharding"], size), ranks["sharding"]
             reduce = 0.0 if self.memory.is_adapter else machine.reduce_scatter(group, size)
             self._talk(cost, parts, "sharding", size, gather, size * (1 + (reduce > 0)), gather + reduce)
@@ -353,7 +362,13 @@ class CostModel:
         windows = [min(w or self.T, self.T) for w in c.windows] or [self.T]
         keys = sum(windows) / len(windows)
         width = c.head_dim if c.latent is None else (c.head_dim + c.latent.v_head_dim) / 2
-        flops = 4 * tokens * keys / 2 * c.num_attention_heads / degrees.tp * width
+        heads = c.num_attention_heads / degrees.tp
+        flops, scores = 4 * tokens * keys / 2 * heads * width, tokens * self.T * heads
+        if machine.overlaps and (c.position == "alibi" or c.attention_softcap):  # the reference: see kernels/gpu.py
+            return 2 * flops / (machine.peak_flops / FLOAT32_SHARE) + machine.passes(SCORE_PASSES * FLOAT32 * scores)
+        if not machine.fused_attention:
+            products = 2 * flops / (machine.peak_flops * machine.efficiency)
+            return products + machine.passes(SCORE_PASSES * machine.stored_bytes * scores)
         return flops / (machine.peak_flops * machine.attention_efficiency) + machine.launch
 
     # ------------------------------------------------------------------------------------------------- talking
@@ -361,7 +376,7 @@ class CostModel:
     def _tensor_talk(self, cost, parts, degrees, tokens, granularity, machine, group):
         if degrees.tp == 1:
             return
-        size = tokens * self.config.hidden_size * FLOAT32
+        size = tokens * self.config.hidden_size * machine.stored_bytes
         each = machine.all_reduce(group, size)
         if degrees.sequence_parallel:
             each = machine.all_gather(group, size) + machine.reduce_scatter(group, size)
@@ -372,8 +387,15 @@ class CostModel:
         if degrees.sep == 1:
             return
         c, again = self.config, granularity is not None
-        keys = 2 * c.num_key_value_heads * c.head_dim / min(degrees.tp, c.num_key_value_heads) * tokens * FLOAT32
-        queries = c.num_attention_heads * c.head_dim / degrees.tp * tokens * FLOAT32
+        keys = (
+            2
+            * c.num_key_value_heads
+            * c.head_dim
+            / min(degrees.tp, c.num_key_value_heads)
+            * tokens
+            * machine.stored_bytes
+        )
+        queries = c.num_attention_heads * c.head_dim / degrees.tp * tokens * machine.stored_bytes
         if degrees.context:
             shift, n = machine.message(group, keys), degrees.sep - 1
             forward, size = n * shift, n * keys

@@ -126,11 +126,13 @@ def test_a_schedule_that_waits_for_itself_is_found():
 
 
 def test_collectives_by_their_formulas():
-    machine = dataclasses.replace(H100, node_latency=1e-6, network_latency=1e-5, node_bandwidth=4e11)
+    machine = dataclasses.replace(
+        H100, node_latency=1e-6, network_latency=1e-5, node_bandwidth=4e11, network_bandwidth=5e10
+    )
     node, two_nodes, far = tuple(range(8)), tuple(range(16)), (0, 8, 16, 24)
     assert machine.all_reduce(node, 8e9) == pytest.approx(2 * 3 * 1e-6 + 2 * 7 / 8 * 8e9 / 4e11)
-    assert machine.all_gather(two_nodes, 16e9) == pytest.approx(4e-5 + 15 / 16 * 16e9 / 4e11)  # 8 x 50 GB/s of network
-    assert machine.reduce_scatter(far, 4e9) == pytest.approx(2e-5 + 3 / 4 * 4e9 / 50e9)
+    assert machine.all_gather(two_nodes, 16e9) == pytest.approx(2 * 1e-5 + 14e-6 + 15 / 16 * 16e9 / 4e11)  # 8 x 50 GB/s
+    assert machine.reduce_scatter(far, 4e9) == pytest.approx(4e-5 + 3 / 4 * 4e9 / 50e9)
     assert machine.message((0, 8), 5e9) == pytest.approx(1e-5 + 0.1) and machine.all_reduce((0,), 1e9) == 0.0
     for text in ("nvlink", "8x400", "nvlink8+400"):
         with pytest.raises(UserError, match="interconnect"):
