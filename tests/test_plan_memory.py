@@ -65,7 +65,7 @@ def pools():
         ranks.stop()
 
 
-@pytest.mark.sweep(keep=2)
+@pytest.mark.sweep(keep=1)
 @pytest.mark.parametrize("number", sorted(range(len(CASES)), key=lambda i: Degrees(**CASES[i][0]).world))
 def test_memory_is_within_a_tenth_of_what_ranks_hold(number, pools):
     """All of a rank's peak: weights, gradients, moments, activations, logits and communication buffers."""

@@ -200,6 +200,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep(keep=3)
 @pytest.mark.parametrize("name, script", CONFIGS.items())
 def test_every_training_config_gets_a_plan(name, script, capsys):
     """Its script is known by its keys; the first three are command lines that a run accepts."""
