@@ -31,6 +31,7 @@ import paddle
 from adapters import base_folders, cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
 from adapters import setup_adapter as setup_adapter  # for the scripts
 from arguments import ScriptArgs, TrainingArgs, parse_args
+from auto_parallel import take_first_plan
 from checkpoint import (
     CheckpointManager,
     TrainState,
@@ -54,9 +55,9 @@ from formats.quantized_moments import quantized_moments
 from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import SaveEntry, SaveSource
 from logger import Log, find_writers, format_metrics, measure_matmul_peak, peak_memory  # noqa: F401, for scripts
+from memory_model import dry_run
 from model import CausalLM, generate
 from parallel import SINGLE, Topology, pipelined_map, shard_adapters
-from plan import dry_run
 from vocabulary import check_vocabulary as check_vocabulary  # for the scripts
 
 Loader = SFTLoader | CorpusLoader  # .batches_per_epoch, .batch(epoch, index) -> the dict described in data.py
@@ -85,6 +86,8 @@ def run_script(main: Callable, Args: type, argv: list[str] | None = None) -> Non
         else:
             args.check_model()
             _choose_device(args)
+            if getattr(args, "auto_parallel", False):
+                print(take_first_plan(args, together), flush=True)
             main(args)
         if together is not None:
             together.shutdown()
