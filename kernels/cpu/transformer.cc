@@ -146,6 +146,7 @@ void gather(const int64_t* rows, long n, long width, const float* x, float* y) {
 void run(Model& m, const Step& step) {
   const Shape& s = m.s;
   const int which = level((int)s.instructions);
+  const Pool::Awake awake;
   const long D = s.D, wide = s.H * s.Dh;
   long n = step.tokens;
   float *x = m.x.get<float>(n * D), *y = m.y.get<float>(n * D), *z = m.z.get<float>(n * D);
