@@ -208,7 +208,8 @@ class FusedMultiTransformer:
         tensors = k_cache, v_cache, k_scales, v_scales
         self._kept.append(tensors)
         pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-        self._library.fused_layer(self._model, ctypes.c_long(layer), ctypes.c_long(window or 0), *pointers)
+        numbers = [ctypes.c_long(n) for n in (layer, window or 0, k_cache.size * k_cache.element_size())]
+        self._library.fused_layer(self._model, *numbers, *pointers)
 
     def step(
         self,

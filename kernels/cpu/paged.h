@@ -18,11 +18,14 @@ static INLINE vf widen(const int8_t* p) {  // intrinsics: GCC's __builtin_conver
   return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(x, 24));
 #endif
 }
-typedef uint16_t halves __attribute__((vector_size(VL * 2)));
 static INLINE vf widen(const uint16_t* p) {  // bfloat16: the upper half of a float
-  halves x;
-  std::memcpy(&x, p, sizeof(x));
-  return (vf)(__builtin_convertvector(x, vi) << 16);
+#if VL == 16
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif VL == 8
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
+#endif
 }
 template <class T>
 static INLINE vf widen_part(const T* p,
@@ -90,13 +93,14 @@ static INLINE vf scores_of(const float* q, const T* const* k, long Dh) {
   vf part[VL] = {};
   long d = 0;
   for (; d + VL <= Dh; d += VL) {
-    const vf x = load(q + d);
+    const vf y = load(q + d);
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) part[i] += x * widen(k[i] + d);
+    for (int i = 0; i < VL; i++) part[i] += y * widen(k[i] + d);
   }
   if (d < Dh) {
-    const vf x = load(q + d);
-    for (int i = 0; i < VL; i++) part[i] += x * widen_part(k[i] + d, Dh - d);
+    const vf y = load(q + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) part[i] += y * widen_part(k[i] + d, Dh - d);
   }
   return sums_of(part);
 }

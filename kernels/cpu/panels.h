@@ -20,6 +20,7 @@ struct FreeMemory {
 };
 using Buffer = std::unique_ptr<char, FreeMemory>;
 Buffer huge_buffer(size_t bytes);  // in huge pages where the system has them
+void use_huge_pages(void* memory, size_t bytes);  // for memory that others allocated
 
 enum Storage { FLOAT, BFLOAT16, INT8, INT4 };
 

@@ -213,8 +213,10 @@ long fused_linear(Model* m, long layer, long name, const Source* from) {
   w = pack(*from);
   return (long)w.bytes();
 }
-void fused_layer(Model* m, long layer, long window, void* k, void* v, float* k_scales, float* v_scales) {
+// bytes: of k, of v. A step reads single rows all over them, each of which costs a page walk if pages are small.
+void fused_layer(Model* m, long layer, long window, long bytes, void* k, void* v, float* k_scales, float* v_scales) {
   Layer& to = m->layers[layer];
+  use_huge_pages(k, bytes), use_huge_pages(v, bytes);
   to.window = window ? window : INT_MAX;
   to.k = k, to.v = v, to.k_scales = k_scales, to.v_scales = v_scales;
 }
