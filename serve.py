@@ -206,6 +206,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         int8_cache=args.cachekv_int8_type is not None,
         dtype=dtype,
         int8_head=args.quant in ("w8", "w4"),
+        free_weights=True,
     )
     blocks = f"{engine.pool.num_blocks:,} blocks of {args.block_size} tokens"
     sequences = f"at most {engine.max_model_len:,} tokens a sequence, {args.batch_size} sequences at once"

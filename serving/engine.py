@@ -364,7 +364,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
-    dtype, int8_head: of serving.fused.
+    dtype, int8_head, free_weights: of serving.fused.
     """
 
     def __init__(
@@ -383,9 +383,11 @@ class Engine:
         int8_cache: bool = False,
         dtype: str = "float32",
         int8_head: bool = False,
+        free_weights: bool = False,
     ):
         if isinstance(model, CausalLM):
-            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
+            options = adapters, int8_cache, dtype, int8_head, free_weights
+            model = fastest_runner(model, num_blocks, block_size, *options)
         self.runner, self.tokenizer = model, tokenizer
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue

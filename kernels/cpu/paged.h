@@ -139,7 +139,8 @@ static void decode_chunk(const Paged& a, long s, long kv0, long kv1, long j0, lo
   for (long j = width; j < whole; j++) slot[j] = slot[width - 1];  // past the end: the last key again
   const auto fetch = [&](const T* from, long j) __attribute__((always_inline)) {  // the same heads of a later group
     for (long i = j; i < std::min(j + VL, width); i++)
-      for (long d = 0; d < Dh * (long)sizeof(T); d += 64) __builtin_prefetch((const char*)(from + slot[i] * stride) + d);
+      for (long d = 0; d < Dh * (long)sizeof(T); d += 64)
+        __builtin_prefetch((const char*)(from + slot[i] * stride) + d);
   };
   const T* row[VL];
   for (long j = 0; j < width; j += VL)
@@ -275,7 +276,7 @@ struct Task {
 template <class T>
 static void attend(const Paged& a) {
   const long G = a.H / a.K, Dp = padded(a.Dh);
-  const long span = std::max(1L, std::min<long>(1024 / (a.Dh * sizeof(T)), (a.K + 1) / 2));  // heads of a decode's task
+  const long span = std::max(1L, std::min<long>(1024 / (a.Dh * sizeof(T)), (a.K + 1) / 2));  // heads of a decode task
   static thread_local std::vector<Task> tasks;
   static thread_local std::vector<float> room;
   static thread_local std::vector<long> places;  // of the first result of a decode
