@@ -176,6 +176,7 @@ class PagedRunner(KVCache):
     """
 
     chunked_prefill = True  # a prompt may come in pieces, and share blocks with others
+    weights_are_free = False  # whether the model's layers have no weights any more, see FusedRunner
 
     def __init__(
         self,
