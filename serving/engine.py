@@ -24,6 +24,7 @@ The life of a request:
 
 import bisect
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -42,7 +43,7 @@ from model import CausalLM
 from serving.fused import fastest_runner
 from serving.runners import ScheduledTokens, TokenSequence
 from serving.sampling import Sampler, SamplingParams, choose_batch
-from serving.speculation import DraftSpeculator, NgramSpeculator, rows_with_drafts
+from serving.speculation import DraftSpeculator, NgramSpeculator, rows_of
 
 # ======================================================================================= requests and their results
 
@@ -69,6 +70,7 @@ class TokenOutput:
     cached_tokens: int = 0  # tokens of the prompt whose blocks were already computed
     draft_tokens: int = 0  # of the reply so far: tokens that were guessed,
     accepted_tokens: int = 0  # and those of them that the model chose
+    stop_text: str | None = None  # which of the request's `stop` ended the reply
 
 
 @dataclasses.dataclass
@@ -106,9 +108,9 @@ class ShuttingDown(UserError):
 class Detokenizer:
     """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
-        self.decoder = tokenizer.stream_decoder() if tokenizer is not None else None
-        self.stop, self.pending = stop, ""
+    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True):
+        self.decoder = tokenizer.stream_decoder(skip_special_tokens) if tokenizer is not None else None
+        self.stop, self.pending, self.stop_text = stop, "", None  # stop_text: the one that was found
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """(text, whether a stop text was found; the text after it is dropped)"""
@@ -124,10 +126,11 @@ class Detokenizer:
 
     def _final_text(self, new, may_stop):
         text = self.pending + new
-        starts = [at for at in (text.find(stop) for stop in self.stop) if at >= 0] if new and may_stop else []
+        starts = [(at, stop) for stop in self.stop if (at := text.find(stop)) >= 0] if new and may_stop else []
         if starts:
+            at, self.stop_text = min(starts)
             self.pending = ""
-            return text[: min(starts)], True
+            return text[:at], True
         keep = 0  # length of the longest end of the text with which a stop text begins
         for stop in self.stop if may_stop else ():
             for length in range(min(len(stop) - 1, len(text)), keep, -1):
@@ -152,6 +155,7 @@ class BlockPool:
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
         self.ref_counts = [0] * num_blocks
         self.hashes = [None] * num_blocks  # of each block that others may share
+        self.is_prompt = [False] * num_blocks  # whether all of its tokens were computed as those of a prompt
         self.block_of = {}  # hash -> block
         self.num_cached = 0  # free blocks with a hash
         self.free = collections.OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
@@ -160,12 +164,12 @@ class BlockPool:
         """Hash of a full block: of its tokens and of its parent's hash (for the first block, the sequence's seed)."""
         return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), key=parent, digest_size=16).digest()
 
-    def match_prefix(self, block_hashes: list[bytes]) -> list[int]:
-        """Take the longest run of blocks with these hashes; returns the blocks."""
+    def match_prefix(self, block_hashes: list[bytes], only_prompts: bool = False) -> list[int]:
+        """Take the longest run of blocks with these hashes, all of prompts if only_prompts; returns the blocks."""
         blocks = []
         for key in block_hashes if self.reuse else ():
             block = self.block_of.get(key)
-            if block is None:
+            if block is None or only_prompts and not self.is_prompt[block]:
                 break
             if self.ref_counts[block] == 0:
                 del self.free[block]
@@ -184,10 +188,10 @@ class BlockPool:
         self.ref_counts[block] = 1
         return block
 
-    def cache_block(self, block: int, block_hash: bytes) -> None:
+    def cache_block(self, block: int, block_hash: bytes, is_prompt: bool = True) -> None:
         """The block is full and computed: others may share it. Of several equal blocks the first is found."""
         if self.reuse and block_hash not in self.block_of:
-            self.block_of[block_hash], self.hashes[block] = block, block_hash
+            self.block_of[block_hash], self.hashes[block], self.is_prompt[block] = block, block_hash, is_prompt
 
     def release(self, blocks: list[int]) -> None:
         """Give back a sequence's blocks, the last one first: no block is found without its parent."""
@@ -233,6 +237,15 @@ class Sequence(TokenSequence):
     num_accepted_tokens: int = 0
 
     @property
+    def is_seeded(self) -> bool:
+        """Its text must not depend on what else runs, so neither may a bit of its logits.
+
+        A step computes each sequence by itself, but one token otherwise than several. So the tokens of its prompt are
+        always computed several at once, those of its reply one by one, and it shares only blocks that were.
+        """
+        return self.request.params.seed is not None
+
+    @property
     def num_new_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
 
@@ -245,7 +258,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
-    dtype, int8_head: of serving.fused. speculator: of serving.speculation; replies are the same with it.
+    dtype, int8_head, free_weights: of serving.fused. speculator: of serving.speculation; replies are the same with it.
     """
 
     def __init__(
@@ -265,9 +278,11 @@ class Engine:
         dtype: str = "float32",
         int8_head: bool = False,
         speculator: NgramSpeculator | DraftSpeculator | None = None,
+        free_weights: bool = False,
     ):
         if isinstance(model, CausalLM):
-            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
+            options = adapters, int8_cache, dtype, int8_head, free_weights
+            model = fastest_runner(model, num_blocks, block_size, *options)
         if speculator is not None and not model.chunked_prefill:
             raise UserError(
                 f"speculate_method: {type(model).__name__} computes one token of a reply a step; leave it out"
@@ -296,6 +311,7 @@ class Engine:
         # Shared with other threads, under the condition's lock; live: request_id -> number of replies not finished
         self.condition = threading.Condition()
         self.inbox, self.to_abort, self.live = [], set(), {}
+        self.calls = []  # (function, its Future) for between two steps
         self.thread, self.closing, self.stopped = None, False, False
 
     # ---------------------------------------------------------------- called from any thread
@@ -307,9 +323,6 @@ class Engine:
         """
         params, prompt = request.params, request.prompt_ids
         params.check()
-        if request.adapter is not None and request.adapter not in self.adapters:
-            names = ", ".join(self.adapters) or "none"
-            raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
         if not len(prompt):
             raise UserError("prompt: empty; at least one token is needed")
         if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
@@ -320,6 +333,9 @@ class Engine:
         with self.condition:
             if self.closing:
                 raise ShuttingDown("the server is shutting down")
+            if request.adapter is not None and request.adapter not in self.adapters:  # here, as they come and go
+                names = ", ".join(self.adapters) or "none"
+                raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
             if len(self.inbox) + len(self.waiting) >= self.max_queue:
                 raise QueueFull(f"{self.max_queue} replies are already waiting; try again later")
             if request.request_id in self.live:
@@ -350,7 +366,7 @@ class Engine:
                 on_output=on_output,
                 leader=leader,
                 sampler=Sampler(params, index, self.stop_ids, seed),
-                detokenizer=Detokenizer(self.tokenizer, params.stop),
+                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens),
                 num_virtual_tokens=num_virtual_tokens,
                 block_hashes=[hash_seed],
             )
@@ -363,6 +379,19 @@ class Engine:
             if request_id in self.live:
                 self.to_abort.add(request_id)
                 self.condition.notify_all()
+
+    def between_steps(self, function: Callable) -> concurrent.futures.Future:
+        """function() in the engine's thread, while no step is computed; without a thread, in the next step()."""
+        future = concurrent.futures.Future()
+        with self.condition:
+            self.calls.append((function, future))
+            self.condition.notify_all()
+        return future
+
+    def uses_adapter(self, name: str) -> bool:
+        """Whether a reply that is not finished needs the adapter. In the engine's thread."""
+        with self.condition:
+            return any(s.adapter == name for s in (*self.running, *self.waiting, *self.inbox))
 
     def weights_changed(self) -> None:
         """The model's weights were updated in place: keys and values in the pool are of the old ones.
@@ -394,14 +423,23 @@ class Engine:
             assert not self.running and not self.waiting, "nothing was scheduled while sequences wait"
             return False
         drafts = self._draft(scheduled) if self.speculator is not None else {}
-        logits = self.runner.run(rows_with_drafts(scheduled, drafts) if drafts else scheduled)
+        rows, first = rows_of(scheduled, drafts)
+        logits = self.runner.run(rows)
         if self.speculator is not None:
             self.speculator.computed([tokens for tokens in scheduled if tokens.sequence.phase == PREFILL])
         self.totals["steps"] += 1
-        self._advance(scheduled, drafts, logits)
+        self._advance(scheduled, drafts, logits, first)
         return True
 
     def _take_inbox(self):
+        with self.condition:
+            calls, self.calls = self.calls, []
+        for function, future in calls:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # its caller's
+                    future.set_exception(error)
         with self.condition:
             self.waiting += self.inbox
             self.inbox.clear()
@@ -473,7 +511,13 @@ class Engine:
     def _add_prefill(self, scheduled, sequence, budget):
         """Schedule a prompt's next tokens within the budget (all, if the runner takes no pieces); returns how many."""
         count = len(sequence.tokens) - sequence.num_computed_tokens
-        count = min(count, budget) if self.runner.chunked_prefill else count
+        if self.runner.chunked_prefill:
+            count = min(count, budget)
+            if sequence.is_seeded:
+                left = sequence.num_prompt_tokens - sequence.num_computed_tokens
+                count = min(count, max(0, left) + self.max_num_seqs)  # each token of a reply is a row of logits
+                count -= left - count == 1  # no single token at the end
+                count = 0 if count == 1 < left and scheduled else count
         if count > 0:
             scheduled.append(ScheduledTokens(sequence, sequence.num_computed_tokens, count))
         return count
@@ -486,8 +530,10 @@ class Engine:
         assert sequence is self.waiting[0] and sequence.phase == WAITING and not sequence.blocks
         size, length = self.pool.block_size, len(sequence.tokens)
         shareable = (length - 1) // size
+        if sequence.is_seeded:
+            shareable = max(0, sequence.num_prompt_tokens - 2) // size
         self._extend_block_hashes(sequence, shareable)
-        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + shareable])
+        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + shareable], sequence.is_seeded)
         missing = -(-length // size) - len(shared)
         if missing > len(self.pool.free) - (self.watermark if self.running else 0):
             self.pool.release(shared)
@@ -526,18 +572,17 @@ class Engine:
         if self.speculator is not None:
             self.speculator.release(sequence)
 
-    def _advance(self, scheduled, drafts, logits):
+    def _advance(self, scheduled, drafts, logits, first):
         """Count the computed tokens; where a sequence is computed to its end, append the next one, and those after it
-        while they are what was drafted. logits (rows, V): a row of each sequence, and one for each token of its draft.
+        while they are what was drafted. logits (rows, V): first[i] is the row of scheduled[i], then those of its draft.
         """
-        row, ended = 0, []  # [(sequence, row of its logits, draft)]
-        for sequence, _, count in scheduled:
+        ended = []  # [(sequence, row of its logits, draft)]
+        for (sequence, _, count), row in zip(scheduled, first):
             draft = drafts.get(sequence, ())
             self._count_computed(sequence, count)
             if sequence.num_computed_tokens == len(sequence.tokens):
                 sequence.phase = DECODE
                 ended.append((sequence, row, draft))
-            row += 1 + len(draft)
         place = 0  # in the drafts
         while ended:
             rows, sequences = [row + place for _, row, _ in ended], [sequence for sequence, _, _ in ended]
@@ -570,7 +615,8 @@ class Engine:
         if full > full_before and self.pool.reuse:
             self._extend_block_hashes(sequence, full)
             for i in range(full_before, full):
-                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
+                is_prompt = (i + 1) * size <= sequence.num_prompt_tokens
+                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1], is_prompt)
 
     def _append(self, sequence, token, logprob, top_logprobs, entropy):
         """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
@@ -600,6 +646,7 @@ class Engine:
             cached_tokens=sequence.num_cached_tokens,
             draft_tokens=sequence.num_draft_tokens,
             accepted_tokens=sequence.num_accepted_tokens,
+            stop_text=detokenizer.stop_text,
         )
         if reason is None:
             self._deliver(sequence, output)
@@ -648,7 +695,7 @@ class Engine:
         while True:
             with self.condition:
                 self.condition.wait_for(
-                    lambda: self.inbox or self.to_abort or self.running or self.waiting or self.stopped
+                    lambda: self.inbox or self.to_abort or self.calls or self.running or self.waiting or self.stopped
                 )
                 if self.stopped:
                     return

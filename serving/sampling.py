@@ -41,6 +41,7 @@ class SamplingParams:
     stop: tuple = ()  # texts that end the reply; they are not part of it
     stop_token_ids: tuple = ()  # ids that end it, besides the tokenizer's
     ignore_eos: bool = False  # continue after the tokenizer's stop ids
+    skip_special_tokens: bool = True  # special tokens have no text
     logprobs: int | None = None  # report log-probabilities of the chosen token and of this many likeliest ones
     n: int = 1  # replies to the one prompt
     logit_bias: tuple = ()  # (id, number): added to the logits of these tokens
