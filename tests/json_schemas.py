@@ -18,7 +18,8 @@ SHAPES = [
     *({"type": "string", "format": name} for name in
       ("date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "uri", "hostname", "duration")),
     {"type": "integer", "minimum": -3, "maximum": 12}, {"type": "integer", "exclusiveMinimum": 0, "maximum": 1000},
-    {"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3.5}, {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3.5}, {"type": "integer", "format": "int32"},
+    {"type": "integer", "format": "uint64", "maximum": 99}, {"type": "number", "minimum": 0, "maximum": 1},
     {"type": "number", "exclusiveMinimum": -1.25, "exclusiveMaximum": 2}, {"type": "number", "maximum": -0.001},
     {"minimum": 5}, {"maxLength": 3}, {"required": ["a"]}, {"properties": {"a": {"type": "boolean"}}},
     {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["b"]},
