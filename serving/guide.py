@@ -219,7 +219,7 @@ class Guide:
             return self._firsts[term]
         kind, *parts = terms.nodes[term]
         allowed, ends, rest = np.zeros(self.vocabulary.size, bool), nodes[:0], term
-        if kind == "cat" and terms.nodes[parts[0]][0] == "cat":  # its matches end at few nodes, not at every character
+        if kind == "cat" and self._ends_at_few(parts[0]):
             first, rest = parts
             allowed, nodes = self._walk_term(first, True)
             allowed, ends = allowed.copy(), nodes[nodes > 0] if terms.nullable(rest) else ends
@@ -232,6 +232,19 @@ class Guide:
             if len(self._firsts) > MAX_FIRSTS:
                 self._firsts.popitem(last=False)
         return allowed, ends
+
+    def _ends_at_few(self, term):
+        """Whether what matches seems to pass a fixed text or a rule, such as the quote behind a string: then it ends at
+        few nodes of the trie, and not at every character."""
+        nodes = self.automaton.terms.nodes
+        while nodes[term][0] == "cat":
+            last = nodes[term][2]
+            while nodes[last][0] == "cat":
+                last = nodes[last][2]
+            if nodes[last][0] in ("literal", "set", "rule"):
+                return True
+            term = nodes[term][1]
+        return False
 
     def _shortened(self, term):
         """A term that is the same for all tokens: no token holds more characters than the longest has bytes."""
