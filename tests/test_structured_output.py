@@ -186,15 +186,24 @@ def text_of(ids, tok=None):
     return b"".join((tok or tokenizer()).piece_bytes(i) for i in ids).decode()
 
 
-def test_masks_are_what_token_by_token_gives():
-    tok, rng = tokenizer(), random.Random(0)
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.sweep(keep=3)
+def test_masks_are_what_token_by_token_gives(seed):
+    tok, rng = tokenizer(), random.Random(seed)
     schema = {"type": "object", "properties": {"é": {"type": "string", "maxLength": 3}, "n": {"type": "number"}}}
+    fixed = [
+        dict(json_schema=schema),
+        dict(regex="[à-ÿ一-龥]{2}|\\w+"),
+        dict(tools=[tool()], style="hermes"),
+        dict(response_format={"type": "json_object"}),
+        dict(json_schema=TREE),
+        dict(regex=r"(\w+, ){2,}x"),
+    ]
     for guide in (
-        constraint_from(tok, json_schema=schema),
-        constraint_from(tok, regex="[à-ÿ一-龥]{2}|\\w+"),
-        constraint_from(tok, tools=[tool()], style="hermes"),
+        constraint_from(tok, **fixed[seed % len(fixed)]),
+        constraint_from(tok, json_schema=schemas()[(7 * seed) % 200]),
     ):
-        for _ in range(3):
+        for _ in range(2):
             ids, _ = complete(guide, rng, 12)
             for end in range(len(ids) + 1):
                 state = walk(guide, ids[:end])
