@@ -10,7 +10,7 @@ import sys
 
 from common import base_url, held, package
 
-PAIRS = [(" The red dress", " is made of"), (" A", " coat and a"), (" This linen shirt has", " a collar.")]
+PAIRS = [("The red dress", " is made of"), ("A", " coat and a"), ("This linen shirt has", " a collar.")]
 
 if __name__ == "__main__":
     package("lm_eval")

@@ -118,15 +118,18 @@ def test_lm_eval(demo, request):
     lines = run_client(python, "lm_eval_client.py", demo, DEMO, demo.server.model)
     found, text, ((rolling,),) = json.loads(lines[-1])
     model, tokenizer = adapters.from_pretrained(str(DEMO)), demo.server.tokenizer
-    for (context, continuation), (log_likelihood, is_greedy) in zip(PAIRS, found):
-        whole, head = (tokenizer.encode(part) for part in (context + continuation, context))
+    cases = [*PAIRS, (None, "".join(PAIRS[0]))]
+    for (context, continuation), (log_likelihood, is_greedy) in zip(cases, [*found, (rolling, None)]):
+        head = tokenizer.encode(context, False) if context else [tokenizer.stop_ids[0]]  # rolling: eos is its context
+        ids = tokenizer.encode(context + continuation, False) if context else head + tokenizer.encode(continuation, False)
         with paddle.no_grad():
-            logits = model(paddle.to_tensor([whole]))[0].astype("float64").numpy()
+            logits = model(paddle.to_tensor([ids]))[0].astype("float64").numpy()  # (T, V)
         logits -= logits.max(-1, keepdims=True)
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        expected = sum(logprobs[i - 1, whole[i]] for i in range(len(head), len(whole)))
-        greedy = all(logprobs[i - 1].argmax() == whole[i] for i in range(len(head), len(whole)))
-        assert abs(log_likelihood - expected) < 1e-3 and is_greedy == greedy, (context, continuation)
+        expected = sum(logprobs[i - 1, ids[i]] for i in range(len(head), len(ids)))
+        assert abs(log_likelihood - expected) < 1e-3, (context, continuation)
+        greedy = all(logprobs[i - 1].argmax() == ids[i] for i in range(len(head), len(ids)))
+        assert is_greedy in (None, greedy), (context, continuation)
 
 
 @pytest.mark.slow
