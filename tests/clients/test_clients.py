@@ -121,7 +121,9 @@ def test_lm_eval(demo, request):
     cases = [*PAIRS, (None, "".join(PAIRS[0]))]
     for (context, continuation), (log_likelihood, is_greedy) in zip(cases, [*found, (rolling, None)]):
         head = tokenizer.encode(context, False) if context else [tokenizer.stop_ids[0]]  # rolling: eos is its context
-        ids = tokenizer.encode(context + continuation, False) if context else head + tokenizer.encode(continuation, False)
+        ids = (
+            tokenizer.encode(context + continuation, False) if context else head + tokenizer.encode(continuation, False)
+        )
         with paddle.no_grad():
             logits = model(paddle.to_tensor([ids]))[0].astype("float64").numpy()  # (T, V)
         logits -= logits.max(-1, keepdims=True)
