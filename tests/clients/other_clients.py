@@ -11,7 +11,7 @@ ASK = [{"role": "user", "content": QUESTION}]
 
 def use_litellm():
     litellm = package("litellm")
-    fields = {"model": "openai/scripted", "api_base": f"{base_url()}/v1", "api_key": "none", "num_retries": 0}
+    fields = {"model": "openai/base", "api_base": f"{base_url()}/v1", "api_key": "none", "num_retries": 0}
     assert litellm.completion(messages=HI, **fields).choices[0].message.content == GREETING
     chunks = list(litellm.completion(messages=HI, stream=True, **fields))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == GREETING
@@ -20,7 +20,7 @@ def use_litellm():
     built = litellm.stream_chunk_builder(list(litellm.completion(messages=ASK, tools=[TOOL], stream=True, **fields)))
     (call,) = built.choices[0].message.tool_calls
     run_tool(call.function.name, call.function.arguments)
-    fields = {"model": "anthropic/scripted", "api_base": base_url(), "api_key": "none", "num_retries": 0}
+    fields = {"model": "anthropic/base", "api_base": base_url(), "api_key": "none", "num_retries": 0}
     reply = litellm.completion(messages=ASK, tools=[TOOL], max_tokens=300, **fields).choices[0]
     run_tool(reply.message.tool_calls[0].function.name, reply.message.tool_calls[0].function.arguments)
     held("litellm: chat, stream, tools, and Anthropic's door")
@@ -35,7 +35,7 @@ def use_langchain():
         city: str
 
     for use_responses_api in (False, True):
-        chat = langchain_openai.ChatOpenAI(model="scripted", base_url=f"{base_url()}/v1", api_key="none",
+        chat = langchain_openai.ChatOpenAI(model="base", base_url=f"{base_url()}/v1", api_key="none",
                                            max_retries=0, use_responses_api=use_responses_api)  # fmt: skip
         text = lambda message: message.text if isinstance(message.text, str) else message.text()
         assert text(chat.invoke("hi")) == GREETING

@@ -116,7 +116,7 @@ def test_lm_eval(demo, request):
     import adapters
 
     lines = run_client(python, "lm_eval_client.py", demo, DEMO, demo.server.model)
-    found, text, ((rolling,),) = json.loads(lines[-1])
+    found, text, (rolling,) = json.loads(lines[-1])
     model, tokenizer = adapters.from_pretrained(str(DEMO)), demo.server.tokenizer
     cases = [*PAIRS, (None, "".join(PAIRS[0]))]
     for (context, continuation), (log_likelihood, is_greedy) in zip(cases, [*found, (rolling, None)]):
