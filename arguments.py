@@ -507,6 +507,7 @@ class _Script:
 def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
     """`argv` (default: the command line): files, then --key value or --key=value, later wins -> a checked Args.
 
+    A folder stands for --model_name_or_path.
     Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
     """
     script, given = _Script(Args), {}
@@ -541,6 +542,9 @@ def _read_argv(argv: list[str], script: _Script):
     tokens = collections.deque(argv)
     while tokens:
         token = tokens.popleft()
+        if not token.startswith("--") and Path(token).is_dir() and "model_name_or_path" in script.kinds:
+            yield _Given("model_name_or_path", token, "command line", None, True)
+            continue
         if not token.startswith("--"):
             for name, (value, line) in read_config(token).items():
                 yield _Given(name, value, token, line, False)

@@ -254,6 +254,7 @@ class FusedRunner(PagedRunner):
         int8_head: bool = False,
     ):
         super().__init__(model, num_blocks, block_size, int8=int8, dtype=dtype)
+        self.takes_adapters = dtype == "float32" and not int8_head  # steps with adapters are PagedRunner's
         self._pack = lambda: pack_model(model, block_size, dtype, "int8" if int8 else dtype, int8_head)
         self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
         self.pack()
@@ -278,6 +279,8 @@ class FusedRunner(PagedRunner):
     @paddle.no_grad()
     def run(self, scheduled) -> np.ndarray:
         """(S, V) float32: the logits after the last token of each."""
+        if self.adapters:
+            return super().run(scheduled)
         if any(tokens.count > 1 for tokens in scheduled) and self.fingerprint != self._fingerprint():
             self.pack()  # the model was trained since
         step, c = self.layout(scheduled), self.config

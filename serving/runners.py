@@ -513,7 +513,7 @@ def _static_config(folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         files, version = dict(config["files"]), config["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: damaged; export again") from None
     if version != STATIC_FORMAT:
         raise UserError(f"{path}: format_version {version}; this serve.py reads {STATIC_FORMAT}; export again")
