@@ -32,7 +32,7 @@ class ScriptedEngine(FakeEngine):
 
     def __init__(self, tokenizer):
         super().__init__(delay=0.0001, max_model_len=8192)
-        self.tokenizer, self.adapters = tokenizer, []
+        self.tokenizer, self.adapters, self.stop_texts = tokenizer, [], {}
 
     def reply(self, request, index):
         prompt = self.tokenizer.decode(request.prompt_ids)
@@ -45,9 +45,19 @@ class ScriptedEngine(FakeEngine):
         else:
             text = GREETING
         data, params = text.encode(), request.params
-        at = min((i for stop in params.stop if (i := data.find(stop.encode())) >= 0), default=None)
-        data = data if at is None else data[:at]
+        starts = [(at, stop) for stop in params.stop if (at := data.find(stop.encode())) >= 0]
+        if starts:
+            at, self.stop_texts[request.request_id] = min(starts)
+            data = data[:at]
         return (data, "stop") if len(data) < params.max_tokens else (data[: params.max_tokens], "length")
+
+    def submit(self, request, on_output):
+        def tell(output):
+            if output.finish_reason == "stop":
+                output.stop_text = self.stop_texts.get(request.request_id)
+            on_output(output)
+
+        super().submit(request, tell)
 
 
 @pytest.fixture
@@ -120,7 +130,7 @@ def test_lm_eval(demo, request):
     model, tokenizer = adapters.from_pretrained(str(DEMO)), demo.server.tokenizer
     cases = [*PAIRS, (None, "".join(PAIRS[0]))]
     for (context, continuation), (log_likelihood, is_greedy) in zip(cases, [*found, (rolling, None)]):
-        head = tokenizer.encode(context, False) if context else [tokenizer.stop_ids[0]]  # rolling: eos is its context
+        head = tokenizer.encode(context, False) if context else tokenizer.encode("")  # rolling: bos is its context
         ids = (
             tokenizer.encode(context + continuation, False) if context else head + tokenizer.encode(continuation, False)
         )
