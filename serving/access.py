@@ -21,7 +21,7 @@ PREFLIGHT_SECONDS = 600  # in which a browser need not ask again
 def words(value: str | list | None) -> list[str]:
     """ "a, b" or ["a", "b"] -> the parts that are not empty."""
     parts = value.split(",") if isinstance(value, str) else value or ()
-    return [part.strip() for part in parts if part.strip()]
+    return [text for part in parts if (text := str(part).strip())]
 
 
 def model_names(served_model_name: str | list | None, path: str) -> list[str]:

@@ -93,12 +93,25 @@ def parse_body(data: bytes) -> dict:
         raise bad_request(f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise bad_request(f"the body must be a JSON object, found {brief(body)}", code="invalid_json")
+    if rb"\ud" in data.lower():
+        refuse_lone_surrogates(body)
     for name, harmless in REFUSED.items():
         if body.get(name) is not None and body[name] not in harmless:
             raise bad_request(f"{name}: not supported", name, "unsupported_parameter")
     if body.get("best_of") not in (None, body.get("n") or 1):
         raise bad_request("best_of: only supported if equal to n", "best_of", "unsupported_parameter")
     return body
+
+
+def refuse_lone_surrogates(body: dict) -> None:
+    """HTTPError 400 naming the field that has half a character somewhere; no tokenizer takes one."""
+    for name, value in body.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise bad_request(f"{brief(name)[1:-1]}: a lone surrogate is not a character", name) from None
+        except RecursionError:
+            raise bad_request(f"{name}: nested too deeply", name, "invalid_json") from None
 
 
 def take_strings(body: dict, name: str, limit: int) -> tuple[str, ...]:
@@ -200,7 +213,7 @@ def chat_prompt(body: dict, tokenizer: object) -> Prompt:
         raise bad_request(
             "continue_final_message: goes with a last message of the assistant's", "continue_final_message"
         )
-    if not is_reply and take_field(body, "add_generation_prompt", bool) is False:
+    if take_field(body, "add_generation_prompt", bool) is is_reply:
         expected = "true, unless the last message is the assistant's, which the reply goes on with"
         raise bad_request(f"add_generation_prompt: must be {expected}", "add_generation_prompt")
     if is_reply and last.get("tool_calls"):

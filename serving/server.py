@@ -338,6 +338,7 @@ class Server(openai_api.Server):
         """Listen until `stop`. Then new requests get a 503, and running ones have until force_stop or drain_timeout."""
         args, server = self.args, self.http
         url = await server.listen(args.host, args.port)
+        url = url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")  # which browsers open
         adapters = "".join(f"; adapter {name}" for name in self.engine.adapters)
         print(
             f"serving {self.model} on {url} ({'with' if args.api_key else 'no'} API key); context "

@@ -8,6 +8,7 @@ The page's tests need chromium (apt install chromium), the client's the openai p
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -69,6 +70,8 @@ class FakeEngine:
     """serve.Engine's interface. A reply is "<adapter or base><index>: " and then the prompt's last 20 characters, in
     capitals, again and again; it ends after `reply_bytes` bytes. `delay` seconds a step."""
 
+    runner = None
+
     def __init__(self, delay=0.0005, reply_bytes=60, max_queue=64, max_num_seqs=64, max_model_len=2048):
         self.delay, self.reply_bytes, self.max_queue, self.max_num_seqs = delay, reply_bytes, max_queue, max_num_seqs
         self.max_model_len, self.adapters = max_model_len, ["poet"]
@@ -89,6 +92,14 @@ class FakeEngine:
                 raise QueueFull("the queue is full")
             self.live[request.request_id] = SimpleNamespace(request=request, tell=on_output, at=0, done=set())
             self.condition.notify()
+
+    def between_steps(self, function):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function())
+        except UserError as error:
+            future.set_exception(error)
+        return future
 
     def abort(self, request_id):
         with self.condition:

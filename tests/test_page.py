@@ -3,10 +3,12 @@
 The other tests of the page are in test_openai_api.py. All need chromium (apt install chromium).
 """
 
+import http.server
 import json
+import threading
 
 import pytest
-from test_openai_api import SAY, TEXTS, browser, eventually, server  # noqa: F401, fixtures
+from test_openai_api import SAY, TEXTS, browser, eventually, server, start  # noqa: F401, fixtures
 
 FAKE_FETCH = """
 window.sent = [];
@@ -79,3 +81,34 @@ def test_tool_calls_and_reasoning_are_folded(server, browser, tmp_path, width, h
     browser.js(SAY.format("'Once more?'"))
     assert eventually(lambda: "Tools are not JSON" in browser.js("document.querySelector('.error')?.innerText ?? ''"))
     assert len(browser.js("window.sent")) == 3
+
+
+FROM_OUTSIDE = """fetch("http://127.0.0.1:%d/v1/completions", {
+  method: "POST",
+  body: JSON.stringify({prompt: "x", max_tokens: 9}),
+  headers: {"Content-Type": "application/json", Authorization: "Bearer k"},
+}).then(
+  async answer => [answer.status, (await answer.json()).choices[0].text, answer.headers.get("X-Request-Id") !== null],
+  error => [error.name])"""
+
+
+class BlankPage(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<!doctype html>")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_page_of_another_origin_is_a_client_where_it_is_allowed(start, browser):  # noqa: F811
+    with http.server.HTTPServer(("127.0.0.1", 0), BlankPage) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{other.server_port}"
+        allowed, closed = start(allowed_origins=page, api_key="k"), start(api_key="k")
+        browser.call("Page.navigate", url=page)
+        assert eventually(lambda: browser.js("location.href") == f"{page}/")
+        assert browser.js(FROM_OUTSIDE % allowed.port) == [200, "base0: XX", True]  # after a preflight
+        assert browser.js(FROM_OUTSIDE % closed.port) == ["TypeError"]
+        other.shutdown()

@@ -15,7 +15,18 @@ import numpy as np
 import paddle
 import pytest
 from conftest import ROOT
-from test_openai_api import ByteTokenizer, FakeEngine, eventually, request_bytes, server, sse, start  # noqa: F401
+from test_openai_api import (  # noqa: F401, fixtures
+    SAY,
+    TEXTS,
+    ByteTokenizer,
+    FakeEngine,
+    browser,
+    eventually,
+    request_bytes,
+    server,
+    sse,
+    start,
+)
 
 import adapters
 import serve
@@ -23,6 +34,7 @@ from arguments import parse_args
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from serving.access import Access, is_same_origin
+from serving.engine import TokenOutput
 from serving.metrics import Histogram, token_bounds
 
 DEMO = ROOT / "demo" / "llama"
@@ -362,6 +374,7 @@ def test_health_is_quick_while_a_large_reply_is_written(start):  # noqa: F811
     stop.set()
     thread.join()
     assert status == 200 and len(reply["choices"]) == 128 and len(json.dumps(reply)) > 5_000_000
+    print(f"/health took {slowest[0]:.3f} s at most")
     assert slowest[0] < 1.0
 
 
@@ -387,6 +400,37 @@ def test_a_folder_is_enough_and_every_shipped_configuration_chats(demo_server):
     args = parse_args(serve.Args, [str(ROOT / "configs" / "llama_serve.json"), str(DEMO)])
     assert args.model_name_or_path == str(DEMO) and args.batch_size == 16
     assert demo_server.ask("GET", "/v1/models")[2]["data"][0]["id"] == "llama"
+
+
+@pytest.mark.parametrize("width, height", [(1200, 800), (375, 667)])
+def test_the_page_chats_with_the_demo(demo_server, browser, tmp_path, width, height):  # noqa: F811
+    browser.show(f"http://127.0.0.1:{demo_server.port}/", width, height)
+    browser.screenshot(tmp_path / "empty.png")
+    browser.js("document.querySelector('#max_tokens').value = 40; document.querySelector('#seed').value = '3'")
+    idle = "!document.querySelector('.busy')"
+    for text in ("type#dress*color#red", "Now in blue"):
+        browser.js(SAY.format(json.dumps(text)))
+        assert eventually(lambda: browser.js(f"{idle} && !!document.querySelector('.assistant .foot')"), 20)
+    texts = browser.js(TEXTS)
+    assert len(texts) == 4 and all(texts) and not browser.js("document.querySelectorAll('.error').length")
+    browser.screenshot(tmp_path / "chat.png")
+    browser.js("[...document.querySelectorAll('.foot button')].find(b => b.innerText === 'Regenerate').click()")
+    assert eventually(lambda: browser.js(f"{idle} && {TEXTS}.length === 4"), 20)
+    assert browser.js(TEXTS)[:3] == texts[:3] and browser.js("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\udfffb"])
+def test_half_a_character_is_refused_by_every_tokenizer(demo_server, text):
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": "x", "stop": [text]}),
+        ("/tokenize", {"prompt": text}),
+        ("/v1/embeddings", {"input": [text]}),
+    ):
+        status, _, reply = demo_server.post(path, body)
+        assert status == 400 and "a lone surrogate is not a character" in reply["error"]["message"]
+        assert reply["error"]["param"] in body
 
 
 def test_embeddings(demo_server):
