@@ -1,8 +1,8 @@
 """Official clients, libraries and coding agents against serve.py; each client is a script in this folder.
 
-    python -m pytest tests/clients --clients-python /path/to/venv/bin/python   # openai anthropic litellm instructor …
+    python -m pytest tests/clients --client-python /path/to/venv/bin/python   # openai anthropic litellm instructor …
     python -m pytest tests/clients --lm-eval-python /path/to/venv/bin/python   # lm-eval, transformers
-    python -m pytest tests/clients --clients-python … --chat-model FOLDER      # and a tool loop of a real model
+    python -m pytest tests/clients --client-python … --chat-model FOLDER      # and a tool loop of a real model
 
 The agents need no package: they run by default. Tools and reasoning come from an engine that has a script for a model;
 schemas, forced calls and log-probabilities from the demo's model.
@@ -85,10 +85,12 @@ def run_client(python, script, server, *args, timeout=280):
 
 
 @pytest.fixture
-def clients_python(request):
-    return request.config.getoption("--clients-python") or pytest.skip(
-        "needs --clients-python: a Python with openai, anthropic, litellm, langchain-openai and instructor"
-    )
+def client_scripts(request):
+    """The Python that runs them; not the tests' own, so that a default run stays short."""
+    python = request.config.getoption("--client-python")
+    if python == sys.executable:
+        pytest.skip("needs --client-python: a Python with openai, anthropic, litellm, langchain-openai and instructor")
+    return python
 
 
 def test_coding_agents(scripted):
@@ -106,13 +108,13 @@ def test_coding_agents(scripted):
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_clients_of_a_scripted_model(scripted, clients_python, script, args):
-    assert run_client(clients_python, script, scripted, *args)
+def test_clients_of_a_scripted_model(scripted, client_scripts, script, args):
+    assert run_client(client_scripts, script, scripted, *args)
 
 
 @pytest.mark.parametrize("script, args", [("openai_schema.py", ()), ("other_clients.py", ("instructor",))], ids=str)
-def test_clients_get_what_they_force(demo, clients_python, script, args):
-    assert run_client(clients_python, script, demo, *args)
+def test_clients_get_what_they_force(demo, client_scripts, script, args):
+    assert run_client(client_scripts, script, demo, *args)
 
 
 def test_lm_eval(demo, request):
@@ -145,8 +147,8 @@ def test_lm_eval(demo, request):
 
 
 @pytest.mark.slow
-def test_tool_loop_of_a_real_model(start, clients_python, request):  # noqa: F811
+def test_tool_loop_of_a_real_model(start, client_scripts, request):  # noqa: F811
     """SmolLM2 or another small chat model; the transcript is printed (-s)."""
     folder = request.config.getoption("--chat-model") or pytest.skip("needs --chat-model: the folder of a chat model")
     args = serve.Args(model_name_or_path=folder, chat_template="qwen2.5", total_max_length=1024, kv_cache_gb=0.2)
-    assert run_client(clients_python, "tool_loop.py", start(*serve.build_engine(args)))
+    assert run_client(client_scripts, "tool_loop.py", start(*serve.build_engine(args)))

@@ -23,7 +23,11 @@ def use_openai():
     fields = {"model": model, "temperature": 0, "max_tokens": 60, "tools": [TOOL]}
     messages = [{"role": "user", "content": QUESTION}]
     say("user", QUESTION)
-    message = client.chat.completions.create(messages=messages, tool_choice="required", **fields).choices[0].message
+    message = (
+        client.chat.completions.create(messages=messages, tool_choice="required", parallel_tool_calls=False, **fields)
+        .choices[0]
+        .message
+    )
     call = message.tool_calls[0]
     say("assistant calls", f"{call.function.name}({call.function.arguments})")
     result = run_tool(call.function.name, call.function.arguments)
@@ -48,10 +52,12 @@ def use_anthropic():
     client = anthropic.Anthropic(base_url=base_url(), api_key="none", max_retries=0, timeout=250)
     model = client.models.list().data[0].id
     tool = {"name": "weather", "description": WEATHER["description"], "input_schema": WEATHER["parameters"]}
-    fields = {"model": model, "max_tokens": 60, "tools": [tool], "temperature": 0}
+    fields = {"model": model, "max_tokens": 60, "tools": [tool], "extra_body": {"temperature": 0}}
     messages = [{"role": "user", "content": QUESTION}]
     say("user", QUESTION)
-    with client.messages.stream(messages=messages, tool_choice={"type": "any"}, **fields) as stream:
+    with client.messages.stream(
+        messages=messages, tool_choice={"type": "any", "disable_parallel_tool_use": True}, **fields
+    ) as stream:
         message = stream.get_final_message()
     (call,) = [block for block in message.content if block.type == "tool_use"]
     say("assistant calls", f"{call.name}({json.dumps(call.input)})")
