@@ -183,10 +183,8 @@ def test_messages_have_blocks(server):
         {"type": "tool_result", "tool_use_id": block["id"], "content": [{"type": "text", "text": "rain"}]}
         for block in reply["content"][1:]
     ]
-    messages = [
-        *user("both"), {"role": "assistant", "content": reply["content"]},
-        {"role": "user", "content": [*results, {"type": "text", "text": "hello"}]},
-    ]  # fmt: skip
+    last = {"role": "user", "content": [*results, {"type": "text", "text": "hello"}]}
+    messages = [*user("both"), {"role": "assistant", "content": reply["content"]}, last]
     after = post(server, "/v1/messages", messages=messages, tools=CLAUDE_TOOLS, **ask)
     assert after["content"] == [{"type": "text", "text": "Good day."}] and after["stop_reason"] == "end_turn"
     assert server.engine.prompt.count("tool: rain") == 2
