@@ -98,17 +98,26 @@ def claude_code():
             {"type": "text", "text": "Be brief.", "cache_control": cached},
         ],
         "messages": [
-            {"role": "user", "content": [
-                {"type": "text", "text": "<system-reminder>The date is today.</system-reminder>"},
-                {"type": "text", "text": QUESTION, "cache_control": cached},
-            ]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "<system-reminder>The date is today.</system-reminder>"},
+                    {"type": "text", "text": QUESTION, "cache_control": cached},
+                ],
+            },
         ],
-        "tools": [{"name": f["name"], "description": f["description"], "input_schema":
-                   f["parameters"] | {"$schema": "http://json-schema.org/draft-07/schema#"}} for f in FUNCTIONS],
+        "tools": [
+            {
+                "name": f["name"],
+                "description": f["description"],
+                "input_schema": f["parameters"] | {"$schema": "http://json-schema.org/draft-07/schema#"},
+            }
+            for f in FUNCTIONS
+        ],
         "metadata": {"user_id": "user_0_account__session_0"},
         "thinking": {"type": "enabled", "budget_tokens": 400},
         "stream": True,
-    }  # fmt: skip
+    }
     headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "interleaved-thinking-2025-05-14", "x-api-key": "-"}
     for _ in range(2):
         blocks, reason = {}, None
@@ -135,16 +144,24 @@ def claude_code():
         if reason != "tool_use":
             break
         results = [
-            {"type": "tool_result", "tool_use_id": block["id"], "content": run_tool(block["name"], block["input"]),
-             "is_error": False, "cache_control": cached}
-            for block in content if block["type"] == "tool_use"
-        ]  # fmt: skip
+            {
+                "type": "tool_result",
+                "tool_use_id": block["id"],
+                "content": run_tool(block["name"], block["input"]),
+                "is_error": False,
+                "cache_control": cached,
+            }
+            for block in content
+            if block["type"] == "tool_use"
+        ]
         body["messages"].append({"role": "user", "content": results})
     assert [block["text"] for block in content if block["type"] == "text"] == [ANSWER] and reason == "end_turn"
     counted = {key: body[key] for key in ("model", "messages", "tools", "system")}
     request = urllib.request.Request(
-        base_url() + "/v1/messages/count_tokens?beta=true", json.dumps(counted).encode(),
-        {"Content-Type": "application/json", **headers})  # fmt: skip
+        base_url() + "/v1/messages/count_tokens?beta=true",
+        json.dumps(counted).encode(),
+        {"Content-Type": "application/json", **headers},
+    )
     with urllib.request.urlopen(request, timeout=60) as reply:
         assert json.load(reply)["input_tokens"] > 100
     held("Messages as Claude Code sends them")
@@ -155,9 +172,17 @@ def cline():
         {"role": "system", "content": "You are a coding agent."},
         {"role": "user", "content": [{"type": "text", "text": QUESTION}, {"type": "text", "text": "<env>/src</env>"}]},
     ]
-    body = {"model": model(), "messages": messages, "temperature": 0, "stream": True, "max_completion_tokens": 500,
-            "stream_options": {"include_usage": True}, "tool_choice": "auto", "parallel_tool_calls": True,
-            "tools": [{"type": "function", "function": function} for function in FUNCTIONS]}  # fmt: skip
+    body = {
+        "model": model(),
+        "messages": messages,
+        "temperature": 0,
+        "stream": True,
+        "max_completion_tokens": 500,
+        "stream_options": {"include_usage": True},
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "tools": [{"type": "function", "function": function} for function in FUNCTIONS],
+    }
     for _ in range(2):
         content, calls, reason = "", {}, None
         for _, chunk in post("/v1/chat/completions", body):
@@ -172,9 +197,9 @@ def cline():
         if reason != "tool_calls":
             break
         called = [
-            {"id": call["id"], "type": "function",
-             "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls.values()
-        ]  # fmt: skip
+            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+            for call in calls.values()
+        ]
         messages.append({"role": "assistant", "content": content or None, "tool_calls": called})
         messages += [
             {"role": "tool", "tool_call_id": call["id"], "content": run_tool(call["name"], call["arguments"])}

@@ -18,8 +18,15 @@ if __name__ == "__main__":
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     client = LocalCompletionsAPI(
-        base_url=f"{base_url()}/v1/completions", model=sys.argv[3], tokenizer=sys.argv[2], max_retries=1,
-        tokenizer_backend="huggingface", num_concurrent=1, batch_size=2, max_length=256)  # fmt: skip
+        base_url=f"{base_url()}/v1/completions",
+        model=sys.argv[3],
+        tokenizer=sys.argv[2],
+        max_retries=1,
+        tokenizer_backend="huggingface",
+        num_concurrent=1,
+        batch_size=2,
+        max_length=256,
+    )
     found = client.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)])
     held(f"loglikelihood: {found}")
     asked = [

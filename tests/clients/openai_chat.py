@@ -97,8 +97,10 @@ def histories():
 def completions():
     reply = client.completions.create(model=MODEL, prompt=["a b", "c"], max_tokens=4, logprobs=2, n=2)
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
-    text = "".join(chunk.choices[0].text for chunk in client.completions.create(
-        model=MODEL, prompt="a b", max_tokens=4, stream=True))  # fmt: skip
+    text = "".join(
+        chunk.choices[0].text
+        for chunk in client.completions.create(model=MODEL, prompt="a b", max_tokens=4, stream=True)
+    )
     assert text == reply.choices[0].text
     held("completions")
 

@@ -24,8 +24,13 @@ def streamed():
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed", kinds
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert text == GREETING == events[-1].response.output_text
-    for kind in ("response.output_item.added", "response.content_part.added", "response.output_text.done",
-                 "response.content_part.done", "response.output_item.done"):  # fmt: skip
+    for kind in (
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+    ):
         assert kind in kinds, (kind, kinds)
     with client.responses.stream(model=MODEL, input="hi") as stream:
         for _ in stream:

@@ -42,8 +42,12 @@ def streamed():
 
 
 def raw_schema():
-    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}},
-              "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
     reply = client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format=form, max_tokens=200)
     value = json.loads(reply.choices[0].message.content)

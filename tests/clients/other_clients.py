@@ -35,8 +35,13 @@ def use_langchain():
         city: str
 
     for use_responses_api in (False, True):
-        chat = langchain_openai.ChatOpenAI(model="base", base_url=f"{base_url()}/v1", api_key="none",
-                                           max_retries=0, use_responses_api=use_responses_api)  # fmt: skip
+        chat = langchain_openai.ChatOpenAI(
+            model="base",
+            base_url=f"{base_url()}/v1",
+            api_key="none",
+            max_retries=0,
+            use_responses_api=use_responses_api,
+        )
         text = lambda message: message.text if isinstance(message.text, str) else message.text()
         assert text(chat.invoke("hi")) == GREETING
         assert "".join(text(chunk) for chunk in chat.stream("hi")) == GREETING
