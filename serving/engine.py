@@ -216,7 +216,12 @@ WAITING, PREFILL, DECODE, DONE = "waiting", "prefill", "decode", "done"
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Sequence(TokenSequence):
-    """One of the n replies of a request, from the queue to its end."""
+    """One of the n replies of a request, from the queue to its end.
+
+    is_seeded: the request has a seed, so its text must not depend on what else runs. A step computes each sequence by
+    itself, but one token otherwise than several. So the tokens of its prompt are always computed several at once, those
+    of its reply one by one, and it shares only blocks that were.
+    """
 
     request: Request
     index: int  # 0..n-1
@@ -232,15 +237,6 @@ class Sequence(TokenSequence):
     num_cached_tokens: int | None = None  # of the prompt, found in the pool when it was first admitted
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-
-    @property
-    def is_seeded(self) -> bool:
-        """Its text must not depend on what else runs, so neither may a bit of its logits.
-
-        A step computes each sequence by itself, but one token otherwise than several. So the tokens of its prompt are
-        always computed several at once, those of its reply one by one, and it shares only blocks that were.
-        """
-        return self.request.params.seed is not None
 
     @property
     def num_new_tokens(self) -> int:
@@ -354,6 +350,7 @@ class Engine:
                 tokens=list(tokens),
                 num_prompt_tokens=len(tokens),
                 adapter=request.adapter,
+                is_seeded=params.seed is not None,
                 request=request,
                 index=index,
                 arrival=next(self.arrivals),
