@@ -244,6 +244,8 @@ def pack_model(
 class FusedRunner(PagedRunner):
     """PagedRunner's steps, each one call of FusedMultiTransformer.step()."""
 
+    is_row_invariant = True
+
     def __init__(
         self,
         model: CausalLM,

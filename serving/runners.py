@@ -171,10 +171,12 @@ class PagedRunner(KVCache):
     same holds for tokens that are computed again.
 
     Products of another number of rows may sum in another order. So sequences that are seeded are computed by passes of
-    exactly SEEDED_ROWS tokens of one adapter, filled up with tokens of no sequence.
+    exactly SEEDED_ROWS tokens of one adapter, filled up with the first token of a sequence: it sees only itself, so its
+    keys and values are the same bits again. (Behind a trained prefix it does not, and passes are not filled up.)
     """
 
     chunked_prefill = True  # a prompt may come in pieces, and share blocks with others
+    is_row_invariant = False  # whether what else is in a step changes no bit of a sequence, seeded or not
     SEEDED_ROWS = 32  # the most that kernels.linear computes as it computes a few
 
     def __init__(
@@ -192,8 +194,7 @@ class PagedRunner(KVCache):
         self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.max_model_len
         self.prefix_tokens = 0  # KVCache: the positions that the model gets count the virtual tokens already
         self.num_virtual_tokens = model.prefix.tokens if model.prefix is not None else 0
-        self.filler = TokenSequence([0], 1, [num_blocks])  # its block is the pool's last
-        shape = [num_blocks + 1, block_size, c.num_key_value_heads, c.head_dim]
+        shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
         dtype, layers = "int8" if int8 else dtype, range(c.num_hidden_layers)
         self.pools = [(paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)) for _ in layers]  # keys, values
         self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
@@ -221,9 +222,9 @@ class PagedRunner(KVCache):
         if others:
             logits[others] = self._run([scheduled[i] for i in others])
         for rows, parts in self._passes(scheduled, seeded):
-            missing = self.SEEDED_ROWS - sum(part.count for part in parts)
-            filler = dataclasses.replace(self.filler, adapter=parts[0].sequence.adapter)
-            parts += [ScheduledTokens(filler, 0, 1)] * missing
+            if not self.num_virtual_tokens:
+                missing = self.SEEDED_ROWS - sum(part.count for part in parts)
+                parts += [ScheduledTokens(parts[0].sequence, 0, 1)] * missing
             with kernels.products_of_few_alike():  # experts get any number of rows
                 logits[rows] = self._run(parts, self.SEEDED_ROWS)[: len(rows)]
         return logits

@@ -72,7 +72,7 @@ def requests_of(count, new, seed=1):
         prompt = seeded[-1].prompt_ids + prompt[:7] if i % 4 == 3 else (prompt[:4] * 12)[:45] if i % 4 == 2 else prompt
         params = SamplingParams(max_tokens=new, temperature=1.0, seed=i, ignore_eos=True)
         seeded.append(Request(prompt[:60], params))
-        others.append(Request(prompt[:50:-1] or [5], SamplingParams(max_tokens=new // 2, temperature=1.5)))
+        others.append(Request(prompt[:40], SamplingParams(max_tokens=new // 2, temperature=1.5)))
     return seeded, others
 
 
