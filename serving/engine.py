@@ -24,6 +24,7 @@ The life of a request:
 
 import bisect
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -69,6 +70,7 @@ class TokenOutput:
     cached_tokens: int = 0  # tokens of the prompt whose blocks were already computed
     draft_tokens: int = 0  # of the reply so far: tokens that were guessed,
     accepted_tokens: int = 0  # and those of them that the model chose
+    stop_text: str | None = None  # which of the request's `stop` ended the reply
 
 
 @dataclasses.dataclass
@@ -106,9 +108,9 @@ class ShuttingDown(UserError):
 class Detokenizer:
     """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
-        self.decoder = tokenizer.stream_decoder() if tokenizer is not None else None
-        self.stop, self.pending = stop, ""
+    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True):
+        self.decoder = tokenizer.stream_decoder(skip_special_tokens) if tokenizer is not None else None
+        self.stop, self.pending, self.stop_text = stop, "", None  # stop_text: the one that was found
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """(text, whether a stop text was found; the text after it is dropped)"""
@@ -124,10 +126,11 @@ class Detokenizer:
 
     def _final_text(self, new, may_stop):
         text = self.pending + new
-        starts = [at for at in (text.find(stop) for stop in self.stop) if at >= 0] if new and may_stop else []
+        starts = [(at, stop) for stop in self.stop if (at := text.find(stop)) >= 0] if new and may_stop else []
         if starts:
+            at, self.stop_text = min(starts)
             self.pending = ""
-            return text[: min(starts)], True
+            return text[:at], True
         keep = 0  # length of the longest end of the text with which a stop text begins
         for stop in self.stop if may_stop else ():
             for length in range(min(len(stop) - 1, len(text)), keep, -1):
@@ -251,7 +254,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
-    dtype, int8_head: of serving.fused. speculator: of serving.speculation; replies are the same with it.
+    dtype, int8_head, free_weights: of serving.fused. speculator: of serving.speculation; replies are the same with it.
     """
 
     def __init__(
@@ -271,9 +274,11 @@ class Engine:
         dtype: str = "float32",
         int8_head: bool = False,
         speculator: NgramSpeculator | DraftSpeculator | None = None,
+        free_weights: bool = False,
     ):
         if isinstance(model, CausalLM):
-            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
+            options = adapters, int8_cache, dtype, int8_head, free_weights
+            model = fastest_runner(model, num_blocks, block_size, *options)
         if speculator is not None and not model.chunked_prefill:
             raise UserError(
                 f"speculate_method: {type(model).__name__} computes one token of a reply a step; leave it out"
@@ -302,6 +307,7 @@ class Engine:
         # Shared with other threads, under the condition's lock; live: request_id -> number of replies not finished
         self.condition = threading.Condition()
         self.inbox, self.to_abort, self.live = [], set(), {}
+        self.calls = []  # (function, its Future) for between two steps
         self.thread, self.closing, self.stopped = None, False, False
 
     # ---------------------------------------------------------------- called from any thread
@@ -313,9 +319,6 @@ class Engine:
         """
         params, prompt = request.params, request.prompt_ids
         params.check()
-        if request.adapter is not None and request.adapter not in self.adapters:
-            names = ", ".join(self.adapters) or "none"
-            raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
         if not len(prompt):
             raise UserError("prompt: empty; at least one token is needed")
         if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
@@ -326,6 +329,9 @@ class Engine:
         with self.condition:
             if self.closing:
                 raise ShuttingDown("the server is shutting down")
+            if request.adapter is not None and request.adapter not in self.adapters:  # here, as they come and go
+                names = ", ".join(self.adapters) or "none"
+                raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
             if len(self.inbox) + len(self.waiting) >= self.max_queue:
                 raise QueueFull(f"{self.max_queue} replies are already waiting; try again later")
             if request.request_id in self.live:
@@ -357,7 +363,7 @@ class Engine:
                 on_output=on_output,
                 leader=leader,
                 sampler=Sampler(params, index, self.stop_ids, seed),
-                detokenizer=Detokenizer(self.tokenizer, params.stop),
+                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens),
                 num_virtual_tokens=num_virtual_tokens,
                 block_hashes=[hash_seed],
             )
@@ -370,6 +376,19 @@ class Engine:
             if request_id in self.live:
                 self.to_abort.add(request_id)
                 self.condition.notify_all()
+
+    def between_steps(self, function: Callable) -> concurrent.futures.Future:
+        """function() in the engine's thread, while no step is computed; without a thread, in the next step()."""
+        future = concurrent.futures.Future()
+        with self.condition:
+            self.calls.append((function, future))
+            self.condition.notify_all()
+        return future
+
+    def uses_adapter(self, name: str) -> bool:
+        """Whether a reply that is not finished needs the adapter. In the engine's thread."""
+        with self.condition:
+            return any(s.adapter == name for s in (*self.running, *self.waiting, *self.inbox))
 
     def weights_changed(self) -> None:
         """The model's weights were updated in place: keys and values in the pool are of the old ones.
@@ -410,6 +429,14 @@ class Engine:
         return True
 
     def _take_inbox(self):
+        with self.condition:
+            calls, self.calls = self.calls, []
+        for function, future in calls:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # its caller's
+                    future.set_exception(error)
         with self.condition:
             self.waiting += self.inbox
             self.inbox.clear()
@@ -604,7 +631,9 @@ class Engine:
             if full and not stopped:
                 rest, stopped = detokenizer.flush(may_stop)
                 text += rest
-            reason = "stop" if stopped else "length" if full else None
+            reason = "stop" if stopped else sampler.guide_ends() or ("length" if full else None)
+            if reason and not (stopped or full):
+                text += detokenizer.flush()[0]
         output = TokenOutput(
             sequence.index,
             token,
@@ -615,6 +644,7 @@ class Engine:
             cached_tokens=sequence.num_cached_tokens,
             draft_tokens=sequence.num_draft_tokens,
             accepted_tokens=sequence.num_accepted_tokens,
+            stop_text=detokenizer.stop_text,
         )
         if reason is None:
             self._deliver(sequence, output)
@@ -663,7 +693,7 @@ class Engine:
         while True:
             with self.condition:
                 self.condition.wait_for(
-                    lambda: self.inbox or self.to_abort or self.running or self.waiting or self.stopped
+                    lambda: self.inbox or self.to_abort or self.calls or self.running or self.waiting or self.stopped
                 )
                 if self.stopped:
                     return

@@ -21,6 +21,7 @@ import kernels
 import numpy as np
 
 from formats.files import UserError
+from serving.guide import Guide
 
 # ================================================================================================ what a request asks
 
@@ -32,6 +33,7 @@ class SamplingParams:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
+    min_p: float = 0.0  # tokens less likely than this share of the likeliest one's probability are left out
     repetition_penalty: float = 1.0  # on tokens of prompt and reply (arXiv 1909.05858)
     presence_penalty: float = 0.0  # subtracted from the logit of every token that the reply contains
     frequency_penalty: float = 0.0  # the same, times its number of occurrences
@@ -39,8 +41,13 @@ class SamplingParams:
     stop: tuple = ()  # texts that end the reply; they are not part of it
     stop_token_ids: tuple = ()  # ids that end it, besides the tokenizer's
     ignore_eos: bool = False  # continue after the tokenizer's stop ids
+    skip_special_tokens: bool = True  # special tokens have no text
     logprobs: int | None = None  # report log-probabilities of the chosen token and of this many likeliest ones
     n: int = 1  # replies to the one prompt
+    logit_bias: tuple = ()  # (id, number): added to the logits of these tokens
+    allowed_token_ids: tuple = ()  # if any: only these, and the ids that end the reply
+    bad_words: tuple = ()  # tuples of ids: the last of them may not follow the others
+    guide: Guide | None = None  # the form of the reply, such as JSON by a schema
     scaled_logprobs: bool = False  # report log-probabilities after temperature, and entropies: those of rl.py
 
     def check(self) -> None:
@@ -63,6 +70,7 @@ class SamplingParams:
         for key, low, high in (
             ("temperature", 0, 100),
             ("top_p", 0, 1),
+            ("min_p", 0, 1),
             ("repetition_penalty", 0, 100),
             ("presence_penalty", -100, 100),
             ("frequency_penalty", -100, 100),
@@ -76,6 +84,10 @@ class SamplingParams:
             raise UserError(f"stop: {self.stop!r}; it must be a tuple of texts that are not empty")
         if not isinstance(self.stop_token_ids, tuple) or not all(isinstance(i, int) for i in self.stop_token_ids):
             raise UserError(f"stop_token_ids: {self.stop_token_ids!r}; it must be a tuple of token ids")
+        if not all(abs(bias) <= 100 for _, bias in self.logit_bias):
+            raise UserError(f"logit_bias: {self.logit_bias!r}; it must be pairs of an id and a number of -100 to 100")
+        if () in self.bad_words:
+            raise UserError("bad_words: no word may be empty")
 
 
 # ============================================================================================ from logits to a token
@@ -126,6 +138,8 @@ class Sampler:
         self.greedy = p.temperature < 1e-5
         self.counts = TokenCounts()  # of the reply's tokens
         self.seen, self.num_seen = TokenCounts(), 0  # of prompt and reply, as far as the repetition penalty has read
+        self.state = None if p.guide is None else p.guide.start
+        self.has_rules = bool(p.logit_bias or p.allowed_token_ids or p.bad_words or p.guide or p.min_p)
 
     def uniform(self) -> float:
         """The next number of [0, 1)."""
@@ -141,6 +155,39 @@ class Sampler:
         """Note what is new in these ids of prompt and reply; -1 stands for a token of a trained prefix."""
         self.seen.update(i for i in token_ids[self.num_seen :] if i >= 0)
         self.num_seen = len(token_ids)
+
+    def apply_rules(self, logits: np.ndarray, token_ids: list[int]) -> None:
+        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, the guide is kept."""
+        p, size = self.params, len(logits)
+        reply = token_ids[len(token_ids) - self.counts.total :]
+        plain = logits.copy() if p.guide is not None else None
+        for token, bias in p.logit_bias:
+            logits[token] += bias
+        if p.allowed_token_ids:
+            banned = np.ones(size, bool)
+            banned[[i for i in {*p.allowed_token_ids, *self.stop_ids} if i < size]] = False
+            logits[banned] = -np.inf
+        for *before, last in p.bad_words:
+            if reply[len(reply) - len(before) :] == before:
+                logits[last] = -np.inf
+        if p.guide is not None:
+            banned = ~p.guide.allowed(self.state, self.stop_ids, size)
+            logits[banned] = -np.inf
+            if not np.isfinite(logits.max()):
+                logits[:] = plain
+                logits[banned] = -np.inf
+        if p.min_p and not self.greedy:
+            logits[logits < logits.max() + p.temperature * np.log(p.min_p)] = -np.inf
+
+    def follow(self, token: int) -> None:
+        """The token was chosen."""
+        self.counts.update((token,))
+        if self.state is not None and token not in self.stop_ids:
+            self.state = self.params.guide.advance(self.state, token)
+
+    def guide_ends(self) -> str | None:
+        """The reason for which the guide ends the reply: "stop": nothing may follow; "length": nothing can."""
+        return None if self.state is None else self.params.guide.ends(self.state)
 
     def choose(self, logits: np.ndarray, token_ids: list[int]) -> Choice:
         """logits (V,) float32, ids of prompt and reply -> Choice."""
@@ -212,15 +259,20 @@ def sample_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[li
     """
     changes = LogitChanges(logits)
     apply_penalties(samplers, changes, token_ids)
+    ruled = [(i, logits[i].copy()) for i, sampler in enumerate(samplers) if sampler.has_rules]
+    for i, _ in ruled:
+        samplers[i].apply_rules(logits[i], token_ids[i])
     options = [
         (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.uniform())
         for s in samplers
     ]
     temperature, top_k, top_p, uniform = zip(*options)
     ids = kernels.sample(kernels.to_tensor(logits, share=True), temperature, top_k, top_p, uniform).tolist()
+    for i, row in ruled:
+        logits[i] = row
     changes.undo()
     for sampler, token in zip(samplers, ids):
-        sampler.counts.update((token,))
+        sampler.follow(token)
     return ids
 
 

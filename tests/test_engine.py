@@ -43,6 +43,7 @@ from serving.engine import (
     UnknownAdapter,
 )
 from serving.fused import FusedRunner
+from serving.offline import prompt_ids
 from serving.runners import PagedRunner, TokenSequence
 from serving.sampling import Sampler, SamplingParams, choose_batch
 
@@ -718,7 +719,7 @@ class Letters:
 
     stop_ids = ()
 
-    def stream_decoder(self):
+    def stream_decoder(self, skip_special_tokens=True):
         import codecs
 
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -1143,11 +1144,11 @@ def test_long_prompts_are_cut_to_src_length_and_what_cannot_be_cut_is_named(tmp_
     ):
         tk.chat_template = template and ChatTemplate(template, "here")
         for src_length in (40, 90, 160, 400):
-            ids = serve.prompt_ids(tk, turns, {}, src_length)
+            ids = prompt_ids(tk, turns, {}, src_length)
             assert len(ids) <= src_length + 4 and tk.decode(ids).endswith(
                 "color#red " if template is None else "color#red </q>" if len(ids) > 100 else "</u>"
             )
-        alone = serve.prompt_ids(tk, turns[1:2], {}, 100)
+        alone = prompt_ids(tk, turns[1:2], {}, 100)
         assert alone == (
             tk.encode("type#hat")
             if template is None

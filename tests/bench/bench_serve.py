@@ -36,8 +36,8 @@ import paddle
 from bench_train import SHAPES, load_model, summary
 
 from formats.tokenizer import load_tokenizer
-from serve import measure
 from serving.engine import Engine
+from serving.offline import measure
 from serving.runners import round_linears
 
 SAMPLING = {
