@@ -327,6 +327,8 @@ class FusedRunner(PagedRunner):
     Without it the model may be trained, and its weights are packed again.
     """
 
+    is_row_invariant = True
+
     def __init__(
         self,
         model: CausalLM,
