@@ -38,8 +38,9 @@ from formats.tokenizer import Tokenizer, load_tokenizer
 from heads import Policy, ScoreModel, load_reward_model, scored_sample
 from model import CausalLM
 from parallel import Topology
-from serving.engine import Engine, Request, SamplingParams
+from serving.engine import Engine, Request
 from serving.runners import make_runner
+from serving.sampling import SamplingParams
 
 BLOCK_SIZE = 16  # tokens of a block of the engine's cache
 

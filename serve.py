@@ -13,8 +13,9 @@ of a chat are written in the model's chat template; a model without one gets pla
 The engine (serving/engine.py): requests join and leave at every step; a step computes one token of every running
 sequence and, with the rest of `max_num_batched_tokens`, pieces of new prompts. Keys and values are kept in a pool of
 blocks (Kwon et al., arXiv 2309.06180); identical full blocks are shared; when no block is free, the youngest sequence
-waits and is computed again. The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory. Not supported:
-beam search, speculative decoding, more than one process.
+waits and is computed again. The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory.
+`speculate_method` guesses several tokens and checks them in one step; replies stay the same. Not supported: beam
+search, more than one process.
 """
 
 import dataclasses
@@ -33,12 +34,14 @@ from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
 from serving.access import Access, model_names
-from serving.engine import Engine, SamplingParams
+from serving.engine import Engine
 from serving.fused import choose_dtype
 from serving.offline import answer_file, answer_prompt, benchmark
 from serving.pooling import POOLINGS
 from serving.runners import PagedRunner, StaticRunner, round_linears
+from serving.sampling import SamplingParams
 from serving.server import serve_http
+from serving.speculation import METHODS, DraftSpeculator, NgramSpeculator, make_speculator
 
 QUANT_GROUPS = {"w8": -1, "w4": 64, "a8w8": -1}  # `quant`: input rows that share a scale; -1: all
 
@@ -71,6 +74,10 @@ class Args(ScriptArgs):
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
+    speculate_method: str | None = None  # ngram (or inference_with_reference), or draft_model; None: no speculation
+    speculate_max_draft_token_num: int = 5  # most tokens of a sequence that are guessed for a step
+    speculate_max_ngram_size: int = 3  # ngram: most last tokens that are looked up in prompt and reply
+    draft_model_name_or_path: str | None = None  # draft_model: folder of a smaller model with the same vocabulary
     prompt: str | None = None  # answer this and exit
     system: str | None = None  # the system text before prompt
     data_file: str | None = None  # answer every record of this file; the replies may be missing: docs/data.md
@@ -103,10 +110,12 @@ class Args(ScriptArgs):
             ("dtype", (None, "auto", "float32", "bfloat16")),
             ("quant", (None, *QUANT_GROUPS)),
             ("pooling_type", POOLINGS),
+            ("speculate_method", (None, *METHODS)),
         ):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")
         positive = "max_length total_max_length batch_size block_size max_num_batched_tokens max_queue max_body_bytes"
+        positive += " speculate_max_draft_token_num speculate_max_ngram_size"
         for key in f"src_length num_blocks {positive} max_connections".split():
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -123,6 +132,10 @@ class Args(ScriptArgs):
             raise UserError("mode: static keeps keys and values in float32; cachekv_int8_type is for dynamic")
         if self.mode == "static" and (self.quant or self.dtype not in (None, "float32")):
             raise UserError("mode: static has its weights in the graph; dtype and quant are for dynamic")
+        if self.mode == "static" and self.speculate_method:
+            raise UserError("mode: static computes one token of a reply a step; speculate_method is for dynamic")
+        if (self.speculate_method == "draft_model") != (self.draft_model_name_or_path is not None):
+            raise UserError("speculate_method: draft_model and draft_model_name_or_path need one another")
         if sum(map(bool, (self.prompt, self.data_file, self.benchmark))) > 1:
             raise UserError("prompt, data_file and benchmark are different ways to run; give one")
         if self.system and self.prompt is None:
@@ -202,10 +215,11 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         if num_blocks < 1 and args.num_blocks is None:
             megabytes = block_bytes / 1e6
             raise UserError(f"kv_cache_gb: {args.kv_cache_gb} holds no block of {megabytes:.1f} MB; raise it")
+    num_blocks = args.num_blocks or num_blocks
     engine = Engine(
         model,
         tokenizer,
-        num_blocks=args.num_blocks or num_blocks,
+        num_blocks=num_blocks,
         block_size=args.block_size,
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -216,12 +230,28 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         int8_cache=args.cachekv_int8_type is not None,
         dtype=dtype,
         int8_head=args.quant in ("w8", "w4"),
+        speculator=open_speculator(args, tokenizer, num_blocks, dtype) if args.speculate_method else None,
     )
     blocks = f"{engine.pool.num_blocks:,} blocks of {args.block_size} tokens"
     sequences = f"at most {engine.max_model_len:,} tokens a sequence, {args.batch_size} sequences at once"
     names = f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""
     print(f"engine: {blocks}, {sequences}{names}", flush=True)
     return engine, tokenizer
+
+
+def open_speculator(args: Args, tokenizer: Tokenizer, num_blocks: int, dtype: str) -> NgramSpeculator | DraftSpeculator:
+    """The speculator that the keys speculate_* ask for."""
+    draft, sizes = None, (args.speculate_max_draft_token_num, args.speculate_max_ngram_size)
+    if args.draft_model_name_or_path is not None:
+        path = Path(args.draft_model_name_or_path)
+        if not path.is_dir():
+            raise UserError(f"draft_model_name_or_path: {path}: no such folder")
+        draft = from_pretrained(path)
+        trainer.check_vocabulary(draft, tokenizer, path)
+        dtype = choose_dtype(draft, None, "auto" if dtype == "bfloat16" else dtype)
+    return make_speculator(
+        args.speculate_method, *sizes, draft, num_blocks=num_blocks, block_size=args.block_size, dtype=dtype
+    )
 
 
 def blocks_in_use(args: Args, num_virtual_tokens: int, max_positions: int) -> int:

@@ -56,6 +56,10 @@ ALIASES = _table([
     ("lora", "use_peft"),
     ("lora_rank", "lora_r"),
     ("chat_template", "chat_template_path"),
+    # vLLM
+    ("speculate_max_draft_token_num", "num_speculative_tokens"),
+    ("speculate_max_ngram_size", "prompt_lookup_max ngram_prompt_lookup_max"),
+    ("draft_model_name_or_path", "draft_model speculative_model"),
     ("dataset_name_or_path train_dataset_path+dev_dataset_path", "dataset_name"),
     ("sft_loss_ratio", "rpo_alpha"),
     # LLaMA-Factory
@@ -236,9 +240,10 @@ IGNORED = _table([
         inference_model block_attn append_attn dynamic_insert avx_model avx_type avx_cachekv_type output_via_mq
         total_request_num use_fake_parameter export_precache model_prefix model_type return_full_hidden_states
         mla_use_matrix_absorption"""),
-    ("it belongs to speculative decoding, which is not supported", """
-        speculate_max_draft_token_num speculate_max_ngram_size speculate_verify_window speculate_max_candidate_len
-        draft_model_quant_type"""),
+    ("a drafted token is kept only where the model would have chosen it", """
+        speculate_verify_window speculate_max_candidate_len"""),
+    ("the draft model's folder defines it", "draft_model_quant_type"),
+    ("a key of serve.py", "speculate_max_draft_token_num speculate_max_ngram_size"),
     ("the folder's own quantization_config defines it", "weightonly_group_size weight_block_size moe_quant_type"),
     ("a key of serve.py", """
         decode_strategy block_size output_file port host base_port flask_port title sub_title api_key"""),
@@ -403,7 +408,7 @@ REFUSED = _table([
     ("only finetune.py adds noise to embeddings", "neftune_noise_alpha"),
     ("the reference model is never updated during training; set it to -1", "ref_model_update_steps"),
     ("process rewards are not supported; reward.py learns from pairs", "process_reward"),
-    ("speculative decoding is not supported", "speculate_method draft_model_name_or_path"),
+    ("only serve.py decodes speculatively", "speculate_method draft_model_name_or_path"),
     ("only serve.py has a key/value cache", "cachekv_int8_type"),
     ("KTO is not supported; dpo.py learns from pairs", "desirable_weight undesirable_weight"),
     ("use rl.py for reinforcement learning", """

@@ -22,7 +22,8 @@ from formats.files import UserError, parse_json_line
 from formats.record_files import RecordOptions, RecordReader, with_reply
 from formats.records import Conversation, located, parse_prompt
 from formats.tokenizer import Tokenizer
-from serving.engine import Engine, Request, SamplingParams
+from serving.engine import Engine, Request
+from serving.sampling import SamplingParams
 
 
 def prompt_ids(tokenizer: Tokenizer, turns: list, context: dict, src_length: int, is_plain: bool = False) -> list[int]:

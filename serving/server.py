@@ -22,10 +22,10 @@ from formats.files import UserError, brief
 from serving import openai_api
 from serving.access import Access, is_preflight, model_names, preflight_headers
 from serving.engine import Engine
+from serving.fields import APIError, bad_request, chat_prompt, error_body, parse_body, take_field, take_ids
 from serving.http_server import ClientGone, Connection, HTTPError, HTTPRequest, HTTPServer, Limits
 from serving.lanes import limit_tokens
 from serving.loras import load_lora, unload_lora
-from serving.openai_api import APIError, bad_request, error_body, parse_body, take_field, take_ids
 from serving.pooling import embed
 
 VERSION = "1.0"  # of this server's routes
@@ -73,6 +73,9 @@ class Server(openai_api.Server):
             "/v1/models": (get, self.get_models, False),
             "/v1/chat/completions": (post, self.generate, False),
             "/v1/completions": (post, self.generate, False),
+            "/v1/responses": (post, self.generate, False),
+            "/v1/messages": (post, self.generate, False),
+            "/v1/messages/count_tokens": (post, self.count_messages, False),
             "/v1/embeddings": (post, self.embeddings, False),
             "/tokenize": (post, self.tokenize, False),
             "/detokenize": (post, self.detokenize, False),
@@ -95,7 +98,8 @@ class Server(openai_api.Server):
             status = await handler(connection, request, body)
         except HTTPError as error:
             status = error.status
-            await connection.respond(status, error_body(error), error.headers)
+            form = openai_api.FORMATS.get(request.path)
+            await connection.respond(status, (form.error_body if form else error_body)(error), error.headers)
         except ClientGone:
             status = 499
             raise
@@ -220,7 +224,7 @@ class Server(openai_api.Server):
         self.adapter_of(body)
         with_strings = take_field(body, "return_token_strs", bool)
         if "messages" in body:
-            ((ids, _),) = openai_api.chat_prompt(body, self.tokenizer)
+            ids = chat_prompt(body, self.tokenizer).ids
         else:
             text, special = take_field(body, "prompt", str), take_field(body, "add_special_tokens", bool)
             if text is None:
@@ -228,6 +232,17 @@ class Server(openai_api.Server):
             ids = self.tokenizer.encode(text, special is not False)
         pieces = [self.tokenizer.piece_bytes(i).decode("utf-8", "replace") for i in ids] if with_strings else None
         return {"count": len(ids), "max_model_len": self.engine.max_model_len, "tokens": ids, "token_strs": pieces}
+
+    async def count_messages(self, connection: Connection, request: HTTPRequest, body: bytes) -> int:
+        """Anthropic's count_tokens: the prompt's, as /v1/messages would have it."""
+
+        def count(body):
+            chat = openai_api.MessagesReply.to_chat(body | {"max_tokens": 1})
+            self.adapter_of(chat)
+            return {"input_tokens": len(chat_prompt(chat, self.tokenizer).ids)}
+
+        await connection.respond(200, await self.read_in_lane(connection, body, count))
+        return 200
 
     async def detokenize(self, connection: Connection, request: HTTPRequest, body: bytes) -> int:
         await connection.respond(200, await self.read_in_lane(connection, body, self.text_of_tokens))

@@ -38,8 +38,6 @@ from serving.engine import (
     PromptTooLong,
     QueueFull,
     Request,
-    Sampler,
-    SamplingParams,
     ScheduledTokens,
     ShuttingDown,
     UnknownAdapter,
@@ -47,6 +45,7 @@ from serving.engine import (
 from serving.fused import FusedRunner
 from serving.offline import prompt_ids
 from serving.runners import PagedRunner, TokenSequence
+from serving.sampling import Sampler, SamplingParams
 
 pytestmark = pytest.mark.sweep(keep=4)
 

@@ -14,9 +14,10 @@ import model as M
 from adapters import apply_lora, from_pretrained, load_adapter, lora_layers, merge, save_adapter
 from formats.files import UserError
 from formats.tensor_files import read_safetensors, write_safetensors
-from serving.engine import Engine, Request, SamplingParams, UnknownAdapter
+from serving.engine import Engine, Request, UnknownAdapter
 from serving.loras import load_lora, unload_lora
 from serving.pooling import embed
+from serving.sampling import SamplingParams
 
 DEMO = ROOT / "demo" / "llama"
 PROMPT = list(range(20, 40))

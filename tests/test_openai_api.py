@@ -29,7 +29,9 @@ import pytest
 
 import serve
 from formats.files import UserError
-from serving.engine import Engine, QueueFull, SamplingParams, ShuttingDown, TokenOutput
+from formats.messages import parse_message, parse_tools
+from serving.engine import Engine, QueueFull, ShuttingDown, TokenOutput
+from serving.sampling import SamplingParams
 from serving.server import Server, serve_http
 
 ROOT = Path(serve.__file__).resolve().parent
@@ -42,6 +44,7 @@ class ByteTokenizer:
     """A token a byte, 256 ends a reply."""
 
     vocab_size, eos, stop_ids, chat_template = 257, 256, [256], "chat"
+    special_ids, added_ids = {256}, {256: "</s>"}
 
     def encode(self, text, add_special_tokens=True):
         return list(text.encode())
@@ -55,7 +58,9 @@ class ByteTokenizer:
     def piece_bytes(self, token_id):
         return bytes([token_id]) if token_id < 256 else b"</s>"
 
-    def apply_chat(self, messages, add_generation_prompt=True):
+    def apply_chat(self, messages, add_generation_prompt=True, tools=None, template_kwargs=None):
+        parse_tools(tools)
+        messages = [parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
         if messages[-1]["role"] != "user":
             raise UserError("messages: the last must be the user's")
         return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: ")
@@ -476,9 +481,12 @@ BAD_FIELDS = [  # and values that no answer may be given to
     ("stop", [1]), ("stop", ["a"] * 17), ("stop", [""]), ("presence_penalty", 3), ("frequency_penalty", "x"),
     ("repetition_penalty", 0), ("min_tokens", -1), ("ignore_eos", 1), ("stop_token_ids", [-1]), ("stop_token_ids", 5),
     ("stop_token_ids", ["a"]), ("stream", "yes"), ("stream_options", {"include_usage": True}), ("model", 3),
-    ("tools", [{}]), ("tool_choice", "auto"), ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1}),
-    ("best_of", 2), ("suffix", "x"), ("functions", [{}]), ("modalities", ["audio"]), ("min_p", 0.1),
-    ("guided_json", {}),
+    ("tools", [{}]), ("tool_choice", "required"), ("response_format", {"type": "xml"}), ("response_format", {}),
+    ("response_format", {"type": "json_schema"}), ("logit_bias", {"5": 101}), ("logit_bias", {"x": 1}),
+    ("logit_bias", {"257": 1}), ("allowed_token_ids", [257]), ("bad_words", [3]), ("min_p", 1.5),
+    ("best_of", 2), ("suffix", "x"), ("functions", [{}]), ("modalities", ["audio"]), ("guided_grammar", "a"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"not": {}}}}}}),
+    ("guided_json", "{"), ("guided_regex", "("), ("guided_choice", []), ("structured_outputs", {"grammar": "x"}),
 ]  # fmt: skip
 BAD_CHATS = [
     ("messages", None), ("messages", []), ("messages", "hi"), ("messages", [3]), ("messages", [{"role": "user"}]),

@@ -28,7 +28,8 @@ import rl
 import rl_math
 import rollouts
 import trainer
-from serving.engine import Engine, Request, SamplingParams
+from serving.engine import Engine, Request
+from serving.sampling import SamplingParams
 
 GOLDEN = Path(__file__).with_name("golden") / "rl_trl.json"
 CASES = [  # loss_type, level, low, high, delta, beta

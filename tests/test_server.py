@@ -10,7 +10,6 @@ import re
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -363,8 +362,7 @@ def test_health_is_quick_while_a_large_reply_is_written(start):  # noqa: F811
         params, tell = job.request.params, job.tell
         for index in range(params.n):
             for token in range(40):
-                output = SimpleNamespace(index=index, token_id=97, text="a", logprob=-0.5, top_logprobs=top)
-                output.finish_reason, output.cached_tokens = "length" if token == 39 else None, 0
+                output = TokenOutput(index, 97, "a", -0.5, top, finish_reason="length" if token == 39 else None)
                 tell(output)
         engine.live.pop(job.request.request_id, None)
 
