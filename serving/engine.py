@@ -14,7 +14,7 @@ The life of a request:
 5. runner.run (runners.py) computes the scheduled tokens, writes their keys and values into the blocks, and returns the
    logits after the last token of each sequence; where a speculator (speculation.py) has guessed further tokens, after
    each of them as well.
-6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch (sampling.py) draws
+6. _advance marks full blocks as shareable. Where a sequence is computed to its end, choose_batch (sampling.py) draws
    the next token from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
    If it is the guessed one, the token after it follows at once.
 7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text,
@@ -42,8 +42,8 @@ from formats.files import UserError
 from model import CausalLM
 from serving.fused import fastest_runner
 from serving.runners import ScheduledTokens, TokenSequence
-from serving.sampling import Sampler, SamplingParams, sample_batch, scaled_logprobs
-from serving.speculation import DraftSpeculator, NgramSpeculator, rows_with_drafts
+from serving.sampling import Sampler, SamplingParams, choose_batch
+from serving.speculation import DraftSpeculator, NgramSpeculator, rows_of
 
 # ======================================================================================= requests and their results
 
@@ -155,6 +155,7 @@ class BlockPool:
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
         self.ref_counts = [0] * num_blocks
         self.hashes = [None] * num_blocks  # of each block that others may share
+        self.is_prompt = [False] * num_blocks  # whether all of its tokens were computed as those of a prompt
         self.block_of = {}  # hash -> block
         self.num_cached = 0  # free blocks with a hash
         self.free = collections.OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
@@ -163,12 +164,12 @@ class BlockPool:
         """Hash of a full block: of its tokens and of its parent's hash (for the first block, the sequence's seed)."""
         return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), key=parent, digest_size=16).digest()
 
-    def match_prefix(self, block_hashes: list[bytes]) -> list[int]:
-        """Take the longest run of blocks with these hashes; returns the blocks."""
+    def match_prefix(self, block_hashes: list[bytes], only_prompts: bool = False) -> list[int]:
+        """Take the longest run of blocks with these hashes, all of prompts if only_prompts; returns the blocks."""
         blocks = []
         for key in block_hashes if self.reuse else ():
             block = self.block_of.get(key)
-            if block is None:
+            if block is None or only_prompts and not self.is_prompt[block]:
                 break
             if self.ref_counts[block] == 0:
                 del self.free[block]
@@ -187,10 +188,10 @@ class BlockPool:
         self.ref_counts[block] = 1
         return block
 
-    def cache_block(self, block: int, block_hash: bytes) -> None:
+    def cache_block(self, block: int, block_hash: bytes, is_prompt: bool = True) -> None:
         """The block is full and computed: others may share it. Of several equal blocks the first is found."""
         if self.reuse and block_hash not in self.block_of:
-            self.block_of[block_hash], self.hashes[block] = block, block_hash
+            self.block_of[block_hash], self.hashes[block], self.is_prompt[block] = block, block_hash, is_prompt
 
     def release(self, blocks: list[int]) -> None:
         """Give back a sequence's blocks, the last one first: no block is found without its parent."""
@@ -236,12 +237,17 @@ class Sequence(TokenSequence):
     num_accepted_tokens: int = 0
 
     @property
-    def num_new_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+    def is_seeded(self) -> bool:
+        """Its text must not depend on what else runs, so neither may a bit of its logits.
+
+        A step computes each sequence by itself, but one token otherwise than several. So the tokens of its prompt are
+        always computed several at once, those of its reply one by one, and it shares only blocks that were.
+        """
+        return self.request.params.seed is not None
 
     @property
-    def needs_only_argmax(self) -> bool:
-        return self.sampler.argmax_suffices and self.num_new_tokens >= self.sampler.params.min_tokens
+    def num_new_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
 
 
 # ===================================================================================================== the engine
@@ -415,11 +421,12 @@ class Engine:
             assert not self.running and not self.waiting, "nothing was scheduled while sequences wait"
             return False
         drafts = self._draft(scheduled) if self.speculator is not None else {}
-        logits = self.runner.run(rows_with_drafts(scheduled, drafts) if drafts else scheduled)
+        rows, first = rows_of(scheduled, drafts)
+        logits = self.runner.run(rows)
         if self.speculator is not None:
             self.speculator.computed([tokens for tokens in scheduled if tokens.sequence.phase == PREFILL])
         self.totals["steps"] += 1
-        self._advance(scheduled, drafts, logits)
+        self._advance(scheduled, drafts, logits, first)
         return True
 
     def _take_inbox(self):
@@ -502,7 +509,13 @@ class Engine:
     def _add_prefill(self, scheduled, sequence, budget):
         """Schedule a prompt's next tokens within the budget (all, if the runner takes no pieces); returns how many."""
         count = len(sequence.tokens) - sequence.num_computed_tokens
-        count = min(count, budget) if self.runner.chunked_prefill else count
+        if self.runner.chunked_prefill:
+            count = min(count, budget)
+            if sequence.is_seeded:
+                left = sequence.num_prompt_tokens - sequence.num_computed_tokens
+                count = min(count, max(0, left) + self.max_num_seqs)  # each token of a reply is a row of logits
+                count -= left - count == 1  # no single token at the end
+                count = 0 if count == 1 < left and scheduled else count
         if count > 0:
             scheduled.append(ScheduledTokens(sequence, sequence.num_computed_tokens, count))
         return count
@@ -515,8 +528,10 @@ class Engine:
         assert sequence is self.waiting[0] and sequence.phase == WAITING and not sequence.blocks
         size, length = self.pool.block_size, len(sequence.tokens)
         shareable = (length - 1) // size
+        if sequence.is_seeded:
+            shareable = max(0, sequence.num_prompt_tokens - 2) // size
         self._extend_block_hashes(sequence, shareable)
-        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + shareable])
+        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + shareable], sequence.is_seeded)
         missing = -(-length // size) - len(shared)
         if missing > len(self.pool.free) - (self.watermark if self.running else 0):
             self.pool.release(shared)
@@ -555,35 +570,32 @@ class Engine:
         if self.speculator is not None:
             self.speculator.release(sequence)
 
-    def _advance(self, scheduled, drafts, logits):
+    def _advance(self, scheduled, drafts, logits, first):
         """Count the computed tokens; where a sequence is computed to its end, append the next one, and those after it
-        while they are what was drafted. logits (rows, V): a row of each sequence, and one for each token of its draft.
+        while they are what was drafted. logits (rows, V): first[i] is the row of scheduled[i], then those of its draft.
         """
-        row, ended = 0, []  # [(sequence, row of its logits, draft)]
-        for sequence, _, count in scheduled:
+        ended = []  # [(sequence, row of its logits, draft)]
+        for (sequence, _, count), row in zip(scheduled, first):
             draft = drafts.get(sequence, ())
             self._count_computed(sequence, count)
             if sequence.num_computed_tokens == len(sequence.tokens):
                 sequence.phase = DECODE
                 ended.append((sequence, row, draft))
-            row += 1 + len(draft)
-        best, finite = logits.argmax(-1).tolist(), np.isfinite(logits.max(-1)).tolist()
         place = 0  # in the drafts
         while ended:
-            rows = [row + place for _, row, _ in ended]
-            sampled = self._sample([sequence for sequence, _, _ in ended], rows, logits, finite)
-            accepted = []
-            for (sequence, first, draft), row in zip(ended, rows):
-                if not finite[row]:
+            rows, sequences = [row + place for _, row, _ in ended], [sequence for sequence, _, _ in ended]
+            part = logits if len(rows) == len(logits) else logits[rows]
+            choices, accepted = choose_batch([s.sampler for s in sequences], part, [s.tokens for s in sequences]), []
+            for (sequence, row, draft), choice in zip(ended, choices):
+                if choice.token_id < 0:
                     name = sequence.request.request_id
                     print(f"request {name}: the logits are not finite", file=sys.stderr, flush=True)
                     self._finish(sequence, "error")
                     continue
-                token, *numbers = sampled.get(row) or (best[row], None, None)
-                if place < len(draft) and token == draft[place]:
+                if place < len(draft) and choice.token_id == draft[place]:
                     self._accept(sequence)
-                    accepted.append((sequence, first, draft))
-                self._append(sequence, token, *numbers)
+                    accepted.append((sequence, row, draft))
+                self._append(sequence, *choice)
             ended, place = [entry for entry in accepted if entry[0].phase == DECODE], place + 1
             for sequence, _, _ in ended:
                 self._count_computed(sequence, 1)
@@ -601,32 +613,10 @@ class Engine:
         if full > full_before and self.pool.reuse:
             self._extend_block_hashes(sequence, full)
             for i in range(full_before, full):
-                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
+                is_prompt = (i + 1) * size <= sequence.num_prompt_tokens
+                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1], is_prompt)
 
-    def _sample(self, sequences, rows, logits, finite):
-        """{row: (id, log-probability, likeliest, entropy)} for the sequences that need more than the argmax."""
-        wanted = [(s, row) for s, row in zip(sequences, rows) if finite[row] and not s.needs_only_argmax]
-        if not wanted:
-            return {}
-        sequences, rows = zip(*wanted)
-        penalized = [
-            s.sampler.apply_penalties(logits[row], s.tokens[s.num_virtual_tokens :]) for row, s in zip(rows, sequences)
-        ]
-        ids = sample_batch([s.sampler for s in sequences], np.stack(penalized))
-        sampled = {
-            row: (token, *s.sampler.logprobs_of(logits[row], token), None)
-            for row, s, token in zip(rows, sequences, ids)
-        }
-        scaled = [(row, s) for row, s in zip(rows, sequences) if s.sampler.params.scaled_logprobs]
-        if scaled:
-            chosen = [sampled[row][0] for row, _ in scaled]
-            temperatures = [1.0 if s.sampler.greedy else s.sampler.params.temperature for _, s in scaled]
-            numbers = scaled_logprobs(logits[[row for row, _ in scaled]], chosen, temperatures)
-            for (row, _), token, logprob, entropy in zip(scaled, chosen, *(values.tolist() for values in numbers)):
-                sampled[row] = token, logprob, None, entropy
-        return sampled
-
-    def _append(self, sequence, token, logprob, top_logprobs, entropy=None):
+    def _append(self, sequence, token, logprob, top_logprobs, entropy):
         """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
         params, sampler, detokenizer = sequence.request.params, sequence.sampler, sequence.detokenizer
         sequence.tokens.append(token)

@@ -213,7 +213,7 @@ def chat_prompt(body: dict, tokenizer: object) -> Prompt:
         raise bad_request(
             "continue_final_message: goes with a last message of the assistant's", "continue_final_message"
         )
-    if take_field(body, "add_generation_prompt", bool) is (not is_reply if is_reply else False):
+    if take_field(body, "add_generation_prompt", bool) is is_reply:
         expected = "true, unless the last message is the assistant's, which the reply goes on with"
         raise bad_request(f"add_generation_prompt: must be {expected}", "add_generation_prompt")
     if is_reply and last.get("tool_calls"):

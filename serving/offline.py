@@ -166,10 +166,10 @@ def benchmark(engine: Engine, args: object) -> None:
         print(f"{batch:>5} {first:>15,.1f} {prefill:>17,.0f} {decode:>16,.1f}", flush=True)
 
 
-def measure(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, float]:
-    """Seconds until every prompt has its first token, and until all have `new`; no block is reused."""
+def measure(engine: Engine, prompts: list[list[int]], new: int, **sampling: object) -> tuple[float, float]:
+    """Seconds until prompts have a first token, and until all have `new`; greedy by default. No block is reused."""
     engine.pool.reset_prefix_cache()
-    first_times, params = {}, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    first_times, params = {}, SamplingParams(**{"temperature": 0.0} | sampling, max_tokens=new, ignore_eos=True)
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
         engine.submit(Request(prompt, params), lambda _, i=i: first_times.setdefault(i, time.perf_counter() - start))

@@ -81,14 +81,15 @@ class APICall:
         return sum(self.cached.values())
 
     def usage(self) -> dict:
-        details = {"reasoning_tokens": self.reasoning_tokens}
-        details |= {"accepted_prediction_tokens": self.drafted[0], "rejected_prediction_tokens": self.drafted[1]}
+        details = {"reasoning_tokens": self.reasoning_tokens} if self.reasoning_tokens else {}
+        if any(self.drafted):
+            details |= {"accepted_prediction_tokens": self.drafted[0], "rejected_prediction_tokens": self.drafted[1]}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            **({"completion_tokens_details": details} if any(details.values()) else {}),
+            **({"completion_tokens_details": details} if details else {}),
         }
 
 

@@ -2,16 +2,21 @@
 
     params = SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=1)
     sampler = Sampler(params, index=0, stop_ids=[2], seed=1)         # one for each reply
-    ids = sample_batch([sampler], logits)                            # (S, V) float32 -> one id a row
+    choices = choose_batch([sampler], logits, [token_ids])           # (S, V) float32 -> a Choice for each row
+
+Work is done over the batch, and only what a request asks for: the logits of tokens that have a penalty are changed in
+place and put back, all rows are drawn by one kernels.sample.
 
 Letters: S sequences, V vocabulary.
 """
 
 import collections
 import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import kernels
-from kernels.reference import penalize
 
 import numpy as np
 
@@ -88,6 +93,40 @@ class SamplingParams:
 # ============================================================================================ from logits to a token
 
 
+class TokenCounts:
+    """Different ids in the order of their first occurrence, and how often each occurred, in arrays that grow."""
+
+    def __init__(self):
+        self.place, self.total, self.room = {}, 0, np.zeros((2, 64), np.int64)
+
+    def update(self, ids: Iterable[int]) -> None:
+        """Count these ids as well."""
+        for i in ids:
+            self.total += 1
+            place = self.place.setdefault(i, len(self.place))
+            if place == self.room.shape[1]:
+                self.room = np.concatenate([self.room, np.zeros_like(self.room)], axis=1)
+            self.room[0, place] = i
+            self.room[1, place] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.room[0, : len(self.place)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.room[1, : len(self.place)]
+
+
+class Choice(NamedTuple):
+    """What a sampler chose; numbers that it was not asked for are None."""
+
+    token_id: int  # -1: the logits are not finite
+    logprob: float | None = None
+    top_logprobs: list | None = None  # [(token_id, logprob)], the likeliest first
+    entropy: float | None = None
+
+
 class Sampler:
     """How one sequence chooses: its penalties, its bans and its own random numbers, one a token."""
 
@@ -97,12 +136,10 @@ class Sampler:
         self.generator = np.random.default_rng([seed, index])
         self.ahead = collections.deque()  # its next numbers, as far as peek() has drawn them
         self.greedy = p.temperature < 1e-5
-        self.counts = collections.Counter()  # of the reply's tokens
-        no_penalty = p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
-        reports = p.logprobs is not None or p.scaled_logprobs
+        self.counts = TokenCounts()  # of the reply's tokens
+        self.seen, self.num_seen = TokenCounts(), 0  # of prompt and reply, as far as the repetition penalty has read
         self.state = None if p.guide is None else p.guide.start
-        self.has_rules = bool(p.logit_bias or p.allowed_token_ids or p.bad_words or p.guide)
-        self.argmax_suffices = self.greedy and no_penalty and not reports and not self.has_rules  # from min_tokens on
+        self.has_rules = bool(p.logit_bias or p.allowed_token_ids or p.bad_words or p.guide or p.min_p)
 
     def uniform(self) -> float:
         """The next number of [0, 1)."""
@@ -114,53 +151,37 @@ class Sampler:
             self.ahead.append(self.generator.random())
         return self.ahead[n]
 
-    def choose(self, logits: np.ndarray, token_ids: list[int]) -> tuple:
-        """logits (V,) float32, ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
-        (token,) = sample_batch([self], self.apply_penalties(logits, token_ids)[None])
-        return token, *self.logprobs_of(logits, token)
+    def read(self, token_ids: list[int]) -> None:
+        """Note what is new in these ids of prompt and reply; -1 stands for a token of a trained prefix."""
+        self.seen.update(i for i in token_ids[self.num_seen :] if i >= 0)
+        self.num_seen = len(token_ids)
 
-    def apply_penalties(self, logits: np.ndarray, token_ids: list[int]) -> np.ndarray:
-        """logits (V,) with penalties, and without the stop ids before min_tokens; the same array where none apply."""
-        p = self.params
-        if p.repetition_penalty != 1.0:
-            ids, mask = np.array([token_ids]), np.ones((1, len(token_ids)), np.int64)
-            logits = penalize(logits[None], ids, mask, p.repetition_penalty)[0]
-        if (p.presence_penalty or p.frequency_penalty) and self.counts:
-            ids, counts = np.array(list(self.counts.keys())), np.array(list(self.counts.values()))
-            logits = logits.copy()
-            logits[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
-        if self.stop_ids and self.counts.total() < p.min_tokens:
-            logits = logits.copy()
-            logits[[i for i in self.stop_ids if i < len(logits)]] = -np.inf
-        if self.has_rules:
-            logits = self._apply_rules(logits, token_ids)
-        if p.min_p and not self.greedy:
-            logits = np.where(logits < logits.max() + p.temperature * np.log(p.min_p), -np.inf, logits)
-        return logits
-
-    def _apply_rules(self, logits, token_ids):
-        """logits with bias, and -inf for what may not come next. Of rules that leave nothing, the guide's is kept."""
-        p, plain, size = self.params, logits, len(logits)
-        logits = logits.copy()
+    def apply_rules(self, logits: np.ndarray, token_ids: list[int]) -> None:
+        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, the guide is kept."""
+        p, size = self.params, len(logits)
+        reply = token_ids[len(token_ids) - self.counts.total :]
+        plain = logits.copy() if p.guide is not None else None
         for token, bias in p.logit_bias:
             logits[token] += bias
         if p.allowed_token_ids:
-            kept = [i for i in {*p.allowed_token_ids, *self.stop_ids} if i < size]
-            logits = np.full_like(logits, -np.inf)
-            logits[kept] = plain[kept]
-        reply = token_ids[len(token_ids) - self.counts.total() :]
+            banned = np.ones(size, bool)
+            banned[[i for i in {*p.allowed_token_ids, *self.stop_ids} if i < size]] = False
+            logits[banned] = -np.inf
         for *before, last in p.bad_words:
             if reply[len(reply) - len(before) :] == before:
                 logits[last] = -np.inf
-        if p.guide is None:
-            return logits
-        allowed = p.guide.allowed(self.state, self.stop_ids, size)
-        guided = np.where(allowed, logits, -np.inf)
-        return guided if np.isfinite(guided.max()) else np.where(allowed, plain, -np.inf)
+        if p.guide is not None:
+            banned = ~p.guide.allowed(self.state, self.stop_ids, size)
+            logits[banned] = -np.inf
+            if not np.isfinite(logits.max()):
+                logits[:] = plain
+                logits[banned] = -np.inf
+        if p.min_p and not self.greedy:
+            logits[logits < logits.max() + p.temperature * np.log(p.min_p)] = -np.inf
 
     def follow(self, token: int) -> None:
         """The token was chosen."""
-        self.counts[token] += 1
+        self.counts.update((token,))
         if self.state is not None and token not in self.stop_ids:
             self.state = self.params.guide.advance(self.state, token)
 
@@ -168,30 +189,130 @@ class Sampler:
         """The reason for which the guide ends the reply: "stop": nothing may follow; "length": nothing can."""
         return None if self.state is None else self.params.guide.ends(self.state)
 
-    def logprobs_of(self, logits: np.ndarray, token: int) -> tuple:
-        """(log-probability of the token, [(id, log-probability)] of the likeliest) by logits (V,), or Nones."""
-        p = self.params
-        if p.logprobs is None:
-            return None, None
-        x = logits.astype(np.float64)
-        x -= x.max()
-        x -= np.log(np.exp(x).sum())
-        best = np.argpartition(-x, min(p.logprobs, len(x) - 1))[: p.logprobs]
-        best = best[np.lexsort((best, -x[best]))]
-        return float(x[token]), [(int(i), float(x[i])) for i in best]
+    def choose(self, logits: np.ndarray, token_ids: list[int]) -> Choice:
+        """logits (V,) float32, ids of prompt and reply -> Choice."""
+        return choose_batch([self], logits[None].copy(), [token_ids])[0]
 
 
-def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
-    """One id for each sampler from its row of logits (S, V) float32; each draws one number of its own generator."""
+class LogitChanges:
+    """Changes of a few logits (S, V) of some rows, in place, all rows at once; undo() takes them back."""
+
+    def __init__(self, logits: np.ndarray):
+        self.flat, self.V, self.old = logits.reshape(-1), logits.shape[1], []
+        assert np.shares_memory(self.flat, logits), "logits must be contiguous"
+
+    def apply(self, rows: list[int], ids: list[np.ndarray], new: Callable) -> None:
+        """new(their logits (n,), repeated) -> (n,), for ids[i] of rows[i]; repeated(x) has x[i] for each of ids[i]."""
+        lengths = [len(of_row) for of_row in ids]
+
+        def repeated(x):
+            return np.repeat(np.array(x), lengths)
+
+        at = repeated(rows) * self.V + np.concatenate(ids)
+        old = self.flat[at]
+        self.flat[at] = new(old, repeated)
+        self.old.append((at, old))
+
+    def undo(self) -> None:
+        for at, old in reversed(self.old):
+            self.flat[at] = old
+
+
+def apply_penalties(samplers: list[Sampler], changes: LogitChanges, token_ids: list[list[int]]) -> None:
+    """Penalties of tokens that were said, and of stop ids before min_tokens; token_ids: of prompt and reply."""
+    rows = [i for i, s in enumerate(samplers) if s.params.repetition_penalty != 1.0]
+    if rows:
+        for i in rows:
+            samplers[i].read(token_ids[i])
+
+        def scaled(x, repeated):
+            penalty = repeated([np.float32(samplers[i].params.repetition_penalty) for i in rows])
+            return np.where(x > 0, x / penalty, x * penalty)
+
+        changes.apply(rows, [samplers[i].seen.ids for i in rows], scaled)
+    rows = [
+        i
+        for i, s in enumerate(samplers)
+        if s.counts.total and (s.params.presence_penalty or s.params.frequency_penalty)
+    ]
+    if rows:
+
+        def lowered(x, repeated):
+            presence, frequency = (
+                repeated([getattr(samplers[i].params, key) for i in rows])
+                for key in ("presence_penalty", "frequency_penalty")
+            )
+            counts = np.concatenate([samplers[i].counts.counts for i in rows])
+            return x - (presence + frequency * counts).astype(np.float32)
+
+        changes.apply(rows, [samplers[i].counts.ids for i in rows], lowered)
+    rows = [i for i, s in enumerate(samplers) if s.stop_ids and s.counts.total < s.params.min_tokens]
+    if rows:
+        banned = [np.array([j for j in samplers[i].stop_ids if j < changes.V], np.int64) for i in rows]
+        changes.apply(rows, banned, lambda x, repeated: np.full_like(x, -np.inf))
+
+
+def sample_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[list[int]]) -> list[int]:
+    """One id for each sampler from its row of logits (S, V) float32, which draws one number; -1: it is not finite.
+
+    token_ids: of prompt and reply. The logits are changed meanwhile.
+    """
+    changes = LogitChanges(logits)
+    apply_penalties(samplers, changes, token_ids)
+    ruled = [(i, logits[i].copy()) for i, sampler in enumerate(samplers) if sampler.has_rules]
+    for i, _ in ruled:
+        samplers[i].apply_rules(logits[i], token_ids[i])
     options = [
         (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.uniform())
         for s in samplers
     ]
     temperature, top_k, top_p, uniform = zip(*options)
     ids = kernels.sample(kernels.to_tensor(logits, share=True), temperature, top_k, top_p, uniform).tolist()
+    for i, row in ruled:
+        logits[i] = row
+    changes.undo()
     for sampler, token in zip(samplers, ids):
         sampler.follow(token)
     return ids
+
+
+def choose_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[list[int]]) -> list[Choice]:
+    """As sample_batch, with the numbers that the samplers' params ask for."""
+    ids = sample_batch(samplers, logits, token_ids)
+    choices = [Choice(token) for token in ids]
+    rows = [i for i, s in enumerate(samplers) if s.params.logprobs is not None and ids[i] >= 0]
+    if rows:
+        counts = [samplers[i].params.logprobs for i in rows]
+        for i, numbers in zip(rows, likeliest(logits[rows], [ids[i] for i in rows], counts)):
+            choices[i] = Choice(ids[i], *numbers)
+    rows = [i for i, s in enumerate(samplers) if s.params.scaled_logprobs and ids[i] >= 0]
+    if rows:
+        temperatures = [1.0 if samplers[i].greedy else samplers[i].params.temperature for i in rows]
+        numbers = scaled_logprobs(logits[rows], [ids[i] for i in rows], temperatures)
+        for i, logprob, entropy in zip(rows, *(values.tolist() for values in numbers)):
+            choices[i] = Choice(ids[i], logprob, None, entropy)
+    return choices
+
+
+def likeliest(logits: np.ndarray, ids: list[int], counts: list[int]) -> list[tuple]:
+    """(log-probability of ids[s], [(id, log-probability)] of the counts[s] likeliest) of each row of logits (S, V)."""
+    found = []
+    for x, token, count in zip(logits, ids, counts):  # row by row: a row stays in the cache
+        most = x.max()
+        less = float(most) + math.log(np.exp(x - most).sum(dtype=np.float64))
+        best = largest(x, count) if count else ()
+        found.append((float(x[token] - less), [(int(i), float(x[i] - less)) for i in best]))
+    return found
+
+
+def largest(x: np.ndarray, count: int, width: int = 64) -> np.ndarray:
+    """Indices of the `count` largest of x (V,), the largest first: they are in the runs with the largest maxima."""
+    runs, candidates = len(x) // width, np.arange(len(x))
+    if 0 < count < runs:
+        maxima = x[: runs * width].reshape(runs, width).max(-1)
+        best = np.sort(np.argpartition(maxima, runs - count)[runs - count :])
+        candidates = np.concatenate([(best[:, None] * width + np.arange(width)).ravel(), candidates[runs * width :]])
+    return candidates[np.lexsort((candidates, -x[candidates]))[:count]]
 
 
 def scaled_logprobs(logits: np.ndarray, ids: list[int], temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from formats.files import UserError, brief
 from serving.automaton import EMPTY, EPSILON, Terms
 from serving.numbers import exact, integer_term, number_term
 from serving.patterns import ANY, Characters, compile_pattern
-from serving.schema_logic import ANNOTATIONS, KEYWORDS, TYPES, disjoint, merge, types_of
+from serving.schema_logic import ANNOTATIONS, KEYWORDS, TYPES, disjoint, equal, merge, types_of
 
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH = 256_000, 64
 MAX_FREE_DEPTH = 16  # objects and arrays inside each other where no schema says what they hold
@@ -276,21 +276,21 @@ class SchemaCompiler:
         """enum and const, as far as the other keywords allow the values."""
         values = schema.get("enum", [schema.get("const")])
         if "const" in schema:
-            values = [value for value in values if _same(value, schema["const"])]
-        others = {key: value for key, value in schema.items() if key not in ("enum", "const", "type")}
-        if others:
-            limits = self.named({**others, "type": types}, schema)
-            if any(isinstance(value, dict | list) for value in values):
-                self.refuse(schema, next(iter(others)), "not supported beside objects and arrays in an enum")
-            allowed = self.flat(limits)
+            values = [value for value in values if equal(value, schema["const"])]
+        others = {key: value for key, value in schema.items() if key in KEYWORDS and KEYWORDS[key][2]}
+        allowed = self.flat(self.named({**others, "type": types}, schema)) if others else self.terms.everything
         terms = []
         for value in values:
-            text = _dump(value)
             kind = next(kind for kind, check in TYPES.items() if check(value))
             if kind not in types and not (kind == "integer" and "number" in types):
                 continue
-            if not others or self.terms.both((allowed, self.terms.literal(text))) != EMPTY:
-                terms.append(self.terms.literal(text))
+            about = [key for key in others if KEYWORDS[key][2] == kind]
+            if about and kind in ("array", "object"):
+                self.refuse(schema, about[0], f"not supported beside the {kind} {brief(value)} in an enum")
+            written = self.terms.literal(_dump(value))
+            is_limited = any(KEYWORDS[key][2] in (kind, "number") for key in others)
+            if kind in ("array", "object") or not is_limited or self.terms.both((allowed, written)) != EMPTY:
+                terms.append(written)
         return self.terms.alt(terms)
 
     # ---- values without a schema
@@ -537,11 +537,6 @@ class SchemaCompiler:
                 raise UserError(f"{pointer}: no finite value is valid under it")
         if root == EMPTY or not ends(root):
             raise UserError("#: no value is valid under the schema")
-
-
-def _same(one, two):
-    """JSON's equality: 1 is 1.0 and not true."""
-    return _dump(one) == _dump(two) or (type(one) in (int, float) and type(two) in (int, float) and one == two)
 
 
 def _escaped(key):

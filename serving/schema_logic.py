@@ -126,9 +126,9 @@ def merge(one: dict, two: dict, refuse: Callable) -> dict | None:
                 *([value] if isinstance(value, str) else value),
             ]
         elif key == "enum":
-            result[key] = [entry for entry in mine if any(_equal(entry, other) for other in value)]
+            result[key] = [entry for entry in mine if any(equal(entry, other) for other in value)]
         elif key == "const":
-            if not _equal(mine, value):
+            if not equal(mine, value):
                 return None
         elif key not in ("properties", "additionalProperties"):
             if key in ("items", "propertyNames") and not isinstance(mine, list) and not isinstance(value, list):
@@ -136,7 +136,7 @@ def merge(one: dict, two: dict, refuse: Callable) -> dict | None:
             else:
                 refuse(key, f"{brief(mine)} and {brief(value)} together are not supported")
     if "enum" in result and "const" in result:
-        result["enum"] = [entry for entry in result["enum"] if _equal(entry, result["const"])]
+        result["enum"] = [entry for entry in result["enum"] if equal(entry, result["const"])]
     if "prefixItems" in one and "items" in two or "prefixItems" in two and "items" in one:
         if one.get("prefixItems") != two.get("prefixItems") or one.get("items") != two.get("items"):
             refuse("prefixItems", "together with another schema's items it is not supported")
@@ -165,13 +165,14 @@ def _merge_properties(one, two, result, refuse):
     return result
 
 
-def _equal(one, two):
+def equal(one: object, two: object) -> bool:
+    """JSON's equality: 1 is 1.0 and not true."""
     if isinstance(one, bool) or isinstance(two, bool):
         return one is two
     if isinstance(one, list) and isinstance(two, list):
-        return len(one) == len(two) and all(map(_equal, one, two))
+        return len(one) == len(two) and all(map(equal, one, two))
     if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
+        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
     return one == two
 
 
@@ -209,7 +210,7 @@ def _disjoint_values(one, two):
         return True
     values = [[schema["const"]] if "const" in schema else schema.get("enum") for schema in (one, two)]
     if None not in values:
-        return not any(_equal(entry, other) for entry in values[0] for other in values[1])
+        return not any(equal(entry, other) for entry in values[0] for other in values[1])
     numeric = all(kinds is not None and kinds <= {"integer", "number"} for kinds in types)
     for here, there in ((one, two), (two, one)):
         highs = [here[key] for key in ("maximum", "exclusiveMaximum") if key in here]

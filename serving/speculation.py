@@ -149,18 +149,32 @@ def _plain(sequence, tokens=None):
     return TokenSequence(tokens or sequence.tokens, sequence.num_prompt_tokens, sequence.blocks)
 
 
-def rows_with_drafts(scheduled: list[ScheduledTokens], drafts: dict[TokenSequence, list[int]]) -> list[ScheduledTokens]:
-    """What the runner computes: a sequence with a draft becomes 1 + len(draft) sequences of one token."""
-    rows = []
+def rows_of(
+    scheduled: list[ScheduledTokens], drafts: dict[TokenSequence, list[int]]
+) -> tuple[list[ScheduledTokens], list[int]]:
+    """What the runner computes, and which of its rows is the first whose logits count, for each of `scheduled`.
+
+    A sequence with a draft becomes 1 + len(draft) sequences of one token. So do the tokens of a reply that are computed
+    again after a preemption, if the request has a seed: one by one is how they were computed the first time.
+    """
+    rows, first = [], []
     for tokens in scheduled:
-        draft = drafts.get(tokens.sequence)
-        if not draft:
+        sequence, start, count = tokens
+        draft, again = drafts.get(sequence, ()), start + count - max(start, sequence.num_prompt_tokens)
+        if draft:
+            all_tokens = [*sequence.tokens, *draft]
+            view = TokenSequence(all_tokens, sequence.num_prompt_tokens, sequence.blocks, sequence.adapter)
+            first.append(len(rows))
+            rows += [ScheduledTokens(view, start + i, 1) for i in range(1 + len(draft))]
+        elif count > 1 and again > 0 and sequence.is_seeded:
+            if count > again:
+                rows.append(ScheduledTokens(sequence, start, count - again))
+            rows += [ScheduledTokens(sequence, start + i, 1) for i in range(count - again, count)]
+            first.append(len(rows) - 1)
+        else:
+            first.append(len(rows))
             rows.append(tokens)
-            continue
-        s, start = tokens.sequence, tokens.start
-        view = TokenSequence([*s.tokens, *draft], s.num_prompt_tokens, s.blocks, s.adapter)
-        rows += [ScheduledTokens(view, start + i, 1) for i in range(1 + len(draft))]
-    return rows
+    return rows, first
 
 
 def make_speculator(

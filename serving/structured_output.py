@@ -58,7 +58,7 @@ def constraint_from(
         raise UserError(f"tool_choice: the chat template writes calls in {found}; known are {', '.join(STYLES)}")
     vocabulary = vocabulary_of(tokenizer)
     mode, functions = called or (None, [])
-    key = json.dumps([answer, mode, functions, parallel_tool_calls, style, thinking], ensure_ascii=True)
+    key = json.dumps([answer and answer[1:], mode, functions, parallel_tool_calls, style, thinking])
 
     def build(terms):
         writer = _Writer(terms, vocabulary)
@@ -132,7 +132,7 @@ def _checked(field, kind, value):
         if not isinstance(value, dict | bool):
             raise UserError(f"response_format: json_schema.schema: a schema is expected, found {brief(value)}")
     if kind == "json_object":
-        return {"type": "object"}
+        value = {"type": "object"}
     if kind == "json_schema" and isinstance(value, str):
         try:
             value = json.loads(value)

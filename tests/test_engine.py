@@ -45,7 +45,7 @@ from serving.engine import (
 from serving.fused import FusedRunner
 from serving.offline import prompt_ids
 from serving.runners import PagedRunner, TokenSequence
-from serving.sampling import Sampler, SamplingParams
+from serving.sampling import Sampler, SamplingParams, choose_batch
 
 pytestmark = pytest.mark.sweep(keep=4)
 
@@ -665,6 +665,39 @@ def test_penalties_and_bans():
     assert choose(counts=[0, 0, 1], frequency_penalty=0.9) == 1 and choose(seen=[0, 0], frequency_penalty=0.9) == 0
     assert choose(stops=[0], min_tokens=1) == 1 and choose(counts=[2], stops=[0], min_tokens=1) == 0
     assert choose(counts=[0] * 3, presence_penalty=-1.0) == 0
+
+
+def test_a_batch_is_sampled_as_each_row_alone_and_the_logits_stay():
+    """Every penalty, ban and report, in any company; the largest are found by runs."""
+    g, samplers = np.random.default_rng(3), []
+    logits, said = g.standard_normal((12, 900)).astype(np.float32), g.integers(0, 900, (12, 200)).tolist()
+    for i in range(12):
+        params = SamplingParams(
+            temperature=0.9 * (i % 3 > 0),
+            top_p=[1.0, 0.8][i % 2],
+            repetition_penalty=[1.0, 1.3][i // 2 % 2],
+            presence_penalty=[0.0, 0.4][i // 3 % 2],
+            frequency_penalty=[0.3, 0.0][i // 4 % 2],
+            min_tokens=i % 5,
+            stop_token_ids=(int(logits[i].argmax()), 5000),
+            logprobs=[None, 0, 3, 20][i % 4],
+        )
+        samplers.append([Sampler(params, i, [], 7) for _ in range(2)])
+    for step in range(6):
+        before, tokens = logits.copy(), [[-1, *ids[: 20 * step]] for ids in said]
+        choices = choose_batch([pair[0] for pair in samplers], logits, tokens)
+        assert np.array_equal(logits, before)
+        for i, choice in enumerate(choices):
+            assert choice == samplers[i][1].choose(logits[i], tokens[i])
+            assert step >= i % 5 or choice.token_id != logits[i].argmax()
+            count = samplers[i][0].params.logprobs
+            if count is not None:
+                row = logits[i].astype(np.float64)
+                row -= np.log(np.exp(row).sum())
+                best = np.argsort(-row)[:count]
+                assert [token for token, _ in choice.top_logprobs] == best.tolist()
+                assert [x for _, x in choice.top_logprobs] == pytest.approx(row[best].tolist(), abs=1e-5)
+                assert choice.logprob == pytest.approx(row[choice.token_id], abs=1e-5)
 
 
 def test_min_tokens_and_stop_ids():

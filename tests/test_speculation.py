@@ -30,7 +30,7 @@ from formats.files import UserError
 from serving.engine import Engine, Request
 from serving.runners import PagedRunner, ScheduledTokens, SequentialRunner, TokenSequence
 from serving.sampling import SamplingParams
-from serving.speculation import DraftSpeculator, NgramSpeculator, make_speculator, rows_with_drafts
+from serving.speculation import DraftSpeculator, NgramSpeculator, make_speculator, rows_of
 
 POOL, TIGHT = {"num_blocks": 120, "block_size": 8}, {"num_blocks": 20, "block_size": 8}
 
@@ -227,7 +227,8 @@ def test_what_cannot_speculate_is_refused():
 def test_a_draft_becomes_sequences_of_one_token_over_the_same_blocks():
     one, two = TokenSequence([5, 6, 7], 2, [4], "ads"), TokenSequence([8, 9], 2, [1])
     scheduled = [ScheduledTokens(one, 2, 1), ScheduledTokens(two, 0, 2)]
-    rows = rows_with_drafts(scheduled, {one: [10, 11]})
+    rows, first = rows_of(scheduled, {one: [10, 11]})
+    assert first == [0, 3]
     assert [(row.start, row.count) for row in rows] == [(2, 1), (3, 1), (4, 1), (0, 2)] and rows[3].sequence is two
     view = rows[0].sequence
     assert view.tokens == [5, 6, 7, 10, 11] and view.blocks is one.blocks and view.adapter == "ads"

@@ -16,15 +16,19 @@ from json_schema_oracle import is_valid
 from json_schemas import REFUSED, SHAPES, TREE, random_schema
 from test_engine import shared_model, tokenizer
 
+from adapters import from_pretrained
 from formats.files import UserError
+from formats.tokenizer import load_tokenizer
+from formats.tool_calls import STYLES, parse_reply
 from serving.automaton import EMPTY, Automaton, Terms
 from serving.engine import Engine, Request
 from serving.guide import vocabulary_of
 from serving.numbers import exact, integer_term, number_term
 from serving.patterns import Characters, compile_pattern
-from serving.sampling import SamplingParams
+from serving.sampling import Sampler, SamplingParams, sample_batch
 from serving.schema import compile_schema
-from serving.structured_output import constraint_from
+from serving.speculation import NgramSpeculator
+from serving.structured_output import constraint_from, constraint_of
 
 ARGUMENTS = {
     "type": "object",
@@ -67,7 +71,6 @@ def test_patterns_match_as_re_does(seed):
         "",
         "(a|)b{0}",
         r"[\w.-]+@[a-z]+",
-        "^(?:a|^b)",
         "(a|b)*a.{3}",
     ]
     for pattern in fixed * (seed == 0) + [random_pattern(rng) for _ in range(25)]:
@@ -91,6 +94,7 @@ def test_patterns_that_are_refused_name_the_place():
         ("*a", "nothing to repeat"),
         ("a{3,2}", "the lower number first"),
         ("a^b", "^ is supported at the ends"),
+        ("^(?:a|^b)", "^ and $ are supported at the ends"),
         ("[b-a]", "not a range"),
         ("a\\", "a backslash with nothing"),
         ("(" * 60 + "a" + ")" * 60, "more than 40 groups"),
@@ -148,10 +152,10 @@ def walk(guide, tokens):
     return state
 
 
-def complete(guide, rng, most=200, tok=None):
+def complete(guide, rng, most=200, tok=None, before=()):
     """Random tokens that the guide allows -> (ids, why it ended); ends of strings and lists come more often."""
     tok = tok or tokenizer()
-    pieces, stops, state, ids = vocabulary_of(tok).pieces, set(tok.stop_ids), guide.start, []
+    pieces, stops, state, ids = vocabulary_of(tok).pieces, set(tok.stop_ids), walk(guide, before), []
     for _ in range(most):
         if reason := guide.ends(state):
             return ids, reason
@@ -295,3 +299,320 @@ def test_huge_schemas_are_refused_and_large_ones_are_not():
     ):
         with pytest.raises(UserError, match=message):
             compile_schema(Terms(), schema)
+
+
+# =============================================================================================================== tools
+
+MARKS = """<tool_call> </tool_call> [TOOL_CALLS] <|assistant|> <think> </think> <|python_tag|>
+    <｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> <｜tool▁call▁end｜> <｜tool▁sep｜>""".split()
+
+
+class MarkTokenizer:
+    """A token a byte, the marks of all styles as special tokens, the last id ends a reply."""
+
+    vocab_size, stop_ids = 257 + len(MARKS), [256 + len(MARKS)]
+
+    def __init__(self):
+        self.added_ids = {256 + i: mark for i, mark in enumerate([*MARKS, "<end>"])}
+        self.special_ids = set(self.added_ids)
+
+    def piece_bytes(self, i):
+        return self.added_ids[i].encode() if i >= 256 else bytes([i])
+
+    def encode(self, text):
+        parts = re.split(f"({'|'.join(map(re.escape, MARKS))})", text)
+        ids = [[256 + MARKS.index(part)] if i % 2 else list(part.encode()) for i, part in enumerate(parts)]
+        return [i for part in ids for i in part]
+
+
+MARKED = MarkTokenizer()
+OPENINGS = {
+    "hermes": "<tool_call>",
+    "mistral": "[TOOL_CALLS]",
+    "deepseek": "<｜tool▁calls▁begin｜>",
+    "llama3": '{"name"',
+    "glm-4": "weather\n",
+}
+
+
+def completed(guide, tok, rng, ids=()):
+    """A random reply that completes, after these ids."""
+    for _ in range(50):
+        more, reason = complete(guide, rng, 900, tok, ids)
+        if reason == "stop":
+            return text_of([*ids, *more], tok)
+    raise AssertionError("no reply completes")
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("marked", [True, False])
+def test_calls_are_written_in_the_form_of_the_style(style, marked):
+    tok, rng = MARKED if marked else tokenizer(), random.Random(1)
+    tools = [tool(), tool("now", True, None)]
+    for choice, names in (
+        ("required", {"weather", "now"}),
+        ({"type": "function", "function": {"name": "now"}}, {"now"}),
+    ):
+        for parallel in (True, False):
+            guide = constraint_from(tok, tools=tools, tool_choice=choice, parallel_tool_calls=parallel, style=style)
+            for _ in range(4):
+                calls = parse_reply(completed(guide, tok, rng), style)
+                assert calls["content"] == "" and (parallel or len(calls["tool_calls"]) == 1)
+                for function in (one["function"] for one in calls["tool_calls"]):
+                    schema = ARGUMENTS if function["name"] == "weather" else {"type": "object", "maxProperties": 0}
+                    assert function["name"] in names and is_valid(json.loads(function["arguments"]), schema)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("marked", [True, False])
+def test_auto_is_free_until_a_call_begins(style, marked):
+    tok, rng = MARKED if marked else tokenizer(), random.Random(2)
+    encode = tok.encode if marked else lambda text: [tok.token_id(f"<0x{b:02X}>") for b in text.encode()]
+    guide = constraint_from(tok, tools=[tool()], style=style)
+    opening = OPENINGS[style]
+    text = "" if style in ("llama3", "glm-4") else "Let me < see [\n"
+    for end in range(len(text) + 1):
+        assert guide.accepting(walk(guide, encode(text[:end])))
+    calls = parse_reply(completed(guide, tok, rng, encode(text + opening)), style)
+    assert calls["content"].strip() == text.strip() and is_valid(
+        json.loads(calls["tool_calls"][0]["function"]["arguments"]), ARGUMENTS
+    )
+    assert guide.accepting(walk(guide, encode("It is {4} <degrees> in \xc5rhus, weathe")))
+    assert constraint_from(tok, tools=[tool(strict=False)], style=style) is None
+
+
+def test_tools_and_a_schema_together():
+    tok = MARKED
+    asked = dict(tools=[tool()], style="hermes", response_format={"type": "json_object"})
+    guide = constraint_from(tok, **asked)
+    assert guide.accepting(walk(guide, tok.encode('{"a": 1}'))) and walk(guide, tok.encode("Hello")) == 0
+    assert walk(guide, tok.encode("<tool_call>"))
+    assert walk(constraint_from(tok, **asked, tool_choice="none"), tok.encode("<tool_call>")) == 0
+    assert walk(constraint_from(tok, **asked, tool_choice="required"), tok.encode("{")) == 0
+
+
+def test_thoughts_come_before_the_form():
+    asked = dict(response_format={"type": "json_object"})
+    for thinking, text, follows in (
+        ("open", "hm {\n</think>\n\n{", True),
+        ("open", "hm", True),
+        ("open", "</think>x", False),
+        ("optional", "<think>hm</think>{}", True),
+        ("optional", "{}", True),
+        ("optional", "hm", False),
+        (None, "<think>", False),
+    ):
+        guide = constraint_from(MARKED, **asked, thinking=thinking)
+        assert (walk(guide, MARKED.encode(text)) > 0) == follows, (thinking, text)
+    guide = constraint_from(MARKED, tools=[tool()], tool_choice="required", style="hermes", thinking="open")
+    reply = parse_reply(completed(guide, MARKED, random.Random(0), MARKED.encode("so</think>")), "hermes", True)
+    assert reply["reasoning_content"] == "so" and reply["tool_calls"]
+
+
+def test_what_a_request_may_ask():
+    schema = {"type": "integer"}
+    for body in (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}},
+        {"response_format": {"type": "json_schema", "name": "n", "schema": schema}},
+        {"guided_json": schema},
+        {"guided_json": json.dumps(schema)},
+        {"structured_outputs": {"json": schema}},
+        {"guided_choice": ["1", "23"]},
+        {"structured_outputs": {"regex": "[0-9]+", "choice": None}},
+        {"guided_regex": "[0-9]+"},
+    ):
+        guide = constraint_of(body, MARKED)
+        assert guide.accepting(walk(guide, b"23")) and walk(guide, b"x") == 0
+    for body in ({"structured_outputs": {"json_object": True}}, {"response_format": {"type": "json_object"}}):
+        guide = constraint_of(body, MARKED)
+        assert guide.accepting(walk(guide, b'{"a": []}')) and walk(guide, b"[") == 0
+    assert constraint_of({"response_format": {"type": "text"}, "structured_outputs": None}, MARKED) is None
+    bad_tool = tool(parameters={"properties": {"a": {"not": {}}}})
+    for body, tools, message in (
+        ({"response_format": {"type": "x"}}, {}, "response_format: the type must be"),
+        ({"guided_json": schema, "guided_regex": "a"}, {}, "guided_regex: not together with guided_json"),
+        ({"guided_json": schema, "structured_outputs": {"json": schema}}, {}, "structured_outputs: not together with"),
+        ({"structured_outputs": {"grammar": "x"}}, {}, 'structured_outputs: "grammar" is not supported'),
+        ({"guided_choice": [""]}, {}, "guided_choice: a list of"),
+        ({"guided_regex": "("}, {}, "guided_regex: '('"),
+        ({}, {"tools": [bad_tool], "style": "hermes"}, "tools: [0].function.parameters: #/properties/a/not: keyword"),
+        ({}, {"tools": [tool()], "style": None}, "tool_choice: the chat template writes calls in no form known here"),
+        ({}, {"tools": [tool("a b")], "style": "hermes"}, "tools: [0].function.name: a name"),
+        (
+            {},
+            {"tools": [tool()], "tool_choice": {"function": {"name": "x"}}, "style": "hermes"},
+            "tool_choice: none, auto",
+        ),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            constraint_of(body, MARKED, **tools)
+
+
+# ================================================================================================= engine and sampling
+
+
+def test_a_guided_reply_is_the_same_with_speculation_and_company():
+    """Greedy and sampled, with penalties; drafts that leave the form are not taken."""
+    model, tok = shared_model(), tokenizer()
+    prompt = tok.encode('{"city": "Oslo", "days": 3} {"city": "Oslo", "days": 4} {"city": "Oslo"')
+    guide = constraint_from(tok, json_schema={"type": "array", "items": ARGUMENTS, "minItems": 3})
+    fields = dict(max_tokens=60, guide=guide, logit_bias=((tok.token_id("<0x5D>"), -5.0),))
+    requests = [
+        Request(prompt, SamplingParams(**fields, temperature=0.0)),
+        Request(prompt, SamplingParams(**fields, temperature=0.0, repetition_penalty=1.1, min_tokens=40)),
+        Request(prompt, SamplingParams(**fields, temperature=0.7, top_p=0.9, min_p=0.01, seed=3, n=2)),
+        Request(prompt, SamplingParams(20, temperature=0.0)),
+    ]
+
+    def run(requests, **options):
+        engine = Engine(model, tok, num_blocks=200, block_size=8, **options)
+        results = engine.generate(requests)
+        return [[(c.token_ids, c.finish_reason) for c in completions] for completions in results], engine.totals
+
+    alone = [run([request])[0][0] for request in requests]
+    assert run(requests)[0] == alone
+    replies, totals = run(requests, speculator=NgramSpeculator(4, 3))
+    assert replies == alone and totals["spec_decode_num_accepted_tokens"] > 0
+    for ids, reason in (reply for completions in replies[:3] for reply in completions):
+        states = [walk(guide, [i for i in ids[:end] if i not in tok.stop_ids]) for end in range(len(ids) + 1)]
+        assert 0 not in states and reason == ("stop" if guide.accepting(states[-1]) else "length")
+
+
+def test_a_guide_ends_a_reply_and_a_limit_cuts_it():
+    tok, eng = tokenizer(), engine()
+    for fields, text, reason in (
+        (dict(guide=constraint_from(tok, regex="yes!"), ignore_eos=True), "yes!", "stop"),
+        (dict(guide=constraint_from(tok, regex="yes!"), min_tokens=20), "yes!", "stop"),
+        (
+            dict(
+                guide=constraint_from(tok, regex="[xy]{2,9}"), max_tokens=1, bad_words=((tok.encode("x", False)[-1],),)
+            ),
+            None,
+            "length",
+        ),
+        (dict(guide=constraint_from(tok, choice=["yes!"]), stop=("s",)), "ye", "stop"),
+        (dict(guide=constraint_from(tok, choice=["no"]), allowed_token_ids=(5,)), "no", "stop"),
+    ):
+        ((completion,),) = eng.generate([Request([5, 6], SamplingParams(**{"max_tokens": 30, **fields}))])
+        assert completion.finish_reason == reason and text in (None, completion.text), completion
+
+
+def test_rules_of_sampling():
+    logits = np.array([2.0, 1.0, 0.5, -1.0, 3.0, 0.0], np.float32)
+
+    def after(reply=(), **fields):
+        sampler, result = Sampler(SamplingParams(**fields), 0, [5], 0), logits.copy()
+        for token in reply:
+            sampler.follow(token)
+        sampler.apply_rules(result, [1, 1, *reply])
+        return [round(float(x), 4) for x in result]
+
+    low = -np.inf
+    assert after(logit_bias=((1, 2.5), (4, -100.0))) == [2.0, 3.5, 0.5, -1.0, -97.0, 0.0]
+    assert after(allowed_token_ids=(1, 3)) == [low, 1.0, low, -1.0, low, 0.0]
+    assert after([2, 3], bad_words=((0,), (3, 4), (2, 1))) == [low, 1.0, 0.5, -1.0, low, 0.0]
+    probabilities = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum()
+    kept = probabilities >= 0.05 * probabilities.max()
+    assert after(min_p=0.05, temperature=0.5) == np.where(kept, logits, low).tolist() and 1 < kept.sum() < 6
+    assert not Sampler(SamplingParams(temperature=0.0), 0, [], 0).has_rules
+    before = np.tile(logits, (3, 1))
+    fields = [dict(logit_bias=((3, 9.0),)), {}, dict(bad_words=((4,),), repetition_penalty=3.0)]
+    samplers = [Sampler(SamplingParams(temperature=0.0, **each), 0, [], 0) for each in fields]
+    after_all = before.copy()
+    assert sample_batch(samplers, after_all, [[0], [0], [0]]) == [3, 4, 1] and (after_all == before).all()
+    for field, value in (("min_p", 2), ("logit_bias", ((1, 101),)), ("bad_words", ((),))):
+        with pytest.raises(UserError, match=f"^{field}"):
+            SamplingParams(**{field: value}).check()
+
+
+# ========================================================================================================= a real model
+
+
+@pytest.fixture
+def chat_model(request):
+    folder = request.config.getoption("--chat-model", None)
+    if folder is None:
+        pytest.skip("needs --chat-model: the folder of a real chat model")
+    return folder
+
+
+QUESTIONS = {  # what is asked: the schema of the answer
+    "Invent a person with a name, an age and three hobbies.": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "age": {"type": "integer", "minimum": 18, "maximum": 99},
+            "hobbies": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 3, "maxItems": 3},
+        },
+        "required": ["name", "age", "hobbies"],
+        "additionalProperties": False,
+    },
+    "What is the capital of France, and how many people live there?": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "pattern": "^[A-Z][a-z]{1,20}$"},
+            "population": {"type": "integer", "minimum": 1, "maximum": 50_000_000},
+            "is_capital": {"type": "boolean"},
+        },
+        "required": ["city", "population", "is_capital"],
+    },
+    "Is this review positive: 'I loved every minute of it'? Answer with the mood and how sure you are.": {
+        "type": "object",
+        "properties": {
+            "mood": {"enum": ["positive", "negative", "neutral"]},
+            "sure": {"type": "number", "minimum": 0, "maximum": 1},
+            "when": {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]},
+        },
+        "required": ["mood", "sure", "when"],
+    },
+    "Invent a small family.": {
+        "$defs": {
+            "person": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "minLength": 2, "maxLength": 12},
+                    "age": {"type": "integer", "minimum": 0, "maximum": 99},
+                },
+                "required": ["name", "age"],
+            }
+        },
+        "type": "object",
+        "properties": {
+            "mother": {"$ref": "#/$defs/person"},
+            "father": {"$ref": "#/$defs/person"},
+            "children": {"type": "array", "items": {"$ref": "#/$defs/person"}, "maxItems": 2},
+        },
+        "required": ["mother", "father", "children"],
+    },
+    "Which shape do you like?": {
+        "oneOf": [
+            {
+                "type": "object",
+                "properties": {"shape": {"const": shape}, size: {"type": "number", "minimum": 0.5}},
+                "required": ["shape", size],
+                "additionalProperties": False,
+            }
+            for shape, size in (("circle", "radius"), ("square", "side"))
+        ]
+    },
+}
+
+
+@pytest.mark.slow
+def test_answers_of_a_real_model_are_valid(chat_model):
+    """5 schemas, each greedy and with 3 seeds: 20 answers, all complete and valid. -s prints them."""
+    tok = load_tokenizer(chat_model)
+    engine = Engine(from_pretrained(chat_model), tok, num_blocks=400, max_num_seqs=20)
+    requests = []
+    for question, schema in QUESTIONS.items():
+        prompt = tok.apply_chat([{"role": "user", "content": f"{question} Answer in JSON."}])
+        guide = constraint_from(tok, response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+        fields = dict(max_tokens=300, guide=guide)
+        requests += [Request(prompt, SamplingParams(temperature=0.0, **fields))]
+        requests += [Request(prompt, SamplingParams(temperature=0.8, top_p=0.95, seed=1, n=3, **fields))]
+    completions = [completion for each in engine.generate(requests) for completion in each]
+    wanted = [schema for schema in QUESTIONS.values() for _ in range(4)]
+    assert len(completions) == 20
+    for completion, schema in zip(completions, wanted):
+        print(completion.finish_reason, completion.text)
+        assert completion.finish_reason == "stop" and is_valid(json.loads(completion.text), schema)
