@@ -29,6 +29,12 @@ COUNTERS = {
     "generation_tokens_total": ("Tokens of replies.", "generation_tokens_total"),
     "prefix_cache_queries_total": ("Tokens of prompts looked for in the cache.", "prompt_tokens_total"),
     "prefix_cache_hits_total": ("Tokens of prompts found in the cache.", "cached_tokens_total"),
+    "spec_decode_num_drafts_total": ("Drafts of speculative decoding.", "spec_decode_num_drafts_total"),
+    "spec_decode_num_draft_tokens_total": ("Tokens that were guessed.", "spec_decode_num_draft_tokens_total"),
+    "spec_decode_num_accepted_tokens_total": (
+        "Guessed tokens that the model chose.",
+        "spec_decode_num_accepted_tokens_total",
+    ),
     "num_preemptions_total": ("Times a reply was set aside for want of blocks.", "preemptions_total"),
 }
 OWN = {  # of Engine.stats()
@@ -151,6 +157,8 @@ class Metrics:
         for name, histogram in self.histograms.items():
             lines += histogram.lines(f"vllm:{name}", self.labels)
         for key, value in stats.items():
+            if key in COUNTERS and key not in OWN:  # under vLLM's name alone
+                continue
             kind = "counter" if key.endswith("_total") and key != "blocks_total" else "gauge"
             name = "llm_" + ("blocks" if key == "blocks_total" else key)
             lines += [*head(name, OWN.get(key, key.replace("_", " ")), kind), f"{name} {value}"]

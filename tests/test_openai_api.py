@@ -265,7 +265,7 @@ class Running:
 
     def metric(self, name):
         text = self.ask("GET", "/metrics")[2]
-        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE).group(1))
+        return float(re.search(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE).group(1))
 
 
 def request_bytes(body, path="/v1/completions", extra=""):
