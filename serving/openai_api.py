@@ -66,7 +66,8 @@ class APICall:
     reasoning_tokens: int = 0
     cached: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> tokens of it found in the cache
     drafted: tuple[int, int] = (0, 0)  # tokens of drafts that were accepted and rejected
-    first_token: float | None = None  # time.monotonic()
+    admitted: float | None = None  # time.monotonic() at which the engine took it from its queue
+    first_token: float | None = None
     last_token: float | None = None
     token_times: dict = dataclasses.field(default_factory=dict)  # index of a choice -> when its last token came
     lengths: dict = dataclasses.field(default_factory=dict)  # index of a choice -> its tokens
@@ -448,6 +449,7 @@ class Server:
     def count_token(self, call, i, index, output):
         call.last_token = time.monotonic()
         call.first_token = call.first_token or call.last_token
+        call.admitted = call.admitted or output.admitted
         if index in call.token_times:
             self.metrics.token(call.last_token - call.token_times[index])
         call.token_times[index] = call.last_token

@@ -403,6 +403,11 @@ def test_a_folder_is_enough_and_every_shipped_configuration_chats(demo_server):
     args = parse_args(serve.Args, [str(ROOT / "configs" / "llama_serve.json"), str(DEMO)])
     assert args.model_name_or_path == str(DEMO) and args.batch_size == 16
     assert demo_server.ask("GET", "/v1/models")[2]["data"][0]["id"] == "llama"
+    found = {name: rows[0][1] for name, rows in samples(demo_server.ask("GET", "/metrics")[2]).items()}
+    whole = found["vllm:request_queue_time_seconds_sum"] + found["vllm:request_inference_time_seconds_sum"]
+    parts = found["vllm:request_prefill_time_seconds_sum"] + found["vllm:request_decode_time_seconds_sum"]
+    assert 0 < whole <= found["vllm:e2e_request_latency_seconds_sum"] and found["vllm:request_queue_time_seconds_count"]
+    assert parts == pytest.approx(found["vllm:request_inference_time_seconds_sum"], abs=1e-5)
 
 
 @pytest.mark.parametrize("width, height", [(1200, 800), (375, 667)])
