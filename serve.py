@@ -30,6 +30,7 @@ from adapters import base_folders, from_pretrained, load_adapter, tokenizer_fold
 from arguments import ScriptArgs
 from formats.chat import load_chat_template
 from formats.files import UserError
+from formats.gguf_folder import open_folder
 from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
@@ -74,6 +75,7 @@ class Args(ScriptArgs):
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
+    keep_weights: bool = False  # keep the layers' weights beside packed ones, for embeddings and echoed logprobs
     speculate_method: str | None = None  # ngram (or inference_with_reference), or draft_model; None: no speculation
     speculate_max_draft_token_num: int = 5  # most tokens of a sequence that are guessed for a step
     speculate_max_ngram_size: int = 3  # ngram: most last tokens that are looked up in prompt and reply
@@ -191,7 +193,7 @@ def check_names(names: list[str], adapters: dict) -> None:
 
 def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
-    if not path.is_dir():
+    if not open_folder(path).is_dir():
         raise UserError(f"model_name_or_path: {path}: no such folder")
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
@@ -231,6 +233,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         dtype=dtype,
         int8_head=args.quant in ("w8", "w4"),
         speculator=open_speculator(args, tokenizer, num_blocks, dtype) if args.speculate_method else None,
+        free_weights=not (args.keep_weights or args.allow_runtime_lora),
     )
     blocks = f"{engine.pool.num_blocks:,} blocks of {args.block_size} tokens"
     sequences = f"at most {engine.max_model_len:,} tokens a sequence, {args.batch_size} sequences at once"

@@ -10,11 +10,24 @@ from functools import cached_property
 from pathlib import Path
 
 from formats.added_tokens import AddedToken, write_added_tokens
-from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, MOST_IDS, SPACE, WHITE_SPACE, read_merges, split_step, to_nfc
+from formats.bpe import (
+    BPE,
+    BYTE_CHARS,
+    GPT2_WORDS,
+    LLAMA3_WORDS,
+    MOST_IDS,
+    QWEN_WORDS,
+    SPACE,
+    WHITE_SPACE,
+    read_merges,
+    split_step,
+    to_nfc,
+)
 from formats.chat import encode_conversation, folder_template, is_plain_folder, save_chat_template
 from formats.chat_formats import TEMPLATE_FILE
 from formats.files import UserError, brief, names_in, read_json, refuse_lfs_pointer
 from formats.generation_config import eos_ids, read_generation_config, write_generation_config
+from formats.gguf_folder import open_folder
 from formats.messages import parse_messages, plain_rounds
 from formats.tokenizer_json import read_tokenizer_json
 
@@ -28,14 +41,6 @@ SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+")  # fmt: skip
-
-
-QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")  # each digit by itself
 
 
 LLAMA3_TOKENS = (
@@ -730,7 +735,7 @@ def load_tokenizer(path: str | Path, model_folders: Iterable[str | Path] = ()) -
     model_folders: of the model that it is for, an adapter's before its base's: Tokenizer.stop_ids holds what their
     generation_config.json or config.json says; by default, what those of `path` say.
     """
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(open_folder(path))
     if folders := list(model_folders):
         tokenizer.generation_config = read_generation_config(folders) or tokenizer.generation_config or {}
     return tokenizer

@@ -260,7 +260,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
-    dtype, int8_head: of serving.fused. speculator: of serving.speculation; replies are the same with it.
+    dtype, int8_head, free_weights: of serving.fused. speculator: of serving.speculation; replies are the same with it.
     """
 
     def __init__(
@@ -280,9 +280,11 @@ class Engine:
         dtype: str = "float32",
         int8_head: bool = False,
         speculator: NgramSpeculator | DraftSpeculator | None = None,
+        free_weights: bool = False,
     ):
         if isinstance(model, CausalLM):
-            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
+            options = adapters, int8_cache, dtype, int8_head, free_weights
+            model = fastest_runner(model, num_blocks, block_size, *options)
         if speculator is not None and not model.chunked_prefill:
             raise UserError(
                 f"speculate_method: {type(model).__name__} computes one token of a reply a step; leave it out"

@@ -51,10 +51,8 @@ def unload_lora(engine: Engine, name: str) -> Future:
 
 def _load(engine, name, path):
     runner = engine.runner
-    if not isinstance(runner, PagedRunner) or isinstance(runner, FusedRunner) and not runner.takes_adapters:
-        raise UserError(
-            "lora_path: no adapter fits the weights that run here; dtype float32 and mode dynamic take them"
-        )
+    if not isinstance(runner, PagedRunner) or runner.weights_are_free:
+        raise UserError("lora_path: adapters at run time need mode dynamic, and --allow_runtime_lora from the start")
     if name in runner.adapters:
         state = "is loaded already" if name in engine.adapters else "is being unloaded: its replies are not finished"
         raise UserError(f"lora_name: {name!r} {state}")
@@ -120,6 +118,8 @@ def add_lora(runner: PagedRunner, name: str, path: str) -> None:
         entries[module][3][name] = layer
     _wrap(runner, entries)
     runner.adapters.append(name)
+    if isinstance(runner, FusedRunner):
+        runner.pack()
 
 
 def remove_lora(runner: PagedRunner, name: str) -> None:
@@ -128,3 +128,5 @@ def remove_lora(runner: PagedRunner, name: str) -> None:
         loras.pop(name, None)
     _wrap(runner, entries)
     runner.adapters.remove(name)
+    if isinstance(runner, FusedRunner):
+        runner.pack()

@@ -55,6 +55,8 @@ def hidden_states(engine: Engine, ids: list[int], adapter: str | None, what: str
     runner = engine.runner
     if not isinstance(runner, PagedRunner):
         raise UserError(f"{what}: this server's model gives no hidden states; it needs mode dynamic, and no ChatGLM-6B")
+    if runner.weights_are_free:
+        raise UserError(f"{what}: the layers' weights were freed when they were packed; serve with --keep_weights true")
     if adapter is not None and adapter not in runner.adapters:
         raise UserError(f"model: {adapter!r} was unloaded")
     if runner.adapters:

@@ -29,6 +29,7 @@ def pytest_addoption(parser):
         "--chat-templates", default=None, help="a folder of published chat templates, for the test that renders them"
     )
     parser.addoption("--client-python", default=sys.executable, help="a Python with clients of the server, for theirs")
+    parser.addoption("--llama-cpp-python", default=None, help="a Python with llama_cpp, for tests of GGUF files")
     parser.addoption("--sweeps", action="store_true", help="also run all cases of the tests marked sweep")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and all cases of sweeps")
 
