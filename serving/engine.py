@@ -71,6 +71,7 @@ class TokenOutput:
     draft_tokens: int = 0  # of the reply so far: tokens that were guessed,
     accepted_tokens: int = 0  # and those of them that the model chose
     stop_text: str | None = None  # which of the request's `stop` ended the reply
+    admitted: float | None = None  # time.monotonic() at which the reply left the queue for the first time
 
 
 @dataclasses.dataclass
@@ -237,6 +238,7 @@ class Sequence(TokenSequence):
     block_hashes: list[bytes]  # the seed, then one for each full block
     phase: str = WAITING
     num_computed_tokens: int = 0  # tokens whose keys and values are in the blocks
+    admitted: float | None = None  # see TokenOutput
     num_cached_tokens: int | None = None  # of the prompt, found in the pool when it was first admitted
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -541,6 +543,7 @@ class Engine:
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = max(0, sequence.num_computed_tokens - sequence.num_virtual_tokens)
             self.totals["cached_tokens"] += sequence.num_cached_tokens
+            sequence.admitted = time.monotonic()
         if sequence.num_computed_tokens < sequence.num_virtual_tokens:
             self.runner.fill_prefix(sequence, sequence.num_computed_tokens)
             sequence.num_computed_tokens = sequence.num_virtual_tokens
@@ -675,6 +678,7 @@ class Engine:
         self._deliver(sequence, output)
 
     def _deliver(self, sequence, output):
+        output.admitted = sequence.admitted
         try:
             sequence.on_output(output)
         except Exception:
