@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from families import ModelConfig
+from formats.gguf_folder import open_folder
 
 CATALOGUE = Path(__file__).resolve().parent / "configs" / "models.json"
 
@@ -56,5 +57,5 @@ def missing_model_message(key: str, path: str) -> str:
 def model_config(path: str) -> ModelConfig:
     """ModelConfig of a folder, or of a preset."""
     if Path(path).exists() or (item := find_preset(path)) is None:
-        return ModelConfig.from_json(path)
+        return ModelConfig.from_json(open_folder(path))
     return ModelConfig.from_dict(dict(item[1]["config"]), f"{CATALOGUE.name}: {item[0]}")

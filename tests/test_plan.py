@@ -49,6 +49,8 @@ HARDWARE = {  # recipe: (processes, GB of each, as its _doc says it)
     "prefix_7b": (1, GPU_GB, "one GPU of 80 GB"),
     "sft_7b": (8, GPU_GB, "eight GPUs of 80 GB"),
     "dpo_7b": (8, GPU_GB, "eight GPUs of 80 GB"),
+    "dpo_7b_full": (8, GPU_GB, "eight GPUs of 80 GB"),
+    "dpo_7b_lora": (1, GPU_GB, "one GPU of 80 GB"),
     "lora_cpu": (1, CPU_GB, "two CPU cores with 24 GB"),
     "pretrain_7b": (8, GPU_GB, "eight GPUs of 80 GB"),
     "pretrain_moe": (32, GPU_GB, "32 GPUs of 80 GB"),
@@ -571,7 +573,7 @@ def test_a_recipe_is_short_and_counts_its_batch(recipe):
     length = next(keys[key] for key in ("max_seq_length", "max_length", "max_seq_len") if key in keys)
     factors = re.search(r"A step: (.*?) = ", doc)[1]
     assert f" x {args.gradient_accumulation_steps} accumulation steps" in factors
-    if recipe == "dpo_7b":
+    if recipe.startswith("dpo_7b"):
         assert f"= {rows} rows of up to {length:,} tokens" in doc
     else:
         assert f" x {length:,} tokens = {rows * length:,} tokens" in doc

@@ -8,6 +8,7 @@
 //
 // The last block computes only those tokens behind its keys and values. C functions, called through ctypes: a call
 // costs microseconds and other Python threads run meanwhile.
+#include <array>
 #include <climits>
 #include <cmath>
 #include <cstring>
@@ -31,8 +32,13 @@ enum Place { BEFORE, AFTER, BOTH };
 enum NormName { ATTENTION_NORM, MLP_NORM, ATTENTION_POST_NORM, MLP_POST_NORM, Q_NORM, K_NORM, NORMS };
 enum LinearName { QKV, OUTPUT, UP, DOWN, LINEARS };  // UP: up, or gate and up in turn
 
+struct LowRank {
+  Panels down, up;  // (in, R) and (R, 64 · panels of the weight), float32; empty: none
+};
+
 struct Layer {
   Panels linears[LINEARS];
+  std::vector<std::array<LowRank, LINEARS>> adapters;
   NormWeights norms[NORMS];
   long window = INT_MAX;
   void *k = nullptr, *v = nullptr;  // (slots, K, Dh)
@@ -51,18 +57,19 @@ struct Model {
   std::vector<Layer> layers;
   NormWeights embedding_norm, final_norm;
   Panels head;
-  const void* embedding = nullptr;   // (V, D), kept by the caller
+  const void* embedding = nullptr;   // (V, D), kept by the caller; null: the columns of the head
   const float* positions = nullptr;  // (rows, D), or null
   std::vector<float> slopes;
-  Room x, y, z, qkv, rotated, attended, inner;
+  Room x, y, z, qkv, rotated, attended, inner, narrow, extra;
   InputRoom inputs;
 };
 
 struct Step {
-  int64_t tokens, sequences, width;
+  int64_t tokens, sequences, width, slices;
   const int64_t *ids, *rows, *slots, *first, *last;  // rows: of the learned positions; first, last: token of a sequence
   const int32_t *tables, *queries, *contexts;
   const float *cos, *sin, *q_scale;  // (tokens, rotary / 2) twice, (tokens,); each may be null
+  const int64_t* slice;              // (slices, 5): adapter or -1, its first token and end, its first sequence and end
   float* logits;                     // (sequences, V)
 };
 
@@ -83,12 +90,45 @@ void product(Model& m, const Panels& w, const float* x, long n, const Sink& sink
   multiply_panels(w, prepare(w, x, n, m.inputs, which), sink, which);
 }
 
+// What the adapters add to the product of x (n, in) and a weight, as Sink wants it; null: nothing. The rows of x are
+// the step's tokens, or its sequences if there are fewer.
+const float* adapters_add(Model& m, const Layer& layer, LinearName name, const Step& step, const float* x, long n,
+                          int which) {
+  const Panels& w = layer.linears[name];
+  const long width = 64 * w.panels();
+  float* sums = nullptr;
+  for (const int64_t* slice = step.slice; slice < step.slice + 5 * step.slices; slice += 5) {
+    if (slice[0] < 0 || layer.adapters[slice[0]][name].down.out == 0) continue;
+    const LowRank& lora = layer.adapters[slice[0]][name];
+    if (!sums) sums = m.extra.get<float>(n * width), std::fill_n(sums, n * width, 0.0f);
+    const long from = slice[n < step.tokens ? 3 : 1], rows = slice[n < step.tokens ? 4 : 2] - from, R = lora.down.out;
+    float* narrow = m.narrow.get<float>(rows * R);
+    product(m, lora.down, x + from * w.in, rows, {STORE, narrow, R}, which);
+    product(m, lora.up, narrow, rows, {STORE, sums + from * width, width}, which);
+  }
+  return sums;
+}
+
+// Row `id` of the embedding that is the head's weight, of float32 or bfloat16.
+void embed_from_head(const Panels& head, long id, float* to) {
+  const long panel = id / 64, n = id % 64;
+  if (head.storage == FLOAT)
+    for (long k = 0; k < head.in; k++) to[k] = ((const float*)head.data.get())[(panel * head.in + k) * 64 + n];
+  else
+    for (long k = 0, words = half_panel_words(head.in); k < head.in; k++) {
+      const uint32_t word = ((const uint32_t*)head.data.get())[(panel * words + k / 2) * 64 + n];
+      const uint32_t bits = k % 2 ? word & 0xFFFF0000 : word << 16;
+      std::memcpy(to + k, &bits, 4);
+    }
+}
+
 void embed(Model& m, const Step& step, float* x, int which) {
   const long D = m.s.D;
   rows_of(step.tokens, [&](long i) {
     float* to = x + i * D;
     const long at = step.ids[i] * D;
-    if (m.s.half_embedding)
+    if (!m.embedding) embed_from_head(m.head, step.ids[i], to);
+    else if (m.s.half_embedding)
       for (long d = 0; d < D; d++) {
         const uint32_t bits = (uint32_t)((const uint16_t*)m.embedding)[at + d] << 16;
         std::memcpy(to + d, &bits, 4);
@@ -146,27 +186,32 @@ void gather(const int64_t* rows, long n, long width, const float* x, float* y) {
 void run(Model& m, const Step& step) {
   const Shape& s = m.s;
   const int which = level((int)s.instructions);
+  const Pool::Awake awake;
   const long D = s.D, wide = s.H * s.Dh;
   long n = step.tokens;
   float *x = m.x.get<float>(n * D), *y = m.y.get<float>(n * D), *z = m.z.get<float>(n * D);
   float *qkv = m.qkv.get<float>(n * (wide + 2 * s.K * s.Dh)), *q = m.rotated.get<float>(n * wide),
         *attended = m.attended.get<float>(n * wide), *inner = m.inner.get<float>(n * s.F);
   embed(m, step, x, which);
-  // x becomes x + product(w, of), in the order of the norm's place; norm: behind the product (BOTH) or the sum (AFTER)
-  const auto residual = [&](const Panels& w, const float* of, const NormWeights& norm) {
+  const auto linear = [&](const Layer& layer, LinearName name, const float* of, Sink sink) {
+    sink.extra = adapters_add(m, layer, name, step, of, n, which);
+    product(m, layer.linears[name], of, n, sink, which);
+  };
+  // x becomes x + product(of), in the order of the norm's place; norm: behind the product (BOTH) or the sum (AFTER)
+  const auto residual = [&](const Layer& layer, LinearName name, const float* of, const NormWeights& norm) {
     if (s.place == BOTH) {
-      product(m, w, of, n, {STORE, y, D}, which);
+      linear(layer, name, of, {STORE, y, D});
       normalize(norm, y, n, D, z, which);
       rows_of(n, [&](long i) { PICK(which, add_row)(z + i * D, D, x + i * D); });
       return;
     }
-    product(m, w, of, n, {ADD, x, D}, which);
+    linear(layer, name, of, {ADD, x, D});
     if (s.place == AFTER) normalize(norm, x, n, D, y, which), std::swap(x, y);
   };
   for (Layer& layer : m.layers) {
     const bool before = s.place != AFTER;
     if (before) normalize(layer.norms[ATTENTION_NORM], x, n, D, y, which);
-    product(m, layer.linears[QKV], before ? y : x, n, {STORE, qkv, wide + 2 * s.K * s.Dh}, which);
+    linear(layer, QKV, before ? y : x, {STORE, qkv, wide + 2 * s.K * s.Dh});
     write_heads(m, layer, step, qkv, q, which);
     attention(m, layer, step, q, attended, which);
     if (&layer == &m.layers.back() && step.sequences < n) {
@@ -174,11 +219,10 @@ void run(Model& m, const Step& step) {
       gather(step.last, step.sequences, D, x, x);
       n = step.sequences;
     }
-    residual(layer.linears[OUTPUT], attended, layer.norms[before ? ATTENTION_POST_NORM : ATTENTION_NORM]);
+    residual(layer, OUTPUT, attended, layer.norms[before ? ATTENTION_POST_NORM : ATTENTION_NORM]);
     if (before) normalize(layer.norms[MLP_NORM], x, n, D, y, which);
-    product(m, layer.linears[UP], before ? y : x, n, {s.gated ? GATE : ACTIVATE, inner, s.F, (Activation)s.activation},
-            which);
-    residual(layer.linears[DOWN], inner, layer.norms[before ? MLP_POST_NORM : MLP_NORM]);
+    linear(layer, UP, before ? y : x, {s.gated ? GATE : ACTIVATE, inner, s.F, (Activation)s.activation});
+    residual(layer, DOWN, inner, layer.norms[before ? MLP_POST_NORM : MLP_NORM]);
   }
   if (!m.final_norm.weight.empty()) normalize(m.final_norm, x, n, D, y, which), std::swap(x, y);
   product(m, m.head, x, n, {STORE, step.logits, s.V}, which);
@@ -212,8 +256,19 @@ long fused_linear(Model* m, long layer, long name, const Source* from) {
   w = pack(*from);
   return (long)w.bytes();
 }
-void fused_layer(Model* m, long layer, long window, void* k, void* v, float* k_scales, float* v_scales) {
+// A LoRA beside a weight; adapters are numbered from 0. Returns its bytes.
+long fused_adapter(Model* m, long layer, long name, long adapter, const Source* down, const Source* up) {
+  auto& adapters = m->layers[layer].adapters;
+  for (Layer& each : m->layers)
+    if ((long)each.adapters.size() <= adapter) each.adapters.resize(adapter + 1);
+  LowRank& to = adapters[adapter][name];
+  to.down = pack(*down), to.up = pack(*up);
+  return (long)(to.down.bytes() + to.up.bytes());
+}
+// bytes: of k, of v. A step reads single rows all over them, each of which costs a page walk if pages are small.
+void fused_layer(Model* m, long layer, long window, long bytes, void* k, void* v, float* k_scales, float* v_scales) {
   Layer& to = m->layers[layer];
+  use_huge_pages(k, bytes), use_huge_pages(v, bytes);
   to.window = window ? window : INT_MAX;
   to.k = k, to.v = v, to.k_scales = k_scales, to.v_scales = v_scales;
 }
