@@ -29,6 +29,7 @@ from paddle import nn
 
 from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, _json_object, atomic_file
+from formats.gguf_folder import open_folder
 from formats.peft import LoraConfig
 from formats.tensor_files import read_safetensors, safetensors_metadata, write_safetensors
 from formats.tokenizer import MODEL_FILES as TOKENIZER_FILES
@@ -44,6 +45,7 @@ from formats.weights import (
 )
 from layers import Embedding, Linear, set_parameter
 from lora import LoRAEmbedding, LoRALinear, TrainedTokens
+from low_bit import ALGORITHMS, LowBit, round_base
 from model import CausalLM, block_linears, build, linear_paths
 from vocabulary import (
     embedding_layers,
@@ -67,27 +69,46 @@ def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
     model = build(read_config(base), dtype)
     load_weights(model, base)
     for adapter in reversed(adapters):
+        round_as_trained(model, adapter)
         merge(load_adapter(model, adapter))
     model.eval()
     return model
 
 
+def round_as_trained(model: CausalLM, adapter: str | Path) -> None:
+    """Round a float base as it was while this adapter was trained on it (weight_quantize_algo), before it is merged."""
+    file = Path(adapter) / "adapter_config.json"
+    saved = _json_object(file).get("base_quantization") if file.is_file() else None
+    if saved is None or model.config.quantization is not None:
+        return
+    try:
+        low_bit = LowBit(**saved)
+    except TypeError:
+        raise UserError(f"{file}: base_quantization = {json.dumps(saved)} is not what finetune.py writes") from None
+    if low_bit.algo not in ALGORITHMS:
+        raise UserError(f"{file}: base_quantization: algo {low_bit.algo!r}; possible are {', '.join(ALGORITHMS)}")
+    round_base(block_linears(model), low_bit)
+
+
 def base_folders(path: str | Path) -> list[Path]:
-    """A model's folder -> [it]; an adapter's -> [it, the base that it names, …, down to a model's folder]."""
-    folders = [Path(path)]
+    """A model's folder -> [it]; an adapter's -> [it, the base that it names, …, down to a model's folder].
+
+    A GGUF file, or a folder with one, stands as the folder that formats/gguf_folder.py makes of it.
+    """
+    folders = [open_folder(path)]
     while not (folders[-1] / "config.json").is_file():
         files = [folders[-1] / name for name in ("adapter_config.json", "lora_config.json")]  # peft's, PaddleNLP's
         if (file := next(filter(Path.is_file, files), None)) is None:
             break
         base = _json_object(file).get("base_model_name_or_path")
-        if not isinstance(base, str) or not Path(base).is_dir():
+        if not isinstance(base, str) or not open_folder(base).is_dir():
             raise UserError(
                 f"{file}: base_model_name_or_path: {base!r} is not a folder on this disk; write the base model's "
                 "folder there, or give it as model_name_or_path and this adapter as lora_path"
             )
         if Path(base).resolve() in [folder.resolve() for folder in folders]:
             raise UserError(f"{file}: base_model_name_or_path: {base!r} is built on this adapter itself")
-        folders.append(Path(base))
+        folders.append(open_folder(base))
     return folders
 
 
@@ -548,6 +569,8 @@ def _lora_files(model: CausalLM) -> tuple[dict, dict[str, AdapterFile]]:
         "init_lora_weights": True,
         **model.lora_config,
     }
+    if (rounded := getattr(model, "base_quantization", None)) is not None:
+        config["base_quantization"] = rounded
     if model.score is not None:
         config["task_type"] = "SEQ_CLS"
     layers = lora_layers(model)
@@ -601,6 +624,9 @@ NUMBERS = {  # of adapter_config.json, by peft_type
 }
 
 
+MOST_NUMBER = 1 << 20  # of these; NaN is not below it either
+
+
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -625,8 +651,9 @@ def load_adapter(model: CausalLM, path: str | Path, *, trainable: bool = False) 
     if kind not in NUMBERS:
         raise UserError(f"{config_path}: peft_type {kind!r} is not supported; LORA and PREFIX_TUNING are")
     for key in NUMBERS[kind]:
-        if not isinstance(config.get(key), (int, float)):
-            raise UserError(f"{config_path}: {key} must be a number, found {config.get(key)!r}")
+        value = config.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < MOST_NUMBER:
+            raise UserError(f"{config_path}: {key} must be a number below {MOST_NUMBER:,}, found {value!r}")
     if tensors is None:
         tensors = {name: tensor.read() for name, tensor in stored_tensors(path, WEIGHT_FILES).items()}
     load = _load_lora if kind == "LORA" else _load_prefix

@@ -37,8 +37,9 @@ from formats.paddlenlp import (
     STAGES,
 )
 from formats.record_files import parse_sources, record_files
+from low_bit import ALGORITHMS
 from parallel import Degrees
-from plan import missing_model_message
+from presets import missing_model_message
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall", "reward")
@@ -86,6 +87,9 @@ class ScriptArgs:
         if self.seed < 0:
             raise UserError(f"seed: {self.seed}; it must not be negative")
         return _check_hardware(self)
+
+    def check_topology(self) -> None:
+        """UserError for degrees that this script does not run with, whatever the model; a script's own Args has it."""
 
     def check_model(self) -> None:
         """UserError if the model or tokenizer is not on this disk: what to download, and to where."""
@@ -154,6 +158,7 @@ class TrainingArgs(ScriptArgs):
     virtual_pp_degree: int = 1  # pipeline stages per pipeline rank
     sequence_parallel: bool = False  # with tensor parallelism: also split tokens between attention and MLP
     hybrid_parallel_topo_order: str | None = None  # outermost axis: pp_first (also None) or sharding_first
+    auto_parallel: bool = False  # take the degrees, micro-batch and recompute that plan.py ranks first
     dry_run: bool = False  # print shapes, parameters, FLOPs and memory per rank, and end; no data is needed
 
     def check(self) -> list[str]:
@@ -201,6 +206,10 @@ class LoraArgs(TrainingArgs):
     rslora: bool = False  # scale by alpha/sqrt(rank) (arXiv 2312.03732)
     lora_plus_scale: float = 1.0  # LoRA+: learning rate of B over that of A (arXiv 2402.12354)
     dora: bool = False  # train magnitudes beside directions (arXiv 2402.09353)
+    weight_quantize_algo: str | None = None  # hold the frozen linears as nf4, fp4, weight_only_int8, weight_only_int4
+    qlora_weight_blocksize: int = 64  # nf4, fp4: weights that share a scale
+    qlora_weight_double_quant: bool = False  # nf4, fp4: hold the scales in 8 bits
+    qlora_weight_double_quant_block_size: int = 256  # scales that share a scale of theirs
     add_tokens: str | list[str] | None = None  # new tokens, with rows of embedding and head that are trained
     add_special_tokens: str | list[str] | None = None  # the same, left out of decoded text
     resize_vocab: bool = False  # rows for all ids of a tokenizer that has more than the model
@@ -211,15 +220,32 @@ class LoraArgs(TrainingArgs):
             self.val_size = None
 
     def check(self) -> list[str]:
-        for key in ("lora_path", "rslora", "dora", "pissa"):
+        for key in ("lora_path", "rslora", "dora", "pissa", "weight_quantize_algo"):
             if getattr(self, key, None) and not self.lora:
                 raise UserError(f"{key} needs lora: true")
+        self._check_low_bit()
         keys = "lora_rank lora_alpha lora_target_modules lora_plus_scale lora_dropout".split()
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in keys}
         unread = [key for key in defaults if not self.lora and getattr(self, key) != defaults[key]]
         if self.lora_alpha == -1:
             self.lora_alpha = 4.0 if self.rslora else 2.0 * self.lora_rank
         return super().check() + [f"{key} is not read: lora is false" for key in unread]
+
+    def _check_low_bit(self) -> None:
+        algo = self.weight_quantize_algo
+        if algo not in (None, *ALGORITHMS):
+            raise UserError(f"weight_quantize_algo: {algo!r}; possible are {', '.join(ALGORITHMS)}")
+        for key in ("qlora_weight_blocksize", "qlora_weight_double_quant_block_size"):
+            size = getattr(self, key)
+            if size < 2 or size % 2:
+                raise UserError(f"{key}: {size}; an even number of at least 2 is needed")
+        if algo and getattr(self, "pissa", False):
+            raise UserError("pissa takes its start out of float weights; it is not possible with weight_quantize_algo")
+        if algo and (self.tensor_parallel_degree > 1 or "stage3" in (self.sharding or "")):
+            raise UserError(
+                "weight_quantize_algo: codes are not sharded: tensor_parallel_degree > 1 and sharding stage3 are not "
+                "supported"
+            )
 
 
 def lora_targets(value: str | list[str] | None) -> str | list[str] | None:
@@ -334,7 +360,8 @@ def _check_hardware(args: ScriptArgs) -> list[str]:
     world = Launch.of_environment().world
     if world > 1 and not isinstance(args, TrainingArgs):
         raise UserError(f"this script runs in one process, but {world} were started: start it without the launcher")
-    Degrees.of(args, world=world)
+    if not getattr(args, "auto_parallel", False):  # which sets them later
+        Degrees.of(args, world=world)
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
     if args.device != "auto":
@@ -507,6 +534,7 @@ class _Script:
 def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
     """`argv` (default: the command line): files, then --key value or --key=value, later wins -> a checked Args.
 
+    A folder stands for --model_name_or_path.
     Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
     """
     script, given = _Script(Args), {}
@@ -541,6 +569,9 @@ def _read_argv(argv: list[str], script: _Script):
     tokens = collections.deque(argv)
     while tokens:
         token = tokens.popleft()
+        if not token.startswith("--") and Path(token).is_dir() and "model_name_or_path" in script.kinds:
+            yield _Given("model_name_or_path", token, "command line", None, True)
+            continue
         if not token.startswith("--"):
             for name, (value, line) in read_config(token).items():
                 yield _Given(name, value, token, line, False)

@@ -11,50 +11,42 @@ is merged into its base), and another adapter on top by lora_path or prefix_path
 --format static  prefill.json, decode.json, static.pdiparams (one file of weights for both programs),
                  static_config.json, tokenizer, and prefix.safetensors with a trained prefix: all that
                  serve.py --mode static needs. float32.
-    prefill   input_ids (B, T) int64, rows (B, 1, T, 1) int32, position_ids (B, T) int64 -> logits (B, V) of the last
-              position, then keys of every layer and values of every layer (B, T, K, Dh)
-    decode    the same of T new tokens (one, when text is generated), rows (B, 1, C + T, 1), and keys_0… and values_0…
-              (B, C, K, Dh) of every layer -> logits (B, V), keys and values (B, C + T, K, Dh)
-    B, T and C are free. Inputs are padded on the left; rows are 0 where a key is padding, else the largest int32. A
-    prefix's keys and values are the first C, and positions count on from it. With ALiBi there are no position_ids.
-    Where rope depends on the length of a text, lengths (B, T) int64 are another input (see positions.rope_lengths).
-    A graph cannot choose what to compute by values: every expert of a sparse MLP works on every token.
+--format gguf    model.gguf for llama.cpp, Ollama and LM Studio: weights as gguf_type, tokenizer, chat template and
+                 stop ids; and Modelfile, for `ollama create`. Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma.
 
 Every export is written to a temporary folder, loaded again from there, and its logits are compared with those of the
-model in memory. Only then it moves to output_dir, the file that marks it complete last. Not supported: formats of other
-programs, and static graphs of ChatGLM-6B.
+model in memory. With verify_with, a client of the format (llama_cpp; transformers) opens it too: its ids of texts,
+greedy tokens and logits are compared with ours. Only then it moves to output_dir, the file that marks it complete last.
+Not supported: static graphs of ChatGLM-6B.
 """
 
 import dataclasses
-import filecmp
-import json
 import math
 import os
 import re
 import shutil
 from pathlib import Path
 
-import kernels  # before paddle: it silences what paddle prints while it is imported
+import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
 
 import numpy as np
-
-# isort: split
 import paddle
-from paddle import nn
-from paddle.static import InputSpec
 
 import trainer
 from adapters import adapted_layers, base_folders, from_pretrained, load_adapter, merge, weights_in_adapter
 from arguments import DTYPES, ScriptArgs
 from families import ModelConfig
 from formats.chat import load_chat_template
-from formats.files import UserError, atomic_file
-from formats.tensor_files import from_bfloat16, to_bfloat16, write_safetensors
+from formats.clients import ask_client, check_ids, compare, importable_client
+from formats.files import UserError
+from formats.gguf_export import FILE_TYPES, round_model, write_model, write_modelfile
+from formats.gguf_folder import open_folder
+from formats.tensor_files import from_bfloat16, to_bfloat16
 from formats.tokenizer import MODEL_FILES, Tokenizer, load_tokenizer
 from formats.weights import named_weights, save_pretrained
-from model import Cache, CausalLM, Linear, QuantLinear, block_linears, build, set_parameter
-from positions import rope_lengths
-from serving.runners import NO_ROW, STATIC_FORMAT, ScheduledTokens, StaticRunner, TokenSequence
+from model import CausalLM, Linear, QuantLinear, block_linears, build, set_parameter
+from positions import NO_ROW
+from serving.static_graphs import static_logits, trace, write_prefix, write_static_config
 
 
 @dataclasses.dataclass
@@ -64,25 +56,36 @@ class Args(ScriptArgs):
     prefix_path: str | None = None  # a prefix to put before it; format static only
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; None: with the adapter or the model
     chat_template: str | None = None  # as in finetune.py; None: the tokenizer's own
-    format: str = "hf"  # hf or static
+    format: str = "hf"  # hf, static or gguf
     save_dtype: str | None = None  # format hf: float32, bfloat16 or float16; None: the one that config.json names
     max_shard_size: str = "5GB"  # format hf: most bytes of one file, in B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB
     dequantize: bool = False  # floats instead of the integers of a quantized model
+    gguf_type: str = "F16"  # format gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_0, Q5_1, Q4_K_M, Q4_K_S, Q4_1 or Q4_0
+    verify_with: str | None = None  # a Python with the format's client: llama_cpp (gguf), transformers (hf)
 
-    aliases = {"output_path": "output_dir", "dtype": "save_dtype"}  # PaddleNLP's names, in this script only
+    aliases = {
+        "output_path": "output_dir",
+        "dtype": "save_dtype",
+        "outtype": "gguf_type",
+    }  # PaddleNLP's names, in this script only
 
     def check(self) -> list[str]:
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key):
                 raise UserError(f"{key}: missing")
-        if self.format not in ("hf", "static"):
-            raise UserError(f"format: {self.format!r}; possible are hf and static")
+        if self.format not in WRITERS:
+            raise UserError(f"format: {self.format!r}; possible are {', '.join(WRITERS)}")
+        self.gguf_type = {"Q4_K": "Q4_K_M"}.get(self.gguf_type.upper(), self.gguf_type.upper())
+        if self.gguf_type not in FILE_TYPES:
+            raise UserError(f"gguf_type: {self.gguf_type!r}; possible are {', '.join(FILE_TYPES)}")
+        if self.verify_with and self.format not in CLIENTS:
+            raise UserError(f"verify_with: format {self.format} has no client but serve.py")
         if self.save_dtype not in (None, *DTYPES):
             raise UserError(f"save_dtype: {self.save_dtype!r}; possible are {', '.join(DTYPES)}")
         if self.lora_path and self.prefix_path:
             raise UserError("lora_path and prefix_path are both given; choose one")
-        if self.prefix_path and self.format == "hf":
-            raise UserError("prefix_path: a Hugging Face folder cannot hold a prefix; use format: static")
+        if self.prefix_path and self.format != "static":
+            raise UserError(f"prefix_path: the format {self.format} cannot hold a prefix; use format: static")
         parse_size(self.max_shard_size)
         notes = super().check()
         if self.format == "static" and self.save_dtype not in (None, "float32"):
@@ -115,12 +118,13 @@ def load_model(args: Args, tokenizer: Tokenizer) -> CausalLM:
             raise UserError(f"{path}: holds {holds}; give it as {key}")
         if model.config.quantization is None:
             merge(model)
-        elif args.lora_path and args.format == "hf":
+        elif args.lora_path and args.format != "static":
             raise UserError(
                 f"lora_path: {path}: LoRA cannot be merged into integers; add dequantize: true, or use format: static"
             )
-    if args.format == "hf" and model.prefix is not None:
-        raise UserError(f"{args.model_name_or_path}: a Hugging Face folder cannot hold its prefix; use format: static")
+    if args.format != "static" and model.prefix is not None:
+        what = "a Hugging Face folder" if args.format == "hf" else f"the format {args.format}"
+        raise UserError(f"{args.model_name_or_path}: {what} cannot hold its prefix; use format: static")
     if args.format == "static" and model.config.position == "rope_2d":
         raise UserError(
             f"format: static is not supported for ChatGLM-6B; serve.py serves {args.model_name_or_path} in mode dynamic"
@@ -209,18 +213,6 @@ def dynamic_logits(model: CausalLM, ids: np.ndarray, mask: np.ndarray) -> np.nda
     return paddle.stack(logits, axis=1).astype("float32").numpy()
 
 
-def static_logits(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(3, 5, V) float32: as dynamic_logits, by the programs of the folder as the engine runs them."""
-    runner, T = StaticRunner(folder), mask.shape[1]
-    P, sequences = runner.num_virtual_tokens, []
-    for row, length in zip(ids, mask.sum(1)):
-        sequences.append(TokenSequence([-1] * P + row[T - length :].tolist(), P + int(length)))
-    logits = [runner.run([ScheduledTokens(s, P, s.num_prompt_tokens - P) for s in sequences])]
-    for step in range(ids.shape[1] - T):
-        logits.append(runner.run([ScheduledTokens(s, s.num_prompt_tokens + step, 1) for s in sequences]))
-    return np.stack(logits, axis=1)
-
-
 def difference(logits: np.ndarray, expected: np.ndarray, tolerance: float, subject: str) -> float:
     """The largest difference of logits; UserError beyond `tolerance` times the largest logit."""
     largest, limit = float(np.abs(logits - expected).max()), tolerance * float(np.abs(expected).max())
@@ -248,7 +240,7 @@ def export_hf(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
     reloaded = from_pretrained(folder).eval()
     largest = difference(dynamic_logits(reloaded, ids, mask), rounded, 1e-4, "the folder, loaded again")
     note = "" if dtype == "float32" else f"; {rounding:.3g} from rounding to {dtype}"
-    return f"largest difference of logits {largest:.3g}{note}"
+    return f"largest difference of logits {largest:.3g}{note}{verified(args, folder, reloaded, tokenizer)}"
 
 
 def round_weights(model: CausalLM, dtype: str) -> None:
@@ -261,48 +253,73 @@ def round_weights(model: CausalLM, dtype: str) -> None:
             set_parameter(weight.parameter, rounded.astype(np.float32))
 
 
+# =================================================================================================== format gguf
+
+
+def export_gguf(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
+    """Write model.gguf and Modelfile and open the file again; returns a line about the differences."""
+    model = load_model(args, tokenizer)
+    ids, mask = probe(model)
+    path, exact = folder / "model.gguf", dynamic_logits(model, ids, mask)
+    write_model(path, model, tokenizer, args.gguf_type, Path(args.model_name_or_path).stem)
+    write_modelfile(folder, path.name, model, tokenizer)
+    round_model(model, args.gguf_type)
+    rounded = dynamic_logits(model, ids, mask)
+    difference(rounded, exact, math.inf, f"gguf_type {args.gguf_type}")  # finite, that is
+    del model  # one at a time in memory
+    reloaded, opened = from_pretrained(path).eval(), load_tokenizer(path)
+    largest = difference(dynamic_logits(reloaded, ids, mask), rounded, 1e-4, "the file, opened again")
+    check_ids(TEXTS, [opened.encode(text) for text in TEXTS], [tokenizer.encode(text) for text in TEXTS], "the file")
+    if opened.chat_template is None and tokenizer.chat_template is not None:
+        print("note: the chat template is not Jinja; the file has none", flush=True)
+    rounding = float(np.abs(rounded - exact).max())
+    asked = verified(args, path, reloaded, tokenizer)
+    return f"largest difference of logits {largest:.3g}; {rounding:.3g} from rounding to {args.gguf_type}{asked}"
+
+
+# ================================================================================== what the format's client answers
+
+TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    " Leading space, tabs\tand\n\nline breaks   and runs",
+    "naïve café – “quoted”, 東京 and 🙂 emoji's",
+    "def f(x):\n    return x[1:] + 2025 * 3.14159\n",
+)
+QUESTIONS = (
+    "What is the capital of France?", "Name three colors.", "Write a short poem about the sea.", "What is 12 times 7?",
+    "Explain what a compiler does.", "Who wrote Hamlet?", "Give me a recipe for pancakes.", "Why is the sky blue?",
+    "Translate good morning to Spanish.", "What does HTTP stand for?", "List the planets.", "What is a prime number?",
+    "Tell me a joke.", "How do I sort a list in Python?", "What is photosynthesis?", "Tell me about Cinderella.",
+    "What is the boiling point of water?", "Describe a sunset.", "How long is a leap year?", "What is gravity?",
+)  # fmt: skip
+CLIENTS = {"hf": ["transformers"], "gguf": ["llama_cpp"]}
+# Of compare(). llama.cpp keeps keys in 16 bits, rounds activations as the weights are stored: where these are
+# quantized, to 8 bits.
+TOLERANCE = {"F32": 0.005, "F16": 0.01, "BF16": 0.05}
+
+
+def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> str:
+    """ "; " and a line on how the client of verify_with agrees over 64 greedy tokens of 20 prompts; "" without one."""
+    if not args.verify_with:
+        return ""
+    client = importable_client(args.verify_with, CLIENTS[args.format])
+    prompts = [tokenizer.apply_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
+    count = min(64, max_model_len(model) - max(map(len, prompts)))
+    texts = TEXTS if count > 0 else ()
+    if count <= 0:
+        raise UserError(f"verify_with: the model has room for {max_model_len(model)} tokens, too few for a question")
+    reply = ask_client(args.verify_with, client, path, list(texts), prompts, count, sorted(tokenizer.stop_ids))
+
+    @paddle.no_grad()
+    def logits_of(number: int, tokens: list[int]) -> np.ndarray:
+        sequence = np.array([prompts[number] + tokens[:-1]])
+        return model(paddle.to_tensor(sequence))[0, len(prompts[number]) - 1 :].astype("float32").numpy()
+
+    tolerance = TOLERANCE.get(args.gguf_type, 0.15) if args.format == "gguf" else 0.001
+    return "; " + compare(reply, list(texts), [tokenizer.encode(text) for text in texts], logits_of, tolerance)
+
+
 # ================================================================================================= format static
-
-
-class _GivenRows(Cache):
-    """A Cache that takes the mask rows of all keys, old and new, as given."""
-
-    def extend_mask_rows(self, mask_rows, B: int, T: int):
-        return mask_rows
-
-
-class Prefill(nn.Layer):
-    """The first program: a prompt, with nothing before it."""
-
-    def __init__(self, model: CausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, rows, position_ids=None, lengths=None) -> list[paddle.Tensor]:
-        cache = _GivenRows(len(self.model.layers))
-        return _last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
-
-
-class Decode(nn.Layer):
-    """The second program: more tokens after those whose keys and values are given."""
-
-    def __init__(self, model: CausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, rows, past, position_ids=None, lengths=None) -> list[paddle.Tensor]:
-        cache, layers = _GivenRows(len(self.model.layers)), len(self.model.layers)
-        cache.keys, cache.values = list(past[:layers]), list(past[layers:])
-        return _last_logits(self.model, input_ids, rows, position_ids, lengths, cache)
-
-
-@paddle.jit.not_to_static  # no branch here depends on values; without it jit rewrites the source: four times as slow
-def _last_logits(model, input_ids, rows, position_ids, lengths, cache):
-    """[logits (B, V) float32 of the last position, keys of each layer, values of each layer]"""
-    cache.lengths = lengths
-    position_ids = input_ids if position_ids is None else position_ids  # ALiBi reads no positions
-    logits = model.logits(model.hidden_states(input_ids, position_ids, rows, cache)[:, -1])  # (B, V)
-    return [logits.astype("float32"), *cache.keys, *cache.values]
 
 
 def export_static(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
@@ -331,61 +348,9 @@ def export_static(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
     return f"largest difference of logits {largest:.3g}"
 
 
-def trace(model: CausalLM, folder: Path) -> None:
-    """Write prefill.json, decode.json and static.pdiparams, the one file of weights for both programs."""
-    config = model.config
-    caches = [
-        InputSpec([None, None, config.num_key_value_heads, config.head_dim], "float32", f"{kind}_{i}")
-        for kind in ("keys", "values")
-        for i in range(config.num_hidden_layers)
-    ]
-    inputs = [InputSpec([None, None], "int64", "input_ids"), InputSpec([None, 1, None, 1], "int32", "rows")]
-    positions = []
-    if config.position != "alibi":  # jit refuses an input that nothing reads
-        positions.append(InputSpec([None, None], "int64", "position_ids"))
-    if rope_lengths(config, 1, np.zeros(1)) is not None:
-        positions.append(InputSpec([None, None], "int64", "lengths"))
-    with kernels.use("reference"):  # the ops of other back ends are not all traceable
-        for name, layer, past in (("prefill", Prefill(model), []), ("decode", Decode(model), [caches])):
-            layer.eval()
-            program = paddle.jit.to_static(layer, input_spec=[*inputs, *past, *positions], full_graph=True)
-            paddle.jit.save(program, str(folder / name))
-    assert filecmp.cmp(folder / "prefill.pdiparams", folder / "decode.pdiparams", shallow=False), "weights differ"
-    (folder / "decode.pdiparams").unlink()
-    (folder / "prefill.pdiparams").rename(folder / "static.pdiparams")
-
-
-def write_static_config(folder: Path, config: ModelConfig, **facts) -> None:
-    """Write static_config.json: what StaticRunner needs to know, and the sizes of all other files."""
-    description = {
-        "format_version": STATIC_FORMAT,
-        "paddle_version": paddle.__version__,
-        "dtype": "float32",
-        "quantization": config.quantization,
-        "family": config.family,
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "model_config": {key: value for key, value in config.source.items() if key != "quantization_config"},
-        **facts,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-    }
-    with atomic_file(folder / "static_config.json") as file:
-        json.dump(description, file, indent=2, ensure_ascii=False)
-
-
-@paddle.no_grad()
-def write_prefix(model: CausalLM, path: Path) -> int:
-    """Write the prefix's keys and values (P, K, Dh), with which every cache begins; returns P."""
-    cache, tensors = model.new_cache(1), {}
-    for kind, layers in (("keys", cache.keys), ("values", cache.values)):
-        tensors |= {f"{kind}.{i}": array[0].numpy() for i, array in enumerate(layers)}
-    write_safetensors(path, tensors)
-    return cache.prefix_tokens
-
-
 # ========================================================================================================== main
+
+WRITERS = {"hf": export_hf, "static": export_static, "gguf": export_gguf}
 
 
 def check_base_is_elsewhere(args: Args) -> None:
@@ -397,8 +362,8 @@ def check_base_is_elsewhere(args: Args) -> None:
 
 
 def move_into_place(temporary: Path, folder: Path) -> list[Path]:
-    """Rename every file into the folder, config.json or static_config.json last: without it the folder is no model."""
-    markers = ("config.json", "static_config.json")
+    """Rename every file into the folder, the marker last: without it the folder is no model."""
+    markers = ("config.json", "static_config.json", "model.gguf")
     files = sorted(temporary.iterdir(), key=lambda path: (path.name in markers, path.name))
     for path in files:
         with open(path, "rb") as file:
@@ -412,7 +377,7 @@ def move_into_place(temporary: Path, folder: Path) -> list[Path]:
 def main(args: Args) -> None:
     # ====================================================================== 1. check the folders, open the tokenizer
     for key in ("model_name_or_path", "lora_path", "prefix_path", "tokenizer_name_or_path"):
-        if getattr(args, key) and not Path(getattr(args, key)).is_dir():
+        if getattr(args, key) and not open_folder(getattr(args, key)).is_dir():
             raise UserError(f"{key}: {getattr(args, key)}: no such folder")
     trainer.check_output_dir(args)
     check_base_is_elsewhere(args)
@@ -426,7 +391,7 @@ def main(args: Args) -> None:
 
     # ====================================================================== 2. export to a temporary folder and compare
     try:
-        compared = {"hf": export_hf, "static": export_static}[args.format](tokenizer, temporary, args)
+        compared = WRITERS[args.format](tokenizer, temporary, args)
 
         # ================================================================== 3. move into output_dir
         trainer.prepare_output_dir(args)

@@ -145,7 +145,7 @@ class ModelConfig:
             raise UserError(f"{path}: no such file; {what} and its weights")
         try:
             source = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON: {error}") from None
         if not isinstance(source, dict):
             raise UserError(f"{path}: must hold a JSON object, found {type(source).__name__}")
@@ -162,8 +162,14 @@ class ModelConfig:
         def number(field, default, kind=int, least=1):
             key = _key(source, field)
             value = default if key is None else source[key]
-            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, kind)
+                or not least <= value < MOST.get(field, MOST_SIZE)
+            ):
                 what = "a positive integer" if kind is int else "a positive number"
+                if isinstance(value, int) and value >= least:
+                    what += f" below {MOST.get(field, MOST_SIZE):,}"
                 raise UserError(f"{path}: {key or SYNONYMS[field][0]} must be {what}, found {value!r}")
             return value
 
@@ -195,6 +201,12 @@ class ModelConfig:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         config = ModelConfig(family=family, source=source, **fields)
+        for sizes in filter(None, (config.experts, config.latent)):
+            for field in dataclasses.fields(sizes):
+                value = getattr(sizes, field.name)
+                if field.type == "int" or field.type is int:
+                    if type(value) is not int or not 0 <= value < MOST.get(field.name, MOST_SIZE):
+                        raise UserError(f"{path}: {field.name} must be a whole number, found {value!r}")
         if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
             raise UserError(f"{path}: rotary dims must be even, found {config.rotary_dim or config.head_dim}")
         return config
@@ -211,6 +223,12 @@ class ModelConfig:
         if self.quantization is not None:
             source["quantization_config"] = self.quantization
         return json.dumps(source, indent=2, ensure_ascii=False) + "\n"
+
+
+MOST_SIZE, MOST = (
+    1 << 28,
+    {"num_hidden_layers": 1 << 14, "num_experts": 1 << 14},
+)  # of a number of config.json: far beyond any model
 
 
 SYNONYMS = {  # our field: its keys in config.json, in order of preference
@@ -870,9 +888,13 @@ def _rope_parameters(source, path):
         if rope[key] is not None:
             entry = f"rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])}"
             raise UserError(f"{path}: {entry} is not supported: it may change the maths")
+    for key, value in rope.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: rope type {rope['rope_type']}: {key} must be a finite number, found {value!r}")
     for key in ("rope_theta", *_ROPE_NEEDS[rope["rope_type"]]):
-        if not isinstance(rope.get(key), (int, float)):
-            raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
+        value = rope.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key} above 0, found {value!r}")
     return rope
 
 

@@ -192,7 +192,7 @@ def main(args: Args) -> None:
     train, dev, test = make_loaders(args, tokenizer)
 
     # ====================================================================== 2. model, and its replies before training
-    model = parallel.from_pretrained(args.model_name_or_path, topology)
+    model = parallel.from_pretrained(args.model_name_or_path, topology, low_bit=parallel.LowBit.of(args))
     trainer.set_recompute(model, args)
     model.neftune_noise_alpha = args.neftune_noise_alpha
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)

@@ -19,6 +19,7 @@ from paddle import nn
 
 from formats.files import UserError
 from layers import Embedding, Linear, QuantLinear, RNGTracker, set_parameter
+from low_bit import LowBitLinear
 
 
 class LoRALinear(nn.Layer):
@@ -127,7 +128,9 @@ class LoRALinear(nn.Layer):
 
     @paddle.no_grad()
     def merged(self) -> nn.Layer:
-        """The base layer, with the adapter added to its weight."""
+        """The base layer, with the adapter added to its weight; of a LowBitLinear, a linear in float."""
+        if isinstance(self.base, LowBitLinear):
+            self.base = self.base.to_linear()
         if isinstance(self.base, QuantLinear):
             raise UserError(
                 "an adapter cannot be merged into quantized weights; merge it into the float model, then quantize"

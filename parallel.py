@@ -40,7 +40,7 @@ import kernels
 import numpy as np
 import paddle
 
-from adapters import LoRALinear, base_folders, load_adapter, merge
+from adapters import LoRALinear, base_folders, load_adapter, merge, round_as_trained
 from distributed.collectives import Axis, Gloo, Nccl, _backend, _ScaleGradient, make_expert_axes
 from distributed.context import (
     TokenLayout,
@@ -73,6 +73,7 @@ from distributed.watchdog import Launch, current_watchdog
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import load_weights, read_config
+from low_bit import LowBit, describe, round_base
 from model import CausalLM, LocalComm, block_linears, build, kernel_attention, linear_row
 
 # ============================================================================================ the grid
@@ -418,15 +419,28 @@ def shard_adapters(model: CausalLM, topology: Topology) -> None:
         model.prefix.local_heads = slice(*local_heads(model.config, tp.size, tp.rank)[1])
 
 
-def from_pretrained(path: str | Path, topology: Topology, dtype: str = "float32") -> CausalLM:
-    """adapters.from_pretrained() of this rank's part of the model: nothing else is read or takes memory."""
+def from_pretrained(
+    path: str | Path, topology: Topology, dtype: str = "float32", low_bit: LowBit | None = None
+) -> CausalLM:
+    """adapters.from_pretrained() of this rank's part of the model: nothing else is read or takes memory.
+
+    low_bit: round the linears of the blocks when they are read, a frozen base for LoRA.
+    """
     *adapters, base = base_folders(path)
     model = parallelize(build(read_config(base), dtype), topology)
+    if low_bit is not None and not adapters:
+        round_base(block_linears(model), low_bit)
     load_weights(model, base)
     for adapter in reversed(adapters):
+        round_as_trained(model, adapter)
         load_adapter(model, adapter)
         shard_adapters(model, topology)
         merge(model)
+    if low_bit is not None:
+        if adapters:
+            round_base(block_linears(model), low_bit)
+        model.base_quantization = dataclasses.asdict(low_bit)
+        print(describe(model))
     model.eval()
     return model
 

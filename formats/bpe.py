@@ -9,6 +9,7 @@ from operator import add
 from pathlib import Path
 
 from formats.files import UserError, brief, read_json
+from formats.progress import check_progress
 
 # ============================== tokenizer ==============================
 # A family's tokenizer is data: the files of its folder and a row of CLASSES. Two engines turn text into ids:
@@ -24,12 +25,29 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+")  # fmt: skip
+
+
+QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")  # each digit by itself
+
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN_WORDS = (  # Mistral NeMo and later: a word ends where a small letter meets a capital one
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+
+
 # GPT-2 writes the 256 bytes as characters that can be seen: printable Latin-1 as itself, the others from U+0100 on.
 _seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_CHARS = {b: chr(b) for b in _seen} | {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(_seen)))}
 
 
 CHAR_BYTES = {char: b for b, char in BYTE_CHARS.items()}
+
+
+WORDS_A_CHECK, MERGES_A_CHECK = 1024, 4096  # between two calls of check_progress
 
 
 class WordCache(dict):
@@ -112,7 +130,11 @@ class BPE:
         words = [text]
         for step in self.steps:
             words = step(words, at_start)
-        return list(chain.from_iterable(map(self._ids_of_word.__getitem__, words)))
+        ids, check = [], check_progress.get()
+        for start in range(0, len(words), WORDS_A_CHECK):
+            check(len(ids))
+            ids.extend(chain.from_iterable(map(self._ids_of_word.__getitem__, words[start : start + WORDS_A_CHECK])))
+        return ids
 
     def _encode_word(self, word):
         if self.byte_level:
@@ -143,7 +165,11 @@ class BPE:
         ranks = map(rank, zip(symbols, symbols[1:]))
         heap = [(r, place) for place, r in enumerate(ranks) if r is not None]
         heapify(heap)
+        check, pops = check_progress.get(), 0
         while heap:
+            pops += 1
+            if pops == MERGES_A_CHECK:
+                check(pops := 0)
             r, left = heappop(heap)
             right = after[left]
             if symbols[left] is None or right == count or rank((symbols[left], symbols[right])) != r:
@@ -161,17 +187,22 @@ class BPE:
         return [symbol for symbol in symbols if symbol is not None]
 
 
+MOST_IDS = 1 << 24  # more than any vocabulary has; a table of that many fits into memory
+
+
 def check_vocabulary_ids(vocab: dict, where: str) -> None:
     """UserError unless vocab is {symbol: id}, each id once."""
     if not isinstance(vocab, dict) or not vocab:
         raise UserError(f"{where}: an object of symbols and their ids is expected, found {brief(vocab)}")
     ids = vocab.values()
-    if set(map(type, ids)) == {int} and min(ids) >= 0 and len(set(ids)) == len(vocab):
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < MOST_IDS and len(set(ids)) == len(vocab):
         return
     seen = {}
     for symbol, i in vocab.items():
         if type(i) is not int or i < 0:
             raise UserError(f"{where}: the id of {symbol!r} must be a number from 0 on, found {brief(i)}")
+        if i >= MOST_IDS:
+            raise UserError(f"{where}: the id {i} of {symbol!r} is beyond {MOST_IDS:,}, which no vocabulary has")
         if seen.setdefault(i, symbol) is not symbol:
             raise UserError(f"{where}: the id {i} is given twice, to {seen[i]!r} and to {symbol!r}")
 

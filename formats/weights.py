@@ -25,6 +25,7 @@ import paddle
 
 from families import FAMILIES, ModelConfig, weight_names
 from formats.files import UserError, atomic_file
+from formats.gguf import huggingface_tensors
 from formats.tensor_files import (
     BinFile,
     LazyTensor,
@@ -35,6 +36,7 @@ from formats.tensor_files import (
     write_safetensors,
 )
 from formats.weight_names import IGNORED_WEIGHTS, name_table
+from low_bit import LowBitLinear
 from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, set_parameter
 from positions import rope_frequencies
 
@@ -176,6 +178,8 @@ def stored_bytes(shape: list[int], dtype: str) -> int:
 def named_weights(model: CausalLM, rows: Iterable | None = None) -> list[Weight]:
     """Weights of the base model (no adapters, no prefix), in the order of its family's name table, or of `rows`."""
     parameters = {name.replace(".base.", "."): p for name, p in (*model.named_parameters(), *model.named_buffers())}
+    rounded = [(name, layer) for name, layer in model.named_sublayers() if isinstance(layer, LowBitLinear)]
+    parameters |= {f"{name.removesuffix('.base')}.weight": layer.weight for name, layer in rounded}
     weights = []
     for path, name, transposed in (*weight_names(model.config, rows), ("score.weight", "score.weight", True)):
         if (parameter := parameters.get(path)) is not None:
@@ -235,7 +239,7 @@ def init_weights(model: CausalLM, seed: int) -> None:
 MASTER_WEIGHTS = "master_weights.safetensors"  # float32 weights beside, or in place of, those in bfloat16
 
 
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTER_WEIGHTS)
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams", MASTER_WEIGHTS, "model.gguf")
 
 
 class IndexedTensor:
@@ -300,7 +304,7 @@ def _files_of_index(index: Path) -> list[str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({str(file) for file in weight_map.values()})
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{index}: not an index with a weight_map") from None
     for file in files:
         is_inside = not Path(file).is_absolute() and ".." not in Path(file).parts
@@ -312,6 +316,8 @@ def _files_of_index(index: Path) -> list[str]:
 def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".pdparams":
         return read_pdparams(path)
+    if path.suffix == ".gguf":
+        return {name: StoredTensor(*tensor) for name, tensor in huggingface_tensors(path).items()}
     if path.suffix == ".bin":
         file = BinFile(path)
         return {

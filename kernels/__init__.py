@@ -45,6 +45,7 @@ OPS = (
     "linear",
     "lora_linear",
     "quant_linear",
+    "dequantize_table",
     "attention",
     "attention_with_lse",
     "attention_with_lse_backward",
@@ -406,6 +407,22 @@ def dequantize(
 ) -> paddle.Tensor:
     """Packed codes -> weights (in, out) float32; arguments as in quant_linear. Has only a reference implementation."""
     return importlib.import_module("kernels.reference").dequantize(qweight, scales, bits, qzeros, g_index)
+
+
+def dequantize_table(
+    codes: paddle.Tensor,
+    scales: paddle.Tensor,
+    values: paddle.Tensor,
+    n_in: int,
+    n_out: int,
+    transposed: bool = False,
+) -> paddle.Tensor:
+    """Codes with a scale per block (nf4, fp4, int8, int4 of low_bit.py) -> weight (in, out), or (out, in) transposed.
+
+    codes uint8: the weight (out, in), flat, in blocks of equal length, the last filled up; values (256, 1) float32: the
+    value of a byte's code, (256, 2): of its two codes, the high bits' first. scales (blocks,) float32 -> float32.
+    """
+    return _run("dequantize_table", codes, scales, values, n_in, n_out, transposed)
 
 
 def attention(

@@ -48,8 +48,8 @@ from paddle.autograd import PyLayer
 SOURCES = Path(__file__).with_suffix("")  # the folder kernels/cpu
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 OF_EXTENSION = """attention attention_with_lse attention_with_lse_backward paged_attention write_cache sample rms_norm
-    layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear linear_cross_entropy adamw squared_norm bf16
-    peak fused_multi_transformer""".split()  # ops that need it, and products in bfloat16
+    layer_norm rope swiglu geglu gelu embedding lora_linear quant_linear dequantize_table linear_cross_entropy adamw
+    squared_norm bf16 peak fused_multi_transformer""".split()  # ops that need it, and products in bfloat16
 LOGITS = 1 << 22  # of one block of linear_cross_entropy (16 MB, which stays in the cache)
 LOGITS_ROWS = 8192  # most tokens of a block
 SMALL = (
@@ -281,6 +281,12 @@ def quant_linear(x, qweight, scales, bias=None, scheme="w8", qzeros=None, g_inde
     if x.size // n_in > 32 or paddle.is_grad_enabled() and not x.stop_gradient:  # dequantize once: faster
         return linear(x, _op("cpu_dequantize", *packed, bits)[0], bias)
     return _op("cpu_quant_linear", x.contiguous(), *packed, bias, bits)[0]
+
+
+def dequantize_table(codes, scales, values, n_in, n_out, transposed=False):
+    if not _plain(scales, values):
+        return reference.dequantize_table(codes, scales, values, n_in, n_out, transposed)
+    return _op("cpu_dequantize_table", codes, scales, values, n_in, n_out, transposed)[0]
 
 
 def _int8_linear(x, weight, scales, bias, input_scale):

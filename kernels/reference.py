@@ -134,6 +134,12 @@ def dequantize(qweight, scales, bits, qzeros=None, g_index=None):
     return ((codes - zeros.unsqueeze(1)) * scales.unsqueeze(1)).reshape([-1, n_out])
 
 
+def dequantize_table(codes, scales, values, n_in, n_out, transposed=False):
+    blocks = F.embedding(codes.astype("int32"), values).reshape([len(scales), -1]) * scales.unsqueeze(1)
+    weight = blocks.reshape([-1])[: n_in * n_out].reshape([n_out, n_in])
+    return weight if transposed else weight.t().contiguous()
+
+
 def _unpack(packed, bits, axis):
     """int32 words of 32/bits codes along rows (axis 1) or columns (axis 2) -> int32 codes."""
     shifts = paddle.arange(0, 32, bits, dtype="int32")

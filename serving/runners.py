@@ -67,11 +67,16 @@ class StepLayout(NamedTuple):
 
 
 def make_runner(
-    model: CausalLM, num_blocks: int, block_size: int, adapters: dict | None = None, int8: bool = False
+    model: CausalLM,
+    num_blocks: int,
+    block_size: int,
+    adapters: dict | None = None,
+    int8: bool = False,
+    key_heads: int | None = None,
 ) -> "PagedRunner | SequentialRunner":
-    """The runner for a model; UserError where it cannot have an int8 cache."""
+    """The runner for a model; UserError where it cannot have an int8 cache. key_heads: see PagedRunner."""
     if model.config.position != "rope_2d":
-        return PagedRunner(model, num_blocks, block_size, adapters, int8)
+        return PagedRunner(model, num_blocks, block_size, adapters, int8, key_heads=key_heads)
     if int8:
         raise UserError("cachekv_int8_type: ChatGLM-6B keeps keys and values in float32; leave the key out")
     return SequentialRunner(model, adapters)
@@ -171,6 +176,7 @@ class PagedRunner(KVCache):
     """
 
     chunked_prefill = True  # a prompt may come in pieces, and share blocks with others
+    weights_are_free = False  # whether the model's layers have no weights any more, see FusedRunner
 
     def __init__(
         self,
@@ -180,14 +186,15 @@ class PagedRunner(KVCache):
         adapters: dict | None = None,
         int8: bool = False,
         dtype: str = "float32",
+        key_heads: int | None = None,
     ):
-        """int8, dtype: of the pool; dtype is "float32" or "bfloat16"."""
+        """int8, dtype: of the pool; dtype is "float32" or "bfloat16". key_heads: this rank's of tp; None: all."""
         model.eval()
         c, self.model, self.block_size = model.config, model, block_size
         self.config, self.vocab_size, self.max_positions = c, c.vocab_size, c.max_model_len
         self.prefix_tokens = 0  # KVCache: the positions that the model gets count the virtual tokens already
         self.num_virtual_tokens = model.prefix.tokens if model.prefix is not None else 0
-        shape = [num_blocks, block_size, c.num_key_value_heads, c.head_dim]
+        shape = [num_blocks, block_size, key_heads or c.num_key_value_heads, c.head_dim]
         dtype, layers = "int8" if int8 else dtype, range(c.num_hidden_layers)
         self.pools = [(paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)) for _ in layers]  # keys, values
         self.scales = [(paddle.zeros(shape[:3]), paddle.zeros(shape[:3])) if int8 else (None, None) for _ in layers]
@@ -513,7 +520,7 @@ def _static_config(folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         files, version = dict(config["files"]), config["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: damaged; export again") from None
     if version != STATIC_FORMAT:
         raise UserError(f"{path}: format_version {version}; this serve.py reads {STATIC_FORMAT}; export again")

@@ -28,6 +28,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--chat-templates", default=None, help="a folder of published chat templates, for the test that renders them"
     )
+    parser.addoption("--client-python", default=sys.executable, help="a Python with clients of the server, for theirs")
+    parser.addoption("--llama-cpp-python", default=None, help="a Python with llama_cpp, for tests of GGUF files")
     parser.addoption("--sweeps", action="store_true", help="also run all cases of the tests marked sweep")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and all cases of sweeps")
 
@@ -54,6 +56,21 @@ def pytest_collection_modifyitems(config, items):
         for i, (item, _) in enumerate(cases):
             if i not in chosen:
                 item.add_marker(pytest.mark.skip(reason="one of many cases; run with --sweeps"))
+
+
+@pytest.fixture
+def client_python(request):
+    """Runs a script text with a client's Python: client_python(module, script, *arguments)."""
+    python = request.config.getoption("--client-python")
+
+    def run(name, script, *args):
+        module = {"langchain": "langchain_openai"}.get(name, name)
+        if subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode:
+            pytest.skip(f"needs --client-python: a Python with {name}")
+        done = subprocess.run([python, "-c", script, *args], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
 
 
 @pytest.fixture(scope="module")

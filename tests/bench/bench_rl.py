@@ -86,7 +86,7 @@ class Prompts:
     def __init__(self, config, length):
         generator = np.random.default_rng(0)
         self.rows = [np.array(bench_train.random_ids(config, length, generator)) for _ in range(PROMPTS)]
-        self.longest, self.reader = length, None
+        self.longest, self.reader, self.toolbox = length, None, None
 
     def ids(self, i):
         return self.rows[i]

@@ -157,6 +157,16 @@ def quant_linear(rows=1, n_in=4096, n_out=4096, group=128):
     yield Case(f"{M} x {K} x {N}", "a8w8", "int8", 2.0 * M * K * N, run)
 
 
+def dequantize_table(n_in=4096, n_out=4096, group=64):
+    values = paddle.rand([256, 2])
+    codes = paddle.randint(0, 256, [n_in * n_out // 2], dtype="int32").astype("uint8")
+    scales = paddle.rand([n_in * n_out // group])
+    for transposed in (False, True):
+        run = lambda t=transposed: kernels.dequantize_table(codes, scales, values, n_in, n_out, t)
+        part = "transposed" if transposed else "forward"
+        yield Case(f"{n_in} x {n_out}, nf4", part, "memory", n_in * n_out * (0.5 + 4 + 4 / group), run)
+
+
 def attention(T=2048, H=12, Dh=64, document=None, kind="float32"):
     """Causal; with document, the row holds documents of so many tokens that do not see each other."""
     length = document or T
@@ -247,6 +257,7 @@ CASES = {  # op -> its cases; every op of kernels.OPS
     "linear": linear,
     "lora_linear": lora_linear,
     "quant_linear": quant_linear,
+    "dequantize_table": dequantize_table,
     "attention": attention,
     "attention_with_lse": attention_with_lse,
     "attention_with_lse_backward": attention_with_lse_backward,

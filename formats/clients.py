@@ -1,0 +1,178 @@
+"""What another program makes of an exported model: its ids of texts, its greedy tokens and its logits.
+
+    reply = ask_client(python, "llama_cpp", path, texts, prompts, tokens)      # Reply
+    line = compare(reply, logits_of, ids_of, tolerance)                        # UserError if they do not agree
+
+The client runs in its own Python, which has llama_cpp (GGUF), vllm or transformers (folders).
+"""
+
+import dataclasses
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from formats.files import UserError
+
+_HEAD = """
+import json, sys
+import numpy as np
+job = json.load(sys.stdin)
+ids, tokens, logits = [], [], []
+"""
+_TAIL = """
+np.savez(job["out"], ids=json.dumps(ids), tokens=json.dumps(tokens), **{f"logits_{i}": a for i, a in enumerate(logits)})
+"""
+_SCRIPTS = {
+    "llama_cpp": """
+import llama_cpp
+context = max(map(len, job["prompts"])) + job["count"] + 8
+llm = llama_cpp.Llama(job["model"], n_ctx=context, n_batch=context, logits_all=True, verbose=False, n_threads=1)
+ids = [llm.tokenize(text.encode(), add_bos=True, special=True) for text in job["texts"]]
+for prompt in job["prompts"]:
+    llm.reset()
+    llm.eval(prompt)
+    new = []
+    for _ in range(job["count"]):
+        new.append(int(np.argmax(llm.scores[llm.n_tokens - 1])))
+        if new[-1] in job["stops"]:
+            break
+        llm.eval(new[-1:])
+    first = len(prompt) - 1
+    tokens.append(new)
+    logits.append(np.array(llm.scores[first : first + len(new)], np.float32))
+""",
+    "transformers": """
+import torch, transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
+model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+ids = [tokenizer(text)["input_ids"] for text in job["texts"]]
+for prompt in job["prompts"]:
+    new, rows, cache, given = [], [], None, prompt
+    for _ in range(job["count"]):
+        with torch.no_grad():
+            out = model(torch.tensor([given]), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        rows.append(out.logits[0, -1].float().numpy())
+        new.append(int(rows[-1].argmax()))
+        if new[-1] in job["stops"]:
+            break
+        given = new[-1:]
+    tokens.append(new)
+    logits.append(np.stack(rows))
+""",
+    "vllm": """
+import vllm
+length = max(map(len, job["prompts"])) + job["count"] + 8
+llm = vllm.LLM(job["model"], dtype=job.get("dtype", "float32"), max_model_len=length, enforce_eager=True, seed=0)
+ids = [llm.get_tokenizer()(text)["input_ids"] for text in job["texts"]]
+params = vllm.SamplingParams(temperature=0, max_tokens=job["count"], stop_token_ids=job["stops"])
+for out in llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], params):
+    tokens.append(list(out.outputs[0].token_ids))
+""",
+}
+
+
+@dataclasses.dataclass
+class Reply:
+    client: str
+    ids: list[list[int]]  # of the texts
+    tokens: list[list[int]]  # greedy, of each prompt
+    logits: list[np.ndarray]  # of each prompt: (tokens, V), from which the tokens were chosen; [] if it tells none
+
+
+def ask_client(
+    python: str, client: str, model: Path, texts: list[str], prompts: list[list[int]], count: int, stops: list[int]
+) -> Reply:
+    """Run a client of _SCRIPTS in its Python. UserError with its last line if it fails."""
+    job = {"model": str(model), "texts": texts, "prompts": prompts, "count": count, "stops": stops}
+    with tempfile.TemporaryDirectory(prefix="client-") as folder:
+        job["out"] = str(Path(folder) / "reply.npz")
+        script = Path(folder) / "ask.py"
+        guarded = "\n".join("    " + line for line in (_HEAD + _SCRIPTS[client] + _TAIL).splitlines())
+        script.write_text(f'if __name__ == "__main__":\n{guarded}\n')
+        try:
+            done = subprocess.run([python, script], input=json.dumps(job), capture_output=True, text=True, cwd=folder)
+        except OSError as error:
+            raise UserError(f"verify_with: {python} cannot be started: {error.strerror}") from None
+        if done.returncode:
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+            raise UserError(f"verify_with: {client} in {python} failed: {last.strip()}")
+        with np.load(job["out"]) as saved:
+            logits = [saved[f"logits_{i}"] for i in range(len(prompts)) if f"logits_{i}" in saved.files]
+            return Reply(client, json.loads(str(saved["ids"])), json.loads(str(saved["tokens"])), logits)
+
+
+def importable_client(python: str, clients: list[str]) -> str:
+    """The first of `clients` that this Python can import; UserError if it has none."""
+    names = ", ".join(map(repr, clients))
+    code = f"import importlib.util as u; print(next((n for n in [{names}] if u.find_spec(n)), ''))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"verify_with: {python} cannot be started: {error.strerror}") from None
+    if not done.stdout.strip():
+        raise UserError(f"verify_with: {python} has none of {', '.join(clients)}")
+    return done.stdout.strip()
+
+
+def check_ids(texts: Sequence[str], theirs: list[list[int]], ours: list[list[int]], who: str) -> int:
+    """How many texts have the same ids; a note for each other one, UserError if it is the first, a plain sentence.
+
+    llama.cpp's sentencepiece puts a space before every text and behind every special token, which others do not.
+    """
+    differ = [i for i in range(len(texts)) if theirs[i] != ours[i]]
+    for i in differ:
+        what = f"{who} reads {texts[i]!r} as {theirs[i]}, the tokenizer as {ours[i]}"
+        if i == 0:
+            raise UserError(f"export refused: {what}")
+        print(f"note: {what}", flush=True)
+    return len(texts) - len(differ)
+
+
+def compare(
+    reply: Reply,
+    texts: list[str],
+    expected_ids: list[list[int]],
+    logits_of: Callable[[int, list[int]], np.ndarray],
+    tolerance: float,
+) -> str:
+    """A line on how the client's ids, greedy tokens and logits compare with ours.
+
+    logits_of(prompt number, tokens) are ours, (tokens, V), over the client's own tokens. tolerance is of the root mean
+    square of the logits' differences beside that of the logits around their mean. Where the client takes another token
+    than ours, its logit here may be below the largest by 8 root mean squares of the row's differences: so much the
+    client's rounding explains. UserError beyond both, and for ids that check_ids() refuses.
+    """
+    same = check_ids(texts, reply.ids, expected_ids, reply.client)
+    equal, count, gaps, squares, of_logits, largest = 0, 0, [], 0.0, 0.0, 0.0
+    for number, tokens in enumerate(reply.tokens):
+        ours = logits_of(number, tokens)
+        gap = ours.max(1) - np.take_along_axis(ours, np.array(tokens)[:, None], 1)[:, 0]
+        spread = ours.std(1)
+        error = tolerance * spread
+        if reply.logits:
+            error = np.sqrt(np.square(ours - reply.logits[number]).mean(1))
+            largest = max(largest, float(np.abs(ours - reply.logits[number]).max()))
+            squares, of_logits = squares + float(np.square(error).sum()), of_logits + float(np.square(spread).sum())
+        equal, count = equal + int((gap == 0).sum()), count + len(tokens)
+        gaps += [float(g) for g in gap if g > 0]
+        if (gap > 8 * error).any():
+            at = int((gap - 8 * error).argmax())
+            raise UserError(
+                f"export refused: prompt {number}: token {at} of {reply.client} has a logit {gap[at]:.3g} below the "
+                f"largest here; its rounding explains {8 * error[at]:.3g}"
+            )
+    relative = (squares / of_logits) ** 0.5 if of_logits else 0.0
+    if relative > tolerance:
+        raise UserError(
+            f"export refused: logits of {reply.client} differ by {relative:.2%} (root mean square), at most "
+            f"{tolerance:.2%} is right"
+        )
+    differing = f" (others at most {max(gaps):.2g} below the largest logit)" if gaps else ""
+    logits = f"; logits differ by {relative:.3%} (root mean square), {largest:.3g} at most" if reply.logits else ""
+    texts_equal = f"same ids of {same} of {len(texts)} texts"
+    return f"{reply.client}: {texts_equal}, same token at {equal} of {count} steps{differing}{logits}"
