@@ -19,6 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from formats.files import UserError
+from formats.progress import check_progress
 
 EMPTY, EPSILON = 0, 1  # terms: nothing matches; the empty string matches
 BYTES = (1 << 256) - 1  # the set of all bytes
@@ -53,6 +54,8 @@ class Terms:
                 raise TooComplex(f"the grammar has more than {MAX_TERMS:,} terms and states")
             if found % 256 == 0 and self.deadline is not None and time.monotonic() > self.deadline:
                 raise TooComplex("the grammar takes too long to work out")
+            if found % 1024 == 0:
+                check_progress.get()(0)  # a server ends it with its client
             self.nodes.append(node)
             self._restricted.append(restricted)
             self._depth.append(depth)
