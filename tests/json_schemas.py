@@ -143,3 +143,34 @@ def random_schema(rng, depth=0):
     if rng.random() < 0.7:
         schema["additionalProperties"] = rng.choice([False, False, {"type": "boolean"}])
     return schema
+
+
+VALUES = [0, 1, -1, 2, 5, 7, 12, 100, 0.5, -2.5, "", "a", "ab", "foo", "2024-02-29", "2023-02-29", "a-11", "n\n", None,
+          True, False, [], {}, [1], {"a": 1}, 10**12]  # fmt: skip
+
+
+def changed(value, rng):
+    """A JSON value near this one: a part of it is left out, added, moved or another."""
+    if rng.random() < 0.25:
+        return rng.choice(VALUES)
+    if isinstance(value, dict) and value:
+        value, key, kind = dict(value), rng.choice(list(value)), rng.random()
+        if kind < 0.25:
+            del value[key]
+        elif kind < 0.4:
+            value[rng.choice(["zz", "a", "b", "foo", "fa"])] = rng.choice(VALUES)
+        elif kind < 0.5:
+            value[key] = value.pop(key)  # the last now
+        else:
+            value[key] = changed(value[key], rng)
+        return value
+    if isinstance(value, list) and value:
+        at = rng.randrange(len(value))
+        new = rng.choice([[], [rng.choice(VALUES), value[at]], [changed(value[at], rng)]])
+        return value[:at] + new + value[at + 1 :]
+    if isinstance(value, str) and value:
+        at = rng.randrange(len(value))
+        return value[:at] + rng.choice(["", "a", "1", "-", '"', value[at] * 2]) + value[at + 1 :]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return rng.choice([value + 1, value - 1, -value, value * 2, value + 0.25])
+    return rng.choice(VALUES)

@@ -13,7 +13,7 @@ import re
 import numpy as np
 import pytest
 from json_schema_oracle import is_valid
-from json_schemas import REFUSED, SHAPES, TREE, random_schema
+from json_schemas import REFUSED, SHAPES, TREE, VALUES, changed, random_schema
 from test_engine import shared_model, tokenizer
 
 from adapters import from_pretrained
@@ -292,6 +292,27 @@ def test_completed_answers_of_a_random_model_are_valid(part):
                 assert json.loads(completion.text) == value
                 complete_ones += 1
     assert complete_ones >= 15
+
+
+@pytest.mark.parametrize("part", range(40))
+@pytest.mark.sweep(keep=2)
+def test_what_is_near_a_valid_answer_matches_only_if_it_is_valid(part):
+    """5 schemas, 40 values each: parts of random answers left out, added, moved and changed."""
+    tok, rng, valid = tokenizer(), random.Random(part), 0
+    for schema in schemas()[part * 5 : part * 5 + 5]:
+        guide = constraint_from(tok, json_schema=schema)
+        answers = [ids for ids, reason in (complete(guide, rng, 60) for _ in range(3)) if reason == "stop"]
+        values = [json.loads(text_of(ids)) for ids in answers] + VALUES[:3]
+        for _ in range(40):
+            value = changed(rng.choice(values), rng)
+            written = json.dumps(value, ensure_ascii=False).encode()
+            state = guide.start
+            for byte in written:
+                state = guide.automaton.next(state, byte)
+            if guide.accepting(state):
+                assert is_valid(value, schema) and other_judge(schema)(value), (schema, value)
+                valid += 1
+    assert valid > 0
 
 
 def test_values_that_a_schema_allows_are_matched():
