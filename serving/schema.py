@@ -46,7 +46,8 @@ FORMATS = {
     "uuid": f"{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}",
     "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
     "ipv6": f"(?:{_HEX}{{1,4}}:){{7}}{_HEX}{{1,4}}|(?:{_HEX}{{1,4}}:){{1,6}}:{_HEX}{{1,4}}|::{_HEX}{{1,4}}|::",
-    "uri": rf"https?://{_LABEL}(?:\.{_LABEL}){{0,5}}(?::[1-9][0-9]{{1,3}})?{_PATH}(?:\?[a-zA-Z0-9._~&=+-]{{0,200}})?",
+    "uri": rf"https?://{_LABEL}(?:\.{_LABEL}){{0,5}}(?::[1-9][0-9]{{1,3}})?{_PATH}(?:\?[a-zA-Z0-9._~&=+-]{{0,200}})?"
+    r"(?:#[a-zA-Z0-9._~&=+-]{1,60})?",
 }
 FORMATS["uri-reference"] = FORMATS["iri"] = FORMATS["uri"]
 FORMATS["idn-email"] = FORMATS["email"]

@@ -9,6 +9,7 @@ import functools
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,6 +314,34 @@ def test_what_is_near_a_valid_answer_matches_only_if_it_is_valid(part):
                 assert is_valid(value, schema) and other_judge(schema)(value), (schema, value)
                 valid += 1
     assert valid > 0
+
+
+@pytest.mark.parametrize("draft", ["draft4", "draft7", "draft2019-09", "draft2020-12"])
+def test_the_public_suite(draft, request):
+    """Of each group of JSON-Schema-Test-Suite: refused in one line, or no invalid instance matches. -s prints counts.
+
+    The suite is the folder json/tests in jsonschema's source package."""
+    folder = request.config.getoption("--json-schema-suite")
+    if folder is None:
+        pytest.skip("needs --json-schema-suite: the folder tests of JSON-Schema-Test-Suite")
+    counts = dict.fromkeys(("refused", "compiled", "valid, matched", "valid, not matched", "invalid"), 0)
+    for path in [*sorted(Path(folder, draft).glob("*.json")), *sorted(Path(folder, draft, "optional").rglob("*.json"))]:
+        for group in json.loads(path.read_text()):
+            terms = Terms()
+            try:
+                automaton = Automaton(terms, compile_schema(terms, group["schema"]))
+            except UserError as error:
+                assert str(error).startswith("#") and "\n" not in str(error), error
+                counts["refused"] += 1
+                continue
+            counts["compiled"] += 1
+            for case in group["tests"]:
+                matches = automaton.accepts(json.dumps(case["data"]).encode())
+                assert case["valid"] or not matches, (path, group["schema"], case)
+                kind = "invalid" if not case["valid"] else "valid, matched" if matches else "valid, not matched"
+                counts[kind] += 1
+    print(draft, counts)
+    assert counts["compiled"] > 100
 
 
 def test_values_that_a_schema_allows_are_matched():
