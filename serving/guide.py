@@ -31,11 +31,13 @@ MAX_STATES = 20_000  # of a guide that is used again; beyond it the next request
 
 
 class Vocabulary:
-    """A tokenizer's tokens as a trie of bytes. Special and added tokens are symbols of their own."""
+    """A tokenizer's tokens as a trie of bytes. Special tokens and added ones in brackets, such as <tool_call>, are
+    symbols of their own; other added ones, such as runs of spaces, are text."""
 
     def __init__(self, tokenizer):
         self.size, stops = tokenizer.vocab_size, set(tokenizer.stop_ids)
-        apart = {*tokenizer.special_ids, *tokenizer.added_ids}
+        marks = {i for i, text in tokenizer.added_ids.items() if set(text) & set("<[|｜")}
+        apart = {*tokenizer.special_ids, *marks}
         self.special_ids = sorted(i for i in apart if 0 <= i < self.size and i not in stops)
         self.special_index = {token: k for k, token in enumerate(self.special_ids)}
         texts = {tokenizer.added_ids[i]: i for i in self.special_ids if tokenizer.added_ids.get(i)}

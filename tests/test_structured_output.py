@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from json_schema_oracle import is_valid
 from json_schemas import REFUSED, SHAPES, TREE, VALUES, changed, random_schema
-from test_engine import shared_model, tokenizer
+from test_engine import DEMO, shared_model, tokenizer
 
 from adapters import from_pretrained
 from formats.files import UserError
@@ -225,6 +225,16 @@ def test_a_character_may_be_split_over_tokens():
         states = [walk(guide, [byte[bytes([b])] for b in text.encode()[:end]]) for end in range(len(text.encode()) + 1)]
         assert 0 not in states and guide.ends(states[-1]) == "stop"
     assert walk(guide, [byte[b"\xc3"], byte[b"\xa8"]]) == 0  # è
+
+
+def test_added_tokens_are_text_or_marks():
+    tok = load_tokenizer(DEMO)
+    tok.add_tokens(["    ", "<mark>"])
+    spaces, mark = tok.token_id("    "), tok.token_id("<mark>")
+    guide = constraint_from(tok, regex='" *(<mark>)?"')
+    quote = tok.token_id("<0x22>")
+    assert walk(guide, [quote, spaces, spaces, quote]) and not walk(guide, [quote, mark])
+    assert guide.allowed(walk(guide, [quote]), set(), tok.vocab_size)[[spaces, mark]].tolist() == [True, False]
 
 
 def test_guides_are_kept_and_limited(monkeypatch):
