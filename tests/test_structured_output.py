@@ -613,6 +613,7 @@ def test_rules_of_sampling():
     assert after(logit_bias=((1, 2.5), (4, -100.0))) == [2.0, 3.5, 0.5, -1.0, -97.0, 0.0]
     assert after(allowed_token_ids=(1, 3)) == [low, 1.0, low, -1.0, low, 0.0]
     assert after([2, 3], bad_words=((0,), (3, 4), (2, 1))) == [low, 1.0, 0.5, -1.0, low, 0.0]
+    assert after(allowed_token_ids=(2,), bad_words=((2,), (5,))) == logits.tolist()  # nothing would be left
     probabilities = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum()
     kept = probabilities >= 0.05 * probabilities.max()
     assert after(min_p=0.05, temperature=0.5) == np.where(kept, logits, low).tolist() and 1 < kept.sum() < 6
