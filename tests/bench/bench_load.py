@@ -124,9 +124,7 @@ async def request(options, prompt, new, began):
     body = {"model": options.name, "prompt": prompt, "max_tokens": new, "temperature": 0.8, "top_p": 0.95, "seed": 1}
     body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
     data = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    )
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     times, tokens = [], 0
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", options.port, limit=1 << 20)
