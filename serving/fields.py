@@ -29,7 +29,7 @@ KINDS = {
 REFUSED = {"functions": ([],), "function_call": ("none",), "suffix": ("",), "modalities": (["text"],), "audio": (),
            "prediction": (), "use_beam_search": (False,), "grammar": (), "guided_grammar": (), "prompt_logprobs": (),
            "truncate_prompt_tokens": (), "include_stop_str_in_output": (False,), "add_special_tokens": (True,),
-           "return_token_ids": (False,), "json_schema": (), "typical_p": (1,), "mirostat": (0,),
+           "return_token_ids": (False,), "typical_p": (1,), "mirostat": (0,),
            "dry_multiplier": (0,), "no_repeat_ngram_size": (0,), "n_predict": (), "chat_template": (),
            "documents": ([],), "web_search_options": (), "logits_processors": ([],),
            "length_penalty": (1,)}  # fmt: skip
