@@ -150,6 +150,9 @@ class Args(LoraArgs):
         self._check_numbers()
         self._resolve_algorithm()
         self._check_steps()
+        return notes
+
+    def check_topology(self) -> None:
         for key in ("pipeline", "context", "sep", "expert"):
             if getattr(self, f"{key}_parallel_degree") > 1:
                 raise UserError(f"{key}_parallel_degree: rl.py runs with data and tensor parallelism and sharding only")
@@ -157,7 +160,6 @@ class Args(LoraArgs):
             raise UserError("tools: each rank of tensor parallelism would call them; leave tensor_parallel_degree out")
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
-        return notes
 
     def check_dry_run(self) -> list[str]:
         self.max_length = self.max_length or self.max_src_len + self.max_dec_len
