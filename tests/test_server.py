@@ -140,7 +140,10 @@ def test_spellings_of_the_key(start, header):  # noqa: F811
     name, _, value = header.partition(": ")
     mine = start(api_key="k")
     assert mine.ask("GET", "/v1/models", None, {name: value})[0] == 200
-    assert mine.ask("GET", "/v1/models", None, {name: value.replace("k", "x")})[0] == 401
+    wrong = {name: value.replace("k", "x")}
+    assert mine.ask("GET", "/v1/models", None, wrong)[0] == 401
+    status, _, reply = mine.post("/v1/messages", {}, wrong)  # Anthropic's error
+    assert (status, reply["type"], reply["error"]["type"]) == (401, "error", "authentication_error")
 
 
 # =========================================================================================== what clients send
@@ -196,6 +199,7 @@ def test_routes_of_vllm(server):  # noqa: F811
     }
     chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
     reply = server.post("/tokenize", chat)[2]
+    assert server.post("/tokenize", {"prompt": "x", "add_special_tokens": False})[0] == 200
     assert bytes(reply["tokens"]) == b"user: hi\nassistant: " and reply["token_strs"] is None
     assert reply["count"] == server.post("/v1/chat/completions", chat)[2]["usage"]["prompt_tokens"]
     assert server.post("/detokenize", {"tokens": reply["tokens"]})[2] == {"prompt": "user: hi\nassistant: "}
@@ -213,6 +217,8 @@ def test_routes_of_vllm(server):  # noqa: F811
         ("/v1/embeddings", {"input": [[1], 5]}, "input"),
         ("/v1/embeddings", {"input": "x" * 3000}, "input"),
         ("/v1/embeddings", {"input": "x", "dimensions": 8}, "dimensions"),
+        ("/v1/embeddings", {"input": "x", "normalize": False}, "normalize"),
+        ("/v1/embeddings", {"input": "x", "add_special_tokens": False}, "add_special_tokens"),
         ("/v1/embeddings", {"input": "x", "encoding_format": "int8"}, "encoding_format"),
     ):
         status, _, reply = server.post(path, body)
