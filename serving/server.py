@@ -25,7 +25,7 @@ from serving.access import Access, is_preflight, model_names, preflight_headers
 from serving.engine import Engine
 from serving.fields import APIError, bad_request, chat_prompt, error_body, parse_body, take_field, take_ids
 from serving.http_server import ClientGone, Connection, HTTPError, HTTPRequest, HTTPServer, Limits
-from serving.lanes import limit_tokens
+from serving.lanes import TooManyTokens, limit_tokens
 from serving.loras import load_lora, unload_lora
 from serving.pooling import embed
 
@@ -150,6 +150,8 @@ class Server(openai_api.Server):
                 raise bad_request("a lone surrogate is not a character") from None
             except UserError as error:
                 raise bad_request(str(error)) from None
+            except TooManyTokens:
+                raise self.too_long("input", f"more than {self.engine.max_model_len}") from None
 
         deadline = time.monotonic() + self.args.request_timeout
         return await self.lanes.run(connection, deadline, len(body), work)

@@ -346,6 +346,32 @@ def test_prompts_are_refused_by_their_length_before_they_are_tokenized(start):  
     assert tokenizer.encoded == 0
 
 
+class CountingTokenizer(ByteTokenizer):
+    """Knows that a text is too long only while it is encoded, as byte pairs do."""
+
+    def fewest_tokens(self, text):
+        return 0
+
+    def encode(self, text, add_special_tokens=True):
+        from formats.progress import check_progress
+
+        check_progress.get()(len(text))
+        return super().encode(text)
+
+
+def test_prompts_are_refused_while_they_are_tokenized(start):  # noqa: F811
+    mine = start(tokenizer=CountingTokenizer())
+    for path, body, param in (
+        ("/v1/completions", {"prompt": "x" * 3000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 3000}]}, "messages"),
+        ("/v1/embeddings", {"input": "x" * 3000}, "input"),
+    ):
+        status, _, reply = mine.post(path, body)
+        assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "context_length_exceeded", param)
+        assert "more than 2048 tokens" in reply["error"]["message"]
+    assert mine.post("/tokenize", {"prompt": "x" * 3000})[2]["count"] == 3000  # which may be longer
+
+
 @pytest.mark.parametrize("text", ["x" * 100_000, "x y " * 25_000, "你好" * 30_000, " " * 100_000, "a\u0301" * 50_000])
 def test_the_fewest_tokens_are_no_more_than_there_are(text):
     for folder in (DEMO,):
