@@ -407,6 +407,7 @@ class Tokenizer:
     runs of letters or blanks every 25,000, this does not."""
 
     special_in_messages = False  # whether apply_chat takes special tokens that a message writes as such
+    _special_pattern = None  # of the texts that shielded() changes
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -649,9 +650,13 @@ class Tokenizer:
             if prefix and len(pieces) > 1 and pieces[0] == SPACE and pieces[1] in self.special:
                 pieces[0] = ""  # a text that begins with a special token gets no space before it
             for i, piece in enumerate(pieces):
-                piece = piece if i % 2 else piece.replace(SHIELD, "")
-                if piece:
-                    ids += [self._token_ids[piece]] if i % 2 else self.engine.encode(piece, i == 0)
+                if i % 2:
+                    ids.append(self._token_ids[piece])
+                elif SHIELD in piece and self.kind == "sentencepiece" and not self.engine.legacy:
+                    for k, part in enumerate(filter(None, piece.split(SHIELD))):  # the model may have the whole token
+                        ids += self.engine.encode(part, i == k == 0)
+                elif piece := piece.replace(SHIELD, ""):
+                    ids += self.engine.encode(piece, i == 0)
         return self.head + ids + self.tail if add_special_tokens else ids
 
     def shielded(self, value):

@@ -14,7 +14,8 @@ from formats.chat import JinjaTemplate, encode_continuation
 from formats.chat_formats import FORMATS
 from formats.tokenizer import load_tokenizer
 from serving.engine import Request
-from serving.sampling import SamplingParams, ThinkingBudget
+from serving.sampling import SamplingParams, ThinkingBudget, Thoughts
+from serving.speculation import NgramSpeculator
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 THINKING = """{% for m in messages %}{{ m.role }}: {{ m.content }}
@@ -30,7 +31,9 @@ def user(text):
 
 @pytest.fixture(scope="module")
 def demo():
-    args = serve.Args(model_name_or_path=str(ROOT / "demo" / "llama"), total_max_length=512, num_blocks=64)
+    args = serve.Args(
+        model_name_or_path=str(ROOT / "demo" / "llama"), total_max_length=512, num_blocks=64, keep_weights=True
+    )
     engine, tokenizer = serve.build_engine(args)
     tokenizer.chat_template = JinjaTemplate(THINKING, "thinking.jinja")
     server = Running(engine, tokenizer)
@@ -126,14 +129,14 @@ def test_thoughts_end_with_their_budget(demo):
     assert b"".join(bytes(row["bytes"]) for row in rows[5 : 5 + len(closing)]) == b"\n</think>\n\n"
     assert found["message"]["reasoning_content"] and "think>" not in json.dumps(found["message"])
     # the model's own log-probabilities, of the forced tokens too
-    free = choice(demo, CHATS, messages=ask["messages"], max_tokens=5, logprobs=True)["logprobs"]["content"]
-    assert rows[:5] == free
     prompt = tokenizer.apply_chat(ask["messages"])
-    by_bytes = {tokenizer.piece_bytes(i): i for i in reversed(range(tokenizer.vocab_size))}
-    ids = [by_bytes[bytes(row["bytes"])] for row in rows[:5]] + closing
-    scored = choice(demo, TEXTS, prompt=prompt + ids, echo=True, logprobs=0, max_tokens=0)["logprobs"]
+    budget = ThinkingBudget(5, tuple(closing), True, tokenizer.piece_bytes)
+    params = SamplingParams(max_tokens=ask["max_tokens"], temperature=0, logprobs=0, thinking_budget=budget)
+    ((reply,),) = demo.engine.generate([Request(prompt, params)])
+    assert reply.token_ids[5 : 5 + len(closing)] == closing
+    scored = choice(demo, TEXTS, prompt=prompt + reply.token_ids, echo=True, logprobs=0, max_tokens=0)["logprobs"]
     expected = scored["token_logprobs"][len(prompt) :]
-    assert [row["logprob"] for row in rows[: len(ids)]] == pytest.approx(expected, abs=1e-3)
+    assert [row["logprob"] for row in rows] == pytest.approx(expected, abs=1e-3)
     # with other sampling, and with a form of the reply
     several = demo.post(CHATS, ask | {"n": 3, "temperature": 1.5, "presence_penalty": 1, "seed": 3})[2]["choices"]
     assert all("think>" not in json.dumps(row["message"]) for row in several) and len(several) == 3
@@ -147,32 +150,25 @@ def test_thoughts_end_with_their_budget(demo):
     assert kinds == ["thinking", "text"]
 
 
-@pytest.mark.parametrize("is_open", [True, False])
-def test_a_budget_is_the_same_with_speculation(is_open):
-    """Greedy and seeded; where the prompt has not opened the thoughts, the reply's own mark does, written by a bias."""
-    from serving.speculation import NgramSpeculator
-
+def test_a_budget_is_the_same_with_speculation():
     replies = []
-    for speculator in (None, NgramSpeculator(4)):
+    for speculator in (None, NgramSpeculator(4, 3)):
         args = serve.Args(model_name_or_path=str(ROOT / "demo" / "llama"), total_max_length=256, num_blocks=32)
         engine, tokenizer = serve.build_engine(args)
         engine.speculator = speculator
-        closing = tuple(encode_continuation(tokenizer, "\n</think>\n\n"))
-        budget = ThinkingBudget(4, closing, is_open, tokenizer.piece_bytes)
-        prompt = tokenizer.encode("red red red red <think>\n" if is_open else "red red red red")
+        closing = encode_continuation(tokenizer, "\n</think>\n\n")
+        budget = ThinkingBudget(4, tuple(closing), True, tokenizer.piece_bytes)
+        prompt = tokenizer.encode("red red red red <think>\n" + "a dress </think>\n\n a dress" * 3)
         requests = [
-            Request(prompt, SamplingParams(max_tokens=24, thinking_budget=budget, ignore_eos=True, **more))
+            Request(prompt, SamplingParams(max_tokens=40, thinking_budget=budget, ignore_eos=True, **more))
             for more in ({"temperature": 0}, {"seed": 5, "repetition_penalty": 1.1})
         ]
         replies.append([completion[0].token_ids for completion in engine.generate(requests)])
-    assert replies[0] == replies[1]
-    for ids in replies[0]:
-        assert (tuple(ids[4 : 4 + len(closing)]) == closing) is is_open
+    assert replies[0] == replies[1] and engine.totals["spec_decode_num_draft_tokens"] > 0
+    assert all(ids[4 : 4 + len(closing)] == closing for ids in replies[0])
 
 
 def test_where_thoughts_begin_and_end():
-    from serving.sampling import Thoughts
-
     def forced(text, tokens, is_open):
         thoughts, found = Thoughts(ThinkingBudget(tokens, tuple(b"</think>"), is_open, lambda i: bytes([i]))), b""
         for byte in text:
