@@ -76,6 +76,7 @@ class Server(openai_api.Server):
             "/v1/chat/completions": (post, self.generate, False),
             "/v1/completions": (post, self.generate, False),
             "/v1/responses": (post, self.generate, False),
+            "/v1/responses/{response_id}": (("GET", "HEAD", "DELETE"), self.stored_response, False),
             "/v1/messages": (post, self.generate, False),
             "/v1/messages/count_tokens": (post, self.count_messages, False),
             "/v1/embeddings": (post, self.embeddings, False),
@@ -120,9 +121,10 @@ class Server(openai_api.Server):
 
     def route(self, request: HTTPRequest) -> tuple:
         """(methods of the path, its handler; None for a browser's preflight). HTTPError 401, 404, 405."""
-        if request.path not in self.routes and not request.path.startswith("/v1/models/"):
+        path = re.sub("^/v1/responses/[^/]+$", "/v1/responses/{response_id}", request.path)
+        if path not in self.routes and not path.startswith("/v1/models/"):
             raise HTTPError(404, "no such path; there are " + ", ".join(self.routes), "unknown_path")
-        methods, handler, is_open = self.routes.get(request.path, (("GET", "HEAD"), self.get_models, False))
+        methods, handler, is_open = self.routes.get(path, (("GET", "HEAD"), self.get_models, False))
         if is_preflight(request):
             return methods, None
         if request.method not in methods:
@@ -212,6 +214,12 @@ class Server(openai_api.Server):
             name = unquote(request.path.removeprefix("/v1/models/"))
             answer = next((row for row in rows if row["id"] == name), None) or self.no_model(name)
         await connection.respond(200, answer)
+        return 200
+
+    async def stored_response(self, connection: Connection, request: HTTPRequest, body: bytes) -> int:
+        name = unquote(request.path.removeprefix("/v1/responses/"))
+        found = self.stored.delete(name) if request.method == "DELETE" else self.stored.get(name)
+        await connection.respond(200, found)
         return 200
 
     async def get_metrics(self, connection: Connection, request: HTTPRequest, body: bytes) -> int:
