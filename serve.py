@@ -95,6 +95,7 @@ class Args(ScriptArgs):
     served_model_name: str | list | None = None  # what clients call it, or several names; None: its path's last part
     pooling_type: str = "last"  # of /v1/embeddings: the last token's hidden state, or "mean" of all
     allow_runtime_lora: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter
+    special_in_messages: bool = False  # special tokens that a client writes in messages are tokens; else they are text
     request_timeout: float = 600.0  # seconds a request may take
     max_body_bytes: int = 1 << 20  # of a request
     read_timeout: float = 30.0  # seconds in which a request must have arrived, and an idle connection is kept
@@ -199,6 +200,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
+    tokenizer.special_in_messages = args.special_in_messages
     adapters, dtype = adapter_paths(args.lora_path), "float32"
     if args.mode == "static":
         model = StaticRunner(path, paddle.get_device())

@@ -54,6 +54,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     adapter: str | None = None  # name of a loaded LoRA; None: the base model
     request_id: str = dataclasses.field(default_factory=lambda: os.urandom(12).hex())
+    continues_prompt: bool = False  # its text goes on with the prompt's, spaces and half characters included
 
 
 @dataclasses.dataclass(slots=True)
@@ -109,8 +110,11 @@ class ShuttingDown(UserError):
 class Detokenizer:
     """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True):
+    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True, after: list[int] = ()):
+        """after: ids of the text that the reply goes on with."""
         self.decoder = tokenizer.stream_decoder(skip_special_tokens) if tokenizer is not None else None
+        if self.decoder is not None and len(after):
+            self.decoder.begin_after(after)
         self.stop, self.pending, self.stop_text = stop, "", None  # stop_text: the one that was found
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
@@ -355,7 +359,7 @@ class Engine:
         # Cached keys and values depend on more than the tokens: on the rotation and on the adapter.
         rotation = self.runner.hash_seed(len(tokens)) if self.pool.reuse else 0
         hash_seed = hashlib.blake2b(f"{rotation} {request.adapter or ''}".encode(), digest_size=16).digest()
-        leader = None
+        leader, after = None, request.prompt_ids if request.continues_prompt else ()
         for index in range(params.n):
             sequence = Sequence(
                 tokens=list(tokens),
@@ -368,7 +372,7 @@ class Engine:
                 on_output=on_output,
                 leader=leader,
                 sampler=Sampler(params, index, self.stop_ids, seed),
-                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens),
+                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens, after),
                 num_virtual_tokens=num_virtual_tokens,
                 block_hashes=[hash_seed],
             )
