@@ -86,7 +86,10 @@ class ScriptArgs:
         """
         if self.seed < 0:
             raise UserError(f"seed: {self.seed}; it must not be negative")
-        return _check_hardware(self)
+        notes = _check_hardware(self)
+        if not getattr(self, "auto_parallel", False):
+            self.check_topology()
+        return notes
 
     def check_topology(self) -> None:
         """UserError for degrees that this script does not run with, whatever the model; a script's own Args has it."""

@@ -48,7 +48,7 @@ def probe(topology: Topology = SINGLE, seconds: float = 2.0) -> Machine:
     B, T, H, Dh = 1, 512, 8, 64
     q, k, v = (paddle.rand([B, T, H, Dh]) for _ in range(3))
     attention = 4 * B * T * T / 2 * H * Dh / _fastest(lambda: _wait(kernels.attention(q, k, v)), share)
-    data = paddle.rand([1 << 23])  # 32 MB
+    data = paddle.rand([1 << 22])  # 16 MB: beyond the caches
     copied = 2 * data.size * 4 / _fastest(lambda: _wait(paddle.assign(data)), share)
     one = paddle.ones([1])
     launch = _fastest(lambda: one + one, share / 4)

@@ -75,9 +75,7 @@ class Args(ScriptArgs):
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
-    keep_weights: bool = (
-        False  # keep the layers' weights beside packed ones, for embeddings and echoed logprobs
-    )
+    keep_weights: bool = False  # keep the layers' weights beside packed ones, for embeddings and echoed logprobs
     speculate_method: str | None = None  # ngram (or inference_with_reference), or draft_model; None: no speculation
     speculate_max_draft_token_num: int = 5  # most tokens of a sequence that are guessed for a step
     speculate_max_ngram_size: int = 3  # ngram: most last tokens that are looked up in prompt and reply

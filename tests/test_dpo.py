@@ -928,6 +928,7 @@ OF_A_STEP = {  # losses that need numbers of all pairs of a step, and a referenc
     "moving": {"ref_model_update_steps": 1, "ref_model_mixup_alpha": 0.5, "ld_alpha": 0.5},
     "kto": {"loss_type": "kto", "undesirable_weight": 1.5},
     "kto_lora": {"loss_type": "kto", "lora": True, "lora_rank": 4},
+    "experts": {"model_name_or_path": "mixtral"},
 }
 
 
@@ -936,6 +937,16 @@ OF_A_STEP = {  # losses that need numbers of all pairs of a step, and a referenc
 def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, way, case):
     """Each logged number of three steps of four micro-batches, and the evaluation, against one process."""
     common = {"max_steps": 3, "do_eval": True, "max_seq_len": 300, "learning_rate": 1e-3, **OF_A_STEP[case]}
+    if case == "experts":
+        shutil.copytree(world / "base", tmp_path / "mixtral")
+        changes = {
+            "vocab_size": 3072,
+            "max_position_embeddings": 512,
+            "num_key_value_heads": 2,
+            "num_attention_heads": 6,
+        }
+        tiny_models.write(tmp_path / "mixtral", "mixtral", **changes)
+        common["model_name_or_path"] = str(tmp_path / "mixtral")
     run(keys_of(world, tmp_path / "one", gradient_accumulation_steps=4, **common))
     ranks = 2 if way in ("dp2", "sharding2") else 1
     keys = keys_of(world, tmp_path / "two", gradient_accumulation_steps=4 // ranks, **common, **TOPOLOGIES[way])
@@ -943,7 +954,8 @@ def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, w
     two.run("jobs_parallel:script", "dpo", [str(tmp_path / "two.json")])
     for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         names = {"loss", "grad_norm", "kl", "sft_loss", "rewards/margins", "rewards/chosen", "logps/rejected"}
-        for name in names & set(one):
+        assert ("aux_loss" in one) == (case == "experts")
+        for name in {*names, "aux_loss"} & set(one):
             assert other[name] == pytest.approx(one[name], rel=2e-4, abs=2e-6), name
     results = [json.loads((tmp_path / name / "dev_results.json").read_text()) for name in ("one", "two")]
     assert results[1] == pytest.approx(results[0], rel=2e-4, abs=2e-5)
