@@ -72,6 +72,7 @@ class Machine:
     shares_cores: bool = False  # ranks of a node share its rates: processes on CPUs
     product_bytes: int = 2  # of an element of a product's operands
     fused_attention: bool = True  # else scores are in memory
+    measured: dict[str, tuple[float, float]] | None = None  # {collective of Axis: (α, β)} where a probe has them
     stored_bytes: int = 4  # of an element of activations, and of weights that stage 3 gathers: float32 here
 
     @staticmethod
@@ -128,9 +129,16 @@ class Machine:
             return self.node_latency, self.node_bandwidth
         return self.network_latency, min(self.node_bandwidth, here * self.network_bandwidth)
 
+    def of(self, name: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        """(α, β) of a collective between these ranks: measured, or those of the link."""
+        return tuple(self.measured[name]) if self.measured else self.link(ranks)
+
     def all_reduce(self, ranks: tuple, size: float) -> float:
-        (alpha, beta), n = self.link(ranks), len(ranks)
-        return 0.0 if n == 1 else 2 * math.ceil(math.log2(n)) * alpha + 2 * (n - 1) / n * size / beta
+        n = len(ranks)
+        if n == 1:
+            return 0.0
+        alpha, beta = self.of("all_reduce", ranks)
+        return 2 * math.ceil(math.log2(n)) * alpha + 2 * (n - 1) / n * size / beta
 
     def all_gather(self, ranks: tuple, size: float) -> float:
         """size: of what all ranks have together."""
@@ -139,7 +147,8 @@ class Machine:
             return 0.0
         nodes = len({rank // self.ranks_per_node for rank in ranks})
         hops = (n - nodes) * self.node_latency + (nodes if nodes > 1 else 0) * self.network_latency
-        return hops + (n - 1) / n * size / self.link(ranks)[1]
+        alpha, beta = self.of("all_gather", ranks)
+        return ((n - 1) * alpha if self.measured else hops) + (n - 1) / n * size / beta
 
     def reduce_scatter(self, ranks: tuple, size: float) -> float:
         """gloo has none: all-reduce (Axis.reduce_scatter)."""
@@ -147,7 +156,7 @@ class Machine:
 
     def all_to_all(self, ranks: tuple, size: float) -> float:
         """size: of what a rank sends."""
-        (alpha, beta), n = self.link(ranks), len(ranks)
+        (alpha, beta), n = self.of("all_to_all", ranks), len(ranks)
         return 0.0 if n == 1 else (n - 1) * alpha + (n - 1) / n * size / beta
 
     def all_to_all_v(self, ranks: tuple, size: float) -> float:
@@ -155,7 +164,8 @@ class Machine:
         return self.all_to_all(ranks, size) if self.overlaps else self.all_gather(ranks, len(ranks) * size)
 
     def message(self, ranks: tuple, size: float) -> float:
-        alpha, beta = self.link(ranks)
+        """To a neighbor on a ring or in a pipeline."""
+        alpha, beta = self.of("ring_shift", ranks)
         return 0.0 if len(ranks) == 1 else alpha + size / beta
 
 
