@@ -644,10 +644,13 @@ class PreferenceLoader(SFTLoader):
 
     def batch(self, epoch, index):
         """-> the batch described at the top of this file, with reply_ids and reply_tokens."""
+        width = self._width(int(self._row_lengths[self._epoch_batches(epoch)[index]].max()))
+        return collate_pairs(self.sample_ids(epoch, index), self.dataset.sample, width, self.pad_token_id)
+
+    def sample_ids(self, epoch, index):
+        """Numbers of the pairs of each row of a batch."""
         rows = self._epoch_batches(epoch)[index]
-        pairs = [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
-        width = self._width(int(self._row_lengths[rows].max()))
-        return collate_pairs(pairs, self.dataset.sample, width, self.pad_token_id)
+        return [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
 
 
 def parse_blend(source: str) -> list[tuple[float, str]]:

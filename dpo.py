@@ -280,7 +280,7 @@ def main(args: Args) -> None:
     check_lengths(model, args)
     dev_reference = before = moving = None
     if dev and not args.reference_free:
-        dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha
+        dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha, topology
         dev_reference = precompute_reference_logps(model, dev, *dev_batches)
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     prompts = [dev.dataset.pair(i)[0] for i in shown]
@@ -303,7 +303,8 @@ def main(args: Args) -> None:
             start, per_epoch, ranks = time.perf_counter(), train.batches_per_epoch, topology.data_size
             steps = range(trainer.total_steps(args, per_epoch, ranks)[0])
             batches = [index for step in steps for index in trainer.micro_batches(step, args, per_epoch, ranks)]
-            reference = precompute_reference_logps(model, train, batches, not args.disable_tqdm, args.ld_alpha)
+            options = not args.disable_tqdm, args.ld_alpha, topology
+            reference = precompute_reference_logps(model, train, batches, *options)
             known, unit = int((~np.isnan(reference[:, 0])).sum()), "replies" if args.is_unpaired else "pairs"
             print(f"reference: log-probabilities of {known:,} {unit} computed in {time.perf_counter() - start:.1f} s")
         setup_adapter(model, args, checkpoint)

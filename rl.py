@@ -36,13 +36,6 @@ from heads import Policy, add_score_head, remove_score_head, train_score_head
 from model import CausalLM
 from rewards import load_reward_functions, server_reward
 
-METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
-           "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
-           "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
-           "time/reward", "time/update")  # fmt: skip
-TOOL_METRICS = ("tools/call_frequency", "tools/failure_frequency")
-RATIO_METRICS = tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max"))
-VALUE_METRICS = ("value_loss", "value_clip_ratio")
 LOWS = {
     0: "top_k overlong_penalty_factor reward_timeout clip_range_value value_loss_coeff clip_range_ratio kl_loss_coeff "
     "kl_coeff gamma",
@@ -306,15 +299,6 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         layer.dropout = 0.0
 
 
-def more_metrics(args: Args) -> tuple[str, ...]:
-    """Names in the log of what only some runs have."""
-    return (
-        *(VALUE_METRICS if args.advantage_estimator == "gae" else ()),
-        *(RATIO_METRICS if args.importance_sampling_mode else ()),
-        *(TOOL_METRICS if args.tools or args.environment_factory else ()),
-    )
-
-
 @dataclasses.dataclass
 class Steps:
     """What trainer.setup_training() must know of the data: how many updates are an epoch."""
@@ -358,9 +342,8 @@ def main(args: Args) -> None:
     if args.do_train:
         # ================================================================== 3. reference, optimizer, rollouts, log
         maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology)
-        of_functions = [f"rewards/{name}/{what}" for name in maker.names for what in ("mean", "std")]
         steps = Steps(math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout * topology.data_size)
-        names = (*METRICS, *more_metrics(args), *of_functions)
+        names = rollouts.metric_names(args, maker.names)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         before = rollouts.evaluate_prompts(engine, dev, functions, args, topology) if dev else None

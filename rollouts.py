@@ -626,6 +626,26 @@ class Rollout:
         return {name: value / topology.data_size for name, value in metrics.items()}
 
 
+METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
+           "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
+           "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
+           "time/reward", "time/update")  # fmt: skip
+TOOL_METRICS = ("tools/call_frequency", "tools/failure_frequency")
+RATIO_METRICS = tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max"))
+VALUE_METRICS = ("value_loss", "value_clip_ratio")
+
+
+def metric_names(args: object, functions: list[str]) -> tuple[str, ...]:
+    """Names in the log of a run with these reward functions."""
+    return (
+        *METRICS,
+        *(VALUE_METRICS if args.advantage_estimator == "gae" else ()),
+        *(RATIO_METRICS if args.importance_sampling_mode else ()),
+        *(TOOL_METRICS if args.tools or args.environment_factory else ()),
+        *(f"rewards/{name}/{what}" for name in functions for what in ("mean", "std")),
+    )
+
+
 def rollout_metrics(groups: list[Group], names: list[str]) -> dict[str, float]:
     """TRL's metrics of rewards and replies."""
     replies = [reply for group in groups for reply in group.replies]

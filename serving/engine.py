@@ -71,6 +71,7 @@ class TokenOutput:
     draft_tokens: int = 0  # of the reply so far: tokens that were guessed,
     accepted_tokens: int = 0  # and those of them that the model chose
     stop_text: str | None = None  # which of the request's `stop` ended the reply
+    admitted: float | None = None  # time.monotonic() at which the reply left the queue for the first time
 
 
 @dataclasses.dataclass
@@ -155,7 +156,7 @@ class BlockPool:
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
         self.ref_counts = [0] * num_blocks
         self.hashes = [None] * num_blocks  # of each block that others may share
-        self.is_prompt = [False] * num_blocks  # whether all of its tokens were computed as those of a prompt
+        self.is_exact = [False] * num_blocks  # whether seeded sequences may share it, see Sequence
         self.block_of = {}  # hash -> block
         self.num_cached = 0  # free blocks with a hash
         self.free = collections.OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
@@ -164,12 +165,12 @@ class BlockPool:
         """Hash of a full block: of its tokens and of its parent's hash (for the first block, the sequence's seed)."""
         return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), key=parent, digest_size=16).digest()
 
-    def match_prefix(self, block_hashes: list[bytes], only_prompts: bool = False) -> list[int]:
-        """Take the longest run of blocks with these hashes, all of prompts if only_prompts; returns the blocks."""
+    def match_prefix(self, block_hashes: list[bytes], only_exact: bool = False) -> list[int]:
+        """Take the longest run of blocks with these hashes, of exact ones if only_exact; returns the blocks."""
         blocks = []
         for key in block_hashes if self.reuse else ():
             block = self.block_of.get(key)
-            if block is None or only_prompts and not self.is_prompt[block]:
+            if block is None or only_exact and not self.is_exact[block]:
                 break
             if self.ref_counts[block] == 0:
                 del self.free[block]
@@ -188,10 +189,10 @@ class BlockPool:
         self.ref_counts[block] = 1
         return block
 
-    def cache_block(self, block: int, block_hash: bytes, is_prompt: bool = True) -> None:
+    def cache_block(self, block: int, block_hash: bytes, is_exact: bool = False) -> None:
         """The block is full and computed: others may share it. Of several equal blocks the first is found."""
         if self.reuse and block_hash not in self.block_of:
-            self.block_of[block_hash], self.hashes[block], self.is_prompt[block] = block, block_hash, is_prompt
+            self.block_of[block_hash], self.hashes[block], self.is_exact[block] = block, block_hash, is_exact
 
     def release(self, blocks: list[int]) -> None:
         """Give back a sequence's blocks, the last one first: no block is found without its parent."""
@@ -219,7 +220,12 @@ WAITING, PREFILL, DECODE, DONE = "waiting", "prefill", "decode", "done"
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Sequence(TokenSequence):
-    """One of the n replies of a request, from the queue to its end."""
+    """One of the n replies of a request, from the queue to its end.
+
+    is_seeded: the request has a seed, so its text must not depend on what else runs. A step computes each sequence by
+    itself, but one token otherwise than several. So the tokens of its prompt are always computed several at once, those
+    of its reply one by one, and it shares only blocks that were.
+    """
 
     request: Request
     index: int  # 0..n-1
@@ -232,18 +238,10 @@ class Sequence(TokenSequence):
     block_hashes: list[bytes]  # the seed, then one for each full block
     phase: str = WAITING
     num_computed_tokens: int = 0  # tokens whose keys and values are in the blocks
+    admitted: float | None = None  # see TokenOutput
     num_cached_tokens: int | None = None  # of the prompt, found in the pool when it was first admitted
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-
-    @property
-    def is_seeded(self) -> bool:
-        """Its text must not depend on what else runs, so neither may a bit of its logits.
-
-        A step computes each sequence by itself, but one token otherwise than several. So the tokens of its prompt are
-        always computed several at once, those of its reply one by one, and it shares only blocks that were.
-        """
-        return self.request.params.seed is not None
 
     @property
     def num_new_tokens(self) -> int:
@@ -360,6 +358,7 @@ class Engine:
                 tokens=list(tokens),
                 num_prompt_tokens=len(tokens),
                 adapter=request.adapter,
+                is_seeded=params.seed is not None,
                 request=request,
                 index=index,
                 arrival=next(self.arrivals),
@@ -544,6 +543,7 @@ class Engine:
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = max(0, sequence.num_computed_tokens - sequence.num_virtual_tokens)
             self.totals["cached_tokens"] += sequence.num_cached_tokens
+            sequence.admitted = time.monotonic()
         if sequence.num_computed_tokens < sequence.num_virtual_tokens:
             self.runner.fill_prefix(sequence, sequence.num_computed_tokens)
             sequence.num_computed_tokens = sequence.num_virtual_tokens
@@ -614,9 +614,10 @@ class Engine:
         full = sequence.num_computed_tokens // size
         if full > full_before and self.pool.reuse:
             self._extend_block_hashes(sequence, full)
+            may_be_exact = sequence.is_seeded or self.runner.is_row_invariant
             for i in range(full_before, full):
-                is_prompt = (i + 1) * size <= sequence.num_prompt_tokens
-                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1], is_prompt)
+                is_exact = (i + 1) * size <= sequence.num_prompt_tokens and may_be_exact
+                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1], is_exact)
 
     def _append(self, sequence, token, logprob, top_logprobs, entropy):
         """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
@@ -677,6 +678,7 @@ class Engine:
         self._deliver(sequence, output)
 
     def _deliver(self, sequence, output):
+        output.admitted = sequence.admitted
         try:
             sequence.on_output(output)
         except Exception:

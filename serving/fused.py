@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import kernels
-from kernels.fused import FusedMultiTransformer, FusedShape, Weight, gate_and_up, storage_missing, trim_memory
+from kernels.fused import FusedMultiTransformer, FusedShape, Routing, Weight, gate_and_up, storage_missing, trim_memory
 from kernels.rounding import round_to_nearest
 
 import numpy as np
@@ -23,7 +23,7 @@ import paddle
 
 from formats.files import UserError
 from layers import Linear, QuantLinear
-from model import CausalLM
+from model import CausalLM, MoE
 from positions import alibi_slopes, rope_tables
 from serving.runners import AdapterLinear, PagedRunner, SequentialRunner, make_runner
 
@@ -34,11 +34,9 @@ def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | N
     """The reason why FusedRunner cannot run this model here, with adapters {name: folder}; None if it can."""
     c = model.config
     not_covered = {
-        "latent attention (MLA)": c.latent,
-        "experts": c.experts,
         "two-dimensional positions": c.position == "rope_2d",
-        "scaled residuals": c.residual_scale is not None,
-        "an embedding narrower than the model": model.project_in is not None,
+        "values wider than keys": c.latent and c.latent.v_head_dim > c.head_dim,
+        "LoRA adapters beside experts": c.experts and adapters,
         "DoRA adapters": any(map(_is_dora, (adapters or {}).values())),
     }
     for name, found in not_covered.items():
@@ -55,9 +53,10 @@ def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | N
         if why := storage_missing(storage):
             return why
     for block in model.layers:
-        for name, layers in _products(block).items():
-            if why := _why_not_together(layers):
-                return f"{name}: {why}"
+        for products in (_products(block), *map(_mlp_products, _experts(block))):
+            for name, layers in products.items():
+                if why := _why_not_together(layers):
+                    return f"{name}: {why}"
     return None
 
 
@@ -90,15 +89,26 @@ def _products(block):
 
     A layer with adapters around it is an AdapterLinear.
     """
-    attention, mlp = block.attention, block.mlp
-    fused_qkv = attention.config.fused_qkv is not None
+    attention, mlp, found = block.attention, block.mlp, {}
+    if latent := attention.config.latent:
+        found["qkv"] = [attention.q_a_proj if latent.q_lora_rank else attention.q_proj, attention.kv_a_proj]
+        found |= {"q_up": [attention.q_b_proj]} if latent.q_lora_rank else {}
+        found["kv_up"] = [attention.kv_b_proj]
+    elif attention.config.fused_qkv is not None:
+        found["qkv"] = [attention.qkv_proj]
+    else:
+        found["qkv"] = [attention.q_proj, attention.k_proj, attention.v_proj]
+    mlp = mlp.shared if isinstance(mlp, MoE) else mlp
+    return found | {"output": [attention.o_proj]} | ({} if mlp is None else _mlp_products(mlp))
+
+
+def _mlp_products(mlp):
     up = mlp.gate_up_proj if mlp.gate_up_proj is not None else mlp.up_proj
-    return {
-        "qkv": [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj],
-        "output": [attention.o_proj],
-        "up": [up] if mlp.gate_proj is None else [mlp.gate_proj, up],
-        "down": [mlp.down_proj],
-    }
+    return {"up": [up] if mlp.gate_proj is None else [mlp.gate_proj, up], "down": [mlp.down_proj]}
+
+
+def _experts(block):
+    return block.mlp.experts if isinstance(block.mlp, MoE) else ()
 
 
 def _without_adapters(layers):
@@ -245,6 +255,10 @@ def _free(*layers):
 
 
 def _shape(c, block_size, cache) -> FusedShape:
+    latent = {}
+    if c.latent:
+        latent = {"q_latent": c.latent.q_lora_rank or 0, "kv_latent": c.latent.kv_lora_rank}
+        latent |= {"nope": c.latent.qk_nope_head_dim, "value": c.latent.v_head_dim}
     return FusedShape(
         layers=c.num_hidden_layers,
         D=c.hidden_size,
@@ -252,7 +266,6 @@ def _shape(c, block_size, cache) -> FusedShape:
         K=c.num_key_value_heads,
         Dh=c.head_dim,
         rotary=c.rotary_dim or c.head_dim,
-        F=c.intermediate_size,
         V=c.vocab_size,
         norm_place=c.norm_place,
         activation=c.activation,
@@ -264,6 +277,8 @@ def _shape(c, block_size, cache) -> FusedShape:
         attention_softcap=c.attention_softcap,
         final_softcap=c.final_softcap,
         embedding_scale=c.embedding_scale,
+        residual_scale=c.residual_scale,
+        **latent,
     )
 
 
@@ -271,7 +286,10 @@ def _pack_block(packed, i, block, c, dtype, adapters, free_weights):
     """Norms, linears and LoRAs of block i."""
     norms = {"attention": block.attention_norm, "mlp": block.mlp_norm}
     norms |= {"attention_post": block.attention_post_norm, "mlp_post": block.mlp_post_norm}
-    norms |= {"q": block.attention.q_norm, "k": block.attention.k_norm}
+    if c.latent:
+        norms |= {"q_latent": getattr(block.attention, "q_a_norm", None), "kv_latent": block.attention.kv_a_norm}
+    else:
+        norms |= {"q": block.attention.q_norm, "k": block.attention.k_norm}
     for name, norm in norms.items():
         if norm is not None:
             packed.set_norm(i, name, *_norm(norm))
@@ -284,6 +302,23 @@ def _pack_block(packed, i, block, c, dtype, adapters, free_weights):
                 packed.set_adapter(i, name, number, *_adapter(name, loras, bases, c))
         if free_weights:
             _free(*layers)
+    if isinstance(block.mlp, MoE):
+        _pack_experts(packed, i, block.mlp, c, dtype, free_weights)
+
+
+def _pack_experts(packed, i, mlp, c, dtype, free_weights):
+    moe = mlp.moe
+    numbers = moe.num_experts, moe.top_k, moe.n_group, moe.topk_group, moe.group_topk_sum
+    routing = Routing(*numbers, moe.scoring == "sigmoid", moe.norm_topk_prob, moe.routed_scaling_factor)
+    packed.set_experts(i, routing, mlp.correction_bias.numpy() if moe.correction_bias else None)
+    packed.set_linear(i, "router", Weight("float32", mlp.router.full_weight()))
+    if mlp.shared_gate is not None:
+        packed.set_linear(i, "shared_gate", Weight("float32", mlp.shared_gate.full_weight()))
+    for number, expert in enumerate(mlp.experts):
+        products = _mlp_products(expert)
+        packed.set_expert(i, number, *(_weight(name, products[name], c, dtype) for name in ("up", "down")))
+        if free_weights:
+            _free(*products["up"], *products["down"])
 
 
 def pack_model(
@@ -310,6 +345,9 @@ def pack_model(
             packed.set_norm(None, name, *_norm(norm))
     for i, block in enumerate(model.layers):
         _pack_block(packed, i, block, c, dtype, adapters or (), free_weights)
+    for name in ("project_in", "project_out"):
+        if (layer := getattr(model, name)) is not None:
+            packed.set_linear(None, name, Weight("float32", layer.full_weight()))
     packed.set_linear(None, "head", _head(model, dtype, int8_head))
     if free_weights:
         is_read_in_place = table is not None and table.data_ptr() == model.embed_tokens.weight.data_ptr()
@@ -326,6 +364,8 @@ class FusedRunner(PagedRunner):
     free_weights: the packed weights are the only ones from then on; the model's layers can compute nothing any more.
     Without it the model may be trained, and its weights are packed again.
     """
+
+    is_row_invariant = True
 
     def __init__(
         self,

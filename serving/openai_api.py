@@ -66,7 +66,8 @@ class APICall:
     reasoning_tokens: int = 0
     cached: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> tokens of it found in the cache
     drafted: tuple[int, int] = (0, 0)  # tokens of drafts that were accepted and rejected
-    first_token: float | None = None  # time.monotonic()
+    admitted: float | None = None  # time.monotonic() at which the engine took it from its queue
+    first_token: float | None = None
     last_token: float | None = None
     token_times: dict = dataclasses.field(default_factory=dict)  # index of a choice -> when its last token came
     lengths: dict = dataclasses.field(default_factory=dict)  # index of a choice -> its tokens
@@ -234,6 +235,8 @@ FORMATS = {
     "/v1/responses": ResponsesReply,
     "/v1/messages": MessagesReply,
 }
+
+OUTPUTS_A_TURN = 128  # tokens of a reply between two looks at the other connections
 
 # =============================================================================================== the server
 
@@ -409,9 +412,10 @@ class Server:
             if connection.client_disconnected(b": still here\n\n"):
                 raise ClientGone
             if outputs:
-                batch = [self.to_delta(call, i, output, lengths) for i, output in outputs]
-                outputs.clear()
-                yield batch
+                batch, outputs[:] = outputs[:OUTPUTS_A_TURN], outputs[OUTPUTS_A_TURN:]
+                yield [self.to_delta(call, i, output, lengths) for i, output in batch]
+                if outputs:
+                    await asyncio.sleep(0)
             elif time.monotonic() >= deadline:
                 raise HTTPError(504, f"not finished within {self.args.request_timeout:g} seconds", "timeout")
             else:
@@ -445,6 +449,7 @@ class Server:
     def count_token(self, call, i, index, output):
         call.last_token = time.monotonic()
         call.first_token = call.first_token or call.last_token
+        call.admitted = call.admitted or output.admitted
         if index in call.token_times:
             self.metrics.token(call.last_token - call.token_times[index])
         call.token_times[index] = call.last_token

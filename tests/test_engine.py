@@ -719,7 +719,7 @@ class Letters:
 
     stop_ids = ()
 
-    def stream_decoder(self):
+    def stream_decoder(self, skip_special_tokens=True):
         import codecs
 
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

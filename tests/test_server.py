@@ -370,10 +370,13 @@ def test_health_is_quick_while_a_large_reply_is_written(start):  # noqa: F811
     engine._step = step
     thread = threading.Thread(target=ask_health)
     thread.start()
-    status, _, reply = mine.chat(n=128, logprobs=True, top_logprobs=20)
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 128, "logprobs": True, "top_logprobs": 20}
+    connection = mine.connect()
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    text = connection.getresponse().read()
     stop.set()
     thread.join()
-    assert status == 200 and len(reply["choices"]) == 128 and len(json.dumps(reply)) > 5_000_000
+    assert len(json.loads(text)["choices"]) == 128 and len(text) > 5_000_000
     print(f"/health took {slowest[0]:.3f} s at most")
     assert slowest[0] < 1.0
 
@@ -400,6 +403,11 @@ def test_a_folder_is_enough_and_every_shipped_configuration_chats(demo_server):
     args = parse_args(serve.Args, [str(ROOT / "configs" / "llama_serve.json"), str(DEMO)])
     assert args.model_name_or_path == str(DEMO) and args.batch_size == 16
     assert demo_server.ask("GET", "/v1/models")[2]["data"][0]["id"] == "llama"
+    found = {name: rows[0][1] for name, rows in samples(demo_server.ask("GET", "/metrics")[2]).items()}
+    whole = found["vllm:request_queue_time_seconds_sum"] + found["vllm:request_inference_time_seconds_sum"]
+    parts = found["vllm:request_prefill_time_seconds_sum"] + found["vllm:request_decode_time_seconds_sum"]
+    assert 0 < whole <= found["vllm:e2e_request_latency_seconds_sum"] and found["vllm:request_queue_time_seconds_count"]
+    assert parts == pytest.approx(found["vllm:request_inference_time_seconds_sum"], abs=1e-5)
 
 
 @pytest.mark.parametrize("width, height", [(1200, 800), (375, 667)])

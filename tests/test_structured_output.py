@@ -208,8 +208,17 @@ def test_guides_are_kept_and_limited(monkeypatch):
     tok = tokenizer()
     assert constraint_from(tok, choice=["a", "b"]) is constraint_from(tok, choice=["a", "b"])
     monkeypatch.setattr("serving.automaton.MAX_TERMS", 60)
-    with pytest.raises(UserError, match="json_schema: the grammar has more than 60 terms"):
+    with pytest.raises(UserError, match="more than 60 terms"):
         constraint_from(tok, json_schema={"type": "string", "enum": [str(i) for i in range(99)]})
+    monkeypatch.undo()
+    monkeypatch.setattr("serving.guide.COMPILE_SECONDS", -1)
+    with pytest.raises(UserError, match="takes too long"):
+        constraint_from(tok, json_schema={"type": "string", "enum": [f"{i}" for i in range(999)]})
+    monkeypatch.undo()
+    monkeypatch.setattr("serving.guide.MAX_GUIDE_BYTES", 2_000_000)
+    for i in range(9):
+        constraint_from(tok, json_schema={"enum": [f"{i} {j}" for j in range(2000)]})
+    assert len(vocabulary_of(tok)._guides) < 3
     monkeypatch.setattr("serving.automaton.MAX_TERMS", 300)
     guide = constraint_from(tok, regex="(a|b)*a(a|b){200}")  # grows while it is used: the reply ends, nothing fails
     assert complete(guide, random.Random(0))[1] == "length"
