@@ -44,6 +44,7 @@ from formats.files import UserError, atomic_file
 from layers import linear_row
 from memory_model import FLOAT32, MemoryModel
 from parallel import Degrees, Topology
+from preference_losses import LOSSES
 
 # Published figures of a GPU by its dense bfloat16 TFLOP/s: bytes/s of its memory, of NVLink in one direction.
 GPUS = {125: (0.9e12, 150e9), 312: (2.0e12, 300e9), 990: (3.35e12, 450e9), 2250: (8.0e12, 900e9)}
@@ -215,6 +216,15 @@ def ranks_of(dp: int, pp: int, sharding: int, sep: int, tp: int, ep: int, order:
     return {axis.name: tuple(axis.ranks) for axis in axes}
 
 
+def adapter_off_forwards(args: object, pp: int) -> int:
+    """Forwards of a micro-batch beside its own: dpo.py's reference of LoRA or a prefix, the model without it."""
+    if pp > 1 or getattr(args, "reference_free", True) or args.ref_model_update_steps > 0:  # computed before the run
+        return 0
+    names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    rows = [LOSSES.get(name) for name in names]  # None: orpo, sft, single replies and lists, which the run resolves
+    return int(any(row is None or row.needs_reference for row in rows))
+
+
 class CostModel:
     """Seconds of a step for any topology; memory: the MemoryModel of the run, whose shapes it reads."""
 
@@ -270,6 +280,9 @@ class CostModel:
                 cost.backward_talk += n * block.backward_talk
             stages.append(cost)
         self._add_head(stages[-1], degrees, batch_size, machine)
+        for stage in stages if self.memory.is_adapter else ():
+            times = 1 + adapter_off_forwards(self.args, degrees.pp)
+            stage.forward, stage.forward_talk = times * stage.forward, times * stage.forward_talk
         share = accumulation / degrees.pp
         for kind, n in collections.Counter(kinds).items():
             for name, part in blocks[kind][1].items():

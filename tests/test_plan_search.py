@@ -322,3 +322,21 @@ def test_the_peak_of_mfu_is_that_of_the_dtype_of_training(monkeypatch):
     assert logger.measure_matmul_peak(0.05) > 1e9
     monkeypatch.setattr(kernels, "bf16", True)
     assert logger.measure_matmul_peak(0.05) > 1e9 and seen[0] is False and seen[-1] is True
+
+
+def test_references_of_dpo_and_rl_cost_what_they_take():
+    """LoRA: a forward with the adapter off each micro-batch; a reference that moves and rl.py's: a second model."""
+    flags = "--model_name_or_path llama-3.2-1b --dry_run true --per_device_train_batch_size 1".split()
+
+    def planned(script, *more):
+        args = parse_args(plan.SCRIPTS[script].Args, [*flags, *more])
+        memory = memory_model.MemoryModel(args, memory_model.planned_model(args)[1], 1024)
+        return CostModel(memory, H100).step(Degrees(), 1, 4, None).seconds, memory.fullest(Degrees(), 1, 4)
+
+    with_reference, rows = planned("dpo", "--lora", "true")
+    without, _ = planned("dpo", "--lora", "true", "--loss_type", "simpo")
+    assert 1.2 < with_reference / without < 1.7 and "reference" not in rows
+    _, rows = planned("dpo", "--ref_model_update_steps", "64")
+    assert rows["reference"] == rows["weights"]
+    _, rows = planned("rl", "--kl_loss_coeff", "0.01")
+    assert rows["reference"] == rows["weights"] and rows["keys and values of the engine"] > 0
