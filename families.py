@@ -194,6 +194,8 @@ class ModelConfig:
             raise UserError(f"{path}: a key that {family} needs is missing or of another type: {error}") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        if fields["quantization"] is None:
+            source = {key: value for key, value in source.items() if key not in _QUANTIZATION_KEYS}
         config = ModelConfig(family=family, source=source, **fields)
         if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
             raise UserError(f"{path}: rotary dims must be even, found {config.rotary_dim or config.head_dim}")
@@ -809,14 +811,41 @@ QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs
 }
 
 
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+DEQUANTIZED = {  # quant_method of what formats/dequantize.py opens as floats: {key: what it may be, the default first}
+    "gptq": {"bits": (4, 2, 3, 8), "checkpoint_format": ("gptq", "gptq_v2", None)},
+    "awq": {"bits": (4, None), "version": ("gemm", "GEMM", None)},
+    "compressed-tensors": {},
+    "fp8": {"fmt": ("e4m3", None)},
+    "fbgemm_fp8": {},
+    "bitsandbytes": {},
+}
+
+
+def _runs_as_integers(quantization):
+    """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other."""
+    extra = any(quantization.get(key) for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"))
+    known = QUANTIZATIONS["gptq"]
+    return not extra and all(quantization.get(key) in known[key] for key in ("bits", "checkpoint_format"))
+
+
 def _quantization(source, path):
-    """quantization_config, checked; None for a model of floats."""
-    quantization = source.get("quantization_config")
+    """quantization_config, checked; None for a model of floats, and for one that is opened as floats."""
+    quantization = source.get("quantization_config") or source.get("compression_config")
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method in DEQUANTIZED and not (method == "gptq" and _runs_as_integers(quantization)):
+        for key, allowed in DEQUANTIZED[method].items():
+            if quantization.get(key, allowed[0]) not in allowed:
+                choices = ", ".join(str(a) for a in allowed if a is not None)
+                found = f"{key} = {quantization[key]!r}"
+                raise UserError(f"{path}: quantization_config: {found}; readable are {choices}")
+        if quantization.get("group_size") != 0:
+            return None
     if method not in QUANTIZATIONS:
-        raise UserError(f"{path}: quant_method {method!r} cannot be read; readable are {', '.join(QUANTIZATIONS)}")
+        known = ", ".join(dict.fromkeys((*QUANTIZATIONS, *DEQUANTIZED)))
+        raise UserError(f"{path}: quant_method {method!r} cannot be read; readable are {known}")
     for key, allowed in QUANTIZATIONS[method].items():
         if quantization.get(key) not in allowed:
             choices = ", ".join(str(a) for a in allowed if a is not None)

@@ -24,7 +24,8 @@ import numpy as np
 import paddle
 
 from families import FAMILIES, ModelConfig, weight_names
-from formats.files import UserError, atomic_file
+from formats.dequantize import float_tensors
+from formats.files import UserError, atomic_file, read_json
 from formats.gguf import huggingface_tensors
 from formats.tensor_files import (
     BinFile,
@@ -329,6 +330,14 @@ def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def as_floats(tensors: dict[str, StoredTensor], config: ModelConfig, path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder; those that another tool quantized as floats, unless the model keeps its integers."""
+    file = Path(path) / "config.json"
+    source = read_json(file) if config.quantization is None and file.is_file() else {}
+    quantization = source.get("quantization_config") or source.get("compression_config")
+    return tensors if quantization is None else float_tensors(tensors, quantization, Path(path))
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """ModelConfig of a folder with its weights: untied if they hold a head that differs from a tied embedding.
 
@@ -337,7 +346,7 @@ def read_config(path: str | Path) -> ModelConfig:
     config = ModelConfig.from_json(path)
     if not config.tie_word_embeddings:
         return config
-    tensors = stored_tensors(path)
+    tensors = as_floats(stored_tensors(path), config, path)
     head, embedding = _head_and_embedding(tensors, config)
     if head not in tensors or embedding not in tensors or _are_equal(tensors[head], tensors[embedding]):
         return config
@@ -378,7 +387,8 @@ def load_weights(
 
     All tensors that are missing, unexpected or of another shape are named in one UserError.
     """
-    config, tensors = model.config, stored_tensors(path, candidates, trust_index)
+    config = model.config
+    tensors = as_floats(stored_tensors(path, candidates, trust_index), config, path)
     if _is_paddlenlp(tensors, config):
         paddlenlp = paddlenlp_names(config)
         weights = {w.name: w for w in named_weights(model, paddlenlp)}
