@@ -624,6 +624,9 @@ NUMBERS = {  # of adapter_config.json, by peft_type
 }
 
 
+MOST_NUMBER = 1 << 20  # of these; NaN is not below it either
+
+
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -648,8 +651,9 @@ def load_adapter(model: CausalLM, path: str | Path, *, trainable: bool = False) 
     if kind not in NUMBERS:
         raise UserError(f"{config_path}: peft_type {kind!r} is not supported; LORA and PREFIX_TUNING are")
     for key in NUMBERS[kind]:
-        if not isinstance(config.get(key), (int, float)):
-            raise UserError(f"{config_path}: {key} must be a number, found {config.get(key)!r}")
+        value = config.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < MOST_NUMBER:
+            raise UserError(f"{config_path}: {key} must be a number below {MOST_NUMBER:,}, found {value!r}")
     if tensors is None:
         tensors = {name: tensor.read() for name, tensor in stored_tensors(path, WEIGHT_FILES).items()}
     load = _load_lora if kind == "LORA" else _load_prefix

@@ -39,7 +39,7 @@ from formats.paddlenlp import (
 from formats.record_files import parse_sources, record_files
 from low_bit import ALGORITHMS
 from parallel import Degrees
-from plan import missing_model_message
+from presets import missing_model_message
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall", "reward")
@@ -86,7 +86,13 @@ class ScriptArgs:
         """
         if self.seed < 0:
             raise UserError(f"seed: {self.seed}; it must not be negative")
-        return _check_hardware(self)
+        notes = _check_hardware(self)
+        if not getattr(self, "auto_parallel", False):
+            self.check_topology()
+        return notes
+
+    def check_topology(self) -> None:
+        """UserError for degrees that this script does not run with, whatever the model; a script's own Args has it."""
 
     def check_model(self) -> None:
         """UserError if the model or tokenizer is not on this disk: what to download, and to where."""
@@ -155,6 +161,7 @@ class TrainingArgs(ScriptArgs):
     virtual_pp_degree: int = 1  # pipeline stages per pipeline rank
     sequence_parallel: bool = False  # with tensor parallelism: also split tokens between attention and MLP
     hybrid_parallel_topo_order: str | None = None  # outermost axis: pp_first (also None) or sharding_first
+    auto_parallel: bool = False  # take the degrees, micro-batch and recompute that plan.py ranks first
     dry_run: bool = False  # print shapes, parameters, FLOPs and memory per rank, and end; no data is needed
 
     def check(self) -> list[str]:
@@ -356,7 +363,8 @@ def _check_hardware(args: ScriptArgs) -> list[str]:
     world = Launch.of_environment().world
     if world > 1 and not isinstance(args, TrainingArgs):
         raise UserError(f"this script runs in one process, but {world} were started: start it without the launcher")
-    Degrees.of(args, world=world)
+    if not getattr(args, "auto_parallel", False):  # which sets them later
+        Degrees.of(args, world=world)
     if args.fp16 and args.bf16:
         raise UserError("fp16 and bf16 are both true; choose one")
     if args.device != "auto":
@@ -529,6 +537,7 @@ class _Script:
 def parse_args(Args: type, argv: list[str] | None = None) -> ScriptArgs:
     """`argv` (default: the command line): files, then --key value or --key=value, later wins -> a checked Args.
 
+    A folder stands for --model_name_or_path.
     Prints one line for every key that is ignored and every note of Args.check(). Raises UserError.
     """
     script, given = _Script(Args), {}
@@ -563,6 +572,9 @@ def _read_argv(argv: list[str], script: _Script):
     tokens = collections.deque(argv)
     while tokens:
         token = tokens.popleft()
+        if not token.startswith("--") and Path(token).is_dir() and "model_name_or_path" in script.kinds:
+            yield _Given("model_name_or_path", token, "command line", None, True)
+            continue
         if not token.startswith("--"):
             for name, (value, line) in read_config(token).items():
                 yield _Given(name, value, token, line, False)

@@ -30,7 +30,6 @@ step number. Orders come from np.random.RandomState, whose stream numpy has froz
 halves of a run changes nothing."""
 
 import argparse
-import bisect
 import dataclasses
 import re
 import sys
@@ -58,6 +57,7 @@ from formats.records import (
 )
 from formats.rendering import PromptSegment
 from formats.tokenizer import Tokenizer, load_tokenizer
+from packing import best_fit_packs, epoch_order, in_order_packs
 
 IGNORED = -100  # label of a position that teaches nothing
 
@@ -333,53 +333,6 @@ def conversation_prompt(
 # ============================== batches of records ==============================
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of range(n), a function of (seed, epoch) alone."""
-    return np.random.RandomState([seed & 0xFFFFFFFF, epoch]).permutation(n)
-
-
-def best_fit_packs(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Longest first, each into the fullest pack that still has room (best-fit decreasing) -> (order, bounds): pack p
-    holds order[bounds[p]:bounds[p+1]].
-
-    Never worse than 11/9 of the optimum + 6/9 packs (Dosa 2007); on instruction data nearly always full. O(n log
-    capacity): packs are kept by the room they have left, in at most `capacity` stacks. A million records take 1
-    second."""
-    assert len(lengths) and lengths.max() <= capacity, (len(lengths), lengths.max(initial=0), capacity)
-    pack_of = np.empty(len(lengths), np.int64)
-    rooms, packs_with, packs, shortest = [], {}, 0, int(lengths.min())  # rooms: sorted sizes of room that some pack has
-    for i in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
-        length = int(lengths[i])
-        k = bisect.bisect_left(rooms, length)
-        if k == len(rooms):
-            pack, room, packs = packs, capacity, packs + 1
-        else:
-            room = rooms[k]
-            pack = packs_with[room].pop()
-            if not packs_with[room]:
-                del packs_with[room], rooms[k]
-        pack_of[i] = pack
-        room -= length
-        if room >= shortest:
-            if room not in packs_with:
-                packs_with[room] = []
-                bisect.insort(rooms, room)
-            packs_with[room].append(pack)
-    return np.argsort(pack_of, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
-
-
-def in_order_packs(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Records in their order, a new pack when the next does not fit (PaddleNLP without greedy) -> (order, bounds)."""
-    assert len(lengths) and lengths.max() <= capacity, (len(lengths), lengths.max(initial=0), capacity)
-    bounds, used = [0], 0
-    for i, length in enumerate(lengths.tolist()):
-        if used + length > capacity:
-            bounds.append(i)
-            used = 0
-        used += length
-    return np.arange(len(lengths)), np.array([*bounds, len(lengths)])
-
-
 def collate(rows: list, sample: Callable, width: int, pad_token_id: int) -> dict:
     """Record numbers of each row, sample(i) -> (input_ids, labels) -> the batch described at the top, T = width."""
     B = len(rows)
@@ -493,49 +446,59 @@ class SFTLoader:
 
 
 def encode_pair(tokenizer: Tokenizer, pair: Pair, history: list, where: str) -> tuple[list, list, list, list]:
-    """Pair after these rounds -> ids: system, [(turn, reply), …] of the rounds, prompt, (chosen, rejected)."""
-    if pair.is_plain:
-        (last, good), (_, bad) = (encode_plain(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
-        return [], [], last, (good, bad)
-    system, encoded = tokenizer.encode_chat([*history, (pair.prompt, pair.chosen)], pair.context, True)
-    other = tokenizer.encode_chat([*history, (pair.prompt, pair.rejected)], pair.context, True)[1][-1]
-    (last, good), bad = encoded[-1], other[1]
-    if last != other[0]:
-        raise UserError(
-            f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, so that two "
-            "replies cannot share one"
-        )
-    return system, encoded[:-1], last, (good, bad)
+    """Pair after these rounds -> ids: system, [(turn, reply), …] of the rounds, prompt, (chosen, rejected); a reply
+    that is None is []."""
+    first, replies = None, []
+    for reply in (pair.chosen, pair.rejected):
+        if reply is None:
+            replies.append([])
+        elif pair.is_plain:
+            prompt, ids = encode_plain(tokenizer, pair.prompt, reply)
+            first = first or ([], [], prompt)
+            replies.append(ids)
+        else:
+            system, encoded = tokenizer.encode_chat([*history, (pair.prompt, reply)], pair.context, True)
+            first = first or (system, encoded[:-1], encoded[-1][0])
+            if encoded[-1][0] != first[2]:
+                raise UserError(
+                    f"{where}: chat template {tokenizer.chat_template.name!r} puts the reply into the prompt, so that "
+                    "two replies cannot share one"
+                )
+            replies.append(encoded[-1][1])
+    return *first, tuple(replies)
 
 
 def truncate_pair(
-    tokenizer: Tokenizer, pair: Pair, max_seq_len: int, max_prompt_len: int, where: str
+    tokenizer: Tokenizer, pair: Pair, max_seq_len: int, max_prompt_len: int, where: str, prompts: int = 1
 ) -> tuple[list, list, list]:
-    """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take len(prompt) - 1 + len(chosen) +
-    len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
+    """PaddleNLP's truncation of a pair -> ids (prompt, chosen, rejected), which take prompts * (len(prompt) - 1) +
+    len(chosen) + len(rejected) <= max_seq_len positions; a reply is [] when there is no room for it.
 
     If the last turn and both replies do not fit, the prompt (system and last turn) loses its beginning down to
     max_prompt_len; if that is not enough, both replies lose their ends in proportion to their lengths. Earlier turns
     stand before it, from the newest back, while they fit. As in `truncate_templated` a template counts the turns that
     are kept. A reply that is cut has no end mark."""
-    history = pair.history
+    history, sides = pair.history, sum(reply is not None for reply in (pair.chosen, pair.rejected))
     while True:
         system, encoded, last, (good, bad) = encode_pair(tokenizer, pair, history, where)
-        room = max_seq_len + 1 - len(system)  # + 1: the prompt's last token is counted with the chosen reply
-        if len(last) + len(good) + len(bad) > room:
+        room = max_seq_len + prompts * (1 - len(system))  # 1: a prompt's last token is counted with the reply
+        if prompts * len(last) + len(good) + len(bad) > room:
             if len(system) + len(last) > max_prompt_len:
                 prompt_room = max(0, max_prompt_len - len(system))
+                reply = pair.rejected if pair.chosen is None else pair.chosen
                 last = (
                     cut_plain(tokenizer, last, prompt_room)
                     if pair.is_plain
-                    else truncate_user_turn(tokenizer, pair.prompt, pair.chosen, pair.context, prompt_room, history)
+                    else truncate_user_turn(tokenizer, pair.prompt, reply, pair.context, prompt_room, history)
                 )
-            if len(good) + len(bad) > room - len(last):
-                left = max(0, room - len(last))
+            left = max(0, room - prompts * len(last))
+            if sides == 1:
+                good, bad = good[:left], bad[:left]
+            elif len(good) + len(bad) > left:
                 keep = min(max(1, round(left * len(good) / (len(good) + len(bad)))), left - 1)
                 good, bad = (good[:keep], bad[: left - keep]) if left >= 2 else ([], [])
-        sizes = [len(turn) + len(reply) for turn, reply in encoded]
-        room -= len(last) + len(good) + len(bad)
+        sizes = [prompts * (len(turn) + len(reply)) for turn, reply in encoded]
+        room -= prompts * len(last) + len(good) + len(bad)
         if not history or sum(sizes) <= room:
             return system + [i for turn, reply in encoded for i in turn + reply] + last, good, bad
         fits = int(np.searchsorted(np.cumsum(sizes[::-1]), room, side="right"))
@@ -549,6 +512,8 @@ class PreferenceDataset(TokenizedRecords):
     token of each reply, no prompt, the same reply twice) is dropped. UserError: missing or empty file, a bad record
     (file:line), nothing left."""
 
+    PARTS = 3  # lists of a record: prompt, chosen, rejected
+
     def __init__(
         self,
         path: str | Path | list,
@@ -558,17 +523,26 @@ class PreferenceDataset(TokenizedRecords):
         split: str = "train",
         progress: bool = False,
         options: RecordOptions | None = None,
+        share_within: float = np.inf,
     ):
+        """share_within: a pair of more positions has its prompt twice, see `pair_sample`."""
         self.tokenizer, self.max_seq_len, self.max_prompt_len = tokenizer, max_seq_len, max_prompt_len
+        self.share_within = share_within
         nothing_left = (
             f"none of the {{}} pairs can be learned with max_seq_len {max_seq_len} and max_prompt_len "
             f"{max_prompt_len}; raise max_seq_len or lower max_prompt_len"
         )
-        self._read(RecordReader(path, split, options, progress), self._encode, 3, nothing_left)
+        self._read(RecordReader(path, split, options, progress), self._encode, self.PARTS, nothing_left)
+        prompts = np.diff(self._ends)[:: self.PARTS][self.numbers].astype(np.int32)
+        self.lengths = self.lengths + np.where(self.lengths > share_within, prompts - 1, 0).astype(np.int32)
 
     def _encode(self, record, where):
         pair = parse_pair(record, where)
-        prompt, chosen, rejected = truncate_pair(self.tokenizer, pair, self.max_seq_len, self.max_prompt_len, where)
+        for prompts in (1, 2):
+            limits = self.max_seq_len, self.max_prompt_len, where, prompts
+            prompt, chosen, rejected = truncate_pair(self.tokenizer, pair, *limits)
+            if len(prompt) - 1 + len(chosen) + len(rejected) <= self.share_within:
+                break
         if chosen and chosen == rejected:
             return "the same reply twice"
         if not prompt:
@@ -582,15 +556,30 @@ class PreferenceDataset(TokenizedRecords):
 
     def sample(self, i):
         """Sample number -> input_ids, labels, position_ids, rows, replies; int32 [lengths[i]]. See `pair_sample`."""
-        return pair_sample(*self.pair(i))
+        return pair_sample(*self.pair(i), self.share_within)
 
     def prompt_text(self, i):
         """Sample number -> the text of its last prompt, for a person."""
-        pair = parse_pair(self.reader.rename(self.record(i)), self.where(i))
-        return pair.prompt if isinstance(pair.prompt, str) else longest_text(pair.prompt)
+        return longest_text(parse_pair(self.reader.rename(self.record(i)), self.where(i)).prompt)
 
 
-def pair_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> tuple:
+def reply_sample(prompt: np.ndarray, reply: np.ndarray, side: int = 0) -> tuple:
+    """As `pair_sample`, with one reply."""
+    n, a = len(prompt) - 1, len(reply)
+    labels = np.concatenate([np.full(n, IGNORED), reply]).astype(np.int32)
+    rows, replies = np.full(n + a, n + a, np.int32), np.repeat(np.array([-1, side], np.int32), [n, a])
+    return (
+        np.concatenate([prompt, reply[:-1]]).astype(np.int32),
+        labels,
+        np.arange(n + a, dtype=np.int32),
+        rows,
+        replies,
+    )
+
+
+def pair_sample(
+    prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, share_within: float = np.inf
+) -> tuple[np.ndarray, ...]:
     """Ids of one pair -> input_ids, labels, position_ids, rows, replies as one sequence; int32 [n - 1 + a + b].
 
         prompt p1 .. pn, chosen c1 .. ca, rejected r1 .. rb
@@ -601,8 +590,13 @@ def pair_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) ->
         replies       -1             0                  1
 
     Both replies' first tokens are predicted from the prompt's last one, so each reply has a copy of it that the other
-    does not see. So every token sees what it would see in a sequence of prompt and one reply, at the same positions."""
+    does not see. So every token sees what it would see in a sequence of prompt and one reply, at the same positions.
+    Where distances in the row count (ALiBi, windows), a pair of more than share_within positions is two sequences."""
     n, a, b = len(prompt) - 1, len(chosen), len(rejected)
+    if n + a + b > share_within:
+        one, two = reply_sample(prompt, chosen), reply_sample(prompt, rejected, 1)
+        two = (*two[:3], two[3] + np.int32(n + a), two[4])
+        return tuple(np.concatenate(both) for both in zip(one, two))
     input_ids = np.concatenate([prompt, chosen[:-1], prompt[-1:], rejected[:-1]]).astype(np.int32)
     labels = np.concatenate([np.full(n, IGNORED), chosen, rejected]).astype(np.int32)
     position_ids = np.concatenate([np.arange(n), n + np.arange(a), n + np.arange(b)]).astype(np.int32)
@@ -610,8 +604,9 @@ def pair_sample(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) ->
     return input_ids, labels, position_ids, rows, np.repeat(np.array([-1, 0, 1], np.int32), [n, a, b])
 
 
-def collate_pairs(rows: list, sample: Callable, width: int, pad_token_id: int) -> dict:
-    """Pair numbers of each row, sample(i) as `pair_sample` -> the batch described at the top, T = width."""
+def collate_pairs(rows: list, sample: Callable, width: int, pad_token_id: int, sides: int = 2) -> dict:
+    """Pair numbers of each row, sample(i) as `pair_sample` -> the batch described at the top, T = width. sides: 1 for
+    single replies."""
     B = len(rows)
     batch = {
         "input_ids": np.full((B, width), pad_token_id, np.int64),
@@ -630,8 +625,8 @@ def collate_pairs(rows: list, sample: Callable, width: int, pad_token_id: int) -
             here = np.s_[b, start : start + len(ids)]
             batch["input_ids"][here], batch["labels"][here], batch["position_ids"][here] = ids, labels, positions
             batch["startend_row_indices"][b, 0, start : start + len(ids), 0] = start + mask_rows
-            batch["reply_ids"][here] = np.where(replies < 0, -1, 2 * len(reply_tokens) + replies)
-            reply_tokens.append([int((replies == side).sum()) for side in (0, 1)])
+            batch["reply_ids"][here] = np.where(replies < 0, -1, sides * len(reply_tokens) + replies)
+            reply_tokens.append([int((replies == side).sum()) for side in range(sides)])
             start += len(ids)
         batch["tokens"] += start
         batch["position_ids"][b, start:] = np.arange(width - start)  # padding, as in `collate`
@@ -649,10 +644,13 @@ class PreferenceLoader(SFTLoader):
 
     def batch(self, epoch, index):
         """-> the batch described at the top of this file, with reply_ids and reply_tokens."""
+        width = self._width(int(self._row_lengths[self._epoch_batches(epoch)[index]].max()))
+        return collate_pairs(self.sample_ids(epoch, index), self.dataset.sample, width, self.pad_token_id)
+
+    def sample_ids(self, epoch, index):
+        """Numbers of the pairs of each row of a batch."""
         rows = self._epoch_batches(epoch)[index]
-        pairs = [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
-        width = self._width(int(self._row_lengths[rows].max()))
-        return collate_pairs(pairs, self.dataset.sample, width, self.pad_token_id)
+        return [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
 
 
 def parse_blend(source: str) -> list[tuple[float, str]]:

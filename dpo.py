@@ -2,31 +2,30 @@
 
     python dpo.py configs/llama_dpo.json                                 # any key again as --key value
     python dpo.py configs/llama_dpo.json --loss_type simpo --beta 2.0 --simpo_gamma 1.0
+    python dpo.py configs/llama_dpo.json --loss_type kto   # single replies that are good or bad; a pair is two
 
-Reads pairs in many formats (docs/data.md). Prompt, chosen and rejected reply are one sequence, several pairs are a row.
-Trains all weights or LoRA. The reference is the model before training: with LoRA the same model with the adapter off;
-otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no second model). Ends
-with reward accuracy on the dev pairs (50 % before: policy and reference are equal) and replies to three prompts.
+The losses, each with its formula and paper, are the rows of preference_losses.py; what they are computed from is in
+preference.py. Reads pairs in many formats (docs/data.md). Prompt, chosen and rejected reply are one sequence, several
+pairs are a row. Trains all weights or LoRA. The reference is the model before training: with LoRA the same model with
+the adapter off; otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no
+second model). Ends with reward accuracy on the dev pairs (50 % before: policy and reference are equal) and replies to
+three prompts.
 """
 
 import dataclasses
 import functools
+import re
 import shlex
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
 
 import numpy as np
-import paddle
-import paddle.nn.functional as F
-from paddle import Tensor
-from tqdm import tqdm
 
 import parallel
 import trainer
-from adapters import adapter_disabled, changes_base, lora_layers
+from adapters import changes_base, lora_layers
 from arguments import LoraArgs
 from checkpoint import find_checkpoint
 from data import PreferenceDataset, PreferenceLoader
@@ -34,10 +33,24 @@ from formats.files import UserError
 from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
 from model import CausalLM
-from parallel import SINGLE, Topology
+from preference import (
+    METRICS,
+    UNPAIRED_METRICS,
+    MovingReference,
+    batch_loss,
+    evaluate_pairs,
+    has_auxiliary_losses,
+    model_inputs,
+    pair_counts,
+    precompute_reference_logps,
+    prepare_step,
+    reference_logps,
+    training_inputs,
+)
+from preference_data import UnpairedDataset, UnpairedLoader
+from preference_losses import LOSSES, UNPAIRED_LOSSES, Loss
 
-METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/accuracies",
-           "logps/chosen", "logps/rejected", "dpo_loss", "sft_loss")  # fmt: skip
+SYNONYMS = {"orpo": "or", "aot_pair": "aot"}  # other names of losses
 
 
 @dataclasses.dataclass
@@ -53,14 +66,33 @@ class Args(LoraArgs):
     max_prompt_len: int = 2048  # most tokens of a prompt whose pair is longer than max_seq_len
     greedy_zero_padding: bool = False  # pack by best fit over all data, instead of in order
     chat_template: str | None = None  # name in chat.FORMATS, plain, none, or a template file; None: the tokenizer's own
-    loss_type: str = "sigmoid"  # a name in LOSSES, or orpo
+    loss_type: str | list[str] = (
+        "sigmoid"  # names in LOSSES, orpo, sft (adds to sft_loss_ratio); or kto: single replies
+    )
+    loss_weights: list[float] | None = None  # of several losses, which are added up; default: 1 each
     beta: float = 0.1  # weight of a difference in log-probability; large: stay near the reference
-    label_smoothing: float = 0.0  # sigmoid, simpo: expected share of pairs whose labels are wrong
+    label_smoothing: float = 0.0  # expected share of pairs whose labels are wrong
     simpo_gamma: float = 0.5  # simpo: margin that the rewards of a pair should have
+    dpop_lambda: float = 50.0  # dpop: weight of a chosen reply less likely than under the reference
+    discopop_tau: float = 0.05  # discopop: temperature of the change from one loss to the other
+    ld_alpha: float | None = None  # weight of a reply's tokens beyond the length of the pair's shorter one (LD-DPO)
     pref_loss_ratio: float = 1.0  # weight of the preference loss; orpo's lambda
     sft_loss_ratio: float = 0.0  # weight of the chosen replies' mean cross-entropy beside it; orpo: 0 means 1
-    reference_free: bool = False  # sigmoid, hinge, ipo: a reference to which all replies are equally likely
+    desirable_weight: float = 1.0  # kto, apo_zero_unpaired: weight of good replies
+    undesirable_weight: float = 1.0  # and of bad ones
+    reference_free: bool = False  # losses of a margin: a reference to which all replies are equally likely
+    ref_model_update_steps: int = -1  # > 0: every so many steps the reference moves to the policy (TR-DPO)
+    ref_model_mixup_alpha: float | None = None  # by this share of the way; default: 1, with sync_ref_model 0.6
+    sync_ref_model: bool = False  # TRL's switch: ref_model_update_steps is ref_model_sync_steps
+    ref_model_sync_steps: int = 512  # for sync_ref_model
     max_new_tokens: int = 128  # most tokens of the replies before and after
+    prefix_tuning: bool = False  # train a prefix of keys and values (arXiv 2101.00190); the reference has none
+    prefix_path: str | None = None  # continue from this prefix
+    num_prefix_tokens: int = 128
+    prefix_projection: bool = False  # an MLP computes the prefix while training
+    prefix_projection_hidden_size: int | None = None  # width of that MLP; None: the model's
+
+    aliases = {"kto_chosen_weight": "desirable_weight", "kto_rejected_weight": "undesirable_weight"}  # LLaMA-Factory's
 
     def check(self) -> list[str]:
         notes = super().check()
@@ -76,204 +108,104 @@ class Args(LoraArgs):
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
         if self.load_best_model_at_end and self.metric_for_best_model not in ("loss", "accuracy"):
             raise UserError(f"metric_for_best_model: {self.metric_for_best_model}; possible here are loss and accuracy")
-        return notes + self._check_loss()
+        if self.lora and self.prefix_tuning:
+            raise UserError("lora and prefix_tuning are both true; choose one")
+        if self.prefix_path and not self.prefix_tuning:
+            raise UserError("prefix_path needs prefix_tuning: true")
+        return notes + self._check_loss() + self._check_reference()
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether the data are single replies that are good or bad."""
+        return self.loss_type in [*UNPAIRED_LOSSES]
+
+    @property
+    def losses(self) -> list[tuple[float, Loss]]:
+        """[(weight, row of LOSSES)] of loss_type and loss_weights."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if self.is_unpaired:
+            return []
+        return list(zip(self.loss_weights or [1.0] * len(names), (LOSSES[name] for name in names)))
 
     def _check_loss(self):
-        notes = []
-        if self.loss_type == "orpo":
-            self.loss_type, self.sft_loss_ratio = "or", self.sft_loss_ratio or 1.0
+        notes, given = [], self.loss_type
+        names = re.findall(r"[^\s,]+", given) if isinstance(given, str) else given
+        weights = self.loss_weights or [1.0] * len(names)
+        if len(weights) != len(names):
+            raise UserError(f"loss_weights: {len(weights)} weights for {len(names)} losses: {', '.join(names)}")
+        if "orpo" in names:
+            self.sft_loss_ratio = self.sft_loss_ratio or 1.0
             notes.append(f"loss_type: orpo is loss_type or with sft_loss_ratio {self.sft_loss_ratio:g}")
-        if self.loss_type not in LOSSES:
-            raise UserError(f"loss_type: {self.loss_type!r}; possible are {', '.join([*LOSSES, 'orpo'])}")
-        for key, low in (("beta", 1e-30), ("simpo_gamma", 0), ("pref_loss_ratio", 0), ("sft_loss_ratio", 0)):
-            if getattr(self, key) < low:
-                raise UserError(f"{key}: {getattr(self, key)}; it must {'be positive' if low else 'not be negative'}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing: {self.label_smoothing}; it must be at least 0 and below 0.5")
-        if self.label_smoothing and "label_smoothing" not in LOSSES[self.loss_type].extra_keys:
-            raise UserError(f"label_smoothing: loss_type {self.loss_type} has none; sigmoid and simpo have it")
-        self.reference_free = self.reference_free or not LOSSES[self.loss_type].needs_reference
-        if not self.pref_loss_ratio and not self.sft_loss_ratio:
-            raise UserError("pref_loss_ratio and sft_loss_ratio are both 0: there is nothing to learn")
+        if "aot_pair" in names:
+            notes.append("loss_type: aot_pair is called aot now, as in TRL; what was aot before is aot_unpaired")
+        rows = [(SYNONYMS.get(name, name), weight) for name, weight in zip(names, weights)]
+        if "sft" in names:
+            self.sft_loss_ratio += sum(weight for name, weight in rows if name == "sft")
+            notes.append(f"loss_type: sft adds its weight to sft_loss_ratio, which is {self.sft_loss_ratio:g}")
+            rows = [(name, weight) for name, weight in rows if name != "sft"]
+        alone = UNPAIRED_LOSSES if len(names) == 1 and not self.loss_weights else ()
+        for name, _ in rows:
+            if name not in LOSSES and name not in alone:
+                possible = ", ".join([*LOSSES, *SYNONYMS, "sft", *alone])
+                raise UserError(f"loss_type: {name!r}; possible are {possible}")
+        if not rows:
+            raise UserError("loss_type: no preference loss; finetune.py learns replies alone")
+        self.loss_type = rows[0][0] if len(rows) == 1 else [name for name, _ in rows]
+        self.loss_weights = [weight for _, weight in rows] if self.loss_weights else None
+        self._check_loss_numbers([name for name, _ in rows])
         return notes
 
+    def _check_loss_numbers(self, names):
+        for key in ("beta", "discopop_tau"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"{key}: {getattr(self, key)}; it must be positive")
+        ratios = ("pref_loss_ratio", "sft_loss_ratio", "desirable_weight", "undesirable_weight")
+        for key in ("simpo_gamma", "dpop_lambda", *ratios):
+            if getattr(self, key) < 0:
+                raise UserError(f"{key}: {getattr(self, key)}; it must not be negative")
+        for key in ratios[2:]:
+            if getattr(self, key) != 1 and not self.is_unpaired:
+                raise UserError(f"{key}: {getattr(self, key)}; only {' and '.join(UNPAIRED_LOSSES)} have it")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"label_smoothing: {self.label_smoothing}; it must be at least 0 and below 0.5")
+        smoothed = [name for name, row in LOSSES.items() if "label_smoothing" in row.extra_keys]
+        if self.label_smoothing and not set(names) & set(smoothed):
+            raise UserError(f"label_smoothing: loss_type {names[0]} has none; {', '.join(smoothed)} have it")
+        if "exo_pair" in names and not self.label_smoothing:
+            raise UserError("label_smoothing: 0.0; exo_pair takes the logarithm of it: set a small one, 0.001")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise UserError(f"ld_alpha: {self.ld_alpha}; it must be between 0 and 1")
+        if self.ld_alpha is not None and self.is_unpaired:
+            raise UserError(f"ld_alpha: {self.ld_alpha}; it compares the replies of a pair; {names[0]} has single ones")
+        if not self.pref_loss_ratio and not self.sft_loss_ratio:
+            raise UserError("pref_loss_ratio and sft_loss_ratio are both 0: there is nothing to learn")
 
-# ======================================================================================================= losses
-# chosen, rejected (N,): log-probabilities of the replies of N pairs under the policy, minus those under the reference
-# (minus 0 without one); float64, see reply_logps(). m = chosen - rejected.
-
-
-def _smoothed(x, label_smoothing):
-    """-(1 - ε) log σ(x) - ε log σ(-x)"""
-    return -(1 - label_smoothing) * F.log_sigmoid(x) - label_smoothing * F.log_sigmoid(-x)
-
-
-def sigmoid_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """DPO: -(1 - ε) log σ(β m) - ε log σ(-β m). Rafailov et al., arXiv 2305.18290, Eq. 7; ε of Mitchell's note on cDPO:
-    the probability that a label is the wrong way round."""
-    return _smoothed(beta * (chosen - rejected), label_smoothing)
-
-
-def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """SLiC: max(0, 1 - β m). Zhao et al., arXiv 2305.10425, in the form of Liu et al., arXiv 2309.06657."""
-    return F.relu(1 - beta * (chosen - rejected))
-
-
-def ipo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """IPO: (m - 1/(2β))², m per token. Azar et al., arXiv 2310.12036, Eq. 17."""
-    return (chosen - rejected - 1 / (2 * beta)) ** 2
-
-
-def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, simpo_gamma: float, label_smoothing: float) -> Tensor:
-    """SimPO: -log σ(β m - γ), m per token and without a reference. Meng et al., arXiv 2405.14734, Eq. 6."""
-    return _smoothed(beta * (chosen - rejected - simpo_gamma / beta), label_smoothing)
-
-
-def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1.0) -> Tensor:
-    """ORPO's odds ratio: -log σ(log odds(chosen) - log odds(rejected)), odds(p) = p / (1 - p), p = exp(log-probability
-    per token). Hong et al., arXiv 2403.07691, Eq. 7; the whole loss is λ times that plus the chosen SFT loss. No β."""
-
-    def log_one_minus(logp):  # log(1 - p); a reply that is certain in float32 would have infinite odds
-        return paddle.log(-paddle.expm1(paddle.clip(logp, max=-1e-7)))
-
-    return -F.log_sigmoid(chosen - rejected - log_one_minus(chosen) + log_one_minus(rejected))
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """A row of LOSSES. A new pairwise loss is a function above and a row below."""
-
-    fn: Callable  # (chosen, rejected, beta, and extra_keys by name) -> (N,) losses
-    needs_reference: bool = True
-    length_normalized: bool = False  # compares log-probabilities per token, not those of whole replies, as Eq. 7 of DPO
-    extra_keys: tuple[str, ...] = ()  # keys of Args that fn takes besides beta
-
-
-LOSSES = {
-    "sigmoid": Loss(sigmoid_loss, extra_keys=("label_smoothing",)),
-    "hinge": Loss(hinge_loss),
-    "ipo": Loss(ipo_loss, length_normalized=True),
-    "simpo": Loss(simpo_loss, False, length_normalized=True, extra_keys=("simpo_gamma", "label_smoothing")),
-    "or": Loss(orpo_loss, False, length_normalized=True),
-}
-
-
-def pair_counts(batches: Iterable[dict]) -> tuple[int, int]:
-    """(pairs, tokens of their chosen replies) of some batches: what the means of a step or an evaluation are over."""
-    tokens = [batch["reply_tokens"][:, 0] for batch in batches if not batch.get("is_dummy")]
-    return sum(map(len, tokens)), int(sum(part.sum() for part in tokens))
-
-
-def loss_and_metrics(policy: Tensor, reference: Tensor, reply_tokens: np.ndarray, counts: tuple, args: Args) -> tuple:
-    """A batch's part of the loss of all pairs that `counts` counts, and of METRICS.
-
-    policy, reference (N, 2): summed log-probabilities of the batch's replies; reply_tokens (N, 2): their tokens.
-    loss = pref_loss_ratio · mean over pairs + sft_loss_ratio · mean over tokens of chosen replies of -log p.
-    Rewards are β (policy - reference); equal ones count one half. Log-probabilities are those that the loss compares.
-    """
-    assert policy.shape == reference.shape and policy.shape[1] == 2, (policy.shape, reference.shape)
-    (pairs, chosen_tokens), loss = counts, LOSSES[args.loss_type]
-    sft = -policy[:, 0].sum() / chosen_tokens
-    if loss.length_normalized:
-        tokens = paddle.to_tensor(reply_tokens.astype("float64"))
-        policy, reference = policy / tokens, reference / tokens
-    ratios, extra = policy - reference, {key: getattr(args, key) for key in loss.extra_keys}
-    preference = loss.fn(ratios[:, 0], ratios[:, 1], args.beta, **extra).sum() / pairs
-    logps, rewards = policy.numpy(), args.beta * ratios.numpy()
-    of_rewards = [count_wins(rewards), (rewards[:, 0] - rewards[:, 1]).sum(), rewards[:, 0].sum(), rewards[:, 1].sum()]
-    sums = [*of_rewards, count_wins(logps), logps[:, 0].sum(), logps[:, 1].sum()]
-    metrics = dict(zip(METRICS, [*(float(value) / pairs for value in sums), float(preference), float(sft)]))
-    return args.pref_loss_ratio * preference + args.sft_loss_ratio * sft, metrics
-
-
-def count_wins(values: np.ndarray) -> float:
-    """(N, 2) -> how often the first is larger; equal ones count one half."""
-    return float((values[:, 0] > values[:, 1]).sum() + 0.5 * (values[:, 0] == values[:, 1]).sum())
-
-
-# ==================================================================================================== both models
-
-
-def model_inputs(batch: dict) -> dict:
-    """What the model is called with to give -log p of the labels, without auxiliary losses."""
-    return {**trainer.model_inputs(batch), "auxiliary_losses": False}
-
-
-def reply_logps(model: CausalLM, batch: dict) -> Tensor:
-    """sum_of_replies() by this model."""
-    return sum_of_replies(model(**model_inputs(batch)), batch)
-
-
-def sum_of_replies(losses: Tensor, batch: dict) -> Tensor:
-    """-log p (B, T) -> (N, 2) float64: summed log-probabilities of the chosen and the rejected reply of the N pairs.
-
-    The loss compares a small difference of such sums: at 300 nats the next float32 is 3e-5 away.
-    """
-    losses = losses.flatten()  # (B * T,): a sequence's logits are never kept
-    reply_ids = batch["reply_ids"].flatten()
-    in_reply = np.flatnonzero(reply_ids >= 0)
-    losses = paddle.gather(losses, paddle.to_tensor(in_reply)).astype("float64")
-    return -paddle.geometric.segment_sum(losses, paddle.to_tensor(reply_ids[in_reply])).reshape([-1, 2])
-
-
-def precompute_reference_logps(
-    model: CausalLM, loader: PreferenceLoader, batches: list[tuple[int, int]], progress: bool = False
-) -> np.ndarray:
-    """(pairs of the loader's data, 2) float64: reply_logps() of every pair in these (epoch, index) batches, others nan.
-
-    A pair is computed in the first batch that has it: bit for bit as the policy does before the first step.
-    """
-    logps = np.full((len(loader.dataset), 2), np.nan)
-
-    def batches_with_new_pairs():
-        seen = np.zeros(len(logps), bool)
-        for epoch, index in tqdm(batches, desc="reference", disable=not progress or None):
-            batch = loader.batch(epoch, index)
-            pairs = np.concatenate(batch["sample_ids"])
-            if not seen[pairs].all():
-                seen[pairs] = True
-                yield batch
-            if seen.all():
-                break
-
-    with trainer.eval_mode(model):
-        for batch, batch_logps in parallel.pipelined_map(model, batches_with_new_pairs(), model_inputs, sum_of_replies):
-            logps[np.concatenate(batch["sample_ids"])] = batch_logps.numpy()
-    return logps
-
-
-@paddle.no_grad()
-def reference_logps(model: CausalLM, batch: dict, precomputed: np.ndarray | None, args: Args) -> Tensor:
-    """(N, 2) of the reference: zeros if the run has none, precomputed ones, or by the model with its adapter off."""
-    if args.reference_free:
-        return paddle.zeros(batch["reply_tokens"].shape, "float64")
-    if precomputed is not None:
-        logps = precomputed[np.concatenate(batch["sample_ids"])]
-        assert not np.isnan(logps).any(), batch["sample_ids"]
-        return paddle.to_tensor(logps)
-    with adapter_disabled(model):
-        return reply_logps(model, batch)
-
-
-def evaluate_pairs(
-    model: CausalLM, loader: PreferenceLoader, precomputed: np.ndarray | None, args: Args, topology: Topology = SINGLE
-) -> dict:
-    """{"eval_loss", "eval_rewards/accuracies" (also as eval_accuracy), …, "eval_pairs"}: means over pairs."""
-    indices = trainer.eval_batches(loader, args.max_evaluate_steps)
-    loss, sums = 0.0, dict.fromkeys(METRICS, 0.0)
-    counts = pair_counts(loader.batch(*index) for index in indices)
-    items = ((loader.batch(*index), is_real) for index, is_real in trainer.local_micro_batches(indices, topology))
-    with trainer.eval_mode(model):
-        inputs, outputs = (lambda item: model_inputs(item[0])), (lambda losses, item: sum_of_replies(losses, item[0]))
-        for (batch, is_real), policy in parallel.pipelined_map(model, items, inputs, outputs):
-            reference = reference_logps(model, batch, precomputed, args)
-            part, metrics = loss_and_metrics(policy, reference, batch["reply_tokens"], counts, args)
-            if is_real:
-                loss += float(part)
-                sums = {name: sums[name] + value for name, value in metrics.items()}
-    loss, sums = topology.all_reduce_sum(loss), topology.all_reduce_sum(sums)
-    sums = {f"eval_{name}": value for name, value in sums.items()}
-    return {"eval_loss": loss, "eval_accuracy": sums["eval_rewards/accuracies"], **sums, "eval_pairs": counts[0]}
+    def _check_reference(self):
+        needing = [row for _, row in self.losses if row.needs_reference]
+        if self.reference_free and (self.is_unpaired or not all(row.only_margin for row in needing)):
+            possible = ", ".join(name for name, row in LOSSES.items() if row.only_margin or not row.needs_reference)
+            raise UserError(f"reference_free: loss_type {self.loss_type} needs a reference; {possible} do not")
+        self.reference_free = self.reference_free or not (needing or self.is_unpaired)
+        if self.sync_ref_model and self.ref_model_update_steps <= 0:
+            self.ref_model_update_steps = self.ref_model_sync_steps
+        if self.ref_model_mixup_alpha is None:
+            self.ref_model_mixup_alpha = 0.6 if self.sync_ref_model else 1.0
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise UserError(f"ref_model_mixup_alpha: {self.ref_model_mixup_alpha}; it must be above 0 and at most 1")
+        if self.ref_model_update_steps <= 0:
+            return []
+        where = f"ref_model_update_steps: {self.ref_model_update_steps}"
+        if self.reference_free:
+            raise UserError(f"{where}: loss_type {self.loss_type} has no reference that could be updated")
+        if trainer.trains_adapter(self):
+            raise UserError(
+                f"{where}: the reference of an adapter is the base model, which is not updated; set it to -1"
+            )
+        if "stage3" in (self.sharding or ""):
+            raise UserError(f"{where}: the reference is a whole model beside the policy; use sharding stage1 or stage2")
+        if self.resume_from_checkpoint:
+            raise UserError(f"{where}: checkpoints do not hold an updated reference, so that such a run cannot resume")
+        return [f"{where}: checkpoints do not hold the reference, so that this run cannot be resumed"]
 
 
 # ======================================================================================================== set-up
@@ -290,13 +222,23 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         layer.dropout = 0.0
 
 
-def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoader:
-    """The loader of the pairs for "train" or "dev"."""
+def check_lengths(model: CausalLM, args: Args) -> None:
+    """UserError if the model has too few positions, or no place for a prefix."""
+    prefix_tokens, reply_end = args.num_prefix_tokens * args.prefix_tuning, args.max_prompt_len + args.max_new_tokens
+    needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}
+    needed = {key: tokens + prefix_tokens for key, tokens in needed.items()}
+    trainer.check_positions(model, args.model_name_or_path, needed)
+    if prefix_tokens and model.distances_count:
+        raise UserError("prefix_tuning: a prefix of a model with ALiBi or windows stands before one sample, not a pair")
+
+
+def make_loader(args: Args, tokenizer: Tokenizer, split: str, share_within: float) -> PreferenceLoader:
+    """The loader of the pairs for "train" or "dev". share_within: of data.pair_sample."""
     is_train, limits = split == "train", (args.max_seq_len, args.max_prompt_len)
     path, options = getattr(args, f"{split}_dataset_path"), RecordOptions.of(args)
-    dataset = PreferenceDataset(path, tokenizer, *limits, split, not args.disable_tqdm, options)
-    loader = PreferenceLoader(
-        dataset,
+    given = path, tokenizer, *limits, split, not args.disable_tqdm, options
+    loader = (UnpairedLoader if args.is_unpaired else PreferenceLoader)(
+        UnpairedDataset(*given) if args.is_unpaired else PreferenceDataset(*given, share_within),
         args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size,
         max_seq_len=args.max_seq_len,
         greedy_zero_padding=args.greedy_zero_padding,
@@ -305,8 +247,19 @@ def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoade
         drop_last=is_train and args.dataloader_drop_last,
         pad_token_id=tokenizer.pad_token_id,
     )
-    trainer.print_data(split, "pairs", loader)
+    trainer.print_data(split, "replies" if args.is_unpaired else "pairs", loader)
     return loader
+
+
+def print_accuracies(before: dict, after: dict, args: Args) -> None:
+    """What training has changed on the dev data."""
+    pairs = "pairs where the chosen reply has the larger", {"rewards": "reward", "logps": "log-probability"}
+    replies = "replies on the right side of the KL by their", {"rewards": "reward"}
+    what, quantities = replies if args.is_unpaired else pairs
+    print(f"share of dev {what} ...")
+    for name, quantity in quantities.items():
+        old, new = (100 * metrics[f"eval_{name}/accuracies"] for metrics in (before, after))
+        print(f"  {quantity}: before {old:.1f} %, after {new:.1f} %")
 
 
 def main(args: Args) -> None:
@@ -315,50 +268,64 @@ def main(args: Args) -> None:
     trainer.check_output_dir(args)
     checkpoint = find_checkpoint(args, topology) if args.do_train else None
     tokenizer = trainer.setup_tokenizer(args)
-    train = make_loader(args, tokenizer, "train") if args.do_train else None
-    dev = make_loader(args, tokenizer, "dev") if args.do_eval else None
+    share_within = trainer.share_within(args.model_name_or_path, "max_seq_len", args.max_seq_len)
+    train = make_loader(args, tokenizer, "train", share_within) if args.do_train else None
+    dev = make_loader(args, tokenizer, "dev", share_within) if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
     model = parallel.from_pretrained(args.model_name_or_path, topology, low_bit=parallel.LowBit.of(args))
     trainer.set_recompute(model, args)
-    trainer.check_shared_prompts(model, args.model_name_or_path, "max_seq_len", args.max_seq_len)
+    trainer.check_trainable(model, args.model_name_or_path)
     trainer.check_vocabulary(model, tokenizer, args.model_name_or_path, args)
-    reply_end = args.max_prompt_len + args.max_new_tokens
-    needed = {"max_seq_len": args.max_seq_len, "max_prompt_len + max_new_tokens": reply_end}
-    trainer.check_positions(model, args.model_name_or_path, needed)
-    dev_reference = before = None
+    check_lengths(model, args)
+    dev_reference = before = moving = None
     if dev and not args.reference_free:
-        indices = trainer.eval_batches(dev, args.max_evaluate_steps)
-        dev_reference = precompute_reference_logps(model, dev, indices, not args.disable_tqdm)
+        dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha, topology
+        dev_reference = precompute_reference_logps(model, dev, *dev_batches)
     shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
     prompts = [dev.dataset.pair(i)[0] for i in shown]
     limits = {"max_new_tokens": args.max_new_tokens, "max_length": model.config.max_model_len, "batch_size": 1}
     replies_before = trainer.generate_replies(model, tokenizer, prompts, **limits)
 
     def evaluate():
-        return evaluate_pairs(model, dev, dev_reference, args, topology)
+        base = dev_reference
+        if moving is not None:
+            moving.follow(model, state.step)
+            base = precompute_reference_logps(moving.model, dev, *dev_batches)
+        return evaluate_pairs(model, dev, base, args, topology)
 
     if args.do_train:
         # ================================================================== 3. reference, adapter, optimizer, log
         before, reference = evaluate() if dev else None, None
-        if not args.reference_free and (not args.lora or topology.pp.size > 1):  # else LoRA can be switched off
+        if args.ref_model_update_steps > 0:
+            moving = MovingReference(args, topology)
+        elif not args.reference_free and (not trainer.trains_adapter(args) or topology.pp.size > 1):
             start, per_epoch, ranks = time.perf_counter(), train.batches_per_epoch, topology.data_size
             steps = range(trainer.total_steps(args, per_epoch, ranks)[0])
             batches = [index for step in steps for index in trainer.micro_batches(step, args, per_epoch, ranks)]
-            reference = precompute_reference_logps(model, train, batches, not args.disable_tqdm)
-            pairs = int((~np.isnan(reference[:, 0])).sum())
-            print(f"reference: log-probabilities of {pairs:,} pairs computed in {time.perf_counter() - start:.1f} s")
+            options = not args.disable_tqdm, args.ld_alpha, topology
+            reference = precompute_reference_logps(model, train, batches, *options)
+            known, unit = int((~np.isnan(reference[:, 0])).sum()), "replies" if args.is_unpaired else "pairs"
+            print(f"reference: log-probabilities of {known:,} {unit} computed in {time.perf_counter() - start:.1f} s")
         setup_adapter(model, args, checkpoint)
-        run = trainer.setup_training(args, model, tokenizer, train, topology, checkpoint=checkpoint, metrics=METRICS)
+        auxiliary = has_auxiliary_losses(model)
+        names = (*(UNPAIRED_METRICS if args.is_unpaired else METRICS), *(["aux_loss"] if auxiliary else []))
+        run = trainer.setup_training(args, model, tokenizer, train, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
-        step_size = pair_counts  # what the means are over: pairs, and tokens of chosen replies
-        inputs = model_inputs  # what the model is called with
+        inputs = training_inputs if auxiliary else model_inputs  # what the model is called with
+
+        def step_size(batches):
+            """What the means are over: pairs, and tokens of chosen replies. First, what the step's losses need."""
+            if moving is not None:
+                moving.follow(model, state.step)
+            prepare_step(model, batches, reference, args, topology, moving)
+            return pair_counts(batches)
 
         def loss_of(losses, batch, size):
             """This micro-batch's part of the step's loss, from the model's losses (B, T)."""
-            base, policy = reference_logps(model, batch, reference, args), sum_of_replies(losses, batch)
-            part, metrics = loss_and_metrics(policy, base, batch["reply_tokens"], size, args)
+            base = reference_logps(model, batch, reference, args)
+            part, metrics = batch_loss(losses, batch, base, size, args, auxiliary)
             if not batch.get("is_dummy"):
                 log.add_metrics(metrics)
             return part
@@ -401,9 +368,11 @@ def main(args: Args) -> None:
         checkpoints.wait()
         # ================================================================== end of the training loop
 
+        if moving is not None:
+            moving.follow(model, state.step)
         trainer.finish_training(run, model, args)
     else:
-        if args.lora_path:
+        if args.lora_path or args.prefix_path:
             setup_adapter(model, args)
             parallel.shard_adapters(model, topology)
         trainer.prepare_output_dir(args, topology)
@@ -414,10 +383,7 @@ def main(args: Args) -> None:
         trainer.write_results(args.output_dir, "dev", metrics, topology)
         print(f"dev: {trainer.format_metrics(metrics)}")
         if before:
-            print("share of dev pairs where the chosen reply has the larger ...")
-            for name, quantity in (("rewards", "reward"), ("logps", "log-probability")):
-                old, new = (100 * values[f"eval_{name}/accuracies"] for values in (before, metrics))
-                print(f"  {quantity}: before {old:.1f} %, after {new:.1f} %")
+            print_accuracies(before, metrics, args)
     replies = trainer.generate_replies(model, tokenizer, prompts, **limits)
     trainer.print_replies([dev.dataset.prompt_text(i) for i in shown], replies_before, replies)
     if args.do_train:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from formats.files import UserError
+from formats.quantization_config import KEYS, read_quantization
 from formats.weight_names import (
     NAMES_BAICHUAN,
     NAMES_BLOOM,
@@ -145,7 +146,7 @@ class ModelConfig:
             raise UserError(f"{path}: no such file; {what} and its weights")
         try:
             source = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON: {error}") from None
         if not isinstance(source, dict):
             raise UserError(f"{path}: must hold a JSON object, found {type(source).__name__}")
@@ -162,8 +163,14 @@ class ModelConfig:
         def number(field, default, kind=int, least=1):
             key = _key(source, field)
             value = default if key is None else source[key]
-            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, kind)
+                or not least <= value < MOST.get(field, MOST_SIZE)
+            ):
                 what = "a positive integer" if kind is int else "a positive number"
+                if isinstance(value, int) and value >= least:
+                    what += f" below {MOST.get(field, MOST_SIZE):,}"
                 raise UserError(f"{path}: {key or SYNONYMS[field][0]} must be {what}, found {value!r}")
             return value
 
@@ -195,8 +202,14 @@ class ModelConfig:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if fields["quantization"] is None:
-            source = {key: value for key, value in source.items() if key not in _QUANTIZATION_KEYS}
+            source = {key: value for key, value in source.items() if key not in KEYS}
         config = ModelConfig(family=family, source=source, **fields)
+        for sizes in filter(None, (config.experts, config.latent)):
+            for field in dataclasses.fields(sizes):
+                value = getattr(sizes, field.name)
+                if field.type == "int" or field.type is int:
+                    if type(value) is not int or not 0 <= value < MOST.get(field.name, MOST_SIZE):
+                        raise UserError(f"{path}: {field.name} must be a whole number, found {value!r}")
         if config.position.startswith("rope") and (config.rotary_dim or config.head_dim) % 2:
             raise UserError(f"{path}: rotary dims must be even, found {config.rotary_dim or config.head_dim}")
         return config
@@ -213,6 +226,12 @@ class ModelConfig:
         if self.quantization is not None:
             source["quantization_config"] = self.quantization
         return json.dumps(source, indent=2, ensure_ascii=False) + "\n"
+
+
+MOST_SIZE, MOST = (
+    1 << 28,
+    {"num_hidden_layers": 1 << 14, "num_experts": 1 << 14},
+)  # of a number of config.json: far beyond any model
 
 
 SYNONYMS = {  # our field: its keys in config.json, in order of preference
@@ -805,60 +824,11 @@ _READ_KEYS = {  # keys that match _LIKE_MATHS, and are read above or change noth
 }  # fmt: skip
 
 
-QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
-    "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
-    "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
-}
-
-
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-DEQUANTIZED = {  # quant_method of what formats/dequantize.py opens as floats: {key: what it may be, the default first}
-    "gptq": {"bits": (4, 2, 3, 8), "checkpoint_format": ("gptq", "gptq_v2", None)},
-    "awq": {"bits": (4, None), "version": ("gemm", "GEMM", None)},
-    "compressed-tensors": {},
-    "fp8": {"fmt": ("e4m3", None)},
-    "fbgemm_fp8": {},
-    "bitsandbytes": {},
-}
-
-
-def _runs_as_integers(quantization):
-    """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other."""
-    extra = any(quantization.get(key) for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"))
-    known = QUANTIZATIONS["gptq"]
-    return not extra and all(quantization.get(key) in known[key] for key in ("bits", "checkpoint_format"))
-
-
 def _quantization(source, path):
     """quantization_config, checked; None for a model of floats, and for one that is opened as floats."""
-    quantization = source.get("quantization_config") or source.get("compression_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method in DEQUANTIZED and not (method == "gptq" and _runs_as_integers(quantization)):
-        for key, allowed in DEQUANTIZED[method].items():
-            if quantization.get(key, allowed[0]) not in allowed:
-                choices = ", ".join(str(a) for a in allowed if a is not None)
-                found = f"{key} = {quantization[key]!r}"
-                raise UserError(f"{path}: quantization_config: {found}; readable are {choices}")
-        if quantization.get("group_size") != 0:
-            return None
-    if method not in QUANTIZATIONS:
-        known = ", ".join(dict.fromkeys((*QUANTIZATIONS, *DEQUANTIZED)))
-        raise UserError(f"{path}: quant_method {method!r} cannot be read; readable are {known}")
-    for key, allowed in QUANTIZATIONS[method].items():
-        if quantization.get(key) not in allowed:
-            choices = ", ".join(str(a) for a in allowed if a is not None)
-            raise UserError(f"{path}: quantization_config: {key} = {quantization.get(key)!r}; readable are {choices}")
-    group = quantization.get("group_size", -1)
-    if not isinstance(group, int) or group == 0 or group < -1:
-        raise UserError(f"{path}: quantization_config: group_size = {group!r}; it must be -1 or positive")
-    for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"):
-        if quantization.get(key):
-            raise UserError(
-                f"{path}: quantization_config: {key} = {quantization[key]!r} is not supported: quantized "
-                "are all linears of the blocks and no others"
-            )
+    quantization, problem = read_quantization(source)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}")
     return quantization
 
 
@@ -899,9 +869,13 @@ def _rope_parameters(source, path):
         if rope[key] is not None:
             entry = f"rope type {rope['rope_type']}: {key} = {json.dumps(rope[key])}"
             raise UserError(f"{path}: {entry} is not supported: it may change the maths")
+    for key, value in rope.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: rope type {rope['rope_type']}: {key} must be a finite number, found {value!r}")
     for key in ("rope_theta", *_ROPE_NEEDS[rope["rope_type"]]):
-        if not isinstance(rope.get(key), (int, float)):
-            raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key}, found {rope.get(key)!r}")
+        value = rope.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise UserError(f"{path}: rope type {rope['rope_type']} needs a number {key} above 0, found {value!r}")
     return rope
 
 

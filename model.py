@@ -570,7 +570,7 @@ class CausalLM(nn.Layer):
         caches: KVCache | None = None,
         labels: paddle.Tensor | None = None,
         return_predictions: bool = False,
-        auxiliary_losses: bool = True,
+        auxiliary_losses: bool | str = True,
     ):
         """input_ids (B, T) int64 -> logits (B, T, V), or with labels (B, T) -> losses (B, T) float32, 0 where -100.
 
@@ -578,7 +578,7 @@ class CausalLM(nn.Layer):
         startend_row_indices (B, 1, T, 1) int32 are FlashMask rows. labels are already shifted: labels[t] is the
         target of position t. return_predictions: (losses, argmax ids (B, T) int64). While training, a family's
         auxiliary losses of the batch (router balance, z-loss) are added to every loss that counts;
-        auxiliary_losses=False: plain -log p.
+        auxiliary_losses=False: plain -log p; "apart": they stand where no loss counts.
         """
         context = self.start_forward(input_ids, position_ids, startend_row_indices, caches)
         x, probabilities = self.comm.run_stages(self, input_ids, context, caches)
@@ -787,7 +787,7 @@ class CausalLM(nn.Layer):
         if self.training and auxiliary_losses:
             auxiliary = self.auxiliary_loss(flat, labels, weight, tied, probabilities, layout)
             if auxiliary is not None:
-                losses = losses + auxiliary * (labels != -100).astype(losses.dtype)
+                losses = losses + auxiliary * ((labels == -100) == (auxiliary_losses == "apart")).astype(losses.dtype)
         losses = self.comm.gather_tokens(losses, layout)
         if not return_predictions:
             return losses

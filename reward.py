@@ -71,9 +71,11 @@ class Args(LoraArgs):
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
         if self.load_best_model_at_end and self.metric_for_best_model not in ("loss", "accuracy"):
             raise UserError(f"metric_for_best_model: {self.metric_for_best_model}; possible here are loss and accuracy")
-        for key in ("pipeline", "context", "sep", "expert", "tensor"):
+        for key in ("pipeline", "context", "sep", "expert"):
             if getattr(self, f"{key}_parallel_degree") > 1:
-                raise UserError(f"{key}_parallel_degree: reward.py runs with data parallelism and sharding only")
+                raise UserError(
+                    f"{key}_parallel_degree: reward.py runs with data and tensor parallelism and sharding only"
+                )
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported by reward.py; use stage2")
         return notes
@@ -272,6 +274,7 @@ def main(args: Args) -> None:
     else:
         if args.lora_path:
             setup_adapter(network, args)
+            parallel.shard_adapters(network, topology)
         trainer.prepare_output_dir(args, topology)
 
     # ====================================================================== 5. evaluation, before and after

@@ -60,7 +60,7 @@ class RewardFunction:
             )
 
         try:
-            return call() if not self.timeout else _within(self.timeout, call, self.name)
+            return within(self.timeout, call, f"reward_funcs: {self.name}")
         except UserError:
             raise
         except Exception as raised:
@@ -89,8 +89,10 @@ def _line_of(error, fn):
     return f"{file}:{line}: " if line else ""
 
 
-def _within(seconds, call, name):
-    """call(), or UserError after so many seconds."""
+def within(seconds: float, call: Callable, name: str) -> object:
+    """call(), or UserError after so many seconds; 0: no limit."""
+    if not seconds:
+        return call()
     outcome = []
 
     def run():
@@ -99,15 +101,30 @@ def _within(seconds, call, name):
         except Exception as error:
             outcome.append((None, error))
 
-    thread = threading.Thread(target=run, daemon=True, name=f"reward {name}")
+    thread = threading.Thread(target=run, daemon=True, name=name)
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise UserError(f"reward_funcs: {name}: no result after {seconds:g} s (reward_timeout)")
+        raise UserError(f"{name}: no result after {seconds:g} s (reward_timeout)")
     result, error = outcome[0]
     if error is not None:
         raise error
     return result
+
+
+def load_function(name: str, key: str) -> Callable:
+    """The function "FILE.py:NAME" that an argument `key` names. UserError for what cannot be loaded."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not function:
+        raise UserError(f"{key}: {name!r}: FILE.py:NAME is needed")
+    if not Path(path).is_file():
+        raise UserError(f"{key}: {path}: no such file")
+    module = _load_module(Path(path).resolve(), key)
+    found = getattr(module, function, None)
+    if not callable(found):
+        offered = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{key}: {path}: has no function {function!r}; it has {', '.join(offered) or 'none'}")
+    return found
 
 
 def load_reward_functions(
@@ -119,19 +136,8 @@ def load_reward_functions(
         raise UserError(f"reward_weights: {len(weights)} numbers for {len(names)} reward_funcs")
     functions = []
     for name, weight in zip(names, weights or [1.0] * len(names)):
-        path, _, function = name.rpartition(":")
-        if not path.endswith(".py") or not function:
-            raise UserError(f"reward_funcs: {name!r}: FILE.py:FUNCTION is needed")
-        if not Path(path).is_file():
-            raise UserError(f"reward_funcs: {path}: no such file")
-        module = _load_module(Path(path).resolve())
-        fn = getattr(module, function, None)
-        if not callable(fn):
-            offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise UserError(
-                f"reward_funcs: {path}: has no function {function!r}; it has {', '.join(offered) or 'none'}"
-            )
-        functions.append(RewardFunction(function, fn, weight, timeout))
+        function = load_function(name, "reward_funcs")
+        functions.append(RewardFunction(name.rpartition(":")[2], function, weight, timeout))
     if len({function.name for function in functions}) < len(functions):
         raise UserError(f"reward_funcs: {', '.join(names)}: each function needs its own name, which the log shows")
     return functions
@@ -155,12 +161,12 @@ def server_reward(url: str, timeout: float = 0.0) -> RewardFunction:
 
 
 @functools.lru_cache(16)
-def _load_module(path):
-    spec = importlib.util.spec_from_file_location(f"reward_funcs_{path.stem}", path)
+def _load_module(path, key):
+    spec = importlib.util.spec_from_file_location(f"{key}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"reward_funcs: {path}: cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(f"{key}: {path}: cannot be imported: {type(error).__name__}: {error}") from error
     return module

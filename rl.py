@@ -30,19 +30,18 @@ import trainer
 from adapters import changes_base, lora_layers
 from arguments import LoraArgs
 from checkpoint import find_checkpoint
+from environments import load_toolbox
 from formats.files import UserError
-from formats.record_files import RecordOptions
-from formats.tokenizer import Tokenizer
 from heads import Policy, add_score_head, remove_score_head, train_score_head
 from model import CausalLM
 from rewards import load_reward_functions, server_reward
-from rollouts import PromptDataset
 
-METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
-           "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
-           "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
-           "time/reward", "time/update")  # fmt: skip
-VALUE_METRICS = ("value_loss", "value_clip_ratio")
+LOWS = {
+    0: "top_k overlong_penalty_factor reward_timeout clip_range_value value_loss_coeff clip_range_ratio kl_loss_coeff "
+    "kl_coeff gamma",
+    1: "max_src_len max_dec_len min_dec_len global_batch_size rollout_n update_iters overlong_reward_buffer "
+    "max_gen_batches max_turns",
+}
 ALGORITHMS = {"grpo": "grpo", "rloo": "rloo", "reinforce_plus_plus": "reinforce_plus_plus", "ppo": "gae"}
 
 
@@ -64,7 +63,10 @@ class Args(LoraArgs):
     reward_weights: list[float] | None = None  # weight of each; None: 1
     reward_model_name_or_path: str | None = None  # folder of a reward model, whose score is one more reward
     reward_server: str | None = None  # URL of a reward server that speaks PaddleNLP's JSON, for one more reward
-    reward_timeout: float = 0.0  # most seconds of one call of a reward function; 0: no limit
+    reward_timeout: float = 0.0  # most seconds of one call of a reward function or a tool; 0: no limit
+    tools: str | list[str] | None = None  # FILE.py:FUNCTION, …: what a reply may call; see docs/rl.md
+    environment_factory: str | None = None  # FILE.py:CLASS: an object for each reply, whose methods it may call
+    max_turns: int = 8  # most turns of a reply that calls tools
     clip_range_score: float = 10.0  # rewards are clipped to [-this, this]
     normalize_reward: bool = False  # whiten the rewards of a rollout
     enable_overlong_reward_buffer: bool = False  # subtract up to overlong_penalty_factor from long replies
@@ -82,6 +84,9 @@ class Args(LoraArgs):
     clip_range_ratio: float = 0.2  # how far a token's probability may move in an update, relative to the engine's
     clip_range_ratio_low: float | None = None  # downwards; None: clip_range_ratio
     clip_range_ratio_high: float | None = None  # upwards; None: clip_range_ratio
+    importance_sampling_mode: str | None = None  # one of rl_math.SAMPLING_CORRECTIONS, for rollouts in other arithmetic
+    importance_sampling_clip_min: float | None = None  # least weight by it
+    importance_sampling_clip_max: float = 3.0  # largest weight by it
     dual_clip: float | None = None  # largest ratio of tokens with a negative advantage, above 1
     clip_range_value: float = 5.0  # gae: how far a value may move from the one before the updates
     value_loss_coeff: float = 0.1  # gae: weight of the value loss
@@ -117,6 +122,9 @@ class Args(LoraArgs):
         train_batch_size=global_batch_size ppo_mini_batch_size=global_mini_batch_size ppo_epochs=update_iters
         clip_ratio=clip_range_ratio clip_ratio_low=clip_range_ratio_low clip_ratio_high=clip_range_ratio_high
         clip_ratio_c=dual_clip kl_loss_coef=kl_loss_coeff max_response_length=max_dec_len
+        max_assistant_turns=max_turns vllm_importance_sampling_mode=importance_sampling_mode
+        vllm_importance_sampling_clip_max=importance_sampling_clip_max
+        vllm_importance_sampling_clip_min=importance_sampling_clip_min
     """.split()
     )
     refused = {
@@ -142,33 +150,26 @@ class Args(LoraArgs):
         self._check_numbers()
         self._resolve_algorithm()
         self._check_steps()
-        for key in ("pipeline", "context", "sep", "expert", "tensor"):
+        return notes
+
+    def check_topology(self) -> None:
+        for key in ("pipeline", "context", "sep", "expert"):
             if getattr(self, f"{key}_parallel_degree") > 1:
-                raise UserError(f"{key}_parallel_degree: rl.py runs with data parallelism and sharding only")
+                raise UserError(f"{key}_parallel_degree: rl.py runs with data and tensor parallelism and sharding only")
+        if (self.tools or self.environment_factory) and self.tensor_parallel_degree > 1:
+            raise UserError("tools: each rank of tensor parallelism would call them; leave tensor_parallel_degree out")
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
-        return notes
 
     def check_dry_run(self) -> list[str]:
         self.max_length = self.max_length or self.max_src_len + self.max_dec_len
         return super().check_dry_run()
 
     def _check_numbers(self):
-        lows = {"max_src_len": 1, "max_dec_len": 1, "min_dec_len": 1, "global_batch_size": 1, "rollout_n": 1}
-        lows |= {"update_iters": 1, "top_k": 0, "overlong_reward_buffer": 1, "overlong_penalty_factor": 0}
-        lows |= {
-            "max_gen_batches": 1,
-            "reward_timeout": 0,
-            "clip_range_value": 0,
-            "value_loss_coeff": 0,
-            "clip_range_ratio": 0,
-            "kl_loss_coeff": 0,
-            "kl_coeff": 0,
-            "gamma": 0,
-        }
-        for key, low in lows.items():
-            if getattr(self, key) is not None and getattr(self, key) < low:
-                raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
+        for low, keys in LOWS.items():
+            for key in keys.split():
+                if getattr(self, key) is not None and getattr(self, key) < low:
+                    raise UserError(f"{key}: {getattr(self, key)}; it must be at least {low}")
         if self.rollout_n > 128:
             raise UserError(f"rollout_n: {self.rollout_n}; at most 128 replies to a prompt")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.clip_range_score <= 0:
@@ -176,6 +177,7 @@ class Args(LoraArgs):
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError(f"dual_clip: {self.dual_clip}; it must be above 1")
         choices = {"loss_type": rl_math.LOSS_TYPES, "importance_sampling_level": ("token", "sequence")}
+        choices |= {"importance_sampling_mode": (*rl_math.SAMPLING_CORRECTIONS, None)}
         choices |= {"scale_rewards": ("group", "batch", "none"), "advantage_estimator": (*rollouts.ESTIMATORS, None)}
         for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None), "repetition_penalty": (1.0,)}).items():
             if getattr(self, key) not in possible:
@@ -252,7 +254,7 @@ def loss_and_metrics(
     outputs: of heads.Policy. loss = pg_loss_coeff · policy loss + kl_loss_coeff · KL + value_loss_coeff · value loss
     - entropy_coeff · entropy, each a mean as loss_type says.
     """
-    names = ("logps", "advantages", "ref_logps", "values", "returns")
+    names = ("logps", "advantages", "ref_logps", "values", "returns", "weights")
     arrays = {name: paddle.to_tensor(batch[name]) for name in names if name in batch}
     logps, segments = outputs["logps"].astype("float64"), batch["segments"]
     options = rl_math.LossOptions(
@@ -263,7 +265,7 @@ def loss_and_metrics(
         dual_clip=args.dual_clip,
     )
     losses, clipped = rl_math.policy_losses(logps, arrays["logps"], arrays["advantages"], segments, options)
-    losses = args.pg_loss_coeff * losses
+    losses = args.pg_loss_coeff * losses * arrays.get("weights", 1.0)
     metrics = {name: float(where.sum()) / max(1, counts.tokens) for name, where in clipped.items()}
     if "ref_logps" in arrays:
         kl = rl_math.kl_estimates(logps, arrays["ref_logps"])
@@ -297,17 +299,6 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         layer.dropout = 0.0
 
 
-def make_prompts(args: Args, tokenizer: Tokenizer, split: str) -> PromptDataset:
-    """The prompts of "train" or "dev"."""
-    path = args.train_datasets if split == "train" else args.eval_datasets
-    options = RecordOptions.of(args)
-    if args.prompt_key:
-        options.columns = {**options.columns, "src": args.prompt_key}
-    dataset = PromptDataset(path, tokenizer, args.max_src_len, split, not args.disable_tqdm, options)
-    print(f"{split}: {len(dataset):,} prompts of at most {dataset.longest} tokens")
-    return dataset
-
-
 @dataclasses.dataclass
 class Steps:
     """What trainer.setup_training() must know of the data: how many updates are an epoch."""
@@ -325,8 +316,9 @@ def main(args: Args) -> None:
     tokenizer = trainer.setup_tokenizer(args)
     if args.reward_model_name_or_path:
         functions.append(rollouts.RewardModel(args.reward_model_name_or_path, tokenizer, topology))
-    train = make_prompts(args, tokenizer, "train") if args.do_train else None
-    dev = make_prompts(args, tokenizer, "dev") if args.do_eval else None
+    toolbox = load_toolbox(args.tools, args.environment_factory, tokenizer, args.reward_timeout, args.max_turns)
+    train = rollouts.make_prompts(args, tokenizer, "train", toolbox) if args.do_train else None
+    dev = rollouts.make_prompts(args, tokenizer, "dev", toolbox) if args.do_eval else None
 
     # ====================================================================== 2. model, and what it does before training
     model = parallel.from_pretrained(args.model_name_or_path, topology, low_bit=parallel.LowBit.of(args))
@@ -339,24 +331,22 @@ def main(args: Args) -> None:
         setup_adapter(model, args, checkpoint)
     elif args.lora_path:
         setup_adapter(model, args)
+        parallel.shard_adapters(model, topology)
     before = engine = None
     if dev:
-        engine = rollouts.make_engine(model, tokenizer, dev.longest, args.max_dec_len, min(64, len(dev)), 1)
+        engine = rollouts.make_engine(model, tokenizer, dev.longest, args.max_dec_len, min(64, len(dev)), 1, topology)
 
     def evaluate():
         return rollouts.evaluate_prompts(engine, dev, functions, args, topology)[0]
 
     if args.do_train:
         # ================================================================== 3. reference, optimizer, rollouts, log
-        if dev:
-            before = rollouts.evaluate_prompts(engine, dev, functions, args, topology)
         maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology)
-        of_functions = [f"rewards/{name}/{what}" for name in maker.names for what in ("mean", "std")]
-        updates = math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout
-        steps = Steps(updates * topology.data_size)
-        names = (*METRICS, *(VALUE_METRICS if args.advantage_estimator == "gae" else ()), *of_functions)
+        steps = Steps(math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout * topology.data_size)
+        names = rollouts.metric_names(args, maker.names)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
+        before = rollouts.evaluate_prompts(engine, dev, functions, args, topology) if dev else None
         if args.critic_learning_rate is not None:
             scale = args.critic_learning_rate / args.learning_rate
             optimizer.lr_scale |= {

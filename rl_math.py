@@ -144,6 +144,27 @@ def policy_losses(
     return -paddle.minimum(ratio * advantages, bounded * advantages), clipped
 
 
+SAMPLING_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+def sampling_weights(
+    logps: np.ndarray, sampled_logps: np.ndarray, correction: str, low: float | None, high: float
+) -> np.ndarray:
+    """Weights (M,) of a reply's tokens that were sampled with other arithmetic than they are trained with, such as
+    rounded weights: w = p_trainer / p_engine of each token, or of the whole reply ("sequence").
+
+    "truncate": within [low, high]; Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+    training", 2025. "mask": 0 outside. logps, sampled_logps: (M,) by the trainer, before the updates, and the engine.
+    """
+    difference = logps - sampled_logps
+    if correction.startswith("sequence"):
+        difference = np.full(len(logps), difference.sum())
+    weights, low = np.exp(difference), 0.0 if low is None else low
+    if correction.endswith("truncate"):
+        return np.clip(weights, low, high)
+    return np.where((weights < low) | (weights > high), 0.0, weights)
+
+
 def kl_estimates(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """k3 = exp(ref - logp) - (ref - logp) - 1 >= 0, unbiased for KL(p || p_ref); Schulman, "Approximating KL
     divergence", 2020; GRPO's Eq. 4. (M,)"""

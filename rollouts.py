@@ -31,6 +31,8 @@ import rl_math
 import trainer
 from adapters import adapter_disabled
 from data import IGNORED, TokenizedRecords, conversation_prompt, epoch_order, longest_text
+from distributed.tensor import local_heads
+from environments import Toolbox
 from formats.files import UserError, atomic_file, parse_json_line
 from formats.record_files import RecordOptions, RecordReader
 from formats.records import PAIRS, Conversation, parse_pair, parse_prompt, record_format
@@ -38,8 +40,9 @@ from formats.tokenizer import Tokenizer, load_tokenizer
 from heads import Policy, ScoreModel, load_reward_model, scored_sample
 from model import CausalLM
 from parallel import Topology
-from serving.engine import Engine, Request, SamplingParams
+from serving.engine import Engine, Request
 from serving.runners import make_runner
+from serving.sampling import SamplingParams
 
 BLOCK_SIZE = 16  # tokens of a block of the engine's cache
 
@@ -50,7 +53,8 @@ class PromptDataset(TokenizedRecords):
     """Prompts of a file, a folder with {split}.json, several of them, or a blend; truncated to max_src_len.
 
     A record has any of the formats of docs/data.md; its last reply, if there is one, is not shown. All keys of a record
-    are columns for the reward functions. UserError: missing or empty file, or a bad record (file:line).
+    are columns for the reward functions. toolbox: what replies may call, which the chat template shows in each prompt.
+    UserError: missing or empty file, or a bad record (file:line).
     """
 
     def __init__(
@@ -61,24 +65,39 @@ class PromptDataset(TokenizedRecords):
         split: str = "train",
         progress: bool = False,
         options: RecordOptions | None = None,
+        toolbox: Toolbox | None = None,
     ):
-        self.tokenizer, self.max_src_len = tokenizer, max_src_len
+        self.tokenizer, self.max_src_len, self.toolbox = tokenizer, max_src_len, toolbox
         self._read(RecordReader(path, split, options, progress), self._encode, 1, "none of the {} prompts has tokens")
         self.longest = int(self.lengths.max()) + 1
 
     def _conversation(self, record, where):
         if record_format(record, PAIRS) is None:
-            return parse_prompt(record, where)
-        pair = parse_pair(record, where)
-        return Conversation(pair.context, [*pair.history, (pair.prompt, "")], [], pair.is_plain)
+            conversation = parse_prompt(record, where)
+        else:
+            pair = parse_pair(record, where)
+            conversation = Conversation(pair.context, [*pair.history, (pair.prompt, "")], [], pair.is_plain)
+        if self.toolbox is None:
+            return conversation
+        if conversation.context.get("tools"):
+            raise UserError(f"{where}: the record has tools of its own, which rl.py could not call; leave the key out")
+        return conversation._replace(context={**conversation.context, "tools": self.toolbox.schemas}, is_plain=False)
 
-    def _encode(self, record, where):
+    def _encode(self, record, where, more=""):
         conversation = self._conversation(record, where)
+        *rounds, (prompt, reply) = conversation.rounds
+        if more and isinstance(prompt, str):
+            conversation = conversation._replace(rounds=[*rounds, (prompt + more, reply)])
+        elif more:
+            raise UserError(f"{where}: the text of reset() can follow only a prompt that is a text")
         ids = conversation_prompt(self.tokenizer, conversation, self.max_src_len, self.max_src_len)
         return [ids] if ids else "no prompt"
 
-    def ids(self, i: int) -> np.ndarray:
-        """Prompt number -> its ids, int32."""
+    def ids(self, i: int, more: str = "") -> np.ndarray:
+        """Prompt number -> its ids, int32; more: text that follows the last user turn."""
+        if more:
+            record = self.reader.rename(self.record(i))
+            return np.array(self._encode(record, self.where(i), more)[0], np.int32)
         return self._tokens[self._ends[self.numbers[i]] : self._ends[self.numbers[i] + 1]]
 
     def text(self, i: int) -> str:
@@ -94,6 +113,17 @@ class PromptDataset(TokenizedRecords):
         return numbers
 
 
+def make_prompts(args: object, tokenizer: Tokenizer, split: str, toolbox: Toolbox | None) -> PromptDataset:
+    """The prompts of "train" or "dev"."""
+    path = args.train_datasets if split == "train" else args.eval_datasets
+    options = RecordOptions.of(args)
+    if args.prompt_key:
+        options.columns = {**options.columns, "src": args.prompt_key}
+    dataset = PromptDataset(path, tokenizer, args.max_src_len, split, not args.disable_tqdm, options, toolbox)
+    print(f"{split}: {len(dataset):,} prompts of at most {dataset.longest} tokens")
+    return dataset
+
+
 @functools.lru_cache(2)
 def _order(n, seed, epoch):
     return epoch_order(n, seed, epoch)
@@ -104,23 +134,33 @@ def _order(n, seed, epoch):
 
 @dataclasses.dataclass
 class Reply:
-    """One reply of the model; T tokens, the end token among them if it was given."""
+    """One reply of the model; T tokens, the end token among them if it was given.
+
+    A reply of several turns holds what tools returned too, which is not learned: M of its T tokens are the model's.
+    """
 
     token_ids: list[int]
-    logps: np.ndarray  # (T,) float64, by the engine when it sampled them
-    text: str
+    logps: np.ndarray  # (M,) float64, by the engine when it sampled them; see correct_sampling()
+    text: str  # of the last turn
     is_cut: bool = False  # it reached max_dec_len without an end
-    entropy: float = 0.0  # mean over its tokens, in nats
+    entropy: float = 0.0  # mean over the model's tokens, in nats
+    learned: np.ndarray | None = None  # (T,) bool: the model's tokens; None: all
+    messages: list | None = None  # of several turns: the reply as OpenAI has it
+    calls: int = 0  # of tools
+    failures: int = 0  # of these calls
     scores: list = dataclasses.field(default_factory=list)  # of each reward function; None: it does not apply
     reward: float = math.nan  # nan: no function applies, so nothing is learned from it
-    ref_logps: np.ndarray | None = None  # (T,) under the reference
-    values: np.ndarray | None = None  # (T,) by the value head before the updates
-    advantages: np.ndarray | None = None  # (T,)
-    returns: np.ndarray | None = None  # (T,) what the value head learns
+    ref_logps: np.ndarray | None = None  # (M,) under the reference
+    values: np.ndarray | None = None  # (M,) by the value head before the updates
+    old_logps: np.ndarray | None = None  # (M,) by the trainer before the updates, if sampling is corrected
+    weights: np.ndarray | None = None  # (M,) rl_math.sampling_weights()
+    advantages: np.ndarray | None = None  # (M,)
+    returns: np.ndarray | None = None  # (M,) what the value head learns
+    environment: object = None  # whose methods are its tools
 
     def to_json(self) -> dict:
         """What a file of rollouts holds of it."""
-        return {
+        row = {
             "text": self.text,
             "token_ids": self.token_ids,
             "logps": [float(x) for x in self.logps],
@@ -128,6 +168,10 @@ class Reply:
             "entropy": self.entropy,
             "scores": self.scores,
         }
+        if self.messages is None:
+            return row
+        learned = None if self.learned is None else self.learned.astype(int).tolist()
+        return row | {"learned": learned, "messages": self.messages, "calls": self.calls, "failures": self.failures}
 
 
 @dataclasses.dataclass
@@ -140,17 +184,25 @@ class Group:
 
 
 def make_engine(
-    model: CausalLM, tokenizer: Tokenizer, longest_prompt: int, max_dec_len: int, sequences: int, replies: int
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    longest_prompt: int,
+    max_dec_len: int,
+    sequences: int,
+    replies: int,
+    topology: Topology,
 ) -> Engine:
     """An Engine on the model's own weights with room for `sequences` replies at once, `replies` to each prompt.
 
-    Its runner computes with the model's layers, LoRA included: no copy of the weights could be out of date.
+    Its runner computes with the model's layers, LoRA included: no copy of the weights could be out of date. Under
+    tensor parallelism all ranks of tp take the same steps: logits are gathered, and every rank samples the same tokens.
     """
+    first_key, stop_key = local_heads(model.config, topology.tp.size, topology.tp.rank)[1]
     prompts = -(-sequences // replies)
     prompt_blocks, reply_blocks = -(-longest_prompt // BLOCK_SIZE), -(-max_dec_len // BLOCK_SIZE) + 1
     num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
     return Engine(
-        make_runner(model, num_blocks, BLOCK_SIZE),
+        make_runner(model, num_blocks, BLOCK_SIZE, key_heads=stop_key - first_key),
         tokenizer,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
@@ -176,21 +228,88 @@ def sampling_params(args: object, seed: int) -> SamplingParams:
 
 
 def generate_groups(engine: Engine, dataset: PromptDataset, numbers: list[int], params: list) -> list[Group]:
-    """The replies to these prompts, with params[i] for the i-th."""
-    prompts = [dataset.ids(number) for number in numbers]
+    """The replies to these prompts, with params[i] for the i-th; with a toolbox in one or several turns."""
+    toolbox, groups = dataset.toolbox, []
+    environments = [[None] * p.n for p in params]
+    if toolbox is None or toolbox.factory is None:
+        prompts = [dataset.ids(number) for number in numbers]
+    else:
+        environments = [[toolbox.factory() for _ in made] for made in environments]
+        prompts = [_reset_prompt(dataset, number, made) for number, made in zip(numbers, environments)]
     requests = [Request(ids.tolist(), p) for ids, p in zip(prompts, params)]
-    groups = []
-    for number, ids, completions in zip(numbers, prompts, engine.generate(requests)):
-        replies = []
-        for completion in completions:
-            if completion.finish_reason == "error":
-                raise UserError(f"{dataset.where(number)}: the model's logits are not finite; lower learning_rate")
-            logps = np.array([logprob for logprob, _ in completion.logprobs or ()])
-            entropy = float(np.mean(completion.entropies)) if completion.entropies else 0.0
-            is_cut = completion.finish_reason == "length"
-            replies.append(Reply(completion.token_ids, logps, completion.text, is_cut, entropy))
+    for number, ids, completions, made in zip(numbers, prompts, engine.generate(requests), environments):
+        replies = [_turn(completion, dataset.where(number)) for completion in completions]
+        for reply, environment in zip(replies, made):
+            reply.environment = environment
         groups.append(Group(number, ids, replies))
+    if toolbox is not None:
+        _play_on(engine, dataset, groups, params)
     return groups
+
+
+def _turn(completion, where):
+    """A Completion of the engine -> Reply."""
+    if completion.finish_reason == "error":
+        raise UserError(f"{where}: the model's logits are not finite; lower learning_rate")
+    logps = np.array([logprob for logprob, _ in completion.logprobs or ()])
+    entropy = float(np.mean(completion.entropies)) if completion.entropies else 0.0
+    return Reply(completion.token_ids, logps, completion.text, completion.finish_reason == "length", entropy)
+
+
+def _reset_prompt(dataset, number, environments):
+    """The prompt's ids, after reset() of the environments of all replies to it, which must say the same."""
+    texts = {environment.reset(**dataset.record(number)) or "" for environment in environments}
+    if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"environment_factory: {dataset.where(number)}: reset() must give all replies the same text")
+    return dataset.ids(number, texts.pop())
+
+
+def _play_on(engine, dataset, groups, params):
+    """Replies that call tools go on with the results, until none does or their tokens or turns are used up.
+
+    A request for the next turn is the prompt and all ids of the reply so far; the engine's cache knows most of them.
+    """
+    toolbox = dataset.toolbox
+    playing = [(g, i, reply) for g, group in enumerate(groups) for i, reply in enumerate(group.replies)]
+    starts = {id(reply): 0 for *_, reply in playing}  # of the turn that was written last
+    for _, _, reply in playing:
+        reply.messages = [{"role": "assistant", "content": reply.text}]
+    for turn in range(1, toolbox.max_turns):
+        asked, requests = [], []
+        for g, i, reply in playing:
+            calls = [] if reply.is_cut else toolbox.calls_in(reply.token_ids[starts[id(reply)] :])
+            if not calls:
+                continue
+            results = [toolbox.call(call, reply.environment) for call in calls]
+            reply.calls, reply.failures = reply.calls + len(calls), reply.failures + sum(bad for _, bad in results)
+            texts = [text for text, _ in results]
+            ids = toolbox.results_ids(calls, texts)
+            room = params[g].max_tokens - len(reply.token_ids) - len(ids)
+            reply.messages[-1] = {**reply.messages[-1], "tool_calls": calls}
+            if room < 1:
+                reply.is_cut = True
+                continue
+            reply.messages += [{"role": "tool", "content": text} for text in texts]
+            learned = np.ones(len(reply.token_ids), bool) if reply.learned is None else reply.learned
+            reply.learned = np.concatenate([learned, np.zeros(len(ids), bool)])
+            reply.token_ids = [*reply.token_ids, *ids]
+            p, seed = params[g], seed_of(params[g].seed or 0, i, turn)
+            prompt = [*groups[g].prompt_ids.tolist(), *reply.token_ids]
+            requests.append(Request(prompt, dataclasses.replace(p, n=1, max_tokens=room, min_tokens=0, seed=seed)))
+            asked.append((g, i, reply))
+        playing = asked
+        for (g, _, reply), (completion,) in zip(playing, engine.generate(requests) if requests else ()):
+            _append_turn(reply, _turn(completion, dataset.where(groups[g].number)), starts)
+
+
+def _append_turn(reply, turn, starts):
+    starts[id(reply)] = len(reply.token_ids)
+    before, now = len(reply.logps), len(turn.logps)
+    reply.entropy = (before * reply.entropy + now * turn.entropy) / max(1, before + now)
+    reply.token_ids, reply.text, reply.is_cut = [*reply.token_ids, *turn.token_ids], turn.text, turn.is_cut
+    reply.learned = np.concatenate([reply.learned, np.ones(len(turn.token_ids), bool)])
+    reply.logps = np.concatenate([reply.logps, turn.logps])
+    reply.messages.append({"role": "assistant", "content": turn.text})
 
 
 def write_rollouts(path: Path, rollout: int, groups: list[Group], names: list[str]) -> None:
@@ -223,7 +342,10 @@ def read_rollouts(path: str | Path) -> dict[int, list[Group]]:
 
 def group_of(row: dict) -> Group:
     """A line of a file of rollouts -> Group."""
-    replies = [Reply(**{**reply, "logps": np.array(reply["logps"])}) for reply in row["replies"]]
+    replies = []
+    for reply in row["replies"]:
+        learned = reply.get("learned") and np.array(reply["learned"], bool)
+        replies.append(Reply(**{**reply, "logps": np.array(reply["logps"]), "learned": learned}))
     return Group(row["number"], np.array(row["prompt_ids"], np.int32), replies)
 
 
@@ -266,8 +388,11 @@ class RewardModel:
         return found
 
 
-def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -> None:
-    """reply.scores of all replies by these functions; each function is called once with all of them."""
+def score_groups(groups: list[Group], functions: list, dataset: PromptDataset, topology: Topology) -> None:
+    """reply.scores of all replies by these functions; each function is called once with all of them.
+
+    Of the ranks of tp, which have the same replies, only the first calls Python functions; the others have no scores.
+    """
     replies = [reply for group in groups for reply in group.replies]
     records, prompts, where = [], [], []
     for group in groups:
@@ -279,15 +404,21 @@ def score_groups(groups: list[Group], functions: list, dataset: PromptDataset) -
     keys = {key for record in records for key in record} - {"prompt", "completion", "prompts", "completions"}
     columns = {key: [record.get(key) for record in records] for key in keys - {"completion_ids"}}
     ids = [reply.token_ids for reply in replies]
-    texts = [  # as TRL, a message where the prompt is messages
-        [{"role": "assistant", "content": reply.text}] if isinstance(prompt, list) else reply.text
+    if dataset.toolbox is not None and dataset.toolbox.factory is not None:
+        columns["environments"] = [reply.environment for reply in replies]
+    texts = [  # as TRL, messages where the prompt is messages or tools may be called
+        reply.messages or ([{"role": "assistant", "content": reply.text}] if isinstance(prompt, list) else reply.text)
         for reply, prompt in zip(replies, prompts)
     ]
     for reply in replies:
         reply.scores = []
     for function in functions:
-        is_model = isinstance(function, RewardModel)
-        scores = function.scores(groups) if is_model else function(prompts, texts, ids, columns, where)
+        if isinstance(function, RewardModel):
+            scores = function.scores(groups)
+        elif topology.tp.rank == 0:
+            scores = function(prompts, texts, ids, columns, where)
+        else:
+            scores = [None] * len(replies)
         for reply, score in zip(replies, scores):
             reply.scores.append(score)
 
@@ -301,7 +432,7 @@ def combine_scores(groups: list[Group], weights: list[float], args: object) -> N
         limit = args.clip_range_score
         reply.reward = max(-limit, min(limit, sum(known))) if known else math.nan
     if args.enable_overlong_reward_buffer:
-        lengths = np.array([len(reply.token_ids) for reply in replies])
+        lengths = np.array([len(reply.logps) for reply in replies])
         options = args.max_dec_len, args.overlong_reward_buffer, args.overlong_penalty_factor
         for reply, penalty in zip(replies, rl_math.overlong_penalty(lengths, *options)):
             reply.reward += float(penalty)
@@ -336,10 +467,10 @@ def estimate_advantages(groups: list[Group], args: object) -> None:
         else:
             advantages = rl_math.leave_one_out_advantages(rewards)
         for reply, advantage in zip(replies, advantages.reshape(-1)):
-            reply.advantages = np.full(len(reply.token_ids), advantage)
+            reply.advantages = np.full(len(reply.logps), advantage)
     if args.normalize_advantage:
         white = rl_math.whiten(np.concatenate([reply.advantages for reply in replies]))
-        ends = np.cumsum([len(reply.token_ids) for reply in replies])
+        ends = np.cumsum([len(reply.logps) for reply in replies])
         for reply, part in zip(replies, np.split(white, ends[:-1])):
             reply.advantages = part
 
@@ -349,10 +480,26 @@ def _sequence_reward(reply, args):
     return reply.reward - args.kl_coeff * kl
 
 
+def correct_sampling(groups: list[Group], args: object) -> dict[str, float]:
+    """reply.weights, and reply.logps become the trainer's; returns TRL's metrics of the weights before the limits."""
+    ratios = []
+    for reply in (reply for group in groups for reply in group.replies):
+        limits = args.importance_sampling_clip_min, args.importance_sampling_clip_max
+        weights = functools.partial(
+            rl_math.sampling_weights, reply.old_logps, reply.logps, args.importance_sampling_mode
+        )
+        reply.weights = weights(*limits)
+        ratios.append(weights(None, math.inf))
+        reply.logps = reply.old_logps
+    ratios = np.concatenate(ratios)
+    found = {"min": ratios.min(), "mean": ratios.mean(), "max": ratios.max()}
+    return {f"sampling/importance_sampling_ratio/{name}": float(value) for name, value in found.items()}
+
+
 # ============================================================================================================ batches
 
 
-def group_sample(prompt: np.ndarray, replies: list[list[int]]) -> tuple[np.ndarray, ...]:
+def group_sample(prompt: np.ndarray, replies: list[Reply]) -> tuple[np.ndarray, ...]:
     """Ids of a prompt and G replies -> input_ids, labels, position_ids, rows, replies as one sequence, int64.
 
         prompt p1 .. pn, replies a1 .. aj, b1 .. bk
@@ -362,12 +509,13 @@ def group_sample(prompt: np.ndarray, replies: list[list[int]]) -> tuple[np.ndarr
         rows          end of group   end of a           end of b           FlashMask: rows from there on do not see it
         replies       -1             0                  1
 
-    It is data.pair_sample() for any number of replies.
+    Tokens that a tool returned have the label -100. It is data.pair_sample() for any number of replies.
     """
-    n, lengths = len(prompt) - 1, np.array([len(reply) for reply in replies])
+    n, lengths = len(prompt) - 1, np.array([len(reply.token_ids) for reply in replies])
     ends = n + np.cumsum(lengths)
-    input_ids = np.concatenate([prompt[:n], *(part for ids in replies for part in (prompt[n:], ids[:-1]))])
-    labels = np.concatenate([np.full(n, IGNORED), *replies])
+    input_ids = np.concatenate([prompt[:n], *(part for r in replies for part in (prompt[n:], r.token_ids[:-1]))])
+    learned = (r.token_ids if r.learned is None else np.where(r.learned, r.token_ids, IGNORED) for r in replies)
+    labels = np.concatenate([np.full(n, IGNORED), *learned])
     positions = np.concatenate([np.arange(n), *(n + np.arange(length) for length in lengths)])
     rows = np.concatenate([np.full(n, ends[-1]), np.repeat(ends, lengths)])
     numbers = np.concatenate([np.full(n, -1), np.repeat(np.arange(len(replies)), lengths)])
@@ -409,7 +557,7 @@ def pack_groups(groups: list[Group], rows: int, max_length: int, pad_token_id: i
 def _collate(rows, groups, pad_token_id):
     """Rows of pieces -> a batch as wide as its longest row."""
     samples = [
-        [group_sample(groups[g].prompt_ids, [groups[g].replies[i].token_ids for i in numbers]) for g, numbers in row]
+        [group_sample(groups[g].prompt_ids, [groups[g].replies[i] for i in numbers]) for g, numbers in row]
         for row in rows
     ]
     B, T = len(rows), max(sum(len(sample[0]) for sample in row) for row in samples)
@@ -430,7 +578,7 @@ def _collate(rows, groups, pad_token_id):
             batch["startend_row_indices"][b, 0, start : start + len(ids), 0] = start + mask_rows
             start += len(ids)
         batch["position_ids"][b, start:] = np.arange(T - start)
-    batch["reply_tokens"] = np.array([len(groups[g].replies[i].token_ids) for g, i in batch["places"]], np.int64)
+    batch["reply_tokens"] = np.array([len(groups[g].replies[i].logps) for g, i in batch["places"]], np.int64)
     batch["segments"] = np.repeat(np.arange(len(batch["places"])), batch["reply_tokens"])
     return batch
 
@@ -478,10 +626,30 @@ class Rollout:
         return {name: value / topology.data_size for name, value in metrics.items()}
 
 
+METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
+           "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
+           "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
+           "time/reward", "time/update")  # fmt: skip
+TOOL_METRICS = ("tools/call_frequency", "tools/failure_frequency")
+RATIO_METRICS = tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max"))
+VALUE_METRICS = ("value_loss", "value_clip_ratio")
+
+
+def metric_names(args: object, functions: list[str]) -> tuple[str, ...]:
+    """Names in the log of a run with these reward functions."""
+    return (
+        *METRICS,
+        *(VALUE_METRICS if args.advantage_estimator == "gae" else ()),
+        *(RATIO_METRICS if args.importance_sampling_mode else ()),
+        *(TOOL_METRICS if args.tools or args.environment_factory else ()),
+        *(f"rewards/{name}/{what}" for name in functions for what in ("mean", "std")),
+    )
+
+
 def rollout_metrics(groups: list[Group], names: list[str]) -> dict[str, float]:
     """TRL's metrics of rewards and replies."""
     replies = [reply for group in groups for reply in group.replies]
-    rewards, lengths = np.array([r.reward for r in replies]), np.array([len(r.token_ids) for r in replies])
+    rewards, lengths = np.array([r.reward for r in replies]), np.array([len(r.logps) for r in replies])
     stds = [rl_math.sample_std(rl_math.known(np.array([r.reward for r in group.replies]))) for group in groups]
     metrics = {
         "reward": float(np.mean(rl_math.known(rewards))) if len(rl_math.known(rewards)) else math.nan,
@@ -492,6 +660,10 @@ def rollout_metrics(groups: list[Group], names: list[str]) -> dict[str, float]:
         "completions/clipped_ratio": float(np.mean([reply.is_cut for reply in replies])),
         "entropy": float(np.average([reply.entropy for reply in replies], weights=lengths)),
     }
+    if any(reply.messages is not None for reply in replies):
+        calls = sum(reply.calls for reply in replies)
+        metrics["tools/call_frequency"] = calls / len(replies)
+        metrics["tools/failure_frequency"] = sum(reply.failures for reply in replies) / max(1, calls)
     for i, name in enumerate(names):
         scores = np.array([r.scores[i] for r in replies if r.scores[i] is not None])
         metrics[f"rewards/{name}/mean"] = float(scores.mean()) if len(scores) else math.nan
@@ -527,7 +699,7 @@ class RolloutMaker:
         replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n
         sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
         shape = dataset.longest, args.max_dec_len, sequences, args.rollout_n
-        self.engine = None if self.replayed else make_engine(model, tokenizer, *shape)
+        self.engine = None if self.replayed else make_engine(model, tokenizer, *shape, topology)
         self.reference = make_reference(model, args, topology)
 
     @property
@@ -549,10 +721,12 @@ class RolloutMaker:
             write_rollouts(path, number, groups, self.names)
         local = self._pack(groups)
         self._before_updates(groups, local)
+        if args.importance_sampling_mode is not None:
+            metrics |= correct_sampling(groups, args)
         estimate_advantages(groups, args)
         for batches in local:
             for batch in batches:
-                attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns"))
+                attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns", "weights"))
         return Rollout(groups, local, metrics | seconds)
 
     def _scored_groups(self, number, batch, seconds):
@@ -560,7 +734,7 @@ class RolloutMaker:
         start = time.perf_counter()
         groups = self._generate(number, batch)
         generated = time.perf_counter()
-        score_groups(groups, self.functions, self.dataset)
+        score_groups(groups, self.functions, self.dataset, self.topology)
         groups = self._gather_groups(groups)
         seconds["time/generate"] += generated - start
         seconds["time/reward"] += time.perf_counter() - generated
@@ -599,15 +773,15 @@ class RolloutMaker:
         return self.replayed[number]
 
     def _gather_groups(self, groups):
-        """The groups of all ranks, in the order of the rollout's prompts."""
+        """The groups of all data-parallel ranks, in the order of the prompts, with the scores of tp rank 0."""
         topology = self.topology
-        if topology.data_size == 1:
+        if topology.degrees.world == 1:
             return groups
         rows = [{"number": g.number, "prompt_ids": g.prompt_ids.tolist()} for g in groups]
         rows = [row | {"replies": [r.to_json() for r in g.replies]} for row, g in zip(rows, groups)]
-        parts = dict(topology.all_gather_object([topology.data_rank, rows]))
+        parts = topology.all_gather_object([topology.data_rank, rows] if topology.tp.rank == 0 else None)
         ordered = [None] * self.args.global_batch_size
-        for rank, part in parts.items():
+        for rank, part in filter(None, parts):
             ordered[rank :: topology.data_size] = [group_of(row) for row in part]
         return ordered
 
@@ -635,8 +809,14 @@ class RolloutMaker:
         return local
 
     def _before_updates(self, groups, local):
-        """reply.ref_logps of all replies, if a KL is asked for, and reply.values, if there is a value head."""
-        names = ["ref_logps"] * (self.reference is not None) + ["values"] * (self.model.score is not None)
+        """reply.ref_logps of all replies, if a KL is asked for, reply.values, if there is a value head, and
+        reply.old_logps, if sampling is corrected."""
+        own_names = {
+            "values": self.model.score is not None,
+            "old_logps": self.args.importance_sampling_mode is not None,
+        }
+        own_names = [name for name, is_asked in own_names.items() if is_asked]
+        names = ["ref_logps"] * (self.reference is not None) + own_names
         if not names:
             return
         own, temperature = [], self.args.temperature
@@ -646,8 +826,9 @@ class RolloutMaker:
                 if "ref_logps" in names:
                     with self.reference() as model:
                         detach(batch, groups, "ref_logps", Policy(model, temperature)(**inputs)["logps"].numpy())
-                if "values" in names:
-                    detach(batch, groups, "values", Policy(self.model, temperature)(**inputs)["values"].numpy())
+                outputs = Policy(self.model, temperature)(**inputs) if own_names else {}
+                for name in own_names:
+                    detach(batch, groups, name, outputs[name.removeprefix("old_")].numpy())
             replies = [(g, i, groups[g].replies[i]) for g, i in batch["places"]]
             own += [(g, i, [getattr(reply, name).tolist() for name in names]) for g, i, reply in replies]
         for part in self.topology.all_gather_object(own) if self.topology.data_size > 1 else ():
@@ -678,12 +859,12 @@ def evaluate_prompts(
     local = numbers[topology.data_rank :: topology.data_size]
     with trainer.eval_mode(engine.runner.model):
         groups = generate_groups(engine, dataset, local, [params] * len(local))
-    score_groups(groups, functions, dataset)
+    score_groups(groups, functions, dataset, topology)
     combine_scores(groups, [function.weight for function in functions], args)
     rows = [[g.number, g.replies[0].reward, g.replies[0].scores, len(g.replies[0].token_ids)] for g in groups]
     texts = {g.number: g.replies[0].text for g in groups}
-    if topology.data_size > 1:
-        parts = topology.all_gather_object([rows, list(texts.items())])
+    if topology.degrees.world > 1:
+        parts = topology.all_gather_object([rows, list(texts.items())] if topology.tp.rank == 0 else [[], []])
         rows = sorted({row[0]: row for part, _ in parts for row in part}.values())
         texts = dict(pair for _, part in parts for pair in part)
     metrics = {"eval_reward": _mean([row[1] for row in rows])}

@@ -1,6 +1,7 @@
 """Answer prompts: one engine with continuous batching behind a terminal, a file of prompts, or an HTTP server.
 
-    python serve.py configs/llama_serve.json                                   # OpenAI's HTTP interface and a chat page
+    python serve.py checkpoints/llama_lora                                     # OpenAI's HTTP interface and a chat page
+    python serve.py configs/llama_serve.json                                   # the same, with keys from a file
     python serve.py configs/llama_serve.json --prompt "type#dress*color#red"   # one reply, as it is written
     python serve.py configs/llama_serve.json --data_file in.jsonl --output_file out.jsonl
     python serve.py configs/llama_serve.json --benchmark
@@ -12,40 +13,36 @@ of a chat are written in the model's chat template; a model without one gets pla
 The engine (serving/engine.py): requests join and leave at every step; a step computes one token of every running
 sequence and, with the rest of `max_num_batched_tokens`, pieces of new prompts. Keys and values are kept in a pool of
 blocks (Kwon et al., arXiv 2309.06180); identical full blocks are shared; when no block is free, the youngest sequence
-waits and is computed again. The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory. Not supported:
-beam search, speculative decoding, more than one process.
+waits and is computed again. The pool may be int8 (`cachekv_int8_type dynamic`), a quarter of the memory.
+`speculate_method` guesses several tokens and checks them in one step; replies stay the same. Not supported: beam
+search, more than one process.
 """
 
-import collections
-import contextlib
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import kernels  # noqa: F401, before paddle: it silences what paddle prints at import
 
-import numpy as np
 import paddle
-from tqdm import tqdm
 
 import trainer
 from adapters import base_folders, from_pretrained, load_adapter, tokenizer_folder
 from arguments import ScriptArgs
-from data import conversation_prompt
 from formats.chat import load_chat_template
-from formats.files import UserError, parse_json_line
+from formats.files import UserError
 from formats.gguf_folder import open_folder
-from formats.record_files import RecordOptions, RecordReader, with_reply
-from formats.records import Conversation, located, parse_prompt
+from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import CausalLM
-from serving.engine import Engine, Request, SamplingParams
+from serving.access import Access, model_names
+from serving.engine import Engine
 from serving.fused import choose_dtype
-from serving.openai_api import serve_http
+from serving.offline import answer_file, answer_prompt, benchmark
+from serving.pooling import POOLINGS
 from serving.runners import PagedRunner, StaticRunner, round_linears
+from serving.sampling import SamplingParams
+from serving.server import serve_http
+from serving.speculation import METHODS, DraftSpeculator, NgramSpeculator, make_speculator
 
 QUANT_GROUPS = {"w8": -1, "w4": 64, "a8w8": -1}  # `quant`: input rows that share a scale; -1: all
 
@@ -78,6 +75,11 @@ class Args(ScriptArgs):
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
     max_queue: int = 256  # most sequences waiting; more are refused
+    keep_weights: bool = False  # keep the layers' weights beside packed ones, for embeddings and echoed logprobs
+    speculate_method: str | None = None  # ngram (or inference_with_reference), or draft_model; None: no speculation
+    speculate_max_draft_token_num: int = 5  # most tokens of a sequence that are guessed for a step
+    speculate_max_ngram_size: int = 3  # ngram: most last tokens that are looked up in prompt and reply
+    draft_model_name_or_path: str | None = None  # draft_model: folder of a smaller model with the same vocabulary
     prompt: str | None = None  # answer this and exit
     system: str | None = None  # the system text before prompt
     data_file: str | None = None  # answer every record of this file; the replies may be missing: docs/data.md
@@ -87,7 +89,11 @@ class Args(ScriptArgs):
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8011
     api_key: str | None = None  # what clients must send as "Authorization: Bearer KEY"; None: nothing
-    served_model_name: str | None = None  # what clients call the model; None: the last part of its path
+    allowed_origins: str | list | None = None  # of pages besides the server's own: "https://a.example,…", "*": all
+    trusted_proxies: str | list | None = "127.0.0.1,::1"  # addresses whose X-Forwarded-Host holds; "*": all
+    served_model_name: str | list | None = None  # what clients call it, or several names; None: its path's last part
+    pooling_type: str = "last"  # of /v1/embeddings: the last token's hidden state, or "mean" of all
+    allow_runtime_lora: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter
     request_timeout: float = 600.0  # seconds a request may take
     max_body_bytes: int = 1 << 20  # of a request
     read_timeout: float = 30.0  # seconds in which a request must have arrived, and an idle connection is kept
@@ -105,10 +111,13 @@ class Args(ScriptArgs):
             ("cachekv_int8_type", (None, "dynamic")),
             ("dtype", (None, "auto", "float32", "bfloat16")),
             ("quant", (None, *QUANT_GROUPS)),
+            ("pooling_type", POOLINGS),
+            ("speculate_method", (None, *METHODS)),
         ):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")
         positive = "max_length total_max_length batch_size block_size max_num_batched_tokens max_queue max_body_bytes"
+        positive += " speculate_max_draft_token_num speculate_max_ngram_size"
         for key in f"src_length num_blocks {positive} max_connections".split():
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -125,11 +134,17 @@ class Args(ScriptArgs):
             raise UserError("mode: static keeps keys and values in float32; cachekv_int8_type is for dynamic")
         if self.mode == "static" and (self.quant or self.dtype not in (None, "float32")):
             raise UserError("mode: static has its weights in the graph; dtype and quant are for dynamic")
+        if self.mode == "static" and self.speculate_method:
+            raise UserError("mode: static computes one token of a reply a step; speculate_method is for dynamic")
+        if (self.speculate_method == "draft_model") != (self.draft_model_name_or_path is not None):
+            raise UserError("speculate_method: draft_model and draft_model_name_or_path need one another")
         if sum(map(bool, (self.prompt, self.data_file, self.benchmark))) > 1:
             raise UserError("prompt, data_file and benchmark are different ways to run; give one")
         if self.system and self.prompt is None:
             raise UserError("system is the system text before prompt; records and HTTP requests have their own")
         RecordOptions.of(self)
+        Access(self.api_key, self.allowed_origins, self.trusted_proxies)
+        check_names(model_names(self.served_model_name, self.model_name_or_path), adapter_paths(self.lora_path))
         if self.data_file and not Path(self.data_file).is_file():
             raise UserError(f"data_file: {self.data_file}: no such file")
         self.sampling().check()
@@ -167,6 +182,15 @@ def adapter_paths(lora_path: str | None) -> dict[str, str]:
     return paths
 
 
+def check_names(names: list[str], adapters: dict) -> None:
+    """UserError where an adapter has a name of the model: a request for it could mean either."""
+    for name in adapters:
+        if name in names:
+            raise UserError(
+                f"lora_path: {name!r} is the model's name; give the adapter another: other={adapters[name]}"
+            )
+
+
 def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     path = Path(args.model_name_or_path)
     if not open_folder(path).is_dir():
@@ -193,10 +217,11 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         if num_blocks < 1 and args.num_blocks is None:
             megabytes = block_bytes / 1e6
             raise UserError(f"kv_cache_gb: {args.kv_cache_gb} holds no block of {megabytes:.1f} MB; raise it")
+    num_blocks = args.num_blocks or num_blocks
     engine = Engine(
         model,
         tokenizer,
-        num_blocks=args.num_blocks or num_blocks,
+        num_blocks=num_blocks,
         block_size=args.block_size,
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -207,12 +232,29 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         int8_cache=args.cachekv_int8_type is not None,
         dtype=dtype,
         int8_head=args.quant in ("w8", "w4"),
+        speculator=open_speculator(args, tokenizer, num_blocks, dtype) if args.speculate_method else None,
+        free_weights=not (args.keep_weights or args.allow_runtime_lora),
     )
     blocks = f"{engine.pool.num_blocks:,} blocks of {args.block_size} tokens"
     sequences = f"at most {engine.max_model_len:,} tokens a sequence, {args.batch_size} sequences at once"
     names = f"; adapters {', '.join(engine.adapters)}" if engine.adapters else ""
     print(f"engine: {blocks}, {sequences}{names}", flush=True)
     return engine, tokenizer
+
+
+def open_speculator(args: Args, tokenizer: Tokenizer, num_blocks: int, dtype: str) -> NgramSpeculator | DraftSpeculator:
+    """The speculator that the keys speculate_* ask for."""
+    draft, sizes = None, (args.speculate_max_draft_token_num, args.speculate_max_ngram_size)
+    if args.draft_model_name_or_path is not None:
+        path = Path(args.draft_model_name_or_path)
+        if not path.is_dir():
+            raise UserError(f"draft_model_name_or_path: {path}: no such folder")
+        draft = from_pretrained(path)
+        trainer.check_vocabulary(draft, tokenizer, path)
+        dtype = choose_dtype(draft, None, "auto" if dtype == "bfloat16" else dtype)
+    return make_speculator(
+        args.speculate_method, *sizes, draft, num_blocks=num_blocks, block_size=args.block_size, dtype=dtype
+    )
 
 
 def blocks_in_use(args: Args, num_virtual_tokens: int, max_positions: int) -> int:
@@ -233,162 +275,7 @@ def open_model(path: Path, prefix_path: str | None) -> CausalLM:
     return model
 
 
-# ==================================================================== 3. offline: one prompt, a file, a benchmark
-
-
-def prompt_ids(tokenizer: Tokenizer, turns: list, context: dict, src_length: int, is_plain: bool = False) -> list[int]:
-    """[(prompt, reply), …], the last to be written -> at most src_length ids where they can be cut."""
-    conversation = Conversation(context, [*turns[:-1], (turns[-1][0], "")], [], is_plain)
-    return conversation_prompt(tokenizer, conversation, src_length, src_length)
-
-
-def prompt_limit(engine: Engine, args: Args) -> int:
-    """Most tokens of a prompt, which must leave room for a reply."""
-    total = engine.max_model_len
-    if args.src_length is not None and args.src_length >= total:
-        raise UserError(f"src_length: {args.src_length} leaves no room for a reply in {total} tokens")
-    return args.src_length or max(total - args.max_length, total // 2)
-
-
-def only_adapter(engine: Engine) -> str | None:
-    """The adapter that the offline modes use: the one that is loaded, if it is one."""
-    return engine.adapters[0] if len(engine.adapters) == 1 else None
-
-
-def answer_prompt(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
-    """Print one reply as it is written."""
-    context = {"system": args.system} if args.system else {}
-    ids = prompt_ids(tokenizer, [(args.prompt, None)], context, prompt_limit(engine, args))
-    request = Request(ids, dataclasses.replace(args.sampling(), seed=args.seed), only_adapter(engine))
-    start, first, tokens = time.perf_counter(), None, 0
-    for output in engine.stream(request):
-        first = first or time.perf_counter() - start
-        tokens += output.token_id is not None
-        print(output.text, end="", flush=True)
-    seconds = time.perf_counter() - start - first
-    speed = f", {(tokens - 1) / seconds:,.1f} tokens/s after it" if tokens > 1 else ""
-    print(f"\n\n{len(ids)} tokens of prompt, {tokens} new; first after {1000 * first:,.0f} ms{speed}", flush=True)
-
-
-def read_records(args: Args, says_replaced: bool = False) -> Iterator[tuple]:
-    """Yields ("file:line", record, Conversation) of every record; the reply is to be written, so it may be missing."""
-    for _, where, record in RecordReader(args.data_file, options=RecordOptions.of(args), says_replaced=says_replaced):
-        yield where, record, parse_prompt(record, where)
-
-
-def with_output(record: dict, text: str) -> dict:
-    """A record and its answer, as a line of output_file has them."""
-    return with_reply({"src": record["src"], "tgt": record.get("tgt", "")} if "src" in record else record, text)
-
-
-def count_answered(args: Args) -> int:
-    """How many lines of output_file are done: they must be those of data_file. Removes a last line cut by a kill, if it
-    is the beginning of the answer that is due: any other file stays as it is."""
-    path = Path(args.output_file)
-    if not path.exists():
-        return 0
-    if path.is_dir():
-        raise UserError(f"output_file: {path} is a folder")
-    if path.resolve() == Path(args.data_file).resolve():
-        raise UserError(f"output_file: {path} is the data_file")
-    done, size = 0, 0  # of whole lines
-    records = read_records(args)
-    with open(path, "rb") as stream:
-        for line in stream:
-            where, record, _ = next(records, (None, None, None))
-            is_cut, is_answer = not line.endswith(b"\n"), False
-            if is_cut and record is not None:
-                start = json.dumps(with_output(record, ""), ensure_ascii=False).encode()[: -len(b'"}')]
-                is_answer = line.startswith(start) or start.startswith(line)
-            elif record is not None:
-                with contextlib.suppress(UserError):
-                    answer = parse_json_line(line, path, done + 1)
-                    is_answer = "output" in answer and with_output(record, answer["output"]) == answer
-            if not is_answer:
-                question = f"line {where.rpartition(':')[2]}" if where else "no line"
-                reason = f"is not the answer to {question} of {args.data_file}"
-                raise UserError(f"{path}:{done + 1}: {reason}; give another output_file or remove this one")
-            if is_cut:
-                break
-            done, size = done + 1, size + len(line)
-    if size < path.stat().st_size:
-        os.truncate(path, size)
-    return done
-
-
-def answer_file(engine: Engine, tokenizer: Tokenizer, args: Args) -> None:
-    """data_file -> output_file, in its order; each line is written as soon as all before it are."""
-    src_length, params, adapter = prompt_limit(engine, args), args.sampling(), only_adapter(engine)
-    total = sum(1 for _ in read_records(args, True))  # every line is checked before the first is answered
-    if not total:
-        raise UserError(f"data_file: {args.data_file} is empty; it needs records, see docs/data.md")
-    done = count_answered(args)
-    records = collections.deque()  # those that the engine has and that are not written yet
-
-    def requests():
-        for i, (where, record, conversation) in enumerate(read_records(args)):
-            if i >= done:
-                records.append(record)
-                context, turns, _, is_plain = conversation
-                with located(where):
-                    ids = prompt_ids(tokenizer, turns, context, src_length, is_plain)
-                if len(ids) >= engine.max_model_len:
-                    raise UserError(f"{where}: {len(ids)} tokens; {engine.max_model_len - 1} fit")
-                yield Request(ids, dataclasses.replace(params, seed=args.seed + i), adapter)
-
-    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
-    ready, start, tokens = {}, time.perf_counter(), 0
-    with (
-        open(args.output_file, "ab", buffering=0) as file,
-        tqdm(total=total, initial=done, desc="answered", disable=args.disable_tqdm) as bar,
-    ):
-        written = 0
-
-        def progress(i, completions):
-            nonlocal written, tokens
-            ready[i] = completions[0].text.strip()
-            tokens += len(completions[0].token_ids)
-            while written in ready:
-                line = with_output(records.popleft(), ready.pop(written))
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())  # one write: a whole line or none
-                written += 1
-            bar.update(1)
-
-        engine.generate(requests(), progress)
-    speed = f"{tokens:,} new tokens, {tokens / (time.perf_counter() - start):,.1f} tokens/s"
-    print(f"{total} lines in {args.output_file}, {done} of them kept; {speed}", flush=True)
-
-
-def benchmark(engine: Engine, args: Args) -> None:
-    """Time to first token and tokens/s for 1, 2, 4, 8 and 16 greedy prompts of random ids at once."""
-    prompt = min(args.src_length or 128, engine.max_model_len // 2)
-    new = min(args.max_length, 128, engine.max_model_len - prompt)
-    generator = np.random.default_rng(args.seed)
-    print(f"prompts of {prompt} tokens, {new} new ones each")
-    print(f"{'batch':>5} {'first token ms':>15} {'prefill tokens/s':>17} {'decode tokens/s':>16}")
-    for batch in [size for size in (1, 2, 4, 8, 16) if size <= engine.max_num_seqs]:
-        rates = []
-        for _ in range(3):  # the first is the warm-up
-            prompts = generator.integers(10, engine.runner.vocab_size, (batch, prompt)).tolist()
-            first, last = measure(engine, prompts, new)
-            rates.append((1000 * first, batch * prompt / first, batch * (new - 1) / max(last - first, 1e-9)))
-        first, prefill, decode = np.median(rates[1:], axis=0)
-        print(f"{batch:>5} {first:>15,.1f} {prefill:>17,.0f} {decode:>16,.1f}", flush=True)
-
-
-def measure(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, float]:
-    """Seconds until every prompt has its first token, and until all have `new`; no block is reused."""
-    engine.pool.reset_prefix_cache()
-    first_times, params = {}, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-    start = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        engine.submit(Request(prompt, params), lambda _, i=i: first_times.setdefault(i, time.perf_counter() - start))
-    while engine.step():
-        pass
-    return max(first_times.values()), time.perf_counter() - start
-
-
-# =========================================================================================================== 4. main
+# =========================================================================================================== 3. main
 
 
 def main(args: Args) -> None:

@@ -31,6 +31,7 @@ import paddle
 from adapters import base_folders, cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
 from adapters import setup_adapter as setup_adapter  # for the scripts
 from arguments import ScriptArgs, TrainingArgs, parse_args
+from auto_parallel import take_first_plan
 from checkpoint import (
     CheckpointManager,
     TrainState,
@@ -46,6 +47,7 @@ from data import CorpusLoader, SFTLoader
 from distributed.collectives import gather_tensor_index
 from distributed.sharding import ZeroOptimizer
 from distributed.watchdog import Launch, current_watchdog
+from families import ModelConfig
 from formats.added_tokens import split_tokens
 from formats.chat import load_chat_template
 from formats.files import UserError, _disk_full, atomic_file, readers_may_leave, write_error
@@ -53,9 +55,9 @@ from formats.quantized_moments import quantized_moments
 from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import SaveEntry, SaveSource
 from logger import Log, find_writers, format_metrics, measure_matmul_peak, peak_memory  # noqa: F401, for scripts
+from memory_model import dry_run
 from model import CausalLM, generate
 from parallel import SINGLE, Topology, pipelined_map, shard_adapters
-from plan import dry_run
 from vocabulary import check_vocabulary as check_vocabulary  # for the scripts
 
 Loader = SFTLoader | CorpusLoader  # .batches_per_epoch, .batch(epoch, index) -> the dict described in data.py
@@ -84,6 +86,8 @@ def run_script(main: Callable, Args: type, argv: list[str] | None = None) -> Non
         else:
             args.check_model()
             _choose_device(args)
+            if getattr(args, "auto_parallel", False):
+                print(take_first_plan(args, together), flush=True)
             main(args)
         if together is not None:
             together.shutdown()
@@ -258,6 +262,35 @@ def set_recompute(model: CausalLM, args: TrainingArgs) -> None:
     model.no_recompute_layers = frozenset(layers)
 
 
+def shared_prompt_limit(config: ModelConfig) -> tuple[float, str]:
+    """(most positions within which replies can share a prompt in one row, what in the model ends it)."""
+    dynamic_rope = {  # rotates a prompt by the length of its reply
+        "dynamic": config.max_position_embeddings,
+        "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),
+    }.get(config.rope["rope_type"])
+    window = min((w for w in config.windows if w), default=None)  # the second reply would see less of the prompt
+    limits = [(dynamic_rope or math.inf, "dynamic rope"), (window or math.inf, "a sliding window")]
+    return (0, "ALiBi") if config.position == "alibi" else min(limits)
+
+
+def share_within(path: str, key: str, longest: int) -> float:
+    """shared_prompt_limit() of a model's folder; a line says so if pairs can be longer. longest: most positions of a
+    prompt and its replies; key: what sets it."""
+    config = ModelConfig.from_json(base_folders(path)[-1])
+    limit, reason = shared_prompt_limit(config)
+    if longest > limit and config.rope["rope_type"] == "qwen_ntk":
+        raise UserError(
+            f"{key}: {longest}: {config.family} stretches its positions behind {limit} only outside of training, so "
+            f"that policy and reference would differ; at most {limit}"
+        )
+    if longest > limit:
+        which = f"pairs of more than {limit} positions" if limit else "pairs"
+        print(
+            f"{key}: {longest}: {config.family} has {reason}, so {which} have their prompt twice, once for each reply"
+        )
+    return limit
+
+
 def check_shared_prompts(
     model: CausalLM, path: str, key: str, longest: int, refused_positions: tuple[str, ...] = ("alibi",)
 ) -> None:
@@ -266,24 +299,24 @@ def check_shared_prompts(
     longest: most positions of a prompt and its replies; key: what sets it.
     """
     config = model.config
-    if config.quantization is not None:
-        raise UserError(f"{path}: is quantized; train the model before quantize.py")
-    if model.prefix is not None:
-        raise UserError(f"{path}: has a trained prefix, which training would lose")
+    check_trainable(model, path)
     if config.position in refused_positions:
         kind = {"alibi": "ALiBi", "rope_2d": "positions in two dimensions"}[config.position]
         raise UserError(f"{path}: {config.family} has {kind}, with which replies cannot share a prompt in one row")
-    dynamic_rope = {  # rotates a prompt by the length of its reply
-        "dynamic": config.max_position_embeddings,
-        "qwen_ntk": config.logn_length or config.rope.get("original_max_position_embeddings"),
-    }
-    window = min((w for w in config.windows if w), default=None)  # the second reply would see less of the prompt
-    for kind, limit in (("dynamic rope", dynamic_rope.get(config.rope["rope_type"])), ("a sliding window", window)):
-        if limit and longest > limit:
-            raise UserError(
-                f"{key}: {longest}: {config.family} has {kind}, with which replies share a prompt within {limit} "
-                f"positions only; at most {limit}"
-            )
+    limit, reason = shared_prompt_limit(config)
+    if longest > limit:
+        raise UserError(
+            f"{key}: {longest}: {config.family} has {reason}, with which replies share a prompt within {limit} "
+            f"positions only; at most {limit}"
+        )
+
+
+def check_trainable(model: CausalLM, path: str) -> None:
+    """UserError for a model whose own weights cannot be the start of a policy."""
+    if model.config.quantization is not None:
+        raise UserError(f"{path}: is quantized; train the model before quantize.py")
+    if model.prefix is not None:
+        raise UserError(f"{path}: has a trained prefix, which training would lose")
 
 
 def check_positions(model: CausalLM, path: str, needed: dict[str, int]) -> None:

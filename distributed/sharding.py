@@ -54,14 +54,15 @@ def partial_over_tp(path: str, parameter: paddle.Tensor, tp: Axis) -> bool:
     """Whether the gradient of this parameter, which all ranks of tp hold, is a partial sum on each.
 
     It is so inside attention and MLP, where each rank computes its heads and channels; and with sequence parallelism
-    also outside, where each has its tokens. The bias of a RowParallelLinear is added outside.
+    also outside, where each has its tokens, but for a score head, which reads all tokens. The bias of a
+    RowParallelLinear is added outside.
     """
     if tp.size == 1 or getattr(parameter, "shard_spec", None) is not None:
         return False
     inside = re.match(r"layers\.\d+\.(attention|mlp)\.|prefix\.", path)
     row = linear_row(path.replace(".base.", "."))
     is_row_bias = path.endswith(".bias") and row is not None and row.parallel == "row"
-    return tp.sequence_parallel or bool(inside and not is_row_bias)
+    return tp.sequence_parallel and not path.startswith("score.") or bool(inside and not is_row_bias)
 
 
 def unit_of(path: str, tied: bool) -> str:
@@ -244,6 +245,7 @@ class ZeroOptimizer:
         }
         self.units, self.shards_here = {}, {}  # by name; {id of a parameter: this rank's ParamShard}
         self.arrived, self.early, self.in_flight = set(), False, []
+        self.overlaps = True  # False where a parameter gets its gradient in several parts, which hooks would count
         if degrees.world > 1:
             self._make_units()
         owned = [self.shards_here[id(w.parameter)] for w in weights if id(w.parameter) in self.shards_here]
@@ -285,11 +287,12 @@ class ZeroOptimizer:
     @contextlib.contextmanager
     def backward(self, last):
         """Wraps the backward of a micro-batch; last: the step's last one. Units are reduced as they get ready."""
-        self.early = self.stage == 2 or self.stage < 2 and last
+        is_due = self.stage == 2 or self.stage < 2 and last
+        self.early = is_due and self.overlaps
         for unit in self.units.values():
             unit.start()
         yield
-        if self.early:
+        if is_due:
             self._reduce_rest()
         self.early = False
 

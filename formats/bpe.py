@@ -9,6 +9,7 @@ from operator import add
 from pathlib import Path
 
 from formats.files import UserError, brief, read_json
+from formats.progress import check_progress
 
 # ============================== tokenizer ==============================
 # A family's tokenizer is data: the files of its folder and a row of CLASSES. Two engines turn text into ids:
@@ -44,6 +45,9 @@ BYTE_CHARS = {b: chr(b) for b in _seen} | {b: chr(256 + n) for n, b in enumerate
 
 
 CHAR_BYTES = {char: b for b, char in BYTE_CHARS.items()}
+
+
+WORDS_A_CHECK, MERGES_A_CHECK = 1024, 4096  # between two calls of check_progress
 
 
 class WordCache(dict):
@@ -126,7 +130,11 @@ class BPE:
         words = [text]
         for step in self.steps:
             words = step(words, at_start)
-        return list(chain.from_iterable(map(self._ids_of_word.__getitem__, words)))
+        ids, check = [], check_progress.get()
+        for start in range(0, len(words), WORDS_A_CHECK):
+            check(len(ids))
+            ids.extend(chain.from_iterable(map(self._ids_of_word.__getitem__, words[start : start + WORDS_A_CHECK])))
+        return ids
 
     def _encode_word(self, word):
         if self.byte_level:
@@ -157,7 +165,11 @@ class BPE:
         ranks = map(rank, zip(symbols, symbols[1:]))
         heap = [(r, place) for place, r in enumerate(ranks) if r is not None]
         heapify(heap)
+        check, pops = check_progress.get(), 0
         while heap:
+            pops += 1
+            if pops == MERGES_A_CHECK:
+                check(pops := 0)
             r, left = heappop(heap)
             right = after[left]
             if symbols[left] is None or right == count or rank((symbols[left], symbols[right])) != r:
@@ -175,17 +187,22 @@ class BPE:
         return [symbol for symbol in symbols if symbol is not None]
 
 
+MOST_IDS = 1 << 24  # more than any vocabulary has; a table of that many fits into memory
+
+
 def check_vocabulary_ids(vocab: dict, where: str) -> None:
     """UserError unless vocab is {symbol: id}, each id once."""
     if not isinstance(vocab, dict) or not vocab:
         raise UserError(f"{where}: an object of symbols and their ids is expected, found {brief(vocab)}")
     ids = vocab.values()
-    if set(map(type, ids)) == {int} and min(ids) >= 0 and len(set(ids)) == len(vocab):
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < MOST_IDS and len(set(ids)) == len(vocab):
         return
     seen = {}
     for symbol, i in vocab.items():
         if type(i) is not int or i < 0:
             raise UserError(f"{where}: the id of {symbol!r} must be a number from 0 on, found {brief(i)}")
+        if i >= MOST_IDS:
+            raise UserError(f"{where}: the id {i} of {symbol!r} is beyond {MOST_IDS:,}, which no vocabulary has")
         if seen.setdefault(i, symbol) is not symbol:
             raise UserError(f"{where}: the id {i} is given twice, to {seen[i]!r} and to {symbol!r}")
 

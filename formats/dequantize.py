@@ -115,6 +115,10 @@ def _awq(tensors: Tensors, config: dict, path: Path) -> None:
 _COMPRESSED = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
 
 
+_COMPRESSED_TENSORS = """weight_packed weight_shape weight_scale weight_zero_point weight_g_idx input_scale
+    input_zero_point output_scale""".split()
+
+
 def _compressed_tensors(tensors: Tensors, config: dict, path: Path) -> None:
     """weight_packed (out, in * bits / 32), or weight in 8 bits; weight_scale (out, groups), weight_zero_point."""
     schemes = [group.get("weights") for group in (config.get("config_groups") or {}).values()]
@@ -127,8 +131,7 @@ def _compressed_tensors(tensors: Tensors, config: dict, path: Path) -> None:
     if config.get("transform_config") and config["transform_config"].get("config_groups"):
         raise UserError(f"{path}: transform_config of compressed-tensors is not supported: it changes the maths")
     bits_there = {scheme["num_bits"] for scheme in schemes if scheme}
-    kinds = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx", "input_scale",
-             "input_zero_point", "output_scale")  # fmt: skip
+    kinds = tuple(_COMPRESSED_TENSORS)
     for module in _modules(tensors, "weight_packed"):
         parts = {kind: tensors.get(module + kind) for kind in kinds}
         n_out, n_in = map(int, parts["weight_shape"].read().reshape(-1))

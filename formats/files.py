@@ -40,7 +40,7 @@ def _json_object(path: Path) -> dict:
     """JSON file -> dict; UserError if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         refuse_lfs_pointer(path)
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -98,7 +98,7 @@ def read_json(path: str | Path) -> object:
     except json.JSONDecodeError as error:
         refuse_lfs_pointer(path)
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON in UTF-8: {error}") from None
 
 

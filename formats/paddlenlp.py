@@ -56,6 +56,10 @@ ALIASES = _table([
     ("lora", "use_peft"),
     ("lora_rank", "lora_r"),
     ("chat_template", "chat_template_path"),
+    # vLLM
+    ("speculate_max_draft_token_num", "num_speculative_tokens"),
+    ("speculate_max_ngram_size", "prompt_lookup_max ngram_prompt_lookup_max"),
+    ("draft_model_name_or_path", "draft_model speculative_model"),
     ("dataset_name_or_path train_dataset_path+dev_dataset_path", "dataset_name"),
     ("sft_loss_ratio", "rpo_alpha"),
     # LLaMA-Factory
@@ -215,10 +219,10 @@ IGNORED = _table([
     ("only finetune.py uses LoRA dropout; with it dpo.py's policy would not start equal to its reference",
      "lora_dropout"),
     ("a key of dpo.py", """
-        beta simpo_gamma pref_loss_ratio sft_loss_ratio dpop_lambda reference_free rslora_plus"""),
+        beta simpo_gamma pref_loss_ratio sft_loss_ratio dpop_lambda reference_free rslora_plus discopop_tau
+        ref_model_mixup_alpha ref_model_sync_steps"""),
     ("the reference's log-probabilities are computed once, without dropout, where that is possible", """
-        precompute_ref_log_probs precompute_ref_batch_size disable_dropout ref_model_mixup_alpha
-        ref_model_sync_steps"""),
+        precompute_ref_log_probs precompute_ref_batch_size disable_dropout"""),
     ("it belongs to process rewards, or it is a key of reward.py", """
         placeholder_token reward_tokens normalize_score_during_training normalizer_type normalizer_momentum
         regularization"""),
@@ -236,9 +240,10 @@ IGNORED = _table([
         inference_model block_attn append_attn dynamic_insert avx_model avx_type avx_cachekv_type output_via_mq
         total_request_num use_fake_parameter export_precache model_prefix model_type return_full_hidden_states
         mla_use_matrix_absorption"""),
-    ("it belongs to speculative decoding, which is not supported", """
-        speculate_max_draft_token_num speculate_max_ngram_size speculate_verify_window speculate_max_candidate_len
-        draft_model_quant_type"""),
+    ("a drafted token is kept only where the model would have chosen it", """
+        speculate_verify_window speculate_max_candidate_len"""),
+    ("the draft model's folder defines it", "draft_model_quant_type"),
+    ("a key of serve.py", "speculate_max_draft_token_num speculate_max_ngram_size"),
     ("the folder's own quantization_config defines it", "weightonly_group_size weight_block_size moe_quant_type"),
     ("a key of serve.py", """
         decode_strategy block_size output_file port host base_port flask_port title sub_title api_key"""),
@@ -288,7 +293,7 @@ IGNORED = _table([
         badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose freeze_trainable_layers
         freeze_trainable_modules freeze_extra_modules oft_rank oft_block_size oft_target module_dropout
         bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage quantization_method quantization_type
-        double_quantization quantization_device_map f_alpha_divergence_coef discopop_tau swanlab_project
+        double_quantization quantization_device_map f_alpha_divergence_coef swanlab_project
         swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir swanlab_api_key
         swanlab_lark_webhook_url swanlab_lark_secret fsdp_config fp8_backend fp8_enable_fsdp_float8_all_gather
         kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
@@ -331,10 +336,11 @@ REFUSED = _table([
     ("the loss is the mean cross-entropy over target tokens; dpo.py has others", "loss_type use_dft_loss"),
     ("the loss is a mean over all target tokens of a step, whichever rank has them",
      "average_tokens_across_devices"),
-    ("dpo.py has one loss; pref_loss_ratio and sft_loss_ratio weigh it against the chosen replies'", "loss_weights"),
-    ("this variant of DPO is not supported", "ld_alpha f_divergence_type use_weighting pref_bco_weight offset_alpha"),
+    ("the loss is the mean cross-entropy over target tokens; dpo.py has others", "loss_weights ld_alpha"),
+    ("this variant of DPO is not supported", "f_divergence_type use_weighting pref_bco_weight offset_alpha"),
     ("the reference is the model before training", """
-        ref_model ref_model_name_or_path ref_model_adapters ref_model_quantization_bit sync_ref_model"""),
+        ref_model ref_model_name_or_path ref_model_adapters ref_model_quantization_bit"""),
+    ("only dpo.py has a reference that follows the policy", "sync_ref_model ref_model_update_steps"),
     ("the loss never sums routing terms of another weight; the model's config.json has router_aux_loss_coef",
      "router_aux_loss_coef moe_aux_loss_coef"),
     ("training reads its rows at once: set per_device_train_batch_size and gradient_accumulation_steps; a step has "
@@ -401,11 +407,10 @@ REFUSED = _table([
         max_samples val_size columns train_on lora_path prefix_path num_hidden_layers"""),
     ("pretrain.py trains from random weights; this script continues", "continue_training"),
     ("only finetune.py adds noise to embeddings", "neftune_noise_alpha"),
-    ("the reference model is never updated during training; set it to -1", "ref_model_update_steps"),
     ("process rewards are not supported; reward.py learns from pairs", "process_reward"),
-    ("speculative decoding is not supported", "speculate_method draft_model_name_or_path"),
+    ("only serve.py decodes speculatively", "speculate_method draft_model_name_or_path"),
     ("only serve.py has a key/value cache", "cachekv_int8_type"),
-    ("KTO is not supported; dpo.py learns from pairs", "desirable_weight undesirable_weight"),
+    ("dpo.py learns by KTO: loss_type: kto", "desirable_weight undesirable_weight"),
     ("use rl.py for reinforcement learning", """
         rl_algorithm actor_model_name_or_path reward_model_name_or_path critic_model_name_or_path
         reward_critic_model_name_or_path"""),
@@ -472,7 +477,6 @@ REFUSED_IN = {
         ("it limits a prompt with one reply; max_seq_len limits a row, so a prompt with both replies: twice the number "
          "holds every such pair", "max_length total_max_length block_size"),
         ("set lora_rank", "rank"),
-        ("dpo.py trains all weights or LoRA", "prefix_path"),
         ("the model's config.json defines it", "num_hidden_layers")]),
     "quantize": _table([
         ("give records or a corpus as dataset_name_or_path", f"input_dir dev_dataset_path {_LISTS}"),

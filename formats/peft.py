@@ -27,6 +27,8 @@ UNSUPPORTED_KEYS = (
     "megatron_config",
 )
 
+MOST_RANK = 1 << 16  # beyond the width of any model
+
 # What peft does with the base weights when it opens an adapter with this init_lora_weights: "keep" them, or take a
 # decomposition out of them that follows from the weights alone. UNREPEATABLE: something that cannot be done again.
 START = {"true": "keep", "false": "keep", "gaussian": "keep", "orthogonal": "keep", "eva": "keep", "mica": "keep",
@@ -86,6 +88,9 @@ class LoraConfig:
             items = value if isinstance(value, list) and key in lists else ()
             if value is not None and not isinstance(value, kinds) or not all(isinstance(i, str) for i in items):
                 raise UserError(f"{path}: {key} = {brief(value)} is not what peft writes there")
+        for where, rank in [("r", self.r), *((f"rank_pattern {name!r}", r) for name, r in self.rank_pattern.items())]:
+            if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+                raise UserError(f"{path}: {where} = {brief(rank)}; a rank is a whole number from 1 to {MOST_RANK}")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f'{path}: bias = {brief(self.bias)}; "none", "all" and "lora_only" are possible')
         for key in ("rank_pattern", "alpha_pattern"):

@@ -148,7 +148,7 @@ def sharegpt(record: dict, where: str) -> Conversation:
 def prompt_completion(record: dict, where: str) -> Conversation:
     """TRL's prompt and completion: messages, or texts that are read as they stand, without a chat template."""
     if record.get("label") is not None:
-        raise UserError(f"{where}: prompt, completion and label is an unpaired preference (KTO), which is {NOT_HERE}")
+        raise UserError(f"{where}: prompt, completion and label is an unpaired preference: {FOR_KTO}")
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return Conversation({}, [(prompt, completion)], [True], is_plain=True)
@@ -195,7 +195,7 @@ def response_sort(record: dict, where: str) -> Pair:
         single = isinstance(replies, list) and len(replies) == 1
         raise UserError(
             f"{where}: 'response' must be a list of two strings, found {brief(replies)}"
-            + ("; single replies (KTO) are not trained on here" if single else "")
+            + (f"; single replies: {FOR_KTO}" if single else "")
         )
     if empty := [i for i, text in enumerate(replies) if not text.strip()]:
         raise UserError(f"{where}: 'response' number {empty[0] + 1} is empty; both must have text")
@@ -304,10 +304,18 @@ PAIRS = (
     RecordFormat(("instruction", "chosen", "rejected"), alpaca_pair, ("input", "system", "history")),
     RecordFormat(("chosen", "rejected"), prompt_chosen_rejected, ("prompt", "system", "tools")),
 )
-KTO = RecordFormat(("prompt", "completion", "label"), prompt_completion)
+UNPAIRED = (
+    RecordFormat(("src", "response", "sort"), response_sort, ("tgt", "context")),
+    RecordFormat(("messages", "label"), openai_messages, ("tools", "chat_template_kwargs")),
+    RecordFormat(("conversations", "label"), sharegpt, ("system", "tools")),
+    RecordFormat(("prompt", "completion", "label"), prompt_completion, ("tools",)),
+    RecordFormat(("instruction", "output", "label"), alpaca, ("input", "system", "history")),
+)
 REPLY_KEYS = {"src": "tgt", "prompt": "completion", "instruction": "output"}  # what a record to be answered may lack
-KNOWN_KEYS = tuple(dict.fromkeys(key for row in (*CONVERSATIONS, *PAIRS) for key in (*row.keys, *row.others)))
-NOT_HERE = "not trained on here: finetune.py takes conversations, dpo.py pairs with chosen and rejected"
+KNOWN_KEYS = tuple(
+    dict.fromkeys(key for row in (*CONVERSATIONS, *PAIRS, *UNPAIRED) for key in (*row.keys, *row.others))
+)
+FOR_KTO = "dpo.py with loss_type kto learns from it"
 
 
 def with_place(error: UserError, where: str) -> UserError:
@@ -381,6 +389,48 @@ def parse_prompt(record: dict, where: str) -> Conversation:
 
 def parse_pair(record: dict, where: str) -> Pair:
     """A record of PAIRS. UserError names file:line, what is wrong, the formats."""
-    if record_format(record, PAIRS) is None and record_format(record, (KTO,)):
-        return _parse(record, where, (KTO,), (), "")
+    if record_format(record, PAIRS) is None and (row := record_format(record, UNPAIRED)):
+        raise UserError(f"{where}: {row.name} is an unpaired preference: {FOR_KTO}; formats: docs/data.md")
     return _parse(record, where, PAIRS, CONVERSATIONS, "finetune.py")
+
+
+def parse_unpaired(record: dict, where: str) -> Pair:
+    """A reply that is good (`label` or LLaMA-Factory's `kto_tag` true) or bad, as a Pair without the other one (None);
+    or a record of PAIRS, whose replies are one good and one bad. UserError names file:line, what is wrong, the formats.
+    """
+    if record.get("label") is None and record.get("kto_tag") is not None:
+        record = {**record, "label": record["kto_tag"]}
+    replies = record.get("response")
+    if record_format(record, UNPAIRED[:1]) and (
+        isinstance(replies, str) or isinstance(replies, list) and len(replies) == 1
+    ):
+        return _single_response(record, where)
+    if record_format(record, PAIRS):
+        return parse_pair(record, where)
+    label = record.get("label")
+    is_good = {"true": True, "1": True, "false": False, "0": False}.get(str(label).lower())
+    row = record_format(record, UNPAIRED)
+    if row is not None and is_good is None:
+        raise UserError(f"{where}: 'label' must be true or false, found {brief(label)}")
+    without = {key: value for key, value in record.items() if key != "label"}
+    found = _parse(
+        record if row is None else without, where, CONVERSATIONS if row else UNPAIRED, PAIRS, "another loss_type"
+    )
+    (prompt, reply), history = found.rounds[-1], found.rounds[:-1]
+    if reply is None:
+        raise UserError(f"{where}: no reply that could be good or bad; keys {_names(record)}")
+    both = (reply, None) if is_good else (None, reply)
+    return Pair(history, prompt, *both, found.context, found.is_plain)
+
+
+def _single_response(record, where):
+    """PaddleNLP's src, tgt, response with one text, and sort, which is 1 for a good reply and 0 for a bad one."""
+    sort = record["sort"][0] if isinstance(record["sort"], list) and len(record["sort"]) == 1 else record["sort"]
+    if sort not in (0, 1):
+        raise UserError(f"{where}: 'sort' of one response must be 1 (good) or 0 (bad), found {brief(record['sort'])}")
+    text = record["response"] if isinstance(record["response"], str) else record["response"][0]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: 'response' must be a string or a list of strings, found {brief(text)}")
+    other = text + "." if text.strip() else text  # an empty one is refused there
+    pair = response_sort({**record, "response": [text, other], "sort": [1, 0]}, where)
+    return pair._replace(rejected=None) if sort else pair._replace(chosen=None, rejected=text)

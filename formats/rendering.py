@@ -9,6 +9,7 @@ conversation begins with exactly as it would be served. Replies behind another p
 those before which a template drops the thoughts or the tools of earlier turns.
 """
 
+import contextvars
 import json
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from formats.files import UserError, brief
+from formats.progress import AbortedWork, check_progress
 
 # ============================== the sandbox ==============================
 
@@ -55,6 +57,48 @@ class _MarkedGeneration(_Generation):
     marks = SPAN
 
 
+MOST_TURNS = 10_000_000  # of the loops and macros of one rendering, some ten seconds
+_turns = contextvars.ContextVar("turns")
+
+
+class TemplateTooLong(jinja2.TemplateError):
+    """Trying the messages in another form would take as long again."""
+
+
+class _CountTurns(Extension):
+    """Counts the turns of loops and the calls of macros: a template must end, whatever it says."""
+
+    def _count(self):
+        turns = _turns.get()
+        turns[0] += 1
+        if turns[0] % 4096 == 0:
+            check_progress.get()(0)
+            if turns[0] > MOST_TURNS:
+                raise TemplateTooLong(f"its loops and macros run more than {MOST_TURNS:,} times")
+        return ""
+
+    def count_in(self, tree):
+        for node in tree.find_all((jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)):
+            node.body.insert(0, jinja2.nodes.ExprStmt(self.call_method("_count")).set_lineno(node.lineno))
+        return tree
+
+
+class _BoundedTemplate(jinja2.Template):
+    def render(self, *args, **kwargs):
+        before = _turns.set([0])
+        try:
+            return super().render(*args, **kwargs)
+        finally:
+            _turns.reset(before)
+
+
+class _BoundedEnvironment(ImmutableSandboxedEnvironment):
+    template_class = _BoundedTemplate
+
+    def _parse(self, source, name, filename):
+        return self.extensions[_CountTurns.identifier].count_in(super()._parse(source, name, filename))
+
+
 def _raise_exception(message):
     raise jinja2.TemplateError(message)
 
@@ -78,8 +122,8 @@ def compile_template(source: str, where: str, paddlenlp: bool = False, marked: b
     if paddlenlp:
         options = {"keep_trailing_newline": True, "undefined": _Missing}
         source = PADDLENLP_DEFAULT.sub(r"\1default(\2)", source)
-    extensions = [_MarkedGeneration if marked else _Generation, loopcontrols]
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions, **options)
+    extensions = [_MarkedGeneration if marked else _Generation, _CountTurns, loopcontrols]
+    env = _BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions, **options)
     env.filters["tojson"] = _to_json
     env.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda text: datetime.now().strftime(text)}
     try:
@@ -148,6 +192,10 @@ class RenderedTemplate:
         for form in FORMS if functions else (FORMS[0], FORMS[-1]):
             try:
                 text = template.render(messages=[_in_form(message, *form) for message in messages], **variables)
+            except TemplateTooLong as error:
+                raise UserError(f"messages: {self.name} refuses this conversation: {error}") from None
+            except AbortedWork:
+                raise
             except Exception as error:  # somebody else's program: it may fail in any way
                 problem = problem or one_line(error)
                 continue

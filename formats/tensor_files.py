@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from formats.files import UserError, atomic_file, refuse_lfs_pointer
+from formats.files import UserError, atomic_file, brief, refuse_lfs_pointer
 
 # =========================================================================================== safetensors
 
@@ -101,11 +101,13 @@ def safetensors_header(path: str | Path) -> dict[str, TensorEntry]:
         for name, value in header.items():
             begin, end = value["data_offsets"][0], value["data_offsets"][1]
             entries[name] = TensorEntry(value["dtype"], value["shape"], base + begin, base + end)
+            if not are_counts([begin, end, *value["shape"]]):
+                raise ValueError
         counts = {name: math.prod(entry.shape) for name, entry in entries.items()}
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
         raise UserError(f"{path}: the safetensors header is damaged") from None
     for name, entry in entries.items():
-        if entry.dtype not in _SAFETENSORS:
+        if not isinstance(entry.dtype, str) or entry.dtype not in _SAFETENSORS:
             raise UserError(f"{path}: tensor {name} has dtype {entry.dtype}; readable are {', '.join(_SAFETENSORS)}")
         if entry.end > file_size:
             raise UserError(f"{path}: truncated: tensor {name} ends at byte {entry.end}, the file has {file_size}")
@@ -115,7 +117,23 @@ def safetensors_header(path: str | Path) -> dict[str, TensorEntry]:
                 f"{path}: the safetensors header is damaged: tensor {name}, {entry.dtype} of shape {entry.shape}, "
                 f"has {size} bytes"
             )
+    _refuse_overlaps(path, entries)
     return entries
+
+
+def are_counts(values: list) -> bool:
+    """Whether all are whole numbers from 0 on."""
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _refuse_overlaps(path: Path, entries: dict[str, TensorEntry]) -> None:
+    """UserError where two tensors have bytes in common: the file says of one what the other is."""
+    before, end = None, 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < end and entry.begin < entry.end:
+            raise UserError(f"{path}: the safetensors header is damaged: {before} and {name} share bytes")
+        if entry.end > end:
+            before, end = name, entry.end
 
 
 def safetensors_metadata(path: str | Path) -> dict[str, str]:
@@ -263,6 +281,13 @@ class _BinTensor(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the fields, which come from a pickle, are of these types."""
+        lists = isinstance(self.size, tuple) and isinstance(self.stride, tuple) and len(self.size) == len(self.stride)
+        names = isinstance(self.storage, str) and isinstance(self.where, str)
+        return lists and names and all(type(n) is int for n in (self.offset, *self.size, *self.stride))
+
 
 class _TensorUnpickler(pickle.Unpickler):
     """Reads the pickle of a torch .bin file: tensors in dicts and lists. All else is refused; nothing is run."""
@@ -300,9 +325,6 @@ class _TensorUnpickler(pickle.Unpickler):
         return storage, where
 
 
-_DAMAGED_PICKLE = pickle.UnpicklingError, EOFError, AssertionError, AttributeError, TypeError, IndexError, KeyError
-
-
 class BinFile:
     """pytorch_model.bin, the zip format of torch >= 1.6. entries: {name: _BinTensor}; read(name): one tensor, numpy."""
 
@@ -311,7 +333,7 @@ class BinFile:
         try:
             self.zip = zipfile.ZipFile(path)
             pickles = [n for n in self.zip.namelist() if n.endswith("data.pkl")]
-        except zipfile.BadZipFile:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError):
             refuse_lfs_pointer(path)
             raise UserError(
                 f"{path}: not a torch zip file, or a truncated one; save it again with torch >= 1.6"
@@ -319,14 +341,22 @@ class BinFile:
         if len(pickles) != 1:
             raise UserError(f"{path}: no data.pkl inside; not a torch checkpoint")
         self.folder = pickles[0][: -len("data.pkl")]
-        with self.zip.open(pickles[0]) as file:
-            try:
+        for entry in self.zip.infolist():  # torch writes them as they are: 7 MB of zip could hold 10 GB
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise UserError(f"{path}: refused: {entry.filename} is compressed; save it again with torch")
+        try:
+            with self.zip.open(pickles[0]) as file:
                 loaded = _TensorUnpickler(file, path).load()
-            except _DAMAGED_PICKLE as error:
-                raise UserError(f"{path}: refused: not a plain dict of tensors ({type(error).__name__})") from None
+        except UserError:
+            raise
+        except Exception as error:  # a damaged zip or pickle can raise anything
+            raise UserError(f"{path}: refused: not a plain dict of tensors ({type(error).__name__})") from None
         entries = dict(loaded) if isinstance(loaded, dict) else None
         if entries is None or not all(isinstance(v, _BinTensor) for v in entries.values()):
             raise UserError(f"{path}: refused: not a plain dict of tensors")
+        for name, tensor in entries.items():
+            if not isinstance(name, str) or not tensor.is_sound:
+                raise UserError(f"{path}: refused: {brief(name)} is not a tensor with a name, a size and strides")
         self.entries = entries
 
     def read(self, name: str) -> np.ndarray:
@@ -336,7 +366,7 @@ class BinFile:
         try:
             dtype = np.dtype(_TensorUnpickler.storages[tensor.storage])
             flat = np.frombuffer(self.zip.read(f"{self.folder}data/{tensor.where}"), dtype)
-        except (KeyError, ValueError, zipfile.BadZipFile, zlib.error):
+        except (KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{self.path}: the storage of tensor {name} is missing or damaged") from None
         strides = [s * dtype.itemsize for s in stride]
         reach = tensor.offset + sum((n - 1) * s for n, s in zip(size, stride)) + 1
@@ -361,8 +391,17 @@ class _ByteRange(NamedTuple):
 class _PickledArray:
     """What the pickle says of a numpy array; data: bytes, or a _ByteRange."""
 
+    shape = dtype = data = None
+
     def __setstate__(self, state):
         _, self.shape, self.dtype, self.fortran, self.data = state
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the fields, which come from a pickle, are of their types."""
+        code = getattr(self.dtype, "code", None)
+        is_readable = isinstance(code, str) and code in _PADDLE_DTYPES and isinstance(self.data, (bytes, _ByteRange))
+        return is_readable and isinstance(self.shape, tuple) and are_counts(self.shape)
 
 
 class _PickledDtype:
@@ -446,8 +485,9 @@ def read_pdparams(path: str | Path) -> dict[str, StoredTensor]:
         if name == "StructuredToParameterName@@":  # a list of Paddle's own names
             continue
         array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
-        if not isinstance(array, _PickledArray) or getattr(array.dtype, "code", None) not in _PADDLE_DTYPES:
-            raise UserError(f"{path}: refused: {name} is not a tensor of {', '.join(_PADDLE_DTYPES)}")
+        if not isinstance(name, str) or not isinstance(array, _PickledArray) or not array.is_sound:
+            shown = name if isinstance(name, str) else brief(name)
+            raise UserError(f"{path}: refused: {shown} is not a tensor of {', '.join(_PADDLE_DTYPES)}")
         tensors[name] = StoredTensor(functools.partial(_read_pickled, path, name, array), list(array.shape))
     return tensors
 

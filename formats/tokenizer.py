@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from formats.added_tokens import AddedToken, write_added_tokens
@@ -14,6 +15,7 @@ from formats.bpe import (
     BYTE_CHARS,
     GPT2_WORDS,
     LLAMA3_WORDS,
+    MOST_IDS,
     QWEN_WORDS,
     SPACE,
     WHITE_SPACE,
@@ -268,6 +270,8 @@ def read_tiktoken(path: str | Path, row: dict) -> BPE:
         except ValueError:
             shown = line[:40].decode("utf-8", "replace")
             raise UserError(f"{path}:{number}: base64, a space and a rank are expected, found {shown!r}") from None
+        if rank >= MOST_IDS:
+            raise UserError(f"{path}:{number}: the rank {rank} is beyond {MOST_IDS:,}, which no vocabulary has")
         if rank < 0 or seen.setdefault(rank, number) != number:
             problem = (
                 f"the rank {rank} is that of line {seen[rank]} too" if rank >= 0 else f"the rank {rank} is below 0"
@@ -299,6 +303,11 @@ def clean_up(text: str) -> str:
     for pattern in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(pattern, pattern.strip())
     return text
+
+
+def is_token_id(value: object) -> bool:
+    """Whether a number, or the text of one, can be the id of a token."""
+    return bool(re.fullmatch("[0-9]{1,9}", str(value))) and int(value) < MOST_IDS
 
 
 def token_text(token: object, folder: Path) -> str | None:
@@ -454,9 +463,8 @@ class Tokenizer:
         path = self.folder / "added_tokens.json"
         decoder, listed = settings.get("added_tokens_decoder") or {}, read_json(path) if path.is_file() else {}
         for where, ids in ((f"{self.folder / SIDE_FILES[0]}: added_tokens_decoder", decoder), (path, listed)):
-            if not isinstance(ids, dict) or not all(
-                str(i).isdecimal() for i in (ids if ids is decoder else ids.values())
-            ):
+            numbers = ids if ids is decoder else ids.values() if isinstance(ids, dict) else ()
+            if not isinstance(ids, dict) or not all(map(is_token_id, numbers)):
                 raise UserError(f"{where}: an object of tokens and their ids is expected, found {brief(ids)}")
         named = [
             (token_text(token, self.folder), int(i), token if isinstance(token, dict) else {})
@@ -629,6 +637,22 @@ class Tokenizer:
                 if piece:
                     ids += [self._token_ids[piece]] if i % 2 else self.engine.encode(piece, i == 0)
         return self.head + ids + self.tail if add_special_tokens else ids
+
+    @cached_property
+    def _most_bytes(self):
+        """Of a token."""
+        return max(len(self.piece_bytes(i)) for i in range(self.vocab_size))
+
+    def fewest_tokens(self, text):
+        """A number of ids that encode(text) has at least, without encoding it: no token stands for more bytes than the
+        longest. 0 where characters may be dropped or runs of them become one."""
+        if not self.engine.byte_ids:
+            return 0
+        size = len(re.sub(r"\s+", " ", text).encode("utf-8", "replace"))  # special tokens may swallow spaces
+        shrinks = (
+            4 if self.engine.normalizers or self.kind in ("sentencepiece", "ice_text") else 1
+        )  # NFC, sentencepiece's own normalizer
+        return size // (self._most_bytes * shrinks)
 
     def piece_bytes(self, token_id):
         """id -> its UTF-8 bytes, one for a byte-fallback token, none beyond the vocabulary (models pad theirs)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from formats.bpe import (
     BPE,
     GPT2_WORDS,
+    MOST_IDS,
     SPACE,
     check_vocabulary_ids,
     compile_words,
@@ -220,6 +221,8 @@ def read_tokenizer_json(path: Path) -> tuple:
             raise UserError(
                 f"{path}: added_tokens[{n}]: an object with content and id is expected, found {brief(token)}"
             )
+        if not 0 <= token["id"] < MOST_IDS:
+            raise UserError(f"{path}: added_tokens[{n}]: the id {token['id']} is not between 0 and {MOST_IDS - 1}")
         if token.get("single_word"):
             raise UserError(f"{path}: added_tokens[{n}]: single_word of {token['content']!r} is not supported")
     engine = BPE(

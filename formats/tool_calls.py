@@ -1,6 +1,8 @@
 """A reply as the model writes it -> what an OpenAI client reads: content, reasoning_content and tool_calls.
 
     parse_reply('<tool_call>\\n{"name": "now", "arguments": {}}\\n</tool_call>', "hermes")["tool_calls"]
+    stream = ReplyStream("hermes")                     # the same of a reply that is still being written
+    stream.push("Let me "), stream.finish()            # lists of deltas
 
 The text is decoded with its special tokens, up to the token that ended it. What is no complete call stays content.
 """
@@ -30,6 +32,11 @@ def tool_style(source: str) -> str | None:
     if "<arg_key>" in source or "<function=" in source:  # calls as XML, such as GLM-4.5's and Qwen3-Coder's
         return None
     return next((style for style, mark in STYLES.items() if mark in source), None)
+
+
+def style_of(template: object | None) -> str | None:
+    """tool_style() of a tokenizer's chat template; None without a template or a form known here."""
+    return None if template is None else tool_style(getattr(template, "source", None) or template.jinja())
 
 
 def parse_reply(text: str, style: str | None, thinks: bool = False) -> dict:
@@ -86,8 +93,15 @@ def _whole(text, content, calls):
 
 
 def _hermes(text):
-    calls = [_json_call(body) for body in HERMES_CALL.findall(text)]
-    return _whole(text, HERMES_CALL.sub("", text).rstrip("\n"), calls)
+    calls = []
+
+    def take(match):  # a block that is no call stays
+        call = _json_call(match.group(1))
+        calls.extend([call] if call else [])
+        return "" if call else match.group()
+
+    content = HERMES_CALL.sub(take, text)
+    return (content.rstrip("\n"), calls) if calls else (text, [])
 
 
 def _llama3(text):
@@ -101,7 +115,7 @@ def _mistral(text):
         listed = json.loads(listed)
     except (ValueError, RecursionError):
         listed = []
-    return _whole(text, content.strip(), [_json_call(call) for call in listed] if isinstance(listed, list) else [])
+    return _whole(text, content.rstrip(), [_json_call(call) for call in listed] if isinstance(listed, list) else [])
 
 
 def _deepseek(text):
@@ -120,3 +134,140 @@ def _glm4(text):
 
 
 _CALLS = {"hermes": _hermes, "llama3": _llama3, "mistral": _mistral, "deepseek": _deepseek, "glm-4": _glm4}
+
+
+# =============================================================================================== as it is written
+
+
+class ReplyStream:
+    """A reply as it is written -> deltas, whose sums are parse_reply() of the whole text.
+
+    A delta is {"reasoning_content": text}, {"content": text} or {"tool_calls": [call]}, a call in OpenAI's form with
+    its `index`. Text comes as soon as it cannot be the beginning of a mark any more. A call comes as a whole: only
+    then is it known to be one. Thoughts without their opening mark are found only with `thinks`.
+    """
+
+    def __init__(self, style: str | None, thinks: bool = False):
+        self.style, self.thinks = style, thinks
+        self.text, self.part, self.calls = "", "thoughts" if thinks else "start", 0
+        self.has_thoughts = self.has_content = False
+        self.blank = ""  # ends of lines that belong to the content if more of it follows
+
+    def push(self, text: str) -> list[dict]:
+        """More of the reply -> the deltas that are certain now."""
+        self.text += text
+        deltas, part = [], None
+        while part != self.part:
+            part = self.part
+            deltas += getattr(self, f"_{part}")()
+        return [delta for delta in deltas if any(delta.values())]
+
+    def finish(self) -> list[dict]:
+        """The deltas of what was held back, at the reply's end."""
+        deltas = []
+        if self.part == "start":
+            self.part = "content"
+            deltas += self._content()
+        if self.part == "thoughts":
+            deltas.append({"reasoning_content": self._thoughts_text(self.text).rstrip("\n")})
+        elif self.part == "held":
+            content, calls = _CALLS[self.style](self.text)
+            deltas += [{"content": content if calls else self.blank + content}, *map(self._numbered, calls)]
+        else:
+            rest = self.blank + self.text
+            deltas.append({"content": rest.rstrip("\n") if self.calls else rest})
+        self.text = ""
+        return [delta for delta in deltas if any(delta.values())]
+
+    def _numbered(self, call):
+        self.calls += 1
+        return {"tool_calls": [{"index": self.calls - 1, **call}]}
+
+    def _start(self):
+        opened = self.text.lstrip()
+        if opened.startswith("<think>"):
+            self.text, self.part = opened.removeprefix("<think>"), "thoughts"
+        elif not "<think>".startswith(opened):
+            self.part = "content"
+        return []
+
+    def _thoughts(self):
+        before, mark, behind = self.text.partition("</think>")
+        if mark:
+            self.text, self.part = behind, "gap"
+            return [{"reasoning_content": self._thoughts_text(before).rstrip("\n")}]
+        sure = len(self.text) - _begun(self.text, "</think>")
+        sure = len(self.text[:sure].rstrip("\n"))
+        text, self.text = self.text[:sure], self.text[sure:]
+        return [{"reasoning_content": self._thoughts_text(text)}]
+
+    def _thoughts_text(self, text):
+        if not self.has_thoughts:
+            text = text.lstrip("\n")
+            self.has_thoughts = bool(text)
+        return text
+
+    def _gap(self):
+        self.text = self.text.lstrip("\n")
+        self.part = "content" if self.text else "gap"
+        return []
+
+    def _content(self):
+        if self.style is None:
+            return self._take(len(self.text))
+        if self.style == "hermes":
+            return self._hermes_content()
+        if self.style in ("llama3", "glm-4") and not self.has_content:  # a call is all of the reply
+            opened = self.text.lstrip()
+            marks = ("{", "<|python_tag|>") if self.style == "llama3" else ("",)
+            if any(opened.startswith(mark) or mark.startswith(opened) for mark in marks):
+                self.part = "held" if any(opened.startswith(mark) for mark in marks) else self.part
+                return []
+        mark = {"mistral": "[TOOL_CALLS]", "deepseek": "<｜tool▁calls▁begin｜>"}.get(self.style)
+        if mark is None:
+            return self._take(len(self.text))
+        before, found, _ = self.text.partition(mark)
+        if found:
+            self.part = "held"
+            deltas = self._take(len(before))
+            if self.style == "deepseek":  # there they belong to the content before calls
+                self.text, self.blank = self.blank + self.text, ""
+            return deltas
+        return self._take(len(self.text) - _begun(self.text, mark))
+
+    def _held(self):
+        return []
+
+    def _hermes_content(self):
+        deltas = []
+        while True:
+            before, mark, behind = self.text.partition("<tool_call>")
+            deltas += self._take(len(before) if mark else len(self.text) - _begun(self.text, "<tool_call>"))
+            match = HERMES_CALL.match(self.text) if mark else None
+            if match is None:
+                return deltas
+            call = _json_call(match.group(1))
+            if call:
+                self.text = self.text[match.end() :]
+                deltas.append(self._numbered(call))
+            else:
+                deltas += self._take(match.end())
+
+    def _take(self, count):
+        """The first `count` characters become content, but for line ends behind which nothing has come yet."""
+        text, self.text = self.text[:count], self.text[count:]
+        return self._content_text(text)
+
+    def _content_text(self, text):
+        self.has_content = self.has_content or bool(text)
+        if self.style not in ("hermes", "mistral", "deepseek"):
+            return [{"content": text}]
+        text = self.blank + text
+        kept = text.rstrip() if self.style == "mistral" else text.rstrip("\n")
+        self.blank = text[len(kept) :]
+        return [{"content": kept}]
+
+
+def _begun(text, mark):
+    """How many characters at the end of the text may be the beginning of the mark."""
+    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-n:])), 0)

@@ -305,7 +305,7 @@ def _files_of_index(index: Path) -> list[str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({str(file) for file in weight_map.values()})
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{index}: not an index with a weight_map") from None
     for file in files:
         is_inside = not Path(file).is_absolute() and ".." not in Path(file).parts

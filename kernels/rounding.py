@@ -64,10 +64,13 @@ def round_to_nearest(weight: np.ndarray, bits: int, group_size: int = -1, sym: b
     """QuantizedWeight of a weight (in, out) float32: every value to its nearest code."""
     groups = group_numbers(len(weight), group_size)
     codes, scales, zeros = np.empty(weight.shape, np.uint8), [], []
-    for g in range(groups[-1] + 1):
-        rows = np.flatnonzero(groups == g)
-        scale, zero = qparams(weight[rows], bits, sym)
-        codes[rows] = quantize_to_codes(weight[rows], scale, zero, bits)
+    size = len(weight) if group_size == -1 else group_size
+    for first in range(0, len(weight), size):
+        rows, into = weight[first : first + size], codes[first : first + size]
+        scale, zero = qparams(rows, bits, sym)
+        for n in range(0, weight.shape[1], 1024):  # not all columns at once: what is between is in float64
+            some = np.s_[n : n + 1024]
+            into[:, some] = quantize_to_codes(rows[:, some], scale[some], zero[some], bits)
         scales.append(scale)
         zeros.append(zero)
     return QuantizedWeight(codes, np.stack(scales), np.stack(zeros), groups)

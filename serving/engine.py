@@ -12,9 +12,11 @@ The life of a request:
 4. _admit gives the first of the queue its blocks. Full blocks that another sequence has computed are shared: BlockPool
    finds them by a hash of all tokens up to their end.
 5. runner.run (runners.py) computes the scheduled tokens, writes their keys and values into the blocks, and returns the
-   logits after the last token of each sequence.
-6. _advance marks full blocks as shareable. Where a sequence is computed to its end, sample_batch draws the next token
-   from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
+   logits after the last token of each sequence; where a speculator (speculation.py) has guessed further tokens, after
+   each of them as well.
+6. _advance marks full blocks as shareable. Where a sequence is computed to its end, choose_batch (sampling.py) draws
+   the next token from the logits with penalties, temperature, top-k and top-p; each Sampler has its own random numbers.
+   If it is the guessed one, the token after it follows at once.
 7. _append lets Detokenizer turn the token into text, and decides whether the reply ends here: a stop id, a stop text,
    or the length. on_output gets a TokenOutput.
 8. _finish releases the blocks of an ended reply. Those that hold full blocks stay findable until they are needed.
@@ -22,6 +24,7 @@ The life of a request:
 
 import bisect
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -33,70 +36,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
-import kernels
-from kernels.reference import penalize
-
 import numpy as np
 
 from formats.files import UserError
 from model import CausalLM
 from serving.fused import fastest_runner
 from serving.runners import ScheduledTokens, TokenSequence
+from serving.sampling import Sampler, SamplingParams, choose_batch
+from serving.speculation import DraftSpeculator, NgramSpeculator, rows_of
 
 # ======================================================================================= requests and their results
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    max_tokens: int = 64  # most new tokens
-    min_tokens: int = 0  # before as many new tokens, neither end of sequence nor stop ends the reply
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0  # on tokens of prompt and reply (arXiv 1909.05858)
-    presence_penalty: float = 0.0  # subtracted from the logit of every token that the reply contains
-    frequency_penalty: float = 0.0  # the same, times its number of occurrences
-    seed: int | None = None  # the same seed gives the same text, whatever else is running
-    stop: tuple = ()  # texts that end the reply; they are not part of it
-    stop_token_ids: tuple = ()  # ids that end it, besides the tokenizer's
-    ignore_eos: bool = False  # continue after the tokenizer's stop ids
-    logprobs: int | None = None  # report log-probabilities of the chosen token and of this many likeliest ones
-    n: int = 1  # replies to the one prompt
-    scaled_logprobs: bool = False  # report log-probabilities after temperature, and entropies: those of rl.py
-
-    def check(self) -> None:
-        """UserError naming the field."""
-        for key, low, high in (
-            ("max_tokens", 1, None),
-            ("min_tokens", 0, self.max_tokens),
-            ("top_k", 0, None),
-            ("seed", 0, (1 << 63) - 1),
-            ("logprobs", 0, 20),
-            ("n", 1, 128),
-        ):
-            value = getattr(self, key)
-            if value is None and key in ("seed", "logprobs"):
-                continue
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            if not is_int or value < low or (high is not None and value > high):
-                limits = f"of at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"{key}: {value!r}; it must be a whole number {limits}")
-        for key, low, high in (
-            ("temperature", 0, 100),
-            ("top_p", 0, 1),
-            ("repetition_penalty", 0, 100),
-            ("presence_penalty", -100, 100),
-            ("frequency_penalty", -100, 100),
-        ):
-            value, positive = getattr(self, key), key in ("top_p", "repetition_penalty")
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not low <= value <= high or (positive and value == 0):
-                limits = f"above 0, up to {high}" if positive else f"between {low} and {high}"
-                raise UserError(f"{key}: {value!r}; it must be a number {limits}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop: {self.stop!r}; it must be a tuple of texts that are not empty")
-        if not isinstance(self.stop_token_ids, tuple) or not all(isinstance(i, int) for i in self.stop_token_ids):
-            raise UserError(f"stop_token_ids: {self.stop_token_ids!r}; it must be a tuple of token ids")
 
 
 @dataclasses.dataclass
@@ -119,6 +68,10 @@ class TokenOutput:
     entropy: float | None = None  # with scaled_logprobs, of the distribution at temperature, in nats
     finish_reason: str | None = None  # stop, length, abort, error: on the last TokenOutput of a reply
     cached_tokens: int = 0  # tokens of the prompt whose blocks were already computed
+    draft_tokens: int = 0  # of the reply so far: tokens that were guessed,
+    accepted_tokens: int = 0  # and those of them that the model chose
+    stop_text: str | None = None  # which of the request's `stop` ended the reply
+    admitted: float | None = None  # time.monotonic() at which the reply left the queue for the first time
 
 
 @dataclasses.dataclass
@@ -130,6 +83,8 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int
     entropies: list | None = None  # with scaled_logprobs, one a token; logprobs then holds (logprob, None)
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class PromptTooLong(UserError):
@@ -148,84 +103,15 @@ class ShuttingDown(UserError):
     """The engine accepts no more requests."""
 
 
-# ===================================================================== from logits to a token, from tokens to text
-
-
-class Sampler:
-    """How one sequence chooses: its penalties, its bans and its own random numbers, one a token."""
-
-    def __init__(self, params: SamplingParams, index: int, stop_ids: list[int], seed: int):
-        self.params = p = params
-        self.stop_ids = {*(() if p.ignore_eos else stop_ids), *p.stop_token_ids}
-        self.generator = np.random.default_rng([seed, index])
-        self.greedy = p.temperature < 1e-5
-        self.counts = collections.Counter()  # of the reply's tokens
-        no_penalty = p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
-        reports = p.logprobs is not None or p.scaled_logprobs
-        self.argmax_suffices = self.greedy and no_penalty and not reports  # from min_tokens on
-
-    def choose(self, logits: np.ndarray, token_ids: list[int]) -> tuple:
-        """logits (V,) float32, ids of prompt and reply -> (id, log-probability or None, likeliest or None)."""
-        (token,) = sample_batch([self], self.apply_penalties(logits, token_ids)[None])
-        return token, *self.logprobs_of(logits, token)
-
-    def apply_penalties(self, logits: np.ndarray, token_ids: list[int]) -> np.ndarray:
-        """logits (V,) with penalties, and without the stop ids before min_tokens; the same array where none apply."""
-        p = self.params
-        if p.repetition_penalty != 1.0:
-            ids, mask = np.array([token_ids]), np.ones((1, len(token_ids)), np.int64)
-            logits = penalize(logits[None], ids, mask, p.repetition_penalty)[0]
-        if (p.presence_penalty or p.frequency_penalty) and self.counts:
-            ids, counts = np.array(list(self.counts.keys())), np.array(list(self.counts.values()))
-            logits = logits.copy()
-            logits[ids] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
-        if self.stop_ids and self.counts.total() < p.min_tokens:
-            logits = logits.copy()
-            logits[[i for i in self.stop_ids if i < len(logits)]] = -np.inf
-        return logits
-
-    def logprobs_of(self, logits: np.ndarray, token: int) -> tuple:
-        """(log-probability of the token, [(id, log-probability)] of the likeliest) by logits (V,), or Nones."""
-        p = self.params
-        if p.logprobs is None:
-            return None, None
-        x = logits.astype(np.float64)
-        x -= x.max()
-        x -= np.log(np.exp(x).sum())
-        best = np.argpartition(-x, min(p.logprobs, len(x) - 1))[: p.logprobs]
-        best = best[np.lexsort((best, -x[best]))]
-        return float(x[token]), [(int(i), float(x[i])) for i in best]
-
-
-def sample_batch(samplers: list[Sampler], logits: np.ndarray) -> list[int]:
-    """One id for each sampler from its row of logits (S, V) float32; each draws one number of its own generator."""
-    options = [
-        (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.generator.random())
-        for s in samplers
-    ]
-    temperature, top_k, top_p, uniform = zip(*options)
-    ids = kernels.sample(kernels.to_tensor(logits, share=True), temperature, top_k, top_p, uniform).tolist()
-    for sampler, token in zip(samplers, ids):
-        sampler.counts[token] += 1
-    return ids
-
-
-def scaled_logprobs(logits: np.ndarray, ids: list[int], temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """logits (S, V) float32 -> log-probabilities of ids (S,) in softmax(logits / temperature), and its entropies."""
-    x = logits / np.array(temperatures, np.float32)[:, None]
-    x -= x.max(-1, keepdims=True)
-    weights = np.exp(x)
-    total = weights.sum(-1, dtype=np.float64)
-    entropies = np.log(total) - np.einsum("sv,sv->s", weights, x, dtype=np.float64) / total
-    return x[np.arange(len(ids)), ids] - np.log(total), entropies
+# ============================================================================================ from tokens to text
 
 
 class Detokenizer:
     """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
-        self.decoder = tokenizer.stream_decoder() if tokenizer is not None else None
-        self.stop, self.pending = stop, ""
+    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True):
+        self.decoder = tokenizer.stream_decoder(skip_special_tokens) if tokenizer is not None else None
+        self.stop, self.pending, self.stop_text = stop, "", None  # stop_text: the one that was found
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """(text, whether a stop text was found; the text after it is dropped)"""
@@ -241,10 +127,11 @@ class Detokenizer:
 
     def _final_text(self, new, may_stop):
         text = self.pending + new
-        starts = [at for at in (text.find(stop) for stop in self.stop) if at >= 0] if new and may_stop else []
+        starts = [(at, stop) for stop in self.stop if (at := text.find(stop)) >= 0] if new and may_stop else []
         if starts:
+            at, self.stop_text = min(starts)
             self.pending = ""
-            return text[: min(starts)], True
+            return text[:at], True
         keep = 0  # length of the longest end of the text with which a stop text begins
         for stop in self.stop if may_stop else ():
             for length in range(min(len(stop) - 1, len(text)), keep, -1):
@@ -269,6 +156,7 @@ class BlockPool:
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
         self.ref_counts = [0] * num_blocks
         self.hashes = [None] * num_blocks  # of each block that others may share
+        self.is_exact = [False] * num_blocks  # whether seeded sequences may share it, see Sequence
         self.block_of = {}  # hash -> block
         self.num_cached = 0  # free blocks with a hash
         self.free = collections.OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
@@ -277,12 +165,12 @@ class BlockPool:
         """Hash of a full block: of its tokens and of its parent's hash (for the first block, the sequence's seed)."""
         return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), key=parent, digest_size=16).digest()
 
-    def match_prefix(self, block_hashes: list[bytes]) -> list[int]:
-        """Take the longest run of blocks with these hashes; returns the blocks."""
+    def match_prefix(self, block_hashes: list[bytes], only_exact: bool = False) -> list[int]:
+        """Take the longest run of blocks with these hashes, of exact ones if only_exact; returns the blocks."""
         blocks = []
         for key in block_hashes if self.reuse else ():
             block = self.block_of.get(key)
-            if block is None:
+            if block is None or only_exact and not self.is_exact[block]:
                 break
             if self.ref_counts[block] == 0:
                 del self.free[block]
@@ -301,10 +189,10 @@ class BlockPool:
         self.ref_counts[block] = 1
         return block
 
-    def cache_block(self, block: int, block_hash: bytes) -> None:
+    def cache_block(self, block: int, block_hash: bytes, is_exact: bool = False) -> None:
         """The block is full and computed: others may share it. Of several equal blocks the first is found."""
         if self.reuse and block_hash not in self.block_of:
-            self.block_of[block_hash], self.hashes[block] = block, block_hash
+            self.block_of[block_hash], self.hashes[block], self.is_exact[block] = block, block_hash, is_exact
 
     def release(self, blocks: list[int]) -> None:
         """Give back a sequence's blocks, the last one first: no block is found without its parent."""
@@ -332,7 +220,12 @@ WAITING, PREFILL, DECODE, DONE = "waiting", "prefill", "decode", "done"
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Sequence(TokenSequence):
-    """One of the n replies of a request, from the queue to its end."""
+    """One of the n replies of a request, from the queue to its end.
+
+    is_seeded: the request has a seed, so its text must not depend on what else runs. A step computes each sequence by
+    itself, but one token otherwise than several. So the tokens of its prompt are always computed several at once, those
+    of its reply one by one, and it shares only blocks that were.
+    """
 
     request: Request
     index: int  # 0..n-1
@@ -345,15 +238,14 @@ class Sequence(TokenSequence):
     block_hashes: list[bytes]  # the seed, then one for each full block
     phase: str = WAITING
     num_computed_tokens: int = 0  # tokens whose keys and values are in the blocks
+    admitted: float | None = None  # see TokenOutput
     num_cached_tokens: int | None = None  # of the prompt, found in the pool when it was first admitted
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def num_new_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
-
-    @property
-    def needs_only_argmax(self) -> bool:
-        return self.sampler.argmax_suffices and self.num_new_tokens >= self.sampler.params.min_tokens
 
 
 # ===================================================================================================== the engine
@@ -364,7 +256,7 @@ class Engine:
 
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
-    dtype, int8_head: of serving.fused.
+    dtype, int8_head, free_weights: of serving.fused. speculator: of serving.speculation; replies are the same with it.
     """
 
     def __init__(
@@ -383,10 +275,19 @@ class Engine:
         int8_cache: bool = False,
         dtype: str = "float32",
         int8_head: bool = False,
+        speculator: NgramSpeculator | DraftSpeculator | None = None,
+        free_weights: bool = False,
     ):
         if isinstance(model, CausalLM):
-            model = fastest_runner(model, num_blocks, block_size, adapters, int8_cache, dtype, int8_head)
-        self.runner, self.tokenizer = model, tokenizer
+            options = adapters, int8_cache, dtype, int8_head, free_weights
+            model = fastest_runner(model, num_blocks, block_size, *options)
+        if speculator is not None and not model.chunked_prefill:
+            raise UserError(
+                f"speculate_method: {type(model).__name__} computes one token of a reply a step; leave it out"
+            )
+        if speculator is not None:
+            speculator.check_vocabulary(model.vocab_size)
+        self.runner, self.tokenizer, self.speculator = model, tokenizer, speculator
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # one token for each running sequence
@@ -403,10 +304,12 @@ class Engine:
         self.running, self.waiting = [], collections.deque()  # both by arrival
         self.seeds, self.arrivals = np.random.default_rng(seed), itertools.count()
         counters = "requests prompt_tokens cached_tokens generation_tokens preemptions aborted errors steps"
-        self.totals = dict.fromkeys(counters.split(), 0)
+        drafts = "spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens"
+        self.totals = dict.fromkeys(f"{counters} {drafts}".split(), 0)
         # Shared with other threads, under the condition's lock; live: request_id -> number of replies not finished
         self.condition = threading.Condition()
         self.inbox, self.to_abort, self.live = [], set(), {}
+        self.calls = []  # (function, its Future) for between two steps
         self.thread, self.closing, self.stopped = None, False, False
 
     # ---------------------------------------------------------------- called from any thread
@@ -418,9 +321,6 @@ class Engine:
         """
         params, prompt = request.params, request.prompt_ids
         params.check()
-        if request.adapter is not None and request.adapter not in self.adapters:
-            names = ", ".join(self.adapters) or "none"
-            raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
         if not len(prompt):
             raise UserError("prompt: empty; at least one token is needed")
         if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
@@ -431,6 +331,9 @@ class Engine:
         with self.condition:
             if self.closing:
                 raise ShuttingDown("the server is shutting down")
+            if request.adapter is not None and request.adapter not in self.adapters:  # here, as they come and go
+                names = ", ".join(self.adapters) or "none"
+                raise UnknownAdapter(f"adapter: {request.adapter!r} is not loaded; loaded are {names}")
             if len(self.inbox) + len(self.waiting) >= self.max_queue:
                 raise QueueFull(f"{self.max_queue} replies are already waiting; try again later")
             if request.request_id in self.live:
@@ -455,13 +358,14 @@ class Engine:
                 tokens=list(tokens),
                 num_prompt_tokens=len(tokens),
                 adapter=request.adapter,
+                is_seeded=params.seed is not None,
                 request=request,
                 index=index,
                 arrival=next(self.arrivals),
                 on_output=on_output,
                 leader=leader,
                 sampler=Sampler(params, index, self.stop_ids, seed),
-                detokenizer=Detokenizer(self.tokenizer, params.stop),
+                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens),
                 num_virtual_tokens=num_virtual_tokens,
                 block_hashes=[hash_seed],
             )
@@ -474,6 +378,19 @@ class Engine:
             if request_id in self.live:
                 self.to_abort.add(request_id)
                 self.condition.notify_all()
+
+    def between_steps(self, function: Callable) -> concurrent.futures.Future:
+        """function() in the engine's thread, while no step is computed; without a thread, in the next step()."""
+        future = concurrent.futures.Future()
+        with self.condition:
+            self.calls.append((function, future))
+            self.condition.notify_all()
+        return future
+
+    def uses_adapter(self, name: str) -> bool:
+        """Whether a reply that is not finished needs the adapter. In the engine's thread."""
+        with self.condition:
+            return any(s.adapter == name for s in (*self.running, *self.waiting, *self.inbox))
 
     def weights_changed(self) -> None:
         """The model's weights were updated in place: keys and values in the pool are of the old ones.
@@ -504,12 +421,24 @@ class Engine:
         if not scheduled:
             assert not self.running and not self.waiting, "nothing was scheduled while sequences wait"
             return False
-        logits = self.runner.run(scheduled)
+        drafts = self._draft(scheduled) if self.speculator is not None else {}
+        rows, first = rows_of(scheduled, drafts)
+        logits = self.runner.run(rows)
+        if self.speculator is not None:
+            self.speculator.computed([tokens for tokens in scheduled if tokens.sequence.phase == PREFILL])
         self.totals["steps"] += 1
-        self._advance(scheduled, logits)
+        self._advance(scheduled, drafts, logits, first)
         return True
 
     def _take_inbox(self):
+        with self.condition:
+            calls, self.calls = self.calls, []
+        for function, future in calls:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # its caller's
+                    future.set_exception(error)
         with self.condition:
             self.waiting += self.inbox
             self.inbox.clear()
@@ -553,10 +482,41 @@ class Engine:
                 scheduled.append(ScheduledTokens(sequence, sequence.num_computed_tokens, 1))
         return scheduled, preempted
 
+    def _draft(self, scheduled):
+        """{decoding sequence: ids that may come next}, where the step and the pool have room for them."""
+        room = self.max_num_batched_tokens - sum(tokens.count for tokens in scheduled)
+        sequences, limits = [tokens.sequence for tokens in scheduled if tokens.sequence.phase == DECODE], []
+        for sequence in sequences:
+            limit = min(self.speculator.max_draft_tokens, room, self._tokens_left(sequence) - 1)
+            while len(sequence.blocks) * self.pool.block_size < len(sequence.tokens) + limit:
+                if len(self.pool.free) <= self.watermark:
+                    limit = len(sequence.blocks) * self.pool.block_size - len(sequence.tokens)
+                    break
+                sequence.blocks.append(self.pool.allocate())
+            room -= max(0, limit)
+            limits.append(limit)
+        drafts = {s: draft for s, draft in zip(sequences, self.speculator.propose(sequences, limits)) if draft}
+        for sequence, draft in drafts.items():
+            sequence.num_draft_tokens += len(draft)
+        self.totals["spec_decode_num_drafts"] += len(drafts)
+        self.totals["spec_decode_num_draft_tokens"] += sum(map(len, drafts.values()))
+        return drafts
+
+    def _tokens_left(self, sequence):
+        """The most tokens that the reply may still get."""
+        text_length = len(sequence.tokens) - sequence.num_virtual_tokens
+        return min(sequence.request.params.max_tokens - sequence.num_new_tokens, self.max_model_len - text_length)
+
     def _add_prefill(self, scheduled, sequence, budget):
         """Schedule a prompt's next tokens within the budget (all, if the runner takes no pieces); returns how many."""
         count = len(sequence.tokens) - sequence.num_computed_tokens
-        count = min(count, budget) if self.runner.chunked_prefill else count
+        if self.runner.chunked_prefill:
+            count = min(count, budget)
+            if sequence.is_seeded:
+                left = sequence.num_prompt_tokens - sequence.num_computed_tokens
+                count = min(count, max(0, left) + self.max_num_seqs)  # each token of a reply is a row of logits
+                count -= left - count == 1  # no single token at the end
+                count = 0 if count == 1 < left and scheduled else count
         if count > 0:
             scheduled.append(ScheduledTokens(sequence, sequence.num_computed_tokens, count))
         return count
@@ -569,8 +529,10 @@ class Engine:
         assert sequence is self.waiting[0] and sequence.phase == WAITING and not sequence.blocks
         size, length = self.pool.block_size, len(sequence.tokens)
         shareable = (length - 1) // size
+        if sequence.is_seeded:
+            shareable = max(0, sequence.num_prompt_tokens - 2) // size
         self._extend_block_hashes(sequence, shareable)
-        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + shareable])
+        shared = self.pool.match_prefix(sequence.block_hashes[1 : 1 + shareable], sequence.is_seeded)
         missing = -(-length // size) - len(shared)
         if missing > len(self.pool.free) - (self.watermark if self.running else 0):
             self.pool.release(shared)
@@ -581,6 +543,7 @@ class Engine:
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = max(0, sequence.num_computed_tokens - sequence.num_virtual_tokens)
             self.totals["cached_tokens"] += sequence.num_cached_tokens
+            sequence.admitted = time.monotonic()
         if sequence.num_computed_tokens < sequence.num_virtual_tokens:
             self.runner.fill_prefix(sequence, sequence.num_computed_tokens)
             sequence.num_computed_tokens = sequence.num_virtual_tokens
@@ -606,23 +569,42 @@ class Engine:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         self.runner.release(sequence)
+        if self.speculator is not None:
+            self.speculator.release(sequence)
 
-    def _advance(self, scheduled, logits):
-        """Count the computed tokens; where a sequence is computed to its end, append the next one. logits (S, V)"""
-        best, finite = logits.argmax(-1).tolist(), np.isfinite(logits.max(-1)).tolist()
-        sampled = self._sample(scheduled, logits, finite)
-        for row, (sequence, _, count) in enumerate(scheduled):
+    def _advance(self, scheduled, drafts, logits, first):
+        """Count the computed tokens; where a sequence is computed to its end, append the next one, and those after it
+        while they are what was drafted. logits (rows, V): first[i] is the row of scheduled[i], then those of its draft.
+        """
+        ended = []  # [(sequence, row of its logits, draft)]
+        for (sequence, _, count), row in zip(scheduled, first):
+            draft = drafts.get(sequence, ())
             self._count_computed(sequence, count)
-            if sequence.num_computed_tokens < len(sequence.tokens):
-                continue
-            sequence.phase = DECODE
-            if not finite[row]:
-                print(f"request {sequence.request.request_id}: the logits are not finite", file=sys.stderr, flush=True)
-                self._finish(sequence, "error")
-            elif row in sampled:
-                self._append(sequence, *sampled[row])
-            else:
-                self._append(sequence, best[row], None, None)
+            if sequence.num_computed_tokens == len(sequence.tokens):
+                sequence.phase = DECODE
+                ended.append((sequence, row, draft))
+        place = 0  # in the drafts
+        while ended:
+            rows, sequences = [row + place for _, row, _ in ended], [sequence for sequence, _, _ in ended]
+            part = logits if len(rows) == len(logits) else logits[rows]
+            choices, accepted = choose_batch([s.sampler for s in sequences], part, [s.tokens for s in sequences]), []
+            for (sequence, row, draft), choice in zip(ended, choices):
+                if choice.token_id < 0:
+                    name = sequence.request.request_id
+                    print(f"request {name}: the logits are not finite", file=sys.stderr, flush=True)
+                    self._finish(sequence, "error")
+                    continue
+                if place < len(draft) and choice.token_id == draft[place]:
+                    self._accept(sequence)
+                    accepted.append((sequence, row, draft))
+                self._append(sequence, *choice)
+            ended, place = [entry for entry in accepted if entry[0].phase == DECODE], place + 1
+            for sequence, _, _ in ended:
+                self._count_computed(sequence, 1)
+
+    def _accept(self, sequence):
+        sequence.num_accepted_tokens += 1
+        self.totals["spec_decode_num_accepted_tokens"] += 1
 
     def _count_computed(self, sequence, count):
         """Add to the computed tokens, and let others share the blocks that are full now."""
@@ -632,38 +614,12 @@ class Engine:
         full = sequence.num_computed_tokens // size
         if full > full_before and self.pool.reuse:
             self._extend_block_hashes(sequence, full)
+            may_be_exact = sequence.is_seeded or self.runner.is_row_invariant
             for i in range(full_before, full):
-                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1])
+                is_exact = (i + 1) * size <= sequence.num_prompt_tokens and may_be_exact
+                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1], is_exact)
 
-    def _sample(self, scheduled, logits, finite):
-        """{row: (id, log-probability, likeliest, entropy)} for the rows that are computed to their end and need more
-        than the argmax."""
-        rows = [
-            row
-            for row, (sequence, start, count) in enumerate(scheduled)
-            if start + count == len(sequence.tokens) and finite[row] and not sequence.needs_only_argmax
-        ]
-        if not rows:
-            return {}
-        sequences = [scheduled[row].sequence for row in rows]
-        penalized = [
-            s.sampler.apply_penalties(logits[row], s.tokens[s.num_virtual_tokens :]) for row, s in zip(rows, sequences)
-        ]
-        ids = sample_batch([s.sampler for s in sequences], np.stack(penalized))
-        sampled = {
-            row: (token, *s.sampler.logprobs_of(logits[row], token), None)
-            for row, s, token in zip(rows, sequences, ids)
-        }
-        scaled = [(row, s) for row, s in zip(rows, sequences) if s.sampler.params.scaled_logprobs]
-        if scaled:
-            chosen = [sampled[row][0] for row, _ in scaled]
-            temperatures = [1.0 if s.sampler.greedy else s.sampler.params.temperature for _, s in scaled]
-            numbers = scaled_logprobs(logits[[row for row, _ in scaled]], chosen, temperatures)
-            for (row, _), token, logprob, entropy in zip(scaled, chosen, *(values.tolist() for values in numbers)):
-                sampled[row] = token, logprob, None, entropy
-        return sampled
-
-    def _append(self, sequence, token, logprob, top_logprobs, entropy=None):
+    def _append(self, sequence, token, logprob, top_logprobs, entropy):
         """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
         params, sampler, detokenizer = sequence.request.params, sequence.sampler, sequence.detokenizer
         sequence.tokens.append(token)
@@ -678,9 +634,20 @@ class Engine:
             if full and not stopped:
                 rest, stopped = detokenizer.flush(may_stop)
                 text += rest
-            reason = "stop" if stopped else "length" if full else None
+            reason = "stop" if stopped else sampler.guide_ends() or ("length" if full else None)
+            if reason and not (stopped or full):
+                text += detokenizer.flush()[0]
         output = TokenOutput(
-            sequence.index, token, text, logprob, top_logprobs, entropy, cached_tokens=sequence.num_cached_tokens
+            sequence.index,
+            token,
+            text,
+            logprob,
+            top_logprobs,
+            entropy,
+            cached_tokens=sequence.num_cached_tokens,
+            draft_tokens=sequence.num_draft_tokens,
+            accepted_tokens=sequence.num_accepted_tokens,
+            stop_text=detokenizer.stop_text,
         )
         if reason is None:
             self._deliver(sequence, output)
@@ -701,11 +668,17 @@ class Engine:
             self.live[name] -= 1
             if not self.live[name]:
                 del self.live[name]
-        output = output or TokenOutput(sequence.index, cached_tokens=sequence.num_cached_tokens or 0)
+        output = output or TokenOutput(
+            sequence.index,
+            cached_tokens=sequence.num_cached_tokens or 0,
+            draft_tokens=sequence.num_draft_tokens,
+            accepted_tokens=sequence.num_accepted_tokens,
+        )
         output.finish_reason = reason
         self._deliver(sequence, output)
 
     def _deliver(self, sequence, output):
+        output.admitted = sequence.admitted
         try:
             sequence.on_output(output)
         except Exception:
@@ -724,7 +697,7 @@ class Engine:
         while True:
             with self.condition:
                 self.condition.wait_for(
-                    lambda: self.inbox or self.to_abort or self.running or self.waiting or self.stopped
+                    lambda: self.inbox or self.to_abort or self.calls or self.running or self.waiting or self.stopped
                 )
                 if self.stopped:
                     return
@@ -817,6 +790,7 @@ class _Collector:
         c = self.completions[output.index]
         c.text += output.text
         c.cached_tokens = output.cached_tokens
+        c.draft_tokens, c.accepted_tokens = output.draft_tokens, output.accepted_tokens
         if output.token_id is not None:
             c.token_ids.append(output.token_id)
             if c.logprobs is not None:

@@ -10,9 +10,12 @@ Letters as in runners.py.
 """
 
 import ctypes
+import itertools
+import json
+from pathlib import Path
 
 import kernels
-from kernels.fused import FusedMultiTransformer, FusedShape, Weight, gate_and_up, storage_missing
+from kernels.fused import FusedMultiTransformer, FusedShape, Routing, Weight, gate_and_up, storage_missing, trim_memory
 from kernels.rounding import round_to_nearest
 
 import numpy as np
@@ -20,23 +23,21 @@ import paddle
 
 from formats.files import UserError
 from layers import Linear, QuantLinear
-from model import CausalLM
+from model import CausalLM, MoE
 from positions import alibi_slopes, rope_tables
-from serving.runners import PagedRunner, SequentialRunner, make_runner
+from serving.runners import AdapterLinear, PagedRunner, SequentialRunner, make_runner
 
 # ==================================================================================== which models, and their weights
 
 
 def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | None:
-    """The reason why FusedRunner cannot run this model here; None if it can."""
+    """The reason why FusedRunner cannot run this model here, with adapters {name: folder}; None if it can."""
     c = model.config
     not_covered = {
-        "latent attention (MLA)": c.latent,
-        "experts": c.experts,
         "two-dimensional positions": c.position == "rope_2d",
-        "scaled residuals": c.residual_scale is not None,
-        "an embedding narrower than the model": model.project_in is not None,
-        "LoRA adapters": adapters,
+        "values wider than keys": c.latent and c.latent.v_head_dim > c.head_dim,
+        "LoRA adapters beside experts": c.experts and adapters,
+        "DoRA adapters": any(map(_is_dora, (adapters or {}).values())),
     }
     for name, found in not_covered.items():
         if found:
@@ -52,10 +53,20 @@ def why_not_fused(model: CausalLM, adapters: dict | None, dtype: str) -> str | N
         if why := storage_missing(storage):
             return why
     for block in model.layers:
-        for name, layers in _products(block).items():
-            if why := _why_not_together(layers):
-                return f"{name}: {why}"
+        for products in (_products(block), *map(_mlp_products, _experts(block))):
+            for name, layers in products.items():
+                if why := _why_not_together(layers):
+                    return f"{name}: {why}"
     return None
+
+
+def _is_dora(folder):
+    """Whether an adapter's folder says so; what is wrong with a folder is load_adapter()'s to say."""
+    file = Path(folder) / "adapter_config.json"
+    try:
+        return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("use_dora")
+    except (ValueError, AttributeError):
+        return False
 
 
 def choose_dtype(model: CausalLM, adapters: dict | None, asked: str) -> str:
@@ -74,20 +85,39 @@ def _storage(layer, dtype):
 
 
 def _products(block):
-    """{a key of kernels.fused.LINEARS: the layers of one product, whose outputs are side by side}"""
-    attention, mlp = block.attention, block.mlp
-    fused_qkv = attention.config.fused_qkv is not None
+    """{a key of kernels.fused.LINEARS: the layers of one product, whose outputs are side by side}
+
+    A layer with adapters around it is an AdapterLinear.
+    """
+    attention, mlp, found = block.attention, block.mlp, {}
+    if latent := attention.config.latent:
+        found["qkv"] = [attention.q_a_proj if latent.q_lora_rank else attention.q_proj, attention.kv_a_proj]
+        found |= {"q_up": [attention.q_b_proj]} if latent.q_lora_rank else {}
+        found["kv_up"] = [attention.kv_b_proj]
+    elif attention.config.fused_qkv is not None:
+        found["qkv"] = [attention.qkv_proj]
+    else:
+        found["qkv"] = [attention.q_proj, attention.k_proj, attention.v_proj]
+    mlp = mlp.shared if isinstance(mlp, MoE) else mlp
+    return found | {"output": [attention.o_proj]} | ({} if mlp is None else _mlp_products(mlp))
+
+
+def _mlp_products(mlp):
     up = mlp.gate_up_proj if mlp.gate_up_proj is not None else mlp.up_proj
-    return {
-        "qkv": [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj],
-        "output": [attention.o_proj],
-        "up": [up] if mlp.gate_proj is None else [mlp.gate_proj, up],
-        "down": [mlp.down_proj],
-    }
+    return {"up": [up] if mlp.gate_proj is None else [mlp.gate_proj, up], "down": [mlp.down_proj]}
+
+
+def _experts(block):
+    return block.mlp.experts if isinstance(block.mlp, MoE) else ()
+
+
+def _without_adapters(layers):
+    return [layer.base if isinstance(layer, AdapterLinear) else layer for layer in layers]
 
 
 def _why_not_together(layers):
     """Why these layers are not the columns of one weight; None if they are."""
+    layers = _without_adapters(layers)
     first = layers[0]
     for layer in layers:
         if type(layer) not in (Linear, QuantLinear):
@@ -147,17 +177,40 @@ def _heads_apart(columns, config):
     return {name: apart(x) for name, x in columns.items()}
 
 
-def _weight(name, layers, config, dtype) -> Weight:
-    first = layers[0]
-    parts = [_columns(layer, dtype) for layer in layers]
+def _side_by_side(name, parts, config) -> dict:
+    """Columns of the layers of one product -> those of its weight, in the order that kernels.fused wants."""
     if name == "qkv" and config.fused_qkv == "groups":
         parts = [_heads_apart(parts[0], config)]
     if name == "up" and config.gated:
         if len(parts) == 1:  # gate and up in one linear
             parts = [{key: half for key, half in zip(parts[0], halves)} for halves in _halves(parts[0])]
-        columns = {key: gate_and_up(parts[0][key], parts[1][key]) for key in parts[0]}
-    else:
-        columns = {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+        return {key: gate_and_up(parts[0][key], parts[1][key]) for key in parts[0]}
+    return {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+
+
+def _adapter(name, loras, layers, config):
+    """A (in, R), B (R, out) with the scaling in it, and bias (out,) of the LoRAs, or None, of the layers of a product.
+
+    The layers read one input, so that their A stand side by side; each B has rows of its own.
+    """
+    A, parts = [lora.lora_A.astype("float32").numpy() for lora in loras if lora is not None], []
+    R, row = sum(a.shape[1] for a in A), 0
+    for lora, layer in zip(loras, layers):
+        values, bias = np.zeros((R, layer.n_out), np.float32), np.zeros(layer.n_out, np.float32)
+        if lora is not None:
+            B = lora.lora_B.astype("float32").numpy() * np.float32(lora.scaling)
+            values[row : row + len(B)] = B
+            row += len(B)
+            if lora.lora_B_bias is not None:
+                bias = lora.lora_B_bias.astype("float32").numpy() * np.float32(lora.scaling)
+        parts.append({"values": values, "bias": bias})
+    columns = _side_by_side(name, parts, config)
+    return np.concatenate(A, axis=1), columns["values"], columns["bias"]
+
+
+def _weight(name, layers, config, dtype) -> Weight:
+    first = layers[0]
+    columns = _side_by_side(name, [_columns(layer, dtype) for layer in layers], config)
     if not columns["bias"].any():
         columns["bias"] = None
     if isinstance(first, Linear):
@@ -193,19 +246,26 @@ def _head(model, dtype, int8) -> Weight:
     return Weight("w8", found.codes, scales=found.scales)
 
 
-def pack_model(
-    model: CausalLM, block_size: int, dtype: str, cache: str, int8_head: bool = False
-) -> FusedMultiTransformer:
-    """The model's weights in the layout of the instruction set; the caches are still to be set."""
-    c = model.config
-    shape = FusedShape(
+def _free(*layers):
+    """Give the memory of these layers' tensors back."""
+    for layer in layers:
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor._clear_data()
+    trim_memory()
+
+
+def _shape(c, block_size, cache) -> FusedShape:
+    latent = {}
+    if c.latent:
+        latent = {"q_latent": c.latent.q_lora_rank or 0, "kv_latent": c.latent.kv_lora_rank}
+        latent |= {"nope": c.latent.qk_nope_head_dim, "value": c.latent.v_head_dim}
+    return FusedShape(
         layers=c.num_hidden_layers,
         D=c.hidden_size,
         H=c.num_attention_heads,
         K=c.num_key_value_heads,
         Dh=c.head_dim,
         rotary=c.rotary_dim or c.head_dim,
-        F=c.intermediate_size,
         V=c.vocab_size,
         norm_place=c.norm_place,
         activation=c.activation,
@@ -217,8 +277,66 @@ def pack_model(
         attention_softcap=c.attention_softcap,
         final_softcap=c.final_softcap,
         embedding_scale=c.embedding_scale,
+        residual_scale=c.residual_scale,
+        **latent,
     )
-    table = model.embed_tokens.weight
+
+
+def _pack_block(packed, i, block, c, dtype, adapters, free_weights):
+    """Norms, linears and LoRAs of block i."""
+    norms = {"attention": block.attention_norm, "mlp": block.mlp_norm}
+    norms |= {"attention_post": block.attention_post_norm, "mlp_post": block.mlp_post_norm}
+    if c.latent:
+        norms |= {"q_latent": getattr(block.attention, "q_a_norm", None), "kv_latent": block.attention.kv_a_norm}
+    else:
+        norms |= {"q": block.attention.q_norm, "k": block.attention.k_norm}
+    for name, norm in norms.items():
+        if norm is not None:
+            packed.set_norm(i, name, *_norm(norm))
+    for name, layers in _products(block).items():
+        bases = _without_adapters(layers)
+        packed.set_linear(i, name, _weight(name, bases, c, dtype))
+        for number, adapter in enumerate(adapters):
+            loras = [x.by_name.get(adapter) if isinstance(x, AdapterLinear) else None for x in layers]
+            if any(lora is not None for lora in loras):
+                packed.set_adapter(i, name, number, *_adapter(name, loras, bases, c))
+        if free_weights:
+            _free(*layers)
+    if isinstance(block.mlp, MoE):
+        _pack_experts(packed, i, block.mlp, c, dtype, free_weights)
+
+
+def _pack_experts(packed, i, mlp, c, dtype, free_weights):
+    moe = mlp.moe
+    numbers = moe.num_experts, moe.top_k, moe.n_group, moe.topk_group, moe.group_topk_sum
+    routing = Routing(*numbers, moe.scoring == "sigmoid", moe.norm_topk_prob, moe.routed_scaling_factor)
+    packed.set_experts(i, routing, mlp.correction_bias.numpy() if moe.correction_bias else None)
+    packed.set_linear(i, "router", Weight("float32", mlp.router.full_weight()))
+    if mlp.shared_gate is not None:
+        packed.set_linear(i, "shared_gate", Weight("float32", mlp.shared_gate.full_weight()))
+    for number, expert in enumerate(mlp.experts):
+        products = _mlp_products(expert)
+        packed.set_expert(i, number, *(_weight(name, products[name], c, dtype) for name in ("up", "down")))
+        if free_weights:
+            _free(*products["up"], *products["down"])
+
+
+def pack_model(
+    model: CausalLM,
+    block_size: int,
+    dtype: str,
+    cache: str,
+    int8_head: bool = False,
+    adapters: list[str] | None = None,
+    free_weights: bool = False,
+) -> FusedMultiTransformer:
+    """The model's weights in the layout of the instruction set; the caches are still to be set.
+
+    adapters: names of LoRAs, see install_adapters(). free_weights: each weight of the model is freed when it is packed.
+    """
+    c, shape = model.config, _shape(model.config, block_size, cache)
+    is_head = model.lm_head is None and not int8_head  # the embedding is read from the packed head
+    table = None if is_head else model.embed_tokens.weight.astype(dtype)
     positions = None if model.embed_positions is None else model.embed_positions.weight.astype("float32")
     slopes = alibi_slopes(shape.H) if c.position == "alibi" else None
     packed = FusedMultiTransformer(shape, table, positions, slopes)
@@ -226,15 +344,14 @@ def pack_model(
         if norm is not None:
             packed.set_norm(None, name, *_norm(norm))
     for i, block in enumerate(model.layers):
-        norms = {"attention": block.attention_norm, "mlp": block.mlp_norm}
-        norms |= {"attention_post": block.attention_post_norm, "mlp_post": block.mlp_post_norm}
-        norms |= {"q": block.attention.q_norm, "k": block.attention.k_norm}
-        for name, norm in norms.items():
-            if norm is not None:
-                packed.set_norm(i, name, *_norm(norm))
-        for name, layers in _products(block).items():
-            packed.set_linear(i, name, _weight(name, layers, c, dtype))
+        _pack_block(packed, i, block, c, dtype, adapters or (), free_weights)
+    for name in ("project_in", "project_out"):
+        if (layer := getattr(model, name)) is not None:
+            packed.set_linear(None, name, Weight("float32", layer.full_weight()))
     packed.set_linear(None, "head", _head(model, dtype, int8_head))
+    if free_weights:
+        is_read_in_place = table is not None and table.data_ptr() == model.embed_tokens.weight.data_ptr()
+        _free(*([] if model.lm_head is None else [model.lm_head]), *([] if is_read_in_place else [model.embed_tokens]))
     return packed
 
 
@@ -242,19 +359,29 @@ def pack_model(
 
 
 class FusedRunner(PagedRunner):
-    """PagedRunner's steps, each one call of FusedMultiTransformer.step()."""
+    """PagedRunner's steps, each one call of FusedMultiTransformer.step().
+
+    free_weights: the packed weights are the only ones from then on; the model's layers can compute nothing any more.
+    Without it the model may be trained, and its weights are packed again.
+    """
+
+    is_row_invariant = True
 
     def __init__(
         self,
         model: CausalLM,
         num_blocks: int,
         block_size: int,
+        adapters: dict | None = None,
         int8: bool = False,
         dtype: str = "float32",
         int8_head: bool = False,
+        free_weights: bool = False,
     ):
-        super().__init__(model, num_blocks, block_size, int8=int8, dtype=dtype)
-        self._pack = lambda: pack_model(model, block_size, dtype, "int8" if int8 else dtype, int8_head)
+        super().__init__(model, num_blocks, block_size, adapters, int8, dtype)
+        cache = "int8" if int8 else dtype
+        self._pack = lambda: pack_model(model, block_size, dtype, cache, int8_head, self.adapters, free_weights)
+        self.weights_are_free = free_weights
         self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
         self.pack()
 
@@ -264,7 +391,7 @@ class FusedRunner(PagedRunner):
         windows = self.config.windows or [None] * self.config.num_hidden_layers
         for layer, (pool, scales, window) in enumerate(zip(self.pools, self.scales, windows)):
             self.packed.set_cache(layer, *pool, *scales, window)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = None if self.weights_are_free else self._fingerprint()
 
     def _fingerprint(self):
         """Where each parameter is, and its first, middle and last word: training changes every value."""
@@ -278,8 +405,14 @@ class FusedRunner(PagedRunner):
     @paddle.no_grad()
     def run(self, scheduled) -> np.ndarray:
         """(S, V) float32: the logits after the last token of each."""
-        if any(tokens.count > 1 for tokens in scheduled) and self.fingerprint != self._fingerprint():
-            self.pack()  # the model was trained since
+        if self.fingerprint and any(tokens.count > 1 for tokens in scheduled):
+            if self.fingerprint != self._fingerprint():
+                self.pack()  # the model was trained since
+        order = slices = None
+        if self.adapters:  # each adapter's tokens become one slice
+            order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].sequence.adapter or "")
+            scheduled = [scheduled[i] for i in order]
+            slices = self._adapter_slices(scheduled)
         step, c = self.layout(scheduled), self.config
         cos, sin = self._rotary(step)
         q_scale = None
@@ -287,7 +420,17 @@ class FusedRunner(PagedRunner):
             q_scale = np.maximum(np.log((step.positions + 1).astype(np.float32)) / np.log(c.logn_length), 1.0)
         rows = step.positions + c.position_offset if self.model.embed_positions is not None else None
         arrays = step.ids, step.slots, step.tables, step.query_lengths, step.context_lengths
-        return self.packed.step(*arrays, rows=rows, cos=cos, sin=sin, q_scale=q_scale)
+        logits = self.packed.step(*arrays, rows=rows, cos=cos, sin=sin, q_scale=q_scale, slices=slices)
+        return logits if order is None else logits[np.argsort(order)]
+
+    def _adapter_slices(self, scheduled):
+        """(n, 5) int64, see FusedMultiTransformer.step()."""
+        numbers, found, token, row = {name: i for i, name in enumerate(self.adapters)}, [], 0, 0
+        for name, group in itertools.groupby(scheduled, lambda tokens: tokens.sequence.adapter):
+            counts = [tokens.count for tokens in group]
+            found.append((numbers.get(name, -1), token, token + sum(counts), row, row + len(counts)))
+            token, row = token + sum(counts), row + len(counts)
+        return np.array(found, np.int64)
 
     def _rotary(self, step) -> tuple:
         """cos and sin (N, r/2) of the step's tokens."""
@@ -317,11 +460,12 @@ def fastest_runner(
     int8: bool = False,
     dtype: str = "float32",
     int8_head: bool = False,
+    free_weights: bool = False,
 ) -> PagedRunner | SequentialRunner:
     """FusedRunner where it covers the model, else that of make_runner(), in float32, after a line that says why."""
     model.eval()
     why = why_not_fused(model, adapters, dtype) or (storage_missing("w8") if int8_head else None)
     if why is None:
-        return FusedRunner(model, num_blocks, block_size, int8, dtype, int8_head)
+        return FusedRunner(model, num_blocks, block_size, adapters, int8, dtype, int8_head, free_weights)
     print(f"fused_multi_transformer: not used, {why}; the model's layers run one by one", flush=True)
     return make_runner(model, num_blocks, block_size, adapters, int8)

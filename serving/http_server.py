@@ -22,7 +22,8 @@ import signal
 import socket
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable
+import zlib
+from collections.abc import Awaitable, Callable, Iterator
 
 import h11
 
@@ -33,6 +34,8 @@ MAX_HEADERS = 100
 READ_SIZE = 16 * 1024  # bytes parsed between two looks at the other connections
 READ_AHEAD = 64 * 1024  # bytes taken from a client before it is its turn; then TCP makes it wait
 WRITE_AHEAD = 64 * 1024  # bytes kept for a client that reads slowly; then its request waits, write_timeout at most
+PIECE = 32 * 1024  # characters of JSON that are made between two looks at the other connections
+JSON_DEPTH = 5  # deeper values are made in one go: a row of logprobs is choices[0].logprobs.content[0]
 LINGER = 2.0  # seconds in which a refused client may finish sending, so that it reads the reply and not a reset
 CONTINUE = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
 BOTH_DONE = {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
@@ -56,12 +59,32 @@ class Limits:
     max_body_bytes: int
     read_timeout: float  # seconds in which a request must have arrived, and an idle connection is kept
     write_timeout: float  # seconds in which a client must take what is waiting for it
+    uncounted: tuple = ()  # paths that are answered though all connections are taken: those of health checks
+    uncounted_timeout: float = 0.5  # seconds in which a connection beyond max_connections must say what it wants
+
+
+def json_pieces(value: object, depth: int = JSON_DEPTH) -> Iterator[str]:
+    """json.dumps(value) in pieces, none of which takes long, so that a reply of 40 MB delays nobody else's."""
+    if depth and isinstance(value, dict) and value and all(type(key) is str for key in value):
+        for i, (key, item) in enumerate(value.items()):
+            yield f"{', ' if i else '{'}{json.dumps(key)}: "
+            yield from json_pieces(item, depth - 1)
+        yield "}"
+    elif depth and isinstance(value, (list, tuple)) and value:
+        is_nested = isinstance(value[0], (dict, list, tuple))
+        group = 1 if is_nested else 256
+        for i in range(0, len(value), group):
+            yield ", " if i else "["
+            yield from json_pieces(value[i], depth - 1) if is_nested else (json.dumps(value[i : i + 256])[1:-1],)
+        yield "]"
+    else:
+        yield json.dumps(value)
 
 
 @dataclasses.dataclass
 class HTTPRequest:
     method: str
-    path: str  # without the query
+    path: str  # without the query, with one slash between its parts and none at its end
     headers: dict  # lower-case name: value
 
     @classmethod
@@ -81,7 +104,33 @@ class HTTPRequest:
         except ValueError:  # such as http://[
             raise HTTPError(400, "the request's target is not a URL", "malformed_request") from None
         headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
-        return cls(event.method.decode(), path, headers)
+        return cls(event.method.decode(), re.sub("/+", "/", path).rstrip("/") or "/", headers)
+
+
+class BodyDecoder:
+    """The pieces of a body -> what Content-Encoding wrapped: gzip, deflate or nothing. HTTPError 415 for others."""
+
+    def __init__(self, coding: str, max_bytes: int):
+        coding, self.max_bytes, self.body = coding.strip().lower(), max_bytes, bytearray()
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            message = f"Content-Encoding: {coding[:40]!r} is not supported; send gzip, deflate or none"
+            raise HTTPError(415, message, "unsupported_encoding", {"Accept-Encoding": "gzip, deflate"})
+        self.inflate = zlib.decompressobj(wbits=47) if coding not in ("", "identity") else None  # 47: either header
+
+    def add(self, data: bytes) -> None:
+        """HTTPError 413 as soon as the body is too long, before more of it is inflated."""
+        try:
+            room = self.max_bytes - len(self.body) + 1
+            self.body += data if self.inflate is None else self.inflate.decompress(data, room)
+        except zlib.error as error:
+            raise HTTPError(400, f"the body is not {error}"[:200], "malformed_body") from None
+        if len(self.body) > self.max_bytes or (self.inflate is not None and self.inflate.unconsumed_tail):
+            raise HTTPError(413, f"the body is longer than {self.max_bytes:,} bytes", "body_too_large")
+
+    def finish(self) -> bytes:
+        if self.inflate is not None and (not self.inflate.eof or self.inflate.unused_data):
+            raise HTTPError(400, "the compressed body is cut off, or more follows it", "malformed_body")
+        return bytes(self.body)
 
 
 class Connection:
@@ -93,48 +142,47 @@ class Connection:
         self.reader, self.writer, self.server, self.limits = reader, writer, server, server.limits
         self.http, self.changed, self.watcher = h11.Connection(h11.SERVER), asyncio.Event(), None
         self.method, self.busy, self.eof, self.probed = None, False, False, False
+        self.extra_headers = {}  # of every reply to the current request, whatever it is
         writer.transport.set_write_buffer_limits(high=WRITE_AHEAD)
 
     # ---- requests
-    async def next_request(self) -> HTTPRequest | None:
-        """None: no more, or the client was idle for read_timeout. HTTPError 400, 408, 431, 501, 505."""
+    async def next_request(self, timeout: float | None = None) -> HTTPRequest | None:
+        """None: no more, or the client was idle for `timeout` (read_timeout). HTTPError 400, 408, 431, 501, 505."""
         if self.method is not None and (self.server.draining or self.http.states != BOTH_DONE):
             return None
         await self._stop_watching()
         data = self.http.trailing_data[0].lstrip(b"\r\n")  # some clients end a body with an extra line
-        self.http, self.method = h11.Connection(h11.SERVER, MAX_HEADER_BYTES), None
-        deadline = time.monotonic() + self.limits.read_timeout
+        self.http, self.method, self.extra_headers = h11.Connection(h11.SERVER, MAX_HEADER_BYTES), None, {}
+        timeout = self.limits.read_timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
         while not data:
             with contextlib.suppress(HTTPError):
                 data = await self._read(deadline)
             if not data:
                 return None
             data = data.lstrip(b"\r\n")
-        self.busy, deadline, head = True, time.monotonic() + self.limits.read_timeout, bytearray(data)
+        self.busy, deadline, head = True, time.monotonic() + timeout, bytearray(data)
         self.http.receive_data(data)
         event = await self._next_event(deadline, head)
         self.method = event.method.decode()
         return HTTPRequest.from_event(event, head[: len(head) - len(self.http.trailing_data[0])])
 
     async def read_body(self, request: HTTPRequest) -> bytes:
-        """The whole body. HTTPError 400, 408, 411, 413."""
+        """The whole body, inflated where it was compressed. HTTPError 400, 408, 411, 413, 415."""
         length, deadline = request.headers.get("content-length"), time.monotonic() + self.limits.read_timeout
         if length is None and "transfer-encoding" not in request.headers and request.method == "POST":
             raise HTTPError(411, "a Content-Length header or a chunked body is needed")
         if length is not None and "transfer-encoding" in request.headers:
             raise HTTPError(400, "Content-Length and Transfer-Encoding exclude each other", "malformed_request")
-        self._check_size(int(length or 0))
+        most = self.limits.max_body_bytes
+        if int(length or 0) > most:
+            raise HTTPError(413, f"the body is longer than {most:,} bytes", "body_too_large")
+        decoder = BodyDecoder(request.headers.get("content-encoding", ""), most)
         if self.http.they_are_waiting_for_100_continue:
             self.writer.write(self.http.send(CONTINUE))
-        body = bytearray()
         while isinstance(event := await self._next_event(deadline), h11.Data):
-            body += event.data
-            self._check_size(len(body))
-        return bytes(body)
-
-    def _check_size(self, size: int) -> None:
-        if size > self.limits.max_body_bytes:
-            raise HTTPError(413, f"the body is longer than {self.limits.max_body_bytes:,} bytes", "body_too_large")
+            decoder.add(event.data)
+        return decoder.finish()
 
     async def _next_event(self, deadline: float, received: bytearray | None = None) -> h11.Event:
         """What is read from the client meanwhile is also appended to `received`."""
@@ -168,12 +216,27 @@ class Connection:
         """A whole reply; a dict becomes JSON. ASCII JSON carries any text through any client, lone surrogates too."""
         content_type = "text/plain; charset=utf-8"
         if isinstance(body, dict):
-            body, content_type = json.dumps(body).encode() + b"\n", "application/json"
-        headers = {"Content-Type": content_type, "Content-Length": str(len(body))} | (headers or {})
-        data = self._head(status, headers, close)
-        if self.method != "HEAD":
-            data += self.http.send(h11.Data(data=body))
+            body, content_type = await self._json(body), "application/json"
+        length = {} if status == 204 else {"Content-Type": content_type, "Content-Length": str(len(body))}
+        data = self._head(status, length | (headers or {}), close)
+        for start in range(0, len(body) if self.method != "HEAD" and status != 204 else 0, WRITE_AHEAD):
+            if start:
+                await self._send(data)
+                data = b""
+            data += self.http.send(h11.Data(data=body[start : start + WRITE_AHEAD]))
         await self._send(data + self.http.send(h11.EndOfMessage()))
+
+    async def _json(self, value: dict) -> bytes:
+        """The other connections have their turn between two pieces of it."""
+        parts, done, size = [], [], 0
+        for piece in json_pieces(value):
+            parts.append(piece)
+            size += len(piece)
+            if size >= PIECE:
+                done.append("".join(parts).encode())
+                parts, size = [], 0
+                await asyncio.sleep(0)
+        return b"".join((*done, "".join(parts).encode(), b"\n"))
 
     async def start_response(self, status: int, headers: dict) -> None:
         """The head of a reply whose body comes in pieces, by send_data."""
@@ -184,7 +247,7 @@ class Connection:
         await self._send(data + self.http.send(h11.EndOfMessage()) if last else data)
 
     def _head(self, status: int, headers: dict, close: bool = False) -> bytes:
-        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} | headers
+        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} | self.extra_headers | headers
         if close or self.server.draining:
             headers["Connection"] = "close"
         reason = http.HTTPStatus(status).phrase
@@ -231,6 +294,11 @@ class Connection:
             self.watcher.cancel()
             await asyncio.wait([self.watcher])
             self.watcher = None
+
+    @property
+    def peer(self) -> str:
+        """The client's address, or its proxy's."""
+        return str((self.writer.get_extra_info("peername") or ("",))[0])
 
     @property
     def lost(self) -> bool:
@@ -321,8 +389,13 @@ class HTTPServer:
         self.connections.add(connection)
         try:
             if len(self.connections) > most:
-                message = f"all {most} connections are taken"
-                raise HTTPError(503, message, "too_many_connections", {"Retry-After": "1"})
+                request = await connection.next_request(self.limits.uncounted_timeout)
+                if request is None or request.path not in self.limits.uncounted:
+                    message = f"all {most} connections are taken"
+                    raise HTTPError(503, message, "too_many_connections", {"Retry-After": "1"})
+                connection.extra_headers["Connection"] = "close"
+                await self.handler(connection, request)
+                return
             while request := await connection.next_request():
                 await self.handler(connection, request)
                 connection.busy = False

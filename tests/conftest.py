@@ -28,7 +28,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--chat-templates", default=None, help="a folder of published chat templates, for the test that renders them"
     )
+    parser.addoption("--client-python", default=sys.executable, help="a Python with clients of the server, for theirs")
     parser.addoption("--llama-cpp-python", default=None, help="a Python with llama_cpp, for tests of GGUF files")
+    parser.addoption("--lm-eval-python", default=None, help="a Python with lm-eval and transformers: tests/clients")
+    parser.addoption("--chat-model", default=None, help="the folder of a real chat model: tests/clients")
     parser.addoption("--sweeps", action="store_true", help="also run all cases of the tests marked sweep")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and all cases of sweeps")
 
@@ -55,6 +58,21 @@ def pytest_collection_modifyitems(config, items):
         for i, (item, _) in enumerate(cases):
             if i not in chosen:
                 item.add_marker(pytest.mark.skip(reason="one of many cases; run with --sweeps"))
+
+
+@pytest.fixture
+def client_python(request):
+    """Runs a script text with a client's Python: client_python(module, script, *arguments)."""
+    python = request.config.getoption("--client-python")
+
+    def run(name, script, *args):
+        module = {"langchain": "langchain_openai"}.get(name, name)
+        if subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode:
+            pytest.skip(f"needs --client-python: a Python with {name}")
+        done = subprocess.run([python, "-c", script, *args], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
 
 
 @pytest.fixture(scope="module")

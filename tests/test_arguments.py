@@ -143,9 +143,10 @@ def test_a_name_of_another_tool_sets_our_key(row, capsys):
 REFUSALS = """
 dpo      --max_length 512                 max_seq_len limits a row, so a prompt with both replies
 dpo      --cutoff_len 512                 max_seq_len limits a row, so a prompt with both replies
-dpo      --prefix_path p                  dpo.py trains all weights or LoRA
+dpo      --prefix_path p                  prefix_path needs prefix_tuning
 dpo      --label_smoothing_factor 0.1     it has no label smoothing
 dpo      --ref_model m                    the reference is the model before training
+finetune --sync_ref_model true            only dpo.py has a reference that follows the policy
 finetune --label_smoothing_factor 0.1     it has no label smoothing
 finetune --label_smoothing 0.1            it has no label smoothing
 finetune --loss_type dft                  dpo.py has others

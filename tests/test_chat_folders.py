@@ -30,7 +30,8 @@ from formats.bpe import BYTE_CHARS
 from formats.files import UserError
 from formats.generation_config import eos_ids, read_generation_config, write_generation_config
 from formats.tokenizer import load_tokenizer
-from serving.engine import Request, SamplingParams
+from serving.engine import Request
+from serving.sampling import SamplingParams
 
 DEMO = ROOT / "demo" / "llama"
 

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_dpo.py                                   # CPU, no torch, about 20 s
     python -m pytest tests/test_dpo.py --hf-python PYTHON_WITH_TRL       # and TRL's losses computed again over there
+    PYTHONPATH=. python tests/test_dpo.py PYTHON_WITH_TRL                # write tests/golden/dpo_trl.json anew
 
 tests/golden/dpo_trl.json holds what TRL 1.16 computes for two small models of golden_weights.py; RECIPE made it.
 """
@@ -10,11 +11,15 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import types
 
 import numpy as np
 import paddle
 import pytest
+import tiny_models
 from conftest import ROOT, SHARED
 from golden_weights import CASES, draw, shapes
 from test_scripts import (
@@ -36,6 +41,9 @@ import dpo
 import families
 import formats.weights
 import model as M
+import preference
+import preference_data
+import preference_losses
 import trainer
 from arguments import parse_args
 from formats.chat import ChatTemplate, load_chat_template
@@ -100,6 +108,14 @@ if not arrays:
         names = [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
         for name in (*names, "logps/chosen", "logps/rejected"):
             arrays[kind + ":" + name] = trainer._metrics["eval"][name][0]
+    for name, run in given["more"].items():
+        trainer.loss_types, trainer.loss_weights = run["loss_type"], run.get("loss_weights", [1.0])
+        trainer.beta, trainer.label_smoothing = run["beta"], run.get("label_smoothing", 0.0)
+        trainer.ld_alpha, trainer.args.discopop_tau = run.get("ld_alpha"), run.get("discopop_tau", 0.05)
+        policy.zero_grad()
+        loss = trainer._compute_loss(trainer.model, inputs, False)
+        loss.backward()
+        arrays[name + ":loss"], arrays[name + ":gradient"] = loss.item(), watched.grad.norm().item()
     labels = ids.masked_fill(reply_mask == 0, -100)
     device = types.SimpleNamespace(device="cpu")
     for kind, beta, gamma, smoothing in given["cpo"]:
@@ -117,6 +133,52 @@ if not arrays:
     loss = -ORPOTrainer.odds_ratio_loss(types.SimpleNamespace(beta=1.0, accelerator=device), *logps.chunk(2))[0].mean()
     loss.backward()
     arrays["orpo:loss"], arrays["orpo:gradient"] = loss.item(), watched.grad.norm().item()
+    # TRL has neither of these: the formulas of arXiv 2402.13228 and of the first KTO code, from its log-probabilities
+    with torch.no_grad():
+        base = CPOTrainer.get_batch_logps(reference(ids, attention_mask=mask).logits, labels)
+    for kind, beta, weight in given["formulas"]:
+        policy.zero_grad()
+        logps = CPOTrainer.get_batch_logps(policy(ids, attention_mask=mask).logits, labels)
+        c, r = (logps - base).chunk(2)
+        if kind == "dpop":
+            penalty = torch.clamp((base - logps).chunk(2)[0], min=0)
+            loss = -torch.nn.functional.logsigmoid(beta * (c - r - weight * penalty)).mean()
+        else:
+            kl_c, kl_r = (x.detach().mean().clamp(min=0) for x in (c, r))
+            loss = torch.cat([1 - torch.sigmoid(beta * (c - kl_r)), 1 - torch.sigmoid(beta * (kl_c - r))]).mean()
+        loss.backward()
+        arrays[kind + ":loss"], arrays[kind + ":gradient"] = loss.item(), watched.grad.norm().item()
+    from trl import KTOConfig, KTOTrainer
+    policy, reference = opened(0.0), opened(given["mix"])
+    watched = policy.model.layers[1].self_attn.q_proj.weight
+    with tempfile.TemporaryDirectory() as folder:
+        options = dict(use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False)
+        args = KTOConfig(output_dir=folder, per_device_train_batch_size=2, **options)
+        data = Dataset.from_list([{"prompt": "a ", "completion": "b", "label": i == 0} for i in range(2)])
+        trainer = KTOTrainer(policy, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer)
+    replies = [reply for _, reply, _ in given["unpaired"]]
+    inputs = {"label": torch.tensor([good for _, _, good in given["unpaired"]])}
+    for prefix, order in (("", replies), ("KL_", replies[-1:] + replies[:-1])):
+        rows = [(prompt, reply) for (prompt, _, _), reply in zip(given["unpaired"], order)]
+        width = max(len(prompt) + len(reply) for prompt, reply in rows)
+        ids, mask, reply_mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+        for row, (prompt, reply) in enumerate(rows):
+            ids[row, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+            mask[row, : len(prompt) + len(reply)] = 1
+            reply_mask[row, len(prompt) : len(prompt) + len(reply)] = 1
+        names = ("input_ids", "attention_mask", "completion_mask")
+        inputs |= dict(zip((prefix + name for name in names), (ids, mask, reply_mask)))
+    policy.eval(), reference.eval()
+    for kind, beta, desirable, undesirable in given["kto"]:
+        trainer.loss_type, trainer.beta, trainer.calculate_KL = kind, beta, kind == "kto"
+        trainer.desirable_weight, trainer.undesirable_weight = desirable, undesirable
+        trainer._metrics["eval"].clear()
+        policy.zero_grad()
+        loss = trainer._compute_loss(trainer.model, inputs, False)
+        loss.backward()
+        arrays[kind + ":loss"], arrays[kind + ":gradient"] = loss.item(), watched.grad.norm().item()
+        for name in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+            arrays[kind + ":" + name] = trainer._metrics["eval"][name][0]
 """
 
 
@@ -176,11 +238,11 @@ def test_packed_equals_separate_passes(loss_type):
     reference = paddle.to_tensor(generator.normal(-15, 3, (5, 2)).astype("float32"))
     batch = collated(pairs, [[3, 0, 4], [2, 1]], 48)
     order = np.concatenate(batch["sample_ids"])
-    counts = dpo.pair_counts([batch])
+    counts = preference.pair_counts([batch])
     assert counts == (5, sum(len(chosen) for _, chosen, _ in pairs))
 
-    packed = dpo.reply_logps(model, batch)
-    loss, figures = dpo.loss_and_metrics(packed, reference, batch["reply_tokens"], counts, args)
+    packed = preference.reply_logps(model, batch)
+    loss, figures = preference.loss_and_metrics(packed, reference, batch["reply_tokens"], counts, args)
     loss.backward()
     ours = gradients(model)
 
@@ -194,7 +256,7 @@ def test_packed_equals_separate_passes(loss_type):
             separate.append(-model(paddle.to_tensor(ids), labels=paddle.to_tensor(labels)).sum())
     separate = paddle.stack(separate).reshape([5, 2])
     assert np.abs(packed.numpy() - separate.numpy()).max() < 1e-5
-    expected, other = dpo.loss_and_metrics(separate, reference, batch["reply_tokens"], counts, args)
+    expected, other = preference.loss_and_metrics(separate, reference, batch["reply_tokens"], counts, args)
     expected.backward()
     theirs = gradients(model)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
@@ -206,12 +268,10 @@ def test_packed_equals_separate_passes(loss_type):
 
 def test_packed_pairs_of_chatglm_6b():
     """Its prompts end in [gMASK]<sop> and see each other; each reply has positions of its own."""
-    import tiny_models
-
     model = tiny_models.build("chatglm").eval()
     ends = [model.config.source[f"{name}_token_id"] for name in ("gmask", "bos")]
     pairs = [(prompt + ends, *replies) for prompt, *replies in random_pairs((4, 5, 7), (3, 3, 2))]
-    packed = dpo.reply_logps(model, collated(pairs, [[0, 1]], 32)).numpy()
+    packed = preference.reply_logps(model, collated(pairs, [[0, 1]], 32)).numpy()
     for i, (prompt, *replies) in enumerate(pairs):
         for side, reply in enumerate(replies):
             ids = np.array([prompt + reply])
@@ -224,9 +284,11 @@ def test_packed_pairs_of_chatglm_6b():
 def test_a_packed_pair_does_not_see_its_neighbors():
     """Other tokens in the first reply, or in another pair, leave the rest of the row bit for bit as it was."""
     model, pairs = opened(), random_pairs((6, 5, 9), (4, 7, 3))
-    before = dpo.reply_logps(model, collated(pairs, [[0, 1]], 40)).numpy()
+    before = preference.reply_logps(model, collated(pairs, [[0, 1]], 40)).numpy()
     prompt, chosen, rejected = pairs[0]
-    after = dpo.reply_logps(model, collated([(prompt, [3] * len(chosen), rejected), pairs[1]], [[0, 1]], 40)).numpy()
+    after = preference.reply_logps(
+        model, collated([(prompt, [3] * len(chosen), rejected), pairs[1]], [[0, 1]], 40)
+    ).numpy()
     assert (before != after).tolist() == [[True, False], [False, False]]
 
 
@@ -328,6 +390,65 @@ def test_pairs_that_cannot_be_learned_are_dropped(tmp_path, tokenizer):
         pair_set(tmp_path, tokenizer, [record(src=long)], 40, 40)
 
 
+def chat(text, reply):
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+
+UNPAIRED_RECORDS = [
+    {"prompt": "red lamp", "completion": " a red lamp", "label": True},  # TRL
+    {"messages": chat("blue lamp", "ten coins"), "label": False},  # LLaMA-Factory and TRL
+    {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}], "kto_tag": "false"},
+    {"instruction": "three", "input": "", "output": "four", "kto_tag": 1},
+    {"src": ["five"], "tgt": [], "response": ["six"], "sort": [0]},  # PaddleNLP
+    record(),  # a pair: one good and one bad reply
+]
+
+
+def test_unpaired_records(tmp_path, tokenizer):
+    """Every format: prompt, reply, whether it is good; the mismatched reply is another prompt's."""
+    write_records(tmp_path / "train.jsonl", UNPAIRED_RECORDS)
+    found = preference_data.UnpairedDataset(tmp_path, tokenizer, 64, 32)
+    assert (1 - found.sides).tolist() == [1, 0, 0, 1, 0, 1, 0] and found.dropped == 0
+    replies = [tokenizer.decode(found.reply(i)[1]).strip() for i in range(7)]
+    assert replies == ["a red lamp", "ten coins", "two", "four", "six", "a red lamp", "ten coins"]
+    assert found.partners.tolist() == [4, 0, 1, 2, 3, 4, 4] and found.prompt_text(6) == "red lamp"
+    prompt, reply = found.reply(5)
+    ids, labels, positions, mask_rows, _ = found.sample(5, mismatched=True)
+    assert ids.tolist() == [*prompt, *found.reply(4)[1][:-1]] and set(mask_rows) == {len(ids)}
+    assert labels[len(prompt) - 1 :].tolist() == found.reply(4)[1].tolist() and positions.tolist() == [*range(len(ids))]
+    loader = preference_data.UnpairedLoader(found, 2, 64, shuffle=False)
+    batch = loader.batch(0, 0)
+    assert batch["desirable"].tolist() == [1 - found.sides[i] for row in batch["sample_ids"] for i in row]
+    for each in (batch, batch["mismatched"]):
+        assert (np.bincount(each["reply_ids"][each["reply_ids"] >= 0]) == each["reply_tokens"][:, 0]).all()
+    same = [UNPAIRED_RECORDS[0], UNPAIRED_RECORDS[0] | {"label": False}]
+    for bad, words in (
+        (same, "all prompts are the same"),
+        ([same[0] | {"label": "maybe"}], 'must be true or false, found "maybe"'),
+        (
+            [{"src": "a", "response": "b", "sort": 2}],
+            r"'sort' of one response must be 1 \(good\) or 0 \(bad\), found 2",
+        ),
+        ([{"prompt": "a", "completion": "b"}], "key 'label' is missing"),
+    ):
+        write_records(tmp_path / "train.jsonl", bad)
+        with pytest.raises(UserError, match=words):
+            preference_data.UnpairedDataset(tmp_path, tokenizer, 64, 32)
+
+
+def test_a_run_learns_good_and_bad_replies(world, tmp_path, capfd):
+    """KTO on the pairs' replies with LoRA, whose reference is the model without it, and on all weights."""
+    for name, keys in {"lora": {"lora": True, "lora_rank": 4}, "full": {"gradient_accumulation_steps": 3}}.items():
+        common = dict(loss_type="kto", do_eval=True, per_device_train_batch_size=4, desirable_weight=1.2)
+        run(keys_of(world, tmp_path / name, **common, **keys))
+        found, printed = rows(tmp_path / name), capfd.readouterr().out
+        assert found[0]["kl"] == 0 and found[0]["rewards/margins"] == 0
+        assert found[-1]["rewards/margins"] > 0.01 and found[-1]["kl"] >= 0
+        result = json.loads((tmp_path / name / "dev_results.json").read_text())
+        assert result["eval_pairs"] == 16 and result["eval_rewards/accuracies"] == result["eval_accuracy"]
+        assert "share of dev replies on the right side of the KL" in printed
+
+
 def test_loader_covers_every_pair_once_an_epoch(tokenizer):
     pairs = data.PreferenceDataset(DEMO / "preference" / "dev.jsonl", tokenizer, 300, 128)
     for greedy in (False, True):
@@ -376,12 +497,12 @@ def test_losses_by_hand(loss_type):
     args.reference_free = loss_type in ("simpo", "or")
     given = reference * (not args.reference_free)
     tensors = (paddle.to_tensor(values.astype("float32")) for values in (policy, given))
-    loss, figures = dpo.loss_and_metrics(*tensors, tokens, (50, tokens[:, 0].sum()), args)
+    loss, figures = preference.loss_and_metrics(*tensors, tokens, (50, tokens[:, 0].sum()), args)
     scale = tokens if loss_type in ("ipo", "simpo", "or") else 1.0
     (c, r), (C, R) = (policy / scale).T, (given / scale).T
-    preference, sft = BY_HAND[loss_type](c, r, C, R).mean(), -policy[:, 0].sum() / tokens[:, 0].sum()
+    mean_loss, sft = BY_HAND[loss_type](c, r, C, R).mean(), -policy[:, 0].sum() / tokens[:, 0].sum()
     expected = {
-        "dpo_loss": preference,
+        "dpo_loss": mean_loss,
         "sft_loss": sft,
         "logps/chosen": c.mean(),
         "logps/rejected": r.mean(),
@@ -392,16 +513,19 @@ def test_losses_by_hand(loss_type):
         "rewards/margins": 0.4 * (c - C - r + R).mean(),
     }
     assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert float(loss) == pytest.approx(2 * preference + 0.3 * sft, rel=1e-5)
+    assert float(loss) == pytest.approx(2 * mean_loss + 0.3 * sft, rel=1e-5)
 
 
 def test_ties_count_one_half_and_a_certain_reply_is_finite():
-    assert dpo.count_wins(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]])) == 1.5
+    assert preference.count_wins(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]])) == 1.5
     chosen = paddle.to_tensor([0.0, -40.0])
     chosen.stop_gradient = False
-    loss = dpo.orpo_loss(chosen, paddle.to_tensor([-0.5, 0.0]))
+    loss = preference_losses.orpo_loss(chosen, paddle.to_tensor([-0.5, 0.0]))
     loss.sum().backward()
     assert np.isfinite(loss.numpy()).all() and np.isfinite(chosen.grad.numpy()).all()
+
+
+UNPAIRED = ("kto", "apo_zero_unpaired")
 
 
 def assert_as_trl(found):
@@ -410,19 +534,26 @@ def assert_as_trl(found):
     policy, reference = opened(), opened(mix=given["mix"])
     batch = collated(given["pairs"], [[0, 1, 2]], 60)
     with paddle.no_grad():
-        base = dpo.reply_logps(reference, batch)
+        base = preference.reply_logps(reference, batch)
     runs = [(kind, kind, base, dict(beta=beta)) for kind, beta in given["dpo"]]
     runs += [
         (f"cpo_{kind}", kind, paddle.zeros_like(base), dict(beta=beta, simpo_gamma=gamma, label_smoothing=smoothing))
         for kind, beta, gamma, smoothing in given["cpo"]
     ]
     runs.append(("orpo", "or", paddle.zeros_like(base), {}))
-    compared = 0
+    runs += [(name, row.pop("loss_type"), base, row) for name, row in json.loads(json.dumps(given["more"])).items()]
+    runs += [(kind, kind, base, dict(beta=beta, dpop_lambda=weight)) for kind, beta, weight in given["formulas"]]
+    compared, found = 0, {key: value for key, value in found.items() if key.partition(":")[0] not in UNPAIRED}
     for name, kind, base, options in runs:
-        logps = dpo.reply_logps(policy, batch)
-        loss, figures = dpo.loss_and_metrics(
-            logps, base, batch["reply_tokens"], dpo.pair_counts([batch]), dpo.Args(loss_type=kind, **options)
-        )
+        args = dpo.Args(loss_type=kind, **options)
+        args._check_loss()
+        with paddle.no_grad():
+            base = preference.reply_logps(reference, batch, args.ld_alpha) if args.ld_alpha is not None else base
+        losses = policy(**preference.model_inputs(batch))
+        logps = preference.sum_of_replies(losses, batch, args.ld_alpha)
+        plain = preference.sum_of_replies(losses, batch)[:, 0]
+        given_numbers = batch["reply_tokens"], preference.pair_counts([batch])
+        loss, figures = preference.loss_and_metrics(logps, base, *given_numbers, args, sft_logps=plain)
         loss.backward()
         gradient = gradients(policy)["model.layers.1.self_attn.q_proj.weight"]
         if kind == "ipo":  # TRL shows summed log-probabilities here, the loss compares means
@@ -432,11 +563,102 @@ def assert_as_trl(found):
         for key in (key for key in found if key.startswith(f"{name}:")):
             assert figures[key.partition(":")[2]] == pytest.approx(float(found[key]), rel=1e-5, abs=1e-5), key
             compared += 1
-    assert compared == len(found) == 26
+    assert compared == len(found) == 26 + 2 * (len(given["more"]) + 2)
+
+
+class Given:
+    """An UnpairedDataset of ids: [(prompt, reply, is_good)]."""
+
+    max_seq_len = 60
+    partners = property(lambda self: preference_data.mismatched_replies([bytes(p) for p, _, _ in self.records]))
+    sample = preference_data.UnpairedDataset.sample
+
+    def __init__(self, records):
+        self.records, self.sides = records, np.array([0 if good else 1 for _, _, good in records])
+        self.lengths = np.array([20] * len(records))
+
+    def __len__(self):
+        return len(self.records)
+
+    def reply(self, i):
+        return tuple(np.array(ids, np.int32) for ids in self.records[i][:2])
+
+
+def unpaired_run(records, rows, args):
+    """Loss, metrics and gradients of a step over micro-batches of so many packed rows each."""
+    policy, reference = opened(), opened(mix=GOLDEN["given"]["mix"])
+    loader = preference_data.UnpairedLoader(Given(records), rows, 60, shuffle=False)
+    indices = [(0, i) for i in range(loader.batches_per_epoch)]
+    base = preference.precompute_reference_logps(reference, loader, indices)
+    batches, total, figures = [loader.batch(*index) for index in indices], 0.0, {}
+    preference.prepare_step(policy, batches, base, args)
+    counts = preference.pair_counts(batches)
+    for batch in batches:
+        losses, given = policy(**preference.model_inputs(batch)), preference.reference_logps(policy, batch, base, args)
+        loss, metrics = preference.batch_loss(losses, batch, given, counts, args)
+        loss.backward()
+        total, figures = total + float(loss), {name: figures.get(name, 0) + value for name, value in metrics.items()}
+    return total, figures, gradients(policy), len(batches)
+
+
+def assert_kto_is_trls(found):
+    """Packed rows of two micro-batches against TRL's one batch: loss, gradient and figures, to 1e-5."""
+    compared = 0
+    for kind, beta, desirable, undesirable in GOLDEN["given"]["kto"]:
+        args = dpo.Args(loss_type=kind, beta=beta, desirable_weight=desirable, undesirable_weight=undesirable)
+        whole, parts = (unpaired_run(GOLDEN["given"]["unpaired"], rows, args) for rows in (2, 1))
+        assert parts[0] == pytest.approx(whole[0], rel=1e-6) and (whole[3], parts[3]) == (1, 2)
+        total, figures, gradient, _ = parts
+        figures |= {"loss": total, "gradient": np.linalg.norm(gradient["model.layers.1.self_attn.q_proj.weight"])}
+        for key in (key for key in found if key.startswith(f"{kind}:")):
+            assert figures[key.partition(":")[2]] == pytest.approx(float(found[key]), rel=1e-5, abs=1e-5), key
+            compared += 1
+    assert compared == 16
 
 
 def test_losses_are_trls():
     assert_as_trl(GOLDEN["trl"])
+
+
+def test_kto_is_trls():
+    assert_kto_is_trls(GOLDEN["trl"])
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "kto_pair"])
+def test_a_loss_of_all_pairs_does_not_depend_on_micro_batches(loss_type):
+    """Loss and gradients of one batch of five pairs equal those of three batches behind prepare_step()."""
+    pairs = random_pairs((6, 5, 9), (1, 7, 3), (11, 2, 4), (3, 1, 1), (8, 6, 2))
+    model, args = opened(), dpo.Args(loss_type=[loss_type, "sigmoid"], loss_weights=[1.0, 0.3], beta=0.3)
+    base = np.random.default_rng(0).normal(-15, 3, (5, 2))
+    found = []
+    for micro_batches in ([[0, 1, 2, 3, 4]], [[3, 0], [2], [4, 1]]):
+        batches = [collated(pairs, [row], 80) for row in micro_batches]
+        preference.prepare_step(model, batches, base, args)
+        counts, total = preference.pair_counts(batches), 0.0
+        for batch in batches:
+            given = preference.reference_logps(model, batch, base, args), batch["reply_tokens"], counts, args
+            logps = preference.reply_logps(model, batch)
+            loss, _ = preference.loss_and_metrics(logps, *given, batch.get("of_step"))
+            loss.backward()
+            total += float(loss)
+        found.append((total, gradients(model)))
+    (one, of_one), (several, of_several) = found
+    assert several == pytest.approx(one, rel=1e-6)
+    for name in of_one:
+        assert np.abs(of_one[name] - of_several[name]).max() < 1e-5 * max(1, np.abs(of_one[name]).max()), name
+
+
+def test_a_moving_reference_follows_the_policy(world, tmp_path, capfd):
+    """A hard update makes reference and policy equal again; a soft one goes its share of the way."""
+    run(keys_of(world, tmp_path / "hard", ref_model_update_steps=2, learning_rate=3e-3))
+    run(keys_of(world, tmp_path / "soft", sync_ref_model=True, ref_model_sync_steps=2, learning_rate=3e-3))
+    run(keys_of(world, tmp_path / "still", learning_rate=3e-3))
+    hard, soft, still = (rows(tmp_path / name) for name in ("hard", "soft", "still"))
+    assert "checkpoints do not hold the reference" in capfd.readouterr().out
+    for step in (0, 1):  # a reference that has not moved yet is the one that was computed before training
+        assert hard[step]["loss"] == pytest.approx(still[step]["loss"], rel=1e-5)
+    assert hard[2]["loss"] == pytest.approx(math.log(2), abs=1e-6) and still[2]["loss"] != hard[2]["loss"]
+    assert min(abs(soft[2]["loss"] - other[2]["loss"]) for other in (hard, still)) > 1e-4
 
 
 @pytest.mark.torch
@@ -445,6 +667,7 @@ def test_losses_are_trls_live(hf_python):
     if "missing" in found:
         pytest.skip(f"needs TRL 1.16 over there: {found['missing']}")
     assert_as_trl({key: value.item() for key, value in found.items()})
+    assert_kto_is_trls({key: value.item() for key, value in found.items()})
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -527,11 +750,76 @@ def test_a_run_learns_its_pairs(kind, world, tmp_path, capfd):
         adapters.load_adapter(policy, out)
     pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(out), 400, 96, "dev")
     loader = data.PreferenceLoader(pairs, 3, 400, shuffle=False)
-    known = dpo.precompute_reference_logps(base, loader, [(0, i) for i in range(loader.batches_per_epoch)])
-    expected = dpo.evaluate_pairs(policy, loader, known, dpo.Args(beta=0.5))
+    known = preference.precompute_reference_logps(base, loader, [(0, i) for i in range(loader.batches_per_epoch)])
+    expected = preference.evaluate_pairs(policy, loader, known, dpo.Args(beta=0.5))
     reported = json.loads((out / "dev_results.json").read_text())
     assert reported == pytest.approx(expected, rel=1e-4, abs=1e-5) and reported["eval_pairs"] == 8
     assert [json.loads(line)["step"] for line in (out / "eval_metrics.jsonl").read_text().splitlines()] == [2, 4]
+
+
+def test_the_balance_of_experts_is_added(tmp_path):
+    """Mixtral: the gradient is that of the preference loss plus the balance of the row, and replies stay -log p."""
+    model, args = tiny_models.build("mixtral"), dpo.Args(beta=0.3, reference_free=True)
+    batch = collated(random_pairs((6, 5, 9), (4, 7, 3)), [[0, 1]], 40)
+    model.train()
+    plain = preference.reply_logps(model, batch)
+    no_reference, counts = paddle.zeros_like(plain), preference.pair_counts([batch])
+    loss, _ = preference.loss_and_metrics(plain, no_reference, batch["reply_tokens"], counts, args)
+    labelled = model(**{**preference.model_inputs(batch), "auxiliary_losses": True})
+    auxiliary = (labelled - model(**preference.model_inputs(batch))).flatten()[int(np.argmax(batch["labels"] >= 0))]
+    assert preference.has_auxiliary_losses(model) and float(auxiliary) > 1e-3
+    (loss + auxiliary.astype(loss.dtype)).backward()
+    expected = gradients(model)
+    losses = model(**preference.training_inputs(batch))
+    both, figures = preference.batch_loss(losses, batch, no_reference, counts, args, auxiliary=True)
+    both.backward()
+    assert figures["aux_loss"] == pytest.approx(float(auxiliary), rel=1e-5)
+    assert np.abs(preference.sum_of_replies(losses, batch).numpy() - plain.numpy()).max() < 1e-6
+    found = gradients(model)
+    for name in expected:
+        assert np.abs(found[name] - expected[name]).max() < 1e-5 * max(1, np.abs(expected[name]).max()), name
+
+
+def test_a_prefix_learns_its_pairs(world, tmp_path):
+    """The reference is the model without a prefix; resuming is bit for bit."""
+    keys = {"prefix_tuning": True, "num_prefix_tokens": 4, "learning_rate": 0.05, "per_device_train_batch_size": 20}
+    run(keys_of(world, tmp_path / "whole", **keys))
+    found = rows(tmp_path / "whole")
+    assert found[-1]["loss"] < found[0]["loss"] - 0.02
+    tuned = adapters.load_adapter(adapters.from_pretrained(world / "base"), tmp_path / "whole")
+    pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(world / "base"), 400, 96)
+    batch = data.PreferenceLoader(pairs, 2, 400).batch(0, 0)
+    reference = preference.reference_logps(tuned, batch, None, dpo.Args(prefix_tuning=True)).numpy()
+    base = preference.reply_logps(adapters.from_pretrained(world / "base"), batch).numpy()
+    assert reference.tobytes() == base.tobytes()
+    packed = preference.reply_logps(tuned, batch).numpy()
+    for number, i in enumerate(np.concatenate(batch["sample_ids"])[:2]):
+        prompt, *replies = pairs.pair(i)
+        for side, reply in enumerate(replies):
+            ids, labels, *_ = data.reply_sample(prompt, reply)
+            ids, labels = (paddle.to_tensor(array[None].astype("int64")) for array in (ids, labels))
+            alone = -float(tuned(ids, labels=labels).sum())
+            assert packed[number, side] == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_window_splits_the_long_pairs_of_a_run(world, tmp_path, capfd):
+    """Mistral with a window of 40: as a window that never matters where pairs are short, and said in a line."""
+    pairs = [record(src=f"lamp {i}", response=[f"red {i}", f"ten {i} " * (12 * (i % 2) + 1)]) for i in range(6)]
+    write_records(tmp_path / "pairs" / "train.jsonl", pairs)
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = CONFIG | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 40}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    keys = {"model_name_or_path": str(tmp_path / "base"), "train_dataset_path": str(tmp_path / "pairs")}
+    run(keys_of(world, tmp_path / "out", **keys, max_seq_len=120, greedy_zero_padding=True))
+    printed = capfd.readouterr().out
+    assert "max_seq_len: 120: mistral has a sliding window, so pairs of more than 40 positions have their" in printed
+    assert rows(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    tokenizer = load_tokenizer(world / "base")
+    whole, parts = (data.PreferenceDataset(tmp_path / "pairs", tokenizer, 200, 50, share_within=n) for n in (200, 40))
+    assert (parts.lengths > whole.lengths).tolist() == (whole.lengths > 40).tolist() == [False, True] * 3
+    assert parts.lengths.tolist() == [len(parts.sample(i)[0]) for i in range(6)]
+    cut = data.PreferenceDataset(tmp_path / "pairs", tokenizer, 44, 50, share_within=40)
+    assert cut.lengths.max() <= 44 and len(cut) == 6
 
 
 def test_the_adapter_switched_off_is_the_base_model(world):
@@ -542,10 +830,10 @@ def test_the_adapter_switched_off_is_the_base_model(world):
         M.set_parameter(layer.lora_B, np.full(layer.lora_B.shape, 0.02, np.float32))
     pairs = data.PreferenceDataset(world / "pairs", load_tokenizer(world / "base"), 400, 96)
     batch = data.PreferenceLoader(pairs, 2, 400).batch(0, 0)
-    reference = dpo.reference_logps(model, batch, None, dpo.Args(lora=True)).numpy()
-    assert reference.tobytes() == dpo.reply_logps(base, batch).numpy().tobytes()
-    assert np.abs(dpo.reply_logps(model, batch).numpy() - reference).max() > 1e-2
-    assert not dpo.reference_logps(model, batch, None, dpo.Args(reference_free=True)).numpy().any()
+    reference = preference.reference_logps(model, batch, None, dpo.Args(lora=True)).numpy()
+    assert reference.tobytes() == preference.reply_logps(base, batch).numpy().tobytes()
+    assert np.abs(preference.reply_logps(model, batch).numpy() - reference).max() > 1e-2
+    assert not preference.reference_logps(model, batch, None, dpo.Args(reference_free=True)).numpy().any()
 
 
 RESUMED = {
@@ -616,6 +904,38 @@ def test_evaluation_alone_of_a_saved_adapter(world, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-5) and tree(tmp_path / "lora") == before
 
 
+TOPOLOGIES = {
+    "dp2": {},
+    "tp2": {"tensor_parallel_degree": 2},
+    "pp2": {"pipeline_parallel_degree": 2},
+    "sharding2": {"sharding": "stage2", "sharding_parallel_degree": 2},
+}
+OF_A_STEP = {  # losses that need numbers of all pairs of a step, and a reference that moves
+    "pairs": {"loss_type": ["kto_pair", "aot_unpaired", "aot", "sft"], "loss_weights": [1.0, 0.5, 0.5, 0.1]},
+    "moving": {"ref_model_update_steps": 1, "ref_model_mixup_alpha": 0.5, "ld_alpha": 0.5},
+    "kto": {"loss_type": "kto", "undesirable_weight": 1.5},
+    "kto_lora": {"loss_type": "kto", "lora": True, "lora_rank": 4},
+}
+
+
+@pytest.mark.parametrize("way, case", [(way, case) for case in OF_A_STEP for way in TOPOLOGIES])
+@pytest.mark.sweep(keep=2)
+def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, way, case):
+    """Each logged number of three steps of four micro-batches, and the evaluation, against one process."""
+    common = {"max_steps": 3, "do_eval": True, "max_seq_len": 300, "learning_rate": 1e-3, **OF_A_STEP[case]}
+    run(keys_of(world, tmp_path / "one", gradient_accumulation_steps=4, **common))
+    ranks = 2 if way in ("dp2", "sharding2") else 1
+    keys = keys_of(world, tmp_path / "two", gradient_accumulation_steps=4 // ranks, **common, **TOPOLOGIES[way])
+    (tmp_path / "two.json").write_text(json.dumps(keys))
+    two.run("jobs_parallel:script", "dpo", [str(tmp_path / "two.json")])
+    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        names = {"loss", "grad_norm", "kl", "sft_loss", "rewards/margins", "rewards/chosen", "logps/rejected"}
+        for name in names & set(one):
+            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=2e-6), name
+    results = [json.loads((tmp_path / name / "dev_results.json").read_text()) for name in ("one", "two")]
+    assert results[1] == pytest.approx(results[0], rel=2e-4, abs=2e-5)
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
@@ -646,9 +966,9 @@ def pissa_adapter(world, keys):
     keys.update(lora=True, lora_rank=4, lora_path=str(world / "pissa"))
 
 
-def dynamic_rope(world, keys):
-    path = world / "base" / "config.json"
-    path.write_text(json.dumps(CONFIG | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}))
+def stretched_qwen(world, keys):
+    path, old = world / "base" / "config.json", tiny_models.CONFIGS["qwen_ntk"]
+    path.write_text(json.dumps(old))
     keys["max_seq_len"] = 600
 
 
@@ -660,7 +980,7 @@ BAD = {  # name: (change(world, keys), what the line says)
     "no_src": (lines(record(src=[])), r"train\.jsonl:2: 'src' has 0 turns and 'tgt' has 0"),
     "one_response": (
         lines(record(response=["b"], sort=[1])),
-        r"train\.jsonl:2: 'response' must be a list of two .*KTO",
+        r"train\.jsonl:2: 'response' must be a list of two .*loss_type kto",
     ),
     "response_type": (lines(record(response=["b", 2])), r"train\.jsonl:2: 'response' must be a list of two strings"),
     "empty_response": (lines(record(response=["b", " "])), r"train\.jsonl:2: 'response' number 2 is empty"),
@@ -673,12 +993,27 @@ BAD = {  # name: (change(world, keys), what the line says)
     "no_dev_path": (put(dev_dataset_path="", do_eval=True), "dev_dataset_path: missing"),
     "too_short": (put(max_seq_len=3), "none of the 20 pairs can be learned with max_seq_len 3"),
     "no_room": (put(max_seq_len=2), "max_seq_len: 2; it must be at least 3"),
-    "loss_type": (put(loss_type="kto"), "loss_type: 'kto'; possible are sigmoid, hinge, ipo, simpo, or, orpo"),
+    "loss_type": (put(loss_type="dpo"), "loss_type: 'dpo'; possible are sigmoid, hinge, ipo, simpo, or, robust, .*sft"),
+    "loss_weights": (put(loss_weights=[1.0, 2.0]), "loss_weights: 2 weights for 1 losses: sigmoid"),
+    "kto_weights": (put(desirable_weight=2), "desirable_weight: 2.0; only kto and apo_zero_unpaired have it"),
+    "kto_of_several": (put(loss_type=["kto", "sigmoid"]), "loss_type: 'kto'; possible are sigmoid"),
+    "kto_ld_alpha": (put(loss_type="kto", ld_alpha=0.5), "ld_alpha: 0.5; it compares the replies of a pair"),
+    "kto_without_reference": (put(loss_type="kto", reference_free=True), "reference_free: loss_type kto needs a ref"),
+    "unpaired": (lines({"prompt": "a", "completion": "b", "label": True}), r"unpaired preference: dpo.py with loss_ty"),
+    "only_sft": (put(loss_type=["sft"]), "loss_type: no preference loss; finetune.py learns replies alone"),
+    "exo_pair": (put(loss_type="exo_pair"), r"label_smoothing: 0.0; exo_pair takes the logarithm of it"),
+    "ld_alpha": (put(ld_alpha=1.5), "ld_alpha: 1.5; it must be between 0 and 1"),
+    "reference_free": (put(reference_free=True, loss_type="dpop"), "reference_free: loss_type dpop needs a reference"),
+    "mixup": (put(ref_model_mixup_alpha=0), "ref_model_mixup_alpha: 0.0; it must be above 0 and at most 1"),
+    "resumed_reference": (
+        put(ref_model_update_steps=9, resume_from_checkpoint=True),
+        "ref_model_update_steps: 9: checkpoints do not hold an updated reference",
+    ),
     "beta": (put(beta=0), "beta: 0.0; it must be positive"),
     "smoothing": (put(label_smoothing=0.5), "label_smoothing: 0.5; it must be at least 0 and below 0.5"),
     "smoothing_of_hinge": (put(label_smoothing=0.1, loss_type="hinge"), "label_smoothing: loss_type hinge has none"),
     "nothing_to_learn": (put(pref_loss_ratio=0), "pref_loss_ratio and sft_loss_ratio are both 0"),
-    "updated_reference": (put(ref_model_update_steps=10), "ref_model_update_steps: 10: the reference model is never"),
+    "updated_reference": (put(ref_model_update_steps=10, lora=True), "ref_model_update_steps: 10: the reference of an"),
     "pissa": (put(lora=True, pissa=True), "pissa: True: only finetune.py trains PiSSA: it changes the base weights"),
     "pissa_adapter": (pissa_adapter, "pissa: a PiSSA adapter changes the base weights"),
     "adapter_rank": (
@@ -686,9 +1021,9 @@ BAD = {  # name: (change(world, keys), what the line says)
         "holds LoRA of rank 4, but the arguments ask for LoRA of rank 8",
     ),
     "dora_alone": (put(dora=True), "dora needs lora: true"),
-    "prefix_tuning": (put(prefix_tuning=True), "prefix_tuning: True: use finetune.py for fine-tuning"),
+    "prefix_and_lora": (put(prefix_tuning=True, lora=True), "lora and prefix_tuning are both true; choose one"),
     "prefix_model": (prefix_model, "has a trained prefix"),
-    "dynamic_rope": (dynamic_rope, "max_seq_len: 600: llama has dynamic rope, .* at most 512"),
+    "stretched_qwen": (stretched_qwen, "max_seq_len: 600: qwen stretches its positions behind 8 only outside"),
     "best_by": (
         put(do_eval=True, evaluation_strategy="steps", save_strategy="steps", metric_for_best_model="ppl",
             load_best_model_at_end=True),
@@ -757,16 +1092,15 @@ def test_upstream_config(name, world, tmp_path, capfd):
     assert len(losses(tmp_path / "out")) == 2 and "a key of" not in capfd.readouterr().out
 
 
-def test_demo_config_parses():
-    args = parse_args(dpo.Args, [str(ROOT / "configs" / "llama_dpo.json")])
+@pytest.mark.parametrize("name", ["llama_dpo", "llama_kto"])
+def test_demo_config_parses(name):
+    args = parse_args(dpo.Args, [str(ROOT / "configs" / f"{name}.json")])
     assert args.do_train and args.lora and args.model_name_or_path == "checkpoints/llama_lora"
     assert (ROOT / args.train_dataset_path).is_file() and (ROOT / args.dev_dataset_path).is_file()
 
 
 def test_replies_end_with_the_table_of_positions():
     """A learned table has an end; a prompt longer than max_prompt_len is kept where its pair fits."""
-    import tiny_models
-
     model = tiny_models.build("gpt2").eval()
     limit = model.config.max_position_embeddings
     prompt = np.arange(limit - 3) % model.config.vocab_size
@@ -774,3 +1108,13 @@ def test_replies_end_with_the_table_of_positions():
     limits = {"max_new_tokens": 9, "max_length": model.config.max_model_len}
     (reply,) = trainer.generate_replies(model, tokenizer, [prompt], **limits)
     assert len(reply) == 3
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        script = f"import sys\nimport numpy as np\n{RECIPE}\nnp.savez(sys.argv[1], **arrays)\n"
+        arguments = [f"{folder}/out.npz", str(ROOT / "tests" / "golden"), json.dumps(GOLDEN["given"])]
+        subprocess.run([sys.argv[1], "-c", script, *arguments], check=True, cwd=folder)
+        arrays = {name: value.item() for name, value in np.load(f"{folder}/out.npz").items()}
+    text = json.dumps({"given": GOLDEN["given"], "trl": arrays}, indent=1) + "\n"
+    (ROOT / "tests" / "golden" / "dpo_trl.json").write_text(text)

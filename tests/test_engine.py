@@ -38,14 +38,14 @@ from serving.engine import (
     PromptTooLong,
     QueueFull,
     Request,
-    Sampler,
-    SamplingParams,
     ScheduledTokens,
     ShuttingDown,
     UnknownAdapter,
 )
 from serving.fused import FusedRunner
+from serving.offline import prompt_ids
 from serving.runners import PagedRunner, TokenSequence
+from serving.sampling import Sampler, SamplingParams, choose_batch
 
 pytestmark = pytest.mark.sweep(keep=4)
 
@@ -667,6 +667,39 @@ def test_penalties_and_bans():
     assert choose(counts=[0] * 3, presence_penalty=-1.0) == 0
 
 
+def test_a_batch_is_sampled_as_each_row_alone_and_the_logits_stay():
+    """Every penalty, ban and report, in any company; the largest are found by runs."""
+    g, samplers = np.random.default_rng(3), []
+    logits, said = g.standard_normal((12, 900)).astype(np.float32), g.integers(0, 900, (12, 200)).tolist()
+    for i in range(12):
+        params = SamplingParams(
+            temperature=0.9 * (i % 3 > 0),
+            top_p=[1.0, 0.8][i % 2],
+            repetition_penalty=[1.0, 1.3][i // 2 % 2],
+            presence_penalty=[0.0, 0.4][i // 3 % 2],
+            frequency_penalty=[0.3, 0.0][i // 4 % 2],
+            min_tokens=i % 5,
+            stop_token_ids=(int(logits[i].argmax()), 5000),
+            logprobs=[None, 0, 3, 20][i % 4],
+        )
+        samplers.append([Sampler(params, i, [], 7) for _ in range(2)])
+    for step in range(6):
+        before, tokens = logits.copy(), [[-1, *ids[: 20 * step]] for ids in said]
+        choices = choose_batch([pair[0] for pair in samplers], logits, tokens)
+        assert np.array_equal(logits, before)
+        for i, choice in enumerate(choices):
+            assert choice == samplers[i][1].choose(logits[i], tokens[i])
+            assert step >= i % 5 or choice.token_id != logits[i].argmax()
+            count = samplers[i][0].params.logprobs
+            if count is not None:
+                row = logits[i].astype(np.float64)
+                row -= np.log(np.exp(row).sum())
+                best = np.argsort(-row)[:count]
+                assert [token for token, _ in choice.top_logprobs] == best.tolist()
+                assert [x for _, x in choice.top_logprobs] == pytest.approx(row[best].tolist(), abs=1e-5)
+                assert choice.logprob == pytest.approx(row[choice.token_id], abs=1e-5)
+
+
 def test_min_tokens_and_stop_ids():
     model, prompt = shared_model(), prompts(1, seed=7)[0]
     free = oracle(model, prompt, 20)
@@ -686,7 +719,7 @@ class Letters:
 
     stop_ids = ()
 
-    def stream_decoder(self):
+    def stream_decoder(self, skip_special_tokens=True):
         import codecs
 
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -1111,11 +1144,11 @@ def test_long_prompts_are_cut_to_src_length_and_what_cannot_be_cut_is_named(tmp_
     ):
         tk.chat_template = template and ChatTemplate(template, "here")
         for src_length in (40, 90, 160, 400):
-            ids = serve.prompt_ids(tk, turns, {}, src_length)
+            ids = prompt_ids(tk, turns, {}, src_length)
             assert len(ids) <= src_length + 4 and tk.decode(ids).endswith(
                 "color#red " if template is None else "color#red </q>" if len(ids) > 100 else "</u>"
             )
-        alone = serve.prompt_ids(tk, turns[1:2], {}, 100)
+        alone = prompt_ids(tk, turns[1:2], {}, 100)
         assert alone == (
             tk.encode("type#hat")
             if template is None

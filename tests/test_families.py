@@ -41,12 +41,12 @@ from tiny_models import ALIBI, MOE, NAMES, SPECIAL, STRETCHED, TWO_POSITIONS, bu
 
 import adapters
 import data
-import dpo
 import families
 import finetune
 import formats.weights
 import model as M
 import positions as rotary
+import preference
 import trainer
 from arguments import TrainingArgs
 from data import collate_pairs, pair_sample
@@ -332,7 +332,7 @@ def test_padded_chunks_through_the_cache_equal_one_forward(name):
 # ================================================================================================ preference pairs
 
 
-def pair_batch(name, seed=3, window=64):
+def pair_batch(name, seed=3, share_within=np.inf):
     """Two rows of pairs, packed by data.py, and [(prompt, chosen, rejected)]."""
     generator, pairs = np.random.default_rng(seed), []
     for n, a, b in ((9, 4, 6), (5, 1, 3), (12, 7, 2)):
@@ -340,16 +340,19 @@ def pair_batch(name, seed=3, window=64):
         if name in TWO_POSITIONS:
             prompt[-2:] = SPECIAL["gmask"], SPECIAL["sop"]
         pairs.append((prompt, chosen, rejected))
-    return collate_pairs([[0, 1], [2]], lambda i: pair_sample(*pairs[i]), 40, 0), pairs
+    return collate_pairs([[0, 1], [2]], lambda i: pair_sample(*pairs[i], share_within), 48, 0), pairs
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*ALIBI, *STRETCHED)])
-def test_pairs_with_a_shared_prompt_equal_two_samples(name):
-    """Log-probabilities and gradients in training mode equal sums over single samples in eval mode."""
-    model = build(name) if name not in tiny_models.WINDOWED else build(name, sliding_window=40)
-    batch, pairs = pair_batch(name)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "qwen_ntk"])  # trains without stretching
+def test_packed_pairs_equal_separate_samples(name):
+    """Log-probabilities and gradients in training mode equal sums over single samples in eval mode. Where distances in
+    a row count, a long pair has its prompt twice."""
+    model = build(name)
+    limit, _ = trainer.shared_prompt_limit(model.config)
+    assert (limit < 40) == (name in (*ALIBI, *STRETCHED, *tiny_models.WINDOWED))
+    batch, pairs = pair_batch(name, share_within=limit)
     model.train()
-    actual = dpo.reply_logps(model, batch)
+    actual = preference.reply_logps(model, batch)
     (actual * tensor(np.arange(1.0, 7.0, dtype="float32").reshape(3, 2))).sum().backward()
     shared = gradients(model)
     zero_grad(model)
@@ -365,6 +368,13 @@ def test_pairs_with_a_shared_prompt_equal_two_samples(name):
     assert all(largest(g, shared[key]) < 2e-5 * scale for key, g in gradients(model).items())
 
 
+@pytest.mark.parametrize("name, limit", [("mistral", 16), ("gemma2", 16), ("llama_dynamic", 24), ("qwen_ntk", 24)])
+def test_a_pair_within_the_limit_shares_its_prompt(name, limit):
+    """The other side of the test above: of pairs of 18, 8 and 20 positions, the short ones are one sequence."""
+    batch, _ = pair_batch(name, share_within=limit)
+    assert batch["tokens"] == {16: 18 + 8 + 8 + 20 + 11, 24: 18 + 8 + 20}[limit]
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
@@ -376,7 +386,7 @@ def test_pairs_with_a_shared_prompt_equal_two_samples(name):
         ("gemma2", "at most 4"),
     ],
 )
-def test_pairs_that_cannot_share_a_prompt_are_refused(name, words):
+def test_replies_that_cannot_share_a_prompt_are_refused_in_rl(name, words):
     with pytest.raises(UserError, match=words):
         trainer.check_shared_prompts(build(name), name, "max_seq_len", 40)
 

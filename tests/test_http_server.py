@@ -6,21 +6,33 @@ The limits of time and number, disconnects and shutdown are tested in test_opena
 import ast
 import asyncio
 import contextlib
+import gzip
+import json
 import random
 import re
 import socket
 import threading
 import time
+import zlib
 
 import pytest
 from conftest import ROOT
 
-from serving.http_server import MAX_HEADER_BYTES, READ_AHEAD, ClientGone, HTTPError, HTTPServer, Limits
+from serving.http_server import (
+    MAX_HEADER_BYTES,
+    PIECE,
+    READ_AHEAD,
+    ClientGone,
+    HTTPError,
+    HTTPServer,
+    Limits,
+    json_pieces,
+)
 
 
 class Echo:
     """A server in a thread. /echo answers with the body, /wait after `release`, /stream in pieces, /unread without
-    reading, /refuse and /bug not at all."""
+    reading, /big with a large JSON object, /refuse and /bug not at all."""
 
     def __init__(self, **limits):
         self.limits, self.requests, self.gone, ready = limits, [], 0, threading.Event()
@@ -42,6 +54,8 @@ class Echo:
         self.requests.append(request)
         if request.path == "/unread":
             return await connection.respond(200, b"")
+        if request.path == "/big":
+            return await connection.respond(200, BIG)
         if request.path == "/refuse":
             raise HTTPError(418, "no", headers={"X-Why": "tea"})
         body = await connection.read_body(request)
@@ -83,6 +97,10 @@ def echo():
     assert not server.thread.is_alive()
 
 
+ROWS = [{"token": "é", "bytes": [195, 169], "top_logprobs": [{"token": "a", "logprob": -0.5}] * 5}] * 300
+BIG = {"choices": [{"index": i, "logprobs": {"content": ROWS}} for i in range(20)], "usage": {"n": 1}}
+
+
 def statuses(out):
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d\d\d) ", out)]
 
@@ -104,6 +122,10 @@ GET, POST, CLOSE = b"GET /echo HTTP/1.1\r\nHost: x\r\n", b"POST /echo HTTP/1.1\r
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 
 
+def packed(coding, data):
+    return POST + CLOSE + b"Content-Encoding: %s\r\nContent-Length: %d\r\n\r\n%s" % (coding, len(data), data)
+
+
 def head_of(size):
     """A request's head of exactly so many bytes."""
     start = GET + CLOSE + b"A: "
@@ -114,6 +136,17 @@ TALKS = {  # name: what is sent, the statuses of the replies until the server cl
     "target with query": (b"GET /echo?a=b HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n", [200]),
     "absolute target": (b"GET http://x/echo HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n", [200]),
     "absolute target that is no URL": (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
+    "slashes": (b"GET //echo// HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n", [200]),
+    "gzip": (packed(b"gzip", gzip.compress(b"{}")), [200]),
+    "deflate": (packed(b"Deflate", zlib.compress(b"{}")), [200]),
+    "longest gzip body": (packed(b"gzip", gzip.compress(b"x" * 100_000)), [200]),
+    "gzip body too long by one": (packed(b"gzip", gzip.compress(b"x" * 100_001)), [413]),
+    "gzip bomb": (packed(b"gzip", gzip.compress(b"x" * 90_000_000)), [413]),
+    "gzip cut off": (packed(b"gzip", gzip.compress(b"{}")[:-3]), [400]),
+    "gzip and more": (packed(b"gzip", gzip.compress(b"{}") + b"x"), [400]),
+    "gzip that is none": (packed(b"gzip", b"{}"), [400]),
+    "zstd": (packed(b"zstd", b"{}"), [415]),
+    "HEAD of a refusal": (b"HEAD /refuse HTTP/1.1\r\nHost: x\r\n\r\n", [418]),
     "two Hosts": (GET + b"Host: y\r\n\r\n", [400]),
     "bare line feeds": (b"GET /echo HTTP/1.1\nHost: x\nConnection: close\n\n", [200]),
     "folded header": (GET + b"A: b\r\n\tc\r\n\r\n", [400]),
@@ -265,7 +298,7 @@ def test_mutated_requests(echo):
                 data += draw.choice(seeds)
         out = echo.raw(bytes(data), half_close=True)
         assert not out or out.startswith(b"HTTP/1.1 "), (data, out)
-        assert set(statuses(out)) <= {100, 200, 400, 411, 413, 418, 431, 501, 505}, (data, out)
+        assert set(statuses(out)) <= {100, 200, 400, 411, 413, 415, 418, 431, 501, 505}, (data, out)
     assert eventually(lambda: not echo.server.connections) and statuses(echo.raw(GET + CLOSE + b"\r\n")) == [200]
 
 
@@ -283,3 +316,47 @@ def test_twice_as_many_connections_as_are_allowed_are_cut_off():
     assert eventually(lambda: not echo.server.connections)
     echo.loop.call_soon_threadsafe(echo.server.stop.set)
     echo.thread.join(10)
+
+
+def test_health_is_answered_when_all_connections_are_taken():
+    echo = Echo(max_connections=1, uncounted=("/echo",))
+    with socket.create_connection(("127.0.0.1", echo.server.port)):
+        assert eventually(lambda: echo.server.connections)
+        out = echo.raw(GET + b"\r\n")
+        assert statuses(out) == [200] and b"Connection: close" in out
+        assert statuses(echo.raw(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")) == [503]
+    assert eventually(lambda: not echo.server.connections) and len(echo.requests) == 1
+    echo.loop.call_soon_threadsafe(echo.server.stop.set)
+    echo.thread.join(10)
+
+
+@pytest.mark.parametrize(
+    "value", [{}, [], {"a": []}, {"a": {}}, {"é": ["\ud83d", 1, None]}, {1: 2}, [[1], 2, {"a": 3}], BIG]
+)
+def test_json_in_pieces_is_json(value):
+    assert "".join(json_pieces(value)) == json.dumps(value)
+    assert max(map(len, json_pieces(value))) < PIECE
+
+
+def test_others_have_their_turn_while_a_large_reply_is_made(echo):
+    turns, size = [], len(json.dumps(BIG))
+
+    async def count_turns():
+        while echo.server.connections or not turns:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    with socket.create_connection(("127.0.0.1", echo.server.port), timeout=20) as sock:
+        assert eventually(lambda: echo.server.connections)
+        asyncio.run_coroutine_threadsafe(count_turns(), echo.loop)
+        sock.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n")
+        out = b""
+        while part := sock.recv(1 << 20):
+            out += part
+    assert json.loads(out.partition(b"\r\n\r\n")[2]) == BIG and size > 1_000_000
+    assert len(turns) > size / PIECE / 2
+
+
+def test_a_head_that_is_refused_has_no_body(echo):
+    out = echo.raw(b"HEAD /refuse HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert out.endswith(b"\r\n\r\n") and b"X-Why: tea" in out

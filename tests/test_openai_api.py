@@ -8,6 +8,7 @@ The page's tests need chromium (apt install chromium), the client's the openai p
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -28,8 +29,10 @@ import pytest
 
 import serve
 from formats.files import UserError
-from serving.engine import Engine, QueueFull, SamplingParams, ShuttingDown, TokenOutput
-from serving.openai_api import Server, serve_http
+from formats.messages import parse_message, parse_tools
+from serving.engine import Engine, QueueFull, ShuttingDown, TokenOutput
+from serving.sampling import SamplingParams
+from serving.server import Server, serve_http
 
 ROOT = Path(serve.__file__).resolve().parent
 
@@ -41,17 +44,23 @@ class ByteTokenizer:
     """A token a byte, 256 ends a reply."""
 
     vocab_size, eos, stop_ids, chat_template = 257, 256, [256], "chat"
+    special_ids, added_ids = {256}, {256: "</s>"}
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         return list(text.encode())
 
-    def decode(self, ids):
+    def fewest_tokens(self, text):
+        return len(text)
+
+    def decode(self, ids, skip_special_tokens=True):
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
     def piece_bytes(self, token_id):
         return bytes([token_id]) if token_id < 256 else b"</s>"
 
-    def apply_chat(self, messages, add_generation_prompt=True):
+    def apply_chat(self, messages, add_generation_prompt=True, tools=None, template_kwargs=None):
+        parse_tools(tools)
+        messages = [parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
         if messages[-1]["role"] != "user":
             raise UserError("messages: the last must be the user's")
         return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: ")
@@ -60,6 +69,8 @@ class ByteTokenizer:
 class FakeEngine:
     """serve.Engine's interface. A reply is "<adapter or base><index>: " and then the prompt's last 20 characters, in
     capitals, again and again; it ends after `reply_bytes` bytes. `delay` seconds a step."""
+
+    runner = None
 
     def __init__(self, delay=0.0005, reply_bytes=60, max_queue=64, max_num_seqs=64, max_model_len=2048):
         self.delay, self.reply_bytes, self.max_queue, self.max_num_seqs = delay, reply_bytes, max_queue, max_num_seqs
@@ -82,6 +93,14 @@ class FakeEngine:
             self.live[request.request_id] = SimpleNamespace(request=request, tell=on_output, at=0, done=set())
             self.condition.notify()
 
+    def between_steps(self, function):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function())
+        except UserError as error:
+            future.set_exception(error)
+        return future
+
     def abort(self, request_id):
         with self.condition:
             self.aborted.add(request_id)
@@ -95,6 +114,7 @@ class FakeEngine:
             "blocks_total": 100,
             "blocks_free": 100 - count,
             "generation_tokens_total": self.tokens,
+            **dict.fromkeys(("prompt_tokens_total", "cached_tokens_total", "preemptions_total"), 0),
             "aborted_total": self.aborts,
         }
 
@@ -167,7 +187,8 @@ class FakeEngine:
 
 LIMITS = {"host": "127.0.0.1", "port": 0, "api_key": None, "model_name_or_path": "some/base", "served_model_name": None,
           "max_connections": 200, "max_body_bytes": 100_000, "read_timeout": 20.0, "write_timeout": 20.0,
-          "request_timeout": 60.0, "drain_timeout": 20.0}  # fmt: skip
+          "request_timeout": 60.0, "drain_timeout": 20.0, "allowed_origins": None,
+          "trusted_proxies": "127.0.0.1", "pooling_type": "last", "allow_runtime_lora": False}  # fmt: skip
 
 
 class Running:
@@ -244,7 +265,7 @@ class Running:
 
     def metric(self, name):
         text = self.ask("GET", "/metrics")[2]
-        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE).group(1))
+        return float(re.search(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE).group(1))
 
 
 def request_bytes(body, path="/v1/completions", extra=""):
@@ -425,7 +446,9 @@ def test_models_health_metrics_page(server):
     status, headers, text = server.ask("GET", "/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
     for line in text.splitlines():
-        assert re.fullmatch(r"# TYPE \w+ (counter|gauge|histogram)|\w+(\{[^{}]*\})? [0-9.e+-]+", line), line
+        assert re.fullmatch(
+            r"# TYPE [\w:]+ (counter|gauge|histogram)|# HELP [\w:]+ .+|[\w:]+(\{[^{}]*\})? [0-9.e+-]+", line
+        ), line
     assert "# TYPE llm_blocks gauge\nllm_blocks 100\n" in text and "# TYPE llm_generation_tokens_total counter" in text
     assert 'llm_http_responses_total{path="/v1/chat/completions",status="200"}' in text
     count = server.metric("llm_request_seconds_count")
@@ -458,9 +481,12 @@ BAD_FIELDS = [  # and values that no answer may be given to
     ("stop", [1]), ("stop", ["a"] * 17), ("stop", [""]), ("presence_penalty", 3), ("frequency_penalty", "x"),
     ("repetition_penalty", 0), ("min_tokens", -1), ("ignore_eos", 1), ("stop_token_ids", [-1]), ("stop_token_ids", 5),
     ("stop_token_ids", ["a"]), ("stream", "yes"), ("stream_options", {"include_usage": True}), ("model", 3),
-    ("tools", [{}]), ("tool_choice", "auto"), ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1}),
-    ("best_of", 2), ("suffix", "x"), ("functions", [{}]), ("modalities", ["audio"]), ("min_p", 0.1),
-    ("guided_json", {}),
+    ("tools", [{}]), ("tool_choice", "required"), ("response_format", {"type": "xml"}), ("response_format", {}),
+    ("response_format", {"type": "json_schema"}), ("logit_bias", {"5": 101}), ("logit_bias", {"x": 1}),
+    ("logit_bias", {"257": 1}), ("allowed_token_ids", [257]), ("bad_words", [3]), ("min_p", 1.5),
+    ("best_of", 2), ("suffix", "x"), ("functions", [{}]), ("modalities", ["audio"]), ("guided_grammar", "a"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"not": {}}}}}}),
+    ("guided_json", "{"), ("guided_regex", "("), ("guided_choice", []), ("structured_outputs", {"grammar": "x"}),
 ]  # fmt: skip
 BAD_CHATS = [
     ("messages", None), ("messages", []), ("messages", "hi"), ("messages", [3]), ("messages", [{"role": "user"}]),
@@ -573,13 +599,13 @@ def test_paths_methods_and_origins(server):
         "/%2e%2e/data.py",
         "//etc/passwd",
         "/serve.py",
-        "/v1/chat/completions/",
     ):
         assert server.ask("GET", path)[0] == 404
     for method, path, allow in (
         ("POST", "/", "GET, HEAD"),
         ("GET", "/v1/completions", "POST"),
         ("OPTIONS", "/v1/completions", "POST"),
+        ("GET", "/v1/chat/completions/", "POST"),
         ("DELETE", "/health", "GET, HEAD"),
         ("PUT", "/v1/models", "GET, HEAD"),
     ):
@@ -778,8 +804,9 @@ def test_connections_are_limited(start):
     server = start(max_connections=3)
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
     assert eventually(lambda: len(server.server.http.connections) == 3)
-    status, headers, reply = server.ask("GET", "/health")
+    status, headers, reply = server.ask("GET", "/v1/models")
     assert (status, reply["error"]["code"], headers["Retry-After"]) == (503, "too_many_connections", "1")
+    assert server.ask("GET", "/health")[0] == 200
     for sock in idle:
         sock.close()
     assert eventually(lambda: not server.server.http.connections)
@@ -881,7 +908,7 @@ def test_64_clients_for_two_minutes(start):
 CHILD = """
 from types import SimpleNamespace
 import serve, test_openai_api
-from serving.openai_api import serve_http
+from serving.server import serve_http
 args = SimpleNamespace(**test_openai_api.LIMITS)
 serve_http(test_openai_api.FakeEngine(delay=0.02, reply_bytes=150), test_openai_api.ByteTokenizer(), args)
 """

@@ -28,7 +28,8 @@ from families import ModelConfig
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
-from serving.engine import Engine, Request, SamplingParams
+from serving.engine import Engine, Request
+from serving.sampling import SamplingParams
 
 pytestmark = pytest.mark.sweep(keep=4)
 

@@ -24,8 +24,8 @@ GOLDEN = dict(np.load(ROOT / "tests" / "golden" / "quantized_folders.npz"))
 
 
 def scheme(format, bits, **weights):
-    return {"quant_method": "compressed-tensors", "format": format, "config_groups": {
-        "group_0": {"weights": {"num_bits": bits, **weights}}}}  # fmt: skip
+    groups = {"group_0": {"weights": {"num_bits": bits, **weights}}}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups}
 
 
 CASES = {  # name of the golden: quantization_config
@@ -185,6 +185,6 @@ def test_scales_of_another_shape(tmp_path):
 
 
 def test_methods_are_the_ones_that_families_knows():
-    from families import DEQUANTIZED
+    from formats.quantization_config import DEQUANTIZED
 
     assert set(METHODS) == set(DEQUANTIZED)

@@ -27,6 +27,7 @@ from formats.files import UserError
 from formats.record_files import RecordOptions, RecordReader, blend_records, parse_record
 from formats.records import CONVERSATIONS, PAIRS, located, parse_prompt, record_format
 from formats.tokenizer import load_tokenizer
+from preference_data import UnpairedDataset
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 USER, BOT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
@@ -249,7 +250,7 @@ def test_truncation_of_new_formats(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "unpaired preference (KTO), which is not trained on here"),
+        ({"prompt": "a", "completion": "b", "label": True}, "unpaired preference: dpo.py with loss_type kto"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen+rejected is for dpo.py; taken are src+tgt, messages"),
         ({"question": "a", "answer": "b"}, "no key of a known format; found 'question', 'answer'; taken are src+tgt"),
         ({"instruction": "a", "response": "b"}, "key 'output' is missing; found 'instruction', 'response'"),
@@ -274,7 +275,7 @@ def test_refused_conversations(tmp_path, tokenizer, record, message):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
+        ({"prompt": "a", "completion": "b", "label": True}, "loss_type kto"),
         ({"messages": said("a", "b")}, "messages is for finetune.py; taken are src+response+sort"),
         ({"prompt": "a", "chosen": "b"}, "key 'rejected' is missing; found 'prompt', 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": said("a")}, "must all be texts or all be messages"),
@@ -310,9 +311,10 @@ def test_the_examples_of_the_documentation(tmp_path, tokenizer):
     examples = re.findall(r"^\| [\w, ]+ \| `(\{.*?\})`", text, re.M)
     records = [json.loads(example) for example in examples]
     assert [record_format(record, CONVERSATIONS) for record in records[:6]] == list(CONVERSATIONS)
-    assert [record_format(record, PAIRS) for record in records[6:]] == list(PAIRS) and len(records) == 11
+    assert [record_format(record, PAIRS) for record in records[6:11]] == list(PAIRS) and len(records) == 13
     assert len(SFTDataset(write_lines(tmp_path / "a.jsonl", *records[:6]), tokenizer)) == 6
-    assert len(PreferenceDataset(write_lines(tmp_path / "b.jsonl", *records[6:]), tokenizer)) == 5
+    assert len(PreferenceDataset(write_lines(tmp_path / "b.jsonl", *records[6:11]), tokenizer)) == 5
+    assert len(UnpairedDataset(write_lines(tmp_path / "c.jsonl", *records[11:]), tokenizer)) == 2
 
 
 # ------------------------------ files ------------------------------

@@ -12,7 +12,8 @@ import re
 import numpy as np
 import paddle
 import pytest
-from test_scripts import assert_same, crash_after_saving, fails, losses, write_model, write_records
+from test_scripts import assert_same, crash_after_saving, fails, losses, options, write_model, write_records
+from test_scripts import rows as logged
 
 import heads
 import parallel
@@ -131,13 +132,28 @@ def test_resume_is_bitwise(world, tmp_path):
         assert_same(parts, whole)
 
 
+@pytest.mark.sweep(keep=1)
+@pytest.mark.parametrize("changes", [{}, {"sharding": "stage2"}, {"tensor_parallel_degree": 2}], ids=str)
+def test_two_ranks_equal_one_process(changes, two, world, tmp_path):
+    alone = keys_of(world, tmp_path / "alone", center_rewards_coefficient=0.1)
+    if "tensor_parallel_degree" not in changes:  # one micro-batch on each rank
+        changes = {**changes, "per_device_train_batch_size": 1}
+    run(alone)
+    keys = {**alone, **changes, "output_dir": tmp_path / "ranks", "logging_steps": 1}
+    ((theirs, *_), *_) = two.run("jobs_parallel:script", "reward", options(keys))
+    ours = logged(tmp_path / "alone")
+    for name in ("loss", "grad_norm", "accuracy", "margin"):
+        found = [[row[name] for row in rows if name in row] for rows in (ours, theirs)]
+        np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"do_train": False}, r"base: has no score head; reward.py makes"),
         ({"max_seq_len": 3}, r"max_seq_len: 3; it must be at least 4"),
         ({"train_dataset_path": "margin.jsonl"}, r"margin.jsonl:[123]: 'margin' must be a number, found 'big'"),
-        ({"tensor_parallel_degree": 2}, r"tensor_parallel_degree"),
+        ({"pipeline_parallel_degree": 2}, r"pipeline_parallel_degree"),
         ({"process_reward": True}, r"process_reward"),
     ],
 )

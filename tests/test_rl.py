@@ -18,7 +18,7 @@ import bench_rl
 import numpy as np
 import paddle
 import pytest
-from test_scripts import crash_after_saving, fails, tensors, write_model, write_records
+from test_scripts import crash_after_saving, fails, options, tensors, write_model, write_records
 from test_scripts import rows as logged
 
 import adapters
@@ -28,7 +28,8 @@ import rl
 import rl_math
 import rollouts
 import trainer
-from serving.engine import Engine, Request, SamplingParams
+from serving.engine import Engine, Request
+from serving.sampling import SamplingParams
 
 GOLDEN = Path(__file__).with_name("golden") / "rl_trl.json"
 CASES = [  # loss_type, level, low, high, delta, beta
@@ -93,6 +94,18 @@ for scale in ("group", "batch", "none"):
     arrays["grpo " + scale] = run(
         grpo_trainer, 'if self.multi_objective_aggregation == "sum_then_normalize"', "advantages = torch.nan_to_num",
         self=fake, rewards_per_func=rewards.reshape(-1, 1), device="cpu", num_generations=G, unscorable_mask=unscorable)
+lines = inspect.getsource(grpo_trainer).splitlines()
+first = next(i for i, line in enumerate(lines) if "per_token_logps_diff = (old_per_token_logps" in line)
+last = next(i for i, line in enumerate(lines) if i > first and 'f"Unknown vLLM importance sampling' in line) + 1
+code = textwrap.dedent("\\n".join(lines[first:last + 1]))
+for mode, low, high in given["corrections"]:
+    fake = types.SimpleNamespace(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low,
+                                 vllm_importance_sampling_clip_max=high)
+    space = {**vars(grpo_trainer), "self": fake, "mask": numbers["mask"], "old_per_token_logps": numbers["logps"],
+             "sampling_per_token_logps": numbers["old"]}
+    exec(code, space)
+    weights = space["vllm_importance_sampling_ratio"].expand(numbers["mask"].shape) * numbers["mask"]
+    arrays["weights " + mode] = weights.numpy()
 arrays["rloo"] = run(
     rloo_trainer, "grouped_rewards = rewards.view(-1, num_generations)", "advantages = torch.nan_to_num",
     self=types.SimpleNamespace(normalize_advantages=False), rewards=rewards.reshape(-1), num_generations=G)
@@ -127,6 +140,12 @@ def given_numbers():
         "max_dec_len": 9,
         "cases": CASES,
         "rewards": rewards.tolist(),
+        "corrections": [
+            ("token_truncate", None, 1.1),
+            ("token_mask", 0.85, 1.15),
+            ("sequence_truncate", 0.7, 1.2),
+            ("sequence_mask", None, 1.1),
+        ],
         "scores": draw.normal(0, 2, (5, 2)).tolist(),
         "reward_cases": [(None, None), ([0.5, 0, 1, 0.1, 2], None), (None, 0.02), ([0.5, 0, 1, 0.1, 2], 0.1)],
     }
@@ -160,6 +179,11 @@ def our_numbers():
         gradient = np.zeros(mask.shape)
         gradient[mask] = logps.grad.numpy()
         out[f"loss {number}"], out[f"gradient {number}"] = float(loss), gradient
+    for mode, *limits in given["corrections"]:
+        out["weights " + mode] = weights = np.zeros(mask.shape)
+        for row, n in enumerate(lengths):
+            new, sampled = (np.array(given[key])[row, :n] for key in ("logps", "old"))
+            weights[row, :n] = rl_math.sampling_weights(new, sampled, mode, *limits)
     given_rewards = np.array(given["rewards"])
     for scale in ("group", "batch", "none"):
         out["grpo " + scale] = rl_math.group_advantages(given_rewards, scale).reshape(-1)
@@ -254,7 +278,8 @@ SIZES = [(7, [4, 1, 6]), (1, [3, 3, 2]), (5, [9, 2, 5])]
 
 
 def test_one_group_by_hand():
-    ids, labels, positions, mask_rows, numbers = rollouts.group_sample(np.array([11, 12, 13]), [[21, 22], [31]])
+    replies = [rollouts.Reply([21, 22], np.zeros(2), ""), rollouts.Reply([31], np.zeros(1), "")]
+    ids, labels, positions, mask_rows, numbers = rollouts.group_sample(np.array([11, 12, 13]), replies)
     assert ids.tolist() == [11, 12, 13, 21, 13]
     assert labels.tolist() == [-100, -100, 21, 22, 31]
     assert positions.tolist() == [0, 1, 2, 3, 2]
@@ -567,20 +592,37 @@ def test_equal_rewards_say_so_and_move_nothing(world, tmp_path):
     assert logged(tmp_path / "out")[0]["grad_norm"] == 0.0
 
 
-def options(keys):
-    """Keys as the command line has them."""
-    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in keys.items()}
-    return [part for key, value in values.items() for part in (f"--{key}", value)]
+TOPOLOGIES = {
+    "dp2": {},
+    "sharding2": {"sharding": "stage2"},
+    "tp2": {"tensor_parallel_degree": 2},
+    "tp2 sequence parallel, ppo": {
+        "tensor_parallel_degree": 2, "sequence_parallel": True, "advantage_estimator": "gae", "lora": True,
+    },
+    "dp2 tp2, entropy": {"tensor_parallel_degree": 2, "entropy_coeff": 0.01, "temperature": 0.8},
+    "sharding2 tp2, lora": {"tensor_parallel_degree": 2, "sharding": "stage1", "lora": True},
+    "dp4": {},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("sharding", [None, "stage2"])
-def test_two_ranks_equal_one_process(sharding, two, world, tmp_path):
-    """Rollouts that one process made, trained on by two; and rollouts of their own, of which each makes half."""
-    alone = keys_of(world, tmp_path / "alone", global_batch_size=3, rollout_n=4, save_rollouts=True, kl_coeff=0.05)
+@pytest.mark.sweep(keep=1)
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_topologies_equal_one_process(name, request, world, tmp_path):
+    """Rollouts that one process made, trained on by several; and rollouts of their own, of which each makes a part."""
+    changes = TOPOLOGIES[name]
+    of_topology = {key: changes[key] for key in changes if key in ("sharding", "sequence_parallel") or "degree" in key}
+    others = {key: value for key, value in changes.items() if key not in of_topology}
+    if name.startswith(("dp4", "dp2 tp2", "sharding2 tp2")):
+        ranks = request.getfixturevalue("four")
+    else:
+        ranks = request.getfixturevalue("two")
+    keys = {"global_batch_size": 3, "rollout_n": 4, "save_rollouts": True, "kl_coeff": 0.05, "max_steps": 5}
+    alone = keys_of(world, tmp_path / "alone", **keys, **others, do_eval=True)
     run(alone)
-    two_ranks = {**alone, "overwrite_output_dir": True} | ({"sharding": sharding} if sharding else {})
+    several = {**alone, "overwrite_output_dir": True} | of_topology
     for name, more in (("replayed", {"replay": str(tmp_path / "alone" / "rollouts")}), ("sampled", {})):
-        results = two.run("jobs_parallel:script", "rl", options(two_ranks | more | {"output_dir": tmp_path / name}))
+        results = ranks.run("jobs_parallel:script", "rl", options(several | more | {"output_dir": tmp_path / name}))
+        assert len(logged(tmp_path / "alone")) == len(results[0][0]) == 5
         for ours, theirs in zip(logged(tmp_path / "alone"), results[0][0]):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["reward"] - theirs["reward"]) < 1e-6
             assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * ours["grad_norm"]

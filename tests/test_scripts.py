@@ -90,6 +90,12 @@ def write_model(folder, **changes):
     return folder
 
 
+def options(keys):
+    """Keys as the command line has them."""
+    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in keys.items()}
+    return [part for key, value in values.items() for part in (f"--{key}", value)]
+
+
 def write_records(path, records):
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

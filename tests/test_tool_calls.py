@@ -6,7 +6,7 @@ import pytest
 from test_chat_tools import CONVERSATIONS, TOOL, USER, WITH_TOOLS, call, result, small, thinking, trained
 
 from formats.chat_formats import FORMATS
-from formats.tool_calls import parse_reply, tool_style
+from formats.tool_calls import ReplyStream, parse_reply, tool_style
 
 
 def last_reply(name, messages):
@@ -70,6 +70,54 @@ def test_thoughts_are_read_back():
 )
 def test_what_is_no_complete_call_stays_text(style, text):
     assert parse_reply(text, style) == {"content": text}
+
+
+def streamed(text, style, thinks, cuts):
+    """The sums of the deltas of a text that comes in pieces."""
+    stream, deltas = ReplyStream(style, thinks), []
+    for first, end in zip([0, *cuts], [*cuts, len(text)]):
+        deltas += stream.push(text[first:end])
+    deltas += stream.finish()
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call.pop("index") for call in calls] == list(range(len(calls)))
+    reply = {key: "".join(delta.get(key, "") for delta in deltas) for key in ("content", "reasoning_content")}
+    reply = {key: value for key, value in reply.items() if value or key == "content"}
+    return reply | ({"tool_calls": calls} if calls else {})
+
+
+def without_ids(reply):
+    calls = [call["function"] for call in reply.get("tool_calls", ())]
+    return {key: value for key, value in reply.items() if key != "tool_calls"} | {"calls": calls}
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_a_stream_is_the_whole_reply(name):
+    """Cut at every place, and into single characters."""
+    style, thinks = tool_style(FORMATS[name].jinja()), name == "deepseek-r1"
+    one = last_reply(name, [USER, call('Oslo\n"q"')])
+    texts = [one, one[:-1], "plain < text\n\n", "a {b}\n", "<tool_cal\n\n[TOOL", "", "\n"]
+    if style not in ("llama3", "mistral"):
+        texts.append(last_reply(name, [USER, call(content="let me\n\nsee")]))
+    if style == "hermes":
+        texts += [
+            f"x\n{one}\n<tool_call>3</tool_call>\n{one}\ny\n",
+            f"<think>\nhm\n\n</think>\n\n{one}",
+            "<think>\ncut\n",
+        ]
+    if thinks:
+        texts = [f"hm\n\nso</think>\n\n{text}" for text in texts] + ["cut\n"]
+    for text in texts:
+        whole = without_ids(parse_reply(text, style, thinks))
+        for cuts in [*([i] for i in range(len(text))), range(1, len(text))]:
+            assert without_ids(streamed(text, style, thinks, cuts)) == whole, (text, cuts)
+
+
+def test_text_is_not_held_back_without_need():
+    stream = ReplyStream("hermes")
+    assert stream.push("Let me") == [{"content": "Let me"}] and stream.push(" see <") == [{"content": " see "}]
+    assert stream.push("b") == [{"content": "<b"}]
+    stream = ReplyStream(None, True)
+    assert stream.push("\nI th") == [{"reasoning_content": "I th"}] and stream.push("\n</thin") == []
 
 
 def test_where_no_form_is_known():

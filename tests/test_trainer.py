@@ -231,7 +231,7 @@ def test_no_field_exists_only_to_be_ignored_or_refused():
     for script in (pretrain, finetune, dpo):
         fields = {field.name for field in dataclasses.fields(script.Args)}
         assert not fields & {*SHORTHANDS, *OPTIONS}
-        assert not fields & {"flash_mask", "unified_checkpoint", "ref_model_update_steps", "min_lr", "rslora_plus"}
+        assert not fields & {"flash_mask", "unified_checkpoint", "min_lr", "rslora_plus"}
     assert {"pissa", "lora_dropout"}.isdisjoint(field.name for field in dataclasses.fields(dpo.Args))
     for targets in SHORTHANDS.values():
         assert any(set(targets) <= {f.name for f in dataclasses.fields(s.Args)} for s in (pretrain, finetune, dpo))
@@ -261,7 +261,6 @@ def test_aliases_and_shorthands_set_our_keys(tmp_path, capsys):
     assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
         " flash_mask",
         " unified_checkpoint",
-        " ref_model_update_steps",
     ]
 
 

@@ -2,8 +2,8 @@
 // in place; and writing of new keys and values. Caches are float32, bfloat16, or int8 with a scale per slot
 // and head.
 //
-// Decode (one query): a task is 256 keys of one key/value head, whose query heads share the loads; partial results are
-// merged in order. Prefill (several queries): tiles of 64 (query, head) rows by 64 keys, online softmax (Dao, arXiv
+// Decode (one query): a task is 256 keys of some key/value heads, whose query heads share the loads; partial results
+// are merged in order. Prefill (several queries): tiles of 64 (query, head) rows by 64 keys, online softmax (Dao, arXiv
 // 2307.08691). Tasks depend only on shapes, so the number of threads does not change a bit.
 #include <immintrin.h>
 
@@ -18,7 +18,7 @@
 #include "threads.h"
 
 // Below this number of multiplications, waking another thread costs more than it saves.
-constexpr double SMALL = 1 << 18;
+constexpr double SMALL = 1 << 16;
 
 #define BODY "paged.h"
 #include "every_isa.h"

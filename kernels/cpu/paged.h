@@ -18,11 +18,14 @@ static INLINE vf widen(const int8_t* p) {  // intrinsics: GCC's __builtin_conver
   return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(x, 24));
 #endif
 }
-typedef uint16_t halves __attribute__((vector_size(VL * 2)));
 static INLINE vf widen(const uint16_t* p) {  // bfloat16: the upper half of a float
-  halves x;
-  std::memcpy(&x, p, sizeof(x));
-  return (vf)(__builtin_convertvector(x, vi) << 16);
+#if VL == 16
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif VL == 8
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
+#endif
 }
 template <class T>
 static INLINE vf widen_part(const T* p,
@@ -53,13 +56,16 @@ static INLINE vf sums_of(vf (&part)[VL]) {
   return part[0];
 }
 
-// sum over keys of p[g][j] v[j] for HEADS heads and N vectors of the head dim, the last one of n values.
+// out[g] += sum over keys of p[g][j] v[j] for HEADS heads and N vectors of the head dim, the last one of n values.
 template <int HEADS, int N, class T>
-static INLINE void weigh(const float* p, const T* v, const long* slot, long stride, long width, long n, float* out,
-                         long ldo) {
-  vf acc[HEADS][N] = {};
-  for (long j = 0; j < width; j++) {
-    const T* row = v + slot[j] * stride;
+static INLINE void weigh(const float* p, const T* const* v, long keys, long d, long n, float* out, long ldo) {
+  vf acc[HEADS][N];
+#pragma GCC unroll 4
+  for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) acc[g][i] = load(out + g * ldo + d + i * VL);
+  for (long j = 0; j < keys; j++) {
+    const T* row = v[j] + d;
     vf x[N];
 #pragma GCC unroll 4
     for (int i = 0; i < N; i++) x[i] = i < N - 1 || n == VL ? widen(row + i * VL) : widen_part(row + i * VL, n);
@@ -71,83 +77,109 @@ static INLINE void weigh(const float* p, const T* v, const long* slot, long stri
 #pragma GCC unroll 4
   for (int g = 0; g < HEADS; g++)
 #pragma GCC unroll 4
-    for (int i = 0; i < N; i++) store(out + g * ldo + i * VL, acc[g][i]);
+    for (int i = 0; i < N; i++) store(out + g * ldo + d + i * VL, acc[g][i]);
 }
 template <int HEADS, class T>
-static void weigh_all(const float* p, const T* v, const long* slot, long stride, long width, long Dh, float* out,
-                      long ldo) {
+static INLINE void weigh_all(const float* p, const T* const* v, long keys, long Dh, float* out, long ldo) {
   long d = 0;
-  for (; d + 4 * VL <= Dh; d += 4 * VL) weigh<HEADS, 4>(p, v + d, slot, stride, width, VL, out + d, ldo);
-  for (; d + 2 * VL <= Dh; d += 2 * VL) weigh<HEADS, 2>(p, v + d, slot, stride, width, VL, out + d, ldo);
-  for (; d < Dh; d += VL) weigh<HEADS, 1>(p, v + d, slot, stride, width, std::min((long)VL, Dh - d), out + d, ldo);
+  for (; d + 4 * VL <= Dh; d += 4 * VL) weigh<HEADS, 4>(p, v, keys, d, VL, out, ldo);
+  for (; d + 2 * VL <= Dh; d += 2 * VL) weigh<HEADS, 2>(p, v, keys, d, VL, out, ldo);
+  for (; d < Dh; d += VL) weigh<HEADS, 1>(p, v, keys, d, std::min((long)VL, Dh - d), out, ldo);
 }
 
-// One query of sequence s, keys [j0, j1), all heads of one key/value head: out (G, padded Dh), not yet divided by sum.
+// Scores of VL keys for one head: lane i is q k[i].
 template <class T>
-static void decode_chunk(const Paged& a, long s, long kv, long j0, long j1, float* out, float* most, float* sum) {
-  const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, width = j1 - j0, stride = a.K * Dh;
-  const T *k = (const T*)a.k + kv * Dh, *v = (const T*)a.v + kv * Dh;
-  const float* of_s = a.q + (a.first[s] * a.H + kv * G) * Dh;
-  std::vector<float> room(G * (Dp + CHUNK));
-  float *q = room.data(), *p = q + G * Dp;  // (G, Dp), zeros where padded; (G, CHUNK)
-  for (long g = 0; g < G; g++)
-    for (long d = 0; d < Dh; d++) q[g * Dp + d] = of_s[g * Dh + d] * a.scale;
-  long slot[CHUNK];
-  for (long j = 0; j < width; j++) slot[j] = a.slot(s, j0 + j);
-  for (long j = 0; j < width; j += VL) {
-    const T* row[VL];
-    alignas(64) float scales[VL];
-    for (long i = j; i < std::min(j + VL, width); i++)  // rows lie far apart, which the hardware does not foresee
-      for (long d = 0; d < Dh * (long)sizeof(T); d += 64) {
-        __builtin_prefetch((const char*)(k + slot[std::min(i + VL, width - 1)] * stride) + d);
-        __builtin_prefetch((const char*)(v + slot[i] * stride) + d);
-      }
-    for (int i = 0; i < VL; i++) {  // past the end: the last key again
-      const long at = slot[std::min(j + i, width - 1)];
-      row[i] = k + at * stride;
-      scales[i] = a.k_scales ? a.k_scales[at * a.K + kv] : 1.0f;
-    }
-    for (long g = 0; g < G; g++) {
-      vf part[VL] = {};
-      long d = 0;
-      for (; d + VL <= Dh; d += VL) {
-        const vf x = load(q + g * Dp + d);
+static INLINE vf scores_of(const float* q, const T* const* k, long Dh) {
+  vf part[VL] = {};
+  long d = 0;
+  for (; d + VL <= Dh; d += VL) {
+    const vf y = load(q + d);
 #pragma GCC unroll 16
-        for (int i = 0; i < VL; i++) part[i] += x * widen(row[i] + d);
-      }
-      if (d < Dh) {
-        const vf x = load(q + g * Dp + d);
-        for (int i = 0; i < VL; i++) part[i] += x * widen_part(row[i] + d, Dh - d);
-      }
-      store(p + g * CHUNK + j, sums_of(part) * load(scales));
-    }
+    for (int i = 0; i < VL; i++) part[i] += y * widen(k[i] + d);
   }
+  if (d < Dh) {
+    const vf y = load(q + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) part[i] += y * widen_part(k[i] + d, Dh - d);
+  }
+  return sums_of(part);
+}
+
+// p[0 … width) becomes exp(p - its maximum), zeros up to `whole`.
+static INLINE void exponentials(float* p, long width, long whole, float* most, float* sum) {
+  for (long j = width; j < whole; j++) p[j] = -INFINITY;
+  vf m = load(p), total = {};
+  for (long j = VL; j < whole; j += VL) m = vmax(m, load(p + j));
+  *most = hmax(m);
+  for (long j = 0; j < whole; j += VL) {
+    const vf x = vexp(load(p + j) - *most);
+    store(p + j, x);
+    total += x;
+  }
+  *sum = hsum(total);
+}
+
+// One query of sequence s, keys [j0, j1), key/value heads [kv0, kv1) and all heads that read them: out (heads, padded
+// Dh), not yet divided by sum; results of key/value heads are `apart` from one another. A key's heads lie side by side
+// in memory, so heads are the inner loop.
+template <class T>
+static void decode_chunk(const Paged& a, long s, long kv0, long kv1, long j0, long j1, float* outs, float* mosts,
+                         float* sums, long apart) {
+  const long Dh = a.Dh, Dp = padded(Dh), G = a.H / a.K, heads = kv1 - kv0, width = j1 - j0, stride = a.K * Dh;
+  const T *k = (const T*)a.k + kv0 * Dh, *v = (const T*)a.v + kv0 * Dh;
+  const float* of_s = a.q + (a.first[s] * a.H + kv0 * G) * Dh;
+  static thread_local std::vector<float> room;
+  room.resize(heads * G * (Dp + CHUNK));
+  float *q = room.data(), *p = q + heads * G * Dp;  // (heads G, Dp), zeros where padded; (heads G, CHUNK)
+  for (long g = 0; g < heads * G; g++)
+    for (long d = 0; d < Dp; d++) q[g * Dp + d] = d < Dh ? of_s[g * Dh + d] * a.scale : 0.0f;
+  long slot[CHUNK + VL];
+  for (long j = 0; j < width; j++) slot[j] = a.slot(s, j0 + j);
   const long whole = padded(width);
-  for (long g = 0; g < G; g++) {
-    float* row = p + g * CHUNK;
-    if (a.softcap)
-      for (long j = 0; j < whole; j += VL) store(row + j, vtanh(load(row + j) * (1.0f / a.softcap)) * a.softcap);
-    if (a.slopes) {
-      const float slope = a.slopes[kv * G + g];
-      for (long j = 0; j < width; j++) row[j] -= slope * (float)(a.contexts[s] - 1 - j0 - j);
+  for (long j = width; j < whole; j++) slot[j] = slot[width - 1];  // past the end: the last key again
+  const auto fetch = [&](const T* from, long j) __attribute__((always_inline)) {  // the same heads of a later group
+    for (long i = j; i < std::min(j + VL, width); i++)
+      for (long d = 0; d < Dh * (long)sizeof(T); d += 64)
+        __builtin_prefetch((const char*)(from + slot[i] * stride) + d);
+  };
+  const T* row[VL];
+  for (long j = 0; j < width; j += VL)
+    for (long h = 0; h < heads; h++) {
+      for (int i = 0; i < VL; i++) row[i] = k + slot[j + i] * stride + h * Dh;
+      if (j + VL < width) fetch(k + h * Dh, j + VL);
+      else fetch(v + h * Dh, 0);
+      float scales[VL];
+      if (a.k_scales)
+        for (int i = 0; i < VL; i++) scales[i] = a.k_scales[slot[j + i] * a.K + kv0 + h];
+      for (long g = 0; g < G; g++) {
+        const vf x = scores_of(q + (h * G + g) * Dp, row, Dh);
+        store(p + (h * G + g) * CHUNK + j, a.k_scales ? x * load(scales) : x);
+      }
     }
-    for (long j = width; j < whole; j++) row[j] = -INFINITY;
-    vf m = load(row), total = {};
-    for (long j = VL; j < whole; j += VL) m = vmax(m, load(row + j));
-    most[g] = hmax(m);
-    for (long j = 0; j < whole; j += VL) {
-      const vf x = vexp(load(row + j) - most[g]);
-      store(row + j, x);
-      total += x;
+  for (long h = 0; h < heads; h++)
+    for (long g = 0; g < G; g++) {
+      float* of = p + (h * G + g) * CHUNK;
+      if (a.softcap)
+        for (long j = 0; j < whole; j += VL) store(of + j, vtanh(load(of + j) * (1.0f / a.softcap)) * a.softcap);
+      if (a.slopes)
+        for (long j = 0; j < width; j++) of[j] -= a.slopes[(kv0 + h) * G + g] * (float)(a.contexts[s] - 1 - j0 - j);
+      exponentials(of, width, whole, &mosts[h * apart * G + g], &sums[h * apart * G + g]);
+      if (a.v_scales)
+        for (long j = 0; j < width; j++) of[j] *= a.v_scales[slot[j] * a.K + kv0 + h];
+      std::fill_n(outs + (h * apart * G + g) * Dp, Dp, 0.0f);
     }
-    sum[g] = hsum(total);
-    if (a.v_scales)
-      for (long j = 0; j < width; j++) row[j] *= a.v_scales[slot[j] * a.K + kv];
-  }
-  long g = 0;
-  for (; g + 4 <= G; g += 4) weigh_all<4>(p + g * CHUNK, v, slot, stride, width, Dh, out + g * Dp, Dp);
-  for (; g + 2 <= G; g += 2) weigh_all<2>(p + g * CHUNK, v, slot, stride, width, Dh, out + g * Dp, Dp);
-  if (g < G) weigh_all<1>(p + g * CHUNK, v, slot, stride, width, Dh, out + g * Dp, Dp);
+  for (long j = 0; j < width; j += VL)
+    for (long h = 0; h < heads; h++) {
+      const long keys = std::min((long)VL, width - j);
+      for (int i = 0; i < VL; i++) row[i] = v + slot[j + i] * stride + h * Dh;
+      fetch(v + h * Dh, j + VL);
+      const float* of = p + h * G * CHUNK + j;
+      float* out = outs + h * apart * G * Dp;
+      long g = 0;
+      for (; g + 4 <= G; g += 4) weigh_all<4>(of + g * CHUNK, row, keys, Dh, out + g * Dp, Dp);
+      for (; g + 2 <= G; g += 2) weigh_all<2>(of + g * CHUNK, row, keys, Dh, out + g * Dp, Dp);
+      if (g < G) weigh_all<1>(of + g * CHUNK, row, keys, Dh, out + g * Dp, Dp);
+    }
 }
 
 // Rows [r0, r0 + ROWS) of (query, head) of one key/value head of sequence s, over all keys that they see. Scores are
@@ -239,15 +271,19 @@ static void merge(const Paged& a, long s, long kv, long chunks, const float* out
 
 struct Task {
   long s, kv, at, chunk;
-};  // at: first key of a decode, or first row of a prefill; chunk: place of its result, -1
+};  // at: first key of a decode, or first row of a prefill; chunk: place of its first head's result, -1
 
 template <class T>
 static void attend(const Paged& a) {
   const long G = a.H / a.K, Dp = padded(a.Dh);
-  std::vector<Task> tasks;
-  std::vector<long> places(a.S, 0);  // of the first result of a decode
+  const long span = std::max(1L, std::min<long>(1024 / (a.Dh * sizeof(T)), (a.K + 1) / 2));  // heads of a decode task
+  static thread_local std::vector<Task> tasks;
+  static thread_local std::vector<float> room;
+  static thread_local std::vector<long> places;  // of the first result of a decode
+  tasks.clear(), places.assign(a.S, 0);
   long results = 0;
   double work = 0;
+  const auto chunks_of = [&](long s) { return (a.contexts[s] - a.seen_from(s, 0) + CHUNK - 1) / CHUNK; };
   for (long s = 0; s < a.S; s++)
     if (a.queries[s] > 1)
       for (long kv = 0; kv < a.K; kv++)
@@ -256,26 +292,30 @@ static void attend(const Paged& a) {
   for (long s = 0; s < a.S; s++) {
     work += (double)a.queries[s] * (a.contexts[s] - a.seen_from(s, 0));
     if (a.queries[s] > 1) continue;
-    places[s] = results;
-    for (long kv = 0; kv < a.K; kv++)
-      for (long j = a.seen_from(s, 0); j < a.contexts[s]; j += CHUNK) tasks.push_back({s, kv, j, results++});
+    const long chunks = chunks_of(s);
+    for (long kv = 0; kv < a.K; kv += span)
+      for (long c = 0; c < chunks; c++)
+        tasks.push_back({s, kv, a.seen_from(s, 0) + c * CHUNK, results + kv * chunks + c});
+    places[s] = results, results += a.K * chunks;
   }
-  std::vector<float> outs(results * G * Dp), most(results * G), sum(results * G);
+  room.resize(results * G * (Dp + 2));
+  float *outs = room.data(), *most = outs + results * G * Dp, *sum = most + results * G;
+  const Task* list = tasks.data();
   const auto one = [&](long i) {
-    const Task& t = tasks[i];
-    if (t.chunk < 0) prefill_tile<T>(a, t.s, t.kv, t.at);
-    else
-      decode_chunk<T>(a, t.s, t.kv, t.at, std::min(t.at + CHUNK, (long)a.contexts[t.s]), &outs[t.chunk * G * Dp],
-                      &most[t.chunk * G], &sum[t.chunk * G]);
+    const Task& t = list[i];
+    if (t.chunk < 0) return prefill_tile<T>(a, t.s, t.kv, t.at);
+    decode_chunk<T>(a, t.s, t.kv, std::min(t.kv + span, a.K), t.at, std::min(t.at + CHUNK, (long)a.contexts[t.s]),
+                    outs + t.chunk * G * Dp, most + t.chunk * G, sum + t.chunk * G, chunks_of(t.s));
   };
+  const long* first = places.data();
   const auto join = [&](long i) {
-    const long s = i / a.K, kv = i % a.K, chunks = (a.contexts[s] - a.seen_from(s, 0) + CHUNK - 1) / CHUNK,
-               at = places[s] + kv * chunks;
-    if (a.queries[s] == 1) merge(a, s, kv, chunks, &outs[at * G * Dp], &most[at * G], &sum[at * G]);
+    const long s = i / a.K, kv = i % a.K, chunks = chunks_of(s), at = (first[s] + kv * chunks) * G;
+    if (a.queries[s] == 1) merge(a, s, kv, chunks, outs + at * Dp, most + at, sum + at);
   };
+  const long count = (long)tasks.size();
   if (work * a.H * a.Dh < SMALL)
-    for (size_t i = 0; i < tasks.size(); i++) one(i);
-  else parallel(tasks.size(), one);
+    for (long i = 0; i < count; i++) one(i);
+  else parallel(count, one);
   if (results <= 64 * a.K)
     for (long i = 0; i < a.S * a.K; i++) join(i);
   else parallel(a.S * a.K, join);

@@ -25,6 +25,14 @@ Buffer huge_buffer(size_t bytes) {
   return Buffer((char*)p);
 }
 
+void use_huge_pages(void* memory, size_t bytes) {
+  constexpr uintptr_t PAGE = 1 << 21;
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1: now, not when the kernel finds time
+  const uintptr_t from = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, to = ((uintptr_t)memory + bytes) / PAGE * PAGE;
+  if (from >= to || madvise((void*)from, to - from, MADV_HUGEPAGE)) return;
+  madvise((void*)from, to - from, COLLAPSE);  // an error leaves the pages as they are
+}
+
 size_t Panels::bytes() const {
   const size_t rows = storage == FLOAT ? 4 * in : storage == BFLOAT16 ? 2 * in : storage == INT8 ? in : in / 2;
   return panels() * 64 * rows + 4 * (scales.size() + zeros.size());

@@ -20,6 +20,7 @@ struct FreeMemory {
 };
 using Buffer = std::unique_ptr<char, FreeMemory>;
 Buffer huge_buffer(size_t bytes);  // in huge pages where the system has them
+void use_huge_pages(void* memory, size_t bytes);  // for memory that others allocated
 
 enum Storage { FLOAT, BFLOAT16, INT8, INT4 };
 
@@ -86,11 +87,13 @@ struct Sink {
   float* y;
   long width;  // of y
   Activation activation = ACT_SILU;
+  const float* extra = nullptr;  // (rows, 64 · panels), added to the sums; null: nothing
 };
 void multiply_panels(const Panels& w, const Inputs& x, const Sink& sink, int which);
 
 // Of each storage: packing, rounding of x, and sums c (m1 - m0, 64) of one panel; called by the functions above.
 void pack_bfloat16(const Source& from, Panels& w);
+long half_panel_words(long in);  // words of a column: pairs of input rows, the last ones padded
 Inputs prepare_bfloat16(const Panels& w, const float* x, long rows, InputRoom& room);
 void sums_bfloat16(const Panels& w, const Inputs& x, long m0, long m1, long panel, float* c, long ldc);
 void pack_codes(const Source& from, Panels& w);

@@ -22,6 +22,8 @@ namespace {
 #include "gemm.h"
 }  // namespace
 
+long half_panel_words(long in) { return inner_words(in); }
+
 void pack_bfloat16(const Source& from, Panels& w) {
   const long count = inner_words(w.in);
   w.data = huge_buffer(w.panels() * count * NR * sizeof(uint32_t));

@@ -26,6 +26,7 @@ static void finish(const Panels& w, const Sink& sink, long m0, long m1, long fir
   const auto value = [&](long m, long n) __attribute__((always_inline)) {  // n: column of W
     vf x = load(c + (m - m0) * ldc + n - 64 * first);
     if (scales) x *= load(scales + n);
+    if (sink.extra) x += load(sink.extra + m * 64 * w.panels() + n);
     return bias ? x + load(bias + n) : x;
   };
   const long step = sink.kind == GATE ? 2 : 1;

@@ -52,11 +52,12 @@ static long largest(const float* x, long V) {
 // exp((x - most) / temperature) in float64, and their sum.
 static double exponentials(const float* x, long n, double most, double temperature, double* e) {
   constexpr long W = VL / 2;
+  const double inverse = 1.0 / temperature;
   vd sum = {};
   const auto part = [&](const float* from, double* to) __attribute__((always_inline)) {
     vf_half y;
     std::memcpy(&y, from, sizeof(y));
-    const vd z = dexp(__builtin_convertvector(y, vd) / temperature - most / temperature);
+    const vd z = dexp((__builtin_convertvector(y, vd) - most) * inverse);
     std::memcpy(to, &z, sizeof(z));
     sum += z;
   };
@@ -74,37 +75,51 @@ static double exponentials(const float* x, long n, double most, double temperatu
   return total;
 }
 
-// p / sum in place.
-static void normalize(double* p, long n, double sum) {
-  constexpr long W = VL / 2;
-  long i = 0;
-  for (; i + W <= n; i += W) {
-    vd y;
-    std::memcpy(&y, p + i, sizeof(y));
-    y /= sum;
-    std::memcpy(p + i, &y, sizeof(y));
-  }
-  for (; i < n; i++) p[i] /= sum;
+static INLINE double total_of(vd x) {
+  double total = 0;
+  for (long l = 0; l < VL / 2; l++) total += x[l];
+  return total;
 }
 
-// Indices of the values of at least `least`, ascending.
-static void at_least(const double* p, long n, double least, std::vector<long>& ids) {
+// The sum and the number of the values above `least`, of those [i, n).
+static Above above(const double* e, long i, long n, double least) {
+  constexpr long W = VL / 2;
+  vd sum[4] = {};
+  vl count[4] = {};
+  for (; i + 4 * W <= n; i += 4 * W)
+#pragma GCC unroll 4
+    for (long j = 0; j < 4; j++) {
+      vd y;
+      std::memcpy(&y, e + i + j * W, sizeof(y));
+      const vl counts = y > least;  // -1 where true
+      sum[j] += (vd)((vl)y & counts), count[j] += counts;
+    }
+  Above found{total_of((sum[0] + sum[1]) + (sum[2] + sum[3])), 0};
+  const vl all = (count[0] + count[1]) + (count[2] + count[3]);
+  for (long l = 0; l < W; l++) found.count -= all[l];
+  for (; i < n; i++)
+    if (e[i] > least) found.sum += e[i], found.count++;
+  return found;
+}
+
+// Indices of the values above `least` and not above `most`, ascending.
+static void between(const double* e, long n, double least, double most, std::vector<long>& ids) {
   constexpr long W = VL / 2;
   long i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
     vl any = {};
     for (long j = 0; j < 4; j++) {
       vd y;
-      std::memcpy(&y, p + i + j * W, sizeof(y));
-      any |= y >= least;
+      std::memcpy(&y, e + i + j * W, sizeof(y));
+      any |= (y > least) & (y <= most);
     }
     long long found = 0;
     for (long l = 0; l < W; l++) found |= any[l];
     for (long j = i; found && j < i + 4 * W; j++)
-      if (p[j] >= least) ids.push_back(j);
+      if (e[j] > least && e[j] <= most) ids.push_back(j);
   }
   for (; i < n; i++)
-    if (p[i] >= least) ids.push_back(i);
+    if (e[i] > least && e[i] <= most) ids.push_back(i);
 }
 
 // A value that at least k of n values reach: the k-th largest of the maxima of runs; -infinity if there are fewer

@@ -22,6 +22,23 @@ class Pool {
     return *pool;
   }
   int threads() const { return want_; }
+  // Workers are woken and spin while this lives, for a caller with many short calls: waking one takes longer than most.
+  struct Awake {
+    Awake() {
+      Pool& pool = get();
+      if (getpid() != pool.owner_) return;
+      {
+        std::lock_guard<std::mutex> lock(pool.sleep_);
+        pool.awake_.fetch_add(1);
+      }
+      pool.wake_.notify_all();
+      counted = true;
+    }
+    ~Awake() {
+      if (counted) get().awake_.fetch_sub(1);
+    }
+    bool counted = false;
+  };
   void parallel(long n, const std::function<void(long)>& task) {
     std::unique_lock<std::mutex> one(calls_, std::try_to_lock);
     // A call from within a task, from another thread, or in a forked child (which has no workers) runs all tasks
@@ -57,6 +74,7 @@ class Pool {
       want_ = std::max(1, std::min(want_, atoi(share)));  // set by kernels/__init__.py
   }
   static constexpr uint64_t NONE = 0xFFFFFFFF;
+  static constexpr int LONG = 1 << 20;
   // Take tasks of this round until there are none or the round is over. A late thread may read n_ or task_ of a later
   // round, but then next_ has changed and it takes nothing.
   void run(uint64_t round) {
@@ -72,10 +90,12 @@ class Pool {
   void work() {
     uint64_t seen = 0;
     for (;;) {
-      for (int spins = 0; next_.load() >> 32 == seen && spins < 2000; spins++) __builtin_ia32_pause();
+      for (int spins = 0; next_.load() >> 32 == seen && spins < (awake_.load() ? LONG : 2000); spins++)
+        __builtin_ia32_pause();
       {
         std::unique_lock<std::mutex> lock(sleep_);
-        wake_.wait(lock, [&] { return round_ != seen; });
+        wake_.wait(lock, [&] { return round_ != seen || awake_.load(); });
+        if (round_ == seen) continue;
         seen = round_;
       }
       run(seen);
@@ -87,6 +107,7 @@ class Pool {
   uint64_t round_ = 0;             // number of calls, in 32 bits; changes only with both mutexes held
   std::atomic<uint64_t> next_{0};  // upper half: the round; lower half: its next task
   std::atomic<long> done_{0}, n_{0};
+  std::atomic<int> awake_{0};      // how many callers ask workers to spin
   const std::function<void(long)>* task_ = nullptr;
   const pid_t owner_ = getpid();
   int want_;  // threads, including the caller's

@@ -128,7 +128,7 @@ def said(ways, lora, folder):
     """{part: MB} of --dry_run for these degrees."""
     import arguments
     import finetune
-    import plan
+    import memory_model
 
     argv = [
         "--model_name_or_path",
@@ -151,7 +151,7 @@ def said(ways, lora, folder):
             argv += [f"--{NAMES[axis]}_parallel_degree", str(degree)]
     argv += ["--sharding", f"stage{ways['stage']}"] if "stage" in ways else []
     argv += ["--virtual_pp_degree", str(ways.get("virtual", 1))]
-    lines = plan.dry_run(arguments.parse_args(finetune.Args, argv)).splitlines()
+    lines = memory_model.dry_run(arguments.parse_args(finetune.Args, argv)).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("memory of the fullest rank in MB"))
     return {line[:32].strip(): float(line[32:].replace(",", "")) for line in lines[start + 1 :]}
 

@@ -86,7 +86,7 @@ class Prompts:
     def __init__(self, config, length):
         generator = np.random.default_rng(0)
         self.rows = [np.array(bench_train.random_ids(config, length, generator)) for _ in range(PROMPTS)]
-        self.longest, self.reader = length, None
+        self.longest, self.reader, self.toolbox = length, None, None
 
     def ids(self, i):
         return self.rows[i]
@@ -131,7 +131,9 @@ def ours(options):
     args = rl.Args(**values, global_batch_size=PROMPTS, rollout_n=REPLIES, max_dec_len=options.new, kl_loss_coeff=0.0)
     args.learning_rate, args.per_device_train_batch_size = 1e-6, 1
     args.check()
-    tokenizer = mock.Mock(pad_token_id=0, stop_ids=[], stream_decoder=lambda: mock.Mock(push=lambda i: "", flush=str))
+    tokenizer = mock.Mock(
+        pad_token_id=0, stop_ids=[], stream_decoder=lambda *_: mock.Mock(push=lambda i: "", flush=str)
+    )
 
     def reward(completion_ids, **_):
         return [float(sum(ids) % 7) for ids in completion_ids]

@@ -50,6 +50,7 @@ from data import IGNORED, SFTLoader, collate_pairs, pair_sample
 from families import ModelConfig
 from formats.weights import init_weights
 from model import build
+from preference import loss_and_metrics, pair_counts, reply_logps
 
 SHAPES = {
     "A": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
@@ -138,9 +139,9 @@ def pair_loss(reference):
 
     def loss(model, batch):
         with paddle.no_grad():
-            base = dpo.reply_logps(reference, batch)
-        counts = dpo.pair_counts([batch])
-        return dpo.loss_and_metrics(dpo.reply_logps(model, batch), base, batch["reply_tokens"], counts, args)[0]
+            base = reply_logps(reference, batch)
+        counts = pair_counts([batch])
+        return loss_and_metrics(reply_logps(model, batch), base, batch["reply_tokens"], counts, args)[0]
 
     return loss
 

@@ -15,23 +15,15 @@ import numpy as np
 import pytest
 import tiny_models
 
+from adapters import apply_lora, lora_layers, save_adapter
+from layers import Embedding, Linear
+from model import set_parameter
 from serving.fused import FusedRunner, choose_dtype, fastest_runner, why_not_fused
 from serving.runners import PagedRunner, ScheduledTokens, TokenSequence, round_linears
 
 cpu = kernels._module("cpu")
 pytestmark = pytest.mark.skipif(cpu.missing("fused_multi_transformer") is not None, reason="no compiler")
-NOT_COVERED = {
-    "mixtral": "experts",
-    "mixtral_window": "experts",
-    "qwen2_moe": "experts",
-    "qwen3_moe": "experts",
-    "chatglm": "two-dimensional positions",
-    "bloom_post": "scaled residuals",
-    "opt_350m": "an embedding narrower than the model",
-    "deepseek_v2": "latent attention (MLA)",
-    "deepseek_v2_lite": "latent attention (MLA)",
-    "deepseek_v3": "latent attention (MLA)",
-}
+NOT_COVERED = {"chatglm": "two-dimensional positions"}
 STEPS = [  # (sequence, first token, how many): pieces of prompts and decodes in one step, over the blocks' ends
     [(0, 0, 5), (1, 0, 7)],
     [(0, 5, 1), (1, 7, 4), (2, 0, 2)],
@@ -54,9 +46,11 @@ def sequences():
     ]
 
 
-def logits_of_steps(runner):
-    """Logits of every step, one row a sequence."""
+def logits_of_steps(runner, names=(None,) * 4):
+    """Logits of every step, one row a sequence; names: of their adapters."""
     texts = sequences()
+    for text, name in zip(texts, names):
+        text.adapter = name
     return np.concatenate([runner.run([ScheduledTokens(texts[s], i, n) for s, i, n in step]) for step in STEPS])
 
 
@@ -128,6 +122,57 @@ def test_integer_weights_move_the_logits_by_the_rounding_of_inputs(scheme, group
     assert 1e-5 < difference(head, found) < 0.03
 
 
+def saved_loras(name, folder, changes, **options):
+    """{name: folder} of two LoRAs of a tiny model, both of whose factors are random."""
+    paths = {}
+    for seed, rank in ((1, 2), (2, 5)):
+        model = apply_lora(tiny_models.build(name, **changes), rank=rank, seed=seed, **options)
+        for i, layer in enumerate(lora_layers(model).values()):
+            g = np.random.default_rng([seed, i])
+            set_parameter(layer.lora_B, 0.2 * g.standard_normal(layer.lora_B.shape).astype(np.float32))
+        paths[f"lora{seed}"] = folder / f"lora{seed}"
+        save_adapter(model, paths[f"lora{seed}"])
+    return paths
+
+
+@pytest.mark.parametrize("name", ["llama", "chatglm2", "internlm2", "gemma2"])
+def test_loras_of_several_requests_in_one_step(name, tmp_path):
+    paths, names = saved_loras(name, tmp_path, {}), ("lora2", None, "lora1", "lora2")
+    layers, fused = (runner(tiny_models.build(name), 32, 4, paths) for runner in (PagedRunner, FusedRunner))
+    expected, found = logits_of_steps(layers, names), logits_of_steps(fused, names)
+    assert difference(found, expected) < 1e-5
+    assert difference(logits_of_steps(fused), expected) > 1e-2
+    assert difference(logits_of_steps(fused), logits_of_steps(layers)) < 1e-5
+
+
+def test_loras_beside_integer_weights_and_those_that_are_not_covered(tmp_path):
+    needs("a8w8")
+    changes = dict(hidden_size=96, intermediate_size=112)
+    paths = saved_loras("qwen2", tmp_path, changes, targets=["q_proj", "up_proj"])
+    names = "lora2", None, "lora1", None
+    models = [tiny_models.build("qwen2", **changes) for _ in range(2)]
+    for model in models:
+        round_linears(model, "a8w8")
+    layers, fused = (runner(model, 32, 4, paths) for runner, model in zip((PagedRunner, FusedRunner), models))
+    assert difference(logits_of_steps(fused, names), logits_of_steps(layers, names)) < 1e-4
+    assert difference(logits_of_steps(fused, names), logits_of_steps(fused)) > 1e-2
+    save_adapter(apply_lora(tiny_models.build("llama"), rank=2, dora=True), tmp_path / "dora")
+    assert "DoRA" in why_not_fused(llama(), {"dora": tmp_path / "dora"}, "float32")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # of a head of its own, and of a tied one
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_freed_once_they_are_packed(name, dtype):
+    needs(dtype)
+    model = tiny_models.build(name)
+    expected = logits_of_steps(FusedRunner(model, 32, 4, dtype=dtype))
+    runner = FusedRunner(model, 32, 4, dtype=dtype, free_weights=True)
+    assert (logits_of_steps(runner) == expected).all()
+    kept = [layer for layer in model.sublayers() if isinstance(layer, (Linear, Embedding))]
+    kept = [layer for layer in kept if layer.weight._is_initialized()]
+    assert kept == ([model.embed_tokens] if (name, dtype) == ("llama", "float32") else [])  # which is read in place
+
+
 def test_weights_that_were_trained_are_packed_again():
     model = tiny_models.build("llama")
     runner = FusedRunner(model, 32, 4)
@@ -142,9 +187,9 @@ def test_weights_that_were_trained_are_packed_again():
 
 
 def test_auto_takes_float32_where_bfloat16_cannot_be():
-    assert choose_dtype(tiny_models.build("mixtral"), None, "auto") == "float32"
-    with pytest.raises(kernels.UserError, match="bfloat16 is not possible here: it does not cover experts"):
-        choose_dtype(tiny_models.build("mixtral"), None, "bfloat16")
+    assert choose_dtype(tiny_models.build("chatglm"), None, "auto") == "float32"
+    with pytest.raises(kernels.UserError, match="bfloat16 is not possible here: it does not cover two-dimensional"):
+        choose_dtype(tiny_models.build("chatglm"), None, "bfloat16")
     with kernels.use("reference"):
         assert "reference" in why_not_fused(llama(), None, "float32")
 
@@ -155,7 +200,7 @@ def test_auto_takes_float32_where_bfloat16_cannot_be():
 def product(weight: kernels.fused.Weight, x):
     """x (rows, in) through a model without blocks: its embedding is x, its head the weight."""
     n_out = weight.values.shape[0 if weight.transposed else 1]
-    sizes = dict(layers=0, D=x.shape[1], H=1, K=1, Dh=2, rotary=2, F=2, V=n_out)
+    sizes = dict(layers=0, D=x.shape[1], H=1, K=1, Dh=2, rotary=2, V=n_out)
     options = dict(norm_place="before", activation="silu", gated=False, interleaved=False, cache="float32")
     shape = kernels.fused.FusedShape(**sizes, **options, block_size=4, attention_scale=1.0)
     model = kernels.fused.FusedMultiTransformer(shape, kernels.to_tensor(x))

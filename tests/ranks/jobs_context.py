@@ -5,9 +5,9 @@ import numpy as np
 import paddle
 import tiny_models
 
-import dpo
 import model as M
 import parallel
+import preference
 import trainer
 
 
@@ -35,7 +35,7 @@ def outside_of_training(name, degrees, T=11):
             inputs = {k: v for k, v in trainer.model_inputs(batch).items() if k != "labels"}
             logits = model(**inputs)
             hidden = model.hidden_states(inputs["input_ids"], inputs["position_ids"], inputs["startend_row_indices"])
-            sums = dpo.reply_logps(model, pairs)
+            sums = preference.reply_logps(model, pairs)
         texts = M.generate(model, batch["input_ids"][:, :8], 4)
         found.append(([x.numpy() for x in (losses, logits, hidden, sums)], predictions.numpy(), np.asarray(texts)))
     (exact, *same), (here, *also) = found

@@ -1,0 +1,325 @@
+"""From logits to tokens: what a request may ask of its sampling, and the choice of the next token for a batch.
+
+    params = SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=1)
+    sampler = Sampler(params, index=0, stop_ids=[2], seed=1)         # one for each reply
+    choices = choose_batch([sampler], logits, [token_ids])           # (S, V) float32 -> a Choice for each row
+
+Work is done over the batch, and only what a request asks for: the logits of tokens that have a penalty are changed in
+place and put back, all rows are drawn by one kernels.sample.
+
+Letters: S sequences, V vocabulary.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import kernels
+
+import numpy as np
+
+from formats.files import UserError
+from serving.guide import Guide
+
+# ================================================================================================ what a request asks
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    max_tokens: int = 64  # most new tokens
+    min_tokens: int = 0  # before as many new tokens, neither end of sequence nor stop ends the reply
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0  # tokens less likely than this share of the likeliest one's probability are left out
+    repetition_penalty: float = 1.0  # on tokens of prompt and reply (arXiv 1909.05858)
+    presence_penalty: float = 0.0  # subtracted from the logit of every token that the reply contains
+    frequency_penalty: float = 0.0  # the same, times its number of occurrences
+    seed: int | None = None  # the same seed gives the same text, whatever else is running
+    stop: tuple = ()  # texts that end the reply; they are not part of it
+    stop_token_ids: tuple = ()  # ids that end it, besides the tokenizer's
+    ignore_eos: bool = False  # continue after the tokenizer's stop ids
+    skip_special_tokens: bool = True  # special tokens have no text
+    logprobs: int | None = None  # report log-probabilities of the chosen token and of this many likeliest ones
+    n: int = 1  # replies to the one prompt
+    logit_bias: tuple = ()  # (id, number): added to the logits of these tokens
+    allowed_token_ids: tuple = ()  # if any: only these, and the ids that end the reply
+    bad_words: tuple = ()  # tuples of ids: the last of them may not follow the others
+    guide: Guide | None = None  # the form of the reply, such as JSON by a schema
+    scaled_logprobs: bool = False  # report log-probabilities after temperature, and entropies: those of rl.py
+
+    def check(self) -> None:
+        """UserError naming the field."""
+        for key, low, high in (
+            ("max_tokens", 1, None),
+            ("min_tokens", 0, self.max_tokens),
+            ("top_k", 0, None),
+            ("seed", 0, (1 << 63) - 1),
+            ("logprobs", 0, 20),
+            ("n", 1, 128),
+        ):
+            value = getattr(self, key)
+            if value is None and key in ("seed", "logprobs"):
+                continue
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if not is_int or value < low or (high is not None and value > high):
+                limits = f"of at least {low}" if high is None else f"between {low} and {high}"
+                raise UserError(f"{key}: {value!r}; it must be a whole number {limits}")
+        for key, low, high in (
+            ("temperature", 0, 100),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 0, 100),
+            ("presence_penalty", -100, 100),
+            ("frequency_penalty", -100, 100),
+        ):
+            value, positive = getattr(self, key), key in ("top_p", "repetition_penalty")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high or (positive and value == 0):
+                limits = f"above 0, up to {high}" if positive else f"between {low} and {high}"
+                raise UserError(f"{key}: {value!r}; it must be a number {limits}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop: {self.stop!r}; it must be a tuple of texts that are not empty")
+        if not isinstance(self.stop_token_ids, tuple) or not all(isinstance(i, int) for i in self.stop_token_ids):
+            raise UserError(f"stop_token_ids: {self.stop_token_ids!r}; it must be a tuple of token ids")
+        if not all(abs(bias) <= 100 for _, bias in self.logit_bias):
+            raise UserError(f"logit_bias: {self.logit_bias!r}; it must be pairs of an id and a number of -100 to 100")
+        if () in self.bad_words:
+            raise UserError("bad_words: no word may be empty")
+
+
+# ============================================================================================ from logits to a token
+
+
+class TokenCounts:
+    """Different ids in the order of their first occurrence, and how often each occurred, in arrays that grow."""
+
+    def __init__(self):
+        self.place, self.total, self.room = {}, 0, np.zeros((2, 64), np.int64)
+
+    def update(self, ids: Iterable[int]) -> None:
+        """Count these ids as well."""
+        for i in ids:
+            self.total += 1
+            place = self.place.setdefault(i, len(self.place))
+            if place == self.room.shape[1]:
+                self.room = np.concatenate([self.room, np.zeros_like(self.room)], axis=1)
+            self.room[0, place] = i
+            self.room[1, place] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.room[0, : len(self.place)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.room[1, : len(self.place)]
+
+
+class Choice(NamedTuple):
+    """What a sampler chose; numbers that it was not asked for are None."""
+
+    token_id: int  # -1: the logits are not finite
+    logprob: float | None = None
+    top_logprobs: list | None = None  # [(token_id, logprob)], the likeliest first
+    entropy: float | None = None
+
+
+class Sampler:
+    """How one sequence chooses: its penalties, its bans and its own random numbers, one a token."""
+
+    def __init__(self, params: SamplingParams, index: int, stop_ids: list[int], seed: int):
+        self.params = p = params
+        self.stop_ids = {*(() if p.ignore_eos else stop_ids), *p.stop_token_ids}
+        self.generator = np.random.default_rng([seed, index])
+        self.ahead = collections.deque()  # its next numbers, as far as peek() has drawn them
+        self.greedy = p.temperature < 1e-5
+        self.counts = TokenCounts()  # of the reply's tokens
+        self.seen, self.num_seen = TokenCounts(), 0  # of prompt and reply, as far as the repetition penalty has read
+        self.state = None if p.guide is None else p.guide.start
+        self.has_rules = bool(p.logit_bias or p.allowed_token_ids or p.bad_words or p.guide or p.min_p)
+
+    def uniform(self) -> float:
+        """The next number of [0, 1)."""
+        return self.ahead.popleft() if self.ahead else self.generator.random()
+
+    def peek(self, n: int) -> float:
+        """What uniform() will return after n more calls."""
+        while len(self.ahead) <= n:
+            self.ahead.append(self.generator.random())
+        return self.ahead[n]
+
+    def read(self, token_ids: list[int]) -> None:
+        """Note what is new in these ids of prompt and reply; -1 stands for a token of a trained prefix."""
+        self.seen.update(i for i in token_ids[self.num_seen :] if i >= 0)
+        self.num_seen = len(token_ids)
+
+    def apply_rules(self, logits: np.ndarray, token_ids: list[int]) -> None:
+        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, the guide is kept."""
+        p, size = self.params, len(logits)
+        reply = token_ids[len(token_ids) - self.counts.total :]
+        plain = logits.copy() if p.guide is not None else None
+        for token, bias in p.logit_bias:
+            logits[token] += bias
+        if p.allowed_token_ids:
+            banned = np.ones(size, bool)
+            banned[[i for i in {*p.allowed_token_ids, *self.stop_ids} if i < size]] = False
+            logits[banned] = -np.inf
+        for *before, last in p.bad_words:
+            if reply[len(reply) - len(before) :] == before:
+                logits[last] = -np.inf
+        if p.guide is not None:
+            banned = ~p.guide.allowed(self.state, self.stop_ids, size)
+            logits[banned] = -np.inf
+            if not np.isfinite(logits.max()):
+                logits[:] = plain
+                logits[banned] = -np.inf
+        if p.min_p and not self.greedy:
+            logits[logits < logits.max() + p.temperature * np.log(p.min_p)] = -np.inf
+
+    def follow(self, token: int) -> None:
+        """The token was chosen."""
+        self.counts.update((token,))
+        if self.state is not None and token not in self.stop_ids:
+            self.state = self.params.guide.advance(self.state, token)
+
+    def guide_ends(self) -> str | None:
+        """The reason for which the guide ends the reply: "stop": nothing may follow; "length": nothing can."""
+        return None if self.state is None else self.params.guide.ends(self.state)
+
+    def choose(self, logits: np.ndarray, token_ids: list[int]) -> Choice:
+        """logits (V,) float32, ids of prompt and reply -> Choice."""
+        return choose_batch([self], logits[None].copy(), [token_ids])[0]
+
+
+class LogitChanges:
+    """Changes of a few logits (S, V) of some rows, in place, all rows at once; undo() takes them back."""
+
+    def __init__(self, logits: np.ndarray):
+        self.flat, self.V, self.old = logits.reshape(-1), logits.shape[1], []
+        assert np.shares_memory(self.flat, logits), "logits must be contiguous"
+
+    def apply(self, rows: list[int], ids: list[np.ndarray], new: Callable) -> None:
+        """new(their logits (n,), repeated) -> (n,), for ids[i] of rows[i]; repeated(x) has x[i] for each of ids[i]."""
+        lengths = [len(of_row) for of_row in ids]
+
+        def repeated(x):
+            return np.repeat(np.array(x), lengths)
+
+        at = repeated(rows) * self.V + np.concatenate(ids)
+        old = self.flat[at]
+        self.flat[at] = new(old, repeated)
+        self.old.append((at, old))
+
+    def undo(self) -> None:
+        for at, old in reversed(self.old):
+            self.flat[at] = old
+
+
+def apply_penalties(samplers: list[Sampler], changes: LogitChanges, token_ids: list[list[int]]) -> None:
+    """Penalties of tokens that were said, and of stop ids before min_tokens; token_ids: of prompt and reply."""
+    rows = [i for i, s in enumerate(samplers) if s.params.repetition_penalty != 1.0]
+    if rows:
+        for i in rows:
+            samplers[i].read(token_ids[i])
+
+        def scaled(x, repeated):
+            penalty = repeated([np.float32(samplers[i].params.repetition_penalty) for i in rows])
+            return np.where(x > 0, x / penalty, x * penalty)
+
+        changes.apply(rows, [samplers[i].seen.ids for i in rows], scaled)
+    rows = [
+        i
+        for i, s in enumerate(samplers)
+        if s.counts.total and (s.params.presence_penalty or s.params.frequency_penalty)
+    ]
+    if rows:
+
+        def lowered(x, repeated):
+            presence, frequency = (
+                repeated([getattr(samplers[i].params, key) for i in rows])
+                for key in ("presence_penalty", "frequency_penalty")
+            )
+            counts = np.concatenate([samplers[i].counts.counts for i in rows])
+            return x - (presence + frequency * counts).astype(np.float32)
+
+        changes.apply(rows, [samplers[i].counts.ids for i in rows], lowered)
+    rows = [i for i, s in enumerate(samplers) if s.stop_ids and s.counts.total < s.params.min_tokens]
+    if rows:
+        banned = [np.array([j for j in samplers[i].stop_ids if j < changes.V], np.int64) for i in rows]
+        changes.apply(rows, banned, lambda x, repeated: np.full_like(x, -np.inf))
+
+
+def sample_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[list[int]]) -> list[int]:
+    """One id for each sampler from its row of logits (S, V) float32, which draws one number; -1: it is not finite.
+
+    token_ids: of prompt and reply. The logits are changed meanwhile.
+    """
+    changes = LogitChanges(logits)
+    apply_penalties(samplers, changes, token_ids)
+    ruled = [(i, logits[i].copy()) for i, sampler in enumerate(samplers) if sampler.has_rules]
+    for i, _ in ruled:
+        samplers[i].apply_rules(logits[i], token_ids[i])
+    options = [
+        (0.0, 0, 1.0, 0.0) if s.greedy else (s.params.temperature, s.params.top_k, s.params.top_p, s.uniform())
+        for s in samplers
+    ]
+    temperature, top_k, top_p, uniform = zip(*options)
+    ids = kernels.sample(kernels.to_tensor(logits, share=True), temperature, top_k, top_p, uniform).tolist()
+    for i, row in ruled:
+        logits[i] = row
+    changes.undo()
+    for sampler, token in zip(samplers, ids):
+        sampler.follow(token)
+    return ids
+
+
+def choose_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[list[int]]) -> list[Choice]:
+    """As sample_batch, with the numbers that the samplers' params ask for."""
+    ids = sample_batch(samplers, logits, token_ids)
+    choices = [Choice(token) for token in ids]
+    rows = [i for i, s in enumerate(samplers) if s.params.logprobs is not None and ids[i] >= 0]
+    if rows:
+        counts = [samplers[i].params.logprobs for i in rows]
+        for i, numbers in zip(rows, likeliest(logits[rows], [ids[i] for i in rows], counts)):
+            choices[i] = Choice(ids[i], *numbers)
+    rows = [i for i, s in enumerate(samplers) if s.params.scaled_logprobs and ids[i] >= 0]
+    if rows:
+        temperatures = [1.0 if samplers[i].greedy else samplers[i].params.temperature for i in rows]
+        numbers = scaled_logprobs(logits[rows], [ids[i] for i in rows], temperatures)
+        for i, logprob, entropy in zip(rows, *(values.tolist() for values in numbers)):
+            choices[i] = Choice(ids[i], logprob, None, entropy)
+    return choices
+
+
+def likeliest(logits: np.ndarray, ids: list[int], counts: list[int]) -> list[tuple]:
+    """(log-probability of ids[s], [(id, log-probability)] of the counts[s] likeliest) of each row of logits (S, V)."""
+    found = []
+    for x, token, count in zip(logits, ids, counts):  # row by row: a row stays in the cache
+        most = x.max()
+        less = float(most) + math.log(np.exp(x - most).sum(dtype=np.float64))
+        best = largest(x, count) if count else ()
+        found.append((float(x[token] - less), [(int(i), float(x[i] - less)) for i in best]))
+    return found
+
+
+def largest(x: np.ndarray, count: int, width: int = 64) -> np.ndarray:
+    """Indices of the `count` largest of x (V,), the largest first: they are in the runs with the largest maxima."""
+    runs, candidates = len(x) // width, np.arange(len(x))
+    if 0 < count < runs:
+        maxima = x[: runs * width].reshape(runs, width).max(-1)
+        best = np.sort(np.argpartition(maxima, runs - count)[runs - count :])
+        candidates = np.concatenate([(best[:, None] * width + np.arange(width)).ravel(), candidates[runs * width :]])
+    return candidates[np.lexsort((candidates, -x[candidates]))[:count]]
+
+
+def scaled_logprobs(logits: np.ndarray, ids: list[int], temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """logits (S, V) float32 -> log-probabilities of ids (S,) in softmax(logits / temperature), and its entropies."""
+    x = logits / np.array(temperatures, np.float32)[:, None]
+    x -= x.max(-1, keepdims=True)
+    weights = np.exp(x)
+    total = weights.sum(-1, dtype=np.float64)
+    entropies = np.log(total) - np.einsum("sv,sv->s", weights, x, dtype=np.float64) / total
+    return x[np.arange(len(ids)), ids] - np.log(total), entropies

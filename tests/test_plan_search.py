@@ -1,0 +1,274 @@
+"""plan.py: which topologies it lists, what it costs them at, how it plays them, and what it prints.
+
+python -m pytest tests/test_plan_search.py
+"""
+
+import dataclasses
+import itertools
+import json
+import shlex
+import time
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import auto_parallel
+import memory_model
+import parallel
+import plan
+import pretrain
+from arguments import parse_args
+from auto_parallel import BATCH_SIZES, VIRTUAL, find_plans
+from cost_model import CostModel, Machine, StageCost
+from distributed.pipeline import bubble_fraction, pipeline_schedule, simulate_schedule
+from formats.files import UserError
+from parallel import Degrees
+from simulate import play, play_step
+
+H100 = Machine.of_gpus(990e12, "nvlink8+400Gb")
+
+
+def pretrain_args(*argv):
+    return parse_args(pretrain.Args, ["--dry_run", "true", *map(str, argv)])
+
+
+def small(tmp_path, **changes):
+    """Arguments of a small Llama."""
+    config = json.loads((ROOT / "demo" / "llama" / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return pretrain_args("--model_name_or_path", tmp_path, "--max_seq_length", 64)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_list_is_every_legal_combination(tmp_path, experts):
+    """Against a product of all degrees, checked one by one; each plan's keys are what a run of them is."""
+    moe = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    args = small(tmp_path, **(moe | {"num_experts_per_tok": 2, "head_dim": None} if experts else {}))
+    args.__dict__.pop("head_dim", None)
+    world, rows = 8, 8
+    plans = find_plans(args, world, 80e9, H100, rows)
+    config = plans.memory.config
+    legal = set()
+    degrees = [1, 2, 4, 8]
+    for tp, pp, sep, context, sharding in itertools.product(degrees, degrees, degrees, degrees, degrees):
+        for virtual, ep, stage, sequence in itertools.product(VIRTUAL, [1, 2, 4], (None, 1, 2, 3), (False, True)):
+            if world % (tp * pp * sep * context * sharding) or (stage is None) != (sharding == 1):
+                continue
+            if sequence and tp == 1 or virtual > 1 and pp == 1:  # means nothing without
+                continue
+            candidate = dataclasses.replace(
+                args,
+                tensor_parallel_degree=tp,
+                pipeline_parallel_degree=pp,
+                sep_parallel_degree=sep,
+                context_parallel_degree=context,
+                sharding_parallel_degree=sharding,
+                virtual_pp_degree=virtual,
+                expert_parallel_degree=ep,
+                sharding=stage and f"stage{stage}",
+                sequence_parallel=sequence,
+            )
+            try:
+                found = Degrees.of(candidate, config, 64, world)
+            except UserError:
+                continue
+            of_rank = rows // (found.dp * found.sharding)
+            legal |= {(found, b) for b in BATCH_SIZES if of_rank % b == 0}
+    assert {(p.degrees, p.batch_size) for p in plans.ranked} == legal and len(legal) > 200
+    assert all(p.batch_size * p.accumulation * p.degrees.dp * p.degrees.sharding == rows for p in plans.ranked)
+    for found in plans.ranked[:: len(plans.ranked) // 20]:
+        again = Degrees.of(dataclasses.replace(args, **found.keys(args)), config, 64, world)
+        assert again == found.degrees
+    seconds = [p.cost.seconds for p in plans.ranked[auto_parallel.PLAYED :]]
+    assert seconds == sorted(seconds)
+
+
+def test_less_memory_fells_more_and_says_why(tmp_path):
+    args = small(tmp_path)
+    everything = find_plans(args, 4, 80e9, H100, 8)
+    sizes = sorted(p.bytes for p in everything.ranked)
+    some = find_plans(args, 4, sizes[len(sizes) // 3], H100, 8)
+    assert 0 < len(some.ranked) < len(everything.ranked)
+    assert all(p.bytes <= sizes[len(sizes) // 3] for p in some.ranked)
+    assert any("needs more memory" in why for why in some.fallen)
+    none = find_plans(args, 4, 1e6, H100, 8)
+    assert not none.ranked and "no topology fits into 0.0 GiB a rank; the least is" in none.why_nothing(1e6)
+
+
+@pytest.mark.parametrize("pp, virtual, accumulation", [(2, 1, 3), (4, 1, 37), (4, 2, 41), (3, 3, 50), (8, 2, 16)])
+def test_micro_batches_in_flight_are_those_of_the_whole_schedule(pp, virtual, accumulation):
+    for rank, steps in enumerate(pipeline_schedule(pp, virtual, accumulation)):
+        now, weights = np.zeros(virtual), np.random.default_rng(rank).uniform(0.5, 2.0, virtual)
+        most = 0.0
+        for kind, chunk, _ in steps:
+            now[chunk] += 1 if kind == "forward" else -1
+            most = max(most, float(now @ weights))
+        assert (memory_model.in_flight(pp, virtual, accumulation, rank) @ weights).max() == pytest.approx(most)
+
+
+@pytest.mark.parametrize("pp, virtual, accumulation", [(1, 1, 3), (4, 1, 8), (4, 2, 8), (3, 2, 7), (8, 3, 24)])
+def test_a_played_step_is_the_pipelines_own(pp, virtual, accumulation):
+    """With equal stages it takes as long as pipeline.simulate_schedule() says, and as the bubble's formula."""
+    schedule = pipeline_schedule(pp, virtual, accumulation)
+    timeline = play(schedule, [StageCost(1.0, 2.0)] * (pp * virtual), 0.0)
+    seconds, idle = simulate_schedule(schedule)
+    assert timeline.seconds == pytest.approx(seconds)
+    assert idle == pytest.approx(bubble_fraction(pp, virtual, accumulation))
+    slower = play(schedule, [StageCost(1.0, 2.0)] * (pp * virtual), 0.1).seconds
+    assert slower > seconds if pp > 1 else slower == seconds
+
+
+def test_a_schedule_that_waits_for_itself_is_found():
+    with pytest.raises(RuntimeError, match="waits for itself"):
+        play([[("backward", 0, 0), ("forward", 0, 0)], [("forward", 0, 0), ("backward", 0, 0)]], [StageCost()] * 2, 0.0)
+
+
+def test_collectives_by_their_formulas():
+    machine = dataclasses.replace(
+        H100, node_latency=1e-6, network_latency=1e-5, node_bandwidth=4e11, network_bandwidth=5e10
+    )
+    node, two_nodes, far = tuple(range(8)), tuple(range(16)), (0, 8, 16, 24)
+    assert machine.all_reduce(node, 8e9) == pytest.approx(2 * 3 * 1e-6 + 2 * 7 / 8 * 8e9 / 4e11)
+    assert machine.all_gather(two_nodes, 16e9) == pytest.approx(2 * 1e-5 + 14e-6 + 15 / 16 * 16e9 / 4e11)  # 8 x 50 GB/s
+    assert machine.reduce_scatter(far, 4e9) == pytest.approx(4e-5 + 3 / 4 * 4e9 / 50e9)
+    assert machine.message((0, 8), 5e9) == pytest.approx(1e-5 + 0.1) and machine.all_reduce((0,), 1e9) == 0.0
+    for text in ("nvlink", "8x400", "nvlink8+400"):
+        with pytest.raises(UserError, match="interconnect"):
+            Machine.of_gpus(990e12, text)
+
+
+def test_more_ranks_recompute_and_slow_links_cost_what_they_should(tmp_path):
+    args = small(tmp_path, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
+    args.max_seq_length = 2048
+    memory = memory_model.MemoryModel(args, memory_model.planned_model(args)[1], 2048)
+    cost = CostModel(memory, H100)
+
+    def seconds(batch_size=4, accumulation=8, granularity=None, model=cost, **degrees):
+        return model.step(Degrees(**degrees), batch_size, accumulation, granularity).seconds
+
+    assert seconds(granularity="full") > seconds(granularity="full_attn") > seconds(granularity="core_attn") > seconds()
+    assert seconds(accumulation=16) == pytest.approx(2 * seconds(), rel=0.05)
+    assert seconds(dp=8, accumulation=1) < seconds() <= seconds(dp=8)
+    assert seconds(tp=16) > seconds(tp=8)  # beyond the node
+    slow = CostModel(memory, dataclasses.replace(H100, network_bandwidth=1e9))
+    assert seconds(dp=16, model=slow) > seconds(dp=16) and seconds(dp=8, model=slow) == seconds(dp=8)
+    assert seconds(sharding=8, stage=3) > seconds(sharding=8, stage=1)
+    gloo = CostModel(memory, dataclasses.replace(H100, overlaps=False))
+    assert seconds(sharding=8, stage=1, model=gloo) > seconds(sharding=8, stage=1)
+    step = cost.step(Degrees(sharding=8, stage=1), 4, 8, None)
+    assert 0 < step.talk["sharding"].hidden < step.talk["sharding"].seconds
+
+
+def test_sixteen_thousand_ranks_are_played_in_seconds(tmp_path):
+    begin = time.perf_counter()
+    argv = f"""--model_name_or_path llama-3.1-405b --max_seq_length 8192 --per_device_train_batch_size 1
+        --gradient_accumulation_steps 16 --tensor_parallel_degree 8 --pipeline_parallel_degree 16 --sequence_parallel
+        true --virtual_pp_degree 2 --sharding stage1 --bf16 true --recompute true --simulate {tmp_path / "step.svg"}
+        --script pretrain --gpus 16384 --peak_tflops 990""".split()
+    plan.main(argv)
+    assert time.perf_counter() - begin < 60
+    root = xml.etree.ElementTree.parse(tmp_path / "step.svg").getroot()
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "stage 15 × 1,024 ranks" in texts and "tensor 8, pipeline 16, virtual 2, sharding 128" in texts[0]
+    events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
+    drawn = [event for event in events if event["ph"] == "X"]
+    assert {event["pid"] for event in drawn} == set(range(16)) and {event["tid"] for event in drawn} == {0, 1}
+    assert {"forward", "backward", "communication", "gradients", "update", "weights"} == {e["cat"] for e in drawn}
+    for rank in (0, 15):  # no two parts of a lane at the same time
+        lane = sorted((e["ts"], e["dur"]) for e in drawn if e["pid"] == rank and e["tid"] == 0)
+        assert all(a + length <= b + 0.01 for (a, length), (b, _) in itertools.pairwise(lane))
+
+
+def test_the_timetable_gives_what_the_formula_gives_when_stages_are_even(tmp_path):
+    args = small(tmp_path, num_hidden_layers=8, vocab_size=256)
+    memory = memory_model.MemoryModel(args, memory_model.planned_model(args)[1], 64)
+    degrees = Degrees(pp=4, virtual=2)
+    cost = CostModel(memory, dataclasses.replace(H100, network_latency=0.0, node_latency=0.0)).step(
+        degrees, 2, 16, None
+    )
+    by_formula = cost.seconds
+    play_step(cost, degrees, 16)
+    assert cost.seconds == pytest.approx(by_formula, rel=0.1)
+
+
+CONFIGS = {
+    "llama_pretrain": "pretrain", "llama_sft": "finetune", "llama_lora": "finetune", "llama_pt": "finetune",
+    "llama_dpo": "dpo", "llama_reward": "reward", "llama_rl": "rl", "llama_ppo": "rl", "recipes/dpo_7b": "dpo",
+    "recipes/pretrain_7b": "pretrain",
+}  # fmt: skip
+
+
+@pytest.mark.sweep(keep=3)
+@pytest.mark.parametrize("name, script", CONFIGS.items())
+def test_every_training_config_gets_a_plan(name, script, capsys):
+    """Its script is known by its keys; the first three are command lines that a run accepts."""
+    path = str(ROOT / "configs" / f"{name}.json")
+    model = [] if "recipes" in name else ["--model_name_or_path", str(ROOT / "demo" / "llama")]
+    world = 16 if "pretrain_7b" in name else 4
+    plan.main([path, *model, "--gpus", str(world), "--peak_tflops", "312", "--rows", "64"])
+    text = capsys.readouterr().out
+    commands = [line.strip() for line in text.splitlines() if line.startswith("    python ")]
+    assert len(commands) == 3 and f": {script}.py on {world} ranks" in text and "what fell, and why" in text
+    for command in commands:
+        words = shlex.split(command)
+        start = words.index(f"{script}.py")
+        assert words[1:3] == ["-m", "paddle.distributed.launch"] and (world > 8) == ("--nnodes" in words)
+        args = parse_args(plan.SCRIPTS[script].Args, [*words[start + 1 :], "--dry_run", "true"])
+        found = Degrees.of(args, memory_model.planned_model(args)[1], memory_model.sequence_length(args), world)
+        assert found.world == world
+        if script != "rl":
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * found.dp * found.sharding
+            assert rows == 64
+        assert memory_model.dry_run(args)
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ("", "a config of a training script is missing, or --probe FILE"),
+        ("--script serve configs/llama_serve.json", "script: 'serve'; possible are pretrain, finetune"),
+        ("configs/llama_pretrain.json --gpus 0", "gpus: 0; it must be above 0"),
+        ("configs/llama_pretrain.json --gpus 16 --peak_tflops 312 --interconnect nvlink8", "has no network"),
+        ("configs/llama_pretrain.json --gpu 16", "unknown key 'gpu'"),
+        ("configs/recipes/sft_7b.json --gpus 1 --peak_tflops 312", "no topology fits into 80.0 GiB a rank; the least"),
+        ("configs/llama_pretrain.json --probe nothing.json", "nothing.json: not a probe file of plan.py --probe"),
+    ],
+)
+def test_refusals_are_one_line(argv, line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as error:
+        plan.main(argv.split())
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_quantized_base_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="is quantized; a dry run is for float models"):
+        args = small(
+            tmp_path,
+            quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True},
+        )
+        find_plans(args, 2, 80e9, H100, 8)
+
+
+def test_a_probe_measures_and_plans_here(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan.main(["--probe", str(tmp_path / "probe.json")])
+    machine = Machine.load(tmp_path / "probe.json")
+    assert 1e9 < machine.peak_flops < 1e13 and 0.2 < machine.efficiency <= 1 and machine.memory_bandwidth > 1e8
+    assert machine.shares_cores and not machine.overlaps
+    assert machine.of_world(2).peak_flops == machine.peak_flops / 2
+    plan.main(["configs/llama_pretrain.json", "--probe", str(tmp_path / "probe.json"), "--gpus", "2"])
+    assert "2,200 steps: about" in (text := capsys.readouterr().out) and text.strip().endswith("hours here")
+
+
+def test_auto_parallel_takes_the_first_plan(monkeypatch):
+    monkeypatch.setattr(auto_parallel, "probe", lambda: H100)
+    args = pretrain_args("--model_name_or_path", ROOT / "demo" / "llama")
+    args.tensor_parallel_degree, args.gradient_accumulation_steps = 4, 2  # replaced
+    line = auto_parallel.take_first_plan(args, None)
+    assert line.startswith("auto_parallel: one process; micro-batches ") and args.tensor_parallel_degree == 1
+    first = find_plans(args, 1, 80e9, H100, 16).ranked[0]
+    assert args.per_device_train_batch_size == first.batch_size and args.per_device_train_batch_size == 16
+    assert parallel.Degrees.of(args, world=1).world == 1
