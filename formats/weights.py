@@ -476,16 +476,24 @@ def _split_experts(name: str, tensor: StoredTensor, config: ModelConfig) -> dict
 
 
 def save_pretrained(
-    model: CausalLM, path: str | Path, dtype: str = "float32", *, max_shard_bytes: int = 5 << 30
+    model: CausalLM,
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    max_shard_bytes: int = 5 << 30,
+    weights: Iterable | None = None,
+    quantization: dict | None = None,
 ) -> None:
     """Write config.json and model*.safetensors in Hugging Face's layout; each file atomically, config.json last.
+
+    weights, quantization: of formats.quantized_export, in place of the model's own.
 
     A model.safetensors or index that is there in the other layout is removed: it would be read in place of the new one.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     files, sizes = [{}], [0]  # a file: {name: (function, shape, dtype)}
-    for weight in weights_to_save(model):
+    for weight in weights_to_save(model) if weights is None else weights:
         stored = weight.stored or dtype
         size = stored_bytes(weight.shape, stored)
         if sizes[-1] and sizes[-1] + size > max_shard_bytes:
@@ -504,8 +512,9 @@ def save_pretrained(
             json.dump({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, file, indent=2)
     stale = "model.safetensors.index.json" if len(files) == 1 else "model.safetensors"  # of another layout
     (path / stale).unlink(missing_ok=True)
+    config = model.config if quantization is None else dataclasses.replace(model.config, quantization=quantization)
     with atomic_file(path / "config.json") as file:
-        file.write(model.config.to_json(dtype))
+        file.write(config.to_json(dtype))
 
 
 # ========================================================================================= PaddleNLP's names

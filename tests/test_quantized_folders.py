@@ -11,6 +11,7 @@ import paddle
 import pytest
 import tiny_models
 from conftest import ROOT
+from test_export import DEMO, quantized, run
 
 import adapters
 import formats.weights
@@ -151,6 +152,37 @@ def test_a_model_is_that_of_the_dequantized_weights(tmp_path, method, name):
     formats.weights.save_pretrained(opened, tmp_path / "saved")  # what is saved of it is a float model
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     np.testing.assert_array_equal(adapters.from_pretrained(tmp_path / "saved")(ids).numpy(), opened(ids).numpy())
+
+
+# ===================================================================================================== and out again
+
+
+@pytest.mark.sweep(keep=3)
+@pytest.mark.parametrize(
+    "scheme_name, format",
+    [("w4", "compressed-tensors"), ("w4", "awq"), ("w8", "compressed-tensors"), ("a8w8", "compressed-tensors")],
+)
+def test_integers_in_another_layout_are_the_same_weights(tmp_path, scheme_name, format):
+    source = quantized(scheme_name, tmp_path / "source")
+    integers = adapters.from_pretrained(source)
+    out = run(tmp_path / "out", model_name_or_path=source, format=format)
+    opened = M.block_linears(adapters.from_pretrained(out))
+    for path, (_, _, layer) in M.block_linears(integers).items():
+        expected = layer.dequantized().numpy()
+        np.testing.assert_allclose(opened[path][2].weight.numpy(), expected, rtol=1e-5, atol=1e-7, err_msg=path)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == format
+
+
+def test_layouts_that_a_model_does_not_fit(tmp_path):
+    eight = quantized("w8", tmp_path / "w8")
+    for source, format, reason in (
+        (eight, "awq", "awq holds 4 bits without act order"),
+        (DEMO, "compressed-tensors", "compressed-tensors is of a quantized model"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            run(tmp_path / "out", model_name_or_path=source, format=format)
+        assert not (tmp_path / "out").exists()
 
 
 # ====================================================================================================== refusals
