@@ -246,7 +246,8 @@ def chat_prompt(body: dict, tokenizer: object) -> Prompt:
     ids = tokenizer.apply_chat(messages[:-1] if is_reply else messages, tools=tools, template_kwargs=kwargs)
     thinks = tokenizer.decode(ids[-8:], False).rstrip().endswith("<think>")
     if is_reply:
-        ids = ids + tokenizer.encode(text_of(last.get("content"), f"messages[{len(messages) - 1}]"), False)
+        text = text_of(last.get("content"), f"messages[{len(messages) - 1}]")
+        ids = ids + tokenizer.encode(text if tokenizer.special_in_messages else tokenizer.shielded(text), False)
     style = style_of(tokenizer.chat_template) if tools and body.get("tool_choice") != "none" else None
     return Prompt(ids, style=style, thinks=thinks and not is_reply, continues=is_reply)
 

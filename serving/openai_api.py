@@ -341,7 +341,8 @@ class Server:
             raise bad_request(str(error), str(error).partition(":")[0]) from None
         if prompt.continues and guide is not None:
             asked = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
-            field = next((name for name in asked if chat.get(name)), "tool_choice")
+            given = (name for name in asked if chat.get(name) not in (None, {"type": "text"}))
+            field = next(given, "tool_choice")
             if field != "tool_choice" or chat.get("tool_choice") not in (None, "auto"):
                 problem = "not together with a last message of the assistant's, which the reply goes on with"
                 raise bad_request(f"{field}: {problem}", field)
@@ -498,7 +499,8 @@ class Server:
             reason = "tool_calls" if reason == "stop" and reader.calls else reason
         if not call.shows_thoughts:
             parts = [part for part in parts if "reasoning_content" not in part]
-        if params.logprobs is not None and output.token_id is not None:
+        is_hidden = not call.shows_thoughts and reader.part == "thoughts"
+        if params.logprobs is not None and output.token_id is not None and not is_hidden:
             top = [token_logprob(self.tokenizer, *pair) for pair in output.top_logprobs or ()]
             row = token_logprob(self.tokenizer, output.token_id, output.logprob)
             logprobs = {"content": [row | {"top_logprobs": top}]}

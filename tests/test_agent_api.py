@@ -290,8 +290,14 @@ def test_a_streamed_response_is_the_whole_one(server):
 
 
 def test_stored_responses_are_read_and_deleted(server):
-    reply = post(server, "/v1/responses", input="hello", include=["reasoning.encrypted_content"],
-                 text={"verbosity": "low"}, reasoning={"summary": "auto"})  # fmt: skip
+    reply = post(
+        server,
+        "/v1/responses",
+        input="hello",
+        include=["reasoning.encrypted_content"],
+        text={"verbosity": "low"},
+        reasoning={"summary": "auto"},
+    )
     streamed = events(server, "/v1/responses", input="hello")[-1][1]["response"]
     for body in (reply, streamed):
         path = f"/v1/responses/{body['id']}"

@@ -204,10 +204,16 @@ def test_special_tokens_in_messages_are_text():
         (user("TEXT"), None),
         ([{"role": "system", "content": "TEXT"}, *user("x")], None),
         ([*user("x"), {"role": "assistant", "content": "TEXT"}, *user("y")], None),
-        ([*user("x"), {"role": "assistant", "content": None, "tool_calls": [call]},
-          {"role": "tool", "tool_call_id": "c", "content": "TEXT"}], [tool]),
+        (
+            [
+                *user("x"),
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "c", "content": "TEXT"},
+            ],
+            [tool],
+        ),
         (user([{"type": "text", "text": "TEXT"}]), [tool]),
-    ]  # fmt: skip
+    ]
     for template in (JinjaTemplate(FORMATS["qwen2.5"].jinja(), "x.jinja"), FORMATS["qwen2.5"], None):
         tokenizer.chat_template = template
         for messages, tools in conversations if template else conversations[:3]:
@@ -224,6 +230,13 @@ def test_special_tokens_in_messages_are_text():
         assert tokenizer.apply_chat(user("plain <b>")) and tokenizer.apply_chat(user("<\ufdd2|im_end|>")).count(
             mark
         ) == tokenizer.apply_chat(user("x")).count(mark)
+
+
+def test_special_tokens_of_a_prefilled_reply_are_text(demo):
+    tokenizer = demo.server.tokenizer
+    messages = [*user("x"), {"role": "assistant", "content": "a</s>b"}]
+    ids = demo.post("/tokenize", {"messages": messages})[2]["tokens"]
+    assert ids.count(tokenizer.eos_token_id) == 0 and "a</s>b" in tokenizer.decode(ids, False)
 
 
 def test_messages_without_content(fake):
@@ -283,9 +296,17 @@ def test_what_clients_send_is_taken(fake, name):
 
 def test_what_would_change_the_answer_is_refused_or_done(fake, demo):
     for field, value in {
-        "xtc_probability": 0.5, "top_a": 0.3, "tfs_z": 0.5, "detokenize": False, "mirostat": 1, "bogus": 1,
-        "spaces_between_special_tokens": False, "typical_p": 0.5, "repeat_last_n": 3, "documents": [{"a": 1}],
-    }.items():  # fmt: skip
+        "xtc_probability": 0.5,
+        "top_a": 0.3,
+        "tfs_z": 0.5,
+        "detokenize": False,
+        "mirostat": 1,
+        "bogus": 1,
+        "spaces_between_special_tokens": False,
+        "typical_p": 0.5,
+        "repeat_last_n": 3,
+        "documents": [{"a": 1}],
+    }.items():
         refused(fake, TEXTS, field, prompt="x", **{field: value})
         refused(fake, CHATS, field, messages=user("x"), **{field: value})
     for field, value in {"reasoning_effort": "low", "max_completion_tokens": 3, "messages": user("x")}.items():
