@@ -211,7 +211,8 @@ def setup_training(
     peak_flops = None
     if flops_per_token is not None:
         peak_flops = measure_matmul_peak()
-        print(f"matmul peak: {peak_flops / 1e9:,.0f} GFLOP/s float32, measured; mfu is relative to it")
+        dtype = "bfloat16" if kernels.bf16 else "float32"
+        print(f"matmul peak: {peak_flops / 1e9:,.0f} GFLOP/s {dtype}, measured; mfu is relative to it")
     log = Log(
         args, steps, state, flops_per_token=flops_per_token, peak_flops=peak_flops, topology=topology, metrics=metrics
     )
