@@ -27,6 +27,7 @@ from auto_parallel import BATCH_SIZES, VIRTUAL, find_plans
 from cost_model import CostModel, Machine, StageCost
 from distributed.pipeline import bubble_fraction, pipeline_schedule, simulate_schedule
 from formats.files import UserError
+from model import block_linears, build
 from parallel import Degrees
 from simulate import play, play_step
 
@@ -340,3 +341,23 @@ def test_references_of_dpo_and_rl_cost_what_they_take():
     assert rows["reference"] == rows["weights"]
     _, rows = planned("rl", "--kl_loss_coeff", "0.01")
     assert rows["reference"] == rows["weights"] and rows["keys and values of the engine"] > 0
+
+
+def test_qlora_holds_codes_and_is_not_sharded():
+    """The base's linears at the bits of their codes and scales; topologies that would shard codes fall by name."""
+    argv = "--model_name_or_path llama-3.2-1b --dry_run true --max_length 512 --lora true".split()
+    args = parse_args(plan.SCRIPTS["finetune"].Args, argv)
+    rounded = dataclasses.replace(args, weight_quantize_algo="nf4", qlora_weight_double_quant=True)
+    config = memory_model.planned_model(args)[1]
+    whole, codes = (memory_model.MemoryModel(a, config, 512).fullest(Degrees(), 1, 1) for a in (args, rounded))
+    linears = sum(layer.n_in * layer.n_out for _, _, layer in block_linears(build(config)).values())
+    saved = linears * (4 - 0.5 - (1 + 4 / 256) / 64)
+    assert whole["weights"] - codes["weights"] == pytest.approx(saved, rel=1e-6)
+    assert codes["a dequantized weight"] == 4 * 2048 * 8192
+    plans = find_plans(rounded, 8, 80e9, H100, 8)
+    assert plans.ranked and all(p.degrees.tp == 1 and p.degrees.stage < 3 for p in plans.ranked)
+    assert any("codes are not sharded" in example for _, example in plans.fallen.values())
+    with pytest.raises(UserError, match="codes are not sharded"):
+        parse_args(
+            plan.SCRIPTS["finetune"].Args, [*argv, "--weight_quantize_algo", "nf4", "--tensor_parallel_degree", "2"]
+        )
