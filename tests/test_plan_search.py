@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import shlex
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree
 
@@ -17,6 +19,7 @@ import pytest
 from conftest import ROOT
 
 import auto_parallel
+import data
 import logger
 import memory_model
 import parallel
@@ -281,10 +284,11 @@ def test_auto_parallel_takes_the_first_plan(monkeypatch):
 TASKS = {
     "SFT": ("finetune", "--max_length 4096"),
     "LoRA": ("finetune", "--max_length 4096 --lora true --lora_rank 8"),
+    "QLoRA, nf4": ("finetune", "--max_length 4096 --lora true --lora_rank 8 --weight_quantize_algo nf4"),
     "DPO": ("dpo", "--max_seq_len 4096"),
     "DPO, LoRA": ("dpo", "--max_seq_len 4096 --lora true --lora_rank 8"),
 }
-LEAST_NODES = {"SFT": 12, "LoRA": 2, "DPO": 12, "DPO, LoRA": 2}
+LEAST_NODES = {"SFT": 12, "LoRA": 2, "QLoRA, nf4": 1, "DPO": 12, "DPO, LoRA": 2}
 
 
 @pytest.mark.slow
@@ -361,3 +365,23 @@ def test_qlora_holds_codes_and_is_not_sharded():
         parse_args(
             plan.SCRIPTS["finetune"].Args, [*argv, "--weight_quantize_algo", "nf4", "--tensor_parallel_degree", "2"]
         )
+
+
+@pytest.mark.slow
+def test_auto_parallel_on_two_processes(tmp_path):
+    """The first rank measures and searches, both take its plan, and the run trains with the rows of its config."""
+    records = [json.loads(line) for line in (ROOT / "demo" / "sft" / "train.json").read_text().splitlines()[:200]]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": str(record["tgt"])}) + "\n" for record in records))
+    data.main(["corpus", str(corpus), "--tokenizer", str(ROOT / "demo" / "llama"), "--output", str(tmp_path / "ids")])
+    launch = f"-m paddle.distributed.launch --log_dir {tmp_path / 'log'} --nproc_per_node 2 pretrain.py"
+    flags = f"""--input_dir {tmp_path / "ids"} --split 80,10,10 --output_dir {tmp_path / "out"} --max_steps 3
+        --logging_steps 1 --do_eval false --evaluation_strategy no --auto_parallel true --max_seq_length 64"""
+    argv = [sys.executable, *launch.split(), "configs/llama_pretrain.json", *flags.split()]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    lines = [next(line for line in log.splitlines() if line.startswith("auto_parallel: ")) for log in logs]
+    assert lines[0] == lines[1] and "first of" in lines[0]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["consumed_tokens"] for row in rows] == [16 * 64 * step for step in (1, 2, 3)]
