@@ -297,7 +297,7 @@ def check_shared_prompts(
 ) -> None:
     """UserError for a model with which replies cannot share a prompt in one row, or would see it wrongly.
 
-    longest: most positions of a prompt and its replies; key: what sets it.
+    longest: most positions of a prompt and its replies, 0 where longer ones do not share it; key: what sets it.
     """
     config = model.config
     check_trainable(model, path)
