@@ -54,6 +54,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     adapter: str | None = None  # name of a loaded LoRA; None: the base model
     request_id: str = dataclasses.field(default_factory=lambda: os.urandom(12).hex())
+    continues_prompt: bool = False  # its text goes on with the prompt's, spaces and half characters included
 
 
 @dataclasses.dataclass(slots=True)
@@ -109,8 +110,11 @@ class ShuttingDown(UserError):
 class Detokenizer:
     """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True):
+    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True, after: list[int] = ()):
+        """after: ids of the text that the reply goes on with."""
         self.decoder = tokenizer.stream_decoder(skip_special_tokens) if tokenizer is not None else None
+        if self.decoder is not None and len(after):
+            self.decoder.begin_after(after)
         self.stop, self.pending, self.stop_text = stop, "", None  # stop_text: the one that was found
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
@@ -257,6 +261,7 @@ class Engine:
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
     dtype, int8_head, free_weights: of serving.fused. speculator: of serving.speculation; replies are the same with it.
+    chunked_prefill_size: most tokens of prompts in a step that other replies wait for; None: max_num_batched_tokens.
     """
 
     def __init__(
@@ -268,6 +273,7 @@ class Engine:
         block_size: int = 16,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
+        chunked_prefill_size: int | None = None,
         max_model_len: int | None = None,
         max_queue: int = 256,
         seed: int = 0,
@@ -291,6 +297,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # one token for each running sequence
+        self.chunked_prefill_size = chunked_prefill_size or self.max_num_batched_tokens
         room = min(model.max_positions, num_blocks * block_size) - model.num_virtual_tokens
         self.max_model_len = min(room, max_model_len or room)
         if self.max_model_len < 2:
@@ -352,7 +359,7 @@ class Engine:
         # Cached keys and values depend on more than the tokens: on the rotation and on the adapter.
         rotation = self.runner.hash_seed(len(tokens)) if self.pool.reuse else 0
         hash_seed = hashlib.blake2b(f"{rotation} {request.adapter or ''}".encode(), digest_size=16).digest()
-        leader = None
+        leader, after = None, request.prompt_ids if request.continues_prompt else ()
         for index in range(params.n):
             sequence = Sequence(
                 tokens=list(tokens),
@@ -365,7 +372,7 @@ class Engine:
                 on_output=on_output,
                 leader=leader,
                 sampler=Sampler(params, index, self.stop_ids, seed),
-                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens),
+                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens, after),
                 num_virtual_tokens=num_virtual_tokens,
                 block_hashes=[hash_seed],
             )
@@ -451,6 +458,8 @@ class Engine:
         """The tokens of this step: one of every decoding sequence, then pieces of prompts, the oldest first."""
         scheduled, preempted = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled)
+        if scheduled and self.runner.chunked_prefill:
+            budget = min(budget, self.chunked_prefill_size)  # so that the replies need not wait long for this step
         for sequence in [s for s in self.running if s.phase == PREFILL]:
             budget -= self._add_prefill(scheduled, sequence, budget)
         chunked, skipped = self.runner.chunked_prefill, []  # skipped: waiting for their leader to compute the prompt
