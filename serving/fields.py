@@ -80,7 +80,8 @@ def unknown_field(name: str, known: Iterable[str], is_known: bool = False) -> AP
     """The refusal of a field that is not supported; where it is not known at all, with the nearest of the `known`."""
     near = [] if is_known else difflib.get_close_matches(name, sorted(known), 1, cutoff=0.7)
     meant = f"; is {near[0]} meant?" if near else ""
-    return bad_request(f"{brief(name)[1:-1]}: not supported{meant}", name, "unsupported_parameter")
+    shown = name if name.isidentifier() and len(name) < 60 else brief(name)
+    return bad_request(f"{shown}: not supported{meant}", name, "unsupported_parameter")
 
 
 def take_field(body: dict, name: str, kind: type, low: float | None = None, high: float | None = None) -> object:
