@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from formats.chat import encode_continuation
 from formats.files import brief
-from formats.tool_calls import style_of, template_source
+from formats.tool_calls import has_thoughts, style_of
 from serving.http_server import HTTPError
 from serving.sampling import ThinkingBudget
 
@@ -261,7 +261,7 @@ def thinking_budget(
     tokens = take_field(body, "thinking_token_budget", int, 0, 2**31)
     if tokens is None:
         return None
-    if not prompt.thinks and "</think>" not in template_source(tokenizer.chat_template):
+    if not prompt.thinks and not has_thoughts(tokenizer.chat_template):
         if may_not_think:  # Anthropic's agents send a budget to every model
             return None
         problem = "the model's chat template has no thoughts"
