@@ -203,9 +203,15 @@ class Args(LoraArgs):
             )
         if "stage3" in (self.sharding or ""):
             raise UserError(f"{where}: the reference is a whole model beside the policy; use sharding stage1 or stage2")
-        if self.resume_from_checkpoint:
-            raise UserError(f"{where}: checkpoints do not hold an updated reference, so that such a run cannot resume")
-        return [f"{where}: checkpoints do not hold the reference, so that this run cannot be resumed"]
+        if self.ref_model_mixup_alpha < 1:
+            if self.resume_from_checkpoint:
+                raise UserError(f"{where}: checkpoints do not hold a mixed reference, so that such a run cannot resume")
+            return [f"{where}: checkpoints do not hold the mixed reference, so that this run cannot be resumed"]
+        if self.save_strategy != "no" and (
+            self.save_strategy == "epoch" or self.save_steps % self.ref_model_update_steps
+        ):
+            return [f"{where}: only checkpoints of steps that are a multiple of it can be resumed"]
+        return []
 
 
 # ======================================================================================================== set-up

@@ -311,6 +311,8 @@ class MemoryModel:
                 parts[part] = 0.0
         if getattr(self.args, "needs_reference", False) and trained is None:  # rl.py: a frozen copy
             parts["reference"] = float(elements[0] * (BFLOAT16 if self.args.bf16 else FLOAT32))
+        if getattr(self.args, "ref_model_update_steps", -1) > 0:  # dpo.py: a second model that follows the policy
+            parts["reference"] = float(elements[0] * FLOAT32)
         if cache := self._engine_cache():
             parts["keys and values of the engine"] = cache
         return parts

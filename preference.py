@@ -293,8 +293,14 @@ class MovingReference:
 
     @paddle.no_grad()
     def follow(self, policy: CausalLM, step: int) -> None:
-        """Do the update that is due after `step` steps, once."""
+        """Do the update that is due after `step` steps, once. After a resume that is a hard one, to the weights that
+        the checkpoint holds: UserError if they are not those of the last update."""
         if step // self.every > self.updates:
+            if step % self.every:
+                raise UserError(
+                    f"resume_from_checkpoint: step {step} does not hold the reference, which is the policy at step "
+                    f"{step // self.every * self.every}; resume from a multiple of ref_model_update_steps {self.every}"
+                )
             self.updates = step // self.every
             for ours, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
                 ours.set_value(ours * (1 - self.alpha) + theirs.astype(ours.dtype) * self.alpha)

@@ -3,7 +3,7 @@
     python rl.py configs/llama_rl.json                                   # any key again as --key value
     python rl.py configs/llama_rl.json --advantage_estimator rloo --importance_sampling_level sequence
 
-Each step of a rollout: prompts -> rollout_n replies each, by the engine on the weights that are trained (no copy) ->
+Each step of a rollout: prompts -> rollout_n replies each, by the engine on the weights of that moment ->
 rewards, by Python functions or a reward model -> advantages -> updates on packed groups. The old log-probabilities are
 the engine's own; engine_kl in the log says how well the trainer agrees with them. The reference is the model before
 training: with LoRA the same model with the adapter off, otherwise a frozen copy, and none if no KL is asked for.
@@ -101,6 +101,7 @@ class Args(LoraArgs):
     update_iters: int = 1  # passes over a rollout
     dynamic_sampling: bool = False  # replace groups whose rewards are all equal by groups of further prompts
     max_gen_batches: int = 32  # most batches of prompts for that, the first one included
+    rollout_dtype: str | None = None  # float32 or bfloat16 of the engine's weights; None: float32, with bf16 the layers
     rollout_max_num_seqs: int = -1  # most replies the engine writes at once; -1: all, at most 128
     temperature: float = 1.0  # of the sampling; log-probabilities are those of the scaled distribution
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
@@ -178,6 +179,7 @@ class Args(LoraArgs):
             raise UserError(f"dual_clip: {self.dual_clip}; it must be above 1")
         choices = {"loss_type": rl_math.LOSS_TYPES, "importance_sampling_level": ("token", "sequence")}
         choices |= {"importance_sampling_mode": (*rl_math.SAMPLING_CORRECTIONS, None)}
+        choices |= {"rollout_dtype": ("float32", "bfloat16", None)}
         choices |= {"scale_rewards": ("group", "batch", "none"), "advantage_estimator": (*rollouts.ESTIMATORS, None)}
         for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None), "repetition_penalty": (1.0,)}).items():
             if getattr(self, key) not in possible:
@@ -332,16 +334,14 @@ def main(args: Args) -> None:
     elif args.lora_path:
         setup_adapter(model, args)
         parallel.shard_adapters(model, topology)
-    before = engine = None
-    if dev:
-        engine = rollouts.make_engine(model, tokenizer, dev.longest, args.max_dec_len, min(64, len(dev)), 1, topology)
+    before, engine = None, rollouts.make_engine(args, model, tokenizer, train, dev, topology)
 
     def evaluate():
         return rollouts.evaluate_prompts(engine, dev, functions, args, topology)[0]
 
     if args.do_train:
         # ================================================================== 3. reference, optimizer, rollouts, log
-        maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology)
+        maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology, engine)
         steps = Steps(math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout * topology.data_size)
         names = rollouts.metric_names(args, maker.names)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)

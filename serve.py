@@ -74,6 +74,7 @@ class Args(ScriptArgs):
     dtype: str | None = None  # float32, bfloat16, or auto: bfloat16 where possible; None: float32, with quant auto
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
+    chunked_prefill_size: int = 128  # most tokens of prompts in a step that replies wait for
     max_queue: int = 256  # most sequences waiting; more are refused
     keep_weights: bool = False  # keep the layers' weights beside packed ones, for embeddings and echoed logprobs
     speculate_method: str | None = None  # ngram (or inference_with_reference), or draft_model; None: no speculation
@@ -118,7 +119,7 @@ class Args(ScriptArgs):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")
         positive = "max_length total_max_length batch_size block_size max_num_batched_tokens max_queue max_body_bytes"
-        positive += " speculate_max_draft_token_num speculate_max_ngram_size"
+        positive += " chunked_prefill_size speculate_max_draft_token_num speculate_max_ngram_size"
         for key in f"src_length num_blocks {positive} max_connections".split():
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -227,6 +228,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         block_size=args.block_size,
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        chunked_prefill_size=args.chunked_prefill_size,
         max_model_len=args.total_max_length,
         max_queue=args.max_queue,
         seed=args.seed,

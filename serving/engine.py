@@ -261,6 +261,7 @@ class Engine:
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
     dtype, int8_head, free_weights: of serving.fused. speculator: of serving.speculation; replies are the same with it.
+    chunked_prefill_size: most tokens of prompts in a step that other replies wait for; None: max_num_batched_tokens.
     """
 
     def __init__(
@@ -272,6 +273,7 @@ class Engine:
         block_size: int = 16,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
+        chunked_prefill_size: int | None = None,
         max_model_len: int | None = None,
         max_queue: int = 256,
         seed: int = 0,
@@ -295,6 +297,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # one token for each running sequence
+        self.chunked_prefill_size = chunked_prefill_size or self.max_num_batched_tokens
         room = min(model.max_positions, num_blocks * block_size) - model.num_virtual_tokens
         self.max_model_len = min(room, max_model_len or room)
         if self.max_model_len < 2:
@@ -455,6 +458,8 @@ class Engine:
         """The tokens of this step: one of every decoding sequence, then pieces of prompts, the oldest first."""
         scheduled, preempted = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled)
+        if scheduled and self.runner.chunked_prefill:
+            budget = min(budget, self.chunked_prefill_size)  # so that the replies need not wait long for this step
         for sequence in [s for s in self.running if s.phase == PREFILL]:
             budget -= self._add_prefill(scheduled, sequence, budget)
         chunked, skipped = self.runner.chunked_prefill, []  # skipped: waiting for their leader to compute the prompt

@@ -33,7 +33,7 @@ KINDS = {
 REFUSED = {"functions": ([],), "function_call": ("none",), "suffix": ("",), "modalities": (["text"],), "audio": (),
            "prediction": (), "use_beam_search": (False,), "grammar": (), "guided_grammar": (), "prompt_logprobs": (),
            "truncate_prompt_tokens": (), "include_stop_str_in_output": (False,), "add_special_tokens": (True,),
-           "return_token_ids": (False,), "json_schema": (), "typical_p": (1,), "mirostat": (0,),
+           "return_token_ids": (False,), "typical_p": (1,), "mirostat": (0,),
            "dry_multiplier": (0,), "no_repeat_ngram_size": (0,), "n_predict": (), "chat_template": (),
            "documents": ([],), "web_search_options": (), "logits_processors": ([],),
            "length_penalty": (1,)}  # fmt: skip
@@ -97,8 +97,11 @@ def take_field(body: dict, name: str, kind: type, low: float | None = None, high
     return float(value) if kind is float else value
 
 
-def parse_body(data: bytes) -> dict:
-    """Bytes -> dict; HTTPError 400 where they are not a JSON object, or ask for what is not supported."""
+def parse_body(data: bytes, supported: tuple[str, ...] = ()) -> dict:
+    """Bytes -> dict; HTTPError 400 where they are not a JSON object, or ask for what is not supported.
+
+    supported: names in REFUSED that are fields of this route.
+    """
 
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
@@ -112,7 +115,7 @@ def parse_body(data: bytes) -> dict:
     if rb"\ud" in data.lower():
         refuse_lone_surrogates(body)
     for name, harmless in REFUSED.items():
-        if body.get(name) is not None and body[name] not in harmless:
+        if name not in supported and body.get(name) is not None and body[name] not in harmless:
             raise bad_request(f"{name}: not supported", name, "unsupported_parameter")
     if body.get("best_of") not in (None, body.get("n") or 1):
         raise bad_request("best_of: only supported if equal to n", "best_of", "unsupported_parameter")

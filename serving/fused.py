@@ -23,6 +23,7 @@ import paddle
 
 from formats.files import UserError
 from layers import Linear, QuantLinear
+from lora import LoRALinear
 from model import CausalLM, MoE
 from positions import alibi_slopes, rope_tables
 from serving.runners import AdapterLinear, PagedRunner, SequentialRunner, make_runner
@@ -115,9 +116,14 @@ def _without_adapters(layers):
     return [layer.base if isinstance(layer, AdapterLinear) else layer for layer in layers]
 
 
+def _is_trained(layer):
+    """Whether it is a LoRA that is being trained on a float weight, which is packed with it."""
+    return isinstance(layer, LoRALinear) and isinstance(layer.base, Linear)
+
+
 def _why_not_together(layers):
     """Why these layers are not the columns of one weight; None if they are."""
-    layers = _without_adapters(layers)
+    layers = [layer.base if _is_trained(layer) else layer for layer in _without_adapters(layers)]
     first = layers[0]
     for layer in layers:
         if type(layer) not in (Linear, QuantLinear):
@@ -149,6 +155,10 @@ def _unpacked(words, bits):
 
 def _columns(layer, dtype) -> dict:
     """The fields of Weight that have a column of each output: values, bias, scales, zeros; the last axis is outputs."""
+    if _is_trained(layer):
+        columns = _columns(layer.base, dtype)
+        more = 0.0 if layer.lora_B_bias is None else (layer.lora_B_bias * layer.scaling).numpy()
+        return {"values": layer.weight.astype("float32").numpy(), "bias": columns["bias"] + more}
     n_out = layer.n_out
     bias = np.zeros(n_out, np.float32) if layer.bias is None else layer.bias.astype("float32").numpy()
     if isinstance(layer, Linear):
@@ -213,7 +223,7 @@ def _weight(name, layers, config, dtype) -> Weight:
     columns = _side_by_side(name, [_columns(layer, dtype) for layer in layers], config)
     if not columns["bias"].any():
         columns["bias"] = None
-    if isinstance(first, Linear):
+    if isinstance(first, Linear) or _is_trained(first):
         return Weight(dtype, **columns)
     options = {"group_size": first.group_size}
     if first.scheme == "a8w8":

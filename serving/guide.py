@@ -31,11 +31,13 @@ MAX_STATES = 20_000  # of a guide that is used again; beyond it the next request
 
 
 class Vocabulary:
-    """A tokenizer's tokens as a trie of bytes. Special and added tokens are symbols of their own."""
+    """A tokenizer's tokens as a trie of bytes. Special tokens and added ones in brackets, such as <tool_call>, are
+    symbols of their own; other added ones, such as runs of spaces, are text."""
 
     def __init__(self, tokenizer):
         self.size, stops = tokenizer.vocab_size, set(tokenizer.stop_ids)
-        apart = {*tokenizer.special_ids, *tokenizer.added_ids}
+        marks = {i for i, text in tokenizer.added_ids.items() if set(text) & set("<[|｜")}
+        apart = {*tokenizer.special_ids, *marks}
         self.special_ids = sorted(i for i in apart if 0 <= i < self.size and i not in stops)
         self.special_index = {token: k for k, token in enumerate(self.special_ids)}
         texts = {tokenizer.added_ids[i]: i for i in self.special_ids if tokenizer.added_ids.get(i)}
@@ -219,7 +221,7 @@ class Guide:
             return self._firsts[term]
         kind, *parts = terms.nodes[term]
         allowed, ends, rest = np.zeros(self.vocabulary.size, bool), nodes[:0], term
-        if kind == "cat" and terms.nodes[parts[0]][0] == "cat":  # its matches end at few nodes, not at every character
+        if kind == "cat" and self._ends_at_few(parts[0]):
             first, rest = parts
             allowed, nodes = self._walk_term(first, True)
             allowed, ends = allowed.copy(), nodes[nodes > 0] if terms.nullable(rest) else ends
@@ -232,6 +234,19 @@ class Guide:
             if len(self._firsts) > MAX_FIRSTS:
                 self._firsts.popitem(last=False)
         return allowed, ends
+
+    def _ends_at_few(self, term):
+        """Whether what matches seems to pass a fixed text or a rule, such as the quote behind a string: then it ends at
+        few nodes of the trie, and not at every character."""
+        nodes = self.automaton.terms.nodes
+        while nodes[term][0] == "cat":
+            last = nodes[term][2]
+            while nodes[last][0] == "cat":
+                last = nodes[last][2]
+            if nodes[last][0] in ("literal", "set", "rule"):
+                return True
+            term = nodes[term][1]
+        return False
 
     def _shortened(self, term):
         """A term that is the same for all tokens: no token holds more characters than the longest has bytes."""

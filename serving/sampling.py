@@ -203,10 +203,9 @@ class Sampler:
         self.num_seen = len(token_ids)
 
     def apply_rules(self, logits: np.ndarray, token_ids: list[int]) -> None:
-        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, the guide is kept."""
-        p, size = self.params, len(logits)
+        """Bias and bans on logits (V,), in place. Where bans leave nothing (that the guide allows), they are dropped."""
+        p, size, plain = self.params, len(logits), logits.copy()
         reply = token_ids[len(token_ids) - self.counts.total :]
-        plain = logits.copy() if p.guide is not None else None
         for token, bias in p.logit_bias:
             logits[token] += bias
         if p.allowed_token_ids:
@@ -216,11 +215,12 @@ class Sampler:
         for *before, last in p.bad_words:
             if reply[len(reply) - len(before) :] == before:
                 logits[last] = -np.inf
-        if p.guide is not None:
-            banned = ~p.guide.allowed(self.state, self.stop_ids, size)
+        banned = None if p.guide is None else ~p.guide.allowed(self.state, self.stop_ids, size)
+        if banned is not None:
             logits[banned] = -np.inf
-            if not np.isfinite(logits.max()):
-                logits[:] = plain
+        if logits.max() == -np.inf:
+            logits[:] = plain
+            if banned is not None:
                 logits[banned] = -np.inf
         if p.min_p and not self.greedy:
             logits[logits < logits.max() + p.temperature * np.log(p.min_p)] = -np.inf

@@ -12,7 +12,8 @@ from kernels.fused import storage_missing
 
 import numpy as np
 import pytest
-from test_engine import V, all_given_back, tiny
+import tiny_models
+from test_engine import POSITIONS, V, adapters, all_given_back, tiny  # noqa: F401, a fixture
 
 from serving.engine import Engine, Request
 from serving.runners import PagedRunner, round_linears
@@ -21,7 +22,9 @@ from serving.speculation import NgramSpeculator
 
 WIDE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 24}  # more than one panel and one block of a sum
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-KINDS = "fused layers int8 w4 experts window bfloat16 w8 a8w8 layers_w8 tied alibi"
+DEEPSEEK = {"vocab_size": V, "max_position_embeddings": POSITIONS}
+KINDS = """fused layers lora w4 int8 experts window bfloat16 w8 a8w8 layers_w8 layers_experts mla layers_mla layers_lora
+    tied alibi"""
 
 
 @functools.cache
@@ -29,11 +32,12 @@ def built(kind):
     """(model, options of the engine, whether the model's layers run one by one)"""
     changes = {
         "experts": MOE,
+        "layers_experts": MOE,
         "window": {"model_type": "mistral", "sliding_window": 40},
         "tied": {"tie_word_embeddings": True},
         "alibi": {"model_type": "bloom", "n_head": 4, "n_layer": 2},
     }.get(kind, {})
-    model = tiny({**WIDE, **changes}, seed=3)
+    model = tiny({**WIDE, **changes}, seed=3) if "mla" not in kind else tiny_models.build("deepseek_v2", **DEEPSEEK)
     scheme = kind.removeprefix("layers_")
     if scheme in ("w8", "w4", "a8w8"):
         round_linears(model, scheme, 32 if kind == "w4" else -1)
@@ -42,52 +46,56 @@ def built(kind):
     return model, {"int8_cache": kind == "int8"}, kind.startswith("layers") or kind == "tied"
 
 
-def engine_of(kind, num_blocks, **limits):
-    model, options, by_layers = built(kind)
+def engine_of(kind, num_blocks, loras=None, **limits):
+    if kind.endswith("lora"):
+        model, options, by_layers = tiny(), {"adapters": loras}, kind.startswith("layers")
+    else:
+        model, options, by_layers = built(kind)
     if by_layers:
-        model, options = PagedRunner(model, num_blocks, 8), {}
+        model, options = PagedRunner(model, num_blocks, 8, options.get("adapters")), {}
     return Engine(model, num_blocks=num_blocks, block_size=8, max_num_seqs=32, **options, **limits)
 
 
 def recorded(engine):
-    """{(request, number of its tokens so far): logits} of all that the engine computes; the first of several."""
+    """{(adapter, the ids so far): logits} of all that the engine computes; the first of several."""
     found, run = {}, engine.runner.run
 
     def recording(scheduled):
         logits = run(scheduled)
         for row, (sequence, start, count) in zip(logits, scheduled):
             if sequence.is_seeded and all(token >= 0 for token in sequence.tokens):
-                found.setdefault((tuple(sequence.tokens[: start + count])), row.copy())
+                found.setdefault((sequence.adapter, *sequence.tokens[: start + count]), row.copy())
         return logits
 
     engine.runner.run = recording
     return found
 
 
-def requests_of(count, new, seed=1):
+def requests_of(count, new, names=(None,), seed=1):
     """Prompts of 1 to 50 tokens, some alike or repetitive, and as many requests without a seed."""
     g, seeded, others = np.random.default_rng(seed), [], []
     for i in range(count):
         prompt = g.integers(10, V, int(g.integers(1, 50))).tolist()
         prompt = seeded[-1].prompt_ids + prompt[:7] if i % 4 == 3 else (prompt[:4] * 12)[:45] if i % 4 == 2 else prompt
         params = SamplingParams(max_tokens=new, temperature=1.0, seed=i, ignore_eos=True)
-        seeded.append(Request(prompt[:60], params))
-        others.append(Request(prompt[:40], SamplingParams(max_tokens=new // 2, temperature=1.5)))
+        adapter = names[i % len(names)]
+        seeded.append(Request(prompt[:60], params, adapter))
+        others.append(Request(prompt[:40], SamplingParams(max_tokens=new // 2, temperature=1.5), adapter))
     return seeded, others
 
 
 @pytest.mark.sweep(keep=4)
 @pytest.mark.parametrize("kind", KINDS.split())
-def test_logits_are_the_same_bits_in_any_company(kind):
+def test_logits_are_the_same_bits_in_any_company(kind, adapters):  # noqa: F811
     if kind in ("bfloat16", "w8", "w4", "a8w8") and storage_missing(kind):
         pytest.skip(storage_missing(kind))
-    seeded, others = requests_of(12, 30)
-    alone = engine_of(kind, 100)
+    seeded, others = requests_of(12, 30, (None, "plain", "rs") if kind.endswith("lora") else (None,))
+    alone = engine_of(kind, 100, adapters)
     expected_rows, expected = recorded(alone), []
     for request in seeded:
         alone.pool.reset_prefix_cache()
         expected.append(alone.generate([request])[0][0].token_ids)
-    busy = engine_of(kind, 48, max_num_batched_tokens=37, speculator=NgramSpeculator(3, 2))
+    busy = engine_of(kind, 48, adapters, max_num_batched_tokens=37, speculator=NgramSpeculator(3, 2))
     rows = recorded(busy)
     mixed = [request for pair in zip(seeded, others) for request in pair]
     found = [completions[0].token_ids for completions in busy.generate(mixed)]

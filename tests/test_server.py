@@ -140,7 +140,10 @@ def test_spellings_of_the_key(start, header):  # noqa: F811
     name, _, value = header.partition(": ")
     mine = start(api_key="k")
     assert mine.ask("GET", "/v1/models", None, {name: value})[0] == 200
-    assert mine.ask("GET", "/v1/models", None, {name: value.replace("k", "x")})[0] == 401
+    wrong = {name: value.replace("k", "x")}
+    assert mine.ask("GET", "/v1/models", None, wrong)[0] == 401
+    status, _, reply = mine.post("/v1/messages", {}, wrong)  # Anthropic's error
+    assert (status, reply["type"], reply["error"]["type"]) == (401, "error", "authentication_error")
 
 
 # =========================================================================================== what clients send
@@ -196,6 +199,7 @@ def test_routes_of_vllm(server):  # noqa: F811
     }
     chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
     reply = server.post("/tokenize", chat)[2]
+    assert server.post("/tokenize", {"prompt": "x", "add_special_tokens": False})[0] == 200
     assert bytes(reply["tokens"]) == b"user: hi\nassistant: " and reply["token_strs"] is None
     assert reply["count"] == server.post("/v1/chat/completions", chat)[2]["usage"]["prompt_tokens"]
     assert server.post("/detokenize", {"tokens": reply["tokens"]})[2] == {"prompt": "user: hi\nassistant: "}
@@ -213,6 +217,8 @@ def test_routes_of_vllm(server):  # noqa: F811
         ("/v1/embeddings", {"input": [[1], 5]}, "input"),
         ("/v1/embeddings", {"input": "x" * 3000}, "input"),
         ("/v1/embeddings", {"input": "x", "dimensions": 8}, "dimensions"),
+        ("/v1/embeddings", {"input": "x", "normalize": False}, "normalize"),
+        ("/v1/embeddings", {"input": "x", "add_special_tokens": False}, "add_special_tokens"),
         ("/v1/embeddings", {"input": "x", "encoding_format": "int8"}, "encoding_format"),
     ):
         status, _, reply = server.post(path, body)
@@ -338,6 +344,32 @@ def test_prompts_are_refused_by_their_length_before_they_are_tokenized(start):  
         assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "context_length_exceeded", param)
         assert "at least 6" in reply["error"]["message"] or "at least 5" in reply["error"]["message"]
     assert tokenizer.encoded == 0
+
+
+class CountingTokenizer(ByteTokenizer):
+    """Knows that a text is too long only while it is encoded, as byte pairs do."""
+
+    def fewest_tokens(self, text):
+        return 0
+
+    def encode(self, text, add_special_tokens=True):
+        from formats.progress import check_progress
+
+        check_progress.get()(len(text))
+        return super().encode(text)
+
+
+def test_prompts_are_refused_while_they_are_tokenized(start):  # noqa: F811
+    mine = start(tokenizer=CountingTokenizer())
+    for path, body, param in (
+        ("/v1/completions", {"prompt": "x" * 3000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 3000}]}, "messages"),
+        ("/v1/embeddings", {"input": "x" * 3000}, "input"),
+    ):
+        status, _, reply = mine.post(path, body)
+        assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "context_length_exceeded", param)
+        assert "more than 2048 tokens" in reply["error"]["message"]
+    assert mine.post("/tokenize", {"prompt": "x" * 3000})[2]["count"] == 3000  # which may be longer
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "x y " * 25_000, "你好" * 30_000, " " * 100_000, "a\u0301" * 50_000])

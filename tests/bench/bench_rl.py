@@ -140,7 +140,8 @@ def ours(options):
 
     functions = [RewardFunction("reward", reward)]
     dataset = Prompts(options.config, options.prompt)
-    maker = rollouts.RolloutMaker(args, model, tokenizer, dataset, functions, SINGLE)
+    engine = rollouts.make_engine(args, model, tokenizer, dataset, None, SINGLE)
+    maker = rollouts.RolloutMaker(args, model, tokenizer, dataset, functions, SINGLE, engine)
     if options.generate == "naive":
         maker._generate = naive_groups(maker)
     policy, weights = Policy(model, 1.0), trainable_weights(model)
