@@ -36,13 +36,12 @@ def tool_style(source: str) -> str | None:
 
 def style_of(template: object | None) -> str | None:
     """tool_style() of a tokenizer's chat template; None without a template or a form known here."""
-    return tool_style(template_source(template))
+    return None if template is None else tool_style(getattr(template, "source", None) or template.jinja())
 
 
-def template_source(template: object | None) -> str:
-    """The Jinja source of a tokenizer's chat template, "" for one that has none."""
-    source = getattr(template, "source", None)
-    return template.jinja() if source is None and hasattr(template, "jinja") else source or ""
+def has_thoughts(template: object | None) -> bool:
+    """Whether replies under a tokenizer's chat template may begin with thoughts."""
+    return getattr(template, "thoughts", False) or "</think>" in getattr(template, "source", "")
 
 
 def parse_reply(text: str, style: str | None, thinks: bool = False) -> dict:

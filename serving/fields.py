@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from formats.chat import encode_continuation
 from formats.files import brief
-from formats.tool_calls import style_of, template_source
+from formats.tool_calls import has_thoughts, style_of
 from serving.http_server import HTTPError
 from serving.sampling import ThinkingBudget
 
@@ -80,7 +80,8 @@ def unknown_field(name: str, known: Iterable[str], is_known: bool = False) -> AP
     """The refusal of a field that is not supported; where it is not known at all, with the nearest of the `known`."""
     near = [] if is_known else difflib.get_close_matches(name, sorted(known), 1, cutoff=0.7)
     meant = f"; is {near[0]} meant?" if near else ""
-    return bad_request(f"{brief(name)[1:-1]}: not supported{meant}", name, "unsupported_parameter")
+    shown = name if name.isidentifier() and len(name) < 60 else brief(name)
+    return bad_request(f"{shown}: not supported{meant}", name, "unsupported_parameter")
 
 
 def take_field(body: dict, name: str, kind: type, low: float | None = None, high: float | None = None) -> object:
@@ -263,7 +264,7 @@ def thinking_budget(
     tokens = take_field(body, "thinking_token_budget", int, 0, 2**31)
     if tokens is None:
         return None
-    if not prompt.thinks and "</think>" not in template_source(tokenizer.chat_template):
+    if not prompt.thinks and not has_thoughts(tokenizer.chat_template):
         if may_not_think:  # Anthropic's agents send a budget to every model
             return None
         problem = "the model's chat template has no thoughts"

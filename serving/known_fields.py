@@ -16,10 +16,10 @@ CHATS = set(
 )
 COMPLETIONS = {"prompt", "echo"}
 HARMLESS = set(
-    """user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity
-    priority request_id guided_decoding_backend cache_prompt id_slot slot_id timings_per_token return_progress
+    """user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options
+    verbosity priority request_id guided_decoding_backend cache_prompt id_slot slot_id timings_per_token return_progress
     keep_alive num_ctx num_keep num_batch num_gpu main_gpu num_thread numa low_vram use_mmap use_mlock
-    session_id chat_id id usage
+    session_id chat_id id rid usage ttl
     mirostat_tau mirostat_eta mirostat_lr dry_base dry_allowed_length dry_sequence_breakers dry_penalty_last_n
     xtc_threshold dynatemp_exponent smoothing_curve""".split()
 )  # the last two lines act with fields of NEUTRAL alone
@@ -28,7 +28,9 @@ HARMLESS = set(
 NEUTRAL = {"detokenize": (True,), "spaces_between_special_tokens": (True,), "xtc_probability": (0,), "top_a": (0,),
            "tfs_z": (1,), "tfs": (1,), "mirostat_mode": (0,), "dynatemp_range": (0,), "smoothing_factor": (0,),
            "epsilon_cutoff": (0,), "eta_cutoff": (0,), "return_tokens_as_token_ids": (False,), "transforms": ([],),
-           "add_bos_token": (True,)}  # fmt: skip
+           "add_bos_token": (True,), "separate_reasoning": (True,), "stream_reasoning": (True,),
+           "no_stop_trim": (False,), "mm_processor_kwargs": ({},), "vllm_xargs": ({},),
+           "kv_transfer_params": ({},)}  # fmt: skip
 NEUTRAL_IN_CHATS = {"echo": (False,), "prompt": ()}
 NEUTRAL_IN_COMPLETIONS = {"parallel_tool_calls": (True, False), "top_logprobs": (), "chat_template_kwargs": ({},),
                           "include_reasoning": (True,), "continue_final_message": (False,), "messages": (),

@@ -20,7 +20,7 @@ STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # Fields of a request that are read; `metadata` and the like change no answer.
 KNOWN = """model max_tokens messages system stop_sequences stream temperature top_p top_k tools tool_choice thinking
-    output_config output_format metadata service_tier betas inference_geo cache_control""".split()
+    output_config output_format metadata service_tier betas inference_geo cache_control context_management""".split()
 
 
 def error_body(error: HTTPError) -> dict:
@@ -37,6 +37,11 @@ def to_chat(body: dict) -> dict:
     for name in body:
         if name not in KNOWN:
             raise unknown_field(name, KNOWN)
+    edits = (take_field(body, "context_management", dict) or {}).get("edits") or []
+    edits = edits if isinstance(edits, list) else [edits]
+    if not all(isinstance(edit, dict) and str(edit.get("type")).startswith("clear_thinking_") for edit in edits):
+        problem = "only clear_thinking is known: which earlier thoughts are read is the template's matter"
+        raise bad_request(f"context_management: {problem}", "context_management", "unsupported_parameter")
     if take_field(body, "max_tokens", int, 1, 2**31) is None:
         raise bad_request("max_tokens: must be given", "max_tokens")
     chat = {key: body[key] for key in ("model", "max_tokens", "stream", "temperature", "top_p", "top_k") if key in body}

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import AsyncIterator
 
 from formats.files import UserError
-from formats.tool_calls import ReplyStream, argument_deltas, template_source
+from formats.tool_calls import ReplyStream, argument_deltas, has_thoughts
 from serving.engine import PromptTooLong, QueueFull, Request, ShuttingDown, TokenOutput, UnknownAdapter
 from serving.fields import (
     MAX_CHOICES,
@@ -331,8 +331,8 @@ class Server:
         options = {}
         if is_chat:
             parallel = take_field(chat, "parallel_tool_calls", bool)
-            template = template_source(self.tokenizer.chat_template)
-            thinking = "open" if prompt.thinks else "optional" if "<think>" in template else None
+            may_think = has_thoughts(self.tokenizer.chat_template)
+            thinking = "open" if prompt.thinks else "optional" if may_think else None
             options = {"tools": chat.get("tools"), "tool_choice": chat.get("tool_choice"), "style": prompt.style}
             options |= {"parallel_tool_calls": parallel is not False, "thinking": thinking}
         try:

@@ -21,7 +21,7 @@ MAX_STORED, MAX_STORED_BYTES = 256, 64 << 20  # responses that previous_response
 SAME = "model stream temperature top_p parallel_tool_calls seed chat_template_kwargs thinking_token_budget".split()
 HARMLESS = """input instructions max_output_tokens tools tool_choice text reasoning previous_response_id store metadata
     user include service_tier prompt_cache_key prompt_cache_retention safety_identifier stream_options client_metadata
-    truncation background max_tool_calls top_logprobs""".split()
+    truncation background max_tool_calls top_logprobs prompt_cache_options""".split()
 INCLUDED = ("reasoning.encrypted_content", "file_search_call.results", "web_search_call.results",
             "web_search_call.action.sources", "code_interpreter_call.outputs", "message.input_image.image_url",
             "computer_call_output.output.image_url")  # fmt: skip

@@ -55,6 +55,11 @@ def read_page() -> tuple[bytes, dict]:
     return page.encode(), headers
 
 
+def path_of_route(path: str) -> str:
+    """The path under which Server.routes has a request's."""
+    return re.sub("^/v1/responses/[^/]+$", "/v1/responses/{response_id}", path)
+
+
 class Server(openai_api.Server):
     """The API and the page over one Engine. `handle` answers a request."""
 
@@ -121,7 +126,7 @@ class Server(openai_api.Server):
 
     def route(self, request: HTTPRequest) -> tuple:
         """(methods of the path, its handler; None for a browser's preflight). HTTPError 401, 404, 405."""
-        path = re.sub("^/v1/responses/[^/]+$", "/v1/responses/{response_id}", request.path)
+        path = path_of_route(request.path)
         if path not in self.routes and not path.startswith("/v1/models/"):
             raise HTTPError(404, "no such path; there are " + ", ".join(self.routes), "unknown_path")
         methods, handler, is_open = self.routes.get(path, (("GET", "HEAD"), self.get_models, False))
@@ -140,6 +145,7 @@ class Server(openai_api.Server):
         return getattr(error, "body", None) or error_body(error)
 
     def count(self, path: str, status: int) -> None:
+        path = path_of_route(path)
         self.metrics.response(path if path in self.routes else "other", status)
 
     async def read_in_lane(self, connection: Connection, body: bytes, function: Callable, *supported) -> object:

@@ -232,7 +232,12 @@ def test_anthropics_errors(server):
     assert status == 400 and reply["type"] == "error" and reply["error"]["type"] == "invalid_request_error"
     assert reply["error"]["message"].startswith("max_tokens")
     image = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
-    for field, body in (("messages", {"messages": image}), ("mcp_servers", {"mcp_servers": [1]})):
+    kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # as Claude Code sends it
+    body = {"max_tokens": 5, "messages": user("x")}
+    assert server.ask("POST", "/v1/messages", body | {"context_management": kept})[0] == 200
+    cleared = {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}
+    refused = ("messages", {"messages": image}), ("mcp_servers", {"mcp_servers": [1]}), ("context_management", cleared)
+    for field, body in refused:
         status, _, reply = server.ask("POST", "/v1/messages", {"max_tokens": 5, "messages": user("x")} | body)
         assert status == 400 and reply["error"]["message"].startswith(field)
 

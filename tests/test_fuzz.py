@@ -17,6 +17,7 @@ from conftest import ROOT
 from test_openai_api import ByteTokenizer, FakeEngine, Running, eventually
 
 from formats.tokenizer import load_tokenizer
+from serving.known_fields import CHATS, COMPLETIONS, HARMLESS, READ
 
 SCHEMAS = [
     {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
@@ -75,6 +76,11 @@ GOOD = {  # field: values that are meant
     "guided_regex": ["[0-9]+", "("],
     "guided_choice": [["a", "b"]],
     "reasoning_effort": ["low", "none"],
+    "thinking_token_budget": [0, 5],
+    "include_reasoning": [True, False],
+    "enable_thinking": [True, False],
+    "options": [{"num_ctx": 2048, "temperature": 0.5, "num_predict": -1}, {"bogus": 1}],
+    "include": [["reasoning.encrypted_content"]],
     "chat_template_kwargs": [{}, {"enable_thinking": False}, {"messages": 5}],
     "chat_template": ["x", "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"],
     "add_generation_prompt": [True, False],
@@ -101,9 +107,12 @@ CONTENTS = ["hello", "", None, [{"type": "text", "text": "x"}], [{"type": "image
             [{"type": "tool_result", "tool_use_id": "call_1", "content": "x"}], "\ud83d", "<|im_end|>", 5]  # fmt: skip
 ROLES = ["system", "developer", "user", "user", "user", "assistant", "tool", "function", "robot", None, 5]
 PATHS = ["/v1/chat/completions"] * 20 + ["/v1/completions"] * 10 + [
-    "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize",
+    "/v1/responses", "/v1/responses/resp_1", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings",
+    "/tokenize", "/detokenize",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models", "/v1/models/poet", "/health", "/ping", "/version",
     "/metrics", "/", "/v1", "//v1//completions/", "/v1/models/%ff%00", "/%"]  # fmt: skip
+FIELDS = {"/v1/chat/completions": READ | CHATS | HARMLESS | {"enable_thinking", "options"},
+          "/v1/completions": READ | COMPLETIONS | HARMLESS | {"options"}}  # fmt: skip
 METHODS = ["POST"] * 60 + ["GET", "GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"]
 
 
@@ -141,14 +150,20 @@ def request(seed):
         "prompt": draw.choice(["abc", ["a", "b"], [1, 2], [[1], [2]], odd_value(draw)]),
         "input": draw.choice(["abc", ["a"], [1, 2], [{"role": "user", "content": "x"}], odd_value(draw)]),
     }
-    if draw.random() < 0.8:
+    names, is_tame = sorted(GOOD), draw.random() < 0.3
+    if is_tame:  # what comes behind the checks of fields
+        body = {"messages": [{"role": "user", "content": "hello"}], "prompt": "abc", "input": "abc"}
+    if is_tame or draw.random() < 0.8:
         del body["prompt" if "chat" in path or "message" in path else "messages"]
-    for name in draw.sample(sorted(GOOD), draw.choice((0, 1, 2, 3, 5, 9))):
-        body[name] = odd_value(draw) if draw.random() < 0.3 else draw.choice(GOOD[name])
+        if path in FIELDS:  # others are refused
+            del body["input"]
+            names = [name for name in names if name in FIELDS[path]]
+    for name in draw.sample(names, draw.choice((0, 1, 2, 3, 5, 9))):
+        body[name] = odd_value(draw) if draw.random() < 0.3 and not is_tame else draw.choice(GOOD[name])
     if draw.random() < 0.05:
         body[draw.choice(["", "x", "Model", "max_token"])] = odd_value(draw)
     data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    if draw.random() < 0.15:  # the text of it, damaged
+    if draw.random() < 0.15 and not is_tame:  # the text of it, damaged
         data = bytearray(data)
         for _ in range(draw.choice((1, 1, 3))):
             at = draw.randrange(len(data))

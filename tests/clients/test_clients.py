@@ -70,6 +70,7 @@ def scripted(start):  # noqa: F811
 @pytest.fixture
 def demo(start):  # noqa: F811
     args = serve.Args(model_name_or_path=str(DEMO), chat_template="qwen2.5", total_max_length=1024, kv_cache_gb=0.05)
+    args.keep_weights = True  # lm-eval reads the log-probabilities of prompts
     return start(*serve.build_engine(args))
 
 
