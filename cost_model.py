@@ -330,11 +330,15 @@ class CostModel:
         if self.args.bf16 and not self.memory.is_adapter:  # each product rounds its float32 weight, see kernels/gpu.py
             elements = self.memory._elements(degrees)[0][kind][2]
             casts = machine.passes(6 * elements)
+        if self.memory.low_bit is not None:  # dequantized for a product, in backward again
+            elements = self.memory._elements(degrees)[0][kind][2]
+            casts = machine.passes((FLOAT32 + self.memory.low_bit.bytes_per_weight) * elements)
         forward = attention + mlp + core + 2 * passes + casts
         linears = (attention + mlp) * (1 if self.memory.is_adapter else 2)
         again = {None: 0.0, "full": forward, "core_attn": core, "full_attn": attention + core}
         granularity = "full" if degrees.stage == 3 else granularity
-        cost = StageCost(forward, linears + 2.5 * core + 4 * passes + again[granularity])
+        dequantize = casts * (self.memory.low_bit is not None)
+        cost = StageCost(forward, linears + dequantize + 2.5 * core + 4 * passes + again[granularity])
         parts = {}
         self._tensor_talk(cost, parts, degrees, tokens, granularity, machine, ranks["tp"])
         self._context_talk(cost, parts, degrees, tokens, granularity, machine, ranks["sep"])

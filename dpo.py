@@ -257,6 +257,16 @@ def make_loader(args: Args, tokenizer: Tokenizer, split: str, share_within: floa
     return loader
 
 
+def distinct_prompts(dataset: PreferenceDataset, count: int) -> list[int]:
+    """Numbers of the first samples that have different prompts."""
+    found = {}
+    for i in range(len(dataset)):
+        found.setdefault(dataset.pair(i)[0].tobytes(), i)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
 def print_accuracies(before: dict, after: dict, args: Args) -> None:
     """What training has changed on the dev data."""
     pairs = "pairs where the chosen reply has the larger", {"rewards": "reward", "logps": "log-probability"}
@@ -288,7 +298,7 @@ def main(args: Args) -> None:
     if dev and not args.reference_free:
         dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha, topology
         dev_reference = precompute_reference_logps(model, dev, *dev_batches)
-    shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
+    shown = distinct_prompts(dev.dataset, 3) if dev and args.do_train else []
     prompts = [dev.dataset.pair(i)[0] for i in shown]
     limits = {"max_new_tokens": args.max_new_tokens, "max_length": model.config.max_model_len, "batch_size": 1}
     replies_before = trainer.generate_replies(model, tokenizer, prompts, **limits)

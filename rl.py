@@ -154,6 +154,7 @@ class Args(LoraArgs):
         return notes
 
     def check_topology(self) -> None:
+        super().check_topology()
         for key in ("pipeline", "context", "sep", "expert"):
             if getattr(self, f"{key}_parallel_degree") > 1:
                 raise UserError(f"{key}_parallel_degree: rl.py runs with data and tensor parallelism and sharding only")

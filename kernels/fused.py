@@ -22,7 +22,6 @@ from kernels import cpu
 import numpy as np
 import paddle
 
-INPUT_BLOCK = 128  # input rows that share a scale of x; cpu/panels.cc takes the largest part of it that fits a group
 CACHES = {"float32": 0, "bfloat16": 1, "int8": 2}
 STORAGES = {"float32": 0, "bfloat16": 1, "w8": 2, "a8w8": 2, "w4": 3}
 PLACES = {"before": 0, "after": 1, "both": 2}

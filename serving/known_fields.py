@@ -8,7 +8,7 @@ The harmless ones are what clients send and what changes no text: who asks, how 
 from serving.fields import NUMBERS, REFUSED, bad_request, take_field, unknown_field
 
 READ = {*NUMBERS, *"""model stream stream_options n best_of max_tokens stop stop_token_ids logit_bias bad_words
-    allowed_token_ids logprobs response_format structured_outputs guided_json guided_regex guided_choice
+    allowed_token_ids logprobs response_format structured_outputs guided_json guided_regex guided_choice json_schema
     tools tool_choice""".split()}  # fmt: skip
 CHATS = set(
     """messages parallel_tool_calls max_completion_tokens top_logprobs chat_template_kwargs reasoning_effort

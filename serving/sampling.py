@@ -203,7 +203,7 @@ class Sampler:
         self.num_seen = len(token_ids)
 
     def apply_rules(self, logits: np.ndarray, token_ids: list[int]) -> None:
-        """Bias and bans on logits (V,), in place. Where bans leave nothing (that the guide allows), they are dropped."""
+        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, they are dropped."""
         p, size, plain = self.params, len(logits), logits.copy()
         reply = token_ids[len(token_ids) - self.counts.total :]
         for token, bias in p.logit_bias:

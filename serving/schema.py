@@ -504,7 +504,8 @@ class SchemaCompiler:
         found = []
         for i, (pattern, key) in enumerate(keys.items()):
             for earlier in list(keys)[:i]:
-                if terms.both((keys[earlier], key, allowed)) != EMPTY and patterns[earlier] != patterns[pattern]:
+                same = equal(patterns[earlier], patterns[pattern])
+                if not same and terms.both((keys[earlier], key, allowed)) != EMPTY:
                     problem = f"{brief(earlier)} and {brief(pattern)} may match the same name; that is not supported"
                     self.refuse(schema, "patternProperties", problem)
             found.append(terms.cat(terms.both((key, allowed, *others)), self.colon, self.value(patterns[pattern])))

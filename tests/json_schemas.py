@@ -90,6 +90,7 @@ REFUSED = [
       "$ref": "#/$defs/a"}, "#/$defs/a: no finite value"),
     ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "#/$defs/a: no finite value"),
     ({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, "#/$defs/a/allOf/0: combined"),
+    ({"const": True, "allOf": [{"const": 1}]}, "#: no finite value"),
     ({"type": "string", "minLength": 3, "maxLength": 2}, "#: no value"), (False, "#: no value"),
     ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "#: no value"), ({"enum": []}, "#: no value"),
     ({"type": "string", "pattern": "^a$", "minLength": 2}, "#: no value"), (3, "#: a schema must be"),

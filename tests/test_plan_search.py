@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import shlex
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree
 
@@ -17,6 +19,7 @@ import pytest
 from conftest import ROOT
 
 import auto_parallel
+import data
 import logger
 import memory_model
 import parallel
@@ -27,6 +30,7 @@ from auto_parallel import BATCH_SIZES, VIRTUAL, find_plans
 from cost_model import CostModel, Machine, StageCost
 from distributed.pipeline import bubble_fraction, pipeline_schedule, simulate_schedule
 from formats.files import UserError
+from model import block_linears, build
 from parallel import Degrees
 from simulate import play, play_step
 
@@ -280,10 +284,11 @@ def test_auto_parallel_takes_the_first_plan(monkeypatch):
 TASKS = {
     "SFT": ("finetune", "--max_length 4096"),
     "LoRA": ("finetune", "--max_length 4096 --lora true --lora_rank 8"),
+    "QLoRA, nf4": ("finetune", "--max_length 4096 --lora true --lora_rank 8 --weight_quantize_algo nf4"),
     "DPO": ("dpo", "--max_seq_len 4096"),
     "DPO, LoRA": ("dpo", "--max_seq_len 4096 --lora true --lora_rank 8"),
 }
-LEAST_NODES = {"SFT": 12, "LoRA": 2, "DPO": 12, "DPO, LoRA": 2}
+LEAST_NODES = {"SFT": 12, "LoRA": 2, "QLoRA, nf4": 1, "DPO": 12, "DPO, LoRA": 2}
 
 
 @pytest.mark.slow
@@ -340,3 +345,43 @@ def test_references_of_dpo_and_rl_cost_what_they_take():
     assert rows["reference"] == rows["weights"]
     _, rows = planned("rl", "--kl_loss_coeff", "0.01")
     assert rows["reference"] == rows["weights"] and rows["keys and values of the engine"] > 0
+
+
+def test_qlora_holds_codes_and_is_not_sharded():
+    """The base's linears at the bits of their codes and scales; topologies that would shard codes fall by name."""
+    argv = "--model_name_or_path llama-3.2-1b --dry_run true --max_length 512 --lora true".split()
+    args = parse_args(plan.SCRIPTS["finetune"].Args, argv)
+    rounded = dataclasses.replace(args, weight_quantize_algo="nf4", qlora_weight_double_quant=True)
+    config = memory_model.planned_model(args)[1]
+    whole, codes = (memory_model.MemoryModel(a, config, 512).fullest(Degrees(), 1, 1) for a in (args, rounded))
+    linears = sum(layer.n_in * layer.n_out for _, _, layer in block_linears(build(config)).values())
+    saved = linears * (4 - 0.5 - (1 + 4 / 256) / 64)
+    assert whole["weights"] - codes["weights"] == pytest.approx(saved, rel=1e-6)
+    assert codes["a dequantized weight"] == 4 * 2048 * 8192
+    plans = find_plans(rounded, 8, 80e9, H100, 8)
+    assert plans.ranked and all(p.degrees.tp == 1 and p.degrees.stage < 3 for p in plans.ranked)
+    assert any("codes are not sharded" in example for _, example in plans.fallen.values())
+    with pytest.raises(UserError, match="codes are not sharded"):
+        parse_args(
+            plan.SCRIPTS["finetune"].Args, [*argv, "--weight_quantize_algo", "nf4", "--tensor_parallel_degree", "2"]
+        )
+
+
+@pytest.mark.slow
+def test_auto_parallel_on_two_processes(tmp_path):
+    """The first rank measures and searches, both take its plan, and the run trains with the rows of its config."""
+    records = [json.loads(line) for line in (ROOT / "demo" / "sft" / "train.json").read_text().splitlines()[:200]]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": str(record["tgt"])}) + "\n" for record in records))
+    data.main(["corpus", str(corpus), "--tokenizer", str(ROOT / "demo" / "llama"), "--output", str(tmp_path / "ids")])
+    launch = f"-m paddle.distributed.launch --log_dir {tmp_path / 'log'} --nproc_per_node 2 pretrain.py"
+    flags = f"""--input_dir {tmp_path / "ids"} --split 80,10,10 --output_dir {tmp_path / "out"} --max_steps 3
+        --logging_steps 1 --do_eval false --evaluation_strategy no --auto_parallel true --max_seq_length 64"""
+    argv = [sys.executable, *launch.split(), "configs/llama_pretrain.json", *flags.split()]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    lines = [next(line for line in log.splitlines() if line.startswith("auto_parallel: ")) for log in logs]
+    assert lines[0] == lines[1] and "first of" in lines[0]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["consumed_tokens"] for row in rows] == [16 * 64 * step for step in (1, 2, 3)]

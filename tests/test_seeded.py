@@ -24,7 +24,7 @@ WIDE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 24}  # more tha
 MOE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK = {"vocab_size": V, "max_position_embeddings": POSITIONS}
 KINDS = """fused layers lora w4 int8 experts window bfloat16 w8 a8w8 layers_w8 layers_experts mla layers_mla layers_lora
-    tied alibi"""
+    tied alibi filled"""
 
 
 @functools.cache
@@ -53,7 +53,10 @@ def engine_of(kind, num_blocks, loras=None, **limits):
         model, options, by_layers = built(kind)
     if by_layers:
         model, options = PagedRunner(model, num_blocks, 8, options.get("adapters")), {}
-    return Engine(model, num_blocks=num_blocks, block_size=8, max_num_seqs=32, **options, **limits)
+    engine = Engine(model, num_blocks=num_blocks, block_size=8, max_num_seqs=32, **options, **limits)
+    if kind == "filled" and limits:  # what FusedRunner does with AMX
+        engine.runner.fills_up = True
+    return engine
 
 
 def recorded(engine):

@@ -1,14 +1,19 @@
-"""One step of serving in every format, formats in turn: milliseconds, bytes, and what rounding does to the logits.
+"""One step of serving in every format: rates, their share of what the machine can do, memory, effect on the logits.
 
-    python tests/bench/bench_step.py --config A --batch 1 16      # decode and a prefill of 128 tokens a sequence
-    python tests/bench/bench_step.py --rounding                    # the demo model: logits beside those in float32
+    python tests/bench/bench_step.py --config A                 # decode and prefill at batch 1, 4, 16, 64, as a table
+    python tests/bench/bench_step.py --rounding                 # the demo model: logits beside those in float32
 
 Formats: layers (the model's layers, float32), float32, bfloat16, w8, w4 (groups of 64), a8w8; the head of the last
-three is in 8 bits. Times are the least and the median of all repetitions, because other programs disturb both; GB/s is
-what a step reads of the weights over the least time, beside a plain reading of memory."""
+three is in 8 bits. Each runs in a process of its own, which gives its memory. Figures are medians of all repetitions,
+with 128 tokens of prompt. GB/s: packed weights, keys and values of a decode over its time, with its share of a plain
+reading of memory; GFLOP/s: two for each weight and token, with the share of what the instructions reach in registers.
+"""
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
 import time
 
 import paths  # noqa: F401
@@ -17,33 +22,51 @@ import kernels
 
 import numpy as np
 import paddle
-from bench_train import load_model
+from bench_train import COMMON, load_model
 
 from adapters import from_pretrained
+from families import ModelConfig
 from formats.tokenizer import load_tokenizer
+from formats.weights import init_weights
+from model import build
 from serving.fused import FusedRunner
 from serving.runners import PagedRunner, ScheduledTokens, TokenSequence, round_linears
 
 FORMATS = ("layers", "float32", "bfloat16", "w8", "w4", "a8w8")
-PROMPT, BLOCKS = 128, 16  # tokens; blocks of 16 tokens a sequence
+PROMPT, BLOCKS = 128, 12  # tokens; blocks of 16 tokens a sequence
+AT_ONCE = 16  # most prompts of a prefill, as a server takes them in pieces
+SHAPE_C = dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+               intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
 
 
-def runner_of(model, name, sequences):
+def load(config):
+    if config != "C":
+        return load_model(config)[0]
+    model = build(ModelConfig.from_dict({**COMMON, **SHAPE_C}))
+    init_weights(model, seed=0)
+    return model
+
+
+def runner_of(model, name, sequences, free_weights=False):
     """The runner of a format; integers are rounded in place."""
     blocks = BLOCKS * sequences
     if name == "layers":
         return PagedRunner(model, blocks, 16)
     if name in ("float32", "bfloat16"):
-        return FusedRunner(model, blocks, 16, dtype=name)
+        return FusedRunner(model, blocks, 16, dtype=name, free_weights=free_weights)
     round_linears(model, name, 64 if name == "w4" else -1)
-    return FusedRunner(model, blocks, 16, dtype="bfloat16", int8_head=True)
+    return FusedRunner(model, blocks, 16, dtype="bfloat16", int8_head=True, free_weights=free_weights)
 
 
-def time_steps(config, batches, formats, reps, steps):
-    """Print a row for each batch and format."""
-    runners = {name: runner_of(load_model(config)[0], name, max(batches)) for name in formats}
-    generator, memory = np.random.default_rng(0), paddle.zeros([64 << 20])
-    print(print("batch format       MB  decode ms  median  tokens/s  GB/s  prefill tokens/s"))
+def measure(config, name, batches, reps, steps):
+    """Print one JSON line: for each batch the seconds of a decode and of a prefill, and what they read and compute."""
+    model = load(config)
+    c, weights = model.config, model.active_weights
+    head = c.vocab_size * c.hidden_size
+    runner = runner_of(model, name, max(batches), free_weights=name != "layers")
+    size = 4 * weights if name == "layers" else runner.packed.packed_bytes
+    width = 2 if name in ("bfloat16", "w8", "w4", "a8w8") else 4
+    generator, rows = np.random.default_rng(0), []
     for batch in batches:
         texts = [
             TokenSequence(
@@ -51,27 +74,66 @@ def time_steps(config, batches, formats, reps, steps):
             )
             for at in range(0, BLOCKS * batch, BLOCKS)
         ]
-        decode, prefill = ({name: [] for name in formats} for _ in range(2))
 
-        def timed(runner, start, count, into):
+        def timed(part, start, count):
             began = time.perf_counter()
-            runner.run([ScheduledTokens(text, start, count) for text in texts])
-            into.append(time.perf_counter() - began)
+            runner.run([ScheduledTokens(text, start, count) for text in part])
+            return time.perf_counter() - began
 
+        part, decode, prefill = texts[:AT_ONCE], [], []
         for _ in range(reps):
-            for name, runner in runners.items():
-                timed(runner, 0, PROMPT, prefill[name])
-                for i in range(steps):
-                    timed(runner, PROMPT + i, 1, decode[name])
-        for name, runner in runners.items():
-            size = 4 * runner.model.active_weights if name == "layers" else runner.packed.packed_bytes
-            least, median = min(decode[name]), float(np.median(decode[name]))
-            first = batch * PROMPT / min(prefill[name])
-            rates = f"{batch / least:>9,.0f} {size / least / 1e9:>5.1f} {first:>17,.0f}"
-            print(
-                f"{batch:>5} {name:9} {size / 1e6:>5.0f} {1e3 * least:>10.2f} {1e3 * median:>7.2f} {rates}", flush=True
-            )
-    print(f"reading memory: {max(kernels._module('cpu').peak(memory, 5) for _ in range(5)) / 1e9:.1f} GB/s")
+            prefill.append(timed(part, 0, PROMPT))
+            decode += [timed(texts, PROMPT + i, 1) for i in range(steps)]
+        cache = batch * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width * (PROMPT + steps // 2)
+        tokens = len(part) * PROMPT
+        rows.append(
+            {
+                "batch": batch,
+                "decode_s": float(np.median(decode)),
+                "prefill_s": float(np.median(prefill)),
+                "prefill_tokens": tokens,
+                "bytes": size + cache,
+                "decode_flop": 2 * weights * batch,
+                "prefill_flop": 2 * (weights - head) * tokens + 2 * head * len(part),
+            }
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with open("/proc/self/status", encoding="utf-8") as file:
+        after = next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS"))
+    print(json.dumps({"rows": rows, "packed_mb": size / 1e6, "peak_mb": peak, "after_mb": after}))
+
+
+def limits():
+    """Bytes per second of reading, and {format: operations per second in registers}."""
+    cpu, memory = kernels._module("cpu"), paddle.zeros([64 << 20])
+    found = [max(cpu.peak(memory, what) for _ in range(5)) for what in range(6)]
+    float32, bfloat16, int8, amx_bfloat16, amx_int8, read = found
+    rates = dict.fromkeys(("layers", "float32"), float32) | {"bfloat16": max(bfloat16, amx_bfloat16)}
+    return read, rates | dict.fromkeys(("w8", "w4", "a8w8"), max(int8, amx_int8))
+
+
+def show_table(options):
+    """A row of Markdown for each format and batch."""
+    read, rates = limits()
+    print(f"reading memory: {read / 1e9:.1f} GB/s\n")
+    print(
+        "| format | batch | decode tokens/s | GB/s | GFLOP/s | prefill tokens/s | GFLOP/s | packed, resident, peak MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.formats:
+        command = [sys.executable, __file__, "--config", options.config, "--child", name]
+        command += ["--batch", *map(str, options.batch), "--reps", str(options.reps), "--steps", str(options.steps)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        memory = f"{found['packed_mb']:.0f}, {found['after_mb']:.0f}, {found['peak_mb']:.0f}"
+        for row in found["rows"]:
+            decode, prefill = row["decode_s"], row["prefill_s"]
+            gigabytes = f"{row['bytes'] / decode / 1e9:.1f} ({row['bytes'] / decode / read:.0%})"
+            flops = row["decode_flop"] / decode, row["prefill_flop"] / prefill
+            work = [f"{flop / 1e9:,.0f} ({flop / rates[name]:.0%})" for flop in flops]
+            decoded, prefilled = row["batch"] / decode, row["prefill_tokens"] / prefill
+            cells = f"{decoded:,.0f} | {gigabytes} | {work[0]} | {prefilled:,.0f} | {work[1]} | {memory}"
+            print(f"| {name} | {row['batch']} | {cells} |", flush=True)
 
 
 def show_rounding(formats, records=40):
@@ -107,18 +169,21 @@ def show_rounding(formats, records=40):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="A", choices=["A", "B"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--config", default="A", choices=["A", "B", "C"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--reps", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20, help="decodes after each prefill")
+    parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="decodes after each prefill")
     parser.add_argument("--rounding", action="store_true", help="compare logits instead")
+    parser.add_argument("--child", choices=FORMATS, help="measure this format and print JSON")
     options = parser.parse_args(argv)
     kernels.configure("cpu")
-    if options.rounding:
+    if options.child:
+        measure(options.config, options.child, options.batch, options.reps, options.steps)
+    elif options.rounding:
         show_rounding(FORMATS)
     else:
-        time_steps(options.config, options.batch, options.formats, options.reps, options.steps)
+        show_table(options)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,20 @@ def test_weights_are_freed_once_they_are_packed(name, dtype):
     assert kept == ([model.embed_tokens] if (name, dtype) == ("llama", "float32") else [])  # which is read in place
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2"])
+def test_experts_and_mla_in_integers_and_in_bfloat16(name):
+    needs("bfloat16")
+    needs("a8w8")
+    model = tiny_models.build(name)
+    found = logits_of_steps(FusedRunner(model, 32, 4, dtype="bfloat16"))
+    assert 1e-4 < difference(found, logits_of_steps(PagedRunner(model, 32, 4))) < 0.05
+    round_linears(model, "a8w8")
+    expected = logits_of_steps(PagedRunner(model, 32, 4))
+    found = logits_of_steps(FusedRunner(model, 32, 4, free_weights=True))
+    rows = [difference(*pair) for pair in zip(found, expected)]
+    assert np.median(rows) < 1e-5 and max(rows) < 0.02  # a code of x at the edge may round the other way
+
+
 def test_weights_that_were_trained_are_packed_again():
     model = tiny_models.build("llama")
     runner = FusedRunner(model, 32, 4)
