@@ -17,7 +17,6 @@ from conftest import ROOT
 from test_openai_api import ByteTokenizer, FakeEngine, Running, eventually
 
 from formats.tokenizer import load_tokenizer
-from serving.known_fields import CHATS, COMPLETIONS, HARMLESS, READ
 
 SCHEMAS = [
     {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
@@ -66,7 +65,8 @@ GOOD = {  # field: values that are meant
     "ignore_eos": [True],
     "stream": [True, False],
     "stream_options": [{"include_usage": True}, {}],
-    "tools": [[], [FUNCTION], [FUNCTION] * 2],
+    "tools": [[], [FUNCTION], [FUNCTION] * 2, [{"type": "function", **FUNCTION["function"]}]]
+    + [[{"name": "f", "input_schema": schema}] for schema in SCHEMAS[:3]],
     "tool_choice": ["none", "auto", "required", {"type": "function", "function": {"name": "f"}}],
     "parallel_tool_calls": [True, False],
     "response_format": [{"type": "text"}, {"type": "json_object"}]
@@ -76,11 +76,6 @@ GOOD = {  # field: values that are meant
     "guided_regex": ["[0-9]+", "("],
     "guided_choice": [["a", "b"]],
     "reasoning_effort": ["low", "none"],
-    "thinking_token_budget": [0, 5],
-    "include_reasoning": [True, False],
-    "enable_thinking": [True, False],
-    "options": [{"num_ctx": 2048, "temperature": 0.5, "num_predict": -1}, {"bogus": 1}],
-    "include": [["reasoning.encrypted_content"]],
     "chat_template_kwargs": [{}, {"enable_thinking": False}, {"messages": 5}],
     "chat_template": ["x", "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"],
     "add_generation_prompt": [True, False],
@@ -103,17 +98,31 @@ GOOD = {  # field: values that are meant
     "stop_sequences": [["x"]],
     "thinking": [{"type": "enabled", "budget_tokens": 1024}, {"type": "disabled"}],
 }
-CONTENTS = ["hello", "", None, [{"type": "text", "text": "x"}], [{"type": "image_url", "image_url": {"url": "x"}}],
-            [{"type": "tool_result", "tool_use_id": "call_1", "content": "x"}], "\ud83d", "<|im_end|>", 5]  # fmt: skip
-ROLES = ["system", "developer", "user", "user", "user", "assistant", "tool", "function", "robot", None, 5]
+CONTENTS = ["hello"] * 12 + ["", None, [{"type": "text", "text": "x"}], "\ud83d", "<|im_end|>", 5]
+CONTENTS += [[{"type": "image_url", "image_url": {"url": "x"}}]]
+CONTENTS += [[{"type": "tool_result", "tool_use_id": "call_1", "content": "x"}]]
+ROLES = ["user"] * 12 + ["assistant"] * 3 + ["system", "developer", "tool", "function", "robot", None, 5]
 PATHS = ["/v1/chat/completions"] * 20 + ["/v1/completions"] * 10 + [
-    "/v1/responses", "/v1/responses/resp_1", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings",
-    "/tokenize", "/detokenize",
+    "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models", "/v1/models/poet", "/health", "/ping", "/version",
     "/metrics", "/", "/v1", "//v1//completions/", "/v1/models/%ff%00", "/%"]  # fmt: skip
-FIELDS = {"/v1/chat/completions": READ | CHATS | HARMLESS | {"enable_thinking", "options"},
-          "/v1/completions": READ | COMPLETIONS | HARMLESS | {"options"}}  # fmt: skip
-METHODS = ["POST"] * 60 + ["GET", "GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"]
+SAMPLING = """model max_tokens temperature top_p top_k min_p n seed stop stop_token_ids presence_penalty
+    frequency_penalty repetition_penalty logit_bias min_tokens ignore_eos stream logprobs user""".split()
+FIELDS = {  # of each route; now and then a request has others
+    "/v1/chat/completions": [*SAMPLING, *"""max_completion_tokens top_logprobs tools tool_choice parallel_tool_calls
+        response_format structured_outputs reasoning_effort chat_template_kwargs continue_final_message
+        add_generation_prompt stream_options""".split()],
+    "/v1/completions": [*SAMPLING, *"best_of echo suffix guided_regex guided_choice guided_json".split()],
+    "/v1/responses": """model stream temperature top_p tools tool_choice parallel_tool_calls max_output_tokens text
+        instructions previous_response_id store""".split(),
+    "/v1/messages": """model system stop_sequences stream temperature top_p top_k tools tool_choice thinking""".split(),
+    "/v1/embeddings": "model encoding_format dimensions user".split(),
+    "/tokenize": "model return_token_strs add_special_tokens add_generation_prompt".split(),
+    "/detokenize": ["model", "tokens"],
+    "/v1/load_lora_adapter": ["lora_name", "lora_path"],
+}  # fmt: skip
+INPUTS = {"/v1/completions": "prompt", "/v1/responses": "input", "/v1/embeddings": "input", "/detokenize": "tokens"}
+METHODS = ["POST"] * 150 + ["GET", "GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"]
 
 
 def odd_value(draw, depth=0):
@@ -145,25 +154,23 @@ def request(seed):
     """(method, path, body bytes, headers) of a seed."""
     draw = random.Random(seed)
     path = draw.choice(PATHS)
-    body = {
+    inputs = {
         "messages": messages(draw),
-        "prompt": draw.choice(["abc", ["a", "b"], [1, 2], [[1], [2]], odd_value(draw)]),
-        "input": draw.choice(["abc", ["a"], [1, 2], [{"role": "user", "content": "x"}], odd_value(draw)]),
+        "prompt": draw.choice(["abc", "abc", ["a", "b"], [1, 2], [[1], [2]], odd_value(draw)]),
+        "input": draw.choice(["abc", "abc", ["a"], [1, 2], [{"role": "user", "content": "x"}], odd_value(draw)]),
+        "tokens": [1, 2, 3],
     }
-    names, is_tame = sorted(GOOD), draw.random() < 0.3
-    if is_tame:  # what comes behind the checks of fields
-        body = {"messages": [{"role": "user", "content": "hello"}], "prompt": "abc", "input": "abc"}
-    if is_tame or draw.random() < 0.8:
-        del body["prompt" if "chat" in path or "message" in path else "messages"]
-        if path in FIELDS:  # others are refused
-            del body["input"]
-            names = [name for name in names if name in FIELDS[path]]
-    for name in draw.sample(names, draw.choice((0, 1, 2, 3, 5, 9))):
-        body[name] = odd_value(draw) if draw.random() < 0.3 and not is_tame else draw.choice(GOOD[name])
+    kept = draw.choice(("messages", "prompt")) if path == "/tokenize" else INPUTS.get(path, "messages")
+    body = {name: value for name, value in inputs.items() if name == kept or draw.random() < 0.03}
+    if "/v1/messages" in path:
+        body["max_tokens"] = 5
+    known = FIELDS.get(path, sorted(GOOD)) if draw.random() < 0.9 else sorted(GOOD)
+    for name in draw.sample(known, min(len(known), draw.choice((0, 1, 2, 3, 5)))):
+        body[name] = odd_value(draw) if draw.random() < 0.15 else draw.choice(GOOD[name])
     if draw.random() < 0.05:
         body[draw.choice(["", "x", "Model", "max_token"])] = odd_value(draw)
     data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    if draw.random() < 0.15 and not is_tame:  # the text of it, damaged
+    if draw.random() < 0.15:  # the text of it, damaged
         data = bytearray(data)
         for _ in range(draw.choice((1, 1, 3))):
             at = draw.randrange(len(data))
@@ -185,7 +192,8 @@ def request(seed):
                 {"anthropic-version": "2023-06-01", "x-api-key": ""},
             ]
         )
-    return draw.choice(METHODS), path, data, headers
+    reads = path in ("/v1/models", "/v1/models/poet", "/health", "/version", "/metrics", "/")
+    return "GET" if reads and draw.random() < 0.7 else draw.choice(METHODS), path, data, headers
 
 
 def fuzz(server, seeds):
