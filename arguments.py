@@ -86,7 +86,10 @@ class ScriptArgs:
         """
         if self.seed < 0:
             raise UserError(f"seed: {self.seed}; it must not be negative")
-        return _check_hardware(self)
+        notes = _check_hardware(self)
+        if not getattr(self, "auto_parallel", False):
+            self.check_topology()
+        return notes
 
     def check_topology(self) -> None:
         """UserError for degrees that this script does not run with, whatever the model; a script's own Args has it."""
@@ -191,6 +194,8 @@ class TrainingArgs(ScriptArgs):
             raise UserError("model_name_or_path: missing")
         if getattr(self, "lora", False) and getattr(self, "prefix_tuning", False):
             raise UserError("lora and prefix_tuning are both true; choose one")
+        if not self.auto_parallel:
+            self.check_topology()
         return []
 
 
@@ -241,7 +246,10 @@ class LoraArgs(TrainingArgs):
                 raise UserError(f"{key}: {size}; an even number of at least 2 is needed")
         if algo and getattr(self, "pissa", False):
             raise UserError("pissa takes its start out of float weights; it is not possible with weight_quantize_algo")
-        if algo and (self.tensor_parallel_degree > 1 or "stage3" in (self.sharding or "")):
+
+    def check_topology(self) -> None:
+        super().check_topology()
+        if self.weight_quantize_algo and (self.tensor_parallel_degree > 1 or "stage3" in (self.sharding or "")):
             raise UserError(
                 "weight_quantize_algo: codes are not sharded: tensor_parallel_degree > 1 and sharding stage3 are not "
                 "supported"

@@ -44,6 +44,7 @@ from formats.files import UserError, atomic_file
 from layers import linear_row
 from memory_model import FLOAT32, MemoryModel
 from parallel import Degrees, Topology
+from preference_losses import LOSSES
 
 # Published figures of a GPU by its dense bfloat16 TFLOP/s: bytes/s of its memory, of NVLink in one direction.
 GPUS = {125: (0.9e12, 150e9), 312: (2.0e12, 300e9), 990: (3.35e12, 450e9), 2250: (8.0e12, 900e9)}
@@ -72,6 +73,7 @@ class Machine:
     shares_cores: bool = False  # ranks of a node share its rates: processes on CPUs
     product_bytes: int = 2  # of an element of a product's operands
     fused_attention: bool = True  # else scores are in memory
+    measured: dict[str, tuple[float, float]] | None = None  # {collective of Axis: (α, β)} where a probe has them
     stored_bytes: int = 4  # of an element of activations, and of weights that stage 3 gathers: float32 here
 
     @staticmethod
@@ -128,9 +130,16 @@ class Machine:
             return self.node_latency, self.node_bandwidth
         return self.network_latency, min(self.node_bandwidth, here * self.network_bandwidth)
 
+    def of(self, name: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+        """(α, β) of a collective between these ranks: measured, or those of the link."""
+        return tuple(self.measured[name]) if self.measured else self.link(ranks)
+
     def all_reduce(self, ranks: tuple, size: float) -> float:
-        (alpha, beta), n = self.link(ranks), len(ranks)
-        return 0.0 if n == 1 else 2 * math.ceil(math.log2(n)) * alpha + 2 * (n - 1) / n * size / beta
+        n = len(ranks)
+        if n == 1:
+            return 0.0
+        alpha, beta = self.of("all_reduce", ranks)
+        return 2 * math.ceil(math.log2(n)) * alpha + 2 * (n - 1) / n * size / beta
 
     def all_gather(self, ranks: tuple, size: float) -> float:
         """size: of what all ranks have together."""
@@ -139,7 +148,8 @@ class Machine:
             return 0.0
         nodes = len({rank // self.ranks_per_node for rank in ranks})
         hops = (n - nodes) * self.node_latency + (nodes if nodes > 1 else 0) * self.network_latency
-        return hops + (n - 1) / n * size / self.link(ranks)[1]
+        alpha, beta = self.of("all_gather", ranks)
+        return ((n - 1) * alpha if self.measured else hops) + (n - 1) / n * size / beta
 
     def reduce_scatter(self, ranks: tuple, size: float) -> float:
         """gloo has none: all-reduce (Axis.reduce_scatter)."""
@@ -147,7 +157,7 @@ class Machine:
 
     def all_to_all(self, ranks: tuple, size: float) -> float:
         """size: of what a rank sends."""
-        (alpha, beta), n = self.link(ranks), len(ranks)
+        (alpha, beta), n = self.of("all_to_all", ranks), len(ranks)
         return 0.0 if n == 1 else (n - 1) * alpha + (n - 1) / n * size / beta
 
     def all_to_all_v(self, ranks: tuple, size: float) -> float:
@@ -155,7 +165,8 @@ class Machine:
         return self.all_to_all(ranks, size) if self.overlaps else self.all_gather(ranks, len(ranks) * size)
 
     def message(self, ranks: tuple, size: float) -> float:
-        alpha, beta = self.link(ranks)
+        """To a neighbor on a ring or in a pipeline."""
+        alpha, beta = self.of("ring_shift", ranks)
         return 0.0 if len(ranks) == 1 else alpha + size / beta
 
 
@@ -203,6 +214,15 @@ def ranks_of(dp: int, pp: int, sharding: int, sep: int, tp: int, ep: int, order:
     topology = Topology(Degrees(dp, pp, sharding, sep, tp, ep, order=order))
     axes: list[Axis] = [topology.dp, topology.pp, topology.sharding, topology.sep, topology.tp, topology.ep]
     return {axis.name: tuple(axis.ranks) for axis in axes}
+
+
+def adapter_off_forwards(args: object, pp: int) -> int:
+    """Forwards of a micro-batch beside its own: dpo.py's reference of LoRA or a prefix, the model without it."""
+    if pp > 1 or getattr(args, "reference_free", True) or args.ref_model_update_steps > 0:  # computed before the run
+        return 0
+    names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    rows = [LOSSES.get(name) for name in names]  # None: orpo, sft, single replies and lists, which the run resolves
+    return int(any(row is None or row.needs_reference for row in rows))
 
 
 class CostModel:
@@ -260,6 +280,9 @@ class CostModel:
                 cost.backward_talk += n * block.backward_talk
             stages.append(cost)
         self._add_head(stages[-1], degrees, batch_size, machine)
+        for stage in stages if self.memory.is_adapter else ():
+            times = 1 + adapter_off_forwards(self.args, degrees.pp)
+            stage.forward, stage.forward_talk = times * stage.forward, times * stage.forward_talk
         share = accumulation / degrees.pp
         for kind, n in collections.Counter(kinds).items():
             for name, part in blocks[kind][1].items():
@@ -307,11 +330,15 @@ class CostModel:
         if self.args.bf16 and not self.memory.is_adapter:  # each product rounds its float32 weight, see kernels/gpu.py
             elements = self.memory._elements(degrees)[0][kind][2]
             casts = machine.passes(6 * elements)
+        if self.memory.low_bit is not None:  # dequantized for a product, in backward again
+            elements = self.memory._elements(degrees)[0][kind][2]
+            casts = machine.passes((FLOAT32 + self.memory.low_bit.bytes_per_weight) * elements)
         forward = attention + mlp + core + 2 * passes + casts
         linears = (attention + mlp) * (1 if self.memory.is_adapter else 2)
         again = {None: 0.0, "full": forward, "core_attn": core, "full_attn": attention + core}
         granularity = "full" if degrees.stage == 3 else granularity
-        cost = StageCost(forward, linears + 2.5 * core + 4 * passes + again[granularity])
+        dequantize = casts * (self.memory.low_bit is not None)
+        cost = StageCost(forward, linears + dequantize + 2.5 * core + 4 * passes + again[granularity])
         parts = {}
         self._tensor_talk(cost, parts, degrees, tokens, granularity, machine, ranks["tp"])
         self._context_talk(cost, parts, degrees, tokens, granularity, machine, ranks["sep"])

@@ -644,10 +644,13 @@ class PreferenceLoader(SFTLoader):
 
     def batch(self, epoch, index):
         """-> the batch described at the top of this file, with reply_ids and reply_tokens."""
+        width = self._width(int(self._row_lengths[self._epoch_batches(epoch)[index]].max()))
+        return collate_pairs(self.sample_ids(epoch, index), self.dataset.sample, width, self.pad_token_id)
+
+    def sample_ids(self, epoch, index):
+        """Numbers of the pairs of each row of a batch."""
         rows = self._epoch_batches(epoch)[index]
-        pairs = [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
-        width = self._width(int(self._row_lengths[rows].max()))
-        return collate_pairs(pairs, self.dataset.sample, width, self.pad_token_id)
+        return [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
 
 
 def parse_blend(source: str) -> list[tuple[float, str]]:
@@ -690,9 +693,13 @@ def split_documents(split: str, count: int, which: str) -> tuple[int, int]:
 def interleave(sizes: list[int], weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """(corpus of each sample of a blend, its number there). Sample j of a corpus of weight w is due at (j + 1/2) / w:
     sorted by time, every stretch has the blend's weights, and a longer run begins as a shorter one does."""
+    if len(sizes) == 1:
+        return np.broadcast_to(np.uint8(0), sizes[0]), range(sizes[0])
     due = np.concatenate([(np.arange(n) + 0.5) / weight for n, weight in zip(sizes, weights)])
     order = np.argsort(due, kind="stable")
-    return np.repeat(np.arange(len(sizes)), sizes)[order], np.concatenate([np.arange(n) for n in sizes])[order]
+    order, kind = order.astype(np.min_scalar_type(len(order))), np.min_scalar_type(max(sizes))
+    corpora = np.repeat(np.arange(len(sizes), dtype=np.min_scalar_type(len(sizes))), sizes)[order]
+    return corpora, np.concatenate([np.arange(n, dtype=kind) for n in sizes])[order]
 
 
 class CorpusSamples:
@@ -717,12 +724,12 @@ class CorpusSamples:
         order = np.concatenate(numbers)
         self.starts = corpus.bounds[first:last][order]  # (passes * documents,) where each document of the stream lies
         self.stream = np.concatenate([[0], np.cumsum(sizes[order])])  # (passes * documents + 1,) and in the stream
-        orders = []
+        self.order = np.empty(self.num_samples, np.min_scalar_type(int(edges[-1])))  # 4 bytes a sample for most runs
         for e, (a, b) in enumerate(zip(edges[:-1], edges[1:])):
             order = epoch_order(b - a, seed + 1, e) if shuffle else np.arange(b - a)
             last = order == b - a - 1  # it reaches into the next pass, so it comes when all else was seen
-            orders.append(a + np.concatenate([order[~last], order[last]]))
-        self.order = np.concatenate(orders)[: self.num_samples]
+            used = self.order[a:b]
+            used[:] = (a + np.concatenate([order[~last], order[last]]))[: len(used)]
 
     def sample(self, index):
         """-> tokens (int64), number of the document in the stream (-1: padding), whether real; [seq_length + 1]."""
@@ -778,7 +785,9 @@ class CorpusLoader:
             self.num_samples, sizes = num_samples, [int(weight * num_samples) + len(blend) + 1 for weight in weights]
         self._corpus_of, self._number_of = (row[: self.num_samples] for row in interleave(sizes, weights))
         if num_samples is not None:
-            self.counts = np.bincount(self._corpus_of, minlength=len(blend)).tolist()
+            self.counts = (
+                np.bincount(self._corpus_of, minlength=len(blend)).tolist() if len(blend) > 1 else [num_samples]
+            )
         self.batches_per_epoch = -(-self.num_samples // batch_size)
         self._epoch = None
 

@@ -203,9 +203,15 @@ class Args(LoraArgs):
             )
         if "stage3" in (self.sharding or ""):
             raise UserError(f"{where}: the reference is a whole model beside the policy; use sharding stage1 or stage2")
-        if self.resume_from_checkpoint:
-            raise UserError(f"{where}: checkpoints do not hold an updated reference, so that such a run cannot resume")
-        return [f"{where}: checkpoints do not hold the reference, so that this run cannot be resumed"]
+        if self.ref_model_mixup_alpha < 1:
+            if self.resume_from_checkpoint:
+                raise UserError(f"{where}: checkpoints do not hold a mixed reference, so that such a run cannot resume")
+            return [f"{where}: checkpoints do not hold the mixed reference, so that this run cannot be resumed"]
+        if self.save_strategy != "no" and (
+            self.save_strategy == "epoch" or self.save_steps % self.ref_model_update_steps
+        ):
+            return [f"{where}: only checkpoints of steps that are a multiple of it can be resumed"]
+        return []
 
 
 # ======================================================================================================== set-up
@@ -251,6 +257,16 @@ def make_loader(args: Args, tokenizer: Tokenizer, split: str, share_within: floa
     return loader
 
 
+def distinct_prompts(dataset: PreferenceDataset, count: int) -> list[int]:
+    """Numbers of the first samples that have different prompts."""
+    found = {}
+    for i in range(len(dataset)):
+        found.setdefault(dataset.pair(i)[0].tobytes(), i)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
 def print_accuracies(before: dict, after: dict, args: Args) -> None:
     """What training has changed on the dev data."""
     pairs = "pairs where the chosen reply has the larger", {"rewards": "reward", "logps": "log-probability"}
@@ -280,9 +296,9 @@ def main(args: Args) -> None:
     check_lengths(model, args)
     dev_reference = before = moving = None
     if dev and not args.reference_free:
-        dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha
+        dev_batches = trainer.eval_batches(dev, args.max_evaluate_steps), not args.disable_tqdm, args.ld_alpha, topology
         dev_reference = precompute_reference_logps(model, dev, *dev_batches)
-    shown = range(min(3, len(dev.dataset)) if dev and args.do_train else 0)
+    shown = distinct_prompts(dev.dataset, 3) if dev and args.do_train else []
     prompts = [dev.dataset.pair(i)[0] for i in shown]
     limits = {"max_new_tokens": args.max_new_tokens, "max_length": model.config.max_model_len, "batch_size": 1}
     replies_before = trainer.generate_replies(model, tokenizer, prompts, **limits)
@@ -303,7 +319,8 @@ def main(args: Args) -> None:
             start, per_epoch, ranks = time.perf_counter(), train.batches_per_epoch, topology.data_size
             steps = range(trainer.total_steps(args, per_epoch, ranks)[0])
             batches = [index for step in steps for index in trainer.micro_batches(step, args, per_epoch, ranks)]
-            reference = precompute_reference_logps(model, train, batches, not args.disable_tqdm, args.ld_alpha)
+            options = not args.disable_tqdm, args.ld_alpha, topology
+            reference = precompute_reference_logps(model, train, batches, *options)
             known, unit = int((~np.isnan(reference[:, 0])).sum()), "replies" if args.is_unpaired else "pairs"
             print(f"reference: log-probabilities of {known:,} {unit} computed in {time.perf_counter() - start:.1f} s")
         setup_adapter(model, args, checkpoint)

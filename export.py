@@ -13,6 +13,9 @@ is merged into its base), and another adapter on top by lora_path or prefix_path
                  serve.py --mode static needs. float32.
 --format gguf    model.gguf for llama.cpp, Ollama and LM Studio: weights as gguf_type, tokenizer, chat template and
                  stop ids; and Modelfile, for `ollama create`. Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma.
+--format compressed-tensors, awq
+                 the integers of a quantized model (4 and 8 bits, A8W8; awq: 4 bits in groups) in the layouts that vLLM
+                 and transformers open. GPTQ's own layout is format hf.
 
 Every export is written to a temporary folder, loaded again from there, and its logits are compared with those of the
 model in memory. With verify_with, a client of the format (llama_cpp; transformers) opens it too: its ids of texts,
@@ -41,6 +44,7 @@ from formats.clients import ask_client, check_ids, compare, importable_client
 from formats.files import UserError
 from formats.gguf_export import FILE_TYPES, round_model, write_model, write_modelfile
 from formats.gguf_folder import open_folder
+from formats.quantized_export import LAYOUTS, quantized_weights
 from formats.tensor_files import from_bfloat16, to_bfloat16
 from formats.tokenizer import MODEL_FILES, Tokenizer, load_tokenizer
 from formats.weights import named_weights, save_pretrained
@@ -56,12 +60,12 @@ class Args(ScriptArgs):
     prefix_path: str | None = None  # a prefix to put before it; format static only
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; None: with the adapter or the model
     chat_template: str | None = None  # as in finetune.py; None: the tokenizer's own
-    format: str = "hf"  # hf, static or gguf
+    format: str = "hf"  # hf, static, gguf, compressed-tensors or awq
     save_dtype: str | None = None  # format hf: float32, bfloat16 or float16; None: the one that config.json names
     max_shard_size: str = "5GB"  # format hf: most bytes of one file, in B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB
     dequantize: bool = False  # floats instead of the integers of a quantized model
     gguf_type: str = "F16"  # format gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_0, Q5_1, Q4_K_M, Q4_K_S, Q4_1 or Q4_0
-    verify_with: str | None = None  # a Python with the format's client: llama_cpp (gguf), transformers (hf)
+    verify_with: str | None = None  # a Python with the format's client: llama_cpp (gguf), vllm or transformers
 
     aliases = {
         "output_path": "output_dir",
@@ -277,6 +281,27 @@ def export_gguf(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
     return f"largest difference of logits {largest:.3g}; {rounding:.3g} from rounding to {args.gguf_type}{asked}"
 
 
+# ======================================================================================= formats of integers
+
+
+def export_quantized(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
+    """Write the integers of a quantized model in another layout and open it; returns a line about the differences."""
+    model = load_model(args, tokenizer)
+    weights, quantization = quantized_weights(model, args.format)
+    dtype, size = saved_dtype(args, model.config), parse_size(args.max_shard_size)
+    if dtype != "float32":
+        round_weights(model, dtype)
+    save_pretrained(model, folder, dtype, max_shard_bytes=size, weights=weights, quantization=quantization)
+    tokenizer.save(folder)
+    dequantize(model, args.model_name_or_path)  # rounded activations are the client's
+    ids, mask = probe(model)
+    expected = dynamic_logits(model, ids, mask)
+    del model, weights  # one at a time in memory
+    reloaded = from_pretrained(folder).eval()
+    largest = difference(dynamic_logits(reloaded, ids, mask), expected, 1e-4, "the folder, loaded again")
+    return f"largest difference of logits {largest:.3g}{verified(args, folder, reloaded, tokenizer)}"
+
+
 # ================================================================================== what the format's client answers
 
 TEXTS = (
@@ -292,7 +317,7 @@ QUESTIONS = (
     "Tell me a joke.", "How do I sort a list in Python?", "What is photosynthesis?", "Tell me about Cinderella.",
     "What is the boiling point of water?", "Describe a sunset.", "How long is a leap year?", "What is gravity?",
 )  # fmt: skip
-CLIENTS = {"hf": ["transformers"], "gguf": ["llama_cpp"]}
+CLIENTS = {"hf": ["transformers"], "gguf": ["llama_cpp"]} | dict.fromkeys(LAYOUTS, ["vllm", "transformers"])
 # Of compare(). llama.cpp keeps keys in 16 bits, rounds activations as the weights are stored: where these are
 # quantized, to 8 bits.
 TOLERANCE = {"F32": 0.005, "F16": 0.01, "BF16": 0.05}
@@ -315,7 +340,9 @@ def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> s
         sequence = np.array([prompts[number] + tokens[:-1]])
         return model(paddle.to_tensor(sequence))[0, len(prompts[number]) - 1 :].astype("float32").numpy()
 
-    tolerance = TOLERANCE.get(args.gguf_type, 0.15) if args.format == "gguf" else 0.001
+    tolerance = 0.001 if args.format == "hf" else 0.15
+    if args.format == "gguf":
+        tolerance = TOLERANCE.get(args.gguf_type, tolerance)
     return "; " + compare(reply, list(texts), [tokenizer.encode(text) for text in texts], logits_of, tolerance)
 
 
@@ -350,7 +377,7 @@ def export_static(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
 
 # ========================================================================================================== main
 
-WRITERS = {"hf": export_hf, "static": export_static, "gguf": export_gguf}
+WRITERS = {"hf": export_hf, "static": export_static, "gguf": export_gguf} | dict.fromkeys(LAYOUTS, export_quantized)
 
 
 def check_base_is_elsewhere(args: Args) -> None:

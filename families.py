@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from formats.files import UserError
+from formats.quantization_config import KEYS, read_quantization
 from formats.weight_names import (
     NAMES_BAICHUAN,
     NAMES_BLOOM,
@@ -200,6 +201,8 @@ class ModelConfig:
             raise UserError(f"{path}: a key that {family} needs is missing or of another type: {error}") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        if fields["quantization"] is None:
+            source = {key: value for key, value in source.items() if key not in KEYS}
         config = ModelConfig(family=family, source=source, **fields)
         for sizes in filter(None, (config.experts, config.latent)):
             for field in dataclasses.fields(sizes):
@@ -821,33 +824,11 @@ _READ_KEYS = {  # keys that match _LIKE_MATHS, and are read above or change noth
 }  # fmt: skip
 
 
-QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
-    "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
-    "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
-}
-
-
 def _quantization(source, path):
-    """quantization_config, checked; None for a model of floats."""
-    quantization = source.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method not in QUANTIZATIONS:
-        raise UserError(f"{path}: quant_method {method!r} cannot be read; readable are {', '.join(QUANTIZATIONS)}")
-    for key, allowed in QUANTIZATIONS[method].items():
-        if quantization.get(key) not in allowed:
-            choices = ", ".join(str(a) for a in allowed if a is not None)
-            raise UserError(f"{path}: quantization_config: {key} = {quantization.get(key)!r}; readable are {choices}")
-    group = quantization.get("group_size", -1)
-    if not isinstance(group, int) or group == 0 or group < -1:
-        raise UserError(f"{path}: quantization_config: group_size = {group!r}; it must be -1 or positive")
-    for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"):
-        if quantization.get(key):
-            raise UserError(
-                f"{path}: quantization_config: {key} = {quantization[key]!r} is not supported: quantized "
-                "are all linears of the blocks and no others"
-            )
+    """quantization_config, checked; None for a model of floats, and for one that is opened as floats."""
+    quantization, problem = read_quantization(source)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}")
     return quantization
 
 

@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import kernels
+
 import paddle
 from tqdm import tqdm
 
@@ -322,12 +324,18 @@ def peak_memory() -> int:
 
 
 def measure_matmul_peak(seconds: float = 0.8) -> float:
-    """FLOP/s of the fastest of a few float32 matmuls of 1024 x 1024: the reference for model FLOPs utilization."""
-    n, best, end = 1024, math.inf, time.perf_counter() + seconds
+    """FLOP/s of the fastest of a few square products in the dtype that training computes in (kernels.bf16: bfloat16):
+    the reference for model FLOPs utilization."""
+    is_cpu = paddle.device.get_device().startswith("cpu")
+    n, best, end = 1024 if is_cpu else 8192, math.inf, time.perf_counter() + seconds
     a = paddle.ones([n, n], "float32")
-    float(paddle.matmul(a, a)[0, 0])  # the first one starts the threads
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        float(paddle.matmul(a, a)[0, 0])  # float() waits for the device
-        best = min(best, time.perf_counter() - begin)
+    product = kernels.linear if is_cpu else paddle.matmul  # a CPU's bfloat16 product is ours
+    if kernels.bf16 and not is_cpu:
+        a = a.astype("bfloat16")
+    with paddle.no_grad():
+        float(product(a, a)[0, 0])  # the first one starts the threads
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            float(product(a, a)[0, 0])  # float() waits for the device
+            best = min(best, time.perf_counter() - begin)
     return 2 * n**3 / best if best < math.inf else 2 * n**3 / seconds

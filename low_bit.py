@@ -66,6 +66,12 @@ class LowBit:
     def bits(self) -> int:
         return 8 if self.algo == "weight_only_int8" else 4
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Codes and scales; those of output channels are too few to count."""
+        scales = 4.0 if not self.double_quant else 1.0 + 4.0 / self.double_quant_block_size
+        return self.bits / 8 + self.is_blockwise * scales / self.blocksize
+
 
 # ======================================================================================================= rounding
 

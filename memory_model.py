@@ -28,6 +28,7 @@ from families import ModelConfig
 from formats.files import UserError
 from formats.weights import named_weights
 from layers import linear_row
+from low_bit import LowBit
 from model import block_linears, build
 from parallel import Degrees
 from presets import find_preset, missing_model_message, model_config
@@ -184,7 +185,7 @@ class MemoryModel:
             (name, math.prod(p.shape)) for name, p in self.model.named_parameters() if not name.startswith("layers.")
         ]
         self.is_adapter = bool(getattr(args, "lora", False) or getattr(args, "prefix_tuning", False))
-        self.on_cpu, self.cache = args.device == "cpu", {}
+        self.on_cpu, self.cache, self.low_bit = args.device == "cpu", {}, LowBit.of(args)
 
     # ------------------------------------------------------------------------------------------- elements on a rank
 
@@ -278,10 +279,13 @@ class MemoryModel:
             trained = None
             if adapter is not None:
                 trained = adapter[stage.layers].sum(0) + adapter[-1]
-            rows = self._state_bytes(degrees, elements, trained)
+            in_blocks = sum(n * kinds[kind][2] for kind, n in counts.items())
+            rows = self._state_bytes(degrees, elements, trained, in_blocks)
             rows |= self._transient_bytes(degrees, unit, tokens, is_last)
             temporary = max(self._mlp_activations(kind, degrees) for kind in counts)
             rows["gradients of activations"] = temporary * tokens * FLOAT32
+            if self.low_bit is not None:
+                rows["a dequantized weight"] = self._largest_linear() * FLOAT32
             without, kept, recomputed = self._activation_elements(degrees, stage, accumulation, granularity)
             head = self._normalized_head(degrees) if is_last else 0.0
             with_recompute = kept + recomputed
@@ -295,9 +299,9 @@ class MemoryModel:
             ranks.append(rows)
         return ranks
 
-    def _state_bytes(self, degrees, elements, trained):
+    def _state_bytes(self, degrees, elements, trained, in_blocks):
         """{part: bytes} of weights, gradients and moments. elements: of the model's weights, as in _elements();
-        trained: of the adapter, [unsharded, sharded], or None."""
+        trained: of the adapter, [unsharded, sharded], or None. in_blocks: of the linears of blocks."""
         parts, of_trained = {}, elements if trained is None else trained
         for part, stage in SHARDED_FROM.items():
             is_sharded = int(degrees.stage >= stage)
@@ -307,10 +311,15 @@ class MemoryModel:
                 if self.args.bf16:  # frozen linears are stored in bfloat16
                     shards = elements[0] / elements[1] if is_sharded else 1.0
                     parts[part] -= float(elements[2] / shards * (FLOAT32 - BFLOAT16))
+                if self.low_bit is not None:  # QLoRA
+                    stored = BFLOAT16 if self.args.bf16 else FLOAT32
+                    parts[part] -= float(in_blocks * (stored - self.low_bit.bytes_per_weight))
             if degrees.offload and stage == 1:
                 parts[part] = 0.0
         if getattr(self.args, "needs_reference", False) and trained is None:  # rl.py: a frozen copy
             parts["reference"] = float(elements[0] * (BFLOAT16 if self.args.bf16 else FLOAT32))
+        if getattr(self.args, "ref_model_update_steps", -1) > 0:  # dpo.py: a second model that follows the policy
+            parts["reference"] = float(elements[0] * FLOAT32)
         if cache := self._engine_cache():
             parts["keys and values of the engine"] = cache
         return parts
@@ -353,6 +362,10 @@ class MemoryModel:
             return 2.0 * min(tokens * V, reference.LOGITS) * FLOAT32
         return 2.0 * min(tokens * V, gpu.LOGITS) * BFLOAT16
 
+    def _largest_linear(self):
+        sizes = (layer.n_in * layer.n_out for _, _, layer in block_linears(self.model).values())
+        return self.cached("largest linear", lambda: max(sizes))
+
     def _normalized_head(self, degrees):
         """Elements: a normalized head is a second head."""
         if not self.config.norm_head:
@@ -376,7 +389,8 @@ class MemoryModel:
         gradients, unit = rows["gradients"], rows.get("a unit at work", 0.0)
         block = rows["of these recomputed"] if mode == MODES[1] or degrees.stage == 3 else 0.0
         activations = rows[f"activations {mode}"] + rows.get(f"half-precision weights {mode}", 0.0) - block
-        temporary = max(unit, rows.get(HEAD, 0.0), block + rows["gradients of activations"])
+        block += rows["gradients of activations"] + rows.get("a dequantized weight", 0.0)
+        temporary = max(unit, rows.get(HEAD, 0.0), block)
         if accumulation == 1 and degrees.pp == 1:
             return held + max(activations + temporary, gradients + unit)
         return held + gradients + activations + temporary

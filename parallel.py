@@ -29,9 +29,11 @@ that works on the same batch. With one process nothing is sent. When one process
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -138,6 +140,11 @@ class Degrees:
             order=order,
         )
         wrong = _contradictions(degrees, degree, stage, world)
+        if not world and requested["sharding"] < 1 and stages and not offload:
+            wrong.append(
+                f"sharding stage{stage} without sharding_parallel_degree takes all processes that are left; give the "
+                "degree, since a dry run has no processes"
+            )
         if not world:  # as many data-parallel copies as the experts need
             dp = degree["ep"] // math.gcd(degree["ep"], degree["sharding"] * degrees.sep)
             degrees = dataclasses.replace(degrees, dp=dp)
@@ -174,10 +181,12 @@ class Degrees:
         row = linear_row(name)
         units = row.units if row is not None else None
         H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
-        if units == "key heads":  # repeated where there are fewer heads than ranks
-            return min(self.tp, K)
-        if units == "query and key heads":
-            return (H + 2 * K) / (H / self.tp + 2 * K / min(self.tp, K))
+        if units in ("query heads", "key heads", "query and key heads"):
+            queries, keys = _most_heads(H, K, self.tp)  # keys are repeated where there are fewer than ranks
+            if units == "query and key heads":
+                return (H + 2 * K) / (queries + 2 * keys)
+            is_row_bias = row.parallel == "row" and name.endswith(".bias")
+            return 1 if is_row_bias else H / queries if units == "query heads" else K / keys
         if units == "ids":
             return V / -(-V // self.tp)
         is_sharded = units is not None and not (row.parallel == "row" and name.endswith(".bias"))
@@ -189,6 +198,14 @@ class Degrees:
         if ".experts." not in name or self.ep == 1 or self.sharding == 1:
             return self.sharding
         return max(1, self.dp * self.sharding * self.sep // self.ep)
+
+
+@functools.cache
+def _most_heads(H, K, tp):
+    """(query heads, key heads) of the rank of tp that has most."""
+    config = types.SimpleNamespace(num_attention_heads=H, num_key_value_heads=K)
+    ranks = [local_heads(config, tp, rank) for rank in range(tp)]
+    return tuple(max(heads[i][1] - heads[i][0] for heads in ranks) for i in (0, 1))
 
 
 def _sharding_words(text):

@@ -204,6 +204,12 @@ def simulate(args: Args, targs: TrainingArgs, machine: Machine) -> str:
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print((__doc__ or "").strip())
+        print("\nKeys beside those of the training script, and their defaults:")
+        for field in dataclasses.fields(Args):
+            print(f"  {field.name} = {field.default!r}")
+        return
     own, theirs = split_arguments(argv)
     args = parse_args(Args, own)
     kernels.configure("auto" if args.peak_tflops is None else "cpu", "auto")

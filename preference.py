@@ -219,32 +219,46 @@ def precompute_reference_logps(
     batches: list[tuple[int, int]],
     progress: bool = False,
     ld_alpha: float | None = None,
+    topology: Topology = SINGLE,
 ) -> np.ndarray:
     """(pairs of the loader's data, 2) float64: reply_logps() of every pair in these (epoch, index) batches, others nan.
     Of single replies: their own, and those of the mismatched ones.
 
-    A pair is computed in the first batch that has it: bit for bit as the policy does before the first step.
+    A pair is computed in the first batch that has it: bit for bit as the policy does before the first step. The
+    data-parallel ranks divide the batches.
     """
-    logps = np.full((len(loader.dataset), 2), np.nan)
+    logps, seen, new = np.full((len(loader.dataset), 2), np.nan), np.zeros(len(loader.dataset), bool), []
+    for index in batches:
+        pairs = np.concatenate(loader.sample_ids(*index))
+        if not seen[pairs].all():
+            seen[pairs] = True
+            new.append(index)
+        if seen.all():
+            break
 
-    def batches_with_new_pairs():
-        seen = np.zeros(len(logps), bool)
-        for epoch, index in tqdm(batches, desc="reference", disable=not progress or None):
-            batch = loader.batch(epoch, index)
-            pairs = np.concatenate(batch["sample_ids"])
-            if not seen[pairs].all():
-                seen[pairs] = True
-                yield from (batch, batch["mismatched"]) if "mismatched" in batch else (batch,)
-            if seen.all():
-                break
+    def items():
+        for index, is_real in tqdm(
+            trainer.local_micro_batches(new, topology), desc="reference", disable=not progress or None
+        ):
+            batch = loader.batch(*index)
+            for each in (batch, batch["mismatched"]) if "mismatched" in batch else (batch,):
+                yield each, is_real
 
-    def outputs(losses, batch):
-        return sum_of_replies(losses, batch, ld_alpha)
+    def inputs(item):
+        return model_inputs(item[0])
+
+    def outputs(losses, item):
+        return sum_of_replies(losses, item[0], ld_alpha)
 
     with trainer.eval_mode(model):
-        for batch, batch_logps in parallel.pipelined_map(model, batches_with_new_pairs(), model_inputs, outputs):
-            logps[np.concatenate(batch["sample_ids"]), columns_of(batch)] = batch_logps.numpy()
-    return logps
+        for (batch, is_real), found in parallel.pipelined_map(model, items(), inputs, outputs):
+            if is_real:
+                logps[np.concatenate(batch["sample_ids"]), columns_of(batch)] = found.numpy()
+    if topology.data_size == 1:
+        return logps
+    of_rank = np.concatenate([np.nan_to_num(logps), ~np.isnan(logps)], 1)  # sums, and how many ranks know each
+    total = np.array(topology.all_reduce_sum(tuple(of_rank.ravel().tolist()))).reshape(-1, 4)
+    return np.where(total[:, 2:] > 0, total[:, :2] / np.maximum(total[:, 2:], 1), np.nan)
 
 
 def columns_of(batch: dict) -> slice:
@@ -279,8 +293,14 @@ class MovingReference:
 
     @paddle.no_grad()
     def follow(self, policy: CausalLM, step: int) -> None:
-        """Do the update that is due after `step` steps, once."""
+        """Do the update that is due after `step` steps, once. After a resume that is a hard one, to the weights that
+        the checkpoint holds: UserError if they are not those of the last update."""
         if step // self.every > self.updates:
+            if step % self.every:
+                raise UserError(
+                    f"resume_from_checkpoint: step {step} does not hold the reference, which is the policy at step "
+                    f"{step // self.every * self.every}; resume from a multiple of ref_model_update_steps {self.every}"
+                )
             self.updates = step // self.every
             for ours, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
                 ours.set_value(ours * (1 - self.alpha) + theirs.astype(ours.dtype) * self.alpha)

@@ -95,9 +95,7 @@ class UnpairedLoader(PreferenceLoader):
 
     def batch(self, epoch: int, index: int) -> dict:
         """-> the batch described at the top of this file."""
-        rows = self._epoch_batches(epoch)[index]
-        samples = [self._order[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
-        batches = []
+        samples, batches = self.sample_ids(epoch, index), []
         for mismatched in (False, True):
             found = {i: self.dataset.sample(i, mismatched) for row in samples for i in row}
             width = self._width(max(sum(len(found[i][0]) for i in row) for row in samples))

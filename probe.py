@@ -7,6 +7,7 @@ Each figure is the fastest of as many runs as its share of the time allows.
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from cost_model import Machine
 from parallel import SINGLE, Topology
 
 SHAPES = ((512, 512, 2048), (1024, 1024, 1024), (2048, 512, 512))  # (M, K, N) of products
+SIZES = (1 << 12, 1 << 20)  # bytes of the tensors of collectives
 ON_ONE_MACHINE = 1 << 20  # ranks a node: all
 
 
@@ -48,15 +50,16 @@ def probe(topology: Topology = SINGLE, seconds: float = 2.0) -> Machine:
     B, T, H, Dh = 1, 512, 8, 64
     q, k, v = (paddle.rand([B, T, H, Dh]) for _ in range(3))
     attention = 4 * B * T * T / 2 * H * Dh / _fastest(lambda: _wait(kernels.attention(q, k, v)), share)
-    data = paddle.rand([1 << 23])  # 32 MB
+    data = paddle.rand([1 << 22])  # 16 MB: beyond the caches
     copied = 2 * data.size * 4 / _fastest(lambda: _wait(paddle.assign(data)), share)
     one = paddle.ones([1])
     launch = _fastest(lambda: one + one, share / 4)
     peak = max(rates)
     efficiency = math.exp(sum(math.log(rate / peak) for rate in rates) / len(rates))
-    latency, bandwidth = 50e-6 if is_cpu else 6e-6, copied / 4
-    if world > 1:
-        latency, bandwidth = _collectives(topology, 2 * share)
+    latency, bandwidth = 50e-6 if is_cpu else 6e-6, copied / 4  # assumed
+    measured = _collectives(topology) if world > 1 else None
+    if measured:
+        latency, bandwidth = measured["all_reduce"]
     return Machine(
         peak_flops=peak,
         memory_bandwidth=copied,
@@ -68,29 +71,40 @@ def probe(topology: Topology = SINGLE, seconds: float = 2.0) -> Machine:
         node_latency=latency,
         network_latency=latency,
         launch=launch,
+        measured=measured,
         overlaps=not is_cpu,
         shares_cores=is_cpu and world == 1,
         product_bytes=2 if kernels.bf16 else 4,
     )
 
 
-def _collectives(topology, seconds):
-    """(α, β) of an all-reduce between all ranks."""
+def _collectives(topology):
+    """{collective: (α, β)} between all ranks, by the formulas of Machine, from a small and a large tensor.
+
+    The median of a few: in training too, ranks wait for the one that comes last.
+    """
     axis = max(topology.axes, key=lambda axis: axis.size)
-    small, large, n = paddle.ones([256]), paddle.ones([1 << 21]), axis.size
-    axis.all_reduce(large.clone())  # the first one connects
-
-    def fastest(x):
-        best = math.inf
-        for _ in range(8):  # as many on every rank
-            begin = time.perf_counter()
-            _wait(axis.all_reduce(x))
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    of_small, of_large = fastest(small), fastest(large)
-    rate = 2 * (n - 1) / n * large.size * 4 / max(1e-9, of_large - of_small)
-    return of_small / (2 * math.ceil(math.log2(n))), rate
+    n = axis.size
+    # {name: (function of x (n, …), times α, times S/β; S: bytes of x, of what all gather, of a message)}
+    shapes = {
+        "all_reduce": (axis.all_reduce, 2 * math.ceil(math.log2(n)), 2 * (n - 1) / n),
+        "all_gather": (axis.all_gather, n - 1, n - 1),
+        "all_to_all": (axis.all_to_all, n - 1, (n - 1) / n),
+        "ring_shift": (axis.ring_shift, 1, 1),
+    }
+    found = {}
+    for name, (function, hops, share) in shapes.items():
+        seconds = []
+        for size in SIZES:
+            x, times = paddle.ones([n, size // n // 4]), []
+            for _ in range(9):  # as many on every rank; the first one connects
+                begin = time.perf_counter()
+                _wait(function(x))
+                times.append(time.perf_counter() - begin)
+            seconds.append(statistics.median(times[1:]))
+        small, large = seconds
+        found[name] = small / hops, share * (SIZES[1] - SIZES[0]) / max(1e-9, large - small)
+    return found
 
 
 def memory_here(world: int) -> float:

@@ -84,15 +84,22 @@ class Args(LoraArgs):
 class ScoredPairs(PreferenceDataset):
     """Pairs as one sequence whose replies end with a token that gets a score. Truncation is PreferenceDataset's."""
 
-    def __init__(self, path: str, tokenizer: Tokenizer, max_seq_len: int, *options):
-        super().__init__(path, tokenizer, max_seq_len - 1, *options)
-        self.lengths = self.lengths + 1
+    def __init__(self, path: str, tokenizer: Tokenizer, max_seq_len: int, *options, share_within: float = math.inf):
+        """share_within: a pair of more positions is two sequences, each with the prompt; see trainer.share_within()."""
+        longer = 1 if share_within == math.inf else 2  # each sequence has one position more than data.pair_sample()'s
+        super().__init__(path, tokenizer, max_seq_len - longer, *options, share_within=share_within - 1)
+        sizes = np.array([len(self.sample(i)[0]) for i in range(len(self))]) if longer == 2 else self.lengths + 1
+        self.lengths = sizes.astype(np.int32)
 
     def sample(self, i: int) -> tuple[np.ndarray, ...]:
         """Pair number -> input_ids, labels, position_ids, rows, replies of heads.scored_sample(); a label stands where
         there is a score."""
         prompt, chosen, rejected = self.pair(i)
         input_ids, position_ids, rows, replies = scored_sample(prompt, [chosen, rejected])
+        if len(input_ids) - 1 > self.share_within:
+            one, two = scored_sample(prompt, [chosen]), scored_sample(prompt, [rejected])
+            two = (*two[:2], two[2] + len(one[0]), np.where(two[3] < 0, -1, 1))
+            input_ids, position_ids, rows, replies = (np.concatenate(both) for both in zip(one, two))
         return input_ids, np.where(replies >= 0, input_ids, IGNORED), position_ids, rows, replies
 
     def margin(self, i: int) -> float:
@@ -172,11 +179,12 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
     train_score_head(model)
 
 
-def make_loader(args: Args, tokenizer: Tokenizer, split: str) -> PreferenceLoader:
-    """The loader of the pairs for "train" or "dev"."""
+def make_loader(args: Args, tokenizer: Tokenizer, split: str, share_within: float = math.inf) -> PreferenceLoader:
+    """The loader of the pairs for "train" or "dev"; share_within: see ScoredPairs."""
     is_train, limits = split == "train", (args.max_seq_len, args.max_prompt_len)
     path, options = getattr(args, f"{split}_dataset_path"), RecordOptions.of(args)
-    dataset = ScoredPairs(path, tokenizer, *limits, split, not args.disable_tqdm, options)
+    given = path, tokenizer, *limits, split, not args.disable_tqdm, options
+    dataset = ScoredPairs(*given, share_within=share_within)
     loader = PreferenceLoader(
         dataset,
         args.per_device_train_batch_size if is_train else args.per_device_eval_batch_size,
@@ -197,15 +205,15 @@ def main(args: Args) -> None:
     trainer.check_output_dir(args)
     checkpoint = find_checkpoint(args, topology) if args.do_train else None
     tokenizer = trainer.setup_tokenizer(args)
-    train = make_loader(args, tokenizer, "train") if args.do_train else None
-    dev = make_loader(args, tokenizer, "dev") if args.do_eval else None
+    share_within = trainer.share_within(args.model_name_or_path, "max_seq_len", args.max_seq_len)
+    train = make_loader(args, tokenizer, "train", share_within) if args.do_train else None
+    dev = make_loader(args, tokenizer, "dev", share_within) if args.do_eval else None
 
     # ====================================================================== 2. model and head
     network = load_reward_model(args.model_name_or_path, topology, seed=args.seed if args.do_train else None)
     network.config.source.setdefault("pad_token_id", tokenizer.pad_token_id)  # transformers batches only with one
     trainer.set_recompute(network, args)
-    refused = ("alibi", "rope_2d")
-    trainer.check_shared_prompts(network, args.model_name_or_path, "max_seq_len", args.max_seq_len, refused)
+    trainer.check_shared_prompts(network, args.model_name_or_path, "max_seq_len", 0, ("rope_2d",))
     trainer.check_vocabulary(network, tokenizer, args.model_name_or_path, args)
     trainer.check_positions(network, args.model_name_or_path, {"max_seq_len": args.max_seq_len})
     model, before = ScoreModel(network), None  # model: ids -> scores

@@ -3,7 +3,7 @@
     python rl.py configs/llama_rl.json                                   # any key again as --key value
     python rl.py configs/llama_rl.json --advantage_estimator rloo --importance_sampling_level sequence
 
-Each step of a rollout: prompts -> rollout_n replies each, by the engine on the weights that are trained (no copy) ->
+Each step of a rollout: prompts -> rollout_n replies each, by the engine on the weights of that moment ->
 rewards, by Python functions or a reward model -> advantages -> updates on packed groups. The old log-probabilities are
 the engine's own; engine_kl in the log says how well the trainer agrees with them. The reference is the model before
 training: with LoRA the same model with the adapter off, otherwise a frozen copy, and none if no KL is asked for.
@@ -36,13 +36,6 @@ from heads import Policy, add_score_head, remove_score_head, train_score_head
 from model import CausalLM
 from rewards import load_reward_functions, server_reward
 
-METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
-           "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
-           "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
-           "time/reward", "time/update")  # fmt: skip
-TOOL_METRICS = ("tools/call_frequency", "tools/failure_frequency")
-RATIO_METRICS = tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max"))
-VALUE_METRICS = ("value_loss", "value_clip_ratio")
 LOWS = {
     0: "top_k overlong_penalty_factor reward_timeout clip_range_value value_loss_coeff clip_range_ratio kl_loss_coeff "
     "kl_coeff gamma",
@@ -108,6 +101,7 @@ class Args(LoraArgs):
     update_iters: int = 1  # passes over a rollout
     dynamic_sampling: bool = False  # replace groups whose rewards are all equal by groups of further prompts
     max_gen_batches: int = 32  # most batches of prompts for that, the first one included
+    rollout_dtype: str | None = None  # float32 or bfloat16 of the engine's weights; None: float32, with bf16 the layers
     rollout_max_num_seqs: int = -1  # most replies the engine writes at once; -1: all, at most 128
     temperature: float = 1.0  # of the sampling; log-probabilities are those of the scaled distribution
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
@@ -157,6 +151,10 @@ class Args(LoraArgs):
         self._check_numbers()
         self._resolve_algorithm()
         self._check_steps()
+        return notes
+
+    def check_topology(self) -> None:
+        super().check_topology()
         for key in ("pipeline", "context", "sep", "expert"):
             if getattr(self, f"{key}_parallel_degree") > 1:
                 raise UserError(f"{key}_parallel_degree: rl.py runs with data and tensor parallelism and sharding only")
@@ -164,7 +162,6 @@ class Args(LoraArgs):
             raise UserError("tools: each rank of tensor parallelism would call them; leave tensor_parallel_degree out")
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
-        return notes
 
     def check_dry_run(self) -> list[str]:
         self.max_length = self.max_length or self.max_src_len + self.max_dec_len
@@ -183,6 +180,7 @@ class Args(LoraArgs):
             raise UserError(f"dual_clip: {self.dual_clip}; it must be above 1")
         choices = {"loss_type": rl_math.LOSS_TYPES, "importance_sampling_level": ("token", "sequence")}
         choices |= {"importance_sampling_mode": (*rl_math.SAMPLING_CORRECTIONS, None)}
+        choices |= {"rollout_dtype": ("float32", "bfloat16", None)}
         choices |= {"scale_rewards": ("group", "batch", "none"), "advantage_estimator": (*rollouts.ESTIMATORS, None)}
         for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None), "repetition_penalty": (1.0,)}).items():
             if getattr(self, key) not in possible:
@@ -304,15 +302,6 @@ def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -
         layer.dropout = 0.0
 
 
-def more_metrics(args: Args) -> tuple[str, ...]:
-    """Names in the log of what only some runs have."""
-    return (
-        *(VALUE_METRICS if args.advantage_estimator == "gae" else ()),
-        *(RATIO_METRICS if args.importance_sampling_mode else ()),
-        *(TOOL_METRICS if args.tools or args.environment_factory else ()),
-    )
-
-
 @dataclasses.dataclass
 class Steps:
     """What trainer.setup_training() must know of the data: how many updates are an epoch."""
@@ -346,19 +335,16 @@ def main(args: Args) -> None:
     elif args.lora_path:
         setup_adapter(model, args)
         parallel.shard_adapters(model, topology)
-    before = engine = None
-    if dev:
-        engine = rollouts.make_engine(model, tokenizer, dev.longest, args.max_dec_len, min(64, len(dev)), 1, topology)
+    before, engine = None, rollouts.make_engine(args, model, tokenizer, train, dev, topology)
 
     def evaluate():
         return rollouts.evaluate_prompts(engine, dev, functions, args, topology)[0]
 
     if args.do_train:
         # ================================================================== 3. reference, optimizer, rollouts, log
-        maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology)
-        of_functions = [f"rewards/{name}/{what}" for name in maker.names for what in ("mean", "std")]
+        maker = rollouts.RolloutMaker(args, model, tokenizer, train, functions, topology, engine)
         steps = Steps(math.ceil(len(train) / args.global_batch_size) * args.updates_per_rollout * topology.data_size)
-        names = (*METRICS, *more_metrics(args), *of_functions)
+        names = rollouts.metric_names(args, maker.names)
         run = trainer.setup_training(args, model, tokenizer, steps, topology, checkpoint=checkpoint, metrics=names)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         before = rollouts.evaluate_prompts(engine, dev, functions, args, topology) if dev else None

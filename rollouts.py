@@ -1,6 +1,7 @@
 """Prompts -> replies of the live model -> rewards -> packed batches: what rl.py learns from.
 
-    maker = RolloutMaker(args, model, tokenizer, prompts, reward_functions, topology)
+    engine = make_engine(args, model, tokenizer, prompts, None, topology)
+    maker = RolloutMaker(args, model, tokenizer, prompts, reward_functions, topology, engine)
     rollout = maker.make(number)                 # does what follows
         groups = generate_groups(engine, prompts, numbers, params)         # rollout_n replies to each prompt
         score_groups(groups, reward_functions, prompts)                    # reply.scores
@@ -23,6 +24,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import kernels
+
 import numpy as np
 import paddle
 
@@ -41,6 +44,7 @@ from heads import Policy, ScoreModel, load_reward_model, scored_sample
 from model import CausalLM
 from parallel import Topology
 from serving.engine import Engine, Request
+from serving.fused import fastest_runner
 from serving.runners import make_runner
 from serving.sampling import SamplingParams
 
@@ -184,31 +188,42 @@ class Group:
 
 
 def make_engine(
+    args: object,
     model: CausalLM,
     tokenizer: Tokenizer,
-    longest_prompt: int,
-    max_dec_len: int,
-    sequences: int,
-    replies: int,
+    train: PromptDataset | None,
+    dev: PromptDataset | None,
     topology: Topology,
-) -> Engine:
-    """An Engine on the model's own weights with room for `sequences` replies at once, `replies` to each prompt.
+) -> Engine | None:
+    """An Engine on the model's own weights with room for the rollouts of train and for dev; None if all are replayed.
 
-    Its runner computes with the model's layers, LoRA included: no copy of the weights could be out of date. Under
-    tensor parallelism all ranks of tp take the same steps: logits are gathered, and every rank samples the same tokens.
+    args.rollout_dtype: of the weights that are packed, LoRA included, after every update; see serving.fused. The
+    model's layers themselves run with bf16 and no such dtype, and under tensor parallelism. There all ranks of tp take
+    the same steps: logits are gathered, and every rank samples the same tokens.
     """
+    replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n if train and not args.replay else 0
+    sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
+    prompts = -(-sequences // args.rollout_n)
+    if dev:
+        sequences, prompts = max(sequences, min(64, len(dev))), max(prompts, min(64, len(dev)))
+    if not sequences:
+        return None
+    longest, dtype = max(dataset.longest for dataset in (train, dev) if dataset), args.rollout_dtype
     first_key, stop_key = local_heads(model.config, topology.tp.size, topology.tp.rank)[1]
-    prompts = -(-sequences // replies)
-    prompt_blocks, reply_blocks = -(-longest_prompt // BLOCK_SIZE), -(-max_dec_len // BLOCK_SIZE) + 1
+    prompt_blocks, reply_blocks = -(-longest // BLOCK_SIZE), -(-args.max_dec_len // BLOCK_SIZE) + 1
     num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
+    if topology.tp.size > 1 or (kernels.bf16 and dtype is None):
+        runner = make_runner(model, num_blocks, BLOCK_SIZE, key_heads=stop_key - first_key)
+    else:
+        runner = fastest_runner(model, num_blocks, BLOCK_SIZE, dtype=dtype or "float32")
     return Engine(
-        make_runner(model, num_blocks, BLOCK_SIZE, key_heads=stop_key - first_key),
+        runner,
         tokenizer,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_num_seqs=sequences,
         max_num_batched_tokens=2048,
-        max_model_len=longest_prompt + max_dec_len,
+        max_model_len=longest + args.max_dec_len,
         max_queue=max(256, 2 * sequences),
     )
 
@@ -626,6 +641,26 @@ class Rollout:
         return {name: value / topology.data_size for name, value in metrics.items()}
 
 
+METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/max_length",
+           "completions/clipped_ratio", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "engine_kl",
+           "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "time/generate",
+           "time/reward", "time/update")  # fmt: skip
+TOOL_METRICS = ("tools/call_frequency", "tools/failure_frequency")
+RATIO_METRICS = tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max"))
+VALUE_METRICS = ("value_loss", "value_clip_ratio")
+
+
+def metric_names(args: object, functions: list[str]) -> tuple[str, ...]:
+    """Names in the log of a run with these reward functions."""
+    return (
+        *METRICS,
+        *(VALUE_METRICS if args.advantage_estimator == "gae" else ()),
+        *(RATIO_METRICS if args.importance_sampling_mode else ()),
+        *(TOOL_METRICS if args.tools or args.environment_factory else ()),
+        *(f"rewards/{name}/{what}" for name in functions for what in ("mean", "std")),
+    )
+
+
 def rollout_metrics(groups: list[Group], names: list[str]) -> dict[str, float]:
     """TRL's metrics of rewards and replies."""
     replies = [reply for group in groups for reply in group.replies]
@@ -668,7 +703,9 @@ class RolloutMaker:
         dataset: PromptDataset,
         functions: list,
         topology: Topology,
+        engine: Engine | None,
     ):
+        """engine: of make_engine()."""
         self.args, self.model, self.dataset, self.functions, self.topology = args, model, dataset, functions, topology
         self.pad_token_id = tokenizer.pad_token_id
         self.max_length = args.max_length or dataset.longest + args.max_dec_len
@@ -676,10 +713,7 @@ class RolloutMaker:
             needed = dataset.longest + args.max_dec_len
             raise UserError(f"max_length: {self.max_length}; the longest prompt and a reply need {needed}")
         self.replayed = read_rollouts(args.replay) if args.replay else None
-        replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n
-        sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
-        shape = dataset.longest, args.max_dec_len, sequences, args.rollout_n
-        self.engine = None if self.replayed else make_engine(model, tokenizer, *shape, topology)
+        self.engine = engine
         self.reference = make_reference(model, args, topology)
 
     @property

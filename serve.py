@@ -74,10 +74,9 @@ class Args(ScriptArgs):
     dtype: str | None = None  # float32, bfloat16, or auto: bfloat16 where possible; None: float32, with quant auto
     quant: str | None = None  # w8, w4 or a8w8: round the weights when they are loaded; None: as the folder has them
     max_num_batched_tokens: int = 512  # most tokens of one step; longer prompts are computed in pieces
+    chunked_prefill_size: int = 128  # most tokens of prompts in a step that replies wait for
     max_queue: int = 256  # most sequences waiting; more are refused
-    keep_weights: bool = (
-        False  # keep the layers' weights beside packed ones, for embeddings and echoed logprobs
-    )
+    keep_weights: bool = False  # keep the layers' weights beside packed ones, for embeddings and echoed logprobs
     speculate_method: str | None = None  # ngram (or inference_with_reference), or draft_model; None: no speculation
     speculate_max_draft_token_num: int = 5  # most tokens of a sequence that are guessed for a step
     speculate_max_ngram_size: int = 3  # ngram: most last tokens that are looked up in prompt and reply
@@ -96,6 +95,7 @@ class Args(ScriptArgs):
     served_model_name: str | list | None = None  # what clients call it, or several names; None: its path's last part
     pooling_type: str = "last"  # of /v1/embeddings: the last token's hidden state, or "mean" of all
     allow_runtime_lora: bool = False  # POST /v1/load_lora_adapter and /v1/unload_lora_adapter
+    special_in_messages: bool = False  # special tokens that a client writes in messages are tokens; else they are text
     request_timeout: float = 600.0  # seconds a request may take
     max_body_bytes: int = 1 << 20  # of a request
     read_timeout: float = 30.0  # seconds in which a request must have arrived, and an idle connection is kept
@@ -119,7 +119,7 @@ class Args(ScriptArgs):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {', '.join(filter(None, choices))}")
         positive = "max_length total_max_length batch_size block_size max_num_batched_tokens max_queue max_body_bytes"
-        positive += " speculate_max_draft_token_num speculate_max_ngram_size"
+        positive += " chunked_prefill_size speculate_max_draft_token_num speculate_max_ngram_size"
         for key in f"src_length num_blocks {positive} max_connections".split():
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)}; it must be at least 1")
@@ -200,6 +200,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or tokenizer_folder(path), base_folders(path))
     if args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(args.chat_template)
+    tokenizer.special_in_messages = args.special_in_messages
     adapters, dtype = adapter_paths(args.lora_path), "float32"
     if args.mode == "static":
         model = StaticRunner(path, paddle.get_device())
@@ -227,6 +228,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         block_size=args.block_size,
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        chunked_prefill_size=args.chunked_prefill_size,
         max_model_len=args.total_max_length,
         max_queue=args.max_queue,
         seed=args.seed,

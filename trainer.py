@@ -211,7 +211,8 @@ def setup_training(
     peak_flops = None
     if flops_per_token is not None:
         peak_flops = measure_matmul_peak()
-        print(f"matmul peak: {peak_flops / 1e9:,.0f} GFLOP/s float32, measured; mfu is relative to it")
+        dtype = "bfloat16" if kernels.bf16 else "float32"
+        print(f"matmul peak: {peak_flops / 1e9:,.0f} GFLOP/s {dtype}, measured; mfu is relative to it")
     log = Log(
         args, steps, state, flops_per_token=flops_per_token, peak_flops=peak_flops, topology=topology, metrics=metrics
     )
@@ -296,7 +297,7 @@ def check_shared_prompts(
 ) -> None:
     """UserError for a model with which replies cannot share a prompt in one row, or would see it wrongly.
 
-    longest: most positions of a prompt and its replies; key: what sets it.
+    longest: most positions of a prompt and its replies, 0 where longer ones do not share it; key: what sets it.
     """
     config = model.config
     check_trainable(model, path)

@@ -125,6 +125,7 @@ CHOICES = {
     **dict.fromkeys(("no_cuda", "use_cpu"), {"true": {"device": "cpu"}, "false": {}}),  # transformers
     "disable_gradient_checkpointing": {"true": {"recompute": False}, "false": {}},  # LLaMA-Factory
     "mask_history": {"true": {"train_on": "last"}, "false": {}},  # LLaMA-Factory
+    "stage": {"kto": {"loss_type": "kto"}, "*": "stage"},  # LLaMA-Factory: the others name a script, see STAGES
     "init_lora_weights": {"true": {}, "pissa": {"pissa": True}},  # peft
     "template": {  # LLaMA-Factory: names that mean something else than chat_template's
         "qwen": {"chat_template": "qwen2.5"},
@@ -151,7 +152,7 @@ SHORTHANDS = {"rslora_plus": {"rslora": True, "lora_plus_scale": 4.0, "lora_alph
 
 
 # {value of stage in LLaMA-Factory and PaddleFormers: the script that does it}
-STAGES = {"pt": "pretrain", "sft": "finetune", "rm": "reward", "dpo": "dpo", "ppo": "rl"}
+STAGES = {"pt": "pretrain", "sft": "finetune", "rm": "reward", "dpo": "dpo", "kto": "dpo", "ppo": "rl"}
 
 
 # Accepted, with one printed line each: keys that have no meaning here.

@@ -43,6 +43,8 @@ _SAFETENSORS = {  # name of a dtype in the file: numpy's; bfloat16 is read as it
     "I8": "<i1",
     "U8": "<u1",
     "BOOL": "|b1",
+    "F8_E4M3": "<u1",  # read as its bits, like bfloat16
+    "F8_E5M2": "<u1",
 }
 
 
@@ -198,10 +200,25 @@ class LazyTensor:
             filled += count
 
 
+@functools.cache
+def float8_values(exponent_bits: int) -> np.ndarray:
+    """(256,) float32: e4m3 (finite but for 0x7F and 0xFF) with 4 bits of exponent, e5m2 (as IEEE) with 5."""
+    if exponent_bits == 5:
+        return (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    values = np.where(bits < 128, size, -size)
+    values[[127, 255]] = np.nan
+    return values.astype(np.float32)
+
+
 def _as_float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    """float16 and bfloat16 (as it lies in the file) as float32; other dtypes unchanged."""
+    """float16, bfloat16 and float8 (as they lie in the file) as float32; other dtypes unchanged."""
     if dtype == "BF16":
         return from_bfloat16(array)
+    if dtype.startswith("F8"):
+        return float8_values(int(dtype[4]))[array]
     return array.astype(np.float32) if dtype == "F16" else array
 
 
@@ -217,7 +234,7 @@ def write_safetensors(path: str | Path, tensors: dict, metadata: dict | None = N
     dtype: "float32", "int8", …; "bfloat16" and "float16" convert what the function returns. metadata: the file's own
     key-value pairs. sync: wait until the disk has it. Returns {"size", "crc32"} of the file.
     """
-    names = {np.dtype(kind): name for name, kind in _SAFETENSORS.items() if name != "BF16"}
+    names = {np.dtype(kind): name for name, kind in _SAFETENSORS.items() if name[:2] not in ("BF", "F8")}
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, value in tensors.items():
         shape, kind = value[1:] if isinstance(value, tuple) else (value.shape, value.dtype)

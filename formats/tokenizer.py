@@ -140,6 +140,9 @@ SLOW_CLASSES = ("BaichuanTokenizer", "BaiChuanTokenizer", "InternLMTokenizer", "
 BOS_BY_CONFIG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLM2Tokenizer")
 
 
+SHIELD = "\ufdd2"  # no character of any text: behind the first one of a special token's text, which is then ordinary
+
+
 # A byte that is no UTF-8 becomes one U+FFFD each, as in sentencepiece itself ("replace" would write one for several).
 codecs.register_error("one_mark_per_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
@@ -333,6 +336,14 @@ class StreamDecoder:
         self.after_special, self.is_first = False, True
         self.unclean = ""
 
+    def begin_after(self, ids):
+        """What is pushed from here on goes on with these ids, whose own text is not given again."""
+        for at, token_id in enumerate(ids):
+            if self.lead or at >= len(ids) - 8:  # no character and no rule on spaces reaches farther back
+                self.push(int(token_id))
+        self.after_special = self.after_special or bool(self.stretch)
+        self.stretch = self.unclean = ""
+
     def push(self, token_id):
         """id -> text that became complete with it, perhaps ''."""
         tokenizer = self.tokenizer
@@ -394,6 +405,9 @@ class Tokenizer:
     as in sentencepiece; a run of spaces that lost its first is printed as spaces; clean_up_tokenization_spaces is for
     sentencepiece models alone, as in transformers 5; Llama 3's own library cuts a text every 400,000 characters, and
     runs of letters or blanks every 25,000, this does not."""
+
+    special_in_messages = False  # whether apply_chat takes special tokens that a message writes as such
+    _special_pattern = None  # of the texts that shielded() changes
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -548,6 +562,8 @@ class Tokenizer:
         self._token_ids = self.added | {found: self.added[text] for text, found in late.items()}
         self.added_ids |= {self.added[text]: found.replace(SPACE, " ") for text, found in late.items()}
         self.flags |= {found: self.flags[text] for text, found in late.items()}
+        whole = [text for text in self.special if text and text not in ("<think>", "</think>")]  # templates read these
+        self._special_pattern = re.compile(f"({trie_regex(whole)})") if whole else None
         self._patterns = {}
         for mode, texts in sought.items():
             both = [text for text in texts if text not in late], [late[text] for text in texts if text in late]
@@ -634,9 +650,24 @@ class Tokenizer:
             if prefix and len(pieces) > 1 and pieces[0] == SPACE and pieces[1] in self.special:
                 pieces[0] = ""  # a text that begins with a special token gets no space before it
             for i, piece in enumerate(pieces):
-                if piece:
-                    ids += [self._token_ids[piece]] if i % 2 else self.engine.encode(piece, i == 0)
+                if i % 2:
+                    ids.append(self._token_ids[piece])
+                elif SHIELD in piece and self.kind == "sentencepiece" and not self.engine.legacy:
+                    for k, part in enumerate(filter(None, piece.split(SHIELD))):  # the model may have the whole token
+                        ids += self.engine.encode(part, i == k == 0)
+                elif piece := piece.replace(SHIELD, ""):
+                    ids += self.engine.encode(piece, i == 0)
         return self.head + ids + self.tail if add_special_tokens else ids
+
+    def shielded(self, value):
+        """Messages, or any object of dicts, lists and strings -> the same, in which special tokens that are written in
+        a string will be encoded as ordinary text, whatever a template puts around it."""
+        if isinstance(value, str):
+            pattern = self._special_pattern
+            return pattern.sub(lambda found: found[0][0] + SHIELD + found[0][1:], value) if pattern else value
+        if isinstance(value, dict):
+            return {self.shielded(key): self.shielded(item) for key, item in value.items()}
+        return type(value)(map(self.shielded, value)) if isinstance(value, list | tuple) else value
 
     @cached_property
     def _most_bytes(self):
@@ -696,8 +727,11 @@ class Tokenizer:
     def apply_chat(self, messages, add_generation_prompt=True, *, tools=None, template_kwargs=None):
         """Messages of OpenAI or transformers, tools, chat_template_kwargs -> ids by the chat template (plain text
         without one). UserError for messages that parse_messages or the template refuses, and unless the last message
-        is the assistant's or, with add_generation_prompt, another's."""
+        is the assistant's or, with add_generation_prompt, another's. Special tokens that messages and tools write are
+        text, unless special_in_messages is set."""
         context, rounds = parse_messages(messages, tools)
+        if not self.special_in_messages:
+            context, rounds = self.shielded(context), self.shielded(rounds)
         if template_kwargs:
             context["chat_template_kwargs"] = template_kwargs
         if (rounds[-1][1] is None) != add_generation_prompt or rounds[-1] == ([], None):

@@ -36,7 +36,13 @@ def tool_style(source: str) -> str | None:
 
 def style_of(template: object | None) -> str | None:
     """tool_style() of a tokenizer's chat template; None without a template or a form known here."""
-    return None if template is None else tool_style(getattr(template, "source", None) or template.jinja())
+    return tool_style(template_source(template))
+
+
+def template_source(template: object | None) -> str:
+    """The Jinja source of a tokenizer's chat template, "" for one that has none."""
+    source = getattr(template, "source", None)
+    return template.jinja() if source is None and hasattr(template, "jinja") else source or ""
 
 
 def parse_reply(text: str, style: str | None, thinks: bool = False) -> dict:
@@ -266,6 +272,25 @@ class ReplyStream:
         kept = text.rstrip() if self.style == "mistral" else text.rstrip("\n")
         self.blank = text[len(kept) :]
         return [{"content": kept}]
+
+
+ARGUMENT_CHARACTERS = 64  # of one delta, as clients are used to from models that write them token by token
+
+
+def pieces_of(arguments: str) -> list[str]:
+    """The JSON text of a call's arguments in pieces of at most ARGUMENT_CHARACTERS."""
+    return [arguments[at : at + ARGUMENT_CHARACTERS] for at in range(0, len(arguments), ARGUMENT_CHARACTERS)]
+
+
+def argument_deltas(delta: dict) -> list[dict]:
+    """A delta of ReplyStream -> those that OpenAI streams: of a call, first all but the arguments, then these in
+    pieces."""
+    deltas = []
+    for call in delta.get("tool_calls", ()):
+        deltas.append({"tool_calls": [call | {"function": call["function"] | {"arguments": ""}}]})
+        for piece in pieces_of(call["function"]["arguments"]):
+            deltas.append({"tool_calls": [{"index": call["index"], "function": {"arguments": piece}}]})
+    return deltas or [delta]
 
 
 def _begun(text, mark):

@@ -24,7 +24,8 @@ import numpy as np
 import paddle
 
 from families import FAMILIES, ModelConfig, weight_names
-from formats.files import UserError, atomic_file
+from formats.dequantize import float_tensors
+from formats.files import UserError, atomic_file, read_json
 from formats.gguf import huggingface_tensors
 from formats.tensor_files import (
     BinFile,
@@ -329,6 +330,14 @@ def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def as_floats(tensors: dict[str, StoredTensor], config: ModelConfig, path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder; those that another tool quantized as floats, unless the model keeps its integers."""
+    file = Path(path) / "config.json"
+    source = read_json(file) if config.quantization is None and file.is_file() else {}
+    quantization = source.get("quantization_config") or source.get("compression_config")
+    return tensors if quantization is None else float_tensors(tensors, quantization, Path(path))
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """ModelConfig of a folder with its weights: untied if they hold a head that differs from a tied embedding.
 
@@ -337,7 +346,7 @@ def read_config(path: str | Path) -> ModelConfig:
     config = ModelConfig.from_json(path)
     if not config.tie_word_embeddings:
         return config
-    tensors = stored_tensors(path)
+    tensors = as_floats(stored_tensors(path), config, path)
     head, embedding = _head_and_embedding(tensors, config)
     if head not in tensors or embedding not in tensors or _are_equal(tensors[head], tensors[embedding]):
         return config
@@ -378,7 +387,8 @@ def load_weights(
 
     All tensors that are missing, unexpected or of another shape are named in one UserError.
     """
-    config, tensors = model.config, stored_tensors(path, candidates, trust_index)
+    config = model.config
+    tensors = as_floats(stored_tensors(path, candidates, trust_index), config, path)
     if _is_paddlenlp(tensors, config):
         paddlenlp = paddlenlp_names(config)
         weights = {w.name: w for w in named_weights(model, paddlenlp)}
@@ -466,16 +476,24 @@ def _split_experts(name: str, tensor: StoredTensor, config: ModelConfig) -> dict
 
 
 def save_pretrained(
-    model: CausalLM, path: str | Path, dtype: str = "float32", *, max_shard_bytes: int = 5 << 30
+    model: CausalLM,
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    max_shard_bytes: int = 5 << 30,
+    weights: Iterable | None = None,
+    quantization: dict | None = None,
 ) -> None:
     """Write config.json and model*.safetensors in Hugging Face's layout; each file atomically, config.json last.
+
+    weights, quantization: of formats.quantized_export, in place of the model's own.
 
     A model.safetensors or index that is there in the other layout is removed: it would be read in place of the new one.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     files, sizes = [{}], [0]  # a file: {name: (function, shape, dtype)}
-    for weight in weights_to_save(model):
+    for weight in weights_to_save(model) if weights is None else weights:
         stored = weight.stored or dtype
         size = stored_bytes(weight.shape, stored)
         if sizes[-1] and sizes[-1] + size > max_shard_bytes:
@@ -494,8 +512,9 @@ def save_pretrained(
             json.dump({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, file, indent=2)
     stale = "model.safetensors.index.json" if len(files) == 1 else "model.safetensors"  # of another layout
     (path / stale).unlink(missing_ok=True)
+    config = model.config if quantization is None else dataclasses.replace(model.config, quantization=quantization)
     with atomic_file(path / "config.json") as file:
-        file.write(model.config.to_json(dtype))
+        file.write(config.to_json(dtype))
 
 
 # ========================================================================================= PaddleNLP's names

@@ -67,6 +67,7 @@ NEEDED = {  # device: the package that it needs besides the maker's driver
 }
 
 bf16 = False  # matrix products in bfloat16; set by configure()
+few_alike = False  # a product of one row has the bits that it has among others; set by products_of_few_alike()
 _table = {}  # op: (function, back end, reason); filled by configure(), at the latest on first use
 
 
@@ -193,6 +194,17 @@ def summary() -> str:
     for (backend, reason), ops in sorted(groups.items(), key=lambda item: -len(item[1])):
         parts.append(f"{', '.join(ops) if len(ops) < 4 else f'{len(ops)} ops'} by {backend} ({reason})")
     return "; ".join(parts)
+
+
+@contextlib.contextmanager
+def products_of_few_alike() -> Iterator[None]:
+    """Within, linear() and quant_linear() give a row the same bits alone and among up to 32, without gradients."""
+    global few_alike
+    before, few_alike = few_alike, True
+    try:
+        yield
+    finally:
+        few_alike = before
 
 
 @contextlib.contextmanager

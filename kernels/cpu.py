@@ -195,7 +195,8 @@ def _few_rows(x, weight, bias):
         return None
     needs_gradient = paddle.is_grad_enabled() and not all(t is None or t.stop_gradient for t in (x, weight, bias))
     rows = math.prod(x.shape[:-1])
-    if rows == 1 and weight.dtype == paddle.float32 and math.prod(weight.shape) < SMALL:
+    is_small = weight.dtype == paddle.float32 and math.prod(weight.shape) < SMALL
+    if rows == 1 and is_small and not kernels.few_alike:
         return None
     if needs_gradient or rows > 32 or (bias is not None and bias.dtype != paddle.float32):
         return None

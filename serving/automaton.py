@@ -13,11 +13,13 @@ Symbols are numbers: 0..255 are bytes, 256 + k is the k-th special token. A set 
 for each.
 """
 
+import time
 from collections.abc import Iterable
 
 import numpy as np
 
 from formats.files import UserError
+from formats.progress import check_progress
 
 EMPTY, EPSILON = 0, 1  # terms: nothing matches; the empty string matches
 BYTES = (1 << 256) - 1  # the set of all bytes
@@ -26,7 +28,7 @@ MAX_DEPTH = 100  # of rules inside each other; what is nested deeper does not ma
 
 
 class TooComplex(UserError):
-    """A grammar of more terms than MAX_TERMS."""
+    """A grammar of more terms than MAX_TERMS, or one that takes too long."""
 
 
 class Terms:
@@ -39,6 +41,7 @@ class Terms:
         self._nullable, self._depth = {EMPTY: False, EPSILON: True}, [0, 0]
         self._derived, self._edges = {EMPTY: (), EPSILON: ()}, {EMPTY: (), EPSILON: ()}
         self._bodies, self._deriving = [], set()
+        self.deadline = None  # of time.monotonic(), for the work that is being done
         self._not_empty, self._is_empty = set(), set()  # terms that contain both or not, as far as it is known
         self._restricted = [False, False]  # whether a term contains both or not
         self.everything = self._intern(("not", EMPTY))
@@ -49,6 +52,10 @@ class Terms:
             found = self._ids[node] = len(self.nodes)
             if found >= MAX_TERMS:
                 raise TooComplex(f"the grammar has more than {MAX_TERMS:,} terms and states")
+            if found % 256 == 0 and self.deadline is not None and time.monotonic() > self.deadline:
+                raise TooComplex("the grammar takes too long to work out")
+            if found % 1024 == 0:
+                check_progress.get()(0)  # a server ends it with its client
             self.nodes.append(node)
             self._restricted.append(restricted)
             self._depth.append(depth)
@@ -290,7 +297,8 @@ class Automaton:
         self.has_row[0] = True
         self.special = {}  # state -> {k: state} by special tokens
 
-    def _state(self, term):
+    def state_of(self, term: int) -> int:
+        """The number of a term's state."""
         found = self._state_of.get(term)
         if found is None:
             found = self._state_of[term] = len(self.term_of)
@@ -306,7 +314,7 @@ class Automaton:
             return
         row, special = np.zeros(256, np.int32), {}
         for symbols, rest in self.terms.edges(self.term_of[state]):
-            target = self._state(rest)
+            target = self.state_of(rest)
             if low := symbols & BYTES:
                 row[np.unpackbits(np.frombuffer(low.to_bytes(32, "little"), np.uint8), bitorder="little") == 1] = target
             high, k = symbols >> 256, 0

@@ -54,6 +54,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     adapter: str | None = None  # name of a loaded LoRA; None: the base model
     request_id: str = dataclasses.field(default_factory=lambda: os.urandom(12).hex())
+    continues_prompt: bool = False  # its text goes on with the prompt's, spaces and half characters included
 
 
 @dataclasses.dataclass(slots=True)
@@ -71,6 +72,7 @@ class TokenOutput:
     draft_tokens: int = 0  # of the reply so far: tokens that were guessed,
     accepted_tokens: int = 0  # and those of them that the model chose
     stop_text: str | None = None  # which of the request's `stop` ended the reply
+    admitted: float | None = None  # time.monotonic() at which the reply left the queue for the first time
 
 
 @dataclasses.dataclass
@@ -108,8 +110,11 @@ class ShuttingDown(UserError):
 class Detokenizer:
     """Ids of a reply -> its text, as soon as it is final: half a character or the start of a stop text is held back."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True):
+    def __init__(self, tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True, after: list[int] = ()):
+        """after: ids of the text that the reply goes on with."""
         self.decoder = tokenizer.stream_decoder(skip_special_tokens) if tokenizer is not None else None
+        if self.decoder is not None and len(after):
+            self.decoder.begin_after(after)
         self.stop, self.pending, self.stop_text = stop, "", None  # stop_text: the one that was found
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
@@ -155,7 +160,7 @@ class BlockPool:
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
         self.ref_counts = [0] * num_blocks
         self.hashes = [None] * num_blocks  # of each block that others may share
-        self.is_prompt = [False] * num_blocks  # whether all of its tokens were computed as those of a prompt
+        self.is_exact = [False] * num_blocks  # whether seeded sequences may share it, see Sequence
         self.block_of = {}  # hash -> block
         self.num_cached = 0  # free blocks with a hash
         self.free = collections.OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
@@ -164,12 +169,12 @@ class BlockPool:
         """Hash of a full block: of its tokens and of its parent's hash (for the first block, the sequence's seed)."""
         return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), key=parent, digest_size=16).digest()
 
-    def match_prefix(self, block_hashes: list[bytes], only_prompts: bool = False) -> list[int]:
-        """Take the longest run of blocks with these hashes, all of prompts if only_prompts; returns the blocks."""
+    def match_prefix(self, block_hashes: list[bytes], only_exact: bool = False) -> list[int]:
+        """Take the longest run of blocks with these hashes, of exact ones if only_exact; returns the blocks."""
         blocks = []
         for key in block_hashes if self.reuse else ():
             block = self.block_of.get(key)
-            if block is None or only_prompts and not self.is_prompt[block]:
+            if block is None or only_exact and not self.is_exact[block]:
                 break
             if self.ref_counts[block] == 0:
                 del self.free[block]
@@ -188,10 +193,10 @@ class BlockPool:
         self.ref_counts[block] = 1
         return block
 
-    def cache_block(self, block: int, block_hash: bytes, is_prompt: bool = True) -> None:
+    def cache_block(self, block: int, block_hash: bytes, is_exact: bool = False) -> None:
         """The block is full and computed: others may share it. Of several equal blocks the first is found."""
         if self.reuse and block_hash not in self.block_of:
-            self.block_of[block_hash], self.hashes[block], self.is_prompt[block] = block, block_hash, is_prompt
+            self.block_of[block_hash], self.hashes[block], self.is_exact[block] = block, block_hash, is_exact
 
     def release(self, blocks: list[int]) -> None:
         """Give back a sequence's blocks, the last one first: no block is found without its parent."""
@@ -219,7 +224,12 @@ WAITING, PREFILL, DECODE, DONE = "waiting", "prefill", "decode", "done"
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Sequence(TokenSequence):
-    """One of the n replies of a request, from the queue to its end."""
+    """One of the n replies of a request, from the queue to its end.
+
+    is_seeded: the request has a seed, so its text must not depend on what else runs. A step computes each sequence by
+    itself, but one token otherwise than several. So the tokens of its prompt are always computed several at once, those
+    of its reply one by one, and it shares only blocks that were.
+    """
 
     request: Request
     index: int  # 0..n-1
@@ -232,18 +242,10 @@ class Sequence(TokenSequence):
     block_hashes: list[bytes]  # the seed, then one for each full block
     phase: str = WAITING
     num_computed_tokens: int = 0  # tokens whose keys and values are in the blocks
+    admitted: float | None = None  # see TokenOutput
     num_cached_tokens: int | None = None  # of the prompt, found in the pool when it was first admitted
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-
-    @property
-    def is_seeded(self) -> bool:
-        """Its text must not depend on what else runs, so neither may a bit of its logits.
-
-        A step computes each sequence by itself, but one token otherwise than several. So the tokens of its prompt are
-        always computed several at once, those of its reply one by one, and it shares only blocks that were.
-        """
-        return self.request.params.seed is not None
 
     @property
     def num_new_tokens(self) -> int:
@@ -259,6 +261,7 @@ class Engine:
     generate() and stream() block. submit() and abort() may be called from any thread; start() begins a thread that
     calls step(), shutdown() ends it. model: a CausalLM, or a runner (StaticRunner). adapters: {name: folder of a LoRA}.
     dtype, int8_head, free_weights: of serving.fused. speculator: of serving.speculation; replies are the same with it.
+    chunked_prefill_size: most tokens of prompts in a step that other replies wait for; None: max_num_batched_tokens.
     """
 
     def __init__(
@@ -270,6 +273,7 @@ class Engine:
         block_size: int = 16,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
+        chunked_prefill_size: int | None = None,
         max_model_len: int | None = None,
         max_queue: int = 256,
         seed: int = 0,
@@ -293,6 +297,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size, reuse=model.chunked_prefill)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)  # one token for each running sequence
+        self.chunked_prefill_size = chunked_prefill_size or self.max_num_batched_tokens
         room = min(model.max_positions, num_blocks * block_size) - model.num_virtual_tokens
         self.max_model_len = min(room, max_model_len or room)
         if self.max_model_len < 2:
@@ -354,19 +359,20 @@ class Engine:
         # Cached keys and values depend on more than the tokens: on the rotation and on the adapter.
         rotation = self.runner.hash_seed(len(tokens)) if self.pool.reuse else 0
         hash_seed = hashlib.blake2b(f"{rotation} {request.adapter or ''}".encode(), digest_size=16).digest()
-        leader = None
+        leader, after = None, request.prompt_ids if request.continues_prompt else ()
         for index in range(params.n):
             sequence = Sequence(
                 tokens=list(tokens),
                 num_prompt_tokens=len(tokens),
                 adapter=request.adapter,
+                is_seeded=params.seed is not None,
                 request=request,
                 index=index,
                 arrival=next(self.arrivals),
                 on_output=on_output,
                 leader=leader,
                 sampler=Sampler(params, index, self.stop_ids, seed),
-                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens),
+                detokenizer=Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens, after),
                 num_virtual_tokens=num_virtual_tokens,
                 block_hashes=[hash_seed],
             )
@@ -452,6 +458,8 @@ class Engine:
         """The tokens of this step: one of every decoding sequence, then pieces of prompts, the oldest first."""
         scheduled, preempted = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled)
+        if scheduled and self.runner.chunked_prefill:
+            budget = min(budget, self.chunked_prefill_size)  # so that the replies need not wait long for this step
         for sequence in [s for s in self.running if s.phase == PREFILL]:
             budget -= self._add_prefill(scheduled, sequence, budget)
         chunked, skipped = self.runner.chunked_prefill, []  # skipped: waiting for their leader to compute the prompt
@@ -544,6 +552,7 @@ class Engine:
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = max(0, sequence.num_computed_tokens - sequence.num_virtual_tokens)
             self.totals["cached_tokens"] += sequence.num_cached_tokens
+            sequence.admitted = time.monotonic()
         if sequence.num_computed_tokens < sequence.num_virtual_tokens:
             self.runner.fill_prefix(sequence, sequence.num_computed_tokens)
             sequence.num_computed_tokens = sequence.num_virtual_tokens
@@ -614,9 +623,10 @@ class Engine:
         full = sequence.num_computed_tokens // size
         if full > full_before and self.pool.reuse:
             self._extend_block_hashes(sequence, full)
+            may_be_exact = sequence.is_seeded or self.runner.is_row_invariant
             for i in range(full_before, full):
-                is_prompt = (i + 1) * size <= sequence.num_prompt_tokens
-                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1], is_prompt)
+                is_exact = (i + 1) * size <= sequence.num_prompt_tokens and may_be_exact
+                self.pool.cache_block(sequence.blocks[i], sequence.block_hashes[i + 1], is_exact)
 
     def _append(self, sequence, token, logprob, top_logprobs, entropy):
         """Add a new token, deliver the text that is final with it, and end the reply if this is its last."""
@@ -677,6 +687,7 @@ class Engine:
         self._deliver(sequence, output)
 
     def _deliver(self, sequence, output):
+        output.admitted = sequence.admitted
         try:
             sequence.on_output(output)
         except Exception:

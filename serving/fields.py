@@ -8,12 +8,16 @@ What would change the answer and is not supported is refused by its name (HTTPEr
 """
 
 import dataclasses
+import difflib
 import json
 import re
+from collections.abc import Iterable
 
+from formats.chat import encode_continuation
 from formats.files import brief
-from formats.tool_calls import style_of
+from formats.tool_calls import style_of, template_source
 from serving.http_server import HTTPError
+from serving.sampling import ThinkingBudget
 
 KINDS = {
     bool: "true or false",
@@ -29,11 +33,15 @@ KINDS = {
 REFUSED = {"functions": ([],), "function_call": ("none",), "suffix": ("",), "modalities": (["text"],), "audio": (),
            "prediction": (), "use_beam_search": (False,), "grammar": (), "guided_grammar": (), "prompt_logprobs": (),
            "truncate_prompt_tokens": (), "include_stop_str_in_output": (False,), "add_special_tokens": (True,),
-           "return_token_ids": (False,), "json_schema": (), "typical_p": (1,), "mirostat": (0,),
+           "return_token_ids": (False,), "typical_p": (1,), "mirostat": (0,),
            "dry_multiplier": (0,), "no_repeat_ngram_size": (0,), "n_predict": (), "chat_template": (),
            "documents": ([],), "web_search_options": (), "logits_processors": ([],),
            "length_penalty": (1,)}  # fmt: skip
 
+
+# Variables of a template that are not a request's to set.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
+            "raise_exception", "strftime_now", "bos_token", "eos_token", "unk_token", "pad_token")  # fmt: skip
 
 # field: (type, minimum, maximum)
 NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 0, 1), "top_k": (int, -1, 2**31),
@@ -68,6 +76,13 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, code, param)
 
 
+def unknown_field(name: str, known: Iterable[str], is_known: bool = False) -> APIError:
+    """The refusal of a field that is not supported; where it is not known at all, with the nearest of the `known`."""
+    near = [] if is_known else difflib.get_close_matches(name, sorted(known), 1, cutoff=0.7)
+    meant = f"; is {near[0]} meant?" if near else ""
+    return bad_request(f"{brief(name)[1:-1]}: not supported{meant}", name, "unsupported_parameter")
+
+
 def take_field(body: dict, name: str, kind: type, low: float | None = None, high: float | None = None) -> object:
     """body[name], None if absent or null; HTTPError 400 if it is not of this type or not between low and high."""
     value = body.get(name)
@@ -81,8 +96,11 @@ def take_field(body: dict, name: str, kind: type, low: float | None = None, high
     return float(value) if kind is float else value
 
 
-def parse_body(data: bytes) -> dict:
-    """Bytes -> dict; HTTPError 400 where they are not a JSON object, or ask for what is not supported."""
+def parse_body(data: bytes, supported: tuple[str, ...] = ()) -> dict:
+    """Bytes -> dict; HTTPError 400 where they are not a JSON object, or ask for what is not supported.
+
+    supported: names in REFUSED that are fields of this route.
+    """
 
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
@@ -96,7 +114,7 @@ def parse_body(data: bytes) -> dict:
     if rb"\ud" in data.lower():
         refuse_lone_surrogates(body)
     for name, harmless in REFUSED.items():
-        if body.get(name) is not None and body[name] not in harmless:
+        if name not in supported and body.get(name) is not None and body[name] not in harmless:
             raise bad_request(f"{name}: not supported", name, "unsupported_parameter")
     if body.get("best_of") not in (None, body.get("n") or 1):
         raise bad_request("best_of: only supported if equal to n", "best_of", "unsupported_parameter")
@@ -161,7 +179,8 @@ def sampling_fields(body: dict, is_chat: bool, vocab_size: int) -> dict:
         fields["seed"] %= 2**63
     if fields.get("top_p") == 0:
         fields["top_p"] = 1e-6  # OpenAI's clients may use 0 for greedy decoding
-    limit = take_field(body, "max_tokens", int, 1, 2**31)
+    fewest = 0 if body.get("echo") is True and not is_chat else 1  # 0: only the prompt is scored
+    limit = take_field(body, "max_tokens", int, fewest, 2**31)
     if is_chat:
         limit = take_field(body, "max_completion_tokens", int, 1, 2**31) or limit
         enabled, logprobs = take_field(body, "logprobs", bool), take_field(body, "top_logprobs", int, 0, MAX_LOGPROBS)
@@ -203,12 +222,16 @@ def chat_prompt(body: dict, tokenizer: object) -> Prompt:
     messages = take_field(body, "messages", list)
     if not messages:
         raise bad_request("messages: must be a list of at least one message", "messages")
+    # OpenAI's clients send null for an empty reply
+    messages = [m | {"content": ""} if _is_reply(m) and m.get("content") is None else m for m in messages]
     tools, kwargs = _chat_tools(body), take_field(body, "chat_template_kwargs", dict) or {}
+    if reserved := next((name for name in RESERVED if name in kwargs), None):
+        raise bad_request(f"chat_template_kwargs: {reserved} is not its to set", "chat_template_kwargs")
     effort = take_field(body, "reasoning_effort", str)
     if effort is not None:
         kwargs = {"reasoning_effort": effort, **({"enable_thinking": False} if effort == "none" else {}), **kwargs}
     last, continues = messages[-1], take_field(body, "continue_final_message", bool)
-    is_reply = isinstance(last, dict) and last.get("role") == "assistant"
+    is_reply = _is_reply(last)
     if (continues and not is_reply) or (is_reply and continues is False):
         raise bad_request(
             "continue_final_message: goes with a last message of the assistant's", "continue_final_message"
@@ -223,9 +246,30 @@ def chat_prompt(body: dict, tokenizer: object) -> Prompt:
     ids = tokenizer.apply_chat(messages[:-1] if is_reply else messages, tools=tools, template_kwargs=kwargs)
     thinks = tokenizer.decode(ids[-8:], False).rstrip().endswith("<think>")
     if is_reply:
-        ids = ids + tokenizer.encode(text_of(last.get("content"), f"messages[{len(messages) - 1}]"), False)
+        text = text_of(last.get("content"), f"messages[{len(messages) - 1}]")
+        ids = ids + tokenizer.encode(text if tokenizer.special_in_messages else tokenizer.shielded(text), False)
     style = style_of(tokenizer.chat_template) if tools and body.get("tool_choice") != "none" else None
     return Prompt(ids, style=style, thinks=thinks and not is_reply, continues=is_reply)
+
+
+def _is_reply(message):
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def thinking_budget(
+    body: dict, tokenizer: object, prompt: Prompt, may_not_think: bool = False
+) -> ThinkingBudget | None:
+    """thinking_token_budget; HTTPError 400 where the template knows no thoughts, unless it may be so."""
+    tokens = take_field(body, "thinking_token_budget", int, 0, 2**31)
+    if tokens is None:
+        return None
+    if not prompt.thinks and "</think>" not in template_source(tokenizer.chat_template):
+        if may_not_think:  # Anthropic's agents send a budget to every model
+            return None
+        problem = "the model's chat template has no thoughts"
+        raise bad_request(f"thinking_token_budget: {problem}", "thinking_token_budget", "unsupported_parameter")
+    closing = tuple(encode_continuation(tokenizer, "\n</think>\n\n"))
+    return ThinkingBudget(tokens, closing, prompt.thinks, tokenizer.piece_bytes)
 
 
 def _chat_tools(body):
@@ -238,6 +282,8 @@ def _chat_tools(body):
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             expected = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
             raise bad_request(f"tools[{i}]: must be {expected}, found {brief(tool)}", "tools")
+        if any(other["function"]["name"] == function["name"] for other in tools[:i]):
+            raise bad_request(f"tools[{i}]: a second function of the name {brief(function['name'])}", "tools")
     return tools or None
 
 

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import kernels
+from kernels.cpu import has_instructions
 from kernels.fused import FusedMultiTransformer, FusedShape, Routing, Weight, gate_and_up, storage_missing, trim_memory
 from kernels.rounding import round_to_nearest
 
@@ -23,9 +24,10 @@ import paddle
 
 from formats.files import UserError
 from layers import Linear, QuantLinear
+from lora import LoRALinear
 from model import CausalLM, MoE
 from positions import alibi_slopes, rope_tables
-from serving.runners import AdapterLinear, PagedRunner, SequentialRunner, make_runner
+from serving.runners import AdapterLinear, PagedRunner, ScheduledTokens, SequentialRunner, make_runner
 
 # ==================================================================================== which models, and their weights
 
@@ -115,9 +117,14 @@ def _without_adapters(layers):
     return [layer.base if isinstance(layer, AdapterLinear) else layer for layer in layers]
 
 
+def _is_trained(layer):
+    """Whether it is a LoRA that is being trained on a float weight, which is packed with it."""
+    return isinstance(layer, LoRALinear) and isinstance(layer.base, Linear)
+
+
 def _why_not_together(layers):
     """Why these layers are not the columns of one weight; None if they are."""
-    layers = _without_adapters(layers)
+    layers = [layer.base if _is_trained(layer) else layer for layer in _without_adapters(layers)]
     first = layers[0]
     for layer in layers:
         if type(layer) not in (Linear, QuantLinear):
@@ -149,6 +156,10 @@ def _unpacked(words, bits):
 
 def _columns(layer, dtype) -> dict:
     """The fields of Weight that have a column of each output: values, bias, scales, zeros; the last axis is outputs."""
+    if _is_trained(layer):
+        columns = _columns(layer.base, dtype)
+        more = 0.0 if layer.lora_B_bias is None else (layer.lora_B_bias * layer.scaling).numpy()
+        return {"values": layer.weight.astype("float32").numpy(), "bias": columns["bias"] + more}
     n_out = layer.n_out
     bias = np.zeros(n_out, np.float32) if layer.bias is None else layer.bias.astype("float32").numpy()
     if isinstance(layer, Linear):
@@ -213,7 +224,7 @@ def _weight(name, layers, config, dtype) -> Weight:
     columns = _side_by_side(name, [_columns(layer, dtype) for layer in layers], config)
     if not columns["bias"].any():
         columns["bias"] = None
-    if isinstance(first, Linear):
+    if isinstance(first, Linear) or _is_trained(first):
         return Weight(dtype, **columns)
     options = {"group_size": first.group_size}
     if first.scheme == "a8w8":
@@ -380,6 +391,8 @@ class FusedRunner(PagedRunner):
         cache = "int8" if int8 else dtype
         self._pack = lambda: pack_model(model, block_size, dtype, cache, int8_head, self.adapters, free_weights)
         self.weights_are_free = free_weights
+        with_amx = dtype == "bfloat16" and has_instructions("amx_bf16")
+        self.is_row_invariant, self.fills_up = not with_amx, with_amx and not self.num_virtual_tokens
         self.cos = self.sin = np.zeros((0, 0), np.float32)  # (positions, r/2): of positions seen so far
         self.pack()
 
@@ -406,6 +419,9 @@ class FusedRunner(PagedRunner):
         if self.fingerprint and any(tokens.count > 1 for tokens in scheduled):
             if self.fingerprint != self._fingerprint():
                 self.pack()  # the model was trained since
+        count = len(scheduled)
+        if self.fills_up and any(tokens.sequence.is_seeded for tokens in scheduled):
+            scheduled = self._filled_up(scheduled)
         order = slices = None
         if self.adapters:  # each adapter's tokens become one slice
             order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].sequence.adapter or "")
@@ -419,7 +435,14 @@ class FusedRunner(PagedRunner):
         rows = step.positions + c.position_offset if self.model.embed_positions is not None else None
         arrays = step.ids, step.slots, step.tables, step.query_lengths, step.context_lengths
         logits = self.packed.step(*arrays, rows=rows, cos=cos, sin=sin, q_scale=q_scale, slices=slices)
-        return logits if order is None else logits[np.argsort(order)]
+        return (logits if order is None else logits[np.argsort(order)])[:count]
+
+    def _filled_up(self, scheduled):
+        """With the first token of a sequence, see PagedRunner, so that no product has the few rows that AMX leaves to
+        other instructions: fewer than 8, behind tasks of 96."""
+        few, rows = range(1, 8), sum(tokens.count for tokens in scheduled)
+        missing = next(n for n in range(17) if (rows + n) % 96 not in few and (len(scheduled) + n) % 96 not in few)
+        return scheduled + [ScheduledTokens(scheduled[0].sequence, 0, 1)] * missing
 
     def _adapter_slices(self, scheduled):
         """(n, 5) int64, see FusedMultiTransformer.step()."""

@@ -5,13 +5,16 @@
     state = guide.advance(guide.start, token_id)            # states are integers: to go back is to keep the old one
 
 A Vocabulary holds a tokenizer's tokens as a trie of bytes. A mask is made by one walk of the trie with the automaton, a
-level at a time in numpy; branches that the automaton cannot follow are left out. A guide keeps the masks of its states
+level at a time in numpy; branches that the automaton cannot follow are left out. Where one term follows another, as
+what closes an object follows a string in it, the walk with the first is kept for the next place where something else
+follows, and only the tokens that reach over its end are walked again. A guide keeps the masks of its states
 as bits, the least recently used go first. Guides are kept per vocabulary, so that a grammar is compiled once.
 """
 
 import collections
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -20,16 +23,21 @@ import numpy as np
 from formats.files import UserError
 from serving.automaton import EMPTY, Automaton, Terms, TooComplex
 
-MAX_GUIDES, MAX_MASKS = 64, 512  # kept: guides of a vocabulary, masks of a guide (V / 8 bytes each)
+MAX_GUIDES, MAX_GUIDE_BYTES = 64, 512 << 20  # kept of a vocabulary; the size is estimated
+MAX_MASKS = 512  # kept of a guide (V / 8 bytes each)
+COMPILE_SECONDS, MASK_SECONDS = 5.0, 1.0  # the most for a grammar, for a mask
+MAX_FIRSTS = 32  # walks kept of a guide (V bytes each)
 MAX_STATES = 20_000  # of a guide that is used again; beyond it the next request compiles anew (1 KB a state)
 
 
 class Vocabulary:
-    """A tokenizer's tokens as a trie of bytes. Special and added tokens are symbols of their own."""
+    """A tokenizer's tokens as a trie of bytes. Special tokens and added ones in brackets, such as <tool_call>, are
+    symbols of their own; other added ones, such as runs of spaces, are text."""
 
     def __init__(self, tokenizer):
         self.size, stops = tokenizer.vocab_size, set(tokenizer.stop_ids)
-        apart = {*tokenizer.special_ids, *tokenizer.added_ids}
+        marks = {i for i, text in tokenizer.added_ids.items() if set(text) & set("<[|｜")}
+        apart = {*tokenizer.special_ids, *marks}
         self.special_ids = sorted(i for i in apart if 0 <= i < self.size and i not in stops)
         self.special_index = {token: k for k, token in enumerate(self.special_ids)}
         texts = {tokenizer.added_ids[i]: i for i in self.special_ids if tokenizer.added_ids.get(i)}
@@ -61,11 +69,23 @@ class Vocabulary:
             bytes_of.append(byte[is_new])
             first_node, parents = size, int(is_new.sum())
             size += parents
-        self.node_of_token, self.num_nodes = node, size
+        self.num_nodes, self.longest = size, int(lengths.max(initial=0))
+        order = np.argsort(node, kind="stable")
+        self.token_ids, self.node_of_token = self.token_ids[order], node[order]
+        self.num_tokens = np.bincount(node, minlength=size).astype(np.int32)
+        self.first_token = (np.cumsum(self.num_tokens) - self.num_tokens).astype(np.int32)
         self.byte = np.concatenate(bytes_of)
         last = np.zeros(parents, np.int64)
         self.first_child = np.concatenate([*firsts, last]).astype(np.int32)
         self.num_children = np.concatenate([*counts, last]).astype(np.int32)
+
+    def tokens_at(self, nodes: np.ndarray) -> np.ndarray:
+        """The ids of the tokens that end at these nodes."""
+        if len(nodes) > self.num_nodes // 16:
+            marked = np.zeros(self.num_nodes, bool)
+            marked[nodes] = True
+            return self.token_ids[marked[self.node_of_token]]
+        return self.token_ids[_ranges(self.first_token[nodes], self.num_tokens[nodes])]
 
     def special(self, text: str) -> int | None:
         """The number of the special token with this text, None if there is none."""
@@ -80,10 +100,12 @@ class Vocabulary:
                 self._guides.move_to_end(key)
                 return found
         terms = Terms(len(self.special_ids))
+        terms.deadline = time.monotonic() + COMPILE_SECONDS
         try:
             root = build(terms)
         except RecursionError:
             raise UserError("nested too deep") from None
+        terms.deadline = None
         if root == EMPTY:
             raise UserError("nothing matches")
         guide = Guide(self, Automaton(terms, root))
@@ -91,8 +113,9 @@ class Vocabulary:
             raise UserError("no token of the vocabulary begins what matches")
         with self._lock:
             self._guides[key] = guide
-            while len(self._guides) > MAX_GUIDES:
-                self._guides.popitem(last=False)
+            size = sum(guide.nbytes() for guide in self._guides.values())
+            while len(self._guides) > MAX_GUIDES or (size > MAX_GUIDE_BYTES and len(self._guides) > 1):
+                size -= self._guides.popitem(last=False)[1].nbytes()
         return guide
 
 
@@ -116,6 +139,13 @@ class Guide:
     def __init__(self, vocabulary: Vocabulary, automaton: Automaton):
         self.vocabulary, self.automaton = vocabulary, automaton
         self._masks, self._lock = collections.OrderedDict(), threading.Lock()
+        self._firsts = collections.OrderedDict()  # term -> what _walk_term gave for it
+
+    def nbytes(self) -> int:
+        """About the memory that it takes."""
+        automaton, V = self.automaton, self.vocabulary.size
+        terms = 500 * len(automaton.terms.nodes)
+        return terms + automaton.table.nbytes + len(self._masks) * V // 8 + len(self._firsts) * V
 
     def advance(self, state: int, token: int) -> int:
         """The state after one more token; 0 if the token may not come."""
@@ -151,7 +181,7 @@ class Guide:
         with self._lock:
             found = self._masks.get(state)
             if found is None:
-                found = self._masks[state] = np.packbits(self._walk(state), bitorder="little")
+                found = self._masks[state] = np.packbits(self._allowed(state), bitorder="little")
                 if len(self._masks) > MAX_MASKS:
                     self._masks.popitem(last=False)
             else:
@@ -167,35 +197,99 @@ class Guide:
             result[[i for i in stop_ids if i < size]] = True
         return result
 
-    def _walk(self, state):
-        """(V,) bool; nothing where the automaton has no room for more states."""
+    def _allowed(self, state):
+        """(V,) bool; nothing where the automaton has no room or no time for more states."""
+        automaton = self.automaton
+        automaton.terms.deadline = time.monotonic() + MASK_SECONDS
         try:
-            return self._reached(state)
+            allowed = self._walk_term(automaton.term_of[state])[0].copy()
+            automaton.fill_row(state)
         except (TooComplex, RecursionError):
             return np.zeros(self.vocabulary.size, bool)
+        finally:
+            automaton.terms.deadline = None
+        for k in automaton.special.get(state, ()):
+            allowed[self.vocabulary.special_ids[k]] = True
+        return allowed
 
-    def _reached(self, state):
+    def _walk_term(self, term, as_first=False):
+        """((V,) bool: tokens that begin what the term matches; as_first: the nodes at which a match ends)."""
+        terms, nodes = self.automaton.terms, np.zeros(1, np.int64)
+        term = self._shortened(term)
+        if as_first and term in self._firsts:
+            self._firsts.move_to_end(term)
+            return self._firsts[term]
+        kind, *parts = terms.nodes[term]
+        allowed, ends, rest = np.zeros(self.vocabulary.size, bool), nodes[:0], term
+        if kind == "cat" and self._ends_at_few(parts[0]):
+            first, rest = parts
+            allowed, nodes = self._walk_term(first, True)
+            allowed, ends = allowed.copy(), nodes[nodes > 0] if terms.nullable(rest) else ends
+        reached, more_ends = self._walk(nodes, self.automaton.state_of(rest), as_first)
+        allowed[self.vocabulary.tokens_at(reached)] = True
+        if as_first:
+            start = [0] if terms.nullable(term) else []
+            ends = np.unique(np.concatenate([start, ends, more_ends]).astype(np.int64))
+            self._firsts[term] = allowed, ends
+            if len(self._firsts) > MAX_FIRSTS:
+                self._firsts.popitem(last=False)
+        return allowed, ends
+
+    def _ends_at_few(self, term):
+        """Whether what matches seems to pass a fixed text or a rule, such as the quote behind a string: then it ends at
+        few nodes of the trie, and not at every character."""
+        nodes = self.automaton.terms.nodes
+        while nodes[term][0] == "cat":
+            last = nodes[term][2]
+            while nodes[last][0] == "cat":
+                last = nodes[last][2]
+            if nodes[last][0] in ("literal", "set", "rule"):
+                return True
+            term = nodes[term][1]
+        return False
+
+    def _shortened(self, term):
+        """A term that is the same for all tokens: no token holds more characters than the longest has bytes."""
+        terms, longest = self.automaton.terms, self.vocabulary.longest
+        kind, *parts = terms.nodes[term]
+        if kind == "cat":
+            first = self._shortened(parts[0])
+            return term if first == parts[0] else terms.cat(first, parts[1])
+        if kind == "repeat":
+            inner, low, high = parts
+            return terms.repeat(inner, min(low, longest + 1), None if high is None or high > longest else high)
+        return term
+
+    def _walk(self, nodes, state, with_ends):
+        """Nodes of the trie, from which the automaton goes on in a state -> (the nodes that it reaches, those of them
+        at which it accepts)."""
         vocabulary, automaton = self.vocabulary, self.automaton
-        alive = np.zeros(vocabulary.num_nodes, bool)
-        nodes, states = np.zeros(1, np.int64), np.array([state], np.int64)
+        states, reached, ends = np.full(len(nodes), state, np.int64), [nodes[:0]], [nodes[:0]]
         while len(nodes):
             counts = vocabulary.num_children[nodes]
             inner = counts > 0
             nodes, states, counts = nodes[inner], states[inner], counts[inner]
-            met = np.zeros(len(automaton.term_of), bool)
-            met[states] = True
-            for each in np.flatnonzero(met & ~automaton.has_row[: len(met)]).tolist():
+            for each in self._met(states):
                 automaton.fill_row(each)
-            ends = np.cumsum(counts)
-            total = int(ends[-1]) if len(ends) else 0
-            children = np.repeat(vocabulary.first_child[nodes] - (ends - counts), counts) + np.arange(total)
+            children = _ranges(vocabulary.first_child[nodes], counts)
             states = automaton.table[np.repeat(states, counts), vocabulary.byte[children]]
             follows = states > 0
             nodes, states = children[follows], states[follows]
-            alive[nodes] = True
-        allowed = np.zeros(vocabulary.size, bool)
-        allowed[vocabulary.token_ids] = alive[vocabulary.node_of_token]
-        automaton.fill_row(state)
-        for k in automaton.special.get(state, ()):
-            allowed[vocabulary.special_ids[k]] = True
-        return allowed
+            reached.append(nodes)
+            if with_ends:
+                accepting = np.zeros(len(automaton.term_of), bool)
+                accepting[[each for each in self._met(states) if automaton.accepting(each)]] = True
+                ends.append(nodes[accepting[states]])
+        return np.concatenate(reached), np.concatenate(ends)
+
+    def _met(self, states):
+        """The different states among them."""
+        met = np.zeros(len(self.automaton.term_of), bool)
+        met[states] = True
+        return np.flatnonzero(met).tolist()
+
+
+def _ranges(first, count):
+    """first[i], first[i] + 1, … (count[i] numbers), for all i in turn."""
+    ends = np.cumsum(count)
+    return np.repeat(first - (ends - count), count) + np.arange(int(ends[-1]) if len(ends) else 0)

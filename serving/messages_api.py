@@ -10,7 +10,8 @@ Names and shapes are those of https://docs.anthropic.com/en/api/messages.
 import json
 
 from formats.files import brief
-from serving.fields import bad_request, take_field, take_strings
+from formats.tool_calls import pieces_of
+from serving.fields import bad_request, take_field, take_strings, unknown_field
 from serving.http_server import HTTPError
 
 ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -35,7 +36,7 @@ def to_chat(body: dict) -> dict:
     """A request of Messages -> the same as a body of chat completions. HTTPError 400 names the field."""
     for name in body:
         if name not in KNOWN:
-            raise bad_request(f"{name}: not supported", name, "unsupported_parameter")
+            raise unknown_field(name, KNOWN)
     if take_field(body, "max_tokens", int, 1, 2**31) is None:
         raise bad_request("max_tokens: must be given", "max_tokens")
     chat = {key: body[key] for key in ("model", "max_tokens", "stream", "temperature", "top_p", "top_k") if key in body}
@@ -205,8 +206,10 @@ class MessagesReply:
             if kind == "tool_calls":
                 for call in value:
                     block = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": {}}
-                    change = {"type": "input_json_delta", "partial_json": call["function"]["arguments"]}
-                    events += [*self._close(), *self._open(block), self._change(change), *self._close()]
+                    events += [*self._close(), *self._open(block)]
+                    for piece in pieces_of(call["function"]["arguments"]):
+                        events.append(self._change({"type": "input_json_delta", "partial_json": piece}))
+                    events += self._close()
                 continue
             name = "thinking" if kind == "reasoning_content" else "text"
             if self.open != name:

@@ -132,6 +132,10 @@ class Metrics:
         self.add("time_to_first_token_seconds", call.first_token - start)
         self.add("e2e_request_latency_seconds", time.monotonic() - start)
         self.add("request_decode_time_seconds", call.last_token - call.first_token)
+        if call.admitted is not None:
+            self.add("request_queue_time_seconds", max(0.0, call.admitted - start))
+            self.add("request_prefill_time_seconds", call.first_token - call.admitted)
+            self.add("request_inference_time_seconds", call.last_token - call.admitted)
         if max(lengths) > 1:
             self.add("request_time_per_output_token_seconds", (call.last_token - call.first_token) / (max(lengths) - 1))
         self.add("request_prompt_tokens", call.prompt_tokens)

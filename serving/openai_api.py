@@ -17,7 +17,7 @@ import uuid
 from collections.abc import AsyncIterator
 
 from formats.files import UserError
-from formats.tool_calls import ReplyStream
+from formats.tool_calls import ReplyStream, argument_deltas, template_source
 from serving.engine import PromptTooLong, QueueFull, Request, ShuttingDown, TokenOutput, UnknownAdapter
 from serving.fields import (
     MAX_CHOICES,
@@ -31,8 +31,10 @@ from serving.fields import (
     take_bad_words,
     take_field,
     texts_of,
+    thinking_budget,
 )
 from serving.http_server import ClientGone, Connection, HTTPError, HTTPRequest
+from serving.known_fields import known_body
 from serving.lanes import Lanes, TooManyTokens
 from serving.messages_api import MessagesReply
 from serving.metrics import Metrics
@@ -59,6 +61,8 @@ class APICall:
     requests: list = dataclasses.field(default_factory=list)  # of Request
     prompt_rows: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> what prompt_logprobs() gives
     readers: dict = dataclasses.field(default_factory=dict)  # index of a chat's choice -> ReplyStream
+    shows_thoughts: bool = True
+    decoders: dict = dataclasses.field(default_factory=dict)  # index of a completion's choice -> TextOffsets
     hides_reply: bool = False  # max_tokens was 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     unfinished: int = 0  # choices
@@ -66,7 +70,8 @@ class APICall:
     reasoning_tokens: int = 0
     cached: dict = dataclasses.field(default_factory=dict)  # index of a prompt -> tokens of it found in the cache
     drafted: tuple[int, int] = (0, 0)  # tokens of drafts that were accepted and rejected
-    first_token: float | None = None  # time.monotonic()
+    admitted: float | None = None  # time.monotonic() at which the engine took it from its queue
+    first_token: float | None = None
     last_token: float | None = None
     token_times: dict = dataclasses.field(default_factory=dict)  # index of a choice -> when its last token came
     lengths: dict = dataclasses.field(default_factory=dict)  # index of a choice -> its tokens
@@ -115,16 +120,30 @@ def token_logprob(tokenizer: object, token_id: int, logprob: float | None) -> di
     return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-def completion_logprobs(tokenizer: object, rows: list[tuple], offset: int) -> dict:
+class TextOffsets:
+    """Where the text of each token of a choice begins: the next one's after every push."""
+
+    def __init__(self, tokenizer: object, prompt_ids: list[int], echoes: bool, skip_special_tokens: bool):
+        self.decoder, self.next = tokenizer.stream_decoder(skip_special_tokens), 0
+        if not echoes:
+            self.decoder.begin_after(prompt_ids)
+
+    def push(self, token_id: int) -> int:
+        """The number of characters before this token."""
+        offset = self.next
+        self.next += len(self.decoder.push(token_id))
+        return offset
+
+
+def completion_logprobs(tokenizer: object, rows: list[tuple], text_offsets: TextOffsets) -> dict:
     """The logprobs object of a completion's tokens [(id, log-probability, [(id, log-probability), …] or None)].
 
-    offset: number of characters of the choice before them. The likeliest tokens have the chosen one among them.
+    The likeliest tokens have the chosen one among them.
     """
     chosen, tops, offsets = [], [], []
     for token_id, logprob, top in rows:
         chosen.append(token_logprob(tokenizer, token_id, logprob))
-        offsets.append(offset)
-        offset += len(chosen[-1]["token"])
+        offsets.append(text_offsets.push(token_id))
         likeliest = [token_logprob(tokenizer, *pair) for pair in top or ()] + [chosen[-1]]
         tops.append({row["token"]: row["logprob"] for row in likeliest} if top else top and {})
     return {
@@ -147,7 +166,7 @@ class CompletionReply:
     @classmethod
     def to_chat(cls, body: dict, stored: object) -> dict:
         """The request's body as one of chat completions."""
-        return body
+        return known_body(body, cls.is_chat)
 
     def _reply(self, choices, kind=None):
         call = self.call
@@ -219,7 +238,8 @@ class ChatReply(CompletionReply):
         rows = [] if delta.index in self.started else [({"role": "assistant", "content": ""}, None, None)]
         self.started.add(delta.index)
         logprobs = delta.logprobs
-        for part in delta.parts or ([{"content": ""}] if logprobs else []):
+        parts = [piece for part in delta.parts for piece in argument_deltas(part)]
+        for part in parts or ([{"content": ""}] if logprobs else []):
             rows.append((part, logprobs, None))
             logprobs = None
         if delta.finish_reason:
@@ -234,6 +254,8 @@ FORMATS = {
     "/v1/responses": ResponsesReply,
     "/v1/messages": MessagesReply,
 }
+
+OUTPUTS_A_TURN = 128  # tokens of a reply between two looks at the other connections
 
 # =============================================================================================== the server
 
@@ -274,15 +296,20 @@ class Server:
         if len(prompts) * fields["n"] > MAX_CHOICES:
             raise bad_request(f"n: {len(prompts)} prompts times n are more than {MAX_CHOICES} choices", "n")
         fields["guide"] = self.guide_of(chat, form.is_chat, prompts[0])
+        if form.is_chat:
+            fields["thinking_budget"] = thinking_budget(chat, self.tokenizer, prompts[0], form is MessagesReply)
         if prompts[0].style is not None:  # marks of calls may be special tokens
             fields.setdefault("skip_special_tokens", False)
         call_id = f"{form.id_prefix}{'_' if form in (ResponsesReply, MessagesReply) else '-'}{uuid.uuid4().hex}"
         call = APICall(call_id, name, body, chat, prompts, stream, include_usage, self.fingerprint)
         call.hides_reply = fields["max_tokens"] == 0
+        call.shows_thoughts = take_field(chat, "include_reasoning", bool) is not False
         for i, prompt in enumerate(prompts):
             params = self.params_of(fields, prompt, "messages" if form.is_chat else "prompt")
             adapter = None if name in self.names else name
-            call.requests.append(Request(prompt.ids, params, adapter, f"{call.id}-{i}"))
+            request = Request(prompt.ids, params, adapter, f"{call.id}-{i}")
+            request.continues_prompt = prompt.continues or not form.is_chat
+            call.requests.append(request)
         call.unfinished = len(prompts) * fields["n"]
         return call
 
@@ -304,14 +331,22 @@ class Server:
         options = {}
         if is_chat:
             parallel = take_field(chat, "parallel_tool_calls", bool)
-            template = getattr(self.tokenizer.chat_template, "source", "")
+            template = template_source(self.tokenizer.chat_template)
             thinking = "open" if prompt.thinks else "optional" if "<think>" in template else None
             options = {"tools": chat.get("tools"), "tool_choice": chat.get("tool_choice"), "style": prompt.style}
             options |= {"parallel_tool_calls": parallel is not False, "thinking": thinking}
         try:
-            return constraint_of(chat, self.tokenizer, **options)
+            guide = constraint_of(chat, self.tokenizer, **options)
         except UserError as error:
             raise bad_request(str(error), str(error).partition(":")[0]) from None
+        if prompt.continues and guide is not None:
+            asked = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
+            given = (name for name in asked if chat.get(name) not in (None, {"type": "text"}))
+            field = next(given, "tool_choice")
+            if field != "tool_choice" or chat.get("tool_choice") not in (None, "auto"):
+                problem = "not together with a last message of the assistant's, which the reply goes on with"
+                raise bad_request(f"{field}: {problem}", field)
+        return guide
 
     def params_of(self, fields: dict, prompt: Prompt, field: str) -> SamplingParams:
         room = self.engine.max_model_len - len(prompt.ids)
@@ -409,9 +444,10 @@ class Server:
             if connection.client_disconnected(b": still here\n\n"):
                 raise ClientGone
             if outputs:
-                batch = [self.to_delta(call, i, output, lengths) for i, output in outputs]
-                outputs.clear()
-                yield batch
+                batch, outputs[:] = outputs[:OUTPUTS_A_TURN], outputs[OUTPUTS_A_TURN:]
+                yield [self.to_delta(call, i, output, lengths) for i, output in batch]
+                if outputs:
+                    await asyncio.sleep(0)
             elif time.monotonic() >= deadline:
                 raise HTTPError(504, f"not finished within {self.args.request_timeout:g} seconds", "timeout")
             else:
@@ -445,11 +481,12 @@ class Server:
     def count_token(self, call, i, index, output):
         call.last_token = time.monotonic()
         call.first_token = call.first_token or call.last_token
+        call.admitted = call.admitted or output.admitted
         if index in call.token_times:
             self.metrics.token(call.last_token - call.token_times[index])
         call.token_times[index] = call.last_token
         call.lengths[index] = call.lengths.get(index, 0) + 1
-        call.completion_tokens += 1
+        call.completion_tokens += not call.hides_reply
         call.cached.setdefault(i, output.cached_tokens)
 
     def chat_delta(self, call: APICall, i: int, index: int, output: TokenOutput) -> ChoiceDelta:
@@ -460,23 +497,30 @@ class Server:
         if reason:
             parts += reader.finish()
             reason = "tool_calls" if reason == "stop" and reader.calls else reason
-        if params.logprobs is not None and output.token_id is not None:
+        if not call.shows_thoughts:
+            parts = [part for part in parts if "reasoning_content" not in part]
+        is_hidden = not call.shows_thoughts and reader.part == "thoughts"
+        if params.logprobs is not None and output.token_id is not None and not is_hidden:
             top = [token_logprob(self.tokenizer, *pair) for pair in output.top_logprobs or ()]
             row = token_logprob(self.tokenizer, output.token_id, output.logprob)
             logprobs = {"content": [row | {"top_logprobs": top}]}
         return ChoiceDelta(index, parts, logprobs, reason, output.stop_text)
 
     def completion_delta(self, call, i, index, output, lengths) -> ChoiceDelta:
-        text, rows, offset = output.text, [], lengths.get(index, 0)
-        if call.requests[i].params.logprobs is not None and output.token_id is not None:
+        text, rows, request, reason = output.text, [], call.requests[i], output.finish_reason
+        if request.params.logprobs is not None and output.token_id is not None:
             rows = [(output.token_id, output.logprob, output.top_logprobs)]
         if call.hides_reply:
-            text, rows = "", []
+            text, rows, reason = "", [], "length"
         if index not in lengths and call.prompts[i].echo is not None:
             text, rows = call.prompts[i].echo + text, call.prompt_rows.get(i, []) + rows
-        lengths[index] = offset + len(text)
-        logprobs = completion_logprobs(self.tokenizer, rows, offset) if rows else None
-        return ChoiceDelta(index, [{"content": text}] if text else [], logprobs, output.finish_reason)
+        lengths[index], logprobs = lengths.get(index, 0) + len(text), None
+        if rows:
+            echoes, skips = call.prompts[i].echo is not None, request.params.skip_special_tokens
+            if index not in call.decoders:
+                call.decoders[index] = TextOffsets(self.tokenizer, request.prompt_ids, echoes, skips)
+            logprobs = completion_logprobs(self.tokenizer, rows, call.decoders[index])
+        return ChoiceDelta(index, [{"content": text}] if text else [], logprobs, reason)
 
     async def answer(self, connection, call, reply, outputs, start):
         """Send one answer, not streamed."""

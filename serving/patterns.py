@@ -4,8 +4,8 @@
     term = compile_pattern("^[A-Z]", Characters(terms, in_json=True), search=True)      # JSON schema's `pattern`
 
 What ECMA-262 and Python's `re` read alike: literals, `.`, classes, \\d \\w \\s and their opposites, groups,
-alternatives, greedy and lazy repetition, ^ and $ at the ends. \\d, \\w and \\s are ASCII. Lookaround, back
-references, \\b, \\p and flags are refused by name.
+alternatives, greedy and lazy repetition, ^ and $ at the ends, lookahead where the end of the pattern follows. \\d, \\w
+and \\s are ASCII. Lookbehind, back references, \\b, \\p and flags are refused by name.
 """
 
 import re
@@ -99,7 +99,7 @@ class Characters:
 
 class _Parser:
     """The text of a pattern -> a tree: ("chars", ranges), ("cat" or "alt", nodes), ("repeat", node, low, high),
-    ("start",), ("end",)."""
+    ("start",), ("end",), ("ahead", whether it is negative, node)."""
 
     def __init__(self, text):
         self.text, self.at, self.groups = text, 0, 0
@@ -147,7 +147,7 @@ class _Parser:
                     self.refuse(f"a repetition must be of at most {MAX_REPEAT:,}, the lower number first;", at)
             else:
                 break
-            if node[0] in ("start", "end", "repeat"):
+            if node[0] in ("start", "end", "ahead", "repeat"):
                 self.refuse(f"nothing to repeat for {self.text[at : self.at]!r}", at)
             if self.take("+"):
                 self.refuse("possessive repetition is not supported;", at)
@@ -177,12 +177,18 @@ class _Parser:
         if self.groups > MAX_GROUPS:
             self.refuse(f"more than {MAX_GROUPS} groups inside each other")
         if self.take("?"):
+            if ahead := self.take("=", "!"):
+                return ("ahead", ahead == "!", self.closed(at))
             named = re.compile(r"P?<[A-Za-z_]\w*>").match(self.text, self.at)
             if named:
                 self.at = named.end()
             elif not self.take(":"):
                 kind = self.text[self.at - 2 : self.at + 2]
-                self.refuse(f"{kind!r} is not supported (no lookaround, no flags, no conditions);", at)
+                self.refuse(f"{kind!r} is not supported (no lookbehind, no flags, no conditions);", at)
+        return self.closed(at)
+
+    def closed(self, at):
+        """What is in a group, up to its end."""
         tree = self.alternatives()
         if not self.take(")"):
             self.refuse("'(' without ')'", at)
@@ -246,37 +252,44 @@ class _Parser:
 
 
 def _with_ends(node, at_start, at_end, search):
-    """The tree without ^ and $. A sequence that may begin (end) where the text does gets "anything" before (behind) it,
-    if it does not say ^ ($) and `search` is true; elsewhere they are refused."""
-    anything = ("repeat", ("chars", ANY), 0, None)
+    """The tree without ^, $ and lookahead. A sequence that may begin (end) where the text does gets "anything" before
+    (behind) it, if it does not say ^ ($) and search[0] (search[1]) is true; elsewhere they are refused."""
     kind = node[0]
-    if kind in ("start", "end"):
-        if kind == "start" and at_start or kind == "end" and at_end:
-            return ("cat", [])
-        raise UserError(f"{'^' if kind == 'start' else '$'} is supported at the ends of a pattern only")
+    if kind in ("start", "end", "ahead"):
+        return _with_ends(("cat", [node]), at_start, at_end, search)
     if kind == "alt":
         return ("alt", [_with_ends(branch, at_start, at_end, search) for branch in node[1]])
-    if kind == "cat":
-        nodes = node[1]
-        first = next((i for i, inner in enumerate(nodes) if inner[0] != "start"), len(nodes))
-        last = next((i for i in range(len(nodes), first, -1) if nodes[i - 1][0] != "end"), first)
-        if (first and not at_start) or (last < len(nodes) and not at_end):
-            raise UserError("^ and $ are supported at the ends of a pattern only")
-        middle, before, behind = nodes[first:last], at_start and not first, at_end and last == len(nodes)
-        parts = []
-        for i, inner in enumerate(middle):
-            opens, closes = before and i == 0 and _anchored(inner), behind and i == len(middle) - 1 and _anchored(inner)
-            before, behind = before and not opens, behind and not closes
-            parts.append(_with_ends(inner, opens, closes, search))
-        return ("cat", [anything] * (before and search) + parts + [anything] * (behind and search))
     if kind == "repeat":
         return ("repeat", _with_ends(node[1], False, False, search), node[2], node[3])
-    return node
+    if kind == "chars":
+        return node
+    nodes = node[1]
+    first = next((i for i, inner in enumerate(nodes) if inner[0] != "start"), len(nodes))
+    last = next((i for i in range(len(nodes), first, -1) if nodes[i - 1][0] != "end"), first)
+    if (first and not at_start) or (last < len(nodes) and not at_end):
+        raise UserError("^ and $ are supported at the ends of a pattern only")
+    before, opening = at_start and search[0] and not first, at_start
+    parts, behind = [], at_end and search[1] and last == len(nodes)
+    for i in range(first, last):
+        inner, at_last = nodes[i], at_end and i == last - 1
+        if inner[0] == "ahead":
+            if not at_end:
+                raise UserError("lookahead is supported where the end of the pattern follows only")
+            rest = _with_ends(("cat", nodes[i + 1 :]), False, True, (False, search[1]))
+            ahead = _with_ends(inner[2], opening and not before, True, (False, True))
+            parts.append(("both", inner[1], ahead, rest))
+            behind = False
+            break
+        opens, closes = opening and _anchored(inner), at_last and _anchored(inner)
+        parts.append(_with_ends(inner, opens, closes, (before and opens, behind and closes)))
+        before, behind, opening = before and not opens, behind and not closes, False
+    anything = [("repeat", ("chars", ANY), 0, None)]
+    return ("cat", anything * before + parts + anything * behind)
 
 
 def _anchored(node):
-    """Whether there is a ^ or $ in it."""
-    return node[0] in ("start", "end") or (node[0] in ("alt", "cat") and any(map(_anchored, node[1])))
+    """Whether there is a ^, a $ or a lookahead in it."""
+    return node[0] in ("start", "end", "ahead") or (node[0] in ("alt", "cat") and any(map(_anchored, node[1])))
 
 
 def _term(node, characters):
@@ -285,6 +298,9 @@ def _term(node, characters):
         return characters.of(node[1])
     if kind == "repeat":
         return terms.repeat(_term(node[1], characters), node[2], node[3])
+    if kind == "both":
+        ahead, rest = (_term(inner, characters) for inner in node[2:])
+        return terms.both((terms.complement(ahead) if node[1] else ahead, rest))
     parts = [_term(inner, characters) for inner in node[1]]
     return terms.alt(parts) if kind == "alt" else terms.cat(*parts)
 
@@ -294,4 +310,4 @@ def compile_pattern(text: str, characters: Characters, search: bool = False) -> 
 
     UserError names what is not supported and its place."""
     tree = _Parser(text).parse()
-    return _term(_with_ends(tree, True, True, search), characters)
+    return _term(_with_ends(tree, True, True, (search, search)), characters)

@@ -12,7 +12,8 @@ import json
 import uuid
 
 from formats.files import brief
-from serving.fields import bad_request, error_body, take_field
+from formats.tool_calls import pieces_of
+from serving.fields import APIError, bad_request, error_body, take_field, unknown_field
 from serving.http_server import HTTPError
 
 MAX_STORED, MAX_STORED_BYTES = 256, 64 << 20  # responses that previous_response_id can name; the oldest go first
@@ -21,15 +22,19 @@ SAME = "model stream temperature top_p parallel_tool_calls seed chat_template_kw
 HARMLESS = """input instructions max_output_tokens tools tool_choice text reasoning previous_response_id store metadata
     user include service_tier prompt_cache_key prompt_cache_retention safety_identifier stream_options client_metadata
     truncation background max_tool_calls top_logprobs""".split()
+INCLUDED = ("reasoning.encrypted_content", "file_search_call.results", "web_search_call.results",
+            "web_search_call.action.sources", "code_interpreter_call.outputs", "message.input_image.image_url",
+            "computer_call_output.output.image_url")  # fmt: skip
+VERBOSITIES = ("low", "medium", "high")
 REFUSED_VALUES = {"background": (False,), "truncation": ("disabled",), "max_tool_calls": (), "top_logprobs": (0,)}
 ROLES = ("user", "assistant", "system", "developer")
 
 
 class StoredResponses:
-    """The conversations of finished responses, for previous_response_id. They are kept in memory alone."""
+    """Finished responses and their conversations, for GET and previous_response_id. They are in memory alone."""
 
     def __init__(self):
-        self.messages, self.sizes = collections.OrderedDict(), {}
+        self.messages, self.responses, self.sizes = collections.OrderedDict(), {}, {}
 
     def keep(self, call: object, response: dict | None) -> None:
         """response: what the client got, of a call that may be gone on with."""
@@ -38,18 +43,33 @@ class StoredResponses:
         reply = [message for i, item in enumerate(response["output"]) for message in _messages(item, f"output[{i}]")]
         system = {"system"} if call.body.get("instructions") else set()  # instructions are of one response alone
         messages = [m for i, m in enumerate(call.chat["messages"]) if i or m["role"] not in system] + merged(reply)
-        self.messages[call.id], self.sizes[call.id] = messages, len(json.dumps(messages))
+        self.messages[call.id], self.responses[call.id] = messages, response
+        self.sizes[call.id] = len(json.dumps([messages, response]))
         while len(self.messages) > MAX_STORED or sum(self.sizes.values()) > MAX_STORED_BYTES:
-            del self.sizes[self.messages.popitem(last=False)[0]]
+            self.delete(next(iter(self.messages)))
+
+    def get(self, name: str) -> dict:
+        """A finished response. HTTPError 404."""
+        if name not in self.responses:
+            found = f"{brief(name)} is not kept; the last {MAX_STORED} are, until the server ends"
+            raise APIError(404, f"response_id: {found}", "response_not_found", "response_id")
+        return self.responses[name]
+
+    def delete(self, name: str) -> dict:
+        """Forget a response; the object that says so. HTTPError 404."""
+        self.get(name)
+        del self.messages[name], self.responses[name], self.sizes[name]
+        return {"id": name, "object": "response.deleted", "deleted": True}
 
     def before(self, name: str | None) -> list[dict]:
         """The messages up to a response. HTTPError 404."""
-        if name is not None and name not in self.messages:
+        messages = [] if name is None else self.messages.get(name)
+        if messages is None:
             found = f"previous_response_id: {brief(name)} is not kept; the last {MAX_STORED} are, until the server ends"
             error = bad_request(found, "previous_response_id", "previous_response_not_found")
             error.status = 404
             raise error
-        return self.messages[name] if name is not None else []
+        return messages
 
 
 # ============================================================================================ a request
@@ -105,7 +125,8 @@ def _tools(body):
     tools = []
     for i, tool in enumerate(take_field(body, "tools", list) or []):
         if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise bad_request(f"tools[{i}]: only functions are supported, found {brief(tool)}", "tools")
+            found = f"the type {brief(tool['type'])}" if isinstance(tool, dict) and "type" in tool else brief(tool)
+            raise bad_request(f'tools[{i}]: only the type "function" is supported, found {found}', "tools")
         function = {
             key: tool[key] for key in ("name", "description", "parameters", "strict") if tool.get(key) is not None
         }
@@ -145,9 +166,12 @@ class ResponsesReply:
     def to_chat(cls, body: dict, stored: StoredResponses) -> dict:
         """A request of Responses -> the same as a body of chat completions. HTTPError 400 names the field."""
         for name, value in body.items():
-            harmless = REFUSED_VALUES.get(name)
-            if name not in (*SAME, *HARMLESS) or (harmless is not None and value not in (None, *harmless)):
-                raise bad_request(f"{name}: not supported", name, "unsupported_parameter")
+            harmless, known = REFUSED_VALUES.get(name), (*SAME, *HARMLESS)
+            if name not in known or (harmless is not None and value not in (None, *harmless)):
+                raise unknown_field(name, known, harmless is not None or value is None)
+        for i, value in enumerate(take_field(body, "include", list) or []):
+            if value not in INCLUDED:
+                raise bad_request(f"include[{i}]: {brief(value)} is not supported", "include", "unsupported_parameter")
         chat = {key: body[key] for key in SAME if key in body}
         chat["max_tokens"] = take_field(body, "max_output_tokens", int, 1, 2**31)
         given = body.get("input")
@@ -162,6 +186,9 @@ class ResponsesReply:
         reasoning, text = take_field(body, "reasoning", dict) or {}, take_field(body, "text", dict) or {}
         if reasoning.get("effort") is not None:
             chat["reasoning_effort"] = reasoning["effort"]
+        if text.get("verbosity") not in (None, *VERBOSITIES):
+            found = f"must be one of {', '.join(VERBOSITIES)}, found {brief(text['verbosity'])}"
+            raise bad_request(f"text.verbosity: {found}", "text")
         if text.get("format") is not None:
             chat["response_format"] = text["format"]
         return chat | _tools(body)
@@ -253,7 +280,8 @@ class ResponsesReply:
                 for item in self._items(kind, value):
                     events += [*self._close(), *self._open(kind, {**item, "arguments": ""})]
                     self.open = kind, item, item["arguments"]
-                    events.append(self._change("response.function_call_arguments.delta", delta=item["arguments"]))
+                    for piece in pieces_of(item["arguments"]):
+                        events.append(self._change("response.function_call_arguments.delta", delta=piece))
                     events += self._close()
                 continue
             if self.open is None or self.open[0] != kind:

@@ -44,6 +44,7 @@ class TokenSequence:
     num_prompt_tokens: int  # with those of the prefix
     blocks: list[int] = dataclasses.field(default_factory=list)  # of the pool: block i holds tokens[i * size :][:size]
     adapter: str | None = None  # name of a LoRA; None: the base model
+    is_seeded: bool = False  # no bit of its logits may depend on what else is in a step
 
 
 class ScheduledTokens(NamedTuple):
@@ -173,9 +174,15 @@ class PagedRunner(KVCache):
     The tokens of all sequences are one row of the model; only attention knows sequences, through attend(). A token is
     rotated as model.generate does it: for the length of its prompt and, with dynamic rope, of the reply up to it. The
     same holds for tokens that are computed again.
+
+    Products of another number of rows may sum in another order. So sequences that are seeded are computed by passes of
+    exactly SEEDED_ROWS tokens of one adapter, filled up with the first token of a sequence: it sees only itself, so its
+    keys and values are the same bits again. (Behind a trained prefix it does not, and passes are not filled up.)
     """
 
     chunked_prefill = True  # a prompt may come in pieces, and share blocks with others
+    is_row_invariant = False  # whether what else is in a step changes no bit of a sequence, seeded or not
+    SEEDED_ROWS = 32  # the most that kernels.linear computes as it computes a few
     weights_are_free = False  # whether the model's layers have no weights any more, see FusedRunner
 
     def __init__(
@@ -212,9 +219,45 @@ class PagedRunner(KVCache):
         """What keys and values depend on besides the tokens, for a prompt of this length."""
         return rope_cache_key(self.config, num_prompt_tokens)
 
-    @paddle.no_grad()
     def run(self, scheduled: list[ScheduledTokens]) -> np.ndarray:
         """(S, V) float32: the logits after the last token of each."""
+        seeded = [i for i, tokens in enumerate(scheduled) if tokens.sequence.is_seeded]
+        if not seeded:
+            return self._run(scheduled)
+        logits = np.empty((len(scheduled), self.vocab_size), np.float32)
+        others = [i for i, tokens in enumerate(scheduled) if not tokens.sequence.is_seeded]
+        if others:
+            logits[others] = self._run([scheduled[i] for i in others])
+        for rows, parts in self._passes(scheduled, seeded):
+            if not self.num_virtual_tokens:
+                missing = self.SEEDED_ROWS - sum(part.count for part in parts)
+                parts += [ScheduledTokens(parts[0].sequence, 0, 1)] * missing
+            with kernels.products_of_few_alike():  # experts get any number of rows
+                logits[rows] = self._run(parts, self.SEEDED_ROWS)[: len(rows)]
+        return logits
+
+    def _passes(self, scheduled, rows):
+        """Yields (rows, their tokens or a part of them), SEEDED_ROWS tokens of one adapter at most, in order.
+
+        A part is one token only where all is: attention computes one token otherwise than several.
+        """
+        taken, parts, room = [], [], self.SEEDED_ROWS
+        for row in sorted(rows, key=lambda i: scheduled[i].sequence.adapter or ""):
+            sequence, start, count = scheduled[row]
+            while count:
+                part = min(count, self.SEEDED_ROWS)
+                part -= count - part == 1
+                if parts and (part > room or parts[0].sequence.adapter != sequence.adapter):
+                    yield taken, parts
+                    taken, parts, room = [], [], self.SEEDED_ROWS
+                taken.append(row)
+                parts.append(ScheduledTokens(sequence, start, part))
+                start, count, room = start + part, count - part, room - part
+        yield taken, parts
+
+    @paddle.no_grad()
+    def _run(self, scheduled, head_rows=None):
+        """As run(), in one pass; head_rows: of the head's product, filled up with zeros."""
         order = list(range(len(scheduled)))
         if self.adapters:  # each adapter's tokens become one slice
             order.sort(key=lambda i: scheduled[i].sequence.adapter or "")
@@ -223,6 +266,8 @@ class PagedRunner(KVCache):
         x = self.model.hidden_states(ids, self.positions, caches=self)[0]  # (N, D)
         if len(scheduled) < x.shape[0]:
             x = paddle.gather(x, kernels.to_tensor(self.query_lengths.cumsum() - 1))  # (S, D)
+        if head_rows is not None and head_rows > x.shape[0]:
+            x = paddle.concat([x, paddle.zeros([head_rows - x.shape[0], x.shape[1]], x.dtype)])
         logits = self.model.logits(x).astype("float32").numpy()
         return logits[np.argsort(order)] if self.adapters else logits
 

@@ -48,6 +48,7 @@ class SamplingParams:
     allowed_token_ids: tuple = ()  # if any: only these, and the ids that end the reply
     bad_words: tuple = ()  # tuples of ids: the last of them may not follow the others
     guide: Guide | None = None  # the form of the reply, such as JSON by a schema
+    thinking_budget: "ThinkingBudget | None" = None
     scaled_logprobs: bool = False  # report log-probabilities after temperature, and entropies: those of rl.py
 
     def check(self) -> None:
@@ -88,6 +89,50 @@ class SamplingParams:
             raise UserError(f"logit_bias: {self.logit_bias!r}; it must be pairs of an id and a number of -100 to 100")
         if () in self.bad_words:
             raise UserError("bad_words: no word may be empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingBudget:
+    """After `tokens` tokens of thoughts, the reply goes on with the ids of `closing`, which ends them."""
+
+    tokens: int
+    closing: tuple[int, ...]
+    is_open: bool  # whether the prompt has opened <think>; else the reply may begin with it
+    piece_bytes: Callable  # id -> bytes
+
+
+class Thoughts:
+    """Where one reply is in its thoughts."""
+
+    def __init__(self, budget: ThinkingBudget):
+        self.budget, self.used, self.text = budget, 0, b""
+        self.phase = "open" if budget.is_open else "start"
+        self.closing = collections.deque()  # what is left of the ids that are forced
+
+    def forced(self) -> int | None:
+        """The id that must come next, None for any."""
+        if self.phase == "open" and self.used >= self.budget.tokens:
+            self.phase, self.closing = "done", collections.deque(self.budget.closing)
+        return self.closing[0] if self.closing else None
+
+    def follow(self, token: int) -> None:
+        """The token was chosen."""
+        if self.closing:
+            self.closing.popleft()
+        if self.phase == "done":
+            return
+        self.text += self.budget.piece_bytes(token)
+        if self.phase == "start":
+            begun = self.text.lstrip()
+            if begun.startswith(b"<think>"):
+                self.phase, self.text = "open", begun[len(b"<think>") :]
+            elif not b"<think>".startswith(begun):
+                self.phase = "done"
+        else:
+            self.used += 1
+        if self.phase == "open":
+            self.phase = "done" if b"</think>" in self.text else "open"
+            self.text = self.text[-len(b"</think>") :]
 
 
 # ============================================================================================ from logits to a token
@@ -139,6 +184,7 @@ class Sampler:
         self.counts = TokenCounts()  # of the reply's tokens
         self.seen, self.num_seen = TokenCounts(), 0  # of prompt and reply, as far as the repetition penalty has read
         self.state = None if p.guide is None else p.guide.start
+        self.thoughts = None if p.thinking_budget is None else Thoughts(p.thinking_budget)
         self.has_rules = bool(p.logit_bias or p.allowed_token_ids or p.bad_words or p.guide or p.min_p)
 
     def uniform(self) -> float:
@@ -157,10 +203,9 @@ class Sampler:
         self.num_seen = len(token_ids)
 
     def apply_rules(self, logits: np.ndarray, token_ids: list[int]) -> None:
-        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, the guide is kept."""
-        p, size = self.params, len(logits)
+        """Bias and bans on logits (V,), in place. Where bans leave nothing that the guide allows, they are dropped."""
+        p, size, plain = self.params, len(logits), logits.copy()
         reply = token_ids[len(token_ids) - self.counts.total :]
-        plain = logits.copy() if p.guide is not None else None
         for token, bias in p.logit_bias:
             logits[token] += bias
         if p.allowed_token_ids:
@@ -170,11 +215,12 @@ class Sampler:
         for *before, last in p.bad_words:
             if reply[len(reply) - len(before) :] == before:
                 logits[last] = -np.inf
-        if p.guide is not None:
-            banned = ~p.guide.allowed(self.state, self.stop_ids, size)
+        banned = None if p.guide is None else ~p.guide.allowed(self.state, self.stop_ids, size)
+        if banned is not None:
             logits[banned] = -np.inf
-            if not np.isfinite(logits.max()):
-                logits[:] = plain
+        if logits.max() == -np.inf:
+            logits[:] = plain
+            if banned is not None:
                 logits[banned] = -np.inf
         if p.min_p and not self.greedy:
             logits[logits < logits.max() + p.temperature * np.log(p.min_p)] = -np.inf
@@ -182,6 +228,8 @@ class Sampler:
     def follow(self, token: int) -> None:
         """The token was chosen."""
         self.counts.update((token,))
+        if self.thoughts is not None:
+            self.thoughts.follow(token)
         if self.state is not None and token not in self.stop_ids:
             self.state = self.params.guide.advance(self.state, token)
 
@@ -271,8 +319,11 @@ def sample_batch(samplers: list[Sampler], logits: np.ndarray, token_ids: list[li
     for i, row in ruled:
         logits[i] = row
     changes.undo()
-    for sampler, token in zip(samplers, ids):
-        sampler.follow(token)
+    for i, sampler in enumerate(samplers):
+        forced = sampler.thoughts.forced() if sampler.thoughts is not None else None
+        if forced is not None and ids[i] >= 0:
+            ids[i] = forced
+        sampler.follow(ids[i])
     return ids
 
 

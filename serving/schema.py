@@ -46,10 +46,19 @@ FORMATS = {
     "uuid": f"{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}",
     "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
     "ipv6": f"(?:{_HEX}{{1,4}}:){{7}}{_HEX}{{1,4}}|(?:{_HEX}{{1,4}}:){{1,6}}:{_HEX}{{1,4}}|::{_HEX}{{1,4}}|::",
-    "uri": rf"https?://{_LABEL}(?:\.{_LABEL}){{0,5}}(?::[1-9][0-9]{{1,3}})?{_PATH}(?:\?[a-zA-Z0-9._~&=+-]{{0,200}})?",
+    "uri": rf"https?://{_LABEL}(?:\.{_LABEL}){{0,5}}(?::[1-9][0-9]{{1,3}})?{_PATH}(?:\?[a-zA-Z0-9._~&=+-]{{0,200}})?"
+    r"(?:#[a-zA-Z0-9._~&=+-]{1,60})?",
 }
 FORMATS["uri-reference"] = FORMATS["iri"] = FORMATS["uri"]
 FORMATS["idn-email"] = FORMATS["email"]
+FORMATS["uuid4"] = f"{_HEX}{{8}}-{_HEX}{{4}}-4{_HEX}{{3}}-[89abAB]{_HEX}{{3}}-{_HEX}{{12}}"  # pydantic's
+HINT_FORMATS = ("password", "path", "file-path", "directory-path")  # for people, not for what is valid
+NUMBER_FORMATS = {  # OpenAPI's
+    "int32": (-(2**31), 2**31 - 1),
+    "int64": (-(2**63), 2**63 - 1),
+    "uint32": (0, 2**32 - 1),
+    "uint64": (0, 2**64 - 1),
+}
 
 HINTS = {
     "not": "say what is allowed instead",
@@ -344,6 +353,10 @@ class SchemaCompiler:
             limits("minimum", "exclusiveMinimum", max),
             limits("maximum", "exclusiveMaximum", min),
         )
+        if schema.get("format") in NUMBER_FORMATS:
+            least, most = map(exact, NUMBER_FORMATS[schema["format"]])
+            low, low_open = (least, False) if low is None or low < least else (low, low_open)
+            high, high_open = (most, False) if high is None or high > most else (high, high_open)
         if kind == "number":
             return number_term(self.terms, low, high, low_open, high_open)
         if low is not None and low_open and low.denominator == 1:
@@ -364,7 +377,7 @@ class SchemaCompiler:
                 parts.append(compile_pattern(pattern, self.text, search=True))
             except UserError as error:
                 self.refuse(schema, "pattern", error)
-        if "format" in schema:
+        if schema.get("format") not in (None, *HINT_FORMATS):
             if schema["format"] not in FORMATS:
                 known = ", ".join(sorted(FORMATS))
                 self.refuse(schema, "format", f"{brief(schema['format'])} is not supported; known are {known}")
@@ -491,7 +504,8 @@ class SchemaCompiler:
         found = []
         for i, (pattern, key) in enumerate(keys.items()):
             for earlier in list(keys)[:i]:
-                if terms.both((keys[earlier], key, allowed)) != EMPTY and patterns[earlier] != patterns[pattern]:
+                same = equal(patterns[earlier], patterns[pattern])
+                if not same and terms.both((keys[earlier], key, allowed)) != EMPTY:
                     problem = f"{brief(earlier)} and {brief(pattern)} may match the same name; that is not supported"
                     self.refuse(schema, "patternProperties", problem)
             found.append(terms.cat(terms.both((key, allowed, *others)), self.colon, self.value(patterns[pattern])))

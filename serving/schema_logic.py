@@ -95,7 +95,7 @@ def _together(one: object, two: object) -> object:
     """Two schemas of the same place -> one."""
     if one is False or two is False:
         return False
-    if one is True or one == two:
+    if one is True or equal(one, two):
         return two
     return one if two is True else {"allOf": [one, two]}
 
@@ -107,7 +107,7 @@ def merge(one: dict, two: dict, refuse: Callable) -> dict | None:
     result = dict(one)
     for key, value in two.items():
         mine = result.get(key)
-        if key not in result or mine == value:
+        if key not in result or equal(mine, value):
             result[key] = value
         elif key == "type":
             lists = [[types] if isinstance(types, str) else types for types in (mine, value)]
@@ -138,7 +138,7 @@ def merge(one: dict, two: dict, refuse: Callable) -> dict | None:
     if "enum" in result and "const" in result:
         result["enum"] = [entry for entry in result["enum"] if equal(entry, result["const"])]
     if "prefixItems" in one and "items" in two or "prefixItems" in two and "items" in one:
-        if one.get("prefixItems") != two.get("prefixItems") or one.get("items") != two.get("items"):
+        if not all(equal(one.get(key), two.get(key)) for key in ("prefixItems", "items")):
             refuse("prefixItems", "together with another schema's items it is not supported")
     return _merge_properties(one, two, result, refuse)
 
@@ -149,7 +149,7 @@ def _merge_properties(one, two, result, refuse):
         return result
     for schema, other in ((one, two), (two, one)):
         closed = any(each.get("additionalProperties", True) is not True for each in (one, two))
-        if "patternProperties" in schema and closed and other != schema:
+        if "patternProperties" in schema and closed and not equal(other, schema):
             refuse("patternProperties", "with additionalProperties and another schema's properties it is not supported")
     mine, others = one.get("properties", {}), two.get("properties", {})
     result["properties"] = {

@@ -12,6 +12,7 @@ import hashlib
 import re
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import unquote
@@ -24,13 +25,14 @@ from serving.access import Access, is_preflight, model_names, preflight_headers
 from serving.engine import Engine
 from serving.fields import APIError, bad_request, chat_prompt, error_body, parse_body, take_field, take_ids
 from serving.http_server import ClientGone, Connection, HTTPError, HTTPRequest, HTTPServer, Limits
-from serving.lanes import limit_tokens
+from serving.lanes import TooManyTokens, limit_tokens
 from serving.loras import load_lora, unload_lora
 from serving.pooling import embed
 
 VERSION = "1.0"  # of this server's routes
 MOST_INPUTS = 2048  # of one request for embeddings, as OpenAI has it
-REFUSED_BY_EMBEDDINGS = ("dimensions", "truncate_prompt_tokens", "messages", "priority")
+REFUSED_BY_EMBEDDINGS = {"dimensions": (), "messages": (), "normalize": (True,), "use_activation": (True,),
+                         "embed_dtype": ("float32",), "endianness": ("native", "little")}  # fmt: skip
 
 
 def read_page() -> tuple[bytes, dict]:
@@ -74,6 +76,7 @@ class Server(openai_api.Server):
             "/v1/chat/completions": (post, self.generate, False),
             "/v1/completions": (post, self.generate, False),
             "/v1/responses": (post, self.generate, False),
+            "/v1/responses/{response_id}": (("GET", "HEAD", "DELETE"), self.stored_response, False),
             "/v1/messages": (post, self.generate, False),
             "/v1/messages/count_tokens": (post, self.count_messages, False),
             "/v1/embeddings": (post, self.embeddings, False),
@@ -86,9 +89,15 @@ class Server(openai_api.Server):
     # ---- a request
     async def handle(self, connection: Connection, request: HTTPRequest) -> None:
         """Read the rest of a request and answer it. HTTPError before its body is here: the connection ends."""
-        connection.extra_headers |= self.access.origin_headers(request, connection.peer)
-        methods, handler = self.route(request)  # before the body: a refused client need not send it
-        body = await connection.read_body(request)
+        form = openai_api.FORMATS.get(request.path)
+        error_object = form.error_body if form else error_body
+        try:
+            connection.extra_headers |= self.access.origin_headers(request, connection.peer)
+            methods, handler = self.route(request)  # before the body: a refused client need not send it
+            body = await connection.read_body(request)
+        except HTTPError as error:
+            error.body = error_object(error)
+            raise
         if handler is None:  # a preflight
             await connection.respond(204, b"", preflight_headers(request, methods))
             self.count(request.path, 204)
@@ -98,8 +107,7 @@ class Server(openai_api.Server):
             status = await handler(connection, request, body)
         except HTTPError as error:
             status = error.status
-            form = openai_api.FORMATS.get(request.path)
-            await connection.respond(status, (form.error_body if form else error_body)(error), error.headers)
+            await connection.respond(status, error_object(error), error.headers)
         except ClientGone:
             status = 499
             raise
@@ -107,15 +115,16 @@ class Server(openai_api.Server):
             traceback.print_exc()
             if connection.may_respond:
                 error = HTTPError(500, "internal error", "internal_error")
-                await connection.respond(500, error_body(error), close=True)
+                await connection.respond(500, error_object(error), close=True)
         finally:
             self.count(request.path, status)
 
     def route(self, request: HTTPRequest) -> tuple:
         """(methods of the path, its handler; None for a browser's preflight). HTTPError 401, 404, 405."""
-        if request.path not in self.routes and not request.path.startswith("/v1/models/"):
+        path = re.sub("^/v1/responses/[^/]+$", "/v1/responses/{response_id}", request.path)
+        if path not in self.routes and not path.startswith("/v1/models/"):
             raise HTTPError(404, "no such path; there are " + ", ".join(self.routes), "unknown_path")
-        methods, handler, is_open = self.routes.get(request.path, (("GET", "HEAD"), self.get_models, False))
+        methods, handler, is_open = self.routes.get(path, (("GET", "HEAD"), self.get_models, False))
         if is_preflight(request):
             return methods, None
         if request.method not in methods:
@@ -128,21 +137,23 @@ class Server(openai_api.Server):
     def refusal_body(self, error):
         self.count("", error.status)
         self.log(f"- refused: {error.status} {error.code or ''}")
-        return error_body(error)
+        return getattr(error, "body", None) or error_body(error)
 
     def count(self, path: str, status: int) -> None:
         self.metrics.response(path if path in self.routes else "other", status)
 
-    async def read_in_lane(self, connection: Connection, body: bytes, function, *args) -> object:
-        """function(the body's object, *args) in a thread."""
+    async def read_in_lane(self, connection: Connection, body: bytes, function: Callable, *supported) -> object:
+        """function(the body's object) in a thread; supported: as in parse_body."""
 
         def work():
             try:
-                return function(parse_body(body), *args)
+                return function(parse_body(body, supported))
             except UnicodeEncodeError:
                 raise bad_request("a lone surrogate is not a character") from None
             except UserError as error:
                 raise bad_request(str(error)) from None
+            except TooManyTokens:
+                raise self.too_long("input", f"more than {self.engine.max_model_len}") from None
 
         deadline = time.monotonic() + self.args.request_timeout
         return await self.lanes.run(connection, deadline, len(body), work)
@@ -205,6 +216,12 @@ class Server(openai_api.Server):
         await connection.respond(200, answer)
         return 200
 
+    async def stored_response(self, connection: Connection, request: HTTPRequest, body: bytes) -> int:
+        name = unquote(request.path.removeprefix("/v1/responses/"))
+        found = self.stored.delete(name) if request.method == "DELETE" else self.stored.get(name)
+        await connection.respond(200, found)
+        return 200
+
     async def get_metrics(self, connection: Connection, request: HTTPRequest, body: bytes) -> int:
         text = self.metrics.text(self.engine.stats(), len(self.http.connections))
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
@@ -217,7 +234,9 @@ class Server(openai_api.Server):
 
     # ---- tokens, as vLLM's server has them
     async def tokenize(self, connection: Connection, request: HTTPRequest, body: bytes) -> int:
-        await connection.respond(200, await self.read_in_lane(connection, body, self.count_tokens))
+        await connection.respond(
+            200, await self.read_in_lane(connection, body, self.count_tokens, "add_special_tokens")
+        )
         return 200
 
     def count_tokens(self, body: dict) -> dict:
@@ -275,8 +294,8 @@ class Server(openai_api.Server):
 
     def embedding_inputs(self, body: dict) -> tuple:
         """(model as the client names it, adapter, ids of each input, encoding_format)."""
-        for name in REFUSED_BY_EMBEDDINGS:
-            if body.get(name) is not None:
+        for name, harmless in REFUSED_BY_EMBEDDINGS.items():
+            if body.get(name) is not None and body[name] not in harmless:
                 raise bad_request(f"{name}: not supported by embeddings", name, "unsupported_parameter")
         adapter, encoding = self.adapter_of(body), take_field(body, "encoding_format", str) or "float"
         if encoding not in ("float", "base64"):

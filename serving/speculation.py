@@ -163,7 +163,8 @@ def rows_of(
         draft, again = drafts.get(sequence, ()), start + count - max(start, sequence.num_prompt_tokens)
         if draft:
             all_tokens = [*sequence.tokens, *draft]
-            view = TokenSequence(all_tokens, sequence.num_prompt_tokens, sequence.blocks, sequence.adapter)
+            s = sequence
+            view = TokenSequence(all_tokens, s.num_prompt_tokens, s.blocks, s.adapter, s.is_seeded)
             first.append(len(rows))
             rows += [ScheduledTokens(view, start + i, 1) for i in range(1 + len(draft))]
         elif count > 1 and again > 0 and sequence.is_seeded:

@@ -78,7 +78,8 @@ def constraint_from(
 
 def constraint_of(body: dict, tokenizer: object, **tools: object) -> Guide | None:
     """The same of a request's fields: response_format, vLLM's guided_json, guided_regex, guided_choice, and its newer
-    structured_outputs {"json" | "regex" | "choice" | "json_object": …}. tools: as for constraint_from."""
+    structured_outputs {"json" | "regex" | "choice" | "json_object": …}; llama.cpp's json_schema. tools: as for
+    constraint_from."""
     given, field_names = {}, {}
 
     def ask(kind, value, field):
@@ -87,7 +88,8 @@ def constraint_of(body: dict, tokenizer: object, **tools: object) -> Guide | Non
         if value is not None:
             given[kind], field_names[kind] = value, field
 
-    for kind, field in (("json_schema", "guided_json"), ("regex", "guided_regex"), ("choice", "guided_choice")):
+    for field in ("json_schema", "guided_json", "guided_regex", "guided_choice"):  # the first is llama.cpp's
+        kind = "json_schema" if field.endswith("json") else field.removeprefix("guided_")
         ask(kind, body.get(field), field)
     outputs = body.get("structured_outputs") or {}
     if not isinstance(outputs, dict):

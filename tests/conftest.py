@@ -30,6 +30,13 @@ def pytest_addoption(parser):
     )
     parser.addoption("--client-python", default=sys.executable, help="a Python with clients of the server, for theirs")
     parser.addoption("--llama-cpp-python", default=None, help="a Python with llama_cpp, for tests of GGUF files")
+    parser.addoption("--lm-eval-python", default=None, help="a Python with lm-eval and transformers: tests/clients")
+    parser.addoption("--chat-model", default=None, help="the folder of a real chat model: tests/clients")
+    parser.addoption(
+        "--json-schema-suite",
+        default=None,
+        help="the folder tests of JSON-Schema-Test-Suite: test_structured_output.py",
+    )
     parser.addoption("--sweeps", action="store_true", help="also run all cases of the tests marked sweep")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and all cases of sweeps")
 

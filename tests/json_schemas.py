@@ -14,11 +14,14 @@ SHAPES = [
     {"enum": [1, "a", None, True, {"a": [1, 2]}, [], 1.5]}, {"const": "é\"\\\n"}, {"const": {"b": 1, "a": [None]}},
     {"type": "string", "minLength": 2, "maxLength": 4}, {"type": "string", "pattern": "^[a-c]{1,3}$"},
     {"type": "string", "pattern": "^(foo|ba[rz])\\d?$", "minLength": 4},
-    {"type": "string", "pattern": "^[^x]{2}$"}, {"type": "string", "pattern": "^a|b$", "maxLength": 6},
+    {"type": "string", "pattern": "^[^x]{2}$"}, {"type": "string", "pattern": "^(?=.*[A-C])(?=.*[0-9]).{3,5}$"},
+    {"type": "string", "pattern": "^(?!^[-+.]*$)[+-]?0*\\d*\\.?\\d*$", "maxLength": 6},
+    {"type": "string", "pattern": "^a|b$", "maxLength": 6},
     *({"type": "string", "format": name} for name in
       ("date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "uri", "hostname", "duration")),
     {"type": "integer", "minimum": -3, "maximum": 12}, {"type": "integer", "exclusiveMinimum": 0, "maximum": 1000},
-    {"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3.5}, {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3.5}, {"type": "integer", "format": "int32"},
+    {"type": "integer", "format": "uint64", "maximum": 99}, {"type": "number", "minimum": 0, "maximum": 1},
     {"type": "number", "exclusiveMinimum": -1.25, "exclusiveMaximum": 2}, {"type": "number", "maximum": -0.001},
     {"minimum": 5}, {"maxLength": 3}, {"required": ["a"]}, {"properties": {"a": {"type": "boolean"}}},
     {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["b"]},
@@ -78,7 +81,7 @@ REFUSED = [
     ({"type": "object", "unevaluatedProperties": False}, "#/unevaluatedProperties: keyword"),
     ({"$ref": "http://a/b"}, "#/$ref: "), ({"$ref": "#/$defs/none"}, "#/$ref: nothing is at"),
     ({"type": "strin"}, "#/type: one of null"), ({"type": "string", "maxLength": -1}, "#/maxLength: a whole number"),
-    ({"type": "string", "pattern": "(?=a)"}, "#/pattern: '(?=a' is not supported"),
+    ({"type": "string", "pattern": "(?<=a)"}, "#/pattern: '(?<=' is not supported"),
     ({"type": "string", "pattern": "a\\b"}, "#/pattern: '\\b' is not supported"),
     ({"type": "string", "format": "color"}, '#/format: "color" is not supported; known are'),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "#/oneOf: branches 0 and 1"),
@@ -87,6 +90,7 @@ REFUSED = [
       "$ref": "#/$defs/a"}, "#/$defs/a: no finite value"),
     ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "#/$defs/a: no finite value"),
     ({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, "#/$defs/a/allOf/0: combined"),
+    ({"const": True, "allOf": [{"const": 1}]}, "#: no finite value"),
     ({"type": "string", "minLength": 3, "maxLength": 2}, "#: no value"), (False, "#: no value"),
     ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "#: no value"), ({"enum": []}, "#: no value"),
     ({"type": "string", "pattern": "^a$", "minLength": 2}, "#: no value"), (3, "#: a schema must be"),
@@ -140,3 +144,34 @@ def random_schema(rng, depth=0):
     if rng.random() < 0.7:
         schema["additionalProperties"] = rng.choice([False, False, {"type": "boolean"}])
     return schema
+
+
+VALUES = [0, 1, -1, 2, 5, 7, 12, 100, 0.5, -2.5, "", "a", "ab", "foo", "2024-02-29", "2023-02-29", "a-11", "n\n", None,
+          True, False, [], {}, [1], {"a": 1}, 10**12]  # fmt: skip
+
+
+def changed(value, rng):
+    """A JSON value near this one: a part of it is left out, added, moved or another."""
+    if rng.random() < 0.25:
+        return rng.choice(VALUES)
+    if isinstance(value, dict) and value:
+        value, key, kind = dict(value), rng.choice(list(value)), rng.random()
+        if kind < 0.25:
+            del value[key]
+        elif kind < 0.4:
+            value[rng.choice(["zz", "a", "b", "foo", "fa"])] = rng.choice(VALUES)
+        elif kind < 0.5:
+            value[key] = value.pop(key)  # the last now
+        else:
+            value[key] = changed(value[key], rng)
+        return value
+    if isinstance(value, list) and value:
+        at = rng.randrange(len(value))
+        new = rng.choice([[], [rng.choice(VALUES), value[at]], [changed(value[at], rng)]])
+        return value[:at] + new + value[at + 1 :]
+    if isinstance(value, str) and value:
+        at = rng.randrange(len(value))
+        return value[:at] + rng.choice(["", "a", "1", "-", '"', value[at] * 2]) + value[at + 1 :]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return rng.choice([value + 1, value - 1, -value, value * 2, value + 0.25])
+    return rng.choice(VALUES)

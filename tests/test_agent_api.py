@@ -20,6 +20,7 @@ SCRIPTS = {
     "weather": f"Let me look.\n{CALL}",
     "think": "<think>\nhm, 2 and 2\n</think>\n\nIt is 4.",
     "both": f"<think>\nhm\n</think>\n\n{CALL}\n{CALL.replace('Oslo', 'Bergen')}",
+    "long": CALL.replace("Oslo", "Llanfairpwllgwyngyll " * 9),
     "hello": "Good day.",
 }
 TOOL = {
@@ -122,11 +123,16 @@ def test_a_stream_is_the_sum_of_its_deltas(server):
         assert chunks[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
         for key in ("content", "reasoning_content"):
             assert "".join(delta.get(key, "") for delta in deltas) == (whole["message"].get(key) or "")
-        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
-        assert [call["index"] for call in calls] == list(range(len(calls)))
-        assert [call["function"] for call in calls] == [
-            call["function"] for call in whole["message"].get("tool_calls", ())
-        ]
+        calls = []
+        for part in (call for delta in deltas for call in delta.get("tool_calls", ())):
+            if "id" in part:  # first all but the arguments, then these in pieces
+                assert part["index"] == len(calls) and part["function"]["arguments"] == ""
+                calls.append(dict(part["function"]))
+            else:
+                assert set(part) == {"index", "function"} and part["index"] == len(calls) - 1
+                assert set(part["function"]) == {"arguments"} and 0 < len(part["function"]["arguments"]) <= 64
+                calls[-1]["arguments"] += part["function"]["arguments"]
+        assert calls == [call["function"] for call in whole["message"].get("tool_calls", ())]
 
 
 def test_thoughts_are_apart_and_counted(server):
@@ -204,14 +210,18 @@ def test_a_streamed_message_is_the_whole_one(server):
         for kind, event in found:
             if kind == "content_block_start":
                 assert event["index"] == len(blocks)
-                blocks.append(dict(event["content_block"]))
+                blocks.append(event["content_block"] | ({"input": ""} if "input" in event["content_block"] else {}))
             elif kind == "content_block_delta":
                 change = event["delta"]
                 key = {"text_delta": "text", "thinking_delta": "thinking"}.get(change["type"])
                 if key:
                     blocks[event["index"]][key] += change[key]
                 else:
-                    blocks[event["index"]]["input"] = json.loads(change["partial_json"])
+                    assert len(change["partial_json"]) <= 64
+                    blocks[event["index"]]["input"] += change["partial_json"]
+        for block in blocks:
+            if "input" in block:
+                block["input"] = json.loads(block["input"])
         plain = [[{**block, "id": None} for block in content] for content in (blocks, whole["content"])]
         assert plain[0] == plain[1]
         assert found[-2][1]["delta"]["stop_reason"] == whole["stop_reason"]
@@ -272,8 +282,65 @@ def test_a_streamed_response_is_the_whole_one(server):
             return [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in output]
 
         assert plain(last["output"]) == plain(whole["output"])
+        pieces = [event["delta"] for kind, event in found if kind == "response.function_call_arguments.delta"]
+        calls = [item["arguments"] for item in whole["output"] if item["type"] == "function_call"]
+        assert "".join(pieces) == "".join(calls) and max(map(len, pieces), default=0) <= 64
         text = "".join(event["delta"] for kind, event in found if kind == "response.output_text.delta")
         assert text == "".join(i["content"][0]["text"] for i in whole["output"] if i["type"] == "message")
+
+
+def test_stored_responses_are_read_and_deleted(server):
+    reply = post(
+        server,
+        "/v1/responses",
+        input="hello",
+        include=["reasoning.encrypted_content"],
+        text={"verbosity": "low"},
+        reasoning={"summary": "auto"},
+    )
+    streamed = events(server, "/v1/responses", input="hello")[-1][1]["response"]
+    for body in (reply, streamed):
+        path = f"/v1/responses/{body['id']}"
+        status, _, found = server.ask("GET", path)
+        assert status == 200 and found == body
+        status, _, found = server.ask("DELETE", path)
+        assert status == 200 and found == {"id": body["id"], "object": "response.deleted", "deleted": True}
+        for method in ("GET", "DELETE"):
+            status, _, error = server.ask(method, path)
+            assert status == 404 and error["error"]["param"] == "response_id", error
+        status, _, error = server.ask("POST", "/v1/responses", {"input": "x", "previous_response_id": body["id"]})
+        assert status == 404
+    kept = post(server, "/v1/responses", input="hello", store=False)
+    assert server.ask("GET", f"/v1/responses/{kept['id']}")[0] == 404
+    assert server.ask("POST", f"/v1/responses/{kept['id']}", {})[0] == 405
+
+
+def test_what_responses_refuse_is_named(server):
+    custom = {"type": "custom", "name": "apply_patch", "description": "d", "format": {"type": "grammar"}}
+    for field, word, value in (
+        ("tools", '"custom"', [custom]),
+        ("include", "logprobs", ["message.output_text.logprobs"]),
+        ("text", "verbosity", {"verbosity": 5}),
+        ("input_", "is input meant?", 5),
+    ):
+        status, _, reply = server.ask("POST", "/v1/responses", {"input": "x", field: value})
+        assert status == 400 and reply["error"]["param"] == field and word in reply["error"]["message"], reply
+
+
+def test_anthropics_headers():
+    keyed = Running(ScriptEngine(), ToolTokenizer(), api_key="secret")
+    try:
+        body = json.dumps({"max_tokens": 9, "messages": user("hello")}).encode()
+        for headers, wanted in (
+            ({"x-api-key": "secret", "anthropic-version": "2023-06-01", "anthropic-beta": "a-b"}, 200),
+            ({"Authorization": "Bearer secret"}, 200),
+            ({"x-api-key": "wrong"}, 401),
+            ({}, 401),
+        ):
+            status, _, reply = keyed.ask("POST", "/v1/messages?beta=true", body, headers=headers)
+            assert status == wanted, reply
+    finally:
+        keyed.stop()
 
 
 # =================================================================================================== clients

@@ -118,6 +118,10 @@ dpo      --max_prompt_length 99           max_prompt_len=99
 dpo      --max_seq_length 99              max_seq_len=99
 dpo      --pref_loss simpo --pref_beta 2  loss_type='simpo' beta=2.0
 dpo      --rpo_alpha 0.5                  sft_loss_ratio=0.5
+dpo      --stage kto --kto_chosen_weight 2  loss_type='kto' desirable_weight=2.0
+dpo      --stage dpo                      loss_type='sigmoid'
+dpo      --loss_type sigmoid,bco_pair,sft --loss_weights 0.8,0.2,1  loss_type=['sigmoid','bco_pair'] sft_loss_ratio=1.0
+dpo      --sync_ref_model true --ref_model_sync_steps 9  ref_model_update_steps=9 ref_model_mixup_alpha=0.6
 pretrain --max_length 99                  max_seq_length=99
 pretrain --cutoff_len 99                  max_seq_length=99
 pretrain --data_path D                    input_dir='D'
@@ -161,7 +165,8 @@ finetune --optim sgd                      the only optimizer is adamw
 finetune --load_in_4bit true              QLoRA
 finetune --deepspeed ds.json              sharding: stage1, stage2 or stage3
 finetune --stage dpo                      this is finetune.py; run dpo.py
-finetune --stage kto                      this is finetune.py; possible are pt, sft, rm, dpo, ppo
+finetune --stage kto                      this is finetune.py; run dpo.py
+finetune --stage orpo                     this is finetune.py; possible are pt, sft, rm, dpo, kto, ppo
 finetune --lora_bias all                  only the weights of LoRA itself are trained
 finetune --assistant_only_loss false      only replies are learned
 finetune --block_size 512                 src_length limits a prompt, max_length prompt and reply

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -995,3 +996,22 @@ def test_error_from_a_worker_is_one_line_too(tmp_path, folder):
 def test_data_never_imports_paddle():
     script = "import sys, data; assert not [m for m in sys.modules if m.split('.')[0] in ('paddle', 'torch')]"
     subprocess.run([sys.executable, "-c", script], cwd=REPO, check=True)
+
+
+def test_the_order_of_samples_is_kept_in_few_bytes():
+    """At most 4 a sample of one corpus and 9 of a blend, in every process; the same order as in full integers."""
+    corpus = types.SimpleNamespace(bounds=np.arange(0, 100_100, 100), tokens=np.zeros(100_000, np.uint16))
+    found = data.CorpusSamples(corpus, 0, 1000, 70_000, 10, 7, True, 0)
+    edges, slow = -(-np.arange(9) * 100_000 // 10), []
+    for e, (a, b) in enumerate(zip(edges[:-1], edges[1:])):
+        order = data.epoch_order(b - a, 8, e)
+        slow += [a + i for i in order if i != b - a - 1] + [b - 1]
+    assert found.order.tolist() == slow[:70_000] and found.order.nbytes <= 4 * 70_000
+    corpora, numbers = data.interleave([70_000], [1.0])
+    assert corpora[69_999] == 0 and numbers[69_999] == 69_999 and corpora.strides == (0,)
+    corpora, numbers = data.interleave([60_000, 40_000], [0.6, 0.4])
+    due = np.concatenate([(np.arange(n) + 0.5) / w for n, w in ((60_000, 0.6), (40_000, 0.4))])
+    order = np.argsort(due, kind="stable")
+    assert np.array_equal(corpora, (order >= 60_000).astype(int))
+    assert np.array_equal(numbers, np.where(order < 60_000, order, order - 60_000))
+    assert corpora.nbytes + numbers.nbytes <= 9 * 100_000

@@ -447,6 +447,8 @@ def test_a_run_learns_good_and_bad_replies(world, tmp_path, capfd):
         result = json.loads((tmp_path / name / "dev_results.json").read_text())
         assert result["eval_pairs"] == 16 and result["eval_rewards/accuracies"] == result["eval_accuracy"]
         assert "share of dev replies on the right side of the KL" in printed
+        prompts = re.findall(r"^prompt: (.*)$", printed, re.M)
+        assert len(prompts) == len(set(prompts)) == 3  # a pair is two samples with one prompt
 
 
 def test_loader_covers_every_pair_once_an_epoch(tokenizer):
@@ -654,7 +656,7 @@ def test_a_moving_reference_follows_the_policy(world, tmp_path, capfd):
     run(keys_of(world, tmp_path / "soft", sync_ref_model=True, ref_model_sync_steps=2, learning_rate=3e-3))
     run(keys_of(world, tmp_path / "still", learning_rate=3e-3))
     hard, soft, still = (rows(tmp_path / name) for name in ("hard", "soft", "still"))
-    assert "checkpoints do not hold the reference" in capfd.readouterr().out
+    assert "checkpoints do not hold the mixed reference" in capfd.readouterr().out
     for step in (0, 1):  # a reference that has not moved yet is the one that was computed before training
         assert hard[step]["loss"] == pytest.approx(still[step]["loss"], rel=1e-5)
     assert hard[2]["loss"] == pytest.approx(math.log(2), abs=1e-6) and still[2]["loss"] != hard[2]["loss"]
@@ -840,6 +842,7 @@ RESUMED = {
     "full": {"gradient_accumulation_steps": 2, "greedy_zero_padding": True},
     "lora_plus": KINDS["lora"] | {"rslora_plus": True, "gradient_accumulation_steps": 2, "loss_type": "ipo"},
     "dora_simpo": KINDS["dora"] | {"loss_type": "simpo", "beta": 2.0},
+    "hard_updates": {"ref_model_update_steps": 2, "loss_type": "kto"},
     "orpo_recompute": {"loss_type": "orpo", "recompute": True},
 }
 
@@ -855,6 +858,18 @@ def test_resume_is_bitwise(name, world, tmp_path):
         run(keys_of(world, parts, **common))
     run(keys_of(world, parts, **common, resume_from_checkpoint=True))
     assert_same(parts, whole)
+
+
+def test_a_checkpoint_between_two_updates_of_the_reference_is_refused(world, tmp_path, capfd):
+    keys = {"ref_model_update_steps": 3, "save_strategy": "steps", "save_steps": 4, "max_steps": 6}
+    with crash_after_saving(4):
+        run(keys_of(world, tmp_path / "out", **keys))
+    assert "only checkpoints of steps that are a multiple of it can be resumed" in capfd.readouterr().out
+    (tmp_path / "again.json").write_text(
+        json.dumps(keys_of(world, tmp_path / "out", **keys, resume_from_checkpoint=True))
+    )
+    line = fails(dpo, [tmp_path / "again.json"], capfd)
+    assert re.search("step 4 does not hold the reference, which is the policy at step 3; resume from a multiple", line)
 
 
 def test_accumulating_equals_one_batch(world, tmp_path):
@@ -915,14 +930,25 @@ OF_A_STEP = {  # losses that need numbers of all pairs of a step, and a referenc
     "moving": {"ref_model_update_steps": 1, "ref_model_mixup_alpha": 0.5, "ld_alpha": 0.5},
     "kto": {"loss_type": "kto", "undesirable_weight": 1.5},
     "kto_lora": {"loss_type": "kto", "lora": True, "lora_rank": 4},
+    "experts": {"model_name_or_path": "mixtral"},
 }
 
 
 @pytest.mark.parametrize("way, case", [(way, case) for case in OF_A_STEP for way in TOPOLOGIES])
-@pytest.mark.sweep(keep=2)
+@pytest.mark.sweep(keep=1)
 def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, way, case):
     """Each logged number of three steps of four micro-batches, and the evaluation, against one process."""
     common = {"max_steps": 3, "do_eval": True, "max_seq_len": 300, "learning_rate": 1e-3, **OF_A_STEP[case]}
+    if case == "experts":
+        shutil.copytree(world / "base", tmp_path / "mixtral")
+        changes = {
+            "vocab_size": 3072,
+            "max_position_embeddings": 512,
+            "num_key_value_heads": 2,
+            "num_attention_heads": 6,
+        }
+        tiny_models.write(tmp_path / "mixtral", "mixtral", **changes)
+        common["model_name_or_path"] = str(tmp_path / "mixtral")
     run(keys_of(world, tmp_path / "one", gradient_accumulation_steps=4, **common))
     ranks = 2 if way in ("dp2", "sharding2") else 1
     keys = keys_of(world, tmp_path / "two", gradient_accumulation_steps=4 // ranks, **common, **TOPOLOGIES[way])
@@ -930,7 +956,8 @@ def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, w
     two.run("jobs_parallel:script", "dpo", [str(tmp_path / "two.json")])
     for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         names = {"loss", "grad_norm", "kl", "sft_loss", "rewards/margins", "rewards/chosen", "logps/rejected"}
-        for name in names & set(one):
+        assert ("aux_loss" in one) == (case == "experts")
+        for name in {*names, "aux_loss"} & set(one):
             assert other[name] == pytest.approx(one[name], rel=2e-4, abs=2e-6), name
     results = [json.loads((tmp_path / name / "dev_results.json").read_text()) for name in ("one", "two")]
     assert results[1] == pytest.approx(results[0], rel=2e-4, abs=2e-5)
@@ -1006,8 +1033,8 @@ BAD = {  # name: (change(world, keys), what the line says)
     "reference_free": (put(reference_free=True, loss_type="dpop"), "reference_free: loss_type dpop needs a reference"),
     "mixup": (put(ref_model_mixup_alpha=0), "ref_model_mixup_alpha: 0.0; it must be above 0 and at most 1"),
     "resumed_reference": (
-        put(ref_model_update_steps=9, resume_from_checkpoint=True),
-        "ref_model_update_steps: 9: checkpoints do not hold an updated reference",
+        put(ref_model_update_steps=9, ref_model_mixup_alpha=0.5, resume_from_checkpoint=True),
+        "ref_model_update_steps: 9: checkpoints do not hold a mixed reference",
     ),
     "beta": (put(beta=0), "beta: 0.0; it must be positive"),
     "smoothing": (put(label_smoothing=0.5), "label_smoothing: 0.5; it must be at least 0 and below 0.5"),
@@ -1070,6 +1097,8 @@ UPSTREAM_RUNS = {
     "dpo_argument.json": False,
     "simpo_argument.json": False,
     "flashmask/dpo.json": False,
+    "kto_lora_argument.json": False,
+    "kto_argument.json": False,
 }
 
 
@@ -1083,6 +1112,8 @@ def test_upstream_config(name, world, tmp_path, capfd):
         "model_name_or_path train_dataset_path output_dir max_steps max_seq_len max_prompt_len max_new_tokens".split()
     )
     given += ["dev_dataset_path"] * ("flashmask" not in name)
+    ours["loss_type"] = "kto"  # PaddleNLP has a script for that
+    given += ["loss_type"] * ("kto" in name)
     argv = [str(UPSTREAM / name), *(part for key in given for part in (f"--{key}", str(ours[key])))]
     if not UPSTREAM_RUNS[name]:
         assert "processes, but this run has 1" in fails(dpo, argv, capfd) and not (tmp_path / "out").exists()

@@ -222,6 +222,31 @@ def test_the_demo_answers_as_generate_does():
         assert c.finish_reason == ("stop" if expected[-1] in tokenizer().stop_ids else "length")
 
 
+def test_long_prompts_come_in_small_pieces_beside_replies():
+    """chunked_prefill_size bounds the prompt tokens of a step while others decode, and not before."""
+    model, texts = shared_model(), prompts(4, 60, seed=8)
+    expected = [oracle(model, prompt, 20) for prompt in texts]
+    engine = Engine(model, num_blocks=100, block_size=8, chunked_prefill_size=5)
+    seen, run = [], engine.runner.run
+
+    def recording(scheduled):
+        seen.append((sum(t.count == 1 and t.start >= t.sequence.num_prompt_tokens for t in scheduled), scheduled))
+        return run(scheduled)
+
+    engine.runner.run = recording
+    found = [[] for _ in texts]
+    for prompt, tokens in zip(texts, found):
+        engine.submit(Request(prompt, greedy(20)), lambda output, tokens=tokens: tokens.append(output.token_id))
+        engine.step()
+        engine.step()
+    while engine.step():
+        pass
+    assert found == expected
+    pieces = [sum(t.count for t in scheduled) - decoding for decoding, scheduled in seen if decoding]
+    assert max(pieces) == 5 and pieces.count(5) > 5 and sum(t.count for t in seen[0][1]) == len(texts[0]) > 5
+    all_given_back(engine)
+
+
 def test_requests_join_and_leave_at_any_step():
     model, texts = shared_model(), prompts(6, seed=1)
     engine, found = Engine(model, num_blocks=64, block_size=4, max_num_seqs=3, max_num_batched_tokens=9), {}
@@ -719,7 +744,7 @@ class Letters:
 
     stop_ids = ()
 
-    def stream_decoder(self):
+    def stream_decoder(self, skip_special_tokens=True):
         import codecs
 
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

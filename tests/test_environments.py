@@ -138,7 +138,7 @@ def played(keys, script, monkeypatch):
     """The engine and the rows of the log of a run of rl.py whose replies a script gives."""
     made = []
 
-    def make_engine(model, tokenizer, *_):
+    def make_engine(args, model, tokenizer, *_):
         made.append(ScriptedEngine(model, tokenizer, script))
         return made[-1]
 

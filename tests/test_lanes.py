@@ -10,8 +10,10 @@ from formats.bpe import BPE, BYTE_CHARS, GPT2_WORDS, split_step
 from formats.files import UserError
 from formats.progress import AbortedWork, check_progress
 from formats.rendering import RenderedTemplate
+from serving.automaton import Terms
 from serving.http_server import ClientGone, HTTPError
 from serving.lanes import Lanes, TooManyTokens, Work, limit_tokens
+from serving.schema import compile_schema
 
 BYTES = {char: i for i, char in enumerate(BYTE_CHARS.values())}
 LETTERS = BPE({**BYTES, "aa": 256, "aaaa": 257}, None, [split_step(GPT2_WORDS)])
@@ -91,6 +93,16 @@ def test_an_encoding_looks_up_now_and_then(text):
     work.given_up = True
     with pytest.raises(AbortedWork):
         LETTERS.encode(text, True)
+    check_progress.reset(token)
+
+
+def test_a_schema_ends_with_its_client():
+    work = Work()
+    work.given_up = True
+    token = check_progress.set(work)
+    properties = {f"key{i}": {"type": "string", "maxLength": 20 + i} for i in range(100)}
+    with pytest.raises(AbortedWork):
+        compile_schema(Terms(), {"type": "object", "properties": properties, "additionalProperties": False})
     check_progress.reset(token)
 
 

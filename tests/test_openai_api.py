@@ -8,6 +8,7 @@ The page's tests need chromium (apt install chromium), the client's the openai p
 
 import asyncio
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import http.client
@@ -44,7 +45,7 @@ class ByteTokenizer:
     """A token a byte, 256 ends a reply."""
 
     vocab_size, eos, stop_ids, chat_template = 257, 256, [256], "chat"
-    special_ids, added_ids = {256}, {256: "</s>"}
+    special_ids, added_ids, special_in_messages = {256}, {256: "</s>"}, True
 
     def encode(self, text, add_special_tokens=True):
         return list(text.encode())
@@ -57,6 +58,11 @@ class ByteTokenizer:
 
     def piece_bytes(self, token_id):
         return bytes([token_id]) if token_id < 256 else b"</s>"
+
+    def stream_decoder(self, skip_special_tokens=True):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        push = lambda i: decoder.decode(bytes([i])) if i < 256 else ""
+        return SimpleNamespace(push=push, begin_after=lambda ids: None)
 
     def apply_chat(self, messages, add_generation_prompt=True, tools=None, template_kwargs=None):
         parse_tools(tools)
@@ -982,7 +988,9 @@ def test_demo_model_over_http(start):
         ids = np.array([tokenizer.encode(prompt)])
         out = models.generate(oracle, ids, 12, tokenizer.stop_ids)[0, ids.shape[1] :].tolist()
         end = next((i for i, token in enumerate(out) if token in tokenizer.stop_ids), None)
-        wanted.append(tokenizer.decode(out[:end]))
+        text, whole = tokenizer.decode(ids[0]), tokenizer.decode([*ids[0], *out[:end]])
+        assert whole.startswith(text)
+        wanted.append(whole[len(text) :])  # a continuation, with the space before its first word
     body = {"max_tokens": 12, "temperature": 0}
     reply = server.post("/v1/completions", body | {"prompt": prompts})[2]
     assert [choice["text"] for choice in reply["choices"]] == wanted

@@ -8,7 +8,8 @@ import json
 import threading
 
 import pytest
-from test_openai_api import SAY, TEXTS, browser, eventually, server, start  # noqa: F401, fixtures
+from test_agent_api import ScriptEngine, ToolTokenizer
+from test_openai_api import SAY, TEXTS, Running, browser, eventually, server, start  # noqa: F401, fixtures
 
 FAKE_FETCH = """
 window.sent = [];
@@ -112,3 +113,22 @@ def test_a_page_of_another_origin_is_a_client_where_it_is_allowed(start, browser
         assert browser.js(FROM_OUTSIDE % allowed.port) == [200, "base0: XX", True]  # after a preflight
         assert browser.js(FROM_OUTSIDE % closed.port) == ["TypeError"]
         other.shutdown()
+
+
+def test_the_servers_own_thoughts_and_calls(browser, tmp_path):  # noqa: F811
+    running = Running(ScriptEngine(), ToolTokenizer())
+    try:
+        browser.show(f"http://127.0.0.1:{running.port}/", 375, 667)
+        browser.js(f"document.querySelector('#tools').value = {json.dumps(json.dumps(TOOLS))}")
+        idle = "!document.querySelector('.busy')"
+        browser.js(SAY.format("'both'"))
+        assert eventually(lambda: browser.js(f"document.querySelectorAll('details').length === 3 && {idle}"))
+        folds = browser.js("[...document.querySelectorAll('details')].map(fold => fold.textContent)")
+        assert folds[0].split() == ["Reasoninghm"] and "Oslo" in folds[1] and "Bergen" in folds[2]
+        for result in ("rain", "sun"):
+            browser.js(SAY.format(json.dumps(result)))
+        assert eventually(lambda: browser.js(f"{TEXTS}.at(-1)?.startsWith('You said: tool: sun') && {idle}"))
+        assert browser.js("document.querySelectorAll('.error').length") == 0
+        browser.screenshot(tmp_path / "calls.png")
+    finally:
+        running.stop()

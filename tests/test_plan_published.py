@@ -7,11 +7,16 @@ systems store them.
 """
 
 import dataclasses
+import re
 import types
 
 import numpy as np
 import pytest
+from bench_parallel import COMMON, LENGTH, ROWS, SHAPES, TOPOLOGIES
+from conftest import ROOT
 
+import pretrain
+from arguments import parse_args
 from cost_model import CostModel, Machine
 from families import ModelConfig
 from memory_model import MemoryModel
@@ -174,3 +179,37 @@ def test_paddlenlps_table():
     names = [f"{name}, {'tensor 2, sharding 4' if tp == 2 else 'sharding 8'}, stage 2" for name, tp, _ in PADDLENLP]
     report("PaddleNLP: tokens a second and GPU", names, published, found, "tokens a second")
     assert spearman(published, found) > 0.9
+
+
+# What `plan.py --probe` measured on the two cores of RESULTS.md: one process with both, two with one each.
+ONE = dict(peak_flops=1.9e11, memory_bandwidth=1.4e10, efficiency=0.95, attention_efficiency=0.5)
+TWO = dict(peak_flops=1.05e11, memory_bandwidth=1.28e10, efficiency=0.98, attention_efficiency=0.48)
+GLOO = {"all_reduce": (5.2e-4, 4.6e9), "all_gather": (8.8e-4, 7.2e8), "all_to_all": (7.5e-4, 6.8e8)}
+GLOO["ring_shift"] = (6.4e-4, 1.4e9)
+
+
+def test_two_cores():
+    """The fastest and the slowest ways to use two processes here, as tests/RESULTS.md has their measured steps."""
+    text = (ROOT / "tests" / "RESULTS.md").read_text().split("<!-- time: ")[1].split("<!-- time end")[0]
+    measured = {name: float(seconds) for name, seconds in re.findall(r"^\| ([a-z][^|]*?) \| ([\d.]+) \|", text, re.M)}
+    config = ModelConfig.from_dict({**COMMON, **SHAPES["S"], "architectures": ["LlamaForCausalLM"]})
+    shared = dict(
+        ranks_per_node=8, node_bandwidth=1e9, network_bandwidth=1e9, launch=2e-6, overlaps=False, product_bytes=4
+    )
+    found = {}
+    for name, (processes, data_ranks, more) in TOPOLOGIES.items():
+        flags = ["--dry_run", "true", "--model_name_or_path", str(ROOT / "demo" / "llama"), *more]
+        args = parse_args(pretrain.Args, flags)
+        degrees = Degrees.of(args, config, LENGTH, processes)
+        machine = Machine(**shared, **(ONE if processes == 1 else TWO), measured=GLOO)
+        memory = MemoryModel(types.SimpleNamespace(**{**KEYS, "device": "cpu"}), config, LENGTH)
+        step = CostModel(memory, machine).step(degrees, 1, ROWS // data_ranks, None)
+        if degrees.pp > 1:
+            play_step(step, degrees, ROWS // data_ranks)
+        found[name] = step.seconds
+    assert list(found) == list(measured)
+    report("Two cores: seconds a step", found, list(measured.values()), list(found.values()), "seconds")
+    both = {name: seconds for name, seconds in found.items() if name != "one process"}
+    fastest, slowest = sorted(both, key=both.get)[:2], max(both, key=both.get)
+    assert set(fastest) == {"dp2", "sharding2 stage1"} and slowest == "sharding2 stage3"
+    assert measured[slowest] == max(measured.values()) and "dp2" == min(measured, key=measured.get)

@@ -7,14 +7,20 @@ import dataclasses
 import itertools
 import json
 import shlex
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree
+
+import kernels
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import auto_parallel
+import data
+import logger
 import memory_model
 import parallel
 import plan
@@ -24,6 +30,7 @@ from auto_parallel import BATCH_SIZES, VIRTUAL, find_plans
 from cost_model import CostModel, Machine, StageCost
 from distributed.pipeline import bubble_fraction, pipeline_schedule, simulate_schedule
 from formats.files import UserError
+from model import block_linears, build
 from parallel import Degrees
 from simulate import play, play_step
 
@@ -272,3 +279,109 @@ def test_auto_parallel_takes_the_first_plan(monkeypatch):
     first = find_plans(args, 1, 80e9, H100, 16).ranked[0]
     assert args.per_device_train_batch_size == first.batch_size and args.per_device_train_batch_size == 16
     assert parallel.Degrees.of(args, world=1).world == 1
+
+
+TASKS = {
+    "SFT": ("finetune", "--max_length 4096"),
+    "LoRA": ("finetune", "--max_length 4096 --lora true --lora_rank 8"),
+    "QLoRA, nf4": ("finetune", "--max_length 4096 --lora true --lora_rank 8 --weight_quantize_algo nf4"),
+    "DPO": ("dpo", "--max_seq_len 4096"),
+    "DPO, LoRA": ("dpo", "--max_seq_len 4096 --lora true --lora_rank 8"),
+}
+LEAST_NODES = {"SFT": 12, "LoRA": 2, "QLoRA, nf4": 1, "DPO": 12, "DPO, LoRA": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_fewest_nodes_for_405b(task):
+    """Of 8 GPUs of 80 GB, full weights and LoRA; the plan's own dry run says that a rank of it fits."""
+    script, flags = TASKS[task]
+    argv = f"--model_name_or_path llama-3.1-405b --dry_run true --bf16 true {flags}".split()
+    args = parse_args(plan.SCRIPTS[script].Args, argv)
+    for nodes in range(max(1, LEAST_NODES[task] - 1), 33):
+        plans = find_plans(args, 8 * nodes, 80 * 2**30, H100, 128)
+        if plans.ranked:
+            break
+    first = plans.ranked[0]
+    text = memory_model.dry_run(dataclasses.replace(args, **first.keys(args)))
+    mode = "with" if first.granularity else "without"
+    peak = float(text.split(f"in all {mode} recompute")[1].split()[0].replace(",", ""))
+    print(f"\n| {task} | {nodes} | {first} | {peak:.1f} | {first.cost.seconds:.1f} | {100 * first.mfu:.1f} % |")
+    assert nodes == LEAST_NODES[task]
+    assert auto_parallel.with_allowance(peak * 1e9) <= 80 * 2**30
+
+
+def test_a_dry_run_needs_the_sharding_degree():
+    """A run takes all processes that are left; a dry run would count one."""
+    argv = ("--model_name_or_path", "llama-2-7b", "--sharding", "stage2")
+    with pytest.raises(UserError, match="sharding stage2 without sharding_parallel_degree takes all processes"):
+        memory_model.dry_run(pretrain_args(*argv))
+    assert "sharding 8, stage 2" in memory_model.dry_run(pretrain_args(*argv, "--sharding_parallel_degree", 8))
+
+
+def test_the_peak_of_mfu_is_that_of_the_dtype_of_training(monkeypatch):
+    """bf16 training is measured against bfloat16 products."""
+    seen, linear = [], kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *args: seen.append(kernels.bf16) or linear(*args))
+    kernels.configure("cpu")
+    assert logger.measure_matmul_peak(0.05) > 1e9
+    monkeypatch.setattr(kernels, "bf16", True)
+    assert logger.measure_matmul_peak(0.05) > 1e9 and seen[0] is False and seen[-1] is True
+
+
+def test_references_of_dpo_and_rl_cost_what_they_take():
+    """LoRA: a forward with the adapter off each micro-batch; a reference that moves and rl.py's: a second model."""
+    flags = "--model_name_or_path llama-3.2-1b --dry_run true --per_device_train_batch_size 1".split()
+
+    def planned(script, *more):
+        args = parse_args(plan.SCRIPTS[script].Args, [*flags, *more])
+        memory = memory_model.MemoryModel(args, memory_model.planned_model(args)[1], 1024)
+        return CostModel(memory, H100).step(Degrees(), 1, 4, None).seconds, memory.fullest(Degrees(), 1, 4)
+
+    with_reference, rows = planned("dpo", "--lora", "true")
+    without, _ = planned("dpo", "--lora", "true", "--loss_type", "simpo")
+    assert 1.2 < with_reference / without < 1.7 and "reference" not in rows
+    _, rows = planned("dpo", "--ref_model_update_steps", "64")
+    assert rows["reference"] == rows["weights"]
+    _, rows = planned("rl", "--kl_loss_coeff", "0.01")
+    assert rows["reference"] == rows["weights"] and rows["keys and values of the engine"] > 0
+
+
+def test_qlora_holds_codes_and_is_not_sharded():
+    """The base's linears at the bits of their codes and scales; topologies that would shard codes fall by name."""
+    argv = "--model_name_or_path llama-3.2-1b --dry_run true --max_length 512 --lora true".split()
+    args = parse_args(plan.SCRIPTS["finetune"].Args, argv)
+    rounded = dataclasses.replace(args, weight_quantize_algo="nf4", qlora_weight_double_quant=True)
+    config = memory_model.planned_model(args)[1]
+    whole, codes = (memory_model.MemoryModel(a, config, 512).fullest(Degrees(), 1, 1) for a in (args, rounded))
+    linears = sum(layer.n_in * layer.n_out for _, _, layer in block_linears(build(config)).values())
+    saved = linears * (4 - 0.5 - (1 + 4 / 256) / 64)
+    assert whole["weights"] - codes["weights"] == pytest.approx(saved, rel=1e-6)
+    assert codes["a dequantized weight"] == 4 * 2048 * 8192
+    plans = find_plans(rounded, 8, 80e9, H100, 8)
+    assert plans.ranked and all(p.degrees.tp == 1 and p.degrees.stage < 3 for p in plans.ranked)
+    assert any("codes are not sharded" in example for _, example in plans.fallen.values())
+    with pytest.raises(UserError, match="codes are not sharded"):
+        parse_args(
+            plan.SCRIPTS["finetune"].Args, [*argv, "--weight_quantize_algo", "nf4", "--tensor_parallel_degree", "2"]
+        )
+
+
+@pytest.mark.slow
+def test_auto_parallel_on_two_processes(tmp_path):
+    """The first rank measures and searches, both take its plan, and the run trains with the rows of its config."""
+    records = [json.loads(line) for line in (ROOT / "demo" / "sft" / "train.json").read_text().splitlines()[:200]]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": str(record["tgt"])}) + "\n" for record in records))
+    data.main(["corpus", str(corpus), "--tokenizer", str(ROOT / "demo" / "llama"), "--output", str(tmp_path / "ids")])
+    launch = f"-m paddle.distributed.launch --log_dir {tmp_path / 'log'} --nproc_per_node 2 pretrain.py"
+    flags = f"""--input_dir {tmp_path / "ids"} --split 80,10,10 --output_dir {tmp_path / "out"} --max_steps 3
+        --logging_steps 1 --do_eval false --evaluation_strategy no --auto_parallel true --max_seq_length 64"""
+    argv = [sys.executable, *launch.split(), "configs/llama_pretrain.json", *flags.split()]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    lines = [next(line for line in log.splitlines() if line.startswith("auto_parallel: ")) for log in logs]
+    assert lines[0] == lines[1] and "first of" in lines[0]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["consumed_tokens"] for row in rows] == [16 * 64 * step for step in (1, 2, 3)]

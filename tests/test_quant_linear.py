@@ -308,11 +308,10 @@ def test_damaged_folders_of_integers_are_refused_by_name(tmp_path):
         with pytest.raises(UserError, match=named):
             adapters.from_pretrained(tmp_path)
     for key, value in (
-        ("quant_method", "awq"),
-        ("bits", 3),
-        ("checkpoint_format", "gptq_v2"),
+        ("quant_method", "hqq"),
+        ("bits", 5),
+        ("checkpoint_format", "marlin"),
         ("group_size", 0),
-        ("lm_head", True),
     ):
         with pytest.raises(UserError, match=key):
             families.ModelConfig.from_dict(

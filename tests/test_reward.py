@@ -12,6 +12,7 @@ import re
 import numpy as np
 import paddle
 import pytest
+import tiny_models
 from test_scripts import assert_same, crash_after_saving, fails, losses, options, write_model, write_records
 from test_scripts import rows as logged
 
@@ -91,6 +92,23 @@ def test_packed_pairs_have_the_scores_of_single_replies(world):
     np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
     assert reward.margins_of(loader.dataset, batch).tolist() == [0.5] * 4
     assert max(loader.dataset.lengths) <= args.max_seq_len
+
+
+@pytest.mark.parametrize("name, limit", [("bloom", 0), ("mistral", 8)])
+def test_long_pairs_have_their_prompt_twice_where_distances_count(name, limit, world, tmp_path):
+    """Bloom, and Mistral with a window of 8: the scores of single replies, within the same length of rows."""
+    changes = {"vocab_size": 3072} | ({"sliding_window": limit} if limit else {})
+    tiny_models.write(tmp_path / "model", name, **changes)
+    assert trainer.share_within(tmp_path / "model", "max_seq_len", 300) == limit
+    args = reward.Args(**keys_of(world, world / "none", greedy_zero_padding=True))
+    loader = reward.make_loader(args, load_tokenizer(world / "base"), "dev", limit)
+    model = heads.load_reward_model(tmp_path / "model", parallel.SINGLE, seed=3)
+    batch = loader.batch(0, 0)
+    scores = reward.scores_of_replies(heads.ScoreModel(model)(**reward.model_inputs(batch)), batch)
+    pairs = [loader.dataset.pair(i) for row in batch["sample_ids"] for i in row]
+    expected = [[score_alone(model, [*prompt, *reply]) for reply in replies] for prompt, *replies in pairs]
+    np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
+    assert max(loader.dataset.lengths) <= args.max_seq_len and all(sum(map(len, pair)) > limit for pair in pairs)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -471,6 +471,7 @@ KINDS = {
     "grpo lora": {"lora": True, "kl_loss_coeff": 0.05, "do_eval": True},
     "rloo frozen copy, two updates": {"advantage_estimator": "rloo", "kl_coeff": 0.1, "update_iters": 2},
     "bf16": {"bf16": True, "kl_loss_coeff": 0.0},
+    "bf16 rollouts": {"rollout_dtype": "bfloat16", "importance_sampling_mode": "token_truncate", "lora": True},
     "reinforce++ mini-batches": {"rl_algorithm": "reinforce_plus_plus", "global_mini_batch_size": 1, "rollout_n": 3},
     "ppo": {"rl_algorithm": "ppo", "critic_learning_rate": 0.02, "rollout_n": 1, "lora": True},
     "gspo without a reference": {
@@ -487,11 +488,16 @@ def test_runs(kind, world, tmp_path, capfd):
     found = logged(tmp_path / "out")
     assert len(found) == 4
     for row in found:
-        limits = (1e-4, 0.1) if kind == "bf16" else (1e-8, 1e-4)
+        limits = (1e-4, 0.1) if kind.startswith("bf16") else (1e-8, 1e-4)
         assert row["engine_kl"] < limits[0] and row["sampling/sampling_logp_difference/max"] < limits[1]
         assert row["completions/mean_length"] <= 8 and row["reward"] < 0 and row["time/update"] > 0
     if "kl_loss_coeff" not in KINDS[kind] or KINDS[kind]["kl_loss_coeff"]:
         assert found[0]["kl"] < 1e-9 and found[-1]["kl"] > 0
+    if "importance_sampling_mode" in KINDS[kind]:
+        ratios = [
+            [row[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")] for row in found
+        ]
+        assert all(0.7 < low < mean < high < 1.4 and abs(mean - 1) < 0.05 for low, mean, high in ratios)
     adapters.from_pretrained(tmp_path / "out")
     assert ("value_loss" in found[0]) == (kind == "ppo")
     if KINDS[kind].get("do_eval"):

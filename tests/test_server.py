@@ -140,7 +140,10 @@ def test_spellings_of_the_key(start, header):  # noqa: F811
     name, _, value = header.partition(": ")
     mine = start(api_key="k")
     assert mine.ask("GET", "/v1/models", None, {name: value})[0] == 200
-    assert mine.ask("GET", "/v1/models", None, {name: value.replace("k", "x")})[0] == 401
+    wrong = {name: value.replace("k", "x")}
+    assert mine.ask("GET", "/v1/models", None, wrong)[0] == 401
+    status, _, reply = mine.post("/v1/messages", {}, wrong)  # Anthropic's error
+    assert (status, reply["type"], reply["error"]["type"]) == (401, "error", "authentication_error")
 
 
 # =========================================================================================== what clients send
@@ -196,6 +199,7 @@ def test_routes_of_vllm(server):  # noqa: F811
     }
     chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
     reply = server.post("/tokenize", chat)[2]
+    assert server.post("/tokenize", {"prompt": "x", "add_special_tokens": False})[0] == 200
     assert bytes(reply["tokens"]) == b"user: hi\nassistant: " and reply["token_strs"] is None
     assert reply["count"] == server.post("/v1/chat/completions", chat)[2]["usage"]["prompt_tokens"]
     assert server.post("/detokenize", {"tokens": reply["tokens"]})[2] == {"prompt": "user: hi\nassistant: "}
@@ -213,6 +217,8 @@ def test_routes_of_vllm(server):  # noqa: F811
         ("/v1/embeddings", {"input": [[1], 5]}, "input"),
         ("/v1/embeddings", {"input": "x" * 3000}, "input"),
         ("/v1/embeddings", {"input": "x", "dimensions": 8}, "dimensions"),
+        ("/v1/embeddings", {"input": "x", "normalize": False}, "normalize"),
+        ("/v1/embeddings", {"input": "x", "add_special_tokens": False}, "add_special_tokens"),
         ("/v1/embeddings", {"input": "x", "encoding_format": "int8"}, "encoding_format"),
     ):
         status, _, reply = server.post(path, body)
@@ -340,6 +346,32 @@ def test_prompts_are_refused_by_their_length_before_they_are_tokenized(start):  
     assert tokenizer.encoded == 0
 
 
+class CountingTokenizer(ByteTokenizer):
+    """Knows that a text is too long only while it is encoded, as byte pairs do."""
+
+    def fewest_tokens(self, text):
+        return 0
+
+    def encode(self, text, add_special_tokens=True):
+        from formats.progress import check_progress
+
+        check_progress.get()(len(text))
+        return super().encode(text)
+
+
+def test_prompts_are_refused_while_they_are_tokenized(start):  # noqa: F811
+    mine = start(tokenizer=CountingTokenizer())
+    for path, body, param in (
+        ("/v1/completions", {"prompt": "x" * 3000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 3000}]}, "messages"),
+        ("/v1/embeddings", {"input": "x" * 3000}, "input"),
+    ):
+        status, _, reply = mine.post(path, body)
+        assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "context_length_exceeded", param)
+        assert "more than 2048 tokens" in reply["error"]["message"]
+    assert mine.post("/tokenize", {"prompt": "x" * 3000})[2]["count"] == 3000  # which may be longer
+
+
 @pytest.mark.parametrize("text", ["x" * 100_000, "x y " * 25_000, "你好" * 30_000, " " * 100_000, "a\u0301" * 50_000])
 def test_the_fewest_tokens_are_no_more_than_there_are(text):
     for folder in (DEMO,):
@@ -370,10 +402,13 @@ def test_health_is_quick_while_a_large_reply_is_written(start):  # noqa: F811
     engine._step = step
     thread = threading.Thread(target=ask_health)
     thread.start()
-    status, _, reply = mine.chat(n=128, logprobs=True, top_logprobs=20)
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 128, "logprobs": True, "top_logprobs": 20}
+    connection = mine.connect()
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    text = connection.getresponse().read()
     stop.set()
     thread.join()
-    assert status == 200 and len(reply["choices"]) == 128 and len(json.dumps(reply)) > 5_000_000
+    assert len(json.loads(text)["choices"]) == 128 and len(text) > 5_000_000
     print(f"/health took {slowest[0]:.3f} s at most")
     assert slowest[0] < 1.0
 
@@ -400,6 +435,11 @@ def test_a_folder_is_enough_and_every_shipped_configuration_chats(demo_server):
     args = parse_args(serve.Args, [str(ROOT / "configs" / "llama_serve.json"), str(DEMO)])
     assert args.model_name_or_path == str(DEMO) and args.batch_size == 16
     assert demo_server.ask("GET", "/v1/models")[2]["data"][0]["id"] == "llama"
+    found = {name: rows[0][1] for name, rows in samples(demo_server.ask("GET", "/metrics")[2]).items()}
+    whole = found["vllm:request_queue_time_seconds_sum"] + found["vllm:request_inference_time_seconds_sum"]
+    parts = found["vllm:request_prefill_time_seconds_sum"] + found["vllm:request_decode_time_seconds_sum"]
+    assert 0 < whole <= found["vllm:e2e_request_latency_seconds_sum"] and found["vllm:request_queue_time_seconds_count"]
+    assert parts == pytest.approx(found["vllm:request_inference_time_seconds_sum"], abs=1e-5)
 
 
 @pytest.mark.parametrize("width, height", [(1200, 800), (375, 667)])

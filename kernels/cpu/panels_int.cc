@@ -87,8 +87,8 @@ void scale_row(const int32_t* sums, int less, float x_sum, float x_scale, const 
     __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + n), _mm512_set1_epi32(less)));
     if (zeros) y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_loadu_ps(zeros + n), _mm512_set1_ps(x_sum)));
     if (scales) y = _mm512_mul_ps(y, _mm512_loadu_ps(scales + n));
-    y = _mm512_mul_ps(y, _mm512_set1_ps(x_scale));
-    _mm512_storeu_ps(c + n, add ? _mm512_add_ps(_mm512_loadu_ps(c + n), y) : y);
+    const __m512 before = add ? _mm512_loadu_ps(c + n) : _mm512_setzero_ps();
+    _mm512_storeu_ps(c + n, _mm512_fmadd_ps(y, _mm512_set1_ps(x_scale), before));  // as four_bit_panel rounds it
   }
 }
 }  // namespace

@@ -131,14 +131,17 @@ def ours(options):
     args = rl.Args(**values, global_batch_size=PROMPTS, rollout_n=REPLIES, max_dec_len=options.new, kl_loss_coeff=0.0)
     args.learning_rate, args.per_device_train_batch_size = 1e-6, 1
     args.check()
-    tokenizer = mock.Mock(pad_token_id=0, stop_ids=[], stream_decoder=lambda: mock.Mock(push=lambda i: "", flush=str))
+    tokenizer = mock.Mock(
+        pad_token_id=0, stop_ids=[], stream_decoder=lambda *_: mock.Mock(push=lambda i: "", flush=str)
+    )
 
     def reward(completion_ids, **_):
         return [float(sum(ids) % 7) for ids in completion_ids]
 
     functions = [RewardFunction("reward", reward)]
     dataset = Prompts(options.config, options.prompt)
-    maker = rollouts.RolloutMaker(args, model, tokenizer, dataset, functions, SINGLE)
+    engine = rollouts.make_engine(args, model, tokenizer, dataset, None, SINGLE)
+    maker = rollouts.RolloutMaker(args, model, tokenizer, dataset, functions, SINGLE, engine)
     if options.generate == "naive":
         maker._generate = naive_groups(maker)
     policy, weights = Policy(model, 1.0), trainable_weights(model)

@@ -1,0 +1,42 @@
+"""quantization_config of config.json: which models keep their integers, and which are opened as floats."""
+
+QUANTIZATIONS = {  # quant_method: the keys of quantization_config that it needs, with the supported values
+    "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", None), "desc_act": (True, False), "sym": (True, False)},
+    "a8w8": {"bits": (8,), "activation": ("per_token", "per_tensor")},
+}
+DEQUANTIZED = {  # quant_method of what formats/dequantize.py opens as floats: {key: what it may be, the default first}
+    "gptq": {"bits": (4, 2, 3, 8), "checkpoint_format": ("gptq", "gptq_v2", None)},
+    "awq": {"bits": (4, None), "version": ("gemm", "GEMM", None)},
+    "compressed-tensors": {},
+    "fp8": {"fmt": ("e4m3", None)},
+    "fbgemm_fp8": {},
+    "bitsandbytes": {},
+}
+KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older compressed-tensors'
+
+
+def runs_as_integers(quantization: dict) -> bool:
+    """Whether a GPTQ model keeps its integers: a QuantLinear for every linear of the blocks, and for no other."""
+    extra = any(quantization.get(key) for key in ("dynamic", "modules_in_block_to_quantize", "lm_head"))
+    known = QUANTIZATIONS["gptq"]
+    return not extra and all(quantization.get(key) in known[key] for key in ("bits", "checkpoint_format"))
+
+
+def read_quantization(source: dict) -> tuple[dict | None, str | None]:
+    """(quantization_config of a model that keeps its integers, else None; what is wrong with it, else None)."""
+    quantization = source.get(KEYS[0]) or source.get(KEYS[1])
+    if quantization is None:
+        return None, None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method not in (*QUANTIZATIONS, *DEQUANTIZED):
+        known = ", ".join(dict.fromkeys((*QUANTIZATIONS, *DEQUANTIZED)))
+        return None, f"quant_method {method!r} cannot be read; readable are {known}"
+    is_float = method in DEQUANTIZED and not (method == "gptq" and runs_as_integers(quantization))
+    for key, allowed in (DEQUANTIZED if is_float else QUANTIZATIONS)[method].items():
+        if quantization.get(key, allowed[0] if is_float else None) not in allowed:
+            choices = ", ".join(str(a) for a in allowed if a is not None)
+            return None, f"quantization_config: {key} = {quantization.get(key)!r}; readable are {choices}"
+    group = quantization.get("group_size", -1)
+    if not is_float and not isinstance(group, int) or group in (0,) or isinstance(group, int) and group < -1:
+        return None, f"quantization_config: group_size = {group!r}; it must be -1 or positive"
+    return None if is_float else quantization, None

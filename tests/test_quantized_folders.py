@@ -1,0 +1,222 @@
+"""Folders that other tools quantized open as floats: tensors against those tools' own reading, models, refusals.
+
+python -m pytest tests/test_quantized_folders.py      # CPU, some seconds
+"""
+
+import json
+import struct
+
+import numpy as np
+import paddle
+import pytest
+import tiny_models
+from conftest import ROOT
+from test_export import DEMO, quantized, run
+
+import adapters
+import formats.weights
+import low_bit
+import model as M
+from formats.dequantize import METHODS, float_tensors, unpack
+from formats.files import UserError
+from formats.tensor_files import StoredTensor, float8_values, read_safetensors, write_safetensors
+
+GOLDEN = dict(np.load(ROOT / "tests" / "golden" / "quantized_folders.npz"))
+
+
+def scheme(format, bits, **weights):
+    groups = {"group_0": {"weights": {"num_bits": bits, **weights}}}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups}
+
+
+CASES = {  # name of the golden: quantization_config
+    "ct_w4_group": scheme("pack-quantized", 4),
+    "ct_w4_zero": scheme("pack-quantized", 4),
+    "ct_w8_pack": scheme("pack-quantized", 8),
+    "ct_int8": scheme("int-quantized", 8),
+    "ct_fp8": scheme("float-quantized", 8),
+    "gptq_v2": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "group_size": 32},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+    "bnb_nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bnb_fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bnb_int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "fp8_block": {"quant_method": "fp8", "weight_block_size": [32, 64], "fmt": "e4m3"},
+}
+
+
+def tensors_of(case):
+    arrays = {name.partition("|")[2]: array for name, array in GOLDEN.items() if name.startswith(f"{case}|")}
+    if case in ("ct_fp8", "fp8_block"):
+        arrays["weight"] = float8_values(4)[arrays["weight"]]
+    return arrays.pop("expected"), arrays
+
+
+def stored(arrays):
+    return {name: StoredTensor(lambda a=array: a, list(array.shape)) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tensor_is_read_as_its_own_tool_reads_it(case):
+    expected, arrays = tensors_of(case)
+    found = float_tensors(stored({f"m.{name}": array for name, array in arrays.items()}), CASES[case], ROOT)
+    assert list(found) == ["m.weight"] and list(found["m.weight"].shape) == list(expected.shape)
+    tolerance = 2e-3 if case == "bnb_int8" else 1e-6  # bitsandbytes gives int8's weight in float16
+    np.testing.assert_allclose(found["m.weight"].read(), expected, rtol=tolerance, atol=tolerance * abs(expected).max())
+
+
+def test_every_float8():
+    expected, _ = tensors_of("fp8_values")
+    np.testing.assert_array_equal(float8_values(4), expected)
+    assert float8_values(5)[0x3C] == 1 and float8_values(5)[0x7B] == 57344
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_of_any_width_are_one_stream_of_bits(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (64, 5)).astype(np.uint8)
+    stream = np.unpackbits(codes[..., None], axis=2, bitorder="little")[:, :, :bits]  # (64, 5, bits)
+    stream = stream.transpose(1, 0, 2).reshape(5, -1, 32)
+    words = np.packbits(stream, axis=2, bitorder="little").view(np.int32)[:, :, 0].T
+    np.testing.assert_array_equal(unpack(np.ascontiguousarray(words), bits), codes)
+
+
+# ======================================================================================================== models
+
+
+def write_with_float8(path, tensors, names):
+    """A safetensors file in which the uint8 tensors of these names are called F8_E4M3."""
+    write_safetensors(path, tensors)
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    for name in names:
+        header[name]["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def quantized_linear(method, weight):
+    """A linear's tensors in a method's layout, and the weight that they stand for. Plain rounding; layouts as in
+    the goldens."""
+    n_out, n_in = weight.shape
+    if method == "bitsandbytes":
+        low = low_bit.LowBit("nf4")
+        parts = low_bit.round_weight(weight, low)
+        state = {"quant_type": "nf4", "blocksize": 64, "shape": [n_out, n_in], "dtype": "float32"}
+        tensors = {"weight": parts["codes"][:, None], "weight.absmax": parts["absmax"]}
+        tensors["weight.quant_map"] = low_bit.TABLES["nf4"]
+        tensors["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        layer = low_bit.LowBitLinear(M.Linear(n_in, n_out, False), low)
+        layer.set_weight(weight)
+        return tensors, layer.dequantized().numpy().T
+    if method == "fp8":
+        scale = np.repeat(np.repeat([[0.5, 2.0]], -(-n_out // 16), 0), 1, 1)[:, : -(-n_in // 32)].astype(np.float32)
+        spread = np.repeat(np.repeat(scale, 16, 0), 32, 1)[:n_out, :n_in]
+        table = float8_values(4)[:127]
+        codes = np.abs(np.abs(weight / spread)[..., None] - table).argmin(-1).astype(np.uint8)
+        codes |= np.where(weight < 0, 128, 0).astype(np.uint8)
+        return {"weight": codes, "weight_scale_inv": scale}, float8_values(4)[codes] * spread
+    scale = np.abs(weight).max(1, keepdims=True) / 127
+    codes = np.rint(weight / scale).astype(np.int8)
+    return {"weight": codes, "weight_scale": scale}, codes * scale
+
+
+QUANTIZATION = {
+    "bitsandbytes": CASES["bnb_nf4"],
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 32]},
+    "compressed-tensors": scheme("int-quantized", 8),
+}
+
+
+@pytest.mark.parametrize(
+    "method, name", [("bitsandbytes", "llama"), ("fp8", "deepseek_v3"), ("compressed-tensors", "gpt2")]
+)
+def test_a_model_is_that_of_the_dequantized_weights(tmp_path, method, name):
+    plain = tiny_models.build(name)
+    stored_in_out = name == "gpt2"
+    folder = tmp_path / "quantized"
+    formats.weights.save_pretrained(plain, folder)
+    arrays, named = read_safetensors(folder / "model.safetensors"), {}
+    for path, (_, _, layer) in M.block_linears(plain).items():
+        weight = arrays.pop(f"{path}.weight")
+        parts, value = quantized_linear(method, weight)
+        arrays |= {f"{path}.{kind}": array for kind, array in parts.items()}
+        layer.weight.set_value(value if stored_in_out else np.ascontiguousarray(value.T))
+        named[f"{path}.weight"] = method == "fp8"
+    write_with_float8(folder / "model.safetensors", arrays, [n for n, is_float8 in named.items() if is_float8])
+    source = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(source | {"quantization_config": QUANTIZATION[method]}))
+    ids = paddle.to_tensor(np.random.default_rng(0).integers(3, 60, (2, 11)))
+    opened = adapters.from_pretrained(folder)
+    with paddle.no_grad():
+        np.testing.assert_allclose(opened(ids).numpy(), plain.eval()(ids).numpy(), rtol=1e-5, atol=1e-4)
+    formats.weights.save_pretrained(opened, tmp_path / "saved")  # what is saved of it is a float model
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    np.testing.assert_array_equal(adapters.from_pretrained(tmp_path / "saved")(ids).numpy(), opened(ids).numpy())
+
+
+# ===================================================================================================== and out again
+
+
+@pytest.mark.sweep(keep=3)
+@pytest.mark.parametrize(
+    "scheme_name, format",
+    [("w4", "compressed-tensors"), ("w4", "awq"), ("w8", "compressed-tensors"), ("a8w8", "compressed-tensors")],
+)
+def test_integers_in_another_layout_are_the_same_weights(tmp_path, scheme_name, format):
+    source = quantized(scheme_name, tmp_path / "source")
+    integers = adapters.from_pretrained(source)
+    out = run(tmp_path / "out", model_name_or_path=source, format=format)
+    opened = M.block_linears(adapters.from_pretrained(out))
+    for path, (_, _, layer) in M.block_linears(integers).items():
+        expected = layer.dequantized().numpy()
+        np.testing.assert_allclose(opened[path][2].weight.numpy(), expected, rtol=1e-5, atol=1e-7, err_msg=path)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == format
+
+
+def test_layouts_that_a_model_does_not_fit(tmp_path):
+    eight = quantized("w8", tmp_path / "w8")
+    for source, format, reason in (
+        (eight, "awq", "awq holds 4 bits without act order"),
+        (DEMO, "compressed-tensors", "compressed-tensors is of a quantized model"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            run(tmp_path / "out", model_name_or_path=source, format=format)
+        assert not (tmp_path / "out").exists()
+
+
+# ====================================================================================================== refusals
+
+
+@pytest.mark.parametrize(
+    "quantization, reason",
+    [
+        (
+            {"quant_method": "hqq"},
+            "quant_method 'hqq' cannot be read; readable are gptq, a8w8, awq, compressed-tensors",
+        ),
+        ({"quant_method": "gptq", "bits": 5}, "bits = 5; readable are 4, 2, 3, 8"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version = 'gemv'"),
+        ({"quant_method": "fp8"}, "says fp8, but no tensor is quantized"),
+        (scheme("nvfp4-pack-quantized", 4), "format 'nvfp4-pack-quantized'; readable are pack-quantized"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(tmp_path, quantization, reason):
+    folder = tiny_models.write(tmp_path / "a", "llama")
+    source = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(source | {"quantization_config": quantization}))
+    with pytest.raises(UserError, match=reason):
+        adapters.from_pretrained(folder)
+
+
+def test_scales_of_another_shape(tmp_path):
+    arrays = {"m.weight": np.zeros((48, 96), np.float32), "m.weight_scale_inv": np.ones((3, 2), np.float32)}
+    with pytest.raises(UserError, match=r"m.weight_scale_inv has shape \[3, 2\]; \[2, 2\] is right"):
+        float_tensors(stored(arrays), CASES["fp8_block"], ROOT)
+
+
+def test_methods_are_the_ones_that_families_knows():
+    from formats.quantization_config import DEQUANTIZED
+
+    assert set(METHODS) == set(DEQUANTIZED)
