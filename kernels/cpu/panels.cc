@@ -83,7 +83,7 @@ Inputs prepare(const Panels& w, const float* x, long rows, InputRoom& room, int 
 
 void multiply_panels(const Panels& w, const Inputs& x, const Sink& sink, int which) {
   const long panels = w.panels(), down = (x.rows + HEIGHT - 1) / HEIGHT, unit = sink.kind == GATE ? 2 : 1;
-  const long share = panels * down / (4 * threads()) / unit * unit, most = std::max(unit, std::min(MOST, share));
+  const long share = panels * down / (8 * threads()) / unit * unit, most = std::max(unit, std::min(MOST, share));
   const long across = (panels + most - 1) / most;
   const auto task = [&](long t) {
     static thread_local Room room;

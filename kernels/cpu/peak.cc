@@ -12,6 +12,7 @@
 
 #include "amx.h"
 #include "op.h"
+#include "panels.h"
 #include "threads.h"
 
 #define BODY "peak.h"
@@ -97,6 +98,7 @@ static float tiles_int8(long rounds) {  // 4 chains of 16 x 16 x 64
 
 std::vector<paddle::Tensor> Peak(const paddle::Tensor& memory, int what, int tasks) {
   float* at = const_cast<float*>(memory.data<float>());  // the caller's scratch memory
+  use_huge_pages(at, memory.numel() * sizeof(float));  // as weights are: page walks would slow the passes
   const long rounds = what == 3 || what == 4 ? 1 << 14 : 1 << 17, part = memory.numel() / tasks;
   const bool wide = level() == 2;
   float (*loop)(long) = nullptr;

@@ -90,14 +90,16 @@ class Pool {
   void work() {
     uint64_t seen = 0;
     for (;;) {
-      for (int spins = 0; next_.load() >> 32 == seen && spins < (awake_.load() ? LONG : 2000); spins++)
+      uint64_t now = seen;
+      for (int spins = 0; (now = next_.load() >> 32) == seen && spins < (awake_.load() ? LONG : 2000); spins++)
         __builtin_ia32_pause();
-      {
+      if (now == seen) {  // only a sleeper takes the mutex, which the caller still holds when others see its call
         std::unique_lock<std::mutex> lock(sleep_);
         wake_.wait(lock, [&] { return round_ != seen || awake_.load(); });
-        if (round_ == seen) continue;
-        seen = round_;
+        now = round_;
       }
+      if (now == seen) continue;
+      seen = now;
       run(seen);
     }
   }
