@@ -439,7 +439,7 @@ def _safetensors(header, data=b"\0" * 8):
         _safetensors([1, 2]),
         _safetensors({"a": 3}),
         _safetensors({"a": {"dtype": "F32", "shape": [2]}}),
-        _safetensors({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}),
+        _safetensors({"a": {"dtype": "F6_E3M2", "shape": [8], "data_offsets": [0, 8]}}),
         _safetensors({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}),
         _safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}),
     ],

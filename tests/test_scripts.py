@@ -1094,7 +1094,7 @@ def test_upstream_config(name, world, tmp_path, capfd):
 
 # ---------------------------------------------------------------------------------------------- our configs
 
-SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo,
+SCRIPT_OF = {"pretrain": pretrain, "continue": pretrain, "sft": finetune, "lora": finetune, "pt": finetune, "dpo": dpo, "kto": dpo,
              "gptq": quantize, "ptq": quantize, "wint8": quantize, "hf": export, "static": export,
              "serve": serve, "reward": reward, "rl": rl, "ppo": rl}  # fmt: skip
 
