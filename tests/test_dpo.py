@@ -958,7 +958,8 @@ def test_numbers_of_a_step_do_not_depend_on_the_topology(two, world, tmp_path, w
         names = {"loss", "grad_norm", "kl", "sft_loss", "rewards/margins", "rewards/chosen", "logps/rejected"}
         assert ("aux_loss" in one) == (case == "experts")
         for name in {*names, "aux_loss"} & set(one):
-            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=2e-6), name
+            # a sum of log-probabilities of 400 nats has a float32 step of 3e-5, times beta
+            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=4e-6), name
     results = [json.loads((tmp_path / name / "dev_results.json").read_text()) for name in ("one", "two")]
     assert results[1] == pytest.approx(results[0], rel=2e-4, abs=2e-5)
 

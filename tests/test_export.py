@@ -560,7 +560,7 @@ def test_static_with_lora_beside_integers(tmp_path):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"format": "onnx"}, "format: 'onnx'; possible are hf and static"),
+        ({"format": "onnx"}, "format: 'onnx'; possible are hf, static, gguf"),
         ({"save_dtype": "int8"}, "save_dtype: 'int8'; possible are"),
         ({"max_shard_size": "much"}, "max_shard_size: 'much'"),
         ({"max_shard_size": "0MB"}, "max_shard_size: '0MB'"),

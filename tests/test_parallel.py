@@ -49,7 +49,7 @@ def args_of(**keys):
         (4, dict(sep=2, sep_parallel_degree=2), Degrees(dp=2, sep=2)),
         (4, dict(pipeline=4, virtual=3, order="sharding_first"), Degrees(pp=4, virtual=3, order="sharding_first")),
         (4, dict(tensor=2, sequence_parallel=True), Degrees(dp=2, tp=2, sequence_parallel=True)),
-        (None, dict(tensor=8, sharding="stage2"), Degrees(tp=8)),  # counts alone
+        (None, dict(tensor=8, sharding="stage2", sharding_degree=2), Degrees(sharding=2, tp=8, stage=2)),  # a dry run's
         (
             None,
             dict(expert=4, sharding_degree=2),

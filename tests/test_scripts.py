@@ -1037,7 +1037,9 @@ UPSTREAM_RUNS = [
     "longlora.json",
     "lora_argument.json",
     "pt_argument.json",
+    "qlora_argument.json",
     "sft_argument.json",
+    "wint8_lora_argument.json",
 ]  # as they are; this longlora asks for plain LoRA
 UPSTREAM_DEGREES = [
     "flashmask/lora.json",
