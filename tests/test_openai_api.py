@@ -44,7 +44,7 @@ ROOT = Path(serve.__file__).resolve().parent
 class ByteTokenizer:
     """A token a byte, 256 ends a reply."""
 
-    vocab_size, eos, stop_ids, chat_template = 257, 256, [256], "chat"
+    vocab_size, eos, stop_ids, chat_template = 257, 256, [256], SimpleNamespace(source="chat")
     special_ids, added_ids, special_in_messages = {256}, {256: "</s>"}, True
 
     def encode(self, text, add_special_tokens=True):
