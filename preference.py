@@ -284,8 +284,8 @@ def reference_logps(model: CausalLM, batch: dict, precomputed: np.ndarray | None
 
 class MovingReference:
     """A second model that follows the policy: every ref_model_update_steps steps its weights become α times the
-    policy's plus (1 - α) times its own, α: ref_model_mixup_alpha. TR-DPO, Gorbatovski et al., arXiv 2404.09656, Eq. 6
-    (soft update) and 7 (hard update, α = 1)."""
+    policy's plus (1 - α) times its own, α: ref_model_mixup_alpha. TR-DPO, Gorbatovski et al., arXiv 2404.09656:
+    soft updates, and hard ones with α = 1."""
 
     def __init__(self, args: object, topology: Topology):
         self.model = parallel.from_pretrained(args.model_name_or_path, topology)
