@@ -202,6 +202,15 @@ def test_readme_commands_and_file_tree():
     assert not unnamed, f"the file tree does not name {unnamed}"
 
 
+def test_no_merge_is_left_half_done():
+    marked = []
+    for name in git_files():
+        if name.endswith((".md", ".py", ".cc", ".h", ".json", ".html", ".txt")):
+            text = (ROOT / name).read_text(encoding="utf-8", errors="replace")
+            marked += [name] if re.search(r"^(<{7}|>{7}) ", text, re.M) else []
+    assert not marked, marked
+
+
 def test_links_between_documents_lead_somewhere():
     broken = []
     for name in [name for name in git_files() if name.endswith(".md")]:
