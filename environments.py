@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from formats.files import UserError, brief
 from formats.tokenizer import Tokenizer
-from formats.tool_calls import parse_reply, tool_style
+from formats.tool_calls import parse_reply, style_of
 from rewards import load_function, within
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
@@ -77,9 +77,7 @@ class Toolbox:
         timeout: float = 0.0,
         max_turns: int = 8,
     ):
-        template = tokenizer.chat_template
-        source = "" if template is None else getattr(template, "source", None) or template.jinja()
-        self.style, self.tokenizer = tool_style(source), tokenizer
+        self.style, self.tokenizer = style_of(tokenizer.chat_template), tokenizer
         self.timeout, self.max_turns = timeout, max_turns
         if self.style is None:
             raise UserError("tools: the tokenizer's chat template writes calls in no form that is known here")
