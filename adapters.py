@@ -9,7 +9,7 @@
     merge(model)                                 # LoRA into the base weights: a plain model again
 
 Adapters on disk are peft's: adapter_config.json and adapter_model.safetensors; docs/adapters.md says which keys are
-honored. LoRA folders of PaddleNLP are read too. The layers of LoRA are in lora.py.
+honored. LoRA folders of PaddleNLP are read too. The layers of LoRA are in modules/lora.py.
 
 Shapes: D_in, D_out of a linear, R LoRA rank, P prefix tokens, L layers, K key/value heads, Dh head dim.
 """
@@ -43,11 +43,11 @@ from formats.weights import (
     read_config,
     stored_tensors,
 )
-from layers import Embedding, Linear, set_parameter
-from lora import LoRAEmbedding, LoRALinear, TrainedTokens
-from low_bit import ALGORITHMS, LowBit, round_base
 from model import CausalLM, block_linears, build, linear_paths
-from vocabulary import (
+from modules.layers import Embedding, Linear, set_parameter
+from modules.lora import LoRAEmbedding, LoRALinear, TrainedTokens
+from modules.low_bit import ALGORITHMS, LowBit, round_base
+from modules.vocabulary import (
     embedding_layers,
     embedding_paths,
     refuse_sharded,
@@ -151,7 +151,7 @@ def cast_frozen_to_bf16(model: CausalLM) -> None:
 
 
 def adapted_layers(model: CausalLM) -> dict[str, tuple]:
-    """{Hugging Face module path: (parent layer, attribute, layer)} of the layers of lora.py on this rank."""
+    """{Hugging Face module path: (parent layer, attribute, layer)} of the layers of modules/lora.py on this rank."""
     layers = {**block_linears(model), **embedding_layers(model)}
     kinds = LoRALinear, LoRAEmbedding, TrainedTokens
     return {path: entry for path, entry in layers.items() if isinstance(entry[2], kinds)}
@@ -246,7 +246,7 @@ def apply_lora(
 
 
 def attach_lora(model: CausalLM, config: LoraConfig, seed: int = 0) -> None:
-    """Freeze the model and put the layers of lora.py where a LoraConfig says; A and B as for a new adapter."""
+    """Freeze the model and put the layers of modules/lora.py where a LoraConfig says; A and B as for a new adapter."""
     assert not adapted_layers(model), "the model has LoRA already"
     if config.start != "keep" and model.config.quantization is not None:
         raise UserError("PiSSA and OLoRA need the base model's float weights; this one is quantized")

@@ -37,9 +37,9 @@ from formats.paddlenlp import (
     STAGES,
 )
 from formats.record_files import parse_sources, record_files
-from low_bit import ALGORITHMS
+from modules.low_bit import ALGORITHMS
 from parallel import Degrees
-from presets import missing_model_message
+from planning.presets import missing_model_message
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 METRICS = ("loss", "accuracy", "ppl", "bleu4", "rouge-1", "rouge-2", "rouge-l", "keyword_recall", "reward")

@@ -4,12 +4,12 @@
     python dpo.py configs/llama_dpo.json --loss_type simpo --beta 2.0 --simpo_gamma 1.0
     python dpo.py configs/llama_dpo.json --loss_type kto   # single replies that are good or bad; a pair is two
 
-The losses, each with its formula and paper, are the rows of preference_losses.py; what they are computed from is in
-preference.py. Reads pairs in many formats (docs/data.md). Prompt, chosen and rejected reply are one sequence, several
-pairs are a row. Trains all weights or LoRA. The reference is the model before training: with LoRA the same model with
-the adapter off; otherwise its log-probabilities of all pairs, computed before the first step (16 bytes a pair, no
-second model). Ends with reward accuracy on the dev pairs (50 % before: policy and reference are equal) and replies to
-three prompts.
+The losses, each with its formula and paper, are the rows of alignment/preference_losses.py; what they are computed from
+is in alignment/preference.py. Reads pairs in many formats (docs/data.md). Prompt, chosen and rejected reply are one
+sequence, several pairs are a row. Trains all weights or LoRA. The reference is the model before training: with LoRA the
+same model with the adapter off; otherwise its log-probabilities of all pairs, computed before the first step (16 bytes
+a pair, no second model). Ends with reward accuracy on the dev pairs (50 % before: policy and reference are equal) and
+replies to three prompts.
 """
 
 import dataclasses
@@ -26,14 +26,7 @@ import numpy as np
 import parallel
 import trainer
 from adapters import changes_base, lora_layers
-from arguments import LoraArgs
-from checkpoint import find_checkpoint
-from data import PreferenceDataset, PreferenceLoader
-from formats.files import UserError
-from formats.record_files import RecordOptions
-from formats.tokenizer import Tokenizer
-from model import CausalLM
-from preference import (
+from alignment.preference import (
     METRICS,
     UNPAIRED_METRICS,
     MovingReference,
@@ -47,8 +40,15 @@ from preference import (
     reference_logps,
     training_inputs,
 )
-from preference_data import UnpairedDataset, UnpairedLoader
-from preference_losses import LOSSES, UNPAIRED_LOSSES, Loss
+from alignment.preference_data import UnpairedDataset, UnpairedLoader
+from alignment.preference_losses import LOSSES, UNPAIRED_LOSSES, Loss
+from arguments import LoraArgs
+from checkpoint import find_checkpoint
+from data import PreferenceDataset, PreferenceLoader
+from formats.files import UserError
+from formats.record_files import RecordOptions
+from formats.tokenizer import Tokenizer
+from model import CausalLM
 
 SYNONYMS = {"orpo": "or", "aot_pair": "aot"}  # other names of losses
 

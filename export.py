@@ -49,7 +49,7 @@ from formats.tensor_files import from_bfloat16, to_bfloat16
 from formats.tokenizer import MODEL_FILES, Tokenizer, load_tokenizer
 from formats.weights import named_weights, save_pretrained
 from model import CausalLM, Linear, QuantLinear, block_linears, build, set_parameter
-from positions import NO_ROW
+from modules.positions import NO_ROW
 from serving.static_graphs import static_logits, trace, write_prefix, write_static_config
 
 

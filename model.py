@@ -34,9 +34,9 @@ from paddle import nn
 
 from families import ModelConfig, MoEConfig, weight_names
 from formats.files import UserError
-from layers import LINEARS, Embedding, Linear, Norm, QuantLinear, RNGTracker, linear_row
-from layers import set_parameter as set_parameter  # for callers
-from positions import (
+from modules.layers import LINEARS, Embedding, Linear, Norm, QuantLinear, RNGTracker, linear_row
+from modules.layers import set_parameter as set_parameter  # for callers
+from modules.positions import (
     NO_ROW,
     alibi_slopes,
     append_mask_rows,

@@ -75,8 +75,8 @@ from distributed.watchdog import Launch, current_watchdog
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import load_weights, read_config
-from low_bit import LowBit, describe, round_base
 from model import CausalLM, LocalComm, block_linears, build, kernel_attention, linear_row
+from modules.low_bit import LowBit, describe, round_base
 
 # ============================================================================================ the grid
 

@@ -9,7 +9,7 @@
 
 Takes the file of any training script (pretrain, finetune, dpo, reward, rl) and its keys. The files' own degrees,
 micro-batch and recompute are replaced; the rows of a step stay. --simulate plays one step of the file's own degrees.
-Formulas: cost_model.py and memory_model.py; docs/plan.md has what they are worth.
+Formulas: planning/cost_model.py and planning/memory_model.py; docs/plan.md has what they are worth.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ import pretrain
 import reward
 import rl
 from arguments import TrainingArgs, parse_args
-from auto_parallel import Plan, Plans, find_plans, rows_of_step, with_allowance
-from cost_model import CostModel, Machine
 from distributed.watchdog import Launch
 from formats.config_files import read_config
 from formats.files import UserError
-from memory_model import MODES, MemoryModel, planned_model, sequence_length
 from parallel import Degrees
-from probe import memory_here, probe
-from simulate import play_step, write_svg, write_trace
+from planning.auto_parallel import Plan, Plans, find_plans, rows_of_step, with_allowance
+from planning.cost_model import CostModel, Machine
+from planning.memory_model import MODES, MemoryModel, planned_model, sequence_length
+from planning.probe import memory_here, probe
+from planning.simulate import play_step, write_svg, write_trace
 from trainer import exit_status
 
 SCRIPTS = {"pretrain": pretrain, "finetune": finetune, "dpo": dpo, "reward": reward, "rl": rl}

@@ -25,7 +25,7 @@ from data import CorpusLoader
 from formats.files import UserError
 from formats.weights import init_weights
 from model import CausalLM, build
-from presets import find_preset, model_config
+from planning.presets import find_preset, model_config
 
 
 @dataclasses.dataclass

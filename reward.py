@@ -24,16 +24,16 @@ from paddle import Tensor
 import parallel
 import trainer
 from adapters import lora_layers
+from alignment.heads import ScoreModel, load_reward_model, scored_sample, train_score_head
+from alignment.rl_math import preference_losses
 from arguments import LoraArgs
 from checkpoint import find_checkpoint
 from data import IGNORED, PreferenceDataset, PreferenceLoader
 from formats.files import UserError
 from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer
-from heads import ScoreModel, load_reward_model, scored_sample, train_score_head
 from model import CausalLM
 from parallel import SINGLE, Topology
-from rl_math import preference_losses
 
 METRICS = ("accuracy", "margin", "mean_reward", "std_reward")
 

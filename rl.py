@@ -7,7 +7,7 @@ Each step of a rollout: prompts -> rollout_n replies each, by the engine on the 
 rewards, by Python functions or a reward model -> advantages -> updates on packed groups. The old log-probabilities are
 the engine's own; engine_kl in the log says how well the trainer agrees with them. The reference is the model before
 training: with LoRA the same model with the adapter off, otherwise a frozen copy, and none if no KL is asked for.
-Writes what finetune.py writes. Formulas are in rl_math.py; keys, estimators and losses in docs/rl.md.
+Writes what finetune.py writes. Formulas are in alignment/rl_math.py; keys, estimators and losses in docs/rl.md.
 """
 
 import dataclasses
@@ -24,17 +24,16 @@ import paddle
 from paddle import Tensor
 
 import parallel
-import rl_math
-import rollouts
 import trainer
 from adapters import changes_base, lora_layers
+from alignment import rl_math, rollouts
+from alignment.environments import load_toolbox
+from alignment.heads import Policy, add_score_head, remove_score_head, train_score_head
+from alignment.rewards import load_reward_functions, server_reward
 from arguments import LoraArgs
 from checkpoint import find_checkpoint
-from environments import load_toolbox
 from formats.files import UserError
-from heads import Policy, add_score_head, remove_score_head, train_score_head
 from model import CausalLM
-from rewards import load_reward_functions, server_reward
 
 LOWS = {
     0: "top_k overlong_penalty_factor reward_timeout clip_range_value value_loss_coeff clip_range_ratio kl_loss_coeff "

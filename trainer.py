@@ -31,7 +31,6 @@ import paddle
 from adapters import base_folders, cast_frozen_to_bf16, restore_adapter, tokenizer_folder, trainable_weights
 from adapters import setup_adapter as setup_adapter  # for the scripts
 from arguments import ScriptArgs, TrainingArgs, parse_args
-from auto_parallel import take_first_plan
 from checkpoint import (
     CheckpointManager,
     TrainState,
@@ -55,10 +54,11 @@ from formats.quantized_moments import quantized_moments
 from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import SaveEntry, SaveSource
 from logger import Log, find_writers, format_metrics, measure_matmul_peak, peak_memory  # noqa: F401, for scripts
-from memory_model import dry_run
 from model import CausalLM, generate
+from modules.vocabulary import check_vocabulary as check_vocabulary  # for the scripts
 from parallel import SINGLE, Topology, pipelined_map, shard_adapters
-from vocabulary import check_vocabulary as check_vocabulary  # for the scripts
+from planning.auto_parallel import take_first_plan
+from planning.memory_model import dry_run
 
 Loader = SFTLoader | CorpusLoader  # .batches_per_epoch, .batch(epoch, index) -> the dict described in data.py
 

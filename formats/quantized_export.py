@@ -14,8 +14,8 @@ from families import FAMILIES
 from formats.dequantize import unpack
 from formats.files import UserError
 from formats.weights import weights_to_save
-from layers import QuantLinear
 from model import CausalLM, block_linears
+from modules.layers import QuantLinear
 
 LAYOUTS = ("compressed-tensors", "awq")
 

@@ -37,9 +37,9 @@ from formats.tensor_files import (
     write_safetensors,
 )
 from formats.weight_names import IGNORED_WEIGHTS, name_table
-from low_bit import LowBitLinear
 from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, set_parameter
-from positions import rope_frequencies
+from modules.low_bit import LowBitLinear
+from modules.positions import rope_frequencies
 
 # ================================================================================= weights by their names
 

@@ -23,10 +23,10 @@ import numpy as np
 import paddle
 
 from formats.files import UserError
-from layers import Linear, QuantLinear
-from lora import LoRALinear
 from model import CausalLM, MoE
-from positions import alibi_slopes, rope_tables
+from modules.layers import Linear, QuantLinear
+from modules.lora import LoRALinear
+from modules.positions import alibi_slopes, rope_tables
 from serving.runners import AdapterLinear, PagedRunner, ScheduledTokens, SequentialRunner, make_runner
 
 # ==================================================================================== which models, and their weights

@@ -29,9 +29,9 @@ from adapters import LoRALinear, adapted_layers, load_adapter, lora_layers, weig
 from families import ModelConfig
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
-from layers import Linear, QuantLinear
 from model import CausalLM, KVCache, MoE, block_linears, set_parameter
-from positions import NO_ROW, rope_cache_key, rope_lengths
+from modules.layers import Linear, QuantLinear
+from modules.positions import NO_ROW, rope_cache_key, rope_lengths
 
 # ============================================================================================ what a runner reads
 

@@ -29,7 +29,7 @@ from families import ModelConfig
 from formats.files import atomic_file
 from formats.tensor_files import write_safetensors
 from model import Cache, CausalLM
-from positions import rope_lengths
+from modules.positions import rope_lengths
 from serving.runners import STATIC_FORMAT, ScheduledTokens, StaticRunner, TokenSequence
 
 

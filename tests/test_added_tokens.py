@@ -17,12 +17,12 @@ import adapters
 import export
 import finetune
 import formats.weights
-import vocabulary
 from arguments import parse_args
 from formats.added_tokens import split_tokens
 from formats.files import UserError
 from formats.tensor_files import read_safetensors
 from formats.tokenizer import load_tokenizer
+from modules import vocabulary
 
 TEXTS = ["x <a> y", "<b><a>hello", "say <|tool|> now <a>"]
 

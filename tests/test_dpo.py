@@ -41,10 +41,8 @@ import dpo
 import families
 import formats.weights
 import model as M
-import preference
-import preference_data
-import preference_losses
 import trainer
+from alignment import preference, preference_data, preference_losses
 from arguments import parse_args
 from formats.chat import ChatTemplate, load_chat_template
 from formats.files import UserError

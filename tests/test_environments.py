@@ -11,9 +11,8 @@ from test_chat_tools import small
 from test_rl import base, keys_of, logged, quick, run, world  # noqa: F401
 from test_scripts import fails
 
-import environments
 import rl
-import rollouts
+from alignment import environments, rollouts
 from serving.engine import Completion
 
 TOOLS = '''

@@ -45,13 +45,13 @@ import families
 import finetune
 import formats.weights
 import model as M
-import positions as rotary
-import preference
 import trainer
+from alignment import preference
 from arguments import TrainingArgs
 from data import collate_pairs, pair_sample
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
+from modules import positions as rotary
 
 pytestmark = pytest.mark.sweep(keep=6)
 

@@ -376,10 +376,10 @@ def test_experts_are_sharded_over_their_copies(degrees, tmp_path):
     import adapters
     import distributed.sharding
     import formats.weights
-    import memory_model
     import model as M
     import parallel
     from families import ModelConfig
+    from planning import memory_model
 
     write_family(tmp_path / "moe", "qwen2_moe", num_experts=4)
     config, degrees = ModelConfig.from_json(tmp_path / "moe"), parallel.Degrees(**degrees)

@@ -18,11 +18,11 @@ import adapters
 import dpo
 import finetune
 import formats.weights
-import low_bit
 import model as M
 from arguments import parse_args
 from formats.files import UserError
-from low_bit import LowBit, LowBitLinear
+from modules import low_bit
+from modules.low_bit import LowBit, LowBitLinear
 
 CPU = not kernels._missing("cpu", "dequantize_table")
 ALL = [LowBit(algo) for algo in low_bit.ALGORITHMS] + [LowBit("nf4", 64, True, 32), LowBit("fp4", 128, True)]

@@ -24,7 +24,6 @@ import export
 import finetune
 import model
 import parallel
-import presets
 import pretrain
 import quantize
 import serve
@@ -34,8 +33,9 @@ from arguments import parse_args
 from families import ModelConfig
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, named_weights, save_pretrained
-from memory_model import _activations, dry_run
 from parallel import Degrees
+from planning import presets
+from planning.memory_model import _activations, dry_run
 
 pytestmark = pytest.mark.sweep(keep=2)
 

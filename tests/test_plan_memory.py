@@ -1,4 +1,4 @@
-"""Memory that memory_model.py says of a rank, against what ranks of really trained tiny models hold.
+"""Memory that planning/memory_model.py says of a rank, against what ranks of really trained tiny models hold.
 
 python -m pytest tests/test_plan_memory.py --sweeps -s          # -s prints the table of docs/plan.md
 """
@@ -9,8 +9,8 @@ import pytest
 from pool import Ranks
 
 from families import ModelConfig
-from memory_model import MemoryModel
 from parallel import Degrees
+from planning.memory_model import MemoryModel
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,

@@ -1,4 +1,4 @@
-"""The order of published step times, as cost_model.py has it: Spearman's rank correlation with each table.
+"""The order of published step times, as planning/cost_model.py has it: Spearman's rank correlation with each table.
 
 python -m pytest tests/test_plan_published.py -s          # -s prints the tables of docs/plan.md
 
@@ -17,12 +17,12 @@ from conftest import ROOT
 
 import pretrain
 from arguments import parse_args
-from cost_model import CostModel, Machine
 from families import ModelConfig
-from memory_model import MemoryModel
 from parallel import Degrees
-from presets import model_config
-from simulate import play_step
+from planning.cost_model import CostModel, Machine
+from planning.memory_model import MemoryModel
+from planning.presets import model_config
+from planning.simulate import play_step
 
 A100 = dataclasses.replace(Machine.of_gpus(312e12, "nvlink8+200Gb"), stored_bytes=2)
 UNFUSED = dataclasses.replace(A100, fused_attention=False)  # before flash attention

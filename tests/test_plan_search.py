@@ -18,21 +18,20 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import auto_parallel
 import data
 import logger
-import memory_model
 import parallel
 import plan
 import pretrain
 from arguments import parse_args
-from auto_parallel import BATCH_SIZES, VIRTUAL, find_plans
-from cost_model import CostModel, Machine, StageCost
 from distributed.pipeline import bubble_fraction, pipeline_schedule, simulate_schedule
 from formats.files import UserError
 from model import block_linears, build
 from parallel import Degrees
-from simulate import play, play_step
+from planning import auto_parallel, memory_model
+from planning.auto_parallel import BATCH_SIZES, VIRTUAL, find_plans
+from planning.cost_model import CostModel, Machine, StageCost
+from planning.simulate import play, play_step
 
 H100 = Machine.of_gpus(990e12, "nvlink8+400Gb")
 

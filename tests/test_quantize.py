@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import kernels
+from kernels import rounding
 
 import numpy as np
 import paddle
@@ -23,11 +24,12 @@ import quantize
 import trainer
 from adapters import apply_lora, apply_prefix, from_pretrained, lora_layers, save_adapter
 from arguments import parse_args
-from calibration import Calibration, linear_refs, real_positions, sequential_groups
 from families import ModelConfig
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from formats.weights import init_weights, save_pretrained
+from quantization import gptq, methods, smoothing
+from quantization.calibration import Calibration, linear_refs, real_positions, sequential_groups
 from serving.engine import Engine, Request
 from serving.sampling import SamplingParams
 
@@ -55,7 +57,7 @@ CONFIG = {
 
 
 def unpack_rows(packed, bits):
-    """The inverse of quantize.pack_rows."""
+    """The inverse of rounding.pack_rows."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
     codes = (packed.view(np.uint32)[:, None] >> shifts) & np.uint32(2**bits - 1)
     return codes.reshape(-1, packed.shape[1]).astype(np.uint8)
@@ -144,10 +146,10 @@ def mean_hessian(x):
     return x.T.astype(np.float64) @ x / len(x)
 
 
-def gptq(weight, hessian, bits, group_size=-1, sym=True, desc_act=False, percdamp=0.01, search_range=True):
+def solve(weight, hessian, bits, group_size=-1, sym=True, desc_act=False, percdamp=0.01, search_range=True):
     """(QuantizedWeight, damping) by the two steps in one."""
-    plan = quantize.gptq_plan(hessian, desc_act, percdamp)
-    return quantize.gptq(weight, plan, bits, group_size, sym, search_range), plan.damping
+    plan = gptq.gptq_plan(hessian, desc_act, percdamp)
+    return gptq.gptq(weight, plan, bits, group_size, sym, search_range), plan.damping
 
 
 def logits(net, seed=0, T=20):
@@ -164,7 +166,7 @@ def logits(net, seed=0, T=20):
 @pytest.mark.parametrize("shape", [(8, 1), (24, 7), (40, 33), (192, 512)])
 def test_packing_is_undone_exactly(bits, shape):
     codes = np.random.RandomState(0).randint(0, 2**bits, shape).astype(np.uint8)
-    packed = quantize.pack_rows(codes, bits)
+    packed = rounding.pack_rows(codes, bits)
     assert packed.dtype == np.int32 and packed.shape == (shape[0] * bits // 32, shape[1])
     np.testing.assert_array_equal(unpack_rows(packed, bits), codes)
     first_word = sum(int(codes[i, 0]) << (bits * i) for i in range(32 // bits))  # the first row in the lowest bits
@@ -176,12 +178,12 @@ def test_packing_is_undone_exactly(bits, shape):
 )
 def test_the_kernel_reads_the_same_weight_from_the_packed_codes(bits, group_size, sym):
     weight = np.random.RandomState(1).randn(80, 24).astype(np.float32) + 0.5
-    found = quantize.round_to_nearest(weight, bits, group_size, sym)
+    found = rounding.round_to_nearest(weight, bits, group_size, sym)
     read = kernels.dequantize(
-        paddle.to_tensor(quantize.pack_rows(found.codes, bits)),
+        paddle.to_tensor(rounding.pack_rows(found.codes, bits)),
         paddle.to_tensor(found.scales),
         bits,
-        paddle.to_tensor(quantize.pack_zeros(found.zeros, bits)),
+        paddle.to_tensor(rounding.pack_zeros(found.zeros, bits)),
         paddle.to_tensor(found.groups),
     ).numpy()
     np.testing.assert_array_equal(read, found.weight())
@@ -194,9 +196,9 @@ def test_the_kernel_reads_the_same_weight_from_the_packed_codes(bits, group_size
 @pytest.mark.parametrize("sym", [True, False])
 def test_grids_of_one_sided_and_empty_groups(sym):
     for rows in (np.full((8, 2), 3.0), np.full((8, 2), -3.0), np.zeros((8, 2)), np.linspace(1, 2, 16).reshape(8, 2)):
-        scale, zero = quantize.qparams(rows.astype(np.float32), 4, sym)
+        scale, zero = rounding.qparams(rows.astype(np.float32), 4, sym)
         assert np.all((zero >= 1) & (zero <= 15)) and np.all(scale > 0)  # zero less one is unsigned in the file
-        codes = quantize.quantize_to_codes(rows, scale, zero, 4)
+        codes = rounding.quantize_to_codes(rows, scale, zero, 4)
         assert np.all(np.abs(scale * (codes.astype(int) - zero) - rows) <= 0.51 * scale * (2 if sym else 1))
 
 
@@ -223,10 +225,10 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp):
     size, left, result = n_in if group_size == -1 else group_size, weight.copy(), np.empty_like(weight)
     for place, row in enumerate(order):
         if place % size == 0:
-            scale, zero = quantize.qparams(left[order[place : place + size]], bits, sym)
+            scale, zero = rounding.qparams(left[order[place : place + size]], bits, sym)
         rest = order[place:]
         inverse = np.linalg.inv(hessian[np.ix_(rest, rest)])
-        result[row] = scale * (quantize.quantize_to_codes(left[row], scale, zero, bits).astype(np.float64) - zero)
+        result[row] = scale * (rounding.quantize_to_codes(left[row], scale, zero, bits).astype(np.float64) - zero)
         left[rest] -= np.outer(inverse[0] / inverse[0, 0], left[row] - result[row])
     return result
 
@@ -239,8 +241,8 @@ def plain_gptq(weight, hessian, bits, group_size, sym, desc_act, percdamp):
 def test_gptq_equals_the_plain_algorithm(bits, group_size, sym, desc_act, block, monkeypatch):
     x, weight = layer_problem(64, 16, 300, rank=20)
     weight, hessian = weight.astype(np.float64), mean_hessian(x)
-    monkeypatch.setattr(quantize.gptq_solve, "__defaults__", (block,))
-    found, damping = gptq(weight, hessian, bits, group_size, sym, desc_act, 0.01, search_range=False)
+    monkeypatch.setattr(gptq.gptq_solve, "__defaults__", (block,))
+    found, damping = solve(weight, hessian, bits, group_size, sym, desc_act, 0.01, search_range=False)
     expected = plain_gptq(weight, hessian, bits, group_size, sym, desc_act, 0.01)
     np.testing.assert_allclose(found.weight(), expected, rtol=1e-5, atol=1e-7)
     assert damping == 0.01
@@ -252,11 +254,11 @@ def test_gptq_beats_round_to_nearest_and_searching_ranges_beats_gptq(bits, group
         x, weight = layer_problem(n_out=64, seed=seed)
         hessian, errors = mean_hessian(x), []
         for found in (
-            quantize.round_to_nearest(weight, bits, group_size),
-            gptq(weight, hessian, bits, group_size, search_range=False)[0],
-            gptq(weight, hessian, bits, group_size)[0],
+            rounding.round_to_nearest(weight, bits, group_size),
+            solve(weight, hessian, bits, group_size, search_range=False)[0],
+            solve(weight, hessian, bits, group_size)[0],
         ):
-            errors.append(quantize.output_error(weight, found.weight(), hessian))
+            errors.append(gptq.output_error(weight, found.weight(), hessian))
             by_inputs = np.linalg.norm(x @ (weight - found.weight())) / np.linalg.norm(x @ weight)
             assert abs(errors[-1] - by_inputs) < 1e-3 * by_inputs
         assert errors[1] < 0.5 * errors[0] and errors[2] <= 1.001 * errors[1]
@@ -280,18 +282,18 @@ GPTQMODEL = {  # (bits, group_size, sym, desc_act): error
 @pytest.mark.parametrize("case", GPTQMODEL)
 def test_the_error_is_at_most_that_of_gptqmodel(case):
     x, weight = layer_problem()
-    found, _ = gptq(weight, mean_hessian(x), *case, percdamp=0.01)
-    assert quantize.output_error(weight, found.weight(), mean_hessian(x)) <= GPTQMODEL[case]
+    found, _ = solve(weight, mean_hessian(x), *case, percdamp=0.01)
+    assert gptq.output_error(weight, found.weight(), mean_hessian(x)) <= GPTQMODEL[case]
 
 
 def test_a_hessian_that_is_not_positive_definite_gets_more_damping():
     x, weight = layer_problem(64, 16, 20)  # fewer tokens than inputs: singular
-    found, damping = gptq(weight, mean_hessian(x), 4, percdamp=0.0)
+    found, damping = solve(weight, mean_hessian(x), 4, percdamp=0.0)
     assert damping > 0 and np.isfinite(found.weight()).all()
     broken = mean_hessian(x) - 0.5 * np.trace(mean_hessian(x)) / 64 * np.eye(64)
-    found, damping = gptq(weight, broken, 4, percdamp=0.01)
+    found, damping = solve(weight, broken, 4, percdamp=0.01)
     assert damping in (1.0, 10.0) and np.isfinite(found.weight()).all()
-    factor, damping = quantize.inverse_factor(mean_hessian(x), 0.01)
+    factor, damping = gptq.inverse_factor(mean_hessian(x), 0.01)
     damped = mean_hessian(x) + damping * np.mean(np.diag(mean_hessian(x))) * np.eye(64)
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(64), atol=1e-8)
     assert np.array_equal(factor, np.triu(factor))
@@ -302,25 +304,25 @@ def test_dead_inputs_are_rounded_to_nearest(desc_act):
     x, weight = layer_problem(64, 16, 300)
     dead = [0, 7, 31, 63]
     x[:, dead] = 0
-    found, _ = gptq(weight, mean_hessian(x), 8, -1, False, desc_act, search_range=False)
+    found, _ = solve(weight, mean_hessian(x), 8, -1, False, desc_act, search_range=False)
     step = found.scales[found.groups]
     assert np.all(np.abs(found.weight() - weight)[dead] <= 0.501 * step[dead])  # nothing was moved onto them
-    everything_dead, _ = gptq(weight, np.zeros((64, 64)), 4, 32)
-    nearest = quantize.round_to_nearest(weight, 4, 32)
+    everything_dead, _ = solve(weight, np.zeros((64, 64)), 4, 32)
+    nearest = rounding.round_to_nearest(weight, 4, 32)
     assert np.abs(everything_dead.weight() - weight).mean() <= np.abs(nearest.weight() - weight).mean()
 
 
 def test_act_order_keeps_the_group_of_each_row():
     x, weight = layer_problem(96, 16, 500)
     hessian = mean_hessian(x)
-    found, _ = gptq(weight, hessian, 4, 32, desc_act=True)
+    found, _ = solve(weight, hessian, 4, 32, desc_act=True)
     order = np.argsort(-np.diag(hessian), kind="stable")
     np.testing.assert_array_equal(found.groups[order], np.arange(96) // 32)
     layer = model.QuantLinear(96, 16, "w4", 32, desc_act=True)
     for name, array in (
-        ("qweight", quantize.pack_rows(found.codes, 4)),
+        ("qweight", rounding.pack_rows(found.codes, 4)),
         ("scales", found.scales),
-        ("qzeros", quantize.pack_zeros(found.zeros, 4)),
+        ("qzeros", rounding.pack_zeros(found.zeros, 4)),
         ("g_index", found.groups),
     ):
         model.set_parameter(getattr(layer, name), array)
@@ -364,7 +366,7 @@ def test_shift_and_smoothing_leave_the_function_as_it_is(keys, biased):
             firsts = [group.names[0] for group in groups(net, block)]
             observed = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
             weights = [slots[name].layer.weight.numpy() for name in firsts]
-            quantize.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args)
+            smoothing.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args)
             again = calibration.observe(block, [slots[name] for name in firsts], keep_rows=96)
             for old, new in zip(observed, again):  # the statistics were carried along rightly
                 np.testing.assert_allclose(np.min(old.low, 0), np.min(new.low, 0), rtol=1e-3, atol=1e-4)
@@ -460,7 +462,7 @@ def test_shift_and_smoothing_leave_every_family_as_it_is(name):
             firsts = [group.names[0] for group in found]
             observed = calibration.observe(block, [slots[first] for first in firsts], keep_rows=96)
             weights = [slots[first].layer.weight.numpy() for first in firsts]
-            lines |= set(quantize.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args))
+            lines |= set(smoothing.prepare_block(block, slots, dict(zip(firsts, observed)), net.config, args))
             again = calibration.observe(block, [slots[first] for first in firsts], keep_rows=96)
             for old, new in zip(observed, again):  # the statistics were carried along rightly
                 np.testing.assert_allclose(np.min(old.low, 0), np.min(new.low, 0), rtol=1e-3, atol=1e-3)
@@ -479,14 +481,14 @@ def test_every_family_is_quantized(name, tmp_path, monkeypatch):
     plain = tiny_models.build(name, **PACKABLE.get(name, {}))
     wanted, errors = logits_of_texts(plain), []
 
-    def of_both(method, ref, stats, shared, args, original=quantize.WeightOnly.quantize):
+    def of_both(method, ref, stats, shared, args, original=methods.WeightOnly.quantize):
         weight = ref.layer.weight.numpy()
-        nearest = quantize.round_to_nearest(weight, args.bits, args.group_size, args.sym).weight()
+        nearest = rounding.round_to_nearest(weight, args.bits, args.group_size, args.sym).weight()
         error, damping = original(method, ref, stats, shared, args)
-        errors.append((error, quantize.output_error(weight, nearest, shared[0])))
+        errors.append((error, gptq.output_error(weight, nearest, shared[0])))
         return error, damping
 
-    monkeypatch.setattr(quantize.WeightOnly, "quantize", of_both)
+    monkeypatch.setattr(methods.WeightOnly, "quantize", of_both)
     for keys, most in (
         ({"do_ptq": True, "quant_type": "wint8"}, 0.03),
         ({"do_gptq": True}, 0.5),
@@ -552,7 +554,7 @@ def test_shift_centers_every_channel_that_a_norm_puts_out():
         calibration, slots = Calibration(net, make_loader(), 2), linear_refs(net, 0)
         firsts = [group.names[0] for group in groups(net, net.layers[0])]
         observed = dict(zip(firsts, calibration.observe(net.layers[0], [slots[name] for name in firsts])))
-        quantize.prepare_block(net.layers[0], slots, observed, net.config, args)
+        smoothing.prepare_block(net.layers[0], slots, observed, net.config, args)
         low, high = calibration.observe(net.layers[0], [slots["mlp.gate_proj"]])[0].extremes(2)
     np.testing.assert_allclose(low, -high, atol=1e-4)
 
@@ -574,17 +576,17 @@ def test_padding_counts_for_nothing():
 
 def test_smoothing_scales_are_the_paper_s():
     x_max, w_max = np.array([4.0, 100.0, 0.0, 1.0], np.float32), np.array([1.0, 0.01, 1.0, 0.0], np.float32)
-    np.testing.assert_allclose(quantize.smooth_scale(x_max, w_max, 0.5), [2.0, 100.0, 1.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(quantize.smooth_scale(x_max, w_max, 1.0), [4.0, 100.0, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(smoothing.smooth_scale(x_max, w_max, 0.5), [2.0, 100.0, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(smoothing.smooth_scale(x_max, w_max, 1.0), [4.0, 100.0, 1.0, 1.0], rtol=1e-6)
 
 
 def test_pieces_are_runs_of_sorted_values():
     r = np.random.RandomState(0)
     values = np.concatenate([r.rand(50), 10 + r.rand(20), 100 + r.rand(5)])
-    assert np.array_equal(quantize.split_channels(values, 3), np.repeat([0, 1, 2], [50, 20, 5]))
-    assert quantize.split_channels(np.ones(7), 3).max() == 0
+    assert np.array_equal(smoothing.split_channels(values, 3), np.repeat([0, 1, 2], [50, 20, 5]))
+    assert smoothing.split_channels(np.ones(7), 3).max() == 0
     for k in (1, 2, 5):
-        found = quantize.split_channels(values, k)
+        found = smoothing.split_channels(values, k)
         assert np.all(np.diff(found[np.argsort(values)]) >= 0)
 
 
@@ -771,9 +773,9 @@ def plant(net, loader, factor=50.0, offset=0.0, channels=4):
             scale[chosen] = 1 / factor
             moved[chosen] = -offset * factor * (high - low)[chosen] / 2
             layers, norm = [slots[name].layer for name in group.names], getattr(block, group.source)
-            quantize.smooth(norm, layers, scale)
+            smoothing.smooth(norm, layers, scale)
             if offset:
-                quantize.shift(norm, layers, moved)
+                smoothing.shift(norm, layers, moved)
         calibration.advance(block)
     return net
 

@@ -15,11 +15,11 @@ from test_export import DEMO, quantized, run
 
 import adapters
 import formats.weights
-import low_bit
 import model as M
 from formats.dequantize import METHODS, float_tensors, unpack
 from formats.files import UserError
 from formats.tensor_files import StoredTensor, float8_values, read_safetensors, write_safetensors
+from modules import low_bit
 
 GOLDEN = dict(np.load(ROOT / "tests" / "golden" / "quantized_folders.npz"))
 

@@ -26,7 +26,7 @@ import pretrain
 import trainer
 from arguments import parse_args
 from formats.files import UserError
-from memory_model import dry_run
+from planning.memory_model import dry_run
 
 pytestmark = pytest.mark.sweep(keep=3)
 

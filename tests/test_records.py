@@ -21,13 +21,13 @@ from conftest import ROOT
 
 import data
 import formats.record_files as record_files
+from alignment.preference_data import UnpairedDataset
 from data import PreferenceDataset, SFTDataset
 from formats.chat import load_chat_template
 from formats.files import UserError
 from formats.record_files import RecordOptions, RecordReader, blend_records, parse_record
 from formats.records import CONVERSATIONS, PAIRS, located, parse_prompt, record_format
 from formats.tokenizer import load_tokenizer
-from preference_data import UnpairedDataset
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 USER, BOT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"

@@ -16,11 +16,10 @@ import tiny_models
 from test_scripts import assert_same, crash_after_saving, fails, losses, options, write_model, write_records
 from test_scripts import rows as logged
 
-import heads
 import parallel
 import reward
-import rollouts
 import trainer
+from alignment import heads, rollouts
 from formats.tensor_files import read_safetensors
 from formats.tokenizer import load_tokenizer
 

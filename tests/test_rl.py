@@ -22,12 +22,10 @@ from test_scripts import crash_after_saving, fails, options, tensors, write_mode
 from test_scripts import rows as logged
 
 import adapters
-import heads
 import parallel
 import rl
-import rl_math
-import rollouts
 import trainer
+from alignment import heads, rl_math, rollouts
 from serving.engine import Engine, Request
 from serving.sampling import SamplingParams
 

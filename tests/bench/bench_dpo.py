@@ -29,7 +29,7 @@ from bench_train import THREADS, Pairs, load_model, training_step
 import dpo
 import trainer
 from adapters import adapter_disabled, apply_lora, cast_frozen_to_bf16, trainable_weights
-from preference import batch_loss, model_inputs, pair_counts, reply_logps
+from alignment.preference import batch_loss, model_inputs, pair_counts, reply_logps
 
 PAIRS = 4  # of a step
 

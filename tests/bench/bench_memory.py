@@ -128,7 +128,7 @@ def said(ways, lora, folder):
     """{part: MB} of --dry_run for these degrees."""
     import arguments
     import finetune
-    import memory_model
+    from planning import memory_model
 
     argv = [
         "--model_name_or_path",

@@ -32,14 +32,13 @@ import numpy as np
 import paddle
 
 import rl
-import rl_math
-import rollouts
 import trainer
 from adapters import trainable_weights
-from heads import Policy
+from alignment import rl_math, rollouts
+from alignment.heads import Policy
+from alignment.rewards import RewardFunction
 from model import generate
 from parallel import SINGLE
-from rewards import RewardFunction
 
 PROMPTS, REPLIES = 4, 8
 

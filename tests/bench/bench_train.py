@@ -45,12 +45,12 @@ from paddle.autograd import PyLayer
 import dpo
 import trainer
 from adapters import apply_lora, cast_frozen_to_bf16, from_pretrained, trainable_weights
+from alignment.preference import loss_and_metrics, pair_counts, reply_logps
 from arguments import TrainingArgs
 from data import IGNORED, SFTLoader, collate_pairs, pair_sample
 from families import ModelConfig
 from formats.weights import init_weights
 from model import build
-from preference import loss_and_metrics, pair_counts, reply_logps
 
 SHAPES = {
     "A": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,

@@ -23,10 +23,10 @@ import families
 import finetune
 import formats.weights
 import model as M
-import positions as rotary
 import pretrain
 import trainer
 from formats.tokenizer import load_tokenizer
+from modules import positions as rotary
 
 # ========================================================================================================= layouts
 

@@ -16,8 +16,8 @@ import pytest
 import tiny_models
 
 from adapters import apply_lora, lora_layers, save_adapter
-from layers import Embedding, Linear
 from model import set_parameter
+from modules.layers import Embedding, Linear
 from serving.fused import FusedRunner, choose_dtype, fastest_runner, why_not_fused
 from serving.runners import PagedRunner, ScheduledTokens, TokenSequence, round_linears
 

@@ -7,8 +7,8 @@ import tiny_models
 
 import model as M
 import parallel
-import preference
 import trainer
+from alignment import preference
 
 
 def collectives(size):

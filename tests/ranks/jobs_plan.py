@@ -1,4 +1,4 @@
-"""What ranks of a run really hold, for tests of memory_model.py. Jobs of ranks/pool.py."""
+"""What ranks of a run really hold, for tests of planning/memory_model.py. Jobs of ranks/pool.py."""
 
 import gc
 

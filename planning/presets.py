@@ -8,7 +8,7 @@ from pathlib import Path
 from families import ModelConfig
 from formats.gguf_folder import open_folder
 
-CATALOGUE = Path(__file__).resolve().parent / "configs" / "models.json"
+CATALOGUE = Path(__file__).resolve().parents[1] / "configs" / "models.json"
 
 
 @functools.cache

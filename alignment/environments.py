@@ -16,10 +16,10 @@ import types
 import typing
 from collections.abc import Callable
 
+from alignment.rewards import load_function, within
 from formats.files import UserError, brief
 from formats.tokenizer import Tokenizer
 from formats.tool_calls import parse_reply, style_of
-from rewards import load_function, within
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 ARGUMENT = re.compile(r"\s*(\w+)(?:\s*\([^)]*\))?:\s*(.*)")

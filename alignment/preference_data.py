@@ -6,7 +6,7 @@
 A batch is that of data.py with one reply a sample (reply_ids 0 … N - 1, reply_tokens (N, 1)), and
     desirable     float64 [N]   1 for a good reply, 0 for a bad one
     mismatched    a batch of the same prompts, each with the reply of another sample: see mismatched_replies()
-    column        0, in `mismatched` 1: where the reference's log-probability is in preference.py's table
+    column        0, in `mismatched` 1: where the reference's log-probability is in alignment/preference.py's table
 """
 
 import numpy as np

@@ -22,8 +22,8 @@ from adapters import base_folders, load_adapter, lora_layers, merge
 from families import FAMILIES, ModelConfig
 from formats.files import UserError
 from formats.weights import load_weights, stored_tensors
-from layers import Linear, set_parameter
 from model import CausalLM, build
+from modules.layers import Linear, set_parameter
 from parallel import Topology, from_pretrained, parallelize, shard_adapters
 
 CLASSIFIER = "ForSequenceClassification"  # the end of the architecture's name in config.json

@@ -15,8 +15,8 @@ import kernels
 
 import paddle
 
-from cost_model import Machine
 from parallel import SINGLE, Topology
+from planning.cost_model import Machine
 
 SHAPES = ((512, 512, 2048), (1024, 1024, 1024), (2048, 512, 512))  # (M, K, N) of products
 SIZES = (1 << 12, 1 << 20)  # bytes of the tensors of collectives

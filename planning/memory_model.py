@@ -27,12 +27,12 @@ from distributed.sharding import unit_of
 from families import ModelConfig
 from formats.files import UserError
 from formats.weights import named_weights
-from layers import linear_row
-from low_bit import LowBit
 from model import block_linears, build
+from modules.layers import linear_row
+from modules.low_bit import LowBit
+from modules.vocabulary import embedding_layers
 from parallel import Degrees
-from presets import find_preset, missing_model_message, model_config
-from vocabulary import embedding_layers
+from planning.presets import find_preset, missing_model_message, model_config
 
 # ============================================================================================================= dry run
 

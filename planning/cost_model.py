@@ -38,13 +38,13 @@ import math
 import re
 from pathlib import Path
 
+from alignment.preference_losses import LOSSES
 from distributed.collectives import Axis
 from distributed.pipeline import partition_layers
 from formats.files import UserError, atomic_file
-from layers import linear_row
-from memory_model import FLOAT32, MemoryModel
+from modules.layers import linear_row
 from parallel import Degrees, Topology
-from preference_losses import LOSSES
+from planning.memory_model import FLOAT32, MemoryModel
 
 # Published figures of a GPU by its dense bfloat16 TFLOP/s: bytes/s of its memory, of NVLink in one direction.
 GPUS = {125: (0.9e12, 150e9), 312: (2.0e12, 300e9), 990: (3.35e12, 450e9), 2250: (8.0e12, 900e9)}

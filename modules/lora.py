@@ -18,8 +18,8 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from formats.files import UserError
-from layers import Embedding, Linear, QuantLinear, RNGTracker, set_parameter
-from low_bit import LowBitLinear
+from modules.layers import Embedding, Linear, QuantLinear, RNGTracker, set_parameter
+from modules.low_bit import LowBitLinear
 
 
 class LoRALinear(nn.Layer):

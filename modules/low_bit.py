@@ -25,7 +25,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from formats.files import UserError
-from layers import Linear
+from modules.layers import Linear
 
 # The 16 values of a normal distribution with equal shares between them, 0 among them (QLoRA, appendix E).
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,

@@ -30,17 +30,17 @@ import numpy as np
 import paddle
 
 import parallel
-import rl_math
 import trainer
 from adapters import adapter_disabled
+from alignment import rl_math
+from alignment.environments import Toolbox
+from alignment.heads import Policy, ScoreModel, load_reward_model, scored_sample
 from data import IGNORED, TokenizedRecords, conversation_prompt, epoch_order, longest_text
 from distributed.tensor import local_heads
-from environments import Toolbox
 from formats.files import UserError, atomic_file, parse_json_line
 from formats.record_files import RecordOptions, RecordReader
 from formats.records import PAIRS, Conversation, parse_pair, parse_prompt, record_format
 from formats.tokenizer import Tokenizer, load_tokenizer
-from heads import Policy, ScoreModel, load_reward_model, scored_sample
 from model import CausalLM
 from parallel import Topology
 from serving.engine import Engine, Request

@@ -21,11 +21,11 @@ from tqdm import tqdm
 import parallel
 import trainer
 from adapters import adapter_disabled
+from alignment.preference_losses import UNPAIRED_LOSSES
 from data import PreferenceLoader
 from formats.files import UserError
 from model import CausalLM
 from parallel import SINGLE, Topology
-from preference_losses import UNPAIRED_LOSSES
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/accuracies",
            "logps/chosen", "logps/rejected", "dpo_loss", "sft_loss")  # fmt: skip

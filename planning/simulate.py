@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from cost_model import StageCost, StepCost
 from distributed.pipeline import pipeline_schedule
 from formats.files import atomic_file
 from parallel import Degrees
+from planning.cost_model import StageCost, StepCost
 
 COLORS = {
     "forward": "#4c78a8", "backward": "#59a14f", "communication": "#e45756", "gradients": "#f28e2b",

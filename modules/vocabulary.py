@@ -17,8 +17,8 @@ from families import ModelConfig, weight_names
 from formats.files import UserError
 from formats.tensor_files import safetensors_header
 from formats.tokenizer import Tokenizer
-from layers import Embedding, Linear, set_parameter
 from model import CausalLM
+from modules.layers import Embedding, Linear, set_parameter
 
 NEW_ROW_VARIANCE = 1e-9  # of new rows over that of the old ones, as in transformers' resize_token_embeddings
 

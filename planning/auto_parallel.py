@@ -16,13 +16,13 @@ import math
 import re
 from typing import Any
 
-from cost_model import CostModel, Machine, StepCost
 from distributed.watchdog import Watchdog
 from formats.files import UserError
-from memory_model import MODES, MemoryModel, planned_model, sequence_length
 from parallel import NAMES, Degrees
-from probe import memory_here, probe
-from simulate import play_step
+from planning.cost_model import CostModel, Machine, StepCost
+from planning.memory_model import MODES, MemoryModel, planned_model, sequence_length
+from planning.probe import memory_here, probe
+from planning.simulate import play_step
 
 GRANULARITIES = (None, "core_attn", "full_attn", "full")  # of recompute, fastest first; None: without
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # rows of a micro-batch

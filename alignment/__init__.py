@@ -1,0 +1,1 @@
+"""Learning from preferences and rewards: losses, score heads, reward functions, rollouts."""

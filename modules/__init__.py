@@ -1,0 +1,1 @@
+"""Parts of the decoder: layers, positions, vocabulary, LoRA, low-bit linears."""

@@ -1,0 +1,1 @@
+"""What quantize.py is made of."""
