@@ -119,6 +119,7 @@ class CheckpointManager:
         self.last_step: int | None = None  # of the last save, pending or not
         self.buffers = {} if "async_save" in self.options else None  # host copies of what is being written
         self.layout: SaveLayout | None = None  # of the last save
+        self.further = []  # what else checkpoints hold: objects with groups(), as SavePlan has them
         self.data = data_fingerprints(args) if topology.rank == 0 else {}  # now: it may be edited during the run
         self.said_limit = False
         if "skip_save_model_weight" in self.options and not self.save_master_weights:
@@ -258,6 +259,8 @@ class CheckpointManager:
                 "ckpt_quant_stage": self.args.ckpt_quant_stage if self.moment_bits < 32 else "O0",
                 "quant_ckpt_resume_times": getattr(self.optimizer, "requantized", 0),
             }
+        for state in self.further:
+            plan.groups |= state.groups()
         return plan
 
     def _local(self, entry: SaveEntry) -> SaveEntry:

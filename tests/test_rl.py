@@ -26,6 +26,10 @@ import parallel
 import rl
 import trainer
 from alignment import heads, rl_math, rollouts
+from alignment.critic import Critic
+from alignment.groups import group_sample
+from formats.tensor_files import read_safetensors
+from formats.tokenizer import load_tokenizer
 from serving.engine import Engine, Request
 from serving.sampling import SamplingParams
 
@@ -277,7 +281,7 @@ SIZES = [(7, [4, 1, 6]), (1, [3, 3, 2]), (5, [9, 2, 5])]
 
 def test_one_group_by_hand():
     replies = [rollouts.Reply([21, 22], np.zeros(2), ""), rollouts.Reply([31], np.zeros(1), "")]
-    ids, labels, positions, mask_rows, numbers = rollouts.group_sample(np.array([11, 12, 13]), replies)
+    ids, labels, positions, mask_rows, numbers = group_sample(np.array([11, 12, 13]), replies)
     assert ids.tolist() == [11, 12, 13, 21, 13]
     assert labels.tolist() == [-100, -100, 21, 22, 31]
     assert positions.tolist() == [0, 1, 2, 3, 2]
@@ -358,6 +362,52 @@ def test_packed_groups_have_the_gradients_of_separate_passes(changes, base):
         assert error < 1e-5, (name, error)
 
 
+def test_a_critic_has_the_values_and_gradients_of_separate_passes(base):
+    groups = random_groups(SIZES)
+    args = arguments(advantage_estimator="gae", critic_model_name_or_path=str(base), value_loss_coeff=0.3)
+    critic = Critic(args, load_tokenizer(base), parallel.SINGLE)
+    critic.optimizer.step = critic.optimizer.zero_grad = lambda *_: None
+    batches, expected = rollouts.pack_groups(groups, rows=2, max_length=17, pad_token_id=0, skip_cut=False), 0.0
+    tokens = sum(len(reply.token_ids) for group in groups for reply in group.replies)
+    for batch in batches:
+        rollouts.attach(batch, groups, ("values", "returns"))
+    metrics = critic.update(batches, 0, 4)
+    gradients = parameter_gradients(critic.network)
+    for batch in batches:
+        values = [
+            reference_outputs(critic.network, groups[g], groups[g].replies[i], args)[2] for g, i in batch["places"]
+        ]
+        np.testing.assert_allclose(critic.values(batch).numpy(), np.concatenate([v.numpy() for v in values]), atol=1e-5)
+        for value, (g, i) in zip(values, batch["places"]):
+            returns = paddle.to_tensor(groups[g].replies[i].returns)
+            expected += (
+                0.5 * float(((value.astype("float64") - returns) ** 2).sum()) / tokens
+            )  # none is 5 away from old
+            (0.3 * 0.5 * ((value.astype("float64") - returns) ** 2).sum() / tokens).backward()
+    assert abs(metrics["value_loss"] - expected) < 1e-6 and metrics["value_clip_ratio"] == 0.0
+    for name, gradient in parameter_gradients(critic.network).items():
+        assert abs(gradients[name] - gradient).max() < 1e-5 * max(1, abs(gradient).max()), name
+
+
+def test_the_loss_of_text_is_its_mean_cross_entropy(world, base):
+    """At temperature 1, whatever that of sampling; by all logits."""
+    args = arguments(ptx_datasets=str(world / "ptx.jsonl"), ptx_coeff=2.0, temperature=0.7, max_src_len=8)
+    model = parallel.from_pretrained(base, parallel.SINGLE)
+    batch = rollouts.make_ptx_loader(args, load_tokenizer(base), 24).batch(0, 0)
+    outputs = heads.Policy(model, args.temperature)(**rl.policy_inputs(batch))
+    loss, metrics = rl.loss_and_metrics(outputs, batch, rl_math.Counts(*rl.counts_of([batch])), args)
+    loss.backward()
+    gradients, inputs = parameter_gradients(model), trainer.model_inputs(batch)
+    logps = paddle.nn.functional.log_softmax(model(**{**inputs, "labels": None}))
+    here = batch["labels"] != -100
+    chosen = paddle.take_along_axis(logps, paddle.to_tensor(np.where(here, batch["labels"], 0))[..., None], 2)[..., 0]
+    expected = -(chosen * paddle.to_tensor(here.astype("float32"))).sum() / here.sum()
+    (2.0 * expected).backward()
+    assert abs(metrics["ptx_loss"] - float(expected)) < 1e-5 and abs(float(loss) - 2 * float(expected)) < 1e-5
+    for name, gradient in parameter_gradients(model).items():
+        assert abs(gradients[name] - gradient).max() < 1e-5 * max(1, abs(gradient).max()), name
+
+
 def reference_outputs(model, group, reply, args):
     """(log-probabilities, entropies, values), each (T,), of one reply alone, by all logits."""
     ids = np.concatenate([group.prompt_ids, reply.token_ids])[None, :-1]
@@ -419,6 +469,7 @@ def world(base):
     records = [{"src": " ".join(words[i : i + 1 + i % 3]), "number": i} for i in range(8)]
     write_records(folder / "train.jsonl", records[:6])
     write_records(folder / "dev.jsonl", records[6:])
+    write_records(folder / "ptx.jsonl", [{"src": word, "tgt": f"a {word} is nice"} for word in words])
     return folder
 
 
@@ -445,7 +496,8 @@ def keys_of(world, output_dir, **changes):
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    return {key: value for key, value in (keys | changes).items() if value is not None}
+    keys = {key: value for key, value in (keys | changes).items() if value is not None}
+    return {key: value.replace("WORLD", str(world)) if isinstance(value, str) else value for key, value in keys.items()}
 
 
 def run(keys):
@@ -472,9 +524,13 @@ KINDS = {
     "bf16 rollouts": {"rollout_dtype": "bfloat16", "importance_sampling_mode": "token_truncate", "lora": True},
     "reinforce++ mini-batches": {"rl_algorithm": "reinforce_plus_plus", "global_mini_batch_size": 1, "rollout_n": 3},
     "ppo": {"rl_algorithm": "ppo", "critic_learning_rate": 0.02, "rollout_n": 1, "lora": True},
+    "ppo with a critic": {
+        "rl_algorithm": "ppo", "critic_model_name_or_path": "WORLD/base", "critic_learning_rate": 0.02,
+        "critic_lr_scheduler_type": "constant", "rollout_n": 1, "lora": True,
+    },
     "gspo without a reference": {
         "kl_loss_coeff": 0.0, "importance_sampling_level": "sequence", "loss_type": "grpo", "entropy_coeff": 0.01,
-        "scale_rewards": "batch", "temperature": 0.7,
+        "scale_rewards": "batch", "temperature": 0.7, "ptx_coeff": 0.5, "ptx_datasets": "WORLD/ptx.jsonl",
     },
 }  # fmt: skip
 
@@ -484,6 +540,8 @@ def test_runs(kind, world, tmp_path, capfd):
     """Four updates of each kind: the engine agrees with the trainer, and what is written can be opened."""
     run(keys_of(world, tmp_path / "out", **KINDS[kind]))
     found = logged(tmp_path / "out")
+    if "ptx_coeff" in KINDS[kind]:
+        assert found[-1]["ptx_loss"] < found[0]["ptx_loss"]
     assert len(found) == 4
     for row in found:
         limits = (1e-4, 0.1) if kind.startswith("bf16") else (1e-8, 1e-4)
@@ -497,26 +555,53 @@ def test_runs(kind, world, tmp_path, capfd):
         ]
         assert all(0.7 < low < mean < high < 1.4 and abs(mean - 1) < 0.05 for low, mean, high in ratios)
     adapters.from_pretrained(tmp_path / "out")
-    assert ("value_loss" in found[0]) == (kind == "ppo")
+    assert ("value_loss" in found[0]) == kind.startswith("ppo")
+    if "critic" in kind:
+        heads.load_reward_model(tmp_path / "out" / "value", parallel.SINGLE)
     if KINDS[kind].get("do_eval"):
         out = capfd.readouterr().out
         assert "reward of greedy replies to dev prompts: before" in out and out.count("after: ") == 2
 
 
-@pytest.mark.parametrize("kind", ["grpo lora", "ppo", "ppo of all weights"])
+@pytest.mark.parametrize("kind", ["grpo lora", "ppo", "ppo of all weights", "ppo with a critic"])
 def test_resume_is_bitwise(kind, world, tmp_path):
     changes = KINDS.get(kind) or KINDS["ppo"] | {"lora": False}
-    changes = changes | {"do_eval": False}
+    changes = changes | {"do_eval": False, "use_ema": kind != "ppo"}
     run(keys_of(world, tmp_path / "whole", **changes))
     changes |= {"save_strategy": "steps", "save_steps": 2}
     with crash_after_saving(2):
         run(keys_of(world, tmp_path / "parts", **changes))
     run(keys_of(world, tmp_path / "parts", **changes, resume_from_checkpoint=True))
     assert_same(tmp_path / "parts", tmp_path / "whole")
+    if "critic" in kind:
+        parts, whole = (tensors(tmp_path / name / "value") for name in ("parts", "whole"))
+        assert all(parts[name].tobytes() == array.tobytes() for name, array in whole.items())
+
+
+def test_the_average_of_the_weights_is_evaluated_and_written(world, tmp_path):
+    """By hand from the checkpoints of all steps, which hold the weights that training goes on from."""
+    out, base = tmp_path / "out", tensors(world / "base")
+    keys = {"kl_loss_coeff": 0.0, "save_strategy": "steps", "save_steps": 1, "do_eval": True}
+    run(keys_of(world, out, use_ema=True, ema_beta=0.6, **keys))
+    average = {name: base[name].astype(np.float64) for name in base}
+    for step in range(1, 5):
+        trained, stored = (
+            read_safetensors(out / f"checkpoint-{step}" / f"{name}.safetensors") for name in ("model", "ema")
+        )
+        average = {name: 0.6 * average[name] + 0.4 * trained[name] for name in trained}
+        for name, array in average.items():
+            np.testing.assert_allclose(stored[name], array, atol=1e-6)
+    assert all(stored[name].tobytes() == array.tobytes() for name, array in tensors(out).items())
+    assert any(abs(stored[name] - trained[name]).max() > 1e-3 for name in stored)
+    keys = {"model_name_or_path": str(out), "do_train": False, "do_eval": True}
+    run(keys_of(world, tmp_path / "again", **keys))
+    results = [json.loads((folder / "dev_results.json").read_text()) for folder in (out, tmp_path / "again")]
+    assert results[0] == results[1]
 
 
 def test_the_best_is_kept_and_loaded(world, tmp_path, capfd):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "do_eval": True, "lora": True}
+    best |= {"use_ema": True, "ema_beta": 0.5}
     best |= {"evaluation_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     run(keys_of(world, tmp_path / "out", **best))
     rows = [json.loads(line) for line in (tmp_path / "out" / "eval_metrics.jsonl").read_text().splitlines()]
@@ -604,8 +689,15 @@ TOPOLOGIES = {
         "tensor_parallel_degree": 2, "sequence_parallel": True, "advantage_estimator": "gae", "lora": True,
     },
     "dp2 tp2, entropy": {"tensor_parallel_degree": 2, "entropy_coeff": 0.01, "temperature": 0.8},
-    "sharding2 tp2, lora": {"tensor_parallel_degree": 2, "sharding": "stage1", "lora": True},
+    "sharding2 tp2, lora": {"tensor_parallel_degree": 2, "sharding": "stage1", "lora": True, "use_ema": True},
     "dp4": {},
+    "sharding2, critic, text": {
+        "sharding": "stage2", "advantage_estimator": "gae", "critic_model_name_or_path": "WORLD/base",
+        "ptx_coeff": 2.0, "ptx_datasets": "WORLD/ptx.jsonl",
+    },
+    "tp2, critic": {
+        "tensor_parallel_degree": 2, "advantage_estimator": "gae", "critic_model_name_or_path": "WORLD/base",
+    },
 }  # fmt: skip
 
 
@@ -622,14 +714,17 @@ def test_topologies_equal_one_process(name, request, world, tmp_path):
         ranks = request.getfixturevalue("two")
     keys = {"global_batch_size": 3, "rollout_n": 4, "save_rollouts": True, "kl_coeff": 0.05, "max_steps": 5}
     alone = keys_of(world, tmp_path / "alone", **keys, **others, do_eval=True)
-    run(alone)
     several = {**alone, "overwrite_output_dir": True} | of_topology
+    if "ptx_coeff" in others:  # as many rows of text on one rank as on both
+        alone, several = ({**keys, "per_device_train_batch_size": n} for keys, n in ((alone, 2), (several, 1)))
+    run(alone)
     for name, more in (("replayed", {"replay": str(tmp_path / "alone" / "rollouts")}), ("sampled", {})):
         results = ranks.run("jobs_parallel:script", "rl", options(several | more | {"output_dir": tmp_path / name}))
         assert len(logged(tmp_path / "alone")) == len(results[0][0]) == 5
         for ours, theirs in zip(logged(tmp_path / "alone"), results[0][0]):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["reward"] - theirs["reward"]) < 1e-6
             assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * ours["grad_norm"]
+            assert abs(ours.get("value_loss", 0.0) - theirs.get("value_loss", 0.0)) < 1e-4
             # exp() of float32 log-probabilities after four updates of a large rate: relative, as the gradient
             assert theirs["engine_kl"] < 1e-8 and abs(ours["kl"] - theirs["kl"]) < 1e-5 * max(0.1, ours["kl"])
 
@@ -649,7 +744,8 @@ BAD = {
     "save in the middle": ({"update_iters": 2, "save_strategy": "steps", "save_steps": 3}, r"save_steps: 3; .* 2"),
     "prompt_key": ({"prompt_key": "question"}, r"no record of \S*train.jsonl has a key 'question'"),
     "no reward model": ({"reward_model_name_or_path": "base"}, r"base: has no score head; reward.py"),
-    "critic": ({"critic_model_name_or_path": "x"}, r"critic_model_name_or_path: 'x': .*value head"),
+    "ptx without a weight": ({"ptx_datasets": "x"}, r"ptx_datasets: ptx_coeff is 0"),
+    "critic": ({"critic_model_name_or_path": "x"}, r"critic_model_name_or_path: advantage_estimator grpo needs no"),
 }
 
 
