@@ -30,6 +30,7 @@ from alignment.environments import load_toolbox
 from alignment.groups import counts_of
 from alignment.heads import Policy, add_score_head, remove_score_head, train_score_head
 from alignment.moving_average import MovingAverage
+from alignment.process_rewards import process_reward
 from alignment.rewards import load_reward_functions, server_reward
 from alignment.rl_arguments import Args
 from checkpoint import find_checkpoint
@@ -91,7 +92,9 @@ def make_rewards(args: Args, tokenizer: Tokenizer, topology: parallel.Topology) 
     functions = load_reward_functions(args.reward_funcs, args.reward_weights, args.reward_timeout)
     if args.reward_server:
         functions.append(server_reward(args.reward_server, args.reward_timeout))
-    if args.reward_model_name_or_path:
+    if args.process_reward:
+        functions.append(process_reward(args.reward_model_name_or_path, args.placeholder_token, args.reward_tokens))
+    elif args.reward_model_name_or_path:
         functions.append(rollouts.RewardModel(args.reward_model_name_or_path, tokenizer, topology))
     return functions
 

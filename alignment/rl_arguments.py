@@ -40,6 +40,9 @@ class Args(LoraArgs):
     reward_funcs: str | list[str] | None = None  # FILE.py:FUNCTION, …; see docs/rl.md for the signature
     reward_weights: list[float] | None = None  # weight of each; None: 1
     reward_model_name_or_path: str | None = None  # folder of a reward model, whose score is one more reward
+    process_reward: bool = False  # it is a process reward model: the least probability of a line to be right
+    placeholder_token: str = "ки"  # process_reward: what stands after each line, as in reward.py
+    reward_tokens: str | list[str] = "+,-"  # process_reward: what it says there, as in reward.py
     reward_server: str | None = None  # URL of a reward server that speaks PaddleNLP's JSON, for one more reward
     reward_timeout: float = 0.0  # most seconds of one call of a reward function or a tool; 0: no limit
     tools: str | list[str] | None = None  # FILE.py:FUNCTION, …: what a reply may call; see docs/rl.md
@@ -136,6 +139,8 @@ class Args(LoraArgs):
             raise UserError(
                 "do_predict: there are no test prompts; evaluate other prompts by do_eval and eval_datasets"
             )
+        if self.process_reward and not self.reward_model_name_or_path:
+            raise UserError("process_reward: reward_model_name_or_path is missing: the folder of the model")
         self._check_numbers()
         self._resolve_algorithm()
         self._check_steps()
@@ -155,6 +160,8 @@ class Args(LoraArgs):
                 raise UserError(f"{key}_parallel_degree: rl.py runs with data and tensor parallelism and sharding only")
         if (self.tools or self.environment_factory) and self.tensor_parallel_degree > 1:
             raise UserError("tools: each rank of tensor parallelism would call them; leave tensor_parallel_degree out")
+        if self.process_reward and self.tensor_parallel_degree > 1:
+            raise UserError("process_reward: the model is not sharded; leave tensor_parallel_degree out")
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
 

@@ -522,7 +522,10 @@ KINDS = {
     "rloo frozen copy, two updates": {"advantage_estimator": "rloo", "kl_coeff": 0.1, "update_iters": 2},
     "bf16": {"bf16": True, "kl_loss_coeff": 0.0},
     "bf16 rollouts": {"rollout_dtype": "bfloat16", "importance_sampling_mode": "token_truncate", "lora": True},
-    "reinforce++ mini-batches": {"rl_algorithm": "reinforce_plus_plus", "global_mini_batch_size": 1, "rollout_n": 3},
+    "reinforce++ mini-batches, process rewards": {
+        "rl_algorithm": "reinforce_plus_plus", "global_mini_batch_size": 1, "rollout_n": 3, "process_reward": True,
+        "reward_model_name_or_path": "WORLD/base", "placeholder_token": "*",
+    },
     "ppo": {"rl_algorithm": "ppo", "critic_learning_rate": 0.02, "rollout_n": 1, "lora": True},
     "ppo with a critic": {
         "rl_algorithm": "ppo", "critic_model_name_or_path": "WORLD/base", "critic_learning_rate": 0.02,
@@ -556,6 +559,8 @@ def test_runs(kind, world, tmp_path, capfd):
         assert all(0.7 < low < mean < high < 1.4 and abs(mean - 1) < 0.05 for low, mean, high in ratios)
     adapters.from_pretrained(tmp_path / "out")
     assert ("value_loss" in found[0]) == kind.startswith("ppo")
+    if "process" in kind:
+        assert 0 < found[0]["rewards/process_reward/mean"] < 1
     if "critic" in kind:
         heads.load_reward_model(tmp_path / "out" / "value", parallel.SINGLE)
     if KINDS[kind].get("do_eval"):
