@@ -102,7 +102,13 @@ def make_rewards(args: Args, tokenizer: Tokenizer, topology: parallel.Topology) 
 def check_model(model: CausalLM, tokenizer: Tokenizer, args: Args, longest: int) -> None:
     """UserError for a model that cannot be the policy. longest: most positions of a prompt and a reply."""
     path, key = args.model_name_or_path, "max_src_len + max_dec_len"
-    trainer.check_shared_prompts(model, path, key, longest, ("alibi", "rope_2d"))
+    limit, reason = trainer.shared_prompt_limit(model.config)
+    rotates = reason == "dynamic rope"  # behind the limit the engine and training would rotate a prompt differently
+    trainer.check_shared_prompts(model, path, key, longest if rotates else 0, ("rope_2d",))
+    if longest > limit:
+        print(
+            f"{key}: {longest}: {reason}: groups of more than {limit} positions have their prompt once for each reply"
+        )
     trainer.check_vocabulary(model, tokenizer, path, args)
     trainer.check_positions(model, path, {key: longest})
 

@@ -59,8 +59,10 @@ class Critic:
 
     def __init__(self, args: object, tokenizer: Tokenizer, topology: Topology):
         self.args, self.tokenizer, self.topology = critic_args(args), tokenizer, topology
-        check_same_tokenizer("critic_model_name_or_path", args.critic_model_name_or_path, tokenizer)
-        network = load_reward_model(args.critic_model_name_or_path, topology, seed=args.seed)
+        key, path = "critic_model_name_or_path", args.critic_model_name_or_path
+        check_same_tokenizer(key, path, tokenizer)
+        network = load_reward_model(path, topology, seed=args.seed)
+        trainer.check_shared_prompts(network, path, key, 0, ("rope_2d",))
         network.config.source.setdefault("pad_token_id", tokenizer.pad_token_id)
         trainer.set_recompute(network, self.args)
         trainer.setup_adapter(network, self.args)

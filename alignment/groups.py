@@ -136,21 +136,30 @@ def group_sample(prompt: np.ndarray, replies: list[Reply]) -> tuple[np.ndarray, 
     return tuple(array.astype(np.int64) for array in (input_ids, labels, positions, rows, numbers))
 
 
-def pack_groups(groups: list[Group], rows: int, max_length: int, pad_token_id: int, skip_cut: bool) -> list[dict]:
+def pack_groups(
+    groups: list[Group],
+    rows: int,
+    max_length: int,
+    pad_token_id: int,
+    skip_cut: bool,
+    share_within: float = math.inf,
+) -> list[dict]:
     """Groups -> micro-batches of `rows` rows of at most max_length tokens, in order: a row takes what still fits.
 
-    A group that does not fit is split between its replies, and its prompt repeated. skip_cut: replies that are cut are
+    A group that does not fit is split between its replies, and its prompt repeated. Of a group of more positions than
+    share_within (of trainer.shared_prompt_limit) every reply has its own prompt. skip_cut: replies that are cut are
     left out, but the first one if nothing else is left. A batch is data.py's, and also has places [(group, reply)] of
     its replies and reply_tokens (n,).
     """
     pieces = []  # (group number, reply numbers)
     for g, group in enumerate(groups):
         room, piece = 0, None
+        shares = len(group.prompt_ids) - 1 + sum(len(reply.token_ids) for reply in group.replies) <= share_within
         for i, reply in enumerate(group.replies):
             if skip_cut and reply.is_cut:
                 continue
             length = len(reply.token_ids)
-            if piece is None or length > room:
+            if piece is None or length > room or not shares:
                 piece, room = [], max_length - (len(group.prompt_ids) - 1)
                 pieces.append((g, piece))
             piece.append(i)

@@ -5,6 +5,7 @@ A key is a field with a comment. docs/rl.md has the names of TRL and verl as a t
 
 import dataclasses
 import math
+import re
 
 from alignment import rl_math
 from alignment.advantages import ESTIMATORS, TOKEN_LEVEL
@@ -18,6 +19,7 @@ LOWS = {
     1: "max_src_len max_dec_len min_dec_len global_batch_size rollout_n update_iters overlong_reward_buffer "
     "max_gen_batches max_turns",
 }
+OFFLOADS = "reference freeze_model reward eval optimizer train_model"  # the first is ours, the others PaddleNLP's
 ALGORITHMS = {"grpo": "grpo", "rloo": "rloo", "reinforce_plus_plus": "reinforce_plus_plus", "ppo": "gae"}
 
 
@@ -96,6 +98,8 @@ class Args(LoraArgs):
     dynamic_sampling: bool = False  # replace groups whose rewards are all equal by groups of further prompts
     max_gen_batches: int = 32  # most batches of prompts for that, the first one included
     rollout_dtype: str | None = None  # float32 or bfloat16 of the engine's weights; None: float32, with bf16 the layers
+    rollout_quant_type: str | None = None  # weight_only_int8: the engine's linears in int8, the rest in bfloat16
+    offload_level: str | None = None  # some of OFFLOADS: models that are to be in host memory, as on a CPU they are
     rollout_max_num_seqs: int = -1  # most replies the engine writes at once; -1: all, at most 128
     temperature: float = 1.0  # of the sampling; log-probabilities are those of the scaled distribution
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
@@ -123,10 +127,7 @@ class Args(LoraArgs):
         vllm_importance_sampling_clip_min=importance_sampling_clip_min
     """.split()
     )
-    refused = {
-        "rollout_quant_type": "rollouts run on the weights that are trained",
-        "offload_level": "a frozen reference stays on the device; with lora: true there is none",
-    }
+    refused = {}
 
     def check(self) -> list[str]:
         notes = super().check()
@@ -144,6 +145,13 @@ class Args(LoraArgs):
         self._check_numbers()
         self._resolve_algorithm()
         self._check_steps()
+        if unknown := {*re.findall(r"[^\s,]+", self.offload_level or "")} - {*OFFLOADS.split()}:
+            raise UserError(f"offload_level: {unknown.pop()!r}; possible are {OFFLOADS.replace(' ', ', ')}")
+        if self.rollout_quant_type and self.rollout_dtype == "float32":
+            raise UserError("rollout_dtype: float32: rollout_quant_type computes in bfloat16; leave one of them out")
+        if self.rollout_quant_type and self.importance_sampling_mode is None:
+            self.importance_sampling_mode = "token_truncate"
+            notes.append("rollout_quant_type: importance_sampling_mode is token_truncate, as rollouts are rounded")
         notes += self._check_critic()
         if self.ptx_datasets and not self.ptx_coeff:
             raise UserError(
@@ -162,6 +170,10 @@ class Args(LoraArgs):
             raise UserError("tools: each rank of tensor parallelism would call them; leave tensor_parallel_degree out")
         if self.process_reward and self.tensor_parallel_degree > 1:
             raise UserError("process_reward: the model is not sharded; leave tensor_parallel_degree out")
+        if self.rollout_quant_type and self.tensor_parallel_degree > 1:
+            raise UserError(
+                "rollout_quant_type: under tensor_parallel_degree the engine runs the layers that are trained"
+            )
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported here: the engine needs all weights; use stage2")
 
@@ -184,7 +196,10 @@ class Args(LoraArgs):
             raise UserError(f"dual_clip: {self.dual_clip}; it must be above 1")
         choices = {"loss_type": rl_math.LOSS_TYPES, "importance_sampling_level": ("token", "sequence")}
         choices |= {"importance_sampling_mode": (*rl_math.SAMPLING_CORRECTIONS, None)}
-        choices |= {"rollout_dtype": ("float32", "bfloat16", None)}
+        choices |= {
+            "rollout_dtype": ("float32", "bfloat16", None),
+            "rollout_quant_type": ("weight_only_int8", "", None),
+        }
         choices |= {"scale_rewards": ("group", "batch", "none"), "advantage_estimator": (*ESTIMATORS, None)}
         for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None), "repetition_penalty": (1.0,)}).items():
             if getattr(self, key) not in possible:

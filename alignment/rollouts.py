@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernels
+from kernels.fused import storage_missing
 
 import numpy as np
 import paddle
@@ -44,7 +45,7 @@ from formats.tokenizer import Tokenizer
 from model import CausalLM
 from parallel import Topology
 from serving.engine import Engine, Request
-from serving.fused import fastest_runner
+from serving.fused import FusedRunner, fastest_runner, why_not_fused
 from serving.runners import make_runner
 from serving.sampling import SamplingParams
 
@@ -159,9 +160,10 @@ def make_engine(
 ) -> Engine | None:
     """An Engine on the model's own weights with room for the rollouts of train and for dev; None if all are replayed.
 
-    args.rollout_dtype: of the weights that are packed, LoRA included, after every update; see serving.fused. The
-    model's layers themselves run with bf16 and no such dtype, and under tensor parallelism. There all ranks of tp take
-    the same steps: logits are gathered, and every rank samples the same tokens.
+    args.rollout_dtype: of the weights that are packed, LoRA included, after every update; see serving.fused.
+    args.rollout_quant_type: linears are rounded to int8 when they are packed, all else is bfloat16. The model's layers
+    themselves run with bf16 and no such dtype, and under tensor parallelism. There all ranks of tp take the same steps:
+    logits are gathered, and every rank samples the same tokens.
     """
     replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n if train and not args.replay else 0
     sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
@@ -174,7 +176,11 @@ def make_engine(
     first_key, stop_key = local_heads(model.config, topology.tp.size, topology.tp.rank)[1]
     prompt_blocks, reply_blocks = -(-longest // BLOCK_SIZE), -(-args.max_dec_len // BLOCK_SIZE) + 1
     num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
-    if topology.tp.size > 1 or (kernels.bf16 and dtype is None):
+    if args.rollout_quant_type:
+        if why := why_not_fused(model, None, "bfloat16") or storage_missing("w8"):
+            raise UserError(f"rollout_quant_type: {args.rollout_quant_type} is not possible here: {why}")
+        runner = FusedRunner(model, num_blocks, BLOCK_SIZE, dtype="bfloat16", linears="w8")
+    elif topology.tp.size > 1 or (kernels.bf16 and dtype is None):
         runner = make_runner(model, num_blocks, BLOCK_SIZE, key_heads=stop_key - first_key)
     else:
         runner = fastest_runner(model, num_blocks, BLOCK_SIZE, dtype=dtype or "float32")
@@ -296,21 +302,21 @@ class RewardModel:
     """A reward model's folder as a reward: the score of each reply's last token, after its prompt."""
 
     name, weight = "reward_model", 1.0
-    ROWS = 8  # groups scored at once
+    ROWS = 8  # sequences scored at once
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, topology: Topology):
         check_same_tokenizer("reward_model_name_or_path", path, tokenizer)
-        self.model, self.pad_token_id = ScoreModel(load_reward_model(path, topology)), tokenizer.pad_token_id
+        network = load_reward_model(path, topology)
+        trainer.check_shared_prompts(network, path, "reward_model_name_or_path", 0, ("rope_2d",))
+        self.model, self.pad_token_id = ScoreModel(network), tokenizer.pad_token_id
+        self.share_within = trainer.shared_prompt_limit(network.config)[0]
 
     @paddle.no_grad()
     def scores(self, groups: list[Group]) -> list[float]:
         """Of all replies, group by group."""
-        found = []
-        for first in range(0, len(groups), self.ROWS):
-            samples = [
-                scored_sample(group.prompt_ids, [reply.token_ids for reply in group.replies])
-                for group in groups[first : first + self.ROWS]
-            ]
+        found, sequences = [], [piece for group in groups for piece in self._pieces(group)]
+        for first in range(0, len(sequences), self.ROWS):
+            samples = [scored_sample(*piece) for piece in sequences[first : first + self.ROWS]]
             B, T = len(samples), max(len(sample[0]) for sample in samples)
             ids, positions = np.full((B, T), self.pad_token_id, np.int64), np.zeros((B, T), np.int64)
             mask_rows, last = np.full((B, 1, T, 1), T, np.int32), np.zeros((B, T), bool)
@@ -321,6 +327,13 @@ class RewardModel:
             scores = self.model(*(paddle.to_tensor(array) for array in (ids, positions, mask_rows)))
             found += scores.numpy()[last].tolist()
         return found
+
+    def _pieces(self, group):
+        """[(prompt, replies)] that are one sequence each: with all replies, or with one where they cannot share it."""
+        replies = [reply.token_ids for reply in group.replies]
+        if len(group.prompt_ids) + sum(map(len, replies)) <= self.share_within:
+            return [(group.prompt_ids, replies)]
+        return [(group.prompt_ids, [reply]) for reply in replies]
 
 
 def score_groups(groups: list[Group], functions: list, dataset: PromptDataset, topology: Topology) -> None:
@@ -461,6 +474,8 @@ class RolloutMaker:
             raise UserError(f"max_length: {self.max_length}; the longest prompt and a reply need {needed}")
         self.replayed = read_rollouts(args.replay) if args.replay else None
         self.engine, self.critic = engine, critic
+        networks = [model, critic.network] if critic else [model]
+        self.share_within = min(trainer.shared_prompt_limit(network.config)[0] for network in networks)
         self.ptx = make_ptx_loader(args, tokenizer, self.max_length)
         self.reference = make_reference(model, args, topology)
 
@@ -573,6 +588,7 @@ class RolloutMaker:
                 self.max_length,
                 self.pad_token_id,
                 args.mask_truncated_completions,
+                self.share_within,
             )
             for batch in batches:
                 batch["places"] = [(first + g, i) for g, i in batch["places"]]
@@ -617,12 +633,24 @@ class RolloutMaker:
 def make_reference(model: CausalLM, args: object, topology: Topology) -> Callable | None:
     """A function that gives a context with the reference: the model with its adapter off, or a frozen copy of what it
     was before training. None: no KL is asked for."""
+    if args.offload_level:
+        check_offload(args.offload_level)
     if not args.needs_reference:
         return None
     if args.lora:
         return functools.partial(adapter_disabled, model)
     print("reference: a frozen copy of the model; with lora: true it would take no memory", flush=True)
     return functools.partial(contextlib.nullcontext, parallel.from_pretrained(args.model_name_or_path, topology))
+
+
+def check_offload(level: str) -> None:
+    """A line, or UserError: frozen models are in host memory if the device is the CPU, and on the device otherwise."""
+    if not paddle.device.get_device().startswith("cpu"):
+        raise UserError(
+            f"offload_level: {level}: models stay on the device; with lora: true the reference takes no memory, and "
+            "sharding: stage1 offload moves the optimizer's moments"
+        )
+    print(f"offload_level: {level} has no effect: the device is the CPU, so all models are in host memory anyway")
 
 
 def evaluate_prompts(

@@ -14,10 +14,13 @@ import tempfile
 import threading
 from pathlib import Path
 
+from kernels.rounding import round_to_nearest
+
 import bench_rl
 import numpy as np
 import paddle
 import pytest
+import tiny_models
 from test_scripts import crash_after_saving, fails, options, tensors, write_model, write_records
 from test_scripts import rows as logged
 
@@ -30,7 +33,9 @@ from alignment.critic import Critic
 from alignment.groups import group_sample
 from formats.tensor_files import read_safetensors
 from formats.tokenizer import load_tokenizer
+from modules.layers import Linear, set_parameter
 from serving.engine import Engine, Request
+from serving.fused import FusedRunner
 from serving.sampling import SamplingParams
 
 GOLDEN = Path(__file__).with_name("golden") / "rl_trl.json"
@@ -302,6 +307,40 @@ def test_packing_keeps_every_reply_and_splits_long_groups():
     assert (1, 0) not in batches[0]["places"] and len(batches[0]["places"]) == 8
 
 
+DISTANCES = {"bloom": ({}, 0), "mistral": ({"sliding_window": 11}, 11)}  # changes, share_within
+
+
+def write_family(folder, name, base):
+    """A tiny model of a family whose attention knows distances, with the tokenizer of `base`."""
+    tiny_models.write(folder, name, **DISTANCES[name][0], vocab_size=3072)
+    load_tokenizer(base).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_replies_have_their_own_prompt_where_distances_count(name, base, tmp_path):
+    """ALiBi and a window: log-probabilities and scores are those of separate passes."""
+    limit = DISTANCES[name][1]
+    model = parallel.from_pretrained(write_family(tmp_path / "model", name, base), parallel.SINGLE)
+    assert trainer.shared_prompt_limit(model.config)[0] == limit
+    groups = random_groups([*SIZES, (3, [2, 3])])  # the last one is within the window
+    (batch,) = rollouts.pack_groups(groups, 9, max_length=40, pad_token_id=0, skip_cut=False, share_within=limit)
+    pieces = sum(len(row) for row in batch["sample_ids"])
+    assert pieces == (11 if limit == 0 else 8)
+    found = heads.Policy(model, 1.0)(**trainer.model_inputs(batch))["logps"].numpy()
+    replies = [(groups[g], groups[g].replies[i]) for g, i in batch["places"]]
+    expected = [reference_outputs(model, group, reply, arguments())[0].numpy() for group, reply in replies]
+    np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)
+    scorer = object.__new__(rollouts.RewardModel)
+    network = heads.load_reward_model(tmp_path / "model", parallel.SINGLE, seed=3)
+    scorer.model, scorer.pad_token_id, scorer.share_within = heads.ScoreModel(network), 0, limit
+    expected = []
+    for group, reply in replies:
+        ids = paddle.to_tensor(np.array([[*group.prompt_ids, *reply.token_ids]], np.int64))
+        expected.append(paddle.matmul(network.hidden_states(ids)[0, -1:], network.score.weight).item())
+    np.testing.assert_allclose(scorer.scores(groups), expected, atol=2e-5)
+
+
 def arguments(**changes):
     values = dict(model_name_or_path="x", train_datasets="x", reward_funcs="x.py:f", output_dir="x", do_train=True)
     args = rl.Args(**values | {"max_dec_len": 12, "save_strategy": "no"} | changes)
@@ -445,6 +484,28 @@ def test_the_engine_sees_new_weights_and_gives_the_logps_of_training(base):
     assert texts[0] != texts[1]
 
 
+def test_int8_rollouts_are_of_the_rounded_weights(base):
+    """The engine's log-probabilities beside those of a model whose linears hold the rounded values."""
+    model, rounded = (parallel.from_pretrained(base, parallel.SINGLE) for _ in range(2))
+    for name, layer in model.layers.named_sublayers():
+        if isinstance(layer, Linear):  # rows of very different sizes, so that int8 differs by more than bfloat16
+            values = layer.weight.numpy() * np.geomspace(0.02, 4.0, layer.weight.shape[1], dtype=np.float32)[::-1]
+            values[0] *= 30
+            set_parameter(layer.weight, values)
+            set_parameter(dict(rounded.layers.named_sublayers())[name].weight, round_to_nearest(values, 8).weight())
+    runner = FusedRunner(model, 64, 16, dtype="bfloat16", linears="w8")
+    engine = Engine(runner, None, num_blocks=64, block_size=16, max_num_seqs=8)
+    params = SamplingParams(max_tokens=12, temperature=1.0, n=4, seed=5, ignore_eos=True, scaled_logprobs=True)
+    prompt, errors = list(range(10, 30)), {"rounded": [], "as they are": []}
+    (completions,) = engine.generate([Request(prompt, params)])
+    for c in completions:
+        group, reply = rollouts.Group(0, np.array(prompt), []), rollouts.Reply(c.token_ids, np.zeros(12), "")
+        for name, network in (("rounded", rounded), ("as they are", model)):
+            logps = reference_outputs(network, group, reply, arguments())[0].numpy()
+            errors[name].append(abs(logps - [logprob for logprob, _ in c.logprobs]).max())
+    assert max(errors["rounded"]) < 0.1 and max(errors["as they are"]) > 3 * max(errors["rounded"]), errors
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
 
 REWARDS = """
@@ -469,6 +530,8 @@ def world(base):
     records = [{"src": " ".join(words[i : i + 1 + i % 3]), "number": i} for i in range(8)]
     write_records(folder / "train.jsonl", records[:6])
     write_records(folder / "dev.jsonl", records[6:])
+    for name in DISTANCES:
+        write_family(folder / name, name, base)
     write_records(folder / "ptx.jsonl", [{"src": word, "tgt": f"a {word} is nice"} for word in words])
     return folder
 
@@ -522,6 +585,9 @@ KINDS = {
     "rloo frozen copy, two updates": {"advantage_estimator": "rloo", "kl_coeff": 0.1, "update_iters": 2},
     "bf16": {"bf16": True, "kl_loss_coeff": 0.0},
     "bf16 rollouts": {"rollout_dtype": "bfloat16", "importance_sampling_mode": "token_truncate", "lora": True},
+    "alibi": {"model_name_or_path": "WORLD/bloom", "lora": True},
+    "a window": {"model_name_or_path": "WORLD/mistral", "offload_level": "freeze_model"},
+    "int8 rollouts": {"rollout_quant_type": "weight_only_int8", "lora": True},
     "reinforce++ mini-batches, process rewards": {
         "rl_algorithm": "reinforce_plus_plus", "global_mini_batch_size": 1, "rollout_n": 3, "process_reward": True,
         "reward_model_name_or_path": "WORLD/base", "placeholder_token": "*",
@@ -547,12 +613,12 @@ def test_runs(kind, world, tmp_path, capfd):
         assert found[-1]["ptx_loss"] < found[0]["ptx_loss"]
     assert len(found) == 4
     for row in found:
-        limits = (1e-4, 0.1) if kind.startswith("bf16") else (1e-8, 1e-4)
+        limits = (1e-4, 0.1) if kind.startswith("bf16") else (1e-3, 0.3) if "int8" in kind else (1e-8, 1e-4)
         assert row["engine_kl"] < limits[0] and row["sampling/sampling_logp_difference/max"] < limits[1]
         assert row["completions/mean_length"] <= 8 and row["reward"] < 0 and row["time/update"] > 0
     if "kl_loss_coeff" not in KINDS[kind] or KINDS[kind]["kl_loss_coeff"]:
         assert found[0]["kl"] < 1e-9 and found[-1]["kl"] > 0
-    if "importance_sampling_mode" in KINDS[kind]:
+    if "importance_sampling_mode" in KINDS[kind] or "int8" in kind:
         ratios = [
             [row[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")] for row in found
         ]
@@ -749,6 +815,12 @@ BAD = {
     "save in the middle": ({"update_iters": 2, "save_strategy": "steps", "save_steps": 3}, r"save_steps: 3; .* 2"),
     "prompt_key": ({"prompt_key": "question"}, r"no record of \S*train.jsonl has a key 'question'"),
     "no reward model": ({"reward_model_name_or_path": "base"}, r"base: has no score head; reward.py"),
+    "offload": ({"offload_level": "everything"}, r"offload_level: 'everything'; possible are reference, freeze_model"),
+    "int8 in float32": (
+        {"rollout_quant_type": "weight_only_int8", "rollout_dtype": "float32"},
+        r"rollout_dtype: float32: rollout_quant",
+    ),
+    "rollout_quant_type": ({"rollout_quant_type": "fp8"}, r"rollout_quant_type: 'fp8'; possible are weight_only_int8"),
     "ptx without a weight": ({"ptx_datasets": "x"}, r"ptx_datasets: ptx_coeff is 0"),
     "critic": ({"critic_model_name_or_path": "x"}, r"critic_model_name_or_path: advantage_estimator grpo needs no"),
 }
