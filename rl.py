@@ -7,7 +7,8 @@ Each step of a rollout: prompts -> rollout_n replies each, by the engine on the 
 rewards, by Python functions or a reward model -> advantages -> updates on packed groups. The old log-probabilities are
 the engine's own; engine_kl in the log says how well the trainer agrees with them. The reference is the model before
 training: with LoRA the same model with the adapter off, otherwise a frozen copy, and none if no KL is asked for.
-Writes what finetune.py writes. Formulas are in alignment/rl_math.py; keys, estimators and losses in docs/rl.md.
+Writes what finetune.py writes. Formulas are in alignment/rl_math.py, keys in alignment/rl_arguments.py, a table of
+estimators and losses in docs/rl.md.
 """
 
 import functools

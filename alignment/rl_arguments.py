@@ -127,7 +127,6 @@ class Args(LoraArgs):
         vllm_importance_sampling_clip_min=importance_sampling_clip_min
     """.split()
     )
-    refused = {}
 
     def check(self) -> list[str]:
         notes = super().check()
@@ -140,26 +139,10 @@ class Args(LoraArgs):
             raise UserError(
                 "do_predict: there are no test prompts; evaluate other prompts by do_eval and eval_datasets"
             )
-        if self.process_reward and not self.reward_model_name_or_path:
-            raise UserError("process_reward: reward_model_name_or_path is missing: the folder of the model")
         self._check_numbers()
         self._resolve_algorithm()
         self._check_steps()
-        if unknown := {*re.findall(r"[^\s,]+", self.offload_level or "")} - {*OFFLOADS.split()}:
-            raise UserError(f"offload_level: {unknown.pop()!r}; possible are {OFFLOADS.replace(' ', ', ')}")
-        if self.rollout_quant_type and self.rollout_dtype == "float32":
-            raise UserError("rollout_dtype: float32: rollout_quant_type computes in bfloat16; leave one of them out")
-        if self.rollout_quant_type and self.importance_sampling_mode is None:
-            self.importance_sampling_mode = "token_truncate"
-            notes.append("rollout_quant_type: importance_sampling_mode is token_truncate, as rollouts are rounded")
-        notes += self._check_critic()
-        if self.ptx_datasets and not self.ptx_coeff:
-            raise UserError(
-                "ptx_datasets: ptx_coeff is 0, so nothing is learned from them; PaddleNLP's configs have 16"
-            )
-        if self.ptx_coeff and not self.ptx_datasets:
-            notes.append(f"ptx_coeff: {self.ptx_coeff:g} has no effect without ptx_datasets")
-        return notes
+        return notes + self._check_further_models() + self._check_engine()
 
     def check_topology(self) -> None:
         super().check_topology()
@@ -196,14 +179,12 @@ class Args(LoraArgs):
             raise UserError(f"dual_clip: {self.dual_clip}; it must be above 1")
         choices = {"loss_type": rl_math.LOSS_TYPES, "importance_sampling_level": ("token", "sequence")}
         choices |= {"importance_sampling_mode": (*rl_math.SAMPLING_CORRECTIONS, None)}
-        choices |= {
-            "rollout_dtype": ("float32", "bfloat16", None),
-            "rollout_quant_type": ("weight_only_int8", "", None),
-        }
+        choices |= {"rollout_dtype": ("float32", "bfloat16", None)}
+        choices |= {"rollout_quant_type": ("weight_only_int8", "", None)}
         choices |= {"scale_rewards": ("group", "batch", "none"), "advantage_estimator": (*ESTIMATORS, None)}
         for key, possible in (choices | {"rl_algorithm": (*ALGORITHMS, None), "repetition_penalty": (1.0,)}).items():
             if getattr(self, key) not in possible:
-                names = ", ".join(str(value) for value in possible if value is not None)
+                names = ", ".join(str(value) for value in possible if value)
                 raise UserError(f"{key}: {getattr(self, key)!r}; possible are {names}")
         if self.load_best_model_at_end and self.metric_for_best_model != "reward":
             raise UserError(f"metric_for_best_model: {self.metric_for_best_model}; possible here is reward")
@@ -243,7 +224,12 @@ class Args(LoraArgs):
                 f"save_steps: {self.save_steps}; it must be a multiple of {updates}, the updates of a rollout"
             )
 
-    def _check_critic(self):
+    def _check_further_models(self):
+        """What learns or is learned from beside the policy and its rollouts."""
+        if self.process_reward and not self.reward_model_name_or_path:
+            raise UserError("process_reward: reward_model_name_or_path is missing: the folder of the model")
+        if self.ptx_datasets and not self.ptx_coeff:
+            raise UserError("ptx_datasets: ptx_coeff is 0, so nothing is learned; PaddleNLP's configs have 16")
         if self.critic_lr_scheduler_type not in (None, *SCHEDULES):
             known = ", ".join(SCHEDULES)
             raise UserError(f"critic_lr_scheduler_type: {self.critic_lr_scheduler_type!r}; possible are {known}")
@@ -251,14 +237,29 @@ class Args(LoraArgs):
             raise UserError(
                 f"critic_model_name_or_path: advantage_estimator {self.advantage_estimator} needs no values; gae does"
             )
+        notes = []
+        if self.ptx_coeff and not self.ptx_datasets:
+            notes.append(f"ptx_coeff: {self.ptx_coeff:g} has no effect without ptx_datasets")
         if self.critic_model_name_or_path:
-            return []
+            return notes
         given = [f.name for f in dataclasses.fields(self) if f.name.startswith("critic_") and getattr(self, f.name)]
-        return [
+        return notes + [
             f"{name}: only a critic of its own (critic_model_name_or_path) has it"
             for name in given
             if name != "critic_learning_rate"
         ]
+
+    def _check_engine(self):
+        if unknown := {*re.findall(r"[^\s,]+", self.offload_level or "")} - {*OFFLOADS.split()}:
+            raise UserError(f"offload_level: {unknown.pop()!r}; possible are {OFFLOADS.replace(' ', ', ')}")
+        if not self.rollout_quant_type:
+            return []
+        if self.rollout_dtype == "float32":
+            raise UserError("rollout_dtype: float32: rollout_quant_type computes in bfloat16; leave one of them out")
+        if self.importance_sampling_mode is not None:
+            return []
+        self.importance_sampling_mode = "token_truncate"
+        return ["rollout_quant_type: importance_sampling_mode is token_truncate, as rollouts are rounded"]
 
     @property
     def has_value_head(self) -> bool:

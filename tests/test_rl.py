@@ -784,15 +784,24 @@ def test_topologies_equal_one_process(name, request, world, tmp_path):
     else:
         ranks = request.getfixturevalue("two")
     keys = {"global_batch_size": 3, "rollout_n": 4, "save_rollouts": True, "kl_coeff": 0.05, "max_steps": 5}
-    alone = keys_of(world, tmp_path / "alone", **keys, **others, do_eval=True)
+    has_more = {"use_ema", "critic_model_name_or_path"} & {*others}  # checkpoints hold it, for another topology too
+    saves = {"save_strategy": "steps", "save_steps": 4} if has_more else {}
+    alone = keys_of(world, tmp_path / "alone", **keys, **others, **saves, do_eval=True)
     several = {**alone, "overwrite_output_dir": True} | of_topology
     if "ptx_coeff" in others:  # as many rows of text on one rank as on both
         alone, several = ({**keys, "per_device_train_batch_size": n} for keys, n in ((alone, 2), (several, 1)))
     run(alone)
-    for name, more in (("replayed", {"replay": str(tmp_path / "alone" / "rollouts")}), ("sampled", {})):
+    replayed, checkpoint = {"replay": str(tmp_path / "alone" / "rollouts")}, str(tmp_path / "alone" / "checkpoint-4")
+    variants = {"replayed": replayed, "sampled": {}}
+    variants |= {"resumed": replayed | {"resume_from_checkpoint": checkpoint}} if has_more else {}
+    for name, more in variants.items():
         results = ranks.run("jobs_parallel:script", "rl", options(several | more | {"output_dir": tmp_path / name}))
-        assert len(logged(tmp_path / "alone")) == len(results[0][0]) == 5
-        for ours, theirs in zip(logged(tmp_path / "alone"), results[0][0]):
+        steps = 1 if name == "resumed" else 5
+        assert len(logged(tmp_path / "alone")[-steps:]) == len(results[0][0]) == steps
+        for part in ("", "value") if has_more and name != "sampled" else ():
+            ours, theirs = (tensors(tmp_path / run / part) for run in ("alone", name))
+            assert ours.keys() == theirs.keys() and all(abs(ours[n] - theirs[n]).mean() < 1e-4 for n in ours)
+        for ours, theirs in zip(logged(tmp_path / "alone")[-steps:], results[0][0]):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["reward"] - theirs["reward"]) < 1e-6
             assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * ours["grad_norm"]
             assert abs(ours.get("value_loss", 0.0) - theirs.get("value_loss", 0.0)) < 1e-4
