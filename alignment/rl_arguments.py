@@ -204,7 +204,9 @@ class Args(LoraArgs):
         if self.normalize_advantage is None:
             self.normalize_advantage = per_token
         if self.advantage_estimator in ("grpo", "rloo") and self.rollout_n < 2:
-            raise UserError(f"rollout_n: 1: {self.advantage_estimator} compares replies to one prompt; give 2 or more")
+            raise UserError(
+                f"rollout_n: 1: {self.advantage_estimator} compares replies to one prompt; give 2 or more, or ppo"
+            )
         if self.clip_range_ratio_low is None:
             self.clip_range_ratio_low = self.clip_range_ratio
         if self.clip_range_ratio_high is None:
