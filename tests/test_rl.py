@@ -31,9 +31,12 @@ import trainer
 from alignment import heads, rl_math, rollouts
 from alignment.critic import Critic
 from alignment.groups import group_sample
+from arguments import parse_args
 from formats.tensor_files import read_safetensors
 from formats.tokenizer import load_tokenizer
 from modules.layers import Linear, set_parameter
+from parallel import Degrees
+from planning import memory_model
 from serving.engine import Engine, Request
 from serving.fused import FusedRunner
 from serving.sampling import SamplingParams
@@ -744,6 +747,20 @@ def test_cut_replies_can_be_left_out(world, tmp_path):
     run(keys_of(world, tmp_path / "out", mask_truncated_completions=True, max_steps=1))
     (row,) = logged(tmp_path / "out")
     assert row["completions/clipped_ratio"] == 1.0 and row["loss"] == row["grad_norm"] == 0.0
+
+
+def test_a_dry_run_counts_the_average_and_the_critic():
+    def planned(*more):
+        flags = ["--model_name_or_path", "llama-3.2-1b", "--dry_run", "true", "--advantage_estimator", "gae", *more]
+        args = parse_args(rl.Args, flags)
+        memory = memory_model.MemoryModel(args, memory_model.planned_model(args)[1], 1024)
+        return memory.fullest(Degrees(), 1, 1)
+
+    plain, more = planned(), planned("--use_ema", "true", "--critic_model_name_or_path", "x")
+    assert more["average of the weights"] == plain["weights"]
+    assert more["critic"] == plain["weights"] + plain["gradients"] + plain["moments"]
+    added, in_all = more["average of the weights"] + more["critic"], "in all without recompute"
+    assert more[in_all] == pytest.approx(plain[in_all] + added)
 
 
 def test_equal_rewards_say_so_and_move_nothing(world, tmp_path):
