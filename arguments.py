@@ -465,7 +465,7 @@ class _Script:
     """The keys that one script takes, and what other names mean in it."""
 
     def __init__(self, Args: type):
-        self.name = Path(inspect.getfile(Args)).stem
+        self.name = getattr(Args, "script", Path(inspect.getfile(Args)).stem)
         self.kinds = typing.get_type_hints(Args)
         self.own_aliases = getattr(Args, "aliases", {})
         self.refused = {**REFUSED, **REFUSED_IN.get(self.name, {}), **getattr(Args, "refused", {})}

@@ -17,6 +17,7 @@ Layout of a checkpoint, which Hugging Face's tools open as a model's folder, and
         master_weights-*.safetensors  bf16 runs only: the float32 weights that training goes on from
         adapter_config.json, adapter_model.safetensors     LoRA and prefix tuning, in place of model and config
         optimizer-*.safetensors       "NAME/moment1_0", "NAME/moment2_0", "NAME/beta1_pow_acc_0", … of each weight
+        ema, value, value_optimizer   *.safetensors of rl.py: alignment/moving_average.py, alignment/critic.py
         *.safetensors.index.json      which file has which tensor, where a group of tensors has several files
         trainer_state.json            TrainState, arguments, topology; size and checksum of every file
         .checkpoint_done              completion marker, written last: the checksum of trainer_state.json
@@ -119,6 +120,7 @@ class CheckpointManager:
         self.last_step: int | None = None  # of the last save, pending or not
         self.buffers = {} if "async_save" in self.options else None  # host copies of what is being written
         self.layout: SaveLayout | None = None  # of the last save
+        self.further = []  # what else checkpoints hold: objects with groups(), as SavePlan has them
         self.data = data_fingerprints(args) if topology.rank == 0 else {}  # now: it may be edited during the run
         self.said_limit = False
         if "skip_save_model_weight" in self.options and not self.save_master_weights:
@@ -258,6 +260,8 @@ class CheckpointManager:
                 "ckpt_quant_stage": self.args.ckpt_quant_stage if self.moment_bits < 32 else "O0",
                 "quant_ckpt_resume_times": getattr(self.optimizer, "requantized", 0),
             }
+        for state in self.further:
+            plan.groups |= state.groups()
         return plan
 
     def _local(self, entry: SaveEntry) -> SaveEntry:

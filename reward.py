@@ -1,11 +1,15 @@
 """Reward models: from pairs of replies to one prompt, learn a score that is higher for the better one.
 
     python reward.py configs/llama_reward.json                           # any key again as --key value
+    python reward.py KEYS.json --process_reward true                     # steps of solutions, right or wrong
 
 Reads pairs in many formats (docs/data.md), and "margin" where they have it. Prompt, chosen and rejected reply are one
 sequence, several pairs are a row; a reply's score is the head's output at its last token. Trains all weights or
 LoRA, and the head. Writes a folder of transformers' AutoModelForSequenceClassification with num_labels 1, or with LoRA
 a PEFT adapter of task type SEQ_CLS; rl.py takes either as reward_model_name_or_path.
+
+With process_reward a language model learns which reward token stands after each step of a solution, and is written as
+a language model: alignment/process_rewards.py.
 """
 
 import dataclasses
@@ -25,6 +29,7 @@ import parallel
 import trainer
 from adapters import lora_layers
 from alignment.heads import ScoreModel, load_reward_model, scored_sample, train_score_head
+from alignment.process_rewards import StepTask
 from alignment.rl_math import preference_losses
 from arguments import LoraArgs
 from checkpoint import find_checkpoint
@@ -52,6 +57,9 @@ class Args(LoraArgs):
     greedy_zero_padding: bool = False  # pack by best fit over all data, instead of in order
     chat_template: str | None = None  # name in chat.FORMATS, plain, none, or a template file; None: the tokenizer's own
     center_rewards_coefficient: float = 0.0  # weight of (chosen + rejected)^2, which keeps rewards around 0
+    process_reward: bool = False  # learn from labels of the steps of solutions, not from pairs
+    placeholder_token: str = "ки"  # what stands after each step of a solution
+    reward_tokens: str | list[str] = "+,-"  # what the model says there: the first means right
 
     aliases = {"regularization": "center_rewards_coefficient"}  # PaddleNLP's
 
@@ -76,6 +84,8 @@ class Args(LoraArgs):
                 raise UserError(
                     f"{key}_parallel_degree: reward.py runs with data and tensor parallelism and sharding only"
                 )
+        if self.process_reward and self.center_rewards_coefficient:
+            raise UserError("center_rewards_coefficient: rewards of steps are probabilities; it is of pairs' scores")
         if "stage3" in (self.sharding or ""):
             raise UserError("sharding: stage3 is not supported by reward.py; use stage2")
         return notes
@@ -171,12 +181,43 @@ def margins_of(dataset: ScoredPairs, batch: dict) -> np.ndarray:
 # ======================================================================================================== set-up
 
 
+class PairTask:
+    """A score head learns from pairs. What main() asks of it, process_rewards.StepTask answers for steps."""
+
+    metrics = METRICS[:3]  # a std is no sum over micro-batches
+    report = "dev pairs whose chosen reply has the larger score"
+    size_of, inputs = staticmethod(pair_count), staticmethod(model_inputs)
+
+    def __init__(self, args: Args, tokenizer: Tokenizer):
+        self.args, self.tokenizer = args, tokenizer
+        self.share_within = trainer.share_within(args.model_name_or_path, "max_seq_len", args.max_seq_len)
+
+    def make_loader(self, split: str) -> PreferenceLoader:
+        return make_loader(self.args, self.tokenizer, split, self.share_within)
+
+    def load_model(self, topology: Topology) -> ScoreModel:
+        """The reward model or language model of model_name_or_path; only training gives the latter a head."""
+        args, seed = self.args, self.args.seed if self.args.do_train else None
+        network = load_reward_model(args.model_name_or_path, topology, seed=seed)
+        network.config.source.setdefault("pad_token_id", self.tokenizer.pad_token_id)  # transformers batches need one
+        trainer.check_shared_prompts(network, args.model_name_or_path, "max_seq_len", 0, ("rope_2d",))
+        return ScoreModel(network)
+
+    def loss_and_metrics(self, scores: Tensor, batch: dict, size: int, loader: PreferenceLoader) -> tuple:
+        """From the model's scores (B, T)."""
+        return loss_and_metrics(scores_of_replies(scores, batch), margins_of(loader.dataset, batch), size, self.args)
+
+    def evaluate(self, model: ScoreModel, loader: PreferenceLoader, topology: Topology) -> dict:
+        return evaluate_pairs(model, loader, self.args, topology)
+
+
 def setup_adapter(model: CausalLM, args: Args, checkpoint: Path | None = None) -> None:
-    """trainer.setup_adapter(), and a head that is trained."""
+    """trainer.setup_adapter(), and a score head that is trained, if there is one."""
     trainer.setup_adapter(model, args, checkpoint)
     for layer in lora_layers(model).values():
         layer.dropout = 0.0
-    train_score_head(model)
+    if model.score is not None:
+        train_score_head(model)
 
 
 def make_loader(args: Args, tokenizer: Tokenizer, split: str, share_within: float = math.inf) -> PreferenceLoader:
@@ -205,37 +246,34 @@ def main(args: Args) -> None:
     trainer.check_output_dir(args)
     checkpoint = find_checkpoint(args, topology) if args.do_train else None
     tokenizer = trainer.setup_tokenizer(args)
-    share_within = trainer.share_within(args.model_name_or_path, "max_seq_len", args.max_seq_len)
-    train = make_loader(args, tokenizer, "train", share_within) if args.do_train else None
-    dev = make_loader(args, tokenizer, "dev", share_within) if args.do_eval else None
+    task = StepTask(args, tokenizer) if args.process_reward else PairTask(args, tokenizer)
+    train = task.make_loader("train") if args.do_train else None
+    dev = task.make_loader("dev") if args.do_eval else None
 
     # ====================================================================== 2. model and head
-    network = load_reward_model(args.model_name_or_path, topology, seed=args.seed if args.do_train else None)
-    network.config.source.setdefault("pad_token_id", tokenizer.pad_token_id)  # transformers batches only with one
+    model, before = task.load_model(topology), None  # ids -> scores of replies, or logits of reward tokens
+    network = model.model
     trainer.set_recompute(network, args)
-    trainer.check_shared_prompts(network, args.model_name_or_path, "max_seq_len", 0, ("rope_2d",))
     trainer.check_vocabulary(network, tokenizer, args.model_name_or_path, args)
     trainer.check_positions(network, args.model_name_or_path, {"max_seq_len": args.max_seq_len})
-    model, before = ScoreModel(network), None  # model: ids -> scores
 
     def evaluate():
-        return evaluate_pairs(model, dev, args, topology)
+        return task.evaluate(model, dev, topology)
 
     if args.do_train:
         # ================================================================== 3. adapter, optimizer, log
         setup_adapter(network, args, checkpoint)
-        names = METRICS[:3]  # a std is no sum over micro-batches
-        run = trainer.setup_training(args, network, tokenizer, train, topology, checkpoint=checkpoint, metrics=names)
+        more = {"checkpoint": checkpoint, "metrics": task.metrics}
+        run = trainer.setup_training(args, network, tokenizer, train, topology, **more)
         optimizer, shards, log, checkpoints = run.optimizer, run.shards, run.log, run.checkpoints
         state, total, steps_per_epoch = run.state, run.total_steps, run.steps_per_epoch
         before = evaluate() if dev else None
-        step_size = pair_count  # what the means are over
-        inputs = model_inputs  # what the model is called with
+        step_size = task.size_of  # what the means are over: pairs or steps
+        inputs = task.inputs  # what the model is called with
 
-        def loss_of(scores, batch, size):
-            """This micro-batch's part of the step's loss, from the model's scores (B, T)."""
-            margins = margins_of(train.dataset, batch)
-            part, metrics = loss_and_metrics(scores_of_replies(scores, batch), margins, size, args)
+        def loss_of(outputs, batch, size):
+            """This micro-batch's part of the step's loss, from the model's outputs."""
+            part, metrics = task.loss_and_metrics(outputs, batch, size, train)
             if not batch.get("is_dummy"):
                 log.add_metrics(metrics)
             return part
@@ -292,9 +330,9 @@ def main(args: Args) -> None:
         print(f"dev: {trainer.format_metrics(metrics)}")
         if before:
             old, new = (100 * values["eval_accuracy"] for values in (before, metrics))
-            print(f"dev pairs whose chosen reply has the larger score: before {old:.1f} %, after {new:.1f} %")
+            print(f"{task.report}: before {old:.1f} %, after {new:.1f} %")
     if args.do_train:
-        path = shlex.quote(args.output_dir)
+        path = shlex.quote(args.output_dir) + " --process_reward true" * args.process_reward
         print(f"\nnext: python rl.py configs/llama_ppo.json --reward_model_name_or_path {path}")
 
 

@@ -242,14 +242,20 @@ def check_resumed_arguments(args: TrainingArgs, checkpoint: Path, state: TrainSt
         print(line, flush=True)
 
 
-def finish_training(run: Run, model: CausalLM, args: TrainingArgs) -> None:
-    """Load the best checkpoint if load_best_model_at_end, then write the model or adapter to output_dir."""
-    state = run.state
+def finish_training(
+    run: Run, model: CausalLM, args: TrainingArgs, before_writing: Callable = lambda best: None
+) -> None:
+    """Load the best checkpoint if load_best_model_at_end, then write the model or adapter to output_dir.
+
+    before_writing(best) changes what is written; best: the checkpoint that was loaded, or None.
+    """
+    state, best = run.state, None
     if args.load_best_model_at_end and state.best_checkpoint:
         run.log.print(f"best: {state.best_checkpoint}, {args.metric_for_best_model} {state.best_metric:.4f}")
         best = Path(args.output_dir) / state.best_checkpoint
         restore_adapter(model, best) if trains_adapter(args) else load_trained(model, best, args)
     run.log.close()
+    before_writing(best)
     run.checkpoints.write_model(args.output_dir, args.save_dtype)
     print(f"{'adapter' if trains_adapter(args) else 'model'}: {args.output_dir}")
 

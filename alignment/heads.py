@@ -21,6 +21,7 @@ from paddle import Tensor
 from adapters import base_folders, load_adapter, lora_layers, merge
 from families import FAMILIES, ModelConfig
 from formats.files import UserError
+from formats.tokenizer import Tokenizer, load_tokenizer
 from formats.weights import load_weights, stored_tensors
 from model import CausalLM, build
 from modules.layers import Linear, set_parameter
@@ -119,6 +120,15 @@ def load_reward_model(path: str | Path, topology: Topology, seed: int | None = N
     return model
 
 
+def check_same_tokenizer(key: str, path: str | Path, tokenizer: Tokenizer) -> None:
+    """UserError unless the model that an argument `key` names has the policy's tokenizer."""
+    if (theirs := load_tokenizer(path).vocab_size) != tokenizer.vocab_size:
+        raise UserError(
+            f"{key}: {path}: its tokenizer has {theirs} ids, the policy's {tokenizer.vocab_size}; one that shares the "
+            "policy's tokenizer is needed"
+        )
+
+
 def scored_sample(prompt: np.ndarray, replies: list) -> tuple[np.ndarray, ...]:
     """Ids of a prompt and its replies -> input_ids, position_ids, rows, replies as one sequence, int64.
 
@@ -189,8 +199,14 @@ class Policy(HeadedModel):
         if with_entropy and model.shards is not None:
             model.shards.overlaps = False  # the head's weight gets a gradient from each chunk
 
-    def __call__(self, input_ids, position_ids, startend_row_indices, labels) -> dict[str, Tensor]:
-        """Tensors of the M positions that have a label: "logps", and "entropies" and "values" if there are any."""
+    def __call__(
+        self, input_ids, position_ids, startend_row_indices, labels, temperature: float | None = None
+    ) -> dict[str, Tensor]:
+        """Tensors of the M positions that have a label: "logps", and "entropies" and "values" if there are any.
+
+        temperature: another one than that of sampling.
+        """
+        temperature = self.temperature if temperature is None else temperature
         x, (D,) = self.hidden_states(input_ids, position_ids, startend_row_indices), (self.model.config.hidden_size,)
         labels = labels.flatten()
         here = paddle.nonzero(labels != -100).flatten()  # (M,)
@@ -198,8 +214,8 @@ class Policy(HeadedModel):
         if self.model.score is not None:
             outputs["values"] = paddle.gather(self.scores(x).flatten(), here)
         rows, labels = paddle.gather(x.reshape([-1, D]), here), paddle.gather(labels, here)  # (M, D), (M,)
-        if self.temperature != 1.0:  # the head is linear: its logits are divided too
-            rows = rows / self.temperature
+        if temperature != 1.0:  # the head is linear: its logits are divided too
+            rows = rows / temperature
         if self.with_entropy:
             outputs["logps"], outputs["entropies"] = self.logps_and_entropies(rows, labels)
         else:

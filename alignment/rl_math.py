@@ -7,7 +7,8 @@
 Letters: P prompts, G replies to each, N = P * G replies, M tokens of replies, one reply after another. `segments` (M,)
 int64 is the reply of each token, ascending. A log-probability is that of the distribution that was sampled from.
 
-A new estimator is a function and a row of ESTIMATORS in rollouts.py; a new loss is a row of policy_losses or mean_loss.
+A new estimator is a function and a row of ESTIMATORS in advantages.py; a new loss is a row of policy_losses or
+mean_loss.
 """
 
 import dataclasses
@@ -192,6 +193,7 @@ class Counts:
     replies: int
     tokens: int
     micro_batches: int
+    ptx_tokens: int = 0  # learned ones of ptx_datasets
 
 
 def mean_loss(

@@ -9,22 +9,20 @@
         estimate_advantages(groups, args)                                  # reply.advantages, one a token
         batches = pack_groups(groups, rows, max_length, pad_token_id)      # the prompt once, its replies side by side
 
-A group is one sequence of a packed row. Its replies share the prompt and do not see each other (FlashMask), so that
-every token sees what the engine's token saw, at the same position. See group_sample().
+Groups, their files and packing are in groups.py; rewards and advantages in advantages.py, their formulas in rl_math.py.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import kernels
+from kernels.fused import storage_missing
 
 import numpy as np
 import paddle
@@ -33,18 +31,21 @@ import parallel
 import trainer
 from adapters import adapter_disabled
 from alignment import rl_math
+from alignment.advantages import combine_scores, correct_sampling, estimate_advantages
+from alignment.critic import Critic
 from alignment.environments import Toolbox
-from alignment.heads import Policy, ScoreModel, load_reward_model, scored_sample
-from data import IGNORED, TokenizedRecords, conversation_prompt, epoch_order, longest_text
+from alignment.groups import Group, Reply, attach, detach, group_of, pack_groups, read_rollouts, write_rollouts
+from alignment.heads import Policy, ScoreModel, check_same_tokenizer, load_reward_model, scored_sample
+from data import SFTDataset, SFTLoader, TokenizedRecords, conversation_prompt, epoch_order, longest_text
 from distributed.tensor import local_heads
-from formats.files import UserError, atomic_file, parse_json_line
+from formats.files import UserError
 from formats.record_files import RecordOptions, RecordReader
 from formats.records import PAIRS, Conversation, parse_pair, parse_prompt, record_format
-from formats.tokenizer import Tokenizer, load_tokenizer
+from formats.tokenizer import Tokenizer
 from model import CausalLM
 from parallel import Topology
 from serving.engine import Engine, Request
-from serving.fused import fastest_runner
+from serving.fused import FusedRunner, fastest_runner, why_not_fused
 from serving.runners import make_runner
 from serving.sampling import SamplingParams
 
@@ -128,63 +129,25 @@ def make_prompts(args: object, tokenizer: Tokenizer, split: str, toolbox: Toolbo
     return dataset
 
 
+def make_ptx_loader(args: object, tokenizer: Tokenizer, max_length: int) -> SFTLoader | None:
+    """Conversations of ptx_datasets in packed rows of max_length, beside each update; None if there are none."""
+    if not args.ptx_datasets:
+        return None
+    options = RecordOptions.of(args)
+    given = args.ptx_datasets, tokenizer, min(args.max_src_len, max_length - 1), max_length
+    dataset = SFTDataset(*given, progress=not args.disable_tqdm, options=options)
+    padding = {"zero_padding": True, "pad_token_id": tokenizer.pad_token_id}
+    loader = SFTLoader(dataset, args.per_device_train_batch_size, max_length, seed=args.seed, **padding)
+    trainer.print_data("ptx", "conversations", loader)
+    return loader
+
+
 @functools.lru_cache(2)
 def _order(n, seed, epoch):
     return epoch_order(n, seed, epoch)
 
 
 # =========================================================================================================== replies
-
-
-@dataclasses.dataclass
-class Reply:
-    """One reply of the model; T tokens, the end token among them if it was given.
-
-    A reply of several turns holds what tools returned too, which is not learned: M of its T tokens are the model's.
-    """
-
-    token_ids: list[int]
-    logps: np.ndarray  # (M,) float64, by the engine when it sampled them; see correct_sampling()
-    text: str  # of the last turn
-    is_cut: bool = False  # it reached max_dec_len without an end
-    entropy: float = 0.0  # mean over the model's tokens, in nats
-    learned: np.ndarray | None = None  # (T,) bool: the model's tokens; None: all
-    messages: list | None = None  # of several turns: the reply as OpenAI has it
-    calls: int = 0  # of tools
-    failures: int = 0  # of these calls
-    scores: list = dataclasses.field(default_factory=list)  # of each reward function; None: it does not apply
-    reward: float = math.nan  # nan: no function applies, so nothing is learned from it
-    ref_logps: np.ndarray | None = None  # (M,) under the reference
-    values: np.ndarray | None = None  # (M,) by the value head before the updates
-    old_logps: np.ndarray | None = None  # (M,) by the trainer before the updates, if sampling is corrected
-    weights: np.ndarray | None = None  # (M,) rl_math.sampling_weights()
-    advantages: np.ndarray | None = None  # (M,)
-    returns: np.ndarray | None = None  # (M,) what the value head learns
-    environment: object = None  # whose methods are its tools
-
-    def to_json(self) -> dict:
-        """What a file of rollouts holds of it."""
-        row = {
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "logps": [float(x) for x in self.logps],
-            "is_cut": self.is_cut,
-            "entropy": self.entropy,
-            "scores": self.scores,
-        }
-        if self.messages is None:
-            return row
-        learned = None if self.learned is None else self.learned.astype(int).tolist()
-        return row | {"learned": learned, "messages": self.messages, "calls": self.calls, "failures": self.failures}
-
-
-@dataclasses.dataclass
-class Group:
-    """A prompt and the replies to it."""
-
-    number: int  # of the prompt in its dataset
-    prompt_ids: np.ndarray
-    replies: list[Reply]
 
 
 def make_engine(
@@ -197,9 +160,10 @@ def make_engine(
 ) -> Engine | None:
     """An Engine on the model's own weights with room for the rollouts of train and for dev; None if all are replayed.
 
-    args.rollout_dtype: of the weights that are packed, LoRA included, after every update; see serving.fused. The
-    model's layers themselves run with bf16 and no such dtype, and under tensor parallelism. There all ranks of tp take
-    the same steps: logits are gathered, and every rank samples the same tokens.
+    args.rollout_dtype: of the weights that are packed, LoRA included, after every update; see serving.fused.
+    args.rollout_quant_type: linears are rounded to int8 when they are packed, all else is bfloat16. The model's layers
+    themselves run with bf16 and no such dtype, and under tensor parallelism. There all ranks of tp take the same steps:
+    logits are gathered, and every rank samples the same tokens.
     """
     replies = -(-args.global_batch_size // topology.data_size) * args.rollout_n if train and not args.replay else 0
     sequences = min(args.rollout_max_num_seqs if args.rollout_max_num_seqs > 0 else 128, replies)
@@ -212,7 +176,11 @@ def make_engine(
     first_key, stop_key = local_heads(model.config, topology.tp.size, topology.tp.rank)[1]
     prompt_blocks, reply_blocks = -(-longest // BLOCK_SIZE), -(-args.max_dec_len // BLOCK_SIZE) + 1
     num_blocks = prompts * prompt_blocks + sequences * reply_blocks + 1
-    if topology.tp.size > 1 or (kernels.bf16 and dtype is None):
+    if args.rollout_quant_type:
+        if why := why_not_fused(model, None, "bfloat16") or storage_missing("w8"):
+            raise UserError(f"rollout_quant_type: {args.rollout_quant_type} is not possible here: {why}")
+        runner = FusedRunner(model, num_blocks, BLOCK_SIZE, dtype="bfloat16", linears="w8")
+    elif topology.tp.size > 1 or (kernels.bf16 and dtype is None):
         runner = make_runner(model, num_blocks, BLOCK_SIZE, key_heads=stop_key - first_key)
     else:
         runner = fastest_runner(model, num_blocks, BLOCK_SIZE, dtype=dtype or "float32")
@@ -327,43 +295,6 @@ def _append_turn(reply, turn, starts):
     reply.messages.append({"role": "assistant", "content": turn.text})
 
 
-def write_rollouts(path: Path, rollout: int, groups: list[Group], names: list[str]) -> None:
-    """One JSON line a group: rollout, prompt's number and ids, and its replies with their scores by name."""
-    path.parent.mkdir(exist_ok=True)
-    with atomic_file(path) as file:
-        for group in groups:
-            row = {"rollout": rollout, "number": group.number, "prompt_ids": group.prompt_ids.tolist()}
-            row |= {"reward_funcs": names, "replies": [reply.to_json() for reply in group.replies]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_rollouts(path: str | Path) -> dict[int, list[Group]]:
-    """{number of the rollout: its groups} of a file of write_rollouts(), or of all files of a folder."""
-    files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]
-    rollouts = collections.defaultdict(list)
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"replay: {file}: no such file; rl.py writes rollouts with save_rollouts: true")
-        for line_number, line in enumerate(file.read_bytes().splitlines(), 1):
-            row = parse_json_line(line, file, line_number)
-            try:
-                rollouts[row["rollout"]].append(group_of(row))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{file}:{line_number}: not a line of rollouts: {error!r}") from None
-    if not rollouts:
-        raise UserError(f"replay: {path}: holds no rollouts")
-    return dict(rollouts)
-
-
-def group_of(row: dict) -> Group:
-    """A line of a file of rollouts -> Group."""
-    replies = []
-    for reply in row["replies"]:
-        learned = reply.get("learned") and np.array(reply["learned"], bool)
-        replies.append(Reply(**{**reply, "logps": np.array(reply["logps"]), "learned": learned}))
-    return Group(row["number"], np.array(row["prompt_ids"], np.int32), replies)
-
-
 # =========================================================================================== rewards and advantages
 
 
@@ -371,26 +302,21 @@ class RewardModel:
     """A reward model's folder as a reward: the score of each reply's last token, after its prompt."""
 
     name, weight = "reward_model", 1.0
-    ROWS = 8  # groups scored at once
+    ROWS = 8  # sequences scored at once
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, topology: Topology):
-        theirs = load_tokenizer(path)
-        if theirs.vocab_size != tokenizer.vocab_size:
-            raise UserError(
-                f"reward_model_name_or_path: {path}: its tokenizer has {theirs.vocab_size} ids, the policy's "
-                f"{tokenizer.vocab_size}; one that shares the policy's tokenizer is needed"
-            )
-        self.model, self.pad_token_id = ScoreModel(load_reward_model(path, topology)), tokenizer.pad_token_id
+        check_same_tokenizer("reward_model_name_or_path", path, tokenizer)
+        network = load_reward_model(path, topology)
+        trainer.check_shared_prompts(network, path, "reward_model_name_or_path", 0, ("rope_2d",))
+        self.model, self.pad_token_id = ScoreModel(network), tokenizer.pad_token_id
+        self.share_within = trainer.shared_prompt_limit(network.config)[0]
 
     @paddle.no_grad()
     def scores(self, groups: list[Group]) -> list[float]:
         """Of all replies, group by group."""
-        found = []
-        for first in range(0, len(groups), self.ROWS):
-            samples = [
-                scored_sample(group.prompt_ids, [reply.token_ids for reply in group.replies])
-                for group in groups[first : first + self.ROWS]
-            ]
+        found, sequences = [], [piece for group in groups for piece in self._pieces(group)]
+        for first in range(0, len(sequences), self.ROWS):
+            samples = [scored_sample(*piece) for piece in sequences[first : first + self.ROWS]]
             B, T = len(samples), max(len(sample[0]) for sample in samples)
             ids, positions = np.full((B, T), self.pad_token_id, np.int64), np.zeros((B, T), np.int64)
             mask_rows, last = np.full((B, 1, T, 1), T, np.int32), np.zeros((B, T), bool)
@@ -401,6 +327,13 @@ class RewardModel:
             scores = self.model(*(paddle.to_tensor(array) for array in (ids, positions, mask_rows)))
             found += scores.numpy()[last].tolist()
         return found
+
+    def _pieces(self, group):
+        """[(prompt, replies)] that are one sequence each: with all replies, or with one where they cannot share it."""
+        replies = [reply.token_ids for reply in group.replies]
+        if len(group.prompt_ids) + sum(map(len, replies)) <= self.share_within:
+            return [(group.prompt_ids, replies)]
+        return [(group.prompt_ids, [reply]) for reply in replies]
 
 
 def score_groups(groups: list[Group], functions: list, dataset: PromptDataset, topology: Topology) -> None:
@@ -436,181 +369,6 @@ def score_groups(groups: list[Group], functions: list, dataset: PromptDataset, t
             scores = [None] * len(replies)
         for reply, score in zip(replies, scores):
             reply.scores.append(score)
-
-
-def combine_scores(groups: list[Group], weights: list[float], args: object) -> None:
-    """reply.reward: the weighted sum of the scores that apply, clipped to clip_range_score, with the penalty of long
-    replies; normalize_reward: whitened over the rollout."""
-    replies = [reply for group in groups for reply in group.replies]
-    for reply in replies:
-        known = [weight * score for weight, score in zip(weights, reply.scores) if score is not None]
-        limit = args.clip_range_score
-        reply.reward = max(-limit, min(limit, sum(known))) if known else math.nan
-    if args.enable_overlong_reward_buffer:
-        lengths = np.array([len(reply.logps) for reply in replies])
-        options = args.max_dec_len, args.overlong_reward_buffer, args.overlong_penalty_factor
-        for reply, penalty in zip(replies, rl_math.overlong_penalty(lengths, *options)):
-            reply.reward += float(penalty)
-    if args.normalize_reward:
-        rewards = np.array([reply.reward for reply in replies])
-        known = rl_math.known(rewards)
-        for reply in replies:
-            std = rl_math.sample_std(known)
-            reply.reward = (reply.reward - float(known.mean())) / (std + rl_math.EPSILON)
-
-
-ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "gae")
-TOKEN_LEVEL = ("reinforce_plus_plus", "gae")  # a reward for each token; KL is in it, and advantages are whitened
-
-
-def estimate_advantages(groups: list[Group], args: object) -> None:
-    """reply.advantages, and with gae reply.returns, by args.advantage_estimator."""
-    replies = [reply for group in groups for reply in group.replies]
-    if args.advantage_estimator in TOKEN_LEVEL:
-        for reply in replies:
-            reward = 0.0 if math.isnan(reply.reward) else reply.reward
-            rewards = rl_math.token_rewards(reward, reply.logps, reply.ref_logps, args.kl_coeff)
-            if args.advantage_estimator == "gae":
-                estimate = rl_math.generalized_advantages(rewards, reply.values, args.gamma, args.gae_lambda)
-                reply.advantages, reply.returns = estimate
-            else:
-                reply.advantages = rl_math.discounted_returns(rewards, args.gamma)
-    else:
-        rewards = np.array([[_sequence_reward(reply, args) for reply in group.replies] for group in groups])  # (P, G)
-        if args.advantage_estimator == "grpo":
-            advantages = rl_math.group_advantages(rewards, args.scale_rewards)
-        else:
-            advantages = rl_math.leave_one_out_advantages(rewards)
-        for reply, advantage in zip(replies, advantages.reshape(-1)):
-            reply.advantages = np.full(len(reply.logps), advantage)
-    if args.normalize_advantage:
-        white = rl_math.whiten(np.concatenate([reply.advantages for reply in replies]))
-        ends = np.cumsum([len(reply.logps) for reply in replies])
-        for reply, part in zip(replies, np.split(white, ends[:-1])):
-            reply.advantages = part
-
-
-def _sequence_reward(reply, args):
-    kl = 0.0 if reply.ref_logps is None else float((reply.logps - reply.ref_logps).sum())
-    return reply.reward - args.kl_coeff * kl
-
-
-def correct_sampling(groups: list[Group], args: object) -> dict[str, float]:
-    """reply.weights, and reply.logps become the trainer's; returns TRL's metrics of the weights before the limits."""
-    ratios = []
-    for reply in (reply for group in groups for reply in group.replies):
-        limits = args.importance_sampling_clip_min, args.importance_sampling_clip_max
-        weights = functools.partial(
-            rl_math.sampling_weights, reply.old_logps, reply.logps, args.importance_sampling_mode
-        )
-        reply.weights = weights(*limits)
-        ratios.append(weights(None, math.inf))
-        reply.logps = reply.old_logps
-    ratios = np.concatenate(ratios)
-    found = {"min": ratios.min(), "mean": ratios.mean(), "max": ratios.max()}
-    return {f"sampling/importance_sampling_ratio/{name}": float(value) for name, value in found.items()}
-
-
-# ============================================================================================================ batches
-
-
-def group_sample(prompt: np.ndarray, replies: list[Reply]) -> tuple[np.ndarray, ...]:
-    """Ids of a prompt and G replies -> input_ids, labels, position_ids, rows, replies as one sequence, int64.
-
-        prompt p1 .. pn, replies a1 .. aj, b1 .. bk
-        input_ids     p1 .. p(n-1)   pn  a1 .. a(j-1)   pn  b1 .. b(k-1)
-        labels        -100 ........  a1  a2 .. aj       b1  b2 .. bk
-        position_ids  0 .... n-2     n-1 n .. n+j-2     n-1 n .. n+k-2
-        rows          end of group   end of a           end of b           FlashMask: rows from there on do not see it
-        replies       -1             0                  1
-
-    Tokens that a tool returned have the label -100. It is data.pair_sample() for any number of replies.
-    """
-    n, lengths = len(prompt) - 1, np.array([len(reply.token_ids) for reply in replies])
-    ends = n + np.cumsum(lengths)
-    input_ids = np.concatenate([prompt[:n], *(part for r in replies for part in (prompt[n:], r.token_ids[:-1]))])
-    learned = (r.token_ids if r.learned is None else np.where(r.learned, r.token_ids, IGNORED) for r in replies)
-    labels = np.concatenate([np.full(n, IGNORED), *learned])
-    positions = np.concatenate([np.arange(n), *(n + np.arange(length) for length in lengths)])
-    rows = np.concatenate([np.full(n, ends[-1]), np.repeat(ends, lengths)])
-    numbers = np.concatenate([np.full(n, -1), np.repeat(np.arange(len(replies)), lengths)])
-    return tuple(array.astype(np.int64) for array in (input_ids, labels, positions, rows, numbers))
-
-
-def pack_groups(groups: list[Group], rows: int, max_length: int, pad_token_id: int, skip_cut: bool) -> list[dict]:
-    """Groups -> micro-batches of `rows` rows of at most max_length tokens, in order: a row takes what still fits.
-
-    A group that does not fit is split between its replies, and its prompt repeated. skip_cut: replies that are cut are
-    left out, but the first one if nothing else is left. A batch is data.py's, and also has places [(group, reply)] of
-    its replies and reply_tokens (n,).
-    """
-    pieces = []  # (group number, reply numbers)
-    for g, group in enumerate(groups):
-        room, piece = 0, None
-        for i, reply in enumerate(group.replies):
-            if skip_cut and reply.is_cut:
-                continue
-            length = len(reply.token_ids)
-            if piece is None or length > room:
-                piece, room = [], max_length - (len(group.prompt_ids) - 1)
-                pieces.append((g, piece))
-            piece.append(i)
-            room -= length
-    if not pieces:
-        pieces = [(0, [0])]
-    packed, room = [], -1  # rows, each a list of pieces
-    for g, numbers in pieces:
-        length = len(groups[g].prompt_ids) - 1 + sum(len(groups[g].replies[i].token_ids) for i in numbers)
-        if length > room:
-            packed.append([])
-            room = max_length
-        packed[-1].append((g, numbers))
-        room -= length
-    return [_collate(packed[first : first + rows], groups, pad_token_id) for first in range(0, len(packed), rows)]
-
-
-def _collate(rows, groups, pad_token_id):
-    """Rows of pieces -> a batch as wide as its longest row."""
-    samples = [
-        [group_sample(groups[g].prompt_ids, [groups[g].replies[i] for i in numbers]) for g, numbers in row]
-        for row in rows
-    ]
-    B, T = len(rows), max(sum(len(sample[0]) for sample in row) for row in samples)
-    batch = {
-        "input_ids": np.full((B, T), pad_token_id, np.int64),
-        "labels": np.full((B, T), IGNORED, np.int64),
-        "position_ids": np.zeros((B, T), np.int64),
-        "startend_row_indices": np.full((B, 1, T, 1), T, np.int32),
-        "places": [(g, i) for row in rows for g, numbers in row for i in numbers],
-        "sample_ids": [[groups[g].number for g, _ in row] for row in rows],
-        "tokens": sum(len(sample[0]) for row in samples for sample in row),
-    }
-    for b, row in enumerate(samples):
-        start = 0
-        for ids, labels, positions, mask_rows, _ in row:
-            here = np.s_[b, start : start + len(ids)]
-            batch["input_ids"][here], batch["labels"][here], batch["position_ids"][here] = ids, labels, positions
-            batch["startend_row_indices"][b, 0, start : start + len(ids), 0] = start + mask_rows
-            start += len(ids)
-        batch["position_ids"][b, start:] = np.arange(T - start)
-    batch["reply_tokens"] = np.array([len(groups[g].replies[i].logps) for g, i in batch["places"]], np.int64)
-    batch["segments"] = np.repeat(np.arange(len(batch["places"])), batch["reply_tokens"])
-    return batch
-
-
-def attach(batch: dict, groups: list[Group], names: Iterable[str]) -> None:
-    """Put these arrays of the batch's replies into it, one number a token: {name: (M,) float64}; None stays out."""
-    for name in names:
-        parts = [getattr(groups[g].replies[i], name) for g, i in batch["places"]]
-        if all(part is not None for part in parts):
-            batch[name] = np.concatenate(parts)
-
-
-def detach(batch: dict, groups: list[Group], name: str, numbers: np.ndarray) -> None:
-    """Numbers (M,) of a batch's tokens -> the attribute `name` of its replies."""
-    ends = np.cumsum(batch["reply_tokens"])
-    for (g, i), part in zip(batch["places"], np.split(np.asarray(numbers, np.float64), ends[:-1])):
-        setattr(groups[g].replies[i], name, part)
 
 
 # ========================================================================================================= a rollout
@@ -654,6 +412,7 @@ def metric_names(args: object, functions: list[str]) -> tuple[str, ...]:
     """Names in the log of a run with these reward functions."""
     return (
         *METRICS,
+        *(("ptx_loss",) if args.ptx_datasets else ()),
         *(VALUE_METRICS if args.advantage_estimator == "gae" else ()),
         *(RATIO_METRICS if args.importance_sampling_mode else ()),
         *(TOOL_METRICS if args.tools or args.environment_factory else ()),
@@ -704,8 +463,9 @@ class RolloutMaker:
         functions: list,
         topology: Topology,
         engine: Engine | None,
+        critic: Critic | None = None,
     ):
-        """engine: of make_engine()."""
+        """engine: of make_engine(). critic: whose values are used; None: those of the policy's own head, if any."""
         self.args, self.model, self.dataset, self.functions, self.topology = args, model, dataset, functions, topology
         self.pad_token_id = tokenizer.pad_token_id
         self.max_length = args.max_length or dataset.longest + args.max_dec_len
@@ -713,12 +473,21 @@ class RolloutMaker:
             needed = dataset.longest + args.max_dec_len
             raise UserError(f"max_length: {self.max_length}; the longest prompt and a reply need {needed}")
         self.replayed = read_rollouts(args.replay) if args.replay else None
-        self.engine = engine
+        self.engine, self.critic = engine, critic
+        networks = [model, critic.network] if critic else [model]
+        self.share_within = min(trainer.shared_prompt_limit(network.config)[0] for network in networks)
+        self.ptx = make_ptx_loader(args, tokenizer, self.max_length)
         self.reference = make_reference(model, args, topology)
 
     @property
     def names(self) -> list[str]:
         return [function.name for function in self.functions]
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Updates in which each prompt is used once, times the data-parallel ranks; see trainer.total_steps()."""
+        rollouts = math.ceil(len(self.dataset) / self.args.global_batch_size)
+        return rollouts * self.args.updates_per_rollout * self.topology.data_size
 
     def make(self, number: int) -> Rollout:
         """Rollout `number` of the run, counted from 0."""
@@ -742,6 +511,14 @@ class RolloutMaker:
             for batch in batches:
                 attach(batch, groups, ("logps", "ref_logps", "advantages", "values", "returns", "weights"))
         return Rollout(groups, local, metrics | seconds)
+
+    def texts(self, step: int) -> list[dict]:
+        """This rank's micro-batch of ptx_datasets at a step, in a list; [] without any. A function of the step."""
+        if self.ptx is None:
+            return []
+        indices = trainer.micro_batches(step, self.args, self.ptx.batches_per_epoch, self.topology.data_size)
+        pairs = trainer.local_micro_batches([self.ptx.batch(*index) for index in indices], self.topology)
+        return [batch if is_real else {**batch, "tokens": 0, "is_dummy": True} for batch, is_real in pairs]
 
     def _scored_groups(self, number, batch, seconds):
         """The groups of all ranks with their scores; `seconds` grows. batch: see _with_differences()."""
@@ -811,6 +588,7 @@ class RolloutMaker:
                 self.max_length,
                 self.pad_token_id,
                 args.mask_truncated_completions,
+                self.share_within,
             )
             for batch in batches:
                 batch["places"] = [(first + g, i) for g, i in batch["places"]]
@@ -823,26 +601,27 @@ class RolloutMaker:
         return local
 
     def _before_updates(self, groups, local):
-        """reply.ref_logps of all replies, if a KL is asked for, reply.values, if there is a value head, and
+        """reply.ref_logps of all replies, if a KL is asked for, reply.values, if there is a value head or a critic, and
         reply.old_logps, if sampling is corrected."""
-        own_names = {
-            "values": self.model.score is not None,
-            "old_logps": self.args.importance_sampling_mode is not None,
-        }
-        own_names = [name for name, is_asked in own_names.items() if is_asked]
-        names = ["ref_logps"] * (self.reference is not None) + own_names
+        has_head, is_corrected = self.model.score is not None, self.args.importance_sampling_mode is not None
+        asked = {"ref_logps": self.reference, "values": has_head or self.critic, "old_logps": is_corrected}
+        names = [name for name, is_asked in asked.items() if is_asked]
         if not names:
             return
         own, temperature = [], self.args.temperature
         for batch in (batch for batches in local for batch in batches):
-            inputs = trainer.model_inputs(batch)
+            inputs, found = trainer.model_inputs(batch), {}
             with trainer.eval_mode(self.model):
-                if "ref_logps" in names:
+                if has_head or is_corrected:
+                    outputs = Policy(self.model, temperature)(**inputs)
+                    found = {"values": outputs.get("values"), "old_logps": outputs["logps"]}
+                if self.reference:
                     with self.reference() as model:
-                        detach(batch, groups, "ref_logps", Policy(model, temperature)(**inputs)["logps"].numpy())
-                outputs = Policy(self.model, temperature)(**inputs) if own_names else {}
-                for name in own_names:
-                    detach(batch, groups, name, outputs[name.removeprefix("old_")].numpy())
+                        found["ref_logps"] = Policy(model, temperature)(**inputs)["logps"]
+                if self.critic:
+                    found["values"] = self.critic.values(batch)
+            for name in names:
+                detach(batch, groups, name, found[name].numpy())
             replies = [(g, i, groups[g].replies[i]) for g, i in batch["places"]]
             own += [(g, i, [getattr(reply, name).tolist() for name in names]) for g, i, reply in replies]
         for part in self.topology.all_gather_object(own) if self.topology.data_size > 1 else ():
@@ -854,12 +633,24 @@ class RolloutMaker:
 def make_reference(model: CausalLM, args: object, topology: Topology) -> Callable | None:
     """A function that gives a context with the reference: the model with its adapter off, or a frozen copy of what it
     was before training. None: no KL is asked for."""
+    if args.offload_level:
+        check_offload(args.offload_level)
     if not args.needs_reference:
         return None
     if args.lora:
         return functools.partial(adapter_disabled, model)
     print("reference: a frozen copy of the model; with lora: true it would take no memory", flush=True)
     return functools.partial(contextlib.nullcontext, parallel.from_pretrained(args.model_name_or_path, topology))
+
+
+def check_offload(level: str) -> None:
+    """A line, or UserError: frozen models are in host memory if the device is the CPU, and on the device otherwise."""
+    if not paddle.device.get_device().startswith("cpu"):
+        raise UserError(
+            f"offload_level: {level}: models stay on the device; with lora: true the reference takes no memory, and "
+            "sharding: stage1 offload moves the optimizer's moments"
+        )
+    print(f"offload_level: {level} has no effect: the device is the CPU, so all models are in host memory anyway")
 
 
 def evaluate_prompts(

@@ -408,7 +408,7 @@ REFUSED = _table([
         max_samples val_size columns train_on lora_path prefix_path num_hidden_layers"""),
     ("pretrain.py trains from random weights; this script continues", "continue_training"),
     ("only finetune.py adds noise to embeddings", "neftune_noise_alpha"),
-    ("process rewards are not supported; reward.py learns from pairs", "process_reward"),
+    ("reward.py learns process rewards", "process_reward"),
     ("only serve.py decodes speculatively", "speculate_method draft_model_name_or_path"),
     ("only serve.py has a key/value cache", "cachekv_int8_type"),
     ("dpo.py learns by KTO: loss_type: kto", "desirable_weight undesirable_weight"),

@@ -143,6 +143,7 @@ def _adapter_sizes(args, model, degrees):
 FLOAT32, BFLOAT16 = 4, 2  # bytes of an element
 SHARDED_FROM = {"weights": 3, "gradients": 2, "moments": 1}  # the ZeRO stage that shards them
 BYTES = {"weights": 4, "gradients": 4, "moments": 8}  # of a trained weight; with bf16 too, see kernels/gpu.py
+HELD = ("weights", "moments", "reference", "average of the weights", "critic", "keys and values of the engine")
 HEAD = "logits and the head's gradient"
 MODES = ("without recompute", "with recompute")
 
@@ -320,6 +321,10 @@ class MemoryModel:
             parts["reference"] = float(elements[0] * (BFLOAT16 if self.args.bf16 else FLOAT32))
         if getattr(self.args, "ref_model_update_steps", -1) > 0:  # dpo.py: a second model that follows the policy
             parts["reference"] = float(elements[0] * FLOAT32)
+        if getattr(self.args, "use_ema", False):  # rl.py: an average of the trained weights
+            parts["average of the weights"] = float(of_trained[int(degrees.stage >= 1)] * FLOAT32)
+        if getattr(self.args, "critic_model_name_or_path", None):  # rl.py: taken to be as large as the policy
+            parts["critic"] = sum(parts[part] for part in SHARDED_FROM)
         if cache := self._engine_cache():
             parts["keys and values of the engine"] = cache
         return parts
@@ -385,7 +390,7 @@ class MemoryModel:
 
     def _peak(self, rows, degrees, mode, accumulation):
         """The most bytes at one time. One micro-batch without a pipeline: gradients come as activations go."""
-        held = sum(rows.get(part, 0.0) for part in ("weights", "moments", "reference", "keys and values of the engine"))
+        held = sum(rows.get(part, 0.0) for part in HELD)
         gradients, unit = rows["gradients"], rows.get("a unit at work", 0.0)
         block = rows["of these recomputed"] if mode == MODES[1] or degrees.stage == 3 else 0.0
         activations = rows[f"activations {mode}"] + rows.get(f"half-precision weights {mode}", 0.0) - block

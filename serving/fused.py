@@ -225,6 +225,9 @@ def _weight(name, layers, config, dtype) -> Weight:
     if not columns["bias"].any():
         columns["bias"] = None
     if isinstance(first, Linear) or _is_trained(first):
+        if dtype == "w8":
+            found = round_to_nearest(columns["values"], 8)
+            columns |= {"values": found.codes, "scales": found.scales}
         return Weight(dtype, **columns)
     options = {"group_size": first.group_size}
     if first.scheme == "a8w8":
@@ -340,10 +343,12 @@ def pack_model(
     int8_head: bool = False,
     adapters: list[str] | None = None,
     free_weights: bool = False,
+    linears: str | None = None,
 ) -> FusedMultiTransformer:
     """The model's weights in the layout of the instruction set; the caches are still to be set.
 
     adapters: names of LoRAs, see install_adapters(). free_weights: each weight of the model is freed when it is packed.
+    linears: storage of the blocks' float linears: "w8", or None: dtype.
     """
     c, shape = model.config, _shape(model.config, block_size, cache)
     is_head = model.lm_head is None and not int8_head  # the embedding is read from the packed head
@@ -355,7 +360,7 @@ def pack_model(
         if norm is not None:
             packed.set_norm(None, name, *_norm(norm))
     for i, block in enumerate(model.layers):
-        _pack_block(packed, i, block, c, dtype, adapters or (), free_weights)
+        _pack_block(packed, i, block, c, linears or dtype, adapters or (), free_weights)
     for name in ("project_in", "project_out"):
         if (layer := getattr(model, name)) is not None:
             packed.set_linear(None, name, Weight("float32", layer.full_weight()))
@@ -386,10 +391,12 @@ class FusedRunner(PagedRunner):
         dtype: str = "float32",
         int8_head: bool = False,
         free_weights: bool = False,
+        linears: str | None = None,
     ):
         super().__init__(model, num_blocks, block_size, adapters, int8, dtype)
         cache = "int8" if int8 else dtype
-        self._pack = lambda: pack_model(model, block_size, dtype, cache, int8_head, self.adapters, free_weights)
+        options = {"int8_head": int8_head, "free_weights": free_weights, "linears": linears}
+        self._pack = lambda: pack_model(model, block_size, dtype, cache, adapters=self.adapters, **options)
         self.weights_are_free = free_weights
         with_amx = dtype == "bfloat16" and has_instructions("amx_bf16")
         self.is_row_invariant, self.fills_up = not with_amx, with_amx and not self.num_virtual_tokens

@@ -124,7 +124,7 @@ def test_the_training_loop_is_the_same_in_every_script():
     for line, instead in (
         ("batches = step_batches(state.step)", batches),
         ("forward_backward(policy, ", "forward_backward(model, "),
-        ("            log.add_metrics(rollout.update_metrics(time.perf_counter() - start, topology))\n", ""),
+        ("            after_update(time.perf_counter() - start)\n", ""),
     ):
         assert own.count(line) == 1, line
         own = own.replace(line, instead)

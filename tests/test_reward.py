@@ -19,7 +19,8 @@ from test_scripts import rows as logged
 import parallel
 import reward
 import trainer
-from alignment import heads, rollouts
+from alignment import heads, process_rewards, rollouts
+from formats.files import UserError
 from formats.tensor_files import read_safetensors
 from formats.tokenizer import load_tokenizer
 
@@ -149,17 +150,117 @@ def test_resume_is_bitwise(world, tmp_path):
         assert_same(parts, whole)
 
 
+# ------------------------------------------------------------------------------------------------- process rewards
+
+
+def write_solutions(folder, placeholder):
+    """steps.jsonl and dev.jsonl in PaddleNLP's format: a step that says "red" is right."""
+    words, records = "lamp shirt chair table coat bag desk shoe".split(), []
+    for i, word in enumerate(words):
+        steps = [f"a {color} {word}" for color in ("red", "blue", "red")[: 1 + i % 3][:: 1 - 2 * (i % 2)]]
+        texts = [
+            "\n".join([f"colors of a {word}", *(f"{step} {mark(step)}" for step in steps)])
+            for mark in (lambda step: placeholder, lambda step: "+" if "red" in step else "-")
+        ]
+        records.append(dict(zip(("src", "tgt"), texts)))
+    for name in ("steps", "dev"):
+        write_records(folder / f"{name}.jsonl", records)
+
+
+def process_keys(world, folder, output_dir, placeholder="*", **changes):
+    write_solutions(folder, placeholder)
+    keys = {"process_reward": True, "placeholder_token": placeholder}
+    keys |= {"train_dataset_path": f"{folder}/steps.jsonl", "dev_dataset_path": f"{folder}/dev.jsonl"}
+    return keys_of(world, output_dir, **keys | changes)
+
+
+def test_packed_solutions_have_the_losses_and_gradients_of_separate_passes(world, tmp_path):
+    args = reward.Args(**process_keys(world, tmp_path, tmp_path / "none", greedy_zero_padding=True))
+    task = process_rewards.StepTask(args, load_tokenizer(world / "base"))
+    model, batch = task.load_model(parallel.SINGLE), task.make_loader("dev").batch(0, 0)
+    steps = task.size_of([batch])
+    loss, metrics = task.loss_and_metrics(model(**task.inputs(batch)), batch, steps, None)
+    loss.backward()
+    packed = {name: p.grad.numpy().copy() for name, p in model.model.named_parameters()}
+    model.model.clear_gradients()
+    records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    total, right, probabilities, good_bad = 0.0, 0, [], [task.tokenizer.encode(name, False)[-1] for name in "+-"]
+    for record in records:
+        ids, labels = (task.tokenizer.encode(record[key]) for key in ("src", "tgt"))
+        logits = model.model(paddle.to_tensor(np.array([ids])))[0]  # (T, V)
+        for t in (t for t, i in enumerate(ids) if i != labels[t]):
+            logps = paddle.nn.functional.log_softmax(paddle.stack([logits[t, i] for i in good_bad]))
+            label = good_bad.index(labels[t])
+            total = total - logps[label] / steps
+            right, probabilities = right + (int(logps.argmax()) == label), [*probabilities, float(logps[0].exp())]
+    total.backward()
+    assert steps == len(probabilities) == sum(record["src"].count("*") for record in records)
+    assert abs(float(loss) - float(total)) < 1e-5 and metrics["accuracy"] == pytest.approx(right / steps)
+    assert metrics["mean_reward"] == pytest.approx(np.mean(probabilities), abs=1e-5)
+    for name, parameter in model.model.named_parameters():
+        gradient = parameter.grad.numpy()
+        assert abs(packed[name] - gradient).max() < 1e-5 * max(1, abs(gradient).max()), name
+
+
+def test_steps_are_read_in_the_formats_of_paddlenlp_and_trl(world):
+    tokens = process_rewards.RewardTokens(load_tokenizer(world / "base"), "*", "+,-")
+    ours = tokens.parse({"src": ["1 + 1\n= 2 *\n= 3 *"], "tgt": ["1 + 1\n= 2 +\n= 3 -"]}, "x:1")
+    theirs = tokens.parse({"prompt": "1 + 1", "completions": ["= 2", "= 3"], "labels": [True, False]}, "x:1")
+    assert ours == theirs == ("1 + 1\n= 2 *\n= 3 *", [0, 1])
+    for record, message in (
+        ({"src": "a *\nb *", "tgt": "a +\nb ?"}, r"x:1: 'tgt' differs .* number 2: .*one of \+, -"),
+        ({"src": "a *", "tgt": "b +"}, r"x:1: 'tgt' differs .* number 1"),
+        ({"src": "a *"}, r"x:1: 'src' and 'tgt' are needed"),
+        ({"prompt": "a", "completions": ["b"], "labels": []}, r"x:1: .*one label for each"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tokens.parse(record, "x:1")
+    with pytest.raises(UserError, match=r"placeholder_token: 'ки' is 5 tokens here; add_tokens: ки makes it one"):
+        process_rewards.RewardTokens(load_tokenizer(world / "base"), "ки", "+,-")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_process_rewards_are_learned_and_resumed_bitwise(kind, world, tmp_path, capfd):
+    """Full training with the placeholder of PaddleNLP, which is a new token here."""
+    more = {"lora": True, "do_eval": False} if kind == "lora" else {"placeholder": "ки", "add_tokens": "ки"}
+    more |= {"max_steps": 30, "save_steps": 20, "lr_scheduler_type": "constant"}
+    run(process_keys(world, tmp_path, tmp_path / "whole", **more))
+    if kind == "full":
+        results = json.loads((tmp_path / "whole" / "dev_results.json").read_text())
+        assert results["eval_accuracy"] == 1.0 and results["eval_steps"] == 15
+        assert "dev steps whose label is the likelier one: before" in capfd.readouterr().out
+        config = json.loads((tmp_path / "whole" / "config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLM"]
+    with crash_after_saving(20):
+        run(process_keys(world, tmp_path, tmp_path / "parts", **more, save_strategy="steps"))
+    run(process_keys(world, tmp_path, tmp_path / "parts", **more, resume_from_checkpoint=True))
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    if kind == "full":  # what rl.py does with it: the least probability of a step to be right, as the model was trained
+        reward_of = process_rewards.process_reward(tmp_path / "whole", "ки", "+,-")
+        texts = ["a red desk\na blue desk", "a red desk\n\na red desk", "a red desk", ""]
+        scores = reward_of(
+            [f"colors of a {word}" for word in ("desk", "desk", "desk", "shoe")], texts, [[]] * 4, {}, [""] * 4
+        )
+        assert scores[0] < 0.5 < scores[1] <= scores[2] and scores[3] == 0.0
+
+
 @pytest.mark.sweep(keep=1)
-@pytest.mark.parametrize("changes", [{}, {"sharding": "stage2"}, {"tensor_parallel_degree": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sharding": "stage2"}, {"tensor_parallel_degree": 2}, {"tensor_parallel_degree": 2, "process_reward": True}],
+    ids=str,
+)
 def test_two_ranks_equal_one_process(changes, two, world, tmp_path):
     alone = keys_of(world, tmp_path / "alone", center_rewards_coefficient=0.1)
+    if "process_reward" in changes:
+        alone = process_keys(world, tmp_path, tmp_path / "alone")
     if "tensor_parallel_degree" not in changes:  # one micro-batch on each rank
         changes = {**changes, "per_device_train_batch_size": 1}
     run(alone)
     keys = {**alone, **changes, "output_dir": tmp_path / "ranks", "logging_steps": 1}
     ((theirs, *_), *_) = two.run("jobs_parallel:script", "reward", options(keys))
     ours = logged(tmp_path / "alone")
-    for name in ("loss", "grad_norm", "accuracy", "margin"):
+    for name in {"loss", "grad_norm", "accuracy", "margin"} & ours[0].keys():
         found = [[row[name] for row in rows if name in row] for rows in (ours, theirs)]
         np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
@@ -171,7 +272,7 @@ def test_two_ranks_equal_one_process(changes, two, world, tmp_path):
         ({"max_seq_len": 3}, r"max_seq_len: 3; it must be at least 4"),
         ({"train_dataset_path": "margin.jsonl"}, r"margin.jsonl:[123]: 'margin' must be a number, found 'big'"),
         ({"pipeline_parallel_degree": 2}, r"pipeline_parallel_degree"),
-        ({"process_reward": True}, r"process_reward"),
+        ({"process_reward": True}, r"placeholder_token: 'ки' is 5 tokens here"),
     ],
 )
 def test_bad_input(changes, message, world, tmp_path, capfd):

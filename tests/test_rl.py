@@ -14,10 +14,13 @@ import tempfile
 import threading
 from pathlib import Path
 
+from kernels.rounding import round_to_nearest
+
 import bench_rl
 import numpy as np
 import paddle
 import pytest
+import tiny_models
 from test_scripts import crash_after_saving, fails, options, tensors, write_model, write_records
 from test_scripts import rows as logged
 
@@ -26,7 +29,16 @@ import parallel
 import rl
 import trainer
 from alignment import heads, rl_math, rollouts
+from alignment.critic import Critic
+from alignment.groups import group_sample
+from arguments import parse_args
+from formats.tensor_files import read_safetensors
+from formats.tokenizer import load_tokenizer
+from modules.layers import Linear, set_parameter
+from parallel import Degrees
+from planning import memory_model
 from serving.engine import Engine, Request
+from serving.fused import FusedRunner
 from serving.sampling import SamplingParams
 
 GOLDEN = Path(__file__).with_name("golden") / "rl_trl.json"
@@ -277,7 +289,7 @@ SIZES = [(7, [4, 1, 6]), (1, [3, 3, 2]), (5, [9, 2, 5])]
 
 def test_one_group_by_hand():
     replies = [rollouts.Reply([21, 22], np.zeros(2), ""), rollouts.Reply([31], np.zeros(1), "")]
-    ids, labels, positions, mask_rows, numbers = rollouts.group_sample(np.array([11, 12, 13]), replies)
+    ids, labels, positions, mask_rows, numbers = group_sample(np.array([11, 12, 13]), replies)
     assert ids.tolist() == [11, 12, 13, 21, 13]
     assert labels.tolist() == [-100, -100, 21, 22, 31]
     assert positions.tolist() == [0, 1, 2, 3, 2]
@@ -296,6 +308,40 @@ def test_packing_keeps_every_reply_and_splits_long_groups():
     groups[1].replies[0].is_cut = True
     batches = rollouts.pack_groups(groups, rows=9, max_length=99, pad_token_id=0, skip_cut=True)
     assert (1, 0) not in batches[0]["places"] and len(batches[0]["places"]) == 8
+
+
+DISTANCES = {"bloom": ({}, 0), "mistral": ({"sliding_window": 11}, 11)}  # changes, share_within
+
+
+def write_family(folder, name, base):
+    """A tiny model of a family whose attention knows distances, with the tokenizer of `base`."""
+    tiny_models.write(folder, name, **DISTANCES[name][0], vocab_size=3072)
+    load_tokenizer(base).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_replies_have_their_own_prompt_where_distances_count(name, base, tmp_path):
+    """ALiBi and a window: log-probabilities and scores are those of separate passes."""
+    limit = DISTANCES[name][1]
+    model = parallel.from_pretrained(write_family(tmp_path / "model", name, base), parallel.SINGLE)
+    assert trainer.shared_prompt_limit(model.config)[0] == limit
+    groups = random_groups([*SIZES, (3, [2, 3])])  # the last one is within the window
+    (batch,) = rollouts.pack_groups(groups, 9, max_length=40, pad_token_id=0, skip_cut=False, share_within=limit)
+    pieces = sum(len(row) for row in batch["sample_ids"])
+    assert pieces == (11 if limit == 0 else 8)
+    found = heads.Policy(model, 1.0)(**trainer.model_inputs(batch))["logps"].numpy()
+    replies = [(groups[g], groups[g].replies[i]) for g, i in batch["places"]]
+    expected = [reference_outputs(model, group, reply, arguments())[0].numpy() for group, reply in replies]
+    np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)
+    scorer = object.__new__(rollouts.RewardModel)
+    network = heads.load_reward_model(tmp_path / "model", parallel.SINGLE, seed=3)
+    scorer.model, scorer.pad_token_id, scorer.share_within = heads.ScoreModel(network), 0, limit
+    expected = []
+    for group, reply in replies:
+        ids = paddle.to_tensor(np.array([[*group.prompt_ids, *reply.token_ids]], np.int64))
+        expected.append(paddle.matmul(network.hidden_states(ids)[0, -1:], network.score.weight).item())
+    np.testing.assert_allclose(scorer.scores(groups), expected, atol=2e-5)
 
 
 def arguments(**changes):
@@ -358,6 +404,52 @@ def test_packed_groups_have_the_gradients_of_separate_passes(changes, base):
         assert error < 1e-5, (name, error)
 
 
+def test_a_critic_has_the_values_and_gradients_of_separate_passes(base):
+    groups = random_groups(SIZES)
+    args = arguments(advantage_estimator="gae", critic_model_name_or_path=str(base), value_loss_coeff=0.3)
+    critic = Critic(args, load_tokenizer(base), parallel.SINGLE)
+    critic.optimizer.step = critic.optimizer.zero_grad = lambda *_: None
+    batches, expected = rollouts.pack_groups(groups, rows=2, max_length=17, pad_token_id=0, skip_cut=False), 0.0
+    tokens = sum(len(reply.token_ids) for group in groups for reply in group.replies)
+    for batch in batches:
+        rollouts.attach(batch, groups, ("values", "returns"))
+    metrics = critic.update(batches, 0, 4)
+    gradients = parameter_gradients(critic.network)
+    for batch in batches:
+        values = [
+            reference_outputs(critic.network, groups[g], groups[g].replies[i], args)[2] for g, i in batch["places"]
+        ]
+        np.testing.assert_allclose(critic.values(batch).numpy(), np.concatenate([v.numpy() for v in values]), atol=1e-5)
+        for value, (g, i) in zip(values, batch["places"]):
+            returns = paddle.to_tensor(groups[g].replies[i].returns)
+            expected += (
+                0.5 * float(((value.astype("float64") - returns) ** 2).sum()) / tokens
+            )  # none is 5 away from old
+            (0.3 * 0.5 * ((value.astype("float64") - returns) ** 2).sum() / tokens).backward()
+    assert abs(metrics["value_loss"] - expected) < 1e-6 and metrics["value_clip_ratio"] == 0.0
+    for name, gradient in parameter_gradients(critic.network).items():
+        assert abs(gradients[name] - gradient).max() < 1e-5 * max(1, abs(gradient).max()), name
+
+
+def test_the_loss_of_text_is_its_mean_cross_entropy(world, base):
+    """At temperature 1, whatever that of sampling; by all logits."""
+    args = arguments(ptx_datasets=str(world / "ptx.jsonl"), ptx_coeff=2.0, temperature=0.7, max_src_len=8)
+    model = parallel.from_pretrained(base, parallel.SINGLE)
+    batch = rollouts.make_ptx_loader(args, load_tokenizer(base), 24).batch(0, 0)
+    outputs = heads.Policy(model, args.temperature)(**rl.policy_inputs(batch))
+    loss, metrics = rl.loss_and_metrics(outputs, batch, rl_math.Counts(*rl.counts_of([batch])), args)
+    loss.backward()
+    gradients, inputs = parameter_gradients(model), trainer.model_inputs(batch)
+    logps = paddle.nn.functional.log_softmax(model(**{**inputs, "labels": None}))
+    here = batch["labels"] != -100
+    chosen = paddle.take_along_axis(logps, paddle.to_tensor(np.where(here, batch["labels"], 0))[..., None], 2)[..., 0]
+    expected = -(chosen * paddle.to_tensor(here.astype("float32"))).sum() / here.sum()
+    (2.0 * expected).backward()
+    assert abs(metrics["ptx_loss"] - float(expected)) < 1e-5 and abs(float(loss) - 2 * float(expected)) < 1e-5
+    for name, gradient in parameter_gradients(model).items():
+        assert abs(gradients[name] - gradient).max() < 1e-5 * max(1, abs(gradient).max()), name
+
+
 def reference_outputs(model, group, reply, args):
     """(log-probabilities, entropies, values), each (T,), of one reply alone, by all logits."""
     ids = np.concatenate([group.prompt_ids, reply.token_ids])[None, :-1]
@@ -395,6 +487,28 @@ def test_the_engine_sees_new_weights_and_gives_the_logps_of_training(base):
     assert texts[0] != texts[1]
 
 
+def test_int8_rollouts_are_of_the_rounded_weights(base):
+    """The engine's log-probabilities beside those of a model whose linears hold the rounded values."""
+    model, rounded = (parallel.from_pretrained(base, parallel.SINGLE) for _ in range(2))
+    for name, layer in model.layers.named_sublayers():
+        if isinstance(layer, Linear):  # rows of very different sizes, so that int8 differs by more than bfloat16
+            values = layer.weight.numpy() * np.geomspace(0.02, 4.0, layer.weight.shape[1], dtype=np.float32)[::-1]
+            values[0] *= 30
+            set_parameter(layer.weight, values)
+            set_parameter(dict(rounded.layers.named_sublayers())[name].weight, round_to_nearest(values, 8).weight())
+    runner = FusedRunner(model, 64, 16, dtype="bfloat16", linears="w8")
+    engine = Engine(runner, None, num_blocks=64, block_size=16, max_num_seqs=8)
+    params = SamplingParams(max_tokens=12, temperature=1.0, n=4, seed=5, ignore_eos=True, scaled_logprobs=True)
+    prompt, errors = list(range(10, 30)), {"rounded": [], "as they are": []}
+    (completions,) = engine.generate([Request(prompt, params)])
+    for c in completions:
+        group, reply = rollouts.Group(0, np.array(prompt), []), rollouts.Reply(c.token_ids, np.zeros(12), "")
+        for name, network in (("rounded", rounded), ("as they are", model)):
+            logps = reference_outputs(network, group, reply, arguments())[0].numpy()
+            errors[name].append(abs(logps - [logprob for logprob, _ in c.logprobs]).max())
+    assert max(errors["rounded"]) < 0.1 and max(errors["as they are"]) > 3 * max(errors["rounded"]), errors
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
 
 REWARDS = """
@@ -419,6 +533,9 @@ def world(base):
     records = [{"src": " ".join(words[i : i + 1 + i % 3]), "number": i} for i in range(8)]
     write_records(folder / "train.jsonl", records[:6])
     write_records(folder / "dev.jsonl", records[6:])
+    for name in DISTANCES:
+        write_family(folder / name, name, base)
+    write_records(folder / "ptx.jsonl", [{"src": word, "tgt": f"a {word} is nice"} for word in words])
     return folder
 
 
@@ -445,7 +562,8 @@ def keys_of(world, output_dir, **changes):
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    return {key: value for key, value in (keys | changes).items() if value is not None}
+    keys = {key: value for key, value in (keys | changes).items() if value is not None}
+    return {key: value.replace("WORLD", str(world)) if isinstance(value, str) else value for key, value in keys.items()}
 
 
 def run(keys):
@@ -470,11 +588,21 @@ KINDS = {
     "rloo frozen copy, two updates": {"advantage_estimator": "rloo", "kl_coeff": 0.1, "update_iters": 2},
     "bf16": {"bf16": True, "kl_loss_coeff": 0.0},
     "bf16 rollouts": {"rollout_dtype": "bfloat16", "importance_sampling_mode": "token_truncate", "lora": True},
-    "reinforce++ mini-batches": {"rl_algorithm": "reinforce_plus_plus", "global_mini_batch_size": 1, "rollout_n": 3},
+    "alibi": {"model_name_or_path": "WORLD/bloom", "lora": True},
+    "a window": {"model_name_or_path": "WORLD/mistral", "offload_level": "freeze_model"},
+    "int8 rollouts": {"rollout_quant_type": "weight_only_int8", "lora": True},
+    "reinforce++ mini-batches, process rewards": {
+        "rl_algorithm": "reinforce_plus_plus", "global_mini_batch_size": 1, "rollout_n": 3, "process_reward": True,
+        "reward_model_name_or_path": "WORLD/base", "placeholder_token": "*",
+    },
     "ppo": {"rl_algorithm": "ppo", "critic_learning_rate": 0.02, "rollout_n": 1, "lora": True},
+    "ppo with a critic": {
+        "rl_algorithm": "ppo", "critic_model_name_or_path": "WORLD/base", "critic_learning_rate": 0.02,
+        "critic_lr_scheduler_type": "constant", "rollout_n": 1, "lora": True,
+    },
     "gspo without a reference": {
         "kl_loss_coeff": 0.0, "importance_sampling_level": "sequence", "loss_type": "grpo", "entropy_coeff": 0.01,
-        "scale_rewards": "batch", "temperature": 0.7,
+        "scale_rewards": "batch", "temperature": 0.7, "ptx_coeff": 0.5, "ptx_datasets": "WORLD/ptx.jsonl",
     },
 }  # fmt: skip
 
@@ -484,39 +612,70 @@ def test_runs(kind, world, tmp_path, capfd):
     """Four updates of each kind: the engine agrees with the trainer, and what is written can be opened."""
     run(keys_of(world, tmp_path / "out", **KINDS[kind]))
     found = logged(tmp_path / "out")
+    if "ptx_coeff" in KINDS[kind]:
+        assert found[-1]["ptx_loss"] < found[0]["ptx_loss"]
     assert len(found) == 4
     for row in found:
-        limits = (1e-4, 0.1) if kind.startswith("bf16") else (1e-8, 1e-4)
+        limits = (1e-4, 0.1) if kind.startswith("bf16") else (1e-3, 0.3) if "int8" in kind else (1e-8, 1e-4)
         assert row["engine_kl"] < limits[0] and row["sampling/sampling_logp_difference/max"] < limits[1]
         assert row["completions/mean_length"] <= 8 and row["reward"] < 0 and row["time/update"] > 0
     if "kl_loss_coeff" not in KINDS[kind] or KINDS[kind]["kl_loss_coeff"]:
         assert found[0]["kl"] < 1e-9 and found[-1]["kl"] > 0
-    if "importance_sampling_mode" in KINDS[kind]:
+    if "importance_sampling_mode" in KINDS[kind] or "int8" in kind:
         ratios = [
             [row[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")] for row in found
         ]
         assert all(0.7 < low < mean < high < 1.4 and abs(mean - 1) < 0.05 for low, mean, high in ratios)
     adapters.from_pretrained(tmp_path / "out")
-    assert ("value_loss" in found[0]) == (kind == "ppo")
+    assert ("value_loss" in found[0]) == kind.startswith("ppo")
+    if "process" in kind:
+        assert 0 < found[0]["rewards/process_reward/mean"] < 1
+    if "critic" in kind:
+        heads.load_reward_model(tmp_path / "out" / "value", parallel.SINGLE)
     if KINDS[kind].get("do_eval"):
         out = capfd.readouterr().out
         assert "reward of greedy replies to dev prompts: before" in out and out.count("after: ") == 2
 
 
-@pytest.mark.parametrize("kind", ["grpo lora", "ppo", "ppo of all weights"])
+@pytest.mark.parametrize("kind", ["grpo lora", "ppo", "ppo of all weights", "ppo with a critic"])
 def test_resume_is_bitwise(kind, world, tmp_path):
     changes = KINDS.get(kind) or KINDS["ppo"] | {"lora": False}
-    changes = changes | {"do_eval": False}
+    changes = changes | {"do_eval": False, "use_ema": kind != "ppo"}
     run(keys_of(world, tmp_path / "whole", **changes))
     changes |= {"save_strategy": "steps", "save_steps": 2}
     with crash_after_saving(2):
         run(keys_of(world, tmp_path / "parts", **changes))
     run(keys_of(world, tmp_path / "parts", **changes, resume_from_checkpoint=True))
     assert_same(tmp_path / "parts", tmp_path / "whole")
+    if "critic" in kind:
+        parts, whole = (tensors(tmp_path / name / "value") for name in ("parts", "whole"))
+        assert all(parts[name].tobytes() == array.tobytes() for name, array in whole.items())
+
+
+def test_the_average_of_the_weights_is_evaluated_and_written(world, tmp_path):
+    """By hand from the checkpoints of all steps, which hold the weights that training goes on from."""
+    out, base = tmp_path / "out", tensors(world / "base")
+    keys = {"kl_loss_coeff": 0.0, "save_strategy": "steps", "save_steps": 1, "do_eval": True}
+    run(keys_of(world, out, use_ema=True, ema_beta=0.6, **keys))
+    average = {name: base[name].astype(np.float64) for name in base}
+    for step in range(1, 5):
+        trained, stored = (
+            read_safetensors(out / f"checkpoint-{step}" / f"{name}.safetensors") for name in ("model", "ema")
+        )
+        average = {name: 0.6 * average[name] + 0.4 * trained[name] for name in trained}
+        for name, array in average.items():
+            np.testing.assert_allclose(stored[name], array, atol=1e-6)
+    assert all(stored[name].tobytes() == array.tobytes() for name, array in tensors(out).items())
+    assert any(abs(stored[name] - trained[name]).max() > 1e-3 for name in stored)
+    keys = {"model_name_or_path": str(out), "do_train": False, "do_eval": True}
+    run(keys_of(world, tmp_path / "again", **keys))
+    results = [json.loads((folder / "dev_results.json").read_text()) for folder in (out, tmp_path / "again")]
+    assert results[0] == results[1]
 
 
 def test_the_best_is_kept_and_loaded(world, tmp_path, capfd):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "do_eval": True, "lora": True}
+    best |= {"use_ema": True, "ema_beta": 0.5}
     best |= {"evaluation_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     run(keys_of(world, tmp_path / "out", **best))
     rows = [json.loads(line) for line in (tmp_path / "out" / "eval_metrics.jsonl").read_text().splitlines()]
@@ -590,6 +749,20 @@ def test_cut_replies_can_be_left_out(world, tmp_path):
     assert row["completions/clipped_ratio"] == 1.0 and row["loss"] == row["grad_norm"] == 0.0
 
 
+def test_a_dry_run_counts_the_average_and_the_critic():
+    def planned(*more):
+        flags = ["--model_name_or_path", "llama-3.2-1b", "--dry_run", "true", "--advantage_estimator", "gae", *more]
+        args = parse_args(rl.Args, flags)
+        memory = memory_model.MemoryModel(args, memory_model.planned_model(args)[1], 1024)
+        return memory.fullest(Degrees(), 1, 1)
+
+    plain, more = planned(), planned("--use_ema", "true", "--critic_model_name_or_path", "x")
+    assert more["average of the weights"] == plain["weights"]
+    assert more["critic"] == plain["weights"] + plain["gradients"] + plain["moments"]
+    added, in_all = more["average of the weights"] + more["critic"], "in all without recompute"
+    assert more[in_all] == pytest.approx(plain[in_all] + added)
+
+
 def test_equal_rewards_say_so_and_move_nothing(world, tmp_path):
     run(keys_of(world, tmp_path / "out", reward_funcs=f"{world}/rewards.py:same", max_steps=2))
     assert [row["frac_reward_zero_std"] for row in logged(tmp_path / "out")] == [1.0, 1.0]
@@ -604,8 +777,15 @@ TOPOLOGIES = {
         "tensor_parallel_degree": 2, "sequence_parallel": True, "advantage_estimator": "gae", "lora": True,
     },
     "dp2 tp2, entropy": {"tensor_parallel_degree": 2, "entropy_coeff": 0.01, "temperature": 0.8},
-    "sharding2 tp2, lora": {"tensor_parallel_degree": 2, "sharding": "stage1", "lora": True},
+    "sharding2 tp2, lora": {"tensor_parallel_degree": 2, "sharding": "stage1", "lora": True, "use_ema": True},
     "dp4": {},
+    "sharding2, critic, text": {
+        "sharding": "stage2", "advantage_estimator": "gae", "critic_model_name_or_path": "WORLD/base",
+        "ptx_coeff": 2.0, "ptx_datasets": "WORLD/ptx.jsonl",
+    },
+    "tp2, critic": {
+        "tensor_parallel_degree": 2, "advantage_estimator": "gae", "critic_model_name_or_path": "WORLD/base",
+    },
 }  # fmt: skip
 
 
@@ -621,15 +801,27 @@ def test_topologies_equal_one_process(name, request, world, tmp_path):
     else:
         ranks = request.getfixturevalue("two")
     keys = {"global_batch_size": 3, "rollout_n": 4, "save_rollouts": True, "kl_coeff": 0.05, "max_steps": 5}
-    alone = keys_of(world, tmp_path / "alone", **keys, **others, do_eval=True)
-    run(alone)
+    has_more = {"use_ema", "critic_model_name_or_path"} & {*others}  # checkpoints hold it, for another topology too
+    saves = {"save_strategy": "steps", "save_steps": 4} if has_more else {}
+    alone = keys_of(world, tmp_path / "alone", **keys, **others, **saves, do_eval=True)
     several = {**alone, "overwrite_output_dir": True} | of_topology
-    for name, more in (("replayed", {"replay": str(tmp_path / "alone" / "rollouts")}), ("sampled", {})):
+    if "ptx_coeff" in others:  # as many rows of text on one rank as on both
+        alone, several = ({**keys, "per_device_train_batch_size": n} for keys, n in ((alone, 2), (several, 1)))
+    run(alone)
+    replayed, checkpoint = {"replay": str(tmp_path / "alone" / "rollouts")}, str(tmp_path / "alone" / "checkpoint-4")
+    variants = {"replayed": replayed, "sampled": {}}
+    variants |= {"resumed": replayed | {"resume_from_checkpoint": checkpoint}} if has_more else {}
+    for name, more in variants.items():
         results = ranks.run("jobs_parallel:script", "rl", options(several | more | {"output_dir": tmp_path / name}))
-        assert len(logged(tmp_path / "alone")) == len(results[0][0]) == 5
-        for ours, theirs in zip(logged(tmp_path / "alone"), results[0][0]):
+        steps = 1 if name == "resumed" else 5
+        assert len(logged(tmp_path / "alone")[-steps:]) == len(results[0][0]) == steps
+        for part in ("", "value") if has_more and name != "sampled" else ():
+            ours, theirs = (tensors(tmp_path / run / part) for run in ("alone", name))
+            assert ours.keys() == theirs.keys() and all(abs(ours[n] - theirs[n]).mean() < 1e-4 for n in ours)
+        for ours, theirs in zip(logged(tmp_path / "alone")[-steps:], results[0][0]):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["reward"] - theirs["reward"]) < 1e-6
             assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-4 * ours["grad_norm"]
+            assert abs(ours.get("value_loss", 0.0) - theirs.get("value_loss", 0.0)) < 1e-4
             # exp() of float32 log-probabilities after four updates of a large rate: relative, as the gradient
             assert theirs["engine_kl"] < 1e-8 and abs(ours["kl"] - theirs["kl"]) < 1e-5 * max(0.1, ours["kl"])
 
@@ -649,7 +841,14 @@ BAD = {
     "save in the middle": ({"update_iters": 2, "save_strategy": "steps", "save_steps": 3}, r"save_steps: 3; .* 2"),
     "prompt_key": ({"prompt_key": "question"}, r"no record of \S*train.jsonl has a key 'question'"),
     "no reward model": ({"reward_model_name_or_path": "base"}, r"base: has no score head; reward.py"),
-    "critic": ({"critic_model_name_or_path": "x"}, r"critic_model_name_or_path: 'x': .*value head"),
+    "offload": ({"offload_level": "everything"}, r"offload_level: 'everything'; possible are reference, freeze_model"),
+    "int8 in float32": (
+        {"rollout_quant_type": "weight_only_int8", "rollout_dtype": "float32"},
+        r"rollout_dtype: float32: rollout_quant",
+    ),
+    "rollout_quant_type": ({"rollout_quant_type": "fp8"}, r"rollout_quant_type: 'fp8'; possible are weight_only_int8"),
+    "ptx without a weight": ({"ptx_datasets": "x"}, r"ptx_datasets: ptx_coeff is 0"),
+    "critic": ({"critic_model_name_or_path": "x"}, r"critic_model_name_or_path: advantage_estimator grpo needs no"),
 }
 
 
