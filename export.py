@@ -350,7 +350,7 @@ def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> s
         sequence = np.array([prompts[number] + tokens[:-1]])
         return model(paddle.to_tensor(sequence))[0, len(prompts[number]) - 1 :].astype("float32").numpy()
 
-    tolerance = 0.001 if args.format == "hf" else 0.15
+    tolerance = 0.001 if args.format == "hf" and model.config.quantization is None else 0.15
     if args.format == "gguf":
         tolerance = TOLERANCE.get(args.gguf_type, tolerance)
     return "; " + compare(reply, list(texts), [tokenizer.encode(text) for text in texts], logits_of, tolerance)

@@ -271,7 +271,8 @@ def open_model(path: Path, prefix_path: str | None, integers: bool = False) -> C
     """The model with a trained prefix, if there is one; integers: on those of AWQ and GGUF files, where they fit."""
     model = from_pretrained(path, integers=integers)
     if integers and (layers := [layer for layer in model.sublayers() if isinstance(layer, QuantLinear)]):
-        count, size = sum(x.n_in * x.n_out for x in layers), sum(b.nbytes for x in layers for b in x.buffers())
+        count = sum(x.n_in * x.n_out for x in layers)
+        size = sum(b.size * b.element_size() for x in layers for b in x.buffers())
         print(
             f"model: {count:,} weights as {layers[0].scheme}, {size / 1e6:,.1f} MB instead of {count / 2.5e5:,.1f} MB"
         )

@@ -71,7 +71,9 @@ import os
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 import vllm
 length = max(map(len, job["prompts"])) + job["count"] + 8
-llm = vllm.LLM(job["model"], dtype="float32", max_model_len=length, enforce_eager=True, seed=0)
+config = open(os.path.join(job["model"], "config.json")).read()
+dtype = "float16" if '"bits": 4' in config or '"num_bits": 4' in config else "float32"  # no such kernel in float32
+llm = vllm.LLM(job["model"], dtype=dtype, max_model_len=length, enforce_eager=True, seed=0)
 ids = [llm.get_tokenizer()(text)["input_ids"] for text in job["texts"]]
 params = vllm.SamplingParams(temperature=0, max_tokens=job["count"], stop_token_ids=job["stops"], logprobs=20)
 for out in llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], params, use_tqdm=False):

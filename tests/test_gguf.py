@@ -19,6 +19,7 @@ import adapters
 import export
 import finetune
 import model as M
+import serve
 from arguments import parse_args
 from formats import gguf, gguf_blocks, gguf_export, gguf_folder
 from formats.files import UserError
@@ -119,10 +120,12 @@ def test_types_of_a_file_and_rows_that_are_no_whole_blocks(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("gguf_type, bits", [("Q8_0", 8), ("Q4_0", 4), ("Q4_1", None)])
-def test_integers_of_a_file_run_as_they_are(tmp_path, gguf_type, bits):
+def test_integers_of_a_file_run_as_they_are(tmp_path, gguf_type, bits, capsys):
     folder = source(tmp_path, hidden_size=64, intermediate_size=256)
     out = run(tmp_path / "out", model_name_or_path=folder, format="gguf", gguf_type=gguf_type)
-    integers, floats = adapters.from_pretrained(out, integers=True), adapters.from_pretrained(out)
+    capsys.readouterr()
+    integers, floats = serve.open_model(out, None, integers=True), adapters.from_pretrained(out)
+    assert (f"weights as w{bits}, 0." in capsys.readouterr().out) == bool(bits)
     assert (integers.config.quantization or {}).get("bits") == bits and floats.config.quantization is None
     plain = M.block_linears(floats)
     for path, (_, _, layer) in M.block_linears(integers).items() if bits else ():
