@@ -41,7 +41,17 @@ from adapters import adapted_layers, base_folders, from_pretrained, load_adapter
 from arguments import DTYPES, ScriptArgs
 from families import ModelConfig
 from formats.chat import load_chat_template
-from formats.clients import ask_client, check_ids, compare, importable_client
+from formats.clients import (
+    CLIENTS,
+    QUESTIONS,
+    ROUNDED_INPUTS,
+    TEXTS,
+    TOLERANCE,
+    ask_client,
+    check_ids,
+    compare,
+    importable_client,
+)
 from formats.files import UserError
 from formats.gguf_export import FILE_TYPES, round_model, write_model, write_modelfile
 from formats.gguf_folder import open_folder
@@ -312,24 +322,6 @@ def export_quantized(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
 
 # ================================================================================== what the format's client answers
 
-TEXTS = (
-    "The quick brown fox jumps over 13 lazy dogs.",
-    " Leading space, tabs\tand\n\nline breaks   and runs",
-    "naïve café – “quoted”, 東京 and 🙂 emoji's",
-    "def f(x):\n    return x[1:] + 2025 * 3.14159\n",
-)
-QUESTIONS = (
-    "What is the capital of France?", "Name three colors.", "Write a short poem about the sea.", "What is 12 times 7?",
-    "Explain what a compiler does.", "Who wrote Hamlet?", "Give me a recipe for pancakes.", "Why is the sky blue?",
-    "Translate good morning to Spanish.", "What does HTTP stand for?", "List the planets.", "What is a prime number?",
-    "Tell me a joke.", "How do I sort a list in Python?", "What is photosynthesis?", "Tell me about Cinderella.",
-    "What is the boiling point of water?", "Describe a sunset.", "How long is a leap year?", "What is gravity?",
-)  # fmt: skip
-CLIENTS = {"hf": ["transformers", "vllm"], "gguf": ["llama_cpp"]} | dict.fromkeys(LAYOUTS, ["vllm", "transformers"])
-# Of compare(). llama.cpp keeps keys in 16 bits, rounds activations as the weights are stored: where these are
-# quantized, to 8 bits.
-TOLERANCE = {"F32": 0.005, "F16": 0.01, "BF16": 0.05}
-
 
 def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> str:
     """ "; " and a line on how the client of verify_with agrees over 64 greedy tokens of 20 prompts; "" without one."""
@@ -339,21 +331,19 @@ def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> s
     client = importable_client(args.verify_with, clients)
     prompts = [tokenizer.apply_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
     count = min(64, max_model_len(model) - max(map(len, prompts)))
-    texts = TEXTS if count > 0 else ()
     if count <= 0:
         raise UserError(f"verify_with: the model has room for {max_model_len(model)} tokens, too few for a question")
     stops, vocab_size = sorted(tokenizer.stop_ids), model.config.vocab_size
-    reply = ask_client(args.verify_with, client, path, list(texts), prompts, count, stops, vocab_size)
+    reply = ask_client(args.verify_with, client, path, list(TEXTS), prompts, count, stops, vocab_size)
 
     @paddle.no_grad()
     def logits_of(number: int, tokens: list[int]) -> np.ndarray:
         sequence = np.array([prompts[number] + tokens[:-1]])
         return model(paddle.to_tensor(sequence))[0, len(prompts[number]) - 1 :].astype("float32").numpy()
 
-    tolerance = 0.001 if args.format == "hf" and model.config.quantization is None else 0.15
-    if args.format == "gguf":
-        tolerance = TOLERANCE.get(args.gguf_type, tolerance)
-    return "; " + compare(reply, list(texts), [tokenizer.encode(text) for text in texts], logits_of, tolerance)
+    method = (model.config.quantization or {}).get("quant_method", args.format)
+    tolerance = TOLERANCE.get(args.gguf_type if args.format == "gguf" else method, ROUNDED_INPUTS)
+    return "; " + compare(reply, list(TEXTS), [tokenizer.encode(text) for text in TEXTS], logits_of, tolerance)
 
 
 # ================================================================================================= format static

@@ -19,6 +19,31 @@ import numpy as np
 
 from formats.files import UserError
 
+TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    " Leading space, tabs\tand\n\nline breaks   and runs",
+    "naïve café – “quoted”, 東京 and 🙂 emoji's",
+    "def f(x):\n    return x[1:] + 2025 * 3.14159\n",
+)
+QUESTIONS = (
+    "What is the capital of France?", "Name three colors.", "Write a short poem about the sea.", "What is 12 times 7?",
+    "Explain what a compiler does.", "Who wrote Hamlet?", "Give me a recipe for pancakes.", "Why is the sky blue?",
+    "Translate good morning to Spanish.", "What does HTTP stand for?", "List the planets.", "What is a prime number?",
+    "Tell me a joke.", "How do I sort a list in Python?", "What is photosynthesis?", "Tell me about Cinderella.",
+    "What is the boiling point of water?", "Describe a sunset.", "How long is a leap year?", "What is gravity?",
+)  # fmt: skip
+CLIENTS = {  # format of export.py: its clients, the first that a Python can import is asked
+    "hf": ["transformers", "vllm"],
+    "gguf": ["llama_cpp"],
+    "compressed-tensors": ["vllm", "transformers"],
+    "awq": ["vllm", "transformers"],
+    "fp8": ["vllm", "transformers"],
+}
+# Of compare(), by how weights are stored; "hf": floats. llama.cpp keeps keys in 16 bits, vllm runs 4 bits in float16.
+# The others round activations: llama.cpp to 8 bits where weights are quantized, a8w8 and fp8 as they say.
+TOLERANCE = {"hf": 0.001, "F32": 0.005, "F16": 0.01, "BF16": 0.05, "gptq": 0.02, "awq": 0.02, "a8w8": 0.2, "fp8": 0.2}
+ROUNDED_INPUTS = 0.15
+
 _HEAD = """
 import json, sys
 import numpy as np
