@@ -8,7 +8,7 @@ group. Codes are only moved, so the weights are the same to the bit. Q4_1 and th
 of scales) in place of a zero point: they are opened as floats.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kernels.rounding import group_numbers, pack_rows, pack_zeros
 
@@ -29,7 +29,7 @@ def quantization_of(tensors: Tensors, source: dict | None, linears: Iterable[str
     """
     linears = list(linears)
     if source is not None:
-        if source.get("quant_method") != "awq" or source.get("bits", 4) != 4:
+        if source.get("quant_method") != "awq" or source.get("bits", source.get("w_bit", 4)) != 4:
             return None
         packed = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
         if packed != {*linears}:
@@ -51,32 +51,34 @@ def integer_tensors(tensors: Tensors, source: dict | None, quantization: dict, l
     result, bits, size = dict(tensors), quantization["bits"], quantization["group_size"]
     for path in linears:
         if source is not None:
-            parts = {kind: result.pop(f"{path}.{kind}") for kind in ("qweight", "qzeros", "scales")}
-            n_in, n_out = parts["qweight"].shape[0], parts["scales"].shape[1]
-
-            def qweight(parts=parts) -> np.ndarray:
-                return pack_rows(awq_columns(parts["qweight"].read()), 4)
-
-            def qzeros(parts=parts) -> np.ndarray:
-                return pack_zeros(awq_columns(parts["qzeros"].read()).astype(np.int32), 4)
-
-            scales = parts["scales"].read
+            parts = [result.pop(f"{path}.{kind}") for kind in ("qweight", "qzeros", "scales")]
+            n_in, n_out = parts[0].shape[0], parts[2].shape[1]
+            functions = _awq(*(part.read for part in parts))
         else:
-            n_out, n_in = result[f"{path}.weight"].shape
-            piece = result.pop(f"{path}.weight").read
-
-            def qweight(piece=piece) -> np.ndarray:
-                return pack_rows(np.ascontiguousarray(piece.integers()[0].T), bits)
-
-            def qzeros(groups=n_in // size, n_out=n_out) -> np.ndarray:
-                return pack_zeros(np.full((groups, n_out), 1 << bits - 1, np.int32), bits)
-
-            def scales(piece=piece) -> np.ndarray:
-                return np.ascontiguousarray(piece.integers()[1].T)
-
+            weight = result.pop(f"{path}.weight")
+            n_out, n_in = weight.shape
+            functions = _gguf(weight.read, bits, [n_in // size, n_out])
         groups = n_in // size
-        result[f"{path}.qweight"] = StoredTensor(qweight, [n_in * bits // 32, n_out])
-        result[f"{path}.qzeros"] = StoredTensor(qzeros, [groups, n_out * bits // 32])
-        result[f"{path}.scales"] = StoredTensor(scales, [groups, n_out])
+        shapes = [n_in * bits // 32, n_out], [groups, n_out * bits // 32], [groups, n_out]
+        for kind, function, shape in zip(("qweight", "qzeros", "scales"), functions, shapes):
+            result[f"{path}.{kind}"] = StoredTensor(function, shape)
         result[f"{path}.g_idx"] = StoredTensor(lambda n_in=n_in: group_numbers(n_in, size), [n_in])
     return result
+
+
+def _awq(qweight: Callable, qzeros: Callable, scales: Callable) -> tuple[Callable, Callable, Callable]:
+    """Functions that read qweight, qzeros and scales of an AWQ linear in a QuantLinear's layout."""
+    return (
+        lambda: pack_rows(awq_columns(qweight()), 4),
+        lambda: pack_zeros(awq_columns(qzeros()).astype(np.int32), 4),
+        scales,
+    )
+
+
+def _gguf(piece: Piece, bits: int, shape: list[int]) -> tuple[Callable, Callable, Callable]:
+    """The same of a tensor (out, in) of a GGUF file; shape: (groups, out)."""
+    return (
+        lambda: pack_rows(np.ascontiguousarray(piece.integers()[0].T), bits),
+        lambda: pack_zeros(np.full(shape, 1 << bits - 1, np.int32), bits),
+        lambda: np.ascontiguousarray(piece.integers()[1].T),
+    )
