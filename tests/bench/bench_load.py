@@ -1,14 +1,14 @@
 """How the server holds under load: time to first token and between tokens of clients that come at random, and memory.
 
     python tests/bench/bench_load.py --model checkpoints/smollm2 --clients 64 --seconds 120
-    python tests/bench/bench_load.py --model … --peer vllm --python ~/.cache/llm-peers/vllm/bin/python
+    python tests/bench/bench_load.py --model … --peer vllm --python ~/.cache/llm-peers/vllm/bin/python --rate 6.1
     python tests/bench/bench_load.py --model … --server "--speculate_method ngram"     # more keys of serve.py
 
 The server runs in a process of its own. First `clients` at once, each with one request after another, measure what it
-can do: requests/s. Then, for each load, requests arrive as a Poisson process at that share of it, the same trace for
-every server: prompts and replies of exponential lengths. A request that finds `clients` in flight waits for one to end;
-its waiting counts as time to the first token. Replies are streamed; the time between tokens is that between events that
-bring text. The last line of the output is one JSON object.
+can do: requests/s. Then, for each load, requests arrive as a Poisson process at that share of it, or of --rate: the
+same rate is the same trace for every server. Prompts and replies have exponential lengths. A request that finds
+`clients` in flight waits for one to end; its waiting counts as time to the first token. Replies are streamed; the time
+between tokens is that between events that bring text. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -34,13 +34,15 @@ def parse(argv):
     parser.add_argument("--server", default="", help="more of the server's options, in one string")
     parser.add_argument("--clients", type=int, default=64, help="requests in flight at most")
     parser.add_argument("--loads", default="0.5,0.8,1.2", help="shares of the measured capacity")
+    parser.add_argument("--rate", type=float, help="requests/s at load 1; default: the measured capacity")
     parser.add_argument("--seconds", type=float, default=120.0, help="of arrivals at each load")
-    parser.add_argument("--warmup", type=float, default=20.0, help="seconds in which the capacity is measured")
+    parser.add_argument("--warmup", type=float, default=40.0, help="seconds in which the capacity is measured")
     parser.add_argument("--prompt", type=int, default=128, help="mean tokens of a prompt; at most four times as many")
     parser.add_argument("--new", type=int, default=64, help="mean tokens of a reply; at most four times as many")
     parser.add_argument("--port", type=int, default=8017)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    options.model = os.path.abspath(options.model)
     if min(options.clients, options.prompt, options.new) < 1 or min(options.seconds, options.warmup) <= 0:
         parser.error("--clients, --prompt, --new, --seconds and --warmup must be positive")
     return options
@@ -63,7 +65,8 @@ def start_server(options):
         command += ["--model_name_or_path", options.model, "--total_max_length", str(longest)]
         command += ["--batch_size", str(options.clients), "--max_queue", str(4 * options.clients)]
     log = open(os.path.join(os.environ.get("TMPDIR", "/tmp"), name), "w+")
-    process = subprocess.Popen([options.python, *command, *common], stdout=log, stderr=subprocess.STDOUT, env=env)
+    command, folder = [options.python, *command, *common], os.path.dirname(log.name)  # not ours: it has a kernels/ too
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if asyncio.run(is_up(options.port)):
@@ -121,7 +124,7 @@ def trace_of(options, count, seed):
 
 async def request(options, prompt, new, began):
     """(seconds from `began` to the first token, seconds between the later ones, tokens), or an error's text."""
-    body = {"model": options.name, "prompt": prompt, "max_tokens": new, "temperature": 0.8, "top_p": 0.95, "seed": 1}
+    body = {"model": options.name, "prompt": prompt, "max_tokens": new, "temperature": 0.8, "top_p": 0.95}
     body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
     data = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -156,21 +159,24 @@ async def model_name(options):
 
 
 async def closed_loop(options):
-    """Requests/s and tokens/s of `clients` that each send one request after another."""
-    trace, end, results = iter(trace_of(options, 100_000 // options.new, 0)), time.monotonic() + options.warmup, []
+    """Requests/s and tokens/s of `clients` that each send one request after another, in the second half of the warm-up.
+
+    A request's tokens count as spread evenly over its time; so those that are cut by the end count in part.
+    """
+    trace, start = iter(trace_of(options, 100_000, 0)), time.monotonic()
+    middle, end, results = start + options.warmup / 2, start + options.warmup, []
 
     async def client():
-        while time.monotonic() < end:
-            result = await request(options, *next(trace), time.monotonic())
-            results.append((time.monotonic(), result))
+        while (began := time.monotonic()) < end:
+            result = await request(options, *next(trace), began)
+            if isinstance(result, str):
+                sys.exit(f"a request failed while the capacity was measured: {result}")
+            results.append((began, time.monotonic(), result[2]))
 
-    began = time.monotonic()
     await asyncio.gather(*(client() for _ in range(options.clients)))
-    in_time = [result for at, result in results if at <= end and not isinstance(result, str)]
-    if not in_time:
-        sys.exit(f"no request was answered in {options.warmup} s: {results[:1]}; raise --warmup")
-    seconds = end - began
-    return len(in_time) / seconds, sum(tokens for _, _, tokens in in_time) / seconds
+    shares = [max(0.0, min(end, last) - max(middle, began)) / (last - began) for began, last, _ in results]
+    requests, tokens = sum(shares), sum(share * tokens for share, (_, _, tokens) in zip(shares, results))
+    return requests / (end - middle), tokens / (end - middle)
 
 
 async def open_loop(options, rate, seed):
@@ -219,7 +225,7 @@ def main(argv=None):
         print(f"capacity: {rate:.2f} requests/s, {tokens:.0f} tokens/s with {options.clients} clients", flush=True)
         rss, rows = [resident_mb(process.pid)], {}
         for seed, load in enumerate(options.loads.split(","), 1):
-            results, seconds = asyncio.run(open_loop(options, float(load) * rate, seed))
+            results, seconds = asyncio.run(open_loop(options, float(load) * (options.rate or rate), seed))
             rss.append(resident_mb(process.pid))
             rows[load] = row_of(results, seconds)
             print(load, rows[load], f"{rss[-1]} MB", flush=True)
@@ -236,6 +242,7 @@ def main(argv=None):
         "clients": options.clients,
         "seconds": options.seconds,
         "capacity_requests_s": round(rate, 2),
+        "rate_at_load_1": round(options.rate or rate, 2),
         "capacity_tok_s": round(tokens, 1),
         "loads": rows,
         "rss_mb": rss,
