@@ -239,7 +239,7 @@ def test_rl_on_a_rounded_base(tmp_path):
     keys |= dict(global_batch_size=2, rollout_n=2, save_strategy="no", logging_steps=1)
     source, out = qlora(tmp_path, rl, **keys)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["engine_kl"] < 1e-8 for row in rows if "engine_kl" in row)
+    assert max(row["engine_kl"] for row in rows) < 1e-8 and len(rows) == 2
     assert json.loads((out / "adapter_config.json").read_text())["base_quantization"]["algo"] == "nf4"
     _, plain = rounded(source, LowBit("nf4"))
     with paddle.no_grad():
