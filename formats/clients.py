@@ -40,8 +40,10 @@ CLIENTS = {  # format of export.py: its clients, the first that a Python can imp
     "fp8": ["vllm", "transformers"],
 }
 # Of compare(), by how weights are stored; "hf": floats. llama.cpp keeps keys in 16 bits, vllm runs 4 bits in float16.
-# The others round activations: llama.cpp to 8 bits where weights are quantized, a8w8 and fp8 as they say.
-TOLERANCE = {"hf": 0.001, "F32": 0.005, "F16": 0.01, "BF16": 0.05, "gptq": 0.02, "awq": 0.02, "a8w8": 0.2, "fp8": 0.2}
+# The others round activations: llama.cpp to 8 bits where weights are quantized, a8w8 and fp8 as they say. A difference
+# that crosses a step of a8w8 grows to the size of rounding itself, without smoothing a quarter (RESULTS.md); the logits
+# of another model differ by more than the whole.
+TOLERANCE = {"hf": 0.001, "F32": 0.005, "F16": 0.01, "BF16": 0.05, "gptq": 0.02, "awq": 0.02, "a8w8": 0.4, "fp8": 0.2}
 ROUNDED_INPUTS = 0.15
 
 _HEAD = """
