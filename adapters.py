@@ -16,6 +16,7 @@ Shapes: D_in, D_out of a linear, R LoRA rank, P prefix tokens, L layers, K key/v
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -37,6 +38,7 @@ from formats.weights import (
     SaveEntry,
     SaveSource,
     Weight,
+    keep_integers,
     load_weights,
     named_weights,
     paddlenlp_names,
@@ -46,7 +48,7 @@ from formats.weights import (
 from model import CausalLM, block_linears, build, linear_paths
 from modules.layers import Embedding, Linear, set_parameter
 from modules.lora import LoRAEmbedding, LoRALinear, TrainedTokens
-from modules.low_bit import ALGORITHMS, LowBit, round_base
+from modules.low_bit import ALGORITHMS, LowBit, LowBitLinear, round_base
 from modules.vocabulary import (
     embedding_layers,
     embedding_paths,
@@ -59,14 +61,16 @@ from modules.vocabulary import (
 # ============================================================================================ models and their weights
 
 
-def from_pretrained(path: str | Path, dtype: str = "float32") -> CausalLM:
+def from_pretrained(path: str | Path, dtype: str = "float32", integers: bool = False) -> CausalLM:
     """A CausalLM in eval mode from a Hugging Face folder. Peak memory: the model, its largest tensor, and a constant.
 
     path: a model's folder, or an adapter's: then the base model that it names (which may be an adapter's folder too),
-    with LoRA merged into it or the prefix put on.
+    with LoRA merged into it or the prefix put on. integers: run on those of AWQ and GGUF where they fit, which no
+    adapter can be merged into; else they become floats.
     """
     *adapters, base = base_folders(path)
-    model = build(read_config(base), dtype)
+    config = read_config(base)
+    model = build(keep_integers(config, base) if integers and not adapters else config, dtype)
     load_weights(model, base)
     for adapter in reversed(adapters):
         round_as_trained(model, adapter)
@@ -243,6 +247,36 @@ def apply_lora(
     for layer in lora_layers(model).values() if pissa else ():
         layer.set_pissa_init(*layer.decompose("pissa", rank))
     return model
+
+
+@paddle.no_grad()
+def start_at_residual(model: CausalLM, folder: str | Path, rows: int = 4, tokens: int = 256) -> None:
+    """Start the LoRA on a base in low bits at what rounding took from it; the weights are read once more, one by one.
+
+    folder: what the model was opened from. The sizes of the inputs are measured on random ids: which channels are large
+    depends little on the text.
+    """
+    *adapters, base = base_folders(folder)
+    if adapters or getattr(model, "new_ids", None):
+        what = "an adapter: merge it first (export.py)" if adapters else "a model with new tokens"
+        raise UserError(f"loftq: model_name_or_path: {folder} is {what}")
+    layers = [layer for layer in lora_layers(model).values() if isinstance(layer.base, LowBitLinear)]
+    squares = {layer: np.ones(layer.base.n_in, np.float32) for layer in layers}  # an expert may see no token
+
+    def observe(layer, inputs):
+        squares[layer] = inputs[0].astype("float32").square().reshape([-1, layer.base.n_in]).mean(0).numpy()
+
+    hooks = [layer.register_forward_pre_hook(observe) for layer in layers]
+    shape = rows, min(tokens, model.config.max_model_len)
+    model(paddle.to_tensor(np.random.default_rng(0).integers(0, model.config.vocab_size, shape)))
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        layer.base.on_rounded = functools.partial(layer.start_at_residual, np.sqrt(squares[layer]))
+    load_weights(model, base)
+    for layer in layers:
+        layer.base.on_rounded = None
+    print(f"loftq: {len(layers)} adapters start at what rounding took from the base")
 
 
 def attach_lora(model: CausalLM, config: LoraConfig, seed: int = 0) -> None:
@@ -869,6 +903,8 @@ def setup_adapter(model: CausalLM, args: object, checkpoint: Path | None = None)
             trained_tokens=new_ids,
             seed=args.seed,
         )
+        if getattr(args, "loftq", False):
+            start_at_residual(model, args.model_name_or_path)
     else:
         apply_prefix(
             model,

@@ -16,6 +16,7 @@ is merged into its base), and another adapter on top by lora_path or prefix_path
 --format compressed-tensors, awq
                  the integers of a quantized model (4 and 8 bits, A8W8; awq: 4 bits in groups) in the layouts that vLLM
                  and transformers open. GPTQ's own layout is format hf.
+--format fp8     a float model, its linears in e4m3 with a scale an output channel: compressed-tensors' float-quantized.
 
 Every export is written to a temporary folder, loaded again from there, and its logits are compared with those of the
 model in memory. With verify_with, a client of the format (llama_cpp; transformers) opens it too: its ids of texts,
@@ -40,7 +41,17 @@ from adapters import adapted_layers, base_folders, from_pretrained, load_adapter
 from arguments import DTYPES, ScriptArgs
 from families import ModelConfig
 from formats.chat import load_chat_template
-from formats.clients import ask_client, check_ids, compare, importable_client
+from formats.clients import (
+    CLIENTS,
+    QUESTIONS,
+    ROUNDED_INPUTS,
+    TEXTS,
+    TOLERANCE,
+    ask_client,
+    check_ids,
+    compare,
+    importable_client,
+)
 from formats.files import UserError
 from formats.gguf_export import FILE_TYPES, round_model, write_model, write_modelfile
 from formats.gguf_folder import open_folder
@@ -60,12 +71,13 @@ class Args(ScriptArgs):
     prefix_path: str | None = None  # a prefix to put before it; format static only
     tokenizer_name_or_path: str | None = None  # folder of the tokenizer; None: with the adapter or the model
     chat_template: str | None = None  # as in finetune.py; None: the tokenizer's own
-    format: str = "hf"  # hf, static, gguf, compressed-tensors or awq
+    format: str = "hf"  # hf, static, gguf, compressed-tensors, awq or fp8
     save_dtype: str | None = None  # format hf: float32, bfloat16 or float16; None: the one that config.json names
     max_shard_size: str = "5GB"  # format hf: most bytes of one file, in B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB
     dequantize: bool = False  # floats instead of the integers of a quantized model
     gguf_type: str = "F16"  # format gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_0, Q5_1, Q4_K_M, Q4_K_S, Q4_1 or Q4_0
-    verify_with: str | None = None  # a Python with the format's client: llama_cpp (gguf), vllm or transformers
+    verify_with: str | None = None  # a Python with a client of the format: llama_cpp (gguf), vllm or transformers
+    verify_client: str | None = None  # which of them; None: the first that this Python can import
 
     aliases = {
         "output_path": "output_dir",
@@ -84,6 +96,9 @@ class Args(ScriptArgs):
             raise UserError(f"gguf_type: {self.gguf_type!r}; possible are {', '.join(FILE_TYPES)}")
         if self.verify_with and self.format not in CLIENTS:
             raise UserError(f"verify_with: format {self.format} has no client but serve.py")
+        if self.verify_client not in (None, *CLIENTS.get(self.format, ())):
+            known = ", ".join(CLIENTS.get(self.format, ["none"]))
+            raise UserError(f"verify_client: {self.verify_client!r}; of format {self.format}: {known}")
         if self.save_dtype not in (None, *DTYPES):
             raise UserError(f"save_dtype: {self.save_dtype!r}; possible are {', '.join(DTYPES)}")
         if self.lora_path and self.prefix_path:
@@ -285,65 +300,50 @@ def export_gguf(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
 
 
 def export_quantized(tokenizer: Tokenizer, folder: Path, args: Args) -> str:
-    """Write the integers of a quantized model in another layout and open it; returns a line about the differences."""
+    """Write a quantized model in another layout, or fp8, and open it; returns a line about the differences."""
     model = load_model(args, tokenizer)
-    weights, quantization = quantized_weights(model, args.format)
     dtype, size = saved_dtype(args, model.config), parse_size(args.max_shard_size)
     if dtype != "float32":
         round_weights(model, dtype)
+    weights, quantization = quantized_weights(model, args.format)
     save_pretrained(model, folder, dtype, max_shard_bytes=size, weights=weights, quantization=quantization)
     tokenizer.save(folder)
-    dequantize(model, args.model_name_or_path)  # rounded activations are the client's
+    if model.config.quantization is not None:
+        dequantize(model, args.model_name_or_path)  # rounded activations are the client's
     ids, mask = probe(model)
     expected = dynamic_logits(model, ids, mask)
     del model, weights  # one at a time in memory
     reloaded = from_pretrained(folder).eval()
     largest = difference(dynamic_logits(reloaded, ids, mask), expected, 1e-4, "the folder, loaded again")
+    if args.verify_with and args.format == "compressed-tensors":
+        reloaded = load_model(args, tokenizer)  # which rounds activations as the client does
     return f"largest difference of logits {largest:.3g}{verified(args, folder, reloaded, tokenizer)}"
 
 
 # ================================================================================== what the format's client answers
-
-TEXTS = (
-    "The quick brown fox jumps over 13 lazy dogs.",
-    " Leading space, tabs\tand\n\nline breaks   and runs",
-    "naïve café – “quoted”, 東京 and 🙂 emoji's",
-    "def f(x):\n    return x[1:] + 2025 * 3.14159\n",
-)
-QUESTIONS = (
-    "What is the capital of France?", "Name three colors.", "Write a short poem about the sea.", "What is 12 times 7?",
-    "Explain what a compiler does.", "Who wrote Hamlet?", "Give me a recipe for pancakes.", "Why is the sky blue?",
-    "Translate good morning to Spanish.", "What does HTTP stand for?", "List the planets.", "What is a prime number?",
-    "Tell me a joke.", "How do I sort a list in Python?", "What is photosynthesis?", "Tell me about Cinderella.",
-    "What is the boiling point of water?", "Describe a sunset.", "How long is a leap year?", "What is gravity?",
-)  # fmt: skip
-CLIENTS = {"hf": ["transformers"], "gguf": ["llama_cpp"]} | dict.fromkeys(LAYOUTS, ["vllm", "transformers"])
-# Of compare(). llama.cpp keeps keys in 16 bits, rounds activations as the weights are stored: where these are
-# quantized, to 8 bits.
-TOLERANCE = {"F32": 0.005, "F16": 0.01, "BF16": 0.05}
 
 
 def verified(args: Args, path: Path, model: CausalLM, tokenizer: Tokenizer) -> str:
     """ "; " and a line on how the client of verify_with agrees over 64 greedy tokens of 20 prompts; "" without one."""
     if not args.verify_with:
         return ""
-    client = importable_client(args.verify_with, CLIENTS[args.format])
+    clients = [args.verify_client] if args.verify_client else CLIENTS[args.format]
+    client = importable_client(args.verify_with, clients)
     prompts = [tokenizer.apply_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
     count = min(64, max_model_len(model) - max(map(len, prompts)))
-    texts = TEXTS if count > 0 else ()
     if count <= 0:
         raise UserError(f"verify_with: the model has room for {max_model_len(model)} tokens, too few for a question")
-    reply = ask_client(args.verify_with, client, path, list(texts), prompts, count, sorted(tokenizer.stop_ids))
+    stops, vocab_size = sorted(tokenizer.stop_ids), model.config.vocab_size
+    reply = ask_client(args.verify_with, client, path, list(TEXTS), prompts, count, stops, vocab_size)
 
     @paddle.no_grad()
     def logits_of(number: int, tokens: list[int]) -> np.ndarray:
         sequence = np.array([prompts[number] + tokens[:-1]])
         return model(paddle.to_tensor(sequence))[0, len(prompts[number]) - 1 :].astype("float32").numpy()
 
-    tolerance = 0.001 if args.format == "hf" else 0.15
-    if args.format == "gguf":
-        tolerance = TOLERANCE.get(args.gguf_type, tolerance)
-    return "; " + compare(reply, list(texts), [tokenizer.encode(text) for text in texts], logits_of, tolerance)
+    method = (model.config.quantization or {}).get("quant_method", args.format)
+    tolerance = TOLERANCE.get(args.gguf_type if args.format == "gguf" else method, ROUNDED_INPUTS)
+    return "; " + compare(reply, list(TEXTS), [tokenizer.encode(text) for text in TEXTS], logits_of, tolerance)
 
 
 # ================================================================================================= format static

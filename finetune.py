@@ -58,6 +58,7 @@ class Args(LoraArgs):
     neftune_noise_alpha: float | None = None  # its size; a value alone turns neftune on; None: 5 with neftune
     lora_dropout: float = 0.0  # of LoRA's input
     pissa: bool = False  # LoRA that starts from the largest singular values (arXiv 2404.02948)
+    loftq: bool = False  # LoRA that starts at what weight_quantize_algo took from the base (arXiv 2310.08659)
     prefix_tuning: bool = False  # train a prefix of keys and values (arXiv 2101.00190)
     prefix_path: str | None = None  # continue from this prefix
     num_prefix_tokens: int = 128
@@ -74,6 +75,10 @@ class Args(LoraArgs):
             raise UserError("prefix_path needs prefix_tuning: true")
         if self.pissa and self.dora:
             raise UserError("pissa and dora are both true; choose one: both redefine the base weight")
+        if self.loftq and not self.weight_quantize_algo:
+            raise UserError("loftq needs weight_quantize_algo: it makes up for what rounding the base takes from it")
+        if self.loftq and self.pipeline_parallel_degree * self.sep_parallel_degree * self.context_parallel_degree > 1:
+            raise UserError("loftq runs the whole model on one rank: pipeline, sep and context must have degree 1")
         if self.greedy_zero_padding and not self.zero_padding:
             raise UserError("greedy_zero_padding: true needs zero_padding: true")
         RecordOptions.of(self)

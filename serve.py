@@ -33,7 +33,7 @@ from formats.files import UserError
 from formats.gguf_folder import open_folder
 from formats.record_files import RecordOptions
 from formats.tokenizer import Tokenizer, load_tokenizer
-from model import CausalLM
+from model import CausalLM, QuantLinear
 from serving.access import Access, model_names
 from serving.engine import Engine
 from serving.fused import choose_dtype
@@ -206,7 +206,7 @@ def build_engine(args: Args) -> tuple[Engine, Tokenizer]:
         model = StaticRunner(path, paddle.get_device())
         num_blocks = blocks_in_use(args, model.num_virtual_tokens, model.max_positions)
     else:
-        model = open_model(path, args.prefix_path)
+        model = open_model(path, args.prefix_path, not (adapters or args.quant or args.allow_runtime_lora))
         trainer.check_vocabulary(model, tokenizer, path)
         if args.quant:
             round_linears(model, args.quant, QUANT_GROUPS[args.quant])
@@ -267,9 +267,15 @@ def blocks_in_use(args: Args, num_virtual_tokens: int, max_positions: int) -> in
     return args.batch_size * -(-length // args.block_size)
 
 
-def open_model(path: Path, prefix_path: str | None) -> CausalLM:
-    """The model with a trained prefix, if there is one."""
-    model = from_pretrained(path)
+def open_model(path: Path, prefix_path: str | None, integers: bool = False) -> CausalLM:
+    """The model with a trained prefix, if there is one; integers: on those of AWQ and GGUF files, where they fit."""
+    model = from_pretrained(path, integers=integers)
+    if integers and (layers := [layer for layer in model.sublayers() if isinstance(layer, QuantLinear)]):
+        count = sum(x.n_in * x.n_out for x in layers)
+        size = sum(b.size * b.element_size() for x in layers for b in x.buffers())
+        print(
+            f"model: {count:,} weights as {layers[0].scheme}, {size / 1e6:,.1f} MB instead of {count / 2.5e5:,.1f} MB"
+        )
     if prefix_path:
         if model.prefix is not None:
             raise UserError(f"prefix_path: {path} has a prefix of its own")

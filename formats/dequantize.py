@@ -88,15 +88,17 @@ def _bits_of(config: dict, module: str) -> int:
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # a word's nibbles hold columns 0, 2, 4, 6, 1, 3, 5, 7
 
 
+def awq_columns(words: np.ndarray) -> np.ndarray:
+    """int32 words (rows, out / 8) -> codes (rows, out)."""
+    codes = unpack(words.T, 4).T  # eight columns at a time in AWQ's order
+    return codes.reshape(len(codes), -1, 8)[:, :, _AWQ_ORDER].reshape(len(codes), -1)
+
+
 def _awq(tensors: Tensors, config: dict, path: Path) -> None:
     """qweight (in, out / 8), qzeros (in / group, out / 8), scales (in / group, out); AutoAWQ's version gemm."""
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm" or config.get("bits", config.get("w_bit", 4)) != 4:
         raise UserError(f"{path}: AWQ version {version!r} of {config.get('bits')} bits; readable is gemm of 4")
-
-    def columns(words: np.ndarray) -> np.ndarray:
-        codes = unpack(words.T, 4).T  # (rows, out), eight columns at a time in AWQ's order
-        return codes.reshape(len(codes), -1, 8)[:, :, _AWQ_ORDER].reshape(len(codes), -1)
 
     for module in _modules(tensors, "qweight"):
         parts = {kind: tensors[module + kind] for kind in ("qweight", "qzeros", "scales")}
@@ -105,7 +107,8 @@ def _awq(tensors: Tensors, config: dict, path: Path) -> None:
         def read(parts=parts, n_in=n_in) -> np.ndarray:
             scales = parts["scales"].read()
             groups = np.arange(n_in) // (n_in // len(scales))
-            return _by_group(columns(parts["qweight"].read()), scales, columns(parts["qzeros"].read()), groups).T
+            codes, zeros = (awq_columns(parts[kind].read()) for kind in ("qweight", "qzeros"))
+            return _by_group(codes, scales, zeros, groups).T
 
         _replaced(tensors, module, tuple(parts), [n_out, n_in], read)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from formats.files import UserError, atomic_file, refuse_lfs_pointer
-from formats.gguf_blocks import NAMES, OTHER_TYPES, TYPES, block_size, data_bytes, decode, encode
+from formats.gguf_blocks import NAMES, OTHER_TYPES, TYPES, block_size, data_bytes, decode, encode, integers
 
 # ======================================================================================================= reading
 
@@ -42,6 +42,27 @@ class GGUFTensor:
         """float32, dequantized."""
         size = data_bytes(math.prod(self.shape), self.type)
         return decode(np.fromfile(self.path, np.uint8, size, offset=self.begin), self.type).reshape(self.shape)
+
+    def integers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (out, in) uint8 and scales (out, in / 32) float32 of a Q8_0 or Q4_0: (code - 128 or 8) · scale."""
+        size = data_bytes(math.prod(self.shape), self.type)
+        codes, scales = integers(np.fromfile(self.path, np.uint8, size, offset=self.begin), self.type)
+        return codes.reshape(self.shape), scales.reshape(self.shape[0], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a tensor of a file is under Hugging Face's name: its rows, perhaps in another order."""
+
+    tensor: GGUFTensor
+    rows: Callable[[np.ndarray], np.ndarray]  # (out, …) -> (out, …)
+
+    def __call__(self) -> np.ndarray:
+        return self.rows(self.tensor.read())
+
+    def integers(self) -> tuple[np.ndarray, np.ndarray]:
+        codes, scales = self.tensor.integers()
+        return self.rows(codes), self.rows(scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,13 +296,13 @@ def _pieces(name: str, tensor: GGUFTensor, row: Architecture, heads: dict[str, i
             yield theirs.format(e=e), lambda e=e: read_all()[e], tensor.shape[1:]
         return
     if row.permuted and which in heads:
-        yield theirs, lambda: permute(tensor.read(), heads[which], back=True), tensor.shape
+        yield theirs, Piece(tensor, lambda array: permute(array, heads[which], back=True)), tensor.shape
     elif row.norm_offset and which.endswith("norm"):
         yield theirs, lambda: tensor.read() - np.float32(row.norm_offset), tensor.shape
     elif which == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:
         yield theirs, lambda: tensor.read()[None], [1, *tensor.shape]
     else:
-        yield theirs, read, tensor.shape
+        yield theirs, Piece(tensor, lambda array: array), tensor.shape
 
 
 def huggingface_tensors(path: str | Path) -> dict[str, tuple[Callable, list[int]]]:

@@ -178,6 +178,15 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
     return result
 
 
+def integers(data: bytes | np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of whole blocks of Q8_0 or Q4_0 -> codes (blocks, 32) uint8, with zero points 128 or 8, and scales
+    (blocks,)."""
+    blocks = np.frombuffer(data, TYPES[name][2])
+    if name == "Q8_0":
+        return blocks["qs"].view(np.uint8) ^ np.uint8(128), _float(blocks["d"])
+    return _split(blocks["qs"], 4, 16), _float(blocks["d"])
+
+
 # ==================================================================================================== encoding
 
 

@@ -1,9 +1,11 @@
-"""Integers of a quantized model in other tools' layouts: compressed-tensors (vLLM, transformers), AWQ.
+"""Quantized models in other tools' layouts: compressed-tensors (vLLM, transformers), AWQ; and float models in fp8.
 
     weights, quantization = quantized_weights(model, "compressed-tensors")
     save_pretrained(model, folder, dtype, weights=weights, quantization=quantization)
 
-Codes and scales are those of the model; nothing is rounded again. (GPTQ's layout is the one of quantize.py: format hf.)
+compressed-tensors, awq: codes and scales are those of the model; nothing is rounded again. (GPTQ's layout is the one of
+quantize.py: format hf.) fp8: weights of a float model to e4m3, one scale an output channel; compressed-tensors'
+float-quantized. The client rounds activations to e4m3 token by token; ours computes in float.
 """
 
 import dataclasses
@@ -13,11 +15,12 @@ import numpy as np
 from families import FAMILIES
 from formats.dequantize import unpack
 from formats.files import UserError
+from formats.tensor_files import float8_values
 from formats.weights import weights_to_save
 from model import CausalLM, block_linears
-from modules.layers import QuantLinear
+from modules.layers import Linear, QuantLinear
 
-LAYOUTS = ("compressed-tensors", "awq")
+LAYOUTS = ("compressed-tensors", "awq", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +94,44 @@ def _compressed_config(model: CausalLM, tensors: list[dict]) -> dict:
         is_static = "input_scale" in kinds
         inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": not is_static}
         inputs["strategy"] = "tensor" if is_static else "token"
+    return _config_of(model, "int-quantized" if a8w8 else "pack-quantized", weights, inputs)
+
+
+def _config_of(model: CausalLM, format: str, weights: dict, inputs: dict | None) -> dict:
+    """quantization_config of compressed-tensors, with one scheme for all linears of the blocks."""
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if a8w8 else "pack-quantized",
+        "format": format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
         "ignore": ["lm_head", *_other_linears(model)],
         "kv_cache_scheme": None,
     }
+
+
+def to_float8(values: np.ndarray) -> np.ndarray:
+    """float32 within ±448 -> the bits of the nearest e4m3, a midpoint to the even one; uint8."""
+    table = float8_values(4)[:127]  # 0 to 448, rising with their codes
+    middles, sizes = (table[1:] + table[:-1]) / 2, np.abs(values)
+    codes = np.searchsorted(middles, sizes).astype(np.uint8)  # a midpoint to the lower one
+    codes += (codes % 2 == 1) & (sizes == np.append(middles, np.inf)[codes])
+    return codes | np.signbit(values).astype(np.uint8) << np.uint8(7)
+
+
+def _fp8(layer: Linear) -> dict[str, tuple[np.ndarray, str]]:
+    """Rounds the layer's weight too, in place: the model is then what the file says."""
+    weight = layer.weight.astype("float32").numpy().T  # (out, in)
+    scale = np.maximum(np.abs(weight).max(1, keepdims=True), np.float32(1e-12)) / np.float32(448)
+    codes = to_float8((weight / scale).clip(-448, 448))
+    layer.weight.set_value(np.ascontiguousarray((float8_values(4)[codes] * scale).T))
+    return {"weight": (codes, "F8_E4M3"), "weight_scale": (scale, "float32")}
+
+
+def _fp8_config(model: CausalLM, tensors: list[dict]) -> dict:
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+    return _config_of(model, "float-quantized", weights, inputs)
 
 
 def _other_linears(model: CausalLM) -> list[str]:
@@ -136,15 +168,23 @@ def _awq_config(model: CausalLM, tensors: list[dict]) -> dict:
     return config | {"modules_to_not_convert": _other_linears(model) or None}
 
 
+_WRITERS = {  # layout: (tensors of a linear, quantization_config)
+    "compressed-tensors": (_compressed_tensors, _compressed_config),
+    "awq": (_awq, _awq_config),
+    "fp8": (_fp8, _fp8_config),
+}
+
+
 def quantized_weights(model: CausalLM, layout: str) -> tuple[list, dict]:
-    """([what save_pretrained() writes], quantization_config) of a quantized model in a layout of LAYOUTS."""
-    if model.config.quantization is None:
+    """([what save_pretrained() writes], quantization_config) of a model in a layout of LAYOUTS; fp8 rounds it."""
+    is_quantized = model.config.quantization is not None
+    if layout == "fp8" and is_quantized:
+        raise UserError("format: fp8 is of a float model; dequantize: true makes one of integers")
+    if layout != "fp8" and not is_quantized:
         raise UserError(f"format: {layout} is of a quantized model: quantize.py makes one")
     if FAMILIES[model.config.family].architecture == "GPT2LMHeadModel":
         raise UserError(f"format: {layout} is not supported for gpt2: its linears are [in, out] there")
-    of_layer, config_of = {"compressed-tensors": (_compressed_tensors, _compressed_config), "awq": (_awq, _awq_config)}[
-        layout
-    ]
+    of_layer, config_of = _WRITERS[layout]
     linears = {path: of_layer(layer) for path, (_, _, layer) in block_linears(model).items()}
     own = tuple(f"{path}." for path in linears)
     weights = [w for w in weights_to_save(model) if not w.name.startswith(own) or w.name.endswith(".bias")]

@@ -231,14 +231,15 @@ def write_safetensors(path: str | Path, tensors: dict, metadata: dict | None = N
     """Write {name: array, or (function that returns it, shape, dtype)} to `path`, atomically; functions are called one
     at a time, so one tensor is in memory at a time.
 
-    dtype: "float32", "int8", …; "bfloat16" and "float16" convert what the function returns. metadata: the file's own
-    key-value pairs. sync: wait until the disk has it. Returns {"size", "crc32"} of the file.
+    dtype: "float32", "int8", …; "bfloat16" and "float16" convert what the function returns; of "F8_E4M3" it returns
+    the bits. metadata: the file's own key-value pairs. sync: wait until the disk has it. Returns {"size", "crc32"} of
+    the file.
     """
     names = {np.dtype(kind): name for name, kind in _SAFETENSORS.items() if name[:2] not in ("BF", "F8")}
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, value in tensors.items():
         shape, kind = value[1:] if isinstance(value, tuple) else (value.shape, value.dtype)
-        code = "BF16" if kind == "bfloat16" else names[np.dtype(kind)]
+        code = "BF16" if kind == "bfloat16" else kind if kind == "F8_E4M3" else names[np.dtype(kind)]
         size = int(np.prod(shape)) * np.dtype(_SAFETENSORS[code]).itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size

@@ -27,6 +27,7 @@ from families import FAMILIES, ModelConfig, weight_names
 from formats.dequantize import float_tensors
 from formats.files import UserError, atomic_file, read_json
 from formats.gguf import huggingface_tensors
+from formats.integers import integer_tensors, quantization_of
 from formats.tensor_files import (
     BinFile,
     LazyTensor,
@@ -37,7 +38,7 @@ from formats.tensor_files import (
     write_safetensors,
 )
 from formats.weight_names import IGNORED_WEIGHTS, name_table
-from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, set_parameter
+from model import _QUANTIZED, CausalLM, QuantLinear, block_linears, linear_paths, set_parameter
 from modules.low_bit import LowBitLinear
 from modules.positions import rope_frequencies
 
@@ -173,7 +174,8 @@ class SaveEntry:
 
 
 def stored_bytes(shape: list[int], dtype: str) -> int:
-    return math.prod(shape) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+    other = {"bfloat16": 2, "F8_E4M3": 1}  # which numpy has not
+    return math.prod(shape) * (other.get(dtype) or np.dtype(dtype).itemsize)
 
 
 def named_weights(model: CausalLM, rows: Iterable | None = None) -> list[Weight]:
@@ -330,12 +332,31 @@ def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def as_floats(tensors: dict[str, StoredTensor], config: ModelConfig, path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder; those that another tool quantized as floats, unless the model keeps its integers."""
+def as_config_says(tensors: dict[str, StoredTensor], config: ModelConfig, path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder; those that another tool quantized as floats, or as integers if the config keeps them."""
+    quantization = _folder_quantization(path)
+    if config.quantization is None:
+        return tensors if quantization is None else float_tensors(tensors, quantization, Path(path))
+    is_foreign = quantization["quant_method"] == "awq" if quantization else (Path(path) / "model.gguf").is_file()
+    linears = [theirs for _, theirs in linear_paths(config)]
+    return integer_tensors(tensors, quantization, config.quantization, linears) if is_foreign else tensors
+
+
+def _folder_quantization(path: str | Path) -> dict | None:
+    """quantization_config of a folder's config.json."""
     file = Path(path) / "config.json"
-    source = read_json(file) if config.quantization is None and file.is_file() else {}
-    quantization = source.get("quantization_config") or source.get("compression_config")
-    return tensors if quantization is None else float_tensors(tensors, quantization, Path(path))
+    source = read_json(file) if file.is_file() else {}
+    return source.get("quantization_config") or source.get("compression_config")
+
+
+def keep_integers(config: ModelConfig, path: str | Path) -> ModelConfig:
+    """The config, with a quantization if a QuantLinear can hold the integers of this folder as they are."""
+    if config.quantization is not None:
+        return config
+    linears = [theirs for _, theirs in linear_paths(config)]
+    return dataclasses.replace(
+        config, quantization=quantization_of(stored_tensors(path), _folder_quantization(path), linears)
+    )
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -346,7 +367,7 @@ def read_config(path: str | Path) -> ModelConfig:
     config = ModelConfig.from_json(path)
     if not config.tie_word_embeddings:
         return config
-    tensors = as_floats(stored_tensors(path), config, path)
+    tensors = as_config_says(stored_tensors(path), config, path)
     head, embedding = _head_and_embedding(tensors, config)
     if head not in tensors or embedding not in tensors or _are_equal(tensors[head], tensors[embedding]):
         return config
@@ -388,7 +409,7 @@ def load_weights(
     All tensors that are missing, unexpected or of another shape are named in one UserError.
     """
     config = model.config
-    tensors = as_floats(stored_tensors(path, candidates, trust_index), config, path)
+    tensors = as_config_says(stored_tensors(path, candidates, trust_index), config, path)
     if _is_paddlenlp(tensors, config):
         paddlenlp = paddlenlp_names(config)
         weights = {w.name: w for w in named_weights(model, paddlenlp)}

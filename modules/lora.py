@@ -22,6 +22,16 @@ from modules.layers import Embedding, Linear, QuantLinear, RNGTracker, set_param
 from modules.low_bit import LowBitLinear
 
 
+def truncated_svd(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first `rank` singular vectors and values by random projection (arXiv 0909.4061): (n, R), (R,), (R, m)."""
+    width = min(rank + 8, *matrix.shape)
+    q = np.linalg.qr(matrix @ np.random.default_rng(0).standard_normal((matrix.shape[1], width), np.float32))[0]
+    for _ in range(4):  # powers set the large ones apart
+        q = np.linalg.qr(matrix @ (matrix.T @ q))[0]
+    u, s, vt = np.linalg.svd(q.T @ matrix, full_matrices=False)
+    return q @ u[:, :rank], s[:rank], vt[:rank]
+
+
 class LoRALinear(nn.Layer):
     """base(x) + scaling · dropout(x) A B (Hu et al., arXiv 2106.09685) around any linear layer `base`.
 
@@ -125,6 +135,19 @@ class LoRALinear(nn.Layer):
         if (shard_spec := getattr(weight, "shard_spec", None)) is not None:
             delta = paddle.to_tensor(shard_spec.slice(delta.numpy()))
         weight.set_value((weight.astype("float32") - delta).astype(weight.dtype))
+
+    @paddle.no_grad()
+    def start_at_residual(self, input_sizes: np.ndarray, residual: np.ndarray) -> None:
+        """Start A B at what rounding took from the base: the part of `residual` (D_in, D_out) of rank R that its
+        outputs need most, inputs being of these sizes (D_in,) (LoftQ, arXiv 2310.08659; QERA, arXiv 2410.06040)."""
+        sizes = input_sizes[:, None] + np.float32(1e-6)
+        u, s, vt = truncated_svd(sizes * residual, self.lora_A.shape[1])
+        root = np.sqrt(s / self.scaling)
+        set_parameter(self.lora_A, u * root / sizes)
+        set_parameter(self.lora_B, root[:, None] * vt)
+        if self.lora_magnitude_vector is not None:
+            weight = self.base.weight.astype("float32") + self.delta()
+            self.lora_magnitude_vector.set_value(self.base.column_norms(weight))
 
     @paddle.no_grad()
     def merged(self) -> nn.Layer:

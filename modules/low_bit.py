@@ -173,7 +173,12 @@ class RoundedWeight:
 
 
 class LowBitLinear(nn.Layer):
-    """y = x W + b with a frozen W (in, out) that is held as codes; the gradient reaches x alone (and the bias)."""
+    """y = x W + b with a frozen W (in, out) that is held as codes; the gradient reaches x alone (and the bias).
+
+    on_rounded: called with what rounding takes from a weight that is set, (in, out) float32.
+    """
+
+    on_rounded = None
 
     def __init__(self, linear: Linear, low_bit: LowBit):
         super().__init__()
@@ -199,6 +204,8 @@ class LowBitLinear(nn.Layer):
         """Round and keep a weight (out, in)."""
         for name, array in round_weight(weight, self.low_bit).items():
             getattr(self, name).set_value(array)
+        if self.on_rounded is not None:
+            self.on_rounded(weight.T - self.dequantized().numpy())
 
     def scales(self) -> paddle.Tensor:
         """(blocks,) float32."""

@@ -29,6 +29,7 @@ import formats.weights
 import model as M
 from arguments import parse_args
 from data import SFTDataset
+from formats.clients import Reply, compare
 from formats.files import UserError
 from formats.tokenizer import load_tokenizer
 from serving.runners import ScheduledTokens, StaticRunner, TokenSequence
@@ -244,6 +245,42 @@ def test_hf_keeps_integers_or_makes_floats_of_them(tmp_path):
     np.testing.assert_allclose(
         logits(adapters.from_pretrained(floats)), logits(adapters.from_pretrained(source)), atol=1e-4
     )
+
+
+def reply_of(ours, tokens, sparse=False, shift=0.0):
+    """What a client would say that has these logits (T, V) and takes these tokens."""
+    theirs = ours + np.float32(shift)
+    if sparse:  # log-probabilities of the four largest
+        theirs = theirs - np.log(np.exp(theirs).sum(1, keepdims=True))
+        theirs[theirs < np.sort(theirs, 1)[:, -4, None]] = np.nan
+    return Reply("client", [[1]], [tokens], [theirs])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_client_is_compared_token_by_token(capsys, sparse):
+    ours = np.random.default_rng(0).standard_normal((3, 9)).astype(np.float32)
+    best = ours.argmax(1).tolist()
+    line = compare(reply_of(ours, best, sparse), ["a"], [[1]], lambda *_: ours, 0.01)
+    assert "same tokens after 1 of 1 prompts (at 3 of 3 steps)" in line
+
+    near = ours.copy()
+    second = int(np.argsort(near[1])[-2])
+    near[1, second] = near[1].max() - 0.01  # here; there it is 0.02 above
+    there = near.copy()
+    there[1, second] += 0.03
+    tokens = [best[0], second, best[2]]
+    line = compare(reply_of(there, tokens, sparse), ["a"], [[1]], lambda *_: near, 0.05)
+    assert "after 0 of 1 prompts (at 2 of 3 steps)" in line
+    assert f"the first 1 tokens are the same; then client takes {second}, not {best[1]}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="token 1 of client has a logit"):
+        compare(reply_of(near, [best[0], int(near[1].argmin()), best[2]], sparse), ["a"], [[1]], lambda *_: near, 0.05)
+    with pytest.raises(UserError, match="logits of client differ by"):
+        compare(reply_of(2 * ours, best, sparse), ["a"], [[1]], lambda *_: ours, 0.05)
+
+
+def test_verify_client_is_of_the_format(tmp_path):
+    with pytest.raises(UserError, match="verify_client: 'vllm'; of format gguf: llama_cpp"):
+        run(tmp_path / "out", model_name_or_path=DEMO, format="gguf", verify_with="python", verify_client="vllm")
 
 
 @pytest.mark.torch

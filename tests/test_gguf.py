@@ -18,6 +18,8 @@ from test_export import DEMO, run, tokenizer_into
 import adapters
 import export
 import finetune
+import model as M
+import serve
 from arguments import parse_args
 from formats import gguf, gguf_blocks, gguf_export, gguf_folder
 from formats.files import UserError
@@ -115,6 +117,23 @@ def test_types_of_a_file_and_rows_that_are_no_whole_blocks(tmp_path, capsys):
     assert {types[f"blk.{i}.ffn_down.weight"] for i in range(3)} == {"Q4_K", "Q6_K"}
     assert re.search(r"model.gguf: [\d,]+ bytes\n", capsys.readouterr().out)
     assert (out / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
+
+
+@pytest.mark.parametrize("gguf_type, bits", [("Q8_0", 8), ("Q4_0", 4), ("Q4_1", None)])
+def test_integers_of_a_file_run_as_they_are(tmp_path, gguf_type, bits, capsys):
+    folder = source(tmp_path, hidden_size=64, intermediate_size=256)
+    out = run(tmp_path / "out", model_name_or_path=folder, format="gguf", gguf_type=gguf_type)
+    capsys.readouterr()
+    integers, floats = serve.open_model(out, None, integers=True), adapters.from_pretrained(out)
+    assert (f"weights as w{bits}, 0." in capsys.readouterr().out) == bool(bits)
+    assert (integers.config.quantization or {}).get("bits") == bits and floats.config.quantization is None
+    plain = M.block_linears(floats)
+    for path, (_, _, layer) in M.block_linears(integers).items() if bits else ():
+        np.testing.assert_array_equal(layer.dequantized().numpy(), plain[path][2].weight.numpy(), err_msg=path)
+    with paddle.no_grad():
+        expected = floats(paddle.to_tensor(IDS)).numpy()
+        found = integers(paddle.to_tensor(IDS)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_damaged_export_is_refused(tmp_path, monkeypatch):

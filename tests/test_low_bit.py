@@ -19,9 +19,11 @@ import dpo
 import finetune
 import formats.weights
 import model as M
+import rl
 from arguments import parse_args
 from formats.files import UserError
 from modules import low_bit
+from modules.lora import truncated_svd
 from modules.low_bit import LowBit, LowBitLinear
 
 CPU = not kernels._missing("cpu", "dequantize_table")
@@ -228,6 +230,72 @@ def test_dpo_on_a_rounded_base(tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["base_quantization"]["algo"] == "nf4"
 
 
+def test_rl_on_a_rounded_base(tmp_path):
+    """The engine's log-probabilities are those of training, whose linears are codes."""
+    (tmp_path / "rewards.py").write_text("def short(completions, **_): return [-len(c) / 10 for c in completions]\n")
+    prompts = tmp_path / "train.jsonl"
+    prompts.write_text('{"src": "red lamp"}\n{"src": "blue shirt"}\n')
+    keys = dict(train_datasets=prompts, reward_funcs=f"{tmp_path}/rewards.py:short", max_dec_len=8, max_src_len=16)
+    keys |= dict(global_batch_size=2, rollout_n=2, save_strategy="no", logging_steps=1)
+    source, out = qlora(tmp_path, rl, **keys)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["engine_kl"] for row in rows) < 1e-8 and len(rows) == 2
+    assert json.loads((out / "adapter_config.json").read_text())["base_quantization"]["algo"] == "nf4"
+    _, plain = rounded(source, LowBit("nf4"))
+    with paddle.no_grad():
+        expected = adapters.merge(adapters.load_adapter(plain, out))(paddle.to_tensor(IDS)).numpy()
+    np.testing.assert_allclose(logits(out), expected, rtol=1e-4, atol=1e-5)
+
+
+# ============================================================================================================== loftq
+
+
+def test_the_singular_vectors_are_the_first():
+    generator = np.random.default_rng(0)
+    matrix = generator.standard_normal((60, 90)).astype(np.float32) * np.linspace(0.1, 3, 60, dtype=np.float32)[:, None]
+    u, s, vt = truncated_svd(matrix, 6)
+    _, exact, _ = np.linalg.svd(matrix)
+    np.testing.assert_allclose(u.T @ u, np.eye(6), atol=1e-5)
+    np.testing.assert_allclose(s, exact[:6], rtol=0.02)
+    assert np.linalg.norm(matrix - u * s @ vt) < 1.001 * np.sqrt(np.square(exact[6:]).sum())
+
+
+@pytest.mark.parametrize("name, dora", [("llama", False), ("qwen2_moe", True)])
+def test_loftq_starts_at_what_rounding_took(tmp_path, name, dora):
+    folder = tiny_models.write(tmp_path, name, hidden_size=64, intermediate_size=96)
+    model, _ = rounded(folder, LowBit("nf4"))
+    ids = paddle.to_tensor(IDS)
+    with paddle.no_grad():
+        exact, before = adapters.from_pretrained(folder)(ids).numpy(), model(ids).numpy()
+        adapters.apply_lora(model, 16, seed=3, dora=dora)
+        np.testing.assert_allclose(model(ids).numpy(), before, rtol=1e-3, atol=1e-4)
+        adapters.start_at_residual(model, folder)
+        started = model(ids).numpy()
+        assert np.linalg.norm(started - exact) < 0.8 * np.linalg.norm(before - exact)
+        layer = next(iter(adapters.lora_layers(model).values()))
+        assert layer.base.on_rounded is None
+        weight = (layer.base.dequantized() + layer.delta()).numpy()
+        x = np.random.default_rng(1).standard_normal((3, layer.base.n_in)).astype(np.float32)
+        np.testing.assert_allclose(layer.product(paddle.to_tensor(x)).numpy(), x @ weight, rtol=1e-3, atol=1e-4)
+
+
+def test_finetune_with_loftq(tmp_path):
+    records = data(tmp_path, {"src": "question", "tgt": "answer"})
+    source, out = qlora(tmp_path, dataset_name_or_path=records, max_length=32, loftq="true", learning_rate=1e-9)
+    _, plain = rounded(source, LowBit("nf4"))
+    with paddle.no_grad():
+        adapters.load_adapter(plain, out)
+        assert all(np.abs(x.lora_B.numpy()).max() > 1e-4 for x in adapters.lora_layers(plain).values())
+        expected = adapters.merge(plain)(paddle.to_tensor(IDS)).numpy()
+    np.testing.assert_allclose(logits(out), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{"tensor_parallel_degree": 2}, {"sharding": "stage3"}])
+def test_codes_are_not_sharded(keys):
+    with pytest.raises(UserError, match="tensor_parallel_degree > 1 and sharding stage3 are not supported"):
+        finetune.Args(lora=True, weight_quantize_algo="nf4", **keys).check_topology()
+
+
 @pytest.mark.parametrize(
     "keys, reason",
     [
@@ -235,6 +303,8 @@ def test_dpo_on_a_rounded_base(tmp_path):
         ({"lora": "false"}, "weight_quantize_algo needs lora: true"),
         ({"pissa": "true"}, "pissa takes its start out of float weights"),
         ({"qlora_weight_blocksize": 63}, "qlora_weight_blocksize: 63; an even number"),
+        ({"loftq": "true", "weight_quantize_algo": ""}, "loftq needs weight_quantize_algo"),
+        ({"loftq": "true", "pipeline_parallel_degree": 2}, "loftq runs the whole model on one rank"),
         ({"load_in_4bit": "true", "weight_quantize_algo": "nf4"}, "load_in_4bit.*give weight_quantize_algo"),
     ],
 )

@@ -11,14 +11,23 @@ import paddle
 import pytest
 import tiny_models
 from conftest import ROOT
-from test_export import DEMO, quantized, run
+from test_export import DEMO, quantized, run, tokenizer_into
 
 import adapters
 import formats.weights
 import model as M
 from formats.dequantize import METHODS, float_tensors, unpack
 from formats.files import UserError
-from formats.tensor_files import StoredTensor, float8_values, read_safetensors, write_safetensors
+from formats.quantized_export import to_float8
+from formats.tensor_files import (
+    StoredTensor,
+    float8_values,
+    from_bfloat16,
+    read_safetensors,
+    safetensors_header,
+    to_bfloat16,
+    write_safetensors,
+)
 from modules import low_bit
 
 GOLDEN = dict(np.load(ROOT / "tests" / "golden" / "quantized_folders.npz"))
@@ -172,6 +181,40 @@ def test_integers_in_another_layout_are_the_same_weights(tmp_path, scheme_name, 
         np.testing.assert_allclose(opened[path][2].weight.numpy(), expected, rtol=1e-5, atol=1e-7, err_msg=path)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == format
+    if format == "awq":  # served, it runs on the same integers
+        kept = adapters.from_pretrained(out, integers=True)
+        for path, (_, _, layer) in M.block_linears(kept).items():
+            expected = M.block_linears(integers)[path][2]
+            np.testing.assert_array_equal(layer.qweight.numpy(), expected.qweight.numpy(), err_msg=path)
+            np.testing.assert_array_equal(layer.dequantized().numpy(), expected.dequantized().numpy(), err_msg=path)
+
+
+def test_float8_is_rounded_to_the_nearest():
+    table = float8_values(4)
+    codes = np.array([code for code in range(256) if code & 127 < 127], np.uint8)
+    np.testing.assert_array_equal(to_float8(table[codes]), codes)
+    middles = (table[:126] + table[1:127]) / 2
+    assert not (to_float8(middles) % 2).any()  # to the even code
+    values = np.random.default_rng(0).uniform(-448, 448, 500).astype(np.float32)
+    nearest = np.abs(values[:, None] - table[codes]).min(1)
+    np.testing.assert_array_equal(np.abs(values - table[to_float8(values)]), nearest)
+
+
+def test_fp8_out_and_in_again(tmp_path):
+    source = tokenizer_into(tiny_models.write(tmp_path / "a", "qwen2", vocab_size=3072))
+    out = run(tmp_path / "out", model_name_or_path=source, format="fp8", save_dtype="bfloat16")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "float-quantized" and config["config_groups"]["group_0"]["input_activations"]["dynamic"]
+    header = safetensors_header(out / "model.safetensors")
+    assert header["model.layers.0.mlp.up_proj.weight"].dtype == "F8_E4M3"
+    opened = M.block_linears(adapters.from_pretrained(out))
+    for path, (_, _, layer) in M.block_linears(adapters.from_pretrained(source)).items():
+        weight = from_bfloat16(to_bfloat16(layer.weight.numpy()))
+        largest = np.abs(weight).max(0)
+        error = np.abs(opened[path][2].weight.numpy() - weight)
+        assert (error <= np.maximum(np.abs(weight) / 16, largest / 448 / 1024) * 1.001).all(), path
+    with pytest.raises(UserError, match="fp8 is of a float model"):
+        run(tmp_path / "b", model_name_or_path=quantized("w8", tmp_path / "w8"), format="fp8")
 
 
 def test_layouts_that_a_model_does_not_fit(tmp_path):
